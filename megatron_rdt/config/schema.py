@@ -1,0 +1,241 @@
+"""The dataclasses that are the schema of every run's YAML.
+
+One tree, `RunConfig`. Every field has a docstring line with its unit; `--help` prints these lines.
+Lengths are in tokens, sizes in elements, rates per optimizer step, unless said otherwise.
+Checks that need two fields are in `megatron_rdt.config.checks`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+# jsonargparse reads the string below each field as that field's help.
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """What this run is called and where it is kept."""
+
+    name: str = "run"
+    """Name of the run; its directory is `root/name`."""
+    root: str = "runs"
+    """Directory that holds all runs."""
+    seed: int = 1234
+    """Seed of everything that is drawn: initial weights, data order, loop counts, initial states."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The recurrent-depth transformer."""
+
+    vocab_size: int = 4096
+    """Number of token ids; must equal the vocabulary of the tokenizer that made the shards."""
+    dim: int = 256
+    """Width of the residual stream and of the recurrent state, in channels."""
+    prelude_layers: int = 1
+    """Layers before the loop, run once."""
+    core_layers: int = 2
+    """Layers of the recurrent core, one set of weights run T times."""
+    coda_layers: int = 1
+    """Layers after the loop, run once."""
+    heads: int = 4
+    """Query heads; must divide `dim`."""
+    kv_heads: int = 2
+    """Key and value heads (grouped-query attention); must divide `heads`."""
+    ffn_dim: int = 0
+    """Inner width of the SwiGLU; 0 means 8/3 of `dim` rounded up to a multiple of 64."""
+    attention: Literal["gqa"] = "gqa"
+    """Kind of attention: grouped-query."""
+    injection: Literal["diagonal"] = "diagonal"
+    """How the encoded input enters each iteration: `diagonal` has spectral radius below 1 for every weight value."""
+    discretization: Literal["zoh", "euler"] = "zoh"
+    """Discretization of the diagonal injection: zero-order hold or bounded forward Euler."""
+    state_init: Literal["zero", "normal", "embedding"] = "zero"
+    """State before the first iteration: zeros, truncated normal noise keyed by sample, or the token embedding."""
+    state_std: float = 0.6325
+    """Standard deviation of the `normal` initial state; sqrt(2/5) as in Huginn."""
+    rope_base: float = 10000.0
+    """Base of the rotary position frequencies."""
+    norm_eps: float = 1e-6
+    """Epsilon of every RMSNorm."""
+    tie_embeddings: bool = True
+    """Use the token embedding as the output projection."""
+
+
+@dataclass(frozen=True)
+class DepthConfig:
+    """How many iterations T the core runs, and through how many of them the gradient flows."""
+
+    scheme: Literal["fixed", "uniform", "poisson", "lognormal_poisson"] = "lognormal_poisson"
+    """Distribution of T. fixed: `mean`; uniform: 1 to 2 mean - 1; poisson: max(Poisson(mean), 1); lognormal_poisson: Poisson(LogNormal) + 1 (Huginn)."""
+    mean: float = 4.0
+    """Mean of the distribution, in iterations (lognormal_poisson: mean of the Poisson rate, so E[T] is this plus 1)."""
+    min: int = 1
+    """Smallest T; smaller draws become this."""
+    max: int = 32
+    """Largest T; larger draws become this. A limit on cost only: no weight depends on it."""
+    sigma: float = 0.5
+    """Standard deviation of the logarithm of the rate (lognormal_poisson only)."""
+    backprop: int | Literal["all"] = "all"
+    """k: the last k iterations carry gradient, the ones before run without; `all` is full backpropagation."""
+    per: Literal["step", "micro_batch", "sequence"] = "step"
+    """What one draw of T covers. Only `step` is available in this version."""
+    checkpoint: Literal["none", "per_iteration"] = "none"
+    """Activation checkpointing: keep everything, or only the state between iterations and recompute the inside."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Size and length of the training run."""
+
+    steps: int = 1000
+    """Optimizer steps in the whole run."""
+    global_batch: int = 32
+    """Sequences per optimizer step, over all processes; must be a multiple of processes x micro_batch."""
+    micro_batch: int = 8
+    """Sequences per process and forward pass; the rest of the batch is accumulated."""
+    sequence_length: int = 256
+    """Tokens per sequence."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of matrix products. Weights, recurrent state, gradients' sums and reductions stay float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; `auto` takes a GPU where there is one."""
+    max_nonfinite_steps: int = 10
+    """Steps in a row with a non-finite gradient (each is skipped) after which the run stops with an error."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW."""
+
+    name: Literal["adamw"] = "adamw"
+    """Optimizer."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay on matrices; norms, gains and the injection get none."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; larger gradients are scaled down to it. 0 means no clipping."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate over steps: linear warm-up, then the named shape."""
+
+    name: Literal["cosine", "wsd", "constant"] = "cosine"
+    """cosine: down to `final` of the peak; wsd (trapezoid): flat, then linear down over `decay_steps`; constant."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up from 0."""
+    decay_steps: int = 0
+    """Steps of the final linear decay (wsd only); 0 means a fifth of the run."""
+    final: float = 0.1
+    """Learning rate at the end, as a fraction of the peak."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the work is spread over processes."""
+
+    engine: Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "single"
+    """single: one process; ddp: replicated; fsdp: sharded with FSDP2; zero1, zero2, zero3: DeepSpeed."""
+    reshard_after_forward: bool = True
+    """fsdp: free the gathered weights between forward and backward (less memory, one more gather)."""
+    timeout_s: int = 600
+    """Seconds after which a collective that does not complete ends the run."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    every: int = 200
+    """Save every this many steps; the last step is always saved. 0 means only the last."""
+    keep: int = 3
+    """Newest checkpoints to keep; older ones are deleted after a newer one is complete. 0 keeps all."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Token shards and their order."""
+
+    path: str = "data"
+    """Directory that `rdt prep` wrote (it holds manifest.json)."""
+    max_epochs: float = 4.0
+    """Most passes over the training split; a longer run is refused before it starts."""
+    verify: Literal["size", "full"] = "size"
+    """Check of the shards at the start: sizes and headers, or the SHA-256 of every byte."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Validation loss inside the run."""
+
+    every: int = 200
+    """Evaluate every this many steps, and after the last. 0 means never."""
+    loops: list[int] = field(default_factory=lambda: [1, 4, 8])
+    """Loop counts T to evaluate at."""
+    sequences: int = 64
+    """Validation sequences per evaluation, over all processes; the same ones every time."""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Text generated inside the run."""
+
+    every: int = 0
+    """Generate every this many steps, and after the last. 0 means never."""
+    prompt: str = "def "
+    """Text to continue."""
+    tokens: int = 48
+    """New tokens per sample."""
+    loops: list[int] = field(default_factory=lambda: [1, 8])
+    """Loop counts T to generate at, one sample each."""
+    temperature: float = 0.8
+    """Sampling temperature; 0 takes the likeliest token."""
+    top_k: int = 50
+    """Sample among the k likeliest tokens; 0 means all."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is printed and recorded."""
+
+    every: int = 10
+    """Print a console line every this many steps; metrics.jsonl gets every step."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a training run."""
+
+    run: RunSection = field(default_factory=RunSection)
+    """Name, place and seed."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network."""
+    depth: DepthConfig = field(default_factory=DepthConfig)
+    """Loop counts."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Batch, length, precision."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning rate over steps."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Engine."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Token shards."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Validation."""
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    """Generated text."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Console, metrics.jsonl, TensorBoard."""

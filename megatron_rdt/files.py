@@ -1,0 +1,89 @@
+"""Writing files so that a reader sees the old content or the new content, never a part of it.
+
+Order for one file: write under a temporary name in the same directory, flush, fsync, rename, fsync the
+directory. A crash at any point leaves the old file, plus at most a `*.tmp` that the next writer removes.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+TEMPORARY_SUFFIX = ".tmp"
+HASH_CHUNK_BYTES = 1 << 22
+
+
+def fsync_directory(directory: str | os.PathLike[str]) -> None:
+    """Make renames and new names inside `directory` durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_file(path: str | os.PathLike[str]) -> None:
+    """Make the content of a file that another library wrote durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_open(path: str | os.PathLike[str], mode: str = "w", **kwargs: Any) -> Iterator[IO[Any]]:
+    """Open a temporary sibling of `path` for writing; publish it as `path` when the block ends well.
+
+    If the block raises, the temporary file is removed and whatever stood at `path` is untouched.
+    `mode` is "w" or "wb"; text is written as UTF-8 with "\\n" line ends unless said otherwise.
+    """
+    target = Path(path)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    if "b" not in mode:
+        kwargs.setdefault("encoding", "utf-8")
+        kwargs.setdefault("newline", "\n")
+    try:
+        with open(temporary, mode, **kwargs) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(target.parent)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a small text file atomically."""
+    with atomic_open(path) as file:
+        file.write(text)
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a small binary file atomically."""
+    with atomic_open(path, "wb") as file:
+        file.write(content)
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Hex SHA-256 of a file's content, read in chunks."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an OSError, or one in its chain of causes, says that the disk or the quota is full."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False

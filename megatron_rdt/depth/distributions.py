@@ -1,0 +1,57 @@
+"""Distributions of the loop count T, as tables of probabilities.
+
+Every scheme becomes one array: probability of T = min ... max, the mass outside moved to the nearest bound.
+A draw pushes one uniform number through the inverse of the cumulative sum, so one number decides one T.
+"""
+
+import math
+
+import numpy as np
+
+from megatron_rdt.config import DepthConfig
+
+QUADRATURE_POINTS = 96
+
+
+def poisson_probabilities(rate: float, largest: int) -> np.ndarray:
+    """P(N = n) for n = 0 ... largest, N ~ Poisson(rate); float64, shape (largest + 1,)."""
+    counts = np.arange(largest + 1)
+    log_factorials = np.array([math.lgamma(n + 1.0) for n in counts])
+    return np.exp(counts * math.log(rate) - rate - log_factorials)
+
+
+def lognormal_poisson_probabilities(mean: float, sigma: float, largest: int) -> np.ndarray:
+    """P(N = n) for n = 0 ... largest, N ~ Poisson(R), R ~ LogNormal(log(mean) - sigma^2 / 2, sigma).
+
+    The rate is integrated out by Gauss-Hermite quadrature. E[R] = mean. Source: Geiping et al. 2025
+    (arXiv:2502.05171), section 3.3, where T = N + 1 with mean 32 and sigma 0.5.
+    """
+    nodes, weights = np.polynomial.hermite_e.hermegauss(QUADRATURE_POINTS)
+    rates = np.exp(math.log(mean) - sigma**2 / 2 + sigma * nodes)
+    table = np.stack([poisson_probabilities(float(rate), largest) for rate in rates])
+    return (weights / weights.sum()) @ table
+
+
+def loop_probabilities(config: DepthConfig) -> np.ndarray:
+    """P(T = t) for t = 0 ... config.max as float64 of shape (max + 1,); zero below config.min, sums to 1."""
+    loops = np.arange(config.max + 1)
+    table = np.zeros(config.max + 1)
+    if config.scheme == "fixed":
+        table[min(round(config.mean), config.max)] = 1.0
+    elif config.scheme == "uniform":
+        last = max(round(2 * config.mean) - 1, 1)
+        table[1 : last + 1] = 1.0 / last
+    elif config.scheme == "poisson":
+        table = poisson_probabilities(config.mean, config.max)
+    else:
+        table[1:] = lognormal_poisson_probabilities(config.mean, config.sigma, config.max - 1)
+    table[config.max] += max(0.0, 1.0 - table.sum())  # the tail above max
+    lowest = max(config.min, 1)
+    table[lowest] += table[loops < lowest].sum()
+    table[loops < lowest] = 0.0
+    return table / table.sum()
+
+
+def quantile(cumulative: np.ndarray, uniform: float) -> int:
+    """The smallest t with P(T <= t) > uniform; `cumulative` is the running sum of `loop_probabilities`."""
+    return min(int(np.searchsorted(cumulative, uniform, side="right")), len(cumulative) - 1)

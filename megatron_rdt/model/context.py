@@ -1,0 +1,49 @@
+"""What every layer of one forward pass shares."""
+
+import torch
+
+
+class LayerContext:
+    """Rotary tables, attention mask and compute dtype of one forward pass.
+
+    A plain class, not a tuple or dataclass, so that sharding wrappers pass it through untouched.
+    """
+
+    def __init__(
+        self, rotary: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None, compute_dtype: torch.dtype
+    ) -> None:
+        self.rotary = rotary
+        self.mask = mask
+        self.compute_dtype = compute_dtype
+
+
+class CoreMonitor:
+    """Collects what the loop measured; the caller passes one in and reads it afterwards.
+
+    Attributes (0-dimensional float32 tensors, None until measured):
+        spectral_radius: of the linear part of the recurrence, as the forward pass used it.
+        state_norm: root mean square over channels of the final state, averaged over tokens.
+        state_residual: |h_T - h_(T-1)| / |h_T|, both states as the loop sees them.
+        token_correlation: mean cosine between the final states of different tokens of one sequence.
+    """
+
+    def __init__(self) -> None:
+        self.spectral_radius: torch.Tensor | None = None
+        self.state_norm: torch.Tensor | None = None
+        self.state_residual: torch.Tensor | None = None
+        self.token_correlation: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def measure(self, previous: torch.Tensor, state: torch.Tensor, spectral_radius: torch.Tensor) -> None:
+        """Measure the last iteration, from `previous` to `state`, both (batch, sequence, dim)."""
+        self.spectral_radius = spectral_radius.detach()
+        previous, state = previous.detach().float(), state.detach().float()
+        self.state_norm = state.square().mean(-1).sqrt().mean()
+        norm = torch.linalg.vector_norm(state).clamp_min(1e-30)
+        self.state_residual = torch.linalg.vector_norm(state - previous) / norm
+        directions = torch.nn.functional.normalize(state, dim=-1)
+        tokens = state.shape[1]
+        if tokens > 1:
+            # The squared norm of the summed directions counts every pair of tokens, and each token with itself.
+            pairs = directions.sum(1).square().sum(-1) - directions.square().sum((1, 2))
+            self.token_correlation = (pairs / (tokens * (tokens - 1))).mean()

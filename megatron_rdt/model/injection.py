@@ -1,0 +1,87 @@
+"""Injection: how the encoded input enters the recurrent state at every iteration.
+
+The diagonal injection discretises dh/dt = a h + b e, one scalar equation per channel, with a < 0 and a step dt > 0:
+
+    zoh    h' = exp(dt a) h + ((exp(dt a) - 1) / a) b e
+    euler  h' = (1 + dt a) h + dt b e
+
+`a` and `dt` are bounded functions of their parameters, so the decay that multiplies h is below 1 in absolute value
+for every finite parameter, and stays below 1 when it is rounded to bfloat16 or float16. The bounds are approached
+algebraically (x / (1 + |x|)), so a saturated parameter still has a gradient and can come back.
+Decay and state are float32 (or wider) whatever the compute dtype.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from megatron_rdt.config import ModelConfig
+
+# Bounds of |a| and dt. The slowest decay is exp(-0.1 * 0.05) = 0.995, which rounds to 0.99609 < 1 in bfloat16.
+RATE_BOUNDS = (0.1, 10.0)
+STEP_BOUNDS = (0.05, 5.0)
+# Euler's dt |a| is squeezed below this, so that 1 + dt a > -1.
+EULER_LIMIT = 1.99
+# Decay exp(-0.8047) = 0.447 at the start, as in Parcae (arXiv:2604.12946).
+INITIAL_RATE, INITIAL_STEP, INITIAL_GAIN = 1.0, 0.8047, 1.0
+
+
+def bounded(x: torch.Tensor, bounds: tuple[float, float]) -> torch.Tensor:
+    """Map any finite x to [low, high], geometrically centred, monotone, in float32 or wider."""
+    low, high = bounds
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    position = 0.5 + 0.5 * wide / (1 + wide.abs())
+    return low * (math.log(high / low) * position).exp()
+
+
+def unbounded(value: float, bounds: tuple[float, float]) -> float:
+    """The x that `bounded` maps to `value`."""
+    low, high = bounds
+    signed = 2 * math.log(value / low) / math.log(high / low) - 1
+    return signed / (1 - abs(signed))
+
+
+class DiagonalInjection(nn.Module):
+    """h' = decay * h + gain * e per channel, |decay| < 1 by construction.
+
+    Parameters, each of shape (dim,): `rate` gives |a|, `step` gives dt (both through `bounded`), `gain` is b.
+    """
+
+    INITIAL_VALUES = {
+        "rate": unbounded(INITIAL_RATE, RATE_BOUNDS),
+        "step": unbounded(INITIAL_STEP, STEP_BOUNDS),
+        "gain": INITIAL_GAIN,
+    }
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.discretization = config.discretization
+        self.rate = nn.Parameter(torch.empty(config.dim))
+        self.step = nn.Parameter(torch.empty(config.dim))
+        self.gain = nn.Parameter(torch.empty(config.dim))
+
+    def coefficients(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(decay, input gain) as the forward pass uses them, each (dim,), float32 or wider."""
+        rate = bounded(self.rate, RATE_BOUNDS)
+        step = bounded(self.step, STEP_BOUNDS)
+        gain = self.gain.to(rate.dtype)
+        if self.discretization == "zoh":
+            # (exp(dt a) - 1) / a with a = -rate; expm1 keeps the digits when dt a is small.
+            return torch.exp(-step * rate), -torch.expm1(-step * rate) / rate * gain
+        step = step / (1 + step * rate / EULER_LIMIT)
+        return 1 - step * rate, step * gain
+
+    def forward(self, state: torch.Tensor, encoded: torch.Tensor) -> torch.Tensor:
+        """One update: state and encoded (batch, sequence, dim) -> new state, float32 or wider."""
+        decay, gain = self.coefficients()
+        return decay * state + gain * encoded
+
+    def spectral_radius(self) -> torch.Tensor:
+        """Largest |decay| over channels, 0-dimensional: the radius of the linear part of the recurrence."""
+        decay, _ = self.coefficients()
+        return decay.detach().abs().max()
+
+
+INJECTIONS: dict[str, type[DiagonalInjection]] = {"diagonal": DiagonalInjection}
+"""Choices of `model.injection`; a new one is a class here."""

@@ -1,0 +1,51 @@
+"""Matrix products in the compute dtype with float32 weights.
+
+Weights stay in float32 and are rounded to the input's dtype where they are used. The rounded copy is made
+again in the backward pass instead of being kept: a core that runs T times would otherwise keep T copies of
+every weight. Each use adds its gradient to the float32 gradient, so the sum over iterations is float32.
+No autocast is involved, so nothing that was rounded without gradient is ever reused with it.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+class _RoundedLinear(torch.autograd.Function):
+    """y = x W^T with W rounded to the dtype of x, keeping only x and the unrounded W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weight)
+        return functional.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        (grad,) = grads
+        x, weight = ctx.saved_tensors
+        grad_x = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
+        return grad_x, grad_weight
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x (..., in) times weight (out, in) transposed, in the dtype of x -> (..., out)."""
+    if x.dtype == weight.dtype:
+        return functional.linear(x, weight)
+    return _RoundedLinear.apply(x, weight)
+
+
+class Linear(nn.Module):
+    """A linear map without bias: (..., in_features) -> (..., out_features), in the input's dtype."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the map in the dtype of `x`."""
+        return linear(x, self.weight)

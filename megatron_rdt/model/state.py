@@ -1,0 +1,45 @@
+"""The state before the first iteration.
+
+Random states are counter-based: channel c at position p of a sequence with seed s is a function of (s, p, c), on
+every device. So a cached decoding step at position p sees the same noise as a full forward pass, and training
+noise depends on (seed, step, sample) and not on which rank or micro-batch the sample is in.
+"""
+
+import math
+
+import torch
+
+TRUNCATION = 3.0  # in standard deviations, as in Huginn
+# Odd 64-bit constants of MurmurHash3's finaliser and of the golden ratio, as signed integers.
+_MIX_FIRST, _MIX_SECOND = 0xFF51AFD7ED558CCD - (1 << 64), 0xC4CEB9FE1A85EC53 - (1 << 64)
+_POSITION_STRIDE, _CHANNEL_STRIDE = 0x9E3779B97F4A7C15 - (1 << 64), 0xD1B54A32D192ED03 - (1 << 64)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """MurmurHash3's 64-bit finaliser; int64 arithmetic wraps, and the mask makes the shift a logical one."""
+    for factor in (_MIX_FIRST, _MIX_SECOND):
+        x = (x ^ ((x >> 33) & 0x7FFFFFFF)) * factor
+    return x ^ ((x >> 33) & 0x7FFFFFFF)
+
+
+def normal_state(seeds: tuple[int, ...], positions: torch.Tensor, dim: int, std: float) -> torch.Tensor:
+    """Truncated normal noise keyed by (seed, position, channel).
+
+    Args:
+        seeds: one 64-bit integer per sequence.
+        positions: (sequence,) or (batch, sequence), int64.
+        dim: channels.
+        std: standard deviation before truncation at 3 of them.
+
+    Returns:
+        float32 tensor of shape (batch, sequence, dim).
+    """
+    device = positions.device
+    signed = [seed - (1 << 64) if seed >= 1 << 63 else seed for seed in seeds]
+    seed = torch.tensor(signed, dtype=torch.int64, device=device)[:, None, None]
+    channel = torch.arange(dim, dtype=torch.int64, device=device) * _CHANNEL_STRIDE
+    position = torch.atleast_2d(positions)[..., None] * _POSITION_STRIDE
+    bits = _mix(_mix(seed ^ position) + channel)
+    uniform = (((bits >> 40) & 0xFFFFFF).float() + 0.5) * 2.0**-24
+    edge = math.erf(TRUNCATION / math.sqrt(2))
+    return std * math.sqrt(2) * torch.erfinv((2 * uniform - 1) * edge)

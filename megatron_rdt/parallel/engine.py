@@ -1,0 +1,153 @@
+"""Engine: the one interface behind which a model is sharded and stepped. The trainer does not know which it has.
+
+Contract, for every engine, world size and split into micro-batches: the loss and every gradient equal those of one
+process that sees the whole global batch. The core's weights are gathered once per forward and once per backward
+whatever T is.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional
+
+from megatron_rdt.config import OptimizerConfig, RunConfig
+from megatron_rdt.depth.plan import DepthPlan
+from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer
+
+COMPUTE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward and backward pass of one rank: (sequences, length + 1) tokens on the CPU, and how deep they go."""
+
+    tokens: torch.Tensor
+    plan: DepthPlan
+
+
+def loss_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Summed cross entropy of (batch, sequence, vocab) logits, in float32 or wider, 0-dimensional."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
+    """Two groups: matrices with weight decay; norms, gains and the injection without."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    return [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+
+
+def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over the groups of `parameter_groups`, fused."""
+    return torch.optim.AdamW(
+        parameter_groups(model, config), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+    )
+
+
+class Engine(ABC):
+    """Shards a model, runs it forward and backward, clips, steps, saves and loads.
+
+    Attributes:
+        config: the run's config.
+        device: where this rank computes.
+        rank, world_size: this process among all.
+        model: the bare model (its parameters may be sharded).
+        module: what to call for a forward pass; every rank must call it the same number of times.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.model: RecurrentDepthTransformer
+        self.module: nn.Module
+
+    @abstractmethod
+    def setup(self, model: RecurrentDepthTransformer) -> None:
+        """Take a model on the meta device: shard it, fill it with the run's initial weights, make the optimizer."""
+
+    @abstractmethod
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Add the gradients of a micro-batch's `loss`; reduce them over ranks (averaging) on the `last` one."""
+
+    @abstractmethod
+    def clip(self, max_norm: float) -> float:
+        """Global gradient norm before clipping; gradients (or the coming step) are scaled down to `max_norm` if > 0."""
+
+    @abstractmethod
+    def step(self, lr: float) -> None:
+        """One optimizer step at learning rate `lr`, then clear the gradients."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Clear the gradients without a step; parameters and moments stay as they are, bit for bit."""
+
+    @abstractmethod
+    def save(self, directory: Path) -> None:
+        """Write parameters and optimizer state below `directory`; called on every rank."""
+
+    @abstractmethod
+    def load(self, directory: Path) -> None:
+        """Read what `save` wrote, after `setup`; called on every rank."""
+
+    @abstractmethod
+    def full_gradients(self) -> dict[str, torch.Tensor]:
+        """Every gradient, unsharded, on the CPU, by parameter name; for tests, after `forward_backward`."""
+
+    def configure(self, model: RecurrentDepthTransformer) -> None:
+        """Apply precision and activation checkpointing to the bare model."""
+        model.compute_dtype = COMPUTE_DTYPES[self.config.train.precision]
+        model.core.checkpoint_iterations = self.config.depth.checkpoint == "per_iteration"
+
+    def forward_backward(self, batch: Sequence[MicroBatch], monitor: CoreMonitor | None = None) -> float:
+        """Accumulate the gradients of the mean loss per token of the global batch.
+
+        Args:
+            batch: this rank's micro-batches; every rank has the same number of them and of tokens.
+            monitor: receives measurements of the last micro-batch.
+
+        Returns:
+            The mean loss per token over all ranks.
+        """
+        tokens = sum(micro.tokens[:, 1:].numel() for micro in batch)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for index, micro in enumerate(batch):
+            last = index == len(batch) - 1
+            inputs = micro.tokens.to(self.device, non_blocking=True)
+            self.prepare_backward(last)
+            logits = self.module(inputs[:, :-1], micro.plan, monitor=monitor if last else None)
+            loss = loss_sum(logits, inputs[:, 1:])
+            total += loss.detach()
+            # Ranks are averaged by the reduction, so this rank's share is over its own tokens.
+            self.backward(loss / tokens, last)
+        return float(self.sum_over_ranks(total / tokens)) / self.world_size
+
+    def prepare_backward(self, last: bool) -> None:
+        """Called before each micro-batch's forward pass; `last` says whether its backward pass reduces."""
+
+    def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over all ranks; the same result on each."""
+        if self.world_size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+        return value
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,83 @@
+"""What the engines made of PyTorch parts share: AdamW, clipping, and one checkpoint format.
+
+The format is torch.distributed.checkpoint with parameter names as keys, so a checkpoint of any of these engines, at
+any world size, loads into any other.
+"""
+
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.distributed.tensor import DTensor
+
+from megatron_rdt.model import RecurrentDepthTransformer
+from megatron_rdt.parallel.engine import Engine, adamw
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that may be sharded; every rank must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class NativeEngine(Engine):
+    """Gradients live in `.grad`, one torch optimizer steps them."""
+
+    optimizer: torch.optim.Optimizer
+
+    def make_optimizer(self, model: RecurrentDepthTransformer) -> None:
+        """Create AdamW over the (possibly sharded) parameters."""
+        self.model = model
+        self.optimizer = adamw(model, self.config.optimizer)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Plain autograd; the wrappers reduce in its hooks."""
+        loss.backward()
+
+    def clip(self, max_norm: float) -> float:
+        """Scale `.grad` of every parameter in place when the global norm exceeds `max_norm`."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        if max_norm > 0 and torch.isfinite(norm):
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return float(norm)
+
+    def step(self, lr: float) -> None:
+        """AdamW with the learning rate of this step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.discard()
+
+    def discard(self) -> None:
+        """Drop the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def full_gradients(self) -> dict[str, torch.Tensor]:
+        """Gradients by parameter name, unsharded, on the CPU."""
+        return {
+            name: full_tensor(parameter.grad).detach().cpu().clone()
+            for name, parameter in self.model.named_parameters()
+            if parameter.grad is not None
+        }
+
+    def _states(self) -> tuple[dict, dict]:
+        model, optimizer = dcp_state.get_state_dict(self.model, self.optimizer)
+        return dict(model), dict(optimizer)
+
+    def save(self, directory: Path) -> None:
+        """Write `model/` and `optimizer/`."""
+        model, optimizer = self._states()
+        for name, state in (("model", model), ("optimizer", optimizer)):
+            dcp.save({name: state}, checkpoint_id=directory / name, no_dist=not dist.is_initialized())
+
+    def load(self, directory: Path) -> None:
+        """Read `model/` and `optimizer/` into this engine's own sharding."""
+        model, optimizer = self._states()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for name, state in (("model", model), ("optimizer", optimizer)):
+                dcp.load({name: state}, checkpoint_id=directory / name, no_dist=not dist.is_initialized())
+        dcp_state.set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)

@@ -1,0 +1,37 @@
+"""Unsharded engines: one process, and replicas with averaged gradients (DDP)."""
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from megatron_rdt.model import RecurrentDepthTransformer, initialize
+from megatron_rdt.parallel.native import NativeEngine
+
+
+class SingleEngine(NativeEngine):
+    """The whole model on one device, no communication."""
+
+    def setup(self, model: RecurrentDepthTransformer) -> None:
+        """Fill the model and move it to the device."""
+        initialize(model, self.config.run.seed).to(self.device)
+        self.configure(model)
+        self.make_optimizer(model)
+        self.module = model
+
+
+class DataParallelEngine(NativeEngine):
+    """A replica on every rank; gradients are averaged in buckets during the last micro-batch's backward pass."""
+
+    module: DistributedDataParallel
+
+    def setup(self, model: RecurrentDepthTransformer) -> None:
+        """Fill the model, move it, wrap it. The weights are a function of the seed, so they agree already."""
+        initialize(model, self.config.run.seed).to(self.device)
+        self.configure(model)
+        self.make_optimizer(model)
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        # gradient_as_bucket_view would tie .grad to the buckets, which zero_grad(set_to_none) breaks.
+        self.module = DistributedDataParallel(model, device_ids=ids)
+
+    def prepare_backward(self, last: bool) -> None:
+        """Reduce only on the last micro-batch of a step."""
+        self.module.require_backward_grad_sync = last

@@ -1,0 +1,24 @@
+"""Checkpoints: written completely or not at all, verified, retained, found again."""
+
+from megatron_rdt.checkpoint.manifest import read_manifest, verify, write_manifest
+from megatron_rdt.checkpoint.read import (
+    complete_checkpoints,
+    newest_checkpoint,
+    read_model_weights,
+    read_trainer_state,
+    resolve_checkpoint,
+)
+from megatron_rdt.checkpoint.write import restore_rng_state, save_checkpoint
+
+__all__ = [
+    "complete_checkpoints",
+    "newest_checkpoint",
+    "read_manifest",
+    "read_model_weights",
+    "read_trainer_state",
+    "resolve_checkpoint",
+    "restore_rng_state",
+    "save_checkpoint",
+    "verify",
+    "write_manifest",
+]

@@ -1,0 +1,96 @@
+"""Finding checkpoints and reading weights from them without an engine."""
+
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_rdt.checkpoint.manifest import MANIFEST, read_manifest, verify
+from megatron_rdt.errors import CheckpointError
+
+LATEST = "latest"
+CHECKPOINTS = "checkpoints"
+
+logger = logging.getLogger(__name__)
+
+
+def complete_checkpoints(run_directory: Path) -> list[Path]:
+    """Checkpoints of a run in the order in which they were saved (not by step: a run may have been rolled back)."""
+    found = []
+    for directory in (run_directory / CHECKPOINTS).glob("step-*"):
+        if (directory / MANIFEST).is_file():
+            try:
+                found.append((read_manifest(directory)["sequence"], directory))
+            except CheckpointError as error:
+                logger.warning("skipping %s", error)
+    return [directory for _, directory in sorted(found)]
+
+
+def newest_checkpoint(run_directory: Path) -> Path | None:
+    """The newest checkpoint whose files are all there; a damaged newer one is skipped with a warning."""
+    for directory in reversed(complete_checkpoints(run_directory)):
+        try:
+            verify(directory, hashes=False)
+        except CheckpointError as error:
+            logger.warning("%s", error)
+            continue
+        return directory
+    return None
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """A checkpoint directory from a checkpoint, or from a run directory (its newest)."""
+    directory = Path(path)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} does not exist. Name a run directory or a checkpoint below its checkpoints/.")
+    if (directory / MANIFEST).is_file():
+        read_manifest(directory)
+        return directory
+    newest = newest_checkpoint(directory)
+    if newest is None:
+        raise CheckpointError(f"{directory} holds no complete checkpoint. Name a run directory or a step-NNNNNNNN in it.")
+    return newest
+
+
+def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """Step, tokens, position in the data, as the trainer saved them."""
+    return json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
+
+
+def read_model_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every parameter, whole, float32, on the CPU, by name, from a checkpoint of any engine."""
+    if (checkpoint / "model").is_dir():
+        return _read_native(checkpoint / "model")
+    if (checkpoint / "universal").is_dir():
+        return _read_universal(checkpoint / "universal")
+    if (checkpoint / "zero").is_dir():
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint / "zero"))
+        return {name: tensor.detach().float().cpu().clone() for name, tensor in state.items()}
+    raise CheckpointError(f"{checkpoint} holds neither model/ nor zero/ nor universal/. Use another checkpoint.")
+
+
+def _read_native(directory: Path) -> dict[str, torch.Tensor]:
+    import torch.distributed.checkpoint as dcp
+
+    reader = dcp.FileSystemReader(directory)
+    state: dict[str, Any] = {}
+    for key, metadata in reader.read_metadata().state_dict_metadata.items():
+        name = key.removeprefix("model.")
+        state[name] = torch.empty(metadata.size, dtype=metadata.properties.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load({"model": state}, storage_reader=reader, no_dist=True)
+    return state
+
+
+def _read_universal(directory: Path) -> dict[str, torch.Tensor]:
+    state = {}
+    for path in directory.glob("*/zero/*/fp32.pt"):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        state[path.parent.name] = content["param"] if isinstance(content, dict) else content
+    return state

@@ -1,0 +1,179 @@
+"""Saving a checkpoint: complete under its name, or not there at all.
+
+Every rank writes below a hidden temporary directory; the files are hashed, the manifest is written, everything is
+fsynced, then the directory is renamed and `latest` points to it. Old checkpoints are deleted only after that.
+The run directory must be visible to all nodes.
+"""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_rdt.checkpoint.manifest import content_files, file_record, write_manifest
+from megatron_rdt.checkpoint.read import CHECKPOINTS, LATEST, complete_checkpoints
+from megatron_rdt.errors import CheckpointError, RdtError
+from megatron_rdt.files import fsync_directory, fsync_file, is_disk_full, write_text
+from megatron_rdt.parallel import Engine
+
+LOW_DISK_BYTES = 64 << 20
+
+
+def rng_state() -> dict[str, Any]:
+    """State of every global generator of this process. Nothing in training draws from them; user code may."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    name, keys, *rest = np.random.get_state(legacy=True)
+    state["numpy"] = (name, torch.from_numpy(keys.astype(np.int64)), *rest)  # type: ignore[union-attr]
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_rng_state(state: dict[str, Any]) -> None:
+    """Undo of `rng_state`."""
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def save_checkpoint(
+    engine: Engine,
+    run_directory: Path,
+    config_yaml: str,
+    trainer_state: dict[str, Any],
+    facts: dict[str, Any],
+    tokenizer_directory: Path | None,
+    keep: int,
+) -> Path:
+    """Save on every rank; returns the checkpoint's directory.
+
+    Args:
+        engine: writes its own state.
+        run_directory: `runs/<name>`.
+        config_yaml: the resolved config.
+        trainer_state: goes to trainer.json; must hold `step`.
+        facts: goes into the manifest beside the files' hashes.
+        tokenizer_directory: copied in, so that the checkpoint can generate text by itself.
+        keep: newest checkpoints to keep; 0 keeps all.
+
+    Raises:
+        CheckpointError: on every rank, when any rank could not write; what was there before is untouched.
+    """
+    step = int(trainer_state["step"])
+    parent = run_directory / CHECKPOINTS
+    final, temporary = parent / f"step-{step:08d}", parent / f".step-{step:08d}.tmp"
+
+    def begin() -> None:
+        for stale in parent.glob(".step-*"):  # left by a run that was killed while saving
+            shutil.rmtree(stale)
+        (temporary / "rng").mkdir(parents=True)
+
+    def write() -> None:
+        engine.save(temporary)
+        torch.save(rng_state(), temporary / "rng" / f"rank-{engine.rank:05d}.pt")
+
+    def describe() -> None:
+        write_text(temporary / "config.yaml", config_yaml)
+        write_text(temporary / "trainer.json", json.dumps(trainer_state, indent=1) + "\n")
+        if tokenizer_directory is not None:
+            shutil.copytree(tokenizer_directory, temporary / "tokenizer")
+
+    def publish() -> None:
+        sequence = _next_sequence(run_directory)
+        write_manifest(temporary, {**facts, "step": step, "sequence": sequence}, files)
+        _publish(temporary, final, run_directory)
+        _retire(run_directory, keep)
+
+    attempt = _Attempt(engine, temporary, final)
+    attempt.on_first_rank(begin)
+    attempt.on_every_rank(write)
+    attempt.on_first_rank(describe)
+    files: dict[str, Any] = {}
+    attempt.on_every_rank(lambda: files.update(_hash_share(engine, temporary)))
+    attempt.on_first_rank(publish)
+    return final
+
+
+class _Attempt:
+    """Runs the stages of one save; a failure on any rank stops all of them at the same stage."""
+
+    def __init__(self, engine: Engine, temporary: Path, final: Path) -> None:
+        self.engine, self.temporary, self.final = engine, temporary, final
+
+    def on_first_rank(self, stage: Callable[[], None]) -> None:
+        self._run(stage if self.engine.rank == 0 else lambda: None)
+
+    def on_every_rank(self, stage: Callable[[], None]) -> None:
+        self._run(stage)
+
+    def _run(self, stage: Callable[[], None]) -> None:
+        failure: Exception | None = None
+        try:
+            stage()
+        except Exception as error:  # any library's error, told to all ranks and translated
+            failure = error
+        failed = torch.tensor(float(failure is not None), device=self.engine.device)
+        if float(self.engine.sum_over_ranks(failed)) == 0:
+            return
+        free = shutil.disk_usage(self.final.parent).free if self.final.parent.is_dir() else 0
+        if self.engine.rank == 0:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+        if isinstance(failure, RdtError):
+            raise failure
+        reason = str(failure).strip().splitlines()[0] if failure and str(failure).strip() else "another rank failed"
+        if (failure and is_disk_full(failure)) or free < LOW_DISK_BYTES:
+            reason = f"the disk is full ({free / 2**20:.0f} MiB free)"
+        raise CheckpointError(
+            f"could not save {self.final}: {reason}. Earlier checkpoints are untouched and nothing was left behind. "
+            "Free space or set --run.root to another disk, then start again with --resume auto."
+        ) from failure
+
+
+def _hash_share(engine: Engine, directory: Path) -> dict[str, Any]:
+    """Hash this rank's share of the files and make them durable; rank 0 gets all records."""
+    mine = {}
+    for index, path in enumerate(content_files(directory)):
+        if index % engine.world_size == engine.rank:
+            mine[str(path.relative_to(directory))] = file_record(path)
+            fsync_file(path)
+    if engine.world_size == 1:
+        return mine
+    gathered: list[dict[str, Any] | None] = [None] * engine.world_size
+    dist.all_gather_object(gathered, mine)
+    return {name: record for part in gathered if part for name, record in part.items()}
+
+
+def _next_sequence(run_directory: Path) -> int:
+    """Checkpoints are ordered by when they were saved, so that a rolled-back run's new branch is the newest."""
+    from megatron_rdt.checkpoint.manifest import read_manifest
+
+    existing = complete_checkpoints(run_directory)
+    return 1 + (int(read_manifest(existing[-1])["sequence"]) if existing else 0)
+
+
+def _publish(temporary: Path, final: Path, run_directory: Path) -> None:
+    for directory in (temporary, *(p for p in temporary.rglob("*") if p.is_dir())):
+        fsync_directory(directory)
+    replaced = final.with_name(f".{final.name}.replaced")
+    if final.exists():  # the same step of a branch that was rolled back
+        final.rename(replaced)
+    temporary.rename(final)
+    fsync_directory(final.parent)
+    write_text(run_directory / LATEST, final.name + "\n")
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _retire(run_directory: Path, keep: int) -> None:
+    if keep > 0:
+        for directory in complete_checkpoints(run_directory)[:-keep]:
+            shutil.rmtree(directory)

@@ -2,22 +2,24 @@
 
 from megatron_rdt.checkpoint.manifest import read_manifest, verify, write_manifest
 from megatron_rdt.checkpoint.read import (
+    check_same_model,
     complete_checkpoints,
     newest_checkpoint,
     read_model_weights,
     read_trainer_state,
     resolve_checkpoint,
 )
-from megatron_rdt.checkpoint.write import restore_rng_state, save_checkpoint
+from megatron_rdt.checkpoint.write import restore_rank_rng, save_checkpoint
 
 __all__ = [
+    "check_same_model",
     "complete_checkpoints",
     "newest_checkpoint",
     "read_manifest",
     "read_model_weights",
     "read_trainer_state",
     "resolve_checkpoint",
-    "restore_rng_state",
+    "restore_rank_rng",
     "save_checkpoint",
     "verify",
     "write_manifest",

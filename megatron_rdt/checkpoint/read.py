@@ -1,5 +1,6 @@
 """Finding checkpoints and reading weights from them without an engine."""
 
+import dataclasses
 import json
 import logging
 import warnings
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from megatron_rdt.checkpoint.manifest import MANIFEST, read_manifest, verify
+from megatron_rdt.config import ModelConfig, load_config
 from megatron_rdt.errors import CheckpointError
 
 LATEST = "latest"
@@ -94,3 +96,18 @@ def _read_universal(directory: Path) -> dict[str, torch.Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
         state[path.parent.name] = content["param"] if isinstance(content, dict) else content
     return state
+
+
+def check_same_model(checkpoint: Path, model: ModelConfig) -> None:
+    """CheckpointError naming the fields in which a checkpoint's model differs from `model`."""
+    saved = load_config(checkpoint / "config.yaml").model
+    different = [
+        f"{field.name} is {getattr(saved, field.name)} there and {getattr(model, field.name)} here"
+        for field in dataclasses.fields(model)
+        if getattr(saved, field.name) != getattr(model, field.name)
+    ]
+    if different:
+        raise CheckpointError(
+            f"{checkpoint} is of another model: {'; '.join(different)}. "
+            "Use the config of that run (its config.yaml), or start a new --run.name."
+        )

@@ -46,6 +46,13 @@ def restore_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def restore_rank_rng(checkpoint: Path, rank: int) -> None:
+    """Restore the generators of `rank`; a rank that the saving run did not have keeps its own."""
+    path = checkpoint / "rng" / f"rank-{rank:05d}.pt"
+    if path.is_file():
+        restore_rng_state(torch.load(path, weights_only=True))
+
+
 def save_checkpoint(
     engine: Engine,
     run_directory: Path,

@@ -1,0 +1,70 @@
+"""The one place that reads and sets process environment variables."""
+
+import os
+from dataclasses import dataclass
+
+DEFAULT_MASTER = ("127.0.0.1", "29500")
+
+
+@dataclass(frozen=True)
+class ProcessPlace:
+    """Where this process stands among those of the run.
+
+    Attributes:
+        rank, world_size: among all processes.
+        local_rank, local_world_size: among those of this node.
+        launcher: who started it: "torch" (torchrun, deepspeed, our own), "slurm" (srun), or "none".
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    launcher: str = "none"
+
+
+def process_place() -> ProcessPlace:
+    """Read the place from torchrun's and DeepSpeed's variables, else from srun's, else alone."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        world = int(env["WORLD_SIZE"])
+        local_world = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world)
+        return ProcessPlace(int(env["RANK"]), world, int(env.get("LOCAL_RANK", "0")), local_world, "torch")
+    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
+        tasks = int(env["SLURM_NTASKS"])
+        local_world = int(env.get("SLURM_STEP_TASKS_PER_NODE", str(tasks)).split("(")[0].split(",")[0])
+        return ProcessPlace(int(env["SLURM_PROCID"]), tasks, int(env["SLURM_LOCALID"]), local_world, "slurm")
+    return ProcessPlace()
+
+
+def export_for_torch(place: ProcessPlace) -> None:
+    """Set what `torch.distributed` and DeepSpeed read, when srun started this process."""
+    os.environ.update(
+        RANK=str(place.rank),
+        WORLD_SIZE=str(place.world_size),
+        LOCAL_RANK=str(place.local_rank),
+        LOCAL_WORLD_SIZE=str(place.local_world_size),
+    )
+    os.environ.setdefault("MASTER_ADDR", DEFAULT_MASTER[0])
+    os.environ.setdefault("MASTER_PORT", DEFAULT_MASTER[1])
+
+
+def quiet_libraries(local_world_size: int) -> None:
+    """Share the cores among this node's processes, and keep libraries from forking threads or chatting."""
+    threads = max((os.cpu_count() or 1) // max(local_world_size, 1), 1)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def launcher_environment(rank: int, world_size: int, address: str, port: int) -> dict[str, str]:
+    """Environment of process `rank` of `world_size` on this machine, for a launcher to pass on."""
+    return {
+        **os.environ,
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+    }

@@ -1,0 +1,30 @@
+"""What the hardware can do at most; an unknown device has no peak and gets no utilisation, never a guess."""
+
+import resource
+
+import torch
+
+# Dense bfloat16 peak of one device in FLOP/s, from NVIDIA's data sheets (without sparsity).
+PEAK_BF16_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "B200": 2250e12,
+}
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Peak matrix-product rate of `device` in FLOP/s, or None where it is not known."""
+    if device.type != "cuda" or precision != "bfloat16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_BF16_FLOPS.items() if key in name), None)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory of this process in GB (1e9 bytes): of the GPU where there is one, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,0 +1,109 @@
+"""Recording a run: metrics.jsonl (one object per step), TensorBoard, and the console line."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_rdt.files import write_text
+
+RECORDS = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
+
+
+def forget_after(run_directory: Path, step: int) -> None:
+    """Drop records of steps after `step`: the run goes on from there and writes them again."""
+    for name in RECORDS:
+        path = run_directory / name
+        if not path.is_file():
+            continue
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:  # the last line of a killed run may be cut short
+                continue
+            if record["step"] <= step:
+                kept.append(line + "\n")
+        write_text(path, "".join(kept))
+
+
+class Recorder:
+    """Appends records; every file is flushed per record. Made on rank 0 only.
+
+    Args:
+        run_directory: where the files go.
+        tensorboard: also write event files.
+        start_step: first step of this process; TensorBoard drops what an earlier process wrote after it.
+    """
+
+    def __init__(self, run_directory: Path, tensorboard: bool, start_step: int) -> None:
+        self.run_directory = run_directory
+        self._files = {name: open(run_directory / name, "a", encoding="utf-8") for name in RECORDS}  # noqa: SIM115
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run_directory / "tensorboard"), purge_step=start_step + 1)
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        # Non-finite numbers are not JSON; null keeps the line readable for every parser.
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._files[name].write(json.dumps(clean) + "\n")
+        self._files[name].flush()
+
+    def step(self, record: dict[str, Any]) -> None:
+        """One optimizer step."""
+        self._append("metrics.jsonl", record)
+        if self._board is not None:
+            for key, value in record.items():
+                if key != "step" and value is not None:
+                    self._board.add_scalar(f"train/{key}", value, record["step"])
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        """Validation losses {"step", "tokens", "losses": {"T": loss}}."""
+        self._append("eval.jsonl", record)
+        if self._board is not None:
+            for loops, loss in record["losses"].items():
+                self._board.add_scalar(f"valid/loss_T{loops}", loss, record["step"])
+
+    def sample(self, record: dict[str, Any]) -> None:
+        """Generated text {"step", "loops", "prompt", "text"}."""
+        self._append("samples.jsonl", record)
+        if self._board is not None:
+            self._board.add_text(f"sample/T{record['loops']}", record["prompt"] + record["text"], record["step"])
+
+    def close(self) -> None:
+        """Close every file."""
+        for file in self._files.values():
+            file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+class Console:
+    """One line per logging interval, with throughput and time left, and a bar that shows how far the run is."""
+
+    def __init__(self, steps: int, first_step: int) -> None:
+        self.steps = steps
+        self._first = first_step
+        self._began = time.perf_counter()
+
+    def line(self, record: dict[str, Any]) -> str:
+        """The text for one step's record."""
+        step = record["step"]
+        elapsed = time.perf_counter() - self._began
+        left = elapsed / max(step - self._first, 1) * (self.steps - step)
+        filled = round(10 * step / self.steps)
+        mfu = f"  mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
+        return (
+            f"[{'#' * filled}{'.' * (10 - filled)}] step {step}/{self.steps}  loss {record['loss']:.4f}"
+            f"  T {record['loops_max']}  lr {record['lr']:.2e}  norm {record['grad_norm']:.2f}"
+            f"  radius {record['spectral_radius']:.3f}  {record['tokens_per_second']:,.0f} tokens/s{mfu}"
+            f"  {record['memory_gb']:.2f} GB  ETA {int(left) // 60}:{int(left) % 60:02d}"
+        )
+
+    def print(self, text: str) -> None:
+        """Write a line to standard output at once."""
+        print(text, flush=True, file=sys.stdout)

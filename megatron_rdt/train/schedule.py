@@ -1,0 +1,25 @@
+"""Learning rate as a function of the step; nothing to checkpoint."""
+
+import math
+
+from megatron_rdt.config import ScheduleConfig
+
+WSD_DECAY_FRACTION = 0.2
+
+
+def learning_rate(config: ScheduleConfig, peak: float, step: int, steps: int) -> float:
+    """Learning rate of optimizer step `step` (from 0) of `steps`.
+
+    Linear warm-up to `peak` over `warmup_steps`, then cosine to final * peak, or flat and then linear to final * peak
+    (warmup-stable-decay), or constant.
+    """
+    if step < config.warmup_steps:
+        return peak * (step + 1) / config.warmup_steps
+    if config.name == "constant":
+        return peak
+    if config.name == "cosine":
+        progress = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
+        return peak * (config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+    decay = config.decay_steps or max(round(WSD_DECAY_FRACTION * steps), 1)
+    remaining = max(steps - step, 0)
+    return peak * (config.final + (1 - config.final) * min(remaining / decay, 1.0))

@@ -1,0 +1,33 @@
+"""Stop requests: SIGTERM and SIGUSR1 set a flag, which all ranks agree on at every step."""
+
+import contextlib
+import signal
+from types import FrameType
+
+import torch
+
+from megatron_rdt.parallel import Engine
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Remembers a stop signal; the handlers of before are put back by `close`."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+
+    def agreed(self, engine: Engine) -> bool:
+        """Whether any rank was asked to stop; the same answer on every rank, at the cost of one tiny reduction."""
+        asked = torch.tensor(float(self.name is not None), device=engine.device)
+        return bool(engine.sum_over_ranks(asked) > 0)
+
+    def close(self) -> None:
+        """Restore the previous handlers."""
+        for number, handler in self._before.items():
+            with contextlib.suppress(TypeError, ValueError):
+                signal.signal(number, handler)

@@ -1,0 +1,18 @@
+"""Token shards: the format, the order of samples, batches."""
+
+from megatron_rdt.data.indexed import IndexedDataset, IndexedWriter
+from megatron_rdt.data.loader import Batch, BatchLoader, TokenCorpus, fixed_windows
+from megatron_rdt.data.manifest import CorpusManifest, load_manifest
+from megatron_rdt.data.tokenizer import Tokenizer
+
+__all__ = [
+    "Batch",
+    "BatchLoader",
+    "CorpusManifest",
+    "IndexedDataset",
+    "IndexedWriter",
+    "TokenCorpus",
+    "Tokenizer",
+    "fixed_windows",
+    "load_manifest",
+]

@@ -1,0 +1,158 @@
+"""Batches of token windows, read by one background thread ahead of the training step."""
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_rdt.data.indexed import IndexedDataset
+from megatron_rdt.data.manifest import load_manifest
+from megatron_rdt.data.sampler import SampleOrder, rank_samples
+from megatron_rdt.errors import ConfigError, DataError
+
+PREFETCHED_BATCHES = 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of one optimizer step.
+
+    Attributes:
+        samples: global sample numbers.
+        tokens: int64 (len(samples), sequence_length + 1); inputs are [:, :-1], targets [:, 1:].
+    """
+
+    samples: tuple[int, ...]
+    tokens: torch.Tensor
+
+
+class TokenCorpus:
+    """One split of a prepared corpus as one stream of tokens, cut into windows.
+
+    Args:
+        path: directory with manifest.json.
+        split: "train" or "valid".
+        sequence_length: L.
+        seed: of the order.
+        verify: "size" or "full".
+    """
+
+    def __init__(
+        self, path: str | Path, split: str, sequence_length: int, seed: int, verify: str = "size"
+    ) -> None:
+        self.manifest = load_manifest(path)
+        self.manifest.verify(verify)
+        self.split, self.sequence_length, self.seed = split, sequence_length, seed
+        self.vocab_size = self.manifest.vocab_size
+        self.fingerprint = self.manifest.fingerprint
+        self.tokenizer_directory = Path(path) / "tokenizer"
+        self._shards = [IndexedDataset(prefix) for prefix in self.manifest.shards(split)]
+        self._offsets = np.cumsum([0, *(shard.tokens for shard in self._shards)])
+        self.tokens = int(self._offsets[-1])
+        self.order = SampleOrder(self.tokens, sequence_length, seed, split)
+        self.samples_per_epoch = self.order.samples_per_epoch
+
+    def windows(self, samples: Sequence[int]) -> torch.Tensor:
+        """Windows of the given sample numbers, int64 (n, L + 1)."""
+        starts = self.order.starts(np.asarray(samples, np.int64))
+        return self._read(starts)
+
+    def _read(self, starts: np.ndarray) -> torch.Tensor:
+        result = np.empty((len(starts), self.sequence_length + 1), np.int64)
+        for row, start in zip(result, starts):
+            self._fill(row, int(start))
+            if row.max() >= self.vocab_size or row.min() < 0:
+                raise DataError(
+                    f"split {self.split} of {self.manifest.directory} holds id {row.max()} near token {start}, but "
+                    f"vocab_size is {self.vocab_size}. The shards are damaged or of another tokenizer: prepare them again."
+                )
+        return torch.from_numpy(result)
+
+    def _fill(self, row: np.ndarray, start: int) -> None:
+        """Read len(row) tokens from `start` of the stream on; a window may lie in several shards."""
+        filled = 0
+        while filled < len(row):
+            shard = int(np.searchsorted(self._offsets, start + filled, side="right")) - 1
+            local = start + filled - int(self._offsets[shard])
+            count = min(len(row) - filled, self._shards[shard].tokens - local)
+            row[filled : filled + count] = self._shards[shard].read(local, count)
+            filled += count
+
+
+def fixed_windows(corpus: TokenCorpus, count: int) -> torch.Tensor:
+    """The first `count` windows of the stream (fewer if it is shorter), in order, int64 (n, L + 1)."""
+    count = min(count, corpus.samples_per_epoch)
+    return corpus._read(np.arange(count, dtype=np.int64) * corpus.sequence_length)
+
+
+class BatchLoader:
+    """Iterates over this rank's batches, from any position, exactly.
+
+    Args:
+        corpus: the training split.
+        global_batch: sequences per step over all ranks.
+        rank, world_size: this process among all.
+        consumed_samples: position to start from.
+        total_samples: position to stop at; None goes on for ever.
+        max_epochs: refuse to go over the corpus more often.
+    """
+
+    def __init__(
+        self,
+        corpus: TokenCorpus,
+        global_batch: int,
+        rank: int,
+        world_size: int,
+        consumed_samples: int = 0,
+        total_samples: int | None = None,
+        max_epochs: float = 4.0,
+    ) -> None:
+        epochs = (total_samples or 0) / corpus.samples_per_epoch
+        if epochs > max_epochs:
+            raise ConfigError(
+                f"the run takes {total_samples:,} samples, {epochs:.2f} epochs of the {corpus.samples_per_epoch:,} in "
+                f"{corpus.manifest.directory}, more than data.max_epochs {max_epochs}. Prepare more text, lower "
+                "--train.steps, or raise --data.max_epochs."
+            )
+        rank_samples(consumed_samples, global_batch, rank, world_size, corpus.seed)  # refuses what does not divide
+        self._corpus, self._batch = corpus, (global_batch, rank, world_size)
+        self._position, self._end = consumed_samples, total_samples
+        self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(PREFETCHED_BATCHES)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="batch-loader", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        global_batch, rank, world_size = self._batch
+        position = self._position
+        try:
+            while not self._closed.is_set() and (self._end is None or position < self._end):
+                samples = rank_samples(position, global_batch, rank, world_size, self._corpus.seed)
+                self._put(Batch(tuple(samples.tolist()), self._corpus.windows(samples)))  # type: ignore[arg-type]
+                position += global_batch
+            self._put(None)
+        except BaseException as error:  # handed to the consumer, which raises it
+            self._put(error)
+
+    def _put(self, item: Batch | BaseException | None) -> None:
+        while not self._closed.is_set():
+            try:
+                self._queue.put(item, timeout=0.2)
+                return
+            except queue.Full:
+                continue
+
+    def __iter__(self) -> Iterator[Batch]:
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._closed.set()
+        self._thread.join()

@@ -1,0 +1,1 @@
+"""Raw text in, tokenizer and token shards out."""

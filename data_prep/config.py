@@ -1,0 +1,42 @@
+"""The schema of a prep run's YAML."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class PrepConfig:
+    """What to prepare, and how."""
+
+    sources: list[str] = field(default_factory=lambda: ["stdlib"])
+    """Where text comes from: files or folders (.txt, .md, .py and so on, .jsonl[.gz|.zst], .parquet), `hf:NAME` for a Hugging Face dataset, `stdlib` for this Python's own library sources."""
+    out: str = "data/corpus"
+    """Directory to write."""
+    extensions: list[str] = field(default_factory=lambda: [".txt", ".md", ".rst", ".py", ".c", ".h", ".jsonl", ".parquet"])
+    """File endings that are taken from folders."""
+    text_field: str = "text"
+    """Field of a JSONL, Parquet or Hugging Face record that holds the text."""
+    hf_split: str = "train"
+    """Split of a Hugging Face dataset; it is streamed."""
+    max_documents: int = 0
+    """Stop after this many documents; 0 takes all."""
+    tokenizer: str = ""
+    """Existing SentencePiece model or prepared tokenizer folder to use; empty trains one on these documents."""
+    tokenizer_type: Literal["bpe", "unigram"] = "bpe"
+    """Kind of tokenizer to train; bpe converts to Hugging Face exactly."""
+    vocab_size: int = 4096
+    """Pieces of the tokenizer to train."""
+    tokenizer_sample_bytes: int = 10_000_000
+    """Bytes of text to train the tokenizer on."""
+    valid_fraction: float = 0.02
+    """Share of documents that go to the validation split, decided by a hash of each document's content."""
+    shard_bytes: int = 268_435_456
+    """Largest size of one .bin file, in bytes."""
+    seed: int = 7
+    """Seed of the order of documents."""
+    on_bad: Literal["error", "skip"] = "error"
+    """What to do with malformed JSON, invalid UTF-8 or a missing text field: stop, or count and go on."""
+    workers: int = 0
+    """Encoding processes; 0 takes one per core. The result does not depend on it."""
+    restart: bool = False
+    """Replace what an earlier run with other options left in `out`."""

@@ -1,3 +1,38 @@
 """The configuration: dataclasses, their checks, and reading them from YAML."""
 
-from megatron_rdt.config.schema import *  # noqa: F403
+from megatron_rdt.config.checks import check_config
+from megatron_rdt.config.load import dump_config, load_config
+from megatron_rdt.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    DepthConfig,
+    EvalConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    RunSection,
+    SampleConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "DepthConfig",
+    "EvalConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "RunSection",
+    "SampleConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "check_config",
+    "dump_config",
+    "load_config",
+]

@@ -233,7 +233,6 @@ class Trainer:
                 top_k=settings.top_k,
                 seed=self.config.run.seed,
                 eos=self.tokenizer.eos,
-                model_config=self.config.model,
             )
             text = self.tokenizer.decode(tokens[0, len(prompt) :].tolist())
             self._say(f"step {self.step}: sample at T={loops}: {(settings.prompt + text)!r}")

@@ -1,0 +1,37 @@
+# make install      .venv with pinned dependencies (idempotent)
+# make quickstart   the whole main job on two processes, from raw text to a report
+# make test         lint, types, tests
+# make test-cluster the same for what needs Slurm
+# make bench        benchmarks; they print, nothing is asserted
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install quickstart test test-cluster bench
+.DELETE_ON_ERROR:
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, $(PYTHON) is `$(PYTHON) -V`. Use: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+quickstart: install
+	$(BIN)/rdt quickstart
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not cluster"
+
+test-cluster: install
+	@command -v sbatch >/dev/null && command -v munged >/dev/null || \
+		{ echo "Slurm and munge are needed: apt-get install slurm-wlm munge"; exit 2; }
+	$(BIN)/python -m pytest -m cluster tests/cluster
+
+bench: install
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

@@ -1,0 +1,1 @@
+"""How a run is started; no training logic."""

@@ -1,0 +1,103 @@
+"""The pictures of a report, as PNG files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+
+SIZE_INCHES, DPI = (7.0, 4.2), 120
+# Okabe and Ito's palette, told apart with every kind of colour vision.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+Records = Sequence[dict[str, Any]]
+
+
+def _axes(title: str, x: str, y: str) -> Axes:
+    _, axes = plt.subplots(figsize=SIZE_INCHES, dpi=DPI, layout="constrained")
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    return axes
+
+
+def _save(axes: Axes, path: Path) -> Path:
+    axes.figure.savefig(path)  # type: ignore[union-attr]
+    plt.close(axes.figure)  # type: ignore[arg-type]
+    return path
+
+
+def _series(records: Records, key: str) -> tuple[list[int], list[float]]:
+    pairs = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+    return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def loss_curve(metrics: Records, evaluations: Records, path: Path) -> Path:
+    """Training loss per step and validation loss at each T."""
+    axes = _axes("Loss", "optimizer step", "cross entropy, nats per token")
+    axes.plot(*_series(metrics, "loss"), color="0.7", linewidth=1, label="training, T drawn each step")
+    loops = sorted({int(t) for record in evaluations for t in record["losses"]})
+    for colour, t in zip(COLOURS, loops):
+        points = [(r["step"], r["losses"][str(t)]) for r in evaluations if str(t) in r["losses"]]
+        axes.plot(*zip(*points), marker="o", color=colour, label=f"validation, T = {t}")
+    axes.legend()
+    return _save(axes, path)
+
+
+def loss_against_loops(losses: dict[int, float], path: Path) -> Path:
+    """Validation loss of the final model against T."""
+    axes = _axes("What the loops bought", "iterations T (log scale)", "validation loss, nats per token")
+    loops = sorted(losses)
+    axes.plot(loops, [losses[t] for t in loops], marker="o", color=COLOURS[0])
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(loops, [str(t) for t in loops])
+    for t in loops:
+        axes.annotate(f"{losses[t]:.3f}", (t, losses[t]), textcoords="offset points", xytext=(0, 8), ha="center")
+    axes.margins(y=0.2)
+    return _save(axes, path)
+
+
+def stability(metrics: Records, path: Path) -> Path:
+    """Spectral radius of the injection and norm of the last state over steps."""
+    axes = _axes("Stability of the recurrence", "optimizer step", "spectral radius of the linear part")
+    axes.plot(*_series(metrics, "spectral_radius"), color=COLOURS[0], label="spectral radius (left)")
+    axes.axhline(1.0, color="0.4", linestyle="--", linewidth=1, label="limit, 1 (left)")
+    axes.set_ylim(0, 1.1)
+    right = axes.twinx()
+    right.set_ylabel("state norm, RMS over channels")
+    right.plot(*_series(metrics, "state_norm"), color=COLOURS[1], linewidth=1, label="state norm (right)")
+    right.set_ylim(bottom=0)
+    handles = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
+    axes.legend(handles=handles, loc="lower right")
+    return _save(axes, path)
+
+
+def loop_histogram(metrics: Records, probabilities: np.ndarray, path: Path) -> Path:
+    """How often each T was drawn, beside the configured distribution."""
+    axes = _axes("Sampled loop counts", "iterations T", "share of steps")
+    drawn = [int(record["loops_max"]) for record in metrics]
+    counts = np.bincount(drawn, minlength=len(probabilities))[1:] / len(drawn)
+    loops = np.arange(1, len(counts) + 1)
+    axes.bar(loops, counts, color=COLOURS[5], label=f"drawn in {len(drawn)} steps, mean {np.mean(drawn):.2f}")
+    mean = probabilities @ np.arange(len(probabilities))
+    axes.plot(loops, probabilities[1:], "o-", color=COLOURS[1], markersize=4, label=f"configured, mean {mean:.2f}")
+    axes.legend()
+    return _save(axes, path)
+
+
+def throughput(metrics: Records, path: Path) -> Path:
+    """Tokens per second against the T of the step."""
+    axes = _axes("Cost of depth", "iterations T of the step", "tokens per second")
+    axes.scatter(
+        [record["loops_max"] for record in metrics],
+        [record["tokens_per_second"] for record in metrics],
+        color=COLOURS[2],
+        alpha=0.4,
+    )
+    axes.set_ylim(bottom=0)
+    return _save(axes, path)

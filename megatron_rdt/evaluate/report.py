@@ -1,0 +1,130 @@
+"""One self-contained HTML page about a run, with the PNGs beside it."""
+
+import base64
+import html
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from megatron_rdt.config import RunConfig, load_config
+from megatron_rdt.depth import loop_probabilities
+from megatron_rdt.errors import DataError
+from megatron_rdt.evaluate import plots
+from megatron_rdt.files import write_text
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+img { max-width: 100%; } pre { background: #f4f4f4; padding: .8rem; overflow-x: auto; white-space: pre-wrap; }
+table { border-collapse: collapse; } td, th { padding: .2rem .8rem; border-bottom: 1px solid #ddd; text-align: left; }
+figure { margin: 1.5rem 0; } figcaption { color: #555; }
+"""
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines file; none where there is no file. A last line cut short by a kill is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def final_losses(run_directory: Path, evaluations: list[dict[str, Any]]) -> dict[int, float]:
+    """Validation loss by T: of eval.json where `rdt eval` wrote one, else of the last evaluation inside the run."""
+    path = run_directory / "eval.json"
+    if path.is_file():
+        losses = json.loads(path.read_text(encoding="utf-8"))["losses"]
+    else:
+        losses = evaluations[-1]["losses"] if evaluations else {}
+    return {int(t): loss for t, loss in losses.items()}
+
+
+def write_report(run_directory: str | Path) -> Path:
+    """Draw a run's records; returns the path of report/index.html in its directory.
+
+    Raises:
+        DataError: the directory holds no metrics.
+    """
+    directory = Path(run_directory)
+    metrics = read_records(directory / "metrics.jsonl")
+    if not metrics:
+        raise DataError(f"{directory} has no metrics.jsonl with steps in it. Name the directory of a run that trained.")
+    config = load_config(directory / "config.yaml")
+    evaluations = read_records(directory / "eval.jsonl")
+    losses = final_losses(directory, evaluations)
+    out = directory / "report"
+    out.mkdir(exist_ok=True)
+    figures = [(plots.loss_curve(metrics, evaluations, out / "loss.png"), "Training and validation loss.")]
+    if losses:
+        path = plots.loss_against_loops(losses, out / "loss_against_loops.png")
+        figures.append((path, "Validation loss of the final model at each loop count, same weights."))
+    figures += [
+        (plots.stability(metrics, out / "stability.png"), "Radius of the linear part of the recurrence; state norm."),
+        (
+            plots.loop_histogram(metrics, loop_probabilities(config.depth), out / "loop_histogram.png"),
+            "Loop counts that were drawn, beside their distribution.",
+        ),
+        (plots.throughput(metrics, out / "throughput.png"), "Throughput of each step against its loop count."),
+    ]
+    samples = read_records(directory / "samples.jsonl")
+    write_text(out / "index.html", _page(config, metrics, losses, figures, samples))
+    return out / "index.html"
+
+
+def summary(metrics: list[dict[str, Any]], losses: dict[int, float]) -> list[str]:
+    """Sentences about the run, each computed from its records."""
+    last = metrics[-1]
+    radius = max((r["spectral_radius"] for r in metrics if r["spectral_radius"] is not None), default=math.nan)
+    sentences = [
+        f"{last['step']:,} steps, {last['tokens']:,} tokens; the last training loss is {last['loss']:.3f}.",
+        f"The spectral radius of the injection stayed at or below {radius:.3f}.",
+    ]
+    if len(losses) > 1:
+        shallow = min(losses)
+        best = min(losses, key=lambda t: losses[t])
+        gain = losses[shallow] - losses[best]
+        sentences.append(
+            f"The lowest validation loss is {losses[best]:.3f}, at T = {best}"
+            + (f", {gain:.3f} nats below T = {shallow}." if best != shallow else ": more loops did not help here.")
+        )
+    return sentences
+
+
+def _page(
+    config: RunConfig,
+    metrics: list[dict[str, Any]],
+    losses: dict[int, float],
+    figures: list[tuple[Path, str]],
+    samples: list[dict[str, Any]],
+) -> str:
+    parts = [f"<h1>Run {html.escape(config.run.name)}</h1>", f"<p>{html.escape(' '.join(summary(metrics, losses)))}</p>"]
+    if losses:
+        cells = "".join(f"<tr><td>{t}</td><td>{loss:.4f}</td><td>{math.exp(loss):.2f}</td></tr>" for t, loss in losses.items())
+        parts.append(f"<table><tr><th>T</th><th>loss</th><th>perplexity</th></tr>{cells}</table>")
+    for path, caption in figures:
+        encoded = base64.b64encode(path.read_bytes()).decode()
+        parts.append(
+            f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{encoded}">'
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        )
+    if samples:
+        parts.append("<h2>Samples</h2>")
+        for sample in samples:
+            text = html.escape(sample["prompt"] + sample["text"])
+            parts.append(f"<p>step {sample['step']}, T = {sample['loops']}</p><pre>{text}</pre>")
+    rows = "".join(
+        f"<tr><td>{section}.{name}</td><td>{html.escape(str(value))}</td></tr>"
+        for section in ("model", "depth", "train", "optimizer", "schedule", "parallel")
+        for name, value in vars(getattr(config, section)).items()
+    )
+    parts.append(f"<h2>Configuration</h2><table>{rows}</table>")
+    title = html.escape(config.run.name)
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+        f"<body>{''.join(parts)}</body></html>\n"
+    )

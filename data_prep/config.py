@@ -12,7 +12,9 @@ class PrepConfig:
     """Where text comes from: files or folders (.txt, .md, .py and so on, .jsonl[.gz|.zst], .parquet), `hf:NAME` for a Hugging Face dataset, `stdlib` for this Python's own library sources."""
     out: str = "data/corpus"
     """Directory to write."""
-    extensions: list[str] = field(default_factory=lambda: [".txt", ".md", ".rst", ".py", ".c", ".h", ".jsonl", ".parquet"])
+    extensions: list[str] = field(
+        default_factory=lambda: [".txt", ".md", ".rst", ".py", ".c", ".h", ".jsonl", ".parquet"]
+    )
     """File endings that are taken from folders."""
     text_field: str = "text"
     """Field of a JSONL, Parquet or Hugging Face record that holds the text."""

@@ -112,7 +112,8 @@ def write_split(
 ) -> list[dict]:
     """Write documents `order` of the spill as shards below `directory`; the manifest's records of them."""
     directory.mkdir(parents=True, exist_ok=True)
-    records, position = [], 0
+    records: list[dict] = []
+    position = 0
     descriptor = os.open(spill.path, os.O_RDONLY)
     try:
         while position < len(order):

@@ -77,7 +77,9 @@ def _already_there(out: Path, config: PrepConfig) -> bool:
             for key, value in before["options"].items()
             if key not in NOT_IN_RESULT and now.get(key) != value
         ]
-        raise ConfigError(f"{out} was prepared with {'; '.join(changed)}. Use a new --out, or --restart true to replace it.")
+        raise ConfigError(
+            f"{out} was prepared with {'; '.join(changed)}. Use a new --out, or --restart true to replace it."
+        )
     manifest.verify()
     return True
 

@@ -70,7 +70,9 @@ def input_files(config: PrepConfig) -> list[tuple[str, Path]]:
             if path.is_file() and path.name.endswith(extensions + compressed):
                 found.append((f"{source if source == STDLIB else root.name}/{inside.as_posix()}", path))
     if not found and not any(source.startswith(HUGGING_FACE) for source in config.sources):
-        raise DataError(f"no file with an ending of {config.extensions} in {config.sources}. Set --sources or --extensions.")
+        raise DataError(
+            f"no file with an ending of {config.extensions} in {config.sources}. Set --sources or --extensions."
+        )
     return found
 
 
@@ -181,7 +183,9 @@ def _text(record: Any, place: str, config: PrepConfig, progress: Progress) -> st
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        message = f"{place}: lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, not valid Unicode"
+        message = (
+            f"{place}: lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, not valid Unicode"
+        )
         progress.reject("bad_utf8", message, config.on_bad)
         return None
     return text
@@ -201,4 +205,6 @@ def _records(kind: str, config: PrepConfig, progress: Progress, name: str, **opt
         raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{name}: could not be read as a dataset: {reason}. Check the name, the split and the network.") from error
+        raise DataError(
+            f"{name}: could not be read as a dataset: {reason}. Check the name, the split and the network."
+        ) from error

@@ -71,7 +71,9 @@ def _training_message(text: str, vocab_size: int) -> str:
     if found := re.search(r"value <= (\d+)", text):
         return f"vocab_size {vocab_size} is too large for this text. Set --vocab_size {found[1]} or less, or add text."
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", text):
-        return f"vocab_size {vocab_size} is too small for the characters of this text. Set --vocab_size above {found[1]}."
+        return (
+            f"vocab_size {vocab_size} is too small for the characters of this text. Set --vocab_size above {found[1]}."
+        )
     if "sentences_.empty" in text:
         return "there is no text to train a tokenizer on. Add documents to --sources."
     return f"the tokenizer could not be trained: {text.splitlines()[0]}. Change --vocab_size or --sources."
@@ -125,7 +127,7 @@ def tokenizer_json(model: bytes) -> dict | None:
     """The `tokenizers` document of a BPE model with lossless settings; None for models that do not convert exactly."""
     from sentencepiece import sentencepiece_model_pb2 as proto
 
-    parsed = proto.ModelProto.FromString(model)
+    parsed = proto.ModelProto.FromString(model)  # type: ignore[attr-defined]
     normalizer = parsed.normalizer_spec
     lossless = not (
         normalizer.precompiled_charsmap or normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces

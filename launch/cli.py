@@ -178,7 +178,9 @@ def submit(words: list[str]) -> int:
 
     parser = jsonargparse.ArgumentParser(prog="rdt submit", description=submit.__doc__, exit_on_error=False)
     parser.add_class_arguments(SubmitConfig, None)
-    normalised = [w.replace("-", "_").replace("__", "--", 1) if w.startswith("--") and "=" not in w else w for w in words]
+    normalised = [
+        w.replace("-", "_").replace("__", "--", 1) if w.startswith("--") and "=" not in w else w for w in words
+    ]
     if normalised.count("--dry_run") and normalised[-1] == "--dry_run":
         normalised.append("true")
     try:

@@ -30,7 +30,9 @@ def free_port(wanted: int = 0) -> int:
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
-            raise LaunchError(f"port {wanted} is in use. Choose another --master_port, or 0 for any free one.") from None
+            raise LaunchError(
+                f"port {wanted} is in use. Choose another --master_port, or 0 for any free one."
+            ) from None
         return probe.getsockname()[1]
 
 

@@ -75,7 +75,9 @@ def submit(job: SubmitConfig) -> int:
         print(text)
         return 0
     if shutil.which("sbatch") is None:
-        raise LaunchError("sbatch is not on this machine. Run on a Slurm login node, or look at the script with --dry_run.")
+        raise LaunchError(
+            "sbatch is not on this machine. Run on a Slurm login node, or look at the script with --dry_run."
+        )
     directory = Path(job.directory)
     directory.mkdir(parents=True, exist_ok=True)
     script = directory / f"{Path(job.config).stem}.sbatch"

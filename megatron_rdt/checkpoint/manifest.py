@@ -76,4 +76,6 @@ def verify(directory: Path, hashes: bool = True) -> None:
                 "Use an older checkpoint."
             )
         if hashes and sha256_of(path) != record["sha256"]:
-            raise CheckpointError(f"{directory} is damaged: {name} has other content than was written. Use an older one.")
+            raise CheckpointError(
+                f"{directory} is damaged: {name} has other content than was written. Use an older one."
+            )

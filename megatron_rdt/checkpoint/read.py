@@ -47,13 +47,17 @@ def resolve_checkpoint(path: str | Path) -> Path:
     """A checkpoint directory from a checkpoint, or from a run directory (its newest)."""
     directory = Path(path)
     if not directory.is_dir():
-        raise CheckpointError(f"{directory} does not exist. Name a run directory or a checkpoint below its checkpoints/.")
+        raise CheckpointError(
+            f"{directory} does not exist. Name a run directory or a checkpoint below its checkpoints/."
+        )
     if (directory / MANIFEST).is_file():
         read_manifest(directory)
         return directory
     newest = newest_checkpoint(directory)
     if newest is None:
-        raise CheckpointError(f"{directory} holds no complete checkpoint. Name a run directory or a step-NNNNNNNN in it.")
+        raise CheckpointError(
+            f"{directory} holds no complete checkpoint. Name a run directory or a step-NNNNNNNN in it."
+        )
     return newest
 
 
@@ -78,12 +82,14 @@ def read_model_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def _read_native(directory: Path) -> dict[str, torch.Tensor]:
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     reader = dcp.FileSystemReader(directory)
     state: dict[str, Any] = {}
     for key, metadata in reader.read_metadata().state_dict_metadata.items():
         name = key.removeprefix("model.")
-        state[name] = torch.empty(metadata.size, dtype=metadata.properties.dtype)
+        if isinstance(metadata, TensorStorageMetadata):
+            state[name] = torch.empty(metadata.size, dtype=metadata.properties.dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load({"model": state}, storage_reader=reader, no_dist=True)

@@ -15,7 +15,9 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
     if world_size is not None:
         problems += _world(config, world_size)
     if problems:
-        raise ConfigError("\n  ".join(["the configuration cannot work:", *problems]) if len(problems) > 1 else problems[0])
+        raise ConfigError(
+            "\n  ".join(["the configuration cannot work:", *problems]) if len(problems) > 1 else problems[0]
+        )
 
 
 def _model(config: RunConfig) -> list[str]:

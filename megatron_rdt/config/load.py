@@ -25,7 +25,9 @@ def make_parser(schema: type, program: str, description: str) -> jsonargparse.Ar
     return parser
 
 
-def parse(parser: jsonargparse.ArgumentParser, schema: type[T], words: Sequence[str]) -> tuple[T, jsonargparse.Namespace]:
+def parse(
+    parser: jsonargparse.ArgumentParser, schema: type[T], words: Sequence[str]
+) -> tuple[T, jsonargparse.Namespace]:
     """Parse command-line words; the instance of `schema` and the raw values of every other option.
 
     Raises:
@@ -56,7 +58,12 @@ def option_names(schema: type, prefix: str = "") -> list[str]:
 
 
 def _check_key(key: str, names: Sequence[str], where: str = "option --") -> None:
-    if key in names or key.split("+")[0] in names or key == "help" or key.startswith(("print_config", "print-config")):
+    if (
+        key in names
+        or key.split("+", maxsplit=1)[0] in names
+        or key == "help"
+        or key.startswith(("print_config", "print-config"))
+    ):
         return
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     hint = f"Did you mean {near[0]}?" if near else "--help lists every option."
@@ -76,7 +83,9 @@ def _check_files(words: Sequence[str], names: Sequence[str]) -> None:
         except OSError as error:
             raise ConfigError(f"config file {value} cannot be read: {error.strerror}. Check the path.") from None
         except yaml.YAMLError as error:
-            raise ConfigError(f"config file {value} is not valid YAML: {' '.join(str(error).split())}. Mend it.") from None
+            raise ConfigError(
+                f"config file {value} is not valid YAML: {' '.join(str(error).split())}. Mend it."
+            ) from None
         if content is not None and not isinstance(content, dict):
             raise ConfigError(f"config file {value} must hold `key: value` lines, it holds a {type(content).__name__}.")
         for key in _dotted(content or {}):
@@ -111,7 +120,10 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | Sequence[str] |
     """
     words = ["--config", str(path)]
     if isinstance(overrides, Mapping):
-        words += [f"--{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}" for key, value in overrides.items()]
+        words += [
+            f"--{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}"
+            for key, value in overrides.items()
+        ]
     elif overrides:
         words += [f"--{word}" if "=" in word and not word.startswith("--") else word for word in overrides]
     config, _ = parse(make_parser(RunConfig, "rdt train", ""), RunConfig, words)

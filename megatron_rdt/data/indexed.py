@@ -75,7 +75,9 @@ class IndexedDataset:
             raise DataError(f"{self.idx_path} is not an index of Megatron's format. {REBUILD}")
         _, version, code, sequences, documents = HEADER.unpack_from(content)
         if version != VERSION or code not in DTYPES:
-            raise DataError(f"{self.idx_path} has version {version} and dtype code {code}, not readable here. {REBUILD}")
+            raise DataError(
+                f"{self.idx_path} has version {version} and dtype code {code}, not readable here. {REBUILD}"
+            )
         self.dtype = DTYPES[code]
         expected = HEADER.size + 12 * sequences + 8 * documents
         if len(content) not in (expected, expected + sequences):  # one more byte per sequence: multimodal modes
@@ -140,7 +142,9 @@ class IndexedWriter:
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.vocab_size:
             bad = high if high >= self.vocab_size else low
-            raise DataError(f"{source} has id {bad} but vocab_size is {self.vocab_size}. Use the tokenizer of these shards.")
+            raise DataError(
+                f"{source} has id {bad} but vocab_size is {self.vocab_size}. Use the tokenizer of these shards."
+            )
         self._file.write(tokens.astype(self.dtype).tobytes())
         self._lengths.append(len(tokens))
         self._max_id = max(self._max_id, high)

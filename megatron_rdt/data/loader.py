@@ -41,9 +41,7 @@ class TokenCorpus:
         verify: "size" or "full".
     """
 
-    def __init__(
-        self, path: str | Path, split: str, sequence_length: int, seed: int, verify: str = "size"
-    ) -> None:
+    def __init__(self, path: str | Path, split: str, sequence_length: int, seed: int, verify: str = "size") -> None:
         self.manifest = load_manifest(path)
         self.manifest.verify(verify)
         self.split, self.sequence_length, self.seed = split, sequence_length, seed

@@ -60,7 +60,7 @@ def fingerprint(processor: sentencepiece.SentencePieceProcessor) -> str:
     """Hash of what decides a model's output; the number of training threads and file names are left out."""
     from sentencepiece import sentencepiece_model_pb2 as proto
 
-    model = proto.ModelProto.FromString(processor.serialized_model_proto())
+    model = proto.ModelProto.FromString(processor.serialized_model_proto())  # type: ignore[attr-defined]
     digest = hashlib.sha256(model.normalizer_spec.SerializeToString(deterministic=True))
     for piece in model.pieces:
         digest.update(f"{piece.piece}\x1f{piece.score!r}\x1f{piece.type}\x1e".encode())

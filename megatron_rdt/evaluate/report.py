@@ -102,9 +102,14 @@ def _page(
     figures: list[tuple[Path, str]],
     samples: list[dict[str, Any]],
 ) -> str:
-    parts = [f"<h1>Run {html.escape(config.run.name)}</h1>", f"<p>{html.escape(' '.join(summary(metrics, losses)))}</p>"]
+    parts = [
+        f"<h1>Run {html.escape(config.run.name)}</h1>",
+        f"<p>{html.escape(' '.join(summary(metrics, losses)))}</p>",
+    ]
     if losses:
-        cells = "".join(f"<tr><td>{t}</td><td>{loss:.4f}</td><td>{math.exp(loss):.2f}</td></tr>" for t, loss in losses.items())
+        cells = "".join(
+            f"<tr><td>{t}</td><td>{loss:.4f}</td><td>{math.exp(loss):.2f}</td></tr>" for t, loss in losses.items()
+        )
         parts.append(f"<table><tr><th>T</th><th>loss</th><th>perplexity</th></tr>{cells}</table>")
     for path, caption in figures:
         encoded = base64.b64encode(path.read_bytes()).decode()

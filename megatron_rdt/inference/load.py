@@ -25,7 +25,9 @@ def load(checkpoint: str | Path, device: str = "auto") -> tuple[RecurrentDepthTr
     weights = read_model_weights(directory)
     missing = {name for name, _ in model.named_parameters()} ^ set(weights)
     if missing:
-        raise CheckpointError(f"{directory} does not fit its own config: {sorted(missing)[:3]}. Use another checkpoint.")
+        raise CheckpointError(
+            f"{directory} does not fit its own config: {sorted(missing)[:3]}. Use another checkpoint."
+        )
     model.load_state_dict(weights, assign=True)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,6 +12,7 @@ Decay and state are float32 (or wider) whatever the compute dtype.
 """
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -48,7 +49,7 @@ class DiagonalInjection(nn.Module):
     Parameters, each of shape (dim,): `rate` gives |a|, `step` gives dt (both through `bounded`), `gain` is b.
     """
 
-    INITIAL_VALUES = {
+    INITIAL_VALUES: ClassVar[dict[str, float]] = {
         "rate": unbounded(INITIAL_RATE, RATE_BOUNDS),
         "step": unbounded(INITIAL_STEP, STEP_BOUNDS),
         "gain": INITIAL_GAIN,

@@ -1,6 +1,5 @@
 """Unsharded engines: one process, and replicas with averaged gradients (DDP)."""
 
-import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from megatron_rdt.model import RecurrentDepthTransformer, initialize

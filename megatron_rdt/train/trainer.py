@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import RunConfig, dump_config
-from megatron_rdt.data import Batch, BatchLoader, Tokenizer, TokenCorpus, fixed_windows
+from megatron_rdt.data import Batch, BatchLoader, TokenCorpus, Tokenizer, fixed_windows
 from megatron_rdt.depth import DepthSampler
 from megatron_rdt.environment import process_place
 from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED, CheckpointError, ConfigError
@@ -132,7 +132,9 @@ class Trainer:
                     return EXIT_PREEMPTED
         finally:
             loader.close()
-        self._say(f"done: {self.step} steps, {self.consumed * config.train.sequence_length:,} tokens, {self.run_directory}")
+        self._say(
+            f"done: {self.step} steps, {self.consumed * config.train.sequence_length:,} tokens, {self.run_directory}"
+        )
         return EXIT_OK
 
     def _train_step(self, batch: Batch, began: float) -> dict[str, Any]:

@@ -1,0 +1,68 @@
+"""Fixtures that several test files share."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_prep.config import PrepConfig
+from data_prep.pipeline import prepare
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with this project's own sources, one document per file."""
+    folder = tmp_path_factory.mktemp("text")
+    for package in ("megatron_rdt", "launch", "data_prep"):
+        for path in sorted((REPOSITORY / package).rglob("*.py")):
+            (folder / f"{package}-{path.parent.name}-{path.name}").write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared corpus with a vocabulary of 512."""
+    out = tmp_path_factory.mktemp("prepared") / "tiny"
+    return prepare(PrepConfig(sources=[str(tiny_text)], out=str(out), vocab_size=512, valid_fraction=0.2, workers=1))
+
+
+@pytest.fixture(scope="session")
+def tiny_options(tiny_corpus: Path) -> list[str]:
+    """Options of a training run that takes a second or two."""
+    options = {
+        "model.vocab_size": 512,
+        "model.dim": 32,
+        "model.core_layers": 1,
+        "model.heads": 4,
+        "model.kv_heads": 2,
+        "depth.mean": 3,
+        "depth.max": 6,
+        "train.steps": 8,
+        "train.global_batch": 4,
+        "train.micro_batch": 1,
+        "train.sequence_length": 32,
+        "train.device": "cpu",
+        "schedule.warmup_steps": 2,
+        "checkpoint.every": 2,
+        "data.path": str(tiny_corpus),
+        "data.max_epochs": 100,
+        "eval.every": 4,
+        "eval.loops": "[1,3]",
+        "eval.sequences": 4,
+        "logging.tensorboard": "false",
+    }
+    return [f"--{key}={value}" for key, value in options.items()]

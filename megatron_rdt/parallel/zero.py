@@ -1,0 +1,154 @@
+"""DeepSpeed ZeRO stages 1, 2 and 3 behind the engine interface.
+
+DeepSpeed runs in its float32 mode: our layers round to the compute dtype themselves, so masters and reductions are
+float32 at every stage. At stage 3 the module that owns the loop and the layers are leaf modules, so the core is
+gathered once per forward and once per backward, whatever T is.
+
+This is the one file that imports deepspeed for training.
+"""
+
+import logging
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_rdt.errors import CheckpointError, ConfigError
+from megatron_rdt.model import RecurrentDepthTransformer, initialize
+from megatron_rdt.model.core import RecurrentCore
+from megatron_rdt.model.layer import Layer
+from megatron_rdt.parallel.engine import Engine, adamw
+
+NATIVE, UNIVERSAL, TAG = "zero", "universal", "state"
+# What DeepSpeed's universal-checkpoint tools look for in a checkpoint.
+CLIENT_STATE = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
+
+
+def import_deepspeed() -> Any:
+    """The deepspeed module, quiet, and without the CPU operator that it would compile at the first collective."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import deepspeed
+            import deepspeed.ops
+    except ImportError as error:
+        raise ConfigError(f"parallel.engine zero needs deepspeed ({error}). Install it: pip install deepspeed.") from None
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*", category=UserWarning)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class ZeroEngine(Engine):
+    """Optimizer state (stage 1), gradients too (2), parameters too (3) sharded over ranks."""
+
+    module: Any
+
+    @property
+    def stage(self) -> int:
+        """1, 2 or 3."""
+        return int(self.config.parallel.engine[-1])
+
+    def deepspeed_config(self) -> dict[str, Any]:
+        """DeepSpeed's config, generated from ours."""
+        train = self.config.train
+        accumulation = train.global_batch // (train.micro_batch * self.world_size)
+        zero: dict[str, Any] = {"stage": self.stage}
+        if self.stage == 3:
+            zero |= {
+                "stage3_max_reuse_distance": 0,
+                "stage3_max_live_parameters": 0,
+                "stage3_param_persistence_threshold": 0,
+            }
+        return {
+            "train_batch_size": train.global_batch,
+            "train_micro_batch_size_per_gpu": train.micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": self.config.optimizer.grad_clip,
+            "zero_optimization": zero,
+            "steps_per_print": None,
+        }
+
+    def setup(self, model: RecurrentDepthTransformer) -> None:
+        """Fill the model (whole, on every rank, once), then let DeepSpeed shard it."""
+        deepspeed = import_deepspeed()
+        initialize(model, self.config.run.seed)
+        self.configure(model)
+        if self.stage == 3:
+            deepspeed.utils.set_z3_leaf_modules(model, [RecurrentCore, Layer])
+        model.to(self.device)
+        self.module, *_ = deepspeed.initialize(
+            model=model, optimizer=adamw(model, self.config.optimizer), config=self.deepspeed_config()
+        )
+        self.model = model
+
+    @property
+    def _sharded(self) -> Any:
+        """DeepSpeed's ZeRO optimizer."""
+        return self.module.optimizer
+
+    def prepare_backward(self, last: bool) -> None:
+        """The gradients are complete after the last micro-batch."""
+        self.module.set_gradient_accumulation_boundary(last)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """The loss is already this rank's mean over the whole step, so DeepSpeed must not divide it again."""
+        self.module.backward(loss, scale_wrt_gas=False)
+
+    def clip(self, max_norm: float) -> float:
+        """The norm from the sharded gradients; DeepSpeed scales them in the step."""
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        self._sharded.clip_grad = max_norm
+        if self.stage == 3:
+            norm = float(combine_grad_norm_groups(self._sharded._get_norm_groups()))
+        else:
+            norm = float(self._sharded.scaled_global_norm())
+        return norm if norm >= 0 else math.nan  # DeepSpeed says -1 for a norm that is not finite
+
+    def step(self, lr: float) -> None:
+        """One optimizer step through DeepSpeed."""
+        for group in self._sharded.param_groups:
+            group["lr"] = lr
+        self.module.step()
+
+    def discard(self) -> None:
+        """Clear the sharded gradients as DeepSpeed does after an overflow."""
+        self._sharded.zero_grad(set_to_none=True)
+        gradients = self._sharded.averaged_gradients
+        for key in list(gradients):
+            gradients[key] = None
+            if self.stage < 3:
+                self._sharded.all_grad_tensors[key] = None
+
+    def full_gradients(self) -> dict[str, torch.Tensor]:
+        """Gradients by parameter name, gathered from the shards."""
+        from deepspeed.utils import safe_get_full_grad
+
+        return {name: safe_get_full_grad(p).detach().cpu().clone() for name, p in self.model.named_parameters()}
+
+    def save(self, directory: Path) -> None:
+        """DeepSpeed's own checkpoint below `directory`/zero; its zero_to_fp32 tool reads it."""
+        self.module.save_checkpoint(str(directory / NATIVE), tag=TAG, client_state=CLIENT_STATE)
+
+    def load(self, directory: Path) -> None:
+        """DeepSpeed's own checkpoint of the same world size and stage, or a converted (universal) one of any."""
+        universal = (directory / UNIVERSAL).is_dir()
+        if not universal and not (directory / NATIVE).is_dir():
+            raise CheckpointError(
+                f"{directory} was not saved by a ZeRO engine. Convert it first: rdt convert {directory} OUT --to zero"
+            )
+        self.module._config.load_universal_checkpoint = universal
+        source = directory / (UNIVERSAL if universal else NATIVE)
+        try:
+            path, _ = self.module.load_checkpoint(str(source), tag=TAG, load_lr_scheduler_states=False)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CheckpointError(
+                f"{source} does not load at ZeRO stage {self.stage} on {self.world_size} ranks: {reason}. "
+                "Use the stage and number of processes that saved it, or convert it with `rdt convert --to zero`."
+            ) from error
+        if path is None:
+            raise CheckpointError(f"{source} holds no state that DeepSpeed finds. Use another checkpoint.")

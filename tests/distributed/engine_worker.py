@@ -1,0 +1,108 @@
+"""Started by the launchers under test: runs every case on one engine, compares with one process, writes a verdict."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_rdt.config import DepthConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_rdt.depth import DepthPlan
+from megatron_rdt.model import RecurrentDepthTransformer
+from megatron_rdt.parallel import Engine, MicroBatch, make_engine
+
+MODEL = ModelConfig(vocab_size=61, dim=32, prelude_layers=1, core_layers=2, coda_layers=1, heads=4, kv_heads=2)
+SEQUENCES = 12
+# (T, k, checkpointing, sequences per micro-batch)
+CASES = [(1, None, "none", 6), (2, None, "per_iteration", 2), (5, None, "none", 2), (5, 2, "none", 6), (5, 2, "per_iteration", 2)]
+
+
+def engine_for(name: str, size: int, precision: str = "float32") -> Engine:
+    config = RunConfig(
+        model=MODEL,
+        depth=DepthConfig(),
+        train=TrainConfig(global_batch=SEQUENCES, micro_batch=size, precision=precision),
+        parallel=ParallelConfig(engine=name),
+    )
+    engine = make_engine(config, torch.device("cpu"))
+    if name == "single":  # the reference sees everything, also inside a process group
+        engine.rank, engine.world_size = 0, 1
+    with torch.device("meta"):
+        model = RecurrentDepthTransformer(config.model)
+    engine.setup(model)
+    return engine
+
+
+def micro_batches(tokens: torch.Tensor, engine: Engine, size: int, loops: int, k: int | None) -> list[MicroBatch]:
+    share = len(tokens) // engine.world_size
+    mine = tokens[engine.rank * share : (engine.rank + 1) * share]
+    return [MicroBatch(part, DepthPlan((loops,) * len(part), k)) for part in mine.split(size)]
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-12))
+
+
+def compare(engine: Engine, single: Engine, size: int, tokens: torch.Tensor) -> dict[str, float]:
+    """Largest relative difference of loss, norm and every gradient, over the cases of this micro-batch size."""
+    worst: dict[str, float] = {}
+    for loops, k, checkpointing, case_size in CASES:
+        if case_size != size:
+            continue
+        engine.model.core.checkpoint_iterations = checkpointing == "per_iteration"
+        loss = engine.forward_backward(micro_batches(tokens, engine, size, loops, k))
+        expected = single.forward_backward(micro_batches(tokens, single, len(tokens), loops, k))
+        gradients, reference = engine.full_gradients(), single.full_gradients()
+        assert set(gradients) == set(reference), set(gradients) ^ set(reference)
+        for name, gradient in gradients.items():
+            worst[name] = max(worst.get(name, 0.0), difference(gradient, reference[name]))
+            assert float(gradient.abs().max()) > 0, name
+        norm, expected_norm = engine.clip(0.5), single.clip(0.5)
+        worst["norm"] = max(worst.get("norm", 0.0), abs(norm - expected_norm) / expected_norm)
+        worst["loss"] = max(worst.get("loss", 0.0), abs(loss - expected) / expected)
+        engine.step(1e-3)
+        single.step(1e-3)
+    return worst
+
+
+def check_discard(engine: Engine, tokens: torch.Tensor) -> float:
+    """A step that is thrown away changes nothing: the next loss is what it would have been."""
+    batch = micro_batches(tokens, engine, engine.config.train.micro_batch, 2, None)
+    before = engine.forward_backward(batch)
+    engine.clip(1.0)
+    engine.discard()
+    after = engine.forward_backward(batch)
+    engine.clip(1.0)
+    engine.discard()
+    return abs(after - before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--engine")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--local_rank", default=0)
+    options = parser.parse_args()
+    if options.engine != "single":
+        dist.init_process_group("gloo")
+    tokens = torch.randint(0, 61, (SEQUENCES, 17), generator=torch.Generator().manual_seed(1))
+    verdict: dict[str, object] = {}
+    for size in (6, 2):
+        engine, single = engine_for(options.engine, size), engine_for("single", size)
+        verdict[f"differences_{size}"] = compare(engine, single, size, tokens)
+        verdict[f"discard_{size}"] = check_discard(engine, tokens)
+    bf16 = engine_for(options.engine, 2, "bfloat16"), engine_for("single", 2, "bfloat16")
+    losses = [e.forward_backward(micro_batches(tokens, e, 2 if e is bf16[0] else 12, 4, 2)) for e in bf16]
+    verdict["bf16"] = abs(losses[0] - losses[1])
+    verdict["world_size"] = engine.world_size
+    verdict["model"] = dataclasses.asdict(MODEL)
+    if engine.rank == 0:
+        options.out.write_text(json.dumps(verdict))
+    engine.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Every engine, started by real launchers on two processes, equals one process: loss, norm and every gradient."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.local import free_port
+
+WORKER = Path(__file__).parent / "engine_worker.py"
+BIN = Path(sys.executable).parent
+
+
+def start(launcher: str, arguments: list[str], repository: Path, timeout: float) -> subprocess.CompletedProcess[str]:
+    port = str(free_port())
+    if launcher == "torchrun":
+        command = [BIN / "torchrun", "--nproc-per-node", "2", "--master-port", port]
+    else:
+        command = [BIN / "deepspeed", "--num_gpus", "2", "--master_addr", "127.0.0.1", "--master_port", port]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    return subprocess.run(
+        [*map(str, command), *arguments], env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(
+    ("launcher", "engine"),
+    [("torchrun", "ddp"), ("torchrun", "fsdp"), ("torchrun", "zero1"), ("deepspeed", "zero2"), ("deepspeed", "zero3")],
+)
+def test_engine_equals_one_process(launcher: str, engine: str, tmp_path: Path, repository: Path) -> None:
+    assert shutil.which(str(BIN / launcher))
+    out = tmp_path / "verdict.json"
+    result = start(launcher, [str(WORKER), "--engine", engine, "--out", str(out)], repository, 170)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    verdict = json.loads(out.read_text())
+    assert verdict["world_size"] == 2
+    for size in (6, 2):
+        differences = verdict[f"differences_{size}"]
+        assert len(differences) > 30  # every parameter, the norm and the loss
+        wrong = {name: value for name, value in differences.items() if not value < 3e-4}
+        assert not wrong
+        assert differences["loss"] < 1e-5
+        assert verdict[f"discard_{size}"] < 1e-6
+    assert verdict["bf16"] < 1e-3
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_the_training_script_runs_under_the_launcher(
+    launcher: str, tmp_path: Path, repository: Path, tiny_options: list[str]
+) -> None:
+    options = [*tiny_options, f"--run.root={tmp_path}", "--run.name=r", "--parallel.engine=fsdp"]
+    result = start(launcher, [str(repository / "launch" / "pretrain.py"), *options], repository, 190)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    assert "done: 8 steps" in result.stdout
+    assert len((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()) == 8

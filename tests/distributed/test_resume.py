@@ -1,0 +1,69 @@
+"""A run that is killed at any moment and resumed gives the same losses, digit for digit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+def start(options: list[str], repository: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "launch.cli", "train", *options]
+    return subprocess.Popen(
+        command, cwd=repository, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(record["step"], record["loss"]) for record in records]
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    metrics = run / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= step):
+        time.sleep(0.02)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize("engine", ["single", "fsdp", "zero1", "zero3"])
+def test_killed_runs_resume_exactly(engine: str, tmp_path: Path, repository: Path, tiny_options: list[str]) -> None:
+    options = [*tiny_options, f"--run.root={tmp_path}", f"--parallel.engine={engine}", "--eval.every=0"]
+    straight = start([*options, "--run.name=straight"], repository)
+    text, _ = straight.communicate(timeout=120)
+    assert straight.returncode == 0, text[-3000:]
+    killed_run = tmp_path / "killed"
+    for at in (3, 6):
+        process = start([*options, "--run.name=killed", "--resume=auto"], repository)
+        wait_for_step(killed_run, at, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+    last = start([*options, "--run.name=killed", "--resume=auto"], repository)
+    text, _ = last.communicate(timeout=120)
+    assert last.returncode == 0, text[-3000:]
+    assert "resumed from" in text
+    assert losses(killed_run) == losses(tmp_path / "straight")
+    assert [step for step, _ in losses(killed_run)] == list(range(1, 9))
+    assert not list(killed_run.rglob("*.tmp"))
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_exits_75(number: signal.Signals, tmp_path: Path, repository: Path, tiny_options: list[str]) -> None:
+    options = [*tiny_options, f"--run.root={tmp_path}", "--run.name=r", "--parallel.engine=fsdp", "--train.steps=400"]
+    options += ["--checkpoint.every=0", "--data.max_epochs=10000", "--eval.every=0"]
+    process = start(options, repository)
+    wait_for_step(tmp_path / "r", 3, process)
+    process.send_signal(number)
+    text, _ = process.communicate(timeout=90)
+    assert process.returncode == 75, text[-3000:]
+    step = losses(tmp_path / "r")[-1][0]
+    assert (tmp_path / "r" / "latest").read_text().strip() == f"step-{step:08d}"
+    assert "stopped on" in text

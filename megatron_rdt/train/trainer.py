@@ -44,7 +44,10 @@ def train(config: RunConfig, resume: str = "none") -> int:
     device = join_world(config)
     trainer = Trainer(config, run_directory, device)
     try:
-        return trainer.run(source)
+        status = trainer.run(source)
+        # A rank that left while others still talk to it would end them with an abort.
+        trainer.engine.barrier()
+        return status
     finally:
         trainer.close()
 

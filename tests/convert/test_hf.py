@@ -1,0 +1,91 @@
+"""The exported folder, used by transformers in a process that cannot import this package."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_rdt.config import check_config, load_config
+from megatron_rdt.convert import convert
+from megatron_rdt.inference import generate, load
+from megatron_rdt.train.trainer import train
+
+FOREIGN = """
+import sys, torch
+sys.path = [p for p in sys.path if p not in ("", {repository!r})]
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("megatron_rdt", "launch", "data_prep", "deepspeed", "sentencepiece"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocked())
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained({folder!r}, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({folder!r})
+given = torch.load({given!r})
+tokens = given["tokens"]
+with torch.no_grad():
+    for loops, expected in given["logits"].items():
+        got = model(tokens, loops=loops).logits
+        assert torch.allclose(got, expected, atol=1e-5), (loops, float((got - expected).abs().max()))
+settings = dict(do_sample=False, max_new_tokens=12, eos_token_id=-1, loops=4)
+cached = model.generate(tokens[:1], **settings)
+assert torch.equal(cached, model.generate(tokens[:1], use_cache=False, **settings))
+assert torch.equal(cached, given["continued"]), (cached, given["continued"])
+padded = torch.cat((torch.full((1, 3), 3), tokens[:1, :9]), 1)
+batch = torch.cat((tokens[1:2, :12], padded))
+mask = torch.ones_like(batch); mask[1, :3] = 0
+both = model.generate(batch, attention_mask=mask, **settings)
+alone = model.generate(tokens[:1, :9], **settings)
+assert torch.equal(both[1, 3:], alone[0]), (both[1], alone[0])
+assert model(tokens, labels=tokens).loss.isfinite()
+model.save_pretrained({again!r})
+again = AutoModelForCausalLM.from_pretrained({again!r}, trust_remote_code=True)
+assert torch.equal(again(tokens, loops=3).logits, model(tokens, loops=3).logits)
+for text, ids in given["texts"]:
+    assert tokenizer(text, add_special_tokens=False).input_ids == ids, text
+    assert tokenizer.decode(ids) == text
+print("all equal")
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("extra", [[], ["--model.tie_embeddings=false", "--model.state_init=normal"]])
+def test_transformers_gives_the_same(extra: list[str], tmp_path: Path, tiny_options: list[str], repository: Path) -> None:
+    config = load_config(repository / "configs" / "smoke.yaml", [*tiny_options, *extra, f"--run.root={tmp_path}"])
+    check_config(config, 1)
+    assert train(config) == 0
+    run = tmp_path / config.run.name
+    folder = convert(str(run), str(tmp_path / "hf"), "hf")
+    model, tokenizer = load(run)
+    tokens = torch.randint(4, 512, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = {loops: model(tokens, loops) for loops in (1, 4, 8)}
+    continued = generate(model, tokens[:1], 4, 12, temperature=0)
+    texts = ["def f(x):\n\treturn  x + 1234\n", " lead  and trail ", "émoji 🎉 \x00 end", "▁"[:0] + "a\r\nb"]
+    given = {
+        "tokens": tokens,
+        "logits": logits,
+        "continued": continued,
+        "texts": [(text, tokenizer.encode(text)) for text in texts],
+    }
+    torch.save(given, tmp_path / "given.pt")
+    script = FOREIGN.format(
+        repository=str(repository), folder=str(folder), given=str(tmp_path / "given.pt"), again=str(tmp_path / "again")
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert "all equal" in result.stdout

@@ -52,8 +52,8 @@ class GenerateOptions:
 class ConvertOptions:
     """Convert a checkpoint."""
 
-    to: Literal["hf", "zero", "fsdp"] = "hf"
-    """hf: a folder for transformers; zero, fsdp: a checkpoint of the other engine, optimizer included."""
+    to: Literal["hf"] = "hf"
+    """hf: a folder for transformers."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def generate(words: list[str]) -> int:
 
 
 def convert(words: list[str]) -> int:
-    """rdt convert CHECKPOINT OUT: for transformers, or for another engine."""
+    """rdt convert CHECKPOINT OUT: a folder for transformers."""
     checkpoint, words = _one_path(words, "CHECKPOINT")
     out, words = _one_path(words, "OUT")
     parser = make_parser(ConvertOptions, "rdt convert CHECKPOINT OUT", convert.__doc__ or "")

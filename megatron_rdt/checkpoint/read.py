@@ -70,14 +70,12 @@ def read_model_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every parameter, whole, float32, on the CPU, by name, from a checkpoint of any engine."""
     if (checkpoint / "model").is_dir():
         return _read_native(checkpoint / "model")
-    if (checkpoint / "universal").is_dir():
-        return _read_universal(checkpoint / "universal")
     if (checkpoint / "zero").is_dir():
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint / "zero"))
         return {name: tensor.detach().float().cpu().clone() for name, tensor in state.items()}
-    raise CheckpointError(f"{checkpoint} holds neither model/ nor zero/ nor universal/. Use another checkpoint.")
+    raise CheckpointError(f"{checkpoint} holds neither model/ nor zero/. Use another checkpoint.")
 
 
 def _read_native(directory: Path) -> dict[str, torch.Tensor]:
@@ -93,14 +91,6 @@ def _read_native(directory: Path) -> dict[str, torch.Tensor]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load({"model": state}, storage_reader=reader, no_dist=True)
-    return state
-
-
-def _read_universal(directory: Path) -> dict[str, torch.Tensor]:
-    state = {}
-    for path in directory.glob("*/zero/*/fp32.pt"):
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        state[path.parent.name] = content["param"] if isinstance(content, dict) else content
     return state
 
 

@@ -1,8 +1,7 @@
-"""Checkpoints in and out: for transformers, and between engines."""
+"""Checkpoints out: for transformers."""
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from megatron_rdt.errors import ConfigError
@@ -14,7 +13,7 @@ def convert(checkpoint: str, out: str, to: str) -> Path:
     Args:
         checkpoint: checkpoint or run directory.
         out: directory to write; must not exist, or be empty.
-        to: "hf", "zero" or "fsdp".
+        to: "hf"; checkpoints of other engines are not converted yet.
     """
     from megatron_rdt.checkpoint import resolve_checkpoint, verify
 
@@ -22,19 +21,14 @@ def convert(checkpoint: str, out: str, to: str) -> Path:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists and is not empty. Choose another OUT or remove it.")
     verify(source)
-    write: Callable[[Path, Path], None]
-    if to == "hf":
-        from megatron_rdt.convert.hf import export_hf as write
-    elif to == "zero":
-        from megatron_rdt.convert.engines import native_to_zero as write
-    elif to == "fsdp":
-        from megatron_rdt.convert.engines import zero_to_native as write
-    else:
-        raise ConfigError(f"--to {to} is not known. Use hf, zero or fsdp.")
+    if to != "hf":
+        raise ConfigError(f"--to {to} is not available in this version. Use --to hf.")
+    from megatron_rdt.convert.hf import export_hf
+
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
-        write(source, temporary)
+        export_hf(source, temporary)
         if target.exists():
             target.rmdir()
         temporary.rename(target)

@@ -81,8 +81,9 @@ def model_source() -> str:
         if file is files[0]:
             bodies.insert(0, inspect.getsource(ModelConfig))
     unique = "\n".join(dict.fromkeys(["from typing import Literal", *imports]))
-    return f'"""Recurrent-depth transformer, self-contained. Made by `rdt convert --to hf`; do not edit."""\n\n{unique}\n\n\n' + (
-        "\n\n".join(bodies) + "\n"
+    return (
+        f'"""Recurrent-depth transformer, self-contained. Made by `rdt convert --to hf`; do not edit."""\n\n{unique}\n\n\n'
+        + ("\n\n".join(bodies) + "\n")
     )
 
 

@@ -69,9 +69,13 @@ class RdtForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits (batch, sequence, vocab); with `labels`, the loss of predicting each next token."""
         batch, sequence = input_ids.shape
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
+        loops = loops or self.config.loops
         start = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if past_key_values is None:
+            past_key_values = DynamicCache() if use_cache else None
+        elif start == 0 and len(past_key_values.layers) < self.model.cache_slots(loops):
+            # generate() sized it for the default number of loops; a fresh one grows with the slots.
+            past_key_values = DynamicCache()
         mask = positions = None
         if attention_mask is not None and not bool(attention_mask.all()):
             positions = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, start : start + sequence]
@@ -81,9 +85,7 @@ class RdtForCausalLM(PreTrainedModel, GenerationMixin):
             # A padding query sees itself, so that its softmax is defined; nothing reads its result.
             itself = keys == torch.arange(start, start + sequence, device=input_ids.device)[:, None]
             mask = (causal & seen) | itself
-        logits = self.model(
-            input_ids, loops or self.config.loops, cache=past_key_values, start=start, positions=positions, mask=mask
-        )
+        logits = self.model(input_ids, loops, cache=past_key_values, start=start, positions=positions, mask=mask)
         loss = None
         if labels is not None:
             shifted = logits[:, :-1].float().flatten(0, 1)

@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.tensor import DTensor
 
+from megatron_rdt.errors import CheckpointError
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel.engine import Engine, adamw
 
@@ -75,6 +76,10 @@ class NativeEngine(Engine):
 
     def load(self, directory: Path) -> None:
         """Read `model/` and `optimizer/` into this engine's own sharding."""
+        if not (directory / "model").is_dir():
+            raise CheckpointError(
+                f"{directory} was saved by a ZeRO engine. Resume it with that engine, or start a new run."
+            )
         model, optimizer = self._states()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

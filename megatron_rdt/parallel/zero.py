@@ -21,7 +21,7 @@ from megatron_rdt.model.core import RecurrentCore
 from megatron_rdt.model.layer import Layer
 from megatron_rdt.parallel.engine import Engine, adamw
 
-NATIVE, UNIVERSAL, TAG = "zero", "universal", "state"
+NATIVE, TAG = "zero", "state"
 # What DeepSpeed's universal-checkpoint tools look for in a checkpoint.
 CLIENT_STATE = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
 
@@ -34,7 +34,9 @@ def import_deepspeed() -> Any:
             import deepspeed
             import deepspeed.ops
     except ImportError as error:
-        raise ConfigError(f"parallel.engine zero needs deepspeed ({error}). Install it: pip install deepspeed.") from None
+        raise ConfigError(
+            f"parallel.engine zero needs deepspeed ({error}). Install it: pip install deepspeed."
+        ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*torch.distributed.*", category=UserWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -134,21 +136,19 @@ class ZeroEngine(Engine):
         self.module.save_checkpoint(str(directory / NATIVE), tag=TAG, client_state=CLIENT_STATE)
 
     def load(self, directory: Path) -> None:
-        """DeepSpeed's own checkpoint of the same world size and stage, or a converted (universal) one of any."""
-        universal = (directory / UNIVERSAL).is_dir()
-        if not universal and not (directory / NATIVE).is_dir():
+        """DeepSpeed's own checkpoint, of the same world size and stage."""
+        source = directory / NATIVE
+        if not source.is_dir():
             raise CheckpointError(
-                f"{directory} was not saved by a ZeRO engine. Convert it first: rdt convert {directory} OUT --to zero"
+                f"{directory} was not saved by a ZeRO engine. Resume it with the engine that saved it, or start a new run."
             )
-        self.module._config.load_universal_checkpoint = universal
-        source = directory / (UNIVERSAL if universal else NATIVE)
         try:
             path, _ = self.module.load_checkpoint(str(source), tag=TAG, load_lr_scheduler_states=False)
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(
                 f"{source} does not load at ZeRO stage {self.stage} on {self.world_size} ranks: {reason}. "
-                "Use the stage and number of processes that saved it, or convert it with `rdt convert --to zero`."
+                "Use the stage and the number of processes that saved it."
             ) from error
         if path is None:
             raise CheckpointError(f"{source} holds no state that DeepSpeed finds. Use another checkpoint.")

@@ -17,7 +17,13 @@ from megatron_rdt.parallel import Engine, MicroBatch, make_engine
 MODEL = ModelConfig(vocab_size=61, dim=32, prelude_layers=1, core_layers=2, coda_layers=1, heads=4, kv_heads=2)
 SEQUENCES = 12
 # (T, k, checkpointing, sequences per micro-batch)
-CASES = [(1, None, "none", 6), (2, None, "per_iteration", 2), (5, None, "none", 2), (5, 2, "none", 6), (5, 2, "per_iteration", 2)]
+CASES = [
+    (1, None, "none", 6),
+    (2, None, "per_iteration", 2),
+    (5, None, "none", 2),
+    (5, 2, "none", 6),
+    (5, 2, "per_iteration", 2),
+]
 
 
 def engine_for(name: str, size: int, precision: str = "float32") -> Engine:

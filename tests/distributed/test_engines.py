@@ -21,7 +21,12 @@ def start(launcher: str, arguments: list[str], repository: Path, timeout: float)
         command = [BIN / "torchrun", "--nproc-per-node", "2", "--master-port", port]
     else:
         command = [BIN / "deepspeed", "--num_gpus", "2", "--master_addr", "127.0.0.1", "--master_port", port]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(repository),
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+    }
     return subprocess.run(
         [*map(str, command), *arguments], env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )

@@ -56,7 +56,9 @@ def test_killed_runs_resume_exactly(engine: str, tmp_path: Path, repository: Pat
 @pytest.mark.distributed
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_exits_75(number: signal.Signals, tmp_path: Path, repository: Path, tiny_options: list[str]) -> None:
+def test_a_signal_saves_and_exits_75(
+    number: signal.Signals, tmp_path: Path, repository: Path, tiny_options: list[str]
+) -> None:
     options = [*tiny_options, f"--run.root={tmp_path}", "--run.name=r", "--parallel.engine=fsdp", "--train.steps=400"]
     options += ["--checkpoint.every=0", "--data.max_epochs=10000", "--eval.every=0"]
     process = start(options, repository)

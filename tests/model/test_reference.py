@@ -12,7 +12,9 @@ from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer, initialize
 from megatron_rdt.model.state import normal_state
 
-BASE = ModelConfig(vocab_size=61, dim=24, prelude_layers=1, core_layers=2, coda_layers=1, heads=4, kv_heads=2, ffn_dim=40)
+BASE = ModelConfig(
+    vocab_size=61, dim=24, prelude_layers=1, core_layers=2, coda_layers=1, heads=4, kv_heads=2, ffn_dim=40
+)
 
 
 def build(config: ModelConfig, seed: int = 5) -> RecurrentDepthTransformer:

@@ -1,0 +1,60 @@
+"""Configs: what loads, what is refused and in which words."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_rdt.config import check_config, dump_config, load_config
+from megatron_rdt.errors import ConfigError
+
+
+def test_every_shipped_config_is_good(repository: Path) -> None:
+    for name in ("smoke.yaml", "quickstart.yaml"):
+        check_config(load_config(repository / "configs" / name))
+
+
+def test_overrides_and_round_trip(repository: Path, tmp_path: Path) -> None:
+    path = repository / "configs" / "smoke.yaml"
+    config = load_config(path, {"depth.mean": 5, "depth.backprop": 2, "eval.loops": [1, 2]})
+    assert (config.depth.mean, config.depth.backprop, config.eval.loops) == (5, 2, [1, 2])
+    assert load_config(path, ["--depth.mean", "5", "depth.backprop=2", "--eval.loops=[1,2]"]) == config
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depth.meen": 3}, "depth.meen does not exist. Did you mean depth.mean"),
+        ({"model.dim": "wide"}, "model.dim"),
+        ({"model.heads": 5}, "model.dim 64 is not a multiple of model.heads 5"),
+        ({"model.kv_heads": 3}, "model.heads 4 is not a multiple of model.kv_heads 3"),
+        ({"depth.min": 5, "depth.mean": 3}, "1 <= min <= mean <= max"),
+        ({"depth.per": "sequence"}, "not available in this version"),
+        ({"depth.backprop": 0}, "at least 1, or `all`"),
+        ({"train.global_batch": 9}, "nearest: 8, 12"),
+        ({"schedule.warmup_steps": 99}, "warmup_steps 99 is more than train.steps 40"),
+        ({"eval.loops": [0]}, "eval.loops"),
+        ({"optimizer.lr": 0}, "optimizer.lr"),
+        ({"run.name": "a/b"}, "run.root"),
+    ],
+    ids=str,
+)
+def test_bad_values_are_explained(repository: Path, options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        check_config(load_config(repository / "configs" / "smoke.yaml", options), 1)
+
+
+def test_bad_files_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "none.yaml")
+    for text, message in (("depth: {meen: 3}", "key depth.meen"), ("a: [", "not valid YAML"), ("- 1", "must hold")):
+        (tmp_path / "c.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_config(tmp_path / "c.yaml")
+
+
+def test_several_processes_need_an_engine(repository: Path) -> None:
+    config = load_config(repository / "configs" / "smoke.yaml")
+    with pytest.raises(ConfigError, match="parallel.engine is single, but there are 2 processes"):
+        check_config(config, 2)

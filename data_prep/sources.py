@@ -156,7 +156,7 @@ def _json_lines(name: str, path: Path, config: PrepConfig, progress: Progress) -
         if not line.strip():
             continue
         try:
-            record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            record = json.loads(line.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError as error:
             progress.reject("bad_utf8", f"{_utf8_message(place, error)} of the line", config.on_bad)
             continue

@@ -37,7 +37,7 @@ class RdtForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = RdtConfig
     base_model_prefix = ""
-    _no_split_modules = ("Layer", "RecurrentCore")
+    _no_split_modules = ["Layer", "RecurrentCore"]  # noqa: RUF012
     _supports_sdpa = True
 
     def __init__(self, config: RdtConfig) -> None:
@@ -68,7 +68,7 @@ class RdtForCausalLM(PreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (batch, sequence, vocab); with `labels`, the loss of predicting each next token."""
-        batch, sequence = input_ids.shape
+        sequence = input_ids.shape[1]
         loops = loops or self.config.loops
         start = past_key_values.get_seq_length() if past_key_values is not None else 0
         if past_key_values is None:

@@ -56,5 +56,5 @@ def test_bad_files_are_explained(tmp_path: Path) -> None:
 
 def test_several_processes_need_an_engine(repository: Path) -> None:
     config = load_config(repository / "configs" / "smoke.yaml")
-    with pytest.raises(ConfigError, match="parallel.engine is single, but there are 2 processes"):
+    with pytest.raises(ConfigError, match=r"parallel\.engine is single, but there are 2 processes"):
         check_config(config, 2)

@@ -1,7 +1,7 @@
 """Writing files so that a reader sees the old content or the new content, never a part of it.
 
 Order for one file: write under a temporary name in the same directory, flush, fsync, rename, fsync the
-directory. A crash at any point leaves the old file, plus at most a `*.tmp` that the next writer removes.
+directory. A crash at any point leaves the old file, plus at most a `*.tmp`, which a resumed run removes.
 """
 
 import contextlib

@@ -1,8 +1,10 @@
 """The manifest of a checkpoint: what it is, and the size and SHA-256 of every file in it.
 
 A directory without a manifest is not a checkpoint. The manifest is written last, before the directory gets its name.
+It holds a checksum of itself, so that a flipped bit in it does not change the order of checkpoints unnoticed.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from megatron_rdt.files import sha256_of, write_text
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "rdt-checkpoint", 1
+CHECKSUM = "checksum"
 
 
 def content_files(directory: Path) -> list[Path]:
@@ -33,11 +36,19 @@ def write_manifest(directory: Path, facts: dict[str, Any] | None = None, files: 
         files: records by relative path; None computes them here.
     """
     if facts is None:
-        facts = {k: v for k, v in read_manifest(directory).items() if k not in ("format", "version", "files")}
+        facts = read_manifest(directory)
+    facts = {k: v for k, v in facts.items() if k not in ("format", "version", "files", CHECKSUM)}
     if files is None:
         files = {str(p.relative_to(directory)): file_record(p) for p in content_files(directory)}
     document = {"format": FORMAT, "version": VERSION, **facts, "files": dict(sorted(files.items()))}
+    document[CHECKSUM] = _checksum(document)
     write_text(directory / MANIFEST, json.dumps(document, indent=1) + "\n")
+
+
+def _checksum(document: dict[str, Any]) -> str:
+    """Hex SHA-256 of a manifest's content but its checksum."""
+    content = {k: v for k, v in document.items() if k != CHECKSUM}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -50,22 +61,31 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{directory / MANIFEST} cannot be read: {error}. Use another checkpoint.") from None
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{directory / MANIFEST} is not a manifest. Use another checkpoint.")
     if document.get("format") != FORMAT or document.get("version") != VERSION:
         raise CheckpointError(
             f"{directory / MANIFEST} is of format {document.get('format')!r} version {document.get('version')!r}, "
             f"this version reads {FORMAT!r} {VERSION}. Use the version of megatron_rdt that wrote it."
         )
+    # A manifest that another tool wrote may lack the checksum.
+    if document.get(CHECKSUM, _checksum(document)) != _checksum(document):
+        raise CheckpointError(
+            f"{directory} is damaged: {MANIFEST} has other content than was written. Use an older one."
+        )
     return document
 
 
-def verify(directory: Path, hashes: bool = True) -> None:
+def verify(directory: Path, hashes: bool = True, share: tuple[int, int] = (0, 1)) -> None:
     """Compare every file with the manifest; the first difference raises CheckpointError and names the file.
 
     Args:
         directory: the checkpoint.
         hashes: read every byte; False compares presence and sizes only.
+        share: (i, n) takes every n-th file from the i-th on, so that n ranks read each byte once.
     """
-    for name, record in read_manifest(directory)["files"].items():
+    first, stride = share
+    for name, record in list(read_manifest(directory)["files"].items())[first::stride]:
         path = directory / name
         if not path.is_file():
             raise CheckpointError(f"{directory} is damaged: {name} is missing. Use an older checkpoint.")
@@ -75,7 +95,13 @@ def verify(directory: Path, hashes: bool = True) -> None:
                 f"{directory} is damaged: {name} has {size} bytes, the manifest says {record['bytes']}. "
                 "Use an older checkpoint."
             )
-        if hashes and sha256_of(path) != record["sha256"]:
+        try:
+            intact = not hashes or sha256_of(path) == record["sha256"]
+        except OSError as error:
+            raise CheckpointError(
+                f"{directory} is damaged: {name} cannot be read ({error.strerror}). Use an older checkpoint."
+            ) from None
+        if not intact:
             raise CheckpointError(
                 f"{directory} is damaged: {name} has other content than was written. Use an older one."
             )

@@ -1,9 +1,12 @@
 """Finding checkpoints and reading weights from them without an engine."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 from megatron_rdt.checkpoint.manifest import MANIFEST, read_manifest, verify
 from megatron_rdt.config import ModelConfig, load_config
 from megatron_rdt.errors import CheckpointError
+from megatron_rdt.parallel.universal import UNIVERSAL, read_universal_weights
 
 LATEST = "latest"
 CHECKPOINTS = "checkpoints"
@@ -20,40 +24,73 @@ logger = logging.getLogger(__name__)
 
 
 def complete_checkpoints(run_directory: Path) -> list[Path]:
-    """Checkpoints of a run in the order in which they were saved (not by step: a run may have been rolled back)."""
-    found = []
+    """Checkpoints of a run, the one to continue from last.
+
+    The order is that of saving, not of steps: a run may have been rolled back. The branch that was given up comes
+    before the last saved checkpoint and its ancestors: it is the first to be deleted and the last to fall back to.
+    """
+    saved: dict[str, dict[str, Any]] = {}
     for directory in (run_directory / CHECKPOINTS).glob("step-*"):
         if (directory / MANIFEST).is_file():
             try:
-                found.append((read_manifest(directory)["sequence"], directory))
+                saved[directory.name] = read_manifest(directory)
             except CheckpointError as error:
-                logger.warning("skipping %s", error)
-    return [directory for _, directory in sorted(found)]
+                logger.warning("skipping: %s", error)
+    lineage = _lineage(saved)
+    names = sorted(saved, key=lambda name: (name in lineage, saved[name]["sequence"]))
+    return [run_directory / CHECKPOINTS / name for name in names]
 
 
-def newest_checkpoint(run_directory: Path) -> Path | None:
-    """The newest checkpoint whose files are all there; a damaged newer one is skipped with a warning."""
+def _lineage(saved: dict[str, dict[str, Any]]) -> set[str]:
+    """Names of the last saved checkpoint and its ancestors, as far as they are there; `saved` holds manifests."""
+    name = max(saved, key=lambda n: saved[n]["sequence"], default=None)
+    sequence, lineage = float("inf"), set()
+    # A parent that was saved later than its child is the same step of another branch.
+    while name in saved and saved[name]["sequence"] < sequence:
+        lineage.add(name)
+        sequence, name = saved[name]["sequence"], saved[name].get("parent")
+    return lineage
+
+
+def newest_checkpoint(run_directory: Path, check: Callable[[Path], None] = verify) -> Path | None:
+    """The newest checkpoint whose content is what was written; None where nothing was saved yet.
+
+    A damaged one is skipped with a warning. Every byte of the one returned is read: a run that goes on from a
+    flipped bit goes wrong without an error.
+
+    Args:
+        run_directory: `runs/<name>`.
+        check: raises CheckpointError for a damaged checkpoint.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all are damaged. A silent fresh start would overwrite them.
+    """
     for directory in reversed(complete_checkpoints(run_directory)):
         try:
-            verify(directory, hashes=False)
+            check(directory)
         except CheckpointError as error:
-            logger.warning("%s", error)
+            logger.warning("skipping: %s", error)
             continue
         return directory
+    if any((run_directory / CHECKPOINTS).glob("step-*")):
+        raise CheckpointError(
+            f"every checkpoint in {run_directory / CHECKPOINTS} is damaged. Put one back from a copy, "
+            "or move them away to start from scratch."
+        )
     return None
 
 
-def resolve_checkpoint(path: str | Path) -> Path:
-    """A checkpoint directory from a checkpoint, or from a run directory (its newest)."""
+def resolve_checkpoint(path: str | Path, check: Callable[[Path], None] = verify) -> Path:
+    """A checkpoint directory, verified in full, from a checkpoint or from a run directory (its newest good one)."""
     directory = Path(path)
     if not directory.is_dir():
         raise CheckpointError(
             f"{directory} does not exist. Name a run directory or a checkpoint below its checkpoints/."
         )
     if (directory / MANIFEST).is_file():
-        read_manifest(directory)
+        check(directory)
         return directory
-    newest = newest_checkpoint(directory)
+    newest = newest_checkpoint(directory, check)
     if newest is None:
         raise CheckpointError(
             f"{directory} holds no complete checkpoint. Name a run directory or a step-NNNNNNNN in it."
@@ -73,9 +110,12 @@ def read_model_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     if (checkpoint / "zero").is_dir():
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint / "zero"))
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it chats
+            state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint / "zero"))
         return {name: tensor.detach().float().cpu().clone() for name, tensor in state.items()}
-    raise CheckpointError(f"{checkpoint} holds neither model/ nor zero/. Use another checkpoint.")
+    if (checkpoint / UNIVERSAL).is_dir():
+        return read_universal_weights(checkpoint / UNIVERSAL)
+    raise CheckpointError(f"{checkpoint} holds no weights that are known. Use another checkpoint.")
 
 
 def _read_native(directory: Path) -> dict[str, torch.Tensor]:

@@ -1,11 +1,13 @@
 """Saving a checkpoint: complete under its name, or not there at all.
 
 Every rank writes below a hidden temporary directory; the files are hashed, the manifest is written, everything is
-fsynced, then the directory is renamed and `latest` points to it. Old checkpoints are deleted only after that.
+fsynced, then the directory is renamed and `latest` points to it. Old checkpoints are deleted only after that, and are
+hidden first. What a killed save leaves is hidden too: resuming ignores it, the next save removes it.
 The run directory must be visible to all nodes.
 """
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -15,11 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_rdt.checkpoint.manifest import content_files, file_record, write_manifest
+from megatron_rdt.checkpoint.manifest import content_files, file_record, read_manifest, write_manifest
 from megatron_rdt.checkpoint.read import CHECKPOINTS, LATEST, complete_checkpoints
 from megatron_rdt.errors import CheckpointError, RdtError
-from megatron_rdt.files import fsync_directory, fsync_file, is_disk_full, write_text
+from megatron_rdt.files import atomic_open, fsync_directory, fsync_file, is_disk_full, write_text
 from megatron_rdt.parallel import Engine
 
 LOW_DISK_BYTES = 64 << 20
@@ -81,13 +84,15 @@ def save_checkpoint(
     final, temporary = parent / f"step-{step:08d}", parent / f".step-{step:08d}.tmp"
 
     def begin() -> None:
-        for stale in parent.glob(".step-*"):  # left by a run that was killed while saving
+        for stale in parent.glob(".step-*"):  # left by a run that was killed while saving or deleting
             shutil.rmtree(stale)
         (temporary / "rng").mkdir(parents=True)
 
     def write() -> None:
         engine.save(temporary)
-        torch.save(rng_state(), temporary / "rng" / f"rank-{engine.rank:05d}.pt")
+        # Given a path, torch.save hides the reason of a failed write; given a file, the OSError gets out.
+        with open(temporary / "rng" / f"rank-{engine.rank:05d}.pt", "wb") as file:
+            torch.save(rng_state(), file)
 
     def describe() -> None:
         write_text(temporary / "config.yaml", config_yaml)
@@ -124,9 +129,11 @@ class _Attempt:
         self._run(stage)
 
     def _run(self, stage: Callable[[], None]) -> None:
-        failure: Exception | None = None
+        failure: BaseException | None = None
         try:
             stage()
+        except CheckpointException as error:  # a BaseException that wraps the error of each rank that failed
+            failure = next((inner for inner, _ in error.failures.values()), error)
         except Exception as error:  # any library's error, told to all ranks and translated
             failure = error
         failed = torch.tensor(float(failure is not None), device=self.engine.device)
@@ -137,13 +144,20 @@ class _Attempt:
             shutil.rmtree(self.temporary, ignore_errors=True)
         if isinstance(failure, RdtError):
             raise failure
-        reason = str(failure).strip().splitlines()[0] if failure and str(failure).strip() else "another rank failed"
-        if (failure and is_disk_full(failure)) or free < LOW_DISK_BYTES:
-            reason = f"the disk is full ({free / 2**20:.0f} MiB free)"
         raise CheckpointError(
-            f"could not save {self.final}: {reason}. Earlier checkpoints are untouched and nothing was left behind. "
+            f"could not save {self.final}: {_reason(failure, free)}. Earlier checkpoints are untouched. "
             "Free space or set --run.root to another disk, then start again with --resume auto."
         ) from failure
+
+
+def _reason(failure: BaseException | None, free: int) -> str:
+    """What went wrong on this rank, in one line; `free` is in bytes, before anything was cleaned up."""
+    if failure is not None and is_disk_full(failure):
+        return f"the disk is full ({free / 2**20:.1f} MiB free)"
+    lines = str(failure or "").strip().splitlines()
+    reason = lines[0] if lines else type(failure).__name__ if failure else "another rank failed"
+    # Libraries that write files in C++ do not say why a write failed.
+    return f"{reason} (the disk is almost full: {free / 2**20:.1f} MiB free)" if free < LOW_DISK_BYTES else reason
 
 
 def _hash_share(engine: Engine, directory: Path) -> dict[str, Any]:
@@ -162,8 +176,6 @@ def _hash_share(engine: Engine, directory: Path) -> dict[str, Any]:
 
 def _next_sequence(run_directory: Path) -> int:
     """Checkpoints are ordered by when they were saved, so that a rolled-back run's new branch is the newest."""
-    from megatron_rdt.checkpoint.manifest import read_manifest
-
     existing = complete_checkpoints(run_directory)
     return 1 + (int(read_manifest(existing[-1])["sequence"]) if existing else 0)
 
@@ -171,16 +183,24 @@ def _next_sequence(run_directory: Path) -> int:
 def _publish(temporary: Path, final: Path, run_directory: Path) -> None:
     for directory in (temporary, *(p for p in temporary.rglob("*") if p.is_dir())):
         fsync_directory(directory)
-    replaced = final.with_name(f".{final.name}.replaced")
-    if final.exists():  # the same step of a branch that was rolled back
-        final.rename(replaced)
-    temporary.rename(final)
-    fsync_directory(final.parent)
-    write_text(run_directory / LATEST, final.name + "\n")
-    shutil.rmtree(replaced, ignore_errors=True)
+    # `latest` is on the disk, under its temporary name, before the directory is renamed: a full disk fails here.
+    with atomic_open(run_directory / LATEST) as file:
+        file.write(final.name + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+        replaced = _hide(final) if final.exists() else None  # the same step of a branch that was given up
+        temporary.rename(final)
+        fsync_directory(final.parent)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _hide(directory: Path) -> Path:
+    """Rename a checkpoint to a name that no reader looks at, so that it is never seen half deleted."""
+    return directory.rename(directory.with_name(f".{directory.name}.old"))
 
 
 def _retire(run_directory: Path, keep: int) -> None:
     if keep > 0:
         for directory in complete_checkpoints(run_directory)[:-keep]:
-            shutil.rmtree(directory)
+            shutil.rmtree(_hide(directory), ignore_errors=True)  # what cannot be deleted, the next save complains of

@@ -18,7 +18,11 @@ def load(checkpoint: str | Path, device: str = "auto") -> tuple[RecurrentDepthTr
         checkpoint: a checkpoint directory or a run directory.
         device: "auto" takes a GPU where there is one.
     """
-    directory = resolve_checkpoint(checkpoint)
+    return load_verified(resolve_checkpoint(checkpoint), device)
+
+
+def load_verified(directory: Path, device: str = "auto") -> tuple[RecurrentDepthTransformer, Tokenizer]:
+    """`load` of a checkpoint directory that `resolve_checkpoint` returned."""
     config = load_config(directory / "config.yaml")
     with torch.device("meta"):
         model = RecurrentDepthTransformer(config.model)

@@ -1,0 +1,308 @@
+"""Saving, verifying, finding, falling back, retaining."""
+
+import json
+import logging
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_rdt import checkpoint as checkpoints
+from megatron_rdt.checkpoint.manifest import content_files
+from megatron_rdt.config import RunConfig, load_config
+from megatron_rdt.errors import CheckpointError, ConfigError
+from megatron_rdt.files import sha256_of
+from megatron_rdt.model import RecurrentDepthTransformer
+from megatron_rdt.parallel import make_engine
+from megatron_rdt.train.trainer import train
+
+Configure = Callable[..., RunConfig]
+
+
+def step(run: Path, number: int) -> Path:
+    return run / "checkpoints" / f"step-{number:08d}"
+
+
+def names(run: Path) -> list[str]:
+    """Everything below checkpoints/, hidden names included."""
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def order(run: Path) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in checkpoints.complete_checkpoints(run)]
+
+
+def losses(run: Path) -> dict[int, float]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len({record["step"] for record in records}) == len(records)
+    return {record["step"]: record["loss"] for record in records}
+
+
+def flip(path: Path, position: int | None = None) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if position is None else position] ^= 1
+    path.write_bytes(content)
+
+
+def restart(run: Path, configure: Configure, *words: str, resume: str = "auto") -> int:
+    return train(configure(f"--run.root={run.parent}", f"--run.name={run.name}", "--eval.every=0", *words), resume)
+
+
+def test_a_checkpoint_says_what_it_is(finished: Path) -> None:
+    assert order(finished) == [2, 4, 6, 8]
+    assert (finished / "latest").read_text() == "step-00000008\n"
+    for directory in checkpoints.complete_checkpoints(finished):
+        checkpoints.verify(directory)
+        manifest = checkpoints.read_manifest(directory)
+        assert manifest["step"] == int(directory.name.removeprefix("step-"))
+        assert manifest["tokens"] == manifest["step"] * 4 * 32
+        assert (manifest["engine"], manifest["world_size"]) == ("single", 1)
+        assert manifest["versions"]["torch"] == torch.__version__
+        files = content_files(directory)
+        assert set(manifest["files"]) == {str(path.relative_to(directory)) for path in files}
+        for name, record in manifest["files"].items():
+            assert record == {"bytes": (directory / name).stat().st_size, "sha256": sha256_of(directory / name)}
+        assert load_config(directory / "config.yaml") == load_config(finished / "config.yaml")
+        assert checkpoints.read_trainer_state(directory)["step"] == manifest["step"]
+    parents = [checkpoints.read_manifest(step(finished, n))["parent"] for n in (2, 4, 6, 8)]
+    assert parents == [None, "step-00000002", "step-00000004", "step-00000006"]
+
+
+def test_damage_to_any_file_is_named(run: Path) -> None:
+    directory = step(run, 8)
+    for path in content_files(directory):
+        name, content = str(path.relative_to(directory)), path.read_bytes()
+        path.write_bytes(content[:-1])
+        with pytest.raises(CheckpointError, match=f"{name} has {len(content) - 1} bytes"):
+            checkpoints.verify(directory, hashes=False)
+        path.write_bytes(content)
+        flip(path)
+        checkpoints.verify(directory, hashes=False)
+        with pytest.raises(CheckpointError, match=f"{name} has other content"):
+            checkpoints.verify(directory)
+        path.unlink()
+        with pytest.raises(CheckpointError, match=f"{name} is missing"):
+            checkpoints.verify(directory, hashes=False)
+        path.write_bytes(content)
+    checkpoints.verify(directory)
+
+
+def test_damage_to_the_manifest_is_noticed(run: Path) -> None:
+    manifest = step(run, 8) / "manifest.json"
+    content = manifest.read_bytes()
+    name = content.index(b'"checksum"')  # the one key that may be absent
+    tried = 0
+    for position in range(0, len(content), 7):
+        if content[position : position + 1].isspace() or name <= position < name + 10:
+            continue  # white space between values says nothing
+        flip(manifest, position)
+        with pytest.raises(CheckpointError, match=r"manifest\.json|is damaged"):
+            checkpoints.verify(step(run, 8))
+        manifest.write_bytes(content)
+        tried += 1
+    assert tried > 100
+    for text in ("", "[]", "{}", content.decode()[:-20], content.decode().replace('"version": 1', '"version": 2')):
+        manifest.write_text(text)
+        with pytest.raises(CheckpointError, match=r"manifest\.json"):
+            checkpoints.verify(step(run, 8))
+    manifest.unlink()
+    with pytest.raises(CheckpointError, match=r"no manifest\.json"):
+        checkpoints.verify(step(run, 8))
+    assert order(run) == [2, 4, 6]
+
+
+def test_a_manifest_can_be_made_anew(run: Path) -> None:
+    directory = step(run, 8)
+    before = checkpoints.read_manifest(directory)
+    (directory / "note.txt").write_text("kept by hand")
+    checkpoints.write_manifest(directory)
+    checkpoints.verify(directory)
+    after = checkpoints.read_manifest(directory)
+    assert after["files"].pop("note.txt")["bytes"] == 12
+    assert before.pop("checksum") != after.pop("checksum")
+    assert after == before
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "flip", "manifest", "no manifest"])
+def test_resuming_falls_back_to_the_newest_good_one(
+    damage: str, run: Path, finished: Path, configure: Configure, caplog: pytest.LogCaptureFixture
+) -> None:
+    victim = next((step(run, 8) / "optimizer").glob("*.distcp"))
+    manifest = step(run, 8) / "manifest.json"
+    if damage == "cut":
+        victim.write_bytes(victim.read_bytes()[:-100])
+    elif damage == "missing":
+        victim.unlink()
+    elif damage == "flip":
+        flip(victim)
+    elif damage == "manifest":
+        flip(manifest)
+    else:
+        manifest.unlink()
+    with caplog.at_level(logging.WARNING):
+        assert checkpoints.newest_checkpoint(run) == step(run, 6)
+    if damage != "no manifest":
+        assert "step-00000008" in caplog.text
+        assert (manifest if damage == "manifest" else victim).name in caplog.text
+    assert checkpoints.resolve_checkpoint(run) == step(run, 6)
+    if damage != "no manifest":
+        with pytest.raises(CheckpointError, match="step-00000008"):
+            restart(run, configure, resume=str(step(run, 8)))
+    assert restart(run, configure) == 0
+    assert losses(run) == losses(finished)
+    checkpoints.verify(step(run, 8))
+    assert checkpoints.newest_checkpoint(run) == step(run, 8)
+
+
+def test_a_run_with_nothing_but_damage_does_not_start_from_scratch(run: Path, configure: Configure) -> None:
+    for directory in checkpoints.complete_checkpoints(run):
+        flip(directory / "trainer.json")
+    metrics, present = (run / "metrics.jsonl").read_text(), names(run)
+    for resume in ("auto", str(run)):
+        with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"):
+            restart(run, configure, resume=resume)
+    assert (run / "metrics.jsonl").read_text() == metrics
+    assert names(run) == present
+    with pytest.raises(ConfigError, match="already holds checkpoints"):
+        restart(run, configure, resume="none")
+
+
+def test_paths_that_are_no_checkpoint(tmp_path: Path, run: Path) -> None:
+    assert checkpoints.newest_checkpoint(tmp_path / "absent") is None
+    with pytest.raises(CheckpointError, match="does not exist"):
+        checkpoints.resolve_checkpoint(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+        checkpoints.resolve_checkpoint(tmp_path / "empty")
+    assert checkpoints.resolve_checkpoint(run) == step(run, 8)
+    assert checkpoints.resolve_checkpoint(step(run, 2)) == step(run, 2)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_retention_keeps_the_newest(keep: int, configure: Configure, tmp_path: Path) -> None:
+    run = tmp_path / "r"
+    assert restart(run, configure, f"--checkpoint.keep={keep}", "--train.steps=4", "--checkpoint.every=1") == 0
+    kept = list(range(5 - keep, 5))
+    assert order(run) == kept
+    assert names(run) == [f"step-{n:08d}" for n in kept]
+    for n in kept:
+        checkpoints.verify(step(run, n))
+
+
+def test_rolling_back_makes_a_branch_that_is_the_newest(run: Path, finished: Path, configure: Configure) -> None:
+    old = losses(finished)
+    other = ["--optimizer.lr=0.003", "--checkpoint.keep=4"]
+    assert restart(run, configure, *other, "--train.steps=5", resume=str(step(run, 2))) == 0
+    # The branch saved 4 (in place of the old 4) and 5; 6 and 8 are of the branch that was given up.
+    assert (run / "latest").read_text() == "step-00000005\n"
+    assert order(run) == [8, 2, 4, 5], "6 was the oldest that the new branch does not descend from"
+    new = losses(run)
+    assert list(new) == [1, 2, 3, 4, 5], "metrics of steps after the one resumed from are dropped"
+    assert {n: new[n] for n in (1, 2, 3)} == {n: old[n] for n in (1, 2, 3)}
+    assert new[5] != old[5]
+    assert checkpoints.newest_checkpoint(run) == step(run, 5)
+    # A damaged newest one falls back along its own branch.
+    flip(step(run, 5) / "trainer.json")
+    assert checkpoints.newest_checkpoint(run) == step(run, 4)
+    assert restart(run, configure, *other, "--train.steps=6") == 0
+    assert list(losses(run)) == [1, 2, 3, 4, 5, 6]
+    assert {n: losses(run)[n] for n in range(1, 6)} == new
+    # 5 is damaged, 8 is of the branch that was given up: both go before what 6 descends from.
+    assert order(run) == [5, 2, 4, 6]
+    assert restart(run, configure, *other, "--train.steps=8", "--checkpoint.keep=2", "--checkpoint.every=1") == 0
+    assert order(run) == [7, 8]
+    assert names(run) == ["step-00000007", "step-00000008"]
+
+
+def test_the_same_step_of_another_branch_is_replaced(run: Path, configure: Configure) -> None:
+    before = checkpoints.read_manifest(step(run, 4))
+    assert restart(run, configure, "--optimizer.lr=0.1", "--train.steps=4", resume=str(step(run, 2))) == 0
+    after = checkpoints.read_manifest(step(run, 4))
+    assert after["sequence"] == 5
+    assert after["files"] != before["files"]
+    checkpoints.verify(step(run, 4))
+    assert names(run) == ["step-00000002", "step-00000004", "step-00000008"], "6 was retired, 8 after it"
+    assert order(run) == [8, 2, 4], "8 descends from the step 4 that was replaced"
+
+
+def test_going_back_to_the_branch_that_was_given_up(run: Path, configure: Configure) -> None:
+    keep = ["--checkpoint.keep=0", "--checkpoint.every=0"]
+    assert restart(run, configure, *keep, "--train.steps=4", resume=str(step(run, 2))) == 0
+    assert order(run) == [6, 8, 2, 4]
+    assert restart(run, configure, *keep, "--train.steps=10", resume=str(step(run, 8))) == 0
+    # The step 4 that is there now is not the one that 6 came from.
+    assert order(run) == [2, 4, 6, 8, 10]
+    flip(step(run, 10) / "trainer.json")
+    assert checkpoints.newest_checkpoint(run) == step(run, 8)
+
+
+def test_resuming_into_another_run_leaves_the_first_alone(run: Path, finished: Path, configure: Configure) -> None:
+    other = run.parent / "other"
+    assert restart(other, configure, resume=str(step(run, 4))) == 0
+    assert names(run) == names(finished)
+    assert order(other) == [6, 8]
+    expected = losses(finished)
+    assert losses(other) == {n: expected[n] for n in range(5, 9)}
+
+
+@pytest.mark.parametrize(
+    ("words", "fields"),
+    [
+        (["--model.dim=64", "--model.core_layers=2"], ["dim is 32 there and 64 here", "core_layers is 1 there and 2"]),
+        (["--train.sequence_length=16"], ["sequence_length 32, now it is 16"]),
+        (["--run.seed=7"], ["seed 1234, now it is 7"]),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_refused(
+    words: list[str], fields: list[str], run: Path, configure: Configure
+) -> None:
+    before = (run / "metrics.jsonl").read_text()
+    with pytest.raises(CheckpointError) as caught:
+        restart(run, configure, *words)
+    for field in fields:
+        assert field in str(caught.value)
+    assert (run / "metrics.jsonl").read_text() == before
+    assert order(run) == [2, 4, 6, 8]
+
+
+def test_a_checkpoint_of_other_data_is_refused(
+    run: Path, configure: Configure, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(tiny_corpus, tmp_path / "data"))
+    manifest = other / "manifest.json"
+    document = json.loads(manifest.read_text())
+    shard = document["splits"]["train"]["shards"][0]
+    path = next((other / "train").glob("*.bin"))
+    content = bytearray(path.read_bytes())
+    content[0:2], content[2:4] = content[2:4], content[0:2]
+    path.write_bytes(content)
+    shard["bin_sha256"] = sha256_of(path)
+    manifest.write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="data_fingerprint"):
+        restart(run, configure, f"--data.path={other}")
+
+
+def test_generators_go_on_where_they_were(run: Path, configure: Configure, tmp_path: Path) -> None:
+    config = configure()
+    engine = make_engine(config, torch.device("cpu"))
+    with torch.device("meta"):
+        model = RecurrentDepthTransformer(config.model)
+    engine.setup(model)
+
+    def draw() -> list[float]:
+        return [float(torch.rand(())), random.random(), random.gauss(0, 1), np.random.rand(), np.random.normal()]
+
+    torch.manual_seed(5)
+    random.seed(6)
+    np.random.seed(7)
+    draw()  # an odd number of normal draws leaves a second one waiting in each generator
+    directory = checkpoints.save_checkpoint(engine, tmp_path, "{}", {"step": 1}, {}, None, 0)
+    expected = [draw(), draw()]
+    checkpoints.restore_rank_rng(directory, 0)
+    assert [draw(), draw()] == expected
+    checkpoints.restore_rank_rng(directory, 3)  # a rank that the saving run did not have keeps its own
+    assert draw() not in expected

@@ -1,0 +1,131 @@
+"""Saves that do not end well: killed at every moment, a full disk, a failed write."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_rdt import checkpoint as checkpoints
+from megatron_rdt.config import RunConfig
+from megatron_rdt.train.trainer import train
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def visible_and_hidden(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(record["step"], record["loss"]) for record in records]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(240)
+def test_killed_at_every_moment_of_a_save(tmp_path: Path, repository: Path) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("save_worker.py")), str(tmp_path)]
+    result = subprocess.run(command, cwd=repository, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    verdict = json.loads(result.stdout.splitlines()[-1])
+    # Most moments lie before the rename, some after it; both kinds were met.
+    assert set(verdict["next step"]) == {"step-00000003", "step-00000004"}
+    assert set(verdict["step of another branch"]) == {"step-00000002", "step-00000003"}
+    assert sum(verdict["next step"].values()) > 15
+
+
+def words_to_go_on(options: list[str], run: Path) -> list[str]:
+    return [*options, "--eval.every=0", f"--run.root={run.parent}", "--run.name=r", "--resume=auto", "--train.steps=10"]
+
+
+def check_untouched(run: Path, finished: Path, message: str) -> None:
+    assert "Traceback" not in message, message
+    assert "could not save" in message
+    assert "step-00000010" in message
+    assert "--resume auto" in message
+    assert visible_and_hidden(run) == visible_and_hidden(finished)
+    for directory in checkpoints.complete_checkpoints(run):
+        checkpoints.verify(directory)
+    assert not list(run.rglob("*.tmp"))
+    assert (run / "latest").read_text() == "step-00000008\n"
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+def test_a_full_disk(
+    finished: Path,
+    tmp_path: Path,
+    repository: Path,
+    tiny_options: list[str],
+    configure: Callable[..., RunConfig],
+) -> None:
+    """On a file system with room for half a checkpoint more, mounted where only the shell and what it starts see it."""
+    space = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--map-root-user"]
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(
+        [*space, "mount", "-t", "tmpfs", "tmpfs", str(disk)], capture_output=True, check=False
+    ).returncode:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    out, run = tmp_path / "out", disk / "runs" / "r"
+    pages = [-(-path.stat().st_size // 4096) for path in finished.rglob("*") if path.is_file()]
+    newest = [-(-path.stat().st_size // 4096) for path in (finished / "checkpoints/step-00000008").rglob("*.distcp")]
+    script = f"""
+        mount -t tmpfs -o size={(sum(pages) + sum(newest) // 2 + 8) * 4096} tmpfs {disk} || exit 99
+        mkdir {disk}/runs && cp -a {finished} {run} || exit 98
+        "$@"; status=$?
+        cp -a {run} {out}; exit $status
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "launch.cli",
+        "train",
+        *words_to_go_on([*tiny_options, "--checkpoint.keep=0"], run),
+    ]
+    result = subprocess.run(
+        [*space, "sh", "-c", script, "sh", *command],
+        cwd=repository,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1, result.stderr[-3000:]
+    assert "the disk is full" in result.stderr
+    check_untouched(out, finished, result.stderr)
+    # With room again, the run goes on as if nothing had happened.
+    again = Path(shutil.copytree(out, tmp_path / "again" / "r"))
+    assert (
+        train(configure(f"--run.root={again.parent}", "--run.name=r", "--train.steps=10", "--eval.every=0"), "auto")
+        == 0
+    )
+    assert losses(again)[:8] == losses(finished)
+    assert [step for step, _ in losses(again)] == list(range(1, 11))
+    assert checkpoints.newest_checkpoint(again) == again / "checkpoints" / "step-00000010"
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+def test_a_failed_write(run: Path, finished: Path, repository: Path, tiny_options: list[str]) -> None:
+    """A limit on the size of one file stops the save in the middle of a file."""
+    size = max(path.stat().st_size for path in finished.rglob("*.distcp")) // 2
+    result = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "train", *words_to_go_on(tiny_options, run)],
+        cwd=repository,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )
+    assert result.returncode == 1, result.stderr[-3000:]
+    check_untouched(run, finished, result.stderr)
+    print(result.stderr)

@@ -1,0 +1,140 @@
+"""Files appear whole or not at all."""
+
+import errno
+import hashlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_rdt.files import atomic_open, is_disk_full, sha256_of, write_bytes, write_text
+
+KILLED = """
+import os, signal, sys
+from megatron_rdt.files import atomic_open
+with atomic_open(sys.argv[1], "wb") as file:
+    file.write(b"half")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("before", [None, b"old"])
+def test_the_content_appears_at_the_end_of_the_block(before: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    if before is not None:
+        path.write_bytes(before)
+    with atomic_open(path, "wb") as file:
+        file.write(b"new" * 100_000)
+        file.flush()
+        assert (path.read_bytes() if path.exists() else None) == before
+    assert path.read_bytes() == b"new" * 100_000
+    assert os.listdir(tmp_path) == ["file.bin"]
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(3)])
+@pytest.mark.parametrize("before", [None, b"old"])
+def test_an_exception_inside_leaves_what_was_there(before: bytes | None, error: BaseException, tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    if before is not None:
+        path.write_bytes(before)
+
+    def write() -> None:
+        with atomic_open(path, "wb") as file:
+            file.write(b"half")
+            raise error
+
+    with pytest.raises(type(error)):
+        write()
+    assert (path.read_bytes() if path.exists() else None) == before
+    assert os.listdir(tmp_path) == ([] if before is None else ["file.bin"])
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("before", [None, b"old"])
+def test_killed_inside_leaves_what_was_there(before: bytes | None, tmp_path: Path, repository: Path) -> None:
+    path = tmp_path / "file.bin"
+    if before is not None:
+        path.write_bytes(before)
+    result = subprocess.run([sys.executable, "-c", KILLED, str(path)], cwd=repository, check=False)
+    assert result.returncode == -signal.SIGKILL
+    assert (path.read_bytes() if path.exists() else None) == before
+    left = [name for name in os.listdir(tmp_path) if name != "file.bin"]
+    assert len(left) == 1
+    assert left[0].endswith(".tmp")
+    write_bytes(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_bytes(path, b"x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file.bin"]
+
+
+def test_text_is_the_same_on_every_system(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "a\nµ\r\n")
+    assert (tmp_path / "a.txt").read_bytes() == "a\nµ\r\n".encode()
+    with atomic_open(tmp_path / "a.txt", encoding="latin-1") as file:
+        file.write("µ")
+    assert (tmp_path / "a.txt").read_bytes() == b"\xb5"
+
+
+def test_a_directory_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_text(tmp_path / "absent" / "a.txt", "a")
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 22) - 1, 1 << 22, (1 << 22) + 1])
+def test_the_hash_is_that_of_the_whole_content(size: int, tmp_path: Path) -> None:
+    content = os.urandom(size)
+    (tmp_path / "a").write_bytes(content)
+    assert sha256_of(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def chained(inner: BaseException, *, cause: bool) -> BaseException:
+    """A RuntimeError raised from, or while handling, `inner`."""
+    try:
+        try:
+            raise inner
+        except BaseException as error:
+            if cause:
+                raise RuntimeError("outer") from error
+            raise RuntimeError("outer")  # noqa: B904
+    except RuntimeError as outer:
+        return outer
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_recognised(number: int) -> None:
+    full = OSError(number, os.strerror(number))
+    assert is_disk_full(full)
+    assert is_disk_full(chained(full, cause=True))
+    assert is_disk_full(chained(chained(full, cause=False), cause=True))
+
+
+def test_other_errors_are_not_a_full_disk() -> None:
+    for error in (OSError(errno.EIO, "x"), PermissionError(errno.EACCES, "x"), ValueError("No space left on device")):
+        assert not is_disk_full(error)
+        assert not is_disk_full(chained(error, cause=True))
+
+
+def test_a_really_full_device() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    with pytest.raises(OSError, match="No space") as caught, open("/dev/full", "wb", buffering=0) as file:
+        file.write(b"x")
+    assert is_disk_full(caught.value)

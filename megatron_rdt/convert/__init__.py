@@ -1,4 +1,4 @@
-"""Checkpoints out: for transformers."""
+"""Checkpoints in and out: for transformers, and between the engines' families."""
 
 import os
 import shutil
@@ -13,22 +13,25 @@ def convert(checkpoint: str, out: str, to: str) -> Path:
     Args:
         checkpoint: checkpoint or run directory.
         out: directory to write; must not exist, or be empty.
-        to: "hf"; checkpoints of other engines are not converted yet.
+        to: "hf" (a folder for transformers), "native" (a checkpoint for single, ddp and fsdp) or "zero" (one for
+            zero1, zero2 and zero3, at any world size), both with the optimizer.
     """
-    from megatron_rdt.checkpoint import resolve_checkpoint, verify
+    from megatron_rdt.checkpoint import resolve_checkpoint
 
     source, target = resolve_checkpoint(checkpoint), Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists and is not empty. Choose another OUT or remove it.")
-    verify(source)
-    if to != "hf":
-        raise ConfigError(f"--to {to} is not available in this version. Use --to hf.")
-    from megatron_rdt.convert.hf import export_hf
-
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
-        export_hf(source, temporary)
+        if to == "hf":
+            from megatron_rdt.convert.hf import export_hf
+
+            export_hf(source, temporary)
+        else:
+            from megatron_rdt.convert.training_state import convert_training_state
+
+            convert_training_state(source, temporary, to)
         if target.exists():
             target.rmdir()
         temporary.rename(target)

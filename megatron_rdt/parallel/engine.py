@@ -38,8 +38,9 @@ def loss_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
     """Two groups: matrices with weight decay; norms, gains and the injection without."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    # A parameter that ZeRO-3 has sharded is flat and keeps its shape in `ds_shape`.
+    matrices = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) >= 2]
+    vectors = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) < 2]
     return [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},

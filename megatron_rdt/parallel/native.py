@@ -4,13 +4,16 @@ The format is torch.distributed.checkpoint with parameter names as keys, so a ch
 any world size, loads into any other.
 """
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from megatron_rdt.errors import CheckpointError
@@ -72,17 +75,30 @@ class NativeEngine(Engine):
         """Write `model/` and `optimizer/`."""
         model, optimizer = self._states()
         for name, state in (("model", model), ("optimizer", optimizer)):
-            dcp.save({name: state}, checkpoint_id=directory / name, no_dist=not dist.is_initialized())
+            with _one_process_is_fine():
+                dcp.save({name: state}, checkpoint_id=directory / name, no_dist=not dist.is_initialized())
 
     def load(self, directory: Path) -> None:
         """Read `model/` and `optimizer/` into this engine's own sharding."""
         if not (directory / "model").is_dir():
             raise CheckpointError(
-                f"{directory} was saved by a ZeRO engine. Resume it with that engine, or start a new run."
+                f"{directory} was saved by a ZeRO engine. Convert it: rdt convert {directory} OUT --to native, "
+                "then --resume OUT; or resume it with the engine that saved it."
             )
         model, optimizer = self._states()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        try:
             for name, state in (("model", model), ("optimizer", optimizer)):
-                dcp.load({name: state}, checkpoint_id=directory / name, no_dist=not dist.is_initialized())
+                with _one_process_is_fine():
+                    dcp.load({name: state}, checkpoint_id=directory / name, no_dist=not dist.is_initialized())
+        except CheckpointException as error:  # a BaseException that wraps the error of each rank that failed
+            reason = next((str(inner) for inner, _ in error.failures.values()), "").strip().splitlines() or ["unknown"]
+            raise CheckpointError(f"{directory} could not be loaded: {reason[0]}. Use another checkpoint.") from error
         dcp_state.set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+
+
+@contextlib.contextmanager
+def _one_process_is_fine() -> Iterator[None]:
+    """torch.distributed.checkpoint warns at each call that it works without a process group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is")
+        yield

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from megatron_rdt.errors import CheckpointError, ConfigError
-from megatron_rdt.model import RecurrentDepthTransformer, initialize
+from megatron_rdt.model import RecurrentDepthTransformer, initial_parameter, initialize
 from megatron_rdt.model.core import RecurrentCore
 from megatron_rdt.model.layer import Layer
-from megatron_rdt.parallel.engine import Engine, adamw
+from megatron_rdt.parallel.engine import Engine, adamw, parameter_groups
+from megatron_rdt.parallel.universal import UNIVERSAL
 
 NATIVE, TAG = "zero", "state"
 # What DeepSpeed's universal-checkpoint tools look for in a checkpoint.
@@ -74,17 +75,31 @@ class ZeroEngine(Engine):
         }
 
     def setup(self, model: RecurrentDepthTransformer) -> None:
-        """Fill the model (whole, on every rank, once), then let DeepSpeed shard it."""
+        """Fill the model with its initial weights and let DeepSpeed shard it; at stage 3, one parameter at a time."""
         deepspeed = import_deepspeed()
-        initialize(model, self.config.run.seed)
+        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+        config = self.deepspeed_config()
         self.configure(model)
         if self.stage == 3:
             deepspeed.utils.set_z3_leaf_modules(model, [RecurrentCore, Layer])
-        model.to(self.device)
-        self.module, *_ = deepspeed.initialize(
-            model=model, optimizer=adamw(model, self.config.optimizer), config=self.deepspeed_config()
-        )
+            self._fill_sharded(model, config)
+        else:
+            initialize(model, self.config.run.seed).to(self.device)
+        optimizer = adamw(model, self.config.optimizer)
+        self.module, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.model = model
+
+    @torch.no_grad()
+    def _fill_sharded(self, model: RecurrentDepthTransformer, config: dict[str, Any]) -> None:
+        """Give each parameter its whole value and shard it before the next, so no rank ever holds two whole ones."""
+        deepspeed = import_deepspeed()
+        for prefix, module in model.named_modules():
+            for leaf, parameter in module.named_parameters(recurse=False):
+                name = f"{prefix}.{leaf}"
+                value = initial_parameter(model.config, name, parameter.shape, self.config.run.seed)
+                setattr(module, leaf, torch.nn.Parameter(value.to(self.device, parameter.dtype)))
+            if any(True for _ in module.parameters(recurse=False)):
+                deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=torch.float32)
 
     @property
     def _sharded(self) -> Any:
@@ -136,19 +151,38 @@ class ZeroEngine(Engine):
         self.module.save_checkpoint(str(directory / NATIVE), tag=TAG, client_state=CLIENT_STATE)
 
     def load(self, directory: Path) -> None:
-        """DeepSpeed's own checkpoint, of the same world size and stage."""
-        source = directory / NATIVE
-        if not source.is_dir():
+        """DeepSpeed's own checkpoint, of the same world size and stage, or a universal one, of any."""
+        universal = (directory / UNIVERSAL).is_dir()
+        root, tag = (directory, UNIVERSAL) if universal else (directory / NATIVE, TAG)
+        if not (root / tag).is_dir():
             raise CheckpointError(
-                f"{directory} was not saved by a ZeRO engine. Resume it with the engine that saved it, or start a new run."
+                f"{directory} was not saved by a ZeRO engine. Convert it: rdt convert {directory} OUT --to zero, "
+                "then --resume OUT; or resume it with the engine that saved it."
             )
+        self.module._config.load_universal_checkpoint = universal
         try:
-            path, _ = self.module.load_checkpoint(str(source), tag=TAG, load_lr_scheduler_states=False)
+            path, _ = self.module.load_checkpoint(str(root), tag=tag, load_lr_scheduler_states=False)
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(
-                f"{source} does not load at ZeRO stage {self.stage} on {self.world_size} ranks: {reason}. "
-                "Use the stage and the number of processes that saved it."
+                f"{root / tag} does not load at ZeRO stage {self.stage} on {self.world_size} ranks: {reason}. "
+                "Use the stage and the number of processes that saved it, or make it loadable at any: "
+                f"rdt convert {directory} OUT --to zero."
             ) from error
+        finally:
+            self.module._config.load_universal_checkpoint = False
         if path is None:
-            raise CheckpointError(f"{source} holds no state that DeepSpeed finds. Use another checkpoint.")
+            raise CheckpointError(f"{root / tag} holds no state that DeepSpeed finds. Use another checkpoint.")
+        if universal:
+            self._finish_universal_load()
+
+    def _finish_universal_load(self) -> None:
+        """Undo what stage 3 of DeepSpeed 0.19 does when it loads a universal checkpoint.
+
+        It gives every group the hyperparameters of the first, and all groups one step tensor, which then counts once
+        per group and step.
+        """
+        for group, wanted in zip(self._sharded.param_groups, parameter_groups(self.model, self.config.optimizer)):
+            group["weight_decay"] = wanted["weight_decay"]
+        for state in self._sharded.optimizer.state.values():
+            state["step"] = state["step"].clone()

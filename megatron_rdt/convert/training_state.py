@@ -1,0 +1,139 @@
+"""A checkpoint of one engine as a checkpoint of another: weights, AdamW's moments and step, position in the run.
+
+Two layouts are written, and every engine resumes from the one of its family at any world size:
+
+    model/, optimizer/   torch.distributed.checkpoint, for single, ddp and fsdp
+    universal/           DeepSpeed's universal checkpoint, for zero1, zero2 and zero3
+
+A ZeRO engine's own save (zero/, one file per rank) is read through DeepSpeed's ds_to_universal tool.
+Everything passes through the memory of one process: about 12 bytes per parameter.
+"""
+
+import dataclasses
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_rdt.checkpoint import read_manifest, write_manifest
+from megatron_rdt.config import ParallelConfig, RunConfig, load_config
+from megatron_rdt.errors import CheckpointError
+from megatron_rdt.model import RecurrentDepthTransformer
+from megatron_rdt.parallel import make_engine
+from megatron_rdt.parallel.native import NativeEngine
+from megatron_rdt.parallel.universal import MOMENTS, UNIVERSAL, WEIGHT, read_universal, write_universal
+
+ZERO = "zero"
+
+
+@dataclass
+class TrainingState:
+    """What AdamW training goes on from.
+
+    Attributes:
+        tensors: by parameter name, {"fp32", "exp_avg", "exp_avg_sq"}, whole, float32, on the CPU.
+        step: optimizer steps taken.
+    """
+
+    tensors: dict[str, dict[str, torch.Tensor]]
+    step: int
+
+
+def convert_training_state(source: Path, out: Path, family: str) -> None:
+    """Write the checkpoint `source` into the empty directory `out` for the engines of `family`.
+
+    Args:
+        source: a complete, verified checkpoint of any engine.
+        out: an empty directory; becomes a complete checkpoint.
+        family: "native" (single, ddp, fsdp) or "zero" (zero1, zero2, zero3).
+    """
+    config = load_config(source / "config.yaml")
+    state = read_training_state(source, config)
+    if family == "zero":
+        write_universal(out / UNIVERSAL, state.tensors, state.step)
+    else:
+        engine = _native_engine(config)
+        _fill(engine, state)
+        engine.save(out)
+    for name in ("config.yaml", "trainer.json"):
+        shutil.copyfile(source / name, out / name)
+    for name in ("tokenizer", "rng"):
+        if (source / name).is_dir():
+            shutil.copytree(source / name, out / name)
+    facts = {k: v for k, v in read_manifest(source).items() if k not in ("format", "version", "files")}
+    write_manifest(out, {**facts, "engine": family, "converted_from": source.name})
+
+
+def read_training_state(checkpoint: Path, config: RunConfig) -> TrainingState:
+    """The training state of a checkpoint of any engine."""
+    state = _read(checkpoint, config)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in RecurrentDepthTransformer(config.model).named_parameters()}
+    if set(shapes) != set(state.tensors):
+        raise CheckpointError(
+            f"{checkpoint} has other parameters than its config: {sorted(set(shapes) ^ set(state.tensors))[:3]}. "
+            "Use another checkpoint."
+        )
+    for name, parts in state.tensors.items():
+        state.tensors[name] = {key: tensor.reshape(shapes[name]) for key, tensor in parts.items()}
+    return state
+
+
+def _read(checkpoint: Path, config: RunConfig) -> TrainingState:
+    if (checkpoint / "model").is_dir():
+        engine = _native_engine(config)
+        engine.load(checkpoint)
+        return _state_of(engine)
+    if (checkpoint / UNIVERSAL).is_dir():
+        return TrainingState(*read_universal(checkpoint / UNIVERSAL))
+    if (checkpoint / ZERO).is_dir():
+        with tempfile.TemporaryDirectory(prefix="rdt-universal-") as temporary:
+            folder = Path(temporary) / UNIVERSAL
+            _run_ds_to_universal(next((checkpoint / ZERO).glob("*/")), folder)
+            return TrainingState(*read_universal(folder))
+    raise CheckpointError(f"{checkpoint} holds no training state that is known. Use another checkpoint.")
+
+
+def _native_engine(config: RunConfig) -> NativeEngine:
+    """A single-process engine on the CPU with the model of `config`."""
+    alone = dataclasses.replace(config, parallel=ParallelConfig(engine="single"))
+    engine = make_engine(alone, torch.device("cpu"))
+    assert isinstance(engine, NativeEngine)
+    with torch.device("meta"):
+        model = RecurrentDepthTransformer(config.model)
+    engine.setup(model)
+    return engine
+
+
+def _state_of(engine: NativeEngine) -> TrainingState:
+    tensors, step = {}, 0
+    for name, parameter in engine.model.named_parameters():
+        moments = engine.optimizer.state[parameter]
+        tensors[name] = {WEIGHT: parameter.detach(), **{key: moments[key] for key in MOMENTS}}
+        step = int(moments["step"])
+    return TrainingState(tensors, step)
+
+
+@torch.no_grad()
+def _fill(engine: NativeEngine, state: TrainingState) -> None:
+    for name, parameter in engine.model.named_parameters():
+        tensors = state.tensors[name]
+        parameter.copy_(tensors[WEIGHT])
+        moments: dict[str, Any] = {key: tensors[key].clone() for key in MOMENTS}
+        engine.optimizer.state[parameter] = {"step": torch.tensor(float(state.step)), **moments}
+
+
+def _run_ds_to_universal(saved: Path, folder: Path) -> None:
+    """DeepSpeed's tool in a process of its own: it prints much and starts a pool of workers."""
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    command += ["--input_folder", str(saved), "--output_folder", str(folder)]
+    command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise CheckpointError(f"DeepSpeed could not read {saved}: {reason}. Use another checkpoint.")

@@ -1,0 +1,107 @@
+"""Started by torchrun: counts the collectives of optimizer steps of every engine, and writes them down."""
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from engine_worker import MODEL, difference
+
+from benchmarks.collectives import COMPARISONS
+from benchmarks.collectives import build as build_engine
+from megatron_rdt.depth import DepthPlan
+from megatron_rdt.parallel import Engine, MicroBatch
+from megatron_rdt.parallel.counting import Collective, count_step, totals
+
+SEQUENCES, MICRO_BATCH = 12, 3  # two micro-batches on each of two ranks
+LOOPS = (1, 2, 4, 16)
+# (T, k, checkpointing)
+CASES = [
+    *((loops, None, "none") for loops in LOOPS),
+    *((loops, 2, "per_iteration") for loops in LOOPS),
+    (16, 2, "none"),
+    (16, None, "per_iteration"),
+]
+CHANGING = (3, 1, 7, 2, 5)
+# T of the two micro-batches of a step on rank 0 and on rank 1.
+DIFFERENT = (((1, 16), (5, 2)), ((16, 1), (1, 1)))
+
+
+def build(label: str) -> Engine:
+    return build_engine(label, MODEL, SEQUENCES, MICRO_BATCH)
+
+
+def parts(tokens: torch.Tensor, rank: int, loops: Sequence[int], k: int | None = None) -> list[MicroBatch]:
+    """The micro-batches of one rank; `loops` has the T of each."""
+    mine = tokens[rank * len(tokens) // 2 : (rank + 1) * len(tokens) // 2].split(MICRO_BATCH)
+    return [MicroBatch(part, DepthPlan((t,) * len(part), k)) for part, t in zip(mine, loops)]
+
+
+def everywhere(calls: list[Collective]) -> list[dict[str, tuple[int, int]]]:
+    """The totals of every rank."""
+    found: list[dict[str, tuple[int, int]]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(found, totals(calls))
+    return found
+
+
+def count_cases(engine: Engine, tokens: torch.Tensor, cases: Sequence[tuple]) -> dict[str, dict[str, object]]:
+    """What each case sends on every rank, in all, and of the core's size."""
+    size = 4 * sum(p.numel() for p in build("single").model.core.parameters())
+    counted: dict[str, dict[str, object]] = {}
+    for loops, k, checkpointing in cases:
+        engine.model.core.checkpoint_iterations = checkpointing == "per_iteration"
+        calls = count_step(engine, parts(tokens, engine.rank, (loops, loops), k))
+        core = {key: number for key, (number, _) in totals(call for call in calls if call.size == size).items()}
+        counted[f"T={loops} k={k or 'all'} checkpointing={checkpointing}"] = {"ranks": everywhere(calls), "core": core}
+    engine.model.core.checkpoint_iterations = False
+    return counted
+
+
+def measure(label: str, tokens: torch.Tensor) -> dict[str, object]:
+    """Every case on one engine; a control gets those with full backpropagation only."""
+    engine = build(label)
+    for _ in range(2):
+        count_step(engine, parts(tokens, engine.rank, (1, 1)))
+    if label in COMPARISONS:
+        return {"cases": count_cases(engine, tokens, CASES[: len(LOOPS)])}
+    cases = count_cases(engine, tokens, CASES)
+    changing = [everywhere(count_step(engine, parts(tokens, engine.rank, (t, t)))) for t in CHANGING]
+    differing = [everywhere(count_step(engine, parts(tokens, engine.rank, d[engine.rank]))) for d in DIFFERENT]
+    error = gradient_error(build(label), tokens)
+    return {"cases": cases, "changing": changing, "differing": differing, "gradient_error": error}
+
+
+def gradient_error(engine: Engine, tokens: torch.Tensor) -> float:
+    """Largest relative error of a gradient when each rank and micro-batch has its own T, against one process."""
+    single = build("single")
+    engine.forward_backward(parts(tokens, engine.rank, DIFFERENT[0][engine.rank]))
+    single.forward_backward([part for rank in (0, 1) for part in parts(tokens, rank, DIFFERENT[0][rank])])
+    reference = single.full_gradients()
+    gradients = engine.full_gradients()
+    assert set(gradients) == set(reference)
+    return max(difference(gradient, reference[name]) for name, gradient in gradients.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("labels", nargs="+")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo")
+    tokens = torch.randint(0, MODEL.vocab_size, (SEQUENCES, 17), generator=torch.Generator().manual_seed(1))
+    verdict: dict[str, object] = {"model_bytes": 4 * sum(p.numel() for p in build("single").model.parameters())}
+    for label in options.labels:
+        verdict[label] = measure(label, tokens)
+    if dist.get_rank() == 0:
+        options.out.write_text(json.dumps(verdict))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""What goes over the network does not depend on T: the core is gathered once per pass and reduced once."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.test_engines import start
+
+WORKER = Path(__file__).parent / "collectives_worker.py"
+ACCUMULATION = 2
+NATIVE = ["ddp", "fsdp", "fsdp kept-gathered", "fsdp layer-units"]
+ZERO = ["zero1", "zero2", "zero3", "zero3 no-leaf-modules"]
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
+
+
+def count(labels: list[str], folder: Path, repository: Path) -> dict[str, Any]:
+    out = folder / "counts.json"
+    result = start("torchrun", [str(WORKER), "--out", str(out), *labels], repository, 230)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict[str, Any]:
+    return count(NATIVE, tmp_path_factory.mktemp("native"), repository)
+
+
+@pytest.fixture(scope="module")
+def zero(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict[str, Any]:
+    return count(ZERO, tmp_path_factory.mktemp("zero"), repository)
+
+
+def check_constant(label: str, counted: dict[str, Any]) -> dict[str, list[int]]:
+    """Every case, every changing T and every mix of T over ranks sends the same; returns what that is."""
+    cases = counted[label]["cases"]
+    expected = next(iter(cases.values()))["ranks"][0]
+    print(f"{label}:", *(f"{key} {number} ({size:,} bytes)" for key, (number, size) in expected.items()), sep="\n  ")
+    seen = {name: case["ranks"] for name, case in cases.items()}
+    seen |= {f"changing {i}": ranks for i, ranks in enumerate(counted[label]["changing"])}
+    seen |= {f"differing {i}": ranks for i, ranks in enumerate(counted[label]["differing"])}
+    assert len(seen) == 17
+    assert {name: ranks for name, ranks in seen.items() if ranks != [expected, expected]} == {}
+    # Ranks at different T must also compute the right thing.
+    assert counted[label]["gradient_error"] < 3e-4
+    return expected
+
+
+def core(label: str, counted: dict[str, Any]) -> dict[str, int]:
+    """How often something of exactly the core's size was sent, which must be the same in every case."""
+    found = [case["core"] for case in counted[label]["cases"].values()]
+    assert all(other == found[0] for other in found)
+    return found[0]
+
+
+def test_ddp_reduces_every_gradient_once_per_step(native: dict[str, Any]) -> None:
+    sent = check_constant("ddp", native)
+    assert sent["backward all-reduce"] == [1, native["model_bytes"]]
+    assert set(sent) == {"backward all-reduce", "update all-reduce"}
+
+
+def test_fsdp_gathers_the_core_once_per_pass_and_reduces_it_once_per_step(native: dict[str, Any]) -> None:
+    check_constant("fsdp", native)
+    assert core("fsdp", native) == {
+        "forward all-gather": ACCUMULATION,
+        "backward all-gather": ACCUMULATION,
+        "backward reduce-scatter": 1,
+    }
+
+
+def test_fsdp_without_resharding_gathers_once_for_forward_and_backward(native: dict[str, Any]) -> None:
+    sent = check_constant("fsdp kept-gathered", native)
+    assert "backward all-gather" not in sent
+    assert core("fsdp kept-gathered", native) == {"forward all-gather": ACCUMULATION, "backward reduce-scatter": 1}
+
+
+def test_zero_1_and_2_gather_the_updated_weights_once_per_step(zero: dict[str, Any]) -> None:
+    for label, reductions in (("zero1", 1), ("zero2", ACCUMULATION)):  # stage 2 keeps no unreduced gradient
+        sent = check_constant(label, zero)
+        assert sent["backward all-reduce"] == [reductions, reductions * zero["model_bytes"]]
+        assert sent["update all-gather"] == [2, zero["model_bytes"]]  # one per parameter group
+        assert "forward all-gather" not in sent
+
+
+def test_zero_3_gathers_the_core_once_per_pass(zero: dict[str, Any]) -> None:
+    sent = check_constant("zero3", zero)
+    assert core("zero3", zero) == {"forward all-gather": ACCUMULATION, "backward all-gather": ACCUMULATION}
+    # Stage 3 keeps no unreduced gradient: one reduction of all parameters per micro-batch, whatever T is.
+    assert sent["backward reduce-scatter"] == [ACCUMULATION, ACCUMULATION * zero["model_bytes"]]
+
+
+def test_the_counter_sees_a_wrapping_that_pays_for_every_loop(native: dict[str, Any], zero: dict[str, Any]) -> None:
+    for counted, label in ((native, "fsdp layer-units"), (zero, "zero3 no-leaf-modules")):
+        sent = [case["ranks"][0] for case in counted[label]["cases"].values()]
+        gathers = [sum(n for key, (n, _) in case.items() if key.endswith("all-gather")) for case in sent]
+        size = [sum(b for key, (_, b) in case.items() if key.endswith("all-gather")) for case in sent]
+        print(f"{label}: all-gathers {gathers}, bytes {size} at T = 1, 2, 4, 16")
+        assert gathers == sorted(set(gathers))
+        assert gathers[-1] > gathers[0] + 12 * ACCUMULATION
+        assert size[-1] > 2 * size[0]

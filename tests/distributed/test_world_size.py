@@ -1,0 +1,154 @@
+"""The world size changes how the work is spread and nothing else: weights, samples, depths, losses, checkpoints."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_rdt.config import DepthConfig
+from megatron_rdt.data import BatchLoader, TokenCorpus
+from megatron_rdt.depth import DepthSampler
+from megatron_rdt.model import RecurrentDepthTransformer, initialize
+from tests.distributed.test_engines import start
+from tests.distributed.worldsize_worker import config_for, hashes
+
+WORKER = Path(__file__).parent / "worldsize_worker.py"
+ENGINES = ["ddp", "fsdp", "zero1", "zero3"]
+GLOBAL_BATCH = 4
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_initial_weights_are_those_of_one_process(world_size: int, tmp_path: Path, repository: Path) -> None:
+    out = tmp_path / "hashes.json"
+    engines = ["single", *ENGINES] if world_size == 1 else ENGINES
+    # The last --nproc-per-node counts.
+    words = ["--nproc-per-node", str(world_size), str(WORKER), "--out", str(out), *engines]
+    result = start("torchrun", words, repository, 110)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    verdict = json.loads(out.read_text())
+    assert verdict.pop("world_size") == world_size
+    assert len(verdict) == 2 * len(engines)
+    for tied in (True, False):
+        config = config_for("single", tied)
+        expected = hashes(dict(initialize(RecurrentDepthTransformer(config.model), config.run.seed).named_parameters()))
+        assert ("head.weight" in expected) is not tied
+        for engine in engines:
+            found = verdict[f"{engine} {'tied' if tied else 'untied'}"]
+            assert found == [expected] * world_size, engine
+
+
+def global_batches(corpus: TokenCorpus, world_size: int, micro_batch: int) -> list[dict[int, tuple[Any, ...]]]:
+    """Per step: sample number -> (its tokens, T, k, seed of its initial state), over all ranks, as the trainer does."""
+    sampler = DepthSampler(DepthConfig(mean=4, max=16, backprop=3), seed=5)
+    steps: list[dict[int, tuple[Any, ...]]] = [{} for _ in range(12)]
+    for rank in range(world_size):
+        loader = BatchLoader(corpus, 8, rank, world_size, total_samples=8 * len(steps), max_epochs=1000)
+        for step, batch in enumerate(loader):
+            for at in range(0, len(batch.samples), micro_batch):
+                samples = batch.samples[at : at + micro_batch]
+                plan = sampler.plan(step, samples)
+                for i, sample in enumerate(samples):
+                    assert sample not in steps[step]
+                    window = batch.tokens[at + i].numpy().tobytes()
+                    steps[step][sample] = (window, plan.iterations[i], plan.backprop, plan.state_seeds[i])
+        loader.close()
+    return steps
+
+
+def test_samples_and_depth_plans_do_not_depend_on_the_world_size(tiny_corpus: Path) -> None:
+    corpus = TokenCorpus(tiny_corpus, "train", 32, seed=5)
+    expected = global_batches(corpus, 1, 8)
+    assert all(len(step) == 8 for step in expected)
+    assert len({loops for step in expected for _, loops, _, _ in step.values()}) > 2
+    for world_size, micro_batch in ((1, 1), (2, 2), (2, 4), (4, 1), (4, 2)):
+        assert global_batches(corpus, world_size, micro_batch) == expected
+
+
+def run(repository: Path, options: list[str], processes: int) -> None:
+    command = [sys.executable, "-m", "launch.cli", "train", *options, "--nproc", str(processes)]
+    result = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=140, check=False)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+
+
+def records(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def fsdp_options(tmp_path_factory: pytest.TempPathFactory, tiny_options: list[str]) -> list[str]:
+    """Options of runs that share one folder; every checkpoint is kept."""
+    root = tmp_path_factory.mktemp("runs")
+    extra = ["--parallel.engine=fsdp", "--eval.every=0", "--checkpoint.every=4", "--checkpoint.keep=0"]
+    return [*tiny_options, *extra, f"--run.root={root}"]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(fsdp_options: list[str], repository: Path) -> Path:
+    """The uninterrupted run on two processes."""
+    run(repository, [*fsdp_options, "--run.name=two"], 2)
+    return Path(fsdp_options[-1].split("=")[1]) / "two"
+
+
+def check_same_training(mine: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    for key in ("step", "tokens", "lr", "loops_mean", "loops_max", "loops_with_grad"):
+        assert [record[key] for record in mine] == [record[key] for record in expected], key
+    assert [record["loss"] for record in mine] == pytest.approx([record["loss"] for record in expected], abs=1e-5)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("processes", [1, 4])
+def test_a_run_has_the_same_losses_and_loops(
+    processes: int, two_ranks: Path, fsdp_options: list[str], repository: Path
+) -> None:
+    run(repository, [*fsdp_options, f"--run.name=on-{processes}"], processes)
+    expected = records(two_ranks)
+    assert len(expected) == 8
+    assert len({record["loops_max"] for record in expected}) > 1
+    check_same_training(records(two_ranks.parent / f"on-{processes}"), expected)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("processes", [1, 4])
+def test_a_checkpoint_of_two_ranks_resumes_on_another_number(
+    processes: int, two_ranks: Path, fsdp_options: list[str], repository: Path
+) -> None:
+    source = two_ranks / "checkpoints" / "step-00000004"
+    run(repository, [*fsdp_options, f"--run.name=resumed-{processes}", f"--resume={source}"], processes)
+    check_same_training(records(two_ranks.parent / f"resumed-{processes}"), records(two_ranks)[4:])
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(300)
+def test_bfloat16_learns_with_float32_weights(two_ranks: Path, fsdp_options: list[str], repository: Path) -> None:
+    extra = ["--train.precision=bfloat16", "--train.steps=24", "--optimizer.lr=4e-3", "--checkpoint.every=0"]
+    run(repository, [*fsdp_options, *extra, "--run.name=bf16"], 2)
+    directory = two_ranks.parent / "bf16"
+    losses = [record["loss"] for record in records(directory)]
+    norms = [record["grad_norm"] for record in records(directory)]
+    assert len(losses) == 24
+    assert all(map(math.isfinite, losses + norms))
+    assert sum(losses[-4:]) / 4 < losses[0] - 1
+    # Step 1 has the weights, data and T of the float32 run: bfloat16 was really used, and is close.
+    assert 0 < abs(losses[0] - records(two_ranks)[0]["loss"]) < 0.02
+    for part in ("model", "optimizer"):
+        metadata = dcp.FileSystemReader(directory / "checkpoints" / "step-00000024" / part).read_metadata()
+        tensors = {
+            name: entry
+            for name, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        assert len(tensors) > 20
+        assert {name: entry.properties.dtype for name, entry in tensors.items()} == dict.fromkeys(
+            tensors, torch.float32
+        )

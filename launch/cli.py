@@ -1,59 +1,80 @@
 """The `rdt` command. Heavy imports happen after the options have been checked."""
 
+import difflib
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
-from megatron_rdt.config.load import make_parser, parse
-from megatron_rdt.environment import process_place, quiet_libraries
-from megatron_rdt.errors import EXIT_OK, EXIT_USAGE, ConfigError, RdtError
+import megatron_rdt
+from launch.failures import EXIT_INTERRUPTED, explain
+from megatron_rdt.config.parser import make_parser, parse
+from megatron_rdt.environment import quiet_libraries
+from megatron_rdt.errors import EXIT_OK, EXIT_USAGE, ConfigError
 
-INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141  # as a shell reports SIGPIPE
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """Validation loss of a checkpoint at several loop counts."""
+    """Options of `rdt eval`."""
 
+    checkpoint: str
+    """Checkpoint, or run directory (its newest checkpoint)."""
     loops: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
-    """Values of T."""
+    """Loop counts T to evaluate at."""
     sequences: int = 64
-    """Validation windows to use."""
+    """Validation sequences to use, of the length that the run was trained with."""
     data: str | None = None
-    """Prepared corpus; default the one of the run."""
+    """Directory of the prepared corpus; the run's own where not given."""
     out: str | None = None
-    """JSON file to write; default eval.json in the run directory."""
+    """JSON file to write; eval.json in the run directory where not given."""
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """Continue a text."""
+    """Options of `rdt generate`."""
 
+    checkpoint: str
+    """Checkpoint, or run directory (its newest checkpoint)."""
     prompt: str = "def "
     """Text to continue."""
     loops: int = 8
-    """Number of iterations T."""
+    """Loop count T: more loops, more compute per token, the same weights."""
     tokens: int = 100
     """New tokens at most."""
     temperature: float = 0.8
     """Sampling temperature; 0 takes the likeliest token."""
     top_k: int = 50
-    """Sample among the k likeliest; 0 means all."""
+    """Sample among the k likeliest tokens; 0 means all."""
     top_p: float = 1.0
-    """Sample among the likeliest that together have this probability."""
+    """Sample among the likeliest tokens that together have this probability; 1 means all."""
     seed: int = 0
-    """Seed of the sampling."""
+    """Seed of the sampling: the same seed gives the same text."""
     device: str = "auto"
-    """Device; auto takes a GPU where there is one."""
+    """cpu, cuda, or cuda:N; auto takes a GPU where there is one."""
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """Convert a checkpoint."""
+    """Options of `rdt convert`."""
 
-    to: Literal["hf"] = "hf"
-    """hf: a folder for transformers."""
+    checkpoint: str
+    """Checkpoint, or run directory (its newest checkpoint)."""
+    out: str
+    """Directory to write; must not exist, or be empty."""
+    to: Literal["hf", "native", "zero"] = "hf"
+    """hf: a folder for transformers; native: for the engines single, ddp and fsdp; zero: for zero1, zero2 and zero3."""
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Options of `rdt report`."""
+
+    run: str
+    """Run directory, such as runs/quickstart."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +82,14 @@ class NoOptions:
     """No options."""
 
 
+def _options(name: str, schema: type[T], words: list[str]) -> T:
+    """Options of a command that takes no config file; fields without a default are its positional arguments."""
+    parser = make_parser(schema, f"rdt {name}", COMMANDS[name].__doc__ or "", config_file=False, positional=True)
+    return parse(parser, schema, words)[0]
+
+
 def prep(words: list[str]) -> int:
-    """Raw text to tokenizer and token shards."""
+    """Turn text into a tokenizer and token shards."""
     from data_prep.config import PrepConfig
 
     config, _ = parse(make_parser(PrepConfig, "rdt prep", prep.__doc__ or ""), PrepConfig, words)
@@ -74,139 +101,93 @@ def prep(words: list[str]) -> int:
 
 def train(words: list[str]) -> int:
     """Pretrain a recurrent-depth transformer."""
-    from launch.options import train_parser
+    from launch.options import check_places, launch_parser, worker_words
     from megatron_rdt.config import RunConfig, check_config
 
-    parser = train_parser("rdt train")
-    parser.add_argument("--nproc", type=int, default=0, help="processes on this machine; 0: one per GPU, or 2 on CPU")
-    parser.add_argument("--master_port", type=int, default=0, help="port for the processes to meet; 0: any free one")
+    parser = launch_parser("rdt train")
     config, raw = parse(parser, RunConfig, words)
-    processes = raw.nproc or _default_processes(config.parallel.engine)
+    check_config(config)  # before torch is imported to count GPUs
+    check_places(config)
+    if raw.nproc < 0:
+        raise ConfigError(f"--nproc is {raw.nproc}, it must be at least 1, or 0 for one per device.")
+    processes = raw.nproc or _default_processes(config.parallel.engine, config.train.device)
     check_config(config, processes)
     if config.parallel.engine == "single":
-        quiet_libraries(1)
         from megatron_rdt.train.trainer import train as run
 
         return run(config, raw.resume)
     from launch.local import run_processes
 
-    return run_processes(_without(words, ("--nproc", "--master_port")), processes, raw.master_port)
+    return run_processes(worker_words(parser, words), processes, raw.master_port)
 
 
-def _default_processes(engine: str) -> int:
+def _default_processes(engine: str, device: str) -> int:
     if engine == "single":
         return 1
+    if device == "cpu":
+        return 2
     import torch
 
     return torch.cuda.device_count() or 2
 
 
-def _without(words: list[str], names: tuple[str, ...]) -> list[str]:
-    """`words` less the options `names` and their values."""
-    kept: list[str] = []
-    skip = False
-    for word in words:
-        if skip:
-            skip = False
-        elif word in names:
-            skip = True
-        elif not word.startswith(tuple(f"{name}=" for name in names)):
-            kept.append(word)
-    return kept
-
-
-def _one_path(words: list[str], name: str) -> tuple[str, list[str]]:
-    """The leading positional argument and the rest."""
-    if words and not words[0].startswith("-"):
-        return words[0], words[1:]
-    if "--help" in words or "-h" in words:
-        return "", words
-    raise ConfigError(f"{name} is missing. It comes first, before the options.")
-
-
 def evaluate(words: list[str]) -> int:
-    """rdt eval CHECKPOINT: validation loss at several loop counts."""
-    checkpoint, words = _one_path(words, "CHECKPOINT")
-    options, _ = parse(make_parser(EvalOptions, "rdt eval CHECKPOINT", evaluate.__doc__ or ""), EvalOptions, words)
+    """Measure the validation loss of a checkpoint at several loop counts."""
+    options = _options("eval", EvalOptions, words)
+    if not options.loops or min(options.loops) < 1 or options.sequences < 1:
+        raise ConfigError("--loops and --sequences must be at least 1.")
     from megatron_rdt.evaluate.loss import evaluate_checkpoint
 
-    evaluate_checkpoint(checkpoint, options.loops, options.sequences, options.data, options.out)
+    evaluate_checkpoint(**vars(options))
     return EXIT_OK
 
 
 def generate(words: list[str]) -> int:
-    """rdt generate CHECKPOINT: continue a text at a chosen depth."""
-    checkpoint, words = _one_path(words, "CHECKPOINT")
-    parser = make_parser(GenerateOptions, "rdt generate CHECKPOINT", generate.__doc__ or "")
-    options, _ = parse(parser, GenerateOptions, words)
+    """Continue a text with a checkpoint, at a chosen depth."""
+    options = _options("generate", GenerateOptions, words)
     if options.loops < 1 or options.tokens < 0:
         raise ConfigError("--loops must be at least 1 and --tokens must not be negative.")
+    if options.temperature < 0 or options.top_k < 0 or not 0 < options.top_p <= 1:
+        raise ConfigError("--temperature and --top_k must not be negative, --top_p must be above 0 and at most 1.")
     from megatron_rdt.inference.generate import generate_text
 
-    print(generate_text(checkpoint, **vars(options)))
+    print(generate_text(**vars(options)))
     return EXIT_OK
 
 
 def convert(words: list[str]) -> int:
-    """rdt convert CHECKPOINT OUT: a folder for transformers."""
-    checkpoint, words = _one_path(words, "CHECKPOINT")
-    out, words = _one_path(words, "OUT")
-    parser = make_parser(ConvertOptions, "rdt convert CHECKPOINT OUT", convert.__doc__ or "")
-    options, _ = parse(parser, ConvertOptions, words)
+    """Convert a checkpoint for transformers or for another engine."""
+    options = _options("convert", ConvertOptions, words)
     from megatron_rdt.convert import convert as run
 
-    print(f"written: {run(checkpoint, out, options.to)}")
+    print(f"written: {run(options.checkpoint, options.out, options.to)}")
     return EXIT_OK
 
 
 def report(words: list[str]) -> int:
-    """rdt report RUN: draw a run's curves into one HTML page."""
-    run_directory, words = _one_path(words, "RUN")
-    parse(make_parser(NoOptions, "rdt report RUN", report.__doc__ or ""), NoOptions, words)
+    """Draw a run's curves into one HTML page."""
+    options = _options("report", ReportOptions, words)
     from megatron_rdt.evaluate.report import write_report
 
-    print(f"written: {write_report(run_directory)}")
+    print(f"written: {write_report(options.run)}")
     return EXIT_OK
 
 
 def submit(words: list[str]) -> int:
     """Submit a run to Slurm."""
-    import jsonargparse
-
     from launch.submit import SubmitConfig
     from launch.submit import submit as run
 
-    parser = jsonargparse.ArgumentParser(prog="rdt submit", description=submit.__doc__, exit_on_error=False)
-    parser.add_class_arguments(SubmitConfig, None)
-    normalised = [
-        w.replace("-", "_").replace("__", "--", 1) if w.startswith("--") and "=" not in w else w for w in words
-    ]
-    if normalised.count("--dry_run") and normalised[-1] == "--dry_run":
-        normalised.append("true")
-    try:
-        raw = parser.parse_args(_with_flag(normalised, "--dry_run"))
-    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(" ".join(str(error).split())) from None
-    return run(SubmitConfig(**vars(raw)))
-
-
-def _with_flag(words: list[str], name: str) -> list[str]:
-    """Let a boolean option stand without its value."""
-    result: list[str] = []
-    for index, word in enumerate(words):
-        result.append(word)
-        following = words[index + 1] if index + 1 < len(words) else "--"
-        if word == name and following not in ("true", "false"):
-            result.append("true")
-    return result
+    # Its --config is the run's YAML, one option among others.
+    parser = make_parser(SubmitConfig, "rdt submit", submit.__doc__ or "", config_file=False)
+    return run(parse(parser, SubmitConfig, words)[0])
 
 
 def quickstart(words: list[str]) -> int:
-    """The whole main job: prep, train, evaluate, generate, report."""
-    parse(make_parser(NoOptions, "rdt quickstart", quickstart.__doc__ or ""), NoOptions, words)
+    """Run the whole main job on real text: prep, train, eval, generate, report."""
+    _options("quickstart", NoOptions, words)
     from launch.quickstart import quickstart as run
 
-    quiet_libraries(1)
     return run()
 
 
@@ -224,28 +205,61 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 def usage() -> str:
     """The text of `rdt --help`."""
-    lines = [f"  {name:<11}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
-    return "usage: rdt COMMAND [options]\n\n" + "\n".join(lines) + "\n\nrdt COMMAND --help explains every option."
+    lines = [f"  {name:<11} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        (
+            "usage: rdt COMMAND [options]",
+            "",
+            "Pretraining of recurrent-depth transformers.",
+            "",
+            *lines,
+            "",
+            "rdt COMMAND --help explains every option; rdt --version prints the version.",
+        )
+    )
+
+
+def run_command(words: list[str]) -> int:
+    """Find the command and run it; a failure that is the user's to solve becomes a line on standard error."""
+    if not words or words[0] in ("-h", "--help"):
+        print(usage(), file=sys.stdout if words else sys.stderr)
+        return EXIT_OK if words else EXIT_USAGE
+    if words[0] in ("-V", "--version"):
+        print(f"rdt {megatron_rdt.__version__}")
+        return EXIT_OK
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]}?" if near else "rdt --help lists the commands."
+        print(f"rdt: error: there is no command {name}. {hint}", file=sys.stderr)
+        return EXIT_USAGE
+    quiet_libraries()
+    try:
+        return COMMANDS[name](rest)
+    except KeyboardInterrupt:
+        print(f"rdt {name}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        explained = explain(error)
+        if explained is None:
+            raise
+        print(f"rdt {name}: error: {explained}", file=sys.stderr)
+        return explained.exit_status
 
 
 def main() -> int:
     """Entry point of `rdt`."""
-    words = sys.argv[1:]
-    if not words or words[0] in ("-h", "--help"):
-        print(usage())
-        return EXIT_OK if words else EXIT_USAGE
-    name, rest = words[0], words[1:]
-    if name not in COMMANDS:
-        print(f"rdt: error: there is no command {name}.\n\n{usage()}", file=sys.stderr)
-        return EXIT_USAGE
     try:
-        return COMMANDS[name](rest)
-    except RdtError as error:
-        rank = process_place().rank
-        print(f"rdt {name}: error: {error}" if rank == 0 else "", file=sys.stderr)
-        return error.exit_status
-    except KeyboardInterrupt:
-        return INTERRUPTED
+        try:
+            return run_command(sys.argv[1:])
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone, as in `rdt train --help | head`; the flush at exit must not complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
 
 
 if __name__ == "__main__":

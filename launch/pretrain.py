@@ -1,34 +1,69 @@
 """The script that torchrun, deepspeed, srun and `rdt train` start on each process; same options as `rdt train`."""
 
+import contextlib
+import logging
+import os
 import sys
+import time
 from pathlib import Path
 
 # Started as a script, Python puts launch/ first on the path; imports are decided by the repository's root instead.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from megatron_rdt.environment import export_for_torch, process_place, quiet_libraries
-from megatron_rdt.errors import EXIT_FAILED, RdtError
+from launch.failures import EXIT_INTERRUPTED, explain, leave
+from megatron_rdt.environment import ProcessPlace, error_file, export_for_torch, process_place, quiet_libraries
+from megatron_rdt.errors import RdtError
+
+PROGRAM = "pretrain.py"
+SPEAKERS_START_S = 3.0
+
+
+def tell(error: RdtError, place: ProcessPlace) -> None:
+    """Leave the error to `rdt train`, which prints it once for all ranks; where there is none, print it."""
+    file = error_file()
+    if file is not None:
+        with contextlib.suppress(OSError):  # a full disk must not hide the error
+            leave(file, error)
+            return
+    print(f"{PROGRAM}: error (rank {place.rank}): {error}", file=sys.stderr, flush=True)
 
 
 def main(words: list[str]) -> int:
     """Train on this process; returns its exit status."""
     place = process_place()
     quiet_libraries(place.local_world_size)
+    if place.rank:  # what all ranks find, the first one says
+        logging.getLogger("megatron_rdt").setLevel(logging.ERROR)
+    started = False
     try:
-        from launch.options import parse_training
+        from launch.options import check_places, parse_training
 
-        config, raw = parse_training("pretrain.py", words, place.world_size)
+        config, raw = parse_training(PROGRAM, words, place.world_size)
+        check_places(config)
+        started = True
         if config.parallel.engine != "single":
             export_for_torch(place)
         from megatron_rdt.train.trainer import train
 
         return train(config, raw.resume)
-    except RdtError as error:
-        print(f"pretrain.py: error (rank {place.rank}): {error}", file=sys.stderr, flush=True)
-        return error.exit_status
     except KeyboardInterrupt:
-        return EXIT_FAILED
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        explained = explain(error)
+        if explained is None:
+            raise
+        if started or error_file() or place.local_rank == 0:
+            tell(explained, place)
+        else:
+            # Every rank of a node fails for the same reason and one says it. torchrun ends all when the first is gone.
+            time.sleep(SPEAKERS_START_S)
+        return explained.exit_status
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: while the interpreter is torn down, Gloo's threads may still let go of Python objects, and a run
+    # that succeeded would now and then end with an abort.
+    os._exit(status)

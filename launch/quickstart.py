@@ -5,11 +5,11 @@ from pathlib import Path
 
 from launch.local import run_processes
 from megatron_rdt.config import load_config
-from megatron_rdt.config.load import make_parser, parse
+from megatron_rdt.config.parser import make_parser, parse
 from megatron_rdt.errors import LaunchError
 
 CONFIG, DATA_CONFIG = "configs/quickstart.yaml", "configs/quickstart_data.yaml"
-PROCESSES = 2
+MOST_PROCESSES = 2
 EVAL_LOOPS = (1, 2, 4, 8, 16)
 EVAL_SEQUENCES = 64
 SAMPLE_LOOPS = (1, 8)
@@ -33,8 +33,9 @@ def quickstart() -> int:
 
     prep, _ = parse(make_parser(PrepConfig, "rdt prep", ""), PrepConfig, ["--config", DATA_CONFIG])
     prepare(prep)
-    title(f"pretraining on {PROCESSES} processes")
-    status = run_processes(["--config", CONFIG, "--resume", "auto"], PROCESSES)
+    processes = _processes()
+    title(f"pretraining on {processes} process{'es' if processes > 1 else ''}")
+    status = run_processes(["--config", CONFIG, "--resume", "auto"], processes)
     if status:
         return status
     title("validation loss against the number of loops")
@@ -51,3 +52,10 @@ def quickstart() -> int:
     report = write_report(run_directory)
     print(f"\nDone in {time.monotonic() - began:.0f} s. The report is at {report.resolve()}")
     return 0
+
+
+def _processes() -> int:
+    """Two, or as many as there are GPUs where there are fewer: each process takes one of its own."""
+    import torch
+
+    return min(torch.cuda.device_count() or MOST_PROCESSES, MOST_PROCESSES)

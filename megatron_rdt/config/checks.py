@@ -51,7 +51,8 @@ def _depth(config: RunConfig) -> list[str]:
     depth, problems = config.depth, []
     if not 1 <= depth.min <= depth.mean <= depth.max:
         problems.append(
-            f"depth needs 1 <= min <= mean <= max, it has min {depth.min}, mean {depth.mean}, max {depth.max}."
+            f"depth needs 1 <= min <= mean <= max, it has min {depth.min}, mean {depth.mean}, max {depth.max}. "
+            "Set --depth.min, --depth.mean or --depth.max."
         )
     if depth.backprop != "all" and int(depth.backprop) < 1:
         problems.append(f"depth.backprop is {depth.backprop}, it must be at least 1, or `all`.")

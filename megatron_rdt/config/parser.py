@@ -1,0 +1,344 @@
+"""Options of a command: a tree of dataclasses is its schema, a YAML file and the words of a command line fill it.
+
+Every field that is not a section is one option, `--section.field VALUE`; the string below the field is its help.
+Words are brought into one form first, so that all commands follow the same rules:
+
+- `--a-b` is `--a_b`, and `--a b` is `--a=b`;
+- a boolean option may stand alone: `--dry_run` is `--dry_run=true`;
+- a list may be written with or without brackets: `1,4` is `[1,4]`.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import re
+import shutil
+import types
+import typing
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import docstring_parser
+import jsonargparse
+import yaml
+
+from megatron_rdt.errors import ConfigError
+
+T = TypeVar("T")
+HELP_COLUMN, HELP_WIDTH = 30, 110
+METAVARS = {int: "INT", float: "FLOAT", bool: "[true|false]", str: "TEXT"}
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+
+
+class HelpFormatter(jsonargparse.DefaultHelpFormatter):
+    """Help of an option: its text, and the default where there is one. The type is in the option's placeholder."""
+
+    def __init__(self, prog: str) -> None:
+        columns = shutil.get_terminal_size((HELP_WIDTH + 2, 24)).columns - 2
+        super().__init__(prog, max_help_position=HELP_COLUMN, width=min(max(columns, 2 * HELP_COLUMN), HELP_WIDTH))
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.required and action.option_strings:
+            return f"{text} (required)"
+        if not action.option_strings or action.default in (None, argparse.SUPPRESS, "") or action.nargs == 0:
+            return text
+        return f"{text} (default: {_shown(action.default)})"
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """Without the second spelling `--name+` that appends to a list."""
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        return f"{action.option_strings[0]} {self._format_args(action, action.dest.upper())}"
+
+
+def _shown(value: Any) -> str:
+    """A default as it is typed."""
+    if isinstance(value, list):
+        return ",".join(_shown(part) for part in value)
+    plain = isinstance(value, str) and re.fullmatch(r"\S+", value)
+    return value if plain else json.dumps(value)
+
+
+def make_parser(
+    schema: type, program: str, description: str, *, config_file: bool = True, positional: bool = False
+) -> jsonargparse.ArgumentParser:
+    """A parser with one documented option for every field of the dataclass `schema`.
+
+    Args:
+        schema: dataclass; its fields that are dataclasses are sections.
+        program: what was typed, for help and errors.
+        description: one or two sentences.
+        config_file: also take --config FILE and --print_config.
+        positional: fields without a default are positional arguments; otherwise they are options that must be given.
+    """
+    required = [field for field in dataclasses.fields(schema) if _default(field) is dataclasses.MISSING]
+    given = [f.name.upper() if positional else f"--{f.name} {f.name.upper()}" for f in required]
+    parser = jsonargparse.ArgumentParser(
+        prog=program,
+        usage=" ".join([program, *given, "[options]"]),
+        description=description,
+        formatter_class=HelpFormatter,
+        exit_on_error=False,
+        print_config=None,
+    )
+    if config_file:
+        parser.add_argument(
+            "--config", action=jsonargparse.ActionConfigFile, metavar="FILE", help="YAML file; options after it win."
+        )
+        parser.add_argument(
+            "--print_config", action="store_true", help="Print all options as YAML that --config reads, and exit."
+        )
+    _add_fields(parser, parser, schema, "", positional)
+    return parser
+
+
+def _add_fields(parser: Any, group: Any, schema: type, prefix: str, positional: bool) -> None:
+    hints, texts = typing.get_type_hints(schema), _field_texts(schema)
+    for field in dataclasses.fields(schema):
+        kind, name, default = hints[field.name], f"{prefix}{field.name}", _default(field)
+        if dataclasses.is_dataclass(kind):
+            title = f"{name}: {_summary(kind)}"  # type: ignore[arg-type]
+            _add_fields(parser, parser.add_argument_group(title), kind, f"{name}.", positional)  # type: ignore[arg-type]
+        elif default is dataclasses.MISSING and positional:
+            group.add_argument(name, type=kind, metavar=name.upper(), help=texts[field.name])
+        elif default is dataclasses.MISSING:
+            group.add_argument(f"--{name}", type=kind, required=True, metavar=_metavar(kind), help=texts[field.name])
+        else:
+            group.add_argument(f"--{name}", type=kind, default=default, metavar=_metavar(kind), help=texts[field.name])
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _field_texts(schema: type) -> dict[str, str]:
+    """The strings below the fields."""
+    parsed = docstring_parser.parse_from_object(schema)
+    return {param.arg_name: " ".join((param.description or "").split()) for param in parsed.params}
+
+
+def _summary(schema: type) -> str:
+    return (schema.__doc__ or "").strip().splitlines()[0].rstrip(".")
+
+
+def _metavar(kind: Any) -> str:
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return "{" + ",".join(str(part) for part in parts) + "}"
+    if origin is list:
+        return f"{METAVARS[parts[0]]},..."
+    if origin in (typing.Union, types.UnionType):
+        return "|".join(_metavar(part).strip("{}") for part in parts if part is not type(None))
+    return METAVARS[kind]
+
+
+def parse(
+    parser: jsonargparse.ArgumentParser, schema: type[T], words: Sequence[str]
+) -> tuple[T, jsonargparse.Namespace]:
+    """Parse command-line words; the instance of `schema` and the raw values of every option.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, a missing or superfluous word or file, named, with what to do.
+    """
+    kinds = option_kinds(schema)
+    joined = join_words(parser, schema, words)
+    given = _given(parser, schema, joined)
+    _check_presence(parser, joined)
+    try:
+        raw = parser.parse_args(joined)
+    except (jsonargparse.ArgumentError, TypeError, ValueError, OSError) as error:
+        raise ConfigError(_explain(str(error), kinds, given)) from None
+    instance = _build(schema, raw)
+    if getattr(raw, "print_config", False):
+        print(dump(instance), end="")
+        parser.exit(0)
+    return instance, raw
+
+
+def dump(instance: Any) -> str:
+    """YAML of a tree of dataclasses, in the order of its fields."""
+    return yaml.safe_dump(dataclasses.asdict(instance), sort_keys=False)
+
+
+def option_kinds(schema: type, prefix: str = "") -> dict[str, Any]:
+    """Type of every field of a tree of dataclasses, by dotted name, sections included."""
+    kinds: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(schema).items():
+        kinds[prefix + name] = kind
+        if dataclasses.is_dataclass(kind):
+            kinds |= option_kinds(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+    return kinds
+
+
+def _build(schema: type[T], values: Any) -> T:
+    hints = typing.get_type_hints(schema)
+    return schema(
+        **{
+            name: _build(kind, getattr(values, name)) if dataclasses.is_dataclass(kind) else getattr(values, name)  # type: ignore[arg-type]
+            for name, kind in hints.items()
+        }
+    )
+
+
+def join_words(parser: jsonargparse.ArgumentParser, schema: type, words: Sequence[str]) -> list[str]:
+    """`words` with every option and its value as one word `--name=value`; see the head of this file.
+
+    Raises:
+        ConfigError: an option that does not exist, or one without its value.
+    """
+    kinds = option_kinds(schema)
+    actions = {spelling[2:]: action for action in parser._actions for spelling in action.option_strings}
+    joined, left = [], deque(words)
+    while left:
+        word = left.popleft()
+        if word == "-h":
+            word = "--help"
+        if not word.startswith("--"):
+            if re.match(r"-[A-Za-z]", word):
+                raise ConfigError(f"option {word} does not exist. Options begin with two dashes; --help lists them.")
+            joined.append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        _check_key(name, list(actions), "option --")
+        if actions[name].nargs == 0:
+            if equals:
+                raise ConfigError(f"option --{name} takes no value. Leave out ={value}.")
+            joined.append(f"--{name}")
+            continue
+        kind = kinds.get(name.removesuffix("+"))
+        if not equals:
+            if kind is bool and not (left and left[0].lower() in ("true", "false")):
+                value = "true"
+            elif not left or (left[0].startswith("--") and " " not in left[0]):
+                raise ConfigError(
+                    f"option --{name} needs a value. One that begins with dashes is written --{name}=VALUE."
+                )
+            else:
+                value = left.popleft()
+        joined.append(f"--{name}={_bracketed(value, kind)}")
+    return joined
+
+
+def _bracketed(value: str, kind: Any) -> str:
+    """`a,b` as the list that YAML reads; a value that has its brackets stays."""
+    if typing.get_origin(kind) is not list or value.lstrip().startswith("["):
+        return value
+    parts = [part.strip() for part in value.split(",")] if value else []
+    return json.dumps(parts) if typing.get_args(kind) == (str,) else f"[{', '.join(parts)}]"
+
+
+def _check_key(key: str, names: Iterable[str], where: str) -> None:
+    if key in names:
+        return
+    fields = [name for name in names if name.startswith(f"{key}.")]
+    if fields:
+        raise ConfigError(f"{where}{key} is a section. Set its fields, such as {fields[0]}.")
+    # `lr` for `optimizer.lr` is the commonest slip, a misspelling the next.
+    near = [name for name in names if name.rsplit(".", 1)[-1] == key][:3]
+    near = near or difflib.get_close_matches(key, list(names), n=1, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(near)}?" if near else "--help lists every option."
+    raise ConfigError(f"{where}{key} does not exist. {hint}")
+
+
+def _check_presence(parser: jsonargparse.ArgumentParser, joined: Sequence[str]) -> None:
+    """Refuse words that are too few or too many."""
+    if "--help" in joined:
+        return
+    wanted = [action for action in parser._actions if not action.option_strings]
+    found = [word for word in joined if not word.startswith("--")]
+    if len(found) < len(wanted):
+        missing = wanted[len(found)]
+        raise ConfigError(f"{missing.metavar} is missing: {missing.help} Use: {parser.usage}")
+    if len(found) > len(wanted):
+        word = found[len(wanted)]
+        file = word.endswith((".yaml", ".yml")) and any("--config" in a.option_strings for a in parser._actions)
+        hint = (
+            f"Did you mean --config {word}?"
+            if file
+            else "Options begin with two dashes; a list is one word such as 1,4."
+        )
+        raise ConfigError(f"the word {word} has no place here. {hint} Use: {parser.usage}")
+    for action in parser._actions:
+        if action.option_strings and action.required and not any(w.startswith(f"--{action.dest}=") for w in joined):
+            raise ConfigError(f"option --{action.dest} is missing: {action.help}")
+
+
+def _given(parser: jsonargparse.ArgumentParser, schema: type, joined: Sequence[str]) -> dict[str, str]:
+    """Where each key was given last: an option, or a key of a --config file, whose keys are checked here."""
+    given = {}
+    takes_files = any(isinstance(action, jsonargparse.ActionConfigFile) for action in parser._actions)
+    for word in joined:
+        name, _, value = word.removeprefix("--").partition("=")
+        given[name] = f"option --{name}"
+        if name == "config" and takes_files:
+            given |= {key: f"{value}: key {key}" for key in _checked_file(value, option_kinds(schema))}
+    return given
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping; YAML would forget the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.YAMLError(f"key {key.value} stands twice, again in line {key.start_mark.line + 1}")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _checked_file(path: str, kinds: Mapping[str, Any]) -> list[str]:
+    """Keys of a YAML file, all of which exist."""
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
+    except OSError as error:
+        raise ConfigError(f"config file {path} cannot be read: {error.strerror}. Check the path.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"config file {path} is not UTF-8 text. Check the path.") from None
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
+        raise ConfigError(f"config file {path} is not valid YAML: {reason}. Mend it.") from None
+    if content is not None and not isinstance(content, dict):
+        raise ConfigError(f"config file {path} must hold `key: value` lines, it holds a {type(content).__name__}.")
+    keys = flatten(content or {})
+    for key in keys:
+        _check_key(key, kinds, f"{path}: key ")
+        if dataclasses.is_dataclass(kinds[key]):  # flatten leaves only sections that hold no mapping
+            raise ConfigError(f"{path}: key {key} is a section and must hold `key: value` lines, or be left out.")
+    return list(keys)
+
+
+def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        flat |= flatten(value, f"{key}.") if isinstance(value, Mapping) and value else {key: value}
+    return flat
+
+
+def _explain(text: str, kinds: Mapping[str, Any], given: Mapping[str, str]) -> str:
+    """jsonargparse's message as one sentence that names the key, where it stood and what it needs."""
+    key, value = re.search(r'[Kk]ey "([\w.]+)"', text), re.search(r"(?:Got|Given) value: (.*)", text)
+    if key and value:
+        # An option that is not a field of the schema has a plain type, which the message names.
+        kind = kinds.get(key[1]) or next((k for k in KINDS if f"<class '{k.__name__}'>" in text), str)
+        place = given.get(key[1], key[1])
+        return f"{place} needs {_kind_text(kind)}, not {value[1].strip()!r}. --help explains it."
+    return f"{' '.join(text.split())}. --help lists every option."
+
+
+def _kind_text(kind: Any) -> str:
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return " or ".join(str(part) for part in parts) if len(parts) < 3 else "one of " + ", ".join(map(str, parts))
+    if origin is list:
+        return "a list of whole numbers such as 1,4" if parts == (int,) else "a list"
+    if parts:
+        return " or ".join(_kind_text(part) for part in parts)
+    return KINDS[kind]

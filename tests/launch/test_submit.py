@@ -1,0 +1,214 @@
+"""`rdt submit` without Slurm: the rendered script, what is refused, and how the script treats the run's status."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.submit import SubmitConfig, read_config, render, time_limit_s
+from megatron_rdt.errors import ConfigError
+
+
+def script(config: Path, **options: object) -> str:
+    """The rendered script of a job."""
+    job = SubmitConfig(config=str(config), **{"directory": "jobs", **options})  # type: ignore[arg-type]
+    return render(job, *read_config(job))
+
+
+def directives(text: str) -> list[str]:
+    return [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
+
+
+def bash_accepts(text: str) -> bool:
+    return subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A run for any number of processes up to 16; the path has a space."""
+    path = tmp_path / "my configs" / "run.yaml"
+    path.parent.mkdir()
+    path.write_text("run: {name: wide run}\ntrain: {global_batch: 64, micro_batch: 4}\nparallel: {engine: fsdp}\n")
+    return path
+
+
+def rdt(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run `rdt submit` where there is no sbatch."""
+    command = [sys.executable, "-m", "launch.cli", "submit", *words]
+    environment = {**os.environ, "PATH": "/nonexistent"}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_dry_run_prints_the_script(config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "my work"
+    folder.mkdir()
+    words = ["--config", str(config), "--nodes", "2", "--directory", "my jobs", "--partition", "gpu"]
+    words += ["--overrides=--train.steps 700 --data.path 'my data'", "--sbatch=--qos=high --comment='a b'"]
+    result = rdt(folder, *words, "--dry_run")
+    assert result.returncode == 0, result.stderr
+    assert directives(result.stdout) == [
+        "--job-name='wide run'",
+        "--nodes=2",
+        "--ntasks-per-node=8",
+        "--cpus-per-task=8",
+        "--time=24:00:00",
+        "--signal=B:USR1@300",
+        "--requeue",
+        "--open-mode=append",
+        f"--output='{folder}/my jobs/%x-%j.out'",
+        "--partition=gpu",
+        "--gpus-per-node=8",
+        "--qos=high",
+        "'--comment=a b'",
+    ]
+    assert bash_accepts(result.stdout)
+    assert f"cd '{folder}' || exit 1" in result.stdout
+    assert f"--config '{config}' --train.steps 700 --data.path 'my data' --resume auto &" in result.stdout
+    assert '--cpus-per-task="$SLURM_CPUS_PER_TASK"' in result.stdout
+    assert not list(folder.iterdir())
+
+
+def test_refusals_come_before_anything_is_written(config: Path, tmp_path: Path, tiny_corpus: Path) -> None:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    wrong = rdt(folder, "--config", str(config), "--overrides=--train.global_batch=30")
+    assert wrong.returncode == 2
+    assert "train.global_batch 30 is not a multiple of 8 ranks" in wrong.stderr
+    no_shards = rdt(folder, "--config", str(config), "--overrides", "--data.path 'no shards'")
+    assert no_shards.returncode == 1
+    assert "no shards/manifest.json does not exist" in no_shards.stderr
+    no_slurm = rdt(folder, "--config", str(config), f"--overrides=--data.path={tiny_corpus}")
+    assert no_slurm.returncode == 1
+    assert "sbatch is not on this machine" in no_slurm.stderr
+    assert not list(folder.iterdir())
+
+
+def test_gpus_follow_the_processes(config: Path) -> None:
+    def lines(**options: object) -> list[str]:
+        return [line for line in directives(script(config, **options)) if "gpu" in line]
+
+    assert lines(processes_per_node=4) == ["--gpus-per-node=4"]
+    assert lines(gpus_per_node=0) == []
+    assert lines(overrides="--train.device=cpu") == []
+    assert bash_accepts(script(config, gpus_per_node=0))
+
+
+def test_percent_signs_in_the_directory_are_kept(config: Path) -> None:
+    assert f"--output='{Path.cwd()}/50%%x j/%x-%j.out'" in directives(script(config, directory="50%x j"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"processes_per_node": 4, "gpus_per_node": 8}, "each process drives one GPU"),
+        ({"gpus_per_node": 0, "overrides": "--train.device=cuda"}, "train.device is cuda, but --gpus_per_node is 0"),
+        ({"gpus_per_node": 8, "overrides": "--train.device=cpu"}, "train.device is cpu, but --gpus_per_node is 8"),
+        ({"nodes": 0}, "--nodes is 0"),
+        ({"time": "6", "signal_before_s": 301}, "--time 6 is 360 s, too short"),
+        ({"time": "tomorrow"}, "is not a time limit"),
+        ({"overrides": "--run.name 'a"}, "--overrides .*No closing quotation"),
+        ({"overrides": "--resume runs/other"}, "goes on from its own run"),
+        ({"overrides": "--run.name 'a\nb'"}, "line break"),
+        ({"overrides": "--parallel.engine=single"}, "there are 8 processes"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_work_are_explained(config: Path, options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        script(config, **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 5400),
+        ("1:30", 90),
+        ("2:00:05", 7205),
+        ("1-12", 129600),
+        ("1-12:30", 131400),
+        ("1-12:30:05", 131405),
+        ("UNLIMITED", None),
+        ("0", None),
+    ],
+)
+def test_time_limits_as_slurm_writes_them(text: str, seconds: int | None) -> None:
+    assert time_limit_s(text) == seconds
+
+
+SLURM_COMMANDS = {
+    # The run: ends at once with END, or with 75 a moment after USR1.
+    "srun": (
+        'test -n "$END" && exit "$END"\n'
+        "trap 'echo \"the run got USR1\"; sleep 0.5; exit 75' USR1\n"
+        "echo up; for i in $(seq 300); do sleep 0.1; done; exit 99\n"
+    ),
+    "squeue": 'echo "$STATE"\n',
+    "scontrol": (
+        'case "$1 $2" in\n"show hostnames") echo n1; echo n2;;\n'
+        '"show node") echo "NodeName=$3 Arch=x NodeAddr=10.0.0.7 NodeHostName=h";;\n'
+        'requeue*) echo "requeued $2"; exit "$REQUEUE";;\nesac\n'
+    ),
+}
+
+
+def run_script(config: Path, tmp_path: Path, interrupt: bool = False, **variables: str) -> tuple[int, str]:
+    """Run the rendered script with stand-ins for Slurm's commands; its exit status and output."""
+    for name, body in SLURM_COMMANDS.items():
+        path = tmp_path / name
+        path.write_text(f"#!/bin/bash\n{body}")
+        path.chmod(0o755)
+    (tmp_path / "job.sh").write_text(script(config))
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        **{"SLURM_JOB_ID": "10007", "SLURM_CPUS_PER_TASK": "8", "SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "n[1-2]"},
+        **{"END": "", "STATE": "RUNNING", "REQUEUE": "0", **variables},
+    }
+    output = tmp_path / "out"
+    with open(output, "w") as file:
+        process = subprocess.Popen(["bash", str(tmp_path / "job.sh")], env=environment, stdout=file, stderr=file)
+    try:
+        while interrupt and process.poll() is None and "up\n" not in output.read_text():
+            time.sleep(0.02)
+        if interrupt:
+            process.send_signal(signal.SIGUSR1)
+        return process.wait(60), output.read_text()
+    finally:
+        process.kill()
+
+
+def test_signal_reaches_the_run_and_its_status_is_waited_for(config: Path, tmp_path: Path) -> None:
+    status, text = run_script(config, tmp_path, interrupt=True)
+    assert status == 0, text
+    assert "8 processes on n[1-2], meeting at 10.0.0.7:20007" in text
+    for earlier, later in (
+        ("passing USR1 on", "the run got USR1"),
+        ("the run got USR1", "run ended with status 75 (restart 0)"),
+        ("run ended", "requeued 10007"),
+    ):
+        assert text.index(earlier) < text.index(later)
+
+
+@pytest.mark.parametrize(
+    ("variables", "status", "requeued"),
+    [
+        ({"END": "0"}, 0, False),
+        ({"END": "1"}, 1, False),
+        ({"END": "143"}, 143, False),
+        ({"END": "75"}, 0, True),
+        ({"END": "75", "REQUEUE": "1"}, 75, True),
+        ({"END": "75", "STATE": "COMPLETING"}, 75, False),
+    ],
+    ids=str,
+)
+def test_only_a_saved_run_goes_back_into_the_queue(
+    config: Path, tmp_path: Path, variables: dict[str, str], status: int, requeued: bool
+) -> None:
+    ended, text = run_script(config, tmp_path, **variables)
+    assert (ended, "requeued 10007" in text) == (status, requeued), text

@@ -1,0 +1,163 @@
+"""Processes of one run that fail, die or are interrupted: said once, with the right status, and none is left."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launch.failures import LostPeerError, explain
+from launch.local import free_port
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+LONG = ["--train.steps=100000", "--data.max_epochs=1e9", "--eval.every=0", "--checkpoint.every=0"]
+TWO = ["--parallel.engine=fsdp", "--nproc=2"]
+
+
+def damaged(tiny_corpus: Path, tmp_path: Path) -> Path:
+    """A corpus whose fault only the workers find: a shard that has become shorter."""
+    corpus = tmp_path / "corpus"
+    for path in sorted(tiny_corpus.rglob("*")):
+        target = corpus / path.relative_to(tiny_corpus)
+        if path.is_dir():
+            target.mkdir(parents=True)
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes()[: -2 if path.suffix == ".bin" else None])
+    return corpus
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(200)
+def test_an_error_of_all_ranks_is_said_once(
+    rdt: Run, tiny_options: list[str], tiny_corpus: Path, tmp_path: Path
+) -> None:
+    words = [*tiny_options, *TWO, f"--run.root={tmp_path}", f"--data.path={damaged(tiny_corpus, tmp_path)}"]
+    result = rdt("train", *words)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith(f"rdt train: error: {tmp_path}")
+    assert "the manifest says" in result.stderr
+    wrong = rdt("train", *tiny_options, *TWO, f"--run.root={tmp_path}", "--model.vocab_size=500")
+    assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)
+    assert "Set --model.vocab_size 512" in wrong.stderr
+
+
+@pytest.fixture
+def running(
+    repository: Path, tiny_options: list[str], tmp_path: Path
+) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start a long run on two processes in a process group of its own, and wait until it trains."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start() -> subprocess.Popen[str]:
+        words = [*tiny_options, *LONG, *TWO, f"--run.root={tmp_path}"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "launch.cli", "train", *words],
+            cwd=repository,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+            time.sleep(0.02)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_run(rank: int, running: Callable[[], subprocess.Popen[str]]) -> None:
+    process = running()
+    workers = sorted(psutil.Process(process.pid).children(), key=lambda worker: int(worker.environ()["RANK"]))
+    assert len(workers) == 2
+    workers[rank].kill()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 137
+    assert len(errors.splitlines()) == 1
+    assert f"rank {rank} was ended by SIGKILL" in errors
+    assert "--resume auto" in errors
+    assert not any(worker.is_running() for worker in workers)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["launcher", "terminal"])
+def test_ctrl_c_leaves_nothing(send: Callable[[int, int], None], running: Callable[[], subprocess.Popen[str]]) -> None:
+    process = running()
+    workers = psutil.Process(process.pid).children()
+    send(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "rdt train: interrupted\n")
+    assert len(workers) == 2
+    assert not any(worker.is_running() for worker in workers)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(200)
+def test_workers_die_with_a_killed_launcher(running: Callable[[], subprocess.Popen[str]]) -> None:
+    process = running()
+    workers = psutil.Process(process.pid).children()
+    process.kill()
+    process.communicate(timeout=60)
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert (len(workers), alive) == (2, [])
+
+
+def test_a_port_in_use_is_refused_before_any_worker(rdt: Run, tiny_options: list[str], tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = rdt("train", *tiny_options, *TWO, f"--run.root={tmp_path}", f"--master_port={port}")
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == [
+        f"rdt train: error: port {port} is in use. Choose another --master_port, or 0 for any free one."
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(200)
+def test_errors_under_torchrun(repository: Path, tiny_options: list[str], tmp_path: Path) -> None:
+    launcher = [Path(sys.executable).parent / "torchrun", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    words = [*tiny_options, "--parallel.engine=fsdp", f"--run.root={tmp_path}", "--depth.meen=3"]
+    result = subprocess.run(
+        [*map(str, launcher), "launch/pretrain.py", *words],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    ours = [line for line in result.stderr.splitlines() if "pretrain.py: error" in line]
+    assert ours == ["pretrain.py: error (rank 0): option --depth.meen does not exist. Did you mean depth.mean?"]
+    assert "load.py" not in result.stderr  # the traceback is torchrun's own
+    assert result.returncode != 0
+
+
+def test_what_libraries_raise_is_explained() -> None:
+    lost = explain(RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"))
+    assert isinstance(lost, LostPeerError)
+    full = explain(OSError(28, "No space left on device", "/runs/a"))
+    assert "the disk is full" in str(full)
+    denied = explain(PermissionError(13, "Permission denied", "/runs/a"))
+    assert str(denied) == "/runs/a: Permission denied. Choose a path that you can read and write."
+    assert explain(KeyError("a bug")) is None
+    assert explain(RuntimeError("a bug")) is None
+    assert explain(FileNotFoundError(2, "No such file", "/runs/a")) is None

@@ -1,0 +1,163 @@
+"""`rdt submit` on a Slurm cluster of two nodes: the time limit, requeueing, resuming, failing, cancelling."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from megatron_rdt.config import dump_config, load_config
+
+if TYPE_CHECKING:
+    from conftest import Cluster
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+# More steps than fit into any time limit here.
+ENDLESS = 1_000_000
+JOBS = "jobs of mine"
+
+
+def write_config(folder: Path, tiny_options: list[str], *words: str) -> Path:
+    """A YAML of a tiny run on CPU whose losses do not depend on how many steps it is to have."""
+    (folder / "empty.yaml").write_text("{}")
+    fixed = ["--run.name=two nodes", "--parallel.engine=fsdp", "--schedule.name=constant", "--eval.every=0"]
+    fixed += ["--data.max_epochs=1000000000", "--checkpoint.every=0", "--logging.every=100"]
+    path = folder / "run.yaml"
+    path.write_text(dump_config(load_config(folder / "empty.yaml", [*tiny_options, *fixed, *words])))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The directory from which the user submits; its path has a space."""
+    path = tmp_path / "my runs"
+    path.mkdir()
+    return path
+
+
+def rdt(cluster: "Cluster", folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user of the cluster."""
+    command = [sys.executable, "-m", "launch.cli", *words]
+    return subprocess.run(
+        command, cwd=folder, env=cluster.environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def submit(cluster: "Cluster", folder: Path, *words: str) -> str:
+    """Submit run.yaml; returns the number of the job."""
+    words = ("--cpus_per_process", "1", "--directory", JOBS, *words)
+    result = rdt(cluster, folder, "submit", "--config", "run.yaml", *words)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = re.search(r"submitted job (\d+)", result.stdout)
+    assert found, result.stdout
+    return found[1]
+
+
+def output(folder: Path, number: str) -> str:
+    path = folder / JOBS / f"two nodes-{number}.out"
+    return path.read_text() if path.exists() else ""
+
+
+def wait_for_state(cluster: "Cluster", folder: Path, number: str, state: str, timeout_s: float = 200) -> dict[str, str]:
+    """Wait until the job is in `state`, for good where that is a final state."""
+    last = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", state)
+    try:
+        cluster.wait(lambda: cluster.job(number).get("JobState") in last, timeout_s, f"job {number} to be {state}")
+    finally:
+        # Shown when the test fails.
+        print(output(folder, number))
+    job = cluster.job(number)
+    assert job["JobState"] == state, job
+    return job
+
+
+def losses(folder: Path, name: str = "two nodes") -> list[tuple[int, float]]:
+    path = folder / "runs" / name / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [(record["step"], record["loss"]) for record in records]
+
+
+def saved_step(folder: Path) -> int:
+    return int((folder / "runs" / "two nodes" / "latest").read_text().strip().removeprefix("step-"))
+
+
+def test_time_limit_requeue_and_exact_resume(cluster: "Cluster", folder: Path, tiny_options: list[str]) -> None:
+    config = write_config(folder, tiny_options, f"--train.steps={ENDLESS}")
+    # The signal comes 40 to 70 s after the start: Slurm looks every 30 s and may send it that much early.
+    number = submit(
+        cluster, folder, "--nodes", "2", "--processes_per_node", "1", "--time", "2", "--signal_before_s", "50"
+    )
+    cluster.wait(lambda: cluster.job(number).get("JobState") == "RUNNING", 60, f"job {number} to start")
+    assert wait_for_state(cluster, folder, number, "PENDING")["Restarts"] == "1"
+    stopped_at = saved_step(folder)
+    steps = stopped_at + 20
+    # The second start is to finish: it reads the config again, which now has an end in sight.
+    write_config(folder, tiny_options, f"--train.steps={steps}")
+    job = wait_for_state(cluster, folder, number, "COMPLETED")
+    assert (job["ExitCode"], job["Restarts"], job["NodeList"]) == ("0:0", "1", "n[1-2]")
+
+    text = output(folder, number)
+    first, second = text.split(f"job {number} (restart 1): ")
+    for start in (first, second):
+        assert "2 processes on n[1-2]" in start
+        assert "engine fsdp on 2 x cpu" in start
+    assert f"job {number} (restart 0): " in first
+    assert "passing USR1 on to the run" in first
+    assert f"stopped on SIGUSR1 at step {stopped_at}, saved" in first
+    assert "run ended with status 75 (restart 0)" in first
+    assert f"(step {stopped_at})" in re.search(r"resumed from .*", second)[0]
+    assert f"done: {steps} steps" in second
+    assert "run ended with status 0 (restart 1)" in second
+
+    assert [step for step, _ in losses(folder)] == list(range(1, steps + 1))
+    straight = rdt(cluster, folder, "train", "--config", config.name, "--run.name=straight", "--nproc=2")
+    assert straight.returncode == 0, straight.stdout[-2000:] + straight.stderr[-2000:]
+    assert losses(folder) == losses(folder, "straight")
+
+
+def test_failed_run_is_not_requeued(
+    cluster: "Cluster", folder: Path, tiny_options: list[str], tiny_corpus: Path
+) -> None:
+    write_config(folder, tiny_options, "--data.path=damaged")
+    shutil.copytree(tiny_corpus, folder / "damaged")
+    shard = max((folder / "damaged").rglob("*.bin"))
+    shard.write_bytes(shard.read_bytes()[:-2])
+    number = submit(cluster, folder, "--nodes", "2", "--processes_per_node", "1", "--time", "10")
+    job = wait_for_state(cluster, folder, number, "FAILED")
+    assert (job["ExitCode"], job["Restarts"]) == ("1:0", "0")
+    text = output(folder, number)
+    assert shard.name in text
+    assert "run ended with status 1 (restart 0)" in text
+    assert "requeue" not in text
+
+
+def test_cancelled_run_saves_and_stays_cancelled(cluster: "Cluster", folder: Path, tiny_options: list[str]) -> None:
+    write_config(folder, tiny_options, f"--train.steps={ENDLESS}")
+    number = submit(cluster, folder, "--processes_per_node", "2", "--time", "10")
+    cluster.wait(lambda: len(losses(folder)) >= 3, 120, "three steps")
+    cluster.run("scancel", number)
+    job = wait_for_state(cluster, folder, number, "CANCELLED")
+    assert job["Restarts"] == "0"
+    text = output(folder, number)
+    assert "2 processes on n" in text
+    assert "does not requeue itself" in text
+    assert saved_step(folder) == len(losses(folder))
+
+
+def test_wrong_config_is_refused_before_sbatch(cluster: "Cluster", folder: Path, tiny_options: list[str]) -> None:
+    before = cluster.run("squeue", "--noheader", "--states=all")
+    for wrong, status, message in (
+        ("--train.global_batch=3", 2, "train.global_batch 3 is not a multiple of 2 ranks"),
+        ("--data.path=nowhere", 1, "nowhere/manifest.json does not exist"),
+    ):
+        write_config(folder, tiny_options, wrong)
+        result = rdt(cluster, folder, "submit", "--config", "run.yaml", "--nodes", "2", "--processes_per_node", "1")
+        assert result.returncode == status
+        assert message in result.stderr
+    assert cluster.run("squeue", "--noheader", "--states=all") == before
+    assert not (folder / "jobs").exists()

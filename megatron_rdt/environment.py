@@ -1,9 +1,13 @@
 """The one place that reads and sets process environment variables."""
 
+import logging
 import os
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 DEFAULT_MASTER = ("127.0.0.1", "29500")
+ERROR_FILE = "RDT_ERROR_FILE"
 
 
 @dataclass(frozen=True)
@@ -49,15 +53,35 @@ def export_for_torch(place: ProcessPlace) -> None:
     os.environ.setdefault("MASTER_PORT", DEFAULT_MASTER[1])
 
 
-def quiet_libraries(local_world_size: int) -> None:
-    """Share the cores among this node's processes, and keep libraries from forking threads or chatting."""
-    threads = max((os.cpu_count() or 1) // max(local_world_size, 1), 1)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+def quiet_libraries(local_world_size: int = 0) -> None:
+    """Keep what libraries tell their own developers out of our output; errors stay.
+
+    Call it before torch is imported.
+
+    Args:
+        local_world_size: processes of this node, among which the cores are shared; 0 leaves the threads alone.
+    """
+    if local_world_size:
+        threads = max((os.cpu_count() or 1) // local_world_size, 1)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Names of collectives that DeepSpeed has yet to change, once per call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
+    # DeepSpeed sets this logger's level when it is imported and logs its guess of the accelerator; a filter stays.
+    logging.getLogger("DeepSpeed").addFilter(_is_error)
 
 
-def launcher_environment(rank: int, world_size: int, address: str, port: int) -> dict[str, str]:
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
+def error_file() -> Path | None:
+    """Where a process that `rdt train` started leaves its last error, for the launcher to print."""
+    return Path(os.environ[ERROR_FILE]) if ERROR_FILE in os.environ else None
+
+
+def launcher_environment(rank: int, world_size: int, address: str, port: int, errors: Path) -> dict[str, str]:
     """Environment of process `rank` of `world_size` on this machine, for a launcher to pass on."""
     return {
         **os.environ,
@@ -67,4 +91,5 @@ def launcher_environment(rank: int, world_size: int, address: str, port: int) ->
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
+        ERROR_FILE: str(errors),
     }

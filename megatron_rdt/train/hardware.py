@@ -1,6 +1,7 @@
 """What the hardware can do at most; an unknown device has no peak and gets no utilisation, never a guess."""
 
 import resource
+from pathlib import Path
 
 import torch
 
@@ -8,6 +9,7 @@ import torch
 PEAK_BF16_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
@@ -27,4 +29,9 @@ def peak_memory_gb(device: torch.device) -> float:
     """Peak memory of this process in GB (1e9 bytes): of the GPU where there is one, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would include the peak of the process that started this one
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

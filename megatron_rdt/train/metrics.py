@@ -1,5 +1,6 @@
 """Recording a run: metrics.jsonl (one object per step), TensorBoard, and the console line."""
 
+import contextlib
 import json
 import math
 import sys
@@ -7,13 +8,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_rdt.files import write_text
+from megatron_rdt.errors import TrainingError
+from megatron_rdt.evaluate.loss import EVALUATION
+from megatron_rdt.files import TEMPORARY_SUFFIX, write_text
 
 RECORDS = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
 
 
 def forget_after(run_directory: Path, step: int) -> None:
-    """Drop records of steps after `step`: the run goes on from there and writes them again."""
+    """Drop records of steps after `step`: the run goes on from there and writes them again.
+
+    Temporary files that a killed process left in the run directory go too.
+    """
+    for stale in run_directory.glob(f"*{TEMPORARY_SUFFIX}"):
+        stale.unlink(missing_ok=True)
+    evaluation = run_directory / EVALUATION
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        if json.loads(evaluation.read_text(encoding="utf-8"))["step"] > step:
+            evaluation.unlink()
     for name in RECORDS:
         path = run_directory / name
         if not path.is_file():
@@ -27,6 +39,15 @@ def forget_after(run_directory: Path, step: int) -> None:
             if record["step"] <= step:
                 kept.append(line + "\n")
         write_text(path, "".join(kept))
+
+
+def finite_or_null(value: Any) -> Any:
+    """`value` with every non-finite number in it as None: NaN is not JSON, null is readable for every parser."""
+    if isinstance(value, dict):
+        return {key: finite_or_null(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [finite_or_null(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Recorder:
@@ -48,10 +69,14 @@ class Recorder:
             self._board = SummaryWriter(str(run_directory / "tensorboard"), purge_step=start_step + 1)
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
-        # Non-finite numbers are not JSON; null keeps the line readable for every parser.
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._files[name].write(json.dumps(clean) + "\n")
-        self._files[name].flush()
+        try:
+            self._files[name].write(json.dumps(finite_or_null(record), allow_nan=False) + "\n")
+            self._files[name].flush()
+        except OSError as error:
+            raise TrainingError(
+                f"could not write {self.run_directory / name}: {error.strerror}. Free space or mend the disk, then "
+                "start again with --resume auto; it goes on from the newest checkpoint."
+            ) from error
 
     def step(self, record: dict[str, Any]) -> None:
         """One optimizer step."""
@@ -77,7 +102,9 @@ class Recorder:
     def close(self) -> None:
         """Close every file."""
         for file in self._files.values():
-            file.close()
+            # Every record was flushed; only what could not be written then is tried again here.
+            with contextlib.suppress(OSError):
+                file.close()
         if self._board is not None:
             self._board.close()
 

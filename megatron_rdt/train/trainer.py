@@ -40,8 +40,10 @@ def train(config: RunConfig, resume: str = "none") -> int:
         0 when all steps are done, 75 when stopped by a signal after a good save.
     """
     run_directory = Path(config.run.root) / config.run.name
-    source = find_start(run_directory, resume)
+    if resume == "none":
+        refuse_to_overwrite(run_directory)
     device = join_world(config)
+    source = find_start(run_directory, resume)
     trainer = Trainer(config, run_directory, device)
     try:
         status = trainer.run(source)
@@ -52,34 +54,65 @@ def train(config: RunConfig, resume: str = "none") -> int:
         trainer.close()
 
 
-def find_start(run_directory: Path, resume: str) -> Path | None:
-    """The checkpoint to start from, or None for a fresh start."""
-    if resume == "auto":
-        return checkpoints.newest_checkpoint(run_directory)
-    if resume != "none":
-        return checkpoints.resolve_checkpoint(resume)
+def refuse_to_overwrite(run_directory: Path) -> None:
+    """ConfigError where a fresh run would write over the checkpoints of another."""
     if checkpoints.complete_checkpoints(run_directory):
         raise ConfigError(
             f"{run_directory} already holds checkpoints. Continue it with --resume auto, or choose another --run.name."
         )
-    return None
+
+
+def find_start(run_directory: Path, resume: str) -> Path | None:
+    """The checkpoint to start from, verified, or None for a fresh start; the same on every rank."""
+    if resume == "none":
+        return None
+    if resume == "auto":
+        return checkpoints.newest_checkpoint(run_directory, _verify_together)
+    return checkpoints.resolve_checkpoint(resume, _verify_together)
+
+
+def _verify_together(checkpoint: Path) -> None:
+    """Each rank reads its share of the files; a damage that one finds is raised on all."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    found: str | None = None
+    try:
+        checkpoints.verify(checkpoint, share=(rank, world_size))
+    except CheckpointError as error:
+        found = str(error)
+    all_found = [found] * world_size
+    if world_size > 1:
+        dist.all_gather_object(all_found, found)
+    for message in all_found:
+        if message is not None:
+            raise CheckpointError(message)
 
 
 def join_world(config: RunConfig) -> torch.device:
     """Pick this process's device and join the process group where the engine needs one."""
-    place = process_place()
-    wanted = config.train.device
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("train.device is cuda, but PyTorch sees no GPU here. Use --train.device cpu.")
-    device = torch.device(wanted, place.local_rank) if wanted == "cuda" else torch.device("cpu")
+    device = _device(config.train.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if config.parallel.engine != "single":
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=config.parallel.timeout_s))
     return device
+
+
+def _device(wanted: str) -> torch.device:
+    """The CPU, or the GPU that belongs to this process."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    visible, place = torch.cuda.device_count(), process_place()
+    if visible == 0:
+        raise ConfigError("train.device is cuda, but PyTorch sees no GPU here. Use --train.device cpu.")
+    if visible == 1 and place.launcher == "slurm":  # srun may show each process its own GPU only
+        return torch.device("cuda", 0)
+    if place.local_rank >= visible:
+        raise ConfigError(
+            f"there are {place.local_world_size} processes on this machine and {visible} GPU(s). Start one process per "
+            "GPU, or use --train.device cpu."
+        )
+    return torch.device("cuda", place.local_rank)
 
 
 class Trainer:
@@ -110,10 +143,11 @@ class Trainer:
         config = self.config
         with torch.device("meta"):
             model = RecurrentDepthTransformer(config.model)
+        parameters = sum(p.numel() for p in model.parameters())
         self.engine.setup(model)
         if source is not None:
             self._restore(source)
-        self._open_run_directory(source)
+        self._open_run_directory(parameters)
         loader = BatchLoader(
             self.corpus,
             config.train.global_batch,
@@ -300,16 +334,15 @@ class Trainer:
         self.run_id, self.parent = manifest["run_id"], source.name
         self._say(f"resumed from {source} (step {self.step})")
 
-    def _open_run_directory(self, source: Path | None) -> None:
+    def _open_run_directory(self, parameters: int) -> None:
         if not self.is_first:
             return
         self.run_directory.mkdir(parents=True, exist_ok=True)
         write_text(self.run_directory / "config.yaml", dump_config(self.config))
         forget_after(self.run_directory, self.step)
         self.recorder = Recorder(self.run_directory, self.config.logging.tensorboard, self.step)
-        total = sum(p.numel() for p in self.engine.model.parameters())
         self._say(
-            f"{self.run_directory}: {total / 1e6:.2f}M parameters, engine {self.config.parallel.engine} on "
+            f"{self.run_directory}: {parameters / 1e6:.2f}M parameters, engine {self.config.parallel.engine} on "
             f"{self.engine.world_size} x {self.device.type}, E[T] = {self.sampler.expected_loops:.2f}, "
             f"steps {self.step} to {self.config.train.steps}"
         )

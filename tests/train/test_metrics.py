@@ -1,0 +1,240 @@
+"""What a run writes down, and what it says."""
+
+import json
+import math
+import os
+import re
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_rdt.config import RunConfig
+from megatron_rdt.errors import TrainingError
+from megatron_rdt.train.hardware import PEAK_BF16_FLOPS, peak_flops, peak_memory_gb
+from megatron_rdt.train.metrics import Console, Recorder, forget_after
+from megatron_rdt.train.trainer import train
+
+FIELDS = [
+    *("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu"),
+    *("loops_mean", "loops_max", "loops_with_grad"),
+    *("spectral_radius", "state_norm", "state_residual", "token_correlation"),
+    *("memory_gb", "data_wait_s", "step_s"),
+]
+RECORD = {
+    "step": 5,
+    "tokens": 640,
+    "loss": 3.25,
+    "lr": 1e-3,
+    "grad_norm": 0.5,
+    "tokens_per_second": 12345.6,
+    "mfu": None,
+    "loops_mean": 4.0,
+    "loops_max": 4,
+    "loops_with_grad": 4,
+    "spectral_radius": 0.4471,
+    "memory_gb": 1.5,
+}
+
+
+def read(path: Path) -> list[dict]:
+    def refuse(text: str) -> None:
+        raise AssertionError(f"{text} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("metrics")
+    options = ["--depth.backprop=2", "--sample.every=4", "--sample.tokens=3", "--logging.tensorboard=true"]
+    assert train(configure(f"--run.root={root}", *options)) == 0
+    return root / "run"
+
+
+def test_every_step_has_exactly_the_documented_fields(run: Path) -> None:
+    records = read(run / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, 9))
+    for record in records:
+        assert list(record) == FIELDS
+        assert record["tokens"] == record["step"] * 4 * 32
+        assert record["loops_mean"] == record["loops_max"]
+        assert record["loops_with_grad"] == min(record["loops_max"], 2)
+        assert record["mfu"] is None, "a CPU has no documented peak"
+        for key in set(FIELDS) - {"mfu", "step", "tokens", "loops_max", "loops_with_grad"}:
+            assert isinstance(record[key], float), key
+            assert math.isfinite(record[key]), key
+        assert 0 < record["spectral_radius"] < 1
+        assert -1 <= record["token_correlation"] <= 1
+        assert 0 <= record["data_wait_s"] <= record["step_s"]
+        assert record["tokens_per_second"] == pytest.approx(4 * 32 / record["step_s"])
+        assert 0.05 < record["memory_gb"] < 100
+    assert len({record["loops_max"] for record in records}) > 1
+    assert records[0]["lr"] == pytest.approx(1e-3 / 2)
+    assert records[-1]["loss"] < records[0]["loss"]
+
+
+def test_losses_are_written_with_every_digit(run: Path) -> None:
+    """The text of the loss is the shortest that reads back to the same float, so that `diff` compares exactly."""
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        text = re.search(r'"loss": ([^,]+),', line)
+        assert text is not None
+        assert repr(float(text[1])) == text[1]
+    losses = [record["loss"] for record in read(run / "metrics.jsonl")]
+    assert any(float(f"{loss:.7g}") != loss for loss in losses)
+
+
+def test_evaluations_and_samples(run: Path) -> None:
+    evaluations = read(run / "eval.jsonl")
+    assert [(e["step"], e["tokens"], list(e["losses"])) for e in evaluations] == [
+        (4, 512, ["1", "3"]),
+        (8, 1024, ["1", "3"]),
+    ]
+    samples = read(run / "samples.jsonl")
+    assert [(s["step"], s["loops"], s["prompt"]) for s in samples] == [
+        (4, 1, "def "),
+        (4, 8, "def "),
+        (8, 1, "def "),
+        (8, 8, "def "),
+    ]
+    assert all(isinstance(s["text"], str) for s in samples)
+
+
+def test_tensorboard_has_the_same_numbers(run: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    tags = set(board.Tags()["scalars"])
+    assert tags >= {f"train/{key}" for key in FIELDS if key not in ("step", "mfu")} | {"valid/loss_T1", "valid/loss_T3"}
+    assert "train/mfu" not in tags
+    written = [(event.step, event.value) for event in board.Scalars("train/loss")]
+    expected = [(r["step"], pytest.approx(r["loss"], rel=1e-6)) for r in read(run / "metrics.jsonl")]
+    assert written == expected
+
+
+def test_non_finite_numbers_become_null(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, tensorboard=False, start_step=0)
+    recorder.step({"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": 0.1, "mfu": None})
+    recorder.evaluation({"step": 1, "tokens": 2, "losses": {"1": -math.inf, "4": 2.5}})
+    # Both are on the disk before the files are closed.
+    assert read(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None, "grad_norm": None, "lr": 0.1, "mfu": None}]
+    assert read(tmp_path / "eval.jsonl") == [{"step": 1, "tokens": 2, "losses": {"1": None, "4": 2.5}}]
+    recorder.close()
+
+
+def test_going_back_drops_later_records_and_half_lines(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, tensorboard=False, start_step=0)
+    for step in range(1, 7):
+        recorder.step({**RECORD, "step": step})
+        if step % 2 == 0:
+            recorder.evaluation({"step": step, "tokens": 1, "losses": {"1": 2.0}})
+            recorder.sample({"step": step, "loops": 1, "prompt": "a", "text": "b\n"})
+    recorder.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(lines[-1][:40])
+    (tmp_path / "eval.json").write_text('{"step": 6, "losses": {"1": 2.0}}')
+    (tmp_path / "metrics.jsonl.1234.tmp").write_text("left by a killed process")
+    (tmp_path / "notes.txt").write_text("mine")
+    forget_after(tmp_path, 6)
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines)
+    assert (tmp_path / "eval.json").exists()
+    forget_after(tmp_path, 4)
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:4])
+    for name in ("eval.jsonl", "samples.jsonl"):
+        assert [record["step"] for record in read(tmp_path / name)] == [2, 4]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["eval.jsonl", "metrics.jsonl", "notes.txt", "samples.jsonl"]
+    # A run that goes on appends after what was kept.
+    recorder = Recorder(tmp_path, tensorboard=False, start_step=4)
+    recorder.step({**RECORD, "step": 5})
+    recorder.close()
+    assert [record["step"] for record in read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    forget_after(tmp_path, 0)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_failed_write_is_an_error_with_advice(tmp_path: Path) -> None:
+    """A limit on the size of a file cuts a line in its middle, as a full disk does."""
+    recorder, step = Recorder(tmp_path, tensorboard=False, start_step=0), 0
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        while (tmp_path / "metrics.jsonl").stat().st_size < 950:
+            recorder.step({"step": step, "loss": 1.0})
+            step += 1
+        with pytest.raises(TrainingError, match=r"metrics\.jsonl: File too large.*--resume auto"):
+            recorder.step({"step": step, "loss": 1.0, "text": "x" * 100})
+        recorder.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "metrics.jsonl").stat().st_size == 1000
+    forget_after(tmp_path, 1000)
+    assert [record["step"] for record in read(tmp_path / "metrics.jsonl")] == list(range(step))
+
+
+def test_the_console_line() -> None:
+    line = Console(steps=10, first_step=0).line(RECORD)
+    assert re.fullmatch(
+        r"\[#####\.\.\.\.\.\] step 5/10  loss 3\.2500  T 4  lr 1\.00e-03  norm 0\.50  radius 0\.447"
+        r"  12,346 tokens/s  1\.50 GB  ETA 0:00",
+        line,
+    ), line
+    assert "  mfu 41.5%  " in Console(10, 0).line({**RECORD, "mfu": 0.415})
+    assert "[##########] step 10/10" in Console(10, 5).line({**RECORD, "step": 10})
+    assert "loss nan" in Console(10, 0).line({**RECORD, "loss": math.nan, "grad_norm": math.nan})
+
+
+def test_time_left_is_counted_from_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run did not need any time for the steps before it: 2 steps in 6 s, 8 to go, so 24 s."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    console = Console(steps=100, first_step=90)
+    now[0] += 6.0
+    assert console.line({**RECORD, "step": 92}).endswith("ETA 0:24")
+    assert console.line({**RECORD, "step": 91}).endswith("ETA 0:54")
+    now[0] += 600.0
+    assert console.line({**RECORD, "step": 92}).endswith("ETA 40:24")
+
+
+def test_an_unknown_device_has_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert peak_flops(torch.device("cpu"), "bfloat16") is None
+    device = torch.device("cuda", 0)
+    names = {
+        "NVIDIA H200": 989e12,
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA H100 NVL": 835e12,
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA L40S": 362e12,
+        "NVIDIA B200": 2250e12,
+        "NVIDIA GeForce RTX 4090": None,
+        "NVIDIA H20": None,
+        "NVIDIA A10": None,
+    }
+    for name, peak in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_, name=name: name)
+        assert peak_flops(device, "bfloat16") == peak, name
+        assert peak_flops(device, "float32") is None
+    assert set(PEAK_BF16_FLOPS.values()) <= set(names.values())
+
+
+def test_memory_is_this_process_peak() -> None:
+    before = peak_memory_gb(torch.device("cpu"))
+    assert before == pytest.approx(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, rel=0.01)
+    with open("/proc/self/statm", encoding="ascii") as file:
+        resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
+    assert resident <= before * 1.01
+
+
+def test_writing_after_an_error_is_reported_once(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    recorder = Recorder(tmp_path, tensorboard=False, start_step=0)
+    with pytest.raises(TrainingError, match="No space left on device"):
+        recorder.step(RECORD)
+    recorder.close()

@@ -13,11 +13,22 @@ from tqdm import tqdm
 
 from megatron_rdt.checkpoint import read_trainer_state, resolve_checkpoint
 from megatron_rdt.config import load_config
-from megatron_rdt.data import TokenCorpus, fixed_windows
+from megatron_rdt.data import TokenCorpus, Tokenizer, fixed_windows
 from megatron_rdt.data.tokenizer import BYTES_FILE
+from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.files import write_text
-from megatron_rdt.inference.load import load
+from megatron_rdt.inference.load import load_verified
 from megatron_rdt.parallel.engine import loss_sum
+
+EVALUATION = "eval.json"
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that is more than a float holds."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 @torch.no_grad()
@@ -67,27 +78,39 @@ def evaluate_checkpoint(
         sequences: validation windows to use.
         data: prepared corpus; default the one of the run.
         out: JSON file; default eval.json in the run directory.
+
+    Raises:
+        ConfigError: a T or the number of windows is below 1.
+        DataError: the corpus was made with another tokenizer than the model's.
     """
+    if not loops or min(loops) < 1 or sequences < 1:
+        raise ConfigError(
+            f"loops are {list(loops)} and sequences {sequences}; give at least one T, and all at least 1."
+        )
     directory = resolve_checkpoint(checkpoint)
     config = load_config(directory / "config.yaml")
-    model, _ = load(directory)
+    model, tokenizer = load_verified(directory)
     device = next(model.parameters()).device
     corpus = TokenCorpus(data or config.data.path, "valid", config.train.sequence_length, config.run.seed)
+    if Tokenizer(corpus.tokenizer_directory).fingerprint != tokenizer.fingerprint:
+        raise DataError(
+            f"{corpus.manifest.directory} was made with another tokenizer than {directory}. "
+            "Prepare the text with the tokenizer of the run, or leave --data away."
+        )
     windows = fixed_windows(corpus, sequences)
     size = np.load(directory / "tokenizer" / BYTES_FILE)[windows[:, 1:].numpy()].sum() / windows[:, 1:].numel()
-    losses: dict[int, float] = {}
     batches = -(-len(windows) // config.train.micro_batch)
     with tqdm(total=batches * len(loops), desc="evaluate", unit="batch") as bar:
         losses = validation_losses(model, windows, loops, config.train.micro_batch, device, progress=bar.update)
     print(f"{'T':>4} {'loss':>8} {'perplexity':>11} {'bits/byte':>10}   ({windows[:, 1:].numel():,} tokens)")
     for count, loss in losses.items():
-        print(f"{count:>4} {loss:>8.4f} {math.exp(loss):>11.2f} {loss / math.log(2) / size:>10.4f}")
+        print(f"{count:>4} {loss:>8.4f} {perplexity(loss):>11.2f} {loss / math.log(2) / size:>10.4f}")
     result = {
         "checkpoint": directory.name,
         "step": read_trainer_state(directory)["step"],
         "sequences": len(windows),
         "bytes_per_token": float(size),
-        "losses": {str(count): loss for count, loss in losses.items()},
+        "losses": {str(count): loss if math.isfinite(loss) else None for count, loss in losses.items()},
     }
-    write_text(Path(out) if out else directory.parent.parent / "eval.json", json.dumps(result, indent=1) + "\n")
+    write_text(Path(out) if out else directory.parent.parent / EVALUATION, json.dumps(result, indent=1) + "\n")
     return result

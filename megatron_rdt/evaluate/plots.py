@@ -11,10 +11,13 @@ matplotlib.use("Agg")  # no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 SIZE_INCHES, DPI = (7.0, 4.2), 120
 # Okabe and Ito's palette, told apart with every kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Curves of different T may lie on each other: the earlier ones are drawn wider, so that all are seen.
+WIDEST_LINE, WIDEST_MARKER = 4.0, 10.0
 
 Records = Sequence[dict[str, Any]]
 
@@ -23,6 +26,7 @@ def _axes(title: str, x: str, y: str) -> Axes:
     _, axes = plt.subplots(figsize=SIZE_INCHES, dpi=DPI, layout="constrained")
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return axes
 
 
@@ -42,9 +46,18 @@ def loss_curve(metrics: Records, evaluations: Records, path: Path) -> Path:
     axes = _axes("Loss", "optimizer step", "cross entropy, nats per token")
     axes.plot(*_series(metrics, "loss"), color="0.7", linewidth=1, label="training, T drawn each step")
     loops = sorted({int(t) for record in evaluations for t in record["losses"]})
-    for colour, t in zip(COLOURS, loops):
-        points = [(r["step"], r["losses"][str(t)]) for r in evaluations if str(t) in r["losses"]]
-        axes.plot(*zip(*points), marker="o", color=colour, label=f"validation, T = {t}")
+    for index, t in enumerate(loops):
+        share = 1 - 0.75 * index / len(loops)
+        pairs = [(r["step"], r["losses"][str(t)]) for r in evaluations if r["losses"].get(str(t)) is not None]
+        axes.plot(
+            [step for step, _ in pairs],
+            [loss for _, loss in pairs],
+            color=COLOURS[index % len(COLOURS)],
+            linewidth=WIDEST_LINE * share,
+            marker="o",
+            markersize=WIDEST_MARKER * share,
+            label=f"validation, T = {t}",
+        )
     axes.legend()
     return _save(axes, path)
 
@@ -57,7 +70,14 @@ def loss_against_loops(losses: dict[int, float], path: Path) -> Path:
     axes.set_xscale("log", base=2)
     axes.set_xticks(loops, [str(t) for t in loops])
     for t in loops:
-        axes.annotate(f"{losses[t]:.3f}", (t, losses[t]), textcoords="offset points", xytext=(0, 8), ha="center")
+        axes.annotate(
+            f"{losses[t]:.4f}",
+            (t, losses[t]),
+            textcoords="offset points",
+            xytext=(0, 9),
+            ha="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+        )
     axes.margins(y=0.2)
     return _save(axes, path)
 
@@ -82,6 +102,8 @@ def loop_histogram(metrics: Records, probabilities: np.ndarray, path: Path) -> P
     axes = _axes("Sampled loop counts", "iterations T", "share of steps")
     drawn = [int(record["loops_max"]) for record in metrics]
     counts = np.bincount(drawn, minlength=len(probabilities))[1:] / len(drawn)
+    # T above the configured maximum is of a time when the config was another.
+    probabilities = np.pad(probabilities, (0, len(counts) + 1 - len(probabilities)))
     loops = np.arange(1, len(counts) + 1)
     axes.bar(loops, counts, color=COLOURS[5], label=f"drawn in {len(drawn)} steps, mean {np.mean(drawn):.2f}")
     mean = probabilities @ np.arange(len(probabilities))
@@ -99,5 +121,14 @@ def throughput(metrics: Records, path: Path) -> Path:
         color=COLOURS[2],
         alpha=0.4,
     )
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_ylim(bottom=0)
     return _save(axes, path)
+
+
+def overview(pictures: Sequence[Path], path: Path) -> Path:
+    """Pictures of this module side by side, two in a row; the last stays out where their number is odd."""
+    images = [plt.imread(picture) for picture in pictures]
+    rows = [np.concatenate(images[i : i + 2], axis=1) for i in range(0, len(images) - 1, 2)]
+    plt.imsave(path, np.concatenate(rows))
+    return path

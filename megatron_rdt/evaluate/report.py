@@ -3,7 +3,6 @@
 import base64
 import html
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from megatron_rdt.config import RunConfig, load_config
 from megatron_rdt.depth import loop_probabilities
 from megatron_rdt.errors import DataError
 from megatron_rdt.evaluate import plots
+from megatron_rdt.evaluate.loss import EVALUATION, perplexity
 from megatron_rdt.files import write_text
 
 STYLE = """
@@ -34,14 +34,19 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def final_losses(run_directory: Path, evaluations: list[dict[str, Any]]) -> dict[int, float]:
-    """Validation loss by T: of eval.json where `rdt eval` wrote one, else of the last evaluation inside the run."""
-    path = run_directory / "eval.json"
+def final_losses(run_directory: Path, evaluations: list[dict[str, Any]]) -> tuple[int, dict[int, float]]:
+    """The last step with a validation loss, and the loss by T there.
+
+    It is that of eval.json (where `rdt eval` wrote one), unless the run itself evaluated a later step.
+    """
+    candidates = evaluations[-1:]
+    path = run_directory / EVALUATION
     if path.is_file():
-        losses = json.loads(path.read_text(encoding="utf-8"))["losses"]
-    else:
-        losses = evaluations[-1]["losses"] if evaluations else {}
-    return {int(t): loss for t, loss in losses.items()}
+        candidates = [json.loads(path.read_text(encoding="utf-8")), *candidates]
+    if not candidates:
+        return 0, {}
+    last = max(candidates, key=lambda record: record["step"])
+    return last["step"], {int(t): loss for t, loss in last["losses"].items() if loss is not None}
 
 
 def write_report(run_directory: str | Path) -> Path:
@@ -56,13 +61,13 @@ def write_report(run_directory: str | Path) -> Path:
         raise DataError(f"{directory} has no metrics.jsonl with steps in it. Name the directory of a run that trained.")
     config = load_config(directory / "config.yaml")
     evaluations = read_records(directory / "eval.jsonl")
-    losses = final_losses(directory, evaluations)
+    evaluated, losses = final_losses(directory, evaluations)
     out = directory / "report"
     out.mkdir(exist_ok=True)
     figures = [(plots.loss_curve(metrics, evaluations, out / "loss.png"), "Training and validation loss.")]
     if losses:
         path = plots.loss_against_loops(losses, out / "loss_against_loops.png")
-        figures.append((path, "Validation loss of the final model at each loop count, same weights."))
+        figures.append((path, f"Validation loss at each loop count after step {evaluated:,}, same weights."))
     figures += [
         (plots.stability(metrics, out / "stability.png"), "Radius of the linear part of the recurrence; state norm."),
         (
@@ -71,6 +76,7 @@ def write_report(run_directory: str | Path) -> Path:
         ),
         (plots.throughput(metrics, out / "throughput.png"), "Throughput of each step against its loop count."),
     ]
+    plots.overview([path for path, _ in figures][:4], out / "overview.png")
     samples = read_records(directory / "samples.jsonl")
     write_text(out / "index.html", _page(config, metrics, losses, figures, samples))
     return out / "index.html"
@@ -79,11 +85,17 @@ def write_report(run_directory: str | Path) -> Path:
 def summary(metrics: list[dict[str, Any]], losses: dict[int, float]) -> list[str]:
     """Sentences about the run, each computed from its records."""
     last = metrics[-1]
-    radius = max((r["spectral_radius"] for r in metrics if r["spectral_radius"] is not None), default=math.nan)
+    finite = [r["loss"] for r in metrics if r["loss"] is not None]
     sentences = [
-        f"{last['step']:,} steps, {last['tokens']:,} tokens; the last training loss is {last['loss']:.3f}.",
-        f"The spectral radius of the injection stayed at or below {radius:.3f}.",
+        f"{last['step']:,} steps, {last['tokens']:,} tokens"
+        + (f"; the last training loss is {finite[-1]:.3f}." if finite else "; no training loss was finite."),
     ]
+    skipped = sum(r["loss"] is None or r["grad_norm"] is None for r in metrics)
+    if skipped:
+        sentences.append(f"Steps skipped because the loss or gradient was not finite: {skipped:,}.")
+    radii = [r["spectral_radius"] for r in metrics if r["spectral_radius"] is not None]
+    if radii:
+        sentences.append(f"The largest spectral radius of the injection was {max(radii):.4f}.")
     if len(losses) > 1:
         shallow = min(losses)
         best = min(losses, key=lambda t: losses[t])
@@ -108,7 +120,7 @@ def _page(
     ]
     if losses:
         cells = "".join(
-            f"<tr><td>{t}</td><td>{loss:.4f}</td><td>{math.exp(loss):.2f}</td></tr>" for t, loss in losses.items()
+            f"<tr><td>{t}</td><td>{loss:.4f}</td><td>{perplexity(loss):.2f}</td></tr>" for t, loss in losses.items()
         )
         parts.append(f"<table><tr><th>T</th><th>loss</th><th>perplexity</th></tr>{cells}</table>")
     for path, caption in figures:

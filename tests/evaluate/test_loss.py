@@ -1,0 +1,145 @@
+"""Validation loss: what is printed and written equals a computation by hand in float64."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_prep.config import PrepConfig
+from data_prep.pipeline import prepare
+from megatron_rdt.config import RunConfig
+from megatron_rdt.data import TokenCorpus, Tokenizer
+from megatron_rdt.errors import CheckpointError, ConfigError, DataError
+from megatron_rdt.evaluate.loss import evaluate_checkpoint, perplexity, validation_losses
+from megatron_rdt.inference import load
+from megatron_rdt.train.trainer import train
+
+Configure = Callable[..., RunConfig]
+LENGTH, SEQUENCES = 32, 7
+
+
+@pytest.fixture(scope="module")
+def finished(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("evaluated")
+    # A large learning rate makes losses at different T differ.
+    assert train(configure(f"--run.root={root}", "--optimizer.lr=0.03", "--train.micro_batch=4")) == 0
+    return root / "run"
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def by_hand(run: Path, corpus: Path, loops: int) -> tuple[float, float]:
+    """(nats per token, bits per byte) over the first windows of the validation split, in float64."""
+    model, _ = load(run)
+    model = model.double()
+    stream = TokenCorpus(corpus, "valid", LENGTH, 0)
+    tokens = stream._read(torch.arange(SEQUENCES).numpy() * LENGTH)
+    total, size = 0.0, 0
+    sizes = Tokenizer(corpus / "tokenizer").token_bytes()
+    with torch.no_grad():
+        for row in tokens:
+            logits = model(row[None, :-1], loops)[0]
+            for position, target in enumerate(row[1:].tolist()):
+                total += float(torch.logsumexp(logits[position], 0) - logits[position, target])
+                size += int(sizes[target])
+    return total / (SEQUENCES * LENGTH), total / math.log(2) / size
+
+
+def test_the_table_equals_the_computation_by_hand(
+    run: Path, tiny_corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loops = [1, 2, 5]
+    result = evaluate_checkpoint(str(run), loops, SEQUENCES)
+    lines = capsys.readouterr().out.splitlines()
+    header = next(i for i, line in enumerate(lines) if line.split()[:4] == ["T", "loss", "perplexity", "bits/byte"])
+    assert f"({SEQUENCES * LENGTH} tokens)" in lines[header]
+    rows = [line.split() for line in lines[header + 1 :]]
+    assert [int(row[0]) for row in rows] == loops
+    for row in rows:
+        loss, bits = by_hand(run, tiny_corpus, int(row[0]))
+        assert result["losses"][row[0]] == pytest.approx(loss, abs=1e-5)
+        assert float(row[1]) == pytest.approx(loss, abs=6e-5)
+        assert float(row[2]) == pytest.approx(math.exp(loss), rel=1e-4)
+        assert float(row[3]) == pytest.approx(bits, abs=6e-5)
+    assert len({row[1] for row in rows}) > 1
+    assert json.loads((run / "eval.json").read_text()) == result
+    assert (result["checkpoint"], result["step"], result["sequences"]) == ("step-00000008", 8, SEQUENCES)
+
+
+def test_the_table_equals_what_the_run_measured(run: Path, tmp_path: Path) -> None:
+    last = json.loads((run / "eval.jsonl").read_text().splitlines()[-1])
+    out = tmp_path / "elsewhere.json"
+    result = evaluate_checkpoint(str(run), [3, 1], 4, out=str(out))
+    assert {t: pytest.approx(loss, abs=1e-6) for t, loss in last["losses"].items()} == result["losses"]
+    assert json.loads(out.read_text()) == result
+    assert not (run / "eval.json").exists()
+    # A checkpoint of the run by its own name, and an older one.
+    assert evaluate_checkpoint(str(run / "checkpoints/step-00000008"), [3, 1], 4)["losses"] == result["losses"]
+    older = evaluate_checkpoint(str(run / "checkpoints/step-00000004"), [3], 4)
+    assert older["step"] == 4
+    assert older["losses"]["3"] != result["losses"]["3"]
+
+
+def test_micro_batches_and_ranks_do_not_matter(run: Path, tiny_corpus: Path) -> None:
+    model, _ = load(run)
+    model = model.double()
+    windows = TokenCorpus(tiny_corpus, "valid", LENGTH, 0)._read(torch.arange(6).numpy() * LENGTH)
+    whole = validation_losses(model, windows, [2], 6, torch.device("cpu"))
+    for size in (1, 4):  # 4 leaves a smaller last micro-batch
+        parts = validation_losses(model, windows, [2], size, torch.device("cpu"))
+        assert parts[2] == pytest.approx(whole[2], abs=1e-12)
+    # Two "ranks" with their halves: the sum that reaches the reduction adds up to that of one.
+    sums: list[torch.Tensor] = []
+
+    def keep(total: torch.Tensor) -> torch.Tensor:
+        sums.append(total)
+        return total
+
+    for half in (windows[:3], windows[3:]):
+        validation_losses(model, half, [2], 2, torch.device("cpu"), reduce=keep)
+    total = sums[0] + sums[1]
+    assert float(total[0] / total[1]) == pytest.approx(whole[2], abs=1e-12)
+
+
+def test_a_short_split_gives_fewer_windows(run: Path, tiny_corpus: Path) -> None:
+    available = TokenCorpus(tiny_corpus, "valid", LENGTH, 0).samples_per_epoch
+    result = evaluate_checkpoint(str(run), [1], available + 1000)
+    assert result["sequences"] == available
+
+
+@pytest.mark.parametrize(("loops", "sequences"), [([0], 4), ([2, -1], 4), ([], 4), ([2], 0)])
+def test_wrong_numbers_are_refused(loops: list[int], sequences: int, run: Path) -> None:
+    with pytest.raises(ConfigError, match="at least"):
+        evaluate_checkpoint(str(run), loops, sequences)
+
+
+def test_data_of_another_tokenizer_is_refused(run: Path, tiny_text: Path, tmp_path: Path) -> None:
+    other = prepare(
+        PrepConfig(sources=[str(tiny_text)], out=str(tmp_path / "other"), vocab_size=400, valid_fraction=0.2, workers=1)
+    )
+    with pytest.raises(DataError, match="another tokenizer"):
+        evaluate_checkpoint(str(run), [1], 4, data=str(other))
+
+
+def test_a_damaged_checkpoint_is_refused(run: Path) -> None:
+    victim = next((run / "checkpoints/step-00000008/model").glob("*.distcp"))
+    content = bytearray(victim.read_bytes())
+    content[-1] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(CheckpointError, match=victim.name):
+        evaluate_checkpoint(str(run / "checkpoints/step-00000008"), [1], 4)
+    assert evaluate_checkpoint(str(run), [1], 4)["step"] == 6
+
+
+def test_perplexity_of_a_diverged_model_is_a_number() -> None:
+    assert perplexity(2.0) == pytest.approx(math.e**2)
+    assert perplexity(5000.0) == math.inf
+    assert math.isinf(perplexity(math.inf))
+    assert math.isnan(perplexity(math.nan))

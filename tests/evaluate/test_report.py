@@ -1,0 +1,181 @@
+"""The report of a run: self-contained, with pictures, and with numbers that are the run's."""
+
+import base64
+import html.parser
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+
+from megatron_rdt.config import RunConfig
+from megatron_rdt.depth import loop_probabilities
+from megatron_rdt.errors import DataError
+from megatron_rdt.evaluate import plots
+from megatron_rdt.evaluate.loss import evaluate_checkpoint
+from megatron_rdt.evaluate.report import summary, write_report
+from megatron_rdt.train.trainer import train
+
+PICTURES = ("loss", "loss_against_loops", "stability", "loop_histogram", "throughput")
+
+
+@pytest.fixture(scope="module")
+def finished(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("reported")
+    options = ["--train.micro_batch=4", "--sample.every=8", "--sample.tokens=4", "--sample.prompt=<b>&"]
+    assert train(configure(f"--run.root={root}", *options)) == 0
+    return root / "run"
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+class Page(html.parser.HTMLParser):
+    """Collects what a browser would fetch, and the text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.references += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "poster")]
+        assert tag not in ("script", "link", "iframe", "object"), tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def records(run: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+
+def change(run: Path, edit: Callable[[dict], None]) -> None:
+    changed = records(run)
+    for record in changed:
+        edit(record)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in changed))
+
+
+def test_the_page_is_self_contained(run: Path) -> None:
+    path = write_report(run)
+    assert path == run / "report" / "index.html"
+    page = Page(path)
+    assert len(page.references) == len(PICTURES)
+    for name, reference in zip(PICTURES, page.references):
+        prefix = "data:image/png;base64,"
+        assert reference.startswith(prefix)
+        assert base64.b64decode(reference.removeprefix(prefix)) == (run / "report" / f"{name}.png").read_bytes()
+    source = path.read_text(encoding="utf-8")
+    assert not re.search(r"https?:|file:|url\(|@import|//", re.sub(r"base64,[^\"]*", "", source))
+    assert sorted(p.name for p in path.parent.iterdir()) == sorted(["index.html", *(f"{n}.png" for n in PICTURES)])
+
+
+def test_the_pictures_show_something(run: Path) -> None:
+    write_report(run)
+    for name in PICTURES:
+        image = matplotlib.image.imread(run / "report" / f"{name}.png")
+        height, width = image.shape[:2]
+        assert (width, height) == (840, 504)
+        ink = (image[..., :3].min(-1) < 0.9).mean()
+        assert 0.01 < ink < 0.6, name
+        coloured = (image[..., :3].max(-1) - image[..., :3].min(-1) > 0.25).sum()
+        assert coloured > 300, f"{name} has no curve in colour"
+
+
+def test_the_summary_states_the_numbers_of_the_run(run: Path) -> None:
+    evaluate_checkpoint(str(run), [1, 2, 4], 4)
+    text = Page(write_report(run)).text
+    metrics, evaluation = records(run), json.loads((run / "eval.json").read_text())
+    assert f"{metrics[-1]['step']} steps, {4 * 32 * 8:,} tokens" in text
+    assert f"the last training loss is {metrics[-1]['loss']:.3f}." in text
+    assert f"The largest spectral radius of the injection was {max(r['spectral_radius'] for r in metrics):.4f}." in text
+    losses = evaluation["losses"]
+    best = min(losses, key=lambda t: losses[t])
+    assert f"The lowest validation loss is {losses[best]:.3f}, at T = {best}" in text
+    if best == "1":
+        assert "more loops did not help here" in text
+    else:
+        assert f"{losses['1'] - losses[best]:.3f} nats below T = 1." in text
+    for t, loss in losses.items():
+        assert f"{t}{loss:.4f}{math.exp(loss):.2f}" in text, "the row of the table"
+    assert "<b>&" in text, "the prompt is shown as text, not as markup"
+    assert "model.dim32" in text
+    assert "after step 8" in text
+
+
+def test_the_sentence_about_loops_tells_gain_from_none() -> None:
+    last = {"step": 1, "tokens": 2, "loss": 3.0, "grad_norm": 1.0, "spectral_radius": 0.5}
+    assert "at T = 4, 0.250 nats below T = 1." in summary([last], {1: 3.0, 4: 2.75, 8: 2.8})[-1]
+    assert "at T = 1: more loops did not help here." in summary([last], {1: 2.5, 4: 2.75})[-1]
+    assert not any("validation" in sentence for sentence in summary([last], {4: 2.75}))
+
+
+def test_the_evaluation_of_the_latest_step_is_shown(run: Path) -> None:
+    inside = records(run, "eval.jsonl")[-1]["losses"]
+    text = Page(write_report(run)).text
+    assert f"3{inside['3']:.4f}" in text
+    # An evaluation of an older checkpoint does not pass for the final model's.
+    evaluate_checkpoint(str(run / "checkpoints/step-00000004"), [1, 2], 4)
+    assert Page(write_report(run)).text == text
+    # One of the last checkpoint, with more loop counts, is preferred.
+    losses = evaluate_checkpoint(str(run), [1, 2, 7], 4)["losses"]
+    assert f"7{losses['7']:.4f}" in Page(write_report(run)).text
+
+
+def test_a_run_with_bad_steps_still_has_a_report(run: Path) -> None:
+    def spoil(record: dict) -> None:
+        if record["step"] >= 7:
+            record.update(loss=None, grad_norm=None, state_norm=None, spectral_radius=None)
+
+    change(run, spoil)
+    with open(run / "eval.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": 8, "tokens": 1, "losses": {"1": None, "3": 2.0}}) + "\n")
+    text = Page(write_report(run)).text
+    assert f"the last training loss is {records(run)[5]['loss']:.3f}." in text
+    assert "not finite: 2." in text
+    change(run, lambda record: record.update(loss=None, spectral_radius=None))
+    assert "no training loss was finite" in Page(write_report(run)).text
+
+
+def test_a_killed_run_without_evaluations_has_a_report(run: Path) -> None:
+    for name in ("eval.jsonl", "samples.jsonl"):
+        (run / name).unlink()
+    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 9, "tok')
+    path = write_report(run)
+    assert len(Page(path).references) == len(PICTURES) - 1
+    assert not (path.parent / "loss_against_loops.png").exists()
+
+
+def test_a_directory_without_metrics_is_refused(run: Path, tmp_path: Path) -> None:
+    for directory in (tmp_path / "absent", tmp_path):
+        with pytest.raises(DataError, match=r"no metrics\.jsonl"):
+            write_report(directory)
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"no metrics\.jsonl"):
+        write_report(run)
+    assert not (run / "report").exists()
+
+
+def test_any_number_of_loop_counts_is_drawn(tmp_path: Path, configure: Callable[..., RunConfig]) -> None:
+    """More curves than colours: all of them are in the picture and its legend."""
+    metrics = [{"step": s, "loss": 3.0, "loops_max": 1 + s % 12, "tokens_per_second": 1.0} for s in range(1, 40)]
+    losses = [{str(t): 2 + t / 10 + 1 / s for t in range(1, 11)} for s in (10, 20)]
+    few = plots.loss_curve(metrics, [{"step": 10, "losses": {"1": 2.5}}], tmp_path / "few.png")
+    many = plots.loss_curve(
+        metrics, [{"step": 10 * i, "losses": v} for i, v in enumerate(losses, 1)], tmp_path / "m.png"
+    )
+    ink = [(matplotlib.image.imread(path)[..., :3].min(-1) < 0.9).mean() for path in (few, many)]
+    assert ink[1] > 2 * ink[0]
+    # Draws beyond the configured maximum, of a run whose config changed on the way, are drawn too.
+    table = loop_probabilities(configure().depth)
+    assert len(table) == 7
+    plots.loop_histogram(metrics, table, tmp_path / "histogram.png")

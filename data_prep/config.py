@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_rdt.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class PrepConfig:
@@ -42,3 +44,17 @@ class PrepConfig:
     """Encoding processes; 0 takes one per core. The result does not depend on it."""
     restart: bool = False
     """Replace what an earlier run with other options left in `out`."""
+
+
+def check_prep(config: PrepConfig) -> None:
+    """ConfigError naming the first option that is out of range."""
+    smallest = {"vocab_size": 1, "tokenizer_sample_bytes": 1, "shard_bytes": 1, "max_documents": 0, "workers": 0}
+    for name, least in smallest.items():
+        if getattr(config, name) < least:
+            raise ConfigError(f"{name} is {getattr(config, name)}, it must be at least {least}. Set --{name}.")
+    if not 0 <= config.valid_fraction < 1:
+        raise ConfigError(
+            f"valid_fraction is {config.valid_fraction}, it must be at least 0 and below 1. Set --valid_fraction."
+        )
+    if not config.sources:
+        raise ConfigError("sources is empty. Name files, folders, hf:NAME or stdlib in --sources.")

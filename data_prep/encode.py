@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -54,7 +55,13 @@ def encode_documents(texts: Iterable[str], tokenizer_path: Path, workers: int) -
             yield from _encode(chunk)
         return
     context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, _start_worker, (str(tokenizer_path),)) as pool:
+    # Ctrl-C reaches the whole process group; the workers leave it to this process, which ends them.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        pool = context.Pool(workers, _start_worker, (str(tokenizer_path),))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with pool:
         for encoded in pool.imap(_encode, _chunks(texts)):
             yield from encoded
 

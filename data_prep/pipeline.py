@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep import encode
-from data_prep.config import PrepConfig
+from data_prep.config import PrepConfig, check_prep
 from data_prep.sources import Document, Progress, documents, input_files
 from data_prep.tokenizer import train_tokenizer, write_tokenizer
 from megatron_rdt.data.manifest import FORMAT, MANIFEST, VERSION, load_manifest
@@ -36,6 +36,7 @@ def options_hash(config: PrepConfig) -> str:
 
 def prepare(config: PrepConfig) -> Path:
     """Prepare `config.sources` into `config.out`; returns that directory. Nothing is done when it is there already."""
+    check_prep(config)
     out = Path(config.out)
     if _already_there(out, config):
         print(f"{out} is complete and was made with these options: nothing to do")

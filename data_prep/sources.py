@@ -22,6 +22,7 @@ STDLIB = "stdlib"
 HUGGING_FACE = "hf:"
 STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 BAD_LISTED = 20
+DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def _all_documents(config: PrepConfig, progress: Progress) -> Iterator[Document]
             yield from _records("parquet", config, progress, data_files=str(path), split="train", name=name)
             progress.advance(path.stat().st_size)
         else:
-            content = _read(path)
+            content = _read(path, name)
             progress.advance(path.stat().st_size)
             try:
                 yield Document(name, content.decode("utf-8-sig"))
@@ -114,14 +115,21 @@ def _utf8_message(place: str, error: UnicodeDecodeError) -> str:
     return f"{place}: invalid UTF-8 byte 0x{error.object[error.start]:02x} at byte {error.start}"
 
 
-def _read(path: Path) -> bytes:
-    if path.suffix == ".gz":
-        with gzip.open(path) as file:
-            return file.read()
-    if path.suffix == ".zst":
-        with open(path, "rb") as file:
-            return zstandard.ZstdDecompressor().stream_reader(file).read()
+def _read(path: Path, name: str) -> bytes:
+    try:
+        if path.suffix == ".gz":
+            with gzip.open(path) as file:
+                return file.read()
+        if path.suffix == ".zst":
+            with open(path, "rb") as file:
+                return zstandard.ZstdDecompressor().stream_reader(file).read()
+    except DAMAGED as error:
+        raise _damaged(name, "") from error
     return path.read_bytes()
+
+
+def _damaged(name: str, where: str) -> DataError:
+    return DataError(f"{name}: compressed file ends early or is damaged{where}. Copy or download it again.")
 
 
 def _lines(path: Path, name: str, progress: Progress) -> Iterator[bytes]:
@@ -142,10 +150,8 @@ def _lines(path: Path, name: str, progress: Progress) -> Iterator[bytes]:
                 yield line
                 progress.advance(raw.tell() - before)
                 before = raw.tell()
-        except (EOFError, zlib.error, zstandard.ZstdError):
-            raise DataError(
-                f"{name}: compressed file ends early or is damaged after {number} lines. Copy or download it again."
-            ) from None
+        except DAMAGED as error:
+            raise _damaged(name, f" after {number} lines") from error
 
 
 def _json_lines(name: str, path: Path, config: PrepConfig, progress: Progress) -> Iterator[Document]:

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,13 @@ import torch
 
 from data_prep.config import PrepConfig
 from data_prep.pipeline import prepare
+from megatron_rdt.config import RunConfig, check_config, load_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 torch.set_num_threads(1)
+
+CLUSTER_TESTS = pytest.StashKey[list[str]]()
 
 
 @pytest.fixture(scope="session")
@@ -66,3 +70,32 @@ def tiny_options(tiny_corpus: Path) -> list[str]:
         "logging.tensorboard": "false",
     }
     return [f"--{key}={value}" for key, value in options.items()]
+
+
+@pytest.fixture(scope="session")
+def configure(tiny_options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunConfig]:
+    """The checked config of a tiny run, with more options."""
+    empty = tmp_path_factory.mktemp("config") / "empty.yaml"
+    empty.write_text("{}\n")
+
+    def build(*words: str) -> RunConfig:
+        config = load_config(empty, [*tiny_options, *words])
+        check_config(config, 1)
+        return config
+
+    return build
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """Remember what the command line left out."""
+    for item in items:
+        if item.get_closest_marker("cluster") and not item.config.option.keyword:
+            item.config.stash.setdefault(CLUSTER_TESTS, []).append(item.nodeid)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what did not run, and why; pytest's own -ra lists the skipped ones with their reasons."""
+    left_out = config.stash.get(CLUSTER_TESTS, [])
+    if left_out:
+        terminalreporter.section("not run")
+        terminalreporter.line(f"{len(left_out)} tests need Slurm; `make test-cluster` starts one and runs them.")

@@ -57,8 +57,8 @@ def test_imports_go_down(path: Path) -> None:
     if name == "megatron_rdt":  # its lazy `load` is the one public shortcut
         return
     for imported in imports(path):
-        if imported == "megatron_rdt.checkpoint":
-            imported = "megatron_rdt.checkpoint.read"
+        if imported == "megatron_rdt":  # for its version
+            continue
         assert layer(imported) <= layer(name), f"{name} imports {imported}, which is above it"
         if name.startswith("data_prep"):
             assert imported.startswith(PREP_MAY_IMPORT), f"{name} may not import {imported}"
@@ -96,7 +96,7 @@ def test_short_and_documented(path: Path) -> None:
     public = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")]
     methods = [m for c in public if isinstance(c, ast.ClassDef) for m in c.body if isinstance(m, ast.FunctionDef)]
     for node in [*public, *(m for m in methods if not m.name.startswith("_"))]:
-        assert ast.get_docstring(node) or "_Attempt" in ast.dump(node), f"{node.name} has no docstring"
+        assert ast.get_docstring(node), f"{node.name} has no docstring"
 
 
 def test_environment_is_read_in_one_place() -> None:

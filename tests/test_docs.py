@@ -1,0 +1,66 @@
+"""What the documents tell a reader to do works: the README's commands run as written, links and paths exist."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [content for kind, content in fences if kind == language]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.timeout(420)
+def test_the_readme_commands_run_as_written(tmp_path: Path) -> None:
+    for name in ("configs", "launch"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    commands = "\n".join(blocks(ROOT / "README.md", "bash"))
+    assert commands.count("\nrdt ") >= 8
+    result = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", commands],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    for expected in ("done: 40 steps", "resumed from", "done: 60 steps", "bits/byte", "#SBATCH --nodes=2"):
+        assert expected in result.stdout
+    assert (tmp_path / "runs" / "smoke" / "report" / "index.html").is_file()
+    assert (tmp_path / "exports" / "smoke" / "model.safetensors").is_file()
+    assert (tmp_path / "exports" / "smoke2-zero" / "universal").is_dir()
+    for script in blocks(ROOT / "README.md", "python"):
+        subprocess.run([sys.executable, "-c", script], cwd=tmp_path, timeout=60, check=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / target).exists(), target
+    for path in re.findall(r"`((?:launch|configs|benchmarks|docs|tests|data_prep|megatron_rdt)/[\w./-]*)", text):
+        assert (ROOT / path).exists(), path
+    for target in re.findall(r"`?make ([a-z-]+)", text):
+        if re.search(rf"`make {target}|^make {target}", text, re.MULTILINE):
+            assert f"\n{target}:" in (ROOT / "Makefile").read_text(encoding="utf-8"), target
+
+
+def test_the_tree_in_the_readme_is_the_tree() -> None:
+    tree = next(block for block in blocks(ROOT / "README.md", "") if block.startswith("megatron_rdt/"))
+    inner = {line.split()[0].rstrip("/") for line in tree.splitlines() if line.startswith("  ")}
+    packages = {p.name for p in (ROOT / "megatron_rdt").iterdir() if (p / "__init__.py").is_file()}
+    assert inner == packages
+    outer = {line.split()[0].rstrip("/") for line in tree.splitlines() if not line.startswith(" ")}
+    assert all((ROOT / name).is_dir() for name in outer)

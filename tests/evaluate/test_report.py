@@ -75,7 +75,9 @@ def test_the_page_is_self_contained(run: Path) -> None:
         assert base64.b64decode(reference.removeprefix(prefix)) == (run / "report" / f"{name}.png").read_bytes()
     source = path.read_text(encoding="utf-8")
     assert not re.search(r"https?:|file:|url\(|@import|//", re.sub(r"base64,[^\"]*", "", source))
-    assert sorted(p.name for p in path.parent.iterdir()) == sorted(["index.html", *(f"{n}.png" for n in PICTURES)])
+    assert sorted(p.name for p in path.parent.iterdir()) == sorted(
+        ["index.html", "overview.png", *(f"{n}.png" for n in PICTURES)]
+    )
 
 
 def test_the_pictures_show_something(run: Path) -> None:

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from launch.local import free_port
 from megatron_rdt.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_rdt.depth import DepthPlan
+from megatron_rdt.environment import leave_process
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel import Engine, MicroBatch, make_engine
 from megatron_rdt.parallel.counting import count_step, totals
@@ -97,7 +98,7 @@ def work(options: argparse.Namespace) -> None:
         counted["parameters"] = sum(parameter.numel() for parameter in parameters)
         options.worker.write_text(json.dumps(counted))
     dist.barrier()
-    dist.destroy_process_group()
+    leave_process(0)
 
 
 def table(counted: dict[str, Any], loops: list[int]) -> str:

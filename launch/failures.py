@@ -32,8 +32,10 @@ def explain(error: BaseException) -> RdtError | None:
         return RdtError(
             f"out of GPU memory ({first}). Lower --train.micro_batch or set --depth.checkpoint per_iteration."
         )
-    if name == "DistNetworkError":
-        return LaunchError(f"the processes could not meet: {first} Check MASTER_ADDR and MASTER_PORT.")
+    if name in ("DistNetworkError", "DistStoreError"):
+        return LaunchError(
+            f"the processes could not meet: {first} Check that all of them were started, MASTER_ADDR and MASTER_PORT."
+        )
     if isinstance(error, RuntimeError) and any(sign in text for sign in LOST_PEER):
         return LostPeerError(f"lost contact with another rank ({first}). The cause is in that rank's messages.")
     return None

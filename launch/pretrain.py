@@ -2,17 +2,18 @@
 
 import contextlib
 import logging
-import os
 import sys
 import time
+import traceback
 from pathlib import Path
 
 # Started as a script, Python puts launch/ first on the path; imports are decided by the repository's root instead.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from launch.failures import EXIT_INTERRUPTED, explain, leave
-from megatron_rdt.environment import ProcessPlace, error_file, export_for_torch, process_place, quiet_libraries
-from megatron_rdt.errors import RdtError
+from megatron_rdt.environment import ProcessPlace, error_file, leave_process, process_place, quiet_libraries
+from megatron_rdt.errors import EXIT_FAILED, RdtError
+from megatron_rdt.train.signals import StopRequest
 
 PROGRAM = "pretrain.py"
 SPEAKERS_START_S = 3.0
@@ -30,28 +31,28 @@ def tell(error: RdtError, place: ProcessPlace) -> None:
 
 def main(words: list[str]) -> int:
     """Train on this process; returns its exit status."""
-    place = process_place()
-    quiet_libraries(place.local_world_size)
-    if place.rank:  # what all ranks find, the first one says
-        logging.getLogger("megatron_rdt").setLevel(logging.ERROR)
-    started = False
+    stop = StopRequest()  # before anything that takes long
+    place, started = ProcessPlace(), False
     try:
+        place = process_place()
+        quiet_libraries(place.local_world_size)
+        if place.rank:  # what all ranks find, the first one says
+            logging.getLogger("megatron_rdt").setLevel(logging.ERROR)
         from launch.options import check_places, parse_training
 
         config, raw = parse_training(PROGRAM, words, place.world_size)
         check_places(config)
         started = True
-        if config.parallel.engine != "single":
-            export_for_torch(place)
         from megatron_rdt.train.trainer import train
 
-        return train(config, raw.resume)
+        return train(config, raw.resume, place, stop)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception as error:
         explained = explain(error)
         if explained is None:
-            raise
+            traceback.print_exc()
+            return EXIT_FAILED
         if started or error_file() or place.local_rank == 0:
             tell(explained, place)
         else:
@@ -61,9 +62,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Not sys.exit: while the interpreter is torn down, Gloo's threads may still let go of Python objects, and a run
-    # that succeeded would now and then end with an abort.
-    os._exit(status)
+    leave_process(main(sys.argv[1:]))

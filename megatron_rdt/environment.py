@@ -2,9 +2,13 @@
 
 import logging
 import os
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
+
+from megatron_rdt.errors import LaunchError
 
 DEFAULT_MASTER = ("127.0.0.1", "29500")
 ERROR_FILE = "RDT_ERROR_FILE"
@@ -28,21 +32,36 @@ class ProcessPlace:
 
 
 def process_place() -> ProcessPlace:
-    """Read the place from torchrun's and DeepSpeed's variables, else from srun's, else alone."""
+    """Read the place from torchrun's and DeepSpeed's variables, else from srun's, else alone.
+
+    Raises:
+        LaunchError: a variable is missing or is not a number.
+    """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        world = int(env["WORLD_SIZE"])
-        local_world = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world)
-        return ProcessPlace(int(env["RANK"]), world, int(env.get("LOCAL_RANK", "0")), local_world, "torch")
+        world = _number("WORLD_SIZE")
+        local_world = _number(next((n for n in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if env.get(n)), "WORLD_SIZE"))
+        local_rank = _number("LOCAL_RANK") if "LOCAL_RANK" in env else 0
+        return ProcessPlace(_number("RANK"), world, local_rank, local_world, "torch")
     if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
-        tasks = int(env["SLURM_NTASKS"])
+        tasks = _number("SLURM_NTASKS")
         local_world = int(env.get("SLURM_STEP_TASKS_PER_NODE", str(tasks)).split("(")[0].split(",")[0])
-        return ProcessPlace(int(env["SLURM_PROCID"]), tasks, int(env["SLURM_LOCALID"]), local_world, "slurm")
+        return ProcessPlace(_number("SLURM_PROCID"), tasks, _number("SLURM_LOCALID"), local_world, "slurm")
     return ProcessPlace()
 
 
+def _number(name: str) -> int:
+    value = os.environ.get(name, "")
+    if not value.isdigit():
+        raise LaunchError(
+            f"the environment variable {name} is {value!r}, it must be a number. Start the script with torchrun, "
+            "deepspeed, srun or rdt train, which set it; or unset RANK and WORLD_SIZE to run one process."
+        )
+    return int(value)
+
+
 def export_for_torch(place: ProcessPlace) -> None:
-    """Set what `torch.distributed` and DeepSpeed read, when srun started this process."""
+    """Set what `torch.distributed` and DeepSpeed read; DeepSpeed takes the GPU whose number is the local rank."""
     os.environ.update(
         RANK=str(place.rank),
         WORLD_SIZE=str(place.world_size),
@@ -51,6 +70,28 @@ def export_for_torch(place: ProcessPlace) -> None:
     )
     os.environ.setdefault("MASTER_ADDR", DEFAULT_MASTER[0])
     os.environ.setdefault("MASTER_PORT", DEFAULT_MASTER[1])
+
+
+def prefer_deterministic_blas() -> None:
+    """Let cuBLAS give the same digits every time; it reads this when it is first used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on; a container or a job has fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def leave_process(status: int) -> NoReturn:
+    """End this process at once, its output flushed, without tearing the interpreter down.
+
+    Whoever lets go of a Gloo process group last joins its threads while holding the interpreter's lock, and one of
+    the threads may be waiting for that lock to let go of a tensor: a run that succeeded would now and then hang or
+    abort. So a process that joined a group keeps it to the end and leaves here.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def quiet_libraries(local_world_size: int = 0) -> None:
@@ -62,7 +103,7 @@ def quiet_libraries(local_world_size: int = 0) -> None:
         local_world_size: processes of this node, among which the cores are shared; 0 leaves the threads alone.
     """
     if local_world_size:
-        threads = max((os.cpu_count() or 1) // local_world_size, 1)
+        threads = max(usable_cores() // local_world_size, 1)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -74,6 +115,11 @@ def quiet_libraries(local_world_size: int = 0) -> None:
 
 def _is_error(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
+
+
+def keep_deepspeed_on_cpu() -> None:
+    """Make DeepSpeed compute on the CPU also where it would find a GPU. Call it before deepspeed is imported."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
 
 
 def error_file() -> Path | None:

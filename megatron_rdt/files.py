@@ -6,14 +6,19 @@ directory. A crash at any point leaves the old file, plus at most a `*.tmp`, whi
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_rdt.errors import LaunchError
+
 TEMPORARY_SUFFIX = ".tmp"
 HASH_CHUNK_BYTES = 1 << 22
+LOCK_POLL_S = 0.2
 
 
 def fsync_directory(directory: str | os.PathLike[str]) -> None:
@@ -87,3 +92,31 @@ def is_disk_full(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
+
+
+@contextlib.contextmanager
+def exclusive(path: str | os.PathLike[str], message: str, patience_s: float = 0.0) -> Iterator[None]:
+    """Hold a lock on the file `path` (made where there is none, never removed) while the block runs.
+
+    The kernel lets go of the lock when the process ends, however it ends.
+
+    Args:
+        path: the lock file.
+        message: of the LaunchError when another process holds the lock.
+        patience_s: how long to wait for a process that is about to end.
+    """
+    deadline = time.monotonic() + patience_s
+    with open(path, "a", encoding="utf-8") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise LaunchError(message) from None
+                time.sleep(LOCK_POLL_S)
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                    raise
+                break  # a file system without locks
+        yield

@@ -7,11 +7,14 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from megatron_rdt.files import atomic_open, is_disk_full, sha256_of, write_bytes, write_text
+from megatron_rdt.errors import LaunchError
+from megatron_rdt.files import atomic_open, exclusive, is_disk_full, sha256_of, write_bytes, write_text
 
 KILLED = """
 import os, signal, sys
@@ -138,3 +141,44 @@ def test_a_really_full_device() -> None:
     with pytest.raises(OSError, match="No space") as caught, open("/dev/full", "wb", buffering=0) as file:
         file.write(b"x")
     assert is_disk_full(caught.value)
+
+
+def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
+    lock = tmp_path / ".lock"
+    code = (
+        "import sys; from megatron_rdt.files import exclusive\n"
+        "with exclusive(sys.argv[1], 'x'): print('held', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdin is not None
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(LaunchError, match="another one writes"), exclusive(lock, "another one writes"):
+        pass
+    other.kill()
+    other.wait()
+    with exclusive(lock, "free at once when the process is dead"):
+        pass
+    with exclusive(lock, "free when the block ended"):
+        pass
+
+
+def test_a_lock_waits_for_one_that_is_about_to_end(tmp_path: Path) -> None:
+    lock, order = tmp_path / ".lock", []
+    held = threading.Event()
+
+    def hold() -> None:
+        with exclusive(lock, "x"):
+            held.set()
+            time.sleep(0.3)
+            order.append("first")
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    with exclusive(lock, "x", patience_s=30):
+        order.append("second")
+    thread.join()
+    assert order == ["first", "second"]

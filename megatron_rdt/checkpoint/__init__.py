@@ -9,11 +9,13 @@ from megatron_rdt.checkpoint.read import (
     read_trainer_state,
     resolve_checkpoint,
 )
-from megatron_rdt.checkpoint.write import restore_rank_rng, save_checkpoint
+from megatron_rdt.checkpoint.start import find_start
+from megatron_rdt.checkpoint.write import restore_rank_rng, save_checkpoint, software_versions
 
 __all__ = [
     "check_same_model",
     "complete_checkpoints",
+    "find_start",
     "newest_checkpoint",
     "read_manifest",
     "read_model_weights",
@@ -21,6 +23,7 @@ __all__ = [
     "resolve_checkpoint",
     "restore_rank_rng",
     "save_checkpoint",
+    "software_versions",
     "verify",
     "write_manifest",
 ]

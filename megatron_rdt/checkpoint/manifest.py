@@ -6,6 +6,7 @@ It holds a checksum of itself, so that a flipped bit in it does not change the o
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,32 +77,34 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return document
 
 
-def verify(directory: Path, hashes: bool = True, share: tuple[int, int] = (0, 1)) -> None:
+def verify(directory: Path, hashes: bool = True) -> None:
     """Compare every file with the manifest; the first difference raises CheckpointError and names the file.
 
     Args:
         directory: the checkpoint.
         hashes: read every byte; False compares presence and sizes only.
-        share: (i, n) takes every n-th file from the i-th on, so that n ranks read each byte once.
     """
-    first, stride = share
-    for name, record in list(read_manifest(directory)["files"].items())[first::stride]:
-        path = directory / name
-        if not path.is_file():
-            raise CheckpointError(f"{directory} is damaged: {name} is missing. Use an older checkpoint.")
-        size = path.stat().st_size
-        if size != record["bytes"]:
-            raise CheckpointError(
-                f"{directory} is damaged: {name} has {size} bytes, the manifest says {record['bytes']}. "
-                "Use an older checkpoint."
-            )
+    verify_files(directory, read_manifest(directory)["files"].items(), hashes)
+
+
+def verify_files(directory: Path, files: Iterable[tuple[str, dict[str, Any]]], hashes: bool = True) -> None:
+    """`verify` for some of the files: pairs of relative path and record, as the manifest has them."""
+    for name, record in files:
         try:
-            intact = not hashes or sha256_of(path) == record["sha256"]
+            difference = _difference(directory / name, record, hashes)
         except OSError as error:
-            raise CheckpointError(
-                f"{directory} is damaged: {name} cannot be read ({error.strerror}). Use an older checkpoint."
-            ) from None
-        if not intact:
-            raise CheckpointError(
-                f"{directory} is damaged: {name} has other content than was written. Use an older one."
-            )
+            difference = f"cannot be read ({error.strerror})"
+        if difference is not None:
+            raise CheckpointError(f"{directory} is damaged: {name} {difference}. Use an older checkpoint.")
+
+
+def _difference(path: Path, record: dict[str, Any], hashes: bool) -> str | None:
+    """What is wrong with a file, in words."""
+    if not path.is_file():
+        return "is missing"
+    size = path.stat().st_size
+    if size != record["bytes"]:
+        return f"has {size} bytes, the manifest says {record['bytes']}"
+    if hashes and sha256_of(path) != record["sha256"]:
+        return "has other content than was written"
+    return None

@@ -8,24 +8,27 @@ The run directory must be visible to all nodes.
 
 import json
 import os
+import platform
 import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+import megatron_rdt
 from megatron_rdt.checkpoint.manifest import content_files, file_record, read_manifest, write_manifest
 from megatron_rdt.checkpoint.read import CHECKPOINTS, LATEST, complete_checkpoints
+from megatron_rdt.checkpoint.together import gather
 from megatron_rdt.errors import CheckpointError, RdtError
 from megatron_rdt.files import atomic_open, fsync_directory, fsync_file, is_disk_full, write_text
 from megatron_rdt.parallel import Engine
 
 LOW_DISK_BYTES = 64 << 20
+T = TypeVar("T")
 
 
 def rng_state() -> dict[str, Any]:
@@ -56,6 +59,20 @@ def restore_rank_rng(checkpoint: Path, rank: int) -> None:
         restore_rng_state(torch.load(path, weights_only=True))
 
 
+def software_versions(engine: str) -> dict[str, str]:
+    """What wrote a checkpoint: versions of Python, this package, PyTorch and, for a ZeRO engine, DeepSpeed."""
+    versions = {
+        "python": platform.python_version(),
+        "megatron_rdt": megatron_rdt.__version__,
+        "torch": torch.__version__,
+    }
+    if engine.startswith("zero"):
+        import deepspeed
+
+        versions["deepspeed"] = deepspeed.__version__
+    return versions
+
+
 def save_checkpoint(
     engine: Engine,
     run_directory: Path,
@@ -72,7 +89,7 @@ def save_checkpoint(
         run_directory: `runs/<name>`.
         config_yaml: the resolved config.
         trainer_state: goes to trainer.json; must hold `step`.
-        facts: goes into the manifest beside the files' hashes.
+        facts: goes into the manifest beside the files' hashes and the versions of what wrote them.
         tokenizer_directory: copied in, so that the checkpoint can generate text by itself.
         keep: newest checkpoints to keep; 0 keeps all.
 
@@ -101,8 +118,13 @@ def save_checkpoint(
             shutil.copytree(tokenizer_directory, temporary / "tokenizer")
 
     def publish() -> None:
-        sequence = _next_sequence(run_directory)
-        write_manifest(temporary, {**facts, "step": step, "sequence": sequence}, files)
+        own = {
+            "parent": _parent(final, facts),
+            "versions": software_versions(engine.config.parallel.engine),
+            "step": step,
+            "sequence": _next_sequence(run_directory),
+        }
+        write_manifest(temporary, {**facts, **own}, records)
         _publish(temporary, final, run_directory)
         _retire(run_directory, keep)
 
@@ -110,68 +132,106 @@ def save_checkpoint(
     attempt.on_first_rank(begin)
     attempt.on_every_rank(write)
     attempt.on_first_rank(describe)
-    files: dict[str, Any] = {}
-    attempt.on_every_rank(lambda: files.update(_hash_share(engine, temporary)))
+    records = _hash_together(attempt, temporary)
     attempt.on_first_rank(publish)
     return final
 
 
 class _Attempt:
-    """Runs the stages of one save; a failure on any rank stops all of them at the same stage."""
+    """Runs the stages of one save; a failure on any rank stops all of them at the same stage, for the same reason.
+
+    A stage must not talk to other ranks unless a rank that fails still does its part of the talking.
+    """
 
     def __init__(self, engine: Engine, temporary: Path, final: Path) -> None:
         self.engine, self.temporary, self.final = engine, temporary, final
 
     def on_first_rank(self, stage: Callable[[], None]) -> None:
-        self._run(stage if self.engine.rank == 0 else lambda: None)
+        self.on_every_rank(stage if self.engine.rank == 0 else lambda: None)
 
-    def on_every_rank(self, stage: Callable[[], None]) -> None:
-        self._run(stage)
-
-    def _run(self, stage: Callable[[], None]) -> None:
+    def on_every_rank(self, stage: Callable[[], T]) -> list[T]:
+        """What `stage` returned on each rank, on every rank."""
+        result: Any = None
         failure: BaseException | None = None
+        told: RdtError | str | None = None
         try:
-            stage()
+            result = stage()
+        except RdtError as error:
+            failure = told = error
         except CheckpointException as error:  # a BaseException that wraps the error of each rank that failed
-            failure = next((inner for inner, _ in error.failures.values()), error)
+            rank, failure = next(((rank, inner) for rank, (inner, _) in error.failures.items()), (None, error))
+            told = self._describe(failure, rank)
         except Exception as error:  # any library's error, told to all ranks and translated
-            failure = error
-        failed = torch.tensor(float(failure is not None), device=self.engine.device)
-        if float(self.engine.sum_over_ranks(failed)) == 0:
-            return
-        free = shutil.disk_usage(self.final.parent).free if self.final.parent.is_dir() else 0
+            failure, told = error, self._describe(error, self.engine.rank)
+        outcomes = gather((result, told))
+        reason = next((told for _, told in outcomes if told is not None), None)
+        if reason is None:
+            return [result for result, _ in outcomes]
         if self.engine.rank == 0:
             shutil.rmtree(self.temporary, ignore_errors=True)
-        if isinstance(failure, RdtError):
-            raise failure
+        if isinstance(reason, RdtError):
+            raise reason
         raise CheckpointError(
-            f"could not save {self.final}: {_reason(failure, free)}. Earlier checkpoints are untouched. "
+            f"could not save {self.final}: {reason}. Earlier checkpoints are untouched. "
             "Free space or set --run.root to another disk, then start again with --resume auto."
         ) from failure
 
+    def _describe(self, failure: BaseException, rank: int | None) -> str:
+        """What went wrong, in one line; where there are several ranks, on which."""
+        # Before anything is cleaned up.
+        free = shutil.disk_usage(self.final.parent).free if self.final.parent.is_dir() else 0
+        where = f"rank {rank}: " if self.engine.world_size > 1 and rank is not None else ""
+        return where + _reason(failure, free)
 
-def _reason(failure: BaseException | None, free: int) -> str:
-    """What went wrong on this rank, in one line; `free` is in bytes, before anything was cleaned up."""
-    if failure is not None and is_disk_full(failure):
+
+def _reason(failure: BaseException, free: int) -> str:
+    """The error in one line; `free` is in bytes."""
+    if is_disk_full(failure):
         return f"the disk is full ({free / 2**20:.1f} MiB free)"
-    lines = str(failure or "").strip().splitlines()
-    reason = lines[0] if lines else type(failure).__name__ if failure else "another rank failed"
+    # torch.save writes the end of its file after a failed write too, and fails again.
+    chain: list[BaseException] = [failure]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(before)
+    failure = next((error for error in chain if isinstance(error, OSError)), failure)
+    lines = str(failure).strip().splitlines()
+    reason = lines[0] if lines else type(failure).__name__
     # Libraries that write files in C++ do not say why a write failed.
     return f"{reason} (the disk is almost full: {free / 2**20:.1f} MiB free)" if free < LOW_DISK_BYTES else reason
 
 
-def _hash_share(engine: Engine, directory: Path) -> dict[str, Any]:
-    """Hash this rank's share of the files and make them durable; rank 0 gets all records."""
-    mine = {}
-    for index, path in enumerate(content_files(directory)):
-        if index % engine.world_size == engine.rank:
-            mine[str(path.relative_to(directory))] = file_record(path)
-            fsync_file(path)
-    if engine.world_size == 1:
+def _hash_together(attempt: _Attempt, directory: Path) -> dict[str, Any]:
+    """Hash all files and make them durable, each on one rank; returns the record of each, by relative path."""
+
+    def listed() -> list[str]:
+        return [str(path.relative_to(directory)) for path in content_files(directory)]
+
+    def hash_share() -> dict[str, Any]:
+        mine = {}
+        for name in names[attempt.engine.rank :: attempt.engine.world_size]:
+            mine[name] = file_record(directory / name)
+            fsync_file(directory / name)
         return mine
-    gathered: list[dict[str, Any] | None] = [None] * engine.world_size
-    dist.all_gather_object(gathered, mine)
-    return {name: record for part in gathered if part for name, record in part.items()}
+
+    def check() -> None:
+        if missing := set(names) ^ set(records):
+            raise CheckpointError(f"{directory} was not hashed in full: {sorted(missing)[:3]} is left. Save again.")
+
+    # A network file system may list a file late, but not to the rank that wrote it: together they see all.
+    names = sorted(set().union(*attempt.on_every_rank(listed)))
+    records = {name: record for part in attempt.on_every_rank(hash_share) for name, record in part.items()}
+    attempt.on_first_rank(check)
+    return records
+
+
+def _parent(final: Path, facts: dict[str, Any]) -> str | None:
+    """The checkpoint that this one goes on from; saved anew without a step between, that of the one it replaces."""
+    parent = facts.get("parent")
+    if parent != final.name:
+        return parent
+    try:
+        return read_manifest(final).get("parent")
+    except CheckpointError:  # resumed from another run's, or damaged
+        return None
 
 
 def _next_sequence(run_directory: Path) -> int:

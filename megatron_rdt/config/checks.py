@@ -1,7 +1,39 @@
 """Checks that need more than one field; they run before any process starts."""
 
+import math
+
 from megatron_rdt.config.schema import RunConfig
 from megatron_rdt.errors import ConfigError
+
+BELOW_ONE = math.nextafter(1, 0)
+# Options that are one number with a range: name, smallest, whether that itself is allowed, largest (None: no limit).
+RANGES: list[tuple[str, float, bool, float | None]] = [
+    ("model.state_std", 0, False, None),
+    ("model.rope_base", 0, False, None),
+    ("model.norm_eps", 0, True, None),
+    ("depth.sigma", 0, False, 3),
+    ("train.max_nonfinite_steps", 1, True, None),
+    ("optimizer.lr", 0, False, None),
+    ("optimizer.beta1", 0, True, BELOW_ONE),
+    ("optimizer.beta2", 0, True, BELOW_ONE),
+    ("optimizer.eps", 0, False, None),
+    ("optimizer.weight_decay", 0, True, None),
+    ("optimizer.grad_clip", 0, True, None),
+    ("schedule.warmup_steps", 0, True, None),
+    ("schedule.decay_steps", 0, True, None),
+    ("schedule.final", 0, True, 1),
+    ("parallel.timeout_s", 1, True, None),
+    ("checkpoint.every", 0, True, None),
+    ("checkpoint.keep", 0, True, None),
+    ("data.max_epochs", 0, False, None),
+    ("eval.every", 0, True, None),
+    ("eval.sequences", 1, True, None),
+    ("sample.every", 0, True, None),
+    ("sample.tokens", 0, True, None),
+    ("sample.temperature", 0, True, None),
+    ("sample.top_k", 0, True, None),
+    ("logging.every", 1, True, None),
+]
 
 
 def check_config(config: RunConfig, world_size: int | None = None) -> None:
@@ -11,13 +43,26 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
         config: what the user asked for.
         world_size: processes of the run, where it is known.
     """
-    problems = [*_model(config), *_depth(config), *_training(config)]
+    problems = [*_ranges(config), *_model(config), *_depth(config), *_training(config)]
     if world_size is not None:
         problems += _world(config, world_size)
     if problems:
         raise ConfigError(
             "\n  ".join(["the configuration cannot work:", *problems]) if len(problems) > 1 else problems[0]
         )
+
+
+def _ranges(config: RunConfig) -> list[str]:
+    problems = []
+    for name, smallest, inclusive, largest in RANGES:
+        section, field = name.split(".")
+        value = getattr(getattr(config, section), field)
+        enough = value >= smallest if inclusive else value > smallest  # NaN is not
+        if not (enough and math.isfinite(value) and (largest is None or value <= largest)):
+            least = f"{'at least' if inclusive else 'above'} {smallest:g}"
+            most = "" if largest is None else " and below 1" if largest == BELOW_ONE else f" and at most {largest:g}"
+            problems.append(f"{name} is {value}, it must be {least}{most}.")
+    return problems
 
 
 def _model(config: RunConfig) -> list[str]:
@@ -58,8 +103,8 @@ def _depth(config: RunConfig) -> list[str]:
         problems.append(f"depth.backprop is {depth.backprop}, it must be at least 1, or `all`.")
     if depth.per != "step":
         problems.append(f"depth.per {depth.per} is not available in this version. Set --depth.per step.")
-    if depth.sigma <= 0:
-        problems.append(f"depth.sigma is {depth.sigma}, it must be above 0.")
+    if depth.scheme == "fixed" and depth.mean != int(depth.mean):
+        problems.append(f"depth.mean is {depth.mean}, but depth.scheme fixed needs a whole number. Change either.")
     for section in ("eval", "sample"):
         loops = getattr(config, section).loops
         if not loops or min(loops) < 1:
@@ -72,18 +117,20 @@ def _training(config: RunConfig) -> list[str]:
     for name in ("steps", "global_batch", "micro_batch", "sequence_length"):
         if getattr(train, name) < 1:
             problems.append(f"train.{name} is {getattr(train, name)}, it must be at least 1.")
-    if config.optimizer.lr <= 0:
-        problems.append(f"optimizer.lr is {config.optimizer.lr}, it must be above 0.")
     if config.schedule.warmup_steps > train.steps:
         problems.append(
             f"schedule.warmup_steps {config.schedule.warmup_steps} is more than train.steps {train.steps}. Lower it."
         )
-    if config.checkpoint.every < 0 or config.checkpoint.keep < 0:
-        problems.append("checkpoint.every and checkpoint.keep must not be negative.")
-    if config.logging.every < 1:
-        problems.append(f"logging.every is {config.logging.every}, it must be at least 1.")
-    if "/" in config.run.name or config.run.name in ("", ".", ".."):
-        problems.append(f"run.name {config.run.name!r} must be the name of a directory. Put the path into --run.root.")
+    if config.schedule.name == "wsd" and config.schedule.warmup_steps + config.schedule.decay_steps > train.steps:
+        problems.append(
+            f"schedule.warmup_steps {config.schedule.warmup_steps} and schedule.decay_steps {config.schedule.decay_steps} "
+            f"are more than train.steps {train.steps} together. Lower either."
+        )
+    if config.sample.every and not config.sample.prompt:
+        problems.append("sample.prompt is empty. Give it at least one character, or set --sample.every 0.")
+    name = config.run.name
+    if "/" in name or name in ("", ".", "..") or name.startswith("-") or not name.isprintable():
+        problems.append(f"run.name {name!r} must be the name of a directory. Put the path into --run.root.")
     return problems
 
 

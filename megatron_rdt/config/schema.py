@@ -99,6 +99,8 @@ class TrainConfig:
     """Dtype of matrix products. Weights, recurrent state, gradients' sums and reductions stay float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; `auto` takes a GPU where there is one."""
+    deterministic: bool = True
+    """On a GPU, take kernels that give the same digits every time, some of them slower; exact resume needs it."""
     max_nonfinite_steps: int = 10
     """Steps in a row with a non-finite gradient (each is skipped) after which the run stops with an error."""
 
@@ -163,7 +165,7 @@ class CheckpointConfig:
 class DataConfig:
     """Token shards and their order."""
 
-    path: str = "data"
+    path: str = "data/corpus"
     """Directory that `rdt prep` wrote (it holds manifest.json)."""
     max_epochs: float = 4.0
     """Most passes over the training split; a longer run is refused before it starts."""
@@ -180,7 +182,7 @@ class EvalConfig:
     loops: list[int] = field(default_factory=lambda: [1, 4, 8])
     """Loop counts T to evaluate at."""
     sequences: int = 64
-    """Validation sequences per evaluation, over all processes; the same ones every time."""
+    """Validation sequences per evaluation, over all processes, rounded down to a multiple of them; the same ones every time."""
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,11 @@ class TokenCorpus:
         starts = self.order.starts(np.asarray(samples, np.int64))
         return self._read(starts)
 
+    def close(self) -> None:
+        """Close every shard."""
+        for shard in self._shards:
+            shard.close()
+
     def _read(self, starts: np.ndarray) -> torch.Tensor:
         result = np.empty((len(starts), self.sequence_length + 1), np.int64)
         for row, start in zip(result, starts):

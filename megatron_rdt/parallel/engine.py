@@ -54,6 +54,12 @@ def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     )
 
 
+def apply_options(groups: list[dict], config: OptimizerConfig) -> None:
+    """Give the groups of `parameter_groups` this config's options: a loaded state brings those it was saved with."""
+    for group, decay in zip(groups, (config.weight_decay, 0.0)):
+        group.update(weight_decay=decay, betas=(config.beta1, config.beta2), eps=config.eps)
+
+
 class Engine(ABC):
     """Shards a model, runs it forward and backward, clips, steps, saves and loads.
 
@@ -143,12 +149,21 @@ class Engine(ABC):
             dist.all_reduce(value)
         return value
 
+    def from_first_rank(self, value: torch.Tensor) -> torch.Tensor:
+        """The value that rank 0 has, on every rank."""
+        if self.world_size > 1:
+            value = value.contiguous()
+            dist.broadcast(value, 0)
+        return value
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.world_size > 1:
             dist.barrier()
 
     def close(self) -> None:
-        """Leave the process group."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        """Wait for every rank, so that none leaves while another still talks to it.
+
+        The process group is not destroyed: see `leave_process`, with which the process should end.
+        """
+        self.barrier()

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.model import RecurrentDepthTransformer
-from megatron_rdt.parallel.engine import Engine, adamw
+from megatron_rdt.parallel.engine import Engine, adamw, apply_options
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -94,6 +94,7 @@ class NativeEngine(Engine):
             reason = next((str(inner) for inner, _ in error.failures.values()), "").strip().splitlines() or ["unknown"]
             raise CheckpointError(f"{directory} could not be loaded: {reason[0]}. Use another checkpoint.") from error
         dcp_state.set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+        apply_options(self.optimizer.param_groups, self.config.optimizer)
 
 
 @contextlib.contextmanager

@@ -59,7 +59,8 @@ def read_universal(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], in
     first = folder / "zero" / next(iter(tensors)) / "step.pt"
     if first.is_file():
         return tensors, int(_load(first))
-    state = _load(folder / "zero" / OPTIMIZER_STATE)["optimizer_state_dict"]["state"]
+    # DeepSpeed pickles its own classes into this one.
+    state = _load(folder / "zero" / OPTIMIZER_STATE, trusted=True)["optimizer_state_dict"]["state"]
     return tensors, int(state[0]["step"])
 
 
@@ -77,6 +78,6 @@ def _tensor(path: Path) -> torch.Tensor:
     return (content["param"] if isinstance(content, dict) else content).float()
 
 
-def _load(path: Path) -> Any:
-    # DeepSpeed pickles its own classes into optimizer_state.pt, so only files of a trusted run may be read.
-    return torch.load(path, map_location="cpu", weights_only=False)
+def _load(path: Path, trusted: bool = False) -> Any:
+    """A file's content; only of a `trusted` one are classes loaded, which can run code."""
+    return torch.load(path, map_location="cpu", weights_only=not trusted)

@@ -10,11 +10,13 @@ This is the one file that imports deepspeed for training.
 import logging
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_rdt.environment import keep_deepspeed_on_cpu
 from megatron_rdt.errors import CheckpointError, ConfigError
 from megatron_rdt.model import RecurrentDepthTransformer, initial_parameter, initialize
 from megatron_rdt.model.core import RecurrentCore
@@ -42,6 +44,30 @@ def import_deepspeed() -> Any:
     warnings.filterwarnings("ignore", message=".*torch.distributed.*", category=UserWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+class _Failures:
+    """Keeps the first exception of functions that talk to no other rank.
+
+    DeepSpeed waits for all ranks in its save. A rank that left at a failed write would take part in the next
+    collective while the others wait in that one: all would hang, and the reason would never be told.
+    """
+
+    def __init__(self) -> None:
+        self.first: Exception | None = None
+
+    def guard(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, except that it raises nothing, and does nothing after a failure."""
+
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            if self.first is None:
+                try:
+                    return function(*args, **kwargs)
+                except Exception as error:  # raised at the end of the save
+                    self.first = error
+            return None
+
+        return guarded
 
 
 class ZeroEngine(Engine):
@@ -76,6 +102,8 @@ class ZeroEngine(Engine):
 
     def setup(self, model: RecurrentDepthTransformer) -> None:
         """Fill the model with its initial weights and let DeepSpeed shard it; at stage 3, one parameter at a time."""
+        if self.device.type == "cpu":
+            keep_deepspeed_on_cpu()
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
         config = self.deepspeed_config()
@@ -147,8 +175,32 @@ class ZeroEngine(Engine):
         return {name: safe_get_full_grad(p).detach().cpu().clone() for name, p in self.model.named_parameters()}
 
     def save(self, directory: Path) -> None:
-        """DeepSpeed's own checkpoint below `directory`/zero; its zero_to_fp32 tool reads it."""
-        self.module.save_checkpoint(str(directory / NATIVE), tag=TAG, client_state=CLIENT_STATE)
+        """DeepSpeed's own checkpoint below `directory`/zero; its zero_to_fp32 tool reads it.
+
+        What fails on this rank is raised after DeepSpeed has met all ranks for the last time.
+        """
+        root, failures = directory / NATIVE, _Failures()
+        engine, writer = self.module, self.module.checkpoint_engine
+        write = writer.save
+
+        def save_file(state_dict: dict, path: str) -> None:
+            # Given a path, torch.save hides the reason of a failed write; given a file, the OSError gets out.
+            with open(path, "wb") as file:
+                write(state_dict, file)
+
+        writer.save = save_file
+        guarded = [(writer, "makedirs"), (engine, "_save_checkpoint"), (engine, "_save_zero_checkpoint")]
+        for owner, name in guarded:
+            setattr(owner, name, failures.guard(getattr(owner, name)))
+        try:
+            engine.save_checkpoint(str(root), tag=TAG, client_state=CLIENT_STATE, save_latest=False)
+        finally:
+            for owner, name in (*guarded, (writer, "save")):
+                delattr(owner, name)
+        if failures.first is not None:
+            raise failures.first
+        if self.rank == 0:  # as DeepSpeed would have done between two barriers
+            (root / "latest").write_text(TAG, encoding="utf-8")
 
     def load(self, directory: Path) -> None:
         """DeepSpeed's own checkpoint, of the same world size and stage, or a universal one, of any."""

@@ -1,12 +1,15 @@
 """What the hardware can do at most; an unknown device has no peak and gets no utilisation, never a guess."""
 
+import re
 import resource
 from pathlib import Path
 
 import torch
 
 # Dense bfloat16 peak of one device in FLOP/s, from NVIDIA's data sheets (without sparsity).
+# The first key whose words are in the device's name counts.
 PEAK_BF16_FLOPS = {
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -22,7 +25,10 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda" or precision != "bfloat16":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_BF16_FLOPS.items() if key in name), None)
+    if "MIG" in name:  # a slice of the chip
+        return None
+    words = set(re.split(r"[ -]", name))
+    return next((peak for key, peak in PEAK_BF16_FLOPS.items() if set(key.split()) <= words), None)
 
 
 def peak_memory_gb(device: torch.device) -> float:

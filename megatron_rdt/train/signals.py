@@ -1,12 +1,15 @@
-"""Stop requests: SIGTERM and SIGUSR1 set a flag, which all ranks agree on at every step."""
+"""Stop requests: SIGTERM and SIGUSR1 set a flag, which all ranks agree on at every step.
+
+Imports torch late: a process listens before it does anything that takes long.
+"""
 
 import contextlib
 import signal
 from types import FrameType
+from typing import TYPE_CHECKING
 
-import torch
-
-from megatron_rdt.parallel import Engine
+if TYPE_CHECKING:
+    from megatron_rdt.parallel import Engine
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -21,8 +24,10 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
 
-    def agreed(self, engine: Engine) -> bool:
+    def agreed(self, engine: "Engine") -> bool:
         """Whether any rank was asked to stop; the same answer on every rank, at the cost of one tiny reduction."""
+        import torch
+
         asked = torch.tensor(float(self.name is not None), device=engine.device)
         return bool(engine.sum_over_ranks(asked) > 0)
 

@@ -2,141 +2,100 @@
 
 import time
 import uuid
-from datetime import timedelta
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_rdt import checkpoint as checkpoints
-from megatron_rdt.config import RunConfig, dump_config
-from megatron_rdt.data import Batch, BatchLoader, TokenCorpus, Tokenizer, fixed_windows
+from megatron_rdt.config import RunConfig, dump_config, load_config
+from megatron_rdt.data import Batch, BatchLoader, Tokenizer
 from megatron_rdt.depth import DepthSampler
-from megatron_rdt.environment import process_place
-from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED, CheckpointError, ConfigError
+from megatron_rdt.environment import ProcessPlace, process_place
+from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED, CheckpointError, TrainingError
 from megatron_rdt.evaluate.loss import validation_losses
-from megatron_rdt.files import write_text
+from megatron_rdt.files import exclusive, write_text
 from megatron_rdt.inference.generate import generate
 from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer
 from megatron_rdt.model.flops import training_flops
-from megatron_rdt.parallel import MicroBatch, make_engine
+from megatron_rdt.parallel import Engine, MicroBatch, make_engine
 from megatron_rdt.train.hardware import peak_flops, peak_memory_gb
 from megatron_rdt.train.health import Guard
 from megatron_rdt.train.metrics import Console, Recorder, forget_after
+from megatron_rdt.train.preflight import changed_settings, open_data, refuse_to_overwrite
 from megatron_rdt.train.schedule import learning_rate
 from megatron_rdt.train.signals import StopRequest
+from megatron_rdt.train.world import join_world
+
+# How long to wait for a process of the same run that was killed and has not quite ended.
+LOCK_PATIENCE_S = 10.0
 
 
-def train(config: RunConfig, resume: str = "none") -> int:
+def train(
+    config: RunConfig, resume: str = "none", place: ProcessPlace | None = None, stop: StopRequest | None = None
+) -> int:
     """Run training on this process, one of `WORLD_SIZE`.
+
+    A process that joined others (every engine but `single`) should then end with `leave_process`.
 
     Args:
         config: a checked config.
         resume: "none" (refuse a run directory that has checkpoints), "auto" (newest complete checkpoint of the run,
             or a fresh start), or the path of a checkpoint or run.
+        place: where this process stands among all; read from the environment where not given.
+        stop: listens for stop signals; made here where not given.
 
     Returns:
-        0 when all steps are done, 75 when stopped by a signal after a good save.
+        0 when all steps are done, 75 when stopped by a signal after a good save, or before the first step.
     """
+    place, listener = place or process_place(), stop or StopRequest()
     run_directory = Path(config.run.root) / config.run.name
-    if resume == "none":
-        refuse_to_overwrite(run_directory)
-    device = join_world(config)
-    source = find_start(run_directory, resume)
-    trainer = Trainer(config, run_directory, device)
     try:
-        status = trainer.run(source)
-        # A rank that left while others still talk to it would end them with an abort.
-        trainer.engine.barrier()
-        return status
+        with _only_writer(run_directory) if place.rank == 0 else nullcontext():
+            refuse_to_overwrite(run_directory, resume)
+            device = join_world(config, place)
+            trainer = Trainer(config, run_directory, device, listener)
+            try:
+                status = trainer.run(checkpoints.find_start(run_directory, resume))
+                trainer.engine.close()
+            finally:
+                trainer.close()
+            _KEPT.append(trainer.engine)
+            return status
     finally:
-        trainer.close()
+        if stop is None:
+            listener.close()
 
 
-def refuse_to_overwrite(run_directory: Path) -> None:
-    """ConfigError where a fresh run would write over the checkpoints of another."""
-    if checkpoints.complete_checkpoints(run_directory):
-        raise ConfigError(
-            f"{run_directory} already holds checkpoints. Continue it with --resume auto, or choose another --run.name."
-        )
+# What holds a process group must not be let go of before the process ends, see `leave_process`.
+_KEPT: list[Engine] = []
 
 
-def find_start(run_directory: Path, resume: str) -> Path | None:
-    """The checkpoint to start from, verified, or None for a fresh start; the same on every rank."""
-    if resume == "none":
-        return None
-    if resume == "auto":
-        return checkpoints.newest_checkpoint(run_directory, _verify_together)
-    return checkpoints.resolve_checkpoint(resume, _verify_together)
-
-
-def _verify_together(checkpoint: Path) -> None:
-    """Each rank reads its share of the files; a damage that one finds is raised on all."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    found: str | None = None
-    try:
-        checkpoints.verify(checkpoint, share=(rank, world_size))
-    except CheckpointError as error:
-        found = str(error)
-    all_found = [found] * world_size
-    if world_size > 1:
-        dist.all_gather_object(all_found, found)
-    for message in all_found:
-        if message is not None:
-            raise CheckpointError(message)
-
-
-def join_world(config: RunConfig) -> torch.device:
-    """Pick this process's device and join the process group where the engine needs one."""
-    device = _device(config.train.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if config.parallel.engine != "single":
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=config.parallel.timeout_s))
-    return device
-
-
-def _device(wanted: str) -> torch.device:
-    """The CPU, or the GPU that belongs to this process."""
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    visible, place = torch.cuda.device_count(), process_place()
-    if visible == 0:
-        raise ConfigError("train.device is cuda, but PyTorch sees no GPU here. Use --train.device cpu.")
-    if visible == 1 and place.launcher == "slurm":  # srun may show each process its own GPU only
-        return torch.device("cuda", 0)
-    if place.local_rank >= visible:
-        raise ConfigError(
-            f"there are {place.local_world_size} processes on this machine and {visible} GPU(s). Start one process per "
-            "GPU, or use --train.device cpu."
-        )
-    return torch.device("cuda", place.local_rank)
+def _only_writer(run_directory: Path) -> AbstractContextManager[None]:
+    """A lock on the run directory for as long as this process trains."""
+    run_directory.mkdir(parents=True, exist_ok=True)
+    message = f"another process is writing {run_directory}. Wait for it, end it, or choose another --run.name."
+    return exclusive(run_directory / ".lock", message, LOCK_PATIENCE_S)
 
 
 class Trainer:
     """One run on one process."""
 
-    def __init__(self, config: RunConfig, run_directory: Path, device: torch.device) -> None:
-        self.config, self.run_directory, self.device = config, run_directory, device
+    def __init__(self, config: RunConfig, run_directory: Path, device: torch.device, stop: StopRequest) -> None:
+        self.config, self.run_directory, self.device, self.stop = config, run_directory, device, stop
         self.engine = make_engine(config, device)
         self.is_first = self.engine.rank == 0
-        self.corpus = TokenCorpus(
-            config.data.path, "train", config.train.sequence_length, config.run.seed, config.data.verify
-        )
-        if self.corpus.vocab_size != config.model.vocab_size:
-            raise ConfigError(
-                f"model.vocab_size is {config.model.vocab_size}, but the tokenizer of {config.data.path} has "
-                f"{self.corpus.vocab_size} pieces. Set --model.vocab_size {self.corpus.vocab_size}."
-            )
+        self.data = open_data(config, self.engine.world_size)
+        self.corpus = self.data.corpus
         self.tokenizer = Tokenizer(self.corpus.tokenizer_directory)
         self.sampler = DepthSampler(config.depth, config.run.seed)
-        self.guard = Guard(config.train.max_nonfinite_steps)
+        self.guard = Guard(min(config.train.max_nonfinite_steps, config.train.steps))
         self.step, self.consumed, self.run_id = 0, 0, uuid.uuid4().hex
         self.parent: str | None = None
+        self.first_step = 0
+        self.saved_at: int | None = None
         self.recorder: Recorder | None = None
-        self.stop = StopRequest()
 
     def run(self, source: Path | None) -> int:
         """Train from `source` (or from scratch) to the last step; returns the exit status."""
@@ -147,32 +106,45 @@ class Trainer:
         self.engine.setup(model)
         if source is not None:
             self._restore(source)
-        self._open_run_directory(parameters)
-        loader = BatchLoader(
-            self.corpus,
-            config.train.global_batch,
-            self.engine.rank,
-            self.engine.world_size,
-            consumed_samples=self.consumed,
-            total_samples=self.consumed + (config.train.steps - self.step) * config.train.global_batch,
-            max_epochs=config.data.max_epochs,
-        )
-        console, began = Console(config.train.steps, self.step), time.perf_counter()
+        total = self.consumed + (config.train.steps - self.step) * config.train.global_batch
+        rank, world_size, limit = self.engine.rank, self.engine.world_size, config.data.max_epochs
+        loader = BatchLoader(self.corpus, config.train.global_batch, rank, world_size, self.consumed, total, limit)
         try:
-            for batch in loader:
-                record = self._train_step(batch, began)
-                began = time.perf_counter()
-                self._after_step(record, console)
-                if self.stop.agreed(self.engine) and self.step < config.train.steps:
-                    self._save()
-                    self._say(f"stopped on {self.stop.name or 'request'} at step {self.step}, saved; use --resume auto")
-                    return EXIT_PREEMPTED
+            self._open_run_directory(parameters)
+            status = self._steps(loader)
         finally:
             loader.close()
-        self._say(
-            f"done: {self.step} steps, {self.consumed * config.train.sequence_length:,} tokens, {self.run_directory}"
-        )
+        if status == EXIT_OK:
+            tokens = self.consumed * config.train.sequence_length
+            self._say(f"done: {self.step} steps, {tokens:,} tokens, {self.run_directory}")
+        if status == EXIT_OK and self.guard.skipped:
+            raise TrainingError(
+                f"the last {self.guard.skipped} steps of {self.run_directory} were skipped: the loss or gradient was not "
+                "finite. Resume from an earlier checkpoint with a lower --optimizer.lr."
+            )
+        return status
+
+    def _steps(self, loader: BatchLoader) -> int:
+        """Every step that is left; the exit status."""
+        console, batches = Console(self.config.train.steps, self.step), iter(loader)
+        while self.step < self.config.train.steps:
+            if self.stop.agreed(self.engine):
+                return self._stopped()
+            began = time.perf_counter()  # what was due after the last step is not part of this one
+            record = self._train_step(next(batches), began)
+            self._after_step(record, console)
         return EXIT_OK
+
+    def _stopped(self) -> int:
+        """Save, unless this step is saved; where there is nothing to save, say so."""
+        reason = f"stopped on {self.stop.name or 'request'}"
+        if self.step == self.first_step:
+            self._say(f"{reason} before step {self.step + 1}, with nothing new to save; use --resume auto")
+            return EXIT_PREEMPTED
+        if self.saved_at != self.step:
+            self._save()
+        self._say(f"{reason} at step {self.step}, saved; use --resume auto")
+        return EXIT_PREEMPTED
 
     def _train_step(self, batch: Batch, began: float) -> dict[str, Any]:
         """Forward, backward, clip, decide, step; returns the record for metrics.jsonl."""
@@ -229,16 +201,9 @@ class Trainer:
             self._save()
 
     def _evaluate(self) -> None:
-        config = self.config
-        corpus = TokenCorpus(config.data.path, "valid", config.train.sequence_length, config.run.seed)
-        windows = fixed_windows(corpus, config.eval.sequences)
-        # Every rank takes the same number of windows, since forward passes under sharding are collective.
+        config, windows = self.config, self.data.validation
+        assert windows is not None, "open_data reads them where eval.every is set"
         share = len(windows) // self.engine.world_size
-        if share == 0:
-            raise ConfigError(
-                f"the validation split has {len(windows)} windows for {self.engine.world_size} ranks. "
-                "Use fewer ranks, a larger validation split, or --eval.every 0."
-            )
         mine = windows[self.engine.rank * share : (self.engine.rank + 1) * share]
         losses = validation_losses(
             self.engine.module,
@@ -272,6 +237,7 @@ class Trainer:
                 top_k=settings.top_k,
                 seed=self.config.run.seed,
                 eos=self.tokenizer.eos,
+                agree=self.engine.from_first_rank,
             )
             text = self.tokenizer.decode(tokens[0, len(prompt) :].tolist())
             self._say(f"step {self.step}: sample at T={loops}: {(settings.prompt + text)!r}")
@@ -308,13 +274,19 @@ class Trainer:
             self.corpus.tokenizer_directory,
             self.config.checkpoint.keep,
         )
-        self.parent = path.name
+        self.parent, self.saved_at = path.name, self.step
         self._say(f"step {self.step}: saved {path}")
 
     def _restore(self, source: Path) -> None:
         """Load engine state and position; refuse a checkpoint that does not belong to this model or data."""
         checkpoints.check_same_model(source, self.config.model)
+        changed = changed_settings(load_config(source / "config.yaml"), self.config)
         state = checkpoints.read_trainer_state(source)
+        if state["step"] > self.config.train.steps:
+            raise CheckpointError(
+                f"{source} is at step {state['step']}, but train.steps is {self.config.train.steps}. Set --train.steps "
+                "to the length of the whole run, or name an earlier checkpoint in --resume."
+            )
         data = state["data"]
         for key, mine in (
             ("data_fingerprint", self.corpus.fingerprint),
@@ -332,7 +304,10 @@ class Trainer:
         self.guard.skipped = state["skipped_steps"]
         manifest = checkpoints.read_manifest(source)
         self.run_id, self.parent = manifest["run_id"], source.name
+        self.first_step = self.step
         self._say(f"resumed from {source} (step {self.step})")
+        if changed:
+            self._say(f"changed since it was saved: {', '.join(changed)}")
 
     def _open_run_directory(self, parameters: int) -> None:
         if not self.is_first:
@@ -352,11 +327,9 @@ class Trainer:
             print(text, flush=True)
 
     def close(self) -> None:
-        """Close files, restore signal handlers, leave the process group."""
+        """Close the records."""
         if self.recorder is not None:
             self.recorder.close()
-        self.stop.close()
-        self.engine.close()
 
 
 def _measured(monitor: CoreMonitor) -> dict[str, float | None]:

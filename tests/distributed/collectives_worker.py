@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from engine_worker import MODEL, difference
 from benchmarks.collectives import COMPARISONS
 from benchmarks.collectives import build as build_engine
 from megatron_rdt.depth import DepthPlan
+from megatron_rdt.environment import leave_process
 from megatron_rdt.parallel import Engine, MicroBatch
 from megatron_rdt.parallel.counting import Collective, count_step, totals
 
@@ -100,8 +100,8 @@ def main() -> None:
     if dist.get_rank() == 0:
         options.out.write_text(json.dumps(verdict))
     dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
+    leave_process(0)

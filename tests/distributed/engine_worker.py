@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_rdt.config import DepthConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_rdt.depth import DepthPlan
+from megatron_rdt.environment import leave_process
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel import Engine, MicroBatch, make_engine
 
@@ -74,16 +74,32 @@ def compare(engine: Engine, single: Engine, size: int, tokens: torch.Tensor) -> 
     return worst
 
 
-def check_discard(engine: Engine, tokens: torch.Tensor) -> float:
-    """A step that is thrown away changes nothing: the next loss is what it would have been."""
-    batch = micro_batches(tokens, engine, engine.config.train.micro_batch, 2, None)
-    before = engine.forward_backward(batch)
+def check_discard(engine: Engine, single: Engine, tokens: torch.Tensor) -> float:
+    """A step that is thrown away leaves no gradient: the next ones equal those of a process that never took it."""
+    size = engine.config.train.micro_batch
+    engine.forward_backward(micro_batches(tokens.flip(1), engine, size, 4, None))
     engine.clip(1.0)
     engine.discard()
-    after = engine.forward_backward(batch)
-    engine.clip(1.0)
-    engine.discard()
-    return abs(after - before)
+    engine.forward_backward(micro_batches(tokens, engine, size, 2, None))
+    single.forward_backward(micro_batches(tokens, single, len(tokens), 2, None))
+    gradients, reference = engine.full_gradients(), single.full_gradients()
+    for each in (engine, single):
+        each.clip(1.0)
+        each.discard()
+    return max(difference(gradient, reference[name]) for name, gradient in gradients.items())
+
+
+def compare_bfloat16(name: str, tokens: torch.Tensor) -> dict[str, float]:
+    """Largest relative difference of the loss and of any gradient; rounding differs with the size of the batch."""
+    engine, single = engine_for(name, 2, "bfloat16"), engine_for("single", 2, "bfloat16")
+    loss = engine.forward_backward(micro_batches(tokens, engine, 2, 4, 2))
+    expected = single.forward_backward(micro_batches(tokens, single, 2, 4, 2))
+    gradients, reference = engine.full_gradients(), single.full_gradients()
+    assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+    return {
+        "loss": abs(loss - expected) / expected,
+        "gradient": max(difference(gradient, reference[key]) for key, gradient in gradients.items()),
+    }
 
 
 def main() -> None:
@@ -99,10 +115,8 @@ def main() -> None:
     for size in (6, 2):
         engine, single = engine_for(options.engine, size), engine_for("single", size)
         verdict[f"differences_{size}"] = compare(engine, single, size, tokens)
-        verdict[f"discard_{size}"] = check_discard(engine, tokens)
-    bf16 = engine_for(options.engine, 2, "bfloat16"), engine_for("single", 2, "bfloat16")
-    losses = [e.forward_backward(micro_batches(tokens, e, 2 if e is bf16[0] else 12, 4, 2)) for e in bf16]
-    verdict["bf16"] = abs(losses[0] - losses[1])
+        verdict[f"discard_{size}"] = check_discard(engine, single, tokens)
+    verdict["bfloat16"] = compare_bfloat16(options.engine, tokens)
     verdict["world_size"] = engine.world_size
     verdict["model"] = dataclasses.asdict(MODEL)
     if engine.rank == 0:
@@ -111,4 +125,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
+    leave_process(0)

@@ -51,8 +51,9 @@ def test_engine_equals_one_process(launcher: str, engine: str, tmp_path: Path, r
         wrong = {name: value for name, value in differences.items() if not value < 3e-4}
         assert not wrong
         assert differences["loss"] < 1e-5
-        assert verdict[f"discard_{size}"] < 1e-6
-    assert verdict["bf16"] < 1e-3
+        assert verdict[f"discard_{size}"] < 3e-4
+    assert verdict["bfloat16"]["loss"] < 1e-3
+    assert verdict["bfloat16"]["gradient"] < 0.03
 
 
 @pytest.mark.distributed

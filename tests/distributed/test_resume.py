@@ -32,10 +32,12 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(280)
-@pytest.mark.parametrize("engine", ["single", "fsdp", "zero1", "zero3"])
+@pytest.mark.parametrize("engine", ["single", "ddp", "fsdp", "zero1", "zero2", "zero3"])
 def test_killed_runs_resume_exactly(engine: str, tmp_path: Path, repository: Path, tiny_options: list[str]) -> None:
-    options = [*tiny_options, f"--run.root={tmp_path}", f"--parallel.engine={engine}", "--eval.every=0"]
-    straight = start([*options, "--run.name=straight"], repository)
+    """Evaluating and sampling, which only the killed run does, must not change a loss either."""
+    options = [*tiny_options, f"--run.root={tmp_path}", f"--parallel.engine={engine}"]
+    straight = start([*options, "--run.name=straight", "--eval.every=0"], repository)
+    options += ["--eval.every=3", "--sample.every=2", "--sample.tokens=2"]
     text, _ = straight.communicate(timeout=120)
     assert straight.returncode == 0, text[-3000:]
     killed_run = tmp_path / "killed"

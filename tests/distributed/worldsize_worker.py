@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import json
-import sys
 import warnings
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rdt.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_rdt.environment import leave_process
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel import Engine, make_engine
 from megatron_rdt.parallel.native import full_tensor
@@ -65,8 +65,8 @@ def main() -> None:
     if dist.get_rank() == 0:
         options.out.write_text(json.dumps(verdict))
     dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
+    leave_process(0)

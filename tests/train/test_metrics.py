@@ -205,6 +205,8 @@ def test_an_unknown_device_has_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda", 0)
     names = {
         "NVIDIA H200": 989e12,
+        "NVIDIA H200 NVL": 835e12,
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None,
         "NVIDIA H100 80GB HBM3": 989e12,
         "NVIDIA H100 PCIe": 756e12,
         "NVIDIA H100 NVL": 835e12,
@@ -212,6 +214,7 @@ def test_an_unknown_device_has_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
         "NVIDIA L40S": 362e12,
         "NVIDIA B200": 2250e12,
         "NVIDIA GeForce RTX 4090": None,
+        "NVIDIA RTX A1000": None,
         "NVIDIA H20": None,
         "NVIDIA A10": None,
     }

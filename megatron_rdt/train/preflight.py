@@ -1,0 +1,87 @@
+"""What a run is refused for before it starts: data that does not fit, or a run directory that holds another run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_rdt import checkpoint as checkpoints
+from megatron_rdt.config import RunConfig
+from megatron_rdt.data import TokenCorpus, fixed_windows
+from megatron_rdt.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The data of a run.
+
+    Attributes:
+        corpus: the training split.
+        validation: windows of the validation split, int64 (n, L + 1); None where the run does not evaluate. Their
+            number is a multiple of the world size, since forward passes under sharding are collective.
+    """
+
+    corpus: TokenCorpus
+    validation: torch.Tensor | None
+
+
+def open_data(config: RunConfig, world_size: int) -> RunData:
+    """Open both splits and compare them with the config.
+
+    Raises:
+        ConfigError: the vocabulary or the number of processes does not fit the data.
+        DataError: the data is missing, damaged or too small.
+    """
+    path, length, seed = config.data.path, config.train.sequence_length, config.run.seed
+    corpus = TokenCorpus(path, "train", length, seed, config.data.verify)
+    if corpus.vocab_size != config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {config.model.vocab_size}, but the tokenizer of {path} has {corpus.vocab_size} pieces. "
+            f"Set --model.vocab_size {corpus.vocab_size}."
+        )
+    if not config.eval.every:
+        return RunData(corpus, None)
+    tokens = corpus.manifest.document["splits"]["valid"]["tokens"]
+    if tokens < max(2 * length, world_size * length + 1):
+        raise ConfigError(
+            f"the validation split of {path} has {tokens:,} tokens, which is not a window of {length} tokens for each of "
+            f"{world_size} processes. Prepare it with a larger --valid_fraction, or set --eval.every 0."
+        )
+    split = TokenCorpus(path, "valid", length, seed)
+    windows = fixed_windows(split, config.eval.sequences)
+    split.close()
+    if len(windows) < world_size:
+        raise ConfigError(f"eval.sequences is {config.eval.sequences}, fewer than {world_size} processes. Raise it.")
+    return RunData(corpus, windows[: len(windows) // world_size * world_size])
+
+
+def refuse_to_overwrite(run_directory: Path, resume: str) -> None:
+    """ConfigError where a run would write over the checkpoints of another.
+
+    Args:
+        run_directory: `runs/<name>`.
+        resume: "none", "auto", or the path to start from, which may be one of this run's own checkpoints.
+    """
+    if resume == "auto" or not checkpoints.complete_checkpoints(run_directory):
+        return
+    if resume == "none":
+        raise ConfigError(
+            f"{run_directory} already holds checkpoints. Continue it with --resume auto, or choose another --run.name."
+        )
+    source, own = Path(resume).resolve(), run_directory.resolve()
+    if own not in (source, *source.parents):
+        raise ConfigError(
+            f"{run_directory} holds checkpoints of its own, which a run from {resume} would replace. "
+            "Choose another --run.name."
+        )
+
+
+def changed_settings(before: RunConfig, now: RunConfig) -> list[str]:
+    """What differs between two configs of one run, as `train.steps 40 -> 60`; its name and place do not count."""
+    return [
+        f"{section}.{name} {old} -> {getattr(getattr(now, section), name)}"
+        for section in vars(now)
+        if section != "run"
+        for name, old in vars(getattr(before, section)).items()
+        if old != getattr(getattr(now, section), name)
+    ]

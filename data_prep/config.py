@@ -11,13 +11,13 @@ class PrepConfig:
     """What to prepare, and how."""
 
     sources: list[str] = field(default_factory=lambda: ["stdlib"])
-    """Where text comes from: files or folders (.txt, .md, .py and so on, .jsonl[.gz|.zst], .parquet), `hf:NAME` for a Hugging Face dataset, `stdlib` for this Python's own library sources."""
+    """Where text comes from: files or folders (.txt, .md, .py and so on, .jsonl[.gz|.zst], .parquet), `hf:NAME` or `hf:NAME:CONFIG` for a Hugging Face dataset, `stdlib` for this Python's own library sources."""
     out: str = "data/corpus"
     """Directory to write."""
     extensions: list[str] = field(
         default_factory=lambda: [".txt", ".md", ".rst", ".py", ".c", ".h", ".jsonl", ".parquet"]
     )
-    """File endings that are taken from folders."""
+    """File endings that are taken, in any case; .gz and .zst may follow. Other than .jsonl and .parquet, a file is one document."""
     text_field: str = "text"
     """Field of a JSONL, Parquet or Hugging Face record that holds the text."""
     hf_split: str = "train"
@@ -38,8 +38,10 @@ class PrepConfig:
     """Largest size of one .bin file, in bytes."""
     seed: int = 7
     """Seed of the order of documents."""
-    on_bad: Literal["error", "skip"] = "error"
-    """What to do with malformed JSON, invalid UTF-8 or a missing text field: stop, or count and go on."""
+    on_bad: Literal["error", "skip", "replace"] = "error"
+    """What to do with malformed JSON, a missing text field, invalid UTF-8 or a damaged file: stop; leave it out and count it; or put U+FFFD in the place of invalid UTF-8 and stop at the rest."""
+    max_bad: float = 0.001
+    """Share of records that may be bad before the job stops all the same; the first 20 never stop it."""
     workers: int = 0
     """Encoding processes; 0 takes one per core. The result does not depend on it."""
     restart: bool = False
@@ -56,5 +58,7 @@ def check_prep(config: PrepConfig) -> None:
         raise ConfigError(
             f"valid_fraction is {config.valid_fraction}, it must be at least 0 and below 1. Set --valid_fraction."
         )
+    if not 0 <= config.max_bad <= 1:
+        raise ConfigError(f"max_bad is {config.max_bad}, it must be from 0 to 1. Set --max_bad.")
     if not config.sources:
         raise ConfigError("sources is empty. Name files, folders, hf:NAME or stdlib in --sources.")

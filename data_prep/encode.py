@@ -3,7 +3,10 @@
 import multiprocessing
 import os
 import signal
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +15,12 @@ import xxhash
 from data_prep.config import PrepConfig
 from megatron_rdt.data.indexed import IndexedWriter, prefix_path, token_dtype
 from megatron_rdt.data.tokenizer import Tokenizer
+from megatron_rdt.environment import usable_cores
 from megatron_rdt.errors import DataError
 from megatron_rdt.files import sha256_of
 
 CHUNK_BYTES = 1 << 18
+CHUNKS_AHEAD = 4  # per worker: what is waiting to be encoded or to be taken
 VALID_SCALE = 10_000
 
 _tokenizer: Tokenizer  # of a worker process
@@ -47,23 +52,42 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def encode_documents(texts: Iterable[str], tokenizer_path: Path, workers: int) -> Iterator[np.ndarray]:
-    """Token arrays of the texts, in their order, from `workers` processes (0: one per core)."""
-    workers = workers or os.cpu_count() or 1
+    """Token arrays of the texts, in their order, from up to `workers` processes (0: one per core).
+
+    Raises:
+        DataError: a process was killed.
+    """
+    workers = workers or usable_cores()
     if workers == 1:
         _start_worker(str(tokenizer_path))
         for chunk in _chunks(texts):
             yield from _encode(chunk)
         return
     context = multiprocessing.get_context("spawn")
-    # Ctrl-C reaches the whole process group; the workers leave it to this process, which ends them.
+    executor = ProcessPoolExecutor(workers, context, _start_worker, (str(tokenizer_path),))
+    try:
+        waiting: deque[Future[list[np.ndarray]]] = deque()
+        for chunk in _chunks(texts):
+            waiting.append(_submit(executor, chunk))
+            if len(waiting) > CHUNKS_AHEAD * workers:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    except BrokenProcessPool:
+        raise DataError(
+            "an encoding process was killed, by the kernel if memory ran out. Lower --workers, or free memory."
+        ) from None
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _submit(executor: ProcessPoolExecutor, chunk: list[str]) -> Future[list[np.ndarray]]:
+    """Start a worker if one is needed. Ctrl-C reaches all processes; workers leave it to this one, which ends them."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        pool = context.Pool(workers, _start_worker, (str(tokenizer_path),))
+        return executor.submit(_encode, chunk)
     finally:
         signal.signal(signal.SIGINT, before)
-    with pool:
-        for encoded in pool.imap(_encode, _chunks(texts)):
-            yield from encoded
 
 
 class Spill:

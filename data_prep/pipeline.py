@@ -6,8 +6,9 @@ hidden working directory, which the next one removes; the result is the same byt
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
-import os
+import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,9 +23,11 @@ from data_prep.tokenizer import train_tokenizer, write_tokenizer
 from megatron_rdt.data.manifest import FORMAT, MANIFEST, VERSION, load_manifest
 from megatron_rdt.data.tokenizer import MODEL_FILE, Tokenizer
 from megatron_rdt.errors import ConfigError, DataError
-from megatron_rdt.files import is_disk_full, write_text
+from megatron_rdt.files import exclusive, is_disk_full, sha256_of, write_text
 
 EXPORT_CHECK_DOCUMENTS = 200
+WRITTEN = {MANIFEST, "tokenizer", "train", "valid"}
+VERSIONED = ("megatron-rdt", "sentencepiece", "datasets")
 NOT_IN_RESULT = ("out", "workers", "restart")  # options that do not change what is written
 
 
@@ -38,19 +41,43 @@ def prepare(config: PrepConfig) -> Path:
     """Prepare `config.sources` into `config.out`; returns that directory. Nothing is done when it is there already."""
     check_prep(config)
     out = Path(config.out)
-    if _already_there(out, config):
-        print(f"{out} is complete and was made with these options: nothing to do")
-        return out
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{out.parent} cannot be made: {error.strerror}. Choose another --out.") from None
+    message = f"another `rdt prep` is writing {out}. Wait for it, or choose another --out."
+    with exclusive(out.with_name(f".{out.name}.lock"), message):
+        _mend(out)
+        if _already_there(out, config):
+            print(f"{out} is complete and was made with these options from these files: nothing to do")
+            return out
+        _replace(out, config)
+    return out
+
+
+def _mend(out: Path) -> None:
+    """Undo what a process that was killed while it replaced `out` left: the old one is hidden, the new one is not there."""
+    replaced = _replaced(out)
+    if replaced.exists() and not out.exists():
+        replaced.rename(out)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _replaced(out: Path) -> Path:
+    return out.with_name(f".{out.name}.replaced")
+
+
+def _replace(out: Path, config: PrepConfig) -> None:
+    """Prepare beside `out`, then take its place."""
     work = out.with_name(f".{out.name}.prep")
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    work.mkdir()
     try:
         _prepare_into(work, config)
-        replaced = out.with_name(f".{out.name}.replaced")
         if out.exists():
-            out.rename(replaced)
+            out.rename(_replaced(out))
         work.rename(out)
-        shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(_replaced(out), ignore_errors=True)
     except OSError as error:
         if not is_disk_full(error):
             raise
@@ -59,7 +86,6 @@ def prepare(config: PrepConfig) -> Path:
         ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return out
 
 
 def _already_there(out: Path, config: PrepConfig) -> bool:
@@ -68,6 +94,11 @@ def _already_there(out: Path, config: PrepConfig) -> bool:
     if not (out / MANIFEST).is_file():
         raise ConfigError(f"{out} exists and was not written by `rdt prep`. Choose another --out.")
     if config.restart:
+        foreign = sorted({path.name for path in out.iterdir()} - WRITTEN)
+        if foreign:
+            raise ConfigError(
+                f"{out} holds {foreign[0]}, which `rdt prep` did not write and --restart would delete. Move it away."
+            )
         return False
     manifest = load_manifest(out)
     before = manifest.document["prep"]
@@ -81,13 +112,43 @@ def _already_there(out: Path, config: PrepConfig) -> bool:
         raise ConfigError(
             f"{out} was prepared with {'; '.join(changed)}. Use a new --out, or --restart true to replace it."
         )
+    difference = _changed_input(manifest.document["inputs"], config)
+    if difference is not None:
+        raise ConfigError(
+            f"the text has changed since {out} was prepared: {difference}. Use a new --out, or --restart true to "
+            "replace it."
+        )
     manifest.verify()
     return True
+
+
+def _input_records(config: PrepConfig) -> list[dict]:
+    """What the manifest says of each file; what comes from the hub cannot be compared later and is not in it."""
+    return [
+        {"path": name, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256_of(path)}
+        for name, path in input_files(config)
+        for stat in [path.stat()]
+    ]
+
+
+def _changed_input(before: list[dict], config: PrepConfig) -> str | None:
+    """The first file that differs from the manifest's; one that was only touched does not."""
+    now, recorded = dict(input_files(config)), {record["path"]: record for record in before}
+    for name in sorted(now.keys() ^ recorded.keys()):
+        return f"{name} was {'added' if name in now else 'removed'}"
+    for name, path in now.items():
+        record, stat = recorded[name], path.stat()
+        if stat.st_size == record["bytes"] and stat.st_mtime_ns == record["mtime_ns"]:
+            continue
+        if stat.st_size != record["bytes"] or sha256_of(path) != record["sha256"]:
+            return f"{name} has other content"
+    return None
 
 
 def _prepare_into(work: Path, config: PrepConfig) -> None:
     progress = Progress(advance=lambda _: None)
     unique = list(_unique(config, progress))
+    progress.check_share(config.max_bad)
     if not unique:
         raise DataError(f"no document with text in {config.sources}. Check the sources and --text_field.")
     texts = [document.text for document, _ in unique]
@@ -141,15 +202,23 @@ def _unique(config: PrepConfig, progress: Progress) -> Iterator[tuple[Document, 
 
 def _tokenizer(config: PrepConfig, work: Path, texts: list[str]) -> Tokenizer:
     if config.tokenizer:
-        path = Path(config.tokenizer)
-        model = Tokenizer(path).processor.serialized_model_proto()
+        given = Tokenizer(config.tokenizer)
+        if given.eos < 0:
+            raise ConfigError(
+                f"the tokenizer {config.tokenizer} has no EOS piece, which ends every document. Train one with "
+                "`--eos_id`, or leave --tokenizer away."
+            )
+        model = given.processor.serialized_model_proto()
     else:
         # A fixed, spread-out sample: every document in the order of its content's hash.
         shuffled = sorted(texts, key=encode.content_hash)
         with tqdm(total=len(shuffled), unit="doc", desc="tokenizer") as bar:
             model = train_tokenizer((text for text in shuffled if not bar.update(1) or True), config)
             bar.update(bar.total - bar.n)
-    return write_tokenizer(model, work / "tokenizer", texts[:EXPORT_CHECK_DOCUMENTS])
+    tokenizer = write_tokenizer(model, work / "tokenizer", texts[:EXPORT_CHECK_DOCUMENTS])
+    if not (work / "tokenizer" / "tokenizer.json").is_file():
+        print("this tokenizer has no exact form for transformers (not BPE, or it normalises text): no tokenizer.json")
+    return tokenizer
 
 
 def _write_manifest(
@@ -166,14 +235,19 @@ def _write_manifest(
         "pad": tokenizer.pad,
         "tokenizer": {"fingerprint": tokenizer.fingerprint, "file_sha256": hashlib.sha256(model).hexdigest()},
         "prep": {"options_sha256": options_hash(config), "options": dataclasses.asdict(config), "append_eos": True},
-        "inputs": [{"path": name, "bytes": os.path.getsize(path)} for name, path in input_files(config)],
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONED}
+        | {"python": platform.python_version()},
+        "inputs": _input_records(config),
         "splits": splits,
         "dropped": dict(progress.dropped),
+        "replaced": progress.replaced,
         "bad": progress.bad,
         "contains_u2581": sum("\u2581" in text for text in texts),
     }
     write_text(work / MANIFEST, json.dumps(document, indent=1) + "\n")
     for split, content in splits.items():
         print(f"{split}: {content['tokens']:,} tokens, {content['documents']:,} documents")
+    if progress.replaced:
+        print(f"invalid UTF-8 replaced in {progress.replaced:,} records")
     if progress.dropped:
         print("dropped: " + ", ".join(f"{count} {reason}" for reason, count in sorted(progress.dropped.items())))

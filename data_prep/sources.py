@@ -38,16 +38,33 @@ class Progress:
     """Shared by the readers: bytes read so far, what was dropped and why, the first bad records."""
 
     advance: Callable[[int], None]
+    records: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    replaced: int = 0
     bad: list[str] = field(default_factory=list)
+    bad_count: int = 0
 
     def reject(self, reason: str, message: str, policy: str) -> None:
         """Stop with `message`, or count it, by `policy`."""
-        if policy == "error":
+        if policy != "skip":
             raise DataError(f"{message}. Mend the input, or set --on_bad skip to leave such records out.")
         self.dropped[reason] += 1
+        self.note(message)
+
+    def note(self, message: str) -> None:
+        """Count a bad record; the first messages go into the manifest."""
+        self.bad_count += 1
         if len(self.bad) < BAD_LISTED:
             self.bad.append(message)
+
+    def check_share(self, largest: float) -> None:
+        """DataError when more than a share `largest` of the records was bad, and more than a handful."""
+        if self.bad_count > max(BAD_LISTED, largest * self.records):
+            first = "\n  ".join(self.bad[:3])
+            raise DataError(
+                f"{self.bad_count:,} of {self.records:,} records are bad, more than --max_bad {largest:g}; the first:\n  "
+                f"{first}\nMend the input, or raise --max_bad."
+            )
 
 
 def input_files(config: PrepConfig) -> list[tuple[str, Path]]:
@@ -59,16 +76,21 @@ def input_files(config: PrepConfig) -> list[tuple[str, Path]]:
         root = Path(sysconfig.get_paths()["stdlib"]) if source == STDLIB else Path(source)
         if not root.exists():
             raise ConfigError(f"source {source} does not exist. Name a file, a folder, hf:NAME or stdlib in --sources.")
+        extensions = tuple(e.lower() for e in ((".py",) if source == STDLIB else config.extensions))
+        endings = extensions + tuple(e + c for e in extensions for c in (".gz", ".zst"))
         if root.is_file():
+            if not root.name.lower().endswith(endings):
+                raise ConfigError(
+                    f"{root} ends with none of {', '.join(extensions)}. Convert it, or name its ending in --extensions "
+                    "to take the file as one plain text document."
+                )
             found.append((root.name, root))
             continue
-        extensions = (".py",) if source == STDLIB else tuple(config.extensions)
-        compressed = tuple(e + c for e in extensions for c in (".gz", ".zst"))
         for path in sorted(root.rglob("*")):
             inside = path.relative_to(root)
             if source == STDLIB and STDLIB_SKIPPED & set(inside.parts):
                 continue
-            if path.is_file() and path.name.endswith(extensions + compressed):
+            if path.is_file() and path.name.lower().endswith(endings):
                 found.append((f"{source if source == STDLIB else root.name}/{inside.as_posix()}", path))
     if not found and not any(source.startswith(HUGGING_FACE) for source in config.sources):
         raise DataError(
@@ -92,54 +114,71 @@ def documents(config: PrepConfig, progress: Progress) -> Iterator[Document]:
 
 def _all_documents(config: PrepConfig, progress: Progress) -> Iterator[Document]:
     for name, path in input_files(config):
-        if ".jsonl" in path.suffixes:
+        suffixes = [suffix.lower() for suffix in path.suffixes]
+        if ".jsonl" in suffixes:
             yield from _json_lines(name, path, config, progress)
-        elif path.suffix == ".parquet":
-            yield from _records("parquet", config, progress, data_files=str(path), split="train", name=name)
+        elif suffixes[-1:] == [".parquet"]:
+            yield from _parquet(name, path, config, progress)
             progress.advance(path.stat().st_size)
         else:
-            content = _read(path, name)
+            yield from _whole_file(name, path, config, progress)
             progress.advance(path.stat().st_size)
-            try:
-                yield Document(name, content.decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                place = f"{name}:{content.count(10, 0, error.start) + 1}"
-                progress.reject("bad_utf8", _utf8_message(place, error), config.on_bad)
     for source in config.sources:
         if source.startswith(HUGGING_FACE):
-            name = source.removeprefix(HUGGING_FACE)
-            yield from _records(name, config, progress, split=config.hf_split, name=name)
+            yield from _hugging_face(source.removeprefix(HUGGING_FACE), config, progress)
+
+
+def _whole_file(name: str, path: Path, config: PrepConfig, progress: Progress) -> Iterator[Document]:
+    progress.records += 1
+    try:
+        content = _read(path)
+    except DAMAGED:
+        progress.reject("damaged", _damaged(path, ""), config.on_bad)
+        return
+    text = _decoded(content, path, config, progress)
+    if text is not None:
+        yield Document(name, text)
+
+
+def _decoded(content: bytes, path: Path, config: PrepConfig, progress: Progress) -> str | None:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        message = _utf8_message(f"{path}:{content.count(10, 0, error.start) + 1}", error)
+        if config.on_bad != "replace":
+            progress.reject("bad_utf8", message, config.on_bad)
+            return None
+        progress.replaced += 1
+        progress.note(message)
+        return content.decode("utf-8-sig", "replace")
 
 
 def _utf8_message(place: str, error: UnicodeDecodeError) -> str:
     return f"{place}: invalid UTF-8 byte 0x{error.object[error.start]:02x} at byte {error.start}"
 
 
-def _read(path: Path, name: str) -> bytes:
-    try:
-        if path.suffix == ".gz":
-            with gzip.open(path) as file:
-                return file.read()
-        if path.suffix == ".zst":
-            with open(path, "rb") as file:
-                return zstandard.ZstdDecompressor().stream_reader(file).read()
-    except DAMAGED as error:
-        raise _damaged(name, "") from error
+def _read(path: Path) -> bytes:
+    if path.suffix.lower() == ".gz":
+        with gzip.open(path) as file:
+            return file.read()
+    if path.suffix.lower() == ".zst":
+        with open(path, "rb") as file:
+            return zstandard.ZstdDecompressor().stream_reader(file).read()
     return path.read_bytes()
 
 
-def _damaged(name: str, where: str) -> DataError:
-    return DataError(f"{name}: compressed file ends early or is damaged{where}. Copy or download it again.")
+def _damaged(path: Path, where: str) -> str:
+    return f"{path}: compressed file ends early or is damaged{where}; copy or download it again"
 
 
-def _lines(path: Path, name: str, progress: Progress) -> Iterator[bytes]:
+def _lines(path: Path, config: PrepConfig, progress: Progress) -> Iterator[bytes]:
     """Lines of a plain, gzip or zstd file; progress counts compressed bytes."""
     number = 0
     with open(path, "rb") as raw:
         stream: Any = raw
-        if path.suffix == ".gz":
+        if path.suffix.lower() == ".gz":
             stream = gzip.GzipFile(fileobj=raw)
-        elif path.suffix == ".zst":
+        elif path.suffix.lower() == ".zst":
             import io
 
             stream = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw))  # type: ignore[arg-type]
@@ -150,29 +189,42 @@ def _lines(path: Path, name: str, progress: Progress) -> Iterator[bytes]:
                 yield line
                 progress.advance(raw.tell() - before)
                 before = raw.tell()
-        except DAMAGED as error:
-            raise _damaged(name, f" after {number} lines") from error
+        except DAMAGED:
+            progress.reject("damaged", _damaged(path, f" after {number} lines"), config.on_bad)
 
 
 def _json_lines(name: str, path: Path, config: PrepConfig, progress: Progress) -> Iterator[Document]:
     offset = 0
-    for number, line in enumerate(_lines(path, name, progress), start=1):
-        place, start = f"{name}:{number}", offset
+    for number, line in enumerate(_lines(path, config, progress), start=1):
+        place, start = f"{path}:{number}", offset
         offset += len(line)
         if not line.strip():
             continue
+        progress.records += 1
+        encoding = "utf-8-sig" if number == 1 else "utf-8"
         try:
-            record = json.loads(line.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8"))
+            content = line.rstrip(b"\r\n").decode(encoding)
         except UnicodeDecodeError as error:
-            progress.reject("bad_utf8", f"{_utf8_message(place, error)} of the line", config.on_bad)
-            continue
+            message = f"{_utf8_message(place, error)} of the line"
+            if config.on_bad != "replace":
+                progress.reject("bad_utf8", message, config.on_bad)
+                continue
+            progress.replaced += 1
+            progress.note(message)
+            content = line.rstrip(b"\r\n").decode(encoding, "replace")
+        try:
+            record = json.loads(content)
         except json.JSONDecodeError as error:
             message = f"{place} (byte {start}): not valid JSON: {error.msg} at column {error.colno}"
             progress.reject("bad_json", message, config.on_bad)
             continue
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets
+            message = f"{place} (byte {start}): JSON that cannot be read: {str(error).splitlines()[0]}"
+            progress.reject("bad_json", message, config.on_bad)
+            continue
         text = _text(record, place, config, progress)
         if text is not None:
-            yield Document(place, text)
+            yield Document(f"{name}:{number}", text)
 
 
 def _text(record: Any, place: str, config: PrepConfig, progress: Progress) -> str | None:
@@ -183,7 +235,7 @@ def _text(record: Any, place: str, config: PrepConfig, progress: Progress) -> st
         value = record.get(key) if isinstance(record, dict) else record
         what = "missing" if isinstance(record, dict) and key not in record else f"a {type(value).__name__}"
         message = f'{place}: field "{key}" is {what}, expected a string; keys present: {keys}'
-        progress.reject("bad_json", message, config.on_bad)
+        progress.reject("bad_field", message, config.on_bad)
         return None
     text = record[key]
     try:
@@ -192,25 +244,64 @@ def _text(record: Any, place: str, config: PrepConfig, progress: Progress) -> st
         message = (
             f"{place}: lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, not valid Unicode"
         )
-        progress.reject("bad_utf8", message, config.on_bad)
-        return None
+        if config.on_bad != "replace":
+            progress.reject("bad_utf8", message, config.on_bad)
+            return None
+        progress.replaced += 1
+        progress.note(message)
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
 
 
-def _records(kind: str, config: PrepConfig, progress: Progress, name: str, **options: Any) -> Iterator[Document]:
-    """Records of a Parquet file or a Hugging Face dataset, streamed."""
+def _parquet(name: str, path: Path, config: PrepConfig, progress: Progress) -> Iterator[Document]:
+    try:
+        yield from _records("parquet", name, str(path), config, progress, data_files=str(path), split="train")
+    except _UnreadableError as error:
+        progress.reject("damaged", f"{path}: not a Parquet file, or damaged: {error}", config.on_bad)
+
+
+def _hugging_face(words: str, config: PrepConfig, progress: Progress) -> Iterator[Document]:
+    """Records of a dataset `NAME` or `NAME:CONFIG`, where NAME may be a local folder."""
+    name, _, variant = (words, "", "") if Path(words).exists() else words.partition(":")
+    options = {"name": variant} if variant else {}
+    try:
+        yield from _records(name, words, words, config, progress, split=config.hf_split, **options)
+    except _UnreadableError as error:
+        raise DataError(
+            f"hf:{words} could not be read as a dataset: {error}. Check the name (hf:NAME, or hf:NAME:CONFIG where "
+            "the dataset has several configurations), --hf_split and the network."
+        ) from error
+
+
+class _UnreadableError(Exception):
+    """What the datasets library says, in one line."""
+
+
+def _records(
+    kind: str, name: str, place: str, config: PrepConfig, progress: Progress, **options: Any
+) -> Iterator[Document]:
+    """Records of what `datasets.load_dataset(kind, **options)` opens, streamed."""
     import datasets
 
     try:
-        stream = datasets.load_dataset(kind, streaming=True, **options)
-        for number, record in enumerate(stream):
-            text = _text(record, f"{name}:{number + 1}", config, progress)
-            if text is not None:
-                yield Document(f"{name}:{number + 1}", text)
-    except DataError:
-        raise
+        stream = iter(datasets.load_dataset(kind, streaming=True, **options))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"{name}: could not be read as a dataset: {reason}. Check the name, the split and the network."
-        ) from error
+        raise _UnreadableError(_one_line(error)) from error
+    number = 0
+    while True:
+        try:
+            record = next(stream)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise _UnreadableError(_one_line(error)) from error
+        number += 1
+        progress.records += 1
+        text = _text(record, f"{place}:{number}", config, progress)
+        if text is not None:
+            yield Document(f"{name}:{number}", text)
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__

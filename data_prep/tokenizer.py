@@ -98,12 +98,10 @@ def write_tokenizer(model: bytes, directory: Path, sample: Iterable[str]) -> Tok
     document = tokenizer_json(tokenizer.processor.serialized_model_proto())
     if document is not None:
         write_text(directory / "tokenizer.json", json.dumps(document, ensure_ascii=False))
+        ids = {"bos": tokenizer.bos, "eos": tokenizer.eos, "unk": tokenizer.processor.unk_id(), "pad": tokenizer.pad}
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-            "unk_token": "<unk>",
-            "pad_token": "<pad>",
+            **{f"{name}_token": tokenizer.processor.id_to_piece(i) for name, i in ids.items() if i >= 0},
             "clean_up_tokenization_spaces": False,
         }
         write_text(directory / "tokenizer_config.json", json.dumps(settings, indent=1) + "\n")
@@ -115,7 +113,12 @@ def _check_export(directory: Path, tokenizer: Tokenizer, sample: Iterable[str]) 
     import tokenizers
 
     exported = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-    specials = ("<s>", "</s>", "<unk>", "<pad>", *CONTROL_SYMBOLS)  # parsed by one, plain text for the other
+    processor = tokenizer.processor  # its special pieces are parsed by one, and plain text for the other
+    specials = [
+        processor.id_to_piece(i)
+        for i in range(tokenizer.vocab_size)
+        if processor.is_control(i) or processor.is_unknown(i)
+    ]
     for text in sample:
         if any(special in text for special in specials):
             continue

@@ -1,6 +1,7 @@
 """The `rdt` command. Heavy imports happen after the options have been checked."""
 
 import difflib
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -30,7 +31,7 @@ class EvalOptions:
     data: str | None = None
     """Directory of the prepared corpus; the run's own where not given."""
     out: str | None = None
-    """JSON file to write; eval.json in the run directory where not given."""
+    """JSON file to write; eval.json in the run directory where not given, nothing for a checkpoint outside a run."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class GenerateOptions:
     """Options of `rdt generate`."""
 
     checkpoint: str
-    """Checkpoint, or run directory (its newest checkpoint)."""
+    """Checkpoint, run directory (its newest checkpoint), or folder that `rdt convert --to hf` wrote."""
     prompt: str = "def "
     """Text to continue."""
     loops: int = 8
@@ -147,8 +148,10 @@ def generate(words: list[str]) -> int:
     options = _options("generate", GenerateOptions, words)
     if options.loops < 1 or options.tokens < 0:
         raise ConfigError("--loops must be at least 1 and --tokens must not be negative.")
-    if options.temperature < 0 or options.top_k < 0 or not 0 < options.top_p <= 1:
+    if not 0 <= options.temperature < math.inf or options.top_k < 0 or not 0 < options.top_p <= 1:
         raise ConfigError("--temperature and --top_k must not be negative, --top_p must be above 0 and at most 1.")
+    if not -(2**63) <= options.seed < 2**64:
+        raise ConfigError(f"--seed is {options.seed}, it must be from {-(2**63)} to {2**64 - 1}.")
     from megatron_rdt.inference.generate import generate_text
 
     print(generate_text(**vars(options)))

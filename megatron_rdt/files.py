@@ -96,9 +96,9 @@ def is_disk_full(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def exclusive(path: str | os.PathLike[str], message: str, patience_s: float = 0.0) -> Iterator[None]:
-    """Hold a lock on the file `path` (made where there is none, never removed) while the block runs.
+    """Hold a lock on the file `path`, which exists while it is held, as long as the block runs.
 
-    The kernel lets go of the lock when the process ends, however it ends.
+    The kernel lets go of the lock when the process ends, however it ends; the file may then stay, and does no harm.
 
     Args:
         path: the lock file.
@@ -106,17 +106,30 @@ def exclusive(path: str | os.PathLike[str], message: str, patience_s: float = 0.
         patience_s: how long to wait for a process that is about to end.
     """
     deadline = time.monotonic() + patience_s
-    with open(path, "a", encoding="utf-8") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise LaunchError(message) from None
-                time.sleep(LOCK_POLL_S)
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                    raise
-                break  # a file system without locks
+    while (descriptor := _try_lock(path)) is None:
+        if time.monotonic() >= deadline:
+            raise LaunchError(message)
+        time.sleep(LOCK_POLL_S)
+    try:
         yield
+    finally:
+        Path(path).unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _try_lock(path: str | os.PathLike[str]) -> int | None:
+    """A descriptor that holds the lock, or None where another process holds it or has just removed the file."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
+            return descriptor
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None

@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 
 from megatron_rdt.errors import ConfigError
+from megatron_rdt.files import fsync_directory, fsync_file
 
 
 def convert(checkpoint: str, out: str, to: str) -> Path:
-    """Convert a checkpoint (or a run's newest); `out` appears when it is complete.
+    """Convert a checkpoint (or a run's newest); `out` appears when it is complete and on the disk.
 
     Args:
         checkpoint: checkpoint or run directory.
@@ -32,9 +33,19 @@ def convert(checkpoint: str, out: str, to: str) -> Path:
             from megatron_rdt.convert.training_state import convert_training_state
 
             convert_training_state(source, temporary, to)
+        _make_durable(temporary)
         if target.exists():
             target.rmdir()
         temporary.rename(target)
+        fsync_directory(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def _make_durable(directory: Path) -> None:
+    """Every file, then every directory, from the innermost on."""
+    for folder, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            fsync_file(os.path.join(folder, name))
+        fsync_directory(folder)

@@ -1,5 +1,7 @@
 """Export for transformers: a folder that AutoModelForCausalLM and AutoTokenizer load with no more than torch.
 
+`read_hf` reads such a folder back.
+
 The model code in the folder is one file, made from this package's own sources with the project's imports taken out,
 followed by a wrapper. So the exported model cannot drift from the trained one.
 """
@@ -8,18 +10,26 @@ import ast
 import dataclasses
 import inspect
 import json
-import shutil
 from pathlib import Path
+from typing import Any
 
-from safetensors.torch import save_file
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 import megatron_rdt.depth.plan
 import megatron_rdt.model
 from megatron_rdt.checkpoint import read_model_weights
 from megatron_rdt.config import ModelConfig, load_config
+from megatron_rdt.convert.hf_tokenizer import ASIDE, export_tokenizer, special_ids
+from megatron_rdt.data import Tokenizer
+from megatron_rdt.data.tokenizer import MODEL_FILE as SENTENCEPIECE_FILE
+from megatron_rdt.errors import CheckpointError
 from megatron_rdt.files import write_text
 
-MODEL_FILE = "modeling_rdt.py"
+MODEL_FILE, CONFIG_FILE, WEIGHTS_FILE = "modeling_rdt.py", "config.json", "model.safetensors"
+MODEL_TYPE = "megatron_rdt"
+PREFIX = "model."  # the wrapper's name for the model, in front of every weight's
 WRAPPER = Path(__file__).resolve().parent / "hf_wrapper.py"
 # In order of use; all of them are files of megatron_rdt/model.
 PARTS = ("context", "linear", "norm", "rope", "feedforward", "attention", "layer", "injection", "state", "core", "rdt")
@@ -27,35 +37,64 @@ PROJECT = "megatron_rdt"
 
 
 def export_hf(source: Path, out: Path) -> None:
-    """Write the folder `out` from the checkpoint `source`."""
+    """Write the folder `out` from the checkpoint `source`; what could not be exported is said on the console."""
     config = load_config(source / "config.yaml")
     weights = read_model_weights(source)
-    # safetensors holds every tensor once; the wrapper prefixes the model's names.
-    save_file({f"model.{k}": v.contiguous() for k, v in weights.items()}, out / "model.safetensors", {"format": "pt"})
+    save_file({PREFIX + k: v.contiguous() for k, v in weights.items()}, out / WEIGHTS_FILE, {"format": "pt"})
     write_text(out / MODEL_FILE, model_source())
     loops = round(config.depth.mean)
+    specials = special_ids(Tokenizer(source / "tokenizer"))
     settings = {
         "architectures": ["RdtForCausalLM"],
-        "model_type": "megatron_rdt",
+        "model_type": MODEL_TYPE,
         "auto_map": {
             "AutoConfig": "modeling_rdt.RdtConfig",
             "AutoModelForCausalLM": "modeling_rdt.RdtForCausalLM",
         },
         "loops": loops,
         "dtype": "float32",
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 3,
+        **specials,
         "tie_word_embeddings": False,  # a tied head reads the embedding itself; transformers has nothing to tie
         "model": dataclasses.asdict(config.model),
     }
-    write_text(out / "config.json", json.dumps(settings, indent=1) + "\n")
-    generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
-    write_text(out / "generation_config.json", json.dumps(generation, indent=1) + "\n")
-    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"):
-        if (source / "tokenizer" / name).is_file():
-            shutil.copyfile(source / "tokenizer" / name, out / name)
-    write_text(out / "README.md", _card(config.run.name, loops))
+    write_text(out / CONFIG_FILE, json.dumps(settings, indent=1) + "\n")
+    write_text(out / "generation_config.json", json.dumps(specials, indent=1) + "\n")
+    left_out = export_tokenizer(source / "tokenizer", out)
+    if left_out:
+        print(
+            f"the tokenizer is left out, AutoTokenizer will not load this folder: {left_out}. "
+            f"Use {ASIDE}/{SENTENCEPIECE_FILE} in it with sentencepiece; its README.md shows how."
+        )
+    write_text(out / "README.md", _card(config.run.name, loops, left_out))
+
+
+def is_hf_export(folder: Path) -> bool:
+    """Whether `folder` looks like one that `export_hf` wrote."""
+    return (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file()
+
+
+def read_hf(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
+    """The model's config and its weights by name, float32, of a folder that `export_hf` wrote.
+
+    Raises:
+        CheckpointError: the folder is damaged, or of another kind of model.
+    """
+    again = "Export the checkpoint again with `rdt convert CHECKPOINT OUT --to hf`."
+    try:
+        settings: Any = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        if settings["model_type"] != MODEL_TYPE:
+            raise CheckpointError(
+                f"{folder} holds a model of type {settings['model_type']}, not one that `rdt convert --to hf` wrote. "
+                "Name an export, a run or a checkpoint."
+            )
+        config = ModelConfig(**settings["model"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE} is not the config of an export ({error}). {again}") from None
+    try:
+        weights = load_file(folder / WEIGHTS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS_FILE} is damaged ({error}). {again}") from None
+    return config, {name.removeprefix(PREFIX): tensor.float() for name, tensor in weights.items()}
 
 
 def model_source() -> str:
@@ -87,15 +126,18 @@ def model_source() -> str:
     )
 
 
-def _card(name: str, loops: int) -> str:
-    return f"""---
+def _card(name: str, loops: int, left_out: str) -> str:
+    """The model card; `left_out` says why there is no tokenizer for transformers, if there is none."""
+    head = f"""---
 library_name: transformers
 pipeline_tag: text-generation
 ---
 # {name}
 
 A recurrent-depth transformer: its core runs `loops` times, chosen at every call (default here {loops}).
-
+"""
+    if not left_out:
+        return f"""{head}
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -103,5 +145,20 @@ model = AutoModelForCausalLM.from_pretrained(PATH, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(PATH, trust_remote_code=True)
 inputs = tokenizer("def ", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, loops=8)[0]))
+```
+"""
+    return f"""{head}
+**There is no tokenizer for transformers here**, and AutoTokenizer does not load this folder: {left_out}.
+The tokenizer is the SentencePiece model `{ASIDE}/{SENTENCEPIECE_FILE}`. Do not let transformers convert it: the ids may differ.
+
+```python
+import torch
+from sentencepiece import SentencePieceProcessor
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(PATH, trust_remote_code=True)
+tokenizer = SentencePieceProcessor(model_file=f"{{PATH}}/{ASIDE}/{SENTENCEPIECE_FILE}")
+inputs = torch.tensor([tokenizer.encode("def ")])
+print(tokenizer.decode(model.generate(inputs, max_new_tokens=50, loops=8)[0].tolist()))
 ```
 """

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from megatron_rdt.config import ModelConfig
-from megatron_rdt.model.rdt import RecurrentDepthTransformer
+from megatron_rdt.model.rdt import RecurrentDepthTransformer, depth_plan
 
 
 class RdtConfig(PreTrainedConfig):
@@ -30,6 +31,38 @@ class RdtConfig(PreTrainedConfig):
         )
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
+
+
+class SlotCache:
+    """A cache of transformers as the model sees it: its layers are the slots, one per (iteration, layer)."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+
+    def make_room(self, slots: int) -> None:
+        """Give an empty cache that was sized for fewer loops the slots that it lacks."""
+        if self.cache.layer_class_to_replicate is not None:  # it grows by itself
+            return
+        missing = slots - len(self.cache.layers)
+        if missing > 0 and not isinstance(self.cache, DynamicCache):
+            raise ValueError(
+                f"the cache has {len(self.cache.layers)} layers, this many loops need {slots}; pass a DynamicCache()"
+            )
+        self.cache.layers.extend(DynamicLayer() for _ in range(missing))
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append to a slot; all keys and values of it."""
+        return self.cache.update(key, value, slot)
+
+    @property
+    def slots(self) -> int:
+        """Number of slots in use."""
+        return sum(int(layer.get_seq_length()) > 0 for layer in self.cache.layers)
+
+    @property
+    def length(self) -> int:
+        """Number of positions held."""
+        return int(self.cache.get_seq_length())
 
 
 class RdtForCausalLM(PreTrainedModel, GenerationMixin):
@@ -67,15 +100,19 @@ class RdtForCausalLM(PreTrainedModel, GenerationMixin):
         loops: int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits (batch, sequence, vocab); with `labels`, the loss of predicting each next token."""
-        sequence = input_ids.shape[1]
-        loops = loops or self.config.loops
-        start = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if past_key_values is None:
-            past_key_values = DynamicCache() if use_cache else None
-        elif start == 0 and len(past_key_values.layers) < self.model.cache_slots(loops):
-            # generate() sized it for the default number of loops; a fresh one grows with the slots.
+        """Logits (batch, sequence, vocab); with `labels`, the loss of predicting each next token.
+
+        Raises:
+            ValueError: `loops` is not a whole number of at least 1, or another than the cache was filled with.
+        """
+        batch, sequence = input_ids.shape
+        plan = depth_plan(self.config.loops if loops is None else loops, batch)
+        if past_key_values is None and use_cache:
             past_key_values = DynamicCache()
+        cache = None if past_key_values is None else SlotCache(past_key_values)
+        start = 0 if cache is None else cache.length
+        if cache is not None and start == 0:
+            cache.make_room(self.model.cache_slots(plan.loops))  # generate() sizes it for the default loops
         mask = positions = None
         if attention_mask is not None and not bool(attention_mask.all()):
             positions = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, start : start + sequence]
@@ -85,7 +122,7 @@ class RdtForCausalLM(PreTrainedModel, GenerationMixin):
             # A padding query sees itself, so that its softmax is defined; nothing reads its result.
             itself = keys == torch.arange(start, start + sequence, device=input_ids.device)[:, None]
             mask = (causal & seen) | itself
-        logits = self.model(input_ids, loops, cache=past_key_values, start=start, positions=positions, mask=mask)
+        logits = self.model(input_ids, plan, cache=cache, start=start, positions=positions, mask=mask)
         loss = None
         if labels is not None:
             shifted = logits[:, :-1].float().flatten(0, 1)

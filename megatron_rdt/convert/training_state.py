@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from megatron_rdt.checkpoint import read_manifest, write_manifest
+from megatron_rdt.checkpoint import read_manifest, software_versions, write_manifest
 from megatron_rdt.config import ParallelConfig, RunConfig, load_config
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.model import RecurrentDepthTransformer
@@ -53,7 +53,7 @@ def convert_training_state(source: Path, out: Path, family: str) -> None:
         family: "native" (single, ddp, fsdp) or "zero" (zero1, zero2, zero3).
     """
     config = load_config(source / "config.yaml")
-    state = read_training_state(source, config)
+    state = read_training_state(source, config, scratch=out)
     if family == "zero":
         write_universal(out / UNIVERSAL, state.tensors, state.step)
     else:
@@ -65,13 +65,19 @@ def convert_training_state(source: Path, out: Path, family: str) -> None:
     for name in ("tokenizer", "rng"):
         if (source / name).is_dir():
             shutil.copytree(source / name, out / name)
-    facts = {k: v for k, v in read_manifest(source).items() if k not in ("format", "version", "files")}
-    write_manifest(out, {**facts, "engine": family, "converted_from": source.name})
+    own = {"engine": family, "versions": software_versions(family), "converted_from": source.name}
+    write_manifest(out, {**read_manifest(source), **own})
 
 
-def read_training_state(checkpoint: Path, config: RunConfig) -> TrainingState:
-    """The training state of a checkpoint of any engine."""
-    state = _read(checkpoint, config)
+def read_training_state(checkpoint: Path, config: RunConfig, scratch: Path | None = None) -> TrainingState:
+    """The training state of a checkpoint of any engine.
+
+    Args:
+        checkpoint: a complete, verified checkpoint.
+        config: the config in it.
+        scratch: a directory for a temporary copy of about the same size; the system's own where None.
+    """
+    state = _read(checkpoint, config, scratch)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in RecurrentDepthTransformer(config.model).named_parameters()}
     if set(shapes) != set(state.tensors):
@@ -84,7 +90,7 @@ def read_training_state(checkpoint: Path, config: RunConfig) -> TrainingState:
     return state
 
 
-def _read(checkpoint: Path, config: RunConfig) -> TrainingState:
+def _read(checkpoint: Path, config: RunConfig, scratch: Path | None) -> TrainingState:
     if (checkpoint / "model").is_dir():
         engine = _native_engine(config)
         engine.load(checkpoint)
@@ -92,7 +98,7 @@ def _read(checkpoint: Path, config: RunConfig) -> TrainingState:
     if (checkpoint / UNIVERSAL).is_dir():
         return TrainingState(*read_universal(checkpoint / UNIVERSAL))
     if (checkpoint / ZERO).is_dir():
-        with tempfile.TemporaryDirectory(prefix="rdt-universal-") as temporary:
+        with tempfile.TemporaryDirectory(prefix=".rdt-universal-", dir=scratch) as temporary:
             folder = Path(temporary) / UNIVERSAL
             _run_ds_to_universal(next((checkpoint / ZERO).glob("*/")), folder)
             return TrainingState(*read_universal(folder))

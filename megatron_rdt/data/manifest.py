@@ -80,6 +80,6 @@ def load_manifest(path: str | Path) -> CorpusManifest:
         raise DataError(f"{file} does not exist. Make the shards first: rdt prep --config FILE --out {path}") from None
     except ValueError as error:
         raise DataError(f"{file} is not valid JSON ({error}). {REBUILD}") from None
-    if document.get("format") != FORMAT or document.get("version") != VERSION:
+    if not isinstance(document, dict) or document.get("format") != FORMAT or document.get("version") != VERSION:
         raise DataError(f"{file} is not a manifest of format {FORMAT} version {VERSION}. {REBUILD}")
     return CorpusManifest(Path(path), document)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,18 @@ from torch import nn
 from tqdm import tqdm
 
 from megatron_rdt.checkpoint import read_trainer_state, resolve_checkpoint
+from megatron_rdt.checkpoint.read import CHECKPOINTS
 from megatron_rdt.config import load_config
-from megatron_rdt.data import TokenCorpus, Tokenizer, fixed_windows
+from megatron_rdt.data import TokenCorpus, Tokenizer, fixed_windows, load_manifest
+from megatron_rdt.data.manifest import MANIFEST
 from megatron_rdt.data.tokenizer import BYTES_FILE
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.files import write_text
-from megatron_rdt.inference.load import load_verified
+from megatron_rdt.inference.load import choose_device, load_verified
 from megatron_rdt.parallel.engine import loss_sum
 
 EVALUATION = "eval.json"
+ANOTHER_OUT = "Choose another --out."
 
 
 def perplexity(loss: float) -> float:
@@ -75,34 +80,42 @@ def evaluate_checkpoint(
     Args:
         checkpoint: a checkpoint or a run directory.
         loops: values of T.
-        sequences: validation windows to use.
+        sequences: validation windows to use; all where the split has fewer.
         data: prepared corpus; default the one of the run.
-        out: JSON file; default eval.json in the run directory.
+        out: JSON file; default eval.json in the run directory, and none for a checkpoint that lies in no run.
 
     Raises:
-        ConfigError: a T or the number of windows is below 1.
-        DataError: the corpus was made with another tokenizer than the model's.
+        ConfigError: a T or the number of windows is below 1, or the JSON file cannot be written.
+        DataError: there is no corpus, or it was made with another tokenizer than the model's.
     """
     if not loops or min(loops) < 1 or sequences < 1:
         raise ConfigError(
             f"loops are {list(loops)} and sequences {sequences}; give at least one T, and all at least 1."
         )
-    directory = resolve_checkpoint(checkpoint)
+    if out is not None:
+        check_result_file(Path(out))
+    directory = Path(os.path.abspath(resolve_checkpoint(checkpoint)))
+    target = Path(out) if out is not None else _file_in_run(directory)
     config = load_config(directory / "config.yaml")
-    model, tokenizer = load_verified(directory)
-    device = next(model.parameters()).device
-    corpus = TokenCorpus(data or config.data.path, "valid", config.train.sequence_length, config.run.seed)
+    corpus = validation_corpus(data or config.data.path, config.train.sequence_length, config.run.seed)
+    device = choose_device("auto")
+    model, tokenizer = load_verified(directory, device)
     if Tokenizer(corpus.tokenizer_directory).fingerprint != tokenizer.fingerprint:
         raise DataError(
             f"{corpus.manifest.directory} was made with another tokenizer than {directory}. "
             "Prepare the text with the tokenizer of the run, or leave --data away."
         )
     windows = fixed_windows(corpus, sequences)
+    if len(windows) < sequences:
+        print(
+            f"the validation split has {len(windows)} sequences of {config.train.sequence_length} tokens; all are used"
+        )
     size = np.load(directory / "tokenizer" / BYTES_FILE)[windows[:, 1:].numpy()].sum() / windows[:, 1:].numel()
     batches = -(-len(windows) // config.train.micro_batch)
     with tqdm(total=batches * len(loops), desc="evaluate", unit="batch") as bar:
         losses = validation_losses(model, windows, loops, config.train.micro_batch, device, progress=bar.update)
-    print(f"{'T':>4} {'loss':>8} {'perplexity':>11} {'bits/byte':>10}   ({windows[:, 1:].numel():,} tokens)")
+    used = f"({len(windows):,} sequences, {windows[:, 1:].numel():,} tokens)"
+    print(f"{'T':>4} {'loss':>8} {'perplexity':>11} {'bits/byte':>10}   {used}")
     for count, loss in losses.items():
         print(f"{count:>4} {loss:>8.4f} {perplexity(loss):>11.2f} {loss / math.log(2) / size:>10.4f}")
     result = {
@@ -112,5 +125,69 @@ def evaluate_checkpoint(
         "bytes_per_token": float(size),
         "losses": {str(count): loss if math.isfinite(loss) else None for count, loss in losses.items()},
     }
-    write_text(Path(out) if out else directory.parent.parent / EVALUATION, json.dumps(result, indent=1) + "\n")
+    if target is None:
+        print(f"{directory} lies in no run, so that no {EVALUATION} was written; --out FILE writes one")
+    else:
+        write_text(target, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _file_in_run(checkpoint: Path) -> Path | None:
+    """eval.json of the run that a checkpoint lies in; None where it lies elsewhere, a converted one for example."""
+    run = checkpoint.parent.parent
+    if checkpoint.parent.name != CHECKPOINTS or not (run / "config.yaml").is_file():
+        return None
+    if not os.access(run, os.W_OK | os.X_OK):
+        raise ConfigError(f"{run} is not writable, {EVALUATION} goes there. Name another file with --out.")
+    return run / EVALUATION
+
+
+def check_result_file(file: Path) -> None:
+    """ConfigError where an evaluation cannot be written to `file`, or something else stands there."""
+    parent = file.parent
+    if not parent.is_dir():
+        reason = "is not a directory" if parent.exists() else "does not exist"
+        raise ConfigError(f"--out {file} cannot be written: {parent} {reason}. {ANOTHER_OUT}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {file} cannot be written: {parent} is not writable. {ANOTHER_OUT}")
+    if file.is_dir():
+        raise ConfigError(f"--out {file} is a directory, it must be a file. {ANOTHER_OUT}")
+    if file.exists():
+        try:
+            read_evaluation(file)
+        except DataError:
+            raise ConfigError(
+                f"--out {file} exists and is not an evaluation of `rdt eval`; it is kept as it is. {ANOTHER_OUT}"
+            ) from None
+
+
+def read_evaluation(file: Path) -> tuple[int, dict[int, float]]:
+    """The step and the finite losses by T of a file that `evaluate_checkpoint` wrote; DataError where it did not."""
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+        losses = {int(count): float(loss) for count, loss in document["losses"].items() if loss is not None}
+        return int(document["step"]), losses
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"{file} is not an evaluation of `rdt eval` ({type(error).__name__}: {error}). Remove it or evaluate again."
+        ) from None
+
+
+def validation_corpus(path: str, sequence_length: int, seed: int) -> TokenCorpus:
+    """The validation split of a prepared corpus.
+
+    Raises:
+        DataError: there is no corpus, or its validation split is too short for one evaluation.
+    """
+    if not (Path(path) / MANIFEST).is_file():
+        place = shlex.quote(str(path))
+        hint = "" if os.path.isabs(path) else f", looked for in {os.getcwd()}"
+        raise DataError(f"there is no prepared corpus {place} (no {MANIFEST}{hint}). Name it with --data DIR.")
+    split = load_manifest(path).document.get("splits", {}).get("valid", {})
+    if split.get("tokens", 0) < 2 * sequence_length:
+        raise DataError(
+            f"the validation split of {path} has {split.get('tokens', 0)} tokens, an evaluation with sequences of "
+            f"{sequence_length} needs at least {2 * sequence_length}. Prepare more text or with a larger "
+            "--valid_fraction, and name that corpus with --data DIR."
+        )
+    return TokenCorpus(path, "valid", sequence_length, seed)

@@ -10,9 +10,11 @@ from megatron_rdt.config import RunConfig, load_config
 from megatron_rdt.depth import loop_probabilities
 from megatron_rdt.errors import DataError
 from megatron_rdt.evaluate import plots
-from megatron_rdt.evaluate.loss import EVALUATION, perplexity
+from megatron_rdt.evaluate.loss import EVALUATION, perplexity, read_evaluation
 from megatron_rdt.files import write_text
 
+# Fields of metrics.jsonl that the page needs.
+METRICS = ("step", "tokens", "loss", "grad_norm", "spectral_radius", "loops_max", "tokens_per_second")
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 img { max-width: 100%; } pre { background: #f4f4f4; padding: .8rem; overflow-x: auto; white-space: pre-wrap; }
@@ -21,16 +23,24 @@ figure { margin: 1.5rem 0; } figcaption { color: #555; }
 """
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSON-lines file; none where there is no file. A last line cut short by a kill is left out."""
+def read_records(path: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines file; none where there is no file. Lines cut short by a kill are left out.
+
+    Raises:
+        DataError: a line is JSON, but no record with these fields.
+    """
     if not path.is_file():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             continue
+        missing = [name for name in fields if not isinstance(record, dict) or name not in record]
+        if missing:
+            raise DataError(f"{path}:{number} is no record of a run: it has no {missing[0]}. Remove the line.")
+        records.append(record)
     return records
 
 
@@ -39,28 +49,31 @@ def final_losses(run_directory: Path, evaluations: list[dict[str, Any]]) -> tupl
 
     It is that of eval.json (where `rdt eval` wrote one), unless the run itself evaluated a later step.
     """
-    candidates = evaluations[-1:]
+    candidates = [
+        (record["step"], {int(t): loss for t, loss in record["losses"].items() if loss is not None})
+        for record in evaluations[-1:]
+    ]
     path = run_directory / EVALUATION
     if path.is_file():
-        candidates = [json.loads(path.read_text(encoding="utf-8")), *candidates]
-    if not candidates:
-        return 0, {}
-    last = max(candidates, key=lambda record: record["step"])
-    return last["step"], {int(t): loss for t, loss in last["losses"].items() if loss is not None}
+        candidates.insert(0, read_evaluation(path))
+    return max(candidates, key=lambda candidate: candidate[0], default=(0, {}))
 
 
 def write_report(run_directory: str | Path) -> Path:
     """Draw a run's records; returns the path of report/index.html in its directory.
 
     Raises:
-        DataError: the directory holds no metrics.
+        DataError: the directory does not exist, holds no metrics, or holds damaged ones.
     """
     directory = Path(run_directory)
-    metrics = read_records(directory / "metrics.jsonl")
+    if not directory.is_dir():
+        reason = "is a file" if directory.exists() else "does not exist"
+        raise DataError(f"{directory} {reason}. Name the directory of a run that trained, such as runs/quickstart.")
+    metrics = read_records(directory / "metrics.jsonl", METRICS)
     if not metrics:
         raise DataError(f"{directory} has no metrics.jsonl with steps in it. Name the directory of a run that trained.")
     config = load_config(directory / "config.yaml")
-    evaluations = read_records(directory / "eval.jsonl")
+    evaluations = read_records(directory / "eval.jsonl", ("step", "losses"))
     evaluated, losses = final_losses(directory, evaluations)
     out = directory / "report"
     out.mkdir(exist_ok=True)
@@ -77,7 +90,7 @@ def write_report(run_directory: str | Path) -> Path:
         (plots.throughput(metrics, out / "throughput.png"), "Throughput of each step against its loop count."),
     ]
     plots.overview([path for path, _ in figures][:4], out / "overview.png")
-    samples = read_records(directory / "samples.jsonl")
+    samples = read_records(directory / "samples.jsonl", ("step", "loops", "prompt", "text"))
     write_text(out / "index.html", _page(config, metrics, losses, figures, samples))
     return out / "index.html"
 

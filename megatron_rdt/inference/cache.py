@@ -37,5 +37,10 @@ class KVCache:
 
     @property
     def slots(self) -> int:
-        """Number of slots in use."""
+        """Number of slots in use; with it the cache remembers the T at which it was filled."""
         return len(self._buffers)
+
+    @property
+    def length(self) -> int:
+        """Number of positions in the cache."""
+        return max(self._lengths.values(), default=0)

@@ -1,5 +1,8 @@
 """RecurrentDepthTransformer: prelude once, recurrent core T times, coda once."""
 
+from numbers import Integral
+from typing import Protocol
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -26,6 +29,33 @@ class Embedding(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Look the tokens up."""
         return functional.embedding(tokens, self.weight)
+
+
+class DepthCache(KeyValueCache, Protocol):
+    """A cache that tells what it holds, so that a call that does not go on from there is refused."""
+
+    @property
+    def slots(self) -> int:
+        """Number of slots in use."""
+
+    @property
+    def length(self) -> int:
+        """Number of positions held."""
+
+
+def depth_plan(depth: DepthPlan | int, batch: int) -> DepthPlan:
+    """The plan for `batch` sequences that the argument `depth` of a forward pass stands for.
+
+    Raises:
+        ValueError: it is neither a plan for that many sequences nor a whole number of at least 1.
+    """
+    if isinstance(depth, DepthPlan):
+        if len(depth.iterations) != batch:
+            raise ValueError(f"the plan is for {len(depth.iterations)} sequences, the batch has {batch}")
+        return depth
+    if not isinstance(depth, Integral) or int(depth) < 1:
+        raise ValueError(f"the depth is {depth!r}; give a whole number of iterations of at least 1, or a DepthPlan")
+    return DepthPlan.constant(int(depth), batch)
 
 
 class RecurrentDepthTransformer(nn.Module):
@@ -55,7 +85,7 @@ class RecurrentDepthTransformer(nn.Module):
         tokens: torch.Tensor,
         depth: DepthPlan | int,
         *,
-        cache: KeyValueCache | None = None,
+        cache: DepthCache | None = None,
         start: int = 0,
         positions: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
@@ -76,11 +106,17 @@ class RecurrentDepthTransformer(nn.Module):
 
         Returns:
             (batch, sequence, vocab_size) in the compute dtype.
+
+        Raises:
+            ValueError: the tokens have another shape, the depth has no meaning, or the cache does not hold `start`
+                positions at this depth.
         """
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}; give (batch, sequence)")
         batch, sequence = tokens.shape
-        plan = DepthPlan.constant(depth, batch) if isinstance(depth, int) else depth
-        if len(plan.iterations) != batch:
-            raise ValueError(f"the plan is for {len(plan.iterations)} sequences, the batch has {batch}")
+        plan = depth_plan(depth, batch)
+        if cache is not None:
+            self._check_cache(cache, start, plan.loops)
         if positions is None:
             positions = torch.arange(start, start + sequence, device=tokens.device)
         if mask is None and start > 0:
@@ -117,6 +153,20 @@ class RecurrentDepthTransformer(nn.Module):
         """Number of cache slots at T = `loops`: one per prelude layer, (iteration, core layer), coda layer."""
         config = self.config
         return config.prelude_layers + loops * config.core_layers + config.coda_layers
+
+    def _check_cache(self, cache: DepthCache, start: int, loops: int) -> None:
+        """Refuse a cache of another T: its coda slots would be taken for iterations, or the other way round."""
+        if cache.length != start:
+            raise ValueError(
+                f"the cache holds {cache.length} positions, start is {start}; pass the number that it holds, "
+                "or an empty cache and 0"
+            )
+        if start > 0 and cache.slots != self.cache_slots(loops):
+            filled = (cache.slots - self.cache_slots(0)) // self.config.core_layers
+            raise ValueError(
+                f"the cache was filled at T = {filled}, this call has T = {loops}; keep to one T, or start again "
+                "with an empty cache"
+            )
 
     def spectral_radius(self) -> float:
         """Radius of the linear part of the recurrence, as the forward pass uses it; below 1 by construction."""

@@ -8,10 +8,13 @@
 Stages 1 and 2 read the step of each parameter, stage 3 the one in optimizer_state.pt.
 """
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from megatron_rdt.errors import CheckpointError
 
 UNIVERSAL = "universal"
 WEIGHT, MOMENTS = "fp32", ("exp_avg", "exp_avg_sq")
@@ -80,4 +83,9 @@ def _tensor(path: Path) -> torch.Tensor:
 
 def _load(path: Path, trusted: bool = False) -> Any:
     """A file's content; only of a `trusted` one are classes loaded, which can run code."""
-    return torch.load(path, map_location="cpu", weights_only=not trusted)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=not trusted)
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{path} holds something else than tensors, which could run code. Use a checkpoint that you trust."
+        ) from None

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import platform
 import random
 import shutil
 from collections.abc import Callable
@@ -11,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+import megatron_rdt
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.checkpoint.manifest import content_files
 from megatron_rdt.config import RunConfig, load_config
 from megatron_rdt.errors import CheckpointError, ConfigError
 from megatron_rdt.files import sha256_of
-from megatron_rdt.model import RecurrentDepthTransformer
-from megatron_rdt.parallel import make_engine
 from megatron_rdt.train.trainer import train
+from tests.checkpoint.save_worker import make
 
 Configure = Callable[..., RunConfig]
 
@@ -61,7 +62,11 @@ def test_a_checkpoint_says_what_it_is(finished: Path) -> None:
         assert manifest["step"] == int(directory.name.removeprefix("step-"))
         assert manifest["tokens"] == manifest["step"] * 4 * 32
         assert (manifest["engine"], manifest["world_size"]) == ("single", 1)
-        assert manifest["versions"]["torch"] == torch.__version__
+        assert manifest["versions"] == {
+            "python": platform.python_version(),
+            "megatron_rdt": megatron_rdt.__version__,
+            "torch": torch.__version__,
+        }
         files = content_files(directory)
         assert set(manifest["files"]) == {str(path.relative_to(directory)) for path in files}
         for name, record in manifest["files"].items():
@@ -240,6 +245,39 @@ def test_going_back_to_the_branch_that_was_given_up(run: Path, configure: Config
     assert checkpoints.newest_checkpoint(run) == step(run, 8)
 
 
+def test_a_step_that_is_saved_again_keeps_its_parent(run: Path, configure: Configure) -> None:
+    engine = make(configure())
+    flip(step(run, 8) / "manifest.json")  # the newest: its successor goes on from 6
+
+    def save(number: int, parent: int) -> None:
+        facts = {"parent": f"step-{parent:08d}"}
+        checkpoints.save_checkpoint(engine, run, "{}", {"step": number}, facts, None, 4)
+
+    save(4, parent=4)  # resumed from 4 and stopped at once
+    assert checkpoints.read_manifest(step(run, 4))["parent"] == "step-00000002"
+    assert order(run) == [6, 2, 4]
+    flip(step(run, 4) / "trainer.json")
+    assert checkpoints.newest_checkpoint(run) == step(run, 2), "6 is of the branch that was given up"
+    save(8, parent=8)  # what it replaces does not say where it came from
+    assert checkpoints.read_manifest(step(run, 8))["parent"] is None
+    save(10, parent=10)  # resumed from another run's checkpoint of this step
+    assert checkpoints.read_manifest(step(run, 10))["parent"] is None
+
+
+def test_one_process_finds_its_start(run: Path, tmp_path: Path) -> None:
+    assert checkpoints.find_start(run, "none") is None
+    assert checkpoints.find_start(tmp_path / "absent", "auto") is None
+    assert checkpoints.find_start(run, "auto") == step(run, 8)
+    assert checkpoints.find_start(tmp_path / "new", str(run)) == step(run, 8)
+    assert checkpoints.find_start(tmp_path / "new", str(step(run, 2))) == step(run, 2)
+    flip(next((step(run, 8) / "optimizer").glob("*.distcp")))
+    assert checkpoints.find_start(run, "auto") == step(run, 6)
+    with pytest.raises(CheckpointError, match="has other content"):
+        checkpoints.find_start(run, str(step(run, 8)))
+    with pytest.raises(CheckpointError, match="does not exist"):
+        checkpoints.find_start(run, str(tmp_path / "absent"))
+
+
 def test_resuming_into_another_run_leaves_the_first_alone(run: Path, finished: Path, configure: Configure) -> None:
     other = run.parent / "other"
     assert restart(other, configure, resume=str(step(run, 4))) == 0
@@ -287,11 +325,7 @@ def test_a_checkpoint_of_other_data_is_refused(
 
 
 def test_generators_go_on_where_they_were(run: Path, configure: Configure, tmp_path: Path) -> None:
-    config = configure()
-    engine = make_engine(config, torch.device("cpu"))
-    with torch.device("meta"):
-        model = RecurrentDepthTransformer(config.model)
-    engine.setup(model)
+    engine = make(configure())
 
     def draw() -> list[float]:
         return [float(torch.rand(())), random.random(), random.gauss(0, 1), np.random.rand(), np.random.normal()]

@@ -22,7 +22,7 @@ class Blocked:
         if name.split(".")[0] in ("megatron_rdt", "launch", "data_prep"):
             raise ImportError(name)
 sys.meta_path.insert(0, Blocked())
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 model = AutoModelForCausalLM.from_pretrained({folder!r}, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained({folder!r})
 given = torch.load({given!r})
@@ -45,6 +45,28 @@ assert model(tokens, labels=tokens).loss.isfinite()
 model.save_pretrained({again!r})
 again = AutoModelForCausalLM.from_pretrained({again!r}, trust_remote_code=True)
 assert torch.equal(again(tokens, loops=3).logits, model(tokens, loops=3).logits)
+for wrong in (0, -1, 2.5, "x"):
+    try:
+        model(tokens, loops=wrong)
+    except ValueError as error:
+        assert repr(wrong) in str(error)
+    else:
+        raise AssertionError(wrong)
+for mine in (DynamicCache(), DynamicCache(config=model.config)):
+    with torch.no_grad():
+        for loops in (6, 2):  # more and fewer than the default
+            mine = type(mine)() if mine.layer_class_to_replicate else type(mine)(config=model.config)
+            model(tokens[:, :9], loops=loops, past_key_values=mine)
+            for other in (loops + 1, 3):
+                try:
+                    model(tokens[:, 9:10], loops=other, past_key_values=mine)
+                except ValueError as error:
+                    assert f"filled at T = {{loops}}" in str(error) and f"has T = {{other}}" in str(error), error
+                else:
+                    raise AssertionError((loops, other))
+            got = model(tokens[:, 9:], loops=loops, past_key_values=mine).logits
+            assert torch.allclose(got, model(tokens, loops=loops).logits[:, 9:], atol=1e-5), loops
+assert model.config.pad_token_id == model.generation_config.pad_token_id == tokenizer.pad_token_id == 3
 for text, ids in given["texts"]:
     assert tokenizer(text, add_special_tokens=False).input_ids == ids, text
     assert tokenizer.decode(ids) == text
@@ -68,6 +90,11 @@ def test_transformers_gives_the_same(
     with torch.no_grad():
         logits = {loops: model(tokens, loops) for loops in (1, 4, 8)}
     continued = generate(model, tokens[:1], 4, 12, temperature=0)
+    again, exported_tokenizer = load(folder)
+    assert not again.training
+    assert exported_tokenizer.fingerprint == tokenizer.fingerprint
+    with torch.no_grad():
+        assert all(torch.equal(again(tokens, loops), expected) for loops, expected in logits.items())
     texts = ["def f(x):\n\treturn  x + 1234\n", " lead  and trail ", "émoji 🎉 \x00 end", "▁"[:0] + "a\r\nb"]
     given = {
         "tokens": tokens,

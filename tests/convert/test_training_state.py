@@ -1,6 +1,7 @@
 """A checkpoint goes from FSDP2 to ZeRO and back, optimizer included, and training goes on as if nothing had happened."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rdt.checkpoint import read_model_weights, verify
+from megatron_rdt.checkpoint import read_manifest, read_model_weights, verify, write_manifest
 from megatron_rdt.config import load_config
-from megatron_rdt.convert import convert
+from megatron_rdt.convert import convert, training_state
 from megatron_rdt.convert.training_state import read_training_state
-from megatron_rdt.errors import ConfigError
+from megatron_rdt.errors import CheckpointError, ConfigError
+from megatron_rdt.parallel.universal import read_universal, read_universal_weights, write_universal
 from megatron_rdt.train.trainer import train
 
 
@@ -51,12 +53,21 @@ def test_training_goes_on_in_the_other_family(tmp_path: Path, repository: Path, 
         assert again == pytest.approx({step: straight[step] for step in (7, 8)}, rel=1e-5)
 
 
-def test_nothing_is_lost_on_the_way(tmp_path: Path, repository: Path, tiny_options: list[str]) -> None:
-    config = load_config(repository / "configs" / "smoke.yaml", [*tiny_options, f"--run.root={tmp_path}"])
+@pytest.fixture(scope="module")
+def run_with_checkpoints(repository: Path, tiny_options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    config = load_config(repository / "configs" / "smoke.yaml", [*tiny_options, f"--run.root={root}"])
     assert train(config) == 0
-    first = convert(str(tmp_path / config.run.name), str(tmp_path / "zero"), "zero")
+    return root / config.run.name
+
+
+def test_nothing_is_lost_on_the_way(tmp_path: Path, run_with_checkpoints: Path) -> None:
+    config = load_config(run_with_checkpoints / "config.yaml")
+    first = convert(str(run_with_checkpoints), str(tmp_path / "zero"), "zero")
     second = convert(str(first), str(tmp_path / "native"), "native")
-    before = read_training_state(tmp_path / config.run.name / "checkpoints" / "step-00000008", config)
+    versions = {name: read_manifest(folder)["versions"] for name, folder in (("zero", first), ("native", second))}
+    assert {name: "deepspeed" in found for name, found in versions.items()} == {"zero": True, "native": False}
+    before = read_training_state(run_with_checkpoints / "checkpoints" / "step-00000008", config)
     assert before.step == 8
     assert all(float(parts["exp_avg_sq"].abs().max()) > 0 for parts in before.tensors.values())
     for folder in (first, second):
@@ -71,3 +82,69 @@ def test_nothing_is_lost_on_the_way(tmp_path: Path, repository: Path, tiny_optio
         assert json.loads((folder / "manifest.json").read_text())["converted_from"]
     with pytest.raises(ConfigError, match="not empty"):
         convert(str(first), str(second), "native")
+
+
+@pytest.mark.parametrize("to", ["zero", "native", "hf"])
+def test_everything_is_on_the_disk_before_it_gets_its_name(
+    to: str, run_with_checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, synced = tmp_path / "out", set()
+    fsync, rename = os.fsync, Path.rename
+
+    def noted(descriptor: int) -> None:
+        synced.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def checked(source: Path, target: Path) -> Path:
+        if target == out:
+            assert {source, *source.rglob("*")} <= synced
+            synced.clear()
+        return rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Path, "rename", checked)
+    convert(str(run_with_checkpoints), str(out), to)
+    assert synced == {tmp_path}
+
+
+def test_the_temporary_copy_lies_beside_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, out = tmp_path / "checkpoint", tmp_path / "results" / "out"
+    (checkpoint / "zero" / "state").mkdir(parents=True)
+    (checkpoint / "config.yaml").write_text("{}")
+    write_manifest(checkpoint, {})
+    places = []
+
+    def full(saved: Path, folder: Path) -> None:
+        folder.mkdir()
+        places.append(folder)
+        raise CheckpointError("the disk is full")
+
+    monkeypatch.setattr(training_state, "_run_ds_to_universal", full)
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        convert(str(checkpoint), str(out), "native")
+    assert places[0].relative_to(out.parent).parts[0].startswith(".out.")
+    assert list(out.parent.iterdir()) == []
+
+
+class Code:
+    """Runs when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("name", ["fp32.pt", "exp_avg_sq.pt", "step.pt"])
+def test_a_universal_checkpoint_runs_no_code(name: str, tmp_path: Path) -> None:
+    folder, mark = tmp_path / "universal", tmp_path / "ran"
+    write_universal(folder, {"weight": {key: torch.ones(2) for key in ("fp32", "exp_avg", "exp_avg_sq")}}, 3)
+    assert read_universal(folder)[1] == 3
+    torch.save({"param": Code(mark)}, folder / "zero" / "weight" / name)
+    with pytest.raises(CheckpointError, match=f"{name} holds something else than tensors"):
+        read_universal(folder)
+    if name == "fp32.pt":
+        with pytest.raises(CheckpointError, match=f"{name} holds something else than tensors"):
+            read_universal_weights(folder)
+    assert not mark.exists()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_the_table_equals_the_computation_by_hand(
     result = evaluate_checkpoint(str(run), loops, SEQUENCES)
     lines = capsys.readouterr().out.splitlines()
     header = next(i for i, line in enumerate(lines) if line.split()[:4] == ["T", "loss", "perplexity", "bits/byte"])
-    assert f"({SEQUENCES * LENGTH} tokens)" in lines[header]
+    assert f"({SEQUENCES} sequences, {SEQUENCES * LENGTH} tokens)" in lines[header]
     rows = [line.split() for line in lines[header + 1 :]]
     assert [int(row[0]) for row in rows] == loops
     for row in rows:
@@ -108,10 +109,79 @@ def test_micro_batches_and_ranks_do_not_matter(run: Path, tiny_corpus: Path) -> 
     assert float(total[0] / total[1]) == pytest.approx(whole[2], abs=1e-12)
 
 
-def test_a_short_split_gives_fewer_windows(run: Path, tiny_corpus: Path) -> None:
+def test_a_short_split_gives_fewer_windows(run: Path, tiny_corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     available = TokenCorpus(tiny_corpus, "valid", LENGTH, 0).samples_per_epoch
     result = evaluate_checkpoint(str(run), [1], available + 1000)
     assert result["sequences"] == available
+    out = capsys.readouterr().out
+    assert f"the validation split has {available} sequences of {LENGTH} tokens; all are used" in out
+    assert f"({available:,} sequences, " in out
+
+
+def test_a_checkpoint_outside_a_run_writes_nothing_unasked(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = tmp_path / "a" / "b" / "converted"
+    shutil.copytree(run / "checkpoints/step-00000008", alone)
+    below = tmp_path / "checkpoints" / "step-00000008"  # the right name, but not in a run
+    shutil.copytree(alone, below)
+    before = sorted(tmp_path.rglob("*"))
+    for directory in (alone, below):
+        evaluate_checkpoint(str(directory), [1], 2)
+        assert "no eval.json was written; --out FILE" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+    result = evaluate_checkpoint(str(alone), [1], 2, out=str(tmp_path / "mine.json"))
+    assert json.loads((tmp_path / "mine.json").read_text()) == result
+    assert "--out FILE" not in capsys.readouterr().out
+    # Named from inside, a checkpoint of a run is one.
+    monkeypatch.chdir(run / "checkpoints" / "step-00000008")
+    assert evaluate_checkpoint(".", [1], 2)["checkpoint"] == "step-00000008"
+    assert (run / "eval.json").is_file()
+
+
+def test_where_the_result_cannot_go_is_said_before(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("evaluated first")
+
+    monkeypatch.setattr("megatron_rdt.evaluate.loss.validation_losses", never)
+    (tmp_path / "README.md").write_text("kept")
+    (tmp_path / "list.json").write_text("[]")
+    for name, text in (
+        ("absent/foo.json", "absent does not exist"),
+        ("README.md/foo.json", "is not a directory"),
+        ("README.md", "is not an evaluation"),
+        ("list.json", "is not an evaluation"),
+        ("run", "is a directory"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            evaluate_checkpoint(str(run), [1], 2, out=str(tmp_path / name))
+    monkeypatch.setattr("megatron_rdt.evaluate.loss.os.access", lambda *_: False)
+    with pytest.raises(ConfigError, match="not writable"):
+        evaluate_checkpoint(str(run), [1], 2, out=str(tmp_path / "new.json"))
+    with pytest.raises(ConfigError, match="not writable"):
+        evaluate_checkpoint(str(run), [1], 2)
+    assert (tmp_path / "README.md").read_text() == "kept"
+
+
+def test_an_earlier_evaluation_is_replaced(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    evaluate_checkpoint(str(run), [1], 2, out=str(out))
+    evaluate_checkpoint(str(run), [2], 2, out=str(out))
+    assert list(json.loads(out.read_text())["losses"]) == ["2"]
+
+
+def test_a_corpus_that_is_not_there_is_named_with_the_option(
+    run: Path, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=rf"'my data' .*looked for in {re.escape(str(tmp_path))}.*--data DIR"):
+        evaluate_checkpoint(str(run), [1], 2, data="my data")
+    empty = Path(shutil.copytree(tiny_corpus, tmp_path / "empty"))
+    manifest = json.loads((empty / "manifest.json").read_text())
+    manifest["splits"]["valid"] = {"tokens": 0, "documents": 0, "text_bytes": 0, "shards": []}
+    (empty / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"validation split of .*empty has 0 tokens.*--data DIR"):
+        evaluate_checkpoint(str(run), [1], 2, data=str(empty))
 
 
 @pytest.mark.parametrize(("loops", "sequences"), [([0], 4), ([2, -1], 4), ([], 4), ([2], 0)])

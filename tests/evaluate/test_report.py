@@ -158,13 +158,31 @@ def test_a_killed_run_without_evaluations_has_a_report(run: Path) -> None:
 
 
 def test_a_directory_without_metrics_is_refused(run: Path, tmp_path: Path) -> None:
-    for directory in (tmp_path / "absent", tmp_path):
-        with pytest.raises(DataError, match=r"no metrics\.jsonl"):
-            write_report(directory)
+    with pytest.raises(DataError, match=r"absent does not exist"):
+        write_report(tmp_path / "absent")
+    with pytest.raises(DataError, match=r"config\.yaml is a file"):
+        write_report(run / "config.yaml")
+    with pytest.raises(DataError, match=r"no metrics\.jsonl"):
+        write_report(tmp_path)
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(DataError, match=r"no metrics\.jsonl"):
         write_report(run)
     assert not (run / "report").exists()
+
+
+@pytest.mark.parametrize("line", [b"null", b"[]", b"3", b'{"step": 9}'])
+def test_a_record_that_is_none_is_named(line: bytes, run: Path) -> None:
+    with open(run / "metrics.jsonl", "ab") as file:
+        file.write(b"\xff\x00\n" + line + b"\n")  # the first is what a crash may leave
+    with pytest.raises(DataError, match=r"metrics\.jsonl:10 is no record"):
+        write_report(run)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"\xff", b"{", b'{"step": 3}', b'{"step": 3, "losses": {"a": 1}}'])
+def test_an_evaluation_that_is_none_is_named(content: bytes, run: Path) -> None:
+    (run / "eval.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"eval\.json is not an evaluation"):
+        write_report(run)
 
 
 def test_any_number_of_loop_counts_is_drawn(tmp_path: Path, configure: Callable[..., RunConfig]) -> None:

@@ -186,7 +186,7 @@ def test_checkpoints_that_are_none(rdt: Run, trained: Path, tmp_path: Path) -> N
     refused(rdt("report", tmp_path), FAILED, f"{tmp_path} has no metrics.jsonl", "Name the directory of a run")
     (tmp_path / "file").write_text("kept")
     out = tmp_path / "file" / "out.json"
-    refused(rdt("eval", trained, "--sequences=2", "--loops=1", "--out", out), FAILED, str(out), "Not a directory")
+    refused(rdt("eval", trained, "--sequences=2", "--loops=1", "--out", out), USAGE, str(out), "is not a directory")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

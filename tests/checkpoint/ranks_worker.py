@@ -1,0 +1,183 @@
+"""Started on several ranks: saves of which one rank fails, and starts that one rank sees otherwise; writes a verdict."""
+
+import argparse
+import json
+import logging
+import resource
+import shutil
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from unittest import mock
+
+import torch.distributed as dist
+
+from megatron_rdt import checkpoint as checkpoints
+from megatron_rdt.checkpoint import read, write
+from megatron_rdt.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_rdt.environment import leave_process
+from megatron_rdt.errors import RdtError
+from megatron_rdt.parallel import Engine
+from tests.checkpoint.save_worker import make
+
+COLLECTIVE_TIMEOUT_S = 20
+FILE_LIMIT_BYTES = 4000
+
+
+def engine_for(name: str) -> Engine:
+    model = ModelConfig(vocab_size=31, dim=16, core_layers=1, heads=2, kv_heads=2)
+    train = TrainConfig(device="cpu", global_batch=2, micro_batch=1)
+    return make(RunConfig(model=model, train=train, parallel=ParallelConfig(engine=name)))
+
+
+def save(engine: Engine, run: Path, step: int) -> None:
+    facts = {"parent": f"step-{step - 1:08d}" if step > 1 else None}
+    checkpoints.save_checkpoint(engine, run, "{}", {"step": step}, facts, None, 0)
+
+
+def outcome(action: Callable[[], object]) -> str:
+    """What the action returned, or the message of its error."""
+    try:
+        return str(action())
+    except RdtError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def file_limit() -> Iterator[None]:
+    """No file of this process may grow beyond a few thousand bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT_BYTES, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def no_script(source: str, target: str) -> None:
+    raise OSError(28, "No space left on device", target)
+
+
+def on_rank(rank: int, trouble: AbstractContextManager[object]) -> AbstractContextManager[object]:
+    """The trouble on this rank, and none on the others."""
+    return trouble if dist.get_rank() == rank else nullcontext()
+
+
+def failed_saves(root: Path, name: str) -> dict[str, str]:
+    """The error of this rank for each way in which one rank fails to write."""
+    engine, run, found = engine_for(name), root / name, {}
+    save(engine, run, 1)
+    for rank in range(dist.get_world_size()):
+        with on_rank(rank, file_limit()):
+            found[f"{name} {rank}"] = outcome(lambda: save(engine, run, 2))
+        found[f"{name} {rank} left"] = left(run)
+    if name.startswith("zero"):
+        # DeepSpeed writes this after the states, on the first rank.
+        with on_rank(0, mock.patch("deepspeed.runtime.engine.copyfile", no_script)):
+            found[f"{name} script"] = outcome(lambda: save(engine, run, 2))
+        found[f"{name} script left"] = left(run)
+    save(engine, run, 2)
+    found[f"{name} at last"] = left(run)
+    found[f"{name} versions"] = " ".join(checkpoints.read_manifest(run / "checkpoints" / "step-00000002")["versions"])
+    return found
+
+
+def left(run: Path) -> str:
+    """What is below checkpoints/, all of it verified."""
+    dist.barrier()
+    for directory in checkpoints.complete_checkpoints(run):
+        checkpoints.verify(directory)
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    dist.barrier()
+    return " ".join(names)
+
+
+def late_listing(root: Path, late: int) -> dict[str, str]:
+    """A save during which rank `late` does not yet see a file of the other."""
+    engine, run = engine_for("fsdp"), root / f"late-{late}"
+    listed, other = write.content_files, f"__{1 - late}_0.distcp"
+
+    def listed_late(directory: Path) -> list[Path]:
+        return [path for path in listed(directory) if path.name != other]
+
+    with on_rank(late, mock.patch.object(write, "content_files", listed_late)):
+        save(engine, run, 1)
+    directory = run / "checkpoints" / "step-00000001"
+    recorded = set(checkpoints.read_manifest(directory)["files"])
+    missing = {str(path.relative_to(directory)) for path in listed(directory)} - recorded
+    return {f"late {late}": f"not in the manifest: {sorted(missing)}"}
+
+
+def starts(root: Path) -> dict[str, str]:
+    """Where this rank would start, in situations that ranks may see differently."""
+    engine, run, found = engine_for("fsdp"), root / "starts", {}
+    for step in (1, 2, 3):
+        save(engine, run, step)
+    everything = read.complete_checkpoints
+
+    def start(name: str, resume: str = "auto", where: Path = run) -> None:
+        found[name] = outcome(lambda: checkpoints.find_start(where, resume))
+        dist.barrier()
+
+    def but_the_last(directory: Path) -> list[Path]:
+        return everything(directory)[:-1]
+
+    start("none", "none")
+    start("good")
+    start("fresh", where=root / "absent")
+    start("absent", str(root / "absent"))
+    unreadable = PermissionError(13, "Permission denied", str(run))
+    for rank in range(dist.get_world_size()):
+        with on_rank(rank, mock.patch.object(read, "complete_checkpoints", but_the_last)):
+            start(f"stale {rank}")
+        with on_rank(rank, mock.patch.object(read, "complete_checkpoints", side_effect=unreadable)):
+            start(f"unreadable {rank}")
+    last = run / "checkpoints" / "step-00000003"
+    for name in ("trainer.json", "config.yaml"):  # the first and the last of ten files, one in each rank's share
+        content = (last / name).read_bytes()
+        on_first_rank(lambda name=name, content=content: (last / name).write_bytes(bytes(len(content))))
+        start(f"damaged {name}")
+        start(f"damaged {name}, named", str(last))
+        on_first_rank(lambda name=name, content=content: (last / name).write_bytes(content))
+    start("all good again", str(run))
+    on_first_rank(lambda: [shutil.rmtree(directory / "rng") for directory in (run / "checkpoints").iterdir()])
+    start("all damaged")
+    return found
+
+
+def on_first_rank(action: Callable[[], object]) -> None:
+    if dist.get_rank() == 0:
+        action()
+    dist.barrier()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("what")
+    parser.add_argument("engines", nargs="*")
+    options = parser.parse_args()
+    logging.disable(logging.CRITICAL)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
+    if options.what == "saves":
+        found = late_listing(options.out, 0) | late_listing(options.out, 1)
+        for name in options.engines:
+            found |= failed_saves(options.out, name)
+    else:
+        found = starts(options.out)
+    gathered: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(gathered, found)
+    if dist.get_rank() == 0:
+        (options.out / "verdict.json").write_text(json.dumps(gathered))
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BaseException:
+        traceback.print_exc()
+        leave_process(1)
+    leave_process(0)

@@ -1,0 +1,62 @@
+"""Two ranks save and start together, also where one of them fails to write, or sees other files than the other."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.test_engines import start
+
+WORKER = Path(__file__).parent / "ranks_worker.py"
+RANKS = (0, 1)
+
+
+def verdict(out: Path, repository: Path, *words: str) -> dict[str, str]:
+    """What both ranks found; they must agree."""
+    result = start("torchrun", [str(WORKER), "--out", str(out), *words], repository, 110)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    first, second = json.loads((out / "verdict.json").read_text())
+    assert first == second
+    return first
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+def test_a_failed_write_on_one_rank_stops_all_with_its_reason(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")  # an engine on the CPU does not let DeepSpeed choose another device
+    engines = ["zero1", "zero3", "fsdp"]
+    found = verdict(tmp_path, repository, "saves", *engines)
+    for engine in engines:
+        for rank in RANKS:
+            message = found[f"{engine} {rank}"]
+            assert message.startswith(
+                f"CheckpointError: could not save {tmp_path / engine}/checkpoints/step-00000002: "
+            )
+            assert f"rank {rank}: [Errno 27] File too large" in message
+            assert found[f"{engine} {rank} left"] == "step-00000001"
+        if engine != "fsdp":
+            assert "rank 0: the disk is full" in found[f"{engine} script"]
+            assert found[f"{engine} script left"] == "step-00000001"
+            assert found[f"{engine} versions"] == "python megatron_rdt torch deepspeed"
+        assert found[f"{engine} at last"] == "step-00000001 step-00000002"
+    for rank in RANKS:
+        assert found[f"late {rank}"] == "not in the manifest: []"
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+def test_all_ranks_start_from_the_checkpoint_that_the_first_one_chooses(tmp_path: Path, repository: Path) -> None:
+    found = verdict(tmp_path, repository, "starts")
+    run = tmp_path / "starts"
+    last, before = str(run / "checkpoints" / "step-00000003"), str(run / "checkpoints" / "step-00000002")
+    assert (found["none"], found["fresh"], found["good"], found["all good again"]) == ("None", "None", last, last)
+    assert found["absent"].startswith(f"CheckpointError: {tmp_path / 'absent'} does not exist")
+    assert (found["stale 0"], found["stale 1"]) == (before, last)
+    assert found["unreadable 0"].startswith(f"CheckpointError: {run} cannot be searched for a checkpoint")
+    assert found["unreadable 1"] == last
+    for name in ("trainer.json", "config.yaml"):
+        assert found[f"damaged {name}"] == before
+        assert found[f"damaged {name}, named"].startswith(f"CheckpointError: {last} is damaged: {name} has other")
+    assert found["all damaged"].startswith(f"CheckpointError: every checkpoint in {run / 'checkpoints'} is damaged")

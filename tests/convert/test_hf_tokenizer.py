@@ -1,0 +1,140 @@
+"""An export has exactly the tokenizer of the run, or none that transformers would load."""
+
+import io
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from data_prep.tokenizer import write_tokenizer
+from megatron_rdt.config import RunConfig
+from megatron_rdt.convert.hf import export_hf
+from megatron_rdt.data import Tokenizer
+from megatron_rdt.inference import load
+from megatron_rdt.train.trainer import train
+
+LOSSLESS = {
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "add_dummy_prefix": False,
+    "byte_fallback": True,
+    "allow_whitespace_only_pieces": True,
+}
+OTHER_IDS = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tokenizers")
+    assert train(configure(f"--run.root={root}", "--train.steps=1", "--schedule.warmup_steps=0", "--eval.every=0")) == 0
+    return root / "run" / "checkpoints" / "step-00000001"
+
+
+@pytest.fixture
+def export(checkpoint: Path, tiny_text: Path, tmp_path: Path) -> Callable[..., tuple[Path, Tokenizer]]:
+    """Exports the checkpoint with a tokenizer of these settings, as `rdt prep --tokenizer` would put it into a run."""
+
+    def lines() -> Iterator[str]:
+        for path in sorted(tiny_text.iterdir()):
+            yield from path.read_text(encoding="utf-8").split("\n")
+
+    def build(damage: Callable[[Path], None] | None = None, **settings: object) -> tuple[Path, Tokenizer]:
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines(), model_writer=model, vocab_size=512, minloglevel=2, **settings
+        )
+        source, out = Path(shutil.copytree(checkpoint, tmp_path / "source")), tmp_path / "out"
+        shutil.rmtree(source / "tokenizer")
+        tokenizer = write_tokenizer(model.getvalue(), source / "tokenizer", ["def f(x):\n    return x\n"])
+        if damage is not None:
+            damage(source / "tokenizer")
+        out.mkdir()
+        export_hf(source, out)
+        return out, tokenizer
+
+    return build
+
+
+def check_ids(folder: Path, **expected: int | None) -> None:
+    for file in ("config.json", "generation_config.json"):
+        settings = json.loads((folder / file).read_text())
+        assert {name: settings[f"{name}_token_id"] for name in expected} == expected, file
+
+
+def left_out(folder: Path, tokenizer: Tokenizer, said: str, *parts: str) -> None:
+    """The folder has no tokenizer that transformers would load; the console and the card say so, and why."""
+    from transformers import AutoTokenizer
+
+    card = (folder / "README.md").read_text()
+    assert "the tokenizer is left out" in said
+    assert "There is no tokenizer for transformers here" in card
+    for part in parts:
+        assert part in said
+        assert part in card
+    with pytest.raises(ValueError, match="tokenizer"):
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    assert Tokenizer(folder / "tokenizer" / "tokenizer.model").fingerprint == tokenizer.fingerprint
+    model, loaded = load(folder)
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert model.config.vocab_size == 512
+
+
+@pytest.mark.parametrize("settings", [{"model_type": "bpe"}, {"model_type": "unigram", **LOSSLESS}])
+def test_what_does_not_convert_is_left_out(
+    settings: dict, export: Callable[..., tuple[Path, Tokenizer]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, tokenizer = export(**settings, **OTHER_IDS)
+    check_ids(folder, bos=None, eos=1, pad=0)
+    left_out(folder, tokenizer, capsys.readouterr().out, "no exact tokenizer.json", "tokenizer/tokenizer.model")
+
+
+def test_other_special_ids_reach_transformers(
+    export: Callable[..., tuple[Path, Tokenizer]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer
+
+    folder, tokenizer = export(model_type="bpe", eos_piece="<end>", **LOSSLESS, **OTHER_IDS)
+    check_ids(folder, bos=None, eos=1, pad=0)
+    assert "left out" not in capsys.readouterr().out + (folder / "README.md").read_text()
+    exported = AutoTokenizer.from_pretrained(folder)
+    assert (exported.bos_token_id, exported.eos_token_id, exported.pad_token_id) == (None, 1, 0)
+    assert (exported.eos_token, len(exported)) == ("<end>", tokenizer.vocab_size)
+    for text in ("def f(x):\n\treturn  x + 1234\n", " lead  and trail ", "\u00e9moji \U0001f389 \x00 end"):
+        assert exported(text, add_special_tokens=False).input_ids == tokenizer.encode(text)
+    assert load(folder)[1].fingerprint == tokenizer.fingerprint
+
+
+def without_a_merge(folder: Path) -> None:
+    document = json.loads((folder / "tokenizer.json").read_text())
+    del document["model"]["merges"][-1]  # of the rarest piece
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+
+
+def with_another_id(folder: Path) -> None:
+    document = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = document["model"]["vocab"]
+    first, second = list(vocabulary)[300:302]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+
+
+def cut(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [(without_a_merge, "gives other ids"), (with_another_id, "is id"), (cut, "cannot be loaded")],
+)
+def test_a_tokenizer_json_that_differs_is_left_out(
+    damage: Callable[[Path], None],
+    reason: str,
+    export: Callable[..., tuple[Path, Tokenizer]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, tokenizer = export(damage, model_type="bpe", **LOSSLESS)
+    check_ids(folder, bos=1, eos=2, pad=None)
+    left_out(folder, tokenizer, capsys.readouterr().out, reason)

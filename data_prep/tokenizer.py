@@ -183,11 +183,11 @@ def tokenizer_json(model: bytes) -> dict | None:
         "model": {
             "type": "BPE",
             "dropout": None,
-            "unk_token": pieces[0][0],
+            "unk_token": next((piece for piece, _, kind in pieces if kind == UNKNOWN), None),
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
             "fuse_unk": True,
-            "byte_fallback": True,
+            "byte_fallback": parsed.trainer_spec.byte_fallback,
             "ignore_merges": False,
             "vocab": vocabulary,
             "merges": [pair for *_, pair in sorted(merges)],

@@ -108,11 +108,11 @@ def train(words: list[str]) -> int:
     parser = launch_parser("rdt train")
     config, raw = parse(parser, RunConfig, words)
     check_config(config)  # before torch is imported to count GPUs
-    check_places(config)
     if raw.nproc < 0:
         raise ConfigError(f"--nproc is {raw.nproc}, it must be at least 1, or 0 for one per device.")
     processes = raw.nproc or _default_processes(config.parallel.engine, config.train.device)
     check_config(config, processes)
+    check_places(config)
     if config.parallel.engine == "single":
         from megatron_rdt.train.trainer import train as run
 

@@ -21,7 +21,7 @@ from megatron_rdt.errors import CheckpointError, ConfigError
 from megatron_rdt.model import RecurrentDepthTransformer, initial_parameter, initialize
 from megatron_rdt.model.core import RecurrentCore
 from megatron_rdt.model.layer import Layer
-from megatron_rdt.parallel.engine import Engine, adamw, parameter_groups
+from megatron_rdt.parallel.engine import Engine, adamw, apply_options
 from megatron_rdt.parallel.universal import UNIVERSAL
 
 NATIVE, TAG = "zero", "state"
@@ -226,15 +226,7 @@ class ZeroEngine(Engine):
         if path is None:
             raise CheckpointError(f"{root / tag} holds no state that DeepSpeed finds. Use another checkpoint.")
         if universal:
-            self._finish_universal_load()
-
-    def _finish_universal_load(self) -> None:
-        """Undo what stage 3 of DeepSpeed 0.19 does when it loads a universal checkpoint.
-
-        It gives every group the hyperparameters of the first, and all groups one step tensor, which then counts once
-        per group and step.
-        """
-        for group, wanted in zip(self._sharded.param_groups, parameter_groups(self.model, self.config.optimizer)):
-            group["weight_decay"] = wanted["weight_decay"]
-        for state in self._sharded.optimizer.state.values():
-            state["step"] = state["step"].clone()
+            # Stage 3 of DeepSpeed 0.19 gives all parameters one step tensor, which then counts once for each.
+            for state in self._sharded.optimizer.state.values():
+                state["step"] = state["step"].clone()
+        apply_options(self._sharded.param_groups, self.config.optimizer)

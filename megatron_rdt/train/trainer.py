@@ -2,7 +2,8 @@
 
 import time
 import uuid
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,7 @@ def train(
     place, listener = place or process_place(), stop or StopRequest()
     run_directory = Path(config.run.root) / config.run.name
     try:
-        with _only_writer(run_directory) if place.rank == 0 else nullcontext():
-            refuse_to_overwrite(run_directory, resume)
+        with _only_writer(run_directory, resume) if place.rank == 0 else nullcontext():
             device = join_world(config, place)
             trainer = Trainer(config, run_directory, device, listener)
             try:
@@ -72,11 +72,14 @@ def train(
 _KEPT: list[Engine] = []
 
 
-def _only_writer(run_directory: Path) -> AbstractContextManager[None]:
-    """A lock on the run directory for as long as this process trains."""
+@contextmanager
+def _only_writer(run_directory: Path, resume: str) -> Iterator[None]:
+    """Hold a lock on the run directory, which must not hold another run; for the first rank."""
     run_directory.mkdir(parents=True, exist_ok=True)
     message = f"another process is writing {run_directory}. Wait for it, end it, or choose another --run.name."
-    return exclusive(run_directory / ".lock", message, LOCK_PATIENCE_S)
+    with exclusive(run_directory / ".lock", message, LOCK_PATIENCE_S):
+        refuse_to_overwrite(run_directory, resume)
+        yield
 
 
 class Trainer:
@@ -263,7 +266,6 @@ class Trainer:
             "tokens": state["tokens"],
             "engine": self.config.parallel.engine,
             "world_size": self.engine.world_size,
-            "versions": {"torch": torch.__version__},
         }
         path = checkpoints.save_checkpoint(
             self.engine,

@@ -215,6 +215,6 @@ def test_prep_keeps_what_is_there(rdt: Run, corpus: Path, tmp_path: Path, tiny_t
     (tmp_path / "notes" / "mine.txt").write_text("kept")
     refused(rdt("prep", "--out", tmp_path / "notes"), USAGE, "was not written by `rdt prep`", "Choose another --out")
     under = rdt("prep", "--sources", tiny_text, "--out", tmp_path / "notes" / "mine.txt" / "out")
-    refused(under, FAILED, "mine.txt", "Not a directory", "Choose a path")
+    refused(under, USAGE, "mine.txt cannot be made", "Choose another --out")
     assert files_below(corpus) == before
     assert files_below(tmp_path / "notes") == {"mine.txt": b"kept"}

@@ -24,7 +24,13 @@ LAYERS = [
     "data_prep",
     "launch",
 ]
-PREP_MAY_IMPORT = tuple(f"megatron_rdt.{name}" for name in ("data", "errors", "files", "environment")) + ("data_prep",)
+PREP_MAY_IMPORT = (
+    "megatron_rdt.data",
+    "megatron_rdt.errors",
+    "megatron_rdt.files",
+    "megatron_rdt.environment",
+    "data_prep",
+)
 SOURCES = sorted(p for package in ("megatron_rdt", "data_prep", "launch") for p in (ROOT / package).rglob("*.py"))
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 

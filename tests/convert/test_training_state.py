@@ -34,8 +34,12 @@ def losses(run_directory: Path) -> dict[int, float]:
 def test_training_goes_on_in_the_other_family(tmp_path: Path, repository: Path, tiny_options: list[str]) -> None:
     common = [*tiny_options, f"--run.root={tmp_path}", "--eval.every=0", "--sample.every=0", "--checkpoint.keep=0"]
     run([*common, "--run.name=fsdp", "--parallel.engine=fsdp", "--nproc=2"], repository)
-    straight = losses(tmp_path / "fsdp")
     saved = tmp_path / "fsdp" / "checkpoints" / "step-00000004"
+    # All go on with other options of the optimizer than the state was saved with.
+    common += ["--optimizer.beta2=0.7", "--optimizer.weight_decay=0.5", "--optimizer.eps=1e-6"]
+    run([*common, "--run.name=straight", "--parallel.engine=fsdp", "--nproc=2", f"--resume={saved}"], repository)
+    straight = losses(tmp_path / "straight")
+    assert abs(straight[8] - losses(tmp_path / "fsdp")[8]) > 1e-4
     for_zero = convert(str(saved), str(tmp_path / "for_zero"), "zero")
     verify(for_zero)
 

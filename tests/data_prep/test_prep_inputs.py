@@ -1,0 +1,164 @@
+"""Prep and what may happen to its input and output: changed files, two at once, a kill in the middle of replacing."""
+
+import gzip
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from data_prep import encode
+from data_prep.pipeline import prepare
+from data_prep.sources import BAD_LISTED
+from megatron_rdt.data import load_manifest
+from megatron_rdt.errors import ConfigError, DataError, LaunchError
+from megatron_rdt.files import exclusive
+from tests.data_prep.test_prep import GOOD, config, lines
+from tests.data_prep.test_prep_jobs import contents, texts_of
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of sixty text files."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i, line in enumerate(GOOD):
+        (folder / f"{i:02d}.txt").write_text(json.loads(line)["text"])
+    return folder
+
+
+def change(folder: Path) -> None:
+    (folder / "03.txt").write_text("something else")
+
+
+def change_keeping_the_size(folder: Path) -> None:
+    file = folder / "03.txt"
+    file.write_text(file.read_text().swapcase())
+
+
+def add(folder: Path) -> None:
+    (folder / "new.txt").write_text("one more")
+
+
+def remove(folder: Path) -> None:
+    (folder / "03.txt").unlink()
+
+
+@pytest.mark.parametrize(
+    ("do", "message"),
+    [
+        (change, r"text/03\.txt has other content"),
+        (change_keeping_the_size, r"text/03\.txt has other content"),
+        (add, r"text/new\.txt was added"),
+        (remove, r"text/03\.txt was removed"),
+    ],
+)
+def test_changed_text_is_noticed(do: object, message: str, folder: Path, tmp_path: Path) -> None:
+    out = prepare(config(folder, tmp_path / "out"))
+    before = contents(out)
+    do(folder)  # type: ignore[operator]
+    with pytest.raises(ConfigError, match=message):
+        prepare(config(folder, out))
+    assert contents(out) == before
+    prepare(config(folder, out, restart=True))
+    assert contents(out) != before
+
+
+def test_touched_text_is_not_changed_text(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = prepare(config(folder, tmp_path / "out"))
+    os.utime(folder / "03.txt", (1, 1))
+    prepare(config(folder, out))
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_one_prep_at_a_time(folder: Path, tmp_path: Path) -> None:
+    with exclusive(tmp_path / ".out.lock", "held"), pytest.raises(LaunchError, match="another `rdt prep` is writing"):
+        prepare(config(folder, tmp_path / "out"))
+    prepare(config(folder, tmp_path / "out"))
+    assert not (tmp_path / ".out.lock").exists()
+
+
+def test_killed_while_replacing(folder: Path, tmp_path: Path) -> None:
+    """The old corpus is hidden and the new one has no name yet: the old one comes back."""
+    out = prepare(config(folder, tmp_path / "out"))
+    before = contents(out)
+    out.rename(tmp_path / ".out.replaced")
+    prepare(config(folder, out))
+    assert contents(out) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text"]
+
+
+def test_restart_deletes_nothing_that_it_did_not_write(folder: Path, tmp_path: Path) -> None:
+    out = prepare(config(folder, tmp_path / "out"))
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"notes\.txt, which `rdt prep` did not write"):
+        prepare(config(folder, out, seed=8, restart=True))
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_a_killed_worker_is_an_error(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit = encode._submit
+
+    def submit_and_kill(executor: object, chunk: list[str]) -> object:
+        future = submit(executor, chunk)  # type: ignore[arg-type]
+        for process in list(executor._processes.values()):  # type: ignore[attr-defined]
+            os.kill(process.pid, signal.SIGKILL)
+        return future
+
+    monkeypatch.setattr(encode, "_submit", submit_and_kill)
+    with pytest.raises(DataError, match="an encoding process was killed"):
+        prepare(config(folder, tmp_path / "out", workers=2))
+    assert not (tmp_path / "out").exists()
+
+
+BAD_UTF8: list[str | bytes] = ['{"text": "before \\ud83d after"}', b'{"text": "caf\xe9"}']
+
+
+def test_invalid_utf8_is_replaced_and_counted(tmp_path: Path) -> None:
+    source = lines(tmp_path / "a.jsonl", [*GOOD, *BAD_UTF8])
+    out = prepare(config(source, tmp_path / "out", on_bad="replace"))
+    manifest = load_manifest(out).document
+    assert (manifest["replaced"], manifest["dropped"]) == (2, {})
+    assert [message.split(": ")[1].split(" ")[0] for message in manifest["bad"]] == ["lone", "invalid"]
+    assert {"before \ufffd after", "caf\ufffd"} <= texts_of(out)
+
+
+def damaged_gzip(path: Path) -> None:
+    path.write_bytes(gzip.compress(b"some text " * 100)[:-30])
+
+
+def damaged_parquet(path: Path) -> None:
+    path.write_bytes(b"PAR1 and then nothing of the kind")
+
+
+@pytest.mark.parametrize(("name", "damage"), [("z.txt.gz", damaged_gzip), ("z.parquet", damaged_parquet)])
+def test_a_damaged_file_stops_or_is_left_out(name: str, damage: object, folder: Path, tmp_path: Path) -> None:
+    damage(folder / name)  # type: ignore[operator]
+    with pytest.raises(DataError, match=rf"{name}.*damaged.*--on_bad skip"):
+        prepare(config(folder, tmp_path / "out"))
+    out = prepare(config(folder, tmp_path / "out", on_bad="skip"))
+    assert load_manifest(out).document["dropped"] == {"damaged": 1}
+
+
+def test_too_many_bad_records_stop_the_job(tmp_path: Path) -> None:
+    def source(bad: int) -> Iterator[str]:
+        yield from GOOD
+        yield from ("{" for _ in range(bad))
+
+    few = lines(tmp_path / "few.jsonl", list(source(BAD_LISTED)))
+    prepare(config(few, tmp_path / "few", on_bad="skip"))
+    many = lines(tmp_path / "many.jsonl", list(source(BAD_LISTED + 1)))
+    with pytest.raises(DataError, match=r"21 of 81 records are bad, more than --max_bad 0\.001; the first:"):
+        prepare(config(many, tmp_path / "many", on_bad="skip"))
+    prepare(config(many, tmp_path / "many", on_bad="skip", max_bad=0.5))
+
+
+def test_an_ending_that_is_not_known(tmp_path: Path) -> None:
+    source = tmp_path / "a.dat"
+    source.write_text("\n\n".join(json.loads(line)["text"] for line in GOOD))
+    with pytest.raises(ConfigError, match=r"a\.dat ends with none of \.txt"):
+        prepare(config(source, tmp_path / "out"))
+    out = prepare(config(source, tmp_path / "out", extensions=[".DAT"], valid_fraction=0.0))
+    assert load_manifest(out).document["splits"]["train"]["documents"] == 1

@@ -81,22 +81,27 @@ def make_pieces(engine: Any, options: argparse.Namespace) -> tuple[Callable[[], 
     import torch
 
     from megatron_rdt.model.context import LayerContext
+    from megatron_rdt.model.core import LoopInputs
     from megatron_rdt.model.rope import rotary_tables
 
     config, device = engine.model.config, engine.device
     dtype = engine.model.compute_dtype or torch.float32
     positions = torch.arange(options.sequence, device=device)
     rotary = rotary_tables(positions, config.dim // config.heads, config.rope_base, dtype)
-    context = LayerContext(rotary, None, dtype)
+    tokens = torch.zeros(options.batch, options.sequence, dtype=torch.int64, device=device)
+    context = LayerContext(rotary, None, dtype, tokens)
     shape = (options.batch, options.sequence, options.dim)
     state, encoded = (torch.randn(shape, device=device, requires_grad=True) for _ in range(2))
 
+    t = torch.zeros(options.batch, dtype=torch.int64, device=device)
+    inputs = LoopInputs(encoded, context, t + 1, [None] * config.core_layers)
+
     def forward() -> None:
         with torch.no_grad():
-            engine.model.core.iterate(state, encoded, context)
+            engine.model.core.iterate(state, t, inputs)
 
     def both() -> None:
-        engine.model.core.iterate(state, encoded, context).backward(torch.ones(shape, device=device))
+        engine.model.core.iterate(state, t, inputs).backward(torch.ones(shape, device=device))
 
     return forward, both
 

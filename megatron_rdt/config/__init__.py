@@ -2,13 +2,13 @@
 
 from megatron_rdt.config.checks import check_config
 from megatron_rdt.config.load import dump_config, load_config
+from megatron_rdt.config.model import ModelConfig
 from megatron_rdt.config.schema import (
     CheckpointConfig,
     DataConfig,
     DepthConfig,
     EvalConfig,
     LoggingConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     RunConfig,

@@ -11,6 +11,16 @@ RANGES: list[tuple[str, float, bool, float | None]] = [
     ("model.state_std", 0, False, None),
     ("model.rope_base", 0, False, None),
     ("model.norm_eps", 0, True, None),
+    ("model.query_rank", 0, True, None),
+    ("model.window", 0, True, None),
+    ("model.expert_dim", 0, True, None),
+    ("model.shared_experts", 0, True, None),
+    ("model.shared_expert_dim", 0, True, None),
+    ("model.balance_rate", 0, True, None),
+    ("model.halting_weight", 0, True, None),
+    ("model.halting_threshold", 0, False, 1),
+    ("model.logit_softcap", 0, True, None),
+    ("train.z_loss", 0, True, None),
     ("depth.sigma", 0, False, 3),
     ("train.max_nonfinite_steps", 1, True, None),
     ("optimizer.lr", 0, False, None),
@@ -89,6 +99,34 @@ def _model(config: RunConfig) -> list[str]:
         )
     if model.prelude_layers < 0 or model.coda_layers < 0 or model.ffn_dim < 0:
         problems.append("model.prelude_layers, model.coda_layers and model.ffn_dim must not be negative.")
+    return problems + _parts(config)
+
+
+def _parts(config: RunConfig) -> list[str]:
+    """What the choices of `model` need of each other."""
+    model, problems = config.model, []
+    if model.attention == "mla":
+        for name in ("kv_rank", "nope_dim", "rope_dim", "value_dim"):
+            if getattr(model, name) < 1:
+                problems.append(f"model.{name} is {getattr(model, name)}, it must be at least 1.")
+        if model.rope_dim % 2:
+            problems.append(f"model.rope_dim is {model.rope_dim}; rotary positions need an even number.")
+        for name, off in (("qk_norm", "none"), ("value_embeddings", "none"), ("qk_bias", False)):
+            if getattr(model, name) != off:
+                problems.append(
+                    f"model.{name} is for model.attention gqa: the latents of mla are normalised already. "
+                    f"Set --model.{name} {str(off).lower()}."
+                )
+    if model.core_ffn == "moe" and not 1 <= model.experts_per_token <= model.experts:
+        problems.append(
+            f"model.experts_per_token {model.experts_per_token} must be from 1 to model.experts {model.experts}."
+        )
+    if model.injection == "hyper" and model.lanes < 1:
+        problems.append(f"model.lanes is {model.lanes}, it must be at least 1.")
+    if "lora" in model.signals and model.signal_rank < 1:
+        problems.append(f"model.signal_rank is {model.signal_rank}, it must be at least 1.")
+    if len(set(model.signals)) < len(model.signals):
+        problems.append(f"model.signals {model.signals} names one twice. Leave one out.")
     return problems
 
 
@@ -101,8 +139,14 @@ def _depth(config: RunConfig) -> list[str]:
         )
     if depth.backprop != "all" and int(depth.backprop) < 1:
         problems.append(f"depth.backprop is {depth.backprop}, it must be at least 1, or `all`.")
-    if depth.per != "step":
-        problems.append(f"depth.per {depth.per} is not available in this version. Set --depth.per step.")
+    if depth.curriculum != "none" and depth.curriculum_of != "mean" and depth.backprop == "all":
+        problems.append("depth.curriculum_of backprop or both needs a number in --depth.backprop, not `all`.")
+    if depth.curriculum != "none" and depth.curriculum_steps < 1:
+        problems.append(f"depth.curriculum_steps is {depth.curriculum_steps}, it must be at least 1.")
+    if depth.per == "sequence" and config.model.halting == "gate":
+        problems.append(
+            "model.halting gate needs one T for all sequences of a forward pass. Set --depth.per step or micro_batch."
+        )
     if depth.scheme == "fixed" and depth.mean != int(depth.mean):
         problems.append(f"depth.mean is {depth.mean}, but depth.scheme fixed needs a whole number. Change either.")
     for section in ("eval", "sample"):

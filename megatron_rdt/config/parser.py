@@ -44,7 +44,7 @@ class HelpFormatter(jsonargparse.DefaultHelpFormatter):
         text = action.help or ""
         if action.required and action.option_strings:
             return f"{text} (required)"
-        if not action.option_strings or action.default in (None, argparse.SUPPRESS, "") or action.nargs == 0:
+        if not action.option_strings or action.default in (None, argparse.SUPPRESS, "", []) or action.nargs == 0:
             return text
         return f"{text} (default: {_shown(action.default)})"
 
@@ -130,7 +130,7 @@ def _metavar(kind: Any) -> str:
     if origin is Literal:
         return "{" + ",".join(str(part) for part in parts) + "}"
     if origin is list:
-        return f"{METAVARS[parts[0]]},..."
+        return f"{_metavar(parts[0])},..."
     if origin in (typing.Union, types.UnionType):
         return "|".join(_metavar(part).strip("{}") for part in parts if part is not type(None))
     return METAVARS[kind]
@@ -338,7 +338,9 @@ def _kind_text(kind: Any) -> str:
     if origin is Literal:
         return " or ".join(str(part) for part in parts) if len(parts) < 3 else "one of " + ", ".join(map(str, parts))
     if origin is list:
-        return "a list of whole numbers such as 1,4" if parts == (int,) else "a list"
+        if parts == (int,):
+            return "a list of whole numbers such as 1,4"
+        return f"a list of {', '.join(map(str, typing.get_args(parts[0])))}" if parts[0] is not str else "a list"
     if parts:
         return " or ".join(_kind_text(part) for part in parts)
     return KINDS[kind]

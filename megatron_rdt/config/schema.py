@@ -2,11 +2,13 @@
 
 One tree, `RunConfig`. Every field has a docstring line with its unit; `--help` prints these lines.
 Lengths are in tokens, sizes in elements, rates per optimizer step, unless said otherwise.
-Checks that need two fields are in `megatron_rdt.config.checks`.
+`model` is in `megatron_rdt.config.model`. Checks that need two fields are in `megatron_rdt.config.checks`.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
+
+from megatron_rdt.config.model import ModelConfig
 
 # jsonargparse reads the string below each field as that field's help.
 
@@ -24,61 +26,31 @@ class RunSection:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The recurrent-depth transformer."""
-
-    vocab_size: int = 4096
-    """Number of token ids; must equal the vocabulary of the tokenizer that made the shards."""
-    dim: int = 256
-    """Width of the residual stream and of the recurrent state, in channels."""
-    prelude_layers: int = 1
-    """Layers before the loop, run once."""
-    core_layers: int = 2
-    """Layers of the recurrent core, one set of weights run T times."""
-    coda_layers: int = 1
-    """Layers after the loop, run once."""
-    heads: int = 4
-    """Query heads; must divide `dim`."""
-    kv_heads: int = 2
-    """Key and value heads (grouped-query attention); must divide `heads`."""
-    ffn_dim: int = 0
-    """Inner width of the SwiGLU; 0 means 8/3 of `dim` rounded up to a multiple of 64."""
-    attention: Literal["gqa"] = "gqa"
-    """Kind of attention: grouped-query."""
-    injection: Literal["diagonal"] = "diagonal"
-    """How the encoded input enters each iteration: `diagonal` has spectral radius below 1 for every weight value."""
-    discretization: Literal["zoh", "euler"] = "zoh"
-    """Discretization of the diagonal injection: zero-order hold or bounded forward Euler."""
-    state_init: Literal["zero", "normal", "embedding"] = "zero"
-    """State before the first iteration: zeros, truncated normal noise keyed by sample, or the token embedding."""
-    state_std: float = 0.6325
-    """Standard deviation of the `normal` initial state; sqrt(2/5) as in Huginn."""
-    rope_base: float = 10000.0
-    """Base of the rotary position frequencies."""
-    norm_eps: float = 1e-6
-    """Epsilon of every RMSNorm."""
-    tie_embeddings: bool = True
-    """Use the token embedding as the output projection."""
-
-
-@dataclass(frozen=True)
 class DepthConfig:
     """How many iterations T the core runs, and through how many of them the gradient flows."""
 
-    scheme: Literal["fixed", "uniform", "poisson", "lognormal_poisson"] = "lognormal_poisson"
-    """Distribution of T. fixed: `mean`; uniform: 1 to 2 mean - 1; poisson: max(Poisson(mean), 1); lognormal_poisson: Poisson(LogNormal) + 1 (Huginn)."""
+    scheme: Literal["fixed", "uniform", "geometric", "poisson", "lognormal_poisson"] = "lognormal_poisson"
+    """Distribution of T. fixed: `mean`; uniform: 1 to 2 mean - 1; geometric: stops after each iteration with chance 1 / mean; poisson: max(Poisson(mean), 1); lognormal_poisson: Poisson(LogNormal) + 1 (Huginn)."""
     mean: float = 4.0
     """Mean of the distribution, in iterations (lognormal_poisson: mean of the Poisson rate, so E[T] is this plus 1)."""
     min: int = 1
-    """Smallest T; smaller draws become this."""
+    """Smallest T."""
     max: int = 32
-    """Largest T; larger draws become this. A limit on cost only: no weight depends on it."""
+    """Largest T. A limit on cost only: no weight depends on it."""
+    bounds: Literal["clamp", "truncate"] = "clamp"
+    """What a draw outside min to max becomes: the nearest of the two, or it is not drawn at all."""
     sigma: float = 0.5
     """Standard deviation of the logarithm of the rate (lognormal_poisson only)."""
     backprop: int | Literal["all"] = "all"
     """k: the last k iterations carry gradient, the ones before run without; `all` is full backpropagation."""
     per: Literal["step", "micro_batch", "sequence"] = "step"
-    """What one draw of T covers. Only `step` is available in this version."""
+    """What one draw of T covers: all sequences of an optimizer step, those of one forward pass, or one sequence."""
+    curriculum: Literal["none", "linear", "one_minus_sqrt"] = "none"
+    """How the depth grows over the first `curriculum_steps`: not, evenly, or slowly first as 1 - sqrt(1 - share)."""
+    curriculum_steps: int = 1000
+    """Optimizer steps after which the curriculum has ended."""
+    curriculum_of: Literal["mean", "backprop", "both"] = "mean"
+    """What grows: the mean of T from `min`, k from 1, or both."""
     checkpoint: Literal["none", "per_iteration"] = "none"
     """Activation checkpointing: keep everything, or only the state between iterations and recompute the inside."""
 
@@ -101,6 +73,8 @@ class TrainConfig:
     """Where to train; `auto` takes a GPU where there is one."""
     deterministic: bool = True
     """On a GPU, take kernels that give the same digits every time, some of them slower; exact resume needs it."""
+    z_loss: float = 0.0
+    """Weight of the squared log-partition function in the loss (PaLM's z-loss); 0 means none."""
     max_nonfinite_steps: int = 10
     """Steps in a row with a non-finite gradient (each is skipped) after which the run stops with an error."""
 

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import megatron_rdt.config.model
 import megatron_rdt.depth.plan
 import megatron_rdt.model
 from megatron_rdt.checkpoint import read_model_weights
@@ -32,7 +33,27 @@ MODEL_TYPE = "megatron_rdt"
 PREFIX = "model."  # the wrapper's name for the model, in front of every weight's
 WRAPPER = Path(__file__).resolve().parent / "hf_wrapper.py"
 # In order of use; all of them are files of megatron_rdt/model.
-PARTS = ("context", "linear", "norm", "rope", "feedforward", "attention", "layer", "injection", "state", "core", "rdt")
+PARTS = (
+    "context",
+    "linear",
+    "norm",
+    "rope",
+    "masks",
+    "loss",
+    "feedforward",
+    "moe",
+    "mla",
+    "attention",
+    "signals",
+    "layer",
+    "injection/base",
+    "injection/diagonal",
+    "injection/*",
+    "halting",
+    "state",
+    "core",
+    "rdt",
+)
 PROJECT = "megatron_rdt"
 
 
@@ -100,7 +121,9 @@ def read_hf(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
 def model_source() -> str:
     """One Python file: imports, ModelConfig, DepthPlan, the model's modules, the transformers wrapper."""
     folder = Path(inspect.getfile(megatron_rdt.model)).parent
-    files = [Path(inspect.getfile(megatron_rdt.depth.plan)), *(folder / f"{part}.py" for part in PARTS), WRAPPER]
+    parts = [file for part in PARTS for file in sorted(folder.glob(f"{part}.py")) if file.name != "__init__.py"]
+    config, plan = (Path(inspect.getfile(module)) for module in (megatron_rdt.config.model, megatron_rdt.depth.plan))
+    files = dict.fromkeys((config, plan, *parts, WRAPPER))  # a file that a pattern finds again stays where it was
     imports: list[str] = []
     bodies: list[str] = []
     for file in files:
@@ -117,9 +140,7 @@ def model_source() -> str:
         docstring = ast.parse(text).body[0]
         head = lines[: docstring.end_lineno]
         bodies.append("\n".join([*("# " + line.strip('"') for line in head if line.strip('"')), *lines[body_from:]]))
-        if file is files[0]:
-            bodies.insert(0, inspect.getsource(ModelConfig))
-    unique = "\n".join(dict.fromkeys(["from typing import Literal", *imports]))
+    unique = "\n".join(dict.fromkeys(imports))
     return (
         f'"""Recurrent-depth transformer, self-contained. Made by `rdt convert --to hf`; do not edit."""\n\n{unique}\n\n\n'
         + ("\n\n".join(bodies) + "\n")

@@ -50,9 +50,9 @@ class SlotCache:
             )
         self.cache.layers.extend(DynamicLayer() for _ in range(missing))
 
-    def update(self, key: torch.Tensor, value: torch.Tensor, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append to a slot; all keys and values of it."""
-        return self.cache.update(key, value, slot)
+    def update(self, slot: int, start: int, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Append to a slot; all of it. A cache of transformers holds two tensors, the latents of mla are one."""
+        return self.cache.update(new[0], new[-1][..., :0] if len(new) == 1 else new[1], slot)[: len(new)]
 
     @property
     def slots(self) -> int:

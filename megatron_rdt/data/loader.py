@@ -23,10 +23,12 @@ class Batch:
 
     Attributes:
         samples: global sample numbers.
+        slots: their places in the step's global batch.
         tokens: int64 (len(samples), sequence_length + 1); inputs are [:, :-1], targets [:, 1:].
     """
 
     samples: tuple[int, ...]
+    slots: tuple[int, ...]
     tokens: torch.Tensor
 
 
@@ -131,11 +133,13 @@ class BatchLoader:
 
     def _work(self) -> None:
         global_batch, rank, world_size = self._batch
-        position = self._position
+        position, share = self._position, global_batch // world_size
+        slots = tuple(range(rank * share, (rank + 1) * share))
         try:
             while not self._closed.is_set() and (self._end is None or position < self._end):
                 samples = rank_samples(position, global_batch, rank, world_size, self._corpus.seed)
-                self._put(Batch(tuple(samples.tolist()), self._corpus.windows(samples)))  # type: ignore[arg-type]
+                tokens = self._corpus.windows(samples)  # type: ignore[arg-type]
+                self._put(Batch(tuple(samples.tolist()), slots, tokens))
                 position += global_batch
             self._put(None)
         except BaseException as error:  # handed to the consumer, which raises it

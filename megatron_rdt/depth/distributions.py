@@ -1,6 +1,7 @@
 """Distributions of the loop count T, as tables of probabilities.
 
-Every scheme becomes one array: probability of T = min ... max, the mass outside moved to the nearest bound.
+Every scheme becomes one array: probability of T = min ... max, the mass outside moved to the nearest bound (clamp) or
+left out (truncate).
 A draw pushes one uniform number through the inverse of the cumulative sum, so one number decides one T.
 """
 
@@ -41,14 +42,18 @@ def loop_probabilities(config: DepthConfig) -> np.ndarray:
     elif config.scheme == "uniform":
         last = max(round(2 * config.mean) - 1, 1)
         table[1 : last + 1] = 1.0 / last
+    elif config.scheme == "geometric":
+        stop = 1 / config.mean
+        table[1:] = stop * (1 - stop) ** (loops[1:] - 1)
     elif config.scheme == "poisson":
         table = poisson_probabilities(config.mean, config.max)
+        table[1], table[0] = table[0] + table[1], 0.0  # max(Poisson, 1)
     else:
         table[1:] = lognormal_poisson_probabilities(config.mean, config.sigma, config.max - 1)
-    table[config.max] += max(0.0, 1.0 - table.sum())  # the tail above max
-    lowest = max(config.min, 1)
-    table[lowest] += table[loops < lowest].sum()
-    table[loops < lowest] = 0.0
+    if config.bounds == "clamp":
+        table[config.max] += max(0.0, 1.0 - table.sum())  # the tail above max
+        table[config.min] += table[loops < config.min].sum()
+    table[loops < config.min] = 0.0
     return table / table.sum()
 
 

@@ -22,7 +22,6 @@ from megatron_rdt.data.tokenizer import BYTES_FILE
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.files import write_text
 from megatron_rdt.inference.load import choose_device, load_verified
-from megatron_rdt.parallel.engine import loss_sum
 
 EVALUATION = "eval.json"
 ANOTHER_OUT = "Choose another --out."
@@ -49,7 +48,7 @@ def validation_losses(
     """Mean cross entropy per token at each T.
 
     Args:
-        model: called as model(tokens, T); every rank calls it equally often.
+        model: called as model(tokens, T, targets=...); every rank calls it equally often.
         windows: this rank's windows, int64 (n, L + 1).
         loops: values of T.
         micro_batch: windows per forward pass.
@@ -62,7 +61,7 @@ def validation_losses(
         total = torch.zeros(2, dtype=torch.float64, device=device)
         for part in windows.split(micro_batch):
             part = part.to(device)
-            total[0] += loss_sum(model(part[:, :-1], count), part[:, 1:])
+            total[0] += model(part[:, :-1], count, targets=part[:, 1:])["cross_entropy"]
             total[1] += part[:, 1:].numel()
             if progress is not None:
                 progress(1)

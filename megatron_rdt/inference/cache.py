@@ -6,34 +6,22 @@ GROWTH = 64
 
 
 class KVCache:
-    """Buffers of shape (batch, kv_heads, capacity, head_dim) per slot, grown as needed."""
+    """Per slot, the tensors that an attention keeps, each (batch, ..., capacity, channels), grown as needed."""
 
     def __init__(self) -> None:
-        self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._lengths: dict[int, int] = {}
+        self._buffers: dict[int, list[torch.Tensor]] = {}
+        self._length = 0
 
-    def update(self, key: torch.Tensor, value: torch.Tensor, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append (batch, kv_heads, new, head_dim) to `slot`; all keys and values of it, oldest first."""
-        start = self._lengths.get(slot, 0)
-        end = start + key.shape[2]
-        if slot not in self._buffers or self._buffers[slot][0].shape[2] < end:
-            self._grow(slot, key, start, end)
-        keys, values = self._buffers[slot]
-        keys[:, :, start:end], values[:, :, start:end] = key, value
-        self._lengths[slot] = end
-        return keys[:, :, :end], values[:, :, :end]
-
-    def _grow(self, slot: int, like: torch.Tensor, start: int, end: int) -> None:
-        batch, heads, _, head_dim = like.shape
-        capacity = max(2 * start, -(-end // GROWTH) * GROWTH)
-        old = self._buffers.get(slot)
-        grown = []
-        for side in range(2):
-            buffer = like.new_empty(batch, heads, capacity, head_dim)
-            if old is not None:
-                buffer[:, :, :start] = old[side][:, :, :start]
-            grown.append(buffer)
-        self._buffers[slot] = (grown[0], grown[1])
+    def update(self, slot: int, start: int, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Write tensors (batch, ..., new, channels) at positions `start` ... of `slot`; all of it, oldest first."""
+        end = start + new[0].shape[-2]
+        buffers = self._buffers.get(slot)
+        if buffers is None or buffers[0].shape[-2] < end:
+            buffers = self._buffers[slot] = [_grown(each, start, end, old) for each, old in zip(new, buffers or new)]
+        for buffer, each in zip(buffers, new):
+            buffer[..., start:end, :] = each
+        self._length = max(self._length, end)
+        return tuple(buffer[..., :end, :] for buffer in buffers)
 
     @property
     def slots(self) -> int:
@@ -43,4 +31,18 @@ class KVCache:
     @property
     def length(self) -> int:
         """Number of positions in the cache."""
-        return max(self._lengths.values(), default=0)
+        return self._length
+
+    @property
+    def elements(self) -> int:
+        """Numbers kept per position, over all slots and the whole batch."""
+        return sum(b[..., :1, :].numel() for buffers in self._buffers.values() for b in buffers)
+
+
+def _grown(like: torch.Tensor, start: int, end: int, old: torch.Tensor) -> torch.Tensor:
+    """A buffer for at least `end` positions that holds the first `start` of `old`."""
+    capacity = max(2 * start, -(-end // GROWTH) * GROWTH)
+    buffer = like.new_empty(*like.shape[:-2], capacity, like.shape[-1])
+    if start:
+        buffer[..., :start, :] = old[..., :start, :]
+    return buffer

@@ -3,65 +3,132 @@
 Shapes: (batch, heads, sequence, head_dim).
 """
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from megatron_rdt.config import ModelConfig
+from megatron_rdt.model.context import LayerContext
 from megatron_rdt.model.linear import Linear
+from megatron_rdt.model.mla import LatentAttention
+from megatron_rdt.model.norm import RMSNorm
 from megatron_rdt.model.rope import rotate
+
+VALUE_GATE_CHANNELS = 32
 
 
 class KeyValueCache(Protocol):
     """What attention needs of a cache: one slot per (iteration, layer)."""
 
-    def update(self, key: torch.Tensor, value: torch.Tensor, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append new keys and values to `slot`; return all of them, oldest first."""
+    def update(self, slot: int, start: int, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Write tensors (batch, ..., new, channels) at positions `start` ... of `slot`; all of it, oldest first."""
+
+
+def has_value_embedding(config: ModelConfig, index: int) -> bool:
+    """Whether layer `index` of all adds an embedding of the token to its values: every second, the last included."""
+    layers = config.prelude_layers + config.core_layers + config.coda_layers
+    return config.value_embeddings == "gated" and index % 2 == (layers - 1) % 2
+
+
+class TokenValues(nn.Module):
+    """A table of values per token and the gate that admits them, 2 sigmoid(W x[:32]) per head (Parcae, nanochat)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads = config.kv_heads
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.kv_heads * config.head_dim))
+        self.gate = Linear(min(VALUE_GATE_CHANNELS, config.dim), config.kv_heads)
+
+    def look_up(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(batch, sequence) -> (batch, sequence, kv_heads * head_dim)."""
+        return functional.embedding(tokens, self.weight)
+
+    def forward(self, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """What to add to the values (batch, sequence, kv_heads * head_dim) of the layer's input x."""
+        gate = 2 * torch.sigmoid(self.gate(x[..., : self.gate.weight.shape[1]]))
+        return (gate.unsqueeze(-1) * values.to(x.dtype).unflatten(-1, (self.heads, -1))).flatten(-2)
 
 
 class GroupedQueryAttention(nn.Module):
     """Softmax attention in which groups of query heads share one key and value head."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    INITIAL_VALUES: ClassVar[dict[str, float]] = {"query_bias": 0.0, "key_bias": 0.0}
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
-        self.heads, self.kv_heads = config.heads, config.kv_heads
-        self.head_dim = config.dim // config.heads
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.pairing, self.eps = config.rope_pairing, config.norm_eps
         self.query = Linear(config.dim, self.heads * self.head_dim)
         self.key = Linear(config.dim, self.kv_heads * self.head_dim)
         self.value = Linear(config.dim, self.kv_heads * self.head_dim)
         self.output = Linear(self.heads * self.head_dim, config.dim)
+        self.plain_norm = config.qk_norm == "plain"
+        learned = config.qk_norm == "learned"
+        self.query_norm = RMSNorm(self.head_dim, config.norm_eps) if learned else None
+        self.key_norm = RMSNorm(self.head_dim, config.norm_eps) if learned else None
+        self.query_bias = nn.Parameter(torch.empty(self.heads * self.head_dim)) if config.qk_bias else None
+        self.key_bias = nn.Parameter(torch.empty(self.kv_heads * self.head_dim)) if config.qk_bias else None
+        self.token_values = TokenValues(config) if has_value_embedding(config, index) else None
 
     def forward(
         self,
         x: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor | None = None,
+        context: LayerContext,
         cache: KeyValueCache | None = None,
         slot: int = 0,
+        token_values: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend over (batch, sequence, dim).
 
         Args:
             x: normalised input in the compute dtype.
-            rotary: tables of `rotary_tables` for the positions of `x`.
-            mask: boolean, True where a query may look, broadcastable to (batch, heads, queries, keys);
-                None means causal.
+            context: rotary tables and mask.
             cache: keys and values of earlier positions, extended in place.
             slot: which slot of the cache belongs to this (iteration, layer).
+            token_values: what `token_values.look_up` gave for the tokens, where the layer has it.
         """
         batch, sequence, _ = x.shape
-        query = rotate(self._split(self.query(x), self.heads), *rotary)
-        key = rotate(self._split(self.key(x), self.kv_heads), *rotary)
-        value = self._split(self.value(x), self.kv_heads)
+        query = self._rotated(self.query(x), self.heads, self.query_bias, self.query_norm, context)
+        key = self._rotated(self.key(x), self.kv_heads, self.key_bias, self.key_norm, context)
+        value = self.value(x)
+        if self.token_values is not None:
+            assert token_values is not None, "whoever calls the layer looks the token values up"
+            value = value + self.token_values(x, token_values)
+        value = self._split(value, self.kv_heads)
         if cache is not None:
-            key, value = cache.update(key, value, slot)
+            key, value = cache.update(slot, context.start, key, value)
         attended = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
+            query,
+            key,
+            value,
+            attn_mask=context.mask,
+            is_causal=context.mask is None,
+            enable_gqa=self.heads != self.kv_heads,
         )
         return self.output(attended.transpose(1, 2).reshape(batch, sequence, -1))
 
     def _split(self, x: torch.Tensor, heads: int) -> torch.Tensor:
         """(batch, sequence, heads * head_dim) -> (batch, heads, sequence, head_dim)."""
         return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+
+    def _rotated(
+        self, x: torch.Tensor, heads: int, bias: torch.Tensor | None, norm: RMSNorm | None, context: LayerContext
+    ) -> torch.Tensor:
+        """Queries or keys with bias, norm and position: (batch, heads, sequence, head_dim)."""
+        if bias is not None:
+            x = x + bias.to(x.dtype)
+        x = self._split(x, heads)
+        if norm is not None:
+            x = norm(x).to(context.compute_dtype)
+        elif self.plain_norm:
+            x = functional.rms_norm(x, (self.head_dim,), eps=self.eps)
+        return rotate(x, *context.rotary, self.pairing)
+
+
+ATTENTIONS: dict[str, type[GroupedQueryAttention] | type[LatentAttention]] = {
+    "gqa": GroupedQueryAttention,
+    "mla": LatentAttention,
+}
+"""Choices of `model.attention`."""

@@ -7,14 +7,39 @@ class LayerContext:
     """Rotary tables, attention mask and compute dtype of one forward pass.
 
     A plain class, not a tuple or dataclass, so that sharding wrappers pass it through untouched.
+
+    Attributes:
+        rotary: tables of `rotary_tables` for the positions of this pass.
+        mask: boolean, True where a query may look, broadcastable to (batch, heads, queries, keys); None means causal.
+        compute_dtype: dtype of matrix products.
+        tokens: (batch, sequence) ids of this pass.
+        start: positions that a cache held before this pass; 0 without one.
     """
 
     def __init__(
-        self, rotary: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None, compute_dtype: torch.dtype
+        self,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor | None,
+        compute_dtype: torch.dtype,
+        tokens: torch.Tensor,
+        start: int = 0,
     ) -> None:
         self.rotary = rotary
         self.mask = mask
         self.compute_dtype = compute_dtype
+        self.tokens = tokens
+        self.start = start
+
+    def rows(self, rows: torch.Tensor | slice) -> "LayerContext":
+        """The context of some of the sequences; what all sequences share is kept."""
+        cosines, sines = (_rows(table, rows) for table in self.rotary)
+        mask = None if self.mask is None else _rows(self.mask, rows)
+        return LayerContext((cosines, sines), mask, self.compute_dtype, self.tokens[rows], self.start)
+
+
+def _rows(tensor: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
+    """Rows of a tensor (batch, heads, ...); one without a batch dimension, or with one of size 1, is for all."""
+    return tensor if tensor.dim() < 4 or tensor.shape[0] == 1 else tensor[rows]
 
 
 class CoreMonitor:

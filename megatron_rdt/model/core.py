@@ -8,6 +8,8 @@ The loop lives inside one module on purpose: a sharding engine that treats this 
 weights once, whatever T is.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -16,9 +18,34 @@ from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth.plan import DepthPlan
 from megatron_rdt.model.attention import KeyValueCache
 from megatron_rdt.model.context import CoreMonitor, LayerContext
-from megatron_rdt.model.injection import INJECTIONS
+from megatron_rdt.model.halting import HaltingUnit, make_tracker
+from megatron_rdt.model.injection import Injection
 from megatron_rdt.model.layer import Layer
+from megatron_rdt.model.linear import Linear, linear
 from megatron_rdt.model.norm import RMSNorm
+from megatron_rdt.model.signals import Signals
+
+
+@dataclass
+class LoopInputs:
+    """What stays the same over the iterations, for the sequences of a forward pass, the deepest first.
+
+    Attributes:
+        encoded: the encoded input as it is injected, (batch, sequence, dim).
+        context: rotary tables, mask, compute dtype.
+        total: T of each sequence, (batch,).
+        token_values: per layer, its value embeddings of the tokens, or None.
+    """
+
+    encoded: torch.Tensor
+    context: LayerContext
+    total: torch.Tensor
+    token_values: list[torch.Tensor | None]
+
+    def rows(self, rows: torch.Tensor | slice) -> "LoopInputs":
+        """The inputs of some of the sequences."""
+        values = [None if value is None else value[rows] for value in self.token_values]
+        return LoopInputs(self.encoded[rows], self.context.rows(rows), self.total[rows], values)
 
 
 class RecurrentCore(nn.Module):
@@ -30,24 +57,37 @@ class RecurrentCore(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.encoded_norm = RMSNorm(config.dim, config.norm_eps)
-        self.injection = INJECTIONS[config.injection](config)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.core_layers))
+        self.config = config
+        self.encoded_norm = RMSNorm(config.dim, config.norm_eps) if config.encoded_norm else None
+        self.input_matrix = IdentityLinear(config.dim) if config.input_matrix else None
+        self.initial = nn.Parameter(torch.empty(config.dim)) if config.state_init == "learned" else None
+        self.injection = Injection.choices[config.injection](config)
+        self.signals = Signals(config)
+        first = config.prelude_layers
+        self.layers = nn.ModuleList(Layer(config, first + i, core=True) for i in range(config.core_layers))
+        self.iteration_norm = RMSNorm(config.dim, config.norm_eps) if config.core_norm == "iteration" else None
+        self.last_norm = RMSNorm(config.dim, config.norm_eps) if config.core_norm == "last" else None
+        self.output_matrix = IdentityLinear(config.dim) if config.output_matrix else None
+        self.halting = HaltingUnit(config) if config.halting != "none" else None
         self.checkpoint_iterations = False
 
     def iterate(
         self,
         state: torch.Tensor,
-        encoded: torch.Tensor,
-        context: LayerContext,
+        t: torch.Tensor,
+        inputs: LoopInputs,
         cache: KeyValueCache | None = None,
         slot: int = 0,
     ) -> torch.Tensor:
-        """One iteration: (batch, sequence, dim) -> (batch, sequence, dim)."""
-        state = self.injection(state, encoded)
-        for offset, layer in enumerate(self.layers):
-            state = layer(state, context, cache, slot + offset)
-        return state
+        """One iteration, the t-th (from 0) of each sequence: the next state; t has shape (batch,)."""
+        x, carry = self.injection.read(state, inputs.encoded, self.signals.offset(t))
+        modulations = self.signals.modulations(t, inputs.total)
+        for i, layer in enumerate(self.layers):
+            modulation = None if modulations is None else modulations[i]
+            x = layer(x, inputs.context, cache, slot + i, inputs.token_values[i], modulation)
+        x = self.signals.adapt(x, t, inputs.context.compute_dtype)
+        x = x if self.iteration_norm is None else self.iteration_norm(x)
+        return self.injection.write(carry, x)
 
     def forward(
         self,
@@ -58,32 +98,76 @@ class RecurrentCore(nn.Module):
         cache: KeyValueCache | None = None,
         first_slot: int = 0,
         monitor: CoreMonitor | None = None,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Run the loop.
 
         Args:
             state: initial state, (batch, sequence, dim), float32 or wider.
             encoded: output of the prelude, the same shape.
-            plan: T and k.
+            plan: T of each sequence, and k.
             context: rotary tables, mask, compute dtype.
             cache: keys and values of earlier positions; iteration t uses slots first_slot + t * layers ...
             first_slot: first cache slot of the loop.
             monitor: receives the measurements of the last iteration.
 
         Returns:
-            The state after T iterations.
+            The state after each sequence's last iteration, (batch, sequence, dim), and what trained halting adds.
         """
-        encoded = self.encoded_norm(encoded)
-        previous = state
-        for t in range(plan.loops):
-            previous, slot = state, first_slot + t * len(self.layers)
-            with_grad = torch.is_grad_enabled() and t >= plan.loops - plan.loops_with_grad
-            with torch.set_grad_enabled(with_grad):
-                if with_grad and self.checkpoint_iterations:
+        inputs = self.prepare(encoded, plan, context)
+        if not plan.uniform:  # the deepest first: a pass takes the sequences that need it from the top
+            order = torch.tensor(plan.order, device=state.device)
+            state, inputs = state[order], inputs.rows(order)
+        initial = self.injection.open(state if self.initial is None else self.initial.expand_as(state))
+        tracker = None if self.halting is None else make_tracker(self.halting, self.config)
+        state, previous = initial[:0], initial[:0]
+        for number, tick in enumerate(plan.ticks(), start=1):
+            active = len(tick.ages)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and tick.with_grad):
+                previous = torch.cat((state, initial[len(state) : active])) if active > len(state) else state
+                t, part = torch.tensor(tick.ages, device=state.device), inputs.rows(slice(active))
+                if torch.is_grad_enabled() and self.checkpoint_iterations:
                     # The reentrant kind gives wrong gradients under sharding, without an error.
-                    state = checkpoint(self.iterate, state, encoded, context, use_reentrant=False)
+                    state = checkpoint(self.iterate, previous, t, part, use_reentrant=False)
                 else:
-                    state = self.iterate(state, encoded, context, cache, slot)
+                    state = self.iterate(previous, t, part, cache, first_slot + tick.ages[0] * len(self.layers))
+                if tracker is not None:
+                    tracker.update(self.injection.close(state), last=number == plan.deepest)
         if monitor is not None:
-            monitor.measure(previous, state, self.injection.spectral_radius())
-        return state
+            close, radius = self.injection.close, self.injection.spectral_radius()
+            monitor.measure(close(previous), close(state), radius)
+        state, extras = (self.injection.close(state), {}) if tracker is None else tracker.result()
+        if not plan.uniform:
+            back = order.argsort()
+            state, extras = state[back], {name: value[back] for name, value in extras.items()}
+        if self.initial is not None:  # a gradient, if zero, also where truncation cuts it off: ranks reduce the same
+            state = state + 0 * self.initial
+        return self.finish(state), {name: self.finish(v) if name == "states" else v for name, v in extras.items()}
+
+    def prepare(self, encoded: torch.Tensor, plan: DepthPlan, context: LayerContext) -> LoopInputs:
+        """What is computed once for all iterations."""
+        if self.encoded_norm is not None:
+            encoded = self.encoded_norm(encoded)
+        if self.input_matrix is not None:
+            encoded = self.input_matrix(encoded)
+        total = torch.tensor(plan.iterations, device=encoded.device)
+        values = [layer.token_values(context) for layer in self.layers]  # type: ignore[operator]
+        return LoopInputs(encoded, context, total, values)
+
+    def finish(self, state: torch.Tensor) -> torch.Tensor:
+        """What the coda reads of the last state."""
+        if self.last_norm is not None:
+            state = self.last_norm(state)
+        return state if self.output_matrix is None else self.output_matrix(state)
+
+
+class IdentityLinear(Linear):
+    """A square matrix that starts as the identity, applied in the dtype of the weight."""
+
+    INITIAL_VALUES = {"weight": lambda shape: torch.eye(shape[0])}  # noqa: RUF012
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., dim) -> (..., dim)."""
+        return linear(x.to(self.weight.dtype), self.weight)

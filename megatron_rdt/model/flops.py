@@ -1,34 +1,91 @@
 """Floating-point operations of what was really executed.
 
-A multiply and an add are two operations. A forward pass costs 2 per weight of a matrix and token, plus attention's
-two products over the keys that a causal query sees, (sequence + 1) / 2 on average. A backward pass costs twice its
+A multiply and an add are two operations. A forward pass costs 2 per weight of a matrix and token (of experts, those that
+a token is sent to), plus attention's two products over the keys that a query sees. A backward pass costs twice its
 forward. Iterations without gradient cost their forward only; recomputation by checkpointing is not counted (MFU).
 """
 
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
 from megatron_rdt.config import ModelConfig
-from megatron_rdt.model.feedforward import ffn_width
+from megatron_rdt.model.attention import TokenValues
+from megatron_rdt.model.moe import MixtureOfExperts
+from megatron_rdt.model.rdt import RecurrentDepthTransformer
+from megatron_rdt.model.signals import AdaLnSignal
 
 BACKWARD_FACTOR = 2
 
 
-def layer_forward_flops(config: ModelConfig, sequence: int) -> float:
-    """Per token and layer, forward."""
-    head_dim = config.dim // config.heads
-    attention_weights = 2 * config.dim * head_dim * (config.heads + config.kv_heads)
-    weights = attention_weights + 3 * config.dim * ffn_width(config)
-    return 2 * weights + 4 * config.dim * (sequence + 1) / 2
+@dataclass(frozen=True)
+class ForwardFlops:
+    """Per token, forward.
+
+    Attributes:
+        prelude: before the loop, the embedding is a look-up and costs nothing.
+        iteration: of one iteration of the core.
+        around: what the core does once.
+        coda: after the loop, with the output matrix.
+    """
+
+    prelude: float
+    iteration: float
+    around: float
+    coda: float
 
 
-def training_flops(config: ModelConfig, sequence: int, loops: int, loops_with_grad: int) -> float:
-    """Per token, forward and backward, for T = `loops` of which the last `loops_with_grad` carry gradient."""
-    layer = layer_forward_flops(config, sequence)
-    once = (config.prelude_layers + config.coda_layers) * layer + 2 * config.vocab_size * config.dim
-    core = config.core_layers * layer
-    return (1 + BACKWARD_FACTOR) * once + (loops + BACKWARD_FACTOR * loops_with_grad) * core
+def matrix_weights(module: nn.Module) -> float:
+    """Weights of a module's matrices that a token is multiplied with."""
+    total = 0.0
+    for part in module.modules():
+        if isinstance(part, TokenValues | AdaLnSignal):  # a look-up; once per sequence
+            continue
+        share = part.chosen / part.experts if isinstance(part, MixtureOfExperts) else 1.0
+        for weight in part.parameters(recurse=False):
+            total += weight.numel() * (share if weight.dim() == 3 else 1.0 if weight.dim() == 2 else 0.0)
+    return total
 
 
-def forward_flops(config: ModelConfig, sequence: int, loops: int) -> float:
-    """Per token, forward only."""
-    layer = layer_forward_flops(config, sequence)
-    layers = config.prelude_layers + loops * config.core_layers + config.coda_layers
-    return layers * layer + 2 * config.vocab_size * config.dim
+def mean_keys(config: ModelConfig, sequence: int) -> float:
+    """Keys that a query sees, itself included, on average over a sequence."""
+    window = min(config.window or sequence, sequence)
+    return (window * (window + 1) / 2 + (sequence - window) * window) / sequence
+
+
+def attention_flops(config: ModelConfig, sequence: int) -> float:
+    """Of the two products of one layer's attention, per token."""
+    mla = config.attention == "mla"
+    channels = config.nope_dim + config.rope_dim + config.value_dim if mla else 2 * config.head_dim
+    return 2 * config.heads * channels * mean_keys(config, sequence)
+
+
+def forward_flops(config: ModelConfig, sequence: int) -> ForwardFlops:
+    """What the parts of a forward pass cost."""
+    with torch.device("meta"):
+        model = RecurrentDepthTransformer(config)
+    attention = attention_flops(config, sequence)
+
+    def layers(modules: nn.ModuleList) -> float:
+        return sum(2 * matrix_weights(layer) + attention for layer in modules)
+
+    core = model.core
+    around = sum(2 * matrix_weights(part) for part in (core.input_matrix, core.output_matrix) if part is not None)
+    iteration = layers(core.layers) + 2 * (matrix_weights(core.injection) + matrix_weights(core.signals))
+    head = 2 * config.vocab_size * config.dim
+    return ForwardFlops(layers(model.prelude), iteration, around, layers(model.coda) + head)
+
+
+def training_flops(config: ModelConfig, forward: ForwardFlops, loops: float, loops_with_grad: float) -> float:
+    """Per token, forward and backward.
+
+    Args:
+        config: of the model.
+        forward: of `forward_flops`.
+        loops: T, or its mean over sequences.
+        loops_with_grad: min(k, T), or its mean.
+    """
+    codas = loops if config.halting == "gate" else 1  # the gate's objective reads every iteration out
+    once = forward.prelude + forward.around + codas * forward.coda
+    return (1 + BACKWARD_FACTOR) * once + (loops + BACKWARD_FACTOR * loops_with_grad) * forward.iteration

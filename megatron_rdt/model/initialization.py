@@ -2,41 +2,60 @@
 
 Matrices: truncated normal (3 standard deviations) of variance 2 / (5 dim), as in Huginn (arXiv:2502.05171);
 projections back into the residual stream are smaller by sqrt(2 x layers), so that the stream's variance does not
-grow with the number of layers. Norms start at 1, the injection at the decay given in `injection`.
+grow with the number of layers. Norms start at 1; what else is not normal, a module says itself in INITIAL_VALUES.
 """
 
 import math
 
 import torch
+from torch import nn
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth.hashing import hash64
-from megatron_rdt.model.injection import INJECTIONS
 from megatron_rdt.model.rdt import RecurrentDepthTransformer
 
-RESIDUAL_OUTPUTS = ("attention.output.weight", "feedforward.down.weight")
+RESIDUAL_OUTPUTS = ("attention.output.weight", "feedforward.down.weight", "feedforward.down", "shared.down.weight")
 
 
-def initial_parameter(config: ModelConfig, name: str, shape: torch.Size, seed: int) -> torch.Tensor:
+def initial_parameter(model: RecurrentDepthTransformer, name: str, shape: torch.Size, seed: int) -> torch.Tensor:
     """The full, unsharded float32 value of the parameter `name`, on the CPU.
 
     Args:
-        config: the model's config.
+        model: the model, possibly sharded or on the meta device; only its structure is used.
         name: the parameter's name in `model.named_parameters()`.
         shape: its full shape.
         seed: seed of the run.
     """
-    module, _, leaf = name.rpartition(".")
-    if module.endswith("injection"):
-        return torch.full(shape, INJECTIONS[config.injection].INITIAL_VALUES[leaf])
-    if module.endswith("norm"):
-        return torch.ones(shape)
+    place, _, leaf = name.rpartition(".")
+    own = getattr(model.get_submodule(place), "INITIAL_VALUES", {})
+    if leaf in own:
+        value = own[leaf]
+        return value(shape) if callable(value) else torch.full(shape, float(value))
+    std = initial_std(model.config, name)
+    generator = torch.Generator().manual_seed(hash64(seed, "weights", name) >> 1)
+    return nn.init.trunc_normal_(torch.empty(shape), std=std, a=-3 * std, b=3 * std, generator=generator)
+
+
+def initial_std(config: ModelConfig, name: str) -> float:
+    """Standard deviation of a normal parameter."""
     std = math.sqrt(2 / (5 * config.dim))
     if name.endswith(RESIDUAL_OUTPUTS):
         std /= math.sqrt(2 * (config.prelude_layers + config.core_layers + config.coda_layers))
-    generator = torch.Generator().manual_seed(hash64(seed, "weights", name) >> 1)
-    value = torch.empty(shape)
-    return torch.nn.init.trunc_normal_(value, std=std, a=-3 * std, b=3 * std, generator=generator)
+    return std
+
+
+def reset_buffers(model: nn.Module, device: torch.device | str = "cpu") -> None:
+    """Give every buffer memory, on `device` if it has none, and its value at the start of a run."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                module.register_buffer(
+                    name,
+                    torch.empty_like(buffer, device=device),
+                    persistent=name not in module._non_persistent_buffers_set,
+                )
+        if hasattr(module, "reset_buffers"):
+            module.reset_buffers()  # type: ignore[operator]
 
 
 @torch.no_grad()
@@ -45,5 +64,6 @@ def initialize(model: RecurrentDepthTransformer, seed: int) -> RecurrentDepthTra
     if any(parameter.is_meta for parameter in model.parameters()):
         model.to_empty(device="cpu")
     for name, parameter in model.named_parameters():
-        parameter.copy_(initial_parameter(model.config, name, parameter.shape, seed))
+        parameter.copy_(initial_parameter(model, name, parameter.shape, seed))
+    reset_buffers(model)
     return model

@@ -1,5 +1,7 @@
 """Root-mean-square normalisation (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -10,6 +12,8 @@ class RMSNorm(nn.Module):
 
     The residual stream is float32, so the statistics are too; callers round the result to the compute dtype.
     """
+
+    INITIAL_VALUES: ClassVar[dict[str, float]] = {"weight": 1.0}
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()

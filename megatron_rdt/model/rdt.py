@@ -1,7 +1,7 @@
 """RecurrentDepthTransformer: prelude once, recurrent core T times, coda once."""
 
 from numbers import Integral
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -14,6 +14,8 @@ from megatron_rdt.model.context import CoreMonitor, LayerContext
 from megatron_rdt.model.core import RecurrentCore
 from megatron_rdt.model.layer import Layer
 from megatron_rdt.model.linear import Linear, linear
+from megatron_rdt.model.loss import cross_entropy, soften
+from megatron_rdt.model.masks import attention_mask
 from megatron_rdt.model.norm import RMSNorm
 from megatron_rdt.model.rope import rotary_tables
 from megatron_rdt.model.state import normal_state
@@ -67,45 +69,52 @@ class RecurrentDepthTransformer(nn.Module):
     Attributes:
         compute_dtype: dtype of matrix products; None means the dtype of the weights. The residual stream and the
             recurrent state keep the dtype of the weights (float32).
+        z_weight: weight of the squared log-partition function in the loss.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.dim)
-        self.prelude = nn.ModuleList(Layer(config) for _ in range(config.prelude_layers))
+        self.prelude = nn.ModuleList(Layer(config, i) for i in range(config.prelude_layers))
         self.core = RecurrentCore(config)
-        self.coda = nn.ModuleList(Layer(config) for _ in range(config.coda_layers))
+        first = config.prelude_layers + config.core_layers
+        self.coda = nn.ModuleList(Layer(config, first + i) for i in range(config.coda_layers))
         self.final_norm = RMSNorm(config.dim, config.norm_eps)
         self.head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
         self.compute_dtype: torch.dtype | None = None
+        self.z_weight = 0.0
 
     def forward(
         self,
         tokens: torch.Tensor,
         depth: DepthPlan | int,
         *,
+        targets: torch.Tensor | None = None,
         cache: DepthCache | None = None,
         start: int = 0,
         positions: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
+        documents: torch.Tensor | None = None,
         monitor: CoreMonitor | None = None,
-    ) -> torch.Tensor:
-        """Logits of the next token at every position.
+    ) -> Any:
+        """Logits of the next token at every position, or the losses of predicting `targets`.
 
         Args:
             tokens: (batch, sequence) token ids, int64.
             depth: a plan, or an int T: T iterations for every sequence, gradient through all of them.
+            targets: (batch, sequence) ids to predict; with them the full logits never exist.
             cache: keys and values of the first `start` positions; extended by this call. Slots are
                 numbered prelude layers first, then (iteration, core layer), then coda layers.
             start: number of positions that the cache already holds.
             positions: (sequence,) or (batch, sequence); default start, start + 1, ...
             mask: boolean, True where a query may look, broadcastable to (batch, heads, sequence, keys);
-                default causal.
+                default causal, within the sliding window.
+            documents: (batch, sequence) number of the document that each token belongs to; a query sees its own only.
             monitor: receives measurements of the loop.
 
         Returns:
-            (batch, sequence, vocab_size) in the compute dtype.
+            Logits (batch, sequence, vocab_size) in the compute dtype. With `targets`, the dictionary of `losses`.
 
         Raises:
             ValueError: the tokens have another shape, the depth has no meaning, or the cache does not hold `start`
@@ -119,31 +128,100 @@ class RecurrentDepthTransformer(nn.Module):
             self._check_cache(cache, start, plan.loops)
         if positions is None:
             positions = torch.arange(start, start + sequence, device=tokens.device)
-        if mask is None and start > 0:
-            keys = torch.arange(start + sequence, device=tokens.device)
-            mask = keys <= torch.arange(start, start + sequence, device=tokens.device)[:, None]
+        if mask is None:
+            mask = attention_mask(sequence, start, self.config.window, documents, tokens.device)
 
-        x = self.embedding(tokens)
+        x = self.embed(tokens)
         dtype = self.compute_dtype or x.dtype
-        head_dim = self.config.dim // self.config.heads
-        context = LayerContext(rotary_tables(positions, head_dim, self.config.rope_base, dtype), mask, dtype)
-        state = self.initial_state(x, plan, positions)
+        rotary = rotary_tables(positions, self.config.rotary_dim, self.config.rope_base, dtype)
+        context = LayerContext(rotary, mask, dtype, tokens, start)
+        embedded = x
         for slot, layer in enumerate(self.prelude):
             x = layer(x, context, cache, slot)
         slot = len(self.prelude)
-        x = self.core(state, x, plan, context, cache, slot, monitor)
-        slot += plan.loops * self.config.core_layers
-        for offset, layer in enumerate(self.coda):
-            x = layer(x, context, cache, slot + offset)
-        x = self.final_norm(x).to(dtype)
-        return linear(x, self.embedding.weight) if self.head is None else self.head(x)
+        state = self.initial_state(embedded, x, plan, positions)
+        x, extras = self.core(state, x, plan, context, cache, slot, monitor)
+        slot += plan.deepest * self.config.core_layers
+        if targets is not None:
+            return self.losses(x, extras, targets, context)
+        features = self.read_out(x, context, cache, slot)
+        return soften(linear(features, self._output_matrix()), self.config.logit_softcap)
 
-    def initial_state(self, embedded: torch.Tensor, plan: DepthPlan, positions: torch.Tensor) -> torch.Tensor:
-        """h_0 for token embeddings of shape (batch, sequence, dim), in their dtype."""
-        if self.config.state_init == "zero":
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(batch, sequence) -> (batch, sequence, dim)."""
+        embedded = self.embedding(tokens)
+        return embedded * self.config.dim**0.5 if self.config.scale_embedding else embedded
+
+    def read_out(
+        self,
+        state: torch.Tensor,
+        context: LayerContext,
+        cache: DepthCache | None = None,
+        first_slot: int = 0,
+    ) -> torch.Tensor:
+        """Coda and final norm: the features (batch, sequence, dim) that the output matrix reads."""
+        x = self.final_norm(state) if self.config.core_norm == "last_shared" else state
+        for offset, layer in enumerate(self.coda):
+            x = layer(x, context, cache, first_slot + offset)
+        return self.final_norm(x).to(context.compute_dtype)
+
+    def losses(
+        self,
+        state: torch.Tensor,
+        extras: dict[str, torch.Tensor],
+        targets: torch.Tensor,
+        context: LayerContext,
+    ) -> dict[str, torch.Tensor]:
+        """Sums over the tokens of the batch, 0-dimensional.
+
+        Returns:
+            "objective": what to minimise, with gradient; "cross_entropy" of the last iteration's prediction; what
+            the model adds, each where it has it: "ponder" (iterations and remainder of ACT), "exit_entropy" and
+            "exit_iteration" (of the exit gate's distribution).
+        """
+        config, matrix = self.config, self._output_matrix()
+        options: dict[str, Any] = {"softcap": config.logit_softcap, "z_weight": self.z_weight}
+        if config.halting != "gate":
+            objective, entropy, _ = cross_entropy(self.read_out(state, context), matrix, targets, **options)
+            if config.halting == "none":
+                return {"objective": objective, "cross_entropy": entropy}
+            ponder = extras["ponder"].sum()
+            return {
+                "objective": objective + config.halting_weight * ponder,
+                "cross_entropy": entropy,
+                "ponder": ponder.detach(),
+            }
+        exits, objective, entropy = extras["exit"], state.new_zeros(()), state.new_zeros(())
+        for probability, reached in zip(exits, extras["states"]):
+            features = self.read_out(reached, context)
+            part, entropy, _ = cross_entropy(features, matrix, targets, weights=probability, **options)
+            objective = objective + part
+        last, _, _ = cross_entropy(features.detach(), matrix.detach(), targets, softcap=config.logit_softcap)
+        exit_entropy = torch.special.entr(exits).sum()
+        iterations = torch.arange(1, len(exits) + 1, device=exits.device, dtype=exits.dtype)
+        return {
+            "objective": objective - config.halting_weight * exit_entropy,
+            "cross_entropy": last,
+            "exit_entropy": exit_entropy.detach(),
+            "exit_iteration": (iterations @ exits.detach().flatten(1)).sum(),
+        }
+
+    def _output_matrix(self) -> torch.Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def initial_state(
+        self, embedded: torch.Tensor, encoded: torch.Tensor, plan: DepthPlan, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """h_0 for token embeddings and encoded inputs of shape (batch, sequence, dim), in their dtype.
+
+        A learned one is the core's, since its weights are gathered there.
+        """
+        if self.config.state_init in ("zero", "learned"):
             return torch.zeros_like(embedded)
         if self.config.state_init == "embedding":
             return embedded
+        if self.config.state_init == "encoded":
+            return encoded
         batch = embedded.shape[0]
         seeds = plan.state_seeds or (0,) * batch
         noise = normal_state(seeds, positions, self.config.dim, self.config.state_std)

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), the half-split layout of Llama.
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864).
 
 Angles are computed from positions at every forward pass: no table, so no maximum length, and nothing that a
 meta-device load could leave uninitialised.
@@ -28,7 +28,13 @@ def rotary_tables(
     return angles.cos().to(dtype).unsqueeze(-3), angles.sin().to(dtype).unsqueeze(-3)
 
 
-def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Rotate (batch, heads, sequence, head_dim) by the angles of its positions; channel i pairs with i + head_dim / 2."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
+def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, pairing: str = "half") -> torch.Tensor:
+    """Rotate (batch, heads, sequence, head_dim) by the angles of its positions.
+
+    Channel i pairs with i + head_dim / 2 ("half"), or channel 2i with 2i + 1 ("adjacent").
+    """
+    if pairing == "half":
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((first * cosines - second * sines, second * cosines + first * sines), dim=-1).flatten(-2)

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn import functional
 
 from megatron_rdt.config import OptimizerConfig, RunConfig
 from megatron_rdt.depth.plan import DepthPlan
@@ -28,12 +27,6 @@ class MicroBatch:
 
     tokens: torch.Tensor
     plan: DepthPlan
-
-
-def loss_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Summed cross entropy of (batch, sequence, vocab) logits, in float32 or wider, 0-dimensional."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
@@ -115,29 +108,32 @@ class Engine(ABC):
         """Apply precision and activation checkpointing to the bare model."""
         model.compute_dtype = COMPUTE_DTYPES[self.config.train.precision]
         model.core.checkpoint_iterations = self.config.depth.checkpoint == "per_iteration"
+        model.z_weight = self.config.train.z_loss
 
-    def forward_backward(self, batch: Sequence[MicroBatch], monitor: CoreMonitor | None = None) -> float:
-        """Accumulate the gradients of the mean loss per token of the global batch.
+    def forward_backward(self, batch: Sequence[MicroBatch], monitor: CoreMonitor | None = None) -> dict[str, float]:
+        """Accumulate the gradients of the mean objective per token of the global batch.
 
         Args:
             batch: this rank's micro-batches; every rank has the same number of them and of tokens.
             monitor: receives measurements of the last micro-batch.
 
         Returns:
-            The mean loss per token over all ranks.
+            What `RecurrentDepthTransformer.losses` names, each as the mean per token over all ranks.
         """
         tokens = sum(micro.tokens[:, 1:].numel() for micro in batch)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        totals: dict[str, torch.Tensor] = {}
         for index, micro in enumerate(batch):
             last = index == len(batch) - 1
             inputs = micro.tokens.to(self.device, non_blocking=True)
             self.prepare_backward(last)
-            logits = self.module(inputs[:, :-1], micro.plan, monitor=monitor if last else None)
-            loss = loss_sum(logits, inputs[:, 1:])
-            total += loss.detach()
+            losses = self.module(inputs[:, :-1], micro.plan, targets=inputs[:, 1:], monitor=monitor if last else None)
+            for name, value in losses.items():
+                totals[name] = totals.get(name, 0) + value.detach().double()
             # Ranks are averaged by the reduction, so this rank's share is over its own tokens.
-            self.backward(loss / tokens, last)
-        return float(self.sum_over_ranks(total / tokens)) / self.world_size
+            self.backward(losses["objective"] / tokens, last)
+        names = sorted(totals)  # the same on every rank
+        means = self.sum_over_ranks(torch.stack([totals[name] / tokens for name in names])) / self.world_size
+        return dict(zip(names, means.tolist()))
 
     def prepare_backward(self, last: bool) -> None:
         """Called before each micro-batch's forward pass; `last` says whether its backward pass reduces."""

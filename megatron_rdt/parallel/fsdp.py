@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from megatron_rdt.model import RecurrentDepthTransformer, initial_parameter
+from megatron_rdt.model import RecurrentDepthTransformer, initial_parameter, reset_buffers
 from megatron_rdt.parallel.native import NativeEngine
 
 
@@ -28,6 +28,7 @@ class FullyShardedEngine(NativeEngine):
         fully_shard(model, mesh=mesh)
         model.to_empty(device=self.device)
         self._fill(model)
+        reset_buffers(model, self.device)
         self.configure(model)
         self.make_optimizer(model)
         self.module = model  # type: ignore[assignment]
@@ -38,7 +39,7 @@ class FullyShardedEngine(NativeEngine):
         for name, parameter in model.named_parameters():
             if not isinstance(parameter, DTensor):
                 raise TypeError(f"{name} is not sharded")
-            value = initial_parameter(model.config, name, parameter.shape, self.config.run.seed)
+            value = initial_parameter(model, name, parameter.shape, self.config.run.seed)
             value = value.to(device=self.device, dtype=parameter.dtype)
             shard = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.copy_(shard)

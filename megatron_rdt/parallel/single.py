@@ -29,7 +29,8 @@ class DataParallelEngine(NativeEngine):
         self.make_optimizer(model)
         ids = [self.device.index] if self.device.type == "cuda" else None
         # gradient_as_bucket_view would tie .grad to the buckets, which zero_grad(set_to_none) breaks.
-        self.module = DistributedDataParallel(model, device_ids=ids)
+        # The buffers are the same on every rank already.
+        self.module = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
     def prepare_backward(self, last: bool) -> None:
         """Reduce only on the last micro-batch of a step."""

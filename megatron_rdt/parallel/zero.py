@@ -18,7 +18,7 @@ import torch
 
 from megatron_rdt.environment import keep_deepspeed_on_cpu
 from megatron_rdt.errors import CheckpointError, ConfigError
-from megatron_rdt.model import RecurrentDepthTransformer, initial_parameter, initialize
+from megatron_rdt.model import RecurrentDepthTransformer, initial_parameter, initialize, reset_buffers
 from megatron_rdt.model.core import RecurrentCore
 from megatron_rdt.model.layer import Layer
 from megatron_rdt.parallel.engine import Engine, adamw, apply_options
@@ -124,10 +124,11 @@ class ZeroEngine(Engine):
         for prefix, module in model.named_modules():
             for leaf, parameter in module.named_parameters(recurse=False):
                 name = f"{prefix}.{leaf}"
-                value = initial_parameter(model.config, name, parameter.shape, self.config.run.seed)
+                value = initial_parameter(model, name, parameter.shape, self.config.run.seed)
                 setattr(module, leaf, torch.nn.Parameter(value.to(self.device, parameter.dtype)))
             if any(True for _ in module.parameters(recurse=False)):
                 deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=torch.float32)
+        reset_buffers(model, self.device)
 
     @property
     def _sharded(self) -> Any:

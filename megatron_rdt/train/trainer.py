@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -12,14 +13,15 @@ import torch
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import RunConfig, dump_config, load_config
 from megatron_rdt.data import Batch, BatchLoader, Tokenizer
-from megatron_rdt.depth import DepthSampler
+from megatron_rdt.depth import DepthPlan, DepthSampler
 from megatron_rdt.environment import ProcessPlace, process_place
 from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED, CheckpointError, TrainingError
 from megatron_rdt.evaluate.loss import validation_losses
 from megatron_rdt.files import exclusive, write_text
 from megatron_rdt.inference.generate import generate
 from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer
-from megatron_rdt.model.flops import training_flops
+from megatron_rdt.model.flops import forward_flops, training_flops
+from megatron_rdt.model.moe import rebalance
 from megatron_rdt.parallel import Engine, MicroBatch, make_engine
 from megatron_rdt.train.hardware import peak_flops, peak_memory_gb
 from megatron_rdt.train.health import Guard
@@ -93,6 +95,7 @@ class Trainer:
         self.corpus = self.data.corpus
         self.tokenizer = Tokenizer(self.corpus.tokenizer_directory)
         self.sampler = DepthSampler(config.depth, config.run.seed)
+        self.flops = forward_flops(config.model, config.train.sequence_length)
         self.guard = Guard(min(config.train.max_nonfinite_steps, config.train.steps))
         self.step, self.consumed, self.run_id = 0, 0, uuid.uuid4().hex
         self.parent: str | None = None
@@ -154,23 +157,26 @@ class Trainer:
         config, waited = self.config, time.perf_counter()
         size = config.train.micro_batch
         micro_batches = [
-            MicroBatch(batch.tokens[i : i + size], self.sampler.plan(self.step, batch.samples[i : i + size]))
+            MicroBatch(batch.tokens[i : i + size], self._plan(batch, slice(i, i + size)))
             for i in range(0, len(batch.samples), size)
         ]
-        monitor, plan = CoreMonitor(), micro_batches[-1].plan
-        loss = self.engine.forward_backward(micro_batches, monitor)
+        monitor = CoreMonitor()
+        losses = self.engine.forward_backward(micro_batches, monitor)
+        loss = losses.pop("cross_entropy")
         grad_norm = self.engine.clip(config.optimizer.grad_clip)
         lr = learning_rate(config.schedule, config.optimizer.lr, self.step, config.train.steps)
-        if self.guard.accept(self.step + 1, loss, grad_norm):
+        if self.guard.accept(self.step + 1, losses["objective"], grad_norm):
             self.engine.step(lr)
         else:
             self.engine.discard()
             self._say(f"step {self.step + 1}: loss {loss} or gradient norm {grad_norm} not finite, step skipped")
+        experts = rebalance(self.engine.model, config.model.balance_rate, self.engine.sum_over_ranks)
+        depth = self._depth_record()
         self.step += 1
         self.consumed += config.train.global_batch
         step_s = time.perf_counter() - began
         tokens = config.train.global_batch * config.train.sequence_length
-        flops = tokens * training_flops(config.model, config.train.sequence_length, plan.loops, plan.loops_with_grad)
+        flops = tokens * training_flops(config.model, self.flops, depth["loops_mean"], depth["loops_with_grad"])
         peak = peak_flops(self.device, config.train.precision)
         return {
             "step": self.step,
@@ -180,13 +186,31 @@ class Trainer:
             "grad_norm": grad_norm,
             "tokens_per_second": tokens / step_s,
             "mfu": flops / step_s / (peak * self.engine.world_size) if peak else None,
-            "loops_mean": float(plan.loops),
-            "loops_max": plan.loops,
-            "loops_with_grad": plan.loops_with_grad,
+            **depth,
             **_measured(monitor),
             "memory_gb": peak_memory_gb(self.device),
             "data_wait_s": waited - began,
             "step_s": step_s,
+            **({} if losses["objective"] == loss else losses),
+            **(experts or {}),
+        }
+
+    def _plan(self, batch: Batch, rows: slice) -> DepthPlan:
+        return self.sampler.plan(self.step, batch.samples[rows], batch.slots[rows])
+
+    def _depth_record(self) -> dict[str, Any]:
+        """Loop counts of the step, over the sequences of all ranks."""
+        train = self.config.train
+        plan = DepthPlan(
+            self.sampler.iterations(self.step, range(train.global_batch), train.micro_batch),
+            self.sampler.backprop(self.step),
+        )
+        counts = Counter(plan.iterations)
+        return {
+            "loops_mean": plan.total / train.global_batch,
+            "loops_max": plan.deepest,
+            "loops_with_grad": plan.total_with_grad / train.global_batch,
+            **({} if plan.uniform else {"loops_counts": {str(t): counts[t] for t in sorted(counts)}}),
         }
 
     def _after_step(self, record: dict[str, Any], console: Console) -> None:

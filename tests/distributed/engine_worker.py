@@ -59,8 +59,8 @@ def compare(engine: Engine, single: Engine, size: int, tokens: torch.Tensor) -> 
         if case_size != size:
             continue
         engine.model.core.checkpoint_iterations = checkpointing == "per_iteration"
-        loss = engine.forward_backward(micro_batches(tokens, engine, size, loops, k))
-        expected = single.forward_backward(micro_batches(tokens, single, len(tokens), loops, k))
+        loss = engine.forward_backward(micro_batches(tokens, engine, size, loops, k))["objective"]
+        expected = single.forward_backward(micro_batches(tokens, single, len(tokens), loops, k))["objective"]
         gradients, reference = engine.full_gradients(), single.full_gradients()
         assert set(gradients) == set(reference), set(gradients) ^ set(reference)
         for name, gradient in gradients.items():
@@ -92,8 +92,8 @@ def check_discard(engine: Engine, single: Engine, tokens: torch.Tensor) -> float
 def compare_bfloat16(name: str, tokens: torch.Tensor) -> dict[str, float]:
     """Largest relative difference of the loss and of any gradient; rounding differs with the size of the batch."""
     engine, single = engine_for(name, 2, "bfloat16"), engine_for("single", 2, "bfloat16")
-    loss = engine.forward_backward(micro_batches(tokens, engine, 2, 4, 2))
-    expected = single.forward_backward(micro_batches(tokens, single, 2, 4, 2))
+    loss = engine.forward_backward(micro_batches(tokens, engine, 2, 4, 2))["objective"]
+    expected = single.forward_backward(micro_batches(tokens, single, 2, 4, 2))["objective"]
     gradients, reference = engine.full_gradients(), single.full_gradients()
     assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
     return {

@@ -64,9 +64,9 @@ def reference(model: RecurrentDepthTransformer, tokens: torch.Tensor, loops: int
     def between(x, low, high):
         return low * (high / low) ** (0.5 + 0.5 * x / (1 + x.abs()))
 
-    a = -between(w["core.injection.rate"], 0.1, 10.0)
-    dt = between(w["core.injection.step"], 0.05, 5.0)
-    b = w["core.injection.gain"]
+    a = -between(w["core.injection.diagonal.rate"], 0.1, 10.0)
+    dt = between(w["core.injection.diagonal.step"], 0.05, 5.0)
+    b = w["core.injection.diagonal.gain"]
     if config.discretization == "zoh":
         decay, gain = (dt * a).exp(), ((dt * a).exp() - 1) / a * b
     else:

@@ -10,6 +10,7 @@ Attention runs as plain matrix products here, which the counter knows; fused ker
 
 import pytest
 import torch
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,21 +18,24 @@ from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
 from megatron_rdt.model.feedforward import ffn_width
-from megatron_rdt.model.flops import BACKWARD_FACTOR, forward_flops, layer_forward_flops, training_flops
-from megatron_rdt.parallel.engine import loss_sum
+from megatron_rdt.model.flops import BACKWARD_FACTOR, attention_flops, forward_flops, mean_keys, training_flops
 
 BATCH, LENGTH = 3, 24
 MODELS = [
     ModelConfig(vocab_size=61, dim=32, prelude_layers=1, core_layers=2, coda_layers=1, heads=4, kv_heads=2),
     ModelConfig(vocab_size=61, dim=48, prelude_layers=2, core_layers=1, coda_layers=0, heads=4, kv_heads=4, ffn_dim=80),
     ModelConfig(vocab_size=61, dim=32, heads=8, kv_heads=1, tie_embeddings=False),
+    ModelConfig(vocab_size=61, dim=32, attention="mla", query_rank=20, ffn="relu2", output_matrix=True),
+    ModelConfig(vocab_size=61, dim=32, core_ffn="moe", experts=4, experts_per_token=2, injection="linear"),
+    ModelConfig(vocab_size=61, dim=32, window=5, injection="gate", input_matrix=True),
 ]
+NAMES = ["grouped", "deep prelude", "untied", "latent", "experts", "window"]
 DEPTHS = [(1, None), (2, None), (6, None), (6, 1), (6, 4), (9, 3)]
 
 
 def attention_in_full(config: ModelConfig) -> float:
-    """Per token and layer: what the counter has more than the formula, two products over L - (L + 1) / 2 keys."""
-    return 2 * 2 * config.dim * (LENGTH - (LENGTH + 1) / 2)
+    """Per token and layer: what the counter has more than the formula, two products over all L keys."""
+    return attention_flops(config, LENGTH) * (LENGTH / mean_keys(config, LENGTH) - 1)
 
 
 def count(config: ModelConfig, plan: DepthPlan, *, train: bool, checkpointing: bool = False, bf16: bool = False) -> int:
@@ -40,7 +44,7 @@ def count(config: ModelConfig, plan: DepthPlan, *, train: bool, checkpointing: b
     model.compute_dtype = torch.bfloat16 if bf16 else None
     tokens = torch.randint(0, config.vocab_size, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(1))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
-        loss = loss_sum(model(tokens[:, :-1], plan), tokens[:, 1:])
+        loss = functional.cross_entropy(model(tokens[:, :-1], plan).float().flatten(0, 1), tokens[:, 1:].flatten())
         if train:
             loss.backward()
     return counter.get_total_flops()
@@ -52,21 +56,24 @@ def layer_passes(config: ModelConfig, loops: int, loops_with_grad: int) -> int:
     return (1 + BACKWARD_FACTOR) * once + (loops + BACKWARD_FACTOR * loops_with_grad) * config.core_layers
 
 
-@pytest.mark.parametrize("config", MODELS, ids=["grouped", "deep prelude", "untied"])
+@pytest.mark.parametrize("config", MODELS, ids=NAMES)
 @pytest.mark.parametrize(("loops", "backprop"), DEPTHS)
 def test_training(config: ModelConfig, loops: int, backprop: int | None) -> None:
     plan = DepthPlan((loops,) * BATCH, backprop)
-    formula = training_flops(config, LENGTH, plan.loops, plan.loops_with_grad)
+    formula = training_flops(config, forward_flops(config, LENGTH), plan.loops, plan.loops_with_grad)
     causal = layer_passes(config, plan.loops, plan.loops_with_grad) * attention_in_full(config)
-    assert count(config, plan, train=True) == (formula + causal) * BATCH * LENGTH
+    assert count(config, plan, train=True) == pytest.approx((formula + causal) * BATCH * LENGTH, rel=1e-12)
 
 
-@pytest.mark.parametrize("config", MODELS, ids=["grouped", "deep prelude", "untied"])
+@pytest.mark.parametrize("config", MODELS, ids=NAMES)
 @pytest.mark.parametrize("loops", [1, 2, 7])
 def test_forward(config: ModelConfig, loops: int) -> None:
     layers = config.prelude_layers + loops * config.core_layers + config.coda_layers
-    expected = forward_flops(config, LENGTH, loops) + layers * attention_in_full(config)
-    assert count(config, DepthPlan((loops,) * BATCH), train=False) == expected * BATCH * LENGTH
+    parts = forward_flops(config, LENGTH)
+    formula = parts.prelude + loops * parts.iteration + parts.around + parts.coda
+    expected = formula + layers * attention_in_full(config)
+    counted = count(config, DepthPlan((loops,) * BATCH), train=False)
+    assert counted == pytest.approx(expected * BATCH * LENGTH, rel=1e-12)
 
 
 @pytest.mark.parametrize("backprop", [None, 2])
@@ -75,8 +82,8 @@ def test_recomputation_is_not_counted_as_work(backprop: int | None) -> None:
     plain, checkpointed = (count(config, plan, train=True, checkpointing=on) for on in (False, True))
     # Recomputation stops at the last tensor that the backward pass needs, so the last product of each iteration,
     # the down projection of its last layer, is not repeated.
-    layer = layer_forward_flops(config, LENGTH) + attention_in_full(config)
-    iteration = config.core_layers * layer - 2 * ffn_width(config) * config.dim
+    iteration = forward_flops(config, LENGTH).iteration + config.core_layers * attention_in_full(config)
+    iteration -= 2 * ffn_width(config) * config.dim
     assert checkpointed - plain == plan.loops_with_grad * iteration * BATCH * LENGTH
 
 

@@ -77,13 +77,17 @@ class Poisoned(SingleEngine):
         super().setup(model)
         self.states: list[dict[str, torch.Tensor]] = []
 
-    def forward_backward(self, batch: Sequence[MicroBatch], monitor: CoreMonitor | None = None) -> float:
+    def forward_backward(self, batch: Sequence[MicroBatch], monitor: CoreMonitor | None = None) -> dict[str, float]:
         self.states.append(snapshot(self))
         bad = len(self.states) in self.bad
         parameter = self.model.core.layers[0].attention.query.weight
         hooks = []
         if bad and self.poisoned_loss:
-            hooks.append(self.model.register_forward_hook(lambda module, args, logits: logits * self.value))
+            hooks.append(
+                self.model.register_forward_hook(
+                    lambda module, args, losses: {name: loss * self.value for name, loss in losses.items()}
+                )
+            )
         elif bad:
             hooks.append(parameter.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), self.value)))
         try:

@@ -1,6 +1,4 @@
-"""Injection: how the encoded input enters the recurrent state at every iteration.
-
-The diagonal injection discretises dh/dt = a h + b e, one scalar equation per channel, with a < 0 and a step dt > 0:
+"""The diagonal injection discretises dh/dt = a h + b e, one scalar equation per channel, with a < 0 and a step dt > 0:
 
     zoh    h' = exp(dt a) h + ((exp(dt a) - 1) / a) b e
     euler  h' = (1 + dt a) h + dt b e
@@ -18,6 +16,8 @@ import torch
 from torch import nn
 
 from megatron_rdt.config import ModelConfig
+from megatron_rdt.model.injection.base import Injection
+from megatron_rdt.model.norm import RMSNorm
 
 # Bounds of |a| and dt. The slowest decay is exp(-0.1 * 0.05) = 0.995, which rounds to 0.99609 < 1 in bfloat16.
 RATE_BOUNDS = (0.1, 10.0)
@@ -43,8 +43,8 @@ def unbounded(value: float, bounds: tuple[float, float]) -> float:
     return signed / (1 - abs(signed))
 
 
-class DiagonalInjection(nn.Module):
-    """h' = decay * h + gain * e per channel, |decay| < 1 by construction.
+class DiagonalDecay(nn.Module):
+    """Decay and input gain per channel, |decay| < 1 by construction.
 
     Parameters, each of shape (dim,): `rate` gives |a|, `step` gives dt (both through `bounded`), `gain` is b.
     """
@@ -62,8 +62,8 @@ class DiagonalInjection(nn.Module):
         self.step = nn.Parameter(torch.empty(config.dim))
         self.gain = nn.Parameter(torch.empty(config.dim))
 
-    def coefficients(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(decay, input gain) as the forward pass uses them, each (dim,), float32 or wider."""
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(decay, input gain) as the recurrence uses them, each (dim,), float32 or wider."""
         rate = bounded(self.rate, RATE_BOUNDS)
         step = bounded(self.step, STEP_BOUNDS)
         gain = self.gain.to(rate.dtype)
@@ -73,16 +73,50 @@ class DiagonalInjection(nn.Module):
         step = step / (1 + step * rate / EULER_LIMIT)
         return 1 - step * rate, step * gain
 
-    def forward(self, state: torch.Tensor, encoded: torch.Tensor) -> torch.Tensor:
-        """One update: state and encoded (batch, sequence, dim) -> new state, float32 or wider."""
-        decay, gain = self.coefficients()
-        return decay * state + gain * encoded
-
-    def spectral_radius(self) -> torch.Tensor:
-        """Largest |decay| over channels, 0-dimensional: the radius of the linear part of the recurrence."""
-        decay, _ = self.coefficients()
+    def radius(self) -> torch.Tensor:
+        """Largest |decay| over channels, 0-dimensional, without gradient."""
+        decay, _ = self()
         return decay.detach().abs().max()
 
 
-INJECTIONS: dict[str, type[DiagonalInjection]] = {"diagonal": DiagonalInjection}
-"""Choices of `model.injection`; a new one is a class here."""
+class DiagonalInjection(Injection, name="diagonal"):
+    """x = decay * h + gain * e, h' = layers(x), as in Parcae (arXiv:2604.12946)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.diagonal = DiagonalDecay(config)
+
+    def read(
+        self, state: torch.Tensor, encoded: torch.Tensor, offset: torch.Tensor | float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The decayed state with the input added."""
+        decay, gain = self.diagonal()
+        return decay * state + gain * encoded + offset, state
+
+    def spectral_radius(self) -> torch.Tensor:
+        """Largest |decay|."""
+        return self.diagonal.radius()
+
+
+class ResidualInjection(Injection, name="residual"):
+    """x = norm(h + e), h' = decay * h + gain * e + layers(x): the decay goes around the layers, as in OpenMythos."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.diagonal = DiagonalDecay(config)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+
+    def read(
+        self, state: torch.Tensor, encoded: torch.Tensor, offset: torch.Tensor | float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The normalised sum; the carry is what the layers' output is added to."""
+        decay, gain = self.diagonal()
+        return self.norm(state + encoded + offset), decay * state + gain * encoded
+
+    def write(self, carry: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Add the layers' output."""
+        return carry + output
+
+    def spectral_radius(self) -> torch.Tensor:
+        """Largest |decay|."""
+        return self.diagonal.radius()

@@ -1,0 +1,108 @@
+"""Trained halting: a unit that reads the state after each iteration and says how likely a token is to stop there.
+
+ACT (Graves 2016, arXiv:1603.08983) mixes the states of all iterations by their halting probabilities; the ponder cost,
+iterations plus remainder, is added to the loss. The exit gate (Ouro, arXiv:2510.25741) mixes the losses instead and
+rewards the entropy of the exit distribution, so that no depth is given up early.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from megatron_rdt.config import ModelConfig
+
+
+class HaltingUnit(nn.Module):
+    """sigmoid(w h + b), in float32 or wider: (batch, sequence, dim) -> (batch, sequence)."""
+
+    # About one in twenty stops after the first iteration of an untrained model.
+    INITIAL_VALUES: ClassVar[dict[str, float]] = {"weight": 0.0, "bias": -3.0}
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.dim))
+        self.bias = nn.Parameter(torch.empty(1))
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        """Halting probabilities."""
+        return torch.sigmoid(state @ self.weight + self.bias)
+
+
+class ActTracker:
+    """The running sums of ACT over the iterations of one forward pass.
+
+    Weights sum to 1 for every token: what is left goes to the iteration in which the token stops, or to the last.
+
+    Args:
+        unit: gives the probabilities.
+        threshold: cumulative probability at which a token stops.
+    """
+
+    def __init__(self, unit: HaltingUnit, threshold: float) -> None:
+        self.unit, self.threshold = unit, threshold
+        self.cumulative: torch.Tensor | None = None
+        self.output: torch.Tensor | None = None
+        self.ponder: torch.Tensor | None = None
+
+    def update(self, state: torch.Tensor, last: bool) -> None:
+        """Count the state after an iteration, (sequences, tokens, dim); sequences that joined are the last rows."""
+        probability = self.unit(state)
+        cumulative = _joined(self.cumulative, probability)
+        output = _joined(self.output, state)
+        ponder = _joined(self.ponder, probability)
+        running = cumulative < self.threshold
+        left = 1 - cumulative
+        stops = (cumulative + probability >= self.threshold) | last
+        weight = torch.where(stops, left, probability) * running
+        # N + R: one for every iteration that was run, and the remainder where it stops. The second term is there so
+        # that the unit has a gradient, if zero, also when there is but one iteration.
+        self.ponder = ponder + running + torch.where(stops & running, left, 0.0) + 0 * probability
+        self.output = output + weight.unsqueeze(-1) * state
+        self.cumulative = torch.where(running, torch.where(stops, 1.0, cumulative + probability), cumulative)
+
+    def result(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The mixed state, and {"ponder": (sequences, tokens)}."""
+        assert self.output is not None
+        assert self.ponder is not None
+        return self.output, {"ponder": self.ponder}
+
+
+def _joined(sums: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """Running sums with zeros for the sequences of `like` that they do not have yet."""
+    if sums is None:
+        return torch.zeros_like(like)
+    if len(sums) == len(like):
+        return sums
+    return torch.cat((sums, torch.zeros_like(like[len(sums) :])))
+
+
+class GateTracker:
+    """Keeps the state and the exit probability of every iteration of one forward pass; all sequences have one T.
+
+    p_t = g_t (1 - g_1) ... (1 - g_(t-1)), and what is left at the last iteration.
+    """
+
+    def __init__(self, unit: HaltingUnit) -> None:
+        self.unit = unit
+        self.states: list[torch.Tensor] = []
+        self.probabilities: list[torch.Tensor] = []
+        self._left: torch.Tensor | None = None
+
+    def update(self, state: torch.Tensor, last: bool) -> None:
+        """Count the state after an iteration, (sequences, tokens, dim)."""
+        gate = self.unit(state)
+        left = torch.ones_like(gate) if self._left is None else self._left
+        self.states.append(state)
+        # The second term gives the unit a gradient, if zero, also when there is but one iteration.
+        self.probabilities.append(left + 0 * gate if last else gate * left)
+        self._left = left * (1 - gate)
+
+    def result(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The last state, and {"states": (T, sequences, tokens, dim), "exit": (T, sequences, tokens)}."""
+        return self.states[-1], {"states": torch.stack(self.states), "exit": torch.stack(self.probabilities)}
+
+
+def make_tracker(unit: HaltingUnit, config: ModelConfig) -> ActTracker | GateTracker:
+    """What follows the halting of one forward pass, by `model.halting`."""
+    return ActTracker(unit, config.halting_threshold) if config.halting == "act" else GateTracker(unit)

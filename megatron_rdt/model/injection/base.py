@@ -1,0 +1,53 @@
+"""Injection: how the encoded input enters the recurrent state at every iteration.
+
+One iteration of the core is
+
+    x, carry = read(h_t, e, offset)
+    h_(t+1)  = write(carry, layers(x))
+
+where h is the state, e the encoded input, `offset` what the signals add. `open` makes the state of the loop from the
+initial one, `close` turns it back; both are the identity unless the state has a form of its own.
+"""
+
+import torch
+from torch import nn
+
+
+class Injection(nn.Module):
+    """A choice of `model.injection`. A subclass in a file of this folder registers itself under `name`.
+
+    Attributes:
+        choices: all of them, by name.
+    """
+
+    choices: dict[str, type["Injection"]] = {}  # noqa: RUF012
+
+    def __init_subclass__(cls, name: str = "", **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if name:
+            Injection.choices[name] = cls
+
+    def open(self, state: torch.Tensor) -> torch.Tensor:
+        """The state of the loop, (batch, sequence, ...), from the initial one, (batch, sequence, dim)."""
+        return state
+
+    def read(
+        self, state: torch.Tensor, encoded: torch.Tensor, offset: torch.Tensor | float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the layers get, (batch, sequence, dim), and what `write` needs of the state; float32 or wider."""
+        raise NotImplementedError
+
+    def write(self, carry: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The next state from the layers' output, (batch, sequence, dim)."""
+        return output
+
+    def close(self, state: torch.Tensor) -> torch.Tensor:
+        """(batch, sequence, dim) for the coda, the halting unit and the monitor."""
+        return state
+
+    def spectral_radius(self) -> torch.Tensor:
+        """Radius of the linear part of the recurrence as the forward pass uses it, 0-dimensional, without gradient.
+
+        The linear part is what maps h_t to the layers' input and on, with the layers taken out.
+        """
+        raise NotImplementedError

@@ -1,0 +1,42 @@
+"""Gated injection: a mixture of state and encoded input, channel by channel, whose weights depend on the input.
+
+    g = LIMIT * sigmoid(W e + b)      x = g * h + (1 - g) * e
+
+Given e this is linear in h with a diagonal matrix, and g is below 1 by construction. The gate of a gated recurrent unit
+(Cho et al. 2014, arXiv:1406.1078), without the state in it: so the recurrence stays linear.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from megatron_rdt.config import ModelConfig
+from megatron_rdt.model.injection.base import Injection
+from megatron_rdt.model.linear import linear
+
+LIMIT = 0.995  # rounds to 0.99609 < 1 in bfloat16
+
+
+class GateInjection(Injection, name="gate"):
+    """x = g * h + (1 - g) * e with g = LIMIT * sigmoid(W e + b)."""
+
+    INITIAL_VALUES: ClassVar[dict[str, float]] = {"bias": 0.0}
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.dim, config.dim))
+        self.bias = nn.Parameter(torch.empty(config.dim))
+        self._largest: torch.Tensor | None = None
+
+    def read(
+        self, state: torch.Tensor, encoded: torch.Tensor, offset: torch.Tensor | float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mixture."""
+        gate = LIMIT * torch.sigmoid(linear(encoded, self.weight) + self.bias)
+        self._largest = gate.detach().max()
+        return gate * state + (1 - gate) * encoded + offset, state
+
+    def spectral_radius(self) -> torch.Tensor:
+        """The largest gate of the last forward pass; before the first, its bound."""
+        return torch.full((), LIMIT) if self._largest is None else self._largest

@@ -1,0 +1,74 @@
+"""Hyper-connections over iterations: N lanes of state, mixed, read and written with learned weights.
+
+After Zhu et al. 2024 (arXiv:2409.19606), with the loop in the place of the layers and with lanes that decay:
+
+    u_n = decay * sum_m P_nm h_m + gain * e       P = softmax over m of `mix`, (lanes, lanes)
+    x   = sum_n a_n u_n                           a = softmax of `read_weights`
+    h_n' = u_n + b_n (layers(x) - x)              b = `write_weights`
+
+Rows of P sum to 1, so the linear part h -> u is bounded by the largest |decay| < 1 in the maximum norm over lanes, for
+every value of the parameters. The coda reads sum_n a_n h_n.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from megatron_rdt.config import ModelConfig
+from megatron_rdt.model.injection.base import Injection
+from megatron_rdt.model.injection.diagonal import DiagonalDecay
+
+
+def _mostly_own_lane(shape: torch.Size) -> torch.Tensor:
+    """Logits of P: each lane keeps about half of itself at first."""
+    return torch.eye(shape[0]) * 1.0
+
+
+def _spread(shape: torch.Size) -> torch.Tensor:
+    """Lanes start different from each other, or they would stay the same for ever."""
+    return 1 + 0.5 * torch.linspace(-1, 1, shape[0]) if shape[0] > 1 else torch.ones(shape)
+
+
+class HyperInjection(Injection, name="hyper"):
+    """N lanes; the state of the loop is (batch, sequence, lanes, dim)."""
+
+    INITIAL_VALUES: ClassVar[dict[str, object]] = {
+        "mix": _mostly_own_lane,
+        "read_weights": 0.0,
+        "write_weights": _spread,
+    }
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.lanes = config.lanes
+        self.diagonal = DiagonalDecay(config)
+        self.mix = nn.Parameter(torch.empty(config.lanes, config.lanes))
+        self.read_weights = nn.Parameter(torch.empty(config.lanes))
+        self.write_weights = nn.Parameter(torch.empty(config.lanes))
+
+    def open(self, state: torch.Tensor) -> torch.Tensor:
+        """The same state in every lane."""
+        return state.unsqueeze(-2).expand(*state.shape[:-1], self.lanes, state.shape[-1])
+
+    def read(
+        self, state: torch.Tensor, encoded: torch.Tensor, offset: torch.Tensor | float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mix and decay the lanes, add the input, read them."""
+        decay, gain = self.diagonal()
+        mixed = torch.einsum("nm,bsmd->bsnd", self.mix.softmax(-1), state)
+        lanes = decay * mixed + (gain * encoded).unsqueeze(-2)
+        return self.close(lanes) + offset, lanes
+
+    def write(self, carry: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Add what the layers changed, times each lane's weight."""
+        change = (output - self.close(carry)).unsqueeze(-2)
+        return carry + self.write_weights[:, None] * change
+
+    def close(self, state: torch.Tensor) -> torch.Tensor:
+        """The weighted mean of the lanes."""
+        return torch.einsum("n,bsnd->bsd", self.read_weights.softmax(-1), state)
+
+    def spectral_radius(self) -> torch.Tensor:
+        """Largest |decay|, which bounds the radius of decay * P."""
+        return self.diagonal.radius()

@@ -1,0 +1,109 @@
+"""Cross entropy without the full logits: they exist for one chunk of tokens at a time, forward and backward.
+
+The loss is a scalar, so its gradient with respect to the features and the output matrix is known in the forward pass up
+to one factor. It is computed there, chunk by chunk, while the chunk's logits exist (the way of Liger-Kernel,
+arXiv:2410.10989); the backward pass only multiplies. No logits are kept and none are computed twice.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+# Logits of one chunk: at most about this many numbers.
+CHUNK_ELEMENTS = 1 << 22
+
+
+def soften(logits: torch.Tensor, softcap: float) -> torch.Tensor:
+    """softcap * tanh(logits / softcap), or the logits where `softcap` is 0 (Gemma 2, arXiv:2408.00118)."""
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The three sums of `cross_entropy`; only the first carries gradient."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        features: torch.Tensor,
+        matrix: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor | None,
+        softcap: float,
+        z_weight: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        wide = torch.promote_types(features.dtype, torch.float32)
+        rounded = matrix.to(features.dtype)
+        wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+        grad_features = torch.empty_like(features) if wanted[0] else None
+        grad_matrix = torch.zeros_like(matrix) if wanted[1] else None
+        grad_weights = torch.empty_like(weights) if wanted[2] and weights is not None else None
+        entropy = torch.zeros((), dtype=wide, device=features.device)
+        square = torch.zeros((), dtype=wide, device=features.device)
+        size = max(CHUNK_ELEMENTS // matrix.shape[0], 1)
+        for start in range(0, len(features), size):
+            rows = slice(start, start + size)
+            part, target = features[rows], targets[rows]
+            weight = None if weights is None else weights[rows]
+            logits = soften(functional.linear(part, rounded).to(wide), softcap)
+            partition = logits.logsumexp(-1)
+            each = partition - logits.gather(-1, target[:, None])[:, 0]
+            entropy += each.sum() if weight is None else (each * weight).sum()
+            square += partition.square().sum() if weight is None else (partition.square() * weight).sum()
+            if grad_weights is not None:
+                grad_weights[rows] = each + z_weight * partition.square()
+            if grad_features is None and grad_matrix is None:
+                continue
+            # d(each + z partition^2) / d logits = (1 + 2 z partition) softmax - one-hot
+            slope = None if not softcap else 1 - (logits / softcap).square()
+            grad = (logits - partition[:, None]).exp_()
+            if z_weight:
+                grad *= (1 + 2 * z_weight * partition)[:, None]
+            grad[torch.arange(len(target), device=target.device), target] -= 1
+            if weight is not None:
+                grad *= weight[:, None]
+            if slope is not None:
+                grad *= slope
+            grad = grad.to(features.dtype)
+            if grad_features is not None:
+                grad_features[rows] = grad @ rounded
+            if grad_matrix is not None:
+                grad_matrix += (grad.T @ part).to(grad_matrix.dtype)
+        ctx.save_for_backward(grad_features, grad_matrix, grad_weights)
+        ctx.mark_non_differentiable(entropy, square)
+        return entropy + z_weight * square, entropy, square
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        factor = grads[0]
+        scaled = [None if saved is None else saved * factor.to(saved.dtype) for saved in ctx.saved_tensors]
+        return scaled[0], scaled[1], None, scaled[2], None, None
+
+
+def cross_entropy(
+    features: torch.Tensor,
+    matrix: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    weights: torch.Tensor | None = None,
+    softcap: float = 0.0,
+    z_weight: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss of predicting `targets` from softmax(soften(features W^T)).
+
+    Args:
+        features: (..., dim), in the compute dtype.
+        matrix: W, (vocabulary, dim), float32 or wider; rounded to the dtype of the features.
+        targets: (...) token ids.
+        weights: (...) factor of each token, float32 or wider; None means 1. It may carry gradient.
+        softcap: see `soften`; 0 means none.
+        z_weight: weight of the squared log-partition function (PaLM, arXiv:2204.02311).
+
+    Returns:
+        Three 0-dimensional sums over tokens, float32 or wider: what to minimise, entropy + z_weight * square, with
+        gradient; the cross entropy; the squared log-partition function.
+    """
+    flat_weights = None if weights is None else weights.flatten()
+    return _ChunkedCrossEntropy.apply(
+        features.flatten(0, -2), matrix, targets.flatten(), flat_weights, softcap, z_weight
+    )

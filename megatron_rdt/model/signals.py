@@ -1,0 +1,110 @@
+"""Signals: what tells the core which iteration it is in. None, or any of three together.
+
+    sinusoidal  x = x + s * [sin(t f); cos(t f)] on the first eighth of the channels      before the layers
+    lora        y = y + B (r(t) * (A y)), A (rank, dim), B (dim, rank)                    after the layers
+    adaln       every norm of every core layer: n(x) (1 + scale(t, T)) + shift(t, T)      inside the layers
+
+t counts from 0. r, scale and shift are linear maps of sinusoidal features of t (and T), so all are defined for every
+t and T, also beyond those of the training. Sources: loop index of OpenMythos; adapters per iteration, Bae et al. 2024
+(arXiv:2410.20672); adaptive norms, Peebles and Xie 2023 (arXiv:2212.09748).
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from megatron_rdt.config import ModelConfig
+from megatron_rdt.model.linear import Linear, linear
+
+FEATURES = 64
+BASE = 10000.0
+INDEX_CHANNELS_SHARE = 8
+
+Modulation = tuple[torch.Tensor, torch.Tensor]
+"""(1 + scale, shift) of one norm, each (batch, 1, dim)."""
+
+
+def sinusoids(t: torch.Tensor, channels: int) -> torch.Tensor:
+    """(batch,) iteration numbers -> (batch, 1, channels): sines, then cosines, of geometric frequencies; float32."""
+    frequencies = BASE ** (-torch.arange(0, channels, 2, device=t.device, dtype=torch.float32) / channels)
+    angles = t.float()[:, None, None] * frequencies
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)[..., :channels]
+
+
+class SinusoidalSignal(nn.Module):
+    """A loop index on the first eighth of the channels, with a learned size."""
+
+    INITIAL_VALUES: ClassVar[dict[str, float]] = {"size": 0.1}
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dim, self.channels = config.dim, max(config.dim // INDEX_CHANNELS_SHARE, 2)
+        self.size = nn.Parameter(torch.empty(self.channels))
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        """What to add to the layers' input: (batch, 1, dim)."""
+        signal = sinusoids(t, self.channels).to(self.size.dtype) * self.size
+        return nn.functional.pad(signal, (0, self.dim - self.channels))
+
+
+class LoraSignal(nn.Module):
+    """A low-rank adapter whose rank-wise weights depend on t; zero at first."""
+
+    INITIAL_VALUES: ClassVar[dict[str, float]] = {"up": 0.0, "weights": 0.0, "bias": 1.0}
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.down = Linear(config.dim, config.signal_rank)
+        self.up = nn.Parameter(torch.empty(config.dim, config.signal_rank))
+        self.weights = nn.Parameter(torch.empty(config.signal_rank, FEATURES))
+        self.bias = nn.Parameter(torch.empty(config.signal_rank))
+
+    def forward(self, y: torch.Tensor, t: torch.Tensor, compute_dtype: torch.dtype) -> torch.Tensor:
+        """What to add to the layers' output y, (batch, sequence, dim)."""
+        features = sinusoids(t, FEATURES).to(self.weights.dtype)
+        scale = linear(features, self.weights) + self.bias
+        return linear((self.down(y.to(compute_dtype)) * scale).to(compute_dtype), self.up)
+
+
+class AdaLnSignal(nn.Module):
+    """Scale and shift of every norm of every core layer from (t, T); the identity at first."""
+
+    INITIAL_VALUES: ClassVar[dict[str, float]] = {"weights": 0.0}
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layers, self.dim = config.core_layers, config.dim
+        self.weights = nn.Parameter(torch.empty(config.core_layers * 4 * config.dim, 2 * FEATURES))
+
+    def forward(self, t: torch.Tensor, total: torch.Tensor) -> list[list[Modulation]]:
+        """Per layer, the modulations of its two norms."""
+        features = torch.cat((sinusoids(t, FEATURES), sinusoids(total, FEATURES)), dim=-1).to(self.weights.dtype)
+        values = linear(features, self.weights).unflatten(-1, (self.layers, 2, 2, self.dim))
+        return [
+            [(1 + values[:, :, layer, norm, 0], values[:, :, layer, norm, 1]) for norm in range(2)]
+            for layer in range(self.layers)
+        ]
+
+
+class Signals(nn.Module):
+    """The signals of `model.signals`; each does nothing where it is not chosen."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layers = config.core_layers
+        self.sinusoidal = SinusoidalSignal(config) if "sinusoidal" in config.signals else None
+        self.lora = LoraSignal(config) if "lora" in config.signals else None
+        self.adaln = AdaLnSignal(config) if "adaln" in config.signals else None
+
+    def offset(self, t: torch.Tensor) -> torch.Tensor | float:
+        """What is added to the layers' input."""
+        return 0.0 if self.sinusoidal is None else self.sinusoidal(t)
+
+    def modulations(self, t: torch.Tensor, total: torch.Tensor) -> list[list[Modulation]] | None:
+        """Per layer, the modulations of its norms."""
+        return None if self.adaln is None else self.adaln(t, total)
+
+    def adapt(self, y: torch.Tensor, t: torch.Tensor, compute_dtype: torch.dtype) -> torch.Tensor:
+        """The layers' output with the adapter's part added."""
+        return y if self.lora is None else y + self.lora(y, t, compute_dtype)

@@ -1,0 +1,87 @@
+"""Started by torchrun: trains every combination under FSDP2, resumes it in the middle, generates; writes a verdict."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from megatron_rdt import load
+from megatron_rdt.config import RunConfig, check_config, load_config
+from megatron_rdt.environment import leave_process
+from megatron_rdt.inference import generate
+from megatron_rdt.train.signals import StopRequest
+from megatron_rdt.train.trainer import Trainer
+
+
+def run(config: RunConfig, source: Path | None) -> Path:
+    """Train in this process group, from `source` or from scratch; the run's directory."""
+    check_config(config, dist.get_world_size())
+    stop, directory = StopRequest(), Path(config.run.root) / config.run.name
+    trainer = Trainer(config, directory, torch.device("cpu"), stop)
+    try:
+        assert trainer.run(source) == 0
+    finally:
+        trainer.close()
+        stop.close()
+    dist.barrier()
+    return directory
+
+
+def losses(run_directory: Path) -> dict[int, float]:
+    records = [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record["loss"] for record in records}
+
+
+def check(name: str, config_file: Path, half: int) -> dict[str, object]:
+    """What became of one combination."""
+    began = time.monotonic()
+    straight = run(load_config(config_file, {"run.name": name}), None)
+    source = straight / "checkpoints" / f"step-{half:08d}"
+    resumed = run(load_config(config_file, {"run.name": f"{name}-resumed"}), source)
+    expected, again = losses(straight), losses(resumed)
+    verdict: dict[str, object] = {
+        "steps": len(expected),
+        "first": sum(expected[step] for step in range(1, 6)) / 5,
+        "last": sum(expected[step] for step in sorted(expected)[-5:]) / 5,
+        "resumed_exactly": sorted(again) == list(range(half + 1, len(expected) + 1))
+        and all(again[step] == expected[step] for step in again),
+    }
+    if dist.get_rank() == 0:
+        model, tokenizer = load(straight, "cpu")
+        prompt = torch.tensor([tokenizer.encode("def "), tokenizer.encode("def ")])
+        texts = [
+            generate(model, prompt, 3, 12, temperature=0.7, seed=1, use_cache=cached).tolist()
+            for cached in (True, False)
+        ]
+        verdict["same_text_without_cache"] = texts[0] == texts[1]
+    verdict["seconds"] = time.monotonic() - began
+    dist.barrier()
+    return verdict
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--combinations", type=Path, help="YAML: {name: config}")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    dist.init_process_group("gloo")
+    verdicts = {}
+    combinations = yaml.safe_load(options.combinations.read_text())
+    for name, config in combinations.items():
+        file = options.out.with_name(f"{name}.yaml")
+        if dist.get_rank() == 0:
+            file.write_text(yaml.safe_dump(config))
+        dist.barrier()
+        verdicts[name] = check(name, file, config["checkpoint"]["every"])
+    if dist.get_rank() == 0:
+        options.out.write_text(json.dumps(verdicts))
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main()
+    leave_process(0)

@@ -1,0 +1,162 @@
+"""Every choice of the model and the depth: chosen from YAML, trains under FSDP2 on two processes, resumes exactly, generates.
+
+One process group runs all combinations one after the other; together they hold every choice of every axis, which a
+test checks against the schema.
+"""
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+
+from megatron_rdt.config import DepthConfig, ModelConfig, OptimizerConfig
+from tests.distributed.test_engines import start
+
+WORKER = Path(__file__).parent / "parts_worker.py"
+STEPS = 50
+MLA = {"attention": "mla", "kv_rank": 16, "nope_dim": 8, "rope_dim": 4, "value_dim": 8}
+MOE = {"core_ffn": "moe", "experts": 4, "experts_per_token": 2}
+COMBINATIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "plain": {
+        "model": {"injection": "diagonal", "discretization": "zoh", "state_init": "zero"},
+        "depth": {"scheme": "lognormal_poisson", "per": "step"},
+    },
+    "huginn": {
+        "model": {
+            "injection": "linear",
+            "norm_placement": "sandwich",
+            "core_norm": "last_shared",
+            "encoded_norm": False,
+            "qk_bias": True,
+            "rope_pairing": "adjacent",
+            "scale_embedding": True,
+            "state_init": "normal",
+        },
+        "depth": {"scheme": "poisson", "per": "micro_batch", "backprop": 2, "checkpoint": "per_iteration"},
+    },
+    "parcae": {
+        "model": {
+            "discretization": "euler",
+            "input_matrix": True,
+            "output_matrix": True,
+            "value_embeddings": "gated",
+            "qk_norm": "plain",
+            "ffn": "relu2",
+        },
+        "depth": {"scheme": "geometric", "bounds": "truncate", "per": "sequence", "backprop": 3},
+    },
+    "mythos": {
+        "model": {
+            **MLA,
+            **MOE,
+            "query_rank": 16,
+            "injection": "residual",
+            "signals": ["sinusoidal", "lora"],
+            "halting": "act",
+            "state_init": "encoded",
+        },
+        "depth": {"scheme": "fixed", "mean": 3},
+    },
+    "ouro": {
+        "model": {
+            "injection": "add",
+            "norm_placement": "peri",
+            "core_norm": "iteration",
+            "halting": "gate",
+            "state_init": "embedding",
+            "tie_embeddings": False,
+        },
+        "depth": {"scheme": "uniform", "curriculum": "linear", "curriculum_steps": 30},
+    },
+    "hyper": {
+        "model": {
+            "injection": "hyper",
+            "lanes": 3,
+            "signals": ["adaln"],
+            "state_init": "learned",
+            "qk_norm": "learned",
+            "window": 7,
+        },
+        "depth": {
+            "per": "sequence",
+            "backprop": 2,
+            "curriculum": "one_minus_sqrt",
+            "curriculum_steps": 30,
+            "curriculum_of": "both",
+            "checkpoint": "per_iteration",
+        },
+    },
+    "gate": {
+        "model": {"injection": "gate", "core_norm": "last", "logit_softcap": 15.0},
+        "depth": {"curriculum": "linear", "curriculum_steps": 30, "curriculum_of": "backprop", "backprop": 3},
+        "train": {"z_loss": 1e-4, "precision": "bfloat16"},
+    },
+}
+
+
+def whole(parts: dict[str, dict[str, Any]], root: Path, corpus: Path) -> dict[str, Any]:
+    """The YAML of one combination."""
+    sizes = {"vocab_size": 512, "dim": 32, "prelude_layers": 1, "core_layers": 2, "coda_layers": 1}
+    return {
+        "run": {"root": str(root)},
+        "model": {**sizes, "heads": 4, "kv_heads": 2, **parts["model"]},
+        "depth": {"mean": 2, "max": 5, **parts["depth"]},
+        "train": {
+            "steps": STEPS,
+            "global_batch": 8,
+            "micro_batch": 2,
+            "sequence_length": 24,
+            "device": "cpu",
+            **parts.get("train", {}),
+        },
+        "optimizer": {"lr": 5e-3, **parts.get("optimizer", {})},
+        "schedule": {"warmup_steps": 5},
+        "parallel": {"engine": "fsdp"},
+        "checkpoint": {"every": STEPS // 2, "keep": 0},
+        "data": {"path": str(corpus), "max_epochs": 100},
+        "eval": {"every": 0},
+        "logging": {"tensorboard": False, "every": STEPS},
+    }
+
+
+@pytest.mark.parametrize("schema", [ModelConfig, DepthConfig, OptimizerConfig], ids=lambda s: s.__name__)
+def test_the_combinations_hold_every_choice(schema: type) -> None:
+    section = {ModelConfig: "model", DepthConfig: "depth", OptimizerConfig: "optimizer"}[schema]
+    for field in dataclasses.fields(schema):
+        kind = typing.get_type_hints(schema)[field.name]
+        inner = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
+        if typing.get_origin(inner) is not Literal:
+            continue
+        default = [] if field.default is dataclasses.MISSING else field.default
+        values = [parts.get(section, {}).get(field.name, default) for parts in COMBINATIONS.values()]
+        found = {choice for value in values for choice in (value if isinstance(value, list) else [value])}
+        assert found >= set(typing.get_args(inner)), f"{section}.{field.name}"
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(600)
+def test_every_choice_trains_resumes_and_generates(tiny_corpus: Path, tmp_path: Path, repository: Path) -> None:
+    combinations = {name: whole(parts, tmp_path / "runs", tiny_corpus) for name, parts in COMBINATIONS.items()}
+    (tmp_path / "combinations.yaml").write_text(yaml.safe_dump(combinations))
+    words = [
+        str(WORKER),
+        "--combinations",
+        str(tmp_path / "combinations.yaml"),
+        "--out",
+        str(tmp_path / "verdict.json"),
+    ]
+    result = start("torchrun", words, repository, 590)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    verdicts = json.loads((tmp_path / "verdict.json").read_text())
+    print(json.dumps(verdicts, indent=1))
+    assert set(verdicts) == set(COMBINATIONS)
+    for name, verdict in verdicts.items():
+        assert verdict["steps"] == STEPS, name
+        assert verdict["last"] < verdict["first"] - 0.5, (name, verdict)
+        assert verdict["resumed_exactly"], name
+        assert verdict["same_text_without_cache"], name

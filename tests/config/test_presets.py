@@ -1,0 +1,100 @@
+"""Presets of published sizes: they load, they build on the meta device, their parameters are counted to the last one.
+
+Published totals: OpenMythos 0.5.0, counted on its own module; Parcae's and Huginn's, counted on theirs.
+"""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch.cli import main
+from megatron_rdt.config import ModelConfig, RunConfig, check_config, load_config
+from megatron_rdt.depth.distributions import loop_probabilities
+from megatron_rdt.model import RecurrentDepthTransformer
+from megatron_rdt.model.signals import FEATURES
+
+ROOT = Path(__file__).resolve().parents[2] / "configs" / "models"
+
+# Name: parameters here, parameters of the published model.
+TOTALS = {
+    "huginn_3.5b": (3_564_976_800, 3_564_976_800),
+    "openmythos_1b": (1_064_030_729, 1_064_028_034),
+    "openmythos_3b": (3_041_729_033, 3_041_725_186),
+    "openmythos_10b": (9_981_322_257, 9_981_316_994),
+    "openmythos_50b": (50_374_255_393, 50_374_247_426),
+    "openmythos_100b": (99_545_083_457, 99_545_072_130),
+    "openmythos_500b": (497_849_153_153, 497_849_137_154),
+    "openmythos_1t": (999_326_371_073, 999_326_352_386),
+    "parcae_140m": (144_323_904, 144_323_136),
+    "parcae_370m": (388_004_352, 388_003_328),
+    "parcae_770m": (776_656_960, 776_655_680),
+    "parcae_1_3b": (1_338_593_280, 1_338_591_744),
+}
+
+
+def ours_alone(name: str, config: RunConfig) -> dict[str, int]:
+    """Parameters that this project has and the published model has not, by part; negative where it is the other way."""
+    model = config.model
+    if name.startswith("huginn"):
+        return {}
+    if name.startswith("parcae"):
+        return {"gain of the input per channel; there it is the step": model.dim}
+    rank, loops = model.signal_rank, int(config.depth.mean)
+    return {
+        "step per channel; there one for all": model.dim - 1,
+        "size of the loop index per channel; there 1": model.dim // 8,
+        "adapter's weights as a function of t": rank * (FEATURES + 1),
+        "adapter's table over t": -rank * loops,
+    }
+
+
+def test_every_preset_is_counted() -> None:
+    assert {path.stem for path in ROOT.glob("*.yaml")} == set(TOTALS)
+
+
+@pytest.mark.parametrize("name", TOTALS)
+def test_parameters_are_those_of_the_published_model(name: str) -> None:
+    config = load_config(ROOT / f"{name}.yaml")
+    check_config(config, 1)
+    started = time.monotonic()
+    with torch.device("meta"):
+        model = RecurrentDepthTransformer(config.model)
+    assert time.monotonic() - started < 10  # seconds, also for 1T
+    count, published = TOTALS[name]
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+    assert count - published == sum(ours_alone(name, config).values())
+
+
+def test_large_parts_of_a_preset() -> None:
+    """The numbers above from the published dimensions alone: Huginn's, layer by layer."""
+    dim, inner, vocab = 5280, 17920, 65536
+    layer = 4 * dim * dim + 2 * dim + 3 * dim * inner + 4 * dim  # attention, biases, feed-forward, norms
+    assert vocab * dim + 8 * layer + 2 * dim * dim + dim == TOTALS["huginn_3.5b"][1]
+
+
+def test_depths_are_the_papers() -> None:
+    """E[T] and the share of T < 8 of Huginn (section 3.3 gives log-normal Poisson with mean 32), Parcae's Poisson 8."""
+    depth = load_config(ROOT / "huginn_3.5b.yaml").depth
+    table = loop_probabilities(depth)
+    assert float(table @ range(len(table))) == pytest.approx(33, abs=0.05)
+    assert float(table[:8].sum()) == pytest.approx(0.009, abs=0.001)
+    assert (depth.backprop, depth.per) == (8, "micro_batch")
+    depth = load_config(ROOT / "parcae_140m.yaml").depth
+    table = loop_probabilities(depth)
+    assert float(table @ range(len(table))) == pytest.approx(8, abs=0.001)
+    assert (depth.backprop, depth.per) == (4, "sequence")
+
+
+@pytest.mark.parametrize("name", ["huginn_3.5b", "parcae_1_3b", "openmythos_1t"])
+def test_print_config_shows_the_preset(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sys.argv", ["rdt", "train", "--config", str(ROOT / f"{name}.yaml"), "--print_config"])
+    with pytest.raises(SystemExit, match="^0$"):
+        main()
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    config = load_config(tmp_path / "printed.yaml")
+    assert config == load_config(ROOT / f"{name}.yaml")
+    assert config.model != ModelConfig()

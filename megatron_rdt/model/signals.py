@@ -4,8 +4,9 @@
     lora        y = y + B (r(t) * (A y)), A (rank, dim), B (dim, rank)                    after the layers
     adaln       every norm of every core layer: n(x) (1 + scale(t, T)) + shift(t, T)      inside the layers
 
-t counts from 0. r, scale and shift are linear maps of sinusoidal features of t (and T), so all are defined for every
-t and T, also beyond those of the training. Sources: loop index of OpenMythos; adapters per iteration, Bae et al. 2024
+t counts from 0. r, scale and shift are linear maps of sines and cosines of t (and T), so all are defined for every t and
+T, also beyond those of the training; half of the frequencies are evenly spaced, so that any values in the first
+FEATURES / 2 iterations can be met exactly, the other half are low and tell late iterations apart. Sources: loop index of OpenMythos; adapters per iteration, Bae et al. 2024
 (arXiv:2410.20672); adaptive norms, Peebles and Xie 2023 (arXiv:2212.09748).
 """
 
@@ -30,6 +31,19 @@ def sinusoids(t: torch.Tensor, channels: int) -> torch.Tensor:
     frequencies = BASE ** (-torch.arange(0, channels, 2, device=t.device, dtype=torch.float32) / channels)
     angles = t.float()[:, None, None] * frequencies
     return torch.cat((angles.sin(), angles.cos()), dim=-1)[..., :channels]
+
+
+def loop_features(t: torch.Tensor) -> torch.Tensor:
+    """(batch,) iteration numbers -> (batch, 1, FEATURES): sines, then cosines; float32.
+
+    Frequencies, n = FEATURES / 4: pi j / (n + 1/2) for j = 1 ... n, and below them n in geometric progression.
+    """
+    count = FEATURES // 4
+    steps = torch.arange(1, count + 1, device=t.device, dtype=torch.float32)
+    even = torch.pi / (count + 0.5) * steps
+    low = torch.pi / (count + 0.5) * BASE ** (-steps / count)
+    angles = t.float()[:, None, None] * torch.cat((even, low))
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
 class SinusoidalSignal(nn.Module):
@@ -62,7 +76,7 @@ class LoraSignal(nn.Module):
 
     def forward(self, y: torch.Tensor, t: torch.Tensor, compute_dtype: torch.dtype) -> torch.Tensor:
         """What to add to the layers' output y, (batch, sequence, dim)."""
-        features = sinusoids(t, FEATURES).to(self.weights.dtype)
+        features = loop_features(t).to(self.weights.dtype)
         scale = linear(features, self.weights) + self.bias
         return linear((self.down(y.to(compute_dtype)) * scale).to(compute_dtype), self.up)
 
@@ -79,7 +93,7 @@ class AdaLnSignal(nn.Module):
 
     def forward(self, t: torch.Tensor, total: torch.Tensor) -> list[list[Modulation]]:
         """Per layer, the modulations of its two norms."""
-        features = torch.cat((sinusoids(t, FEATURES), sinusoids(total, FEATURES)), dim=-1).to(self.weights.dtype)
+        features = torch.cat((loop_features(t), loop_features(total)), dim=-1).to(self.weights.dtype)
         values = linear(features, self.weights).unflatten(-1, (self.layers, 2, 2, self.dim))
         return [
             [(1 + values[:, :, layer, norm, 0], values[:, :, layer, norm, 1]) for norm in range(2)]

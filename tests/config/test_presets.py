@@ -92,7 +92,7 @@ def test_print_config_shows_the_preset(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("sys.argv", ["rdt", "train", "--config", str(ROOT / f"{name}.yaml"), "--print_config"])
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main()
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
     config = load_config(tmp_path / "printed.yaml")

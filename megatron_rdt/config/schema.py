@@ -145,6 +145,8 @@ class DataConfig:
     """Most passes over the training split; a longer run is refused before it starts."""
     verify: Literal["size", "full"] = "size"
     """Check of the shards at the start: sizes and headers, or the SHA-256 of every byte."""
+    document_mask: bool = False
+    """Let no token look at another document in its sequence, in training and in validation."""
 
 
 @dataclass(frozen=True)

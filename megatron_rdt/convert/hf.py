@@ -34,11 +34,12 @@ PREFIX = "model."  # the wrapper's name for the model, in front of every weight'
 WRAPPER = Path(__file__).resolve().parent / "hf_wrapper.py"
 # In order of use; all of them are files of megatron_rdt/model.
 PARTS = (
+    "masks",
+    "flex",
     "context",
     "linear",
     "norm",
     "rope",
-    "masks",
     "loss",
     "feedforward",
     "moe",

@@ -1,7 +1,7 @@
 """Token shards: the format, the order of samples, batches."""
 
 from megatron_rdt.data.indexed import IndexedDataset, IndexedWriter
-from megatron_rdt.data.loader import Batch, BatchLoader, TokenCorpus, fixed_windows
+from megatron_rdt.data.loader import Batch, BatchLoader, TokenCorpus, fixed_documents, fixed_windows
 from megatron_rdt.data.manifest import CorpusManifest, load_manifest
 from megatron_rdt.data.tokenizer import Tokenizer
 
@@ -13,6 +13,7 @@ __all__ = [
     "IndexedWriter",
     "TokenCorpus",
     "Tokenizer",
+    "fixed_documents",
     "fixed_windows",
     "load_manifest",
 ]

@@ -5,6 +5,7 @@ i64 pointers [S] in bytes, i64 document starts [documents + 1] in sequences. Fil
 Reading uses pread: a file that is cut short under a memory map kills the process, a short pread is an error.
 """
 
+import functools
 import os
 import struct
 from pathlib import Path
@@ -108,6 +109,12 @@ class IndexedDataset:
                 f"{start + count} were asked for: it changed while in use. {REBUILD}"
             )
         return np.frombuffer(content, self.dtype)
+
+    @functools.cached_property
+    def document_starts(self) -> np.ndarray:
+        """First token of each document, int64 (documents,), ascending."""
+        starts = np.append(self.pointers // self.dtype.itemsize, self.tokens)
+        return starts[self.documents[:-1]]
 
     def close(self) -> None:
         """Close the file."""

@@ -25,11 +25,14 @@ class Batch:
         samples: global sample numbers.
         slots: their places in the step's global batch.
         tokens: int64 (len(samples), sequence_length + 1); inputs are [:, :-1], targets [:, 1:].
+        documents: the document that each token belongs to, numbered from 0 in each window, the shape of `tokens`; None
+            where the loader does not look them up.
     """
 
     samples: tuple[int, ...]
     slots: tuple[int, ...]
     tokens: torch.Tensor
+    documents: torch.Tensor | None = None
 
 
 class TokenCorpus:
@@ -61,6 +64,10 @@ class TokenCorpus:
         starts = self.order.starts(np.asarray(samples, np.int64))
         return self._read(starts)
 
+    def documents(self, samples: Sequence[int]) -> torch.Tensor:
+        """Which document each token of `windows(samples)` belongs to, numbered from 0 in each, int64 (n, L + 1)."""
+        return self._documents(self.order.starts(np.asarray(samples, np.int64)))
+
     def close(self) -> None:
         """Close every shard."""
         for shard in self._shards:
@@ -77,21 +84,45 @@ class TokenCorpus:
                 )
         return torch.from_numpy(result)
 
+    def _documents(self, starts: np.ndarray) -> torch.Tensor:
+        result = np.empty((len(starts), self.sequence_length + 1), np.int64)
+        for row, start in zip(result, starts):
+            before = 0  # documents that began in earlier shards; none goes on in the next
+            for shard, local, part in self._parts(row, int(start)):
+                begun = self._shards[shard].document_starts
+                part[:] = before + np.searchsorted(begun, np.arange(local, local + len(part)), side="right")
+                before += len(begun)
+            row -= row[0]
+        return torch.from_numpy(result)
+
     def _fill(self, row: np.ndarray, start: int) -> None:
-        """Read len(row) tokens from `start` of the stream on; a window may lie in several shards."""
+        """Read len(row) tokens from `start` of the stream on."""
+        for shard, local, part in self._parts(row, start):
+            part[:] = self._shards[shard].read(local, len(part))
+
+    def _parts(self, row: np.ndarray, start: int) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Shard, first token in it, and the part of `row` it fills; a window may lie in several shards."""
         filled = 0
         while filled < len(row):
             shard = int(np.searchsorted(self._offsets, start + filled, side="right")) - 1
             local = start + filled - int(self._offsets[shard])
             count = min(len(row) - filled, self._shards[shard].tokens - local)
-            row[filled : filled + count] = self._shards[shard].read(local, count)
+            yield shard, local, row[filled : filled + count]
             filled += count
 
 
 def fixed_windows(corpus: TokenCorpus, count: int) -> torch.Tensor:
     """The first `count` windows of the stream (fewer if it is shorter), in order, int64 (n, L + 1)."""
-    count = min(count, corpus.samples_per_epoch)
-    return corpus._read(np.arange(count, dtype=np.int64) * corpus.sequence_length)
+    return corpus._read(_fixed_starts(corpus, count))
+
+
+def fixed_documents(corpus: TokenCorpus, count: int) -> torch.Tensor:
+    """Which document each token of `fixed_windows` belongs to, numbered from 0 in each window, int64 (n, L + 1)."""
+    return corpus._documents(_fixed_starts(corpus, count))
+
+
+def _fixed_starts(corpus: TokenCorpus, count: int) -> np.ndarray:
+    return np.arange(min(count, corpus.samples_per_epoch), dtype=np.int64) * corpus.sequence_length
 
 
 class BatchLoader:
@@ -104,6 +135,7 @@ class BatchLoader:
         consumed_samples: position to start from.
         total_samples: position to stop at; None goes on for ever.
         max_epochs: refuse to go over the corpus more often.
+        documents: look up the document of each token.
     """
 
     def __init__(
@@ -115,6 +147,7 @@ class BatchLoader:
         consumed_samples: int = 0,
         total_samples: int | None = None,
         max_epochs: float = 4.0,
+        documents: bool = False,
     ) -> None:
         epochs = (total_samples or 0) / corpus.samples_per_epoch
         if epochs > max_epochs:
@@ -124,7 +157,7 @@ class BatchLoader:
                 "--train.steps, or raise --data.max_epochs."
             )
         rank_samples(consumed_samples, global_batch, rank, world_size, corpus.seed)  # refuses what does not divide
-        self._corpus, self._batch = corpus, (global_batch, rank, world_size)
+        self._corpus, self._batch, self._documents = corpus, (global_batch, rank, world_size), documents
         self._position, self._end = consumed_samples, total_samples
         self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(PREFETCHED_BATCHES)
         self._closed = threading.Event()
@@ -139,7 +172,8 @@ class BatchLoader:
             while not self._closed.is_set() and (self._end is None or position < self._end):
                 samples = rank_samples(position, global_batch, rank, world_size, self._corpus.seed)
                 tokens = self._corpus.windows(samples)  # type: ignore[arg-type]
-                self._put(Batch(tuple(samples.tolist()), slots, tokens))
+                documents = self._corpus.documents(samples) if self._documents else None  # type: ignore[arg-type]
+                self._put(Batch(tuple(samples.tolist()), slots, tokens, documents))
                 position += global_batch
             self._put(None)
         except BaseException as error:  # handed to the consumer, which raises it

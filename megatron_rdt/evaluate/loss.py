@@ -16,7 +16,7 @@ from tqdm import tqdm
 from megatron_rdt.checkpoint import read_trainer_state, resolve_checkpoint
 from megatron_rdt.checkpoint.read import CHECKPOINTS
 from megatron_rdt.config import load_config
-from megatron_rdt.data import TokenCorpus, Tokenizer, fixed_windows, load_manifest
+from megatron_rdt.data import TokenCorpus, Tokenizer, fixed_documents, fixed_windows, load_manifest
 from megatron_rdt.data.manifest import MANIFEST
 from megatron_rdt.data.tokenizer import BYTES_FILE
 from megatron_rdt.errors import ConfigError, DataError
@@ -42,26 +42,30 @@ def validation_losses(
     loops: Sequence[int],
     micro_batch: int,
     device: torch.device,
+    documents: torch.Tensor | None = None,
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> dict[int, float]:
     """Mean cross entropy per token at each T.
 
     Args:
-        model: called as model(tokens, T, targets=...); every rank calls it equally often.
+        model: called as model(tokens, T, targets=..., documents=...); every rank calls it equally often.
         windows: this rank's windows, int64 (n, L + 1).
         loops: values of T.
         micro_batch: windows per forward pass.
         device: where the model is.
+        documents: the document of each token of the windows; None lets a token look at all before it.
         reduce: sums a tensor over ranks.
         progress: called with 1 after each forward pass.
     """
     losses = {}
     for count in loops:
         total = torch.zeros(2, dtype=torch.float64, device=device)
-        for part in windows.split(micro_batch):
-            part = part.to(device)
-            total[0] += model(part[:, :-1], count, targets=part[:, 1:])["cross_entropy"]
+        for first in range(0, len(windows), micro_batch):
+            part, named = windows[first : first + micro_batch].to(device), {}
+            if documents is not None:
+                named["documents"] = documents[first : first + micro_batch, :-1].to(device)
+            total[0] += model(part[:, :-1], count, targets=part[:, 1:], **named)["cross_entropy"]
             total[1] += part[:, 1:].numel()
             if progress is not None:
                 progress(1)
@@ -105,6 +109,7 @@ def evaluate_checkpoint(
             "Prepare the text with the tokenizer of the run, or leave --data away."
         )
     windows = fixed_windows(corpus, sequences)
+    documents = fixed_documents(corpus, sequences) if config.data.document_mask else None
     if len(windows) < sequences:
         print(
             f"the validation split has {len(windows)} sequences of {config.train.sequence_length} tokens; all are used"
@@ -112,7 +117,9 @@ def evaluate_checkpoint(
     size = np.load(directory / "tokenizer" / BYTES_FILE)[windows[:, 1:].numpy()].sum() / windows[:, 1:].numel()
     batches = -(-len(windows) // config.train.micro_batch)
     with tqdm(total=batches * len(loops), desc="evaluate", unit="batch") as bar:
-        losses = validation_losses(model, windows, loops, config.train.micro_batch, device, progress=bar.update)
+        losses = validation_losses(
+            model, windows, loops, config.train.micro_batch, device, documents, progress=bar.update
+        )
     used = f"({len(windows):,} sequences, {windows[:, 1:].numel():,} tokens)"
     print(f"{'T':>4} {'loss':>8} {'perplexity':>11} {'bits/byte':>10}   {used}")
     for count, loss in losses.items():

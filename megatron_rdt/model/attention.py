@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.context import LayerContext
+from megatron_rdt.model.flex import attend
 from megatron_rdt.model.linear import Linear
 from megatron_rdt.model.mla import LatentAttention
 from megatron_rdt.model.norm import RMSNorm
@@ -99,14 +100,7 @@ class GroupedQueryAttention(nn.Module):
         value = self._split(value, self.kv_heads)
         if cache is not None:
             key, value = cache.update(slot, context.start, key, value)
-        attended = functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=context.mask,
-            is_causal=context.mask is None,
-            enable_gqa=self.heads != self.kv_heads,
-        )
+        attended = attend(query, key, value, context.mask)
         return self.output(attended.transpose(1, 2).reshape(batch, sequence, -1))
 
     def _split(self, x: torch.Tensor, heads: int) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 import torch
 
+from megatron_rdt.model.flex import BlockwiseMask
+
 
 class LayerContext:
     """Rotary tables, attention mask and compute dtype of one forward pass.
@@ -10,7 +12,8 @@ class LayerContext:
 
     Attributes:
         rotary: tables of `rotary_tables` for the positions of this pass.
-        mask: boolean, True where a query may look, broadcastable to (batch, heads, queries, keys); None means causal.
+        mask: of `model_mask`; a tensor is True where a query may look, broadcastable to (batch, heads, queries, keys);
+            None means causal.
         compute_dtype: dtype of matrix products.
         tokens: (batch, sequence) ids of this pass.
         start: positions that a cache held before this pass; 0 without one.
@@ -19,7 +22,7 @@ class LayerContext:
     def __init__(
         self,
         rotary: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor | None,
+        mask: torch.Tensor | BlockwiseMask | None,
         compute_dtype: torch.dtype,
         tokens: torch.Tensor,
         start: int = 0,
@@ -33,7 +36,8 @@ class LayerContext:
     def rows(self, rows: torch.Tensor | slice) -> "LayerContext":
         """The context of some of the sequences; what all sequences share is kept."""
         cosines, sines = (_rows(table, rows) for table in self.rotary)
-        mask = None if self.mask is None else _rows(self.mask, rows)
+        mask = self.mask.rows(rows) if isinstance(self.mask, BlockwiseMask) else self.mask
+        mask = _rows(mask, rows) if isinstance(mask, torch.Tensor) else mask
         return LayerContext((cosines, sines), mask, self.compute_dtype, self.tokens[rows], self.start)
 
 

@@ -1,10 +1,15 @@
-"""Which earlier positions a query sees."""
+"""Which positions a query sees."""
 
 import torch
 
 
 def attention_mask(
-    sequence: int, start: int, window: int, documents: torch.Tensor | None, device: torch.device
+    sequence: int,
+    start: int,
+    window: int,
+    documents: torch.Tensor | None,
+    device: torch.device,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Boolean mask, True where a query may look; None where that is all earlier positions and itself.
 
@@ -14,19 +19,18 @@ def attention_mask(
         window: a query sees this many latest positions, itself included; 0 means all.
         documents: (batch, sequence) document of each token, where start is 0; a query sees its own only.
         device: of the result.
+        mask: in place of the causal rule, broadcastable to (batch, heads, sequence, keys).
 
     Returns:
-        (sequence, keys), or (batch, 1, sequence, keys) where there are documents.
+        (sequence, keys), or (batch, 1, sequence, keys) where there are documents; with `mask`, what it broadcasts to.
     """
-    if start == 0 and not window and documents is None:
+    if mask is None and start == 0 and not window and documents is None:
         return None
     keys = torch.arange(start + sequence, device=device)
     queries = keys[start:, None]
-    mask = keys <= queries
+    seen = keys <= queries if mask is None else mask
     if window:
-        mask &= keys > queries - window
-    if documents is None:
-        return mask
-    if start:
-        raise ValueError("documents are for whole sequences; there is a cache with earlier positions")
-    return mask & (documents[:, None, :, None] == documents[:, None, None, :])
+        seen = seen & (keys > queries - window)
+    if documents is not None:
+        seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
+    return seen

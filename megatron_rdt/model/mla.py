@@ -6,16 +6,16 @@
     q       = W_uq norm(W_dq x) or W_q x         per head (nope_dim + rope_dim,), the latter rotated
     scores  = (q_nope . k + q_rope . k_rope) / sqrt(nope_dim + rope_dim)
 
-Without cached positions, keys and values are expanded. Where the queries follow cached positions, W_uk is absorbed into
-the queries and W_uv into the output: attention runs on the latents as one shared head, and nothing is expanded.
+Without cached positions, keys and values are expanded. Where few queries follow many cached positions, W_uk is absorbed
+into the queries and W_uv into the output: attention runs on the latents as one shared head, and nothing is expanded.
 """
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.context import LayerContext
+from megatron_rdt.model.flex import attend
 from megatron_rdt.model.linear import Linear
 from megatron_rdt.model.norm import RMSNorm
 from megatron_rdt.model.rope import rotate
@@ -64,9 +64,14 @@ class LatentAttention(nn.Module):
         keys = torch.cat((latent, rotate(key_rope, *context.rotary, self.pairing)), dim=-1)  # (batch, 1, sequence, ...)
         if cache is not None:
             (keys,) = cache.update(slot, context.start, keys)
-        absorb = keys.shape[2] > x.shape[1]
-        attended = self._absorbed(nope, rope, keys, context) if absorb else self._expanded(nope, rope, keys, context)
-        return self.output(attended.transpose(1, 2).flatten(-2))
+        attended = self._absorbed if self.absorbs(x.shape[1], keys.shape[2]) else self._expanded
+        return self.output(attended(nope, rope, keys, context).transpose(1, 2).flatten(-2))
+
+    def absorbs(self, queries: int, keys: int) -> bool:
+        """Whether the scores of latents, which are wider, cost less than expanding the positions before the queries."""
+        spared = (keys - queries) * self.rank * (self.nope + self.value)
+        added = queries * keys * (2 * self.rank - self.nope - self.value)
+        return keys > queries and added <= spared
 
     def _expanded(
         self, nope: torch.Tensor, rope: torch.Tensor, keys: torch.Tensor, context: LayerContext
@@ -76,9 +81,7 @@ class LatentAttention(nn.Module):
         up = self.latent_up(latent.squeeze(1)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         key_nope, value = up.split((self.nope, self.value), dim=-1)
         key = torch.cat((key_nope, key_rope.expand(-1, self.heads, -1, -1)), dim=-1)
-        return functional.scaled_dot_product_attention(
-            torch.cat((nope, rope), dim=-1), key, value, attn_mask=context.mask, is_causal=context.mask is None
-        )
+        return attend(torch.cat((nope, rope), dim=-1), key, value, context.mask)
 
     def _absorbed(
         self, nope: torch.Tensor, rope: torch.Tensor, keys: torch.Tensor, context: LayerContext
@@ -87,13 +90,14 @@ class LatentAttention(nn.Module):
         up = self.latent_up.weight.to(nope.dtype).unflatten(0, (self.heads, -1))  # (heads, nope + value, rank)
         key_up, value_up = up.split((self.nope, self.value), dim=1)
         query = torch.cat((nope @ key_up, rope), dim=-1)  # (batch, heads, sequence, rank + rope)
-        attended = functional.scaled_dot_product_attention(
-            query,
+        assert isinstance(context.mask, torch.Tensor), "there are cached positions"
+        mask = context.mask.expand(*query.shape[:3], -1).flatten(1, 2)
+        # Heads as further queries of one head: grouped attention would copy the latents for each of them.
+        attended = attend(
+            query.flatten(1, 2).unsqueeze(1),
             keys,
             keys[..., : self.rank],
-            attn_mask=context.mask,
-            is_causal=context.mask is None,
+            mask.unsqueeze(1),
             scale=(self.nope + self.rope) ** -0.5,
-            enable_gqa=True,
         )
-        return attended @ value_up.transpose(1, 2)
+        return attended.squeeze(1).unflatten(1, (self.heads, -1)) @ value_up.transpose(1, 2)

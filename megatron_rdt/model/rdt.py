@@ -12,10 +12,10 @@ from megatron_rdt.depth.plan import DepthPlan
 from megatron_rdt.model.attention import KeyValueCache
 from megatron_rdt.model.context import CoreMonitor, LayerContext
 from megatron_rdt.model.core import RecurrentCore
+from megatron_rdt.model.flex import model_mask
 from megatron_rdt.model.layer import Layer
 from megatron_rdt.model.linear import Linear, linear
 from megatron_rdt.model.loss import cross_entropy, soften
-from megatron_rdt.model.masks import attention_mask
 from megatron_rdt.model.norm import RMSNorm
 from megatron_rdt.model.rope import rotary_tables
 from megatron_rdt.model.state import normal_state
@@ -109,7 +109,7 @@ class RecurrentDepthTransformer(nn.Module):
             start: number of positions that the cache already holds.
             positions: (sequence,) or (batch, sequence); default start, start + 1, ...
             mask: boolean, True where a query may look, broadcastable to (batch, heads, sequence, keys);
-                default causal, within the sliding window.
+                default causal. The sliding window and the documents narrow it.
             documents: (batch, sequence) number of the document that each token belongs to; a query sees its own only.
             monitor: receives measurements of the loop.
 
@@ -117,8 +117,8 @@ class RecurrentDepthTransformer(nn.Module):
             Logits (batch, sequence, vocab_size) in the compute dtype. With `targets`, the dictionary of `losses`.
 
         Raises:
-            ValueError: the tokens have another shape, the depth has no meaning, or the cache does not hold `start`
-                positions at this depth.
+            ValueError: the tokens or documents have another shape, the depth has no meaning, or the cache does not
+                hold `start` positions at this depth.
         """
         if tokens.dim() != 2:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}; give (batch, sequence)")
@@ -128,13 +128,12 @@ class RecurrentDepthTransformer(nn.Module):
             self._check_cache(cache, start, plan.loops)
         if positions is None:
             positions = torch.arange(start, start + sequence, device=tokens.device)
-        if mask is None:
-            mask = attention_mask(sequence, start, self.config.window, documents, tokens.device)
 
         x = self.embed(tokens)
         dtype = self.compute_dtype or x.dtype
+        seen = model_mask(self.config, tokens, start, dtype, cache is not None, documents, mask)
         rotary = rotary_tables(positions, self.config.rotary_dim, self.config.rope_base, dtype)
-        context = LayerContext(rotary, mask, dtype, tokens, start)
+        context = LayerContext(rotary, seen, dtype, tokens, start)
         embedded = x
         for slot, layer in enumerate(self.prelude):
             x = layer(x, context, cache, slot)

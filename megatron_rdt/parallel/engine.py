@@ -23,10 +23,25 @@ COMPUTE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward and backward pass of one rank: (sequences, length + 1) tokens on the CPU, and how deep they go."""
+    """One forward and backward pass of one rank.
+
+    Attributes:
+        tokens: (sequences, length + 1) on the CPU.
+        plan: how deep they go.
+        documents: the document of each token, the shape of `tokens`; None lets a token look at all before it.
+    """
 
     tokens: torch.Tensor
     plan: DepthPlan
+    documents: torch.Tensor | None = None
+
+    def inputs(self, device: torch.device) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """What a forward pass on `device` takes of the tokens: its inputs, and `targets` (and `documents`) by name."""
+        tokens = self.tokens.to(device, non_blocking=True)
+        named = {"targets": tokens[:, 1:]}
+        if self.documents is not None:
+            named["documents"] = self.documents[:, :-1].to(device, non_blocking=True)
+        return tokens[:, :-1], named
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
@@ -124,9 +139,9 @@ class Engine(ABC):
         totals: dict[str, torch.Tensor] = {}
         for index, micro in enumerate(batch):
             last = index == len(batch) - 1
-            inputs = micro.tokens.to(self.device, non_blocking=True)
+            inputs, named = micro.inputs(self.device)
             self.prepare_backward(last)
-            losses = self.module(inputs[:, :-1], micro.plan, targets=inputs[:, 1:], monitor=monitor if last else None)
+            losses = self.module(inputs, micro.plan, **named, monitor=monitor if last else None)
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0) + value.detach().double()
             # Ranks are averaged by the reduction, so this rank's share is over its own tokens.

@@ -7,7 +7,7 @@ import torch
 
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import RunConfig
-from megatron_rdt.data import TokenCorpus, fixed_windows
+from megatron_rdt.data import TokenCorpus, fixed_documents, fixed_windows
 from megatron_rdt.errors import ConfigError
 
 
@@ -19,10 +19,12 @@ class RunData:
         corpus: the training split.
         validation: windows of the validation split, int64 (n, L + 1); None where the run does not evaluate. Their
             number is a multiple of the world size, since forward passes under sharding are collective.
+        documents: the document of each of their tokens, where `data.document_mask` is set.
     """
 
     corpus: TokenCorpus
     validation: torch.Tensor | None
+    documents: torch.Tensor | None = None
 
 
 def open_data(config: RunConfig, world_size: int) -> RunData:
@@ -49,10 +51,12 @@ def open_data(config: RunConfig, world_size: int) -> RunData:
         )
     split = TokenCorpus(path, "valid", length, seed)
     windows = fixed_windows(split, config.eval.sequences)
+    documents = fixed_documents(split, config.eval.sequences) if config.data.document_mask else None
     split.close()
     if len(windows) < world_size:
         raise ConfigError(f"eval.sequences is {config.eval.sequences}, fewer than {world_size} processes. Raise it.")
-    return RunData(corpus, windows[: len(windows) // world_size * world_size])
+    used = len(windows) // world_size * world_size
+    return RunData(corpus, windows[:used], None if documents is None else documents[:used])
 
 
 def refuse_to_overwrite(run_directory: Path, resume: str) -> None:

@@ -114,7 +114,16 @@ class Trainer:
             self._restore(source)
         total = self.consumed + (config.train.steps - self.step) * config.train.global_batch
         rank, world_size, limit = self.engine.rank, self.engine.world_size, config.data.max_epochs
-        loader = BatchLoader(self.corpus, config.train.global_batch, rank, world_size, self.consumed, total, limit)
+        loader = BatchLoader(
+            self.corpus,
+            config.train.global_batch,
+            rank,
+            world_size,
+            self.consumed,
+            total,
+            limit,
+            config.data.document_mask,
+        )
         try:
             self._open_run_directory(parameters)
             status = self._steps(loader)
@@ -156,9 +165,11 @@ class Trainer:
         """Forward, backward, clip, decide, step; returns the record for metrics.jsonl."""
         config, waited = self.config, time.perf_counter()
         size = config.train.micro_batch
+        parts = [slice(i, i + size) for i in range(0, len(batch.samples), size)]
+        documents = batch.documents
         micro_batches = [
-            MicroBatch(batch.tokens[i : i + size], self._plan(batch, slice(i, i + size)))
-            for i in range(0, len(batch.samples), size)
+            MicroBatch(batch.tokens[part], self._plan(batch, part), None if documents is None else documents[part])
+            for part in parts
         ]
         monitor = CoreMonitor()
         losses = self.engine.forward_backward(micro_batches, monitor)
@@ -231,13 +242,14 @@ class Trainer:
         config, windows = self.config, self.data.validation
         assert windows is not None, "open_data reads them where eval.every is set"
         share = len(windows) // self.engine.world_size
-        mine = windows[self.engine.rank * share : (self.engine.rank + 1) * share]
+        mine, documents = slice(self.engine.rank * share, (self.engine.rank + 1) * share), self.data.documents
         losses = validation_losses(
             self.engine.module,
-            mine,
+            windows[mine],
             config.eval.loops,
             config.train.micro_batch,
             self.device,
+            documents=None if documents is None else documents[mine],
             reduce=self.engine.sum_over_ranks,
         )
         text = "  ".join(f"T={loops} {loss:.4f}" for loops, loss in losses.items())

@@ -18,6 +18,7 @@ from megatron_rdt.model.norm import RMSNorm
 from megatron_rdt.model.rope import rotate
 
 VALUE_GATE_CHANNELS = 32
+PLAIN_NORM_EPS = 2.0**-23  # float32's own, whatever `norm_eps` is, as in Parcae
 
 
 class KeyValueCache(Protocol):
@@ -60,7 +61,7 @@ class GroupedQueryAttention(nn.Module):
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.pairing, self.eps = config.rope_pairing, config.norm_eps
+        self.pairing = config.rope_pairing
         self.query = Linear(config.dim, self.heads * self.head_dim)
         self.key = Linear(config.dim, self.kv_heads * self.head_dim)
         self.value = Linear(config.dim, self.kv_heads * self.head_dim)
@@ -117,7 +118,7 @@ class GroupedQueryAttention(nn.Module):
         if norm is not None:
             x = norm(x).to(context.compute_dtype)
         elif self.plain_norm:
-            x = functional.rms_norm(x, (self.head_dim,), eps=self.eps)
+            x = functional.rms_norm(x, (self.head_dim,), eps=PLAIN_NORM_EPS)
         return rotate(x, *context.rotary, self.pairing)
 
 

@@ -6,8 +6,9 @@
 
 t counts from 0. r, scale and shift are linear maps of sines and cosines of t (and T), so all are defined for every t and
 T, also beyond those of the training; half of the frequencies are evenly spaced, so that any values in the first
-FEATURES / 2 iterations can be met exactly, the other half are low and tell late iterations apart. Sources: loop index of OpenMythos; adapters per iteration, Bae et al. 2024
-(arXiv:2410.20672); adaptive norms, Peebles and Xie 2023 (arXiv:2212.09748).
+FEATURES / 2 iterations can be met exactly, the other half are low and tell late iterations apart.
+Sources: loop index of OpenMythos; adapters per iteration, Bae et al. 2024 (arXiv:2410.20672); adaptive norms, Peebles
+and Xie 2023 (arXiv:2212.09748).
 """
 
 from typing import ClassVar

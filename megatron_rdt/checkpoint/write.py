@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import megatron_rdt
 from megatron_rdt.checkpoint.manifest import content_files, file_record, read_manifest, write_manifest
-from megatron_rdt.checkpoint.read import CHECKPOINTS, LATEST, complete_checkpoints
+from megatron_rdt.checkpoint.read import CHECKPOINTS, LATEST, ROLLBACK, complete_checkpoints, read_rollback
 from megatron_rdt.checkpoint.together import gather
 from megatron_rdt.errors import CheckpointError, RdtError
 from megatron_rdt.files import atomic_open, fsync_directory, fsync_file, is_disk_full, write_text
@@ -236,8 +236,29 @@ def _parent(final: Path, facts: dict[str, Any]) -> str | None:
 
 def _next_sequence(run_directory: Path) -> int:
     """Checkpoints are ordered by when they were saved, so that a rolled-back run's new branch is the newest."""
+    return 1 + max(_newest_sequence(run_directory), read_rollback(run_directory).get("newest", 0))
+
+
+def _newest_sequence(run_directory: Path) -> int:
+    return max((int(read_manifest(path)["sequence"]) for path in complete_checkpoints(run_directory)), default=0)
+
+
+def record_start(run_directory: Path, source: Path) -> None:
+    """Note durably that the run goes on from `source`, where that is not its newest checkpoint; for the first rank.
+
+    Until the run saves again, nothing else would tell that what was saved after `source` was given up. To be called
+    before any record of that branch is dropped.
+    """
     existing = complete_checkpoints(run_directory)
-    return 1 + (int(read_manifest(existing[-1])["sequence"]) if existing else 0)
+    own = next((path for path in existing if path.resolve() == source.resolve()), None)
+    if own is None or own == existing[-1]:
+        return
+    record = {
+        "checkpoint": own.name,
+        "sequence": int(read_manifest(own)["sequence"]),
+        "newest": _newest_sequence(run_directory),
+    }
+    write_text(run_directory / ROLLBACK, json.dumps(record) + "\n")
 
 
 def _publish(temporary: Path, final: Path, run_directory: Path) -> None:

@@ -69,7 +69,7 @@ def refuse_to_overwrite(run_directory: Path, resume: str) -> None:
             f"{run_directory} already holds checkpoints. Continue it with --resume auto, or choose another --run.name."
         )
     source, own = Path(resume).resolve(), run_directory.resolve()
-    if own not in (source, *source.parents):
+    if source != own and source.parent != own / checkpoints.CHECKPOINTS:
         raise ConfigError(
             f"{run_directory} holds checkpoints of its own, which a run from {resume} would replace. "
             "Choose another --run.name."

@@ -113,7 +113,7 @@ class Trainer:
         rank, world_size, limit = self.engine.rank, self.engine.world_size, config.data.max_epochs
         loader = BatchLoader(self.corpus, config.train.global_batch, rank, world_size, self.consumed, total, limit)
         try:
-            self._open_run_directory(parameters)
+            self._open_run_directory(parameters, source)
             status = self._steps(loader)
         finally:
             loader.close()
@@ -311,10 +311,12 @@ class Trainer:
         if changed:
             self._say(f"changed since it was saved: {', '.join(changed)}")
 
-    def _open_run_directory(self, parameters: int) -> None:
+    def _open_run_directory(self, parameters: int, source: Path | None) -> None:
         if not self.is_first:
             return
         self.run_directory.mkdir(parents=True, exist_ok=True)
+        if source is not None:
+            checkpoints.record_start(self.run_directory, source)
         write_text(self.run_directory / "config.yaml", dump_config(self.config))
         forget_after(self.run_directory, self.step)
         self.recorder = Recorder(self.run_directory, self.config.logging.tensorboard, self.step)

@@ -35,7 +35,7 @@ class PrepConfig:
     valid_fraction: float = 0.02
     """Share of documents that go to the validation split, decided by a hash of each document's content."""
     shard_bytes: int = 268_435_456
-    """Largest size of one .bin file, in bytes."""
+    """Largest size of one .bin file, in bytes; a longer document has a file of its own."""
     seed: int = 7
     """Seed of the order of documents."""
     on_bad: Literal["error", "skip", "replace"] = "error"

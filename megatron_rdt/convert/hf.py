@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import megatron_rdt.depth.hashing
 import megatron_rdt.depth.plan
 import megatron_rdt.model
 from megatron_rdt.checkpoint import read_model_weights
@@ -32,7 +33,10 @@ MODEL_TYPE = "megatron_rdt"
 PREFIX = "model."  # the wrapper's name for the model, in front of every weight's
 WRAPPER = Path(__file__).resolve().parent / "hf_wrapper.py"
 # In order of use; all of them are files of megatron_rdt/model.
-PARTS = ("context", "linear", "norm", "rope", "feedforward", "attention", "layer", "injection", "state", "core", "rdt")
+PARTS = (
+    *("context", "linear", "norm", "rope", "feedforward", "attention", "layer", "injection", "state", "core", "rdt"),
+    "initialization",
+)
 PROJECT = "megatron_rdt"
 
 
@@ -100,7 +104,9 @@ def read_hf(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
 def model_source() -> str:
     """One Python file: imports, ModelConfig, DepthPlan, the model's modules, the transformers wrapper."""
     folder = Path(inspect.getfile(megatron_rdt.model)).parent
-    files = [Path(inspect.getfile(megatron_rdt.depth.plan)), *(folder / f"{part}.py" for part in PARTS), WRAPPER]
+    modules = (megatron_rdt.depth.plan, megatron_rdt.depth.hashing)
+    files = [Path(inspect.getfile(module)) for module in modules]
+    files += [folder / f"{part}.py" for part in PARTS] + [WRAPPER]
     imports: list[str] = []
     bodies: list[str] = []
     for file in files:

@@ -42,10 +42,11 @@ def open_data(config: RunConfig, world_size: int) -> RunData:
     if not config.eval.every:
         return RunData(corpus, None)
     tokens = corpus.manifest.document["splits"]["valid"]["tokens"]
-    if tokens < max(2 * length, world_size * length + 1):
+    needed = (world_size + 1) * length  # `fixed_windows` leaves out what follows the last whole window
+    if tokens < needed:
         raise ConfigError(
-            f"the validation split of {path} has {tokens:,} tokens, which is not a window of {length} tokens for each of "
-            f"{world_size} processes. Prepare it with a larger --valid_fraction, or set --eval.every 0."
+            f"the validation split of {path} has {tokens:,} tokens, a window of {length} for each of {world_size} processes "
+            f"needs {needed:,}. Prepare it with a larger --valid_fraction, or set --eval.every 0."
         )
     split = TokenCorpus(path, "valid", length, seed)
     windows = fixed_windows(split, config.eval.sequences)

@@ -43,6 +43,8 @@ def test_overrides_and_round_trip(repository: Path, tmp_path: Path) -> None:
         ({"depth.sigma": 50}, "depth.sigma is 50"),
         ({"depth.scheme": "fixed", "depth.mean": 2.5}, "fixed needs a whole number"),
         ({"schedule.name": "wsd", "schedule.decay_steps": 39}, "more than train.steps 40 together"),
+        ({"schedule.name": "wsd", "schedule.warmup_steps": 33}, "the 8 steps of schedule.decay_steps 0 are more than"),
+        ({"depth.scheme": "uniform", "depth.mean": 2.25}, "depth.mean is 2.25.*multiple of 0.5"),
         ({"sample.every": 1, "sample.prompt": ""}, "sample.prompt is empty"),
         ({"eval.every": -1}, "eval.every is -1"),
         ({"run.name": "--x"}, "must be the name of a directory"),

@@ -13,7 +13,7 @@ import torch
 
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import RunConfig, load_config
-from megatron_rdt.data import IndexedDataset
+from megatron_rdt.data import IndexedDataset, load_manifest
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError, LaunchError, TrainingError
 from megatron_rdt.files import exclusive
 from megatron_rdt.parallel.single import SingleEngine
@@ -120,6 +120,16 @@ def test_too_little_to_evaluate_is_refused_at_the_start(configure: Configure) ->
         open_data(config, 5)
     with pytest.raises(ConfigError, match=r"the validation split of .* has .* --eval.every 0"):
         open_data(config, 1_000_000)
+    # The last of these processes would have a window and no token after it.
+    most = load_manifest(config.data.path).document["splits"]["valid"]["tokens"] // 32
+    many = configure("--eval.sequences=1000000")
+    with pytest.raises(
+        ConfigError, match=rf"of 32 for each of {most} processes needs {(most + 1) * 32:,}.*valid_fraction"
+    ):
+        open_data(many, most)
+    windows = open_data(many, most - 1).validation
+    assert windows is not None
+    assert len(windows) == most - 1
     assert open_data(configure("--eval.every=0"), 1_000_000).validation is None
     windows = open_data(config, 3).validation
     assert windows is not None

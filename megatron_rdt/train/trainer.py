@@ -11,7 +11,7 @@ import torch
 
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import RunConfig, dump_config, load_config
-from megatron_rdt.data import Batch, BatchLoader, Tokenizer
+from megatron_rdt.data import Batch, BatchLoader, Tokenizer, shard_difference
 from megatron_rdt.depth import DepthSampler
 from megatron_rdt.environment import ProcessPlace, process_place
 from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED, CheckpointError, TrainingError
@@ -255,6 +255,7 @@ class Trainer:
                 "version": 1,
                 "consumed_samples": self.consumed,
                 "data_fingerprint": self.corpus.fingerprint,
+                "shards": self.corpus.manifest.shard_hashes,
                 "sequence_length": self.config.train.sequence_length,
                 "seed": self.config.run.seed,
             },
@@ -290,26 +291,35 @@ class Trainer:
                 "to the length of the whole run, or name an earlier checkpoint in --resume."
             )
         data = state["data"]
+        self._check_same_data(source, data)
+        self.engine.load(source)
+        checkpoints.restore_rank_rng(source, self.engine.rank)
+        self.step, self.consumed = state["step"], data["consumed_samples"]
+        self.guard.skipped = state["skipped_steps"]
+        # A run that starts from another one's checkpoint is a run of its own.
+        if source.resolve().parent == (self.run_directory / checkpoints.CHECKPOINTS).resolve():
+            self.run_id, self.parent = checkpoints.read_manifest(source)["run_id"], source.name
+        self.first_step = self.step
+        self._say(f"resumed from {source} (step {self.step})")
+        if changed:
+            self._say(f"changed since it was saved: {', '.join(changed)}")
+
+    def _check_same_data(self, source: Path, data: dict[str, Any]) -> None:
         for key, mine in (
             ("data_fingerprint", self.corpus.fingerprint),
             ("sequence_length", self.config.train.sequence_length),
             ("seed", self.config.run.seed),
         ):
-            if data[key] != mine:
-                raise CheckpointError(
-                    f"{source} was trained with {key} {data[key]}, now it is {mine}: the order of the data would change. "
-                    "Use the same shards, train.sequence_length and run.seed, or start a new --run.name."
-                )
-        self.engine.load(source)
-        checkpoints.restore_rank_rng(source, self.engine.rank)
-        self.step, self.consumed = state["step"], data["consumed_samples"]
-        self.guard.skipped = state["skipped_steps"]
-        manifest = checkpoints.read_manifest(source)
-        self.run_id, self.parent = manifest["run_id"], source.name
-        self.first_step = self.step
-        self._say(f"resumed from {source} (step {self.step})")
-        if changed:
-            self._say(f"changed since it was saved: {', '.join(changed)}")
+            if data[key] == mine:
+                continue
+            change = f"{key} {data[key]}, now it is {mine}"
+            if key == "data_fingerprint" and "shards" in data:  # checkpoints of before 0.1.0 may lack them
+                difference = shard_difference(data["shards"], self.corpus.manifest.shard_hashes)
+                change = f"other data than {self.config.data.path} holds now ({key}): {difference}"
+            raise CheckpointError(
+                f"{source} was trained with {change}: the order of the data would change. "
+                "Use the same shards, train.sequence_length and run.seed, or start a new --run.name."
+            )
 
     def _open_run_directory(self, parameters: int, source: Path | None) -> None:
         if not self.is_first:

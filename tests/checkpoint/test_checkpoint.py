@@ -322,6 +322,11 @@ def test_resuming_into_another_run_leaves_the_first_alone(run: Path, finished: P
     assert order(other) == [6, 8]
     expected = losses(finished)
     assert losses(other) == {n: expected[n] for n in range(5, 9)}
+    first, last, of_other, of_other_last = (
+        checkpoints.read_manifest(path) for path in (step(run, 2), step(run, 8), step(other, 6), step(other, 8))
+    )
+    assert first["run_id"] == last["run_id"] != of_other["run_id"] == of_other_last["run_id"]
+    assert (of_other["parent"], of_other_last["parent"]) == (None, "step-00000006")
 
 
 @pytest.mark.parametrize(
@@ -357,8 +362,16 @@ def test_a_checkpoint_of_other_data_is_refused(
     path.write_bytes(content)
     shard["bin_sha256"] = sha256_of(path)
     manifest.write_text(json.dumps(document))
-    with pytest.raises(CheckpointError, match="data_fingerprint"):
+    with pytest.raises(CheckpointError, match=r"data_fingerprint.*shard train/shard-00000 has other content"):
         restart(run, configure, f"--data.path={other}")
+    # Earlier versions did not note the shards.
+    state = checkpoints.read_trainer_state(step(run, 8))
+    del state["data"]["shards"]
+    (step(run, 8) / "trainer.json").write_text(json.dumps(state))
+    checkpoints.write_manifest(step(run, 8))
+    with pytest.raises(CheckpointError, match=r"data_fingerprint \w{64}, now it is \w{64}"):
+        restart(run, configure, f"--data.path={other}")
+    assert restart(run, configure) == 0
 
 
 def test_generators_go_on_where_they_were(run: Path, configure: Configure, tmp_path: Path) -> None:

@@ -79,15 +79,15 @@ def run(repository: Path, options: list[str], processes: int) -> None:
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
 
 
-def records(directory: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+def records(directory: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / file).read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def fsdp_options(tmp_path_factory: pytest.TempPathFactory, tiny_options: list[str]) -> list[str]:
     """Options of runs that share one folder; every checkpoint is kept."""
     root = tmp_path_factory.mktemp("runs")
-    extra = ["--parallel.engine=fsdp", "--eval.every=0", "--checkpoint.every=4", "--checkpoint.keep=0"]
+    extra = ["--parallel.engine=fsdp", "--eval.every=4", "--checkpoint.every=4", "--checkpoint.keep=0"]
     return [*tiny_options, *extra, f"--run.root={root}"]
 
 
@@ -115,6 +115,12 @@ def test_a_run_has_the_same_losses_and_loops(
     assert len(expected) == 8
     assert len({record["loops_max"] for record in expected}) > 1
     check_same_training(records(two_ranks.parent / f"on-{processes}"), expected)
+    mine, expected = (records(folder, "eval.jsonl") for folder in (two_ranks.parent / f"on-{processes}", two_ranks))
+    assert [record["step"] for record in expected] == [4, 8]
+    for one, other in zip(mine, expected, strict=True):
+        assert (one["step"], one["tokens"]) == (other["step"], other["tokens"])
+        assert one["losses"] == pytest.approx(other["losses"], abs=1e-5)
+        assert len(set(one["losses"].values())) == 2, "one for each T"
 
 
 @pytest.mark.distributed

@@ -170,7 +170,7 @@ class DataConfig:
     max_epochs: float = 4.0
     """Most passes over the training split; a longer run is refused before it starts."""
     verify: Literal["size", "full"] = "size"
-    """Check of the shards at the start: sizes and headers, or the SHA-256 of every byte."""
+    """Check of the shards at the start: sizes and headers, or the SHA-256 of every byte, read once per node; the others wait, at most `parallel.timeout_s`."""
 
 
 @dataclass(frozen=True)

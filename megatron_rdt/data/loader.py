@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from megatron_rdt.data.indexed import IndexedDataset
-from megatron_rdt.data.manifest import load_manifest
+from megatron_rdt.data.manifest import CorpusManifest, load_manifest
 from megatron_rdt.data.sampler import SampleOrder, rank_samples
 from megatron_rdt.errors import ConfigError, DataError
 
@@ -34,20 +34,25 @@ class TokenCorpus:
     """One split of a prepared corpus as one stream of tokens, cut into windows.
 
     Args:
-        path: directory with manifest.json.
+        corpus: directory with manifest.json, or the manifest of one that has been verified.
         split: "train" or "valid".
         sequence_length: L.
         seed: of the order.
-        verify: "size" or "full".
+        verify: "size" or "full"; for a directory.
     """
 
-    def __init__(self, path: str | Path, split: str, sequence_length: int, seed: int, verify: str = "size") -> None:
-        self.manifest = load_manifest(path)
-        self.manifest.verify(verify)
+    def __init__(
+        self, corpus: str | Path | CorpusManifest, split: str, sequence_length: int, seed: int, verify: str = "size"
+    ) -> None:
+        if isinstance(corpus, CorpusManifest):
+            self.manifest = corpus
+        else:
+            self.manifest = load_manifest(corpus)
+            self.manifest.verify(verify)
         self.split, self.sequence_length, self.seed = split, sequence_length, seed
         self.vocab_size = self.manifest.vocab_size
         self.fingerprint = self.manifest.fingerprint
-        self.tokenizer_directory = Path(path) / "tokenizer"
+        self.tokenizer_directory = self.manifest.directory / "tokenizer"
         self._shards = [IndexedDataset(prefix) for prefix in self.manifest.shards(split)]
         self._offsets = np.cumsum([0, *(shard.tokens for shard in self._shards)])
         self.tokens = int(self._offsets[-1])

@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from megatron_rdt import checkpoint as checkpoints
+from megatron_rdt.checkpoint.together import gather
 from megatron_rdt.config import RunConfig
-from megatron_rdt.data import TokenCorpus, fixed_windows
-from megatron_rdt.errors import ConfigError
+from megatron_rdt.data import CorpusManifest, TokenCorpus, fixed_windows, load_manifest
+from megatron_rdt.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,21 @@ class RunData:
     validation: torch.Tensor | None
 
 
-def open_data(config: RunConfig, world_size: int) -> RunData:
-    """Open both splits and compare them with the config.
+def open_data(config: RunConfig, world_size: int, local_rank: int = 0) -> RunData:
+    """Open both splits and compare them with the config; on every rank.
+
+    Args:
+        config: the run's config.
+        world_size: number of processes.
+        local_rank: number of this process on its node; the first one reads every byte where `data.verify` is full.
 
     Raises:
         ConfigError: the vocabulary or the number of processes does not fit the data.
         DataError: the data is missing, damaged or too small.
     """
     path, length, seed = config.data.path, config.train.sequence_length, config.run.seed
-    corpus = TokenCorpus(path, "train", length, seed, config.data.verify)
+    manifest = _verified(path, config.data.verify, local_rank)
+    corpus = TokenCorpus(manifest, "train", length, seed)
     if corpus.vocab_size != config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size is {config.model.vocab_size}, but the tokenizer of {path} has {corpus.vocab_size} pieces. "
@@ -41,19 +48,36 @@ def open_data(config: RunConfig, world_size: int) -> RunData:
         )
     if not config.eval.every:
         return RunData(corpus, None)
-    tokens = corpus.manifest.document["splits"]["valid"]["tokens"]
+    tokens = manifest.document["splits"]["valid"]["tokens"]
     needed = (world_size + 1) * length  # `fixed_windows` leaves out what follows the last whole window
     if tokens < needed:
         raise ConfigError(
             f"the validation split of {path} has {tokens:,} tokens, a window of {length} for each of {world_size} processes "
             f"needs {needed:,}. Prepare it with a larger --valid_fraction, or set --eval.every 0."
         )
-    split = TokenCorpus(path, "valid", length, seed)
+    split = TokenCorpus(manifest, "valid", length, seed)
     windows = fixed_windows(split, config.eval.sequences)
     split.close()
     if len(windows) < world_size:
         raise ConfigError(f"eval.sequences is {config.eval.sequences}, fewer than {world_size} processes. Raise it.")
     return RunData(corpus, windows[: len(windows) // world_size * world_size])
+
+
+def _verified(path: str, level: str, local_rank: int) -> CorpusManifest:
+    """The manifest of the data, after comparing it with the files; what one process finds by reading, all raise."""
+    failure: DataError | None = None
+    try:
+        manifest = load_manifest(path)
+        manifest.verify(level if local_rank == 0 else "size")
+    except DataError as error:
+        failure = error
+    except OSError as error:
+        failure = DataError(f"{path} cannot be read: {error}. Mend the disk, or name another --data.path.")
+    if level == "full":  # the others wait here for those that read
+        failure = next((found for found in gather(failure) if found is not None), None)
+    if failure is not None:
+        raise failure
+    return manifest
 
 
 def refuse_to_overwrite(run_directory: Path, resume: str) -> None:

@@ -55,7 +55,7 @@ def train(
     try:
         with _only_writer(run_directory, resume) if place.rank == 0 else nullcontext():
             device = join_world(config, place)
-            trainer = Trainer(config, run_directory, device, listener)
+            trainer = Trainer(config, run_directory, device, listener, place.local_rank)
             try:
                 status = trainer.run(checkpoints.find_start(run_directory, resume))
                 trainer.engine.close()
@@ -85,11 +85,13 @@ def _only_writer(run_directory: Path, resume: str) -> Iterator[None]:
 class Trainer:
     """One run on one process."""
 
-    def __init__(self, config: RunConfig, run_directory: Path, device: torch.device, stop: StopRequest) -> None:
+    def __init__(
+        self, config: RunConfig, run_directory: Path, device: torch.device, stop: StopRequest, local_rank: int = 0
+    ) -> None:
         self.config, self.run_directory, self.device, self.stop = config, run_directory, device, stop
         self.engine = make_engine(config, device)
         self.is_first = self.engine.rank == 0
-        self.data = open_data(config, self.engine.world_size)
+        self.data = open_data(config, self.engine.world_size, local_rank)
         self.corpus = self.data.corpus
         self.tokenizer = Tokenizer(self.corpus.tokenizer_directory)
         self.sampler = DepthSampler(config.depth, config.run.seed)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,25 @@ def run(repository: Path, options: list[str], processes: int) -> None:
 
 def records(directory: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / file).read_text().splitlines()]
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+def test_damage_that_one_rank_finds_stops_all(
+    tiny_options: list[str], tiny_corpus: Path, repository: Path, tmp_path: Path
+) -> None:
+    """Only the first rank of the node reads every byte; the other would wait for it in the first collective."""
+    data = Path(shutil.copytree(tiny_corpus, tmp_path / "data"))
+    shard = data / "train" / "shard-00000.bin"
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    words = [*tiny_options, f"--run.root={tmp_path}", f"--data.path={data}", "--data.verify=full", "--nproc=2"]
+    command = [sys.executable, "-m", "launch.cli", "train", *words, "--parallel.engine=ddp"]
+    result = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=100, check=False)
+    assert result.returncode == 1
+    # Not "rank 0: ...": it is the error of all.
+    assert f"error: {data / 'train' / 'shard-00000'}.bin has other content than was written" in result.stderr
 
 
 @pytest.fixture(scope="module")

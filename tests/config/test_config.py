@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.config import PrepConfig
+from launch.quickstart import DATA_CONFIG
 from megatron_rdt.config import check_config, dump_config, load_config
+from megatron_rdt.config.parser import make_parser, parse
 from megatron_rdt.errors import ConfigError
 
 
@@ -71,3 +74,12 @@ def test_several_processes_need_an_engine(repository: Path) -> None:
     config = load_config(repository / "configs" / "smoke.yaml")
     with pytest.raises(ConfigError, match=r"parallel\.engine is single, but there are 2 processes"):
         check_config(config, 2)
+
+
+def test_smoke_and_quickstart_share_the_data_of_one_config(repository: Path) -> None:
+    prep, _ = parse(make_parser(PrepConfig, "rdt prep", ""), PrepConfig, ["--config", str(repository / DATA_CONFIG)])
+    for name in ("smoke.yaml", "quickstart.yaml"):
+        config = load_config(repository / "configs" / name)
+        assert (config.data.path, config.model.vocab_size) == (prep.out, prep.vocab_size)
+    written = [path.read_bytes() for path in (repository / "configs").rglob("*.yaml")]
+    assert len(set(written)) == len(written), "one file for one thing"

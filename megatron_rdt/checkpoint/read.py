@@ -104,6 +104,8 @@ def newest_checkpoint(run_directory: Path, check: Callable[[Path], None] = verif
 def resolve_checkpoint(path: str | Path, check: Callable[[Path], None] = verify) -> Path:
     """A checkpoint directory, verified in full, from a checkpoint or from a run directory (its newest good one)."""
     directory = Path(path)
+    if directory.is_file():
+        raise CheckpointError(f"{directory} is a file. Name a run directory, or a checkpoint below its checkpoints/.")
     if not directory.is_dir():
         raise CheckpointError(
             f"{directory} does not exist. Name a run directory or a checkpoint below its checkpoints/."
@@ -112,6 +114,11 @@ def resolve_checkpoint(path: str | Path, check: Callable[[Path], None] = verify)
         check(directory)
         return directory
     newest = newest_checkpoint(directory, check)
+    if newest is None and (directory / "modeling_rdt.py").is_file():
+        raise CheckpointError(
+            f"{directory} is an export for transformers, which `rdt generate` takes. Here, name a run directory or a "
+            "checkpoint below its checkpoints/."
+        )
     if newest is None:
         raise CheckpointError(
             f"{directory} holds no complete checkpoint. Name a run directory or a step-NNNNNNNN in it."

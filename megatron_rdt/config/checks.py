@@ -127,7 +127,7 @@ def _training(config: RunConfig) -> list[str]:
     for name in ("steps", "global_batch", "micro_batch", "sequence_length"):
         if getattr(train, name) < 1:
             problems.append(f"train.{name} is {getattr(train, name)}, it must be at least 1.")
-    if config.schedule.warmup_steps > train.steps:
+    if config.schedule.warmup_steps > train.steps >= 1:
         problems.append(
             f"schedule.warmup_steps {config.schedule.warmup_steps} is more than train.steps {train.steps}. Lower it."
         )

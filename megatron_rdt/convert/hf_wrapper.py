@@ -13,6 +13,9 @@ from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.initialization import initial_parameter
 from megatron_rdt.model.rdt import RecurrentDepthTransformer, depth_plan
 
+# What transformers passes along and this model has no use for.
+HARMLESS = ("return_dict", "cache_position", "num_items_in_batch", "logits_to_keep")
+
 
 class RdtConfig(PreTrainedConfig):
     """`model` holds the fields of ModelConfig; `loops` is the default number of iterations."""
@@ -115,7 +118,11 @@ class RdtForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: `loops` is not a whole number of at least 1, or another than the cache was filled with.
+            TypeError: an argument is asked for that has no effect here.
         """
+        unknown = sorted(k for k, v in kwargs.items() if v is not None and v is not False and k not in HARMLESS)
+        if unknown:
+            raise TypeError(f"this model's forward takes no {', '.join(unknown)}; the number of iterations is `loops`")
         batch, sequence = input_ids.shape
         plan = depth_plan(self.config.loops if loops is None else loops, batch)
         if past_key_values is None and use_cache:

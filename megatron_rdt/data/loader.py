@@ -92,9 +92,13 @@ class TokenCorpus:
 
 
 def fixed_windows(corpus: TokenCorpus, count: int) -> torch.Tensor:
-    """The first `count` windows of the stream (fewer if it is shorter), in order, int64 (n, L + 1)."""
-    count = min(count, corpus.samples_per_epoch)
-    return corpus._read(np.arange(count, dtype=np.int64) * corpus.sequence_length)
+    """`count` windows spread evenly over the stream (all where it has fewer), in order, int64 (n, L + 1).
+
+    The first ones would be a few documents only, and their loss that of these documents.
+    """
+    total = corpus.samples_per_epoch
+    count = min(count, total)
+    return corpus._read(np.arange(count, dtype=np.int64) * total // count * corpus.sequence_length)
 
 
 class BatchLoader:

@@ -3,7 +3,7 @@
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,13 @@ def _only_writer(run_directory: Path, resume: str) -> Iterator[None]:
     """Hold a lock on the run directory, which must not hold another run; for the first rank."""
     run_directory.mkdir(parents=True, exist_ok=True)
     message = f"another process is writing {run_directory}. Wait for it, end it, or choose another --run.name."
-    with exclusive(run_directory / ".lock", message, LOCK_PATIENCE_S):
-        refuse_to_overwrite(run_directory, resume)
-        yield
+    try:
+        with exclusive(run_directory / ".lock", message, LOCK_PATIENCE_S):
+            refuse_to_overwrite(run_directory, resume)
+            yield
+    finally:
+        with suppress(OSError):  # a run that was refused leaves no empty directory
+            run_directory.rmdir()
 
 
 class Trainer:

@@ -64,6 +64,13 @@ assert model(tokens, labels=tokens).loss.isfinite()
 model.save_pretrained({again!r})
 again = AutoModelForCausalLM.from_pretrained({again!r}, trust_remote_code=True)
 assert torch.equal(again(tokens, loops=3).logits, model(tokens, loops=3).logits)
+for name in ("loop", "inputs_embeds", "output_hidden_states"):
+    try:
+        model(tokens, **{{name: 3}})
+    except TypeError as error:
+        assert name in str(error)
+    else:
+        raise AssertionError(name)
 for wrong in (0, -1, 2.5, "x"):
     try:
         model(tokens, loops=wrong)

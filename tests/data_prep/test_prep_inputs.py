@@ -1,5 +1,6 @@
 """Prep and what may happen to its input and output: changed files, two at once, a kill in the middle of replacing."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -216,3 +217,9 @@ def test_an_ending_that_is_not_known(tmp_path: Path) -> None:
         prepare(config(source, tmp_path / "out"))
     out = prepare(config(source, tmp_path / "out", extensions=[".DAT"], valid_fraction=0.0))
     assert load_manifest(out).document["splits"]["train"]["documents"] == 1
+
+
+@pytest.mark.parametrize("out", ["", ".", "/", ".."])
+def test_an_output_without_a_name(out: str, folder: Path) -> None:
+    with pytest.raises(ConfigError, match="must end with the name of a directory"):
+        prepare(dataclasses.replace(config(folder, Path("x")), out=out))

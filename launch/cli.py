@@ -28,7 +28,7 @@ class EvalOptions:
     loops: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
     """Loop counts T to evaluate at."""
     sequences: int = 64
-    """Validation sequences to use, of the length that the run was trained with."""
+    """Validation sequences to use, spread evenly over the split, of the length that the run was trained with."""
     data: str | None = None
     """Directory of the prepared corpus; the run's own where not given."""
     out: str | None = None

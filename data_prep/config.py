@@ -1,6 +1,7 @@
 """The schema of a prep run's YAML."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from megatron_rdt.errors import ConfigError
@@ -35,7 +36,7 @@ class PrepConfig:
     valid_fraction: float = 0.02
     """Share of documents that go to the validation split, decided by a hash of each document's content."""
     shard_bytes: int = 268_435_456
-    """Largest size of one .bin file, in bytes."""
+    """Largest size of one .bin file, in bytes; a longer document has a file of its own."""
     seed: int = 7
     """Seed of the order of documents."""
     on_bad: Literal["error", "skip", "replace"] = "error"
@@ -60,5 +61,7 @@ def check_prep(config: PrepConfig) -> None:
         )
     if not 0 <= config.max_bad <= 1:
         raise ConfigError(f"max_bad is {config.max_bad}, it must be from 0 to 1. Set --max_bad.")
+    if Path(config.out).name in ("", ".."):
+        raise ConfigError(f"out is {config.out!r}, it must end with the name of a directory. Set --out.")
     if not config.sources:
         raise ConfigError("sources is empty. Name files, folders, hf:NAME or stdlib in --sources.")

@@ -151,8 +151,10 @@ def write_split(
             name = f"shard-{len(records):05d}"
             with IndexedWriter(directory / name, vocab_size) as writer:
                 size = 0
-                while position < len(order) and size < config.shard_bytes:
+                while position < len(order):
                     tokens = spill.read(descriptor, order[position])
+                    if size and size + tokens.nbytes > config.shard_bytes:
+                        break
                     writer.add_document(tokens)
                     size += tokens.nbytes
                     position += 1

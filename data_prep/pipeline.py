@@ -215,9 +215,11 @@ def _tokenizer(config: PrepConfig, work: Path, texts: list[str]) -> Tokenizer:
         with tqdm(total=len(shuffled), unit="doc", desc="tokenizer") as bar:
             model = train_tokenizer((text for text in shuffled if not bar.update(1) or True), config)
             bar.update(bar.total - bar.n)
-    tokenizer = write_tokenizer(model, work / "tokenizer", texts[:EXPORT_CHECK_DOCUMENTS])
+    tokenizer = write_tokenizer(model, work / "tokenizer", texts[:EXPORT_CHECK_DOCUMENTS], bool(config.tokenizer))
     if not (work / "tokenizer" / "tokenizer.json").is_file():
-        print("this tokenizer has no exact form for transformers (not BPE, or it normalises text): no tokenizer.json")
+        print(
+            "this tokenizer has no exact form for transformers (it may not be BPE, or normalise text): no tokenizer.json"
+        )
     return tokenizer
 
 

@@ -3,18 +3,15 @@
 Files are read as bytes and split at "\\n" only: universal newlines and str.splitlines would also cut inside a line.
 """
 
-import gzip
 import json
 import sysconfig
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import zstandard
-
+from data_prep.compression import DAMAGED, decompressed
 from data_prep.config import PrepConfig
 from megatron_rdt.errors import ConfigError, DataError
 
@@ -22,7 +19,6 @@ STDLIB = "stdlib"
 HUGGING_FACE = "hf:"
 STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 BAD_LISTED = 20
-DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 
 
 @dataclass(frozen=True)
@@ -68,12 +64,18 @@ class Progress:
 
 
 def input_files(config: PrepConfig) -> list[tuple[str, Path]]:
-    """(name, path) of every file that the sources name, in a fixed order; names do not depend on the machine."""
+    """(name, path) of every file that the sources name, in a fixed order; names do not depend on the machine.
+
+    A name begins with that of its source; where several sources have the same, their places in the list tell them apart.
+    """
     found: list[tuple[str, Path]] = []
-    for source in config.sources:
+    called = Counter(_source_name(source) for source in config.sources if not source.startswith(HUGGING_FACE))
+    for index, source in enumerate(config.sources):
         if source.startswith(HUGGING_FACE):
             continue
         root = Path(sysconfig.get_paths()["stdlib"]) if source == STDLIB else Path(source)
+        name = _source_name(source)
+        name = f"{index}:{name}" if called[name] > 1 else name
         if not root.exists():
             raise ConfigError(f"source {source} does not exist. Name a file, a folder, hf:NAME or stdlib in --sources.")
         extensions = tuple(e.lower() for e in ((".py",) if source == STDLIB else config.extensions))
@@ -84,19 +86,23 @@ def input_files(config: PrepConfig) -> list[tuple[str, Path]]:
                     f"{root} ends with none of {', '.join(extensions)}. Convert it, or name its ending in --extensions "
                     "to take the file as one plain text document."
                 )
-            found.append((root.name, root))
+            found.append((name, root))
             continue
         for path in sorted(root.rglob("*")):
             inside = path.relative_to(root)
             if source == STDLIB and STDLIB_SKIPPED & set(inside.parts):
                 continue
             if path.is_file() and path.name.lower().endswith(endings):
-                found.append((f"{source if source == STDLIB else root.name}/{inside.as_posix()}", path))
+                found.append((f"{name}/{inside.as_posix()}", path))
     if not found and not any(source.startswith(HUGGING_FACE) for source in config.sources):
         raise DataError(
             f"no file with an ending of {config.extensions} in {config.sources}. Set --sources or --extensions."
         )
     return found
+
+
+def _source_name(source: str) -> str:
+    return source if source == STDLIB else Path(source).name
 
 
 def documents(config: PrepConfig, progress: Progress) -> Iterator[Document]:
@@ -158,13 +164,8 @@ def _utf8_message(place: str, error: UnicodeDecodeError) -> str:
 
 
 def _read(path: Path) -> bytes:
-    if path.suffix.lower() == ".gz":
-        with gzip.open(path) as file:
-            return file.read()
-    if path.suffix.lower() == ".zst":
-        with open(path, "rb") as file:
-            return zstandard.ZstdDecompressor().stream_reader(file).read()
-    return path.read_bytes()
+    with open(path, "rb") as raw:
+        return decompressed(raw, path).read()
 
 
 def _damaged(path: Path, where: str) -> str:
@@ -175,16 +176,9 @@ def _lines(path: Path, config: PrepConfig, progress: Progress) -> Iterator[bytes
     """Lines of a plain, gzip or zstd file; progress counts compressed bytes."""
     number = 0
     with open(path, "rb") as raw:
-        stream: Any = raw
-        if path.suffix.lower() == ".gz":
-            stream = gzip.GzipFile(fileobj=raw)
-        elif path.suffix.lower() == ".zst":
-            import io
-
-            stream = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw))  # type: ignore[arg-type]
         before = 0
         try:
-            for line in stream:
+            for line in decompressed(raw, path):
                 number += 1
                 yield line
                 progress.advance(raw.tell() - before)

@@ -14,6 +14,7 @@ import sentencepiece
 
 from data_prep.config import PrepConfig
 from megatron_rdt.data.tokenizer import BYTES_FILE, MODEL_FILE, Tokenizer
+from megatron_rdt.data.tokenizer_export import EXPORTED_FILE, SETTINGS_FILE, first_difference, write_settings
 from megatron_rdt.errors import DataError
 from megatron_rdt.files import atomic_open, write_bytes, write_text
 
@@ -79,16 +80,17 @@ def _training_message(text: str, vocab_size: int) -> str:
     return f"the tokenizer could not be trained: {text.splitlines()[0]}. Change --vocab_size or --sources."
 
 
-def write_tokenizer(model: bytes, directory: Path, sample: Iterable[str]) -> Tokenizer:
+def write_tokenizer(model: bytes, directory: Path, sample: Iterable[str], foreign: bool = False) -> Tokenizer:
     """Write tokenizer.model, tokenizer.json, tokenizer_config.json and token_bytes.npy.
 
     Args:
         model: the serialized SentencePiece model.
         directory: where to.
-        sample: texts on which the exported ids must agree.
+        sample: texts on which the exported ids and what they decode to must agree.
+        foreign: the model is not one of `train_tokenizer`: leave the export out where it is not exact, and say why.
 
     Raises:
-        DataError: the export gives other ids on the sample.
+        DataError: the export gives other ids or another text on the sample, or on others that are difficult.
     """
     directory.mkdir(parents=True, exist_ok=True)
     write_bytes(directory / MODEL_FILE, model)
@@ -97,33 +99,16 @@ def write_tokenizer(model: bytes, directory: Path, sample: Iterable[str]) -> Tok
         np.save(file, tokenizer.token_bytes())
     document = tokenizer_json(tokenizer.processor.serialized_model_proto())
     if document is not None:
-        write_text(directory / "tokenizer.json", json.dumps(document, ensure_ascii=False))
-        ids = {"bos": tokenizer.bos, "eos": tokenizer.eos, "unk": tokenizer.processor.unk_id(), "pad": tokenizer.pad}
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            **{f"{name}_token": tokenizer.processor.id_to_piece(i) for name, i in ids.items() if i >= 0},
-            "clean_up_tokenization_spaces": False,
-        }
-        write_text(directory / "tokenizer_config.json", json.dumps(settings, indent=1) + "\n")
-        _check_export(directory, tokenizer, sample)
+        write_text(directory / EXPORTED_FILE, json.dumps(document, ensure_ascii=False))
+        write_settings(directory, tokenizer)
+        difference = first_difference(directory / EXPORTED_FILE, tokenizer, sample)
+        if difference and not foreign:
+            raise DataError(f"the tokenizer could not be exported exactly: {difference}. Report this as a bug.")
+        if difference:
+            print(f"{EXPORTED_FILE} would not be exact: {difference}")
+            for name in (EXPORTED_FILE, SETTINGS_FILE):
+                (directory / name).unlink()
     return tokenizer
-
-
-def _check_export(directory: Path, tokenizer: Tokenizer, sample: Iterable[str]) -> None:
-    import tokenizers
-
-    exported = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-    processor = tokenizer.processor  # its special pieces are parsed by one, and plain text for the other
-    specials = [
-        processor.id_to_piece(i)
-        for i in range(tokenizer.vocab_size)
-        if processor.is_control(i) or processor.is_unknown(i)
-    ]
-    for text in sample:
-        if any(special in text for special in specials):
-            continue
-        if exported.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):
-            raise DataError(f"{directory / 'tokenizer.json'} gives other ids than {MODEL_FILE}. Report this as a bug.")
 
 
 def tokenizer_json(model: bytes) -> dict | None:

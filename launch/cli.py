@@ -14,6 +14,7 @@ from megatron_rdt.config.parser import make_parser, parse
 from megatron_rdt.environment import quiet_libraries
 from megatron_rdt.errors import EXIT_OK, EXIT_USAGE, ConfigError
 
+PROCESSES_ON_CPU = 2
 EXIT_BROKEN_PIPE = 141  # as a shell reports SIGPIPE
 T = TypeVar("T")
 
@@ -27,7 +28,7 @@ class EvalOptions:
     loops: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
     """Loop counts T to evaluate at."""
     sequences: int = 64
-    """Validation sequences to use, of the length that the run was trained with."""
+    """Validation sequences to use, spread evenly over the split, of the length that the run was trained with."""
     data: str | None = None
     """Directory of the prepared corpus; the run's own where not given."""
     out: str | None = None
@@ -107,12 +108,13 @@ def train(words: list[str]) -> int:
 
     parser = launch_parser("rdt train")
     config, raw = parse(parser, RunConfig, words)
-    check_config(config)  # before torch is imported to count GPUs
     if raw.nproc < 0:
         raise ConfigError(f"--nproc is {raw.nproc}, it must be at least 1, or 0 for one per device.")
-    processes = raw.nproc or _default_processes(config.parallel.engine, config.train.device)
-    check_config(config, processes)
+    known = raw.nproc or _processes_without_gpu(config.parallel.engine, config.train.device)
+    check_config(config, known)
     check_places(config)
+    processes = known or _one_per_gpu()  # imports torch
+    check_config(config, processes)
     if config.parallel.engine == "single":
         from megatron_rdt.train.trainer import train as run
 
@@ -122,14 +124,17 @@ def train(words: list[str]) -> int:
     return run_processes(worker_words(parser, words), processes, raw.master_port)
 
 
-def _default_processes(engine: str, device: str) -> int:
+def _processes_without_gpu(engine: str, device: str) -> int | None:
+    """How many processes to start, where that does not depend on the GPUs of this machine."""
     if engine == "single":
         return 1
-    if device == "cpu":
-        return 2
+    return PROCESSES_ON_CPU if device == "cpu" else None
+
+
+def _one_per_gpu() -> int:
     import torch
 
-    return torch.cuda.device_count() or 2
+    return torch.cuda.device_count() or PROCESSES_ON_CPU
 
 
 def evaluate(words: list[str]) -> int:

@@ -25,7 +25,7 @@ def explain(error: BaseException) -> RdtError | None:
     name, text = type(error).__name__, str(error).strip()
     first = text.splitlines()[0] if text else name
     if is_disk_full(error):
-        return RdtError(f"the disk is full ({first}). Free space and start again; --resume auto continues a run.")
+        return RdtError(f"the disk is full ({first}). Free space and start again.")
     if isinstance(error, OSError) and error.errno in NO_ACCESS and error.filename:
         return RdtError(f"{error.filename}: {error.strerror}. Choose a path that you can read and write.")
     if name == "OutOfMemoryError":

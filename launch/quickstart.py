@@ -8,7 +8,7 @@ from megatron_rdt.config import load_config
 from megatron_rdt.config.parser import make_parser, parse
 from megatron_rdt.errors import LaunchError
 
-CONFIG, DATA_CONFIG = "configs/quickstart.yaml", "configs/quickstart_data.yaml"
+CONFIG, DATA_CONFIG = "configs/quickstart.yaml", "configs/smoke_data.yaml"
 MOST_PROCESSES = 2
 EVAL_LOOPS = (1, 2, 4, 8, 16)
 EVAL_SEQUENCES = 64

@@ -18,6 +18,9 @@ TEMPLATE = Path(__file__).resolve().parent / "slurm" / "pretrain.sbatch"
 TRAINING_SCRIPT = Path(__file__).resolve().parent / "pretrain.py"
 # Slurm may send the signal this many seconds earlier than asked.
 SIGNAL_TOLERANCE_S = 60
+# Restarts in a row without a new checkpoint after which a job does not go back into the queue.
+IDLE_RESTARTS = 3
+LATEST = "latest"  # as in megatron_rdt/checkpoint, which would bring PyTorch to the login node
 NO_LIMIT = ("0", "-1", "unlimited", "infinite")
 
 
@@ -156,6 +159,9 @@ def render(job: SubmitConfig, config: RunConfig, words: list[str]) -> str:
         root=shlex.quote(str(Path.cwd())),
         python=shlex.quote(sys.executable),
         script=shlex.quote(str(TRAINING_SCRIPT)),
+        latest=shlex.quote(str(Path(config.run.root) / config.run.name / LATEST)),
+        stalled=shlex.quote(str(Path(job.directory).resolve() / config.run.name)),
+        restarts=IDLE_RESTARTS,
         options=shlex.join(words),
     )
 

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from megatron_rdt.errors import LaunchError
 TEMPORARY_SUFFIX = ".tmp"
 HASH_CHUNK_BYTES = 1 << 22
 LOCK_POLL_S = 0.2
+LOW_DISK_BYTES = 64 << 20
+NO_SPACE = os.strerror(errno.ENOSPC)  # how libraries that are not written in Python say it
 
 
 def fsync_directory(directory: str | os.PathLike[str]) -> None:
@@ -84,14 +87,30 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error and its causes, the first cause last."""
+    chain = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(before)
+    return chain
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether an OSError, or one in its chain of causes, says that the disk or the quota is full."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
+    return any(isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT) for seen in _chain(error))
+
+
+def why_not_written(error: BaseException, directory: str | os.PathLike[str]) -> str:
+    """In one line, why something below `directory` could not be written; ask before cleaning up."""
+    free = shutil.disk_usage(directory).free if os.path.isdir(directory) else 0
+    if is_disk_full(error) or NO_SPACE in str(error):
+        return f"the disk is full ({free / 2**20:.1f} MiB free)"
+    # torch.save writes the end of its file after a failed write too, and fails again.
+    first = next((seen for seen in _chain(error) if isinstance(seen, OSError)), error)
+    lines = str(first).strip().splitlines()
+    reason = lines[0] if lines else type(first).__name__
+    # Libraries that write files in C++ do not say why a write failed.
+    return f"{reason} (the disk is almost full: {free / 2**20:.1f} MiB free)" if free < LOW_DISK_BYTES else reason
 
 
 @contextlib.contextmanager

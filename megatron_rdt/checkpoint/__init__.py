@@ -2,6 +2,7 @@
 
 from megatron_rdt.checkpoint.manifest import read_manifest, verify, write_manifest
 from megatron_rdt.checkpoint.read import (
+    CHECKPOINTS,
     check_same_model,
     complete_checkpoints,
     newest_checkpoint,
@@ -10,9 +11,10 @@ from megatron_rdt.checkpoint.read import (
     resolve_checkpoint,
 )
 from megatron_rdt.checkpoint.start import find_start
-from megatron_rdt.checkpoint.write import restore_rank_rng, save_checkpoint, software_versions
+from megatron_rdt.checkpoint.write import record_start, restore_rank_rng, save_checkpoint, software_versions
 
 __all__ = [
+    "CHECKPOINTS",
     "check_same_model",
     "complete_checkpoints",
     "find_start",
@@ -20,6 +22,7 @@ __all__ = [
     "read_manifest",
     "read_model_weights",
     "read_trainer_state",
+    "record_start",
     "resolve_checkpoint",
     "restore_rank_rng",
     "save_checkpoint",

@@ -19,6 +19,7 @@ from megatron_rdt.parallel.universal import UNIVERSAL, read_universal_weights
 
 LATEST = "latest"
 CHECKPOINTS = "checkpoints"
+ROLLBACK = "rollback.json"
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,8 @@ def complete_checkpoints(run_directory: Path) -> list[Path]:
     """Checkpoints of a run, the one to continue from last.
 
     The order is that of saving, not of steps: a run may have been rolled back. The branch that was given up comes
-    before the last saved checkpoint and its ancestors: it is the first to be deleted and the last to fall back to.
+    before the head and its ancestors: it is the first to be deleted and the last to fall back to. The head is the last
+    saved checkpoint or, until the run saves again, the older one that it went back to.
     """
     saved: dict[str, dict[str, Any]] = {}
     for directory in (run_directory / CHECKPOINTS).glob("step-*"):
@@ -36,14 +38,33 @@ def complete_checkpoints(run_directory: Path) -> list[Path]:
                 saved[directory.name] = read_manifest(directory)
             except CheckpointError as error:
                 logger.warning("skipping: %s", error)
-    lineage = _lineage(saved)
+    lineage = _lineage(saved, read_rollback(run_directory))
     names = sorted(saved, key=lambda name: (name in lineage, saved[name]["sequence"]))
     return [run_directory / CHECKPOINTS / name for name in names]
 
 
-def _lineage(saved: dict[str, dict[str, Any]]) -> set[str]:
-    """Names of the last saved checkpoint and its ancestors, as far as they are there; `saved` holds manifests."""
+def read_rollback(run_directory: Path) -> dict[str, Any]:
+    """What `record_start` wrote: the checkpoint that the run went back to, its sequence, the newest one at that time.
+
+    Empty where the run never went back.
+    """
+    try:
+        record = json.loads((run_directory / ROLLBACK).read_text(encoding="utf-8"))
+        return {"checkpoint": str(record["checkpoint"]), **{key: int(record[key]) for key in ("sequence", "newest")}}
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        logger.warning("ignoring %s, which cannot be read: %r", run_directory / ROLLBACK, error)
+    return {}
+
+
+def _lineage(saved: dict[str, dict[str, Any]], rollback: dict[str, Any]) -> set[str]:
+    """Names of the head and its ancestors, as far as they are there; `saved` holds manifests."""
     name = max(saved, key=lambda n: saved[n]["sequence"], default=None)
+    if name is not None and rollback and saved[name]["sequence"] <= rollback["newest"]:
+        back = rollback["checkpoint"]
+        # Another sequence: the same step of another branch took its place.
+        name = back if back in saved and saved[back]["sequence"] == rollback["sequence"] else name
     sequence, lineage = float("inf"), set()
     # A parent that was saved later than its child is the same step of another branch.
     while name in saved and saved[name]["sequence"] < sequence:
@@ -83,6 +104,8 @@ def newest_checkpoint(run_directory: Path, check: Callable[[Path], None] = verif
 def resolve_checkpoint(path: str | Path, check: Callable[[Path], None] = verify) -> Path:
     """A checkpoint directory, verified in full, from a checkpoint or from a run directory (its newest good one)."""
     directory = Path(path)
+    if directory.is_file():
+        raise CheckpointError(f"{directory} is a file. Name a run directory, or a checkpoint below its checkpoints/.")
     if not directory.is_dir():
         raise CheckpointError(
             f"{directory} does not exist. Name a run directory or a checkpoint below its checkpoints/."
@@ -91,6 +114,11 @@ def resolve_checkpoint(path: str | Path, check: Callable[[Path], None] = verify)
         check(directory)
         return directory
     newest = newest_checkpoint(directory, check)
+    if newest is None and (directory / "modeling_rdt.py").is_file():
+        raise CheckpointError(
+            f"{directory} is an export for transformers, which `rdt generate` takes. Here, name a run directory or a "
+            "checkpoint below its checkpoints/."
+        )
     if newest is None:
         raise CheckpointError(
             f"{directory} holds no complete checkpoint. Name a run directory or a step-NNNNNNNN in it."

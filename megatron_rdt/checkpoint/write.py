@@ -21,13 +21,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import megatron_rdt
 from megatron_rdt.checkpoint.manifest import content_files, file_record, read_manifest, write_manifest
-from megatron_rdt.checkpoint.read import CHECKPOINTS, LATEST, complete_checkpoints
+from megatron_rdt.checkpoint.read import CHECKPOINTS, LATEST, ROLLBACK, complete_checkpoints, read_rollback
 from megatron_rdt.checkpoint.together import gather
 from megatron_rdt.errors import CheckpointError, RdtError
-from megatron_rdt.files import atomic_open, fsync_directory, fsync_file, is_disk_full, write_text
+from megatron_rdt.files import atomic_open, fsync_directory, fsync_file, why_not_written, write_text
 from megatron_rdt.parallel import Engine
 
-LOW_DISK_BYTES = 64 << 20
 T = TypeVar("T")
 
 
@@ -179,24 +178,8 @@ class _Attempt:
     def _describe(self, failure: BaseException, rank: int | None) -> str:
         """What went wrong, in one line; where there are several ranks, on which."""
         # Before anything is cleaned up.
-        free = shutil.disk_usage(self.final.parent).free if self.final.parent.is_dir() else 0
         where = f"rank {rank}: " if self.engine.world_size > 1 and rank is not None else ""
-        return where + _reason(failure, free)
-
-
-def _reason(failure: BaseException, free: int) -> str:
-    """The error in one line; `free` is in bytes."""
-    if is_disk_full(failure):
-        return f"the disk is full ({free / 2**20:.1f} MiB free)"
-    # torch.save writes the end of its file after a failed write too, and fails again.
-    chain: list[BaseException] = [failure]
-    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(before)
-    failure = next((error for error in chain if isinstance(error, OSError)), failure)
-    lines = str(failure).strip().splitlines()
-    reason = lines[0] if lines else type(failure).__name__
-    # Libraries that write files in C++ do not say why a write failed.
-    return f"{reason} (the disk is almost full: {free / 2**20:.1f} MiB free)" if free < LOW_DISK_BYTES else reason
+        return where + why_not_written(failure, self.final.parent)
 
 
 def _hash_together(attempt: _Attempt, directory: Path) -> dict[str, Any]:
@@ -236,8 +219,29 @@ def _parent(final: Path, facts: dict[str, Any]) -> str | None:
 
 def _next_sequence(run_directory: Path) -> int:
     """Checkpoints are ordered by when they were saved, so that a rolled-back run's new branch is the newest."""
+    return 1 + max(_newest_sequence(run_directory), read_rollback(run_directory).get("newest", 0))
+
+
+def _newest_sequence(run_directory: Path) -> int:
+    return max((int(read_manifest(path)["sequence"]) for path in complete_checkpoints(run_directory)), default=0)
+
+
+def record_start(run_directory: Path, source: Path) -> None:
+    """Note durably that the run goes on from `source`, where that is not its newest checkpoint; for the first rank.
+
+    Until the run saves again, nothing else would tell that what was saved after `source` was given up. To be called
+    before any record of that branch is dropped.
+    """
     existing = complete_checkpoints(run_directory)
-    return 1 + (int(read_manifest(existing[-1])["sequence"]) if existing else 0)
+    own = next((path for path in existing if path.resolve() == source.resolve()), None)
+    if own is None or own == existing[-1]:
+        return
+    record = {
+        "checkpoint": own.name,
+        "sequence": int(read_manifest(own)["sequence"]),
+        "newest": _newest_sequence(run_directory),
+    }
+    write_text(run_directory / ROLLBACK, json.dumps(record) + "\n")
 
 
 def _publish(temporary: Path, final: Path, run_directory: Path) -> None:

@@ -1,6 +1,6 @@
 """The configuration: dataclasses, their checks, and reading them from YAML."""
 
-from megatron_rdt.config.checks import check_config
+from megatron_rdt.config.checks import check_config, wsd_decay_steps
 from megatron_rdt.config.load import dump_config, load_config
 from megatron_rdt.config.model import ModelConfig
 from megatron_rdt.config.schema import (
@@ -35,4 +35,5 @@ __all__ = [
     "check_config",
     "dump_config",
     "load_config",
+    "wsd_decay_steps",
 ]

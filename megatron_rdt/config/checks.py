@@ -2,9 +2,10 @@
 
 import math
 
-from megatron_rdt.config.schema import RunConfig
+from megatron_rdt.config.schema import RunConfig, ScheduleConfig
 from megatron_rdt.errors import ConfigError
 
+WSD_DECAY_FRACTION = 0.2
 BELOW_ONE = math.nextafter(1, 0)
 # Options that are one number with a range: name, smallest, whether that itself is allowed, largest (None: no limit).
 RANGES: list[tuple[str, float, bool, float | None]] = [
@@ -44,6 +45,11 @@ RANGES: list[tuple[str, float, bool, float | None]] = [
     ("sample.top_k", 0, True, None),
     ("logging.every", 1, True, None),
 ]
+
+
+def wsd_decay_steps(config: ScheduleConfig, steps: int) -> int:
+    """Steps of the final decay of schedule `wsd` in a run of `steps`."""
+    return config.decay_steps or max(round(WSD_DECAY_FRACTION * steps), 1)
 
 
 def check_config(config: RunConfig, world_size: int | None = None) -> None:
@@ -149,6 +155,10 @@ def _depth(config: RunConfig) -> list[str]:
         )
     if depth.scheme == "fixed" and depth.mean != int(depth.mean):
         problems.append(f"depth.mean is {depth.mean}, but depth.scheme fixed needs a whole number. Change either.")
+    if depth.scheme == "uniform" and 2 * depth.mean % 1 != 0:
+        problems.append(
+            f"depth.mean is {depth.mean}, but depth.scheme uniform draws from 1 to 2 mean - 1. Give a multiple of 0.5."
+        )
     for section in ("eval", "sample"):
         loops = getattr(config, section).loops
         if not loops or min(loops) < 1:
@@ -161,14 +171,15 @@ def _training(config: RunConfig) -> list[str]:
     for name in ("steps", "global_batch", "micro_batch", "sequence_length"):
         if getattr(train, name) < 1:
             problems.append(f"train.{name} is {getattr(train, name)}, it must be at least 1.")
-    if config.schedule.warmup_steps > train.steps:
+    if config.schedule.warmup_steps > train.steps >= 1:
         problems.append(
             f"schedule.warmup_steps {config.schedule.warmup_steps} is more than train.steps {train.steps}. Lower it."
         )
-    if config.schedule.name == "wsd" and config.schedule.warmup_steps + config.schedule.decay_steps > train.steps:
+    decay = wsd_decay_steps(config.schedule, train.steps)
+    if config.schedule.name == "wsd" and config.schedule.warmup_steps + decay > train.steps:
         problems.append(
-            f"schedule.warmup_steps {config.schedule.warmup_steps} and schedule.decay_steps {config.schedule.decay_steps} "
-            f"are more than train.steps {train.steps} together. Lower either."
+            f"schedule.warmup_steps {config.schedule.warmup_steps} and the {decay} steps of schedule.decay_steps "
+            f"{config.schedule.decay_steps} are more than train.steps {train.steps} together. Lower either."
         )
     if config.sample.every and not config.sample.prompt:
         problems.append("sample.prompt is empty. Give it at least one character, or set --sample.every 0.")

@@ -303,9 +303,11 @@ def _checked_file(path: str, kinds: Mapping[str, Any]) -> list[str]:
     except yaml.YAMLError as error:
         reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
         raise ConfigError(f"config file {path} is not valid YAML: {reason}. Mend it.") from None
-    if content is not None and not isinstance(content, dict):
+    if content is None:
+        raise ConfigError(f"config file {path} is empty. Write `key: value` lines, or leave --config out.")
+    if not isinstance(content, dict):
         raise ConfigError(f"config file {path} must hold `key: value` lines, it holds a {type(content).__name__}.")
-    keys = flatten(content or {})
+    keys = flatten(content)
     for key in keys:
         _check_key(key, kinds, f"{path}: key ")
         if dataclasses.is_dataclass(kinds[key]):  # flatten leaves only sections that hold no mapping

@@ -144,7 +144,7 @@ class DataConfig:
     max_epochs: float = 4.0
     """Most passes over the training split; a longer run is refused before it starts."""
     verify: Literal["size", "full"] = "size"
-    """Check of the shards at the start: sizes and headers, or the SHA-256 of every byte."""
+    """Check of the shards at the start: sizes and headers, or the SHA-256 of every byte, read once per node; the others wait, at most `parallel.timeout_s`."""
     document_mask: bool = False
     """Let no token look at another document in its sequence, in training and in validation."""
 
@@ -158,7 +158,7 @@ class EvalConfig:
     loops: list[int] = field(default_factory=lambda: [1, 4, 8])
     """Loop counts T to evaluate at."""
     sequences: int = 64
-    """Validation sequences per evaluation, over all processes, rounded down to a multiple of them; the same ones every time."""
+    """Validation sequences per evaluation, over all processes, rounded down to a multiple of them; spread evenly over the split, the same ones every time."""
 
 
 @dataclass(frozen=True)

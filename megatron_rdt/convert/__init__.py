@@ -4,8 +4,8 @@ import os
 import shutil
 from pathlib import Path
 
-from megatron_rdt.errors import ConfigError
-from megatron_rdt.files import fsync_directory, fsync_file
+from megatron_rdt.errors import CheckpointError, ConfigError, RdtError
+from megatron_rdt.files import fsync_directory, fsync_file, why_not_written
 
 
 def convert(checkpoint: str, out: str, to: str) -> Path:
@@ -19,7 +19,7 @@ def convert(checkpoint: str, out: str, to: str) -> Path:
     """
     from megatron_rdt.checkpoint import resolve_checkpoint
 
-    source, target = resolve_checkpoint(checkpoint), Path(out)
+    source, target = resolve_checkpoint(checkpoint), Path(os.path.realpath(out))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists and is not empty. Choose another OUT or remove it.")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -38,6 +38,15 @@ def convert(checkpoint: str, out: str, to: str) -> Path:
             target.rmdir()
         temporary.rename(target)
         fsync_directory(target.parent)
+    except RdtError:
+        raise
+    except Exception as error:  # each library that writes has errors of its own
+        reason = why_not_written(error, target.parent)
+        if "the disk is" not in reason:
+            raise
+        raise CheckpointError(
+            f"could not write {out}: {reason}; nothing was left behind. Free space or choose another OUT."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target

@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import megatron_rdt.config.model
+import megatron_rdt.depth.hashing
 import megatron_rdt.depth.plan
 import megatron_rdt.model
 from megatron_rdt.checkpoint import read_model_weights
@@ -30,6 +32,7 @@ from megatron_rdt.files import write_text
 
 MODEL_FILE, CONFIG_FILE, WEIGHTS_FILE = "modeling_rdt.py", "config.json", "model.safetensors"
 MODEL_TYPE = "megatron_rdt"
+TOKENIZER = "tokenizer_fingerprint"  # in config.json
 PREFIX = "model."  # the wrapper's name for the model, in front of every weight's
 WRAPPER = Path(__file__).resolve().parent / "hf_wrapper.py"
 # In order of use; all of them are files of megatron_rdt/model.
@@ -54,6 +57,7 @@ PARTS = (
     "state",
     "core",
     "rdt",
+    "initialization",
 )
 PROJECT = "megatron_rdt"
 
@@ -64,8 +68,10 @@ def export_hf(source: Path, out: Path) -> None:
     weights = read_model_weights(source)
     save_file({PREFIX + k: v.contiguous() for k, v in weights.items()}, out / WEIGHTS_FILE, {"format": "pt"})
     write_text(out / MODEL_FILE, model_source())
+    shutil.copymode(out / MODEL_FILE, out / WEIGHTS_FILE)  # safetensors lets nobody else read it
     loops = round(config.depth.mean)
-    specials = special_ids(Tokenizer(source / "tokenizer"))
+    tokenizer = Tokenizer(source / "tokenizer")
+    specials = special_ids(tokenizer)
     settings = {
         "architectures": ["RdtForCausalLM"],
         "model_type": MODEL_TYPE,
@@ -78,6 +84,7 @@ def export_hf(source: Path, out: Path) -> None:
         **specials,
         "tie_word_embeddings": False,  # a tied head reads the embedding itself; transformers has nothing to tie
         "model": dataclasses.asdict(config.model),
+        TOKENIZER: tokenizer.fingerprint,
     }
     write_text(out / CONFIG_FILE, json.dumps(settings, indent=1) + "\n")
     write_text(out / "generation_config.json", json.dumps(specials, indent=1) + "\n")
@@ -119,12 +126,23 @@ def read_hf(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
     return config, {name.removeprefix(PREFIX): tensor.float() for name, tensor in weights.items()}
 
 
+def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """CheckpointError where the tokenizer in an export is not the one that its model was trained with."""
+    wanted = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get(TOKENIZER)
+    if wanted is not None and tokenizer.fingerprint != wanted:
+        raise CheckpointError(
+            f"the tokenizer in {folder} is not the one that the model was trained with. "
+            "Export the checkpoint again with `rdt convert CHECKPOINT OUT --to hf`."
+        )
+
+
 def model_source() -> str:
     """One Python file: imports, ModelConfig, DepthPlan, the model's modules, the transformers wrapper."""
     folder = Path(inspect.getfile(megatron_rdt.model)).parent
     parts = [file for part in PARTS for file in sorted(folder.glob(f"{part}.py")) if file.name != "__init__.py"]
-    config, plan = (Path(inspect.getfile(module)) for module in (megatron_rdt.config.model, megatron_rdt.depth.plan))
-    files = dict.fromkeys((config, plan, *parts, WRAPPER))  # a file that a pattern finds again stays where it was
+    modules = (megatron_rdt.config.model, megatron_rdt.depth.plan, megatron_rdt.depth.hashing)
+    below = [Path(inspect.getfile(module)) for module in modules]
+    files = dict.fromkeys((*below, *parts, WRAPPER))  # a file that a pattern finds again stays where it was
     imports: list[str] = []
     bodies: list[str] = []
     for file in files:

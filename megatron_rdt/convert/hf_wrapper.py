@@ -10,7 +10,11 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from megatron_rdt.config import ModelConfig
+from megatron_rdt.model.initialization import initial_parameter
 from megatron_rdt.model.rdt import RecurrentDepthTransformer, depth_plan
+
+# What transformers passes along and this model has no use for.
+HARMLESS = ("return_dict", "cache_position", "num_items_in_batch", "logits_to_keep")
 
 
 class RdtConfig(PreTrainedConfig):
@@ -72,14 +76,22 @@ class RdtForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     _no_split_modules = ["Layer", "RecurrentCore"]  # noqa: RUF012
     _supports_sdpa = True
+    accepts_loss_kwargs = False  # the loss is a mean: transformers' Trainer divides it by the accumulation steps
 
     def __init__(self, config: RdtConfig) -> None:
         super().__init__(config)
         self.model = RecurrentDepthTransformer(ModelConfig(**config.model))
         self.post_init()
 
+    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Every weight comes from the checkpoint."""
+        """As at the start of a run, with seeds from torch's generator; what came from a file stays."""
+        # Another module is one that takes the embedding's place.
+        place = next((name for name, part in self.model.named_modules() if part is module), "embedding")
+        for name, parameter in module.named_parameters(recurse=False):
+            if not getattr(parameter, "_is_hf_initialized", False):
+                seed = int(torch.randint(1 << 62, (), device="cpu"))
+                parameter.copy_(initial_parameter(self.model, f"{place}.{name}", parameter.shape, seed))
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
@@ -102,9 +114,15 @@ class RdtForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits (batch, sequence, vocab); with `labels`, the loss of predicting each next token.
 
+        `position_ids` (batch or 1, sequence) default to counting what `attention_mask` does not leave out.
+
         Raises:
             ValueError: `loops` is not a whole number of at least 1, or another than the cache was filled with.
+            TypeError: an argument is asked for that has no effect here.
         """
+        unknown = sorted(k for k, v in kwargs.items() if v is not None and v is not False and k not in HARMLESS)
+        if unknown:
+            raise TypeError(f"this model's forward takes no {', '.join(unknown)}; the number of iterations is `loops`")
         batch, sequence = input_ids.shape
         plan = depth_plan(self.config.loops if loops is None else loops, batch)
         if past_key_values is None and use_cache:
@@ -117,11 +135,12 @@ class RdtForCausalLM(PreTrainedModel, GenerationMixin):
         if attention_mask is not None and not bool(attention_mask.all()):
             positions = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, start : start + sequence]
             keys = torch.arange(start + sequence, device=input_ids.device)
-            causal = keys <= torch.arange(start, start + sequence, device=input_ids.device)[:, None]
+            queries = torch.arange(start, start + sequence, device=input_ids.device)[:, None]
             seen = attention_mask.bool()[:, None, None, : start + sequence]
             # A padding query sees itself, so that its softmax is defined; nothing reads its result.
-            itself = keys == torch.arange(start, start + sequence, device=input_ids.device)[:, None]
-            mask = (causal & seen) | itself
+            mask = ((keys <= queries) & seen) | (keys == queries)
+        if position_ids is not None:
+            positions = position_ids[..., -sequence:]
         logits = self.model(input_ids, plan, cache=cache, start=start, positions=positions, mask=mask)
         loss = None
         if labels is not None:

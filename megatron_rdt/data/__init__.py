@@ -2,7 +2,7 @@
 
 from megatron_rdt.data.indexed import IndexedDataset, IndexedWriter
 from megatron_rdt.data.loader import Batch, BatchLoader, TokenCorpus, fixed_documents, fixed_windows
-from megatron_rdt.data.manifest import CorpusManifest, load_manifest
+from megatron_rdt.data.manifest import CorpusManifest, load_manifest, shard_difference
 from megatron_rdt.data.tokenizer import Tokenizer
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "fixed_documents",
     "fixed_windows",
     "load_manifest",
+    "shard_difference",
 ]

@@ -8,6 +8,7 @@ Reading uses pread: a file that is cut short under a memory map kills the proces
 import functools
 import os
 import struct
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -43,20 +44,17 @@ def prefix_path(prefix: str | os.PathLike[str], suffix: str) -> Path:
 
 
 class IndexedDataset:
-    """Reads one pair of files.
+    """Reads one pair of files. Opening takes the same time for any number of sequences: arrays are read when asked for.
 
     Args:
         path: the prefix, without .bin and .idx.
 
     Attributes:
         dtype: of the tokens.
-        lengths: int32 (sequences,), tokens per sequence.
-        pointers: int64 (sequences,), byte offset of each.
-        documents: int64 (documents + 1,), first sequence of each document, last entry = number of sequences.
         tokens: total.
 
     Raises:
-        DataError: a file is missing, is not of this format, or has another size than its header implies.
+        DataError: a file is missing, is not of this format, or has another size than the index implies.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -64,34 +62,68 @@ class IndexedDataset:
         for file in (self.bin_path, self.idx_path):
             if not file.is_file():
                 raise DataError(f"{file} does not exist. {REBUILD}")
-        self._read_index(self.idx_path.read_bytes())
-        self.tokens = int(self.lengths.sum(dtype=np.int64))
-        expected, actual = self.tokens * self.dtype.itemsize, self.bin_path.stat().st_size
+        self._read_header()
+        expected, actual = self._end_of_last_sequence(), self.bin_path.stat().st_size
         if expected != actual:
             raise DataError(f"{self.bin_path} has {actual} bytes, its index says {expected}. {REBUILD}")
+        self.tokens = actual // self.dtype.itemsize
         self._descriptor = os.open(self.bin_path, os.O_RDONLY)
 
-    def _read_index(self, content: bytes) -> None:
-        if len(content) < HEADER.size or content[:9] != MAGIC:
+    def _read_header(self) -> None:
+        with open(self.idx_path, "rb") as file:
+            header, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
+        if len(header) < HEADER.size or header[:9] != MAGIC:
             raise DataError(f"{self.idx_path} is not an index of Megatron's format. {REBUILD}")
-        _, version, code, sequences, documents = HEADER.unpack_from(content)
+        _, version, code, sequences, documents = HEADER.unpack(header)
         if version != VERSION or code not in DTYPES:
             raise DataError(
                 f"{self.idx_path} has version {version} and dtype code {code}, not readable here. {REBUILD}"
             )
         self.dtype = DTYPES[code]
         expected = HEADER.size + 12 * sequences + 8 * documents
-        if len(content) not in (expected, expected + sequences):  # one more byte per sequence: multimodal modes
-            raise DataError(f"{self.idx_path} has {len(content)} bytes, its header says {expected}. {REBUILD}")
-        offset = HEADER.size
-        self.lengths = np.frombuffer(content, "<i4", sequences, offset)
-        self.pointers = np.frombuffer(content, "<i8", sequences, offset + 4 * sequences)
-        self.documents = np.frombuffer(content, "<i8", documents, offset + 12 * sequences)
-        if sequences and ((self.lengths < 0).any() or (self.pointers[0] != 0)):
-            raise DataError(f"{self.idx_path} holds impossible lengths or pointers. {REBUILD}")
+        if size not in (expected, expected + sequences):  # one more byte per sequence: multimodal modes
+            raise DataError(f"{self.idx_path} has {size} bytes, its header says {expected}. {REBUILD}")
+        self._sequences, self._documents = sequences, documents
+
+    def _end_of_last_sequence(self) -> int:
+        """Bytes that .bin must have."""
+        last = self._sequences - 1
+        if last < 0:
+            return 0
+        length = self._from_index("<i4", 1, 4 * last)
+        pointer = self._from_index("<i8", 1, 4 * self._sequences + 8 * last)
+        return int(pointer[0]) + int(length[0]) * self.dtype.itemsize
+
+    def _from_index(self, dtype: str, count: int, offset: int) -> np.ndarray:
+        """`count` numbers of .idx from the byte `offset` after the header on."""
+        values = np.fromfile(self.idx_path, dtype, count, offset=HEADER.size + offset)
+        if len(values) != count:
+            raise DataError(f"{self.idx_path} ends early: it changed while in use. {REBUILD}")
+        return values
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens per sequence, int32 (sequences,)."""
+        lengths = self._from_index("<i4", self._sequences, 0)
+        if (lengths < 0).any() or lengths.sum(dtype=np.int64) != self.tokens:
+            raise DataError(f"{self.idx_path} holds impossible lengths. {REBUILD}")
+        return lengths
+
+    @cached_property
+    def pointers(self) -> np.ndarray:
+        """Byte offset of each sequence, int64 (sequences,)."""
+        pointers = self._from_index("<i8", self._sequences, 4 * self._sequences)
+        if len(pointers) and pointers[0] != 0:
+            raise DataError(f"{self.idx_path} holds impossible pointers. {REBUILD}")
+        return pointers
+
+    @cached_property
+    def documents(self) -> np.ndarray:
+        """First sequence of each document, int64 (documents + 1,); the last entry is the number of sequences."""
+        return self._from_index("<i8", self._documents, 12 * self._sequences)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self._sequences
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Tokens of sequence `index`, shape (length,), in the file's dtype."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from megatron_rdt.data.indexed import IndexedDataset
-from megatron_rdt.data.manifest import load_manifest
+from megatron_rdt.data.manifest import CorpusManifest, load_manifest
 from megatron_rdt.data.sampler import SampleOrder, rank_samples
 from megatron_rdt.errors import ConfigError, DataError
 
@@ -39,20 +39,25 @@ class TokenCorpus:
     """One split of a prepared corpus as one stream of tokens, cut into windows.
 
     Args:
-        path: directory with manifest.json.
+        corpus: directory with manifest.json, or the manifest of one that has been verified.
         split: "train" or "valid".
         sequence_length: L.
         seed: of the order.
-        verify: "size" or "full".
+        verify: "size" or "full"; for a directory.
     """
 
-    def __init__(self, path: str | Path, split: str, sequence_length: int, seed: int, verify: str = "size") -> None:
-        self.manifest = load_manifest(path)
-        self.manifest.verify(verify)
+    def __init__(
+        self, corpus: str | Path | CorpusManifest, split: str, sequence_length: int, seed: int, verify: str = "size"
+    ) -> None:
+        if isinstance(corpus, CorpusManifest):
+            self.manifest = corpus
+        else:
+            self.manifest = load_manifest(corpus)
+            self.manifest.verify(verify)
         self.split, self.sequence_length, self.seed = split, sequence_length, seed
         self.vocab_size = self.manifest.vocab_size
         self.fingerprint = self.manifest.fingerprint
-        self.tokenizer_directory = Path(path) / "tokenizer"
+        self.tokenizer_directory = self.manifest.directory / "tokenizer"
         self._shards = [IndexedDataset(prefix) for prefix in self.manifest.shards(split)]
         self._offsets = np.cumsum([0, *(shard.tokens for shard in self._shards)])
         self.tokens = int(self._offsets[-1])
@@ -112,7 +117,10 @@ class TokenCorpus:
 
 
 def fixed_windows(corpus: TokenCorpus, count: int) -> torch.Tensor:
-    """The first `count` windows of the stream (fewer if it is shorter), in order, int64 (n, L + 1)."""
+    """`count` windows spread evenly over the stream (all where it has fewer), in order, int64 (n, L + 1).
+
+    The first ones would be a few documents only, and their loss that of these documents.
+    """
     return corpus._read(_fixed_starts(corpus, count))
 
 
@@ -122,7 +130,9 @@ def fixed_documents(corpus: TokenCorpus, count: int) -> torch.Tensor:
 
 
 def _fixed_starts(corpus: TokenCorpus, count: int) -> np.ndarray:
-    return np.arange(min(count, corpus.samples_per_epoch), dtype=np.int64) * corpus.sequence_length
+    total = corpus.samples_per_epoch
+    count = min(count, total)
+    return np.arange(count, dtype=np.int64) * total // count * corpus.sequence_length
 
 
 class BatchLoader:

@@ -12,6 +12,7 @@ from megatron_rdt.files import sha256_of
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "rdt-tokens", 1
+SHORT_HASH = 16  # hexadecimal digits
 
 
 class CorpusManifest:
@@ -37,6 +38,15 @@ class CorpusManifest:
         for split in sorted(self.document["splits"]):
             parts += [shard["bin_sha256"] for shard in self.document["splits"][split]["shards"]]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    @property
+    def shard_hashes(self) -> dict[str, str]:
+        """The beginning of every shard's SHA-256 by split/name: to say later which one changed."""
+        return {
+            f"{split}/{shard['name']}": shard["bin_sha256"][:SHORT_HASH]
+            for split, content in sorted(self.document["splits"].items())
+            for shard in content["shards"]
+        }
 
     def shards(self, split: str) -> list[Path]:
         """Prefixes of a split's shards, in order."""
@@ -69,6 +79,15 @@ class CorpusManifest:
             for suffix in (".bin", ".idx"):
                 if sha256_of(prefix_path(prefix, suffix)) != shard[f"{suffix[1:]}_sha256"]:
                     raise DataError(f"{prefix}{suffix} has other content than was written. {REBUILD}")
+
+
+def shard_difference(before: dict[str, str], now: dict[str, str]) -> str:
+    """The first shard in which two corpora differ, in words; both are `CorpusManifest.shard_hashes`."""
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            change = "is gone" if name not in now else "is new" if name not in before else "has other content"
+            return f"shard {name} {change}"
+    return "the tokenizer or the type of the tokens is another"
 
 
 def load_manifest(path: str | Path) -> CorpusManifest:

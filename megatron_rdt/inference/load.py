@@ -6,7 +6,7 @@ import torch
 
 from megatron_rdt.checkpoint import read_model_weights, resolve_checkpoint
 from megatron_rdt.config import ModelConfig, load_config
-from megatron_rdt.convert.hf import is_hf_export, read_hf
+from megatron_rdt.convert.hf import check_tokenizer, is_hf_export, read_hf
 from megatron_rdt.convert.hf_tokenizer import exported_tokenizer
 from megatron_rdt.data import Tokenizer
 from megatron_rdt.errors import CheckpointError, ConfigError
@@ -29,7 +29,9 @@ def load(checkpoint: str | Path, device: str | torch.device = "auto") -> tuple[R
         raise CheckpointError(f"{directory} is a file. Name a run directory, a checkpoint or an export.")
     if is_hf_export(directory):
         config, weights = read_hf(directory)
-        return build(config, weights, directory).to(place), exported_tokenizer(directory)
+        tokenizer = exported_tokenizer(directory)
+        check_tokenizer(directory, tokenizer)
+        return build(config, weights, directory).to(place), tokenizer
     return load_verified(resolve_checkpoint(directory), place)
 
 

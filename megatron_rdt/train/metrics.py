@@ -36,7 +36,8 @@ def forget_after(run_directory: Path, step: int) -> None:
                 record = json.loads(line)
             except ValueError:  # the last line of a killed run may be cut short
                 continue
-            if record["step"] <= step:
+            # What is no record of this program is left out as well.
+            if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= step:
                 kept.append(line + "\n")
         write_text(path, "".join(kept))
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from megatron_rdt import checkpoint as checkpoints
+from megatron_rdt.checkpoint.together import gather
 from megatron_rdt.config import RunConfig
-from megatron_rdt.data import TokenCorpus, fixed_documents, fixed_windows
-from megatron_rdt.errors import ConfigError
+from megatron_rdt.data import CorpusManifest, TokenCorpus, fixed_documents, fixed_windows, load_manifest
+from megatron_rdt.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -27,15 +28,21 @@ class RunData:
     documents: torch.Tensor | None = None
 
 
-def open_data(config: RunConfig, world_size: int) -> RunData:
-    """Open both splits and compare them with the config.
+def open_data(config: RunConfig, world_size: int, local_rank: int = 0) -> RunData:
+    """Open both splits and compare them with the config; on every rank.
+
+    Args:
+        config: the run's config.
+        world_size: number of processes.
+        local_rank: number of this process on its node; the first one reads every byte where `data.verify` is full.
 
     Raises:
         ConfigError: the vocabulary or the number of processes does not fit the data.
         DataError: the data is missing, damaged or too small.
     """
     path, length, seed = config.data.path, config.train.sequence_length, config.run.seed
-    corpus = TokenCorpus(path, "train", length, seed, config.data.verify)
+    manifest = _verified(path, config.data.verify, local_rank)
+    corpus = TokenCorpus(manifest, "train", length, seed)
     if corpus.vocab_size != config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size is {config.model.vocab_size}, but the tokenizer of {path} has {corpus.vocab_size} pieces. "
@@ -43,13 +50,14 @@ def open_data(config: RunConfig, world_size: int) -> RunData:
         )
     if not config.eval.every:
         return RunData(corpus, None)
-    tokens = corpus.manifest.document["splits"]["valid"]["tokens"]
-    if tokens < max(2 * length, world_size * length + 1):
+    tokens = manifest.document["splits"]["valid"]["tokens"]
+    needed = (world_size + 1) * length  # `fixed_windows` leaves out what follows the last whole window
+    if tokens < needed:
         raise ConfigError(
-            f"the validation split of {path} has {tokens:,} tokens, which is not a window of {length} tokens for each of "
-            f"{world_size} processes. Prepare it with a larger --valid_fraction, or set --eval.every 0."
+            f"the validation split of {path} has {tokens:,} tokens, a window of {length} for each of {world_size} processes "
+            f"needs {needed:,}. Prepare it with a larger --valid_fraction, or set --eval.every 0."
         )
-    split = TokenCorpus(path, "valid", length, seed)
+    split = TokenCorpus(manifest, "valid", length, seed)
     windows = fixed_windows(split, config.eval.sequences)
     documents = fixed_documents(split, config.eval.sequences) if config.data.document_mask else None
     split.close()
@@ -57,6 +65,23 @@ def open_data(config: RunConfig, world_size: int) -> RunData:
         raise ConfigError(f"eval.sequences is {config.eval.sequences}, fewer than {world_size} processes. Raise it.")
     used = len(windows) // world_size * world_size
     return RunData(corpus, windows[:used], None if documents is None else documents[:used])
+
+
+def _verified(path: str, level: str, local_rank: int) -> CorpusManifest:
+    """The manifest of the data, after comparing it with the files; what one process finds by reading, all raise."""
+    failure: DataError | None = None
+    try:
+        manifest = load_manifest(path)
+        manifest.verify(level if local_rank == 0 else "size")
+    except DataError as error:
+        failure = error
+    except OSError as error:
+        failure = DataError(f"{path} cannot be read: {error}. Mend the disk, or name another --data.path.")
+    if level == "full":  # the others wait here for those that read
+        failure = next((found for found in gather(failure) if found is not None), None)
+    if failure is not None:
+        raise failure
+    return manifest
 
 
 def refuse_to_overwrite(run_directory: Path, resume: str) -> None:
@@ -73,7 +98,7 @@ def refuse_to_overwrite(run_directory: Path, resume: str) -> None:
             f"{run_directory} already holds checkpoints. Continue it with --resume auto, or choose another --run.name."
         )
     source, own = Path(resume).resolve(), run_directory.resolve()
-    if own not in (source, *source.parents):
+    if source != own and source.parent != own / checkpoints.CHECKPOINTS:
         raise ConfigError(
             f"{run_directory} holds checkpoints of its own, which a run from {resume} would replace. "
             "Choose another --run.name."

@@ -4,7 +4,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import RunConfig, dump_config, load_config
-from megatron_rdt.data import Batch, BatchLoader, Tokenizer
+from megatron_rdt.data import Batch, BatchLoader, Tokenizer, shard_difference
 from megatron_rdt.depth import DepthPlan, DepthSampler
 from megatron_rdt.environment import ProcessPlace, process_place
 from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED, CheckpointError, TrainingError
@@ -57,7 +57,7 @@ def train(
     try:
         with _only_writer(run_directory, resume) if place.rank == 0 else nullcontext():
             device = join_world(config, place)
-            trainer = Trainer(config, run_directory, device, listener)
+            trainer = Trainer(config, run_directory, device, listener, place.local_rank)
             try:
                 status = trainer.run(checkpoints.find_start(run_directory, resume))
                 trainer.engine.close()
@@ -79,19 +79,25 @@ def _only_writer(run_directory: Path, resume: str) -> Iterator[None]:
     """Hold a lock on the run directory, which must not hold another run; for the first rank."""
     run_directory.mkdir(parents=True, exist_ok=True)
     message = f"another process is writing {run_directory}. Wait for it, end it, or choose another --run.name."
-    with exclusive(run_directory / ".lock", message, LOCK_PATIENCE_S):
-        refuse_to_overwrite(run_directory, resume)
-        yield
+    try:
+        with exclusive(run_directory / ".lock", message, LOCK_PATIENCE_S):
+            refuse_to_overwrite(run_directory, resume)
+            yield
+    finally:
+        with suppress(OSError):  # a run that was refused leaves no empty directory
+            run_directory.rmdir()
 
 
 class Trainer:
     """One run on one process."""
 
-    def __init__(self, config: RunConfig, run_directory: Path, device: torch.device, stop: StopRequest) -> None:
+    def __init__(
+        self, config: RunConfig, run_directory: Path, device: torch.device, stop: StopRequest, local_rank: int = 0
+    ) -> None:
         self.config, self.run_directory, self.device, self.stop = config, run_directory, device, stop
         self.engine = make_engine(config, device)
         self.is_first = self.engine.rank == 0
-        self.data = open_data(config, self.engine.world_size)
+        self.data = open_data(config, self.engine.world_size, local_rank)
         self.corpus = self.data.corpus
         self.tokenizer = Tokenizer(self.corpus.tokenizer_directory)
         self.sampler = DepthSampler(config.depth, config.run.seed)
@@ -125,7 +131,7 @@ class Trainer:
             config.data.document_mask,
         )
         try:
-            self._open_run_directory(parameters)
+            self._open_run_directory(parameters, source)
             status = self._steps(loader)
         finally:
             loader.close()
@@ -291,6 +297,7 @@ class Trainer:
                 "version": 1,
                 "consumed_samples": self.consumed,
                 "data_fingerprint": self.corpus.fingerprint,
+                "shards": self.corpus.manifest.shard_hashes,
                 "sequence_length": self.config.train.sequence_length,
                 "seed": self.config.run.seed,
             },
@@ -326,31 +333,42 @@ class Trainer:
                 "to the length of the whole run, or name an earlier checkpoint in --resume."
             )
         data = state["data"]
-        for key, mine in (
-            ("data_fingerprint", self.corpus.fingerprint),
-            ("sequence_length", self.config.train.sequence_length),
-            ("seed", self.config.run.seed),
-        ):
-            if data[key] != mine:
-                raise CheckpointError(
-                    f"{source} was trained with {key} {data[key]}, now it is {mine}: the order of the data would change. "
-                    "Use the same shards, train.sequence_length and run.seed, or start a new --run.name."
-                )
+        self._check_same_data(source, data)
         self.engine.load(source)
         checkpoints.restore_rank_rng(source, self.engine.rank)
         self.step, self.consumed = state["step"], data["consumed_samples"]
         self.guard.skipped = state["skipped_steps"]
-        manifest = checkpoints.read_manifest(source)
-        self.run_id, self.parent = manifest["run_id"], source.name
+        # A run that starts from another one's checkpoint is a run of its own.
+        if source.resolve().parent == (self.run_directory / checkpoints.CHECKPOINTS).resolve():
+            self.run_id, self.parent = checkpoints.read_manifest(source)["run_id"], source.name
         self.first_step = self.step
         self._say(f"resumed from {source} (step {self.step})")
         if changed:
             self._say(f"changed since it was saved: {', '.join(changed)}")
 
-    def _open_run_directory(self, parameters: int) -> None:
+    def _check_same_data(self, source: Path, data: dict[str, Any]) -> None:
+        for key, mine in (
+            ("data_fingerprint", self.corpus.fingerprint),
+            ("sequence_length", self.config.train.sequence_length),
+            ("seed", self.config.run.seed),
+        ):
+            if data[key] == mine:
+                continue
+            change = f"{key} {data[key]}, now it is {mine}"
+            if key == "data_fingerprint" and "shards" in data:  # checkpoints of before 0.1.0 may lack them
+                difference = shard_difference(data["shards"], self.corpus.manifest.shard_hashes)
+                change = f"other data than {self.config.data.path} holds now ({key}): {difference}"
+            raise CheckpointError(
+                f"{source} was trained with {change}: the order of the data would change. "
+                "Use the same shards, train.sequence_length and run.seed, or start a new --run.name."
+            )
+
+    def _open_run_directory(self, parameters: int, source: Path | None) -> None:
         if not self.is_first:
             return
         self.run_directory.mkdir(parents=True, exist_ok=True)
+        if source is not None:
+            checkpoints.record_start(self.run_directory, source)
         write_text(self.run_directory / "config.yaml", dump_config(self.config))
         forget_after(self.run_directory, self.step)
         self.recorder = Recorder(self.run_directory, self.config.logging.tensorboard, self.step)

@@ -223,6 +223,43 @@ def test_rolling_back_makes_a_branch_that_is_the_newest(run: Path, finished: Pat
     assert names(run) == ["step-00000007", "step-00000008"]
 
 
+def test_a_rollback_that_was_killed_before_it_saved_counts(
+    run: Path, finished: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_checkpoint", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            restart(run, configure, "--optimizer.lr=0.003", resume=str(step(run, 2)))
+    assert list(losses(run)) == [1, 2, 3, 4]
+    assert order(run) == [4, 6, 8, 2], "what was given up is the last to fall back to"
+    assert checkpoints.find_start(run, "auto") == step(run, 2)
+    assert restart(run, configure, "--checkpoint.keep=2", "--train.steps=4") == 0
+    assert order(run) == [2, 4]
+    expected = losses(finished)
+    assert losses(run) == {n: expected[n] for n in range(1, 5)}, "one history"
+    manifest = checkpoints.read_manifest(step(run, 4))
+    assert (manifest["parent"], manifest["sequence"]) == ("step-00000002", 5)
+
+
+def test_going_back_and_forth_without_saving(run: Path, configure: Configure) -> None:
+    before = order(run)
+    checkpoints.record_start(run, step(run, 8))
+    assert not (run / "rollback.json").exists(), "the newest is no rollback"
+    for number, expected in ((4, [6, 8, 2, 4]), (6, [8, 2, 4, 6]), (8, before)):
+        checkpoints.record_start(run, step(run, number))
+        assert order(run) == expected
+    checkpoints.record_start(run, step(run, 2))
+    (run / "rollback.json").write_text("{}")
+    assert order(run) == before, "a note that cannot be read is not one"
+    checkpoints.record_start(run, step(run, 2))
+    flip(step(run, 8) / "manifest.json")  # the number of a checkpoint that cannot be read is not given again
+    assert restart(run, configure, "--checkpoint.keep=1", "--train.steps=3") == 0
+    assert order(run) == [3]
+
+
 def test_the_same_step_of_another_branch_is_replaced(run: Path, configure: Configure) -> None:
     before = checkpoints.read_manifest(step(run, 4))
     assert restart(run, configure, "--optimizer.lr=0.1", "--train.steps=4", resume=str(step(run, 2))) == 0
@@ -285,6 +322,11 @@ def test_resuming_into_another_run_leaves_the_first_alone(run: Path, finished: P
     assert order(other) == [6, 8]
     expected = losses(finished)
     assert losses(other) == {n: expected[n] for n in range(5, 9)}
+    first, last, of_other, of_other_last = (
+        checkpoints.read_manifest(path) for path in (step(run, 2), step(run, 8), step(other, 6), step(other, 8))
+    )
+    assert first["run_id"] == last["run_id"] != of_other["run_id"] == of_other_last["run_id"]
+    assert (of_other["parent"], of_other_last["parent"]) == (None, "step-00000006")
 
 
 @pytest.mark.parametrize(
@@ -320,8 +362,16 @@ def test_a_checkpoint_of_other_data_is_refused(
     path.write_bytes(content)
     shard["bin_sha256"] = sha256_of(path)
     manifest.write_text(json.dumps(document))
-    with pytest.raises(CheckpointError, match="data_fingerprint"):
+    with pytest.raises(CheckpointError, match=r"data_fingerprint.*shard train/shard-00000 has other content"):
         restart(run, configure, f"--data.path={other}")
+    # Earlier versions did not note the shards.
+    state = checkpoints.read_trainer_state(step(run, 8))
+    del state["data"]["shards"]
+    (step(run, 8) / "trainer.json").write_text(json.dumps(state))
+    checkpoints.write_manifest(step(run, 8))
+    with pytest.raises(CheckpointError, match=r"data_fingerprint \w{64}, now it is \w{64}"):
+        restart(run, configure, f"--data.path={other}")
+    assert restart(run, configure) == 0
 
 
 def test_generators_go_on_where_they_were(run: Path, configure: Configure, tmp_path: Path) -> None:

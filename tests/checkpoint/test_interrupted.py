@@ -114,6 +114,32 @@ def test_a_full_disk(
 
 @pytest.mark.distributed
 @pytest.mark.timeout(120)
+@pytest.mark.parametrize("to", ["hf", "zero"])
+def test_converting_onto_a_full_disk(to: str, finished: Path, tmp_path: Path, repository: Path) -> None:
+    disk, space = tmp_path / "disk", ["unshare", "--mount"]
+    disk.mkdir()
+    if subprocess.run(
+        [*space, "mount", "-t", "tmpfs", "tmpfs", str(disk)], capture_output=True, check=False
+    ).returncode:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    script = f"""
+        mount -t tmpfs -o size=32k tmpfs {disk} || exit 99
+        "$@"; status=$?
+        ls -A {disk}; exit $status
+    """
+    command = [sys.executable, "-m", "launch.cli", "convert", str(finished), str(disk / "out"), "--to", to]
+    words = [*space, "sh", "-c", script, "sh", *command]
+    result = subprocess.run(words, cwd=repository, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (1, ""), result.stderr[-3000:]
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr[-3000:]
+    assert "the disk is" in lines[0]
+    assert "full" in lines[0]
+    assert lines[0].endswith("nothing was left behind. Free space or choose another OUT.")
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
 def test_a_failed_write(run: Path, finished: Path, repository: Path, tiny_options: list[str]) -> None:
     """A limit on the size of one file stops the save in the middle of a file."""
     size = max(path.stat().st_size for path in finished.rglob("*.distcp")) // 2

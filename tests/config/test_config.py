@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.config import PrepConfig
+from launch.quickstart import DATA_CONFIG
 from megatron_rdt.config import check_config, dump_config, load_config
+from megatron_rdt.config.parser import make_parser, parse
 from megatron_rdt.errors import ConfigError
 
 
@@ -45,6 +48,8 @@ def test_overrides_and_round_trip(repository: Path, tmp_path: Path) -> None:
         ({"depth.sigma": 50}, "depth.sigma is 50"),
         ({"depth.scheme": "fixed", "depth.mean": 2.5}, "fixed needs a whole number"),
         ({"schedule.name": "wsd", "schedule.decay_steps": 39}, "more than train.steps 40 together"),
+        ({"schedule.name": "wsd", "schedule.warmup_steps": 33}, "the 8 steps of schedule.decay_steps 0 are more than"),
+        ({"depth.scheme": "uniform", "depth.mean": 2.25}, "depth.mean is 2.25.*multiple of 0.5"),
         ({"sample.every": 1, "sample.prompt": ""}, "sample.prompt is empty"),
         ({"eval.every": -1}, "eval.every is -1"),
         ({"run.name": "--x"}, "must be the name of a directory"),
@@ -71,3 +76,12 @@ def test_several_processes_need_an_engine(repository: Path) -> None:
     config = load_config(repository / "configs" / "smoke.yaml")
     with pytest.raises(ConfigError, match=r"parallel\.engine is single, but there are 2 processes"):
         check_config(config, 2)
+
+
+def test_smoke_and_quickstart_share_the_data_of_one_config(repository: Path) -> None:
+    prep, _ = parse(make_parser(PrepConfig, "rdt prep", ""), PrepConfig, ["--config", str(repository / DATA_CONFIG)])
+    for name in ("smoke.yaml", "quickstart.yaml"):
+        config = load_config(repository / "configs" / name)
+        assert (config.data.path, config.model.vocab_size) == (prep.out, prep.vocab_size)
+    written = [path.read_bytes() for path in (repository / "configs").rglob("*.yaml")]
+    assert len(set(written)) == len(written), "one file for one thing"

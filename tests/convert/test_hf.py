@@ -12,6 +12,7 @@ import torch
 from megatron_rdt.config import check_config, load_config
 from megatron_rdt.convert import convert
 from megatron_rdt.inference import generate, load
+from megatron_rdt.model import RecurrentDepthTransformer, initialize
 from megatron_rdt.train.trainer import train
 
 FOREIGN = """
@@ -31,6 +32,24 @@ with torch.no_grad():
     for loops, expected in given["logits"].items():
         got = model(tokens, loops=loops).logits
         assert torch.allclose(got, expected, atol=1e-5), (loops, float((got - expected).abs().max()))
+    spread = torch.arange(tokens.shape[1])[None] * 3
+    got = model(tokens, loops=4, position_ids=spread).logits
+    assert torch.allclose(got, given["spread"], atol=1e-5), float((got - given["spread"]).abs().max())
+    assert not torch.allclose(got, given["logits"][4], atol=1e-3)
+assert model.accepts_loss_kwargs is False
+def fresh(seed):
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(model.config, trust_remote_code=True).state_dict()
+first, same, other = fresh(1), fresh(1), fresh(2)
+constants = [name for name in first if "norm" in name or "injection" in name]
+assert len(constants) >= 6
+for name, value in first.items():
+    assert torch.equal(value, same[name]), name
+    assert torch.equal(value, given["initial"][name.removeprefix("model.")]) == (name in constants), name
+    assert torch.equal(value, other[name]) == (name in constants), name
+    if name not in constants:
+        expected = given["initial"][name.removeprefix("model.")].std()
+        assert abs(value.std() / expected - 1) < 0.2, (name, value.std(), expected)
 settings = dict(do_sample=False, max_new_tokens=12, eos_token_id=-1, loops=4)
 cached = model.generate(tokens[:1], **settings)
 assert torch.equal(cached, model.generate(tokens[:1], use_cache=False, **settings))
@@ -45,6 +64,13 @@ assert model(tokens, labels=tokens).loss.isfinite()
 model.save_pretrained({again!r})
 again = AutoModelForCausalLM.from_pretrained({again!r}, trust_remote_code=True)
 assert torch.equal(again(tokens, loops=3).logits, model(tokens, loops=3).logits)
+for name in ("loop", "inputs_embeds", "output_hidden_states"):
+    try:
+        model(tokens, **{{name: 3}})
+    except TypeError as error:
+        assert name in str(error)
+    else:
+        raise AssertionError(name)
 for wrong in (0, -1, 2.5, "x"):
     try:
         model(tokens, loops=wrong)
@@ -89,6 +115,8 @@ def test_transformers_gives_the_same(
     tokens = torch.randint(4, 512, (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = {loops: model(tokens, loops) for loops in (1, 4, 8)}
+        spread = model(tokens, 4, positions=3 * torch.arange(20))
+    initial = dict(initialize(RecurrentDepthTransformer(config.model), 0).named_parameters())
     continued = generate(model, tokens[:1], 4, 12, temperature=0)
     again, exported_tokenizer = load(folder)
     assert not again.training
@@ -99,6 +127,8 @@ def test_transformers_gives_the_same(
     given = {
         "tokens": tokens,
         "logits": logits,
+        "spread": spread,
+        "initial": {name: value.detach() for name, value in initial.items()},
         "continued": continued,
         "texts": [(text, tokenizer.encode(text)) for text in texts],
     }

@@ -53,6 +53,36 @@ def test_bad_documents_leave_no_file(tmp_path: Path, documents: list[list[int]],
     assert list(tmp_path.iterdir()) == []
 
 
+def test_opening_and_reading_do_not_read_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "w", [[1, 2], [3], [4, 5, 6]], 500)
+    taken = []
+    fromfile = np.fromfile
+
+    def counted(file: Path, dtype: str, count: int, offset: int) -> np.ndarray:
+        taken.append(count)
+        return fromfile(file, dtype, count, offset=offset)
+
+    monkeypatch.setattr(np, "fromfile", counted)
+    dataset = IndexedDataset(tmp_path / "w")
+    assert (dataset.tokens, len(dataset)) == (6, 3)
+    assert dataset.read(1, 3).tolist() == [2, 3, 4]
+    assert taken == [1, 1], "the last length and the last pointer"
+    assert [dataset[i].tolist() for i in range(3)] == [[1, 2], [3], [4, 5, 6]]
+    assert dataset.documents.tolist() == [0, 1, 2, 3]
+    assert taken == [1, 1, 3, 3, 4], "each array once"
+
+
+def test_an_index_that_cannot_be_is_found_when_it_is_used(tmp_path: Path) -> None:
+    write(tmp_path / "w", [[1, 2], [3]], 500)
+    index = bytearray((tmp_path / "w.idx").read_bytes())
+    for offset, value, field in ((34, 3, "lengths"), (34 + 8, 2, "pointers")):
+        (tmp_path / "w.idx").write_bytes(index[:offset] + bytes([value]) + index[offset + 1 :])
+        dataset = IndexedDataset(tmp_path / "w")
+        assert dataset.read(0, 3).tolist() == [1, 2, 3]
+        with pytest.raises(DataError, match=f"impossible {field}"):
+            dataset[0]
+
+
 def test_damage_is_found(tmp_path: Path) -> None:
     write(tmp_path / "w", [[1, 2, 3], [4]], 500)
     dataset = IndexedDataset(tmp_path / "w")

@@ -68,12 +68,15 @@ def test_loader_resumes_anywhere(tiny_corpus: Path) -> None:
     loader.close()
 
 
-def test_windows_are_the_stream(tiny_corpus: Path) -> None:
+def test_fixed_windows_are_spread_over_the_stream(tiny_corpus: Path) -> None:
     corpus = TokenCorpus(tiny_corpus, "valid", 16, seed=1)
-    windows = fixed_windows(corpus, 10)
-    assert windows.shape == (10, 17)
+    windows = fixed_windows(corpus, 10**9)
+    total = corpus.samples_per_epoch
+    assert windows.shape == (total, 17)
     stream = torch.cat([windows[:, :-1].flatten(), windows[-1, -1:]])
     assert torch.equal(windows[3], stream[48:65])
+    few = fixed_windows(corpus, 10)
+    assert torch.equal(few, windows[[i * total // 10 for i in range(10)]])
 
 
 def test_refusals(tiny_corpus: Path) -> None:

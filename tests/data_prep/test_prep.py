@@ -5,11 +5,13 @@ import gzip
 import json
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import zstandard
 
+from data_prep import tokenizer
 from data_prep.config import PrepConfig
 from data_prep.pipeline import prepare
 from megatron_rdt.data import IndexedDataset, TokenCorpus, Tokenizer, load_manifest
@@ -159,3 +161,33 @@ def test_damage_is_named(tmp_path: Path) -> None:
     os.replace(other / "tokenizer" / "tokenizer.model", out / "tokenizer" / "tokenizer.model")
     with pytest.raises(DataError, match="not the tokenizer that made these shards"):
         TokenCorpus(out, "train", 8, 1)
+
+
+def drop_merges(document: dict) -> None:
+    document["model"]["merges"] = document["model"]["merges"][:-20]
+
+
+def drop_spaces_when_decoding(document: dict) -> None:
+    document["decoder"]["decoders"][0]["content"] = ""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [(drop_merges, "gives other ids"), (drop_spaces_when_decoding, "gives another text")]
+)
+def test_an_export_that_is_not_exact_is_refused(
+    change: Callable[[dict], None], message: str, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = tokenizer.tokenizer_json
+
+    def changed(model: bytes) -> dict | None:
+        document = exact(model)
+        assert document is not None
+        change(document)
+        return document
+
+    monkeypatch.setattr(tokenizer, "tokenizer_json", changed)
+    model = (tiny_corpus / "tokenizer" / "tokenizer.model").read_bytes()
+    with pytest.raises(DataError, match=rf"could not be exported exactly: tokenizer\.json {message}"):
+        tokenizer.write_tokenizer(model, tmp_path / "t", ["a text with spaces"])
+    tokenizer.write_tokenizer(model, tmp_path / "foreign", [], foreign=True)
+    assert sorted(path.name for path in (tmp_path / "foreign").iterdir()) == ["token_bytes.npy", "tokenizer.model"]

@@ -1,13 +1,17 @@
 """Prep and what may happen to its input and output: changed files, two at once, a kill in the middle of replacing."""
 
+import dataclasses
 import gzip
 import json
 import os
+import random
+import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from data_prep import encode
 from data_prep.pipeline import prepare
@@ -133,13 +137,64 @@ def damaged_parquet(path: Path) -> None:
     path.write_bytes(b"PAR1 and then nothing of the kind")
 
 
-@pytest.mark.parametrize(("name", "damage"), [("z.txt.gz", damaged_gzip), ("z.parquet", damaged_parquet)])
+def cut_zstd(path: Path) -> None:
+    """A whole frame, then one that ends early."""
+    frame = zstandard.compress(random.Random(0).randbytes(9000).hex().encode())
+    path.write_bytes(frame + frame[:-30])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"), [("z.txt.gz", damaged_gzip), ("z.txt.zst", cut_zstd), ("z.parquet", damaged_parquet)]
+)
 def test_a_damaged_file_stops_or_is_left_out(name: str, damage: object, folder: Path, tmp_path: Path) -> None:
     damage(folder / name)  # type: ignore[operator]
     with pytest.raises(DataError, match=rf"{name}.*damaged.*--on_bad skip"):
         prepare(config(folder, tmp_path / "out"))
     out = prepare(config(folder, tmp_path / "out", on_bad="skip"))
     assert load_manifest(out).document["dropped"] == {"damaged": 1}
+
+
+@pytest.mark.parametrize(
+    ("ending", "compress", "damage"), [(".gz", gzip.compress, 8), (".zst", zstandard.compress, 1)], ids=str
+)
+def test_cut_lines_stop_or_are_left_out(
+    ending: str, compress: Callable[[bytes], bytes], damage: int, tmp_path: Path
+) -> None:
+    """Files of two members or frames; the second is cut, where the format has its check sum or its last block."""
+    whole, cut = tmp_path / f"a.jsonl{ending}", tmp_path / f"b.jsonl{ending}"
+    first, second = ("".join(line + "\n" for line in part).encode() for part in (GOOD[:40], GOOD[40:]))
+    whole.write_bytes(compress(first) + compress(second))
+    assert texts_of(prepare(config(whole, tmp_path / "whole"))) == {json.loads(line)["text"] for line in GOOD}
+    cut.write_bytes(compress(first) + compress(second)[:-damage])
+    with pytest.raises(
+        DataError, match=rf"b\.jsonl{ending}: compressed file ends early or is damaged after \d\d lines"
+    ):
+        prepare(config(cut, tmp_path / "cut"))
+    out = prepare(config(cut, tmp_path / "cut", on_bad="skip"))
+    assert load_manifest(out).document["dropped"] == {"damaged": 1}
+
+
+def test_sources_of_the_same_name_are_told_apart(folder: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(folder, tmp_path / "other" / "text"))
+    for path in other.iterdir():
+        path.write_text("another " + path.read_text())
+    sources = {"sources": [str(folder), str(other)]}
+    out = prepare(config(folder, tmp_path / "out", **sources))
+    names = [record["path"] for record in load_manifest(out).document["inputs"]]
+    assert (names[0], names[-1]) == ("0:text/00.txt", "1:text/59.txt")
+    assert len(set(names)) == 2 * len(GOOD)
+    (folder / "03.txt").write_text("something else")
+    with pytest.raises(ConfigError, match=r"0:text/03\.txt has other content"):
+        prepare(config(folder, out, **sources))
+
+
+def test_no_shard_is_larger_than_asked(folder: Path, tmp_path: Path) -> None:
+    (folder / "long.txt").write_text("".join(json.loads(line)["text"] for line in GOOD))
+    out = prepare(config(folder, tmp_path / "out", shard_bytes=400))
+    shards = load_manifest(out).document["splits"]["train"]["shards"]
+    assert all(shard["bin_bytes"] <= 400 or shard["documents"] == 1 for shard in shards)
+    assert max(shard["bin_bytes"] for shard in shards) > 400, "a document is never cut"
+    assert max(shard["documents"] for shard in shards) > 1
 
 
 def test_too_many_bad_records_stop_the_job(tmp_path: Path) -> None:
@@ -162,3 +217,9 @@ def test_an_ending_that_is_not_known(tmp_path: Path) -> None:
         prepare(config(source, tmp_path / "out"))
     out = prepare(config(source, tmp_path / "out", extensions=[".DAT"], valid_fraction=0.0))
     assert load_manifest(out).document["splits"]["train"]["documents"] == 1
+
+
+@pytest.mark.parametrize("out", ["", ".", "/", ".."])
+def test_an_output_without_a_name(out: str, folder: Path) -> None:
+    with pytest.raises(ConfigError, match="must end with the name of a directory"):
+        prepare(dataclasses.replace(config(folder, Path("x")), out=out))

@@ -1,10 +1,12 @@
 """Loop counts: their distribution, and that they depend on nothing but (seed, step)."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy import stats
 
-from megatron_rdt.config import DepthConfig
+from megatron_rdt.config import DepthConfig, load_config
 from megatron_rdt.depth import DepthPlan, DepthSampler, loop_probabilities
 
 CONFIGS = [
@@ -73,3 +75,8 @@ def test_bad_plans_are_refused() -> None:
         DepthPlan((2,), backprop=0)
     assert DepthPlan((5, 5), backprop=8).loops_with_grad == 5
     assert DepthPlan((5, 5), backprop=2).loops_with_grad == 2
+
+
+def test_the_quickstart_loops_four_times_on_average(repository: Path) -> None:
+    config = load_config(repository / "configs" / "quickstart.yaml").depth
+    assert DepthSampler(config, seed=0).expected_loops == pytest.approx(4, abs=0.01)

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.local import LOOPBACK, free_port
+from megatron_rdt.environment import launcher_environment
+
 
 def start(options: list[str], repository: Path) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -71,3 +74,42 @@ def test_a_signal_saves_and_exits_75(
     step = losses(tmp_path / "r")[-1][0]
     assert (tmp_path / "r" / "latest").read_text().strip() == f"step-{step:08d}"
     assert "stopped on" in text
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(
+    number: signal.Signals, tmp_path: Path, repository: Path, tiny_options: list[str]
+) -> None:
+    options = [*tiny_options, f"--run.root={tmp_path}", "--run.name=r", "--parallel.engine=fsdp", "--train.steps=4000"]
+    options += ["--checkpoint.every=0", "--data.max_epochs=100000", "--eval.every=0", "--parallel.timeout_s=30"]
+    port, processes = free_port(), []
+    try:
+        for rank in range(2):
+            environment = launcher_environment(rank, 2, LOOPBACK, port, tmp_path / f"errors-{rank}")
+            with open(tmp_path / f"output-{rank}", "w") as output:
+                command = [sys.executable, "launch/pretrain.py", *options]
+                processes.append(
+                    subprocess.Popen(
+                        command,
+                        cwd=repository,
+                        env={**environment, "OMP_NUM_THREADS": "1"},
+                        stdout=output,
+                        stderr=output,
+                        text=True,
+                    )
+                )
+        wait_for_step(tmp_path / "r", 3, processes[0])
+        processes[1].send_signal(number)
+        statuses = [process.wait(90) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    text = (tmp_path / "output-0").read_text()
+    assert statuses == [75, 75], text[-3000:] + (tmp_path / "output-1").read_text()[-3000:]
+    step = losses(tmp_path / "r")[-1][0]
+    assert f"stopped on request at step {step}, saved" in text
+    checkpoint = tmp_path / "r" / "checkpoints" / f"step-{step:08d}"
+    assert (tmp_path / "r" / "latest").read_text().strip() == checkpoint.name
+    assert sorted(path.name for path in (checkpoint / "rng").iterdir()) == ["rank-00000.pt", "rank-00001.pt"]

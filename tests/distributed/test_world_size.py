@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,15 +80,34 @@ def run(repository: Path, options: list[str], processes: int) -> None:
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
 
 
-def records(directory: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+def records(directory: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / file).read_text().splitlines()]
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+def test_damage_that_one_rank_finds_stops_all(
+    tiny_options: list[str], tiny_corpus: Path, repository: Path, tmp_path: Path
+) -> None:
+    """Only the first rank of the node reads every byte; the other would wait for it in the first collective."""
+    data = Path(shutil.copytree(tiny_corpus, tmp_path / "data"))
+    shard = data / "train" / "shard-00000.bin"
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    words = [*tiny_options, f"--run.root={tmp_path}", f"--data.path={data}", "--data.verify=full", "--nproc=2"]
+    command = [sys.executable, "-m", "launch.cli", "train", *words, "--parallel.engine=ddp"]
+    result = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=100, check=False)
+    assert result.returncode == 1
+    # Not "rank 0: ...": it is the error of all.
+    assert f"error: {data / 'train' / 'shard-00000'}.bin has other content than was written" in result.stderr
 
 
 @pytest.fixture(scope="module")
 def fsdp_options(tmp_path_factory: pytest.TempPathFactory, tiny_options: list[str]) -> list[str]:
     """Options of runs that share one folder; every checkpoint is kept."""
     root = tmp_path_factory.mktemp("runs")
-    extra = ["--parallel.engine=fsdp", "--eval.every=0", "--checkpoint.every=4", "--checkpoint.keep=0"]
+    extra = ["--parallel.engine=fsdp", "--eval.every=4", "--checkpoint.every=4", "--checkpoint.keep=0"]
     return [*tiny_options, *extra, f"--run.root={root}"]
 
 
@@ -115,6 +135,12 @@ def test_a_run_has_the_same_losses_and_loops(
     assert len(expected) == 8
     assert len({record["loops_max"] for record in expected}) > 1
     check_same_training(records(two_ranks.parent / f"on-{processes}"), expected)
+    mine, expected = (records(folder, "eval.jsonl") for folder in (two_ranks.parent / f"on-{processes}", two_ranks))
+    assert [record["step"] for record in expected] == [4, 8]
+    for one, other in zip(mine, expected, strict=True):
+        assert (one["step"], one["tokens"]) == (other["step"], other["tokens"])
+        assert one["losses"] == pytest.approx(other["losses"], abs=1e-5)
+        assert len(set(one["losses"].values())) == 2, "one for each T"
 
 
 @pytest.mark.distributed

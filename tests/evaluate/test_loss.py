@@ -37,11 +37,11 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 
 def by_hand(run: Path, corpus: Path, loops: int) -> tuple[float, float]:
-    """(nats per token, bits per byte) over the first windows of the validation split, in float64."""
+    """(nats per token, bits per byte) over windows spread over the validation split, in float64."""
     model, _ = load(run)
     model = model.double()
     stream = TokenCorpus(corpus, "valid", LENGTH, 0)
-    tokens = stream._read(torch.arange(SEQUENCES).numpy() * LENGTH)
+    tokens = stream._read((torch.arange(SEQUENCES) * stream.samples_per_epoch // SEQUENCES * LENGTH).numpy())
     total, size = 0.0, 0
     sizes = Tokenizer(corpus / "tokenizer").token_bytes()
     with torch.no_grad():

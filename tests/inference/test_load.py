@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import megatron_rdt
+from data_prep.config import PrepConfig
+from data_prep.tokenizer import train_tokenizer
 from launch.cli import run_command
 from megatron_rdt.config import RunConfig
 from megatron_rdt.convert import convert
@@ -50,6 +52,18 @@ def test_an_export_is_the_checkpoint(run: Path, exported: Path, capsys: pytest.C
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
     assert texts[0].startswith("def ")
+
+
+def test_another_tokenizer_in_an_export(export: Path, run: Path, tmp_path: Path) -> None:
+    """Of the same size: every id exists, and the text would be nonsense."""
+    assert (export / "model.safetensors").stat().st_mode == (export / "config.json").stat().st_mode
+    texts = [path.read_text() for path in sorted(Path(__file__).parent.parent.rglob("*.py"))]
+    other = train_tokenizer(texts, PrepConfig(vocab_size=512))
+    (export / "tokenizer.model").write_bytes(other)
+    with pytest.raises(CheckpointError, match="is not the one that the model was trained with"):
+        load(export)
+    with pytest.raises(CheckpointError, match="is an export for transformers"):
+        convert(str(export), str(tmp_path / "out"), "hf")
 
 
 def test_damaged_exports_are_named(export: Path) -> None:

@@ -79,6 +79,7 @@ WRONG_FILES = [
     (b"model:\n# dim: 3\n", ["c.yaml: key model is a section", "or be left out"]),
     (b"train: {steps: 3}\ntrain: {steps: 4}", ["not valid YAML", "key train stands twice, again in line 2"]),
     (b"a: [", ["c.yaml is not valid YAML", "Mend it"]),
+    (b"# nothing\n", ["c.yaml is empty", "leave --config out"]),
     (b"- 1", ["c.yaml must hold `key: value` lines"]),
     (b"\xff\xfe", ["c.yaml is not UTF-8 text"]),
     (b"resume: auto", ["c.yaml: key resume does not exist"]),
@@ -184,6 +185,7 @@ def test_checkpoints_that_are_none(rdt: Run, trained: Path, tmp_path: Path) -> N
         words = [*command, tmp_path, *([tmp_path / "out"] if command == ["convert"] else [])]
         refused(rdt(*words), FAILED, f"{tmp_path} holds no complete checkpoint", "step-NNNNNNNN")
     refused(rdt("report", tmp_path), FAILED, f"{tmp_path} has no metrics.jsonl", "Name the directory of a run")
+    refused(rdt("eval", trained / "latest"), FAILED, "latest is a file", "Name a run directory")
     (tmp_path / "file").write_text("kept")
     out = tmp_path / "file" / "out.json"
     refused(rdt("eval", trained, "--sequences=2", "--loops=1", "--out", out), USAGE, str(out), "is not a directory")

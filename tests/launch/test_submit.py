@@ -1,6 +1,7 @@
 """`rdt submit` without Slurm: the rendered script, what is refused, and how the script treats the run's status."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -143,8 +144,9 @@ def test_time_limits_as_slurm_writes_them(text: str, seconds: int | None) -> Non
 
 
 SLURM_COMMANDS = {
-    # The run: ends at once with END, or with 75 a moment after USR1.
+    # The run: ends at once with END, having saved SAVE, or with 75 a moment after USR1.
     "srun": (
+        'test -n "$SAVE" && mkdir -p "runs/wide run" && echo "$SAVE" > "runs/wide run/latest"\n'
         'test -n "$END" && exit "$END"\n'
         "trap 'echo \"the run got USR1\"; sleep 0.5; exit 75' USR1\n"
         "echo up; for i in $(seq 300); do sleep 0.1; done; exit 99\n"
@@ -164,12 +166,13 @@ def run_script(config: Path, tmp_path: Path, interrupt: bool = False, **variable
         path = tmp_path / name
         path.write_text(f"#!/bin/bash\n{body}")
         path.chmod(0o755)
-    (tmp_path / "job.sh").write_text(script(config))
+    text = script(config, directory=str(tmp_path)).replace(f"cd {Path.cwd()} ", f"cd {shlex.quote(str(tmp_path))} ")
+    (tmp_path / "job.sh").write_text(text)
     environment = {
         **os.environ,
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         **{"SLURM_JOB_ID": "10007", "SLURM_CPUS_PER_TASK": "8", "SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "n[1-2]"},
-        **{"END": "", "STATE": "RUNNING", "REQUEUE": "0", **variables},
+        **{"END": "", "SAVE": "", "STATE": "RUNNING", "REQUEUE": "0", **variables},
     }
     output = tmp_path / "out"
     with open(output, "w") as file:
@@ -213,3 +216,17 @@ def test_only_a_saved_run_goes_back_into_the_queue(
 ) -> None:
     ended, text = run_script(config, tmp_path, **variables)
     assert (ended, "requeued 10007" in text) == (status, requeued), text
+
+
+def test_a_job_that_saves_nothing_new_leaves_the_queue(config: Path, tmp_path: Path) -> None:
+    def requeued(save: str) -> bool:
+        status, text = run_script(config, tmp_path, END="75", SAVE=save)
+        again = "requeued 10007" in text
+        assert status == (0 if again else 75), text
+        assert again or "stopped 4 times in a row with no new checkpoint" in text
+        return again
+
+    assert [requeued("") for _ in range(3)] == [True] * 3
+    assert requeued("step-00000002"), "it got on"
+    assert [requeued("step-00000002") for _ in range(4)] == [True, True, True, False]
+    assert not list(tmp_path.glob("*.stalled"))

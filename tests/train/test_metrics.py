@@ -153,6 +153,10 @@ def test_going_back_drops_later_records_and_half_lines(tmp_path: Path) -> None:
     recorder.step({**RECORD, "step": 5})
     recorder.close()
     assert [record["step"] for record in read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"foo": 1}\n[2]\n{"step": "x"}\n')  # not by this program
+    forget_after(tmp_path, 2)
+    assert [record["step"] for record in read(tmp_path / "metrics.jsonl")] == [1, 2]
     forget_after(tmp_path, 0)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 

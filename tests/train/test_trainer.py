@@ -13,7 +13,7 @@ import torch
 
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import RunConfig, load_config
-from megatron_rdt.data import IndexedDataset
+from megatron_rdt.data import CorpusManifest, IndexedDataset, load_manifest
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError, LaunchError, TrainingError
 from megatron_rdt.files import exclusive
 from megatron_rdt.parallel.single import SingleEngine
@@ -120,10 +120,36 @@ def test_too_little_to_evaluate_is_refused_at_the_start(configure: Configure) ->
         open_data(config, 5)
     with pytest.raises(ConfigError, match=r"the validation split of .* has .* --eval.every 0"):
         open_data(config, 1_000_000)
+    # The last of these processes would have a window and no token after it.
+    most = load_manifest(config.data.path).document["splits"]["valid"]["tokens"] // 32
+    many = configure("--eval.sequences=1000000")
+    with pytest.raises(
+        ConfigError, match=rf"of 32 for each of {most} processes needs {(most + 1) * 32:,}.*valid_fraction"
+    ):
+        open_data(many, most)
+    windows = open_data(many, most - 1).validation
+    assert windows is not None
+    assert len(windows) == most - 1
     assert open_data(configure("--eval.every=0"), 1_000_000).validation is None
     windows = open_data(config, 3).validation
     assert windows is not None
     assert len(windows) == 3, "every rank takes the same number"
+
+
+def test_data_is_verified_once_and_read_by_the_first_process_of_a_node(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels, verify = [], CorpusManifest.verify
+
+    def counted(self: CorpusManifest, level: str = "size") -> None:
+        levels.append(level)
+        verify(self, level)
+
+    monkeypatch.setattr(CorpusManifest, "verify", counted)
+    for local_rank in (0, 1):
+        open_data(configure("--data.verify=full"), 1, local_rank)
+    open_data(configure(), 1)
+    assert levels == ["full", "size", "size"]
 
 
 def test_evaluations_open_no_files(configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,13 +143,20 @@ def attend(
         mask: of `model_mask`; None is causal.
         scale: of the scores; default one over the root of the queries' channels.
     """
-    grouped = query.shape[1] != key.shape[1]
+    group = query.shape[1] // key.shape[1]
     if isinstance(mask, BlockwiseMask):
-        return _flex_attention(query.is_cuda)(
-            query, key, value, block_mask=mask.block_mask, scale=scale, enable_gqa=grouped
-        )
+        function = _flex_attention(query.is_cuda)
+        return function(query, key, value, block_mask=mask.block_mask, scale=scale, enable_gqa=group > 1)
+    if group > 1 and mask is not None and query.shape[2] < key.shape[2]:
+        # Few queries, many keys: heads that share keys are taken for further queries of one head, since SDPA would
+        # copy the keys for each of them.
+        queries, rows = query.shape[2], mask[(None,) * (4 - mask.dim())]
+        rows = rows.expand(-1, group if rows.shape[1] == 1 else query.shape[1], queries, -1)
+        query, rows = query.unflatten(1, (-1, group)).flatten(2, 3), rows.unflatten(1, (-1, group)).flatten(2, 3)
+        attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=rows, scale=scale)
+        return attended.unflatten(2, (group, queries)).flatten(1, 2)
     return functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=group > 1
     )
 
 

@@ -90,14 +90,5 @@ class LatentAttention(nn.Module):
         up = self.latent_up.weight.to(nope.dtype).unflatten(0, (self.heads, -1))  # (heads, nope + value, rank)
         key_up, value_up = up.split((self.nope, self.value), dim=1)
         query = torch.cat((nope @ key_up, rope), dim=-1)  # (batch, heads, sequence, rank + rope)
-        assert isinstance(context.mask, torch.Tensor), "there are cached positions"
-        mask = context.mask.expand(*query.shape[:3], -1).flatten(1, 2)
-        # Heads as further queries of one head: grouped attention would copy the latents for each of them.
-        attended = attend(
-            query.flatten(1, 2).unsqueeze(1),
-            keys,
-            keys[..., : self.rank],
-            mask.unsqueeze(1),
-            scale=(self.nope + self.rope) ** -0.5,
-        )
-        return attended.squeeze(1).unflatten(1, (self.heads, -1)) @ value_up.transpose(1, 2)
+        scale = (self.nope + self.rope) ** -0.5
+        return attend(query, keys, keys[..., : self.rank], context.mask, scale) @ value_up.transpose(1, 2)

@@ -45,7 +45,11 @@ def engine_for(name: str, size: int, precision: str = "float32") -> Engine:
 def micro_batches(tokens: torch.Tensor, engine: Engine, size: int, loops: int, k: int | None) -> list[MicroBatch]:
     share = len(tokens) // engine.world_size
     mine = tokens[engine.rank * share : (engine.rank + 1) * share]
-    return [MicroBatch(part, DepthPlan((loops,) * len(part), k)) for part in mine.split(size)]
+    documents = (mine % 5 == 0).cumsum(-1)
+    return [
+        MicroBatch(part, DepthPlan((loops,) * len(part), k), packed if loops == 5 else None)
+        for part, packed in zip(mine.split(size), documents.split(size))
+    ]
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -322,6 +322,19 @@ def test_attention_in_blocks_equals_the_boolean_mask(compiled: bool) -> None:
     assert mask.block_mask.sparsity() > 0
 
 
+@pytest.mark.parametrize("heads", [1, 6])
+def test_a_group_attends_as_its_heads_one_by_one(heads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, n, m, 8, generator=generator) for n, m in ((6, 5), (2, 40), (2, 40)))
+    mask = torch.rand(2, heads, 5, 40, generator=generator) < 0.5
+    copied = [each.repeat_interleave(3, dim=1) for each in (key, value)]
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *copied, attn_mask=mask, scale=0.3)
+    torch.testing.assert_close(attend(query, key, value, mask, 0.3), expected)
+    row = mask[:1, :1, :1].expand(1, 1, 5, 40)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *copied, attn_mask=row, scale=0.3)
+    torch.testing.assert_close(attend(query, key, value, row[0, 0, :1], 0.3), expected)
+
+
 def test_a_mask_of_the_caller_is_narrowed_by_window_and_documents() -> None:
     causal = torch.ones(9, 9, dtype=torch.bool).tril()
     for base in (GQA, MLA):

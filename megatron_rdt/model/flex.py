@@ -85,6 +85,10 @@ class BlockwiseMask:
         return BlockwiseMask(self.sequence, self.window, self.documents[rows], self.device)
 
 
+Mask = torch.Tensor | BlockwiseMask | None
+"""What a query may see: boolean, True where it may, broadcastable to (batch, heads, queries, keys); None is causal."""
+
+
 def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """How many are True in each row, and the indices of all with those first, as int32."""
     indices = blocks.int().argsort(dim=-1, descending=True, stable=True)
@@ -99,7 +103,7 @@ def model_mask(
     cached: bool,
     documents: torch.Tensor | None,
     mask: torch.Tensor | None,
-) -> "torch.Tensor | BlockwiseMask | None":
+) -> Mask:
     """The mask of a forward pass, in the form that is best where the tokens are.
 
     Args:
@@ -132,7 +136,7 @@ def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor | BlockwiseMask | None,
+    mask: Mask,
     scale: float | None = None,
 ) -> torch.Tensor:
     """Softmax attention, (batch, heads, queries, channels of the values).

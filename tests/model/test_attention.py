@@ -206,6 +206,20 @@ def test_cached_equals_uncached_in_chunks(
     assert cache.elements == len(tokens) * model.cache_slots(3) * each
 
 
+@pytest.mark.parametrize("base", [GQA, MLA])
+def test_decoding_costs_the_window_not_the_past(base: ModelConfig) -> None:
+    config = dataclasses.replace(base, window=20)
+    model, counts = randomised(RecurrentDepthTransformer(config)), []
+    for past in (60, 300):
+        cache = KVCache()
+        with torch.no_grad():
+            model(torch.zeros(1, past, dtype=torch.long), 2, cache=cache)
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                model(torch.zeros(1, 1, dtype=torch.long), 2, cache=cache, start=past)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
+
+
 def test_decoding_expands_nothing_of_the_past() -> None:
     config = dataclasses.replace(MLA, dim=64, heads=8, kv_rank=32, nope_dim=16, rope_dim=8, value_dim=16)
     module, past = randomised(LatentAttention(config, 0)), 1000

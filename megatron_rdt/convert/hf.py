@@ -37,6 +37,8 @@ PARTS = (
     "masks",
     "flex",
     "context",
+    "cache",
+    "active",
     "linear",
     "norm",
     "rope",
@@ -51,8 +53,10 @@ PARTS = (
     "injection/diagonal",
     "injection/*",
     "halting",
+    "exits",
     "state",
     "core",
+    "adaptive",
     "rdt",
 )
 PROJECT = "megatron_rdt"

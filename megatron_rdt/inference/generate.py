@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from megatron_rdt.errors import ConfigError
-from megatron_rdt.inference.cache import KVCache
+from megatron_rdt.model.cache import KVCache
 
 SMALLEST_SEED, LARGEST_SEED = -(2**63), 2**64 - 1  # what a torch.Generator takes
 

@@ -4,13 +4,14 @@
 """
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_rdt.config import ModelConfig
+from megatron_rdt.config import ModelConfig, load_config
 from megatron_rdt.convert.peers import from_open_mythos
-from megatron_rdt.inference.cache import KVCache
+from megatron_rdt.inference import KVCache
 from megatron_rdt.model import RecurrentDepthTransformer
 
 open_mythos = pytest.importorskip("open_mythos", reason="open-mythos is not installed: make test-parity")
@@ -193,14 +194,47 @@ def test_the_latent_cache_has_one_rotary_key_for_all_heads_here() -> None:
     assert cache.elements // len(text) == slots * (BASE.kv_rank + BASE.rope_dim)
 
 
-@torch.no_grad()
-def test_every_preset_has_their_parameters() -> None:
-    published = {"1b": 1_064_028_034, "3b": 3_041_725_186, "10b": 9_981_316_994, "50b": 50_374_247_426}
-    published |= {"100b": 99_545_072_130, "500b": 497_849_137_154, "1t": 999_326_352_386}
-    for name, count in published.items():
-        with torch.device("meta"):
-            peer = open_mythos.OpenMythos(getattr(open_mythos, f"mythos_{name}")())
-        assert sum(parameter.numel() for parameter in peer.parameters()) == count
+PRESETS = {
+    "1b": 1_064_028_034,
+    "3b": 3_041_725_186,
+    "10b": 9_981_316_994,
+    "50b": 50_374_247_426,
+    "100b": 99_545_072_130,
+    "500b": 497_849_137_154,
+    "1t": 999_326_352_386,
+}
+FIELDS = {
+    "vocab_size": "vocab_size",
+    "dim": "dim",
+    "heads": "n_heads",
+    "kv_heads": "n_kv_heads",
+    "prelude_layers": "prelude_layers",
+    "coda_layers": "coda_layers",
+    "attention": "attn_type",
+    "kv_rank": "kv_lora_rank",
+    "query_rank": "q_lora_rank",
+    "rope_dim": "qk_rope_head_dim",
+    "nope_dim": "qk_nope_head_dim",
+    "value_dim": "v_head_dim",
+    "experts": "n_experts",
+    "shared_experts": "n_shared_experts",
+    "experts_per_token": "n_experts_per_tok",
+    "expert_dim": "expert_dim",
+    "halting_threshold": "act_threshold",
+    "rope_base": "rope_theta",
+    "signal_rank": "lora_rank",
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_their_dimensions_and_parameters(name: str, repository: Path) -> None:
+    theirs = getattr(open_mythos, f"mythos_{name}")()
+    here = load_config(repository / "configs" / "models" / f"openmythos_{name}.yaml")
+    assert {f: getattr(here.model, f) for f in FIELDS} == {f: getattr(theirs, old) for f, old in FIELDS.items()}
+    assert (here.depth.scheme, here.depth.mean) == ("fixed", theirs.max_loop_iters)
+    with torch.device("meta"):
+        peer = open_mythos.OpenMythos(theirs)
+    assert sum(parameter.numel() for parameter in peer.parameters()) == PRESETS[name]
 
 
 def test_other_weights_are_refused() -> None:

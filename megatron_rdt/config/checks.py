@@ -29,6 +29,9 @@ RANGES: list[tuple[str, float, bool, float | None]] = [
     ("optimizer.eps", 0, False, None),
     ("optimizer.weight_decay", 0, True, None),
     ("optimizer.grad_clip", 0, True, None),
+    ("optimizer.momentum", 0, True, BELOW_ONE),
+    ("optimizer.ns_steps", 1, True, None),
+    ("optimizer.core_lr_scale", 0, False, None),
     ("schedule.warmup_steps", 0, True, None),
     ("schedule.decay_steps", 0, True, None),
     ("schedule.final", 0, True, 1),
@@ -169,6 +172,11 @@ def _training(config: RunConfig) -> list[str]:
         problems.append(
             f"schedule.warmup_steps {config.schedule.warmup_steps} and schedule.decay_steps {config.schedule.decay_steps} "
             f"are more than train.steps {train.steps} together. Lower either."
+        )
+    if config.optimizer.name == "muon" and config.parallel.engine.startswith("zero"):
+        problems.append(
+            f"optimizer.name muon needs whole matrices, which DeepSpeed ({config.parallel.engine}) flattens. "
+            "Set --parallel.engine fsdp, or --optimizer.name adamw."
         )
     if config.sample.every and not config.sample.prompt:
         problems.append("sample.prompt is empty. Give it at least one character, or set --sample.every 0.")

@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from megatron_rdt.config import DepthConfig
-from megatron_rdt.depth.distributions import loop_probabilities, quantile
+from megatron_rdt.depth.distributions import cumulative_probabilities, loop_probabilities, quantile
 from megatron_rdt.depth.hashing import hash64, hash_uniform
 from megatron_rdt.depth.plan import DepthPlan
 
@@ -101,4 +101,4 @@ class DepthSampler:
         )
 
     def _cumulative_at(self, mean: float) -> np.ndarray:
-        return np.cumsum(loop_probabilities(replace(self.config, mean=mean)))
+        return cumulative_probabilities(loop_probabilities(replace(self.config, mean=mean)))

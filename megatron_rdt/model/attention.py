@@ -102,7 +102,7 @@ class GroupedQueryAttention(nn.Module):
         value = self._split(value, self.kv_heads)
         if cache is not None:
             key, value = cache.update(slot, context.start, key, value)
-        mask, (key, value) = within_window(self.window, sequence, context.mask, key, value)
+        mask, (key, value) = within_window(self.window, context.start, context.mask, key, value)
         attended = attend(query, key, value, mask)
         return self.output(attended.transpose(1, 2).reshape(batch, sequence, -1))
 

@@ -38,9 +38,9 @@ def attention_mask(
     return seen
 
 
-def within_window(window: int, queries: int, mask: Any, *keys: torch.Tensor) -> tuple[Any, tuple[torch.Tensor, ...]]:
-    """The mask and (batch, heads, keys, channels) tensors without the keys before the window of the first query."""
-    first = keys[0].shape[-2] - queries - window + 1
+def within_window(window: int, start: int, mask: Any, *keys: torch.Tensor) -> tuple[Any, tuple[torch.Tensor, ...]]:
+    """The mask and (batch, heads, keys, channels) tensors without the keys before the window of position `start`."""
+    first = start - window + 1
     if not window or first <= 0:
         return mask, keys
     return mask[..., first:], tuple(each[..., first:, :] for each in keys)

@@ -65,7 +65,7 @@ class LatentAttention(nn.Module):
         keys = torch.cat((latent, rotate(key_rope, *context.rotary, self.pairing)), dim=-1)  # (batch, 1, sequence, ...)
         if cache is not None:
             (keys,) = cache.update(slot, context.start, keys)
-        mask, (keys,) = within_window(self.window, x.shape[1], context.mask, keys)
+        mask, (keys,) = within_window(self.window, context.start, context.mask, keys)
         attended = self._absorbed if self.absorbs(x.shape[1], keys.shape[2]) else self._expanded
         return self.output(attended(nope, rope, keys, mask).transpose(1, 2).flatten(-2))
 

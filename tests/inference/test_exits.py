@@ -77,7 +77,7 @@ def in_parts(
 
 
 @pytest.mark.parametrize("kind", list(CRITERIA))
-@pytest.mark.parametrize("changes", [{}, MLA, *INJECTIONS, *PARTS], ids=str)
+@pytest.mark.parametrize("changes", [{}, MLA, {**MLA, "window": 4}, *INJECTIONS, *PARTS], ids=str)
 @torch.no_grad()
 def test_cached_equals_uncached(changes: dict, kind: str) -> None:
     model, tokens = make_model(**changes, **halting_of(kind)), some_tokens()

@@ -2,7 +2,7 @@
 
 import math
 
-from megatron_rdt.config.schema import RunConfig
+from megatron_rdt.config.schema import ModelConfig, RunConfig
 from megatron_rdt.errors import ConfigError
 
 BELOW_ONE = math.nextafter(1, 0)
@@ -85,6 +85,16 @@ def _model(config: RunConfig) -> list[str]:
             problems.append(f"model.{name} is {getattr(model, name)}, it must be at least 1.")
     if problems:
         return problems
+    if model.attention == "gqa":  # mla names the channels of its heads itself
+        problems += _grouped(model)
+    if model.prelude_layers < 0 or model.coda_layers < 0 or model.ffn_dim < 0:
+        problems.append("model.prelude_layers, model.coda_layers and model.ffn_dim must not be negative.")
+    return problems + _parts(config)
+
+
+def _grouped(model: ModelConfig) -> list[str]:
+    """What grouped-query attention needs of the width and the numbers of heads."""
+    problems = []
     if model.dim % model.heads:
         fits = [h for h in range(1, model.dim + 1) if model.dim % h == 0 and model.dim // h % 2 == 0]
         near = min(fits, key=lambda h: abs(h - model.heads), default=1)
@@ -100,9 +110,7 @@ def _model(config: RunConfig) -> list[str]:
             f"model.heads {model.heads} is not a multiple of model.kv_heads {model.kv_heads}. "
             f"Set --model.kv_heads to a divisor of {model.heads}."
         )
-    if model.prelude_layers < 0 or model.coda_layers < 0 or model.ffn_dim < 0:
-        problems.append("model.prelude_layers, model.coda_layers and model.ffn_dim must not be negative.")
-    return problems + _parts(config)
+    return problems
 
 
 def _parts(config: RunConfig) -> list[str]:

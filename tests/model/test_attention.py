@@ -10,8 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_rdt.config import ModelConfig
+from megatron_rdt.config import ModelConfig, RunConfig, check_config
 from megatron_rdt.depth import DepthPlan
+from megatron_rdt.errors import ConfigError
 from megatron_rdt.inference import KVCache
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
 from megatron_rdt.model.attention import ATTENTIONS
@@ -365,3 +366,14 @@ def test_documents_that_do_not_fit_are_refused() -> None:
         model_mask(GQA, TOKENS, 0, torch.float32, False, DOCUMENTS[:, 1:], None)
     with pytest.raises(ValueError, match="earlier positions"):
         model_mask(GQA, TOKENS, 5, torch.float32, True, DOCUMENTS, None)
+
+
+def test_only_grouped_attention_divides_the_width() -> None:
+    odd = {"dim": 30, "heads": 4, "kv_heads": 3}
+    with pytest.raises(ConfigError, match=r"(?s)dim 30 is not a multiple of model.heads 4.*heads 4 is not a multiple"):
+        check_config(RunConfig(model=dataclasses.replace(GQA, **odd)))
+    config = dataclasses.replace(MLA, **odd)
+    check_config(RunConfig(model=config))
+    assert initialize(RecurrentDepthTransformer(config), 0)(TOKENS, 2).shape == (2, 9, 31)
+    with pytest.raises(ConfigError, match="rope_dim is 5"):
+        check_config(RunConfig(model=dataclasses.replace(config, rope_dim=5)))

@@ -136,9 +136,9 @@ class MixtureOfExperts(nn.Module):
         if rows.is_cuda and rows.dtype == torch.bfloat16 and aligned:
             return self._grouped(rows, ends.int())
         outputs = []
-        # unbind, not indexing: its backward pass stacks the experts' gradients once.
-        parts = (weights.unbind() for weights in (self.gate, self.up, self.down))
-        for piece, gate, up, down in zip(rows.tensor_split(ends[:-1].cpu()), *parts):
+        # split and unbind, not slices and indexing: their backward passes put all pieces together once.
+        pieces = rows.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
+        for piece, gate, up, down in zip(pieces, self.gate.unbind(), self.up.unbind(), self.down.unbind()):
             outputs.append(linear(functional.silu(linear(piece, gate)) * linear(piece, up), down))
         return torch.cat(outputs)
 

@@ -2,13 +2,14 @@
 # make quickstart   the whole main job on two processes, from raw text to a report
 # make test         lint, types, tests
 # make test-cluster the same for what needs Slurm
+# make test-parity  against the code of other projects; installs open-mythos (put Parcae and Huginn on PYTHONPATH)
 # make bench        benchmarks; they print, nothing is asserted
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test test-cluster bench
+.PHONY: install quickstart test test-cluster test-parity bench
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -36,6 +37,10 @@ test-cluster: install
 		DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes slurm-wlm munge && { $(SLURM); } >/dev/null; } || \
 		{ echo "Slurm and munge are needed. As root: apt-get install slurm-wlm munge"; exit 2; }
 	$(BIN)/python -m pytest --verbose -m cluster tests/cluster
+
+test-parity: install
+	$(BIN)/python -m pip install --quiet --no-deps open-mythos==0.5.0
+	$(BIN)/python -m pytest -rs tests/parity
 
 bench: install
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

@@ -42,7 +42,9 @@ class GenerateOptions:
     checkpoint: str
     """Checkpoint, run directory (its newest checkpoint), or folder that `rdt convert --to hf` wrote."""
     prompt: str = "def "
-    """Text to continue."""
+    """Text to continue; may be given several times."""
+    prompts: str | None = None
+    """File of further texts to continue, one a line, UTF-8; empty lines are skipped."""
     loops: int = 8
     """Loop count T: more loops, more compute per token, the same weights."""
     tokens: int = 100
@@ -55,6 +57,22 @@ class GenerateOptions:
     """Sample among the likeliest tokens that together have this probability; 1 means all."""
     seed: int = 0
     """Seed of the sampling: the same seed gives the same text."""
+    stop: list[str] = field(default_factory=list)
+    """Texts of one token each that end a text, beside the tokenizer's end; a line's end is ["\\n"]."""
+    stop_ids: list[int] = field(default_factory=list)
+    """Token ids that end a text."""
+    stream: bool = False
+    """Print the text as it comes; for one prompt."""
+    exit: Literal["fixed", "change", "second_difference", "kl", "kl_entropy", "act", "gate"] = "fixed"
+    """Rule by which a token stops before T iterations; docs/generation.md has the formulas."""
+    exit_threshold: float | None = None
+    """Threshold of the rule: it holds below it, for act and gate from it on."""
+    exit_entropy: float | None = None
+    """kl_entropy: entropy of the prediction, in nats, below which it may stop."""
+    exit_hits: int = 1
+    """Iterations in a row for which the rule must hold."""
+    cache_budget: int = 0
+    """Iterations that keep keys and values of their own; 0 means all, which is exact."""
     device: str = "auto"
     """cpu, cuda, or cuda:N; auto takes a GPU where there is one."""
 
@@ -149,7 +167,8 @@ def evaluate(words: list[str]) -> int:
 
 
 def generate(words: list[str]) -> int:
-    """Continue a text with a checkpoint, at a chosen depth."""
+    """Continue texts with a checkpoint, at a chosen depth."""
+    given, words = _earlier_values(words, "prompt")
     options = _options("generate", GenerateOptions, words)
     if options.loops < 1 or options.tokens < 0:
         raise ConfigError("--loops must be at least 1 and --tokens must not be negative.")
@@ -157,10 +176,51 @@ def generate(words: list[str]) -> int:
         raise ConfigError("--temperature and --top_k must not be negative, --top_p must be above 0 and at most 1.")
     if not -(2**63) <= options.seed < 2**64:
         raise ConfigError(f"--seed is {options.seed}, it must be from {-(2**63)} to {2**64 - 1}.")
-    from megatron_rdt.inference.generate import generate_text
+    if options.cache_budget < 0:
+        raise ConfigError(f"--cache_budget is {options.cache_budget}, it must be at least 0.")
+    own = [options.prompt] if options.prompts is None or any(w.partition("=")[0] == "--prompt" for w in words) else []
+    prompts = [*given, *own, *_lines(options.prompts)]
+    if options.stream and len(prompts) > 1:
+        raise ConfigError(f"--stream is for one prompt, there are {len(prompts)}. Leave --stream out.")
+    from launch.texts import print_texts
 
-    print(generate_text(**vars(options)))
+    print_texts(options, prompts)
     return EXIT_OK
+
+
+def _earlier_values(words: list[str], name: str) -> tuple[list[str], list[str]]:
+    """The values of all `--name` but the last, and the words without them."""
+    values, rest, places = [], [], [i for i, word in enumerate(words) if word.partition("=")[0] == f"--{name}"]
+    earlier, skip = set(places[:-1]), False
+    for i, word in enumerate(words):
+        if i in earlier:
+            value, skip = word.partition("=")[2], "=" not in word
+            if not skip:
+                values.append(value)
+        elif skip:
+            values.append(word)
+            skip = False
+        else:
+            rest.append(word)
+    return values, rest
+
+
+def _lines(path: str | None) -> list[str]:
+    """The lines of a UTF-8 file that have text; nothing without a file.
+
+    Raises:
+        ConfigError: the file cannot be read, or has no text.
+    """
+    if path is None:
+        return []
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line for line in file.read().split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompts {path} cannot be read ({error}). Name a UTF-8 file, one prompt a line.") from None
+    if not lines:
+        raise ConfigError(f"--prompts {path} has no text. Write one prompt a line.")
+    return lines
 
 
 def convert(words: list[str]) -> int:

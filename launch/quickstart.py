@@ -41,7 +41,7 @@ def quickstart() -> int:
     title("validation loss against the number of loops")
     from megatron_rdt.evaluate.loss import evaluate_checkpoint
     from megatron_rdt.evaluate.report import write_report
-    from megatron_rdt.inference.generate import generate_text
+    from megatron_rdt.inference import generate_text
 
     evaluate_checkpoint(str(run_directory), EVAL_LOOPS, EVAL_SEQUENCES)
     title("text at two depths")

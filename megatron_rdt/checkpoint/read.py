@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_rdt.checkpoint.buffers import read_buffers
 from megatron_rdt.checkpoint.manifest import MANIFEST, read_manifest, verify
 from megatron_rdt.config import ModelConfig, load_config
 from megatron_rdt.errors import CheckpointError
@@ -132,7 +133,11 @@ def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_model_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every parameter, whole, float32, on the CPU, by name, from a checkpoint of any engine."""
+    """Every parameter and persistent buffer, whole, float32, on the CPU, by name, from a checkpoint of any engine."""
+    return {**_read_parameters(checkpoint), **read_buffers(checkpoint)}
+
+
+def _read_parameters(checkpoint: Path) -> dict[str, torch.Tensor]:
     if (checkpoint / "model").is_dir():
         return _read_native(checkpoint / "model")
     if (checkpoint / "zero").is_dir():

@@ -20,6 +20,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 import megatron_rdt
+from megatron_rdt.checkpoint.buffers import save_buffers
 from megatron_rdt.checkpoint.manifest import content_files, file_record, read_manifest, write_manifest
 from megatron_rdt.checkpoint.read import CHECKPOINTS, LATEST, ROLLBACK, complete_checkpoints, read_rollback
 from megatron_rdt.checkpoint.together import gather
@@ -106,6 +107,8 @@ def save_checkpoint(
 
     def write() -> None:
         engine.save(temporary)
+        if engine.rank == 0:
+            save_buffers(engine.model, temporary)
         # Given a path, torch.save hides the reason of a failed write; given a file, the OSError gets out.
         with open(temporary / "rng" / f"rank-{engine.rank:05d}.pt", "wb") as file:
             torch.save(rng_state(), file)

@@ -2,7 +2,7 @@
 
 import math
 
-from megatron_rdt.config.schema import RunConfig, ScheduleConfig
+from megatron_rdt.config.schema import ModelConfig, RunConfig, ScheduleConfig
 from megatron_rdt.errors import ConfigError
 
 WSD_DECAY_FRACTION = 0.2
@@ -30,6 +30,9 @@ RANGES: list[tuple[str, float, bool, float | None]] = [
     ("optimizer.eps", 0, False, None),
     ("optimizer.weight_decay", 0, True, None),
     ("optimizer.grad_clip", 0, True, None),
+    ("optimizer.momentum", 0, True, BELOW_ONE),
+    ("optimizer.ns_steps", 1, True, None),
+    ("optimizer.core_lr_scale", 0, False, None),
     ("schedule.warmup_steps", 0, True, None),
     ("schedule.decay_steps", 0, True, None),
     ("schedule.final", 0, True, 1),
@@ -88,6 +91,16 @@ def _model(config: RunConfig) -> list[str]:
             problems.append(f"model.{name} is {getattr(model, name)}, it must be at least 1.")
     if problems:
         return problems
+    if model.attention == "gqa":  # mla names the channels of its heads itself
+        problems += _grouped(model)
+    if model.prelude_layers < 0 or model.coda_layers < 0 or model.ffn_dim < 0:
+        problems.append("model.prelude_layers, model.coda_layers and model.ffn_dim must not be negative.")
+    return problems + _parts(config)
+
+
+def _grouped(model: ModelConfig) -> list[str]:
+    """What grouped-query attention needs of the width and the numbers of heads."""
+    problems = []
     if model.dim % model.heads:
         fits = [h for h in range(1, model.dim + 1) if model.dim % h == 0 and model.dim // h % 2 == 0]
         near = min(fits, key=lambda h: abs(h - model.heads), default=1)
@@ -103,9 +116,7 @@ def _model(config: RunConfig) -> list[str]:
             f"model.heads {model.heads} is not a multiple of model.kv_heads {model.kv_heads}. "
             f"Set --model.kv_heads to a divisor of {model.heads}."
         )
-    if model.prelude_layers < 0 or model.coda_layers < 0 or model.ffn_dim < 0:
-        problems.append("model.prelude_layers, model.coda_layers and model.ffn_dim must not be negative.")
-    return problems + _parts(config)
+    return problems
 
 
 def _parts(config: RunConfig) -> list[str]:
@@ -180,6 +191,11 @@ def _training(config: RunConfig) -> list[str]:
         problems.append(
             f"schedule.warmup_steps {config.schedule.warmup_steps} and the {decay} steps of schedule.decay_steps "
             f"{config.schedule.decay_steps} are more than train.steps {train.steps} together. Lower either."
+        )
+    if config.optimizer.name == "muon" and config.parallel.engine.startswith("zero"):
+        problems.append(
+            f"optimizer.name muon needs whole matrices, which DeepSpeed ({config.parallel.engine}) flattens. "
+            "Set --parallel.engine fsdp, or --optimizer.name adamw."
         )
     if config.sample.every and not config.sample.prompt:
         problems.append("sample.prompt is empty. Give it at least one character, or set --sample.every 0.")

@@ -81,10 +81,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW."""
+    """What turns gradients into steps."""
 
-    name: Literal["adamw"] = "adamw"
-    """Optimizer."""
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw; or muon: Muon for the matrices of layers, injection and signals, AdamW for the rest at the same rate."""
     lr: float = 1e-3
     """Peak learning rate."""
     beta1: float = 0.9
@@ -94,9 +94,17 @@ class OptimizerConfig:
     eps: float = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
-    """Decoupled weight decay on matrices; norms, gains and the injection get none."""
+    """Decoupled weight decay on matrices; norms, gains, biases and the injection get none."""
     grad_clip: float = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it. 0 means no clipping."""
+    momentum: float = 0.95
+    """muon: decay of the running mean of gradients."""
+    nesterov: bool = True
+    """muon: step along the momentum as it would be after this gradient once more."""
+    ns_steps: int = 5
+    """muon: Newton-Schulz steps that make an update orthogonal."""
+    core_lr_scale: float = 0.5
+    """muon: learning rate of the matrices that every iteration reuses, as a multiple of `lr`."""
 
 
 @dataclass(frozen=True)

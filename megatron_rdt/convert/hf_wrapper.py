@@ -40,6 +40,8 @@ class RdtConfig(PreTrainedConfig):
 class SlotCache:
     """A cache of transformers as the model sees it: its layers are the slots, one per (iteration, layer)."""
 
+    budget = 0
+
     def __init__(self, cache: Any) -> None:
         self.cache = cache
 

@@ -6,6 +6,7 @@ source is used; one that is missing, or that the config has no place for, is an 
 tolerance: docs/parity.md.
 """
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -67,10 +68,10 @@ def decay_parameters(product: torch.Tensor, input_gain: torch.Tensor, prefix: st
     if outside:
         raise ValueError(
             f"{outside} of {wide.numel()} channels decay by up to {float(torch.exp(-wide.min())):.6g} per iteration; "
-            f"here the decay lies between exp(-{high:g}) and exp(-{low:g}) = {float(torch.exp(torch.tensor(-low))):.4g}"
+            f"here the decay lies between exp(-{high:g}) and exp(-{low:g}) = {math.exp(-low):.4g}"
         )
     # Both parameters at the same place between their bounds: their product is there between its own.
-    signed = 2 * (wide / low).log() / torch.tensor(high / low).log() - 1
+    signed = 2 * (wide / low).log() / math.log(high / low) - 1
     place = signed / (1 - signed.abs())
     position = 0.5 + 0.5 * signed
     rate = RATE_BOUNDS[0] * (RATE_BOUNDS[1] / RATE_BOUNDS[0]) ** position

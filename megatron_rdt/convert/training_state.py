@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from megatron_rdt.checkpoint import read_manifest, software_versions, write_manifest
+from megatron_rdt.checkpoint import BUFFERS, read_manifest, restore_buffers, software_versions, write_manifest
 from megatron_rdt.config import ParallelConfig, RunConfig, load_config
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.model import RecurrentDepthTransformer
@@ -59,9 +59,11 @@ def convert_training_state(source: Path, out: Path, family: str) -> None:
     else:
         engine = _native_engine(config)
         _fill(engine, state)
+        restore_buffers(engine.model, source)
         engine.save(out)
-    for name in ("config.yaml", "trainer.json"):
-        shutil.copyfile(source / name, out / name)
+    for name in ("config.yaml", "trainer.json", BUFFERS):
+        if name != BUFFERS or (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
     for name in ("tokenizer", "rng"):
         if (source / name).is_dir():
             shutil.copytree(source / name, out / name)
@@ -77,6 +79,12 @@ def read_training_state(checkpoint: Path, config: RunConfig, scratch: Path | Non
         config: the config in it.
         scratch: a directory for a temporary copy of about the same size; the system's own where None.
     """
+    if config.optimizer.name != "adamw":
+        raise CheckpointError(
+            f"{checkpoint} was trained with optimizer.name {config.optimizer.name}, whose state only the engines single, "
+            "ddp and fsdp know; they resume from it as it is, at any number of processes. For its weights alone: "
+            f"rdt convert {checkpoint} OUT --to hf."
+        )
     state = _read(checkpoint, config, scratch)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in RecurrentDepthTransformer(config.model).named_parameters()}
@@ -119,7 +127,7 @@ def _native_engine(config: RunConfig) -> NativeEngine:
 def _state_of(engine: NativeEngine) -> TrainingState:
     tensors, step = {}, 0
     for name, parameter in engine.model.named_parameters():
-        moments = engine.optimizer.state[parameter]
+        moments = engine.optimizers[0].state[parameter]
         tensors[name] = {WEIGHT: parameter.detach(), **{key: moments[key] for key in MOMENTS}}
         step = int(moments["step"])
     return TrainingState(tensors, step)
@@ -131,7 +139,7 @@ def _fill(engine: NativeEngine, state: TrainingState) -> None:
         tensors = state.tensors[name]
         parameter.copy_(tensors[WEIGHT])
         moments: dict[str, Any] = {key: tensors[key].clone() for key in MOMENTS}
-        engine.optimizer.state[parameter] = {"step": torch.tensor(float(state.step)), **moments}
+        engine.optimizers[0].state[parameter] = {"step": torch.tensor(float(state.step)), **moments}
 
 
 def _run_ds_to_universal(saved: Path, folder: Path) -> None:

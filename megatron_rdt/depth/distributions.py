@@ -57,6 +57,13 @@ def loop_probabilities(config: DepthConfig) -> np.ndarray:
     return table / table.sum()
 
 
+def cumulative_probabilities(table: np.ndarray) -> np.ndarray:
+    """The running sum of `loop_probabilities`, exactly 1 from the largest possible T on, whatever was rounded."""
+    cumulative = np.cumsum(table)
+    cumulative[np.flatnonzero(table)[-1] :] = 1.0
+    return cumulative
+
+
 def quantile(cumulative: np.ndarray, uniform: float) -> int:
-    """The smallest t with P(T <= t) > uniform; `cumulative` is the running sum of `loop_probabilities`."""
-    return min(int(np.searchsorted(cumulative, uniform, side="right")), len(cumulative) - 1)
+    """The smallest t with P(T <= t) > uniform; `cumulative` is of `cumulative_probabilities`, uniform in [0, 1)."""
+    return int(np.searchsorted(cumulative, uniform, side="right"))

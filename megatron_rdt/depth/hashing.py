@@ -16,5 +16,5 @@ def hash64(*key: int | str) -> int:
 
 
 def hash_uniform(*key: int | str) -> float:
-    """A float in the open interval (0, 1) that is a fixed function of `key`, with 53 random bits."""
-    return ((hash64(*key) >> 11) + 0.5) * 2.0**-53
+    """A float in the open interval (0, 1) that is a fixed function of `key`, with 52 random bits."""
+    return ((hash64(*key) >> 12) + 0.5) * 2.0**-52  # with one bit more, the largest would round to 1

@@ -8,23 +8,36 @@ from functools import lru_cache
 import numpy as np
 
 from megatron_rdt.config import DepthConfig
-from megatron_rdt.depth.distributions import loop_probabilities, quantile
+from megatron_rdt.depth.distributions import cumulative_probabilities, loop_probabilities, quantile
 from megatron_rdt.depth.hashing import hash64, hash_uniform
 from megatron_rdt.depth.plan import DepthPlan
 
 MEAN_DIGITS = 3  # a curriculum's mean is rounded to this, so that few tables are made
+BITS = 52  # of a draw; with the half that is added, a float holds no more
 
 
-def van_der_corput(index: int) -> float:
-    """Bits of a 32-bit index mirrored behind the point: every aligned block of 2^n indices is spread evenly over [0, 1)."""
-    return int(f"{index & 0xFFFFFFFF:032b}"[::-1], 2) * 2.0**-32
+def balanced_uniform(place: int, noise: int) -> float:
+    """A number in (0, 1) for each place of a batch such that neighbours together draw about the mean.
+
+    The bits of `place` mirrored behind the point (van der Corput) put exactly one place of every aligned block of 2^n
+    into each interval of length 2^-n; exclusive-or with random bits keeps that and makes each number uniform. The sum of T
+    over a block then hangs on where in the last interval, the long tail, its deepest sequence lies. So all bits behind the
+    first zero are inverted: the higher the deepest lies in its interval, the lower lie all others in theirs.
+
+    Args:
+        place: its lowest 32 bits count.
+        noise: BITS random bits, the same for all places of a step.
+    """
+    point = (int(f"{place & 0xFFFFFFFF:032b}"[::-1], 2) << BITS - 32) ^ noise
+    below = max((~point & (1 << BITS) - 1).bit_length() - 1, 0)  # bits behind the first zero
+    return ((point ^ (1 << below) - 1) + 0.5) * 2.0**-BITS
 
 
 class DepthSampler:
     """Draws T from (seed, step, place in the batch) alone: nothing to checkpoint, the same on every world size.
 
-    Within a step the draws are a shifted low-discrepancy sequence: each has the configured distribution, and every
-    aligned block of the batch, so every rank, has nearly the same sum of T.
+    Within a step the draws are balanced: each has the configured distribution, and every aligned block of the batch, so
+    every rank, has nearly the same sum of T.
 
     Args:
         config: the distribution, k, and how they grow.
@@ -75,11 +88,12 @@ class DepthSampler:
             slots: places in the global batch.
             micro_batch: sequences per forward pass, where one draw covers those.
         """
-        cumulative, shift = self._cumulative(self.mean(step)), hash_uniform(self.seed, "depth", step)
+        cumulative = self._cumulative(self.mean(step))
         if self.config.per == "step":
-            return (quantile(cumulative, shift),) * len(slots)
+            return (quantile(cumulative, hash_uniform(self.seed, "depth", step)),) * len(slots)
         places = slots if self.config.per == "sequence" else [slot // micro_batch for slot in slots]
-        return tuple(quantile(cumulative, (van_der_corput(int(place)) + shift) % 1.0) for place in places)
+        noise = hash64(self.seed, "depth", step) >> 64 - BITS
+        return tuple(quantile(cumulative, balanced_uniform(int(place), noise)) for place in places)
 
     def loops(self, step: int) -> int:
         """T of the first sequence of optimizer step `step`; of all, where one draw covers the step."""
@@ -101,4 +115,4 @@ class DepthSampler:
         )
 
     def _cumulative_at(self, mean: float) -> np.ndarray:
-        return np.cumsum(loop_probabilities(replace(self.config, mean=mean)))
+        return cumulative_probabilities(loop_probabilities(replace(self.config, mean=mean)))

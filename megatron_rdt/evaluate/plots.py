@@ -97,26 +97,38 @@ def stability(metrics: Records, path: Path) -> Path:
     return _save(axes, path)
 
 
+def loop_shares(metrics: Records) -> np.ndarray:
+    """Share of the sequences of all steps that had T = 0, 1, ...; each step counts the same."""
+    steps = [record.get("loops_counts") or {record["loops_max"]: 1} for record in metrics]
+    shares = np.zeros(max(int(t) for counts in steps for t in counts) + 1)
+    for counts in steps:
+        total = sum(counts.values()) * len(steps)
+        for t, count in counts.items():
+            shares[int(t)] += count / total
+    return shares
+
+
 def loop_histogram(metrics: Records, probabilities: np.ndarray, path: Path) -> Path:
     """How often each T was drawn, beside the configured distribution."""
-    axes = _axes("Sampled loop counts", "iterations T", "share of steps")
-    drawn = [int(record["loops_max"]) for record in metrics]
-    counts = np.bincount(drawn, minlength=len(probabilities))[1:] / len(drawn)
+    axes = _axes("Sampled loop counts", "iterations T", "share of sequences")
+    shares = loop_shares(metrics)
+    mean = shares @ np.arange(len(shares))
     # T above the configured maximum is of a time when the config was another.
-    probabilities = np.pad(probabilities, (0, len(counts) + 1 - len(probabilities)))
-    loops = np.arange(1, len(counts) + 1)
-    axes.bar(loops, counts, color=COLOURS[5], label=f"drawn in {len(drawn)} steps, mean {np.mean(drawn):.2f}")
-    mean = probabilities @ np.arange(len(probabilities))
-    axes.plot(loops, probabilities[1:], "o-", color=COLOURS[1], markersize=4, label=f"configured, mean {mean:.2f}")
+    longest = max(len(shares), len(probabilities))
+    shares, probabilities = (np.pad(table, (0, longest - len(table))) for table in (shares, probabilities))
+    loops = np.arange(longest)
+    axes.bar(loops[1:], shares[1:], color=COLOURS[5], label=f"drawn in {len(metrics)} steps, mean {mean:.2f}")
+    mean = probabilities @ loops
+    axes.plot(loops[1:], probabilities[1:], "o-", color=COLOURS[1], markersize=4, label=f"configured, mean {mean:.2f}")
     axes.legend()
     return _save(axes, path)
 
 
 def throughput(metrics: Records, path: Path) -> Path:
-    """Tokens per second against the T of the step."""
-    axes = _axes("Cost of depth", "iterations T of the step", "tokens per second")
+    """Tokens per second against the mean T of the step."""
+    axes = _axes("Cost of depth", "iterations T of the step, mean over its sequences", "tokens per second")
     axes.scatter(
-        [record["loops_max"] for record in metrics],
+        [record["loops_mean"] if "loops_mean" in record else record["loops_max"] for record in metrics],
         [record["tokens_per_second"] for record in metrics],
         color=COLOURS[2],
         alpha=0.4,

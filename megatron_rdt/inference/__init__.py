@@ -1,7 +1,20 @@
-"""Using a trained model: load it, generate with a cache."""
+"""Using a trained model: load it, generate with a cache, choose how deep each token goes."""
 
-from megatron_rdt.inference.cache import KVCache
-from megatron_rdt.inference.generate import generate, generate_text
+from megatron_rdt.inference.generate import GenerationTrace, generate, stream
 from megatron_rdt.inference.load import load
+from megatron_rdt.inference.text import generate_text, generate_texts, stream_text
+from megatron_rdt.model.cache import KVCache
+from megatron_rdt.model.exits import ExitRule, ExitTrace
 
-__all__ = ["KVCache", "generate", "generate_text", "load"]
+__all__ = [
+    "ExitRule",
+    "ExitTrace",
+    "GenerationTrace",
+    "KVCache",
+    "generate",
+    "generate_text",
+    "generate_texts",
+    "load",
+    "stream",
+    "stream_text",
+]

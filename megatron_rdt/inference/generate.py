@@ -1,22 +1,50 @@
-"""Generating text at a chosen depth."""
+"""Generating at a chosen depth: batches of prompts of any length, one token per row and step."""
 
-import math
-from collections.abc import Callable
-from numbers import Integral
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from megatron_rdt.errors import ConfigError
-from megatron_rdt.inference.cache import KVCache
+from megatron_rdt.inference.sampling import check_settings, pick, uniforms
+from megatron_rdt.model.cache import KVCache
+from megatron_rdt.model.exits import ExitRule, ExitTrace
 
-SMALLEST_SEED, LARGEST_SEED = -(2**63), 2**64 - 1  # what a torch.Generator takes
+Prompts = torch.Tensor | Sequence[Sequence[int]]
+
+
+def generate(model: nn.Module, tokens: Any, loops: int, new_tokens: int, **settings: Any) -> Any:
+    """Continue every prompt; the same call gives the same text.
+
+    Args:
+        model: see `stream`.
+        tokens: prompts, (batch, prompt) ids or a list of lists of ids of any lengths.
+        loops: T.
+        new_tokens: how many to add at most.
+        settings: those of `stream`.
+
+    Returns:
+        For a tensor (batch, prompt + added) ids, where rows that stopped go on with their last id; for lists the same
+        lists with what was added, the stop token included.
+
+    Raises:
+        ConfigError: an argument has no meaning.
+    """
+    steps = list(stream(model, tokens, loops, new_tokens, **settings))
+    if isinstance(tokens, torch.Tensor):
+        last, columns = tokens[:, -1].tolist(), [tokens]
+        for step in steps:
+            last = [step.get(row, id) for row, id in enumerate(last)]
+            columns.append(torch.tensor(last, dtype=tokens.dtype, device=tokens.device)[:, None])
+        return torch.cat(columns, dim=1)
+    return [[*map(int, prompt), *(step[row] for step in steps if row in step)] for row, prompt in enumerate(tokens)]
 
 
 @torch.no_grad()
-def generate(
+def stream(
     model: nn.Module,
-    tokens: torch.Tensor,
+    tokens: Prompts,
     loops: int,
     new_tokens: int,
     *,
@@ -24,133 +52,145 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    rows: Sequence[int] | None = None,
     eos: int | None = None,
+    stop: Sequence[int] = (),
     use_cache: bool = True,
+    cache_budget: int = 0,
+    exit_rule: ExitRule | None = None,
+    trace: "GenerationTrace | None" = None,
     agree: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """Continue every row of `tokens`; the same seed gives the same text.
+) -> Iterator[dict[int, int]]:
+    """What `generate` adds, as it comes: {row: new id} of every step, of the rows that have not stopped.
+
+    A row that stops leaves the batch and is computed no further. What is drawn for a row depends on its logits and on
+    (seed, row, position), so a row's text is the same whatever the other rows are.
 
     Under a sharding engine every rank calls this with the same arguments, since each forward pass is collective.
 
     Args:
-        model: called as model(tokens, T, cache=..., start=...).
-        tokens: (batch, prompt) ids, at least one per row.
+        model: called as model(tokens, T, cache=..., start=...), with `padding`, `exit_rule` and `trace` where needed.
+        tokens: prompts, (batch, prompt) ids or a list of lists of ids, at least one id each. Shorter ones are padded
+            on the left; padding has no position and is never looked at.
         loops: T.
         new_tokens: how many to add at most.
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: sample among the k likeliest; 0 means all.
         top_p: sample among the likeliest that together have this probability.
         seed: of the sampling.
-        eos: rows that produced it are filled with it; all rows done ends generation.
+        rows: numbers that stand for the rows in the sampling; default 0, 1, ...
+        eos: id that ends a row, if any.
+        stop: further ids that end a row.
         use_cache: keep keys and values instead of running the whole text again for each token.
-        agree: called with every step's new ids, (batch,) int64 on the device of `tokens`; its result is used instead.
+        cache_budget: iterations that keep keys and values of their own, see `KVCache`; 0 means all.
+        exit_rule: when a token stops iterating before T.
+        trace: receives the iterations of every token.
+        agree: called with every step's new ids, (rows,) int64 on the device of the model; its result is used instead.
             Ranks that share a model pass a broadcast: logits that differ in the last bit could otherwise give them
             different texts, and one would leave the loop while the others wait for it.
-
-    Returns:
-        (batch, prompt + added) ids.
 
     Raises:
         ConfigError: an argument has no meaning.
     """
     check_settings(loops, new_tokens, temperature, top_k, top_p, seed)
-    if tokens.dim() != 2:
-        raise ConfigError(f"tokens have shape {tuple(tokens.shape)}, they must be (batch, prompt): one row per prompt.")
-    if tokens.shape[1] == 0:
-        raise ConfigError("the prompt has no token. Give at least one character in --prompt.")
-    generator = torch.Generator().manual_seed(int(seed))
-    cache = KVCache() if use_cache else None
-    done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    start = 0
+    prompts = prompt_lists(tokens)
+    numbers = list(range(len(prompts))) if rows is None else list(rows)
+    if len(numbers) != len(prompts):
+        raise ConfigError(f"there are {len(numbers)} rows for {len(prompts)} prompts, there must be one for each.")
+    if cache_budget < 0 or (cache_budget and not use_cache):
+        raise ConfigError(f"cache_budget is {cache_budget}, it must be at least 0, and 0 without a cache.")
+    if agree is not None and exit_rule is not None:
+        raise ConfigError("exit_rule is for a model in one process: ranks that exit at different iterations hang.")
+    batch = _Batch(prompts, tokens.device if isinstance(tokens, torch.Tensor) else next(model.parameters()).device)
+    batch.cache = KVCache(cache_budget) if use_cache else None
+    ends = torch.tensor([*stop, *([] if eos is None else [eos])], dtype=torch.int64, device=batch.text.device)
     for _ in range(new_tokens):
-        logits = model(tokens[:, start:], loops, cache=cache, start=start)[:, -1]
-        if use_cache:
-            start = tokens.shape[1]
-        chosen = pick(logits.float().cpu(), temperature, top_k, top_p, generator).to(tokens.device)
+        logits = batch.advance(model, loops, exit_rule, trace)
+        names, places = [numbers[row] for row in batch.rows], batch.lengths()
+        drawn = None if temperature == 0 else uniforms(seed, names, places)
+        chosen = pick(logits, temperature, top_k, top_p, drawn)
         if agree is not None:
             chosen = agree(chosen)
-        if eos is not None:
-            chosen = torch.where(done, torch.full_like(chosen, eos), chosen)
-            done |= chosen == eos
-        tokens = torch.cat((tokens, chosen[:, None]), dim=1)
-        if bool(done.all()):
-            break
-    return tokens
+        yield dict(zip(batch.rows, chosen.tolist()))
+        if not batch.append(chosen, ~torch.isin(chosen, ends)):
+            return
 
 
-def check_settings(loops: int, new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
-    """ConfigError that names the argument of `generate` that has no meaning."""
-    whole = {"loops": (loops, 1), "new_tokens": (new_tokens, 0), "top_k": (top_k, 0)}
-    for name, (value, smallest) in whole.items():
-        if not isinstance(value, Integral) or int(value) < smallest:
-            raise ConfigError(f"{name} is {value!r}, it must be a whole number of at least {smallest}.")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ConfigError(f"temperature is {temperature}, it must be a finite number of at least 0.")
-    if not 0 < top_p <= 1:
-        raise ConfigError(f"top_p is {top_p}, it must be above 0 and at most 1.")
-    if not (isinstance(seed, Integral) and SMALLEST_SEED <= int(seed) <= LARGEST_SEED):
-        raise ConfigError(f"seed is {seed!r}, it must be a whole number from {SMALLEST_SEED} to {LARGEST_SEED}.")
+class GenerationTrace:
+    """Receives how many iterations every token ran.
+
+    Attributes:
+        iterations: per row, of the tokens that were computed: all but the last.
+    """
+
+    def __init__(self) -> None:
+        self.iterations: list[list[int]] = []
+
+    @property
+    def mean(self) -> float:
+        """Iterations per token, over all rows; 0 where no token was computed."""
+        counts = [count for row in self.iterations for count in row]
+        return sum(counts) / max(len(counts), 1)
 
 
-def pick(
-    logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
-) -> torch.Tensor:
-    """Draw one id per row of float32 CPU logits (batch, vocab) -> (batch,)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    # In float64 and with the largest at 0, so that no temperature, however small, makes it infinite.
-    logits = (logits.double() - logits.amax(-1, keepdim=True)).div(temperature).float()
-    if top_k:
-        lowest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < lowest, float("-inf"))
-    if top_p < 1:
-        ordered, places = logits.softmax(-1).sort(descending=True)
-        before = ordered.cumsum(-1) - ordered  # the likeliest always stays
-        removed = torch.zeros_like(before, dtype=torch.bool).scatter(-1, places, before >= top_p)
-        logits = logits.masked_fill(removed, float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+class _Batch:
+    """The rows that go on: their numbers, texts, padding and cache."""
+
+    def __init__(self, prompts: list[list[int]], device: torch.device) -> None:
+        longest = max(map(len, prompts))
+        padding = [longest - len(prompt) for prompt in prompts]
+        self.text = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, prompts)], device=device)
+        self.padding = torch.tensor(padding, device=device)
+        self.rows, self.padded = list(range(len(prompts))), any(padding)
+        self.cache: KVCache | None = None
+        self.start = 0  # positions that need no computing any more
+
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return (self.text.shape[1] - self.padding).tolist()
+
+    def advance(
+        self, model: nn.Module, loops: int, rule: ExitRule | None, trace: GenerationTrace | None
+    ) -> torch.Tensor:
+        """Logits (rows, vocab_size) of the next token."""
+        begin = 0 if self.cache is None else self.start
+        more: dict[str, Any] = {"padding": self.padding} if self.padded else {}
+        passed = ExitTrace() if trace is not None else None
+        if rule is not None or passed is not None:
+            more |= {"exit_rule": rule, "trace": passed}
+        logits = model(self.text[:, begin:], loops, cache=self.cache, start=begin, **more)[:, -1]
+        if trace is not None and passed is not None and passed.iterations is not None:
+            if self.start == 0:
+                trace.iterations = [[] for _ in self.rows]
+            for row, used in zip(self.rows, passed.iterations[:, self.start - begin :].tolist()):
+                trace.iterations[row] += [count for count in used if count]
+        self.start = self.text.shape[1]
+        return logits
+
+    def append(self, chosen: torch.Tensor, going: torch.Tensor) -> bool:
+        """Add the new ids, (rows,), and let the rows that stop leave; whether any goes on."""
+        self.text = torch.cat((self.text, chosen[:, None]), dim=1)
+        if bool(going.all()):
+            return True
+        kept = going.nonzero()[:, 0]
+        self.rows = [self.rows[i] for i in kept.tolist()]
+        self.text, self.padding = self.text[kept], self.padding[kept]
+        if self.cache is not None:
+            self.cache.keep(kept)
+        return bool(self.rows)
 
 
-def generate_text(
-    checkpoint: str,
-    prompt: str,
-    loops: int,
-    tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int,
-    device: str = "auto",
-) -> str:
-    """Load a checkpoint or an export and continue `prompt`; the prompt with its continuation."""
-    from megatron_rdt.inference.load import load
+def prompt_lists(tokens: Prompts) -> list[list[int]]:
+    """The prompts as lists of ids.
 
-    check_settings(loops, tokens, temperature, top_k, top_p, seed)
-    check_prompt(prompt)
-    model, tokenizer = load(checkpoint, device)
-    ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.int64, device=next(model.parameters()).device)
-    result = generate(
-        model,
-        ids.reshape(1, -1),
-        loops,
-        tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        eos=tokenizer.eos,
-    )
-    return tokenizer.decode(result[0].tolist())
-
-
-def check_prompt(prompt: str) -> None:
-    """ConfigError for a prompt that no tokenizer takes."""
-    if not prompt:
-        raise ConfigError("the prompt is empty. Give at least one character in --prompt.")
-    try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError as error:
-        # Python hands on a byte of the command line that is not UTF-8 as a lone surrogate.
-        raise ConfigError(
-            f"character {error.start + 1} of the prompt is not valid UTF-8. Give --prompt text in UTF-8."
-        ) from None
+    Raises:
+        ConfigError: a tensor of another shape, no prompt, or one without a token.
+    """
+    if isinstance(tokens, torch.Tensor) and tokens.dim() != 2:
+        raise ConfigError(f"tokens have shape {tuple(tokens.shape)}, they must be (batch, prompt): one row per prompt.")
+    prompts = tokens.tolist() if isinstance(tokens, torch.Tensor) else [[int(id) for id in each] for each in tokens]
+    if not prompts:
+        raise ConfigError("there is no prompt.")
+    if not all(prompts):
+        raise ConfigError("the prompt has no token. Give at least one character in --prompt.")
+    return prompts

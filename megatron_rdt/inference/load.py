@@ -10,7 +10,7 @@ from megatron_rdt.convert.hf import check_tokenizer, is_hf_export, read_hf
 from megatron_rdt.convert.hf_tokenizer import exported_tokenizer
 from megatron_rdt.data import Tokenizer
 from megatron_rdt.errors import CheckpointError, ConfigError
-from megatron_rdt.model import RecurrentDepthTransformer
+from megatron_rdt.model import RecurrentDepthTransformer, reset_buffers
 
 
 def load(checkpoint: str | Path, device: str | torch.device = "auto") -> tuple[RecurrentDepthTransformer, Tokenizer]:
@@ -50,10 +50,11 @@ def build(config: ModelConfig, weights: dict[str, torch.Tensor], source: Path) -
     """
     with torch.device("meta"):
         model = RecurrentDepthTransformer(config)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     wrong = [n for n in {*shapes, *weights} if n not in shapes or n not in weights or weights[n].shape != shapes[n]]
     if wrong:
         raise CheckpointError(f"{source} does not fit its own config: {sorted(wrong)[:3]}. Use another checkpoint.")
+    reset_buffers(model)  # those that are no part of the state would stay without memory
     model.load_state_dict(weights, assign=True)
     return model.eval()
 

@@ -13,6 +13,7 @@ from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.context import LayerContext
 from megatron_rdt.model.flex import attend
 from megatron_rdt.model.linear import Linear
+from megatron_rdt.model.masks import within_window
 from megatron_rdt.model.mla import LatentAttention
 from megatron_rdt.model.norm import RMSNorm
 from megatron_rdt.model.rope import rotate
@@ -61,7 +62,7 @@ class GroupedQueryAttention(nn.Module):
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.pairing = config.rope_pairing
+        self.pairing, self.window = config.rope_pairing, config.window
         self.query = Linear(config.dim, self.heads * self.head_dim)
         self.key = Linear(config.dim, self.kv_heads * self.head_dim)
         self.value = Linear(config.dim, self.kv_heads * self.head_dim)
@@ -101,7 +102,8 @@ class GroupedQueryAttention(nn.Module):
         value = self._split(value, self.kv_heads)
         if cache is not None:
             key, value = cache.update(slot, context.start, key, value)
-        attended = attend(query, key, value, context.mask)
+        mask, (key, value) = within_window(self.window, context.start, context.mask, key, value)
+        attended = attend(query, key, value, mask)
         return self.output(attended.transpose(1, 2).reshape(batch, sequence, -1))
 
     def _split(self, x: torch.Tensor, heads: int) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_rdt.model.flex import BlockwiseMask
+from megatron_rdt.model.flex import BlockwiseMask, Mask
 
 
 class LayerContext:
@@ -22,7 +22,7 @@ class LayerContext:
     def __init__(
         self,
         rotary: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor | BlockwiseMask | None,
+        mask: Mask,
         compute_dtype: torch.dtype,
         tokens: torch.Tensor,
         start: int = 0,

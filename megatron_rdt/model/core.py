@@ -9,6 +9,7 @@ weights once, whatever T is.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -46,6 +47,15 @@ class LoopInputs:
         """The inputs of some of the sequences."""
         values = [None if value is None else value[rows] for value in self.token_values]
         return LoopInputs(self.encoded[rows], self.context.rows(rows), self.total[rows], values)
+
+
+class LoopRunner(Protocol):
+    """Runs the iterations of a pass in a way of its own."""
+
+    def run(
+        self, core: "RecurrentCore", state: torch.Tensor, inputs: LoopInputs, first_slot: int
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """What `RecurrentCore.forward` returns, from the opened state, (batch, sequence, ...)."""
 
 
 class RecurrentCore(nn.Module):
@@ -98,6 +108,8 @@ class RecurrentCore(nn.Module):
         cache: KeyValueCache | None = None,
         first_slot: int = 0,
         monitor: CoreMonitor | None = None,
+        runner: LoopRunner | None = None,
+        budget: int = 0,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Run the loop.
 
@@ -109,6 +121,8 @@ class RecurrentCore(nn.Module):
             cache: keys and values of earlier positions; iteration t uses slots first_slot + t * layers ...
             first_slot: first cache slot of the loop.
             monitor: receives the measurements of the last iteration.
+            runner: runs the iterations instead; it has a cache of its own.
+            budget: iteration t uses the cache slots of t mod budget; 0 means of t.
 
         Returns:
             The state after each sequence's last iteration, (batch, sequence, dim), and what trained halting adds.
@@ -118,6 +132,8 @@ class RecurrentCore(nn.Module):
             order = torch.tensor(plan.order, device=state.device)
             state, inputs = state[order], inputs.rows(order)
         initial = self.injection.open(state if self.initial is None else self.initial.expand_as(state))
+        if runner is not None:
+            return runner.run(self, initial, inputs, first_slot)
         tracker = None if self.halting is None else make_tracker(self.halting, self.config)
         state, previous = initial[:0], initial[:0]
         for number, tick in enumerate(plan.ticks(), start=1):
@@ -129,7 +145,8 @@ class RecurrentCore(nn.Module):
                     # The reentrant kind gives wrong gradients under sharding, without an error.
                     state = checkpoint(self.iterate, previous, t, part, use_reentrant=False)
                 else:
-                    state = self.iterate(previous, t, part, cache, first_slot + tick.ages[0] * len(self.layers))
+                    slot = first_slot + tick.ages[0] % (budget or plan.deepest) * len(self.layers)
+                    state = self.iterate(previous, t, part, cache, slot)
                 if tracker is not None:
                     tracker.update(self.injection.close(state), last=number == plan.deepest)
         if monitor is not None:

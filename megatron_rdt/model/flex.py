@@ -85,6 +85,10 @@ class BlockwiseMask:
         return BlockwiseMask(self.sequence, self.window, self.documents[rows], self.device)
 
 
+Mask = torch.Tensor | BlockwiseMask | None
+"""What a query may see: boolean, True where it may, broadcastable to (batch, heads, queries, keys); None is causal."""
+
+
 def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """How many are True in each row, and the indices of all with those first, as int32."""
     indices = blocks.int().argsort(dim=-1, descending=True, stable=True)
@@ -99,7 +103,7 @@ def model_mask(
     cached: bool,
     documents: torch.Tensor | None,
     mask: torch.Tensor | None,
-) -> "torch.Tensor | BlockwiseMask | None":
+) -> Mask:
     """The mask of a forward pass, in the form that is best where the tokens are.
 
     Args:
@@ -132,7 +136,7 @@ def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor | BlockwiseMask | None,
+    mask: Mask,
     scale: float | None = None,
 ) -> torch.Tensor:
     """Softmax attention, (batch, heads, queries, channels of the values).
@@ -143,13 +147,20 @@ def attend(
         mask: of `model_mask`; None is causal.
         scale: of the scores; default one over the root of the queries' channels.
     """
-    grouped = query.shape[1] != key.shape[1]
+    group = query.shape[1] // key.shape[1]
     if isinstance(mask, BlockwiseMask):
-        return _flex_attention(query.is_cuda)(
-            query, key, value, block_mask=mask.block_mask, scale=scale, enable_gqa=grouped
-        )
+        function = _flex_attention(query.is_cuda)
+        return function(query, key, value, block_mask=mask.block_mask, scale=scale, enable_gqa=group > 1)
+    if group > 1 and mask is not None and query.shape[2] < key.shape[2]:
+        # Few queries, many keys: heads that share keys are taken for further queries of one head, since SDPA would
+        # copy the keys for each of them.
+        queries, rows = query.shape[2], mask[(None,) * (4 - mask.dim())]
+        rows = rows.expand(-1, group if rows.shape[1] == 1 else query.shape[1], queries, -1)
+        query, rows = query.unflatten(1, (-1, group)).flatten(2, 3), rows.unflatten(1, (-1, group)).flatten(2, 3)
+        attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=rows, scale=scale)
+        return attended.unflatten(2, (group, queries)).flatten(1, 2)
     return functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=group > 1
     )
 
 

@@ -93,6 +93,8 @@ class GateTracker:
         """Count the state after an iteration, (sequences, tokens, dim)."""
         gate = self.unit(state)
         left = torch.ones_like(gate) if self._left is None else self._left
+        if len(left) != len(gate):
+            raise ValueError("the exit gate's objective needs one T for all sequences of a forward pass")
         self.states.append(state)
         # The second term gives the unit a gradient, if zero, also when there is but one iteration.
         self.probabilities.append(left + 0 * gate if last else gate * left)

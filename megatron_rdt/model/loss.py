@@ -67,8 +67,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad = grad.to(features.dtype)
             if grad_features is not None:
                 grad_features[rows] = grad @ rounded
-            if grad_matrix is not None:
-                grad_matrix += (grad.T @ part).to(grad_matrix.dtype)
+            if grad_matrix is not None and grad.dtype == grad_matrix.dtype:
+                grad_matrix.addmm_(grad.T, part)
+            elif grad_matrix is not None:
+                grad_matrix += grad.T @ part
         ctx.save_for_backward(grad_features, grad_matrix, grad_weights)
         ctx.mark_non_differentiable(entropy, square)
         return entropy + z_weight * square, entropy, square

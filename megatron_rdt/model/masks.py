@@ -1,5 +1,7 @@
 """Which positions a query sees."""
 
+from typing import Any
+
 import torch
 
 
@@ -34,3 +36,25 @@ def attention_mask(
     if documents is not None:
         seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
     return seen
+
+
+def within_window(window: int, start: int, mask: Any, *keys: torch.Tensor) -> tuple[Any, tuple[torch.Tensor, ...]]:
+    """The mask and (batch, heads, keys, channels) tensors without the keys before the window of position `start`."""
+    first = start - window + 1
+    if not window or first <= 0:
+        return mask, keys
+    return mask[..., first:], tuple(each[..., first:, :] for each in keys)
+
+
+def padded_mask(sequence: int, start: int, padding: torch.Tensor) -> torch.Tensor:
+    """Causal mask of rows whose first positions hold no token, (batch, 1, sequence, keys).
+
+    Args:
+        sequence: queries, at positions start, start + 1, ..., counted with the padding.
+        start: positions before the first query.
+        padding: (batch,) positions without a token in front of each row. A query there sees itself, so that its
+            softmax is defined; nothing reads its result.
+    """
+    keys = torch.arange(start + sequence, device=padding.device)
+    queries = keys[start:, None]
+    return ((keys <= queries) & (keys >= padding[:, None, None, None])) | (keys == queries)

@@ -15,8 +15,9 @@ from torch import nn
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.context import LayerContext
-from megatron_rdt.model.flex import attend
+from megatron_rdt.model.flex import Mask, attend
 from megatron_rdt.model.linear import Linear
+from megatron_rdt.model.masks import within_window
 from megatron_rdt.model.norm import RMSNorm
 from megatron_rdt.model.rope import rotate
 
@@ -28,7 +29,7 @@ class LatentAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
-        self.heads, self.pairing = config.heads, config.rope_pairing
+        self.heads, self.pairing, self.window = config.heads, config.rope_pairing, config.window
         self.nope, self.rope, self.value, self.rank = (
             config.nope_dim,
             config.rope_dim,
@@ -64,8 +65,9 @@ class LatentAttention(nn.Module):
         keys = torch.cat((latent, rotate(key_rope, *context.rotary, self.pairing)), dim=-1)  # (batch, 1, sequence, ...)
         if cache is not None:
             (keys,) = cache.update(slot, context.start, keys)
+        mask, (keys,) = within_window(self.window, context.start, context.mask, keys)
         attended = self._absorbed if self.absorbs(x.shape[1], keys.shape[2]) else self._expanded
-        return self.output(attended(nope, rope, keys, context).transpose(1, 2).flatten(-2))
+        return self.output(attended(nope, rope, keys, mask).transpose(1, 2).flatten(-2))
 
     def absorbs(self, queries: int, keys: int) -> bool:
         """Whether the scores of latents, which are wider, cost less than expanding the positions before the queries."""
@@ -73,31 +75,18 @@ class LatentAttention(nn.Module):
         added = queries * keys * (2 * self.rank - self.nope - self.value)
         return keys > queries and added <= spared
 
-    def _expanded(
-        self, nope: torch.Tensor, rope: torch.Tensor, keys: torch.Tensor, context: LayerContext
-    ) -> torch.Tensor:
+    def _expanded(self, nope: torch.Tensor, rope: torch.Tensor, keys: torch.Tensor, mask: Mask) -> torch.Tensor:
         """Values attended to, (batch, heads, sequence, value_dim), with keys and values of every head."""
         latent, key_rope = keys.split((self.rank, self.rope), dim=-1)
         up = self.latent_up(latent.squeeze(1)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         key_nope, value = up.split((self.nope, self.value), dim=-1)
         key = torch.cat((key_nope, key_rope.expand(-1, self.heads, -1, -1)), dim=-1)
-        return attend(torch.cat((nope, rope), dim=-1), key, value, context.mask)
+        return attend(torch.cat((nope, rope), dim=-1), key, value, mask)
 
-    def _absorbed(
-        self, nope: torch.Tensor, rope: torch.Tensor, keys: torch.Tensor, context: LayerContext
-    ) -> torch.Tensor:
+    def _absorbed(self, nope: torch.Tensor, rope: torch.Tensor, keys: torch.Tensor, mask: Mask) -> torch.Tensor:
         """The same from the latents alone: their dot products with queries that W_uk was absorbed into."""
         up = self.latent_up.weight.to(nope.dtype).unflatten(0, (self.heads, -1))  # (heads, nope + value, rank)
         key_up, value_up = up.split((self.nope, self.value), dim=1)
         query = torch.cat((nope @ key_up, rope), dim=-1)  # (batch, heads, sequence, rank + rope)
-        assert isinstance(context.mask, torch.Tensor), "there are cached positions"
-        mask = context.mask.expand(*query.shape[:3], -1).flatten(1, 2)
-        # Heads as further queries of one head: grouped attention would copy the latents for each of them.
-        attended = attend(
-            query.flatten(1, 2).unsqueeze(1),
-            keys,
-            keys[..., : self.rank],
-            mask.unsqueeze(1),
-            scale=(self.nope + self.rope) ** -0.5,
-        )
-        return attended.squeeze(1).unflatten(1, (self.heads, -1)) @ value_up.transpose(1, 2)
+        scale = (self.nope + self.rope) ** -0.5
+        return attend(query, keys, keys[..., : self.rank], mask, scale) @ value_up.transpose(1, 2)

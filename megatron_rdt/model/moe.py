@@ -6,11 +6,12 @@
 
 The selection bias decides who is chosen and nothing else, so balancing costs the loss nothing (Wang et al. 2024,
 arXiv:2408.15664): after each optimizer step it moves up for experts with less than the mean load of all ranks, down for
-those with more. Tokens are sorted by expert, so an expert's products run on one contiguous piece.
+those with more. Tokens are sorted by expert, so an expert's products run on one contiguous piece: in bfloat16 on a GPU
+all experts in one grouped product, elsewhere one after the other.
 """
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +22,8 @@ from megatron_rdt.model.feedforward import SwiGLU, ffn_width
 from megatron_rdt.model.linear import linear
 
 EXPERT_MULTIPLE = 16
+# Grouped products read rows in pieces of 16 bytes, 8 numbers of bfloat16.
+GROUPED_MULTIPLE = 8
 
 
 def expert_width(config: ModelConfig) -> int:
@@ -35,6 +38,38 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+class _GroupedLinear(torch.autograd.Function):
+    """y = x W_i^T for the rows x of expert i, with W rounded to the dtype of x, keeping only x and the unrounded W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weight, ends)
+        return functional.grouped_mm(x, weight.to(x.dtype).mT, offs=ends)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        grad = grads[0].contiguous()
+        x, weight, ends = ctx.saved_tensors
+        grad_x = functional.grouped_mm(grad, weight.to(grad.dtype), offs=ends)
+        return grad_x, functional.grouped_mm(grad.T, x, offs=ends).to(weight.dtype), None
+
+
+def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Rows (rows, in), sorted by expert, times weights (experts, out, in) transposed, each row with its expert's.
+
+    Args:
+        x: the rows; `in` and `out` must be multiples of 16 bytes.
+        weight: rounded to the dtype of `x`.
+        ends: (experts,) int32, the row after the last of each expert.
+    """
+    return _GroupedLinear.apply(x.contiguous(), weight, ends)
+
+
+def _permuted(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Row r of `x` at row places[r]. Not an indexed read: the backward pass of that adds rows up in any order."""
+    return torch.empty_like(x).index_copy(0, places, x)
+
+
 class MixtureOfExperts(nn.Module):
     """Routed experts, of which each token takes a few, and shared ones, which every token takes.
 
@@ -42,14 +77,13 @@ class MixtureOfExperts(nn.Module):
 
     Attributes:
         selection_bias: (experts,) buffer, float32; the same on every rank.
-        load: (experts,) tokens that each was sent since the last `rebalance`, on this rank.
-        entropy: of the routing distribution, summed over the tokens counted in `load`, in nats.
+        counted: (experts + 1,) float64, since the last `rebalance`, on this rank: how many tokens each expert was sent,
+            and the entropy of the routing distribution in nats, summed over these tokens. A token is counted once per
+            iteration. None where nothing was counted.
     """
 
-    INITIAL_VALUES: ClassVar[dict[str, float]] = {}
     selection_bias: torch.Tensor
-    load: torch.Tensor
-    entropy: torch.Tensor
+    counted: torch.Tensor | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -60,15 +94,14 @@ class MixtureOfExperts(nn.Module):
         self.down = nn.Parameter(torch.empty(config.experts, config.dim, width))
         shared = config.shared_experts * (config.shared_expert_dim or width)
         self.shared = SwiGLU(config, shared) if shared else None
-        self.register_buffer("selection_bias", torch.empty(config.experts))
-        self.register_buffer("load", torch.empty(config.experts), persistent=False)
-        self.register_buffer("entropy", torch.empty(()), persistent=False)
-        self.reset_buffers()
+        self.register_buffer("selection_bias", torch.zeros(config.experts))
+        # Not a buffer: it is neither saved nor sharded, and no conversion of the model may round it.
+        self.counted = None
 
     def reset_buffers(self) -> None:
         """The values at the start of a run; on the meta device nothing happens."""
-        for buffer in (self.selection_bias, self.load, self.entropy):
-            buffer.zero_()
+        self.selection_bias.zero_()
+        self.counted = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, sequence, dim) -> the same, in the dtype of `x`."""
@@ -78,29 +111,40 @@ class MixtureOfExperts(nn.Module):
         indices = (logits.detach() + self.selection_bias).topk(self.chosen, dim=-1).indices
         weights = scores.gather(-1, indices)
         weights = weights / weights.sum(-1, keepdim=True)
-        counts = torch.bincount(indices.flatten(), minlength=self.experts)
+        # Each token stands `chosen` times in a row; `order` lists these rows by expert.
+        expert_of_row, order = indices.flatten().sort(stable=True)
+        ends = torch.searchsorted(expert_of_row, torch.arange(self.experts, device=x.device), right=True)
         if self.training and not _in_backward():
-            self.load += counts
-            self.entropy += torch.special.entr(scores.detach()).sum()
-        # Rows by expert; row r of `flat` stands `chosen` times.
-        order = indices.flatten().argsort(stable=True)
-        rows = flat.repeat_interleave(self.chosen, dim=0)[order]
-        outputs = self._experts(rows, counts)
-        outputs = torch.empty_like(outputs).index_copy(0, order, outputs).unflatten(0, (-1, self.chosen))
+            self._count(ends, scores.detach())
+        rows = flat.unsqueeze(1).expand(-1, self.chosen, -1).flatten(0, 1)
+        outputs = self._experts(_permuted(rows, order.argsort()), ends)
+        outputs = _permuted(outputs, order).unflatten(0, (-1, self.chosen))
         mixed = (outputs * weights.to(outputs.dtype).unsqueeze(-1)).sum(1)
         if self.shared is not None:
             mixed = mixed + self.shared(flat)
         return mixed.view(x.shape)
 
-    def _experts(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """Each expert on its piece of the sorted rows."""
-        pieces = rows.split(counts.tolist())
+    @torch.no_grad()
+    def _count(self, ends: torch.Tensor, scores: torch.Tensor) -> None:
+        entropy = torch.special.entr(scores).sum().double()
+        new = torch.cat((ends.diff(prepend=ends.new_zeros(1)).double(), entropy[None]))
+        self.counted = new if self.counted is None else self.counted + new
+
+    def _experts(self, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """Each expert on its piece of the sorted rows, which ends at `ends`."""
+        aligned = all(size % GROUPED_MULTIPLE == 0 for size in self.gate.shape[1:])
+        if rows.is_cuda and rows.dtype == torch.bfloat16 and aligned:
+            return self._grouped(rows, ends.int())
         outputs = []
-        # unbind, not indexing: its backward pass stacks the experts' gradients once.
+        # split and unbind, not slices and indexing: their backward passes put all pieces together once.
+        pieces = rows.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
         for piece, gate, up, down in zip(pieces, self.gate.unbind(), self.up.unbind(), self.down.unbind()):
-            hidden = functional.silu(linear(piece, gate)) * linear(piece, up)
-            outputs.append(linear(hidden, down))
+            outputs.append(linear(functional.silu(linear(piece, gate)) * linear(piece, up), down))
         return torch.cat(outputs)
+
+    def _grouped(self, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        hidden = functional.silu(grouped_linear(rows, self.gate, ends)) * grouped_linear(rows, self.up, ends)
+        return grouped_linear(hidden, self.down, ends)
 
 
 @torch.no_grad()
@@ -109,7 +153,8 @@ def rebalance(model: nn.Module, rate: float, reduce: Callable[[torch.Tensor], to
 
     Args:
         model: any module that holds mixtures.
-        rate: step of the bias.
+        rate: step of the bias; 0 where the step was discarded, for what was counted then may come of a state that is
+            not finite.
         reduce: sums a tensor over all ranks.
 
     Returns:
@@ -119,17 +164,16 @@ def rebalance(model: nn.Module, rate: float, reduce: Callable[[torch.Tensor], to
     mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
     if not mixtures:
         return None
-    counted = torch.stack([torch.cat((mixture.load, mixture.entropy[None])) for mixture in mixtures])
-    counted = reduce(counted)
+    nothing = torch.zeros(mixtures[0].experts + 1, dtype=torch.float64, device=mixtures[0].selection_bias.device)
+    counted = reduce(torch.stack([nothing if m.counted is None else m.counted for m in mixtures]))
     load, entropy = counted[:, :-1], counted[:, -1]
     mean = load.mean(-1, keepdim=True)
     for mixture, own, average in zip(mixtures, load, mean):
         mixture.selection_bias += rate * torch.sign(average - own)
-        mixture.load.zero_()
-        mixture.entropy.zero_()
+        mixture.counted = None
     tokens = load.sum() / mixtures[0].chosen
     return {
         "expert_load_max": float((load / mean.clamp_min(1)).max()),
-        "expert_idle": float((load == 0).float().mean()),
+        "expert_idle": float((load == 0).double().mean()),
         "routing_entropy": float(entropy.sum() / tokens.clamp_min(1)),
     }

@@ -9,13 +9,17 @@ from torch.nn import functional
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth.plan import DepthPlan
+from megatron_rdt.model.adaptive import AdaptiveLoop
 from megatron_rdt.model.attention import KeyValueCache
+from megatron_rdt.model.cache import KVCache
 from megatron_rdt.model.context import CoreMonitor, LayerContext
 from megatron_rdt.model.core import RecurrentCore
+from megatron_rdt.model.exits import ExitRule, ExitTrace
 from megatron_rdt.model.flex import model_mask
 from megatron_rdt.model.layer import Layer
 from megatron_rdt.model.linear import Linear, linear
 from megatron_rdt.model.loss import cross_entropy, soften
+from megatron_rdt.model.masks import padded_mask
 from megatron_rdt.model.norm import RMSNorm
 from megatron_rdt.model.rope import rotary_tables
 from megatron_rdt.model.state import normal_state
@@ -34,7 +38,13 @@ class Embedding(nn.Module):
 
 
 class DepthCache(KeyValueCache, Protocol):
-    """A cache that tells what it holds, so that a call that does not go on from there is refused."""
+    """A cache that tells what it holds, so that a call that does not go on from there is refused.
+
+    Attributes:
+        budget: iterations that have slots of their own; 0 means all.
+    """
+
+    budget: int
 
     @property
     def slots(self) -> int:
@@ -96,6 +106,9 @@ class RecurrentDepthTransformer(nn.Module):
         positions: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
         documents: torch.Tensor | None = None,
+        padding: torch.Tensor | None = None,
+        exit_rule: ExitRule | None = None,
+        trace: ExitTrace | None = None,
         monitor: CoreMonitor | None = None,
     ) -> Any:
         """Logits of the next token at every position, or the losses of predicting `targets`.
@@ -105,29 +118,49 @@ class RecurrentDepthTransformer(nn.Module):
             depth: a plan, or an int T: T iterations for every sequence, gradient through all of them.
             targets: (batch, sequence) ids to predict; with them the full logits never exist.
             cache: keys and values of the first `start` positions; extended by this call. Slots are
-                numbered prelude layers first, then (iteration, core layer), then coda layers.
+                numbered prelude layers first, then (iteration, core layer), then coda layers; with an exit rule that
+                looks at predictions, the coda's layers come after the core's in every iteration.
             start: number of positions that the cache already holds.
             positions: (sequence,) or (batch, sequence); default start, start + 1, ...
             mask: boolean, True where a query may look, broadcastable to (batch, heads, sequence, keys);
                 default causal. The sliding window and the documents narrow it.
             documents: (batch, sequence) number of the document that each token belongs to; a query sees its own only.
-            monitor: receives measurements of the loop.
+            padding: (batch,) how many of the first positions, counted from the start of the cache, are no tokens of
+                the row. The row's own positions count from there. Not with `positions` or `mask`.
+            exit_rule: when a token stops before T, without gradient. Tokens that have stopped are not computed.
+            trace: receives how many iterations each token ran.
+            monitor: receives measurements of the loop; nothing with an exit rule.
 
         Returns:
             Logits (batch, sequence, vocab_size) in the compute dtype. With `targets`, the dictionary of `losses`.
 
         Raises:
             ValueError: the tokens or documents have another shape, the depth has no meaning, or the cache does not
-                hold `start` positions at this depth.
+                hold `start` positions at this depth; there are targets and an exit rule.
         """
         if tokens.dim() != 2:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}; give (batch, sequence)")
         batch, sequence = tokens.shape
         plan = depth_plan(depth, batch)
+        places = torch.arange(start, start + sequence, device=tokens.device)
+        none = None if padding is None else places < padding[:, None]
+        runner = None
+        if exit_rule is not None and exit_rule.kind != "fixed":
+            if targets is not None:
+                raise ValueError("an exit rule is for inference; leave the targets out and compare with the logits")
+            cache = KVCache() if cache is None else cache
+            if not isinstance(cache, KVCache):
+                raise ValueError(f"an exit rule needs a KVCache, not a {type(cache).__name__}")
+            runner = AdaptiveLoop(exit_rule, plan.loops, cache, self.predict, len(self.coda), none, trace)
+        elif trace is not None:
+            trace.iterations = torch.tensor(plan.iterations)[:, None].expand(batch, sequence).to(tokens.device)
+            trace.iterations = trace.iterations if none is None else trace.iterations.masked_fill(none, 0)
         if cache is not None:
-            self._check_cache(cache, start, plan.loops)
-        if positions is None:
-            positions = torch.arange(start, start + sequence, device=tokens.device)
+            self._check_cache(cache, start, plan.loops, exit_rule)
+        if padding is not None:
+            positions, mask = (places - padding[:, None]).clamp_min(0), padded_mask(sequence, start, padding)
+        elif positions is None:
+            positions = places
 
         x = self.embed(tokens)
         dtype = self.compute_dtype or x.dtype
@@ -139,11 +172,20 @@ class RecurrentDepthTransformer(nn.Module):
             x = layer(x, context, cache, slot)
         slot = len(self.prelude)
         state = self.initial_state(embedded, x, plan, positions)
-        x, extras = self.core(state, x, plan, context, cache, slot, monitor)
-        slot += plan.deepest * self.config.core_layers
+        budget = 0 if cache is None else cache.budget
+        x, extras = self.core(state, x, plan, context, cache, slot, monitor, runner, budget)
         if targets is not None:
             return self.losses(x, extras, targets, context)
-        features = self.read_out(x, context, cache, slot)
+        if "logits" in extras:
+            return extras["logits"]
+        slot += min(budget or plan.deepest, plan.deepest) * self.config.core_layers
+        return self.predict(x, context, cache, slot)
+
+    def predict(
+        self, state: torch.Tensor, context: LayerContext, cache: KeyValueCache | None = None, first_slot: int = 0
+    ) -> torch.Tensor:
+        """Logits (batch, sequence, vocab_size) from what the coda reads; its layers use slots from `first_slot` on."""
+        features = self.read_out(state, context, cache, first_slot)
         return soften(linear(features, self._output_matrix()), self.config.logit_softcap)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -155,7 +197,7 @@ class RecurrentDepthTransformer(nn.Module):
         self,
         state: torch.Tensor,
         context: LayerContext,
-        cache: DepthCache | None = None,
+        cache: KeyValueCache | None = None,
         first_slot: int = 0,
     ) -> torch.Tensor:
         """Coda and final norm: the features (batch, sequence, dim) that the output matrix reads."""
@@ -196,7 +238,8 @@ class RecurrentDepthTransformer(nn.Module):
             part, entropy, _ = cross_entropy(features, matrix, targets, weights=probability, **options)
             objective = objective + part
         last, _, _ = cross_entropy(features.detach(), matrix.detach(), targets, softcap=config.logit_softcap)
-        exit_entropy = torch.special.entr(exits).sum()
+        # A probability that underflowed to 0 would have an infinite gradient here.
+        exit_entropy = torch.special.entr(exits.clamp_min(torch.finfo(exits.dtype).tiny)).sum()
         iterations = torch.arange(1, len(exits) + 1, device=exits.device, dtype=exits.dtype)
         return {
             "objective": objective - config.halting_weight * exit_entropy,
@@ -226,19 +269,29 @@ class RecurrentDepthTransformer(nn.Module):
         noise = normal_state(seeds, positions, self.config.dim, self.config.state_std)
         return noise.to(embedded.dtype).expand_as(embedded)
 
-    def cache_slots(self, loops: int) -> int:
-        """Number of cache slots at T = `loops`: one per prelude layer, (iteration, core layer), coda layer."""
-        config = self.config
-        return config.prelude_layers + loops * config.core_layers + config.coda_layers
+    def cache_slots(self, loops: int, budget: int = 0, rule: ExitRule | None = None) -> int:
+        """Number of cache slots at T = `loops`: one per prelude layer, (iteration, core layer), coda layer.
 
-    def _check_cache(self, cache: DepthCache, start: int, loops: int) -> None:
+        With a budget there are slots for that many iterations at most; with a rule that looks at predictions, the coda
+        has slots in every iteration.
+        """
+        config, iterations = self.config, min(budget or loops, loops)
+        codas = iterations if rule is not None and rule.predicts else 1
+        return config.prelude_layers + iterations * config.core_layers + codas * config.coda_layers
+
+    def _check_cache(self, cache: DepthCache, start: int, loops: int, rule: ExitRule | None) -> None:
         """Refuse a cache of another T: its coda slots would be taken for iterations, or the other way round."""
         if cache.length != start:
             raise ValueError(
                 f"the cache holds {cache.length} positions, start is {start}; pass the number that it holds, "
                 "or an empty cache and 0"
             )
-        if start > 0 and cache.slots != self.cache_slots(loops):
+        if start > 0 and cache.slots != self.cache_slots(loops, cache.budget, rule):
+            if cache.budget or (rule is not None and rule.predicts):
+                raise ValueError(
+                    f"the cache has {cache.slots} slots, this call needs {self.cache_slots(loops, cache.budget, rule)}; "
+                    "keep to one T and one exit rule, or start again with an empty cache"
+                )
             filled = (cache.slots - self.cache_slots(0)) // self.config.core_layers
             raise ValueError(
                 f"the cache was filled at T = {filled}, this call has T = {loops}; keep to one T, or start again "

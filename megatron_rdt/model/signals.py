@@ -28,22 +28,22 @@ Modulation = tuple[torch.Tensor, torch.Tensor]
 
 
 def sinusoids(t: torch.Tensor, channels: int) -> torch.Tensor:
-    """(batch,) iteration numbers -> (batch, 1, channels): sines, then cosines, of geometric frequencies; float32."""
-    frequencies = BASE ** (-torch.arange(0, channels, 2, device=t.device, dtype=torch.float32) / channels)
-    angles = t.float()[:, None, None] * frequencies
+    """(batch,) iteration numbers -> (batch, 1, channels): sines, then cosines, of geometric frequencies; float64."""
+    frequencies = BASE ** (-torch.arange(0, channels, 2, device=t.device, dtype=torch.float64) / channels)
+    angles = t.double()[:, None, None] * frequencies
     return torch.cat((angles.sin(), angles.cos()), dim=-1)[..., :channels]
 
 
 def loop_features(t: torch.Tensor) -> torch.Tensor:
-    """(batch,) iteration numbers -> (batch, 1, FEATURES): sines, then cosines; float32.
+    """(batch,) iteration numbers -> (batch, 1, FEATURES): sines, then cosines; float64.
 
     Frequencies, n = FEATURES / 4: pi j / (n + 1/2) for j = 1 ... n, and below them n in geometric progression.
     """
     count = FEATURES // 4
-    steps = torch.arange(1, count + 1, device=t.device, dtype=torch.float32)
+    steps = torch.arange(1, count + 1, device=t.device, dtype=torch.float64)
     even = torch.pi / (count + 0.5) * steps
     low = torch.pi / (count + 0.5) * BASE ** (-steps / count)
-    angles = t.float()[:, None, None] * torch.cat((even, low))
+    angles = t.double()[:, None, None] * torch.cat((even, low))
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_rdt.config import OptimizerConfig, RunConfig
+from megatron_rdt.config import RunConfig
 from megatron_rdt.depth.plan import DepthPlan
 from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer
 
@@ -44,30 +44,6 @@ class MicroBatch:
         return tokens[:, :-1], named
 
 
-def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
-    """Two groups: matrices with weight decay; norms, gains and the injection without."""
-    # A parameter that ZeRO-3 has sharded is flat and keeps its shape in `ds_shape`.
-    matrices = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) >= 2]
-    vectors = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) < 2]
-    return [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-
-
-def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the groups of `parameter_groups`, fused."""
-    return torch.optim.AdamW(
-        parameter_groups(model, config), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-    )
-
-
-def apply_options(groups: list[dict], config: OptimizerConfig) -> None:
-    """Give the groups of `parameter_groups` this config's options: a loaded state brings those it was saved with."""
-    for group, decay in zip(groups, (config.weight_decay, 0.0)):
-        group.update(weight_decay=decay, betas=(config.beta1, config.beta2), eps=config.eps)
-
-
 class Engine(ABC):
     """Shards a model, runs it forward and backward, clips, steps, saves and loads.
 
@@ -89,7 +65,7 @@ class Engine(ABC):
 
     @abstractmethod
     def setup(self, model: RecurrentDepthTransformer) -> None:
-        """Take a model on the meta device: shard it, fill it with the run's initial weights, make the optimizer."""
+        """Take a model on the meta device: shard it, fill it with the run's initial weights, make the optimizers."""
 
     @abstractmethod
     def backward(self, loss: torch.Tensor, last: bool) -> None:

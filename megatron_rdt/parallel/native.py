@@ -1,4 +1,4 @@
-"""What the engines made of PyTorch parts share: AdamW, clipping, and one checkpoint format.
+"""What the engines made of PyTorch parts share: optimizers, clipping, and one checkpoint format.
 
 The format is torch.distributed.checkpoint with parameter names as keys, so a checkpoint of any of these engines, at
 any world size, loads into any other.
@@ -18,7 +18,14 @@ from torch.distributed.tensor import DTensor
 
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.model import RecurrentDepthTransformer
-from megatron_rdt.parallel.engine import Engine, adamw, apply_options
+from megatron_rdt.parallel.engine import Engine
+from megatron_rdt.parallel.optimizers import (
+    adamw_groups,
+    apply_options,
+    make_optimizers,
+    muon_groups,
+    set_learning_rate,
+)
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -27,14 +34,18 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class NativeEngine(Engine):
-    """Gradients live in `.grad`, one torch optimizer steps them."""
+    """Gradients live in `.grad`, torch optimizers step them.
 
-    optimizer: torch.optim.Optimizer
+    Attributes:
+        optimizers: AdamW, then Muon where the run has it; each parameter is in one of them.
+    """
+
+    optimizers: list[torch.optim.Optimizer]
 
     def make_optimizer(self, model: RecurrentDepthTransformer) -> None:
-        """Create AdamW over the (possibly sharded) parameters."""
+        """Create the optimizers over the (possibly sharded) parameters."""
         self.model = model
-        self.optimizer = adamw(model, self.config.optimizer)
+        self.optimizers = make_optimizers(model, self.config.optimizer)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Plain autograd; the wrappers reduce in its hooks."""
@@ -49,15 +60,16 @@ class NativeEngine(Engine):
         return float(norm)
 
     def step(self, lr: float) -> None:
-        """AdamW with the learning rate of this step."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        """Every optimizer with the learning rate of this step."""
+        for optimizer in self.optimizers:
+            set_learning_rate(optimizer.param_groups, lr)
+            optimizer.step()
         self.discard()
 
     def discard(self) -> None:
         """Drop the gradients."""
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def full_gradients(self) -> dict[str, torch.Tensor]:
         """Gradients by parameter name, unsharded, on the CPU."""
@@ -68,7 +80,7 @@ class NativeEngine(Engine):
         }
 
     def _states(self) -> tuple[dict, dict]:
-        model, optimizer = dcp_state.get_state_dict(self.model, self.optimizer)
+        model, optimizer = dcp_state.get_state_dict(self.model, self.optimizers)
         return dict(model), dict(optimizer)
 
     def save(self, directory: Path) -> None:
@@ -93,8 +105,9 @@ class NativeEngine(Engine):
         except CheckpointException as error:  # a BaseException that wraps the error of each rank that failed
             reason = next((str(inner) for inner, _ in error.failures.values()), "").strip().splitlines() or ["unknown"]
             raise CheckpointError(f"{directory} could not be loaded: {reason[0]}. Use another checkpoint.") from error
-        dcp_state.set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
-        apply_options(self.optimizer.param_groups, self.config.optimizer)
+        dcp_state.set_state_dict(self.model, self.optimizers, model_state_dict=model, optim_state_dict=optimizer)
+        for each, make_groups in zip(self.optimizers, (adamw_groups, muon_groups)):
+            apply_options(each.param_groups, make_groups(self.model, self.config.optimizer))
 
 
 @contextlib.contextmanager

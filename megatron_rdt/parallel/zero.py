@@ -21,7 +21,8 @@ from megatron_rdt.errors import CheckpointError, ConfigError
 from megatron_rdt.model import RecurrentDepthTransformer, initial_parameter, initialize, reset_buffers
 from megatron_rdt.model.core import RecurrentCore
 from megatron_rdt.model.layer import Layer
-from megatron_rdt.parallel.engine import Engine, adamw, apply_options
+from megatron_rdt.parallel.engine import Engine
+from megatron_rdt.parallel.optimizers import adamw, adamw_groups, apply_options, set_learning_rate
 from megatron_rdt.parallel.universal import UNIVERSAL
 
 NATIVE, TAG = "zero", "state"
@@ -121,7 +122,7 @@ class ZeroEngine(Engine):
     def _fill_sharded(self, model: RecurrentDepthTransformer, config: dict[str, Any]) -> None:
         """Give each parameter its whole value and shard it before the next, so no rank ever holds two whole ones."""
         deepspeed = import_deepspeed()
-        for prefix, module in model.named_modules():
+        for prefix, module in reversed(list(model.named_modules())):  # zero.Init takes a module's children along
             for leaf, parameter in module.named_parameters(recurse=False):
                 name = f"{prefix}.{leaf}"
                 value = initial_parameter(model, name, parameter.shape, self.config.run.seed)
@@ -156,8 +157,7 @@ class ZeroEngine(Engine):
 
     def step(self, lr: float) -> None:
         """One optimizer step through DeepSpeed."""
-        for group in self._sharded.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self._sharded.param_groups, lr)
         self.module.step()
 
     def discard(self) -> None:
@@ -230,4 +230,4 @@ class ZeroEngine(Engine):
             # Stage 3 of DeepSpeed 0.19 gives all parameters one step tensor, which then counts once for each.
             for state in self._sharded.optimizer.state.values():
                 state["step"] = state["step"].clone()
-        apply_options(self._sharded.param_groups, self.config.optimizer)
+        apply_options(self._sharded.param_groups, adamw_groups(self.model, self.config.optimizer))

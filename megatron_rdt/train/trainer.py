@@ -182,12 +182,14 @@ class Trainer:
         loss = losses.pop("cross_entropy")
         grad_norm = self.engine.clip(config.optimizer.grad_clip)
         lr = learning_rate(config.schedule, config.optimizer.lr, self.step, config.train.steps)
-        if self.guard.accept(self.step + 1, losses["objective"], grad_norm):
+        accepted = self.guard.accept(self.step + 1, losses["objective"], grad_norm)
+        if accepted:
             self.engine.step(lr)
         else:
             self.engine.discard()
             self._say(f"step {self.step + 1}: loss {loss} or gradient norm {grad_norm} not finite, step skipped")
-        experts = rebalance(self.engine.model, config.model.balance_rate, self.engine.sum_over_ranks)
+        balance_rate = config.model.balance_rate if accepted else 0.0
+        experts = rebalance(self.engine.model, balance_rate, self.engine.sum_over_ranks)
         depth = self._depth_record()
         self.step += 1
         self.consumed += config.train.global_batch
@@ -237,10 +239,12 @@ class Trainer:
             self.recorder.step(record)
             if last or self.step % config.logging.every == 0:
                 console.print(console.line(record))
+        self.engine.model.eval()  # what is done here is no training: experts do not count these tokens
         if config.eval.every and (last or self.step % config.eval.every == 0):
             self._evaluate()
         if config.sample.every and (last or self.step % config.sample.every == 0):
             self._sample()
+        self.engine.model.train()
         if last or (config.checkpoint.every and self.step % config.checkpoint.every == 0):
             self._save()
 
@@ -325,7 +329,13 @@ class Trainer:
     def _restore(self, source: Path) -> None:
         """Load engine state and position; refuse a checkpoint that does not belong to this model or data."""
         checkpoints.check_same_model(source, self.config.model)
-        changed = changed_settings(load_config(source / "config.yaml"), self.config)
+        before = load_config(source / "config.yaml")
+        if before.optimizer.name != self.config.optimizer.name:
+            raise CheckpointError(
+                f"{source} was trained with optimizer.name {before.optimizer.name}, whose state is not that of "
+                f"{self.config.optimizer.name}. Set --optimizer.name {before.optimizer.name}."
+            )
+        changed = changed_settings(before, self.config)
         state = checkpoints.read_trainer_state(source)
         if state["step"] > self.config.train.steps:
             raise CheckpointError(
@@ -335,6 +345,7 @@ class Trainer:
         data = state["data"]
         self._check_same_data(source, data)
         self.engine.load(source)
+        checkpoints.restore_buffers(self.engine.model, source)
         checkpoints.restore_rank_rng(source, self.engine.rank)
         self.step, self.consumed = state["step"], data["consumed_samples"]
         self.guard.skipped = state["skipped_steps"]

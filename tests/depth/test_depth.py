@@ -15,10 +15,13 @@ CONFIGS = [
     DepthConfig(scheme="poisson", mean=8, max=60),
     DepthConfig(scheme="lognormal_poisson", mean=8, max=100),
     DepthConfig(scheme="lognormal_poisson", mean=4, min=2, max=9),
+    DepthConfig(scheme="geometric", mean=5, max=200),
+    DepthConfig(scheme="geometric", mean=4, min=2, max=9, bounds="truncate"),
+    DepthConfig(scheme="uniform", mean=8, min=3, max=10, bounds="truncate"),
 ]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.scheme}-{c.mean}-{c.max}")
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.scheme}-{c.mean}-{c.max}-{c.bounds}")
 def test_draws_follow_the_table(config: DepthConfig) -> None:
     table = loop_probabilities(config)
     assert table.sum() == pytest.approx(1.0, abs=1e-12)

@@ -15,20 +15,28 @@ from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel import Engine, MicroBatch, make_engine
 
 MODEL = ModelConfig(vocab_size=61, dim=32, prelude_layers=1, core_layers=2, coda_layers=1, heads=4, kv_heads=2)
+EXPERTS = {"core_ffn": "moe", "experts": 4, "experts_per_token": 2, "expert_dim": 24}
 SEQUENCES = 12
+SIZES = (6, 2)
+# T of each sequence: on two ranks, one goes far deeper than the other, in every micro-batch.
+MIXED = (9, 1, 4, 7, 2, 8, 1, 1, 2, 1, 3, 1)
+Loops = int | tuple[int, ...]
 # (T, k, checkpointing, sequences per micro-batch)
-CASES = [
+CASES: list[tuple[Loops, int | None, str, int]] = [
     (1, None, "none", 6),
     (2, None, "per_iteration", 2),
     (5, None, "none", 2),
     (5, 2, "none", 6),
     (5, 2, "per_iteration", 2),
+    (MIXED, None, "none", 6),
+    (MIXED, 3, "none", 2),
+    (MIXED, 2, "per_iteration", 2),
 ]
 
 
-def engine_for(name: str, size: int, precision: str = "float32") -> Engine:
+def engine_for(name: str, size: int, precision: str = "float32", model: ModelConfig = MODEL) -> Engine:
     config = RunConfig(
-        model=MODEL,
+        model=model,
         depth=DepthConfig(),
         train=TrainConfig(global_batch=SEQUENCES, micro_batch=size, precision=precision),
         parallel=ParallelConfig(engine=name),
@@ -37,15 +45,24 @@ def engine_for(name: str, size: int, precision: str = "float32") -> Engine:
     if name == "single":  # the reference sees everything, also inside a process group
         engine.rank, engine.world_size = 0, 1
     with torch.device("meta"):
-        model = RecurrentDepthTransformer(config.model)
-    engine.setup(model)
+        built = RecurrentDepthTransformer(config.model)
+    engine.setup(built)
     return engine
 
 
-def micro_batches(tokens: torch.Tensor, engine: Engine, size: int, loops: int, k: int | None) -> list[MicroBatch]:
+def micro_batches(tokens: torch.Tensor, engine: Engine, size: int, loops: Loops, k: int | None) -> list[MicroBatch]:
     share = len(tokens) // engine.world_size
-    mine = tokens[engine.rank * share : (engine.rank + 1) * share]
-    return [MicroBatch(part, DepthPlan((loops,) * len(part), k)) for part in mine.split(size)]
+    first = engine.rank * share
+    mine, depths = tokens[first : first + share], (loops,) * len(tokens) if isinstance(loops, int) else loops
+    documents = (mine % 5 == 0).cumsum(-1)
+    return [
+        MicroBatch(
+            mine[at : at + size],
+            DepthPlan(depths[first + at : first + min(at + size, share)], k),
+            documents[at : at + size] if loops == 5 else None,
+        )
+        for at in range(0, share, size)
+    ]
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -105,6 +122,7 @@ def compare_bfloat16(name: str, tokens: torch.Tensor) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--engine")
+    parser.add_argument("--experts", action="store_true", help="in the core; only the smaller micro-batches")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--local_rank", default=0)
     options = parser.parse_args()
@@ -112,13 +130,15 @@ def main() -> None:
         dist.init_process_group("gloo")
     tokens = torch.randint(0, 61, (SEQUENCES, 17), generator=torch.Generator().manual_seed(1))
     verdict: dict[str, object] = {}
-    for size in (6, 2):
-        engine, single = engine_for(options.engine, size), engine_for("single", size)
+    model = dataclasses.replace(MODEL, **EXPERTS) if options.experts else MODEL
+    for size in SIZES[1:] if options.experts else SIZES:
+        engine, single = (engine_for(name, size, model=model) for name in (options.engine, "single"))
         verdict[f"differences_{size}"] = compare(engine, single, size, tokens)
         verdict[f"discard_{size}"] = check_discard(engine, single, tokens)
-    verdict["bfloat16"] = compare_bfloat16(options.engine, tokens)
+    if not options.experts:  # rounded, a token may choose other experts
+        verdict["bfloat16"] = compare_bfloat16(options.engine, tokens)
     verdict["world_size"] = engine.world_size
-    verdict["model"] = dataclasses.asdict(MODEL)
+    verdict["model"] = dataclasses.asdict(model)
     if engine.rank == 0:
         options.out.write_text(json.dumps(verdict))
     engine.close()

@@ -48,6 +48,7 @@ COMBINATIONS: dict[str, dict[str, dict[str, Any]]] = {
             "ffn": "relu2",
         },
         "depth": {"scheme": "geometric", "bounds": "truncate", "per": "sequence", "backprop": 3},
+        "optimizer": {"name": "muon"},
     },
     "mythos": {
         "model": {
@@ -60,6 +61,7 @@ COMBINATIONS: dict[str, dict[str, dict[str, Any]]] = {
             "state_init": "encoded",
         },
         "depth": {"scheme": "fixed", "mean": 3},
+        "optimizer": {"name": "muon"},
     },
     "ouro": {
         "model": {

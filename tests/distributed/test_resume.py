@@ -35,10 +35,12 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(280)
-@pytest.mark.parametrize("engine", ["single", "ddp", "fsdp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["single", "ddp", "fsdp", "zero1", "zero2", "zero3", "fsdp muon"])
 def test_killed_runs_resume_exactly(engine: str, tmp_path: Path, repository: Path, tiny_options: list[str]) -> None:
     """Evaluating and sampling, which only the killed run does, must not change a loss either."""
+    engine, _, optimizer = engine.partition(" ")
     options = [*tiny_options, f"--run.root={tmp_path}", f"--parallel.engine={engine}"]
+    options += [f"--optimizer.name={optimizer or 'adamw'}"]
     straight = start([*options, "--run.name=straight", "--eval.every=0"], repository)
     options += ["--eval.every=3", "--sample.every=2", "--sample.tokens=2"]
     text, _ = straight.communicate(timeout=120)

@@ -1,48 +1,257 @@
-"""The guarantee of the diagonal injection: |decay| < 1 for every parameter value, in every dtype."""
+"""Injections: equal to the reference, radius below 1 for every parameter value in every dtype, and easy to add."""
+
+import shutil
+import subprocess
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_rdt.config import ModelConfig
+from megatron_rdt.model import RecurrentDepthTransformer
+from megatron_rdt.model.injection import Injection
 from megatron_rdt.model.injection.diagonal import DiagonalInjection
+from megatron_rdt.model.injection.linear import EXACT_BELOW, estimated_radius
 
 EXTREMES = [-1e4, -100.0, -20.0, -17.33, -1.0, -1e-3, 0.0, 1e-3, 1.0, 17.33, 20.0, 100.0, 1e4]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+CHOICES: list[dict[str, object]] = [
+    {"injection": "diagonal"},
+    {"injection": "diagonal", "discretization": "euler"},
+    {"injection": "residual"},
+    {"injection": "residual", "discretization": "euler"},
+    {"injection": "gate"},
+    *({"injection": "hyper", "lanes": lanes} for lanes in (1, 2, 4)),
+    {"injection": "hyper", "discretization": "euler", "lanes": 3},
+]
+UNBOUNDED: list[dict[str, object]] = [{"injection": "linear"}, {"injection": "add"}]
 
 
-def injection(discretization: str, dtype: torch.dtype) -> DiagonalInjection:
-    values = torch.cartesian_prod(torch.tensor(EXTREMES), torch.tensor(EXTREMES))
-    generator = torch.Generator().manual_seed(0)
-    values = torch.cat((values, (torch.rand(2000, 2, generator=generator) - 0.5) * 2e4))
-    module = DiagonalInjection(ModelConfig(dim=len(values), discretization=discretization))
+@pytest.mark.parametrize("options", [*CHOICES, *UNBOUNDED], ids=str)
+def test_logits_and_gradients_equal_the_reference(options, agrees) -> None:
+    agrees(("core.injection.mix", "core.injection.read_weights") if options.get("lanes") == 1 else (), **options)
+
+
+@pytest.mark.parametrize("state", ["zero", "normal", "embedding", "encoded", "learned"])
+def test_every_initial_state_equals_the_reference(state, agrees, differs) -> None:
+    agrees(state_init=state)
+    agrees(state_init=state, injection="hyper", lanes=2)
+    if state != "zero":
+        differs(state_init=state)
+        differs(state_init=state, loops=1)
+
+
+@pytest.mark.parametrize("options", [*CHOICES[1:], *UNBOUNDED], ids=str)
+def test_each_choice_differs(options, differs) -> None:
+    if options != {"injection": "hyper", "lanes": 1}:  # which is the diagonal one but for its write weight
+        differs(**options)
+
+
+def filled(options: dict[str, object], dtype: torch.dtype, seed: int, dim: int = 64) -> Injection:
+    """An injection whose parameters are extremes and uniform in -1e4 ... 1e4."""
+    config = ModelConfig(dim=dim, **options)  # type: ignore[arg-type]
+    module = Injection.choices[config.injection](config)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        module.diagonal.rate.copy_(values[:, 0])
-        module.diagonal.step.copy_(values[:, 1])
-        module.diagonal.gain.fill_(1.0)
+        for parameter in module.parameters():
+            uniform = (torch.rand(parameter.shape, generator=generator) - 0.5) * 2e4
+            picked = torch.tensor(EXTREMES)[torch.randint(len(EXTREMES), parameter.shape, generator=generator)]
+            parameter.copy_(torch.where(torch.rand(parameter.shape, generator=generator) < 0.5, uniform, picked))
     return module.to(dtype)
 
 
-@pytest.mark.parametrize("discretization", ["zoh", "euler"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_the_state_never_grows(discretization: str, dtype: torch.dtype) -> None:
-    module = injection(discretization, dtype)
-    decay, gain = module.diagonal()
-    assert decay.dtype == torch.promote_types(dtype, torch.float32)
-    for rounded in (torch.float32, torch.bfloat16, torch.float16):
-        assert float(decay.to(rounded).abs().max()) < 1
-    assert float(module.spectral_radius()) == float(decay.abs().max()) < 1
-    assert bool(gain.isfinite().all())
-    state = torch.ones(1, 1, module.diagonal.rate.numel())
-    previous = state
-    for _ in range(1000):
-        state = module.read(state, torch.zeros_like(state), 0.0)[0].float()
-        assert bool((state.abs() <= previous.abs()).all())
-        previous = state
-    assert float(state.abs().max()) < 0.01
+def iterated(module: Injection, state: torch.Tensor, encoded: torch.Tensor) -> torch.Tensor:
+    """One iteration with the layers taken out: they return what they get; those of `residual`, nothing."""
+    x, carry = module.read(state, encoded, 0.0)
+    return module.write(carry, x * 0 if isinstance(module, Injection.choices["residual"]) else x)
+
+
+@pytest.mark.parametrize("options", CHOICES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_the_state_never_grows(options, dtype) -> None:
+    """In the maximum norm over lanes, whether the state stays wide or is rounded to the dtype after each iteration."""
+    for seed in range(4):
+        module = filled(options, dtype, seed)
+        generator = torch.Generator().manual_seed(seed)
+        encoded = 10 * torch.randn(2, 3, 64, generator=generator).to(dtype)
+        start = module.open(torch.randn(2, 3, 64, generator=generator))
+        start = start * torch.rand(start.shape, generator=generator)  # lanes that differ
+        assert iterated(module, start, encoded).dtype == torch.promote_types(dtype, torch.float32)
+        encoded = torch.zeros_like(encoded)
+        for rounded in (False, True):
+            state = start
+            for _ in range(1000 if seed == 0 else 30):
+                new = iterated(module, state, encoded)
+                new = new.to(dtype).to(new.dtype) if rounded else new
+                largest = [s.abs().amax(2) if state.dim() == 4 else s.abs() for s in (state, new)]
+                assert bool((largest[1] <= largest[0]).all())
+                state = new.to(start.dtype)
+            if seed == 0 and not rounded:
+                assert float(state.abs().max()) < 0.01 * float(start.abs().max())
+
+
+@pytest.mark.parametrize("options", CHOICES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_the_radius_is_the_one_that_is_used_and_below_one(options, dtype) -> None:
+    """Against the eigenvalues of the matrix that one iteration applies to basis vectors."""
+    for seed in range(4):
+        module = filled(options, dtype, seed, dim=6)
+        encoded = torch.randn(1, 1, 6, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        state = module.open(torch.zeros(1, 1, 6)).contiguous()
+        offset = iterated(module, state, encoded)
+        columns = []
+        for index in range(state.numel()):
+            basis = torch.zeros_like(state)
+            basis.view(-1)[index] = 1
+            columns.append((iterated(module, basis, encoded) - offset).flatten().double())
+        radius = module.spectral_radius()
+        assert float(radius) < 1
+        assert all(float(radius.to(rounded)) < 1 for rounded in DTYPES)
+        # The offset's rounding is in the columns: 1e4 in float32 has an error of 1e-3.
+        tolerance = 1e-5 + 4 * torch.finfo(offset.dtype).eps * float(offset.abs().max())
+        assert float(torch.linalg.eigvals(torch.stack(columns, 1)).abs().max()) == pytest.approx(
+            float(radius), abs=tolerance
+        )
 
 
 @pytest.mark.parametrize("discretization", ["zoh", "euler"])
 def test_a_saturated_parameter_still_has_a_gradient(discretization: str) -> None:
-    module = injection(discretization, torch.float32)
+    values = torch.cartesian_prod(torch.tensor(EXTREMES), torch.tensor(EXTREMES))
+    module = DiagonalInjection(ModelConfig(dim=len(values), discretization=discretization))  # type: ignore[arg-type]
+    with torch.no_grad():
+        module.diagonal.rate.copy_(values[:, 0])
+        module.diagonal.step.copy_(values[:, 1])
+        module.diagonal.gain.fill_(1.0)
     _, gain = module.diagonal()
     gain.sum().backward()
     assert bool((module.diagonal.rate.grad != 0).all())
+
+
+def test_the_gate_reports_its_bound_before_the_first_pass(small) -> None:
+    model = small(injection="gate")
+    assert model.spectral_radius() == pytest.approx(0.995)
+    model(torch.zeros(1, 3, dtype=torch.int64), 2)
+    used = model.spectral_radius()
+    assert 0 < used < 0.995
+    model(torch.ones(1, 3, dtype=torch.int64), 2)
+    assert model.spectral_radius() != used
+
+
+def test_linear_reports_its_eigenvalues_and_add_reports_one(small) -> None:
+    model = small(injection="linear")
+    matrix = model.core.injection.weight[:, :24]
+    assert model.spectral_radius() == pytest.approx(float(torch.linalg.eigvals(matrix).abs().max()), rel=1e-6)
+    assert small(injection="add").spectral_radius() == 1.0
+
+
+MATRICES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "random": lambda g: g,
+    "initial": lambda g: 0.63 * g,
+    "mostly identity": lambda g: 0.7 * torch.eye(len(g)) + 0.3 * g,
+    "mostly minus identity": lambda g: -0.9 * torch.eye(len(g)) + 0.2 * g,
+    "without the mean": lambda g: torch.eye(len(g)) - 1 / len(g) + 0.1 * g,
+    "symmetric": lambda g: g + g.T,
+    "rotations": lambda g: g - g.T,
+    "one rotation above the rest": lambda g: torch.block_diag(torch.tensor([[0.0, 1.5], [-1.5, 0.0]]), 0.5 * g[2:, 2:]),
+    "decays": lambda g: torch.diag(torch.linspace(0.1, 0.995, len(g))),
+    "large": lambda g: 1e4 * g,
+}
+
+
+@pytest.mark.parametrize("name", MATRICES)
+@pytest.mark.parametrize("dim", [EXACT_BELOW, 600])
+def test_the_estimate_for_wide_models_is_within_five_percent(name, dim) -> None:
+    noise = torch.randn(dim, dim, generator=torch.Generator().manual_seed(1)) / dim**0.5
+    matrix = MATRICES[name](noise)
+    exact = float(torch.linalg.eigvals(matrix.double()).abs().max())
+    assert float(estimated_radius(matrix)) == pytest.approx(exact, rel=0.05)
+    module = Injection.choices["linear"](ModelConfig(dim=dim, injection="linear"))
+    with torch.no_grad():
+        module.weight.copy_(torch.cat((matrix, noise), 1))
+    assert float(module.spectral_radius()) == pytest.approx(exact, rel=0.05)
+    with torch.no_grad():
+        module.weight.zero_()
+    assert float(module.spectral_radius()) < 1e-6
+
+
+@pytest.mark.parametrize("options", [*CHOICES, *UNBOUNDED], ids=str)
+def test_the_injected_input_is_what_a_state_of_zeros_gets(options, small) -> None:
+    """For the linear ones, against what one iteration without layers makes of zeros; for `residual` too."""
+    module = small(**options).core.injection
+    encoded = torch.randn(2, 3, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    zeros = module.open(torch.zeros_like(encoded))
+    expected = module.close(iterated(module, zeros, encoded))
+    torch.testing.assert_close(module.injected(encoded), expected.detach())
+    assert not module.injected(encoded).requires_grad
+
+
+def test_the_schema_names_every_injection_and_no_other() -> None:
+    assert set(typing.get_args(typing.get_type_hints(ModelConfig)["injection"])) == set(Injection.choices)
+
+
+TOY = '''"""Half of the state, and the input."""
+
+import torch
+
+from megatron_rdt.model.injection.base import Injection
+
+
+class ToyInjection(Injection, name="toy"):
+    """x = h / 2 + e."""
+
+    def __init__(self, config):
+        super().__init__()
+
+    def read(self, state, encoded, offset):
+        """The sum."""
+        return state / 2 + encoded + offset, state
+
+    def spectral_radius(self):
+        """1/2."""
+        return torch.full((), 0.5)
+'''
+USE = """
+import sys
+import torch
+from megatron_rdt.config import load_config
+from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer, initialize
+config = load_config("toy.yaml")
+model = initialize(RecurrentDepthTransformer(config.model), 0)
+monitor, tokens = CoreMonitor(), torch.zeros(2, 5, dtype=torch.int64)
+model(tokens, 3, targets=tokens, monitor=monitor)["objective"].backward()
+assert all(p.grad is not None for p in model.parameters())
+assert model.spectral_radius() == float(monitor.spectral_radius) == 0.5
+print(type(model.core.injection).__name__)
+"""
+
+
+def test_a_new_injection_is_one_file_and_one_line(tmp_path: Path, repository: Path) -> None:
+    """In a copy of the package: a file in the folder, and its name in the schema's list."""
+    shutil.copytree(repository / "megatron_rdt", tmp_path / "megatron_rdt")
+    (tmp_path / "megatron_rdt" / "model" / "injection" / "toy.py").write_text(TOY)
+    schema = tmp_path / "megatron_rdt" / "config" / "model.py"
+    text = schema.read_text()
+    line = next(line for line in text.splitlines() if line.strip().startswith("injection: Literal["))
+    schema.write_text(text.replace(line, line.replace("Literal[", 'Literal["toy", ')))
+    (tmp_path / "toy.yaml").write_text("model: {injection: toy, vocab_size: 32, dim: 16, ffn_dim: 16}\n")
+    result = subprocess.run(
+        [sys.executable, "-c", USE], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "ToyInjection"
+
+
+def test_a_subclass_without_a_name_is_no_choice() -> None:
+    before = dict(Injection.choices)
+
+    class Unnamed(Injection):
+        """No choice."""
+
+    assert Injection.choices == before
+    assert Unnamed().close(torch.ones(1)) == 1
+    assert isinstance(RecurrentDepthTransformer(ModelConfig()).core.injection, Injection.choices["diagonal"])

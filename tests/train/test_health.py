@@ -61,7 +61,7 @@ def snapshot(engine: SingleEngine) -> dict[str, torch.Tensor]:
     state = {}
     for name, parameter in engine.model.named_parameters():
         state[name] = parameter.detach().clone()
-        for key, value in engine.optimizer.state.get(parameter, {}).items():
+        for key, value in engine.optimizers[0].state.get(parameter, {}).items():
             state[f"{name}.{key}"] = value.clone()
     return state
 

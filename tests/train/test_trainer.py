@@ -90,9 +90,9 @@ def test_optimizer_options_are_those_of_the_config(configure: Configure, finishe
         model = trainer.RecurrentDepthTransformer(config.model)
     engine.setup(model)
     engine.load(finished / "checkpoints" / "step-00000004")
-    found = [(g["weight_decay"], g["betas"], g["eps"]) for g in engine.optimizer.param_groups]
+    found = [(g["weight_decay"], g["betas"], g["eps"]) for g in engine.optimizers[0].param_groups]
     assert found == [(0.7, (0.9, 0.5), 1e-5), (0.0, (0.9, 0.5), 1e-5)]
-    assert float(next(iter(engine.optimizer.state.values()))["step"]) == 4
+    assert float(next(iter(engine.optimizers[0].state.values()))["step"]) == 4
 
 
 @pytest.mark.parametrize(

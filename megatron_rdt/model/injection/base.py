@@ -45,6 +45,11 @@ class Injection(nn.Module):
         """(batch, sequence, dim) for the coda, the halting unit and the monitor."""
         return state
 
+    @torch.no_grad()
+    def injected(self, encoded: torch.Tensor) -> torch.Tensor:
+        """What an iteration adds to a state of zeros because of the encoded input (`b e`), (batch, sequence, dim)."""
+        return self.read(self.open(torch.zeros_like(encoded)), encoded, 0.0)[0]
+
     def spectral_radius(self) -> torch.Tensor:
         """Radius of the linear part of the recurrence as the forward pass uses it, 0-dimensional, without gradient.
 

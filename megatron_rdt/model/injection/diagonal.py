@@ -99,7 +99,11 @@ class DiagonalInjection(Injection, name="diagonal"):
 
 
 class ResidualInjection(Injection, name="residual"):
-    """x = norm(h + e), h' = decay * h + gain * e + layers(x): the decay goes around the layers, as in OpenMythos."""
+    """x = norm(h + e), h' = decay * h + gain * e + layers(x): the decay goes around the layers, as in OpenMythos.
+
+    The layers have a residual stream of their own, so even layers that add nothing return x, whose size the norm sets.
+    The radius is that of the way around them; how much the whole iteration stretches, the monitor's Jacobian tells.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -116,6 +120,11 @@ class ResidualInjection(Injection, name="residual"):
     def write(self, carry: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Add the layers' output."""
         return carry + output
+
+    @torch.no_grad()
+    def injected(self, encoded: torch.Tensor) -> torch.Tensor:
+        """gain * e: what the layers read is normalised, so it is not what the state gets."""
+        return self.diagonal()[1] * encoded
 
     def spectral_radius(self) -> torch.Tensor:
         """Largest |decay|."""

@@ -33,7 +33,8 @@ class GateInjection(Injection, name="gate"):
         self, state: torch.Tensor, encoded: torch.Tensor, offset: torch.Tensor | float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The mixture."""
-        gate = LIMIT * torch.sigmoid(linear(encoded, self.weight) + self.bias)
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        gate = LIMIT * torch.sigmoid(linear(encoded.to(wide), self.weight.to(wide)) + self.bias)
         self._largest = gate.detach().max()
         return gate * state + (1 - gate) * encoded + offset, state
 

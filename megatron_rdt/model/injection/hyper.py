@@ -30,6 +30,11 @@ def _spread(shape: torch.Size) -> torch.Tensor:
     return 1 + 0.5 * torch.linspace(-1, 1, shape[0]) if shape[0] > 1 else torch.ones(shape)
 
 
+def _shares(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Softmax over the last dimension in `dtype`: rounded to bfloat16, the shares could sum to more than 1."""
+    return logits.to(dtype).softmax(-1)
+
+
 class HyperInjection(Injection, name="hyper"):
     """N lanes; the state of the loop is (batch, sequence, lanes, dim)."""
 
@@ -56,7 +61,7 @@ class HyperInjection(Injection, name="hyper"):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mix and decay the lanes, add the input, read them."""
         decay, gain = self.diagonal()
-        mixed = torch.einsum("nm,bsmd->bsnd", self.mix.softmax(-1), state)
+        mixed = torch.einsum("nm,bsmd->bsnd", _shares(self.mix, decay.dtype), state.to(decay.dtype))
         lanes = decay * mixed + (gain * encoded).unsqueeze(-2)
         return self.close(lanes) + offset, lanes
 
@@ -67,8 +72,8 @@ class HyperInjection(Injection, name="hyper"):
 
     def close(self, state: torch.Tensor) -> torch.Tensor:
         """The weighted mean of the lanes."""
-        return torch.einsum("n,bsnd->bsd", self.read_weights.softmax(-1), state)
+        return torch.einsum("n,bsnd->bsd", _shares(self.read_weights, state.dtype), state)
 
     def spectral_radius(self) -> torch.Tensor:
-        """Largest |decay|, which bounds the radius of decay * P."""
+        """Largest |decay|, the radius of decay * P: rows of P are positive and sum to 1, so its radius is 1."""
         return self.diagonal.radius()

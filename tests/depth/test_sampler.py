@@ -1,0 +1,171 @@
+"""Bounds, what one draw covers, balance over ranks, and curricula."""
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import integrate, stats
+
+from megatron_rdt.config import DepthConfig
+from megatron_rdt.depth import DepthSampler, loop_probabilities
+from megatron_rdt.depth.sampler import BITS, balanced_uniform
+
+LOGNORMAL = DepthConfig(scheme="lognormal_poisson", mean=7, max=200, per="sequence")
+
+
+def unbounded(scheme: str, mean: float, loops: np.ndarray) -> np.ndarray:
+    """P(T = t) without bounds, by scipy."""
+    if scheme == "geometric":
+        return stats.geom(1 / mean).pmf(loops)
+    if scheme == "uniform":
+        return stats.randint(1, round(2 * mean)).pmf(loops)
+    if scheme == "poisson":
+        table = stats.poisson(mean).pmf(loops)
+        return np.where(loops == 1, table + stats.poisson(mean).pmf(0), np.where(loops == 0, 0, table))
+    rate = stats.lognorm(s=0.5, scale=mean * math.exp(-0.125))
+    return np.array(
+        [
+            0.0 if t == 0 else integrate.quad(lambda r, n=t - 1: stats.poisson.pmf(n, r) * rate.pdf(r), 0, 400)[0]
+            for t in loops
+        ]
+    )
+
+
+@pytest.mark.parametrize("scheme", ["uniform", "geometric", "poisson", "lognormal_poisson"])
+def test_clamped_draws_go_to_the_bounds_and_truncated_ones_are_not_drawn(scheme: Any) -> None:
+    loops = np.arange(121)
+    free = unbounded(scheme, 6, loops)
+    assert free.sum() == pytest.approx(1, abs=1e-6)
+    inside = (loops >= 3) & (loops <= 9)
+    clamped = np.where(inside, free, 0)
+    clamped[3] += free[:3].sum()
+    clamped[9] += free[10:].sum()
+    truncated = np.where(inside, free, 0) / free[inside].sum()
+    for bounds, expected in (("clamp", clamped), ("truncate", truncated)):
+        table = loop_probabilities(DepthConfig(scheme=scheme, mean=6, min=3, max=9, bounds=bounds))  # type: ignore[arg-type]
+        np.testing.assert_allclose(table, expected[:10], atol=1e-6)
+    assert abs(clamped - truncated).max() > 0.01
+
+
+def test_geometric_has_its_moments() -> None:
+    table = loop_probabilities(DepthConfig(scheme="geometric", mean=5, max=400))
+    loops = np.arange(len(table))
+    mean = table @ loops
+    assert mean == pytest.approx(5)
+    assert table @ (loops - mean) ** 2 == pytest.approx(5 * 4)  # (1 - p) / p^2
+    assert table[1:] == pytest.approx(stats.geom(0.2).pmf(loops[1:]))
+
+
+@pytest.mark.parametrize("per", ["sequence", "micro_batch"])
+@pytest.mark.parametrize("slot", [0, 5, 30])
+def test_over_steps_every_place_draws_from_the_distribution(per: Any, slot: int) -> None:
+    sampler = DepthSampler(dataclasses.replace(LOGNORMAL, per=per), seed=4)
+    drawn = np.array([sampler.iterations(step, (slot,), 4)[0] for step in range(5000)])
+    common = sampler.probabilities * len(drawn) >= 5
+    counts = np.bincount(drawn, minlength=len(common)).astype(float)
+    observed = np.append(counts[common], counts[~common].sum())
+    expected = np.append(sampler.probabilities[common], sampler.probabilities[~common].sum()) * len(drawn)
+    assert stats.chisquare(observed, expected).pvalue > 1e-3
+    # One step says nothing about the next.
+    assert abs(np.corrcoef(drawn[:-1], drawn[1:])[0, 1]) < 0.05
+
+
+def test_what_one_draw_covers() -> None:
+    slots = range(48)
+
+    def plans(per: Any, step: int, size: int) -> list[tuple[int, ...]]:
+        """As the ranks make them: micro-batch after micro-batch, by samples and slots."""
+        sampler = DepthSampler(dataclasses.replace(LOGNORMAL, per=per), seed=6)
+        parts = [slots[i : i + size] for i in range(0, 48, size)]
+        return [sampler.plan(step, [1000 * step + slot for slot in part], part).iterations for part in parts]
+
+    for step in range(8):
+        whole = sum(plans("step", step, 48), ())
+        assert len(set(whole)) == 1
+        assert sum(plans("step", step, 3), ()) == whole
+        # Of a sequence: not a matter of how the batch is cut, so not of the number of ranks either.
+        sequences = sum(plans("sequence", step, 48), ())
+        assert len(set(sequences)) > 5
+        for size in (1, 2, 6, 16):
+            assert sum(plans("sequence", step, size), ()) == sequences
+        # Of a forward pass: one T in each, several in a step; the n-th has the same T whatever its size.
+        for size in (2, 8):
+            passes = plans("micro_batch", step, size)
+            assert all(len(set(loops)) == 1 for loops in passes)
+            assert len({loops[0] for loops in passes}) > 3
+            assert [loops[0] for loops in passes] == [loops[0] for loops in plans("micro_batch", step, 1)][: 48 // size]
+
+
+@pytest.mark.parametrize("power", [1, 3, 4, 6])
+def test_aligned_blocks_are_spread_evenly(power: int) -> None:
+    """One of every 2^n neighbours in each interval of length 2^-n, for any noise."""
+    size, generator = 2**power, np.random.default_rng(power)
+    for _ in range(50):
+        noise, block = int(generator.integers(2**BITS)), int(generator.integers(1000))
+        points = [balanced_uniform(block * size + i, noise) for i in range(size)]
+        assert sorted(int(point * size) for point in points) == list(range(size))
+        assert min(points) > 0
+        assert max(points) < 1
+    for noise in (0, 2**BITS - 1):
+        assert all(0 < balanced_uniform(i, noise) < 1 for i in (0, 1, 2**32 - 1))
+
+
+def slowest(totals: np.ndarray) -> float:
+    """Mean over steps of the largest total of a rank over the mean total: how long a step takes if ranks wait."""
+    return float((totals.max(1) / totals.mean(1)).mean())
+
+
+@pytest.mark.parametrize(("ranks", "limit"), [(8, 1.05), (64, 1.1), (48, 1.2)])
+def test_ranks_finish_together(ranks: int, limit: float) -> None:
+    """16 sequences on each; 48 ranks are no power of two, but their blocks are aligned ones of 16."""
+    sampler, steps, share = DepthSampler(LOGNORMAL, seed=1), 100, 16
+    drawn = np.array([sampler.iterations(step, range(ranks * share), share) for step in range(steps)])
+    balanced = slowest(drawn.reshape(steps, ranks, share).sum(-1))
+    generator = np.random.default_rng(0)
+    independent = generator.choice(len(sampler.probabilities), (steps, ranks, share), p=sampler.probabilities)
+    one_per_rank = slowest(independent[:, :, 0])
+    print(
+        f"{ranks} ranks: balanced {balanced:.3f}, independent {slowest(independent.sum(-1)):.3f}, one {one_per_rank:.3f}"
+    )
+    assert balanced < limit
+    assert balanced - 1 < 0.4 * (slowest(independent.sum(-1)) - 1)
+    # A rank that draws one T for all its sequences, by itself.
+    assert one_per_rank > (1.8 if ranks == 8 else 2.5)
+
+
+@pytest.mark.parametrize("curriculum", ["linear", "one_minus_sqrt"])
+@pytest.mark.parametrize("of", ["mean", "backprop", "both"])
+def test_curricula_grow_as_they_say(curriculum: Any, of: Any) -> None:
+    config = DepthConfig(
+        scheme="poisson",
+        mean=20,
+        min=2,
+        max=60,
+        backprop=8,
+        per="sequence",
+        curriculum=curriculum,
+        curriculum_steps=400,
+        curriculum_of=of,
+    )
+    sampler = DepthSampler(config, seed=3)
+    share = {0: 0.0, 100: 0.25, 300: 0.75, 400: 1.0, 9000: 1.0}
+    grown = {step: s if curriculum == "linear" else 1 - math.sqrt(1 - s) for step, s in share.items()}
+    for step, progress in grown.items():
+        mean = 20 if of == "backprop" else 2 + 18 * progress
+        assert sampler.mean(step) == pytest.approx(mean, abs=1e-3)
+        drawn = [t for near in range(20) for t in sampler.iterations(step + near, range(256), 4)]
+        table = loop_probabilities(dataclasses.replace(config, mean=sampler.mean(step + 10)))
+        assert np.mean(drawn) == pytest.approx(table @ np.arange(61), rel=0.02)
+        assert sampler.backprop(step) == (8 if of == "mean" else max(1, math.ceil(8 * progress - 1e-9)))
+        # Nothing is remembered: a sampler that starts here, as after a resume, draws the same.
+        assert DepthSampler(config, seed=3).plan(step, range(9)) == sampler.plan(step, range(9))
+    assert DepthSampler(dataclasses.replace(config, backprop="all"), seed=3).backprop(0) is None
+    whole = dataclasses.replace(config, scheme="fixed", min=1, mean=5, max=5, curriculum_of="mean")
+    steps = [DepthSampler(whole, seed=3).iterations(step, (0, 1), 2) for step in range(401)]
+    assert steps[0] == (1, 1)
+    assert steps[-1] == (5, 5)
+    assert all(a <= b for a, b in itertools.pairwise(steps))
+    assert {t for t, _ in steps} == {1, 2, 3, 4, 5}

@@ -1,0 +1,111 @@
+"""Started by torchrun: Muon on ranks that hold rows of matrices, against one process; writes a verdict."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.distributed as dist
+
+from megatron_rdt.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_rdt.depth import DepthPlan
+from megatron_rdt.environment import leave_process
+from megatron_rdt.model import RecurrentDepthTransformer
+from megatron_rdt.parallel import MicroBatch, make_engine
+from megatron_rdt.parallel.native import NativeEngine, full_tensor
+
+# 4 experts, 4 heads, 61 rows: on 3 ranks some have fewer rows or experts than others, and some have none.
+MODEL = ModelConfig(
+    vocab_size=61,
+    dim=32,
+    core_layers=1,
+    heads=4,
+    kv_heads=2,
+    core_ffn="moe",
+    experts=4,
+    injection="linear",
+    signals=["lora"],
+    value_embeddings="gated",
+    tie_embeddings=False,
+)
+SEQUENCES, STEPS, SAVED_AT, LR = 12, 6, 3, 0.01
+
+
+def engine_for(name: str) -> NativeEngine:
+    config = RunConfig(
+        model=MODEL,
+        train=TrainConfig(global_batch=SEQUENCES, micro_batch=2),
+        optimizer=OptimizerConfig(name="muon", lr=LR),
+        parallel=ParallelConfig(engine=name),
+    )
+    engine = cast(NativeEngine, make_engine(config, torch.device("cpu")))
+    if name == "single":  # the reference sees everything
+        engine.rank, engine.world_size = 0, 1
+    with torch.device("meta"):
+        model = RecurrentDepthTransformer(MODEL)
+    engine.setup(model)
+    return engine
+
+
+def train(engine: NativeEngine, first: int, last: int, save: Path | None = None) -> list[float]:
+    """Losses of the steps first ... last - 1; saves after SAVED_AT of them."""
+    losses = []
+    for step in range(first, last):
+        if step == SAVED_AT and save is not None:
+            engine.save(save)
+        generator = torch.Generator().manual_seed(step % 2)
+        tokens = torch.randint(0, MODEL.vocab_size, (SEQUENCES, 17), generator=generator)
+        share = SEQUENCES // engine.world_size
+        mine = tokens[engine.rank * share : (engine.rank + 1) * share]
+        batch = [MicroBatch(part, DepthPlan.constant(3, len(part))) for part in mine.split(2)]
+        losses.append(engine.forward_backward(batch)["cross_entropy"])
+        engine.clip(1.0)
+        engine.step(LR)
+    return losses
+
+
+def weights(engine: NativeEngine) -> dict[str, torch.Tensor]:
+    return {name: full_tensor(parameter).detach().clone() for name, parameter in engine.model.named_parameters()}
+
+
+def distance(a: list[float], b: list[float]) -> float:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    dist.init_process_group("gloo")
+    single = engine_for("single")
+    expected = train(single, 0, STEPS)
+    reference = weights(single)
+    verdict: dict[str, object] = {"losses": expected, "world_size": dist.get_world_size()}
+    for name in ("fsdp", "ddp"):
+        saved = options.out.parent / name
+        engine = engine_for(name)
+        losses = train(engine, 0, STEPS, saved)
+        verdict[f"{name} loss"] = distance(losses, expected)
+        found = weights(engine)
+        verdict[f"{name} weights"] = max(float((found[n] - reference[n]).abs().max()) for n in reference)
+        momentum = [full_tensor(s["momentum"]) for s in engine.optimizers[1].state.values()]
+        verdict[f"{name} matrices"] = len(momentum)
+        verdict[f"{name} momentum"] = all(float(m.abs().max()) > 0 for m in momentum)
+        resumed = engine_for(name)
+        resumed.load(saved)
+        verdict[f"{name} resumed"] = train(resumed, SAVED_AT, STEPS) == losses[SAVED_AT:]
+        again = weights(resumed)
+        verdict[f"{name} resumed weights"] = max(float((again[n] - found[n]).abs().max()) for n in found)
+        other = engine_for({"fsdp": "ddp", "ddp": "fsdp"}[name])
+        other.load(saved)
+        verdict[f"{name} to the other"] = distance(train(other, SAVED_AT, STEPS), expected[SAVED_AT:])
+        dist.barrier()
+    if dist.get_rank() == 0:
+        options.out.write_text(json.dumps(verdict))
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main()
+    leave_process(0)

@@ -1,0 +1,379 @@
+"""Attention against explicit loops in float64: every option, its gradients, the cache of latents, documents, blocks."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_rdt.config import ModelConfig, RunConfig, check_config
+from megatron_rdt.depth import DepthPlan
+from megatron_rdt.errors import ConfigError
+from megatron_rdt.inference import KVCache
+from megatron_rdt.model import RecurrentDepthTransformer, initialize
+from megatron_rdt.model.attention import ATTENTIONS
+from megatron_rdt.model.context import LayerContext
+from megatron_rdt.model.flex import BlockwiseMask, attend, model_mask
+from megatron_rdt.model.masks import attention_mask
+from megatron_rdt.model.mla import LatentAttention
+from megatron_rdt.model.rope import rotary_tables
+
+CPU = torch.device("cpu")
+GQA = ModelConfig(vocab_size=31, dim=24, heads=4, kv_heads=2, prelude_layers=1, core_layers=2, coda_layers=1)
+MLA = dataclasses.replace(GQA, attention="mla", kv_rank=10, nope_dim=4, rope_dim=6, value_dim=5)
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2], [4, 1, 1, 1, 1, 1, 1, 1, 0]])
+TOKENS = torch.randint(0, 31, DOCUMENTS.shape, generator=torch.Generator().manual_seed(1))
+LAST = 3  # index of the last layer, which has value embeddings
+
+
+def randomised(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """The module in float64 with random weights, also where they start at a constant."""
+    generator = torch.Generator().manual_seed(seed)
+    module = module.double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return module
+
+
+def rotated(vector: torch.Tensor, position: int, config: ModelConfig) -> torch.Tensor:
+    """One head's channels turned pair by pair."""
+    size, result = len(vector), [torch.zeros(())] * len(vector)
+    for pair in range(size // 2):
+        first, second = (pair, pair + size // 2) if config.rope_pairing == "half" else (2 * pair, 2 * pair + 1)
+        angle = position * config.rope_base ** (-2 * pair / size)
+        result[first] = vector[first] * math.cos(angle) - vector[second] * math.sin(angle)
+        result[second] = vector[second] * math.cos(angle) + vector[first] * math.sin(angle)
+    return torch.stack(result)
+
+
+def normed(vector: torch.Tensor, eps: float) -> torch.Tensor:
+    return vector / (vector.square().mean() + eps).sqrt()
+
+
+def projected(w: dict[str, torch.Tensor], x: torch.Tensor, config: ModelConfig, token: int, position: int) -> list:
+    """Query, key and value of every head at one position, one after the other."""
+    heads = []
+    for h in range(config.heads):
+        if config.attention == "mla":
+            down = (
+                normed(w["query_down.weight"] @ x, config.norm_eps) * w["query_norm.weight"] if config.query_rank else x
+            )
+            query = (w["query_up.weight"] @ down).split(config.nope_dim + config.rope_dim)[h]
+            q_nope, q_rope = query.split((config.nope_dim, config.rope_dim))
+            latent, k_rope = (w["latent_down.weight"] @ x).split((config.kv_rank, config.rope_dim))
+            latent = normed(latent, config.norm_eps) * w["latent_norm.weight"]
+            up = (w["latent_up.weight"] @ latent).split(config.nope_dim + config.value_dim)[h]
+            key, value = up.split((config.nope_dim, config.value_dim))
+            query = torch.cat((q_nope, rotated(q_rope, position, config)))
+            key = torch.cat((key, rotated(k_rope, position, config)))
+        else:
+            shared, size = h // (config.heads // config.kv_heads), config.head_dim
+            query, key = w["query.weight"] @ x, w["key.weight"] @ x
+            if config.qk_bias:
+                query, key = query + w["query_bias"], key + w["key_bias"]
+            query, key, value = (
+                query.split(size)[h],
+                key.split(size)[shared],
+                (w["value.weight"] @ x).split(size)[shared],
+            )
+            if config.qk_norm != "none":
+                eps = config.norm_eps if config.qk_norm == "learned" else 2**-23  # of float32, as in Parcae
+                query, key = normed(query, eps), normed(key, eps)
+            if config.qk_norm == "learned":
+                query, key = query * w["query_norm.weight"], key * w["key_norm.weight"]
+            query, key = rotated(query, position, config), rotated(key, position, config)
+            if config.value_embeddings == "gated":
+                gate = w["token_values.gate.weight"][shared]
+                entry = w["token_values.weight"][token].split(size)[shared]
+                value = value + 2 * torch.sigmoid(gate @ x[: len(gate)]) * entry
+        heads.append((query, key, value))
+    return heads
+
+
+def reference(
+    module: torch.nn.Module, config: ModelConfig, x: torch.Tensor, documents: torch.Tensor | None
+) -> torch.Tensor:
+    """Attention by explicit loops: one sequence, one query, one head, one key at a time."""
+    w, rows = dict(module.named_parameters()), []
+    for b in range(len(x)):
+        each = [projected(w, x[b, p], config, int(TOKENS[b, p]), p) for p in range(x.shape[1])]
+        for q in range(x.shape[1]):
+            seen = [k for k in range(q + 1) if not config.window or q - k < config.window]
+            seen = [k for k in seen if documents is None or documents[b, k] == documents[b, q]]
+            heads = []
+            for h in range(config.heads):
+                query = each[q][h][0]
+                weights = [torch.exp(query @ each[k][h][1] / math.sqrt(len(query))) for k in seen]
+                heads.append(sum(e * each[k][h][2] for e, k in zip(weights, seen)) / sum(weights))
+            rows.append(w["output.weight"] @ torch.cat(heads))
+    return torch.stack(rows).view_as(x)
+
+
+def run(module: Any, config: ModelConfig, x: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
+    length = x.shape[1]
+    tables = rotary_tables(torch.arange(length), config.rotary_dim, config.rope_base, x.dtype)
+    mask = attention_mask(length, 0, config.window, documents, CPU)
+    values = None if module.token_values is None else module.token_values.look_up(TOKENS)
+    return module(x, LayerContext(tables, mask, x.dtype, TOKENS), token_values=values)
+
+
+OPTIONS: list[tuple[ModelConfig, dict[str, Any], bool]] = [
+    (GQA, {}, False),
+    (GQA, {"kv_heads": 4}, False),
+    (GQA, {"qk_norm": "plain"}, False),
+    (GQA, {"qk_norm": "learned"}, False),
+    (GQA, {"qk_bias": True}, False),
+    (GQA, {"rope_pairing": "adjacent"}, False),
+    (GQA, {"rope_base": 50.0}, False),
+    (GQA, {"window": 3}, False),
+    (GQA, {}, True),
+    (GQA, {"value_embeddings": "gated"}, False),
+    (GQA, {"qk_norm": "learned", "qk_bias": True, "window": 2, "value_embeddings": "gated", "kv_heads": 1}, True),
+    (MLA, {}, False),
+    (MLA, {"query_rank": 7}, False),
+    (MLA, {"rope_pairing": "adjacent"}, False),
+    (MLA, {"window": 3}, False),
+    (MLA, {}, True),
+    (MLA, {"query_rank": 7, "rope_pairing": "adjacent", "window": 4, "rope_base": 50.0}, True),
+]
+
+
+@pytest.mark.parametrize(("base", "options", "packed"), OPTIONS)
+def test_output_and_gradients_equal_the_loops(base: ModelConfig, options: dict[str, Any], packed: bool) -> None:
+    config, documents = dataclasses.replace(base, **options), DOCUMENTS if packed else None
+    module = randomised(ATTENTIONS[config.attention](config, LAST))
+    x = torch.randn(*TOKENS.shape, config.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    x.requires_grad_()
+    outputs, gradients = [], []
+    for output in (run(module, config, x, documents), reference(module, config, x, documents)):
+        outputs.append(output)
+        gradients.append(torch.autograd.grad(output.square().sum(), [x, *module.parameters()]))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-10, atol=1e-10)
+    for name, ours, theirs in zip(["x", *dict(module.named_parameters())], *gradients):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9, msg=name)
+        assert float(ours.abs().max()) > 1e-6, name
+    # The option does something: without it, and with the same weights where both have them, the output is another.
+    for name in options:
+        off = dataclasses.replace(config, **{name: getattr(base, name)})
+        other = randomised(ATTENTIONS[off.attention](off, LAST), seed=3)
+        mine, theirs = module.state_dict(), other.state_dict()
+        other.load_state_dict(
+            {k: v for k, v in mine.items() if k in theirs and v.shape == theirs[k].shape}, strict=False
+        )
+        assert float((run(other, off, x, documents) - outputs[0]).abs().max()) > 1e-3, name
+    if packed:
+        assert float((run(module, config, x, None) - outputs[0]).abs().max()) > 1e-3
+
+
+def test_which_layers_have_value_embeddings() -> None:
+    with torch.device("meta"):
+        model = RecurrentDepthTransformer(dataclasses.replace(GQA, value_embeddings="gated"))
+    layers = [*model.prelude, *model.core.layers, *model.coda]
+    assert [layer.attention.token_values is not None for layer in layers] == [False, True, False, True]
+
+
+CACHED = [
+    (GQA, {"window": 4}, "by cost"),
+    (GQA, {"qk_norm": "learned", "qk_bias": True, "value_embeddings": "gated"}, "by cost"),
+    *(
+        (MLA, options, absorbs)
+        for options in ({}, {"query_rank": 7, "rope_pairing": "adjacent"}, {"window": 4}, {"kv_rank": 40})
+        for absorbs in ("by cost", "always", "never")
+    ),
+]
+
+
+@pytest.mark.parametrize(("base", "options", "absorbs"), CACHED)
+def test_cached_equals_uncached_in_chunks(
+    base: ModelConfig, options: dict[str, Any], absorbs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, always = dataclasses.replace(base, **options), absorbs == "always"
+    if absorbs != "by cost":
+        monkeypatch.setattr(LatentAttention, "absorbs", lambda _, queries, keys: always and keys > queries)
+    model = randomised(RecurrentDepthTransformer(config))
+    tokens = torch.randint(0, 31, (2, 90), generator=torch.Generator().manual_seed(0))
+    cache, start, parts = KVCache(), 0, []
+    with torch.no_grad():
+        for chunk in (5, 1, 3, 1, 70, 1, 9):
+            parts.append(model(tokens[:, start : start + chunk], 3, cache=cache, start=start))
+            start += chunk
+        torch.testing.assert_close(torch.cat(parts, 1), model(tokens, 3), rtol=1e-9, atol=1e-9)
+    each = config.kv_rank + config.rope_dim if config.attention == "mla" else 2 * config.kv_heads * config.head_dim
+    assert cache.elements == len(tokens) * model.cache_slots(3) * each
+
+
+@pytest.mark.parametrize("base", [GQA, MLA])
+def test_decoding_costs_the_window_not_the_past(base: ModelConfig) -> None:
+    config = dataclasses.replace(base, window=20)
+    model, counts = randomised(RecurrentDepthTransformer(config)), []
+    for past in (60, 300):
+        cache = KVCache()
+        with torch.no_grad():
+            model(torch.zeros(1, past, dtype=torch.long), 2, cache=cache)
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                model(torch.zeros(1, 1, dtype=torch.long), 2, cache=cache, start=past)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
+
+
+def test_decoding_expands_nothing_of_the_past() -> None:
+    config = dataclasses.replace(MLA, dim=64, heads=8, kv_rank=32, nope_dim=16, rope_dim=8, value_dim=16)
+    module, past = randomised(LatentAttention(config, 0)), 1000
+    expand = config.heads * (config.nope_dim + config.value_dim) * config.kv_rank  # products per expanded position
+    matrices = sum(p.numel() for name, p in module.named_parameters() if p.dim() == 2 and name != "latent_up.weight")
+
+    def count(queries: int) -> int:
+        tables = rotary_tables(torch.arange(past, past + queries), config.rope_dim, 1e4, torch.float64)
+        mask = attention_mask(queries, past, 0, None, CPU)
+        context = LayerContext(tables, mask, torch.float64, torch.zeros(1, queries), past)
+        cache = KVCache()
+        cache.update(0, 0, torch.randn(1, 1, past, config.kv_rank + config.rope_dim, dtype=torch.float64))
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            module(torch.randn(1, queries, config.dim, dtype=torch.float64), context, cache)
+        return counter.get_total_flops()
+
+    absorbed = config.heads * (past + 1) * (2 * config.kv_rank + config.rope_dim)
+    expanded = config.heads * (past + 1) * (config.nope_dim + config.rope_dim + config.value_dim)
+    assert count(1) == 2 * (matrices + expand + absorbed)
+    assert count(1) < 0.2 * 2 * (matrices + (past + 1) * expand + expanded)
+    # A long chunk shares one expansion among its queries, so there it is the cheaper way.
+    keys = past + 500
+    chunk = config.heads * 500 * keys * (config.nope_dim + config.rope_dim + config.value_dim)
+    assert count(500) == 2 * (500 * matrices + keys * expand + chunk)
+    assert not module.absorbs(past, past)
+
+
+PACKED = [
+    (GQA, {}),
+    (GQA, {"window": 3, "value_embeddings": "gated", "qk_norm": "learned", "qk_bias": True}),
+    (GQA, {"core_ffn": "moe", "experts": 4, "halting": "act", "state_init": "embedding"}),
+    (MLA, {"query_rank": 7, "rope_pairing": "adjacent"}),
+    (MLA, {"window": 3}),
+]
+
+
+@pytest.mark.parametrize(("base", "options"), PACKED)
+def test_a_packed_window_is_its_documents_alone(base: ModelConfig, options: dict[str, Any]) -> None:
+    model = randomised(RecurrentDepthTransformer(dataclasses.replace(base, **options)))
+    lengths = (4, 1, 7, 5)
+    documents = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
+    tokens = torch.randint(0, 31, documents.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = model(tokens, 3, documents=documents)
+        alone = torch.cat([model(part, 3) for part in tokens.split(lengths, dim=1)], dim=1)
+        torch.testing.assert_close(whole, alone, rtol=1e-9, atol=1e-9)
+        assert float((model(tokens, 3) - whole).abs().max()) > 1e-3
+    embedded: list[torch.Tensor] = []
+    model.embedding.register_forward_hook(lambda *arguments: embedded.append(arguments[-1]))
+    third = model(tokens, 3, documents=documents)[:, 5:12]
+    (reach,) = torch.autograd.grad(third.square().sum(), embedded[0])
+    assert [float(part.abs().sum()) > 0 for part in reach.split(lengths, dim=1)] == [False, False, True, False]
+
+
+@pytest.mark.parametrize("blockwise", [False, True])
+@pytest.mark.parametrize(("base", "options"), [(GQA, {"window": 4}), (MLA, {"query_rank": 7})])
+def test_documents_follow_their_sequences_at_mixed_depths(
+    base: ModelConfig, options: dict[str, Any], blockwise: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(base, **options)
+    model = randomised(RecurrentDepthTransformer(config))
+    generator = torch.Generator().manual_seed(4)
+    tokens = torch.randint(0, 31, (5, 12), generator=generator)
+    documents = torch.randint(0, 2, (5, 12), generator=generator).cumsum(-1)
+    loops = (2, 5, 1, 5, 3)
+    with torch.no_grad():
+        alone = [model(t[None], n, documents=d[None]) for t, n, d in zip(tokens, loops, documents)]
+        if blockwise:
+            monkeypatch.setattr(
+                "megatron_rdt.model.rdt.model_mask", lambda *_: BlockwiseMask(12, config.window, documents, CPU)
+            )
+        together = model(tokens, DepthPlan(loops), documents=documents)
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("window", [0, 1, 50, 128, 200, 1000])
+@pytest.mark.parametrize("length", [100, 256, 300])
+@pytest.mark.parametrize("packed", [False, True])
+def test_blocks_are_those_of_the_mask(window: int, length: int, packed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    starts = torch.rand(3, length, generator=generator) < torch.tensor([[0.02], [0.004], [0.5]])
+    documents = starts.cumsum(-1) if packed else None
+    mask = BlockwiseMask(length, window, documents, CPU)
+    exact = attention_mask(length, 0, window, documents, CPU)
+    exact = torch.ones(length, length, dtype=torch.bool).tril() if exact is None else exact
+    visible, batch = mask.block_mask.mask_mod, 3 if packed else 1
+    places = torch.arange(length)
+    b = torch.arange(batch)[:, None, None]
+    assert torch.equal(visible(b, b, places[:, None], places).expand(batch, -1, -1), exact.reshape(-1, length, length))
+    theirs = create_block_mask(visible, batch, 1, length, length, device="cpu")
+    for kind in ("kv_num_blocks", "full_kv_num_blocks"):
+        assert torch.equal(getattr(mask.block_mask, kind), getattr(theirs, kind)), kind
+    assert torch.equal(mask.block_mask.to_dense(), theirs.to_dense())
+    if packed:
+        chosen = mask.rows(torch.tensor([2, 0]))
+        again = create_block_mask(chosen.block_mask.mask_mod, 2, 1, length, length, device="cpu")
+        assert torch.equal(chosen.block_mask.to_dense(), again.to_dense())
+        assert mask.rows(slice(3)) is mask
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_attention_in_blocks_equals_the_boolean_mask(compiled: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    documents = (torch.rand(2, 300, generator=generator) < 0.02).cumsum(-1)
+    query, key, value = (torch.randn(2, heads, 300, 32, generator=generator) for heads in (4, 2, 2))
+    mask = BlockwiseMask(300, 150, documents, CPU)
+    expected = attend(query, key, value, attention_mask(300, 0, 150, documents, CPU))
+    with torch.no_grad():
+        if compiled:  # PyTorch's kernel for CPUs, which skips blocks as the one for GPUs does
+            result = torch.compile(flex_attention)(query, key, value, block_mask=mask.block_mask, enable_gqa=True)
+        else:
+            result = attend(query, key, value, mask)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    assert mask.block_mask.sparsity() > 0
+
+
+@pytest.mark.parametrize("heads", [1, 6])
+def test_a_group_attends_as_its_heads_one_by_one(heads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, n, m, 8, generator=generator) for n, m in ((6, 5), (2, 40), (2, 40)))
+    mask = torch.rand(2, heads, 5, 40, generator=generator) < 0.5
+    copied = [each.repeat_interleave(3, dim=1) for each in (key, value)]
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *copied, attn_mask=mask, scale=0.3)
+    torch.testing.assert_close(attend(query, key, value, mask, 0.3), expected)
+    row = mask[:1, :1, :1].expand(1, 1, 5, 40)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *copied, attn_mask=row, scale=0.3)
+    torch.testing.assert_close(attend(query, key, value, row[0, 0, :1], 0.3), expected)
+
+
+def test_a_mask_of_the_caller_is_narrowed_by_window_and_documents() -> None:
+    causal = torch.ones(9, 9, dtype=torch.bool).tril()
+    for base in (GQA, MLA):
+        model = initialize(RecurrentDepthTransformer(dataclasses.replace(base, window=3)), 0).double()
+        with torch.no_grad():
+            torch.testing.assert_close(model(TOKENS, 2, mask=causal), model(TOKENS, 2))
+            given = model(TOKENS, 2, mask=causal, documents=DOCUMENTS)
+            torch.testing.assert_close(given, model(TOKENS, 2, documents=DOCUMENTS))
+            assert float((given - model(TOKENS, 2)).abs().max()) > 1e-3
+
+
+def test_documents_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"documents have shape \(2, 8\), the tokens \(2, 9\)"):
+        model_mask(GQA, TOKENS, 0, torch.float32, False, DOCUMENTS[:, 1:], None)
+    with pytest.raises(ValueError, match="earlier positions"):
+        model_mask(GQA, TOKENS, 5, torch.float32, True, DOCUMENTS, None)
+
+
+def test_only_grouped_attention_divides_the_width() -> None:
+    odd = {"dim": 30, "heads": 4, "kv_heads": 3}
+    with pytest.raises(ConfigError, match=r"(?s)dim 30 is not a multiple of model.heads 4.*heads 4 is not a multiple"):
+        check_config(RunConfig(model=dataclasses.replace(GQA, **odd)))
+    config = dataclasses.replace(MLA, **odd)
+    check_config(RunConfig(model=config))
+    assert initialize(RecurrentDepthTransformer(config), 0)(TOKENS, 2).shape == (2, 9, 31)
+    with pytest.raises(ConfigError, match="rope_dim is 5"):
+        check_config(RunConfig(model=dataclasses.replace(config, rope_dim=5)))

@@ -1,0 +1,135 @@
+"""Chunked cross entropy: torch's on full logits, value and gradients, without the full logits ever being there."""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_rdt.depth import DepthPlan
+from megatron_rdt.model import loss
+from megatron_rdt.model.loss import cross_entropy
+
+TOKENS, DIM, VOCABULARY = (3, 7), 10, 29
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+    """Features, output matrix, targets, and weights with gradient."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(*TOKENS, DIM, generator=generator, dtype=dtype, requires_grad=True)
+    matrix = torch.randn(VOCABULARY, DIM, generator=generator, dtype=dtype, requires_grad=True)
+    targets = torch.randint(0, VOCABULARY, TOKENS, generator=generator)
+    return features, matrix, targets, torch.rand(*TOKENS, generator=generator, dtype=dtype, requires_grad=True)
+
+
+def plain(features, matrix, targets, weights, softcap, z_weight):
+    """The same from full logits, with torch's own cross entropy."""
+    logits = features @ matrix.T
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    each = functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
+    square = logits.flatten(0, -2).exp().sum(-1).log().square()
+    weights = 1.0 if weights is None else weights.flatten()
+    return ((each + z_weight * square) * weights).sum(), (each * weights).sum(), (square * weights).sum()
+
+
+# Of 21 tokens: one chunk, chunks of 7 (they divide), of 4 (a shorter last one), of 1.
+CHUNKS = [1 << 22, 7 * VOCABULARY, 4 * VOCABULARY + 3, 1]
+OPTIONS = list(itertools.product(CHUNKS, (False, True), (0.0, 1.5), (0.0, 0.1)))
+
+
+@pytest.mark.parametrize(("elements", "weighted", "softcap", "z_weight"), OPTIONS)
+def test_values_and_gradients_equal_torchs(elements, weighted, softcap, z_weight, monkeypatch) -> None:
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", elements)
+    features, matrix, targets, weights = inputs()
+    leaves = [features, matrix, *([weights] if weighted else [])]
+    given = weights if weighted else None
+    sums = cross_entropy(features, matrix, targets, weights=given, softcap=softcap, z_weight=z_weight)
+    expected = plain(features, matrix, targets, given, softcap, z_weight)
+    for ours, theirs in zip(sums, expected):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert [value.requires_grad for value in sums] == [True, False, False]
+    # As part of a larger objective, whose factor only the backward pass knows.
+    gradients = torch.autograd.grad(sums[0] ** 2 / 7, leaves)
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected[0] ** 2 / 7, leaves)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("fixed", range(3))
+def test_what_needs_no_gradient_gets_none(fixed) -> None:
+    leaves = list(inputs())
+    del leaves[2]
+    leaves[fixed] = leaves[fixed].detach()
+    targets = inputs()[2]
+    cross_entropy(leaves[0], leaves[1], targets, weights=leaves[2])[0].backward()
+    expected = inputs()
+    plain(*expected, 0.0, 0.0)[0].backward()
+    for index, (ours, theirs) in enumerate(zip(leaves, (expected[0], expected[1], expected[3]))):
+        if index == fixed:
+            assert ours.grad is None
+        else:
+            torch.testing.assert_close(ours.grad, theirs.grad)
+    with torch.no_grad():
+        assert not cross_entropy(*expected[:3])[0].requires_grad
+
+
+@pytest.mark.parametrize("size", [1.0, 300.0])
+def test_bfloat16_features_stay_close(size, monkeypatch) -> None:
+    """Sums and the matrix's gradient are float32; large logits, whose exponentials overflow, are no trouble."""
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 4 * VOCABULARY)
+    features, matrix, targets, _ = inputs(torch.float32)
+    scaled = (features * size).detach()
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        x, w = scaled.to(dtype).requires_grad_(), matrix.detach().clone().requires_grad_()
+        objective = cross_entropy(x, w if dtype != torch.float64 else w.double(), targets, z_weight=1e-4)[0]
+        objective.backward()
+        results.append((objective, x.grad, w.grad))
+    assert [r.dtype for r in results[0]] == [torch.float32, torch.bfloat16, torch.float32]
+    assert float(results[0][0]) == pytest.approx(float(results[1][0]), rel=0.02)
+    for ours, exact in zip(results[0][1:], results[1][1:]):
+        assert bool(ours.isfinite().all())
+        assert functional.cosine_similarity(ours.double().flatten(), exact.double().flatten(), dim=0) > 0.995
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most elements that any result of an operation had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return result
+
+
+@pytest.mark.parametrize("halting", ["none", "act", "gate"])
+def test_full_logits_never_exist(halting, small, monkeypatch) -> None:
+    """Forward and backward of a whole model; without targets they do, so the instrument sees them."""
+    model = small(halting=halting, vocab_size=301, logit_softcap=5.0)
+    model.z_weight = 1e-3
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 16 * 301)
+    tokens = torch.randint(0, 301, (4, 33), generator=torch.Generator().manual_seed(0))
+    full, chunk, weights = 4 * 32 * 301, 16 * 301, max(p.numel() for p in model.parameters())
+    with Largest() as chunked:
+        model(tokens[:, :-1], DepthPlan((3,) * 4), targets=tokens[:, 1:])["objective"].backward()
+    # States of all iterations of the gate, or the scores of attention, are the largest then.
+    assert chunked.elements <= max(chunk, weights, 3 * 4 * 32 * 24, 4 * 4 * 32 * 32) < full / 2
+    with Largest() as unchunked:
+        functional.cross_entropy(model(tokens[:, :-1], 3).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    assert unchunked.elements >= full
+
+
+def test_the_models_losses_equal_those_of_its_logits(small) -> None:
+    model = small(logit_softcap=3.0)
+    model.z_weight = 0.01
+    tokens = torch.randint(0, 37, (2, 7), generator=torch.Generator().manual_seed(0))
+    losses = model(tokens[:, :-1], 3, targets=tokens[:, 1:])
+    logits = model(tokens[:, :-1], 3).flatten(0, 1)
+    entropy = functional.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum")
+    torch.testing.assert_close(losses["cross_entropy"], entropy.detach())
+    torch.testing.assert_close(losses["objective"], entropy + 0.01 * logits.logsumexp(-1).square().sum())

@@ -1,0 +1,218 @@
+"""Muon against a plain float64 reference, which parameter is whose, and that AdamW is what it was."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_rdt.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig, check_config
+from megatron_rdt.convert import convert
+from megatron_rdt.depth import DepthPlan
+from megatron_rdt.errors import CheckpointError, ConfigError
+from megatron_rdt.model import RecurrentDepthTransformer
+from megatron_rdt.parallel import MicroBatch, make_engine
+from megatron_rdt.parallel.muon import Muon, orthogonalize
+from megatron_rdt.parallel.optimizers import adamw_groups, muon_groups
+from megatron_rdt.train import trainer
+
+SMALL = ModelConfig(vocab_size=61, dim=32, prelude_layers=1, core_layers=1, coda_layers=1, heads=4, kv_heads=2)
+EVERYTHING = dataclasses.replace(
+    SMALL,
+    core_ffn="moe",
+    experts=4,
+    norm_placement="peri",
+    core_norm="iteration",
+    qk_norm="learned",
+    qk_bias=True,
+    value_embeddings="gated",
+    input_matrix=True,
+    output_matrix=True,
+    state_init="learned",
+    signals=["sinusoidal", "lora", "adaln"],
+    halting="act",
+    tie_embeddings=False,
+)
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (32, 96), (96, 32), (5, 16, 40), (5, 40, 16)], ids=str)
+def test_singular_values_come_near_one_and_vectors_stay(shape: tuple[int, ...]) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    result = orthogonalize(matrices, 5)
+    assert result.shape == shape
+    values = torch.linalg.svdvals(result)
+    assert values.max() < 1.25
+    # A square Gaussian matrix has a few singular values near 0, which five steps do not lift all the way.
+    assert values.min() > (0.65 if shape[-1] != shape[-2] else 0.05)
+    assert (values > 0.65).double().mean() > 0.9
+    # U V^T, not any orthogonal matrix: U^T O V is diagonal with the new singular values.
+    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+    rotated = u.mT @ result @ vh.mT
+    assert (rotated - torch.diag_embed(rotated.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-10
+    scaled = orthogonalize(1000 * matrices, 5)
+    torch.testing.assert_close(scaled, result, rtol=1e-6, atol=1e-7)
+    assert orthogonalize(torch.zeros(shape), 5).abs().max() == 0
+
+
+def quintic(singular: torch.Tensor, steps: int) -> torch.Tensor:
+    for _ in range(steps):
+        singular = 3.4445 * singular - 4.7750 * singular**3 + 2.0315 * singular**5
+    return singular
+
+
+def reference_step(
+    weight: torch.Tensor, gradients: list[torch.Tensor], nesterov: bool, lr: float, decay: float
+) -> torch.Tensor:
+    """Muon's updates by singular values, with the momentum as a sum."""
+    mean = torch.zeros_like(weight)
+    for gradient in gradients:
+        mean = 0.95 * mean + 0.05 * gradient
+        direction = 0.95 * mean + 0.05 * gradient if nesterov else mean
+        u, s, vh = torch.linalg.svd(direction, full_matrices=False)
+        s = quintic(s / (s.square().sum(-1, keepdim=True).sqrt() + 1e-7), 5)
+        update = u @ torch.diag_embed(s) @ vh
+        weight = weight - lr * decay * weight - lr * 0.2 * math.sqrt(max(weight.shape[-2:])) * update
+    return weight
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (3, 12, 20)], ids=str)
+def test_updates_equal_a_reference(shape: tuple[int, ...], nesterov: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    draws = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(4)]
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 2e-5)):
+        parameter = torch.nn.Parameter(draws[0].to(dtype, copy=True))
+        optimizer = Muon([parameter], lr=0.02, nesterov=nesterov, weight_decay=0.3)
+        for gradient in draws[1:]:
+            parameter.grad = gradient.to(dtype)
+            optimizer.step()
+        expected = reference_step(draws[0], draws[1:], nesterov, 0.02, 0.3)
+        assert (parameter.double() - expected).abs().max() < tolerance
+
+
+def test_updates_have_the_size_of_adamw() -> None:
+    """A root mean square of about 0.2 for every shape."""
+    for shape in ((64, 64), (64, 512), (512, 64)):
+        parameter = torch.nn.Parameter(torch.zeros(shape))
+        parameter.grad = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+        Muon([parameter], lr=1.0).step()
+        assert float(parameter.detach().square().mean().sqrt()) == pytest.approx(0.2, rel=0.25)
+
+
+def names(groups: list[dict], model: torch.nn.Module) -> list[set[str]]:
+    found = {parameter: name for name, parameter in model.named_parameters()}
+    return [{found[parameter] for parameter in group["params"]} for group in groups]
+
+
+def build(config: ModelConfig) -> RecurrentDepthTransformer:
+    with torch.device("meta"):
+        return RecurrentDepthTransformer(config)
+
+
+@pytest.mark.parametrize("injection", ["diagonal", "residual", "linear", "add", "gate", "hyper"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_who_steps_what_with_which_decay(injection: str, optimizer: str) -> None:
+    model = build(dataclasses.replace(EVERYTHING, injection=injection, value_embeddings="gated"))
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    tables = {n for n in shapes if n.endswith(("embedding.weight", "head.weight", "token_values.weight"))}
+    config = OptimizerConfig(name=optimizer, weight_decay=0.3, core_lr_scale=0.25)
+    decayed, plain = names(adamw_groups(model, config), model)
+    vectors = {name for name, shape in shapes.items() if len(shape) < 2}
+    ends = {"core.input_matrix.weight", "core.output_matrix.weight"}
+    injected = {n for n, shape in shapes.items() if n.startswith("core.injection.") and len(shape) == 2}
+    assert {n.rsplit(".", 1)[1] for n in injected} == {"linear": {"weight"}, "gate": {"weight"}, "hyper": {"mix"}}.get(
+        injection, set()
+    )
+    assert [g["weight_decay"] for g in adamw_groups(model, config)] == [0.3, 0.0]
+    if optimizer == "adamw":
+        assert plain == vectors | ends | injected
+        assert decayed == set(shapes) - plain
+        assert not muon_groups(model, config)
+        return
+    mixing = {name for name in injected if name.endswith("mix")}
+    assert decayed == tables
+    assert plain == vectors | mixing
+    groups = muon_groups(model, config)
+    by_options = {(g["lr_scale"], g["weight_decay"]): found for g, found in zip(groups, names(groups, model))}
+    assert by_options.pop((1.0, 0.0)) == ends
+    assert by_options.pop((0.25, 0.0), set()) == injected - mixing
+    reused, once = by_options.pop((0.25, 0.3)), by_options.pop((1.0, 0.3))
+    assert not by_options
+    assert reused | once == set(shapes) - decayed - plain - ends - injected
+    assert {n.split(".")[0] for n in once} == {"prelude", "coda"}
+    for name in ("layers.0.attention.query.weight", "layers.0.feedforward.gate", "signals.lora.up"):
+        assert f"core.{name}" in reused
+    assert "core.halting.weight" in plain
+    assert "core.initial" in plain
+
+
+def run_config(optimizer: OptimizerConfig) -> RunConfig:
+    return RunConfig(model=SMALL, train=TrainConfig(), optimizer=optimizer, parallel=ParallelConfig(engine="single"))
+
+
+def train(optimizer: OptimizerConfig, steps: int = 3) -> dict[str, torch.Tensor]:
+    engine = make_engine(run_config(optimizer), torch.device("cpu"))
+    engine.setup(build(SMALL))
+    tokens = torch.randint(0, 61, (4, 17), generator=torch.Generator().manual_seed(3))
+    for _ in range(steps):
+        engine.forward_backward([MicroBatch(tokens, DepthPlan.constant(2, 4))])
+        engine.clip(1.0)
+        engine.step(optimizer.lr)
+    return {name: parameter.detach().clone() for name, parameter in engine.model.named_parameters()}
+
+
+def test_adamw_is_torch_adamw() -> None:
+    config = OptimizerConfig(weight_decay=0.3, lr=0.01)
+    trained = train(config)
+    engine = make_engine(run_config(config), torch.device("cpu"))
+    engine.setup(build(SMALL))
+    weights = dict(engine.model.named_parameters())
+    options = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "foreach": False}
+    groups = [[p for p in weights.values() if p.dim() >= 2], [p for p in weights.values() if p.dim() < 2]]
+    expected = [torch.optim.AdamW(g, weight_decay=w, **options) for g, w in zip(groups, (0.3, 0.0))]
+    tokens = torch.randint(0, 61, (4, 17), generator=torch.Generator().manual_seed(3))
+    for _ in range(3):
+        engine.forward_backward([MicroBatch(tokens, DepthPlan.constant(2, 4))])
+        engine.clip(1.0)
+        for optimizer in expected:
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, weight in weights.items():
+        torch.testing.assert_close(trained[name], weight.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_loop_gets_its_own_rate() -> None:
+    """With everything else equal, the first step of the core is `core_lr_scale` times as long, and no other's."""
+    before = train(OptimizerConfig(name="muon", weight_decay=0.0), steps=0)
+    whole, half = (train(OptimizerConfig(name="muon", weight_decay=0.0, core_lr_scale=s), steps=1) for s in (1.0, 0.5))
+    for name, start in before.items():
+        scale = 0.5 if name.startswith("core.layers.") and start.dim() == 2 else 1.0
+        torch.testing.assert_close(half[name] - start, scale * (whole[name] - start), rtol=1e-3, atol=1e-6)
+        assert not torch.equal(whole[name], start), name
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+def test_deepspeed_is_refused(engine: str) -> None:
+    config = dataclasses.replace(run_config(OptimizerConfig(name="muon")), parallel=ParallelConfig(engine=engine))
+    with pytest.raises(ConfigError, match="flattens"):
+        check_config(config, 2)
+
+
+def test_a_run_keeps_its_optimizer(configure: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Options may change on resume, the optimizer may not; its state goes to no engine that has none."""
+    options = [f"--run.root={tmp_path}", "--train.steps=4", "--eval.every=0", "--optimizer.name=muon"]
+    assert trainer.train(configure(*options)) == 0
+    source = tmp_path / "run" / "checkpoints" / "step-00000002"
+    with pytest.raises(CheckpointError, match=r"trained with optimizer\.name muon.* Set --optimizer\.name muon"):
+        trainer.train(configure(*options[:-1], "--run.name=other"), str(source))
+    with pytest.raises(CheckpointError, match=r"muon, whose state only .* rdt convert .* --to hf"):
+        convert(str(source), str(tmp_path / "zero"), "zero")
+    changed = ["--optimizer.momentum=0.5", "--optimizer.nesterov=false", "--optimizer.core_lr_scale=0.125"]
+    engine = make_engine(configure(*options, *changed), torch.device("cpu"))
+    engine.setup(build(engine.config.model))
+    engine.load(source)
+    groups = engine.optimizers[1].param_groups  # type: ignore[attr-defined]
+    assert {(g["momentum"], g["nesterov"], g["ns_steps"]) for g in groups} == {(0.5, False, 5)}
+    assert {g["lr_scale"] for g in groups} == {1.0, 0.125}

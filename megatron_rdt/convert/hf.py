@@ -37,6 +37,7 @@ PARTS = (
     "masks",
     "flex",
     "context",
+    "monitor",
     "cache",
     "active",
     "linear",

@@ -54,6 +54,7 @@ def test_gradients_of_experts_equal_one_process(engine: str, tmp_path: Path, rep
     assert verdict["discard_2"] < 3e-4
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(560)
 def test_experts_on_every_engine(configure: Callable[..., RunConfig], tmp_path: Path, repository: Path) -> None:

@@ -190,19 +190,17 @@ def generate(words: list[str]) -> int:
 
 def _earlier_values(words: list[str], name: str) -> tuple[list[str], list[str]]:
     """The values of all `--name` but the last, and the words without them."""
-    values, rest, places = [], [], [i for i, word in enumerate(words) if word.partition("=")[0] == f"--{name}"]
-    earlier, skip = set(places[:-1]), False
-    for i, word in enumerate(words):
-        if i in earlier:
-            value, skip = word.partition("=")[2], "=" not in word
-            if not skip:
-                values.append(value)
-        elif skip:
-            values.append(word)
-            skip = False
-        else:
-            rest.append(word)
-    return values, rest
+    places = [i for i, word in enumerate(words) if word.partition("=")[0] == f"--{name}"]
+    values, taken = [], set()
+    for i in places[:-1]:
+        _, equals, value = words[i].partition("=")
+        if not equals:
+            value = words[i + 1]
+            if value.startswith("--") and " " not in value:
+                return [], words  # the parser says what is wrong with an option without its value
+        values.append(value)
+        taken |= {i} if equals else {i, i + 1}
+    return values, [word for i, word in enumerate(words) if i not in taken]
 
 
 def _lines(path: str | None) -> list[str]:

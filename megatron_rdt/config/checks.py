@@ -47,6 +47,8 @@ RANGES: list[tuple[str, float, bool, float | None]] = [
     ("sample.temperature", 0, True, None),
     ("sample.top_k", 0, True, None),
     ("logging.every", 1, True, None),
+    ("logging.monitor_every", 0, True, None),
+    ("logging.jacobian_every", 0, True, None),
 ]
 
 

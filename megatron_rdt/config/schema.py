@@ -195,6 +195,10 @@ class LoggingConfig:
     """Print a console line every this many steps; metrics.jsonl gets every step."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
+    monitor_every: int = 0
+    """Record norm, residual, token correlation and gradient of the state for every iteration, every this many steps; 0 means never."""
+    jacobian_every: int = 0
+    """Record the largest singular value of the last iteration's Jacobian every this many steps, for about six more iterations; 0 means never."""
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ PARTS = (
     "masks",
     "flex",
     "context",
+    "monitor",
     "cache",
     "active",
     "linear",

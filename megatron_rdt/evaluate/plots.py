@@ -18,6 +18,8 @@ SIZE_INCHES, DPI = (7.0, 4.2), 120
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 # Curves of different T may lie on each other: the earlier ones are drawn wider, so that all are seen.
 WIDEST_LINE, WIDEST_MARKER = 4.0, 10.0
+# Curves of the state over iterations.
+MOST_STEPS = 4
 
 Records = Sequence[dict[str, Any]]
 
@@ -136,6 +138,34 @@ def throughput(metrics: Records, path: Path) -> Path:
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_ylim(bottom=0)
     return _save(axes, path)
+
+
+def iterations(metrics: Records, path: Path) -> Path:
+    """Norm and residual of the state after each iteration, at a few steps of the run.
+
+    Args:
+        metrics: records, of which at least one has "iterations".
+        path: of the picture.
+    """
+    measured = [record for record in metrics if record.get("iterations")]
+    parts = np.array_split(np.arange(len(measured)), min(MOST_STEPS, len(measured)))
+    # Of the records near each other, the one with the most iterations.
+    shown = [max((measured[i] for i in part), key=lambda r: len(r["iterations"]["state_norm"])) for part in parts]
+    figure, panels = plt.subplots(1, 2, figsize=SIZE_INCHES, dpi=DPI, layout="constrained")
+    figure.suptitle("The state over the iterations of one pass")
+    names = (("state_norm", "state norm, RMS over channels"), ("state_residual", "residual |h_t - h_(t-1)| / |h_t|"))
+    for axes, (name, label) in zip(panels, names):
+        axes.set(xlabel="iteration t", ylabel=label)
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for index, record in enumerate(shown):
+            values = [np.nan if value is None else value for value in record["iterations"][name]]
+            steps = np.arange(1, len(values) + 1)
+            axes.plot(steps, values, "o-", color=COLOURS[index], markersize=4, label=f"step {record['step']:,}")
+    panels[0].set_ylim(bottom=0)
+    panels[1].set_yscale("log")
+    panels[0].legend()
+    return _save(panels[0], path)
 
 
 def overview(pictures: Sequence[Path], path: Path) -> Path:

@@ -89,6 +89,11 @@ def write_report(run_directory: str | Path) -> Path:
         ),
         (plots.throughput(metrics, out / "throughput.png"), "Throughput of each step against its loop count."),
     ]
+    if any(record.get("iterations") for record in metrics):
+        path = plots.iterations(metrics, out / "iterations.png")
+        figures.append(
+            (path, "Norm and residual of the state after each iteration, in the last micro-batch of a step.")
+        )
     plots.overview([path for path, _ in figures][:4], out / "overview.png")
     samples = read_records(directory / "samples.jsonl", ("step", "loops", "prompt", "text"))
     write_text(out / "index.html", _page(config, metrics, losses, figures, samples))

@@ -1,7 +1,7 @@
 """The recurrent-depth transformer. Nothing here knows how it is sharded."""
 
-from megatron_rdt.model.context import CoreMonitor
 from megatron_rdt.model.initialization import initial_parameter, initialize, reset_buffers
+from megatron_rdt.model.monitor import CoreMonitor
 from megatron_rdt.model.rdt import RecurrentDepthTransformer
 
 __all__ = ["CoreMonitor", "RecurrentDepthTransformer", "initial_parameter", "initialize", "reset_buffers"]

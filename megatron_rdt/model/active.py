@@ -17,18 +17,20 @@ class ActiveTokens:
 
     Attributes:
         size: number of active tokens.
-        whole: whether that is all; then `take` copies nothing.
+        whole: whether that is all; then `take` copies nothing, and there is no need of what follows.
         rows: (rows,) the rows with an active token, ascending.
         columns: (rows, places) indices into the sequence.
     """
 
     def __init__(self, running: torch.Tensor) -> None:
         counts = running.sum(1)
+        self.size = int(counts.sum())
+        self.whole = self.size == running.numel()
+        if self.whole:
+            return
         self.rows = counts.nonzero()[:, 0]
         counts = counts[self.rows]
         most = int(counts.max())
-        self.size = int(counts.sum())
-        self.whole = self.size == running.numel()
         first = running[self.rows].int().argsort(dim=1, descending=True, stable=True)[:, :most]
         place = torch.arange(most, device=running.device).minimum(counts[:, None] - 1)
         self.columns = first.gather(1, place)

@@ -66,7 +66,7 @@ class AdaptiveLoop:
         mixture, close = self._mixture(core), core.injection.close
         used, hits = torch.zeros_like(tokens), torch.zeros_like(tokens)
         active, part = ActiveTokens(running), inputs
-        answers = logits = halted = old = new = None
+        answers = logits = halted = new = None
         for t in range(self.loops):
             slot, back = self._slot(core, first_slot, t), self._slot(core, first_slot, t - 1)
             cache: KeyValueCache = self.cache
@@ -79,13 +79,14 @@ class AdaptiveLoop:
             if mixture is not None:
                 answer, halted = mixture.update(active, reached)
             if self.coda_slots:
-                old = None if logits is None else active.take(logits)
                 new = self.predict(core.finish(answer), part.context, cache, slot + len(core.layers))
                 logits = new if logits is None else active.put(logits, new)
             answers = answer if answers is None else active.put(answers, answer)
-            used = active.put(used, torch.full_like(active.columns, t + 1))
-            holds = criterion.holds(Iteration(active, close(before), reached, old, new, halted))
-            if holds is not None:
+            used = active.put(used, used.new_full(after.shape[:2], t + 1))
+            holds = criterion.holds(Iteration(active, close(before), reached, new, halted))
+            if holds is not None and self.rule.hits == 1:
+                running = active.put(running, ~holds)
+            elif holds is not None:
                 counted = torch.where(holds, active.take(hits) + 1, 0)
                 hits = active.put(hits, counted)
                 running = active.put(running, counted < self.rule.hits)

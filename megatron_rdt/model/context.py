@@ -33,6 +33,11 @@ class LayerContext:
         self.tokens = tokens
         self.start = start
 
+    def in_dtype(self, dtype: torch.dtype) -> "LayerContext":
+        """The same with matrix products in another dtype."""
+        cosines, sines = (table.to(dtype) for table in self.rotary)
+        return LayerContext((cosines, sines), self.mask, dtype, self.tokens, self.start)
+
     def rows(self, rows: torch.Tensor | slice) -> "LayerContext":
         """The context of some of the sequences; what all sequences share is kept."""
         cosines, sines = (_rows(table, rows) for table in self.rotary)
@@ -44,35 +49,3 @@ class LayerContext:
 def _rows(tensor: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
     """Rows of a tensor (batch, heads, ...); one without a batch dimension, or with one of size 1, is for all."""
     return tensor if tensor.dim() < 4 or tensor.shape[0] == 1 else tensor[rows]
-
-
-class CoreMonitor:
-    """Collects what the loop measured; the caller passes one in and reads it afterwards.
-
-    Attributes (0-dimensional float32 tensors, None until measured):
-        spectral_radius: of the linear part of the recurrence, as the forward pass used it.
-        state_norm: root mean square over channels of the final state, averaged over tokens.
-        state_residual: |h_T - h_(T-1)| / |h_T|, both states as the loop sees them.
-        token_correlation: mean cosine between the final states of different tokens of one sequence.
-    """
-
-    def __init__(self) -> None:
-        self.spectral_radius: torch.Tensor | None = None
-        self.state_norm: torch.Tensor | None = None
-        self.state_residual: torch.Tensor | None = None
-        self.token_correlation: torch.Tensor | None = None
-
-    @torch.no_grad()
-    def measure(self, previous: torch.Tensor, state: torch.Tensor, spectral_radius: torch.Tensor) -> None:
-        """Measure the last iteration, from `previous` to `state`, both (batch, sequence, dim)."""
-        self.spectral_radius = spectral_radius.detach()
-        previous, state = previous.detach().float(), state.detach().float()
-        self.state_norm = state.square().mean(-1).sqrt().mean()
-        norm = torch.linalg.vector_norm(state).clamp_min(1e-30)
-        self.state_residual = torch.linalg.vector_norm(state - previous) / norm
-        directions = torch.nn.functional.normalize(state, dim=-1)
-        tokens = state.shape[1]
-        if tokens > 1:
-            # The squared norm of the summed directions counts every pair of tokens, and each token with itself.
-            pairs = directions.sum(1).square().sum(-1) - directions.square().sum((1, 2))
-            self.token_correlation = (pairs / (tokens * (tokens - 1))).mean()

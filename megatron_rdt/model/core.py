@@ -18,11 +18,12 @@ from torch.utils.checkpoint import checkpoint
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth.plan import DepthPlan
 from megatron_rdt.model.attention import KeyValueCache
-from megatron_rdt.model.context import CoreMonitor, LayerContext
+from megatron_rdt.model.context import LayerContext
 from megatron_rdt.model.halting import HaltingUnit, make_tracker
 from megatron_rdt.model.injection import Injection
 from megatron_rdt.model.layer import Layer
 from megatron_rdt.model.linear import Linear, linear
+from megatron_rdt.model.monitor import CoreMonitor, top_singular_values
 from megatron_rdt.model.norm import RMSNorm
 from megatron_rdt.model.signals import Signals
 
@@ -120,7 +121,7 @@ class RecurrentCore(nn.Module):
             context: rotary tables, mask, compute dtype.
             cache: keys and values of earlier positions; iteration t uses slots first_slot + t * layers ...
             first_slot: first cache slot of the loop.
-            monitor: receives the measurements of the last iteration.
+            monitor: receives the measurements that it asks for; they change nothing.
             runner: runs the iterations instead; it has a cache of its own.
             budget: iteration t uses the cache slots of t mod budget; 0 means of t.
 
@@ -149,16 +150,50 @@ class RecurrentCore(nn.Module):
                     state = self.iterate(previous, t, part, cache, slot)
                 if tracker is not None:
                     tracker.update(self.injection.close(state), last=number == plan.deepest)
+            if monitor is not None and monitor.per_iteration:
+                monitor.watch_gradient(tick.ages, state)
+                self._measure(monitor, previous, state, tick.ages)
         if monitor is not None:
-            close, radius = self.injection.close, self.injection.spectral_radius()
-            monitor.measure(close(previous), close(state), radius)
+            self._measure(monitor, previous, state)
+            if monitor.per_iteration:
+                monitor.measure_input(self.injection.injected(inputs.encoded.detach()))
+            if monitor.jacobian_steps and cache is None:
+                monitor.jacobian_norm = self.stretch(previous, t, part, monitor.jacobian_steps).max()
         state, extras = (self.injection.close(state), {}) if tracker is None else tracker.result()
         if not plan.uniform:
             back = order.argsort()
             state, extras = state[back], {name: value[back] for name, value in extras.items()}
         if self.initial is not None:  # a gradient, if zero, also where truncation cuts it off: ranks reduce the same
             state = state + 0 * self.initial
+            extras = {n: value + 0 * self.initial if n == "states" else value for n, value in extras.items()}
         return self.finish(state), {name: self.finish(v) if name == "states" else v for name, v in extras.items()}
+
+    @torch.no_grad()
+    def _measure(
+        self, monitor: CoreMonitor, previous: torch.Tensor, state: torch.Tensor, ages: tuple[int, ...] | None = None
+    ) -> None:
+        """Give the monitor a pass of these ages, or the last one."""
+        states = self.injection.close(previous), self.injection.close(state)
+        if ages is None:
+            monitor.measure(*states, self.injection.spectral_radius())
+        else:
+            monitor.measure_pass(ages, *states)
+
+    def stretch(self, state: torch.Tensor, t: torch.Tensor, inputs: LoopInputs, steps: int) -> torch.Tensor:
+        """Largest singular value of the t-th iteration's Jacobian at `state`, of each sequence: (batch,).
+
+        A lower bound, see `top_singular_values`. Products are in the dtype of the state: in bfloat16 the differences
+        would be rounding.
+        """
+        values = [None if value is None else value.detach() for value in inputs.token_values]
+        context = inputs.context.in_dtype(state.dtype)
+        wide = LoopInputs(inputs.encoded.detach(), context, inputs.total, values)
+        training = self.training
+        self.eval()  # this is no training: experts do not count these tokens
+        try:
+            return top_singular_values(lambda h: self.iterate(h, t, wide), state, steps)
+        finally:
+            self.train(training)
 
     def prepare(self, encoded: torch.Tensor, plan: DepthPlan, context: LayerContext) -> LoopInputs:
         """What is computed once for all iterations."""

@@ -69,15 +69,13 @@ class Iteration:
 
     Attributes:
         previous, state: before and after it, as the coda would see them.
-        old_logits, logits: the predictions of the previous iteration and of this, None where no rule needs them; the
-            former is None in the first.
+        logits: its predictions, None where no rule needs them.
         halted: sum of ACT's halting probabilities, None without ACT.
     """
 
     active: ActiveTokens
     previous: torch.Tensor
     state: torch.Tensor
-    old_logits: torch.Tensor | None
     logits: torch.Tensor | None
     halted: torch.Tensor | None
 
@@ -125,14 +123,18 @@ class SecondDifference(Criterion):
 class Divergence(Criterion):
     """The prediction changes little, and, where a limit is given, is certain."""
 
+    before: torch.Tensor | None = None
+
     def holds(self, seen: Iteration) -> torch.Tensor | None:
         """KL(p_t || p_(t-1)) < E, from the second iteration on; with kl_entropy also H(p_t) < E'."""
-        if seen.old_logits is None or seen.logits is None:
+        assert seen.logits is not None, "the loop predicts for this rule"
+        wide = torch.promote_types(seen.logits.dtype, torch.float32)
+        new = seen.logits.log_softmax(-1, dtype=wide)
+        if self.before is None:
+            self.before = new
             return None
-        new, old = (
-            logits.float() if logits.dtype.itemsize < 4 else logits for logits in (seen.logits, seen.old_logits)
-        )
-        new, old = new.log_softmax(-1), old.log_softmax(-1)
+        old = seen.active.take(self.before)
+        self.before = seen.active.put(self.before, new)
         probabilities = new.exp()
         small = (probabilities * (new - old)).sum(-1) < self.rule.threshold
         if self.rule.kind == "kl_entropy":

@@ -12,7 +12,7 @@ from megatron_rdt.depth.plan import DepthPlan
 from megatron_rdt.model.adaptive import AdaptiveLoop
 from megatron_rdt.model.attention import KeyValueCache
 from megatron_rdt.model.cache import KVCache
-from megatron_rdt.model.context import CoreMonitor, LayerContext
+from megatron_rdt.model.context import LayerContext
 from megatron_rdt.model.core import RecurrentCore
 from megatron_rdt.model.exits import ExitRule, ExitTrace
 from megatron_rdt.model.flex import model_mask
@@ -20,6 +20,7 @@ from megatron_rdt.model.layer import Layer
 from megatron_rdt.model.linear import Linear, linear
 from megatron_rdt.model.loss import cross_entropy, soften
 from megatron_rdt.model.masks import padded_mask
+from megatron_rdt.model.monitor import CoreMonitor
 from megatron_rdt.model.norm import RMSNorm
 from megatron_rdt.model.rope import rotary_tables
 from megatron_rdt.model.state import normal_state

@@ -31,9 +31,9 @@ Job = tuple[torch.Tensor, dict[str, Any]]
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int) -> torch.Tensor:
-    """(..., rows, columns) -> about U V^T of each U S V^T, singular values within 0.3 of 1, by Newton-Schulz steps.
+    """(..., rows, columns) -> about U V^T of each U S V^T, by Newton-Schulz steps in the dtype of the input.
 
-    In the dtype of the input. Singular values far below the largest take more steps to come near 1.
+    After 5 steps singular values lie between 0.68 and 1.21, except those that were below 0.0015 of the matrix's norm.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices

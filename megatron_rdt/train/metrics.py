@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,18 @@ def finite_or_null(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def scalars(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Every number in a record with its path as name; places in a list count from 1. The step and nulls are left out."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from scalars(f"{name}/{key}", inner) if key != "step" else ()
+    elif isinstance(value, list):
+        for place, inner in enumerate(value, 1):
+            yield from scalars(f"{name}/{place}", inner)
+    elif value is not None:
+        yield name, value
+
+
 class Recorder:
     """Appends records; every file is flushed per record. Made on rank 0 only.
 
@@ -83,9 +96,8 @@ class Recorder:
         """One optimizer step."""
         self._append("metrics.jsonl", record)
         if self._board is not None:
-            for key, value in record.items():
-                if key != "step" and value is not None:
-                    self._board.add_scalar(f"train/{key}", value, record["step"])
+            for name, value in scalars("train", record):
+                self._board.add_scalar(name, value, record["step"])
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """Validation losses {"step", "tokens", "losses": {"T": loss}}."""

@@ -19,13 +19,14 @@ from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED, CheckpointError, Traini
 from megatron_rdt.evaluate.loss import validation_losses
 from megatron_rdt.files import exclusive, write_text
 from megatron_rdt.inference.generate import generate
-from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer
+from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.flops import forward_flops, training_flops
 from megatron_rdt.model.moe import rebalance
 from megatron_rdt.parallel import Engine, MicroBatch, make_engine
 from megatron_rdt.train.hardware import peak_flops, peak_memory_gb
 from megatron_rdt.train.health import Guard
 from megatron_rdt.train.metrics import Console, Recorder, forget_after
+from megatron_rdt.train.monitoring import Monitoring
 from megatron_rdt.train.preflight import changed_settings, open_data, refuse_to_overwrite
 from megatron_rdt.train.schedule import learning_rate
 from megatron_rdt.train.signals import StopRequest
@@ -108,6 +109,7 @@ class Trainer:
         self.first_step = 0
         self.saved_at: int | None = None
         self.recorder: Recorder | None = None
+        self.monitoring = Monitoring(config.logging)
 
     def run(self, source: Path | None) -> int:
         """Train from `source` (or from scratch) to the last step; returns the exit status."""
@@ -177,7 +179,7 @@ class Trainer:
             MicroBatch(batch.tokens[part], self._plan(batch, part), None if documents is None else documents[part])
             for part in parts
         ]
-        monitor = CoreMonitor()
+        monitor = self.monitoring.monitor(self.step + 1)
         losses = self.engine.forward_backward(micro_batches, monitor)
         loss = losses.pop("cross_entropy")
         grad_norm = self.engine.clip(config.optimizer.grad_clip)
@@ -206,7 +208,7 @@ class Trainer:
             "tokens_per_second": tokens / step_s,
             "mfu": flops / step_s / (peak * self.engine.world_size) if peak else None,
             **depth,
-            **_measured(monitor),
+            **self.monitoring.readings(monitor),
             "memory_gb": peak_memory_gb(self.device),
             "data_wait_s": waited - began,
             "step_s": step_s,
@@ -225,6 +227,7 @@ class Trainer:
             self.sampler.backprop(self.step),
         )
         counts = Counter(plan.iterations)
+        self.monitoring.drawn += counts
         return {
             "loops_mean": plan.total / train.global_batch,
             "loops_max": plan.deepest,
@@ -397,10 +400,3 @@ class Trainer:
         """Close the records."""
         if self.recorder is not None:
             self.recorder.close()
-
-
-def _measured(monitor: CoreMonitor) -> dict[str, float | None]:
-    """The monitor's readings as numbers; one transfer for all."""
-    names = ("spectral_radius", "state_norm", "state_residual", "token_correlation")
-    values = {name: getattr(monitor, name) for name in names}
-    return {name: float(value) if value is not None else None for name, value in values.items()}

@@ -102,7 +102,18 @@ print("all equal")
 
 @pytest.mark.distributed
 @pytest.mark.timeout(150)
-@pytest.mark.parametrize("extra", [[], ["--model.tie_embeddings=false", "--model.state_init=normal"]])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [],
+        [
+            "--model.tie_embeddings=false",
+            "--model.state_init=normal",
+            "--model.core_ffn=moe",
+            "--model.balance_rate=0.1",
+        ],
+    ],
+)
 def test_transformers_gives_the_same(
     extra: list[str], tmp_path: Path, tiny_options: list[str], repository: Path
 ) -> None:

@@ -121,7 +121,7 @@ def whole(parts: dict[str, dict[str, Any]], root: Path, corpus: Path) -> dict[st
         "checkpoint": {"every": STEPS // 2, "keep": 0},
         "data": {"path": str(corpus), "max_epochs": 100},
         "eval": {"every": 0},
-        "logging": {"tensorboard": False, "every": STEPS},
+        "logging": {"tensorboard": False, "every": STEPS, "monitor_every": 7, "jacobian_every": 20},
     }
 
 

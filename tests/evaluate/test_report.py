@@ -199,3 +199,19 @@ def test_any_number_of_loop_counts_is_drawn(tmp_path: Path, configure: Callable[
     table = loop_probabilities(configure().depth)
     assert len(table) == 7
     plots.loop_histogram(metrics, table, tmp_path / "histogram.png")
+
+
+def test_the_state_over_iterations_is_drawn_where_it_was_recorded(run: Path) -> None:
+    def add(record: dict) -> None:
+        if record["step"] % 2 == 0:
+            norms = [1.0 + t / 4 for t in range(record["step"])]
+            residuals = [0.5**t for t in range(record["step"])]
+            record["iterations"] = {"state_norm": norms, "state_residual": [None, *residuals[1:]]}
+
+    change(run, add)
+    page = Page(write_report(run))
+    assert len(page.references) == len(PICTURES) + 1
+    image = matplotlib.image.imread(run / "report" / "iterations.png")
+    assert image.shape[:2] == (504, 840)
+    coloured = image[..., :3].max(-1) - image[..., :3].min(-1) > 0.25
+    assert min(coloured[:, :420].sum(), coloured[:, 420:].sum()) > 300, "a curve in each half"

@@ -1,5 +1,6 @@
 """`rdt generate`: several prompts, streaming, stop texts, exit rules, and what it refuses."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from launch.cli import run_command
 from megatron_rdt.config import RunConfig
-from megatron_rdt.inference import load, stream_text
+from megatron_rdt.inference import generate, load, stream_text
 from megatron_rdt.inference.text import pieces, stop_ids
 from megatron_rdt.train.trainer import train
 
@@ -58,13 +59,17 @@ def test_a_character_in_several_tokens_comes_whole(run: str) -> None:
 
 
 def test_stop_texts_and_ids(run: str, capsys: pytest.CaptureFixture[str]) -> None:
-    _, tokenizer = load(run, "cpu")
-    free = generated(capsys, run, "--temperature=0")
-    ids = tokenizer.encode(free.removesuffix("\n"))
-    assert stop_ids(tokenizer, [ids[3], tokenizer.processor.id_to_piece(ids[3]).replace("\u2581", " ")]) == [ids[3]] * 2
-    stopped = generated(capsys, run, "--temperature=0", f"--stop_ids={ids[3]}")
-    assert free.startswith(stopped.removesuffix("\n"))
-    assert len(stopped) < len(free)
+    model, tokenizer = load(run, "cpu")
+    prompt = tokenizer.encode("def ")
+    free = generate(model, [prompt], 3, 12, temperature=0.8, top_k=50)[0]
+    last = free[len(prompt) + 3]
+    expected = tokenizer.decode(free[: free.index(last, len(prompt)) + 1])
+    assert generated(capsys, run, f"--stop_ids={last},{last}") == f"{expected}\n"
+    assert generated(capsys, run) == f"{tokenizer.decode(free)}\n"
+    ends = {text: stop_ids(tokenizer, [text]) for text in ("\n", ":", " =")}
+    assert all(tokenizer.processor.id_to_piece(id).replace("\u2581", " ") == text for text, (id,) in ends.items())
+    at_ends = generate(model, [prompt], 3, 12, temperature=0.8, top_k=50, stop=[id for (id,) in ends.values()])[0]
+    assert generated(capsys, run, f"--stop={json.dumps(list(ends))}") == f"{tokenizer.decode(at_ends)}\n"
 
 
 def test_an_exit_rule_reports_what_it_used(run: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,6 +98,8 @@ def test_an_exit_rule_reports_what_it_used(run: str, capsys: pytest.CaptureFixtu
         (["--prompt=a", "--prompt="], "the prompt is empty"),
         (["--prompt=", "--prompt=a"], "the prompt is empty"),
         (["--prompt"], "--prompt needs a value"),
+        (["--prompt", "--prompt=a"], "--prompt needs a value"),
+        (["--prompt", "--tokens=3", "--prompt", "a"], "--prompt needs a value"),
     ],
 )
 def test_words_without_a_meaning_are_refused(

@@ -145,6 +145,17 @@ def test_a_sequence_that_joins_late_is_halted_as_if_alone(small) -> None:
         torch.testing.assert_close(value, sum(part[name] for part in alone))
 
 
+@pytest.mark.parametrize("plan", [*UNIFORM, DepthPlan((6, 6), 1)], ids=str)
+@pytest.mark.parametrize("kind", ["act", "gate"])
+@pytest.mark.parametrize("options", [{}, {"injection": "hyper"}, {"signals": ["lora"], "core_norm": "last"}], ids=str)
+def test_every_parameter_has_a_gradient(options, kind, plan, small) -> None:
+    """If only zero, also where truncation cuts a learned state off: ranks reduce the same."""
+    model = small(halting=kind, state_init="learned", **options)
+    tokens, targets = batch(plan)
+    model(tokens, plan, targets=targets)["objective"].backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
 @pytest.mark.parametrize("kind", ["act", "gate"])
 @pytest.mark.parametrize("bias", [-1e4, -40.0, 40.0, 1e4])
 def test_saturated_probabilities_leave_finite_gradients(kind, bias, small) -> None:

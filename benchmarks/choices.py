@@ -61,15 +61,15 @@ AXES: dict[str, dict[str, dict[str, object]]] = {
         "gate, weight 0.1": {"model.halting": "gate", "model.halting_weight": 1e-1},
     },
     "optimizer": {
-        **{f"adamw, lr {lr}": {"optimizer.lr": lr} for lr in (1e-3, 3e-3, 1e-2)},
-        **{f"muon, lr {lr}": {"optimizer.name": "muon", "optimizer.lr": lr} for lr in (1e-3, 3e-3, 1e-2)},
+        **{f"adamw, lr {lr}": {"optimizer.lr": lr} for lr in (1e-3, 3e-3, 1e-2, 3e-2)},
+        **{f"muon, lr {lr}": {"optimizer.name": "muon", "optimizer.lr": lr} for lr in (1e-3, 3e-3, 1e-2, 3e-2)},
         **{
             f"muon, lr {lr}, core_lr_scale 1": {
                 "optimizer.name": "muon",
                 "optimizer.lr": lr,
                 "optimizer.core_lr_scale": 1.0,
             }
-            for lr in (3e-3, 1e-2)
+            for lr in (3e-3, 1e-2, 3e-2)
         },
     },
     "loss": {

@@ -147,15 +147,10 @@ class RecurrentDepthTransformer(nn.Module):
         none = None if padding is None else places < padding[:, None]
         runner = None
         if exit_rule is not None and exit_rule.kind != "fixed":
-            if targets is not None:
-                raise ValueError("an exit rule is for inference; leave the targets out and compare with the logits")
             cache = KVCache() if cache is None else cache
-            if not isinstance(cache, KVCache):
-                raise ValueError(f"an exit rule needs a KVCache, not a {type(cache).__name__}")
-            runner = AdaptiveLoop(exit_rule, plan.loops, cache, self.predict, len(self.coda), none, trace)
+            runner = self._adaptive_loop(exit_rule, plan, cache, none, trace, targets)
         elif trace is not None:
-            trace.iterations = torch.tensor(plan.iterations)[:, None].expand(batch, sequence).to(tokens.device)
-            trace.iterations = trace.iterations if none is None else trace.iterations.masked_fill(none, 0)
+            trace.fill(plan.iterations, tokens, none)
         if cache is not None:
             self._check_cache(cache, start, plan.loops, exit_rule)
         if padding is not None:
@@ -163,12 +158,11 @@ class RecurrentDepthTransformer(nn.Module):
         elif positions is None:
             positions = places
 
-        x = self.embed(tokens)
+        embedded = x = self.embed(tokens)
         dtype = self.compute_dtype or x.dtype
         seen = model_mask(self.config, tokens, start, dtype, cache is not None, documents, mask)
         rotary = rotary_tables(positions, self.config.rotary_dim, self.config.rope_base, dtype)
         context = LayerContext(rotary, seen, dtype, tokens, start)
-        embedded = x
         for slot, layer in enumerate(self.prelude):
             x = layer(x, context, cache, slot)
         slot = len(self.prelude)
@@ -181,6 +175,22 @@ class RecurrentDepthTransformer(nn.Module):
             return extras["logits"]
         slot += min(budget or plan.deepest, plan.deepest) * self.config.core_layers
         return self.predict(x, context, cache, slot)
+
+    def _adaptive_loop(
+        self,
+        rule: ExitRule,
+        plan: DepthPlan,
+        cache: DepthCache,
+        none: torch.Tensor | None,
+        trace: ExitTrace | None,
+        targets: torch.Tensor | None,
+    ) -> AdaptiveLoop:
+        """The loop that lets tokens stop; `none` is True where there is no token."""
+        if targets is not None:
+            raise ValueError("an exit rule is for inference; leave the targets out and compare with the logits")
+        if not isinstance(cache, KVCache):
+            raise ValueError(f"an exit rule needs a KVCache, not a {type(cache).__name__}")
+        return AdaptiveLoop(rule, plan.loops, cache, self.predict, len(self.coda), none, trace)
 
     def predict(
         self, state: torch.Tensor, context: LayerContext, cache: KeyValueCache | None = None, first_slot: int = 0

@@ -2,14 +2,22 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.checkpoint.together import gather
-from megatron_rdt.config import RunConfig
-from megatron_rdt.data import CorpusManifest, TokenCorpus, fixed_documents, fixed_windows, load_manifest
-from megatron_rdt.errors import ConfigError, DataError
+from megatron_rdt.config import RunConfig, load_config
+from megatron_rdt.data import (
+    CorpusManifest,
+    TokenCorpus,
+    fixed_documents,
+    fixed_windows,
+    load_manifest,
+    shard_difference,
+)
+from megatron_rdt.errors import CheckpointError, ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,45 @@ def refuse_to_overwrite(run_directory: Path, resume: str) -> None:
         raise ConfigError(
             f"{run_directory} holds checkpoints of its own, which a run from {resume} would replace. "
             "Choose another --run.name."
+        )
+
+
+def check_resumable(source: Path, state: dict[str, Any], config: RunConfig, corpus: TokenCorpus) -> None:
+    """CheckpointError where a run of this config cannot go on from a checkpoint.
+
+    Args:
+        source: the checkpoint.
+        state: its trainer.json.
+        config: of the run.
+        corpus: the training split.
+    """
+    checkpoints.check_same_model(source, config.model)
+    optimizer = load_config(source / "config.yaml").optimizer.name
+    if optimizer != config.optimizer.name:
+        raise CheckpointError(
+            f"{source} was trained with optimizer.name {optimizer}, whose state is not that of {config.optimizer.name}. "
+            f"Set --optimizer.name {optimizer}."
+        )
+    if state["step"] > config.train.steps:
+        raise CheckpointError(
+            f"{source} is at step {state['step']}, but train.steps is {config.train.steps}. Set --train.steps "
+            "to the length of the whole run, or name an earlier checkpoint in --resume."
+        )
+    data = state["data"]
+    for key, mine in (
+        ("data_fingerprint", corpus.fingerprint),
+        ("sequence_length", config.train.sequence_length),
+        ("seed", config.run.seed),
+    ):
+        if data[key] == mine:
+            continue
+        change = f"{key} {data[key]}, now it is {mine}"
+        if key == "data_fingerprint" and "shards" in data:  # checkpoints of before 0.1.0 may lack them
+            difference = shard_difference(data["shards"], corpus.manifest.shard_hashes)
+            change = f"other data than {config.data.path} holds now ({key}): {difference}"
+        raise CheckpointError(
+            f"{source} was trained with {change}: the order of the data would change. "
+            "Use the same shards, train.sequence_length and run.seed, or start a new --run.name."
         )
 
 

@@ -12,10 +12,10 @@ import torch
 
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import RunConfig, dump_config, load_config
-from megatron_rdt.data import Batch, BatchLoader, Tokenizer, shard_difference
+from megatron_rdt.data import Batch, BatchLoader, Tokenizer
 from megatron_rdt.depth import DepthPlan, DepthSampler
 from megatron_rdt.environment import ProcessPlace, process_place
-from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED, CheckpointError, TrainingError
+from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED, TrainingError
 from megatron_rdt.evaluate.loss import validation_losses
 from megatron_rdt.files import exclusive, write_text
 from megatron_rdt.inference.generate import generate
@@ -27,7 +27,7 @@ from megatron_rdt.train.hardware import peak_flops, peak_memory_gb
 from megatron_rdt.train.health import Guard
 from megatron_rdt.train.metrics import Console, Recorder, forget_after
 from megatron_rdt.train.monitoring import Monitoring
-from megatron_rdt.train.preflight import changed_settings, open_data, refuse_to_overwrite
+from megatron_rdt.train.preflight import changed_settings, check_resumable, open_data, refuse_to_overwrite
 from megatron_rdt.train.schedule import learning_rate
 from megatron_rdt.train.signals import StopRequest
 from megatron_rdt.train.world import join_world
@@ -330,27 +330,14 @@ class Trainer:
         self._say(f"step {self.step}: saved {path}")
 
     def _restore(self, source: Path) -> None:
-        """Load engine state and position; refuse a checkpoint that does not belong to this model or data."""
-        checkpoints.check_same_model(source, self.config.model)
-        before = load_config(source / "config.yaml")
-        if before.optimizer.name != self.config.optimizer.name:
-            raise CheckpointError(
-                f"{source} was trained with optimizer.name {before.optimizer.name}, whose state is not that of "
-                f"{self.config.optimizer.name}. Set --optimizer.name {before.optimizer.name}."
-            )
-        changed = changed_settings(before, self.config)
+        """Load engine state and position; refuse a checkpoint that does not belong to this run."""
         state = checkpoints.read_trainer_state(source)
-        if state["step"] > self.config.train.steps:
-            raise CheckpointError(
-                f"{source} is at step {state['step']}, but train.steps is {self.config.train.steps}. Set --train.steps "
-                "to the length of the whole run, or name an earlier checkpoint in --resume."
-            )
-        data = state["data"]
-        self._check_same_data(source, data)
+        check_resumable(source, state, self.config, self.corpus)
+        changed = changed_settings(load_config(source / "config.yaml"), self.config)
         self.engine.load(source)
         checkpoints.restore_buffers(self.engine.model, source)
         checkpoints.restore_rank_rng(source, self.engine.rank)
-        self.step, self.consumed = state["step"], data["consumed_samples"]
+        self.step, self.consumed = state["step"], state["data"]["consumed_samples"]
         self.guard.skipped = state["skipped_steps"]
         # A run that starts from another one's checkpoint is a run of its own.
         if source.resolve().parent == (self.run_directory / checkpoints.CHECKPOINTS).resolve():
@@ -359,23 +346,6 @@ class Trainer:
         self._say(f"resumed from {source} (step {self.step})")
         if changed:
             self._say(f"changed since it was saved: {', '.join(changed)}")
-
-    def _check_same_data(self, source: Path, data: dict[str, Any]) -> None:
-        for key, mine in (
-            ("data_fingerprint", self.corpus.fingerprint),
-            ("sequence_length", self.config.train.sequence_length),
-            ("seed", self.config.run.seed),
-        ):
-            if data[key] == mine:
-                continue
-            change = f"{key} {data[key]}, now it is {mine}"
-            if key == "data_fingerprint" and "shards" in data:  # checkpoints of before 0.1.0 may lack them
-                difference = shard_difference(data["shards"], self.corpus.manifest.shard_hashes)
-                change = f"other data than {self.config.data.path} holds now ({key}): {difference}"
-            raise CheckpointError(
-                f"{source} was trained with {change}: the order of the data would change. "
-                "Use the same shards, train.sequence_length and run.seed, or start a new --run.name."
-            )
 
     def _open_run_directory(self, parameters: int, source: Path | None) -> None:
         if not self.is_first:

@@ -41,6 +41,7 @@ def test_killed_runs_resume_exactly(engine: str, tmp_path: Path, repository: Pat
     engine, _, optimizer = engine.partition(" ")
     options = [*tiny_options, f"--run.root={tmp_path}", f"--parallel.engine={engine}"]
     options += [f"--optimizer.name={optimizer or 'adamw'}"]
+    options += ["--model.core_ffn=moe", "--model.balance_rate=0.05"]  # its bias is state that is no parameter
     straight = start([*options, "--run.name=straight", "--eval.every=0"], repository)
     options += ["--eval.every=3", "--sample.every=2", "--sample.tokens=2"]
     text, _ = straight.communicate(timeout=120)

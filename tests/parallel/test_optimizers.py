@@ -219,3 +219,13 @@ def test_a_run_keeps_its_optimizer(configure: Callable[..., RunConfig], tmp_path
     groups = engine.optimizers[1].param_groups  # type: ignore[attr-defined]
     assert {(g["momentum"], g["nesterov"], g["ns_steps"]) for g in groups} == {(0.5, False, 5)}
     assert {g["lr_scale"] for g in groups} == {1.0, 0.125}
+
+
+def test_the_shape_before_zero_sharded_it_decides() -> None:
+    model = RecurrentDepthTransformer(SMALL)
+    before = [len(group["params"]) for group in adamw_groups(model, OptimizerConfig())]
+    assert min(before) > 4
+    for parameter in model.parameters():
+        parameter.ds_shape = parameter.shape  # type: ignore[attr-defined]
+        parameter.data = torch.empty(0)
+    assert [len(group["params"]) for group in adamw_groups(model, OptimizerConfig())] == before

@@ -128,7 +128,8 @@ def read_hf(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
         weights = load_file(folder / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHTS_FILE} is damaged ({error}). {again}") from None
-    return config, {name.removeprefix(PREFIX): tensor.float() for name, tensor in weights.items()}
+    # Copies: in the file tensors are not aligned as PyTorch's own are, and products of them differ in the last digit.
+    return config, {name.removeprefix(PREFIX): tensor.to(torch.float32, copy=True) for name, tensor in weights.items()}
 
 
 def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:

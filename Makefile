@@ -27,7 +27,8 @@ quickstart: install
 test: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not cluster"
+	$(BIN)/python -m pytest --numprocesses 2 -m "not cluster and not distributed"
+	$(BIN)/python -m pytest -m distributed
 
 SLURM := command -v sbatch && command -v slurmctld && command -v slurmd && command -v munged
 test-cluster: export PATH := $(PATH):/usr/sbin:/sbin

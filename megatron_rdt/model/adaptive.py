@@ -78,7 +78,7 @@ class AdaptiveLoop:
             reached = answer = close(after)
             if mixture is not None:
                 answer, halted = mixture.update(active, reached)
-            if self.coda_slots:
+            if self.rule.predicts:
                 new = self.predict(core.finish(answer), part.context, cache, slot + len(core.layers))
                 logits = new if logits is None else active.put(logits, new)
             answers = answer if answers is None else active.put(answers, answer)
@@ -103,10 +103,6 @@ class AdaptiveLoop:
             self.trace.iterations = used if self.padding is None else used.masked_fill(self.padding, 0)
         assert answers is not None
         return core.finish(answers), {} if logits is None else {"logits": logits}
-
-    def slots(self, core_layers: int) -> int:
-        """Number of slots that the iterations take."""
-        return min(self.cache.budget or self.loops, self.loops) * (core_layers + self.coda_slots)
 
     def _slot(self, core: RecurrentCore, first_slot: int, t: int) -> int:
         """First slot of iteration t."""

@@ -228,33 +228,51 @@ class RecurrentDepthTransformer(nn.Module):
 
         Returns:
             "objective": what to minimise, with gradient; "cross_entropy" of the last iteration's prediction; what
-            the model adds, each where it has it: "ponder" (iterations and remainder of ACT), "exit_entropy" and
-            "exit_iteration" (of the exit gate's distribution).
+            the model adds, each where it has it: "ponder" (iterations and remainder of ACT), and with gradient
+            "exit_entropy" and "exit_iteration" (of the exit gate's distribution).
         """
         config, matrix = self.config, self._output_matrix()
         options: dict[str, Any] = {"softcap": config.logit_softcap, "z_weight": self.z_weight}
-        if config.halting != "gate":
-            objective, entropy, _ = cross_entropy(self.read_out(state, context), matrix, targets, **options)
-            if config.halting == "none":
-                return {"objective": objective, "cross_entropy": entropy}
-            ponder = extras["ponder"].sum()
-            return {
-                "objective": objective + config.halting_weight * ponder,
-                "cross_entropy": entropy,
-                "ponder": ponder.detach(),
-            }
-        exits, objective, entropy = extras["exit"], state.new_zeros(()), state.new_zeros(())
-        for probability, reached in zip(exits, extras["states"]):
-            features = self.read_out(reached, context)
-            part, entropy, _ = cross_entropy(features, matrix, targets, weights=probability, **options)
-            objective = objective + part
-        last, _, _ = cross_entropy(features.detach(), matrix.detach(), targets, softcap=config.logit_softcap)
+        if config.halting == "gate" and torch.is_grad_enabled():
+            return self._gate_losses(state, extras, targets, context)
+        objective, entropy, _ = cross_entropy(self.read_out(state, context), matrix, targets, **options)
+        if config.halting != "act":
+            return {"objective": objective, "cross_entropy": entropy}
+        ponder = extras["ponder"].sum()
+        return {
+            "objective": objective + config.halting_weight * ponder,
+            "cross_entropy": entropy,
+            "ponder": ponder.detach(),
+        }
+
+    def _gate_losses(
+        self, state: torch.Tensor, extras: dict[str, torch.Tensor], targets: torch.Tensor, context: LayerContext
+    ) -> dict[str, torch.Tensor]:
+        """`losses` of the exit gate: every iteration's prediction, weighted by the probability of stopping there.
+
+        All iterations are read out in one pass, as if they were more sequences: so the coda's weights are gathered
+        once whatever T is, and ranks with different T stay together.
+        """
+        config, matrix, exits = self.config, self._output_matrix(), extras["exit"]  # (T, batch, sequence)
+        rows = torch.arange(len(targets), device=targets.device).repeat(len(exits))
+        features = self.read_out(extras["states"].flatten(0, 1), context.rows(rows))
+        objective, _, _ = cross_entropy(
+            features,
+            matrix,
+            targets[rows],
+            weights=exits.flatten(0, 1),
+            softcap=config.logit_softcap,
+            z_weight=self.z_weight,
+        )
+        last = features[-len(targets) :].detach()
+        _, entropy, _ = cross_entropy(last, matrix.detach(), targets, softcap=config.logit_softcap)
         # A probability that underflowed to 0 would have an infinite gradient here.
         exit_entropy = torch.special.entr(exits.clamp_min(torch.finfo(exits.dtype).tiny)).sum()
         iterations = torch.arange(1, len(exits) + 1, device=exits.device, dtype=exits.dtype)
+        # Every output of the core takes part, or sharding engines would wait for its gradient.
         return {
-            "objective": objective - config.halting_weight * exit_entropy,
-            "cross_entropy": last,
+            "objective": objective - config.halting_weight * exit_entropy + 0 * state.sum(),
+            "cross_entropy": entropy,
             "exit_entropy": exit_entropy.detach(),
             "exit_iteration": (iterations @ exits.detach().flatten(1)).sum(),
         }

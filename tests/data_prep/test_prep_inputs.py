@@ -155,7 +155,7 @@ def test_a_damaged_file_stops_or_is_left_out(name: str, damage: object, folder: 
 
 
 @pytest.mark.parametrize(
-    ("ending", "compress", "damage"), [(".gz", gzip.compress, 8), (".zst", zstandard.compress, 1)], ids=str
+    ("ending", "compress", "damage"), [(".gz", gzip.compress, 8), (".zst", zstandard.compress, 1)], ids=["gz", "zst"]
 )
 def test_cut_lines_stop_or_are_left_out(
     ending: str, compress: Callable[[bytes], bytes], damage: int, tmp_path: Path

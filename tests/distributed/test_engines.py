@@ -57,6 +57,21 @@ def test_engine_equals_one_process(launcher: str, engine: str, tmp_path: Path, r
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+def test_an_exit_gate_equals_one_process(engine: str, tmp_path: Path, repository: Path) -> None:
+    """Ranks whose forward passes have different T read different numbers of iterations out."""
+    out = tmp_path / "verdict.json"
+    words = [str(WORKER), "--engine", engine, "--part", "gate", "--out", str(out)]
+    result = start("torchrun", words, repository, 170)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    differences = json.loads(out.read_text())["differences_2"]
+    assert len(differences) > 30
+    assert not {name: value for name, value in differences.items() if not value < 3e-4}
+    assert differences["loss"] < 1e-5
+
+
+@pytest.mark.distributed
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_the_training_script_runs_under_the_launcher(

@@ -42,7 +42,9 @@ def in_group(options: list[str], out: Path, repository: Path) -> dict[str, dict[
 @pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero3"])
 def test_gradients_of_experts_equal_one_process(engine: str, tmp_path: Path, repository: Path) -> None:
     out = tmp_path / "verdict.json"
-    result = start("torchrun", [str(GRADIENTS), "--engine", engine, "--experts", "--out", str(out)], repository, 170)
+    result = start(
+        "torchrun", [str(GRADIENTS), "--engine", engine, "--part", "experts", "--out", str(out)], repository, 170
+    )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     verdict = json.loads(out.read_text())
     assert verdict["world_size"] == 2

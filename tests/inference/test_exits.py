@@ -19,6 +19,7 @@ PARTS = [
     {"state_init": "learned", "norm_placement": "peri", "core_norm": "iteration", "window": 5},
     {"signals": ["sinusoidal", "lora", "adaln"], "value_embeddings": "gated"},
     {"core_ffn": "moe", "output_matrix": True, "input_matrix": True, "core_norm": "last"},
+    {"coda_layers": 0, "prelude_layers": 0},
 ]
 
 

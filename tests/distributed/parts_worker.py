@@ -13,6 +13,8 @@ from megatron_rdt import load
 from megatron_rdt.config import RunConfig, check_config, load_config
 from megatron_rdt.environment import leave_process
 from megatron_rdt.inference import generate
+from megatron_rdt.model import RecurrentDepthTransformer
+from megatron_rdt.model.exits import ExitRule, ExitTrace
 from megatron_rdt.train.signals import StopRequest
 from megatron_rdt.train.trainer import Trainer
 
@@ -34,6 +36,22 @@ def run(config: RunConfig, source: Path | None) -> Path:
 def losses(run_directory: Path) -> dict[int, float]:
     records = [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
     return {record["step"]: record["loss"] for record in records}
+
+
+@torch.no_grad()
+def check_exits(model: RecurrentDepthTransformer, prompt: torch.Tensor) -> dict[str, bool]:
+    """Whether tokens stop early where their state changes less than it does on average, and text is the same cached."""
+    trace = ExitTrace()
+    changes = []
+    for threshold in (0.05, 0.1, 0.2, 0.4, 0.8, 1.6):
+        rule = ExitRule("change", threshold)
+        model(prompt, 5, exit_rule=rule, trace=trace)
+        changes.append(float(trace.iterations.double().mean()))
+    rule = ExitRule("change", 0.4)
+    texts = [
+        generate(model, prompt, 5, 8, seed=1, exit_rule=rule, use_cache=cached).tolist() for cached in (True, False)
+    ]
+    return {"same_text_with_exits": texts[0] == texts[1], "stopped_early": changes[-1] < changes[0]}
 
 
 def check(name: str, config_file: Path, half: int) -> dict[str, object]:
@@ -58,6 +76,9 @@ def check(name: str, config_file: Path, half: int) -> dict[str, object]:
             for cached in (True, False)
         ]
         verdict["same_text_without_cache"] = texts[0] == texts[1]
+        verdict |= check_exits(model, prompt)
+        records = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+        verdict["monitored"] = [record["step"] for record in records if "iterations" in record or "jacobian" in record]
     verdict["seconds"] = time.monotonic() - began
     dist.barrier()
     return verdict

@@ -19,7 +19,7 @@ from tests.distributed.test_engines import start
 WORKER = Path(__file__).parent / "parts_worker.py"
 STEPS = 50
 MLA = {"attention": "mla", "kv_rank": 16, "nope_dim": 8, "rope_dim": 4, "value_dim": 8}
-MOE = {"core_ffn": "moe", "experts": 4, "experts_per_token": 2}
+MOE = {"core_ffn": "moe", "experts": 4, "experts_per_token": 2, "expert_dim": 24, "shared_expert_dim": 40}
 COMBINATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {
         "model": {"injection": "diagonal", "discretization": "zoh", "state_init": "zero"},
@@ -46,6 +46,7 @@ COMBINATIONS: dict[str, dict[str, dict[str, Any]]] = {
             "value_embeddings": "gated",
             "qk_norm": "plain",
             "ffn": "relu2",
+            "ffn_dim": 80,
         },
         "depth": {"scheme": "geometric", "bounds": "truncate", "per": "sequence", "backprop": 3},
         "optimizer": {"name": "muon"},
@@ -61,7 +62,7 @@ COMBINATIONS: dict[str, dict[str, dict[str, Any]]] = {
             "state_init": "encoded",
         },
         "depth": {"scheme": "fixed", "mean": 3},
-        "optimizer": {"name": "muon"},
+        "optimizer": {"name": "muon", "nesterov": False},
     },
     "ouro": {
         "model": {
@@ -72,7 +73,7 @@ COMBINATIONS: dict[str, dict[str, dict[str, Any]]] = {
             "state_init": "embedding",
             "tie_embeddings": False,
         },
-        "depth": {"scheme": "uniform", "curriculum": "linear", "curriculum_steps": 30},
+        "depth": {"scheme": "uniform", "per": "micro_batch", "curriculum": "linear", "curriculum_steps": 30},
     },
     "hyper": {
         "model": {
@@ -91,6 +92,7 @@ COMBINATIONS: dict[str, dict[str, dict[str, Any]]] = {
             "curriculum_of": "both",
             "checkpoint": "per_iteration",
         },
+        "data": {"document_mask": True},
     },
     "gate": {
         "model": {"injection": "gate", "core_norm": "last", "logit_softcap": 15.0},
@@ -119,7 +121,7 @@ def whole(parts: dict[str, dict[str, Any]], root: Path, corpus: Path) -> dict[st
         "schedule": {"warmup_steps": 5},
         "parallel": {"engine": "fsdp"},
         "checkpoint": {"every": STEPS // 2, "keep": 0},
-        "data": {"path": str(corpus), "max_epochs": 100},
+        "data": {"path": str(corpus), "max_epochs": 100, **parts.get("data", {})},
         "eval": {"every": 0},
         "logging": {"tensorboard": False, "every": STEPS, "monitor_every": 7, "jacobian_every": 20},
     }
@@ -127,16 +129,20 @@ def whole(parts: dict[str, dict[str, Any]], root: Path, corpus: Path) -> dict[st
 
 @pytest.mark.parametrize("schema", [ModelConfig, DepthConfig, OptimizerConfig], ids=lambda s: s.__name__)
 def test_the_combinations_hold_every_choice(schema: type) -> None:
+    """Every name, both values of a switch, and what is off at 0 also on."""
     section = {ModelConfig: "model", DepthConfig: "depth", OptimizerConfig: "optimizer"}[schema]
     for field in dataclasses.fields(schema):
         kind = typing.get_type_hints(schema)[field.name]
         inner = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
-        if typing.get_origin(inner) is not Literal:
-            continue
         default = [] if field.default is dataclasses.MISSING else field.default
         values = [parts.get(section, {}).get(field.name, default) for parts in COMBINATIONS.values()]
         found = {choice for value in values for choice in (value if isinstance(value, list) else [value])}
-        assert found >= set(typing.get_args(inner)), f"{section}.{field.name}"
+        if typing.get_origin(inner) is Literal:
+            assert found >= set(typing.get_args(inner)), f"{section}.{field.name}"
+        elif inner is bool:
+            assert found == {True, False}, f"{section}.{field.name}"
+        elif default == 0:
+            assert max(found) > 0, f"{section}.{field.name}"
 
 
 @pytest.mark.slow
@@ -162,3 +168,6 @@ def test_every_choice_trains_resumes_and_generates(tiny_corpus: Path, tmp_path: 
         assert verdict["last"] < verdict["first"] - 0.5, (name, verdict)
         assert verdict["resumed_exactly"], name
         assert verdict["same_text_without_cache"], name
+        assert verdict["same_text_with_exits"], name
+        assert verdict["stopped_early"], name
+        assert verdict["monitored"] == [7, 14, 20, 21, 28, 35, 40, 42, 49], name

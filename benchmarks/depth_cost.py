@@ -80,8 +80,7 @@ def make_pieces(engine: Any, options: argparse.Namespace) -> tuple[Callable[[], 
     """One iteration of the core by itself: forward without gradient, and forward plus backward."""
     import torch
 
-    from megatron_rdt.model.context import LayerContext
-    from megatron_rdt.model.core import LoopInputs
+    from megatron_rdt.model.context import LayerContext, LoopInputs
     from megatron_rdt.model.rope import rotary_tables
 
     config, device = engine.model.config, engine.device

@@ -14,8 +14,8 @@ import torch
 from megatron_rdt.model.active import ActiveCache, ActiveTokens
 from megatron_rdt.model.attention import KeyValueCache
 from megatron_rdt.model.cache import KVCache
-from megatron_rdt.model.context import LayerContext
-from megatron_rdt.model.core import LoopInputs, RecurrentCore
+from megatron_rdt.model.context import LayerContext, LoopInputs
+from megatron_rdt.model.core import RecurrentCore
 from megatron_rdt.model.exits import CRITERIA, ExitRule, ExitTrace, Iteration, Mixture
 
 Predict = Callable[[torch.Tensor, LayerContext, KeyValueCache, int], torch.Tensor]

@@ -1,4 +1,6 @@
-"""What every layer of one forward pass shares."""
+"""What every layer of one forward pass shares, and every iteration of the loop."""
+
+from dataclasses import dataclass
 
 import torch
 
@@ -44,6 +46,28 @@ class LayerContext:
         mask = self.mask.rows(rows) if isinstance(self.mask, BlockwiseMask) else self.mask
         mask = _rows(mask, rows) if isinstance(mask, torch.Tensor) else mask
         return LayerContext((cosines, sines), mask, self.compute_dtype, self.tokens[rows], self.start)
+
+
+@dataclass
+class LoopInputs:
+    """What stays the same over the iterations, for the sequences of a forward pass, the deepest first.
+
+    Attributes:
+        encoded: the encoded input as it is injected, (batch, sequence, dim).
+        context: rotary tables, mask, compute dtype.
+        total: T of each sequence, (batch,).
+        token_values: per layer, its value embeddings of the tokens, or None.
+    """
+
+    encoded: torch.Tensor
+    context: LayerContext
+    total: torch.Tensor
+    token_values: list[torch.Tensor | None]
+
+    def rows(self, rows: torch.Tensor | slice) -> "LoopInputs":
+        """The inputs of some of the sequences."""
+        values = [None if value is None else value[rows] for value in self.token_values]
+        return LoopInputs(self.encoded[rows], self.context.rows(rows), self.total[rows], values)
 
 
 def _rows(tensor: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:

@@ -8,7 +8,6 @@ The loop lives inside one module on purpose: a sharding engine that treats this 
 weights once, whatever T is.
 """
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,36 +17,14 @@ from torch.utils.checkpoint import checkpoint
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth.plan import DepthPlan
 from megatron_rdt.model.attention import KeyValueCache
-from megatron_rdt.model.context import LayerContext
+from megatron_rdt.model.context import LayerContext, LoopInputs
 from megatron_rdt.model.halting import HaltingUnit, make_tracker
 from megatron_rdt.model.injection import Injection
 from megatron_rdt.model.layer import Layer
-from megatron_rdt.model.linear import Linear, linear
+from megatron_rdt.model.linear import IdentityLinear
 from megatron_rdt.model.monitor import CoreMonitor, top_singular_values
 from megatron_rdt.model.norm import RMSNorm
 from megatron_rdt.model.signals import Signals
-
-
-@dataclass
-class LoopInputs:
-    """What stays the same over the iterations, for the sequences of a forward pass, the deepest first.
-
-    Attributes:
-        encoded: the encoded input as it is injected, (batch, sequence, dim).
-        context: rotary tables, mask, compute dtype.
-        total: T of each sequence, (batch,).
-        token_values: per layer, its value embeddings of the tokens, or None.
-    """
-
-    encoded: torch.Tensor
-    context: LayerContext
-    total: torch.Tensor
-    token_values: list[torch.Tensor | None]
-
-    def rows(self, rows: torch.Tensor | slice) -> "LoopInputs":
-        """The inputs of some of the sequences."""
-        values = [None if value is None else value[rows] for value in self.token_values]
-        return LoopInputs(self.encoded[rows], self.context.rows(rows), self.total[rows], values)
 
 
 class LoopRunner(Protocol):
@@ -135,49 +112,73 @@ class RecurrentCore(nn.Module):
         initial = self.injection.open(state if self.initial is None else self.initial.expand_as(state))
         if runner is not None:
             return runner.run(self, initial, inputs, first_slot)
+        slots = budget or plan.deepest
         tracker = None if self.halting is None else make_tracker(self.halting, self.config)
-        state, previous = initial[:0], initial[:0]
+        state = initial[:0]
         for number, tick in enumerate(plan.ticks(), start=1):
             active = len(tick.ages)
             with torch.set_grad_enabled(torch.is_grad_enabled() and tick.with_grad):
                 previous = torch.cat((state, initial[len(state) : active])) if active > len(state) else state
-                t, part = torch.tensor(tick.ages, device=state.device), inputs.rows(slice(active))
-                if torch.is_grad_enabled() and self.checkpoint_iterations:
-                    # The reentrant kind gives wrong gradients under sharding, without an error.
-                    state = checkpoint(self.iterate, previous, t, part, use_reentrant=False)
-                else:
-                    slot = first_slot + tick.ages[0] % (budget or plan.deepest) * len(self.layers)
-                    state = self.iterate(previous, t, part, cache, slot)
+                slot = first_slot + tick.ages[0] % slots * len(self.layers)
+                state = self._advance(previous, tick.ages, inputs, cache, slot)
                 if tracker is not None:
                     tracker.update(self.injection.close(state), last=number == plan.deepest)
             if monitor is not None and monitor.per_iteration:
-                monitor.watch_gradient(tick.ages, state)
-                self._measure(monitor, previous, state, tick.ages)
+                self._measure_tick(monitor, tick.ages, previous, state)
         if monitor is not None:
-            self._measure(monitor, previous, state)
-            if monitor.per_iteration:
-                monitor.measure_input(self.injection.injected(inputs.encoded.detach()))
-            if monitor.jacobian_steps and cache is None:
-                monitor.jacobian_norm = self.stretch(previous, t, part, monitor.jacobian_steps).max()
+            self._measure_last(monitor, tick.ages, previous, state, inputs, cached=cache is not None)
         state, extras = (self.injection.close(state), {}) if tracker is None else tracker.result()
         if not plan.uniform:
             back = order.argsort()
             state, extras = state[back], {name: value[back] for name, value in extras.items()}
+        return self._leave(state), {name: self._leave(v) if name == "states" else v for name, v in extras.items()}
+
+    def _advance(
+        self,
+        state: torch.Tensor,
+        ages: tuple[int, ...],
+        inputs: LoopInputs,
+        cache: KeyValueCache | None,
+        slot: int,
+    ) -> torch.Tensor:
+        """One iteration of the first `len(ages)` sequences, the ages-th of each (from 0)."""
+        t, part = torch.tensor(ages, device=state.device), inputs.rows(slice(len(ages)))
+        if self.checkpoint_iterations and torch.is_grad_enabled() and cache is None:
+            # The reentrant kind gives wrong gradients under sharding, without an error.
+            return checkpoint(self.iterate, state, t, part, use_reentrant=False)  # type: ignore[no-any-return]
+        return self.iterate(state, t, part, cache, slot)
+
+    def _leave(self, state: torch.Tensor) -> torch.Tensor:
+        """What the coda reads of the last state, or of every iteration's."""
         if self.initial is not None:  # a gradient, if zero, also where truncation cuts it off: ranks reduce the same
             state = state + 0 * self.initial
-            extras = {n: value + 0 * self.initial if n == "states" else value for n, value in extras.items()}
-        return self.finish(state), {name: self.finish(v) if name == "states" else v for name, v in extras.items()}
+        return self.finish(state)
 
     @torch.no_grad()
-    def _measure(
-        self, monitor: CoreMonitor, previous: torch.Tensor, state: torch.Tensor, ages: tuple[int, ...] | None = None
+    def _measure_tick(
+        self, monitor: CoreMonitor, ages: tuple[int, ...], previous: torch.Tensor, state: torch.Tensor
     ) -> None:
-        """Give the monitor a pass of these ages, or the last one."""
-        states = self.injection.close(previous), self.injection.close(state)
-        if ages is None:
-            monitor.measure(*states, self.injection.spectral_radius())
-        else:
-            monitor.measure_pass(ages, *states)
+        monitor.watch_gradient(ages, state)
+        monitor.measure_pass(ages, self.injection.close(previous), self.injection.close(state))
+
+    @torch.no_grad()
+    def _measure_last(
+        self,
+        monitor: CoreMonitor,
+        ages: tuple[int, ...],
+        previous: torch.Tensor,
+        state: torch.Tensor,
+        inputs: LoopInputs,
+        cached: bool,
+    ) -> None:
+        """What is measured once a pass, of its last iteration."""
+        closed = self.injection.close(previous), self.injection.close(state)
+        monitor.measure(*closed, self.injection.spectral_radius())
+        if monitor.per_iteration:
+            monitor.measure_input(self.injection.injected(inputs.encoded))
+        if monitor.jacobian_steps and not cached:
+            t = torch.tensor(ages, device=state.device)
+            monitor.jacobian_norm = self.stretch(previous, t, inputs, monitor.jacobian_steps).max()
 
     def stretch(self, state: torch.Tensor, t: torch.Tensor, inputs: LoopInputs, steps: int) -> torch.Tensor:
         """Largest singular value of the t-th iteration's Jacobian at `state`, of each sequence: (batch,).
@@ -210,16 +211,3 @@ class RecurrentCore(nn.Module):
         if self.last_norm is not None:
             state = self.last_norm(state)
         return state if self.output_matrix is None else self.output_matrix(state)
-
-
-class IdentityLinear(Linear):
-    """A square matrix that starts as the identity, applied in the dtype of the weight."""
-
-    INITIAL_VALUES = {"weight": lambda shape: torch.eye(shape[0])}  # noqa: RUF012
-
-    def __init__(self, dim: int) -> None:
-        super().__init__(dim, dim)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., dim) -> (..., dim)."""
-        return linear(x.to(self.weight.dtype), self.weight)

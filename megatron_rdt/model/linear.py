@@ -49,3 +49,16 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the map in the dtype of `x`."""
         return linear(x, self.weight)
+
+
+class IdentityLinear(Linear):
+    """A square matrix that starts as the identity, applied in the dtype of the weight."""
+
+    INITIAL_VALUES = {"weight": lambda shape: torch.eye(shape[0])}  # noqa: RUF012
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., dim) -> (..., dim)."""
+        return linear(x.to(self.weight.dtype), self.weight)

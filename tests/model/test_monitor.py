@@ -6,8 +6,7 @@ from torch.nn import functional
 
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import CoreMonitor
-from megatron_rdt.model.context import LayerContext
-from megatron_rdt.model.core import LoopInputs
+from megatron_rdt.model.context import LayerContext, LoopInputs
 from megatron_rdt.model.monitor import top_singular_values
 from megatron_rdt.model.rope import rotary_tables
 from tests.model.plain import Plain

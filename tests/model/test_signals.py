@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from megatron_rdt.model.context import LayerContext
-from megatron_rdt.model.core import LoopInputs
+from megatron_rdt.model.context import LayerContext, LoopInputs
 from megatron_rdt.model.rope import rotary_tables
 from megatron_rdt.model.signals import loop_features, sinusoids
 from tests.model import plain

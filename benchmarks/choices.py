@@ -3,7 +3,9 @@
 Every run is configs/smoke.yaml, longer, with that one choice changed: a model of width 64 that sees a few hundred
 thousand tokens. It shows that a choice works and what it costs; which choice is best at scale it cannot show.
 
-    python benchmarks/choices.py --data data/stdlib [--axes injection signals] [--steps 150] [--seeds 0 1]
+    python benchmarks/choices.py [--axes injection signals] [--steps 400] [--seeds 0] [--data data/stdlib]
+
+About 30 seconds per choice. Without prepared text in data/stdlib it is prepared first, as for the quickstart.
 """
 
 import argparse
@@ -16,15 +18,54 @@ from pathlib import Path
 
 import torch
 
+from launch.cli import run_command
 from megatron_rdt.config import load_config
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.train.trainer import train
 
-SMOKE = Path(__file__).resolve().parent.parent / "configs" / "smoke.yaml"
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+SMOKE, SMOKE_DATA, DATA = CONFIGS / "smoke.yaml", CONFIGS / "smoke_data.yaml", "data/stdlib"
 LOOPS = (1, 4, 8, 16)
 ACT = {"model.halting": "act"}
+MLA = {"model.attention": "mla", "model.kv_rank": 32, "model.nope_dim": 16, "model.rope_dim": 8, "model.value_dim": 16}
+MOE = {"model.core_ffn": "moe", "model.experts": 8, "model.experts_per_token": 2, "model.expert_dim": 96}
+GROWING = {"depth.curriculum": "linear", "depth.curriculum_steps": 200}
 # axis -> name of a choice -> options
 AXES: dict[str, dict[str, dict[str, object]]] = {
+    "attention": {
+        "gqa, 2 key heads of 4": {},
+        "gqa, 1 key head": {"model.kv_heads": 1},
+        "gqa, 4 key heads": {"model.kv_heads": 4},
+        "mla, rank 32": dict(MLA),
+        "mla, rank 32, query_rank 32": {**MLA, "model.query_rank": 32},
+        "qk_norm plain": {"model.qk_norm": "plain"},
+        "qk_norm learned": {"model.qk_norm": "learned"},
+        "qk_bias": {"model.qk_bias": True},
+        "value_embeddings gated": {"model.value_embeddings": "gated"},
+        "rope_pairing adjacent": {"model.rope_pairing": "adjacent"},
+        "window 16": {"model.window": 16},
+        "document_mask": {"data.document_mask": True},
+    },
+    "feed-forward": {
+        "swiglu": {},
+        "relu2": {"model.ffn": "relu2"},
+        "moe, 2 of 8": dict(MOE),
+        "moe, 2 of 8, not balanced": {**MOE, "model.balance_rate": 0.0},
+    },
+    "depth": {
+        "lognormal_poisson, mean 3 + 1": {},
+        "fixed, 4": {"depth.scheme": "fixed", "depth.mean": 4},
+        "uniform, mean 4": {"depth.scheme": "uniform", "depth.mean": 4},
+        "geometric, mean 4": {"depth.scheme": "geometric", "depth.mean": 4},
+        "poisson, mean 4": {"depth.scheme": "poisson", "depth.mean": 4},
+        "per micro_batch": {"depth.per": "micro_batch"},
+        "per sequence": {"depth.per": "sequence"},
+        "backprop 2": {"depth.backprop": 2},
+        "curriculum linear, of the mean": dict(GROWING),
+        "curriculum one_minus_sqrt, of the mean": {**GROWING, "depth.curriculum": "one_minus_sqrt"},
+        "curriculum linear, of k": {**GROWING, "depth.curriculum_of": "backprop", "depth.backprop": 4},
+        "curriculum linear, of both": {**GROWING, "depth.curriculum_of": "both", "depth.backprop": 4},
+    },
     "injection": {
         "diagonal, zoh": {},
         "diagonal, euler": {"model.discretization": "euler"},
@@ -115,12 +156,14 @@ def run(options: dict[str, object], seed: int, steps: int, data: str) -> tuple[d
 def main() -> None:
     """Print one Markdown table per axis."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="data/stdlib")
+    parser.add_argument("--data", default=DATA)
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.data == DATA and not Path(DATA).exists():
+        assert run_command(["prep", "--config", str(SMOKE_DATA)]) == 0
     for axis in options.axes:
         columns = " | ".join(f"T = {t}" for t in LOOPS)
         print(f"\n| {axis} | {columns} | radius | CPU s | parameters |\n|---|{'---:|' * (len(LOOPS) + 3)}", flush=True)

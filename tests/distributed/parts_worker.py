@@ -78,7 +78,9 @@ def check(name: str, config_file: Path, half: int) -> dict[str, object]:
         verdict["same_text_without_cache"] = texts[0] == texts[1]
         verdict |= check_exits(model, prompt)
         records = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
-        verdict["monitored"] = [record["step"] for record in records if "iterations" in record or "jacobian_norm" in record]
+        verdict["monitored"] = [
+            record["step"] for record in records if "iterations" in record or "jacobian_norm" in record
+        ]
     verdict["seconds"] = time.monotonic() - began
     dist.barrier()
     return verdict

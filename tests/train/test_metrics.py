@@ -76,6 +76,19 @@ def test_every_step_has_exactly_the_documented_fields(run: Path) -> None:
     assert records[0]["lr"] == pytest.approx(1e-3 / 2)
 
 
+def test_a_z_loss_is_part_of_the_objective_and_not_of_the_loss(
+    configure: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """An untrained model predicts nearly evenly: the logarithm of its normaliser is that of the vocabulary's size."""
+    config = configure(f"--run.root={tmp_path}", "--train.z_loss=0.1", "--train.steps=2", "--eval.every=0")
+    assert train(config) == 0
+    first, second = read(tmp_path / "run" / "metrics.jsonl")
+    normaliser = math.log(config.model.vocab_size)
+    assert first["loss"] == pytest.approx(normaliser, rel=0.1)
+    assert first["objective"] - first["loss"] == pytest.approx(0.1 * normaliser**2, rel=0.2)
+    assert second["objective"] - second["loss"] < first["objective"] - first["loss"]
+
+
 def test_losses_are_written_with_every_digit(run: Path) -> None:
     """The text of the loss is the shortest that reads back to the same float, so that `diff` compares exactly."""
     for line in (run / "metrics.jsonl").read_text().splitlines():

@@ -8,8 +8,8 @@ Three tables:
 - cache budgets: numbers kept per position, and the loss when every token is decoded singly.
 
 The last two take a checkpoint (runs/quickstart where it exists) and its validation text; without one they take an
-untrained model and random tokens, and no loss is shown. The rules act and gate need a trained halting unit, which that
-model does not have: they get an untrained one with random weights, for the speed alone.
+untrained model and random tokens, and no loss is shown. The rules act and gate need a halting unit; a model without one
+gets one with random weights, for the speed alone.
 
 Times are the best of several interleaved rounds; with one thread on the CPU they are the CPU time of the process, which
 other programs hardly change, otherwise wall time.
@@ -53,8 +53,8 @@ def rule_of(kind: str, threshold: float) -> ExitRule | None:
 
 
 def with_halting(model: RecurrentDepthTransformer, kind: str) -> RecurrentDepthTransformer:
-    """The model with an untrained halting unit where the rule needs one."""
-    if kind not in ("act", "gate"):
+    """The model, with an untrained halting unit where the rule needs one that it does not have."""
+    if kind not in ("act", "gate") or kind == model.config.halting:
         return model
     device = next(model.parameters()).device
     config = dataclasses.replace(model.config, halting=kind, halting_threshold=1.0)  # type: ignore[arg-type]

@@ -128,4 +128,4 @@ def gathered(inputs: LoopInputs, active: ActiveTokens) -> LoopInputs:
     """The inputs of the active tokens."""
     values = [None if value is None else active.take(value) for value in inputs.token_values]
     total = inputs.total[active.rows]
-    return LoopInputs(active.take(inputs.encoded), active.context(inputs.context), total, values)
+    return LoopInputs(active.take(inputs.prepared), active.context(inputs.context), total, values)

@@ -68,7 +68,7 @@ class RecurrentCore(nn.Module):
         slot: int = 0,
     ) -> torch.Tensor:
         """One iteration, the t-th (from 0) of each sequence: the next state; t has shape (batch,)."""
-        x, carry = self.injection.read(state, inputs.encoded, self.signals.offset(t))
+        x, carry = self.injection.read(state, inputs.prepared, self.signals.offset(t))
         modulations = self.signals.modulations(t, inputs.total)
         for i, layer in enumerate(self.layers):
             modulation = None if modulations is None else modulations[i]
@@ -175,7 +175,7 @@ class RecurrentCore(nn.Module):
         closed = self.injection.close(previous), self.injection.close(state)
         monitor.measure(*closed, self.injection.spectral_radius())
         if monitor.per_iteration:
-            monitor.measure_input(self.injection.injected(inputs.encoded))
+            monitor.measure_input(self.injection.injected(inputs.prepared))
         if monitor.jacobian_steps and not cached:
             t = torch.tensor(ages, device=state.device)
             monitor.jacobian_norm = self.stretch(previous, t, inputs, monitor.jacobian_steps).max()
@@ -188,7 +188,7 @@ class RecurrentCore(nn.Module):
         """
         values = [None if value is None else value.detach() for value in inputs.token_values]
         context = inputs.context.in_dtype(state.dtype)
-        wide = LoopInputs(inputs.encoded.detach(), context, inputs.total, values)
+        wide = LoopInputs(inputs.prepared.detach(), context, inputs.total, values)
         training = self.training
         self.eval()  # this is no training: experts do not count these tokens
         try:
@@ -204,7 +204,7 @@ class RecurrentCore(nn.Module):
             encoded = self.input_matrix(encoded)
         total = torch.tensor(plan.iterations, device=encoded.device)
         values = [layer.token_values(context) for layer in self.layers]  # type: ignore[operator]
-        return LoopInputs(encoded, context, total, values)
+        return LoopInputs(self.injection.prepare(encoded), context, total, values)
 
     def finish(self, state: torch.Tensor) -> torch.Tensor:
         """What the coda reads of the last state."""

@@ -65,7 +65,7 @@ def filled(options: dict[str, object], dtype: torch.dtype, seed: int, dim: int =
 
 def iterated(module: Injection, state: torch.Tensor, encoded: torch.Tensor) -> torch.Tensor:
     """One iteration with the layers taken out: they return what they get; those of `residual`, nothing."""
-    x, carry = module.read(state, encoded, 0.0)
+    x, carry = module.read(state, module.prepare(encoded), 0.0)
     return module.write(carry, x * 0 if isinstance(module, Injection.choices["residual"]) else x)
 
 
@@ -186,8 +186,8 @@ def test_the_injected_input_is_what_a_state_of_zeros_gets(options, small) -> Non
     encoded = torch.randn(2, 3, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     zeros = module.open(torch.zeros_like(encoded))
     expected = module.close(iterated(module, zeros, encoded))
-    torch.testing.assert_close(module.injected(encoded), expected.detach())
-    assert not module.injected(encoded).requires_grad
+    torch.testing.assert_close(module.injected(module.prepare(encoded)), expected.detach())
+    assert not module.injected(module.prepare(encoded)).requires_grad
 
 
 def test_the_schema_names_every_injection_and_no_other() -> None:
@@ -207,9 +207,9 @@ class ToyInjection(Injection, name="toy"):
     def __init__(self, config):
         super().__init__()
 
-    def read(self, state, encoded, offset):
+    def read(self, state, prepared, offset):
         """The sum."""
-        return state / 2 + encoded + offset, state
+        return state / 2 + prepared + offset, state
 
     def spectral_radius(self):
         """1/2."""

@@ -14,10 +14,10 @@ class AddInjection(Injection, name="add"):
         super().__init__()
 
     def read(
-        self, state: torch.Tensor, encoded: torch.Tensor, offset: torch.Tensor | float
+        self, state: torch.Tensor, prepared: torch.Tensor, offset: torch.Tensor | float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The sum."""
-        return state + encoded + offset, state
+        return state + prepared + offset, state
 
     def spectral_radius(self) -> torch.Tensor:
         """1."""

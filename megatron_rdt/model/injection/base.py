@@ -2,12 +2,15 @@
 
 One iteration of the core is
 
-    x, carry = read(h_t, e, offset)
+    x, carry = read(h_t, prepare(e), offset)
     h_(t+1)  = write(carry, layers(x))
 
-where h is the state, e the encoded input, `offset` what the signals add. `open` makes the state of the loop from the
-initial one, `close` turns it back; both are the identity unless the state has a form of its own.
+where h is the state, e the encoded input, `offset` what the signals add. What is the same at every iteration belongs into
+`prepare`, which runs once. `open` makes the state of the loop from the initial one, `close` turns it back. All three are
+the identity unless a choice needs otherwise.
 """
+
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -18,9 +21,11 @@ class Injection(nn.Module):
 
     Attributes:
         choices: all of them, by name.
+        PREPARED_SHARE: of the weights of its matrices, those that `prepare` multiplies with; the rest is for `read`.
     """
 
-    choices: dict[str, type["Injection"]] = {}  # noqa: RUF012
+    choices: ClassVar[dict[str, type["Injection"]]] = {}
+    PREPARED_SHARE: ClassVar[float] = 0.0
 
     def __init_subclass__(cls, name: str = "", **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -31,8 +36,12 @@ class Injection(nn.Module):
         """The state of the loop, (batch, sequence, ...), from the initial one, (batch, sequence, dim)."""
         return state
 
+    def prepare(self, encoded: torch.Tensor) -> torch.Tensor:
+        """What `read` takes of the encoded input (batch, sequence, dim): (batch, sequence, ..., dim)."""
+        return encoded
+
     def read(
-        self, state: torch.Tensor, encoded: torch.Tensor, offset: torch.Tensor | float
+        self, state: torch.Tensor, prepared: torch.Tensor, offset: torch.Tensor | float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the layers get, (batch, sequence, dim), and what `write` needs of the state; float32 or wider."""
         raise NotImplementedError
@@ -46,9 +55,10 @@ class Injection(nn.Module):
         return state
 
     @torch.no_grad()
-    def injected(self, encoded: torch.Tensor) -> torch.Tensor:
+    def injected(self, prepared: torch.Tensor) -> torch.Tensor:
         """What an iteration adds to a state of zeros because of the encoded input (`b e`), (batch, sequence, dim)."""
-        return self.read(self.open(torch.zeros_like(encoded)), encoded, 0.0)[0]
+        zeros = prepared.new_zeros(*prepared.shape[:2], prepared.shape[-1])
+        return self.read(self.open(zeros), prepared, 0.0)[0]
 
     def spectral_radius(self) -> torch.Tensor:
         """Radius of the linear part of the recurrence as the forward pass uses it, 0-dimensional, without gradient.

@@ -86,12 +86,16 @@ class DiagonalInjection(Injection, name="diagonal"):
         super().__init__()
         self.diagonal = DiagonalDecay(config)
 
+    def prepare(self, encoded: torch.Tensor) -> torch.Tensor:
+        """gain * e."""
+        return self.diagonal()[1] * encoded
+
     def read(
-        self, state: torch.Tensor, encoded: torch.Tensor, offset: torch.Tensor | float
+        self, state: torch.Tensor, prepared: torch.Tensor, offset: torch.Tensor | float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The decayed state with the input added."""
-        decay, gain = self.diagonal()
-        return decay * state + gain * encoded + offset, state
+        decay, _ = self.diagonal()
+        return decay * state + prepared + offset, state
 
     def spectral_radius(self) -> torch.Tensor:
         """Largest |decay|."""
@@ -111,20 +115,20 @@ class ResidualInjection(Injection, name="residual"):
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
     def read(
-        self, state: torch.Tensor, encoded: torch.Tensor, offset: torch.Tensor | float
+        self, state: torch.Tensor, prepared: torch.Tensor, offset: torch.Tensor | float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The normalised sum; the carry is what the layers' output is added to."""
         decay, gain = self.diagonal()
-        return self.norm(state + encoded + offset), decay * state + gain * encoded
+        return self.norm(state + prepared + offset), decay * state + gain * prepared
 
     def write(self, carry: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Add the layers' output."""
         return carry + output
 
     @torch.no_grad()
-    def injected(self, encoded: torch.Tensor) -> torch.Tensor:
+    def injected(self, prepared: torch.Tensor) -> torch.Tensor:
         """gain * e: what the layers read is normalised, so it is not what the state gets."""
-        return self.diagonal()[1] * encoded
+        return self.diagonal()[1] * prepared
 
     def spectral_radius(self) -> torch.Tensor:
         """Largest |decay|."""

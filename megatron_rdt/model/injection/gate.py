@@ -22,6 +22,7 @@ class GateInjection(Injection, name="gate"):
     """x = g * h + (1 - g) * e with g = LIMIT * sigmoid(W e + b)."""
 
     INITIAL_VALUES: ClassVar[dict[str, float]] = {"bias": 0.0}
+    PREPARED_SHARE = 1.0
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -29,14 +30,19 @@ class GateInjection(Injection, name="gate"):
         self.bias = nn.Parameter(torch.empty(config.dim))
         self._largest: torch.Tensor | None = None
 
-    def read(
-        self, state: torch.Tensor, encoded: torch.Tensor, offset: torch.Tensor | float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mixture."""
+    def prepare(self, encoded: torch.Tensor) -> torch.Tensor:
+        """g and (1 - g) * e, (batch, sequence, 2, dim)."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         gate = LIMIT * torch.sigmoid(linear(encoded.to(wide), self.weight.to(wide)) + self.bias)
         self._largest = gate.detach().max()
-        return gate * state + (1 - gate) * encoded + offset, state
+        return torch.stack((gate, (1 - gate) * encoded), dim=2)
+
+    def read(
+        self, state: torch.Tensor, prepared: torch.Tensor, offset: torch.Tensor | float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mixture."""
+        gate, rest = prepared.unbind(2)
+        return gate * state + rest + offset, state
 
     def spectral_radius(self) -> torch.Tensor:
         """The largest gate of the last forward pass; before the first, its bound."""

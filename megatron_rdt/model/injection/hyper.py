@@ -56,13 +56,17 @@ class HyperInjection(Injection, name="hyper"):
         """The same state in every lane."""
         return state.unsqueeze(-2).expand(*state.shape[:-1], self.lanes, state.shape[-1])
 
+    def prepare(self, encoded: torch.Tensor) -> torch.Tensor:
+        """gain * e, the same for all lanes."""
+        return self.diagonal()[1] * encoded
+
     def read(
-        self, state: torch.Tensor, encoded: torch.Tensor, offset: torch.Tensor | float
+        self, state: torch.Tensor, prepared: torch.Tensor, offset: torch.Tensor | float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mix and decay the lanes, add the input, read them."""
-        decay, gain = self.diagonal()
+        decay, _ = self.diagonal()
         mixed = torch.einsum("nm,bsmd->bsnd", _shares(self.mix, decay.dtype), state.to(decay.dtype))
-        lanes = decay * mixed + (gain * encoded).unsqueeze(-2)
+        lanes = decay * mixed + prepared.unsqueeze(-2)
         return self.close(lanes) + offset, lanes
 
     def write(self, carry: torch.Tensor, output: torch.Tensor) -> torch.Tensor:

@@ -19,16 +19,22 @@ ESTIMATE_STEPS = 96
 class LinearInjection(Injection, name="linear"):
     """x = W [h; e], with W of shape (dim, 2 dim)."""
 
+    PREPARED_SHARE = 0.5
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dim = config.dim
         self.weight = nn.Parameter(torch.empty(config.dim, 2 * config.dim))
 
+    def prepare(self, encoded: torch.Tensor) -> torch.Tensor:
+        """The encoded input's share of the projection, float32 or wider."""
+        return linear(encoded.to(torch.promote_types(encoded.dtype, torch.float32)), self.weight[:, self.dim :])
+
     def read(
-        self, state: torch.Tensor, encoded: torch.Tensor, offset: torch.Tensor | float
+        self, state: torch.Tensor, prepared: torch.Tensor, offset: torch.Tensor | float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The projection, in the dtype of the state."""
-        return linear(torch.cat((state, encoded), dim=-1), self.weight) + offset, state
+        return linear(state, self.weight[:, : self.dim]) + prepared + offset, state
 
     @torch.no_grad()
     def spectral_radius(self) -> torch.Tensor:

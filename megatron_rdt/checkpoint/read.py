@@ -15,6 +15,7 @@ import torch
 from megatron_rdt.checkpoint.buffers import read_buffers
 from megatron_rdt.checkpoint.manifest import MANIFEST, read_manifest, verify
 from megatron_rdt.config import ModelConfig, load_config
+from megatron_rdt.config.model import TRAINING_FIELDS
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.parallel.universal import UNIVERSAL, read_universal_weights
 
@@ -168,12 +169,12 @@ def _read_native(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def check_same_model(checkpoint: Path, model: ModelConfig) -> None:
-    """CheckpointError naming the fields in which a checkpoint's model differs from `model`."""
+    """CheckpointError naming the fields in which a checkpoint's model differs from `model`; `TRAINING_FIELDS` may."""
     saved = load_config(checkpoint / "config.yaml").model
     different = [
         f"{field.name} is {getattr(saved, field.name)} there and {getattr(model, field.name)} here"
         for field in dataclasses.fields(model)
-        if getattr(saved, field.name) != getattr(model, field.name)
+        if field.name not in TRAINING_FIELDS and getattr(saved, field.name) != getattr(model, field.name)
     ]
     if different:
         raise CheckpointError(

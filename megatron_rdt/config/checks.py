@@ -162,6 +162,11 @@ def _depth(config: RunConfig) -> list[str]:
         problems.append("depth.curriculum_of backprop or both needs a number in --depth.backprop, not `all`.")
     if depth.curriculum != "none" and depth.curriculum_steps < 1:
         problems.append(f"depth.curriculum_steps is {depth.curriculum_steps}, it must be at least 1.")
+    if config.model.halting != "none" and depth.backprop != "all" and int(depth.backprop) < depth.max:
+        problems.append(
+            f"model.halting {config.model.halting} needs a gradient through every iteration: a token that stops in one without "
+            f"would give the core none at all. Set --depth.backprop all, or --depth.max {depth.backprop}."
+        )
     if depth.per == "sequence" and config.model.halting == "gate":
         problems.append(
             "model.halting gate needs one T for all sequences of a forward pass. Set --depth.per step or micro_batch."

@@ -7,6 +7,9 @@ reads say so. The export for transformers carries this file, so it imports nothi
 from dataclasses import dataclass, field
 from typing import Literal
 
+# Fields that training alone reads: a checkpoint's weights mean the same whatever they are, so a run may change them.
+TRAINING_FIELDS = ("balance_rate", "halting_weight")
+
 # jsonargparse reads the string below each field as that field's help.
 
 

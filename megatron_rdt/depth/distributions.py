@@ -14,11 +14,14 @@ from megatron_rdt.config import DepthConfig
 QUADRATURE_POINTS = 96
 
 
-def poisson_probabilities(rate: float, largest: int) -> np.ndarray:
-    """P(N = n) for n = 0 ... largest, N ~ Poisson(rate); float64, shape (largest + 1,)."""
-    counts = np.arange(largest + 1)
-    log_factorials = np.array([math.lgamma(n + 1.0) for n in counts])
-    return np.exp(counts * math.log(rate) - rate - log_factorials)
+def log_factorials(largest: int) -> np.ndarray:
+    """log n! for n = 0 ... largest, float64."""
+    return np.array([math.lgamma(n + 1.0) for n in range(largest + 1)])
+
+
+def poisson_probabilities(rate: float, log_factorials: np.ndarray) -> np.ndarray:
+    """P(N = n) for every n of `log_factorials`, N ~ Poisson(rate); float64."""
+    return np.exp(np.arange(len(log_factorials)) * math.log(rate) - rate - log_factorials)
 
 
 def lognormal_poisson_probabilities(mean: float, sigma: float, largest: int) -> np.ndarray:
@@ -29,8 +32,9 @@ def lognormal_poisson_probabilities(mean: float, sigma: float, largest: int) -> 
     """
     nodes, weights = np.polynomial.hermite_e.hermegauss(QUADRATURE_POINTS)
     rates = np.exp(math.log(mean) - sigma**2 / 2 + sigma * nodes)
-    table = np.stack([poisson_probabilities(float(rate), largest) for rate in rates])
-    return (weights / weights.sum()) @ table
+    factorials = log_factorials(largest)
+    tables = (poisson_probabilities(float(rate), factorials) for rate in rates)
+    return sum((weight * table for weight, table in zip(weights, tables)), np.zeros(largest + 1)) / weights.sum()
 
 
 def loop_probabilities(config: DepthConfig) -> np.ndarray:
@@ -46,7 +50,7 @@ def loop_probabilities(config: DepthConfig) -> np.ndarray:
         stop = 1 / config.mean
         table[1:] = stop * (1 - stop) ** (loops[1:] - 1)
     elif config.scheme == "poisson":
-        table = poisson_probabilities(config.mean, config.max)
+        table = poisson_probabilities(config.mean, log_factorials(config.max))
         table[1], table[0] = table[0] + table[1], 0.0  # max(Poisson, 1)
     else:
         table[1:] = lognormal_poisson_probabilities(config.mean, config.sigma, config.max - 1)

@@ -113,7 +113,7 @@ class RecurrentCore(nn.Module):
         if runner is not None:
             return runner.run(self, initial, inputs, first_slot)
         slots = budget or plan.deepest
-        tracker = None if self.halting is None else make_tracker(self.halting, self.config)
+        tracker = make_tracker(self.halting, self.config)
         state = initial[:0]
         for number, tick in enumerate(plan.ticks(), start=1):
             active = len(tick.ages)

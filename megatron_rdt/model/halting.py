@@ -26,7 +26,8 @@ class HaltingUnit(nn.Module):
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:
         """Halting probabilities."""
-        return torch.sigmoid(state @ self.weight + self.bias)
+        wide = torch.promote_types(state.dtype, torch.float32)
+        return torch.sigmoid(state.to(wide) @ self.weight.to(wide) + self.bias.to(wide))
 
 
 class ActTracker:
@@ -105,6 +106,13 @@ class GateTracker:
         return self.states[-1], {"states": torch.stack(self.states), "exit": torch.stack(self.probabilities)}
 
 
-def make_tracker(unit: HaltingUnit, config: ModelConfig) -> ActTracker | GateTracker:
-    """What follows the halting of one forward pass, by `model.halting`."""
-    return ActTracker(unit, config.halting_threshold) if config.halting == "act" else GateTracker(unit)
+def make_tracker(unit: HaltingUnit | None, config: ModelConfig) -> ActTracker | GateTracker | None:
+    """What follows the halting of one forward pass, by `model.halting`.
+
+    None where nothing would read it: the gate changes what is minimised, so without gradient its states are not kept.
+    """
+    if unit is None:
+        return None
+    if config.halting == "act":
+        return ActTracker(unit, config.halting_threshold)
+    return GateTracker(unit) if torch.is_grad_enabled() else None

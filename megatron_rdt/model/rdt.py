@@ -228,7 +228,7 @@ class RecurrentDepthTransformer(nn.Module):
 
         Returns:
             "objective": what to minimise, with gradient; "cross_entropy" of the last iteration's prediction; what
-            the model adds, each where it has it: "ponder" (iterations and remainder of ACT), and with gradient
+            the model adds, each where it has it: "ponder" (iterations and remainder of ACT), and where gradient is on
             "exit_entropy" and "exit_iteration" (of the exit gate's distribution).
         """
         config, matrix = self.config, self._output_matrix()
@@ -328,5 +328,5 @@ class RecurrentDepthTransformer(nn.Module):
             )
 
     def spectral_radius(self) -> float:
-        """Radius of the linear part of the recurrence, as the forward pass uses it; below 1 by construction."""
+        """Radius of the linear part of the recurrence, as the forward pass uses it; below 1 for all injections but linear and add."""
         return float(self.core.injection.spectral_radius())

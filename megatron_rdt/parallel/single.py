@@ -29,8 +29,12 @@ class DataParallelEngine(NativeEngine):
         self.make_optimizer(model)
         ids = [self.device.index] if self.device.type == "cuda" else None
         # gradient_as_bucket_view would tie .grad to the buckets, which zero_grad(set_to_none) breaks.
-        # The buffers are the same on every rank already.
-        self.module = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        # The buffers are the same on every rank already. DDP that looks for unused parameters keeps the order of its
+        # buckets; otherwise it sorts them after the first step of a process, and sums over three ranks or more would
+        # round in another order after a resume.
+        self.module = DistributedDataParallel(
+            model, device_ids=ids, broadcast_buffers=False, find_unused_parameters=True
+        )
 
     def prepare_backward(self, last: bool) -> None:
         """Reduce only on the last micro-batch of a step."""

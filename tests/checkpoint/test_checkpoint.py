@@ -1,5 +1,6 @@
 """Saving, verifying, finding, falling back, retaining."""
 
+import dataclasses
 import json
 import logging
 import platform
@@ -390,3 +391,10 @@ def test_generators_go_on_where_they_were(run: Path, configure: Configure, tmp_p
     assert [draw(), draw()] == expected
     checkpoints.restore_rank_rng(directory, 3)  # a rank that the saving run did not have keeps its own
     assert draw() not in expected
+
+
+def test_what_training_alone_reads_of_the_model_may_change(finished: Path) -> None:
+    model = load_config(step(finished, 8) / "config.yaml").model
+    checkpoints.check_same_model(step(finished, 8), dataclasses.replace(model, balance_rate=0.1, halting_weight=0.2))
+    with pytest.raises(CheckpointError, match=r"halting_threshold is 0\.99 there and 0\.5 here"):
+        checkpoints.check_same_model(step(finished, 8), dataclasses.replace(model, halting_threshold=0.5))

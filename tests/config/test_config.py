@@ -34,6 +34,8 @@ def test_overrides_and_round_trip(repository: Path, tmp_path: Path) -> None:
         ({"model.kv_heads": 3}, "model.heads 4 is not a multiple of model.kv_heads 3"),
         ({"depth.min": 5, "depth.mean": 3}, "1 <= min <= mean <= max"),
         ({"depth.per": "sequence", "model.halting": "gate"}, "one T for all sequences"),
+        ({"depth.backprop": 2, "model.halting": "act"}, "act needs a gradient through every iteration"),
+        ({"depth.backprop": 7, "model.halting": "gate"}, "gate needs a gradient through every iteration"),
         ({"model.attention": "mla", "model.qk_norm": "plain"}, "model.qk_norm is for model.attention gqa"),
         ({"model.core_ffn": "moe", "model.experts_per_token": 9}, "experts_per_token 9 must be from 1 to"),
         ({"depth.backprop": 0}, "at least 1, or `all`"),

@@ -94,7 +94,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo")
     tokens = torch.randint(0, MODEL.vocab_size, (SEQUENCES, 17), generator=torch.Generator().manual_seed(1))
-    verdict: dict[str, object] = {"model_bytes": 4 * sum(p.numel() for p in build("single").model.parameters())}
+    sizes = [parameter.numel() for parameter in build("single").model.parameters()]
+    verdict: dict[str, object] = {"model_bytes": 4 * sum(sizes), "parameters": len(sizes)}
     for label in options.labels:
         verdict[label] = measure(label, tokens)
     if dist.get_rank() == 0:

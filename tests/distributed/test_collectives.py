@@ -56,8 +56,9 @@ def core(label: str, counted: dict[str, Any]) -> dict[str, int]:
 
 
 def test_ddp_reduces_every_gradient_once_per_step(native: dict[str, Any]) -> None:
+    """And one number per parameter, whether it was used."""
     sent = check_constant("ddp", native)
-    assert sent["backward all-reduce"] == [1, native["model_bytes"]]
+    assert sent["backward all-reduce"] == [2, native["model_bytes"] + 4 * native["parameters"]]
     assert set(sent) == {"backward all-reduce", "update all-reduce"}
 
 

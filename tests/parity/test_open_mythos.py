@@ -4,46 +4,20 @@
 """
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_rdt.config import ModelConfig, load_config
+from megatron_rdt.config import load_config
 from megatron_rdt.convert.peers import from_open_mythos
 from megatron_rdt.inference import KVCache
 from megatron_rdt.model import RecurrentDepthTransformer
+from tests.parity.recorded import BASE, RECORD, compute
 
 open_mythos = pytest.importorskip("open_mythos", reason="open-mythos is not installed: make test-parity")
 
-BASE = ModelConfig(
-    vocab_size=61,
-    dim=32,
-    prelude_layers=2,
-    core_layers=1,
-    coda_layers=1,
-    heads=4,
-    kv_heads=2,
-    kv_rank=12,
-    query_rank=10,
-    nope_dim=6,
-    rope_dim=4,
-    value_dim=5,
-    rope_base=500000.0,
-    rope_pairing="adjacent",
-    ffn_dim=32 * 4 // 3,
-    core_ffn="moe",
-    experts=8,
-    experts_per_token=2,
-    expert_dim=12,
-    shared_experts=2,
-    shared_expert_dim=24,
-    encoded_norm=False,
-    injection="residual",
-    state_init="encoded",
-    signals=["sinusoidal", "lora"],
-    signal_rank=3,
-)
 LOOPS = 8
 
 
@@ -192,6 +166,10 @@ def test_the_latent_cache_has_one_rotary_key_for_all_heads_here() -> None:
     slots = BASE.prelude_layers + loops + BASE.coda_layers
     assert kept == slots * (BASE.kv_rank + BASE.heads * BASE.rope_dim)
     assert cache.elements // len(text) == slots * (BASE.kv_rank + BASE.rope_dim)
+
+
+def test_the_recorded_logits_are_theirs() -> None:
+    assert compute() == json.loads(RECORD.read_text())
 
 
 PRESETS = {

@@ -328,5 +328,5 @@ class RecurrentDepthTransformer(nn.Module):
             )
 
     def spectral_radius(self) -> float:
-        """Radius of the linear part of the recurrence, as the forward pass uses it; below 1 for all injections but linear and add."""
+        """Radius of the linear part of the recurrence as the forward pass uses it; `linear` and `add` do not bound it by 1."""
         return float(self.core.injection.spectral_radius())

@@ -6,12 +6,20 @@ A draw pushes one uniform number through the inverse of the cumulative sum, so o
 """
 
 import math
+from functools import cache
 
 import numpy as np
 
 from megatron_rdt.config import DepthConfig
 
 QUADRATURE_POINTS = 96
+
+
+@cache
+def normal_quadrature() -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights that integrate against the standard normal density; the weights sum to 1."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(QUADRATURE_POINTS)
+    return nodes, weights / weights.sum()
 
 
 def log_factorials(largest: int) -> np.ndarray:
@@ -30,11 +38,11 @@ def lognormal_poisson_probabilities(mean: float, sigma: float, largest: int) -> 
     The rate is integrated out by Gauss-Hermite quadrature. E[R] = mean. Source: Geiping et al. 2025
     (arXiv:2502.05171), section 3.3, where T = N + 1 with mean 32 and sigma 0.5.
     """
-    nodes, weights = np.polynomial.hermite_e.hermegauss(QUADRATURE_POINTS)
+    nodes, weights = normal_quadrature()
     rates = np.exp(math.log(mean) - sigma**2 / 2 + sigma * nodes)
     factorials = log_factorials(largest)
     tables = (poisson_probabilities(float(rate), factorials) for rate in rates)
-    return sum((weight * table for weight, table in zip(weights, tables)), np.zeros(largest + 1)) / weights.sum()
+    return sum((weight * table for weight, table in zip(weights, tables)), np.zeros(largest + 1))
 
 
 def loop_probabilities(config: DepthConfig) -> np.ndarray:

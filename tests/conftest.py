@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+import sysconfig
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,11 +30,11 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with this project's own sources, one document per file."""
+    """A folder with some packages of the standard library, one document per file: text that a change here leaves alone."""
     folder = tmp_path_factory.mktemp("text")
-    for package in ("megatron_rdt", "launch", "data_prep"):
-        for path in sorted((REPOSITORY / package).rglob("*.py")):
-            (folder / f"{package}-{path.parent.name}-{path.name}").write_bytes(path.read_bytes())
+    for package in ("email", "json", "logging", "urllib", "wsgiref"):
+        for path in sorted((Path(sysconfig.get_paths()["stdlib"]) / package).glob("*.py")):
+            (folder / f"{package}-{path.name}").write_bytes(path.read_bytes())
     return folder
 
 

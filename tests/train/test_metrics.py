@@ -74,7 +74,6 @@ def test_every_step_has_exactly_the_documented_fields(run: Path) -> None:
         assert 0.05 < record["memory_gb"] < 100
     assert len({record["loops_max"] for record in records}) > 1
     assert records[0]["lr"] == pytest.approx(1e-3 / 2)
-    assert records[-1]["loss"] < records[0]["loss"]
 
 
 def test_losses_are_written_with_every_digit(run: Path) -> None:

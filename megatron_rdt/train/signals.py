@@ -15,7 +15,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Remembers a stop signal; the handlers of before are put back by `close`."""
+    """Remembers a stop signal; the handlers of before are put back by `close`.
+
+    Attributes:
+        name: of the signal that asked, None while there was none.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -25,11 +29,19 @@ class StopRequest:
         self.name = signal.Signals(number).name
 
     def agreed(self, engine: "Engine") -> bool:
-        """Whether any rank was asked to stop; the same answer on every rank, at the cost of one tiny reduction."""
+        """Whether any rank was asked to stop; the same answer on every rank, at the cost of one tiny reduction.
+
+        `name` is then that of the signal on every rank, also on those that it has not reached.
+        """
         import torch
 
-        asked = torch.tensor(float(self.name is not None), device=engine.device)
-        return bool(engine.sum_over_ranks(asked) > 0)
+        asked = [float(self.name == number.name) for number in STOP_SIGNALS]
+        counts = engine.sum_over_ranks(torch.tensor(asked, device=engine.device)).tolist()
+        for number, count in zip(STOP_SIGNALS, counts):
+            if count:
+                self.name = number.name
+                return True
+        return False
 
     def close(self) -> None:
         """Restore the previous handlers."""

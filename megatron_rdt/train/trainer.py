@@ -160,7 +160,7 @@ class Trainer:
 
     def _stopped(self) -> int:
         """Save, unless this step is saved; where there is nothing to save, say so."""
-        reason = f"stopped on {self.stop.name or 'request'}"
+        reason = f"stopped on {self.stop.name}"
         if self.step == self.first_step:
             self._say(f"{reason} before step {self.step + 1}, with nothing new to save; use --resume auto")
             return EXIT_PREEMPTED

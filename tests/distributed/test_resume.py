@@ -112,7 +112,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
     text = (tmp_path / "output-0").read_text()
     assert statuses == [75, 75], text[-3000:] + (tmp_path / "output-1").read_text()[-3000:]
     step = losses(tmp_path / "r")[-1][0]
-    assert f"stopped on request at step {step}, saved" in text
+    assert f"stopped on {number.name} at step {step}, saved" in text
     checkpoint = tmp_path / "r" / "checkpoints" / f"step-{step:08d}"
     assert (tmp_path / "r" / "latest").read_text().strip() == checkpoint.name
     assert sorted(path.name for path in (checkpoint / "rng").iterdir()) == ["rank-00000.pt", "rank-00001.pt"]

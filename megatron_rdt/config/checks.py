@@ -162,10 +162,12 @@ def _depth(config: RunConfig) -> list[str]:
         problems.append("depth.curriculum_of backprop or both needs a number in --depth.backprop, not `all`.")
     if depth.curriculum != "none" and depth.curriculum_steps < 1:
         problems.append(f"depth.curriculum_steps is {depth.curriculum_steps}, it must be at least 1.")
-    if config.model.halting != "none" and depth.backprop != "all" and int(depth.backprop) < depth.max:
+    grows = depth.curriculum != "none" and depth.curriculum_of != "mean"
+    truncated = depth.backprop != "all" and (int(depth.backprop) < depth.max or grows)
+    if config.model.halting != "none" and truncated:
         problems.append(
             f"model.halting {config.model.halting} needs a gradient through every iteration: a token that stops in one without "
-            f"would give the core none at all. Set --depth.backprop all, or --depth.max {depth.backprop}."
+            f"would give the core none at all. Set --depth.backprop all{' and --depth.curriculum_of mean' * grows}."
         )
     if depth.per == "sequence" and config.model.halting == "gate":
         problems.append(

@@ -312,6 +312,8 @@ def _checked_file(path: str, kinds: Mapping[str, Any]) -> list[str]:
         _check_key(key, kinds, f"{path}: key ")
         if dataclasses.is_dataclass(kinds[key]):  # flatten leaves only sections that hold no mapping
             raise ConfigError(f"{path}: key {key} is a section and must hold `key: value` lines, or be left out.")
+        if keys[key] is None and type(None) not in typing.get_args(kinds[key]):
+            raise ConfigError(f"{path}: key {key} has no value. Give it one, or leave the key out for its default.")
     return list(keys)
 
 

@@ -99,7 +99,8 @@ def refuse_to_overwrite(run_directory: Path, resume: str) -> None:
         run_directory: `runs/<name>`.
         resume: "none", "auto", or the path to start from, which may be one of this run's own checkpoints.
     """
-    if resume == "auto" or not checkpoints.complete_checkpoints(run_directory):
+    # Also those that are damaged: a fresh run beside them would replace or outlive what could still be saved.
+    if resume == "auto" or not any((run_directory / checkpoints.CHECKPOINTS).glob("step-*")):
         return
     if resume == "none":
         raise ConfigError(

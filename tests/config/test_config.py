@@ -36,6 +36,16 @@ def test_overrides_and_round_trip(repository: Path, tmp_path: Path) -> None:
         ({"depth.per": "sequence", "model.halting": "gate"}, "one T for all sequences"),
         ({"depth.backprop": 2, "model.halting": "act"}, "act needs a gradient through every iteration"),
         ({"depth.backprop": 7, "model.halting": "gate"}, "gate needs a gradient through every iteration"),
+        (
+            {
+                "depth.backprop": 8,
+                "depth.curriculum": "linear",
+                "depth.curriculum_steps": 9,
+                "depth.curriculum_of": "both",
+                "model.halting": "act",
+            },
+            "--depth.curriculum_of mean",
+        ),
         ({"model.attention": "mla", "model.qk_norm": "plain"}, "model.qk_norm is for model.attention gqa"),
         ({"model.core_ffn": "moe", "model.experts_per_token": 9}, "experts_per_token 9 must be from 1 to"),
         ({"depth.backprop": 0}, "at least 1, or `all`"),
@@ -87,3 +97,10 @@ def test_smoke_and_quickstart_share_the_data_of_one_config(repository: Path) -> 
         assert (config.data.path, config.model.vocab_size) == (prep.out, prep.vocab_size)
     written = [path.read_bytes() for path in (repository / "configs").rglob("*.yaml")]
     assert len(set(written)) == len(written), "one file for one thing"
+
+
+@pytest.mark.parametrize("key", ["model: {dim: null}", "run: {name: }", "optimizer: {name: null}", "depth: {mean: ~}"])
+def test_a_key_without_a_value_is_refused(key: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(key)
+    with pytest.raises(ConfigError, match="has no value"):
+        load_config(tmp_path / "c.yaml")

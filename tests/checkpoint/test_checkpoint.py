@@ -398,3 +398,10 @@ def test_what_training_alone_reads_of_the_model_may_change(finished: Path) -> No
     checkpoints.check_same_model(step(finished, 8), dataclasses.replace(model, balance_rate=0.1, halting_weight=0.2))
     with pytest.raises(CheckpointError, match=r"halting_threshold is 0\.99 there and 0\.5 here"):
         checkpoints.check_same_model(step(finished, 8), dataclasses.replace(model, halting_threshold=0.5))
+
+
+def test_no_fresh_run_beside_damaged_checkpoints(run: Path, configure: Configure) -> None:
+    for manifest in (run / "checkpoints").glob("*/manifest.json"):
+        manifest.unlink()
+    with pytest.raises(ConfigError, match="already holds checkpoints"):
+        train(configure(f"--run.root={run.parent}", "--run.name=r", "--eval.every=0"))

@@ -127,6 +127,18 @@ class ParallelConfig:
 
     engine: Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "single"
     """single: one process; ddp: replicated; fsdp: sharded with FSDP2; zero1, zero2, zero3: DeepSpeed."""
+    replicate: int = 1
+    """fsdp: groups of processes that each hold the whole state (HSDP); it is sharded within a group, gradients are reduced within and then between groups."""
+    context: int = 1
+    """fsdp: processes that share out the tokens of each sequence (context parallelism)."""
+    tensor: int = 1
+    """fsdp: processes that share out the heads and inner channels of each layer, and the vocabulary (tensor parallelism)."""
+    expert: int = 1
+    """fsdp: processes that share out the experts of each mixture (expert parallelism)."""
+    core_gather: Literal["once", "per_iteration", "per_layer"] = "once"
+    """fsdp: gather the core's weights once per forward and backward pass whatever T is; once per iteration; or each layer's once per iteration, so that one layer is held at a time."""
+    reduce: Literal["per_step", "per_micro_batch"] = "per_step"
+    """ddp, fsdp: reduce gradients once per optimizer step, or after every micro-batch (fsdp: no unsharded gradient is kept between them)."""
     reshard_after_forward: bool = True
     """fsdp: free the gathered weights between forward and backward (less memory, one more gather)."""
     timeout_s: int = 600

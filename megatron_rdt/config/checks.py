@@ -2,6 +2,8 @@
 
 import math
 
+from megatron_rdt.config.layout import Layout
+from megatron_rdt.config.parallel_checks import parallel_problems
 from megatron_rdt.config.schema import ModelConfig, RunConfig, ScheduleConfig
 from megatron_rdt.errors import ConfigError
 
@@ -64,7 +66,7 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
         config: what the user asked for.
         world_size: processes of the run, where it is known.
     """
-    problems = [*_ranges(config), *_model(config), *_depth(config), *_training(config)]
+    problems = [*_ranges(config), *_model(config), *_depth(config), *_training(config), *parallel_problems(config)]
     if world_size is not None:
         problems += _world(config, world_size)
     if problems:
@@ -220,12 +222,17 @@ def _world(config: RunConfig, world_size: int) -> list[str]:
         problems.append(
             f"parallel.engine is single, but there are {world_size} processes. Set --parallel.engine fsdp (or ddp, zero1 ...)."
         )
-    share = world_size * train.micro_batch
+    try:
+        ranks = Layout.of(config.parallel, world_size).data
+    except ValueError as error:
+        return [*problems, str(error)]
+    share = ranks * train.micro_batch
     if train.global_batch % share:
         lower = train.global_batch // share * share
         nearest = ", ".join(str(n) for n in (lower, lower + share) if n)
+        who = f"{ranks} ranks" if ranks == world_size else f"{ranks} of {world_size} ranks with samples of their own"
         problems.append(
-            f"train.global_batch {train.global_batch} is not a multiple of {world_size} ranks x train.micro_batch "
+            f"train.global_batch {train.global_batch} is not a multiple of {who} x train.micro_batch "
             f"{train.micro_batch} = {share}; nearest: {nearest}."
         )
     return problems

@@ -10,6 +10,9 @@ from typing import Literal
 # Fields that training alone reads: a checkpoint's weights mean the same whatever they are, so a run may change them.
 TRAINING_FIELDS = ("balance_rate", "halting_weight")
 
+FFN_MULTIPLE, EXPERT_MULTIPLE = 64, 16
+RELU2_WIDENING = 4
+
 # jsonargparse reads the string below each field as that field's help.
 
 
@@ -116,6 +119,27 @@ class ModelConfig:
     def head_dim(self) -> int:
         """Channels per head of grouped-query attention."""
         return self.dim // self.heads
+
+    @property
+    def ffn_width(self) -> int:
+        """Inner width of a dense feed-forward part: `ffn_dim`, or what 0 means there."""
+        if self.ffn_dim:
+            return self.ffn_dim
+        if self.ffn == "relu2":
+            return RELU2_WIDENING * self.dim
+        return -(-self.dim * 8 // (3 * FFN_MULTIPLE)) * FFN_MULTIPLE
+
+    @property
+    def expert_width(self) -> int:
+        """Inner width of a routed expert: `expert_dim`, or what 0 means there."""
+        if self.expert_dim:
+            return self.expert_dim
+        return -(-self.ffn_width // (self.experts_per_token * EXPERT_MULTIPLE)) * EXPERT_MULTIPLE
+
+    @property
+    def shared_width(self) -> int:
+        """Inner width of all shared experts together."""
+        return self.shared_experts * (self.shared_expert_dim or self.expert_width)
 
     @property
     def rotary_dim(self) -> int:

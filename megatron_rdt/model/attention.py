@@ -40,7 +40,7 @@ class TokenValues(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads = config.kv_heads
+        self.head_dim = config.head_dim
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.kv_heads * config.head_dim))
         self.gate = Linear(min(VALUE_GATE_CHANNELS, config.dim), config.kv_heads)
 
@@ -51,7 +51,7 @@ class TokenValues(nn.Module):
     def forward(self, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """What to add to the values (batch, sequence, kv_heads * head_dim) of the layer's input x."""
         gate = 2 * torch.sigmoid(self.gate(x[..., : self.gate.weight.shape[1]]))
-        return (gate.unsqueeze(-1) * values.to(x.dtype).unflatten(-1, (self.heads, -1))).flatten(-2)
+        return (gate.unsqueeze(-1) * values.to(x.dtype).unflatten(-1, (-1, self.head_dim))).flatten(-2)
 
 
 class GroupedQueryAttention(nn.Module):
@@ -61,18 +61,18 @@ class GroupedQueryAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.head_dim, queries, keys = config.head_dim, config.dim, config.kv_heads * config.head_dim
         self.pairing, self.window = config.rope_pairing, config.window
-        self.query = Linear(config.dim, self.heads * self.head_dim)
-        self.key = Linear(config.dim, self.kv_heads * self.head_dim)
-        self.value = Linear(config.dim, self.kv_heads * self.head_dim)
-        self.output = Linear(self.heads * self.head_dim, config.dim)
+        self.query = Linear(config.dim, queries)
+        self.key = Linear(config.dim, keys)
+        self.value = Linear(config.dim, keys)
+        self.output = Linear(queries, config.dim)
         self.plain_norm = config.qk_norm == "plain"
         learned = config.qk_norm == "learned"
         self.query_norm = RMSNorm(self.head_dim, config.norm_eps) if learned else None
         self.key_norm = RMSNorm(self.head_dim, config.norm_eps) if learned else None
-        self.query_bias = nn.Parameter(torch.empty(self.heads * self.head_dim)) if config.qk_bias else None
-        self.key_bias = nn.Parameter(torch.empty(self.kv_heads * self.head_dim)) if config.qk_bias else None
+        self.query_bias = nn.Parameter(torch.empty(queries)) if config.qk_bias else None
+        self.key_bias = nn.Parameter(torch.empty(keys)) if config.qk_bias else None
         self.token_values = TokenValues(config) if has_value_embedding(config, index) else None
 
     def forward(
@@ -93,30 +93,32 @@ class GroupedQueryAttention(nn.Module):
             token_values: what `token_values.look_up` gave for the tokens, where the layer has it.
         """
         batch, sequence, _ = x.shape
-        query = self._rotated(self.query(x), self.heads, self.query_bias, self.query_norm, context)
-        key = self._rotated(self.key(x), self.kv_heads, self.key_bias, self.key_norm, context)
+        query = self._rotated(self.query(x), self.query_bias, self.query_norm, context)
+        key = self._rotated(self.key(x), self.key_bias, self.key_norm, context)
         value = self.value(x)
         if self.token_values is not None:
             assert token_values is not None, "whoever calls the layer looks the token values up"
             value = value + self.token_values(x, token_values)
-        value = self._split(value, self.kv_heads)
+        value = self._split(value)
         if cache is not None:
             key, value = cache.update(slot, context.start, key, value)
+        if context.share is not None:
+            key, value = context.share.gather(key, value)
         mask, (key, value) = within_window(self.window, context.start, context.mask, key, value)
         attended = attend(query, key, value, mask)
         return self.output(attended.transpose(1, 2).reshape(batch, sequence, -1))
 
-    def _split(self, x: torch.Tensor, heads: int) -> torch.Tensor:
+    def _split(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, sequence, heads * head_dim) -> (batch, heads, sequence, head_dim)."""
-        return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _rotated(
-        self, x: torch.Tensor, heads: int, bias: torch.Tensor | None, norm: RMSNorm | None, context: LayerContext
+        self, x: torch.Tensor, bias: torch.Tensor | None, norm: RMSNorm | None, context: LayerContext
     ) -> torch.Tensor:
         """Queries or keys with bias, norm and position: (batch, heads, sequence, head_dim)."""
         if bias is not None:
             x = x + bias.to(x.dtype)
-        x = self._split(x, heads)
+        x = self._split(x)
         if norm is not None:
             x = norm(x).to(context.compute_dtype)
         elif self.plain_norm:

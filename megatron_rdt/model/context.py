@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_rdt.model.flex import BlockwiseMask, Mask
+from megatron_rdt.model.masks import SequenceShare
 
 
 class LayerContext:
@@ -19,6 +20,7 @@ class LayerContext:
         compute_dtype: dtype of matrix products.
         tokens: (batch, sequence) ids of this pass.
         start: positions that a cache held before this pass; 0 without one.
+        share: the part of the sequence that this pass has; None means all.
     """
 
     def __init__(
@@ -28,24 +30,26 @@ class LayerContext:
         compute_dtype: torch.dtype,
         tokens: torch.Tensor,
         start: int = 0,
+        share: SequenceShare | None = None,
     ) -> None:
         self.rotary = rotary
         self.mask = mask
         self.compute_dtype = compute_dtype
         self.tokens = tokens
         self.start = start
+        self.share = share
 
     def in_dtype(self, dtype: torch.dtype) -> "LayerContext":
         """The same with matrix products in another dtype."""
         cosines, sines = (table.to(dtype) for table in self.rotary)
-        return LayerContext((cosines, sines), self.mask, dtype, self.tokens, self.start)
+        return LayerContext((cosines, sines), self.mask, dtype, self.tokens, self.start, self.share)
 
     def rows(self, rows: torch.Tensor | slice) -> "LayerContext":
         """The context of some of the sequences; what all sequences share is kept."""
         cosines, sines = (_rows(table, rows) for table in self.rotary)
         mask = self.mask.rows(rows) if isinstance(self.mask, BlockwiseMask) else self.mask
         mask = _rows(mask, rows) if isinstance(mask, torch.Tensor) else mask
-        return LayerContext((cosines, sines), mask, self.compute_dtype, self.tokens[rows], self.start)
+        return LayerContext((cosines, sines), mask, self.compute_dtype, self.tokens[rows], self.start, self.share)
 
 
 @dataclass

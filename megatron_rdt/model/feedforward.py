@@ -7,30 +7,18 @@ from torch.nn import functional
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.linear import Linear
 
-WIDTH_MULTIPLE = 64
-RELU2_WIDENING = 4
-
-
-def ffn_width(config: ModelConfig) -> int:
-    """Inner width: `ffn_dim`; where that is 0, 4 dim for squared ReLU, else 8/3 dim rounded up to a multiple of 64."""
-    if config.ffn_dim:
-        return config.ffn_dim
-    if config.ffn == "relu2":
-        return RELU2_WIDENING * config.dim
-    return -(-config.dim * 8 // (3 * WIDTH_MULTIPLE)) * WIDTH_MULTIPLE
-
 
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)): (..., dim) -> (..., dim).
 
     Args:
         config: of the model.
-        width: inner width; None takes `ffn_width`.
+        width: inner width; None takes `config.ffn_width`.
     """
 
     def __init__(self, config: ModelConfig, width: int | None = None) -> None:
         super().__init__()
-        width = ffn_width(config) if width is None else width
+        width = config.ffn_width if width is None else width
         self.gate = Linear(config.dim, width)
         self.up = Linear(config.dim, width)
         self.down = Linear(width, config.dim)
@@ -45,7 +33,7 @@ class SquaredReLU(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        width = ffn_width(config)
+        width = config.ffn_width
         self.up = Linear(config.dim, width)
         self.down = Linear(width, config.dim)
 

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from megatron_rdt.config import ModelConfig
-from megatron_rdt.model.masks import attention_mask
+from megatron_rdt.model.masks import SequenceShare, attention_mask
 
 BLOCK = 128
 SMALLEST_HEAD = 16  # channels; FlexAttention's kernels take no fewer
@@ -103,6 +103,7 @@ def model_mask(
     cached: bool,
     documents: torch.Tensor | None,
     mask: torch.Tensor | None,
+    share: SequenceShare | None = None,
 ) -> Mask:
     """The mask of a forward pass, in the form that is best where the tokens are.
 
@@ -112,24 +113,28 @@ def model_mask(
         start: positions that a cache holds.
         dtype: of the queries.
         cached: whether there is a cache.
-        documents: (batch, sequence) document of each token; a query sees its own only.
+        documents: (batch, whole sequence) document of each token; a query sees its own only.
         mask: what the caller gave, in place of the causal rule.
+        share: which of the whole sequence's positions the tokens are at; None means all.
 
     Raises:
         ValueError: the documents have another shape, or there are earlier positions in a cache.
     """
+    length = tokens.shape[1] if share is None else share.length
     if documents is not None:
-        if documents.shape != tokens.shape:
-            raise ValueError(f"documents have shape {tuple(documents.shape)}, the tokens {tuple(tokens.shape)}")
+        expected = (len(tokens), length)
+        if documents.shape != expected:
+            raise ValueError(f"documents have shape {tuple(documents.shape)}, the tokens {expected}")
         if start:
             raise ValueError("documents are for whole sequences; there is a cache with earlier positions")
     mla = config.attention == "mla"
     channels = min(config.nope_dim + config.rope_dim, config.value_dim) if mla else config.head_dim
     blockwise = config.window or documents is not None
     fits = tokens.is_cuda and dtype != torch.float64 and channels >= SMALLEST_HEAD
-    if blockwise and fits and mask is None and not cached:
+    if blockwise and fits and mask is None and not cached and share is None:
         return BlockwiseMask(tokens.shape[1], config.window, documents, tokens.device)
-    return attention_mask(tokens.shape[1], start, config.window, documents, tokens.device, mask)
+    queries = None if share is None else share.positions
+    return attention_mask(length, start, config.window, documents, tokens.device, mask, queries)
 
 
 def attend(

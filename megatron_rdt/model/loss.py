@@ -5,7 +5,7 @@ to one factor. It is computed there, chunk by chunk, while the chunk's logits ex
 arXiv:2410.10989); the backward pass only multiplies. No logits are kept and none are computed twice.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
@@ -17,6 +17,36 @@ CHUNK_ELEMENTS = 1 << 22
 def soften(logits: torch.Tensor, softcap: float) -> torch.Tensor:
     """softcap * tanh(logits / softcap), or the logits where `softcap` is 0 (Gemma 2, arXiv:2408.00118)."""
     return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+class Shards(Protocol):
+    """Processes that each have an equal part of the vocabulary, in order.
+
+    Attributes:
+        place: which part this one has.
+    """
+
+    place: int
+
+    def gathered(self, x: torch.Tensor) -> torch.Tensor:
+        """(...) of each process -> (processes, ...)."""
+
+
+def _partition(
+    logits: torch.Tensor, target: torch.Tensor, shards: Shards | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The log-partition function and the target's logit, (tokens,) each, of logits (tokens, vocabulary or part of it).
+
+    Also the column that the target has among these logits, and whether it is there; None means always.
+    """
+    partition = logits.logsumexp(-1)
+    if shards is None:
+        return partition, logits.gather(-1, target[:, None])[:, 0], target, None
+    own = target - shards.place * logits.shape[1]
+    here, column = (own >= 0) & (own < logits.shape[1]), own.clamp(0, logits.shape[1] - 1)
+    picked = logits.gather(-1, column[:, None])[:, 0] * here
+    partitions, pieces = shards.gathered(torch.stack((partition, picked))).unbind(1)
+    return partitions.logsumexp(0), pieces.sum(0), column, here
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -31,6 +61,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weights: torch.Tensor | None,
         softcap: float,
         z_weight: float,
+        shards: Shards | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         wide = torch.promote_types(features.dtype, torch.float32)
         rounded = matrix.to(features.dtype)
@@ -46,8 +77,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             part, target = features[rows], targets[rows]
             weight = None if weights is None else weights[rows]
             logits = soften(functional.linear(part, rounded).to(wide), softcap)
-            partition = logits.logsumexp(-1)
-            each = partition - logits.gather(-1, target[:, None])[:, 0]
+            partition, reached, column, here = _partition(logits, target, shards)
+            each = partition - reached
             entropy += each.sum() if weight is None else (each * weight).sum()
             square += partition.square().sum() if weight is None else (partition.square() * weight).sum()
             if grad_weights is not None:
@@ -59,7 +90,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad = (logits - partition[:, None]).exp_()
             if z_weight:
                 grad *= (1 + 2 * z_weight * partition)[:, None]
-            grad[torch.arange(len(target), device=target.device), target] -= 1
+            grad[torch.arange(len(target), device=target.device), column] -= 1 if here is None else here.to(grad.dtype)
             if weight is not None:
                 grad *= weight[:, None]
             if slope is not None:
@@ -79,7 +110,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         factor = grads[0]
         scaled = [None if saved is None else saved * factor.to(saved.dtype) for saved in ctx.saved_tensors]
-        return scaled[0], scaled[1], None, scaled[2], None, None
+        return scaled[0], scaled[1], None, scaled[2], None, None, None
 
 
 def cross_entropy(
@@ -90,6 +121,7 @@ def cross_entropy(
     weights: torch.Tensor | None = None,
     softcap: float = 0.0,
     z_weight: float = 0.0,
+    shards: Shards | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss of predicting `targets` from softmax(soften(features W^T)).
 
@@ -100,6 +132,8 @@ def cross_entropy(
         weights: (...) factor of each token, float32 or wider; None means 1. It may carry gradient.
         softcap: see `soften`; 0 means none.
         z_weight: weight of the squared log-partition function (PaLM, arXiv:2204.02311).
+        shards: the matrix is this process's part of W. The sums are those of all of W; the gradient of the features
+            is this part's share of it.
 
     Returns:
         Three 0-dimensional sums over tokens, float32 or wider: what to minimise, entropy + z_weight * square, with
@@ -107,5 +141,5 @@ def cross_entropy(
     """
     flat_weights = None if weights is None else weights.flatten()
     return _ChunkedCrossEntropy.apply(
-        features.flatten(0, -2), matrix, targets.flatten(), flat_weights, softcap, z_weight
+        features.flatten(0, -2), matrix, targets.flatten(), flat_weights, softcap, z_weight, shards
     )

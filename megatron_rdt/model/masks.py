@@ -1,8 +1,23 @@
 """Which positions a query sees."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+
+
+class SequenceShare(Protocol):
+    """The part of every sequence that this process has, where several share it out.
+
+    Attributes:
+        positions: (sequence,) those of its tokens, int64.
+        length: tokens of a whole sequence.
+    """
+
+    positions: torch.Tensor
+    length: int
+
+    def gather(self, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Tensors (batch, heads, sequence, channels) of this part -> those of the whole sequence, in order."""
 
 
 def attention_mask(
@@ -12,6 +27,7 @@ def attention_mask(
     documents: torch.Tensor | None,
     device: torch.device,
     mask: torch.Tensor | None = None,
+    queries: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Boolean mask, True where a query may look; None where that is all earlier positions and itself.
 
@@ -19,22 +35,23 @@ def attention_mask(
         sequence: queries, at positions start, start + 1, ...; keys are at positions 0 ... start + sequence - 1.
         start: positions before the first query.
         window: a query sees this many latest positions, itself included; 0 means all.
-        documents: (batch, sequence) document of each token, where start is 0; a query sees its own only.
+        documents: (batch, keys) document of each token, where start is 0; a query sees its own only.
         device: of the result.
         mask: in place of the causal rule, broadcastable to (batch, heads, sequence, keys).
+        queries: (queries,) positions of the queries, where those are but some of `sequence`.
 
     Returns:
         (sequence, keys), or (batch, 1, sequence, keys) where there are documents; with `mask`, what it broadcasts to.
     """
-    if mask is None and start == 0 and not window and documents is None:
+    if mask is None and start == 0 and not window and documents is None and queries is None:
         return None
     keys = torch.arange(start + sequence, device=device)
-    queries = keys[start:, None]
-    seen = keys <= queries if mask is None else mask
+    places = keys[start:] if queries is None else queries
+    seen = keys <= places[:, None] if mask is None else mask
     if window:
-        seen = seen & (keys > queries - window)
+        seen = seen & (keys > places[:, None] - window)
     if documents is not None:
-        seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
+        seen = seen & (documents[:, None, places - start, None] == documents[:, None, None, :])
     return seen
 
 

@@ -29,7 +29,7 @@ class LatentAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
-        self.heads, self.pairing, self.window = config.heads, config.rope_pairing, config.window
+        self.pairing, self.window = config.rope_pairing, config.window
         self.nope, self.rope, self.value, self.rank = (
             config.nope_dim,
             config.rope_dim,
@@ -39,11 +39,11 @@ class LatentAttention(nn.Module):
         query_in = config.query_rank or config.dim
         self.query_down = Linear(config.dim, config.query_rank) if config.query_rank else None
         self.query_norm = RMSNorm(config.query_rank, config.norm_eps) if config.query_rank else None
-        self.query_up = Linear(query_in, self.heads * (self.nope + self.rope))
+        self.query_up = Linear(query_in, config.heads * (self.nope + self.rope))
         self.latent_down = Linear(config.dim, self.rank + self.rope)
         self.latent_norm = RMSNorm(self.rank, config.norm_eps)
-        self.latent_up = Linear(self.rank, self.heads * (self.nope + self.value))
-        self.output = Linear(self.heads * self.value, config.dim)
+        self.latent_up = Linear(self.rank, config.heads * (self.nope + self.value))
+        self.output = Linear(config.heads * self.value, config.dim)
 
     def forward(
         self,
@@ -57,7 +57,7 @@ class LatentAttention(nn.Module):
         query = x
         if self.query_down is not None and self.query_norm is not None:
             query = self.query_norm(self.query_down(x)).to(x.dtype)
-        query = self.query_up(query).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        query = self.query_up(query).unflatten(-1, (-1, self.nope + self.rope)).transpose(1, 2)
         nope, rope = query.split((self.nope, self.rope), dim=-1)  # (batch, heads, sequence, ...)
         rope = rotate(rope, *context.rotary, self.pairing)
         latent, key_rope = self.latent_down(x).unsqueeze(1).split((self.rank, self.rope), dim=-1)
@@ -65,6 +65,8 @@ class LatentAttention(nn.Module):
         keys = torch.cat((latent, rotate(key_rope, *context.rotary, self.pairing)), dim=-1)  # (batch, 1, sequence, ...)
         if cache is not None:
             (keys,) = cache.update(slot, context.start, keys)
+        if context.share is not None:
+            (keys,) = context.share.gather(keys)
         mask, (keys,) = within_window(self.window, context.start, context.mask, keys)
         attended = self._absorbed if self.absorbs(x.shape[1], keys.shape[2]) else self._expanded
         return self.output(attended(nope, rope, keys, mask).transpose(1, 2).flatten(-2))
@@ -78,14 +80,16 @@ class LatentAttention(nn.Module):
     def _expanded(self, nope: torch.Tensor, rope: torch.Tensor, keys: torch.Tensor, mask: Mask) -> torch.Tensor:
         """Values attended to, (batch, heads, sequence, value_dim), with keys and values of every head."""
         latent, key_rope = keys.split((self.rank, self.rope), dim=-1)
-        up = self.latent_up(latent.squeeze(1)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        up = self.latent_up(latent.squeeze(1)).unflatten(-1, (-1, self.nope + self.value)).transpose(1, 2)
         key_nope, value = up.split((self.nope, self.value), dim=-1)
-        key = torch.cat((key_nope, key_rope.expand(-1, self.heads, -1, -1)), dim=-1)
+        key = torch.cat((key_nope, key_rope.expand(-1, key_nope.shape[1], -1, -1)), dim=-1)
         return attend(torch.cat((nope, rope), dim=-1), key, value, mask)
 
     def _absorbed(self, nope: torch.Tensor, rope: torch.Tensor, keys: torch.Tensor, mask: Mask) -> torch.Tensor:
         """The same from the latents alone: their dot products with queries that W_uk was absorbed into."""
-        up = self.latent_up.weight.to(nope.dtype).unflatten(0, (self.heads, -1))  # (heads, nope + value, rank)
+        up = self.latent_up.weight.to(nope.dtype).unflatten(
+            0, (-1, self.nope + self.value)
+        )  # (heads, nope + value, rank)
         key_up, value_up = up.split((self.nope, self.value), dim=1)
         query = torch.cat((nope @ key_up, rope), dim=-1)  # (batch, heads, sequence, rank + rope)
         scale = (self.nope + self.rope) ** -0.5

@@ -18,19 +18,15 @@ from torch import nn
 from torch.nn import functional
 
 from megatron_rdt.config import ModelConfig
-from megatron_rdt.model.feedforward import SwiGLU, ffn_width
+from megatron_rdt.model.feedforward import SwiGLU
 from megatron_rdt.model.linear import linear
 
-EXPERT_MULTIPLE = 16
 # Grouped products read rows in pieces of 16 bytes, 8 numbers of bfloat16.
 GROUPED_MULTIPLE = 8
 
 
-def expert_width(config: ModelConfig) -> int:
-    """Inner width of a routed expert."""
-    if config.expert_dim:
-        return config.expert_dim
-    return -(-ffn_width(config) // (config.experts_per_token * EXPERT_MULTIPLE)) * EXPERT_MULTIPLE
+Run = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Exchange = Callable[[Run, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def _in_backward() -> bool:
@@ -65,7 +61,7 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) ->
     return _GroupedLinear.apply(x.contiguous(), weight, ends)
 
 
-def _permuted(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+def permuted(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """Row r of `x` at row places[r]. Not an indexed read: the backward pass of that adds rows up in any order."""
     return torch.empty_like(x).index_copy(0, places, x)
 
@@ -80,6 +76,8 @@ class MixtureOfExperts(nn.Module):
         counted: (experts + 1,) float64, since the last `rebalance`, on this rank: how many tokens each expert was sent,
             and the entropy of the routing distribution in nats, summed over these tokens. A token is counted once per
             iteration. None where nothing was counted.
+        exchange: runs the experts where several processes share them out, given `_experts`, which runs those that this
+            one holds, and its arguments; None where this one holds all.
     """
 
     selection_bias: torch.Tensor
@@ -87,16 +85,16 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.experts, self.chosen, width = config.experts, config.experts_per_token, expert_width(config)
+        self.experts, self.chosen, width = config.experts, config.experts_per_token, config.expert_width
         self.router = nn.Parameter(torch.empty(config.experts, config.dim))
         self.gate = nn.Parameter(torch.empty(config.experts, width, config.dim))
         self.up = nn.Parameter(torch.empty(config.experts, width, config.dim))
         self.down = nn.Parameter(torch.empty(config.experts, config.dim, width))
-        shared = config.shared_experts * (config.shared_expert_dim or width)
-        self.shared = SwiGLU(config, shared) if shared else None
+        self.shared = SwiGLU(config, config.shared_width) if config.shared_width else None
         self.register_buffer("selection_bias", torch.zeros(config.experts))
         # Not a buffer: it is neither saved nor sharded, and no conversion of the model may round it.
         self.counted = None
+        self.exchange: Exchange | None = None
 
     def reset_buffers(self) -> None:
         """The values at the start of a run; on the meta device nothing happens."""
@@ -117,8 +115,9 @@ class MixtureOfExperts(nn.Module):
         if self.training and not _in_backward():
             self._count(ends, scores.detach())
         rows = flat.unsqueeze(1).expand(-1, self.chosen, -1).flatten(0, 1)
-        outputs = self._experts(_permuted(rows, order.argsort()), ends)
-        outputs = _permuted(outputs, order).unflatten(0, (-1, self.chosen))
+        rows = permuted(rows, order.argsort())
+        outputs = self._experts(rows, ends) if self.exchange is None else self.exchange(self._experts, rows, ends)
+        outputs = permuted(outputs, order).unflatten(0, (-1, self.chosen))
         mixed = (outputs * weights.to(outputs.dtype).unsqueeze(-1)).sum(1)
         if self.shared is not None:
             mixed = mixed + self.shared(flat)

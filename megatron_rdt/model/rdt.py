@@ -19,7 +19,7 @@ from megatron_rdt.model.flex import model_mask
 from megatron_rdt.model.layer import Layer
 from megatron_rdt.model.linear import Linear, linear
 from megatron_rdt.model.loss import cross_entropy, soften
-from megatron_rdt.model.masks import padded_mask
+from megatron_rdt.model.masks import SequenceShare, padded_mask
 from megatron_rdt.model.monitor import CoreMonitor
 from megatron_rdt.model.norm import RMSNorm
 from megatron_rdt.model.rope import rotary_tables
@@ -33,9 +33,10 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, dim))
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Look the tokens up."""
-        return functional.embedding(tokens, self.weight)
+    def forward(self, tokens: torch.Tensor, absent: torch.Tensor | None = None) -> torch.Tensor:
+        """Look the tokens up; one that is `absent`, (...), gets zeros."""
+        vectors = functional.embedding(tokens, self.weight)
+        return vectors if absent is None else vectors.masked_fill(absent.unsqueeze(-1), 0.0)
 
 
 class DepthCache(KeyValueCache, Protocol):
@@ -81,6 +82,8 @@ class RecurrentDepthTransformer(nn.Module):
         compute_dtype: dtype of matrix products; None means the dtype of the weights. The residual stream and the
             recurrent state keep the dtype of the weights (float32).
         z_weight: weight of the squared log-partition function in the loss.
+        normal_state, cross_entropy: the functions of these names, or what stands for them where a process has but part
+            of the positions or of the vocabulary.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -95,6 +98,7 @@ class RecurrentDepthTransformer(nn.Module):
         self.head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
         self.compute_dtype: torch.dtype | None = None
         self.z_weight = 0.0
+        self.normal_state, self.cross_entropy = normal_state, cross_entropy
 
     def forward(
         self,
@@ -111,6 +115,7 @@ class RecurrentDepthTransformer(nn.Module):
         exit_rule: ExitRule | None = None,
         trace: ExitTrace | None = None,
         monitor: CoreMonitor | None = None,
+        share: SequenceShare | None = None,
     ) -> Any:
         """Logits of the next token at every position, or the losses of predicting `targets`.
 
@@ -126,11 +131,13 @@ class RecurrentDepthTransformer(nn.Module):
             mask: boolean, True where a query may look, broadcastable to (batch, heads, sequence, keys);
                 default causal. The sliding window and the documents narrow it.
             documents: (batch, sequence) number of the document that each token belongs to; a query sees its own only.
+                With a share, those of the whole sequence.
             padding: (batch,) how many of the first positions, counted from the start of the cache, are no tokens of
                 the row. The row's own positions count from there. Not with `positions` or `mask`.
             exit_rule: when a token stops before T, without gradient. Tokens that have stopped are not computed.
             trace: receives how many iterations each token ran.
             monitor: receives measurements of the loop; nothing with an exit rule.
+            share: the tokens are this part of longer sequences that several processes share out.
 
         Returns:
             Logits (batch, sequence, vocab_size) in the compute dtype. With `targets`, the dictionary of `losses`.
@@ -156,13 +163,13 @@ class RecurrentDepthTransformer(nn.Module):
         if padding is not None:
             positions, mask = (places - padding[:, None]).clamp_min(0), padded_mask(sequence, start, padding)
         elif positions is None:
-            positions = places
+            positions = places if share is None else share.positions
 
         embedded = x = self.embed(tokens)
         dtype = self.compute_dtype or x.dtype
-        seen = model_mask(self.config, tokens, start, dtype, cache is not None, documents, mask)
+        seen = model_mask(self.config, tokens, start, dtype, cache is not None, documents, mask, share)
         rotary = rotary_tables(positions, self.config.rotary_dim, self.config.rope_base, dtype)
-        context = LayerContext(rotary, seen, dtype, tokens, start)
+        context = LayerContext(rotary, seen, dtype, tokens, start, share)
         for slot, layer in enumerate(self.prelude):
             x = layer(x, context, cache, slot)
         slot = len(self.prelude)
@@ -235,7 +242,7 @@ class RecurrentDepthTransformer(nn.Module):
         options: dict[str, Any] = {"softcap": config.logit_softcap, "z_weight": self.z_weight}
         if config.halting == "gate" and torch.is_grad_enabled():
             return self._gate_losses(state, extras, targets, context)
-        objective, entropy, _ = cross_entropy(self.read_out(state, context), matrix, targets, **options)
+        objective, entropy, _ = self.cross_entropy(self.read_out(state, context), matrix, targets, **options)
         if config.halting != "act":
             return {"objective": objective, "cross_entropy": entropy}
         ponder = extras["ponder"].sum()
@@ -256,7 +263,7 @@ class RecurrentDepthTransformer(nn.Module):
         config, matrix, exits = self.config, self._output_matrix(), extras["exit"]  # (T, batch, sequence)
         rows = torch.arange(len(targets), device=targets.device).repeat(len(exits))
         features = self.read_out(extras["states"].flatten(0, 1), context.rows(rows))
-        objective, _, _ = cross_entropy(
+        objective, _, _ = self.cross_entropy(
             features,
             matrix,
             targets[rows],
@@ -265,7 +272,7 @@ class RecurrentDepthTransformer(nn.Module):
             z_weight=self.z_weight,
         )
         last = features[-len(targets) :].detach()
-        _, entropy, _ = cross_entropy(last, matrix.detach(), targets, softcap=config.logit_softcap)
+        _, entropy, _ = self.cross_entropy(last, matrix.detach(), targets, softcap=config.logit_softcap)
         # A probability that underflowed to 0 would have an infinite gradient here.
         exit_entropy = torch.special.entr(exits.clamp_min(torch.finfo(exits.dtype).tiny)).sum()
         iterations = torch.arange(1, len(exits) + 1, device=exits.device, dtype=exits.dtype)
@@ -295,7 +302,7 @@ class RecurrentDepthTransformer(nn.Module):
             return encoded
         batch = embedded.shape[0]
         seeds = plan.state_seeds or (0,) * batch
-        noise = normal_state(seeds, positions, self.config.dim, self.config.state_std)
+        noise = self.normal_state(seeds, positions, self.config.dim, self.config.state_std)
         return noise.to(embedded.dtype).expand_as(embedded)
 
     def cache_slots(self, loops: int, budget: int = 0, rule: ExitRule | None = None) -> int:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_rdt.config import RunConfig
+from megatron_rdt.config.layout import Layout
 from megatron_rdt.depth.plan import DepthPlan
 from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer
 
@@ -51,6 +52,7 @@ class Engine(ABC):
         config: the run's config.
         device: where this rank computes.
         rank, world_size: this process among all.
+        layout: how the processes are arranged; those of one `layout.data_place` have the same samples.
         model: the bare model (its parameters may be sharded).
         module: what to call for a forward pass; every rank must call it the same number of times.
     """
@@ -60,6 +62,7 @@ class Engine(ABC):
         self.device = device
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.layout = Layout.of(config.parallel, self.world_size)
         self.model: RecurrentDepthTransformer
         self.module: nn.Module
 
@@ -105,7 +108,7 @@ class Engine(ABC):
         """Accumulate the gradients of the mean objective per token of the global batch.
 
         Args:
-            batch: this rank's micro-batches; every rank has the same number of them and of tokens.
+            batch: this rank's micro-batches, of whole sequences; every rank has the same number of them and of tokens.
             monitor: receives measurements of the last micro-batch.
 
         Returns:

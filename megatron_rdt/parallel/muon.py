@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 # Coefficients of Jordan's quintic: steepest at 0, where small singular values are.
@@ -55,7 +56,13 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
 
 def _rows_are_spread(parameter: torch.Tensor) -> bool:
     """Whether no rank has the whole matrix."""
-    return isinstance(parameter, DTensor) and parameter.dim() == 2 and parameter.device_mesh.size() > 1
+    return isinstance(parameter, DTensor) and parameter.dim() == 2 and _sharing(parameter).size() > 1
+
+
+def _sharing(parameter: DTensor) -> ProcessGroup:
+    """The ranks that have rows of the matrix; the last axis of its mesh, before which there may be replicas."""
+    mesh = parameter.device_mesh
+    return mesh.get_group(mesh.ndim - 1)
 
 
 class Muon(torch.optim.Optimizer):
@@ -95,7 +102,7 @@ class Muon(torch.optim.Optimizer):
         # Ranks work at the same time on matrices of about the same size.
         spread.sort(key=lambda job: job[0].numel(), reverse=True)
         while spread:
-            ranks = spread[0][0].device_mesh.size()  # type: ignore[attr-defined]
+            ranks = _sharing(spread[0][0]).size()  # type: ignore[arg-type]
             self._step_together(spread[:ranks])
             del spread[:ranks]
 
@@ -118,7 +125,7 @@ class Muon(torch.optim.Optimizer):
 
     def _step_together(self, jobs: list[Job]) -> None:
         """Step matrices split by rows, at most as many as there are ranks; the i-th is the i-th rank's work."""
-        process_group = jobs[0][0].device_mesh.get_group()  # type: ignore[attr-defined]
+        process_group = _sharing(jobs[0][0])  # type: ignore[arg-type]
         rank, ranks = dist.get_rank(process_group), dist.get_world_size(process_group)
         collected: list[torch.Tensor] = []
         sent = []

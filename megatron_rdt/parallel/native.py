@@ -20,11 +20,16 @@ from megatron_rdt.errors import CheckpointError
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel.engine import Engine
 from megatron_rdt.parallel.optimizers import (
+    Groups,
     adamw_groups,
     apply_options,
+    by_mesh,
     make_optimizers,
     muon_groups,
+    names_of,
+    regrouped,
     set_learning_rate,
+    split_by_mesh,
 )
 
 
@@ -53,10 +58,12 @@ class NativeEngine(Engine):
 
     def clip(self, max_norm: float) -> float:
         """Scale `.grad` of every parameter in place when the global norm exceeds `max_norm`."""
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        groups = by_mesh(p for p in self.model.parameters() if p.grad is not None)
+        norms = [full_tensor(torch.nn.utils.get_total_norm([p.grad for p in group])) for group in groups]  # type: ignore[misc]
+        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         if max_norm > 0 and torch.isfinite(norm):
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+            for group in groups:
+                torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
         return float(norm)
 
     def step(self, lr: float) -> None:
@@ -80,8 +87,14 @@ class NativeEngine(Engine):
         }
 
     def _states(self) -> tuple[dict, dict]:
+        """Model and optimizer state; the groups are those of a run that is not sharded, so that any run can load them."""
         model, optimizer = dcp_state.get_state_dict(self.model, self.optimizers)
-        return dict(model), dict(optimizer)
+        wanted = names_of(self.model, self._configured_groups())
+        return dict(model), dict(optimizer) | {"param_groups": regrouped(optimizer["param_groups"], wanted)}  # type: ignore[arg-type]
+
+    def _configured_groups(self) -> Groups:
+        options = self.config.optimizer
+        return [*adamw_groups(self.model, options), *muon_groups(self.model, options)]
 
     def save(self, directory: Path) -> None:
         """Write `model/` and `optimizer/`."""
@@ -105,9 +118,10 @@ class NativeEngine(Engine):
         except CheckpointException as error:  # a BaseException that wraps the error of each rank that failed
             reason = next((str(inner) for inner, _ in error.failures.values()), "").strip().splitlines() or ["unknown"]
             raise CheckpointError(f"{directory} could not be loaded: {reason[0]}. Use another checkpoint.") from error
+        own = [group for each in self.optimizers for group in each.param_groups]
+        optimizer["param_groups"] = regrouped(optimizer["param_groups"], names_of(self.model, own))
         dcp_state.set_state_dict(self.model, self.optimizers, model_state_dict=model, optim_state_dict=optimizer)
-        for each, make_groups in zip(self.optimizers, (adamw_groups, muon_groups)):
-            apply_options(each.param_groups, make_groups(self.model, self.config.optimizer))
+        apply_options(own, split_by_mesh(self._configured_groups()))
 
 
 @contextlib.contextmanager

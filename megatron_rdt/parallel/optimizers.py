@@ -5,10 +5,12 @@ experts included. AdamW has the rest: embeddings and the output matrix, tables o
 vectors. With adamw, AdamW has everything.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from megatron_rdt.config import OptimizerConfig
 from megatron_rdt.parallel.muon import Muon
@@ -38,6 +40,15 @@ def by_muon(name: str, parameter: torch.Tensor, config: OptimizerConfig) -> bool
     return config.name == "muon" and dimensions(parameter) >= 2 and not name.endswith(NOT_MAPS)
 
 
+def by_mesh(parameters: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Parameters that are sharded over the same processes, together: one operation cannot take others at once."""
+    meshes: dict[Any, list[torch.Tensor]] = {}
+    for parameter in parameters:
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        meshes.setdefault(mesh, []).append(parameter)
+    return list(meshes.values())
+
+
 def adamw_groups(model: nn.Module, config: OptimizerConfig) -> Groups:
     """AdamW's two groups, the parameters with weight decay and those without, and their options."""
     options = {"betas": (config.beta1, config.beta2), "eps": config.eps}
@@ -46,6 +57,23 @@ def adamw_groups(model: nn.Module, config: OptimizerConfig) -> Groups:
         {"params": [p for n, p in mine if decays(n, p)], "weight_decay": config.weight_decay, **options},
         {"params": [p for n, p in mine if not decays(n, p)], "weight_decay": 0.0, **options},
     ]
+
+
+def split_by_mesh(groups: Groups) -> Groups:
+    """The same groups, each in one part per mesh that its parameters are on."""
+    return [{**group, "params": part} for group in groups for part in by_mesh(group["params"]) or [[]]]
+
+
+def names_of(model: nn.Module, groups: Groups) -> list[list[str]]:
+    """The names of the parameters of each group."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [[names[parameter] for parameter in group["params"]] for group in groups]
+
+
+def regrouped(groups: Groups, wanted: list[list[str]]) -> Groups:
+    """Groups of the wanted names, each with the options that its names have in `groups`, whose params are names."""
+    options = {name: group for group in groups for name in group["params"]}
+    return [{**options[names[0]], "params": names} for names in wanted if names]
 
 
 def muon_groups(model: nn.Module, config: OptimizerConfig) -> Groups:
@@ -68,7 +96,7 @@ def muon_groups(model: nn.Module, config: OptimizerConfig) -> Groups:
 
 def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW, fused, over the groups of `adamw_groups`."""
-    return torch.optim.AdamW(adamw_groups(model, config), lr=config.lr, fused=True)
+    return torch.optim.AdamW(split_by_mesh(adamw_groups(model, config)), lr=config.lr, fused=True)
 
 
 def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:

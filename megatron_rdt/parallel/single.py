@@ -37,5 +37,5 @@ class DataParallelEngine(NativeEngine):
         )
 
     def prepare_backward(self, last: bool) -> None:
-        """Reduce only on the last micro-batch of a step."""
-        self.module.require_backward_grad_sync = last
+        """Reduce on the last micro-batch of a step, before it only where that is configured."""
+        self.module.require_backward_grad_sync = last or self.config.parallel.reduce == "per_micro_batch"

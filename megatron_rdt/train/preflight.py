@@ -41,7 +41,7 @@ def open_data(config: RunConfig, world_size: int, local_rank: int = 0) -> RunDat
 
     Args:
         config: the run's config.
-        world_size: number of processes.
+        world_size: number of processes with samples of their own.
         local_rank: number of this process on its node; the first one reads every byte where `data.verify` is full.
 
     Raises:

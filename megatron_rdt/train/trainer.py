@@ -98,7 +98,7 @@ class Trainer:
         self.config, self.run_directory, self.device, self.stop = config, run_directory, device, stop
         self.engine = make_engine(config, device)
         self.is_first = self.engine.rank == 0
-        self.data = open_data(config, self.engine.world_size, local_rank)
+        self.data = open_data(config, self.engine.layout.data, local_rank)
         self.corpus = self.data.corpus
         self.tokenizer = Tokenizer(self.corpus.tokenizer_directory)
         self.sampler = DepthSampler(config.depth, config.run.seed)
@@ -121,12 +121,12 @@ class Trainer:
         if source is not None:
             self._restore(source)
         total = self.consumed + (config.train.steps - self.step) * config.train.global_batch
-        rank, world_size, limit = self.engine.rank, self.engine.world_size, config.data.max_epochs
+        layout, limit = self.engine.layout, config.data.max_epochs
         loader = BatchLoader(
             self.corpus,
             config.train.global_batch,
-            rank,
-            world_size,
+            layout.data_place(self.engine.rank),
+            layout.data,
             self.consumed,
             total,
             limit,
@@ -254,8 +254,8 @@ class Trainer:
     def _evaluate(self) -> None:
         config, windows = self.config, self.data.validation
         assert windows is not None, "open_data reads them where eval.every is set"
-        share = len(windows) // self.engine.world_size
-        mine, documents = slice(self.engine.rank * share, (self.engine.rank + 1) * share), self.data.documents
+        share, place = len(windows) // self.engine.layout.data, self.engine.layout.data_place(self.engine.rank)
+        mine, documents = slice(place * share, (place + 1) * share), self.data.documents
         losses = validation_losses(
             self.engine.module,
             windows[mine],

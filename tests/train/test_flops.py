@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
-from megatron_rdt.model.feedforward import ffn_width
 from megatron_rdt.model.flops import BACKWARD_FACTOR, attention_flops, forward_flops, mean_keys, training_flops
 
 BATCH, LENGTH = 3, 24
@@ -85,7 +84,7 @@ def test_recomputation_is_not_counted_as_work(backprop: int | None) -> None:
     # Recomputation stops at the last tensor that the backward pass needs, so the last product of each iteration,
     # the down projection of its last layer, is not repeated.
     iteration = forward_flops(config, LENGTH).iteration + config.core_layers * attention_in_full(config)
-    iteration -= 2 * ffn_width(config) * config.dim
+    iteration -= 2 * config.ffn_width * config.dim
     assert checkpointed - plain == plan.loops_with_grad * iteration * BATCH * LENGTH
 
 

@@ -1,0 +1,132 @@
+"""Checks of `parallel`: what each axis of sharding needs of the engine, the model and the run."""
+
+from megatron_rdt.config.schema import ModelConfig, RunConfig
+
+AXES = ("replicate", "context", "tensor", "expert")
+ONLY_FSDP = {**dict.fromkeys(AXES, 1), "core_gather": "once", "reshard_after_forward": True}
+
+
+def parallel_problems(config: RunConfig) -> list[str]:
+    """A sentence for everything in `parallel` that cannot work, whatever the number of processes."""
+    parallel, problems = config.parallel, []
+    for name in AXES:
+        if getattr(parallel, name) < 1:
+            problems.append(f"parallel.{name} is {getattr(parallel, name)}, it must be at least 1.")
+    if problems:
+        return problems
+    if parallel.engine != "fsdp":
+        problems += [
+            f"parallel.{name} is {getattr(parallel, name)}, which only engine fsdp knows; parallel.engine is "
+            f"{parallel.engine}. Set --parallel.engine fsdp, or leave --parallel.{name} away."
+            for name, usual in ONLY_FSDP.items()
+            if getattr(parallel, name) != usual
+        ]
+    if parallel.reduce != "per_step" and parallel.engine not in ("ddp", "fsdp"):
+        problems.append(
+            f"parallel.reduce is for the engines ddp and fsdp; {parallel.engine} decides for itself. Leave it away."
+        )
+    if problems:
+        return problems
+    return [*_same_depth(config), *_tensor(config), *_context(config), *_expert(config), *_whole_sequences(config)]
+
+
+def _same_depth(config: RunConfig) -> list[str]:
+    """Processes that meet in every iteration have to run the same number of them."""
+    depth, parallel = config.depth, config.parallel
+    if depth.per == "step" or depth.scheme == "fixed":
+        return []
+    meeting = [f"parallel.core_gather {parallel.core_gather}"] if parallel.core_gather != "once" else []
+    meeting += [f"parallel.expert {parallel.expert}"] if parallel.expert > 1 else []
+    return [
+        f"{name} lets processes with different sequences meet in every iteration, so all need the same T; depth.per is "
+        f"{depth.per}. Set --depth.per step."
+        for name in meeting
+    ]
+
+
+def _tensor(config: RunConfig) -> list[str]:
+    """What is split between `parallel.tensor` processes has to divide."""
+    model, ranks, problems = config.model, config.parallel.tensor, []
+    if ranks == 1:
+        return []
+    split = {"model.heads": model.heads, "model.vocab_size": model.vocab_size}
+    if model.attention == "gqa":
+        split["model.kv_heads"] = model.kv_heads
+    split |= {f"inner width ({name})": width for name, width in inner_widths(model).items()}
+    split["tokens of a process (train.sequence_length / parallel.context)"] = (
+        config.train.sequence_length // config.parallel.context
+    )
+    for name, size in split.items():
+        if size % ranks:
+            problems.append(f"parallel.tensor {ranks} does not divide the {name}, {size}. Change either.")
+    if model.halting != "none":
+        problems.append(
+            f"model.halting {model.halting} does not work with parallel.tensor {ranks} yet: each process has part of the "
+            "tokens and all of the loss. Set --parallel.tensor 1, or --model.halting none."
+        )
+    if config.parallel.expert > 1:
+        problems.append(
+            "parallel.tensor and parallel.expert do not work together yet. tensor splits experts too: set "
+            "--parallel.expert 1."
+        )
+    return problems + _no_muon(config, "tensor")
+
+
+def inner_widths(model: ModelConfig) -> dict[str, int]:
+    """Inner widths of the model's feed-forward parts, by the options that set them."""
+    widths = {}
+    if model.core_ffn == "dense" or model.prelude_layers or model.coda_layers:
+        widths["model.ffn_dim"] = model.ffn_width
+    if model.core_ffn == "moe":
+        widths["model.expert_dim"] = model.expert_width
+        if model.shared_width:
+            widths["model.shared_experts x model.shared_expert_dim"] = model.shared_width
+    return widths
+
+
+def _context(config: RunConfig) -> list[str]:
+    length, ranks = config.train.sequence_length, config.parallel.context
+    if ranks == 1 or length % (2 * ranks) == 0:
+        return []
+    return [
+        f"train.sequence_length {length} is not a multiple of 2 x parallel.context {ranks}: each process has two pieces "
+        "of every sequence. Change either."
+    ]
+
+
+def _expert(config: RunConfig) -> list[str]:
+    model, ranks = config.model, config.parallel.expert
+    if ranks == 1:
+        return []
+    if model.core_ffn != "moe":
+        return [
+            f"parallel.expert {ranks} needs a mixture of experts; model.core_ffn is {model.core_ffn}. Set it to moe."
+        ]
+    if model.experts % ranks:
+        return [f"parallel.expert {ranks} does not divide model.experts {model.experts}. Change either."]
+    return _no_muon(config, "expert")
+
+
+def _whole_sequences(config: RunConfig) -> list[str]:
+    """What needs whole sequences on each process."""
+    axes = [f"parallel.{name} {size}" for name in ("tensor", "context") if (size := getattr(config.parallel, name)) > 1]
+    problems = []
+    if axes and config.sample.every:
+        problems.append(
+            f"sample.every does not work with {' and '.join(axes)}: no process has whole sequences. Set --sample.every 0 and "
+            "use rdt generate on a checkpoint."
+        )
+    if axes and config.logging.jacobian_every:
+        problems.append(
+            f"logging.jacobian_every does not work with {' and '.join(axes)}: no process has whole sequences. Set it to 0."
+        )
+    return problems
+
+
+def _no_muon(config: RunConfig, axis: str) -> list[str]:
+    if config.optimizer.name != "muon":
+        return []
+    return [
+        f"optimizer.name muon needs whole matrices, which parallel.{axis} {getattr(config.parallel, axis)} splits. "
+        f"Set --parallel.{axis} 1, or --optimizer.name adamw."
+    ]

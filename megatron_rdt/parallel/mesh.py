@@ -1,0 +1,48 @@
+"""The processes of a sharded run as meshes: who shards with whom, on which axis."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from megatron_rdt.config.layout import Layout
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """The meshes that a layout needs; None for an axis of one process.
+
+    Attributes:
+        state: over which FSDP2 shards parameters, gradients and optimizer state: 1-D, or 2-D with replicas first.
+        tensor: the processes that share out heads, channels and vocabulary.
+        context: the processes that share out the tokens of each sequence.
+        expert: the processes that share out the experts.
+        expert_replicas: those that hold the same experts.
+    """
+
+    state: DeviceMesh
+    tensor: DeviceMesh | None = None
+    context: DeviceMesh | None = None
+    expert: DeviceMesh | None = None
+    expert_replicas: DeviceMesh | None = None
+
+
+def make_meshes(layout: Layout, device: torch.device) -> Meshes:
+    """Meshes of all processes; every process calls this."""
+    kind = device.type
+    sharing = layout.shard * layout.context
+    whole = init_device_mesh(
+        kind, (layout.replicate, sharing, layout.tensor), mesh_dim_names=("replicate", "shard", "tensor")
+    )
+    state = whole["replicate", "shard"] if layout.replicate > 1 else whole["shard"]
+    tensor = whole["tensor"] if layout.tensor > 1 else None
+    context = expert = replicas = None
+    if layout.context > 1:
+        shape = (layout.data, layout.context, layout.tensor)
+        context = init_device_mesh(kind, shape, mesh_dim_names=("data", "context", "tensor"))["context"]
+    if layout.expert > 1:
+        holders = layout.world_size // layout.expert
+        mesh = init_device_mesh(kind, (holders, layout.expert), mesh_dim_names=("expert_replicas", "expert"))
+        expert = mesh["expert"]
+        replicas = mesh["expert_replicas"] if holders > 1 else None
+    return Meshes(state, tensor, context, expert, replicas)

@@ -1,0 +1,157 @@
+"""Started on four processes: every way to arrange them, in float64, against one process."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_rdt.config import DepthConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_rdt.depth import DepthPlan
+from megatron_rdt.depth.hashing import hash64
+from megatron_rdt.environment import leave_process
+from megatron_rdt.model import RecurrentDepthTransformer
+from megatron_rdt.parallel import Engine, MicroBatch, make_engine
+
+PLAIN = ModelConfig(vocab_size=64, dim=32, prelude_layers=1, core_layers=2, coda_layers=1, heads=4, kv_heads=4)
+MODELS = {
+    "plain": PLAIN,
+    "parts": dataclasses.replace(
+        PLAIN,
+        qk_norm="learned",
+        qk_bias=True,
+        value_embeddings="gated",
+        window=9,
+        norm_placement="sandwich",
+        core_norm="last_shared",
+        injection="hyper",
+        lanes=2,
+        input_matrix=True,
+        output_matrix=True,
+        state_init="normal",
+        signals=["sinusoidal", "lora", "adaln"],
+        tie_embeddings=False,
+        logit_softcap=5.0,
+        ffn="relu2",
+    ),
+    "mla": dataclasses.replace(
+        PLAIN, attention="mla", kv_rank=16, query_rank=24, nope_dim=8, rope_dim=4, value_dim=8, state_init="learned"
+    ),
+    "experts": dataclasses.replace(PLAIN, core_ffn="moe", experts=4, experts_per_token=2, expert_dim=24),
+    "act": dataclasses.replace(PLAIN, halting="act", injection="linear"),
+    "gate": dataclasses.replace(PLAIN, halting="gate", injection="gate"),
+}
+SEQUENCES, LENGTH = 8, 16
+MIXED = (5, 1, 3, 2, 6, 1, 4, 2)
+# (T of the sequences, k, checkpointing, documents)
+STEPS = [
+    ((3,) * SEQUENCES, None, "none", False),
+    (MIXED, 2, "per_iteration", True),
+    (MIXED, None, "none", False),
+]
+# One T for all: of the axes that meet in every iteration, and of the gate.
+EVEN_STEPS = [((t,) * SEQUENCES, k, *rest) for t, ((*_,), k, *rest) in zip((3, 4, 1), STEPS)]
+
+
+def make(parallel: ParallelConfig, model: ModelConfig, micro_batch: int = 1) -> Engine:
+    config = RunConfig(
+        model=model,
+        depth=DepthConfig(),
+        train=TrainConfig(global_batch=SEQUENCES, micro_batch=micro_batch, sequence_length=LENGTH, z_loss=0.01),
+        parallel=parallel,
+    )
+    engine = make_engine(config, torch.device("cpu"))
+    if parallel.engine == "single":  # the reference sees everything, also inside a process group
+        engine.rank, engine.world_size = 0, 1
+        engine.layout = dataclasses.replace(engine.layout, shard=1)
+    with torch.device("meta"):
+        built = RecurrentDepthTransformer(config.model)
+    engine.setup(built)
+    return engine
+
+
+def batch(engine: Engine, tokens: torch.Tensor, step: tuple, size: int) -> list[MicroBatch]:
+    loops, k, _, with_documents = step
+    share = SEQUENCES // engine.layout.data
+    first = engine.layout.data_place(engine.rank) * share
+    documents = (tokens % 7 == 0).cumsum(-1) if with_documents else None
+    result = []
+    for at in range(first, first + share, size):
+        rows = slice(at, at + size)
+        seeds = tuple(hash64(1, "state", place) for place in range(at, at + size))
+        result.append(
+            MicroBatch(
+                tokens[rows], DepthPlan(loops[rows], k, seeds), None if documents is None else documents[rows]
+            )
+        )
+    return result
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-12))
+
+
+def compare(case: str, parallel: ParallelConfig, name: str, tokens: torch.Tensor) -> dict[str, float]:
+    """Largest relative difference of losses, norm and every gradient over three optimizer steps."""
+    model = MODELS[name]
+    even = parallel.core_gather != "once" or parallel.expert > 1 or model.halting == "gate"
+    engine, single = make(parallel, model), make(ParallelConfig(engine="single"), model)
+    worst: dict[str, float] = {}
+
+    def note(what: str, ours: torch.Tensor, reference: torch.Tensor) -> None:
+        worst[what] = max(worst.get(what, 0.0), difference(torch.as_tensor(ours), torch.as_tensor(reference)))
+
+    for step in EVEN_STEPS if even else STEPS:
+        if model.halting != "none":
+            step = (step[0], None, *step[2:])  # noqa: PLW2901
+        for each in (engine, single):
+            each.model.core.checkpoint_iterations = step[2] == "per_iteration"
+        losses = engine.forward_backward(batch(engine, tokens, step, 2))
+        expected = single.forward_backward(batch(single, tokens, step, SEQUENCES))
+        assert set(losses) == set(expected)
+        for key in losses:
+            note(f"loss {key}", losses[key], expected[key])
+        gradients, reference = engine.full_gradients(), single.full_gradients()
+        assert set(gradients) == set(reference), set(gradients) ^ set(reference)
+        for key, gradient in gradients.items():
+            note(key, gradient, reference[key])
+        note("norm", engine.clip(0.5), single.clip(0.5))
+        engine.step(1e-3)
+        single.step(1e-3)
+    state = {key: (v.full_tensor() if hasattr(v, "full_tensor") else v) for key, v in engine.model.state_dict().items()}
+    for key, value in single.model.state_dict().items():
+        note(f"weights {key}", state[key], value)
+    with torch.no_grad():  # as in validation, each T for every sequence
+        rows = slice(0, 2)
+        for each in (engine, single):
+            each.model.eval()
+        named = {"targets": tokens[rows, 1:]}
+        total = engine.module(tokens[rows, :-1], 4, **named)["cross_entropy"]
+        mean = engine.sum_over_ranks(total) / engine.world_size
+        note("validation", mean, single.module(tokens[rows, :-1], 4, **named)["cross_entropy"])
+    return worst
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cases", help="JSON: {name: [options of parallel, model]}")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    dist.init_process_group("gloo")
+    torch.set_default_dtype(torch.float64)
+    tokens = torch.randint(0, 64, (SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(1))
+    verdict = {}
+    for case, (parallel, model) in json.loads(options.cases).items():
+        verdict[case] = compare(case, ParallelConfig(engine="fsdp", **parallel), model, tokens)
+        if dist.get_rank() == 0:
+            print(case, max(verdict[case].items(), key=lambda item: item[1]), flush=True)
+    if dist.get_rank() == 0:
+        options.out.write_text(json.dumps(verdict))
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main()
+    leave_process(0)

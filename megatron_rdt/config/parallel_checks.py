@@ -27,7 +27,7 @@ def parallel_problems(config: RunConfig) -> list[str]:
         )
     if problems:
         return problems
-    return [*_same_depth(config), *_tensor(config), *_context(config), *_expert(config), *_whole_sequences(config)]
+    return [*_same_depth(config), *_core_units(config), *_tensor(config), *_context(config), *_expert(config), *_whole_sequences(config)]
 
 
 def _same_depth(config: RunConfig) -> list[str]:
@@ -42,6 +42,24 @@ def _same_depth(config: RunConfig) -> list[str]:
         f"{depth.per}. Set --depth.per step."
         for name in meeting
     ]
+
+
+def _core_units(config: RunConfig) -> list[str]:
+    """What reads weights of the core's layers other than in their forward passes."""
+    gathering, problems = config.parallel.core_gather, []
+    if gathering == "once":
+        return []
+    if config.model.value_embeddings != "none":
+        problems.append(
+            f"model.value_embeddings has tables in the core's layers that are read before the loop, when parallel.core_gather "
+            f"{gathering} has not gathered them. Set --parallel.core_gather once, or --model.value_embeddings none."
+        )
+    if config.logging.jacobian_every:
+        problems.append(
+            f"logging.jacobian_every runs the core backwards while it runs forwards, which parallel.core_gather {gathering} "
+            "does not allow. Set it to 0."
+        )
+    return problems
 
 
 def _tensor(config: RunConfig) -> list[str]:

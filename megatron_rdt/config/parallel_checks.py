@@ -27,7 +27,8 @@ def parallel_problems(config: RunConfig) -> list[str]:
         )
     if problems:
         return problems
-    return [*_same_depth(config), *_core_units(config), *_tensor(config), *_context(config), *_expert(config), *_whole_sequences(config)]
+    checks = (_same_depth, _core_units, _tensor, _context, _expert, _whole_sequences)
+    return [problem for check in checks for problem in check(config)]
 
 
 def _same_depth(config: RunConfig) -> list[str]:

@@ -27,8 +27,8 @@ def parallelize_experts(model: RecurrentDepthTransformer, mesh: DeviceMesh) -> N
     for module in mixtures(model):
         for name in EXPERTS:
             place(module, name, mesh, Shard(0))
-        view_locally(module, mesh, EXPERTS)
         module.exchange = ExpertExchange(mesh.get_group())
+    view_locally(model, mesh, {module: EXPERTS for module in mixtures(model)})
 
 
 def mixtures(model: nn.Module) -> Iterator[MixtureOfExperts]:

@@ -20,22 +20,42 @@ def place(module: nn.Module, name: str, mesh: DeviceMesh, placement: Shard | Rep
     module.register_parameter(name, nn.Parameter(distribute_tensor(value.data, mesh, [placement], src_data_rank=None)))
 
 
-def view_locally(module: nn.Module, mesh: DeviceMesh, names: list[str]) -> None:
-    """Let reading the parameters `names` of `module` give the local tensor, wherever the DTensor is on `mesh`.
+Views = dict[tuple[nn.Module, str, bool], torch.Tensor]
+
+
+def view_locally(model: nn.Module, mesh: DeviceMesh, names: dict[nn.Module, list[str]]) -> None:
+    """Let reading some modules' parameters give the local tensor, wherever the DTensor is on `mesh`.
 
     A parameter that FSDP2 has sharded as well lies on more than that mesh until it is gathered, and stays what it is.
-    The module gets a subclass of its class, with a property for each of these parameters.
+    Each module gets a subclass of its class, with a property for each of these parameters.
+
+    Args:
+        model: what a forward pass calls.
+        mesh: 1-D.
+        names: the parameters of each module.
     """
-    made = type(module)
-    module.__class__ = type(made.__name__, (made,), {name: _local(name, mesh) for name in names})
+    # Kept for one forward pass and its backward pass: so autograd adds up the plain gradients of all iterations, and
+    # makes a DTensor of their sum only.
+    views: Views = {}
+    for module, own in names.items():
+        made = type(module)
+        module.__class__ = type(made.__name__, (made,), {name: _local(name, mesh, views) for name in own})
+
+    def forget(*_: Any) -> None:
+        views.clear()
+
+    model.register_forward_pre_hook(forget)
 
 
-def _local(name: str, mesh: DeviceMesh) -> property:
+def _local(name: str, mesh: DeviceMesh, views: Views) -> property:
     def read(module: nn.Module) -> Any:
         parameter = module._parameters[name]
         if not isinstance(parameter, DTensor) or parameter.device_mesh != mesh:
             return parameter
-        return parameter.to_local(grad_placements=[_gradient(place) for place in parameter.placements])
+        key = module, name, torch.is_grad_enabled()
+        if key not in views:
+            views[key] = parameter.to_local(grad_placements=[_gradient(place) for place in parameter.placements])
+        return views[key]
 
     return property(read)
 

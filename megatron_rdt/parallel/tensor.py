@@ -55,13 +55,13 @@ def split_dimension(name: str) -> int | None:
 
 def parallelize(model: RecurrentDepthTransformer, mesh: DeviceMesh) -> None:
     """Split the model, on the meta device and not yet sharded, over a 1-D mesh, in place."""
+    names: dict[nn.Module, list[str]] = {}
     for prefix, module in model.named_modules():
-        names = [name for name, _ in module.named_parameters(recurse=False)]
-        for name in names:
+        for name, _ in list(module.named_parameters(recurse=False)):
             dim = split_dimension(f"{prefix}.{name}")
             place(module, name, mesh, Replicate() if dim is None else Shard(dim))
-        if names:
-            view_locally(module, mesh, names)
+            names.setdefault(module, []).append(name)
+    view_locally(model, mesh, names)
     group = mesh.get_group()
     for layer in (*model.prelude, *model.core.layers, *model.coda):
         for part in (layer.attention, layer.feedforward):

@@ -1,0 +1,102 @@
+"""Replicas, tensor, context and expert parallelism and the units of the core, together and alone, equal one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.local import free_port
+from megatron_rdt.config import DepthConfig, ParallelConfig, RunConfig, TrainConfig, check_config
+from tests.distributed.axes_worker import LENGTH, MODELS, SEQUENCES
+
+WORKER = Path(__file__).parent / "axes_worker.py"
+PROCESSES = 4
+Case = tuple[dict[str, Any], str, str]
+
+
+def case(model: str, precision: str = "float32", **parallel: Any) -> Case:
+    return parallel, model, precision
+
+
+# "float32" is whatever the weights have, here float64.
+CASES: dict[str, list[Case]] = {
+    "tensor": [
+        case("plain", tensor=4),
+        case("parts", tensor=2),
+        case("mla", tensor=2, reshard_after_forward=False),
+        case("experts", tensor=2, reduce="per_micro_batch"),
+        case("parts", replicate=2, tensor=2),
+        case("parts", context=2, tensor=2),
+        case("mla", context=2, tensor=2, core_gather="per_layer"),
+        case("experts", tensor=2, core_gather="per_iteration"),
+        case("parts", "bfloat16", tensor=2),
+    ],
+    "context": [
+        case("parts", context=4),
+        case("mla", context=2),
+        case("experts", context=2, replicate=2),
+        case("act", context=2),
+        case("gate", context=2, reduce="per_micro_batch"),
+        case("parts", "bfloat16", context=2),
+    ],
+    "experts": [
+        case("experts", expert=4),
+        case("experts", expert=2, reduce="per_micro_batch"),
+        case("experts", expert=2, replicate=2),
+        case("experts", expert=2, context=2, core_gather="per_layer"),
+    ],
+    "state": [
+        case("parts", replicate=2),
+        case("parts", replicate=4),
+        case("gate", core_gather="per_layer"),
+        case("mla", core_gather="per_iteration", replicate=2),
+        case("plain", core_gather="per_layer", reshard_after_forward=False, reduce="per_micro_batch"),
+        case("plain", reduce="per_micro_batch"),
+    ],
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("group", CASES)
+def test_every_arrangement_equals_one_process(group: str, tmp_path: Path, repository: Path) -> None:
+    cases = {" ".join(map(str, each)): each for each in CASES[group]}
+    for parallel, model, precision in cases.values():
+        same = parallel.get("core_gather", "once") != "once" or parallel.get("expert", 1) > 1 or model == "gate"
+        config = RunConfig(
+            model=MODELS[model],
+            depth=DepthConfig(per="step" if same else "sequence"),
+            train=TrainConfig(global_batch=SEQUENCES, micro_batch=1, sequence_length=LENGTH, precision=precision),
+            parallel=ParallelConfig(engine="fsdp", **parallel),
+        )
+        check_config(config, PROCESSES)  # what is compared is what a run may be
+    out = tmp_path / "verdict.json"
+    command = [
+        Path(sys.executable).parent / "torchrun",
+        *(
+            "--nproc-per-node",
+            PROCESSES,
+            "--master-port",
+            free_port(),
+            WORKER,
+            "--out",
+            out,
+            "--cases",
+            json.dumps(cases),
+        ),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository)}
+    result = subprocess.run(
+        [*map(str, command)], env=environment, capture_output=True, text=True, timeout=290, check=False
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    verdict = json.loads(out.read_text())
+    assert set(verdict) == set(cases)
+    for name, differences in verdict.items():
+        assert len(differences) > 40
+        limit = 0.1 if "bfloat16" in name else 1e-10
+        assert not {what: value for what, value in differences.items() if not value < limit}, name

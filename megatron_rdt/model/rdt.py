@@ -130,8 +130,7 @@ class RecurrentDepthTransformer(nn.Module):
             positions: (sequence,) or (batch, sequence); default start, start + 1, ...
             mask: boolean, True where a query may look, broadcastable to (batch, heads, sequence, keys);
                 default causal. The sliding window and the documents narrow it.
-            documents: (batch, sequence) number of the document that each token belongs to; a query sees its own only.
-                With a share, those of the whole sequence.
+            documents: (batch, whole sequence) the document of each token; a query sees its own only.
             padding: (batch,) how many of the first positions, counted from the start of the cache, are no tokens of
                 the row. The row's own positions count from there. Not with `positions` or `mask`.
             exit_rule: when a token stops before T, without gradient. Tokens that have stopped are not computed.
@@ -150,7 +149,7 @@ class RecurrentDepthTransformer(nn.Module):
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}; give (batch, sequence)")
         batch, sequence = tokens.shape
         plan = depth_plan(depth, batch)
-        places = torch.arange(start, start + sequence, device=tokens.device)
+        places = share.positions if share else torch.arange(start, start + sequence, device=tokens.device)
         none = None if padding is None else places < padding[:, None]
         runner = None
         if exit_rule is not None and exit_rule.kind != "fixed":
@@ -162,8 +161,7 @@ class RecurrentDepthTransformer(nn.Module):
             self._check_cache(cache, start, plan.loops, exit_rule)
         if padding is not None:
             positions, mask = (places - padding[:, None]).clamp_min(0), padded_mask(sequence, start, padding)
-        elif positions is None:
-            positions = places if share is None else share.positions
+        positions = places if positions is None else positions
 
         embedded = x = self.embed(tokens)
         dtype = self.compute_dtype or x.dtype

@@ -92,6 +92,9 @@ class NativeEngine(Engine):
         wanted = names_of(self.model, self._configured_groups())
         return dict(model), dict(optimizer) | {"param_groups": regrouped(optimizer["param_groups"], wanted)}  # type: ignore[arg-type]
 
+    def _groups(self) -> Groups:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
     def _configured_groups(self) -> Groups:
         options = self.config.optimizer
         return [*adamw_groups(self.model, options), *muon_groups(self.model, options)]
@@ -118,10 +121,9 @@ class NativeEngine(Engine):
         except CheckpointException as error:  # a BaseException that wraps the error of each rank that failed
             reason = next((str(inner) for inner, _ in error.failures.values()), "").strip().splitlines() or ["unknown"]
             raise CheckpointError(f"{directory} could not be loaded: {reason[0]}. Use another checkpoint.") from error
-        own = [group for each in self.optimizers for group in each.param_groups]
-        optimizer["param_groups"] = regrouped(optimizer["param_groups"], names_of(self.model, own))
+        optimizer["param_groups"] = regrouped(optimizer["param_groups"], names_of(self.model, self._groups()))
         dcp_state.set_state_dict(self.model, self.optimizers, model_state_dict=model, optim_state_dict=optimizer)
-        apply_options(own, split_by_mesh(self._configured_groups()))
+        apply_options(self._groups(), split_by_mesh(self._configured_groups()))
 
 
 @contextlib.contextmanager

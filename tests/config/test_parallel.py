@@ -1,0 +1,136 @@
+"""How processes are arranged, and what is refused before any starts."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import pytest
+
+from megatron_rdt.config import (
+    DepthConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    SampleConfig,
+    TrainConfig,
+    check_config,
+)
+from megatron_rdt.config.layout import Layout
+from megatron_rdt.errors import ConfigError
+
+MODEL = ModelConfig(vocab_size=64, dim=32, heads=4, kv_heads=4)
+MOE = dataclasses.replace(MODEL, core_ffn="moe", experts=4)
+
+
+@pytest.mark.parametrize("sizes", itertools.product((1, 2), (1, 3), (1, 2), (1, 4)))
+def test_every_process_has_a_place_of_its_own(sizes: tuple[int, ...]) -> None:
+    replicate, shard, context, tensor = sizes
+    world = replicate * shard * context * tensor
+    layout = Layout.of(ParallelConfig("fsdp", replicate=replicate, context=context, tensor=tensor), world)
+    assert layout == Layout(replicate, shard, context, tensor)
+    assert layout.world_size == world
+    places = [(layout.data_place(rank), layout.context_place(rank), rank % tensor) for rank in range(world)]
+    assert sorted(places) == sorted(itertools.product(range(replicate * shard), range(context), range(tensor)))
+    assert [rank for rank in range(world) if layout.data_place(rank) == 0] == list(range(context * tensor))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world", "message"),
+    [
+        ({"tensor": 3}, 4, r"4 processes are not a multiple of .* tensor 3 = 3. Start 6"),
+        ({"replicate": 2, "context": 2, "tensor": 2}, 4, r"4 processes are not a multiple .* = 8. Start 8"),
+        ({"expert": 3}, 4, r"parallel.expert 3 does not divide the 4 processes .* divisor of 4"),
+        ({"expert": 4, "replicate": 2}, 4, r"parallel.expert 4 does not divide the 2 processes"),
+    ],
+)
+def test_processes_that_cannot_be_arranged(parallel: dict[str, int], world: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Layout.of(ParallelConfig("fsdp", **parallel), world)
+
+
+def config(**sections: Any) -> RunConfig:
+    return RunConfig(**{"model": MODEL, "depth": DepthConfig(per="step"), "train": TrainConfig(1000, 8, 1, 16)} | sections)
+
+
+def fsdp(**options: Any) -> ParallelConfig:
+    return ParallelConfig("fsdp", **options)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"parallel": fsdp(tensor=0)}, r"parallel.tensor is 0, it must be at least 1"),
+    ({"parallel": ParallelConfig("ddp", tensor=2)}, r"parallel.tensor is 2, which only engine fsdp knows.* is ddp"),
+    (
+        {"parallel": ParallelConfig("zero3", core_gather="per_layer")},
+        r"core_gather is per_layer, which only engine fsdp",
+    ),
+    (
+        {"parallel": ParallelConfig("zero1", reduce="per_micro_batch")},
+        r"parallel.reduce is for the engines ddp and fsdp",
+    ),
+    ({"parallel": fsdp(tensor=8)}, r"parallel.tensor 8 does not divide the model.heads, 4"),
+    (
+        {"parallel": fsdp(tensor=4), "model": dataclasses.replace(MODEL, kv_heads=2)},
+        r"does not divide the model.kv_heads, 2",
+    ),
+    ({"parallel": fsdp(tensor=4), "model": dataclasses.replace(MODEL, vocab_size=66)}, r"the model.vocab_size, 66"),
+    (
+        {"parallel": fsdp(tensor=4), "model": dataclasses.replace(MODEL, ffn_dim=30)},
+        r"inner width \(model.ffn_dim\), 30",
+    ),
+    (
+        {"parallel": fsdp(tensor=4), "model": dataclasses.replace(MOE, expert_dim=6)},
+        r"inner width \(model.expert_dim\), 6",
+    ),
+    ({"parallel": fsdp(tensor=4), "train": TrainConfig(1000, 8, 1, 18)}, r"tokens of a process .*, 18"),
+    (
+        {"parallel": fsdp(tensor=2), "model": dataclasses.replace(MODEL, halting="act")},
+        r"halting act does not work with",
+    ),
+    ({"parallel": fsdp(tensor=2, expert=2), "model": MOE}, r"parallel.tensor and parallel.expert do not work together"),
+    ({"parallel": fsdp(tensor=2), "optimizer": OptimizerConfig("muon")}, r"muon needs whole matrices, .*tensor 2"),
+    (
+        {"parallel": fsdp(context=2), "train": TrainConfig(1000, 8, 1, 18)},
+        r"sequence_length 18 is not a multiple of 2 x .*context 2",
+    ),
+    ({"parallel": fsdp(expert=2)}, r"parallel.expert 2 needs a mixture of experts"),
+    ({"parallel": fsdp(expert=3), "model": MOE}, r"parallel.expert 3 does not divide model.experts 4"),
+    ({"parallel": fsdp(expert=2), "model": MOE, "optimizer": OptimizerConfig("muon")}, r"muon needs whole .*expert 2"),
+    (
+        {"parallel": fsdp(expert=2), "model": MOE, "depth": DepthConfig(per="sequence")},
+        r"expert 2 .* Set --depth.per step",
+    ),
+    (
+        {"parallel": fsdp(core_gather="per_layer"), "depth": DepthConfig(per="micro_batch")},
+        r"core_gather per_layer .* step",
+    ),
+    (
+        {"parallel": fsdp(core_gather="per_iteration"), "model": dataclasses.replace(MODEL, value_embeddings="gated")},
+        r"value_embeddings has tables .*core_gather per_iteration",
+    ),
+    (
+        {"parallel": fsdp(core_gather="per_layer"), "logging": LoggingConfig(jacobian_every=5)},
+        r"jacobian_every .* Set it to 0",
+    ),
+    ({"parallel": fsdp(context=2), "logging": LoggingConfig(jacobian_every=5)}, r"jacobian_every .*context 2"),
+    (
+        {"parallel": fsdp(context=2, tensor=2), "sample": SampleConfig(every=5)},
+        r"sample.every .*tensor 2 and .*context 2",
+    ),
+]
+
+
+@pytest.mark.parametrize(("sections", "message"), REFUSED)
+def test_what_cannot_work_is_refused_with_a_sentence(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_config(config(**sections))
+    check_config(config())
+
+
+def test_the_batch_divides_over_processes_with_samples_of_their_own() -> None:
+    check_config(config(parallel=fsdp(tensor=4), train=TrainConfig(1000, 2, 1, 16)), 8)
+    with pytest.raises(
+        ConfigError, match=r"global_batch 3 .* 2 of 8 ranks with samples of their own x .*nearest: 2, 4"
+    ):
+        check_config(config(parallel=fsdp(tensor=4), train=TrainConfig(1000, 3, 1, 16)), 8)

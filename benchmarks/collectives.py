@@ -1,9 +1,9 @@
 """What every engine sends over the network in one optimizer step, against T.
 
-Two processes on this machine, two micro-batches per process and step. The last two engines are there for comparison:
+Four processes on this machine, two micro-batches per process and step. The last two engines are there for comparison:
 wrappings that do not know of the loop, and gather the core again at every iteration.
 
-    python benchmarks/collectives.py [--loops 1 4 16] [--out FILE.json]
+    python benchmarks/collectives.py [--loops 1 4 16 64] [--out FILE.json]
 """
 
 import argparse
@@ -13,12 +13,12 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from launch.local import free_port
@@ -30,25 +30,37 @@ from megatron_rdt.parallel import Engine, MicroBatch, make_engine
 from megatron_rdt.parallel.counting import count_step, totals
 from megatron_rdt.parallel.fsdp import FullyShardedEngine
 
-PROCESSES, ACCUMULATION, SEQUENCE = 2, 2, 16
-# Name of the engine, then what is special about it.
-ENGINES = ["ddp", "fsdp", "fsdp kept-gathered", "zero1", "zero2", "zero3"]
-COMPARISONS = ["fsdp layer-units", "zero3 no-leaf-modules"]
+PROCESSES, ACCUMULATION, SEQUENCE = 4, 2, 16
+# What each engine is, as options of `parallel`.
+ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {"engine": "ddp"},
+    "fsdp": {"engine": "fsdp"},
+    "fsdp kept-gathered": {"engine": "fsdp", "reshard_after_forward": False},
+    "fsdp replicate 2": {"engine": "fsdp", "replicate": 2},
+    "fsdp reduce per_micro_batch": {"engine": "fsdp", "reduce": "per_micro_batch"},
+    "zero1": {"engine": "zero1"},
+    "zero2": {"engine": "zero2"},
+    "zero3": {"engine": "zero3"},
+}
+# What goes over the network in every iteration, by design.
+GROWING: dict[str, dict[str, Any]] = {
+    "fsdp core_gather per_layer": {"engine": "fsdp", "core_gather": "per_layer"},
+    "fsdp tensor 2": {"engine": "fsdp", "tensor": 2},
+    "fsdp context 2": {"engine": "fsdp", "context": 2},
+    "fsdp expert 2": {"engine": "fsdp", "expert": 2},
+}
+COMPARISONS: dict[str, dict[str, Any]] = {
+    "fsdp layer-units": {"engine": "fsdp"},
+    "zero3 no-leaf-modules": {"engine": "zero3"},
+}
 
 
 class LayerUnitsEngine(FullyShardedEngine):
     """The wrapping that one would write without knowing of the loop: every layer its own unit, the core none."""
 
-    def setup(self, model: RecurrentDepthTransformer) -> None:
-        mesh = init_device_mesh(self.device.type, (self.world_size,))
-        for unit in (*model.prelude, *model.core.layers, *model.coda):
-            fully_shard(unit, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        model.to_empty(device=self.device)
-        self._fill(model)
-        self.configure(model)
-        self.make_optimizer(model)
-        self.module = model  # type: ignore[assignment]
+    def _shard(self, model: RecurrentDepthTransformer) -> None:
+        for unit in (*model.prelude, *model.core.layers, *model.coda, model):
+            fully_shard(unit, mesh=self.meshes.state)
 
 
 @contextlib.contextmanager
@@ -63,20 +75,22 @@ def without_leaf_modules() -> Any:
 
 
 def build(label: str, model_config: ModelConfig, global_batch: int, micro_batch: int) -> Engine:
-    """The engine of a label out of ENGINES or COMPARISONS, or "single", on the CPU."""
-    name, _, variant = label.partition(" ")
+    """The engine of a label out of ENGINES, GROWING or COMPARISONS, or "single", on the CPU."""
+    parallel = {"single": {"engine": "single"}, **ENGINES, **GROWING, **COMPARISONS}[label]
+    if parallel.get("expert", 1) > 1:
+        model_config = replace(model_config, core_ffn="moe")
     config = RunConfig(
         model=model_config,
         train=TrainConfig(global_batch=global_batch, micro_batch=micro_batch, device="cpu"),
-        parallel=ParallelConfig(engine=name, reshard_after_forward=variant != "kept-gathered"),  # type: ignore[arg-type]
+        parallel=ParallelConfig(**parallel),
     )
     cpu = torch.device("cpu")
-    engine = LayerUnitsEngine(config, cpu) if variant == "layer-units" else make_engine(config, cpu)
-    if name == "single":  # alone, also inside a process group
+    engine = LayerUnitsEngine(config, cpu) if label == "fsdp layer-units" else make_engine(config, cpu)
+    if label == "single":  # alone, also inside a process group
         engine.rank, engine.world_size = 0, 1
     with torch.device("meta"):
         model = RecurrentDepthTransformer(model_config)
-    with without_leaf_modules() if variant == "no-leaf-modules" else contextlib.nullcontext():
+    with without_leaf_modules() if label == "zero3 no-leaf-modules" else contextlib.nullcontext():
         engine.setup(model)
     return engine
 
@@ -87,7 +101,7 @@ def work(options: argparse.Namespace) -> None:
     dist.init_process_group("gloo")
     model = ModelConfig()
     counted: dict[str, Any] = {}
-    for label in ENGINES + COMPARISONS:
+    for label in (*ENGINES, *GROWING, *COMPARISONS):
         engine = build(label, model, PROCESSES * ACCUMULATION, 1)
         tokens = torch.zeros(1, SEQUENCE + 1, dtype=torch.int64)
         for loops in (1, 1, *options.loops):  # the first two set things up
@@ -102,7 +116,7 @@ def work(options: argparse.Namespace) -> None:
 
 
 def table(counted: dict[str, Any], loops: list[int]) -> str:
-    """Markdown, one line per engine and T. Reductions outside the backward pass are of losses and norms, a few bytes."""
+    """Markdown, one line per engine and values of T that send the same."""
     columns = {
         "gathers in forward": ["forward all-gather"],
         "gathers in backward": ["backward all-gather"],
@@ -113,22 +127,24 @@ def table(counted: dict[str, Any], loops: list[int]) -> str:
         f"| Engine | T | {' | '.join(columns)} | other calls | MB in all |",
         f"|---|{'---:|' * (3 + len(columns))}",
     ]
-    for label in ENGINES + COMPARISONS:
+    for label in (*ENGINES, *GROWING, *COMPARISONS):
+        rows: dict[str, list[int]] = {}
         for t in loops:
-            row = dict(counted[label][str(t)])
-            total = sum(size for _, size in row.values()) / 1e6
-            found = [[row.pop(kind, (0, 0)) for kind in kinds] for kinds in columns.values()]
-            cells = [
-                f"{sum(number for number, _ in cell)} ({sum(size for _, size in cell) / 1e6:.1f} MB)" for cell in found
-            ]
-            others = sum(number for number, _ in row.values())
-            lines.append(f"| {label} | {t} | {' | '.join(cells)} | {others} | {total:.1f} |")
+            rows.setdefault(_cells(dict(counted[label][str(t)]), columns), []).append(t)
+        lines += [f"| {label} | {', '.join(map(str, same))} | {cells} |" for cells, same in rows.items()]
     return "\n".join(lines).replace("| 0 (0.0 MB)", "| 0")
+
+
+def _cells(row: dict[str, tuple[int, int]], columns: dict[str, list[str]]) -> str:
+    total = sum(size for _, size in row.values()) / 1e6
+    found = [[row.pop(kind, (0, 0)) for kind in kinds] for kinds in columns.values()] + [list(row.values())]
+    cells = [f"{sum(number for number, _ in cell)} ({sum(size for _, size in cell) / 1e6:.1f} MB)" for cell in found]
+    return f"{' | '.join(cells)} | {total:.1f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--loops", type=int, nargs="+", default=[1, 4, 16], help="values of T")
+    parser.add_argument("--loops", type=int, nargs="+", default=[1, 4, 16, 64], help="values of T")
     parser.add_argument("--out", type=Path, help="write the numbers here as JSON")
     parser.add_argument("--worker", type=Path, help="run as one of the processes and write here")
     options = parser.parse_args()

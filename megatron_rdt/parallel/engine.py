@@ -6,8 +6,9 @@ whatever T is.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -60,6 +61,10 @@ class Engine(ABC):
         self.device = device
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self._hosts: dist.ProcessGroup | None = None
+        if self.world_size > 1 and dist.get_backend() != "gloo":
+            timeout = timedelta(seconds=config.parallel.timeout_s)
+            self._hosts = dist.new_group(backend="gloo", timeout=timeout)
         self.model: RecurrentDepthTransformer
         self.module: nn.Module
 
@@ -72,12 +77,21 @@ class Engine(ABC):
         """Add the gradients of a micro-batch's `loss`; reduce them over ranks (averaging) on the `last` one."""
 
     @abstractmethod
-    def clip(self, max_norm: float) -> float:
-        """Global gradient norm before clipping; gradients (or the coming step) are scaled down to `max_norm` if > 0."""
+    def clip(self, max_norm: float) -> torch.Tensor:
+        """Global gradient norm before clipping; gradients (or the coming step) are scaled down to `max_norm` if > 0.
+
+        0-dimensional, on the device: nobody waits for it. The same on every rank.
+        """
 
     @abstractmethod
-    def step(self, lr: float) -> None:
-        """One optimizer step at learning rate `lr`, then clear the gradients."""
+    def step(self, lr: float, finite: torch.Tensor | None = None) -> None:
+        """One optimizer step at learning rate `lr`, then clear the gradients.
+
+        Args:
+            lr: of this step.
+            finite: 0-dimensional bool on the device, the same on every rank: where False, parameters, moments and
+                step counts stay as they are, bit for bit. None takes the step.
+        """
 
     @abstractmethod
     def discard(self) -> None:
@@ -101,7 +115,9 @@ class Engine(ABC):
         model.core.checkpoint_iterations = self.config.depth.checkpoint == "per_iteration"
         model.z_weight = self.config.train.z_loss
 
-    def forward_backward(self, batch: Sequence[MicroBatch], monitor: CoreMonitor | None = None) -> dict[str, float]:
+    def forward_backward(
+        self, batch: Sequence[MicroBatch], monitor: CoreMonitor | None = None
+    ) -> dict[str, torch.Tensor]:
         """Accumulate the gradients of the mean objective per token of the global batch.
 
         Args:
@@ -109,7 +125,8 @@ class Engine(ABC):
             monitor: receives measurements of the last micro-batch.
 
         Returns:
-            What `RecurrentDepthTransformer.losses` names, each as the mean per token over all ranks.
+            What `RecurrentDepthTransformer.losses` names, each as the mean per token over all ranks: 0-dimensional
+            tensors, float64, on the device. Reading one waits for the device.
         """
         tokens = sum(micro.tokens[:, 1:].numel() for micro in batch)
         totals: dict[str, torch.Tensor] = {}
@@ -124,7 +141,7 @@ class Engine(ABC):
             self.backward(losses["objective"] / tokens, last)
         names = sorted(totals)  # the same on every rank
         means = self.sum_over_ranks(torch.stack([totals[name] / tokens for name in names])) / self.world_size
-        return dict(zip(names, means.tolist()))
+        return dict(zip(names, means.unbind()))
 
     def prepare_backward(self, last: bool) -> None:
         """Called before each micro-batch's forward pass; `last` says whether its backward pass reduces."""
@@ -135,6 +152,20 @@ class Engine(ABC):
             value = value.clone()
             dist.all_reduce(value)
         return value
+
+    def sum_on_hosts(self, value: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin to sum a CPU tensor over all ranks, in place; what is returned waits for the sum and gives it.
+
+        The device takes no part: neither does the host wait for it, nor it for the hosts.
+        """
+        work = dist.all_reduce(value, group=self._hosts, async_op=True) if self.world_size > 1 else None
+
+        def wait() -> torch.Tensor:
+            if work is not None:
+                work.wait()
+            return value
+
+        return wait
 
     def from_first_rank(self, value: torch.Tensor) -> torch.Tensor:
         """The value that rank 0 has, on every rank."""

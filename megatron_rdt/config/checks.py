@@ -173,6 +173,8 @@ def _depth(config: RunConfig) -> list[str]:
         problems.append(
             "model.halting gate needs one T for all sequences of a forward pass. Set --depth.per step or micro_batch."
         )
+    if isinstance(depth.checkpoint, int) and depth.checkpoint < 1:
+        problems.append(f"depth.checkpoint is {depth.checkpoint}, a number of iterations must be at least 1.")
     if depth.scheme == "fixed" and depth.mean != int(depth.mean):
         problems.append(f"depth.mean is {depth.mean}, but depth.scheme fixed needs a whole number. Change either.")
     if depth.scheme == "uniform" and 2 * depth.mean % 1 != 0:

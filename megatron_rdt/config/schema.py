@@ -51,8 +51,8 @@ class DepthConfig:
     """Optimizer steps after which the curriculum has ended."""
     curriculum_of: Literal["mean", "backprop", "both"] = "mean"
     """What grows: the mean of T from `min`, k from 1, or both."""
-    checkpoint: Literal["none", "per_iteration"] = "none"
-    """Activation checkpointing: keep everything, or only the state between iterations and recompute the inside."""
+    checkpoint: int | Literal["none", "per_iteration", "per_layer", "selective"] = "none"
+    """What is kept for the backward pass: none: everything; per_iteration: the state between iterations; a number n: the state after every n-th; selective: the state and what matrix products and attention gave; per_layer: the input of every layer. The rest is computed again."""
 
 
 @dataclass(frozen=True)

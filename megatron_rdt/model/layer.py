@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.attention import ATTENTIONS, KeyValueCache
@@ -25,6 +26,10 @@ class Layer(nn.Module):
         config: of the model.
         index: place among all layers, prelude first, each core layer counted once.
         core: whether it is one of the core's, which may have experts.
+
+    Attributes:
+        checkpointed: keep nothing but the input where there is gradient, and compute the rest again in the backward
+            pass.
     """
 
     def __init__(self, config: ModelConfig, index: int, core: bool = False) -> None:
@@ -38,6 +43,7 @@ class Layer(nn.Module):
         outer = config.norm_placement != "pre"
         self.attention_outer_norm = RMSNorm(config.dim, config.norm_eps) if outer else None
         self.feedforward_outer_norm = RMSNorm(config.dim, config.norm_eps) if outer else None
+        self.checkpointed = False
 
     def forward(
         self,
@@ -58,6 +64,21 @@ class Layer(nn.Module):
             token_values: what the method of this name gave, where it was called before; otherwise it is called here.
             modulations: of the two inner norms.
         """
+        if self.checkpointed and cache is None and torch.is_grad_enabled():
+            options = {"use_reentrant": False, "preserve_rng_state": False}
+            return checkpoint(self._run, x, context, None, 0, token_values, modulations, **options)  # type: ignore[no-any-return]
+        return self._run(x, context, cache, slot, token_values, modulations)
+
+    def _run(
+        self,
+        x: torch.Tensor,
+        context: LayerContext,
+        cache: KeyValueCache | None,
+        slot: int,
+        token_values: torch.Tensor | None,
+        modulations: Sequence[Modulation] | None,
+    ) -> torch.Tensor:
+        """Both parts."""
         if token_values is None:
             token_values = self.token_values(context)
         inner = self._inner(self.attention_norm, x, context, modulations, 0)

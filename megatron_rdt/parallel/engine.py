@@ -18,6 +18,7 @@ from torch import nn
 from megatron_rdt.config import RunConfig
 from megatron_rdt.depth.plan import DepthPlan
 from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer
+from megatron_rdt.model.checkpointing import set_checkpointing
 
 COMPUTE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
@@ -112,7 +113,7 @@ class Engine(ABC):
     def configure(self, model: RecurrentDepthTransformer) -> None:
         """Apply precision and activation checkpointing to the bare model."""
         model.compute_dtype = COMPUTE_DTYPES[self.config.train.precision]
-        model.core.checkpoint_iterations = self.config.depth.checkpoint == "per_iteration"
+        set_checkpointing(model, self.config.depth.checkpoint)
         model.z_weight = self.config.train.z_loss
 
     def forward_backward(

@@ -12,6 +12,7 @@ from megatron_rdt.config import DepthConfig, ModelConfig, ParallelConfig, RunCon
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.environment import leave_process
 from megatron_rdt.model import RecurrentDepthTransformer
+from megatron_rdt.model.checkpointing import set_checkpointing
 from megatron_rdt.parallel import Engine, MicroBatch, make_engine
 
 MODEL = ModelConfig(vocab_size=61, dim=32, prelude_layers=1, core_layers=2, coda_layers=1, heads=4, kv_heads=2)
@@ -27,7 +28,7 @@ SIZES = (6, 2)
 MIXED = (9, 1, 4, 7, 2, 8, 1, 1, 2, 1, 3, 1)
 Loops = int | tuple[int, ...]
 # (T, k, checkpointing, sequences per micro-batch)
-CASES: list[tuple[Loops, int | None, str, int]] = [
+CASES: list[tuple[Loops, int | None, int | str, int]] = [
     (1, None, "none", 6),
     (2, None, "per_iteration", 2),
     (5, None, "none", 2),
@@ -36,6 +37,9 @@ CASES: list[tuple[Loops, int | None, str, int]] = [
     (MIXED, None, "none", 6),
     (MIXED, 3, "none", 2),
     (MIXED, 2, "per_iteration", 2),
+    (MIXED, 3, "per_layer", 2),
+    (MIXED, None, "selective", 6),
+    (MIXED, None, 3, 2),
 ]
 # One T in a forward pass, another in the next and on the other rank; T = 1 everywhere.
 BY_MICRO_BATCH = (2, 2, 5, 5, 3, 3, 7, 7, 2, 2, 1, 1)
@@ -89,7 +93,7 @@ def compare(engine: Engine, single: Engine, size: int, tokens: torch.Tensor) -> 
         if case_size != size:
             continue
         whole = size if gate else len(tokens)
-        engine.model.core.checkpoint_iterations = checkpointing == "per_iteration"
+        set_checkpointing(engine.model, checkpointing)
         loss = engine.forward_backward(micro_batches(tokens, engine, size, loops, k))["objective"]
         expected = single.forward_backward(micro_batches(tokens, single, whole, loops, k))["objective"]
         gradients, reference = engine.full_gradients(), single.full_gradients()

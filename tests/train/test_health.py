@@ -221,7 +221,12 @@ class Reads(TorchDispatchMode):
     "options",
     [
         ["--depth.per=sequence", "--train.micro_batch=2", "--depth.backprop=2", "--logging.monitor_every=1"],
-        ["--optimizer.name=muon", "--model.halting=act", "--depth.checkpoint=per_iteration", "--data.document_mask=true"],
+        [
+            "--optimizer.name=muon",
+            "--model.halting=act",
+            "--depth.checkpoint=per_iteration",
+            "--data.document_mask=true",
+        ],
         ["--model.signals=[sinusoidal,lora,adaln]", "--model.injection=hyper", "--train.precision=bfloat16"],
     ],
 )

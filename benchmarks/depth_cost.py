@@ -1,8 +1,8 @@
 """What a loop costs: time and peak memory of an optimizer step against T.
 
 Three ways to train: gradient through all iterations, the same with one checkpoint per iteration, and gradient
-through the last k only; `--modes` also takes the other policies of `depth.checkpoint`. Beside each time stands the ideal: the step's fixed cost plus its iterations, which are timed
-one by one outside the loop.
+through the last k only; `--modes` also takes the other policies of `depth.checkpoint`. Beside each time stands the
+ideal: the step's fixed cost plus its iterations, which are timed one by one outside the loop.
 
 Times are the fastest of several rounds over all cases. On the CPU with one thread the clock is the CPU time of the
 process, which other programs hardly change; otherwise it is the wall clock. Peak memory is measured in a fresh process

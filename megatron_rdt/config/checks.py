@@ -208,11 +208,30 @@ def _training(config: RunConfig) -> list[str]:
             f"optimizer.name muon needs whole matrices, which DeepSpeed ({config.parallel.engine}) flattens. "
             "Set --parallel.engine fsdp, or --optimizer.name adamw."
         )
+    problems += _compiled(config)
     if config.sample.every and not config.sample.prompt:
         problems.append("sample.prompt is empty. Give it at least one character, or set --sample.every 0.")
     name = config.run.name
     if "/" in name or name in ("", ".", "..") or name.startswith("-") or not name.isprintable():
         problems.append(f"run.name {name!r} must be the name of a directory. Put the path into --run.root.")
+    return problems
+
+
+def _compiled(config: RunConfig) -> list[str]:
+    """What does not go together with compiled layers."""
+    if config.train.compile == "none":
+        return []
+    problems = []
+    if config.parallel.engine.startswith("zero"):
+        problems.append(
+            f"train.compile layers does not go with DeepSpeed ({config.parallel.engine}), which exchanges the weights "
+            "inside a layer. Set --parallel.engine fsdp, or --train.compile none."
+        )
+    if config.depth.checkpoint == "selective":
+        problems.append(
+            "depth.checkpoint selective cannot look into compiled layers, which keep the results of matrix products and "
+            "compute what is cheap again by themselves. Set --depth.checkpoint none, per_layer or per_iteration."
+        )
     return problems
 
 

@@ -19,6 +19,7 @@ from megatron_rdt.config import RunConfig
 from megatron_rdt.depth.plan import DepthPlan
 from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer
 from megatron_rdt.model.checkpointing import set_checkpointing
+from megatron_rdt.model.compiling import compile_layers
 
 COMPUTE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
@@ -111,10 +112,12 @@ class Engine(ABC):
         """Every gradient, unsharded, on the CPU, by parameter name; for tests, after `forward_backward`."""
 
     def configure(self, model: RecurrentDepthTransformer) -> None:
-        """Apply precision and activation checkpointing to the bare model."""
+        """Apply precision, activation checkpointing and compilation to the bare model."""
         model.compute_dtype = COMPUTE_DTYPES[self.config.train.precision]
         set_checkpointing(model, self.config.depth.checkpoint)
         model.z_weight = self.config.train.z_loss
+        if self.config.train.compile == "layers":
+            compile_layers(model)
 
     def forward_backward(
         self, batch: Sequence[MicroBatch], monitor: CoreMonitor | None = None

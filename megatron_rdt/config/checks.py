@@ -22,6 +22,7 @@ RANGES: list[tuple[str, float, bool, float | None]] = [
     ("model.halting_threshold", 0, False, 1),
     ("model.logit_softcap", 0, True, None),
     ("train.z_loss", 0, True, None),
+    ("train.gc_every", 0, True, None),
     ("depth.sigma", 0, False, 3),
     ("train.max_nonfinite_steps", 1, True, None),
     ("optimizer.lr", 0, False, None),

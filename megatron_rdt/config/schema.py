@@ -75,6 +75,8 @@ class TrainConfig:
     """On a GPU, take kernels that give the same digits every time, some of them slower; exact resume needs it."""
     compile: Literal["none", "layers"] = "none"
     """layers: compile each layer, not the loop, so that any T runs the same code (single, ddp, fsdp); takes some minutes at the first steps."""
+    gc_every: int = 50
+    """Look for garbage in Python's memory after every this many steps, on all processes at the same one, and not in between; 0 leaves it to Python."""
     z_loss: float = 0.0
     """Weight of the squared log-partition function in the loss (PaLM's z-loss); 0 means none."""
     max_nonfinite_steps: int = 10

@@ -29,7 +29,7 @@ class MicroBatch:
     """One forward and backward pass of one rank.
 
     Attributes:
-        tokens: (sequences, length + 1) on the CPU.
+        tokens: (sequences, length + 1); where the run's loader made them, on the device already.
         plan: how deep they go.
         documents: the document of each token, the shape of `tokens`; None lets a token look at all before it.
     """

@@ -22,6 +22,7 @@ from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.flops import forward_flops, training_flops
 from megatron_rdt.model.moe import rebalance
 from megatron_rdt.parallel import Engine, MicroBatch, make_engine
+from megatron_rdt.train.collection import ScheduledCollection
 from megatron_rdt.train.hardware import peak_flops, peak_memory_gb
 from megatron_rdt.train.health import Guard, is_finite
 from megatron_rdt.train.metrics import Console, Recorder, forget_after
@@ -123,20 +124,17 @@ class Trainer:
         if source is not None:
             self._restore(source)
         total = self.consumed + (config.train.steps - self.step) * config.train.global_batch
-        rank, world_size, limit = self.engine.rank, self.engine.world_size, config.data.max_epochs
-        loader = BatchLoader(
-            self.corpus,
-            config.train.global_batch,
-            rank,
-            world_size,
-            self.consumed,
-            total,
-            limit,
+        place, limit, mask = (
+            (self.engine.rank, self.engine.world_size),
+            config.data.max_epochs,
             config.data.document_mask,
         )
+        batch = config.train.global_batch
+        loader = BatchLoader(self.corpus, batch, *place, self.consumed, total, limit, mask, self.device)
         try:
             self._open_run_directory(parameters, source)
-            status = self._steps(loader)
+            with ScheduledCollection(config.train.gc_every) as collection:
+                status = self._steps(loader, collection)
         finally:
             loader.close()
         if status == EXIT_OK:
@@ -149,7 +147,7 @@ class Trainer:
             )
         return status
 
-    def _steps(self, loader: BatchLoader) -> int:
+    def _steps(self, loader: BatchLoader, collection: ScheduledCollection) -> int:
         """Every step that is left; the exit status."""
         self.console, batches = Console(self.config.train.steps, self.step), iter(loader)
         self.stop.ask(self.engine)
@@ -161,6 +159,7 @@ class Trainer:
             clock.data_arrived()
             self.unread.append(self._train_step(batch, clock))
             self._after_step()
+            collection.after_step(self.step)
         self.stop.agreed()  # no rank leaves a reduction that it began
         return EXIT_OK
 

@@ -1,14 +1,14 @@
 """What a loop costs: time and peak memory of an optimizer step against T.
 
 Three ways to train: gradient through all iterations, the same with one checkpoint per iteration, and gradient
-through the last k only. Beside each time stands the ideal: the step's fixed cost plus its iterations, which are timed
-one by one outside the loop.
+through the last k only; `--modes` also takes the other policies of `depth.checkpoint`. Beside each time stands the
+ideal: the step's fixed cost plus its iterations, which are timed one by one outside the loop.
 
 Times are the fastest of several rounds over all cases. On the CPU with one thread the clock is the CPU time of the
 process, which other programs hardly change; otherwise it is the wall clock. Peak memory is measured in a fresh process
 per case; on the CPU the C library is told to give freed blocks back, so that its cache is not counted.
 
-    python benchmarks/depth_cost.py [--loops 1 2 4] [--rounds 4] [--out FILE.json]
+    python benchmarks/depth_cost.py [--loops 1 2 4] [--modes full every-4] [--rounds 4] [--out FILE.json]
 """
 
 import argparse
@@ -25,11 +25,15 @@ from typing import Any
 K = 4
 VOCABULARY = 4096
 # name -> (k, checkpointing)
-MODES: dict[str, tuple[int | None, str]] = {
+MODES: dict[str, tuple[int | None, int | str]] = {
     "full": (None, "none"),
     "checkpointed": (None, "per_iteration"),
     f"last {K}": (K, "none"),
+    "every-4": (None, 4),
+    "per-layer": (None, "per_layer"),
+    "selective": (None, "selective"),
 }
+DEFAULT_MODES = ("full", "checkpointed", f"last {K}")
 SHAPE = ("dim", "batch", "sequence", "rounds", "threads")
 # glibc: blocks of 128 KiB and more are mapped, hence returned when freed.
 RETURN_FREED_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": "131072"}
@@ -61,6 +65,7 @@ def make_step(engine: Any, options: argparse.Namespace, mode: str, loops: int) -
     import torch
 
     from megatron_rdt.depth import DepthPlan
+    from megatron_rdt.model.checkpointing import set_checkpointing
     from megatron_rdt.parallel import MicroBatch
 
     k, checkpointing = MODES[mode]
@@ -68,7 +73,7 @@ def make_step(engine: Any, options: argparse.Namespace, mode: str, loops: int) -
     batch = [MicroBatch(tokens, DepthPlan((loops,) * options.batch, k))]
 
     def step() -> None:
-        engine.model.core.checkpoint_iterations = checkpointing == "per_iteration"
+        set_checkpointing(engine.model, checkpointing)
         engine.forward_backward(batch)
         engine.clip(1.0)
         engine.step(1e-4)
@@ -112,7 +117,8 @@ def measure_times(options: argparse.Namespace) -> dict[str, float]:
     engine = make_engine_for(options)
     forward, both = make_pieces(engine, options)
     work = {"forward": forward, "both": both}
-    work |= {f"{mode} {t}": make_step(engine, options, mode, t) for mode in MODES for t in options.loops}
+    work |= {f"{mode} {t}": make_step(engine, options, mode, t) for mode in options.modes for t in options.loops}
+    work["full 1"] = make_step(engine, options, "full", 1)
     alone = engine.device.type == "cpu" and options.threads == 1
     clock = time.process_time if alone else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in work}
@@ -141,7 +147,7 @@ def measure_memory(options: argparse.Namespace, mode: str, loops: int) -> float:
 def in_fresh_process(options: argparse.Namespace, *case: str) -> Any:
     """Run one part of this script by itself and return what it measured."""
     words = [f"--{name}={getattr(options, name)}" for name in SHAPE]
-    words += ["--loops", *map(str, options.loops), "--case", *case]
+    words += ["--loops", *map(str, options.loops), "--modes", *options.modes, "--case", *case]
     environment = os.environ | (RETURN_FREED_BLOCKS if case[0] != "times" else {})
     command = [sys.executable, str(Path(__file__).resolve()), *words]
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -151,11 +157,11 @@ def in_fresh_process(options: argparse.Namespace, *case: str) -> Any:
 
 
 def ideal(mode: str, loops: int, times: dict[str, float]) -> float:
-    """Seconds of a step whose loop costs nothing but its iterations."""
+    """Seconds of a step whose loop costs nothing but its iterations; `selective` computes less than that again."""
     fixed = times["full 1"] - times["both"]
     if mode == "full":
         return fixed + loops * times["both"]
-    if mode == "checkpointed":
+    if MODES[mode][0] is None:
         return fixed + loops * (times["forward"] + times["both"])
     with_grad = min(loops, K)
     return fixed + (loops - with_grad) * times["forward"] + with_grad * times["both"]
@@ -163,7 +169,8 @@ def ideal(mode: str, loops: int, times: dict[str, float]) -> float:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line per T; step time, ideal time and peak memory of each mode."""
-    header = ["T", *(f"{mode}: {column}" for mode in MODES for column in ("ms", "ideal ms", "peak GB"))]
+    modes = dict.fromkeys(row["mode"] for row in rows)
+    header = ["T", *(f"{mode}: {column}" for mode in modes for column in ("ms", "ideal ms", "peak GB"))]
     lines = [f"| {' | '.join(header)} |", f"|{'---:|' * len(header)}"]
     for loops in dict.fromkeys(row["loops"] for row in rows):
         cells = [
@@ -178,6 +185,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loops", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="values of T")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=DEFAULT_MODES, help="ways to train")
     parser.add_argument("--dim", type=int, default=256, help="width of the model; 2 core layers")
     parser.add_argument("--batch", type=int, default=2, help="sequences per step")
     parser.add_argument("--sequence", type=int, default=128, help="tokens per sequence")
@@ -194,7 +202,7 @@ def main() -> None:
         )
         return
     times = in_fresh_process(options, "times")
-    cases = [(mode, loops) for loops in options.loops for mode in MODES]
+    cases = [(mode, loops) for loops in options.loops for mode in options.modes]
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:  # memory does not mind company
         peaks = pool.map(lambda case: in_fresh_process(options, case[0], str(case[1])), cases)
         rows = [

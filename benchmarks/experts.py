@@ -106,7 +106,7 @@ def main() -> None:
         for round_number in range(options.rounds + 1):
             for kind, engine in engines.items():
                 began = time.process_time()
-                loss = engine.forward_backward(batch)["objective"]
+                loss = float(engine.forward_backward(batch)["objective"])
                 engine.clip(1.0)
                 engine.step(1e-4)
                 times[kind].append(time.process_time() - began)

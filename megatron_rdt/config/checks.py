@@ -24,6 +24,7 @@ RANGES: list[tuple[str, float, bool, float | None]] = [
     ("model.halting_threshold", 0, False, 1),
     ("model.logit_softcap", 0, True, None),
     ("train.z_loss", 0, True, None),
+    ("train.gc_every", 0, True, None),
     ("depth.sigma", 0, False, 3),
     ("train.max_nonfinite_steps", 1, True, None),
     ("optimizer.lr", 0, False, None),
@@ -175,6 +176,8 @@ def _depth(config: RunConfig) -> list[str]:
         problems.append(
             "model.halting gate needs one T for all sequences of a forward pass. Set --depth.per step or micro_batch."
         )
+    if isinstance(depth.checkpoint, int) and depth.checkpoint < 1:
+        problems.append(f"depth.checkpoint is {depth.checkpoint}, a number of iterations must be at least 1.")
     if depth.scheme == "fixed" and depth.mean != int(depth.mean):
         problems.append(f"depth.mean is {depth.mean}, but depth.scheme fixed needs a whole number. Change either.")
     if depth.scheme == "uniform" and 2 * depth.mean % 1 != 0:
@@ -208,11 +211,30 @@ def _training(config: RunConfig) -> list[str]:
             f"optimizer.name muon needs whole matrices, which DeepSpeed ({config.parallel.engine}) flattens. "
             "Set --parallel.engine fsdp, or --optimizer.name adamw."
         )
+    problems += _compiled(config)
     if config.sample.every and not config.sample.prompt:
         problems.append("sample.prompt is empty. Give it at least one character, or set --sample.every 0.")
     name = config.run.name
     if "/" in name or name in ("", ".", "..") or name.startswith("-") or not name.isprintable():
         problems.append(f"run.name {name!r} must be the name of a directory. Put the path into --run.root.")
+    return problems
+
+
+def _compiled(config: RunConfig) -> list[str]:
+    """What does not go together with compiled layers."""
+    if config.train.compile == "none":
+        return []
+    problems = []
+    if config.parallel.engine.startswith("zero"):
+        problems.append(
+            f"train.compile layers does not go with DeepSpeed ({config.parallel.engine}), which exchanges the weights "
+            "inside a layer. Set --parallel.engine fsdp, or --train.compile none."
+        )
+    if config.depth.checkpoint == "selective":
+        problems.append(
+            "depth.checkpoint selective cannot look into compiled layers, which keep the results of matrix products and "
+            "compute what is cheap again by themselves. Set --depth.checkpoint none, per_layer or per_iteration."
+        )
     return problems
 
 

@@ -127,7 +127,7 @@ def _expert(config: RunConfig) -> list[str]:
 
 
 def _whole_sequences(config: RunConfig) -> list[str]:
-    """What needs whole sequences on each process."""
+    """What needs whole sequences on each process, or layers that talk to no other."""
     axes = [f"parallel.{name} {size}" for name in ("tensor", "context") if (size := getattr(config.parallel, name)) > 1]
     problems = []
     if axes and config.sample.every:
@@ -138,6 +138,11 @@ def _whole_sequences(config: RunConfig) -> list[str]:
     if axes and config.logging.jacobian_every:
         problems.append(
             f"logging.jacobian_every does not work with {' and '.join(axes)}: no process has whole sequences. Set it to 0."
+        )
+    if axes and config.train.compile != "none":
+        problems.append(
+            f"train.compile {config.train.compile} does not work with {' and '.join(axes)} yet: layers exchange tokens inside. "
+            "Set --train.compile none."
         )
     return problems
 

@@ -51,8 +51,8 @@ class DepthConfig:
     """Optimizer steps after which the curriculum has ended."""
     curriculum_of: Literal["mean", "backprop", "both"] = "mean"
     """What grows: the mean of T from `min`, k from 1, or both."""
-    checkpoint: Literal["none", "per_iteration"] = "none"
-    """Activation checkpointing: keep everything, or only the state between iterations and recompute the inside."""
+    checkpoint: int | Literal["none", "per_iteration", "per_layer", "selective"] = "none"
+    """What is kept for the backward pass: none: everything; per_iteration: the state between iterations; a number n: the state after every n-th; selective: the state and what matrix products and attention gave; per_layer: the input of every layer. The rest is computed again."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,10 @@ class TrainConfig:
     """Where to train; `auto` takes a GPU where there is one."""
     deterministic: bool = True
     """On a GPU, take kernels that give the same digits every time, some of them slower; exact resume needs it."""
+    compile: Literal["none", "layers"] = "none"
+    """layers: compile each layer, not the loop, so that any T runs the same code (single, ddp, fsdp); takes some minutes at the first steps."""
+    gc_every: int = 50
+    """Look for garbage in Python's memory after every this many steps, on all processes at the same one, and not in between; 0 leaves it to Python."""
     z_loss: float = 0.0
     """Weight of the squared log-partition function in the loss (PaLM's z-loss); 0 means none."""
     max_nonfinite_steps: int = 10

@@ -24,7 +24,7 @@ class Batch:
     Attributes:
         samples: global sample numbers.
         slots: their places in the step's global batch.
-        tokens: int64 (len(samples), sequence_length + 1); inputs are [:, :-1], targets [:, 1:].
+        tokens: int64 (len(samples), sequence_length + 1), on the loader's device; inputs are [:, :-1], targets [:, 1:].
         documents: the document that each token belongs to, numbered from 0 in each window, the shape of `tokens`; None
             where the loader does not look them up.
     """
@@ -146,6 +146,7 @@ class BatchLoader:
         total_samples: position to stop at; None goes on for ever.
         max_epochs: refuse to go over the corpus more often.
         documents: look up the document of each token.
+        device: where the batches go, before they are asked for.
     """
 
     def __init__(
@@ -158,6 +159,7 @@ class BatchLoader:
         total_samples: int | None = None,
         max_epochs: float = 4.0,
         documents: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         epochs = (total_samples or 0) / corpus.samples_per_epoch
         if epochs > max_epochs:
@@ -169,6 +171,7 @@ class BatchLoader:
         rank_samples(consumed_samples, global_batch, rank, world_size, corpus.seed)  # refuses what does not divide
         self._corpus, self._batch, self._documents = corpus, (global_batch, rank, world_size), documents
         self._position, self._end = consumed_samples, total_samples
+        self._device = device or torch.device("cpu")
         self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(PREFETCHED_BATCHES)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="batch-loader", daemon=True)
@@ -179,15 +182,28 @@ class BatchLoader:
         position, share = self._position, global_batch // world_size
         slots = tuple(range(rank * share, (rank + 1) * share))
         try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # of this thread: pinned memory belongs to a device
             while not self._closed.is_set() and (self._end is None or position < self._end):
                 samples = rank_samples(position, global_batch, rank, world_size, self._corpus.seed)
                 tokens = self._corpus.windows(samples)  # type: ignore[arg-type]
                 documents = self._corpus.documents(samples) if self._documents else None  # type: ignore[arg-type]
-                self._put(Batch(tuple(samples.tolist()), slots, tokens, documents))
+                documents = None if documents is None else self._moved(documents)
+                self._put(Batch(tuple(samples.tolist()), slots, self._moved(tokens), documents))
                 position += global_batch
             self._put(None)
         except BaseException as error:  # handed to the consumer, which raises it
             self._put(error)
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on the device.
+
+        To a GPU it is copied from pinned memory, within the default stream, in which the steps compute too: whoever
+        reads it there reads it after the copy, and nobody waits.
+        """
+        if self._device.type != "cuda":
+            return tensor.to(self._device)
+        return tensor.pin_memory().to(self._device, non_blocking=True)
 
     def _put(self, item: Batch | BaseException | None) -> None:
         while not self._closed.is_set():

@@ -12,11 +12,11 @@ from typing import Protocol
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth.plan import DepthPlan
 from megatron_rdt.model.attention import KeyValueCache
+from megatron_rdt.model.checkpointing import Checkpointing
 from megatron_rdt.model.context import LayerContext, LoopInputs
 from megatron_rdt.model.halting import HaltingUnit, make_tracker
 from megatron_rdt.model.injection import Injection
@@ -25,6 +25,7 @@ from megatron_rdt.model.linear import IdentityLinear
 from megatron_rdt.model.monitor import CoreMonitor, top_singular_values
 from megatron_rdt.model.norm import RMSNorm
 from megatron_rdt.model.signals import Signals
+from megatron_rdt.model.transfer import from_host
 
 
 class LoopRunner(Protocol):
@@ -40,7 +41,7 @@ class RecurrentCore(nn.Module):
     """`core_layers` layers and an injection, iterated.
 
     Attributes:
-        checkpoint_iterations: keep only the state between iterations and recompute the inside in the backward pass.
+        checkpointing: what is kept for the backward pass, and how many iterations are run at a time.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -57,7 +58,7 @@ class RecurrentCore(nn.Module):
         self.last_norm = RMSNorm(config.dim, config.norm_eps) if config.core_norm == "last" else None
         self.output_matrix = IdentityLinear(config.dim) if config.output_matrix else None
         self.halting = HaltingUnit(config) if config.halting != "none" else None
-        self.checkpoint_iterations = False
+        self.checkpointing = Checkpointing()
 
     def iterate(
         self,
@@ -107,24 +108,26 @@ class RecurrentCore(nn.Module):
         """
         inputs = self.prepare(encoded, plan, context)
         if not plan.uniform:  # the deepest first: a pass takes the sequences that need it from the top
-            order = torch.tensor(plan.order, device=state.device)
+            order = from_host(plan.order, state.device)
             state, inputs = state[order], inputs.rows(order)
         initial = self.injection.open(state if self.initial is None else self.initial.expand_as(state))
         if runner is not None:
             return runner.run(self, initial, inputs, first_slot)
         slots = budget or plan.deepest
         tracker = make_tracker(self.halting, self.config)
-        state = initial[:0]
-        for number, tick in enumerate(plan.ticks(), start=1):
-            active = len(tick.ages)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and tick.with_grad):
-                previous = torch.cat((state, initial[len(state) : active])) if active > len(state) else state
-                slot = first_slot + tick.ages[0] % slots * len(self.layers)
-                state = self._advance(previous, tick.ages, inputs, cache, slot)
-                if tracker is not None:
-                    tracker.update(self.injection.close(state), last=number == plan.deepest)
-            if monitor is not None and monitor.per_iteration:
-                self._measure_tick(monitor, tick.ages, previous, state)
+        state, number = initial[:0], 0
+        for ticks in self.checkpointing.segments(plan.ticks()):
+            active = len(ticks[0].ages)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and ticks[0].with_grad):
+                state = torch.cat((state, initial[len(state) : active])) if active > len(state) else state
+                places = [first_slot + tick.ages[0] % slots * len(self.layers) for tick in ticks]
+                states = self._advance(state, [tick.ages for tick in ticks], inputs, cache, places)
+                for tick, reached in zip(ticks, states):
+                    number, previous, state = number + 1, state, reached
+                    if tracker is not None:
+                        tracker.update(self.injection.close(state), last=number == plan.deepest)
+                    if monitor is not None and monitor.per_iteration:
+                        self._measure_tick(monitor, tick.ages, previous, state)
         if monitor is not None:
             self._measure_last(monitor, tick.ages, previous, state, inputs, cached=cache is not None)
         state, extras = (self.injection.close(state), {}) if tracker is None else tracker.result()
@@ -136,17 +139,24 @@ class RecurrentCore(nn.Module):
     def _advance(
         self,
         state: torch.Tensor,
-        ages: tuple[int, ...],
+        ages: list[tuple[int, ...]],
         inputs: LoopInputs,
         cache: KeyValueCache | None,
-        slot: int,
-    ) -> torch.Tensor:
-        """One iteration of the first `len(ages)` sequences, the ages-th of each (from 0)."""
-        t, part = torch.tensor(ages, device=state.device), inputs.rows(slice(len(ages)))
-        if self.checkpoint_iterations and torch.is_grad_enabled() and cache is None:
-            # The reentrant kind gives wrong gradients under sharding, without an error.
-            return checkpoint(self.iterate, state, t, part, use_reentrant=False)  # type: ignore[no-any-return]
-        return self.iterate(state, t, part, cache, slot)
+        slots: list[int],
+    ) -> list[torch.Tensor]:
+        """The states after each of some iterations of the same first sequences, the ages-th of each (from 0)."""
+        times, part = [from_host(each, state.device) for each in ages], inputs.rows(slice(len(ages[0])))
+
+        def iterations(state: torch.Tensor, part: LoopInputs) -> list[torch.Tensor]:
+            states = []
+            for t, slot in zip(times, slots):
+                state = self.iterate(state, t, part, cache, slot)
+                states.append(state)
+            return states
+
+        if torch.is_grad_enabled() and cache is None:
+            return self.checkpointing.run(iterations, state, part)  # type: ignore[no-any-return]
+        return iterations(state, part)
 
     def _leave(self, state: torch.Tensor) -> torch.Tensor:
         """What the coda reads of the last state, or of every iteration's."""
@@ -177,7 +187,7 @@ class RecurrentCore(nn.Module):
         if monitor.per_iteration:
             monitor.measure_input(self.injection.injected(inputs.prepared))
         if monitor.jacobian_steps and not cached:
-            t = torch.tensor(ages, device=state.device)
+            t = from_host(ages, state.device)
             monitor.jacobian_norm = self.stretch(previous, t, inputs, monitor.jacobian_steps).max()
 
     def stretch(self, state: torch.Tensor, t: torch.Tensor, inputs: LoopInputs, steps: int) -> torch.Tensor:
@@ -202,7 +212,7 @@ class RecurrentCore(nn.Module):
             encoded = self.encoded_norm(encoded)
         if self.input_matrix is not None:
             encoded = self.input_matrix(encoded)
-        total = torch.tensor(plan.iterations, device=encoded.device)
+        total = from_host(plan.iterations, encoded.device)
         values = [layer.token_values(context) for layer in self.layers]  # type: ignore[operator]
         return LoopInputs(self.injection.prepare(encoded), context, total, values)
 

@@ -1,9 +1,10 @@
 """One transformer layer: attention and feed-forward, each around the residual stream, with norms where the config says."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.attention import ATTENTIONS, KeyValueCache
@@ -25,6 +26,11 @@ class Layer(nn.Module):
         config: of the model.
         index: place among all layers, prelude first, each core layer counted once.
         core: whether it is one of the core's, which may have experts.
+
+    Attributes:
+        checkpointed: keep nothing but the input where there is gradient, and compute the rest again in the backward
+            pass.
+        compiled: runs both parts instead of `run`, in training and without a cache; None where nothing is compiled.
     """
 
     def __init__(self, config: ModelConfig, index: int, core: bool = False) -> None:
@@ -38,6 +44,8 @@ class Layer(nn.Module):
         outer = config.norm_placement != "pre"
         self.attention_outer_norm = RMSNorm(config.dim, config.norm_eps) if outer else None
         self.feedforward_outer_norm = RMSNorm(config.dim, config.norm_eps) if outer else None
+        self.checkpointed = False
+        self.compiled: Callable[..., torch.Tensor] | None = None
 
     def forward(
         self,
@@ -58,10 +66,43 @@ class Layer(nn.Module):
             token_values: what the method of this name gave, where it was called before; otherwise it is called here.
             modulations: of the two inner norms.
         """
+        if cache is not None:
+            return self.run(x, context, token_values, modulations, cache, slot)
+        run = self.compiled if self.compiled is not None and self.training else self.run
+        if self.checkpointed and torch.is_grad_enabled():
+            options = {"use_reentrant": False, "preserve_rng_state": False}
+            return checkpoint(run, x, context, token_values, modulations, **options)  # type: ignore[no-any-return]
+        return run(x, context, token_values, modulations)
+
+    def run(
+        self,
+        x: torch.Tensor,
+        context: LayerContext,
+        token_values: torch.Tensor | None,
+        modulations: Sequence[Modulation] | None,
+        cache: KeyValueCache | None = None,
+        slot: int = 0,
+    ) -> torch.Tensor:
+        """`forward`, neither compiled nor checkpointed."""
+        return self.feed(self.attend(x, context, token_values, modulations, cache, slot), context, modulations)
+
+    def attend(
+        self,
+        x: torch.Tensor,
+        context: LayerContext,
+        token_values: torch.Tensor | None,
+        modulations: Sequence[Modulation] | None,
+        cache: KeyValueCache | None = None,
+        slot: int = 0,
+    ) -> torch.Tensor:
+        """The first part: the residual stream after the attention."""
         if token_values is None:
             token_values = self.token_values(context)
         inner = self._inner(self.attention_norm, x, context, modulations, 0)
-        x = self._add(x, self.attention(inner, context, cache, slot, token_values), self.attention_outer_norm)
+        return self._add(x, self.attention(inner, context, cache, slot, token_values), self.attention_outer_norm)
+
+    def feed(self, x: torch.Tensor, context: LayerContext, modulations: Sequence[Modulation] | None) -> torch.Tensor:
+        """The second part: the residual stream after the feed-forward."""
         inner = self._inner(self.feedforward_norm, x, context, modulations, 1)
         return self._add(x, self.feedforward(inner), self.feedforward_outer_norm)
 

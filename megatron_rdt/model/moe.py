@@ -147,7 +147,9 @@ class MixtureOfExperts(nn.Module):
 
 
 @torch.no_grad()
-def rebalance(model: nn.Module, rate: float, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float] | None:
+def rebalance(
+    model: nn.Module, rate: float | torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, torch.Tensor] | None:
     """Move every selection bias by `rate` towards an even load, and start counting anew.
 
     Args:
@@ -158,7 +160,8 @@ def rebalance(model: nn.Module, rate: float, reduce: Callable[[torch.Tensor], to
 
     Returns:
         {"expert_load_max": largest load over the mean, over all mixtures; "expert_idle": share of experts without a
-        token; "routing_entropy": mean entropy of the routing distribution in nats}; None where there is no mixture.
+        token; "routing_entropy": mean entropy of the routing distribution in nats}, 0-dimensional tensors, float64, on
+        the device; None where there is no mixture.
     """
     mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
     if not mixtures:
@@ -172,7 +175,7 @@ def rebalance(model: nn.Module, rate: float, reduce: Callable[[torch.Tensor], to
         mixture.counted = None
     tokens = load.sum() / mixtures[0].chosen
     return {
-        "expert_load_max": float((load / mean.clamp_min(1)).max()),
-        "expert_idle": float((load == 0).double().mean()),
-        "routing_entropy": float(entropy.sum() / tokens.clamp_min(1)),
+        "expert_load_max": (load / mean.clamp_min(1)).max(),
+        "expert_idle": (load == 0).double().mean(),
+        "routing_entropy": entropy.sum() / tokens.clamp_min(1),
     }

@@ -6,8 +6,9 @@ whatever T is.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from megatron_rdt.config import RunConfig
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.depth.plan import DepthPlan
 from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer
+from megatron_rdt.model.checkpointing import set_checkpointing
+from megatron_rdt.model.compiling import compile_layers
 
 COMPUTE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
@@ -27,7 +30,7 @@ class MicroBatch:
     """One forward and backward pass of one rank.
 
     Attributes:
-        tokens: (sequences, length + 1) on the CPU.
+        tokens: (sequences, length + 1); where the run's loader made them, on the device already.
         plan: how deep they go.
         documents: the document of each token, the shape of `tokens`; None lets a token look at all before it.
     """
@@ -63,6 +66,10 @@ class Engine(ABC):
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.layout = Layout.of(config.parallel, self.world_size)
+        self._hosts: dist.ProcessGroup | None = None
+        if self.world_size > 1 and dist.get_backend() != "gloo":
+            timeout = timedelta(seconds=config.parallel.timeout_s)
+            self._hosts = dist.new_group(backend="gloo", timeout=timeout)
         self.model: RecurrentDepthTransformer
         self.module: nn.Module
 
@@ -75,12 +82,21 @@ class Engine(ABC):
         """Add the gradients of a micro-batch's `loss`; reduce them over ranks (averaging) on the `last` one."""
 
     @abstractmethod
-    def clip(self, max_norm: float) -> float:
-        """Global gradient norm before clipping; gradients (or the coming step) are scaled down to `max_norm` if > 0."""
+    def clip(self, max_norm: float) -> torch.Tensor:
+        """Global gradient norm before clipping; gradients (or the coming step) are scaled down to `max_norm` if > 0.
+
+        0-dimensional, on the device: nobody waits for it. The same on every rank.
+        """
 
     @abstractmethod
-    def step(self, lr: float) -> None:
-        """One optimizer step at learning rate `lr`, then clear the gradients."""
+    def step(self, lr: float, finite: torch.Tensor | None = None) -> None:
+        """One optimizer step at learning rate `lr`, then clear the gradients.
+
+        Args:
+            lr: of this step.
+            finite: 0-dimensional bool on the device, the same on every rank: where False, parameters, moments and
+                step counts stay as they are, bit for bit. None takes the step.
+        """
 
     @abstractmethod
     def discard(self) -> None:
@@ -99,12 +115,16 @@ class Engine(ABC):
         """Every gradient, unsharded, on the CPU, by parameter name; for tests, after `forward_backward`."""
 
     def configure(self, model: RecurrentDepthTransformer) -> None:
-        """Apply precision and activation checkpointing to the bare model."""
+        """Apply precision, activation checkpointing and compilation to the bare model."""
         model.compute_dtype = COMPUTE_DTYPES[self.config.train.precision]
-        model.core.checkpoint_iterations = self.config.depth.checkpoint == "per_iteration"
+        set_checkpointing(model, self.config.depth.checkpoint)
         model.z_weight = self.config.train.z_loss
+        if self.config.train.compile == "layers":
+            compile_layers(model)
 
-    def forward_backward(self, batch: Sequence[MicroBatch], monitor: CoreMonitor | None = None) -> dict[str, float]:
+    def forward_backward(
+        self, batch: Sequence[MicroBatch], monitor: CoreMonitor | None = None
+    ) -> dict[str, torch.Tensor]:
         """Accumulate the gradients of the mean objective per token of the global batch.
 
         Args:
@@ -112,7 +132,8 @@ class Engine(ABC):
             monitor: receives measurements of the last micro-batch.
 
         Returns:
-            What `RecurrentDepthTransformer.losses` names, each as the mean per token over all ranks.
+            What `RecurrentDepthTransformer.losses` names, each as the mean per token over all ranks: 0-dimensional
+            tensors, float64, on the device. Reading one waits for the device.
         """
         tokens = sum(micro.tokens[:, 1:].numel() for micro in batch)
         totals: dict[str, torch.Tensor] = {}
@@ -127,7 +148,7 @@ class Engine(ABC):
             self.backward(losses["objective"] / tokens, last)
         names = sorted(totals)  # the same on every rank
         means = self.sum_over_ranks(torch.stack([totals[name] / tokens for name in names])) / self.world_size
-        return dict(zip(names, means.tolist()))
+        return dict(zip(names, means.unbind()))
 
     def prepare_backward(self, last: bool) -> None:
         """Called before each micro-batch's forward pass; `last` says whether its backward pass reduces."""
@@ -138,6 +159,20 @@ class Engine(ABC):
             value = value.clone()
             dist.all_reduce(value)
         return value
+
+    def sum_on_hosts(self, value: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin to sum a CPU tensor over all ranks, in place; what is returned waits for the sum and gives it.
+
+        The device takes no part: neither does the host wait for it, nor it for the hosts.
+        """
+        work = dist.all_reduce(value, group=self._hosts, async_op=True) if self.world_size > 1 else None
+
+        def wait() -> torch.Tensor:
+            if work is not None:
+                work.wait()
+            return value
+
+        return wait
 
     def from_first_rank(self, value: torch.Tensor) -> torch.Tensor:
         """The value that rank 0 has, on every rank."""

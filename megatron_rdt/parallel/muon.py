@@ -68,6 +68,9 @@ def _sharing(parameter: DTensor) -> ProcessGroup:
 class Muon(torch.optim.Optimizer):
     """For matrices, and for batches of matrices; whole, or split along their first dimension by FSDP2.
 
+    An attribute `found_inf`, 0-dimensional on the device, makes a step that changes nothing where it is not 0, as in
+    torch's own optimizers.
+
     Args:
         params: parameters or groups; a group may have options of its own.
         lr: learning rate.
@@ -113,15 +116,20 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(parameter)
         assert parameter.grad is not None
         gradient, momentum = _own(parameter.grad), _own(state["momentum"])
-        momentum.lerp_(gradient, 1 - group["momentum"])
+        self._replace(momentum, momentum.lerp(gradient, 1 - group["momentum"]))
         direction = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
         return direction.bfloat16() if direction.is_cuda else direction
 
     def _apply(self, parameter: torch.Tensor, group: dict[str, Any], update: torch.Tensor) -> None:
         """Decay this rank's part and add its part of the orthogonal matrix."""
         own, lr = _own(parameter), group["lr"]
-        own.mul_(1 - lr * group["weight_decay"])
-        own.add_(update, alpha=-lr * UPDATE_RMS * math.sqrt(max(parameter.shape[-2:])))
+        decayed = own * (1 - lr * group["weight_decay"])
+        self._replace(own, decayed.add_(update, alpha=-lr * UPDATE_RMS * math.sqrt(max(parameter.shape[-2:]))))
+
+    def _replace(self, old: torch.Tensor, new: torch.Tensor) -> None:
+        """Write `new` into `old`, unless the step is not to be taken; nobody waits for the device to know."""
+        found_inf = getattr(self, "found_inf", None)
+        old.copy_(new if found_inf is None else torch.where(found_inf == 0, new, old))
 
     def _step_together(self, jobs: list[Job]) -> None:
         """Step matrices split by rows, at most as many as there are ranks; the i-th is the i-th rank's work."""

@@ -56,21 +56,29 @@ class NativeEngine(Engine):
         """Plain autograd; the wrappers reduce in its hooks."""
         loss.backward()
 
-    def clip(self, max_norm: float) -> float:
-        """Scale `.grad` of every parameter in place when the global norm exceeds `max_norm`."""
+    def clip(self, max_norm: float) -> torch.Tensor:
+        """Scale `.grad` of every parameter in place when the global norm exceeds `max_norm`.
+
+        Where the norm is not finite, the gradients are not either afterwards.
+        """
         groups = by_mesh(p for p in self.model.parameters() if p.grad is not None)
         norms = [full_tensor(torch.nn.utils.get_total_norm([p.grad for p in group])) for group in groups]  # type: ignore[misc]
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-        if max_norm > 0 and torch.isfinite(norm):
+        if max_norm > 0:
             for group in groups:
                 torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
-        return float(norm)
+        return norm
 
-    def step(self, lr: float) -> None:
-        """Every optimizer with the learning rate of this step."""
+    def step(self, lr: float, finite: torch.Tensor | None = None) -> None:
+        """Every optimizer with the learning rate of this step; they decide on the device by `found_inf`."""
+        found_inf = None if finite is None else (~finite).float()
         for optimizer in self.optimizers:
             set_learning_rate(optimizer.param_groups, lr)
-            optimizer.step()
+            optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # what torch's GradScaler sets
+            try:
+                optimizer.step()
+            finally:
+                del optimizer.found_inf  # type: ignore[attr-defined]  # a load steps an optimizer to make its state
         self.discard()
 
     def discard(self) -> None:

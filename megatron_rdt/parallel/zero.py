@@ -144,8 +144,8 @@ class ZeroEngine(Engine):
         """The loss is already this rank's mean over the whole step, so DeepSpeed must not divide it again."""
         self.module.backward(loss, scale_wrt_gas=False)
 
-    def clip(self, max_norm: float) -> float:
-        """The norm from the sharded gradients; DeepSpeed scales them in the step."""
+    def clip(self, max_norm: float) -> torch.Tensor:
+        """The norm from the sharded gradients, which DeepSpeed reads on the host; it scales them in the step."""
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
         self._sharded.clip_grad = max_norm
@@ -153,10 +153,14 @@ class ZeroEngine(Engine):
             norm = float(combine_grad_norm_groups(self._sharded._get_norm_groups()))
         else:
             norm = float(self._sharded.scaled_global_norm())
-        return norm if norm >= 0 else math.nan  # DeepSpeed says -1 for a norm that is not finite
+        # DeepSpeed says -1 for a norm that is not finite.
+        return torch.tensor(norm if norm >= 0 else math.nan, dtype=torch.float64, device=self.device)
 
-    def step(self, lr: float) -> None:
-        """One optimizer step through DeepSpeed."""
+    def step(self, lr: float, finite: torch.Tensor | None = None) -> None:
+        """One optimizer step through DeepSpeed; whether to take it is decided on the host."""
+        if finite is not None and not bool(finite):
+            self.discard()
+            return
         set_learning_rate(self._sharded.param_groups, lr)
         self.module.step()
 

@@ -1,8 +1,18 @@
-"""Deciding on a step before the optimizer runs: a non-finite gradient must touch neither weights nor moments."""
+"""Deciding on a step before the optimizer runs: a non-finite gradient must touch neither weights nor moments.
+
+The decision is made on the device, where the optimizer acts on it. The host counts skipped steps when it reads them.
+"""
 
 import math
 
+import torch
+
 from megatron_rdt.errors import TrainingError
+
+
+def is_finite(loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
+    """Whether to take the step, a 0-dimensional bool on the device of these 0-dimensional tensors."""
+    return loss.isfinite() & grad_norm.isfinite()
 
 
 class Guard:
@@ -18,7 +28,7 @@ class Guard:
         self.skipped = skipped
 
     def accept(self, step: int, loss: float, grad_norm: float) -> bool:
-        """Whether to take the step; raises TrainingError when too many in a row were not finite."""
+        """Whether the step was taken; raises TrainingError when too many in a row were not finite."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.skipped = 0
             return True

@@ -1,7 +1,6 @@
 """Which steps measure more of the loop than its last state, and what is recorded of it."""
 
 from collections import Counter
-from typing import Any
 
 from megatron_rdt.config import LoggingConfig
 from megatron_rdt.model import CoreMonitor
@@ -10,7 +9,7 @@ JACOBIAN_STEPS = 2
 
 
 class Monitoring:
-    """Makes the monitor of each step and reads it.
+    """Makes the monitor of each step.
 
     Args:
         config: says how often.
@@ -29,11 +28,11 @@ class Monitoring:
         due = [bool(steps) and step % steps == 0 for steps in every]
         return CoreMonitor(due[0], JACOBIAN_STEPS if due[1] else 0)
 
-    def readings(self, monitor: CoreMonitor) -> dict[str, Any]:
-        """The monitor's, after the step; with those of every iteration, the share of each T since the last ones."""
-        readings: dict[str, Any] = monitor.readings()
-        if "iterations" in readings:
-            total = self.drawn.total()
-            readings["iterations"]["loop_shares"] = {str(t): self.drawn[t] / total for t in sorted(self.drawn)}
-            self.drawn.clear()
-        return readings
+    def loop_shares(self, monitor: CoreMonitor) -> dict[str, float] | None:
+        """The share of each T since the last monitor of every iteration; None where `monitor` is none of these."""
+        if not monitor.per_iteration:
+            return None
+        total = self.drawn.total()
+        shares = {str(t): self.drawn[t] / total for t in sorted(self.drawn)}
+        self.drawn.clear()
+        return shares

@@ -1,6 +1,5 @@
 """The training loop. It knows steps, batches and records; the engine knows sharding, the sampler knows depth."""
 
-import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
@@ -23,13 +22,15 @@ from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.flops import forward_flops, training_flops
 from megatron_rdt.model.moe import rebalance
 from megatron_rdt.parallel import Engine, MicroBatch, make_engine
+from megatron_rdt.train.collection import ScheduledCollection
 from megatron_rdt.train.hardware import peak_flops, peak_memory_gb
-from megatron_rdt.train.health import Guard
+from megatron_rdt.train.health import Guard, is_finite
 from megatron_rdt.train.metrics import Console, Recorder, forget_after
 from megatron_rdt.train.monitoring import Monitoring
 from megatron_rdt.train.preflight import changed_settings, check_resumable, open_data, refuse_to_overwrite
 from megatron_rdt.train.schedule import learning_rate
 from megatron_rdt.train.signals import StopRequest
+from megatron_rdt.train.taken import StepClock, TakenStep
 from megatron_rdt.train.world import join_world
 
 # How long to wait for a process of the same run that was killed and has not quite ended.
@@ -110,6 +111,8 @@ class Trainer:
         self.saved_at: int | None = None
         self.recorder: Recorder | None = None
         self.monitoring = Monitoring(config.logging)
+        self.console: Console | None = None
+        self.unread: list[TakenStep] = []
 
     def run(self, source: Path | None) -> int:
         """Train from `source` (or from scratch) to the last step; returns the exit status."""
@@ -121,20 +124,14 @@ class Trainer:
         if source is not None:
             self._restore(source)
         total = self.consumed + (config.train.steps - self.step) * config.train.global_batch
-        layout, limit = self.engine.layout, config.data.max_epochs
-        loader = BatchLoader(
-            self.corpus,
-            config.train.global_batch,
-            layout.data_place(self.engine.rank),
-            layout.data,
-            self.consumed,
-            total,
-            limit,
-            config.data.document_mask,
-        )
+        layout, limit, mask = self.engine.layout, config.data.max_epochs, config.data.document_mask
+        place = layout.data_place(self.engine.rank), layout.data
+        batch = config.train.global_batch
+        loader = BatchLoader(self.corpus, batch, *place, self.consumed, total, limit, mask, self.device)
         try:
             self._open_run_directory(parameters, source)
-            status = self._steps(loader)
+            with ScheduledCollection(config.train.gc_every) as collection:
+                status = self._steps(loader, collection)
         finally:
             loader.close()
         if status == EXIT_OK:
@@ -147,15 +144,20 @@ class Trainer:
             )
         return status
 
-    def _steps(self, loader: BatchLoader) -> int:
+    def _steps(self, loader: BatchLoader, collection: ScheduledCollection) -> int:
         """Every step that is left; the exit status."""
-        console, batches = Console(self.config.train.steps, self.step), iter(loader)
+        self.console, batches = Console(self.config.train.steps, self.step), iter(loader)
+        self.stop.ask(self.engine)
         while self.step < self.config.train.steps:
-            if self.stop.agreed(self.engine):
+            if self.stop.agreed():
                 return self._stopped()
-            began = time.perf_counter()  # what was due after the last step is not part of this one
-            record = self._train_step(next(batches), began)
-            self._after_step(record, console)
+            clock = StepClock(self.device)  # what was due after the last step is not part of this one
+            batch = next(batches)
+            clock.data_arrived()
+            self.unread.append(self._train_step(batch, clock))
+            self._after_step()
+            collection.after_step(self.step)
+        self.stop.agreed()  # no rank leaves a reduction that it began
         return EXIT_OK
 
     def _stopped(self) -> int:
@@ -164,14 +166,15 @@ class Trainer:
         if self.step == self.first_step:
             self._say(f"{reason} before step {self.step + 1}, with nothing new to save; use --resume auto")
             return EXIT_PREEMPTED
+        self._read_steps()
         if self.saved_at != self.step:
             self._save()
         self._say(f"{reason} at step {self.step}, saved; use --resume auto")
         return EXIT_PREEMPTED
 
-    def _train_step(self, batch: Batch, began: float) -> dict[str, Any]:
-        """Forward, backward, clip, decide, step; returns the record for metrics.jsonl."""
-        config, waited = self.config, time.perf_counter()
+    def _train_step(self, batch: Batch, clock: StepClock) -> TakenStep:
+        """Forward, backward, clip, decide, step. All on the device: the host does not wait for it."""
+        config = self.config
         size = config.train.micro_batch
         parts = [slice(i, i + size) for i in range(0, len(batch.samples), size)]
         documents = batch.documents
@@ -181,40 +184,36 @@ class Trainer:
         ]
         monitor = self.monitoring.monitor(self.step + 1)
         losses = self.engine.forward_backward(micro_batches, monitor)
-        loss = losses.pop("cross_entropy")
+        self.stop.ask(self.engine)  # answered before the next step
         grad_norm = self.engine.clip(config.optimizer.grad_clip)
         lr = learning_rate(config.schedule, config.optimizer.lr, self.step, config.train.steps)
-        accepted = self.guard.accept(self.step + 1, losses["objective"], grad_norm)
-        if accepted:
-            self.engine.step(lr)
-        else:
-            self.engine.discard()
-            self._say(f"step {self.step + 1}: loss {loss} or gradient norm {grad_norm} not finite, step skipped")
-        balance_rate = config.model.balance_rate if accepted else 0.0
+        finite = is_finite(losses["objective"], grad_norm)
+        self.engine.step(lr, finite)
+        balance_rate = config.model.balance_rate * finite.double()
         experts = rebalance(self.engine.model, balance_rate, self.engine.sum_over_ranks)
         depth = self._depth_record()
+        tokens_before = self.consumed * config.train.sequence_length
         self.step += 1
         self.consumed += config.train.global_batch
-        step_s = time.perf_counter() - began
+        clock.stop()
         tokens = config.train.global_batch * config.train.sequence_length
         flops = tokens * training_flops(config.model, self.flops, depth["loops_mean"], depth["loops_with_grad"])
         peak = peak_flops(self.device, config.train.precision)
-        return {
-            "step": self.step,
-            "tokens": self.consumed * config.train.sequence_length,
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": grad_norm,
-            "tokens_per_second": tokens / step_s,
-            "mfu": flops / step_s / (peak * self.engine.world_size) if peak else None,
-            **depth,
-            **self.monitoring.readings(monitor),
-            "memory_gb": peak_memory_gb(self.device),
-            "data_wait_s": waited - began,
-            "step_s": step_s,
-            **({} if losses["objective"] == loss else losses),
-            **(experts or {}),
-        }
+        return TakenStep(
+            step=self.step,
+            lr=lr,
+            losses=losses,
+            grad_norm=grad_norm,
+            monitor=monitor,
+            experts=experts,
+            clock=clock,
+            tokens=tokens,
+            tokens_before=tokens_before,
+            flops_share=flops / (peak * self.engine.world_size) if peak else None,
+            depth=depth,
+            loop_shares=self.monitoring.loop_shares(monitor),
+            memory_gb=peak_memory_gb(self.device),
+        )
 
     def _plan(self, batch: Batch, rows: slice) -> DepthPlan:
         return self.sampler.plan(self.step, batch.samples[rows], batch.slots[rows])
@@ -235,21 +234,43 @@ class Trainer:
             **({} if plan.uniform else {"loops_counts": {str(t): counts[t] for t in sorted(counts)}}),
         }
 
-    def _after_step(self, record: dict[str, Any], console: Console) -> None:
-        """Record, evaluate, sample, save: whatever is due after this step."""
-        config, last = self.config, self.step == self.config.train.steps
-        if self.recorder is not None:
-            self.recorder.step(record)
-            if last or self.step % config.logging.every == 0:
-                console.print(console.line(record))
+    def _after_step(self) -> None:
+        """Read, evaluate, sample, save: whatever is due after this step."""
+        config = self.config
+        sections = config.eval, config.sample, config.checkpoint
+        evaluate, sample, save = (self._due(section.every) for section in sections)
+        save = save or self.step == config.train.steps
+        if evaluate or sample or save or self._due(config.logging.every):
+            self._read_steps()
         self.engine.model.eval()  # what is done here is no training: experts do not count these tokens
-        if config.eval.every and (last or self.step % config.eval.every == 0):
+        if evaluate:
             self._evaluate()
-        if config.sample.every and (last or self.step % config.sample.every == 0):
+        if sample:
             self._sample()
         self.engine.model.train()
-        if last or (config.checkpoint.every and self.step % config.checkpoint.every == 0):
+        if save:
             self._save()
+
+    def _due(self, every: int) -> bool:
+        """Whether this step is one of every so many, or the last; never where that is 0."""
+        return bool(every) and (self.step == self.config.train.steps or self.step % every == 0)
+
+    def _read_steps(self) -> None:
+        """Record the steps since the last call, in order; this waits for the device.
+
+        Raises:
+            TrainingError: too many of them in a row were skipped.
+        """
+        steps, self.unread = self.unread, []
+        for taken in steps:
+            record, objective = taken.read()
+            if not self.guard.accept(taken.step, objective, record["grad_norm"]):
+                loss, norm = record["loss"], record["grad_norm"]
+                self._say(f"step {taken.step}: loss {loss} or gradient norm {norm} not finite, step skipped")
+            if self.recorder is not None and self.console is not None:
+                self.recorder.step(record)
+                if taken.step % self.config.logging.every == 0 or taken.step == self.config.train.steps:
+                    self.console.print(self.console.line(record))
 
     def _evaluate(self) -> None:
         config, windows = self.config, self.data.validation

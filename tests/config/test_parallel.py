@@ -51,7 +51,9 @@ def test_processes_that_cannot_be_arranged(parallel: dict[str, int], world: int,
 
 
 def config(**sections: Any) -> RunConfig:
-    return RunConfig(**{"model": MODEL, "depth": DepthConfig(per="step"), "train": TrainConfig(1000, 8, 1, 16)} | sections)
+    return RunConfig(
+        **{"model": MODEL, "depth": DepthConfig(per="step"), "train": TrainConfig(1000, 8, 1, 16)} | sections
+    )
 
 
 def fsdp(**options: Any) -> ParallelConfig:
@@ -117,6 +119,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"parallel": fsdp(context=2, tensor=2), "sample": SampleConfig(every=5)},
         r"sample.every .*tensor 2 and .*context 2",
+    ),
+    (
+        {"parallel": fsdp(context=2), "train": TrainConfig(1000, 8, 1, 16, compile="layers")},
+        r"train.compile layers does not work with parallel.context 2",
     ),
 ]
 

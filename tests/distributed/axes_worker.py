@@ -13,6 +13,7 @@ from megatron_rdt.depth import DepthPlan
 from megatron_rdt.depth.hashing import hash64
 from megatron_rdt.environment import leave_process
 from megatron_rdt.model import RecurrentDepthTransformer
+from megatron_rdt.model.checkpointing import set_checkpointing
 from megatron_rdt.parallel import Engine, MicroBatch, make_engine
 
 PLAIN = ModelConfig(vocab_size=64, dim=32, prelude_layers=1, core_layers=2, coda_layers=1, heads=4, kv_heads=4)
@@ -49,7 +50,7 @@ MIXED = (5, 1, 3, 2, 6, 1, 4, 2)
 STEPS = [
     ((3,) * SEQUENCES, None, "none", False),
     (MIXED, 2, "per_iteration", True),
-    (MIXED, None, "none", False),
+    (MIXED, None, "per_layer", False),
 ]
 # One T for all: of the axes that meet in every iteration, and of the gate.
 EVEN_STEPS = [((t,) * SEQUENCES, k, *rest) for t, ((*_,), k, *rest) in zip((3, 4, 1), STEPS)]
@@ -110,7 +111,7 @@ def compare(parallel: ParallelConfig, name: str, precision: str, tokens: torch.T
         if model.halting != "none":
             step = (step[0], None, *step[2:])
         for each in (engine, single):
-            each.model.core.checkpoint_iterations = step[2] == "per_iteration"
+            set_checkpointing(each.model, step[2])
         losses = engine.forward_backward(batch(engine, tokens, step, 2))
         expected = single.forward_backward(batch(single, tokens, step, SEQUENCES))
         assert set(losses) == set(expected)

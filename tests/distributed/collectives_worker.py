@@ -14,6 +14,7 @@ from benchmarks.collectives import COMPARISONS
 from benchmarks.collectives import build as build_engine
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.environment import leave_process
+from megatron_rdt.model.checkpointing import set_checkpointing
 from megatron_rdt.parallel import Engine, MicroBatch
 from megatron_rdt.parallel.counting import Collective, count_step, totals
 
@@ -53,11 +54,11 @@ def count_cases(engine: Engine, tokens: torch.Tensor, cases: Sequence[tuple]) ->
     size = 4 * sum(p.numel() for p in build("single").model.core.parameters())
     counted: dict[str, dict[str, object]] = {}
     for loops, k, checkpointing in cases:
-        engine.model.core.checkpoint_iterations = checkpointing == "per_iteration"
+        set_checkpointing(engine.model, checkpointing)
         calls = count_step(engine, parts(tokens, engine.rank, (loops, loops), k))
         core = {key: number for key, (number, _) in totals(call for call in calls if call.size == size).items()}
         counted[f"T={loops} k={k or 'all'} checkpointing={checkpointing}"] = {"ranks": everywhere(calls), "core": core}
-    engine.model.core.checkpoint_iterations = False
+    set_checkpointing(engine.model, "none")
     return counted
 
 

@@ -59,9 +59,9 @@ def train(engine: NativeEngine, first: int, last: int, save: Path | None = None)
         share = SEQUENCES // engine.world_size
         mine = tokens[engine.rank * share : (engine.rank + 1) * share]
         batch = [MicroBatch(part, DepthPlan.constant(3, len(part))) for part in mine.split(2)]
-        losses.append(engine.forward_backward(batch)["cross_entropy"])
+        losses.append(float(engine.forward_backward(batch)["cross_entropy"]))
         engine.clip(1.0)
-        engine.step(LR)
+        engine.step(LR, torch.tensor(True))
     return losses
 
 

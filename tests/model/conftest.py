@@ -10,6 +10,7 @@ import torch
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
+from megatron_rdt.model.checkpointing import set_checkpointing
 from tests.model.plain import Plain
 
 BASE = ModelConfig(
@@ -50,7 +51,7 @@ def agrees(small: Callable[..., RecurrentDepthTransformer]) -> Callable[..., Non
     def check(constant: tuple[str, ...] = (), **options: Any) -> None:
         model, reached = small(**options), dict.fromkeys(dict(small(**options).named_parameters()), 0.0)
         for index, plan in enumerate(PLANS):
-            model.core.checkpoint_iterations = index % 2 == 1
+            set_checkpointing(model, "per_iteration" if index % 2 else "none")
             tokens = torch.randint(0, 37, (len(plan.iterations), 6), generator=torch.Generator().manual_seed(index))
             outputs, gradients = [], []
             for logits in (model(tokens, plan), Plain(model).logits(tokens, plan)):

@@ -10,6 +10,7 @@ from torch import nn
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
+from megatron_rdt.model.checkpointing import set_checkpointing
 from megatron_rdt.model.feedforward import SquaredReLU, SwiGLU
 from megatron_rdt.model.linear import linear
 from megatron_rdt.model.moe import MixtureOfExperts, grouped_linear, rebalance
@@ -159,7 +160,7 @@ def test_each_token_is_counted_once_per_iteration(checkpointing: bool, plan: Dep
     model = model_of()
     for layer in model.core.layers:
         nn.init.zeros_(layer.feedforward.router)  # indifferent
-    model.core.checkpoint_iterations = checkpointing
+    set_checkpointing(model, "per_iteration" if checkpointing else "none")
     tokens = torch.randint(0, 37, (3, 5), generator=torch.Generator().manual_seed(0))
     model(tokens, plan).square().mean().backward()
     for layer in model.core.layers:

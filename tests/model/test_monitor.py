@@ -6,6 +6,7 @@ from torch.nn import functional
 
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import CoreMonitor
+from megatron_rdt.model.checkpointing import set_checkpointing
 from megatron_rdt.model.context import LayerContext, LoopInputs
 from megatron_rdt.model.monitor import top_singular_values
 from megatron_rdt.model.rope import rotary_tables
@@ -42,7 +43,7 @@ PLANS = [
 @pytest.mark.parametrize("options", [{}, {"injection": "linear", "core_norm": "iteration"}], ids=str)
 def test_every_iteration_equals_the_reference(options, plan, checkpointing, small) -> None:
     model = small(**options)
-    model.core.checkpoint_iterations = checkpointing
+    set_checkpointing(model, "per_iteration" if checkpointing else "none")
     tokens, targets = batch(plan)
     monitor = CoreMonitor(per_iteration=True)
     model(tokens, plan, targets=targets, monitor=monitor)["objective"].backward()
@@ -118,7 +119,7 @@ def test_monitors_change_nothing_by_a_bit(options, dtype, small) -> None:
     for monitor in (None, CoreMonitor(per_iteration=True, jacobian_steps=3)):
         model = small(**options).float()
         model.compute_dtype = dtype
-        model.core.checkpoint_iterations = dtype is None
+        set_checkpointing(model, "per_iteration" if dtype is None else "none")
         torch.manual_seed(3)
         losses = model(tokens, plan, targets=targets, monitor=monitor)
         losses["objective"].backward()

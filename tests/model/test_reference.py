@@ -10,6 +10,7 @@ import torch
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer, initialize
+from megatron_rdt.model.checkpointing import set_checkpointing
 from megatron_rdt.model.state import normal_state
 
 BASE = ModelConfig(
@@ -102,7 +103,7 @@ def test_logits_and_gradients_equal_the_reference(discretization, state, tied, k
     model = build(config)
     tokens = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
     for loops, backprop, checkpointing in ((1, 1, False), (2, 2, True), (5, 5, False), (5, 2, False), (5, 2, True)):
-        model.core.checkpoint_iterations = checkpointing
+        set_checkpointing(model, "per_iteration" if checkpointing else "none")
         gradients = []
         plan = DepthPlan((loops, loops), backprop)
         for logits in (model(tokens, plan), reference(model, tokens, loops, backprop)):

@@ -109,7 +109,7 @@ def test_a_skipped_step_does_not_move_the_bias(
     class Poisoned(SingleEngine):
         """Its weights are not finite while it computes the third step."""
 
-        def forward_backward(self, *args, **kwargs) -> dict[str, float]:
+        def forward_backward(self, *args, **kwargs) -> dict[str, torch.Tensor]:
             moe = self.model.core.layers[0].feedforward
             biases.append(moe.selection_bias.clone())
             if len(biases) != 3:

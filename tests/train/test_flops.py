@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
+from megatron_rdt.model.checkpointing import set_checkpointing
 from megatron_rdt.model.flops import BACKWARD_FACTOR, attention_flops, forward_flops, mean_keys, training_flops
 
 BATCH, LENGTH = 3, 24
@@ -40,7 +41,7 @@ def attention_in_full(config: ModelConfig) -> float:
 
 def count(config: ModelConfig, plan: DepthPlan, *, train: bool, checkpointing: bool = False, bf16: bool = False) -> int:
     model = initialize(RecurrentDepthTransformer(config), seed=0)
-    model.core.checkpoint_iterations = checkpointing
+    set_checkpointing(model, "per_iteration" if checkpointing else "none")
     model.compute_dtype = torch.bfloat16 if bf16 else None
     tokens = torch.randint(0, config.vocab_size, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(1))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):

@@ -6,9 +6,11 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import RunConfig
@@ -20,6 +22,7 @@ from megatron_rdt.parallel.single import SingleEngine
 from megatron_rdt.train import trainer
 from megatron_rdt.train.health import Guard
 from megatron_rdt.train.signals import STOP_SIGNALS, StopRequest
+from megatron_rdt.train.taken import TakenStep
 
 Configure = Callable[..., RunConfig]
 
@@ -61,8 +64,9 @@ def snapshot(engine: SingleEngine) -> dict[str, torch.Tensor]:
     state = {}
     for name, parameter in engine.model.named_parameters():
         state[name] = parameter.detach().clone()
-        for key, value in engine.optimizers[0].state.get(parameter, {}).items():
-            state[f"{name}.{key}"] = value.clone()
+        for optimizer in engine.optimizers:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                state[f"{name}.{key}"] = value.clone()
     return state
 
 
@@ -77,7 +81,9 @@ class Poisoned(SingleEngine):
         super().setup(model)
         self.states: list[dict[str, torch.Tensor]] = []
 
-    def forward_backward(self, batch: Sequence[MicroBatch], monitor: CoreMonitor | None = None) -> dict[str, float]:
+    def forward_backward(
+        self, batch: Sequence[MicroBatch], monitor: CoreMonitor | None = None
+    ) -> dict[str, torch.Tensor]:
         self.states.append(snapshot(self))
         bad = len(self.states) in self.bad
         parameter = self.model.core.layers[0].attention.query.weight
@@ -111,22 +117,25 @@ def read(path: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize(("value", "in_loss"), [(math.nan, False), (math.inf, False), (math.nan, True)])
-@pytest.mark.parametrize("clip", [1.0, 0.0])
+@pytest.mark.parametrize(("clip", "optimizer"), [(1.0, "adamw"), (0.0, "adamw"), (1.0, "muon")])
 def test_a_bad_step_changes_nothing_and_training_goes_on(
     value: float,
     in_loss: bool,
     clip: float,
+    optimizer: str,
     configure: Configure,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = configure(f"--run.root={tmp_path}", "--eval.every=0", f"--optimizer.grad_clip={clip}")
+    options = [f"--optimizer.grad_clip={clip}", f"--optimizer.name={optimizer}"]
+    config = configure(f"--run.root={tmp_path}", "--eval.every=0", *options)
     engine, run = run_poisoned(monkeypatch, config, (3, 4), value, in_loss)
     assert run() == 0
     before, after = engine.states[2], engine.states[4]
     assert set(before) == set(after)
     assert any(name.endswith(".exp_avg_sq") for name in before)
+    assert any(name.endswith(".momentum") for name in before) == (optimizer == "muon")
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]), name
         assert torch.equal(tensor, engine.states[3][name]), name
@@ -152,9 +161,10 @@ def test_too_many_bad_steps_end_the_run(configure: Configure, tmp_path: Path, mo
     engine, run = run_poisoned(monkeypatch, config, (2, 4, 5), math.nan, in_loss=False)
     with pytest.raises(TrainingError, match=r"step 5: .*2 times in a row"):
         run()
-    assert len(engine.states) == 5
+    assert len(engine.states) == 6, "step 5 was read with step 6, before that would have been saved"
     for name, tensor in engine.states[3].items():
-        assert torch.equal(tensor, snapshot(engine)[name])
+        assert torch.equal(tensor, engine.states[5][name])
+    assert [record["step"] for record in read(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
     newest = checkpoints.newest_checkpoint(tmp_path / "run")
     assert newest is not None
     assert newest.name == "step-00000004"
@@ -173,7 +183,10 @@ def test_the_next_loss_is_that_of_the_unchanged_weights(
     bad, still = read(tmp_path / "bad" / "metrics.jsonl"), read(tmp_path / "frozen" / "metrics.jsonl")
     assert [r["loss"] for r in bad[:2]] == [r["loss"] for r in still[:2]]
     assert bad[3]["loss"] != still[3]["loss"]
-    assert not any(name.endswith(".exp_avg") for name in engine.states[1]), "AdamW has not begun to count"
+    weights = dict(engine.model.named_parameters())
+    begun = [value for name, value in engine.states[1].items() if name not in weights]
+    assert len(begun) == 3 * len(weights), "two moments and a count of steps"
+    assert all(float(value.abs().max()) == 0 for value in begun), "AdamW has not begun to count"
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -182,21 +195,75 @@ def test_a_stop_request_is_remembered(number: signal.Signals, configure: Configu
     engine: Engine = SingleEngine(configure(), torch.device("cpu"))
     stop = StopRequest()
     try:
-        assert not stop.agreed(engine)
+        stop.ask(engine)
+        assert not stop.agreed()
         os.kill(os.getpid(), number)
-        assert stop.agreed(engine)
-        assert stop.agreed(engine), "it stays set"
+        assert stop.agreed()
+        assert stop.agreed(), "it stays set"
         assert stop.name == number.name
     finally:
         stop.close()
     assert [signal.getsignal(n) for n in STOP_SIGNALS] == before
 
 
+class Reads(TorchDispatchMode):
+    """Refuses what makes the host wait for a GPU: reading a number, and results whose size depends on numbers."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "_unique2", "unique_dim")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name().split("::")[-1].split(".")[0] in self.WAITS:
+            raise AssertionError(f"{func} within a step")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--depth.per=sequence", "--train.micro_batch=2", "--depth.backprop=2", "--logging.monitor_every=1"],
+        [
+            "--optimizer.name=muon",
+            "--model.halting=act",
+            "--depth.checkpoint=per_iteration",
+            "--data.document_mask=true",
+        ],
+        ["--model.signals=[sinusoidal,lora,adaln]", "--model.injection=hyper", "--train.precision=bfloat16"],
+    ],
+)
+def test_no_step_waits_for_the_device(options: list[str], configure: Configure, tmp_path: Path) -> None:
+    settings = ["--eval.every=0", "--checkpoint.every=0", "--logging.every=5"]
+    config = configure(f"--run.root={tmp_path}", *settings, *options)
+    read_at: list[int] = []
+
+    class Watched(trainer.Trainer):
+        def _train_step(self, *args: Any) -> TakenStep:
+            with Reads():
+                return super()._train_step(*args)
+
+        def _read_steps(self) -> None:
+            read_at.append(self.step)
+            super()._read_steps()
+
+    stop = StopRequest()
+    watched = Watched(config, tmp_path / "run", torch.device("cpu"), stop)
+    try:
+        assert watched.run(None) == 0
+        with pytest.raises(AssertionError, match="within a step"), Reads():
+            float(torch.ones(2).sum())
+    finally:
+        watched.close()
+        stop.close()
+    assert read_at == [5, 8], "once per interval, and at the end"
+    records = read(tmp_path / "run" / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, 9))
+    assert all(0 <= record["data_wait_s"] <= record["step_s"] for record in records)
+
+
 class Stopped(SingleEngine):
     """The single engine; the process is asked to stop during the third step."""
 
-    def step(self, lr: float) -> None:
-        super().step(lr)
+    def step(self, lr: float, finite: torch.Tensor | None = None) -> None:
+        super().step(lr, finite)
         self.taken = getattr(self, "taken", 0) + 1
         if self.taken == 3:
             os.kill(os.getpid(), signal.SIGUSR1)

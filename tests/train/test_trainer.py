@@ -176,8 +176,8 @@ class Asked(SingleEngine):
         self.taken = 0
         self._ask()
 
-    def step(self, lr: float) -> None:
-        super().step(lr)
+    def step(self, lr: float, finite: torch.Tensor | None = None) -> None:
+        super().step(lr, finite)
         self.taken += 1
         self._ask()
 

@@ -1,0 +1,167 @@
+"""Compiled layers: a few graphs for every T, nothing that runs uncompiled without a word, the same gradients."""
+
+import dataclasses
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+from torch._dynamo.utils import counters
+
+from megatron_rdt.config import ModelConfig, RunConfig
+from megatron_rdt.depth import DepthPlan
+from megatron_rdt.errors import ConfigError
+from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer, initialize
+from megatron_rdt.model.checkpointing import set_checkpointing
+from megatron_rdt.model.compiling import compile_layers
+from megatron_rdt.model.layer import Layer
+from megatron_rdt.train.trainer import train
+
+BASE = ModelConfig(
+    vocab_size=37, dim=24, prelude_layers=1, core_layers=2, coda_layers=1, heads=4, kv_heads=2, ffn_dim=32
+)
+EXPERTS = {"core_ffn": "moe", "experts": 4, "experts_per_token": 2, "expert_dim": 16}
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """Nothing compiled before; too many graphs are an error."""
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows with every layer whose attention runs as Python, not as compiled code."""
+    seen: list[str] = []
+    attend = Layer.attend
+
+    def watched(self: Layer, *args: Any) -> torch.Tensor:
+        if not torch.compiler.is_compiling():
+            seen.append("grad" if torch.is_grad_enabled() else "no grad")
+        return attend(self, *args)
+
+    monkeypatch.setattr(Layer, "attend", watched)
+    return seen
+
+
+def build(dtype: torch.dtype | None = None, **options: Any) -> RecurrentDepthTransformer:
+    model = initialize(RecurrentDepthTransformer(dataclasses.replace(BASE, **options)), 5)
+    model.compute_dtype = dtype
+    return model
+
+
+def gradients(model: RecurrentDepthTransformer, plan: DepthPlan, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Every gradient, and the loss."""
+    tokens = torch.randint(0, 37, (len(plan.iterations), 9), generator=torch.Generator().manual_seed(seed))
+    model.zero_grad()
+    loss = model(tokens[:, :-1], plan, targets=tokens[:, 1:])["objective"]
+    loss.backward()
+    return {"loss": loss.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        atol = tolerance * float(value.abs().max())
+        torch.testing.assert_close(found[name], value, rtol=0, atol=atol, msg=name)
+
+
+def drawn_plans() -> list[DepthPlan]:
+    """24 different T: one per step, and mixed within a step, truncated and not; batches of several sizes."""
+    draw, loops = random.Random(1), list(range(1, 25))
+    draw.shuffle(loops)
+    plans = [DepthPlan((t,) * draw.choice((1, 2, 4)), draw.choice((None, 3))) for t in loops]
+    mixed = [DepthPlan(tuple(draw.choices(loops, k=5)), k) for k in (None, 2, 3, 4)]
+    return plans + mixed
+
+
+def test_24_depths_run_four_graphs(uncompiled: list[str]) -> None:
+    plain, model = build(), build()
+    compile_layers(model, backend="aot_eager")
+    used: set[int] = set()
+    for number, plan in enumerate(drawn_plans()):
+        used |= set(plan.iterations)
+        found = gradients(model, plan, number)
+        assert not uncompiled, "also the iterations without gradient are compiled"
+        assert_same(found, gradients(plain, plan, number), 1e-6)
+        uncompiled.clear()
+    assert used == set(range(1, 25))
+    assert len(_debug_get_cache_entry_list(Layer.run.__code__)) == 4
+    assert counters["stats"]["unique_graphs"] == 4, "prelude and coda run the core's"
+    assert not counters["graph_break"]
+
+
+CASES: dict[str, tuple[dict[str, Any], torch.dtype | None, str | int]] = {
+    "bfloat16, per iteration": ({}, torch.bfloat16, "per_iteration"),
+    "experts, per layer": (EXPERTS, None, "per_layer"),
+    "latent attention, every 3": (
+        {"attention": "mla", "signals": ["adaln"], "window": 3, "injection": "hyper"},
+        None,
+        3,
+    ),
+    "value embeddings, none": ({"value_embeddings": "gated", "ffn": "relu2", "halting": "act"}, torch.bfloat16, "none"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parts_and_policies(case: str, uncompiled: list[str]) -> None:
+    options, dtype, policy = CASES[case]
+    plain, model = build(dtype, **options), build(dtype, **options)
+    compile_layers(model, backend="aot_eager")
+    for each in (plain, model):
+        set_checkpointing(each, policy)
+    for plan in (DepthPlan((6, 6, 6), None), DepthPlan((7, 2, 2, 5, 3), None if "halting" in options else 3)):
+        found = gradients(model, plan)
+        assert not uncompiled
+        assert_same(found, gradients(plain, plan), 1e-6)
+        uncompiled.clear()
+    code = (Layer.attend if "experts" in options else Layer.run).__code__
+    assert len(_debug_get_cache_entry_list(code)) <= 9  # layers with value embeddings and without are two kinds
+    assert not counters["graph_break"]
+
+
+def test_what_is_no_training_runs_as_written(uncompiled: list[str]) -> None:
+    model = build()
+    compile_layers(model, backend="aot_eager")
+    tokens = torch.zeros(2, 5, dtype=torch.int64)
+    model(tokens, 2, monitor=CoreMonitor(jacobian_steps=1))
+    assert uncompiled == ["grad"] * 2 + ["no grad"] * 4, "the Jacobian, with two layers: one pass and two differences"
+    model.eval()
+    uncompiled.clear()
+    with torch.no_grad():
+        model(tokens, 3)
+    assert uncompiled == ["no grad"] * 8
+
+
+@pytest.mark.timeout(300)
+def test_a_run_with_the_real_backend(
+    configure: Callable[..., RunConfig], tmp_path: Path, uncompiled: list[str]
+) -> None:
+    options = ["--train.steps=4", "--train.micro_batch=2", "--depth.max=4", "--eval.every=0"]
+    losses = {}
+    for kind in ("none", "layers"):
+        uncompiled.clear()
+        config = configure(f"--run.root={tmp_path}", f"--run.name={kind}", f"--train.compile={kind}", *options)
+        assert train(config) == 0
+        lines = (tmp_path / kind / "metrics.jsonl").read_text().splitlines()
+        losses[kind] = [json.loads(line)["loss"] for line in lines]
+        assert bool(uncompiled) == (kind == "none")
+    assert losses["layers"] == pytest.approx(losses["none"], rel=1e-5)
+    assert losses["layers"] != losses["none"], "other code rounds elsewhere"
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_what_cannot_be_compiled_is_refused(configure: Callable[..., RunConfig]) -> None:
+    configure("--train.compile=layers")
+    with pytest.raises(ConfigError, match=r"train\.compile layers does not go with DeepSpeed \(zero3\)"):
+        configure("--train.compile=layers", "--parallel.engine=zero3")
+    with pytest.raises(ConfigError, match=r"depth\.checkpoint selective cannot look into compiled layers"):
+        configure("--train.compile=layers", "--depth.checkpoint=selective")

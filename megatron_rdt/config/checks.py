@@ -2,6 +2,7 @@
 
 import math
 
+from megatron_rdt.config.deepspeed import deepspeed_problems
 from megatron_rdt.config.schema import ModelConfig, RunConfig, ScheduleConfig
 from megatron_rdt.errors import ConfigError
 
@@ -65,6 +66,7 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
         world_size: processes of the run, where it is known.
     """
     problems = [*_ranges(config), *_model(config), *_depth(config), *_training(config)]
+    problems += deepspeed_problems(config, world_size)
     if world_size is not None:
         problems += _world(config, world_size)
     if problems:

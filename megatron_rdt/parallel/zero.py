@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from megatron_rdt.config.deepspeed import deepspeed_config
 from megatron_rdt.environment import keep_deepspeed_on_cpu
 from megatron_rdt.errors import CheckpointError, ConfigError
 from megatron_rdt.model import RecurrentDepthTransformer, initial_parameter, initialize, reset_buffers
@@ -82,24 +83,13 @@ class ZeroEngine(Engine):
         return int(self.config.parallel.engine[-1])
 
     def deepspeed_config(self) -> dict[str, Any]:
-        """DeepSpeed's config, generated from ours."""
-        train = self.config.train
-        accumulation = train.global_batch // (train.micro_batch * self.world_size)
-        zero: dict[str, Any] = {"stage": self.stage}
-        if self.stage == 3:
-            zero |= {
-                "stage3_max_reuse_distance": 0,
-                "stage3_max_live_parameters": 0,
-                "stage3_param_persistence_threshold": 0,
-            }
-        return {
-            "train_batch_size": train.global_batch,
-            "train_micro_batch_size_per_gpu": train.micro_batch,
-            "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": self.config.optimizer.grad_clip,
-            "zero_optimization": zero,
-            "steps_per_print": None,
-        }
+        """DeepSpeed's config, generated from ours, with the user's further keys."""
+        return deepspeed_config(self.config, self.world_size)
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the optimizer's weights and moments are in the CPU's memory, and stepped there."""
+        return self.config.parallel.offload != "none"
 
     def setup(self, model: RecurrentDepthTransformer) -> None:
         """Fill the model with its initial weights and let DeepSpeed shard it; at stage 3, one parameter at a time."""

@@ -59,6 +59,7 @@ UNUSED = (
     "use_data_before_expert_parallelism",
     "weight_quantization",
     "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
 )
 # What a user may add; DeepSpeed itself checks names and types inside `zero_optimization` and inside the blocks.
 FREE = (
@@ -90,7 +91,7 @@ class Generated:
         key: dotted.
         value: what it must be; None where it is not known yet.
         reason: the option of ours that says so, and its value.
-        remedy: what to change instead.
+        remedy: what to change instead; empty where nothing can be.
         written: goes into DeepSpeed's config; otherwise it is DeepSpeed's default, which must stay.
     """
 
@@ -106,9 +107,16 @@ FLOAT32 = "train.precision keeps weights, gradients and their reduction float32"
 IMPLIED: list[tuple[str, Any, str, str]] = [
     ("gradient_allreduce_op", "mean", "train.global_batch is averaged over", "scale --optimizer.lr"),
     ("managed_gradient_accumulation", True, "train.micro_batch is one pass", "set --train.micro_batch"),
-    ("communication_data_type", "fp32", FLOAT32, "set --train.precision"),
-    ("zero_optimization.zero_quantized_weights", False, FLOAT32, "set --train.precision"),
-    ("zero_optimization.zero_quantized_gradients", False, FLOAT32, "set --train.precision"),
+    ("communication_data_type", "fp32", FLOAT32, ""),
+    # With it, DeepSpeed 0.19 does not find the gradients and weights of a parameter in its shards.
+    (
+        "zero_optimization.round_robin_gradients",
+        False,
+        "parallel.engine zero1 and zero2 need their shards in order",
+        "",
+    ),
+    ("zero_optimization.zero_quantized_weights", False, FLOAT32, ""),
+    ("zero_optimization.zero_quantized_gradients", False, FLOAT32, ""),
 ]
 
 
@@ -134,7 +142,7 @@ def generated_keys(config: RunConfig, world_size: int | None = None) -> list[Gen
     if stage == 3:
         once = f"parallel.engine is {engine}, which gathers the core once per pass"
         for name in ("reuse_distance", "live_parameters"):
-            found.append(Generated(f"zero_optimization.stage3_max_{name}", 0, once, "let it be 0"))
+            found.append(Generated(f"zero_optimization.stage3_max_{name}", 0, once, ""))
     where = f"parallel.offload is {offload}"
     for block, on in (("optimizer", offload != "none"), ("param", offload == "parameters")):
         key, device = f"zero_optimization.offload_{block}.device", "cpu" if on else "none"
@@ -189,34 +197,39 @@ def deepspeed_problems(config: RunConfig, world_size: int | None = None) -> list
             "Set --parallel.engine zero3 or --parallel.offload optimizer."
         )
     generated = {key.key: key for key in generated_keys(config, world_size)}
-    return problems + [problem for key, value in _leaves(user) for problem in _problem(config, generated, key, value)]
+    told: dict[str, str] = {}  # one sentence for a block
+    for key, value in _leaves(user):
+        problem = _problem(config, generated, key, value)
+        if problem is not None:
+            told.setdefault(key if key in generated or key.startswith("zero_") else key.partition(".")[0], problem)
+    return problems + list(told.values())
 
 
-def _problem(config: RunConfig, generated: Mapping[str, Generated], key: str, value: Any) -> Iterator[str]:
-    """What is wrong with one key of the user's."""
-    sets = f"{WHERE} sets {key} {value!r}"
+def _problem(config: RunConfig, generated: Mapping[str, Generated], key: str, value: Any) -> str | None:
+    """What is wrong with one key of the user's, if anything."""
+    sets, offload = f"{WHERE} sets {key} {value!r}", config.parallel.offload
     top, _, inner = key.partition(".")
-    block = next((name for name in OURS if key == name or key.startswith(f"{name}.")), None)
-    same = generated.get(key)
-    if same is not None:
-        if same.value is not None and value not in (same.value, "auto"):
-            yield f"{sets}, {same.reason}: leave the key out and {same.remedy}."
-    elif any(name.startswith(f"{key}.") for name in generated):
-        yield f"{sets}, but it is a mapping. Write its keys below it, or leave it out."
-    elif block is not None:
+    if same := generated.get(key):
+        if same.value is None or value in (same.value, "auto"):
+            return None
+        return f"{sets}, {same.reason}: leave the key out{same.remedy and f' and {same.remedy}'}."
+    if any(name.startswith(f"{key}.") for name in generated):
+        return f"{sets}, but it is a mapping. Write its keys below it, or leave it out."
+    if block := next((name for name in OURS if key == name or key.startswith(f"{name}.")), None):
         section, field = OURS[block].split(".")
         ours = getattr(getattr(config, section), field)
-        yield f"{sets}, {OURS[block]} is {ours}: leave {block} out; the options {section}.* decide this."
-    elif top in UNUSED:
-        yield f"{sets}, which this trainer does not use. Leave {top} out."
-    elif top not in FREE:
-        known = [*FREE, *OURS, *generated]
-        near = difflib.get_close_matches(top, [name for name in known if "." not in name], n=1, cutoff=0.6)
+        return f"{sets}, {OURS[block]} is {ours}: leave {block} out; the options {section}.* decide this."
+    if top in UNUSED:
+        return f"{sets}, which this trainer does not use. Leave {top} out."
+    if top not in FREE:
+        known = [name for name in (*FREE, *OURS, *generated) if "." not in name]
+        near = difflib.get_close_matches(top, known, n=1, cutoff=0.6)
         hint = f"Did you mean {near[0]}?" if near else "Leave it out."
-        yield f"{sets}, but DeepSpeed has no key {top} and would ignore it. {hint}"
-    elif inner.startswith("offload_") and inner.partition(".")[0][len("offload_") :] in ("optimizer", "param"):
-        if config.parallel.offload == "none" or ("param" in inner and config.parallel.offload != "parameters"):
-            yield f"{sets}, parallel.offload is {config.parallel.offload}: leave the key out or set --parallel.offload."
+        return f"{sets}, but DeepSpeed has no key {top} and would ignore it. {hint}"
+    for block, on in (("offload_optimizer.", offload != "none"), ("offload_param.", offload == "parameters")):
+        if inner.startswith(block) and not on:
+            return f"{sets}, parallel.offload is {offload}: leave the key out or set --parallel.offload."
+    return None
 
 
 def _user_keys(config: RunConfig) -> dict[str, Any]:

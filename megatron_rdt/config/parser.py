@@ -243,6 +243,9 @@ def _check_key(key: str, names: Iterable[str], where: str) -> None:
     fields = [name for name in names if name.startswith(f"{key}.")]
     if fields:
         raise ConfigError(f"{where}{key} is a section. Set its fields, such as {fields[0]}.")
+    whole = next((name for name in names if key.startswith(f"{name}.")), None)
+    if whole is not None:
+        raise ConfigError(f"{where}{key} does not exist: {whole} takes its value whole. --help explains it.")
     # `lr` for `optimizer.lr` is the commonest slip, a misspelling the next.
     near = [name for name in names if name.rsplit(".", 1)[-1] == key][:3]
     near = near or difflib.get_close_matches(key, list(names), n=1, cutoff=0.5)

@@ -134,8 +134,9 @@ def _parts(config: RunConfig) -> list[str]:
             problems.append(f"model.rope_dim is {model.rope_dim}; rotary positions need an even number.")
         for name, off in (("qk_norm", "none"), ("value_embeddings", "none"), ("qk_bias", False)):
             if getattr(model, name) != off:
+                reason = "the latents of mla are normalised already" if name == "qk_norm" else "mla has no such part"
                 problems.append(
-                    f"model.{name} is for model.attention gqa: the latents of mla are normalised already. "
+                    f"model.{name} is for model.attention gqa: {reason}. "
                     f"Set --model.{name} {str(off).lower()}."
                 )
     if model.core_ffn == "moe" and not 1 <= model.experts_per_token <= model.experts:
@@ -185,6 +186,8 @@ def _depth(config: RunConfig) -> list[str]:
         loops = getattr(config, section).loops
         if not loops or min(loops) < 1:
             problems.append(f"{section}.loops is {loops}, it needs loop counts of at least 1.")
+        elif len(set(loops)) < len(loops):
+            problems.append(f"{section}.loops {loops} names one twice. Leave one out.")
     return problems
 
 

@@ -5,7 +5,8 @@ Words are brought into one form first, so that all commands follow the same rule
 
 - `--a-b` is `--a_b`, and `--a b` is `--a=b`;
 - a boolean option may stand alone: `--dry_run` is `--dry_run=true`;
-- a list may be written with or without brackets: `1,4` is `[1,4]`.
+- a list may be written with or without brackets: `1,4` is `[1,4]`;
+- files come first, so that an option wins over them wherever it stands.
 """
 
 import argparse
@@ -87,7 +88,7 @@ def make_parser(
     )
     if config_file:
         parser.add_argument(
-            "--config", action=jsonargparse.ActionConfigFile, metavar="FILE", help="YAML file; options after it win."
+            "--config", action=jsonargparse.ActionConfigFile, metavar="FILE", help="YAML file; options win over it."
         )
         parser.add_argument(
             "--print_config", action="store_true", help="Print all options as YAML that --config reads, and exit."
@@ -226,7 +227,9 @@ def join_words(parser: jsonargparse.ArgumentParser, schema: type, words: Sequenc
             else:
                 value = left.popleft()
         joined.append(f"--{name}={_bracketed(value, kind)}")
-    return joined
+    # An option wins over the file wherever it stands.
+    files = isinstance(actions.get("config"), jsonargparse.ActionConfigFile)
+    return sorted(joined, key=lambda word: not word.startswith("--config=")) if files else joined
 
 
 def _bracketed(value: str, kind: Any) -> str:
@@ -244,7 +247,7 @@ def _check_key(key: str, names: Iterable[str], where: str) -> None:
     if fields:
         raise ConfigError(f"{where}{key} is a section. Set its fields, such as {fields[0]}.")
     whole = next((name for name in names if key.startswith(f"{name}.")), None)
-    if whole is not None:
+    if whole is not None and not any(name.startswith(f"{whole}.") for name in names):
         raise ConfigError(f"{where}{key} does not exist: {whole} takes its value whole. --help explains it.")
     # `lr` for `optimizer.lr` is the commonest slip, a misspelling the next.
     near = [name for name in names if name.rsplit(".", 1)[-1] == key][:3]
@@ -328,7 +331,10 @@ def _explain(text: str, kinds: Mapping[str, Any], given: Mapping[str, str]) -> s
         # An option that is not a field of the schema has a plain type, which the message names.
         kind = kinds.get(key[1]) or next((k for k in KINDS if f"<class '{k.__name__}'>" in text), str)
         place = given.get(key[1], key[1])
-        return f"{place} needs {_kind_text(kind)}, not {value[1].strip()!r}. --help explains it."
+        shown = "null" if value[1].strip() == "None" else repr(value[1].strip())
+        if typing.get_origin(kind) is list and "<class 'list'>" not in text:
+            shown = f"one that holds {shown}"  # jsonargparse names the entry
+        return f"{place} needs {_kind_text(kind)}, not {shown}. --help explains it."
     return f"{' '.join(text.split())}. --help lists every option."
 
 

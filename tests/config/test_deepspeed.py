@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -152,7 +152,7 @@ def test_one_key_is_not_an_option(repository: Path) -> None:
 class Asked(dict):
     """A mapping that remembers which of its keys were asked for."""
 
-    names: set[str] = set()
+    names: ClassVar[set[str]] = set()
 
     def get(self, key: Any, default: Any = None) -> Any:
         self.names.add(key)

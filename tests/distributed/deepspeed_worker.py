@@ -135,6 +135,9 @@ def main() -> None:
             others = {key: value for key, value in keys["zero_optimization"].items() if key != "offload_optimizer"}
             back = resume(engine_for(stage, "none", {"zero_optimization": others}), tokens, folder)
             found["resumed without offload"] = max(difference(back[key], after[key]) for key in after)
+        if name == "plain":
+            other = resume(engine_for(stage, "optimizer", {}), tokens, folder)
+            found["resumed with offload"] = max(difference(other[key], after[key]) for key in after)
         found["collectives"] = reductions(engine, tokens)
         inner = engine.module.optimizer
         found["bucket"] = getattr(inner, "reduce_bucket_size", None)

@@ -29,6 +29,7 @@ def test_offload_and_own_keys_equal_one_process(tmp_path: Path, repository: Path
         assert found["optimizer"] == "torch.optim.adamw", name
     for name in OFFLOADED:
         assert verdict[name]["resumed without offload"] < 1e-5, name
+    assert verdict["plain"]["resumed with offload"] < 1e-5
     # The user's bucket size is the one that DeepSpeed reduces with.
     assert verdict["keys"]["bucket"] == 700
     assert verdict["keys"]["collectives"] > 10 * verdict["plain"]["collectives"]

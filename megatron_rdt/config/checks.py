@@ -136,8 +136,7 @@ def _parts(config: RunConfig) -> list[str]:
             if getattr(model, name) != off:
                 reason = "the latents of mla are normalised already" if name == "qk_norm" else "mla has no such part"
                 problems.append(
-                    f"model.{name} is for model.attention gqa: {reason}. "
-                    f"Set --model.{name} {str(off).lower()}."
+                    f"model.{name} is for model.attention gqa: {reason}. Set --model.{name} {str(off).lower()}."
                 )
     if model.core_ffn == "moe" and not 1 <= model.experts_per_token <= model.experts:
         problems.append(

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def explain(error: BaseException) -> RdtError | None:
     first = text.splitlines()[0] if text else name
     if is_disk_full(error):
         return RdtError(f"the disk is full ({first}). Free space and start again.")
-    if isinstance(error, OSError) and error.errno in NO_ACCESS and error.filename:
+    if isinstance(error, OSError) and error.filename and (error.errno in NO_ACCESS or _is_of_the_kernel(error.filename)):
         return RdtError(f"{error.filename}: {error.strerror}. Choose a path that you can read and write.")
     if name == "OutOfMemoryError":
         return RdtError(
@@ -39,6 +40,11 @@ def explain(error: BaseException) -> RdtError | None:
     if isinstance(error, RuntimeError) and any(sign in text for sign in LOST_PEER):
         return LostPeerError(f"lost contact with another rank ({first}). The cause is in that rank's messages.")
     return None
+
+
+def _is_of_the_kernel(path: object) -> bool:
+    """Whether no file can be made at a path, whatever the rights: what says so there is of any kind."""
+    return os.path.realpath(str(path)).startswith(("/proc/", "/sys/"))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import math
 
+from megatron_rdt.config.deepspeed import deepspeed_problems
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.config.parallel_checks import parallel_problems
 from megatron_rdt.config.schema import ModelConfig, RunConfig, ScheduleConfig
@@ -68,6 +69,7 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
         world_size: processes of the run, where it is known.
     """
     problems = [*_ranges(config), *_model(config), *_depth(config), *_training(config), *parallel_problems(config)]
+    problems += deepspeed_problems(config, world_size)
     if world_size is not None:
         problems += _world(config, world_size)
     if problems:
@@ -135,9 +137,9 @@ def _parts(config: RunConfig) -> list[str]:
             problems.append(f"model.rope_dim is {model.rope_dim}; rotary positions need an even number.")
         for name, off in (("qk_norm", "none"), ("value_embeddings", "none"), ("qk_bias", False)):
             if getattr(model, name) != off:
+                reason = "the latents of mla are normalised already" if name == "qk_norm" else "mla has no such part"
                 problems.append(
-                    f"model.{name} is for model.attention gqa: the latents of mla are normalised already. "
-                    f"Set --model.{name} {str(off).lower()}."
+                    f"model.{name} is for model.attention gqa: {reason}. Set --model.{name} {str(off).lower()}."
                 )
     if model.core_ffn == "moe" and not 1 <= model.experts_per_token <= model.experts:
         problems.append(
@@ -188,6 +190,8 @@ def _depth(config: RunConfig) -> list[str]:
         loops = getattr(config, section).loops
         if not loops or min(loops) < 1:
             problems.append(f"{section}.loops is {loops}, it needs loop counts of at least 1.")
+        elif len(set(loops)) < len(loops):
+            problems.append(f"{section}.loops {loops} names one twice. Leave one out.")
     return problems
 
 

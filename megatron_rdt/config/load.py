@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rdt.config.parser import dump, flatten, make_parser, parse
+from megatron_rdt.config.parser import dump, flatten, make_parser, option_kinds, parse
 from megatron_rdt.config.schema import RunConfig
 
 
@@ -21,7 +21,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | Sequence[str] |
     """
     words = ["--config", str(path)]
     if isinstance(overrides, Mapping):
-        words += [f"--{key}={_written(value)}" for key, value in flatten(overrides).items()]
+        words += [f"--{key}={_written(value)}" for key, value in flatten(overrides, option_kinds(RunConfig)).items()]
     elif overrides:
         words += [f"--{word}" if "=" in word and not word.startswith("--") else word for word in overrides]
     config, _ = parse(make_parser(RunConfig, "rdt train", ""), RunConfig, words)

@@ -5,7 +5,8 @@ Words are brought into one form first, so that all commands follow the same rule
 
 - `--a-b` is `--a_b`, and `--a b` is `--a=b`;
 - a boolean option may stand alone: `--dry_run` is `--dry_run=true`;
-- a list may be written with or without brackets: `1,4` is `[1,4]`.
+- a list may be written with or without brackets: `1,4` is `[1,4]`;
+- files come first, so that an option wins over them wherever it stands.
 """
 
 import argparse
@@ -18,13 +19,13 @@ import types
 import typing
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import docstring_parser
 import jsonargparse
 import yaml
 
+from megatron_rdt.config.files import read_mapping
 from megatron_rdt.errors import ConfigError
 
 T = TypeVar("T")
@@ -87,7 +88,7 @@ def make_parser(
     )
     if config_file:
         parser.add_argument(
-            "--config", action=jsonargparse.ActionConfigFile, metavar="FILE", help="YAML file; options after it win."
+            "--config", action=jsonargparse.ActionConfigFile, metavar="FILE", help="YAML file; options win over it."
         )
         parser.add_argument(
             "--print_config", action="store_true", help="Print all options as YAML that --config reads, and exit."
@@ -131,6 +132,8 @@ def _metavar(kind: Any) -> str:
         return "{" + ",".join(str(part) for part in parts) + "}"
     if origin is list:
         return f"{_metavar(parts[0])},..."
+    if takes_mapping(kind):
+        return "FILE|{KEY: VALUE}"
     if origin in (typing.Union, types.UnionType):
         return "|".join(_metavar(part).strip("{}") for part in parts if part is not type(None))
     return METAVARS[kind]
@@ -174,14 +177,17 @@ def option_kinds(schema: type, prefix: str = "") -> dict[str, Any]:
     return kinds
 
 
-def _build(schema: type[T], values: Any) -> T:
-    hints = typing.get_type_hints(schema)
-    return schema(
-        **{
-            name: _build(kind, getattr(values, name)) if dataclasses.is_dataclass(kind) else getattr(values, name)  # type: ignore[arg-type]
-            for name, kind in hints.items()
-        }
-    )
+def _build(schema: type[T], values: Any, prefix: str = "") -> T:
+    """The instance; a file in the place of a mapping is read, so that what is dumped does not depend on it."""
+    fields: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(schema).items():
+        value, key = getattr(values, name), f"{prefix}{name}"
+        if dataclasses.is_dataclass(kind):
+            value = _build(kind, value, f"{key}.")  # type: ignore[arg-type]
+        elif takes_mapping(kind) and isinstance(value, str):
+            value = read_mapping(value, f"{key}:", f"--{key}")
+        fields[name] = value
+    return schema(**fields)
 
 
 def join_words(parser: jsonargparse.ArgumentParser, schema: type, words: Sequence[str]) -> list[str]:
@@ -221,7 +227,9 @@ def join_words(parser: jsonargparse.ArgumentParser, schema: type, words: Sequenc
             else:
                 value = left.popleft()
         joined.append(f"--{name}={_bracketed(value, kind)}")
-    return joined
+    # An option wins over the file wherever it stands.
+    files = isinstance(actions.get("config"), jsonargparse.ActionConfigFile)
+    return sorted(joined, key=lambda word: not word.startswith("--config=")) if files else joined
 
 
 def _bracketed(value: str, kind: Any) -> str:
@@ -238,6 +246,9 @@ def _check_key(key: str, names: Iterable[str], where: str) -> None:
     fields = [name for name in names if name.startswith(f"{key}.")]
     if fields:
         raise ConfigError(f"{where}{key} is a section. Set its fields, such as {fields[0]}.")
+    whole = next((name for name in names if key.startswith(f"{name}.")), None)
+    if whole is not None and not any(name.startswith(f"{whole}.") for name in names):
+        raise ConfigError(f"{where}{key} does not exist: {whole} takes its value whole. --help explains it.")
     # `lr` for `optimizer.lr` is the commonest slip, a misspelling the next.
     near = [name for name in names if name.rsplit(".", 1)[-1] == key][:3]
     near = near or difflib.get_close_matches(key, list(names), n=1, cutoff=0.5)
@@ -280,34 +291,9 @@ def _given(parser: jsonargparse.ArgumentParser, schema: type, joined: Sequence[s
     return given
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping; YAML would forget the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.YAMLError(f"key {key.value} stands twice, again in line {key.start_mark.line + 1}")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def _checked_file(path: str, kinds: Mapping[str, Any]) -> list[str]:
     """Keys of a YAML file, all of which exist."""
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
-    except OSError as error:
-        raise ConfigError(f"config file {path} cannot be read: {error.strerror}. Check the path.") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"config file {path} is not UTF-8 text. Check the path.") from None
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
-        raise ConfigError(f"config file {path} is not valid YAML: {reason}. Mend it.") from None
-    if content is None:
-        raise ConfigError(f"config file {path} is empty. Write `key: value` lines, or leave --config out.")
-    if not isinstance(content, dict):
-        raise ConfigError(f"config file {path} must hold `key: value` lines, it holds a {type(content).__name__}.")
-    keys = flatten(content)
+    keys = flatten(read_mapping(path), kinds)
     for key in keys:
         _check_key(key, kinds, f"{path}: key ")
         if dataclasses.is_dataclass(kinds[key]):  # flatten leaves only sections that hold no mapping
@@ -317,13 +303,25 @@ def _checked_file(path: str, kinds: Mapping[str, Any]) -> list[str]:
     return list(keys)
 
 
-def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
+def flatten(content: Mapping[str, Any], kinds: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}; an option that takes a mapping keeps it whole.
+
+    Args:
+        content: sections and their fields.
+        kinds: of `option_kinds`.
+        prefix: of the keys.
+    """
     flat: dict[str, Any] = {}
     for name, value in content.items():
         key = f"{prefix}{name}"
-        flat |= flatten(value, f"{key}.") if isinstance(value, Mapping) and value else {key: value}
+        inner = isinstance(value, Mapping) and value and not takes_mapping(kinds.get(key))
+        flat |= flatten(value, kinds, f"{key}.") if inner else {key: value}
     return flat
+
+
+def takes_mapping(kind: Any) -> bool:
+    """Whether an option takes a mapping, or the path of a file that holds one."""
+    return any(typing.get_origin(part) is dict for part in typing.get_args(kind))
 
 
 def _explain(text: str, kinds: Mapping[str, Any], given: Mapping[str, str]) -> str:
@@ -333,7 +331,10 @@ def _explain(text: str, kinds: Mapping[str, Any], given: Mapping[str, str]) -> s
         # An option that is not a field of the schema has a plain type, which the message names.
         kind = kinds.get(key[1]) or next((k for k in KINDS if f"<class '{k.__name__}'>" in text), str)
         place = given.get(key[1], key[1])
-        return f"{place} needs {_kind_text(kind)}, not {value[1].strip()!r}. --help explains it."
+        shown = "null" if value[1].strip() == "None" else repr(value[1].strip())
+        if typing.get_origin(kind) is list and "<class 'list'>" not in text:
+            shown = f"one that holds {shown}"  # jsonargparse names the entry
+        return f"{place} needs {_kind_text(kind)}, not {shown}. --help explains it."
     return f"{' '.join(text.split())}. --help lists every option."
 
 
@@ -345,6 +346,8 @@ def _kind_text(kind: Any) -> str:
         if parts == (int,):
             return "a list of whole numbers such as 1,4"
         return f"a list of {', '.join(map(str, typing.get_args(parts[0])))}" if parts[0] is not str else "a list"
+    if takes_mapping(kind):
+        return "the path of a YAML or JSON file, or a mapping such as '{key: value}'"
     if parts:
         return " or ".join(_kind_text(part) for part in parts)
     return KINDS[kind]

@@ -6,7 +6,7 @@ Lengths are in tokens, sizes in elements, rates per optimizer step, unless said 
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_rdt.config.model import ModelConfig
 
@@ -145,6 +145,10 @@ class ParallelConfig:
     """ddp, fsdp: reduce gradients once per optimizer step, or after every micro-batch (fsdp: no unsharded gradient is kept between them)."""
     reshard_after_forward: bool = True
     """fsdp: free the gathered weights between forward and backward (less memory, one more gather)."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """zero1, zero2, zero3: keep the float32 weights and moments that the optimizer steps in the CPU's memory, and step them there; zero3: each process's share of the parameters too."""
+    deepspeed: dict[str, Any] | str | None = None
+    """zero1, zero2, zero3: further keys for DeepSpeed's config, a mapping or the path of a YAML or JSON file that holds one (read at the start, kept in the run's config)."""
     timeout_s: int = 600
     """Seconds after which a collective that does not complete ends the run."""
 

@@ -55,6 +55,11 @@ class DepthSampler:
         """E[T] at the end of a curriculum, within the bounds."""
         return float(self.probabilities @ np.arange(len(self.probabilities)))
 
+    def describe(self) -> str:
+        """E[T] in words; it is that of the end where a curriculum grows it."""
+        grows = self.config.curriculum != "none" and self.config.curriculum_of != "backprop"
+        return f"E[T] = {self.expected_loops:.2f}{' at the end' * grows}"
+
     def progress(self, step: int) -> float:
         """How far the curriculum is at optimizer step `step` (from 0), from 0 to 1."""
         config = self.config

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from megatron_rdt.config.deepspeed import deepspeed_config
 from megatron_rdt.environment import keep_deepspeed_on_cpu
 from megatron_rdt.errors import CheckpointError, ConfigError
 from megatron_rdt.model import RecurrentDepthTransformer, initial_parameter, initialize, reset_buffers
@@ -26,6 +27,7 @@ from megatron_rdt.parallel.optimizers import adamw, adamw_groups, apply_options,
 from megatron_rdt.parallel.universal import UNIVERSAL
 
 NATIVE, TAG = "zero", "state"
+INITIAL_MICRO_STEP = -1  # of DeepSpeed's stages 1 and 2
 # What DeepSpeed's universal-checkpoint tools look for in a checkpoint.
 CLIENT_STATE = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
 
@@ -45,6 +47,21 @@ def import_deepspeed() -> Any:
     warnings.filterwarnings("ignore", message=".*torch.distributed.*", category=UserWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def check_accepted(config: dict[str, Any], deepspeed: Any) -> None:
+    """ConfigError where DeepSpeed itself does not take the config: a name or a type inside a block of the user's."""
+    try:
+        deepspeed.DeepSpeedConfig(config)
+    except Exception as error:  # of pydantic, or whatever its own checks raise
+        details = getattr(error, "errors", None)
+        reasons = (
+            [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in details()] if details else [str(error)]
+        )
+        block = f" ({error.title})" if details else ""  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"DeepSpeed refuses its config{block}: {'; '.join(reasons)}. Mend parallel.deepspeed."
+        ) from error
 
 
 class _Failures:
@@ -82,24 +99,13 @@ class ZeroEngine(Engine):
         return int(self.config.parallel.engine[-1])
 
     def deepspeed_config(self) -> dict[str, Any]:
-        """DeepSpeed's config, generated from ours."""
-        train = self.config.train
-        accumulation = train.global_batch // (train.micro_batch * self.world_size)
-        zero: dict[str, Any] = {"stage": self.stage}
-        if self.stage == 3:
-            zero |= {
-                "stage3_max_reuse_distance": 0,
-                "stage3_max_live_parameters": 0,
-                "stage3_param_persistence_threshold": 0,
-            }
-        return {
-            "train_batch_size": train.global_batch,
-            "train_micro_batch_size_per_gpu": train.micro_batch,
-            "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": self.config.optimizer.grad_clip,
-            "zero_optimization": zero,
-            "steps_per_print": None,
-        }
+        """DeepSpeed's config, generated from ours, with the user's further keys."""
+        return deepspeed_config(self.config, self.world_size)
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the optimizer's weights and moments are in the CPU's memory, and stepped there."""
+        return self.config.parallel.offload != "none"
 
     def setup(self, model: RecurrentDepthTransformer) -> None:
         """Fill the model with its initial weights and let DeepSpeed shard it; at stage 3, one parameter at a time."""
@@ -108,6 +114,7 @@ class ZeroEngine(Engine):
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
         config = self.deepspeed_config()
+        check_accepted(config, deepspeed)
         self.configure(model)
         if self.stage == 3:
             deepspeed.utils.set_z3_leaf_modules(model, [RecurrentCore, Layer])
@@ -172,6 +179,10 @@ class ZeroEngine(Engine):
             gradients[key] = None
             if self.stage < 3:
                 self._sharded.all_grad_tensors[key] = None
+        if self.offloads and self.stage < 3:
+            # Its sums lie on the CPU, and the count of micro-batches says whether the next one adds to them.
+            self._sharded.reset_cpu_buffers()
+            self._sharded.micro_step_id = INITIAL_MICRO_STEP
 
     def full_gradients(self) -> dict[str, torch.Tensor]:
         """Gradients by parameter name, gathered from the shards."""

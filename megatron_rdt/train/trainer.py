@@ -379,7 +379,7 @@ class Trainer:
         self.recorder = Recorder(self.run_directory, self.config.logging.tensorboard, self.step)
         self._say(
             f"{self.run_directory}: {parameters / 1e6:.2f}M parameters, engine {self.config.parallel.engine} on "
-            f"{self.engine.world_size} x {self.device.type}, E[T] = {self.sampler.expected_loops:.2f}, "
+            f"{self.engine.world_size} x {self.device.type}, {self.sampler.describe()}, "
             f"steps {self.step} to {self.config.train.steps}"
         )
 

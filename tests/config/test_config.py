@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from data_prep.config import PrepConfig
 from launch.quickstart import DATA_CONFIG
-from megatron_rdt.config import check_config, dump_config, load_config
+from megatron_rdt.config import RunConfig, check_config, dump_config, load_config
+from megatron_rdt.config.files import UniqueKeys
 from megatron_rdt.config.parser import make_parser, parse
 from megatron_rdt.errors import ConfigError
 
@@ -46,12 +48,26 @@ def test_overrides_and_round_trip(repository: Path, tmp_path: Path) -> None:
             },
             "--depth.curriculum_of mean",
         ),
-        ({"model.attention": "mla", "model.qk_norm": "plain"}, "model.qk_norm is for model.attention gqa"),
+        (
+            {"model.attention": "mla", "model.qk_norm": "plain"},
+            "model.qk_norm is for .* gqa: the latents of mla are norm",
+        ),
+        (
+            {"model.attention": "mla", "model.qk_bias": True},
+            "model.qk_bias is for model.attention gqa: mla has no such",
+        ),
+        (
+            {"model.attention": "mla", "model.value_embeddings": "gated"},
+            "value_embeddings is for .*: mla has no such part",
+        ),
         ({"model.core_ffn": "moe", "model.experts_per_token": 9}, "experts_per_token 9 must be from 1 to"),
         ({"depth.backprop": 0}, "at least 1, or `all`"),
         ({"train.global_batch": 9}, "nearest: 8, 12"),
         ({"schedule.warmup_steps": 99}, "warmup_steps 99 is more than train.steps 40"),
         ({"eval.loops": [0]}, "eval.loops"),
+        ({"eval.loops": [1, 4, 1]}, r"eval.loops \[1, 4, 1\] names one twice"),
+        ({"sample.loops": [8, 8]}, "sample.loops .* names one twice"),
+        ({"eval.loops": "[1,null]"}, "a list of whole numbers such as 1,4, not one that holds null"),
         ({"optimizer.beta1": 1.5}, "optimizer.beta1 is 1.5, it must be at least 0 and below 1"),
         ({"optimizer.beta2": 1.0}, "optimizer.beta2 is 1.0, it must be at least 0 and below 1"),
         ({"optimizer.grad_clip": -1}, "optimizer.grad_clip is -1"),
@@ -104,3 +120,25 @@ def test_a_key_without_a_value_is_refused(key: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(key)
     with pytest.raises(ConfigError, match="has no value"):
         load_config(tmp_path / "c.yaml")
+
+
+def test_an_option_wins_over_the_file_wherever_it_stands(repository: Path) -> None:
+    path = str(repository / "configs" / "smoke.yaml")
+    for words in (["--depth.mean", "7", "--config", path], ["--depth.mean=7", f"--config={path}", "--train.steps=9"]):
+        config, _ = parse(make_parser(RunConfig, "rdt train", ""), RunConfig, words)
+        assert config.depth.mean == 7
+        assert config.model == load_config(path).model
+    first, second = path, str(repository / "configs" / "quickstart.yaml")
+    both, _ = parse(make_parser(RunConfig, "rdt train", ""), RunConfig, ["--config", first, "--config", second])
+    assert both.run.name == load_config(second).run.name, "of two files, the last one wins"
+
+
+@pytest.mark.parametrize("text", ["? [1, 2]\n: 3\n", "{[a]: 2}", "? {a: 1}\n: 3\n"])
+def test_a_key_that_is_no_word_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="line 1 has a list or a mapping where a key should be"):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_anchors_may_be_merged() -> None:
+    assert yaml.load("a: &a {x: 1}\nb:\n  <<: *a\n  y: 2\n", UniqueKeys)["b"] == {"x": 1, "y": 2}

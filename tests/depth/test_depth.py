@@ -1,5 +1,6 @@
 """Loop counts: their distribution, and that they depend on nothing but (seed, step)."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -83,3 +84,10 @@ def test_bad_plans_are_refused() -> None:
 def test_the_quickstart_loops_four_times_on_average(repository: Path) -> None:
     config = load_config(repository / "configs" / "quickstart.yaml").depth
     assert DepthSampler(config, seed=0).expected_loops == pytest.approx(4, abs=0.01)
+
+
+def test_the_first_line_says_that_a_curriculum_ends_at_this_mean() -> None:
+    config = DepthConfig(scheme="poisson", mean=9, max=64, curriculum="linear")
+    assert DepthSampler(config, seed=0).describe() == "E[T] = 9.00 at the end"
+    for steady in ({"curriculum": "none"}, {"curriculum_of": "backprop", "backprop": 4}):
+        assert DepthSampler(dataclasses.replace(config, **steady), seed=0).describe() == "E[T] = 9.00"

@@ -44,7 +44,7 @@ WRONG_WORDS = [
     (["train", "--model.dim=1.5"], ["--model.dim needs a whole number, not '1.5'"]),
     (["train", "--train.precision=fp8"], ["--train.precision needs float32 or bfloat16, not 'fp8'"]),
     (["train", "--depth.backprop=some"], ["--depth.backprop needs a whole number or all, not 'some'"]),
-    (["train", "--eval.loops=1,x"], ["--eval.loops needs a list of whole numbers such as 1,4, not 'x'"]),
+    (["train", "--eval.loops=1,x"], ["--eval.loops needs a list of whole numbers such as 1,4, not one that holds 'x'"]),
     (["train", "--eval.loops", "1", "4"], ["the word 4", "a list is one word"]),
     (["train", "--nproc", "two"], ["--nproc needs a whole number, not 'two'"]),
     (

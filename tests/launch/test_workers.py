@@ -161,3 +161,6 @@ def test_what_libraries_raise_is_explained() -> None:
     assert explain(KeyError("a bug")) is None
     assert explain(RuntimeError("a bug")) is None
     assert explain(FileNotFoundError(2, "No such file", "/runs/a")) is None
+    kernel = explain(FileNotFoundError(2, "No such file", "/proc/runs/a"))
+    assert kernel is not None
+    assert "/proc/runs/a: No such file. Choose a path" in str(kernel)

@@ -1,0 +1,35 @@
+"""ZeRO with offload and with keys of the user's own equals one process, resumes exactly and survives a bad step."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.test_engines import start
+
+WORKER = Path(__file__).parent / "deepspeed_worker.py"
+OFFLOADED = ("zero1", "zero2", "zero3", "zero3 parameters")
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(240)
+def test_offload_and_own_keys_equal_one_process(tmp_path: Path, repository: Path) -> None:
+    out = tmp_path / "verdict.json"
+    result = start("torchrun", ["--nproc-per-node", "2", str(WORKER), "--out", str(out)], repository, 230)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    verdict = json.loads(out.read_text())
+    assert set(verdict) == {"plain", "keys", *OFFLOADED}
+    for name, found in verdict.items():
+        assert found["gradient"] < 3e-4, name
+        assert found["norm"] < 1e-5, name
+        assert found["weights"] < 1e-3, name
+        assert found["norm is finite"] is False, name
+        assert found["weights kept"], name
+        assert found["resumed exactly"], name
+        assert found["optimizer"] == "torch.optim.adamw", name
+    for name in OFFLOADED:
+        assert verdict[name]["resumed without offload"] < 1e-5, name
+    assert verdict["plain"]["resumed with offload"] < 1e-5
+    # The user's bucket size is the one that DeepSpeed reduces with.
+    assert verdict["keys"]["bucket"] == 700
+    assert verdict["keys"]["collectives"] > 10 * verdict["plain"]["collectives"]

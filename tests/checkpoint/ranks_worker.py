@@ -153,20 +153,22 @@ def on_first_rank(action: Callable[[], object]) -> None:
     dist.barrier()
 
 
+def quiet_starts(root: Path) -> dict[str, str]:
+    """What `starts` finds, in a process group that exists."""
+    logging.disable(logging.CRITICAL)
+    return starts(root)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path)
-    parser.add_argument("what")
-    parser.add_argument("engines", nargs="*")
+    parser.add_argument("engines", nargs="+")
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
     dist.init_process_group("gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
-    if options.what == "saves":
-        found = late_listing(options.out, 0) | late_listing(options.out, 1)
-        for name in options.engines:
-            found |= failed_saves(options.out, name)
-    else:
-        found = starts(options.out)
+    found = late_listing(options.out, 0) | late_listing(options.out, 1)
+    for name in options.engines:
+        found |= failed_saves(options.out, name)
     gathered: list[dict[str, str]] = [{}] * dist.get_world_size()
     dist.all_gather_object(gathered, found)
     if dist.get_rank() == 0:

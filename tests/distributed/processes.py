@@ -67,6 +67,10 @@ class Ranks:
         """What the function returned on this rank."""
         return pickle.loads((self.folder / f"result-{rank}").read_bytes())
 
+    def ended(self) -> bool:
+        """Whether any rank has."""
+        return any(process.exitcode is not None for process in self.processes)
+
     def kill(self, rank: int) -> None:
         """End one rank and what it started, with SIGKILL."""
         process = self.processes[rank]
@@ -187,7 +191,12 @@ def _fork_server() -> Any:
     context.set_forkserver_preload(["tests.distributed.warm"])
     before = dict(os.environ)
     # It starts at the first call and reads these then: where the modules are, one thread, no accelerator.
-    os.environ.update(PYTHONPATH=os.pathsep.join([str(REPOSITORY), *filter(None, sys.path)]), DS_ACCELERATOR="cpu")
+    os.environ.update(
+        PYTHONPATH=os.pathsep.join([str(REPOSITORY), *filter(None, sys.path)]),
+        OMP_NUM_THREADS="1",
+        DS_ACCELERATOR="cpu",
+        TORCH_CPP_LOG_LEVEL="ERROR",
+    )
     try:
         forkserver.ensure_running()
     finally:

@@ -2,15 +2,18 @@
 
 Nothing here may start a thread or compute: a fork takes only the thread that forks along.
 """
+# ruff: noqa: E402, F401
 
-from megatron_rdt.environment import quiet_libraries
+import torch._dynamo  # PyTorch imports it at the first step of an optimizer
+import torch.distributed.checkpoint
 
-quiet_libraries()
-
+import launch.pretrain
 import megatron_rdt.convert.training_state
 import megatron_rdt.inference
 import megatron_rdt.parallel.fsdp
 import megatron_rdt.parallel.single
-import megatron_rdt.parallel.zero
 import megatron_rdt.train.trainer
-import torch.distributed.checkpoint  # noqa: F401
+from megatron_rdt.parallel.zero import import_deepspeed
+
+import_deepspeed()
+import deepspeed.runtime.zero.muon.muon_optimizer  # deepspeed.initialize imports it, and it the whole compiler

@@ -43,6 +43,11 @@ from megatron_rdt.environment import leave_process
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 LOOPBACK = "127.0.0.1"
 PR_SET_PDEATHSIG = 1
+# What a launcher tells a process about its place; the last two: the store is there already.
+PLACE = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"),
+)
 GRACE_S = 5.0  # for the other ranks after the first that failed: they say what they waited for
 DUMP_S = 1.0
 LAST_CHARACTERS = 6000
@@ -134,12 +139,7 @@ def started(
     common = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": LOOPBACK,
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
+        **dict(zip(PLACE, ("", "", *[str(world_size)] * 2, LOOPBACK, str(store.port), "True", "0"), strict=True)),
         **(environment or {}),
     }
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
@@ -183,6 +183,12 @@ def run_on_processes(
         statuses = ranks.wait(timeout)
         assert statuses == [0] * world_size, ranks.report()
         return [ranks.result(rank) for rank in range(world_size)]
+
+
+def leave_group() -> None:
+    """Make this process one that nobody launched, where `group` was False."""
+    for name in PLACE:
+        del os.environ[name]
 
 
 def _fork_server() -> Any:

@@ -27,8 +27,7 @@ quickstart: install
 test: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --numprocesses 2 -m "not cluster and not distributed"
-	$(BIN)/python -m pytest -m distributed
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not cluster"
 
 SLURM := command -v sbatch && command -v slurmctld && command -v slurmd && command -v munged
 test-cluster: export PATH := $(PATH):/usr/sbin:/sbin

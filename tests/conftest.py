@@ -87,6 +87,16 @@ def configure(tiny_options: list[str], tmp_path_factory: pytest.TempPathFactory)
     return build
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where workers take whole files from a queue, the longest come first, so that none ends up waiting for the other."""
+    if hasattr(config, "workerinput"):
+        weights: dict[Path, int] = {}
+        for item in items:
+            marks = [item.get_closest_marker(name) for name in ("slow", "distributed")]
+            weights[item.path] = max(weights.get(item.path, 0), 2 * bool(marks[0]) + bool(marks[1]))
+        items.sort(key=lambda item: -weights[item.path])
+
+
 def pytest_deselected(items: list[pytest.Item]) -> None:
     """Remember what the command line left out."""
     for item in items:

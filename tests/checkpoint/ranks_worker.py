@@ -1,14 +1,10 @@
-"""Started on several ranks: saves of which one rank fails, and starts that one rank sees otherwise; writes a verdict."""
+"""Runs on every rank: saves of which one rank fails, and starts that one rank sees otherwise."""
 
-import argparse
-import json
 import logging
 import resource
 import shutil
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
@@ -17,12 +13,10 @@ import torch.distributed as dist
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.checkpoint import read, write
 from megatron_rdt.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from megatron_rdt.environment import leave_process
 from megatron_rdt.errors import RdtError
 from megatron_rdt.parallel import Engine
 from tests.checkpoint.save_worker import make
 
-COLLECTIVE_TIMEOUT_S = 20
 FILE_LIMIT_BYTES = 4000
 
 
@@ -112,6 +106,7 @@ def late_listing(root: Path, late: int) -> dict[str, str]:
 
 def starts(root: Path) -> dict[str, str]:
     """Where this rank would start, in situations that ranks may see differently."""
+    logging.disable(logging.CRITICAL)
     engine, run, found = engine_for("fsdp"), root / "starts", {}
     for step in (1, 2, 3):
         save(engine, run, step)
@@ -153,31 +148,10 @@ def on_first_rank(action: Callable[[], object]) -> None:
     dist.barrier()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("what")
-    parser.add_argument("engines", nargs="*")
-    options = parser.parse_args()
+def all_failed_saves(root: Path, engines: Sequence[str]) -> dict[str, str]:
+    """The errors of this rank on every engine."""
     logging.disable(logging.CRITICAL)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
-    if options.what == "saves":
-        found = late_listing(options.out, 0) | late_listing(options.out, 1)
-        for name in options.engines:
-            found |= failed_saves(options.out, name)
-    else:
-        found = starts(options.out)
-    gathered: list[dict[str, str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(gathered, found)
-    if dist.get_rank() == 0:
-        (options.out / "verdict.json").write_text(json.dumps(gathered))
-    dist.barrier()
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except BaseException:
-        traceback.print_exc()
-        leave_process(1)
-    leave_process(0)
+    found = late_listing(root, 0) | late_listing(root, 1)
+    for name in engines:
+        found |= failed_saves(root, name)
+    return found

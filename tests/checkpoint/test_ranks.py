@@ -1,33 +1,21 @@
 """Two ranks save and start together, also where one of them fails to write, or sees other files than the other."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_engines import start
+from tests.checkpoint.ranks_worker import all_failed_saves, starts
+from tests.distributed.processes import run_on_processes
 
-WORKER = Path(__file__).parent / "ranks_worker.py"
 RANKS = (0, 1)
-
-
-def verdict(out: Path, repository: Path, *words: str) -> dict[str, str]:
-    """What both ranks found; they must agree."""
-    result = start("torchrun", [str(WORKER), "--out", str(out), *words], repository, 110)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    first, second = json.loads((out / "verdict.json").read_text())
-    assert first == second
-    return first
 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(120)
-def test_a_failed_write_on_one_rank_stops_all_with_its_reason(
-    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DS_ACCELERATOR", "cuda")  # an engine on the CPU does not let DeepSpeed choose another device
+def test_a_failed_write_on_one_rank_stops_all_with_its_reason(tmp_path: Path) -> None:
     engines = ["zero1", "zero3", "fsdp"]
-    found = verdict(tmp_path, repository, "saves", *engines)
+    found, other = run_on_processes(all_failed_saves, 2, tmp_path, engines, timeout=110)
+    assert found == other
     for engine in engines:
         for rank in RANKS:
             message = found[f"{engine} {rank}"]
@@ -47,8 +35,9 @@ def test_a_failed_write_on_one_rank_stops_all_with_its_reason(
 
 @pytest.mark.distributed
 @pytest.mark.timeout(120)
-def test_all_ranks_start_from_the_checkpoint_that_the_first_one_chooses(tmp_path: Path, repository: Path) -> None:
-    found = verdict(tmp_path, repository, "starts")
+def test_all_ranks_start_from_the_checkpoint_that_the_first_one_chooses(tmp_path: Path) -> None:
+    found, other = run_on_processes(starts, 2, tmp_path, timeout=110)
+    assert found == other
     run = tmp_path / "starts"
     last, before = str(run / "checkpoints" / "step-00000003"), str(run / "checkpoints" / "step-00000002")
     assert (found["none"], found["fresh"], found["good"], found["all good again"]) == ("None", "None", last, last)

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,12 +14,11 @@ from megatron_rdt.convert.training_state import read_training_state
 from megatron_rdt.errors import CheckpointError, ConfigError
 from megatron_rdt.parallel.universal import read_universal, read_universal_weights, write_universal
 from megatron_rdt.train.trainer import train
+from tests.distributed.training import train_on
 
 
-def run(options: list[str], repository: Path) -> None:
-    command = [sys.executable, "-m", "launch.cli", "train", "--config", "configs/smoke.yaml", *options]
-    result = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+def run(options: list[str], repository: Path, processes: int = 1) -> None:
+    train_on(processes, ["--config", str(repository / "configs" / "smoke.yaml"), *options])
 
 
 def losses(run_directory: Path) -> dict[int, float]:
@@ -33,11 +30,11 @@ def losses(run_directory: Path) -> dict[int, float]:
 @pytest.mark.timeout(280)
 def test_training_goes_on_in_the_other_family(tmp_path: Path, repository: Path, tiny_options: list[str]) -> None:
     common = [*tiny_options, f"--run.root={tmp_path}", "--eval.every=0", "--sample.every=0", "--checkpoint.keep=0"]
-    run([*common, "--run.name=fsdp", "--parallel.engine=fsdp", "--nproc=2"], repository)
+    run([*common, "--run.name=fsdp", "--parallel.engine=fsdp"], repository, 2)
     saved = tmp_path / "fsdp" / "checkpoints" / "step-00000004"
     # All go on with other options of the optimizer than the state was saved with.
     common += ["--optimizer.beta2=0.7", "--optimizer.weight_decay=0.5", "--optimizer.eps=1e-6"]
-    run([*common, "--run.name=straight", "--parallel.engine=fsdp", "--nproc=2", f"--resume={saved}"], repository)
+    run([*common, "--run.name=straight", "--parallel.engine=fsdp", f"--resume={saved}"], repository, 2)
     straight = losses(tmp_path / "straight")
     assert abs(straight[8] - losses(tmp_path / "fsdp")[8]) > 1e-4
     for_zero = convert(str(saved), str(tmp_path / "for_zero"), "zero")
@@ -45,8 +42,8 @@ def test_training_goes_on_in_the_other_family(tmp_path: Path, repository: Path, 
 
     for engine, processes in (("zero1", 2), ("zero2", 1), ("zero3", 2)):
         name = f"{engine}-{processes}"
-        options = [*common, f"--run.name={name}", f"--parallel.engine={engine}", f"--nproc={processes}"]
-        run([*options, f"--resume={for_zero}"], repository)
+        options = [*common, f"--run.name={name}", f"--parallel.engine={engine}"]
+        run([*options, f"--resume={for_zero}"], repository, processes)
         there = losses(tmp_path / name)
         assert sorted(there) == [5, 6, 7, 8]
         assert there == pytest.approx({step: straight[step] for step in there}, rel=1e-5)

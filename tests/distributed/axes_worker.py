@@ -1,17 +1,13 @@
-"""Started on four processes: every way to arrange them, in float64, against one process."""
+"""For four processes: every way to arrange them, in float64, against one process."""
 
-import argparse
 import dataclasses
-import json
-from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_rdt.config import DepthConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.depth.hashing import hash64
-from megatron_rdt.environment import leave_process
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.checkpointing import set_checkpointing
 from megatron_rdt.parallel import Engine, MicroBatch, make_engine
@@ -45,6 +41,8 @@ MODELS = {
     "gate": dataclasses.replace(PLAIN, halting="gate", injection="gate"),
 }
 SEQUENCES, LENGTH = 8, 16
+Case = tuple[dict[str, Any], str, str]
+"""Options of `parallel`, name of the model, precision."""
 MIXED = (5, 1, 3, 2, 6, 1, 4, 2)
 # (T of the sequences, k, checkpointing, documents)
 STEPS = [
@@ -140,24 +138,11 @@ def compare(parallel: ParallelConfig, name: str, precision: str, tokens: torch.T
     return worst
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--cases", help="JSON: {name: [options of parallel, model, precision]}")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    dist.init_process_group("gloo")
+def compare_all(cases: list[Case]) -> dict[str, dict[str, float]]:
+    """What `compare` finds for each case, in float64."""
     torch.set_default_dtype(torch.float64)
     tokens = torch.randint(0, 64, (SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(1))
-    verdict = {}
-    for case, (parallel, model, precision) in json.loads(options.cases).items():
-        verdict[case] = compare(ParallelConfig(engine="fsdp", **parallel), model, precision, tokens)
-        if dist.get_rank() == 0:
-            print(case, max(verdict[case].items(), key=lambda item: item[1]), flush=True)
-    if dist.get_rank() == 0:
-        options.out.write_text(json.dumps(verdict))
-    dist.barrier()
-
-
-if __name__ == "__main__":
-    main()
-    leave_process(0)
+    return {
+        f"{parallel} {model} {precision}": compare(ParallelConfig("fsdp", **parallel), model, precision, tokens)
+        for parallel, model, precision in cases
+    }

@@ -1,22 +1,19 @@
-"""Started by torchrun: counts the collectives of optimizer steps of every engine, and writes them down."""
+"""Runs on every rank: counts the collectives of optimizer steps of every engine."""
 
-import argparse
-import json
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from engine_worker import MODEL, difference
 
 from benchmarks.collectives import COMPARISONS
 from benchmarks.collectives import build as build_engine
 from megatron_rdt.depth import DepthPlan
-from megatron_rdt.environment import leave_process
 from megatron_rdt.model.checkpointing import set_checkpointing
 from megatron_rdt.parallel import Engine, MicroBatch
 from megatron_rdt.parallel.counting import Collective, count_step, totals
+from tests.distributed.engine_worker import MODEL, difference
 
 SEQUENCES, MICRO_BATCH = 12, 3  # two micro-batches on each of two ranks
 LOOPS = (1, 2, 4, 16)
@@ -87,23 +84,12 @@ def gradient_error(engine: Engine, tokens: torch.Tensor) -> float:
     return max(difference(gradient, reference[name]) for name, gradient in gradients.items())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("labels", nargs="+")
-    options = parser.parse_args()
+def measure_all(labels: Sequence[str]) -> dict[str, Any]:
+    """Every case on every one of the engines, and the size of the model."""
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo")
     tokens = torch.randint(0, MODEL.vocab_size, (SEQUENCES, 17), generator=torch.Generator().manual_seed(1))
     sizes = [parameter.numel() for parameter in build("single").model.parameters()]
-    verdict: dict[str, object] = {"model_bytes": 4 * sum(sizes), "parameters": len(sizes)}
-    for label in options.labels:
+    verdict: dict[str, Any] = {"model_bytes": 4 * sum(sizes), "parameters": len(sizes)}
+    for label in labels:
         verdict[label] = measure(label, tokens)
-    if dist.get_rank() == 0:
-        options.out.write_text(json.dumps(verdict))
-    dist.barrier()
-
-
-if __name__ == "__main__":
-    main()
-    leave_process(0)
+    return verdict

@@ -1,17 +1,13 @@
 """One rank: compiled layers under DDP and FSDP2 against one process that runs them as written."""
 
-import argparse
 import functools
-import json
-from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch._dynamo.utils import counters
 
 from megatron_rdt.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_rdt.depth import DepthPlan
-from megatron_rdt.environment import leave_process
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.checkpointing import set_checkpointing
 from megatron_rdt.model.compiling import compile_layers
@@ -44,14 +40,11 @@ def parts(tokens: torch.Tensor, made: Engine, k: int | None) -> list[MicroBatch]
     return [MicroBatch(tokens[at : at + 2], DepthPlan(DEPTHS[at : at + 2], k)) for at in places]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    dist.init_process_group("gloo")
+def check() -> dict[str, Any]:
+    """Largest relative difference, graphs and graph breaks of each engine."""
     engine.compile_layers = functools.partial(compile_layers, backend="aot_eager")  # a C++ compiler would take long
     tokens = torch.randint(0, 61, (8, 17), generator=torch.Generator().manual_seed(1))
-    verdict: dict[str, object] = {}
+    verdict: dict[str, Any] = {}
     for name in ("ddp", "fsdp"):
         torch._dynamo.reset()
         counters.clear()
@@ -67,14 +60,7 @@ def main() -> None:
                 each.clip(1.0)
                 each.step(1e-3)
         verdict[name] = {"worst": worst, "graphs": counters["stats"]["unique_graphs"]}
-        verdict[name]["breaks"] = len(counters["graph_break"])  # type: ignore[index]
+        verdict[name]["breaks"] = len(counters["graph_break"])
         assert all(layer.compiled is not None for layer in made.model.core.layers)
         made.barrier()
-    if dist.get_rank() == 0:
-        options.out.write_text(json.dumps(verdict))
-    dist.barrier()
-
-
-if __name__ == "__main__":
-    main()
-    leave_process(0)
+    return verdict

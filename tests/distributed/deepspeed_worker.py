@@ -1,18 +1,13 @@
-"""Started by torchrun: ZeRO with offload and with keys of the user's own, against one process; writes a verdict."""
+"""For two processes: ZeRO with offload and with keys of the user's own, against one process."""
 
-import argparse
-import json
 import math
-import tempfile
 from pathlib import Path
 from typing import Any, cast
 
 import deepspeed
 import torch
-import torch.distributed as dist
 
 from megatron_rdt.config import OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
-from megatron_rdt.environment import leave_process
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel import Engine, make_engine
 from megatron_rdt.parallel.counting import CollectiveCounter
@@ -117,17 +112,12 @@ def reductions(engine: Engine, tokens: torch.Tensor) -> int:
     return len(counter.calls)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    dist.init_process_group("gloo")
+def check(root: Path) -> dict[str, Any]:
+    """What every case finds, with checkpoints below `root`."""
     tokens = torch.randint(0, 61, (SEQUENCES, 17), generator=torch.Generator().manual_seed(1))
     verdict: dict[str, Any] = {}
-    root = [tempfile.mkdtemp()]
-    dist.broadcast_object_list(root)
     for name, stage, offload, keys in CASES:
-        engine, folder = cast(ZeroEngine, engine_for(stage, offload, keys)), Path(root[0]) / name
+        engine, folder = cast(ZeroEngine, engine_for(stage, offload, keys)), root / name
         found = train(engine, engine_for("single"), tokens, folder)
         after = weights(engine)
         found["resumed exactly"] = same(after, resume(engine_for(stage, offload, keys), tokens, folder))
@@ -143,11 +133,4 @@ def main() -> None:
         found["bucket"] = getattr(inner, "reduce_bucket_size", None)
         found["optimizer"] = type(inner.optimizer).__module__
         verdict[name] = found
-    if engine.rank == 0:
-        options.out.write_text(json.dumps(verdict))
-    engine.close()
-
-
-if __name__ == "__main__":
-    main()
-    leave_process(0)
+    return verdict

@@ -1,16 +1,11 @@
-"""Started by the launchers under test: runs every case on one engine, compares with one process, writes a verdict."""
+"""Runs on every rank: every case on one engine, compared with one process."""
 
-import argparse
 import dataclasses
-import json
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megatron_rdt.config import DepthConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_rdt.depth import DepthPlan
-from megatron_rdt.environment import leave_process
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.checkpointing import set_checkpointing
 from megatron_rdt.parallel import Engine, MicroBatch, make_engine
@@ -143,31 +138,16 @@ def compare_bfloat16(name: str, tokens: torch.Tensor) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--engine")
-    parser.add_argument("--part", choices=PARTS, default="plain", help="others: only the smaller micro-batches")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--local_rank", default=0)
-    options = parser.parse_args()
-    if options.engine != "single":
-        dist.init_process_group("gloo")
+def check_engine(name: str, part: str) -> dict[str, object]:
+    """Every case of a part of the model on one engine; parts other than "plain" with the smaller micro-batches only."""
     tokens = torch.randint(0, 61, (SEQUENCES, 17), generator=torch.Generator().manual_seed(1))
     verdict: dict[str, object] = {}
-    model, plain = dataclasses.replace(MODEL, **PARTS[options.part]), options.part == "plain"
+    model, plain = dataclasses.replace(MODEL, **PARTS[part]), part == "plain"
     for size in SIZES if plain else SIZES[1:]:
-        engine, single = (engine_for(name, size, model=model) for name in (options.engine, "single"))
+        engine, single = (engine_for(each, size, model=model) for each in (name, "single"))
         verdict[f"differences_{size}"] = compare(engine, single, size, tokens)
         verdict[f"discard_{size}"] = max(check_discard(engine, single, tokens, decided) for decided in (False, True))
+        verdict["world_size"] = engine.world_size
     if plain:  # rounded, a token may choose other experts
-        verdict["bfloat16"] = compare_bfloat16(options.engine, tokens)
-    verdict["world_size"] = engine.world_size
-    verdict["model"] = dataclasses.asdict(model)
-    if engine.rank == 0:
-        options.out.write_text(json.dumps(verdict))
-    engine.close()
-
-
-if __name__ == "__main__":
-    main()
-    leave_process(0)
+        verdict["bfloat16"] = compare_bfloat16(name, tokens)
+    return verdict

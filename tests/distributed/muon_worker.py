@@ -1,7 +1,5 @@
-"""Started by torchrun: Muon on ranks that hold rows of matrices, against one process; writes a verdict."""
+"""Runs on every rank: Muon on ranks that hold rows of matrices, against one process."""
 
-import argparse
-import json
 from pathlib import Path
 from typing import cast
 
@@ -10,7 +8,6 @@ import torch.distributed as dist
 
 from megatron_rdt.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_rdt.depth import DepthPlan
-from megatron_rdt.environment import leave_process
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel import MicroBatch, make_engine
 from megatron_rdt.parallel.native import NativeEngine, full_tensor
@@ -73,17 +70,14 @@ def distance(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    dist.init_process_group("gloo")
+def check_muon(folder: Path) -> dict[str, object]:
+    """Muon under FSDP2 and DDP against one process, resumed, and in the other engine."""
     single = engine_for("single")
     expected = train(single, 0, STEPS)
     reference = weights(single)
     verdict: dict[str, object] = {"losses": expected, "world_size": dist.get_world_size()}
     for name in ("fsdp", "ddp"):
-        saved = options.out.parent / name
+        saved = folder / name
         engine = engine_for(name)
         losses = train(engine, 0, STEPS, saved)
         verdict[f"{name} loss"] = distance(losses, expected)
@@ -101,11 +95,4 @@ def main() -> None:
         other.load(saved)
         verdict[f"{name} to the other"] = distance(train(other, SAVED_AT, STEPS), expected[SAVED_AT:])
         dist.barrier()
-    if dist.get_rank() == 0:
-        options.out.write_text(json.dumps(verdict))
-    dist.barrier()
-
-
-if __name__ == "__main__":
-    main()
-    leave_process(0)
+    return verdict

@@ -1,9 +1,9 @@
-"""Started by torchrun: trains every combination under FSDP2, resumes it in the middle, generates; writes a verdict."""
+"""Runs on every rank: trains every combination under FSDP2, resumes it in the middle, generates."""
 
-import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,6 @@ import yaml
 
 from megatron_rdt import load
 from megatron_rdt.config import RunConfig, check_config, load_config
-from megatron_rdt.environment import leave_process
 from megatron_rdt.inference import generate
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.exits import ExitRule, ExitTrace
@@ -84,25 +83,13 @@ def check(name: str, config_file: Path, half: int) -> dict[str, object]:
     return verdict
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--combinations", type=Path, help="YAML: {name: config}")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    dist.init_process_group("gloo")
+def check_all(combinations: dict[str, dict[str, Any]], folder: Path) -> dict[str, dict[str, object]]:
+    """What became of every combination; the configs are written to `folder`."""
     verdicts = {}
-    combinations = yaml.safe_load(options.combinations.read_text())
     for name, config in combinations.items():
-        file = options.out.with_name(f"{name}.yaml")
+        file = folder / f"{name}.yaml"
         if dist.get_rank() == 0:
             file.write_text(yaml.safe_dump(config))
         dist.barrier()
         verdicts[name] = check(name, file, config["checkpoint"]["every"])
-    if dist.get_rank() == 0:
-        options.out.write_text(json.dumps(verdicts))
-    dist.barrier()
-
-
-if __name__ == "__main__":
-    main()
-    leave_process(0)
+    return verdicts

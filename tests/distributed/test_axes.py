@@ -1,21 +1,14 @@
 """Replicas, tensor, context and expert parallelism and the units of the core, together and alone, equal one process."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launch.local import free_port
 from megatron_rdt.config import DepthConfig, ParallelConfig, RunConfig, TrainConfig, check_config
-from tests.distributed.axes_worker import LENGTH, MODELS, SEQUENCES
+from tests.distributed.axes_worker import LENGTH, MODELS, SEQUENCES, Case, compare_all
+from tests.distributed.processes import run_on_processes
 
-WORKER = Path(__file__).parent / "axes_worker.py"
 PROCESSES = 4
-Case = tuple[dict[str, Any], str, str]
 
 
 def case(model: str, precision: str = "float32", **parallel: Any) -> Case:
@@ -63,39 +56,18 @@ CASES: dict[str, list[Case]] = {
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("group", CASES)
-def test_every_arrangement_equals_one_process(group: str, tmp_path: Path, repository: Path) -> None:
-    cases = {" ".join(map(str, each)): each for each in CASES[group]}
-    for parallel, model, precision in cases.values():
+def test_every_arrangement_equals_one_process(group: str) -> None:
+    for parallel, model, precision in CASES[group]:
         same = parallel.get("core_gather", "once") != "once" or parallel.get("expert", 1) > 1 or model == "gate"
         config = RunConfig(
             model=MODELS[model],
             depth=DepthConfig(per="step" if same else "sequence"),
-            train=TrainConfig(global_batch=SEQUENCES, micro_batch=1, sequence_length=LENGTH, precision=precision),
-            parallel=ParallelConfig(engine="fsdp", **parallel),
+            train=TrainConfig(global_batch=SEQUENCES, micro_batch=1, sequence_length=LENGTH, precision=precision),  # type: ignore[arg-type]
+            parallel=ParallelConfig("fsdp", **parallel),
         )
         check_config(config, PROCESSES)  # what is compared is what a run may be
-    out = tmp_path / "verdict.json"
-    command = [
-        Path(sys.executable).parent / "torchrun",
-        *(
-            "--nproc-per-node",
-            PROCESSES,
-            "--master-port",
-            free_port(),
-            WORKER,
-            "--out",
-            out,
-            "--cases",
-            json.dumps(cases),
-        ),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository)}
-    result = subprocess.run(
-        [*map(str, command)], env=environment, capture_output=True, text=True, timeout=290, check=False
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    verdict = json.loads(out.read_text())
-    assert set(verdict) == set(cases)
+    verdict, *_ = run_on_processes(compare_all, PROCESSES, CASES[group], timeout=290)
+    assert len(verdict) == len(CASES[group])
     for name, differences in verdict.items():
         assert len(differences) > 40
         limit = 0.1 if "bfloat16" in name else 1e-10

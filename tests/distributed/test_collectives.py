@@ -1,14 +1,12 @@
 """What goes over the network does not depend on T: the core is gathered once per pass and reduced once."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributed.test_engines import start
+from tests.distributed.collectives_worker import measure_all
+from tests.distributed.processes import run_on_processes
 
-WORKER = Path(__file__).parent / "collectives_worker.py"
 ACCUMULATION = 2
 NATIVE = ["ddp", "fsdp", "fsdp kept-gathered", "fsdp layer-units"]
 ZERO = ["zero1", "zero2", "zero3", "zero3 no-leaf-modules"]
@@ -16,24 +14,17 @@ ZERO = ["zero1", "zero2", "zero3", "zero3 no-leaf-modules"]
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
 
 
-def count(labels: list[str], folder: Path, repository: Path) -> dict[str, Any]:
-    out = folder / "counts.json"
-    result = start("torchrun", [str(WORKER), "--out", str(out), *labels], repository, 230)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    return json.loads(out.read_text())
+@pytest.fixture(scope="module")
+def native() -> dict[str, Any]:
+    return run_on_processes(measure_all, 2, NATIVE, timeout=230)[0]
 
 
 @pytest.fixture(scope="module")
-def native(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict[str, Any]:
-    return count(NATIVE, tmp_path_factory.mktemp("native"), repository)
+def zero() -> dict[str, Any]:
+    return run_on_processes(measure_all, 2, ZERO, timeout=230)[0]
 
 
-@pytest.fixture(scope="module")
-def zero(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict[str, Any]:
-    return count(ZERO, tmp_path_factory.mktemp("zero"), repository)
-
-
-def check_constant(label: str, counted: dict[str, Any]) -> dict[str, list[int]]:
+def check_constant(label: str, counted: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """Every case, every changing T and every mix of T over ranks sends the same; returns what that is."""
     cases = counted[label]["cases"]
     expected = next(iter(cases.values()))["ranks"][0]
@@ -58,7 +49,7 @@ def core(label: str, counted: dict[str, Any]) -> dict[str, int]:
 def test_ddp_reduces_every_gradient_once_per_step(native: dict[str, Any]) -> None:
     """And one number per parameter, whether it was used."""
     sent = check_constant("ddp", native)
-    assert sent["backward all-reduce"] == [2, native["model_bytes"] + 4 * native["parameters"]]
+    assert sent["backward all-reduce"] == (2, native["model_bytes"] + 4 * native["parameters"])
     assert set(sent) == {"backward all-reduce", "update all-reduce"}
 
 
@@ -80,8 +71,8 @@ def test_fsdp_without_resharding_gathers_once_for_forward_and_backward(native: d
 def test_zero_1_and_2_gather_the_updated_weights_once_per_step(zero: dict[str, Any]) -> None:
     for label, reductions in (("zero1", 1), ("zero2", ACCUMULATION)):  # stage 2 keeps no unreduced gradient
         sent = check_constant(label, zero)
-        assert sent["backward all-reduce"] == [reductions, reductions * zero["model_bytes"]]
-        assert sent["update all-gather"] == [2, zero["model_bytes"]]  # one per parameter group
+        assert sent["backward all-reduce"] == (reductions, reductions * zero["model_bytes"])
+        assert sent["update all-gather"] == (2, zero["model_bytes"])  # one per parameter group
         assert "forward all-gather" not in sent
 
 
@@ -89,7 +80,7 @@ def test_zero_3_gathers_the_core_once_per_pass(zero: dict[str, Any]) -> None:
     sent = check_constant("zero3", zero)
     assert core("zero3", zero) == {"forward all-gather": ACCUMULATION, "backward all-gather": ACCUMULATION}
     # Stage 3 keeps no unreduced gradient: one reduction of all parameters per micro-batch, whatever T is.
-    assert sent["backward reduce-scatter"] == [ACCUMULATION, ACCUMULATION * zero["model_bytes"]]
+    assert sent["backward reduce-scatter"] == (ACCUMULATION, ACCUMULATION * zero["model_bytes"])
 
 
 def test_the_counter_sees_a_wrapping_that_pays_for_every_loop(native: dict[str, Any], zero: dict[str, Any]) -> None:

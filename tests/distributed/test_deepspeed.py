@@ -1,23 +1,19 @@
 """ZeRO with offload and with keys of the user's own equals one process, resumes exactly and survives a bad step."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_engines import start
+from tests.distributed.deepspeed_worker import check
+from tests.distributed.processes import run_on_processes
 
-WORKER = Path(__file__).parent / "deepspeed_worker.py"
 OFFLOADED = ("zero1", "zero2", "zero3", "zero3 parameters")
 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(240)
-def test_offload_and_own_keys_equal_one_process(tmp_path: Path, repository: Path) -> None:
-    out = tmp_path / "verdict.json"
-    result = start("torchrun", ["--nproc-per-node", "2", str(WORKER), "--out", str(out)], repository, 230)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    verdict = json.loads(out.read_text())
+def test_offload_and_own_keys_equal_one_process(tmp_path: Path) -> None:
+    verdict = run_on_processes(check, 2, tmp_path, timeout=230)[0]
     assert set(verdict) == {"plain", "keys", *OFFLOADED}
     for name, found in verdict.items():
         assert found["gradient"] < 3e-4, name

@@ -1,6 +1,5 @@
-"""Every engine, started by real launchers on two processes, equals one process: loss, norm and every gradient."""
+"""Every engine on two processes equals one process: loss, norm and every gradient. It trains under real launchers."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -10,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from launch.local import free_port
+from tests.distributed.engine_worker import check_engine
+from tests.distributed.processes import run_on_processes
 
-WORKER = Path(__file__).parent / "engine_worker.py"
 BIN = Path(sys.executable).parent
 
 
@@ -34,16 +34,9 @@ def start(launcher: str, arguments: list[str], repository: Path, timeout: float)
 
 @pytest.mark.distributed
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize(
-    ("launcher", "engine"),
-    [("torchrun", "ddp"), ("torchrun", "fsdp"), ("torchrun", "zero1"), ("deepspeed", "zero2"), ("deepspeed", "zero3")],
-)
-def test_engine_equals_one_process(launcher: str, engine: str, tmp_path: Path, repository: Path) -> None:
-    assert shutil.which(str(BIN / launcher))
-    out = tmp_path / "verdict.json"
-    result = start(launcher, [str(WORKER), "--engine", engine, "--out", str(out)], repository, 170)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    verdict = json.loads(out.read_text())
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
+def test_engine_equals_one_process(engine: str) -> None:
+    verdict = run_on_processes(check_engine, 2, engine, "plain", timeout=170)[0]
     assert verdict["world_size"] == 2
     for size in (6, 2):
         differences = verdict[f"differences_{size}"]
@@ -59,13 +52,9 @@ def test_engine_equals_one_process(launcher: str, engine: str, tmp_path: Path, r
 @pytest.mark.distributed
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("engine", ["fsdp", "zero3"])
-def test_an_exit_gate_equals_one_process(engine: str, tmp_path: Path, repository: Path) -> None:
+def test_an_exit_gate_equals_one_process(engine: str) -> None:
     """Ranks whose forward passes have different T read different numbers of iterations out."""
-    out = tmp_path / "verdict.json"
-    words = [str(WORKER), "--engine", engine, "--part", "gate", "--out", str(out)]
-    result = start("torchrun", words, repository, 170)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    differences = json.loads(out.read_text())["differences_2"]
+    differences = run_on_processes(check_engine, 2, engine, "gate", timeout=170)[0]["differences_2"]
     assert len(differences) > 30
     assert not {name: value for name, value in differences.items() if not value < 3e-4}
     assert differences["loss"] < 1e-5
@@ -73,11 +62,12 @@ def test_an_exit_gate_equals_one_process(engine: str, tmp_path: Path, repository
 
 @pytest.mark.distributed
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize(("launcher", "engine"), [("torchrun", "fsdp"), ("deepspeed", "zero3")])
 def test_the_training_script_runs_under_the_launcher(
-    launcher: str, tmp_path: Path, repository: Path, tiny_options: list[str]
+    launcher: str, engine: str, tmp_path: Path, repository: Path, tiny_options: list[str]
 ) -> None:
-    options = [*tiny_options, f"--run.root={tmp_path}", "--run.name=r", "--parallel.engine=fsdp"]
+    assert shutil.which(str(BIN / launcher))
+    options = [*tiny_options, f"--run.root={tmp_path}", "--run.name=r", f"--parallel.engine={engine}"]
     result = start(launcher, [str(repository / "launch" / "pretrain.py"), *options], repository, 190)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     assert "done: 8 steps" in result.stdout

@@ -11,10 +11,10 @@ from megatron_rdt.checkpoint import BUFFERS, read_model_weights
 from megatron_rdt.config import RunConfig, dump_config
 from megatron_rdt.convert import convert
 from megatron_rdt.train.trainer import train
-from tests.distributed.test_engines import WORKER as GRADIENTS
-from tests.distributed.test_engines import start
+from tests.distributed.engine_worker import check_engine
+from tests.distributed.experts_worker import train_experts
+from tests.distributed.processes import run_on_processes
 
-WORKER = Path(__file__).parent / "experts_worker.py"
 EXPERTS = [
     "--model.core_ffn=moe",
     "--model.experts=6",
@@ -31,22 +31,11 @@ EXPERTS = [
 NAME = "core.layers.0.feedforward.selection_bias"
 
 
-def in_group(options: list[str], out: Path, repository: Path) -> dict[str, dict[str, float]]:
-    result = start("torchrun", [str(WORKER), "--out", str(out), *options], repository, 280)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
-    return json.loads(out.read_text())
-
-
 @pytest.mark.distributed
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero3"])
-def test_gradients_of_experts_equal_one_process(engine: str, tmp_path: Path, repository: Path) -> None:
-    out = tmp_path / "verdict.json"
-    result = start(
-        "torchrun", [str(GRADIENTS), "--engine", engine, "--part", "experts", "--out", str(out)], repository, 170
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    verdict = json.loads(out.read_text())
+def test_gradients_of_experts_equal_one_process(engine: str) -> None:
+    verdict = run_on_processes(check_engine, 2, engine, "experts", timeout=170)[0]
     assert verdict["world_size"] == 2
     differences = verdict["differences_2"]
     assert sum(".feedforward.shared." in name or ".router" in name for name in differences) == 2 * 4
@@ -59,7 +48,7 @@ def test_gradients_of_experts_equal_one_process(engine: str, tmp_path: Path, rep
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(560)
-def test_experts_on_every_engine(configure: Callable[..., RunConfig], tmp_path: Path, repository: Path) -> None:
+def test_experts_on_every_engine(configure: Callable[..., RunConfig], tmp_path: Path) -> None:
     """Losses and biases of every engine on two processes are those of one process; resumed, digit for digit."""
     config = configure(*EXPERTS, f"--run.root={tmp_path}", "--run.name=single")
     assert train(config) == 0
@@ -68,7 +57,7 @@ def test_experts_on_every_engine(configure: Callable[..., RunConfig], tmp_path: 
     file.write_text(dump_config(config))
 
     engines = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
-    verdict = in_group(["--config", str(file), "--engines", *engines], tmp_path / "verdict.json", repository)
+    verdict = run_on_processes(train_experts, 2, file, engines, timeout=280)[0]
     checkpoints = {engine: tmp_path / engine / "checkpoints" / "step-00000006" for engine in ["single", *engines]}
     bias = torch.load(checkpoints["single"] / BUFFERS, weights_only=True)
     assert set(bias) == {NAME}
@@ -84,7 +73,6 @@ def test_experts_on_every_engine(configure: Callable[..., RunConfig], tmp_path: 
         out = convert(str(saved), str(tmp_path / f"from-{source}"), family)
         assert float(middle.abs().max()) > 0
         assert torch.equal(read_model_weights(out)[NAME], middle)
-        words = ["--config", str(file), "--engines", there, "--resume", str(out)]
-        again = in_group(words, tmp_path / f"verdict-{there}.json", repository)[there]
-        assert list(again) == ["4", "5", "6"]
+        again = run_on_processes(train_experts, 2, file, [there], out, timeout=120)[0][there]
+        assert list(again) == [4, 5, 6]
         assert list(again.values()) == pytest.approx(expected[3:], rel=1e-5), (source, there)

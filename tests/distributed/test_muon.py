@@ -1,24 +1,18 @@
 """Muon on several processes is Muon on one: losses, weights, resuming, also into another engine."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_engines import start
-
-WORKER = Path(__file__).parent / "muon_worker.py"
+from tests.distributed.muon_worker import check_muon
+from tests.distributed.processes import run_on_processes
 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(290)
 @pytest.mark.parametrize("processes", [2, 3])
-def test_muon_equals_one_process(processes: int, tmp_path: Path, repository: Path) -> None:
-    out = tmp_path / "verdict.json"
-    words = ["--nproc-per-node", str(processes), str(WORKER), "--out", str(out)]
-    result = start("torchrun", words, repository, 280)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    verdict = json.loads(out.read_text())
+def test_muon_equals_one_process(processes: int, tmp_path: Path) -> None:
+    verdict = run_on_processes(check_muon, processes, tmp_path, timeout=280)[0]
     assert verdict["world_size"] == processes
     assert verdict["losses"][-1] < verdict["losses"][0] - 0.05
     for engine in ("fsdp", "ddp"):

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-import yaml
 
 from megatron_rdt.config import DepthConfig, ModelConfig, OptimizerConfig
-from tests.distributed.test_engines import start
+from tests.distributed.parts_worker import check_all
+from tests.distributed.processes import run_on_processes
 
-WORKER = Path(__file__).parent / "parts_worker.py"
 STEPS = 50
 MLA = {"attention": "mla", "kv_rank": 16, "nope_dim": 8, "rope_dim": 4, "value_dim": 8}
 MOE = {"core_ffn": "moe", "experts": 4, "experts_per_token": 2, "expert_dim": 24, "shared_expert_dim": 40}
@@ -148,19 +147,9 @@ def test_the_combinations_hold_every_choice(schema: type) -> None:
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(600)
-def test_every_choice_trains_resumes_and_generates(tiny_corpus: Path, tmp_path: Path, repository: Path) -> None:
+def test_every_choice_trains_resumes_and_generates(tiny_corpus: Path, tmp_path: Path) -> None:
     combinations = {name: whole(parts, tmp_path / "runs", tiny_corpus) for name, parts in COMBINATIONS.items()}
-    (tmp_path / "combinations.yaml").write_text(yaml.safe_dump(combinations))
-    words = [
-        str(WORKER),
-        "--combinations",
-        str(tmp_path / "combinations.yaml"),
-        "--out",
-        str(tmp_path / "verdict.json"),
-    ]
-    result = start("torchrun", words, repository, 590)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
-    verdicts = json.loads((tmp_path / "verdict.json").read_text())
+    verdicts = run_on_processes(check_all, 2, combinations, tmp_path, timeout=590)[0]
     print(json.dumps(verdicts, indent=1))
     assert set(verdicts) == set(COMBINATIONS)
     for name, verdict in verdicts.items():

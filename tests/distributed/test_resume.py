@@ -5,13 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from launch.local import LOOPBACK, free_port
-from megatron_rdt.environment import launcher_environment
+from tests.distributed.training import train_on, training, wait_for_step
 
 
 def start(options: list[str], repository: Path) -> subprocess.Popen[str]:
@@ -27,35 +25,45 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(record["step"], record["loss"]) for record in records]
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
-    metrics = run / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= step):
-        time.sleep(0.02)
+def finish(options: list[str], processes: int, repository: Path | None) -> str:
+    """Train to the end, by the real command where the repository is given; what was printed."""
+    if repository is None:
+        return train_on(processes, options)
+    process = start([*options, f"--nproc={processes}"], repository)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, text[-3000:]
+    return text
+
+
+def kill_after(step: int, run: Path, options: list[str], processes: int, repository: Path | None) -> None:
+    """Start the run and kill it when it has recorded a step: every rank, or the real command, with which they die."""
+    if repository is None:
+        with training(options, processes) as ranks:
+            wait_for_step(run, step, ranks.ended)
+        return
+    process = start([*options, f"--nproc={processes}"], repository)
+    wait_for_step(run, step, lambda: process.poll() is not None)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(280)
-@pytest.mark.parametrize("engine", ["single", "ddp", "fsdp", "zero1", "zero2", "zero3", "fsdp muon"])
+@pytest.mark.parametrize("engine", ["single", "ddp", "fsdp", "zero1", "zero2", "zero3", "fsdp muon", "fsdp, rdt train"])
 def test_killed_runs_resume_exactly(engine: str, tmp_path: Path, repository: Path, tiny_options: list[str]) -> None:
     """Evaluating and sampling, which only the killed run does, must not change a loss either."""
+    engine, command = engine.removesuffix(", rdt train"), repository if "rdt" in engine else None
     engine, _, optimizer = engine.partition(" ")
+    processes = 1 if engine == "single" else 2
     options = [*tiny_options, f"--run.root={tmp_path}", f"--parallel.engine={engine}"]
     options += [f"--optimizer.name={optimizer or 'adamw'}"]
     options += ["--model.core_ffn=moe", "--model.balance_rate=0.05"]  # its bias is state that is no parameter
-    straight = start([*options, "--run.name=straight", "--eval.every=0"], repository)
-    options += ["--eval.every=3", "--sample.every=2", "--sample.tokens=2"]
-    text, _ = straight.communicate(timeout=120)
-    assert straight.returncode == 0, text[-3000:]
+    finish([*options, "--run.name=straight", "--eval.every=0"], processes, None)
+    options += ["--eval.every=3", "--sample.every=2", "--sample.tokens=2", "--run.name=killed", "--resume=auto"]
     killed_run = tmp_path / "killed"
     for at in (3, 6):
-        process = start([*options, "--run.name=killed", "--resume=auto"], repository)
-        wait_for_step(killed_run, at, process)
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
-    last = start([*options, "--run.name=killed", "--resume=auto"], repository)
-    text, _ = last.communicate(timeout=120)
-    assert last.returncode == 0, text[-3000:]
-    assert "resumed from" in text
+        kill_after(at, killed_run, options, processes, command)
+    assert "resumed from" in finish(options, processes, command)
     assert losses(killed_run) == losses(tmp_path / "straight")
     assert [step for step, _ in losses(killed_run)] == list(range(1, 9))
     assert not list(killed_run.rglob("*.tmp"))
@@ -70,7 +78,7 @@ def test_a_signal_saves_and_exits_75(
     options = [*tiny_options, f"--run.root={tmp_path}", "--run.name=r", "--parallel.engine=fsdp", "--train.steps=400"]
     options += ["--checkpoint.every=0", "--data.max_epochs=10000", "--eval.every=0"]
     process = start(options, repository)
-    wait_for_step(tmp_path / "r", 3, process)
+    wait_for_step(tmp_path / "r", 3, lambda: process.poll() is not None)
     process.send_signal(number)
     text, _ = process.communicate(timeout=90)
     assert process.returncode == 75, text[-3000:]
@@ -83,34 +91,16 @@ def test_a_signal_saves_and_exits_75(
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(
-    number: signal.Signals, tmp_path: Path, repository: Path, tiny_options: list[str]
+    number: signal.Signals, tmp_path: Path, tiny_options: list[str]
 ) -> None:
     options = [*tiny_options, f"--run.root={tmp_path}", "--run.name=r", "--parallel.engine=fsdp", "--train.steps=4000"]
     options += ["--checkpoint.every=0", "--data.max_epochs=100000", "--eval.every=0", "--parallel.timeout_s=30"]
-    port, processes = free_port(), []
-    try:
-        for rank in range(2):
-            environment = launcher_environment(rank, 2, LOOPBACK, port, tmp_path / f"errors-{rank}")
-            with open(tmp_path / f"output-{rank}", "w") as output:
-                command = [sys.executable, "launch/pretrain.py", *options]
-                processes.append(
-                    subprocess.Popen(
-                        command,
-                        cwd=repository,
-                        env={**environment, "OMP_NUM_THREADS": "1"},
-                        stdout=output,
-                        stderr=output,
-                        text=True,
-                    )
-                )
-        wait_for_step(tmp_path / "r", 3, processes[0])
-        processes[1].send_signal(number)
-        statuses = [process.wait(90) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    text = (tmp_path / "output-0").read_text()
-    assert statuses == [75, 75], text[-3000:] + (tmp_path / "output-1").read_text()[-3000:]
+    with training(options, 2) as ranks:
+        wait_for_step(tmp_path / "r", 3, ranks.ended)
+        os.kill(ranks.processes[1].pid or 0, number)
+        statuses = ranks.wait(90)
+        assert statuses == [75, 75], ranks.report()
+        text = ranks.output(0)
     step = losses(tmp_path / "r")[-1][0]
     assert f"stopped on {number.name} at step {step}, saved" in text
     checkpoint = tmp_path / "r" / "checkpoints" / f"step-{step:08d}"

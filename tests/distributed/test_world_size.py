@@ -17,10 +17,10 @@ from megatron_rdt.config import DepthConfig
 from megatron_rdt.data import BatchLoader, TokenCorpus
 from megatron_rdt.depth import DepthSampler
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
-from tests.distributed.test_engines import start
-from tests.distributed.worldsize_worker import config_for, hashes
+from tests.distributed.processes import run_on_processes
+from tests.distributed.training import train_on
+from tests.distributed.worldsize_worker import all_hashes, config_for, hashes
 
-WORKER = Path(__file__).parent / "worldsize_worker.py"
 ENGINES = ["ddp", "fsdp", "zero1", "zero3"]
 GLOBAL_BATCH = 4
 
@@ -28,23 +28,18 @@ GLOBAL_BATCH = 4
 @pytest.mark.distributed
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_initial_weights_are_those_of_one_process(world_size: int, tmp_path: Path, repository: Path) -> None:
-    out = tmp_path / "hashes.json"
+def test_initial_weights_are_those_of_one_process(world_size: int) -> None:
     engines = ["single", *ENGINES] if world_size == 1 else ENGINES
-    # The last --nproc-per-node counts.
-    words = ["--nproc-per-node", str(world_size), str(WORKER), "--out", str(out), *engines]
-    result = start("torchrun", words, repository, 110)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    verdict = json.loads(out.read_text())
-    assert verdict.pop("world_size") == world_size
-    assert len(verdict) == 2 * len(engines)
+    verdicts = run_on_processes(all_hashes, world_size, engines, timeout=110)
+    assert len(verdicts) == world_size
+    assert all(len(verdict) == 2 * len(engines) for verdict in verdicts)
     for tied in (True, False):
         config = config_for("single", tied)
         expected = hashes(dict(initialize(RecurrentDepthTransformer(config.model), config.run.seed).named_parameters()))
         assert ("head.weight" in expected) is not tied
         for engine in engines:
-            found = verdict[f"{engine} {'tied' if tied else 'untied'}"]
-            assert found == [expected] * world_size, engine
+            name = f"{engine} {'tied' if tied else 'untied'}"
+            assert [verdict[name] for verdict in verdicts] == [expected] * world_size, engine
 
 
 def global_batches(corpus: TokenCorpus, world_size: int, micro_batch: int) -> list[dict[int, tuple[Any, ...]]]:
@@ -72,12 +67,6 @@ def test_samples_and_depth_plans_do_not_depend_on_the_world_size(tiny_corpus: Pa
     assert len({loops for step in expected for _, loops, _, _ in step.values()}) > 2
     for world_size, micro_batch in ((1, 1), (2, 2), (2, 4), (4, 1), (4, 2)):
         assert global_batches(corpus, world_size, micro_batch) == expected
-
-
-def run(repository: Path, options: list[str], processes: int) -> None:
-    command = [sys.executable, "-m", "launch.cli", "train", *options, "--nproc", str(processes)]
-    result = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=140, check=False)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
 
 
 def records(directory: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -112,9 +101,9 @@ def fsdp_options(tmp_path_factory: pytest.TempPathFactory, tiny_options: list[st
 
 
 @pytest.fixture(scope="module")
-def two_ranks(fsdp_options: list[str], repository: Path) -> Path:
+def two_ranks(fsdp_options: list[str]) -> Path:
     """The uninterrupted run on two processes."""
-    run(repository, [*fsdp_options, "--run.name=two"], 2)
+    train_on(2, [*fsdp_options, "--run.name=two"])
     return Path(fsdp_options[-1].split("=")[1]) / "two"
 
 
@@ -127,10 +116,8 @@ def check_same_training(mine: list[dict[str, Any]], expected: list[dict[str, Any
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("processes", [1, 4])
-def test_a_run_has_the_same_losses_and_loops(
-    processes: int, two_ranks: Path, fsdp_options: list[str], repository: Path
-) -> None:
-    run(repository, [*fsdp_options, f"--run.name=on-{processes}"], processes)
+def test_a_run_has_the_same_losses_and_loops(processes: int, two_ranks: Path, fsdp_options: list[str]) -> None:
+    train_on(processes, [*fsdp_options, f"--run.name=on-{processes}"])
     expected = records(two_ranks)
     assert len(expected) == 8
     assert len({record["loops_max"] for record in expected}) > 1
@@ -147,18 +134,18 @@ def test_a_run_has_the_same_losses_and_loops(
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("processes", [1, 4])
 def test_a_checkpoint_of_two_ranks_resumes_on_another_number(
-    processes: int, two_ranks: Path, fsdp_options: list[str], repository: Path
+    processes: int, two_ranks: Path, fsdp_options: list[str]
 ) -> None:
     source = two_ranks / "checkpoints" / "step-00000004"
-    run(repository, [*fsdp_options, f"--run.name=resumed-{processes}", f"--resume={source}"], processes)
+    train_on(processes, [*fsdp_options, f"--run.name=resumed-{processes}", f"--resume={source}"])
     check_same_training(records(two_ranks.parent / f"resumed-{processes}"), records(two_ranks)[4:])
 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
-def test_bfloat16_learns_with_float32_weights(two_ranks: Path, fsdp_options: list[str], repository: Path) -> None:
+def test_bfloat16_learns_with_float32_weights(two_ranks: Path, fsdp_options: list[str]) -> None:
     extra = ["--train.precision=bfloat16", "--train.steps=40", "--optimizer.lr=4e-3", "--checkpoint.every=0"]
-    run(repository, [*fsdp_options, *extra, "--run.name=bf16"], 2)
+    train_on(2, [*fsdp_options, *extra, "--run.name=bf16"])
     directory = two_ranks.parent / "bf16"
     losses = [record["loss"] for record in records(directory)]
     norms = [record["grad_norm"] for record in records(directory)]

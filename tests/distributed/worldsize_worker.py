@@ -1,16 +1,13 @@
-"""Started by torchrun: builds every engine and writes hashes of its initial weights, gathered."""
+"""Runs on every rank: builds every engine and hashes its initial weights, gathered."""
 
-import argparse
 import hashlib
-import json
 import warnings
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
 from megatron_rdt.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from megatron_rdt.environment import leave_process
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel import Engine, make_engine
 from megatron_rdt.parallel.native import full_tensor
@@ -44,29 +41,16 @@ def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
     return {name: full_tensor(parameter).detach().clone() for name, parameter in parameters.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("engines", nargs="+")
-    options = parser.parse_args()
+def all_hashes(engines: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Hashes of the initial weights of every engine, gathered on this rank, with tied embeddings and without."""
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo")
-    verdict: dict[str, object] = {"world_size": dist.get_world_size()}
-    for name in options.engines:
+    found = {}
+    for name in engines:
         for tied in (True, False):
             config = config_for(name, tied, dist.get_world_size())
             engine = make_engine(config, torch.device("cpu"))
             with torch.device("meta"):
                 model = RecurrentDepthTransformer(config.model)
             engine.setup(model)
-            found: list[dict[str, str]] = [{}] * dist.get_world_size()
-            dist.all_gather_object(found, hashes(whole_weights(engine)))
-            verdict[f"{name} {'tied' if tied else 'untied'}"] = found
-    if dist.get_rank() == 0:
-        options.out.write_text(json.dumps(verdict))
-    dist.barrier()
-
-
-if __name__ == "__main__":
-    main()
-    leave_process(0)
+            found[f"{name} {'tied' if tied else 'untied'}"] = hashes(whole_weights(engine))
+    return found

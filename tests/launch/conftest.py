@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.processes import started
+from tests.launch.command_worker import command_line
+
 Result = subprocess.CompletedProcess[str]
 
 
@@ -17,5 +20,18 @@ def rdt(repository: Path) -> Callable[..., Result]:
     def run(*words: object, timeout: float = 100) -> Result:
         command = [sys.executable, "-m", "launch.cli", *map(str, words)]
         return subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=timeout, check=False)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def forked_rdt(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Result]:
+    """The same in a forked process, which has imported everything: for what a command answers, many times over."""
+
+    def run(*words: object, timeout: float = 100) -> Result:
+        folder, texts = tmp_path_factory.mktemp("command"), [str(word) for word in words]
+        with started(command_line, 1, texts, folder, repository, group=False) as ranks:
+            (status,) = ranks.wait(timeout)
+        return Result(texts, status, *((folder / name).read_text() for name in ("stdout", "stderr")))
 
     return run

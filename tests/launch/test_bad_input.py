@@ -1,4 +1,4 @@
-"""Wrong words, files and data, through the real command: one clear sentence, the right status, nothing damaged."""
+"""Wrong words, files and data, through the whole command: one clear sentence, the right status, nothing damaged."""
 
 import json
 import re
@@ -67,8 +67,8 @@ WRONG_WORDS = [
 
 
 @pytest.mark.parametrize(("words", "parts"), WRONG_WORDS, ids=[" ".join(words) for words, _ in WRONG_WORDS])
-def test_wrong_words(words: list[str], parts: list[str], rdt: Run) -> None:
-    refused(rdt(*words), USAGE, *parts)
+def test_wrong_words(words: list[str], parts: list[str], forked_rdt: Run) -> None:
+    refused(forked_rdt(*words), USAGE, *parts)
 
 
 WRONG_FILES = [
@@ -87,22 +87,22 @@ WRONG_FILES = [
 
 
 @pytest.mark.parametrize(("content", "parts"), WRONG_FILES, ids=[str(content) for content, _ in WRONG_FILES])
-def test_wrong_config_files(content: bytes, parts: list[str], rdt: Run, tmp_path: Path) -> None:
+def test_wrong_config_files(content: bytes, parts: list[str], forked_rdt: Run, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_bytes(content)
-    refused(rdt("train", "--config", tmp_path / "c.yaml"), USAGE, *parts)
+    refused(forked_rdt("train", "--config", tmp_path / "c.yaml"), USAGE, *parts)
 
 
-def test_run_that_cannot_start(rdt: Run, tmp_path: Path, tiny_options: list[str]) -> None:
+def test_run_that_cannot_start(forked_rdt: Run, tmp_path: Path, tiny_options: list[str]) -> None:
     options = [*tiny_options, f"--run.root={tmp_path / 'runs'}"]
-    refused(rdt("train", *options, "--nproc=2"), USAGE, "parallel.engine is single, but there are 2 processes")
-    refused(rdt("train", *options, "--nproc=-1"), USAGE, "--nproc is -1")
-    missing = rdt("train", *options, f"--data.path={tmp_path}")
+    refused(forked_rdt("train", *options, "--nproc=2"), USAGE, "parallel.engine is single, but there are 2 processes")
+    refused(forked_rdt("train", *options, "--nproc=-1"), USAGE, "--nproc is -1")
+    missing = forked_rdt("train", *options, f"--data.path={tmp_path}")
     refused(missing, FAILED, f"{tmp_path}/manifest.json does not exist", "rdt prep --config FILE")
     (tmp_path / "file").write_text("")
-    under = rdt("train", *tiny_options, f"--run.root={tmp_path / 'file' / 'runs'}")
+    under = forked_rdt("train", *tiny_options, f"--run.root={tmp_path / 'file' / 'runs'}")
     refused(under, USAGE, "run.root", f"{tmp_path / 'file'} is not a directory", "Set --run.root")
     many = ["--parallel.engine=fsdp", "--nproc=2", "--master_port=70000"]
-    refused(rdt("train", *options, *many), USAGE, "--master_port is 70000", "0 for any free one")
+    refused(forked_rdt("train", *options, *many), USAGE, "--master_port is 70000", "0 for any free one")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -147,7 +147,7 @@ def test_wrong_data(
     option: str,
     status: int,
     parts: list[str],
-    rdt: Run,
+    forked_rdt: Run,
     corpus: Path,
     tmp_path: Path,
     tiny_options: list[str],
@@ -155,40 +155,44 @@ def test_wrong_data(
     if damage is not None:
         damage(corpus)
     words = [*tiny_options, f"--data.path={corpus}", f"--run.root={tmp_path / 'runs'}", *filter(None, [option])]
-    refused(rdt("train", *words), status, *parts)
+    refused(forked_rdt("train", *words), status, *parts)
     assert not list(tmp_path.rglob("step-*"))
 
 
 @pytest.fixture(scope="module")
-def trained(rdt: Run, tiny_options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(forked_rdt: Run, tiny_options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps, started with --resume auto where there is nothing to resume."""
     root = tmp_path_factory.mktemp("runs")
-    result = rdt("train", *tiny_options, f"--run.root={root}", "--run.name=r", "--train.steps=2", "--resume=auto")
+    result = forked_rdt(
+        "train", *tiny_options, f"--run.root={root}", "--run.name=r", "--train.steps=2", "--resume=auto"
+    )
     assert result.returncode == 0, result.stderr
     assert "resumed" not in result.stdout
     return root / "r"
 
 
-def test_runs_are_not_overwritten(rdt: Run, trained: Path, tiny_options: list[str]) -> None:
+def test_runs_are_not_overwritten(forked_rdt: Run, trained: Path, tiny_options: list[str]) -> None:
     before = files_below(trained)
     options = [*tiny_options, f"--run.root={trained.parent}"]
-    same = rdt("train", *options, "--run.name=r")
+    same = forked_rdt("train", *options, "--run.name=r")
     refused(same, USAGE, f"{trained} already holds checkpoints", "--resume auto", "another --run.name")
-    other = rdt("train", *options, "--run.name=s", "--resume", trained, "--model.dim=64")
+    other = forked_rdt("train", *options, "--run.name=s", "--resume", trained, "--model.dim=64")
     refused(other, FAILED, "is of another model", "dim is 32 there and 64 here", "start a new --run.name")
     assert files_below(trained) == before
     assert not (trained.parent / "s" / "checkpoints").exists()
 
 
-def test_checkpoints_that_are_none(rdt: Run, trained: Path, tmp_path: Path) -> None:
+def test_checkpoints_that_are_none(forked_rdt: Run, trained: Path, tmp_path: Path) -> None:
     for command in (["eval"], ["convert"]):
         words = [*command, tmp_path, *([tmp_path / "out"] if command == ["convert"] else [])]
-        refused(rdt(*words), FAILED, f"{tmp_path} holds no complete checkpoint", "step-NNNNNNNN")
-    refused(rdt("report", tmp_path), FAILED, f"{tmp_path} has no metrics.jsonl", "Name the directory of a run")
-    refused(rdt("eval", trained / "latest"), FAILED, "latest is a file", "Name a run directory")
+        refused(forked_rdt(*words), FAILED, f"{tmp_path} holds no complete checkpoint", "step-NNNNNNNN")
+    refused(forked_rdt("report", tmp_path), FAILED, f"{tmp_path} has no metrics.jsonl", "Name the directory of a run")
+    refused(forked_rdt("eval", trained / "latest"), FAILED, "latest is a file", "Name a run directory")
     (tmp_path / "file").write_text("kept")
     out = tmp_path / "file" / "out.json"
-    refused(rdt("eval", trained, "--sequences=2", "--loops=1", "--out", out), USAGE, str(out), "is not a directory")
+    refused(
+        forked_rdt("eval", trained, "--sequences=2", "--loops=1", "--out", out), USAGE, str(out), "is not a directory"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -203,20 +207,22 @@ def test_checkpoints_that_are_none(rdt: Run, trained: Path, tmp_path: Path) -> N
     ],
     ids=["utf-8", "empty", "short", "json", "field"],
 )
-def test_wrong_text(name: str, content: bytes, parts: list[str], rdt: Run, tmp_path: Path) -> None:
+def test_wrong_text(name: str, content: bytes, parts: list[str], forked_rdt: Run, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    refused(rdt("prep", "--sources", tmp_path / name, "--out", tmp_path / "out", "--workers=1"), FAILED, *parts)
+    refused(forked_rdt("prep", "--sources", tmp_path / name, "--out", tmp_path / "out", "--workers=1"), FAILED, *parts)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_prep_keeps_what_is_there(rdt: Run, corpus: Path, tmp_path: Path, tiny_text: Path) -> None:
+def test_prep_keeps_what_is_there(forked_rdt: Run, corpus: Path, tmp_path: Path, tiny_text: Path) -> None:
     before = files_below(corpus)
-    changed = rdt("prep", "--sources", tiny_text, "--out", corpus, "--vocab_size=300")
+    changed = forked_rdt("prep", "--sources", tiny_text, "--out", corpus, "--vocab_size=300")
     refused(changed, USAGE, "vocab_size=512, now 300", "--restart true")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("kept")
-    refused(rdt("prep", "--out", tmp_path / "notes"), USAGE, "was not written by `rdt prep`", "Choose another --out")
-    under = rdt("prep", "--sources", tiny_text, "--out", tmp_path / "notes" / "mine.txt" / "out")
+    refused(
+        forked_rdt("prep", "--out", tmp_path / "notes"), USAGE, "was not written by `rdt prep`", "Choose another --out"
+    )
+    under = forked_rdt("prep", "--sources", tiny_text, "--out", tmp_path / "notes" / "mine.txt" / "out")
     refused(under, USAGE, "mine.txt cannot be made", "Choose another --out")
     assert files_below(corpus) == before
     assert files_below(tmp_path / "notes") == {"mine.txt": b"kept"}

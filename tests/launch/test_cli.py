@@ -159,7 +159,10 @@ def test_answers_without_heavy_imports(words: list[str], repository: Path) -> No
 @pytest.mark.distributed
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("engine", ["single", "fsdp", "zero3"])
-def test_training_prints_only_its_own_lines(engine: str, rdt: Run, tmp_path: Path, tiny_options: list[str]) -> None:
+def test_training_prints_only_its_own_lines(
+    engine: str, rdt: Run, tmp_path: Path, tiny_options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")  # an engine on the CPU does not let DeepSpeed choose another device
     options = [*tiny_options, f"--run.root={tmp_path}", f"--parallel.engine={engine}", "--train.steps=4"]
     result = rdt("train", *options, "--sample.every=4", "--sample.tokens=4", timeout=180)
     assert (result.returncode, result.stderr) == (0, "")

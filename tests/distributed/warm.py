@@ -1,0 +1,19 @@
+"""Imported once by the process that ranks are forked from: what nearly every rank needs, so that a rank starts at once.
+
+Nothing here may start a thread or compute: a fork takes only the thread that forks along.
+"""
+# ruff: noqa: E402, F401
+
+import torch._dynamo  # PyTorch imports it at the first step of an optimizer
+import torch.distributed.checkpoint
+
+import launch.pretrain
+import megatron_rdt.convert.training_state
+import megatron_rdt.inference
+import megatron_rdt.parallel.fsdp
+import megatron_rdt.parallel.single
+import megatron_rdt.train.trainer
+from megatron_rdt.parallel.zero import import_deepspeed
+
+import_deepspeed()
+import deepspeed.runtime.zero.muon.muon_optimizer  # deepspeed.initialize imports it, and it the whole compiler

@@ -1,0 +1,21 @@
+"""Runs in a forked process: the command line."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from tests.distributed.processes import leave_group
+
+
+def command_line(words: Sequence[str], folder: Path, directory: Path) -> NoReturn:
+    """`rdt WORDS` in a directory, its two streams written to files `stdout` and `stderr` of a folder."""
+    from launch.cli import main
+
+    leave_group()
+    os.chdir(directory)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = ["rdt", *words]
+    raise SystemExit(main())

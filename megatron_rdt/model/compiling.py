@@ -10,7 +10,7 @@ Training alone runs compiled code. Evaluation, generation and the monitor of the
 iteration twice, run the layers as they are written.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class CompiledLayer:
         self._feed = layer.feed if isinstance(layer.feedforward, MixtureOfExperts) else None
         function = layer.run if self._feed is None else layer.attend
         # With `fullgraph`, what cannot be compiled is an error that says why, never slow code without a word.
-        self._run = torch.compile(function, backend=backend, fullgraph=True, recompile_limit=MOST_GRAPHS)
+        self._run: Callable[..., torch.Tensor] = torch.compile(function, backend=backend, fullgraph=True)
 
     def __call__(
         self,
@@ -75,6 +75,7 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     # A layer's parameters lie in buckets of DDP with those of others, and the core's gradients are not complete
     # before the last of its iterations: to cut a layer into pieces at the buckets' borders would gain nothing.
     torch._dynamo.config.optimize_ddp = False
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     for module in list(model.modules()):
         if isinstance(module, Layer):
             module.compiled = CompiledLayer(module, backend)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from megatron_rdt.model.context import LayerContext
+from megatron_rdt.model.flex import BlockwiseMask
 from megatron_rdt.model.layer import Layer
 from megatron_rdt.model.moe import MixtureOfExperts
 from megatron_rdt.model.signals import Modulation
@@ -51,6 +52,8 @@ class CompiledLayer:
         """`Layer.run` without a cache."""
         _any_number_of_sequences((x, token_values, context.tokens), 1)
         _any_number_of_sequences((*context.rotary, context.mask), 4)  # others are for all sequences
+        if isinstance(context.mask, BlockwiseMask):
+            _any_number_of_sequences((context.mask.documents, *context.mask.block_mask.as_tuple()), 2)
         _any_number_of_sequences([each for pair in modulations or () for each in pair], 1)
         x = self._run(x, context, token_values, modulations)
         return x if self._feed is None else self._feed(x, context, modulations)

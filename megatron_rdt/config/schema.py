@@ -80,7 +80,7 @@ class TrainConfig:
     z_loss: float = 0.0
     """Weight of the squared log-partition function in the loss (PaLM's z-loss); 0 means none."""
     max_nonfinite_steps: int = 10
-    """Steps in a row with a non-finite gradient (each is skipped) after which the run stops with an error."""
+    """Steps in a row with a non-finite gradient (each is skipped) after which the run stops with an error, when they are read (`logging.every`)."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ class LoggingConfig:
     """What is printed and recorded."""
 
     every: int = 10
-    """Print a console line every this many steps; metrics.jsonl gets every step."""
+    """Steps after which the records are read from the device and a console line is printed; metrics.jsonl gets one object for each step."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
     monitor_every: int = 0

@@ -69,7 +69,7 @@ class Checkpointing:
 
 def set_checkpointing(model: nn.Module, policy: int | str) -> None:
     """Run a model's loop, and with `per_layer` its layers, under a policy of `depth.checkpoint` from now on."""
-    model.core.checkpointing = Checkpointing(policy)
+    model.core.checkpointing = Checkpointing(policy)  # type: ignore[union-attr]
     for module in model.modules():
         if isinstance(module, Layer):
             module.checkpointed = policy == "per_layer"

@@ -10,13 +10,14 @@ Training alone runs compiled code. Evaluation, generation and the monitor of the
 iteration twice, run the layers as they are written.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from megatron_rdt.model.context import LayerContext
+from megatron_rdt.model.flex import BlockwiseMask
 from megatron_rdt.model.layer import Layer
 from megatron_rdt.model.moe import MixtureOfExperts
 from megatron_rdt.model.signals import Modulation
@@ -39,7 +40,7 @@ class CompiledLayer:
         self._feed = layer.feed if isinstance(layer.feedforward, MixtureOfExperts) else None
         function = layer.run if self._feed is None else layer.attend
         # With `fullgraph`, what cannot be compiled is an error that says why, never slow code without a word.
-        self._run = torch.compile(function, backend=backend, fullgraph=True, recompile_limit=MOST_GRAPHS)
+        self._run: Callable[..., torch.Tensor] = torch.compile(function, backend=backend, fullgraph=True)
 
     def __call__(
         self,
@@ -51,6 +52,8 @@ class CompiledLayer:
         """`Layer.run` without a cache."""
         _any_number_of_sequences((x, token_values, context.tokens), 1)
         _any_number_of_sequences((*context.rotary, context.mask), 4)  # others are for all sequences
+        if isinstance(context.mask, BlockwiseMask):
+            _any_number_of_sequences((context.mask.documents, *context.mask.block_mask.as_tuple()), 2)
         _any_number_of_sequences([each for pair in modulations or () for each in pair], 1)
         x = self._run(x, context, token_values, modulations)
         return x if self._feed is None else self._feed(x, context, modulations)
@@ -75,6 +78,7 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     # A layer's parameters lie in buckets of DDP with those of others, and the core's gradients are not complete
     # before the last of its iterations: to cut a layer into pieces at the buckets' borders would gain nothing.
     torch._dynamo.config.optimize_ddp = False
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     for module in list(model.modules()):
         if isinstance(module, Layer):
             module.compiled = CompiledLayer(module, backend)

@@ -154,7 +154,10 @@ def attend(
     """
     group = query.shape[1] // key.shape[1]
     if isinstance(mask, BlockwiseMask):
-        function = _flex_attention(query.is_cuda)
+        from torch.nn.attention.flex_attention import flex_attention
+
+        alone = query.is_cuda and not torch.compiler.is_compiling()  # a compiled layer compiles it with the rest
+        function = _compiled_flex_attention() if alone else flex_attention  # uncompiled it builds all scores
         return function(query, key, value, block_mask=mask.block_mask, scale=scale, enable_gqa=group > 1)
     if group > 1 and mask is not None and query.shape[2] < key.shape[2]:
         # Few queries, many keys: heads that share keys are taken for further queries of one head, since SDPA would
@@ -170,8 +173,7 @@ def attend(
 
 
 @functools.cache
-def _flex_attention(compiled: bool) -> Any:
-    """FlexAttention; uncompiled it builds all scores, which only a test on a CPU wants."""
+def _compiled_flex_attention() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention) if compiled else flex_attention
+    return torch.compile(flex_attention)

@@ -70,8 +70,8 @@ class Layer(nn.Module):
             return self.run(x, context, token_values, modulations, cache, slot)
         run = self.compiled if self.compiled is not None and self.training else self.run
         if self.checkpointed and torch.is_grad_enabled():
-            options = {"use_reentrant": False, "preserve_rng_state": False}
-            return checkpoint(run, x, context, token_values, modulations, **options)  # type: ignore[no-any-return]
+            arguments = x, context, token_values, modulations
+            return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
         return run(x, context, token_values, modulations)
 
     def run(

@@ -18,7 +18,11 @@ from megatron_rdt.errors import ConfigError
 from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer, initialize
 from megatron_rdt.model.checkpointing import set_checkpointing
 from megatron_rdt.model.compiling import compile_layers
+from megatron_rdt.model.context import LayerContext
+from megatron_rdt.model.flex import BlockwiseMask
 from megatron_rdt.model.layer import Layer
+from megatron_rdt.model.masks import attention_mask
+from megatron_rdt.model.rope import rotary_tables
 from megatron_rdt.train.trainer import train
 
 BASE = ModelConfig(
@@ -126,6 +130,28 @@ def test_parts_and_policies(case: str, uncompiled: list[str]) -> None:
     code = (Layer.attend if "experts" in options else Layer.run).__code__
     assert len(_debug_get_cache_entry_list(code)) <= 9  # layers with value embeddings and without are two kinds
     assert not counters["graph_break"]
+
+
+def test_blockwise_masks_run_one_graph(uncompiled: list[str]) -> None:
+    """What a GPU takes for documents; here without gradient, which FlexAttention has on a GPU only."""
+    model, length = build(dim=64), 160
+    compile_layers(model, backend="aot_eager")
+    layer, rotary = model.core.layers[0], rotary_tables(torch.arange(length), 16, 1e4, torch.float32)
+    for batch in (4, 3, 2, 5):
+        generator = torch.Generator().manual_seed(batch)
+        documents = (torch.rand(batch, length, generator=generator) < 0.05).cumsum(-1)
+        tokens, x = torch.zeros_like(documents), torch.randn(batch, length, 64, generator=generator)
+        masks = (
+            BlockwiseMask(length, 0, documents, torch.device("cpu")),
+            attention_mask(length, 0, 0, documents, torch.device("cpu"), None),
+        )
+        contexts = [LayerContext(rotary, mask, torch.float32, tokens) for mask in masks]
+        with torch.no_grad():
+            found = layer(x, contexts[0])
+            assert not uncompiled
+            torch.testing.assert_close(found, layer.run(x, contexts[1], None, None), rtol=1e-5, atol=1e-5)
+        uncompiled.clear()
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_what_is_no_training_runs_as_written(uncompiled: list[str]) -> None:

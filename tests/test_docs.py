@@ -19,7 +19,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(580)
 def test_the_readme_commands_run_as_written(tmp_path: Path) -> None:
     for name in ("configs", "launch"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -32,7 +32,7 @@ def test_the_readme_commands_run_as_written(tmp_path: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=560,
         check=False,
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]

@@ -2,7 +2,7 @@
 
 The processes are forked from one that has imported everything and done nothing else (Python's fork server), so they
 start in a tenth of a second where `torchrun` takes five. For tests of what ranks compute together; what a launcher does
-is tested with the launcher.
+is tested with the launcher. A rank that forks once more loses the threads of its group: start such code without one.
 
     def sums(number: int) -> float:                       # of a module, not inside another function
         tensor = torch.tensor(float(number + dist.get_rank()))

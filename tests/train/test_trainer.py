@@ -224,8 +224,9 @@ def test_a_stop_that_came_before_the_trainer_counts(configure: Configure, tmp_pa
 def test_a_step_does_not_count_what_came_between(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pause = 0.5
-    monkeypatch.setattr(trainer.Trainer, "_evaluate", lambda self: time.sleep(pause))
+    pause, slept, clock = 1000.0, [0.0], time.perf_counter
+    monkeypatch.setattr(trainer.Trainer, "_evaluate", lambda self: slept.append(pause))
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + sum(slept))
     assert trainer.train(configure(f"--run.root={tmp_path}", "--eval.every=4", "--train.steps=6")) == 0
     after = read(tmp_path / "run" / "metrics.jsonl")[4]
     assert after["step"] == 5

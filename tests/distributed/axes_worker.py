@@ -143,6 +143,8 @@ def compare_all(cases: list[Case]) -> dict[str, dict[str, float]]:
     torch.set_default_dtype(torch.float64)
     tokens = torch.randint(0, 64, (SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(1))
     return {
-        f"{parallel} {model} {precision}": compare(ParallelConfig("fsdp", **parallel), model, precision, tokens)
+        f"{parallel} {model} {precision}": compare(
+            ParallelConfig(**{"engine": "fsdp", **parallel}), model, precision, tokens
+        )
         for parallel, model, precision in cases
     }

@@ -16,17 +16,23 @@ from megatron_rdt.parallel import Engine, MicroBatch, engine, make_engine
 MODEL = ModelConfig(vocab_size=61, dim=32, core_layers=2, heads=4, kv_heads=2, ffn_dim=48)
 # T of each sequence; ranks have other numbers of them in most passes.
 DEPTHS = (9, 1, 4, 7, 2, 8, 1, 1)
+SAME = (5,) * 8
+ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {"engine": "ddp"},
+    "fsdp": {"engine": "fsdp"},
+    "fsdp per_layer": {"engine": "fsdp", "core_gather": "per_layer"},
+}
 CASES = ((None, "none"), (2, "per_iteration"), (3, "per_layer"))
 
 
-def build(name: str, compiled: bool) -> Engine:
+def build(parallel: dict[str, Any], compiled: bool) -> Engine:
     config = RunConfig(
         model=MODEL,
         train=TrainConfig(global_batch=8, micro_batch=2, compile="layers" if compiled else "none"),
-        parallel=ParallelConfig(engine=name),  # type: ignore[arg-type]
+        parallel=ParallelConfig(**parallel),
     )
     made = make_engine(config, torch.device("cpu"))
-    if name == "single":  # sees everything, also inside a process group
+    if parallel["engine"] == "single":  # sees everything, also inside a process group
         made.rank, made.world_size = 0, 1
     with torch.device("meta"):
         model = RecurrentDepthTransformer(config.model)
@@ -34,10 +40,10 @@ def build(name: str, compiled: bool) -> Engine:
     return made
 
 
-def parts(tokens: torch.Tensor, made: Engine, k: int | None) -> list[MicroBatch]:
+def parts(tokens: torch.Tensor, made: Engine, k: int | None, depths: tuple[int, ...]) -> list[MicroBatch]:
     share = len(tokens) // made.world_size
     places = range(made.rank * share, (made.rank + 1) * share, 2)
-    return [MicroBatch(tokens[at : at + 2], DepthPlan(DEPTHS[at : at + 2], k)) for at in places]
+    return [MicroBatch(tokens[at : at + 2], DepthPlan(depths[at : at + 2], k)) for at in places]
 
 
 def check() -> dict[str, Any]:
@@ -45,13 +51,14 @@ def check() -> dict[str, Any]:
     engine.compile_layers = functools.partial(compile_layers, backend="aot_eager")  # a C++ compiler would take long
     tokens = torch.randint(0, 61, (8, 17), generator=torch.Generator().manual_seed(1))
     verdict: dict[str, Any] = {}
-    for name in ("ddp", "fsdp"):
+    for name, parallel in ENGINES.items():
+        depths = SAME if "core_gather" in parallel else DEPTHS
         torch._dynamo.reset()
         counters.clear()
-        made, single, worst = build(name, True), build("single", False), 0.0
+        made, single, worst = build(parallel, True), build({"engine": "single"}, False), 0.0
         for k, policy in CASES:
             set_checkpointing(made.model, policy)
-            losses = [each.forward_backward(parts(tokens, each, k))["objective"] for each in (made, single)]
+            losses = [each.forward_backward(parts(tokens, each, k, depths))["objective"] for each in (made, single)]
             gradients, expected = made.full_gradients(), single.full_gradients()
             assert set(gradients) == set(expected)
             pairs = [(losses[0], losses[1]), *((gradients[key], expected[key]) for key in expected)]

@@ -49,6 +49,7 @@ CASES: dict[str, list[Case]] = {
         case("mla", core_gather="per_iteration", replicate=2),
         case("plain", core_gather="per_layer", reshard_after_forward=False, reduce="per_micro_batch"),
         case("plain", reduce="per_micro_batch"),
+        case("parts", engine="ddp", reduce="per_micro_batch"),
     ],
 }
 
@@ -63,7 +64,7 @@ def test_every_arrangement_equals_one_process(group: str) -> None:
             model=MODELS[model],
             depth=DepthConfig(per="step" if same else "sequence"),
             train=TrainConfig(global_batch=SEQUENCES, micro_batch=1, sequence_length=LENGTH, precision=precision),  # type: ignore[arg-type]
-            parallel=ParallelConfig("fsdp", **parallel),
+            parallel=ParallelConfig(**{"engine": "fsdp", **parallel}),
         )
         check_config(config, PROCESSES)  # what is compared is what a run may be
     verdict, *_ = run_on_processes(compare_all, PROCESSES, CASES[group], timeout=290)

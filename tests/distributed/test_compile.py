@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.distributed.compile_worker import check
+from tests.distributed.compile_worker import ENGINES, check
 from tests.distributed.processes import run_on_processes
 
 
@@ -10,7 +10,7 @@ from tests.distributed.processes import run_on_processes
 @pytest.mark.timeout(290)
 def test_compiled_layers_equal_one_process() -> None:
     verdict = run_on_processes(check, 2, timeout=280)[0]
-    assert set(verdict) == {"ddp", "fsdp"}
+    assert set(verdict) == set(ENGINES)
     for name, found in verdict.items():
         assert found["worst"] < 3e-5, name
         assert found["graphs"] <= 6, "four for a layer; one that is a unit of FSDP2 is of another class"

@@ -1,0 +1,178 @@
+"""Weights, gradients and optimizer state of one process over a step, as each engine holds and gathers them."""
+
+from megatron_rdt.config import RunConfig
+from megatron_rdt.config.layout import Layout
+from megatron_rdt.planner.ledger import Ledger
+from megatron_rdt.planner.parameters import FLOAT32, ROOT, Parameter, moments
+
+WEIGHTS, OPTIMIZER, GRADIENTS = "weights", "optimizer", "gradients"
+CORE, OTHER, BUFFERS, UNREDUCED = "gathered core", "other gathered units", "buffers", "unreduced gradients"
+
+
+class Weights:
+    """Unsharded: every process has all (engines single and ddp)."""
+
+    def __init__(
+        self, config: RunConfig, layout: Layout, parameters: tuple[Parameter, ...], ledger: Ledger
+    ) -> None:
+        self.config, self.layout, self.parameters, self.ledger = config, layout, parameters, ledger
+        self.first = self.last = True
+        self.pending: set[str] = set()
+
+    def size(self, prefix: str) -> float:
+        """Bytes of the parameters whose names begin so, once gathered."""
+        return FLOAT32 * sum(p.local(self.layout) for p in self.parameters if p.name.startswith(prefix))
+
+    def unit(self, unit: str) -> list[Parameter]:
+        """Parameters of a unit."""
+        return [p for p in self.parameters if p.unit == unit]
+
+    def start(self) -> None:
+        """What is held all the time."""
+        every = FLOAT32 * sum(p.local(self.layout) for p in self.parameters)
+        state = FLOAT32 * sum(moments(p, self.config.optimizer) * p.size for p in self.parameters)
+        self.ledger.hold(WEIGHTS, every)
+        self.ledger.hold(OPTIMIZER, state)
+        if self.config.parallel.engine == "ddp":
+            self.ledger.hold(BUFFERS, every)  # its buckets
+
+    def begin(self, first: bool, last: bool) -> None:
+        """A micro-batch begins."""
+        self.first, self.last = first, last
+        self.pending = {p.name for p in self.parameters}
+
+    def before(self, unit: str, backward: bool = False) -> None:
+        """A unit's pass begins."""
+
+    def after(self, unit: str) -> None:
+        """A unit's forward pass has ended."""
+
+    def gradient(self, *prefixes: str) -> None:
+        """The gradients of the parameters whose names begin so are there."""
+        done = {name for name in self.pending if name.startswith(prefixes)}
+        self.pending -= done
+        size = FLOAT32 * sum(p.local(self.layout) for p in self.parameters if p.name in done)
+        self.appear(size, looped=any(name.startswith("core.") for name in done))
+
+    def appear(self, size: float, looped: bool) -> None:
+        """Gradients of `size` bytes are there; those of the loop are summed before they are added to earlier ones."""
+        if self.first:
+            self.ledger.hold(GRADIENTS, size)
+        elif looped:
+            self.ledger.hold(UNREDUCED, size)
+
+    def largest(self, unit: str, part: str, again: bool = False) -> float:
+        """Bytes of the weight gradients that are on their way in a part, beside what holds their sum."""
+        own = [p for p in self.parameters if p.name.startswith(f"{unit}.{part}")]
+        routed = FLOAT32 * sum(p.local(self.layout) for p in own if p.routed)
+        if routed:  # each expert's own until all are there, and one stack of them
+            return routed * (4 / 3 if again else 1 / 3)
+        biggest = max((p.local(self.layout) for p in own), default=0)
+        rounding = 1.0 if self.config.train.precision == "bfloat16" else 0.0
+        return FLOAT32 * biggest * ((1.0 if again or not self.first else 0.0) + rounding)
+
+    def reduce(self, unit: str) -> None:
+        """A unit's backward pass has ended."""
+        if unit == "core":
+            self.ledger.look("backward, the loop's gradients")
+            self.ledger.free(UNREDUCED)
+
+    def finish(self) -> None:
+        """Clip and step."""
+        biggest = max(FLOAT32 * p.size for p in self.parameters)
+        muon = self.config.optimizer.name == "muon"
+        self.ledger.look("the optimizer", working_memory=4 * biggest if muon else 0.0)
+        self.ledger.free(GRADIENTS)
+
+
+class ShardedWeights(Weights):
+    """FSDP2: units are gathered before their passes and reduced after their backward pass."""
+
+    def __init__(
+        self, config: RunConfig, layout: Layout, parameters: tuple[Parameter, ...], ledger: Ledger
+    ) -> None:
+        super().__init__(config, layout, parameters, ledger)
+        self.ranks = layout.shard * layout.context
+        self.gathered: set[str] = set()
+        self.buffer = 0.0  # what the last gather received, held until the next
+        self.sending = 0.0  # what the last reduction sent, held until the next
+
+    def start(self) -> None:
+        """Shards."""
+        shards = {p.name: FLOAT32 * p.padded_shard(self.layout, self.ranks) for p in self.parameters}
+        self.ledger.hold(WEIGHTS, sum(shards.values()))
+        self.ledger.hold(
+            OPTIMIZER, sum(moments(p, self.config.optimizer) * shards[p.name] for p in self.parameters)
+        )
+
+    def whole(self, unit: str) -> float:
+        """Bytes of a unit, gathered."""
+        return FLOAT32 * sum(self.ranks * p.padded_shard(self.layout, self.ranks) for p in self.unit(unit) if not self._stays(p))
+
+    def shard(self, unit: str) -> float:
+        """Bytes of a process's shard of a unit."""
+        return FLOAT32 * sum(p.padded_shard(self.layout, self.ranks) for p in self.unit(unit) if not self._stays(p))
+
+    def _stays(self, parameter: Parameter) -> bool:
+        return self.layout.expert > 1 and parameter.routed
+
+    def before(self, unit: str, backward: bool = False) -> None:
+        """Gather it."""
+        if unit in self.gathered:
+            return
+        size = self.whole(unit)
+        self.gathered.add(unit)
+        self.ledger.free(BUFFERS, self.buffer)
+        self.ledger.hold(BUFFERS, size)
+        self.ledger.hold(CORE if unit == "core" else OTHER, size)
+        self.buffer = size
+        self.ledger.look("gathering")
+        if backward:
+            self.ledger.free(BUFFERS, size)
+            self.buffer = 0.0
+
+    def after(self, unit: str) -> None:
+        """Free the gathered weights, unless they are kept for the backward pass."""
+        if self.config.parallel.reshard_after_forward:
+            self._free(unit)
+
+    def _free(self, unit: str) -> None:
+        self.gathered.discard(unit)
+        self.ledger.free(CORE if unit == "core" else OTHER, self.whole(unit))
+
+    def appear(self, size: float, looped: bool) -> None:
+        """Unsharded gradients."""
+        if self.first or self._reduces_always:
+            self.ledger.hold(UNREDUCED, size)
+        elif looped:
+            self.ledger.hold(GRADIENTS, size)
+
+    @property
+    def _reduces_always(self) -> bool:
+        return self.config.parallel.reduce == "per_micro_batch"
+
+    def reduce(self, unit: str) -> None:
+        """Free the gathered weights; send the gradients off."""
+        whole, shard = self.whole(unit), self.shard(unit)
+        self.ledger.look(f"backward, {unit}")
+        self._free(unit)
+        if not (self.last or self._reduces_always):
+            return
+        self.ledger.free(BUFFERS, self.sending)
+        self.ledger.hold(BUFFERS, whole)
+        self.sending = whole
+        self.ledger.look("reducing")
+        self.ledger.free(UNREDUCED, whole)
+        self.ledger.hold(GRADIENTS, shard)
+        self.ledger.look("reducing")
+        if unit == ROOT:
+            self.ledger.free(BUFFERS)
+            self.buffer = self.sending = 0.0
+
+
+def make_weights(
+    config: RunConfig, layout: Layout, parameters: tuple[Parameter, ...], ledger: Ledger
+) -> Weights:
+    """What the run's engine does with its weights."""
+    kind = ShardedWeights if config.parallel.engine == "fsdp" else Weights
+    return kind(config, layout, parameters, ledger)

@@ -6,62 +6,129 @@ depend on what the C library keeps of freed blocks, on other threads' buffers or
 """
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity
+
+from megatron_rdt.config import RunConfig
+from megatron_rdt.depth import DepthPlan
+from megatron_rdt.model import RecurrentDepthTransformer
+from megatron_rdt.parallel import Engine, MicroBatch, make_engine
+from megatron_rdt.parallel.counting import count_step, totals
+
+# What a collective allocates for itself, a thread of its own frees unseen: it counts until the operator returns.
+COLLECTIVES, NEVER = "c10d::", -1
+WARM_UP = 2  # steps that set things up: optimizer state, DDP's buckets, ZeRO-3's trace of the model
 
 
-@dataclass
 class Allocations:
-    """Of the code that ran within `watch_allocations`.
+    """Peaks of memory within `watch_allocations`, counted from its start.
 
     Attributes:
-        peak: largest number of bytes that were allocated there and not yet freed.
-        left: bytes that were not freed at its end.
+        peaks: bytes, by the name of the `window`.
     """
 
-    peak: int = 0
-    left: int = 0
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.peaks: dict[str, int] = {}
+        self.before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+    @contextmanager
+    def window(self, name: str) -> Iterator[None]:
+        """Keep the peak within as `peaks[name]`; on the CPU it is there after `watch_allocations`."""
+        if self.device.type != "cuda":
+            self.peaks[name] = 0
+            with torch.autograd.profiler.record_function(name):
+                yield
+            return
+        torch.cuda.reset_peak_memory_stats(self.device)
+        yield
+        self.peaks[name] = torch.cuda.max_memory_allocated(self.device) - self.before
+
+    def replay(self, roots: list[Any]) -> None:
+        """Read the peaks off a profile's events, each with its children."""
+        kinds = torch._C._profiler._EventType
+        blocks, bounds = [], {}
+        left: list[tuple[Any, int]] = [(root, NEVER) for root in roots]
+        while left:
+            event, until = left.pop()
+            if event.name.startswith(COLLECTIVES):
+                until = event.end_time_ns
+            left += [(child, until) for child in event.children]
+            if event.tag == kinds.Allocation and event.extra_fields.device.type == "cpu":
+                place, size = event.extra_fields.ptr, event.extra_fields.alloc_size
+                blocks.append((event.start_time_ns, place, size))
+                if size > 0 and until != NEVER:
+                    blocks.append((until, place, -size))
+            elif event.name in self.peaks:
+                bounds[event.name] = event.start_time_ns, event.end_time_ns
+        sizes: dict[int, int] = {}
+        total = 0
+        for when, place, size in sorted(blocks, key=lambda block: block[0]):
+            total -= sizes.pop(place, 0)
+            if size > 0:
+                sizes[place] = size
+                total += size
+            for name, (start, end) in bounds.items():
+                if start <= when <= end:
+                    self.peaks[name] = max(self.peaks[name], total)
 
 
 @contextmanager
 def watch_allocations(device: torch.device) -> Iterator[Allocations]:
     """Watch the memory that this thread, and its backward passes, allocate on `device`."""
-    result = Allocations()
     gc.collect()
+    allocations = Allocations(device)
     if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        yield result
-        result.peak = torch.cuda.max_memory_allocated(device) - before
-        result.left = torch.cuda.memory_allocated(device) - before
+        yield allocations
         return
-    with torch.autograd.profiler.profile(
-        profile_memory=True, use_kineto=True, use_device=None
-    ) as profile:
-        yield result
-    _sum_up(profile.kineto_results.experimental_event_tree(), result)
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        yield allocations
+    allocations.replay(profile.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
 
 
-def _sum_up(roots: list[Any], result: Allocations) -> None:
-    """Replay the allocations of the CPU in their order."""
-    events, left = [], list(roots)
-    while left:
-        event = left.pop()
-        left += event.children
-        if event.tag == torch._C._profiler._EventType.Allocation and event.extra_fields.device.type == "cpu":
-            events.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
-    sizes: dict[int, int] = {}
-    total = 0
-    for _, place, size in sorted(events, key=lambda event: event[0]):
-        # A block that another thread freed is known to be free when its place is given out again.
-        total -= sizes.pop(place, 0)
-        if size > 0:
-            sizes[place] = size
-            total += size
-        result.peak = max(result.peak, total)
-    result.left = total
+@dataclass(frozen=True)
+class Measured:
+    """Of one step of one process.
+
+    Attributes:
+        loops: T.
+        peak: bytes, weights and optimizer state included.
+        sent: (calls, bytes) by phase and kind of collective.
+    """
+
+    loops: int
+    peak: int
+    sent: dict[str, tuple[int, int]]
+
+
+def measure_steps(config: RunConfig, device: torch.device, loops: Sequence[int]) -> list[Measured]:
+    """Build the run's engine on this process, one of those that have joined, and take steps at several T."""
+    k = None if config.depth.backprop == "all" else int(config.depth.backprop)
+    sent = []
+    with watch_allocations(device) as allocations:
+        engine = make_engine(config, device)
+        with torch.device("meta"):
+            model = RecurrentDepthTransformer(config.model)
+        engine.setup(model)
+        for _ in range(WARM_UP):
+            _step(engine, 1, k)
+        for number, t in enumerate(loops):
+            with allocations.window(f"step {number}"):
+                sent.append(_step(engine, t, k))
+    del engine, model
+    peaks = [allocations.peaks[f"step {number}"] for number in range(len(loops))]
+    return [Measured(t, peak, each) for t, peak, each in zip(loops, peaks, sent)]
+
+
+def _step(engine: Engine, loops: int, k: int | None) -> dict[str, tuple[int, int]]:
+    """One optimizer step on random tokens; what it sent."""
+    train, model = engine.config.train, engine.config.model
+    shape = (train.micro_batch, train.sequence_length + 1)
+    plan = DepthPlan((loops,) * train.micro_batch, k)
+    number = train.global_batch // (engine.layout.data * train.micro_batch)
+    batch = [MicroBatch(torch.randint(0, model.vocab_size, shape), plan) for _ in range(number)]
+    return totals(count_step(engine, batch))

@@ -72,7 +72,7 @@ class Replay:
         self.policy = Policy(config.depth.checkpoint)
         self.ledger = Ledger()
         self.parameters = parameters_of(config.model)
-        self.weights: Weights = make_weights(config, layout, self.parameters, self.ledger)
+        self.weights: Weights = make_weights(config, layout, self.parameters, self.ledger, gpu)
         self.micro_batches = config.train.global_batch // (layout.data * config.train.micro_batch)
 
     def run(self) -> Memory:
@@ -80,7 +80,8 @@ class Replay:
         ledger, config = self.ledger, self.config
         self.weights.start()
         for number in range(min(self.micro_batches, 2)):
-            self.weights.begin(first=number == 0, last=number == self.micro_batches - 1 or number == 1)
+            last = number == self.micro_batches - 1 or number == 1
+            self.weights.begin(first=number == 0, last=last, summed=self.depth.with_grad > 1)
             ledger.hold("batch", 3 * INT64 * config.train.micro_batch * config.train.sequence_length)
             self._forward()
             self._backward()
@@ -153,6 +154,7 @@ class Replay:
 
     def _backward(self) -> None:
         shape, ledger, weights = self.shape, self.ledger, self.weights
+        weights.before(ROOT, backward=True)
         features = self._codas * shape.rounded(shape.model.dim)
         ledger.look("backward, the loss", loss=self._matrix + features)
         ledger.free(OUTSIDE, self._codas * loss_kept(shape))

@@ -3,7 +3,7 @@
 from megatron_rdt.config import RunConfig
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.planner.ledger import Ledger
-from megatron_rdt.planner.parameters import FLOAT32, ROOT, Parameter, moments
+from megatron_rdt.planner.parameters import FLOAT32, ROOT, Parameter, moments, units_of
 
 WEIGHTS, OPTIMIZER, GRADIENTS = "weights", "optimizer", "gradients"
 CORE, OTHER, BUFFERS, UNREDUCED = "gathered core", "other gathered units", "buffers", "unreduced gradients"
@@ -13,10 +13,10 @@ class Weights:
     """Unsharded: every process has all (engines single and ddp)."""
 
     def __init__(
-        self, config: RunConfig, layout: Layout, parameters: tuple[Parameter, ...], ledger: Ledger
+        self, config: RunConfig, layout: Layout, parameters: tuple[Parameter, ...], ledger: Ledger, gpu: bool
     ) -> None:
         self.config, self.layout, self.parameters, self.ledger = config, layout, parameters, ledger
-        self.first = self.last = True
+        self.first = self.last = self.summed = True
         self.pending: set[str] = set()
 
     def size(self, prefix: str) -> float:
@@ -36,9 +36,9 @@ class Weights:
         if self.config.parallel.engine == "ddp":
             self.ledger.hold(BUFFERS, every)  # its buckets
 
-    def begin(self, first: bool, last: bool) -> None:
-        """A micro-batch begins."""
-        self.first, self.last = first, last
+    def begin(self, first: bool, last: bool, summed: bool) -> None:
+        """A micro-batch begins; `summed` says whether the core's gradients are sums over iterations."""
+        self.first, self.last, self.summed = first, last, summed
         self.pending = {p.name for p in self.parameters}
 
     def before(self, unit: str, backward: bool = False) -> None:
@@ -52,7 +52,7 @@ class Weights:
         done = {name for name in self.pending if name.startswith(prefixes)}
         self.pending -= done
         size = FLOAT32 * sum(p.local(self.layout) for p in self.parameters if p.name in done)
-        self.appear(size, looped=any(name.startswith("core.") for name in done))
+        self.appear(size, looped=self.summed and any(name.startswith("core.") for name in done))
 
     def appear(self, size: float, looped: bool) -> None:
         """Gradients of `size` bytes are there; those of the loop are summed before they are added to earlier ones."""
@@ -66,7 +66,7 @@ class Weights:
         own = [p for p in self.parameters if p.name.startswith(f"{unit}.{part}")]
         routed = FLOAT32 * sum(p.local(self.layout) for p in own if p.routed)
         if routed:  # each expert's own until all are there, and one stack of them
-            return routed * (4 / 3 if again else 1 / 3)
+            return routed * 4 / 3
         biggest = max((p.local(self.layout) for p in own), default=0)
         rounding = 1.0 if self.config.train.precision == "bfloat16" else 0.0
         return FLOAT32 * biggest * ((1.0 if again or not self.first else 0.0) + rounding)
@@ -89,13 +89,14 @@ class ShardedWeights(Weights):
     """FSDP2: units are gathered before their passes and reduced after their backward pass."""
 
     def __init__(
-        self, config: RunConfig, layout: Layout, parameters: tuple[Parameter, ...], ledger: Ledger
+        self, config: RunConfig, layout: Layout, parameters: tuple[Parameter, ...], ledger: Ledger, gpu: bool
     ) -> None:
-        super().__init__(config, layout, parameters, ledger)
+        super().__init__(config, layout, parameters, ledger, gpu)
         self.ranks = layout.shard * layout.context
         self.gathered: set[str] = set()
-        self.buffer = 0.0  # what the last gather received, held until the next
+        self.buffer, self.fetched = 0.0, ""  # what the last gather received, held until the next, and whose
         self.sending = 0.0  # what the last reduction sent, held until the next
+        self.copies = 0.0 if gpu else 1.0  # gloo copies what it sends
 
     def start(self) -> None:
         """Shards."""
@@ -109,6 +110,10 @@ class ShardedWeights(Weights):
         """Bytes of a unit, gathered."""
         return FLOAT32 * sum(self.ranks * p.padded_shard(self.layout, self.ranks) for p in self.unit(unit) if not self._stays(p))
 
+    def size_of_unit(self, unit: str) -> float:
+        """Bytes of a unit's gradients before they are reduced."""
+        return FLOAT32 * sum(p.local(self.layout) for p in self.unit(unit) if not self._stays(p))
+
     def shard(self, unit: str) -> float:
         """Bytes of a process's shard of a unit."""
         return FLOAT32 * sum(p.padded_shard(self.layout, self.ranks) for p in self.unit(unit) if not self._stays(p))
@@ -117,19 +122,30 @@ class ShardedWeights(Weights):
         return self.layout.expert > 1 and parameter.routed
 
     def before(self, unit: str, backward: bool = False) -> None:
-        """Gather it."""
-        if unit in self.gathered:
-            return
-        size = self.whole(unit)
-        self.gathered.add(unit)
+        """Gather it, in the backward pass before it is needed: while the unit that comes before it runs."""
+        if unit not in self.gathered:
+            size = self.whole(unit)
+            if unit != self.fetched:
+                self._receive(unit)
+            self.ledger.hold(CORE if unit == "core" else OTHER, size)
+            self.gathered.add(unit)
+            self.ledger.look(f"gathering {unit}")
+        if backward and unit == self.fetched:
+            self._receive("")
+        if backward and self.following(unit) not in self.gathered:
+            self._receive(self.following(unit))
+
+    def _receive(self, unit: str) -> None:
+        """Make the buffer of a gather in place of the last one's; "" makes none."""
         self.ledger.free(BUFFERS, self.buffer)
-        self.ledger.hold(BUFFERS, size)
-        self.ledger.hold(CORE if unit == "core" else OTHER, size)
-        self.buffer = size
-        self.ledger.look("gathering")
-        if backward:
-            self.ledger.free(BUFFERS, size)
-            self.buffer = 0.0
+        self.buffer, self.fetched = self.whole(unit), unit
+        self.ledger.hold(BUFFERS, self.buffer)
+        self.ledger.look(f"gathering {unit}", buffers=self.copies * self.buffer)
+
+    def following(self, unit: str) -> str:
+        """The unit whose backward pass comes next; after the first layer's the root's."""
+        order = [ROOT, *units_of(self.config.model), ROOT]
+        return order[order.index(unit) - 1]
 
     def after(self, unit: str) -> None:
         """Free the gathered weights, unless they are kept for the backward pass."""
@@ -161,18 +177,18 @@ class ShardedWeights(Weights):
         self.ledger.free(BUFFERS, self.sending)
         self.ledger.hold(BUFFERS, whole)
         self.sending = whole
-        self.ledger.look("reducing")
-        self.ledger.free(UNREDUCED, whole)
+        self.ledger.look(f"reducing {unit}")
+        self.ledger.free(UNREDUCED, self.size_of_unit(unit))
         self.ledger.hold(GRADIENTS, shard)
-        self.ledger.look("reducing")
+        self.ledger.look(f"reducing {unit}", buffers=self.copies * whole)
         if unit == ROOT:
             self.ledger.free(BUFFERS)
             self.buffer = self.sending = 0.0
 
 
 def make_weights(
-    config: RunConfig, layout: Layout, parameters: tuple[Parameter, ...], ledger: Ledger
+    config: RunConfig, layout: Layout, parameters: tuple[Parameter, ...], ledger: Ledger, gpu: bool
 ) -> Weights:
     """What the run's engine does with its weights."""
     kind = ShardedWeights if config.parallel.engine == "fsdp" else Weights
-    return kind(config, layout, parameters, ledger)
+    return kind(config, layout, parameters, ledger, gpu)

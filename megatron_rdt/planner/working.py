@@ -56,10 +56,10 @@ def loss_forward(shape: Shape, tokens: float) -> float:
     chunk = min(tokens, max(CHUNK_ELEMENTS // rows, 1)) * rows
     several = tokens * rows > CHUNK_ELEMENTS
     copies = 3.0 if several else 2.0  # logits, their gradient; those of the chunk before while the next are made
-    working = FLOAT32 * chunk * copies
+    working = FLOAT32 * chunk * (copies + (2 if model.logit_softcap else 0))
     if shape.compute < FLOAT32:
-        working += rows * model.dim * shape.compute * 2  # the rounded matrix, and a chunk's gradient of it
-        working += 0 if several else shape.compute * chunk
-    if model.logit_softcap:
-        working += 2 * FLOAT32 * chunk
+        matrix, logits = rows * model.dim, FLOAT32 * chunk * (copies - 1)
+        # The rounded matrix; then a chunk's gradient of it, which the CPU widens before it is added.
+        added = shape.compute * (chunk + matrix) + (0 if shape.gpu else FLOAT32 * matrix)
+        working = shape.compute * matrix + max(working + shape.compute * chunk * (not several), logits + added)
     return working + shape.compute * tokens * model.dim  # the features

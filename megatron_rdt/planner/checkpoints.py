@@ -1,11 +1,7 @@
 """What each policy of `depth.checkpoint` keeps of the loop, and how much of it is computed again."""
 
-from megatron_rdt.planner.activations import (
-    attention_kept,
-    feedforward_kept,
-    injection_kept,
-    layer_kept,
-)
+from megatron_rdt.config import ModelConfig
+from megatron_rdt.planner.activations import injection_kept, layer_kept
 from megatron_rdt.planner.shape import FLOAT32, Shape
 from megatron_rdt.planner.working import attention_widths
 
@@ -31,6 +27,15 @@ class Policy:
         size = int(self.name) if str(self.name).isdigit() else 1
         whole, rest = divmod(iterations, size)
         return [size] * whole + [rest] * bool(rest)
+
+    def spared_sums(self, model: ModelConfig, iterations: int) -> int:
+        """Sums over tensor-parallel processes that are not made again: the last of a segment, if nothing keeps it."""
+        if not self.recompute or model.norm_placement != "pre":
+            return 0
+        if self.every_layer:
+            return iterations * model.core_layers + model.prelude_layers + model.coda_layers
+        keeps = model.core_norm == "iteration" or "lora" in model.signals or model.injection == "hyper"
+        return 0 if keeps else len(self.segments(iterations))
 
     def kept(self, shape: Shape, iterations: int) -> float:
         """Bytes that a segment keeps between forward and backward."""
@@ -77,5 +82,3 @@ def products_kept(shape: Shape) -> float:
         feedforward += shape.rounded(2 * model.shared_width / shape.layout.tensor + wide)
     return model.core_layers * (attention + feedforward)
 
-
-__all__ = ["Policy", "attention_kept", "feedforward_kept", "iteration_kept", "products_kept"]

@@ -14,14 +14,14 @@ from megatron_rdt.parallel.optimizers import decays
 from megatron_rdt.parallel.tensor import split_dimension
 from megatron_rdt.planner.checkpoints import Policy
 from megatron_rdt.planner.memory import Depth
-from megatron_rdt.planner.parameters import FLOAT32, Parameter, parameters_of, units_of
+from megatron_rdt.planner.parameters import FLOAT32, Parameter, core_units, parameters_of, units_of
 from megatron_rdt.planner.shape import Shape
+from megatron_rdt.planner.weights import ZERO_BUCKET
 
 GATHER, SCATTER, REDUCE, EXCHANGE = "all-gather", "reduce-scatter", "all-reduce", "alltoall_base_"
 FLOAT64 = INT64 = 8
 # DistributedDataParallel closes its first bucket at 1 MiB and the others at 25 MiB.
 DDP_FIRST, DDP_BUCKET = 1 << 20, 25 << 20
-ZERO_BUCKET = 500_000_000  # numbers, DeepSpeed's own default
 ZERO_ALIGNMENT = 2
 
 
@@ -89,19 +89,6 @@ def _ddp(config: RunConfig, number: int) -> Iterator[Sent]:
     yield Sent("backward", REDUCE, "which parameters were used", reductions, reductions * used, "world")
 
 
-def core_units(config: RunConfig) -> dict[str, tuple[Parameter, ...]]:
-    """The core's parameters by the units that `parallel.core_gather` makes; "" is what is gathered once."""
-    core = tuple(p for p in parameters_of(config.model) if p.unit == "core")
-    if config.parallel.core_gather == "once":
-        return {"": core}
-    inner = tuple(p for p in core if p.name.startswith("core.layers."))
-    units = {"": tuple(p for p in core if p not in inner)}
-    if config.parallel.core_gather == "per_iteration":
-        return units | {"layers": inner}
-    names = [f"core.layers.{i}." for i in range(config.model.core_layers)]
-    return units | {name: tuple(p for p in inner if p.name.startswith(name)) for name in names}
-
-
 def _fsdp(config: RunConfig, layout: Layout, depth: Depth, number: int) -> Iterator[Sent]:
     """Gathers and reductions of parameters."""
     ranks, parameters = layout.shard * layout.context, parameters_of(config.model)
@@ -123,7 +110,9 @@ def _fsdp(config: RunConfig, layout: Layout, depth: Depth, number: int) -> Itera
             units.append((name, size, 1, 0 if name == "root" or kept else 1, reductions))
             continue
         for inner, group in core_units(config).items():
-            forward, backward = (depth.loops, depth.with_grad) if inner and not kept else (1, int(not kept))
+            forward, backward = (depth.loops, depth.with_grad) if inner else (1, 1)
+            if kept:  # only what the backward pass has freed is gathered again
+                forward, backward = 1, backward - 1
             # FSDP2 fetches what it expects next, also of the last iteration without gradient.
             backward += inner == last_layer and len(core_units(config)) > 2 and depth.loops > depth.with_grad > 0
             # What earlier micro-batches left is reduced when the first iteration's backward pass ends.

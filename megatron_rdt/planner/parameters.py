@@ -6,7 +6,7 @@ from math import prod
 
 import torch
 
-from megatron_rdt.config import ModelConfig, OptimizerConfig
+from megatron_rdt.config import ModelConfig, OptimizerConfig, RunConfig
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel.optimizers import by_muon
@@ -89,6 +89,19 @@ def units_of(config: ModelConfig) -> list[str]:
     """The units in the order of a forward pass, the root, which comes first, left out."""
     prelude = [f"prelude.{i}" for i in range(config.prelude_layers)]
     return [*prelude, "core", *(f"coda.{i}" for i in range(config.coda_layers))]
+
+
+def core_units(config: RunConfig) -> dict[str, tuple[Parameter, ...]]:
+    """The core's parameters by the units that `parallel.core_gather` makes; "" is what is gathered once."""
+    core = tuple(p for p in parameters_of(config.model) if p.unit == "core")
+    if config.parallel.core_gather == "once":
+        return {"": core}
+    inner = tuple(p for p in core if p.name.startswith("core.layers."))
+    units = {"": tuple(p for p in core if p not in inner)}
+    if config.parallel.core_gather == "per_iteration":
+        return units | {"layers": inner}
+    names = [f"core.layers.{i}." for i in range(config.model.core_layers)]
+    return units | {name: tuple(p for p in inner if p.name.startswith(name)) for name in names}
 
 
 def part_sizes(config: ModelConfig) -> dict[str, int]:

@@ -3,9 +3,10 @@
 from megatron_rdt.config import RunConfig
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.planner.ledger import Ledger
-from megatron_rdt.planner.parameters import FLOAT32, ROOT, Parameter, moments, units_of
+from megatron_rdt.planner.parameters import FLOAT32, ROOT, Parameter, core_units, moments, units_of
 
 WEIGHTS, OPTIMIZER, GRADIENTS = "weights", "optimizer", "gradients"
+ZERO_BUCKET = 500_000_000  # numbers, DeepSpeed's own default
 CORE, OTHER, BUFFERS, UNREDUCED = "gathered core", "other gathered units", "buffers", "unreduced gradients"
 
 
@@ -106,6 +107,16 @@ class ShardedWeights(Weights):
             OPTIMIZER, sum(moments(p, self.config.optimizer) * shards[p.name] for p in self.parameters)
         )
 
+    def at_once(self, unit: str) -> float:
+        """Bytes of a unit that are gathered at a time; of a core of several units, the outer and the largest inner one."""
+        if unit != "core" or self.config.parallel.core_gather == "once":
+            return self.whole(unit)
+        outer, *inner = (
+            FLOAT32 * self.ranks * sum(p.padded_shard(self.layout, self.ranks) for p in group if not self._stays(p))
+            for group in core_units(self.config).values()
+        )
+        return outer + max(inner)
+
     def whole(self, unit: str) -> float:
         """Bytes of a unit, gathered."""
         return FLOAT32 * sum(self.ranks * p.padded_shard(self.layout, self.ranks) for p in self.unit(unit) if not self._stays(p))
@@ -124,7 +135,7 @@ class ShardedWeights(Weights):
     def before(self, unit: str, backward: bool = False) -> None:
         """Gather it, in the backward pass before it is needed: while the unit that comes before it runs."""
         if unit not in self.gathered:
-            size = self.whole(unit)
+            size = self.at_once(unit)
             if unit != self.fetched:
                 self._receive(unit)
             self.ledger.hold(CORE if unit == "core" else OTHER, size)
@@ -138,7 +149,7 @@ class ShardedWeights(Weights):
     def _receive(self, unit: str) -> None:
         """Make the buffer of a gather in place of the last one's; "" makes none."""
         self.ledger.free(BUFFERS, self.buffer)
-        self.buffer, self.fetched = self.whole(unit), unit
+        self.buffer, self.fetched = self.at_once(unit), unit
         self.ledger.hold(BUFFERS, self.buffer)
         self.ledger.look(f"gathering {unit}", buffers=self.copies * self.buffer)
 
@@ -154,7 +165,7 @@ class ShardedWeights(Weights):
 
     def _free(self, unit: str) -> None:
         self.gathered.discard(unit)
-        self.ledger.free(CORE if unit == "core" else OTHER, self.whole(unit))
+        self.ledger.free(CORE if unit == "core" else OTHER, self.at_once(unit))
 
     def appear(self, size: float, looped: bool) -> None:
         """Unsharded gradients."""
@@ -169,26 +180,84 @@ class ShardedWeights(Weights):
 
     def reduce(self, unit: str) -> None:
         """Free the gathered weights; send the gradients off."""
-        whole, shard = self.whole(unit), self.shard(unit)
+        sent, shard = self.at_once(unit), self.shard(unit)
         self.ledger.look(f"backward, {unit}")
         self._free(unit)
         if not (self.last or self._reduces_always):
             return
         self.ledger.free(BUFFERS, self.sending)
-        self.ledger.hold(BUFFERS, whole)
-        self.sending = whole
+        self.ledger.hold(BUFFERS, sent)
+        self.sending = sent
         self.ledger.look(f"reducing {unit}")
         self.ledger.free(UNREDUCED, self.size_of_unit(unit))
         self.ledger.hold(GRADIENTS, shard)
-        self.ledger.look(f"reducing {unit}", buffers=self.copies * whole)
+        self.ledger.look(f"reducing {unit}", buffers=self.copies * sent)
         if unit == ROOT:
             self.ledger.free(BUFFERS)
             self.buffer = self.sending = 0.0
+
+
+class ZeroWeights(Weights):
+    """DeepSpeed in its float32 mode: a copy of the weights that the optimizer steps, and a bucket of fixed size."""
+
+    def __init__(
+        self, config: RunConfig, layout: Layout, parameters: tuple[Parameter, ...], ledger: Ledger, gpu: bool
+    ) -> None:
+        super().__init__(config, layout, parameters, ledger, gpu)
+        self.stage, self.share = int(config.parallel.engine[-1]), 1 / layout.world_size
+        self.copies = 0.0 if gpu else 1.0
+
+    def start(self) -> None:
+        """Shards; whole weights below stage 3."""
+        every = FLOAT32 * sum(p.size for p in self.parameters)
+        self.ledger.hold(WEIGHTS, every * (self.share if self.stage == 3 else 1))
+        self.ledger.hold(OPTIMIZER, 3 * every * self.share)
+        self.ledger.hold(BUFFERS, FLOAT32 * ZERO_BUCKET)
+        if self.stage == 3:
+            self.ledger.hold(GRADIENTS, every * self.share)
+
+    def before(self, unit: str, backward: bool = False) -> None:
+        """Stage 3 gathers it."""
+        if self.stage == 3:
+            self.ledger.hold(CORE if unit == "core" else OTHER, self.whole(unit))
+            self.ledger.look(f"gathering {unit}")
+
+    def whole(self, unit: str) -> float:
+        """Bytes of a unit."""
+        return FLOAT32 * sum(p.size for p in self.unit(unit))
+
+    def after(self, unit: str) -> None:
+        """Stage 3 frees it."""
+        if self.stage == 3:
+            self.ledger.free(CORE if unit == "core" else OTHER, self.whole(unit))
+
+    def appear(self, size: float, looped: bool) -> None:
+        """Gradients; from stage 2 on they wait for their reduction only."""
+        if self.stage == 1:
+            super().appear(size, looped)
+        else:
+            self.ledger.hold(UNREDUCED, size)
+
+    def reduce(self, unit: str) -> None:
+        """Into the bucket; what has been in it is reduced at the end."""
+        self.ledger.look(f"backward, {unit}")
+        self.after(unit)
+        if self.stage == 1:
+            super().reduce(unit)
+            return
+        self.ledger.free(UNREDUCED)
+        if unit == ROOT:
+            bucket = min(FLOAT32 * ZERO_BUCKET, FLOAT32 * sum(p.size for p in self.parameters))
+            self.ledger.look("reducing", buffers=bucket * (1 + self.copies if self.stage == 3 else self.copies))
+            self.after(ROOT)
+            if self.stage == 2 and self.first:
+                self.ledger.hold(GRADIENTS, FLOAT32 * self.share * sum(p.size for p in self.parameters))
 
 
 def make_weights(
     config: RunConfig, layout: Layout, parameters: tuple[Parameter, ...], ledger: Ledger, gpu: bool
 ) -> Weights:
     """What the run's engine does with its weights."""
-    kind = ShardedWeights if config.parallel.engine == "fsdp" else Weights
+    engine = config.parallel.engine
+    kind = ShardedWeights if engine == "fsdp" else ZeroWeights if engine.startswith("zero") else Weights
     return kind(config, layout, parameters, ledger, gpu)

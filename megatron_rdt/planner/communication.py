@@ -11,7 +11,6 @@ from megatron_rdt.config import ModelConfig, RunConfig
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.model.loss import CHUNK_ELEMENTS
 from megatron_rdt.parallel.optimizers import decays
-from megatron_rdt.parallel.tensor import split_dimension
 from megatron_rdt.planner.checkpoints import Policy
 from megatron_rdt.planner.memory import Depth
 from megatron_rdt.planner.parameters import FLOAT32, Parameter, core_units, parameters_of, units_of
@@ -128,7 +127,7 @@ def _fsdp(config: RunConfig, layout: Layout, depth: Depth, number: int) -> Itera
         if layout.replicate > 1:
             yield Sent("backward", REDUCE, "gradients", times, times * size / ranks, "replicate", hidden=True)
     if layout.tensor > 1:  # what every process of the axis holds whole
-        same = [p for p in parameters if split_dimension(p.name) is None]
+        same = [p for p in parameters if p.split is None]
         size = FLOAT32 * sum(p.size for p in same)
         yield Sent("backward", REDUCE, "gradients of norms", reductions * len(same), reductions * size, "tensor")
     routed = [p for p in parameters if p.routed and layout.expert > 1]

@@ -107,26 +107,32 @@ class Measured:
 
 def measure_steps(config: RunConfig, device: torch.device, loops: Sequence[int]) -> list[Measured]:
     """Build the run's engine on this process, one of those that have joined, and take steps at several T."""
-    k = None if config.depth.backprop == "all" else int(config.depth.backprop)
     sent = []
     with watch_allocations(device) as allocations:
-        engine = make_engine(config, device)
-        with torch.device("meta"):
-            model = RecurrentDepthTransformer(config.model)
-        engine.setup(model)
+        engine = build_engine(config, device)
         for _ in range(WARM_UP):
-            _step(engine, 1, k)
+            take_step(engine, 1)
         for number, t in enumerate(loops):
             with allocations.window(f"step {number}"):
-                sent.append(_step(engine, t, k))
-    del engine, model
+                sent.append(take_step(engine, t))
+    del engine
     peaks = [allocations.peaks[f"step {number}"] for number in range(len(loops))]
     return [Measured(t, peak, each) for t, peak, each in zip(loops, peaks, sent)]
 
 
-def _step(engine: Engine, loops: int, k: int | None) -> dict[str, tuple[int, int]]:
-    """One optimizer step on random tokens; what it sent."""
-    train, model = engine.config.train, engine.config.model
+def build_engine(config: RunConfig, device: torch.device) -> Engine:
+    """The run's engine with its model."""
+    engine = make_engine(config, device)
+    with torch.device("meta"):
+        model = RecurrentDepthTransformer(config.model)
+    engine.setup(model)
+    return engine
+
+
+def take_step(engine: Engine, loops: int) -> dict[str, tuple[int, int]]:
+    """One optimizer step at T = `loops` on random tokens; what it sent."""
+    train, model, backprop = engine.config.train, engine.config.model, engine.config.depth.backprop
+    k = None if backprop == "all" else int(backprop)
     shape = (train.micro_batch, train.sequence_length + 1)
     plan = DepthPlan((loops,) * train.micro_batch, k)
     number = train.global_batch // (engine.layout.data * train.micro_batch)

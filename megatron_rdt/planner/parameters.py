@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import torch
@@ -45,12 +46,16 @@ class Parameter:
         """Whether it holds routed experts."""
         return self.name.endswith(EXPERT_NAMES)
 
+    @cached_property
+    def split(self) -> int | None:
+        """The dimension that tensor parallelism splits."""
+        return split_dimension(self.name)
+
     def local_shape(self, layout: Layout) -> tuple[int, ...]:
         """What tensor and expert parallelism leave to a process, before the state is sharded."""
         shape = list(self.shape)
-        dim = split_dimension(self.name)
-        if layout.tensor > 1 and dim is not None:
-            shape[dim] = -(-shape[dim] // layout.tensor)
+        if layout.tensor > 1 and self.split is not None:
+            shape[self.split] = -(-shape[self.split] // layout.tensor)
         if layout.expert > 1 and self.routed:
             shape[0] = -(-shape[0] // layout.expert)
         return tuple(shape)

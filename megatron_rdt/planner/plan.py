@@ -178,8 +178,8 @@ def changed(config: RunConfig, options: dict[str, Any]) -> RunConfig:
 
 def changes(config: RunConfig, devices: int, device: Device, memory: Memory) -> Iterator[Change]:
     """Single options with which a device needs less than `memory`, the largest saving first."""
-    _, _, _ = depths(config.depth)
-    found = []
+    found: dict[str, Change] = {}
+    limit = ROOM * device.memory
     for options in _candidates(config, devices):
         other = changed(config, options)
         try:
@@ -189,5 +189,8 @@ def changes(config: RunConfig, devices: int, device: Device, memory: Memory) -> 
         needed = step_memory(other, layout, device.gpu, depths(other.depth)[2])
         if needed.peak < 0.995 * memory.peak:
             words = " ".join(f"--{name} {value}" for name, value in options.items())
-            found.append(Change(words, other, needed))
-    yield from sorted(found, key=lambda change: change.memory.peak)
+            # Of several sizes of an axis, the first that is enough.
+            axis = words if words.startswith("--depth.checkpoint") else next(iter(options))
+            if axis not in found or found[axis].memory.peak > limit:
+                found[axis] = Change(words, other, needed)
+    yield from sorted(found.values(), key=lambda change: change.memory.peak)

@@ -239,6 +239,13 @@ def report(words: list[str]) -> int:
     return EXIT_OK
 
 
+def plan(words: list[str]) -> int:
+    """Say what a run will need: memory, communication, time, cost."""
+    from launch.plan import plan as run
+
+    return run(words)
+
+
 def submit(words: list[str]) -> int:
     """Submit a run to Slurm."""
     from launch.submit import SubmitConfig
@@ -263,6 +270,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "generate": generate,
     "convert": convert,
+    "plan": plan,
     "submit": submit,
     "report": report,
     "quickstart": quickstart,

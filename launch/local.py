@@ -1,4 +1,4 @@
-"""Start N processes of launch/pretrain.py on this machine, pass signals on, leave no orphan."""
+"""Start N processes of launch/pretrain.py, or of another script, on this machine, pass signals on, leave no orphan."""
 
 import ctypes
 import errno
@@ -41,8 +41,8 @@ def free_port(wanted: int = 0) -> int:
         return probe.getsockname()[1]
 
 
-def run_processes(words: Sequence[str], processes: int, port: int = 0) -> int:
-    """Run `processes` ranks of the training script with the options `words`.
+def run_processes(words: Sequence[str], processes: int, port: int = 0, script: Path = SCRIPT) -> int:
+    """Run `processes` ranks of the training script, or of another, with the options `words`.
 
     Returns:
         0 when all succeeded, 75 when they stopped on request after a good save.
@@ -53,7 +53,7 @@ def run_processes(words: Sequence[str], processes: int, port: int = 0) -> int:
     """
     port = free_port(port)
     with tempfile.TemporaryDirectory(prefix="rdt-train-") as folder:
-        return _Workers(processes, Path(folder)).run(words, port)
+        return _Workers(processes, Path(folder)).run([str(script), *words], port)
 
 
 class _Workers:
@@ -78,7 +78,7 @@ class _Workers:
             for rank, file in enumerate(self.files):
                 self.processes.append(
                     subprocess.Popen(
-                        [sys.executable, str(SCRIPT), *words],
+                        [sys.executable, *words],
                         env=launcher_environment(rank, len(self.files), LOOPBACK, port, file),
                         preexec_fn=_before_exec,  # noqa: PLW1509
                     )

@@ -107,6 +107,7 @@ def quiet_libraries(local_world_size: int = 0) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's, which says that it starts and stops
     # Names of collectives that DeepSpeed has yet to change, once per call.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
     # DeepSpeed sets this logger's level when it is imported and logs its guess of the accelerator; a filter stays.

@@ -6,18 +6,7 @@ from pathlib import Path
 
 import torch
 
-# Dense bfloat16 peak of one device in FLOP/s, from NVIDIA's data sheets (without sparsity).
-# The first key whose words are in the device's name counts.
-PEAK_BF16_FLOPS = {
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "B200": 2250e12,
-}
+from megatron_rdt.devices import PEAK_BF16_FLOPS
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

@@ -1,0 +1,59 @@
+"""Started by `rdt plan --measure` on each process: takes steps of a config's model and writes down what they took."""
+
+import argparse
+import dataclasses
+import json
+import sys
+import traceback
+from pathlib import Path
+
+# Started as a script, Python puts launch/ first on the path; imports are decided by the repository's root instead.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from launch.failures import explain, leave
+from megatron_rdt.environment import error_file, leave_process, process_place, quiet_libraries
+from megatron_rdt.errors import EXIT_FAILED, EXIT_OK
+from megatron_rdt.files import write_text
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Take the steps; the first process writes a list of {"loops", "peak" of all processes, "sent"} as JSON."""
+    import torch
+
+    from megatron_rdt.config import load_config
+    from megatron_rdt.planner.measure import measure_steps
+    from megatron_rdt.train.world import join_world
+
+    config, place = load_config(options.config), process_place()
+    device = join_world(config, place)
+    measured = measure_steps(config, device, options.loops)
+    peaks = torch.tensor([each.peak for each in measured], device=device)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(peaks, torch.distributed.ReduceOp.MAX)
+    if place.rank == 0:
+        rows = [dataclasses.asdict(each) | {"peak": peak} for each, peak in zip(measured, peaks.tolist())]
+        write_text(options.out, json.dumps(rows))
+
+
+def main() -> int:
+    """Measure on this process; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, help="YAML of the run")
+    parser.add_argument("--loops", type=int, nargs="+", required=True, help="values of T")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    options = parser.parse_args()
+    quiet_libraries(process_place().local_world_size)
+    try:
+        measure(options)
+        return EXIT_OK
+    except Exception as error:
+        explained, file = explain(error), error_file()
+        if explained is None or file is None:
+            traceback.print_exc()
+            return EXIT_FAILED
+        leave(file, explained)
+        return explained.exit_status
+
+
+if __name__ == "__main__":
+    leave_process(main())

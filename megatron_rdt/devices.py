@@ -1,0 +1,62 @@
+"""What a device can do at most: peak rate, memory, links. From data sheets; what a run reaches of it is less.
+
+One table, read by the trainer (utilisation) and by the planner (whether and how fast a run would go).
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Device:
+    """One kind of device.
+
+    Attributes:
+        name: as in PEAK_BF16_FLOPS, or "CPU".
+        peak_flops: dense bfloat16 matrix products, FLOP/s, without sparsity.
+        memory: bytes.
+        intra_bandwidth: to the other devices of its node, bytes/s in one direction.
+        inter_bandwidth: its share of the node's network, bytes/s in one direction.
+        per_node: devices in a node.
+    """
+
+    name: str
+    peak_flops: float
+    memory: float
+    intra_bandwidth: float
+    inter_bandwidth: float
+    per_node: int = 8
+
+    @property
+    def gpu(self) -> bool:
+        """Whether its kernels are those of a GPU."""
+        return self.name != "CPU"
+
+
+# Dense bfloat16 peak of one device in FLOP/s, from NVIDIA's data sheets (without sparsity).
+# The first key whose words are in the device's name counts.
+PEAK_BF16_FLOPS = {
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "B200": 2250e12,
+}
+
+GIB = 2**30
+NVLINK3, NVLINK4, NVLINK5, PCIE4 = 300e9, 450e9, 900e9, 32e9
+INFINIBAND_200, INFINIBAND_400 = 25e9, 50e9  # one port per device
+# A virtual core: no peak that is worth a name; for `rdt plan --measure` and small runs.
+CPU_FLOPS, CPU_MEMORY, CPU_BANDWIDTH = 1e11, 8 * GIB, 10e9
+
+# Choices of `rdt plan --device`. Memory is what the driver leaves to programs.
+DEVICES = {
+    "h100": Device("H100", PEAK_BF16_FLOPS["H100"], 79.1 * GIB, NVLINK4, INFINIBAND_400),
+    "h200": Device("H200", PEAK_BF16_FLOPS["H200"], 139.8 * GIB, NVLINK4, INFINIBAND_400),
+    "b200": Device("B200", PEAK_BF16_FLOPS["B200"], 178.3 * GIB, NVLINK5, INFINIBAND_400),
+    "a100": Device("A100", PEAK_BF16_FLOPS["A100"], 79.1 * GIB, NVLINK3, INFINIBAND_200),
+    "l40s": Device("L40S", PEAK_BF16_FLOPS["L40S"], 44.3 * GIB, PCIE4, INFINIBAND_200),
+    "cpu": Device("CPU", CPU_FLOPS, CPU_MEMORY, CPU_BANDWIDTH, CPU_BANDWIDTH / 10, 2),
+}

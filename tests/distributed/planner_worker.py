@@ -1,0 +1,114 @@
+"""Started by torchrun: what engines send and allocate in a step, beside what the planner says."""
+
+import argparse
+import json
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_rdt.config import DepthConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_rdt.environment import leave_process
+from megatron_rdt.planner.communication import step_communication, totals
+from megatron_rdt.planner.measure import build_engine, measure_steps, take_step
+from megatron_rdt.planner.memory import Depth, step_memory
+
+LOOPS, K = (1, 16), 2
+MODEL: dict[str, Any] = {
+    **{"vocab_size": 131, "dim": 36, "prelude_layers": 2, "core_layers": 2, "coda_layers": 1},
+    **{"heads": 6, "kv_heads": 2, "ffn_dim": 50},
+}
+EVEN: dict[str, Any] = MODEL | {"vocab_size": 132}
+LATENT: dict[str, Any] = EVEN | {"attention": "mla", "kv_rank": 12, "nope_dim": 8, "rope_dim": 4, "value_dim": 8}
+EXPERTS: dict[str, Any] = MODEL | {"core_ffn": "moe", "experts": 4}
+SHARED: dict[str, Any] = MODEL | {"norm_placement": "sandwich", "core_norm": "last_shared", "tie_embeddings": False}
+# Name, model, options of `parallel`, checkpointing.
+SENDING: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+    ("ddp", MODEL | {"vocab_size": 20000}, {"engine": "ddp"}, "none"),
+    ("ddp, per micro-batch", MODEL, {"engine": "ddp", "reduce": "per_micro_batch"}, "none"),
+    ("fsdp", MODEL, {}, "none"),
+    ("fsdp, per micro-batch", EXPERTS, {"reduce": "per_micro_batch"}, "per_iteration"),
+    ("fsdp, kept", SHARED, {"reshard_after_forward": False}, "none"),
+    ("fsdp, per_layer", MODEL, {"core_gather": "per_layer"}, "none"),
+    ("fsdp, per_layer, kept", MODEL, {"core_gather": "per_layer", "reshard_after_forward": False}, "none"),
+    ("fsdp, per_iteration", MODEL, {"core_gather": "per_iteration"}, "per_iteration"),
+    ("replicate", MODEL, {"replicate": 2}, "none"),
+    ("tensor", EVEN, {"tensor": 2}, "none"),
+    ("tensor, latent, checkpoints", LATENT, {"tensor": 2}, "per_iteration"),
+    ("context", MODEL, {"context": 2}, "per_iteration"),
+    ("context, latent", LATENT, {"context": 2}, "none"),
+    ("zero1", SHARED, {"engine": "zero1"}, "none"),
+    ("zero2", MODEL, {"engine": "zero2"}, "none"),
+    ("zero3", SHARED, {"engine": "zero3"}, "none"),
+]
+# Model, precision, checkpointing, micro-batches; the last is a core too large for its device.
+HOLDING: list[tuple[dict[str, Any], str, str, int, dict[str, Any]]] = [
+    ({"dim": 128, "ffn_dim": 256, "vocab_size": 1024}, "float32", "none", 1, {}),
+    ({"dim": 256, "ffn_dim": 1024, "vocab_size": 1024}, "bfloat16", "per_iteration", 2, {}),
+    ({"dim": 256, "core_ffn": "moe", "vocab_size": 1024}, "float32", "none", 2, {"core_gather": "per_layer"}),
+]
+
+
+def config_of(model: dict[str, Any], parallel: dict[str, Any], batch: int, **options: Any) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(**model),
+        depth=DepthConfig(backprop=K, checkpoint=options.pop("checkpoint")),
+        train=TrainConfig(micro_batch=2, global_batch=batch, device="cpu", **options),
+        parallel=ParallelConfig(**{"engine": "fsdp"} | parallel),
+    )
+
+
+def sending(model: dict[str, Any], parallel: dict[str, Any], checkpoint: str) -> dict[str, Any]:
+    """Counted and planned, at every T; two micro-batches per process."""
+    alone = parallel.get("tensor", 1) * parallel.get("context", 1)
+    config = config_of(model, parallel, 8 // alone, checkpoint=checkpoint, sequence_length=16)
+    engine = build_engine(config, torch.device("cpu"))
+    for _ in range(2):
+        take_step(engine, 1)
+    found = {}
+    for loops in LOOPS:
+        depth = Depth(loops, min(loops, K))
+        planned = totals(step_communication(config, engine.layout, depth, gpu=False))
+        found[str(loops)] = {"counted": take_step(engine, loops), "planned": planned}
+    return found
+
+
+def holding(model: dict[str, Any], precision: str, checkpoint: str, number: int, parallel: dict[str, Any]) -> list:
+    """Peaks measured and planned."""
+    config = config_of(model, parallel, 4 * number, checkpoint=checkpoint, precision=precision, sequence_length=64)
+    rows = []
+    for measured in measure_steps(config, torch.device("cpu"), LOOPS):
+        depth = Depth(measured.loops, min(measured.loops, K))
+        layout = build_layout(config)
+        rows.append({**asdict(measured), "planned": step_memory(config, layout, False, depth).peak})
+    return rows
+
+
+def build_layout(config: RunConfig) -> Any:
+    from megatron_rdt.config.layout import Layout
+
+    return Layout.of(config.parallel, dist.get_world_size())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo")
+    torch.manual_seed(dist.get_rank())
+    verdict = {
+        "memory": [holding(*case) for case in HOLDING],  # before DeepSpeed is imported
+        "sent": {name: sending(model, parallel, checkpoint) for name, model, parallel, checkpoint in SENDING},
+    }
+    if dist.get_rank() == 0:
+        options.out.write_text(json.dumps(verdict))
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main()
+    leave_process(0)

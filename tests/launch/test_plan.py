@@ -1,0 +1,61 @@
+"""`rdt plan` as a user runs it."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+PRESET = ["plan", "--config", "configs/models/parcae_140m.yaml", "--parallel.engine", "fsdp"]
+WORKS = ["--train.global_batch=512", "--train.micro_batch=1", "--train.precision=bfloat16"]
+
+
+def test_a_plan_is_printed_and_written(rdt: Run, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    result = rdt(*PRESET, *WORKS, "--devices", 512, "--device", "h200", "--price", 3, "--tokens", 10, "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    for part in ("Parameters", "512 x H200", "10 billion tokens", "at 3 each"):
+        assert part in result.stdout
+    data = json.loads(out.read_text())
+    assert data["parameters"]["all"] == 144_323_904
+    assert data["layout"]["devices"] == data["layout"]["shard"] == 512
+    assert data["memory"]["fits"] is True
+    assert data["memory"]["peak"] == pytest.approx(sum(data["memory"]["parts"].values()))
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--device", "tpu"], ["--device is tpu", "h100"]),
+        (["--devices", "0", *WORKS], ["--devices is 0"]),
+        (["--devices", "3", *WORKS], ["not a multiple of 3 ranks", "nearest"]),
+        (["--devices", "6", *WORKS, "--parallel.tensor", "4"], ["parallel.tensor", "does not divide"]),
+        (["--utilisation", "1.5"], ["--utilisation is 1.5"]),
+        (["--per_node", "-1"], ["--per_node is -1"]),
+        (["--price", "-1"], ["must not be negative"]),
+        (["--bandwith", "9"], ["--bandwith does not exist"]),
+    ],
+)
+def test_wrong_use_is_one_sentence_and_status_2(rdt: Run, words: list[str], parts: list[str]) -> None:
+    result = rdt(*PRESET, *words)
+    assert result.returncode == 2, result.stdout
+    assert "Traceback" not in result.stderr
+    assert not [part for part in parts if part not in result.stderr], result.stderr
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+def test_measuring_prints_what_was_counted_beside_the_plan(rdt: Run, tmp_path: Path) -> None:
+    out = tmp_path / "measured.json"
+    result = rdt("plan", "--config", "configs/smoke.yaml", "--parallel.engine", "fsdp", "--measure", "--out", out)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(out.read_text())
+    assert [row["loops"] for row in rows] == [1, 4, 16]
+    for row in rows:
+        assert row["sent"] == rows[0]["sent"] == row["planned"]["sent"]
+        assert row["planned"]["peak"] == pytest.approx(row["peak"], rel=0.1)
+        assert f"T = {row['loops']}: peak memory" in result.stdout
+    assert "forward all-gather" in result.stdout

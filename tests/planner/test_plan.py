@@ -1,0 +1,124 @@
+"""Plans of presets: counts, depth, changes that save memory, time from operations and bytes."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rdt.config import DepthConfig, ModelConfig, RunConfig, TrainConfig, load_config
+from megatron_rdt.config.layout import Layout
+from megatron_rdt.devices import DEVICES, Device
+from megatron_rdt.errors import ConfigError
+from megatron_rdt.planner.communication import REDUCE, Sent
+from megatron_rdt.planner.parameters import active_parameters, parameters_of, part_sizes
+from megatron_rdt.planner.plan import ROOM, depths, make_plan
+from megatron_rdt.planner.report import report
+from megatron_rdt.planner.search import fastest
+from megatron_rdt.planner.step_time import Work, group, seconds, step_time, step_work
+
+BILLION = 1e9
+
+
+def preset(repository: Path, name: str, **options: Any) -> RunConfig:
+    train = {"sequence_length": 4096, "global_batch": 1024, "micro_batch": 1, "precision": "bfloat16"}
+    return load_config(repository / "configs" / "models" / f"{name}.yaml", {"train": train, **options})
+
+
+def test_parts_add_up_and_a_token_meets_the_experts_that_it_chose(repository: Path) -> None:
+    config = preset(repository, "openmythos_1b").model
+    parts = part_sizes(config)
+    assert sum(parts.values()) == sum(p.size for p in parameters_of(config)) == 1_064_030_729
+    routed = 3 * config.experts * config.dim * config.expert_width
+    spared = routed * (1 - config.experts_per_token / config.experts)
+    assert active_parameters(config) == sum(parts.values()) - spared
+
+
+def test_memory_is_planned_for_a_depth_that_is_hardly_exceeded() -> None:
+    assert depths(DepthConfig(scheme="fixed", mean=6, max=9, backprop=4))[2] == depths(
+        DepthConfig(scheme="fixed", mean=6, max=6, backprop=4)
+    )[2]
+    loops, with_grad, deepest = depths(DepthConfig(scheme="uniform", mean=3, max=5, backprop=2))
+    assert (loops, with_grad) == (pytest.approx(3), pytest.approx((1 + 2 * 4) / 5))
+    assert (deepest.loops, deepest.with_grad) == (5, 2)
+    assert depths(DepthConfig(scheme="poisson", mean=8, max=200))[2].loops < 40
+
+
+def test_every_change_is_one_that_the_config_takes_and_that_saves_what_it_says(repository: Path) -> None:
+    config = preset(repository, "huginn_3.5b", parallel={"engine": "fsdp"}, depth={"per": "step"})
+    plan = make_plan(config, 8, DEVICES["h100"], 0.4)
+    words = {change.words for change in plan.changes}
+    assert {"--depth.checkpoint per_iteration", "--parallel.core_gather per_layer"} <= words
+    for change in plan.changes:
+        again = make_plan(change.config, 8, DEVICES["h100"], 0.4, advise=False)
+        assert again.memory.peak == change.memory.peak < plan.memory.peak
+    kept, checkpointed = plan.memory.parts, make_plan(
+        replace(config, depth=replace(config.depth, checkpoint="per_iteration")), 8, DEVICES["h100"], 0.4
+    )
+    assert checkpointed.memory.parts["activations of the loop"] < kept["activations of the loop"] / 2
+    assert checkpointed.work.again > 0 == plan.work.again
+
+
+def test_sharding_divides_what_it_should(repository: Path) -> None:
+    config = preset(repository, "parcae_370m", parallel={"engine": "fsdp"})
+    two, eight = (make_plan(config, n, DEVICES["h100"], 0.4, advise=False).memory.parts for n in (2, 8))
+    assert eight["optimizer"] == pytest.approx(two["optimizer"] / 4, rel=1e-3)
+    assert eight["activations of the loop"] == two["activations of the loop"]
+    whole = 8 * sum(p.size for p in parameters_of(config.model))
+    single = replace(config, parallel=replace(config.parallel, engine="single"))
+    assert make_plan(single, 1, DEVICES["h100"], 0.4, advise=False).memory.parts["optimizer"] == whole
+
+
+def test_time_follows_from_operations_bytes_and_rates() -> None:
+    device = Device("X", peak_flops=1e12, memory=1e9, intra_bandwidth=1e9, inter_bandwidth=1e8, per_node=4)
+    layout = Layout(replicate=2, shard=4)
+    assert group("state", layout, device) == (4, 4)
+    assert group("replicate", layout, device) == (2, 1)
+    assert group("world", layout, device) == (8, 4)
+    inside = Sent("forward", "all-gather", "", 1, 8e8, "state", hidden=True)
+    assert seconds(inside, layout, device) == pytest.approx(8e8 * 3 / 4 / 1e9)
+    between = Sent("backward", REDUCE, "", 1, 2e8, "replicate")
+    assert seconds(between, layout, device) == pytest.approx(2 * 2e8 / 2 / 1e8)
+    time = step_time(Work(0, 16e12, 8e12), [inside, between], layout, device, 0.5)
+    assert (time.computing, time.hidden, time.exposed) == pytest.approx((3, 0.6, 2))
+    assert (time.bound, time.expected) == pytest.approx((5, 8))
+    assert (time.mfu_bound, time.mfu) == pytest.approx((2 / 5, 2 / 8))
+
+
+def test_recomputing_the_loop_adds_one_forward_pass_of_it() -> None:
+    config = RunConfig(model=ModelConfig(prelude_layers=0, coda_layers=0, vocab_size=1), depth=DepthConfig(mean=8))
+    again = step_work(replace(config, depth=replace(config.depth, checkpoint="per_iteration")), 8, 8)
+    # Forward and backward are three times a forward pass; head and injection are next to nothing.
+    assert again.again == pytest.approx(again.per_step / 3, rel=0.01)
+
+
+def test_the_report_names_every_section_and_float32_has_no_time(repository: Path) -> None:
+    config = preset(repository, "parcae_140m", parallel={"engine": "fsdp"})
+    text = report(make_plan(config, 64, DEVICES["a100"], 0.4), 0.4, 100 * BILLION, 2.0)
+    for part in ("144,323,904", "mean T 8.00", "gathered core", "all-gather", "MFU at most", "device hours", "fits"):
+        assert part in text
+    wide = replace(config, train=replace(config.train, precision="float32"))
+    assert "not known" in report(make_plan(wide, 64, DEVICES["a100"], 0.4), 0.4, 1.0, 0.0)
+
+
+def test_a_run_that_cannot_be_arranged_is_refused_with_what_to_do(repository: Path) -> None:
+    config = preset(repository, "parcae_140m", parallel={"engine": "fsdp", "tensor": 2})
+    with pytest.raises(ConfigError, match="multiple of"):
+        make_plan(config, 9, DEVICES["h100"], 0.4)
+    with pytest.raises(ConfigError, match="at least 1"):
+        make_plan(config, 0, DEVICES["h100"], 0.4)
+
+
+def test_the_search_finds_an_arrangement_that_fits_or_says_that_there_is_none(repository: Path) -> None:
+    config = preset(repository, "parcae_140m")
+    small = replace(DEVICES["h100"], memory=12e9)
+    best = fastest(config, 8, small, 0.4)
+    assert best is not None
+    assert best.memory.peak <= ROOM * small.memory
+    assert best.config.train.micro_batch < 16
+    assert fastest(config, 8, replace(small, memory=1e9), 0.4) is None
+
+
+def test_a_config_for_training_plans_as_it_is(repository: Path) -> None:
+    config = replace(load_config(repository / "configs" / "smoke.yaml"), train=TrainConfig(micro_batch=4, global_batch=8))
+    assert make_plan(config, 1, DEVICES["cpu"], 0.4).fits

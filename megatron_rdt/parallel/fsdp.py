@@ -13,19 +13,19 @@ import logging
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from megatron_rdt.model import RecurrentDepthTransformer, initial_parameter, reset_buffers
 from megatron_rdt.parallel.context import ContextParallel
 from megatron_rdt.parallel.expert import expert_parameters, parallelize_experts, reduce_experts
 from megatron_rdt.parallel.local import shard_of
-from megatron_rdt.parallel.mesh import Meshes, make_meshes
+from megatron_rdt.parallel.mesh import Meshes, make_meshes, sharded_dimension
 from megatron_rdt.parallel.native import NativeEngine
 from megatron_rdt.parallel.tensor import parallelize
 
 
 class FullyShardedEngine(NativeEngine):
-    """Sharded along each parameter's first dimension over the ranks that share the state."""
+    """Every parameter is dealt out over the ranks that share the state."""
 
     meshes: Meshes
 
@@ -51,6 +51,7 @@ class FullyShardedEngine(NativeEngine):
         parallel = self.config.parallel
         options = {
             "mesh": self.meshes.state,
+            "shard_placement_fn": self._dealt_out,
             "ignored_params": set(expert_parameters(model)) if self.meshes.expert is not None else None,
         }
         layers = list(model.core.layers)
@@ -62,6 +63,14 @@ class FullyShardedEngine(NativeEngine):
         for unit in (*model.prelude, *inside, model.core, *model.coda):
             fully_shard(unit, reshard_after_forward=parallel.reshard_after_forward, **options)  # type: ignore[call-overload]
         fully_shard(model, **options)  # type: ignore[call-overload]
+
+    def _dealt_out(self, parameter: nn.Parameter) -> Shard | None:
+        """How FSDP2 shards a parameter, or what tensor parallelism has left of it; None is by rows."""
+        if self.config.optimizer.name == "muon":  # its matrices are put together from rows
+            return None
+        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        dim = sharded_dimension(own.shape, self.layout.shard * self.layout.context)
+        return Shard(dim) if dim else None
 
     @torch.no_grad()
     def _fill(self, model: RecurrentDepthTransformer) -> None:

@@ -1,11 +1,28 @@
 """The processes of a sharded run as meshes: who shards with whom, on which axis."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatron_rdt.config.layout import Layout
+
+
+# Of the rows of a shard, as many times as there are; more padding than that and another dimension is looked for.
+MOST_PADDING = 1.125
+
+
+def sharded_dimension(shape: Sequence[int], ranks: int) -> int:
+    """The dimension along which FSDP2 deals a parameter of this shape out to `ranks` processes.
+
+    Rows, padded to a multiple of the ranks, as FSDP2 does by itself. Experts, (experts, out, in), may be far fewer than ranks, and
+    a gather of what is then mostly padding would be many times too large: another dimension that divides is taken.
+    """
+    rows = shape[0]
+    if -(-rows // ranks) * ranks <= MOST_PADDING * rows:
+        return 0
+    return next((dim for dim, size in enumerate(shape) if dim and size % ranks == 0), 0)
 
 
 @dataclass(frozen=True)

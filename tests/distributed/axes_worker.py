@@ -37,6 +37,8 @@ MODELS = {
         PLAIN, attention="mla", kv_rank=16, query_rank=24, nope_dim=8, rope_dim=4, value_dim=8, state_init="learned"
     ),
     "experts": dataclasses.replace(PLAIN, core_ffn="moe", experts=4, experts_per_token=2, expert_dim=24),
+    # Fewer experts than processes: what FSDP2 deals out is their rows.
+    "few experts": dataclasses.replace(PLAIN, core_ffn="moe", experts=3, experts_per_token=2, expert_dim=24),
     "act": dataclasses.replace(PLAIN, halting="act", injection="linear"),
     "gate": dataclasses.replace(PLAIN, halting="gate", injection="gate"),
 }

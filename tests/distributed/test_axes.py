@@ -45,6 +45,7 @@ CASES: dict[str, list[Case]] = {
     "state": [
         case("parts", replicate=2),
         case("parts", replicate=4),
+        case("few experts"),
         case("gate", core_gather="per_layer"),
         case("mla", core_gather="per_iteration", replicate=2),
         case("plain", core_gather="per_layer", reshard_after_forward=False, reduce="per_micro_batch"),

@@ -21,6 +21,11 @@ RUNS: dict[str, tuple[list[str], list[str], tuple[int, list[str]]]] = {
         ["--parallel.expert=2", "--parallel.replicate=2", "--parallel.core_gather=per_layer"],
         (2, ["--parallel.tensor=2"]),
     ),
+    "fewer experts than processes": (
+        ["--model.core_ffn=moe", "--model.experts=2", "--train.global_batch=4"],
+        [],
+        (2, ["--parallel.expert=2"]),
+    ),
 }
 
 

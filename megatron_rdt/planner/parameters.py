@@ -30,18 +30,18 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
 
-    @property
+    @cached_property
     def unit(self) -> str:
         """What is gathered together: "prelude.0", "core", "coda.1", or "root" for embedding, final norm and head."""
         first, second, *_ = (*self.name.split("."), "")
         return f"{first}.{second}" if first in ("prelude", "coda") else "core" if first == "core" else ROOT
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Numbers in it."""
         return prod(self.shape)
 
-    @property
+    @cached_property
     def routed(self) -> bool:
         """Whether it holds routed experts."""
         return self.name.endswith(EXPERT_NAMES)

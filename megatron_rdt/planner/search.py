@@ -55,11 +55,11 @@ def fastest(config: RunConfig, devices: int, device: Device, utilisation: float)
                 layout = layout_of(other, devices)
             except ConfigError:
                 continue
-            if step_memory(other, layout, device.gpu, deepest).peak > ROOM * device.memory:
-                continue
             sent = step_communication(other, layout, mean, device.gpu)
             time = step_time(step_work(other, loops, with_grad), sent, layout, device, utilisation).expected
-            if time < 0.999 * shortest:  # of equal ones the first, which is the simplest
+            if time >= 0.999 * shortest:  # of equal ones the first, which is the simplest; less at a time takes longer
+                break
+            if step_memory(other, layout, device.gpu, deepest).peak <= ROOM * device.memory:
                 best, shortest = other, time
-            break
+                break
     return None if best is None else make_plan(best, devices, device, utilisation, advise=False)

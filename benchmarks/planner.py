@@ -101,7 +101,9 @@ def resident(name: str, loops: int) -> None:
     from megatron_rdt.planner.measure import build_engine, take_step
 
     config = cases(1)[name]
-    small = replace(config, model=replace(config.model, dim=16, heads=2, vocab_size=32), depth=DepthConfig(mean=1, max=1))
+    small = replace(
+        config, model=replace(config.model, dim=16, heads=2, vocab_size=32), depth=DepthConfig(mean=1, max=1)
+    )
     take_step(build_engine(small, torch.device("cpu")), 1)
     Path("/proc/self/clear_refs").write_text("5")  # the largest resident size is noted anew
     before = status("VmRSS")
@@ -202,9 +204,8 @@ def presets() -> None:
     """Write the tables into the page of the planner."""
     page = ROOT / "docs" / "planner.md"
     text, mark = page.read_text(encoding="utf-8"), "<!-- made by benchmarks/planner.py --presets -->"
-    sizes = sorted((ROOT / "configs" / "models").glob("*.yaml"))
     tables = []
-    for path in sizes:
+    for path in sorted((ROOT / "configs" / "models").glob("*.yaml")):
         tables.append(preset_table(path))
         print(tables[-1] + "\n", flush=True)
     page.write_text(text[: text.index(mark) + len(mark)] + "\n\n" + "\n\n".join(tables) + "\n", encoding="utf-8")

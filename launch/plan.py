@@ -57,6 +57,7 @@ def plan(words: Sequence[str]) -> int:
         raise ConfigError(f"--utilisation is {raw.utilisation}, it must be above 0 and at most 1.")
     if raw.tokens < 0 or raw.price < 0:
         raise ConfigError("--tokens and --price must not be negative.")
+    data: Any
     if raw.measure:
         text, data = measure(config, raw.nproc)
     else:

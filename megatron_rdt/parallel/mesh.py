@@ -8,7 +8,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatron_rdt.config.layout import Layout
 
-
 # Of the rows of a shard, as many times as there are; more padding than that and another dimension is looked for.
 MOST_PADDING = 1.125
 
@@ -16,8 +15,8 @@ MOST_PADDING = 1.125
 def sharded_dimension(shape: Sequence[int], ranks: int) -> int:
     """The dimension along which FSDP2 deals a parameter of this shape out to `ranks` processes.
 
-    Rows, padded to a multiple of the ranks, as FSDP2 does by itself. Experts, (experts, out, in), may be far fewer than ranks, and
-    a gather of what is then mostly padding would be many times too large: another dimension that divides is taken.
+    Rows, padded to a multiple of the ranks, as FSDP2 does by itself. Experts, (experts, out, in), may be far fewer than
+    ranks, and a gather would be padding for the most part: then another dimension that divides is taken.
     """
     rows = shape[0]
     if -(-rows // ranks) * ranks <= MOST_PADDING * rows:

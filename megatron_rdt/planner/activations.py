@@ -77,7 +77,7 @@ def feedforward_kept(shape: Shape, core: bool) -> float:
 def _mixture(shape: Shape) -> float:
     model, tokens, split = shape.model, shape.tokens, shape.layout.tensor
     rows = model.experts_per_token
-    kept = FLOAT32 * tokens * model.dim  # the router reads float32
+    kept: float = FLOAT32 * tokens * model.dim  # the router reads float32
     if shape.compute < FLOAT32 and model.shared_width:
         kept += shape.rounded(model.dim)
     kept += FLOAT32 * tokens * (model.experts + 3 * rows) + shape.compute * tokens * rows + 3 * INT64 * tokens * rows

@@ -81,4 +81,3 @@ def products_kept(shape: Shape) -> float:
         feedforward = shape.rounded(rows * (2 * model.expert_width / shape.layout.tensor + wide))
         feedforward += shape.rounded(2 * model.shared_width / shape.layout.tensor + wide)
     return model.core_layers * (attention + feedforward)
-

@@ -159,12 +159,16 @@ def _activations(config: RunConfig, layout: Layout, depth: Depth, number: int, g
         yield Sent("backward", SCATTER, "tokens", 2 * backward + number, (2 * backward + number) * part, "tensor")
         rows = max(CHUNK_ELEMENTS // (model.vocab_size // layout.tensor), 1)
         chunks = number * -(-shape.tokens // rows)
-        size = number * 2 * FLOAT32 * shape.tokens * layout.tensor
-        yield Sent("forward", GATHER, "the loss's partition", chunks, size, "tensor")
+        partitions = number * 2 * FLOAT32 * shape.tokens * layout.tensor
+        yield Sent("forward", GATHER, "the loss's partition", chunks, partitions, "tensor")
     if layout.context > 1:
         calls, width = (1, model.kv_rank + model.rope_dim) if model.attention == "mla" else _keys(model, layout)
         size = shape.compute * shape.batch * shape.sequence * width
-        for phase, kind, layers in (("forward", GATHER, forward), ("backward", GATHER, again), ("backward", SCATTER, backward)):
+        for phase, kind, layers in (
+            ("forward", GATHER, forward),
+            ("backward", GATHER, again),
+            ("backward", SCATTER, backward),
+        ):
             yield Sent(phase, kind, "keys and values", calls * layers, calls * layers * size, "context")
     if layout.expert > 1:
         rows_size = shape.rounded(model.experts_per_token * model.dim)
@@ -175,8 +179,8 @@ def _activations(config: RunConfig, layout: Layout, depth: Depth, number: int, g
             ("backward", inside * depth.with_grad * bool(policy.recompute), 3),
             ("backward", inside * depth.with_grad, 2),
         ):
-            size = times * (2 * rows_size + (counts if messages == 3 else 0))
-            yield Sent(phase, EXCHANGE, "tokens to experts and back", messages * times, size, "expert")
+            sent = times * (2 * rows_size + (counts if messages == 3 else 0))
+            yield Sent(phase, EXCHANGE, "tokens to experts and back", messages * times, sent, "expert")
 
 
 def _keys(model: ModelConfig, layout: Layout) -> tuple[int, float]:

@@ -22,7 +22,13 @@ from megatron_rdt.planner.ledger import Ledger
 from megatron_rdt.planner.parameters import FLOAT32, ROOT, Parameter, moments, parameters_of
 from megatron_rdt.planner.shape import Shape
 from megatron_rdt.planner.weights import Weights, make_weights
-from megatron_rdt.planner.working import attention_backward, feedforward_backward, forward_working, loss_forward
+from megatron_rdt.planner.working import (
+    attention_backward,
+    expert_rows,
+    feedforward_backward,
+    forward_working,
+    loss_forward,
+)
 
 INSIDE, OUTSIDE, LOSS, WORKING = "activations of the loop", "other activations", "loss", "working memory"
 INT64 = 8
@@ -217,6 +223,8 @@ class Replay:
                         unit = f"core.layers.{i}"
                         extra = self.policy.recomputed(kept)
                         temporary = weights.largest(unit, part, again=not last)
+                        if part == "feedforward" and model.core_ffn == "moe":  # its rows are gone by then
+                            temporary = max(temporary - expert_rows(shape), 0.0)
                         ledger.look(
                             "backward, in the loop", working_memory=shape.state(2) + working + temporary + extra
                         )

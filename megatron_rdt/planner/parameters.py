@@ -10,6 +10,7 @@ import torch
 from megatron_rdt.config import ModelConfig, OptimizerConfig, RunConfig
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.model import RecurrentDepthTransformer
+from megatron_rdt.parallel.mesh import sharded_dimension
 from megatron_rdt.parallel.optimizers import by_muon
 from megatron_rdt.parallel.tensor import split_dimension
 
@@ -30,18 +31,18 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
 
-    @property
+    @cached_property
     def unit(self) -> str:
         """What is gathered together: "prelude.0", "core", "coda.1", or "root" for embedding, final norm and head."""
         first, second, *_ = (*self.name.split("."), "")
         return f"{first}.{second}" if first in ("prelude", "coda") else "core" if first == "core" else ROOT
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Numbers in it."""
         return prod(self.shape)
 
-    @property
+    @cached_property
     def routed(self) -> bool:
         """Whether it holds routed experts."""
         return self.name.endswith(EXPERT_NAMES)
@@ -65,11 +66,12 @@ class Parameter:
         return prod(self.local_shape(layout))
 
     def padded_shard(self, layout: Layout, ranks: int) -> int:
-        """Numbers of a process's shard when rows are dealt out over `ranks`, the last ones padded."""
+        """Numbers of a process's shard when the state is dealt out over `ranks`, the last ones padded."""
         if layout.expert > 1 and self.routed:  # not sharded any further
             return self.local(layout)
-        rows, *rest = self.local_shape(layout)
-        return -(-rows // ranks) * prod(rest)
+        shape = self.local_shape(layout)
+        dealt = shape[sharded_dimension(shape, ranks)]
+        return -(-dealt // ranks) * (prod(shape) // dealt)
 
 
 _known: dict[str, tuple[Parameter, ...]] = {}

@@ -1,6 +1,7 @@
 """A plan as text for a terminal, and as data."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_rdt.planner.plan import ROOM, Plan
@@ -38,7 +39,7 @@ def report(plan: Plan, utilisation: float, tokens: float, price: float) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _table(rows: list[tuple[str, ...]], indent: str = "  ") -> str:
+def _table(rows: Sequence[tuple[str, ...]], indent: str = "  ") -> str:
     """Columns, the first to the left and the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
@@ -61,14 +62,19 @@ def _work(plan: Plan) -> str:
     again = f", and {100 * work.again / work.per_step:.0f} % more for checkpointing" if work.again else ""
     return (
         f"Work\n  mean T {plan.loops:.2f}, gradient through {k} ({plan.with_grad:.2f} on average)\n"
-        f"  {work.per_token / 1e9:.4g} GFLOP per token, {work.per_step / TERA:.4g} TFLOP per step of {plan.tokens:,} tokens{again}"
+        f"  {work.per_token / 1e9:.4g} GFLOP per token, {work.per_step / TERA:.4g} TFLOP per step of "
+        f"{plan.tokens:,} tokens{again}"
     )
 
 
 def _memory(plan: Plan) -> str:
     memory, device, layout = plan.memory, plan.device, plan.layout
     k = f", {plan.deepest.with_grad} with gradient" if plan.deepest.with_grad < plan.deepest.loops else ""
-    rows = [(kind, f"{size / GB:.2f} GB") for kind, size in memory.parts.items() if size >= 0.005 * GB or size == memory.peak]
+    rows = [
+        (kind, f"{size / GB:.2f} GB")
+        for kind, size in memory.parts.items()
+        if size >= 0.005 * GB or size == memory.peak
+    ]
     rows += [("peak", f"{memory.peak / GB:.2f} GB")]
     axes = [f"{name} {getattr(layout, name)}" for name in ("replicate", "shard", "context", "tensor", "expert")]
     lines = [
@@ -118,7 +124,8 @@ def _time(plan: Plan, utilisation: float, tokens: float, price: float) -> str:
     lines = [
         f"Time of a step, of {world} x {plan.device.name} at {plan.device.peak_flops / TERA:,.4g} TFLOP/s",
         f"  at least {duration(time.bound)}: {duration(time.computing)} computing at the peak rate, {duration(time.hidden)} "
-        f"of communication beside it, {duration(time.exposed)} of communication that waits; MFU at most {100 * time.mfu_bound:.1f} %",
+        f"of communication beside it, {duration(time.exposed)} of communication that waits; "
+        f"MFU at most {100 * time.mfu_bound:.1f} %",
         f"  expected {duration(time.expected)} if computing reaches {100 * utilisation:.0f} % of the peak: "
         f"{plan.tokens / time.expected:,.0f} tokens/s, MFU {100 * time.mfu:.1f} %",
     ]

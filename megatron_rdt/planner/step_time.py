@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_rdt.config import RunConfig
+from megatron_rdt.config import ModelConfig, RunConfig
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.devices import Device
-from megatron_rdt.model.flops import forward_flops, training_flops
+from megatron_rdt.model.flops import ForwardFlops, forward_flops, training_flops
 from megatron_rdt.planner.checkpoints import Policy
 from megatron_rdt.planner.communication import REDUCE, Sent
 
@@ -51,9 +51,19 @@ class StepTime:
     mfu: float
 
 
+_known: dict[tuple[str, int], ForwardFlops] = {}
+
+
+def _forward(config: ModelConfig, sequence: int) -> ForwardFlops:
+    key = repr(config), sequence
+    if key not in _known:
+        _known[key] = forward_flops(config, sequence)
+    return _known[key]
+
+
 def step_work(config: RunConfig, loops: float, with_grad: float) -> Work:
     """Operations of a step at mean T and mean min(k, T)."""
-    forward, policy = forward_flops(config.model, config.train.sequence_length), Policy(config.depth.checkpoint)
+    forward, policy = _forward(config.model, config.train.sequence_length), Policy(config.depth.checkpoint)
     per_token = training_flops(config.model, forward, loops, with_grad)
     again = policy.recompute * with_grad * forward.iteration
     again += forward.prelude + forward.coda if policy.every_layer else 0.0

@@ -7,7 +7,8 @@ from megatron_rdt.planner.parameters import FLOAT32, ROOT, Parameter, core_units
 
 WEIGHTS, OPTIMIZER, GRADIENTS = "weights", "optimizer", "gradients"
 ZERO_BUCKET = 500_000_000  # numbers, DeepSpeed's own default
-CORE, OTHER, BUFFERS, UNREDUCED = "gathered core", "other gathered units", "buffers", "unreduced gradients"
+CORE, OTHER, BUFFERS = "gathered core", "other gathered units", "buffers"
+UNREDUCED, SUMS = "unreduced gradients", "gradients being summed"
 
 
 class Weights:
@@ -60,7 +61,7 @@ class Weights:
         if self.first:
             self.ledger.hold(GRADIENTS, size)
         elif looped:
-            self.ledger.hold(UNREDUCED, size)
+            self.ledger.hold(SUMS, size)
 
     def largest(self, unit: str, part: str, again: bool = False) -> float:
         """Bytes of the weight gradients that are on their way in a part, beside what holds their sum."""
@@ -76,7 +77,7 @@ class Weights:
         """A unit's backward pass has ended."""
         if unit == "core":
             self.ledger.look("backward, the loop's gradients")
-            self.ledger.free(UNREDUCED)
+            self.ledger.free(SUMS)
 
     def finish(self) -> None:
         """Clip and step."""
@@ -95,6 +96,7 @@ class ShardedWeights(Weights):
         super().__init__(config, layout, parameters, ledger, gpu)
         self.ranks = layout.shard * layout.context
         self.gathered: set[str] = set()
+        self._at_once: dict[str, float] = {}
         self.buffer, self.fetched = 0.0, ""  # what the last gather received, held until the next, and whose
         self.sending = 0.0  # what the last reduction sent, held until the next
         self.copies = 0.0 if gpu else 1.0  # gloo copies what it sends
@@ -103,12 +105,15 @@ class ShardedWeights(Weights):
         """Shards."""
         shards = {p.name: FLOAT32 * p.padded_shard(self.layout, self.ranks) for p in self.parameters}
         self.ledger.hold(WEIGHTS, sum(shards.values()))
-        self.ledger.hold(
-            OPTIMIZER, sum(moments(p, self.config.optimizer) * shards[p.name] for p in self.parameters)
-        )
+        self.ledger.hold(OPTIMIZER, sum(moments(p, self.config.optimizer) * shards[p.name] for p in self.parameters))
 
     def at_once(self, unit: str) -> float:
         """Bytes of a unit that are gathered at a time; of a core of several units, the outer and the largest inner one."""
+        if unit not in self._at_once:
+            self._at_once[unit] = self._gathered(unit)
+        return self._at_once[unit]
+
+    def _gathered(self, unit: str) -> float:
         if unit != "core" or self.config.parallel.core_gather == "once":
             return self.whole(unit)
         outer, *inner = (
@@ -119,7 +124,9 @@ class ShardedWeights(Weights):
 
     def whole(self, unit: str) -> float:
         """Bytes of a unit, gathered."""
-        return FLOAT32 * sum(self.ranks * p.padded_shard(self.layout, self.ranks) for p in self.unit(unit) if not self._stays(p))
+        return FLOAT32 * sum(
+            self.ranks * p.padded_shard(self.layout, self.ranks) for p in self.unit(unit) if not self._stays(p)
+        )
 
     def size_of_unit(self, unit: str) -> float:
         """Bytes of a unit's gradients before they are reduced."""
@@ -172,7 +179,7 @@ class ShardedWeights(Weights):
         if self.first or self._reduces_always:
             self.ledger.hold(UNREDUCED, size)
         elif looped:
-            self.ledger.hold(GRADIENTS, size)
+            self.ledger.hold(SUMS, size)
 
     @property
     def _reduces_always(self) -> bool:
@@ -182,6 +189,7 @@ class ShardedWeights(Weights):
         """Free the gathered weights; send the gradients off."""
         sent, shard = self.at_once(unit), self.shard(unit)
         self.ledger.look(f"backward, {unit}")
+        self.ledger.free(SUMS)
         self._free(unit)
         if not (self.last or self._reduces_always):
             return

@@ -49,6 +49,12 @@ def feedforward_backward(shape: Shape, core: bool) -> float:
     return working
 
 
+def expert_rows(shape: Shape) -> float:
+    """Of what routed experts keep: freed when the gradients of all their weights are there."""
+    width = shape.model.expert_width / shape.layout.tensor
+    return shape.rounded(shape.model.experts_per_token * width, 4)
+
+
 def loss_forward(shape: Shape, tokens: float) -> float:
     """Of the chunked cross entropy of `tokens` tokens, beside the gradients that it keeps."""
     model = shape.model

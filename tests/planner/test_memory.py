@@ -32,13 +32,19 @@ def test_planned_memory_is_within_a_tenth_of_the_measured(
         model=replace(MODEL, **model),
         depth=DepthConfig(checkpoint=checkpoint, backprop=k),  # type: ignore[arg-type]
         train=TrainConfig(
-            micro_batch=2, global_batch=2 * number, sequence_length=length, precision=precision, device="cpu"  # type: ignore[arg-type]
+            micro_batch=2,
+            global_batch=2 * number,
+            sequence_length=length,
+            precision=precision,
+            device="cpu",  # type: ignore[arg-type]
         ),
     )
     for measured in measure_steps(config, torch.device("cpu"), (1, 8)):
         depth = Depth(measured.loops, measured.loops if k == "all" else min(k, measured.loops))
         planned = step_memory(config, Layout(), False, depth)
-        print(f"T = {measured.loops}: {measured.peak / 1e6:.1f} MB, planned {planned.peak / 1e6:.1f} MB, {planned.moment}")
+        print(
+            f"T = {measured.loops}: {measured.peak / 1e6:.1f} MB, planned {planned.peak / 1e6:.1f} MB, {planned.moment}"
+        )
         assert planned.peak == pytest.approx(measured.peak, rel=0.1)
         assert sum(planned.parts.values()) == pytest.approx(planned.peak)
         assert measured.sent == {}

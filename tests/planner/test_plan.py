@@ -35,9 +35,10 @@ def test_parts_add_up_and_a_token_meets_the_experts_that_it_chose(repository: Pa
 
 
 def test_memory_is_planned_for_a_depth_that_is_hardly_exceeded() -> None:
-    assert depths(DepthConfig(scheme="fixed", mean=6, max=9, backprop=4))[2] == depths(
-        DepthConfig(scheme="fixed", mean=6, max=6, backprop=4)
-    )[2]
+    assert (
+        depths(DepthConfig(scheme="fixed", mean=6, max=9, backprop=4))[2]
+        == depths(DepthConfig(scheme="fixed", mean=6, max=6, backprop=4))[2]
+    )
     loops, with_grad, deepest = depths(DepthConfig(scheme="uniform", mean=3, max=5, backprop=2))
     assert (loops, with_grad) == (pytest.approx(3), pytest.approx((1 + 2 * 4) / 5))
     assert (deepest.loops, deepest.with_grad) == (5, 2)
@@ -52,8 +53,9 @@ def test_every_change_is_one_that_the_config_takes_and_that_saves_what_it_says(r
     for change in plan.changes:
         again = make_plan(change.config, 8, DEVICES["h100"], 0.4, advise=False)
         assert again.memory.peak == change.memory.peak < plan.memory.peak
-    kept, checkpointed = plan.memory.parts, make_plan(
-        replace(config, depth=replace(config.depth, checkpoint="per_iteration")), 8, DEVICES["h100"], 0.4
+    kept, checkpointed = (
+        plan.memory.parts,
+        make_plan(replace(config, depth=replace(config.depth, checkpoint="per_iteration")), 8, DEVICES["h100"], 0.4),
     )
     assert checkpointed.memory.parts["activations of the loop"] < kept["activations of the loop"] / 2
     assert checkpointed.work.again > 0 == plan.work.again
@@ -95,7 +97,15 @@ def test_recomputing_the_loop_adds_one_forward_pass_of_it() -> None:
 def test_the_report_names_every_section_and_float32_has_no_time(repository: Path) -> None:
     config = preset(repository, "parcae_140m", parallel={"engine": "fsdp"})
     text = report(make_plan(config, 64, DEVICES["a100"], 0.4), 0.4, 100 * BILLION, 2.0)
-    for part in ("144,323,904", "mean T 8.00", "gathered core", "all-gather", "MFU at most", "device hours", "fits"):
+    for part in (
+        "144,323,904",
+        "mean T 8.00",
+        "activations of the loop",
+        "all-gather",
+        "MFU at most",
+        "device hours",
+        "fits",
+    ):
         assert part in text
     wide = replace(config, train=replace(config.train, precision="float32"))
     assert "not known" in report(make_plan(wide, 64, DEVICES["a100"], 0.4), 0.4, 1.0, 0.0)
@@ -120,5 +130,7 @@ def test_the_search_finds_an_arrangement_that_fits_or_says_that_there_is_none(re
 
 
 def test_a_config_for_training_plans_as_it_is(repository: Path) -> None:
-    config = replace(load_config(repository / "configs" / "smoke.yaml"), train=TrainConfig(micro_batch=4, global_batch=8))
+    config = replace(
+        load_config(repository / "configs" / "smoke.yaml"), train=TrainConfig(micro_batch=4, global_batch=8)
+    )
     assert make_plan(config, 1, DEVICES["cpu"], 0.4).fits

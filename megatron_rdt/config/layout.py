@@ -42,10 +42,11 @@ class Layout:
                 f"{world_size} processes are not a multiple of {named}. Start {near}, or lower one of these."
             )
         shard = world_size // fixed
-        if (shard * config.context) % config.expert:
+        group = world_size // config.replicate
+        if group % config.expert:
             raise ValueError(
-                f"parallel.expert {config.expert} does not divide the {shard * config.context} processes that share "
-                f"the state ({world_size} processes, {named}). Set it to a divisor of {shard * config.context}."
+                f"parallel.expert {config.expert} does not divide the {group} processes of a replica ({world_size} "
+                f"processes, {named}). Set it to a divisor of {group}."
             )
         return cls(config.replicate, shard, config.context, config.tensor, config.expert)
 

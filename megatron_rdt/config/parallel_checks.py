@@ -1,6 +1,6 @@
 """Checks of `parallel`: what each axis of sharding needs of the engine, the model and the run."""
 
-from megatron_rdt.config.schema import ModelConfig, RunConfig
+from megatron_rdt.config.schema import RunConfig
 
 AXES = ("replicate", "context", "tensor", "expert")
 ONLY_FSDP = {**dict.fromkeys(AXES, 1), "core_gather": "once", "reshard_after_forward": True}
@@ -71,33 +71,24 @@ def _tensor(config: RunConfig) -> list[str]:
     split = {"model.heads": model.heads, "model.vocab_size": model.vocab_size}
     if model.attention == "gqa":
         split["model.kv_heads"] = model.kv_heads
-    split |= {f"inner width ({name})": width for name, width in inner_widths(model).items()}
+    split |= {f"inner width ({name})": width for name, width in inner_widths(config).items()}
     split["tokens of a process (train.sequence_length / parallel.context)"] = (
         config.train.sequence_length // config.parallel.context
     )
     for name, size in split.items():
         if size % ranks:
             problems.append(f"parallel.tensor {ranks} does not divide the {name}, {size}. Change either.")
-    if model.halting != "none":
-        problems.append(
-            f"model.halting {model.halting} does not work with parallel.tensor {ranks} yet: each process has part of the "
-            "tokens and all of the loss. Set --parallel.tensor 1, or --model.halting none."
-        )
-    if config.parallel.expert > 1:
-        problems.append(
-            "parallel.tensor and parallel.expert do not work together yet. tensor splits experts too: set "
-            "--parallel.expert 1."
-        )
     return problems + _no_muon(config, "tensor")
 
 
-def inner_widths(model: ModelConfig) -> dict[str, int]:
-    """Inner widths of the model's feed-forward parts, by the options that set them."""
-    widths = {}
+def inner_widths(config: RunConfig) -> dict[str, int]:
+    """Inner widths that `parallel.tensor` splits, by the options that set them."""
+    model, widths = config.model, {}
     if model.core_ffn == "dense" or model.prelude_layers or model.coda_layers:
         widths["model.ffn_dim"] = model.ffn_width
     if model.core_ffn == "moe":
-        widths["model.expert_dim"] = model.expert_width
+        if config.parallel.expert == 1:  # otherwise each is whole on one process
+            widths["model.expert_dim"] = model.expert_width
         if model.shared_width:
             widths["model.shared_experts x model.shared_expert_dim"] = model.shared_width
     return widths

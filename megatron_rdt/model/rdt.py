@@ -82,8 +82,8 @@ class RecurrentDepthTransformer(nn.Module):
         compute_dtype: dtype of matrix products; None means the dtype of the weights. The residual stream and the
             recurrent state keep the dtype of the weights (float32).
         z_weight: weight of the squared log-partition function in the loss.
-        normal_state, cross_entropy: the functions of these names, or what stands for them where a process has but part
-            of the positions or of the vocabulary.
+        normal_state, cross_entropy, token_sum: the functions of these names (the last: of a sum over all tokens), or what
+            stands for them where a process has but part of the tokens or of the vocabulary.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -98,7 +98,7 @@ class RecurrentDepthTransformer(nn.Module):
         self.head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
         self.compute_dtype: torch.dtype | None = None
         self.z_weight = 0.0
-        self.normal_state, self.cross_entropy = normal_state, cross_entropy
+        self.normal_state, self.cross_entropy, self.token_sum = normal_state, cross_entropy, torch.sum
 
     def forward(
         self,
@@ -243,7 +243,7 @@ class RecurrentDepthTransformer(nn.Module):
         objective, entropy, _ = self.cross_entropy(self.read_out(state, context), matrix, targets, **options)
         if config.halting != "act":
             return {"objective": objective, "cross_entropy": entropy}
-        ponder = extras["ponder"].sum()
+        ponder = self.token_sum(extras["ponder"])
         return {
             "objective": objective + config.halting_weight * ponder,
             "cross_entropy": entropy,
@@ -272,14 +272,14 @@ class RecurrentDepthTransformer(nn.Module):
         last = features[-len(targets) :].detach()
         _, entropy, _ = self.cross_entropy(last, matrix.detach(), targets, softcap=config.logit_softcap)
         # A probability that underflowed to 0 would have an infinite gradient here.
-        exit_entropy = torch.special.entr(exits.clamp_min(torch.finfo(exits.dtype).tiny)).sum()
+        exit_entropy = self.token_sum(torch.special.entr(exits.clamp_min(torch.finfo(exits.dtype).tiny)))
         iterations = torch.arange(1, len(exits) + 1, device=exits.device, dtype=exits.dtype)
         # Every output of the core takes part, or sharding engines would wait for its gradient.
         return {
             "objective": objective - config.halting_weight * exit_entropy + 0 * state.sum(),
             "cross_entropy": entropy,
             "exit_entropy": exit_entropy.detach(),
-            "exit_iteration": (iterations @ exits.detach().flatten(1)).sum(),
+            "exit_iteration": self.token_sum(iterations @ exits.detach().flatten(1)),
         }
 
     def _output_matrix(self) -> torch.Tensor:

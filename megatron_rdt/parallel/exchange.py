@@ -36,6 +36,17 @@ class _Gather(torch.autograd.Function):
         return scattered_sum(grads[0], ctx.dim, ctx.group), None, None
 
 
+class _GatherSame(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dim: int, group: ProcessGroup) -> torch.Tensor:  # type: ignore[override]
+        ctx.dim, ctx.group = dim, group
+        return gathered(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return grads[0].chunk(ctx.group.size(), ctx.dim)[ctx.group.rank()], None, None
+
+
 class _ScatterSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dim: int, group: ProcessGroup) -> torch.Tensor:  # type: ignore[override]
@@ -69,6 +80,18 @@ def _all_to_all(x: torch.Tensor, sends: list[int], receives: list[int], group: P
 def gather(x: torch.Tensor, dim: int, group: ProcessGroup) -> torch.Tensor:
     """The parts of all ranks along `dim`; the gradient of each part is summed over the ranks that used it."""
     return _Gather.apply(x, dim, group)
+
+
+def gather_for_same(x: torch.Tensor, dim: int, group: ProcessGroup) -> torch.Tensor:
+    """The parts of all ranks along `dim`, for work that all do alike: each has the whole gradient, and keeps its part."""
+    return _GatherSame.apply(x, dim, group)
+
+
+def whole_sum(x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+    """The sum of `x` over ranks, with the gradient of this rank's own: the others see to theirs."""
+    total = x.detach().clone()
+    dist.all_reduce(total, group=group)
+    return x + (total - x.detach())
 
 
 def scatter_sum(x: torch.Tensor, dim: int, group: ProcessGroup) -> torch.Tensor:

@@ -42,12 +42,12 @@ def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 @torch.no_grad()
-def reduce_experts(model: nn.Module, world_size: int, replicas: DeviceMesh | None) -> None:
-    """Make the experts' gradients means over all processes, of which each has put in the tokens of its own."""
+def reduce_experts(model: nn.Module, losses: int, replicas: DeviceMesh | None) -> None:
+    """Make the experts' gradients, sums over all processes' tokens so far, those of the mean of `losses` losses."""
     for parameter in expert_parameters(model):
         if isinstance(parameter.grad, DTensor):
             own = parameter.grad.to_local()
-            own /= world_size
+            own /= losses
             if replicas is not None:
                 dist.all_reduce(own, group=replicas.get_group())
 

@@ -34,10 +34,10 @@ class FullyShardedEngine(NativeEngine):
         # Gathering a matrix that two axes split along one dimension takes two steps; said at each save.
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         self.meshes = make_meshes(self.layout, self.device)
-        if self.meshes.tensor is not None:
-            parallelize(model, self.meshes.tensor)
         if self.meshes.expert is not None:
             parallelize_experts(model, self.meshes.expert)
+        if self.meshes.tensor is not None:
+            parallelize(model, self.meshes.tensor)
         self._shard(model)
         model.to_empty(device=self.device)
         self._fill(model)
@@ -89,4 +89,5 @@ class FullyShardedEngine(NativeEngine):
         """FSDP2 reduces in its hooks; the experts, which it does not know, are reduced after the last micro-batch."""
         super().backward(loss, last)
         if last and self.meshes.expert is not None:
-            reduce_experts(self.model, self.world_size, self.meshes.expert_replicas)
+            layout = self.layout
+            reduce_experts(self.model, layout.data * layout.context, self.meshes.expert_replicas)

@@ -17,13 +17,13 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.loss import cross_entropy
 from megatron_rdt.model.rdt import Embedding
 from megatron_rdt.model.state import normal_state
-from megatron_rdt.parallel.exchange import gather, gathered, scatter_sum
+from megatron_rdt.parallel.exchange import gather, gather_for_same, gathered, scatter_sum, whole_sum
 from megatron_rdt.parallel.local import place, view_locally
 
 TOKENS = 1  # the dimension of activations (batch, sequence, channels) that is split between the parts
@@ -54,31 +54,40 @@ def split_dimension(name: str) -> int | None:
 
 
 def parallelize(model: RecurrentDepthTransformer, mesh: DeviceMesh) -> None:
-    """Split the model, on the meta device and not yet sharded, over a 1-D mesh, in place."""
+    """Split the model, on the meta device and not yet sharded, over a 1-D mesh, in place.
+
+    Experts that are shared out already (`exchange`) stay as they are, and get some of the tokens from each process.
+    """
     names: dict[nn.Module, list[str]] = {}
     for prefix, module in model.named_modules():
-        for name, _ in list(module.named_parameters(recurse=False)):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if isinstance(parameter, DTensor):  # an expert's
+                continue
             dim = split_dimension(f"{prefix}.{name}")
             place(module, name, mesh, Replicate() if dim is None else Shard(dim))
             names.setdefault(module, []).append(name)
     view_locally(model, mesh, names)
     group = mesh.get_group()
     for layer in (*model.prelude, *model.core.layers, *model.coda):
-        for part in (layer.attention, layer.feedforward):
-            _split_tokens_around(part, group)  # type: ignore[arg-type]
+        _split_tokens_around(layer.attention, TOKENS, group)  # type: ignore[arg-type]
+        if getattr(layer.feedforward, "exchange", None) is None:
+            _split_tokens_around(layer.feedforward, TOKENS, group)  # type: ignore[arg-type]
+        elif layer.feedforward.shared is not None:  # type: ignore[union-attr]
+            _split_tokens_around(layer.feedforward.shared, 0, group)  # type: ignore[union-attr, arg-type]
     _split_embedding(model.embedding, group)
     model.normal_state = partial(_own_noise, group)  # type: ignore[method-assign]
     model.cross_entropy = partial(_split_cross_entropy, group)  # type: ignore[method-assign]
+    model.token_sum = partial(_whole_token_sum, group)
 
 
-def _split_tokens_around(part: nn.Module, group: ProcessGroup) -> None:
-    """Let a part, which needs all tokens and gives a partial sum, take and give some of the tokens."""
+def _split_tokens_around(part: nn.Module, dim: int, group: ProcessGroup) -> None:
+    """Let a part, which needs all tokens and gives a partial sum, take and give some of the tokens, along `dim`."""
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (gather(args[0], TOKENS, group), *args[1:])
+        return (gather(args[0], dim, group), *args[1:])
 
     def after(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        return scatter_sum(output, TOKENS, group)
+        return scatter_sum(output, dim, group)
 
     part.register_forward_pre_hook(before)
     part.register_forward_hook(after)
@@ -120,5 +129,12 @@ def _split_cross_entropy(
     group: ProcessGroup, features: torch.Tensor, matrix: torch.Tensor, targets: torch.Tensor, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`cross_entropy` of all tokens from the features of some, with some rows of the output matrix."""
+    if options.get("weights") is not None:
+        options["weights"] = gather_for_same(options["weights"], TOKENS, group)
     features = gather(features, TOKENS, group)
     return cross_entropy(features, matrix, targets, shards=VocabularyShards(group), **options)
+
+
+def _whole_token_sum(group: ProcessGroup, values: torch.Tensor) -> torch.Tensor:
+    """The sum over all tokens, of which this process has some."""
+    return whole_sum(values.sum(), group)

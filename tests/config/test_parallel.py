@@ -41,7 +41,7 @@ def test_every_process_has_a_place_of_its_own(sizes: tuple[int, ...]) -> None:
     [
         ({"tensor": 3}, 4, r"4 processes are not a multiple of .* tensor 3 = 3. Start 6"),
         ({"replicate": 2, "context": 2, "tensor": 2}, 4, r"4 processes are not a multiple .* = 8. Start 8"),
-        ({"expert": 3}, 4, r"parallel.expert 3 does not divide the 4 processes .* divisor of 4"),
+        ({"expert": 3}, 4, r"parallel.expert 3 does not divide the 4 processes of a replica .* divisor of 4"),
         ({"expert": 4, "replicate": 2}, 4, r"parallel.expert 4 does not divide the 2 processes"),
     ],
 )
@@ -86,11 +86,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         r"inner width \(model.expert_dim\), 6",
     ),
     ({"parallel": fsdp(tensor=4), "train": TrainConfig(1000, 8, 1, 18)}, r"tokens of a process .*, 18"),
-    (
-        {"parallel": fsdp(tensor=2), "model": dataclasses.replace(MODEL, halting="act")},
-        r"halting act does not work with",
-    ),
-    ({"parallel": fsdp(tensor=2, expert=2), "model": MOE}, r"parallel.tensor and parallel.expert do not work together"),
     ({"parallel": fsdp(tensor=2), "optimizer": OptimizerConfig("muon")}, r"muon needs whole matrices, .*tensor 2"),
     (
         {"parallel": fsdp(context=2), "train": TrainConfig(1000, 8, 1, 18)},

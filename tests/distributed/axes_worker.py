@@ -39,6 +39,9 @@ MODELS = {
     "experts": dataclasses.replace(PLAIN, core_ffn="moe", experts=4, experts_per_token=2, expert_dim=24),
     # Fewer experts than processes: what FSDP2 deals out is their rows.
     "few experts": dataclasses.replace(PLAIN, core_ffn="moe", experts=3, experts_per_token=2, expert_dim=24),
+    "experts act": dataclasses.replace(
+        PLAIN, core_ffn="moe", experts=4, experts_per_token=2, expert_dim=25, shared_expert_dim=24, halting="act"
+    ),
     "act": dataclasses.replace(PLAIN, halting="act", injection="linear"),
     "gate": dataclasses.replace(PLAIN, halting="gate", injection="gate"),
 }

@@ -26,6 +26,8 @@ CASES: dict[str, list[Case]] = {
         case("parts", context=2, tensor=2),
         case("mla", context=2, tensor=2, core_gather="per_layer"),
         case("experts", tensor=2, core_gather="per_iteration"),
+        case("act", tensor=2),
+        case("gate", tensor=4),
         case("parts", "bfloat16", tensor=2),
     ],
     "context": [
@@ -41,6 +43,9 @@ CASES: dict[str, list[Case]] = {
         case("experts", expert=2, reduce="per_micro_batch"),
         case("experts", expert=2, replicate=2),
         case("experts", expert=2, context=2, core_gather="per_layer"),
+        case("experts", expert=4, tensor=2),
+        case("experts", expert=2, tensor=2, reduce="per_micro_batch"),
+        case("experts act", expert=2, tensor=2, context=2),
     ],
     "state": [
         case("parts", replicate=2),

@@ -62,6 +62,10 @@ class Parcae(Peer):
         )
         return modeling.ModelingParcae(config).train()
 
+    def more_here(self, sizes: Sizes) -> int:
+        """The gain of the input per channel, which is the step there."""
+        return sizes.dim
+
     def runs(self, work: Work) -> bool:
         """Everything."""
         return True

@@ -142,7 +142,9 @@ class RecurrentCore(nn.Module):
         slot: int,
     ) -> torch.Tensor:
         """One iteration of the first `len(ages)` sequences, the ages-th of each (from 0)."""
-        t, part = torch.tensor(ages, device=state.device), inputs.rows(slice(len(ages)))
+        t = torch.tensor(ages, device=state.device)
+        # A slice, even of everything, would cost a copy in every iteration's backward pass.
+        part = inputs if len(ages) == len(inputs.total) else inputs.rows(slice(len(ages)))
         if self.checkpoint_iterations and torch.is_grad_enabled() and cache is None:
             # The reentrant kind gives wrong gradients under sharding, without an error.
             return checkpoint(self.iterate, state, t, part, use_reentrant=False)  # type: ignore[no-any-return]

@@ -26,7 +26,7 @@ def attention_mask(
     Returns:
         (sequence, keys), or (batch, 1, sequence, keys) where there are documents; with `mask`, what it broadcasts to.
     """
-    if mask is None and start == 0 and not window and documents is None:
+    if mask is None and (start == 0 or sequence == 1) and not window and documents is None:
         return None
     keys = torch.arange(start + sequence, device=device)
     queries = keys[start:, None]

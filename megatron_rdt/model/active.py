@@ -52,7 +52,8 @@ class ActiveTokens:
             return context
         tokens, mask = context.tokens, context.mask
         if mask is None:
-            mask = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).tril()
+            shape = tokens.shape[1], context.start + tokens.shape[1]
+            mask = torch.ones(shape, dtype=torch.bool, device=tokens.device).tril(context.start)
         assert isinstance(mask, torch.Tensor), "a pass with a cache has no blockwise mask"
         rotary = tuple(self._by_token(table) for table in context.rotary)
         return LayerContext(rotary, self._by_token(mask), context.compute_dtype, self.take(tokens), context.start)  # type: ignore[arg-type]

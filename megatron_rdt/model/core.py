@@ -145,7 +145,9 @@ class RecurrentCore(nn.Module):
         slots: list[int],
     ) -> list[torch.Tensor]:
         """The states after each of some iterations of the same first sequences, the ages-th of each (from 0)."""
-        times, part = [from_host(each, state.device) for each in ages], inputs.rows(slice(len(ages[0])))
+        times, active = [from_host(each, state.device) for each in ages], len(ages[0])
+        # A slice, even of everything, would cost a copy in every iteration's backward pass.
+        part = inputs if active == len(inputs.total) else inputs.rows(slice(active))
 
         def iterations(state: torch.Tensor, part: LoopInputs) -> list[torch.Tensor]:
             states = []

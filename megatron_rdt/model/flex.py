@@ -159,17 +159,29 @@ def attend(
         alone = query.is_cuda and not torch.compiler.is_compiling()  # a compiled layer compiles it with the rest
         function = _compiled_flex_attention() if alone else flex_attention  # uncompiled it builds all scores
         return function(query, key, value, block_mask=mask.block_mask, scale=scale, enable_gqa=group > 1)
-    if group > 1 and mask is not None and query.shape[2] < key.shape[2]:
-        # Few queries, many keys: heads that share keys are taken for further queries of one head, since SDPA would
-        # copy the keys for each of them.
-        queries, rows = query.shape[2], mask[(None,) * (4 - mask.dim())]
-        rows = rows.expand(-1, group if rows.shape[1] == 1 else query.shape[1], queries, -1)
-        query, rows = query.unflatten(1, (-1, group)).flatten(2, 3), rows.unflatten(1, (-1, group)).flatten(2, 3)
-        attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=rows, scale=scale)
-        return attended.unflatten(2, (group, queries)).flatten(1, 2)
+    last = query.shape[2] == 1  # a single query is the latest position: without a mask it sees every key
+    if group > 1 and query.shape[2] < key.shape[2] and (last or mask is not None):
+        return _grouped(query, key, value, mask, scale)
     return functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=group > 1
+        query, key, value, attn_mask=mask, is_causal=mask is None and not last, scale=scale, enable_gqa=group > 1
     )
+
+
+def _grouped(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+) -> torch.Tensor:
+    """Few queries, many keys: heads that share keys are taken for further queries of one head.
+
+    SDPA would copy the keys for each of them. Arguments as of `attend`; None is no mask here.
+    """
+    group, queries = query.shape[1] // key.shape[1], query.shape[2]
+    if mask is not None:
+        rows = mask[(None,) * (4 - mask.dim())]
+        rows = rows.expand(-1, group if rows.shape[1] == 1 else query.shape[1], queries, -1)
+        mask = rows.unflatten(1, (-1, group)).flatten(2, 3)
+    query = query.unflatten(1, (-1, group)).flatten(2, 3)
+    attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return attended.unflatten(2, (group, queries)).flatten(1, 2)
 
 
 @functools.cache

@@ -43,7 +43,8 @@ def attention_mask(
     Returns:
         (sequence, keys), or (batch, 1, sequence, keys) where there are documents; with `mask`, what it broadcasts to.
     """
-    if mask is None and start == 0 and not window and documents is None and queries is None:
+    plain = mask is None and not window and documents is None and queries is None
+    if plain and (start == 0 or sequence == 1):
         return None
     keys = torch.arange(start + sequence, device=device)
     places = keys[start:] if queries is None else queries

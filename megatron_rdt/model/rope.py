@@ -28,6 +28,13 @@ def rotary_tables(
     return angles.cos().to(dtype).unsqueeze(-3), angles.sin().to(dtype).unsqueeze(-3)
 
 
+def _as_complex(x: torch.Tensor, table: torch.Tensor) -> bool:
+    """Whether complex numbers are for this: an eager CPU has a fast product of them; a compiler has none to generate,
+    and bfloat16 and sharded tensors do not know them."""
+    wide = x.dtype in (torch.float32, torch.float64) and x.dtype == table.dtype
+    return wide and x.device.type == "cpu" and type(x) is torch.Tensor and not torch.compiler.is_compiling()
+
+
 def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, pairing: str = "half") -> torch.Tensor:
     """Rotate (batch, heads, sequence, head_dim) by the angles of its positions.
 
@@ -36,5 +43,11 @@ def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, pairing:
     if pairing == "half":
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = x.unflatten(-1, (-1, 2))
+    if _as_complex(x, cosines):  # neighbours are a complex number, and one product rotates them
+        strides = (*pairs.stride()[:-1], x.storage_offset())
+        whole = pairs.stride(-1) == 1 and all(stride % 2 == 0 for stride in strides)
+        numbers = torch.view_as_complex(pairs if whole else pairs.contiguous())
+        return torch.view_as_real(numbers * torch.complex(cosines, sines)).flatten(-2)
+    first, second = pairs.unbind(-1)
     return torch.stack((first * cosines - second * sines, second * cosines + first * sines), dim=-1).flatten(-2)

@@ -75,14 +75,15 @@ def feedforward_kept(shape: Shape, core: bool) -> float:
 
 
 def _mixture(shape: Shape) -> float:
-    model, tokens, split = shape.model, shape.tokens, shape.layout.tensor
-    rows = model.experts_per_token
+    model, split, shared_out = shape.model, shape.layout.tensor, shape.layout.expert > 1
+    # Experts that are shared out take the tokens of a process; experts that are split, all tokens.
+    tokens, rows = shape.stream if shared_out else shape.tokens, model.experts_per_token
     kept: float = FLOAT32 * tokens * model.dim  # the router reads float32
-    if shape.compute < FLOAT32 and model.shared_width:
+    if model.shared_width and (shape.compute < FLOAT32 or (shared_out and split > 1)):
         kept += shape.rounded(model.dim)
     kept += FLOAT32 * tokens * (model.experts + 3 * rows) + shape.compute * tokens * rows + 3 * INT64 * tokens * rows
     # Rows before and after they are sorted and back, once more at each exchange.
-    kept += shape.rounded(rows * model.dim, 6 if shape.layout.expert > 1 else 4)
+    kept += shape.compute * tokens * rows * model.dim * (6 if shared_out else 4)
     kept += shape.rounded(rows * model.expert_width / split, 4)
     return kept + shape.rounded(model.shared_width / split, 4)
 

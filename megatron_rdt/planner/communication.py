@@ -127,7 +127,7 @@ def _fsdp(config: RunConfig, layout: Layout, depth: Depth, number: int) -> Itera
         if layout.replicate > 1:
             yield Sent("backward", REDUCE, "gradients", times, times * size / ranks, "replicate", hidden=True)
     if layout.tensor > 1:  # what every process of the axis holds whole
-        same = [p for p in parameters if p.split is None]
+        same = [p for p in parameters if p.split is None and not (layout.expert > 1 and p.routed)]
         size = FLOAT32 * sum(p.size for p in same)
         yield Sent("backward", REDUCE, "gradients of norms", reductions * len(same), reductions * size, "tensor")
     routed = [p for p in parameters if p.routed and layout.expert > 1]
@@ -171,7 +171,7 @@ def _activations(config: RunConfig, layout: Layout, depth: Depth, number: int, g
         ):
             yield Sent(phase, kind, "keys and values", calls * layers, calls * layers * size, "context")
     if layout.expert > 1:
-        rows_size = shape.rounded(model.experts_per_token * model.dim)
+        rows_size = shape.rounded(model.experts_per_token * model.dim) / layout.tensor
         inside = number * model.core_layers
         counts = INT64 * model.experts
         for phase, times, messages in (

@@ -55,10 +55,10 @@ class Parameter:
     def local_shape(self, layout: Layout) -> tuple[int, ...]:
         """What tensor and expert parallelism leave to a process, before the state is sharded."""
         shape = list(self.shape)
-        if layout.tensor > 1 and self.split is not None:
-            shape[self.split] = -(-shape[self.split] // layout.tensor)
         if layout.expert > 1 and self.routed:
             shape[0] = -(-shape[0] // layout.expert)
+        elif layout.tensor > 1 and self.split is not None:
+            shape[self.split] = -(-shape[self.split] // layout.tensor)
         return tuple(shape)
 
     def local(self, layout: Layout) -> int:

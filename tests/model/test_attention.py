@@ -21,7 +21,7 @@ from megatron_rdt.model.context import LayerContext
 from megatron_rdt.model.flex import BlockwiseMask, attend, model_mask
 from megatron_rdt.model.masks import attention_mask
 from megatron_rdt.model.mla import LatentAttention
-from megatron_rdt.model.rope import rotary_tables
+from megatron_rdt.model.rope import rotary_tables, rotate
 
 CPU = torch.device("cpu")
 GQA = ModelConfig(vocab_size=31, dim=24, heads=4, kv_heads=2, prelude_layers=1, core_layers=2, coda_layers=1)
@@ -383,3 +383,32 @@ def test_only_grouped_attention_divides_the_width() -> None:
     assert initialize(RecurrentDepthTransformer(config), 0)(TOKENS, 2).shape == (2, 9, 31)
     with pytest.raises(ConfigError, match="rope_dim is 5"):
         check_config(RunConfig(model=dataclasses.replace(config, rope_dim=5)))
+
+
+def test_adjacent_channels_turn_alike_as_complex_numbers_and_as_pairs() -> None:
+    """On the CPU one complex product rotates; bfloat16, compilers and GPUs take the formula. Odd strides are copied."""
+    generator = torch.Generator().manual_seed(0)
+    tables = rotary_tables(torch.arange(5), 4, 10000.0, torch.float64)
+    for shape, view in (
+        ((2, 5, 12), lambda x: x.unflatten(-1, (3, 4)).transpose(1, 2)),
+        ((2, 5, 9), lambda x: x[..., 1:].unflatten(-1, (2, 4)).transpose(1, 2)),
+        ((2, 3, 5, 8), lambda x: x[..., ::2]),
+    ):
+        x = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        turned = rotate(view(x), *tables, "adjacent")
+        first, second = view(x)[..., ::2], view(x)[..., 1::2]
+        cosines, sines = tables
+        expected = torch.stack((first * cosines - second * sines, second * cosines + first * sines), -1).flatten(-2)
+        torch.testing.assert_close(turned, expected)
+        assert torch.autograd.gradcheck(lambda y, view=view: rotate(view(y), *tables, "adjacent"), x)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_a_single_query_needs_no_mask(kv_heads) -> None:
+    """Without a mask it sees every key, with shared heads and without: the same as under a mask of ones."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, 1, 8, generator=generator)
+    key, value = torch.randn(2, 2, kv_heads, 7, 8, generator=generator)
+    assert attention_mask(1, 6, 0, None, query.device) is None
+    everything = torch.ones(1, 7, dtype=torch.bool)
+    torch.testing.assert_close(attend(query, key, value, None), attend(query, key, value, everything))

@@ -4,7 +4,7 @@ keep the state from growing. Here for comparison."""
 import torch
 
 from megatron_rdt.config import ModelConfig
-from megatron_rdt.model.injection.base import Injection
+from megatron_rdt.model.injection.base import Injection, shifted
 
 
 class AddInjection(Injection, name="add"):
@@ -17,7 +17,7 @@ class AddInjection(Injection, name="add"):
         self, state: torch.Tensor, prepared: torch.Tensor, offset: torch.Tensor | float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The sum."""
-        return state + prepared + offset, state
+        return shifted(state + prepared, offset), state
 
     def spectral_radius(self) -> torch.Tensor:
         """1."""

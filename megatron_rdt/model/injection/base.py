@@ -66,3 +66,8 @@ class Injection(nn.Module):
         The linear part is what maps h_t to the layers' input and on, with the layers taken out.
         """
         raise NotImplementedError
+
+
+def shifted(x: torch.Tensor, offset: torch.Tensor | float) -> torch.Tensor:
+    """x + offset, and x itself where no signal adds anything."""
+    return x + offset if isinstance(offset, torch.Tensor) or offset else x

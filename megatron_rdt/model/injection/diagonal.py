@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from megatron_rdt.config import ModelConfig
-from megatron_rdt.model.injection.base import Injection
+from megatron_rdt.model.injection.base import Injection, shifted
 from megatron_rdt.model.norm import RMSNorm
 
 # Bounds of |a| and dt. The slowest decay is exp(-0.1 * 0.05) = 0.995, which rounds to 0.99609 < 1 in bfloat16.
@@ -95,7 +95,7 @@ class DiagonalInjection(Injection, name="diagonal"):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The decayed state with the input added."""
         decay, _ = self.diagonal()
-        return decay * state + prepared + offset, state
+        return shifted(torch.addcmul(prepared, decay, state), offset), state
 
     def spectral_radius(self) -> torch.Tensor:
         """Largest |decay|."""
@@ -119,7 +119,7 @@ class ResidualInjection(Injection, name="residual"):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The normalised sum; the carry is what the layers' output is added to."""
         decay, gain = self.diagonal()
-        return self.norm(state + prepared + offset), decay * state + gain * prepared
+        return self.norm(shifted(state + prepared, offset)), decay * state + gain * prepared
 
     def write(self, carry: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Add the layers' output."""

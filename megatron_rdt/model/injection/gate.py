@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from megatron_rdt.config import ModelConfig
-from megatron_rdt.model.injection.base import Injection
+from megatron_rdt.model.injection.base import Injection, shifted
 from megatron_rdt.model.linear import linear
 
 LIMIT = 0.995  # rounds to 0.99609 < 1 in bfloat16
@@ -42,7 +42,7 @@ class GateInjection(Injection, name="gate"):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The mixture."""
         gate, rest = prepared.unbind(2)
-        return gate * state + rest + offset, state
+        return shifted(gate * state + rest, offset), state
 
     def spectral_radius(self) -> torch.Tensor:
         """The largest gate of the last forward pass; before the first, its bound."""

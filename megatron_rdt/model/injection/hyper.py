@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from megatron_rdt.config import ModelConfig
-from megatron_rdt.model.injection.base import Injection
+from megatron_rdt.model.injection.base import Injection, shifted
 from megatron_rdt.model.injection.diagonal import DiagonalDecay
 
 
@@ -67,7 +67,7 @@ class HyperInjection(Injection, name="hyper"):
         decay, _ = self.diagonal()
         mixed = torch.einsum("nm,bsmd->bsnd", _shares(self.mix, decay.dtype), state.to(decay.dtype))
         lanes = decay * mixed + prepared.unsqueeze(-2)
-        return self.close(lanes) + offset, lanes
+        return shifted(self.close(lanes), offset), lanes
 
     def write(self, carry: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Add what the layers changed, times each lane's weight."""

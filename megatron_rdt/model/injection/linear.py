@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from megatron_rdt.config import ModelConfig
-from megatron_rdt.model.injection.base import Injection
+from megatron_rdt.model.injection.base import Injection, shifted
 from megatron_rdt.model.linear import linear
 
 # Above this width the eigenvalues are estimated.
@@ -34,7 +34,7 @@ class LinearInjection(Injection, name="linear"):
         self, state: torch.Tensor, prepared: torch.Tensor, offset: torch.Tensor | float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The projection, in the dtype of the state."""
-        return linear(state, self.weight[:, : self.dim]) + prepared + offset, state
+        return shifted(linear(state, self.weight[:, : self.dim]) + prepared, offset), state
 
     @torch.no_grad()
     def spectral_radius(self) -> torch.Tensor:

@@ -1,0 +1,87 @@
+"""Huginn: the authors' modelling file, recpre/raven_modeling_minimal.py of seal-rg/recurrent-pretraining.
+
+Its package imports the whole training stack, so the file alone is used. Under transformers 5 it needs a dictionary of tied
+weights, and its cached generation fails (`cache_position` is gone), so the loop over tokens is here and the forward passes,
+with its HuginnDynamicCache, are theirs.
+"""
+
+import importlib
+import math
+import sys
+import types
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from megatron_rdt.config import ModelConfig
+from peer_models.base import Peer, Sizes, Work, with_and_without_gradient
+
+FILE = Path("recpre") / "raven_modeling_minimal.py"
+
+
+class Huginn(Peer):
+    """Sandwich norms, linear injection, biased queries and keys, the last norm used twice."""
+
+    name = "Huginn"
+    install = "git clone https://github.com/seal-rg/recurrent-pretraining, and put it on PYTHONPATH"
+
+    def config(self, sizes: Sizes) -> ModelConfig:
+        """As configs/models/huginn_3.5b.yaml."""
+        return sizes.config(
+            qk_bias=True,
+            rope_base=50000.0,
+            rope_pairing="adjacent",
+            norm_placement="sandwich",
+            core_norm="last_shared",
+            encoded_norm=False,
+            injection="linear",
+            state_init="normal",
+            state_std=math.sqrt(2 / 5),
+            scale_embedding=True,
+        )
+
+    def build(self, sizes: Sizes) -> nn.Module:
+        """RavenForCausalLM."""
+        root = next((Path(entry or ".") for entry in sys.path if (Path(entry or ".") / FILE).is_file()), None)
+        if root is None:
+            raise ImportError(f"{FILE} is not on PYTHONPATH")
+        package = types.ModuleType("recpre")
+        package.__path__ = [str(root / "recpre")]
+        sys.modules["recpre"] = package
+        self.modeling = importlib.import_module("recpre.raven_modeling_minimal")
+        self.modeling.RavenPreTrainedModel._tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+        config = self.modeling.RavenConfig(
+            n_embd=sizes.dim,
+            n_heads=sizes.heads,
+            n_layers=2 * sizes.outer_layers + sizes.core_layers,
+            block_size=2 * sizes.positions,
+            vocab_size=sizes.vocabulary,
+            intermediate_size=sizes.inner,
+            n_layers_in_prelude=sizes.outer_layers,
+            n_layers_in_recurrent_block=sizes.core_layers,
+            n_layers_in_coda=sizes.outer_layers,
+        )
+        return self.modeling.RavenForCausalLM(config).float().train()
+
+    def loss(
+        self, model: nn.Module, tokens: torch.Tensor, targets: torch.Tensor, work: Work, loops: tuple[int, ...]
+    ) -> torch.Tensor:
+        """Its own loss."""
+        model.gradient_checkpointing = work.checkpoint
+        return model(tokens, labels=targets, num_steps=with_and_without_gradient(work)).loss
+
+    @torch.no_grad()
+    def generate(self, model: nn.Module, prompt: torch.Tensor, loops: int, new_tokens: int) -> torch.Tensor:
+        """Its forward pass with its cache, token by token."""
+        model.eval()
+        cache = self.modeling.HuginnDynamicCache()
+        tokens = new = prompt
+        for _ in range(new_tokens):
+            positions = torch.arange(tokens.shape[1] - new.shape[1], tokens.shape[1])
+            steps = torch.tensor([loops, 0])
+            output = model(new, num_steps=steps, cache_position=positions, past_key_values=cache, use_cache=True)
+            new = torch.multinomial(output.logits[:, -1].softmax(-1), 1)
+            tokens = torch.cat((tokens, new), dim=1)
+        model.train()
+        return tokens

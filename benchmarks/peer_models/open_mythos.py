@@ -1,0 +1,106 @@
+"""OpenMythos: the package open-mythos 0.5.0. Its core is one layer of experts."""
+
+import importlib
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from megatron_rdt.config import ModelConfig
+from megatron_rdt.model.signals import FEATURES, INDEX_CHANNELS_SHARE
+from peer_models.base import Peer, Sizes, Work
+
+EXPERTS, CHOSEN, EXPERT_DIM, SHARED, KV_HEADS, RANK, MAX_LOOPS = 8, 2, 256, 1, 2, 8, 16
+
+
+class RunAll(nn.Module):
+    """In the place of its halting unit, which stops an untrained model after two or three iterations: none stops early."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.calls = 1, 0
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """Halting probabilities (batch, sequence): 1 in the last iteration of each pass, 0 before."""
+        self.calls += 1
+        return torch.full(h.shape[:2], float(self.calls % self.last == 0), dtype=h.dtype, device=h.device)
+
+
+class OpenMythos(Peer):
+    """Decay around the layers, loop index, adapter per iteration, grouped-query attention, experts."""
+
+    name = "OpenMythos"
+    install = "pip install --no-deps open-mythos==0.5.0"
+
+    def config(self, sizes: Sizes) -> ModelConfig:
+        """As configs/models/openmythos_1b.yaml, with grouped-query attention and without halting."""
+        return sizes.config(
+            core_layers=1,
+            kv_heads=KV_HEADS,
+            rope_base=500000.0,
+            rope_pairing="adjacent",
+            ffn_dim=sizes.dim * 4 // 3,
+            core_ffn="moe",
+            experts=EXPERTS,
+            experts_per_token=CHOSEN,
+            expert_dim=EXPERT_DIM,
+            shared_experts=SHARED,
+            shared_expert_dim=EXPERT_DIM * CHOSEN,
+            encoded_norm=False,
+            injection="residual",
+            state_init="encoded",
+            signals=["sinusoidal", "lora"],
+            signal_rank=RANK,
+        )
+
+    def build(self, sizes: Sizes) -> nn.Module:
+        """Their module without its halting unit."""
+        package: Any = importlib.import_module("open_mythos")
+        config = package.MythosConfig(
+            vocab_size=sizes.vocabulary,
+            dim=sizes.dim,
+            n_heads=sizes.heads,
+            n_kv_heads=KV_HEADS,
+            max_seq_len=2 * sizes.positions,
+            max_loop_iters=MAX_LOOPS,
+            prelude_layers=sizes.outer_layers,
+            coda_layers=sizes.outer_layers,
+            attn_type="gqa",
+            n_experts=EXPERTS,
+            n_shared_experts=SHARED,
+            n_experts_per_tok=CHOSEN,
+            expert_dim=EXPERT_DIM,
+            lora_rank=RANK,
+        )
+        model = package.OpenMythos(config).train()
+        model.recurrent.act = RunAll()
+        return model
+
+    def more_here(self, sizes: Sizes) -> int:
+        """The adapter's scales are a function of t, not a table; the loop index has a size; the step is per channel."""
+        adapter = FEATURES * RANK + RANK - MAX_LOOPS * RANK
+        return adapter + sizes.dim // INDEX_CHANNELS_SHARE + sizes.dim - 1
+
+    def runs(self, work: Work) -> bool:
+        """It knows neither truncation, checkpoints nor T per sequence."""
+        return work.backprop is None and not work.checkpoint and not work.per_sequence
+
+    def loss(
+        self, model: nn.Module, tokens: torch.Tensor, targets: torch.Tensor, work: Work, loops: tuple[int, ...]
+    ) -> torch.Tensor:
+        """Cross entropy of the full logits, as in its training script."""
+        self._run_all(model, work.loops)
+        return functional.cross_entropy(model(tokens, n_loops=work.loops).flatten(0, 1), targets.flatten())
+
+    @torch.no_grad()
+    def generate(self, model: nn.Module, prompt: torch.Tensor, loops: int, new_tokens: int) -> torch.Tensor:
+        """Its own generation."""
+        model.eval()
+        self._run_all(model, loops)
+        tokens = model.generate(prompt, max_new_tokens=new_tokens, n_loops=loops, top_k=0)
+        model.train()
+        return tokens
+
+    def _run_all(self, model: nn.Module, loops: int) -> None:
+        model.recurrent.act.last, model.recurrent.act.calls = loops, 0

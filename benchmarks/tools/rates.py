@@ -1,0 +1,80 @@
+"""How fast this machine multiplies matrices of the shapes that a model has: the floor under its step."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from megatron_rdt.model.attention import TokenValues
+from megatron_rdt.model.moe import MixtureOfExperts
+from megatron_rdt.model.signals import AdaLnSignal
+
+# A shape is repeated until it has done this much, so that the clock's grain does not count.
+LEAST_FLOPS = 4e8
+
+Shape = tuple[int, int, int]
+"""Rows, input channels, output channels of a product x W^T."""
+
+
+def product_shapes(model: nn.Module, rows: int) -> Counter[Shape]:
+    """The products of one pass through each of the model's matrices, and how often each shape occurs.
+
+    Args:
+        model: a `RecurrentDepthTransformer` of this project.
+        rows: tokens of the pass; an expert gets its even share of them.
+    """
+    shapes: Counter[Shape] = Counter()
+    for part in model.modules():
+        if isinstance(part, TokenValues | AdaLnSignal):  # a look-up; once per sequence
+            continue
+        for weight in part.parameters(recurse=False):
+            if weight.dim() == 2:
+                shapes[rows, weight.shape[1], weight.shape[0]] += 1
+            elif weight.dim() == 3:
+                assert isinstance(part, MixtureOfExperts)
+                share = max(rows * part.chosen // part.experts, 1)
+                shapes[share, weight.shape[2], weight.shape[1]] += weight.shape[0]
+    return shapes
+
+
+def seconds_of(product: Callable[[], object], flops: float, clock: Callable[[], float]) -> float:
+    """Seconds of one call, from as many in a row as make LEAST_FLOPS."""
+    calls = max(round(LEAST_FLOPS / flops), 1)
+    began = clock()
+    for _ in range(calls):
+        product()
+    return (clock() - began) / calls
+
+
+@torch.no_grad()
+def product_rate(
+    shapes: Counter[Shape],
+    backward: bool,
+    clock: Callable[[], float] = time.process_time,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> float:
+    """FLOP/s of matrix products of these shapes, each as often as it occurs.
+
+    Args:
+        shapes: of `product_shapes`.
+        backward: whether the two products of the backward pass are done too.
+        clock: CPU time of the process by default, over all its threads.
+        device: where to multiply; on a GPU pass a clock that waits for it.
+        dtype: of the factors.
+    """
+    flops = seconds = 0.0
+    for (rows, inputs, outputs), count in shapes.items():
+        x, grad = (torch.randn(rows, width, device=device, dtype=dtype) for width in (inputs, outputs))
+        weight = torch.randn(outputs, inputs, device=device, dtype=dtype)
+        products: list[Callable[[], torch.Tensor]] = [lambda x=x, w=weight: x @ w.T]
+        if backward:
+            products += [lambda g=grad, w=weight: g @ w, lambda g=grad, x=x: g.T @ x]
+        each = 2.0 * rows * inputs * outputs
+        for product in products:
+            product()
+            flops += count * each
+            seconds += count * seconds_of(product, each, clock)
+    return flops / seconds

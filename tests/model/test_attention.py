@@ -21,7 +21,7 @@ from megatron_rdt.model.context import LayerContext
 from megatron_rdt.model.flex import BlockwiseMask, attend, model_mask
 from megatron_rdt.model.masks import attention_mask
 from megatron_rdt.model.mla import LatentAttention
-from megatron_rdt.model.rope import rotary_tables
+from megatron_rdt.model.rope import rotary_tables, rotate
 
 CPU = torch.device("cpu")
 GQA = ModelConfig(vocab_size=31, dim=24, heads=4, kv_heads=2, prelude_layers=1, core_layers=2, coda_layers=1)
@@ -400,7 +400,7 @@ def test_adjacent_channels_turn_alike_as_complex_numbers_and_as_pairs() -> None:
         cosines, sines = tables
         expected = torch.stack((first * cosines - second * sines, second * cosines + first * sines), -1).flatten(-2)
         torch.testing.assert_close(turned, expected)
-        assert torch.autograd.gradcheck(lambda y: rotate(view(y), *tables, "adjacent"), x)
+        assert torch.autograd.gradcheck(lambda y, view=view: rotate(view(y), *tables, "adjacent"), x)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])

@@ -7,13 +7,15 @@ ratios are taken within the round, and their median over the rounds is printed, 
 
 Times are CPU time of the process, with one thread; on a GPU the wall clock.
 
-    python benchmarks/depth_mix.py [--rounds 7] [--sequences 16] [--length 128] [--backprop 4] [--profile]
+    python benchmarks/depth_mix.py [--rounds 7] [--sequences 16] [--length 128] [--backprop 4] [--profile] [--out FILE.json]
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -118,6 +120,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--profile", action="store_true", help="print where the time goes instead")
+    parser.add_argument("--out", type=Path, help="write the numbers here as JSON")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     engine = make_engine_for(options.dim)
@@ -127,9 +130,14 @@ def main() -> None:
     print(f"{options.sequences} x {options.length} tokens, width {options.dim}, T of mean {options.mean}\n")
     print(f"| gradient through | s at T = {options.mean} | mixed / mean | largest / mean | median largest T |")
     print("|---|---:|---:|---:|---:|")
+    cases = {}
     for k in (None, *options.backprop):
         name = "all iterations" if k is None else f"the last {k}"
-        print(row(name, measure(engine, options, k)), flush=True)
+        cases[name] = measure(engine, options, k)
+        print(row(name, cases[name]), flush=True)
+    if options.out:
+        settings = {key: value for key, value in vars(options).items() if key not in ("out", "profile")}
+        options.out.write_text(json.dumps({"options": settings, "rounds": cases}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +121,9 @@ class Bench:
         """Trained parameters of both sides, which must agree."""
         peer, ours = (sum(p.numel() for p in model.parameters()) for model in (self.model, self.engine.model))
         more = self.peer.more_here(self.sizes)
-        assert ours == peer + more, f"{self.peer.name} has {peer} parameters, the model here {ours}; expected {more} more"
+        assert ours == peer + more, (
+            f"{self.peer.name} has {peer} parameters, the model here {ours}; expected {more} more"
+        )
         return {"peer": peer, "ours": ours}
 
     def work_flops(self, work: Work, loops: tuple[int, ...]) -> float:
@@ -142,10 +143,10 @@ class Bench:
         return product_rate(product_shapes(self.engine.model, rows), backward=not work.generate)
 
 
-def timed(function: Callable[[], None]) -> float:
+def timed(function: Callable[..., None], *arguments: Any) -> float:
     """CPU seconds of the process."""
     began = time.process_time()
-    function()
+    function(*arguments)
     return time.process_time() - began
 
 
@@ -160,7 +161,7 @@ def measure_times(peer: Peer, options: argparse.Namespace) -> dict[str, Any]:
         for number in range(options.rounds + 1):
             loops = bench.loops(work, number)
             order = ("peer", "ours") if number % 2 else ("ours", "peer")
-            row = {side: timed(partial(bench.step, side, work, loops)) for side in order}
+            row = {side: timed(bench.step, side, work, loops) for side in order}
             row["rate"] = bench.rate(work)
             rounds.append(row | {"floor": bench.work_flops(work, loops) / row["rate"]})
         results["works"][work.name] = rounds[1:]
@@ -213,7 +214,10 @@ def summary(work: Work, rounds: list[dict[str, float]], memory: dict[str, float]
     ratios = sorted(r["peer"] / r["ours"] for r in rounds)
     return {
         "work": work.name,
-        **{f"{side} tokens/s": tokens / statistics.median(r[side] for r in rounds) for side in ("peer", "ours", "floor")},
+        **{
+            f"{side} tokens/s": tokens / statistics.median(r[side] for r in rounds)
+            for side in ("peer", "ours", "floor")
+        },
         "ratio": statistics.median(ratios),
         "ratios": ratios,
         "share": statistics.median(r["floor"] / r["ours"] for r in rounds),
@@ -224,7 +228,7 @@ def summary(work: Work, rounds: list[dict[str, float]], memory: dict[str, float]
 
 
 HEADER = (
-    "| work | peer tokens/s | ours tokens/s | ours / peer | floor tokens/s | peer's share | our share | peer MB | ours MB |\n"
+    "| Work | peer tokens/s | ours tokens/s | ours / peer | floor tokens/s | peer's share | our share | peer MB | ours MB |\n"
     "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
 )
 
@@ -269,7 +273,9 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print where the time of a step goes instead")
     parser.add_argument("--verbose", action="store_true", help="with --profile: the table of operators too")
     parser.add_argument("--out", type=Path, help="write the numbers here as JSON")
-    parser.add_argument("--case", nargs="+", help="measure one part and print it as JSON: times PEER, or memory PEER SIDE WORK")
+    parser.add_argument(
+        "--case", nargs="+", help="measure one part and print it as JSON: times PEER, or memory PEER SIDE WORK"
+    )
     options = parser.parse_args()
     if options.case:
         print(json.dumps(run_case(options)))

@@ -15,7 +15,7 @@ EXPERTS, CHOSEN, EXPERT_DIM, SHARED, KV_HEADS, RANK, MAX_LOOPS = 8, 2, 256, 1, 2
 
 
 class RunAll(nn.Module):
-    """In the place of its halting unit, which stops an untrained model after two or three iterations: none stops early."""
+    """In the place of its halting unit, which stops an untrained model after two or three iterations: no token stops early."""
 
     def __init__(self) -> None:
         super().__init__()

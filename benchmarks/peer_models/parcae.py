@@ -14,7 +14,9 @@ class Parcae(Peer):
     """Diagonal injection, squared ReLU, value embeddings, T per sequence under masks."""
 
     name = "Parcae"
-    install = "git clone https://github.com/SandyResearch/parcae, and put it on PYTHONPATH (the wheel parcae-lm is empty)"
+    install = (
+        "git clone https://github.com/SandyResearch/parcae, and put it on PYTHONPATH (the wheel parcae-lm is empty)"
+    )
 
     def config(self, sizes: Sizes) -> ModelConfig:
         """As configs/models/parcae_140m.yaml."""

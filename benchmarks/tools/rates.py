@@ -9,6 +9,7 @@ from torch import nn
 
 from megatron_rdt.model.attention import TokenValues
 from megatron_rdt.model.moe import MixtureOfExperts
+from megatron_rdt.model.rdt import Embedding
 from megatron_rdt.model.signals import AdaLnSignal
 
 # A shape is repeated until it has done this much, so that the clock's grain does not count.
@@ -22,12 +23,14 @@ def product_shapes(model: nn.Module, rows: int) -> Counter[Shape]:
     """The products of one pass through each of the model's matrices, and how often each shape occurs.
 
     Args:
-        model: a `RecurrentDepthTransformer` of this project.
+        model: a `RecurrentDepthTransformer` of this project, or a part of it.
         rows: tokens of the pass; an expert gets its even share of them.
     """
     shapes: Counter[Shape] = Counter()
     for part in model.modules():
-        if isinstance(part, TokenValues | AdaLnSignal):  # a look-up; once per sequence
+        # A look-up; once per sequence. A tied embedding is the output matrix, so it counts.
+        untied = isinstance(part, Embedding) and getattr(model, "head", None) is not None
+        if untied or isinstance(part, TokenValues | AdaLnSignal):
             continue
         for weight in part.parameters(recurse=False):
             if weight.dim() == 2:

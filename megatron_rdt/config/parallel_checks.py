@@ -96,7 +96,7 @@ def inner_widths(model: ModelConfig) -> dict[str, int]:
     widths = {}
     if model.core_ffn == "dense" or model.prelude_layers or model.coda_layers:
         widths["model.ffn_dim"] = model.ffn_width
-    if model.core_ffn == "moe":
+    if model.core_ffn == "moe" and model.experts_per_token > 0:  # what is less is refused elsewhere
         widths["model.expert_dim"] = model.expert_width
         if model.shared_width:
             widths["model.shared_experts x model.shared_expert_dim"] = model.shared_width

@@ -1,9 +1,11 @@
 """The processes of a sharded run as meshes: who shards with whom, on which axis."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from megatron_rdt.config.layout import Layout
 
@@ -27,8 +29,14 @@ class Meshes:
     expert_replicas: DeviceMesh | None = None
 
 
-def make_meshes(layout: Layout, device: torch.device) -> Meshes:
-    """Meshes of all processes; every process calls this."""
+def make_meshes(layout: Layout, device: torch.device, timeout_s: float) -> Meshes:
+    """Meshes of all processes; every process calls this.
+
+    Args:
+        layout: sizes of the axes.
+        device: where the processes compute.
+        timeout_s: seconds after which a collective on any of the meshes fails.
+    """
     kind = device.type
     sharing = layout.shard * layout.context
     whole = init_device_mesh(
@@ -45,4 +53,7 @@ def make_meshes(layout: Layout, device: torch.device) -> Meshes:
         mesh = init_device_mesh(kind, (holders, layout.expert), mesh_dim_names=("expert_replicas", "expert"))
         expert = mesh["expert"]
         replicas = mesh["expert_replicas"] if holders > 1 else None
+    for mesh in (state, tensor, context, expert, replicas):
+        for group in [] if mesh is None else mesh.get_all_groups():
+            _set_pg_timeout(timedelta(seconds=timeout_s), group)  # a mesh gives its groups torch's own, up to half an hour
     return Meshes(state, tensor, context, expert, replicas)

@@ -53,7 +53,8 @@ def make_meshes(layout: Layout, device: torch.device, timeout_s: float) -> Meshe
         mesh = init_device_mesh(kind, (holders, layout.expert), mesh_dim_names=("expert_replicas", "expert"))
         expert = mesh["expert"]
         replicas = mesh["expert_replicas"] if holders > 1 else None
-    for mesh in (state, tensor, context, expert, replicas):
-        for group in [] if mesh is None else mesh.get_all_groups():
-            _set_pg_timeout(timedelta(seconds=timeout_s), group)  # a mesh gives its groups torch's own, up to half an hour
+    # A mesh gives its groups torch's own timeout, on CPUs half an hour.
+    for made in (state, tensor, context, expert, replicas):
+        for group in made.get_all_groups() if made is not None else []:
+            _set_pg_timeout(timedelta(seconds=timeout_s), group)
     return Meshes(state, tensor, context, expert, replicas)

@@ -4,7 +4,7 @@ import math
 
 from megatron_rdt.config.deepspeed import deepspeed_problems
 from megatron_rdt.config.layout import Layout
-from megatron_rdt.config.parallel_checks import parallel_problems
+from megatron_rdt.config.parallel_checks import AXES, parallel_problems
 from megatron_rdt.config.schema import ModelConfig, RunConfig, ScheduleConfig
 from megatron_rdt.errors import ConfigError
 
@@ -248,6 +248,8 @@ def _world(config: RunConfig, world_size: int) -> list[str]:
         problems.append(
             f"parallel.engine is single, but there are {world_size} processes. Set --parallel.engine fsdp (or ddp, zero1 ...)."
         )
+    if min(train.micro_batch, *(getattr(config.parallel, name) for name in AXES)) < 1:
+        return problems  # refused elsewhere, and nothing can be divided by it
     try:
         ranks = Layout.of(config.parallel, world_size).data
     except ValueError as error:

@@ -86,7 +86,7 @@ def inner_widths(config: RunConfig) -> dict[str, int]:
     model, widths = config.model, {}
     if model.core_ffn == "dense" or model.prelude_layers or model.coda_layers:
         widths["model.ffn_dim"] = model.ffn_width
-    if model.core_ffn == "moe":
+    if model.core_ffn == "moe" and model.experts_per_token > 0:  # what is less is refused elsewhere
         if config.parallel.expert == 1:  # otherwise each is whole on one process
             widths["model.expert_dim"] = model.expert_width
         if model.shared_width:

@@ -186,7 +186,7 @@ class EvalConfig:
     loops: list[int] = field(default_factory=lambda: [1, 4, 8])
     """Loop counts T to evaluate at."""
     sequences: int = 64
-    """Validation sequences per evaluation, over all processes, rounded down to a multiple of them; spread evenly over the split, the same ones every time."""
+    """Validation sequences per evaluation, over all processes, rounded down to a multiple of those with samples of their own; spread evenly over the split, the same ones every time."""
 
 
 @dataclass(frozen=True)

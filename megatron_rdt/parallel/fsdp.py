@@ -33,7 +33,7 @@ class FullyShardedEngine(NativeEngine):
         """Shard on the meta device, then give each rank memory and values for its own shards only."""
         # Gathering a matrix that two axes split along one dimension takes two steps; said at each save.
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-        self.meshes = make_meshes(self.layout, self.device)
+        self.meshes = make_meshes(self.layout, self.device, self.config.parallel.timeout_s)
         if self.meshes.expert is not None:
             parallelize_experts(model, self.meshes.expert)
         if self.meshes.tensor is not None:

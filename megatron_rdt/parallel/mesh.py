@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from megatron_rdt.config.layout import Layout
 
@@ -43,8 +45,14 @@ class Meshes:
     expert_replicas: DeviceMesh | None = None
 
 
-def make_meshes(layout: Layout, device: torch.device) -> Meshes:
-    """Meshes of all processes; every process calls this."""
+def make_meshes(layout: Layout, device: torch.device, timeout_s: float) -> Meshes:
+    """Meshes of all processes; every process calls this.
+
+    Args:
+        layout: sizes of the axes.
+        device: where the processes compute.
+        timeout_s: seconds after which a collective on any of the meshes fails.
+    """
     kind = device.type
     sharing = layout.shard * layout.context
     whole = init_device_mesh(
@@ -61,4 +69,8 @@ def make_meshes(layout: Layout, device: torch.device) -> Meshes:
         mesh = init_device_mesh(kind, (holders, layout.expert), mesh_dim_names=("expert_replicas", "expert"))
         expert = mesh["expert"]
         replicas = mesh["expert_replicas"] if holders > 1 else None
+    # A mesh gives its groups torch's own timeout, on CPUs half an hour.
+    for made in (state, tensor, context, expert, replicas):
+        for group in made.get_all_groups() if made is not None else []:
+            _set_pg_timeout(timedelta(seconds=timeout_s), group)
     return Meshes(state, tensor, context, expert, replicas)

@@ -63,14 +63,16 @@ def open_data(config: RunConfig, world_size: int, local_rank: int = 0) -> RunDat
     if tokens < needed:
         raise ConfigError(
             f"the validation split of {path} has {tokens:,} tokens, a window of {length} for each of {world_size} processes "
-            f"needs {needed:,}. Prepare it with a larger --valid_fraction, or set --eval.every 0."
+            f"with samples of their own needs {needed:,}. Prepare it with a larger --valid_fraction, or set --eval.every 0."
         )
     split = TokenCorpus(manifest, "valid", length, seed)
     windows = fixed_windows(split, config.eval.sequences)
     documents = fixed_documents(split, config.eval.sequences) if config.data.document_mask else None
     split.close()
     if len(windows) < world_size:
-        raise ConfigError(f"eval.sequences is {config.eval.sequences}, fewer than {world_size} processes. Raise it.")
+        raise ConfigError(
+            f"eval.sequences is {config.eval.sequences}, fewer than {world_size} processes with samples of their own. Raise it."
+        )
     used = len(windows) // world_size * world_size
     return RunData(corpus, windows[:used], None if documents is None else documents[:used])
 

@@ -129,6 +129,20 @@ def test_what_cannot_work_is_refused_with_a_sentence(sections: dict[str, Any], m
     check_config(config())
 
 
+@pytest.mark.parametrize("axis", ["replicate", "context", "tensor", "expert"])
+def test_no_axis_of_no_processes_whatever_else_is_known(axis: str) -> None:
+    with pytest.raises(ConfigError, match=rf"parallel.{axis} is 0, it must be at least 1"):
+        check_config(config(parallel=fsdp(**{axis: 0}), model=MOE), 4)
+    with pytest.raises(ConfigError, match=rf"(?s)train.micro_batch is 0, .*parallel.{axis} is -1"):
+        check_config(config(parallel=fsdp(**{axis: -1}), model=MOE, train=TrainConfig(1000, 8, 0, 16)), 4)
+
+
+def test_no_experts_per_token_with_tensor_parallelism() -> None:
+    model = dataclasses.replace(MOE, experts_per_token=0)
+    with pytest.raises(ConfigError, match=r"model.experts_per_token 0 must be from 1 to model.experts 4"):
+        check_config(config(parallel=fsdp(tensor=2), model=model))
+
+
 def test_the_batch_divides_over_processes_with_samples_of_their_own() -> None:
     check_config(config(parallel=fsdp(tensor=4), train=TrainConfig(1000, 2, 1, 16)), 8)
     with pytest.raises(

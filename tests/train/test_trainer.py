@@ -116,16 +116,15 @@ def test_data_that_does_not_fit_is_refused_before_anything_is_written(
 def test_too_little_to_evaluate_is_refused_at_the_start(configure: Configure) -> None:
     config = configure("--eval.sequences=4")
     assert open_data(config, 1).validation is not None
-    with pytest.raises(ConfigError, match=r"eval.sequences is 4, fewer than 5 processes"):
+    with pytest.raises(ConfigError, match=r"eval.sequences is 4, fewer than 5 processes with samples"):
         open_data(config, 5)
     with pytest.raises(ConfigError, match=r"the validation split of .* has .* --eval.every 0"):
         open_data(config, 1_000_000)
     # The last of these processes would have a window and no token after it.
     most = load_manifest(config.data.path).document["splits"]["valid"]["tokens"] // 32
     many = configure("--eval.sequences=1000000")
-    with pytest.raises(
-        ConfigError, match=rf"of 32 for each of {most} processes needs {(most + 1) * 32:,}.*valid_fraction"
-    ):
+    needed = f"{(most + 1) * 32:,}"
+    with pytest.raises(ConfigError, match=rf"each of {most} processes with samples .* needs {needed}.*valid_fraction"):
         open_data(many, most)
     windows = open_data(many, most - 1).validation
     assert windows is not None

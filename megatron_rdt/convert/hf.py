@@ -37,6 +37,7 @@ PREFIX = "model."  # the wrapper's name for the model, in front of every weight'
 WRAPPER = Path(__file__).resolve().parent / "hf_wrapper.py"
 # In order of use; all of them are files of megatron_rdt/model.
 PARTS = (
+    "transfer",
     "masks",
     "flex",
     "context",
@@ -53,6 +54,7 @@ PARTS = (
     "attention",
     "signals",
     "layer",
+    "checkpointing",
     "injection/base",
     "injection/diagonal",
     "injection/*",

@@ -1,7 +1,7 @@
 """Model FLOPs utilisation of a training step: how much of the chip's peak the step's own FLOPs reach, and where the rest goes.
 
-A preset of about 1B parameters trains in bfloat16 (float32 weights, gradients and moments), compiled where the config has
-`train.compile`, with T drawn by the preset's depth, whose mean is 8 in the default one. For each sequence length:
+A preset of about 1B parameters trains in bfloat16 (float32 weights, gradients and moments), its layers compiled
+(`--no-compile`: not), with T drawn by the preset's depth, whose mean is 8 in the default one. For each length:
 
 - step time, the median over steps; tokens/s; MFU against the chip's dense bfloat16 peak (on a CPU: against the rate of matrix
   products that is measured first). FLOPs are of the T that ran, without recomputation (megatron_rdt/model/flops.py);
@@ -16,7 +16,6 @@ A preset of about 1B parameters trains in bfloat16 (float32 weights, gradients a
 """
 
 import argparse
-import dataclasses
 import json
 import statistics
 import time
@@ -28,7 +27,7 @@ import torch
 from tools.operators import profiled, shares
 from tools.rates import Shape, product_rate, product_shapes
 
-from megatron_rdt.config import RunConfig, TrainConfig, load_config
+from megatron_rdt.config import RunConfig, load_config
 from megatron_rdt.depth import DepthPlan, DepthSampler
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.flops import forward_flops, training_flops
@@ -49,10 +48,9 @@ def clock(device: torch.device) -> float:
 
 
 def configured(options: argparse.Namespace, length: int) -> RunConfig:
-    """The preset with the options; compiled where this version can."""
+    """The preset with the options."""
     words = [f"train.sequence_length={length}", f"train.precision={options.precision}", *options.set]
-    if any(field.name == "compile" for field in dataclasses.fields(TrainConfig)):
-        words.append(f"train.compile={str(options.compile).lower()}")
+    words.append(f"train.compile={'layers' if options.compile else 'none'}")
     return load_config(options.preset, words)
 
 

@@ -18,6 +18,7 @@ from megatron_rdt.files import write_text
 WORKER = Path(__file__).resolve().parent / "plan_worker.py"
 MEASURED_LOOPS = (1, 4, 16)
 GB, MB, BILLION = 1e9, 1e6, 1e9
+MOST_BILLIONS = 1e7
 # Name, type, default, help.
 OPTIONS: list[tuple[str, type, Any, str]] = [
     ("devices", int, 8, "Devices, which is processes."),
@@ -52,11 +53,14 @@ def plan(words: Sequence[str]) -> int:
     """Print the plan; returns the exit status."""
     config, raw = parse(plan_parser(), RunConfig, words)
     check_config(config)
+    config, notes = arranged(config, 1 if raw.measure else raw.devices)
     device = _device(raw)
     if not 0 < raw.utilisation <= 1:
         raise ConfigError(f"--utilisation is {raw.utilisation}, it must be above 0 and at most 1.")
     if raw.tokens < 0 or raw.price < 0:
         raise ConfigError("--tokens and --price must not be negative.")
+    if raw.tokens > MOST_BILLIONS:
+        raise ConfigError(f"--tokens is {raw.tokens:g} billion; it counts billions. 20 stands for 20,000,000,000.")
     data: Any
     if raw.measure:
         text, data = measure(config, raw.nproc)
@@ -66,10 +70,26 @@ def plan(words: Sequence[str]) -> int:
 
         made = make_plan(config, raw.devices, device, raw.utilisation)
         text, data = report(made, raw.utilisation, raw.tokens * BILLION, raw.price), as_data(made, raw.tokens * BILLION)
-    print(text)
+    print("\n".join([*notes, text]))
     if raw.out:
         write_text(Path(raw.out), json.dumps(data, indent=2) + "\n")
     return EXIT_OK
+
+
+def arranged(config: RunConfig, devices: int) -> tuple[RunConfig, list[str]]:
+    """A config that says nothing of many devices, as a preset, made fit for them; and a sentence for each change."""
+    notes = []
+    if config.parallel.engine == "single" and devices > 1:
+        config = replace(config, parallel=replace(config.parallel, engine="fsdp"))
+        notes.append(f"parallel.engine is single, for one process; {devices} are planned with fsdp.")
+        share = devices // (config.parallel.context * config.parallel.tensor) * config.train.micro_batch
+        batch = -(-config.train.global_batch // max(share, 1)) * max(share, 1)
+        if batch != config.train.global_batch:
+            notes.append(
+                f"train.global_batch is {config.train.global_batch}; planned with {batch}, what {devices} devices divide."
+            )
+            config = replace(config, train=replace(config.train, global_batch=batch))
+    return config, notes
 
 
 def _device(raw: jsonargparse.Namespace) -> Device:

@@ -26,6 +26,13 @@ def test_a_plan_is_printed_and_written(rdt: Run, tmp_path: Path) -> None:
     assert data["memory"]["peak"] == pytest.approx(sum(data["memory"]["parts"].values()))
 
 
+def test_a_preset_is_planned_without_saying_how(rdt: Run) -> None:
+    result = rdt(*PRESET[:3], "--devices", 512, "--device", "h100")
+    assert result.returncode == 0, result.stderr
+    for part in ("512 are planned with fsdp", "planned with 4096", "512 x H100, engine fsdp"):
+        assert part in result.stdout
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -36,6 +43,7 @@ def test_a_plan_is_printed_and_written(rdt: Run, tmp_path: Path) -> None:
         (["--utilisation", "1.5"], ["--utilisation is 1.5"]),
         (["--per_node", "-1"], ["--per_node is -1"]),
         (["--price", "-1"], ["must not be negative"]),
+        (["--tokens", "2e10"], ["--tokens is 2e+10 billion; it counts billions"]),
         (["--bandwith", "9"], ["--bandwith does not exist"]),
     ],
 )

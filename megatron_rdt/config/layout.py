@@ -63,7 +63,3 @@ class Layout:
     def data_place(self, rank: int) -> int:
         """Which share of each batch `rank` takes, from 0 to data - 1."""
         return rank // (self.context * self.tensor)
-
-    def context_place(self, rank: int) -> int:
-        """Which share of each sequence `rank` takes, from 0 to context - 1."""
-        return rank // self.tensor % self.context

@@ -26,25 +26,20 @@ def scattered_sum(x: torch.Tensor, dim: int, group: ProcessGroup) -> torch.Tenso
 
 
 class _Gather(torch.autograd.Function):
+    """`alike` says whether every rank already has the whole gradient."""
+
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, dim: int, group: ProcessGroup) -> torch.Tensor:  # type: ignore[override]
-        ctx.dim, ctx.group = dim, group
+    def forward(  # type: ignore[override]
+        ctx: Any, x: torch.Tensor, dim: int, group: ProcessGroup, alike: bool
+    ) -> torch.Tensor:
+        ctx.dim, ctx.group, ctx.alike = dim, group, alike
         return gathered(x, dim, group)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return scattered_sum(grads[0], ctx.dim, ctx.group), None, None
-
-
-class _GatherSame(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, dim: int, group: ProcessGroup) -> torch.Tensor:  # type: ignore[override]
-        ctx.dim, ctx.group = dim, group
-        return gathered(x, dim, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return grads[0].chunk(ctx.group.size(), ctx.dim)[ctx.group.rank()], None, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        if ctx.alike:
+            return grads[0].chunk(ctx.group.size(), ctx.dim)[ctx.group.rank()], None, None, None
+        return scattered_sum(grads[0], ctx.dim, ctx.group), None, None, None
 
 
 class _ScatterSum(torch.autograd.Function):
@@ -79,12 +74,12 @@ def _all_to_all(x: torch.Tensor, sends: list[int], receives: list[int], group: P
 
 def gather(x: torch.Tensor, dim: int, group: ProcessGroup) -> torch.Tensor:
     """The parts of all ranks along `dim`; the gradient of each part is summed over the ranks that used it."""
-    return _Gather.apply(x, dim, group)
+    return _Gather.apply(x, dim, group, False)
 
 
 def gather_for_same(x: torch.Tensor, dim: int, group: ProcessGroup) -> torch.Tensor:
     """The parts of all ranks along `dim`, for work that all do alike: each has the whole gradient, and keeps its part."""
-    return _GatherSame.apply(x, dim, group)
+    return _Gather.apply(x, dim, group, True)
 
 
 def whole_sum(x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:

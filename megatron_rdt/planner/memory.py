@@ -19,7 +19,7 @@ from megatron_rdt.planner.activations import (
 )
 from megatron_rdt.planner.checkpoints import Policy
 from megatron_rdt.planner.ledger import Ledger
-from megatron_rdt.planner.parameters import FLOAT32, ROOT, Parameter, moments, parameters_of
+from megatron_rdt.planner.parameters import FLOAT32, ROOT, parameters_of
 from megatron_rdt.planner.shape import Shape
 from megatron_rdt.planner.weights import Weights, make_weights
 from megatron_rdt.planner.working import (
@@ -239,8 +239,3 @@ class Replay:
 def step_memory(config: RunConfig, layout: Layout, gpu: bool, depth: Depth) -> Memory:
     """The peak of one process over a step, and what it consists of."""
     return Replay(config, layout, gpu, depth).run()
-
-
-def sharded_state(config: RunConfig, parameters: tuple[Parameter, ...], layout: Layout, ranks: int) -> float:
-    """Bytes of optimizer state of one process when it is sharded over `ranks`."""
-    return sum(FLOAT32 * moments(p, config.optimizer) * p.padded_shard(layout, ranks) for p in parameters)

@@ -1,6 +1,5 @@
 """How many parameters there are, where they belong, and what each process holds of them."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -85,11 +84,6 @@ def parameters_of(config: ModelConfig) -> tuple[Parameter, ...]:
             model = RecurrentDepthTransformer(config)
         _known[key] = tuple(Parameter(name, tuple(p.shape)) for name, p in model.named_parameters())
     return _known[key]
-
-
-def size_of(parameters: Iterable[Parameter]) -> int:
-    """Numbers in all of them."""
-    return sum(parameter.size for parameter in parameters)
 
 
 def units_of(config: ModelConfig) -> list[str]:

@@ -8,7 +8,8 @@ from tests.distributed.collectives_worker import measure_all
 from tests.distributed.processes import run_on_processes
 
 ACCUMULATION = 2
-NATIVE = ["ddp", "fsdp", "fsdp kept-gathered", "fsdp layer-units"]
+REPLICAS, EAGER = "fsdp replicate 2", "fsdp reduce per_micro_batch"
+NATIVE = ["ddp", "fsdp", "fsdp kept-gathered", REPLICAS, EAGER, "fsdp layer-units"]
 ZERO = ["zero1", "zero2", "zero3", "zero3 no-leaf-modules"]
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
@@ -68,6 +69,13 @@ def test_fsdp_without_resharding_gathers_once_for_forward_and_backward(native: d
     assert core("fsdp kept-gathered", native) == {"forward all-gather": ACCUMULATION, "backward reduce-scatter": 1}
 
 
+def test_replicas_and_reductions_per_micro_batch_do_not_depend_on_the_depth(native: dict[str, Any]) -> None:
+    sent = check_constant(REPLICAS, native)
+    assert sent["backward all-reduce"][1] == native["model_bytes"]  # once per step, all of it, between the two replicas
+    check_constant(EAGER, native)
+    assert core(EAGER, native)["backward reduce-scatter"] == ACCUMULATION
+
+
 def test_zero_1_and_2_gather_the_updated_weights_once_per_step(zero: dict[str, Any]) -> None:
     for label, reductions in (("zero1", 1), ("zero2", ACCUMULATION)):  # stage 2 keeps no unreduced gradient
         sent = check_constant(label, zero)
@@ -88,7 +96,7 @@ def test_the_counter_sees_a_wrapping_that_pays_for_every_loop(native: dict[str, 
         sent = [case["ranks"][0] for case in counted[label]["cases"].values()]
         gathers = [sum(n for key, (n, _) in case.items() if key.endswith("all-gather")) for case in sent]
         size = [sum(b for key, (_, b) in case.items() if key.endswith("all-gather")) for case in sent]
-        print(f"{label}: all-gathers {gathers}, bytes {size} at T = 1, 2, 4, 16")
+        print(f"{label}: all-gathers {gathers}, bytes {size} at T = 1, 4, 16, 64")
         assert gathers == sorted(set(gathers))
         assert gathers[-1] > gathers[0] + 12 * ACCUMULATION
         assert size[-1] > 2 * size[0]

@@ -109,14 +109,10 @@ def _options(name: str, schema: type[T], words: list[str]) -> T:
 
 
 def prep(words: list[str]) -> int:
-    """Turn text into a tokenizer and token shards."""
-    from data_prep.config import PrepConfig
+    """Turn text into a tokenizer and token shards; look at them, check them, join them."""
+    from launch.prep import prep as run
 
-    config, _ = parse(make_parser(PrepConfig, "rdt prep", prep.__doc__ or ""), PrepConfig, words)
-    from data_prep.pipeline import prepare
-
-    print(f"prepared: {prepare(config)}")
-    return EXIT_OK
+    return run(words)
 
 
 def train(words: list[str]) -> int:

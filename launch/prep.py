@@ -1,0 +1,22 @@
+"""`rdt prep`, and its commands for corpora that are there: `rdt prep COMMAND`."""
+
+from collections.abc import Callable
+
+from megatron_rdt.config.parser import make_parser, parse
+from megatron_rdt.errors import EXIT_OK
+
+
+def prep(words: list[str]) -> int:
+    """Turn text into a tokenizer and token shards."""
+    if words and words[0] in COMMANDS:
+        return COMMANDS[words[0]](words[1:])
+    from data_prep.config import PrepConfig
+
+    config, _ = parse(make_parser(PrepConfig, "rdt prep", prep.__doc__ or ""), PrepConfig, words)
+    from data_prep.pipeline import prepare
+
+    print(f"prepared: {prepare(config)}")
+    return EXIT_OK
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {}

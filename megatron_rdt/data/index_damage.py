@@ -97,7 +97,7 @@ def _sequences(lengths: np.ndarray, pointers: np.ndarray, itemsize: int, tokens:
         return None
     first = int(bad[0])
     following = first + 1
-    if following < count and off[first] + off[following] == 0:
+    if following < count and int(off[first]) + int(off[following]) == 0:
         due = int(bounds[first] + lengths[first].astype(np.int64) * itemsize)
         return Damage(
             *_pointer(following, count), f"(pointer of sequence {following}) hold {pointers[following]}, not {due}"
@@ -117,22 +117,24 @@ def _pointer(index: int, count: int) -> tuple[int, int]:
 def _documents(starts: np.ndarray, sequences: int, single: bool) -> Damage | None:
     """The first document start that cannot be: the first is 0, the last is the number of sequences, none goes back."""
     place = HEADER.size + 12 * sequences
-    due: int | str
-    if single:
+    if single:  # which number stands where is known
         wrong = np.flatnonzero(starts != np.arange(sequences + 1))
-        if not len(wrong):
-            return None
-        index = int(wrong[0])
-        due = index
     else:
-        back = np.flatnonzero((np.diff(starts) < 0) | (starts[1:] > sequences))
-        if starts[0] != 0:
-            index, due = 0, 0
-        elif len(back):
-            index, due = int(back[0]) + 1, f"{starts[back[0]]} to {sequences}"
-        elif starts[-1] != sequences:
-            index, due = len(starts) - 1, sequences
-        else:
-            return None
+        wrong = np.flatnonzero((starts < 0) | (starts > sequences))
+    for index, due in (
+        (0, 0),
+        (len(starts) - 1, sequences),
+        *((int(w), int(w) if single else None) for w in wrong[:1]),
+    ):
+        if due is None or starts[index] != due:
+            first = place + 8 * index
+            what = f"(start of document {index}) hold {starts[index]}, {'which no sequence is' if due is None else f'not {due}'}"
+            return Damage(first, first + 8, what)
+    back = np.flatnonzero(np.diff(starts) < 0)
+    if not len(back):
+        return None
+    index = int(back[0])
     first = place + 8 * index
-    return Damage(first, first + 8, f"(start of document {index}) hold {starts[index]}, not {due}")
+    return Damage(
+        first, first + 16, f"(starts of documents {index} and {index + 1}) hold {starts[index]} and {starts[index + 1]}"
+    )

@@ -78,7 +78,9 @@ def verify_corpus(
             advance(count)
 
     with ThreadPoolExecutor(workers or usable_cores()) as pool:
-        for found in pool.map(lambda shard: _Shard(manifest, *shard, locked).check(), list(manifest.records())):
+        for found in pool.map(
+            lambda shard: _Shard(manifest, shard[0], shard[1], locked).check(), list(manifest.records())
+        ):
             findings += found
     return [*findings, *_strangers(manifest)]
 

@@ -97,7 +97,7 @@ def _sequences(lengths: np.ndarray, pointers: np.ndarray, itemsize: int, tokens:
         return None
     first = int(bad[0])
     following = first + 1
-    if following < count and int(off[first]) + int(off[following]) == 0:
+    if following < count and off[first : first + 2].sum() == 0:  # modulo 2**64
         due = int(bounds[first] + lengths[first].astype(np.int64) * itemsize)
         return Damage(
             *_pointer(following, count), f"(pointer of sequence {following}) hold {pointers[following]}, not {due}"
@@ -121,15 +121,16 @@ def _documents(starts: np.ndarray, sequences: int, single: bool) -> Damage | Non
         wrong = np.flatnonzero(starts != np.arange(sequences + 1))
     else:
         wrong = np.flatnonzero((starts < 0) | (starts > sequences))
-    for index, due in (
+    known = [
         (0, 0),
         (len(starts) - 1, sequences),
-        *((int(w), int(w) if single else None) for w in wrong[:1]),
-    ):
+        *((int(index), int(index) if single else None) for index in wrong[:1]),
+    ]
+    for index, due in known:
         if due is None or starts[index] != due:
             first = place + 8 * index
-            what = f"(start of document {index}) hold {starts[index]}, {'which no sequence is' if due is None else f'not {due}'}"
-            return Damage(first, first + 8, what)
+            instead = "which no sequence is" if due is None else f"not {due}"
+            return Damage(first, first + 8, f"(start of document {index}) hold {starts[index]}, {instead}")
     back = np.flatnonzero(np.diff(starts) < 0)
     if not len(back):
         return None

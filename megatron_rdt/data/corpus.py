@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_rdt.data.indexed import IndexedDataset
 from megatron_rdt.data.manifest import CorpusManifest, load_manifest
 from megatron_rdt.data.sampler import SampleOrder
+from megatron_rdt.data.shards import Shards
 from megatron_rdt.errors import DataError
 
 
@@ -52,6 +52,14 @@ class TokenCorpus:
         seed: of the order.
         verify: "size" or "full"; for a directory.
         documents: look up the document of each token.
+        max_tokens: take only so many tokens, the first ones; 0 takes all.
+        max_open: shards that may be open at once, see `Shards`.
+
+    Attributes:
+        order: which window is sample n; another key gives another order.
+
+    Raises:
+        DataError: the corpus is missing, damaged, or too small for a window.
     """
 
     def __init__(
@@ -62,6 +70,8 @@ class TokenCorpus:
         seed: int,
         verify: str = "size",
         documents: bool = False,
+        max_tokens: int = 0,
+        max_open: int | None = None,
     ) -> None:
         if isinstance(corpus, CorpusManifest):
             self.manifest = corpus
@@ -72,12 +82,16 @@ class TokenCorpus:
         self.vocab_size = self.manifest.vocab_size
         self.fingerprint = self.manifest.fingerprint
         self.tokenizer_directory = self.manifest.directory / "tokenizer"
-        self._shards = [IndexedDataset(prefix) for prefix in self.manifest.shards(split)]
-        self._offsets = np.cumsum([0, *(shard.tokens for shard in self._shards)])
+        self._shards = Shards(self.manifest, split, max_open)
         self._with_documents = documents
-        self.tokens = int(self._offsets[-1])
-        self.order = SampleOrder(self.tokens, sequence_length, seed, split)
-        self.samples_per_epoch = self.order.samples_per_epoch
+        whole = int(self._shards.offsets[-1])
+        self.tokens = min(whole, max_tokens or whole)
+        self.order = SampleOrder(self.tokens, sequence_length, seed, split, f"{split} of {self.manifest.directory}")
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples after which every window has been visited once."""
+        return self.order.samples_per_epoch
 
     def places(self, samples: Sequence[int] | np.ndarray) -> np.ndarray:
         """Where the windows of sample numbers are: what `read` takes, int64 (n,)."""
@@ -109,20 +123,17 @@ class TokenCorpus:
         return self.read(self.places(samples))
 
     def close(self) -> None:
-        """Close every shard."""
-        for shard in self._shards:
-            shard.close()
+        """Close every shard; they open again when they are read."""
+        self._shards.close()
 
     def _documents(self, places: np.ndarray) -> np.ndarray:
-        result = np.empty((len(places), self.sequence_length + 1), np.int64)
+        """The document of each token, numbered from 0 in each window: how many have begun after its first token."""
+        result = np.zeros((len(places), self.sequence_length + 1), np.int64)
         for row, start in zip(result, places):
-            before = 0  # documents that began in earlier shards; none goes on in the next
             for shard, local, part in self._parts(row, int(start)):
-                begun = self._shards[shard].document_starts
-                part[:] = before + np.searchsorted(begun, np.arange(local, local + len(part)), side="right")
-                before += len(begun)
-            row -= row[0]
-        return result
+                part[self._shards.document_starts(shard, local, local + len(part)) - local] = 1
+            row[0] = 0
+        return np.cumsum(result, axis=1, out=result)
 
     def _fill(self, row: np.ndarray, start: int) -> None:
         """Read len(row) tokens from `start` of the stream on."""
@@ -133,9 +144,9 @@ class TokenCorpus:
         """Shard, first token in it, and the part of `row` it fills; a window may lie in several shards."""
         filled = 0
         while filled < len(row):
-            shard = int(np.searchsorted(self._offsets, start + filled, side="right")) - 1
-            local = start + filled - int(self._offsets[shard])
-            count = min(len(row) - filled, self._shards[shard].tokens - local)
+            shard = int(np.searchsorted(self._shards.offsets, start + filled, side="right")) - 1
+            local = start + filled - int(self._shards.offsets[shard])
+            count = min(len(row) - filled, int(self._shards.offsets[shard + 1]) - start - filled)
             yield shard, local, row[filled : filled + count]
             filled += count
 

@@ -1,6 +1,7 @@
-"""Commands for corpora that are there: `rdt prep verify` and `rdt prep show`."""
+"""Commands for corpora that are there: `rdt prep verify`, `rdt prep show`, and `rdt prep import`, which makes one."""
 
 import io
+import json
 import sys
 import time
 from dataclasses import dataclass, field
@@ -42,6 +43,20 @@ class ShowOptions:
     """Show whole documents instead, by their numbers in the split, from 0."""
     ids: bool = False
     """Also print the ids of the tokens."""
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """Options of `rdt prep import`."""
+
+    prefixes: list[str]
+    """Paths of .bin and .idx files without these endings; each becomes one shard."""
+    tokenizer: str = ""
+    """Tokenizer that made them: a folder, as `rdt prep` writes one, or a model file."""
+    out: str = ""
+    """Corpus to write."""
+    valid_prefix: list[str] = field(default_factory=list)
+    """Prefixes of the validation split's files."""
 
 
 def _options(name: str, description: str, schema: type[T], words: list[str]) -> T:
@@ -105,4 +120,19 @@ def show(words: list[str]) -> int:
         lines = text.windows(options.directory, options.split, numbers, options.sequence_length, options.seed, style)
     for line in lines:
         print(line)
+    return EXIT_OK
+
+
+def import_files(words: list[str]) -> int:
+    """Make a corpus of .bin and .idx files in Megatron's format: check them, link them, write a manifest."""
+    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    given = [json.dumps(words[:count])] if count else []
+    options = _options("import", import_files.__doc__ or "", ImportOptions, [*given, *words[count:]])
+    if not options.tokenizer or not options.out:
+        raise ConfigError(
+            "--tokenizer and --out must be given: the tokenizer that made the files, and a new directory."
+        )
+    from data_prep.importing import import_corpus
+
+    print(f"imported: {import_corpus(options.prefixes, options.tokenizer, options.out, options.valid_prefix)}")
     return EXIT_OK

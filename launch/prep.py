@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from launch.corpora import show, verify
+from launch.corpora import import_files, show, verify
 from megatron_rdt.config.parser import make_parser, parse
 from megatron_rdt.errors import EXIT_OK
 
@@ -20,4 +20,4 @@ def prep(words: list[str]) -> int:
     return EXIT_OK
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"verify": verify, "show": show}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"verify": verify, "show": show, "import": import_files}

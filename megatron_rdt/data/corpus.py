@@ -41,6 +41,11 @@ class Windows:
         chosen = {name: part[rows] for name, part in vars(self).items() if part is not None}
         return Windows(**chosen)
 
+    def part(self, place: int, places: int) -> "Windows":
+        """The windows of one of so many processes, which divide them."""
+        share = len(self) // places
+        return self[place * share : (place + 1) * share]
+
 
 class TokenCorpus:
     """One split of a prepared corpus as one stream of tokens, cut into windows.

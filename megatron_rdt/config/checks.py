@@ -69,7 +69,7 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
         config: what the user asked for.
         world_size: processes of the run, where it is known.
     """
-    problems = [*_ranges(config), *_model(config), *_depth(config), *_training(config), *_mixture(config)]
+    problems = [*_ranges(config), *_model(config), *_depth(config), *_training(config), *_mixture(config), *_streaming(config)]
     problems += parallel_problems(config)
     problems += deepspeed_problems(config, world_size)
     if world_size is not None:
@@ -223,6 +223,28 @@ def _training(config: RunConfig) -> list[str]:
     name = config.run.name
     if "/" in name or name in ("", ".", "..") or name.startswith("-") or not name.isprintable():
         problems.append(f"run.name {name!r} must be the name of a directory. Put the path into --run.root.")
+    return problems
+
+
+def _streaming(config: RunConfig) -> list[str]:
+    """What a dataset that is read as it comes needs, and what does not go with it."""
+    data, problems = config.data, []
+    for number, corpus in enumerate(data.mixture, 1):
+        if corpus.path.startswith("hf:"):
+            problems.append(
+                f"data.mixture: entry {number} ({corpus.path}) is a dataset that is read as it comes, which cannot be mixed. "
+                "Prepare it with rdt prep, or name it alone in data.path."
+            )
+    if data.mixture or not data.path.startswith("hf:"):
+        return problems
+    if not data.tokenizer:
+        problems.append(
+            f"data.path {data.path} needs a tokenizer: set --data.tokenizer to the tokenizer/ of a prepared corpus."
+        )
+    if data.shuffle_buffer < 0:
+        problems.append(f"data.shuffle_buffer is {data.shuffle_buffer}, it must be at least 0.")
+    if data.verify == "full":
+        problems.append(f"data.verify full needs shards, data.path {data.path} has none. Set --data.verify size.")
     return problems
 
 

@@ -189,7 +189,7 @@ def load_windows(options: argparse.Namespace) -> tuple[RecurrentDepthTransformer
     if options.checkpoint or Path(RUN).exists():
         model, _ = load(options.checkpoint or RUN, device)
         corpus = validation_corpus(options.data, options.length, 0)
-        return model, fixed_windows(corpus, options.sequences).to(device), True
+        return model, fixed_windows(corpus, options.sequences).tokens.to(device), True
     model = initialize(RecurrentDepthTransformer(ModelConfig(ffn_dim=512)), 0).eval().to(device)
     shape, generator = (options.sequences, options.length + 1), torch.Generator().manual_seed(0)
     return model, torch.randint(0, model.config.vocab_size, shape, generator=generator).to(device), False

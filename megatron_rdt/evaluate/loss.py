@@ -16,7 +16,7 @@ from tqdm import tqdm
 from megatron_rdt.checkpoint import read_trainer_state, resolve_checkpoint
 from megatron_rdt.checkpoint.read import CHECKPOINTS
 from megatron_rdt.config import load_config
-from megatron_rdt.data import TokenCorpus, Tokenizer, fixed_documents, fixed_windows, load_manifest
+from megatron_rdt.data import TokenCorpus, Tokenizer, Windows, fixed_windows, load_manifest
 from megatron_rdt.data.manifest import MANIFEST
 from megatron_rdt.data.tokenizer import BYTES_FILE
 from megatron_rdt.errors import ConfigError, DataError
@@ -38,11 +38,10 @@ def perplexity(loss: float) -> float:
 @torch.no_grad()
 def validation_losses(
     model: nn.Module,
-    windows: torch.Tensor,
+    windows: Windows,
     loops: Sequence[int],
     micro_batch: int,
     device: torch.device,
-    documents: torch.Tensor | None = None,
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> dict[int, float]:
@@ -50,11 +49,10 @@ def validation_losses(
 
     Args:
         model: called as model(tokens, T, targets=..., documents=...); every rank calls it equally often.
-        windows: this rank's windows, int64 (n, L + 1).
+        windows: this rank's windows.
         loops: values of T.
         micro_batch: windows per forward pass.
         device: where the model is.
-        documents: the document of each token of the windows; None lets a token look at all before it.
         reduce: sums a tensor over ranks.
         progress: called with 1 after each forward pass.
     """
@@ -62,11 +60,12 @@ def validation_losses(
     for count in loops:
         total = torch.zeros(2, dtype=torch.float64, device=device)
         for first in range(0, len(windows), micro_batch):
-            part, named = windows[first : first + micro_batch].to(device), {}
-            if documents is not None:
-                named["documents"] = documents[first : first + micro_batch, :-1].to(device)
-            total[0] += model(part[:, :-1], count, targets=part[:, 1:], **named)["cross_entropy"]
-            total[1] += part[:, 1:].numel()
+            part, named = windows[first : first + micro_batch], {}
+            tokens = part.tokens.to(device)
+            if part.documents is not None:
+                named["documents"] = part.documents[:, :-1].to(device)
+            total[0] += model(tokens[:, :-1], count, targets=tokens[:, 1:], **named)["cross_entropy"]
+            total[1] += tokens[:, 1:].numel()
             if progress is not None:
                 progress(1)
         if reduce is not None:
@@ -100,7 +99,8 @@ def evaluate_checkpoint(
     directory = Path(os.path.abspath(resolve_checkpoint(checkpoint)))
     target = Path(out) if out is not None else _file_in_run(directory)
     config = load_config(directory / "config.yaml")
-    corpus = validation_corpus(data or config.data.path, config.train.sequence_length, config.run.seed)
+    mask = config.data.document_mask
+    corpus = validation_corpus(data or config.data.path, config.train.sequence_length, config.run.seed, mask)
     device = choose_device("auto")
     model, tokenizer = load_verified(directory, device)
     if Tokenizer(corpus.tokenizer_directory).fingerprint != tokenizer.fingerprint:
@@ -109,18 +109,16 @@ def evaluate_checkpoint(
             "Prepare the text with the tokenizer of the run, or leave --data away."
         )
     windows = fixed_windows(corpus, sequences)
-    documents = fixed_documents(corpus, sequences) if config.data.document_mask else None
+    targets = windows.tokens[:, 1:]
     if len(windows) < sequences:
         print(
             f"the validation split has {len(windows)} sequences of {config.train.sequence_length} tokens; all are used"
         )
-    size = np.load(directory / "tokenizer" / BYTES_FILE)[windows[:, 1:].numpy()].sum() / windows[:, 1:].numel()
+    size = np.load(directory / "tokenizer" / BYTES_FILE)[targets.numpy()].sum() / targets.numel()
     batches = -(-len(windows) // config.train.micro_batch)
     with tqdm(total=batches * len(loops), desc="evaluate", unit="batch") as bar:
-        losses = validation_losses(
-            model, windows, loops, config.train.micro_batch, device, documents, progress=bar.update
-        )
-    used = f"({len(windows):,} sequences, {windows[:, 1:].numel():,} tokens)"
+        losses = validation_losses(model, windows, loops, config.train.micro_batch, device, progress=bar.update)
+    used = f"({len(windows):,} sequences, {targets.numel():,} tokens)"
     print(f"{'T':>4} {'loss':>8} {'perplexity':>11} {'bits/byte':>10}   {used}")
     for count, loss in losses.items():
         print(f"{count:>4} {loss:>8.4f} {perplexity(loss):>11.2f} {loss / math.log(2) / size:>10.4f}")
@@ -179,7 +177,7 @@ def read_evaluation(file: Path) -> tuple[int, dict[int, float]]:
         ) from None
 
 
-def validation_corpus(path: str, sequence_length: int, seed: int) -> TokenCorpus:
+def validation_corpus(path: str, sequence_length: int, seed: int, documents: bool = False) -> TokenCorpus:
     """The validation split of a prepared corpus.
 
     Raises:
@@ -196,4 +194,4 @@ def validation_corpus(path: str, sequence_length: int, seed: int) -> TokenCorpus
             f"{sequence_length} needs at least {2 * sequence_length}. Prepare more text or with a larger "
             "--valid_fraction, and name that corpus with --data DIR."
         )
-    return TokenCorpus(path, "valid", sequence_length, seed)
+    return TokenCorpus(path, "valid", sequence_length, seed, documents=documents)

@@ -23,11 +23,12 @@ from megatron_rdt.model.flops import forward_flops, training_flops
 from megatron_rdt.model.moe import rebalance
 from megatron_rdt.parallel import Engine, MicroBatch, make_engine
 from megatron_rdt.train.collection import ScheduledCollection
+from megatron_rdt.train.data import RunData
 from megatron_rdt.train.hardware import peak_flops, peak_memory_gb
 from megatron_rdt.train.health import Guard, is_finite
 from megatron_rdt.train.metrics import Console, Recorder, forget_after
 from megatron_rdt.train.monitoring import Monitoring
-from megatron_rdt.train.preflight import changed_settings, check_resumable, open_data, refuse_to_overwrite
+from megatron_rdt.train.preflight import changed_settings, check_resumable, refuse_to_overwrite
 from megatron_rdt.train.schedule import learning_rate
 from megatron_rdt.train.signals import StopRequest
 from megatron_rdt.train.taken import StepClock, TakenStep
@@ -99,9 +100,8 @@ class Trainer:
         self.config, self.run_directory, self.device, self.stop = config, run_directory, device, stop
         self.engine = make_engine(config, device)
         self.is_first = self.engine.rank == 0
-        self.data = open_data(config, self.engine.layout.data, local_rank)
-        self.corpus = self.data.corpus
-        self.tokenizer = Tokenizer(self.corpus.tokenizer_directory)
+        self.data = RunData(config, self.engine.layout.data, local_rank)
+        self.tokenizer = Tokenizer(self.data.tokenizer_directory)
         self.sampler = DepthSampler(config.depth, config.run.seed)
         self.flops = forward_flops(config.model, config.train.sequence_length)
         self.guard = Guard(min(config.train.max_nonfinite_steps, config.train.steps))
@@ -124,10 +124,8 @@ class Trainer:
         if source is not None:
             self._restore(source)
         total = self.consumed + (config.train.steps - self.step) * config.train.global_batch
-        layout, limit, mask = self.engine.layout, config.data.max_epochs, config.data.document_mask
-        place = layout.data_place(self.engine.rank), layout.data
-        batch = config.train.global_batch
-        loader = BatchLoader(self.corpus, batch, *place, self.consumed, total, limit, mask, self.device)
+        place = self.engine.layout.data_place(self.engine.rank)
+        loader = self.data.loader(self.consumed, total, place, self.device)
         try:
             self._open_run_directory(parameters, source)
             with ScheduledCollection(config.train.gc_every) as collection:
@@ -274,16 +272,14 @@ class Trainer:
 
     def _evaluate(self) -> None:
         config, windows = self.config, self.data.validation
-        assert windows is not None, "open_data reads them where eval.every is set"
+        assert windows is not None, "RunData reads them where eval.every is set"
         share, place = len(windows) // self.engine.layout.data, self.engine.layout.data_place(self.engine.rank)
-        mine, documents = slice(place * share, (place + 1) * share), self.data.documents
         losses = validation_losses(
             self.engine.module,
-            windows[mine],
+            windows[place * share : (place + 1) * share],
             config.eval.loops,
             config.train.micro_batch,
             self.device,
-            documents=None if documents is None else documents[mine],
             reduce=self.engine.sum_over_ranks,
         )
         text = "  ".join(f"T={loops} {loss:.4f}" for loops, loss in losses.items())
@@ -321,14 +317,7 @@ class Trainer:
         state = {
             "step": self.step,
             "tokens": self.consumed * self.config.train.sequence_length,
-            "data": {
-                "version": 1,
-                "consumed_samples": self.consumed,
-                "data_fingerprint": self.corpus.fingerprint,
-                "shards": self.corpus.manifest.shard_hashes,
-                "sequence_length": self.config.train.sequence_length,
-                "seed": self.config.run.seed,
-            },
+            "data": self.data.state(self.consumed),
             "skipped_steps": self.guard.skipped,
         }
         facts = {
@@ -344,7 +333,7 @@ class Trainer:
             dump_config(self.config),
             state,
             facts,
-            self.corpus.tokenizer_directory,
+            self.data.tokenizer_directory,
             self.config.checkpoint.keep,
         )
         self.parent, self.saved_at = path.name, self.step
@@ -353,7 +342,8 @@ class Trainer:
     def _restore(self, source: Path) -> None:
         """Load engine state and position; refuse a checkpoint that does not belong to this run."""
         state = checkpoints.read_trainer_state(source)
-        check_resumable(source, state, self.config, self.corpus)
+        check_resumable(source, state, self.config)
+        changed_data = self.data.resume(source, state["data"])
         changed = changed_settings(load_config(source / "config.yaml"), self.config)
         self.engine.load(source)
         checkpoints.restore_buffers(self.engine.model, source)
@@ -367,6 +357,8 @@ class Trainer:
         self._say(f"resumed from {source} (step {self.step})")
         if changed:
             self._say(f"changed since it was saved: {', '.join(changed)}")
+        for line in changed_data:
+            self._say(line)
 
     def _open_run_directory(self, parameters: int, source: Path | None) -> None:
         if not self.is_first:

@@ -1,0 +1,145 @@
+"""One split of one corpus: which window sample n is (its index), and reading windows (its shards)."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_rdt.data.indexed import IndexedDataset
+from megatron_rdt.data.manifest import CorpusManifest, load_manifest
+from megatron_rdt.data.sampler import SampleOrder
+from megatron_rdt.errors import DataError
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Samples as the model takes them: n windows of L + 1 tokens; inputs are [:, :-1], targets [:, 1:].
+
+    Attributes:
+        tokens: int64 (n, L + 1).
+        documents: the document that each token belongs to, numbered from 0 in each window, int64 (n, L + 1).
+        positions: position of each token, int64 (n, L + 1); None where they are 0, 1, ... L.
+        loss_mask: whether each token counts where it is a target, bool (n, L + 1); None where all do.
+        padding: tokens of padding in each window, int64 (n,); None where there are none.
+        sources: number of the corpus that each window is of, int64 (n,); None where there is one.
+    """
+
+    tokens: torch.Tensor
+    documents: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    loss_mask: torch.Tensor | None = None
+    padding: torch.Tensor | None = None
+    sources: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: slice) -> "Windows":
+        """Some of the windows."""
+        chosen = {name: part[rows] for name, part in vars(self).items() if part is not None}
+        return Windows(**chosen)
+
+
+class TokenCorpus:
+    """One split of a prepared corpus as one stream of tokens, cut into windows.
+
+    Args:
+        corpus: directory with manifest.json, or the manifest of one that has been verified.
+        split: "train" or "valid".
+        sequence_length: L.
+        seed: of the order.
+        verify: "size" or "full"; for a directory.
+        documents: look up the document of each token.
+    """
+
+    def __init__(
+        self,
+        corpus: str | Path | CorpusManifest,
+        split: str,
+        sequence_length: int,
+        seed: int,
+        verify: str = "size",
+        documents: bool = False,
+    ) -> None:
+        if isinstance(corpus, CorpusManifest):
+            self.manifest = corpus
+        else:
+            self.manifest = load_manifest(corpus)
+            self.manifest.verify(verify)
+        self.split, self.sequence_length, self.seed = split, sequence_length, seed
+        self.vocab_size = self.manifest.vocab_size
+        self.fingerprint = self.manifest.fingerprint
+        self.tokenizer_directory = self.manifest.directory / "tokenizer"
+        self._shards = [IndexedDataset(prefix) for prefix in self.manifest.shards(split)]
+        self._offsets = np.cumsum([0, *(shard.tokens for shard in self._shards)])
+        self._with_documents = documents
+        self.tokens = int(self._offsets[-1])
+        self.order = SampleOrder(self.tokens, sequence_length, seed, split)
+        self.samples_per_epoch = self.order.samples_per_epoch
+
+    def places(self, samples: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Where the windows of sample numbers are: what `read` takes, int64 (n,)."""
+        return self.order.starts(np.asarray(samples, np.int64))
+
+    def spread(self, count: int) -> np.ndarray:
+        """Places of `count` windows spread evenly over the stream (of all where it has fewer), in order, int64 (n,).
+
+        The first ones would be a few documents only, and their loss that of these documents.
+        """
+        count = min(count, self.samples_per_epoch)
+        return np.arange(count, dtype=np.int64) * self.samples_per_epoch // count * self.sequence_length
+
+    def read(self, places: np.ndarray) -> Windows:
+        """The windows at some places."""
+        tokens = np.empty((len(places), self.sequence_length + 1), np.int64)
+        for row, start in zip(tokens, places):
+            self._fill(row, int(start))
+            if row.max() >= self.vocab_size or row.min() < 0:
+                raise DataError(
+                    f"split {self.split} of {self.manifest.directory} holds id {row.max()} near token {start}, but "
+                    f"vocab_size is {self.vocab_size}. The shards are damaged or of another tokenizer: prepare them again."
+                )
+        documents = torch.from_numpy(self._documents(places)) if self._with_documents else None
+        return Windows(torch.from_numpy(tokens), documents)
+
+    def windows(self, samples: Sequence[int] | np.ndarray) -> Windows:
+        """The windows of sample numbers."""
+        return self.read(self.places(samples))
+
+    def close(self) -> None:
+        """Close every shard."""
+        for shard in self._shards:
+            shard.close()
+
+    def _documents(self, places: np.ndarray) -> np.ndarray:
+        result = np.empty((len(places), self.sequence_length + 1), np.int64)
+        for row, start in zip(result, places):
+            before = 0  # documents that began in earlier shards; none goes on in the next
+            for shard, local, part in self._parts(row, int(start)):
+                begun = self._shards[shard].document_starts
+                part[:] = before + np.searchsorted(begun, np.arange(local, local + len(part)), side="right")
+                before += len(begun)
+            row -= row[0]
+        return result
+
+    def _fill(self, row: np.ndarray, start: int) -> None:
+        """Read len(row) tokens from `start` of the stream on."""
+        for shard, local, part in self._parts(row, start):
+            part[:] = self._shards[shard].read(local, len(part))
+
+    def _parts(self, row: np.ndarray, start: int) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Shard, first token in it, and the part of `row` it fills; a window may lie in several shards."""
+        filled = 0
+        while filled < len(row):
+            shard = int(np.searchsorted(self._offsets, start + filled, side="right")) - 1
+            local = start + filled - int(self._offsets[shard])
+            count = min(len(row) - filled, self._shards[shard].tokens - local)
+            yield shard, local, row[filled : filled + count]
+            filled += count
+
+
+def fixed_windows(corpus: TokenCorpus, count: int) -> Windows:
+    """`count` windows spread evenly over a split, see `TokenCorpus.spread`."""
+    return corpus.read(corpus.spread(count))

@@ -3,13 +3,17 @@
 .idx: magic, u64 version 1, u8 dtype code, u64 sequences S, u64 documents + 1, then i32 lengths [S] in tokens,
 i64 pointers [S] in bytes, i64 document starts [documents + 1] in sequences. Files open in Megatron-LM, and theirs here.
 Reading uses pread: a file that is cut short under a memory map kills the process, a short pread is an error.
+
+Beside them may lie `<prefix>.mask`, which Megatron does not know: one byte per token of .bin, 1 where the token counts as
+a target of the loss and 0 where it does not.
 """
 
-import functools
+import contextlib
 import os
 import struct
 from functools import cached_property
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
@@ -30,6 +34,7 @@ DTYPES: dict[int, np.dtype] = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 UINT16_VOCABULARY = 65500
 MAX_SEQUENCE = 2**31 - 1
+READ_BYTES = 1 << 30  # Linux reads less than 2 GiB at a time
 REBUILD = "Run `rdt prep` again with --restart to rebuild the shards."
 
 
@@ -52,6 +57,7 @@ class IndexedDataset:
     Attributes:
         dtype: of the tokens.
         tokens: total.
+        has_mask: whether there is a .mask file.
 
     Raises:
         DataError: a file is missing, is not of this format, or has another size than the index implies.
@@ -59,6 +65,7 @@ class IndexedDataset:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.bin_path, self.idx_path = prefix_path(path, ".bin"), prefix_path(path, ".idx")
+        self.mask_path = prefix_path(path, ".mask")
         for file in (self.bin_path, self.idx_path):
             if not file.is_file():
                 raise DataError(f"{file} does not exist. {REBUILD}")
@@ -67,7 +74,14 @@ class IndexedDataset:
         if expected != actual:
             raise DataError(f"{self.bin_path} has {actual} bytes, its index says {expected}. {REBUILD}")
         self.tokens = actual // self.dtype.itemsize
+        self.has_mask = self.mask_path.is_file()
+        if self.has_mask and self.mask_path.stat().st_size != self.tokens:
+            size = self.mask_path.stat().st_size
+            raise DataError(
+                f"{self.mask_path} has {size} bytes, one for each of {self.tokens} tokens is due. {REBUILD}"
+            )
         self._descriptor = os.open(self.bin_path, os.O_RDONLY)
+        self._mask_descriptor = os.open(self.mask_path, os.O_RDONLY) if self.has_mask else None
 
     def _read_header(self) -> None:
         with open(self.idx_path, "rb") as file:
@@ -83,7 +97,7 @@ class IndexedDataset:
         expected = HEADER.size + 12 * sequences + 8 * documents
         if size not in (expected, expected + sequences):  # one more byte per sequence: multimodal modes
             raise DataError(f"{self.idx_path} has {size} bytes, its header says {expected}. {REBUILD}")
-        self._sequences, self._documents = sequences, documents
+        self._sequences, self._documents, self._modes = sequences, documents, size > expected
 
     def _end_of_last_sequence(self) -> int:
         """Bytes that .bin must have."""
@@ -113,14 +127,28 @@ class IndexedDataset:
     def pointers(self) -> np.ndarray:
         """Byte offset of each sequence, int64 (sequences,)."""
         pointers = self._from_index("<i8", self._sequences, 4 * self._sequences)
-        if len(pointers) and pointers[0] != 0:
+        if not np.array_equal(pointers, byte_pointers(self.lengths, self.dtype)):
             raise DataError(f"{self.idx_path} holds impossible pointers. {REBUILD}")
         return pointers
 
     @cached_property
     def documents(self) -> np.ndarray:
-        """First sequence of each document, int64 (documents + 1,); the last entry is the number of sequences."""
-        return self._from_index("<i8", self._documents, 12 * self._sequences)
+        """First sequence of each document, int64 (documents + 1,); the last entry is the number of sequences.
+
+        An empty document has the entry of the one after it.
+        """
+        documents = self._from_index("<i8", self._documents, 12 * self._sequences)
+        ends = len(documents) and documents[0] == 0 and documents[-1] == self._sequences
+        if not ends or (np.diff(documents) < 0).any():
+            raise DataError(f"{self.idx_path} holds impossible documents. {REBUILD}")
+        return documents
+
+    @cached_property
+    def modes(self) -> np.ndarray | None:
+        """Modality of each sequence, int8 (sequences,); None in files that hold text only."""
+        return (
+            self._from_index("i1", self._sequences, 12 * self._sequences + 8 * self._documents) if self._modes else None
+        )
 
     def __len__(self) -> int:
         return self._sequences
@@ -133,32 +161,69 @@ class IndexedDataset:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from token `start` of the file on, across sequences, shape (count,)."""
-        size = count * self.dtype.itemsize
-        content = os.pread(self._descriptor, size, start * self.dtype.itemsize)
-        if len(content) != size:
-            raise DataError(
-                f"{self.bin_path} ends at token {start + len(content) // self.dtype.itemsize} while tokens up to "
-                f"{start + count} were asked for: it changed while in use. {REBUILD}"
-            )
-        return np.frombuffer(content, self.dtype)
+        return _read(self._descriptor, self.bin_path, self.dtype, start, count)
 
-    @functools.cached_property
+    def mask(self, start: int, count: int) -> np.ndarray:
+        """Which of `count` tokens from token `start` on count as targets of the loss, uint8 (count,), 1 or 0.
+
+        Raises:
+            DataError: there is no .mask file, it ends early, or holds another value.
+        """
+        if self._mask_descriptor is None:
+            raise DataError(f"{self.mask_path} does not exist. {REBUILD}")
+        mask = _read(self._mask_descriptor, self.mask_path, np.dtype("u1"), start, count)
+        if count and mask.max() > 1:
+            place = start + int(np.argmax(mask > 1))
+            raise DataError(f"{self.mask_path} holds {mask.max()} at byte {place}, neither 0 nor 1. {REBUILD}")
+        return mask
+
+    @cached_property
     def document_starts(self) -> np.ndarray:
-        """First token of each document, int64 (documents,), ascending."""
-        starts = np.append(self.pointers // self.dtype.itemsize, self.tokens)
-        return starts[self.documents[:-1]]
+        """First token of each document that is not empty, int64 (documents,), ascending."""
+        starts = np.append(self.pointers // self.dtype.itemsize, self.tokens)[self.documents]
+        return starts[:-1][np.diff(starts) > 0]
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the files."""
         os.close(self._descriptor)
+        if self._mask_descriptor is not None:
+            os.close(self._mask_descriptor)
+
+
+def byte_pointers(lengths: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Byte offset of each sequence in .bin, int64 (sequences,), of their lengths in tokens."""
+    pointers = np.zeros(len(lengths), "<i8")
+    np.cumsum(lengths[:-1].astype(np.int64) * dtype.itemsize, out=pointers[1:])
+    return pointers
+
+
+def _read(descriptor: int, path: Path, dtype: np.dtype, start: int, count: int) -> np.ndarray:
+    """`count` values from value `start` of an open file on, shape (count,); DataError where it ends before."""
+    size, offset = count * dtype.itemsize, start * dtype.itemsize
+    content = os.pread(descriptor, min(size, READ_BYTES), offset)
+    while len(content) < size:
+        more = os.pread(descriptor, min(size - len(content), READ_BYTES), offset + len(content))
+        if not more:
+            raise DataError(
+                f"{path} ends at token {start + len(content) // dtype.itemsize} while tokens up to {start + count} were "
+                f"asked for: it changed while in use. {REBUILD}"
+            )
+        content += more
+    return np.frombuffer(content, dtype)
 
 
 class IndexedWriter:
-    """Writes one pair of files, one sequence per document; both appear under their names when `close` succeeds.
+    """Writes one pair of files, one sequence per document, and masks if there are any.
+
+    The files appear under their names when the block ends well; .bin is the last.
 
     Args:
         path: the prefix.
         vocab_size: every id must be below it; it also decides the dtype.
+
+    Attributes:
+        tokens, documents, max_id: what was written so far, and the largest id in it.
+        has_mask: whether documents come with masks; None before the first.
 
     Use as a context manager: an exception inside leaves no file.
     """
@@ -166,16 +231,32 @@ class IndexedWriter:
     def __init__(self, path: str | os.PathLike[str], vocab_size: int) -> None:
         self.path, self.vocab_size = path, vocab_size
         self.dtype = token_dtype(vocab_size)
+        self.tokens = self.max_id = 0
+        self.has_mask: bool | None = None
         self._lengths: list[int] = []
-        self._max_id = 0
-        self._context = atomic_open(prefix_path(path, ".bin"), "wb")
+        self._files = contextlib.ExitStack()
+        self._masks: IO[Any] | None = None
+
+    @property
+    def documents(self) -> int:
+        """Documents written so far."""
+        return len(self._lengths)
 
     def __enter__(self) -> "IndexedWriter":
-        self._file = self._context.__enter__()
+        self._bin = self._files.enter_context(atomic_open(prefix_path(self.path, ".bin"), "wb"))
         return self
 
-    def add_document(self, tokens: np.ndarray, source: str = "document") -> None:
-        """Append a document; DataError for an empty one or an id outside the vocabulary."""
+    def add_document(self, tokens: np.ndarray, source: str = "document", mask: np.ndarray | None = None) -> None:
+        """Append a document.
+
+        Args:
+            tokens: ids, integers (n,).
+            source: what to call the document in a message.
+            mask: which tokens count as targets of the loss, bool or 0 and 1 (n,). All documents have one, or none has.
+
+        Raises:
+            DataError: it is empty, too long, has an id outside the vocabulary, or a mask that does not fit.
+        """
         if len(tokens) == 0 or len(tokens) > MAX_SEQUENCE:
             raise DataError(f"{source} has {len(tokens)} tokens, outside 1 to {MAX_SEQUENCE}. Drop or split it.")
         low, high = int(tokens.min()), int(tokens.max())
@@ -184,42 +265,45 @@ class IndexedWriter:
             raise DataError(
                 f"{source} has id {bad} but vocab_size is {self.vocab_size}. Use the tokenizer of these shards."
             )
-        self._file.write(tokens.astype(self.dtype).tobytes())
+        self._add_mask(tokens, source, mask)
+        self._bin.write(tokens.astype(self.dtype).tobytes())
         self._lengths.append(len(tokens))
-        self._max_id = max(self._max_id, high)
+        self.tokens += len(tokens)
+        self.max_id = max(self.max_id, high)
 
-    @property
-    def tokens(self) -> int:
-        """Tokens written so far."""
-        return sum(self._lengths)
+    def _add_mask(self, tokens: np.ndarray, source: str, mask: np.ndarray | None) -> None:
+        if self.has_mask is None:
+            self.has_mask = mask is not None
+            if self.has_mask:
+                self._masks = self._files.enter_context(atomic_open(prefix_path(self.path, ".mask"), "wb"))
+        if self.has_mask != (mask is not None):
+            raise DataError(
+                f"{source} has {'no mask, those before it have one' if mask is None else 'a mask, those before it have none'}: "
+                "give a mask with every document of a shard, or with none."
+            )
+        if mask is None or self._masks is None:
+            return
+        if mask.shape != tokens.shape or mask.min() < 0 or mask.max() > 1:
+            raise DataError(
+                f"{source} has a mask that is not one 0 or 1 for each of its {len(tokens)} tokens. Mend it."
+            )
+        self._masks.write(mask.astype(np.uint8).tobytes())
 
-    @property
-    def documents(self) -> int:
-        """Documents written so far."""
-        return len(self._lengths)
-
-    @property
-    def max_id(self) -> int:
-        """Largest id written so far."""
-        return self._max_id
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if kind is None and not self._lengths:
-            failure = DataError(f"{self.path} would hold no document. Give `rdt prep` more text.")
-            self._context.__exit__(DataError, failure, None)
-            raise failure
-        if kind is None:
-            # The index first: a .bin with its name always has its index.
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if kind is not None:
+            self._files.__exit__(kind, error, trace)
+            return
+        with self._files:
+            if not self._lengths:
+                raise DataError(f"{self.path} would hold no document. Give `rdt prep` more text.")
+            # The index first, and the stack closes .mask before .bin: a .bin with its name always has them.
             self._write_index()
-        self._context.__exit__(kind, error, trace)  # type: ignore[arg-type]
 
     def _write_index(self) -> None:
         count = len(self._lengths)
         lengths = np.array(self._lengths, "<i4")
-        pointers = np.zeros(count, "<i8")
-        np.cumsum(lengths[:-1].astype(np.int64) * self.dtype.itemsize, out=pointers[1:])
         with atomic_open(prefix_path(self.path, ".idx"), "wb") as file:
             file.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], count, count + 1))
             file.write(lengths.tobytes())
-            file.write(pointers.tobytes())
+            file.write(byte_pointers(lengths, self.dtype).tobytes())
             file.write(np.arange(count + 1, dtype="<i8").tobytes())

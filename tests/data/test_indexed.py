@@ -1,11 +1,13 @@
 """The token format, byte for byte, and what happens to damaged files."""
 
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_rdt.data import IndexedDataset, IndexedWriter
+from megatron_rdt.data.indexed import MAX_SEQUENCE, prefix_path
 from megatron_rdt.errors import DataError
 
 GOLDEN_BIN = "010002000300dbff"
@@ -17,10 +19,23 @@ GOLDEN_IDX = (
 )
 
 
-def write(prefix: Path, documents: list[list[int]], vocab_size: int = 65499 + 1 - 1) -> None:
+def as_mask(values: list[int] | None) -> np.ndarray | None:
+    return None if values is None else np.array(values)
+
+
+def write(prefix: Path, documents: list[list[int]], vocab_size: int, masks: list | None = None) -> None:
     with IndexedWriter(prefix, vocab_size) as writer:
-        for document in documents:
-            writer.add_document(np.array(document))
+        for number, document in enumerate(documents):
+            writer.add_document(np.array(document), mask=as_mask(masks[number]) if masks else None)
+
+
+def write_raw(prefix: Path, lengths: list[int], documents: list[int], modes: bytes = b"") -> None:
+    """Sequences of the given lengths that hold 0, 1, 2, ... throughout, as uint16, without any check."""
+    pointers = [2 * sum(lengths[:i]) for i in range(len(lengths))]
+    index = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, len(lengths), len(documents))
+    index += np.array(lengths, "<i4").tobytes() + np.array(pointers, "<i8").tobytes()
+    prefix_path(prefix, ".idx").write_bytes(index + np.array(documents, "<i8").tobytes() + modes)
+    prefix_path(prefix, ".bin").write_bytes(np.arange(sum(lengths), dtype="<u2").tobytes())
 
 
 def test_golden_bytes(tmp_path: Path) -> None:
@@ -104,3 +119,84 @@ def test_damage_is_found(tmp_path: Path) -> None:
     (tmp_path / "w.idx").unlink()
     with pytest.raises(DataError, match="does not exist"):
         IndexedDataset(tmp_path / "w")
+
+
+def test_documents_of_several_sequences_and_empty_ones(tmp_path: Path) -> None:
+    # Megatron's --split-sentences gives documents of several sequences; an empty text gives one of none.
+    write_raw(tmp_path / "w", [2, 3, 0, 1, 4], [0, 2, 2, 4, 5, 5])
+    dataset = IndexedDataset(tmp_path / "w")
+    assert [dataset[i].tolist() for i in range(5)] == [[0, 1], [2, 3, 4], [], [5], [6, 7, 8, 9]]
+    assert dataset.documents.tolist() == [0, 2, 2, 4, 5, 5]
+    assert dataset.document_starts.tolist() == [0, 5, 6]
+    assert dataset.modes is None
+    write_raw(tmp_path / "m", [2, 3], [0, 1, 2], modes=bytes([0, 1]))
+    dataset = IndexedDataset(tmp_path / "m")
+    assert dataset.modes is not None
+    assert dataset.modes.tolist() == [0, 1]
+    assert dataset[1].tolist() == [2, 3, 4]
+
+
+@pytest.mark.parametrize("documents", [[], [1, 2], [0, 1], [0, 2, 1, 2], [0, 3]])
+def test_documents_that_cannot_be(tmp_path: Path, documents: list[int]) -> None:
+    write_raw(tmp_path / "w", [2, 3], documents)
+    with pytest.raises(DataError, match=r"w\.idx holds impossible documents"):
+        _ = IndexedDataset(tmp_path / "w").documents
+
+
+def test_masks(tmp_path: Path) -> None:
+    write(tmp_path / "w", [[1, 2, 3], [4, 5]], 500, [[0, 1, 1], [1, 0]])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["w.bin", "w.idx", "w.mask"]
+    dataset = IndexedDataset(tmp_path / "w")
+    assert dataset.has_mask
+    assert dataset.mask(1, 4).tolist() == [1, 1, 1, 0]
+    assert dataset.mask(1, 4).dtype == np.uint8
+    with pytest.raises(DataError, match=r"w\.mask ends at token 5 while tokens up to 6"):
+        dataset.mask(3, 3)
+    dataset.close()
+    (tmp_path / "w.mask").write_bytes(bytes([0, 1, 1, 3, 0]))
+    with pytest.raises(DataError, match=r"w\.mask holds 3 at byte 3, neither 0 nor 1"):
+        IndexedDataset(tmp_path / "w").mask(1, 4)
+    (tmp_path / "w.mask").write_bytes(bytes(4))
+    with pytest.raises(DataError, match=r"w\.mask has 4 bytes, one for each of 5 tokens"):
+        IndexedDataset(tmp_path / "w")
+    (tmp_path / "w.mask").unlink()
+    dataset = IndexedDataset(tmp_path / "w")
+    assert not dataset.has_mask
+    with pytest.raises(DataError, match=r"w\.mask does not exist"):
+        dataset.mask(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ([[1, 1], None], "no mask, those before it have one"),
+        ([None, [1, 1]], "a mask, those before it have none"),
+        ([[1, 2]], "one 0 or 1 for each of its 2 tokens"),
+        ([[1]], "one 0 or 1 for each of its 2 tokens"),
+    ],
+)
+def test_bad_masks_leave_no_file(tmp_path: Path, masks: list, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        write(tmp_path / "w", [[1, 2]] * len(masks), 500, masks)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_document_too_long_for_the_format_is_refused(tmp_path: Path) -> None:
+    long = np.broadcast_to(np.int32(1), MAX_SEQUENCE + 1)  # stride 0: no memory
+    with pytest.raises(DataError, match=r"a\.jsonl:9 has 2147483648 tokens, outside 1 to 2147483647"):  # noqa: SIM117
+        with IndexedWriter(tmp_path / "w", 500) as writer:
+            writer.add_document(long, "a.jsonl:9")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_long_reads_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "w", [list(range(50))], 500)
+    monkeypatch.setattr("megatron_rdt.data.indexed.READ_BYTES", 7)
+    assert IndexedDataset(tmp_path / "w").read(3, 40).tolist() == list(range(3, 43))
+
+
+def test_an_index_that_cannot_be_written_leaves_no_file(tmp_path: Path) -> None:
+    (tmp_path / "w.idx").mkdir()
+    with pytest.raises(OSError, match=r"w\.idx"):
+        write(tmp_path / "w", [[1]], 500, [[1]])
+    assert [path.name for path in tmp_path.iterdir()] == ["w.idx"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_rdt.data.indexed import IndexedDataset
+from megatron_rdt.data.indexed import REBUILD, IndexedDataset
 from megatron_rdt.data.manifest import CorpusManifest, load_manifest
 from megatron_rdt.data.sampler import SampleOrder
 from megatron_rdt.errors import DataError
@@ -52,6 +52,8 @@ class TokenCorpus:
         seed: of the order.
         verify: "size" or "full"; for a directory.
         documents: look up the document of each token.
+        positions: let positions start again at 0 at each document.
+        answers: look up which tokens count as targets, where the shards say so.
     """
 
     def __init__(
@@ -62,6 +64,8 @@ class TokenCorpus:
         seed: int,
         verify: str = "size",
         documents: bool = False,
+        positions: bool = False,
+        answers: bool = False,
     ) -> None:
         if isinstance(corpus, CorpusManifest):
             self.manifest = corpus
@@ -74,7 +78,12 @@ class TokenCorpus:
         self.tokenizer_directory = self.manifest.directory / "tokenizer"
         self._shards = [IndexedDataset(prefix) for prefix in self.manifest.shards(split)]
         self._offsets = np.cumsum([0, *(shard.tokens for shard in self._shards)])
-        self._with_documents = documents
+        self._with_documents, self._with_positions = documents, positions
+        masked = [shard.has_mask for shard in self._shards]
+        if any(masked) and not all(masked):
+            lacking = self._shards[masked.index(False)].mask_path
+            raise DataError(f"{lacking} does not exist, but other shards of the split have masks. {REBUILD}")
+        self._with_masks = answers and any(masked)
         self.tokens = int(self._offsets[-1])
         self.order = SampleOrder(self.tokens, sequence_length, seed, split)
         self.samples_per_epoch = self.order.samples_per_epoch
@@ -93,16 +102,39 @@ class TokenCorpus:
 
     def read(self, places: np.ndarray) -> Windows:
         """The windows at some places."""
-        tokens = np.empty((len(places), self.sequence_length + 1), np.int64)
-        for row, start in zip(tokens, places):
-            self._fill(row, int(start))
-            if row.max() >= self.vocab_size or row.min() < 0:
-                raise DataError(
-                    f"split {self.split} of {self.manifest.directory} holds id {row.max()} near token {start}, but "
-                    f"vocab_size is {self.vocab_size}. The shards are damaged or of another tokenizer: prepare them again."
-                )
-        documents = torch.from_numpy(self._documents(places)) if self._with_documents else None
-        return Windows(torch.from_numpy(tokens), documents)
+        shape = len(places), self.sequence_length + 1
+        tokens, mask = np.empty(shape, np.int64), np.empty(shape, np.bool_) if self._with_masks else None
+        for index, (row, start) in enumerate(zip(tokens, places)):
+            for shard, local, part in self._parts(row, int(start)):
+                part[:] = self._shards[shard].read(local, len(part))
+            self._check_ids(row, f"token {start}")
+            if mask is not None:
+                for shard, local, counts in self._parts(mask[index], int(start)):
+                    counts[:] = self._shards[shard].mask(local, len(counts))
+        documents = self._documents(places) if self._with_documents or self._with_positions else None
+        return self._windows(tokens, documents, mask)
+
+    def _windows(self, tokens: np.ndarray, documents: np.ndarray | None, mask: np.ndarray | None) -> Windows:
+        """What `read` gives, of arrays (n, L + 1)."""
+        positions = None
+        if self._with_positions and documents is not None:
+            columns = np.arange(documents.shape[1])
+            begins = np.diff(documents, axis=1, prepend=documents[:, :1]) != 0
+            positions = torch.from_numpy(columns - np.maximum.accumulate(np.where(begins, columns, 0), axis=1))
+        return Windows(
+            torch.from_numpy(tokens),
+            None if documents is None or not self._with_documents else torch.from_numpy(documents),
+            positions,
+            None if mask is None else torch.from_numpy(mask),
+        )
+
+    def _check_ids(self, row: np.ndarray, place: str) -> None:
+        """DataError where ids are not of the vocabulary; `place` says where they were read."""
+        if row.max() >= self.vocab_size or row.min() < 0:
+            raise DataError(
+                f"split {self.split} of {self.manifest.directory} holds id {row.max()} near {place}, but "
+                f"vocab_size is {self.vocab_size}. The shards are damaged or of another tokenizer: prepare them again."
+            )
 
     def windows(self, samples: Sequence[int] | np.ndarray) -> Windows:
         """The windows of sample numbers."""
@@ -123,11 +155,6 @@ class TokenCorpus:
                 before += len(begun)
             row -= row[0]
         return result
-
-    def _fill(self, row: np.ndarray, start: int) -> None:
-        """Read len(row) tokens from `start` of the stream on."""
-        for shard, local, part in self._parts(row, start):
-            part[:] = self._shards[shard].read(local, len(part))
 
     def _parts(self, row: np.ndarray, start: int) -> Iterator[tuple[int, int, np.ndarray]]:
         """Shard, first token in it, and the part of `row` it fills; a window may lie in several shards."""

@@ -1,14 +1,14 @@
 """Best-fit packing (Ding et al. 2024, arXiv:2404.10830): documents put into rows whole, wherever they fit.
 
-A document of more than L + 1 tokens is cut into pieces that overlap by one token, so each of its tokens but the first is a
-target once. Pieces go into rows of L + 1 tokens by best-fit decreasing: the longest piece first, each into the fullest
+A document of more than L + 1 tokens is cut into pieces that overlap by one token, so that each of its tokens but the first
+is a target once. Pieces go into rows of L + 1 tokens by best-fit decreasing: the longest piece first, each into the fullest
 row that still has room for it. What no piece fills is padding.
 
 The plan of a shard is a file, `packing/L<length>/<split>/<shard>.pack` in the corpus, little endian, nothing between:
 
     header                the struct HEADER below
     u64 offsets [rows+1]  first piece of each row, and the number of pieces
-    pieces [pieces]       u64 first token in the shard, u32 tokens
+    pieces [pieces]       u64 first token in the shard, u32 tokens, u32 tokens of the document before it
 """
 
 import hashlib
@@ -29,7 +29,7 @@ FOLDER, SUFFIX = "packing", ".pack"
 MAGIC, VERSION = b"RDTPACK\x00", 1
 # magic, version, L, SHA-256 of the shard's .bin, of its .idx, of what follows the header; then `PlanCounts`
 HEADER = struct.Struct("<8sII32s32s32s5Q")
-PIECE = np.dtype([("start", "<u8"), ("length", "<u4")])
+PIECE = np.dtype([("start", "<u8"), ("length", "<u4"), ("before", "<u4")])
 OFFSET = np.dtype("<u8")
 BUILD_PATIENCE_S = 3600.0  # how long to wait for another machine that makes the same plans
 
@@ -62,7 +62,7 @@ class PlanCounts:
         return f"packed: {self.rows:,} rows, {padding:.2%} padding, {cut:.1%} of documents cut"
 
 
-def cut(starts: np.ndarray, lengths: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+def cut(starts: np.ndarray, lengths: np.ndarray, length: int) -> np.ndarray:
     """Pieces of at most `length` + 1 tokens of documents, in their order.
 
     Args:
@@ -70,12 +70,14 @@ def cut(starts: np.ndarray, lengths: np.ndarray, length: int) -> tuple[np.ndarra
         length: L.
 
     Returns:
-        First token and tokens of each piece, int64 (pieces,). A piece begins with the last token of the one before it.
+        PIECE (pieces,). A piece begins with the last token of the one before it.
     """
-    pieces = np.maximum(-(-(lengths - 1) // length), lengths > 0)
-    first = np.cumsum(pieces) - pieces
-    inside = length * (np.arange(pieces.sum()) - np.repeat(first, pieces))
-    return np.repeat(starts, pieces) + inside, np.minimum(np.repeat(lengths, pieces) - inside, length + 1)
+    numbers = np.maximum(-(-(lengths - 1) // length), lengths > 0)
+    pieces = np.empty(numbers.sum(), PIECE)
+    before = length * (np.arange(len(pieces)) - np.repeat(np.cumsum(numbers) - numbers, numbers))
+    pieces["start"], pieces["before"] = np.repeat(starts, numbers) + before, before
+    pieces["length"] = np.minimum(np.repeat(lengths, numbers) - before, length + 1)
+    return pieces
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
@@ -137,16 +139,15 @@ def pack(document_starts: np.ndarray, tokens: int, length: int) -> tuple[np.ndar
         The offsets and the pieces of the plan's file, and its counts. Within a row, pieces are in the shard's order.
     """
     lengths = np.diff(document_starts, append=tokens)
-    starts, sizes = cut(document_starts, lengths, length)
+    pieces = cut(document_starts, lengths, length)
+    sizes = pieces["length"].astype(np.int64)
     rows_of = best_fit(sizes, length + 1)
-    by_row = np.argsort(rows_of, kind="stable")
-    pieces = np.empty(len(starts), PIECE)
-    pieces["start"], pieces["length"] = starts[by_row], sizes[by_row]
     in_row = np.bincount(rows_of)
     offsets = np.concatenate(([0], np.cumsum(in_row))).astype(OFFSET)
     padding = len(in_row) * (length + 1) - int(sizes.sum())
     documents = int((lengths > 0).sum()), int((lengths > length + 1).sum())
-    return offsets, pieces, PlanCounts(len(in_row), len(pieces), padding, *documents)
+    counts = PlanCounts(len(in_row), len(pieces), padding, *documents)
+    return offsets, pieces[np.argsort(rows_of, kind="stable")], counts
 
 
 def plan_path(manifest: CorpusManifest, split: str, shard: str, length: int) -> Path:
@@ -204,19 +205,19 @@ class PackingPlan:
         if hash_of_body(self.path) != self._body_hash:
             raise DataError(f"{self.path} has other content than was written. {self._again}")
 
-    def pieces(self, row: int) -> list[tuple[int, int]]:
-        """First token in the shard and tokens of each piece of a row.
+    def pieces(self, row: int) -> list[tuple[int, int, int]]:
+        """First token in the shard, tokens, and tokens of the document before it, of each piece of a row.
 
         Raises:
             DataError: the plan ends early, or says what cannot be.
         """
         first, last = self._read(OFFSET, HEADER.size + OFFSET.itemsize * row, 2).tolist()
-        pieces: list[tuple[int, int]] = []
+        pieces: list[tuple[int, int, int]] = []
         if first < last <= self.counts.pieces:
             begin = HEADER.size + OFFSET.itemsize * (self.counts.rows + 1)
             pieces = self._read(PIECE, begin + PIECE.itemsize * first, last - first).tolist()
-        inside = all(length and start + length <= self._tokens for start, length in pieces)
-        if not pieces or not inside or sum(length for _, length in pieces) > self._length + 1:
+        inside = all(length and start + length <= self._tokens for start, length, _ in pieces)
+        if not pieces or not inside or sum(length for _, length, _ in pieces) > self._length + 1:
             raise DataError(f"{self.path} holds an impossible row {row}. {self._again}")
         return pieces
 

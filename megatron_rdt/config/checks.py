@@ -68,8 +68,8 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
         config: what the user asked for.
         world_size: processes of the run, where it is known.
     """
-    problems = [*_ranges(config), *_model(config), *_depth(config), *_training(config), *parallel_problems(config)]
-    problems += deepspeed_problems(config, world_size)
+    problems = [*_ranges(config), *_model(config), *_depth(config), *_training(config), *_data(config)]
+    problems += [*parallel_problems(config), *deepspeed_problems(config, world_size)]
     if world_size is not None:
         problems += _world(config, world_size)
     if problems:
@@ -222,6 +222,15 @@ def _training(config: RunConfig) -> list[str]:
     if "/" in name or name in ("", ".", "..") or name.startswith("-") or not name.isprintable():
         problems.append(f"run.name {name!r} must be the name of a directory. Put the path into --run.root.")
     return problems
+
+
+def _data(config: RunConfig) -> list[str]:
+    if config.data.document_positions and not config.data.document_mask:
+        return [
+            "data.document_positions lets positions start again within a sequence, so that a token would see others from "
+            "ahead of it: it needs --data.document_mask true. Set that, or leave it away."
+        ]
+    return []
 
 
 def _compiled(config: RunConfig) -> list[str]:

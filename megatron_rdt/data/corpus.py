@@ -168,5 +168,11 @@ class TokenCorpus:
 
 
 def fixed_windows(corpus: TokenCorpus, count: int) -> Windows:
-    """`count` windows spread evenly over a split, see `TokenCorpus.spread`."""
-    return corpus.read(corpus.spread(count))
+    """`count` windows spread evenly over a split, see `TokenCorpus.spread`; DataError where none of their tokens counts."""
+    windows = corpus.read(corpus.spread(count))
+    if windows.loss_mask is not None and not windows.loss_mask[:, 1:].any():
+        raise DataError(
+            f"by the masks of {corpus.manifest.directory}, no token of {len(windows)} windows of split {corpus.split} counts "
+            "as a target. Take more windows, or set --data.loss all."
+        )
+    return windows

@@ -171,7 +171,11 @@ class PackingPlan:
     """
 
     def __init__(self, manifest: CorpusManifest, split: str, shard: dict[str, Any], length: int) -> None:
-        self.path, self._length, self._tokens = plan_path(manifest, split, shard["name"], length), length, shard["tokens"]
+        self.path, self._length, self._tokens = (
+            plan_path(manifest, split, shard["name"], length),
+            length,
+            shard["tokens"],
+        )
         self._again = f"Make it again: rdt prep pack {manifest.directory} --sequence_length {length}"
         try:
             self._descriptor = os.open(self.path, os.O_RDONLY)

@@ -162,7 +162,9 @@ class Engine(ABC):
             padding = sum(micro.padding or 0 for micro in batch) / sum(micro.tokens.numel() for micro in batch)
             means["padding"] = targets.new_full((), padding)
         names = sorted(means)  # the same on every rank
-        return dict(zip(names, (self.sum_over_ranks(torch.stack([means[n] for n in names])) / self.world_size).unbind()))
+        return dict(
+            zip(names, (self.sum_over_ranks(torch.stack([means[n] for n in names])) / self.world_size).unbind())
+        )
 
     def _targets(self, batch: Sequence[MicroBatch]) -> torch.Tensor:
         """Targets of a step that count, a rank's share on average: 0-dimensional, float64, on the device.

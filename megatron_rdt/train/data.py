@@ -14,9 +14,11 @@ from megatron_rdt.data import (
     Windows,
     fixed_windows,
     load_manifest,
+    open_corpus,
     shard_difference,
 )
-from megatron_rdt.errors import CheckpointError, ConfigError, DataError
+from megatron_rdt.data.packing import make_plans
+from megatron_rdt.errors import CheckpointError, ConfigError, DataError, RdtError
 
 STATE_VERSION = 1
 
@@ -33,6 +35,7 @@ class RunData:
         validation: windows of the validation split; None where the run does not evaluate. Their number is a multiple of
             the world size, since forward passes under sharding are collective.
         tokenizer_directory: of the corpus.
+        notes: what to say of the data at the start, in lines; of the first process.
 
     Raises:
         ConfigError: the vocabulary or the number of processes does not fit the data.
@@ -40,9 +43,11 @@ class RunData:
     """
 
     def __init__(self, config: RunConfig, world_size: int, local_rank: int = 0) -> None:
-        self.config, self.world_size = config, world_size
+        self.config, self.world_size, self.notes = config, world_size, list[str]()
         path, data = config.data.path, config.data
         manifest = _verified(path, data.verify, local_rank)
+        if data.pack == "bestfit":
+            self._planned(manifest, local_rank)
         self.corpus = self._open(manifest, "train")
         self.tokenizer_directory = self.corpus.tokenizer_directory
         if self.corpus.vocab_size != config.model.vocab_size:
@@ -55,7 +60,21 @@ class RunData:
     def _open(self, manifest: CorpusManifest, split: str) -> TokenCorpus:
         config = self.config
         length, seed = config.train.sequence_length, config.run.seed
-        return TokenCorpus(manifest, split, length, seed, documents=config.data.document_mask)
+        # Validation takes windows of the stream whatever the packing is, so that losses of runs can be compared.
+        return open_corpus(manifest, split, length, seed, config.data, pack=split == "train")
+
+    def _planned(self, manifest: CorpusManifest, local_rank: int) -> None:
+        """Have the packing plans: the first process of a node makes what is missing, the others wait for it."""
+        failure: Exception | None = None
+        if local_rank == 0:
+            try:
+                counts = make_plans(manifest, "train", self.config.train.sequence_length)
+                self.notes.append(counts.describe(self.config.train.sequence_length))
+            except (RdtError, OSError) as error:
+                failure = error
+        failure = next((found for found in gather(failure) if found is not None), None)
+        if failure is not None:
+            raise failure
 
     def _validation(self, manifest: CorpusManifest) -> Windows:
         config, length, processes = self.config, self.config.train.sequence_length, self.world_size
@@ -108,6 +127,7 @@ class RunData:
             "shards": self.corpus.manifest.shard_hashes,
             "sequence_length": self.config.train.sequence_length,
             "seed": self.config.run.seed,
+            "packing": self.config.data.pack,
         }
 
     def resume(self, source: Path, state: dict[str, Any]) -> list[str]:
@@ -120,6 +140,12 @@ class RunData:
         Raises:
             CheckpointError: it was trained on other data, or in another order.
         """
+        packing = state.get("packing", "chunk")  # checkpoints of before 0.2.0 lack it
+        if packing != self.config.data.pack:
+            raise CheckpointError(
+                f"{source} was trained with data.pack {packing}, now it is {self.config.data.pack}: its samples would be "
+                f"others. Set --data.pack {packing}, or start a new --run.name."
+            )
         for key, mine in (
             ("data_fingerprint", self.corpus.fingerprint),
             ("sequence_length", self.config.train.sequence_length),

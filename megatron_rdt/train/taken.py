@@ -91,6 +91,7 @@ class TakenStep:
     def read(self) -> tuple[dict[str, Any], float]:
         """The record for metrics.jsonl, and the objective; waits for the device."""
         losses = {name: float(value) for name, value in self.losses.items()}
+        padding = {"padding": losses.pop("padding")} if "padding" in losses else {}
         loss, objective, step_s = losses.pop("cross_entropy"), losses["objective"], self.clock.seconds()
         readings: dict[str, Any] = self.monitor.readings()
         if "iterations" in readings:
@@ -108,6 +109,7 @@ class TakenStep:
             "memory_gb": self.memory_gb,
             "data_wait_s": self.clock.data_wait_s,
             "step_s": step_s,
+            **padding,
             **({} if objective == loss else losses),
             **{name: float(value) for name, value in (self.experts or {}).items()},
         }

@@ -171,11 +171,8 @@ class PackingPlan:
     """
 
     def __init__(self, manifest: CorpusManifest, split: str, shard: dict[str, Any], length: int) -> None:
-        self.path, self._length, self._tokens = (
-            plan_path(manifest, split, shard["name"], length),
-            length,
-            shard["tokens"],
-        )
+        self.path = plan_path(manifest, split, shard["name"], length)
+        self._length, self._tokens = length, shard["tokens"]
         self._again = f"Make it again: rdt prep pack {manifest.directory} --sequence_length {length}"
         try:
             self._descriptor = os.open(self.path, os.O_RDONLY)
@@ -279,12 +276,22 @@ def make_plans(manifest: CorpusManifest, split: str, length: int, again: bool = 
 
     Raises:
         DataError: a plan is damaged or made for other shards, or cannot be written.
+        LaunchError: another process has been making them for an hour.
     """
-    shards = manifest.document["splits"][split]["shards"]
     folder = plan_path(manifest, split, "", length).parent
+    try:
+        return _make_plans(manifest, split, length, folder, again)
+    except OSError as error:
+        raise DataError(
+            f"the packing plans in {folder} could not be made ({error.strerror}). Make them where the corpus can be "
+            f"written: rdt prep pack {manifest.directory} --sequence_length {length}; or set --data.pack chunk."
+        ) from error
+
+
+def _make_plans(manifest: CorpusManifest, split: str, length: int, folder: Path, again: bool) -> PlanCounts:
     counts = PlanCounts()
     lacking = []
-    for shard in shards:
+    for shard in manifest.document["splits"][split]["shards"]:
         try:
             counts += _checked(manifest, split, shard, length)
         except DataError:
@@ -293,19 +300,13 @@ def make_plans(manifest: CorpusManifest, split: str, length: int, again: bool = 
             lacking.append(shard)
     if not lacking:
         return counts
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        message = f"another process has been making the plans in {folder} for an hour. Wait for it, or end it."
-        with exclusive(folder / ".lock", message, BUILD_PATIENCE_S):
-            for stale in folder.glob(f"*{TEMPORARY_SUFFIX}"):  # of processes that were killed
-                stale.unlink(missing_ok=True)
-            for shard in lacking:
-                counts += _made(manifest, split, shard, length)
-    except OSError as error:
-        raise DataError(
-            f"the packing plans could not be written to {folder} ({error.strerror}). Make them where the corpus can be "
-            f"written: rdt prep pack {manifest.directory} --sequence_length {length}; or set --data.pack chunk."
-        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    message = f"another process has been making the plans in {folder} for an hour. Wait for it, or end it."
+    with exclusive(folder / ".lock", message, BUILD_PATIENCE_S):
+        for stale in folder.glob(f"*{TEMPORARY_SUFFIX}"):  # of processes that were killed
+            stale.unlink(missing_ok=True)
+        for shard in lacking:
+            counts += _made(manifest, split, shard, length)
     return counts
 
 

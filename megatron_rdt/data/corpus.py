@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_rdt.data.indexed import REBUILD, IndexedDataset
 from megatron_rdt.data.manifest import CorpusManifest, load_manifest
 from megatron_rdt.data.sampler import SampleOrder
+from megatron_rdt.data.shards import Shards
 from megatron_rdt.errors import DataError
 
 
@@ -54,6 +54,14 @@ class TokenCorpus:
         documents: look up the document of each token.
         positions: let positions start again at 0 at each document.
         answers: look up which tokens count as targets, where the shards say so.
+        max_tokens: take only so many tokens, the first ones; 0 takes all.
+        max_open: shards that may be open at once, see `Shards`.
+
+    Attributes:
+        order: which window is sample n; another key gives another order.
+
+    Raises:
+        DataError: the corpus is missing, damaged, or too small for a window.
     """
 
     def __init__(
@@ -66,6 +74,8 @@ class TokenCorpus:
         documents: bool = False,
         positions: bool = False,
         answers: bool = False,
+        max_tokens: int = 0,
+        max_open: int | None = None,
     ) -> None:
         if isinstance(corpus, CorpusManifest):
             self.manifest = corpus
@@ -76,17 +86,17 @@ class TokenCorpus:
         self.vocab_size = self.manifest.vocab_size
         self.fingerprint = self.manifest.fingerprint
         self.tokenizer_directory = self.manifest.directory / "tokenizer"
-        self._shards = [IndexedDataset(prefix) for prefix in self.manifest.shards(split)]
-        self._offsets = np.cumsum([0, *(shard.tokens for shard in self._shards)])
+        self._shards = Shards(self.manifest, split, max_open)
         self._with_documents, self._with_positions = documents, positions
-        masked = [shard.has_mask for shard in self._shards]
-        if any(masked) and not all(masked):
-            lacking = self._shards[masked.index(False)].mask_path
-            raise DataError(f"{lacking} does not exist, but other shards of the split have masks. {REBUILD}")
-        self._with_masks = answers and any(masked)
-        self.tokens = int(self._offsets[-1])
-        self.order = SampleOrder(self.tokens, sequence_length, seed, split)
-        self.samples_per_epoch = self.order.samples_per_epoch
+        self._with_masks = answers and self._shards.has_masks
+        whole = int(self._shards.offsets[-1])
+        self.tokens = min(whole, max_tokens or whole)
+        self.order = SampleOrder(self.tokens, sequence_length, seed, split, f"{split} of {self.manifest.directory}")
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples after which every window has been visited once."""
+        return self.order.samples_per_epoch
 
     def places(self, samples: Sequence[int] | np.ndarray) -> np.ndarray:
         """Where the windows of sample numbers are: what `read` takes, int64 (n,)."""
@@ -141,28 +151,25 @@ class TokenCorpus:
         return self.read(self.places(samples))
 
     def close(self) -> None:
-        """Close every shard."""
-        for shard in self._shards:
-            shard.close()
+        """Close every shard; they open again when they are read."""
+        self._shards.close()
 
     def _documents(self, places: np.ndarray) -> np.ndarray:
-        result = np.empty((len(places), self.sequence_length + 1), np.int64)
+        """The document of each token, numbered from 0 in each window: how many have begun after its first token."""
+        result = np.zeros((len(places), self.sequence_length + 1), np.int64)
         for row, start in zip(result, places):
-            before = 0  # documents that began in earlier shards; none goes on in the next
             for shard, local, part in self._parts(row, int(start)):
-                begun = self._shards[shard].document_starts
-                part[:] = before + np.searchsorted(begun, np.arange(local, local + len(part)), side="right")
-                before += len(begun)
-            row -= row[0]
-        return result
+                part[self._shards.document_starts(shard, local, local + len(part)) - local] = 1
+            row[0] = 0
+        return np.cumsum(result, axis=1, out=result)
 
     def _parts(self, row: np.ndarray, start: int) -> Iterator[tuple[int, int, np.ndarray]]:
         """Shard, first token in it, and the part of `row` it fills; a window may lie in several shards."""
         filled = 0
         while filled < len(row):
-            shard = int(np.searchsorted(self._offsets, start + filled, side="right")) - 1
-            local = start + filled - int(self._offsets[shard])
-            count = min(len(row) - filled, self._shards[shard].tokens - local)
+            shard = int(np.searchsorted(self._shards.offsets, start + filled, side="right")) - 1
+            local = start + filled - int(self._shards.offsets[shard])
+            count = min(len(row) - filled, int(self._shards.offsets[shard + 1]) - start - filled)
             yield shard, local, row[filled : filled + count]
             filled += count
 

@@ -1,6 +1,5 @@
 """A split whose samples are rows of packed documents, see `megatron_rdt.data.packing`."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ from megatron_rdt.config import DataConfig
 from megatron_rdt.data.corpus import TokenCorpus, Windows
 from megatron_rdt.data.manifest import CorpusManifest
 from megatron_rdt.data.packing import PackingPlan, PlanCounts
-from megatron_rdt.data.permutation import KeyedPermutation
+from megatron_rdt.data.sampler import SampleOrder
 
 
 class PackedCorpus(TokenCorpus):
@@ -32,23 +31,12 @@ class PackedCorpus(TokenCorpus):
         self._plans = [PackingPlan(self.manifest, self.split, record, self.sequence_length) for record in records]
         self._first_rows = np.cumsum([0, *(plan.counts.rows for plan in self._plans)])
         self.counts = sum((plan.counts for plan in self._plans), PlanCounts())
-        self.samples_per_epoch = self.counts.rows
+        name = f"{self.split} of {self.manifest.directory}"
+        # To the order, rows are windows of a stream in which each has a length of one.
+        self.order = SampleOrder(self.counts.rows + 1, 1, self.seed, f"rows of {self.split}", name)
         pad = self.manifest.document.get("pad")
         # Some tokenizers have no padding; nothing looks at these tokens.
         self._padding = pad if pad is not None and pad >= 0 else self.manifest.document["eos"]
-        self._orders: dict[int, KeyedPermutation] = {}
-
-    def places(self, samples: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Rows of sample numbers, int64 (n,)."""
-        epochs, places = np.divmod(np.asarray(samples, np.int64), self.samples_per_epoch)
-        rows = np.empty_like(places)
-        for epoch in np.unique(epochs).tolist():
-            if epoch not in self._orders:
-                key = ("rows", self.seed, self.split, epoch)
-                self._orders = {epoch: KeyedPermutation(self.samples_per_epoch, *key)}
-            chosen = epochs == epoch
-            rows[chosen] = self._orders[epoch](places[chosen])
-        return rows
 
     def spread(self, count: int) -> np.ndarray:
         """`count` rows spread evenly over all, in order, int64 (n,)."""

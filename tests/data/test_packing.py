@@ -125,8 +125,9 @@ def write_corpus(folder: Path, shards: list[list[int]], masks: bool = False, pad
                     tokens[-1] = EOS
                     counted = (draw.random(size) < 0.4) if masks else None
                     writer.add_document(tokens, mask=counted)
-            hashes = {f"{kind}_sha256": sha256_of(f"{prefix}.{kind}") for kind in ("bin", "idx")}
-            records.append({"name": prefix.name, "tokens": sum(lengths), **hashes})
+            kinds = ("bin", "idx", *["mask"] * masks)
+            hashes = {f"{kind}_sha256": sha256_of(f"{prefix}.{kind}") for kind in kinds}
+            records.append({"name": prefix.name, "tokens": sum(lengths), "documents": len(lengths), **hashes})
         splits[split] = {"tokens": sum(map(sum, shards)), "shards": records}
     document = {"vocab_size": VOCABULARY, "eos": EOS, "pad": pad, "dtype": "uint16", "splits": splits}
     return CorpusManifest(folder, {**document, "tokenizer": {"fingerprint": "none"}})
@@ -153,8 +154,9 @@ def test_rows_hold_whole_documents(masks: bool, tmp_path: Path) -> None:
     make_plans(manifest, "train", LENGTH)
     corpus = open_packed(manifest, document_mask=True, document_positions=True)
     rows = corpus.read(np.arange(corpus.samples_per_epoch))
-    texts = [shard[i] for shard in corpus._shards for i in range(len(shard))]
-    counts = [shard.mask(0, shard.tokens) if masks else np.ones(shard.tokens, np.uint8) for shard in corpus._shards]
+    shards = [corpus._shards[number] for number in range(len(corpus._shards))]
+    texts = [shard[i] for shard in shards for i in range(len(shard))]
+    counts = [shard.mask(0, shard.tokens) if masks else np.ones(shard.tokens, np.uint8) for shard in shards]
     counted_texts = np.split(np.concatenate(counts), np.cumsum([len(text) for text in texts]))
     whole = {tuple(text.tolist()): counted.astype(bool) for text, counted in zip(texts, counted_texts)}
     seen, targets = Counter[tuple[int, ...]](), 0

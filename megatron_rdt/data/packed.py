@@ -1,5 +1,7 @@
 """A split whose samples are rows of packed documents, see `megatron_rdt.data.packing`."""
 
+import threading
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,8 @@ class PackedCorpus(TokenCorpus):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         records = self.manifest.document["splits"][self.split]["shards"]
+        self._open: OrderedDict[int, PackingPlan] = OrderedDict()
+        self._lock = threading.Lock()
         self._plans = [PackingPlan(self.manifest, self.split, record, self.sequence_length) for record in records]
         self._first_rows = np.cumsum([0, *(plan.counts.rows for plan in self._plans)])
         self.counts = sum((plan.counts for plan in self._plans), PlanCounts())
@@ -55,7 +59,7 @@ class PackedCorpus(TokenCorpus):
         for index, place in enumerate(np.asarray(places).tolist()):
             number = int(np.searchsorted(self._first_rows, place, side="right")) - 1
             shard, end, at = self._shards[number], 0, 0
-            row = self._plans[number].pieces(place - int(self._first_rows[number]))
+            row = self._pieces(number, place - int(self._first_rows[number]))
             for at, (start, length, before) in enumerate(row):
                 piece = slice(end, end + length)
                 end += length
@@ -70,11 +74,23 @@ class PackedCorpus(TokenCorpus):
             windows.tokens, windows.documents, windows.positions, windows.loss_mask, torch.from_numpy(padding)
         )
 
+    def _pieces(self, number: int, row: int) -> list[tuple[int, int, int]]:
+        """`PackingPlan.pieces` of a shard's plan; no more plans than shards stay open."""
+        with self._lock:
+            self._open[number] = plan = self._plans[number]
+            self._open.move_to_end(number)
+            pieces = plan.pieces(row)
+            while len(self._open) > self._shards.max_open:
+                self._open.popitem(last=False)[1].close()
+        return pieces
+
     def close(self) -> None:
-        """Close every shard and plan."""
+        """Close every shard and plan; they open again when they are read."""
         super().close()
-        for plan in self._plans:
-            plan.close()
+        with self._lock:
+            for plan in self._open.values():
+                plan.close()
+            self._open.clear()
 
 
 def open_corpus(

@@ -158,6 +158,8 @@ def plan_path(manifest: CorpusManifest, split: str, shard: str, length: int) -> 
 class PackingPlan:
     """Reads the plan of one shard. Opening takes the same time for any number of rows: these are read when asked for.
 
+    The file is open from the first row that is read until `close`.
+
     Args:
         manifest: of the corpus.
         split, shard: "train" or "valid", and the shard's record in the manifest.
@@ -174,18 +176,15 @@ class PackingPlan:
         self.path = plan_path(manifest, split, shard["name"], length)
         self._length, self._tokens = length, shard["tokens"]
         self._again = f"Make it again: rdt prep pack {manifest.directory} --sequence_length {length}"
+        self._descriptor: int | None = None
         try:
-            self._descriptor = os.open(self.path, os.O_RDONLY)
+            with open(self.path, "rb") as file:
+                header, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
         except FileNotFoundError:
             raise DataError(f"{self.path} does not exist. {self._again}") from None
-        try:
-            self._read_header(shard)
-        except BaseException:
-            os.close(self._descriptor)
-            raise
+        self._check_header(header, size, shard)
 
-    def _read_header(self, shard: dict[str, Any]) -> None:
-        header, size = os.pread(self._descriptor, HEADER.size, 0), os.fstat(self._descriptor).st_size
+    def _check_header(self, header: bytes, size: int, shard: dict[str, Any]) -> None:
         if len(header) < HEADER.size or header[:8] != MAGIC:
             raise DataError(f"{self.path} is not a packing plan. {self._again}")
         _, version, length, bin_hash, idx_hash, self._body_hash, *counts = HEADER.unpack(header)
@@ -223,6 +222,8 @@ class PackingPlan:
         return pieces
 
     def _read(self, dtype: np.dtype, place: int, count: int) -> np.ndarray:
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDONLY)
         content = os.pread(self._descriptor, count * dtype.itemsize, place)
         if len(content) != count * dtype.itemsize:
             raise DataError(f"{self.path} ends early: it changed while in use. {self._again}")
@@ -230,7 +231,9 @@ class PackingPlan:
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._descriptor)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 def hash_of_body(path: Path) -> bytes:
@@ -313,10 +316,7 @@ def _make_plans(manifest: CorpusManifest, split: str, length: int, folder: Path,
 def _checked(manifest: CorpusManifest, split: str, shard: dict[str, Any], length: int) -> PlanCounts:
     """The counts of a plan that is there; DataError where it is not, or not as it should be."""
     plan = PackingPlan(manifest, split, shard, length)
-    try:
-        plan.verify()
-    finally:
-        plan.close()
+    plan.verify()
     return plan.counts
 
 

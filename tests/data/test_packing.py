@@ -205,6 +205,10 @@ def test_epochs_visit_every_row_once_in_another_order(manifest: CorpusManifest) 
     assert not np.array_equal(epochs[0], open_packed(manifest, seed=2).places(np.arange(n)))
     assert np.array_equal(corpus.places([n + 3, 1, 2 * n, 0]), epochs.flatten()[[n + 3, 1, 2 * n, 0]])
     assert np.array_equal(corpus.spread(4), np.arange(4) * n // 4)
+    few = open_corpus(manifest, "train", LENGTH, 1, DataConfig(pack="bestfit"))
+    few._shards.max_open = 1
+    assert torch.equal(few.windows(np.arange(n)).tokens, corpus.windows(np.arange(n)).tokens)
+    assert len(few._open) == 1  # type: ignore[attr-defined]
     parts = []
     for rank in range(2):  # from the middle on, two ranks: together the rows of these samples
         loader = BatchLoader(corpus, 4, rank, 2, consumed_samples=4, total_samples=12)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from launch.corpora import verify
 from megatron_rdt.config.parser import make_parser, parse
 from megatron_rdt.errors import EXIT_OK
 
@@ -26,4 +27,4 @@ def pack(words: list[str]) -> int:
     return run(words)
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"pack": pack}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"verify": verify, "pack": pack}

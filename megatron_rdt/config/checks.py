@@ -4,6 +4,7 @@ import math
 
 from megatron_rdt.config.deepspeed import deepspeed_problems
 from megatron_rdt.config.layout import Layout
+from megatron_rdt.config.mixture import integer_weights
 from megatron_rdt.config.parallel_checks import AXES, parallel_problems
 from megatron_rdt.config.schema import ModelConfig, RunConfig, ScheduleConfig
 from megatron_rdt.errors import ConfigError
@@ -69,7 +70,8 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
         world_size: processes of the run, where it is known.
     """
     problems = [*_ranges(config), *_model(config), *_depth(config), *_training(config), *_data(config)]
-    problems += [*parallel_problems(config), *deepspeed_problems(config, world_size)]
+    problems += parallel_problems(config)
+    problems += deepspeed_problems(config, world_size)
     if world_size is not None:
         problems += _world(config, world_size)
     if problems:
@@ -225,12 +227,41 @@ def _training(config: RunConfig) -> list[str]:
 
 
 def _data(config: RunConfig) -> list[str]:
-    if config.data.document_positions and not config.data.document_mask:
-        return [
+    data, problems = config.data, []
+    if data.document_positions and not data.document_mask:
+        problems.append(
             "data.document_positions lets positions start again within a sequence, so that a token would see others from "
             "ahead of it: it needs --data.document_mask true. Set that, or leave it away."
-        ]
-    return []
+        )
+    return problems + _mixture(config) if data.mixture else problems
+
+
+def _mixture(config: RunConfig) -> list[str]:
+    """What the corpora of the data need of each other."""
+    corpora, problems = config.data.corpora(), []
+    names = [corpus.name for corpus in corpora]
+    for number, corpus in enumerate(corpora, 1):
+        where = f"data.mixture: entry {number} ({corpus.path})"
+        if "/" in corpus.name or not corpus.name.isprintable():
+            problems.append(f"{where} is called {corpus.name!r}, which is no name. Give it another one with name.")
+        if names.index(corpus.name) < number - 1:
+            first = names.index(corpus.name) + 1
+            problems.append(f"{where} is called {corpus.name} like entry {first}. Give one of them another name.")
+        if corpus.max_epochs is not None and not 0 < corpus.max_epochs < math.inf:
+            problems.append(f"{where} has max_epochs {corpus.max_epochs}, it must be above 0.")
+        if corpus.max_tokens < 0:
+            problems.append(f"{where} has max_tokens {corpus.max_tokens}, it must be at least 1, or 0 for all.")
+        if corpus.max_tokens and config.data.pack != "chunk":
+            problems.append(
+                f"{where} has max_tokens {corpus.max_tokens}, but data.pack {config.data.pack} packs all documents of a "
+                "shard together. Set --data.pack chunk, or leave max_tokens away."
+            )
+    if not problems:
+        try:
+            integer_weights({corpus.name: corpus.weight for corpus in corpora})
+        except ValueError as error:
+            problems.append(f"data.mixture: {error}. Raise the weight, or leave the corpus out.")
+    return problems
 
 
 def _compiled(config: RunConfig) -> list[str]:

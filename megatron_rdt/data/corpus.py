@@ -41,6 +41,17 @@ class Windows:
         chosen = {name: part[rows] for name, part in vars(self).items() if part is not None}
         return Windows(**chosen)
 
+    @property
+    def targets(self) -> torch.Tensor:
+        """The targets that count, of all windows, int64 (targets,)."""
+        targets = self.tokens[:, 1:]
+        return targets.flatten() if self.loss_mask is None else targets[self.loss_mask[:, 1:]]
+
+    def part(self, place: int, places: int) -> "Windows":
+        """The windows of one of so many processes, which divide them."""
+        share = len(self) // places
+        return self[place * share : (place + 1) * share]
+
 
 class TokenCorpus:
     """One split of a prepared corpus as one stream of tokens, cut into windows.
@@ -59,6 +70,7 @@ class TokenCorpus:
 
     Attributes:
         order: which window is sample n; another key gives another order.
+        gives_mask: whether `read` gives a loss mask; may be set, and all tokens count where shards have none.
 
     Raises:
         DataError: the corpus is missing, damaged, or too small for a window.
@@ -88,7 +100,7 @@ class TokenCorpus:
         self.tokenizer_directory = self.manifest.directory / "tokenizer"
         self._shards = Shards(self.manifest, split, max_open)
         self._with_documents, self._with_positions = documents, positions
-        self._with_masks = answers and self._shards.has_masks
+        self._with_masks = self.gives_mask = answers and self._shards.has_masks
         whole = int(self._shards.offsets[-1])
         self.tokens = min(whole, max_tokens or whole)
         self.order = SampleOrder(self.tokens, sequence_length, seed, split, f"{split} of {self.manifest.directory}")
@@ -113,12 +125,12 @@ class TokenCorpus:
     def read(self, places: np.ndarray) -> Windows:
         """The windows at some places."""
         shape = len(places), self.sequence_length + 1
-        tokens, mask = np.empty(shape, np.int64), np.empty(shape, np.bool_) if self._with_masks else None
+        tokens, mask = np.empty(shape, np.int64), np.ones(shape, np.bool_) if self.gives_mask else None
         for index, (row, start) in enumerate(zip(tokens, places)):
             for shard, local, part in self._parts(row, int(start)):
                 part[:] = self._shards[shard].read(local, len(part))
             self._check_ids(row, f"token {start}")
-            if mask is not None:
+            if mask is not None and self._with_masks:
                 for shard, local, counts in self._parts(mask[index], int(start)):
                     counts[:] = self._shards[shard].mask(local, len(counts))
         documents = self._documents(places) if self._with_documents or self._with_positions else None
@@ -177,7 +189,7 @@ class TokenCorpus:
 def fixed_windows(corpus: TokenCorpus, count: int) -> Windows:
     """`count` windows spread evenly over a split, see `TokenCorpus.spread`; DataError where none of their tokens counts."""
     windows = corpus.read(corpus.spread(count))
-    if windows.loss_mask is not None and not windows.loss_mask[:, 1:].any():
+    if not len(windows.targets):
         raise DataError(
             f"by the masks of {corpus.manifest.directory}, no token of {len(windows)} windows of split {corpus.split} counts "
             "as a target. Take more windows, or set --data.loss all."

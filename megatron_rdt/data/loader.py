@@ -85,7 +85,7 @@ class BatchLoader:
         self._position, self._end = consumed_samples, total_samples
         self._device = device or torch.device("cpu")
         self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(PREFETCHED_BATCHES)
-        self._closed = threading.Event()
+        self._closed, self._ready = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="batch-loader", daemon=True)
         self._thread.start()
 
@@ -144,6 +144,7 @@ class BatchLoader:
         while not self._closed.is_set():
             try:
                 self._queue.put(item, timeout=0.2)
+                self._ready.set()
                 return
             except queue.Full:
                 continue
@@ -153,6 +154,10 @@ class BatchLoader:
             if isinstance(item, BaseException):
                 raise item
             yield item
+
+    def wait(self) -> None:
+        """Return when the first batch, or what went wrong with it, is there."""
+        self._ready.wait()
 
     def close(self) -> None:
         """Stop the thread."""

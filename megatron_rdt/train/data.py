@@ -6,21 +6,23 @@ from typing import Any
 import torch
 
 from megatron_rdt.checkpoint.together import gather
-from megatron_rdt.config import RunConfig
+from megatron_rdt.config import CorpusConfig, RunConfig
+from megatron_rdt.config.mixture import integer_weights
 from megatron_rdt.data import (
     BatchLoader,
     CorpusManifest,
+    PackedCorpus,
     TokenCorpus,
     Windows,
     fixed_windows,
     load_manifest,
     open_corpus,
-    shard_difference,
 )
+from megatron_rdt.data.mixture import Mixture, MixtureOrder, Stage
 from megatron_rdt.data.packing import make_plans
+from megatron_rdt.data.shards import open_shards_limit
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError, RdtError
-
-STATE_VERSION = 1
+from megatron_rdt.train.stages import SAME_OR_NEW, CorpusRecord, DataHistory, continued, shown
 
 
 class RunData:
@@ -32,52 +34,71 @@ class RunData:
         local_rank: number of this process on its node; the first one reads every byte where `data.verify` is full.
 
     Attributes:
-        validation: windows of the validation split; None where the run does not evaluate. Their number is a multiple of
-            the world size, since forward passes under sharding are collective.
-        tokenizer_directory: of the corpus.
-        notes: what to say of the data at the start, in lines; of the first process.
+        mixture: the training splits and the order of their samples.
+        validation: windows of each corpus's validation split by name, the same number of each; empty where the run does
+            not evaluate. The number is a multiple of the world size, since forward passes under sharding are collective.
+        tokenizer_directory: of the corpora.
 
     Raises:
-        ConfigError: the vocabulary or the number of processes does not fit the data.
+        ConfigError: the vocabulary or the number of processes does not fit the data, or the corpora do not fit together.
         DataError: the data is missing, damaged or too small.
     """
 
     def __init__(self, config: RunConfig, world_size: int, local_rank: int = 0) -> None:
-        self.config, self.world_size, self.notes = config, world_size, list[str]()
-        path, data = config.data.path, config.data
-        manifest = _verified(path, data.verify, local_rank)
-        if data.pack == "bestfit":
-            self._planned(manifest, local_rank)
-        self.corpus = self._open(manifest, "train")
-        self.tokenizer_directory = self.corpus.tokenizer_directory
-        if self.corpus.vocab_size != config.model.vocab_size:
-            raise ConfigError(
-                f"model.vocab_size is {config.model.vocab_size}, but the tokenizer of {path} has "
-                f"{self.corpus.vocab_size} pieces. Set --model.vocab_size {self.corpus.vocab_size}."
-            )
-        self.validation = self._validation(manifest) if config.eval.every else None
+        self.config, self.world_size = config, world_size
+        self.settings = {corpus.name: corpus for corpus in config.data.corpora()}
+        manifests = {c.name: _verified(c.path, config.data.verify, local_rank) for c in self.settings.values()}
+        _check_tokenizers(list(manifests.values()), config.model.vocab_size)
+        self.tokenizer_directory = next(iter(manifests.values())).directory / "tokenizer"
+        if config.data.pack == "bestfit":
+            _plan(manifests, config.train.sequence_length, local_rank)
+        corpora = {name: self._open(manifest, "train", self.settings[name]) for name, manifest in manifests.items()}
+        records = {
+            name: CorpusRecord(manifest.fingerprint, self.settings[name].max_tokens, manifest.shard_hashes)
+            for name, manifest in manifests.items()
+        }
+        stage = Stage(0, integer_weights({name: corpus.weight for name, corpus in self.settings.items()}))
+        self._go_on(DataHistory([stage], records), corpora)
+        self.validation = {
+            name: self._validation(manifest) for name, manifest in manifests.items() if config.eval.every
+        }
 
-    def _open(self, manifest: CorpusManifest, split: str) -> TokenCorpus:
+    def _open(self, manifest: CorpusManifest, split: str, settings: CorpusConfig) -> TokenCorpus:
         config = self.config
-        length, seed = config.train.sequence_length, config.run.seed
-        # Validation takes windows of the stream whatever the packing is, so that losses of runs can be compared.
-        return open_corpus(manifest, split, length, seed, config.data, pack=split == "train")
+        return open_corpus(
+            manifest,
+            split,
+            config.train.sequence_length,
+            config.run.seed,
+            config.data,
+            # Validation takes windows of the stream whatever the packing is: losses of runs can be compared.
+            pack=split == "train",
+            max_tokens=settings.max_tokens if split == "train" else 0,
+            max_open=max(1, open_shards_limit() // len(self.settings)),
+        )
 
-    def _planned(self, manifest: CorpusManifest, local_rank: int) -> None:
-        """Have the packing plans: the first process of a node makes what is missing, the others wait for it."""
-        failure: Exception | None = None
-        if local_rank == 0:
-            try:
-                counts = make_plans(manifest, "train", self.config.train.sequence_length)
-                self.notes.append(counts.describe(self.config.train.sequence_length))
-            except (RdtError, OSError) as error:
-                failure = error
-        failure = next((found for found in gather(failure) if found is not None), None)
-        if failure is not None:
-            raise failure
+    def _go_on(self, history: DataHistory, corpora: dict[str, TokenCorpus]) -> None:
+        """Take the samples from `corpora` as the stages of `history` say."""
+        self.history = history
+        order = MixtureOrder(history.stages)
+        for number, name in enumerate(order.names):
+            if name in corpora:
+                # The first corpus of a run has the order that it would have alone.
+                corpora[name].order = corpora[name].order.keyed(f"train/{number}" if number else "train")
+        self.mixture = Mixture(order, corpora, self.config.run.seed)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of each corpus in the samples from here on, by name."""
+        return {name: self.mixture.order.stages[-1].share(name) for name in self.settings}
 
     def _validation(self, manifest: CorpusManifest) -> Windows:
-        config, length, processes = self.config, self.config.train.sequence_length, self.world_size
+        config, length, processes, n = (
+            self.config,
+            self.config.train.sequence_length,
+            self.world_size,
+            len(self.settings),
+        )
         tokens = manifest.document["splits"]["valid"]["tokens"]
         needed = (processes + 1) * length  # windows leave out what follows the last whole one
         if tokens < needed:
@@ -86,14 +107,15 @@ class RunData:
                 f"{processes} processes with samples of their own needs {needed:,}. Prepare it with a larger "
                 "--valid_fraction, or set --eval.every 0."
             )
-        split = self._open(manifest, "valid")
-        windows = fixed_windows(split, config.eval.sequences)
-        split.close()
-        if len(windows) < processes:
+        if config.eval.sequences < processes * n:
+            of_each = f" for each of {n} corpora" if n > 1 else ""
             raise ConfigError(
-                f"eval.sequences is {config.eval.sequences}, fewer than {processes} processes with samples of their own. "
-                "Raise it."
+                f"eval.sequences is {config.eval.sequences}, fewer than {processes} processes with samples of their own"
+                f"{of_each}. Raise it."
             )
+        split = self._open(manifest, "valid", CorpusConfig("", 1.0))
+        windows = fixed_windows(split, config.eval.sequences // n)
+        split.close()
         return windows[: len(windows) // processes * processes]
 
     def loader(self, consumed: int, total: int, place: int, device: torch.device) -> BatchLoader:
@@ -106,29 +128,64 @@ class RunData:
             device: where the batches go.
 
         Raises:
-            ConfigError: the run goes over the corpus more often than `data.max_epochs`.
+            ConfigError: the run goes over a corpus more often than it may.
         """
-        corpus, limit = self.corpus, self.config.data.max_epochs
-        epochs = total / corpus.samples_per_epoch
-        if epochs > limit:
-            raise ConfigError(
-                f"the run takes {total:,} samples, {epochs:.2f} epochs of the {corpus.samples_per_epoch:,} in "
-                f"{corpus.manifest.directory}, more than data.max_epochs {limit}. Prepare more text, lower "
-                "--train.steps, or raise --data.max_epochs."
-            )
-        return BatchLoader(corpus, self.config.train.global_batch, place, self.world_size, consumed, total, device)
+        self._check_epochs(total)
+        return BatchLoader(
+            self.mixture, self.config.train.global_batch, place, self.world_size, consumed, total, device
+        )
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """Passes over each corpus after `samples` samples of the run."""
+        drawn = self.mixture.order.drawn(samples)
+        return {name: drawn[name] / corpus.samples_per_epoch for name, corpus in self.mixture.corpora.items()}
+
+    def _check_epochs(self, total: int) -> None:
+        epochs, drawn = self.epochs(total), self.mixture.order.drawn(total)
+        limits = {name: settings.max_epochs or 0.0 for name, settings in self.settings.items()}
+        over = [name for name in epochs if epochs[name] > limits[name]]
+        if not over:
+            return
+        name = over[0]
+        corpus = self.mixture.corpora[name]
+        text = (
+            f"the run takes {drawn[name]:,} samples, {epochs[name]:.2f} epochs of the {corpus.samples_per_epoch:,} in "
+            f"{corpus.manifest.directory}, more than data.max_epochs {limits[name]:g}. "
+        )
+        if len(self.settings) == 1:
+            raise ConfigError(f"{text}Prepare more text, lower --train.steps, or raise --data.max_epochs.")
+        rows = [("corpus", "weight", "samples", "epochs", "max_epochs")]
+        rows += [(n, shown(self.shares[n]), f"{drawn[n]:,}", f"{epochs[n]:.2f}", f"{limits[n]:g}") for n in epochs]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        table = [
+            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]) for row in rows
+        ]
+        advice = "Lower its weight or --train.steps, prepare more text, or raise its max_epochs. The whole run:"
+        raise ConfigError("\n  ".join([f"{text}{advice}", *table]))
+
+    def describe(self, total: int) -> list[str]:
+        """The mixture and the packing of a run of `total` samples in words, in lines; none for one corpus in windows."""
+        lines, several = [], len(self.settings) > 1
+        if several:
+            epochs = self.epochs(total)
+            parts = [f"{name} {shown(share)} ({epochs[name]:.3g} epochs)" for name, share in self.shares.items()]
+            lines.append(f"data mixture: {', '.join(parts)}")
+        for name, corpus in self.mixture.corpora.items():
+            if isinstance(corpus, PackedCorpus):
+                lines.append(f"{name} " * several + corpus.counts.describe(self.config.train.sequence_length))
+        return lines
+
+    def progress(self, consumed: int) -> dict[str, Any]:
+        """What a step's record says of the data after `consumed` samples: nothing for a run on one corpus."""
+        order = self.mixture.order
+        return {"sources": order.drawn(consumed), "epochs": self.epochs(consumed)} if len(order.names) > 1 else {}
 
     def state(self, consumed: int) -> dict[str, Any]:
         """What a checkpoint remembers after `consumed` samples."""
-        return {
-            "version": STATE_VERSION,
-            "consumed_samples": consumed,
-            "data_fingerprint": self.corpus.fingerprint,
-            "shards": self.corpus.manifest.shard_hashes,
-            "sequence_length": self.config.train.sequence_length,
-            "seed": self.config.run.seed,
-            "packing": self.config.data.pack,
-        }
+        config = self.config
+        return self.history.state(
+            consumed, sequence_length=config.train.sequence_length, seed=config.run.seed, packing=config.data.pack
+        )
 
     def resume(self, source: Path, state: dict[str, Any]) -> list[str]:
         """Go on where a checkpoint was; what changed in the data since, in words.
@@ -140,28 +197,41 @@ class RunData:
         Raises:
             CheckpointError: it was trained on other data, or in another order.
         """
-        packing = state.get("packing", "chunk")  # checkpoints of before 0.2.0 lack it
-        if packing != self.config.data.pack:
+        config, consumed = self.config, state["consumed_samples"]
+        for key, mine in (("sequence_length", config.train.sequence_length), ("seed", config.run.seed)):
+            if state[key] != mine:
+                raise CheckpointError(
+                    f"{source} was trained with {key} {state[key]}, now it is {mine}: the order of the data would "
+                    f"change. {SAME_OR_NEW}"
+                )
+        packing = state.get("packing", "chunk")  # checkpoints of before 0.2.0 know of no other
+        if packing != config.data.pack:
             raise CheckpointError(
-                f"{source} was trained with data.pack {packing}, now it is {self.config.data.pack}: its samples would be "
-                f"others. Set --data.pack {packing}, or start a new --run.name."
+                f"{source} was trained with data.pack {packing}, now it is {config.data.pack}: its samples would be others. "
+                f"Set --data.pack {packing}, or start a new --run.name."
             )
-        for key, mine in (
-            ("data_fingerprint", self.corpus.fingerprint),
-            ("sequence_length", self.config.train.sequence_length),
-            ("seed", self.config.run.seed),
-        ):
-            if state[key] == mine:
-                continue
-            change = f"{key} {state[key]}, now it is {mine}"
-            if key == "data_fingerprint" and "shards" in state:  # checkpoints of before 0.1.0 may lack them
-                difference = shard_difference(state["shards"], self.corpus.manifest.shard_hashes)
-                change = f"other data than {self.config.data.path} holds now ({key}): {difference}"
-            raise CheckpointError(
-                f"{source} was trained with {change}: the order of the data would change. "
-                "Use the same shards, train.sequence_length and run.seed, or start a new --run.name."
+        paths = {name: settings.path for name, settings in self.settings.items()}
+        before, may_add = DataHistory.read(state), bool(config.data.mixture)
+        history, changed = continued(source, before, self.history, paths, consumed, may_add)
+        self._go_on(history, self.mixture.corpora)
+        return changed
+
+
+def _check_tokenizers(manifests: list[CorpusManifest], vocab_size: int) -> None:
+    """ConfigError where corpora have different tokenizers, or one that does not fit the model."""
+    first = manifests[0]
+    for other in manifests[1:]:
+        if other.document["tokenizer"]["fingerprint"] != first.document["tokenizer"]["fingerprint"]:
+            raise ConfigError(
+                f"{first.directory} and {other.directory} were made with different tokenizers "
+                f"({first.vocab_size:,} and {other.vocab_size:,} pieces). Prepare one with the tokenizer of the other: "
+                f"rdt prep --tokenizer {first.directory / 'tokenizer'}."
             )
-        return []
+    if first.vocab_size != vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {vocab_size}, but the tokenizer of {first.directory} has {first.vocab_size} pieces. "
+            f"Set --model.vocab_size {first.vocab_size}."
+        )
 
 
 def _verified(path: str, level: str, local_rank: int) -> CorpusManifest:
@@ -179,3 +249,17 @@ def _verified(path: str, level: str, local_rank: int) -> CorpusManifest:
     if failure is not None:
         raise failure
     return manifest
+
+
+def _plan(manifests: dict[str, CorpusManifest], length: int, local_rank: int) -> None:
+    """Have the packing plans: the first process of a node makes what is missing, the others wait for it."""
+    failure: RdtError | None = None
+    if local_rank == 0:
+        try:
+            for manifest in manifests.values():
+                make_plans(manifest, "train", length)
+        except RdtError as error:
+            failure = error
+    failure = next((found for found in gather(failure) if found is not None), None)
+    if failure is not None:
+        raise failure

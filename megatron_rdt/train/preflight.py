@@ -53,11 +53,14 @@ def check_resumable(source: Path, state: dict[str, Any], config: RunConfig) -> N
 
 
 def changed_settings(before: RunConfig, now: RunConfig) -> list[str]:
-    """What differs between two configs of one run, as `train.steps 40 -> 60`; its name and place do not count."""
+    """What differs between two configs of one run, as `train.steps 40 -> 60`.
+
+    Its name and place do not count, and of a mixture `RunData.resume` says what changed.
+    """
     return [
         f"{section}.{name} {old} -> {getattr(getattr(now, section), name)}"
         for section in vars(now)
         if section != "run"
         for name, old in vars(getattr(before, section)).items()
-        if old != getattr(getattr(now, section), name)
+        if old != getattr(getattr(now, section), name) and name != "mixture"
     ]

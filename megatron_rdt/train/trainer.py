@@ -15,7 +15,7 @@ from megatron_rdt.data import Batch, BatchLoader, Tokenizer
 from megatron_rdt.depth import DepthPlan, DepthSampler
 from megatron_rdt.environment import ProcessPlace, process_place
 from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED, TrainingError
-from megatron_rdt.evaluate.loss import validation_losses
+from megatron_rdt.evaluate.loss import mixture_losses
 from megatron_rdt.files import exclusive, write_text
 from megatron_rdt.inference.generate import generate
 from megatron_rdt.model import RecurrentDepthTransformer
@@ -26,7 +26,7 @@ from megatron_rdt.train.collection import ScheduledCollection
 from megatron_rdt.train.data import RunData
 from megatron_rdt.train.hardware import peak_flops, peak_memory_gb
 from megatron_rdt.train.health import Guard, is_finite
-from megatron_rdt.train.metrics import Console, Recorder, forget_after
+from megatron_rdt.train.metrics import Console, Recorder, evaluation_lines, evaluation_record, forget_after
 from megatron_rdt.train.monitoring import Monitoring
 from megatron_rdt.train.preflight import changed_settings, check_resumable, refuse_to_overwrite
 from megatron_rdt.train.schedule import learning_rate
@@ -128,6 +128,9 @@ class Trainer:
         loader = self.data.loader(self.consumed, total, place, self.device)
         try:
             self._open_run_directory(parameters, source)
+            for line in self.data.describe(total):
+                self._say(line)
+            loader.wait()
             with ScheduledCollection(config.train.gc_every) as collection:
                 status = self._steps(loader, collection)
         finally:
@@ -207,6 +210,7 @@ class Trainer:
             depth=depth,
             loop_shares=self.monitoring.loop_shares(monitor),
             memory_gb=peak_memory_gb(self.device),
+            data=self.data.progress(self.consumed) if self.is_first else {},
         )
 
     def _micro_batch(self, batch: Batch, rows: slice) -> MicroBatch:
@@ -271,27 +275,23 @@ class Trainer:
                     self.console.print(self.console.line(record))
 
     def _evaluate(self) -> None:
-        config, windows = self.config, self.data.validation
-        assert windows is not None, "RunData reads them where eval.every is set"
-        share, place = len(windows) // self.engine.layout.data, self.engine.layout.data_place(self.engine.rank)
-        losses = validation_losses(
+        config, layout = self.config, self.engine.layout
+        place = layout.data_place(self.engine.rank)
+        mine = {name: windows.part(place, layout.data) for name, windows in self.data.validation.items()}
+        losses, of_each = mixture_losses(
             self.engine.module,
-            windows[place * share : (place + 1) * share],
+            mine,
+            self.data.shares,
             config.eval.loops,
             config.train.micro_batch,
             self.device,
             reduce=self.engine.sum_over_ranks,
         )
-        text = "  ".join(f"T={loops} {loss:.4f}" for loops, loss in losses.items())
-        self._say(f"step {self.step}: validation loss  {text}")
+        for line in evaluation_lines(losses, of_each):
+            self._say(f"step {self.step}: {line}")
         if self.recorder is not None:
-            self.recorder.evaluation(
-                {
-                    "step": self.step,
-                    "tokens": self.consumed * config.train.sequence_length,
-                    "losses": {str(loops): loss for loops, loss in losses.items()},
-                }
-            )
+            tokens = self.consumed * config.train.sequence_length
+            self.recorder.evaluation(evaluation_record(self.step, tokens, losses, of_each))
 
     def _sample(self) -> None:
         settings = self.config.sample
@@ -374,8 +374,6 @@ class Trainer:
             f"{self.engine.world_size} x {self.device.type}, {self.sampler.describe()}, "
             f"steps {self.step} to {self.config.train.steps}"
         )
-        for line in self.data.notes:
-            self._say(line)
 
     def _say(self, text: str) -> None:
         if self.is_first:

@@ -69,7 +69,7 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
         config: what the user asked for.
         world_size: processes of the run, where it is known.
     """
-    problems = [*_ranges(config), *_model(config), *_depth(config), *_training(config), *_mixture(config), *_streaming(config)]
+    problems = [*_ranges(config), *_model(config), *_depth(config), *_training(config), *_data(config)]
     problems += parallel_problems(config)
     problems += deepspeed_problems(config, world_size)
     if world_size is not None:
@@ -243,15 +243,26 @@ def _streaming(config: RunConfig) -> list[str]:
         )
     if data.shuffle_buffer < 0:
         problems.append(f"data.shuffle_buffer is {data.shuffle_buffer}, it must be at least 0.")
+    if data.pack != "chunk":
+        problems.append(f"data.pack {data.pack} needs shards, data.path {data.path} has none. Set --data.pack chunk.")
     if data.verify == "full":
         problems.append(f"data.verify full needs shards, data.path {data.path} has none. Set --data.verify size.")
     return problems
 
 
+def _data(config: RunConfig) -> list[str]:
+    data, problems = config.data, []
+    if data.document_positions and not data.document_mask:
+        problems.append(
+            "data.document_positions lets positions start again within a sequence, so that a token would see others from "
+            "ahead of it: it needs --data.document_mask true. Set that, or leave it away."
+        )
+    problems += _streaming(config)
+    return problems + _mixture(config) if data.mixture else problems
+
+
 def _mixture(config: RunConfig) -> list[str]:
     """What the corpora of the data need of each other."""
-    if not config.data.mixture:
-        return []
     corpora, problems = config.data.corpora(), []
     names = [corpus.name for corpus in corpora]
     for number, corpus in enumerate(corpora, 1):
@@ -265,6 +276,11 @@ def _mixture(config: RunConfig) -> list[str]:
             problems.append(f"{where} has max_epochs {corpus.max_epochs}, it must be above 0.")
         if corpus.max_tokens < 0:
             problems.append(f"{where} has max_tokens {corpus.max_tokens}, it must be at least 1, or 0 for all.")
+        if corpus.max_tokens and config.data.pack != "chunk":
+            problems.append(
+                f"{where} has max_tokens {corpus.max_tokens}, but data.pack {config.data.pack} packs all documents of a "
+                "shard together. Set --data.pack chunk, or leave max_tokens away."
+            )
     if not problems:
         try:
             integer_weights({corpus.name: corpus.weight for corpus in corpora})

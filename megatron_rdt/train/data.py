@@ -8,10 +8,20 @@ import torch
 from megatron_rdt.checkpoint.together import gather
 from megatron_rdt.config import CorpusConfig, RunConfig
 from megatron_rdt.config.mixture import integer_weights
-from megatron_rdt.data import BatchLoader, CorpusManifest, TokenCorpus, Windows, fixed_windows, load_manifest
+from megatron_rdt.data import (
+    BatchLoader,
+    CorpusManifest,
+    PackedCorpus,
+    TokenCorpus,
+    Windows,
+    fixed_windows,
+    load_manifest,
+    open_corpus,
+)
 from megatron_rdt.data.mixture import Mixture, MixtureOrder, Stage
+from megatron_rdt.data.packing import make_plans
 from megatron_rdt.data.shards import open_shards_limit
-from megatron_rdt.errors import CheckpointError, ConfigError, DataError
+from megatron_rdt.errors import CheckpointError, ConfigError, DataError, RdtError
 from megatron_rdt.train.stages import SAME_OR_NEW, CorpusRecord, DataHistory, continued, shown
 
 
@@ -40,6 +50,8 @@ class RunData:
         manifests = {c.name: _verified(c.path, config.data.verify, local_rank) for c in self.settings.values()}
         _check_tokenizers(list(manifests.values()), config.model.vocab_size)
         self.tokenizer_directory = next(iter(manifests.values())).directory / "tokenizer"
+        if config.data.pack == "bestfit":
+            _plan(manifests, config.train.sequence_length, local_rank)
         corpora = {name: self._open(manifest, "train", self.settings[name]) for name, manifest in manifests.items()}
         records = {
             name: CorpusRecord(manifest.fingerprint, self.settings[name].max_tokens, manifest.shard_hashes)
@@ -53,12 +65,14 @@ class RunData:
 
     def _open(self, manifest: CorpusManifest, split: str, settings: CorpusConfig) -> TokenCorpus:
         config = self.config
-        return TokenCorpus(
+        return open_corpus(
             manifest,
             split,
             config.train.sequence_length,
             config.run.seed,
-            documents=config.data.document_mask,
+            config.data,
+            # Validation takes windows of the stream whatever the packing is: losses of runs can be compared.
+            pack=split == "train",
             max_tokens=settings.max_tokens if split == "train" else 0,
             max_open=max(1, open_shards_limit() // len(self.settings)),
         )
@@ -149,13 +163,17 @@ class RunData:
         advice = "Lower its weight or --train.steps, prepare more text, or raise its max_epochs. The whole run:"
         raise ConfigError("\n  ".join([f"{text}{advice}", *table]))
 
-    def describe(self, total: int) -> str:
-        """The mixture of a run of `total` samples in words, empty for one corpus."""
-        if len(self.settings) == 1:
-            return ""
-        epochs = self.epochs(total)
-        parts = [f"{name} {shown(share)} ({epochs[name]:.3g} epochs)" for name, share in self.shares.items()]
-        return f"data mixture: {', '.join(parts)}"
+    def describe(self, total: int) -> list[str]:
+        """The mixture and the packing of a run of `total` samples in words, in lines; none for one corpus in windows."""
+        lines, several = [], len(self.settings) > 1
+        if several:
+            epochs = self.epochs(total)
+            parts = [f"{name} {shown(share)} ({epochs[name]:.3g} epochs)" for name, share in self.shares.items()]
+            lines.append(f"data mixture: {', '.join(parts)}")
+        for name, corpus in self.mixture.corpora.items():
+            if isinstance(corpus, PackedCorpus):
+                lines.append(f"{name} " * several + corpus.counts.describe(self.config.train.sequence_length))
+        return lines
 
     def progress(self, consumed: int) -> dict[str, Any]:
         """What a step's record says of the data after `consumed` samples: nothing for a run on one corpus."""
@@ -165,7 +183,9 @@ class RunData:
     def state(self, consumed: int) -> dict[str, Any]:
         """What a checkpoint remembers after `consumed` samples."""
         config = self.config
-        return self.history.state(consumed, sequence_length=config.train.sequence_length, seed=config.run.seed)
+        return self.history.state(
+            consumed, sequence_length=config.train.sequence_length, seed=config.run.seed, packing=config.data.pack
+        )
 
     def resume(self, source: Path, state: dict[str, Any]) -> list[str]:
         """Go on where a checkpoint was; what changed in the data since, in words.
@@ -184,6 +204,12 @@ class RunData:
                     f"{source} was trained with {key} {state[key]}, now it is {mine}: the order of the data would "
                     f"change. {SAME_OR_NEW}"
                 )
+        packing = state.get("packing", "chunk")  # checkpoints of before 0.2.0 know of no other
+        if packing != config.data.pack:
+            raise CheckpointError(
+                f"{source} was trained with data.pack {packing}, now it is {config.data.pack}: its samples would be others. "
+                f"Set --data.pack {packing}, or start a new --run.name."
+            )
         paths = {name: settings.path for name, settings in self.settings.items()}
         before, may_add = DataHistory.read(state), bool(config.data.mixture)
         history, changed = continued(source, before, self.history, paths, consumed, may_add)
@@ -223,3 +249,17 @@ def _verified(path: str, level: str, local_rank: int) -> CorpusManifest:
     if failure is not None:
         raise failure
     return manifest
+
+
+def _plan(manifests: dict[str, CorpusManifest], length: int, local_rank: int) -> None:
+    """Have the packing plans: the first process of a node makes what is missing, the others wait for it."""
+    failure: RdtError | None = None
+    if local_rank == 0:
+        try:
+            for manifest in manifests.values():
+                make_plans(manifest, "train", length)
+        except RdtError as error:
+            failure = error
+    failure = next((found for found in gather(failure) if found is not None), None)
+    if failure is not None:
+        raise failure

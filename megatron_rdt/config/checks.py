@@ -235,7 +235,7 @@ def _streaming(config: RunConfig) -> list[str]:
                 f"data.mixture: entry {number} ({corpus.path}) is a dataset that is read as it comes, which cannot be mixed. "
                 "Prepare it with rdt prep, or name it alone in data.path."
             )
-    if data.mixture or not data.path.startswith("hf:"):
+    if not data.streamed:
         return problems
     if not data.tokenizer:
         problems.append(

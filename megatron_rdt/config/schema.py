@@ -209,6 +209,11 @@ class DataConfig:
     loss: Literal["all", "answers"] = "answers"
     """Targets that count. answers: those that the shards' masks mark (all where shards have none); all: every token."""
 
+    @property
+    def streamed(self) -> bool:
+        """Whether the data is a Hugging Face dataset that is read as it comes."""
+        return not self.mixture and self.path.startswith("hf:")
+
     def corpora(self) -> list[CorpusConfig]:
         """The mixture, or `path` as a mixture of one, with every default filled in."""
         return [

@@ -91,7 +91,8 @@ class RowReader:
         state: dict[str, Any] | None = None,
     ) -> None:
         self.path, self.text_field, self._open, self.max_epochs = path, text_field, open_epoch, max_epochs
-        self.epoch, self.rows = (state["epoch"], state["rows"]) if state else (0, 0)
+        self.epoch: int = state["epoch"] if state else 0
+        self.rows: int = state["rows"] if state else 0
         self._dataset = open_epoch(self.epoch)
         self._start = state["dataset"] if state else None  # where the pass goes on, until it does
         if self._start is not None:
@@ -161,6 +162,7 @@ class TokenStream:
         sequence_length: L; a window has L + 1 tokens, the last of which is the first of the next.
         seed: of the order of samples in a batch.
         documents: number the documents in each window.
+        positions: let positions start again at 0 at each document.
         held_out: hashes of texts to leave out.
         seen: takes the hashes of the texts that were not.
         consumed, step: samples of the whole run before the first read, and in each.
@@ -174,6 +176,7 @@ class TokenStream:
         sequence_length: int,
         seed: int,
         documents: bool = False,
+        positions: bool = False,
         held_out: frozenset[int] = frozenset(),
         seen: set[int] | None = None,
         consumed: int = 0,
@@ -181,7 +184,8 @@ class TokenStream:
         state: dict[str, Any] | None = None,
     ) -> None:
         self.texts, self.tokenizer, self.sequence_length, self.seed = texts, tokenizer, sequence_length, seed
-        self._with_documents, self._held_out, self._seen, self._step = documents, held_out, seen, step
+        self._with_documents, self._with_positions = documents, positions
+        self._held_out, self._seen, self._step = held_out, seen, step
         self._tokens = state["tokens"].numpy() if state else np.empty(0, np.int32)
         self._begins = state["begins"].numpy() if state else np.empty(0, bool)
         self._consumed = consumed
@@ -214,11 +218,14 @@ class TokenStream:
         joined, starts = np.concatenate(tokens), np.concatenate(begins)
         self._tokens, self._begins = joined[count * length :], starts[count * length :]
         rows = np.arange(count)[:, None] * length + np.arange(length + 1)
-        documents = None
+        documents = positions = None
         if self._with_documents:
             numbers = np.cumsum(starts, dtype=np.int64)[rows]
             documents = torch.from_numpy(numbers - numbers[:, :1])
-        return Windows(torch.from_numpy(joined[rows].astype(np.int64)), documents)
+        if self._with_positions:
+            columns = np.arange(length + 1)
+            positions = torch.from_numpy(columns - np.maximum.accumulate(np.where(starts[rows], columns, 0), axis=1))
+        return Windows(torch.from_numpy(joined[rows].astype(np.int64)), documents, positions)
 
     def state(self, consumed: int) -> dict[str, Any]:
         """What a stream goes on from after `consumed` samples of the whole run: for torch.save, to load weights only."""
@@ -242,7 +249,14 @@ class TokenStream:
 
 
 def first_windows(
-    path: str, split: str, text_field: str, tokenizer: Tokenizer, sequence_length: int, count: int, documents: bool
+    path: str,
+    split: str,
+    text_field: str,
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    count: int,
+    documents: bool = False,
+    positions: bool = False,
 ) -> tuple[Windows, frozenset[int], int]:
     """Windows of the first rows of a dataset, to validate on.
 
@@ -254,7 +268,7 @@ def first_windows(
     """
     texts = RowReader(path, text_field, lambda epoch: open_dataset(path, split), max_epochs=1)
     seen: set[int] = set()
-    stream = TokenStream(texts, tokenizer, sequence_length, 0, documents, seen=seen)
+    stream = TokenStream(texts, tokenizer, sequence_length, 0, documents, positions, seen=seen)
     try:
         return stream.take(count), frozenset(seen), texts.rows
     except EndedError:

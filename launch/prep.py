@@ -20,4 +20,11 @@ def prep(words: list[str]) -> int:
     return EXIT_OK
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"verify": verify}
+def pack(words: list[str]) -> int:
+    """Make the packing plans of a corpus for one sequence length."""
+    from launch.pack import pack as run
+
+    return run(words)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"verify": verify, "pack": pack}

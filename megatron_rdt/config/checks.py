@@ -69,9 +69,8 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
         config: what the user asked for.
         world_size: processes of the run, where it is known.
     """
-    problems = [*_ranges(config), *_model(config), *_depth(config), *_training(config), *_mixture(config)]
-    problems += parallel_problems(config)
-    problems += deepspeed_problems(config, world_size)
+    problems = [*_ranges(config), *_model(config), *_depth(config), *_training(config), *_data(config)]
+    problems += [*parallel_problems(config), *deepspeed_problems(config, world_size)]
     if world_size is not None:
         problems += _world(config, world_size)
     if problems:
@@ -226,6 +225,16 @@ def _training(config: RunConfig) -> list[str]:
     return problems
 
 
+def _data(config: RunConfig) -> list[str]:
+    problems = _mixture(config)
+    if config.data.document_positions and not config.data.document_mask:
+        problems.append(
+            "data.document_positions lets positions start again within a sequence, so that a token would see others from "
+            "ahead of it: it needs --data.document_mask true. Set that, or leave it away."
+        )
+    return problems
+
+
 def _mixture(config: RunConfig) -> list[str]:
     """What the corpora of the data need of each other."""
     if not config.data.mixture:
@@ -243,6 +252,8 @@ def _mixture(config: RunConfig) -> list[str]:
             problems.append(f"{where} has max_epochs {corpus.max_epochs}, it must be above 0.")
         if corpus.max_tokens < 0:
             problems.append(f"{where} has max_tokens {corpus.max_tokens}, it must be at least 1, or 0 for all.")
+        if corpus.max_tokens > 0 and config.data.pack == "bestfit":
+            problems.append(f"{where} has max_tokens, which data.pack bestfit cannot keep to: it packs whole shards.")
     if not problems:
         try:
             integer_weights({corpus.name: corpus.weight for corpus in corpora})

@@ -192,8 +192,14 @@ class DataConfig:
     """Most passes over the training split of a corpus; a longer run is refused before it starts."""
     verify: Literal["size", "full"] = "size"
     """Check of the shards at the start: sizes and headers, or the SHA-256 of every byte, read once per node; the others wait, at most `parallel.timeout_s`."""
+    pack: Literal["chunk", "bestfit"] = "chunk"
+    """How documents become sequences. chunk: all documents behind one another, cut every `train.sequence_length` tokens; bestfit: documents stay whole where they fit, each in the fullest sequence that has room for it, and the rest is padding."""
     document_mask: bool = False
     """Let no token look at another document in its sequence, in training and in validation."""
+    document_positions: bool = False
+    """Let positions start again at 0 at each document in a sequence; needs `document_mask`."""
+    loss: Literal["all", "answers"] = "answers"
+    """Targets that count. answers: those that the shards' masks mark (all where shards have none); all: every token."""
 
     def corpora(self) -> list[CorpusConfig]:
         """The mixture, or `path` as a mixture of one, with every default filled in."""

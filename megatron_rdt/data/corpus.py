@@ -41,6 +41,11 @@ class Windows:
         chosen = {name: part[rows] for name, part in vars(self).items() if part is not None}
         return Windows(**chosen)
 
+    def targets(self) -> torch.Tensor:
+        """The tokens that count as targets, int64 (targets,)."""
+        targets = self.tokens[:, 1:]
+        return targets.flatten() if self.loss_mask is None else targets[self.loss_mask[:, 1:]]
+
     def part(self, place: int, places: int) -> "Windows":
         """The windows of one of so many processes, which divide them."""
         share = len(self) // places
@@ -57,6 +62,8 @@ class TokenCorpus:
         seed: of the order.
         verify: "size" or "full"; for a directory.
         documents: look up the document of each token.
+        positions: let positions start again at 0 at each document.
+        answers: look up which tokens count as targets, where the shards say so.
         max_tokens: take only so many tokens, the first ones; 0 takes all.
         max_open: shards that may be open at once, see `Shards`.
 
@@ -75,6 +82,8 @@ class TokenCorpus:
         seed: int,
         verify: str = "size",
         documents: bool = False,
+        positions: bool = False,
+        answers: bool = False,
         max_tokens: int = 0,
         max_open: int | None = None,
     ) -> None:
@@ -88,10 +97,13 @@ class TokenCorpus:
         self.fingerprint = self.manifest.fingerprint
         self.tokenizer_directory = self.manifest.directory / "tokenizer"
         self._shards = Shards(self.manifest, split, max_open)
-        self._with_documents = documents
+        self._with_documents, self._with_positions = documents, positions
+        self._with_masks = answers and self._shards.has_masks
         whole = int(self._shards.offsets[-1])
         self.tokens = min(whole, max_tokens or whole)
-        self.order = SampleOrder(self.tokens, sequence_length, seed, split, f"{split} of {self.manifest.directory}")
+        self.order = SampleOrder(
+            self.tokens, sequence_length, seed, split, f"split {split} of {self.manifest.directory}"
+        )
 
     @property
     def samples_per_epoch(self) -> int:
@@ -112,16 +124,39 @@ class TokenCorpus:
 
     def read(self, places: np.ndarray) -> Windows:
         """The windows at some places."""
-        tokens = np.empty((len(places), self.sequence_length + 1), np.int64)
-        for row, start in zip(tokens, places):
-            self._fill(row, int(start))
-            if row.max() >= self.vocab_size or row.min() < 0:
-                raise DataError(
-                    f"split {self.split} of {self.manifest.directory} holds id {row.max()} near token {start}, but "
-                    f"vocab_size is {self.vocab_size}. The shards are damaged or of another tokenizer: prepare them again."
-                )
-        documents = torch.from_numpy(self._documents(places)) if self._with_documents else None
-        return Windows(torch.from_numpy(tokens), documents)
+        shape = len(places), self.sequence_length + 1
+        tokens, mask = np.empty(shape, np.int64), np.empty(shape, np.bool_) if self._with_masks else None
+        for index, (row, start) in enumerate(zip(tokens, places)):
+            for shard, local, part in self._parts(row, int(start)):
+                part[:] = self._shards[shard].read(local, len(part))
+            self._check_ids(row, f"token {start}")
+            if mask is not None:
+                for shard, local, counts in self._parts(mask[index], int(start)):
+                    counts[:] = self._shards[shard].mask(local, len(counts))
+        documents = self._documents(places) if self._with_documents or self._with_positions else None
+        return self._windows(tokens, documents, mask)
+
+    def _windows(self, tokens: np.ndarray, documents: np.ndarray | None, mask: np.ndarray | None) -> Windows:
+        """What `read` gives, of arrays (n, L + 1)."""
+        positions = None
+        if self._with_positions and documents is not None:
+            columns = np.arange(documents.shape[1])
+            begins = np.diff(documents, axis=1, prepend=documents[:, :1]) != 0
+            positions = torch.from_numpy(columns - np.maximum.accumulate(np.where(begins, columns, 0), axis=1))
+        return Windows(
+            torch.from_numpy(tokens),
+            None if documents is None or not self._with_documents else torch.from_numpy(documents),
+            positions,
+            None if mask is None else torch.from_numpy(mask),
+        )
+
+    def _check_ids(self, row: np.ndarray, place: str) -> None:
+        """DataError where ids are not of the vocabulary; `place` says where they were read."""
+        if row.max() >= self.vocab_size or row.min() < 0:
+            raise DataError(
+                f"split {self.split} of {self.manifest.directory} holds id {row.max()} near {place}, but "
+                f"vocab_size is {self.vocab_size}. The shards are damaged or of another tokenizer: prepare them again."
+            )
 
     def windows(self, samples: Sequence[int] | np.ndarray) -> Windows:
         """The windows of sample numbers."""
@@ -140,11 +175,6 @@ class TokenCorpus:
             row[0] = 0
         return np.cumsum(result, axis=1, out=result)
 
-    def _fill(self, row: np.ndarray, start: int) -> None:
-        """Read len(row) tokens from `start` of the stream on."""
-        for shard, local, part in self._parts(row, start):
-            part[:] = self._shards[shard].read(local, len(part))
-
     def _parts(self, row: np.ndarray, start: int) -> Iterator[tuple[int, int, np.ndarray]]:
         """Shard, first token in it, and the part of `row` it fills; a window may lie in several shards."""
         filled = 0
@@ -157,5 +187,11 @@ class TokenCorpus:
 
 
 def fixed_windows(corpus: TokenCorpus, count: int) -> Windows:
-    """`count` windows spread evenly over a split, see `TokenCorpus.spread`."""
-    return corpus.read(corpus.spread(count))
+    """`count` windows spread evenly over a split, see `TokenCorpus.spread`; DataError where none of their tokens counts."""
+    windows = corpus.read(corpus.spread(count))
+    if windows.loss_mask is not None and not windows.loss_mask[:, 1:].any():
+        raise DataError(
+            f"by the masks of {corpus.manifest.directory}, no token of {len(windows)} windows of split {corpus.split} counts "
+            "as a target. Take more windows, or set --data.loss all."
+        )
+    return windows

@@ -41,7 +41,7 @@ class Batch:
         samples: global sample numbers.
         slots: their places in the step's global batch.
         tokens, documents, positions, loss_mask: as in `Windows`.
-        padding: tokens of padding in this share.
+        padding: tokens of padding in each sample; None where they are not packed.
         sources: number of the corpus that each sample is of; None where there is one.
     """
 
@@ -51,7 +51,7 @@ class Batch:
     documents: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     loss_mask: torch.Tensor | None = None
-    padding: int = 0
+    padding: tuple[int, ...] | None = None
     sources: tuple[int, ...] | None = None
 
 
@@ -126,7 +126,7 @@ class BatchLoader:
             documents=None if windows.documents is None else self._moved(windows.documents),
             positions=None if windows.positions is None else self._moved(windows.positions),
             loss_mask=None if windows.loss_mask is None else self._moved(windows.loss_mask),
-            padding=0 if windows.padding is None else int(windows.padding.sum()),
+            padding=None if windows.padding is None else tuple(windows.padding.tolist()),
             sources=None if windows.sources is None else tuple(windows.sources.tolist()),
         )
 

@@ -39,6 +39,7 @@ class Shards:
         cached_documents: up to so many documents, their first tokens are kept in memory.
 
     Attributes:
+        max_open: as given, or what the process may open.
         offsets: number of the first token of each shard in the split, and after the last, int64 (shards + 1,).
         has_masks: whether all shards have masks.
     """
@@ -55,7 +56,7 @@ class Shards:
         self._counts = [record["tokens"] for record in records]
         self.offsets = np.cumsum([0, *self._counts], dtype=np.int64)
         self.has_masks = bool(records) and all("mask_sha256" in record for record in records)
-        self._max_open = max_open or open_shards_limit()
+        self.max_open = max_open or open_shards_limit()
         self._open: OrderedDict[int, _Shard] = OrderedDict()
         self._lock = threading.Lock()
         few = sum(record["documents"] for record in records) <= cached_documents
@@ -75,7 +76,7 @@ class Shards:
                         f"{found.bin_path} has {found.tokens} tokens, the manifest says {self._counts[shard]}. {REBUILD}"
                     )
             self._open[shard] = found
-            while len(self._open) > self._max_open:
+            while len(self._open) > self.max_open:
                 self._open.popitem(last=False)
         return found
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from megatron_rdt.checkpoint import read_trainer_state, resolve_checkpoint
 from megatron_rdt.checkpoint.read import CHECKPOINTS
-from megatron_rdt.config import CorpusConfig, RunConfig, load_config
-from megatron_rdt.data import TokenCorpus, Tokenizer, Windows, fixed_windows, load_manifest
+from megatron_rdt.config import CorpusConfig, DataConfig, RunConfig, load_config
+from megatron_rdt.data import TokenCorpus, Tokenizer, Windows, fixed_windows, load_manifest, open_corpus
 from megatron_rdt.data.manifest import MANIFEST
 from megatron_rdt.data.tokenizer import BYTES_FILE
 from megatron_rdt.errors import ConfigError, DataError
@@ -45,10 +45,11 @@ def validation_losses(
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> dict[int, float]:
-    """Mean cross entropy per token at each T.
+    """Mean cross entropy per counted target at each T.
 
     Args:
-        model: called as model(tokens, T, targets=..., documents=...); every rank calls it equally often.
+        model: called as model(tokens, T, targets=...), and with what else the windows have; every rank calls it equally
+            often.
         windows: this rank's windows.
         loops: values of T.
         micro_batch: windows per forward pass.
@@ -62,10 +63,13 @@ def validation_losses(
         for first in range(0, len(windows), micro_batch):
             part, named = windows[first : first + micro_batch], {}
             tokens = part.tokens.to(device)
-            if part.documents is not None:
-                named["documents"] = part.documents[:, :-1].to(device)
+            for name, values in (("documents", part.documents), ("positions", part.positions)):
+                if values is not None:
+                    named[name] = values[:, :-1].to(device)
+            if part.loss_mask is not None:
+                named["loss_mask"] = part.loss_mask[:, 1:].to(device)
             total[0] += model(tokens[:, :-1], count, targets=tokens[:, 1:], **named)["cross_entropy"]
-            total[1] += tokens[:, 1:].numel()
+            total[1] += named["loss_mask"].sum() if "loss_mask" in named else tokens[:, 1:].numel()
             if progress is not None:
                 progress(1)
         if reduce is not None:
@@ -139,13 +143,14 @@ def evaluate_checkpoint(
             split = "the validation split" if len(windows) == 1 else f"the validation split of {name}"
             print(f"{split} has {len(part)} sequences of {config.train.sequence_length} tokens; all are used")
     sizes = np.load(directory / "tokenizer" / BYTES_FILE)
-    size = math.fsum(shares[name] * sizes[part.tokens[:, 1:].numpy()].mean() for name, part in windows.items())
+    targets = {name: part.targets() for name, part in windows.items()}
+    size = math.fsum(shares[name] * sizes[part.numpy()].mean() for name, part in targets.items())
     micro_batch = config.train.micro_batch
     batches = sum(-(-len(part) // micro_batch) for part in windows.values())
     with tqdm(total=batches * len(loops), desc="evaluate", unit="batch") as bar:
         losses, of_each = mixture_losses(model, windows, shares, loops, micro_batch, device, progress=bar.update)
     count = sum(len(part) for part in windows.values())
-    used = f"({count:,} sequences, {count * config.train.sequence_length:,} tokens)"
+    used = f"({count:,} sequences, {sum(map(len, targets.values())):,} tokens)"
     widths = {name: max(8, len(name)) for name in of_each}
     named = "".join(f"  {name:>{width}}" for name, width in widths.items())
     print(f"{'T':>4} {'loss':>8} {'perplexity':>11} {'bits/byte':>10}{named}   {used}")
@@ -224,14 +229,14 @@ def validation_corpora(config: RunConfig, data: str | None = None) -> tuple[dict
         DataError: see `validation_corpus`.
     """
     settings = [CorpusConfig(data, 1.0, "data")] if data is not None else config.data.corpora()
-    length, mask = config.train.sequence_length, config.data.document_mask
-    corpora = {c.name: validation_corpus(c.path, length, config.run.seed, mask) for c in settings}
+    length, seed = config.train.sequence_length, config.run.seed
+    corpora = {c.name: validation_corpus(c.path, length, seed, config.data) for c in settings}
     total = math.fsum(corpus.weight for corpus in settings)
     return corpora, {corpus.name: corpus.weight / total for corpus in settings}
 
 
-def validation_corpus(path: str, sequence_length: int, seed: int, documents: bool = False) -> TokenCorpus:
-    """The validation split of a prepared corpus.
+def validation_corpus(path: str, sequence_length: int, seed: int, options: DataConfig) -> TokenCorpus:
+    """The validation split of a prepared corpus, as windows of its stream.
 
     Raises:
         DataError: there is no corpus, or its validation split is too short for one evaluation.
@@ -240,11 +245,13 @@ def validation_corpus(path: str, sequence_length: int, seed: int, documents: boo
         place = shlex.quote(str(path))
         hint = "" if os.path.isabs(path) else f", looked for in {os.getcwd()}"
         raise DataError(f"there is no prepared corpus {place} (no {MANIFEST}{hint}). Name it with --data DIR.")
-    split = load_manifest(path).document.get("splits", {}).get("valid", {})
+    manifest = load_manifest(path)
+    split = manifest.document.get("splits", {}).get("valid", {})
     if split.get("tokens", 0) < 2 * sequence_length:
         raise DataError(
             f"the validation split of {path} has {split.get('tokens', 0)} tokens, an evaluation with sequences of "
             f"{sequence_length} needs at least {2 * sequence_length}. Prepare more text or with a larger "
             "--valid_fraction, and name that corpus with --data DIR."
         )
-    return TokenCorpus(path, "valid", sequence_length, seed, documents=documents)
+    manifest.verify()
+    return open_corpus(manifest, "valid", sequence_length, seed, options, pack=False)

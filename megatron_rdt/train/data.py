@@ -8,10 +8,19 @@ import torch
 from megatron_rdt.checkpoint.together import gather
 from megatron_rdt.config import CorpusConfig, RunConfig
 from megatron_rdt.config.mixture import integer_weights
-from megatron_rdt.data import BatchLoader, CorpusManifest, TokenCorpus, Windows, fixed_windows, load_manifest
+from megatron_rdt.data import (
+    BatchLoader,
+    CorpusManifest,
+    TokenCorpus,
+    Windows,
+    fixed_windows,
+    load_manifest,
+    open_corpus,
+)
 from megatron_rdt.data.mixture import Mixture, MixtureOrder, Stage
+from megatron_rdt.data.packing import make_plans
 from megatron_rdt.data.shards import open_shards_limit
-from megatron_rdt.errors import CheckpointError, ConfigError, DataError
+from megatron_rdt.errors import CheckpointError, ConfigError, DataError, RdtError
 from megatron_rdt.train.stages import SAME_OR_NEW, CorpusRecord, DataHistory, continued, shown
 
 
@@ -28,6 +37,7 @@ class RunData:
         validation: windows of each corpus's validation split by name, the same number of each; empty where the run does
             not evaluate. The number is a multiple of the world size, since forward passes under sharding are collective.
         tokenizer_directory: of the corpora.
+        notes: what to say of the data at the start, in lines; of the first process.
 
     Raises:
         ConfigError: the vocabulary or the number of processes does not fit the data, or the corpora do not fit together.
@@ -35,10 +45,13 @@ class RunData:
     """
 
     def __init__(self, config: RunConfig, world_size: int, local_rank: int = 0) -> None:
-        self.config, self.world_size = config, world_size
+        self.config, self.world_size, self.notes = config, world_size, list[str]()
         self.settings = {corpus.name: corpus for corpus in config.data.corpora()}
         manifests = {c.name: _verified(c.path, config.data.verify, local_rank) for c in self.settings.values()}
         _check_tokenizers(list(manifests.values()), config.model.vocab_size)
+        if config.data.pack == "bestfit":
+            for manifest in manifests.values():
+                self._planned(manifest, local_rank)
         self.tokenizer_directory = next(iter(manifests.values())).directory / "tokenizer"
         corpora = {name: self._open(manifest, "train", self.settings[name]) for name, manifest in manifests.items()}
         records = {
@@ -53,12 +66,14 @@ class RunData:
 
     def _open(self, manifest: CorpusManifest, split: str, settings: CorpusConfig) -> TokenCorpus:
         config = self.config
-        return TokenCorpus(
+        # Validation takes windows of the stream whatever the packing is, so that losses of runs can be compared.
+        return open_corpus(
             manifest,
             split,
             config.train.sequence_length,
             config.run.seed,
-            documents=config.data.document_mask,
+            config.data,
+            pack=split == "train",
             max_tokens=settings.max_tokens if split == "train" else 0,
             max_open=max(1, open_shards_limit() // len(self.settings)),
         )
@@ -69,14 +84,27 @@ class RunData:
         order = MixtureOrder(history.stages)
         for number, name in enumerate(order.names):
             if name in corpora:
-                # The first corpus of a run has the order that it would have alone.
-                corpora[name].order = corpora[name].order.keyed(f"train/{number}" if number else "train")
+                corpora[name].order = corpora[name].order.numbered(number)
         self.mixture = Mixture(order, corpora, self.config.run.seed)
 
     @property
     def shares(self) -> dict[str, float]:
         """Share of each corpus in the samples from here on, by name."""
         return {name: self.mixture.order.stages[-1].share(name) for name in self.settings}
+
+    def _planned(self, manifest: CorpusManifest, local_rank: int) -> None:
+        """Have the packing plans: the first process of a node makes what is missing, the others wait for it."""
+        failure: Exception | None = None
+        if local_rank == 0:
+            try:
+                counts = make_plans(manifest, "train", self.config.train.sequence_length)
+                of_which = f"{manifest.directory} " if len(self.settings) > 1 else ""
+                self.notes.append(of_which + counts.describe(self.config.train.sequence_length))
+            except (RdtError, OSError) as error:
+                failure = error
+        failure = next((found for found in gather(failure) if found is not None), None)
+        if failure is not None:
+            raise failure
 
     def _validation(self, manifest: CorpusManifest) -> Windows:
         config, length, processes, n = (
@@ -164,8 +192,10 @@ class RunData:
 
     def state(self, consumed: int) -> dict[str, Any]:
         """What a checkpoint remembers after `consumed` samples."""
-        config = self.config
-        return self.history.state(consumed, sequence_length=config.train.sequence_length, seed=config.run.seed)
+        train, data = self.config.train, self.config.data
+        return self.history.state(
+            consumed, sequence_length=train.sequence_length, seed=self.config.run.seed, packing=data.pack
+        )
 
     def resume(self, source: Path, state: dict[str, Any]) -> list[str]:
         """Go on where a checkpoint was; what changed in the data since, in words.
@@ -178,6 +208,12 @@ class RunData:
             CheckpointError: it was trained on other data, or in another order.
         """
         config, consumed = self.config, state["consumed_samples"]
+        packing = state.get("packing", "chunk")  # checkpoints of before 0.2.0 lack it
+        if packing != config.data.pack:
+            raise CheckpointError(
+                f"{source} was trained with data.pack {packing}, now it is {config.data.pack}: its samples would be "
+                f"others. Set --data.pack {packing}, or start a new --run.name."
+            )
         for key, mine in (("sequence_length", config.train.sequence_length), ("seed", config.run.seed)):
             if state[key] != mine:
                 raise CheckpointError(

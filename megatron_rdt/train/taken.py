@@ -93,6 +93,7 @@ class TakenStep:
     def read(self) -> tuple[dict[str, Any], float]:
         """The record for metrics.jsonl, and the objective; waits for the device."""
         losses = {name: float(value) for name, value in self.losses.items()}
+        padding = {"padding": losses.pop("padding")} if "padding" in losses else {}
         loss, objective, step_s = losses.pop("cross_entropy"), losses["objective"], self.clock.seconds()
         readings: dict[str, Any] = self.monitor.readings()
         if "iterations" in readings:
@@ -111,6 +112,7 @@ class TakenStep:
             "data_wait_s": self.clock.data_wait_s,
             "step_s": step_s,
             **self.data,
+            **padding,
             **({} if objective == loss else losses),
             **{name: float(value) for name, value in (self.experts or {}).items()},
         }

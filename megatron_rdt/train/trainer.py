@@ -178,11 +178,7 @@ class Trainer:
         config = self.config
         size = config.train.micro_batch
         parts = [slice(i, i + size) for i in range(0, len(batch.samples), size)]
-        documents = batch.documents
-        micro_batches = [
-            MicroBatch(batch.tokens[part], self._plan(batch, part), None if documents is None else documents[part])
-            for part in parts
-        ]
+        micro_batches = [self._micro_batch(batch, part) for part in parts]
         monitor = self.monitoring.monitor(self.step + 1)
         losses = self.engine.forward_backward(micro_batches, monitor)
         self.stop.ask(self.engine)  # answered before the next step
@@ -217,8 +213,12 @@ class Trainer:
             data=self.data.progress(self.consumed) if self.is_first else {},
         )
 
-    def _plan(self, batch: Batch, rows: slice) -> DepthPlan:
-        return self.sampler.plan(self.step, batch.samples[rows], batch.slots[rows])
+    def _micro_batch(self, batch: Batch, rows: slice) -> MicroBatch:
+        plan = self.sampler.plan(self.step, batch.samples[rows], batch.slots[rows])
+        names = "documents", "positions", "loss_mask"
+        parts = {name: values[rows] for name in names if (values := getattr(batch, name)) is not None}
+        padding = None if batch.padding is None else sum(batch.padding[rows])
+        return MicroBatch(batch.tokens[rows], plan, **parts, padding=padding)
 
     def _depth_record(self) -> dict[str, Any]:
         """Loop counts of the step, over the sequences of all ranks."""
@@ -374,6 +374,8 @@ class Trainer:
             f"{self.engine.world_size} x {self.device.type}, {self.sampler.describe()}, "
             f"steps {self.step} to {self.config.train.steps}"
         )
+        for line in self.data.notes:
+            self._say(line)
 
     def _say(self, text: str) -> None:
         if self.is_first:

@@ -206,7 +206,11 @@ def _merged(name: str, parts: Mapping[int, Windows], sources: np.ndarray) -> tor
         return None
     merged = torch.empty((len(sources), *example.shape[1:]), dtype=example.dtype)
     for number, tensor in given.items():
-        merged[torch.from_numpy(sources == number)] = _absent(name, example) if tensor is None else tensor
+        rows = torch.from_numpy(np.flatnonzero(sources == number))
+        if tensor is None:
+            merged[rows] = _absent(name, example)
+        else:
+            merged.index_copy_(0, rows, tensor)
     return merged
 
 

@@ -42,8 +42,9 @@ class Windows:
         chosen = {name: part[rows] for name, part in vars(self).items() if part is not None}
         return Windows(**chosen)
 
+    @property
     def targets(self) -> torch.Tensor:
-        """The tokens that count as targets, int64 (targets,)."""
+        """The targets that count, of all windows, int64 (targets,)."""
         targets = self.tokens[:, 1:]
         return targets.flatten() if self.loss_mask is None else targets[self.loss_mask[:, 1:]]
 
@@ -70,6 +71,7 @@ class TokenCorpus:
 
     Attributes:
         order: which window is sample n; another key gives another order.
+        gives_mask: whether `read` gives a loss mask; may be set, and all tokens count where shards have none.
 
     Raises:
         DataError: the corpus is missing, damaged, or too small for a window.
@@ -99,7 +101,7 @@ class TokenCorpus:
         self.tokenizer_directory = self.manifest.directory / "tokenizer"
         self._shards = Shards(self.manifest, split, max_open)
         self._with_documents, self._with_positions = documents, positions
-        self._with_masks = answers and self._shards.has_masks
+        self._with_masks = self.gives_mask = answers and self._shards.has_masks
         whole = self._shards.ends[-1]
         self.tokens = min(whole, max_tokens or whole)
         self.order = SampleOrder(
@@ -126,7 +128,7 @@ class TokenCorpus:
     def read(self, places: np.ndarray) -> Windows:
         """The windows at some places."""
         shape = len(places), self.sequence_length + 1
-        tokens, mask = np.empty(shape, np.int64), np.empty(shape, np.bool_) if self._with_masks else None
+        tokens, mask = np.empty(shape, np.int64), np.ones(shape, np.bool_) if self.gives_mask else None
         begins = np.zeros(shape, np.bool_) if self._with_documents or self._with_positions else None
         shards = self._shards
         for row, start in enumerate(places.tolist()):
@@ -134,7 +136,7 @@ class TokenCorpus:
                 count = columns.stop - columns.start
                 shard = shards[number]
                 tokens[row, columns] = shard.read(local, count)
-                if mask is not None:
+                if mask is not None and self._with_masks:
                     mask[row, columns] = shard.mask(local, count)
                 if begins is not None:
                     begins[row, columns][shards.document_starts(number, local, local + count) - local] = True
@@ -191,7 +193,7 @@ class TokenCorpus:
 def fixed_windows(corpus: TokenCorpus, count: int) -> Windows:
     """`count` windows spread evenly over a split, see `TokenCorpus.spread`; DataError where none of their tokens counts."""
     windows = corpus.read(corpus.spread(count))
-    if windows.loss_mask is not None and not windows.loss_mask[:, 1:].any():
+    if not len(windows.targets):
         raise DataError(
             f"by the masks of {corpus.manifest.directory}, no token of {len(windows)} windows of split {corpus.split} counts "
             "as a target. Take more windows, or set --data.loss all."

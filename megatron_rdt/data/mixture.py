@@ -152,6 +152,10 @@ class Mixture:
 
     def __init__(self, order: MixtureOrder, corpora: Mapping[str, TokenCorpus], seed: int) -> None:
         self.order, self.corpora, self.seed = order, dict(corpora), seed
+        if any(corpus.gives_mask for corpus in self.corpora.values()):
+            # Then every batch has one, of whatever corpora it is: ranks must not differ in that.
+            for corpus in self.corpora.values():
+                corpus.gives_mask = True
 
     def places(self, samples: np.ndarray) -> np.ndarray:
         """Corpus and place in it of sample numbers, dtype `PLACE` (n,)."""

@@ -170,7 +170,7 @@ class RecurrentDepthTransformer(nn.Module):
             runner = self._adaptive_loop(exit_rule, plan, cache, none, trace, targets)
         elif trace is not None:
             trace.fill(plan.iterations, tokens, none)
-        self._check_cache(cache, start, plan.loops, exit_rule)
+        self._check_cache(cache, start, plan, exit_rule)
         if padding is not None:
             positions, mask = (places - padding[:, None]).clamp_min(0), padded_mask(sequence, start, padding)
         positions = places if positions is None else positions
@@ -338,10 +338,11 @@ class RecurrentDepthTransformer(nn.Module):
         codas = iterations if rule is not None and rule.predicts else 1
         return config.prelude_layers + iterations * config.core_layers + codas * config.coda_layers
 
-    def _check_cache(self, cache: DepthCache | None, start: int, loops: int, rule: ExitRule | None) -> None:
+    def _check_cache(self, cache: DepthCache | None, start: int, plan: DepthPlan, rule: ExitRule | None) -> None:
         """Refuse a cache of another T: its coda slots would be taken for iterations, or the other way round."""
         if cache is None:
             return
+        loops = plan.loops
         if cache.length != start:
             raise ValueError(
                 f"the cache holds {cache.length} positions, start is {start}; pass the number that it holds, "

@@ -11,6 +11,7 @@ from megatron_rdt.config.mixture import integer_weights
 from megatron_rdt.data import (
     BatchLoader,
     CorpusManifest,
+    PackedCorpus,
     TokenCorpus,
     Windows,
     fixed_windows,
@@ -37,7 +38,6 @@ class RunData:
         validation: windows of each corpus's validation split by name, the same number of each; empty where the run does
             not evaluate. The number is a multiple of the world size, since forward passes under sharding are collective.
         tokenizer_directory: of the corpora.
-        notes: what to say of the data at the start, in lines; of the first process.
 
     Raises:
         ConfigError: the vocabulary or the number of processes does not fit the data, or the corpora do not fit together.
@@ -45,14 +45,13 @@ class RunData:
     """
 
     def __init__(self, config: RunConfig, world_size: int, local_rank: int = 0) -> None:
-        self.config, self.world_size, self.notes = config, world_size, list[str]()
+        self.config, self.world_size = config, world_size
         self.settings = {corpus.name: corpus for corpus in config.data.corpora()}
         manifests = {c.name: _verified(c.path, config.data.verify, local_rank) for c in self.settings.values()}
         _check_tokenizers(list(manifests.values()), config.model.vocab_size)
-        if config.data.pack == "bestfit":
-            for manifest in manifests.values():
-                self._planned(manifest, local_rank)
         self.tokenizer_directory = next(iter(manifests.values())).directory / "tokenizer"
+        if config.data.pack == "bestfit":
+            _plan(manifests, config.train.sequence_length, local_rank)
         corpora = {name: self._open(manifest, "train", self.settings[name]) for name, manifest in manifests.items()}
         records = {
             name: CorpusRecord(manifest.fingerprint, self.settings[name].max_tokens, manifest.shard_hashes)
@@ -66,13 +65,13 @@ class RunData:
 
     def _open(self, manifest: CorpusManifest, split: str, settings: CorpusConfig) -> TokenCorpus:
         config = self.config
-        # Validation takes windows of the stream whatever the packing is, so that losses of runs can be compared.
         return open_corpus(
             manifest,
             split,
             config.train.sequence_length,
             config.run.seed,
             config.data,
+            # Validation takes windows of the stream whatever the packing is: losses of runs can be compared.
             pack=split == "train",
             max_tokens=settings.max_tokens if split == "train" else 0,
             max_open=max(1, open_shards_limit() // len(self.settings)),
@@ -91,20 +90,6 @@ class RunData:
     def shares(self) -> dict[str, float]:
         """Share of each corpus in the samples from here on, by name."""
         return {name: self.mixture.order.stages[-1].share(name) for name in self.settings}
-
-    def _planned(self, manifest: CorpusManifest, local_rank: int) -> None:
-        """Have the packing plans: the first process of a node makes what is missing, the others wait for it."""
-        failure: Exception | None = None
-        if local_rank == 0:
-            try:
-                counts = make_plans(manifest, "train", self.config.train.sequence_length)
-                of_which = f"{manifest.directory} " if len(self.settings) > 1 else ""
-                self.notes.append(of_which + counts.describe(self.config.train.sequence_length))
-            except (RdtError, OSError) as error:
-                failure = error
-        failure = next((found for found in gather(failure) if found is not None), None)
-        if failure is not None:
-            raise failure
 
     def _validation(self, manifest: CorpusManifest) -> Windows:
         config, length, processes, n = (
@@ -177,13 +162,17 @@ class RunData:
         advice = "Lower its weight or --train.steps, prepare more text, or raise its max_epochs. The whole run:"
         raise ConfigError("\n  ".join([f"{text}{advice}", *table]))
 
-    def describe(self, total: int) -> str:
-        """The mixture of a run of `total` samples in words, empty for one corpus."""
-        if len(self.settings) == 1:
-            return ""
-        epochs = self.epochs(total)
-        parts = [f"{name} {shown(share)} ({epochs[name]:.3g} epochs)" for name, share in self.shares.items()]
-        return f"data mixture: {', '.join(parts)}"
+    def describe(self, total: int) -> list[str]:
+        """The mixture and the packing of a run of `total` samples in words, in lines; none for one corpus in windows."""
+        lines, several = [], len(self.settings) > 1
+        if several:
+            epochs = self.epochs(total)
+            parts = [f"{name} {shown(share)} ({epochs[name]:.3g} epochs)" for name, share in self.shares.items()]
+            lines.append(f"data mixture: {', '.join(parts)}")
+        for name, corpus in self.mixture.corpora.items():
+            if isinstance(corpus, PackedCorpus):
+                lines.append(f"{name} " * several + corpus.counts.describe(self.config.train.sequence_length))
+        return lines
 
     def progress(self, consumed: int) -> dict[str, Any]:
         """What a step's record says of the data after `consumed` samples: nothing for a run on one corpus."""
@@ -192,10 +181,14 @@ class RunData:
 
     def state(self, consumed: int) -> dict[str, Any]:
         """What a checkpoint remembers after `consumed` samples."""
-        train, data = self.config.train, self.config.data
+        config = self.config
         return self.history.state(
-            consumed, sequence_length=train.sequence_length, seed=self.config.run.seed, packing=data.pack
+            consumed, sequence_length=config.train.sequence_length, seed=config.run.seed, packing=config.data.pack
         )
+
+    def rank_state(self, consumed: int) -> dict[str, Any] | None:
+        """What a checkpoint remembers of this process alone: nothing."""
+        return None
 
     def resume(self, source: Path, state: dict[str, Any]) -> list[str]:
         """Go on where a checkpoint was; what changed in the data since, in words.
@@ -208,11 +201,9 @@ class RunData:
             CheckpointError: it was trained on other data, or in another order.
         """
         config, consumed = self.config, state["consumed_samples"]
-        packing = state.get("packing", "chunk")  # checkpoints of before 0.2.0 lack it
-        if packing != config.data.pack:
+        if "stream" in state:
             raise CheckpointError(
-                f"{source} was trained with data.pack {packing}, now it is {config.data.pack}: its samples would be "
-                f"others. Set --data.pack {packing}, or start a new --run.name."
+                f"{source} was trained on {state['stream']['data.path']}, read as it comes. {SAME_OR_NEW}"
             )
         for key, mine in (("sequence_length", config.train.sequence_length), ("seed", config.run.seed)):
             if state[key] != mine:
@@ -220,6 +211,12 @@ class RunData:
                     f"{source} was trained with {key} {state[key]}, now it is {mine}: the order of the data would "
                     f"change. {SAME_OR_NEW}"
                 )
+        packing = state.get("packing", "chunk")  # checkpoints of before 0.2.0 know of no other
+        if packing != config.data.pack:
+            raise CheckpointError(
+                f"{source} was trained with data.pack {packing}, now it is {config.data.pack}: its samples would be others. "
+                f"Set --data.pack {packing}, or start a new --run.name."
+            )
         paths = {name: settings.path for name, settings in self.settings.items()}
         before, may_add = DataHistory.read(state), bool(config.data.mixture)
         history, changed = continued(source, before, self.history, paths, consumed, may_add)
@@ -259,3 +256,17 @@ def _verified(path: str, level: str, local_rank: int) -> CorpusManifest:
     if failure is not None:
         raise failure
     return manifest
+
+
+def _plan(manifests: dict[str, CorpusManifest], length: int, local_rank: int) -> None:
+    """Have the packing plans: the first process of a node makes what is missing, the others wait for it."""
+    failure: RdtError | None = None
+    if local_rank == 0:
+        try:
+            for manifest in manifests.values():
+                make_plans(manifest, "train", length)
+        except RdtError as error:
+            failure = error
+    failure = next((found for found in gather(failure) if found is not None), None)
+    if failure is not None:
+        raise failure

@@ -70,8 +70,7 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
         world_size: processes of the run, where it is known.
     """
     problems = [*_ranges(config), *_model(config), *_depth(config), *_training(config), *_data(config)]
-    problems += parallel_problems(config)
-    problems += deepspeed_problems(config, world_size)
+    problems += [*parallel_problems(config), *deepspeed_problems(config, world_size)]
     if world_size is not None:
         problems += _world(config, world_size)
     if problems:

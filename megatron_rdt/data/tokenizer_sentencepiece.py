@@ -56,8 +56,9 @@ class SentencePieceBackend:
 
     def token_id(self, text: str) -> int:
         """Id of the piece that is spelled so, or -1."""
-        index = self.processor.piece_to_id(text.replace(" ", SPACE))
-        return -1 if index == self.processor.unk_id() else index
+        piece = text.replace(" ", SPACE)
+        index = self.processor.piece_to_id(piece)  # the unknown piece's where there is none
+        return index if self.processor.id_to_piece(index) == piece else -1
 
     def token_bytes(self) -> np.ndarray:
         """UTF-8 bytes of every id, int32; 0 for control pieces and the unknown one."""

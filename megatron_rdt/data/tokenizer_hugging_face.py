@@ -52,21 +52,16 @@ class HuggingFaceBackend:
         self.specials = [token["content"] for token in document.get("added_tokens") or [] if token["special"]]
         self._vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._vocabulary.values(), default=-1) + 1
-        names = special_names(file.parent)
-        self.bos, self.eos, self.pad = (self._named(file, name, names.get(name)) for name in NAMED)
+        names, added = named_tokens(file.parent)
+        for content in (*names.values(), *added):
+            if content not in self._vocabulary:
+                raise DataError(
+                    f"the settings in {file.parent} name the token {content!r}, which is not in {file.name}: transformers "
+                    "would add it. Load the folder with AutoTokenizer and save it with save_pretrained, or take the name out."
+                )
+        self.bos, self.eos, self.pad = (self._vocabulary[names[name]] if name in names else -1 for name in NAMED)
         deciding = {name: document.get(name) for name in DECIDING} | {"ids": [self.bos, self.eos, self.pad]}
         self.fingerprint = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
-
-    def _named(self, file: Path, name: str, content: str | None) -> int:
-        """Id of the token that is called `name`; -1 where none is."""
-        if content is None:
-            return -1
-        if content not in self._vocabulary:
-            raise DataError(
-                f"{file.parent} names {content!r} as its {name}, which is not in {file.name}: transformers would add it. "
-                "Load the folder with AutoTokenizer and save it with save_pretrained, or name another token."
-            )
-        return self._vocabulary[content]
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of `text`, int32."""
@@ -108,16 +103,30 @@ class HuggingFaceBackend:
         return len(self.decode(ids).encode("utf-8"))
 
 
-def special_names(folder: Path) -> dict[str, str]:
-    """How the special tokens bos_token, eos_token, ... are spelled, from the settings in `folder`."""
+def named_tokens(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """The tokens that the settings beside a tokenizer.json name.
+
+    Returns:
+        How bos_token, eos_token and pad_token are spelled, where they are named, and what transformers would add.
+    """
     named: dict[str, str] = {}
-    for name in (SPECIALS_FILE, SETTINGS_FILE):
-        if (folder / name).is_file():
-            for key, value in read_json(folder / name).items():
-                content = value.get("content") if isinstance(value, dict) else value
-                if key in NAMED and isinstance(content, str):
-                    named[key] = content
-    return named
+    added: list[str] = []
+    for file in (folder / SPECIALS_FILE, folder / SETTINGS_FILE):
+        settings = read_json(file) if file.is_file() else {}
+        for name in NAMED:
+            content = _content(settings.get(name))
+            if content is not None:
+                named[name] = content
+        added += [
+            content for each in (settings.get("added_tokens_decoder") or {}).values() if (content := _content(each))
+        ]
+    return named, added
+
+
+def _content(token: Any) -> str | None:
+    """How a token is spelled that the settings give as a text or as an object."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -248,7 +248,8 @@ def test_a_fingerprint_is_of_what_decides_the_ids(
         ("tokenizer.json", "{}", "describes no model"),
         ("tokenizer.json", '{"model": {}}', "is not a tokenizer.json of the library tokenizers"),
         ("tokenizer_config.json", "[]", "holds no JSON object"),
-        ("tokenizer_config.json", '{"eos_token": "<eos>"}', "names '<eos>' as its eos_token, which is not in"),
+        ("tokenizer_config.json", '{"eos_token": "<eos>"}', "name the token '<eos>', which is not in tokenizer.json"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"513": {"content": "<x>"}}}', "name the token '<x>'"),
     ],
 )
 def test_what_is_no_tokenizer_is_refused(

@@ -16,14 +16,16 @@ from tqdm import tqdm
 from megatron_rdt.data.blocks import SUFFIXES, read_content, write_sums
 from megatron_rdt.data.indexed import REBUILD, IndexedDataset, prefix_path
 from megatron_rdt.data.manifest import FORMAT, MANIFEST, VERSION
-from megatron_rdt.data.tokenizer import BYTES_FILE, MODEL_FILE, Tokenizer
+from megatron_rdt.data.tokenizer import BYTES_FILE, Tokenizer
+from megatron_rdt.data.tokenizer_hugging_face import JSON_FILE
+from megatron_rdt.data.tokenizer_sentencepiece import MODEL_FILE
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.files import exclusive, fsync_file, sha256_of, write_text
 
 # Files of a tokenizer's folder that are taken along.
 TOKENIZER_FILES = (
     MODEL_FILE,
-    "tokenizer.json",
+    JSON_FILE,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -110,9 +112,6 @@ def _import_into(work: Path, splits: dict[str, Sequence[str]], tokenizer_path: s
             raise DataError(f"some files of the split {split} have masks and others none. Leave out the .mask files.")
     ended, documents = sum(one.ended for one in every), sum(one.documents for one in every)
     document = _manifest(tokenizer, every[0].dtype, imported, ended == documents)
-    model = work / "tokenizer" / MODEL_FILE
-    if model.is_file():
-        document["tokenizer"]["file_sha256"] = sha256_of(model)
     write_text(work / MANIFEST, json.dumps(document, indent=1) + "\n")
     for split, content in document["splits"].items():
         print(f"{split}: {content['tokens']:,} tokens, {content['documents']:,} documents")
@@ -137,7 +136,7 @@ def _take_tokenizer(source: Path, target: Path) -> Tokenizer:
             if (source / name).is_file():
                 shutil.copyfile(source / name, target / name)
     else:
-        shutil.copyfile(source, target / MODEL_FILE)
+        shutil.copyfile(source, target / (JSON_FILE if known.file.suffix == ".json" else MODEL_FILE))
     np.save(target / BYTES_FILE, known.token_bytes())
     return Tokenizer(target)
 
@@ -230,7 +229,11 @@ def _manifest(
         "bos": tokenizer.bos,
         "eos": tokenizer.eos,
         "pad": tokenizer.pad,
-        "tokenizer": {"kind": getattr(tokenizer, "kind", "spm"), "fingerprint": tokenizer.fingerprint},
+        "tokenizer": {
+            "kind": tokenizer.kind,
+            "fingerprint": tokenizer.fingerprint,
+            "file_sha256": sha256_of(tokenizer.file),
+        },
         "prep": {
             "options_sha256": hashlib.sha256("\n".join(["import", *sources]).encode()).hexdigest(),
             "options": {},

@@ -210,6 +210,9 @@ CASES = {
     "token bytes": Case(
         lambda c: flip(c / "tokenizer" / "token_bytes.npy", 900), (r"token_bytes\.npy: it is not of this",), ""
     ),
+    "exported tokenizer": Case(
+        lambda c: (c / "tokenizer" / "tokenizer.json").write_text("{}"), (r"tokenizer\.json cannot be loaded",), ""
+    ),
     "tokens of a split": Case(
         lambda c: edit(c, lambda d: d["splits"]["valid"].update(tokens=5001)),
         (r"manifest\.json: valid has 5,001 tokens, but its shards together 5,000",),

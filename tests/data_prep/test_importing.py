@@ -16,7 +16,7 @@ from megatron_rdt.data import TokenCorpus, load_manifest
 from megatron_rdt.data.indexed import prefix_path
 from megatron_rdt.data.verify import verify_corpus
 from megatron_rdt.errors import ConfigError, DataError
-from tests.data.corpora import write_corpus
+from tests.data.random_corpus import write_random_corpus
 
 EOS = 2
 
@@ -93,7 +93,7 @@ def test_documents_without_eos_are_counted(tmp_path: Path, tokenizer: Path, caps
 
 
 def test_masks_come_along(tmp_path: Path, tokenizer: Path) -> None:
-    ours = write_corpus(tmp_path / "ours", tokenizer, {"train": [3000]}, masks=True)
+    ours = write_random_corpus(tmp_path / "ours", tokenizer, {"train": [3000]}, masks=True)
     prefix = ours / "train" / "shard-00000"
     corpus = import_corpus([str(prefix)], str(tokenizer), str(tmp_path / "c"))
     assert (corpus / "train/shard-00000.mask").read_bytes() == prefix_path(prefix, ".mask").read_bytes()

@@ -12,7 +12,7 @@ from launch.cli import run_command
 from megatron_rdt.data import IndexedDataset, IndexedWriter, TokenCorpus, Tokenizer
 from megatron_rdt.data.blocks import seal_shard
 from megatron_rdt.errors import ConfigError
-from tests.data.corpora import write_corpus
+from tests.data.random_corpus import write_random_corpus
 
 PLAIN = Style()
 
@@ -50,7 +50,7 @@ def split_at(ids: list[int], eos: int) -> list[list[int]]:
 
 
 def test_documents_by_number(tiny_corpus: Path, tmp_path: Path) -> None:
-    corpus = write_corpus(tmp_path / "c", tiny_corpus / "tokenizer", {"train": [9000, 9000]})
+    corpus = write_random_corpus(tmp_path / "c", tiny_corpus / "tokenizer", {"train": [9000, 9000]})
     tokenizer = Tokenizer(corpus / "tokenizer")
     one, two = (IndexedDataset(corpus / "train" / f"shard-0000{i}") for i in range(2))
     numbers = [0, len(one) - 1, len(one), len(one) + len(two) - 1]
@@ -69,7 +69,7 @@ def test_documents_by_number(tiny_corpus: Path, tmp_path: Path) -> None:
 
 
 def test_what_does_not_count_is_marked(tiny_corpus: Path, tmp_path: Path) -> None:
-    corpus = write_corpus(tmp_path / "c", tiny_corpus / "tokenizer", {"train": [100]}, masks=True)
+    corpus = write_random_corpus(tmp_path / "c", tiny_corpus / "tokenizer", {"train": [100]}, masks=True)
     tokenizer = Tokenizer(corpus / "tokenizer")
     prefix = corpus / "train" / "shard-00000"
     prompt, answer = tokenizer.encode("a question?"), tokenizer.encode(" its answer")

@@ -70,8 +70,7 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
         world_size: processes of the run, where it is known.
     """
     problems = [*_ranges(config), *_model(config), *_depth(config), *_training(config), *_data(config)]
-    problems += parallel_problems(config)
-    problems += deepspeed_problems(config, world_size)
+    problems += [*parallel_problems(config), *deepspeed_problems(config, world_size)]
     if world_size is not None:
         problems += _world(config, world_size)
     if problems:
@@ -227,13 +226,13 @@ def _training(config: RunConfig) -> list[str]:
 
 
 def _data(config: RunConfig) -> list[str]:
-    data, problems = config.data, []
-    if data.document_positions and not data.document_mask:
+    problems = _mixture(config) if config.data.mixture else []
+    if config.data.document_positions and not config.data.document_mask:
         problems.append(
             "data.document_positions lets positions start again within a sequence, so that a token would see others from "
             "ahead of it: it needs --data.document_mask true. Set that, or leave it away."
         )
-    return problems + _mixture(config) if data.mixture else problems
+    return problems
 
 
 def _mixture(config: RunConfig) -> list[str]:
@@ -251,10 +250,10 @@ def _mixture(config: RunConfig) -> list[str]:
             problems.append(f"{where} has max_epochs {corpus.max_epochs}, it must be above 0.")
         if corpus.max_tokens < 0:
             problems.append(f"{where} has max_tokens {corpus.max_tokens}, it must be at least 1, or 0 for all.")
-        if corpus.max_tokens and config.data.pack != "chunk":
+        if corpus.max_tokens > 0 and config.data.pack == "bestfit":
             problems.append(
-                f"{where} has max_tokens {corpus.max_tokens}, but data.pack {config.data.pack} packs all documents of a "
-                "shard together. Set --data.pack chunk, or leave max_tokens away."
+                f"{where} has max_tokens, which data.pack bestfit cannot keep to: it packs whole shards. "
+                "Set --data.pack chunk, or leave max_tokens away."
             )
     if not problems:
         try:

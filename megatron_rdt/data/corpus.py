@@ -41,9 +41,8 @@ class Windows:
         chosen = {name: part[rows] for name, part in vars(self).items() if part is not None}
         return Windows(**chosen)
 
-    @property
     def targets(self) -> torch.Tensor:
-        """The targets that count, of all windows, int64 (targets,)."""
+        """The tokens that count as targets, int64 (targets,)."""
         targets = self.tokens[:, 1:]
         return targets.flatten() if self.loss_mask is None else targets[self.loss_mask[:, 1:]]
 
@@ -103,7 +102,9 @@ class TokenCorpus:
         self._with_masks = self.gives_mask = answers and self._shards.has_masks
         whole = int(self._shards.offsets[-1])
         self.tokens = min(whole, max_tokens or whole)
-        self.order = SampleOrder(self.tokens, sequence_length, seed, split, f"{split} of {self.manifest.directory}")
+        self.order = SampleOrder(
+            self.tokens, sequence_length, seed, split, f"split {split} of {self.manifest.directory}"
+        )
 
     @property
     def samples_per_epoch(self) -> int:
@@ -189,7 +190,7 @@ class TokenCorpus:
 def fixed_windows(corpus: TokenCorpus, count: int) -> Windows:
     """`count` windows spread evenly over a split, see `TokenCorpus.spread`; DataError where none of their tokens counts."""
     windows = corpus.read(corpus.spread(count))
-    if not len(windows.targets):
+    if not len(windows.targets()):
         raise DataError(
             f"by the masks of {corpus.manifest.directory}, no token of {len(windows)} windows of split {corpus.split} counts "
             "as a target. Take more windows, or set --data.loss all."

@@ -100,10 +100,8 @@ def open_corpus(
     sequence_length: int,
     seed: int,
     data: DataConfig,
-    *,
     pack: bool = True,
-    max_tokens: int = 0,
-    max_open: int | None = None,
+    **named: Any,
 ) -> TokenCorpus:
     """A split of a verified corpus as a run reads it.
 
@@ -114,7 +112,7 @@ def open_corpus(
         seed: of the order.
         data: the run's options.
         pack: take rows where `data.pack` says so; False always takes windows.
-        max_tokens, max_open: as of `TokenCorpus`.
+        named: further arguments of `TokenCorpus`.
     """
     kind = PackedCorpus if pack and data.pack == "bestfit" else TokenCorpus
     return kind(
@@ -125,6 +123,5 @@ def open_corpus(
         documents=data.document_mask,
         positions=data.document_positions,
         answers=data.loss == "answers",
-        max_tokens=max_tokens,
-        max_open=max_open,
+        **named,
     )

@@ -83,8 +83,7 @@ class RunData:
         order = MixtureOrder(history.stages)
         for number, name in enumerate(order.names):
             if name in corpora:
-                # The first corpus of a run has the order that it would have alone.
-                corpora[name].order = corpora[name].order.keyed(f"train/{number}" if number else "train")
+                corpora[name].order = corpora[name].order.numbered(number)
         self.mixture = Mixture(order, corpora, self.config.run.seed)
 
     @property

@@ -88,20 +88,27 @@ def test_only_answers_count(
 
 
 def test_a_run_on_packed_rows(
-    configure: Configure, tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    configure: Configure, masked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = [f"--run.root={tmp_path}", "--train.sequence_length=500", *STEADY, *PACKED]
+    options = [
+        f"--run.root={tmp_path}",
+        f"--data.path={masked}",
+        "--data.loss=all",
+        "--train.sequence_length=200",
+        *STEADY,
+        *PACKED,
+    ]
     config = configure(*options, "--run.name=straight")
     assert trainer.train(config) == 0
     said = capsys.readouterr().out
-    corpus = open_corpus(load_manifest(tiny_corpus), "train", 500, config.run.seed, config.data)
+    corpus = open_corpus(load_manifest(masked), "train", 200, config.run.seed, config.data)
     assert isinstance(corpus, PackedCorpus)
     assert corpus.counts.padding > 0
-    assert corpus.counts.describe(500) in said
+    assert corpus.counts.describe(200) in said
     rows = corpus.windows(range(16))
     assert rows.padding is not None
     records = read(tmp_path / "straight" / "metrics.jsonl")
-    padding = [float(rows.padding[4 * step : 4 * step + 4].sum()) / (4 * 501) for step in range(4)]
+    padding = [float(rows.padding[4 * step : 4 * step + 4].sum()) / (4 * 201) for step in range(4)]
     assert [record["padding"] for record in records] == pytest.approx(padding)
     assert any(padding)
     for record, share in zip(records, padding):
@@ -121,7 +128,7 @@ def test_a_run_on_packed_rows(
     assert "padding" not in read(tmp_path / "plain" / "metrics.jsonl")[0]
     settings = [(tmp_path / name / "checkpoints" / "step-00000004") for name in ("straight", "plain")]
     windows = [
-        fixed_windows(open_corpus(load_manifest(tiny_corpus), "valid", 500, 1, c.data, pack=False), 6)
+        fixed_windows(open_corpus(load_manifest(masked), "valid", 200, 1, c.data, pack=False), 6)
         for c in (config, plain)
     ]
     assert torch.equal(windows[0].tokens, windows[1].tokens)

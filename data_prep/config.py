@@ -26,11 +26,13 @@ class PrepConfig:
     max_documents: int = 0
     """Stop after this many documents; 0 takes all."""
     tokenizer: str = ""
-    """Existing SentencePiece model or prepared tokenizer folder to use; empty trains one on these documents."""
+    """Existing tokenizer to use: a SentencePiece model, a folder with a Hugging Face tokenizer.json, or one that was prepared; empty trains one on these documents."""
     tokenizer_type: Literal["bpe", "unigram"] = "bpe"
-    """Kind of tokenizer to train; bpe converts to Hugging Face exactly."""
+    """Kind of tokenizer to train; both have an exact form for transformers."""
     vocab_size: int = 4096
     """Pieces of the tokenizer to train."""
+    special_tokens: list[str] = field(default_factory=lambda: ["<|im_start|>", "<|im_end|>"])
+    """Further special tokens of the tokenizer to train, beside <unk>, <s>, </s> and <pad>; no text is ever encoded to them."""
     tokenizer_sample_bytes: int = 10_000_000
     """Bytes of text to train the tokenizer on."""
     valid_fraction: float = 0.02

@@ -34,8 +34,7 @@ def _start_worker(path: str) -> None:
 def _encode(texts: list[str]) -> list[np.ndarray]:
     """Ids of each text with EOS at the end, in the shards' dtype."""
     dtype = token_dtype(_tokenizer.vocab_size)
-    encoded = _tokenizer.processor.encode(texts, num_threads=1)
-    return [np.array([*ids, _tokenizer.eos], dtype) for ids in encoded]
+    return [np.append(ids, _tokenizer.eos).astype(dtype) for ids in _tokenizer.encode_batch(texts)]
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:

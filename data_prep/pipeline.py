@@ -19,9 +19,9 @@ from tqdm import tqdm
 from data_prep import encode
 from data_prep.config import PrepConfig, check_prep
 from data_prep.sources import Document, Progress, documents, input_files
-from data_prep.tokenizer import train_tokenizer, write_tokenizer
+from data_prep.tokenizer import copy_tokenizer, train_tokenizer, write_tokenizer
 from megatron_rdt.data.manifest import FORMAT, MANIFEST, VERSION, load_manifest
-from megatron_rdt.data.tokenizer import MODEL_FILE, Tokenizer
+from megatron_rdt.data.tokenizer import Tokenizer
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.files import exclusive, is_disk_full, sha256_of, write_text
 
@@ -201,32 +201,20 @@ def _unique(config: PrepConfig, progress: Progress) -> Iterator[tuple[Document, 
 
 
 def _tokenizer(config: PrepConfig, work: Path, texts: list[str]) -> Tokenizer:
+    sample = texts[:EXPORT_CHECK_DOCUMENTS]
     if config.tokenizer:
-        given = Tokenizer(config.tokenizer)
-        if given.eos < 0:
-            raise ConfigError(
-                f"the tokenizer {config.tokenizer} has no EOS piece, which ends every document. Train one with "
-                "`--eos_id`, or leave --tokenizer away."
-            )
-        model = given.processor.serialized_model_proto()
-    else:
-        # A fixed, spread-out sample: every document in the order of its content's hash.
-        shuffled = sorted(texts, key=encode.content_hash)
-        with tqdm(total=len(shuffled), unit="doc", desc="tokenizer") as bar:
-            model = train_tokenizer((text for text in shuffled if not bar.update(1) or True), config)
-            bar.update(bar.total - bar.n)
-    tokenizer = write_tokenizer(model, work / "tokenizer", texts[:EXPORT_CHECK_DOCUMENTS], bool(config.tokenizer))
-    if not (work / "tokenizer" / "tokenizer.json").is_file():
-        print(
-            "this tokenizer has no exact form for transformers (it may not be BPE, or normalise text): no tokenizer.json"
-        )
-    return tokenizer
+        return copy_tokenizer(config.tokenizer, work / "tokenizer", sample)
+    # A fixed, spread-out sample: every document in the order of its content's hash.
+    shuffled = sorted(texts, key=encode.content_hash)
+    with tqdm(total=len(shuffled), unit="doc", desc="tokenizer") as bar:
+        model = train_tokenizer((text for text in shuffled if not bar.update(1) or True), config)
+        bar.update(bar.total - bar.n)
+    return write_tokenizer(model, work / "tokenizer", sample)
 
 
 def _write_manifest(
     work: Path, config: PrepConfig, tokenizer: Tokenizer, splits: dict, progress: Progress, texts: list[str]
 ) -> None:
-    model = (work / "tokenizer" / MODEL_FILE).read_bytes()
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -235,7 +223,11 @@ def _write_manifest(
         "bos": tokenizer.bos,
         "eos": tokenizer.eos,
         "pad": tokenizer.pad,
-        "tokenizer": {"fingerprint": tokenizer.fingerprint, "file_sha256": hashlib.sha256(model).hexdigest()},
+        "tokenizer": {
+            "kind": tokenizer.kind,
+            "fingerprint": tokenizer.fingerprint,
+            "file_sha256": sha256_of(tokenizer.file),
+        },
         "prep": {"options_sha256": options_hash(config), "options": dataclasses.asdict(config), "append_eos": True},
         "versions": {name: importlib.metadata.version(name) for name in VERSIONED}
         | {"python": platform.python_version()},

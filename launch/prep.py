@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from launch.corpora import verify
+from launch.corpora import import_files, show, verify
 from megatron_rdt.config.parser import make_parser, parse
 from megatron_rdt.errors import EXIT_OK
 
@@ -27,4 +27,9 @@ def pack(words: list[str]) -> int:
     return run(words)
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"verify": verify, "pack": pack}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "verify": verify,
+    "show": show,
+    "import": import_files,
+    "pack": pack,
+}

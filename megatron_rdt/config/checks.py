@@ -225,14 +225,39 @@ def _training(config: RunConfig) -> list[str]:
     return problems
 
 
+def _streaming(config: RunConfig) -> list[str]:
+    """What a dataset that is read as it comes needs, and what does not go with it."""
+    data, problems = config.data, []
+    for number, corpus in enumerate(data.mixture, 1):
+        if corpus.path.startswith("hf:"):
+            problems.append(
+                f"data.mixture: entry {number} ({corpus.path}) is a dataset that is read as it comes, which cannot be mixed. "
+                "Prepare it with rdt prep, or name it alone in data.path."
+            )
+    if not data.streamed:
+        return problems
+    if not data.tokenizer:
+        problems.append(
+            f"data.path {data.path} needs a tokenizer: set --data.tokenizer to the tokenizer/ of a prepared corpus."
+        )
+    if data.shuffle_buffer < 0:
+        problems.append(f"data.shuffle_buffer is {data.shuffle_buffer}, it must be at least 0.")
+    if data.pack != "chunk":
+        problems.append(f"data.pack {data.pack} needs shards, data.path {data.path} has none. Set --data.pack chunk.")
+    if data.verify == "full":
+        problems.append(f"data.verify full needs shards, data.path {data.path} has none. Set --data.verify size.")
+    return problems
+
+
 def _data(config: RunConfig) -> list[str]:
-    problems = _mixture(config) if config.data.mixture else []
-    if config.data.document_positions and not config.data.document_mask:
+    data, problems = config.data, []
+    if data.document_positions and not data.document_mask:
         problems.append(
             "data.document_positions lets positions start again within a sequence, so that a token would see others from "
             "ahead of it: it needs --data.document_mask true. Set that, or leave it away."
         )
-    return problems
+    problems += _streaming(config)
+    return problems + _mixture(config) if data.mixture else problems
 
 
 def _mixture(config: RunConfig) -> list[str]:
@@ -250,10 +275,10 @@ def _mixture(config: RunConfig) -> list[str]:
             problems.append(f"{where} has max_epochs {corpus.max_epochs}, it must be above 0.")
         if corpus.max_tokens < 0:
             problems.append(f"{where} has max_tokens {corpus.max_tokens}, it must be at least 1, or 0 for all.")
-        if corpus.max_tokens > 0 and config.data.pack == "bestfit":
+        if corpus.max_tokens and config.data.pack != "chunk":
             problems.append(
-                f"{where} has max_tokens, which data.pack bestfit cannot keep to: it packs whole shards. "
-                "Set --data.pack chunk, or leave max_tokens away."
+                f"{where} has max_tokens {corpus.max_tokens}, but data.pack {config.data.pack} packs all documents of a "
+                "shard together. Set --data.pack chunk, or leave max_tokens away."
             )
     if not problems:
         try:

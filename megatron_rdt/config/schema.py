@@ -185,7 +185,15 @@ class DataConfig:
     """Token shards and their order."""
 
     path: str = "data/corpus"
-    """Directory that `rdt prep` wrote (it holds manifest.json)."""
+    """Directory that `rdt prep` wrote (it holds manifest.json), or `hf:NAME` or `hf:NAME:CONFIG`: a Hugging Face dataset, on the hub or a local path, read as it comes; for a quick look, docs/streaming.md has what it lacks."""
+    tokenizer: str = ""
+    """hf: tokenizer, a folder that `rdt prep` wrote."""
+    text_field: str = "text"
+    """hf: field of a row that holds the text."""
+    hf_split: str = "train"
+    """hf: split of the dataset."""
+    shuffle_buffer: int = 0
+    """hf: rows among which the next one is drawn; what waits there is lost when a run resumes. 0 takes rows in the dataset's order."""
     mixture: list[CorpusConfig] = field(default_factory=list)
     """Several corpora in the place of `path`, each a mapping: path, weight, and where wanted name, max_epochs, max_tokens. Changed on resume, it holds from there on."""
     max_epochs: float = 4.0
@@ -200,6 +208,11 @@ class DataConfig:
     """Let positions start again at 0 at each document in a sequence; needs `document_mask`."""
     loss: Literal["all", "answers"] = "answers"
     """Targets that count. answers: those that the shards' masks mark (all where shards have none); all: every token."""
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the data is a Hugging Face dataset that is read as it comes."""
+        return not self.mixture and self.path.startswith("hf:")
 
     def corpora(self) -> list[CorpusConfig]:
         """The mixture, or `path` as a mixture of one, with every default filled in."""

@@ -73,10 +73,15 @@ def seal_shard(prefix: str | os.PathLike[str]) -> dict[str, Any]:
         for suffix in SUFFIXES
         if suffix != ".mask" or prefix_path(prefix, suffix).is_file()
     }
+    write_sums(prefix, contents)
+    return {"bin_bytes": contents["bin"].size} | {f"{name}_sha256": c.sha256 for name, c in contents.items()}
+
+
+def write_sums(prefix: str | os.PathLike[str], contents: dict[str, Content]) -> None:
+    """Write the block hashes of a shard's files, by "bin", "idx" and "mask", into its .sum."""
     files = {name: {"bytes": content.size, "blocks": content.blocks} for name, content in contents.items()}
     document = {"block_bytes": BLOCK_BYTES, "hash": BLOCK_HASH, "files": files}
     write_text(prefix_path(prefix, SUM), json.dumps(document) + "\n")
-    return {"bin_bytes": contents["bin"].size} | {f"{name}_sha256": c.sha256 for name, c in contents.items()}
 
 
 def recorded_blocks(prefix: str | os.PathLike[str]) -> dict[str, tuple[int, list[str]]] | None:

@@ -1,5 +1,6 @@
 """One split of one corpus: which window sample n is (its index), and reading windows (its shards)."""
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +42,9 @@ class Windows:
         chosen = {name: part[rows] for name, part in vars(self).items() if part is not None}
         return Windows(**chosen)
 
+    @property
     def targets(self) -> torch.Tensor:
-        """The tokens that count as targets, int64 (targets,)."""
+        """The targets that count, of all windows, int64 (targets,)."""
         targets = self.tokens[:, 1:]
         return targets.flatten() if self.loss_mask is None else targets[self.loss_mask[:, 1:]]
 
@@ -100,7 +102,7 @@ class TokenCorpus:
         self._shards = Shards(self.manifest, split, max_open)
         self._with_documents, self._with_positions = documents, positions
         self._with_masks = self.gives_mask = answers and self._shards.has_masks
-        whole = int(self._shards.offsets[-1])
+        whole = self._shards.ends[-1]
         self.tokens = min(whole, max_tokens or whole)
         self.order = SampleOrder(
             self.tokens, sequence_length, seed, split, f"split {split} of {self.manifest.directory}"
@@ -127,15 +129,25 @@ class TokenCorpus:
         """The windows at some places."""
         shape = len(places), self.sequence_length + 1
         tokens, mask = np.empty(shape, np.int64), np.ones(shape, np.bool_) if self.gives_mask else None
-        for index, (row, start) in enumerate(zip(tokens, places)):
-            for shard, local, part in self._parts(row, int(start)):
-                part[:] = self._shards[shard].read(local, len(part))
-            self._check_ids(row, f"token {start}")
-            if mask is not None and self._with_masks:
-                for shard, local, counts in self._parts(mask[index], int(start)):
-                    counts[:] = self._shards[shard].mask(local, len(counts))
-        documents = self._documents(places) if self._with_documents or self._with_positions else None
-        return self._windows(tokens, documents, mask)
+        begins = np.zeros(shape, np.bool_) if self._with_documents or self._with_positions else None
+        shards = self._shards
+        for row, start in enumerate(places.tolist()):
+            for number, local, columns in self._parts(start):
+                count = columns.stop - columns.start
+                shard = shards[number]
+                tokens[row, columns] = shard.read(local, count)
+                if mask is not None and self._with_masks:
+                    mask[row, columns] = shard.mask(local, count)
+                if begins is not None:
+                    begins[row, columns][shards.document_starts(number, local, local + count) - local] = True
+        if tokens.max(initial=0) >= self.vocab_size or tokens.min(initial=0) < 0:
+            for ids, start in zip(tokens, places):
+                self._check_ids(ids, f"token {start}")
+        if begins is None:
+            return self._windows(tokens, None, mask)
+        # A token's document is how many have begun after the window's first token.
+        begins[:, 0] = False
+        return self._windows(tokens, np.cumsum(begins, axis=1, dtype=np.int64), mask)
 
     def _windows(self, tokens: np.ndarray, documents: np.ndarray | None, mask: np.ndarray | None) -> Windows:
         """What `read` gives, of arrays (n, L + 1)."""
@@ -167,30 +179,21 @@ class TokenCorpus:
         """Close every shard; they open again when they are read."""
         self._shards.close()
 
-    def _documents(self, places: np.ndarray) -> np.ndarray:
-        """The document of each token, numbered from 0 in each window: how many have begun after its first token."""
-        result = np.zeros((len(places), self.sequence_length + 1), np.int64)
-        for row, start in zip(result, places):
-            for shard, local, part in self._parts(row, int(start)):
-                part[self._shards.document_starts(shard, local, local + len(part)) - local] = 1
-            row[0] = 0
-        return np.cumsum(result, axis=1, out=result)
-
-    def _parts(self, row: np.ndarray, start: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Shard, first token in it, and the part of `row` it fills; a window may lie in several shards."""
-        filled = 0
-        while filled < len(row):
-            shard = int(np.searchsorted(self._shards.offsets, start + filled, side="right")) - 1
-            local = start + filled - int(self._shards.offsets[shard])
-            count = min(len(row) - filled, int(self._shards.offsets[shard + 1]) - start - filled)
-            yield shard, local, row[filled : filled + count]
+    def _parts(self, start: int) -> Iterator[tuple[int, int, slice]]:
+        """Shard, first token in it, and columns of the window from `start` on; it may lie in several shards."""
+        ends, filled, length = self._shards.ends, 0, self.sequence_length + 1
+        while filled < length:
+            shard = bisect_right(ends, start + filled)
+            local = start + filled - (ends[shard - 1] if shard else 0)
+            count = min(length - filled, ends[shard] - start - filled)
+            yield shard, local, slice(filled, filled + count)
             filled += count
 
 
 def fixed_windows(corpus: TokenCorpus, count: int) -> Windows:
     """`count` windows spread evenly over a split, see `TokenCorpus.spread`; DataError where none of their tokens counts."""
     windows = corpus.read(corpus.spread(count))
-    if not len(windows.targets()):
+    if not len(windows.targets):
         raise DataError(
             f"by the masks of {corpus.manifest.directory}, no token of {len(windows)} windows of split {corpus.split} counts "
             "as a target. Take more windows, or set --data.loss all."

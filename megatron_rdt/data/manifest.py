@@ -161,6 +161,10 @@ def shard_difference(before: dict[str, str], now: dict[str, str]) -> str:
 
 def load_manifest(path: str | Path) -> CorpusManifest:
     """Read `path`/manifest.json."""
+    if str(path).startswith("hf:"):
+        raise DataError(
+            f"{path} is a dataset, read as it comes; it has no shards. Name a corpus that `rdt prep` wrote."
+        )
     file = Path(path) / MANIFEST
     try:
         document = json.loads(file.read_text(encoding="utf-8"))

@@ -152,9 +152,8 @@ class Mixture:
 
     def __init__(self, order: MixtureOrder, corpora: Mapping[str, TokenCorpus], seed: int) -> None:
         self.order, self.corpora, self.seed = order, dict(corpora), seed
-        if any(
-            corpus.gives_mask for corpus in self.corpora.values()
-        ):  # then every batch has one, of whatever corpora it is
+        if any(corpus.gives_mask for corpus in self.corpora.values()):
+            # Then every batch has one, of whatever corpora it is: ranks must not differ in that.
             for corpus in self.corpora.values():
                 corpus.gives_mask = True
 
@@ -211,7 +210,11 @@ def _merged(name: str, parts: Mapping[int, Windows], sources: np.ndarray) -> tor
         return None
     merged = torch.empty((len(sources), *example.shape[1:]), dtype=example.dtype)
     for number, tensor in given.items():
-        merged[torch.from_numpy(sources == number)] = _absent(name, example) if tensor is None else tensor
+        rows = torch.from_numpy(np.flatnonzero(sources == number))
+        if tensor is None:
+            merged[rows] = _absent(name, example)
+        else:
+            merged.index_copy_(0, rows, tensor)
     return merged
 
 

@@ -100,8 +100,10 @@ def open_corpus(
     sequence_length: int,
     seed: int,
     data: DataConfig,
+    *,
     pack: bool = True,
-    **named: Any,
+    max_tokens: int = 0,
+    max_open: int | None = None,
 ) -> TokenCorpus:
     """A split of a verified corpus as a run reads it.
 
@@ -112,7 +114,7 @@ def open_corpus(
         seed: of the order.
         data: the run's options.
         pack: take rows where `data.pack` says so; False always takes windows.
-        named: further arguments of `TokenCorpus`.
+        max_tokens, max_open: as of `TokenCorpus`.
     """
     kind = PackedCorpus if pack and data.pack == "bestfit" else TokenCorpus
     return kind(
@@ -123,5 +125,6 @@ def open_corpus(
         documents=data.document_mask,
         positions=data.document_positions,
         answers=data.loss == "answers",
-        **named,
+        max_tokens=max_tokens,
+        max_open=max_open,
     )

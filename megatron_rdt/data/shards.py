@@ -5,6 +5,7 @@ import resource
 import struct
 import threading
 from collections import OrderedDict
+from itertools import accumulate
 
 import numpy as np
 
@@ -40,7 +41,7 @@ class Shards:
 
     Attributes:
         max_open: as given, or what the process may open.
-        offsets: number of the first token of each shard in the split, and after the last, int64 (shards + 1,).
+        ends: tokens of the split up to the end of each shard.
         has_masks: whether all shards have masks.
     """
 
@@ -54,7 +55,7 @@ class Shards:
         records = manifest.document["splits"][split]["shards"]
         self._prefixes = manifest.shards(split)
         self._counts = [record["tokens"] for record in records]
-        self.offsets = np.cumsum([0, *self._counts], dtype=np.int64)
+        self.ends = list(accumulate(self._counts))
         self.has_masks = bool(records) and all("mask_sha256" in record for record in records)
         self.max_open = max_open or open_shards_limit()
         self._open: OrderedDict[int, _Shard] = OrderedDict()
@@ -91,7 +92,7 @@ class Shards:
             # A dataset of its own: it keeps the arrays that it read as long as it lives.
             self._starts[shard] = _Shard(self._prefixes[shard]).document_starts
         starts = self._starts[shard]
-        first, end = np.searchsorted(starts, (start, stop))
+        first, end = starts.searchsorted((start, stop))
         return starts[first:end]
 
     def close(self) -> None:

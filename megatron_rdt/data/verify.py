@@ -21,7 +21,9 @@ from megatron_rdt.data.blocks import (
 from megatron_rdt.data.index_damage import Index, read_index
 from megatron_rdt.data.indexed import prefix_path
 from megatron_rdt.data.manifest import MANIFEST, CorpusManifest, load_manifest
-from megatron_rdt.data.tokenizer import BYTES_FILE, MODEL_FILE, Tokenizer
+from megatron_rdt.data.tokenizer import BYTES_FILE, Tokenizer
+from megatron_rdt.data.tokenizer_export import first_difference
+from megatron_rdt.data.tokenizer_hugging_face import JSON_FILE
 from megatron_rdt.environment import usable_cores
 from megatron_rdt.errors import DataError
 from megatron_rdt.files import sha256_of
@@ -112,9 +114,12 @@ def _check_tokenizer(manifest: CorpusManifest) -> Iterator[Finding]:
     if tokenizer.fingerprint != document["tokenizer"]["fingerprint"]:
         yield Finding("tokenizer", "it is not the tokenizer that made these shards")
         return
-    model, recorded = folder / MODEL_FILE, document["tokenizer"].get("file_sha256")
-    if recorded is not None and model.is_file() and sha256_of(model) != recorded:
-        yield Finding(f"tokenizer/{MODEL_FILE}", "it encodes as it did, but the file is another", serious=False)
+    recorded, name = document["tokenizer"].get("file_sha256"), tokenizer.file.name
+    if recorded is not None and sha256_of(tokenizer.file) != recorded:
+        yield Finding(f"tokenizer/{name}", "it encodes as it did, but the file is another", serious=False)
+    exported = folder / JSON_FILE
+    if name != JSON_FILE and exported.is_file() and (difference := first_difference(exported, tokenizer)):
+        yield Finding(f"tokenizer/{JSON_FILE}", difference)
     for key in ("vocab_size", "bos", "eos", "pad"):
         if key in document and document[key] != getattr(tokenizer, key):
             yield Finding(MANIFEST, f"{key} is {document[key]}, the tokenizer has {getattr(tokenizer, key)}")

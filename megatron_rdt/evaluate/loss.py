@@ -143,7 +143,7 @@ def evaluate_checkpoint(
             split = "the validation split" if len(windows) == 1 else f"the validation split of {name}"
             print(f"{split} has {len(part)} sequences of {config.train.sequence_length} tokens; all are used")
     sizes = np.load(directory / "tokenizer" / BYTES_FILE)
-    targets = {name: part.targets() for name, part in windows.items()}
+    targets = {name: part.targets for name, part in windows.items()}
     size = math.fsum(shares[name] * sizes[part.numpy()].mean() for name, part in targets.items())
     micro_batch = config.train.micro_batch
     batches = sum(-(-len(part) // micro_batch) for part in windows.values())

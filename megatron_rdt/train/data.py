@@ -186,6 +186,10 @@ class RunData:
             consumed, sequence_length=config.train.sequence_length, seed=config.run.seed, packing=config.data.pack
         )
 
+    def rank_state(self, consumed: int) -> dict[str, Any] | None:
+        """What a checkpoint remembers of this process alone: nothing."""
+        return None
+
     def resume(self, source: Path, state: dict[str, Any]) -> list[str]:
         """Go on where a checkpoint was; what changed in the data since, in words.
 
@@ -197,6 +201,10 @@ class RunData:
             CheckpointError: it was trained on other data, or in another order.
         """
         config, consumed = self.config, state["consumed_samples"]
+        if "stream" in state:
+            raise CheckpointError(
+                f"{source} was trained on {state['stream']['data.path']}, read as it comes. {SAME_OR_NEW}"
+            )
         for key, mine in (("sequence_length", config.train.sequence_length), ("seed", config.run.seed)):
             if state[key] != mine:
                 raise CheckpointError(

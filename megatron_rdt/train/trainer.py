@@ -31,6 +31,7 @@ from megatron_rdt.train.monitoring import Monitoring
 from megatron_rdt.train.preflight import changed_settings, check_resumable, refuse_to_overwrite
 from megatron_rdt.train.schedule import learning_rate
 from megatron_rdt.train.signals import StopRequest
+from megatron_rdt.train.streamed import StreamData
 from megatron_rdt.train.taken import StepClock, TakenStep
 from megatron_rdt.train.world import join_world
 
@@ -100,7 +101,7 @@ class Trainer:
         self.config, self.run_directory, self.device, self.stop = config, run_directory, device, stop
         self.engine = make_engine(config, device)
         self.is_first = self.engine.rank == 0
-        self.data = RunData(config, self.engine.layout.data, local_rank)
+        self.data = self._open_data(local_rank)
         self.tokenizer = Tokenizer(self.data.tokenizer_directory)
         self.sampler = DepthSampler(config.depth, config.run.seed)
         self.flops = forward_flops(config.model, config.train.sequence_length)
@@ -113,6 +114,12 @@ class Trainer:
         self.monitoring = Monitoring(config.logging)
         self.console: Console | None = None
         self.unread: list[TakenStep] = []
+
+    def _open_data(self, local_rank: int) -> RunData | StreamData:
+        layout, rank = self.engine.layout, self.engine.rank
+        if self.config.data.streamed:
+            return StreamData(self.config, layout.data, layout.data_place(rank), rank)
+        return RunData(self.config, layout.data, local_rank)
 
     def run(self, source: Path | None) -> int:
         """Train from `source` (or from scratch) to the last step; returns the exit status."""
@@ -335,6 +342,7 @@ class Trainer:
             facts,
             self.data.tokenizer_directory,
             self.config.checkpoint.keep,
+            self.data.rank_state(self.consumed),
         )
         self.parent, self.saved_at = path.name, self.step
         self._say(f"step {self.step}: saved {path}")

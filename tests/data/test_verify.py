@@ -20,7 +20,7 @@ from megatron_rdt.data.index_damage import read_index
 from megatron_rdt.data.indexed import CODES, HEADER, MAGIC, VERSION
 from megatron_rdt.data.verify import corpus_bytes, verify_corpus
 from megatron_rdt.errors import DataError
-from tests.data.corpora import write_corpus
+from tests.data.random_corpus import write_random_corpus
 
 SIZES = {"train": [1_400_000, 30_000, 30_000], "valid": [5000]}
 BIG, SECOND, THIRD = "train/shard-00000", "train/shard-00001", "train/shard-00002"
@@ -29,7 +29,9 @@ BIG, SECOND, THIRD = "train/shard-00000", "train/shard-00001", "train/shard-0000
 @pytest.fixture(scope="module")
 def whole(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus with masks and hashes of blocks, of which the first shard has three blocks."""
-    return write_corpus(tmp_path_factory.mktemp("whole") / "corpus", tiny_corpus / "tokenizer", SIZES, masks=True)
+    return write_random_corpus(
+        tmp_path_factory.mktemp("whole") / "corpus", tiny_corpus / "tokenizer", SIZES, masks=True
+    )
 
 
 @pytest.fixture
@@ -210,6 +212,9 @@ CASES = {
     "token bytes": Case(
         lambda c: flip(c / "tokenizer" / "token_bytes.npy", 900), (r"token_bytes\.npy: it is not of this",), ""
     ),
+    "exported tokenizer": Case(
+        lambda c: (c / "tokenizer" / "tokenizer.json").write_text("{}"), (r"tokenizer\.json cannot be loaded",), ""
+    ),
     "tokens of a split": Case(
         lambda c: edit(c, lambda d: d["splits"]["valid"].update(tokens=5001)),
         (r"manifest\.json: valid has 5,001 tokens, but its shards together 5,000",),
@@ -288,7 +293,7 @@ def test_every_bad_shard_is_named(corpus: Path) -> None:
 
 
 def test_without_hashes_of_blocks(tiny_corpus: Path, tmp_path: Path) -> None:
-    corpus = write_corpus(tmp_path / "c", tiny_corpus / "tokenizer", {"train": [9000, 20_000]}, seals=False)
+    corpus = write_random_corpus(tmp_path / "c", tiny_corpus / "tokenizer", {"train": [9000, 20_000]}, seals=False)
     assert verify_corpus(corpus) == []
     inside = 2 * int(IndexedDataset(corpus / BIG).lengths[0]) - 8
     flip(corpus / f"{BIG}.bin", inside)
@@ -313,7 +318,7 @@ def test_what_does_no_harm_is_told_apart(corpus: Path) -> None:
 
 
 def test_a_mask_that_the_manifest_does_not_know(tiny_corpus: Path, tmp_path: Path) -> None:
-    corpus = write_corpus(tmp_path / "c", tiny_corpus / "tokenizer", {"train": [3000]})
+    corpus = write_random_corpus(tmp_path / "c", tiny_corpus / "tokenizer", {"train": [3000]})
     (corpus / f"{BIG}.mask").write_bytes(bytes(3000))
     assert [str(finding) for finding in verify_corpus(corpus)] == [
         "train/shard-00000.mask: the manifest says that this shard has none"

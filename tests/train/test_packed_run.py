@@ -166,7 +166,9 @@ def test_positions_need_document_masks(configure: Configure) -> None:
 def test_rows_cannot_keep_to_a_number_of_tokens(configure: Configure) -> None:
     mixture = "--data.mixture=[{path: a, weight: 1, max_tokens: 100}]"
     configure(mixture)
-    with pytest.raises(ConfigError, match=r"entry 1 \(a\) has max_tokens, which .* bestfit cannot keep to.*pack chunk"):
+    with pytest.raises(
+        ConfigError, match=r"entry 1 \(a\) has max_tokens 100, but data.pack bestfit packs all.*pack chunk"
+    ):
         configure(mixture, "--data.pack=bestfit")
 
 

@@ -18,7 +18,7 @@ from megatron_rdt.inference import load
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
 from megatron_rdt.train import trainer
 from megatron_rdt.train.metrics import Console
-from tests.data.corpora import write_corpus
+from tests.data.random_corpus import write_random_corpus
 
 Configure = Callable[..., RunConfig]
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def masked(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus in which about half of the tokens count."""
     folder = tmp_path_factory.mktemp("masked") / "corpus"
     sizes = {"train": [3000, 2500], "valid": [1500]}
-    return write_corpus(folder, tiny_corpus / "tokenizer", sizes, masks=True)
+    return write_random_corpus(folder, tiny_corpus / "tokenizer", sizes, masks=True)
 
 
 def first_loss(config: RunConfig, windows: Windows) -> float:

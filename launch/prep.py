@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from launch.tasks import tasks
 from megatron_rdt.config.parser import make_parser, parse
 from megatron_rdt.errors import EXIT_OK
 
@@ -19,4 +20,4 @@ def prep(words: list[str]) -> int:
     return EXIT_OK
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"tasks": tasks}

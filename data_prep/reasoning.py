@@ -157,8 +157,9 @@ def _hops(name: str, nodes: int) -> Task:
         names = [_padded(node, nodes) for node in path]
         edges = [f"{a}>{b}" for a, b in zip(names, names[1:] + names[:1])]
         question = f"From {names[0]}, {hops} {'hop' if hops == 1 else 'hops'}:"
+        # As content the edges are in the order of the walk, however they are shown.
         shuffled = " ".join(edges[i] for i in stream.order(nodes))
-        return Instance(f"{shuffled}. {question}", names[hops], f"{' '.join(sorted(edges))}. {question}")
+        return Instance(f"{shuffled}. {question}", names[hops], f"{' '.join(edges)}. {question}")
 
     return Task(name, make, lambda hops: math.factorial(nodes), nodes - 1)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from launch.corpora import import_files, show, verify
+from launch.tasks import tasks
 from megatron_rdt.config.parser import make_parser, parse
 from megatron_rdt.errors import EXIT_OK
 
@@ -32,4 +33,5 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "show": show,
     "import": import_files,
     "pack": pack,
+    "tasks": tasks,
 }

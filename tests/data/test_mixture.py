@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rdt.config import RunConfig
+from megatron_rdt.config import CorpusConfig, RunConfig, dump_config, load_config
 from megatron_rdt.config.mixture import PERIOD, integer_weights
-from megatron_rdt.data import BatchLoader, TokenCorpus, Windows
+from megatron_rdt.data import BatchLoader, TokenCorpus, Windows, load_manifest
 from megatron_rdt.data.mixture import Mixture, MixtureOrder, Stage, interleave, period_turns
-from megatron_rdt.errors import ConfigError
+from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.evaluate.loss import evaluate_checkpoint
-from megatron_rdt.train.data import RunData
+from megatron_rdt.train.data import RunData, _check_tokenizers
 from megatron_rdt.train.trainer import train
 from tests.data.corpora import mixture_option, write_corpus
 
@@ -221,11 +221,8 @@ def test_corpora_that_do_not_go_together_are_refused(
     manifest["tokenizer"]["fingerprint"] = "0" * 64
     (other / "manifest.json").write_text(json.dumps(manifest))
     two = mixture_option({**corpora, "other": other}, code=1, other=1)
-    with pytest.raises(Exception, match="is not the tokenizer that made these shards"):
+    with pytest.raises(DataError, match="is not the tokenizer that made these shards"):
         RunData(configure(two), 1)
-    from megatron_rdt.data import load_manifest
-    from megatron_rdt.train.data import _check_tokenizers
-
     pair = [load_manifest(corpora["code"]), load_manifest(other)]
     with pytest.raises(ConfigError, match=rf"{corpora['code']} and {other} were made with different tokenizers"):
         _check_tokenizers(pair, 512)
@@ -283,3 +280,21 @@ def test_more_epochs_than_allowed_are_refused_with_a_table(
 def test_wrong_mixtures_are_explained(value: str, message: str, configure: Callable[..., RunConfig]) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         configure(f"--data.mixture={value}")
+
+
+def test_mixtures_are_read_and_written(configure: Callable[..., RunConfig], tmp_path: Path) -> None:
+    config = configure("--data.mixture", "[{path: x/a, weight: 7}, {path: b/, weight: 3, name: c, max_epochs: 2}]")
+    expected = [CorpusConfig("x/a", 7.0), CorpusConfig("b/", 3.0, "c", 2.0)]
+    assert config.data.mixture == expected
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_config(config))
+    assert load_config(file) == config
+    assert [(c.name, c.max_epochs) for c in config.data.corpora()] == [("a", 100.0), ("c", 2.0)]
+    file.write_text("data:\n  mixture:\n  - path: a\n    weight: 1\n  - {path: b, weight: 2}\n  max_epochs: 3\n")
+    assert load_config(file).data.corpora()[1] == CorpusConfig("b", 2.0, "b", 3.0)
+    assert load_config(file, ["--data.mixture=[]"]).data.corpora() == [CorpusConfig("data/corpus", 1.0, "corpus", 3.0)]
+    given = [{"path": "d", "weight": 1}]
+    assert load_config(file, {"data.mixture": given}).data.mixture == [CorpusConfig("d", 1.0)]
+    file.write_text("data:\n  mixture:\n  - {path: b, wieght: 2}\n")
+    with pytest.raises(ConfigError, match=rf"{file}: key data.mixture: entry 1 has the key wieght"):
+        load_config(file)

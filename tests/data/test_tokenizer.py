@@ -80,7 +80,7 @@ LONG = st.lists(
     max_size=3,
 ).map("".join)
 TEXTS = st.one_of(UNICODE, PIECEWISE, SOURCE)
-QUICK = settings(max_examples=120, deadline=None, derandomize=True, database=None)
+QUICK = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_a_batch_is_its_texts(kind: str, texts: list[str], opened: dict[str, Tok
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(QUICK, max_examples=80)
+@settings(QUICK, max_examples=60)
 @given(text=st.one_of(st.text(st.characters(exclude_categories=["Cs"])), TEXTS, LONG))
 @example(text=f"a{SPACE}b {SPACE} c")
 def test_autotokenizer_gives_the_same_ids(
@@ -211,7 +211,7 @@ def test_unigram_ids_do_not_depend_on_what_stands_before(tiny_text: Path, opened
     assert whole == [i for array in opened["unigram"].encode_batch(lines) for i in array]
 
 
-@settings(QUICK, max_examples=200)
+@settings(QUICK, max_examples=100)
 @given(text=st.one_of(TEXTS, LONG))
 def test_parts_are_short_and_add_up(text: str) -> None:
     found = list(parts(text))

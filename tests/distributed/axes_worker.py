@@ -95,7 +95,9 @@ def batch(engine: Engine, tokens: torch.Tensor, step: tuple, size: int) -> list[
         rows = slice(at, at + size)
         seeds = tuple(hash64(1, "state", place) for place in range(at, at + size))
         parts = {name: values[rows] for name, values in named.items()} if packed else {}
-        result.append(MicroBatch(tokens[rows], DepthPlan(loops[rows], k, seeds), **parts, padding=at))
+        result.append(
+            MicroBatch(tokens[rows], DepthPlan(loops[rows], k, seeds), **parts, padding=sum(range(SEQUENCES)[rows]))
+        )
     return result
 
 

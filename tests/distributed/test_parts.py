@@ -91,7 +91,7 @@ COMBINATIONS: dict[str, dict[str, dict[str, Any]]] = {
             "curriculum_of": "both",
             "checkpoint": "per_iteration",
         },
-        "data": {"document_mask": True},
+        "data": {"document_mask": True, "document_positions": True, "pack": "bestfit"},
     },
     "gate": {
         "model": {"injection": "gate", "core_norm": "last", "logit_softcap": 15.0},

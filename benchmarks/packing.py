@@ -1,0 +1,89 @@
+"""Packing against cutting: padding, documents cut, documents planned and samples read per second.
+
+    python -m benchmarks.packing [--corpus DIR] [--lengths 256,2048] [--documents 1000000]
+
+Without a corpus, documents have generated lengths: log-normal, as those of web pages, a few of them very long. Seconds are
+CPU seconds of one thread.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_rdt.config import DataConfig
+from megatron_rdt.data import IndexedDataset, load_manifest, open_corpus
+from megatron_rdt.data.packing import make_plans, pack
+
+LOG_MEAN, LOG_DEVIATION = 6.0, 1.1  # of the tokens of a document: median 403, mean 739
+BATCH, READ_SECONDS = 32, 3.0
+
+
+def timed(function: Callable[[], Any]) -> tuple[Any, float]:
+    """What a function gives, and the CPU seconds that it took."""
+    began = time.process_time()
+    return function(), time.process_time() - began
+
+
+def cut_by_windows(starts: np.ndarray, lengths: np.ndarray, length: int) -> float:
+    """Share of the documents that no window of one stream holds whole."""
+    return float((starts + lengths > starts // length * length + length + 1).mean())
+
+
+def report(name: str, starts: np.ndarray, lengths: np.ndarray, length: int) -> None:
+    """One line on the packing of these documents."""
+    (_, _, counts), seconds = timed(lambda: pack(starts, int(lengths.sum()), length))
+    padding = counts.padding / (counts.rows * (length + 1))
+    print(
+        f"{name:<10} L {length:>5}  {len(lengths):>9,} documents, mean {lengths.mean():,.0f} tokens   "
+        f"chunk: {cut_by_windows(starts, lengths, length):6.1%} cut   "
+        f"bestfit: {counts.cut / counts.documents:6.1%} cut, {padding:.3%} padding, {len(lengths) / seconds:,.0f} documents/s"
+    )
+
+
+def reading(corpus: Path, length: int) -> None:
+    """Samples per second of both, with everything that a run may ask for."""
+    manifest = load_manifest(corpus)
+    make_plans(manifest, "train", length)
+    for pack_as in ("chunk", "bestfit"):
+        for masks in (False, True):
+            options = DataConfig(pack=pack_as, document_mask=masks, document_positions=masks)  # type: ignore[arg-type]
+            split = open_corpus(manifest, "train", length, 1, options)
+            places = split.places(np.arange(1024 * BATCH)).reshape(-1, BATCH)
+            split.read(places[0])
+            began, read = time.process_time(), 0
+            while time.process_time() - began < READ_SECONDS:
+                split.read(places[read % len(places)])
+                read += 1
+            speed = read * BATCH / (time.process_time() - began)
+            print(f"L {length:>5}  {pack_as:<8} {'documents, positions' if masks else '':<21} {speed:,.0f} samples/s")
+            split.close()
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", help="directory that rdt prep wrote")
+    parser.add_argument("--lengths", default="256,2048")
+    parser.add_argument("--documents", type=int, default=1_000_000)
+    options = parser.parse_args()
+    lengths = [int(length) for length in options.lengths.split(",")]
+    draw = np.random.default_rng(0)
+    sizes = np.maximum(draw.lognormal(LOG_MEAN, LOG_DEVIATION, options.documents), 2).astype(np.int64)
+    for length in lengths:
+        report("generated", np.cumsum(sizes) - sizes, sizes, length)
+    if options.corpus is None:
+        return
+    shards = [IndexedDataset(prefix) for prefix in load_manifest(options.corpus).shards("train")]
+    sizes = np.concatenate([np.diff(shard.document_starts, append=shard.tokens) for shard in shards])
+    for length in lengths:
+        report("corpus", np.cumsum(sizes) - sizes, sizes, length)
+    for length in lengths:
+        reading(Path(options.corpus), length)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""How fast text becomes shards and shards become batches, beside what SentencePiece, datasets and megatron-core do.
+
+Preparing: the Python sources of this environment as one JSONL file, one tokenizer for all. "sentencepiece" is its own
+batch encoder over texts that are in memory, with as many threads as there are cores, and writes nothing; the others read
+the file and write what a trainer reads. Reading: windows of random tokens at random places, as batches; cold means that
+the pages were dropped from the cache before. Wall time; the rounds are interleaved and the best of each counts.
+
+    python benchmarks/data.py [--megabytes 60] [--gigabytes 2] [--only prep|read] [--out FILE.json]
+
+megatron-core is measured where it is installed (`pip install --no-deps megatron-core==0.16.1`).
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import random
+import shutil
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VOCABULARY, TOKENS_PER_DOCUMENT = 32000, 1000
+SHARD_TOKENS = 1 << 28
+
+
+def sources_of_this_environment(megabytes: int) -> Iterator[str]:
+    """Texts of Python files, standard library first, up to so many megabytes."""
+    left = megabytes * 1_000_000
+    for root in (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"]):
+        for path in sorted(Path(root).rglob("*.py")):
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (UnicodeDecodeError, OSError):
+                continue
+            if text.strip():
+                yield text
+                left -= len(text.encode())
+            if left <= 0:
+                return
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """Wall seconds of a call."""
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def prep_speeds(folder: Path, options: argparse.Namespace) -> dict[str, float]:
+    """MB/s of text by what turns it into tokens."""
+    import datasets
+    import sentencepiece
+
+    from data_prep.config import PrepConfig
+    from data_prep.pipeline import prepare
+    from data_prep.tokenizer import train_tokenizer
+
+    datasets.disable_progress_bars()
+    texts = list(dict.fromkeys(sources_of_this_environment(options.megabytes)))
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    source = folder / "text.jsonl"
+    source.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
+    sample = random.Random(0).sample(texts, len(texts))
+    config = PrepConfig(
+        vocab_size=options.vocabulary, tokenizer_type=options.tokenizer, tokenizer_sample_bytes=4_000_000
+    )
+    model = train_tokenizer(sample, config)
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer.model").write_bytes(model)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+
+    def bare() -> None:
+        processor.encode(texts, num_threads=options.workers, return_type="numpy")
+
+    def ours(**changes: Any) -> None:
+        out = folder / "ours"
+        given = {"sources": [str(source)], "out": str(out), "tokenizer": str(folder / "tokenizer"), **changes}
+        prepare(PrepConfig(workers=options.workers, **given))
+        shutil.rmtree(out)
+
+    def hugging_face() -> None:
+        def encode(batch: dict[str, list[str]]) -> dict[str, list[np.ndarray]]:
+            return {"ids": processor.encode(batch["text"], num_threads=1, return_type="numpy")}
+
+        loaded = datasets.load_dataset("json", data_files=str(source), split="train", cache_dir=str(folder / "cache"))
+        mapped = loaded.map(encode, batched=True, batch_size=64, num_proc=options.workers, remove_columns=["text"])
+        mapped.save_to_disk(str(folder / "arrow"), num_proc=options.workers)
+        for name in ("cache", "arrow"):
+            shutil.rmtree(folder / name)
+
+    kinds = {
+        "sentencepiece, nothing read or written": bare,
+        "rdt prep": ours,
+        "rdt prep, near-duplicates and filters too": lambda: ours(
+            dedup="near", normalize="NFC", max_repeated_lines=0.9, max_repeated_ngrams=0.9
+        ),
+        "datasets: load, map, save": hugging_face,
+    }
+    best = dict.fromkeys(kinds, float("inf"))
+    for _ in range(options.rounds):
+        for kind, run in kinds.items():
+            best[kind] = min(best[kind], timed(run))
+    return {kind: size / seconds for kind, seconds in best.items()}
+
+
+def random_corpus(folder: Path, gigabytes: float) -> None:
+    """Shards of random ids, and what a manifest says of them."""
+    from megatron_rdt.data.indexed import IndexedWriter
+
+    generator, left, shards = np.random.default_rng(0), int(gigabytes * 5e8), []
+    (folder / "train").mkdir(parents=True)
+    while left > 0:
+        count = min(left, SHARD_TOKENS)
+        name = f"shard-{len(shards):05d}"
+        with IndexedWriter(folder / "train" / name, VOCABULARY) as writer:
+            block = generator.integers(4, VOCABULARY, (count // TOKENS_PER_DOCUMENT, TOKENS_PER_DOCUMENT), np.uint16)
+            for document in block:
+                writer.add_document(document)
+        shards.append({"name": name, "tokens": writer.tokens, "documents": writer.documents})
+        shards[-1] |= {"bin_bytes": 2 * writer.tokens, "bin_sha256": "", "idx_sha256": "", "max_id": writer.max_id}
+        left -= count
+    (folder / "shards.json").write_text(json.dumps(shards))
+
+
+def drop_pages(folder: Path) -> None:
+    """Let the kernel forget what it has cached of the files."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def manifest_of(folder: Path) -> Any:
+    """The corpus of `random_corpus` as its readers take it; it has no tokenizer of its own."""
+    from megatron_rdt.data.manifest import CorpusManifest
+
+    shards = json.loads((folder / "shards.json").read_text())
+    split = {"tokens": sum(shard["tokens"] for shard in shards), "shards": shards}
+    document = {
+        "vocab_size": VOCABULARY,
+        "dtype": "uint16",
+        "tokenizer": {"fingerprint": ""},
+        "splits": {"train": split},
+    }
+    return CorpusManifest(folder, document)
+
+
+Reader = Callable[[np.ndarray], Any]
+
+
+def our_readers(folder: Path, options: argparse.Namespace) -> dict[str, Reader]:
+    """Batches of samples by how much is looked up."""
+    from megatron_rdt.data.corpus import TokenCorpus
+
+    def reader(**wanted: bool) -> Reader:
+        corpus = TokenCorpus(manifest_of(folder), "train", options.length, 0, **wanted)
+        return lambda samples: corpus.windows(samples).tokens.sum()
+
+    return {"ours": reader(), "ours, documents and positions too": reader(documents=True, positions=True)}
+
+
+def our_loader(folder: Path, options: argparse.Namespace) -> float:
+    """Windows per second of the whole loader: order, reading, a thread, a queue."""
+    from megatron_rdt.data.corpus import TokenCorpus
+
+    from megatron_rdt.data import BatchLoader
+
+    loader = BatchLoader(TokenCorpus(manifest_of(folder), "train", options.length, 0), options.batch, 0, 1)
+    batches, count = iter(loader), options.windows // options.batch
+    next(batches)
+    seconds = timed(lambda: [next(batches) for _ in range(count)])
+    loader.close()
+    return count * options.batch / seconds
+
+
+def hugging_face_readers(folder: Path, options: argparse.Namespace) -> dict[str, Reader]:
+    """The first gigabyte as an Arrow table of windows, in memory maps, as `datasets` keeps it."""
+    import datasets
+    import pyarrow
+
+    width, file = options.length + 1, folder / "windows.arrow"
+    tokens = np.fromfile(next((folder / "train").glob("*.bin")), np.uint16)
+    tokens = tokens[: len(tokens) // width * width]
+    rows = pyarrow.ListArray.from_arrays(np.arange(0, len(tokens) + 1, width, dtype=np.int32), pyarrow.array(tokens))
+    table = pyarrow.table({"ids": rows})
+    with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1000)
+    dataset = datasets.Dataset.from_file(str(file)).with_format("numpy")
+    order = np.random.default_rng(0).permutation(len(dataset))
+    return {
+        "datasets, one by one": lambda samples: [dataset[int(i)]["ids"].sum() for i in order[samples % len(order)]],
+        "datasets, a batch at once": lambda samples: dataset[order[samples % len(order)]]["ids"].sum(),
+    }
+
+
+class _Megatron:
+    """The parts of a tokenizer that megatron-core's datasets ask for."""
+
+    eod, pad, vocab_size, unique_identifiers = 2, 3, VOCABULARY, {"name": "random"}
+
+
+def megatron_readers(folder: Path, options: argparse.Namespace) -> dict[str, Reader]:
+    """GPTDataset over the first shard, where megatron-core is installed."""
+    if importlib.util.find_spec("megatron") is None:
+        return {}
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+    prefix = next((folder / "train").glob("*.bin")).with_suffix("")
+    config = GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=options.length,
+        blend=([str(prefix)], None),
+        split="1,0,0",
+        path_to_cache=str(folder / "cache"),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        tokenizer=_Megatron(),
+        mid_level_dataset_surplus=0.005,
+    )
+    dataset = BlendedMegatronDatasetBuilder(GPTDataset, [1000, 0, 0], lambda: True, config).build()[0]
+    return {
+        "megatron-core GPTDataset": lambda samples: [dataset[int(i)]["tokens"].sum() for i in samples % len(dataset)]
+    }
+
+
+def read_speeds(folder: Path, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Windows per second: of the first pass after the cache was dropped, and the best of those after it."""
+    random_corpus(folder, options.gigabytes)
+    readers = our_readers(folder, options)
+    readers |= hugging_face_readers(folder, options)
+    readers |= megatron_readers(folder, options)
+    samples = np.arange(options.windows // options.batch * options.batch).reshape(-1, options.batch)
+    speeds: dict[str, list[float]] = {}
+    for name, read in readers.items():
+        read(samples[0])
+        drop_pages(folder)
+        cold = timed(lambda: [read(batch) for batch in samples])  # noqa: B023
+        warm = min(timed(lambda: [read(batch) for batch in samples]) for _ in range(options.rounds))  # noqa: B023
+        speeds[name] = [samples.size / seconds for seconds in (cold, warm)]
+    drop_pages(folder)
+    speeds["ours, the whole loader"] = [our_loader(folder, options) for _ in range(2)]
+    return speeds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, default=60, help="text to prepare")
+    parser.add_argument("--gigabytes", type=float, default=2, help="tokens to read from")
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--tokenizer", choices=("bpe", "unigram"), default="bpe")
+    parser.add_argument("--length", type=int, default=2048, help="L; a window has one token more")
+    parser.add_argument("--batch", type=int, default=32, help="windows at once")
+    parser.add_argument("--windows", type=int, default=20000, help="windows per round")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, and threads of sentencepiece")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--only", choices=("prep", "read"), help="leave the other part out")
+    parser.add_argument("--folder", type=Path, help="where to write what is measured; a temporary folder")
+    parser.add_argument("--out", type=Path, help="write the numbers here as JSON")
+    options = parser.parse_args()
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        if options.only != "read":
+            found["prep"] = prep_speeds(Path(folder), options)
+            bare = next(iter(found["prep"].values()))
+            print("\n| Text to tokens | MB/s | of sentencepiece |\n|---|---:|---:|")
+            for kind, speed in found["prep"].items():
+                print(f"| {kind} | {speed:.2f} | {speed / bare:.2f} |")
+        if options.only != "prep":
+            found["read"] = read_speeds(Path(folder) / "random", options)
+            print("\n| Windows per second | cold | warm |\n|---|---:|---:|")
+            for kind, (cold, warm) in found["read"].items():
+                print(f"| {kind} | {cold:,.0f} | {warm:,.0f} |")
+    if options.out:
+        words = {name: str(value) for name, value in vars(options).items()}
+        options.out.write_text(json.dumps({"options": words, **found}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

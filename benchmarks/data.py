@@ -169,9 +169,8 @@ def our_readers(folder: Path, options: argparse.Namespace) -> dict[str, Reader]:
 
 def our_loader(folder: Path, options: argparse.Namespace) -> float:
     """Windows per second of the whole loader: order, reading, a thread, a queue."""
-    from megatron_rdt.data.corpus import TokenCorpus
-
     from megatron_rdt.data import BatchLoader
+    from megatron_rdt.data.corpus import TokenCorpus
 
     loader = BatchLoader(TokenCorpus(manifest_of(folder), "train", options.length, 0), options.batch, 0, 1)
     batches, count = iter(loader), options.windows // options.batch

@@ -18,11 +18,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
-from megatron_rdt.train.data import RunData
-from tests.data.corpora import random_documents, stream, write_corpus
 
 from megatron_rdt.config import CorpusConfig, RunConfig
 from megatron_rdt.data import Windows, open_corpus
+from megatron_rdt.train.data import RunData
+from tests.data.corpora import random_documents, stream, write_corpus
 
 CASES = int(os.environ.get("RDT_FUZZ_CASES", "15"))
 PHASES = [Phase.explicit, Phase.generate, Phase.shrink]

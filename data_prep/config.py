@@ -31,6 +31,8 @@ class PrepConfig:
     """Kind of tokenizer to train; bpe converts to Hugging Face exactly."""
     vocab_size: int = 4096
     """Pieces of the tokenizer to train."""
+    special_tokens: list[str] = field(default_factory=lambda: ["<|im_start|>", "<|im_end|>"])
+    """Further special tokens of the tokenizer to train, beside <unk>, <s>, </s> and <pad>; no text is ever encoded to them."""
     tokenizer_sample_bytes: int = 10_000_000
     """Bytes of text to train the tokenizer on."""
     valid_fraction: float = 0.02

@@ -19,7 +19,6 @@ from megatron_rdt.errors import DataError
 from megatron_rdt.files import atomic_open, write_bytes, write_text
 
 MAX_SENTENCE_BYTES = 65536
-CONTROL_SYMBOLS = ["<|im_start|>", "<|im_end|>"]
 SPACE = "\u2581"  # SentencePiece's visible space
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 
@@ -54,7 +53,7 @@ def train_tokenizer(texts: Iterable[str], config: PrepConfig) -> bytes:
             split_digits=True,
             allow_whitespace_only_pieces=True,
             user_defined_symbols=["\n", "\t"],
-            control_symbols=CONTROL_SYMBOLS,
+            control_symbols=config.special_tokens,
             unk_id=0,
             bos_id=1,
             eos_id=2,

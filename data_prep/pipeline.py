@@ -8,7 +8,6 @@ its name when everything in it is complete.
 import contextlib
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 

@@ -27,7 +27,12 @@ class Progress:
         if sys.stderr.isatty():
             shape = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
             self._bar = tqdm(
-                total=total or None, initial=done, unit="B", unit_scale=True, desc=stage, bar_format=shape if total else None
+                total=total or None,
+                initial=done,
+                unit="B",
+                unit_scale=True,
+                desc=stage,
+                bar_format=shape if total else None,
             )
 
     @property

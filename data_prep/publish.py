@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from data_prep.config import PrepConfig
@@ -26,7 +26,7 @@ def working_directory(out: Path) -> Path:
     return out.with_name(f".{out.name}.prep")
 
 
-def lock(out: Path, patience_s: float = 0.0) -> "contextmanager[None]":  # type: ignore[valid-type]
+def lock(out: Path, patience_s: float = 0.0) -> AbstractContextManager[None]:
     """Hold the lock of a corpus; LaunchError where another process has it."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

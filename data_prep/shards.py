@@ -24,8 +24,10 @@ SPLITS = ("train", "valid")
 SUFFIXES = (".bin", ".idx", ".mask")
 # What decides the place of a document, and where its tokens are.
 _ROW = np.dtype(
-    [("high", "<u8"), ("low", "<u8"), ("valid", "u1"), ("bytes", "<u4"), ("tokens", "<u4"), ("prompt", "<u4")]
-    + [("spill", "<u4"), ("start", "<u8")]
+    {
+        "names": ["high", "low", "valid", "bytes", "tokens", "prompt", "spill", "start"],
+        "formats": ["<u8", "<u8", "u1", "<u4", "<u4", "<u4", "<u4", "<u8"],
+    }
 )
 
 

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Callable
 
+from launch.tasks import tasks
 from megatron_rdt.config.parser import make_parser, parse
 from megatron_rdt.errors import EXIT_OK
 
@@ -45,4 +46,7 @@ def command_of(words: list[str]) -> str:
     return shlex.join(["rdt", "prep", *kept])
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"merge": merge}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "merge": merge,
+    "tasks": tasks,
+}

@@ -1,0 +1,302 @@
+"""Which documents are duplicates of others, exact or near, from the scans of all parts.
+
+Rows are spread over files by the top bits of a hash, so that equal hashes meet in one file and one file fits in memory.
+What is equal already within the rows in memory is settled there, so that one document repeated any number of times
+does not fill a file. Of equal documents, and of each group of near-duplicates, the one with the smallest (not valid, key)
+stays: which that is depends on the documents alone, not on the order of the parts.
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_rdt.errors import DataError
+from megatron_rdt.files import atomic_open
+
+SCAN_ROW = np.dtype([("hash", "<u8", 2), ("key", "<u8", 2), ("number", "<u8"), ("bytes", "<u4"), ("valid", "u1")])
+BUCKET_ROWS = 1 << 22
+# A document is part << 32 | row. `rank` orders the documents of which one stays.
+_EXACT = np.dtype(
+    [("hash", "<u8"), ("hash_low", "<u8"), ("rank", "u1"), ("key", "<u8"), ("key_low", "<u8"), ("id", "<u8")]
+)
+_BAND = np.dtype([("hash", "<u8"), ("id", "<u8")])
+_ROW_BITS = np.uint64(32)
+_ROW_MASK = np.uint64(0xFFFFFFFF)
+
+
+def find_duplicates(scans: Sequence[Path], out: Path, bands: bool, bucket_rows: int = BUCKET_ROWS) -> dict[str, int]:
+    """Write for every part which of its rows to drop.
+
+    Exact duplicates take memory for `bucket_rows` rows (about 150 bytes each) or the flags of the largest part,
+    whatever the number of documents; near-duplicates also about 50 bytes for each document that shares a band.
+
+    Args:
+        scans: files of SCAN_ROW, one per part; with names that differ.
+        out: directory for files of the same names: uint32, sorted, the rows of that part to drop.
+        bands: also find near-duplicates, from the files NAME.bands.npy beside the scans, uint64 (rows, bands). Documents
+            that share a band are linked; of everything that is linked one stays.
+        bucket_rows: rows to hold in memory.
+
+    Returns:
+        {"duplicate": n, "near_duplicate": m}: how many are dropped; a document counts once.
+
+    Raises:
+        DataError: a scan is missing or damaged, or does not fit to its bands.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    work = out / ".buckets"
+    shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
+    rows = [len(_opened(scan, SCAN_ROW)) for scan in scans]
+    try:
+        dropped = _Dropped(work / "dropped", rows, bucket_rows)
+        duplicates = sum(dropped.add(ids) for ids in _exact_duplicates(scans, sum(rows), work / "exact", bucket_rows))
+        near = 0
+        if bands:
+            linked = _linked(scans, rows, dropped, work / "bands", bucket_rows)
+            near = dropped.add(_near_duplicates(scans, linked))
+        for scan, flags in zip(scans, dropped.flags()):
+            with atomic_open(out / scan.name, "wb") as file:
+                np.save(file, np.flatnonzero(flags).astype("<u4"))
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return {"duplicate": duplicates, "near_duplicate": near}
+
+
+def bands_path(scan: Path) -> Path:
+    """Where the band hashes of a scan's documents lie."""
+    return scan.with_suffix(".bands.npy")
+
+
+def _opened(path: Path, dtype: np.dtype, dimensions: int = 1) -> np.ndarray:
+    """A memory map of an array file."""
+    try:
+        array = np.load(path, mmap_mode="r" if path.stat().st_size else None)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} is missing or damaged ({error}). Remove it and prepare again.") from error
+    if array.dtype != dtype or array.ndim != dimensions:
+        raise DataError(
+            f"{path} holds {array.dtype} in {array.ndim} dimensions, not {dtype} in {dimensions}. Remove it and prepare again."
+        )
+    return array
+
+
+class _Buckets:
+    """Records in files, one per bucket."""
+
+    def __init__(self, directory: Path, dtype: np.dtype) -> None:
+        self.directory, self.dtype = directory, dtype
+        directory.mkdir(parents=True)
+
+    def add(self, buckets: np.ndarray, records: np.ndarray) -> None:
+        """Append each record to the file of its bucket."""
+        order = np.argsort(buckets, kind="stable")
+        numbers, starts = np.unique(buckets[order], return_index=True)
+        for number, taken in zip(numbers.tolist(), np.split(order, starts[1:])):
+            with open(self.directory / str(number), "ab") as file:
+                records[taken].tofile(file)
+
+    def take(self, number: int) -> np.ndarray:
+        """Records of a bucket, which is removed."""
+        path = self.directory / str(number)
+        if not path.exists():
+            return np.empty(0, self.dtype)
+        records = np.fromfile(path, self.dtype)
+        path.unlink()
+        return records
+
+
+class _Dropped:
+    """Documents that are dropped, by part."""
+
+    def __init__(self, directory: Path, rows: Sequence[int], bucket_rows: int) -> None:
+        self.rows = rows
+        # Consecutive parts share a file: as many parts as have `bucket_rows` rows together.
+        self._group = (np.cumsum([0, *rows])[:-1] // bucket_rows).astype(np.int64)
+        self._buckets = _Buckets(directory, np.dtype("<u8"))
+
+    def add(self, ids: np.ndarray) -> int:
+        """Drop documents that were not dropped before; how many."""
+        if len(ids):
+            self._buckets.add(self._group[ids >> _ROW_BITS], ids)
+        return len(ids)
+
+    def flags(self) -> Iterator[np.ndarray]:
+        """For each part, bool (rows,): which are dropped."""
+        group, ids = -1, np.empty(0, np.uint64)
+        for part, rows in enumerate(self.rows):
+            if self._group[part] != group:
+                group = int(self._group[part])
+                path = self._buckets.directory / str(group)
+                ids = np.sort(np.fromfile(path, "<u8")) if path.exists() else np.empty(0, np.uint64)
+            first, last = np.searchsorted(ids, np.array([part, part + 1], np.uint64) << _ROW_BITS)
+            flags = np.zeros(rows, bool)
+            flags[ids[first:last] & _ROW_MASK] = True
+            yield flags
+
+
+def _chunks(pieces: Iterator[np.ndarray], rows: int) -> Iterator[np.ndarray]:
+    """Pieces put together until they have at least `rows` rows."""
+    held: list[np.ndarray] = []
+    for piece in pieces:
+        held.append(piece)
+        if sum(map(len, held)) >= rows:
+            yield np.concatenate(held)
+            held = []
+    if held:
+        yield np.concatenate(held)
+
+
+def _bucket_bits(rows: int, bucket_rows: int) -> int:
+    """Bits of a hash that make buckets of at most about `bucket_rows` rows."""
+    return (-(-rows // bucket_rows) - 1).bit_length() if rows else 0
+
+
+def _top_bits(hashes: np.ndarray, bits: int) -> np.ndarray:
+    return (hashes >> np.uint64(64 - bits)).astype(np.int64) if bits else np.zeros(len(hashes), np.int64)
+
+
+def _exact_duplicates(scans: Sequence[Path], rows: int, work: Path, bucket_rows: int) -> Iterator[np.ndarray]:
+    """Arrays of documents that equal one that stays."""
+    bits = _bucket_bits(rows, bucket_rows)
+    buckets = _Buckets(work, _EXACT)
+    for records in _chunks(_exact_records(scans, max(1, bucket_rows // 4)), bucket_rows):
+        stays = _first_of_equals(records)
+        yield records["id"][~stays]
+        if bits:  # otherwise this was all
+            records = records[stays]
+            buckets.add(_top_bits(records["hash"], bits), records)
+    for number in range(1 << bits):
+        records = buckets.take(number)
+        yield records["id"][~_first_of_equals(records)]
+
+
+def _exact_records(scans: Sequence[Path], step: int) -> Iterator[np.ndarray]:
+    for part, scan in enumerate(scans):
+        rows = _opened(scan, SCAN_ROW)
+        for start in range(0, len(rows), step):
+            yield _records(part, rows[start : start + step], np.arange(start, min(start + step, len(rows))))
+
+
+def _records(part: int, rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Scan rows with these numbers as records."""
+    records = np.empty(len(rows), _EXACT)
+    records["hash"], records["hash_low"] = rows["hash"].T
+    records["key"], records["key_low"] = rows["key"].T
+    records["rank"] = rows["valid"] == 0
+    records["id"] = _ids(part, numbers)
+    return records
+
+
+def _ids(part: int, numbers: np.ndarray) -> np.ndarray:
+    return (np.uint64(part) << _ROW_BITS) | numbers.astype(np.uint64)
+
+
+def _first_of_equals(records: np.ndarray) -> np.ndarray:
+    """Bool (records,): whether no record of the same hash comes before it in rank, key and id."""
+    order = np.argsort(records["hash"])
+    equal = np.diff(records["hash"][order]) == 0
+    # Few are in doubt: the costly sort is theirs alone.
+    doubtful = order[np.append(equal, False) | np.insert(equal, 0, False)] if len(order) else order
+    group = records[doubtful]
+    sort = np.lexsort([group[name] for name in ("id", "key_low", "key", "rank", "hash_low", "hash")])
+    group, doubtful = group[sort], doubtful[sort]
+    follows = (group["hash"][1:] == group["hash"][:-1]) & (group["hash_low"][1:] == group["hash_low"][:-1])
+    stays = np.ones(len(records), bool)
+    stays[doubtful[1:][follows]] = False
+    return stays
+
+
+class _Links:
+    """Pairs of documents that are linked; as many as there are linked documents, or up to twice that while adding."""
+
+    def __init__(self, room: int) -> None:
+        self._pairs: list[np.ndarray] = []
+        self._held, self._room = 0, room
+
+    def add(self, hashes: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Link documents of equal hash, given in ascending order of id; bool (ids,): the first of each hash."""
+        order = np.argsort(hashes, kind="stable")
+        new = np.ones(len(order), bool)
+        new[1:] = np.diff(hashes[order]) != 0
+        ids = ids[order]
+        first = ids[new][np.cumsum(new) - 1]
+        self._pairs.append(np.stack([first, ids], 1)[~new])
+        self._held += len(self._pairs[-1])
+        if self._held > self._room:
+            nodes, roots = self.components()
+            self._pairs = [np.stack([roots, nodes], 1)]
+            self._held = len(nodes)
+            self._room = max(self._room, 2 * self._held)
+        firsts = np.zeros(len(order), bool)
+        firsts[order[new]] = True
+        return firsts
+
+    def components(self) -> tuple[np.ndarray, np.ndarray]:
+        """Linked documents in ascending order, and the smallest of the component of each."""
+        pairs = np.concatenate(self._pairs) if self._pairs else np.empty((0, 2), np.uint64)
+        nodes, ends = np.unique(pairs, return_inverse=True)
+        left, right = ends.reshape(-1, 2).T
+        root = np.arange(len(nodes))
+        while True:  # every round joins each component that is not complete to another: logarithmically many
+            one, other = root[left], root[right]
+            if np.array_equal(one, other):
+                return nodes, nodes[root]
+            np.minimum.at(root, np.maximum(one, other), np.minimum(one, other))
+            while not np.array_equal(root, higher := root[root]):
+                root = higher
+
+
+def _linked(scans: Sequence[Path], rows: Sequence[int], dropped: _Dropped, work: Path, bucket_rows: int) -> _Links:
+    """Links between documents that share a band and were not dropped."""
+    links, buckets = _Links(bucket_rows), _Buckets(work, _BAND)
+    bits = _bucket_bits(sum(rows), bucket_rows)
+    width = _width(scans, rows)
+    chunk_rows = max(1, bucket_rows // max(1, width))
+    for records in _chunks(_band_records(scans, dropped, width, max(1, chunk_rows // 4)), chunk_rows):
+        for band in range(width):
+            column = np.empty(len(records), _BAND)
+            column["hash"], column["id"] = records[:, band], records[:, width]
+            firsts = column[links.add(column["hash"], column["id"])]
+            if sum(rows) > chunk_rows:  # otherwise this was all
+                buckets.add((band << bits) + _top_bits(firsts["hash"], bits), firsts)
+    for number in range(width << bits):
+        column = buckets.take(number)
+        links.add(column["hash"], column["id"])
+    return links
+
+
+def _width(scans: Sequence[Path], rows: Sequence[int]) -> int:
+    """The number of bands, which is that of every part."""
+    shapes = [_opened(bands_path(scan), np.dtype("<u8"), 2).shape for scan in scans]
+    for scan, shape, count in zip(scans, shapes, rows):
+        if shape != (count, shapes[0][1]):
+            raise DataError(
+                f"{bands_path(scan)} has bands for {shape[0]} documents, {shape[1]} each; {scan.name} has {count} documents, "
+                f"and the first part {shapes[0][1]} bands. Remove both and prepare again."
+            )
+    return shapes[0][1] if shapes else 0
+
+
+def _band_records(scans: Sequence[Path], dropped: _Dropped, width: int, step: int) -> Iterator[np.ndarray]:
+    """uint64 (documents, bands + 1): the hashes, and the document."""
+    for part, (scan, flags) in enumerate(zip(scans, dropped.flags())):
+        bands = _opened(bands_path(scan), np.dtype("<u8"), 2)
+        kept = np.flatnonzero(~flags)
+        for start in range(0, len(kept), step):
+            numbers = kept[start : start + step]
+            yield np.column_stack([bands[numbers], _ids(part, numbers)])
+
+
+def _near_duplicates(scans: Sequence[Path], links: _Links) -> np.ndarray:
+    """All linked documents but the one of each component that stays."""
+    nodes, roots = links.components()
+    parts, starts = np.unique(nodes >> _ROW_BITS, return_index=True)
+    records = np.empty(len(nodes), _EXACT)
+    for part, start, stop in zip(parts.tolist(), starts, [*starts[1:], len(nodes)]):
+        numbers = nodes[start:stop] & _ROW_MASK
+        records[start:stop] = _records(part, _opened(scans[part], SCAN_ROW)[numbers], numbers)
+    order = np.lexsort([*(records[name] for name in ("id", "key_low", "key", "rank")), roots])
+    follows = np.diff(roots[order]) == 0
+    return nodes[order[1:][follows]]

@@ -1,0 +1,76 @@
+"""`rdt prep tasks`: generated reasoning tasks as JSONL, for `rdt prep` to turn into shards."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_rdt.config.parser import make_parser, parse
+from megatron_rdt.errors import EXIT_OK, ConfigError
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """Options of `rdt prep tasks`."""
+
+    task: list[str] = field(default_factory=lambda: ["hops"])
+    """One or several of hops[:NODES], product[:GROUP], prefixes[:GROUP], addition[:DIGITS] and modular[:MODULUS], mixed evenly; a group is C2 to C999, S3 to S7 or A3 to A7."""
+    difficulty: list[int] = field(default_factory=lambda: [1, 8])
+    """Steps that one after the other need: hops, multiplications, additions, depth of the expression. One number, or the smallest and the largest of a range that is drawn from uniformly."""
+    count: int = 20_000
+    """Examples in train.jsonl."""
+    test_count: int = 500
+    """Examples in test.jsonl; 0 writes none."""
+    seed: int = 0
+    """Seed of the examples; on which side an example is does not depend on it."""
+    duplicates: bool = False
+    """Let an example occur more than once within a file."""
+    out: str = "data/tasks"
+    """Directory to write train.jsonl and test.jsonl into."""
+    restart: bool = False
+    """Replace files of these names that are in `out`."""
+
+
+def tasks(words: list[str]) -> int:
+    """Write generated reasoning tasks with exact answers: train.jsonl and test.jsonl, which have nothing in common."""
+    from data_prep import reasoning
+
+    options, _ = parse(make_parser(TaskOptions, "rdt prep tasks", tasks.__doc__ or ""), TaskOptions, words)
+    families, (easiest, hardest) = _checked(options)
+    out = Path(options.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out {out} cannot be written: {error.strerror}. Set --out.") from error
+    counts = {reasoning.TRAIN: options.count, reasoning.TEST: options.test_count}
+    written = reasoning.write_tasks(out, families, easiest, hardest, counts, options.seed, options.duplicates)
+    for split in (split for split in counts if counts[split]):
+        print(f"{out / split}.jsonl: {counts[split]:,} examples")
+        for family in families:
+            numbers = (f"{d}: {written.examples[split, family.name, d]:,}" for d in range(easiest, hardest + 1))
+            print(f"  {family.name} by difficulty {', '.join(numbers)}")
+    for one in written.first:
+        print(f"{one.prompt} {one.answer}")
+    return EXIT_OK
+
+
+def _checked(options: TaskOptions) -> tuple[list, tuple[int, int]]:
+    """The tasks and the range of their difficulty; ConfigError naming the first option that is wrong."""
+    from data_prep import reasoning
+
+    if not options.task:
+        raise ConfigError("task is empty. Set --task to one or several tasks, such as hops,addition.")
+    if len(set(options.task)) < len(options.task):
+        raise ConfigError(f"task {','.join(options.task)} names one twice. Name each once in --task.")
+    if len(options.difficulty) not in (1, 2):
+        raise ConfigError(
+            f"difficulty has {len(options.difficulty)} numbers. Set --difficulty to one, or to a range: 1,8."
+        )
+    for name, least in (("count", 1), ("test_count", 0)):
+        if getattr(options, name) < least:
+            raise ConfigError(f"{name} is {getattr(options, name)}, it must be at least {least}. Set --{name}.")
+    families = [reasoning.parse_task(name) for name in options.task]
+    difficulty = options.difficulty[0], options.difficulty[-1]
+    reasoning.check_difficulty(families, *difficulty)
+    for split in (reasoning.TRAIN, reasoning.TEST):
+        if (path := Path(options.out) / f"{split}.jsonl").exists() and not options.restart:
+            raise ConfigError(f"{path} is there already. Set another --out, or --restart to replace it.")
+    return families, difficulty

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -132,7 +132,7 @@ def _chunks(documents: Iterator[Document], sizes: np.ndarray) -> Iterator[list[D
         advance(held, len(chunk))
 
 
-def _write_chunk(chunk: list[Document], tokenizer: Tokenizer, file: BinaryIO, rows: ArrayWriter) -> int:
+def _write_chunk(chunk: list[Document], tokenizer: Tokenizer, file: IO[Any], rows: ArrayWriter) -> int:
     """Append the ids of documents, each ended by EOS, and their rows; how many ids."""
     texts = tokenizer.encode_batch([document.text for document in chunk])
     prompts = [document.prompt for document in chunk]

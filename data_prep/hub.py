@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import zstandard
 
@@ -68,7 +68,7 @@ class Spool:
         file: open for writing.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: IO[Any]) -> None:
         self._stream = zstandard.ZstdCompressor().stream_writer(file, closefd=False)
 
     def add(self, number: int, prompt: str, text: str) -> None:

@@ -105,7 +105,7 @@ def sample_texts(job: Job, parts: list[Part], limit: int) -> list[str]:
 
 def _parts_of_sample(job: Job, parts: list[Part], limit: int) -> list[Part]:
     """Parts in a keyed order until they have `limit` bytes of text."""
-    order = sorted(parts, key=lambda part: xxhash.xxh3_128_digest(f"{job.config.seed}\x1f{part.index}"))
+    order = sorted(parts, key=lambda part: xxhash.xxh3_128_digest(f"{job.config.seed}\x1f{part.index}".encode()))
     taken, size = [], 0
     for part in order:
         if size >= limit:

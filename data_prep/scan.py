@@ -5,7 +5,7 @@ import struct
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 import xxhash
@@ -79,7 +79,7 @@ class ArrayWriter:
         width: of a second axis, or ().
     """
 
-    def __init__(self, file: BinaryIO, dtype: np.dtype, width: tuple[int, ...] = ()) -> None:
+    def __init__(self, file: IO[Any], dtype: np.dtype, width: tuple[int, ...] = ()) -> None:
         self.file, self.dtype, self.width, self.count = file, dtype, width, 0
         self._rows: list[Any] = []
         self._write_header()

@@ -150,7 +150,8 @@ def _files(prefix: Path) -> list[Path]:
 
 def _rows(job: Job, group: Group) -> tuple[np.ndarray, list[Path]]:
     """Every document of the group, and the spills that hold them."""
-    found, paths = [], []
+    found: list[np.ndarray] = []
+    paths: list[Path] = []
     for part, slices in zip(group.parts, group.slices):
         for index in range(slices):
             scanned, spilled = kept_rows(job, part, index, slices), np.load(spill_path(job, part, index, ".npy"))

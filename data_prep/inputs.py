@@ -185,8 +185,9 @@ def _row_groups(file: Input, size: int) -> list[tuple[int, int, int]]:
     cuts: list[tuple[int, int, int]] = []
     start, held = 0, 0
     for index, count in enumerate(rows):
-        held += count * file.bytes // max(1, sum(rows))
-        if held >= size or index == len(rows) - 1:
-            cuts.append((start, index + 1, held))
+        held += count
+        share = held * file.bytes // max(1, sum(rows))
+        if share >= size or index == len(rows) - 1:
+            cuts.append((start, index + 1, share))
             start, held = index + 1, 0
     return cuts or [(0, 0, file.bytes)]

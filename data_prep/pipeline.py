@@ -26,7 +26,7 @@ from data_prep.steps import Step, Steps
 from data_prep.workers import pool
 from megatron_rdt.data.indexed import token_dtype
 from megatron_rdt.data.tokenizer import Tokenizer
-from megatron_rdt.errors import ConfigError, DataError
+from megatron_rdt.errors import ConfigError, DataError, RdtError
 from megatron_rdt.files import TEMPORARY_SUFFIX, exclusive, write_text
 
 TASKS = "tasks"  # file with the number of tasks that the last one was told
@@ -90,8 +90,7 @@ def _prepare_share(out: Path, config: PrepConfig, task: tuple[int, int], command
     with contextlib.ExitStack() as stack:
         with publish.lock(out, publish.LOCK_PATIENCE_S):
             publish.mend(out)
-            complete = out.exists() and not (config.restart and root.exists())
-            if complete and publish.already_there(out, config, replace=False):
+            if _is_complete(out, config):
                 print(f"{out} is complete and was made with these options from these files: nothing to do")
                 return
             message = f"task {config.shard} is at work on {out} already. Give each task another i in --shard i/N."
@@ -111,6 +110,16 @@ def _prepare_share(out: Path, config: PrepConfig, task: tuple[int, int], command
     left = [group for group in groups if plan.job.record(group_record(plan.job, group)) is None]
     print(f"task {index} of {count}: its groups are written, {len(left)} of {len(groups)} are left to others")
     print(f"when all tasks are done: {_merge_command(command)}")
+
+
+def _is_complete(out: Path, config: PrepConfig) -> bool:
+    """As already_there; a task replaces with --restart only what is damaged or differs: others may have finished."""
+    try:
+        return publish.already_there(out, config, replace=False)
+    except RdtError:
+        if not config.restart:
+            raise
+        return publish.already_there(out, config, replace=True)
 
 
 def _merge_command(command: str) -> str:

@@ -67,7 +67,6 @@ class Pool:
         self._lifeline: Connection | None = None
         if self.workers == 1:
             self._executor, self._counts = ThreadPoolExecutor(1), _counts
-            _stopped.clear()
             return
         context = multiprocessing.get_context("spawn")
         counts = context.Array("q", 2)
@@ -96,6 +95,7 @@ class Pool:
         if at_once and self._lifeline is None:
             _stopped.set()
         self._executor.shutdown(cancel_futures=True)
+        _stopped.clear()
         if self._lifeline is not None:
             self._lifeline.close()
 

@@ -14,9 +14,10 @@ def prep(words: list[str]) -> int:
         return COMMANDS[words[0]](words[1:])
     from data_prep.config import PrepConfig
 
+    parser = make_parser(PrepConfig, "rdt prep", prep.__doc__ or "")
     lines = [f"  {name:<8} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
-    description = "\n".join([prep.__doc__ or "", "", "commands (rdt prep COMMAND --help explains them):", *lines])
-    config, _ = parse(make_parser(PrepConfig, "rdt prep", description), PrepConfig, words)
+    parser.usage = "\n".join(["rdt prep [options]", "       rdt prep COMMAND [options]", "", "commands:", *lines])
+    config, _ = parse(parser, PrepConfig, words)
     from data_prep.pipeline import prepare
 
     out = prepare(config, command_of(words))

@@ -33,7 +33,7 @@ RUN = "import json,sys;from data_prep.pipeline import *;prepare(PrepConfig(**jso
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A .jsonl of 300 documents, some of them twice."""
     draw = random.Random(3)
-    words = "loop depth token model train shard window corpus tensor prefix".split()
+    words = ["loop", "depth", "token", "model", "train", "shard", "window", "corpus", "tensor", "prefix"]
     texts = [" ".join(draw.choices(words, k=draw.randrange(5, 60))) + f" {i}" for i in range(300)]
     path = tmp_path_factory.mktemp("resume") / "a.jsonl"
     return lines(path, [json.dumps({"text": text}) for text in [*texts, *texts[:20]]])
@@ -106,13 +106,18 @@ def interrupt_before(monkeypatch: pytest.MonkeyPatch, module: object, name: str,
     """Let a function raise KeyboardInterrupt after so many calls."""
     function, count = getattr(module, name), Counter[str]()
 
-    def interrupted(*arguments: object) -> object:
+    def counted(*arguments: object) -> object:
         count[name] += 1
         if count[name] > calls:
             raise KeyboardInterrupt
         return function(*arguments)
 
-    monkeypatch.setattr(module, name, interrupted)
+    monkeypatch.setattr(module, name, counted)
+
+
+def interrupted(options: PrepConfig) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        prepare(options)
 
 
 def parts_seen(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
@@ -130,13 +135,13 @@ def parts_seen(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
 def test_what_is_done_is_not_done_again(
     source: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         interrupt_before(patch, pipeline, "scan_part", 3)
-        prepare(config(source, tmp_path / "out"))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupted(config(source, tmp_path / "out"))
+    with monkeypatch.context() as patch:
         interrupt_before(patch, pipeline, "encode_slice", 4)
         scanned = parts_seen(patch, "scan_part")
-        prepare(config(source, tmp_path / "out"))
+        interrupted(config(source, tmp_path / "out"))
     encoded = parts_seen(monkeypatch, "encode_slice")
     prepare(config(source, tmp_path / "out"))
     assert scanned == [3, 4, 5, 6, 7]
@@ -148,9 +153,9 @@ def test_a_damaged_step_is_done_again(
     source: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file of another size than its record says, and one that a dead process was writing."""
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         interrupt_before(patch, pipeline.publish, "publish")
-        prepare(config(source, tmp_path / "out"))
+        interrupted(config(source, tmp_path / "out"))
     root = publish.working_directory(tmp_path / "out")
     assert (root / "corpus" / "manifest.json").exists()
     shard = root / "corpus" / "train" / "shard-00001.bin"
@@ -162,9 +167,9 @@ def test_a_damaged_step_is_done_again(
 
 def begun(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
     """A prep that was interrupted in the middle of its encoding."""
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         interrupt_before(patch, pipeline, "encode_slice", 2)
-        prepare(config(source, out, **changes))
+        interrupted(config(source, out, **changes))
 
 
 def test_other_options_are_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +238,7 @@ def test_a_full_disk_keeps_what_is_done(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "write_group", full_disk)
-        with pytest.raises(DataError, match="disk is full while writing .* goes on where it was"):
+        with pytest.raises(DataError, match=r"disk is full while writing .* goes on where it was"):
             prepare(config(source, tmp_path / "out"))
     assert contents(prepare(config(source, tmp_path / "out"))) == contents(straight)
 
@@ -293,7 +298,7 @@ def test_one_process_a_task(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepare(config(source, out, shard="0/2"))
     with exclusive(publish.task_lock(publish.working_directory(out), 1), "held"):
-        with pytest.raises(LaunchError, match="task 1/2 is at work on .* already"):
+        with pytest.raises(LaunchError, match=r"task 1/2 is at work on .* already"):
             prepare(config(source, out, shard="1/2"))
         for act in (prepare, merge):
             with pytest.raises(LaunchError, match="task 1 of a prep with --shard is at work"):

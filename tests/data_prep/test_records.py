@@ -224,7 +224,7 @@ def test_the_same_text_after_another_prompt_is_no_duplicate(tmp_path: Path) -> N
 
 
 def test_cleaning_is_counted(tmp_path: Path) -> None:
-    texts = [*("word %d and more" % i for i in range(60)), "\ufb01ne and \ufb02at", "short"]
+    texts = [*(f"word {i} and more" for i in range(60)), "\ufb01ne and \ufb02at", "short"]
     source = lines(tmp_path / "a.jsonl", [json.dumps({"text": text}) for text in texts])
     out = prepare(config(source, tmp_path / "out", normalize="NFKC", min_chars=6, part_bytes=500, vocab_size=300))
     manifest = load_manifest(out).document

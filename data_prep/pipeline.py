@@ -6,6 +6,7 @@ its name when everything in it is complete.
 """
 
 import contextlib
+import json
 import os
 import time
 from pathlib import Path
@@ -61,7 +62,7 @@ def prepare(config: PrepConfig, command: str = "rdt prep") -> Path:
         publish.check_alone(out)
         publish.check_space(out, config, input_files(config))
         root = publish.working_directory(out)
-        with publish.explained(out, lambda: _any_record(root)):
+        with publish.explained(out, lambda: _is_of_value(root)):
             began = time.monotonic()
             plan = open_plan(config, root, lambda: None)
             remove_temporary(root)
@@ -74,8 +75,10 @@ def prepare(config: PrepConfig, command: str = "rdt prep") -> Path:
     return out
 
 
-def _any_record(root: Path) -> bool:
-    return any(any((root / name).glob("*.json")) for name in ("scan", "encode", "groups"))
+def _is_of_value(root: Path) -> bool:
+    """Whether a part was scanned in which there are documents."""
+    records = (json.loads(path.read_text(encoding="utf-8")) for path in (root / "scan").glob("part-*.json"))
+    return any(record["documents"] for record in records)
 
 
 def _print_speed(document: dict[str, Any], seconds: float) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -108,7 +107,7 @@ def test_a_killed_worker_is_an_error(folder: Path, tmp_path: Path, monkeypatch: 
     def submit_and_kill(pool: Pool, *arguments: object) -> object:
         future = submit(pool, *arguments)  # type: ignore[arg-type]
         for process in list(pool._executor._processes.values()):  # type: ignore[attr-defined]
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
         return future
 
     monkeypatch.setattr(Pool, "submit", submit_and_kill)

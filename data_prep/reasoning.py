@@ -157,8 +157,9 @@ def _hops(name: str, nodes: int) -> Task:
         names = [_padded(node, nodes) for node in path]
         edges = [f"{a}>{b}" for a, b in zip(names, names[1:] + names[:1])]
         question = f"From {names[0]}, {hops} {'hop' if hops == 1 else 'hops'}:"
+        # As content the edges are in the order of the walk, however they are shown.
         shuffled = " ".join(edges[i] for i in stream.order(nodes))
-        return Instance(f"{shuffled}. {question}", names[hops], f"{' '.join(sorted(edges))}. {question}")
+        return Instance(f"{shuffled}. {question}", names[hops], f"{' '.join(edges)}. {question}")
 
     return Task(name, make, lambda hops: math.factorial(nodes), nodes - 1)
 
@@ -200,7 +201,7 @@ def _modular(name: str, modulus: int) -> Task:
 
     def make(stream: Stream, depth: int) -> Instance:
         text, value = expression(stream, depth)
-        prompt = f"{text[1:-1]} mod {modulus} ="
+        prompt = f"{text} mod {modulus} ="
         return Instance(prompt, str(value), prompt)
 
     @cache
@@ -283,15 +284,16 @@ def examples(
     """
     check_difficulty(tasks, easiest, hardest)
     drawn = [itertools.count() for _ in tasks]
-    seen: list[set[int]] = [set() for _ in tasks]
+    kinds = [task.name.partition(":")[0] for task in tasks]
+    seen: dict[str, set[int]] = {kind: set() for kind in kinds}  # addition:1 and addition:2 have sums in common
     for number in range(count):
         which = number % len(tasks)
         for index in itertools.islice(drawn[which], MOST_MISSES):
             choice = xxhash.xxh3_64_intdigest(f"{tasks[which].name}\x1f{seed}\x1f{index}\x1fdifficulty".encode())
             difficulty = easiest + (choice * (hardest - easiest + 1) >> WORD_BITS)
             found = example(tasks[which], difficulty, seed, index)
-            if found.split == split and (duplicates or found.key not in seen[which]):
-                seen[which].add(found.key)
+            if found.split == split and (duplicates or found.key not in seen[kinds[which]]):
+                seen[kinds[which]].add(found.key)
                 yield found
                 break
         else:

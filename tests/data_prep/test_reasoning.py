@@ -1,0 +1,320 @@
+"""Generated tasks against checkers that read the prompt alone; both sides disjoint; nothing that changes with a version."""
+
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.reasoning import (
+    TEST,
+    TRAIN,
+    Example,
+    Group,
+    Stream,
+    check_difficulty,
+    example,
+    examples,
+    is_even,
+    parse_task,
+)
+from megatron_rdt.errors import ConfigError
+
+Check = Callable[[Example, int], None]
+
+
+def check_hops(one: Example, nodes: int) -> None:
+    edges, start, hops = re.fullmatch(r"([\d> ]+)\. From (\d+), (\d+) hops?:", one.prompt).groups()  # type: ignore[union-attr]
+    following = dict(edge.split(">") for edge in edges.split())
+    assert len(following) == len(edges.split()) == nodes
+    width = len(str(nodes - 1))
+    assert {int(node) for node in following} == {int(node) for node in following.values()} == set(range(nodes))
+    assert {len(node) for node in following} == {width}
+    assert int(hops) == one.difficulty
+    place, visited = start, {start}
+    for _ in range(one.difficulty):
+        place = following[place]
+        assert place not in visited  # no shorter way
+        visited.add(place)
+    assert one.answer == place
+
+
+def read_word(one: Example) -> tuple[str, list[str]]:
+    name, text = re.fullmatch(r"([CSA]\d+)(?: prefixes)?: ([\d* ]+) =", one.prompt).groups()  # type: ignore[union-attr]
+    word = text.split(" * ")
+    assert len(word) == one.difficulty + 1
+    return name, word
+
+
+def check_product(one: Example, _: int, prefixes: bool = False) -> None:
+    """Permutations as tables of images, applied to every point one after the other; residues added up."""
+    name, word = read_word(one)
+    n = int(name[1:])
+    found = []
+    for length in range(1, len(word) + 1):
+        if name[0] == "C":
+            found.append(str(sum(map(int, word[:length])) % n).zfill(len(str(n - 1))))
+            continue
+        images = ""
+        for point in range(1, n + 1):
+            for element in word[:length]:
+                assert sorted(element) == [str(i) for i in range(1, n + 1)]
+                point = int(element[point - 1])
+            images += str(point)
+        found.append(images)
+    assert one.answer == (" ".join(found) if prefixes else found[-1])
+
+
+def check_addition(one: Example, digits: int) -> None:
+    assert re.fullmatch(r"\d+( \+ \d+)* =", one.prompt)
+    numbers = one.prompt.removesuffix(" =").split(" + ")
+    assert len(numbers) == one.difficulty + 1
+    assert all(len(number) <= digits and number == str(int(number)) for number in numbers)
+    assert one.answer == str(sum(map(int, numbers)))
+
+
+def check_modular(one: Example, modulus: int) -> None:
+    text, number = re.fullmatch(r"([\d()*+-]+) mod (\d+) =", one.prompt).groups()  # type: ignore[union-attr]
+    assert int(number) == modulus
+    assert one.answer == str(eval(text) % modulus)
+    depths = itertools.accumulate({"(": 1, ")": -1}.get(character, 0) for character in text)
+    assert max(depths) == one.difficulty
+    assert all(int(residue) < modulus for residue in re.findall(r"\d+", text))
+
+
+FAMILIES: list[tuple[str, int, int, Check]] = [
+    ("hops", 16, 15, check_hops),
+    ("hops:2", 2, 1, check_hops),
+    ("hops:10", 10, 9, check_hops),
+    ("hops:101", 101, 100, check_hops),
+    ("product", 0, 40, check_product),
+    *((f"product:{name}", 0, 40, check_product) for name in ("C2", "C12", "S3", "A4", "A5", "S5", "S7")),
+    ("prefixes:A5", 0, 20, lambda one, n: check_product(one, n, prefixes=True)),
+    ("prefixes:C10", 0, 20, lambda one, n: check_product(one, n, prefixes=True)),
+    ("addition", 3, 30, check_addition),
+    ("addition:40", 40, 30, check_addition),
+    ("modular", 7, 10, check_modular),
+    ("modular:100", 100, 10, check_modular),
+]
+
+
+@pytest.mark.parametrize(("name", "parameter", "hardest", "check"), FAMILIES, ids=[family[0] for family in FAMILIES])
+def test_answers_are_exact(name: str, parameter: int, hardest: int, check: Check) -> None:
+    task = parse_task(name)
+
+    @settings(max_examples=30, deadline=None, database=None)
+    @given(st.integers(1, hardest), st.integers(-5, 2**70), st.integers(0, 2**40))
+    def run(difficulty: int, seed: int, index: int) -> None:
+        one = example(task, difficulty, seed, index)
+        assert (one.task, one.difficulty) == (name, difficulty)
+        assert one == example(parse_task(name), difficulty, seed, index)
+        check(one, parameter)
+
+    run()
+
+
+GOLDEN = [
+    ("hops:5", 3, "4>3 0>4 3>2 2>1 1>0. From 3, 3 hops:", "0"),
+    ("product:S5", 3, "S5: 15234 * 14532 * 45123 * 23415 =", "15342"),
+    ("prefixes:C12", 3, "C12 prefixes: 01 * 02 * 00 * 11 =", "01 03 03 02"),
+    ("addition", 2, "679 + 35 + 952 =", "1666"),
+    ("modular", 3, "(2-(1+(2*5))) mod 7 =", "5"),
+]
+
+
+@pytest.mark.parametrize(("name", "difficulty", "prompt", "answer"), GOLDEN, ids=[golden[0] for golden in GOLDEN])
+def test_examples_never_change(name: str, difficulty: int, prompt: str, answer: str) -> None:
+    one = example(parse_task(name), difficulty, 0, 0)
+    assert (one.prompt, one.answer) == (prompt, answer)
+
+
+@pytest.mark.parametrize(
+    ("name", "order", "abelian"),
+    [("C2", 2, True), ("C60", 60, True), ("S3", 6, False), ("A3", 3, True), ("A5", 60, False), ("S5", 120, False)],
+)
+def test_groups(name: str, order: int, abelian: bool) -> None:
+    group = Group(name)
+    elements, identity = group.elements, group.elements[0]
+    number = {element: i for i, element in enumerate(elements)}
+    assert len(number) == len(elements) == order
+    assert len({group.text(element) for element in elements}) == order
+    table = [[number[group.product(a, b)] for b in elements] for a in elements]  # closed, or a KeyError
+    assert table[0] == [row[0] for row in table] == list(range(order))  # neutral
+    assert group.product(identity, identity) == identity
+    assert all(sorted(row) == list(range(order)) for row in table)  # with inverses
+    assert all(
+        table[table[a][b]] == [table[a][bc] for bc in table[b]] for a in range(order) for b in range(order)
+    )  # associative
+    assert (table == [list(column) for column in zip(*table)]) == abelian
+
+
+def test_a5_is_perfect_and_even() -> None:
+    """Commutators generate all of A5: it is not solvable, which is what makes its word problem hard."""
+    elements = Group("A5").elements
+    assert all(map(is_even, elements))
+    product = Group("A5").product
+    inverse = {a: b for a in elements for b in elements if product(a, b) == elements[0]}
+    commutators = {product(product(a, b), product(inverse[a], inverse[b])) for a in elements for b in elements}
+    assert len(commutators) == 60
+
+
+@pytest.mark.parametrize("name", ["hops", "product:S5", "product:A4", "addition:1", "modular", "prefixes:S3"])
+def test_sides_are_disjoint_whatever_the_seed(name: str) -> None:
+    task = [parse_task(name)]
+    train = [*examples(task, 2, 8, TRAIN, 800, 0), *examples(task, 2, 8, TRAIN, 200, 1)]
+    test = [*examples(task, 2, 8, TEST, 80, 0), *examples(task, 2, 8, TEST, 80, 2)]
+    assert {one.key for one in train} & {one.key for one in test} == set()
+    assert {one.prompt for one in train} & {one.prompt for one in test} == set()
+    assert len({one.prompt for one in train[:800]}) == 800
+    assert len({one.key for one in test[:80]}) == 80
+
+
+def canonical(one: Example) -> str:
+    """The instance without the order in which it is written down."""
+    if one.task.startswith("hops"):
+        edges, _, question = one.prompt.partition(". ")
+        return " ".join(sorted(edges.split())) + question
+    if one.task.startswith("addition"):
+        return "+".join(sorted(one.prompt.removesuffix(" =").split(" + "), key=int))
+    return one.prompt.replace(" prefixes", "")
+
+
+@pytest.mark.parametrize("name", ["hops:3", "addition:1", "product:C3", "prefixes:C3", "modular:2"])
+def test_a_side_is_decided_by_content(name: str) -> None:
+    """Whatever is the same task written differently has the same key, and nothing else has."""
+    found = [example(parse_task(name), d, 0, i) for d in (1, 2) for i in range(1000)]
+    assert len({one.prompt for one in found}) > 10
+    pairs = {(one.key, canonical(one)) for one in found}
+    assert len(pairs) == len({key for key, _ in pairs}) == len({content for _, content in pairs})
+
+
+def test_a_word_and_its_prefixes_are_on_the_same_side() -> None:
+    products, prefixes = [
+        {canonical(one): one.key for one in (example(parse_task(name), 1, 0, i) for i in range(500))}
+        for name in ("product:C5", "prefixes:C5")
+    ]
+    assert products == prefixes  # all 25 words
+
+
+@pytest.mark.parametrize(
+    ("name", "difficulty"), [("hops:3", 2), ("addition:1", 1), ("addition:1", 2), ("product:C3", 2), ("modular:2", 2)]
+)
+def test_instances_are_counted_and_running_out_is_said(name: str, difficulty: int) -> None:
+    task = parse_task(name)
+    known = {example(task, difficulty, 0, i).key for i in range(12_000)}
+    assert len(known) == task.instances(difficulty)
+    on_test = sum(key % 10 == 0 for key in known)
+    assert len(list(examples([task], difficulty, difficulty, TRAIN, len(known) - on_test, 3))) == len(known) - on_test
+    with pytest.raises(ConfigError) as caught:
+        list(examples([task], difficulty, difficulty, TRAIN, len(known) - on_test + 1, 3))
+    assert str(caught.value) == (
+        f"{name} with difficulty {difficulty} has {len(known)} different instances, about 9 in 10 of them are for train: "
+        f"{len(known) - on_test} were found, {len(known) - on_test + 1} are asked for. "
+        "Raise --difficulty, ask for fewer, or set --duplicates."
+    )
+    assert len(list(examples([task], difficulty, difficulty, TRAIN, 1000, 3, duplicates=True))) == 1000
+
+
+def test_a_side_without_instances() -> None:
+    task = [parse_task("product:C2")]
+    with pytest.raises(
+        ConfigError, match=r"product:C2 with difficulty 1 has 4 .* one in 10 of them is for test: 0 were"
+    ):
+        list(examples(task, 1, 1, TEST, 1, 0, duplicates=True))
+    with pytest.raises(ConfigError, match=r"0 were found, 1 are asked for\. Raise --difficulty\.$"):
+        list(examples(task, 1, 1, TEST, 1, 0))
+
+
+def test_tasks_take_turns_and_difficulties_are_uniform() -> None:
+    names = ["hops", "product:S5", "addition"]
+    found = list(examples([parse_task(name) for name in names], 2, 5, TRAIN, 3000, 0))
+    assert [one.task for one in found] == names * 1000
+    for name in names:
+        drawn = Counter(one.difficulty for one in found if one.task == name)
+        assert set(drawn) == {2, 3, 4, 5}
+        assert scipy.stats.chisquare(list(drawn.values())).pvalue > 1e-4
+
+
+def test_tasks_that_overlap_have_no_example_in_common() -> None:
+    tasks = [parse_task(name) for name in ("addition:1", "addition:2", "product", "product:S5", "prefixes")]
+    found = list(examples(tasks, 1, 2, TRAIN, 250, 0))
+    assert len({one.prompt for one in found}) == 250
+
+
+def test_easiest_instances_run_out_and_the_others_go_on() -> None:
+    drawn = Counter(one.difficulty for one in examples([parse_task("modular:2")], 1, 4, TRAIN, 1000, 0))
+    assert drawn[1] <= 12
+    assert drawn[3] > 300
+    assert sum(drawn.values()) == 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "difficulty", "answers"),
+    [("product:S5", 3, 120), ("product:A5", 1, 60), ("product:C12", 5, 12), ("hops", 7, 16), ("hops:10", 9, 10)],
+)
+def test_answers_are_uniform(name: str, difficulty: int, answers: int) -> None:
+    found = Counter(example(parse_task(name), difficulty, 0, i).answer for i in range(answers * 30))
+    assert len(found) == answers
+    assert scipy.stats.chisquare(list(found.values())).pvalue > 1e-4
+
+
+def test_the_share_of_the_test_side() -> None:
+    sides = Counter(example(parse_task("hops"), 3, 0, i).split for i in range(10_000))
+    assert 880 < sides[TEST] < 1120
+
+
+def test_streams_are_uniform() -> None:
+    stream = Stream("key")
+    assert scipy.stats.chisquare(list(Counter(stream.below(7) for _ in range(7000)).values())).pvalue > 1e-4
+    orders = Counter(tuple(stream.order(4)) for _ in range(2400))
+    assert len(orders) == 24
+    assert scipy.stats.chisquare(list(orders.values())).pvalue > 1e-4
+    large = [stream.below(10**100) for _ in range(1000)]
+    assert max(large) < 10**100
+    assert len(set(large)) == 1000
+    assert 0.45 < sum(value > 10**100 // 2 for value in large) / 1000 < 0.55
+    assert {stream.below(1) for _ in range(10)} == {0}
+
+
+WRONG_NAMES = [
+    ("hop", "there is no task 'hop'. Set --task to one or several of hops, addition, modular, product, prefixes"),
+    ("", "there is no task ''"),
+    ("hops:1", "task 'hops:1': what follows hops: is nodes, a whole number from 2 to 1000. Set --task hops:16."),
+    ("hops:", "task 'hops:': what follows"),
+    ("hops:ten", "task 'hops:ten': what follows"),
+    ("addition:0", "what follows addition: is digits, a whole number from 1 to 100"),
+    ("modular:1001", "what follows modular: is the modulus, a whole number from 2 to 1000"),
+    ("product:", "there is no group ''. Take C2 to C999, S3 to S7 or A3 to A7, such as product:S5."),
+    *(
+        (f"product:{name}", f"there is no group '{name}'")
+        for name in ("C1", "S2", "S8", "A8", "D4", "s5", "C1000", "S05")
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "message"), WRONG_NAMES, ids=[name for name, _ in WRONG_NAMES])
+def test_wrong_names(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse_task(name)
+
+
+def test_wrong_difficulties() -> None:
+    tasks = [parse_task("addition"), parse_task("hops:5"), parse_task("modular")]
+    for easiest, hardest in ((0, 3), (3, 2), (-1, -1)):
+        with pytest.raises(ConfigError, match=rf"difficulty {easiest},{hardest} is no range\. Set --difficulty"):
+            check_difficulty(tasks, easiest, hardest)
+    with pytest.raises(
+        ConfigError, match=r"hops:5 has difficulties up to 4, not 5\. .* at most that or take more nodes"
+    ):
+        check_difficulty(tasks, 1, 5)
+    with pytest.raises(
+        ConfigError, match=r"modular has difficulties up to 16, not 17\. Set --difficulty to at most that\.$"
+    ):
+        check_difficulty(tasks[2:], 17, 17)
+    check_difficulty(tasks, 4, 4)
+    assert parse_task("hops:5").instances(4) == math.factorial(5)

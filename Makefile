@@ -2,7 +2,7 @@
 # make quickstart   the whole main job on two processes, from raw text to a report
 # make test         lint, types, tests
 # make test-cluster the same for what needs Slurm
-# make test-parity  against the code of other projects; installs open-mythos (put Parcae and Huginn on PYTHONPATH)
+# make test-parity  against the code of other projects; installs open-mythos and megatron-core (put Parcae and Huginn on PYTHONPATH)
 # make bench        benchmarks; they print, nothing is asserted
 PYTHON ?= python3
 VENV := .venv
@@ -39,8 +39,8 @@ test-cluster: install
 	$(BIN)/python -m pytest --verbose -m cluster tests/cluster
 
 test-parity: install
-	$(BIN)/python -m pip install --quiet --no-deps open-mythos==0.5.0
-	$(BIN)/python -m pytest -rs tests/parity
+	$(BIN)/python -m pip install --quiet --no-deps open-mythos==0.5.0 megatron-core==0.16.1
+	$(BIN)/python -m pytest -rs tests/parity tests/data/test_megatron.py
 
 bench: install
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

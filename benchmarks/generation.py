@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from megatron_rdt.config import ModelConfig
+from megatron_rdt.config import DataConfig, ModelConfig
 from megatron_rdt.inference import ExitRule, ExitTrace, GenerationTrace, KVCache, generate, load
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
 
@@ -188,8 +188,8 @@ def load_windows(options: argparse.Namespace) -> tuple[RecurrentDepthTransformer
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.checkpoint or Path(RUN).exists():
         model, _ = load(options.checkpoint or RUN, device)
-        corpus = validation_corpus(options.data, options.length, 0)
-        return model, fixed_windows(corpus, options.sequences).to(device), True
+        corpus = validation_corpus(options.data, options.length, 0, DataConfig())
+        return model, fixed_windows(corpus, options.sequences).tokens.to(device), True
     model = initialize(RecurrentDepthTransformer(ModelConfig(ffn_dim=512)), 0).eval().to(device)
     shape, generator = (options.sequences, options.length + 1), torch.Generator().manual_seed(0)
     return model, torch.randint(0, model.config.vocab_size, shape, generator=generator).to(device), False

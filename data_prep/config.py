@@ -48,9 +48,9 @@ class PrepConfig:
     near_threshold: float = 0.8
     """Jaccard similarity from which on documents are near-duplicates."""
     tokenizer: str = ""
-    """Existing SentencePiece model or prepared tokenizer folder to use; empty trains one on these documents."""
+    """Existing tokenizer to use: a SentencePiece model, a folder with a Hugging Face tokenizer.json, or one that was prepared; empty trains one on these documents."""
     tokenizer_type: Literal["bpe", "unigram"] = "bpe"
-    """Kind of tokenizer to train; bpe converts to Hugging Face exactly."""
+    """Kind of tokenizer to train; both have an exact form for transformers."""
     vocab_size: int = 4096
     """Pieces of the tokenizer to train."""
     special_tokens: list[str] = field(default_factory=lambda: ["<|im_start|>", "<|im_end|>"])

@@ -3,7 +3,6 @@
 import json
 import platform
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from data_prep.inputs import Input
@@ -13,7 +12,7 @@ from data_prep.scan import scan_record
 from data_prep.shards import SPLITS
 from megatron_rdt.data.indexed import token_dtype
 from megatron_rdt.data.manifest import FORMAT, MANIFEST, VERSION
-from megatron_rdt.data.tokenizer import MODEL_FILE, Tokenizer
+from megatron_rdt.data.tokenizer import Tokenizer
 from megatron_rdt.errors import DataError
 from megatron_rdt.files import sha256_of, write_text
 
@@ -124,7 +123,7 @@ def write_manifest(plan: Plan, groups: list[dict[str, Any]], duplicates: dict[st
         "tokenizer": {
             "kind": tokenizer.kind,
             "fingerprint": tokenizer.fingerprint,
-            "file_sha256": _file_hash(directory / "tokenizer"),
+            "file_sha256": sha256_of(tokenizer.file),
         },
         "prep": {
             "options_sha256": options_hash(config),
@@ -149,12 +148,6 @@ def _split(shards: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: sum(shard[name] for shard in shards) for name in ("tokens", "documents", "text_bytes")} | {
         "shards": shards
     }
-
-
-def _file_hash(tokenizer: Path) -> str:
-    """SHA-256 of the file that decides what the tokenizer does."""
-    files = [tokenizer / name for name in (MODEL_FILE, "tokenizer.json")]
-    return sha256_of(next(file for file in files if file.is_file()))
 
 
 def print_summary(document: dict[str, Any]) -> None:

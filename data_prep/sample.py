@@ -12,10 +12,8 @@ from data_prep.encode import kept_documents, kept_rows
 from data_prep.inputs import Part
 from data_prep.plan import TOKENIZER_RECORD, Job
 from data_prep.scan import scan_record
-from data_prep.tokenizer import MAX_SENTENCE_BYTES, train_tokenizer, write_tokenizer
+from data_prep.tokenizer import MAX_SENTENCE_BYTES, copy_tokenizer, train_tokenizer, write_tokenizer
 from data_prep.workers import advance
-from megatron_rdt.data.tokenizer import Tokenizer
-from megatron_rdt.errors import ConfigError
 from megatron_rdt.files import TEMPORARY_SUFFIX
 
 SPREAD = 16  # the sample is drawn from this many times its size
@@ -31,26 +29,15 @@ def tokenizer_record(job: Job) -> Path:
 def make_tokenizer(job: Job, parts: list[Part]) -> None:
     """Write the corpus's tokenizer and its record."""
     config = job.config
-    if config.tokenizer:
-        given = Tokenizer(config.tokenizer)
-        if given.eos < 0:
-            raise ConfigError(
-                f"the tokenizer {config.tokenizer} has no EOS piece, which ends every document. Train one with "
-                "`--eos_id`, or leave --tokenizer away."
-            )
-        model = given.processor.serialized_model_proto()
-        texts = sample_texts(job, parts, CHECKED_BYTES)
-    else:
-        texts = sample_texts(job, parts, config.tokenizer_sample_bytes)
-        model = train_tokenizer(_counted(texts), config)
     # Several tasks may get here at the same time; the first to finish gives its directory the name.
     directory = job.path(f"tokenizer-{os.uname().nodename}-{os.getpid()}{TEMPORARY_SUFFIX}")
     shutil.rmtree(directory, ignore_errors=True)
-    write_tokenizer(model, directory, texts[:CHECKED_DOCUMENTS], bool(config.tokenizer))
-    if not (directory / "tokenizer.json").is_file():
-        print(
-            "this tokenizer has no exact form for transformers (it may not be BPE, or normalise text): no tokenizer.json"
-        )
+    if config.tokenizer:
+        texts = sample_texts(job, parts, CHECKED_BYTES)
+        copy_tokenizer(config.tokenizer, directory, texts[:CHECKED_DOCUMENTS])
+    else:
+        texts = sample_texts(job, parts, config.tokenizer_sample_bytes)
+        write_tokenizer(train_tokenizer(_counted(texts), config), directory, texts[:CHECKED_DOCUMENTS])
     final = job.corpus / "tokenizer"
     final.parent.mkdir(exist_ok=True)
     take_name(directory, final)

@@ -27,7 +27,11 @@ def explain(error: BaseException) -> RdtError | None:
     first = text.splitlines()[0] if text else name
     if is_disk_full(error):
         return RdtError(f"the disk is full ({first}). Free space and start again.")
-    if isinstance(error, OSError) and error.filename and (error.errno in NO_ACCESS or _is_of_the_kernel(error.filename)):
+    if (
+        isinstance(error, OSError)
+        and error.filename
+        and (error.errno in NO_ACCESS or _is_of_the_kernel(error.filename))
+    ):
         return RdtError(f"{error.filename}: {error.strerror}. Choose a path that you can read and write.")
     if name == "OutOfMemoryError":
         return RdtError(

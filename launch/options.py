@@ -63,11 +63,12 @@ def check_places(config: RunConfig) -> None:
         DataError: there are no shards.
         ConfigError: `run.root` cannot be used.
     """
-    manifest = Path(config.data.path) / "manifest.json"
-    if not manifest.is_file():
-        raise DataError(
-            f"{manifest} does not exist. Make the shards first: rdt prep --config FILE --out {config.data.path}"
-        )
+    for corpus in config.data.corpora():
+        manifest = Path(corpus.path) / "manifest.json"
+        if not manifest.is_file():
+            raise DataError(
+                f"{manifest} does not exist. Make the shards first: rdt prep --config FILE --out {corpus.path}"
+            )
     place = Path(config.run.root).absolute() / config.run.name
     while not place.exists() and not os.path.islink(place):
         place = place.parent

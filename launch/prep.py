@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Callable
 
+from launch.corpora import import_files, show, verify
 from launch.tasks import tasks
 from megatron_rdt.config.parser import make_parser, parse
 from megatron_rdt.errors import EXIT_OK
@@ -47,7 +48,18 @@ def command_of(words: list[str]) -> str:
     return shlex.join(["rdt", "prep", *kept])
 
 
+def pack(words: list[str]) -> int:
+    """Make the packing plans of a corpus for one sequence length."""
+    from launch.pack import pack as run
+
+    return run(words)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "merge": merge,
+    "verify": verify,
+    "show": show,
+    "import": import_files,
+    "pack": pack,
     "tasks": tasks,
 }

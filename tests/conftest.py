@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import json
 import os
 import sysconfig
 
@@ -10,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 
 from data_prep.config import PrepConfig
 from data_prep.pipeline import prepare
+from data_prep.tokenizer import train_tokenizer, write_tokenizer
 from megatron_rdt.config import RunConfig, check_config, load_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -43,6 +46,35 @@ def tiny_corpus(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """A prepared corpus with a vocabulary of 512."""
     out = tmp_path_factory.mktemp("prepared") / "tiny"
     return prepare(PrepConfig(sources=[str(tiny_text)], out=str(out), vocab_size=512, valid_fraction=0.2, workers=1))
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folders(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders with small tokenizers: "bpe" and "unigram" as prep trains them, "hf" a byte-level one like GPT-2's."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted(tiny_text.iterdir())]
+    root = tmp_path_factory.mktemp("tokenizers")
+    for kind in ("bpe", "unigram"):
+        options = PrepConfig(tokenizer_type=kind, vocab_size=640, tokenizer_sample_bytes=200_000)  # type: ignore[arg-type]
+        write_tokenizer(train_tokenizer(texts, options), root / kind, [])
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    model.post_processor = tokenizers.processors.TemplateProcessing("$A <|end|>", special_tokens=[("<|end|>", 0)])
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    model.train_from_iterator(
+        (text[:10_000] for text in texts),
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=512, special_tokens=["<|end|>", "<|pad|>"], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    model.add_tokens(["<tool>"])
+    (root / "hf").mkdir()
+    model.save(str(root / "hf" / "tokenizer.json"))
+    settings = {"tokenizer_class": "GPT2Tokenizer", "pad_token": "<|pad|>"}
+    (root / "hf" / "tokenizer_config.json").write_text(json.dumps(settings))
+    specials = {"eos_token": {"content": "<|end|>", "lstrip": False, "rstrip": False, "normalized": False}}
+    (root / "hf" / "special_tokens_map.json").write_text(json.dumps(specials))
+    return {kind: root / kind for kind in ("bpe", "unigram", "hf")}
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,13 @@ from megatron_rdt.checkpoint.read import (
     resolve_checkpoint,
 )
 from megatron_rdt.checkpoint.start import find_start
-from megatron_rdt.checkpoint.write import record_start, restore_rank_rng, save_checkpoint, software_versions
+from megatron_rdt.checkpoint.write import (
+    read_rank_state,
+    record_start,
+    restore_rank_rng,
+    save_checkpoint,
+    software_versions,
+)
 
 __all__ = [
     "BUFFERS",
@@ -24,6 +30,7 @@ __all__ = [
     "persistent_buffers",
     "read_manifest",
     "read_model_weights",
+    "read_rank_state",
     "read_trainer_state",
     "record_start",
     "resolve_checkpoint",

@@ -29,6 +29,7 @@ from megatron_rdt.files import atomic_open, fsync_directory, fsync_file, why_not
 from megatron_rdt.parallel import Engine
 
 T = TypeVar("T")
+RANK_STATES = "data"
 
 
 def rng_state() -> dict[str, Any]:
@@ -59,6 +60,12 @@ def restore_rank_rng(checkpoint: Path, rank: int) -> None:
         restore_rng_state(torch.load(path, weights_only=True))
 
 
+def read_rank_state(checkpoint: Path, rank: int) -> dict[str, Any] | None:
+    """What `rank` gave as its own state when the checkpoint was saved; None where it gave none."""
+    path = checkpoint / RANK_STATES / f"rank-{rank:05d}.pt"
+    return torch.load(path, weights_only=True) if path.is_file() else None
+
+
 def software_versions(engine: str) -> dict[str, str]:
     """What wrote a checkpoint: versions of Python, this package, PyTorch and, for a ZeRO engine, DeepSpeed."""
     versions = {
@@ -81,6 +88,7 @@ def save_checkpoint(
     facts: dict[str, Any],
     tokenizer_directory: Path | None,
     keep: int,
+    rank_state: dict[str, Any] | None = None,
 ) -> Path:
     """Save on every rank; returns the checkpoint's directory.
 
@@ -92,6 +100,7 @@ def save_checkpoint(
         facts: goes into the manifest beside the files' hashes and the versions of what wrote them.
         tokenizer_directory: copied in, so that the checkpoint can generate text by itself.
         keep: newest checkpoints to keep; 0 keeps all.
+        rank_state: what only this rank knows, tensors and plain values; on every rank, or on none.
 
     Raises:
         CheckpointError: on every rank, when any rank could not write; what was there before is untouched.
@@ -104,6 +113,8 @@ def save_checkpoint(
         for stale in parent.glob(".step-*"):  # left by a run that was killed while saving or deleting
             shutil.rmtree(stale)
         (temporary / "rng").mkdir(parents=True)
+        if rank_state is not None:
+            (temporary / RANK_STATES).mkdir()
 
     def write() -> None:
         engine.save(temporary)
@@ -112,6 +123,9 @@ def save_checkpoint(
         # Given a path, torch.save hides the reason of a failed write; given a file, the OSError gets out.
         with open(temporary / "rng" / f"rank-{engine.rank:05d}.pt", "wb") as file:
             torch.save(rng_state(), file)
+        if rank_state is not None:
+            with open(temporary / RANK_STATES / f"rank-{engine.rank:05d}.pt", "wb") as file:
+                torch.save(rank_state, file)
 
     def describe() -> None:
         write_text(temporary / "config.yaml", config_yaml)

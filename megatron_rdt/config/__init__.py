@@ -5,6 +5,7 @@ from megatron_rdt.config.load import dump_config, load_config
 from megatron_rdt.config.model import ModelConfig
 from megatron_rdt.config.schema import (
     CheckpointConfig,
+    CorpusConfig,
     DataConfig,
     DepthConfig,
     EvalConfig,
@@ -20,6 +21,7 @@ from megatron_rdt.config.schema import (
 
 __all__ = [
     "CheckpointConfig",
+    "CorpusConfig",
     "DataConfig",
     "DepthConfig",
     "EvalConfig",

@@ -4,6 +4,7 @@ import math
 
 from megatron_rdt.config.deepspeed import deepspeed_problems
 from megatron_rdt.config.layout import Layout
+from megatron_rdt.config.mixture import integer_weights
 from megatron_rdt.config.parallel_checks import AXES, parallel_problems
 from megatron_rdt.config.schema import ModelConfig, RunConfig, ScheduleConfig
 from megatron_rdt.errors import ConfigError
@@ -68,8 +69,8 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
         config: what the user asked for.
         world_size: processes of the run, where it is known.
     """
-    problems = [*_ranges(config), *_model(config), *_depth(config), *_training(config), *parallel_problems(config)]
-    problems += deepspeed_problems(config, world_size)
+    problems = [*_ranges(config), *_model(config), *_depth(config), *_training(config), *_data(config)]
+    problems += [*parallel_problems(config), *deepspeed_problems(config, world_size)]
     if world_size is not None:
         problems += _world(config, world_size)
     if problems:
@@ -221,6 +222,69 @@ def _training(config: RunConfig) -> list[str]:
     name = config.run.name
     if "/" in name or name in ("", ".", "..") or name.startswith("-") or not name.isprintable():
         problems.append(f"run.name {name!r} must be the name of a directory. Put the path into --run.root.")
+    return problems
+
+
+def _streaming(config: RunConfig) -> list[str]:
+    """What a dataset that is read as it comes needs, and what does not go with it."""
+    data, problems = config.data, []
+    for number, corpus in enumerate(data.mixture, 1):
+        if corpus.path.startswith("hf:"):
+            problems.append(
+                f"data.mixture: entry {number} ({corpus.path}) is a dataset that is read as it comes, which cannot be mixed. "
+                "Prepare it with rdt prep, or name it alone in data.path."
+            )
+    if not data.streamed:
+        return problems
+    if not data.tokenizer:
+        problems.append(
+            f"data.path {data.path} needs a tokenizer: set --data.tokenizer to the tokenizer/ of a prepared corpus."
+        )
+    if data.shuffle_buffer < 0:
+        problems.append(f"data.shuffle_buffer is {data.shuffle_buffer}, it must be at least 0.")
+    if data.pack != "chunk":
+        problems.append(f"data.pack {data.pack} needs shards, data.path {data.path} has none. Set --data.pack chunk.")
+    if data.verify == "full":
+        problems.append(f"data.verify full needs shards, data.path {data.path} has none. Set --data.verify size.")
+    return problems
+
+
+def _data(config: RunConfig) -> list[str]:
+    data, problems = config.data, []
+    if data.document_positions and not data.document_mask:
+        problems.append(
+            "data.document_positions lets positions start again within a sequence, so that a token would see others from "
+            "ahead of it: it needs --data.document_mask true. Set that, or leave it away."
+        )
+    problems += _streaming(config)
+    return problems + _mixture(config) if data.mixture else problems
+
+
+def _mixture(config: RunConfig) -> list[str]:
+    """What the corpora of the data need of each other."""
+    corpora, problems = config.data.corpora(), []
+    names = [corpus.name for corpus in corpora]
+    for number, corpus in enumerate(corpora, 1):
+        where = f"data.mixture: entry {number} ({corpus.path})"
+        if "/" in corpus.name or not corpus.name.isprintable():
+            problems.append(f"{where} is called {corpus.name!r}, which is no name. Give it another one with name.")
+        if names.index(corpus.name) < number - 1:
+            first = names.index(corpus.name) + 1
+            problems.append(f"{where} is called {corpus.name} like entry {first}. Give one of them another name.")
+        if corpus.max_epochs is not None and not 0 < corpus.max_epochs < math.inf:
+            problems.append(f"{where} has max_epochs {corpus.max_epochs}, it must be above 0.")
+        if corpus.max_tokens < 0:
+            problems.append(f"{where} has max_tokens {corpus.max_tokens}, it must be at least 1, or 0 for all.")
+        if corpus.max_tokens and config.data.pack != "chunk":
+            problems.append(
+                f"{where} has max_tokens {corpus.max_tokens}, but data.pack {config.data.pack} packs all documents of a "
+                "shard together. Set --data.pack chunk, or leave max_tokens away."
+            )
+    if not problems:
+        try:
+            integer_weights({corpus.name: corpus.weight for corpus in corpora})
+        except ValueError as error:
+            problems.append(f"data.mixture: {error}. Raise the weight, or leave the corpus out.")
     return problems
 
 

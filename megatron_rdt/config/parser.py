@@ -5,7 +5,7 @@ Words are brought into one form first, so that all commands follow the same rule
 
 - `--a-b` is `--a_b`, and `--a b` is `--a=b`;
 - a boolean option may stand alone: `--dry_run` is `--dry_run=true`;
-- a list may be written with or without brackets: `1,4` is `[1,4]`;
+- a list may be written with or without brackets: `1,4` is `[1,4]`; one of mappings has its brackets;
 - files come first, so that an option wins over them wherever it stands.
 """
 
@@ -15,23 +15,21 @@ import difflib
 import json
 import re
 import shutil
-import types
 import typing
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import docstring_parser
 import jsonargparse
 import yaml
 
 from megatron_rdt.config.files import read_mapping
+from megatron_rdt.config.kinds import KINDS, entry_schema, kind_text, metavar, read_entries, takes_mapping
 from megatron_rdt.errors import ConfigError
 
 T = TypeVar("T")
 HELP_COLUMN, HELP_WIDTH = 30, 110
-METAVARS = {int: "INT", float: "FLOAT", bool: "[true|false]", str: "TEXT"}
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
 class HelpFormatter(jsonargparse.DefaultHelpFormatter):
@@ -107,9 +105,11 @@ def _add_fields(parser: Any, group: Any, schema: type, prefix: str, positional: 
         elif default is dataclasses.MISSING and positional:
             group.add_argument(name, type=kind, metavar=name.upper(), help=texts[field.name])
         elif default is dataclasses.MISSING:
-            group.add_argument(f"--{name}", type=kind, required=True, metavar=_metavar(kind), help=texts[field.name])
+            group.add_argument(f"--{name}", type=kind, required=True, metavar=metavar(kind), help=texts[field.name])
         else:
-            group.add_argument(f"--{name}", type=kind, default=default, metavar=_metavar(kind), help=texts[field.name])
+            # What an entry of a list holds is checked by `read_entries`.
+            typed = list[dict[str, Any]] if entry_schema(kind) else kind
+            group.add_argument(f"--{name}", type=typed, default=default, metavar=metavar(kind), help=texts[field.name])
 
 
 def _default(field: dataclasses.Field) -> Any:
@@ -124,19 +124,6 @@ def _field_texts(schema: type) -> dict[str, str]:
 
 def _summary(schema: type) -> str:
     return (schema.__doc__ or "").strip().splitlines()[0].rstrip(".")
-
-
-def _metavar(kind: Any) -> str:
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        return "{" + ",".join(str(part) for part in parts) + "}"
-    if origin is list:
-        return f"{_metavar(parts[0])},..."
-    if takes_mapping(kind):
-        return "FILE|{KEY: VALUE}"
-    if origin in (typing.Union, types.UnionType):
-        return "|".join(_metavar(part).strip("{}") for part in parts if part is not type(None))
-    return METAVARS[kind]
 
 
 def parse(
@@ -155,7 +142,7 @@ def parse(
         raw = parser.parse_args(joined)
     except (jsonargparse.ArgumentError, TypeError, ValueError, OSError) as error:
         raise ConfigError(_explain(str(error), kinds, given)) from None
-    instance = _build(schema, raw)
+    instance = _build(schema, raw, given)
     if getattr(raw, "print_config", False):
         print(dump(instance), end="")
         parser.exit(0)
@@ -177,15 +164,20 @@ def option_kinds(schema: type, prefix: str = "") -> dict[str, Any]:
     return kinds
 
 
-def _build(schema: type[T], values: Any, prefix: str = "") -> T:
-    """The instance; a file in the place of a mapping is read, so that what is dumped does not depend on it."""
+def _build(schema: type[T], values: Any, given: Mapping[str, str], prefix: str = "") -> T:
+    """The instance; a file in the place of a mapping is read, so that what is dumped does not depend on it.
+
+    `given` says where each key was given.
+    """
     fields: dict[str, Any] = {}
     for name, kind in typing.get_type_hints(schema).items():
         value, key = getattr(values, name), f"{prefix}{name}"
         if dataclasses.is_dataclass(kind):
-            value = _build(kind, value, f"{key}.")  # type: ignore[arg-type]
+            value = _build(kind, value, given, f"{key}.")  # type: ignore[arg-type]
         elif takes_mapping(kind) and isinstance(value, str):
             value = read_mapping(value, f"{key}:", f"--{key}")
+        elif entry := entry_schema(kind):
+            value = read_entries(entry, value, given.get(key, key))
         fields[name] = value
     return schema(**fields)
 
@@ -234,7 +226,7 @@ def join_words(parser: jsonargparse.ArgumentParser, schema: type, words: Sequenc
 
 def _bracketed(value: str, kind: Any) -> str:
     """`a,b` as the list that YAML reads; a value that has its brackets stays."""
-    if typing.get_origin(kind) is not list or value.lstrip().startswith("["):
+    if typing.get_origin(kind) is not list or value.lstrip().startswith("[") or entry_schema(kind):
         return value
     parts = [part.strip() for part in value.split(",")] if value else []
     return json.dumps(parts) if typing.get_args(kind) == (str,) else f"[{', '.join(parts)}]"
@@ -319,11 +311,6 @@ def flatten(content: Mapping[str, Any], kinds: Mapping[str, Any], prefix: str = 
     return flat
 
 
-def takes_mapping(kind: Any) -> bool:
-    """Whether an option takes a mapping, or the path of a file that holds one."""
-    return any(typing.get_origin(part) is dict for part in typing.get_args(kind))
-
-
 def _explain(text: str, kinds: Mapping[str, Any], given: Mapping[str, str]) -> str:
     """jsonargparse's message as one sentence that names the key, where it stood and what it needs."""
     key, value = re.search(r'[Kk]ey "([\w.]+)"', text), re.search(r"(?:Got|Given) value: (.*)", text)
@@ -332,22 +319,7 @@ def _explain(text: str, kinds: Mapping[str, Any], given: Mapping[str, str]) -> s
         kind = kinds.get(key[1]) or next((k for k in KINDS if f"<class '{k.__name__}'>" in text), str)
         place = given.get(key[1], key[1])
         shown = "null" if value[1].strip() == "None" else repr(value[1].strip())
-        if typing.get_origin(kind) is list and "<class 'list'>" not in text:
+        if typing.get_origin(kind) is list and not entry_schema(kind) and "<class 'list'>" not in text:
             shown = f"one that holds {shown}"  # jsonargparse names the entry
-        return f"{place} needs {_kind_text(kind)}, not {shown}. --help explains it."
+        return f"{place} needs {kind_text(kind)}, not {shown}. --help explains it."
     return f"{' '.join(text.split())}. --help lists every option."
-
-
-def _kind_text(kind: Any) -> str:
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        return " or ".join(str(part) for part in parts) if len(parts) < 3 else "one of " + ", ".join(map(str, parts))
-    if origin is list:
-        if parts == (int,):
-            return "a list of whole numbers such as 1,4"
-        return f"a list of {', '.join(map(str, typing.get_args(parts[0])))}" if parts[0] is not str else "a list"
-    if takes_mapping(kind):
-        return "the path of a YAML or JSON file, or a mapping such as '{key: value}'"
-    if parts:
-        return " or ".join(_kind_text(part) for part in parts)
-    return KINDS[kind]

@@ -5,7 +5,8 @@ Lengths are in tokens, sizes in elements, rates per optimizer step, unless said 
 `model` is in `megatron_rdt.config.model`. Checks that need two fields are in `megatron_rdt.config.checks`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from megatron_rdt.config.model import ModelConfig
@@ -164,17 +165,65 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class CorpusConfig:
+    """One corpus of a mixture."""
+
+    path: str
+    """Directory that `rdt prep` wrote."""
+    weight: float
+    """Share of the samples, of any scale: weights are divided by their sum."""
+    name: str = ""
+    """What the corpus is called in records and checkpoints; default: the last part of its path."""
+    max_epochs: float | None = None
+    """Most passes over it; default: `data.max_epochs`."""
+    max_tokens: int = 0
+    """Take only so many tokens of its training split, the first ones; 0 takes all."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Token shards and their order."""
 
     path: str = "data/corpus"
-    """Directory that `rdt prep` wrote (it holds manifest.json)."""
+    """Directory that `rdt prep` wrote (it holds manifest.json), or `hf:NAME` or `hf:NAME:CONFIG`: a Hugging Face dataset, on the hub or a local path, read as it comes; for a quick look, docs/streaming.md has what it lacks."""
+    tokenizer: str = ""
+    """hf: tokenizer, a folder that `rdt prep` wrote."""
+    text_field: str = "text"
+    """hf: field of a row that holds the text."""
+    hf_split: str = "train"
+    """hf: split of the dataset."""
+    shuffle_buffer: int = 0
+    """hf: rows among which the next one is drawn; what waits there is lost when a run resumes. 0 takes rows in the dataset's order."""
+    mixture: list[CorpusConfig] = field(default_factory=list)
+    """Several corpora in the place of `path`, each a mapping: path, weight, and where wanted name, max_epochs, max_tokens. Changed on resume, it holds from there on."""
     max_epochs: float = 4.0
-    """Most passes over the training split; a longer run is refused before it starts."""
+    """Most passes over the training split of a corpus; a longer run is refused before it starts."""
     verify: Literal["size", "full"] = "size"
     """Check of the shards at the start: sizes and headers, or the SHA-256 of every byte, read once per node; the others wait, at most `parallel.timeout_s`."""
+    pack: Literal["chunk", "bestfit"] = "chunk"
+    """How documents become sequences. chunk: all documents behind one another, cut every `train.sequence_length` tokens; bestfit: documents stay whole where they fit, each in the fullest sequence that has room for it, and the rest is padding."""
     document_mask: bool = False
     """Let no token look at another document in its sequence, in training and in validation."""
+    document_positions: bool = False
+    """Let positions start again at 0 at each document in a sequence; needs `document_mask`."""
+    loss: Literal["all", "answers"] = "answers"
+    """Targets that count. answers: those that the shards' masks mark (all where shards have none); all: every token."""
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the data is a Hugging Face dataset that is read as it comes."""
+        return not self.mixture and self.path.startswith("hf:")
+
+    def corpora(self) -> list[CorpusConfig]:
+        """The mixture, or `path` as a mixture of one, with every default filled in."""
+        return [
+            replace(
+                corpus,
+                name=corpus.name or Path(corpus.path).name or "corpus",
+                max_epochs=self.max_epochs if corpus.max_epochs is None else corpus.max_epochs,
+            )
+            for corpus in self.mixture or [CorpusConfig(self.path, 1.0)]
+        ]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from megatron_rdt.checkpoint import read_model_weights
 from megatron_rdt.config import ModelConfig, load_config
 from megatron_rdt.convert.hf_tokenizer import ASIDE, export_tokenizer, special_ids
 from megatron_rdt.data import Tokenizer
-from megatron_rdt.data.tokenizer import MODEL_FILE as SENTENCEPIECE_FILE
+from megatron_rdt.data.tokenizer_sentencepiece import MODEL_FILE as SENTENCEPIECE_FILE
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.files import write_text
 

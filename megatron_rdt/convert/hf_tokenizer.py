@@ -4,12 +4,15 @@ AutoTokenizer takes whatever lies in a folder. From a bare tokenizer.model it ma
 without a word. So a tokenizer that cannot be exported exactly is put where AutoTokenizer does not look.
 """
 
+import json
 import shutil
 from pathlib import Path
 
 from megatron_rdt.data import Tokenizer
-from megatron_rdt.data.tokenizer import MODEL_FILE
-from megatron_rdt.data.tokenizer_export import EXPORTED_FILE, first_difference, write_settings
+from megatron_rdt.data.tokenizer_export import AS_IT_IS, first_difference, write_settings
+from megatron_rdt.data.tokenizer_hugging_face import BESIDE, HUGGING_FACE, JSON_FILE, SETTINGS_FILE, read_json
+from megatron_rdt.data.tokenizer_sentencepiece import MODEL_FILE
+from megatron_rdt.files import write_text
 
 # Where tokenizer.model lies when AutoTokenizer must not find it.
 ASIDE = "tokenizer"
@@ -27,18 +30,38 @@ def export_tokenizer(source: Path, out: Path) -> str:
         then the SentencePiece model.
     """
     tokenizer = Tokenizer(source)
-    difference = f"there is no exact {EXPORTED_FILE} for this kind of SentencePiece model"
-    if (source / EXPORTED_FILE).is_file():
-        shutil.copyfile(source / EXPORTED_FILE, out / EXPORTED_FILE)
-        difference = first_difference(out / EXPORTED_FILE, tokenizer)
+    if tokenizer.kind == HUGGING_FACE:
+        _export_hugging_face(source, out)
+        return ""
+    difference = f"there is no exact {JSON_FILE} for this kind of SentencePiece model"
+    if (source / JSON_FILE).is_file():
+        shutil.copyfile(source / JSON_FILE, out / JSON_FILE)
+        difference = first_difference(out / JSON_FILE, tokenizer)
     if not difference:
         write_settings(out, tokenizer)
         shutil.copyfile(source / MODEL_FILE, out / MODEL_FILE)
         return ""
-    (out / EXPORTED_FILE).unlink(missing_ok=True)
+    (out / JSON_FILE).unlink(missing_ok=True)
     (out / ASIDE).mkdir()
     shutil.copyfile(source / MODEL_FILE, out / ASIDE / MODEL_FILE)
     return difference
+
+
+def _export_hugging_face(source: Path, out: Path) -> None:
+    """Copy the files as they are, but for the class: most build a tokenizer of their own from parts of tokenizer.json.
+
+    Args:
+        source: the checkpoint's tokenizer folder.
+        out: folder of the export.
+    """
+    for name in (JSON_FILE, *BESIDE):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+    settings = read_json(out / SETTINGS_FILE) if (out / SETTINGS_FILE).is_file() else {}
+    if settings.get("tokenizer_class") not in (AS_IT_IS, "TokenizersBackend"):
+        settings.pop("auto_map", None)  # names code that is not here
+        settings["tokenizer_class"] = AS_IT_IS
+        write_text(out / SETTINGS_FILE, json.dumps(settings, ensure_ascii=False, indent=1) + "\n")
 
 
 def exported_tokenizer(folder: Path) -> Tokenizer:

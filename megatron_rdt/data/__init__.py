@@ -7,9 +7,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megatron_rdt.data.corpus import TokenCorpus, Windows, fixed_windows
     from megatron_rdt.data.indexed import IndexedDataset, IndexedWriter
-    from megatron_rdt.data.loader import Batch, BatchLoader, TokenCorpus, fixed_documents, fixed_windows
+    from megatron_rdt.data.loader import Batch, BatchLoader
     from megatron_rdt.data.manifest import CorpusManifest, load_manifest, shard_difference
+    from megatron_rdt.data.packed import PackedCorpus, open_corpus
     from megatron_rdt.data.tokenizer import Tokenizer
 
 _MODULES = {
@@ -18,11 +20,13 @@ _MODULES = {
     "CorpusManifest": "manifest",
     "IndexedDataset": "indexed",
     "IndexedWriter": "indexed",
-    "TokenCorpus": "loader",
+    "PackedCorpus": "packed",
+    "TokenCorpus": "corpus",
     "Tokenizer": "tokenizer",
-    "fixed_documents": "loader",
-    "fixed_windows": "loader",
+    "Windows": "corpus",
+    "fixed_windows": "corpus",
     "load_manifest": "manifest",
+    "open_corpus": "packed",
     "shard_difference": "manifest",
 }
 __all__ = [
@@ -31,11 +35,13 @@ __all__ = [
     "CorpusManifest",
     "IndexedDataset",
     "IndexedWriter",
+    "PackedCorpus",
     "TokenCorpus",
     "Tokenizer",
-    "fixed_documents",
+    "Windows",
     "fixed_windows",
     "load_manifest",
+    "open_corpus",
     "shard_difference",
 ]
 

@@ -57,6 +57,7 @@ class IndexedDataset:
     Attributes:
         dtype: of the tokens.
         tokens: total.
+        document_count: documents, those without a token counted too.
         has_mask: whether there is a .mask file.
 
     Raises:
@@ -98,6 +99,7 @@ class IndexedDataset:
         if size not in (expected, expected + sequences):  # one more byte per sequence: multimodal modes
             raise DataError(f"{self.idx_path} has {size} bytes, its header says {expected}. {REBUILD}")
         self._sequences, self._documents, self._modes = sequences, documents, size > expected
+        self.document_count = max(0, documents - 1)
 
     def _end_of_last_sequence(self) -> int:
         """Bytes that .bin must have."""

@@ -2,17 +2,32 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from megatron_rdt.data.indexed import REBUILD, prefix_path
+import numpy as np
+
+from megatron_rdt.data.indexed import CODES, REBUILD, IndexedDataset, prefix_path
 from megatron_rdt.data.tokenizer import Tokenizer
+from megatron_rdt.environment import usable_cores
 from megatron_rdt.errors import DataError
 from megatron_rdt.files import sha256_of
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "rdt-tokens", 1
 SHORT_HASH = 16  # hexadecimal digits
+# What a manifest must have for its corpus to be read, with the types of JSON.
+FIELDS: dict[str, type] = {"dtype": str, "vocab_size": int, "eos": int, "tokenizer": dict, "splits": dict}
+SHARD_FIELDS: dict[str, type] = {
+    "name": str,
+    "tokens": int,
+    "documents": int,
+    "bin_bytes": int,
+    "bin_sha256": str,
+    "idx_sha256": str,
+}
 
 
 class CorpusManifest:
@@ -30,6 +45,11 @@ class CorpusManifest:
     def vocab_size(self) -> int:
         """Vocabulary of the tokenizer."""
         return int(self.document["vocab_size"])
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the tokens in every shard."""
+        return np.dtype(self.document["dtype"]).newbyteorder("<")
 
     @property
     def fingerprint(self) -> str:
@@ -52,33 +72,82 @@ class CorpusManifest:
         """Prefixes of a split's shards, in order."""
         return [self.directory / split / shard["name"] for shard in self.document["splits"][split]["shards"]]
 
+    def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Split and record of every shard, in order."""
+        for split, content in self.document["splits"].items():
+            for record in content["shards"]:
+                yield split, record
+
     def verify(self, level: str = "size") -> None:
         """Compare the files with the manifest; DataError names the first that differs.
 
         Args:
-            level: "size" compares the tokenizer and file sizes; "full" reads and hashes every byte.
+            level: "size" compares the tokenizer, and the sizes and headers of the shards; "full" reads and hashes every
+                byte too.
         """
+        ids = int(np.iinfo(self.dtype).max) + 1
+        if self.vocab_size > ids:
+            raise DataError(
+                f"{self.directory / MANIFEST} says dtype {self.dtype.name}, which holds {ids:,} ids, and vocab_size "
+                f"{self.vocab_size:,}. The shards cannot be of this tokenizer: prepare the text again."
+            )
         tokenizer = Tokenizer(self.directory / "tokenizer")
         if tokenizer.fingerprint != self.document["tokenizer"]["fingerprint"]:
             raise DataError(
                 f"{self.directory / 'tokenizer'} is not the tokenizer that made these shards. "
                 "Put the right tokenizer.model back, or prepare the text again."
             )
+        for key in ("vocab_size", "eos"):
+            if self.document[key] != getattr(tokenizer, key):
+                raise DataError(
+                    f"{self.directory / MANIFEST} says {key} {self.document[key]}, the tokenizer has "
+                    f"{getattr(tokenizer, key)}: it was changed. {REBUILD}"
+                )
         for split, content in self.document["splits"].items():
-            for shard in content["shards"]:
-                self._verify_shard(self.directory / split / shard["name"], shard, level)
+            for key in ("tokens", "documents"):
+                total = sum(record[key] for record in content["shards"])
+                if content[key] != total:
+                    raise DataError(
+                        f"{self.directory / MANIFEST} says {content[key]:,} {key} for the split {split}, its shards have "
+                        f"{total:,}: it was changed. {REBUILD}"
+                    )
+        shards = [(self.directory / split / record["name"], record) for split, record in self.records()]
+        for prefix, record in shards:
+            self._verify_size(prefix, record)
+        if level == "full":
+            with ThreadPoolExecutor(usable_cores()) as pool:  # hashing lets other threads run
+                for failure in pool.map(lambda shard: _other_content(*shard), shards):
+                    if failure:
+                        raise DataError(failure)
 
-    def _verify_shard(self, prefix: Path, shard: dict[str, Any], level: str) -> None:
+    def _verify_size(self, prefix: Path, record: dict[str, Any]) -> None:
         path = prefix_path(prefix, ".bin")
         if not path.is_file():
             raise DataError(f"{path} is missing. {REBUILD}")
-        if path.stat().st_size != shard["bin_bytes"]:
+        if path.stat().st_size != record["bin_bytes"]:
             size = path.stat().st_size
-            raise DataError(f"{path} has {size} bytes, the manifest says {shard['bin_bytes']}. {REBUILD}")
-        if level == "full":
-            for suffix in (".bin", ".idx"):
-                if sha256_of(prefix_path(prefix, suffix)) != shard[f"{suffix[1:]}_sha256"]:
-                    raise DataError(f"{prefix}{suffix} has other content than was written. {REBUILD}")
+            raise DataError(f"{path} has {size} bytes, the manifest says {record['bin_bytes']}. {REBUILD}")
+        shard = IndexedDataset(prefix)
+        shard.close()
+        if CODES[shard.dtype] != CODES.get(self.dtype):
+            raise DataError(
+                f"{shard.idx_path} says that its tokens are {shard.dtype.name}, the manifest says {self.dtype.name}. {REBUILD}"
+            )
+        for key, found in (("tokens", shard.tokens), ("documents", shard.document_count)):
+            if record[key] != found:
+                raise DataError(f"{prefix} has {found:,} {key}, the manifest says {record[key]:,}. {REBUILD}")
+        if shard.has_mask != ("mask_sha256" in record):
+            there = "is there, and not in the manifest" if shard.has_mask else "is missing"
+            raise DataError(f"{shard.mask_path} {there}. {REBUILD}")
+
+
+def _other_content(prefix: Path, record: dict[str, Any]) -> str:
+    """Which file of a shard has another SHA-256 than was recorded, in words; "" where none has."""
+    for name in ("bin", "idx", "mask"):
+        path, key = prefix_path(prefix, f".{name}"), f"{name}_sha256"
+        if key in record and sha256_of(path) != record[key]:
+            return f"{path} has other content than was written; `rdt prep verify` finds where. {REBUILD}"
+    return ""
 
 
 def shard_difference(before: dict[str, str], now: dict[str, str]) -> str:
@@ -92,6 +161,10 @@ def shard_difference(before: dict[str, str], now: dict[str, str]) -> str:
 
 def load_manifest(path: str | Path) -> CorpusManifest:
     """Read `path`/manifest.json."""
+    if str(path).startswith("hf:"):
+        raise DataError(
+            f"{path} is a dataset, read as it comes; it has no shards. Name a corpus that `rdt prep` wrote."
+        )
     file = Path(path) / MANIFEST
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
@@ -101,4 +174,37 @@ def load_manifest(path: str | Path) -> CorpusManifest:
         raise DataError(f"{file} is not valid JSON ({error}). {REBUILD}") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT or document.get("version") != VERSION:
         raise DataError(f"{file} is not a manifest of format {FORMAT} version {VERSION}. {REBUILD}")
+    problem = _problem(document)
+    if problem:
+        raise DataError(f"{file} {problem}: it was changed. {REBUILD}")
     return CorpusManifest(Path(path), document)
+
+
+def _problem(document: dict[str, Any]) -> str:
+    """What of a manifest cannot be used, in words, or ""."""
+    for key, kind in FIELDS.items():
+        if not _is(document.get(key), kind):
+            return f"has no {key}"
+    if document["dtype"] not in (dtype.name for dtype in CODES):
+        return f"says dtype {document['dtype']!r}, which is not one of this format"
+    if not _is(document["tokenizer"].get("fingerprint"), str):
+        return "has no fingerprint of the tokenizer"
+    for split, content in document["splits"].items():
+        if not isinstance(content, dict) or not isinstance(content.get("shards"), list):
+            return f"lists no shards of the split {split}"
+        for key in ("tokens", "documents"):
+            if not _is(content.get(key), int):
+                return f"has no {key} of the split {split}"
+        for place, record in enumerate(content["shards"]):
+            if not isinstance(record, dict):
+                return f"has no record of shard {place} of the split {split}"
+            for key, kind in SHARD_FIELDS.items():
+                if not _is(record.get(key), kind):
+                    return f"has no {key} of shard {place} of the split {split}"
+        if len({"mask_sha256" in record for record in content["shards"]}) > 1:
+            return f"has masks for some shards of the split {split} and none for others"
+    return ""
+
+
+def _is(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))

@@ -20,18 +20,37 @@ class SampleOrder:
         tokens: length of the corpus.
         sequence_length: L; a window has L + 1 tokens.
         seed: seed of the run.
-        source: name of the corpus, for messages and the key.
+        key: of the order, beside the seed.
+        name: what the corpus is called in a message.
+        number: of the corpus in the run, part of the key; the first one, 0, has the order that it would have alone.
+
+    Raises:
+        DataError: the corpus is too small for a window.
     """
 
-    def __init__(self, tokens: int, sequence_length: int, seed: int, source: str = "train") -> None:
+    def __init__(
+        self,
+        tokens: int,
+        sequence_length: int,
+        seed: int,
+        key: str = "train",
+        name: str = "the corpus",
+        number: int = 0,
+    ) -> None:
         if tokens < 2 * sequence_length:
             raise DataError(
-                f'source "{source}" has {tokens} tokens, needs at least 2 x sequence_length = {2 * sequence_length}. '
+                f"{name} has {tokens} tokens, needs at least 2 x sequence_length = {2 * sequence_length}. "
                 "Prepare more text or lower --train.sequence_length."
             )
-        self.sequence_length, self.seed, self.source = sequence_length, seed, source
+        self._arguments = tokens, sequence_length, seed, key, name
+        self.sequence_length, self.seed = sequence_length, seed
+        self._key = f"{key}/{number}" if number else key
         self.samples_per_epoch = (tokens - sequence_length) // sequence_length
         self._orders: dict[int, tuple[KeyedPermutation, int]] = {}
+
+    def numbered(self, number: int) -> "SampleOrder":
+        """The order of the same windows for another number of the corpus."""
+        return SampleOrder(*self._arguments, number)
 
     def starts(self, samples: np.ndarray) -> np.ndarray:
         """First token of the window of each sample number, int64 (n,) -> int64 (n,)."""
@@ -47,7 +66,7 @@ class SampleOrder:
         if epoch not in self._orders:
             if len(self._orders) > 4:
                 self._orders.clear()
-            key = (self.seed, self.source, epoch)
+            key = (self.seed, self._key, epoch)
             phase = int(KeyedPermutation(self.sequence_length, "phase", *key)(np.array([0]))[0]) if epoch else 0
             self._orders[epoch] = KeyedPermutation(self.samples_per_epoch, "order", *key), phase
         return self._orders[epoch]
@@ -64,6 +83,6 @@ def rank_samples(consumed: int, global_batch: int, rank: int, world_size: int, s
         raise ConfigError(
             f"train.global_batch {global_batch} is not a multiple of {world_size} ranks; nearest: {nearest}."
         )
-    slots = KeyedPermutation(global_batch, "batch", seed, consumed)(np.arange(global_batch))
     share = global_batch // world_size
-    return consumed + slots[rank * share : (rank + 1) * share]
+    slots = np.arange(rank * share, (rank + 1) * share)
+    return consumed + KeyedPermutation(global_batch, "batch", seed, consumed)(slots)

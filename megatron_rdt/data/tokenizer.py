@@ -1,81 +1,110 @@
-"""A SentencePiece tokenizer as training and generation use it."""
+"""The tokenizer as preparing, training and generation use it: one interface over two libraries."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import sentencepiece
 
+from megatron_rdt.data.tokenizer_hugging_face import JSON_FILE, HuggingFaceBackend
+from megatron_rdt.data.tokenizer_sentencepiece import MODEL_FILE, SentencePieceBackend
 from megatron_rdt.errors import DataError
 
-MODEL_FILE = "tokenizer.model"
 BYTES_FILE = "token_bytes.npy"
-KINDS = {1: "spm-unigram", 2: "spm-bpe", 3: "spm-word", 4: "spm-char"}  # by the model's TrainerSpec.ModelType
+
+
+class Backend(Protocol):
+    """What a library has to offer; the attributes and methods mean what they mean in `Tokenizer`."""
+
+    vocab_size: int
+    bos: int
+    eos: int
+    pad: int
+    kind: str
+    fingerprint: str
+    specials: list[str]
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of `text`, int32; nothing is added, and no text gives the id of a special token."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`, special tokens left out."""
+
+    def token_id(self, text: str) -> int:
+        """Id of the one token that is spelled so, or -1."""
+
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes of every id, int32."""
 
 
 class Tokenizer:
     """Text to ids and back.
 
     Args:
-        path: a directory that holds tokenizer.model, or the model file.
+        path: a folder that holds tokenizer.model (SentencePiece, taken if there are both) or tokenizer.json
+            (Hugging Face), or one of these files.
 
     Attributes:
-        vocab_size, bos, eos, pad: as the model defines them; an id that it has not is -1.
-        kind: "spm-bpe", "spm-unigram", "spm-word" or "spm-char".
-        fingerprint: SHA-256 of pieces, scores, types and the normaliser's name: equal for models that act the same.
+        file: the file that was read.
+        vocab_size: the largest id and one.
+        bos, eos, pad: ids; -1 for one that the tokenizer has not.
+        specials: every special token, as it is spelled.
+        kind: "spm-bpe", "spm-unigram", "spm-word", "spm-char" or "hf".
+        fingerprint: SHA-256 of what decides the ids: equal for tokenizers that act the same.
+
+    Raises:
+        DataError: there is no tokenizer, or it is damaged.
     """
 
     def __init__(self, path: str | Path) -> None:
-        file = Path(path)
-        file = file / MODEL_FILE if file.is_dir() else file
-        if not file.is_file():
-            raise DataError(f"{file} does not exist. Name a folder with a tokenizer.model, as `rdt prep` writes it.")
-        try:
-            self.processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        except (RuntimeError, OSError):
-            raise DataError(f"{file} is not a SentencePiece model. Use the one that `rdt prep` wrote.") from None
-        self.vocab_size = self.processor.get_piece_size()
-        self.bos, self.eos, self.pad = self.processor.bos_id(), self.processor.eos_id(), self.processor.pad_id()
-        self.fingerprint = fingerprint(self.processor)
-        self.kind = KINDS[parsed_model(self.processor).trainer_spec.model_type]
+        self.file = _tokenizer_file(Path(path))
+        self.backend: Backend = (
+            HuggingFaceBackend(self.file) if self.file.suffix == ".json" else SentencePieceBackend(self.file)
+        )
+        self.vocab_size, self.kind = self.backend.vocab_size, self.backend.kind
+        self.bos, self.eos, self.pad = self.backend.bos, self.backend.eos, self.backend.pad
+        self.specials, self.fingerprint = self.backend.specials, self.backend.fingerprint
+
+    @property
+    def processor(self) -> sentencepiece.SentencePieceProcessor:
+        """The SentencePiece processor; DataError for a Hugging Face tokenizer, which has none."""
+        if not isinstance(self.backend, SentencePieceBackend):
+            raise DataError(f"{self.file} is not a SentencePiece model. Name a folder with a {MODEL_FILE}.")
+        return self.backend.processor
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        """Ids of `text`, with BOS in front if asked."""
-        return self.processor.encode(text, add_bos=bos)
+        """Ids of `text`, with BOS in front if asked. What spells a special token is text and stays text."""
+        ids = self.backend.encode(text).tolist()
+        return [self.bos, *ids] if bos and self.bos >= 0 else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text as int32 arrays, nothing added, on the calling thread alone."""
-        # One at a time: a batch goes through a pool of threads, which costs some percent and gains nothing with one.
-        return [self.processor.encode(text, return_type="numpy") for text in texts]
+        return [self.backend.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; control pieces vanish."""
-        return self.processor.decode([int(i) for i in ids])
+        """Text of `ids`; special tokens vanish."""
+        return self.backend.decode([int(i) for i in ids])
+
+    def token_id(self, text: str) -> int:
+        """Id of the one token that is spelled so, a special one or one of the text; -1 where there is none."""
+        return self.backend.token_id(text)
 
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes that each id stands for, int32 (vocab_size,); 0 for control pieces."""
-        sizes = np.zeros(self.vocab_size, np.int32)
-        for i in range(self.vocab_size):
-            if self.processor.is_byte(i):
-                sizes[i] = 1
-            elif not (self.processor.is_control(i) or self.processor.is_unknown(i)):
-                sizes[i] = len(self.processor.id_to_piece(i).replace("\u2581", " ").encode("utf-8"))
-        return sizes
+        """UTF-8 bytes that each id stands for, int32 (vocab_size,); 0 for special tokens.
+
+        Of a tokenizer that loses nothing, the bytes of a text's ids add up to the bytes of the text.
+        """
+        return self.backend.token_bytes()
 
 
-def parsed_model(processor: sentencepiece.SentencePieceProcessor) -> Any:
-    """The model's protocol buffer, a ModelProto."""
-    from sentencepiece import sentencepiece_model_pb2 as proto
-
-    return proto.ModelProto.FromString(processor.serialized_model_proto())  # type: ignore[attr-defined]
-
-
-def fingerprint(processor: sentencepiece.SentencePieceProcessor) -> str:
-    """Hash of what decides a model's output; the number of training threads and file names are left out."""
-    model = parsed_model(processor)
-    digest = hashlib.sha256(model.normalizer_spec.SerializeToString(deterministic=True))
-    for piece in model.pieces:
-        digest.update(f"{piece.piece}\x1f{piece.score!r}\x1f{piece.type}\x1e".encode())
-    return digest.hexdigest()
+def _tokenizer_file(path: Path) -> Path:
+    """The file of a tokenizer that `path` names."""
+    if path.is_dir():
+        path = path / (MODEL_FILE if (path / MODEL_FILE).is_file() or not (path / JSON_FILE).is_file() else JSON_FILE)
+    if not path.is_file():
+        raise DataError(
+            f"{path} does not exist. Name a folder with a {MODEL_FILE}, as `rdt prep` writes it, or with the "
+            f"{JSON_FILE} of a Hugging Face tokenizer."
+        )
+    return path

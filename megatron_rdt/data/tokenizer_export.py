@@ -5,10 +5,14 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_rdt.data.tokenizer import MODEL_FILE, Tokenizer
+from megatron_rdt.data.tokenizer import Tokenizer
+from megatron_rdt.data.tokenizer_hugging_face import SETTINGS_FILE
+from megatron_rdt.data.tokenizer_sentencepiece import MODEL_FILE
 from megatron_rdt.files import write_text
 
-EXPORTED_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
+AS_IT_IS = (
+    "PreTrainedTokenizerFast"  # the class that takes a tokenizer.json as it is; others build their own from parts of it
+)
 # Texts on which normalisation, dummy prefixes, whitespace, digits, byte fallback and rare characters show.
 TEXTS = (
     "def f(x):\n\treturn  x + 1234\n\n\n    # end",
@@ -28,7 +32,7 @@ RANDOM_TEXTS, PIECES_PER_TEXT = 200, 40
 def write_settings(directory: Path, tokenizer: Tokenizer) -> None:
     """Write the tokenizer_config.json that lets AutoTokenizer take tokenizer.json as it is."""
     specials = {f"{name}_token": piece for name, piece in _special_pieces(tokenizer).items()}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **specials, "clean_up_tokenization_spaces": False}
+    settings = {"tokenizer_class": AS_IT_IS, **specials, "clean_up_tokenization_spaces": False}
     write_text(directory / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
 
 
@@ -57,11 +61,8 @@ def first_difference(file: Path, tokenizer: Tokenizer, more: Iterable[str] = ())
         piece = tokenizer.processor.id_to_piece(index)
         if exported.token_to_id(piece) != index:
             return f"{piece!r} is id {exported.token_to_id(piece)} in {file.name} and {index} in {MODEL_FILE}"
-    reserved = _reserved(tokenizer)
-    for text in (*sample_texts(tokenizer), *more):
-        # Written out in a text, <s> is plain text to SentencePiece and a special token to transformers.
-        if any(piece in text for piece in reserved):
-            continue
+    exported.encode_special_tokens = True  # written out in a text, <s> is text
+    for text in (*sample_texts(tokenizer), *tokenizer.specials, *more):
         ids = tokenizer.encode(text)
         if exported.encode(text, add_special_tokens=False).ids != ids:
             return f"{file.name} gives other ids than {MODEL_FILE} for {text[:40]!r}"
@@ -82,13 +83,3 @@ def sample_texts(tokenizer: Tokenizer) -> list[str]:
     if pieces:
         texts += ["".join(draw.choices(pieces, k=PIECES_PER_TEXT)) for _ in range(RANDOM_TEXTS)]
     return texts
-
-
-def _reserved(tokenizer: Tokenizer) -> list[str]:
-    """Control and unknown pieces."""
-    processor = tokenizer.processor
-    return [
-        processor.id_to_piece(i)
-        for i in range(tokenizer.vocab_size)
-        if processor.is_control(i) or processor.is_unknown(i)
-    ]

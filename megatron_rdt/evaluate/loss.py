@@ -4,7 +4,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from megatron_rdt.checkpoint import read_trainer_state, resolve_checkpoint
 from megatron_rdt.checkpoint.read import CHECKPOINTS
-from megatron_rdt.config import load_config
-from megatron_rdt.data import TokenCorpus, Tokenizer, fixed_documents, fixed_windows, load_manifest
+from megatron_rdt.config import CorpusConfig, DataConfig, RunConfig, load_config
+from megatron_rdt.data import TokenCorpus, Tokenizer, Windows, fixed_windows, load_manifest, open_corpus
 from megatron_rdt.data.manifest import MANIFEST
 from megatron_rdt.data.tokenizer import BYTES_FILE
 from megatron_rdt.errors import ConfigError, DataError
@@ -38,23 +38,22 @@ def perplexity(loss: float) -> float:
 @torch.no_grad()
 def validation_losses(
     model: nn.Module,
-    windows: torch.Tensor,
+    windows: Windows,
     loops: Sequence[int],
     micro_batch: int,
     device: torch.device,
-    documents: torch.Tensor | None = None,
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> dict[int, float]:
-    """Mean cross entropy per token at each T.
+    """Mean cross entropy per counted target at each T.
 
     Args:
-        model: called as model(tokens, T, targets=..., documents=...); every rank calls it equally often.
-        windows: this rank's windows, int64 (n, L + 1).
+        model: called as model(tokens, T, targets=...), and with what else the windows have; every rank calls it equally
+            often.
+        windows: this rank's windows.
         loops: values of T.
         micro_batch: windows per forward pass.
         device: where the model is.
-        documents: the document of each token of the windows; None lets a token look at all before it.
         reduce: sums a tensor over ranks.
         progress: called with 1 after each forward pass.
     """
@@ -62,17 +61,45 @@ def validation_losses(
     for count in loops:
         total = torch.zeros(2, dtype=torch.float64, device=device)
         for first in range(0, len(windows), micro_batch):
-            part, named = windows[first : first + micro_batch].to(device), {}
-            if documents is not None:
-                named["documents"] = documents[first : first + micro_batch, :-1].to(device)
-            total[0] += model(part[:, :-1], count, targets=part[:, 1:], **named)["cross_entropy"]
-            total[1] += part[:, 1:].numel()
+            part, named = windows[first : first + micro_batch], {}
+            tokens = part.tokens.to(device)
+            for name, values in (("documents", part.documents), ("positions", part.positions)):
+                if values is not None:
+                    named[name] = values[:, :-1].to(device)
+            if part.loss_mask is not None:
+                named["loss_mask"] = part.loss_mask[:, 1:].to(device)
+            total[0] += model(tokens[:, :-1], count, targets=tokens[:, 1:], **named)["cross_entropy"]
+            total[1] += named["loss_mask"].sum() if "loss_mask" in named else tokens[:, 1:].numel()
             if progress is not None:
                 progress(1)
         if reduce is not None:
             total = reduce(total)
         losses[count] = float(total[0] / total[1])
     return losses
+
+
+def mixture_losses(
+    model: nn.Module,
+    windows: Mapping[str, Windows],
+    shares: Mapping[str, float],
+    *arguments: Any,
+    **named: Any,
+) -> tuple[dict[int, float], dict[str, dict[int, float]]]:
+    """The loss of a mixture of corpora: the mean of theirs, weighted by their shares; and that of each.
+
+    Args:
+        model: as in `validation_losses`.
+        windows: this rank's windows of each corpus, by name.
+        shares: of each corpus in the samples of the run; their sum is 1.
+        arguments, named: further ones of `validation_losses`.
+
+    Returns:
+        Losses by T, and the same by corpus; the latter is empty where there is one.
+    """
+    of_each = {name: validation_losses(model, part, *arguments, **named) for name, part in windows.items()}
+    counts = next(iter(of_each.values()))
+    mean = {count: math.fsum(shares[name] * losses[count] for name, losses in of_each.items()) for count in counts}
+    return mean, of_each if len(of_each) > 1 else {}
 
 
 def evaluate_checkpoint(
@@ -100,42 +127,54 @@ def evaluate_checkpoint(
     directory = Path(os.path.abspath(resolve_checkpoint(checkpoint)))
     target = Path(out) if out is not None else _file_in_run(directory)
     config = load_config(directory / "config.yaml")
-    corpus = validation_corpus(data or config.data.path, config.train.sequence_length, config.run.seed)
     device = choose_device("auto")
+    corpora, shares = validation_corpora(config, data)
     model, tokenizer = load_verified(directory, device)
-    if Tokenizer(corpus.tokenizer_directory).fingerprint != tokenizer.fingerprint:
-        raise DataError(
-            f"{corpus.manifest.directory} was made with another tokenizer than {directory}. "
-            "Prepare the text with the tokenizer of the run, or leave --data away."
-        )
-    windows = fixed_windows(corpus, sequences)
-    documents = fixed_documents(corpus, sequences) if config.data.document_mask else None
-    if len(windows) < sequences:
-        print(
-            f"the validation split has {len(windows)} sequences of {config.train.sequence_length} tokens; all are used"
-        )
-    size = np.load(directory / "tokenizer" / BYTES_FILE)[windows[:, 1:].numpy()].sum() / windows[:, 1:].numel()
-    batches = -(-len(windows) // config.train.micro_batch)
+    for corpus in corpora.values():
+        if Tokenizer(corpus.tokenizer_directory).fingerprint != tokenizer.fingerprint:
+            raise DataError(
+                f"{corpus.manifest.directory} was made with another tokenizer than {directory}. "
+                "Prepare the text with the tokenizer of the run, or leave --data away."
+            )
+    wanted = max(1, sequences // len(corpora))
+    windows = {name: fixed_windows(corpus, wanted) for name, corpus in corpora.items()}
+    for name, part in windows.items():
+        if len(part) < wanted:
+            split = "the validation split" if len(windows) == 1 else f"the validation split of {name}"
+            print(f"{split} has {len(part)} sequences of {config.train.sequence_length} tokens; all are used")
+    sizes = np.load(directory / "tokenizer" / BYTES_FILE)
+    targets = {name: part.targets for name, part in windows.items()}
+    size = math.fsum(shares[name] * sizes[part.numpy()].mean() for name, part in targets.items())
+    micro_batch = config.train.micro_batch
+    batches = sum(-(-len(part) // micro_batch) for part in windows.values())
     with tqdm(total=batches * len(loops), desc="evaluate", unit="batch") as bar:
-        losses = validation_losses(
-            model, windows, loops, config.train.micro_batch, device, documents, progress=bar.update
-        )
-    used = f"({len(windows):,} sequences, {windows[:, 1:].numel():,} tokens)"
-    print(f"{'T':>4} {'loss':>8} {'perplexity':>11} {'bits/byte':>10}   {used}")
-    for count, loss in losses.items():
-        print(f"{count:>4} {loss:>8.4f} {perplexity(loss):>11.2f} {loss / math.log(2) / size:>10.4f}")
+        losses, of_each = mixture_losses(model, windows, shares, loops, micro_batch, device, progress=bar.update)
+    count = sum(len(part) for part in windows.values())
+    used = f"({count:,} sequences, {sum(map(len, targets.values())):,} tokens)"
+    widths = {name: max(8, len(name)) for name in of_each}
+    named = "".join(f"  {name:>{width}}" for name, width in widths.items())
+    print(f"{'T':>4} {'loss':>8} {'perplexity':>11} {'bits/byte':>10}{named}   {used}")
+    for taken, loss in losses.items():
+        each = "".join(f"  {of_each[name][taken]:>{width}.4f}" for name, width in widths.items())
+        print(f"{taken:>4} {loss:>8.4f} {perplexity(loss):>11.2f} {loss / math.log(2) / size:>10.4f}{each}")
     result = {
         "checkpoint": directory.name,
         "step": read_trainer_state(directory)["step"],
-        "sequences": len(windows),
+        "sequences": count,
         "bytes_per_token": float(size),
-        "losses": {str(count): loss if math.isfinite(loss) else None for count, loss in losses.items()},
+        "losses": _by_text(losses),
+        **({"sources": {name: _by_text(values) for name, values in of_each.items()}} if of_each else {}),
     }
     if target is None:
         print(f"{directory} lies in no run, so that no {EVALUATION} was written; --out FILE writes one")
     else:
         write_text(target, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _by_text(losses: Mapping[int, float]) -> dict[str, float | None]:
+    """Losses by T as JSON holds them."""
+    return {str(count): loss if math.isfinite(loss) else None for count, loss in losses.items()}
 
 
 def _file_in_run(checkpoint: Path) -> Path | None:
@@ -179,8 +218,25 @@ def read_evaluation(file: Path) -> tuple[int, dict[int, float]]:
         ) from None
 
 
-def validation_corpus(path: str, sequence_length: int, seed: int) -> TokenCorpus:
-    """The validation split of a prepared corpus.
+def validation_corpora(config: RunConfig, data: str | None = None) -> tuple[dict[str, TokenCorpus], dict[str, float]]:
+    """The validation splits of a run's corpora and their shares in its samples, by name.
+
+    Args:
+        config: of the run.
+        data: a prepared corpus to take in their place.
+
+    Raises:
+        DataError: see `validation_corpus`.
+    """
+    settings = [CorpusConfig(data, 1.0, "data")] if data is not None else config.data.corpora()
+    length, seed = config.train.sequence_length, config.run.seed
+    corpora = {c.name: validation_corpus(c.path, length, seed, config.data) for c in settings}
+    total = math.fsum(corpus.weight for corpus in settings)
+    return corpora, {corpus.name: corpus.weight / total for corpus in settings}
+
+
+def validation_corpus(path: str, sequence_length: int, seed: int, options: DataConfig) -> TokenCorpus:
+    """The validation split of a prepared corpus, as windows of its stream.
 
     Raises:
         DataError: there is no corpus, or its validation split is too short for one evaluation.
@@ -189,11 +245,13 @@ def validation_corpus(path: str, sequence_length: int, seed: int) -> TokenCorpus
         place = shlex.quote(str(path))
         hint = "" if os.path.isabs(path) else f", looked for in {os.getcwd()}"
         raise DataError(f"there is no prepared corpus {place} (no {MANIFEST}{hint}). Name it with --data DIR.")
-    split = load_manifest(path).document.get("splits", {}).get("valid", {})
+    manifest = load_manifest(path)
+    split = manifest.document.get("splits", {}).get("valid", {})
     if split.get("tokens", 0) < 2 * sequence_length:
         raise DataError(
             f"the validation split of {path} has {split.get('tokens', 0)} tokens, an evaluation with sequences of "
             f"{sequence_length} needs at least {2 * sequence_length}. Prepare more text or with a larger "
             "--valid_fraction, and name that corpus with --data DIR."
         )
-    return TokenCorpus(path, "valid", sequence_length, seed)
+    manifest.verify()
+    return open_corpus(manifest, "valid", sequence_length, seed, options, pack=False)

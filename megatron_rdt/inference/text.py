@@ -117,8 +117,8 @@ def stop_ids(tokenizer: Tokenizer, stop: Sequence[int | str]) -> list[int]:
     ids = []
     for each in stop:
         if isinstance(each, str):
-            piece = tokenizer.processor.piece_to_id(each.replace(" ", "\u2581"))
-            found = tokenizer.encode(each) if piece == tokenizer.processor.unk_id() else [piece]
+            token = tokenizer.token_id(each)
+            found = tokenizer.encode(each) if token < 0 else [token]
             if len(found) != 1:
                 raise ConfigError(f"--stop {each!r} is {len(found)} tokens, {found}. Give texts of one token, or ids.")
             ids += found

@@ -72,6 +72,16 @@ def depth_plan(depth: DepthPlan | int, batch: int) -> DepthPlan:
     return DepthPlan.constant(int(depth), batch)
 
 
+def own_tokens(values: torch.Tensor) -> torch.Tensor:
+    """What a tensor (..., sequence) says of the tokens that this process has: all of it."""
+    return values
+
+
+def _counted(values: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
+    """Values (..., batch, sequence) of the tokens whose target counts, 0 at the others."""
+    return values if counted is None else values * counted
+
+
 class RecurrentDepthTransformer(nn.Module):
     """A language model whose depth is chosen at every call.
 
@@ -82,8 +92,8 @@ class RecurrentDepthTransformer(nn.Module):
         compute_dtype: dtype of matrix products; None means the dtype of the weights. The residual stream and the
             recurrent state keep the dtype of the weights (float32).
         z_weight: weight of the squared log-partition function in the loss.
-        normal_state, cross_entropy, token_sum: the functions of these names (the last: of a sum over all tokens), or what
-            stands for them where a process has but part of the tokens or of the vocabulary.
+        normal_state, cross_entropy, token_sum, own_tokens: the functions of these names (token_sum: of a sum over all
+            tokens), or what stands for them where a process has but part of the tokens or of the vocabulary.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -99,6 +109,7 @@ class RecurrentDepthTransformer(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.z_weight = 0.0
         self.normal_state, self.cross_entropy, self.token_sum = normal_state, cross_entropy, torch.sum
+        self.own_tokens = own_tokens
 
     def forward(
         self,
@@ -106,6 +117,7 @@ class RecurrentDepthTransformer(nn.Module):
         depth: DepthPlan | int,
         *,
         targets: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
         cache: DepthCache | None = None,
         start: int = 0,
         positions: torch.Tensor | None = None,
@@ -123,6 +135,7 @@ class RecurrentDepthTransformer(nn.Module):
             tokens: (batch, sequence) token ids, int64.
             depth: a plan, or an int T: T iterations for every sequence, gradient through all of them.
             targets: (batch, sequence) ids to predict; with them the full logits never exist.
+            loss_mask: (batch, sequence) True where a target counts; default everywhere.
             cache: keys and values of the first `start` positions; extended by this call. Slots are
                 numbered prelude layers first, then (iteration, core layer), then coda layers; with an exit rule that
                 looks at predictions, the coda's layers come after the core's in every iteration.
@@ -157,8 +170,7 @@ class RecurrentDepthTransformer(nn.Module):
             runner = self._adaptive_loop(exit_rule, plan, cache, none, trace, targets)
         elif trace is not None:
             trace.fill(plan.iterations, tokens, none)
-        if cache is not None:
-            self._check_cache(cache, start, plan.loops, exit_rule)
+        self._check_cache(cache, start, plan, exit_rule)
         if padding is not None:
             positions, mask = (places - padding[:, None]).clamp_min(0), padded_mask(sequence, start, padding)
         positions = places if positions is None else positions
@@ -170,12 +182,11 @@ class RecurrentDepthTransformer(nn.Module):
         context = LayerContext(rotary, seen, dtype, tokens, start, share)
         for slot, layer in enumerate(self.prelude):
             x = layer(x, context, cache, slot)
-        slot = len(self.prelude)
+        slot, budget = len(self.prelude), 0 if cache is None else cache.budget
         state = self.initial_state(embedded, x, plan, positions)
-        budget = 0 if cache is None else cache.budget
         x, extras = self.core(state, x, plan, context, cache, slot, monitor, runner, budget)
         if targets is not None:
-            return self.losses(x, extras, targets, context)
+            return self.losses(x, extras, targets, context, loss_mask)
         if "logits" in extras:
             return extras["logits"]
         slot += min(budget or plan.deepest, plan.deepest) * self.config.core_layers
@@ -228,8 +239,9 @@ class RecurrentDepthTransformer(nn.Module):
         extras: dict[str, torch.Tensor],
         targets: torch.Tensor,
         context: LayerContext,
+        loss_mask: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Sums over the tokens of the batch, 0-dimensional.
+        """Sums over the tokens of the batch, those whose target counts, 0-dimensional.
 
         Returns:
             "objective": what to minimise, with gradient; "cross_entropy" of the last iteration's prediction; what
@@ -238,12 +250,16 @@ class RecurrentDepthTransformer(nn.Module):
         """
         config, matrix = self.config, self._output_matrix()
         options: dict[str, Any] = {"softcap": config.logit_softcap, "z_weight": self.z_weight}
+        counted = None
+        if loss_mask is not None:
+            counted = self.own_tokens(loss_mask.to(torch.promote_types(state.dtype, torch.float32)))
         if config.halting == "gate" and torch.is_grad_enabled():
-            return self._gate_losses(state, extras, targets, context)
-        objective, entropy, _ = self.cross_entropy(self.read_out(state, context), matrix, targets, **options)
+            return self._gate_losses(state, extras, targets, context, counted)
+        features = self.read_out(state, context)
+        objective, entropy, _ = self.cross_entropy(features, matrix, targets, weights=counted, **options)
         if config.halting != "act":
             return {"objective": objective, "cross_entropy": entropy}
-        ponder = self.token_sum(extras["ponder"])
+        ponder = self.token_sum(_counted(extras["ponder"], counted))
         return {
             "objective": objective + config.halting_weight * ponder,
             "cross_entropy": entropy,
@@ -251,35 +267,44 @@ class RecurrentDepthTransformer(nn.Module):
         }
 
     def _gate_losses(
-        self, state: torch.Tensor, extras: dict[str, torch.Tensor], targets: torch.Tensor, context: LayerContext
+        self,
+        state: torch.Tensor,
+        extras: dict[str, torch.Tensor],
+        targets: torch.Tensor,
+        context: LayerContext,
+        counted: torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
         """`losses` of the exit gate: every iteration's prediction, weighted by the probability of stopping there.
 
         All iterations are read out in one pass, as if they were more sequences: so the coda's weights are gathered
-        once whatever T is, and ranks with different T stay together.
+        once whatever T is, and ranks with different T stay together. `counted` is 1 where a target counts, else 0.
         """
         config, matrix, exits = self.config, self._output_matrix(), extras["exit"]  # (T, batch, sequence)
+        weights = _counted(exits, counted)
         rows = torch.arange(len(targets), device=targets.device).repeat(len(exits))
         features = self.read_out(extras["states"].flatten(0, 1), context.rows(rows))
         objective, _, _ = self.cross_entropy(
             features,
             matrix,
             targets[rows],
-            weights=exits.flatten(0, 1),
+            weights=weights.flatten(0, 1),
             softcap=config.logit_softcap,
             z_weight=self.z_weight,
         )
         last = features[-len(targets) :].detach()
-        _, entropy, _ = self.cross_entropy(last, matrix.detach(), targets, softcap=config.logit_softcap)
+        _, entropy, _ = self.cross_entropy(
+            last, matrix.detach(), targets, weights=counted, softcap=config.logit_softcap
+        )
         # A probability that underflowed to 0 would have an infinite gradient here.
-        exit_entropy = self.token_sum(torch.special.entr(exits.clamp_min(torch.finfo(exits.dtype).tiny)))
+        exit_entropy = torch.special.entr(exits.clamp_min(torch.finfo(exits.dtype).tiny))
+        exit_entropy = self.token_sum(_counted(exit_entropy, counted))
         iterations = torch.arange(1, len(exits) + 1, device=exits.device, dtype=exits.dtype)
         # Every output of the core takes part, or sharding engines would wait for its gradient.
         return {
             "objective": objective - config.halting_weight * exit_entropy + 0 * state.sum(),
             "cross_entropy": entropy,
             "exit_entropy": exit_entropy.detach(),
-            "exit_iteration": self.token_sum(iterations @ exits.detach().flatten(1)),
+            "exit_iteration": self.token_sum(iterations @ weights.detach().flatten(1)),
         }
 
     def _output_matrix(self) -> torch.Tensor:
@@ -313,8 +338,11 @@ class RecurrentDepthTransformer(nn.Module):
         codas = iterations if rule is not None and rule.predicts else 1
         return config.prelude_layers + iterations * config.core_layers + codas * config.coda_layers
 
-    def _check_cache(self, cache: DepthCache, start: int, loops: int, rule: ExitRule | None) -> None:
+    def _check_cache(self, cache: DepthCache | None, start: int, plan: DepthPlan, rule: ExitRule | None) -> None:
         """Refuse a cache of another T: its coda slots would be taken for iterations, or the other way round."""
+        if cache is None:
+            return
+        loops = plan.loops
         if cache.length != start:
             raise ValueError(
                 f"the cache holds {cache.length} positions, start is {start}; pass the number that it holds, "

@@ -55,6 +55,8 @@ class ContextParallel(nn.Module):
         depth: DepthPlan | int,
         *,
         targets: torch.Tensor,
+        loss_mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
         documents: torch.Tensor | None = None,
         monitor: CoreMonitor | None = None,
     ) -> dict[str, Any]:
@@ -62,6 +64,13 @@ class ContextParallel(nn.Module):
         share = OwnPieces(tokens.shape[1], self.group, tokens.device)
         own = share.positions
         losses = self.model(
-            tokens[:, own], depth, targets=targets[:, own], documents=documents, monitor=monitor, share=share
+            tokens[:, own],
+            depth,
+            targets=targets[:, own],
+            loss_mask=None if loss_mask is None else loss_mask[:, own],
+            positions=None if positions is None else positions[:, own],
+            documents=documents,
+            monitor=monitor,
+            share=share,
         )
         return {name: loss * self.group.size() for name, loss in losses.items()}

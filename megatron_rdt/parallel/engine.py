@@ -33,18 +33,28 @@ class MicroBatch:
         tokens: (sequences, length + 1); where the run's loader made them, on the device already.
         plan: how deep they go.
         documents: the document of each token, the shape of `tokens`; None lets a token look at all before it.
+        positions: of each token, the shape of `tokens`; None counts from the start of each sequence.
+        loss_mask: True where a token counts as a target, the shape of `tokens`; None counts all. Where one micro-batch of
+            a step has a mask, every one on every rank has.
+        padding: tokens of padding; None where sequences are not packed.
     """
 
     tokens: torch.Tensor
     plan: DepthPlan
     documents: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    loss_mask: torch.Tensor | None = None
+    padding: int | None = None
 
     def inputs(self, device: torch.device) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """What a forward pass on `device` takes of the tokens: its inputs, and `targets` (and `documents`) by name."""
+        """What a forward pass on `device` takes of the tokens: its inputs, and what it has beside them by name."""
         tokens = self.tokens.to(device, non_blocking=True)
         named = {"targets": tokens[:, 1:]}
-        if self.documents is not None:
-            named["documents"] = self.documents[:, :-1].to(device, non_blocking=True)
+        if self.loss_mask is not None:
+            named["loss_mask"] = self.loss_mask[:, 1:].to(device, non_blocking=True)
+        for name, values in (("documents", self.documents), ("positions", self.positions)):
+            if values is not None:
+                named[name] = values[:, :-1].to(device, non_blocking=True)
         return tokens[:, :-1], named
 
 
@@ -125,17 +135,18 @@ class Engine(ABC):
     def forward_backward(
         self, batch: Sequence[MicroBatch], monitor: CoreMonitor | None = None
     ) -> dict[str, torch.Tensor]:
-        """Accumulate the gradients of the mean objective per token of the global batch.
+        """Accumulate the gradients of the mean objective per counted target of the global batch.
 
         Args:
             batch: this rank's micro-batches, of whole sequences; every rank has the same number of them and of tokens.
             monitor: receives measurements of the last micro-batch.
 
         Returns:
-            What `RecurrentDepthTransformer.losses` names, each as the mean per token over all ranks: 0-dimensional
-            tensors, float64, on the device. Reading one waits for the device.
+            What `RecurrentDepthTransformer.losses` names, each as the mean per counted target over all ranks, and
+            "padding", the share of all tokens, where micro-batches say it: 0-dimensional tensors, float64, on the device.
+            Reading one waits for the device.
         """
-        tokens = sum(micro.tokens[:, 1:].numel() for micro in batch)
+        targets = self._targets(batch)
         totals: dict[str, torch.Tensor] = {}
         for index, micro in enumerate(batch):
             last = index == len(batch) - 1
@@ -144,11 +155,28 @@ class Engine(ABC):
             losses = self.module(inputs, micro.plan, **named, monitor=monitor if last else None)
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0) + value.detach().double()
-            # Ranks are averaged by the reduction, so this rank's share is over its own tokens.
-            self.backward(losses["objective"] / tokens, last)
-        names = sorted(totals)  # the same on every rank
-        means = self.sum_over_ranks(torch.stack([totals[name] / tokens for name in names])) / self.world_size
-        return dict(zip(names, means.unbind()))
+            # Ranks are averaged by the reduction, so this rank's share is over as many targets as ranks have on average.
+            self.backward(losses["objective"] / targets.to(losses["objective"].dtype), last)
+        means = {name: total / targets for name, total in totals.items()}
+        if batch[0].padding is not None:
+            padding = sum(micro.padding or 0 for micro in batch) / sum(micro.tokens.numel() for micro in batch)
+            means["padding"] = targets.new_full((), padding)
+        names = sorted(means)  # the same on every rank
+        return dict(
+            zip(names, (self.sum_over_ranks(torch.stack([means[n] for n in names])) / self.world_size).unbind())
+        )
+
+    def _targets(self, batch: Sequence[MicroBatch]) -> torch.Tensor:
+        """Targets of a step that count, a rank's share on average: 0-dimensional, float64, on the device.
+
+        Without a mask every rank has the same number of them, and none is asked.
+        """
+        masks = [micro.loss_mask for micro in batch if micro.loss_mask is not None]
+        if not masks:
+            tokens = sum(micro.tokens[:, 1:].numel() for micro in batch)
+            return torch.full((), tokens, dtype=torch.float64, device=self.device)
+        own = sum(mask.to(self.device, non_blocking=True)[:, 1:].sum() for mask in masks)
+        return self.sum_over_ranks(torch.as_tensor(own).double()).clamp_min(1) / self.world_size
 
     def prepare_backward(self, last: bool) -> None:
         """Called before each micro-batch's forward pass; `last` says whether its backward pass reduces."""

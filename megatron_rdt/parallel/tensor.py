@@ -78,6 +78,7 @@ def parallelize(model: RecurrentDepthTransformer, mesh: DeviceMesh) -> None:
     model.normal_state = partial(_own_noise, group)  # type: ignore[method-assign]
     model.cross_entropy = partial(_split_cross_entropy, group)  # type: ignore[method-assign]
     model.token_sum = partial(_whole_token_sum, group)
+    model.own_tokens = partial(_own_tokens, group)  # type: ignore[method-assign]
 
 
 def _split_tokens_around(part: nn.Module, dim: int, group: ProcessGroup) -> None:
@@ -110,7 +111,12 @@ def _split_embedding(embedding: Embedding, group: ProcessGroup) -> None:
 
 def _own_noise(group: ProcessGroup, seeds: tuple[int, ...], positions: torch.Tensor, *options: Any) -> torch.Tensor:
     """`normal_state` at this process's part of the positions."""
-    return normal_state(seeds, positions.chunk(group.size(), dim=-1)[group.rank()], *options)
+    return normal_state(seeds, _own_tokens(group, positions), *options)
+
+
+def _own_tokens(group: ProcessGroup, values: torch.Tensor) -> torch.Tensor:
+    """This process's part of the tokens of a tensor (..., sequence)."""
+    return values.chunk(group.size(), dim=-1)[group.rank()]
 
 
 class VocabularyShards:

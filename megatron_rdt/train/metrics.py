@@ -5,7 +5,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from megatron_rdt.evaluate.loss import EVALUATION
 from megatron_rdt.files import TEMPORARY_SUFFIX, write_text
 
 RECORDS = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
+# Fields of a step's record that TensorBoard shows below `data`: of each corpus of a mixture.
+OF_DATA = ("sources", "epochs")
 
 
 def forget_after(run_directory: Path, step: int) -> None:
@@ -41,6 +43,22 @@ def forget_after(run_directory: Path, step: int) -> None:
             if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= step:
                 kept.append(line + "\n")
         write_text(path, "".join(kept))
+
+
+def evaluation_record(
+    step: int, tokens: int, losses: Mapping[int, float], of_each: Mapping[str, Mapping[int, float]]
+) -> dict[str, Any]:
+    """An object of eval.jsonl: losses by T, and those of each corpus of a mixture."""
+    named = {name: {str(loops): loss for loops, loss in values.items()} for name, values in of_each.items()}
+    record = {"step": step, "tokens": tokens, "losses": {str(loops): loss for loops, loss in losses.items()}}
+    return {**record, "sources": named} if named else record
+
+
+def evaluation_lines(losses: Mapping[int, float], of_each: Mapping[str, Mapping[int, float]]) -> Iterator[str]:
+    """The same in words."""
+    for name, values in {"": losses, **of_each}.items():
+        text = "  ".join(f"T={loops} {loss:.4f}" for loops, loss in values.items())
+        yield f"validation loss{name and f' of {name}'}  {text}"
 
 
 def finite_or_null(value: Any) -> Any:
@@ -96,15 +114,18 @@ class Recorder:
         """One optimizer step."""
         self._append("metrics.jsonl", record)
         if self._board is not None:
-            for name, value in scalars("train", record):
-                self._board.add_scalar(name, value, record["step"])
+            for field, value in record.items():
+                section = "data" if field in OF_DATA else "train"
+                for name, number in scalars(f"{section}/{field}", value) if field != "step" else ():
+                    self._board.add_scalar(name, number, record["step"])
 
     def evaluation(self, record: dict[str, Any]) -> None:
-        """Validation losses {"step", "tokens", "losses": {"T": loss}}."""
+        """Validation losses {"step", "tokens", "losses": {"T": loss}}, of a mixture also "sources": {name: {"T": loss}}."""
         self._append("eval.jsonl", record)
         if self._board is not None:
-            for loops, loss in record["losses"].items():
-                self._board.add_scalar(f"valid/loss_T{loops}", loss, record["step"])
+            for source, losses in {"": record["losses"], **record.get("sources", {})}.items():
+                for loops, loss in losses.items():
+                    self._board.add_scalar(f"valid/{source and f'{source}/'}loss_T{loops}", loss, record["step"])
 
     def sample(self, record: dict[str, Any]) -> None:
         """Generated text {"step", "loops", "prompt", "text"}."""
@@ -136,11 +157,12 @@ class Console:
         elapsed = time.perf_counter() - self._began
         left = elapsed / max(step - self._first, 1) * (self.steps - step)
         filled = round(10 * step / self.steps)
+        padding = f"  padding {record['padding']:.1%}" if record.get("padding") else ""
         mfu = f"  mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
         return (
             f"[{'#' * filled}{'.' * (10 - filled)}] step {step}/{self.steps}  loss {record['loss']:.4f}"
             f"  T {record['loops_max']}  lr {record['lr']:.2e}  norm {record['grad_norm']:.2f}"
-            f"  radius {record['spectral_radius']:.3f}  {record['tokens_per_second']:,.0f} tokens/s{mfu}"
+            f"  radius {record['spectral_radius']:.3f}  {record['tokens_per_second']:,.0f} tokens/s{mfu}{padding}"
             f"  {record['memory_gb']:.2f} GB  ETA {int(left) // 60}:{int(left) % 60:02d}"
         )
 

@@ -72,6 +72,7 @@ class TakenStep:
         depth: loop counts, by the record's fields.
         loop_shares: share of each T, where the monitor measures every iteration.
         memory_gb: peak so far.
+        data: how far the run is in each corpus, of `RunData.progress`.
     """
 
     step: int
@@ -87,10 +88,12 @@ class TakenStep:
     depth: dict[str, Any]
     loop_shares: dict[str, float] | None
     memory_gb: float
+    data: dict[str, Any]
 
     def read(self) -> tuple[dict[str, Any], float]:
         """The record for metrics.jsonl, and the objective; waits for the device."""
         losses = {name: float(value) for name, value in self.losses.items()}
+        padding = {"padding": losses.pop("padding")} if "padding" in losses else {}
         loss, objective, step_s = losses.pop("cross_entropy"), losses["objective"], self.clock.seconds()
         readings: dict[str, Any] = self.monitor.readings()
         if "iterations" in readings:
@@ -108,6 +111,8 @@ class TakenStep:
             "memory_gb": self.memory_gb,
             "data_wait_s": self.clock.data_wait_s,
             "step_s": step_s,
+            **self.data,
+            **padding,
             **({} if objective == loss else losses),
             **{name: float(value) for name, value in (self.experts or {}).items()},
         }

@@ -15,7 +15,7 @@ from megatron_rdt.data import Batch, BatchLoader, Tokenizer
 from megatron_rdt.depth import DepthPlan, DepthSampler
 from megatron_rdt.environment import ProcessPlace, process_place
 from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED, TrainingError
-from megatron_rdt.evaluate.loss import validation_losses
+from megatron_rdt.evaluate.loss import mixture_losses
 from megatron_rdt.files import exclusive, write_text
 from megatron_rdt.inference.generate import generate
 from megatron_rdt.model import RecurrentDepthTransformer
@@ -23,13 +23,15 @@ from megatron_rdt.model.flops import forward_flops, training_flops
 from megatron_rdt.model.moe import rebalance
 from megatron_rdt.parallel import Engine, MicroBatch, make_engine
 from megatron_rdt.train.collection import ScheduledCollection
+from megatron_rdt.train.data import RunData
 from megatron_rdt.train.hardware import peak_flops, peak_memory_gb
 from megatron_rdt.train.health import Guard, is_finite
-from megatron_rdt.train.metrics import Console, Recorder, forget_after
+from megatron_rdt.train.metrics import Console, Recorder, evaluation_lines, evaluation_record, forget_after
 from megatron_rdt.train.monitoring import Monitoring
-from megatron_rdt.train.preflight import changed_settings, check_resumable, open_data, refuse_to_overwrite
+from megatron_rdt.train.preflight import changed_settings, check_resumable, refuse_to_overwrite
 from megatron_rdt.train.schedule import learning_rate
 from megatron_rdt.train.signals import StopRequest
+from megatron_rdt.train.streamed import StreamData
 from megatron_rdt.train.taken import StepClock, TakenStep
 from megatron_rdt.train.world import join_world
 
@@ -99,9 +101,8 @@ class Trainer:
         self.config, self.run_directory, self.device, self.stop = config, run_directory, device, stop
         self.engine = make_engine(config, device)
         self.is_first = self.engine.rank == 0
-        self.data = open_data(config, self.engine.layout.data, local_rank)
-        self.corpus = self.data.corpus
-        self.tokenizer = Tokenizer(self.corpus.tokenizer_directory)
+        self.data = self._open_data(local_rank)
+        self.tokenizer = Tokenizer(self.data.tokenizer_directory)
         self.sampler = DepthSampler(config.depth, config.run.seed)
         self.flops = forward_flops(config.model, config.train.sequence_length)
         self.guard = Guard(min(config.train.max_nonfinite_steps, config.train.steps))
@@ -114,6 +115,12 @@ class Trainer:
         self.console: Console | None = None
         self.unread: list[TakenStep] = []
 
+    def _open_data(self, local_rank: int) -> RunData | StreamData:
+        layout, rank = self.engine.layout, self.engine.rank
+        if self.config.data.streamed:
+            return StreamData(self.config, layout.data, layout.data_place(rank), rank)
+        return RunData(self.config, layout.data, local_rank)
+
     def run(self, source: Path | None) -> int:
         """Train from `source` (or from scratch) to the last step; returns the exit status."""
         config = self.config
@@ -124,12 +131,13 @@ class Trainer:
         if source is not None:
             self._restore(source)
         total = self.consumed + (config.train.steps - self.step) * config.train.global_batch
-        layout, limit, mask = self.engine.layout, config.data.max_epochs, config.data.document_mask
-        place = layout.data_place(self.engine.rank), layout.data
-        batch = config.train.global_batch
-        loader = BatchLoader(self.corpus, batch, *place, self.consumed, total, limit, mask, self.device)
+        place = self.engine.layout.data_place(self.engine.rank)
+        loader = self.data.loader(self.consumed, total, place, self.device)
         try:
             self._open_run_directory(parameters, source)
+            for line in self.data.describe(total):
+                self._say(line)
+            loader.wait()
             with ScheduledCollection(config.train.gc_every) as collection:
                 status = self._steps(loader, collection)
         finally:
@@ -177,11 +185,7 @@ class Trainer:
         config = self.config
         size = config.train.micro_batch
         parts = [slice(i, i + size) for i in range(0, len(batch.samples), size)]
-        documents = batch.documents
-        micro_batches = [
-            MicroBatch(batch.tokens[part], self._plan(batch, part), None if documents is None else documents[part])
-            for part in parts
-        ]
+        micro_batches = [self._micro_batch(batch, part) for part in parts]
         monitor = self.monitoring.monitor(self.step + 1)
         losses = self.engine.forward_backward(micro_batches, monitor)
         self.stop.ask(self.engine)  # answered before the next step
@@ -213,10 +217,15 @@ class Trainer:
             depth=depth,
             loop_shares=self.monitoring.loop_shares(monitor),
             memory_gb=peak_memory_gb(self.device),
+            data=self.data.progress(self.consumed) if self.is_first else {},
         )
 
-    def _plan(self, batch: Batch, rows: slice) -> DepthPlan:
-        return self.sampler.plan(self.step, batch.samples[rows], batch.slots[rows])
+    def _micro_batch(self, batch: Batch, rows: slice) -> MicroBatch:
+        plan = self.sampler.plan(self.step, batch.samples[rows], batch.slots[rows])
+        names = "documents", "positions", "loss_mask"
+        parts = {name: values[rows] for name in names if (values := getattr(batch, name)) is not None}
+        padding = None if batch.padding is None else sum(batch.padding[rows])
+        return MicroBatch(batch.tokens[rows], plan, **parts, padding=padding)
 
     def _depth_record(self) -> dict[str, Any]:
         """Loop counts of the step, over the sequences of all ranks."""
@@ -273,29 +282,23 @@ class Trainer:
                     self.console.print(self.console.line(record))
 
     def _evaluate(self) -> None:
-        config, windows = self.config, self.data.validation
-        assert windows is not None, "open_data reads them where eval.every is set"
-        share, place = len(windows) // self.engine.layout.data, self.engine.layout.data_place(self.engine.rank)
-        mine, documents = slice(place * share, (place + 1) * share), self.data.documents
-        losses = validation_losses(
+        config, layout = self.config, self.engine.layout
+        place = layout.data_place(self.engine.rank)
+        mine = {name: windows.part(place, layout.data) for name, windows in self.data.validation.items()}
+        losses, of_each = mixture_losses(
             self.engine.module,
-            windows[mine],
+            mine,
+            self.data.shares,
             config.eval.loops,
             config.train.micro_batch,
             self.device,
-            documents=None if documents is None else documents[mine],
             reduce=self.engine.sum_over_ranks,
         )
-        text = "  ".join(f"T={loops} {loss:.4f}" for loops, loss in losses.items())
-        self._say(f"step {self.step}: validation loss  {text}")
+        for line in evaluation_lines(losses, of_each):
+            self._say(f"step {self.step}: {line}")
         if self.recorder is not None:
-            self.recorder.evaluation(
-                {
-                    "step": self.step,
-                    "tokens": self.consumed * config.train.sequence_length,
-                    "losses": {str(loops): loss for loops, loss in losses.items()},
-                }
-            )
+            tokens = self.consumed * config.train.sequence_length
+            self.recorder.evaluation(evaluation_record(self.step, tokens, losses, of_each))
 
     def _sample(self) -> None:
         settings = self.config.sample
@@ -321,14 +324,7 @@ class Trainer:
         state = {
             "step": self.step,
             "tokens": self.consumed * self.config.train.sequence_length,
-            "data": {
-                "version": 1,
-                "consumed_samples": self.consumed,
-                "data_fingerprint": self.corpus.fingerprint,
-                "shards": self.corpus.manifest.shard_hashes,
-                "sequence_length": self.config.train.sequence_length,
-                "seed": self.config.run.seed,
-            },
+            "data": self.data.state(self.consumed),
             "skipped_steps": self.guard.skipped,
         }
         facts = {
@@ -344,8 +340,9 @@ class Trainer:
             dump_config(self.config),
             state,
             facts,
-            self.corpus.tokenizer_directory,
+            self.data.tokenizer_directory,
             self.config.checkpoint.keep,
+            self.data.rank_state(self.consumed),
         )
         self.parent, self.saved_at = path.name, self.step
         self._say(f"step {self.step}: saved {path}")
@@ -353,7 +350,8 @@ class Trainer:
     def _restore(self, source: Path) -> None:
         """Load engine state and position; refuse a checkpoint that does not belong to this run."""
         state = checkpoints.read_trainer_state(source)
-        check_resumable(source, state, self.config, self.corpus)
+        check_resumable(source, state, self.config)
+        changed_data = self.data.resume(source, state["data"])
         changed = changed_settings(load_config(source / "config.yaml"), self.config)
         self.engine.load(source)
         checkpoints.restore_buffers(self.engine.model, source)
@@ -367,6 +365,8 @@ class Trainer:
         self._say(f"resumed from {source} (step {self.step})")
         if changed:
             self._say(f"changed since it was saved: {', '.join(changed)}")
+        for line in changed_data:
+            self._say(line)
 
     def _open_run_directory(self, parameters: int, source: Path | None) -> None:
         if not self.is_first:

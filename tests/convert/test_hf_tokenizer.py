@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from data_prep.config import PrepConfig
+from data_prep.pipeline import prepare
 from data_prep.tokenizer import write_tokenizer
 from megatron_rdt.config import RunConfig
 from megatron_rdt.convert.hf import export_hf
 from megatron_rdt.data import Tokenizer
+from megatron_rdt.evaluate.loss import evaluate_checkpoint
 from megatron_rdt.inference import load
+from megatron_rdt.inference.text import generate_text, stop_ids
 from megatron_rdt.train.trainer import train
 
 LOSSLESS = {
@@ -138,3 +142,54 @@ def test_a_tokenizer_json_that_differs_is_left_out(
     folder, tokenizer = export(damage, model_type="bpe", **LOSSLESS)
     check_ids(folder, bos=1, eos=2, pad=None)
     left_out(folder, tokenizer, capsys.readouterr().out, reason)
+
+
+def test_a_hugging_face_tokenizer_from_text_to_export(
+    configure: Callable[..., RunConfig],
+    tiny_text: Path,
+    tokenizer_folders: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from transformers import AutoTokenizer
+
+    given, corpus, out = tokenizer_folders["hf"], tmp_path / "corpus", tmp_path / "out"
+    prepare(PrepConfig(sources=[str(tiny_text)], out=str(corpus), tokenizer=str(given), valid_fraction=0.2, workers=1))
+    words = ["--train.steps=1", "--schedule.warmup_steps=0", "--eval.every=0", "--model.vocab_size=513"]
+    config = configure(f"--run.root={tmp_path}", f"--data.path={corpus}", *words)
+    assert train(config) == 0
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
+
+    model, tokenizer = load(checkpoint)
+    assert (tokenizer.kind, model.config.vocab_size) == ("hf", 513)
+    assert generate_text(str(checkpoint), "def \u00e9", 2, 5, 1.0, 0, 1.0, 0).startswith("def \u00e9")
+    assert stop_ids(tokenizer, ["<|end|>", "<tool>", "\n"]) == [0, 512, *tokenizer.encode("\n")]
+    result = evaluate_checkpoint(str(checkpoint), [2], 10_000)
+    # One EOS per document counts as a token of no bytes, and some tokens at the end fill no window.
+    texts = [path.read_text(encoding="utf-8") for path in sorted(tiny_text.iterdir())]
+    tokens = sum(len(tokenizer.encode(text)) + 1 for text in texts)
+    assert result["bytes_per_token"] == pytest.approx(sum(len(t.encode()) for t in texts) / tokens, rel=0.1)
+
+    out.mkdir()
+    export_hf(checkpoint, out)
+    assert "left out" not in capsys.readouterr().out + (out / "README.md").read_text()
+    for name in ("tokenizer.json", "special_tokens_map.json"):
+        assert (out / name).read_bytes() == (given / name).read_bytes()
+    before, after = (json.loads((folder / "tokenizer_config.json").read_text()) for folder in (given, out))
+    assert after == {**before, "tokenizer_class": "PreTrainedTokenizerFast"}
+    check_ids(out, bos=None, eos=0, pad=1)
+    exported = AutoTokenizer.from_pretrained(out, split_special_tokens=True)
+    assert all(exported(text, add_special_tokens=False).input_ids == tokenizer.encode(text) for text in texts[:5])
+    assert load(out)[1].fingerprint == tokenizer.fingerprint
+
+
+def test_unigram_is_exported(
+    configure: Callable[..., RunConfig], checkpoint: Path, tokenizer_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    source, out = Path(shutil.copytree(checkpoint, tmp_path / "source")), tmp_path / "out"
+    shutil.rmtree(source / "tokenizer")
+    shutil.copytree(tokenizer_folders["unigram"], source / "tokenizer")
+    out.mkdir()
+    export_hf(source, out)
+    assert {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"} < {path.name for path in out.iterdir()}
+    assert Tokenizer(out).fingerprint == Tokenizer(out / "tokenizer.model").fingerprint

@@ -49,7 +49,7 @@ SEQUENCES, LENGTH = 8, 16
 Case = tuple[dict[str, Any], str, str]
 """Options of `parallel`, name of the model, precision."""
 MIXED = (5, 1, 3, 2, 6, 1, 4, 2)
-# (T of the sequences, k, checkpointing, documents)
+# (T of the sequences, k, checkpointing, whether there are documents with positions of their own, and a loss mask)
 STEPS = [
     ((3,) * SEQUENCES, None, "none", False),
     (MIXED, 2, "per_iteration", True),
@@ -79,17 +79,23 @@ def make(parallel: ParallelConfig, model: ModelConfig, precision: str = "float32
 
 
 def batch(engine: Engine, tokens: torch.Tensor, step: tuple, size: int) -> list[MicroBatch]:
-    loops, k, _, with_documents = step
+    loops, k, _, packed = step
     share = SEQUENCES // engine.layout.data
     first = engine.layout.data_place(engine.rank) * share
-    documents = (tokens % 7 == 0).cumsum(-1) if with_documents else None
+    documents = (tokens % 7 == 0).cumsum(-1)
+    columns = torch.arange(LENGTH + 1).expand_as(tokens)
+    named = {
+        "documents": documents,
+        "positions": columns - torch.where(tokens % 7 == 0, columns, 0).cummax(-1).values,
+        # Sequences, and so ranks, differ in how many targets count; in the last two none does.
+        "loss_mask": (tokens % 3 != 0) & (torch.arange(SEQUENCES) < SEQUENCES - 2)[:, None],
+    }
     result = []
     for at in range(first, first + share, size):
         rows = slice(at, at + size)
         seeds = tuple(hash64(1, "state", place) for place in range(at, at + size))
-        result.append(
-            MicroBatch(tokens[rows], DepthPlan(loops[rows], k, seeds), None if documents is None else documents[rows])
-        )
+        parts = {name: values[rows] for name, values in named.items()} if packed else {}
+        result.append(MicroBatch(tokens[rows], DepthPlan(loops[rows], k, seeds), **parts, padding=at))
     return result
 
 
@@ -136,7 +142,7 @@ def compare(parallel: ParallelConfig, name: str, precision: str, tokens: torch.T
         rows = slice(0, 2)
         for each in (engine, single):
             each.model.eval()
-        named = {"targets": tokens[rows, 1:]}
+        named = {"targets": tokens[rows, 1:], "loss_mask": tokens[rows, 1:] % 3 != 0}
         total = engine.module(tokens[rows, :-1], 4, **named)["cross_entropy"]
         mean = engine.sum_over_ranks(total) / engine.world_size
         note("validation", mean, single.module(tokens[rows, :-1], 4, **named)["cross_entropy"])

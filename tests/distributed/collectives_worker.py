@@ -33,10 +33,15 @@ def build(label: str) -> Engine:
     return build_engine(label, MODEL, SEQUENCES, MICRO_BATCH)
 
 
-def parts(tokens: torch.Tensor, rank: int, loops: Sequence[int], k: int | None = None) -> list[MicroBatch]:
+def parts(
+    tokens: torch.Tensor, rank: int, loops: Sequence[int], k: int | None = None, masked: bool = False
+) -> list[MicroBatch]:
     """The micro-batches of one rank; `loops` has the T of each."""
     mine = tokens[rank * len(tokens) // 2 : (rank + 1) * len(tokens) // 2].split(MICRO_BATCH)
-    return [MicroBatch(part, DepthPlan((t,) * len(part), k)) for part, t in zip(mine, loops)]
+    return [
+        MicroBatch(part, DepthPlan((t,) * len(part), k), loss_mask=part % 3 == 0 if masked else None)
+        for part, t in zip(mine, loops)
+    ]
 
 
 def everywhere(calls: list[Collective]) -> list[dict[str, tuple[int, int]]]:
@@ -69,8 +74,15 @@ def measure(label: str, tokens: torch.Tensor) -> dict[str, object]:
     cases = count_cases(engine, tokens, CASES)
     changing = [everywhere(count_step(engine, parts(tokens, engine.rank, (t, t)))) for t in CHANGING]
     differing = [everywhere(count_step(engine, parts(tokens, engine.rank, d[engine.rank]))) for d in DIFFERENT]
+    masked = [everywhere(count_step(engine, parts(tokens, engine.rank, (t, 1), masked=True))) for t in (1, 16)]
     error = gradient_error(build(label), tokens)
-    return {"cases": cases, "changing": changing, "differing": differing, "gradient_error": error}
+    return {
+        "cases": cases,
+        "changing": changing,
+        "differing": differing,
+        "masked": masked,
+        "gradient_error": error,
+    }
 
 
 def gradient_error(engine: Engine, tokens: torch.Tensor) -> float:

@@ -66,11 +66,15 @@ def micro_batches(tokens: torch.Tensor, engine: Engine, size: int, loops: Loops,
     first = engine.rank * share
     mine, depths = tokens[first : first + share], (loops,) * len(tokens) if isinstance(loops, int) else loops
     documents = (mine % 5 == 0).cumsum(-1)
+    mask = (mine % 3 == 0) & (torch.arange(first, first + share) > 3)[
+        :, None
+    ]  # the ranks differ, some sequences have none
     return [
         MicroBatch(
             mine[at : at + size],
             DepthPlan(depths[first + at : first + min(at + size, share)], k),
             documents[at : at + size] if loops == 5 else None,
+            loss_mask=mask[at : at + size] if loops == 5 or k == 2 else None,
         )
         for at in range(0, share, size)
     ]

@@ -35,6 +35,9 @@ def check_constant(label: str, counted: dict[str, Any]) -> dict[str, tuple[int, 
     seen |= {f"differing {i}": ranks for i, ranks in enumerate(counted[label]["differing"])}
     assert len(seen) == 17
     assert {name: ranks for name, ranks in seen.items() if ranks != [expected, expected]} == {}
+    # With masks the ranks tell each other how many targets count, once: eight bytes.
+    assert "forward all-reduce" not in expected
+    assert counted[label]["masked"] == [[expected | {"forward all-reduce": (1, 8)}] * 2] * 2
     # Ranks at different T must also compute the right thing.
     assert counted[label]["gradient_error"] < 3e-4
     return expected

@@ -47,7 +47,7 @@ def global_batches(corpus: TokenCorpus, world_size: int, micro_batch: int) -> li
     sampler = DepthSampler(DepthConfig(mean=4, max=16, backprop=3), seed=5)
     steps: list[dict[int, tuple[Any, ...]]] = [{} for _ in range(12)]
     for rank in range(world_size):
-        loader = BatchLoader(corpus, 8, rank, world_size, total_samples=8 * len(steps), max_epochs=1000)
+        loader = BatchLoader(corpus, 8, rank, world_size, total_samples=8 * len(steps))
         for step, batch in enumerate(loader):
             for at in range(0, len(batch.samples), micro_batch):
                 samples = batch.samples[at : at + micro_batch]

@@ -41,7 +41,7 @@ def by_hand(run: Path, corpus: Path, loops: int) -> tuple[float, float]:
     model, _ = load(run)
     model = model.double()
     stream = TokenCorpus(corpus, "valid", LENGTH, 0)
-    tokens = stream._read((torch.arange(SEQUENCES) * stream.samples_per_epoch // SEQUENCES * LENGTH).numpy())
+    tokens = stream.read((torch.arange(SEQUENCES) * stream.samples_per_epoch // SEQUENCES * LENGTH).numpy()).tokens
     total, size = 0.0, 0
     sizes = Tokenizer(corpus / "tokenizer").token_bytes()
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_the_table_equals_what_the_run_measured(run: Path, tmp_path: Path) -> No
 def test_micro_batches_and_ranks_do_not_matter(run: Path, tiny_corpus: Path) -> None:
     model, _ = load(run)
     model = model.double()
-    windows = TokenCorpus(tiny_corpus, "valid", LENGTH, 0)._read(torch.arange(6).numpy() * LENGTH)
+    windows = TokenCorpus(tiny_corpus, "valid", LENGTH, 0).read(torch.arange(6).numpy() * LENGTH)
     whole = validation_losses(model, windows, [2], 6, torch.device("cpu"))
     for size in (1, 4):  # 4 leaves a smaller last micro-batch
         parts = validation_losses(model, windows, [2], size, torch.device("cpu"))

@@ -276,6 +276,23 @@ def test_a_packed_window_is_its_documents_alone(base: ModelConfig, options: dict
     assert [float(part.abs().sum()) > 0 for part in reach.split(lengths, dim=1)] == [False, False, True, False]
 
 
+@pytest.mark.parametrize("init", ["normal", "zero", "learned", "embedding", "encoded"])
+def test_documents_with_positions_of_their_own_are_alone_from_every_initial_state(init: Any) -> None:
+    """Random states are keyed by position; at its own positions a document gets those that it would get alone."""
+    model = randomised(RecurrentDepthTransformer(dataclasses.replace(GQA, state_init=init, state_std=2.0)))
+    lengths = (4, 1, 7, 5)
+    documents = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths)).expand(2, -1)
+    positions = torch.cat([torch.arange(n) for n in lengths]).expand(2, -1)
+    tokens = torch.randint(0, 31, documents.shape, generator=torch.Generator().manual_seed(0))
+    plan = DepthPlan((3, 2), None, (7, 2**64 - 5))
+    with torch.no_grad():
+        whole = model(tokens, plan, documents=documents, positions=positions)
+        alone = torch.cat([model(part, plan) for part in tokens.split(lengths, dim=1)], dim=1)
+        torch.testing.assert_close(whole, alone, rtol=1e-9, atol=1e-9)
+        counted_on = model(tokens, plan, documents=documents)
+        assert (float((counted_on - whole).abs().max()) > 1e-3) == (init == "normal")
+
+
 @pytest.mark.parametrize("blockwise", [False, True])
 @pytest.mark.parametrize(("base", "options"), [(GQA, {"window": 4}), (MLA, {"query_rank": 7})])
 def test_documents_follow_their_sequences_at_mixed_depths(

@@ -36,10 +36,10 @@ def act(plain: Plain, states: list[torch.Tensor]) -> tuple[torch.Tensor, torch.T
     return torch.stack(mixed), torch.stack(ponder)
 
 
-def compare(model, plan, tokens, targets, objective, others: dict[str, float]) -> None:
+def compare(model, plan, tokens, targets, objective, others: dict[str, float], mask: torch.Tensor | None) -> None:
     """The model's losses and gradients with those of a plain objective."""
     model.zero_grad()
-    losses = model(tokens, plan, targets=targets)
+    losses = model(tokens, plan, targets=targets, loss_mask=mask)
     losses["objective"].backward()
     assert all(p.grad is not None for p in model.parameters())
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -54,10 +54,10 @@ def compare(model, plan, tokens, targets, objective, others: dict[str, float]) -
         assert float(losses[name]) == pytest.approx(value, rel=1e-9), name
 
 
-def batch(plan: DepthPlan) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(plan: DepthPlan, masked: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     generator = torch.Generator().manual_seed(len(plan.iterations))
     tokens = torch.randint(0, 37, (len(plan.iterations), 7), generator=generator)
-    return tokens[:, :-1], tokens[:, 1:]
+    return tokens[:, :-1], tokens[:, 1:], tokens[:, 1:] % 3 != 0 if masked else None
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.99, 1.0])
@@ -67,16 +67,19 @@ def test_act_equals_the_equations(options, plan, threshold, small) -> None:
     model = small(halting="act", halting_threshold=threshold, halting_weight=0.7, state_init="normal", **options)
     with torch.no_grad():  # tokens that stop early, late and not at all
         model.core.halting.bias.fill_(-1.5)
-    tokens, targets = batch(plan)
+    tokens, targets, mask = batch(plan, masked=not options)
+    counted = torch.ones_like(tokens) if mask is None else mask
     plain, entropy, ponder, stops = Plain(model), 0.0, 0.0, set()
-    for row, target, loops, seed in zip(tokens, targets, plan.iterations, plan.state_seeds or (0,) * len(tokens)):
+    seeds = plan.state_seeds or (0,) * len(tokens)
+    for row, target, counts, loops, seed in zip(tokens, targets, counted, plan.iterations, seeds):
         state, cost = act(plain, plain.states(row, loops, plan.backprop, seed))
-        entropy = entropy + functional.cross_entropy(plain.read_out(state), target, reduction="sum")
-        ponder = ponder + cost.sum()
+        each = functional.cross_entropy(plain.read_out(state), target, reduction="none")
+        entropy = entropy + (each * counts).sum()
+        ponder = ponder + (cost * counts).sum()
         stops |= {int(c) for c in cost}
     assert len(stops) > 1 or plan.deepest < 3
     others = {"cross_entropy": float(entropy), "ponder": float(ponder)}
-    compare(model, plan, tokens, targets, entropy + 0.7 * ponder, others)
+    compare(model, plan, tokens, targets, entropy + 0.7 * ponder, others, mask)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.4])
@@ -88,12 +91,13 @@ def test_the_gate_equals_explicit_products(options, plan, weight, small) -> None
     model = small(halting="gate", halting_weight=weight, state_init="normal", **options)
     with torch.no_grad():
         model.core.halting.bias.fill_(-1.0)
-    tokens, targets = batch(plan)
+    tokens, targets, mask = batch(plan, masked=not options)
+    counted = torch.ones_like(tokens) if mask is None else mask
     plain, objective, entropy, iteration, last = Plain(model), 0.0, 0.0, 0.0, 0.0
-    for row, target, seed in zip(tokens, targets, plan.state_seeds or (0,) * len(tokens)):
+    for row, target, counts, seed in zip(tokens, targets, counted, plan.state_seeds or (0,) * len(tokens)):
         states = plain.states(row, plan.loops, plan.backprop, seed)
         gates = probabilities(plain, states)
-        for token in range(len(row)):
+        for token in counts.nonzero().flatten().tolist():
             left = 1.0
             for t, state in enumerate(states):
                 exits = left if t == len(states) - 1 else left * gates[t][token]
@@ -108,7 +112,7 @@ def test_the_gate_equals_explicit_products(options, plan, weight, small) -> None
     if plan.deepest == 1:
         assert entropy == 0
         others["exit_entropy"] = 0.0
-    compare(model, plan, tokens, targets, objective, others)
+    compare(model, plan, tokens, targets, objective, others, mask)
 
 
 def unit(bias: float) -> HaltingUnit:
@@ -135,7 +139,7 @@ def test_weights_sum_to_one_for_any_budget(bias) -> None:
 
 def test_a_sequence_that_joins_late_is_halted_as_if_alone(small) -> None:
     model = small(halting="act", state_init="normal")
-    tokens, targets = batch(DepthPlan((5, 1, 2)))
+    tokens, targets, _ = batch(DepthPlan((5, 1, 2)), masked=False)
     together = model(tokens, DepthPlan((5, 1, 2), None, (1, 2, 3)), targets=targets)
     alone = [
         model(tokens[i : i + 1], DepthPlan((loops,), None, (i + 1,)), targets=targets[i : i + 1])
@@ -151,7 +155,7 @@ def test_a_sequence_that_joins_late_is_halted_as_if_alone(small) -> None:
 def test_every_parameter_has_a_gradient(options, kind, plan, small) -> None:
     """If only zero, also where truncation cuts a learned state off: ranks reduce the same."""
     model = small(halting=kind, state_init="learned", **options)
-    tokens, targets = batch(plan)
+    tokens, targets, _ = batch(plan, masked=False)
     model(tokens, plan, targets=targets)["objective"].backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
@@ -163,7 +167,7 @@ def test_saturated_probabilities_leave_finite_gradients(kind, bias, small) -> No
     model = small(halting=kind).float()
     with torch.no_grad():
         model.core.halting.bias.fill_(bias)
-    tokens, targets = batch(DepthPlan((4, 4)))
+    tokens, targets, _ = batch(DepthPlan((4, 4)), masked=False)
     losses = model(tokens, 4, targets=targets)
     losses["objective"].backward()
     assert bool(losses["objective"].isfinite())
@@ -173,14 +177,14 @@ def test_saturated_probabilities_leave_finite_gradients(kind, bias, small) -> No
 def test_halting_changes_what_is_trained(small, differs) -> None:
     """ACT changes the logits; the gate leaves those of the last iteration and changes the objective."""
     differs(halting="act")
-    tokens, targets = batch(DepthPlan((3, 3)))
+    tokens, targets, _ = batch(DepthPlan((3, 3)), masked=False)
     gate, none = (small(halting=kind)(tokens, 3, targets=targets) for kind in ("gate", "none"))
     torch.testing.assert_close(gate["cross_entropy"], none["cross_entropy"])
     assert abs(float(gate["objective"] - none["objective"])) > 0.1
 
 
 def test_the_gate_refuses_different_depths(small) -> None:
-    tokens, targets = batch(DepthPlan((3, 1)))
+    tokens, targets, _ = batch(DepthPlan((3, 1)), masked=False)
     with pytest.raises(ValueError, match="one T for all sequences"):
         small(halting="gate")(tokens, DepthPlan((3, 1)), targets=targets)
     tracker = GateTracker(unit(0.0))

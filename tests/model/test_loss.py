@@ -124,12 +124,27 @@ def test_full_logits_never_exist(halting, small, monkeypatch) -> None:
     assert unchunked.elements >= full
 
 
-def test_the_models_losses_equal_those_of_its_logits(small) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_models_losses_equal_those_of_its_logits(masked, small) -> None:
     model = small(logit_softcap=3.0)
     model.z_weight = 0.01
     tokens = torch.randint(0, 37, (2, 7), generator=torch.Generator().manual_seed(0))
-    losses = model(tokens[:, :-1], 3, targets=tokens[:, 1:])
-    logits = model(tokens[:, :-1], 3).flatten(0, 1)
-    entropy = functional.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum")
+    mask = torch.tensor([[0, 1, 1, 0, 0, 1], [1, 0, 0, 0, 0, 0]]).bool() if masked else None
+    losses = model(tokens[:, :-1], 3, targets=tokens[:, 1:], loss_mask=mask)
+    logits, targets = model(tokens[:, :-1], 3).flatten(0, 1), tokens[:, 1:].flatten()
+    if mask is not None:
+        logits, targets = logits[mask.flatten()], targets[mask.flatten()]
+    entropy = functional.cross_entropy(logits, targets, reduction="sum")
+    objective = entropy + 0.01 * logits.logsumexp(-1).square().sum()
     torch.testing.assert_close(losses["cross_entropy"], entropy.detach())
-    torch.testing.assert_close(losses["objective"], entropy + 0.01 * logits.logsumexp(-1).square().sum())
+    torch.testing.assert_close(losses["objective"], objective)
+    parameters = list(model.parameters())
+    gradients = [torch.autograd.grad(each, parameters, allow_unused=True) for each in (losses["objective"], objective)]
+    for ours, plain in zip(*gradients):
+        torch.testing.assert_close(ours, plain)
+    if mask is not None:
+        nothing = model(tokens[:, :-1], 3, targets=tokens[:, 1:], loss_mask=torch.zeros_like(mask))
+        assert float(nothing["objective"].detach()) == 0
+        assert not any(
+            g.any() for g in torch.autograd.grad(nothing["objective"], parameters, allow_unused=True) if g is not None
+        )

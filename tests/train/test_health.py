@@ -228,6 +228,7 @@ class Reads(TorchDispatchMode):
             "--data.document_mask=true",
         ],
         ["--model.signals=[sinusoidal,lora,adaln]", "--model.injection=hyper", "--train.precision=bfloat16"],
+        ["--data.pack=bestfit", "--data.document_mask=true", "--data.document_positions=true"],
     ],
 )
 def test_no_step_waits_for_the_device(options: list[str], configure: Configure, tmp_path: Path) -> None:

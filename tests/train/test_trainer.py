@@ -18,7 +18,8 @@ from megatron_rdt.errors import CheckpointError, ConfigError, DataError, LaunchE
 from megatron_rdt.files import exclusive
 from megatron_rdt.parallel.single import SingleEngine
 from megatron_rdt.train import trainer
-from megatron_rdt.train.preflight import changed_settings, open_data
+from megatron_rdt.train.data import RunData
+from megatron_rdt.train.preflight import changed_settings
 from megatron_rdt.train.signals import StopRequest
 
 Configure = Callable[..., RunConfig]
@@ -115,24 +116,20 @@ def test_data_that_does_not_fit_is_refused_before_anything_is_written(
 
 def test_too_little_to_evaluate_is_refused_at_the_start(configure: Configure) -> None:
     config = configure("--eval.sequences=4")
-    assert open_data(config, 1).validation is not None
+    assert len(RunData(config, 1).validation["tiny"]) == 4
     with pytest.raises(ConfigError, match=r"eval.sequences is 4, fewer than 5 processes with samples"):
-        open_data(config, 5)
+        RunData(config, 5)
     with pytest.raises(ConfigError, match=r"the validation split of .* has .* --eval.every 0"):
-        open_data(config, 1_000_000)
+        RunData(config, 1_000_000)
     # The last of these processes would have a window and no token after it.
     most = load_manifest(config.data.path).document["splits"]["valid"]["tokens"] // 32
     many = configure("--eval.sequences=1000000")
     needed = f"{(most + 1) * 32:,}"
     with pytest.raises(ConfigError, match=rf"each of {most} processes with samples .* needs {needed}.*valid_fraction"):
-        open_data(many, most)
-    windows = open_data(many, most - 1).validation
-    assert windows is not None
-    assert len(windows) == most - 1
-    assert open_data(configure("--eval.every=0"), 1_000_000).validation is None
-    windows = open_data(config, 3).validation
-    assert windows is not None
-    assert len(windows) == 3, "every rank takes the same number"
+        RunData(many, most)
+    assert len(RunData(many, most - 1).validation["tiny"]) == most - 1
+    assert not RunData(configure("--eval.every=0"), 1_000_000).validation
+    assert len(RunData(config, 3).validation["tiny"]) == 3, "every rank takes the same number"
 
 
 def test_data_is_verified_once_and_read_by_the_first_process_of_a_node(
@@ -146,8 +143,8 @@ def test_data_is_verified_once_and_read_by_the_first_process_of_a_node(
 
     monkeypatch.setattr(CorpusManifest, "verify", counted)
     for local_rank in (0, 1):
-        open_data(configure("--data.verify=full"), 1, local_rank)
-    open_data(configure(), 1)
+        RunData(configure("--data.verify=full"), 1, local_rank)
+    RunData(configure(), 1)
     assert levels == ["full", "size", "size"]
 
 
@@ -161,7 +158,7 @@ def test_evaluations_open_no_files(configure: Configure, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(IndexedDataset, "__init__", counted)
     assert trainer.train(configure(f"--run.root={tmp_path}", "--eval.every=1")) == 0
-    assert len(opened) == len(set(opened))
+    assert len(opened) == 2 * len(set(opened)), "each is compared with the manifest, then opened once to be read"
     assert len(read(tmp_path / "run" / "eval.jsonl")) == 8
 
 

@@ -1,0 +1,214 @@
+"""A run that goes on with other weights, corpora or batches: the past stays, the rest follows from what is noted."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_rdt import checkpoint as checkpoints
+from megatron_rdt.config import RunConfig
+from megatron_rdt.config.mixture import integer_weights
+from megatron_rdt.data import Batch, BatchLoader, TokenCorpus
+from megatron_rdt.data.mixture import period_turns
+from megatron_rdt.errors import CheckpointError
+from megatron_rdt.files import sha256_of
+from megatron_rdt.train.data import RunData
+from megatron_rdt.train.trainer import train
+from tests.data.corpora import mixture_option
+
+Configure = Callable[..., RunConfig]
+LENGTH = 32
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+    """Every batch that a run in this test takes."""
+    taken: list[Batch] = []
+    iterate = BatchLoader.__iter__
+
+    def noted(self: BatchLoader) -> Iterator[Batch]:
+        for batch in iterate(self):
+            taken.append(batch)
+            yield batch
+
+    monkeypatch.setattr(BatchLoader, "__iter__", noted)
+    return taken
+
+
+def by_hand(corpora: dict[str, Path], stages: list[tuple[int, dict[str, int]]], samples: int) -> list[list[int]]:
+    """The window of every sample, by counting: which corpus's turn it is, and its next window."""
+    names = list(dict.fromkeys(name for _, counts in stages for name in counts))
+    opened = {name: TokenCorpus(corpora[name], "train", LENGTH, 1234) for name in names}
+    for number, name in enumerate(names):
+        opened[name].order = opened[name].order.numbered(number)
+    turns_of = {start: period_turns(list(counts.values())) for start, counts in stages}
+    counters, windows = dict.fromkeys(names, 0), []
+    for k in range(samples):
+        start, counts = [stage for stage in stages if stage[0] <= k][-1]
+        turns = turns_of[start]
+        name = list(counts)[turns[(k - start) % len(turns)]]
+        windows.append(opened[name].windows([counters[name]]).tokens[0].tolist())
+        counters[name] += 1
+    return windows
+
+
+def test_a_run_goes_on_with_other_weights_and_batches(
+    configure: Configure,
+    corpora: dict[str, Path],
+    tmp_path: Path,
+    seen: list[Batch],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    common = [f"--run.root={tmp_path}", "--eval.every=0", "--checkpoint.every=0"]
+    first = [*common, mixture_option(corpora, code=7, math=3), "--train.steps=4"]
+    assert train(configure(*first)) == 0
+    capsys.readouterr()
+    # 4 x 4 samples; then 3 x 6 with other weights, then as before once more, then 2 x 2 with one corpus for another.
+    second = [*common, mixture_option(corpora, code=1, math=1), "--train.steps=7", "--train.global_batch=6"]
+    assert train(configure(*second), "auto") == 0
+    said = capsys.readouterr().out
+    assert "data mixture from sample 16 on: code 0.70 -> 0.50, math 0.30 -> 0.50\n" in said
+    assert "train.global_batch 4 -> 6" in said
+    assert train(configure(*second[:-2], "--train.steps=8", "--train.global_batch=6"), "auto") == 0
+    assert "data mixture from" not in capsys.readouterr().out
+    last = [*common, mixture_option(corpora, web=3, code=1), "--train.steps=10", "--train.global_batch=2"]
+    assert train(configure(*last), "auto") == 0
+    said = capsys.readouterr().out
+    assert "data mixture from sample 40 on: code 0.50 -> 0.25, math 0.50 -> 0.00, web 0.00 -> 0.75\n" in said
+    windows = {s: row.tolist() for batch in seen for s, row in zip(batch.samples, batch.tokens)}
+    assert [sorted(batch.samples) for batch in seen] == [
+        *([*range(at, at + 4)] for at in range(0, 16, 4)),
+        *([*range(at, at + 6)] for at in range(16, 40, 6)),
+        *([*range(at, at + 2)] for at in range(40, 44, 2)),
+    ]
+    stages = [(0, integer_weights({"code": 7, "math": 3})), (16, {"code": 1, "math": 1}), (40, {"web": 3, "code": 1})]
+    assert [windows[k] for k in range(44)] == by_hand(corpora, stages, 44)
+    state = checkpoints.read_trainer_state(tmp_path / "run" / "checkpoints" / "step-00000010")["data"]
+    assert state["consumed_samples"] == 44
+    assert [(stage["start"], dict(stage["counts"])) for stage in state["stages"]] == stages
+    assert list(state["corpora"]) == ["code", "math", "web"]
+    record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert sum(record["sources"].values()) == 44
+    assert list(record["epochs"]) == ["web", "code"]
+
+
+def test_any_sequence_of_resumes_sees_the_samples_of_one_run(configure: Configure, corpora: dict[str, Path]) -> None:
+    generator = np.random.default_rng(7)
+    config = configure(mixture_option(corpora, code=5, math=2, web=1), "--eval.every=0", "--train.global_batch=96")
+    whole = RunData(config, 1).mixture.windows(range(1400)).tokens
+    for _ in range(2):
+        consumed, state = 0, None
+        found = torch.empty_like(whole)
+        while consumed < 800:
+            world = int(generator.choice([1, 2, 3, 4, 6]))
+            batch = world * int(generator.integers(1, 9))
+            changed = configure(*_words(corpora), f"--train.global_batch={batch}")
+            end = consumed + batch * int(generator.integers(1, 12))
+            for rank in range(world):
+                data = RunData(changed, world)
+                if state is not None:
+                    assert data.resume(Path("before"), state) == []
+                loader = data.loader(consumed, end, rank, CPU)
+                for part in loader:
+                    found[list(part.samples)] = part.tokens
+                loader.close()
+            consumed, state = end, json.loads(json.dumps(data.state(end)))
+        assert torch.equal(found[:consumed], whole[:consumed])
+
+
+def _words(corpora: dict[str, Path]) -> list[str]:
+    return [mixture_option(corpora, code=5, math=2, web=1), "--eval.every=0", "--data.max_epochs=1000"]
+
+
+def resumed(configure: Configure, state: dict, *words: str) -> tuple[RunData, list[str]]:
+    data = RunData(configure("--eval.every=0", *words), 1)
+    return data, data.resume(Path("runs/x/step-1"), json.loads(json.dumps(state)))
+
+
+def test_a_corpus_is_known_by_name_or_content(configure: Configure, corpora: dict[str, Path], tmp_path: Path) -> None:
+    alone = RunData(configure(f"--data.path={corpora['code']}", "--eval.every=0"), 1)
+    state = alone.state(100)
+    # Moved and named otherwise.
+    moved = Path(shutil.copytree(corpora["code"], tmp_path / "elsewhere"))
+    data, changed = resumed(configure, state, f"--data.path={moved}")
+    assert changed == []
+    assert data.state(100)["stages"] == [{"start": 0, "counts": [("elsewhere", 1)]}]
+    samples = np.arange(100, 300)
+    assert torch.equal(data.mixture.windows(samples).tokens, alone.mixture.windows(samples).tokens)
+    # From one corpus to a mixture and back; what it was of stays first.
+    two = mixture_option(corpora, math=1, code=1)
+    data, changed = resumed(configure, state, two)
+    assert changed == ["data mixture from sample 100 on: code 1.00 -> 0.50, math 0.00 -> 0.50"]
+    assert data.mixture.order.names == ["code", "math"]
+    again, changed = resumed(configure, data.state(100), f"--data.path={corpora['code']}")
+    assert changed == ["data mixture from sample 100 on: math 0.50 -> 0.00, code 0.50 -> 1.00"]
+    assert [stage.start for stage in again.mixture.order.stages] == [0, 100], "no sample was taken of the one between"
+    back, _ = resumed(configure, data.state(160), f"--data.path={corpora['code']}")
+    drawn = back.mixture.order.drawn(200)
+    assert drawn == {"code": 170, "math": 30}
+    corpus, number = back.mixture.order.locate(np.array([160]))
+    assert (corpus[0], number[0]) == (0, 130)
+    # A corpus that was left out for a while goes on where it was.
+    later, _ = resumed(configure, back.state(200), two)
+    assert later.mixture.order.drawn(220) == {"code": 180, "math": 40}
+
+
+def test_other_content_is_refused(configure: Configure, corpora: dict[str, Path], tmp_path: Path) -> None:
+    state = RunData(configure(mixture_option(corpora, code=1, math=1), "--eval.every=0"), 1).state(100)
+    changed = Path(shutil.copytree(corpora["code"], tmp_path / "code"))
+    shard = changed / "train" / "shard-00001.bin"
+    content = np.fromfile(shard, "<u2")
+    content[:2] = content[1], content[0] + 1
+    shard.write_bytes(content.tobytes())
+    manifest = json.loads((changed / "manifest.json").read_text())
+    manifest["splits"]["train"]["shards"][1]["bin_sha256"] = sha256_of(shard)
+    (changed / "manifest.json").write_text(json.dumps(manifest))
+    other = {**corpora, "code": changed}
+    with pytest.raises(
+        CheckpointError, match=rf"other data than {changed} holds now .*shard train/shard-00001 has other"
+    ):
+        resumed(configure, state, mixture_option(other, code=1, math=1))
+    with pytest.raises(CheckpointError, match="Other data beside it needs another name"):
+        resumed(configure, state, mixture_option(other, code=1, math=1))
+    entries = [
+        {"path": str(changed), "weight": 1, "name": "better"},
+        {"path": str(corpora["math"]), "weight": 1, "max_tokens": 900},
+    ]
+    with pytest.raises(CheckpointError, match=r"max_tokens 0 of .*math, now it is 900"):
+        resumed(configure, state, f"--data.mixture={json.dumps(entries)}")
+    del entries[1]["max_tokens"]
+    _, said = resumed(configure, state, f"--data.mixture={json.dumps(entries)}")
+    assert said == ["data mixture from sample 100 on: code 0.50 -> 0.00, better 0.00 -> 0.50"]
+    with pytest.raises(CheckpointError, match=r"was trained with code and math, and .*web is none of them"):
+        resumed(configure, state, f"--data.path={corpora['web']}")
+    alone = RunData(configure(f"--data.path={corpora['math']}", "--eval.every=0"), 1).state(100)
+    with pytest.raises(CheckpointError, match=r"other data than .*web holds now \(data_fingerprint\): shard train/"):
+        resumed(configure, alone, f"--data.path={corpora['web']}")
+
+
+def test_checkpoints_of_version_1_go_on(configure: Configure, corpora: dict[str, Path]) -> None:
+    data = RunData(configure(f"--data.path={corpora['code']}", "--eval.every=0"), 1)
+    record = data.state(100)["corpora"]["code"]
+    state = {
+        "version": 1,
+        "consumed_samples": 100,
+        "data_fingerprint": record["fingerprint"],
+        "shards": record["shards"],
+        "sequence_length": LENGTH,
+        "seed": 1234,
+    }
+    again, changed = resumed(configure, state, f"--data.path={corpora['code']}")
+    assert changed == []
+    assert again.state(104) == data.state(104)
+    mixed, changed = resumed(configure, state, mixture_option(corpora, web=1, code=3))
+    assert changed == ["data mixture from sample 100 on: code 1.00 -> 0.75, web 0.00 -> 0.25"]
+    assert mixed.mixture.order.names == ["code", "web"]
+    with pytest.raises(CheckpointError, match="shard train/shard-00000 has other content"):
+        resumed(configure, state, f"--data.path={corpora['web']}")
+    with pytest.raises(CheckpointError, match="a corpus that is none of data"):
+        resumed(configure, state, mixture_option(corpora, web=1, math=3))

@@ -1,0 +1,266 @@
+"""Streams of a dataset: every row once, the same samples after a resume, clear words about what cannot be."""
+
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_rdt.config import RunConfig, check_config
+from megatron_rdt.data import BatchLoader, Tokenizer
+from megatron_rdt.data.streaming import EndedError, RowReader, TokenStream, first_windows, open_dataset
+from megatron_rdt.errors import CheckpointError, ConfigError, DataError
+from megatron_rdt.train.streamed import StreamData
+from megatron_rdt.train.trainer import train
+
+LENGTH, BATCH = 32, 4
+
+
+def text(number: int) -> str:
+    return f"row {number} says " + "word " * (number * 7 % 23) + str(number * number)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A dataset of 120 rows in four files, one of them blank."""
+    folder = tmp_path_factory.mktemp("dataset")
+    for part in range(4):
+        rows = [{"text": text(i) if i != 50 else " ", "id": i} for i in range(30 * part, 30 * part + 30)]
+        (folder / f"part-{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"hf:{folder}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_corpus: Path) -> Tokenizer:
+    return Tokenizer(tiny_corpus / "tokenizer")
+
+
+def reader(path: str, place: int = 0, places: int = 1, state: Any = None, epochs: float | None = None) -> RowReader:
+    return RowReader(path, "text", lambda epoch: open_dataset(path, "train", place, places), epochs, state)
+
+
+def all_texts(texts: RowReader) -> list[str]:
+    found: list[str] = []
+    with contextlib.suppress(EndedError):
+        for read in texts:
+            found.append(read)
+    return found
+
+
+@pytest.mark.parametrize("places", [1, 2, 3, 4])  # 3 does not divide the files: rows are dealt out
+def test_every_row_once_and_from_any_state(dataset: str, places: int) -> None:
+    found = []
+    for place in range(places):
+        whole = all_texts(reader(dataset, place, places, epochs=1))
+        found += whole
+        for cuts in ((0, 0), (3, 4), (len(whole) - 1, 1)):
+            texts, taken = reader(dataset, place, places, epochs=1), []
+            for cut in cuts:
+                taken += [next(texts) for _ in range(cut)]
+                state = json.loads(json.dumps(texts.state()))
+                texts = reader(dataset, place, places, state, epochs=1)
+            assert taken + all_texts(texts) == whole, (place, cuts)
+    assert sorted(found) == sorted(text(i) for i in range(120) if i != 50)
+
+
+def test_passes_repeat_the_rows(dataset: str) -> None:
+    texts = reader(dataset)
+    first = [next(texts) for _ in range(119)]
+    state = texts.state()
+    assert [next(texts) for _ in range(119)] == first
+    again = reader(dataset, state=json.loads(json.dumps(state)))
+    assert [next(again) for _ in range(119)] == first
+    assert [next(again) for _ in range(119)] == first, "a pass after a resumed one begins at the beginning"
+    assert again.epoch == 2
+
+
+def expected_stream(tokenizer: Tokenizer, numbers: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of the rows, and the number of the row of each."""
+    documents = [[*tokenizer.encode(text(i)), tokenizer.eos] for i in numbers]
+    return np.concatenate(documents), np.repeat(np.arange(len(documents)), [len(d) for d in documents])
+
+
+def test_windows_are_those_of_the_joined_rows(dataset: str, tokenizer: Tokenizer) -> None:
+    stream = TokenStream(reader(dataset), tokenizer, LENGTH, 0, documents=True, positions=True)
+    tokens, rows = expected_stream(tokenizer, [i for i in range(120) if i != 50])
+    start = 0
+    for count in (1, 5, 2, 40):
+        windows = stream.take(count)
+        assert windows.documents is not None
+        assert windows.positions is not None
+        for row in range(count):
+            part = slice(start, start + LENGTH + 1)
+            assert windows.tokens[row].tolist() == tokens[part].tolist()
+            numbers = rows[part] - rows[start]
+            assert windows.documents[row].tolist() == numbers.tolist()
+            place = [int((numbers[:i] == numbers[i]).sum()) for i in range(LENGTH + 1)]
+            assert windows.positions[row].tolist() == place
+            start += LENGTH
+
+
+def batches(loader: BatchLoader, count: int) -> list[tuple]:
+    iterator = iter(loader)
+    taken = [next(iterator) for _ in range(count)]
+    return [(batch.samples, batch.slots, batch.tokens.tolist()) for batch in taken]
+
+
+@pytest.mark.parametrize("places", [1, 2])
+def test_resuming_twice_changes_nothing(dataset: str, tokenizer: Tokenizer, places: int, tmp_path: Path) -> None:
+    total = 160  # samples: more than two passes over the rows
+
+    def started(place: int, consumed: int = 0, state: Any = None) -> tuple[TokenStream, BatchLoader]:
+        texts = reader(dataset, place, places, state and state["texts"])
+        stream = TokenStream(texts, tokenizer, LENGTH, 3, consumed=consumed, step=BATCH, state=state)
+        return stream, BatchLoader(stream, BATCH, place, places, consumed, total)
+
+    for place in range(places):
+        _, loader = started(place)
+        whole = batches(loader, total // BATCH)
+        loader.close()
+        taken, consumed, state = [], 0, None
+        for steps in (7, 0, 16, 17):  # 0: saved before anything was read
+            stream, loader = started(place, consumed, state)
+            taken += batches(loader, steps)
+            consumed += BATCH * steps
+            loader.close()  # what was read ahead is forgotten
+            torch.save(stream.state(consumed), tmp_path / "state.pt")
+            state = torch.load(tmp_path / "state.pt", weights_only=True)
+        assert taken == whole
+        assert len({tuple(map(tuple, tokens)) for _, _, tokens in whole}) > 30
+
+
+def test_held_out_rows_are_not_trained_on(dataset: str, tokenizer: Tokenizer) -> None:
+    windows, hashes, rows = first_windows(dataset, "train", "text", tokenizer, LENGTH, 6)
+    tokens, _ = expected_stream(tokenizer, list(range(rows)))
+    assert len(tokens) >= 6 * LENGTH + 1
+    assert windows.tokens.tolist() == [tokens[i * LENGTH : (i + 1) * LENGTH + 1].tolist() for i in range(6)]
+    stream = TokenStream(reader(dataset), tokenizer, LENGTH, 0, held_out=hashes)
+    rest, _ = expected_stream(tokenizer, list(range(rows, 50)))
+    assert stream.take(3).tokens.tolist() == [rest[i * LENGTH : (i + 1) * LENGTH + 1].tolist() for i in range(3)]
+    with pytest.raises(DataError, match=r"ended after 120 rows, before it gave 4000 sequences of 32 tokens"):
+        first_windows(dataset, "train", "text", tokenizer, LENGTH, 4000)
+
+
+def test_what_cannot_be_read_is_named(dataset: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"field body is missing; it has id, text\. Set --data.text_field"):
+        next(RowReader(dataset, "body", lambda epoch: open_dataset(dataset, "train")))
+    with pytest.raises(DataError, match="field id is a int, not a text"):
+        next(RowReader(dataset, "id", lambda epoch: open_dataset(dataset, "train")))
+    with pytest.raises(DataError, match="Bad split: nope"):
+        open_dataset(dataset, "nope")
+    with pytest.raises(DataError, match="hf:nobody/nothing could not be read as a dataset"):
+        open_dataset("hf:nobody/nothing", "train")
+    with pytest.raises(DataError, match=r"ended after 120 rows of this process, and data.max_epochs is 2"):
+        TokenStream(reader(dataset, epochs=2), tokenizer, LENGTH, 0).take(2000)
+    (tmp_path / "a.jsonl").write_text('{"text": " "}\n{"text": ""}\n')
+    with pytest.raises(DataError, match="has no text for this process"):
+        next(reader(f"hf:{tmp_path}"))
+
+
+def options(dataset: str, tiny_corpus: Path, root: Path) -> list[str]:
+    words = {
+        "run.root": root,
+        "data.path": dataset,
+        "data.tokenizer": tiny_corpus / "tokenizer",
+        "train.steps": 6,
+        "eval.sequences": 4,
+        "depth.scheme": "fixed",
+        "depth.mean": 1,
+        "schedule.name": "constant",
+        "checkpoint.every": 2,
+        "checkpoint.keep": 0,
+    }
+    return [f"--{name}={value}" for name, value in words.items()]
+
+
+def losses(root: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (root / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_that_is_resumed_twice_is_the_run(
+    configure: Callable[..., RunConfig],
+    dataset: str,
+    tiny_corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert train(configure(*options(dataset, tiny_corpus, tmp_path / "whole"))) == 0
+    out = capsys.readouterr().out
+    assert "is read as it comes, in the dataset's order; its first " in out
+    assert "nothing of it is hashed" in out
+    for steps in (2, 4, 6):
+        assert (
+            train(configure(*options(dataset, tiny_corpus, tmp_path / "parts"), f"--train.steps={steps}"), "auto") == 0
+        )
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 6
+
+
+def test_what_a_stream_cannot_go_on_from(
+    configure: Callable[..., RunConfig], dataset: str, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    words = options(dataset, tiny_corpus, tmp_path)
+    config = configure(*words, "--train.steps=2")
+    assert train(config) == 0
+    source = tmp_path / "run" / "checkpoints" / "step-00000002"
+    state = json.loads((source / "trainer.json").read_text())["data"]
+    assert StreamData(config, 1, 0, 0).resume(source, state) == []
+    with pytest.raises(CheckpointError, match=r"processes with samples of their own 1, now it is 2"):
+        StreamData(config, 2, 0, 0).resume(source, state)
+    with pytest.raises(CheckpointError, match=r"data.shuffle_buffer 0, now it is 5"):
+        StreamData(configure(*words, "--data.shuffle_buffer=5"), 1, 0, 0).resume(source, state)
+    with pytest.raises(CheckpointError, match="no position in the data for this process"):
+        StreamData(config, 1, 0, 1).resume(source, state)
+    prepared = configure(f"--run.root={tmp_path}", "--train.steps=4", "--depth.scheme=fixed", "--depth.mean=1")
+    with pytest.raises(CheckpointError, match=r"was trained on hf:.*, read as it comes"):
+        train(prepared, "auto")
+    line = StreamData(configure(*words, "--eval.sequences=8"), 1, 0, 0).resume(source, state)[0]
+    assert line.startswith("rows held out for validation: ")
+
+
+def test_what_is_said_of_a_shuffle_buffer(
+    configure: Callable[..., RunConfig], dataset: str, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    config = configure(*options(dataset, tiny_corpus, tmp_path), "--data.shuffle_buffer=10")
+    data = StreamData(config, 1, 0, 0)
+    assert "every resume loses up to so many rows" in data.describe(36)[1]
+    loader = data.loader(0, 36, 0, torch.device("cpu"))
+    shuffled = batches(loader, 3)
+    loader.close()
+    plain = StreamData(configure(*options(dataset, tiny_corpus, tmp_path)), 1, 0, 0)
+    loader = plain.loader(0, 36, 0, torch.device("cpu"))
+    assert batches(loader, 3) != shuffled
+    loader.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data.tokenizer="], "needs a tokenizer: set --data.tokenizer"),
+        (["--data.shuffle_buffer=-1"], "data.shuffle_buffer is -1"),
+        (["--data.verify=full"], "data.verify full needs shards"),
+        (["--data.pack=bestfit"], "data.pack bestfit needs shards"),
+        (["--data.mixture=[{path: hf:a, weight: 1}, {path: b, weight: 1}]"], r"entry 1 \(hf:a\) .* cannot be mixed"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    configure: Callable[..., RunConfig], dataset: str, tiny_corpus: Path, tmp_path: Path, words: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_config(configure(*options(dataset, tiny_corpus, tmp_path), *words), 1)
+
+
+def test_a_tokenizer_that_does_not_fit(
+    configure: Callable[..., RunConfig], dataset: str, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    words = options(dataset, tiny_corpus, tmp_path)
+    with pytest.raises(ConfigError, match=r"has 512 pieces\. Set --model.vocab_size 512"):
+        StreamData(configure(*words, "--model.vocab_size=600"), 1, 0, 0)
+    with pytest.raises(ConfigError, match="is not a folder"):
+        StreamData(configure(*words, f"--data.tokenizer={tmp_path / 'none'}"), 1, 0, 0)
+    with pytest.raises(ConfigError, match="fewer than 5 processes"):
+        StreamData(configure(*words), 5, 0, 0)

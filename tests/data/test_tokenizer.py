@@ -1,0 +1,271 @@
+"""Tokenizers: nothing is lost, raw text stays text, and AutoTokenizer gives the same ids."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from megatron_rdt.convert.hf_tokenizer import export_tokenizer
+from megatron_rdt.data import Tokenizer
+from megatron_rdt.data.tokenizer_sentencepiece import GRID, RUN, SPACE, parsed_model, parts
+from megatron_rdt.errors import DataError
+
+KINDS = ("bpe", "unigram", "hf")
+DIFFICULT = [
+    *(
+        "\x00",
+        "\ufeff",
+        "\u2028",
+        "\u0085",
+        "\r\n",
+        "\r",
+        "\n",
+        "\t",
+        " ",
+        "   ",
+        "\u00a0",
+        "\u3000",
+        "\u200b",
+        "\u200d",
+    ),
+    *("e\u0301", "\u00e9", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\ud7ff", "\U0010ffff", "\ufffd", "\ufb01"),
+    *(
+        "<s>",
+        "</s>",
+        "<unk>",
+        "<pad>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|pad|>",
+        "<tool>",
+        "<0x41>",
+        "<0x0A>",
+    ),
+    *("0", "12", "3.14", "+++", "==", "__", "--", "a", "the ", "\u4f60\u597d", "\u0416", "\u0660", "\u0120", "##"),
+]
+WORDS = [
+    *(
+        "def ",
+        "return ",
+        "    ",
+        "\t",
+        "self.",
+        "(",
+        ")",
+        ":",
+        "\n",
+        " = ",
+        "0x1F",
+        "1_000",
+        "'",
+        '"',
+        "#",
+        "\\n",
+        "{}",
+    ),
+    *("import ", "os.path", "x", "__init__", "  # ", "lambda ", "f'{x!r}'", "[i]", "->", "**kwargs", ", ", "é", "λ"),
+]
+# Any text but U+2581, which SentencePiece takes for a space.
+UNICODE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters=SPACE))
+PIECEWISE = st.lists(st.one_of(st.sampled_from(DIFFICULT), UNICODE), max_size=30).map("".join)
+SOURCE = st.lists(st.sampled_from(WORDS), max_size=60).map("".join)
+LONG = st.lists(
+    st.tuples(st.sampled_from([*DIFFICULT, *WORDS]), st.integers(1, 2 * RUN)).map(lambda each: each[0] * each[1]),
+    max_size=3,
+).map("".join)
+TEXTS = st.one_of(UNICODE, PIECEWISE, SOURCE)
+QUICK = settings(max_examples=120, deadline=None, derandomize=True, database=None)
+
+
+@pytest.fixture(scope="module")
+def opened(tokenizer_folders: dict[str, Path]) -> dict[str, Tokenizer]:
+    return {kind: Tokenizer(folder) for kind, folder in tokenizer_folders.items()}
+
+
+@pytest.fixture(scope="module")
+def exported(tokenizer_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """What AutoTokenizer makes of an export; special tokens in a text are text, as they are in a corpus."""
+    from transformers import AutoTokenizer
+
+    loaded = {}
+    for kind, folder in tokenizer_folders.items():
+        out = tmp_path_factory.mktemp(kind)
+        assert export_tokenizer(folder, out) == ""
+        assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+        loaded[kind] = AutoTokenizer.from_pretrained(out, split_special_tokens=True)
+    return loaded
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@QUICK
+@given(text=TEXTS)
+@example(text="".join(DIFFICULT))
+@example(text="")
+def test_nothing_is_lost(kind: str, text: str, opened: dict[str, Tokenizer]) -> None:
+    tokenizer = opened[kind]
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    specials = {tokenizer.token_id(name) for name in tokenizer.specials}
+    assert specials >= {tokenizer.eos, tokenizer.pad}
+    assert specials.isdisjoint(ids)
+    assert tokenizer.token_bytes()[ids].sum() == len(text.encode("utf-8"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(QUICK, max_examples=30)
+@given(texts=st.lists(st.one_of(TEXTS, LONG), max_size=4))
+def test_a_batch_is_its_texts(kind: str, texts: list[str], opened: dict[str, Tokenizer]) -> None:
+    arrays = opened[kind].encode_batch(texts)
+    assert [array.dtype for array in arrays] == [np.int32] * len(texts)
+    assert [array.tolist() for array in arrays] == [opened[kind].encode(text) for text in texts]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(QUICK, max_examples=80)
+@given(text=st.one_of(st.text(st.characters(exclude_categories=["Cs"])), TEXTS, LONG))
+@example(text=f"a{SPACE}b {SPACE} c")
+def test_autotokenizer_gives_the_same_ids(
+    kind: str, text: str, opened: dict[str, Tokenizer], exported: dict[str, object]
+) -> None:
+    ids = exported[kind](text, add_special_tokens=False).input_ids  # type: ignore[operator]
+    assert ids == opened[kind].encode(text)
+    assert exported[kind].decode(ids) == opened[kind].decode(ids)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autotokenizer_gives_the_same_ids_for_every_document(
+    kind: str, tiny_text: Path, opened: dict[str, Tokenizer], exported: dict[str, object]
+) -> None:
+    texts = [path.read_text(encoding="utf-8") for path in sorted(tiny_text.iterdir())]
+    found = exported[kind](texts, add_special_tokens=False).input_ids  # type: ignore[operator]
+    assert found == [opened[kind].encode(text) for text in texts]
+    assert len(exported[kind]) == opened[kind].vocab_size  # type: ignore[arg-type]
+    names = ("eos_token_id", "pad_token_id")
+    assert [getattr(exported[kind], name) for name in names] == [opened[kind].eos, opened[kind].pad]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_visible_space_comes_back_as_a_space(kind: str, opened: dict[str, Tokenizer]) -> None:
+    assert opened[kind].decode(opened[kind].encode(f"a{SPACE}b")) == "a b"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_tokenizer_says_of_itself(kind: str, opened: dict[str, Tokenizer]) -> None:
+    tokenizer = opened[kind]
+    assert tokenizer.kind == {"bpe": "spm-bpe", "unigram": "spm-unigram", "hf": "hf"}[kind]
+    assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eos, tokenizer.pad) == {
+        "hf": (513, -1, 0, 1),
+    }.get(kind, (640, 1, 2, 3))
+    for name in tokenizer.specials:
+        assert tokenizer.token_bytes()[tokenizer.token_id(name)] == 0
+        assert tokenizer.decode([tokenizer.token_id(name)]) in ("", " \u2047 ")  # what sentencepiece prints for <unk>
+    assert tokenizer.encode("x", bos=True) == [tokenizer.bos] * (tokenizer.bos >= 0) + tokenizer.encode("x")
+    assert tokenizer.encode("\n") == [tokenizer.token_id("\n")]
+    assert tokenizer.token_id("no such token") == -1
+    digits = tokenizer.encode("a 123")
+    assert kind == "hf" or [tokenizer.decode([i]) for i in digits[-3:]] == ["1", "2", "3"]
+
+
+def integer_viterbi(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The best cut of a text by sums of integers: of equal ones the one whose last piece is the longest, at every place."""
+    model = parsed_model(tokenizer.processor.serialized_model_proto())
+    ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
+    scores = {piece.piece: int(piece.score * GRID) for piece in model.pieces if piece.type == 1}
+    longest, unknown = max(map(len, scores)), min(scores.values()) - 10 * GRID
+    text = text.replace(" ", SPACE)
+    best: list[tuple[int, int]] = [(0, 0)]  # the sum up to a place, and where its last piece begins
+    for end in range(1, len(text) + 1):
+        options = []
+        for start in range(max(end - longest, 0), end):
+            score = scores.get(text[start:end], unknown if end == start + 1 else None)
+            if score is not None:
+                options.append((best[start][0] + score, -start))
+        total, start = max(options)
+        best.append((total, -start))
+    found: list[int] = []
+    end = len(text)
+    while end:
+        piece = text[best[end][1] : end]
+        found[:0] = [ids[piece]] if piece in scores else [ids[f"<0x{byte:02X}>"] for byte in piece.encode("utf-8")]
+        end = best[end][1]
+    return found
+
+
+@settings(QUICK, max_examples=60)
+@given(text=st.one_of(TEXTS, st.text("+-= a\n", max_size=80)))
+@example(text="x = " + "+" * 3000 + "\n" + "ab-" * 2000 + " 7")
+def test_unigram_takes_the_best_cut(text: str, opened: dict[str, Tokenizer]) -> None:
+    assert opened["unigram"].encode(text) == integer_viterbi(opened["unigram"], text)
+
+
+def test_unigram_ids_do_not_depend_on_what_stands_before(tiny_text: Path, opened: dict[str, Tokenizer]) -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(tiny_text.iterdir()))
+    lines = [line + "\n" for line in text.split("\n")]
+    whole = opened["unigram"].encode("".join(lines))
+    assert whole == [i for array in opened["unigram"].encode_batch(lines) for i in array]
+
+
+@settings(QUICK, max_examples=200)
+@given(text=st.one_of(TEXTS, LONG))
+def test_parts_are_short_and_add_up(text: str) -> None:
+    found = list(parts(text))
+    assert "".join(found) == text
+    assert all(0 < len(part) <= 2 * RUN for part in found)
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}}, True),
+        ({"post_processor": None}, True),
+        ({"normalizer": {"type": "Lowercase"}}, False),
+        ({"pre_tokenizer": None}, False),
+    ],
+)
+def test_a_fingerprint_is_of_what_decides_the_ids(
+    change: dict, same: bool, tokenizer_folders: dict[str, Path], opened: dict[str, Tokenizer], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tokenizer_folders["hf"], tmp_path / "hf"))
+    document = json.loads((folder / "tokenizer.json").read_text()) | change
+    (folder / "tokenizer.json").write_text(json.dumps(document, indent=3))
+    changed = Tokenizer(folder / "tokenizer.json")
+    assert (changed.fingerprint == opened["hf"].fingerprint) == same
+    text = "def f(x): return X\n"
+    assert (changed.encode(text) == opened["hf"].encode(text)) == same
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer.json", None, "does not exist. Name a folder with a tokenizer.model"),
+        ("tokenizer.json", "{", "cannot be read as JSON"),
+        ("tokenizer.json", "{}", "describes no model"),
+        ("tokenizer.json", '{"model": {}}', "is not a tokenizer.json of the library tokenizers"),
+        ("tokenizer_config.json", "[]", "holds no JSON object"),
+        ("tokenizer_config.json", '{"eos_token": "<eos>"}', "name the token '<eos>', which is not in tokenizer.json"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"513": {"content": "<x>"}}}', "name the token '<x>'"),
+    ],
+)
+def test_what_is_no_tokenizer_is_refused(
+    file: str, content: str | None, message: str, tokenizer_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tokenizer_folders["hf"], tmp_path / "hf"))
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_text(content)
+    with pytest.raises(DataError, match=re.escape(message)):
+        Tokenizer(folder)
+
+
+def test_random_ids_are_refused(tokenizer_folders: dict[str, Path], tmp_path: Path) -> None:
+    document = json.loads((tokenizer_folders["hf"] / "tokenizer.json").read_text())
+    document["model"]["dropout"] = 0.1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(DataError, match="dropout"):
+        Tokenizer(tmp_path)

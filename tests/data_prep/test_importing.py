@@ -1,0 +1,151 @@
+"""Corpora of files that are there: nothing is rewritten or moved, and what does not fit is refused."""
+
+import errno
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.importing import import_corpus
+from launch.cli import run_command
+from megatron_rdt.data import TokenCorpus, load_manifest
+from megatron_rdt.data.indexed import prefix_path
+from megatron_rdt.data.verify import verify_corpus
+from megatron_rdt.errors import ConfigError, DataError
+from tests.data.random_corpus import write_random_corpus
+
+EOS = 2
+
+
+def write_raw(prefix: Path, documents: list[list[list[int]]], dtype: str = "<u2") -> Path:
+    """Documents of sequences, without any check."""
+    sequences = [sequence for document in documents for sequence in document]
+    lengths = np.array([len(sequence) for sequence in sequences], "<i4")
+    size = np.dtype(dtype).itemsize
+    pointers = np.append(0, np.cumsum(lengths, dtype=np.int64)[:-1]) * size
+    starts = np.append(0, np.cumsum([len(document) for document in documents]))
+    code = {"<u2": 8, "<i4": 4}[dtype]
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, code, len(sequences), len(starts))
+    index = header + lengths.tobytes() + pointers.astype("<i8").tobytes() + starts.astype("<i8").tobytes()
+    prefix_path(prefix, ".idx").write_bytes(index)
+    prefix_path(prefix, ".bin").write_bytes(np.concatenate(sequences).astype(dtype).tobytes())
+    return prefix
+
+
+@pytest.fixture
+def tokenizer(tiny_corpus: Path) -> Path:
+    return tiny_corpus / "tokenizer"
+
+
+def sentences(seed: int, count: int = 40) -> list[list[list[int]]]:
+    """Documents of up to three sequences, some of none; EOS at the end of each."""
+    draw = np.random.default_rng(seed)
+    documents = [[draw.integers(10, 500, 9).tolist() for _ in range(draw.integers(0, 4))] for _ in range(count)]
+    for document in documents:
+        if document:
+            document[-1][-1] = EOS
+    return documents
+
+
+def test_files_become_shards_and_stay(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = write_raw(tmp_path / "one.text_document", sentences(1))
+    two = write_raw(tmp_path / "two", sentences(2))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    words = ["prep", "import", str(one), str(two), "--tokenizer", str(tokenizer), "--out", str(tmp_path / "c")]
+    assert run_command([*words, "--valid-prefix", str(two)]) == 0
+    assert "EOS" not in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in before} == before
+    assert (tmp_path / "c/train/shard-00001.bin").stat().st_ino == (tmp_path / "two.bin").stat().st_ino
+    assert verify_corpus(tmp_path / "c") == []
+    corpus = TokenCorpus(tmp_path / "c", "train", 16, 1, verify="full", documents=True)
+    stream = np.frombuffer(before[tmp_path / "one.text_document.bin"] + before[tmp_path / "two.bin"], "<u2")
+    assert corpus.tokens == len(stream)
+    for row, start in zip(corpus.windows(range(20)).tokens, corpus.places(range(20))):
+        assert row.tolist() == stream[start : start + 17].tolist()
+    split = load_manifest(tmp_path / "c").document["splits"]["train"]
+    sizes = np.load(tokenizer / "token_bytes.npy")
+    assert (split["documents"], split["text_bytes"]) == (80, int(sizes[stream].sum()))
+    assert split["shards"][0]["source"] == str(one)
+
+
+def test_where_links_cannot_be(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, "another file system")
+
+    monkeypatch.setattr(os, "link", refuse)
+    one = write_raw(tmp_path / "one", sentences(1))
+    corpus = import_corpus([str(one)], str(tokenizer / "tokenizer.model"), str(tmp_path / "c"))
+    assert (corpus / "train/shard-00000.bin").stat().st_nlink == 1
+    assert (corpus / "train/shard-00000.bin").read_bytes() == (tmp_path / "one.bin").read_bytes()
+    assert verify_corpus(corpus) == []
+
+
+def test_documents_without_eos_are_counted(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = write_raw(tmp_path / "one", [[[20, EOS]], [[30, 31], [32]], [], [[40, EOS]], [[50]]])
+    corpus = import_corpus([str(one)], str(tokenizer), str(tmp_path / "c"))
+    assert "EOS (id 2) ends 2 of 4 documents (50.0%)" in capsys.readouterr().out
+    assert load_manifest(corpus).document["prep"]["append_eos"] is False
+    assert verify_corpus(corpus) == []
+
+
+def test_masks_come_along(tmp_path: Path, tokenizer: Path) -> None:
+    ours = write_random_corpus(tmp_path / "ours", tokenizer, {"train": [3000]}, masks=True)
+    prefix = ours / "train" / "shard-00000"
+    corpus = import_corpus([str(prefix)], str(tokenizer), str(tmp_path / "c"))
+    assert (corpus / "train/shard-00000.mask").read_bytes() == prefix_path(prefix, ".mask").read_bytes()
+    assert verify_corpus(corpus) == []
+    plain = write_raw(tmp_path / "plain", sentences(1))
+    with pytest.raises(DataError, match="some files of the split train have masks and others none"):
+        import_corpus([str(prefix), str(plain)], str(tokenizer), str(tmp_path / "d"))
+
+
+def damaged(prefix: Path) -> None:
+    content = bytearray(prefix_path(prefix, ".idx").read_bytes())
+    content[34] ^= 1
+    prefix_path(prefix, ".idx").write_bytes(content)
+
+
+def cut(prefix: Path) -> None:
+    os.truncate(prefix_path(prefix, ".bin"), 10)
+
+
+def other_ids(prefix: Path) -> None:
+    write_raw(prefix, [[[20, 30, 600, EOS]], [[7]]])
+
+
+def other_type(prefix: Path) -> None:
+    write_raw(prefix, [[[20, EOS]]], "<i4")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (damaged, r"two\.idx holds impossible lengths\. Write it again with the tool"),
+        (cut, r"two\.bin has 10 bytes, its index says"),
+        (other_ids, r"two\.bin: bytes 4 to 5 hold id 600, but the tokenizer has 512 pieces"),
+        (other_type, r"one has tokens as uint16, .*two as int32"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path: Path, tokenizer: Path, change, message: str) -> None:
+    one, two = write_raw(tmp_path / "one", sentences(1)), write_raw(tmp_path / "two", sentences(2))
+    change(two)
+    with pytest.raises(DataError, match=message):
+        import_corpus([str(one), str(two)], str(tokenizer), str(tmp_path / "c"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.bin", "one.idx", "two.bin", "two.idx"]
+
+
+def test_wrong_paths(tmp_path: Path, tokenizer: Path) -> None:
+    one = write_raw(tmp_path / "one", sentences(1))
+    with pytest.raises(ConfigError, match=r"one\.bin\.bin does not exist"):
+        import_corpus([f"{one}.bin"], str(tokenizer), str(tmp_path / "c"))
+    with pytest.raises(DataError, match="none does not exist"):
+        import_corpus([str(one)], str(tmp_path / "none"), str(tmp_path / "c"))
+    shutil.copytree(tokenizer, tmp_path / "taken")
+    with pytest.raises(ConfigError, match="taken exists"):
+        import_corpus([str(one)], str(tokenizer), str(tmp_path / "taken"))
+    assert run_command(["prep", "import", str(one), "--out", str(tmp_path / "c")]) == 2
+    assert json.loads((tmp_path / "taken" / "tokenizer_config.json").read_text())

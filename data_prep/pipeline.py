@@ -60,11 +60,11 @@ def prepare(config: PrepConfig, command: str = "rdt prep") -> Path:
             print(f"{out} is complete and was made with these options from these files: nothing to do")
             return out
         publish.check_alone(out)
-        publish.check_space(out, config, input_files(config))
         root = publish.working_directory(out)
         with publish.explained(out, lambda: _is_of_value(root)):
             began = time.monotonic()
             plan = open_plan(config, root, lambda: None)
+            publish.check_space(out, config, plan.inputs)
             remove_temporary(root)
             with pool(config.workers) as workers:
                 steps = Steps(plan.job, workers, None)
@@ -99,8 +99,8 @@ def _prepare_share(out: Path, config: PrepConfig, task: tuple[int, int], command
             message = f"task {config.shard} is at work on {out} already. Give each task another i in --shard i/N."
             if root.exists():
                 stack.enter_context(exclusive(publish.task_lock(root, index), message))
-            publish.check_space(out, config, input_files(config))
             plan = open_plan(config, root, lambda: publish.check_alone(out, index))
+            publish.check_space(out, config, plan.inputs)
             if not (root / "locks" / str(index)).exists():
                 stack.enter_context(exclusive(publish.task_lock(root, index), message))
             write_text(root / TASKS, f"{count}\n")

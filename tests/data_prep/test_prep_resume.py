@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 
 from data_prep import pipeline, publish
@@ -58,12 +59,17 @@ def start(options: PrepConfig, repository: Path) -> subprocess.Popen:
 
 
 def kill_when(options: PrepConfig, file: str, repository: Path) -> bool:
-    """Start a prep and kill it when a file of its working directory appears; whether it was killed before its end."""
+    """Start a prep and kill it when a file of its working directory appears; whether it was killed before its end.
+
+    Its workers must end with it.
+    """
     path = publish.working_directory(Path(options.out)) / file
     with start(options, repository) as process:
         while process.poll() is None and not path.exists():
             pass
+        workers = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         process.send_signal(signal.SIGKILL)
+    assert not psutil.wait_procs(workers, timeout=30)[1]
     return process.returncode == -signal.SIGKILL
 
 

@@ -19,6 +19,10 @@ from megatron_rdt.files import sha256_of, write_text
 HASH_BYTES = 64_000_000  # files are hashed in runs of about this size
 
 
+class EmptySplitError(DataError):
+    """The input has not the documents that are wanted: what was done with it is of no use."""
+
+
 def lines_before(plan: Plan) -> list[int]:
     """For each part, lines of its file in the parts before it."""
     found, path, lines = [], "", 0
@@ -51,7 +55,8 @@ def check_scan(plan: Plan) -> dict[str, Any]:
     """The totals of a scan that is worth going on with.
 
     Raises:
-        DataError: too many records are bad, or a split would be empty.
+        DataError: too many records are bad.
+        EmptySplitError: there is no document, or none for a split that is wanted.
     """
     config, found = plan.job.config, totals(plan)
     if found["bad_count"] > max(BAD_LISTED, config.max_bad * found["records"]):
@@ -61,17 +66,17 @@ def check_scan(plan: Plan) -> dict[str, Any]:
             f"the first:\n  {first}\nMend the input, or raise --max_bad."
         )
     if not found["documents"]:
-        raise DataError(f"no document with text in {config.sources}. Check the sources and --text_field.")
+        raise EmptySplitError(f"no document with text in {config.sources}. Check the sources and --text_field.")
     wants_valid = config.valid_fraction > 0 or bool(config.valid_sources)
     check_splits({"train": found["documents"] - found["valid"], "valid": found["valid"]}, wants_valid)
     return found
 
 
 def check_splits(documents: dict[str, int], wants_valid: bool) -> None:
-    """DataError where a split that is wanted has no document."""
+    """EmptySplitError where a split that is wanted has no document."""
     for split, count in documents.items():
         if not count and (split == "train" or wants_valid):
-            raise DataError(
+            raise EmptySplitError(
                 f"the {split} split would be empty with {sum(documents.values())} documents. Add documents or change "
                 "--valid_fraction."
             )
@@ -104,7 +109,7 @@ def write_manifest(plan: Plan, groups: list[dict[str, Any]], duplicates: dict[st
     """Write the manifest of the records of all groups, in order; the document.
 
     Raises:
-        DataError: a split is empty, now that duplicates are gone.
+        EmptySplitError: a split has no document, now that duplicates are gone.
     """
     config, directory, found = plan.job.config, plan.job.corpus, totals(plan)
     splits = {split: _split([shard for group in groups for shard in group["splits"][split]]) for split in SPLITS}

@@ -6,7 +6,6 @@ its name when everything in it is complete.
 """
 
 import contextlib
-import json
 import os
 import time
 from pathlib import Path
@@ -61,7 +60,7 @@ def prepare(config: PrepConfig, command: str = "rdt prep") -> Path:
             return out
         publish.check_alone(out)
         root = publish.working_directory(out)
-        with publish.explained(out, lambda: _is_of_value(root)):
+        with publish.explained(out, alone=True):
             began = time.monotonic()
             plan = open_plan(config, root, lambda: None)
             publish.check_space(out, config, plan.inputs)
@@ -73,12 +72,6 @@ def prepare(config: PrepConfig, command: str = "rdt prep") -> Path:
             document = _finish(plan, out, groups)
             _print_speed(document, time.monotonic() - began)
     return out
-
-
-def _is_of_value(root: Path) -> bool:
-    """Whether a part was scanned in which there are documents."""
-    records = (json.loads(path.read_text(encoding="utf-8")) for path in (root / "scan").glob("part-*.json"))
-    return any(record["documents"] for record in records)
 
 
 def _print_speed(document: dict[str, Any], seconds: float) -> None:
@@ -104,7 +97,7 @@ def _prepare_share(out: Path, config: PrepConfig, task: tuple[int, int], command
             if not (root / "locks" / str(index)).exists():
                 stack.enter_context(exclusive(publish.task_lock(root, index), message))
             write_text(root / TASKS, f"{count}\n")
-        stack.enter_context(publish.explained(out, lambda: True))
+        stack.enter_context(publish.explained(out, alone=False))
         workers = stack.enter_context(pool(config.workers))
         held = stack.enter_context(claims(root / "claims", f"task-{index}"))
         steps = Steps(plan.job, workers, held)
@@ -237,7 +230,7 @@ def merge(config: PrepConfig, command: str = "rdt prep") -> Path:
         if not isinstance(plan, Plan):
             why = f"{plan} since the tasks ran" if plan else f"there is no unfinished prep of {out}"
             raise ConfigError(f"{why}. Run the tasks first: {command} --shard i/N")
-        with publish.explained(out, lambda: True):
+        with publish.explained(out, alone=False):
             _finish(plan, out, _all_groups(plan, command))
     return out
 

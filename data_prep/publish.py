@@ -1,12 +1,13 @@
 """The corpus that is there, and how the next one takes its place: never a moment without one or the other."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from data_prep.config import PrepConfig
 from data_prep.inputs import COMPRESSED, Input, input_files
+from data_prep.manifest import EmptySplitError
 from data_prep.plan import changed_options, code_of, options_hash
 from data_prep.shards import TEXT_PER_TOKEN
 from megatron_rdt.data.indexed import token_dtype
@@ -155,9 +156,18 @@ def _is_compressed(file: Input) -> bool:
 
 
 @contextmanager
-def explained(out: Path, is_of_value: Callable[[], bool]) -> Iterator[None]:
-    """Say what a full disk means, and leave nothing where nothing is of value."""
+def explained(out: Path, alone: bool) -> Iterator[None]:
+    """Say what a full disk means, and leave nothing where nothing is of value.
+
+    Args:
+        out: the directory of the corpus.
+        alone: no other task is at work on it.
+
+    Raises:
+        DataError: the disk was full.
+    """
     root = working_directory(out)
+    useless = False
     try:
         yield
     except OSError as error:
@@ -167,6 +177,9 @@ def explained(out: Path, is_of_value: Callable[[], bool]) -> Iterator[None]:
             f"the disk is full while writing {out}. Free space, and `rdt prep` goes on where it was; what is done lies in "
             f"{root}. Or set --out to another disk, and remove that directory."
         ) from error
+    except EmptySplitError:
+        useless = True
+        raise
     finally:
-        if root.exists() and not is_of_value():
+        if alone and root.exists() and (useless or not any((root / "scan").glob("part-*.json"))):
             shutil.rmtree(root, ignore_errors=True)

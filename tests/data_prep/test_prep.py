@@ -131,6 +131,8 @@ def test_refusals(tmp_path: Path) -> None:
     empty = lines(tmp_path / "empty.jsonl", ['{"text": ""}'])
     with pytest.raises(DataError, match="no document with text"):
         prepare(config(empty, tmp_path / "out"))
+    with pytest.raises(DataError, match="the valid split would be empty with 60 documents"):
+        prepare(config(source, tmp_path / "out", valid_fraction=0.0001))
     out = prepare(config(source, tmp_path / "out"))
     before = (out / "manifest.json").read_bytes()
     assert prepare(config(source, out)) == out

@@ -53,6 +53,8 @@ class Progress:
             self._print(f"{self._amount()}{until}")
 
     def _amount(self) -> str:
+        if not self.done and not self.total:
+            return f"{self.seconds:,.1f} s"
         rate = (self.done - self._first) / MEGA / max(self.seconds, 1e-3)
         of = f" of {self.total / MEGA:,.1f}" if self.total else ""
         return f"{self.done / MEGA:,.1f}{of} MB, {self.documents:,} documents, {rate:,.1f} MB/s, {self.seconds:,.1f} s"

@@ -22,6 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data_prep import claims, steps
 from data_prep.config import PrepConfig
 from data_prep.pipeline import merge, prepare
 from megatron_rdt.data.manifest import load_manifest
@@ -152,6 +153,15 @@ def run_through(works: list[Callable[[], object]], kills: list[tuple[int, bool]]
         works = [work for status, work in states if os.WIFSIGNALED(status)]
 
 
+@pytest.fixture()
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks look at each other often, and soon take over what a dead one had claimed."""
+    monkeypatch.setattr(claims, "STALE_S", 0.5)
+    monkeypatch.setattr(claims, "REFRESH_S", 0.1)
+    monkeypatch.setattr(steps, "LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(steps, "SHOW_EVERY_S", 0.02)
+
+
 def contents(directory: Path) -> dict[str, str]:
     """SHA-256 of every file by relative path; of the manifest what does not name places and times."""
     found = {}
@@ -177,7 +187,8 @@ def outcome(work: Callable[[], object]) -> str:
 
 
 @pytest.mark.distributed
-@pytest.mark.timeout(3000)
+@pytest.mark.timeout(10 * CASES + 60)
+@pytest.mark.usefixtures("impatient")
 @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=CASES < 100)
 @given(case=CASES_OF_PREP)
 def test_kills_and_machines_change_nothing(case: Case, tiny_corpus: Path) -> None:

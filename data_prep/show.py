@@ -75,7 +75,7 @@ def windows(
     """
     from megatron_rdt.data.corpus import TokenCorpus  # imports torch
 
-    corpus = TokenCorpus(directory, split, sequence_length, seed, documents=True)
+    corpus = TokenCorpus(directory, split, sequence_length, seed, documents=True, answers=True)
     tokenizer = Tokenizer(corpus.tokenizer_directory)
     places, read = corpus.places(samples), corpus.windows(samples)
     corpus.close()

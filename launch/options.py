@@ -63,7 +63,7 @@ def check_places(config: RunConfig) -> None:
         DataError: there are no shards.
         ConfigError: `run.root` cannot be used.
     """
-    for corpus in config.data.corpora():
+    for corpus in config.data.corpora() if not config.data.streamed else ():
         manifest = Path(corpus.path) / "manifest.json"
         if not manifest.is_file():
             raise DataError(

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from launch.cli import run_command
 from megatron_rdt.config import RunConfig, check_config
 from megatron_rdt.data import BatchLoader, Tokenizer
 from megatron_rdt.data.streaming import EndedError, RowReader, TokenStream, first_windows, open_dataset
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError
 from megatron_rdt.train.streamed import StreamData
 from megatron_rdt.train.trainer import train
+from tests.distributed.training import train_on
 
 LENGTH, BATCH = 32, 4
 
@@ -264,3 +266,33 @@ def test_a_tokenizer_that_does_not_fit(
         StreamData(configure(*words, f"--data.tokenizer={tmp_path / 'none'}"), 1, 0, 0)
     with pytest.raises(ConfigError, match="fewer than 5 processes"):
         StreamData(configure(*words), 5, 0, 0)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(240)
+def test_two_processes_resume_and_convert(
+    tiny_options: list[str], dataset: str, tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def words(root: Path, *more: str) -> list[str]:
+        own = options(dataset, tiny_corpus, root)
+        return [*tiny_options, *own, "--run.name=run", "--parallel.engine=ddp", "--train.micro_batch=2", *more]
+
+    train_on(2, words(tmp_path / "whole"))
+    train_on(2, words(tmp_path / "parts", "--train.steps=3"))
+    train_on(2, words(tmp_path / "parts", "--resume=auto"))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    source = tmp_path / "whole" / "run" / "checkpoints" / "step-00000004"
+    ranks = [torch.load(source / "data" / f"rank-0000{rank}.pt", weights_only=True) for rank in range(2)]
+    assert [rank["place"] for rank in ranks] == [0, 1]
+    assert ranks[0]["texts"]["dataset"] != ranks[1]["texts"]["dataset"]
+    alone = [*words(tmp_path / "whole")[: len(tiny_options)], "--run.name=run", f"--resume={source}"]
+    alone += options(dataset, tiny_corpus, tmp_path / "alone")
+    assert run_command(["train", *alone, "--parallel.engine=single"]) == 1
+    assert "processes with samples of their own 2, now it is 1" in capsys.readouterr().err
+    assert run_command(["convert", str(source), str(tmp_path / "zero"), "--to", "native"]) == 0
+    assert (tmp_path / "zero" / "data" / "rank-00001.pt").read_bytes() == (
+        source / "data" / "rank-00001.pt"
+    ).read_bytes()
+    assert run_command(["eval", str(source), "--loops=1"]) == 1
+    assert "Name it with --data DIR" in capsys.readouterr().err
+    assert run_command(["eval", str(source), "--loops=1", "--sequences=4", "--data", str(tiny_corpus)]) == 0

@@ -1,6 +1,7 @@
 """What `rdt prep show` prints: the text of windows and documents, borders and masks marked, nothing that moves a terminal."""
 
 import json
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,24 @@ def test_what_does_not_count_is_marked(tiny_corpus: Path, tmp_path: Path) -> Non
     coloured = list(show.documents(corpus, "train", [0], Style(colour=True)))
     assert coloured[0].startswith("\x1b[1m========")
     assert coloured[1] == "\x1b[2m⟦a question?⟧\x1b[0m its answer<eos>"
+
+
+def test_windows_of_a_corpus_with_masks(tiny_corpus: Path, tmp_path: Path) -> None:
+    corpus = write_random_corpus(tmp_path / "c", tiny_corpus / "tokenizer", {"train": [900]}, masks=True)
+    shard = IndexedDataset(corpus / "train" / "shard-00000")
+    tokenizer = Tokenizer(corpus / "tokenizer")
+    place = int(TokenCorpus(corpus, "train", 40, 1).places([3])[0])
+    tokens, mask = shard.read(place, 41), shard.mask(place, 41)
+    expected = ""
+    counted = [bool(mask[max(column, 1)]) for column in range(41)]  # the first is no target
+    for (counts, ended), run in groupby(range(41), lambda i: (counted[i], tokens[i] == tokenizer.eos)):
+        ids = [int(tokens[i]) for i in run]
+        text = "<eos>" * len(ids) if ended else show.printable(tokenizer.decode(ids))
+        expected += text if counts else f"⟦{text}⟧"
+    lines = list(show.windows(corpus, "train", range(3, 4), 40, 1, PLAIN))
+    text = "".join(line for line in lines[1:] if not line.startswith("==="))
+    assert text == expected
+    assert "⟦" in text
 
 
 def test_nothing_moves_the_terminal() -> None:

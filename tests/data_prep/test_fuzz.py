@@ -153,7 +153,7 @@ def run_through(works: list[Callable[[], object]], kills: list[tuple[int, bool]]
         works = [work for status, work in states if os.WIFSIGNALED(status)]
 
 
-@pytest.fixture()
+@pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks look at each other often, and soon take over what a dead one had claimed."""
     monkeypatch.setattr(claims, "STALE_S", 0.5)
@@ -169,7 +169,7 @@ def contents(directory: Path) -> dict[str, str]:
         content = path.read_bytes()
         if path.name == "manifest.json":
             document = json.loads(content)
-            document["prep"]["options"].pop("out")
+            document["prep"]["options"].pop("out", None)
             content = json.dumps(document, sort_keys=True).encode()
         found[str(path.relative_to(directory))] = hashlib.sha256(content).hexdigest()
     return found

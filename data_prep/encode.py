@@ -1,175 +1,158 @@
-"""Documents to token shards: encoded in parallel, put in a global order that no worker count changes."""
+"""Second reading of a part: the documents that are kept, encoded, in the order of the part."""
 
-import multiprocessing
-import os
-import signal
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import functools
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
-import xxhash
 
-from data_prep.config import PrepConfig
-from megatron_rdt.data.indexed import IndexedWriter, prefix_path, token_dtype
+from data_prep.cleaning import Cleaner
+from data_prep.duplicates import SCAN_ROW
+from data_prep.inputs import Part
+from data_prep.plan import Job
+from data_prep.records import Document, Reader
+from data_prep.scan import ArrayWriter, cleaned_prompt, content_hash, digests, order_key, scan_path, spool_path
+from data_prep.workers import advance
+from megatron_rdt.data.indexed import MAX_SEQUENCE, token_dtype
 from megatron_rdt.data.tokenizer import Tokenizer
-from megatron_rdt.environment import usable_cores
 from megatron_rdt.errors import DataError
-from megatron_rdt.files import sha256_of
+from megatron_rdt.files import atomic_open
 
 CHUNK_BYTES = 1 << 18
-CHUNKS_AHEAD = 4  # per worker: what is waiting to be encoded or to be taken
-VALID_SCALE = 10_000
-
-_tokenizer: Tokenizer  # of a worker process
-
-
-def _start_worker(path: str) -> None:
-    global _tokenizer
-    _tokenizer = Tokenizer(path)
+SLICE_BYTES, MOST_SLICES = 64_000_000, 16
+SPILL_ROW = np.dtype([("tokens", "<u4"), ("prompt", "<u4")])
+SPACE = "\u2581"  # comes back from a SentencePiece model as a space
 
 
-def _encode(texts: list[str]) -> list[np.ndarray]:
-    """Ids of each text with EOS at the end, in the shards' dtype."""
-    dtype = token_dtype(_tokenizer.vocab_size)
-    return [np.append(ids, _tokenizer.eos).astype(dtype) for ids in _tokenizer.encode_batch(texts)]
+def slice_count(text_bytes: int) -> int:
+    """In how many slices a part of so much text is encoded, at the same time if there are workers.
 
-
-def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-    chunk: list[str] = []
-    size = 0
-    for text in texts:
-        chunk.append(text)
-        size += len(text)
-        if size >= CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def encode_documents(texts: Iterable[str], tokenizer_path: Path, workers: int) -> Iterator[np.ndarray]:
-    """Token arrays of the texts, in their order, from up to `workers` processes (0: one per core).
-
-    Raises:
-        DataError: a process was killed.
+    A compressed file is read from its beginning for each, so that there are few.
     """
-    workers = workers or usable_cores()
-    if workers == 1:
-        _start_worker(str(tokenizer_path))
-        for chunk in _chunks(texts):
-            yield from _encode(chunk)
-        return
-    context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, context, _start_worker, (str(tokenizer_path),))
-    try:
-        waiting: deque[Future[list[np.ndarray]]] = deque()
-        for chunk in _chunks(texts):
-            waiting.append(_submit(executor, chunk))
-            if len(waiting) > CHUNKS_AHEAD * workers:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
-    except BrokenProcessPool:
-        raise DataError(
-            "an encoding process was killed, by the kernel if memory ran out. Lower --workers, or free memory."
-        ) from None
-    finally:
-        executor.shutdown(cancel_futures=True)
+    return min(max(1, -(-text_bytes // SLICE_BYTES)), MOST_SLICES)
 
 
-def _submit(executor: ProcessPoolExecutor, chunk: list[str]) -> Future[list[np.ndarray]]:
-    """Start a worker if one is needed. Ctrl-C reaches all processes; workers leave it to this one, which ends them."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        return executor.submit(_encode, chunk)
-    finally:
-        signal.signal(signal.SIGINT, before)
+def spill_path(job: Job, part: Part, index: int, suffix: str) -> Path:
+    """A slice's tokens (`.bin`), rows (`.npy`: SPILL_ROW (documents,)) or record (`.json`)."""
+    return job.path("encode", f"{part.name}-{index:02d}{suffix}")
 
 
-class Spill:
-    """Encoded documents on disk in input order, with what decides their final place.
+@functools.lru_cache(1)
+def _loaded(path: Path) -> Tokenizer:
+    return Tokenizer(path)
+
+
+def dropped_rows(job: Job, part: Part) -> np.ndarray:
+    """Rows of a part's scan that are duplicates, uint32, ascending."""
+    return np.load(job.path("duplicates", f"{part.name}.npy")) if job.config.dedup != "none" else np.empty(0, "<u4")
+
+
+def kept_rows(job: Job, part: Part, index: int = 0, slices: int = 1) -> np.ndarray:
+    """Rows of a slice of a part that are not duplicates, SCAN_ROW (documents,)."""
+    rows = np.load(scan_path(job, part))
+    if rows.dtype != SCAN_ROW:
+        raise DataError(f"{scan_path(job, part)} is not a scan of this version. Run `rdt prep` with --restart.")
+    keep = np.ones(len(rows), bool)
+    keep[dropped_rows(job, part)] = False
+    keep[: len(rows) * index // slices] = False
+    keep[len(rows) * (index + 1) // slices :] = False
+    return rows[keep]
+
+
+def kept_documents(job: Job, part: Part, rows: np.ndarray, lines_before: int | None = None) -> Iterator[Document]:
+    """The documents of scan rows of a part, which are in its order, cleaned.
 
     Args:
-        path: temporary file.
-        vocab_size: decides the dtype.
+        job: options and place.
+        part: where they are.
+        rows: SCAN_ROW (documents,).
+        lines_before: lines of the file before the part.
+
+    Raises:
+        DataError: the file is no longer what was scanned.
     """
+    if not len(rows):
+        return
+    config, cleaner = job.config, Cleaner(job.config)
+    keys, hashes = digests(rows["key"]), digests(rows["hash"])
+    found = 0
 
-    def __init__(self, path: Path, vocab_size: int) -> None:
-        self.path, self.dtype = path, token_dtype(vocab_size)
-        self._file = open(path, "wb")  # noqa: SIM115
-        self.offsets: list[int] = []
-        self.lengths: list[int] = []
+    def wanted(name: str, number: int) -> bool:
+        return order_key(config.seed, name, number) == keys[16 * found : 16 * found + 16]
 
-    def add(self, tokens: np.ndarray) -> None:
-        """Append one document."""
-        self.offsets.append(self._file.tell())
-        self.lengths.append(len(tokens))
-        self._file.write(tokens.tobytes())
-
-    def finish(self) -> None:
-        """Flush what was written."""
-        self._file.close()
-
-    def read(self, descriptor: int, index: int) -> np.ndarray:
-        """Tokens of document `index`."""
-        size = self.lengths[index] * self.dtype.itemsize
-        content = os.pread(descriptor, size, self.offsets[index])
-        if len(content) != size:
-            raise DataError(f"{self.path} ends early: the disk may be full. Free space and run `rdt prep` again.")
-        return np.frombuffer(content, self.dtype)
+    for document in Reader(part, config, spool_path(job, part), wanted, lines_before):
+        text, _ = cleaner(document.text)
+        prompt = cleaned_prompt(config, document.prompt)
+        if content_hash(prompt, text) != hashes[16 * found : 16 * found + 16]:
+            break
+        yield Document(document.number, document.place, text, prompt, document.name)
+        found += 1
+        if found == len(rows):
+            return
+    raise DataError(
+        f"{part.inputs[0].path} changed while it was prepared: its documents are not those of the first reading. "
+        "Run `rdt prep` again."
+    )
 
 
-def content_hash(text: str) -> bytes:
-    """128-bit hash of a document's content."""
-    return xxhash.xxh3_128_digest(text.encode("utf-8"))
+def encode_slice(job: Job, part: Part, index: int, slices: int, lines_before: int) -> None:
+    """Encode slice `index` of `slices` of a part into its spill.
+
+    Raises:
+        DataError: an id outside the vocabulary, a document that is too long, or a file that changed.
+    """
+    tokenizer = _loaded(job.corpus / "tokenizer")
+    rows = kept_rows(job, part, index, slices)
+    documents = kept_documents(job, part, rows, lines_before)
+    files = [spill_path(job, part, index, suffix) for suffix in (".bin", ".npy")]
+    tokens = with_space = 0
+    with atomic_open(files[0], "wb") as tokens_file, atomic_open(files[1], "wb") as rows_file:
+        spill_rows = ArrayWriter(rows_file, SPILL_ROW)
+        for chunk in _chunks(documents, rows["bytes"]):
+            tokens += _write_chunk(chunk, tokenizer, tokens_file, spill_rows)
+            with_space += sum(SPACE in document.text for document in chunk)
+        spill_rows.finish()
+    content = {"documents": len(rows), "tokens": tokens, "contains_u2581": with_space}
+    job.write_record(spill_path(job, part, index, ".json"), files, content)
 
 
-def is_valid(digest: bytes, fraction: float) -> bool:
-    """Whether a document of this content belongs to the validation split: stable when others come and go."""
-    return int.from_bytes(digest, "big") % VALID_SCALE < fraction * VALID_SCALE
+def _chunks(documents: Iterator[Document], sizes: np.ndarray) -> Iterator[list[Document]]:
+    chunk: list[Document] = []
+    held = 0
+    for document, size in zip(documents, sizes):
+        chunk.append(document)
+        held += int(size)
+        if held >= CHUNK_BYTES:
+            yield chunk
+            advance(held, len(chunk))
+            chunk, held = [], 0
+    if chunk:
+        yield chunk
+        advance(held, len(chunk))
 
 
-def order_key(seed: int, place: str) -> bytes:
-    """Sort key of a document in its split: a shuffle that depends on the seed and on where the document stood."""
-    return xxhash.xxh3_128_digest(f"{seed}\x1f{place}".encode())
-
-
-def write_split(
-    directory: Path, spill: Spill, order: list[int], config: PrepConfig, vocab_size: int, advance: Callable[[int], None]
-) -> list[dict]:
-    """Write documents `order` of the spill as shards below `directory`; the manifest's records of them."""
-    directory.mkdir(parents=True, exist_ok=True)
-    records: list[dict] = []
-    position = 0
-    descriptor = os.open(spill.path, os.O_RDONLY)
-    try:
-        while position < len(order):
-            name = f"shard-{len(records):05d}"
-            with IndexedWriter(directory / name, vocab_size) as writer:
-                size = 0
-                while position < len(order):
-                    tokens = spill.read(descriptor, order[position])
-                    if size and size + tokens.nbytes > config.shard_bytes:
-                        break
-                    writer.add_document(tokens)
-                    size += tokens.nbytes
-                    position += 1
-                    advance(1)
-            bin_path = prefix_path(directory / name, ".bin")
-            records.append(
-                {
-                    "name": name,
-                    "tokens": writer.tokens,
-                    "documents": writer.documents,
-                    "max_id": writer.max_id,
-                    "bin_bytes": bin_path.stat().st_size,
-                    "bin_sha256": sha256_of(bin_path),
-                    "idx_sha256": sha256_of(prefix_path(directory / name, ".idx")),
-                }
-            )
-    finally:
-        os.close(descriptor)
-    return records
+def _write_chunk(chunk: list[Document], tokenizer: Tokenizer, file: IO[Any], rows: ArrayWriter) -> int:
+    """Append the ids of documents, each ended by EOS, and their rows; how many ids."""
+    texts = tokenizer.encode_batch([document.text for document in chunk])
+    prompts = [document.prompt for document in chunk]
+    before = tokenizer.encode_batch(prompts) if any(prompts) else [np.empty(0, np.int32)] * len(chunk)
+    eos = np.array([tokenizer.eos], np.int32)
+    flat = np.concatenate([piece for prompt, text in zip(before, texts) for piece in (prompt, text, eos)])
+    lengths = [len(prompt) + len(text) + 1 for prompt, text in zip(before, texts)]
+    if max(lengths) > MAX_SEQUENCE:
+        worst = int(np.argmax(lengths))
+        raise DataError(
+            f"document {chunk[worst].place} has {lengths[worst]} tokens, more than {MAX_SEQUENCE}. Split it, or leave it "
+            "out with --max_chars."
+        )
+    if flat.max() >= tokenizer.vocab_size or flat.min() < 0:
+        at = int(np.argmax((flat >= tokenizer.vocab_size) | (flat < 0)))
+        place = chunk[int(np.searchsorted(np.cumsum(lengths), at, side="right"))].place
+        raise DataError(
+            f"document {place} has id {flat[at]} but vocab_size is {tokenizer.vocab_size}. Use another --tokenizer."
+        )
+    file.write(flat.astype(token_dtype(tokenizer.vocab_size)).tobytes())
+    for length, prompt in zip(lengths, before):
+        rows.add((length, len(prompt)))
+    return len(flat)

@@ -1,247 +1,267 @@
-"""The prep job: read, remove duplicates, train the tokenizer, encode, split, write, describe.
+"""The prep job, stage by stage: scan, duplicates, tokenizer, encode, publish.
 
-The directory appears under its name only when everything in it is complete. A killed prep leaves nothing but a
-hidden working directory, which the next one removes; the result is the same bytes for every number of workers.
+Every stage is a list of steps that leave files in the working directory `.NAME.prep` beside `out`. Whoever is killed is
+started again and goes on; several tasks share the steps; the result is the same bytes. The directory `out` appears under
+its name when everything in it is complete.
 """
 
-import dataclasses
-import hashlib
-import importlib.metadata
-import json
-import platform
-import shutil
-from collections.abc import Iterator
+import contextlib
+import os
+import time
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from tqdm import tqdm
-
-from data_prep import encode
-from data_prep.config import PrepConfig, check_prep
-from data_prep.sources import Document, Progress, documents, input_files
-from data_prep.tokenizer import copy_tokenizer, train_tokenizer, write_tokenizer
-from megatron_rdt.data.manifest import FORMAT, MANIFEST, VERSION, load_manifest
+from data_prep import publish
+from data_prep.claims import claims
+from data_prep.config import PrepConfig, check_prep, task_of
+from data_prep.duplicates import find_duplicates
+from data_prep.encode import encode_slice, spill_path
+from data_prep.inputs import Part, input_files
+from data_prep.manifest import check_scan, hash_runs, lines_before, print_summary, write_manifest
+from data_prep.plan import Job, Plan, open_plan, remove_temporary, resume
+from data_prep.sample import make_tokenizer, take_name, tokenizer_record
+from data_prep.scan import hash_inputs, scan_first, scan_part, scan_path, scan_record
+from data_prep.shards import Group, group_record, make_groups, remove_spills, text_bytes, write_group
+from data_prep.steps import Step, Steps
+from data_prep.workers import pool
+from megatron_rdt.data.indexed import token_dtype
 from megatron_rdt.data.tokenizer import Tokenizer
-from megatron_rdt.errors import ConfigError, DataError
-from megatron_rdt.files import exclusive, is_disk_full, sha256_of, write_text
+from megatron_rdt.errors import ConfigError, DataError, RdtError
+from megatron_rdt.files import TEMPORARY_SUFFIX, exclusive, write_text
 
-EXPORT_CHECK_DOCUMENTS = 200
-WRITTEN = {MANIFEST, "tokenizer", "train", "valid"}
-VERSIONED = ("megatron-rdt", "sentencepiece", "datasets")
-NOT_IN_RESULT = ("out", "workers", "restart")  # options that do not change what is written
-
-
-def options_hash(config: PrepConfig) -> str:
-    """Hash of the options that decide the result."""
-    options = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_IN_RESULT}
-    return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
+TASKS = "tasks"  # file with the number of tasks that the last one was told
+NAMED = 8  # missing groups that a message names
+MEGA = 1e6
 
 
-def prepare(config: PrepConfig) -> Path:
-    """Prepare `config.sources` into `config.out`; returns that directory. Nothing is done when it is there already."""
+def prepare(config: PrepConfig, command: str = "rdt prep") -> Path:
+    """Prepare `config.sources` into `config.out`, or this task's share of it; returns that directory.
+
+    Nothing is done when it is there already.
+
+    Args:
+        config: the options.
+        command: what was typed, without --shard, for messages.
+
+    Raises:
+        ConfigError: an option is wrong, or something else is there.
+        DataError: the text cannot be prepared; the message names file and line.
+        LaunchError: another process is at it.
+    """
     check_prep(config)
-    out = Path(config.out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{out.parent} cannot be made: {error.strerror}. Choose another --out.") from None
-    message = f"another `rdt prep` is writing {out}. Wait for it, or choose another --out."
-    with exclusive(out.with_name(f".{out.name}.lock"), message):
-        _mend(out)
-        if _already_there(out, config):
+    out, task = Path(config.out), task_of(config)
+    if task is not None:
+        _prepare_share(out, config, task, command)
+        return out
+    with publish.lock(out):
+        publish.mend(out)
+        if publish.already_there(out, config, replace=config.restart):
             print(f"{out} is complete and was made with these options from these files: nothing to do")
             return out
-        _replace(out, config)
+        publish.check_alone(out)
+        root = publish.working_directory(out)
+        with publish.explained(out, alone=True):
+            began = time.monotonic()
+            plan = open_plan(config, root, lambda: None)
+            publish.check_space(out, config, plan.inputs)
+            remove_temporary(root)
+            with pool(config.workers) as workers:
+                steps = Steps(plan.job, workers, None)
+                groups = _until_groups(plan, steps, 0, 1)
+                _write_groups(plan, steps, groups)
+            document = _finish(plan, out, groups)
+            _print_speed(document, time.monotonic() - began)
     return out
 
 
-def _mend(out: Path) -> None:
-    """Undo what a process that was killed while it replaced `out` left: the old one is hidden, the new one is not there."""
-    replaced = _replaced(out)
-    if replaced.exists() and not out.exists():
-        replaced.rename(out)
-    shutil.rmtree(replaced, ignore_errors=True)
+def _print_speed(document: dict[str, Any], seconds: float) -> None:
+    size = sum(split["text_bytes"] for split in document["splits"].values())
+    print(f"{size / MEGA:,.1f} MB of text in {seconds:,.1f} s, {size / MEGA / max(seconds, 1e-3):,.1f} MB/s")
 
 
-def _replaced(out: Path) -> Path:
-    return out.with_name(f".{out.name}.replaced")
+def _prepare_share(out: Path, config: PrepConfig, task: tuple[int, int], command: str) -> None:
+    """Do what is this task's, and what of the scan no other task has begun."""
+    index, count = task
+    root = publish.working_directory(out)
+    with contextlib.ExitStack() as stack:
+        with publish.lock(out, publish.LOCK_PATIENCE_S):
+            publish.mend(out)
+            if _is_complete(out, config):
+                print(f"{out} is complete and was made with these options from these files: nothing to do")
+                return
+            message = f"task {config.shard} is at work on {out} already. Give each task another i in --shard i/N."
+            if root.exists():
+                stack.enter_context(exclusive(publish.task_lock(root, index), message))
+            plan = open_plan(config, root, lambda: publish.check_alone(out, index))
+            publish.check_space(out, config, plan.inputs)
+            if not (root / "locks" / str(index)).exists():
+                stack.enter_context(exclusive(publish.task_lock(root, index), message))
+            write_text(root / TASKS, f"{count}\n")
+        stack.enter_context(publish.explained(out, alone=False))
+        workers = stack.enter_context(pool(config.workers))
+        held = stack.enter_context(claims(root / "claims", f"task-{index}"))
+        steps = Steps(plan.job, workers, held)
+        groups = _until_groups(plan, steps, index, count)
+        _write_groups(plan, steps, [group for group in groups if group.index % count == index])
+    left = [group for group in groups if plan.job.record(group_record(plan.job, group)) is None]
+    print(f"task {index} of {count}: its groups are written, {len(left)} of {len(groups)} are left to others")
+    print(f"when all tasks are done: {_merge_command(command)}")
 
 
-def _replace(out: Path, config: PrepConfig) -> None:
-    """Prepare beside `out`, then take its place."""
-    work = out.with_name(f".{out.name}.prep")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+def _is_complete(out: Path, config: PrepConfig) -> bool:
+    """As already_there; a task replaces with --restart only what is damaged or differs: others may have finished."""
     try:
-        _prepare_into(work, config)
-        if out.exists():
-            out.rename(_replaced(out))
-        work.rename(out)
-        shutil.rmtree(_replaced(out), ignore_errors=True)
-    except OSError as error:
-        if not is_disk_full(error):
+        return publish.already_there(out, config, replace=False)
+    except RdtError:
+        if not config.restart:
             raise
-        raise DataError(
-            f"the disk is full while writing {out}; nothing was left behind. Free space or set --out to another disk."
-        ) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        return publish.already_there(out, config, replace=True)
 
 
-def _already_there(out: Path, config: PrepConfig) -> bool:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    if not (out / MANIFEST).is_file():
-        raise ConfigError(f"{out} exists and was not written by `rdt prep`. Choose another --out.")
-    if config.restart:
-        foreign = sorted({path.name for path in out.iterdir()} - WRITTEN)
-        if foreign:
-            raise ConfigError(
-                f"{out} holds {foreign[0]}, which `rdt prep` did not write and --restart would delete. Move it away."
-            )
-        return False
-    manifest = load_manifest(out)
-    before = manifest.document["prep"]
-    if before["options_sha256"] != options_hash(config):
-        now = dataclasses.asdict(config)
-        changed = [
-            f"{key}={value}, now {now[key]}"
-            for key, value in before["options"].items()
-            if key not in NOT_IN_RESULT and now.get(key) != value
+def _merge_command(command: str) -> str:
+    return command.replace("rdt prep", "rdt prep merge", 1)
+
+
+def _own_first(parts: list[Part], index: int, count: int) -> list[Part]:
+    return sorted(parts, key=lambda part: (part.index % count != index, part.index))
+
+
+def _until_groups(plan: Plan, steps: Steps, index: int, count: int) -> list[Group]:
+    """Everything before the encoding; the groups that are to be encoded."""
+    job, parts = plan.job, plan.parts
+    if job.config.max_documents:
+        size = sum(part.size for part in parts)
+        scan = [Step("scan-first", job.path("scan", "first.json"), scan_first, (parts,), size)]
+    else:
+        scan = [
+            Step(f"scan-{part.name}", scan_record(job, part), scan_part, (part,), part.size)
+            for part in _own_first(parts, index, count)
         ]
-        raise ConfigError(
-            f"{out} was prepared with {'; '.join(changed)}. Use a new --out, or --restart true to replace it."
-        )
-    difference = _changed_input(manifest.document["inputs"], config)
-    if difference is not None:
-        raise ConfigError(
-            f"the text has changed since {out} was prepared: {difference}. Use a new --out, or --restart true to "
-            "replace it."
-        )
-    manifest.verify()
-    return True
+    for number, run in enumerate(hash_runs(plan.inputs)):
+        name = f"run-{number:05d}"
+        scan.append(Step(f"hash-{name}", job.path("inputs", f"{name}.json"), hash_inputs, (name, run)))
+    steps.run("scan", scan)
+    found = check_scan(plan)
+    if job.config.dedup != "none":
+        steps.run("duplicates", [Step("duplicates", job.path("duplicates.json"), remove_duplicates, (parts,))])
+    sample = 0 if job.config.tokenizer else min(found["bytes"], job.config.tokenizer_sample_bytes)
+    steps.run("tokenizer", [Step("tokenizer", tokenizer_record(job), make_tokenizer, (parts,), sample)])
+    return _groups(plan)
 
 
-def _input_records(config: PrepConfig) -> list[dict]:
-    """What the manifest says of each file; what comes from the hub cannot be compared later and is not in it."""
-    return [
-        {"path": name, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256_of(path)}
-        for name, path in input_files(config)
-        for stat in [path.stat()]
-    ]
+def _groups(plan: Plan) -> list[Group]:
+    itemsize = token_dtype(Tokenizer(plan.job.corpus / "tokenizer").vocab_size).itemsize
+    return make_groups(plan.parts, text_bytes(plan.job, plan.parts), plan.job.config.shard_bytes, itemsize)
 
 
-def _changed_input(before: list[dict], config: PrepConfig) -> str | None:
-    """The first file that differs from the manifest's; one that was only touched does not."""
-    now, recorded = dict(input_files(config)), {record["path"]: record for record in before}
-    for name in sorted(now.keys() ^ recorded.keys()):
-        return f"{name} was {'added' if name in now else 'removed'}"
-    for name, path in now.items():
-        record, stat = recorded[name], path.stat()
-        if stat.st_size == record["bytes"] and stat.st_mtime_ns == record["mtime_ns"]:
+def remove_duplicates(job: Job, parts: list[Part]) -> None:
+    """Write which rows of each part are duplicates, and how many there are."""
+    # Several tasks may get here at the same time; the first to finish gives its directory the name.
+    directory = job.path(f"duplicates-{os.uname().nodename}-{os.getpid()}{TEMPORARY_SUFFIX}")
+    scans = [scan_path(job, part) for part in parts]
+    counts = find_duplicates(scans, directory, bands=job.config.dedup == "near")
+    take_name(directory, job.root / "duplicates")
+    job.write_record(job.path("duplicates.json"), [], {"counts": counts})
+
+
+def _write_groups(plan: Plan, steps: Steps, groups: list[Group]) -> None:
+    job = plan.job
+    vocab_size = Tokenizer(job.corpus / "tokenizer").vocab_size
+    before = dict(zip((part.index for part in plan.parts), lines_before(plan)))
+    sizes = dict(zip((part.index for part in plan.parts), text_bytes(job, plan.parts)))
+    todo: list[Step] = []
+    for group in groups:
+        if job.record(group_record(job, group)) is not None:
+            remove_spills(job, group)  # of one that was killed there
             continue
-        if stat.st_size != record["bytes"] or sha256_of(path) != record["sha256"]:
-            return f"{name} has other content"
-    return None
-
-
-def _prepare_into(work: Path, config: PrepConfig) -> None:
-    progress = Progress(advance=lambda _: None)
-    unique = list(_unique(config, progress))
-    progress.check_share(config.max_bad)
-    if not unique:
-        raise DataError(f"no document with text in {config.sources}. Check the sources and --text_field.")
-    texts = [document.text for document, _ in unique]
-    tokenizer = _tokenizer(config, work, texts)
-    spill = encode.Spill(work / "spill.bin", tokenizer.vocab_size)
-    size = sum(len(text) for text in texts)
-    with tqdm(total=size, unit="B", unit_scale=True, desc="encode") as bar:
-        encoded = encode.encode_documents(texts, work / "tokenizer", config.workers)
-        for text, tokens in zip(texts, encoded):
-            spill.add(tokens)
-            bar.update(len(text))
-    spill.finish()
-
-    order: dict[str, list[int]] = {"train": [], "valid": []}
-    for index, (_, digest) in enumerate(unique):
-        order["valid" if encode.is_valid(digest, config.valid_fraction) else "train"].append(index)
-    for split, indices in order.items():
-        if not indices and (split == "train" or config.valid_fraction > 0):
-            raise DataError(
-                f"the {split} split would be empty with {len(unique)} documents. Add documents or change --valid_fraction."
+        slices = [
+            Step(
+                f"encode-{part.name}-{i:02d}",
+                spill_path(job, part, i, ".json"),
+                encode_slice,
+                (part, i, count, before[part.index]),
+                sizes[part.index] // count,
             )
-        indices.sort(key=lambda i: encode.order_key(config.seed, unique[i][0].place))
-    splits = {}
-    with tqdm(total=len(unique), unit="doc", desc="write") as bar:
-        for split, indices in order.items():
-            records = encode.write_split(work / split, spill, indices, config, tokenizer.vocab_size, bar.update)
-            splits[split] = {
-                "tokens": sum(r["tokens"] for r in records),
-                "documents": len(indices),
-                "text_bytes": sum(len(texts[i].encode("utf-8")) for i in indices),
-                "shards": records,
-            }
-    (work / "spill.bin").unlink()
-    _write_manifest(work, config, tokenizer, splits, progress, texts)
+            for part, count in zip(group.parts, group.slices)
+            for i in range(count)
+        ]
+        needs = frozenset(step.name for step in slices)
+        write = Step(f"write-{group.name}", group_record(job, group), write_group, (group, vocab_size), needs=needs)
+        todo += [*slices, write]
+    steps.run("encode", todo)
 
 
-def _unique(config: PrepConfig, progress: Progress) -> Iterator[tuple[Document, bytes]]:
-    """Documents without exact repeats, each with the hash of its content."""
-    seen: set[bytes] = set()
-    total = sum(path.stat().st_size for _, path in input_files(config)) or None
-    with tqdm(total=total, unit="B", unit_scale=True, desc="read") as bar:
-        progress.advance = bar.update
-        for document in documents(config, progress):
-            digest = encode.content_hash(document.text)
-            if digest in seen:
-                progress.dropped["duplicate"] += 1
-                continue
-            seen.add(digest)
-            yield document, digest
+def _finish(plan: Plan, out: Path, groups: list[Group]) -> dict[str, Any]:
+    """Write the manifest over all groups and publish; the manifest."""
+    job = plan.job
+    if input_files(job.config) != plan.inputs:
+        raise DataError("the text changed while it was prepared. Run `rdt prep` again: it begins again where it must.")
+    records = [record for group in groups if (record := job.record(group_record(job, group))) is not None]
+    duplicates = (job.record(job.path("duplicates.json")) or {"counts": {}})["counts"]
+    document = write_manifest(plan, records, duplicates)
+    publish.publish(out)
+    print_summary(document)
+    return document
 
 
-def _tokenizer(config: PrepConfig, work: Path, texts: list[str]) -> Tokenizer:
-    sample = texts[:EXPORT_CHECK_DOCUMENTS]
-    if config.tokenizer:
-        return copy_tokenizer(config.tokenizer, work / "tokenizer", sample)
-    # A fixed, spread-out sample: every document in the order of its content's hash.
-    shuffled = sorted(texts, key=encode.content_hash)
-    with tqdm(total=len(shuffled), unit="doc", desc="tokenizer") as bar:
-        model = train_tokenizer((text for text in shuffled if not bar.update(1) or True), config)
-        bar.update(bar.total - bar.n)
-    return write_tokenizer(model, work / "tokenizer", sample)
+def merge(config: PrepConfig, command: str = "rdt prep") -> Path:
+    """Make one corpus of what the tasks of `rdt prep --shard i/N` wrote, without copying a token; returns it.
+
+    Args:
+        config: the options that the tasks had.
+        command: what makes the corpus, without --shard, for messages.
+
+    Raises:
+        ConfigError: there is nothing to merge, or it was made with other options.
+        DataError: groups are missing; the message says how to make them.
+        LaunchError: a task is at work.
+    """
+    check_prep(config)
+    out = Path(config.out)
+    with publish.lock(out, publish.LOCK_PATIENCE_S):
+        publish.mend(out)
+        root = publish.working_directory(out)
+        unfinished = root.exists()
+        if publish.already_there(out, config, replace=config.restart and unfinished):
+            print(f"{out} is complete and was made with these options from these files: nothing to do")
+            return out
+        publish.check_alone(out)
+        plan = resume(config, root, lambda: None)
+        if not isinstance(plan, Plan):
+            why = f"{plan} since the tasks ran" if plan else f"there is no unfinished prep of {out}"
+            raise ConfigError(f"{why}. Run the tasks first: {command} --shard i/N")
+        with publish.explained(out, alone=False):
+            _finish(plan, out, _all_groups(plan, command))
+    return out
 
 
-def _write_manifest(
-    work: Path, config: PrepConfig, tokenizer: Tokenizer, splits: dict, progress: Progress, texts: list[str]
-) -> None:
-    document = {
-        "format": FORMAT,
-        "version": VERSION,
-        "dtype": np.dtype(encode.token_dtype(tokenizer.vocab_size)).name,
-        "vocab_size": tokenizer.vocab_size,
-        "bos": tokenizer.bos,
-        "eos": tokenizer.eos,
-        "pad": tokenizer.pad,
-        "tokenizer": {
-            "kind": tokenizer.kind,
-            "fingerprint": tokenizer.fingerprint,
-            "file_sha256": sha256_of(tokenizer.file),
-        },
-        "prep": {"options_sha256": options_hash(config), "options": dataclasses.asdict(config), "append_eos": True},
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONED}
-        | {"python": platform.python_version()},
-        "inputs": _input_records(config),
-        "splits": splits,
-        "dropped": dict(progress.dropped),
-        "replaced": progress.replaced,
-        "bad": progress.bad,
-        "contains_u2581": sum("\u2581" in text for text in texts),
-    }
-    write_text(work / MANIFEST, json.dumps(document, indent=1) + "\n")
-    for split, content in splits.items():
-        print(f"{split}: {content['tokens']:,} tokens, {content['documents']:,} documents")
-    if progress.replaced:
-        print(f"invalid UTF-8 replaced in {progress.replaced:,} records")
-    if progress.dropped:
-        print("dropped: " + ", ".join(f"{count} {reason}" for reason, count in sorted(progress.dropped.items())))
+def _all_groups(plan: Plan, command: str) -> list[Group]:
+    """All groups; DataError where one is not written, or a step before it is not done."""
+    job = plan.job
+    tasks = _task_count(job.root)
+    scans = [part for part in plan.parts if job.record(scan_record(job, part)) is None]
+    before = [tokenizer_record(job)] + ([job.path("duplicates.json")] if job.config.dedup != "none" else [])
+    if scans or any(job.record(record) is None for record in before):
+        what = f"the scan of {len(scans)} of {len(plan.parts)} parts" if scans else "the tokenizer"
+        raise DataError(f"{what} is missing. Make what is missing with:\n{_commands(command, range(tasks), tasks)}")
+    groups = _groups(plan)
+    missing = [group for group in groups if job.record(group_record(job, group)) is None]
+    if missing:
+        names = ", ".join(group.name for group in missing[:NAMED]) + (", ..." if len(missing) > NAMED else "")
+        numbers = sorted({group.index % tasks for group in missing})
+        raise DataError(
+            f"{names} of {len(groups)} groups are missing. Make them with:\n{_commands(command, numbers, tasks)}"
+        )
+    remove_temporary(job.root)
+    return groups
+
+
+def _task_count(root: Path) -> int:
+    try:
+        return int((root / TASKS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 1
+
+
+def _commands(command: str, tasks: Any, count: int) -> str:
+    return "\n".join([*(f"  {command} --shard {i}/{count}" for i in tasks), f"or all on this machine: {command}"])

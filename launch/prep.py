@@ -1,5 +1,6 @@
 """`rdt prep`, and its commands for corpora that are there: `rdt prep COMMAND`."""
 
+import shlex
 from collections.abc import Callable
 
 from launch.corpora import import_files, show, verify
@@ -14,11 +15,37 @@ def prep(words: list[str]) -> int:
         return COMMANDS[words[0]](words[1:])
     from data_prep.config import PrepConfig
 
-    config, _ = parse(make_parser(PrepConfig, "rdt prep", prep.__doc__ or ""), PrepConfig, words)
+    parser = make_parser(PrepConfig, "rdt prep", prep.__doc__ or "")
+    lines = [f"  {name:<8} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    parser.usage = "\n".join(["rdt prep [options]", "       rdt prep COMMAND [options]", "", "commands:", *lines])
+    config, _ = parse(parser, PrepConfig, words)
     from data_prep.pipeline import prepare
 
-    print(f"prepared: {prepare(config)}")
+    out = prepare(config, command_of(words))
+    if not config.shard:
+        print(f"prepared: {out}")
     return EXIT_OK
+
+
+def merge(words: list[str]) -> int:
+    """Finish what the tasks of `rdt prep --shard i/N` made; takes the options that they had."""
+    from data_prep.config import PrepConfig
+
+    config, _ = parse(make_parser(PrepConfig, "rdt prep merge", merge.__doc__ or ""), PrepConfig, words)
+    from data_prep.pipeline import merge as run
+
+    print(f"prepared: {run(config, command_of(words))}")
+    return EXIT_OK
+
+
+def command_of(words: list[str]) -> str:
+    """The command line of `rdt prep` with these words, but for --shard."""
+    kept, skip = [], False
+    for word in words:
+        if not skip and word != "--shard" and not word.startswith("--shard="):
+            kept.append(word)
+        skip = word == "--shard"
+    return shlex.join(["rdt", "prep", *kept])
 
 
 def pack(words: list[str]) -> int:
@@ -29,6 +56,7 @@ def pack(words: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "merge": merge,
     "verify": verify,
     "show": show,
     "import": import_files,

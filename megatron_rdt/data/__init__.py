@@ -1,12 +1,34 @@
-"""Token shards: the format, the order of samples, batches."""
+"""Token shards: the format, the order of samples, batches.
 
-from megatron_rdt.data.corpus import TokenCorpus, Windows, fixed_windows
-from megatron_rdt.data.indexed import IndexedDataset, IndexedWriter
-from megatron_rdt.data.loader import Batch, BatchLoader
-from megatron_rdt.data.manifest import CorpusManifest, load_manifest, shard_difference
-from megatron_rdt.data.packed import PackedCorpus, open_corpus
-from megatron_rdt.data.tokenizer import Tokenizer
+Names are imported on first use: whoever only writes shards does not wait for PyTorch.
+"""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_rdt.data.corpus import TokenCorpus, Windows, fixed_windows
+    from megatron_rdt.data.indexed import IndexedDataset, IndexedWriter
+    from megatron_rdt.data.loader import Batch, BatchLoader
+    from megatron_rdt.data.manifest import CorpusManifest, load_manifest, shard_difference
+    from megatron_rdt.data.packed import PackedCorpus, open_corpus
+    from megatron_rdt.data.tokenizer import Tokenizer
+
+_MODULES = {
+    "Batch": "loader",
+    "BatchLoader": "loader",
+    "CorpusManifest": "manifest",
+    "IndexedDataset": "indexed",
+    "IndexedWriter": "indexed",
+    "PackedCorpus": "packed",
+    "TokenCorpus": "corpus",
+    "Tokenizer": "tokenizer",
+    "Windows": "corpus",
+    "fixed_windows": "corpus",
+    "load_manifest": "manifest",
+    "open_corpus": "packed",
+    "shard_difference": "manifest",
+}
 __all__ = [
     "Batch",
     "BatchLoader",
@@ -22,3 +44,10 @@ __all__ = [
     "open_corpus",
     "shard_difference",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The object `name` of the module that defines it."""
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

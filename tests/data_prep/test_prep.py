@@ -21,7 +21,7 @@ GOOD = [json.dumps({"text": f"document {i} says " + "word " * (i % 7) + str(i * 
 
 
 def config(source: Path, out: Path, **changes: object) -> PrepConfig:
-    base = PrepConfig(sources=[str(source)], out=str(out), vocab_size=300, valid_fraction=0.2, workers=1)
+    base = PrepConfig(sources=[str(source)], out=str(out), vocab_size=320, valid_fraction=0.2, workers=1)
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
 
 
@@ -126,10 +126,13 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         prepare(config(tmp_path / "b.jsonl", tmp_path / "out"))
     with pytest.raises(DataError, match=r"vocab_size 30000 is too large .* Set --vocab_size \d+"):
-        prepare(config(source, tmp_path / "out", vocab_size=30000))
+        prepare(config(source, tmp_path / "large", vocab_size=30000))
+    prepare(config(source, tmp_path / "large", vocab_size=310))  # the scan that is there is not in the way
     empty = lines(tmp_path / "empty.jsonl", ['{"text": ""}'])
     with pytest.raises(DataError, match="no document with text"):
         prepare(config(empty, tmp_path / "out"))
+    with pytest.raises(DataError, match="the valid split would be empty with 60 documents"):
+        prepare(config(source, tmp_path / "out", valid_fraction=0.0001))
     out = prepare(config(source, tmp_path / "out"))
     before = (out / "manifest.json").read_bytes()
     assert prepare(config(source, out)) == out

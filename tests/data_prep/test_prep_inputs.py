@@ -6,16 +6,15 @@ import json
 import os
 import random
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import zstandard
 
-from data_prep import encode
 from data_prep.pipeline import prepare
-from data_prep.sources import BAD_LISTED
+from data_prep.records import BAD_LISTED
+from data_prep.workers import Pool
 from megatron_rdt.data import load_manifest
 from megatron_rdt.errors import ConfigError, DataError, LaunchError
 from megatron_rdt.files import exclusive
@@ -103,16 +102,16 @@ def test_restart_deletes_nothing_that_it_did_not_write(folder: Path, tmp_path: P
 
 
 def test_a_killed_worker_is_an_error(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    submit = encode._submit
+    submit = Pool.submit
 
-    def submit_and_kill(executor: object, chunk: list[str]) -> object:
-        future = submit(executor, chunk)  # type: ignore[arg-type]
-        for process in list(executor._processes.values()):  # type: ignore[attr-defined]
-            os.kill(process.pid, signal.SIGKILL)
+    def submit_and_kill(pool: Pool, *arguments: object) -> object:
+        future = submit(pool, *arguments)  # type: ignore[arg-type]
+        for process in list(pool._executor._processes.values()):  # type: ignore[attr-defined]
+            process.kill()
         return future
 
-    monkeypatch.setattr(encode, "_submit", submit_and_kill)
-    with pytest.raises(DataError, match="an encoding process was killed"):
+    monkeypatch.setattr(Pool, "submit", submit_and_kill)
+    with pytest.raises(DataError, match="a worker process was killed"):
         prepare(config(folder, tmp_path / "out", workers=2))
     assert not (tmp_path / "out").exists()
 

@@ -1,0 +1,70 @@
+"""How far a stage is: a bar on a terminal, a line every half minute elsewhere."""
+
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+LINE_EVERY_S = 30.0
+MEGA = 1e6
+
+
+class Progress:
+    """Progress of one stage, on standard error.
+
+    Args:
+        stage: its name.
+        total: bytes in all; 0 where that is not known.
+        done: bytes that an earlier call or another task has done.
+    """
+
+    def __init__(self, stage: str, total: int, done: int) -> None:
+        self.stage, self.total, self.done, self.documents = stage, total, done, 0
+        self._first, self._began = done, time.monotonic()
+        self._printed = self._began
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            shape = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+            self._bar = tqdm(
+                total=total or None,
+                initial=done,
+                unit="B",
+                unit_scale=True,
+                desc=stage,
+                bar_format=shape if total else None,
+            )
+
+    @property
+    def seconds(self) -> float:
+        """Since the stage began."""
+        return time.monotonic() - self._began
+
+    def update(self, done: int, documents: int) -> None:
+        """Show that so many bytes are done in all, and so many documents by this process."""
+        self.done, self.documents = min(done, self.total) if self.total else done, documents
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{documents / max(self.seconds, 0.1):,.0f} documents/s", refresh=False)
+            self._bar.update(self.done - self._bar.n)
+        elif time.monotonic() - self._printed >= LINE_EVERY_S:
+            self._printed = time.monotonic()
+            left = (self.total - self.done) * self.seconds / max(self.done - self._first, 1)
+            until = f", {left:,.0f} s left" if self.total else ""
+            self._print(f"{self._amount()}{until}")
+
+    def _amount(self) -> str:
+        if not self.done and not self.total:
+            return f"{self.seconds:,.1f} s"
+        rate = (self.done - self._first) / MEGA / max(self.seconds, 1e-3)
+        of = f" of {self.total / MEGA:,.1f}" if self.total else ""
+        return f"{self.done / MEGA:,.1f}{of} MB, {self.documents:,} documents, {rate:,.1f} MB/s, {self.seconds:,.1f} s"
+
+    def _print(self, text: str) -> None:
+        print(f"{self.stage}: {text}", file=sys.stderr, flush=True)
+
+    def close(self, complete: bool) -> None:
+        """End the bar, or print the last line."""
+        if self._bar is not None:
+            self._bar.close()
+        else:
+            self._print(self._amount() if complete else f"stopped: {self._amount()}")

@@ -1,0 +1,336 @@
+"""Prep that is killed, and started again with the same, other or changed options and files; and claims of live tasks."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+
+from data_prep import pipeline, publish
+from data_prep.claims import STALE_S, Claims, claims
+from data_prep.config import PrepConfig
+from data_prep.inputs import Part
+from data_prep.pipeline import merge, prepare
+from data_prep.plan import Job, versions
+from megatron_rdt.data import load_manifest
+from megatron_rdt.errors import ConfigError, DataError, LaunchError
+from megatron_rdt.files import exclusive
+from tests.data_prep.test_prep import lines
+from tests.data_prep.test_prep_jobs import contents
+
+STAGES = ["plan.json", "scan/part-00003.json", "duplicates.json", "tokenizer.json", "encode/part-00000-00.json"]
+STAGES += ["groups/group-00000.json", "groups/group-00002.json"]
+RUN = "import json,sys;from data_prep.pipeline import *;prepare(PrepConfig(**json.loads(sys.argv[1])))"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .jsonl of 300 documents, some of them twice."""
+    draw = random.Random(3)
+    words = ["loop", "depth", "token", "model", "train", "shard", "window", "corpus", "tensor", "prefix"]
+    texts = [" ".join(draw.choices(words, k=draw.randrange(5, 60))) + f" {i}" for i in range(300)]
+    path = tmp_path_factory.mktemp("resume") / "a.jsonl"
+    return lines(path, [json.dumps({"text": text}) for text in [*texts, *texts[:20]]])
+
+
+def config(source: Path, out: Path, **changes: object) -> PrepConfig:
+    """Eight parts and several groups."""
+    options = {"vocab_size": 330, "valid_fraction": 0.1, "workers": 1, "part_bytes": 9000, "shard_bytes": 5000}
+    return PrepConfig(sources=[str(source)], out=str(out), **{**options, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def straight(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an undisturbed prep makes of it."""
+    return prepare(config(source, tmp_path_factory.mktemp("straight") / "out"))
+
+
+def start(options: PrepConfig, repository: Path) -> subprocess.Popen:
+    words = [sys.executable, "-c", RUN, json.dumps(dataclasses.asdict(options))]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(words, cwd=repository, **quiet)  # type: ignore[call-overload]
+
+
+def kill_when(options: PrepConfig, file: str, repository: Path) -> bool:
+    """Start a prep and kill it when a file of its working directory appears; whether it was killed before its end.
+
+    Its workers must end with it.
+    """
+    path = publish.working_directory(Path(options.out)) / file
+    with start(options, repository) as process:
+        while process.poll() is None and not path.exists():
+            pass
+        workers = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.send_signal(signal.SIGKILL)
+    assert not psutil.wait_procs(workers, timeout=30)[1]
+    return process.returncode == -signal.SIGKILL
+
+
+def test_the_corpus_is_in_several_groups(straight: Path) -> None:
+    manifest = load_manifest(straight)
+    names = [shard["name"] for shard in manifest.document["splits"]["train"]["shards"]]
+    assert len({name[:11] for name in names}) > 3
+    assert manifest.document["dropped"] == {"duplicate": 20}
+    assert manifest.document["inputs"][0]["path"] == "a.jsonl"
+    manifest.verify("full")
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+def test_killed_at_every_stage(source: Path, straight: Path, tmp_path: Path, repository: Path) -> None:
+    """One prep after another is killed a stage further on; the last goes on from there."""
+    options = config(source, tmp_path / "out")
+    killed = 0
+    for stage in STAGES:
+        killed += kill_when(options, stage, repository)
+        if publish.working_directory(tmp_path / "out").exists():
+            assert not (tmp_path / "out").exists()
+    assert killed >= 4, "a machine so slow that most of them ended first"
+    prepare(options)
+    assert contents(tmp_path / "out") == contents(straight)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("stage", ["scan/part-00001.json", "encode/part-00002-00.json"])
+def test_killed_with_workers(stage: str, source: Path, straight: Path, tmp_path: Path, repository: Path) -> None:
+    """Workers end with the process that started them; whoever goes on has another number of them."""
+    kill_when(config(source, tmp_path / "out", workers=2), stage, repository)
+    prepare(config(source, tmp_path / "out", workers=1))
+    assert contents(tmp_path / "out") == contents(straight)
+
+
+def interrupt_before(monkeypatch: pytest.MonkeyPatch, module: object, name: str, calls: int = 0) -> None:
+    """Let a function raise KeyboardInterrupt after so many calls."""
+    function, count = getattr(module, name), Counter[str]()
+
+    def counted(*arguments: object) -> object:
+        count[name] += 1
+        if count[name] > calls:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    monkeypatch.setattr(module, name, counted)
+
+
+def interrupted(options: PrepConfig) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        prepare(options)
+
+
+def parts_seen(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
+    """A list that grows by the number of the part for which a function of the pipeline is called."""
+    function, seen = getattr(pipeline, name), list[int]()
+
+    def noted(job: Job, part: Part, *rest: object) -> None:
+        seen.append(part.index)
+        function(job, part, *rest)
+
+    monkeypatch.setattr(pipeline, name, noted)
+    return seen
+
+
+def test_what_is_done_is_not_done_again(
+    source: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_before(patch, pipeline, "scan_part", 3)
+        interrupted(config(source, tmp_path / "out"))
+    with monkeypatch.context() as patch:
+        interrupt_before(patch, pipeline, "encode_slice", 4)
+        scanned = parts_seen(patch, "scan_part")
+        interrupted(config(source, tmp_path / "out"))
+    encoded = parts_seen(monkeypatch, "encode_slice")
+    prepare(config(source, tmp_path / "out"))
+    assert scanned == [3, 4, 5, 6, 7]
+    assert encoded == [4, 5, 6, 7]
+    assert contents(tmp_path / "out") == contents(straight)
+
+
+def test_a_damaged_step_is_done_again(
+    source: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of another size than its record says, and one that a dead process was writing."""
+    with monkeypatch.context() as patch:
+        interrupt_before(patch, pipeline.publish, "publish")
+        interrupted(config(source, tmp_path / "out"))
+    root = publish.working_directory(tmp_path / "out")
+    assert (root / "corpus" / "manifest.json").exists()
+    shard = root / "corpus" / "train" / "shard-00001.bin"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    (root / "corpus" / "train" / "shard-00000.bin.77.tmp").write_bytes(b"x")
+    prepare(config(source, tmp_path / "out"))
+    assert contents(tmp_path / "out") == contents(straight)
+
+
+def begun(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
+    """A prep that was interrupted in the middle of its encoding."""
+    with monkeypatch.context() as patch:
+        interrupt_before(patch, pipeline, "encode_slice", 2)
+        interrupted(config(source, out, **changes))
+
+
+def test_other_options_are_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    begun(source, out, monkeypatch)
+    for changes, message in (
+        ({"seed": 8}, "begun with seed=7, now 8"),
+        ({"vocab_size": 340, "dedup": "none"}, "begun with dedup=exact, now none; vocab_size=330, now 340"),
+    ):
+        with pytest.raises(ConfigError, match=rf"unfinished `rdt prep` that was {message}.*--restart"):
+            prepare(config(source, out, **changes))
+    monkeypatch.setattr("data_prep.plan.versions", lambda: versions() | {"sentencepiece": "0.0.1"})
+    with pytest.raises(ConfigError, match=r"sentencepiece 0\..*, now 0\.0\.1"):
+        prepare(config(source, out))
+    monkeypatch.undo()
+    other = prepare(config(source, tmp_path / "other", seed=8))
+    assert contents(prepare(config(source, out, seed=8, restart=True))).keys() == contents(other).keys()
+    assert load_manifest(out).fingerprint == load_manifest(other).fingerprint
+
+
+def test_policies_and_number_of_workers_may_change(
+    source: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun(source, tmp_path / "out", monkeypatch)
+    prepare(config(source, tmp_path / "out", on_bad="skip", max_bad=0.5))
+    assert load_manifest(tmp_path / "out").fingerprint == load_manifest(straight).fingerprint
+
+
+def test_changed_files_begin_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "a.jsonl"
+    copy.write_bytes(source.read_bytes())
+    begun(copy, tmp_path / "out", monkeypatch)
+    with open(copy, "a") as file:
+        file.write(json.dumps({"text": "one more"}) + "\n")
+    prepare(config(copy, tmp_path / "out"))
+    assert "a.jsonl has changed: beginning again" in capsys.readouterr().out
+    assert contents(tmp_path / "out") == contents(prepare(config(copy, tmp_path / "other")))
+
+
+def test_files_that_change_under_it_are_an_error(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / "a.jsonl"
+    copy.write_bytes(source.read_bytes())
+    encode = pipeline.encode_slice
+
+    def change_then_encode(*arguments: object) -> None:
+        copy.write_bytes(source.read_bytes().replace(b"loop", b"LOOP"))
+        encode(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pipeline, "encode_slice", change_then_encode)
+    with pytest.raises(DataError, match=r"a\.jsonl changed while it was prepared"):
+        prepare(config(copy, tmp_path / "out"))
+
+
+def test_a_full_disk_is_foreseen(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = publish.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(publish.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(DataError, match=r"has 0\.00 GB free, and about 0\.00 GB are needed for 0\.00 GB of text"):
+        prepare(config(source, tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_keeps_what_is_done(
+    source: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write_group", full_disk)
+        with pytest.raises(DataError, match=r"disk is full while writing .* goes on where it was"):
+            prepare(config(source, tmp_path / "out"))
+    assert contents(prepare(config(source, tmp_path / "out"))) == contents(straight)
+
+
+def full_disk(*arguments: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def run_tasks(source: Path, out: Path, count: int) -> None:
+    for i in range(count):
+        prepare(config(source, out, shard=f"{i}/{count}"))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 12])
+def test_tasks_one_after_another(count: int, source: Path, straight: Path, tmp_path: Path) -> None:
+    """Twelve are more than there are groups."""
+    run_tasks(source, tmp_path / "out", count)
+    merge(config(source, tmp_path / "out"))
+    assert contents(tmp_path / "out") == contents(straight)
+    assert os.listdir(tmp_path) == ["out"]
+    prepare(config(source, tmp_path / "out", shard=f"0/{count}"))
+    merge(config(source, tmp_path / "out"))
+    assert contents(tmp_path / "out") == contents(straight)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+def test_tasks_at_the_same_time(source: Path, straight: Path, tmp_path: Path, repository: Path) -> None:
+    """One of the three is killed, and started again while the others are at work or have ended."""
+    options = [config(source, tmp_path / "out", shard=f"{i}/3") for i in range(3)]
+    others = [start(options[0], repository), start(options[1], repository)]
+    kill_when(options[2], "scan/part-00002.json", repository)
+    assert start(options[2], repository).wait() == 0
+    assert [process.wait() for process in others] == [0, 0]
+    merge(config(source, tmp_path / "out"))
+    assert contents(tmp_path / "out") == contents(straight)
+
+
+def test_merge_names_what_is_missing(source: Path, straight: Path, tmp_path: Path) -> None:
+    options = config(source, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"no unfinished prep of .*Run the tasks first: rdt prep --shard i/N"):
+        merge(options)
+    prepare(config(source, tmp_path / "out", shard="1/3"))
+    with pytest.raises(DataError) as caught:
+        merge(options, "rdt prep --config x.yaml")
+    text = str(caught.value)
+    assert "group-00000, group-00002, group-00003" in text
+    assert "  rdt prep --config x.yaml --shard 0/3\n" in text
+    assert "--shard 1/3" not in text
+    with pytest.raises(ConfigError, match="begun with seed=7, now 8"):
+        merge(dataclasses.replace(options, seed=8))
+    prepare(options)  # a plain prep makes the rest
+    assert contents(tmp_path / "out") == contents(straight)
+
+
+def test_one_process_a_task(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(config(source, out, shard="0/2"))
+    with exclusive(publish.task_lock(publish.working_directory(out), 1), "held"):
+        with pytest.raises(LaunchError, match=r"task 1/2 is at work on .* already"):
+            prepare(config(source, out, shard="1/2"))
+        for act in (prepare, merge):
+            with pytest.raises(LaunchError, match="task 1 of a prep with --shard is at work"):
+                act(config(source, out))
+        with pytest.raises(LaunchError, match="task 1 of a prep with --shard is at work"):
+            prepare(config(source, out, shard="0/2", seed=8, restart=True))
+
+
+@pytest.mark.parametrize("shard", ["2/2", "1", "a/b", "-1/2", "0/0"])
+def test_a_task_that_does_not_exist(shard: str, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="must be i/N with 0 <= i < N"):
+        prepare(config(source, tmp_path / "out", shard=shard))
+
+
+def test_claims(tmp_path: Path) -> None:
+    with claims(tmp_path, "a") as first, claims(tmp_path, "b") as second:
+        assert first.take("step")
+        assert not second.take("step")
+        old = os.stat(tmp_path / "step").st_mtime - STALE_S
+        os.utime(tmp_path / "step", (old, old + 1))
+        assert not second.take("step"), "not yet stale"
+        first.refresh()
+        assert os.stat(tmp_path / "step").st_mtime > old + 2
+        os.utime(tmp_path / "step", (old, old - 1))
+        assert second.take("step"), "its owner died"
+        second.release("step")
+        assert first.take("other")
+        assert Claims(tmp_path, "a").take("other"), "a task that was killed and started again has its claims back"
+    assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} <= {"step"}

@@ -1,0 +1,293 @@
+"""Parts and what is read from them: any cut gives the documents, numbers and messages that reading the file plainly gives."""
+
+import dataclasses
+import json
+import random
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep import encode, records, scan
+from data_prep.config import PrepConfig
+from data_prep.inputs import Input, Part, cut_parts, input_files
+from data_prep.pipeline import prepare
+from data_prep.plan import Job
+from data_prep.records import Document, Reader
+from data_prep.scan import ArrayWriter, is_valid, scan_part, scan_path, scan_record
+from megatron_rdt.data import IndexedDataset, Tokenizer, load_manifest
+from megatron_rdt.errors import ConfigError, DataError
+from tests.data_prep.test_prep import GOOD, config, lines
+from tests.data_prep.test_prep_jobs import contents, texts_of
+
+
+def read(source: Path, **options: object) -> list[tuple[Part, list[Document], Reader]]:
+    """Every part with what is in it."""
+    settings = config(source, Path("unused"), **options)
+    found = []
+    for part in cut_parts(settings, input_files(settings)):
+        reader = Reader(part, settings)
+        found.append((part, [*reader], reader))
+    return found
+
+
+def random_lines(seed: int) -> bytes:
+    """Lines of very different lengths, empty ones, both line ends, characters that other splitters cut at; no last newline."""
+    draw = random.Random(seed)
+    pieces = ["word ", "\u2028", "\r", "\x85", "é", "漢", "🎉", "\\n", '"']
+    written = []
+    for i in range(draw.randrange(1, 40)):
+        text = "".join(draw.choices(pieces, k=draw.choice((1, 5, 300)))) + str(i)
+        line = json.dumps({"id": i, "text": text}, ensure_ascii=draw.random() < 0.5).encode()
+        written += [line + draw.choice((b"", b"\r", b"  ")), *([b"", b" "][: draw.randrange(3)])]
+    return draw.choice((b"", b"\xef\xbb\xbf")) + b"\n".join(written) + draw.choice((b"", b"\n"))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_cut_gives_the_lines_of_the_file(seed: int, tmp_path: Path) -> None:
+    content = random_lines(seed)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    expected, offset = [], 0
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if line.strip():
+            expected.append((offset, number, json.loads(line.decode("utf-8-sig"))["text"]))
+        offset += len(line) + 1
+    for part_bytes in (1 if len(content) < 500 else 97, 1000, 10**9):
+        found, before = [], 0
+        for part, documents, reader in read(path, part_bytes=part_bytes):
+            again = [*Reader(part, reader.config, lines_before=before)]
+            assert [d.number for d in again] == [d.number for d in documents]
+            found += [(d.number, int(d.place.removeprefix(f"{path}:")), d.text) for d in again]
+            before += reader.tally.lines
+        assert found == expected
+        assert before == content.count(b"\n") + (not content.endswith(b"\n"))
+
+
+@pytest.mark.parametrize("part_bytes", [30, 1000, 10_000])
+def test_a_bad_line_has_its_number_wherever_the_file_is_cut(part_bytes: int, tmp_path: Path) -> None:
+    for bad in (0, 17, 30, 59):
+        source = lines(tmp_path / "a.jsonl", [*GOOD[:bad], '{"text": ', *GOOD[bad:]])
+        start = sum(len(line) + 1 for line in GOOD[:bad])
+        message = rf"a\.jsonl:{bad + 1} \(byte {start}\): not valid JSON: Expecting value at column 10"
+        with pytest.raises(DataError, match=message):
+            read(source, part_bytes=part_bytes)
+    out = prepare(config(source, tmp_path / "out", on_bad="skip", part_bytes=max(part_bytes, 300)))
+    assert load_manifest(out).document["bad"] == [
+        f"{source}:60 (byte {start}): not valid JSON: Expecting value at column 10"
+    ]
+
+
+def test_only_the_documents_that_are_wanted(tmp_path: Path) -> None:
+    """The others are not parsed: what is wrong with them was said before."""
+    source = lines(tmp_path / "a.jsonl", [GOOD[0], "{", GOOD[2], b"\xff", GOOD[4]])
+    settings = config(source, Path("unused"))
+    (part,) = cut_parts(settings, input_files(settings))
+    wanted = len(GOOD[0]) + 1 + 2
+    reader = Reader(part, settings, wanted=lambda name, number: (name, number) == ("a.jsonl", wanted))
+    assert [document.text for document in reader] == [json.loads(GOOD[2])["text"]]
+
+
+def test_small_files_share_a_part_and_large_ones_do_not(tmp_path: Path) -> None:
+    for i in range(20):
+        (tmp_path / f"{i:02d}.txt").write_text("x" * (10 if i != 7 else 500))
+    found = read(tmp_path, part_bytes=60)
+    assert [len(part.inputs) for part, *_ in found] == [6, 1, 1, 6, 6]
+    assert [len(documents[0].text) for part, documents, _ in found if part.size > 60] == [500]
+    assert [document.name[-6:-4] for _, documents, _ in found for document in documents] == [
+        f"{i:02d}" for i in range(20)
+    ]
+
+
+def test_parquet_is_cut_at_row_groups(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = [json.loads(line)["text"] for line in GOOD]
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table(
+        {"id": range(60), "text": [*texts[:50], None, *texts[51:]], "ask": ["why"] * 30 + [None] * 30}
+    )
+    pyarrow.parquet.write_table(table, path, row_group_size=10)
+    with pytest.raises(DataError, match=r'a\.parquet:51: field "text" is a NoneType.*keys present: ask, id, text'):
+        read(path)
+    with pytest.raises(DataError, match=r'a\.parquet:1: field "body" is missing'):
+        read(path, text_field="body")
+    size = path.stat().st_size
+    for part_bytes, count in ((1, 6), (size // 3, 3), (size, 1)):
+        found = read(path, part_bytes=part_bytes, on_bad="skip", prompt_field="ask")
+        assert len(found) == count
+        documents = [document for _, documents, _ in found for document in documents]
+        assert [document.text for document in documents] == [*texts[:50], *texts[51:]]
+        assert [document.number for document in documents] == [*range(1, 51), *range(52, 61)]
+        assert [document.prompt for document in documents] == ["why"] * 30 + [""] * 29
+
+
+def test_a_dataset_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its shards is a part; the second reading takes what the first has kept."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for i in range(3):
+        lines(folder / f"{i}.jsonl", [*GOOD[20 * i : 20 * (i + 1)]])
+    opened, open_dataset = Counter[str](), records.shard_records
+
+    def counted(words: str, *rest: object) -> object:
+        opened[words] += 1
+        return open_dataset(words, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(records, "shard_records", counted)
+    settings = dataclasses.replace(config(folder, tmp_path / "out"), sources=[f"hf:{folder}"])
+    assert texts_of(prepare(settings)) == {json.loads(line)["text"] for line in GOOD}
+    assert sum(opened.values()) == 3
+
+
+def plain_split(texts: list[str], options: PrepConfig) -> set[str]:
+    """Validation documents by the definition."""
+    import xxhash
+
+    return {text for text in texts if is_valid(xxhash.xxh3_128_digest(text.encode()), options.valid_fraction)}
+
+
+def split_texts(corpus: Path, split: str) -> list[str]:
+    tokenizer = Tokenizer(corpus / "tokenizer")
+    shards = [IndexedDataset(prefix) for prefix in load_manifest(corpus).shards(split)]
+    return [tokenizer.decode(shard[i][:-1].tolist()) for shard in shards for i in range(len(shard))]
+
+
+def test_validation_sources(tmp_path: Path) -> None:
+    """Their documents are all validation, the others none; what is in both is validation alone."""
+    first, second = lines(tmp_path / "a.jsonl", GOOD[:50]), lines(tmp_path / "b.jsonl", GOOD[45:])
+    out = prepare(config(first, tmp_path / "out", valid_sources=[str(second)], vocab_size=310))
+    texts = [json.loads(line)["text"] for line in GOOD]
+    assert sorted(split_texts(out, "train")) == sorted(texts[:45])
+    assert sorted(split_texts(out, "valid")) == sorted(texts[45:])
+    assert load_manifest(out).document["dropped"] == {"duplicate": 5}
+    with pytest.raises(ConfigError, match="in sources and in valid_sources"):
+        prepare(config(first, tmp_path / "other", valid_sources=[str(first)]))
+    empty = lines(tmp_path / "c.jsonl", ["", ""])
+    with pytest.raises(DataError, match="the valid split would be empty"):
+        prepare(config(first, tmp_path / "other", valid_sources=[str(empty)]))
+
+
+def test_the_split_is_by_content(tmp_path: Path) -> None:
+    settings = config(lines(tmp_path / "a.jsonl", list(GOOD)), tmp_path / "out")
+    texts = [json.loads(line)["text"] for line in GOOD]
+    assert set(split_texts(prepare(settings), "valid")) == plain_split(texts, settings)
+
+
+@pytest.mark.parametrize("count", [1, 13, 60, 1000])
+def test_the_first_documents(count: int, tiny_corpus: Path, tmp_path: Path) -> None:
+    """Empty ones do not count; what comes after the last one is not even read."""
+    content: list[str | bytes] = [x for line in GOOD for x in (json.dumps({"text": " "}), line)]
+    source = lines(tmp_path / "a.jsonl", [*content, *(["{"] if count < 60 else [])])
+    options = {"max_documents": count, "valid_fraction": 0.0, "tokenizer": str(tiny_corpus / "tokenizer")}
+    out = prepare(config(source, tmp_path / "out", part_bytes=1000, shard_bytes=2000, **options))
+    assert sorted(split_texts(out, "train")) == sorted(json.loads(line)["text"] for line in GOOD[:count])
+    assert load_manifest(out).document["dropped"]["empty"] == min(count, 60)
+    merged = tmp_path / "tasks"
+    prepare(config(source, merged, part_bytes=1000, shard_bytes=2000, shard="0/1", **options))
+    prepare(config(source, merged, part_bytes=1000, shard_bytes=2000, **options))
+    assert contents(merged) == contents(out)
+
+
+def test_prompts_do_not_count(tmp_path: Path) -> None:
+    """Encoded apart from the text; the mask is 0 for them and 1 for the text and its EOS."""
+    pairs = [(f"what is {i} plus {i}?" if i % 3 else None, f" it is {2 * i}.") for i in range(90)]
+    source = lines(tmp_path / "a.jsonl", [json.dumps({"text": text, "ask": ask}) for ask, text in pairs])
+    out = prepare(config(source, tmp_path / "out", prompt_field="ask", part_bytes=800, shard_bytes=600, vocab_size=290))
+    tokenizer, found = Tokenizer(out / "tokenizer"), []
+    for split in ("train", "valid"):
+        for prefix in load_manifest(out).shards(split):
+            shard = IndexedDataset(prefix)
+            for start, length in zip(shard.document_starts.tolist(), shard.lengths.tolist()):
+                ids, mask = shard.read(start, length), shard.mask(start, length)
+                cut = int(np.argmax(mask))
+                assert mask.tolist() == [0] * cut + [1] * (length - cut)
+                assert ids[:cut].tolist() == tokenizer.encode(tokenizer.decode(ids[:cut].tolist()))
+                found.append((tokenizer.decode(ids[:cut].tolist()), tokenizer.decode(ids[cut:-1].tolist())))
+    assert sorted(found) == sorted((ask or "", text) for ask, text in pairs)
+    bad = lines(tmp_path / "b.jsonl", [*GOOD, json.dumps({"text": "x", "ask": 3})])
+    with pytest.raises(
+        DataError, match=r'b\.jsonl:61: field "ask" is a int, expected a string; keys present: ask, text'
+    ):
+        prepare(config(bad, tmp_path / "other", prompt_field="ask"))
+    with pytest.raises(ConfigError, match="are both 'text'"):
+        prepare(config(bad, tmp_path / "other", prompt_field="text"))
+
+
+def test_the_same_text_after_another_prompt_is_no_duplicate(tmp_path: Path) -> None:
+    rows = [{"ask": ask, "text": json.loads(line)["text"]} for line in GOOD for ask in ("a", "b", "a")]
+    out = prepare(config(lines(tmp_path / "a.jsonl", [*map(json.dumps, rows)]), tmp_path / "out", prompt_field="ask"))
+    assert load_manifest(out).document["dropped"] == {"duplicate": 60}
+
+
+def test_cleaning_is_counted(tmp_path: Path) -> None:
+    texts = [*(f"word {i} and more" for i in range(60)), "\ufb01ne and \ufb02at", "short"]
+    source = lines(tmp_path / "a.jsonl", [json.dumps({"text": text}) for text in texts])
+    out = prepare(config(source, tmp_path / "out", normalize="NFKC", min_chars=6, part_bytes=500, vocab_size=300))
+    manifest = load_manifest(out).document
+    assert (manifest["dropped"], manifest["cleaning"]) == ({"too_short": 1}, {"changed": 1})
+    assert "fine and flat" in texts_of(out)
+
+
+def test_near_duplicates_go(tiny_corpus: Path, tmp_path: Path) -> None:
+    draw, given = random.Random(0), str(tiny_corpus / "tokenizer")
+    texts = [" ".join(str(draw.randrange(1000)) for _ in range(200)) for _ in range(40)]
+    source = lines(
+        tmp_path / "a.jsonl", [json.dumps({"text": text}) for text in [*texts, *(t + " end" for t in texts)]]
+    )
+    out = prepare(config(source, tmp_path / "out", dedup="near", part_bytes=5000, tokenizer=given))
+    assert load_manifest(out).document["dropped"] == {"near_duplicate": 40}
+    out = prepare(config(source, tmp_path / "all", dedup="none", tokenizer=given))
+    assert load_manifest(out).document["dropped"] == {}
+
+
+def test_an_id_outside_the_vocabulary_has_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = lines(tmp_path / "a.jsonl", list(GOOD))
+    encoded = Tokenizer.encode_batch
+
+    def with_a_large_id(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
+        arrays = encoded(tokenizer, texts)
+        return [np.array([1, 70000], np.int32) if "document 8 " in t else a for t, a in zip(texts, arrays)]
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", with_a_large_id)
+    with pytest.raises(DataError, match=r"document .*a\.jsonl:9 has id 70000 but vocab_size is 320"):
+        prepare(config(source, tmp_path / "out", part_bytes=100))
+
+
+def test_a_document_that_is_too_long_has_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "MAX_SEQUENCE", 200)
+    source = lines(tmp_path / "a.jsonl", [*GOOD, json.dumps({"text": "word " * 2000})])
+    with pytest.raises(DataError, match=r"document .*a\.jsonl:61 has \d+ tokens, more than 200\. Split it"):
+        prepare(config(source, tmp_path / "out", valid_fraction=0.0))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 4096, 10_000])
+def test_arrays_are_written_row_by_row(rows: int, tmp_path: Path) -> None:
+    expected = np.random.default_rng(rows).integers(0, 2**60, (rows, 3), dtype=np.uint64)
+    with open(tmp_path / "a.npy", "wb") as file:
+        writer = ArrayWriter(file, np.dtype("<u8"), (3,))
+        for row in expected:
+            writer.add(row)
+        writer.finish()
+    assert np.array_equal(np.load(tmp_path / "a.npy"), expected)
+    assert len(np.load(tmp_path / "a.npy", mmap_mode="r" if rows else None)) == rows
+
+
+def test_a_scan_takes_the_same_memory_for_any_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "ROWS_HELD", 256)
+    peaks = []
+    for size in (1000, 8000):
+        path = lines(tmp_path / f"{size}.jsonl", [json.dumps({"text": f"{i} " * 30}) for i in range(size)])
+        settings = config(path, tmp_path / "out", part_bytes=10**9)
+        part = Part(0, "lines", (Input("a", str(path), path.stat().st_size, 0, False),), 0, 0, path.stat().st_size)
+        job = Job(settings, tmp_path / f"work{size}", "id")
+        tracemalloc.start()
+        scan_part(job, part)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(np.load(scan_path(job, part))) == size
+        assert job.record(scan_record(job, part))["documents"] == size  # type: ignore[index]
+    assert peaks[1] < 2 * peaks[0]

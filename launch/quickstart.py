@@ -5,10 +5,16 @@ from pathlib import Path
 
 from launch.local import run_processes
 from megatron_rdt.config import load_config
-from megatron_rdt.config.parser import make_parser, parse
 from megatron_rdt.errors import LaunchError
 
-CONFIG, DATA_CONFIG = "configs/quickstart.yaml", "configs/smoke_data.yaml"
+CONFIG, DATA_CONFIG, TASKS_CONFIG = (
+    "configs/quickstart.yaml",
+    "configs/smoke_data.yaml",
+    "configs/quickstart_tasks.yaml",
+)
+LOOK_CONFIG, LOOK_STEPS = "configs/smoke.yaml", 5
+TASKS = "hops,product:S5,addition,modular"
+TASKS_TEXT = "data/tasks-text"
 MOST_PROCESSES = 2
 EVAL_LOOPS = (1, 2, 4, 8, 16)
 EVAL_SEQUENCES = 64
@@ -27,12 +33,27 @@ def quickstart() -> int:
     def title(text: str) -> None:
         print(f"\n== {time.monotonic() - began:5.0f} s  {text}", flush=True)
 
-    title("preparing text: tokenizer and token shards")
-    from data_prep.config import PrepConfig
-    from data_prep.pipeline import prepare
+    title("preparing text: duplicates and noise removed, tokenizer, token shards")
+    from launch.prep import prep
 
-    prep, _ = parse(make_parser(PrepConfig, "rdt prep", ""), PrepConfig, ["--config", DATA_CONFIG])
-    prepare(prep)
+    prep(["--config", DATA_CONFIG])
+    title("preparing problems with answers, as two machines would")
+    prep(["tasks", "--task", TASKS, "--difficulty", "1,4", "--out", TASKS_TEXT, "--restart"])
+    for task in ("0/2", "1/2"):
+        prep(["--config", TASKS_CONFIG, "--shard", task])
+    prep(["merge", "--config", TASKS_CONFIG])
+    title("reading every byte of both once more, and a look at what a model will see")
+    for corpus in config.data.corpora():
+        prep(["verify", corpus.path])
+        prep(["show", corpus.path, "--samples", "1", "--sequence_length", "128"])
+    title("a quick look: a few steps on the problems as they come, without shards")
+    look = {"run.name": f"{config.run.name}-look", "train.steps": LOOK_STEPS, "eval.every": 0, "sample.every": 0}
+    look |= {"data.path": f"hf:{TASKS_TEXT}", "data.tokenizer": "data/stdlib/tokenizer", "logging.every": 1}
+    status = run_processes(
+        ["--config", LOOK_CONFIG, "--resume", "auto", *(f"--{name}={value}" for name, value in look.items())], 1
+    )
+    if status:
+        return status
     processes = _processes()
     title(f"pretraining on {processes} process{'es' if processes > 1 else ''}")
     status = run_processes(["--config", CONFIG, "--resume", "auto"], processes)

@@ -1,8 +1,8 @@
 """Who does what, where several tasks share a working directory: claim files that a live task keeps young.
 
-A claim is a file whose time of change its owner refreshes. One that is older than STALE_S belongs to a task that died, and
-anybody may take it over. That two tasks do the same step is harmless, since steps write the same bytes and rename them into
-place; claims only save work.
+A claim is a file whose time of change its owner refreshes. One that is older than STALE_S belongs to a task that died, as does
+one of a process of this machine that is no more; anybody may take it over. That two tasks do the same step is harmless, since
+steps write the same bytes and rename them into place; claims only save work.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ class Claims:
     def __init__(self, directory: Path, owner: str) -> None:
         self.directory, self.owner = directory, owner
         self._held: set[Path] = set()
-        self._mine_before = {path.name for path in directory.glob("*") if _owner(path) == owner}
+        self._mine_before = {path.name for path in directory.glob("*") if _lines(path)[:1] == [owner]}
 
     def take(self, name: str) -> bool:
         """Claim the step `name`, unless a live task has it."""
         path = self.directory / name
-        if name in self._mine_before or self._is_stale(path):
+        if name in self._mine_before or _has_ended(path) or self._is_stale(path):
             self._mine_before.discard(name)
             path.unlink(missing_ok=True)
         try:
@@ -39,7 +39,7 @@ class Claims:
         except FileExistsError:
             return False
         with os.fdopen(descriptor, "w") as file:
-            file.write(self.owner)
+            file.write(f"{self.owner}\n{os.uname().nodename}\n{os.getpid()}\n")
         self._held.add(path)
         return True
 
@@ -67,10 +67,25 @@ class Claims:
         return clock.stat().st_mtime - age > STALE_S
 
 
-def _owner(path: Path) -> str:
+def _lines(path: Path) -> list[str]:
+    """What a claim says: its owner, the machine, the process; nothing where it is gone or not yet written."""
     with contextlib.suppress(OSError):
-        return path.read_text(encoding="utf-8")
-    return ""
+        return path.read_text(encoding="utf-8").splitlines()
+    return []
+
+
+def _has_ended(path: Path) -> bool:
+    """Whether a claim is of a process of this machine that is no more."""
+    lines = _lines(path)
+    if len(lines) != 3 or lines[1] != os.uname().nodename or int(lines[2]) == os.getpid():
+        return False
+    try:
+        os.kill(int(lines[2]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 @contextlib.contextmanager

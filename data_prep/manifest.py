@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from data_prep.inputs import Input
-from data_prep.plan import Plan, code_of, options_hash, options_of, versions
+from data_prep.plan import TOKENIZER_RECORD, Plan, code_of, options_hash, options_of, versions
 from data_prep.records import BAD_LISTED, bad_message
 from data_prep.scan import scan_record
 from data_prep.shards import SPLITS
@@ -117,6 +117,7 @@ def write_manifest(plan: Plan, groups: list[dict[str, Any]], duplicates: dict[st
     check_splits({split: content["documents"] for split, content in splits.items()}, wants_valid)
     tokenizer = Tokenizer(directory / "tokenizer")
     dropped = found["dropped"] + Counter(duplicates)
+    lossless = plan.job.record(plan.job.path(TOKENIZER_RECORD)) or {}
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -129,6 +130,7 @@ def write_manifest(plan: Plan, groups: list[dict[str, Any]], duplicates: dict[st
             "kind": tokenizer.kind,
             "fingerprint": tokenizer.fingerprint,
             "file_sha256": sha256_of(tokenizer.file),
+            "round_trip": lossless.get("round_trip"),
         },
         "prep": {
             "options_sha256": options_hash(config),
@@ -161,6 +163,12 @@ def print_summary(document: dict[str, Any]) -> None:
         print(f"{split}: {content['tokens']:,} tokens, {content['documents']:,} documents")
     if document["cleaning"]["changed"]:
         print(f"changed by cleaning: {document['cleaning']['changed']:,} documents")
+    lossless = document["tokenizer"]["round_trip"] or {"changed": 0}
+    if lossless["changed"]:
+        print(
+            f"of {lossless['sampled']:,} documents, {lossless['changed']:,} come back changed from this tokenizer: it loses "
+            "text, or they hold U+2581"
+        )
     if document["replaced"]:
         print(f"invalid UTF-8 replaced in {document['replaced']:,} records")
     if document["dropped"]:

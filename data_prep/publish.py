@@ -16,7 +16,7 @@ from megatron_rdt.data.tokenizer import Tokenizer
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.files import exclusive, fsync_directory, is_disk_full, sha256_of
 
-WRITTEN = {MANIFEST, "tokenizer", "train", "valid"}
+WRITTEN = {MANIFEST, "tokenizer", "train", "valid", "packing"}  # the last by `rdt prep pack` and by runs
 COMPRESSION = 3  # text in a compressed file is about so many times as large
 LOCK_PATIENCE_S = 60.0
 GIGA = 1e9

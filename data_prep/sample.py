@@ -12,7 +12,13 @@ from data_prep.encode import kept_documents, kept_rows
 from data_prep.inputs import Part
 from data_prep.plan import TOKENIZER_RECORD, Job
 from data_prep.scan import scan_record
-from data_prep.tokenizer import MAX_SENTENCE_BYTES, copy_tokenizer, train_tokenizer, write_tokenizer
+from data_prep.tokenizer import (
+    MAX_SENTENCE_BYTES,
+    copy_tokenizer,
+    round_trip_failures,
+    train_tokenizer,
+    write_tokenizer,
+)
 from data_prep.workers import advance
 from megatron_rdt.files import TEMPORARY_SUFFIX
 
@@ -34,14 +40,16 @@ def make_tokenizer(job: Job, parts: list[Part]) -> None:
     shutil.rmtree(directory, ignore_errors=True)
     if config.tokenizer:
         texts = sample_texts(job, parts, CHECKED_BYTES)
-        copy_tokenizer(config.tokenizer, directory, texts[:CHECKED_DOCUMENTS])
+        tokenizer = copy_tokenizer(config.tokenizer, directory, texts[:CHECKED_DOCUMENTS])
     else:
         texts = sample_texts(job, parts, config.tokenizer_sample_bytes)
-        write_tokenizer(train_tokenizer(_counted(texts), config), directory, texts[:CHECKED_DOCUMENTS])
+        tokenizer = write_tokenizer(train_tokenizer(_counted(texts), config), directory, texts[:CHECKED_DOCUMENTS])
+    checked = texts[:CHECKED_DOCUMENTS]
+    lossless = {"sampled": len(checked), "changed": round_trip_failures(tokenizer, checked)}
     final = job.corpus / "tokenizer"
     final.parent.mkdir(exist_ok=True)
     take_name(directory, final)
-    job.write_record(tokenizer_record(job), sorted(final.iterdir()), {})
+    job.write_record(tokenizer_record(job), sorted(final.iterdir()), {"round_trip": lossless})
 
 
 def take_name(directory: Path, final: Path) -> None:

@@ -146,7 +146,8 @@ def scan_part(job: Job, part: Part, limit: int = 0) -> None:
             key = _HALVES.unpack(order_key(config.seed, document.name, document.number))
             rows.add((_HALVES.unpack(digest), key, document.number, size, valid))
             if bands and sketches:
-                sketches.add(bands(text))
+                # With what asks for them: short answers are often the same.
+                sketches.add(bands(f"{prompt} {text}" if prompt else text))
             if spool:
                 spool.add(document.number, document.prompt, document.text)
             found["documents"] += 1

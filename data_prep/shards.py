@@ -13,15 +13,15 @@ from data_prep.inputs import Part
 from data_prep.plan import Job
 from data_prep.scan import scan_record
 from data_prep.workers import advance
+from megatron_rdt.data.blocks import seal_shard
 from megatron_rdt.data.indexed import IndexedWriter, prefix_path, token_dtype
 from megatron_rdt.errors import DataError
-from megatron_rdt.files import sha256_of
 
 TEXT_PER_TOKEN = 3  # bytes, about: what decides how many parts make a shard
 OPEN_FILES = 256
 ADVANCE_EVERY = 4096
 SPLITS = ("train", "valid")
-SUFFIXES = (".bin", ".idx", ".mask")
+SUFFIXES = (".bin", ".idx", ".mask", ".sum")
 # What decides the place of a document, and where its tokens are.
 _ROW = np.dtype(
     {
@@ -186,7 +186,6 @@ def _write_split(
         name = f"shard-{group.index:05d}" + (f"-{len(shards):02d}" if shards else "")
         prefix = job.path("corpus", split, name)
         writer = _write_shard(prefix, rows[first:last], spills, vocab_size, bool(job.config.prompt_field))
-        hashes = {f"{p.suffix[1:]}_sha256": sha256_of(p) for p in _files(prefix) if p.exists()}
         shards.append(
             {
                 "name": name,
@@ -194,8 +193,7 @@ def _write_split(
                 "documents": writer.documents,
                 "text_bytes": int(rows["bytes"][first:last].sum(dtype=np.int64)),
                 "max_id": writer.max_id,
-                "bin_bytes": prefix_path(prefix, ".bin").stat().st_size,
-                **hashes,
+                **seal_shard(prefix),
             }
         )
         first = last

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from data_prep.config import PrepConfig
-from launch.quickstart import DATA_CONFIG
+from launch.quickstart import DATA_CONFIG, TASKS_CONFIG
 from megatron_rdt.config import RunConfig, check_config, dump_config, load_config
 from megatron_rdt.config.files import UniqueKeys
 from megatron_rdt.config.parser import make_parser, parse
@@ -110,7 +110,9 @@ def test_smoke_and_quickstart_share_the_data_of_one_config(repository: Path) -> 
     prep, _ = parse(make_parser(PrepConfig, "rdt prep", ""), PrepConfig, ["--config", str(repository / DATA_CONFIG)])
     for name in ("smoke.yaml", "quickstart.yaml"):
         config = load_config(repository / "configs" / name)
-        assert (config.data.path, config.model.vocab_size) == (prep.out, prep.vocab_size)
+        assert (config.data.corpora()[0].path, config.model.vocab_size) == (prep.out, prep.vocab_size)
+    tasks, _ = parse(make_parser(PrepConfig, "rdt prep", ""), PrepConfig, ["--config", str(repository / TASKS_CONFIG)])
+    assert (tasks.out, tasks.tokenizer) == (config.data.corpora()[1].path, f"{prep.out}/tokenizer")
     written = [path.read_bytes() for path in (repository / "configs").rglob("*.yaml")]
     assert len(set(written)) == len(written), "one file for one thing"
 

@@ -3,13 +3,14 @@
 # make test         lint, types, tests
 # make test-cluster the same for what needs Slurm
 # make test-parity  against the code of other projects; installs open-mythos and megatron-core (put Parcae and Huginn on PYTHONPATH)
+# make fuzz         2,000 random cases each of prep that is killed and of runs that are resumed (half an hour)
 # make bench        benchmarks; they print, nothing is asserted
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test test-cluster test-parity bench
+.PHONY: install quickstart test test-cluster test-parity fuzz bench
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -41,6 +42,10 @@ test-cluster: install
 test-parity: install
 	$(BIN)/python -m pip install --quiet --no-deps open-mythos==0.5.0 megatron-core==0.16.1
 	$(BIN)/python -m pytest -rs tests/parity tests/data/test_megatron.py
+
+fuzz: export RDT_FUZZ_CASES ?= 2000
+fuzz: install
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/data/test_fuzz.py tests/data_prep/test_fuzz.py
 
 bench: install
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import gc
 import json
 import os
 import sysconfig
@@ -127,6 +128,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             marks = [item.get_closest_marker(name) for name in ("slow", "distributed")]
             weights[item.path] = max(weights.get(item.path, 0), 2 * bool(marks[0]) + bool(marks[1]))
         items.sort(key=lambda item: -weights[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """Keep what the imports left out of later collections: every run of the trainer looks for garbage once."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:

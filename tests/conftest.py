@@ -8,10 +8,6 @@ import sysconfig
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-MEMORY = "/dev/shm"
-if os.path.isdir(MEMORY) and shutil.disk_usage(MEMORY).free > 4 << 30:
-    # Thousands of files are synchronised: on a disk that takes minutes.
-    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY)
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +22,8 @@ from data_prep.tokenizer import train_tokenizer, write_tokenizer
 from megatron_rdt.config import RunConfig, check_config, load_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+MEMORY = Path("/dev/shm")
+MEMORY_BYTES = 4 << 30
 
 torch.set_num_threads(1)
 
@@ -133,6 +131,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             marks = [item.get_closest_marker(name) for name in ("slow", "distributed")]
             weights[item.path] = max(weights.get(item.path, 0), 2 * bool(marks[0]) + bool(marks[1]))
         items.sort(key=lambda item: -weights[item.path])
+
+
+def pytest_configure() -> None:
+    """Temporary files lie in memory where there is room: thousands are synchronised, which a disk takes minutes for."""
+    if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > MEMORY_BYTES:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
 def pytest_collection_finish() -> None:

@@ -24,6 +24,27 @@ from megatron_rdt.config import RunConfig, check_config, load_config
 REPOSITORY = Path(__file__).resolve().parent.parent
 MEMORY = Path("/dev/shm")
 MEMORY_BYTES = 4 << 30
+LONGEST = (
+    "distributed/test_axes.py",
+    "test_docs.py",
+    "distributed/test_parts.py",
+    "distributed/test_axes_runs.py",
+    "distributed/test_resume.py",
+    "distributed/test_engines.py",
+    "distributed/test_planner.py",
+    "distributed/test_world_size.py",
+    "distributed/test_experts.py",
+    "distributed/test_collectives.py",
+    "distributed/test_compile.py",
+    "distributed/test_deepspeed.py",
+    "model/test_compiling.py",
+    "checkpoint/test_interrupted.py",
+    "convert/test_training_state.py",
+    "data/test_streaming.py",
+    "train/test_packed_run.py",
+    "convert/test_hf_parts.py",
+)
+"""Files of tests with the most CPU time, the longest first."""
 
 torch.set_num_threads(1)
 
@@ -126,11 +147,9 @@ def configure(tiny_options: list[str], tmp_path_factory: pytest.TempPathFactory)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where workers take whole files from a queue, the longest come first, so that none ends up waiting for the other."""
     if hasattr(config, "workerinput"):
-        weights: dict[Path, int] = {}
-        for item in items:
-            marks = [item.get_closest_marker(name) for name in ("slow", "distributed")]
-            weights[item.path] = max(weights.get(item.path, 0), 2 * bool(marks[0]) + bool(marks[1]))
-        items.sort(key=lambda item: -weights[item.path])
+        places = {REPOSITORY / "tests" / name: place for place, name in enumerate(LONGEST)}
+        several = {item.path for item in items if item.get_closest_marker("distributed")}
+        items.sort(key=lambda item: (places.get(item.path, len(places)), item.path not in several))
 
 
 def pytest_configure() -> None:

@@ -48,7 +48,7 @@ MODELS = {
 SEQUENCES, LENGTH = 8, 16
 Case = tuple[dict[str, Any], str, str]
 """Options of `parallel`, name of the model, precision."""
-MIXED = (5, 1, 3, 2, 6, 1, 4, 2)
+MIXED = (3, 1, 2, 4, 1, 1, 2, 3)
 # (T of the sequences, k, checkpointing, whether there are documents with positions of their own, and a loss mask)
 STEPS = [
     ((3,) * SEQUENCES, None, "none", False),
@@ -115,6 +115,7 @@ def compare(parallel: ParallelConfig, name: str, precision: str, tokens: torch.T
     engine = make(parallel, model, precision)
     # The first rank's verdict is the one that is read, so it alone computes the reference.
     single = make(ParallelConfig(engine="single"), model, precision) if engine.rank == 0 else None
+    size = max(2, SEQUENCES // engine.layout.data // 2)  # two micro-batches, or one where there are four shares
     worst: dict[str, float] = {}
 
     def note(what: str, ours: torch.Tensor, reference: torch.Tensor) -> None:
@@ -124,7 +125,7 @@ def compare(parallel: ParallelConfig, name: str, precision: str, tokens: torch.T
         if model.halting != "none":
             step = (step[0], None, *step[2:])
         set_checkpointing(engine.model, step[2])
-        losses = engine.forward_backward(batch(engine, tokens, step, 2))
+        losses = engine.forward_backward(batch(engine, tokens, step, size))
         gradients, norm = engine.full_gradients(), engine.clip(0.5)
         if single is not None:
             set_checkpointing(single.model, step[2])

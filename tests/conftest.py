@@ -1,7 +1,9 @@
 """Fixtures that several test files share."""
 
+import gc
 import json
 import os
+import shutil
 import sysconfig
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,6 +22,29 @@ from data_prep.tokenizer import train_tokenizer, write_tokenizer
 from megatron_rdt.config import RunConfig, check_config, load_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+MEMORY = Path("/dev/shm")
+MEMORY_BYTES = 4 << 30
+LONGEST = (
+    "distributed/test_axes.py",
+    "test_docs.py",
+    "distributed/test_parts.py",
+    "distributed/test_axes_runs.py",
+    "distributed/test_resume.py",
+    "distributed/test_engines.py",
+    "distributed/test_planner.py",
+    "distributed/test_world_size.py",
+    "distributed/test_experts.py",
+    "distributed/test_collectives.py",
+    "distributed/test_compile.py",
+    "distributed/test_deepspeed.py",
+    "model/test_compiling.py",
+    "checkpoint/test_interrupted.py",
+    "convert/test_training_state.py",
+    "data/test_streaming.py",
+    "train/test_packed_run.py",
+    "convert/test_hf_parts.py",
+)
+"""Files of tests with the most CPU time, the longest first."""
 
 torch.set_num_threads(1)
 
@@ -122,11 +147,21 @@ def configure(tiny_options: list[str], tmp_path_factory: pytest.TempPathFactory)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where workers take whole files from a queue, the longest come first, so that none ends up waiting for the other."""
     if hasattr(config, "workerinput"):
-        weights: dict[Path, int] = {}
-        for item in items:
-            marks = [item.get_closest_marker(name) for name in ("slow", "distributed")]
-            weights[item.path] = max(weights.get(item.path, 0), 2 * bool(marks[0]) + bool(marks[1]))
-        items.sort(key=lambda item: -weights[item.path])
+        places = {REPOSITORY / "tests" / name: place for place, name in enumerate(LONGEST)}
+        several = {item.path for item in items if item.get_closest_marker("distributed")}
+        items.sort(key=lambda item: (places.get(item.path, len(places)), item.path not in several))
+
+
+def pytest_configure() -> None:
+    """Temporary files lie in memory where there is room: thousands are synchronised, which a disk takes minutes for."""
+    if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > MEMORY_BYTES:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
+
+def pytest_collection_finish() -> None:
+    """Keep what the imports left out of later collections: every run of the trainer looks for garbage once."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:

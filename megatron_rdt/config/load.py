@@ -1,9 +1,12 @@
 """Reading a RunConfig from YAML and overrides, and writing it back."""
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import jsonargparse
 
 from megatron_rdt.config.parser import dump, flatten, make_parser, option_kinds, parse
 from megatron_rdt.config.schema import RunConfig
@@ -24,8 +27,13 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | Sequence[str] |
         words += [f"--{key}={_written(value)}" for key, value in flatten(overrides, option_kinds(RunConfig)).items()]
     elif overrides:
         words += [f"--{word}" if "=" in word and not word.startswith("--") else word for word in overrides]
-    config, _ = parse(make_parser(RunConfig, "rdt train", ""), RunConfig, words)
+    config, _ = parse(_parser(), RunConfig, words)
     return config
+
+
+@functools.cache
+def _parser() -> jsonargparse.ArgumentParser:
+    return make_parser(RunConfig, "rdt train", "")
 
 
 def _written(value: Any) -> str:

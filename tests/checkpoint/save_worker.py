@@ -4,6 +4,7 @@ A child process is forked for every moment. A moment is a change to the file sys
 directory made, something renamed or removed), as Python's audit events report them.
 """
 
+import gc
 import json
 import logging
 import os
@@ -107,6 +108,7 @@ def main() -> None:
     base = root / "base"
     for step in (1, 2, 3):
         save(engine, base, step, step - 1 or None)
+    gc.freeze()  # no child looks through what is here, which would copy it
     verdict = {
         "next step": kill_everywhere(engine, base, 3, 4),
         # Up to the renames this is the same as above.

@@ -4,6 +4,8 @@ Nothing here may start a thread or compute: a fork takes only the thread that fo
 """
 # ruff: noqa: E402, F401
 
+import gc
+
 import torch._dynamo  # PyTorch imports it at the first step of an optimizer
 import torch.distributed.checkpoint
 
@@ -17,3 +19,6 @@ from megatron_rdt.parallel.zero import import_deepspeed
 
 import_deepspeed()
 import deepspeed.runtime.zero.muon.muon_optimizer  # deepspeed.initialize imports it, and it the whole compiler
+
+gc.collect()
+gc.freeze()  # no rank looks through all this for garbage, nor copies its pages by doing so

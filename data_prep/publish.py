@@ -109,6 +109,11 @@ def already_there(out: Path, config: PrepConfig, replace: bool) -> bool:
         raise ConfigError(
             f"{out} was prepared with other code of the --filters. Use a new --out, or --restart true to replace it."
         )
+    if config.tokenizer and Tokenizer(config.tokenizer).fingerprint != manifest.document["tokenizer"]["fingerprint"]:
+        raise ConfigError(
+            f"{out} was prepared with another tokenizer than {config.tokenizer} is now. Use a new --out, or --restart true "
+            "to replace it."
+        )
     difference = _changed_input(manifest.document["inputs"], config)
     if difference is not None:
         raise ConfigError(

@@ -102,7 +102,7 @@ class TokenCorpus:
         self._shards = Shards(self.manifest, split, max_open)
         self._with_documents, self._with_positions = documents, positions
         self._with_masks = self.gives_mask = answers and self._shards.has_masks
-        whole = self._shards.ends[-1]
+        whole = self._shards.ends[-1] if self._shards.ends else 0
         self.tokens = min(whole, max_tokens or whole)
         self.order = SampleOrder(
             self.tokens, sequence_length, seed, split, f"split {split} of {self.manifest.directory}"

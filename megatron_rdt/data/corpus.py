@@ -190,9 +190,19 @@ class TokenCorpus:
             filled += count
 
 
-def fixed_windows(corpus: TokenCorpus, count: int) -> Windows:
-    """`count` windows spread evenly over a split, see `TokenCorpus.spread`; DataError where none of their tokens counts."""
+def fixed_windows(corpus: TokenCorpus, count: int, multiple: int = 1) -> Windows:
+    """Windows spread evenly over a split, see `TokenCorpus.spread`.
+
+    Args:
+        corpus: the split.
+        count: how many; all where it has fewer.
+        multiple: the last ones are left out so that the number is a multiple of this.
+
+    Raises:
+        DataError: none of their tokens counts as a target.
+    """
     windows = corpus.read(corpus.spread(count))
+    windows = windows[: len(windows) // multiple * multiple]
     if not len(windows.targets):
         raise DataError(
             f"by the masks of {corpus.manifest.directory}, no token of {len(windows)} windows of split {corpus.split} counts "

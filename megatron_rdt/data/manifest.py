@@ -53,7 +53,7 @@ class CorpusManifest:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the tokenizer, the dtype and every shard: what a checkpoint remembers of its data."""
+        """Hash of the tokenizer, the dtype, and every shard's tokens and masks: what a checkpoint remembers of its data."""
         parts = [self.document["tokenizer"]["fingerprint"], self.document["dtype"]]
         for split in sorted(self.document["splits"]):
             for shard in self.document["splits"][split]["shards"]:

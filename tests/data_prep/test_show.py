@@ -107,7 +107,7 @@ def test_windows_of_a_corpus_with_masks(tiny_corpus: Path, tmp_path: Path) -> No
 
 def test_a_split_without_documents(tiny_corpus: Path, tmp_path: Path) -> None:
     corpus = write_random_corpus(tmp_path / "c", tiny_corpus / "tokenizer", {"train": [900], "valid": []})
-    with pytest.raises(DataError, match="split valid of .* has 0 tokens, needs at least"):
+    with pytest.raises(DataError, match=r"split valid of .* has 0 tokens, needs at least"):
         list(show.windows(corpus, "valid", range(1), 40, 1, PLAIN))
 
 

@@ -190,6 +190,20 @@ def test_a_tokenizer_without_its_record_is_made_again(
     assert load_manifest(tmp_path / "late").fingerprint == load_manifest(straight).fingerprint
 
 
+def test_killed_when_the_corpus_has_its_name(
+    source: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is left beside it, with copies of datasets of the hub in it, does not stay for ever."""
+    with monkeypatch.context() as patch:
+        interrupt_before(patch, publish, "fsync_directory", 0)
+        interrupted(config(source, tmp_path / "out"))
+    assert publish.working_directory(tmp_path / "out").exists()
+    prepare(config(source, tmp_path / "out"))
+    assert "nothing to do" in capsys.readouterr().out
+    assert contents(tmp_path / "out") == contents(straight)
+    assert os.listdir(tmp_path) == ["out"]
+
+
 def begun(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
     """A prep that was interrupted in the middle of its encoding."""
     with monkeypatch.context() as patch:

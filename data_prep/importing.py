@@ -20,7 +20,7 @@ from megatron_rdt.data.tokenizer import BYTES_FILE, Tokenizer
 from megatron_rdt.data.tokenizer_hugging_face import JSON_FILE
 from megatron_rdt.data.tokenizer_sentencepiece import MODEL_FILE
 from megatron_rdt.errors import ConfigError, DataError
-from megatron_rdt.files import exclusive, fsync_file, sha256_of, write_text
+from megatron_rdt.files import exclusive, fsync_directory, fsync_file, sha256_of, write_text
 
 # Files of a tokenizer's folder that are taken along.
 TOKENIZER_FILES = (
@@ -81,7 +81,11 @@ def import_corpus(prefixes: Sequence[str], tokenizer: str, out: str, valid_prefi
         shutil.rmtree(work, ignore_errors=True)
         try:
             _import_into(work, {"train": prefixes, "valid": valid_prefixes}, tokenizer)
+            for folder in (*work.iterdir(), work):
+                if folder.is_dir():
+                    fsync_directory(folder)
             work.rename(target)
+            fsync_directory(target.parent)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return target
@@ -138,6 +142,8 @@ def _take_tokenizer(source: Path, target: Path) -> Tokenizer:
     else:
         shutil.copyfile(source, target / (JSON_FILE if known.file.suffix == ".json" else MODEL_FILE))
     np.save(target / BYTES_FILE, known.token_bytes())
+    for file in target.iterdir():
+        fsync_file(file)
     return Tokenizer(target)
 
 

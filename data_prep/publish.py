@@ -55,8 +55,14 @@ def check_alone(out: Path, but: int = -1) -> None:
 
 
 def mend(out: Path) -> None:
-    """Undo what a process that was killed while it replaced `out` left: the old one is hidden, the new one is not there."""
-    replaced = _replaced(out)
+    """Clear up after a process that was killed while it published.
+
+    Where the old corpus is hidden and the new one not there, the old one gets its name back; a working directory whose
+    corpus has its name is removed.
+    """
+    root, replaced = working_directory(out), _replaced(out)
+    if (root / "groups").exists() and not (root / "corpus").exists():
+        shutil.rmtree(root, ignore_errors=True)
     if replaced.exists() and not out.exists():
         replaced.rename(out)
     shutil.rmtree(replaced, ignore_errors=True)
@@ -108,6 +114,11 @@ def already_there(out: Path, config: PrepConfig, replace: bool) -> bool:
     if before.get("code", {}).get("filters") != code_of(config)["filters"]:
         raise ConfigError(
             f"{out} was prepared with other code of the --filters. Use a new --out, or --restart true to replace it."
+        )
+    if config.tokenizer and Tokenizer(config.tokenizer).fingerprint != manifest.document["tokenizer"]["fingerprint"]:
+        raise ConfigError(
+            f"{out} was prepared with another tokenizer than {config.tokenizer} is now. Use a new --out, or --restart true "
+            "to replace it."
         )
     difference = _changed_input(manifest.document["inputs"], config)
     if difference is not None:

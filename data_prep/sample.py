@@ -20,7 +20,7 @@ from data_prep.tokenizer import (
     write_tokenizer,
 )
 from data_prep.workers import advance
-from megatron_rdt.files import TEMPORARY_SUFFIX
+from megatron_rdt.files import TEMPORARY_SUFFIX, sha256_of
 
 SPREAD = 16  # the sample is drawn from this many times its size
 CHECKED_BYTES = 1_000_000  # a given tokenizer is compared with its export on so much text
@@ -53,13 +53,28 @@ def make_tokenizer(job: Job, parts: list[Part]) -> None:
 
 
 def take_name(directory: Path, final: Path) -> None:
-    """Rename a directory; where the name is taken by one of a task that was as far, the content is the same."""
+    """Rename a directory of files, in the place of what has the name.
+
+    A task that was as far has the same content, and its directory stays: others may be reading it. Any other content is
+    damaged, or was left by a prep that ended before its record and went on with other options.
+    """
     try:
         directory.rename(final)
     except OSError:
         if not final.is_dir():
             raise
+        if not _same_files(directory, final):
+            shutil.rmtree(final)
+            directory.rename(final)
+            return
         shutil.rmtree(directory)
+
+
+def _same_files(one: Path, other: Path) -> bool:
+    names = sorted(path.name for path in one.iterdir())
+    return names == sorted(path.name for path in other.iterdir()) and all(
+        sha256_of(one / name) == sha256_of(other / name) for name in names
+    )
 
 
 def _counted(texts: list[str]) -> Iterator[str]:

@@ -21,7 +21,7 @@ from megatron_rdt.data.tokenizer_export import first_difference, write_settings
 from megatron_rdt.data.tokenizer_hugging_face import BESIDE, HUGGING_FACE, JSON_FILE, SETTINGS_FILE
 from megatron_rdt.data.tokenizer_sentencepiece import GRID, MODEL_FILE, NORMAL, SPACE, USER_DEFINED, parsed_model
 from megatron_rdt.errors import ConfigError, DataError
-from megatron_rdt.files import atomic_open, write_bytes, write_text
+from megatron_rdt.files import atomic_open, fsync_file, write_bytes, write_text
 
 MAX_SENTENCE_BYTES = 65536
 MAX_LINE = MAX_SENTENCE_BYTES // 4  # characters, of up to 4 bytes each
@@ -198,10 +198,10 @@ def copy_tokenizer(path: str | Path, directory: Path, sample: Iterable[str]) -> 
     if given.kind != HUGGING_FACE:
         return write_tokenizer(given.processor.serialized_model_proto(), directory, sample, foreign=True)
     directory.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(given.file, directory / JSON_FILE)
-    for name in BESIDE:
-        if (given.file.parent / name).is_file():
-            shutil.copyfile(given.file.parent / name, directory / name)
+    beside = [given.file.parent / name for name in BESIDE]
+    for file, name in [(given.file, JSON_FILE), *((file, file.name) for file in beside if file.is_file())]:
+        shutil.copyfile(file, directory / name)
+        fsync_file(directory / name)
     tokenizer = Tokenizer(directory / JSON_FILE)
     _write_token_bytes(tokenizer, directory)
     return tokenizer

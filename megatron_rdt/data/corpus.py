@@ -102,7 +102,7 @@ class TokenCorpus:
         self._shards = Shards(self.manifest, split, max_open)
         self._with_documents, self._with_positions = documents, positions
         self._with_masks = self.gives_mask = answers and self._shards.has_masks
-        whole = self._shards.ends[-1]
+        whole = self._shards.ends[-1] if self._shards.ends else 0
         self.tokens = min(whole, max_tokens or whole)
         self.order = SampleOrder(
             self.tokens, sequence_length, seed, split, f"split {split} of {self.manifest.directory}"
@@ -190,9 +190,19 @@ class TokenCorpus:
             filled += count
 
 
-def fixed_windows(corpus: TokenCorpus, count: int) -> Windows:
-    """`count` windows spread evenly over a split, see `TokenCorpus.spread`; DataError where none of their tokens counts."""
+def fixed_windows(corpus: TokenCorpus, count: int, multiple: int = 1) -> Windows:
+    """Windows spread evenly over a split, see `TokenCorpus.spread`.
+
+    Args:
+        corpus: the split.
+        count: how many; all where it has fewer.
+        multiple: the last ones are left out so that the number is a multiple of this.
+
+    Raises:
+        DataError: none of their tokens counts as a target.
+    """
     windows = corpus.read(corpus.spread(count))
+    windows = windows[: len(windows) // multiple * multiple]
     if not len(windows.targets):
         raise DataError(
             f"by the masks of {corpus.manifest.directory}, no token of {len(windows)} windows of split {corpus.split} counts "

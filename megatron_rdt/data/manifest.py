@@ -53,17 +53,18 @@ class CorpusManifest:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the tokenizer, the dtype and every shard: what a checkpoint remembers of its data."""
+        """Hash of the tokenizer, the dtype, and every shard's tokens and masks: what a checkpoint remembers of its data."""
         parts = [self.document["tokenizer"]["fingerprint"], self.document["dtype"]]
         for split in sorted(self.document["splits"]):
-            parts += [shard["bin_sha256"] for shard in self.document["splits"][split]["shards"]]
+            for shard in self.document["splits"][split]["shards"]:
+                parts += _content_hashes(shard)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @property
     def shard_hashes(self) -> dict[str, str]:
-        """The beginning of every shard's SHA-256 by split/name: to say later which one changed."""
+        """The beginning of the SHA-256 of every shard's files by split/name: to say later which one changed."""
         return {
-            f"{split}/{shard['name']}": shard["bin_sha256"][:SHORT_HASH]
+            f"{split}/{shard['name']}": "".join(digest[:SHORT_HASH] for digest in _content_hashes(shard))
             for split, content in sorted(self.document["splits"].items())
             for shard in content["shards"]
         }
@@ -141,6 +142,11 @@ class CorpusManifest:
             raise DataError(f"{shard.mask_path} {there}. {REBUILD}")
 
 
+def _content_hashes(record: dict[str, Any]) -> list[str]:
+    """SHA-256 of a shard's tokens and, where there are masks, of which of them count."""
+    return [record[key] for key in ("bin_sha256", "mask_sha256") if key in record]
+
+
 def _other_content(prefix: Path, record: dict[str, Any]) -> str:
     """Which file of a shard has another SHA-256 than was recorded, in words; "" where none has."""
     for name in ("bin", "idx", "mask"):
@@ -190,6 +196,8 @@ def _problem(document: dict[str, Any]) -> str:
     if not _is(document["tokenizer"].get("fingerprint"), str):
         return "has no fingerprint of the tokenizer"
     for split, content in document["splits"].items():
+        if not _is_file_name(split):
+            return f"has a split {split!r}, which is no name of a folder"
         if not isinstance(content, dict) or not isinstance(content.get("shards"), list):
             return f"lists no shards of the split {split}"
         for key in ("tokens", "documents"):
@@ -201,9 +209,16 @@ def _problem(document: dict[str, Any]) -> str:
             for key, kind in SHARD_FIELDS.items():
                 if not _is(record.get(key), kind):
                     return f"has no {key} of shard {place} of the split {split}"
+            if not _is_file_name(record["name"]):
+                return f"calls shard {place} of the split {split} {record['name']!r}, which is no name of a file"
         if len({"mask_sha256" in record for record in content["shards"]}) > 1:
             return f"has masks for some shards of the split {split} and none for others"
     return ""
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether a name leads nowhere else: what a manifest names is read, and plans are written under that name."""
+    return name == Path(name).name and name not in ("", "..")
 
 
 def _is(value: object, kind: type) -> bool:

@@ -113,9 +113,9 @@ class RunData:
                 f"{of_each}. Raise it."
             )
         split = self._open(manifest, "valid", CorpusConfig("", 1.0))
-        windows = fixed_windows(split, config.eval.sequences // n)
+        windows = fixed_windows(split, config.eval.sequences // n, processes)
         split.close()
-        return windows[: len(windows) // processes * processes]
+        return windows
 
     def loader(self, consumed: int, total: int, place: int, device: torch.device) -> BatchLoader:
         """The batches of a process from sample `consumed` to `total` of the whole run.

@@ -63,6 +63,7 @@ def test_numbers_are_those_of_the_stream_across_shards(sharded: TokenCorpus) -> 
     third = sharded.spread(5)[2]
     expected = torch.from_numpy(stream[third:][: LENGTH + 1] - stream[third])
     assert torch.equal(fixed_windows(sharded, 5).documents[2], expected)
+    assert torch.equal(fixed_windows(sharded, 5, 2).tokens, fixed_windows(sharded, 5).tokens[:4])
 
 
 def test_a_document_may_be_several_sequences_and_none(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from megatron_rdt.files import sha256_of
 from megatron_rdt.train.data import RunData
 from megatron_rdt.train.trainer import train
 from tests.data.corpora import mixture_option
+from tests.data.random_corpus import write_random_corpus
 
 Configure = Callable[..., RunConfig]
 LENGTH = 32
@@ -189,6 +190,22 @@ def test_other_content_is_refused(configure: Configure, corpora: dict[str, Path]
     alone = RunData(configure(f"--data.path={corpora['math']}", "--eval.every=0"), 1).state(100)
     with pytest.raises(CheckpointError, match=r"other data than .*web holds now \(data_fingerprint\): shard train/"):
         resumed(configure, alone, f"--data.path={corpora['web']}")
+
+
+def test_other_masks_are_refused(configure: Configure, tiny_corpus: Path, tmp_path: Path) -> None:
+    """The same tokens, of which others count, are other data."""
+    sizes = {"train": [5000], "valid": [900]}
+    corpus = write_random_corpus(tmp_path / "c", tiny_corpus / "tokenizer", sizes, masks=True)
+    words = f"--data.path={corpus}", "--eval.every=0"
+    state = RunData(configure(*words), 1).state(100)
+    resumed(configure, state, words[0])
+    mask = corpus / "train" / "shard-00000.mask"
+    mask.write_bytes(bytes(1 - byte for byte in mask.read_bytes()))
+    manifest = json.loads((corpus / "manifest.json").read_text())
+    manifest["splits"]["train"]["shards"][0]["mask_sha256"] = sha256_of(mask)
+    (corpus / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="shard train/shard-00000 has other content"):
+        resumed(configure, state, words[0])
 
 
 def test_checkpoints_of_version_1_go_on(configure: Configure, corpora: dict[str, Path]) -> None:

@@ -336,6 +336,8 @@ def test_a_mask_that_the_manifest_does_not_know(tiny_corpus: Path, tmp_path: Pat
         (lambda d: record(d, SECOND).update(tokens="7"), "has no tokens of shard 1 of the split train"),
         (lambda d: record(d, SECOND).pop("mask_sha256"), "has masks for some shards of the split train and none for"),
         (lambda d: d["tokenizer"].clear(), "has no fingerprint of the tokenizer"),
+        (lambda d: record(d, SECOND).update(name="../x"), "calls shard 1 of the split train '../x', which is no name"),
+        (lambda d: d["splits"].update({"..": d["splits"]["train"]}), "has a split '..', which is no name of a folder"),
     ],
 )
 def test_a_manifest_that_cannot_be_used(corpus: Path, change: Callable[[dict], object], message: str) -> None:

@@ -1,6 +1,7 @@
 """Prep as a job: Hugging Face datasets, a kill in the middle, an existing tokenizer."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import pytest
 from data_prep.config import PrepConfig
 from data_prep.pipeline import prepare
 from megatron_rdt.data import IndexedDataset, Tokenizer, load_manifest
-from megatron_rdt.errors import DataError
+from megatron_rdt.data.tokenizer_sentencepiece import parsed_model
+from megatron_rdt.errors import ConfigError, DataError
 
 OPTIONS = {"vocab_size": 512, "valid_fraction": 0.2, "workers": 1}
 
@@ -50,3 +52,21 @@ def test_an_existing_tokenizer_is_used(tiny_text: Path, tiny_corpus: Path, tmp_p
     out = prepare(PrepConfig(sources=[str(tiny_text)], out=str(tmp_path / "again"), **options))
     assert Tokenizer(out / "tokenizer").fingerprint == Tokenizer(tiny_corpus / "tokenizer").fingerprint
     assert contents(out)["train/shard-00000.bin"] == contents(tiny_corpus)["train/shard-00000.bin"]
+
+
+def test_an_existing_tokenizer_that_is_another_now(
+    tiny_text: Path, tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A corpus that is there is not taken for one of a tokenizer that has been replaced since."""
+    given = tmp_path / "given"
+    shutil.copytree(tiny_corpus / "tokenizer", given)
+    config = PrepConfig(sources=[str(tiny_text)], out=str(tmp_path / "out"), tokenizer=str(given), **OPTIONS)
+    prepare(config)
+    (given / "tokenizer.json").unlink()  # the same ids
+    prepare(config)
+    assert "nothing to do" in capsys.readouterr().out
+    model = parsed_model((given / "tokenizer.model").read_bytes())
+    model.pieces[-1].piece = "\u6f22"
+    (given / "tokenizer.model").write_bytes(model.SerializeToString())
+    with pytest.raises(ConfigError, match=r"another tokenizer than .*given is now\. Use a new --out"):
+        prepare(config)

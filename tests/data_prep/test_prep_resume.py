@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_prep import pipeline, publish
+from data_prep import pipeline, publish, sample
 from data_prep.claims import STALE_S, Claims, claims
 from data_prep.config import PrepConfig
 from data_prep.inputs import Part
@@ -169,6 +169,39 @@ def test_a_damaged_step_is_done_again(
     (root / "corpus" / "train" / "shard-00000.bin.77.tmp").write_bytes(b"x")
     prepare(config(source, tmp_path / "out"))
     assert contents(tmp_path / "out") == contents(straight)
+
+
+def test_a_tokenizer_without_its_record_is_made_again(
+    source: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is cut, as after a power failure, and one of a prep that was killed before the record and has other options."""
+    out = tmp_path / "out"
+    begun(source, out, monkeypatch)
+    model = publish.working_directory(out) / "corpus" / "tokenizer" / "tokenizer.model"
+    model.write_bytes(model.read_bytes()[:-100])
+    prepare(config(source, out))
+    assert contents(out) == contents(straight)
+    with monkeypatch.context() as patch:
+        interrupt_before(patch, sample, "tokenizer_record", 0)
+        interrupted(config(source, tmp_path / "late", vocab_size=340))
+    late = publish.working_directory(tmp_path / "late") / "corpus" / "tokenizer"
+    assert late.is_dir()
+    prepare(config(source, tmp_path / "late"))
+    assert load_manifest(tmp_path / "late").fingerprint == load_manifest(straight).fingerprint
+
+
+def test_killed_when_the_corpus_has_its_name(
+    source: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is left beside it, with copies of datasets of the hub in it, does not stay for ever."""
+    with monkeypatch.context() as patch:
+        interrupt_before(patch, publish, "fsync_directory", 0)
+        interrupted(config(source, tmp_path / "out"))
+    assert publish.working_directory(tmp_path / "out").exists()
+    prepare(config(source, tmp_path / "out"))
+    assert "nothing to do" in capsys.readouterr().out
+    assert contents(tmp_path / "out") == contents(straight)
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def begun(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:

@@ -12,7 +12,7 @@ from data_prep.show import Style
 from launch.cli import run_command
 from megatron_rdt.data import IndexedDataset, IndexedWriter, TokenCorpus, Tokenizer
 from megatron_rdt.data.blocks import seal_shard
-from megatron_rdt.errors import ConfigError
+from megatron_rdt.errors import ConfigError, DataError
 from tests.data.random_corpus import write_random_corpus
 
 PLAIN = Style()
@@ -103,6 +103,12 @@ def test_windows_of_a_corpus_with_masks(tiny_corpus: Path, tmp_path: Path) -> No
     text = "".join(line for line in lines[1:] if not line.startswith("==="))
     assert text == expected
     assert "⟦" in text
+
+
+def test_a_split_without_documents(tiny_corpus: Path, tmp_path: Path) -> None:
+    corpus = write_random_corpus(tmp_path / "c", tiny_corpus / "tokenizer", {"train": [900], "valid": []})
+    with pytest.raises(DataError, match=r"split valid of .* has 0 tokens, needs at least"):
+        list(show.windows(corpus, "valid", range(1), 40, 1, PLAIN))
 
 
 def test_nothing_moves_the_terminal() -> None:

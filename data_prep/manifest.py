@@ -130,6 +130,7 @@ def write_manifest(plan: Plan, groups: list[dict[str, Any]], duplicates: dict[st
             "kind": tokenizer.kind,
             "fingerprint": tokenizer.fingerprint,
             "file_sha256": sha256_of(tokenizer.file),
+            "files": sorted(path.name for path in (directory / "tokenizer").iterdir()),
             "round_trip": lossless.get("round_trip"),
         },
         "prep": {

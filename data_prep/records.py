@@ -21,6 +21,16 @@ SKIP_BYTES = 1 << 20
 PARQUET_ROWS = 256
 
 
+KINDS = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+}
+
+
 @dataclass(frozen=True)
 class Document:
     """One document.
@@ -235,7 +245,7 @@ class Reader:
             if not isinstance(record, dict) or not isinstance(value, str):
                 keys = ", ".join(sorted(record)) if isinstance(record, dict) else "none, it is not an object"
                 missing = isinstance(record, dict) and key not in record
-                what = "missing" if missing else f"a {type(value).__name__}"
+                what = "missing" if missing else f"{KINDS.get(type(value), 'no text')} ({type(value).__name__})"
                 message = f': field "{key}" is {what}, expected a string; keys present: {keys}'
                 self._reject("bad_field", path, number, message)
                 return None

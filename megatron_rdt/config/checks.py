@@ -275,6 +275,11 @@ def _mixture(config: RunConfig) -> list[str]:
             problems.append(f"{where} has max_epochs {corpus.max_epochs}, it must be above 0.")
         if corpus.max_tokens < 0:
             problems.append(f"{where} has max_tokens {corpus.max_tokens}, it must be at least 1, or 0 for all.")
+        if 0 < corpus.max_tokens < 2 * config.train.sequence_length:
+            problems.append(
+                f"{where} has max_tokens {corpus.max_tokens}, fewer than 2 x train.sequence_length = "
+                f"{2 * config.train.sequence_length}. Raise it, or leave it away for all."
+            )
         if corpus.max_tokens and config.data.pack != "chunk":
             problems.append(
                 f"{where} has max_tokens {corpus.max_tokens}, but data.pack {config.data.pack} packs all documents of a "

@@ -20,6 +20,7 @@ FORMAT, VERSION = "rdt-tokens", 1
 SHORT_HASH = 16  # hexadecimal digits
 # What a manifest must have for its corpus to be read, with the types of JSON.
 FIELDS: dict[str, type] = {"dtype": str, "vocab_size": int, "eos": int, "tokenizer": dict, "splits": dict}
+SPLITS = ("train", "valid")  # the second may have no shards
 SHARD_FIELDS: dict[str, type] = {
     "name": str,
     "tokens": int,
@@ -193,8 +194,13 @@ def _problem(document: dict[str, Any]) -> str:
             return f"has no {key}"
     if document["dtype"] not in (dtype.name for dtype in CODES):
         return f"says dtype {document['dtype']!r}, which is not one of this format"
+    if not isinstance(document.get("prep", {}), dict):
+        return "has no mapping under prep"
     if not _is(document["tokenizer"].get("fingerprint"), str):
         return "has no fingerprint of the tokenizer"
+    for split in SPLITS:
+        if split not in document["splits"]:
+            return f"has no split {split}"
     for split, content in document["splits"].items():
         if not _is_file_name(split):
             return f"has a split {split!r}, which is no name of a folder"
@@ -211,6 +217,9 @@ def _problem(document: dict[str, Any]) -> str:
                     return f"has no {key} of shard {place} of the split {split}"
             if not _is_file_name(record["name"]):
                 return f"calls shard {place} of the split {split} {record['name']!r}, which is no name of a file"
+        names = [record["name"] for record in content["shards"]]
+        if names != sorted(set(names)):  # their order decides which tokens are sample k
+            return f"lists the shards of the split {split} in another order than their names have"
         if len({"mask_sha256" in record for record in content["shards"]}) > 1:
             return f"has masks for some shards of the split {split} and none for others"
     return ""

@@ -120,6 +120,8 @@ def _check_tokenizer(manifest: CorpusManifest) -> Iterator[Finding]:
     exported = folder / JSON_FILE
     if name != JSON_FILE and exported.is_file() and (difference := first_difference(exported, tokenizer)):
         yield Finding(f"tokenizer/{JSON_FILE}", difference)
+    for missing in sorted(set(document["tokenizer"].get("files", ())) - {path.name for path in folder.iterdir()}):
+        yield Finding(f"tokenizer/{missing}", "it is missing")
     for key in ("vocab_size", "bos", "eos", "pad"):
         if key in document and document[key] != getattr(tokenizer, key):
             yield Finding(MANIFEST, f"{key} is {document[key]}, the tokenizer has {getattr(tokenizer, key)}")

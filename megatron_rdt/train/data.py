@@ -146,10 +146,10 @@ class RunData:
         if not over:
             return
         name = over[0]
-        corpus = self.mixture.corpora[name]
+        corpus, whose = self.mixture.corpora[name], "data." if len(self.settings) == 1 else "its "
         text = (
             f"the run takes {drawn[name]:,} samples, {epochs[name]:.2f} epochs of the {corpus.samples_per_epoch:,} in "
-            f"{corpus.manifest.directory}, more than data.max_epochs {limits[name]:g}. "
+            f"{corpus.manifest.directory}, more than {whose}max_epochs {limits[name]:g}. "
         )
         if len(self.settings) == 1:
             raise ConfigError(f"{text}Prepare more text, lower --train.steps, or raise --data.max_epochs.")

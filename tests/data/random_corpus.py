@@ -37,7 +37,7 @@ def write_random_corpus(
         "prep": {"append_eos": True},
         "splits": {},
     }
-    for split, sizes in splits.items():
+    for split, sizes in {"train": [], "valid": [], **splits}.items():
         (directory / split).mkdir()
         records = []
         for number, size in enumerate(sizes):

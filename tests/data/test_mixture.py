@@ -244,7 +244,7 @@ def test_more_epochs_than_allowed_are_refused_with_a_table(
         data.loader(0, 28, 0, device)
     lines = str(caught.value).splitlines()
     assert "the run takes 7 samples, 1.75 epochs of the 4 in" in lines[0]
-    assert "more than data.max_epochs 1.5. Lower its weight" in lines[0]
+    assert "more than its max_epochs 1.5. Lower its weight" in lines[0]
     assert lines[1].split() == ["corpus", "weight", "samples", "epochs", "max_epochs"]
     assert lines[2].split() == ["code", "0.75", "21", "0.07", "100"]
     assert lines[3].split() == ["small", "0.25", "7", "1.75", "1.5"]

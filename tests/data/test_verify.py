@@ -337,6 +337,9 @@ def test_a_mask_that_the_manifest_does_not_know(tiny_corpus: Path, tmp_path: Pat
         (lambda d: record(d, SECOND).pop("mask_sha256"), "has masks for some shards of the split train and none for"),
         (lambda d: d["tokenizer"].clear(), "has no fingerprint of the tokenizer"),
         (lambda d: record(d, SECOND).update(name="../x"), "calls shard 1 of the split train '../x', which is no name"),
+        (lambda d: d["splits"].pop("valid"), "has no split valid"),
+        (lambda d: d["splits"]["train"]["shards"].reverse(), "lists the shards of the split train in another order"),
+        (lambda d: d.update(prep=None), "has no mapping under prep"),
         (lambda d: d["splits"].update({"..": d["splits"]["train"]}), "has a split '..', which is no name of a folder"),
     ],
 )

@@ -111,7 +111,7 @@ def test_parquet_is_cut_at_row_groups(tmp_path: Path) -> None:
         {"id": range(60), "text": [*texts[:50], None, *texts[51:]], "ask": ["why"] * 30 + [None] * 30}
     )
     pyarrow.parquet.write_table(table, path, row_group_size=10)
-    with pytest.raises(DataError, match=r'a\.parquet:51: field "text" is a NoneType.*keys present: ask, id, text'):
+    with pytest.raises(DataError, match=r'a\.parquet:51: field "text" is null \(NoneType\).*keys present: ask, id, text'):
         read(path)
     with pytest.raises(DataError, match=r'a\.parquet:1: field "body" is missing'):
         read(path, text_field="body")
@@ -210,7 +210,7 @@ def test_prompts_do_not_count(tmp_path: Path) -> None:
     assert sorted(found) == sorted((ask or "", text) for ask, text in pairs)
     bad = lines(tmp_path / "b.jsonl", [*GOOD, json.dumps({"text": "x", "ask": 3})])
     with pytest.raises(
-        DataError, match=r'b\.jsonl:61: field "ask" is a int, expected a string; keys present: ask, text'
+        DataError, match=r'b\.jsonl:61: field "ask" is a number \(int\), expected a string; keys present: ask, text'
     ):
         prepare(config(bad, tmp_path / "other", prompt_field="ask"))
     with pytest.raises(ConfigError, match="are both 'text'"):

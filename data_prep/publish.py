@@ -1,8 +1,9 @@
 """The corpus that is there, and how the next one takes its place: never a moment without one or the other."""
 
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from data_prep.config import PrepConfig
@@ -153,13 +154,23 @@ def check_space(out: Path, config: PrepConfig, inputs: list[Input]) -> None:
     text = sum(file.bytes * (COMPRESSION if _is_compressed(file) else 1) for file in inputs)
     tokens = text // TEXT_PER_TOKEN
     needed = tokens * (itemsize + bool(config.prompt_field)) + min(tokens * itemsize, 2 * config.shard_bytes)
-    there = sum(path.stat().st_size for path in working_directory(out).rglob("*") if path.is_file())
+    there = _bytes_below(working_directory(out))
     free = shutil.disk_usage(out.parent).free
     if free + there < needed:
         raise DataError(
             f"{out.parent} has {free / GIGA:,.2f} GB free, and about {(needed - there) / GIGA:,.2f} GB are needed for "
             f"{text / GIGA:,.2f} GB of text. Free space, or set --out to another disk."
         )
+
+
+def _bytes_below(directory: Path) -> int:
+    """Size of all files below a directory, in which other tasks may make and remove some meanwhile."""
+    size = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += os.stat(os.path.join(folder, name)).st_size
+    return size
 
 
 def _is_compressed(file: Input) -> bool:

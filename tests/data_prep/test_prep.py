@@ -97,7 +97,10 @@ BAD = [
     ('{"text": "unterminated', r"a\.jsonl:61 \(byte \d+\): not valid JSON: Unterminated string"),
     (b'{"text": "\xff"}', r"a\.jsonl:61: invalid UTF-8 byte 0xff at byte 10 of the line"),
     ('{"text": "\\ud83d"}', r"a\.jsonl:61: lone surrogate U\+D83D"),
-    ('{"text": null, "id": 3}', r'a\.jsonl:61: field "text" is null \(NoneType\), expected a string; keys present: id, text'),
+    (
+        '{"text": null, "id": 3}',
+        r'a\.jsonl:61: field "text" is null \(NoneType\), expected a string; keys present: id, text',
+    ),
     ('{"url": "x"}', r'a\.jsonl:61: field "text" is missing, expected a string; keys present: url'),
     ("[1]", r"a\.jsonl:61: field \"text\" is a list"),
 ]

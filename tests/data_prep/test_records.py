@@ -111,7 +111,9 @@ def test_parquet_is_cut_at_row_groups(tmp_path: Path) -> None:
         {"id": range(60), "text": [*texts[:50], None, *texts[51:]], "ask": ["why"] * 30 + [None] * 30}
     )
     pyarrow.parquet.write_table(table, path, row_group_size=10)
-    with pytest.raises(DataError, match=r'a\.parquet:51: field "text" is null \(NoneType\).*keys present: ask, id, text'):
+    with pytest.raises(
+        DataError, match=r'a\.parquet:51: field "text" is null \(NoneType\).*keys present: ask, id, text'
+    ):
         read(path)
     with pytest.raises(DataError, match=r'a\.parquet:1: field "body" is missing'):
         read(path, text_field="body")

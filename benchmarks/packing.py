@@ -1,6 +1,6 @@
 """Packing against cutting: padding, documents cut, documents planned and samples read per second.
 
-    python -m benchmarks.packing [--corpus DIR] [--lengths 256,2048] [--documents 1000000]
+    python benchmarks/packing.py [--corpus DIR] [--lengths 256,2048] [--documents 1000000]
 
 Without a corpus, documents have generated lengths: log-normal, as those of web pages, a few of them very long. Seconds are
 CPU seconds of one thread.

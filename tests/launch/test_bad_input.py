@@ -209,7 +209,8 @@ def test_checkpoints_that_are_none(forked_rdt: Run, trained: Path, tmp_path: Pat
 )
 def test_wrong_text(name: str, content: bytes, parts: list[str], forked_rdt: Run, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    refused(forked_rdt("prep", "--sources", tmp_path / name, "--out", tmp_path / "out", "--workers=1"), FAILED, *parts)
+    options = ["--out", tmp_path / "out", "--workers=1", "--valid_fraction=0"]
+    refused(forked_rdt("prep", "--sources", tmp_path / name, *options), FAILED, *parts)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 

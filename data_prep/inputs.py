@@ -14,8 +14,8 @@ STDLIB = "stdlib"
 HUGGING_FACE = "hf:"
 STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 COMPRESSED = (".gz", ".zst")
-PARTS = 256
-SMALLEST_PART, LARGEST_PART = 1_000_000, 64_000_000
+PARTS, FEWEST_PARTS = 256, 8
+SMALLEST_PART, USUAL_PART, LARGEST_PART = 1_000_000, 2_000_000, 64_000_000
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,9 @@ def _input(name: str, path: Path, valid: bool) -> Input:
 def part_bytes(config: PrepConfig, files: list[Input]) -> int:
     """Bytes of input of a part, about."""
     total = sum(file.bytes for file in files)
-    return config.part_bytes or min(max(total // PARTS, SMALLEST_PART), LARGEST_PART)
+    # A part costs a few synchronised writes, and what is left of the last ones leaves workers idle.
+    smallest = min(max(total // FEWEST_PARTS, SMALLEST_PART), USUAL_PART)
+    return config.part_bytes or min(max(total // PARTS, smallest), LARGEST_PART)
 
 
 def cut_parts(config: PrepConfig, files: list[Input]) -> list[Part]:

@@ -23,7 +23,7 @@ from data_prep.workers import advance
 from megatron_rdt.files import TEMPORARY_SUFFIX, sha256_of
 
 SPREAD = 16  # the sample is drawn from this many times its size
-CHECKED_BYTES = 1_000_000  # a given tokenizer is compared with its export on so much text
+CHECKED_BYTES = 300_000  # a given tokenizer is compared with its export on so much text
 CHECKED_DOCUMENTS = 200
 
 

@@ -9,31 +9,18 @@ import zstandard
 
 from data_prep.compression import DAMAGED, decompressed
 from data_prep.config import PrepConfig
+from megatron_rdt.data.hub import open_stream, unreadable
 from megatron_rdt.errors import DataError
 
 
-def _open(words: str, config: PrepConfig) -> Any:
-    """The dataset `NAME` or `NAME:CONFIG`, where NAME may be a local folder, as a stream."""
-    import datasets
-
-    name, _, variant = (words, "", "") if Path(words).exists() else words.partition(":")
-    options = {"name": variant} if variant else {}
-    return datasets.load_dataset(name, streaming=True, split=config.hf_split, **options)
-
-
 def _unreadable(words: str, error: Exception) -> DataError:
-    text = str(error).strip()
-    reason = text.splitlines()[0].rstrip(".") if text else type(error).__name__
-    return DataError(
-        f"hf:{words} could not be read as a dataset: {reason}. Check the name (hf:NAME, or hf:NAME:CONFIG where "
-        "the dataset has several configurations), --hf_split and the network."
-    )
+    return unreadable(words, error, "--hf_split")
 
 
 def shard_count(words: str, config: PrepConfig) -> int:
     """Shards of a dataset, at least 1; DataError where it cannot be opened."""
     try:
-        return max(1, int(_open(words, config).num_shards))
+        return max(1, int(open_stream(words, config.hf_split).num_shards))
     except Exception as error:
         raise _unreadable(words, error) from error
 
@@ -41,7 +28,7 @@ def shard_count(words: str, config: PrepConfig) -> int:
 def shard_records(words: str, config: PrepConfig, index: int, count: int) -> Iterator[Any]:
     """Records of shard `index` of `count`; DataError where they cannot be read."""
     try:
-        dataset = _open(words, config)
+        dataset = open_stream(words, config.hf_split)
         shards = max(1, int(dataset.num_shards))
         stream = iter(dataset.shard(num_shards=count, index=index) if count > 1 else dataset)
     except Exception as error:

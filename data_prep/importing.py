@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from data_prep.manifest import tokenizer_fields
 from megatron_rdt.data.blocks import SUFFIXES, read_content, write_sums
 from megatron_rdt.data.indexed import REBUILD, IndexedDataset, prefix_path
 from megatron_rdt.data.manifest import FORMAT, MANIFEST, VERSION
@@ -20,7 +21,7 @@ from megatron_rdt.data.tokenizer import BYTES_FILE, Tokenizer
 from megatron_rdt.data.tokenizer_hugging_face import JSON_FILE
 from megatron_rdt.data.tokenizer_sentencepiece import MODEL_FILE
 from megatron_rdt.errors import ConfigError, DataError
-from megatron_rdt.files import exclusive, fsync_directory, fsync_file, sha256_of, write_text
+from megatron_rdt.files import exclusive, fsync_directory, fsync_file, write_text
 
 # Files of a tokenizer's folder that are taken along.
 TOKENIZER_FILES = (
@@ -231,15 +232,7 @@ def _manifest(
         "format": FORMAT,
         "version": VERSION,
         "dtype": dtype.name,
-        "vocab_size": tokenizer.vocab_size,
-        "bos": tokenizer.bos,
-        "eos": tokenizer.eos,
-        "pad": tokenizer.pad,
-        "tokenizer": {
-            "kind": tokenizer.kind,
-            "fingerprint": tokenizer.fingerprint,
-            "file_sha256": sha256_of(tokenizer.file),
-        },
+        **tokenizer_fields(tokenizer),
         "prep": {
             "options_sha256": hashlib.sha256("\n".join(["import", *sources]).encode()).hexdigest(),
             "options": {},

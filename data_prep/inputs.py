@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.config import PrepConfig
+from megatron_rdt.data.hub import PREFIX
 from megatron_rdt.errors import ConfigError, DataError
 
 STDLIB = "stdlib"
-HUGGING_FACE = "hf:"
 STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 COMPRESSED = (".gz", ".zst")
 PARTS, FEWEST_PARTS = 256, 8
@@ -79,9 +79,9 @@ def _sources(config: PrepConfig) -> Iterator[tuple[str, str, bool]]:
 def _source_name(source: str) -> str:
     if source == STDLIB:
         return source
-    if source.startswith(HUGGING_FACE) and not Path(source.removeprefix(HUGGING_FACE)).exists():
+    if source.startswith(PREFIX) and not Path(source.removeprefix(PREFIX)).exists():
         return source
-    return Path(source.removeprefix(HUGGING_FACE)).name
+    return Path(source.removeprefix(PREFIX)).name
 
 
 def input_files(config: PrepConfig) -> list[Input]:
@@ -95,7 +95,7 @@ def input_files(config: PrepConfig) -> list[Input]:
     """
     found: list[Input] = []
     for source, name, valid in _sources(config):
-        if source.startswith(HUGGING_FACE):
+        if source.startswith(PREFIX):
             continue
         root = Path(sysconfig.get_paths()["stdlib"]) if source == STDLIB else Path(source)
         if not root.exists():
@@ -116,7 +116,7 @@ def input_files(config: PrepConfig) -> list[Input]:
                 continue
             if path.is_file() and path.name.lower().endswith(endings):
                 found.append(_input(f"{name}/{inside.as_posix()}", path, valid))
-    hub = any(source.startswith(HUGGING_FACE) for source in config.sources)
+    hub = any(source.startswith(PREFIX) for source in config.sources)
     if not hub and not any(not file.valid for file in found):
         raise DataError(
             f"no file with an ending of {config.extensions} in {config.sources}. Set --sources or --extensions."
@@ -158,10 +158,10 @@ def cut_parts(config: PrepConfig, files: list[Input]) -> list[Part]:
             starts = range(0, file.bytes, size)
             pieces += [(kind, [file], s, min(s + size, file.bytes), min(size, file.bytes - s)) for s in starts]
     for source, name, valid in _sources(config):
-        if source.startswith(HUGGING_FACE):
+        if source.startswith(PREFIX):
             from data_prep.hub import shard_count
 
-            words = source.removeprefix(HUGGING_FACE)
+            words = source.removeprefix(PREFIX)
             shards = shard_count(words, config)
             pieces += [("hub", [Input(f"{name}/{i}", words, 0, 0, valid)], i, shards, 0) for i in range(shards)]
     return [Part(i, kind, tuple(inputs), *numbers) for i, (kind, inputs, *numbers) in enumerate(pieces)]

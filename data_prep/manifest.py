@@ -122,17 +122,7 @@ def write_manifest(plan: Plan, groups: list[dict[str, Any]], duplicates: dict[st
         "format": FORMAT,
         "version": VERSION,
         "dtype": token_dtype(tokenizer.vocab_size).name,
-        "vocab_size": tokenizer.vocab_size,
-        "bos": tokenizer.bos,
-        "eos": tokenizer.eos,
-        "pad": tokenizer.pad,
-        "tokenizer": {
-            "kind": tokenizer.kind,
-            "fingerprint": tokenizer.fingerprint,
-            "file_sha256": sha256_of(tokenizer.file),
-            "files": sorted(path.name for path in (directory / "tokenizer").iterdir()),
-            "round_trip": lossless.get("round_trip"),
-        },
+        **tokenizer_fields(tokenizer, round_trip=lossless.get("round_trip")),
         "prep": {
             "options_sha256": options_hash(config),
             "options": options_of(config),
@@ -150,6 +140,23 @@ def write_manifest(plan: Plan, groups: list[dict[str, Any]], duplicates: dict[st
     }
     write_text(directory / MANIFEST, json.dumps(document, indent=1) + "\n")
     return document
+
+
+def tokenizer_fields(tokenizer: Tokenizer, **more: Any) -> dict[str, Any]:
+    """What a manifest says of its tokenizer, which is in the folder of its own that the corpus has; `more` about it."""
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "bos": tokenizer.bos,
+        "eos": tokenizer.eos,
+        "pad": tokenizer.pad,
+        "tokenizer": {
+            "kind": tokenizer.kind,
+            "fingerprint": tokenizer.fingerprint,
+            "file_sha256": sha256_of(tokenizer.file),
+            "files": sorted(path.name for path in tokenizer.file.parent.iterdir()),
+            **more,
+        },
+    }
 
 
 def _split(shards: list[dict[str, Any]]) -> dict[str, Any]:

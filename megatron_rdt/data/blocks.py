@@ -56,11 +56,6 @@ def read_content(path: str | os.PathLike[str], see: Callable[[int, bytes], None]
     return Content(size, digest.hexdigest(), blocks)
 
 
-def block_hashes(path: str | os.PathLike[str]) -> list[str]:
-    """xxh3_64 of each block of BLOCK_BYTES of a file, hexadecimal."""
-    return read_content(path).blocks
-
-
 def seal_shard(prefix: str | os.PathLike[str]) -> dict[str, Any]:
     """Hash the files of a shard that is complete and write the hashes of their blocks beside them.
 

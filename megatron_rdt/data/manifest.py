@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_rdt.data.hub import PREFIX
 from megatron_rdt.data.indexed import CODES, REBUILD, IndexedDataset, prefix_path
 from megatron_rdt.data.tokenizer import Tokenizer
 from megatron_rdt.environment import usable_cores
@@ -168,7 +169,7 @@ def shard_difference(before: dict[str, str], now: dict[str, str]) -> str:
 
 def load_manifest(path: str | Path) -> CorpusManifest:
     """Read `path`/manifest.json."""
-    if str(path).startswith("hf:"):
+    if str(path).startswith(PREFIX):
         raise DataError(
             f"{path} is a dataset, read as it comes; it has no shards. Name a corpus that `rdt prep` wrote."
         )

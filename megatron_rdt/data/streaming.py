@@ -8,7 +8,6 @@ no shuffle buffer goes on exactly.
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,11 @@ import torch
 import xxhash
 
 from megatron_rdt.data.corpus import Windows
+from megatron_rdt.data.hub import PREFIX, open_stream, unreadable
 from megatron_rdt.data.loader import PREFETCHED_BATCHES
 from megatron_rdt.data.tokenizer import Tokenizer
 from megatron_rdt.errors import DataError
 
-PREFIX = "hf:"
 # What is noted of batches that the steps have not taken yet: those that wait, one in the making, one in use.
 NOTED_BATCHES = PREFETCHED_BATCHES + 3
 
@@ -36,26 +35,17 @@ def open_dataset(path: str, split: str, place: int = 0, places: int = 1) -> Any:
     Raises:
         DataError: there is no such dataset or split, or it cannot be reached.
     """
-    import datasets
     from datasets.distributed import split_dataset_by_node
 
-    words = path.removeprefix(PREFIX)
-    name, _, variant = (words, "", "") if Path(words).exists() else words.partition(":")
     try:
-        rows = datasets.load_dataset(name, variant or None, split=split, streaming=True)
+        rows = open_stream(path.removeprefix(PREFIX), split)
         return split_dataset_by_node(rows, place, places) if places > 1 else rows
     except Exception as error:  # the library's own, the hub's, the network's
-        raise unreadable(path, error) from error
+        raise _unreadable(path, error) from error
 
 
-def unreadable(path: str, error: Exception) -> DataError:
-    """What the datasets library says, as an error for the user."""
-    text = str(error).strip()
-    first = text.splitlines()[0].rstrip(".") if text else type(error).__name__
-    return DataError(
-        f"{path} could not be read as a dataset: {first}. Check the name (hf:NAME, or hf:NAME:CONFIG where the dataset has "
-        "several configurations), --data.hf_split and the network."
-    )
+def _unreadable(path: str, error: Exception) -> DataError:
+    return unreadable(path.removeprefix(PREFIX), error, "--data.hf_split")
 
 
 def text_hash(text: str) -> int:
@@ -137,7 +127,7 @@ class RowReader:
                 self._iterator = iter(self._dataset)
             return next(self._iterator, None)
         except Exception as error:
-            raise unreadable(self.path, error) from error
+            raise _unreadable(self.path, error) from error
 
     def _begin_again(self) -> None:
         if self._unread or self.rows == 0:

@@ -8,6 +8,7 @@ import torch
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import RunConfig
 from megatron_rdt.data import BatchLoader, Tokenizer, Windows
+from megatron_rdt.data.hub import PREFIX
 from megatron_rdt.data.streaming import RowReader, TokenStream, first_windows, open_dataset
 from megatron_rdt.errors import CheckpointError, ConfigError
 
@@ -47,7 +48,7 @@ class StreamData:
                 f"model.vocab_size is {config.model.vocab_size}, but the tokenizer {config.data.tokenizer} has "
                 f"{self.tokenizer.vocab_size} pieces. Set --model.vocab_size {self.tokenizer.vocab_size}."
             )
-        self.name = Path(config.data.path.removeprefix("hf:").partition(":")[0]).name
+        self.name = Path(config.data.path.removeprefix(PREFIX).partition(":")[0]).name
         self.shares = {self.name: 1.0}
         self.validation: dict[str, Windows] = {}
         self._held_out: frozenset[int] = frozenset()

@@ -274,6 +274,7 @@ def test_more_epochs_than_allowed_are_refused_with_a_table(
         ("[{path: a, weight: 1}, {path: b, weight: 1e-6}]", "the weight of b is 1e-06 of all, less than 1/65536."),
         ("[{path: a, weight: 1, max_epochs: 0}]", "entry 1 (a) has max_epochs 0.0, it must be above 0."),
         ("[{path: a, weight: 1, max_tokens: -1}]", "entry 1 (a) has max_tokens -1"),
+        ("[{path: a, weight: 1, max_tokens: 3}]", "entry 1 (a) has max_tokens 3, fewer than 2 x train.sequence_length"),
         ("[{path: a, weight: 1, name: b/c}]", "entry 1 (a) is called 'b/c', which is no name."),
     ],
 )

@@ -15,7 +15,7 @@ from data_prep.config import PrepConfig
 from data_prep.pipeline import prepare
 from launch.cli import run_command
 from megatron_rdt.data import IndexedDataset, TokenCorpus, load_manifest
-from megatron_rdt.data.blocks import BLOCK_BYTES, block_hashes
+from megatron_rdt.data.blocks import BLOCK_BYTES, read_content
 from megatron_rdt.data.index_damage import read_index
 from megatron_rdt.data.indexed import CODES, HEADER, MAGIC, VERSION
 from megatron_rdt.data.verify import corpus_bytes, verify_corpus
@@ -353,11 +353,11 @@ def test_block_hashes(tmp_path: Path) -> None:
     content = np.random.default_rng(1).bytes(BLOCK_BYTES + 5)
     (tmp_path / "a").write_bytes(content)
     (tmp_path / "b").write_bytes(content[BLOCK_BYTES:])
-    hashes = block_hashes(tmp_path / "a")
+    hashes = read_content(tmp_path / "a").blocks
     assert len(hashes) == 2
-    assert hashes[1:] == block_hashes(tmp_path / "b")
+    assert hashes[1:] == read_content(tmp_path / "b").blocks
     (tmp_path / "b").write_bytes(b"")
-    assert block_hashes(tmp_path / "b") == []
+    assert read_content(tmp_path / "b").blocks == []
 
 
 def test_the_command(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:

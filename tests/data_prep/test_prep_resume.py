@@ -366,4 +366,10 @@ def test_claims(tmp_path: Path) -> None:
         second.release("step")
         assert first.take("other")
         assert Claims(tmp_path, "a").take("other"), "a task that was killed and started again has its claims back"
-    assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} <= {"step"}
+        with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+            pass
+        (tmp_path / "third").write_text(f"c\n{os.uname().nodename}\n{ended.pid}\n")
+        assert first.take("third"), "a process of this machine that has ended holds nothing"
+        (tmp_path / "fourth").write_text(f"c\nelsewhere\n{ended.pid}\n")
+        assert not first.take("fourth"), "another machine's may be at work"
+    assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} <= {"step", "fourth"}

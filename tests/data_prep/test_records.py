@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import shutil
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ from data_prep.plan import Job
 from data_prep.records import Document, Reader
 from data_prep.scan import ArrayWriter, is_valid, scan_part, scan_path, scan_record
 from megatron_rdt.data import IndexedDataset, Tokenizer, load_manifest
+from megatron_rdt.data.verify import verify_corpus
 from megatron_rdt.errors import ConfigError, DataError
 from tests.data_prep.test_prep import GOOD, config, lines
 from tests.data_prep.test_prep_jobs import contents, texts_of
@@ -244,6 +246,29 @@ def test_near_duplicates_go(tiny_corpus: Path, tmp_path: Path) -> None:
     assert load_manifest(out).document["dropped"] == {"near_duplicate": 40}
     out = prepare(config(source, tmp_path / "all", dedup="none", tokenizer=given))
     assert load_manifest(out).document["dropped"] == {}
+
+
+def test_the_same_answer_to_another_question_is_no_duplicate(tiny_corpus: Path, tmp_path: Path) -> None:
+    asked = [
+        {"ask": f"what is {i} plus {i * 7 % 50} and then {i * i}?", "text": "the answer is four"} for i in range(40)
+    ]
+    source = lines(tmp_path / "a.jsonl", [json.dumps(record) for record in asked])
+    given = str(tiny_corpus / "tokenizer")
+    out = prepare(config(source, tmp_path / "out", dedup="near", prompt_field="ask", tokenizer=given))
+    assert load_manifest(out).document["dropped"] == {}
+
+
+def test_a_prepared_corpus_is_sealed_and_its_tokenizer_described(tiny_corpus: Path, tmp_path: Path) -> None:
+    corpus = Path(shutil.copytree(tiny_corpus, tmp_path / "c"))
+    described = load_manifest(corpus).document["tokenizer"]
+    assert described["round_trip"]["sampled"] > 0
+    assert described["round_trip"]["changed"] == 0
+    assert all(
+        (corpus / split / f"{record['name']}.sum").is_file() for split, record in load_manifest(corpus).records()
+    )
+    assert verify_corpus(corpus) == []
+    (corpus / "tokenizer" / "tokenizer.json").unlink()
+    assert [str(finding) for finding in verify_corpus(corpus)] == ["tokenizer/tokenizer.json: it is missing"]
 
 
 def test_an_id_outside_the_vocabulary_has_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from megatron_rdt.parallel.counting import Collective, count_step, totals
 from tests.distributed.engine_worker import MODEL, difference
 
 SEQUENCES, MICRO_BATCH = 12, 3  # two micro-batches on each of two ranks
-LOOPS = (1, 4, 64)
+LOOPS = (1, 4, 16, 64)
 # (T, k, checkpointing)
 CASES = [
     *((loops, None, "none") for loops in LOOPS),

@@ -61,8 +61,7 @@ def test_killed_runs_resume_exactly(engine: str, tmp_path: Path, repository: Pat
     finish([*options, "--run.name=straight", "--eval.every=0"], processes, None)
     options += ["--eval.every=3", "--sample.every=2", "--sample.tokens=2", "--run.name=killed", "--resume=auto"]
     killed_run = tmp_path / "killed"
-    # Killed, resumed and killed again on one process and on several.
-    for at in (3, 6) if engine in ("single", "fsdp") else (5,):
+    for at in (3, 6):
         kill_after(at, killed_run, options, processes, command)
     assert "resumed from" in finish(options, processes, command)
     assert losses(killed_run) == losses(tmp_path / "straight")

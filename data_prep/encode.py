@@ -16,13 +16,13 @@ from data_prep.scan import ArrayWriter, cleaned_prompt, content_hash, digests, o
 from data_prep.workers import advance
 from megatron_rdt.data.indexed import MAX_SEQUENCE, token_dtype
 from megatron_rdt.data.tokenizer import Tokenizer
+from megatron_rdt.data.tokenizer_words import SPACE
 from megatron_rdt.errors import DataError
 from megatron_rdt.files import atomic_open
 
 CHUNK_BYTES = 1 << 18
 SLICE_BYTES, MOST_SLICES = 64_000_000, 16
 SPILL_ROW = np.dtype([("tokens", "<u4"), ("prompt", "<u4")])
-SPACE = "\u2581"  # comes back from a SentencePiece model as a space
 
 
 def slice_count(text_bytes: int) -> int:

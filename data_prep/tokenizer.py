@@ -19,7 +19,8 @@ from data_prep.tokenizer_json import tokenizer_json
 from megatron_rdt.data.tokenizer import BYTES_FILE, Tokenizer
 from megatron_rdt.data.tokenizer_export import first_difference, write_settings
 from megatron_rdt.data.tokenizer_hugging_face import BESIDE, HUGGING_FACE, JSON_FILE, SETTINGS_FILE
-from megatron_rdt.data.tokenizer_sentencepiece import GRID, MODEL_FILE, NORMAL, SPACE, USER_DEFINED, parsed_model
+from megatron_rdt.data.tokenizer_sentencepiece import GRID, MODEL_FILE, NORMAL, USER_DEFINED, parsed_model
+from megatron_rdt.data.tokenizer_words import SPACE
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.files import atomic_open, fsync_file, write_bytes, write_text
 

@@ -28,6 +28,9 @@ class Backend(Protocol):
     def encode(self, text: str) -> np.ndarray:
         """Ids of `text`, int32; nothing is added, and no text gives the id of a special token."""
 
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, int32."""
+
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, special tokens left out."""
 
@@ -80,7 +83,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text as int32 arrays, nothing added, on the calling thread alone."""
-        return [self.backend.encode(text) for text in texts]
+        return self.backend.encode_batch(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special tokens vanish."""

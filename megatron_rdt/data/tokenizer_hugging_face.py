@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,10 @@ class HuggingFaceBackend:
     def encode(self, text: str) -> np.ndarray:
         """Ids of `text`, int32."""
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, int32."""
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`; special tokens vanish."""

@@ -4,24 +4,25 @@ Unigram models need care. Among ways to cut a text, the library takes the one wi
 over the whole text in float32: in a long text, rounding decides between cuts that are almost equal, so that the ids of a
 line depend on what stands before it, and the same model in float64 (in transformers) gives other ids. The models that
 `rdt prep` trains have scores on a grid instead, multiples of 1/GRID, and longer texts are cut at places that no piece
-crosses. Every sum is then exact in both types, and the ids are the same everywhere.
+crosses. Every sum is then exact in both types, and the ids are the same everywhere. BPE models have no such trouble; they
+are slow, and many texts at once are encoded word by word (`tokenizer_words`).
 """
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import sentencepiece
 
+from megatron_rdt.data.tokenizer_words import CROSSING, SPACE, WordMemory
 from megatron_rdt.errors import DataError
 
 MODEL_FILE = "tokenizer.model"
 KINDS = {1: "spm-unigram", 2: "spm-bpe", 3: "spm-word", 4: "spm-char"}  # by the model's TrainerSpec.ModelType
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of a piece
-SPACE = "\u2581"  # SentencePiece's visible space
 GRID = 64
 RUN = 2048  # characters: most that one sum runs over is 2 RUN
 UNKNOWN_PENALTY = 10.0  # what sentencepiece and tokenizers take off the lowest score for an unknown character
@@ -43,12 +44,17 @@ class SentencePieceBackend:
         self.fingerprint = fingerprint(model)
         self.specials = [piece.piece for piece in model.pieces if piece.type in (CONTROL, UNKNOWN)]
         self._cut = is_on_grid(model)
+        self._words = WordMemory(self.processor) if has_words(model) else None
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of `text`, int32."""
         if not self._cut or len(text) <= RUN:
             return self.processor.encode(text, return_type="numpy")
         return np.concatenate([self.processor.encode(part, return_type="numpy") for part in parts(text)])
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, int32."""
+        return [self.encode(text) for text in texts] if self._words is None else self._words.encode_batch(texts)
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`; control pieces vanish."""
@@ -111,8 +117,16 @@ def is_on_grid(model: Any) -> bool:
         and special <= characters
         and all(score * GRID == int(score * GRID) for score in scores.values())
         and 2 * RUN * -lowest * GRID < EXACT_FLOAT32
-        and not any(re.search(f"[^{SPACE}]{SPACE}|.[0-9\n\t]|[0-9\n\t].", piece, re.DOTALL) for piece in scores)
+        and not any(map(CROSSING.search, scores))
     )
+
+
+def has_words(model: Any) -> bool:
+    """Whether a ModelProto is a BPE model whose texts may be encoded word by word, see `tokenizer_words`."""
+    if KINDS[model.trainer_spec.model_type] != "spm-bpe" or not is_lossless(model):
+        return False
+    pieces = (piece.piece for piece in model.pieces if piece.type in (NORMAL, USER_DEFINED, UNUSED))
+    return model.trainer_spec.byte_fallback and not any(map(CROSSING.search, pieces))
 
 
 def segments(space: str) -> str:

@@ -1,18 +1,22 @@
 """Tokenizers: nothing is lost, raw text stays text, and AutoTokenizer gives the same ids."""
 
+import io
 import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_rdt.convert.hf_tokenizer import export_tokenizer
 from megatron_rdt.data import Tokenizer
-from megatron_rdt.data.tokenizer_sentencepiece import GRID, RUN, SPACE, parsed_model, parts
+from megatron_rdt.data.tokenizer_sentencepiece import GRID, RUN, SentencePieceBackend, has_words, parsed_model, parts
+from megatron_rdt.data.tokenizer_words import SPACE, WordMemory
 from megatron_rdt.errors import DataError
 
 KINDS = ("bpe", "unigram", "hf")
@@ -124,6 +128,66 @@ def test_a_batch_is_its_texts(kind: str, texts: list[str], opened: dict[str, Tok
     arrays = opened[kind].encode_batch(texts)
     assert [array.dtype for array in arrays] == [np.int32] * len(texts)
     assert [array.tolist() for array in arrays] == [opened[kind].encode(text) for text in texts]
+
+
+def test_words_are_encoded_as_in_their_text(
+    tiny_text: Path, opened: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In batches and in a memory that is too small for them."""
+    backend = opened["bpe"].backend
+    assert isinstance(backend, SentencePieceBackend)
+    assert isinstance(backend._words, WordMemory)
+    monkeypatch.setattr("megatron_rdt.data.tokenizer_words.MEMORY_BYTES", 100_000)
+    texts = [path.read_text(encoding="utf-8") for path in sorted(tiny_text.iterdir())]
+    expected = [backend.processor.encode(text) for text in texts]
+    forgotten = 0
+    for first in range(0, len(texts), 3):
+        before = backend._words._held
+        assert [array.tolist() for array in backend.encode_batch(texts[first : first + 3])] == expected[
+            first : first + 3
+        ]
+        forgotten += backend._words._held < before
+    assert forgotten > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "possible"),
+    [
+        ({}, True),
+        ({"user_defined_symbols": ["\n", "<tool>"]}, True),
+        ({"user_defined_symbols": ["to do"]}, False),
+        ({"split_digits": False}, False),
+        ({"split_by_whitespace": False}, False),
+        ({"byte_fallback": False}, False),
+        ({"add_dummy_prefix": True}, False),
+        ({"remove_extra_whitespaces": True}, False),
+        ({"normalization_rule_name": "nfkc"}, False),
+        ({"model_type": "unigram"}, False),
+    ],
+)
+def test_words_are_apart_only_where_no_piece_crosses(tiny_text: Path, options: dict[str, Any], possible: bool) -> None:
+    """With other settings of training, and then a batch is its texts too."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted(tiny_text.iterdir())][:20]
+    given = {
+        "model_type": "bpe",
+        "vocab_size": 600,
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "add_dummy_prefix": False,
+        "split_digits": True,
+        "allow_whitespace_only_pieces": True,
+        "minloglevel": 2,
+    }
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter("\n".join(texts).splitlines()), model_writer=model, **{**given, **options}
+    )
+    assert has_words(parsed_model(model.getvalue())) == possible
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    if possible:
+        hard = [*texts, "".join(DIFFICULT), " <tool>  1 <tool>\n<to ol>", "12 \n\t3 to do", ""]
+        assert [array.tolist() for array in WordMemory(processor).encode_batch(hard)] == processor.encode(hard)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -25,26 +25,28 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 MEMORY = Path("/dev/shm")
 MEMORY_BYTES = 4 << 30
 LONGEST = (
-    "distributed/test_axes.py",
     "test_docs.py",
     "distributed/test_parts.py",
-    "distributed/test_axes_runs.py",
+    "distributed/test_axes.py",
     "distributed/test_resume.py",
-    "distributed/test_engines.py",
-    "distributed/test_planner.py",
-    "distributed/test_world_size.py",
-    "distributed/test_experts.py",
-    "distributed/test_collectives.py",
-    "distributed/test_compile.py",
-    "distributed/test_deepspeed.py",
     "model/test_compiling.py",
+    "distributed/test_collectives.py",
+    "distributed/test_engines.py",
     "checkpoint/test_interrupted.py",
+    "launch/test_workers.py",
+    "distributed/test_planner.py",
+    "distributed/test_experts.py",
+    "distributed/test_axes_runs.py",
+    "model/test_injection.py",
+    "distributed/test_compile.py",
+    "launch/test_plan.py",
+    "distributed/test_world_size.py",
+    "launch/test_cli.py",
     "convert/test_training_state.py",
-    "data/test_streaming.py",
-    "train/test_packed_run.py",
-    "convert/test_hf_parts.py",
+    "model/test_checkpointing.py",
+    "distributed/test_deepspeed.py",
 )
-"""Files of tests with the most CPU time, the longest first."""
+"""Files of tests that take the longest, in that order: what begins last should be short."""
 
 torch.set_num_threads(1)
 

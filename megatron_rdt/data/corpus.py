@@ -131,15 +131,17 @@ class TokenCorpus:
         tokens, mask = np.empty(shape, np.int64), np.ones(shape, np.bool_) if self.gives_mask else None
         begins = np.zeros(shape, np.bool_) if self._with_documents or self._with_positions else None
         shards = self._shards
-        for row, start in enumerate(places.tolist()):
-            for number, local, columns in self._parts(start):
-                count = columns.stop - columns.start
-                shard = shards[number]
-                tokens[row, columns] = shard.read(local, count)
-                if mask is not None and self._with_masks:
-                    mask[row, columns] = shard.mask(local, count)
-                if begins is not None:
-                    begins[row, columns][shards.document_starts(number, local, local + count) - local] = True
+        parts = [(row, *part) for row, start in enumerate(places.tolist()) for part in self._parts(start)]
+        for _, number, local, columns in parts:
+            shards[number].announce(local, columns.stop - columns.start, self._with_masks)
+        for row, number, local, columns in parts:
+            count = columns.stop - columns.start
+            shard = shards[number]
+            tokens[row, columns] = shard.read(local, count)
+            if mask is not None and self._with_masks:
+                mask[row, columns] = shard.mask(local, count)
+            if begins is not None:
+                begins[row, columns][shards.document_starts(number, local, local + count) - local] = True
         if tokens.max(initial=0) >= self.vocab_size or tokens.min(initial=0) < 0:
             for ids, start in zip(tokens, places):
                 self._check_ids(ids, f"token {start}")

@@ -57,11 +57,17 @@ class PackedCorpus(TokenCorpus):
         shape = len(places), self.sequence_length + 1
         tokens, documents = np.full(shape, self._padding, np.int64), np.empty(shape, np.int64)
         mask, padding = np.zeros(shape, np.bool_), np.zeros(len(places), np.int64)
-        for index, place in enumerate(np.asarray(places).tolist()):
-            number = int(np.searchsorted(self._first_rows, place, side="right")) - 1
+        numbers = np.searchsorted(self._first_rows, places, side="right") - 1
+        rows = [
+            (number, self._pieces(number, row))
+            for number, row in zip(numbers.tolist(), (places - self._first_rows[numbers]).tolist())
+        ]
+        for number, pieces in rows:
+            for start, length, _ in pieces:
+                self._shards[number].announce(start, length, self._with_masks)
+        for index, (number, pieces) in enumerate(rows):
             shard, end, at = self._shards[number], 0, 0
-            row = self._pieces(number, place - int(self._first_rows[number]))
-            for at, (start, length, before) in enumerate(row):
+            for at, (start, length, before) in enumerate(pieces):
                 piece = slice(end, end + length)
                 end += length
                 tokens[index, piece], documents[index, piece] = shard.read(start, length), at
@@ -69,7 +75,7 @@ class PackedCorpus(TokenCorpus):
                 mask[index, piece.start] &= before == 0 and piece.start > 0
             documents[index, end:] = at + 1
             padding[index] = shape[1] - end
-            self._check_ids(tokens[index], f"row {place}")
+            self._check_ids(tokens[index], f"row {places[index]}")
         windows = self._windows(tokens, documents, mask)
         return Windows(
             windows.tokens, windows.documents, windows.positions, windows.loss_mask, torch.from_numpy(padding)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.links import Links
 from megatron_rdt.errors import DataError
 from megatron_rdt.files import atomic_open
 
@@ -21,7 +22,8 @@ BUCKET_ROWS = 1 << 22
 _EXACT = np.dtype(
     [("hash", "<u8"), ("hash_low", "<u8"), ("rank", "u1"), ("key", "<u8"), ("key_low", "<u8"), ("id", "<u8")]
 )
-_BAND = np.dtype([("hash", "<u8"), ("id", "<u8")])
+_BAND = np.dtype([("hash", "<u8"), ("item", "<u8")])  # items are the documents of all parts, numbered from 0
+SPREAD = np.uint64(0x9E3779B97F4A7C15)
 _ROW_BITS = np.uint64(32)
 _ROW_MASK = np.uint64(0xFFFFFFFF)
 
@@ -29,8 +31,8 @@ _ROW_MASK = np.uint64(0xFFFFFFFF)
 def find_duplicates(scans: Sequence[Path], out: Path, bands: bool, bucket_rows: int = BUCKET_ROWS) -> dict[str, int]:
     """Write for every part which of its rows to drop.
 
-    Exact duplicates take memory for `bucket_rows` rows (about 150 bytes each) or the flags of the largest part,
-    whatever the number of documents; near-duplicates also about 50 bytes for each document that shares a band.
+    Memory is that for `bucket_rows` rows (about 150 bytes each) or the flags of the largest part, whatever the number of
+    documents; near-duplicates are linked in files that the kernel keeps in memory as far as they fit, see `Links`.
 
     Args:
         scans: files of SCAN_ROW, one per part; with names that differ.
@@ -51,11 +53,13 @@ def find_duplicates(scans: Sequence[Path], out: Path, bands: bool, bucket_rows: 
     rows = [len(_opened(scan, SCAN_ROW)) for scan in scans]
     try:
         dropped = _Dropped(work / "dropped", rows, bucket_rows)
-        duplicates = sum(dropped.add(ids) for ids in _exact_duplicates(scans, sum(rows), work / "exact", bucket_rows))
-        near = 0
+        step, near = max(1, bucket_rows // 4), 0
+        exact = _repeated(_exact_records(scans, step), sum(rows), work / "exact", bucket_rows)
+        duplicates = sum(map(dropped.add, exact))
         if bands:
-            linked = _linked(scans, rows, dropped, work / "bands", bucket_rows)
-            near = dropped.add(_near_duplicates(scans, linked))
+            links, first = _linked(scans, rows, dropped, work / "bands", bucket_rows)
+            linked = _linked_records(scans, links, first, step)
+            near = sum(map(dropped.add, _repeated(linked, sum(rows), work / "near", bucket_rows)))
         for scan, flags in zip(scans, dropped.flags()):
             with atomic_open(out / scan.name, "wb") as file:
                 np.save(file, np.flatnonzero(flags).astype("<u4"))
@@ -157,11 +161,11 @@ def _top_bits(hashes: np.ndarray, bits: int) -> np.ndarray:
     return (hashes >> np.uint64(64 - bits)).astype(np.int64) if bits else np.zeros(len(hashes), np.int64)
 
 
-def _exact_duplicates(scans: Sequence[Path], rows: int, work: Path, bucket_rows: int) -> Iterator[np.ndarray]:
-    """Arrays of documents that equal one that stays."""
+def _repeated(pieces: Iterator[np.ndarray], rows: int, work: Path, bucket_rows: int) -> Iterator[np.ndarray]:
+    """Arrays of documents whose hash is that of one that stays, of at most `rows` records."""
     bits = _bucket_bits(rows, bucket_rows)
     buckets = _Buckets(work, _EXACT)
-    for records in _chunks(_exact_records(scans, max(1, bucket_rows // 4)), bucket_rows):
+    for records in _chunks(pieces, bucket_rows):
         stays = _first_of_equals(records)
         yield records["id"][~stays]
         if bits:  # otherwise this was all
@@ -208,63 +212,34 @@ def _first_of_equals(records: np.ndarray) -> np.ndarray:
     return stays
 
 
-class _Links:
-    """Pairs of documents that are linked; as many as there are linked documents, or up to twice that while adding."""
-
-    def __init__(self, room: int) -> None:
-        self._pairs: list[np.ndarray] = []
-        self._held, self._room = 0, room
-
-    def add(self, hashes: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Link documents of equal hash, given in ascending order of id; bool (ids,): the first of each hash."""
-        order = np.argsort(hashes, kind="stable")
-        new = np.ones(len(order), bool)
-        new[1:] = np.diff(hashes[order]) != 0
-        ids = ids[order]
-        first = ids[new][np.cumsum(new) - 1]
-        self._pairs.append(np.stack([first, ids], 1)[~new])
-        self._held += len(self._pairs[-1])
-        if self._held > self._room:
-            nodes, roots = self.components()
-            self._pairs = [np.stack([roots, nodes], 1)]
-            self._held = len(nodes)
-            self._room = max(self._room, 2 * self._held)
-        firsts = np.zeros(len(order), bool)
-        firsts[order[new]] = True
-        return firsts
-
-    def components(self) -> tuple[np.ndarray, np.ndarray]:
-        """Linked documents in ascending order, and the smallest of the component of each."""
-        pairs = np.concatenate(self._pairs) if self._pairs else np.empty((0, 2), np.uint64)
-        nodes, ends = np.unique(pairs, return_inverse=True)
-        left, right = ends.reshape(-1, 2).T
-        root = np.arange(len(nodes))
-        while True:  # every round joins each component that is not complete to another: logarithmically many
-            one, other = root[left], root[right]
-            if np.array_equal(one, other):
-                return nodes, nodes[root]
-            np.minimum.at(root, np.maximum(one, other), np.minimum(one, other))
-            while not np.array_equal(root, higher := root[root]):
-                root = higher
-
-
-def _linked(scans: Sequence[Path], rows: Sequence[int], dropped: _Dropped, work: Path, bucket_rows: int) -> _Links:
-    """Links between documents that share a band and were not dropped."""
-    links, buckets = _Links(bucket_rows), _Buckets(work, _BAND)
-    bits = _bucket_bits(sum(rows), bucket_rows)
-    width = _width(scans, rows)
+def _linked(
+    scans: Sequence[Path], rows: Sequence[int], dropped: _Dropped, work: Path, bucket_rows: int
+) -> tuple[Links, np.ndarray]:
+    """Links between documents that share a band and were not dropped, and the first item of each part in them."""
+    buckets, bits = _Buckets(work, _BAND), _bucket_bits(sum(rows), bucket_rows)
+    first = np.cumsum([0, *rows], dtype=np.uint64)
+    links, width = Links(work, sum(rows)), _width(scans, rows)
     chunk_rows = max(1, bucket_rows // max(1, width))
-    for records in _chunks(_band_records(scans, dropped, width, max(1, chunk_rows // 4)), chunk_rows):
+    for records in _chunks(_band_records(scans, first, dropped, width, max(1, chunk_rows // 4)), chunk_rows):
         for band in range(width):
             column = np.empty(len(records), _BAND)
-            column["hash"], column["id"] = records[:, band], records[:, width]
-            firsts = column[links.add(column["hash"], column["id"])]
+            column["hash"], column["item"] = records[:, band], records[:, width]
+            firsts = _link_equals(links, column)
             if sum(rows) > chunk_rows:  # otherwise this was all
                 buckets.add((band << bits) + _top_bits(firsts["hash"], bits), firsts)
     for number in range(width << bits):
-        column = buckets.take(number)
-        links.add(column["hash"], column["id"])
-    return links
+        _link_equals(links, buckets.take(number))
+    return links, first
+
+
+def _link_equals(links: Links, column: np.ndarray) -> np.ndarray:
+    """Link items of equal hash; the records of the first of each hash, in the order of the column."""
+    order = np.argsort(column["hash"], kind="stable")
+    new = np.ones(len(order), bool)
+    new[1:] = np.diff(column["hash"][order]) != 0
+    items = column["item"][order]
+    links.add(items[new][np.cumsum(new) - 1][~new], items[~new])
+    return column[np.sort(order[new])]
 
 
 def _width(scans: Sequence[Path], rows: Sequence[int]) -> int:
@@ -279,24 +254,27 @@ def _width(scans: Sequence[Path], rows: Sequence[int]) -> int:
     return shapes[0][1] if shapes else 0
 
 
-def _band_records(scans: Sequence[Path], dropped: _Dropped, width: int, step: int) -> Iterator[np.ndarray]:
-    """uint64 (documents, bands + 1): the hashes, and the document."""
+def _band_records(
+    scans: Sequence[Path], first: np.ndarray, dropped: _Dropped, width: int, step: int
+) -> Iterator[np.ndarray]:
+    """uint64 (documents, bands + 1): the hashes, and the item."""
     for part, (scan, flags) in enumerate(zip(scans, dropped.flags())):
         bands = _opened(bands_path(scan), np.dtype("<u8"), 2)
         kept = np.flatnonzero(~flags)
         for start in range(0, len(kept), step):
             numbers = kept[start : start + step]
-            yield np.column_stack([bands[numbers], _ids(part, numbers)])
+            yield np.column_stack([bands[numbers], first[part] + numbers.astype(np.uint64)])
 
 
-def _near_duplicates(scans: Sequence[Path], links: _Links) -> np.ndarray:
-    """All linked documents but the one of each component that stays."""
-    nodes, roots = links.components()
-    parts, starts = np.unique(nodes >> _ROW_BITS, return_index=True)
-    records = np.empty(len(nodes), _EXACT)
-    for part, start, stop in zip(parts.tolist(), starts, [*starts[1:], len(nodes)]):
-        numbers = nodes[start:stop] & _ROW_MASK
-        records[start:stop] = _records(part, _opened(scans[part], SCAN_ROW)[numbers], numbers)
-    order = np.lexsort([*(records[name] for name in ("id", "key_low", "key", "rank")), roots])
-    follows = np.diff(roots[order]) == 0
-    return nodes[order[1:][follows]]
+def _linked_records(scans: Sequence[Path], links: Links, first: np.ndarray, step: int) -> Iterator[np.ndarray]:
+    """Records of the linked documents, in which those that are linked to each other have equal hashes."""
+    for part, scan in enumerate(scans):
+        rows = _opened(scan, SCAN_ROW)
+        for start in range(0, len(rows), step):
+            begin = int(first[part]) + start
+            numbers = start + np.flatnonzero(links.linked[begin : begin + min(step, len(rows) - start)])
+            records = _records(part, rows[numbers], numbers)
+            # Times an odd number, modulo 2^64: other roots give other hashes, spread over the top bits.
+            records["hash"] = links.roots(first[part] + numbers.astype(np.uint64)) * SPREAD
+            records["hash_low"] = 0
+            yield records

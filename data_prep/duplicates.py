@@ -18,12 +18,12 @@ from megatron_rdt.files import atomic_open
 
 SCAN_ROW = np.dtype([("hash", "<u8", 2), ("key", "<u8", 2), ("number", "<u8"), ("bytes", "<u4"), ("valid", "u1")])
 BUCKET_ROWS = 1 << 22
-# A document is part << 32 | row. `rank` orders the documents of which one stays.
-_EXACT = np.dtype(
+# A document is part << 32 | row. `rank` orders the documents of equal hash, of which one stays.
+_RECORD = np.dtype(
     [("hash", "<u8"), ("hash_low", "<u8"), ("rank", "u1"), ("key", "<u8"), ("key_low", "<u8"), ("id", "<u8")]
 )
 _BAND = np.dtype([("hash", "<u8"), ("item", "<u8")])  # items are the documents of all parts, numbered from 0
-SPREAD = np.uint64(0x9E3779B97F4A7C15)
+SPREAD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, odd: a product with it spreads over the top bits
 _ROW_BITS = np.uint64(32)
 _ROW_MASK = np.uint64(0xFFFFFFFF)
 
@@ -53,9 +53,9 @@ def find_duplicates(scans: Sequence[Path], out: Path, bands: bool, bucket_rows: 
     rows = [len(_opened(scan, SCAN_ROW)) for scan in scans]
     try:
         dropped = _Dropped(work / "dropped", rows, bucket_rows)
-        step, near = max(1, bucket_rows // 4), 0
+        step = max(1, bucket_rows // 4)
         exact = _repeated(_exact_records(scans, step), sum(rows), work / "exact", bucket_rows)
-        duplicates = sum(map(dropped.add, exact))
+        duplicates, near = sum(map(dropped.add, exact)), 0
         if bands:
             links, first = _linked(scans, rows, dropped, work / "bands", bucket_rows)
             linked = _linked_records(scans, links, first, step)
@@ -143,11 +143,15 @@ class _Dropped:
 def _chunks(pieces: Iterator[np.ndarray], rows: int) -> Iterator[np.ndarray]:
     """Pieces put together until they have at least `rows` rows."""
     held: list[np.ndarray] = []
+    count = 0
     for piece in pieces:
+        if not len(piece):
+            continue
         held.append(piece)
-        if sum(map(len, held)) >= rows:
+        count += len(piece)
+        if count >= rows:
             yield np.concatenate(held)
-            held = []
+            held, count = [], 0
     if held:
         yield np.concatenate(held)
 
@@ -162,9 +166,16 @@ def _top_bits(hashes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _repeated(pieces: Iterator[np.ndarray], rows: int, work: Path, bucket_rows: int) -> Iterator[np.ndarray]:
-    """Arrays of documents whose hash is that of one that stays, of at most `rows` records."""
+    """Arrays of the documents that do not stay: of equal hash, one does.
+
+    Args:
+        pieces: _RECORD (any,) each.
+        rows: records in all pieces, or more.
+        work: directory to make.
+        bucket_rows: records to hold in memory.
+    """
     bits = _bucket_bits(rows, bucket_rows)
-    buckets = _Buckets(work, _EXACT)
+    buckets = _Buckets(work, _RECORD)
     for records in _chunks(pieces, bucket_rows):
         stays = _first_of_equals(records)
         yield records["id"][~stays]
@@ -185,7 +196,7 @@ def _exact_records(scans: Sequence[Path], step: int) -> Iterator[np.ndarray]:
 
 def _records(part: int, rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     """Scan rows with these numbers as records."""
-    records = np.empty(len(rows), _EXACT)
+    records = np.empty(len(rows), _RECORD)
     records["hash"], records["hash_low"] = rows["hash"].T
     records["key"], records["key_low"] = rows["key"].T
     records["rank"] = rows["valid"] == 0
@@ -274,7 +285,7 @@ def _linked_records(scans: Sequence[Path], links: Links, first: np.ndarray, step
             begin = int(first[part]) + start
             numbers = start + np.flatnonzero(links.linked[begin : begin + min(step, len(rows) - start)])
             records = _records(part, rows[numbers], numbers)
-            # Times an odd number, modulo 2^64: other roots give other hashes, spread over the top bits.
+            # Other roots give other hashes: modulo 2^64, an odd number has an inverse.
             records["hash"] = links.roots(first[part] + numbers.astype(np.uint64)) * SPREAD
             records["hash_low"] = 0
             yield records

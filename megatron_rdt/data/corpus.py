@@ -125,23 +125,28 @@ class TokenCorpus:
         count = min(count, self.samples_per_epoch)
         return np.arange(count, dtype=np.int64) * self.samples_per_epoch // count * self.sequence_length
 
+    def announce(self, places: np.ndarray) -> None:
+        """Let the disk begin with what `read` will be asked for."""
+        parts = [part for start in places.tolist() for part in self._parts(start)]
+        self._shards.announce(
+            [(n, start, columns.stop - columns.start) for n, start, columns in parts], self._with_masks
+        )
+
     def read(self, places: np.ndarray) -> Windows:
         """The windows at some places."""
         shape = len(places), self.sequence_length + 1
         tokens, mask = np.empty(shape, np.int64), np.ones(shape, np.bool_) if self.gives_mask else None
         begins = np.zeros(shape, np.bool_) if self._with_documents or self._with_positions else None
         shards = self._shards
-        parts = [(row, *part) for row, start in enumerate(places.tolist()) for part in self._parts(start)]
-        for _, number, local, columns in parts:
-            shards[number].announce(local, columns.stop - columns.start, self._with_masks)
-        for row, number, local, columns in parts:
-            count = columns.stop - columns.start
-            shard = shards[number]
-            tokens[row, columns] = shard.read(local, count)
-            if mask is not None and self._with_masks:
-                mask[row, columns] = shard.mask(local, count)
-            if begins is not None:
-                begins[row, columns][shards.document_starts(number, local, local + count) - local] = True
+        for row, start in enumerate(places.tolist()):
+            for number, local, columns in self._parts(start):
+                count = columns.stop - columns.start
+                shard = shards[number]
+                tokens[row, columns] = shard.read(local, count)
+                if mask is not None and self._with_masks:
+                    mask[row, columns] = shard.mask(local, count)
+                if begins is not None:
+                    begins[row, columns][shards.document_starts(number, local, local + count) - local] = True
         if tokens.max(initial=0) >= self.vocab_size or tokens.min(initial=0) < 0:
             for ids, start in zip(tokens, places):
                 self._check_ids(ids, f"token {start}")
@@ -175,7 +180,9 @@ class TokenCorpus:
 
     def windows(self, samples: Sequence[int] | np.ndarray) -> Windows:
         """The windows of sample numbers."""
-        return self.read(self.places(samples))
+        places = self.places(samples)
+        self.announce(places)
+        return self.read(places)
 
     def close(self) -> None:
         """Close every shard; they open again when they are read."""
@@ -203,7 +210,9 @@ def fixed_windows(corpus: TokenCorpus, count: int, multiple: int = 1) -> Windows
     Raises:
         DataError: none of their tokens counts as a target.
     """
-    windows = corpus.read(corpus.spread(count))
+    places = corpus.spread(count)
+    corpus.announce(places)
+    windows = corpus.read(places)
     windows = windows[: len(windows) // multiple * multiple]
     if not len(windows.targets):
         raise DataError(

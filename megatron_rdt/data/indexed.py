@@ -167,12 +167,13 @@ class IndexedDataset:
 
     def announce(self, start: int, count: int, masks: bool = False) -> None:
         """Let the kernel begin to read what `read`, and `mask`, will be asked for: a disk serves many places at once faster."""
-        if not hasattr(os, "posix_fadvise"):  # macOS
+        if not count or not hasattr(os, "posix_fadvise"):  # to the system call, 0 is all; macOS has none
             return
         size = self.dtype.itemsize
-        os.posix_fadvise(self._descriptor, start * size, count * size, os.POSIX_FADV_WILLNEED)
-        if masks and self._mask_descriptor is not None:
-            os.posix_fadvise(self._mask_descriptor, start, count, os.POSIX_FADV_WILLNEED)
+        with contextlib.suppress(OSError):  # some file systems take no advice
+            os.posix_fadvise(self._descriptor, start * size, count * size, os.POSIX_FADV_WILLNEED)
+            if masks and self._mask_descriptor is not None:
+                os.posix_fadvise(self._mask_descriptor, start, count, os.POSIX_FADV_WILLNEED)
 
     def mask(self, start: int, count: int) -> np.ndarray:
         """Which of `count` tokens from token `start` on count as targets of the loss, uint8 (count,), 1 or 0.

@@ -29,6 +29,9 @@ class Samples(Protocol):
     def places(self, samples: np.ndarray) -> np.ndarray:
         """Where sample numbers, int64 (n,), are: what `read` takes, any dtype (n,)."""
 
+    def announce(self, places: np.ndarray) -> None:
+        """Let the disk begin with what `read` will be asked for."""
+
     def read(self, places: np.ndarray) -> Windows:
         """The windows at some places."""
 
@@ -96,13 +99,26 @@ class BatchLoader:
         try:
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)  # of this thread: pinned memory belongs to a device
-            for samples, places in self._placed():
+            for samples, places in self._announced():
                 if self._closed.is_set():
                     return
                 self._put(self._made(samples, slots, self._source.read(places)))
             self._put(None)
         except BaseException as error:  # handed to the consumer, which raises it
             self._put(error)
+
+    def _announced(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """`_placed`, each batch while the disk is at work on the one after it."""
+        placed = self._placed()
+        batch = next(placed, None)
+        if batch is not None:
+            self._source.announce(batch[1])
+        while batch is not None:
+            following = next(placed, None)
+            if following is not None:
+                self._source.announce(following[1])
+            yield batch
+            batch = following
 
     def _placed(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Sample numbers and places of every batch; those of many batches are computed at once."""

@@ -167,17 +167,23 @@ class Mixture:
             result["place"][chosen] = self.corpora[self.order.names[number]].places(numbers[chosen])
         return result
 
+    def announce(self, places: np.ndarray) -> None:
+        """Let the disk begin with what `read` will be asked for."""
+        for number, mine in _by_corpus(places).items():
+            self._corpus(number).announce(mine)
+
     def read(self, places: np.ndarray) -> Windows:
         """The windows at some places."""
-        numbers = np.unique(places["corpus"])
-        parts = {int(n): self._corpus(n).read(places["place"][places["corpus"] == n]) for n in numbers}
+        parts = {number: self._corpus(number).read(mine) for number, mine in _by_corpus(places).items()}
         if len(self.order.names) == 1:
             return parts[0]
         return interleave(parts, places["corpus"])
 
     def windows(self, samples: Sequence[int] | np.ndarray) -> Windows:
         """The windows of sample numbers."""
-        return self.read(self.places(np.asarray(samples, np.int64)))
+        places = self.places(np.asarray(samples, np.int64))
+        self.announce(places)
+        return self.read(places)
 
     def _corpus(self, number: int) -> TokenCorpus:
         return self.corpora[self.order.names[number]]
@@ -186,6 +192,11 @@ class Mixture:
         """Close every shard."""
         for corpus in self.corpora.values():
             corpus.close()
+
+
+def _by_corpus(places: np.ndarray) -> dict[int, np.ndarray]:
+    """The places in each corpus, by its number, in the order of `places`, dtype `PLACE` (n,)."""
+    return {int(n): places["place"][places["corpus"] == n] for n in np.unique(places["corpus"])}
 
 
 def interleave(parts: Mapping[int, Windows], sources: np.ndarray) -> Windows:

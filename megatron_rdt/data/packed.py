@@ -2,6 +2,7 @@
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -57,15 +58,7 @@ class PackedCorpus(TokenCorpus):
         shape = len(places), self.sequence_length + 1
         tokens, documents = np.full(shape, self._padding, np.int64), np.empty(shape, np.int64)
         mask, padding = np.zeros(shape, np.bool_), np.zeros(len(places), np.int64)
-        numbers = np.searchsorted(self._first_rows, places, side="right") - 1
-        rows = [
-            (number, self._pieces(number, row))
-            for number, row in zip(numbers.tolist(), (places - self._first_rows[numbers]).tolist())
-        ]
-        for number, pieces in rows:
-            for start, length, _ in pieces:
-                self._shards[number].announce(start, length, self._with_masks)
-        for index, (number, pieces) in enumerate(rows):
+        for index, (number, pieces) in enumerate(self._rows(places)):
             shard, end, at = self._shards[number], 0, 0
             for at, (start, length, before) in enumerate(pieces):
                 piece = slice(end, end + length)
@@ -80,6 +73,17 @@ class PackedCorpus(TokenCorpus):
         return Windows(
             windows.tokens, windows.documents, windows.positions, windows.loss_mask, torch.from_numpy(padding)
         )
+
+    def announce(self, places: np.ndarray) -> None:
+        """Let the disk begin with what `read` will be asked for."""
+        rows = self._rows(places)
+        self._shards.announce([(n, start, length) for n, row in rows for start, length, _ in row], self._with_masks)
+
+    def _rows(self, places: np.ndarray) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:
+        """The shard of each of some rows, and its pieces as of `PackingPlan.pieces`."""
+        for place in places.tolist():
+            number = int(np.searchsorted(self._first_rows, place, side="right")) - 1
+            yield number, self._pieces(number, place - int(self._first_rows[number]))
 
     def _pieces(self, number: int, row: int) -> list[tuple[int, int, int]]:
         """`PackingPlan.pieces` of a shard's plan; no more plans than shards stay open."""

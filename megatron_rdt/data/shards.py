@@ -5,6 +5,7 @@ import resource
 import struct
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -80,6 +81,15 @@ class Shards:
             while len(self._open) > self.max_open:
                 self._open.popitem(last=False)
         return found
+
+    def announce(self, parts: Sequence[tuple[int, int, int]], masks: bool) -> None:
+        """Say that parts of shards, (shard, first token, tokens) each, will be read soon, see `IndexedDataset.announce`.
+
+        Nothing is said of more shards than can stay open until then.
+        """
+        if len({shard for shard, _, _ in parts}) <= self.max_open // 2:
+            for shard, start, count in parts:
+                self[shard].announce(start, count, masks)
 
     def document_starts(self, shard: int, start: int, stop: int) -> np.ndarray:
         """First tokens of the documents of a shard that begin at token `start` of it or later and before `stop`.

@@ -185,6 +185,9 @@ class TokenStream:
         """The samples themselves: what comes next is the next sample, whatever its number."""
         return samples
 
+    def announce(self, places: np.ndarray) -> None:
+        """Nothing: a stream is read in its order."""
+
     def read(self, places: np.ndarray) -> Windows:
         """The next windows, as many as there are places; what a run goes on from after them is noted."""
         windows = self.take(len(places))

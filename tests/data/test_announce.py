@@ -1,65 +1,122 @@
 """The kernel is told of every byte of a batch before the first of them is read."""
 
+import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from megatron_rdt.config import DataConfig
-from megatron_rdt.data import IndexedDataset, load_manifest, open_corpus
+from megatron_rdt.data import BatchLoader, TokenCorpus, load_manifest, open_corpus
+from megatron_rdt.data.mixture import Mixture, MixtureOrder, Stage
 from megatron_rdt.data.packing import make_plans
 from tests.data.random_corpus import write_random_corpus
 
 LENGTH, BATCH = 300, 24
+DATA = (".bin", ".mask")
+Call = tuple[str, str, int, int]  # "announce" or "read", file, first byte, bytes
 
 
 @pytest.fixture(scope="module")
 def corpus(tokenizer_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("announced") / "corpus"
-    sizes = {"train": [5000, 7000, 900], "valid": [4000]}
+    sizes = {"train": [5000, 7000, 900, 6000], "valid": [4000]}
     return write_random_corpus(folder, tokenizer_folders["bpe"], sizes, masks=True)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
+    """What is asked of the kernel about tokens and masks."""
+    asked: list[Call] = []
+    advise, read = os.posix_fadvise, os.pread
+
+    def note(kind: str, descriptor: int, offset: int, size: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if path.endswith(DATA):
+            asked.append((kind, path, offset, size))
+
+    def advised(descriptor: int, offset: int, size: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        note("announce", descriptor, offset, size)
+        advise(descriptor, offset, size, advice)
+
+    def was_read(descriptor: int, size: int, offset: int) -> bytes:
+        note("read", descriptor, offset, size)
+        return read(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "posix_fadvise", advised)
+    monkeypatch.setattr(os, "pread", was_read)
+    return asked
+
+
+def opened(corpus: Path, pack: str = "concat", loss: str = "all", **options: Any) -> TokenCorpus:
+    manifest = load_manifest(corpus)
+    make_plans(manifest, "train", LENGTH)
+    return open_corpus(manifest, "train", LENGTH, 1, DataConfig(pack=pack, loss=loss), **options)  # type: ignore[arg-type]
+
+
+def of_kind(kind: str, calls: list[Call]) -> list[tuple[str, int, int]]:
+    return sorted(call[1:] for call in calls if call[0] == kind)
 
 
 @pytest.mark.parametrize("loss", ["all", "answers"])
 @pytest.mark.parametrize("pack", ["concat", "bestfit"])
-def test_all_that_is_read_was_announced(corpus: Path, pack: str, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest = load_manifest(corpus)
-    make_plans(manifest, "train", LENGTH)
-    opened = open_corpus(manifest, "train", LENGTH, 1, DataConfig(pack=pack, loss=loss))  # type: ignore[arg-type]
-    places = opened.places(np.arange(BATCH))
-    expected = opened.read(places)
-    calls: list[tuple[str, Path, int, int]] = []
-    announce, read, mask = IndexedDataset.announce, IndexedDataset.read, IndexedDataset.mask
-
-    def announced(self: IndexedDataset, start: int, count: int, masks: bool = False) -> None:
-        calls.append(("announce", self.bin_path, start, count))
-        if masks:
-            calls.append(("announce", self.mask_path, start, count))
-        announce(self, start, count, masks)
-
-    def was_read(self: IndexedDataset, start: int, count: int) -> np.ndarray:
-        calls.append(("read", self.bin_path, start, count))
-        return read(self, start, count)
-
-    def mask_was_read(self: IndexedDataset, start: int, count: int) -> np.ndarray:
-        calls.append(("read", self.mask_path, start, count))
-        return mask(self, start, count)
-
-    for name, function in (("announce", announced), ("read", was_read), ("mask", mask_was_read)):
-        monkeypatch.setattr(IndexedDataset, name, function)
-    found = opened.read(places)
-    assert torch.equal(found.tokens, expected.tokens)
-    first = next(i for i, call in enumerate(calls) if call[0] == "read")
-    assert {call[0] for call in calls[first:]} == {"read"}
-    assert sorted(call[1:] for call in calls[:first]) == sorted(call[1:] for call in calls[first:])
-    assert len(calls) - first >= BATCH * (2 if loss == "answers" else 1)
+def test_all_that_is_read_was_announced(corpus: Path, pack: str, loss: str, calls: list[Call]) -> None:
+    opened(corpus, pack, loss).windows(range(BATCH))
+    read = of_kind("read", calls)
+    assert len(read) >= BATCH * (2 if loss == "answers" else 1)
+    assert of_kind("announce", calls[: -len(read)]) == read
+    assert of_kind("read", calls[-len(read) :]) == read
 
 
-def test_without_the_system_call(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """macOS has none."""
-    opened = open_corpus(load_manifest(corpus), "train", LENGTH, 1, DataConfig())
-    expected = opened.windows(range(BATCH)).tokens
-    monkeypatch.delattr(os, "posix_fadvise")
-    assert torch.equal(opened.windows(range(BATCH)).tokens, expected)
+def test_the_loader_announces_a_batch_before_the_one_before_it_is_read(corpus: Path, calls: list[Call]) -> None:
+    data = opened(corpus)
+    data.announce(data.places(np.arange(2 * BATCH)))
+    two_batches = of_kind("announce", calls)
+    calls.clear()
+    loader = BatchLoader(data, BATCH, 0, 1, total_samples=4 * BATCH)
+    assert len(list(loader)) == 4
+    loader.close()
+    runs = [(kind, list(group)) for kind, group in itertools.groupby(calls, lambda call: call[0])]
+    assert [kind for kind, _ in runs] == ["announce", "read"] * 3  # the last two batches are read in one go
+    assert of_kind("announce", runs[0][1]) == two_batches
+    assert of_kind("announce", calls) == of_kind("read", calls)
+
+
+def test_a_mixture_announces_what_it_reads_of_all_corpora(corpus: Path, calls: list[Call]) -> None:
+    corpora = {"one": opened(corpus), "rows": opened(corpus, "bestfit")}
+    sizes = {name: each.samples_per_epoch for name, each in corpora.items()}
+    assert all(size > BATCH for size in sizes.values())
+    mixture = Mixture(MixtureOrder([Stage(0, {"one": 1, "rows": 2})]), corpora, 1)
+    mixture.windows(np.arange(BATCH))
+    read = of_kind("read", calls)
+    assert of_kind("announce", calls[: -len(read)]) == read
+
+
+def test_nothing_is_announced_that_could_not_stay_open(corpus: Path, calls: list[Call]) -> None:
+    few, many = opened(corpus, max_open=2), opened(corpus, max_open=8)
+    expected = many.windows(range(BATCH)).tokens
+    assert len({call[1] for call in calls}) > 2
+    calls.clear()
+    assert torch.equal(few.windows(range(BATCH)).tokens, expected)
+    assert {call[0] for call in calls} == {"read"}
+
+
+@pytest.mark.parametrize("how", ["absent", "refused"])
+def test_without_the_system_call(corpus: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS has none, and some file systems take no advice."""
+    data = opened(corpus)
+    expected = data.windows(range(BATCH)).tokens
+
+    def refuse(*arguments: int) -> None:
+        raise OSError("not here")
+
+    if how == "absent":
+        monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    else:
+        monkeypatch.setattr(os, "posix_fadvise", refuse)
+    assert torch.equal(data.windows(range(BATCH)).tokens, expected)

@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,18 +37,27 @@ def test_equals_sets(batches: list[list[tuple[int, int]]]) -> None:
         assert np.flatnonzero(links.linked).tolist() == sorted({item for link in so_far for item in link})
 
 
-def test_a_long_chain_and_no_items(tmp_path: Path) -> None:
-    """Links that are given from the far end need as many rounds as the logarithm of the chain."""
-    chain = np.arange(100_000, dtype=np.uint64)[::-1].copy()
-    links = Links(tmp_path, len(chain))
-    links.add(chain[:-1], chain[1:])
-    assert not links.roots(chain).any()
-    assert len(links.roots(chain[:0])) == 0
-    Links(tmp_path, 0).add(chain[:0], chain[:0])
+@pytest.mark.parametrize("order", ["from the far end", "random"])
+def test_a_long_chain_takes_few_rounds(order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = 100_000
+    names = np.arange(items, dtype=np.uint64)[::-1].copy()
+    if order == "random":
+        names = np.random.default_rng(0).permutation(names)
+    links, looked = Links(tmp_path, items), []
+    parents = Links._parents
+    monkeypatch.setattr(Links, "_parents", lambda self, nodes: looked.append(len(nodes)) or parents(self, nodes))
+    links.add(names[:-1], names[1:])
+    assert not links.roots(names).any()
+    assert len(looked) < 200
 
 
-def test_files_are_empty_where_nothing_is_linked(tmp_path: Path) -> None:
-    links = Links(tmp_path, 50_000_000)
-    links.add(np.array([7, 49_999_999], np.uint64), np.array([9, 8], np.uint64))
-    assert links.roots(np.array([9, 49_999_999, 25_000_000], np.uint64)).tolist() == [7, 8, 25_000_000]
-    assert sum(path.stat().st_blocks * 512 for path in tmp_path.iterdir()) < 1_000_000
+def test_no_items(tmp_path: Path) -> None:
+    links, none = Links(tmp_path, 0), np.empty(0, np.uint64)
+    links.add(none, none)
+    assert len(links.roots(none)) == 0
+
+
+def test_room_is_taken_before_it_is_needed(tmp_path: Path) -> None:
+    """A mapped page without room would be a bus error."""
+    Links(tmp_path, 1_000_000)
+    assert sum(path.stat().st_blocks * 512 for path in tmp_path.iterdir()) >= 9_000_000

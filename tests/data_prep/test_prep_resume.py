@@ -282,6 +282,15 @@ def test_a_full_disk_keeps_what_is_done(
     assert contents(prepare(config(source, tmp_path / "out"))) == contents(straight)
 
 
+def test_a_disk_too_full_for_links(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = contents(prepare(config(source, tmp_path / "straight", dedup="near")))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full_disk)
+        with pytest.raises(DataError, match=r"disk is full while writing .* goes on where it was"):
+            prepare(config(source, tmp_path / "out", dedup="near"))
+    assert contents(prepare(config(source, tmp_path / "out", dedup="near"))) == expected
+
+
 def full_disk(*arguments: object) -> None:
     raise OSError(28, "No space left on device")
 

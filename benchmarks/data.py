@@ -153,6 +153,11 @@ def manifest_of(folder: Path) -> Any:
     return CorpusManifest(folder, document)
 
 
+def first_shard(folder: Path) -> Path:
+    """Prefix of the files of a shard of `random_corpus`."""
+    return min((folder / "train").glob("*.bin")).with_suffix("")
+
+
 Reader = Callable[[np.ndarray], Any]
 
 
@@ -181,12 +186,12 @@ def our_loader(folder: Path, options: argparse.Namespace) -> float:
 
 
 def hugging_face_readers(folder: Path, options: argparse.Namespace) -> dict[str, Reader]:
-    """The first gigabyte as an Arrow table of windows, in memory maps, as `datasets` keeps it."""
+    """The first shard as an Arrow table of windows, in memory maps, as `datasets` keeps it."""
     import datasets
     import pyarrow
 
     width, file = options.length + 1, folder / "windows.arrow"
-    tokens = np.fromfile(next((folder / "train").glob("*.bin")), np.uint16)
+    tokens = np.fromfile(first_shard(folder).with_suffix(".bin"), np.uint16)
     tokens = tokens[: len(tokens) // width * width]
     rows = pyarrow.ListArray.from_arrays(np.arange(0, len(tokens) + 1, width, dtype=np.int32), pyarrow.array(tokens))
     table = pyarrow.table({"ids": rows})
@@ -213,7 +218,7 @@ def megatron_readers(folder: Path, options: argparse.Namespace) -> dict[str, Rea
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-    prefix = next((folder / "train").glob("*.bin")).with_suffix("")
+    prefix = first_shard(folder)
     config = GPTDatasetConfig(
         random_seed=1,
         sequence_length=options.length,

@@ -147,7 +147,7 @@ def configure(tiny_options: list[str], tmp_path_factory: pytest.TempPathFactory)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where workers take whole files from a queue, the longest come first, so that none ends up waiting for the other."""
+    """Where workers take whole files from a queue, the longest come first, so that none ends up waiting for the others."""
     if hasattr(config, "workerinput"):
         places = {REPOSITORY / "tests" / name: place for place, name in enumerate(LONGEST)}
         several = {item.path for item in items if item.get_closest_marker("distributed")}

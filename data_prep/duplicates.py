@@ -53,13 +53,9 @@ def find_duplicates(scans: Sequence[Path], out: Path, bands: bool, bucket_rows: 
     rows = [len(_opened(scan, SCAN_ROW)) for scan in scans]
     try:
         dropped = _Dropped(work / "dropped", rows, bucket_rows)
-        step = max(1, bucket_rows // 4)
-        exact = _repeated(_exact_records(scans, step), sum(rows), work / "exact", bucket_rows)
-        duplicates, near = sum(map(dropped.add, exact)), 0
-        if bands:
-            links, first = _linked(scans, rows, dropped, work / "bands", bucket_rows)
-            linked = _linked_records(scans, links, first, step)
-            near = sum(map(dropped.add, _repeated(linked, sum(rows), work / "near", bucket_rows)))
+        exact = _repeated(_exact_records(scans, max(1, bucket_rows // 4)), sum(rows), work / "exact", bucket_rows)
+        duplicates = sum(map(dropped.add, exact))
+        near = _drop_near(scans, rows, dropped, work, bucket_rows) if bands else 0
         for scan, flags in zip(scans, dropped.flags()):
             with atomic_open(out / scan.name, "wb") as file:
                 np.save(file, np.flatnonzero(flags).astype("<u4"))
@@ -221,6 +217,13 @@ def _first_of_equals(records: np.ndarray) -> np.ndarray:
     stays = np.ones(len(records), bool)
     stays[doubtful[1:][follows]] = False
     return stays
+
+
+def _drop_near(scans: Sequence[Path], rows: Sequence[int], dropped: _Dropped, work: Path, bucket_rows: int) -> int:
+    """Drop all near-duplicates but the one of each group that stays; how many. At its end no file of `work` is open."""
+    links, first = _linked(scans, rows, dropped, work / "bands", bucket_rows)
+    linked = _linked_records(scans, links, first, max(1, bucket_rows // 4))
+    return sum(map(dropped.add, _repeated(linked, sum(rows), work / "near", bucket_rows)))
 
 
 def _linked(

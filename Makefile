@@ -3,7 +3,7 @@
 # make test         lint, types, tests
 # make test-cluster the same for what needs Slurm
 # make test-parity  against the code of other projects; installs open-mythos and megatron-core (put Parcae and Huginn on PYTHONPATH)
-# make fuzz         2,000 random cases each of prep that is killed and of runs that are resumed (half an hour)
+# make fuzz         2,000 random cases each of prep that is killed and of runs that are resumed (ten minutes)
 # make bench        benchmarks; they print, nothing is asserted
 PYTHON ?= python3
 VENV := .venv

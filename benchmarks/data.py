@@ -154,7 +154,7 @@ def manifest_of(folder: Path) -> Any:
 
 
 def first_shard(folder: Path) -> Path:
-    """Prefix of the files of a shard of `random_corpus`."""
+    """Prefix of the files of the first shard of `random_corpus`."""
     return min((folder / "train").glob("*.bin")).with_suffix("")
 
 

@@ -23,7 +23,7 @@ _RECORD = np.dtype(
     [("hash", "<u8"), ("hash_low", "<u8"), ("rank", "u1"), ("key", "<u8"), ("key_low", "<u8"), ("id", "<u8")]
 )
 _BAND = np.dtype([("hash", "<u8"), ("item", "<u8")])  # items are the documents of all parts, numbered from 0
-SPREAD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, odd: a product with it spreads over the top bits
+_SPREAD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, odd: a product with it spreads over the top bits
 _ROW_BITS = np.uint64(32)
 _ROW_MASK = np.uint64(0xFFFFFFFF)
 
@@ -238,22 +238,22 @@ def _linked(
         for band in range(width):
             column = np.empty(len(records), _BAND)
             column["hash"], column["item"] = records[:, band], records[:, width]
-            firsts = _link_equals(links, column)
+            column = _link_equals(links, column)
             if sum(rows) > chunk_rows:  # otherwise this was all
-                buckets.add((band << bits) + _top_bits(firsts["hash"], bits), firsts)
+                buckets.add((band << bits) + _top_bits(column["hash"], bits), column)
     for number in range(width << bits):
         _link_equals(links, buckets.take(number))
     return links, first
 
 
 def _link_equals(links: Links, column: np.ndarray) -> np.ndarray:
-    """Link items of equal hash; the records of the first of each hash, in the order of the column."""
-    order = np.argsort(column["hash"], kind="stable")
-    new = np.ones(len(order), bool)
-    new[1:] = np.diff(column["hash"][order]) != 0
-    items = column["item"][order]
+    """Link items of equal hash; one record of each hash."""
+    column = column[np.argsort(column["hash"])]
+    new = np.ones(len(column), bool)
+    new[1:] = np.diff(column["hash"]) != 0
+    items = column["item"]
     links.add(items[new][np.cumsum(new) - 1][~new], items[~new])
-    return column[np.sort(order[new])]
+    return column[new]
 
 
 def _width(scans: Sequence[Path], rows: Sequence[int]) -> int:
@@ -289,6 +289,6 @@ def _linked_records(scans: Sequence[Path], links: Links, first: np.ndarray, step
             numbers = start + np.flatnonzero(links.linked[begin : begin + min(step, len(rows) - start)])
             records = _records(part, rows[numbers], numbers)
             # Other roots give other hashes: modulo 2^64, an odd number has an inverse.
-            records["hash"] = links.roots(first[part] + numbers.astype(np.uint64)) * SPREAD
+            records["hash"] = links.roots(first[part] + numbers.astype(np.uint64)) * _SPREAD
             records["hash_low"] = 0
             yield records

@@ -1,15 +1,12 @@
 """A finished run with all of its checkpoints, and copies of it to damage."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from megatron_rdt.config import RunConfig
 from megatron_rdt.train.trainer import train
-
-Configure = Callable[..., RunConfig]
+from tests.checkpoint.runs import Configure
 
 
 @pytest.fixture(scope="session")

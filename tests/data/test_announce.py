@@ -2,7 +2,6 @@
 
 import itertools
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ def corpus(tokenizer_folders: dict[str, Path], tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     """What is asked of the kernel about tokens and masks."""
     asked: list[Call] = []
     advise, read = os.posix_fadvise, os.pread

@@ -18,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.inference import KVCache
-from megatron_rdt.model.attention import ATTENTIONS
-from megatron_rdt.model.context import LayerContext
-from megatron_rdt.model.rope import rotary_tables
+from megatron_rdt.model.attention.gqa import ATTENTIONS
+from megatron_rdt.model.attention.rope import rotary_tables
+from megatron_rdt.model.forward_context import LayerContext
 
 SIZES = ModelConfig(
     dim=2048, heads=16, kv_heads=4, kv_rank=256, query_rank=512, nope_dim=64, rope_dim=32, value_dim=64, core_layers=1

@@ -21,13 +21,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
-from launch.local import free_port
+from launch.local_processes import free_port
 from megatron_rdt.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.environment import leave_process
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel import Engine, MicroBatch, make_engine
-from megatron_rdt.parallel.counting import count_step, totals
+from megatron_rdt.parallel.collective_counter import count_step, totals
 from megatron_rdt.parallel.fsdp import FullyShardedEngine
 
 PROCESSES, ACCUMULATION, SEQUENCE = 4, 2, 16

@@ -111,7 +111,7 @@ def prep_speeds(folder: Path, options: argparse.Namespace) -> dict[str, float]:
 
 def random_corpus(folder: Path, gigabytes: float) -> None:
     """Shards of random ids, and what a manifest says of them."""
-    from megatron_rdt.data.indexed import IndexedWriter
+    from megatron_rdt.data.shard_files.indexed import IndexedWriter
 
     generator, left, shards = np.random.default_rng(0), int(gigabytes * 5e8), []
     (folder / "train").mkdir(parents=True)
@@ -140,7 +140,7 @@ def drop_pages(folder: Path) -> None:
 
 def manifest_of(folder: Path) -> Any:
     """The corpus of `random_corpus` as its readers take it; it has no tokenizer of its own."""
-    from megatron_rdt.data.manifest import CorpusManifest
+    from megatron_rdt.data.shard_files.corpus_manifest import CorpusManifest
 
     shards = json.loads((folder / "shards.json").read_text())
     split = {"tokens": sum(shard["tokens"] for shard in shards), "shards": shards}

@@ -65,7 +65,7 @@ def make_step(engine: Any, options: argparse.Namespace, mode: str, loops: int) -
     import torch
 
     from megatron_rdt.depth import DepthPlan
-    from megatron_rdt.model.checkpointing import set_checkpointing
+    from megatron_rdt.model.activation_checkpointing import set_checkpointing
     from megatron_rdt.parallel import MicroBatch
 
     k, checkpointing = MODES[mode]
@@ -85,8 +85,8 @@ def make_pieces(engine: Any, options: argparse.Namespace) -> tuple[Callable[[], 
     """One iteration of the core by itself: forward without gradient, and forward plus backward."""
     import torch
 
-    from megatron_rdt.model.context import LayerContext, LoopInputs
-    from megatron_rdt.model.rope import rotary_tables
+    from megatron_rdt.model.attention.rope import rotary_tables
+    from megatron_rdt.model.forward_context import LayerContext, LoopInputs
 
     config, device = engine.model.config, engine.device
     dtype = engine.model.compute_dtype or torch.float32

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from megatron_rdt.model.loss import cross_entropy
+from megatron_rdt.model.cross_entropy import cross_entropy
 
 WAYS = ("chunked", "full logits")
 

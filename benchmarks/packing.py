@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_rdt.config import DataConfig
 from megatron_rdt.data import IndexedDataset, load_manifest, open_corpus
-from megatron_rdt.data.packing import make_plans, pack
+from megatron_rdt.data.packing_plan import make_plans, pack
 
 LOG_MEAN, LOG_DEVIATION = 6.0, 1.1  # of the tokens of a document: median 403, mean 739
 BATCH, READ_SECONDS = 32, 3.0

@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from launch.local import free_port
+from launch.local_processes import free_port
 from megatron_rdt.config import DepthConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig, load_config
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.devices import DEVICES
@@ -79,8 +79,8 @@ def work(options: argparse.Namespace) -> None:
     import torch
 
     from megatron_rdt.environment import process_place
+    from megatron_rdt.parallel.process_group import join_world
     from megatron_rdt.planner.measure import measure_steps
-    from megatron_rdt.train.world import join_world
 
     place, rows, joined = process_place(), [], False
     torch.manual_seed(place.rank)

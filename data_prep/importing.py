@@ -14,12 +14,12 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.manifest import tokenizer_fields
-from megatron_rdt.data.blocks import SUFFIXES, read_content, write_sums
-from megatron_rdt.data.indexed import REBUILD, IndexedDataset, prefix_path
-from megatron_rdt.data.manifest import FORMAT, MANIFEST, VERSION
-from megatron_rdt.data.tokenizer import BYTES_FILE, Tokenizer
-from megatron_rdt.data.tokenizer_hugging_face import JSON_FILE
-from megatron_rdt.data.tokenizer_sentencepiece import MODEL_FILE
+from megatron_rdt.data.shard_files.block_hashes import SUFFIXES, read_content, write_sums
+from megatron_rdt.data.shard_files.corpus_manifest import FORMAT, MANIFEST, VERSION
+from megatron_rdt.data.shard_files.indexed import REBUILD, IndexedDataset, prefix_path
+from megatron_rdt.data.tokenizer.base import BYTES_FILE, Tokenizer
+from megatron_rdt.data.tokenizer.hugging_face_backend import JSON_FILE
+from megatron_rdt.data.tokenizer.sentencepiece_backend import MODEL_FILE
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.files import exclusive, fsync_directory, fsync_file, write_text
 

@@ -5,14 +5,14 @@ import platform
 from collections import Counter
 from typing import Any
 
-from data_prep.inputs import Input
-from data_prep.plan import TOKENIZER_RECORD, Plan, code_of, options_hash, options_of, versions
-from data_prep.records import BAD_LISTED, bad_message
-from data_prep.scan import scan_record
-from data_prep.shards import SPLITS
-from megatron_rdt.data.indexed import token_dtype
-from megatron_rdt.data.manifest import FORMAT, MANIFEST, VERSION
-from megatron_rdt.data.tokenizer import Tokenizer
+from data_prep.jobs.working_directory import TOKENIZER_RECORD, Plan, code_of, options_hash, options_of, versions
+from data_prep.sources.inputs import Input
+from data_prep.sources.records import BAD_LISTED, bad_message
+from data_prep.stages.scan import scan_record
+from data_prep.stages.write_shards import SPLITS
+from megatron_rdt.data.shard_files.corpus_manifest import FORMAT, MANIFEST, VERSION
+from megatron_rdt.data.shard_files.indexed import token_dtype
+from megatron_rdt.data.tokenizer.base import Tokenizer
 from megatron_rdt.errors import DataError
 from megatron_rdt.files import sha256_of, write_text
 

@@ -11,21 +11,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data_prep import publish
-from data_prep.claims import claims
 from data_prep.config import PrepConfig, check_prep, task_of
-from data_prep.duplicates import find_duplicates
-from data_prep.encode import encode_slice, spill_path
-from data_prep.inputs import Part, input_files
+from data_prep.jobs.claims import claims
+from data_prep.jobs.steps import Step, Steps
+from data_prep.jobs.workers import pool
+from data_prep.jobs.working_directory import Job, Plan, open_plan, remove_temporary, resume
 from data_prep.manifest import check_scan, hash_runs, lines_before, print_summary, write_manifest
-from data_prep.plan import Job, Plan, open_plan, remove_temporary, resume
-from data_prep.sample import make_tokenizer, take_name, tokenizer_record
-from data_prep.scan import hash_inputs, scan_first, scan_part, scan_path, scan_record
-from data_prep.shards import Group, group_record, make_groups, remove_spills, text_bytes, write_group
-from data_prep.steps import Step, Steps
-from data_prep.workers import pool
-from megatron_rdt.data.indexed import token_dtype
-from megatron_rdt.data.tokenizer import Tokenizer
+from data_prep.sources.inputs import Part, input_files
+from data_prep.stages import publish
+from data_prep.stages.duplicates import find_duplicates
+from data_prep.stages.encode import encode_slice, spill_path
+from data_prep.stages.scan import hash_inputs, scan_first, scan_part, scan_path, scan_record
+from data_prep.stages.train_tokenizer import make_tokenizer, take_name, tokenizer_record
+from data_prep.stages.write_shards import Group, group_record, make_groups, remove_spills, text_bytes, write_group
+from megatron_rdt.data.shard_files.indexed import token_dtype
+from megatron_rdt.data.tokenizer.base import Tokenizer
 from megatron_rdt.errors import ConfigError, DataError, RdtError
 from megatron_rdt.files import TEMPORARY_SUFFIX, exclusive, write_text
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_rdt.data.indexed import IndexedDataset
-from megatron_rdt.data.manifest import CorpusManifest, load_manifest
-from megatron_rdt.data.tokenizer import Tokenizer
+from megatron_rdt.data.shard_files.corpus_manifest import CorpusManifest, load_manifest
+from megatron_rdt.data.shard_files.indexed import IndexedDataset
+from megatron_rdt.data.tokenizer.base import Tokenizer
 from megatron_rdt.errors import ConfigError
 
 BOUNDARY = "=" * 8

@@ -15,12 +15,12 @@ import numpy as np
 import sentencepiece
 
 from data_prep.config import PrepConfig
-from data_prep.tokenizer_json import tokenizer_json
-from megatron_rdt.data.tokenizer import BYTES_FILE, Tokenizer
-from megatron_rdt.data.tokenizer_export import first_difference, write_settings
-from megatron_rdt.data.tokenizer_hugging_face import BESIDE, HUGGING_FACE, JSON_FILE, SETTINGS_FILE
-from megatron_rdt.data.tokenizer_sentencepiece import GRID, MODEL_FILE, NORMAL, USER_DEFINED, parsed_model
-from megatron_rdt.data.tokenizer_words import SPACE
+from megatron_rdt.data.tokenizer.base import BYTES_FILE, Tokenizer
+from megatron_rdt.data.tokenizer.bpe_word_cache import SPACE
+from megatron_rdt.data.tokenizer.export import first_difference, write_settings
+from megatron_rdt.data.tokenizer.hugging_face_backend import BESIDE, HUGGING_FACE, JSON_FILE, SETTINGS_FILE
+from megatron_rdt.data.tokenizer.sentencepiece_backend import GRID, MODEL_FILE, NORMAL, USER_DEFINED, parsed_model
+from megatron_rdt.data.tokenizer.tokenizer_json import tokenizer_json
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.files import atomic_open, fsync_file, write_bytes, write_text
 

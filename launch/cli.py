@@ -110,14 +110,14 @@ def _options(name: str, schema: type[T], words: list[str]) -> T:
 
 def prep(words: list[str]) -> int:
     """Turn text into a tokenizer and token shards; look at them, check them, join them."""
-    from launch.prep import prep as run
+    from launch.commands.prep import prep as run
 
     return run(words)
 
 
 def train(words: list[str]) -> int:
     """Pretrain a recurrent-depth transformer."""
-    from launch.options import check_places, launch_parser, worker_words
+    from launch.train_options import check_places, launch_parser, worker_words
     from megatron_rdt.config import RunConfig, check_config
 
     parser = launch_parser("rdt train")
@@ -133,7 +133,7 @@ def train(words: list[str]) -> int:
         from megatron_rdt.train.trainer import train as run
 
         return run(config, raw.resume)
-    from launch.local import run_processes
+    from launch.local_processes import run_processes
 
     return run_processes(worker_words(parser, words), processes, raw.master_port)
 
@@ -178,7 +178,7 @@ def generate(words: list[str]) -> int:
     prompts = [*given, *own, *_lines(options.prompts)]
     if options.stream and len(prompts) > 1:
         raise ConfigError(f"--stream is for one prompt, there are {len(prompts)}. Leave --stream out.")
-    from launch.texts import print_texts
+    from launch.commands.texts import print_texts
 
     print_texts(options, prompts)
     return EXIT_OK
@@ -237,15 +237,15 @@ def report(words: list[str]) -> int:
 
 def plan(words: list[str]) -> int:
     """Say what a run will need: memory, communication, time, cost."""
-    from launch.plan import plan as run
+    from launch.commands.plan import plan as run
 
     return run(words)
 
 
 def submit(words: list[str]) -> int:
     """Submit a run to Slurm."""
-    from launch.submit import SubmitConfig
-    from launch.submit import submit as run
+    from launch.commands.submit import SubmitConfig
+    from launch.commands.submit import submit as run
 
     # Its --config is the run's YAML, one option among others.
     parser = make_parser(SubmitConfig, "rdt submit", submit.__doc__ or "", config_file=False)
@@ -255,7 +255,7 @@ def submit(words: list[str]) -> int:
 def quickstart(words: list[str]) -> int:
     """Run the whole main job on real text: prep, train, eval, generate, report."""
     _options("quickstart", NoOptions, words)
-    from launch.quickstart import quickstart as run
+    from launch.commands.quickstart import quickstart as run
 
     return run()
 

@@ -21,8 +21,8 @@ def measure(options: argparse.Namespace) -> None:
     import torch
 
     from megatron_rdt.config import load_config
+    from megatron_rdt.parallel.process_group import join_world
     from megatron_rdt.planner.measure import measure_steps
-    from megatron_rdt.train.world import join_world
 
     config, place = load_config(options.config), process_place()
     device = join_world(config, place)

@@ -13,7 +13,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from launch.failures import EXIT_INTERRUPTED, explain, leave
 from megatron_rdt.environment import ProcessPlace, error_file, leave_process, process_place, quiet_libraries
 from megatron_rdt.errors import EXIT_FAILED, RdtError
-from megatron_rdt.train.signals import StopRequest
+from megatron_rdt.train.stop_request import StopRequest
 
 PROGRAM = "pretrain.py"
 SPEAKERS_START_S = 3.0
@@ -38,7 +38,7 @@ def main(words: list[str]) -> int:
         quiet_libraries(place.local_world_size)
         if place.rank:  # what all ranks find, the first one says
             logging.getLogger("megatron_rdt").setLevel(logging.ERROR)
-        from launch.options import check_places, parse_training
+        from launch.train_options import check_places, parse_training
 
         config, raw = parse_training(PROGRAM, words, place.world_size)
         check_places(config)

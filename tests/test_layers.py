@@ -12,6 +12,7 @@ LAYERS = [
     "megatron_rdt.files",
     "megatron_rdt.environment",
     "megatron_rdt.devices",
+    "megatron_rdt.object_collectives",
     "megatron_rdt.config",
     "megatron_rdt.depth",
     "megatron_rdt.model",

@@ -27,7 +27,7 @@ class Huginn(Peer):
     install = "git clone https://github.com/seal-rg/recurrent-pretraining, and put it on PYTHONPATH"
 
     def config(self, sizes: Sizes) -> ModelConfig:
-        """As configs/models/huginn_3.5b.yaml."""
+        """As configs/models/huginn_3_5b.yaml."""
         return sizes.config(
             qk_bias=True,
             rope_base=50000.0,

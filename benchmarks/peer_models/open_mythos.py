@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from megatron_rdt.config import ModelConfig
-from megatron_rdt.model.signals import FEATURES, INDEX_CHANNELS_SHARE
+from megatron_rdt.model.iteration_signals import FEATURES, INDEX_CHANNELS_SHARE
 from peer_models.base import Peer, Sizes, Work
 
 EXPERTS, CHOSEN, EXPERT_DIM, SHARED, KV_HEADS, RANK, MAX_LOOPS = 8, 2, 256, 1, 2, 8, 16

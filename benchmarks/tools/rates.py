@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from megatron_rdt.model.attention import TokenValues
+from megatron_rdt.model.attention.gqa import TokenValues
+from megatron_rdt.model.iteration_signals import AdaLnSignal
 from megatron_rdt.model.moe import MixtureOfExperts
 from megatron_rdt.model.rdt import Embedding
-from megatron_rdt.model.signals import AdaLnSignal
 
 # A shape is repeated until it has done this much, so that the clock's grain does not count.
 LEAST_FLOPS = 4e8

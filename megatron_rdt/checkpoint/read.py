@@ -17,7 +17,7 @@ from megatron_rdt.checkpoint.manifest import MANIFEST, read_manifest, verify
 from megatron_rdt.config import ModelConfig, load_config
 from megatron_rdt.config.model import TRAINING_FIELDS
 from megatron_rdt.errors import CheckpointError
-from megatron_rdt.parallel.universal import UNIVERSAL, read_universal_weights
+from megatron_rdt.parallel.zero_universal import UNIVERSAL, read_universal_weights
 
 LATEST = "latest"
 CHECKPOINTS = "checkpoints"

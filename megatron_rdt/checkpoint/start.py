@@ -10,8 +10,8 @@ from typing import Any
 
 from megatron_rdt.checkpoint.manifest import read_manifest, verify_files
 from megatron_rdt.checkpoint.read import newest_checkpoint, resolve_checkpoint
-from megatron_rdt.checkpoint.together import broadcast, gather, place
 from megatron_rdt.errors import CheckpointError, RdtError
+from megatron_rdt.object_collectives import broadcast, gather, place
 
 # What rank 0 tells the others: read these files, start here, give up for this reason.
 VERIFY, START, GIVE_UP = "verify", "start", "give up"

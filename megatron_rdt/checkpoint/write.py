@@ -23,9 +23,9 @@ import megatron_rdt
 from megatron_rdt.checkpoint.buffers import save_buffers
 from megatron_rdt.checkpoint.manifest import content_files, file_record, read_manifest, write_manifest
 from megatron_rdt.checkpoint.read import CHECKPOINTS, LATEST, ROLLBACK, complete_checkpoints, read_rollback
-from megatron_rdt.checkpoint.together import gather
 from megatron_rdt.errors import CheckpointError, RdtError
 from megatron_rdt.files import atomic_open, fsync_directory, fsync_file, why_not_written, write_text
+from megatron_rdt.object_collectives import gather
 from megatron_rdt.parallel import Engine
 
 T = TypeVar("T")

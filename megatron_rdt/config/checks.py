@@ -4,7 +4,7 @@ import math
 
 from megatron_rdt.config.deepspeed import deepspeed_problems
 from megatron_rdt.config.layout import Layout
-from megatron_rdt.config.mixture import integer_weights
+from megatron_rdt.config.mixture_weights import integer_weights
 from megatron_rdt.config.parallel_checks import AXES, parallel_problems
 from megatron_rdt.config.schema import ModelConfig, RunConfig, ScheduleConfig
 from megatron_rdt.errors import ConfigError

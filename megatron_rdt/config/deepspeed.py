@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_rdt.config.files import read_mapping
 from megatron_rdt.config.schema import RunConfig
+from megatron_rdt.config.yaml_files import read_mapping
 
 WHERE = "parallel.deepspeed"
 STAGE_3 = "stage3_"

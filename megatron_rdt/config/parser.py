@@ -24,8 +24,8 @@ import docstring_parser
 import jsonargparse
 import yaml
 
-from megatron_rdt.config.files import read_mapping
-from megatron_rdt.config.kinds import KINDS, entry_schema, kind_text, metavar, read_entries, takes_mapping
+from megatron_rdt.config.option_types import KINDS, entry_schema, kind_text, metavar, read_entries, takes_mapping
+from megatron_rdt.config.yaml_files import read_mapping
 from megatron_rdt.errors import ConfigError
 
 T = TypeVar("T")

@@ -26,7 +26,7 @@ from megatron_rdt.checkpoint import read_model_weights
 from megatron_rdt.config import ModelConfig, load_config
 from megatron_rdt.convert.hf_tokenizer import ASIDE, export_tokenizer, special_ids
 from megatron_rdt.data import Tokenizer
-from megatron_rdt.data.tokenizer_sentencepiece import MODEL_FILE as SENTENCEPIECE_FILE
+from megatron_rdt.data.tokenizer.sentencepiece_backend import MODEL_FILE as SENTENCEPIECE_FILE
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.files import write_text
 
@@ -38,31 +38,31 @@ WRAPPER = Path(__file__).resolve().parent / "hf_wrapper.py"
 # In order of use; all of them are files of megatron_rdt/model.
 PARTS = (
     "transfer",
-    "masks",
-    "flex",
-    "context",
+    "attention/masks",
+    "attention/kernels",
+    "forward_context",
     "monitor",
-    "cache",
-    "active",
+    "attention/kv_cache",
+    "halting/active_tokens",
     "linear",
     "norm",
-    "rope",
-    "loss",
+    "attention/rope",
+    "cross_entropy",
     "feedforward",
     "moe",
-    "mla",
-    "attention",
-    "signals",
+    "attention/mla",
+    "attention/gqa",
+    "iteration_signals",
     "layer",
-    "checkpointing",
+    "activation_checkpointing",
     "injection/base",
     "injection/diagonal",
     "injection/*",
-    "halting",
-    "exits",
-    "state",
+    "halting/trained",
+    "halting/exit_rules",
+    "initial_state",
     "core",
-    "adaptive",
+    "halting/adaptive_loop",
     "rdt",
     "initialization",
 )

@@ -9,9 +9,9 @@ import shutil
 from pathlib import Path
 
 from megatron_rdt.data import Tokenizer
-from megatron_rdt.data.tokenizer_export import AS_IT_IS, first_difference, write_settings
-from megatron_rdt.data.tokenizer_hugging_face import BESIDE, HUGGING_FACE, JSON_FILE, SETTINGS_FILE, read_json
-from megatron_rdt.data.tokenizer_sentencepiece import MODEL_FILE
+from megatron_rdt.data.tokenizer.export import AS_IT_IS, first_difference, write_settings
+from megatron_rdt.data.tokenizer.hugging_face_backend import BESIDE, HUGGING_FACE, JSON_FILE, SETTINGS_FILE, read_json
+from megatron_rdt.data.tokenizer.sentencepiece_backend import MODEL_FILE
 from megatron_rdt.files import write_text
 
 # Where tokenizer.model lies when AutoTokenizer must not find it.

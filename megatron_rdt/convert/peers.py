@@ -14,7 +14,7 @@ import torch
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.injection.diagonal import RATE_BOUNDS, STEP_BOUNDS
-from megatron_rdt.model.signals import FEATURES, loop_features
+from megatron_rdt.model.iteration_signals import FEATURES, loop_features
 
 Weights = dict[str, torch.Tensor]
 # What |a| dt can be here, and with it the decay exp(-|a| dt).
@@ -184,7 +184,7 @@ def from_parcae(state: Mapping[str, torch.Tensor], config: ModelConfig) -> Weigh
 
 
 def from_huginn(state: Mapping[str, torch.Tensor], config: ModelConfig) -> Weights:
-    """Of `RavenForCausalLM` (Huginn); config as in configs/models/huginn_3.5b.yaml."""
+    """Of `RavenForCausalLM` (Huginn); config as in configs/models/huginn_3_5b.yaml."""
     source = Source(state, r"freqs_cis|lm_head\.weight")
     weights = source.copy({
         "embedding.weight": "transformer.wte.weight",

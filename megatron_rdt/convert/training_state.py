@@ -26,8 +26,8 @@ from megatron_rdt.config import ParallelConfig, RunConfig, load_config
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel import make_engine
-from megatron_rdt.parallel.native import NativeEngine
-from megatron_rdt.parallel.universal import MOMENTS, UNIVERSAL, WEIGHT, read_universal, write_universal
+from megatron_rdt.parallel.torch_engine import NativeEngine
+from megatron_rdt.parallel.zero_universal import MOMENTS, UNIVERSAL, WEIGHT, read_universal, write_universal
 
 ZERO = "zero"
 

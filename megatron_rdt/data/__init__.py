@@ -8,26 +8,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_rdt.data.corpus import TokenCorpus, Windows, fixed_windows
-    from megatron_rdt.data.indexed import IndexedDataset, IndexedWriter
     from megatron_rdt.data.loader import Batch, BatchLoader
-    from megatron_rdt.data.manifest import CorpusManifest, load_manifest, shard_difference
-    from megatron_rdt.data.packed import PackedCorpus, open_corpus
-    from megatron_rdt.data.tokenizer import Tokenizer
+    from megatron_rdt.data.packed_corpus import PackedCorpus, open_corpus
+    from megatron_rdt.data.shard_files.corpus_manifest import CorpusManifest, load_manifest, shard_difference
+    from megatron_rdt.data.shard_files.indexed import IndexedDataset, IndexedWriter
+    from megatron_rdt.data.tokenizer.base import Tokenizer
 
 _MODULES = {
     "Batch": "loader",
     "BatchLoader": "loader",
-    "CorpusManifest": "manifest",
-    "IndexedDataset": "indexed",
-    "IndexedWriter": "indexed",
-    "PackedCorpus": "packed",
+    "CorpusManifest": "shard_files.corpus_manifest",
+    "IndexedDataset": "shard_files.indexed",
+    "IndexedWriter": "shard_files.indexed",
+    "PackedCorpus": "packed_corpus",
     "TokenCorpus": "corpus",
-    "Tokenizer": "tokenizer",
+    "Tokenizer": "tokenizer.base",
     "Windows": "corpus",
     "fixed_windows": "corpus",
-    "load_manifest": "manifest",
-    "open_corpus": "packed",
-    "shard_difference": "manifest",
+    "load_manifest": "shard_files.corpus_manifest",
+    "open_corpus": "packed_corpus",
+    "shard_difference": "shard_files.corpus_manifest",
 }
 __all__ = [
     "Batch",

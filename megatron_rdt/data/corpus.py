@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_rdt.data.manifest import CorpusManifest, load_manifest
-from megatron_rdt.data.sampler import SampleOrder
-from megatron_rdt.data.shards import Shards
+from megatron_rdt.data.sample_order import SampleOrder
+from megatron_rdt.data.shard_files.corpus_manifest import CorpusManifest, load_manifest
+from megatron_rdt.data.shard_files.open_shards import Shards
 from megatron_rdt.errors import DataError
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from megatron_rdt.data.corpus import Windows
-from megatron_rdt.data.sampler import rank_samples
+from megatron_rdt.data.sample_order import rank_samples
 
 PREFETCHED_BATCHES = 2
 # Samples whose places are computed at once: the permutation costs 1.5 us for each of a thousand, 25 for each of 32.

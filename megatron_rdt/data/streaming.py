@@ -15,9 +15,9 @@ import torch
 import xxhash
 
 from megatron_rdt.data.corpus import Windows
-from megatron_rdt.data.hub import PREFIX, open_stream, unreadable
+from megatron_rdt.data.hugging_face import PREFIX, open_stream, unreadable
 from megatron_rdt.data.loader import PREFETCHED_BATCHES
-from megatron_rdt.data.tokenizer import Tokenizer
+from megatron_rdt.data.tokenizer.base import Tokenizer
 from megatron_rdt.errors import DataError
 
 # What is noted of batches that the steps have not taken yet: those that wait, one in the making, one in use.

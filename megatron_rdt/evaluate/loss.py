@@ -17,8 +17,8 @@ from megatron_rdt.checkpoint import read_trainer_state, resolve_checkpoint
 from megatron_rdt.checkpoint.read import CHECKPOINTS
 from megatron_rdt.config import CorpusConfig, DataConfig, RunConfig, load_config
 from megatron_rdt.data import TokenCorpus, Tokenizer, Windows, fixed_windows, load_manifest, open_corpus
-from megatron_rdt.data.manifest import MANIFEST
-from megatron_rdt.data.tokenizer import BYTES_FILE
+from megatron_rdt.data.shard_files.corpus_manifest import MANIFEST
+from megatron_rdt.data.tokenizer.base import BYTES_FILE
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.files import write_text
 from megatron_rdt.inference.load import choose_device, load_verified

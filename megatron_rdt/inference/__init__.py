@@ -3,8 +3,8 @@
 from megatron_rdt.inference.generate import GenerationTrace, generate, stream
 from megatron_rdt.inference.load import load
 from megatron_rdt.inference.text import generate_text, generate_texts, stream_text
-from megatron_rdt.model.cache import KVCache
-from megatron_rdt.model.exits import ExitRule, ExitTrace
+from megatron_rdt.model.attention.kv_cache import KVCache
+from megatron_rdt.model.halting.exit_rules import ExitRule, ExitTrace
 
 __all__ = [
     "ExitRule",

@@ -8,8 +8,8 @@ from torch import nn
 
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.inference.sampling import check_settings, pick, uniforms
-from megatron_rdt.model.cache import KVCache
-from megatron_rdt.model.exits import ExitRule, ExitTrace
+from megatron_rdt.model.attention.kv_cache import KVCache
+from megatron_rdt.model.halting.exit_rules import ExitRule, ExitTrace
 
 Prompts = torch.Tensor | Sequence[Sequence[int]]
 

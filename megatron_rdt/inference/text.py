@@ -9,7 +9,7 @@ from megatron_rdt.inference.generate import generate, stream
 from megatron_rdt.inference.load import load
 from megatron_rdt.inference.sampling import check_settings
 from megatron_rdt.model import RecurrentDepthTransformer
-from megatron_rdt.model.exits import ExitRule
+from megatron_rdt.model.halting.exit_rules import ExitRule
 
 SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_rdt.model.context import LayerContext
-from megatron_rdt.model.flex import BlockwiseMask
+from megatron_rdt.model.attention.kernels import BlockwiseMask
+from megatron_rdt.model.forward_context import LayerContext
+from megatron_rdt.model.iteration_signals import Modulation
 from megatron_rdt.model.layer import Layer
 from megatron_rdt.model.moe import MixtureOfExperts
-from megatron_rdt.model.signals import Modulation
 
 # Kinds of layer times 4: prelude, core and coda layers with value embeddings and without are kinds of their own.
 # More would mean that something changes from call to call which should not.

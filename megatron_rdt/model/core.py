@@ -15,16 +15,16 @@ from torch import nn
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth.plan import DepthPlan
-from megatron_rdt.model.attention import KeyValueCache
-from megatron_rdt.model.checkpointing import Checkpointing
-from megatron_rdt.model.context import LayerContext, LoopInputs
-from megatron_rdt.model.halting import HaltingUnit, make_tracker
+from megatron_rdt.model.activation_checkpointing import Checkpointing
+from megatron_rdt.model.attention.gqa import KeyValueCache
+from megatron_rdt.model.forward_context import LayerContext, LoopInputs
+from megatron_rdt.model.halting.trained import HaltingUnit, make_tracker
 from megatron_rdt.model.injection import Injection
+from megatron_rdt.model.iteration_signals import Signals
 from megatron_rdt.model.layer import Layer
 from megatron_rdt.model.linear import IdentityLinear
 from megatron_rdt.model.monitor import CoreMonitor, top_singular_values
 from megatron_rdt.model.norm import RMSNorm
-from megatron_rdt.model.signals import Signals
 from megatron_rdt.model.transfer import from_host
 
 

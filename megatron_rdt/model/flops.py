@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from megatron_rdt.config import ModelConfig
-from megatron_rdt.model.attention import TokenValues
+from megatron_rdt.model.attention.gqa import TokenValues
+from megatron_rdt.model.iteration_signals import AdaLnSignal
 from megatron_rdt.model.moe import MixtureOfExperts
 from megatron_rdt.model.rdt import RecurrentDepthTransformer
-from megatron_rdt.model.signals import AdaLnSignal
 
 BACKWARD_FACTOR = 2
 

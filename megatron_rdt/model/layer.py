@@ -7,12 +7,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_rdt.config import ModelConfig
-from megatron_rdt.model.attention import ATTENTIONS, KeyValueCache
-from megatron_rdt.model.context import LayerContext
+from megatron_rdt.model.attention.gqa import ATTENTIONS, KeyValueCache
 from megatron_rdt.model.feedforward import FEEDFORWARDS
+from megatron_rdt.model.forward_context import LayerContext
+from megatron_rdt.model.iteration_signals import Modulation
 from megatron_rdt.model.moe import MixtureOfExperts
 from megatron_rdt.model.norm import RMSNorm
-from megatron_rdt.model.signals import Modulation
 
 
 class Layer(nn.Module):

@@ -9,21 +9,21 @@ from torch.nn import functional
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth.plan import DepthPlan
-from megatron_rdt.model.adaptive import AdaptiveLoop
-from megatron_rdt.model.attention import KeyValueCache
-from megatron_rdt.model.cache import KVCache
-from megatron_rdt.model.context import LayerContext
+from megatron_rdt.model.attention.gqa import KeyValueCache
+from megatron_rdt.model.attention.kernels import model_mask
+from megatron_rdt.model.attention.kv_cache import KVCache
+from megatron_rdt.model.attention.masks import SequenceShare, padded_mask
+from megatron_rdt.model.attention.rope import rotary_tables
 from megatron_rdt.model.core import RecurrentCore
-from megatron_rdt.model.exits import ExitRule, ExitTrace
-from megatron_rdt.model.flex import model_mask
+from megatron_rdt.model.cross_entropy import cross_entropy, soften
+from megatron_rdt.model.forward_context import LayerContext
+from megatron_rdt.model.halting.adaptive_loop import AdaptiveLoop
+from megatron_rdt.model.halting.exit_rules import ExitRule, ExitTrace
+from megatron_rdt.model.initial_state import normal_state
 from megatron_rdt.model.layer import Layer
 from megatron_rdt.model.linear import Linear, linear
-from megatron_rdt.model.loss import cross_entropy, soften
-from megatron_rdt.model.masks import SequenceShare, padded_mask
 from megatron_rdt.model.monitor import CoreMonitor
 from megatron_rdt.model.norm import RMSNorm
-from megatron_rdt.model.rope import rotary_tables
-from megatron_rdt.model.state import normal_state
 
 
 class Embedding(nn.Module):

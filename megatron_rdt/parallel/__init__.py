@@ -12,11 +12,11 @@ def make_engine(config: RunConfig, device: torch.device) -> Engine:
     """The engine that `parallel.engine` names; the process group exists already where there are several ranks."""
     name = config.parallel.engine
     if name == "single":
-        from megatron_rdt.parallel.single import SingleEngine
+        from megatron_rdt.parallel.replicated import SingleEngine
 
         return SingleEngine(config, device)
     if name == "ddp":
-        from megatron_rdt.parallel.single import DataParallelEngine
+        from megatron_rdt.parallel.replicated import DataParallelEngine
 
         return DataParallelEngine(config, device)
     if name == "fsdp":

@@ -16,12 +16,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from megatron_rdt.model import RecurrentDepthTransformer, initial_parameter, reset_buffers
-from megatron_rdt.parallel.context import ContextParallel
-from megatron_rdt.parallel.expert import expert_parameters, parallelize_experts, reduce_experts
-from megatron_rdt.parallel.local import shard_of
+from megatron_rdt.parallel.context_parallel import ContextParallel
+from megatron_rdt.parallel.dtensor_views import shard_of
+from megatron_rdt.parallel.expert_parallel import expert_parameters, parallelize_experts, reduce_experts
 from megatron_rdt.parallel.mesh import Meshes, make_meshes, sharded_dimension
-from megatron_rdt.parallel.native import NativeEngine
-from megatron_rdt.parallel.tensor import parallelize
+from megatron_rdt.parallel.tensor_parallel import parallelize
+from megatron_rdt.parallel.torch_engine import NativeEngine
 
 
 class FullyShardedEngine(NativeEngine):

@@ -24,7 +24,7 @@ from megatron_rdt.model.core import RecurrentCore
 from megatron_rdt.model.layer import Layer
 from megatron_rdt.parallel.engine import Engine
 from megatron_rdt.parallel.optimizers import adamw, adamw_groups, apply_options, set_learning_rate
-from megatron_rdt.parallel.universal import UNIVERSAL
+from megatron_rdt.parallel.zero_universal import UNIVERSAL
 
 NATIVE, TAG = "zero", "state"
 INITIAL_MICRO_STEP = -1  # of DeepSpeed's stages 1 and 2

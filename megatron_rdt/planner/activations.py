@@ -5,7 +5,7 @@ what its operators need for their gradients: a matrix product its input, a produ
 input, silu its input. Sums keep nothing. Tests compare every function with what autograd really saves.
 """
 
-from megatron_rdt.model.attention import has_value_embedding
+from megatron_rdt.model.attention.gqa import has_value_embedding
 from megatron_rdt.planner.shape import FLOAT32, Shape
 
 INT64 = 8

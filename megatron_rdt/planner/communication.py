@@ -1,4 +1,4 @@
-"""What a process sends in one optimizer step: calls and bytes by kind of collective, as `parallel/counting.py` counts them.
+"""Calls and bytes that one process sends in an optimizer step, by kind of collective (`parallel/collective_counter.py`).
 
 Bytes are those of the whole buffer of each call: what a gather returns, what a reduction takes. Tests compare with what
 the engines really send.
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from megatron_rdt.config import ModelConfig, RunConfig
 from megatron_rdt.config.layout import Layout
-from megatron_rdt.model.loss import CHUNK_ELEMENTS
+from megatron_rdt.model.cross_entropy import CHUNK_ELEMENTS
 from megatron_rdt.parallel.optimizers import decays
-from megatron_rdt.planner.checkpoints import Policy
 from megatron_rdt.planner.memory import Depth
 from megatron_rdt.planner.parameters import FLOAT32, Parameter, core_units, parameters_of, units_of
+from megatron_rdt.planner.recomputation import Policy
 from megatron_rdt.planner.shape import Shape
 from megatron_rdt.planner.weights import ZERO_BUCKET
 
@@ -29,7 +29,7 @@ class Sent:
     """Collectives of one purpose in one step.
 
     Attributes:
-        phase: forward, backward or update, as in `parallel/counting.py`.
+        phase: forward, backward or update, as in `parallel/collective_counter.py`.
         kind: of the collective.
         purpose: what is sent, in words.
         calls: how many.

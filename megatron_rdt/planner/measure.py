@@ -17,7 +17,7 @@ from megatron_rdt.config import RunConfig
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel import Engine, MicroBatch, make_engine
-from megatron_rdt.parallel.counting import count_step, totals
+from megatron_rdt.parallel.collective_counter import count_step, totals
 
 # What a collective allocates for itself, a thread of its own frees unseen: it counts until the operator returns.
 COLLECTIVES, NEVER = "c10d::", -1

@@ -17,9 +17,9 @@ from megatron_rdt.planner.activations import (
     layer_kept,
     loss_kept,
 )
-from megatron_rdt.planner.checkpoints import Policy
 from megatron_rdt.planner.ledger import Ledger
 from megatron_rdt.planner.parameters import FLOAT32, ROOT, parameters_of
+from megatron_rdt.planner.recomputation import Policy
 from megatron_rdt.planner.shape import Shape
 from megatron_rdt.planner.weights import Weights, make_weights
 from megatron_rdt.planner.working import (

@@ -11,7 +11,7 @@ from megatron_rdt.config.layout import Layout
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel.mesh import sharded_dimension
 from megatron_rdt.parallel.optimizers import by_muon
-from megatron_rdt.parallel.tensor import split_dimension
+from megatron_rdt.parallel.tensor_parallel import split_dimension
 
 FLOAT32 = 4
 ROOT = "root"

@@ -10,7 +10,7 @@ from megatron_rdt.devices import Device
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.planner.communication import step_communication
 from megatron_rdt.planner.memory import Depth, step_memory
-from megatron_rdt.planner.plan import ROOM, Plan, changed, checkpoint_policies, depths, layout_of, make_plan
+from megatron_rdt.planner.run_plan import ROOM, Plan, changed, checkpoint_policies, depths, layout_of, make_plan
 from megatron_rdt.planner.step_time import step_time, step_work
 
 MICRO_BATCHES = (16, 8, 4, 2, 1)

@@ -7,8 +7,8 @@ from megatron_rdt.config import ModelConfig, RunConfig
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.devices import Device
 from megatron_rdt.model.flops import ForwardFlops, forward_flops, training_flops
-from megatron_rdt.planner.checkpoints import Policy
 from megatron_rdt.planner.communication import REDUCE, Sent
+from megatron_rdt.planner.recomputation import Policy
 
 DAY, HOUR = 86400.0, 3600.0
 

@@ -1,6 +1,6 @@
 """Memory that comes and goes inside one part of a layer, and in the loss: estimates of what is alive at once."""
 
-from megatron_rdt.model.loss import CHUNK_ELEMENTS
+from megatron_rdt.model.cross_entropy import CHUNK_ELEMENTS
 from megatron_rdt.planner.shape import FLOAT32, Shape
 
 

@@ -22,18 +22,18 @@ from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.flops import forward_flops, training_flops
 from megatron_rdt.model.moe import rebalance
 from megatron_rdt.parallel import Engine, MicroBatch, make_engine
-from megatron_rdt.train.collection import ScheduledCollection
-from megatron_rdt.train.data import RunData
+from megatron_rdt.parallel.process_group import join_world
+from megatron_rdt.train.data.prepared import RunData
+from megatron_rdt.train.data.streamed import StreamData
+from megatron_rdt.train.garbage_collection import ScheduledCollection
 from megatron_rdt.train.hardware import peak_flops, peak_memory_gb
-from megatron_rdt.train.health import Guard, is_finite
 from megatron_rdt.train.metrics import Console, Recorder, evaluation_lines, evaluation_record, forget_after
 from megatron_rdt.train.monitoring import Monitoring
-from megatron_rdt.train.preflight import changed_settings, check_resumable, refuse_to_overwrite
+from megatron_rdt.train.nonfinite_guard import Guard, is_finite
+from megatron_rdt.train.resume_checks import changed_settings, check_resumable, refuse_to_overwrite
 from megatron_rdt.train.schedule import learning_rate
-from megatron_rdt.train.signals import StopRequest
-from megatron_rdt.train.streamed import StreamData
-from megatron_rdt.train.taken import StepClock, TakenStep
-from megatron_rdt.train.world import join_world
+from megatron_rdt.train.step_record import StepClock, TakenStep
+from megatron_rdt.train.stop_request import StopRequest
 
 # How long to wait for a process of the same run that was killed and has not quite ended.
 LOCK_PATIENCE_S = 10.0

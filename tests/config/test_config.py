@@ -6,10 +6,10 @@ import pytest
 import yaml
 
 from data_prep.config import PrepConfig
-from launch.quickstart import DATA_CONFIG, TASKS_CONFIG
+from launch.commands.quickstart import DATA_CONFIG, TASKS_CONFIG
 from megatron_rdt.config import RunConfig, check_config, dump_config, load_config
-from megatron_rdt.config.files import UniqueKeys
 from megatron_rdt.config.parser import make_parser, parse
+from megatron_rdt.config.yaml_files import UniqueKeys
 from megatron_rdt.errors import ConfigError
 
 

@@ -13,13 +13,13 @@ from launch.cli import main
 from megatron_rdt.config import ModelConfig, RunConfig, check_config, load_config
 from megatron_rdt.depth.distributions import loop_probabilities
 from megatron_rdt.model import RecurrentDepthTransformer
-from megatron_rdt.model.signals import FEATURES
+from megatron_rdt.model.iteration_signals import FEATURES
 
 ROOT = Path(__file__).resolve().parents[2] / "configs" / "models"
 
 # Name: parameters here, parameters of the published model.
 TOTALS = {
-    "huginn_3.5b": (3_564_976_800, 3_564_976_800),
+    "huginn_3_5b": (3_564_976_800, 3_564_976_800),
     "openmythos_1b": (1_064_030_729, 1_064_028_034),
     "openmythos_3b": (3_041_729_033, 3_041_725_186),
     "openmythos_10b": (9_981_322_257, 9_981_316_994),
@@ -71,12 +71,12 @@ def test_large_parts_of_a_preset() -> None:
     """The numbers above from the published dimensions alone: Huginn's, layer by layer."""
     dim, inner, vocab = 5280, 17920, 65536
     layer = 4 * dim * dim + 2 * dim + 3 * dim * inner + 4 * dim  # attention, biases, feed-forward, norms
-    assert vocab * dim + 8 * layer + 2 * dim * dim + dim == TOTALS["huginn_3.5b"][1]
+    assert vocab * dim + 8 * layer + 2 * dim * dim + dim == TOTALS["huginn_3_5b"][1]
 
 
 def test_depths_are_the_papers() -> None:
     """E[T] and the share of T < 8 of Huginn (section 3.3 gives log-normal Poisson with mean 32), Parcae's Poisson 8."""
-    depth = load_config(ROOT / "huginn_3.5b.yaml").depth
+    depth = load_config(ROOT / "huginn_3_5b.yaml").depth
     table = loop_probabilities(depth)
     assert float(table @ range(len(table))) == pytest.approx(33, abs=0.05)
     assert float(table[:8].sum()) == pytest.approx(0.009, abs=0.001)
@@ -87,7 +87,7 @@ def test_depths_are_the_papers() -> None:
     assert (depth.backprop, depth.per) == (4, "sequence")
 
 
-@pytest.mark.parametrize("name", ["huginn_3.5b", "parcae_1_3b", "openmythos_1t"])
+@pytest.mark.parametrize("name", ["huginn_3_5b", "parcae_1_3b", "openmythos_1t"])
 def test_print_config_shows_the_preset(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -6,7 +6,7 @@ import torch
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.convert.peers import PRODUCT_BOUNDS, decay_parameters, scale_weights
 from megatron_rdt.model.injection.diagonal import DiagonalDecay
-from megatron_rdt.model.signals import LoraSignal
+from megatron_rdt.model.iteration_signals import LoraSignal
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

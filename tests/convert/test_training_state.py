@@ -12,7 +12,7 @@ from megatron_rdt.config import load_config
 from megatron_rdt.convert import convert, training_state
 from megatron_rdt.convert.training_state import read_training_state
 from megatron_rdt.errors import CheckpointError, ConfigError
-from megatron_rdt.parallel.universal import read_universal, read_universal_weights, write_universal
+from megatron_rdt.parallel.zero_universal import read_universal, read_universal_weights, write_universal
 from megatron_rdt.train.trainer import train
 from tests.distributed.training import train_on
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_rdt.data import IndexedWriter, Tokenizer
-from megatron_rdt.data.blocks import seal_shard
-from megatron_rdt.data.manifest import FORMAT, MANIFEST, VERSION
+from megatron_rdt.data.shard_files.block_hashes import seal_shard
+from megatron_rdt.data.shard_files.corpus_manifest import FORMAT, MANIFEST, VERSION
 
 
 def write_random_corpus(

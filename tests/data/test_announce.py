@@ -12,7 +12,7 @@ import torch
 from megatron_rdt.config import DataConfig
 from megatron_rdt.data import BatchLoader, TokenCorpus, load_manifest, open_corpus
 from megatron_rdt.data.mixture import Mixture, MixtureOrder, Stage
-from megatron_rdt.data.packing import make_plans
+from megatron_rdt.data.packing_plan import make_plans
 from tests.data.random_corpus import write_random_corpus
 
 LENGTH, BATCH = 300, 24

@@ -12,7 +12,7 @@ from data_prep.config import PrepConfig
 from data_prep.pipeline import prepare
 from megatron_rdt.config import RunConfig
 from megatron_rdt.data import BatchLoader, IndexedDataset, TokenCorpus, Tokenizer, Windows, fixed_windows
-from megatron_rdt.data.indexed import CODES, HEADER, MAGIC, VERSION
+from megatron_rdt.data.shard_files.indexed import CODES, HEADER, MAGIC, VERSION
 from megatron_rdt.evaluate.loss import evaluate_checkpoint, validation_losses
 from megatron_rdt.inference import load
 from megatron_rdt.model import RecurrentDepthTransformer, initialize

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from megatron_rdt.config import CorpusConfig, RunConfig
 from megatron_rdt.data import Windows, open_corpus
-from megatron_rdt.train.data import RunData
+from megatron_rdt.train.data.prepared import RunData
 from tests.data.corpora import random_documents, stream, write_corpus
 
 CASES = int(os.environ.get("RDT_FUZZ_CASES", "15"))

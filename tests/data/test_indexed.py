@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_rdt.data import IndexedDataset, IndexedWriter
-from megatron_rdt.data.indexed import MAX_SEQUENCE, prefix_path
+from megatron_rdt.data.shard_files.indexed import MAX_SEQUENCE, prefix_path
 from megatron_rdt.errors import DataError
 
 GOLDEN_BIN = "010002000300dbff"
@@ -191,7 +191,7 @@ def test_a_document_too_long_for_the_format_is_refused(tmp_path: Path) -> None:
 
 def test_long_reads_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "w", [list(range(50))], 500)
-    monkeypatch.setattr("megatron_rdt.data.indexed.READ_BYTES", 7)
+    monkeypatch.setattr("megatron_rdt.data.shard_files.indexed.READ_BYTES", 7)
     assert IndexedDataset(tmp_path / "w").read(3, 40).tolist() == list(range(3, 43))
 
 

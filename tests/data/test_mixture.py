@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from megatron_rdt.config import CorpusConfig, RunConfig, dump_config, load_config
-from megatron_rdt.config.mixture import PERIOD, integer_weights
+from megatron_rdt.config.mixture_weights import PERIOD, integer_weights
 from megatron_rdt.data import BatchLoader, TokenCorpus, Windows, load_manifest
 from megatron_rdt.data.mixture import Mixture, MixtureOrder, Stage, interleave, period_turns
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.evaluate.loss import evaluate_checkpoint
-from megatron_rdt.train.data import RunData, _check_tokenizers
+from megatron_rdt.train.data.prepared import RunData, _check_tokenizers
 from megatron_rdt.train.trainer import train
 from tests.data.corpora import mixture_option, write_corpus
 

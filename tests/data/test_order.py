@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from megatron_rdt.data import BatchLoader, CorpusManifest, IndexedDataset, TokenCorpus, fixed_windows, load_manifest
-from megatron_rdt.data.indexed import CODES, HEADER, MAGIC, MAX_SEQUENCE, VERSION
 from megatron_rdt.data.permutation import KeyedPermutation
-from megatron_rdt.data.sampler import SampleOrder, rank_samples
-from megatron_rdt.data.shards import Shards, starts_on_disk
+from megatron_rdt.data.sample_order import SampleOrder, rank_samples
+from megatron_rdt.data.shard_files.indexed import CODES, HEADER, MAGIC, MAX_SEQUENCE, VERSION
+from megatron_rdt.data.shard_files.open_shards import Shards, starts_on_disk
 from megatron_rdt.errors import ConfigError, DataError
 from tests.data.corpora import random_documents, stream, write_corpus
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from megatron_rdt.config import DataConfig
 from megatron_rdt.data import BatchLoader, CorpusManifest, IndexedWriter, PackedCorpus, open_corpus
-from megatron_rdt.data import packing as packing_module
-from megatron_rdt.data.packing import HEADER, PIECE, PlanCounts, best_fit, make_plans, pack, plan_path
+from megatron_rdt.data import packing_plan as packing_module
+from megatron_rdt.data.packing_plan import HEADER, PIECE, PlanCounts, best_fit, make_plans, pack, plan_path
 from megatron_rdt.errors import DataError
 from megatron_rdt.files import sha256_of
 
@@ -319,8 +319,8 @@ def test_killed_while_making_a_plan(tmp_path: Path) -> None:
     manifest = write_corpus(tmp_path, SHARDS)
     program = (
         "import json, os, pathlib, signal, sys\n"
-        "from megatron_rdt.data import packing\n"
-        "from megatron_rdt.data.manifest import CorpusManifest\n"
+        "from megatron_rdt.data import packing_plan as packing\n"
+        "from megatron_rdt.data.shard_files.corpus_manifest import CorpusManifest\n"
         "made, write = [], packing.atomic_open\n"
         "class Half:\n"
         "    def __init__(self, *arguments): self.context = write(*arguments)\n"

@@ -11,12 +11,12 @@ import torch
 
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import RunConfig
-from megatron_rdt.config.mixture import integer_weights
+from megatron_rdt.config.mixture_weights import integer_weights
 from megatron_rdt.data import Batch, BatchLoader, TokenCorpus
 from megatron_rdt.data.mixture import period_turns
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.files import sha256_of
-from megatron_rdt.train.data import RunData
+from megatron_rdt.train.data.prepared import RunData
 from megatron_rdt.train.trainer import train
 from tests.data.corpora import mixture_option
 from tests.data.random_corpus import write_random_corpus

@@ -15,7 +15,7 @@ from megatron_rdt.config import RunConfig, check_config
 from megatron_rdt.data import BatchLoader, Tokenizer
 from megatron_rdt.data.streaming import EndedError, RowReader, TokenStream, first_windows, open_dataset
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError
-from megatron_rdt.train.streamed import StreamData
+from megatron_rdt.train.data.streamed import StreamData
 from megatron_rdt.train.trainer import train
 from tests.distributed.training import train_on
 

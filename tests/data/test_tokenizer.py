@@ -15,8 +15,15 @@ from hypothesis import strategies as st
 
 from megatron_rdt.convert.hf_tokenizer import export_tokenizer
 from megatron_rdt.data import Tokenizer
-from megatron_rdt.data.tokenizer_sentencepiece import GRID, RUN, SentencePieceBackend, has_words, parsed_model, parts
-from megatron_rdt.data.tokenizer_words import SPACE, WordMemory
+from megatron_rdt.data.tokenizer.bpe_word_cache import SPACE, WordMemory
+from megatron_rdt.data.tokenizer.sentencepiece_backend import (
+    GRID,
+    RUN,
+    SentencePieceBackend,
+    has_words,
+    parsed_model,
+    parts,
+)
 from megatron_rdt.errors import DataError
 
 KINDS = ("bpe", "unigram", "hf")
@@ -137,7 +144,7 @@ def test_words_are_encoded_as_in_their_text(
     backend = opened["bpe"].backend
     assert isinstance(backend, SentencePieceBackend)
     assert isinstance(backend._words, WordMemory)
-    monkeypatch.setattr("megatron_rdt.data.tokenizer_words.MEMORY_BYTES", 100_000)
+    monkeypatch.setattr("megatron_rdt.data.tokenizer.bpe_word_cache.MEMORY_BYTES", 100_000)
     texts = [path.read_text(encoding="utf-8") for path in sorted(tiny_text.iterdir())]
     expected = [backend.processor.encode(text) for text in texts]
     forgotten = 0

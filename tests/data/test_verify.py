@@ -15,10 +15,10 @@ from data_prep.config import PrepConfig
 from data_prep.pipeline import prepare
 from launch.cli import run_command
 from megatron_rdt.data import IndexedDataset, TokenCorpus, load_manifest
-from megatron_rdt.data.blocks import BLOCK_BYTES, read_content
-from megatron_rdt.data.index_damage import read_index
-from megatron_rdt.data.indexed import CODES, HEADER, MAGIC, VERSION
-from megatron_rdt.data.verify import corpus_bytes, verify_corpus
+from megatron_rdt.data.shard_files.block_hashes import BLOCK_BYTES, read_content
+from megatron_rdt.data.shard_files.index_check import read_index
+from megatron_rdt.data.shard_files.indexed import CODES, HEADER, MAGIC, VERSION
+from megatron_rdt.data.shard_files.verify import corpus_bytes, verify_corpus
 from megatron_rdt.errors import DataError
 from tests.data.random_corpus import write_random_corpus
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.duplicates import SCAN_ROW, bands_path, find_duplicates
-from data_prep.minhash import Bands, bands_and_rows, shingles
+from data_prep.stages.duplicates import SCAN_ROW, bands_path, find_duplicates
+from data_prep.stages.minhash import Bands, bands_and_rows, shingles
 from megatron_rdt.errors import DataError
 
 NOTHING = {"duplicate": 0, "near_duplicate": 0}

@@ -22,10 +22,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep import claims, steps
 from data_prep.config import PrepConfig
+from data_prep.jobs import claims, steps
 from data_prep.pipeline import merge, prepare
-from megatron_rdt.data.manifest import load_manifest
+from megatron_rdt.data.shard_files.corpus_manifest import load_manifest
 
 CASES = int(os.environ.get("RDT_FUZZ_CASES", "12"))
 WORDS = [

@@ -13,8 +13,8 @@ import pytest
 from data_prep.importing import import_corpus
 from launch.cli import run_command
 from megatron_rdt.data import TokenCorpus, load_manifest
-from megatron_rdt.data.indexed import prefix_path
-from megatron_rdt.data.verify import verify_corpus
+from megatron_rdt.data.shard_files.indexed import prefix_path
+from megatron_rdt.data.shard_files.verify import verify_corpus
 from megatron_rdt.errors import ConfigError, DataError
 from tests.data.random_corpus import write_random_corpus
 

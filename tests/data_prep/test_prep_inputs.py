@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from data_prep.jobs.workers import Pool
 from data_prep.pipeline import prepare
-from data_prep.records import BAD_LISTED
-from data_prep.workers import Pool
+from data_prep.sources.records import BAD_LISTED
 from megatron_rdt.data import load_manifest
 from megatron_rdt.errors import ConfigError, DataError, LaunchError
 from megatron_rdt.files import exclusive

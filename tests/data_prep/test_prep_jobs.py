@@ -9,7 +9,7 @@ import pytest
 from data_prep.config import PrepConfig
 from data_prep.pipeline import prepare
 from megatron_rdt.data import IndexedDataset, Tokenizer, load_manifest
-from megatron_rdt.data.tokenizer_sentencepiece import parsed_model
+from megatron_rdt.data.tokenizer.sentencepiece_backend import parsed_model
 from megatron_rdt.errors import ConfigError, DataError
 
 OPTIONS = {"vocab_size": 512, "valid_fraction": 0.2, "workers": 1}

@@ -13,12 +13,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_prep import pipeline, publish, sample
-from data_prep.claims import STALE_S, Claims, claims
+from data_prep import pipeline
 from data_prep.config import PrepConfig
-from data_prep.inputs import Part
+from data_prep.jobs.claims import STALE_S, Claims, claims
+from data_prep.jobs.working_directory import Job, versions
 from data_prep.pipeline import merge, prepare
-from data_prep.plan import Job, versions
+from data_prep.sources.inputs import Part
+from data_prep.stages import publish
+from data_prep.stages import train_tokenizer as sample
 from megatron_rdt.data import load_manifest
 from megatron_rdt.errors import ConfigError, DataError, LaunchError
 from megatron_rdt.files import exclusive
@@ -220,7 +222,7 @@ def test_other_options_are_refused(source: Path, tmp_path: Path, monkeypatch: py
     ):
         with pytest.raises(ConfigError, match=rf"unfinished `rdt prep` that was {message}.*--restart"):
             prepare(config(source, out, **changes))
-    monkeypatch.setattr("data_prep.plan.versions", lambda: versions() | {"sentencepiece": "0.0.1"})
+    monkeypatch.setattr("data_prep.jobs.working_directory.versions", lambda: versions() | {"sentencepiece": "0.0.1"})
     with pytest.raises(ConfigError, match=r"sentencepiece 0\..*, now 0\.0\.1"):
         prepare(config(source, out))
     monkeypatch.undo()

@@ -11,15 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import encode, records, scan
 from data_prep.config import PrepConfig
-from data_prep.inputs import Input, Part, cut_parts, input_files
+from data_prep.jobs.working_directory import Job
 from data_prep.pipeline import prepare
-from data_prep.plan import Job
-from data_prep.records import Document, Reader
-from data_prep.scan import ArrayWriter, is_valid, scan_part, scan_path, scan_record
+from data_prep.sources import records
+from data_prep.sources.inputs import Input, Part, cut_parts, input_files
+from data_prep.sources.records import Document, Reader
+from data_prep.stages import encode, scan
+from data_prep.stages.scan import ArrayWriter, is_valid, scan_part, scan_path, scan_record
 from megatron_rdt.data import IndexedDataset, Tokenizer, load_manifest
-from megatron_rdt.data.verify import verify_corpus
+from megatron_rdt.data.shard_files.verify import verify_corpus
 from megatron_rdt.errors import ConfigError, DataError
 from tests.data_prep.test_prep import GOOD, config, lines
 from tests.data_prep.test_prep_jobs import contents, texts_of

@@ -11,7 +11,7 @@ from data_prep import show
 from data_prep.show import Style
 from launch.cli import run_command
 from megatron_rdt.data import IndexedDataset, IndexedWriter, TokenCorpus, Tokenizer
-from megatron_rdt.data.blocks import seal_shard
+from megatron_rdt.data.shard_files.block_hashes import seal_shard
 from megatron_rdt.errors import ConfigError, DataError
 from tests.data.random_corpus import write_random_corpus
 

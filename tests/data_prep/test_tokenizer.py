@@ -25,7 +25,7 @@ from data_prep.tokenizer import (
     write_tokenizer,
 )
 from megatron_rdt.data import IndexedDataset, Tokenizer, load_manifest
-from megatron_rdt.data.tokenizer_sentencepiece import GRID, is_on_grid, parsed_model
+from megatron_rdt.data.tokenizer.sentencepiece_backend import GRID, is_on_grid, parsed_model
 from megatron_rdt.errors import ConfigError, DataError
 
 BPE = PrepConfig(vocab_size=400, tokenizer_sample_bytes=100_000)

@@ -9,7 +9,7 @@ from megatron_rdt.config import DepthConfig, ModelConfig, ParallelConfig, RunCon
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.depth.hashing import hash64
 from megatron_rdt.model import RecurrentDepthTransformer
-from megatron_rdt.model.checkpointing import set_checkpointing
+from megatron_rdt.model.activation_checkpointing import set_checkpointing
 from megatron_rdt.parallel import Engine, MicroBatch, make_engine
 
 PLAIN = ModelConfig(vocab_size=64, dim=32, prelude_layers=1, core_layers=2, coda_layers=1, heads=4, kv_heads=4)

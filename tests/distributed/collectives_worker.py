@@ -10,9 +10,9 @@ import torch.distributed as dist
 from benchmarks.collectives import COMPARISONS
 from benchmarks.collectives import build as build_engine
 from megatron_rdt.depth import DepthPlan
-from megatron_rdt.model.checkpointing import set_checkpointing
+from megatron_rdt.model.activation_checkpointing import set_checkpointing
 from megatron_rdt.parallel import Engine, MicroBatch
-from megatron_rdt.parallel.counting import Collective, count_step, totals
+from megatron_rdt.parallel.collective_counter import Collective, count_step, totals
 from tests.distributed.engine_worker import MODEL, difference
 
 SEQUENCES, MICRO_BATCH = 12, 3  # two micro-batches on each of two ranks

@@ -10,7 +10,7 @@ import torch
 from megatron_rdt.config import OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel import Engine, make_engine
-from megatron_rdt.parallel.counting import CollectiveCounter
+from megatron_rdt.parallel.collective_counter import CollectiveCounter
 from megatron_rdt.parallel.zero import ZeroEngine
 from tests.distributed.engine_worker import MIXED, MODEL, SEQUENCES, difference, micro_batches
 

@@ -7,7 +7,7 @@ import torch
 from megatron_rdt.config import DepthConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import RecurrentDepthTransformer
-from megatron_rdt.model.checkpointing import set_checkpointing
+from megatron_rdt.model.activation_checkpointing import set_checkpointing
 from megatron_rdt.parallel import Engine, MicroBatch, make_engine
 
 MODEL = ModelConfig(vocab_size=61, dim=32, prelude_layers=1, core_layers=2, coda_layers=1, heads=4, kv_heads=2)

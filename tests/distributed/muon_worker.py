@@ -10,7 +10,7 @@ from megatron_rdt.config import ModelConfig, OptimizerConfig, ParallelConfig, Ru
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel import MicroBatch, make_engine
-from megatron_rdt.parallel.native import NativeEngine, full_tensor
+from megatron_rdt.parallel.torch_engine import NativeEngine, full_tensor
 
 # 4 experts, 4 heads, 61 rows: on 3 ranks some have fewer rows or experts than others, and some have none.
 MODEL = ModelConfig(

@@ -13,8 +13,8 @@ from megatron_rdt import load
 from megatron_rdt.config import RunConfig, check_config, load_config
 from megatron_rdt.inference import generate
 from megatron_rdt.model import RecurrentDepthTransformer
-from megatron_rdt.model.exits import ExitRule, ExitTrace
-from megatron_rdt.train.signals import StopRequest
+from megatron_rdt.model.halting.exit_rules import ExitRule, ExitTrace
+from megatron_rdt.train.stop_request import StopRequest
 from megatron_rdt.train.trainer import Trainer
 
 

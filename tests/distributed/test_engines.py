@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.local import free_port
+from launch.local_processes import free_port
 from tests.distributed.engine_worker import check_engine
 from tests.distributed.processes import run_on_processes
 

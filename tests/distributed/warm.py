@@ -13,7 +13,7 @@ import launch.pretrain
 import megatron_rdt.convert.training_state
 import megatron_rdt.inference
 import megatron_rdt.parallel.fsdp
-import megatron_rdt.parallel.single
+import megatron_rdt.parallel.replicated
 import megatron_rdt.train.trainer
 from megatron_rdt.parallel.zero import import_deepspeed
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron_rdt.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel import Engine, make_engine
-from megatron_rdt.parallel.native import full_tensor
+from megatron_rdt.parallel.torch_engine import full_tensor
 
 
 def config_for(name: str, tied: bool, world_size: int = 1) -> RunConfig:

@@ -9,7 +9,7 @@ import torch
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.inference import ExitRule, ExitTrace, KVCache
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
-from megatron_rdt.model.exits import CRITERIA, Mixture
+from megatron_rdt.model.halting.exit_rules import CRITERIA, Mixture
 
 CONFIG = ModelConfig(vocab_size=61, dim=32, heads=4, kv_heads=2, nope_dim=8, rope_dim=4, value_dim=8, kv_rank=12)
 MLA = {"attention": "mla"}

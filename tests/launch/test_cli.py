@@ -11,8 +11,8 @@ import yaml
 
 import megatron_rdt
 from launch.cli import COMMANDS, ConvertOptions, EvalOptions
-from launch.options import launch_parser, train_parser, worker_words
-from launch.submit import SubmitConfig
+from launch.commands.submit import SubmitConfig
+from launch.train_options import launch_parser, train_parser, worker_words
 from megatron_rdt.config import RunConfig, load_config
 from megatron_rdt.config.parser import make_parser, option_kinds, parse
 from megatron_rdt.errors import ConfigError

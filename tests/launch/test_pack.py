@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_rdt.data import load_manifest
-from megatron_rdt.data.packing import make_plans, plan_path
+from megatron_rdt.data.packing_plan import make_plans, plan_path
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

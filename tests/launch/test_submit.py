@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.submit import SubmitConfig, read_config, render, time_limit_s
+from launch.commands.submit import SubmitConfig, read_config, render, time_limit_s
 from megatron_rdt.errors import ConfigError
 
 

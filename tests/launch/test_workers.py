@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from launch.failures import LostPeerError, explain
-from launch.local import free_port
+from launch.local_processes import free_port
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 LONG = ["--train.steps=100000", "--data.max_epochs=1e9", "--eval.every=0", "--checkpoint.every=0"]

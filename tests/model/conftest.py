@@ -10,7 +10,7 @@ import torch
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
-from megatron_rdt.model.checkpointing import set_checkpointing
+from megatron_rdt.model.activation_checkpointing import set_checkpointing
 from tests.model.plain import Plain
 
 BASE = ModelConfig(

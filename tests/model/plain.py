@@ -6,7 +6,7 @@ import torch
 
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import RecurrentDepthTransformer
-from megatron_rdt.model.state import normal_state
+from megatron_rdt.model.initial_state import normal_state
 
 
 def sinusoids(t: int, channels: int) -> torch.Tensor:

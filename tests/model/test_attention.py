@@ -16,12 +16,12 @@ from megatron_rdt.depth import DepthPlan
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.inference import KVCache
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
-from megatron_rdt.model.attention import ATTENTIONS
-from megatron_rdt.model.context import LayerContext
-from megatron_rdt.model.flex import BlockwiseMask, attend, model_mask
-from megatron_rdt.model.masks import attention_mask
-from megatron_rdt.model.mla import LatentAttention
-from megatron_rdt.model.rope import rotary_tables, rotate
+from megatron_rdt.model.attention.gqa import ATTENTIONS
+from megatron_rdt.model.attention.kernels import BlockwiseMask, attend, model_mask
+from megatron_rdt.model.attention.masks import attention_mask
+from megatron_rdt.model.attention.mla import LatentAttention
+from megatron_rdt.model.attention.rope import rotary_tables, rotate
+from megatron_rdt.model.forward_context import LayerContext
 
 CPU = torch.device("cpu")
 GQA = ModelConfig(vocab_size=31, dim=24, heads=4, kv_heads=2, prelude_layers=1, core_layers=2, coda_layers=1)

@@ -12,7 +12,7 @@ from megatron_rdt.config import ModelConfig, RunConfig, check_config, load_confi
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer, initialize
-from megatron_rdt.model.checkpointing import Checkpointing, set_checkpointing
+from megatron_rdt.model.activation_checkpointing import Checkpointing, set_checkpointing
 
 POLICIES: tuple[int | str, ...] = ("per_iteration", "per_layer", "selective", 1, 3, 50)
 EXPERTS = {"core_ffn": "moe", "experts": 4, "experts_per_token": 2, "expert_dim": 16}

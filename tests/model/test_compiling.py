@@ -16,13 +16,13 @@ from megatron_rdt.config import ModelConfig, RunConfig
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer, initialize
-from megatron_rdt.model.checkpointing import set_checkpointing
+from megatron_rdt.model.activation_checkpointing import set_checkpointing
+from megatron_rdt.model.attention.kernels import BlockwiseMask
+from megatron_rdt.model.attention.masks import attention_mask
+from megatron_rdt.model.attention.rope import rotary_tables
 from megatron_rdt.model.compiling import compile_layers
-from megatron_rdt.model.context import LayerContext
-from megatron_rdt.model.flex import BlockwiseMask
+from megatron_rdt.model.forward_context import LayerContext
 from megatron_rdt.model.layer import Layer
-from megatron_rdt.model.masks import attention_mask
-from megatron_rdt.model.rope import rotary_tables
 from megatron_rdt.train.trainer import train
 
 BASE = ModelConfig(

@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth import DepthPlan
-from megatron_rdt.model.halting import ActTracker, GateTracker, HaltingUnit
+from megatron_rdt.model.halting.trained import ActTracker, GateTracker, HaltingUnit
 from tests.model.plain import Plain
 
 UNIFORM = [DepthPlan((1, 1)), DepthPlan((2, 2), None, (3, 4)), DepthPlan((5, 5)), DepthPlan((5, 5), 2)]

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_rdt.depth import DepthPlan
-from megatron_rdt.model import loss
-from megatron_rdt.model.loss import cross_entropy
+from megatron_rdt.model import cross_entropy as loss
+from megatron_rdt.model.cross_entropy import cross_entropy
 
 TOKENS, DIM, VOCABULARY = (3, 7), 10, 29
 

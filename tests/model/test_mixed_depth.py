@@ -9,7 +9,7 @@ import torch
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
-from megatron_rdt.model.checkpointing import set_checkpointing
+from megatron_rdt.model.activation_checkpointing import set_checkpointing
 
 BASE = ModelConfig(vocab_size=53, dim=32, prelude_layers=1, core_layers=2, coda_layers=1, heads=4, kv_heads=2)
 LOOPS, SEEDS = (3, 1, 5, 3, 2), (11, 12, 13, 14, 15)

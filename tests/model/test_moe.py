@@ -10,7 +10,7 @@ from torch import nn
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
-from megatron_rdt.model.checkpointing import set_checkpointing
+from megatron_rdt.model.activation_checkpointing import set_checkpointing
 from megatron_rdt.model.feedforward import SquaredReLU, SwiGLU
 from megatron_rdt.model.linear import linear
 from megatron_rdt.model.moe import MixtureOfExperts, grouped_linear, rebalance

@@ -6,10 +6,10 @@ from torch.nn import functional
 
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import CoreMonitor
-from megatron_rdt.model.checkpointing import set_checkpointing
-from megatron_rdt.model.context import LayerContext, LoopInputs
+from megatron_rdt.model.activation_checkpointing import set_checkpointing
+from megatron_rdt.model.attention.rope import rotary_tables
+from megatron_rdt.model.forward_context import LayerContext, LoopInputs
 from megatron_rdt.model.monitor import top_singular_values
-from megatron_rdt.model.rope import rotary_tables
 from tests.model.plain import Plain
 
 MOE = {"core_ffn": "moe", "experts": 4, "expert_dim": 8}

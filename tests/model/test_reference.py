@@ -10,8 +10,8 @@ import torch
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer, initialize
-from megatron_rdt.model.checkpointing import set_checkpointing
-from megatron_rdt.model.state import normal_state
+from megatron_rdt.model.activation_checkpointing import set_checkpointing
+from megatron_rdt.model.initial_state import normal_state
 
 BASE = ModelConfig(
     vocab_size=61, dim=24, prelude_layers=1, core_layers=2, coda_layers=1, heads=4, kv_heads=2, ffn_dim=40

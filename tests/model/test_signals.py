@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from megatron_rdt.model.context import LayerContext, LoopInputs
-from megatron_rdt.model.rope import rotary_tables
-from megatron_rdt.model.signals import loop_features, sinusoids
+from megatron_rdt.model.attention.rope import rotary_tables
+from megatron_rdt.model.forward_context import LayerContext, LoopInputs
+from megatron_rdt.model.iteration_signals import loop_features, sinusoids
 from tests.model import plain
 
 ALL = ["sinusoidal", "lora", "adaln"]

@@ -17,7 +17,7 @@ import torch
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.convert.peers import from_huginn, from_parcae
 from megatron_rdt.model import RecurrentDepthTransformer
-from megatron_rdt.model.state import normal_state
+from megatron_rdt.model.initial_state import normal_state
 
 BASE = ModelConfig(
     vocab_size=61,

@@ -11,7 +11,7 @@ from megatron_rdt.config.layout import Layout
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
 from megatron_rdt.planner.activations import after_loop_kept, before_loop_kept, layer_kept, loss_kept
-from megatron_rdt.planner.checkpoints import iteration_kept
+from megatron_rdt.planner.recomputation import iteration_kept
 from megatron_rdt.planner.shape import FLOAT32, Shape
 
 BATCH, LENGTH = 2, 64

@@ -12,8 +12,8 @@ from megatron_rdt.devices import DEVICES, Device
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.planner.communication import REDUCE, Sent
 from megatron_rdt.planner.parameters import active_parameters, parameters_of, part_sizes
-from megatron_rdt.planner.plan import ROOM, depths, make_plan
-from megatron_rdt.planner.report import report
+from megatron_rdt.planner.plan_report import report
+from megatron_rdt.planner.run_plan import ROOM, depths, make_plan
 from megatron_rdt.planner.search import fastest
 from megatron_rdt.planner.step_time import Work, group, seconds, step_time, step_work
 
@@ -46,7 +46,7 @@ def test_memory_is_planned_for_a_depth_that_is_hardly_exceeded() -> None:
 
 
 def test_every_change_is_one_that_the_config_takes_and_that_saves_what_it_says(repository: Path) -> None:
-    config = preset(repository, "huginn_3.5b", parallel={"engine": "fsdp"}, depth={"per": "step"})
+    config = preset(repository, "huginn_3_5b", parallel={"engine": "fsdp"}, depth={"per": "step"})
     plan = make_plan(config, 8, DEVICES["h100"], 0.4)
     words = {change.words for change in plan.changes}
     assert {"--depth.checkpoint per_iteration", "--parallel.core_gather per_layer"} <= words

@@ -10,7 +10,7 @@ import pytest
 from megatron_rdt.config import RunConfig
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.train import trainer
-from megatron_rdt.train.collection import YOUNG, ScheduledCollection
+from megatron_rdt.train.garbage_collection import YOUNG, ScheduledCollection
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from megatron_rdt.config import RunConfig
 from megatron_rdt.convert import convert
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.inference import load
-from megatron_rdt.parallel.single import SingleEngine
+from megatron_rdt.parallel.replicated import SingleEngine
 from megatron_rdt.train import trainer
 
 Configure = Callable[..., RunConfig]

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
-from megatron_rdt.model.checkpointing import set_checkpointing
+from megatron_rdt.model.activation_checkpointing import set_checkpointing
 from megatron_rdt.model.flops import BACKWARD_FACTOR, attention_flops, forward_flops, mean_keys, training_flops
 
 BATCH, LENGTH = 3, 24

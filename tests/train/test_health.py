@@ -18,11 +18,11 @@ from megatron_rdt.depth import DepthPlan
 from megatron_rdt.errors import TrainingError
 from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer
 from megatron_rdt.parallel import Engine, MicroBatch
-from megatron_rdt.parallel.single import SingleEngine
+from megatron_rdt.parallel.replicated import SingleEngine
 from megatron_rdt.train import trainer
-from megatron_rdt.train.health import Guard
-from megatron_rdt.train.signals import STOP_SIGNALS, StopRequest
-from megatron_rdt.train.taken import TakenStep
+from megatron_rdt.train.nonfinite_guard import Guard
+from megatron_rdt.train.step_record import TakenStep
+from megatron_rdt.train.stop_request import STOP_SIGNALS, StopRequest
 
 Configure = Callable[..., RunConfig]
 

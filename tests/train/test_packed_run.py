@@ -11,7 +11,7 @@ import torch
 from megatron_rdt.config import RunConfig, check_config
 from megatron_rdt.data import PackedCorpus, Windows, fixed_windows, load_manifest, open_corpus
 from megatron_rdt.data.mixture import Mixture, MixtureOrder, Stage
-from megatron_rdt.data.packing import make_plans, plan_path
+from megatron_rdt.data.packing_plan import make_plans, plan_path
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError
 from megatron_rdt.evaluate.loss import evaluate_checkpoint, validation_losses
 from megatron_rdt.inference import load
@@ -141,7 +141,7 @@ def test_the_first_process_of_a_node_makes_the_plans(
     configure: Configure, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[int] = []
-    monkeypatch.setattr("megatron_rdt.train.data.make_plans", lambda *arguments: made.append(arguments[-1]))
+    monkeypatch.setattr("megatron_rdt.train.data.prepared.make_plans", lambda *arguments: made.append(arguments[-1]))
     make_plans(load_manifest(tiny_corpus), "train", 32)
     config = configure("--data.pack=bestfit", "--eval.every=0")
     for local_rank in (0, 1):
@@ -151,8 +151,8 @@ def test_the_first_process_of_a_node_makes_the_plans(
     def full(*arguments: Any) -> None:
         raise DataError("the disk is full")
 
-    monkeypatch.setattr("megatron_rdt.train.data.make_plans", full)
-    monkeypatch.setattr("megatron_rdt.train.data.gather", lambda value: [value, DataError("of another node")])
+    monkeypatch.setattr("megatron_rdt.train.data.prepared.make_plans", full)
+    monkeypatch.setattr("megatron_rdt.train.data.prepared.gather", lambda value: [value, DataError("of another node")])
     for local_rank, message in ((0, "the disk is full"), (1, "of another node")):
         with pytest.raises(DataError, match=message):
             trainer.RunData(config, 1, local_rank)

@@ -16,11 +16,11 @@ from megatron_rdt.config import RunConfig, load_config
 from megatron_rdt.data import CorpusManifest, IndexedDataset, load_manifest
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError, LaunchError, TrainingError
 from megatron_rdt.files import exclusive
-from megatron_rdt.parallel.single import SingleEngine
+from megatron_rdt.parallel.replicated import SingleEngine
 from megatron_rdt.train import trainer
-from megatron_rdt.train.data import RunData
-from megatron_rdt.train.preflight import changed_settings
-from megatron_rdt.train.signals import StopRequest
+from megatron_rdt.train.data.prepared import RunData
+from megatron_rdt.train.resume_checks import changed_settings
+from megatron_rdt.train.stop_request import StopRequest
 
 Configure = Callable[..., RunConfig]
 

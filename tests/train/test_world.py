@@ -5,7 +5,7 @@ import torch
 
 from megatron_rdt.environment import ProcessPlace, export_for_torch, process_place
 from megatron_rdt.errors import ConfigError, LaunchError
-from megatron_rdt.train.world import pick_device
+from megatron_rdt.parallel.process_group import pick_device
 
 SLURM = {"SLURM_PROCID": "3", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
 

@@ -1,0 +1,1 @@
+"""Jobs of preparation: steps shared by processes and machines, leases, progress."""

@@ -1,0 +1,1 @@
+"""Sources of text: files, archives and datasets, read as documents."""

@@ -1,0 +1,1 @@
+"""Stages of preparation, in order: scan, duplicates, tokenizer, encoding, writing, publishing."""

@@ -1,0 +1,1 @@
+"""The commands of `rdt`: a file for each, with its options and its function."""

@@ -1,0 +1,31 @@
+"""`rdt prep pack`: make the packing plans of a corpus, which a run would otherwise make at its start."""
+
+from dataclasses import dataclass
+
+from megatron_rdt.config.parser import make_parser, parse
+from megatron_rdt.errors import EXIT_OK, ConfigError
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """Options of `rdt prep pack`."""
+
+    corpus: str
+    """Directory that `rdt prep` wrote (it holds manifest.json)."""
+    sequence_length: int = 256
+    """Tokens per sequence, `train.sequence_length` of the run."""
+
+
+def pack(words: list[str]) -> int:
+    """Make the packing plans of a corpus for one sequence length: those that are missing, damaged or of other shards."""
+    parser = make_parser(PackOptions, "rdt prep pack", pack.__doc__ or "", config_file=False, positional=True)
+    options, _ = parse(parser, PackOptions, words)
+    if options.sequence_length < 1:
+        raise ConfigError(f"--sequence_length is {options.sequence_length}, it must be at least 1.")
+    from megatron_rdt.data.packing_plan import make_plans
+    from megatron_rdt.data.shard_files.corpus_manifest import load_manifest
+
+    manifest = load_manifest(options.corpus)
+    manifest.verify()
+    print(make_plans(manifest, "train", options.sequence_length, again=True).describe(options.sequence_length))
+    return EXIT_OK

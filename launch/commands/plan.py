@@ -1,0 +1,140 @@
+"""`rdt plan`: what a run will need, from its config; with --measure, what it really takes on this machine beside it."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+
+from megatron_rdt.config import RunConfig, check_config, dump_config
+from megatron_rdt.config.parser import make_parser, parse
+from megatron_rdt.devices import DEVICES, Device
+from megatron_rdt.errors import EXIT_OK, ConfigError
+from megatron_rdt.files import write_text
+
+WORKER = Path(__file__).resolve().parent.parent / "plan_worker.py"
+MEASURED_LOOPS = (1, 4, 16)
+GB, MB, BILLION = 1e9, 1e6, 1e9
+MOST_BILLIONS = 1e7
+# Name, type, default, help.
+OPTIONS: list[tuple[str, type, Any, str]] = [
+    ("devices", int, 8, "Devices, which is processes."),
+    ("device", str, "h100", f"Kind of device: {', '.join(DEVICES)}."),
+    ("intra_bandwidth", float, 0.0, "GB/s of a device to the others of its node, one direction; 0: the device's own."),
+    ("inter_bandwidth", float, 0.0, "GB/s of a device's share of the network; 0: the device's own."),
+    ("per_node", int, 0, "Devices of a node; 0: the device's own."),
+    ("utilisation", float, 0.4, "Share of the peak rate that is assumed while computing."),
+    ("tokens", float, 100.0, "Token budget, in billions."),
+    ("price", float, 0.0, "Price of a device for an hour; 0 leaves the cost out."),
+    ("nproc", int, 0, "--measure: processes on this machine; 0: 2, or 1 for engine single."),
+]
+
+
+def plan_parser() -> jsonargparse.ArgumentParser:
+    """--config and every field of RunConfig, and the options of the plan."""
+    parser = make_parser(RunConfig, "rdt plan", "Parameters, memory, communication, time and cost of a run.")
+    for name, kind, default, text in OPTIONS:
+        metavar = {int: "INT", float: "FLOAT", str: "NAME"}[kind]
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=text)
+    parser.add_argument("--out", default=None, metavar="FILE", help="Write the numbers there, too, as JSON.")
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help=f"Take steps of this model on this machine's processors at T = {', '.join(map(str, MEASURED_LOOPS))}, and "
+        "print what they sent and allocated beside what is planned.",
+    )
+    return parser
+
+
+def plan(words: Sequence[str]) -> int:
+    """Print the plan; returns the exit status."""
+    config, raw = parse(plan_parser(), RunConfig, words)
+    check_config(config)
+    config, notes = arranged(config, 1 if raw.measure else raw.devices)
+    device = _device(raw)
+    if not 0 < raw.utilisation <= 1:
+        raise ConfigError(f"--utilisation is {raw.utilisation}, it must be above 0 and at most 1.")
+    if raw.tokens < 0 or raw.price < 0:
+        raise ConfigError("--tokens and --price must not be negative.")
+    if raw.tokens > MOST_BILLIONS:
+        raise ConfigError(f"--tokens is {raw.tokens:g} billion; it counts billions. 20 stands for 20,000,000,000.")
+    data: Any
+    if raw.measure:
+        text, data = measure(config, raw.nproc)
+    else:
+        from megatron_rdt.planner.plan_report import as_data, report
+        from megatron_rdt.planner.run_plan import make_plan
+
+        made = make_plan(config, raw.devices, device, raw.utilisation)
+        text, data = report(made, raw.utilisation, raw.tokens * BILLION, raw.price), as_data(made, raw.tokens * BILLION)
+    print("\n".join([*notes, text]))
+    if raw.out:
+        write_text(Path(raw.out), json.dumps(data, indent=2) + "\n")
+    return EXIT_OK
+
+
+def arranged(config: RunConfig, devices: int) -> tuple[RunConfig, list[str]]:
+    """A config that says nothing of many devices, as a preset, made fit for them; and a sentence for each change."""
+    notes = []
+    if config.parallel.engine == "single" and devices > 1:
+        config = replace(config, parallel=replace(config.parallel, engine="fsdp"))
+        notes.append(f"parallel.engine is single, for one process; {devices} are planned with fsdp.")
+        share = devices // (config.parallel.context * config.parallel.tensor) * config.train.micro_batch
+        batch = -(-config.train.global_batch // max(share, 1)) * max(share, 1)
+        if batch != config.train.global_batch:
+            notes.append(
+                f"train.global_batch is {config.train.global_batch}; planned with {batch}, what {devices} devices divide."
+            )
+            config = replace(config, train=replace(config.train, global_batch=batch))
+    return config, notes
+
+
+def _device(raw: jsonargparse.Namespace) -> Device:
+    """The device of the table, with what the options say of it."""
+    if raw.device not in DEVICES:
+        raise ConfigError(f"--device is {raw.device}, it must be one of {', '.join(DEVICES)}.")
+    device = DEVICES[raw.device]
+    for name in ("intra_bandwidth", "inter_bandwidth", "per_node"):
+        value = getattr(raw, name)
+        if value < 0:
+            raise ConfigError(f"--{name} is {value}, it must be above 0, or 0 for the device's own.")
+        if value:
+            device = replace(device, **{name: value if name == "per_node" else value * GB})
+    return device
+
+
+def measure(config: RunConfig, processes: int) -> tuple[str, list[dict[str, Any]]]:
+    """What steps of the config's model take on processes of this machine beside what is planned, as text and as data."""
+    from launch.local_processes import run_processes
+    from megatron_rdt.config.layout import Layout
+    from megatron_rdt.planner.communication import step_communication, totals
+    from megatron_rdt.planner.memory import Depth, step_memory
+
+    processes = processes or (1 if config.parallel.engine == "single" else 2)
+    config = replace(config, train=replace(config.train, device="cpu"))
+    check_config(config, processes)
+    with tempfile.TemporaryDirectory(prefix="rdt-plan-") as folder:
+        yaml, out = Path(folder) / "config.yaml", Path(folder) / "measured.json"
+        write_text(yaml, dump_config(config))
+        loops = [*map(str, MEASURED_LOOPS)]
+        run_processes(["--config", str(yaml), "--out", str(out), "--loops", *loops], processes, script=WORKER)
+        rows = json.loads(out.read_text(encoding="utf-8"))
+    layout = Layout.of(config.parallel, processes)
+    k = None if config.depth.backprop == "all" else int(config.depth.backprop)
+    lines = [f"One step on {processes} CPU processes, counted on the first and planned"]
+    for row in rows:
+        depth = Depth(row["loops"], min(row["loops"], k or row["loops"]))
+        memory = step_memory(config, layout, False, depth)
+        sent = totals(step_communication(config, layout, depth, gpu=False))
+        row["planned"] = {"peak": memory.peak, "sent": sent}
+        lines.append(
+            f"T = {row['loops']}: peak memory {row['peak'] / MB:,.1f} MB measured, {memory.peak / MB:,.1f} MB planned "
+            f"({100 * (memory.peak / row['peak'] - 1):+.1f} %; {memory.moment})"
+        )
+        for key in sorted({*row["sent"], *sent}):
+            (calls, size), (planned, expected) = row["sent"].get(key, (0, 0)), sent.get(key, (0, 0))
+            lines.append(f"  {key:<24} {calls:>6} calls {size:>14,} bytes; planned {planned:>6} {expected:>14,}")
+    return "\n".join(lines), rows

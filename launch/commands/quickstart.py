@@ -1,0 +1,82 @@
+"""The whole main job in one call: prep, train on two processes, evaluate, generate, report."""
+
+import time
+from pathlib import Path
+
+from launch.local_processes import run_processes
+from megatron_rdt.config import load_config
+from megatron_rdt.errors import LaunchError
+
+CONFIG, DATA_CONFIG, TASKS_CONFIG = (
+    "configs/quickstart.yaml",
+    "configs/smoke_data.yaml",
+    "configs/quickstart_tasks.yaml",
+)
+LOOK_CONFIG, LOOK_STEPS = "configs/smoke.yaml", 5
+TASKS = "hops,product:S5,addition,modular"
+TASKS_TEXT = "data/tasks-text"
+MOST_PROCESSES = 2
+EVAL_LOOPS = (1, 2, 4, 8, 16)
+EVAL_SEQUENCES = 64
+SAMPLE_LOOPS = (1, 8)
+SAMPLE_TOKENS = 60
+
+
+def quickstart() -> int:
+    """Run every step, print each with its time; the last line says where the report is."""
+    if not Path(CONFIG).is_file():
+        raise LaunchError(f"{CONFIG} is not here. Run the quickstart from the root of the repository.")
+    began = time.monotonic()
+    config = load_config(CONFIG)
+    run_directory = Path(config.run.root) / config.run.name
+
+    def title(text: str) -> None:
+        print(f"\n== {time.monotonic() - began:5.0f} s  {text}", flush=True)
+
+    title("preparing text: duplicates and noise removed, tokenizer, token shards")
+    from launch.commands.prep import prep
+
+    prep(["--config", DATA_CONFIG])
+    title("preparing problems with answers, as two machines would")
+    prep(["tasks", "--task", TASKS, "--difficulty", "1,4", "--out", TASKS_TEXT, "--restart"])
+    for task in ("0/2", "1/2"):
+        prep(["--config", TASKS_CONFIG, "--shard", task])
+    prep(["merge", "--config", TASKS_CONFIG])
+    title("reading every byte of both once more, and a look at what a model will see")
+    for corpus in config.data.corpora():
+        prep(["verify", corpus.path])
+        prep(["show", corpus.path, "--samples", "1", "--sequence_length", "128"])
+    title("a quick look: a few steps on the problems as they come, without shards")
+    look = {"run.name": f"{config.run.name}-look", "train.steps": LOOK_STEPS, "eval.every": 0, "sample.every": 0}
+    look |= {"data.path": f"hf:{TASKS_TEXT}", "data.tokenizer": "data/stdlib/tokenizer", "logging.every": 1}
+    status = run_processes(
+        ["--config", LOOK_CONFIG, "--resume", "auto", *(f"--{name}={value}" for name, value in look.items())], 1
+    )
+    if status:
+        return status
+    processes = _processes()
+    title(f"pretraining on {processes} process{'es' if processes > 1 else ''}")
+    status = run_processes(["--config", CONFIG, "--resume", "auto"], processes)
+    if status:
+        return status
+    title("validation loss against the number of loops")
+    from megatron_rdt.evaluate.loss import evaluate_checkpoint
+    from megatron_rdt.evaluate.report import write_report
+    from megatron_rdt.inference import generate_text
+
+    evaluate_checkpoint(str(run_directory), EVAL_LOOPS, EVAL_SEQUENCES)
+    title("text at two depths")
+    for loops in SAMPLE_LOOPS:
+        text = generate_text(str(run_directory), config.sample.prompt, loops, SAMPLE_TOKENS, 0.8, 50, 1.0, 0)
+        print(f"--- T = {loops}\n{text}")
+    title("report")
+    report = write_report(run_directory)
+    print(f"\nDone in {time.monotonic() - began:.0f} s. The report is at {report.resolve()}")
+    return 0
+
+
+def _processes() -> int:
+    """Two, or as many as there are GPUs where there are fewer: each process takes one of its own."""
+    import torch
+
+    return min(torch.cuda.device_count() or MOST_PROCESSES, MOST_PROCESSES)

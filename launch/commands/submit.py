@@ -1,0 +1,191 @@
+"""`rdt submit`: render the Slurm script for a config and hand it to sbatch."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+from launch.train_options import check_places, parse_training
+from megatron_rdt.config import RunConfig
+from megatron_rdt.errors import EXIT_OK, ConfigError, LaunchError
+from megatron_rdt.files import write_text
+
+TEMPLATE = Path(__file__).resolve().parent.parent / "slurm" / "pretrain.sbatch"
+TRAINING_SCRIPT = Path(__file__).resolve().parent.parent / "pretrain.py"
+# Slurm may send the signal this many seconds earlier than asked.
+SIGNAL_TOLERANCE_S = 60
+# Restarts in a row without a new checkpoint after which a job does not go back into the queue.
+IDLE_RESTARTS = 3
+LATEST = "latest"  # as in megatron_rdt/checkpoint, which would bring PyTorch to the login node
+NO_LIMIT = ("0", "-1", "unlimited", "infinite")
+
+
+@dataclass(frozen=True)
+class SubmitConfig:
+    """A job for Slurm."""
+
+    config: str
+    """YAML of the run."""
+    nodes: int = 1
+    """Nodes of the job."""
+    processes_per_node: int = 8
+    """Processes per node, one per device."""
+    gpus_per_node: int | None = None
+    """GPUs to ask for on each node; default one per process, none for a run with train.device cpu. 0 asks for none."""
+    cpus_per_process: int = 8
+    """Cores per process."""
+    time: str = "24:00:00"
+    """Time limit, as Slurm writes it."""
+    signal_before_s: int = 300
+    """Seconds before the time limit at which the run is told to save and stop."""
+    partition: str = ""
+    """Partition; empty takes the cluster's default."""
+    account: str = ""
+    """Account; empty takes the user's default."""
+    sbatch: str = ""
+    """Further options of sbatch, in one string: "--qos=high --mem=0"."""
+    overrides: str = ""
+    """Further options of `rdt train`, in one string."""
+    directory: str = "jobs"
+    """Where the rendered script and the job's output go."""
+    dry_run: bool = False
+    """Print the script instead of submitting it."""
+
+
+def read_config(job: SubmitConfig) -> tuple[RunConfig, list[str]]:
+    """The run's config, checked for the planned processes, and the words that give it to the training script.
+
+    Raises:
+        ConfigError: the run's config is wrong, or the job's options do not fit it or each other.
+    """
+    for name in ("nodes", "processes_per_node", "cpus_per_process", "signal_before_s"):
+        if getattr(job, name) < 1:
+            raise ConfigError(f"--{name} is {getattr(job, name)}, it must be at least 1.")
+    words = ["--config", job.config, *_split(job.overrides, "overrides")]
+    config, raw = parse_training("rdt submit", words, job.nodes * job.processes_per_node)
+    if raw.resume not in ("none", "auto"):
+        raise ConfigError(
+            f"--resume {raw.resume} is in --overrides, but a job goes on from its own run each time it starts. "
+            "Leave it out."
+        )
+    _check_gpus(job, config)
+    limit = time_limit_s(job.time)
+    if limit is not None and limit < job.signal_before_s + SIGNAL_TOLERANCE_S:
+        raise ConfigError(
+            f"--time {job.time} is {limit} s, too short for a signal {job.signal_before_s} s before its end, which "
+            f"Slurm may send {SIGNAL_TOLERANCE_S} s early. Raise --time, or lower --signal_before_s."
+        )
+    return config, words
+
+
+def _split(text: str, option: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"--{option} {text!r}: {error}. Quote it as for a shell.") from None
+
+
+def _check_gpus(job: SubmitConfig, config: RunConfig) -> None:
+    gpus = gpus_per_node(job, config)
+    if gpus not in (0, job.processes_per_node):
+        raise ConfigError(
+            f"--gpus_per_node {gpus} and --processes_per_node {job.processes_per_node} differ, but each process drives "
+            "one GPU. Give both the same number, or 0 GPUs for a run on CPU."
+        )
+    if (gpus == 0) != (config.train.device == "cpu") and config.train.device != "auto":
+        raise ConfigError(
+            f"train.device is {config.train.device}, but --gpus_per_node is {gpus}. Leave --gpus_per_node out, or "
+            'change the device with --overrides "--train.device ...".'
+        )
+
+
+def gpus_per_node(job: SubmitConfig, config: RunConfig) -> int:
+    """GPUs to ask for on each node."""
+    if job.gpus_per_node is not None:
+        return job.gpus_per_node
+    return 0 if config.train.device == "cpu" else job.processes_per_node
+
+
+def time_limit_s(text: str) -> int | None:
+    """Seconds of a time limit in any of Slurm's formats, or None for no limit.
+
+    They are: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds.
+    """
+    if text.lower() in NO_LIMIT:
+        return None
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if match is None:
+        raise ConfigError(f"--time {text} is not a time limit. Write hours:minutes:seconds or days-hours:minutes.")
+    days, *parts = (int(part) if part else 0 for part in match.groups())
+    minutes_first = match[1] is None and match[4] is None
+    hours, minutes, seconds = (0, *parts[:2]) if minutes_first else parts
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def directive(option: str, value: str | int) -> str:
+    """The value of a #SBATCH line, quoted as Slurm reads it, which is like a shell."""
+    if re.search(r"[\r\n]", str(value)):
+        raise ConfigError(f"{option} {str(value)!r} has a line break, which a #SBATCH line cannot hold. Take it out.")
+    return shlex.quote(str(value))
+
+
+def render(job: SubmitConfig, config: RunConfig, words: list[str]) -> str:
+    """The batch script of a job whose config and options have been checked."""
+    extra = [
+        f"#SBATCH --{option}={directive('--' + option, value)}"
+        for option, value in (
+            ("partition", job.partition),
+            ("account", job.account),
+            ("gpus-per-node", gpus_per_node(job, config)),
+        )
+        if value
+    ]
+    extra += [f"#SBATCH {directive('--sbatch', word)}" for word in _split(job.sbatch, "sbatch")]
+    # Slurm replaces %x by the job's name and %j by its number; any other % of the path is doubled.
+    output = f"{Path(job.directory).resolve()}".replace("%", "%%") + "/%x-%j.out"
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        name=directive("run.name", config.run.name),
+        nodes=job.nodes,
+        processes=job.processes_per_node,
+        cpus=job.cpus_per_process,
+        time=job.time,
+        signal=job.signal_before_s,
+        output=directive("--directory", output),
+        extra="\n".join(extra),
+        root=shlex.quote(str(Path.cwd())),
+        python=shlex.quote(sys.executable),
+        script=shlex.quote(str(TRAINING_SCRIPT)),
+        latest=shlex.quote(str(Path(config.run.root) / config.run.name / LATEST)),
+        stalled=shlex.quote(str(Path(job.directory).resolve() / config.run.name)),
+        restarts=IDLE_RESTARTS,
+        options=shlex.join(words),
+    )
+
+
+def submit(job: SubmitConfig) -> int:
+    """Print (dry run) or submit the job; returns the exit status."""
+    config, words = read_config(job)
+    text = render(job, config, words)
+    if job.dry_run:
+        print(text, end="")
+        return EXIT_OK
+    # Better here than after a day in the queue.
+    check_places(config)
+    if shutil.which("sbatch") is None:
+        raise LaunchError(
+            "sbatch is not on this machine. Run on a Slurm login node, or look at the script with --dry_run."
+        )
+    directory = Path(job.directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    script = directory / f"{config.run.name}.sbatch"
+    write_text(script, text)
+    result = subprocess.run(["sbatch", "--parsable", str(script)], check=False, stdout=subprocess.PIPE, text=True)
+    if result.returncode:
+        raise LaunchError(f"sbatch refused {script} with status {result.returncode}. Its message is above.")
+    number = result.stdout.strip().split(";")[0]
+    print(f"submitted job {number}: script {script}, output {directory / f'{config.run.name}-{number}.out'}")
+    return EXIT_OK

@@ -1,0 +1,328 @@
+"""Best-fit packing (Ding et al. 2024, arXiv:2404.10830): documents put into rows whole, wherever they fit.
+
+A document of more than L + 1 tokens is cut into pieces that overlap by one token, so that each of its tokens but the first
+is a target once. Pieces go into rows of L + 1 tokens by best-fit decreasing: the longest piece first, each into the fullest
+row that still has room for it. What no piece fills is padding.
+
+The plan of a shard is a file, `packing/L<length>/<split>/<shard>.pack` in the corpus, little endian, nothing between:
+
+    header                the struct HEADER below
+    u64 offsets [rows+1]  first piece of each row, and the number of pieces
+    pieces [pieces]       u64 first token in the shard, u32 tokens, u32 tokens of the document before it
+"""
+
+import hashlib
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_rdt.data.shard_files.corpus_manifest import CorpusManifest
+from megatron_rdt.data.shard_files.indexed import IndexedDataset
+from megatron_rdt.errors import DataError
+from megatron_rdt.files import TEMPORARY_SUFFIX, atomic_open, exclusive, sha256_of
+
+FOLDER, SUFFIX = "packing", ".pack"
+MAGIC, VERSION = b"RDTPACK\x00", 1
+# magic, version, L, SHA-256 of the shard's .bin, of its .idx, of what follows the header; then `PlanCounts`
+HEADER = struct.Struct("<8sII32s32s32s5Q")
+PIECE = np.dtype([("start", "<u8"), ("length", "<u4"), ("before", "<u4")])
+OFFSET = np.dtype("<u8")
+BUILD_PATIENCE_S = 3600.0  # how long to wait for another machine that makes the same plans
+
+
+@dataclass(frozen=True)
+class PlanCounts:
+    """What a plan holds, of one shard or of several.
+
+    Attributes:
+        rows: of L + 1 tokens.
+        pieces: of documents, over all rows.
+        padding: tokens of all rows that belong to no document.
+        documents: that have any token.
+        cut: documents in more than one piece.
+    """
+
+    rows: int = 0
+    pieces: int = 0
+    padding: int = 0
+    documents: int = 0
+    cut: int = 0
+
+    def __add__(self, other: "PlanCounts") -> "PlanCounts":
+        return PlanCounts(*(mine + its for mine, its in zip(vars(self).values(), vars(other).values())))
+
+    def describe(self, length: int) -> str:
+        """In words, as a run says it at its start; `length` is L."""
+        padding = self.padding / max(self.rows * (length + 1), 1)
+        cut = self.cut / max(self.documents, 1)
+        return f"packed: {self.rows:,} rows, {padding:.2%} padding, {cut:.1%} of documents cut"
+
+
+def cut(starts: np.ndarray, lengths: np.ndarray, length: int) -> np.ndarray:
+    """Pieces of at most `length` + 1 tokens of documents, in their order.
+
+    Args:
+        starts, lengths: first token and tokens of each document, int64 (documents,); one without tokens gives no piece.
+        length: L.
+
+    Returns:
+        PIECE (pieces,). A piece begins with the last token of the one before it.
+    """
+    numbers = np.maximum(-(-(lengths - 1) // length), lengths > 0)
+    pieces = np.empty(numbers.sum(), PIECE)
+    before = length * (np.arange(len(pieces)) - np.repeat(np.cumsum(numbers) - numbers, numbers))
+    pieces["start"], pieces["before"] = np.repeat(starts, numbers) + before, before
+    pieces["length"] = np.minimum(np.repeat(lengths, numbers) - before, length + 1)
+    return pieces
+
+
+def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """The row that best-fit decreasing puts each piece into, numbered from 0, int64 (pieces,).
+
+    Rows with equally much room are alike, and so are pieces of one length: so they are handled together, and the time
+    goes with the number of different lengths and rooms, not with that of pieces. With the smallest room that is enough,
+    a row takes as many pieces of the length as fit: after each it is the row with the least room that is enough.
+
+    Args:
+        lengths: of the pieces, from 1 to `capacity`, int (pieces,).
+        capacity: tokens of a row.
+    """
+    # Sorting 16-bit keys stably is a counting sort.
+    keys = (capacity - lengths).astype(np.uint16 if capacity < 1 << 16 else np.int64)
+    order, counts = np.argsort(keys, kind="stable"), np.bincount(lengths, minlength=capacity + 1)
+    rows_of = np.empty(len(lengths), np.int64)
+    by_room: dict[int, list[np.ndarray]] = {}
+    rooms = 0  # bit r is set where rows have r tokens of room
+    rows = placed = 0
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        end = placed + int(counts[length])
+        while placed < end:
+            enough = rooms >> length
+            if enough:
+                room = length + (enough & -enough).bit_length() - 1
+                open_rows = np.concatenate(by_room.pop(room))
+                rooms ^= 1 << room
+            else:
+                room = capacity
+                open_rows = np.arange(rows, rows - (placed - end) // (room // length), dtype=np.int64)
+                rows += len(open_rows)
+            each = room // length
+            count = min(end - placed, each * len(open_rows))
+            filled, more = divmod(count, each)
+            rows_of[order[placed : placed + count]] = np.repeat(open_rows, each)[:count]
+            placed += count
+            left = (
+                (room - each * length, open_rows[:filled]),
+                (room - more * length, open_rows[filled : filled + bool(more)]),
+                (room, open_rows[filled + bool(more) :]),
+            )
+            for remaining, which in left:
+                if remaining and len(which):
+                    by_room.setdefault(remaining, []).append(which)
+                    rooms |= 1 << remaining
+    return rows_of
+
+
+def pack(document_starts: np.ndarray, tokens: int, length: int) -> tuple[np.ndarray, np.ndarray, PlanCounts]:
+    """The plan of one shard.
+
+    Args:
+        document_starts: first token of each document, int64 (documents,), ascending.
+        tokens: of the shard.
+        length: L.
+
+    Returns:
+        The offsets and the pieces of the plan's file, and its counts. Within a row, pieces are in the shard's order.
+    """
+    lengths = np.diff(document_starts, append=tokens)
+    pieces = cut(document_starts, lengths, length)
+    sizes = pieces["length"].astype(np.int64)
+    rows_of = best_fit(sizes, length + 1)
+    in_row = np.bincount(rows_of)
+    offsets = np.concatenate(([0], np.cumsum(in_row))).astype(OFFSET)
+    padding = len(in_row) * (length + 1) - int(sizes.sum())
+    documents = int((lengths > 0).sum()), int((lengths > length + 1).sum())
+    counts = PlanCounts(len(in_row), len(pieces), padding, *documents)
+    return offsets, pieces[np.argsort(rows_of, kind="stable")], counts
+
+
+def plan_path(manifest: CorpusManifest, split: str, shard: str, length: int) -> Path:
+    """Where the plan of a shard is."""
+    return manifest.directory / FOLDER / f"L{length}" / split / f"{shard}{SUFFIX}"
+
+
+class PackingPlan:
+    """Reads the plan of one shard. Opening takes the same time for any number of rows: these are read when asked for.
+
+    The file is open from the first row that is read until `close`.
+
+    Args:
+        manifest: of the corpus.
+        split, shard: "train" or "valid", and the shard's record in the manifest.
+        length: L.
+
+    Attributes:
+        counts: of the plan.
+
+    Raises:
+        DataError: there is no plan, it is damaged, or made for other shards.
+    """
+
+    def __init__(self, manifest: CorpusManifest, split: str, shard: dict[str, Any], length: int) -> None:
+        self.path = plan_path(manifest, split, shard["name"], length)
+        self._length, self._tokens = length, shard["tokens"]
+        self._again = f"Make it again: rdt prep pack {manifest.directory} --sequence_length {length}"
+        self._descriptor: int | None = None
+        try:
+            with open(self.path, "rb") as file:
+                header, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
+        except FileNotFoundError:
+            raise DataError(f"{self.path} does not exist. {self._again}") from None
+        self._check_header(header, size, shard)
+
+    def _check_header(self, header: bytes, size: int, shard: dict[str, Any]) -> None:
+        if len(header) < HEADER.size or header[:8] != MAGIC:
+            raise DataError(f"{self.path} is not a packing plan. {self._again}")
+        _, version, length, bin_hash, idx_hash, self._body_hash, *counts = HEADER.unpack(header)
+        if (version, length) != (VERSION, self._length):
+            raise DataError(
+                f"{self.path} has version {version} and sequence length {length}, not {VERSION} and {self._length}. "
+                f"{self._again}"
+            )
+        if (bin_hash.hex(), idx_hash.hex()) != (shard["bin_sha256"], shard["idx_sha256"]):
+            raise DataError(f"{self.path} was made for other shards than the manifest names now. {self._again}")
+        self.counts = PlanCounts(*counts)
+        expected = HEADER.size + OFFSET.itemsize * (self.counts.rows + 1) + PIECE.itemsize * self.counts.pieces
+        if size != expected:
+            raise DataError(f"{self.path} has {size} bytes, its header says {expected}. {self._again}")
+
+    def verify(self) -> None:
+        """Hash the whole plan; DataError where it is damaged."""
+        if hash_of_body(self.path) != self._body_hash:
+            raise DataError(f"{self.path} has other content than was written. {self._again}")
+
+    def pieces(self, row: int) -> list[tuple[int, int, int]]:
+        """First token in the shard, tokens, and tokens of the document before it, of each piece of a row.
+
+        Raises:
+            DataError: the plan ends early, or says what cannot be.
+        """
+        first, last = self._read(OFFSET, HEADER.size + OFFSET.itemsize * row, 2).tolist()
+        pieces: list[tuple[int, int, int]] = []
+        if first < last <= self.counts.pieces:
+            begin = HEADER.size + OFFSET.itemsize * (self.counts.rows + 1)
+            pieces = self._read(PIECE, begin + PIECE.itemsize * first, last - first).tolist()
+        inside = all(length and start + length <= self._tokens for start, length, _ in pieces)
+        if not pieces or not inside or sum(length for _, length, _ in pieces) > self._length + 1:
+            raise DataError(f"{self.path} holds an impossible row {row}. {self._again}")
+        return pieces
+
+    def _read(self, dtype: np.dtype, place: int, count: int) -> np.ndarray:
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+        content = os.pread(self._descriptor, count * dtype.itemsize, place)
+        if len(content) != count * dtype.itemsize:
+            raise DataError(f"{self.path} ends early: it changed while in use. {self._again}")
+        return np.frombuffer(content, dtype)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def hash_of_body(path: Path) -> bytes:
+    """SHA-256 of what follows a plan's header."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(HEADER.size)
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.digest()
+
+
+def write_plan(manifest: CorpusManifest, split: str, shard: dict[str, Any], length: int) -> PlanCounts:
+    """Make the plan of one shard and write it atomically. Memory goes with the documents of the shard."""
+    dataset = IndexedDataset(manifest.directory / split / shard["name"])
+    try:
+        if sha256_of(dataset.idx_path) != shard["idx_sha256"]:
+            raise DataError(f"{dataset.idx_path} has other content than was written. Prepare the corpus again.")
+        offsets, pieces, counts = pack(dataset.document_starts, dataset.tokens, length)
+    finally:
+        dataset.close()
+    body = offsets.tobytes() + pieces.tobytes()
+    hashes = bytes.fromhex(shard["bin_sha256"]), bytes.fromhex(shard["idx_sha256"]), hashlib.sha256(body).digest()
+    path = plan_path(manifest, split, shard["name"], length)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_open(path, "wb") as file:
+        file.write(HEADER.pack(MAGIC, VERSION, length, *hashes, *vars(counts).values()))
+        file.write(body)
+    return counts
+
+
+def make_plans(manifest: CorpusManifest, split: str, length: int, again: bool = False) -> PlanCounts:
+    """Make the plans of a split's shards that are missing; check the others.
+
+    Args:
+        manifest: of the corpus.
+        split: "train" or "valid".
+        length: L.
+        again: replace plans that are damaged or made for other shards, instead of refusing them.
+
+    Returns:
+        The counts of all shards together.
+
+    Raises:
+        DataError: a plan is damaged or made for other shards, or cannot be written.
+        LaunchError: another process has been making them for an hour.
+    """
+    folder = plan_path(manifest, split, "", length).parent
+    try:
+        return _make_plans(manifest, split, length, folder, again)
+    except OSError as error:
+        raise DataError(
+            f"the packing plans in {folder} could not be made ({error.strerror}). Make them where the corpus can be "
+            f"written: rdt prep pack {manifest.directory} --sequence_length {length}; or set --data.pack chunk."
+        ) from error
+
+
+def _make_plans(manifest: CorpusManifest, split: str, length: int, folder: Path, again: bool) -> PlanCounts:
+    counts = PlanCounts()
+    lacking = []
+    for shard in manifest.document["splits"][split]["shards"]:
+        try:
+            counts += _checked(manifest, split, shard, length)
+        except DataError:
+            if not again and plan_path(manifest, split, shard["name"], length).exists():
+                raise
+            lacking.append(shard)
+    if not lacking:
+        return counts
+    folder.mkdir(parents=True, exist_ok=True)
+    message = f"another process has been making the plans in {folder} for an hour. Wait for it, or end it."
+    with exclusive(folder / ".lock", message, BUILD_PATIENCE_S):
+        for stale in folder.glob(f"*{TEMPORARY_SUFFIX}"):  # of processes that were killed
+            stale.unlink(missing_ok=True)
+        for shard in lacking:
+            counts += _made(manifest, split, shard, length)
+    return counts
+
+
+def _checked(manifest: CorpusManifest, split: str, shard: dict[str, Any], length: int) -> PlanCounts:
+    """The counts of a plan that is there; DataError where it is not, or not as it should be."""
+    plan = PackingPlan(manifest, split, shard, length)
+    plan.verify()
+    return plan.counts
+
+
+def _made(manifest: CorpusManifest, split: str, shard: dict[str, Any], length: int) -> PlanCounts:
+    """The counts of a plan that was to be made, and that another machine may have made in the meantime."""
+    try:
+        return _checked(manifest, split, shard, length)
+    except DataError:
+        return write_plan(manifest, split, shard, length)

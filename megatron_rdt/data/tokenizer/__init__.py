@@ -1,0 +1,1 @@
+"""Tokenizers: one interface over SentencePiece and Hugging Face, and their export."""

@@ -1,0 +1,133 @@
+"""Causal grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with rotary positions.
+
+Shapes: (batch, heads, sequence, head_dim).
+"""
+
+from typing import ClassVar, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from megatron_rdt.config import ModelConfig
+from megatron_rdt.model.attention.kernels import attend
+from megatron_rdt.model.attention.masks import within_window
+from megatron_rdt.model.attention.mla import LatentAttention
+from megatron_rdt.model.attention.rope import rotate
+from megatron_rdt.model.forward_context import LayerContext
+from megatron_rdt.model.linear import Linear
+from megatron_rdt.model.norm import RMSNorm
+
+VALUE_GATE_CHANNELS = 32
+PLAIN_NORM_EPS = 2.0**-23  # float32's own, whatever `norm_eps` is, as in Parcae
+
+
+class KeyValueCache(Protocol):
+    """What attention needs of a cache: one slot per (iteration, layer)."""
+
+    def update(self, slot: int, start: int, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Write tensors (batch, ..., new, channels) at positions `start` ... of `slot`; all of it, oldest first."""
+
+
+def has_value_embedding(config: ModelConfig, index: int) -> bool:
+    """Whether layer `index` of all adds an embedding of the token to its values: every second, the last included."""
+    layers = config.prelude_layers + config.core_layers + config.coda_layers
+    return config.value_embeddings == "gated" and index % 2 == (layers - 1) % 2
+
+
+class TokenValues(nn.Module):
+    """A table of values per token and the gate that admits them, 2 sigmoid(W x[:32]) per head (Parcae, nanochat)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.kv_heads * config.head_dim))
+        self.gate = Linear(min(VALUE_GATE_CHANNELS, config.dim), config.kv_heads)
+
+    def look_up(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(batch, sequence) -> (batch, sequence, kv_heads * head_dim)."""
+        return functional.embedding(tokens, self.weight)
+
+    def forward(self, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """What to add to the values (batch, sequence, kv_heads * head_dim) of the layer's input x."""
+        gate = 2 * torch.sigmoid(self.gate(x[..., : self.gate.weight.shape[1]]))
+        return (gate.unsqueeze(-1) * values.to(x.dtype).unflatten(-1, (-1, self.head_dim))).flatten(-2)
+
+
+class GroupedQueryAttention(nn.Module):
+    """Softmax attention in which groups of query heads share one key and value head."""
+
+    INITIAL_VALUES: ClassVar[dict[str, float]] = {"query_bias": 0.0, "key_bias": 0.0}
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.head_dim, queries, keys = config.head_dim, config.dim, config.kv_heads * config.head_dim
+        self.pairing, self.window = config.rope_pairing, config.window
+        self.query = Linear(config.dim, queries)
+        self.key = Linear(config.dim, keys)
+        self.value = Linear(config.dim, keys)
+        self.output = Linear(queries, config.dim)
+        self.plain_norm = config.qk_norm == "plain"
+        learned = config.qk_norm == "learned"
+        self.query_norm = RMSNorm(self.head_dim, config.norm_eps) if learned else None
+        self.key_norm = RMSNorm(self.head_dim, config.norm_eps) if learned else None
+        self.query_bias = nn.Parameter(torch.empty(queries)) if config.qk_bias else None
+        self.key_bias = nn.Parameter(torch.empty(keys)) if config.qk_bias else None
+        self.token_values = TokenValues(config) if has_value_embedding(config, index) else None
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        context: LayerContext,
+        cache: KeyValueCache | None = None,
+        slot: int = 0,
+        token_values: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend over (batch, sequence, dim).
+
+        Args:
+            x: normalised input in the compute dtype.
+            context: rotary tables and mask.
+            cache: keys and values of earlier positions, extended in place.
+            slot: which slot of the cache belongs to this (iteration, layer).
+            token_values: what `token_values.look_up` gave for the tokens, where the layer has it.
+        """
+        batch, sequence, _ = x.shape
+        query = self._rotated(self.query(x), self.query_bias, self.query_norm, context)
+        key = self._rotated(self.key(x), self.key_bias, self.key_norm, context)
+        value = self.value(x)
+        if self.token_values is not None:
+            assert token_values is not None, "whoever calls the layer looks the token values up"
+            value = value + self.token_values(x, token_values)
+        value = self._split(value)
+        if cache is not None:
+            key, value = cache.update(slot, context.start, key, value)
+        if context.share is not None:
+            key, value = context.share.gather(key, value)
+        mask, (key, value) = within_window(self.window, context.start, context.mask, key, value)
+        attended = attend(query, key, value, mask)
+        return self.output(attended.transpose(1, 2).reshape(batch, sequence, -1))
+
+    def _split(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, sequence, heads * head_dim) -> (batch, heads, sequence, head_dim)."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _rotated(
+        self, x: torch.Tensor, bias: torch.Tensor | None, norm: RMSNorm | None, context: LayerContext
+    ) -> torch.Tensor:
+        """Queries or keys with bias, norm and position: (batch, heads, sequence, head_dim)."""
+        if bias is not None:
+            x = x + bias.to(x.dtype)
+        x = self._split(x)
+        if norm is not None:
+            x = norm(x).to(context.compute_dtype)
+        elif self.plain_norm:
+            x = functional.rms_norm(x, (self.head_dim,), eps=PLAIN_NORM_EPS)
+        return rotate(x, *context.rotary, self.pairing)
+
+
+ATTENTIONS: dict[str, type[GroupedQueryAttention] | type[LatentAttention]] = {
+    "gqa": GroupedQueryAttention,
+    "mla": LatentAttention,
+}
+"""Choices of `model.attention`."""

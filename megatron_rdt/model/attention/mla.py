@@ -1,0 +1,96 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): the cache holds one compressed vector per token.
+
+    latent  = norm(W_dkv x)                      (kv_rank,)       cached
+    k_rope  = rotate(W_kr x)                     (rope_dim,)      cached, one for all heads
+    k, v    = W_uk latent, W_uv latent           per head (nope_dim,), (value_dim,)
+    q       = W_uq norm(W_dq x) or W_q x         per head (nope_dim + rope_dim,), the latter rotated
+    scores  = (q_nope . k + q_rope . k_rope) / sqrt(nope_dim + rope_dim)
+
+Without cached positions, keys and values are expanded. Where few queries follow many cached positions, W_uk is absorbed
+into the queries and W_uv into the output: attention runs on the latents as one shared head, and nothing is expanded.
+"""
+
+import torch
+from torch import nn
+
+from megatron_rdt.config import ModelConfig
+from megatron_rdt.model.attention.kernels import Mask, attend
+from megatron_rdt.model.attention.masks import within_window
+from megatron_rdt.model.attention.rope import rotate
+from megatron_rdt.model.forward_context import LayerContext
+from megatron_rdt.model.linear import Linear
+from megatron_rdt.model.norm import RMSNorm
+
+
+class LatentAttention(nn.Module):
+    """Attention over compressed keys and values with a decoupled rotary key."""
+
+    token_values = None  # the values come from the latent
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.pairing, self.window = config.rope_pairing, config.window
+        self.nope, self.rope, self.value, self.rank = (
+            config.nope_dim,
+            config.rope_dim,
+            config.value_dim,
+            config.kv_rank,
+        )
+        query_in = config.query_rank or config.dim
+        self.query_down = Linear(config.dim, config.query_rank) if config.query_rank else None
+        self.query_norm = RMSNorm(config.query_rank, config.norm_eps) if config.query_rank else None
+        self.query_up = Linear(query_in, config.heads * (self.nope + self.rope))
+        self.latent_down = Linear(config.dim, self.rank + self.rope)
+        self.latent_norm = RMSNorm(self.rank, config.norm_eps)
+        self.latent_up = Linear(self.rank, config.heads * (self.nope + self.value))
+        self.output = Linear(config.heads * self.value, config.dim)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        context: LayerContext,
+        cache: "KeyValueCache | None" = None,  # type: ignore[name-defined]  # noqa: F821
+        slot: int = 0,
+        token_values: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend over (batch, sequence, dim); see `GroupedQueryAttention.forward`."""
+        query = x
+        if self.query_down is not None and self.query_norm is not None:
+            query = self.query_norm(self.query_down(x)).to(x.dtype)
+        query = self.query_up(query).unflatten(-1, (-1, self.nope + self.rope)).transpose(1, 2)
+        nope, rope = query.split((self.nope, self.rope), dim=-1)  # (batch, heads, sequence, ...)
+        rope = rotate(rope, *context.rotary, self.pairing)
+        latent, key_rope = self.latent_down(x).unsqueeze(1).split((self.rank, self.rope), dim=-1)
+        latent = self.latent_norm(latent).to(x.dtype)
+        keys = torch.cat((latent, rotate(key_rope, *context.rotary, self.pairing)), dim=-1)  # (batch, 1, sequence, ...)
+        if cache is not None:
+            (keys,) = cache.update(slot, context.start, keys)
+        if context.share is not None:
+            (keys,) = context.share.gather(keys)
+        mask, (keys,) = within_window(self.window, context.start, context.mask, keys)
+        attended = self._absorbed if self.absorbs(x.shape[1], keys.shape[2]) else self._expanded
+        return self.output(attended(nope, rope, keys, mask).transpose(1, 2).flatten(-2))
+
+    def absorbs(self, queries: int, keys: int) -> bool:
+        """Whether the scores of latents, which are wider, cost less than expanding the positions before the queries."""
+        spared = (keys - queries) * self.rank * (self.nope + self.value)
+        added = queries * keys * (2 * self.rank - self.nope - self.value)
+        return keys > queries and added <= spared
+
+    def _expanded(self, nope: torch.Tensor, rope: torch.Tensor, keys: torch.Tensor, mask: Mask) -> torch.Tensor:
+        """Values attended to, (batch, heads, sequence, value_dim), with keys and values of every head."""
+        latent, key_rope = keys.split((self.rank, self.rope), dim=-1)
+        up = self.latent_up(latent.squeeze(1)).unflatten(-1, (-1, self.nope + self.value)).transpose(1, 2)
+        key_nope, value = up.split((self.nope, self.value), dim=-1)
+        key = torch.cat((key_nope, key_rope.expand(-1, key_nope.shape[1], -1, -1)), dim=-1)
+        return attend(torch.cat((nope, rope), dim=-1), key, value, mask)
+
+    def _absorbed(self, nope: torch.Tensor, rope: torch.Tensor, keys: torch.Tensor, mask: Mask) -> torch.Tensor:
+        """The same from the latents alone: their dot products with queries that W_uk was absorbed into."""
+        up = self.latent_up.weight.to(nope.dtype).unflatten(
+            0, (-1, self.nope + self.value)
+        )  # (heads, nope + value, rank)
+        key_up, value_up = up.split((self.nope, self.value), dim=1)
+        query = torch.cat((nope @ key_up, rope), dim=-1)  # (batch, heads, sequence, rank + rope)
+        scale = (self.nope + self.rope) ** -0.5
+        return attend(query, keys, keys[..., : self.rank], mask, scale) @ value_up.transpose(1, 2)

@@ -1,6 +1,8 @@
 # make install      .venv with pinned dependencies (idempotent)
 # make quickstart   the whole main job on two processes, from raw text to a report
-# make test         lint, types, tests
+# make lint         formatting, lint, types
+# make test-fast    the tests that start no processes and take no long (under two minutes on 2 cores)
+# make test         lint, then all tests but those that need Slurm
 # make test-cluster the same for what needs Slurm
 # make test-parity  against the code of other projects; installs open-mythos and megatron-core (put Parcae and Huginn on PYTHONPATH)
 # make fuzz         2,000 random cases each of prep that is killed and of runs that are resumed (ten minutes)
@@ -10,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test test-cluster test-parity fuzz bench
+.PHONY: install quickstart lint test-fast test test-cluster test-parity fuzz bench
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -27,10 +29,18 @@ quickstart: install
 
 # One more than the two cores that the figures are of: many tests wait for processes.
 TEST_PROCESSES ?= 3
-test: install
+PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
+lint: install
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not cluster"
+
+test-fast: install
+	$(PYTEST) -m "not cluster and not distributed and not slow"
+
+test: lint
+	$(PYTEST) -m "not cluster"
 
 SLURM := command -v sbatch && command -v slurmctld && command -v slurmd && command -v munged
 test-cluster: export PATH := $(PATH):/usr/sbin:/sbin

@@ -87,7 +87,7 @@ def read_entries(schema: type, entries: list[Mapping[Any, Any]], place: str) -> 
         if missing:
             raise ConfigError(f"{where} has no {' and no '.join(missing)}. It takes {', '.join(hints)}.")
         numbers = {key: float(value) for key, value in entry.items() if _is_float(value, hints[key])}
-        made.append(schema(**{**entry, **numbers}))  # type: ignore[arg-type]
+        made.append(schema(**{**entry, **numbers}))
     return made
 
 

@@ -157,7 +157,7 @@ class RecurrentCore(nn.Module):
             return states
 
         if torch.is_grad_enabled() and cache is None:
-            return self.checkpointing.run(iterations, state, part)  # type: ignore[no-any-return]
+            return self.checkpointing.run(iterations, state, part)
         return iterations(state, part)
 
     def _leave(self, state: torch.Tensor) -> torch.Tensor:

@@ -53,7 +53,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """The three sums of `cross_entropy`; only the first carries gradient."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         features: torch.Tensor,
         matrix: torch.Tensor,

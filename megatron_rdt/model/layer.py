@@ -71,7 +71,7 @@ class Layer(nn.Module):
         run = self.compiled if self.compiled is not None and self.training else self.run
         if self.checkpointed and torch.is_grad_enabled():
             arguments = x, context, token_values, modulations
-            return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+            return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
         return run(x, context, token_values, modulations)
 
     def run(

@@ -17,7 +17,7 @@ class _RoundedLinear(torch.autograd.Function):
     """y = x W^T with W rounded to the dtype of x, keeping only x and the unrounded W."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         return functional.linear(x, weight.to(x.dtype))
 

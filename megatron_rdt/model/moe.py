@@ -38,7 +38,7 @@ class _GroupedLinear(torch.autograd.Function):
     """y = x W_i^T for the rows x of expert i, with W rounded to the dtype of x, keeping only x and the unrounded W."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, weight, ends)
         return functional.grouped_mm(x, weight.to(x.dtype).mT, offs=ends)
 

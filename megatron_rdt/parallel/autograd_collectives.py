@@ -29,9 +29,7 @@ class _Gather(torch.autograd.Function):
     """`alike` says whether every rank already has the whole gradient."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: torch.Tensor, dim: int, group: ProcessGroup, alike: bool
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, dim: int, group: ProcessGroup, alike: bool) -> torch.Tensor:
         ctx.dim, ctx.group, ctx.alike = dim, group, alike
         return gathered(x, dim, group)
 
@@ -44,7 +42,7 @@ class _Gather(torch.autograd.Function):
 
 class _ScatterSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, dim: int, group: ProcessGroup) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: torch.Tensor, dim: int, group: ProcessGroup) -> torch.Tensor:
         ctx.dim, ctx.group = dim, group
         return scattered_sum(x, dim, group)
 
@@ -55,9 +53,7 @@ class _ScatterSum(torch.autograd.Function):
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: torch.Tensor, sends: list[int], receives: list[int], group: ProcessGroup
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, sends: list[int], receives: list[int], group: ProcessGroup) -> torch.Tensor:
         ctx.sends, ctx.receives, ctx.group = sends, receives, group
         return _all_to_all(x, sends, receives, group)
 

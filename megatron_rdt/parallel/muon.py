@@ -105,7 +105,7 @@ class Muon(torch.optim.Optimizer):
         # Ranks work at the same time on matrices of about the same size.
         spread.sort(key=lambda job: job[0].numel(), reverse=True)
         while spread:
-            ranks = _sharing(spread[0][0]).size()  # type: ignore[arg-type]
+            ranks = _sharing(spread[0][0]).size()
             self._step_together(spread[:ranks])
             del spread[:ranks]
 

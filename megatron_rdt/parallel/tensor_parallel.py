@@ -69,16 +69,16 @@ def parallelize(model: RecurrentDepthTransformer, mesh: DeviceMesh) -> None:
     view_locally(model, mesh, names)
     group = mesh.get_group()
     for layer in (*model.prelude, *model.core.layers, *model.coda):
-        _split_tokens_around(layer.attention, TOKENS, group)  # type: ignore[arg-type]
+        _split_tokens_around(layer.attention, TOKENS, group)
         if getattr(layer.feedforward, "exchange", None) is None:
-            _split_tokens_around(layer.feedforward, TOKENS, group)  # type: ignore[arg-type]
-        elif layer.feedforward.shared is not None:  # type: ignore[union-attr]
-            _split_tokens_around(layer.feedforward.shared, 0, group)  # type: ignore[union-attr, arg-type]
+            _split_tokens_around(layer.feedforward, TOKENS, group)
+        elif layer.feedforward.shared is not None:
+            _split_tokens_around(layer.feedforward.shared, 0, group)
     _split_embedding(model.embedding, group)
-    model.normal_state = partial(_own_noise, group)  # type: ignore[method-assign]
-    model.cross_entropy = partial(_split_cross_entropy, group)  # type: ignore[method-assign]
+    model.normal_state = partial(_own_noise, group)
+    model.cross_entropy = partial(_split_cross_entropy, group)
     model.token_sum = partial(_whole_token_sum, group)
-    model.own_tokens = partial(_own_tokens, group)  # type: ignore[method-assign]
+    model.own_tokens = partial(_own_tokens, group)
 
 
 def _split_tokens_around(part: nn.Module, dim: int, group: ProcessGroup) -> None:

@@ -87,7 +87,7 @@ def watch_allocations(device: torch.device) -> Iterator[Allocations]:
         return
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         yield allocations
-    allocations.replay(profile.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
+    allocations.replay(profile.kineto_results.experimental_event_tree())
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def make_parser(
 
 
 def _add_fields(parser: Any, group: Any, schema: type, prefix: str, positional: bool) -> None:
-    hints, texts = typing.get_type_hints(schema), _field_texts(schema)
+    hints, texts = typing.get_type_hints(schema), field_help(schema)
     for field in dataclasses.fields(schema):
         kind, name, default = hints[field.name], f"{prefix}{field.name}", _default(field)
         if dataclasses.is_dataclass(kind):
@@ -116,8 +116,8 @@ def _default(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def _field_texts(schema: type) -> dict[str, str]:
-    """The strings below the fields."""
+def field_help(schema: type) -> dict[str, str]:
+    """Return the help text of each field of a dataclass: the string below it."""
     parsed = docstring_parser.parse_from_object(schema)
     return {param.arg_name: " ".join((param.description or "").split()) for param in parsed.params}
 

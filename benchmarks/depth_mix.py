@@ -50,7 +50,7 @@ def draws(mean: int, sequences: int, count: int) -> list[tuple[int, ...]]:
     found: list[tuple[int, ...]] = []
     step = 0
     while len(found) < count:
-        loops = sampler.iterations(step, range(sequences), sequences)
+        loops = sampler.draw_loops(step, range(sequences), sequences)
         found += [loops] if sum(loops) == mean * sequences else []
         step += 1
     return found

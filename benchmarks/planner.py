@@ -79,13 +79,13 @@ def work(options: argparse.Namespace) -> None:
     import torch
 
     from megatron_rdt.environment import process_place
-    from megatron_rdt.parallel.process_group import join_world
+    from megatron_rdt.parallel.process_group import join_process_group
     from megatron_rdt.planner.measure import measure_steps
 
     place, rows, joined = process_place(), [], False
     torch.manual_seed(place.rank)
     for name, config in cases(place.world_size).items():
-        device = torch.device("cpu") if joined else join_world(config, place)
+        device = torch.device("cpu") if joined else join_process_group(config, place)
         joined = True
         for each in measure_steps(config, device, options.loops):
             plan = planned(config, place.world_size, each.loops)

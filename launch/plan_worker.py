@@ -21,11 +21,11 @@ def measure(options: argparse.Namespace) -> None:
     import torch
 
     from megatron_rdt.config import load_config
-    from megatron_rdt.parallel.process_group import join_world
+    from megatron_rdt.parallel.process_group import join_process_group
     from megatron_rdt.planner.measure import measure_steps
 
     config, place = load_config(options.config), process_place()
-    device = join_world(config, place)
+    device = join_process_group(config, place)
     measured = measure_steps(config, device, options.loops)
     peaks = torch.tensor([each.peak for each in measured], device=device)
     if torch.distributed.is_initialized():

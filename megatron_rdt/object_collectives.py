@@ -1,4 +1,7 @@
-"""What the ranks tell each other about a checkpoint; without a process group, a rank talks to itself."""
+"""Object collectives; the identity without a process group.
+
+Values are pickled, so these are for messages of a few kilobytes, such as errors and file names, never for tensors.
+"""
 
 from typing import Any, TypeVar
 
@@ -7,23 +10,23 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
-def place() -> tuple[int, int]:
-    """This process's rank and the number of all."""
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's rank and the number of ranks; (0, 1) without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def gather(value: T) -> list[T]:
-    """The value of every rank, in the order of ranks, on every rank; values are pickled."""
-    world_size = place()[1]
+def gather_objects(value: T) -> list[T]:
+    """Return the values of all ranks, in rank order, on every rank."""
+    _, world_size = rank_and_world_size()
     values: list[Any] = [value] * world_size
     if world_size > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-def broadcast(value: T) -> T:
-    """Rank 0's value, on every rank; it is pickled."""
+def broadcast_object(value: T) -> T:
+    """Return rank 0's value on every rank; the argument of the others is ignored."""
     values = [value]
-    if place()[1] > 1:
+    if rank_and_world_size()[1] > 1:
         dist.broadcast_object_list(values, src=0)
     return values[0]

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_rdt.checkpoint.manifest import read_manifest, verify_files
 from megatron_rdt.checkpoint.read import newest_checkpoint, resolve_checkpoint
 from megatron_rdt.errors import CheckpointError, RdtError
-from megatron_rdt.object_collectives import broadcast, gather, place
+from megatron_rdt.object_collectives import broadcast_object, gather_objects, rank_and_world_size
 
 # What rank 0 tells the others: read these files, start here, give up for this reason.
 VERIFY, START, GIVE_UP = "verify", "start", "give up"
@@ -32,16 +32,16 @@ def find_start(run_directory: Path, resume: str) -> Path | None:
     """
     if resume == "none":
         return None
-    return _lead(run_directory, resume) if place()[0] == 0 else _follow()
+    return _lead(run_directory, resume) if rank_and_world_size()[0] == 0 else _follow()
 
 
 def _lead(run_directory: Path, resume: str) -> Path | None:
     try:
         found = _choose(run_directory, resume)
     except RdtError as error:
-        broadcast((GIVE_UP, error))
+        broadcast_object((GIVE_UP, error))
         raise
-    broadcast((START, found))
+    broadcast_object((START, found))
     return found
 
 
@@ -59,26 +59,26 @@ def _choose(run_directory: Path, resume: str) -> Path | None:
 
 def _follow() -> Path | None:
     while True:
-        message: Any = broadcast(None)
+        message: Any = broadcast_object(None)
         order, content = message
         if order == START:
             return content
         if order == GIVE_UP:
             raise content
-        gather(_damage_in_share(*content))
+        gather_objects(_damage_in_share(*content))
 
 
 def _verify_together(checkpoint: Path) -> None:
     """On rank 0, while the others follow: each reads its share of the files; a damage that one finds counts."""
     files = list(read_manifest(checkpoint)["files"].items())
-    broadcast((VERIFY, (checkpoint, files)))
-    for damage in gather(_damage_in_share(checkpoint, files)):
+    broadcast_object((VERIFY, (checkpoint, files)))
+    for damage in gather_objects(_damage_in_share(checkpoint, files)):
         if damage is not None:
             raise CheckpointError(damage)
 
 
 def _damage_in_share(checkpoint: Path, files: Sequence[tuple[str, dict[str, Any]]]) -> str | None:
-    rank, world_size = place()
+    rank, world_size = rank_and_world_size()
     try:
         verify_files(checkpoint, files[rank::world_size])
     except CheckpointError as error:

@@ -25,7 +25,7 @@ from megatron_rdt.checkpoint.manifest import content_files, file_record, read_ma
 from megatron_rdt.checkpoint.read import CHECKPOINTS, LATEST, ROLLBACK, complete_checkpoints, read_rollback
 from megatron_rdt.errors import CheckpointError, RdtError
 from megatron_rdt.files import atomic_open, fsync_directory, fsync_file, why_not_written, write_text
-from megatron_rdt.object_collectives import gather
+from megatron_rdt.object_collectives import gather_objects
 from megatron_rdt.parallel import Engine
 
 T = TypeVar("T")
@@ -179,7 +179,7 @@ class _Attempt:
             told = self._describe(failure, rank)
         except Exception as error:  # any library's error, told to all ranks and translated
             failure, told = error, self._describe(error, self.engine.rank)
-        outcomes = gather((result, told))
+        outcomes = gather_objects((result, told))
         reason = next((told for _, told in outcomes if told is not None), None)
         if reason is None:
             return [result for result, _ in outcomes]

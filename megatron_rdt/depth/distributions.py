@@ -1,8 +1,7 @@
 """Distributions of the loop count T, as tables of probabilities.
 
 Every scheme becomes one array: probability of T = min ... max, the mass outside moved to the nearest bound (clamp) or
-left out (truncate).
-A draw pushes one uniform number through the inverse of the cumulative sum, so one number decides one T.
+dropped (truncate). A draw maps one uniform number through the inverse of the cumulative sum, so one number decides one T.
 """
 
 import math
@@ -35,8 +34,8 @@ def poisson_probabilities(rate: float, log_factorials: np.ndarray) -> np.ndarray
 def lognormal_poisson_probabilities(mean: float, sigma: float, largest: int) -> np.ndarray:
     """P(N = n) for n = 0 ... largest, N ~ Poisson(R), R ~ LogNormal(log(mean) - sigma^2 / 2, sigma).
 
-    The rate is integrated out by Gauss-Hermite quadrature. E[R] = mean. Source: Geiping et al. 2025
-    (arXiv:2502.05171), section 3.3, where T = N + 1 with mean 32 and sigma 0.5.
+    E[R] = mean. The rate is integrated out by Gauss-Hermite quadrature: a weighted sum of Poisson tables, one per node.
+    Source: Geiping et al. 2025 (arXiv:2502.05171), section 3.3, where T = N + 1 with mean 32 and sigma 0.5.
     """
     nodes, weights = normal_quadrature()
     rates = np.exp(math.log(mean) - sigma**2 / 2 + sigma * nodes)
@@ -52,15 +51,16 @@ def loop_probabilities(config: DepthConfig) -> np.ndarray:
     if config.scheme == "fixed":
         table[min(round(config.mean), config.max)] = 1.0
     elif config.scheme == "uniform":
-        last = max(round(2 * config.mean) - 1, 1)
+        last = max(round(2 * config.mean) - 1, 1)  # 1 ... 2 mean - 1 has this mean
         table[1 : last + 1] = 1.0 / last
     elif config.scheme == "geometric":
-        stop = 1 / config.mean
+        stop = 1 / config.mean  # probability to stop after each iteration
         table[1:] = stop * (1 - stop) ** (loops[1:] - 1)
     elif config.scheme == "poisson":
         table = poisson_probabilities(config.mean, log_factorials(config.max))
         table[1], table[0] = table[0] + table[1], 0.0  # max(Poisson, 1)
     else:
+        # T = N + 1, so the table of N is shifted by one.
         table[1:] = lognormal_poisson_probabilities(config.mean, config.sigma, config.max - 1)
     if config.bounds == "clamp":
         table[config.max] += max(0.0, 1.0 - table.sum())  # the tail above max
@@ -70,12 +70,13 @@ def loop_probabilities(config: DepthConfig) -> np.ndarray:
 
 
 def cumulative_probabilities(table: np.ndarray) -> np.ndarray:
-    """The running sum of `loop_probabilities`, exactly 1 from the largest possible T on, whatever was rounded."""
+    """P(T <= t) from the table of `loop_probabilities`, exactly 1 from the largest possible T on."""
     cumulative = np.cumsum(table)
+    # A sum rounded to just below 1 would let the largest uniform numbers fall off the end of the table.
     cumulative[np.flatnonzero(table)[-1] :] = 1.0
     return cumulative
 
 
 def quantile(cumulative: np.ndarray, uniform: float) -> int:
-    """The smallest t with P(T <= t) > uniform; `cumulative` is of `cumulative_probabilities`, uniform in [0, 1)."""
+    """The smallest t with P(T <= t) > uniform; `cumulative` is from `cumulative_probabilities`, uniform in [0, 1)."""
     return int(np.searchsorted(cumulative, uniform, side="right"))

@@ -1,16 +1,15 @@
 """Counter-based randomness: a draw is a function of its key, never of a generator's history.
 
-The key is a tuple of integers and strings, such as (seed, "depth", step). The same key gives the same
-number on every rank, world size, platform and after any resume.
+A key is a sequence of integers and strings, such as (seed, "depth", step). The same key yields the same number on
+every rank, world size and platform, and after any resume.
 """
 
 import hashlib
 
-Key = tuple[int | str, ...]
-
 
 def hash64(*key: int | str) -> int:
     """A 64-bit integer that is a fixed, well-mixed function of `key` (BLAKE2b of its text form)."""
+    # Types are part of the text, and a control character separates the parts, so different keys never share a text.
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in key)
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
 

@@ -5,27 +5,27 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Tick:
-    """One pass through the core's layers, for the sequences that take part in it, deepest first.
+class CoreIteration:
+    """One pass through the core's layers, for the sequences that take part in it, largest T first.
 
     Attributes:
-        ages: how many iterations each of them has behind it, t = 0, 1, ...
-        with_grad: whether this pass carries gradient; the same for all of them.
+        indices: iteration index t of each of these sequences: the iterations it has completed before.
+        with_grad: whether the pass carries gradient; the same for all of them.
     """
 
-    ages: tuple[int, ...]
+    indices: tuple[int, ...]
     with_grad: bool
 
 
 @dataclass(frozen=True)
 class DepthPlan:
-    """How deep each sequence of a micro-batch goes, and how much of that carries gradient.
+    """The loop count T of each sequence of a micro-batch, and how many of its last iterations carry gradient.
 
-    Sequences of different T are aligned at their ends: a shallow one joins late. So the last k passes carry gradient
-    for all of them, and a pass runs on nothing but the sequences that need it.
+    Sequences of different T are aligned at their ends: one of smaller T joins later. So the last k passes through the core
+    carry gradient for all of them, and every pass runs on those sequences only that need it.
 
     Attributes:
-        iterations: T of each sequence, in iterations of the core, each at least 1.
+        iterations: T of each sequence, at least 1.
         backprop: k; the last min(k, T) iterations carry gradient. None means all of them.
         state_seeds: one 64-bit seed per sequence for a random initial state; empty where none is drawn.
     """
@@ -42,49 +42,50 @@ class DepthPlan:
 
     @classmethod
     def constant(cls, loops: int, sequences: int) -> "DepthPlan":
-        """T = `loops` for every one of `sequences` sequences, gradient through all of them."""
+        """A plan with T = `loops` for every one of `sequences` sequences, gradient through all iterations."""
         return cls(iterations=(loops,) * sequences)
 
     @property
-    def uniform(self) -> bool:
-        """Whether all sequences have the same T."""
-        return min(self.iterations) == self.deepest
+    def is_uniform(self) -> bool:
+        """True if all sequences have the same T."""
+        return min(self.iterations) == self.max_loops
 
     @property
-    def deepest(self) -> int:
+    def max_loops(self) -> int:
         """The largest T."""
         return max(self.iterations)
 
     @property
     def loops(self) -> int:
-        """The one T that all sequences share."""
-        if not self.uniform:
-            raise ValueError(f"these sequences have different depths, {self.iterations}; here all need the same")
+        """The one T that all sequences share; ValueError where they differ."""
+        if not self.is_uniform:
+            raise ValueError(f"these sequences have different loop counts, {self.iterations}; here all need the same")
         return self.iterations[0]
 
     @property
-    def total(self) -> int:
-        """Iterations of all sequences together: what the core costs."""
+    def total_loops(self) -> int:
+        """The sum of T over the sequences, which is the cost of the core's forward pass."""
         return sum(self.iterations)
 
     @property
-    def total_with_grad(self) -> int:
-        """Iterations of all sequences together that carry gradient: the sum of min(k, T)."""
+    def total_loops_with_grad(self) -> int:
+        """The sum of min(k, T) over the sequences, which is the cost of the core's backward pass."""
         return sum(self.iterations) if self.backprop is None else sum(min(self.backprop, t) for t in self.iterations)
 
     @property
-    def loops_with_grad(self) -> int:
-        """The most iterations of any sequence that carry gradient."""
-        return self.deepest if self.backprop is None else min(self.backprop, self.deepest)
+    def max_loops_with_grad(self) -> int:
+        """The largest min(k, T)."""
+        return self.max_loops if self.backprop is None else min(self.backprop, self.max_loops)
 
     @property
     def order(self) -> tuple[int, ...]:
-        """Indices of the sequences, deepest first; equal ones in their own order."""
+        """Indices of the sequences, sorted by falling T; the sort is stable."""
         return tuple(sorted(range(len(self.iterations)), key=lambda i: -self.iterations[i]))
 
-    def ticks(self) -> Iterator[Tick]:
-        """The passes through the core's layers, in order; sequences are those of `order`, as many as take part."""
+    def core_iterations(self) -> Iterator[CoreIteration]:
+        """Yield the passes through the core in order; each takes the first sequences of `order` that need it."""
         ordered = [self.iterations[i] for i in self.order]
-        for left in range(self.deepest, 0, -1):
-            ages = tuple(loops - left for loops in ordered if loops >= left)
-            yield Tick(ages, left <= self.loops_with_grad)
+        # All sequences end with the last pass, so one of T loops takes part once no more than T passes are left.
+        for left in range(self.max_loops, 0, -1):
+            indices = tuple(loops - left for loops in ordered if loops >= left)
+            yield CoreIteration(indices, with_grad=left <= self.max_loops_with_grad)

@@ -1,4 +1,4 @@
-"""DepthSampler: the one place where loop counts are drawn."""
+"""DepthSampler: every loop count of a run is drawn here."""
 
 import math
 from collections.abc import Sequence
@@ -12,35 +12,42 @@ from megatron_rdt.depth.distributions import cumulative_probabilities, loop_prob
 from megatron_rdt.depth.hashing import hash64, hash_uniform
 from megatron_rdt.depth.plan import DepthPlan
 
-MEAN_DIGITS = 3  # a curriculum's mean is rounded to this, so that few tables are made
-BITS = 52  # of a draw; with the half that is added, a float holds no more
+MEAN_DIGITS = 3  # a curriculum's mean is rounded to this, so that few tables are computed
+BITS = 52  # random bits of a draw; together with the half that is added, a float64 holds no more
 
 
-def balanced_uniform(place: int, noise: int) -> float:
-    """A number in (0, 1) for each place of a batch such that neighbours together draw about the mean.
+def balanced_uniform(row: int, noise: int) -> float:
+    """A number in (0, 1) for a row of the batch, uniform over `noise`; together, aligned blocks of rows draw the mean of T.
 
-    The bits of `place` mirrored behind the point (van der Corput) put exactly one place of every aligned block of 2^n
-    into each interval of length 2^-n; exclusive-or with random bits keeps that and makes each number uniform. The sum of T
-    over a block then hangs on where in the last interval, the long tail, its deepest sequence lies. So all bits behind the
-    first zero are inverted: the higher the deepest lies in its interval, the lower lie all others in theirs.
+    The rows of a batch follow the van der Corput sequence, so every aligned block of 2^n rows has one number in each
+    interval of length 2^-n. What is left is the deepest draw of each block; the others are mirrored within their
+    interval to offset it.
 
     Args:
-        place: its lowest 32 bits count.
-        noise: BITS random bits, the same for all places of a step.
+        row: row number in the global batch; its lowest 32 bits count.
+        noise: BITS random bits, the same for all rows of a step.
     """
-    point = (int(f"{place & 0xFFFFFFFF:032b}"[::-1], 2) << BITS - 32) ^ noise
-    below = max((~point & (1 << BITS) - 1).bit_length() - 1, 0)  # bits behind the first zero
-    return ((point ^ (1 << below) - 1) + 0.5) * 2.0**-BITS
+    # Van der Corput: the bits of the row in reverse order, read as a binary fraction. The low bits of the row, in which
+    # the rows of a block differ, become the leading ones. Exclusive-or with the same noise for every row makes each
+    # number uniform and only permutes the intervals.
+    reversed_row = int(f"{row & 0xFFFFFFFF:032b}"[::-1], 2)
+    point = (reversed_row << BITS - 32) ^ noise
+    # The rows of a block share the bits behind the first n, so all lie at the same offset within their intervals. T has a
+    # long tail: that offset would decide the block's sum, by its effect in the topmost interval. Inverting all bits
+    # behind the first zero mirrors every row except the deepest, whose first n bits are ones: the higher the deepest
+    # lies in its interval, the lower the others lie in theirs.
+    inverted = max((~point & (1 << BITS) - 1).bit_length() - 1, 0)  # number of bits behind the first zero
+    return ((point ^ (1 << inverted) - 1) + 0.5) * 2.0**-BITS
 
 
 class DepthSampler:
-    """Draws T from (seed, step, place in the batch) alone: nothing to checkpoint, the same on every world size.
+    """Draws T from (seed, step, row of the batch) alone: no state to checkpoint, the same draws on every world size.
 
-    Within a step the draws are balanced: each has the configured distribution, and every aligned block of the batch, so
-    every rank, has nearly the same sum of T.
+    Within a step the draws are balanced: each has the configured distribution, and every aligned block of rows, so every
+    rank, has nearly the same sum of T.
 
     Args:
-        config: the distribution, k, and how they grow.
+        config: the distribution of T, k, and their curricula.
         seed: seed of the run.
     """
 
@@ -48,7 +55,7 @@ class DepthSampler:
         self.config = config
         self.seed = seed
         self.probabilities = loop_probabilities(config)
-        self._cumulative = lru_cache(maxsize=64)(self._cumulative_at)
+        self._cumulative_for_mean = lru_cache(maxsize=64)(self._compute_cumulative)
 
     @property
     def expected_loops(self) -> float:
@@ -56,68 +63,67 @@ class DepthSampler:
         return float(self.probabilities @ np.arange(len(self.probabilities)))
 
     def describe(self) -> str:
-        """E[T] in words; it is that of the end where a curriculum grows it."""
+        """E[T] in words; where a curriculum grows it, the value at its end."""
         grows = self.config.curriculum != "none" and self.config.curriculum_of != "backprop"
         return f"E[T] = {self.expected_loops:.2f}{' at the end' * grows}"
 
-    def progress(self, step: int) -> float:
-        """How far the curriculum is at optimizer step `step` (from 0), from 0 to 1."""
+    def curriculum_progress(self, step: int) -> float:
+        """The curriculum's progress at optimizer step `step` (from 0), from 0 to 1."""
         config = self.config
         if config.curriculum == "none":
             return 1.0
         share = min(step / config.curriculum_steps, 1.0)
         return share if config.curriculum == "linear" else 1 - math.sqrt(1 - share)
 
-    def mean(self, step: int) -> float:
-        """`depth.mean` at a step: from `depth.min` up where the curriculum is of the mean."""
+    def mean_at(self, step: int) -> float:
+        """`depth.mean` at a step; a curriculum of the mean grows it from `depth.min`."""
         config = self.config
         if config.curriculum_of == "backprop":
             return config.mean
-        mean = config.min + (config.mean - config.min) * self.progress(step)
+        mean = config.min + (config.mean - config.min) * self.curriculum_progress(step)
+        # A fixed T is a whole number; other schemes take any mean.
         return float(round(mean)) if config.scheme == "fixed" else round(mean, MEAN_DIGITS)
 
-    def backprop(self, step: int) -> int | None:
-        """k at a step, None for full backpropagation: from 1 up where the curriculum is of k."""
+    def backprop_at(self, step: int) -> int | None:
+        """k at a step, None for full backpropagation; a curriculum of k grows it from 1."""
         config = self.config
         if config.backprop == "all":
             return None
         if config.curriculum_of == "mean":
             return int(config.backprop)
-        return max(math.ceil(int(config.backprop) * self.progress(step)), 1)
+        return max(math.ceil(int(config.backprop) * self.curriculum_progress(step)), 1)
 
-    def iterations(self, step: int, slots: Sequence[int], micro_batch: int) -> tuple[int, ...]:
-        """T of sequences at these places of the batch of optimizer step `step`.
+    def draw_loops(self, step: int, batch_rows: Sequence[int], micro_batch: int) -> tuple[int, ...]:
+        """T of the sequences in these rows of the global batch of optimizer step `step`.
 
         Args:
             step: counted from 0.
-            slots: places in the global batch.
-            micro_batch: sequences per forward pass, where one draw covers those.
+            batch_rows: rows of the global batch.
+            micro_batch: sequences per forward pass, which share one draw with `depth.per` micro_batch.
         """
-        cumulative = self._cumulative(self.mean(step))
+        cumulative = self._cumulative_for_mean(self.mean_at(step))
         if self.config.per == "step":
-            return (quantile(cumulative, hash_uniform(self.seed, "depth", step)),) * len(slots)
-        places = slots if self.config.per == "sequence" else [slot // micro_batch for slot in slots]
+            return (quantile(cumulative, hash_uniform(self.seed, "depth", step)),) * len(batch_rows)
+        # With one draw per micro-batch, its number takes the part of the row, so micro-batches are balanced instead.
+        draws = batch_rows if self.config.per == "sequence" else [row // micro_batch for row in batch_rows]
         noise = hash64(self.seed, "depth", step) >> 64 - BITS
-        return tuple(quantile(cumulative, balanced_uniform(int(place), noise)) for place in places)
+        return tuple(quantile(cumulative, balanced_uniform(int(draw), noise)) for draw in draws)
 
-    def loops(self, step: int) -> int:
-        """T of the first sequence of optimizer step `step`; of all, where one draw covers the step."""
-        return self.iterations(step, (0,), 1)[0]
-
-    def plan(self, step: int, samples: Sequence[int], slots: Sequence[int] | None = None) -> DepthPlan:
+    def plan(self, step: int, samples: Sequence[int], batch_rows: Sequence[int] | None = None) -> DepthPlan:
         """The plan of a micro-batch.
 
         Args:
             step: optimizer step, counted from 0.
             samples: global sample number of each sequence, in batch order. They key the initial state.
-            slots: place of each in the step's global batch, in which neighbours go to the same rank; the sample
+            batch_rows: row of each in the step's global batch, of which each rank has consecutive ones; the sample
                 numbers where not given.
         """
         return DepthPlan(
-            iterations=self.iterations(step, samples if slots is None else slots, len(samples)),
-            backprop=self.backprop(step),
+            iterations=self.draw_loops(step, samples if batch_rows is None else batch_rows, len(samples)),
+            backprop=self.backprop_at(step),
             state_seeds=tuple(hash64(self.seed, "state", step, int(sample)) for sample in samples),
         )
 
-    def _cumulative_at(self, mean: float) -> np.ndarray:
+    def _compute_cumulative(self, mean: float) -> np.ndarray:
+        """Cumulative probabilities of T for this `depth.mean`."""
         return cumulative_probabilities(loop_probabilities(replace(self.config, mean=mean)))

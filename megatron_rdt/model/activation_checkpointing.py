@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from megatron_rdt.depth.plan import Tick
+from megatron_rdt.depth.plan import CoreIteration
 from megatron_rdt.model.layer import Layer
 
 # Operators whose results `selective` keeps, by name: not every build of PyTorch has all of them.
@@ -49,9 +49,9 @@ class Checkpointing:
         self.policy = policy
         self.span = policy if isinstance(policy, int) else 1
 
-    def segments(self, ticks: Iterable[Tick]) -> Iterator[list[Tick]]:
+    def segments(self, ticks: Iterable[CoreIteration]) -> Iterator[list[CoreIteration]]:
         """Passes that are run together: at most `span`, of the same sequences, all with gradient or none."""
-        for _, alike in groupby(ticks, key=lambda tick: (len(tick.ages), tick.with_grad)):
+        for _, alike in groupby(ticks, key=lambda tick: (len(tick.indices), tick.with_grad)):
             run = list(alike)
             for first in range(0, len(run), self.span):
                 yield run[first : first + self.span]

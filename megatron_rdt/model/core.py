@@ -107,31 +107,31 @@ class RecurrentCore(nn.Module):
             The state after each sequence's last iteration, (batch, sequence, dim), and what trained halting adds.
         """
         inputs = self.prepare(encoded, plan, context)
-        if not plan.uniform:  # the deepest first: a pass takes the sequences that need it from the top
+        if not plan.is_uniform:  # the deepest first: a pass takes the sequences that need it from the top
             order = from_host(plan.order, state.device)
             state, inputs = state[order], inputs.rows(order)
         initial = self.injection.open(state if self.initial is None else self.initial.expand_as(state))
         if runner is not None:
             return runner.run(self, initial, inputs, first_slot)
-        slots = budget or plan.deepest
+        slots = budget or plan.max_loops
         tracker = make_tracker(self.halting, self.config)
         state, number = initial[:0], 0
-        for ticks in self.checkpointing.segments(plan.ticks()):
-            active = len(ticks[0].ages)
+        for ticks in self.checkpointing.segments(plan.core_iterations()):
+            active = len(ticks[0].indices)
             with torch.set_grad_enabled(torch.is_grad_enabled() and ticks[0].with_grad):
                 state = torch.cat((state, initial[len(state) : active])) if active > len(state) else state
-                places = [first_slot + tick.ages[0] % slots * len(self.layers) for tick in ticks]
-                states = self._advance(state, [tick.ages for tick in ticks], inputs, cache, places)
+                places = [first_slot + tick.indices[0] % slots * len(self.layers) for tick in ticks]
+                states = self._advance(state, [tick.indices for tick in ticks], inputs, cache, places)
                 for tick, reached in zip(ticks, states):
                     number, previous, state = number + 1, state, reached
                     if tracker is not None:
-                        tracker.update(self.injection.close(state), last=number == plan.deepest)
+                        tracker.update(self.injection.close(state), last=number == plan.max_loops)
                     if monitor is not None and monitor.per_iteration:
-                        self._measure_tick(monitor, tick.ages, previous, state)
+                        self._measure_tick(monitor, tick.indices, previous, state)
         if monitor is not None:
-            self._measure_last(monitor, tick.ages, previous, state, inputs, cached=cache is not None)
+            self._measure_last(monitor, tick.indices, previous, state, inputs, cached=cache is not None)
         state, extras = (self.injection.close(state), {}) if tracker is None else tracker.result()
-        if not plan.uniform:
+        if not plan.is_uniform:
             back = order.argsort()
             state, extras = state[back], {name: value[back] for name, value in extras.items()}
         return self._leave(state), {name: self._leave(v) if name == "states" else v for name, v in extras.items()}

@@ -189,7 +189,7 @@ class RecurrentDepthTransformer(nn.Module):
             return self.losses(x, extras, targets, context, loss_mask)
         if "logits" in extras:
             return extras["logits"]
-        slot += min(budget or plan.deepest, plan.deepest) * self.config.core_layers
+        slot += min(budget or plan.max_loops, plan.max_loops) * self.config.core_layers
         return self.predict(x, context, cache, slot)
 
     def _adaptive_loop(

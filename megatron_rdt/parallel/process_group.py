@@ -1,4 +1,4 @@
-"""Joining the other processes of a run, each with a device of its own."""
+"""Join the process group of a run: choose this process's device, then meet the other ranks."""
 
 from dataclasses import replace
 from datetime import timedelta
@@ -11,31 +11,28 @@ from megatron_rdt.environment import ProcessPlace, export_for_torch, prefer_dete
 from megatron_rdt.errors import ConfigError
 
 
-def join_world(config: RunConfig, place: ProcessPlace) -> torch.device:
-    """Pick this process's device and join the process group where the engine needs one."""
-    device = pick_device(config.train.device, place)
+def join_process_group(config: RunConfig, place: ProcessPlace) -> torch.device:
+    """Set up this process's device, join the process group unless the engine is `single`, and return the device."""
+    device = choose_device(config.train.device, place)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
-        if config.train.deterministic:
-            prefer_deterministic_blas()
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
+        _set_up_gpu(device, config.train.deterministic)
+        place = replace(place, local_rank=device.index)  # DeepSpeed takes the GPU whose number is the local rank
     if config.parallel.engine != "single":
-        export_for_torch(replace(place, local_rank=device.index) if device.type == "cuda" else place)
+        export_for_torch(place)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=config.parallel.timeout_s))
     return device
 
 
-def pick_device(wanted: str, place: ProcessPlace) -> torch.device:
-    """The CPU, or the GPU that belongs to this process.
+def choose_device(wanted: str, place: ProcessPlace) -> torch.device:
+    """Return the CPU, or the GPU that belongs to this process.
 
     Args:
         wanted: `train.device`.
-        place: of this process.
+        place: ranks and launcher of this process.
 
     Raises:
-        ConfigError: there is no GPU, or fewer than processes.
+        ConfigError: there is no GPU, or there are fewer GPUs than processes.
     """
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -50,3 +47,13 @@ def pick_device(wanted: str, place: ProcessPlace) -> torch.device:
             "GPU, or use --train.device cpu."
         )
     return torch.device("cuda", place.local_rank)
+
+
+def _set_up_gpu(device: torch.device, deterministic: bool) -> None:
+    """Make `device` the current one, with deterministic kernels if asked for."""
+    torch.cuda.set_device(device)
+    if deterministic:
+        prefer_deterministic_blas()
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # Filling every new tensor costs time, and nothing reads memory before it is written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

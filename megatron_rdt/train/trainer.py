@@ -22,7 +22,7 @@ from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.flops import forward_flops, training_flops
 from megatron_rdt.model.moe import rebalance
 from megatron_rdt.parallel import Engine, MicroBatch, make_engine
-from megatron_rdt.parallel.process_group import join_world
+from megatron_rdt.parallel.process_group import join_process_group
 from megatron_rdt.train.data.prepared import RunData
 from megatron_rdt.train.data.streamed import StreamData
 from megatron_rdt.train.garbage_collection import ScheduledCollection
@@ -60,7 +60,7 @@ def train(
     run_directory = Path(config.run.root) / config.run.name
     try:
         with _only_writer(run_directory, resume) if place.rank == 0 else nullcontext():
-            device = join_world(config, place)
+            device = join_process_group(config, place)
             trainer = Trainer(config, run_directory, device, listener, place.local_rank)
             try:
                 status = trainer.run(checkpoints.find_start(run_directory, resume))
@@ -231,16 +231,16 @@ class Trainer:
         """Loop counts of the step, over the sequences of all ranks."""
         train = self.config.train
         plan = DepthPlan(
-            self.sampler.iterations(self.step, range(train.global_batch), train.micro_batch),
-            self.sampler.backprop(self.step),
+            self.sampler.draw_loops(self.step, range(train.global_batch), train.micro_batch),
+            self.sampler.backprop_at(self.step),
         )
         counts = Counter(plan.iterations)
         self.monitoring.drawn += counts
         return {
-            "loops_mean": plan.total / train.global_batch,
-            "loops_max": plan.deepest,
-            "loops_with_grad": plan.total_with_grad / train.global_batch,
-            **({} if plan.uniform else {"loops_counts": {str(t): counts[t] for t in sorted(counts)}}),
+            "loops_mean": plan.total_loops / train.global_batch,
+            "loops_max": plan.max_loops,
+            "loops_with_grad": plan.total_loops_with_grad / train.global_batch,
+            **({} if plan.is_uniform else {"loops_counts": {str(t): counts[t] for t in sorted(counts)}}),
         }
 
     def _after_step(self) -> None:

@@ -1,69 +1,47 @@
-"""Bounds, what one draw covers, balance over ranks, and curricula."""
+"""DepthSampler: draws are functions of (seed, step, row), balanced over ranks, and grow with curricula."""
 
 import dataclasses
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from scipy import integrate, stats
+from scipy import stats
 
-from megatron_rdt.config import DepthConfig
+from megatron_rdt.config import DepthConfig, load_config
 from megatron_rdt.depth import DepthSampler, loop_probabilities
 from megatron_rdt.depth.sampler import BITS, balanced_uniform
 
+CONFIG = DepthConfig(scheme="lognormal_poisson", mean=8, max=100)
 LOGNORMAL = DepthConfig(scheme="lognormal_poisson", mean=7, max=200, per="sequence")
 
 
-def unbounded(scheme: str, mean: float, loops: np.ndarray) -> np.ndarray:
-    """P(T = t) without bounds, by scipy."""
-    if scheme == "geometric":
-        return stats.geom(1 / mean).pmf(loops)
-    if scheme == "uniform":
-        return stats.randint(1, round(2 * mean)).pmf(loops)
-    if scheme == "poisson":
-        table = stats.poisson(mean).pmf(loops)
-        return np.where(loops == 1, table + stats.poisson(mean).pmf(0), np.where(loops == 0, 0, table))
-    rate = stats.lognorm(s=0.5, scale=mean * math.exp(-0.125))
-    return np.array(
-        [
-            0.0 if t == 0 else integrate.quad(lambda r, n=t - 1: stats.poisson.pmf(n, r) * rate.pdf(r), 0, 400)[0]
-            for t in loops
-        ]
-    )
+def test_a_plan_does_not_depend_on_how_the_batch_is_split() -> None:
+    sampler = DepthSampler(CONFIG, seed=9)
+    for step in range(20):
+        whole = sampler.plan(step, range(100, 112))
+        parts = [sampler.plan(step, range(100 + i, 103 + i)) for i in range(0, 12, 3)]
+        assert sum((p.iterations for p in parts), ()) == whole.iterations
+        assert sum((p.state_seeds for p in parts), ()) == whole.state_seeds
+    assert len(set(whole.state_seeds)) == 12
 
 
-@pytest.mark.parametrize("scheme", ["uniform", "geometric", "poisson", "lognormal_poisson"])
-def test_clamped_draws_go_to_the_bounds_and_truncated_ones_are_not_drawn(scheme: Any) -> None:
-    loops = np.arange(121)
-    free = unbounded(scheme, 6, loops)
-    assert free.sum() == pytest.approx(1, abs=1e-6)
-    inside = (loops >= 3) & (loops <= 9)
-    clamped = np.where(inside, free, 0)
-    clamped[3] += free[:3].sum()
-    clamped[9] += free[10:].sum()
-    truncated = np.where(inside, free, 0) / free[inside].sum()
-    for bounds, expected in (("clamp", clamped), ("truncate", truncated)):
-        table = loop_probabilities(DepthConfig(scheme=scheme, mean=6, min=3, max=9, bounds=bounds))  # type: ignore[arg-type]
-        np.testing.assert_allclose(table, expected[:10], atol=1e-6)
-    assert abs(clamped - truncated).max() > 0.01
+def test_draws_are_a_function_of_the_seed_and_the_step() -> None:
+    def draw_steps(seed: int) -> list[int]:
+        sampler = DepthSampler(CONFIG, seed)
+        return [sampler.draw_loops(step, (0,), 1)[0] for step in range(50)]
 
-
-def test_geometric_has_its_moments() -> None:
-    table = loop_probabilities(DepthConfig(scheme="geometric", mean=5, max=400))
-    loops = np.arange(len(table))
-    mean = table @ loops
-    assert mean == pytest.approx(5)
-    assert table @ (loops - mean) ** 2 == pytest.approx(5 * 4)  # (1 - p) / p^2
-    assert table[1:] == pytest.approx(stats.geom(0.2).pmf(loops[1:]))
+    assert draw_steps(9) == draw_steps(9)
+    assert draw_steps(9) != draw_steps(10)
 
 
 @pytest.mark.parametrize("per", ["sequence", "micro_batch"])
-@pytest.mark.parametrize("slot", [0, 5, 30])
-def test_over_steps_every_place_draws_from_the_distribution(per: Any, slot: int) -> None:
+@pytest.mark.parametrize("row", [0, 5, 30])
+def test_over_steps_every_row_draws_from_the_distribution(per: Any, row: int) -> None:
     sampler = DepthSampler(dataclasses.replace(LOGNORMAL, per=per), seed=4)
-    drawn = np.array([sampler.iterations(step, (slot,), 4)[0] for step in range(5000)])
+    drawn = np.array([sampler.draw_loops(step, (row,), 4)[0] for step in range(5000)])
     common = sampler.probabilities * len(drawn) >= 5
     counts = np.bincount(drawn, minlength=len(common)).astype(float)
     observed = np.append(counts[common], counts[~common].sum())
@@ -74,13 +52,13 @@ def test_over_steps_every_place_draws_from_the_distribution(per: Any, slot: int)
 
 
 def test_what_one_draw_covers() -> None:
-    slots = range(48)
+    rows = range(48)
 
     def plans(per: Any, step: int, size: int) -> list[tuple[int, ...]]:
-        """As the ranks make them: micro-batch after micro-batch, by samples and slots."""
+        """As the ranks make them: micro-batch after micro-batch, by samples and rows."""
         sampler = DepthSampler(dataclasses.replace(LOGNORMAL, per=per), seed=6)
-        parts = [slots[i : i + size] for i in range(0, 48, size)]
-        return [sampler.plan(step, [1000 * step + slot for slot in part], part).iterations for part in parts]
+        parts = [rows[i : i + size] for i in range(0, 48, size)]
+        return [sampler.plan(step, [1000 * step + row for row in part], part).iterations for part in parts]
 
     for step in range(8):
         whole = sum(plans("step", step, 48), ())
@@ -122,7 +100,7 @@ def slowest(totals: np.ndarray) -> float:
 def test_ranks_finish_together(ranks: int, limit: float) -> None:
     """16 sequences on each; 48 ranks are no power of two, but their blocks are aligned ones of 16."""
     sampler, steps, share = DepthSampler(LOGNORMAL, seed=1), 100, 16
-    drawn = np.array([sampler.iterations(step, range(ranks * share), share) for step in range(steps)])
+    drawn = np.array([sampler.draw_loops(step, range(ranks * share), share) for step in range(steps)])
     balanced = slowest(drawn.reshape(steps, ranks, share).sum(-1))
     generator = np.random.default_rng(0)
     independent = generator.choice(len(sampler.probabilities), (steps, ranks, share), p=sampler.probabilities)
@@ -155,17 +133,29 @@ def test_curricula_grow_as_they_say(curriculum: Any, of: Any) -> None:
     grown = {step: s if curriculum == "linear" else 1 - math.sqrt(1 - s) for step, s in share.items()}
     for step, progress in grown.items():
         mean = 20 if of == "backprop" else 2 + 18 * progress
-        assert sampler.mean(step) == pytest.approx(mean, abs=1e-3)
-        drawn = [t for near in range(20) for t in sampler.iterations(step + near, range(256), 4)]
-        table = loop_probabilities(dataclasses.replace(config, mean=sampler.mean(step + 10)))
+        assert sampler.mean_at(step) == pytest.approx(mean, abs=1e-3)
+        drawn = [t for near in range(20) for t in sampler.draw_loops(step + near, range(256), 4)]
+        table = loop_probabilities(dataclasses.replace(config, mean=sampler.mean_at(step + 10)))
         assert np.mean(drawn) == pytest.approx(table @ np.arange(61), rel=0.02)
-        assert sampler.backprop(step) == (8 if of == "mean" else max(1, math.ceil(8 * progress - 1e-9)))
+        assert sampler.backprop_at(step) == (8 if of == "mean" else max(1, math.ceil(8 * progress - 1e-9)))
         # Nothing is remembered: a sampler that starts here, as after a resume, draws the same.
         assert DepthSampler(config, seed=3).plan(step, range(9)) == sampler.plan(step, range(9))
-    assert DepthSampler(dataclasses.replace(config, backprop="all"), seed=3).backprop(0) is None
+    assert DepthSampler(dataclasses.replace(config, backprop="all"), seed=3).backprop_at(0) is None
     whole = dataclasses.replace(config, scheme="fixed", min=1, mean=5, max=5, curriculum_of="mean")
-    steps = [DepthSampler(whole, seed=3).iterations(step, (0, 1), 2) for step in range(401)]
+    steps = [DepthSampler(whole, seed=3).draw_loops(step, (0, 1), 2) for step in range(401)]
     assert steps[0] == (1, 1)
     assert steps[-1] == (5, 5)
     assert all(a <= b for a, b in itertools.pairwise(steps))
     assert {t for t, _ in steps} == {1, 2, 3, 4, 5}
+
+
+def test_the_quickstart_loops_four_times_on_average(repository: Path) -> None:
+    config = load_config(repository / "configs" / "quickstart.yaml").depth
+    assert DepthSampler(config, seed=0).expected_loops == pytest.approx(4, abs=0.01)
+
+
+def test_the_first_line_says_that_a_curriculum_ends_at_this_mean() -> None:
+    config = DepthConfig(scheme="poisson", mean=9, max=64, curriculum="linear")
+    assert DepthSampler(config, seed=0).describe() == "E[T] = 9.00 at the end"
+    for steady in ({"curriculum": "none"}, {"curriculum_of": "backprop", "backprop": 4}):
+        assert DepthSampler(dataclasses.replace(config, **steady), seed=0).describe() == "E[T] = 9.00"

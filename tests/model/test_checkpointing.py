@@ -65,9 +65,9 @@ def test_gradients_are_those_without_checkpoints(case: str, dtype: torch.dtype |
 def test_segments_end_where_the_sequences_or_the_gradient_change() -> None:
     plan = DepthPlan((7, 7, 2), 4)
     for policy, sizes in (("none", [1] * 7), ("per_iteration", [1] * 7), (2, [2, 1, 2, 2]), (4, [3, 2, 2])):
-        segments = list(Checkpointing(policy).segments(plan.ticks()))
+        segments = list(Checkpointing(policy).segments(plan.core_iterations()))
         assert [len(ticks) for ticks in segments] == sizes, policy
-        assert [tick for ticks in segments for tick in ticks] == list(plan.ticks())
+        assert [tick for ticks in segments for tick in ticks] == list(plan.core_iterations())
 
 
 class LiveBytes(TorchDispatchMode):

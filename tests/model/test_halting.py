@@ -77,7 +77,7 @@ def test_act_equals_the_equations(options, plan, threshold, small) -> None:
         entropy = entropy + (each * counts).sum()
         ponder = ponder + (cost * counts).sum()
         stops |= {int(c) for c in cost}
-    assert len(stops) > 1 or plan.deepest < 3
+    assert len(stops) > 1 or plan.max_loops < 3
     others = {"cross_entropy": float(entropy), "ponder": float(ponder)}
     compare(model, plan, tokens, targets, entropy + 0.7 * ponder, others, mask)
 
@@ -109,7 +109,7 @@ def test_the_gate_equals_explicit_products(options, plan, weight, small) -> None
                 iteration += float((t + 1) * exits)
             last += float(loss)
     others = {"cross_entropy": last, "exit_entropy": entropy, "exit_iteration": iteration}
-    if plan.deepest == 1:
+    if plan.max_loops == 1:
         assert entropy == 0
         others["exit_entropy"] = 0.0
     compare(model, plan, tokens, targets, objective, others, mask)

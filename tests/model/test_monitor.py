@@ -50,8 +50,8 @@ def test_every_iteration_equals_the_reference(options, plan, checkpointing, smal
     found = monitor.readings()["iterations"]
 
     plain = Plain(model)
-    by_age: list[list[tuple[float, float, float]]] = [[] for _ in range(plan.deepest)]
-    squares: list[float | None] = [None] * plan.deepest
+    by_age: list[list[tuple[float, float, float]]] = [[] for _ in range(plan.max_loops)]
+    squares: list[float | None] = [None] * plan.max_loops
     for row, target, loops in zip(tokens, targets, plan.iterations):
         states = plain.states(row, loops, plan.backprop, 0)
         loss = functional.cross_entropy(plain.read_out(states[-1]), target, reduction="sum")
@@ -65,7 +65,7 @@ def test_every_iteration_equals_the_reference(options, plan, checkpointing, smal
         assert found[name] == pytest.approx(expected, rel=1e-4, abs=1e-5), name
     for mine, square in zip(found["gradient_norm"], squares, strict=True):
         assert mine == (None if square is None else pytest.approx(square**0.5, rel=1e-4))
-    assert len([g for g in found["gradient_norm"] if g is None]) == plan.deepest - len([s for s in squares if s])
+    assert len([g for g in found["gradient_norm"] if g is None]) == plan.max_loops - len([s for s in squares if s])
 
 
 def test_the_size_of_the_input_and_the_last_iteration(small) -> None:

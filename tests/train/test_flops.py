@@ -61,8 +61,8 @@ def layer_passes(config: ModelConfig, loops: int, loops_with_grad: int) -> int:
 @pytest.mark.parametrize(("loops", "backprop"), DEPTHS)
 def test_training(config: ModelConfig, loops: int, backprop: int | None) -> None:
     plan = DepthPlan((loops,) * BATCH, backprop)
-    formula = training_flops(config, forward_flops(config, LENGTH), plan.loops, plan.loops_with_grad)
-    causal = layer_passes(config, plan.loops, plan.loops_with_grad) * attention_in_full(config)
+    formula = training_flops(config, forward_flops(config, LENGTH), plan.loops, plan.max_loops_with_grad)
+    causal = layer_passes(config, plan.loops, plan.max_loops_with_grad) * attention_in_full(config)
     lacking = 2 * config.dim**2 if config.injection == "linear" else 0
     assert count(config, plan, train=True) == pytest.approx((formula + causal - lacking) * BATCH * LENGTH, rel=1e-12)
 
@@ -86,7 +86,7 @@ def test_recomputation_is_not_counted_as_work(backprop: int | None) -> None:
     # the down projection of its last layer, is not repeated.
     iteration = forward_flops(config, LENGTH).iteration + config.core_layers * attention_in_full(config)
     iteration -= 2 * config.ffn_width * config.dim
-    assert checkpointed - plain == plan.loops_with_grad * iteration * BATCH * LENGTH
+    assert checkpointed - plain == plan.max_loops_with_grad * iteration * BATCH * LENGTH
 
 
 def test_precision_does_not_change_the_count() -> None:

@@ -21,7 +21,7 @@ from megatron_rdt.data.mixture import Mixture, MixtureOrder, Stage
 from megatron_rdt.data.packing_plan import make_plans
 from megatron_rdt.data.shard_files.open_shards import open_shards_limit
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError, RdtError
-from megatron_rdt.object_collectives import gather
+from megatron_rdt.object_collectives import gather_objects
 from megatron_rdt.train.data.history import SAME_OR_NEW, CorpusRecord, DataHistory, continued, shown
 
 
@@ -252,7 +252,7 @@ def _verified(path: str, level: str, local_rank: int) -> CorpusManifest:
     except OSError as error:
         failure = DataError(f"{path} cannot be read: {error}. Mend the disk, or name another --data.path.")
     if level == "full":  # the others wait here for those that read
-        failure = next((found for found in gather(failure) if found is not None), None)
+        failure = next((found for found in gather_objects(failure) if found is not None), None)
     if failure is not None:
         raise failure
     return manifest
@@ -267,6 +267,6 @@ def _plan(manifests: dict[str, CorpusManifest], length: int, local_rank: int) ->
                 make_plans(manifest, "train", length)
         except RdtError as error:
             failure = error
-    failure = next((found for found in gather(failure) if found is not None), None)
+    failure = next((found for found in gather_objects(failure) if found is not None), None)
     if failure is not None:
         raise failure

@@ -1,11 +1,11 @@
-"""Which device belongs to which process."""
+"""Each process gets a device of its own; ranks come from the launcher's variables."""
 
 import pytest
 import torch
 
 from megatron_rdt.environment import ProcessPlace, export_for_torch, process_place
 from megatron_rdt.errors import ConfigError, LaunchError
-from megatron_rdt.parallel.process_group import pick_device
+from megatron_rdt.parallel.process_group import choose_device
 
 SLURM = {"SLURM_PROCID": "3", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
 
@@ -25,24 +25,24 @@ def place(local_rank: int, processes: int, launcher: str) -> ProcessPlace:
 
 def test_without_a_gpu(gpus) -> None:
     gpus(0)
-    assert pick_device("auto", place(1, 2, "torch")) == torch.device("cpu")
-    assert pick_device("cpu", place(1, 2, "torch")) == torch.device("cpu")
+    assert choose_device("auto", place(1, 2, "torch")) == torch.device("cpu")
+    assert choose_device("cpu", place(1, 2, "torch")) == torch.device("cpu")
     with pytest.raises(ConfigError, match="sees no GPU"):
-        pick_device("cuda", place(0, 1, "none"))
+        choose_device("cuda", place(0, 1, "none"))
 
 
 def test_one_gpu_per_process(gpus) -> None:
     gpus(4)
     for launcher in ("torch", "slurm"):
-        assert [pick_device("auto", place(i, 4, launcher)).index for i in range(4)] == [0, 1, 2, 3]
-    assert pick_device("cpu", place(3, 4, "torch")) == torch.device("cpu")
+        assert [choose_device("auto", place(i, 4, launcher)).index for i in range(4)] == [0, 1, 2, 3]
+    assert choose_device("cpu", place(3, 4, "torch")) == torch.device("cpu")
 
 
 def test_two_processes_never_share_a_gpu(gpus) -> None:
     gpus(1)
-    assert pick_device("auto", place(0, 2, "torch")) == torch.device("cuda", 0)
+    assert choose_device("auto", place(0, 2, "torch")) == torch.device("cuda", 0)
     with pytest.raises(ConfigError, match="2 processes on this machine and 1 GPU"):
-        pick_device("auto", place(1, 2, "torch"))
+        choose_device("auto", place(1, 2, "torch"))
 
 
 def test_srun_may_show_each_process_its_own_gpu(gpus, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +53,7 @@ def test_srun_may_show_each_process_its_own_gpu(gpus, monkeypatch: pytest.Monkey
         monkeypatch.setenv(name, value)
     found = process_place()
     assert found == ProcessPlace(3, 4, 1, 2, "slurm")
-    assert pick_device("auto", found) == torch.device("cuda", 0)
+    assert choose_device("auto", found) == torch.device("cuda", 0)
 
 
 def test_what_torch_reads_is_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,14 @@
-"""Loop counts: their distribution, and that they depend on nothing but (seed, step)."""
+"""Distributions of T: published moments, bounds, and draws that follow the table."""
 
-import dataclasses
-from pathlib import Path
+import math
+from typing import Any
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import integrate, stats
 
-from megatron_rdt.config import DepthConfig, load_config
-from megatron_rdt.depth import DepthPlan, DepthSampler, loop_probabilities
+from megatron_rdt.config import DepthConfig
+from megatron_rdt.depth import DepthSampler, loop_probabilities
 
 CONFIGS = [
     DepthConfig(scheme="fixed", mean=6, max=10),
@@ -28,7 +28,7 @@ def test_draws_follow_the_table(config: DepthConfig) -> None:
     assert table.sum() == pytest.approx(1.0, abs=1e-12)
     assert table[: config.min].sum() == 0
     sampler = DepthSampler(config, seed=3)
-    draws = np.array([sampler.loops(step) for step in range(6000)])
+    draws = np.array([sampler.draw_loops(step, (0,), 1)[0] for step in range(6000)])
     assert draws.min() >= config.min
     assert draws.max() <= config.max
     counts = np.bincount(draws, minlength=len(table)).astype(float)
@@ -60,34 +60,44 @@ def test_lognormal_poisson_has_the_published_moments() -> None:
     assert quantiles == [12, 29, 67] or np.allclose(quantiles, [12, 29, 67], atol=1)
 
 
-def test_a_plan_does_not_depend_on_how_the_batch_is_split() -> None:
-    sampler = DepthSampler(CONFIGS[3], seed=9)
-    for step in range(20):
-        whole = sampler.plan(step, range(100, 112))
-        parts = [sampler.plan(step, range(100 + i, 103 + i)) for i in range(0, 12, 3)]
-        assert sum((p.iterations for p in parts), ()) == whole.iterations
-        assert sum((p.state_seeds for p in parts), ()) == whole.state_seeds
-    assert len(set(whole.state_seeds)) == 12
-    assert DepthSampler(CONFIGS[3], seed=9).loops(7) == sampler.loops(7)
-    assert [DepthSampler(CONFIGS[3], seed=10).loops(s) for s in range(50)] != [sampler.loops(s) for s in range(50)]
+def unbounded(scheme: str, mean: float, loops: np.ndarray) -> np.ndarray:
+    """P(T = t) without bounds, by scipy."""
+    if scheme == "geometric":
+        return stats.geom(1 / mean).pmf(loops)
+    if scheme == "uniform":
+        return stats.randint(1, round(2 * mean)).pmf(loops)
+    if scheme == "poisson":
+        table = stats.poisson(mean).pmf(loops)
+        return np.where(loops == 1, table + stats.poisson(mean).pmf(0), np.where(loops == 0, 0, table))
+    rate = stats.lognorm(s=0.5, scale=mean * math.exp(-0.125))
+    return np.array(
+        [
+            0.0 if t == 0 else integrate.quad(lambda r, n=t - 1: stats.poisson.pmf(n, r) * rate.pdf(r), 0, 400)[0]
+            for t in loops
+        ]
+    )
 
 
-def test_bad_plans_are_refused() -> None:
-    with pytest.raises(ValueError, match="at least one iteration"):
-        DepthPlan((0,))
-    with pytest.raises(ValueError, match="backprop"):
-        DepthPlan((2,), backprop=0)
-    assert DepthPlan((5, 5), backprop=8).loops_with_grad == 5
-    assert DepthPlan((5, 5), backprop=2).loops_with_grad == 2
+@pytest.mark.parametrize("scheme", ["uniform", "geometric", "poisson", "lognormal_poisson"])
+def test_clamped_draws_go_to_the_bounds_and_truncated_ones_are_not_drawn(scheme: Any) -> None:
+    loops = np.arange(121)
+    free = unbounded(scheme, 6, loops)
+    assert free.sum() == pytest.approx(1, abs=1e-6)
+    inside = (loops >= 3) & (loops <= 9)
+    clamped = np.where(inside, free, 0)
+    clamped[3] += free[:3].sum()
+    clamped[9] += free[10:].sum()
+    truncated = np.where(inside, free, 0) / free[inside].sum()
+    for bounds, expected in (("clamp", clamped), ("truncate", truncated)):
+        table = loop_probabilities(DepthConfig(scheme=scheme, mean=6, min=3, max=9, bounds=bounds))  # type: ignore[arg-type]
+        np.testing.assert_allclose(table, expected[:10], atol=1e-6)
+    assert abs(clamped - truncated).max() > 0.01
 
 
-def test_the_quickstart_loops_four_times_on_average(repository: Path) -> None:
-    config = load_config(repository / "configs" / "quickstart.yaml").depth
-    assert DepthSampler(config, seed=0).expected_loops == pytest.approx(4, abs=0.01)
-
-
-def test_the_first_line_says_that_a_curriculum_ends_at_this_mean() -> None:
-    config = DepthConfig(scheme="poisson", mean=9, max=64, curriculum="linear")
-    assert DepthSampler(config, seed=0).describe() == "E[T] = 9.00 at the end"
-    for steady in ({"curriculum": "none"}, {"curriculum_of": "backprop", "backprop": 4}):
-        assert DepthSampler(dataclasses.replace(config, **steady), seed=0).describe() == "E[T] = 9.00"
+def test_geometric_has_its_moments() -> None:
+    table = loop_probabilities(DepthConfig(scheme="geometric", mean=5, max=400))
+    loops = np.arange(len(table))
+    mean = table @ loops
+    assert mean == pytest.approx(5)
+    assert table @ (loops - mean) ** 2 == pytest.approx(5 * 4)  # (1 - p) / p^2
+    assert table[1:] == pytest.approx(stats.geom(0.2).pmf(loops[1:]))

@@ -49,7 +49,8 @@ def clock(device: torch.device) -> float:
 
 def configured(options: argparse.Namespace, length: int) -> RunConfig:
     """The preset with the options."""
-    words = [f"train.sequence_length={length}", f"train.precision={options.precision}", *options.set]
+    fixed = [f"train.sequence_length={length}", f"train.precision={options.precision}", "optimizer.name=adamw"]
+    words = [*fixed, *options.set]
     words.append(f"train.compile={'layers' if options.compile else 'none'}")
     return load_config(options.preset, words)
 

@@ -185,7 +185,9 @@ def preset_table(path: Path) -> str:
     for devices in DEVICE_COUNTS:
         tokens = SMALL_STEP if devices <= 512 else LARGE_STEP
         options = {"sequence_length": sequence, "global_batch": tokens // sequence, "precision": "bfloat16"}
-        config = load_config(path, {"train": options} | ({"depth.per": "step"} if "huginn" in path.stem else {}))
+        # AdamW for all: Muon is refused with tensor parallelism, which the search tries.
+        fixed = {"train": options, "optimizer.name": "adamw"}
+        config = load_config(path, fixed | ({"depth.per": "step"} if "huginn" in path.stem else {}))
         plan = fastest(config, devices, device, UTILISATION)
         if plan is None or plan.time is None:
             lines.append(f"| {devices:,} | {tokens / 2**20:.0f}M | nothing that was tried fits | | | | | |")

@@ -82,13 +82,18 @@ def arranged(config: RunConfig, devices: int) -> tuple[RunConfig, list[str]]:
     if config.parallel.engine == "single" and devices > 1:
         config = replace(config, parallel=replace(config.parallel, engine="fsdp"))
         notes.append(f"parallel.engine is single, for one process; {devices} are planned with fsdp.")
-        share = devices // (config.parallel.context * config.parallel.tensor) * config.train.micro_batch
-        batch = -(-config.train.global_batch // max(share, 1)) * max(share, 1)
-        if batch != config.train.global_batch:
-            notes.append(
-                f"train.global_batch is {config.train.global_batch}; planned with {batch}, what {devices} devices divide."
-            )
-            config = replace(config, train=replace(config.train, global_batch=batch))
+        data_ranks = max(devices // (config.parallel.context * config.parallel.tensor), 1)
+        # A smaller micro-batch keeps the global batch near the one asked for, on which the learning rate depends.
+        micro = min(config.train.micro_batch, max(config.train.global_batch // data_ranks, 1))
+        batch = -(-config.train.global_batch // (data_ranks * micro)) * data_ranks * micro
+        train = replace(config.train, micro_batch=micro, global_batch=batch)
+        for name in ("micro_batch", "global_batch"):
+            given, planned = getattr(config.train, name), getattr(train, name)
+            if planned != given:
+                notes.append(
+                    f"train.{name} is {given}; planned with {planned}, so that {devices} devices divide the batch."
+                )
+        config = replace(config, train=train)
     return config, notes
 
 

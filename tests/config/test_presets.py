@@ -12,8 +12,10 @@ import torch
 from launch.cli import main
 from megatron_rdt.config import ModelConfig, RunConfig, check_config, load_config
 from megatron_rdt.depth.distributions import loop_probabilities
+from megatron_rdt.devices import DEVICES
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.iteration_signals import FEATURES
+from megatron_rdt.planner.run_plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[2] / "configs" / "models"
 
@@ -98,3 +100,11 @@ def test_print_config_shows_the_preset(
     config = load_config(tmp_path / "printed.yaml")
     assert config == load_config(ROOT / f"{name}.yaml")
     assert config.model != ModelConfig()
+
+
+@pytest.mark.parametrize("name", TOTALS)
+def test_the_plan_of_a_preset_has_a_time(name: str) -> None:
+    config = load_config(ROOT / f"{name}.yaml", {"parallel": {"engine": "fsdp"}, "train": {"global_batch": 16384}})
+    time = make_plan(config, 512, DEVICES["h100"], 0.4, advise=False).time
+    assert time is not None
+    assert 0 < time.bound < time.expected

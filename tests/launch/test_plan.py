@@ -29,7 +29,12 @@ def test_a_plan_is_printed_and_written(rdt: Run, tmp_path: Path) -> None:
 def test_a_preset_is_planned_without_saying_how(rdt: Run) -> None:
     result = rdt(*PRESET[:3], "--devices", 512, "--device", "h100")
     assert result.returncode == 0, result.stderr
-    for part in ("512 are planned with fsdp", "planned with 4096", "512 x H100, engine fsdp"):
+    for part in (
+        "512 are planned with fsdp",
+        "micro_batch is 32; planned with 1",
+        "planned with 512",
+        "512 x H100, engine fsdp",
+    ):
         assert part in result.stdout
 
 

@@ -22,7 +22,8 @@ BILLION = 1e9
 
 def preset(repository: Path, name: str, **options: Any) -> RunConfig:
     train = {"sequence_length": 4096, "global_batch": 1024, "micro_batch": 1, "precision": "bfloat16"}
-    return load_config(repository / "configs" / "models" / f"{name}.yaml", {"train": train, **options})
+    options = {"train": train, "optimizer": {"name": "adamw"}, **options}
+    return load_config(repository / "configs" / "models" / f"{name}.yaml", options)
 
 
 def test_parts_add_up_and_a_token_meets_the_experts_that_it_chose(repository: Path) -> None:

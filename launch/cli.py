@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 
 import megatron_rdt
 from launch.failures import EXIT_INTERRUPTED, explain
+from megatron_rdt.config import RunConfig, check_config
 from megatron_rdt.config.parser import make_parser, parse
 from megatron_rdt.environment import quiet_libraries
 from megatron_rdt.errors import EXIT_OK, EXIT_USAGE, ConfigError
@@ -118,18 +119,17 @@ def prep(words: list[str]) -> int:
 def train(words: list[str]) -> int:
     """Pretrain a recurrent-depth transformer."""
     from launch.train_options import check_places, launch_parser, worker_words
-    from megatron_rdt.config import RunConfig, check_config
 
     parser = launch_parser("rdt train")
     config, raw = parse(parser, RunConfig, words)
     if raw.nproc < 0:
         raise ConfigError(f"--nproc is {raw.nproc}, it must be at least 1, or 0 for one per device.")
-    known = raw.nproc or _processes_without_gpu(config.parallel.engine, config.train.device)
+    known = raw.nproc or _processes_without_gpu(config)
     check_config(config, known)
     check_places(config)
     processes = known or _one_per_gpu()  # imports torch
     check_config(config, processes)
-    if config.parallel.engine == "single":
+    if not config.parallel.engine_kind.many_processes:
         from megatron_rdt.train.trainer import train as run
 
         return run(config, raw.resume)
@@ -138,11 +138,11 @@ def train(words: list[str]) -> int:
     return run_processes(worker_words(parser, words), processes, raw.master_port)
 
 
-def _processes_without_gpu(engine: str, device: str) -> int | None:
+def _processes_without_gpu(config: RunConfig) -> int | None:
     """How many processes to start, where that does not depend on the GPUs of this machine."""
-    if engine == "single":
+    if not config.parallel.engine_kind.many_processes:
         return 1
-    return PROCESSES_ON_CPU if device == "cpu" else None
+    return PROCESSES_ON_CPU if config.train.device == "cpu" else None
 
 
 def _one_per_gpu() -> int:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rdt.config import ENGINES
+
 ROOT = Path(__file__).resolve().parent.parent
 # From the bottom up; a module may import its own layer and those before it.
 LAYERS = [
@@ -112,3 +114,18 @@ def test_environment_is_read_in_one_place() -> None:
     for path in SOURCES:
         if module_name(path) != "megatron_rdt.environment":
             assert "os.environ" not in path.read_text(encoding="utf-8"), path
+
+
+def names_an_engine(node: ast.AST) -> bool:
+    """Return True if `node` is the name of an engine, or a test for the beginning of DeepSpeed's names."""
+    if isinstance(node, ast.Constant):
+        return isinstance(node.value, str) and node.value in ENGINES
+    return isinstance(node, ast.Call) and ast.unparse(node).endswith(".startswith('zero')")
+
+
+def test_engines_are_known_by_name_in_one_table() -> None:
+    tables = {"megatron_rdt.config.engines", "megatron_rdt.parallel"}  # properties, and classes
+    for path in SOURCES:
+        if module_name(path) not in tables:
+            found = [node.lineno for node in ast.walk(ast.parse(path.read_text("utf-8"))) if names_an_engine(node)]
+            assert not found, f"{path}:{found}: ask config.engines for a property of the engine instead of its name"

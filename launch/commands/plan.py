@@ -10,6 +10,7 @@ from typing import Any
 import jsonargparse
 
 from megatron_rdt.config import RunConfig, check_config, dump_config
+from megatron_rdt.config.engines import PROPOSED
 from megatron_rdt.config.parser import make_parser, parse
 from megatron_rdt.devices import DEVICES, Device
 from megatron_rdt.errors import EXIT_OK, ConfigError
@@ -79,9 +80,11 @@ def plan(words: Sequence[str]) -> int:
 def arranged(config: RunConfig, devices: int) -> tuple[RunConfig, list[str]]:
     """A config that says nothing of many devices, as a preset, made fit for them; and a sentence for each change."""
     notes = []
-    if config.parallel.engine == "single" and devices > 1:
-        config = replace(config, parallel=replace(config.parallel, engine="fsdp"))
-        notes.append(f"parallel.engine is single, for one process; {devices} are planned with fsdp.")
+    if devices > 1 and not config.parallel.engine_kind.many_processes:
+        notes.append(
+            f"parallel.engine is {config.parallel.engine}, for one process; {devices} are planned with {PROPOSED}."
+        )
+        config = replace(config, parallel=replace(config.parallel, engine=PROPOSED))
         data_ranks = max(devices // (config.parallel.context * config.parallel.tensor), 1)
         # A smaller micro-batch keeps the global batch near the one asked for, on which the learning rate depends.
         micro = min(config.train.micro_batch, max(config.train.global_batch // data_ranks, 1))
@@ -118,7 +121,7 @@ def measure(config: RunConfig, processes: int) -> tuple[str, list[dict[str, Any]
     from megatron_rdt.planner.communication import step_communication, totals
     from megatron_rdt.planner.memory import Depth, step_memory
 
-    processes = processes or (1 if config.parallel.engine == "single" else 2)
+    processes = processes or (2 if config.parallel.engine_kind.many_processes else 1)
     config = replace(config, train=replace(config.train, device="cpu"))
     check_config(config, processes)
     with tempfile.TemporaryDirectory(prefix="rdt-plan-") as folder:

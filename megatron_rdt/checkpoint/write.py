@@ -66,14 +66,14 @@ def read_rank_state(checkpoint: Path, rank: int) -> dict[str, Any] | None:
     return torch.load(path, weights_only=True) if path.is_file() else None
 
 
-def software_versions(engine: str) -> dict[str, str]:
-    """What wrote a checkpoint: versions of Python, this package, PyTorch and, for a ZeRO engine, DeepSpeed."""
+def software_versions(checkpoint_format: str) -> dict[str, str]:
+    """Versions of what writes a checkpoint: Python, this package, PyTorch and, for DeepSpeed's format, DeepSpeed."""
     versions = {
         "python": platform.python_version(),
         "megatron_rdt": megatron_rdt.__version__,
         "torch": torch.__version__,
     }
-    if engine.startswith("zero"):
+    if checkpoint_format == "zero":
         import deepspeed
 
         versions["deepspeed"] = deepspeed.__version__
@@ -136,7 +136,7 @@ def save_checkpoint(
     def publish() -> None:
         own = {
             "parent": _parent(final, facts),
-            "versions": software_versions(engine.config.parallel.engine),
+            "versions": software_versions(engine.config.parallel.engine_kind.checkpoint_format),
             "step": step,
             "sequence": _next_sequence(run_directory),
         }

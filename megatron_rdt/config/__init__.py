@@ -1,6 +1,7 @@
 """The configuration: dataclasses, their checks, and reading them from YAML."""
 
 from megatron_rdt.config.checks import check_config, wsd_decay_steps
+from megatron_rdt.config.engines import ENGINES, EngineKind
 from megatron_rdt.config.load import dump_config, load_config
 from megatron_rdt.config.model import ModelConfig
 from megatron_rdt.config.schema import (
@@ -20,10 +21,12 @@ from megatron_rdt.config.schema import (
 )
 
 __all__ = [
+    "ENGINES",
     "CheckpointConfig",
     "CorpusConfig",
     "DataConfig",
     "DepthConfig",
+    "EngineKind",
     "EvalConfig",
     "LoggingConfig",
     "ModelConfig",

@@ -3,9 +3,10 @@
 import math
 
 from megatron_rdt.config.deepspeed import deepspeed_problems
+from megatron_rdt.config.engines import AXES, PROPOSED
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.config.mixture_weights import integer_weights
-from megatron_rdt.config.parallel_checks import AXES, parallel_problems
+from megatron_rdt.config.parallel_checks import parallel_problems
 from megatron_rdt.config.schema import ModelConfig, RunConfig, ScheduleConfig
 from megatron_rdt.errors import ConfigError
 
@@ -211,10 +212,11 @@ def _training(config: RunConfig) -> list[str]:
             f"schedule.warmup_steps {config.schedule.warmup_steps} and the {decay} steps of schedule.decay_steps "
             f"{config.schedule.decay_steps} are more than train.steps {train.steps} together. Lower either."
         )
-    if config.optimizer.name == "muon" and config.parallel.engine.startswith("zero"):
+    kind = config.parallel.engine_kind
+    if config.optimizer.name not in kind.optimizers:
         problems.append(
-            f"optimizer.name muon needs whole matrices, which DeepSpeed ({config.parallel.engine}) flattens. "
-            "Set --parallel.engine fsdp, or --optimizer.name adamw."
+            f"optimizer.name {config.optimizer.name} needs whole matrices, which DeepSpeed ({config.parallel.engine}) "
+            f"flattens. Set --parallel.engine {PROPOSED}, or --optimizer.name {kind.optimizers[0]}."
         )
     problems += _compiled(config)
     if config.sample.every and not config.sample.prompt:
@@ -298,10 +300,10 @@ def _compiled(config: RunConfig) -> list[str]:
     if config.train.compile == "none":
         return []
     problems = []
-    if config.parallel.engine.startswith("zero"):
+    if not config.parallel.engine_kind.compiles_layers:
         problems.append(
             f"train.compile layers does not go with DeepSpeed ({config.parallel.engine}), which exchanges the weights "
-            "inside a layer. Set --parallel.engine fsdp, or --train.compile none."
+            f"inside a layer. Set --parallel.engine {PROPOSED}, or --train.compile none."
         )
     if config.depth.checkpoint == "selective":
         problems.append(
@@ -313,9 +315,10 @@ def _compiled(config: RunConfig) -> list[str]:
 
 def _world(config: RunConfig, world_size: int) -> list[str]:
     train, problems = config.train, []
-    if config.parallel.engine == "single" and world_size > 1:
+    if world_size > 1 and not config.parallel.engine_kind.many_processes:
         problems.append(
-            f"parallel.engine is single, but there are {world_size} processes. Set --parallel.engine fsdp (or ddp, zero1 ...)."
+            f"parallel.engine is {config.parallel.engine}, but there are {world_size} processes. "
+            f"Set --parallel.engine {PROPOSED} (or ddp, zero1 ...)."
         )
     if min(train.micro_batch, *(getattr(config.parallel, name) for name in AXES)) < 1:
         return problems  # refused elsewhere, and nothing can be divided by it

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_rdt.config.engines import engines_with, join_names
 from megatron_rdt.config.schema import RunConfig
 from megatron_rdt.config.yaml_files import read_mapping
 
@@ -124,11 +125,15 @@ def generated_keys(config: RunConfig, world_size: int | None = None) -> list[Gen
     """The keys that the user cannot set to something else.
 
     Args:
-        config: of a run whose `parallel.engine` is zero1, zero2 or zero3.
+        config: of a run with one of DeepSpeed's engines.
         world_size: processes of the run, where it is known.
     """
     train, engine, offload = config.train, config.parallel.engine, config.parallel.offload
-    stage, clip, share = int(engine[-1]), config.optimizer.grad_clip, train.micro_batch * (world_size or 0)
+    stage, clip, share = (
+        config.parallel.engine_kind.zero_stage,
+        config.optimizer.grad_clip,
+        train.micro_batch * (world_size or 0),
+    )
     batch, micro = f"train.global_batch is {train.global_batch}", f"train.micro_batch is {train.micro_batch}"
     steps = f"{batch} and {micro} on {world_size} processes"
     accumulation = train.global_batch // share if share else None
@@ -160,7 +165,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         world_size: processes of the run.
     """
     merged: dict[str, Any] = {"steps_per_print": None, "zero_optimization": {}}
-    if config.parallel.engine == "zero3":
+    if config.parallel.engine_kind.zero_stage == 3:
         merged["zero_optimization"][f"{STAGE_3}param_persistence_threshold"] = 0
     _merge(merged, _user_keys(config))
     for key in generated_keys(config, world_size):
@@ -183,18 +188,21 @@ def deepspeed_problems(config: RunConfig, world_size: int | None = None) -> list
         world_size: processes of the run, where it is known.
     """
     engine, offload, user = config.parallel.engine, config.parallel.offload, _user_keys(config)
-    if not engine.startswith("zero"):
+    kind = config.parallel.engine_kind
+    if not kind.zero_stage:
+        names = join_names(engines_with(lambda kind: kind.zero_stage), "or")
         given = [name for name, value in ((WHERE, user), ("parallel.offload", offload != "none")) if value]
         return [
             f"{name} is for DeepSpeed's engines, parallel.engine is {engine}. "
-            f"Set --parallel.engine zero1, zero2 or zero3, or leave {name} out."
+            f"Set --parallel.engine {names}, or omit {name}."
             for name in given
         ]
     problems = []
-    if offload == "parameters" and engine != "zero3":
+    if offload == "parameters" and not kind.shards_parameters:
+        names = join_names(engines_with(lambda kind: kind.zero_stage and kind.shards_parameters), "or")
         problems.append(
             f"parallel.offload parameters needs the parameters sharded, parallel.engine {engine} keeps them whole. "
-            "Set --parallel.engine zero3 or --parallel.offload optimizer."
+            f"Set --parallel.engine {names} or --parallel.offload optimizer."
         )
     generated = {key.key: key for key in generated_keys(config, world_size)}
     told: dict[str, str] = {}  # one sentence for a block

@@ -1,9 +1,10 @@
 """Checks of `parallel`: what each axis of sharding needs of the engine, the model and the run."""
 
-from megatron_rdt.config.schema import RunConfig
+from megatron_rdt.config.engines import AXES, PROPOSED, engines_with, join_names
+from megatron_rdt.config.schema import ParallelConfig, RunConfig
 
-AXES = ("replicate", "context", "tensor", "expert")
-ONLY_FSDP = {**dict.fromkeys(AXES, 1), "core_gather": "once", "reshard_after_forward": True}
+# Fields that only an engine with axes of sharding takes.
+SHARDING_OPTIONS = (*AXES, "core_gather", "reshard_after_forward")
 
 
 def parallel_problems(config: RunConfig) -> list[str]:
@@ -14,17 +15,16 @@ def parallel_problems(config: RunConfig) -> list[str]:
             problems.append(f"parallel.{name} is {getattr(parallel, name)}, it must be at least 1.")
     if problems:
         return problems
-    if parallel.engine != "fsdp":
-        problems += [
-            f"parallel.{name} is {getattr(parallel, name)}, which only engine fsdp knows; parallel.engine is "
-            f"{parallel.engine}. Set --parallel.engine fsdp, or leave --parallel.{name} away."
-            for name, usual in ONLY_FSDP.items()
-            if getattr(parallel, name) != usual
-        ]
-    if parallel.reduce != "per_step" and parallel.engine not in ("ddp", "fsdp"):
-        problems.append(
-            f"parallel.reduce is for the engines ddp and fsdp; {parallel.engine} decides for itself. Leave it away."
-        )
+    usual, taken = ParallelConfig(), parallel.engine_kind.options
+    problems += [
+        f"parallel.{name} is {getattr(parallel, name)}, which only engine {PROPOSED} knows; parallel.engine is "
+        f"{parallel.engine}. Set --parallel.engine {PROPOSED}, or omit --parallel.{name}."
+        for name in SHARDING_OPTIONS
+        if name not in taken and getattr(parallel, name) != getattr(usual, name)
+    ]
+    if parallel.reduce != usual.reduce and "reduce" not in taken:
+        names = join_names(engines_with(lambda kind: "reduce" in kind.options), "and")
+        problems.append(f"parallel.reduce is for the engines {names}; {parallel.engine} decides for itself. Omit it.")
     if problems:
         return problems
     checks = (_same_depth, _core_units, _tensor, _context, _expert, _whole_sequences)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_rdt.config.engines import ENGINES, ONE_PROCESS, EngineKind, EngineName
 from megatron_rdt.config.model import ModelConfig
 
 # jsonargparse reads the string below each field as that field's help.
@@ -130,7 +131,7 @@ class ScheduleConfig:
 class ParallelConfig:
     """How the work is spread over processes."""
 
-    engine: Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "single"
+    engine: EngineName = ONE_PROCESS
     """single: one process; ddp: replicated; fsdp: sharded with FSDP2; zero1, zero2, zero3: DeepSpeed."""
     replicate: int = 1
     """fsdp: groups of processes that each hold the whole state (HSDP); it is sharded within a group, gradients are reduced within and then between groups."""
@@ -152,6 +153,11 @@ class ParallelConfig:
     """zero1, zero2, zero3: further keys for DeepSpeed's config, a mapping or the path of a YAML or JSON file that holds one (read at the start, kept in the run's config)."""
     timeout_s: int = 600
     """Seconds after which a collective that does not complete ends the run."""
+
+    @property
+    def engine_kind(self) -> EngineKind:
+        """Properties of `engine`."""
+        return ENGINES[self.engine]
 
 
 @dataclass(frozen=True)

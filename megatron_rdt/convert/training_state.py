@@ -23,6 +23,7 @@ import torch
 from megatron_rdt.checkpoint import BUFFERS, read_manifest, restore_buffers, software_versions, write_manifest
 from megatron_rdt.checkpoint.write import RANK_STATES
 from megatron_rdt.config import ParallelConfig, RunConfig, load_config
+from megatron_rdt.config.engines import ONE_PROCESS, engines_with, join_names
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel import make_engine
@@ -81,9 +82,10 @@ def read_training_state(checkpoint: Path, config: RunConfig, scratch: Path | Non
         scratch: a directory for a temporary copy of about the same size; the system's own where None.
     """
     if config.optimizer.name != "adamw":
+        names = join_names(engines_with(lambda kind: config.optimizer.name in kind.optimizers), "and")
         raise CheckpointError(
-            f"{checkpoint} was trained with optimizer.name {config.optimizer.name}, whose state only the engines single, "
-            "ddp and fsdp know; they resume from it as it is, at any number of processes. For its weights alone: "
+            f"{checkpoint} was trained with optimizer.name {config.optimizer.name}, whose state only the engines {names} "
+            "know; they resume from it as it is, at any number of processes. For its weights alone: "
             f"rdt convert {checkpoint} OUT --to hf."
         )
     state = _read(checkpoint, config, scratch)
@@ -116,7 +118,7 @@ def _read(checkpoint: Path, config: RunConfig, scratch: Path | None) -> Training
 
 def _native_engine(config: RunConfig) -> NativeEngine:
     """A single-process engine on the CPU with the model of `config`."""
-    alone = dataclasses.replace(config, parallel=ParallelConfig(engine="single"))
+    alone = dataclasses.replace(config, parallel=ParallelConfig(engine=ONE_PROCESS))
     engine = make_engine(alone, torch.device("cpu"))
     assert isinstance(engine, NativeEngine)
     with torch.device("meta"):

@@ -1,5 +1,7 @@
 """Engines: single process, DDP, FSDP2, DeepSpeed ZeRO, behind one interface."""
 
+import importlib
+
 import torch
 
 from megatron_rdt.config import RunConfig
@@ -7,22 +9,19 @@ from megatron_rdt.parallel.engine import Engine, MicroBatch
 
 __all__ = ["Engine", "MicroBatch", "make_engine"]
 
+# Module of this package and class of each engine; imported when it is made, since DeepSpeed takes seconds to import.
+CLASSES = {
+    "single": ("replicated", "SingleEngine"),
+    "ddp": ("replicated", "DataParallelEngine"),
+    "fsdp": ("fsdp", "FullyShardedEngine"),
+    "zero1": ("zero", "ZeroEngine"),
+    "zero2": ("zero", "ZeroEngine"),
+    "zero3": ("zero", "ZeroEngine"),
+}
+
 
 def make_engine(config: RunConfig, device: torch.device) -> Engine:
     """The engine that `parallel.engine` names; the process group exists already where there are several ranks."""
-    name = config.parallel.engine
-    if name == "single":
-        from megatron_rdt.parallel.replicated import SingleEngine
-
-        return SingleEngine(config, device)
-    if name == "ddp":
-        from megatron_rdt.parallel.replicated import DataParallelEngine
-
-        return DataParallelEngine(config, device)
-    if name == "fsdp":
-        from megatron_rdt.parallel.fsdp import FullyShardedEngine
-
-        return FullyShardedEngine(config, device)
-    from megatron_rdt.parallel.zero import ZeroEngine
-
-    return ZeroEngine(config, device)
+    module, name = CLASSES[config.parallel.engine]
+    engine: type[Engine] = getattr(importlib.import_module(f"megatron_rdt.parallel.{module}"), name)
+    return engine(config, device)

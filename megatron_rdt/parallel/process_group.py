@@ -12,12 +12,12 @@ from megatron_rdt.errors import ConfigError
 
 
 def join_process_group(config: RunConfig, place: ProcessPlace) -> torch.device:
-    """Set up this process's device, join the process group unless the engine is `single`, and return the device."""
+    """Set up this process's device, join the process group unless the engine runs on one process, and return the device."""
     device = choose_device(config.train.device, place)
     if device.type == "cuda":
         _set_up_gpu(device, config.train.deterministic)
         place = replace(place, local_rank=device.index)  # DeepSpeed takes the GPU whose number is the local rank
-    if config.parallel.engine != "single":
+    if config.parallel.engine_kind.many_processes:
         export_for_torch(place)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=config.parallel.timeout_s))

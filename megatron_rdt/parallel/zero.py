@@ -96,7 +96,7 @@ class ZeroEngine(Engine):
     @property
     def stage(self) -> int:
         """1, 2 or 3."""
-        return int(self.config.parallel.engine[-1])
+        return self.config.parallel.engine_kind.zero_stage
 
     def deepspeed_config(self) -> dict[str, Any]:
         """DeepSpeed's config, generated from ours, with the user's further keys."""

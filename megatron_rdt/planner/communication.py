@@ -58,16 +58,16 @@ def totals(sent: Iterable[Sent]) -> dict[str, tuple[int, int]]:
 
 def step_communication(config: RunConfig, layout: Layout, depth: Depth, gpu: bool = True) -> list[Sent]:
     """What a step at T = `depth.loops` sends."""
-    if config.parallel.engine == "single" or layout.world_size == 1:
+    kind = config.parallel.engine_kind
+    if not kind.many_processes or layout.world_size == 1:
         return []
     number = config.train.global_batch // (layout.data * config.train.micro_batch)
-    engine = config.parallel.engine
-    if engine == "ddp":
-        found = list(_ddp(config, number))
-    elif engine == "fsdp":
+    if kind.zero_stage:
+        found = list(_zero(config, layout, number))
+    elif kind.shards_parameters:
         found = [*_fsdp(config, layout, depth, number), *_activations(config, layout, depth, number, gpu)]
     else:
-        found = list(_zero(config, layout, number))
+        found = list(_ddp(config, number))
     losses = {"act": 3, "gate": 4}.get(config.model.halting, 2)
     found.append(Sent("update", REDUCE, "losses", 1, FLOAT64 * losses, "world"))
     return [each for each in found if each.calls]
@@ -190,7 +190,7 @@ def _keys(model: ModelConfig, layout: Layout) -> tuple[int, float]:
 
 def _zero(config: RunConfig, layout: Layout, number: int) -> Iterator[Sent]:
     """DeepSpeed. Calls beyond one are estimated where there are more than 500 million parameters."""
-    parameters, world, stage = parameters_of(config.model), layout.world_size, int(config.parallel.engine[-1])
+    parameters, world, stage = parameters_of(config.model), layout.world_size, config.parallel.engine_kind.zero_stage
     numbers = sum(p.size for p in parameters)
     buckets = -(-numbers // ZERO_BUCKET)
     if stage < 3:

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import numpy as np
 
 from megatron_rdt.config import DepthConfig, RunConfig, check_config
+from megatron_rdt.config.engines import PROPOSED
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.depth import DepthSampler
 from megatron_rdt.devices import Device
@@ -154,9 +155,9 @@ def _candidates(config: RunConfig, devices: int) -> Iterator[dict[str, Any]]:
     yield from ({"depth.checkpoint": name} for name in checkpoint_policies() if name not in ("none", depth.checkpoint))
     if depth.backprop == "all" and config.model.halting == "none" and depth.mean > 4:
         yield {"depth.backprop": 4}
-    if parallel.engine != "fsdp" and devices > 1:
-        yield {"parallel.engine": "fsdp"}
-    if parallel.engine == "fsdp":
+    if parallel.engine != PROPOSED and devices > 1:
+        yield {"parallel.engine": PROPOSED}
+    if parallel.engine_kind.axes:
         yield from ({"parallel.core_gather": name} for name in ("per_iteration", "per_layer"))
         yield {"parallel.reduce": "per_micro_batch"}
         if parallel.replicate > 1:

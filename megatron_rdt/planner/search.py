@@ -6,6 +6,7 @@ from itertools import product
 from typing import Any
 
 from megatron_rdt.config import RunConfig
+from megatron_rdt.config.engines import PROPOSED
 from megatron_rdt.devices import Device
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.planner.communication import step_communication
@@ -25,7 +26,7 @@ def arrangements(config: RunConfig, devices: int) -> Iterator[dict[str, Any]]:
     for tensor, context, expert, replicate in product(TENSOR, CONTEXT, sorted(set(experts)), replicas):
         for checkpoint, gather, reduce in product(policies, ("once", "per_layer"), ("per_step", "per_micro_batch")):
             yield {
-                "parallel.engine": "fsdp",
+                "parallel.engine": PROPOSED,
                 "parallel.tensor": tensor,
                 "parallel.context": context,
                 "parallel.expert": expert,

@@ -35,8 +35,8 @@ class Weights:
         state = FLOAT32 * sum(moments(p, self.config.optimizer) * p.size for p in self.parameters)
         self.ledger.hold(WEIGHTS, every)
         self.ledger.hold(OPTIMIZER, state)
-        if self.config.parallel.engine == "ddp":
-            self.ledger.hold(BUFFERS, every)  # its buckets
+        if self.config.parallel.engine_kind.many_processes:
+            self.ledger.hold(BUFFERS, every)  # DDP's buckets
 
     def begin(self, first: bool, last: bool, summed: bool) -> None:
         """A micro-batch begins; `summed` says whether the core's gradients are sums over iterations."""
@@ -212,7 +212,7 @@ class ZeroWeights(Weights):
         self, config: RunConfig, layout: Layout, parameters: tuple[Parameter, ...], ledger: Ledger, gpu: bool
     ) -> None:
         super().__init__(config, layout, parameters, ledger, gpu)
-        self.stage, self.share = int(config.parallel.engine[-1]), 1 / layout.world_size
+        self.stage, self.share = config.parallel.engine_kind.zero_stage, 1 / layout.world_size
         self.copies = 0.0 if gpu else 1.0
 
     def start(self) -> None:
@@ -266,6 +266,6 @@ def make_weights(
     config: RunConfig, layout: Layout, parameters: tuple[Parameter, ...], ledger: Ledger, gpu: bool
 ) -> Weights:
     """What the run's engine does with its weights."""
-    engine = config.parallel.engine
-    kind = ShardedWeights if engine == "fsdp" else ZeroWeights if engine.startswith("zero") else Weights
+    engine = config.parallel.engine_kind
+    kind = ZeroWeights if engine.zero_stage else ShardedWeights if engine.shards_parameters else Weights
     return kind(config, layout, parameters, ledger, gpu)

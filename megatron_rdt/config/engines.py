@@ -1,0 +1,81 @@
+"""The table of engines: everything that the rest of the project has to know about an engine by its name.
+
+To add an engine, give it a name in `EngineName`, a row in `ENGINES`, and a class in `megatron_rdt/parallel`.
+No other module compares names of engines; each asks the table for the property that it needs.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+EngineName = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"]
+CheckpointFormat = Literal["native", "zero"]
+
+# Fields of `parallel` that arrange processes along the axes of sharding.
+AXES = ("replicate", "context", "tensor", "expert")
+
+
+@dataclass(frozen=True)
+class EngineKind:
+    """The properties of one engine.
+
+    Attributes:
+        many_processes: runs on any number of processes, which join a process group; otherwise on one, without a group.
+        checkpoint_format: native: torch.distributed.checkpoint; zero: DeepSpeed's files. Engines of one format resume
+            from each other's checkpoints.
+        shards_parameters: each process holds a shard of every parameter and gathers the whole when it is needed.
+        zero_stage: DeepSpeed's ZeRO stage; 0 for an engine without DeepSpeed.
+        options: fields of `parallel` that the engine takes, besides those that every engine takes.
+        optimizers: choices of `optimizer.name` that it can step.
+        compiles_layers: takes `train.compile layers`.
+    """
+
+    many_processes: bool = True
+    checkpoint_format: CheckpointFormat = "native"
+    shards_parameters: bool = False
+    zero_stage: int = 0
+    options: tuple[str, ...] = ()
+    optimizers: tuple[str, ...] = ("adamw", "muon")
+    compiles_layers: bool = True
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Axes of sharding that it can arrange processes along."""
+        return tuple(name for name in AXES if name in self.options)
+
+
+def _zero(stage: int) -> EngineKind:
+    """Describe the DeepSpeed engine of one ZeRO stage."""
+    return EngineKind(
+        checkpoint_format="zero",
+        shards_parameters=stage == 3,
+        zero_stage=stage,
+        options=("offload", "deepspeed"),
+        optimizers=("adamw",),  # Muon needs whole matrices, DeepSpeed flattens them
+        compiles_layers=False,  # DeepSpeed exchanges weights inside a layer
+    )
+
+
+ENGINES: dict[EngineName, EngineKind] = {
+    "single": EngineKind(many_processes=False),
+    "ddp": EngineKind(options=("reduce",)),
+    "fsdp": EngineKind(shards_parameters=True, options=(*AXES, "core_gather", "reduce", "reshard_after_forward")),
+    "zero1": _zero(1),
+    "zero2": _zero(2),
+    "zero3": _zero(3),
+}
+
+ONE_PROCESS: EngineName = "single"
+# The engine that takes every axis: messages and run plans propose it for several processes.
+PROPOSED: EngineName = "fsdp"
+
+
+def engines_with(has_property: Callable[[EngineKind], object]) -> list[str]:
+    """Return the names of the engines for which `has_property` is true, in the table's order."""
+    return [name for name, kind in ENGINES.items() if has_property(kind)]
+
+
+def join_names(names: Iterable[str], word: str) -> str:
+    """Join names for a sentence: "zero1, zero2 or zero3" where `word` is "or"."""
+    *first, last = names
+    return f"{', '.join(first)} {word} {last}" if first else last

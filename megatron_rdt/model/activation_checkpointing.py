@@ -49,9 +49,9 @@ class Checkpointing:
         self.policy = policy
         self.span = policy if isinstance(policy, int) else 1
 
-    def segments(self, ticks: Iterable[CoreIteration]) -> Iterator[list[CoreIteration]]:
+    def segments(self, iterations: Iterable[CoreIteration]) -> Iterator[list[CoreIteration]]:
         """Passes that are run together: at most `span`, of the same sequences, all with gradient or none."""
-        for _, alike in groupby(ticks, key=lambda tick: (len(tick.indices), tick.with_grad)):
+        for _, alike in groupby(iterations, key=lambda iteration: (len(iteration.indices), iteration.with_grad)):
             run = list(alike)
             for first in range(0, len(run), self.span):
                 yield run[first : first + self.span]

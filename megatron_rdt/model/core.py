@@ -16,7 +16,7 @@ from torch import nn
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth.plan import DepthPlan
 from megatron_rdt.model.activation_checkpointing import Checkpointing
-from megatron_rdt.model.attention.gqa import KeyValueCache
+from megatron_rdt.model.attention.kv_cache import KeyValueCache
 from megatron_rdt.model.forward_context import LayerContext, LoopInputs
 from megatron_rdt.model.halting.trained import HaltingUnit, make_tracker
 from megatron_rdt.model.injection import Injection
@@ -25,7 +25,7 @@ from megatron_rdt.model.layer import Layer
 from megatron_rdt.model.linear import IdentityLinear
 from megatron_rdt.model.monitor import CoreMonitor, top_singular_values
 from megatron_rdt.model.norm import RMSNorm
-from megatron_rdt.model.transfer import from_host
+from megatron_rdt.model.transfer import to_device
 
 
 class LoopRunner(Protocol):
@@ -69,14 +69,14 @@ class RecurrentCore(nn.Module):
         slot: int = 0,
     ) -> torch.Tensor:
         """One iteration, the t-th (from 0) of each sequence: the next state; t has shape (batch,)."""
-        x, carry = self.injection.read(state, inputs.prepared, self.signals.offset(t))
+        x, carry = self.injection.inject(state, inputs.precomputed, self.signals.offset(t))
         modulations = self.signals.modulations(t, inputs.total)
         for i, layer in enumerate(self.layers):
             modulation = None if modulations is None else modulations[i]
             x = layer(x, inputs.context, cache, slot + i, inputs.token_values[i], modulation)
         x = self.signals.adapt(x, t, inputs.context.compute_dtype)
         x = x if self.iteration_norm is None else self.iteration_norm(x)
-        return self.injection.write(carry, x)
+        return self.injection.update(carry, x)
 
     def forward(
         self,
@@ -106,31 +106,31 @@ class RecurrentCore(nn.Module):
         Returns:
             The state after each sequence's last iteration, (batch, sequence, dim), and what trained halting adds.
         """
-        inputs = self.prepare(encoded, plan, context)
+        inputs = self.loop_inputs(encoded, plan, context)
         if not plan.is_uniform:  # the deepest first: a pass takes the sequences that need it from the top
-            order = from_host(plan.order, state.device)
+            order = to_device(plan.order, state.device)
             state, inputs = state[order], inputs.rows(order)
-        initial = self.injection.open(state if self.initial is None else self.initial.expand_as(state))
+        initial = self.injection.expand(state if self.initial is None else self.initial.expand_as(state))
         if runner is not None:
             return runner.run(self, initial, inputs, first_slot)
         slots = budget or plan.max_loops
         tracker = make_tracker(self.halting, self.config)
         state, number = initial[:0], 0
-        for ticks in self.checkpointing.segments(plan.core_iterations()):
-            active = len(ticks[0].indices)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and ticks[0].with_grad):
+        for iterations in self.checkpointing.segments(plan.core_iterations()):
+            active = len(iterations[0].indices)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and iterations[0].with_grad):
                 state = torch.cat((state, initial[len(state) : active])) if active > len(state) else state
-                places = [first_slot + tick.indices[0] % slots * len(self.layers) for tick in ticks]
-                states = self._advance(state, [tick.indices for tick in ticks], inputs, cache, places)
-                for tick, reached in zip(ticks, states):
+                places = [first_slot + iteration.indices[0] % slots * len(self.layers) for iteration in iterations]
+                states = self._advance(state, [iteration.indices for iteration in iterations], inputs, cache, places)
+                for iteration, reached in zip(iterations, states):
                     number, previous, state = number + 1, state, reached
                     if tracker is not None:
-                        tracker.update(self.injection.close(state), last=number == plan.max_loops)
+                        tracker.update(self.injection.collapse(state), last=number == plan.max_loops)
                     if monitor is not None and monitor.per_iteration:
-                        self._measure_tick(monitor, tick.indices, previous, state)
+                        self._measure_iteration(monitor, iteration.indices, previous, state)
         if monitor is not None:
-            self._measure_last(monitor, tick.indices, previous, state, inputs, cached=cache is not None)
-        state, extras = (self.injection.close(state), {}) if tracker is None else tracker.result()
+            self._measure_last(monitor, iteration.indices, previous, state, inputs, cached=cache is not None)
+        state, extras = (self.injection.collapse(state), {}) if tracker is None else tracker.result()
         if not plan.is_uniform:
             back = order.argsort()
             state, extras = state[back], {name: value[back] for name, value in extras.items()}
@@ -139,13 +139,13 @@ class RecurrentCore(nn.Module):
     def _advance(
         self,
         state: torch.Tensor,
-        ages: list[tuple[int, ...]],
+        indices: list[tuple[int, ...]],
         inputs: LoopInputs,
         cache: KeyValueCache | None,
         slots: list[int],
     ) -> list[torch.Tensor]:
-        """The states after each of some iterations of the same first sequences, the ages-th of each (from 0)."""
-        times, active = [from_host(each, state.device) for each in ages], len(ages[0])
+        """The states after each of some iterations of the same first sequences, the indices-th of each (from 0)."""
+        times, active = [to_device(each, state.device) for each in indices], len(indices[0])
         # A slice, even of everything, would cost a copy in every iteration's backward pass.
         part = inputs if active == len(inputs.total) else inputs.rows(slice(active))
 
@@ -167,32 +167,32 @@ class RecurrentCore(nn.Module):
         return self.finish(state)
 
     @torch.no_grad()
-    def _measure_tick(
-        self, monitor: CoreMonitor, ages: tuple[int, ...], previous: torch.Tensor, state: torch.Tensor
+    def _measure_iteration(
+        self, monitor: CoreMonitor, indices: tuple[int, ...], previous: torch.Tensor, state: torch.Tensor
     ) -> None:
-        monitor.watch_gradient(ages, state)
-        monitor.measure_pass(ages, self.injection.close(previous), self.injection.close(state))
+        monitor.watch_gradient(indices, state)
+        monitor.measure_iteration(indices, self.injection.collapse(previous), self.injection.collapse(state))
 
     @torch.no_grad()
     def _measure_last(
         self,
         monitor: CoreMonitor,
-        ages: tuple[int, ...],
+        indices: tuple[int, ...],
         previous: torch.Tensor,
         state: torch.Tensor,
         inputs: LoopInputs,
         cached: bool,
     ) -> None:
         """What is measured once a pass, of its last iteration."""
-        closed = self.injection.close(previous), self.injection.close(state)
+        closed = self.injection.collapse(previous), self.injection.collapse(state)
         monitor.measure(*closed, self.injection.spectral_radius())
         if monitor.per_iteration:
-            monitor.measure_input(self.injection.injected(inputs.prepared))
+            monitor.measure_input(self.injection.input_term(inputs.precomputed))
         if monitor.jacobian_steps and not cached:
-            t = from_host(ages, state.device)
-            monitor.jacobian_norm = self.stretch(previous, t, inputs, monitor.jacobian_steps).max()
+            t = to_device(indices, state.device)
+            monitor.jacobian_norm = self.jacobian_norm(previous, t, inputs, monitor.jacobian_steps).max()
 
-    def stretch(self, state: torch.Tensor, t: torch.Tensor, inputs: LoopInputs, steps: int) -> torch.Tensor:
+    def jacobian_norm(self, state: torch.Tensor, t: torch.Tensor, inputs: LoopInputs, steps: int) -> torch.Tensor:
         """Largest singular value of the t-th iteration's Jacobian at `state`, of each sequence: (batch,).
 
         A lower bound, see `top_singular_values`. Products are in the dtype of the state: in bfloat16 the differences
@@ -200,7 +200,7 @@ class RecurrentCore(nn.Module):
         """
         values = [None if value is None else value.detach() for value in inputs.token_values]
         context = inputs.context.in_dtype(state.dtype)
-        wide = LoopInputs(inputs.prepared.detach(), context, inputs.total, values)
+        wide = LoopInputs(inputs.precomputed.detach(), context, inputs.total, values)
         training = self.training
         self.eval()  # this is no training: experts do not count these tokens
         try:
@@ -208,15 +208,15 @@ class RecurrentCore(nn.Module):
         finally:
             self.train(training)
 
-    def prepare(self, encoded: torch.Tensor, plan: DepthPlan, context: LayerContext) -> LoopInputs:
+    def loop_inputs(self, encoded: torch.Tensor, plan: DepthPlan, context: LayerContext) -> LoopInputs:
         """What is computed once for all iterations."""
         if self.encoded_norm is not None:
             encoded = self.encoded_norm(encoded)
         if self.input_matrix is not None:
             encoded = self.input_matrix(encoded)
-        total = from_host(plan.iterations, encoded.device)
+        total = to_device(plan.iterations, encoded.device)
         values = [layer.token_values(context) for layer in self.layers]  # type: ignore[operator]
-        return LoopInputs(self.injection.prepare(encoded), context, total, values)
+        return LoopInputs(self.injection.precompute(encoded), context, total, values)
 
     def finish(self, state: torch.Tensor) -> torch.Tensor:
         """What the coda reads of the last state."""

@@ -14,7 +14,7 @@ from torch.nn import functional
 CHUNK_ELEMENTS = 1 << 22
 
 
-def soften(logits: torch.Tensor, softcap: float) -> torch.Tensor:
+def apply_softcap(logits: torch.Tensor, softcap: float) -> torch.Tensor:
     """softcap * tanh(logits / softcap), or the logits where `softcap` is 0 (Gemma 2, arXiv:2408.00118)."""
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
@@ -76,7 +76,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + size)
             part, target = features[rows], targets[rows]
             weight = None if weights is None else weights[rows]
-            logits = soften(functional.linear(part, rounded).to(wide), softcap)
+            logits = apply_softcap(functional.linear(part, rounded).to(wide), softcap)
             partition, reached, column, here = _partition(logits, target, shards)
             each = partition - reached
             entropy += each.sum() if weight is None else (each * weight).sum()
@@ -123,14 +123,14 @@ def cross_entropy(
     z_weight: float = 0.0,
     shards: Shards | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss of predicting `targets` from softmax(soften(features W^T)).
+    """Loss of predicting `targets` from softmax(apply_softcap(features W^T)).
 
     Args:
         features: (..., dim), in the compute dtype.
         matrix: W, (vocabulary, dim), float32 or wider; rounded to the dtype of the features.
         targets: (...) token ids.
         weights: (...) factor of each token, float32 or wider; None means 1. It may carry gradient.
-        softcap: see `soften`; 0 means none.
+        softcap: see `apply_softcap`; 0 means none.
         z_weight: weight of the squared log-partition function (PaLM, arXiv:2204.02311).
         shards: the matrix is this process's part of W. The sums are those of all of W; the gradient of the features
             is this part's share of it.

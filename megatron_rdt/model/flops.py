@@ -71,10 +71,10 @@ def forward_flops(config: ModelConfig, sequence: int) -> ForwardFlops:
         return sum(2 * matrix_weights(layer) + attention for layer in modules)
 
     core = model.core
-    injection, prepared = 2 * matrix_weights(core.injection), core.injection.PREPARED_SHARE
+    injection, precomputed = 2 * matrix_weights(core.injection), core.injection.PRECOMPUTED_SHARE
     around = sum(2 * matrix_weights(part) for part in (core.input_matrix, core.output_matrix) if part is not None)
-    around += prepared * injection
-    iteration = layers(core.layers) + (1 - prepared) * injection + 2 * matrix_weights(core.signals)
+    around += precomputed * injection
+    iteration = layers(core.layers) + (1 - precomputed) * injection + 2 * matrix_weights(core.signals)
     head = 2 * config.vocab_size * config.dim
     return ForwardFlops(layers(model.prelude), iteration, around, layers(model.coda) + head)
 

@@ -57,13 +57,13 @@ class LoopInputs:
     """What stays the same over the iterations, for the sequences of a forward pass, the deepest first.
 
     Attributes:
-        prepared: what the injection reads of the encoded input, (batch, sequence, ..., dim).
+        precomputed: what the injection reads of the encoded input, (batch, sequence, ..., dim).
         context: rotary tables, mask, compute dtype.
         total: T of each sequence, (batch,).
         token_values: per layer, its value embeddings of the tokens, or None.
     """
 
-    prepared: torch.Tensor
+    precomputed: torch.Tensor
     context: LayerContext
     total: torch.Tensor
     token_values: list[torch.Tensor | None]
@@ -71,7 +71,7 @@ class LoopInputs:
     def rows(self, rows: torch.Tensor | slice) -> "LoopInputs":
         """The inputs of some of the sequences."""
         values = [None if value is None else value[rows] for value in self.token_values]
-        return LoopInputs(self.prepared[rows], self.context.rows(rows), self.total[rows], values)
+        return LoopInputs(self.precomputed[rows], self.context.rows(rows), self.total[rows], values)
 
 
 def _rows(tensor: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from megatron_rdt.model.transfer import from_host
+from megatron_rdt.model.transfer import to_device
 
 TRUNCATION = 3.0  # in standard deviations, as in Huginn
 # Odd 64-bit constants of MurmurHash3's finaliser and of the golden ratio, as signed integers.
@@ -38,7 +38,7 @@ def normal_state(seeds: tuple[int, ...], positions: torch.Tensor, dim: int, std:
     """
     device = positions.device
     signed = [seed - (1 << 64) if seed >= 1 << 63 else seed for seed in seeds]
-    seed = from_host(signed, device)[:, None, None]
+    seed = to_device(signed, device)[:, None, None]
     channel = torch.arange(dim, dtype=torch.int64, device=device) * _CHANNEL_STRIDE
     position = torch.atleast_2d(positions)[..., None] * _POSITION_STRIDE
     bits = _mix(_mix(seed ^ position) + channel)

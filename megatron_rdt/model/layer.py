@@ -7,7 +7,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_rdt.config import ModelConfig
-from megatron_rdt.model.attention.gqa import ATTENTIONS, KeyValueCache
+from megatron_rdt.model.attention.gqa import ATTENTIONS
+from megatron_rdt.model.attention.kv_cache import KeyValueCache
 from megatron_rdt.model.feedforward import FEEDFORWARDS
 from megatron_rdt.model.forward_context import LayerContext
 from megatron_rdt.model.iteration_signals import Modulation

@@ -53,18 +53,18 @@ class CoreMonitor:
             self.token_correlation = _correlation(state).mean()
 
     @torch.no_grad()
-    def measure_pass(self, ages: tuple[int, ...], previous: torch.Tensor, state: torch.Tensor) -> None:
+    def measure_iteration(self, indices: tuple[int, ...], previous: torch.Tensor, state: torch.Tensor) -> None:
         """Measure one iteration of each sequence, the age-th (from 0), from `previous` to `state` (batch, sequence, dim)."""
         previous, state = previous.detach().float(), state.detach().float()
         norm = torch.linalg.vector_norm(state, dim=(1, 2)).clamp_min(SMALLEST_NORM)
         residual = torch.linalg.vector_norm(state - previous, dim=(1, 2)) / norm
-        self._passes.append((ages, torch.stack((_rms(state).mean(1), residual, _correlation(state)))))
+        self._passes.append((indices, torch.stack((_rms(state).mean(1), residual, _correlation(state)))))
 
-    def watch_gradient(self, ages: tuple[int, ...], state: torch.Tensor) -> None:
+    def watch_gradient(self, indices: tuple[int, ...], state: torch.Tensor) -> None:
         """Measure the gradient of the objective with respect to a state after an iteration when it arrives there."""
 
         def keep(gradient: torch.Tensor) -> None:
-            self._gradients.append((ages, gradient.detach().float().square().flatten(1).sum(1)))
+            self._gradients.append((indices, gradient.detach().float().square().flatten(1).sum(1)))
 
         if state.requires_grad:
             state.register_hook(keep)
@@ -88,15 +88,15 @@ class CoreMonitor:
         return values
 
     def _by_iteration(self) -> dict[str, list[float | None]]:
-        deepest = max(max(ages) for ages, _ in self._passes) + 1
+        deepest = max(max(indices) for indices, _ in self._passes) + 1
         sums, counts = torch.zeros(3, deepest), torch.zeros(deepest)
-        for ages, measured in self._passes:
-            index = torch.tensor(ages)
+        for indices, measured in self._passes:
+            index = torch.tensor(indices)
             sums.index_add_(1, index, measured.cpu())
-            counts.index_add_(0, index, torch.ones(len(ages)))
+            counts.index_add_(0, index, torch.ones(len(indices)))
         squares: list[float | None] = [None] * deepest
-        for ages, square in self._gradients:
-            for age, value in zip(ages, square.tolist()):
+        for indices, square in self._gradients:
+            for age, value in zip(indices, square.tolist()):
                 squares[age] = (squares[age] or 0.0) + value
         names = ("state_norm", "state_residual", "token_correlation")
         means: dict[str, list[float | None]] = {name: row for name, row in zip(names, (sums / counts).tolist())}

@@ -1,7 +1,7 @@
 """RecurrentDepthTransformer: prelude once, recurrent core T times, coda once."""
 
 from numbers import Integral
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,13 +9,12 @@ from torch.nn import functional
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth.plan import DepthPlan
-from megatron_rdt.model.attention.gqa import KeyValueCache
 from megatron_rdt.model.attention.kernels import model_mask
-from megatron_rdt.model.attention.kv_cache import KVCache
+from megatron_rdt.model.attention.kv_cache import DepthCache, KeyValueCache, KVCache
 from megatron_rdt.model.attention.masks import SequenceShare, padded_mask
 from megatron_rdt.model.attention.rope import rotary_tables
 from megatron_rdt.model.core import RecurrentCore
-from megatron_rdt.model.cross_entropy import cross_entropy, soften
+from megatron_rdt.model.cross_entropy import apply_softcap, cross_entropy
 from megatron_rdt.model.forward_context import LayerContext
 from megatron_rdt.model.halting.adaptive_loop import AdaptiveLoop
 from megatron_rdt.model.halting.exit_rules import ExitRule, ExitTrace
@@ -37,24 +36,6 @@ class Embedding(nn.Module):
         """Look the tokens up; one that is `absent`, (...), gets zeros."""
         vectors = functional.embedding(tokens, self.weight)
         return vectors if absent is None else vectors.masked_fill(absent.unsqueeze(-1), 0.0)
-
-
-class DepthCache(KeyValueCache, Protocol):
-    """A cache that tells what it holds, so that a call that does not go on from there is refused.
-
-    Attributes:
-        budget: iterations that have slots of their own; 0 means all.
-    """
-
-    budget: int
-
-    @property
-    def slots(self) -> int:
-        """Number of slots in use."""
-
-    @property
-    def length(self) -> int:
-        """Number of positions held."""
 
 
 def depth_plan(depth: DepthPlan | int, batch: int) -> DepthPlan:
@@ -163,13 +144,13 @@ class RecurrentDepthTransformer(nn.Module):
         batch, sequence = tokens.shape
         plan = depth_plan(depth, batch)
         places = share.positions if share else torch.arange(start, start + sequence, device=tokens.device)
-        none = None if padding is None else places < padding[:, None]
+        is_padding = None if padding is None else places < padding[:, None]
         runner = None
         if exit_rule is not None and exit_rule.kind != "fixed":
             cache = KVCache() if cache is None else cache
-            runner = self._adaptive_loop(exit_rule, plan, cache, none, trace, targets)
+            runner = self._adaptive_loop(exit_rule, plan, cache, is_padding, trace, targets)
         elif trace is not None:
-            trace.fill(plan.iterations, tokens, none)
+            trace.fill(plan.iterations, tokens, is_padding)
         self._check_cache(cache, start, plan, exit_rule)
         if padding is not None:
             positions, mask = (places - padding[:, None]).clamp_min(0), padded_mask(sequence, start, padding)
@@ -197,7 +178,7 @@ class RecurrentDepthTransformer(nn.Module):
         rule: ExitRule,
         plan: DepthPlan,
         cache: DepthCache,
-        none: torch.Tensor | None,
+        is_padding: torch.Tensor | None,
         trace: ExitTrace | None,
         targets: torch.Tensor | None,
     ) -> AdaptiveLoop:
@@ -206,14 +187,14 @@ class RecurrentDepthTransformer(nn.Module):
             raise ValueError("an exit rule is for inference; leave the targets out and compare with the logits")
         if not isinstance(cache, KVCache):
             raise ValueError(f"an exit rule needs a KVCache, not a {type(cache).__name__}")
-        return AdaptiveLoop(rule, plan.loops, cache, self.predict, len(self.coda), none, trace)
+        return AdaptiveLoop(rule, plan.loops, cache, self.predict, len(self.coda), is_padding, trace)
 
     def predict(
         self, state: torch.Tensor, context: LayerContext, cache: KeyValueCache | None = None, first_slot: int = 0
     ) -> torch.Tensor:
         """Logits (batch, sequence, vocab_size) from what the coda reads; its layers use slots from `first_slot` on."""
         features = self.read_out(state, context, cache, first_slot)
-        return soften(linear(features, self._output_matrix()), self.config.logit_softcap)
+        return apply_softcap(linear(features, self._output_matrix()), self.config.logit_softcap)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """(batch, sequence) -> (batch, sequence, dim)."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 
-def from_host(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+def to_device(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
     """(len(numbers),) int64 on `device`.
 
     To a GPU the copy goes from pinned memory, into the stream: the host does not wait until the GPU gets there.

@@ -6,7 +6,8 @@ all norms and the injection are split too (sequence parallelism, Korthikanti et 
     part of the tokens -> gather -> attention or feed-forward with part of the heads or channels -> sum, scatter -> ...
 
 The embedding and the output matrix are split by vocabulary. Logits stay split: their cross entropy takes one exchange of
-two numbers per token. Dimensions below are those of the parameters; what PLAN does not name, every process holds whole.
+two numbers per token. SPLIT_DIMENSIONS lists the split parameters and
+their dimensions; every other parameter is whole on every rank.
 """
 
 import re
@@ -29,7 +30,7 @@ from megatron_rdt.parallel.dtensor_views import place, view_locally
 TOKENS = 1  # the dimension of activations (batch, sequence, channels) that is split between the parts
 
 # How a parameter's name ends, and the dimension that is split.
-PLAN: list[tuple[str, int]] = [
+SPLIT_DIMENSIONS: list[tuple[str, int]] = [
     (r"(^|\.)(embedding|head)\.weight", 0),
     # Grouped-query: by heads.
     (r"attention\.(query|key|value)\.weight", 0),
@@ -50,7 +51,7 @@ PLAN: list[tuple[str, int]] = [
 
 def split_dimension(name: str) -> int | None:
     """The dimension along which the parameter `name` is split, None where it is not."""
-    return next((dim for pattern, dim in PLAN if re.search(pattern + "$", name)), None)
+    return next((dim for pattern, dim in SPLIT_DIMENSIONS if re.search(pattern + "$", name)), None)
 
 
 def parallelize(model: RecurrentDepthTransformer, mesh: DeviceMesh) -> None:

@@ -66,8 +66,8 @@ def test_segments_end_where_the_sequences_or_the_gradient_change() -> None:
     plan = DepthPlan((7, 7, 2), 4)
     for policy, sizes in (("none", [1] * 7), ("per_iteration", [1] * 7), (2, [2, 1, 2, 2]), (4, [3, 2, 2])):
         segments = list(Checkpointing(policy).segments(plan.core_iterations()))
-        assert [len(ticks) for ticks in segments] == sizes, policy
-        assert [tick for ticks in segments for tick in ticks] == list(plan.core_iterations())
+        assert [len(iterations) for iterations in segments] == sizes, policy
+        assert [iteration for iterations in segments for iteration in iterations] == list(plan.core_iterations())
 
 
 class LiveBytes(TorchDispatchMode):

@@ -65,8 +65,8 @@ def filled(options: dict[str, object], dtype: torch.dtype, seed: int, dim: int =
 
 def iterated(module: Injection, state: torch.Tensor, encoded: torch.Tensor) -> torch.Tensor:
     """One iteration with the layers taken out: they return what they get; those of `residual`, nothing."""
-    x, carry = module.read(state, module.prepare(encoded), 0.0)
-    return module.write(carry, x * 0 if isinstance(module, Injection.choices["residual"]) else x)
+    x, carry = module.inject(state, module.precompute(encoded), 0.0)
+    return module.update(carry, x * 0 if isinstance(module, Injection.choices["residual"]) else x)
 
 
 @pytest.mark.parametrize("options", CHOICES, ids=str)
@@ -78,7 +78,7 @@ def test_the_state_never_grows(options, dtype) -> None:
         module = filled(options, dtype, seed)
         generator = torch.Generator().manual_seed(seed)
         encoded = 10 * torch.randn(2, 3, 64, generator=generator).to(dtype)
-        start = module.open(torch.randn(2, 3, 64, generator=generator))
+        start = module.expand(torch.randn(2, 3, 64, generator=generator))
         start = start * torch.rand(start.shape, generator=generator)  # lanes that differ
         assert iterated(module, start, encoded).dtype == torch.promote_types(dtype, torch.float32)
         encoded = torch.zeros_like(encoded)
@@ -102,7 +102,7 @@ def test_the_radius_is_the_one_that_is_used_and_below_one(options, dtype) -> Non
     for seed in range(4):
         module = filled(options, dtype, seed, dim=6)
         encoded = torch.randn(1, 1, 6, generator=torch.Generator().manual_seed(seed)).to(dtype)
-        state = module.open(torch.zeros(1, 1, 6)).contiguous()
+        state = module.expand(torch.zeros(1, 1, 6)).contiguous()
         offset = iterated(module, state, encoded)
         columns = []
         for index in range(state.numel()):
@@ -184,10 +184,10 @@ def test_the_injected_input_is_what_a_state_of_zeros_gets(options, small) -> Non
     """For the linear ones, against what one iteration without layers makes of zeros; for `residual` too."""
     module = small(**options).core.injection
     encoded = torch.randn(2, 3, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    zeros = module.open(torch.zeros_like(encoded))
-    expected = module.close(iterated(module, zeros, encoded))
-    torch.testing.assert_close(module.injected(module.prepare(encoded)), expected.detach())
-    assert not module.injected(module.prepare(encoded)).requires_grad
+    zeros = module.expand(torch.zeros_like(encoded))
+    expected = module.collapse(iterated(module, zeros, encoded))
+    torch.testing.assert_close(module.input_term(module.precompute(encoded)), expected.detach())
+    assert not module.input_term(module.precompute(encoded)).requires_grad
 
 
 def test_the_schema_names_every_injection_and_no_other() -> None:
@@ -207,9 +207,9 @@ class ToyInjection(Injection, name="toy"):
     def __init__(self, config):
         super().__init__()
 
-    def read(self, state, prepared, offset):
+    def inject(self, state, precomputed, offset):
         """The sum."""
-        return state / 2 + prepared + offset, state
+        return state / 2 + precomputed + offset, state
 
     def spectral_radius(self):
         """1/2."""
@@ -253,5 +253,5 @@ def test_a_subclass_without_a_name_is_no_choice() -> None:
         """No choice."""
 
     assert Injection.choices == before
-    assert Unnamed().close(torch.ones(1)) == 1
+    assert Unnamed().collapse(torch.ones(1)) == 1
     assert isinstance(RecurrentDepthTransformer(ModelConfig()).core.injection, Injection.choices["diagonal"])

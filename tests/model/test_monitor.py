@@ -50,7 +50,7 @@ def test_every_iteration_equals_the_reference(options, plan, checkpointing, smal
     found = monitor.readings()["iterations"]
 
     plain = Plain(model)
-    by_age: list[list[tuple[float, float, float]]] = [[] for _ in range(plan.max_loops)]
+    by_index: list[list[tuple[float, float, float]]] = [[] for _ in range(plan.max_loops)]
     squares: list[float | None] = [None] * plan.max_loops
     for row, target, loops in zip(tokens, targets, plan.iterations):
         states = plain.states(row, loops, plan.backprop, 0)
@@ -59,9 +59,9 @@ def test_every_iteration_equals_the_reference(options, plan, checkpointing, smal
         for t, gradient in zip(reached, torch.autograd.grad(loss, [states[t] for t in reached])):
             squares[t] = (squares[t] or 0) + float(gradient.square().sum())
         for t, state in enumerate(states):
-            by_age[t].append(numbers(state.detach(), states[t - 1].detach() if t else torch.zeros_like(state)))
+            by_index[t].append(numbers(state.detach(), states[t - 1].detach() if t else torch.zeros_like(state)))
     for index, name in enumerate(("state_norm", "state_residual", "token_correlation")):
-        expected = [sum(values[index] for values in measured) / len(measured) for measured in by_age]
+        expected = [sum(values[index] for values in measured) / len(measured) for measured in by_index]
         assert found[name] == pytest.approx(expected, rel=1e-4, abs=1e-5), name
     for mine, square in zip(found["gradient_norm"], squares, strict=True):
         assert mine == (None if square is None else pytest.approx(square**0.5, rel=1e-4))
@@ -147,7 +147,7 @@ def test_the_jacobian_against_the_exact_one(options, dtype, small) -> None:
     model = small(**options).to(dtype)
     generator = torch.Generator().manual_seed(1)
     encoded = torch.randn(2, 4, 24, generator=generator, dtype=torch.float64).to(dtype)
-    state = model.core.injection.open(torch.randn(2, 4, 24, generator=generator, dtype=torch.float64).to(dtype))
+    state = model.core.injection.expand(torch.randn(2, 4, 24, generator=generator, dtype=torch.float64).to(dtype))
     tables = rotary_tables(torch.arange(4), model.config.rotary_dim, 10000.0, torch.bfloat16)
     context = LayerContext(tables, None, torch.bfloat16, torch.zeros(2, 4, dtype=torch.int64))
     t = torch.tensor([2, 1])
@@ -155,7 +155,7 @@ def test_the_jacobian_against_the_exact_one(options, dtype, small) -> None:
     exact = []
     for row in range(2):
         one = inputs.rows(slice(row, row + 1))
-        wide = LoopInputs(one.prepared, one.context.in_dtype(dtype), one.total, one.token_values)
+        wide = LoopInputs(one.precomputed, one.context.in_dtype(dtype), one.total, one.token_values)
 
         def iterate(h, wide=wide, row=row):
             return model.core.iterate(h, t[row : row + 1], wide)
@@ -166,7 +166,7 @@ def test_the_jacobian_against_the_exact_one(options, dtype, small) -> None:
     exact = torch.stack(exact)
     previous = torch.zeros(2, dtype=torch.float64)
     for steps in (1, 2, 5, 100):
-        found = model.core.stretch(state, t, inputs, steps).double()
+        found = model.core.jacobian_norm(state, t, inputs, steps).double()
         assert bool((found <= exact * 1.001).all())
         assert bool((found >= previous * 0.999).all())
         previous = found

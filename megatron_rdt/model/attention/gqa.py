@@ -3,7 +3,7 @@
 Shapes: (batch, heads, sequence, head_dim).
 """
 
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.attention.kernels import attend
+from megatron_rdt.model.attention.kv_cache import KeyValueCache
 from megatron_rdt.model.attention.masks import within_window
 from megatron_rdt.model.attention.mla import LatentAttention
 from megatron_rdt.model.attention.rope import rotate
@@ -20,13 +21,6 @@ from megatron_rdt.model.norm import RMSNorm
 
 VALUE_GATE_CHANNELS = 32
 PLAIN_NORM_EPS = 2.0**-23  # float32's own, whatever `norm_eps` is, as in Parcae
-
-
-class KeyValueCache(Protocol):
-    """What attention needs of a cache: one slot per (iteration, layer)."""
-
-    def update(self, slot: int, start: int, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Write tensors (batch, ..., new, channels) at positions `start` ... of `slot`; all of it, oldest first."""
 
 
 def has_value_embedding(config: ModelConfig, index: int) -> bool:

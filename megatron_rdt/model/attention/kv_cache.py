@@ -1,8 +1,35 @@
 """KVCache: keys and values of earlier positions, one slot per (iteration, layer)."""
 
+from typing import Protocol
+
 import torch
 
 GROWTH = 64
+
+
+class KeyValueCache(Protocol):
+    """The part of a cache that attention uses: one slot per (iteration, layer)."""
+
+    def update(self, slot: int, start: int, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Write tensors (batch, ..., new, channels) at positions `start` ... of `slot`; return the whole slot, oldest first."""
+
+
+class DepthCache(KeyValueCache, Protocol):
+    """The part of a cache that the model uses: it checks that a call continues where the cache ends.
+
+    Attributes:
+        budget: iterations that have slots of their own; 0 means all.
+    """
+
+    budget: int
+
+    @property
+    def slots(self) -> int:
+        """Number of slots in use."""
+
+    @property
+    def length(self) -> int:
+        """Number of positions held."""
 
 
 class KVCache:

@@ -15,6 +15,7 @@ from torch import nn
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.attention.kernels import Mask, attend
+from megatron_rdt.model.attention.kv_cache import KeyValueCache
 from megatron_rdt.model.attention.masks import within_window
 from megatron_rdt.model.attention.rope import rotate
 from megatron_rdt.model.forward_context import LayerContext
@@ -49,7 +50,7 @@ class LatentAttention(nn.Module):
         self,
         x: torch.Tensor,
         context: LayerContext,
-        cache: "KeyValueCache | None" = None,  # type: ignore[name-defined]  # noqa: F821
+        cache: KeyValueCache | None = None,
         slot: int = 0,
         token_values: torch.Tensor | None = None,
     ) -> torch.Tensor:

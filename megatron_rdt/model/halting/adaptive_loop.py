@@ -11,8 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_rdt.model.attention.gqa import KeyValueCache
-from megatron_rdt.model.attention.kv_cache import KVCache
+from megatron_rdt.model.attention.kv_cache import KeyValueCache, KVCache
 from megatron_rdt.model.core import RecurrentCore
 from megatron_rdt.model.forward_context import LayerContext, LoopInputs
 from megatron_rdt.model.halting.active_tokens import ActiveCache, ActiveTokens
@@ -63,7 +62,7 @@ class AdaptiveLoop:
         running = torch.ones_like(tokens, dtype=torch.bool)
         end = inputs.context.start + tokens.shape[1]
         criterion = CRITERIA[self.rule.kind](self.rule, core.halting)
-        mixture, close = self._mixture(core), core.injection.close
+        mixture, close = self._mixture(core), core.injection.collapse
         used, hits = torch.zeros_like(tokens), torch.zeros_like(tokens)
         active, part = ActiveTokens(running), inputs
         answers = logits = halted = new = None
@@ -128,4 +127,4 @@ def gathered(inputs: LoopInputs, active: ActiveTokens) -> LoopInputs:
     """The inputs of the active tokens."""
     values = [None if value is None else active.take(value) for value in inputs.token_values]
     total = inputs.total[active.rows]
-    return LoopInputs(active.take(inputs.prepared), active.context(inputs.context), total, values)
+    return LoopInputs(active.take(inputs.precomputed), active.context(inputs.context), total, values)

@@ -62,10 +62,10 @@ class ExitTrace:
     def __init__(self) -> None:
         self.iterations: torch.Tensor | None = None
 
-    def fill(self, loops: tuple[int, ...], tokens: torch.Tensor, none: torch.Tensor | None) -> None:
-        """Every token (batch, sequence) of a row ran as many iterations as `loops` says; those in `none` are padding."""
+    def fill(self, loops: tuple[int, ...], tokens: torch.Tensor, is_padding: torch.Tensor | None) -> None:
+        """Every token (batch, sequence) of a row ran as many iterations as `loops` says; those in `is_padding` are none."""
         iterations = torch.tensor(loops, device=tokens.device)[:, None].expand(tokens.shape)
-        self.iterations = iterations if none is None else iterations.masked_fill(none, 0)
+        self.iterations = iterations if is_padding is None else iterations.masked_fill(is_padding, 0)
 
 
 @dataclass

@@ -4,7 +4,7 @@ keep the state from growing. Here for comparison."""
 import torch
 
 from megatron_rdt.config import ModelConfig
-from megatron_rdt.model.injection.base import Injection, shifted
+from megatron_rdt.model.injection.base import Injection, add_offset
 
 
 class AddInjection(Injection, name="add"):
@@ -13,11 +13,11 @@ class AddInjection(Injection, name="add"):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
 
-    def read(
-        self, state: torch.Tensor, prepared: torch.Tensor, offset: torch.Tensor | float
+    def inject(
+        self, state: torch.Tensor, precomputed: torch.Tensor, offset: torch.Tensor | float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The sum."""
-        return shifted(state + prepared, offset), state
+        return add_offset(state + precomputed, offset), state
 
     def spectral_radius(self) -> torch.Tensor:
         """1."""

@@ -2,12 +2,12 @@
 
 One iteration of the core is
 
-    x, carry = read(h_t, prepare(e), offset)
-    h_(t+1)  = write(carry, layers(x))
+    x, carry = inject(h_t, precompute(e), offset)
+    h_(t+1)  = update(carry, layers(x))
 
-where h is the state, e the encoded input, `offset` what the signals add. What is the same at every iteration belongs into
-`prepare`, which runs once. `open` makes the state of the loop from the initial one, `close` turns it back. All three are
-the identity unless a choice needs otherwise.
+where h is the state, e the encoded input and `offset` the sum of the iteration signals. Work that is the same at every
+iteration belongs in `precompute`, which runs once. `expand` turns the initial state into the state of the loop, `collapse`
+turns it back. These three are the identity unless a choice overrides them.
 """
 
 from typing import ClassVar
@@ -21,44 +21,44 @@ class Injection(nn.Module):
 
     Attributes:
         choices: all of them, by name.
-        PREPARED_SHARE: of the weights of its matrices, those that `prepare` multiplies with; the rest is for `read`.
+        PRECOMPUTED_SHARE: of the weights of its matrices, those that `precompute` multiplies with; the rest is for `inject`.
     """
 
     choices: ClassVar[dict[str, type["Injection"]]] = {}
-    PREPARED_SHARE: ClassVar[float] = 0.0
+    PRECOMPUTED_SHARE: ClassVar[float] = 0.0
 
     def __init_subclass__(cls, name: str = "", **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         if name:
             Injection.choices[name] = cls
 
-    def open(self, state: torch.Tensor) -> torch.Tensor:
+    def expand(self, state: torch.Tensor) -> torch.Tensor:
         """The state of the loop, (batch, sequence, ...), from the initial one, (batch, sequence, dim)."""
         return state
 
-    def prepare(self, encoded: torch.Tensor) -> torch.Tensor:
-        """What `read` takes of the encoded input (batch, sequence, dim): (batch, sequence, ..., dim)."""
+    def precompute(self, encoded: torch.Tensor) -> torch.Tensor:
+        """What `inject` takes of the encoded input (batch, sequence, dim): (batch, sequence, ..., dim)."""
         return encoded
 
-    def read(
-        self, state: torch.Tensor, prepared: torch.Tensor, offset: torch.Tensor | float
+    def inject(
+        self, state: torch.Tensor, precomputed: torch.Tensor, offset: torch.Tensor | float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the layers get, (batch, sequence, dim), and what `write` needs of the state; float32 or wider."""
+        """What the layers get, (batch, sequence, dim), and what `update` needs of the state; float32 or wider."""
         raise NotImplementedError
 
-    def write(self, carry: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def update(self, carry: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """The next state from the layers' output, (batch, sequence, dim)."""
         return output
 
-    def close(self, state: torch.Tensor) -> torch.Tensor:
+    def collapse(self, state: torch.Tensor) -> torch.Tensor:
         """(batch, sequence, dim) for the coda, the halting unit and the monitor."""
         return state
 
     @torch.no_grad()
-    def injected(self, prepared: torch.Tensor) -> torch.Tensor:
+    def input_term(self, precomputed: torch.Tensor) -> torch.Tensor:
         """What an iteration adds to a state of zeros because of the encoded input (`b e`), (batch, sequence, dim)."""
-        zeros = prepared.new_zeros(*prepared.shape[:2], prepared.shape[-1])
-        return self.read(self.open(zeros), prepared, 0.0)[0]
+        zeros = precomputed.new_zeros(*precomputed.shape[:2], precomputed.shape[-1])
+        return self.inject(self.expand(zeros), precomputed, 0.0)[0]
 
     def spectral_radius(self) -> torch.Tensor:
         """Radius of the linear part of the recurrence as the forward pass uses it, 0-dimensional, without gradient.
@@ -68,6 +68,6 @@ class Injection(nn.Module):
         raise NotImplementedError
 
 
-def shifted(x: torch.Tensor, offset: torch.Tensor | float) -> torch.Tensor:
+def add_offset(x: torch.Tensor, offset: torch.Tensor | float) -> torch.Tensor:
     """x + offset, and x itself where no signal adds anything."""
     return x + offset if isinstance(offset, torch.Tensor) or offset else x

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from megatron_rdt.config import ModelConfig
-from megatron_rdt.model.injection.base import Injection, shifted
+from megatron_rdt.model.injection.base import Injection, add_offset
 from megatron_rdt.model.norm import RMSNorm
 
 # Bounds of |a| and dt. The slowest decay is exp(-0.1 * 0.05) = 0.995, which rounds to 0.99609 < 1 in bfloat16.
@@ -86,16 +86,16 @@ class DiagonalInjection(Injection, name="diagonal"):
         super().__init__()
         self.diagonal = DiagonalDecay(config)
 
-    def prepare(self, encoded: torch.Tensor) -> torch.Tensor:
+    def precompute(self, encoded: torch.Tensor) -> torch.Tensor:
         """gain * e."""
         return self.diagonal()[1] * encoded
 
-    def read(
-        self, state: torch.Tensor, prepared: torch.Tensor, offset: torch.Tensor | float
+    def inject(
+        self, state: torch.Tensor, precomputed: torch.Tensor, offset: torch.Tensor | float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The decayed state with the input added."""
         decay, _ = self.diagonal()
-        return shifted(torch.addcmul(prepared, decay, state), offset), state
+        return add_offset(torch.addcmul(precomputed, decay, state), offset), state
 
     def spectral_radius(self) -> torch.Tensor:
         """Largest |decay|."""
@@ -114,21 +114,21 @@ class ResidualInjection(Injection, name="residual"):
         self.diagonal = DiagonalDecay(config)
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
-    def read(
-        self, state: torch.Tensor, prepared: torch.Tensor, offset: torch.Tensor | float
+    def inject(
+        self, state: torch.Tensor, precomputed: torch.Tensor, offset: torch.Tensor | float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The normalised sum; the carry is what the layers' output is added to."""
         decay, gain = self.diagonal()
-        return self.norm(shifted(state + prepared, offset)), decay * state + gain * prepared
+        return self.norm(add_offset(state + precomputed, offset)), decay * state + gain * precomputed
 
-    def write(self, carry: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def update(self, carry: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Add the layers' output."""
         return carry + output
 
     @torch.no_grad()
-    def injected(self, prepared: torch.Tensor) -> torch.Tensor:
+    def input_term(self, precomputed: torch.Tensor) -> torch.Tensor:
         """gain * e: what the layers read is normalised, so it is not what the state gets."""
-        return self.diagonal()[1] * prepared
+        return self.diagonal()[1] * precomputed
 
     def spectral_radius(self) -> torch.Tensor:
         """Largest |decay|."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from megatron_rdt.config import ModelConfig
-from megatron_rdt.model.injection.base import Injection, shifted
+from megatron_rdt.model.injection.base import Injection, add_offset
 from megatron_rdt.model.linear import linear
 
 LIMIT = 0.995  # rounds to 0.99609 < 1 in bfloat16
@@ -22,7 +22,7 @@ class GateInjection(Injection, name="gate"):
     """x = g * h + (1 - g) * e with g = LIMIT * sigmoid(W e + b)."""
 
     INITIAL_VALUES: ClassVar[dict[str, float]] = {"bias": 0.0}
-    PREPARED_SHARE = 1.0
+    PRECOMPUTED_SHARE = 1.0
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -30,19 +30,19 @@ class GateInjection(Injection, name="gate"):
         self.bias = nn.Parameter(torch.empty(config.dim))
         self._largest: torch.Tensor | None = None
 
-    def prepare(self, encoded: torch.Tensor) -> torch.Tensor:
+    def precompute(self, encoded: torch.Tensor) -> torch.Tensor:
         """g and (1 - g) * e, (batch, sequence, 2, dim)."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         gate = LIMIT * torch.sigmoid(linear(encoded.to(wide), self.weight.to(wide)) + self.bias)
         self._largest = gate.detach().max()
         return torch.stack((gate, (1 - gate) * encoded), dim=2)
 
-    def read(
-        self, state: torch.Tensor, prepared: torch.Tensor, offset: torch.Tensor | float
+    def inject(
+        self, state: torch.Tensor, precomputed: torch.Tensor, offset: torch.Tensor | float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The mixture."""
-        gate, rest = prepared.unbind(2)
-        return shifted(gate * state + rest, offset), state
+        gate, rest = precomputed.unbind(2)
+        return add_offset(gate * state + rest, offset), state
 
     def spectral_radius(self) -> torch.Tensor:
         """The largest gate of the last forward pass; before the first, its bound."""

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from megatron_rdt.config import ModelConfig
-from megatron_rdt.model.injection.base import Injection, shifted
+from megatron_rdt.model.injection.base import Injection, add_offset
 from megatron_rdt.model.injection.diagonal import DiagonalDecay
 
 
@@ -52,29 +52,29 @@ class HyperInjection(Injection, name="hyper"):
         self.read_weights = nn.Parameter(torch.empty(config.lanes))
         self.write_weights = nn.Parameter(torch.empty(config.lanes))
 
-    def open(self, state: torch.Tensor) -> torch.Tensor:
+    def expand(self, state: torch.Tensor) -> torch.Tensor:
         """The same state in every lane."""
         return state.unsqueeze(-2).expand(*state.shape[:-1], self.lanes, state.shape[-1])
 
-    def prepare(self, encoded: torch.Tensor) -> torch.Tensor:
+    def precompute(self, encoded: torch.Tensor) -> torch.Tensor:
         """gain * e, the same for all lanes."""
         return self.diagonal()[1] * encoded
 
-    def read(
-        self, state: torch.Tensor, prepared: torch.Tensor, offset: torch.Tensor | float
+    def inject(
+        self, state: torch.Tensor, precomputed: torch.Tensor, offset: torch.Tensor | float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mix and decay the lanes, add the input, read them."""
         decay, _ = self.diagonal()
         mixed = torch.einsum("nm,bsmd->bsnd", _shares(self.mix, decay.dtype), state.to(decay.dtype))
-        lanes = decay * mixed + prepared.unsqueeze(-2)
-        return shifted(self.close(lanes), offset), lanes
+        lanes = decay * mixed + precomputed.unsqueeze(-2)
+        return add_offset(self.collapse(lanes), offset), lanes
 
-    def write(self, carry: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def update(self, carry: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Add what the layers changed, times each lane's weight."""
-        change = (output - self.close(carry)).unsqueeze(-2)
+        change = (output - self.collapse(carry)).unsqueeze(-2)
         return carry + self.write_weights[:, None] * change
 
-    def close(self, state: torch.Tensor) -> torch.Tensor:
+    def collapse(self, state: torch.Tensor) -> torch.Tensor:
         """The weighted mean of the lanes."""
         return torch.einsum("n,bsnd->bsd", _shares(self.read_weights, state.dtype), state)
 

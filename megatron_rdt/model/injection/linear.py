@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from megatron_rdt.config import ModelConfig
-from megatron_rdt.model.injection.base import Injection, shifted
+from megatron_rdt.model.injection.base import Injection, add_offset
 from megatron_rdt.model.linear import linear
 
 # Above this width the eigenvalues are estimated.
@@ -19,22 +19,22 @@ ESTIMATE_STEPS = 96
 class LinearInjection(Injection, name="linear"):
     """x = W [h; e], with W of shape (dim, 2 dim)."""
 
-    PREPARED_SHARE = 0.5
+    PRECOMPUTED_SHARE = 0.5
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dim = config.dim
         self.weight = nn.Parameter(torch.empty(config.dim, 2 * config.dim))
 
-    def prepare(self, encoded: torch.Tensor) -> torch.Tensor:
+    def precompute(self, encoded: torch.Tensor) -> torch.Tensor:
         """The encoded input's share of the projection, float32 or wider."""
         return linear(encoded.to(torch.promote_types(encoded.dtype, torch.float32)), self.weight[:, self.dim :])
 
-    def read(
-        self, state: torch.Tensor, prepared: torch.Tensor, offset: torch.Tensor | float
+    def inject(
+        self, state: torch.Tensor, precomputed: torch.Tensor, offset: torch.Tensor | float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The projection, in the dtype of the state."""
-        return shifted(linear(state, self.weight[:, : self.dim]) + prepared, offset), state
+        return add_offset(linear(state, self.weight[:, : self.dim]) + precomputed, offset), state
 
     @torch.no_grad()
     def spectral_radius(self) -> torch.Tensor:

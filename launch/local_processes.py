@@ -15,9 +15,9 @@ from types import FrameType
 from launch.failures import found
 from megatron_rdt.environment import launcher_environment
 from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED, ConfigError, LaunchError
+from megatron_rdt.train.stop_request import STOP_SIGNALS
 
 SCRIPT = Path(__file__).resolve().parent / "pretrain.py"
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 LOOPBACK = "127.0.0.1"
 LAST_PORT = 65535
 POLL_S = 0.1

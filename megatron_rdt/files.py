@@ -78,6 +78,15 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
         file.write(content)
 
 
+def save_with_torch(value: Any, path: str | os.PathLike[str]) -> None:
+    """`torch.save` that raises the OSError of a failed write."""
+    import torch
+
+    # Given a path, torch.save hides the reason of a failed write; given a file, the OSError gets out.
+    with open(path, "wb") as file:
+        torch.save(value, file)
+
+
 def sha256_of(path: str | os.PathLike[str]) -> str:
     """Hex SHA-256 of a file's content, read in chunks."""
     digest = hashlib.sha256()

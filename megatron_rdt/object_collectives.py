@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from megatron_rdt.errors import RdtError
+
 T = TypeVar("T")
 
 
@@ -30,3 +32,10 @@ def broadcast_object(value: T) -> T:
     if rank_and_world_size()[1] > 1:
         dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def raise_on_all_ranks(failure: RdtError | None) -> None:
+    """Raise the failure of the lowest rank that has one, on every rank; every rank must call this."""
+    for found in gather_objects(failure):
+        if found is not None:
+            raise found

@@ -16,6 +16,7 @@ LAYERS = [
     "megatron_rdt.devices",
     "megatron_rdt.object_collectives",
     "megatron_rdt.config",
+    "megatron_rdt.run_directory",
     "megatron_rdt.depth",
     "megatron_rdt.model",
     "megatron_rdt.data",

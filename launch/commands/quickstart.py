@@ -6,6 +6,7 @@ from pathlib import Path
 from launch.local_processes import run_processes
 from megatron_rdt.config import load_config
 from megatron_rdt.errors import LaunchError
+from megatron_rdt.run_directory import run_directory_of
 
 CONFIG, DATA_CONFIG, TASKS_CONFIG = (
     "configs/quickstart.yaml",
@@ -28,7 +29,7 @@ def quickstart() -> int:
         raise LaunchError(f"{CONFIG} is not here. Run the quickstart from the root of the repository.")
     began = time.monotonic()
     config = load_config(CONFIG)
-    run_directory = Path(config.run.root) / config.run.name
+    run_directory = run_directory_of(config)
 
     def title(text: str) -> None:
         print(f"\n== {time.monotonic() - began:5.0f} s  {text}", flush=True)

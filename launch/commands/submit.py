@@ -13,6 +13,7 @@ from launch.train_options import check_places, parse_training
 from megatron_rdt.config import RunConfig
 from megatron_rdt.errors import EXIT_OK, ConfigError, LaunchError
 from megatron_rdt.files import write_text
+from megatron_rdt.run_directory import LATEST, run_directory_of
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "slurm" / "pretrain.sbatch"
 TRAINING_SCRIPT = Path(__file__).resolve().parent.parent / "pretrain.py"
@@ -20,7 +21,6 @@ TRAINING_SCRIPT = Path(__file__).resolve().parent.parent / "pretrain.py"
 SIGNAL_TOLERANCE_S = 60
 # Restarts in a row without a new checkpoint after which a job does not go back into the queue.
 IDLE_RESTARTS = 3
-LATEST = "latest"  # as in megatron_rdt/checkpoint, which would bring PyTorch to the login node
 NO_LIMIT = ("0", "-1", "unlimited", "infinite")
 
 
@@ -159,7 +159,7 @@ def render(job: SubmitConfig, config: RunConfig, words: list[str]) -> str:
         root=shlex.quote(str(Path.cwd())),
         python=shlex.quote(sys.executable),
         script=shlex.quote(str(TRAINING_SCRIPT)),
-        latest=shlex.quote(str(Path(config.run.root) / config.run.name / LATEST)),
+        latest=shlex.quote(str(run_directory_of(config) / LATEST)),
         stalled=shlex.quote(str(Path(job.directory).resolve() / config.run.name)),
         restarts=IDLE_RESTARTS,
         options=shlex.join(words),

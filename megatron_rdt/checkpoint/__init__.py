@@ -1,33 +1,25 @@
-"""Checkpoints: written completely or not at all, verified, retained, found again."""
+"""Checkpoints: written completely or not at all, verified, retained, found again.
 
-from megatron_rdt.checkpoint.buffers import BUFFERS, persistent_buffers, restore_buffers
+To save: `write.py`. To resume: `choose.py` picks and verifies a checkpoint in the order of `lineage.py`, `restore.py`
+loads it. To use the weights alone: `weights.py`.
+"""
+
+from megatron_rdt.checkpoint.buffers import BUFFERS, restore_buffers
+from megatron_rdt.checkpoint.choose import find_start, newest_checkpoint, resolve_checkpoint
+from megatron_rdt.checkpoint.lineage import belongs_to_run, has_checkpoints, list_complete_checkpoints, record_start
 from megatron_rdt.checkpoint.manifest import read_manifest, verify, write_manifest
-from megatron_rdt.checkpoint.read import (
-    CHECKPOINTS,
-    check_same_model,
-    complete_checkpoints,
-    newest_checkpoint,
-    read_model_weights,
-    read_trainer_state,
-    resolve_checkpoint,
-)
-from megatron_rdt.checkpoint.start import find_start
-from megatron_rdt.checkpoint.write import (
-    read_rank_state,
-    record_start,
-    restore_rank_rng,
-    save_checkpoint,
-    software_versions,
-)
+from megatron_rdt.checkpoint.rank_state import read_rank_state
+from megatron_rdt.checkpoint.restore import read_trainer_state, restore_engine
+from megatron_rdt.checkpoint.weights import read_model_weights
+from megatron_rdt.checkpoint.write import save_checkpoint, software_versions
 
 __all__ = [
     "BUFFERS",
-    "CHECKPOINTS",
-    "check_same_model",
-    "complete_checkpoints",
+    "belongs_to_run",
     "find_start",
+    "has_checkpoints",
+    "list_complete_checkpoints",
     "newest_checkpoint",
-    "persistent_buffers",
     "read_manifest",
     "read_model_weights",
     "read_rank_state",
@@ -35,7 +27,7 @@ __all__ = [
     "record_start",
     "resolve_checkpoint",
     "restore_buffers",
-    "restore_rank_rng",
+    "restore_engine",
     "save_checkpoint",
     "software_versions",
     "verify",

@@ -1,6 +1,6 @@
-"""What a model carries on beside its parameters, `buffers.pt`: the same file and content whatever the engine.
+"""Persistent buffers of the model, `buffers.pt`: one format whatever the engine.
 
-Each engine keeps buffers in its own files too, or drops them in a conversion; this file is what counts.
+Each engine also keeps buffers in its own files, or drops them in a conversion; this file is the one that is restored.
 """
 
 from pathlib import Path
@@ -9,15 +9,16 @@ import torch
 from torch import nn
 
 from megatron_rdt.errors import CheckpointError
+from megatron_rdt.files import save_with_torch
 
 BUFFERS = "buffers.pt"
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The buffers that belong to the model's state, by name; they are never sharded, and the same on every rank."""
+    """The buffers of the model's state dict by name; they are never sharded, and the same on every rank."""
     found = {}
-    for place, module in model.named_modules():
-        for name, buffer in module.named_buffers(prefix=place, recurse=False):
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix=prefix, recurse=False):
             if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
                 found[name] = buffer
     return found
@@ -27,20 +28,18 @@ def save_buffers(model: nn.Module, directory: Path) -> None:
     """Write the persistent buffers below `directory`, if there are any; for one rank."""
     buffers = {name: buffer.detach().cpu().clone() for name, buffer in persistent_buffers(model).items()}
     if buffers:
-        # Given a path, torch.save hides the reason of a failed write; given a file, the OSError gets out.
-        with open(directory / BUFFERS, "wb") as file:
-            torch.save(buffers, file)
+        save_with_torch(buffers, directory / BUFFERS)
 
 
 def read_buffers(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """What `save_buffers` wrote, on the CPU; empty where it had nothing to write."""
+    """The saved buffers by name, on the CPU; empty if the model had none."""
     path = checkpoint / BUFFERS
     return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else {}
 
 
 @torch.no_grad()
 def restore_buffers(model: nn.Module, checkpoint: Path) -> None:
-    """Give the model the buffers of a checkpoint; for every rank, after the engine has loaded its state.
+    """Copy a checkpoint's buffers into the model; for every rank, after the engine has loaded its state.
 
     Raises:
         CheckpointError: the checkpoint has other buffers than the model.

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what it is, and the size and SHA-256 of every file in it.
+"""The manifest of a checkpoint: step, lineage, versions, and the size and SHA-256 of every file.
 
 A directory without a manifest is not a checkpoint. The manifest is written last, before the directory gets its name.
 It holds a checksum of itself, so that a flipped bit in it does not change the order of checkpoints unnoticed.
@@ -18,13 +18,13 @@ FORMAT, VERSION = "rdt-checkpoint", 1
 CHECKSUM = "checksum"
 
 
-def content_files(directory: Path) -> list[Path]:
-    """Every file below `directory` but the manifest, sorted."""
+def list_content_files(directory: Path) -> list[Path]:
+    """Every file below `directory` except the manifest, sorted."""
     return sorted(p for p in directory.rglob("*") if p.is_file() and p != directory / MANIFEST)
 
 
 def file_record(path: Path) -> dict[str, Any]:
-    """Size in bytes and hex SHA-256 of one file."""
+    """The manifest entry of one file: its size in bytes and hex SHA-256."""
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
@@ -33,27 +33,27 @@ def write_manifest(directory: Path, facts: dict[str, Any] | None = None, files: 
 
     Args:
         directory: the checkpoint.
-        facts: what to record beside the files (step, tokens, ...); None keeps those of the manifest that is there.
-        files: records by relative path; None computes them here.
+        facts: what to record besides the files (step, tokens, ...); None keeps those of the existing manifest.
+        files: entries by relative path, as from `file_record`; None computes them here.
     """
     if facts is None:
         facts = read_manifest(directory)
     facts = {k: v for k, v in facts.items() if k not in ("format", "version", "files", CHECKSUM)}
     if files is None:
-        files = {str(p.relative_to(directory)): file_record(p) for p in content_files(directory)}
+        files = {str(p.relative_to(directory)): file_record(p) for p in list_content_files(directory)}
     document = {"format": FORMAT, "version": VERSION, **facts, "files": dict(sorted(files.items()))}
-    document[CHECKSUM] = _checksum(document)
+    document[CHECKSUM] = _compute_checksum(document)
     write_text(directory / MANIFEST, json.dumps(document, indent=1) + "\n")
 
 
-def _checksum(document: dict[str, Any]) -> str:
-    """Hex SHA-256 of a manifest's content but its checksum."""
+def _compute_checksum(document: dict[str, Any]) -> str:
+    """Hex SHA-256 of a manifest's content without its checksum."""
     content = {k: v for k, v in document.items() if k != CHECKSUM}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest as a dictionary; CheckpointError where there is none or it is not one."""
+    """Return the manifest as a dictionary; raise CheckpointError if it is missing, unreadable or damaged."""
     try:
         document = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -66,13 +66,13 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory / MANIFEST} is not a manifest. Use another checkpoint.")
     if document.get("format") != FORMAT or document.get("version") != VERSION:
         raise CheckpointError(
-            f"{directory / MANIFEST} is of format {document.get('format')!r} version {document.get('version')!r}, "
+            f"{directory / MANIFEST} has format {document.get('format')!r} version {document.get('version')!r}, "
             f"this version reads {FORMAT!r} {VERSION}. Use the version of megatron_rdt that wrote it."
         )
     # A manifest that another tool wrote may lack the checksum.
-    if document.get(CHECKSUM, _checksum(document)) != _checksum(document):
+    if document.get(CHECKSUM, _compute_checksum(document)) != _compute_checksum(document):
         raise CheckpointError(
-            f"{directory} is damaged: {MANIFEST} has other content than was written. Use an older one."
+            f"{directory} is damaged: {MANIFEST} has other content than was written. Use an older checkpoint."
         )
     return document
 
@@ -88,18 +88,18 @@ def verify(directory: Path, hashes: bool = True) -> None:
 
 
 def verify_files(directory: Path, files: Iterable[tuple[str, dict[str, Any]]], hashes: bool = True) -> None:
-    """`verify` for some of the files: pairs of relative path and record, as the manifest has them."""
+    """`verify` for some of the files, given as pairs of relative path and manifest entry."""
     for name, record in files:
         try:
-            difference = _difference(directory / name, record, hashes)
+            difference = _describe_difference(directory / name, record, hashes)
         except OSError as error:
             difference = f"cannot be read ({error.strerror})"
         if difference is not None:
             raise CheckpointError(f"{directory} is damaged: {name} {difference}. Use an older checkpoint.")
 
 
-def _difference(path: Path, record: dict[str, Any], hashes: bool) -> str | None:
-    """What is wrong with a file, in words."""
+def _describe_difference(path: Path, record: dict[str, Any], hashes: bool) -> str | None:
+    """Describe how a file differs from its manifest entry; None if it does not."""
     if not path.is_file():
         return "is missing"
     size = path.stat().st_size

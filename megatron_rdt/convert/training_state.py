@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from megatron_rdt.checkpoint import BUFFERS, read_manifest, restore_buffers, software_versions, write_manifest
-from megatron_rdt.checkpoint.write import RANK_STATES
+from megatron_rdt.checkpoint.rank_state import DATA_FOLDER, RNG_FOLDER
 from megatron_rdt.config import ParallelConfig, RunConfig, load_config
 from megatron_rdt.config.engines import ONE_PROCESS, engines_with, join_names
 from megatron_rdt.errors import CheckpointError
@@ -66,7 +66,7 @@ def convert_training_state(source: Path, out: Path, family: str) -> None:
     for name in ("config.yaml", "trainer.json", BUFFERS):
         if name != BUFFERS or (source / name).is_file():
             shutil.copyfile(source / name, out / name)
-    for name in ("tokenizer", "rng", RANK_STATES):
+    for name in ("tokenizer", RNG_FOLDER, DATA_FOLDER):
         if (source / name).is_dir():
             shutil.copytree(source / name, out / name)
     own = {"engine": family, "versions": software_versions(family), "converted_from": source.name}

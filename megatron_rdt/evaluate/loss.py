@@ -14,7 +14,6 @@ from torch import nn
 from tqdm import tqdm
 
 from megatron_rdt.checkpoint import read_trainer_state, resolve_checkpoint
-from megatron_rdt.checkpoint.read import CHECKPOINTS
 from megatron_rdt.config import CorpusConfig, DataConfig, RunConfig, load_config
 from megatron_rdt.data import TokenCorpus, Tokenizer, Windows, fixed_windows, load_manifest, open_corpus
 from megatron_rdt.data.shard_files.corpus_manifest import MANIFEST
@@ -22,6 +21,7 @@ from megatron_rdt.data.tokenizer.base import BYTES_FILE
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.files import write_text
 from megatron_rdt.inference.load import choose_device, load_verified
+from megatron_rdt.run_directory import CHECKPOINTS
 
 EVALUATION = "eval.json"
 ANOTHER_OUT = "Choose another --out."

@@ -200,7 +200,7 @@ class ZeroEngine(Engine):
         write = writer.save
 
         def save_file(state_dict: dict, path: str) -> None:
-            # Given a path, torch.save hides the reason of a failed write; given a file, the OSError gets out.
+            # A file instead of the path, for the reason given in `files.save_with_torch`.
             with open(path, "wb") as file:
                 write(state_dict, file)
 

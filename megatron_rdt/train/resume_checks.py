@@ -1,29 +1,31 @@
-"""What a run is refused for before it starts: a run directory that holds another run, a checkpoint that does not fit."""
+"""Checks before a run starts: it must not replace another run's checkpoints, and its checkpoint must fit its config."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from megatron_rdt import checkpoint as checkpoints
-from megatron_rdt.config import RunConfig, load_config
+from megatron_rdt.config import ModelConfig, RunConfig, load_config
+from megatron_rdt.config.model import TRAINING_FIELDS
 from megatron_rdt.errors import CheckpointError, ConfigError
 
 
 def refuse_to_overwrite(run_directory: Path, resume: str) -> None:
-    """ConfigError where a run would write over the checkpoints of another.
+    """Raise ConfigError if a run would write over the checkpoints of another.
 
     Args:
         run_directory: `runs/<name>`.
         resume: "none", "auto", or the path to start from, which may be one of this run's own checkpoints.
     """
-    # Also those that are damaged: a fresh run beside them would replace or outlive what could still be saved.
-    if resume == "auto" or not any((run_directory / checkpoints.CHECKPOINTS).glob("step-*")):
+    # Damaged checkpoints count: a fresh run in their directory would replace or outlive what could still be saved.
+    if resume == "auto" or not checkpoints.has_checkpoints(run_directory):
         return
     if resume == "none":
         raise ConfigError(
             f"{run_directory} already holds checkpoints. Continue it with --resume auto, or choose another --run.name."
         )
-    source, own = Path(resume).resolve(), run_directory.resolve()
-    if source != own and source.parent != own / checkpoints.CHECKPOINTS:
+    source = Path(resume)
+    if source.resolve() != run_directory.resolve() and not checkpoints.belongs_to_run(source, run_directory):
         raise ConfigError(
             f"{run_directory} holds checkpoints of its own, which a run from {resume} would replace. "
             "Choose another --run.name."
@@ -31,19 +33,21 @@ def refuse_to_overwrite(run_directory: Path, resume: str) -> None:
 
 
 def check_resumable(source: Path, state: dict[str, Any], config: RunConfig) -> None:
-    """CheckpointError where a run of this config cannot go on from a checkpoint; `RunData.resume` compares the data.
+    """Raise CheckpointError if a run of this config cannot continue from a checkpoint.
+
+    The data is compared by `TrainingData.resume`.
 
     Args:
         source: the checkpoint.
         state: its trainer.json.
         config: of the run.
     """
-    checkpoints.check_same_model(source, config.model)
-    optimizer = load_config(source / "config.yaml").optimizer.name
-    if optimizer != config.optimizer.name:
+    saved = load_config(source / "config.yaml")
+    check_same_model(source, saved.model, config.model)
+    if saved.optimizer.name != config.optimizer.name:
         raise CheckpointError(
-            f"{source} was trained with optimizer.name {optimizer}, whose state is not that of {config.optimizer.name}. "
-            f"Set --optimizer.name {optimizer}."
+            f"{source} was trained with optimizer.name {saved.optimizer.name}, whose state is not that of "
+            f"{config.optimizer.name}. Set --optimizer.name {saved.optimizer.name}."
         )
     if state["step"] > config.train.steps:
         raise CheckpointError(
@@ -52,10 +56,30 @@ def check_resumable(source: Path, state: dict[str, Any], config: RunConfig) -> N
         )
 
 
-def changed_settings(before: RunConfig, now: RunConfig) -> list[str]:
-    """What differs between two configs of one run, as `train.steps 40 -> 60`.
+def check_same_model(source: Path, saved: ModelConfig, model: ModelConfig) -> None:
+    """Raise CheckpointError that names the fields in which two models differ; `TRAINING_FIELDS` may.
 
-    Its name and place do not count, and of a mixture `RunData.resume` says what changed.
+    Args:
+        source: the checkpoint, for the message.
+        saved: its model.
+        model: of the run.
+    """
+    different = [
+        f"{field.name} is {getattr(saved, field.name)} there and {getattr(model, field.name)} here"
+        for field in dataclasses.fields(model)
+        if field.name not in TRAINING_FIELDS and getattr(saved, field.name) != getattr(model, field.name)
+    ]
+    if different:
+        raise CheckpointError(
+            f"{source} is of another model: {'; '.join(different)}. "
+            "Use the config of that run (its config.yaml), or start a new --run.name."
+        )
+
+
+def describe_changed_settings(before: RunConfig, now: RunConfig) -> list[str]:
+    """Settings that differ between two configs of one run, each as `train.steps 40 -> 60`.
+
+    The section `run` may differ; changes of a mixture are described by `TrainingData.resume`.
     """
     return [
         f"{section}.{name} {old} -> {getattr(getattr(now, section), name)}"

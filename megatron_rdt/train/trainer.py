@@ -23,6 +23,7 @@ from megatron_rdt.model.flops import forward_flops, training_flops
 from megatron_rdt.model.moe import rebalance
 from megatron_rdt.parallel import Engine, MicroBatch, make_engine
 from megatron_rdt.parallel.process_group import join_process_group
+from megatron_rdt.run_directory import run_directory_of
 from megatron_rdt.train.data.prepared import RunData
 from megatron_rdt.train.data.streamed import StreamData
 from megatron_rdt.train.garbage_collection import ScheduledCollection
@@ -30,7 +31,7 @@ from megatron_rdt.train.hardware import peak_flops, peak_memory_gb
 from megatron_rdt.train.metrics import Console, Recorder, evaluation_lines, evaluation_record, forget_after
 from megatron_rdt.train.monitoring import Monitoring
 from megatron_rdt.train.nonfinite_guard import Guard, is_finite
-from megatron_rdt.train.resume_checks import changed_settings, check_resumable, refuse_to_overwrite
+from megatron_rdt.train.resume_checks import check_resumable, describe_changed_settings, refuse_to_overwrite
 from megatron_rdt.train.schedule import learning_rate
 from megatron_rdt.train.step_record import StepClock, TakenStep
 from megatron_rdt.train.stop_request import StopRequest
@@ -57,7 +58,7 @@ def train(
         0 when all steps are done, 75 when stopped by a signal after a good save, or before the first step.
     """
     place, listener = place or process_place(), stop or StopRequest()
-    run_directory = Path(config.run.root) / config.run.name
+    run_directory = run_directory_of(config)
     try:
         with _only_writer(run_directory, resume) if place.rank == 0 else nullcontext():
             device = join_process_group(config, place)
@@ -352,14 +353,12 @@ class Trainer:
         state = checkpoints.read_trainer_state(source)
         check_resumable(source, state, self.config)
         changed_data = self.data.resume(source, state["data"])
-        changed = changed_settings(load_config(source / "config.yaml"), self.config)
-        self.engine.load(source)
-        checkpoints.restore_buffers(self.engine.model, source)
-        checkpoints.restore_rank_rng(source, self.engine.rank)
+        changed = describe_changed_settings(load_config(source / "config.yaml"), self.config)
+        checkpoints.restore_engine(self.engine, source)
         self.step, self.consumed = state["step"], state["data"]["consumed_samples"]
         self.guard.skipped = state["skipped_steps"]
         # A run that starts from another one's checkpoint is a run of its own.
-        if source.resolve().parent == (self.run_directory / checkpoints.CHECKPOINTS).resolve():
+        if checkpoints.belongs_to_run(source, self.run_directory):
             self.run_id, self.parent = checkpoints.read_manifest(source)["run_id"], source.name
         self.first_step = self.step
         self._say(f"resumed from {source} (step {self.step})")

@@ -11,7 +11,7 @@ from unittest import mock
 import torch.distributed as dist
 
 from megatron_rdt import checkpoint as checkpoints
-from megatron_rdt.checkpoint import read, write
+from megatron_rdt.checkpoint import choose, write
 from megatron_rdt.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_rdt.errors import RdtError
 from megatron_rdt.parallel import Engine
@@ -81,7 +81,7 @@ def failed_saves(root: Path, name: str) -> dict[str, str]:
 def left(run: Path) -> str:
     """What is below checkpoints/, all of it verified."""
     dist.barrier()
-    for directory in checkpoints.complete_checkpoints(run):
+    for directory in checkpoints.list_complete_checkpoints(run):
         checkpoints.verify(directory)
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     dist.barrier()
@@ -91,12 +91,12 @@ def left(run: Path) -> str:
 def late_listing(root: Path, late: int) -> dict[str, str]:
     """A save during which rank `late` does not yet see a file of the other."""
     engine, run = engine_for("fsdp"), root / f"late-{late}"
-    listed, other = write.content_files, f"__{1 - late}_0.distcp"
+    listed, other = write.list_content_files, f"__{1 - late}_0.distcp"
 
     def listed_late(directory: Path) -> list[Path]:
         return [path for path in listed(directory) if path.name != other]
 
-    with on_rank(late, mock.patch.object(write, "content_files", listed_late)):
+    with on_rank(late, mock.patch.object(write, "list_content_files", listed_late)):
         save(engine, run, 1)
     directory = run / "checkpoints" / "step-00000001"
     recorded = set(checkpoints.read_manifest(directory)["files"])
@@ -110,7 +110,7 @@ def starts(root: Path) -> dict[str, str]:
     engine, run, found = engine_for("fsdp"), root / "starts", {}
     for step in (1, 2, 3):
         save(engine, run, step)
-    everything = read.complete_checkpoints
+    everything = choose.list_complete_checkpoints
 
     def start(name: str, resume: str = "auto", where: Path = run) -> None:
         found[name] = outcome(lambda: checkpoints.find_start(where, resume))
@@ -125,9 +125,9 @@ def starts(root: Path) -> dict[str, str]:
     start("absent", str(root / "absent"))
     unreadable = PermissionError(13, "Permission denied", str(run))
     for rank in range(dist.get_world_size()):
-        with on_rank(rank, mock.patch.object(read, "complete_checkpoints", but_the_last)):
+        with on_rank(rank, mock.patch.object(choose, "list_complete_checkpoints", but_the_last)):
             start(f"stale {rank}")
-        with on_rank(rank, mock.patch.object(read, "complete_checkpoints", side_effect=unreadable)):
+        with on_rank(rank, mock.patch.object(choose, "list_complete_checkpoints", side_effect=unreadable)):
             start(f"unreadable {rank}")
     last = run / "checkpoints" / "step-00000003"
     for name in ("trainer.json", "config.yaml"):  # the first and the last of ten files, one in each rank's share

@@ -21,7 +21,7 @@ def names(run: Path) -> list[str]:
 
 
 def order(run: Path) -> list[int]:
-    return [int(path.name.removeprefix("step-")) for path in checkpoints.complete_checkpoints(run)]
+    return [int(path.name.removeprefix("step-")) for path in checkpoints.list_complete_checkpoints(run)]
 
 
 def losses(run: Path) -> dict[int, float]:

@@ -51,7 +51,7 @@ def check_untouched(run: Path, finished: Path, message: str) -> None:
     assert "step-00000010" in message
     assert "--resume auto" in message
     assert visible_and_hidden(run) == visible_and_hidden(finished)
-    for directory in checkpoints.complete_checkpoints(run):
+    for directory in checkpoints.list_complete_checkpoints(run):
         checkpoints.verify(directory)
     assert not list(run.rglob("*.tmp"))
     assert (run / "latest").read_text() == "step-00000008\n"

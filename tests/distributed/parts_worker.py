@@ -14,6 +14,7 @@ from megatron_rdt.config import RunConfig, check_config, load_config
 from megatron_rdt.inference import generate
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.halting.exit_rules import ExitRule, ExitTrace
+from megatron_rdt.run_directory import run_directory_of
 from megatron_rdt.train.stop_request import StopRequest
 from megatron_rdt.train.trainer import Trainer
 
@@ -21,7 +22,7 @@ from megatron_rdt.train.trainer import Trainer
 def run(config: RunConfig, source: Path | None) -> Path:
     """Train in this process group, from `source` or from scratch; the run's directory."""
     check_config(config, dist.get_world_size())
-    stop, directory = StopRequest(), Path(config.run.root) / config.run.name
+    stop, directory = StopRequest(), run_directory_of(config)
     trainer = Trainer(config, directory, torch.device("cpu"), stop)
     try:
         assert trainer.run(source) == 0

@@ -151,7 +151,8 @@ def test_a_bad_step_changes_nothing_and_training_goes_on(
     assert capsys.readouterr().out.count("not finite, step skipped") == 2
     # The count of steps in a row is part of a checkpoint: a restart does not forget it.
     saved = [
-        checkpoints.read_trainer_state(d)["skipped_steps"] for d in checkpoints.complete_checkpoints(tmp_path / "run")
+        checkpoints.read_trainer_state(d)["skipped_steps"]
+        for d in checkpoints.list_complete_checkpoints(tmp_path / "run")
     ]
     assert saved == [2, 0, 0]
 

@@ -19,7 +19,6 @@ from megatron_rdt.files import exclusive
 from megatron_rdt.parallel.replicated import SingleEngine
 from megatron_rdt.train import trainer
 from megatron_rdt.train.data.prepared import RunData
-from megatron_rdt.train.resume_checks import changed_settings
 from megatron_rdt.train.stop_request import StopRequest
 
 Configure = Callable[..., RunConfig]
@@ -64,15 +63,6 @@ def test_a_fresh_run_starts_from_another_ones_checkpoint(
     said = capsys.readouterr().out
     assert "changed since it was saved: train.steps 4 -> 5, optimizer.lr 0.001 -> 0.5" in said
     assert [r["step"] for r in read(tmp_path / "run" / "metrics.jsonl")] == [5]
-
-
-def test_changed_settings_are_all_named(configure: Configure) -> None:
-    config = configure()
-    assert changed_settings(config, configure("--run.name=b", "--run.root=c")) == []
-    assert changed_settings(config, configure("--depth.sigma=0.7", "--train.precision=bfloat16")) == [
-        "depth.sigma 0.5 -> 0.7",
-        "train.precision float32 -> bfloat16",
-    ]
 
 
 def test_fewer_steps_than_done_are_refused(configure: Configure, finished: Path) -> None:
@@ -203,7 +193,7 @@ def test_a_stop_before_the_first_step(
         patch.setattr(Asked, "at", 0)
         assert trainer.train(config) == 75
     assert "stopped on SIGUSR1 before step 1, with nothing new to save" in capsys.readouterr().out
-    assert checkpoints.complete_checkpoints(tmp_path / "run") == []
+    assert checkpoints.list_complete_checkpoints(tmp_path / "run") == []
     assert trainer.train(config, "auto") == 0
 
 

@@ -1,0 +1,65 @@
+"""State that belongs to one rank: its random generators, and its position in streamed data.
+
+It is written and read only here, one file per rank and folder of a checkpoint:
+
+    rng/rank-00000.pt     states of the process-wide random generators
+    data/rank-00000.pt    what the training data needs to continue on this rank; prepared corpora need nothing
+"""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_rdt.files import save_with_torch
+
+RNG_FOLDER, DATA_FOLDER = "rng", "data"
+
+
+def save_rank_state(directory: Path, rank: int, data_state: dict[str, Any] | None) -> None:
+    """Write the generators of this process, and `data_state` unless it is None, below `directory`."""
+    save_with_torch(collect_rng_state(), _rank_file(directory / RNG_FOLDER, rank))
+    if data_state is not None:
+        save_with_torch(data_state, _rank_file(directory / DATA_FOLDER, rank))
+
+
+def read_rank_state(checkpoint: Path, rank: int) -> dict[str, Any] | None:
+    """The `data_state` that `rank` saved; None where it saved none."""
+    path = _rank_file(checkpoint / DATA_FOLDER, rank)
+    return torch.load(path, weights_only=True) if path.is_file() else None
+
+
+def restore_rank_rng(checkpoint: Path, rank: int) -> None:
+    """Restore the generators of `rank`; one that the saving run did not have keeps its current states."""
+    path = _rank_file(checkpoint / RNG_FOLDER, rank)
+    if path.is_file():
+        restore_rng_state(torch.load(path, weights_only=True))
+
+
+def _rank_file(folder: Path, rank: int) -> Path:
+    """Path of a rank's file in one of the folders."""
+    return folder / f"rank-{rank:05d}.pt"
+
+
+def collect_rng_state() -> dict[str, Any]:
+    """State of every process-wide generator. Nothing in training draws from them; a user's code may."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    # NumPy's key array as a tensor: torch.load(weights_only=True) refuses NumPy arrays.
+    name, keys, *rest = np.random.get_state(legacy=True)
+    state["numpy"] = (name, torch.from_numpy(keys.astype(np.int64)), *rest)  # type: ignore[union-attr]
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_rng_state(state: dict[str, Any]) -> None:
+    """Set every process-wide generator to what `collect_rng_state` returned."""
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

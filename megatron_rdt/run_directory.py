@@ -1,0 +1,13 @@
+"""Names inside a run directory, `runs/<name>`; without PyTorch, for commands that must start fast."""
+
+from pathlib import Path
+
+from megatron_rdt.config import RunConfig
+
+CHECKPOINTS = "checkpoints"
+LATEST = "latest"  # a file: the name of the newest checkpoint
+
+
+def run_directory_of(config: RunConfig) -> Path:
+    """The directory of a run, `run.root`/`run.name`."""
+    return Path(config.run.root) / config.run.name

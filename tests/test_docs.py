@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rdt.config import check_config, load_config
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
 
@@ -43,6 +45,12 @@ def test_the_readme_commands_run_as_written(tmp_path: Path) -> None:
     assert (tmp_path / "exports" / "smoke2-zero" / "universal").is_dir()
     for script in blocks(ROOT / "README.md", "python"):
         subprocess.run([sys.executable, "-c", script], cwd=tmp_path, timeout=60, check=True)
+
+
+def test_the_readme_yaml_is_a_configuration_that_works(tmp_path: Path) -> None:
+    for number, text in enumerate(blocks(ROOT / "README.md", "yaml")):
+        (tmp_path / f"{number}.yaml").write_text(text)
+        check_config(load_config(tmp_path / f"{number}.yaml"), 2)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

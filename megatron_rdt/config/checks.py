@@ -1,5 +1,6 @@
 """Checks that need more than one field; they run before any process starts."""
 
+import dataclasses
 import math
 
 from megatron_rdt.config.deepspeed import deepspeed_problems
@@ -7,60 +8,9 @@ from megatron_rdt.config.engines import AXES, PROPOSED
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.config.mixture_weights import integer_weights
 from megatron_rdt.config.parallel_checks import parallel_problems
-from megatron_rdt.config.schema import ModelConfig, RunConfig, ScheduleConfig
+from megatron_rdt.config.ranges import RANGE_KEY, Range
+from megatron_rdt.config.schema import ModelConfig, RunConfig
 from megatron_rdt.errors import ConfigError
-
-WSD_DECAY_FRACTION = 0.2
-BELOW_ONE = math.nextafter(1, 0)
-# Options that are one number with a range: name, smallest, whether that itself is allowed, largest (None: no limit).
-RANGES: list[tuple[str, float, bool, float | None]] = [
-    ("model.state_std", 0, False, None),
-    ("model.rope_base", 0, False, None),
-    ("model.norm_eps", 0, True, None),
-    ("model.query_rank", 0, True, None),
-    ("model.window", 0, True, None),
-    ("model.expert_dim", 0, True, None),
-    ("model.shared_experts", 0, True, None),
-    ("model.shared_expert_dim", 0, True, None),
-    ("model.balance_rate", 0, True, None),
-    ("model.halting_weight", 0, True, None),
-    ("model.halting_threshold", 0, False, 1),
-    ("model.logit_softcap", 0, True, None),
-    ("train.z_loss", 0, True, None),
-    ("train.gc_every", 0, True, None),
-    ("depth.sigma", 0, False, 3),
-    ("train.max_nonfinite_steps", 1, True, None),
-    ("optimizer.lr", 0, False, None),
-    ("optimizer.beta1", 0, True, BELOW_ONE),
-    ("optimizer.beta2", 0, True, BELOW_ONE),
-    ("optimizer.eps", 0, False, None),
-    ("optimizer.weight_decay", 0, True, None),
-    ("optimizer.grad_clip", 0, True, None),
-    ("optimizer.momentum", 0, True, BELOW_ONE),
-    ("optimizer.ns_steps", 1, True, None),
-    ("optimizer.core_lr_scale", 0, False, None),
-    ("schedule.warmup_steps", 0, True, None),
-    ("schedule.decay_steps", 0, True, None),
-    ("schedule.final", 0, True, 1),
-    ("parallel.timeout_s", 1, True, None),
-    ("checkpoint.every", 0, True, None),
-    ("checkpoint.keep", 0, True, None),
-    ("data.max_epochs", 0, False, None),
-    ("eval.every", 0, True, None),
-    ("eval.sequences", 1, True, None),
-    ("sample.every", 0, True, None),
-    ("sample.tokens", 0, True, None),
-    ("sample.temperature", 0, True, None),
-    ("sample.top_k", 0, True, None),
-    ("logging.every", 1, True, None),
-    ("logging.monitor_every", 0, True, None),
-    ("logging.jacobian_every", 0, True, None),
-]
-
-
-def wsd_decay_steps(config: ScheduleConfig, steps: int) -> int:
-    """Steps of the final decay of schedule `wsd` in a run of `steps`."""
-    return config.decay_steps or max(round(WSD_DECAY_FRACTION * steps), 1)
 
 
 def check_config(config: RunConfig, world_size: int | None = None) -> None:
@@ -70,7 +20,7 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
         config: what the user asked for.
         world_size: processes of the run, where it is known.
     """
-    problems = [*_ranges(config), *_model(config), *_depth(config), *_training(config), *_data(config)]
+    problems = [*_range_problems(config), *_model(config), *_depth(config), *_training(config), *_data(config)]
     problems += [*parallel_problems(config), *deepspeed_problems(config, world_size)]
     if world_size is not None:
         problems += _world(config, world_size)
@@ -80,31 +30,25 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
         )
 
 
-def _ranges(config: RunConfig) -> list[str]:
+def _range_problems(config: RunConfig) -> list[str]:
+    """Return a sentence for every number that is outside the range declared at its field."""
     problems = []
-    for name, smallest, inclusive, largest in RANGES:
-        section, field = name.split(".")
-        value = getattr(getattr(config, section), field)
-        enough = value >= smallest if inclusive else value > smallest  # NaN is not
-        if not (enough and math.isfinite(value) and (largest is None or value <= largest)):
-            least = f"{'at least' if inclusive else 'above'} {smallest:g}"
-            most = "" if largest is None else " and below 1" if largest == BELOW_ONE else f" and at most {largest:g}"
-            problems.append(f"{name} is {value}, it must be {least}{most}.")
+    for section in dataclasses.fields(config):
+        values = getattr(config, section.name)
+        for field in dataclasses.fields(values):
+            limits: Range | None = field.metadata.get(RANGE_KEY)
+            value = getattr(values, field.name)
+            if limits is not None and limits.applies_to(values) and not limits.contains(value):
+                problems.append(f"{section.name}.{field.name} is {value}, it must be {limits.describe()}.")
     return problems
 
 
 def _model(config: RunConfig) -> list[str]:
-    model, problems = config.model, []
-    for name in ("vocab_size", "dim", "core_layers", "heads", "kv_heads"):
-        if getattr(model, name) < 1:
-            problems.append(f"model.{name} is {getattr(model, name)}, it must be at least 1.")
-    if problems:
-        return problems
-    if model.attention == "gqa":  # mla names the channels of its heads itself
-        problems += _grouped(model)
-    if model.prelude_layers < 0 or model.coda_layers < 0 or model.ffn_dim < 0:
-        problems.append("model.prelude_layers, model.coda_layers and model.ffn_dim must not be negative.")
-    return problems + _parts(config)
+    model = config.model
+    if min(model.vocab_size, model.dim, model.core_layers, model.heads, model.kv_heads) < 1:
+        return []  # out of range, and nothing can be divided by it
+    # mla has fields of its own for the channels of a head.
+    return [*(_grouped(model) if model.attention == "gqa" else []), *_parts(config)]
 
 
 def _grouped(model: ModelConfig) -> list[str]:
@@ -132,9 +76,6 @@ def _parts(config: RunConfig) -> list[str]:
     """What the choices of `model` need of each other."""
     model, problems = config.model, []
     if model.attention == "mla":
-        for name in ("kv_rank", "nope_dim", "rope_dim", "value_dim"):
-            if getattr(model, name) < 1:
-                problems.append(f"model.{name} is {getattr(model, name)}, it must be at least 1.")
         if model.rope_dim % 2:
             problems.append(f"model.rope_dim is {model.rope_dim}; rotary positions need an even number.")
         for name, off in (("qk_norm", "none"), ("value_embeddings", "none"), ("qk_bias", False)):
@@ -147,10 +88,6 @@ def _parts(config: RunConfig) -> list[str]:
         problems.append(
             f"model.experts_per_token {model.experts_per_token} must be from 1 to model.experts {model.experts}."
         )
-    if model.injection == "hyper" and model.lanes < 1:
-        problems.append(f"model.lanes is {model.lanes}, it must be at least 1.")
-    if "lora" in model.signals and model.signal_rank < 1:
-        problems.append(f"model.signal_rank is {model.signal_rank}, it must be at least 1.")
     if len(set(model.signals)) < len(model.signals):
         problems.append(f"model.signals {model.signals} names one twice. Leave one out.")
     return problems
@@ -199,14 +136,11 @@ def _depth(config: RunConfig) -> list[str]:
 
 def _training(config: RunConfig) -> list[str]:
     train, problems = config.train, []
-    for name in ("steps", "global_batch", "micro_batch", "sequence_length"):
-        if getattr(train, name) < 1:
-            problems.append(f"train.{name} is {getattr(train, name)}, it must be at least 1.")
     if config.schedule.warmup_steps > train.steps >= 1:
         problems.append(
             f"schedule.warmup_steps {config.schedule.warmup_steps} is more than train.steps {train.steps}. Lower it."
         )
-    decay = wsd_decay_steps(config.schedule, train.steps)
+    decay = config.schedule.wsd_decay_steps(train.steps)
     if config.schedule.name == "wsd" and config.schedule.warmup_steps + decay > train.steps:
         problems.append(
             f"schedule.warmup_steps {config.schedule.warmup_steps} and the {decay} steps of schedule.decay_steps "
@@ -242,8 +176,6 @@ def _streaming(config: RunConfig) -> list[str]:
         problems.append(
             f"data.path {data.path} needs a tokenizer: set --data.tokenizer to the tokenizer/ of a prepared corpus."
         )
-    if data.shuffle_buffer < 0:
-        problems.append(f"data.shuffle_buffer is {data.shuffle_buffer}, it must be at least 0.")
     if data.pack != "chunk":
         problems.append(f"data.pack {data.pack} needs shards, data.path {data.path} has none. Set --data.pack chunk.")
     if data.verify == "full":
@@ -321,7 +253,7 @@ def _world(config: RunConfig, world_size: int) -> list[str]:
             f"Set --parallel.engine {PROPOSED} (or ddp, zero1 ...)."
         )
     if min(train.micro_batch, *(getattr(config.parallel, name) for name in AXES)) < 1:
-        return problems  # refused elsewhere, and nothing can be divided by it
+        return problems  # out of range, and nothing can be divided by it
     try:
         ranks = Layout.of(config.parallel, world_size).data
     except ValueError as error:

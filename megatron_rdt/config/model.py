@@ -1,11 +1,14 @@
 """The schema of `model`: which parts a recurrent-depth transformer is made of, and how large they are.
 
 Every axis is one field whose choices are names of classes below `megatron_rdt/model`. Fields that only one choice
-reads say so. The export for transformers carries this file, so it imports nothing of the project.
+reads say so. The export for transformers carries this file, so it imports nothing of the project but
+`config/ranges.py`, which the export carries too.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
+
+from megatron_rdt.config.ranges import option
 
 # Fields that training alone reads: a checkpoint's weights mean the same whatever they are, so a run may change them.
 TRAINING_FIELDS = ("balance_rate", "halting_weight")
@@ -20,39 +23,39 @@ RELU2_WIDENING = 4
 class ModelConfig:
     """The recurrent-depth transformer."""
 
-    vocab_size: int = 4096
+    vocab_size: int = option(4096, at_least=1)
     """Number of token ids; must equal the vocabulary of the tokenizer that made the shards."""
-    dim: int = 256
+    dim: int = option(256, at_least=1)
     """Width of the residual stream and of the recurrent state, in channels."""
-    prelude_layers: int = 1
+    prelude_layers: int = option(1, at_least=0)
     """Layers before the loop, run once."""
-    core_layers: int = 2
+    core_layers: int = option(2, at_least=1)
     """Layers of the recurrent core, one set of weights run T times."""
-    coda_layers: int = 1
+    coda_layers: int = option(1, at_least=0)
     """Layers after the loop, run once."""
-    heads: int = 4
+    heads: int = option(4, at_least=1)
     """Query heads; must divide `dim`."""
-    kv_heads: int = 2
+    kv_heads: int = option(2, at_least=1)
     """Key and value heads (grouped-query attention); must divide `heads`."""
     attention: Literal["gqa", "mla"] = "gqa"
     """Kind of attention: grouped-query, or multi-head latent, whose cache holds one compressed vector per token."""
-    kv_rank: int = 64
+    kv_rank: int = option(64, at_least=1, only_if=("attention", "mla"))
     """mla: width of the compressed keys and values, which is what the cache holds."""
-    query_rank: int = 0
+    query_rank: int = option(0, at_least=0)
     """mla: width of the compressed queries; 0 projects queries directly."""
-    nope_dim: int = 32
+    nope_dim: int = option(32, at_least=1, only_if=("attention", "mla"))
     """mla: channels per head of queries and keys without position."""
-    rope_dim: int = 16
+    rope_dim: int = option(16, at_least=1, only_if=("attention", "mla"))
     """mla: channels per head of queries, and of the one key that all heads share, with rotary position; even."""
-    value_dim: int = 32
+    value_dim: int = option(32, at_least=1, only_if=("attention", "mla"))
     """mla: channels per head of the values."""
     qk_norm: Literal["none", "plain", "learned"] = "none"
     """RMSNorm over each head's query and key: none, without or with learned gains."""
     qk_bias: bool = False
     """gqa: add a learned bias to queries and keys before they are rotated, as in Huginn."""
-    window: int = 0
+    window: int = option(0, at_least=0)
     """Sliding window: a query sees this many latest positions, itself included; 0 means all."""
-    rope_base: float = 10000.0
+    rope_base: float = option(10000.0, above=0)
     """Base of the rotary position frequencies."""
     rope_pairing: Literal["half", "adjacent"] = "half"
     """Which channels rotate together: i and i + half (Llama), or 2i and 2i + 1 (Huginn, OpenMythos)."""
@@ -60,7 +63,7 @@ class ModelConfig:
     """gqa: add a gated embedding of the token to the values, a table for every second layer, as in Parcae."""
     ffn: Literal["swiglu", "relu2"] = "swiglu"
     """Feed-forward of dense layers: gated SiLU, or squared ReLU."""
-    ffn_dim: int = 0
+    ffn_dim: int = option(0, at_least=0)
     """Inner width of the dense feed-forward; 0 means 8/3 of `dim` rounded up to a multiple of 64 (relu2: 4 dim)."""
     core_ffn: Literal["dense", "moe"] = "dense"
     """Feed-forward of the core's layers: `ffn`, or a mixture of SwiGLU experts."""
@@ -68,17 +71,17 @@ class ModelConfig:
     """moe: routed experts."""
     experts_per_token: int = 2
     """moe: routed experts that each token is sent to."""
-    expert_dim: int = 0
+    expert_dim: int = option(0, at_least=0)
     """moe: inner width of a routed expert; 0 means the dense width divided by `experts_per_token`, rounded up to a multiple of 16."""
-    shared_experts: int = 1
+    shared_experts: int = option(1, at_least=0)
     """moe: experts that every token is sent to."""
-    shared_expert_dim: int = 0
+    shared_expert_dim: int = option(0, at_least=0)
     """moe: inner width of a shared expert; 0 means `expert_dim`."""
-    balance_rate: float = 1e-3
+    balance_rate: float = option(1e-3, at_least=0)
     """moe: step by which an expert's selection bias moves after each optimizer step, towards an even load."""
     norm_placement: Literal["pre", "sandwich", "peri"] = "pre"
     """Norms of a layer: before each part; before it and over the sum with the residual (Huginn); before it and over its output (Ouro)."""
-    norm_eps: float = 1e-6
+    norm_eps: float = option(1e-6, at_least=0)
     """Epsilon of every RMSNorm."""
     core_norm: Literal["none", "iteration", "last", "last_shared"] = "none"
     """Norm of the state: none, after each iteration, after the last, or after the last with the weights of the final norm (Huginn)."""
@@ -88,7 +91,7 @@ class ModelConfig:
     """How the encoded input enters each iteration. diagonal: spectral radius below 1 for every weight value; residual: the same decay around the layers (OpenMythos); linear: concatenate and project (Huginn); add; gate: a learned mixture; hyper: several lanes."""
     discretization: Literal["zoh", "euler"] = "zoh"
     """diagonal, residual, hyper: zero-order hold or bounded forward Euler."""
-    lanes: int = 4
+    lanes: int = option(4, at_least=1, only_if=("injection", "hyper"))
     """hyper: parallel copies of the state."""
     input_matrix: bool = False
     """Apply a learned matrix, the identity at first, to the encoded input before it is injected, as in Parcae."""
@@ -96,23 +99,23 @@ class ModelConfig:
     """Apply a learned matrix, the identity at first, to the last state before the coda, as in Parcae."""
     state_init: Literal["zero", "normal", "embedding", "encoded", "learned"] = "zero"
     """State before the first iteration: zeros, truncated normal noise keyed by sample, the token embedding, the encoded input, or a learned vector."""
-    state_std: float = 0.6325
+    state_std: float = option(0.6325, above=0)
     """Standard deviation of the `normal` initial state; sqrt(2/5) as in Huginn."""
     signals: list[Literal["sinusoidal", "lora", "adaln"]] = field(default_factory=list)
     """What tells the core which iteration it is in, any of: a sinusoidal loop index added to the state, a low-rank adapter per iteration, norms modulated by (t, T)."""
-    signal_rank: int = 8
+    signal_rank: int = option(8, at_least=1, only_if=("signals", "lora"))
     """lora: rank of the adapter."""
     halting: Literal["none", "act", "gate"] = "none"
     """Trained halting: none, ACT with a ponder cost (Graves), or an exit gate with the entropy-regularised objective (Ouro)."""
-    halting_weight: float = 0.01
+    halting_weight: float = option(0.01, at_least=0)
     """act: weight of the ponder cost per token; gate: weight of the entropy of the exit distribution."""
-    halting_threshold: float = 0.99
+    halting_threshold: float = option(0.99, above=0, at_most=1)
     """act: cumulative halting probability at which a token stops."""
     scale_embedding: bool = False
     """Multiply token embeddings by sqrt(dim), as in Huginn."""
     tie_embeddings: bool = True
     """Use the token embedding as the output projection."""
-    logit_softcap: float = 0.0
+    logit_softcap: float = option(0.0, at_least=0)
     """Squash logits to this size with tanh; 0 means not."""
 
     @property

@@ -9,14 +9,11 @@ SHARDING_OPTIONS = (*AXES, "core_gather", "reshard_after_forward")
 
 def parallel_problems(config: RunConfig) -> list[str]:
     """A sentence for everything in `parallel` that cannot work, whatever the number of processes."""
-    parallel, problems = config.parallel, []
-    for name in AXES:
-        if getattr(parallel, name) < 1:
-            problems.append(f"parallel.{name} is {getattr(parallel, name)}, it must be at least 1.")
-    if problems:
-        return problems
+    parallel = config.parallel
+    if min(getattr(parallel, name) for name in AXES) < 1:
+        return []  # out of range, and nothing can be divided by it
     usual, taken = ParallelConfig(), parallel.engine_kind.options
-    problems += [
+    problems = [
         f"parallel.{name} is {getattr(parallel, name)}, which only engine {PROPOSED} knows; parallel.engine is "
         f"{parallel.engine}. Set --parallel.engine {PROPOSED}, or omit --parallel.{name}."
         for name in SHARDING_OPTIONS

@@ -11,6 +11,9 @@ from typing import Any, Literal
 
 from megatron_rdt.config.engines import ENGINES, ONE_PROCESS, EngineKind, EngineName
 from megatron_rdt.config.model import ModelConfig
+from megatron_rdt.config.ranges import option
+
+WSD_DECAY_FRACTION = 0.2
 
 # jsonargparse reads the string below each field as that field's help.
 
@@ -41,7 +44,7 @@ class DepthConfig:
     """Largest T. A limit on cost only: no weight depends on it."""
     bounds: Literal["clamp", "truncate"] = "clamp"
     """What a draw outside min to max becomes: the nearest of the two, or it is not drawn at all."""
-    sigma: float = 0.5
+    sigma: float = option(0.5, above=0, at_most=3)
     """Standard deviation of the logarithm of the rate (lognormal_poisson only)."""
     backprop: int | Literal["all"] = "all"
     """k: the last k iterations carry gradient, the ones before run without; `all` is full backpropagation."""
@@ -61,13 +64,13 @@ class DepthConfig:
 class TrainConfig:
     """Size and length of the training run."""
 
-    steps: int = 1000
+    steps: int = option(1000, at_least=1)
     """Optimizer steps in the whole run."""
-    global_batch: int = 32
+    global_batch: int = option(32, at_least=1)
     """Sequences per optimizer step, over all processes; must be a multiple of processes x micro_batch."""
-    micro_batch: int = 8
+    micro_batch: int = option(8, at_least=1)
     """Sequences per process and forward pass; the rest of the batch is accumulated."""
-    sequence_length: int = 256
+    sequence_length: int = option(256, at_least=1)
     """Tokens per sequence."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Dtype of matrix products. Weights, recurrent state, gradients' sums and reductions stay float32."""
@@ -77,11 +80,11 @@ class TrainConfig:
     """On a GPU, take kernels that give the same digits every time, some of them slower; exact resume needs it."""
     compile: Literal["none", "layers"] = "none"
     """layers: compile each layer, not the loop, so that any T runs the same code (single, ddp, fsdp); takes some minutes at the first steps."""
-    gc_every: int = 50
+    gc_every: int = option(50, at_least=0)
     """Look for garbage in Python's memory after every this many steps, on all processes at the same one, and not in between; 0 leaves it to Python."""
-    z_loss: float = 0.0
+    z_loss: float = option(0.0, at_least=0)
     """Weight of the squared log-partition function in the loss (PaLM's z-loss); 0 means none."""
-    max_nonfinite_steps: int = 10
+    max_nonfinite_steps: int = option(10, at_least=1)
     """Steps in a row with a non-finite gradient (each is skipped) after which the run stops with an error, when they are read (`logging.every`)."""
 
 
@@ -91,25 +94,25 @@ class OptimizerConfig:
 
     name: Literal["adamw", "muon"] = "adamw"
     """adamw; or muon: Muon for the matrices of layers, injection and signals, AdamW for the rest at the same rate."""
-    lr: float = 1e-3
+    lr: float = option(1e-3, above=0)
     """Peak learning rate."""
-    beta1: float = 0.9
+    beta1: float = option(0.9, at_least=0, below=1)
     """Decay of the first moment."""
-    beta2: float = 0.95
+    beta2: float = option(0.95, at_least=0, below=1)
     """Decay of the second moment."""
-    eps: float = 1e-8
+    eps: float = option(1e-8, above=0)
     """Added to the root of the second moment."""
-    weight_decay: float = 0.1
+    weight_decay: float = option(0.1, at_least=0)
     """Decoupled weight decay on matrices; norms, gains, biases and the injection get none."""
-    grad_clip: float = 1.0
+    grad_clip: float = option(1.0, at_least=0)
     """Largest global gradient norm; larger gradients are scaled down to it. 0 means no clipping."""
-    momentum: float = 0.95
+    momentum: float = option(0.95, at_least=0, below=1)
     """muon: decay of the running mean of gradients."""
     nesterov: bool = True
     """muon: step along the momentum as it would be after this gradient once more."""
-    ns_steps: int = 5
+    ns_steps: int = option(5, at_least=1)
     """muon: Newton-Schulz steps that make an update orthogonal."""
-    core_lr_scale: float = 0.5
+    core_lr_scale: float = option(0.5, above=0)
     """muon: learning rate of the matrices that every iteration reuses, as a multiple of `lr`."""
 
 
@@ -119,12 +122,16 @@ class ScheduleConfig:
 
     name: Literal["cosine", "wsd", "constant"] = "cosine"
     """cosine: down to `final` of the peak; wsd (trapezoid): flat, then linear down over `decay_steps`; constant."""
-    warmup_steps: int = 100
+    warmup_steps: int = option(100, at_least=0)
     """Steps of linear warm-up from 0."""
-    decay_steps: int = 0
+    decay_steps: int = option(0, at_least=0)
     """Steps of the final linear decay (wsd only); 0 means a fifth of the run."""
-    final: float = 0.1
+    final: float = option(0.1, at_least=0, at_most=1)
     """Learning rate at the end, as a fraction of the peak."""
+
+    def wsd_decay_steps(self, steps: int) -> int:
+        """Return how many steps the final decay of `wsd` takes in a run of `steps` steps."""
+        return self.decay_steps or max(round(WSD_DECAY_FRACTION * steps), 1)
 
 
 @dataclass(frozen=True)
@@ -133,13 +140,13 @@ class ParallelConfig:
 
     engine: EngineName = ONE_PROCESS
     """single: one process; ddp: replicated; fsdp: sharded with FSDP2; zero1, zero2, zero3: DeepSpeed."""
-    replicate: int = 1
+    replicate: int = option(1, at_least=1)
     """fsdp: groups of processes that each hold the whole state (HSDP); it is sharded within a group, gradients are reduced within and then between groups."""
-    context: int = 1
+    context: int = option(1, at_least=1)
     """fsdp: processes that share out the tokens of each sequence (context parallelism)."""
-    tensor: int = 1
+    tensor: int = option(1, at_least=1)
     """fsdp: processes that share out the heads and inner channels of each layer, and the vocabulary (tensor parallelism)."""
-    expert: int = 1
+    expert: int = option(1, at_least=1)
     """fsdp: processes that share out the experts of each mixture (expert parallelism)."""
     core_gather: Literal["once", "per_iteration", "per_layer"] = "once"
     """fsdp: gather the core's weights once per forward and backward pass whatever T is; once per iteration; or each layer's once per iteration, so that one layer is held at a time."""
@@ -151,7 +158,7 @@ class ParallelConfig:
     """zero1, zero2, zero3: keep the float32 weights and moments that the optimizer steps in the CPU's memory, and step them there; zero3: each process's share of the parameters too."""
     deepspeed: dict[str, Any] | str | None = None
     """zero1, zero2, zero3: further keys for DeepSpeed's config, a mapping or the path of a YAML or JSON file that holds one (read at the start, kept in the run's config)."""
-    timeout_s: int = 600
+    timeout_s: int = option(600, at_least=1)
     """Seconds after which a collective that does not complete ends the run."""
 
     @property
@@ -164,9 +171,9 @@ class ParallelConfig:
 class CheckpointConfig:
     """Saving and resuming."""
 
-    every: int = 200
+    every: int = option(200, at_least=0)
     """Save every this many steps; the last step is always saved. 0 means only the last."""
-    keep: int = 3
+    keep: int = option(3, at_least=0)
     """Newest checkpoints to keep; older ones are deleted after a newer one is complete. 0 keeps all."""
 
 
@@ -198,11 +205,11 @@ class DataConfig:
     """hf: field of a row that holds the text."""
     hf_split: str = "train"
     """hf: split of the dataset."""
-    shuffle_buffer: int = 0
+    shuffle_buffer: int = option(0, at_least=0, only_if=("streamed", True))
     """hf: rows among which the next one is drawn; what waits there is lost when a run resumes. 0 takes rows in the dataset's order."""
     mixture: list[CorpusConfig] = field(default_factory=list)
     """Several corpora in the place of `path`, each a mapping: path, weight, and where wanted name, max_epochs, max_tokens. Changed on resume, it holds from there on."""
-    max_epochs: float = 4.0
+    max_epochs: float = option(4.0, above=0)
     """Most passes over the training split of a corpus; a longer run is refused before it starts."""
     verify: Literal["size", "full"] = "size"
     """Check of the shards at the start: sizes and headers, or the SHA-256 of every byte, read once per node; the others wait, at most `parallel.timeout_s`."""
@@ -236,11 +243,11 @@ class DataConfig:
 class EvalConfig:
     """Validation loss inside the run."""
 
-    every: int = 200
+    every: int = option(200, at_least=0)
     """Evaluate every this many steps, and after the last. 0 means never."""
     loops: list[int] = field(default_factory=lambda: [1, 4, 8])
     """Loop counts T to evaluate at."""
-    sequences: int = 64
+    sequences: int = option(64, at_least=1)
     """Validation sequences per evaluation, over all processes, rounded down to a multiple of those with samples of their own; spread evenly over the split, the same ones every time."""
 
 
@@ -248,17 +255,17 @@ class EvalConfig:
 class SampleConfig:
     """Text generated inside the run."""
 
-    every: int = 0
+    every: int = option(0, at_least=0)
     """Generate every this many steps, and after the last. 0 means never."""
     prompt: str = "def "
     """Text to continue."""
-    tokens: int = 48
+    tokens: int = option(48, at_least=0)
     """New tokens per sample."""
     loops: list[int] = field(default_factory=lambda: [1, 8])
     """Loop counts T to generate at, one sample each."""
-    temperature: float = 0.8
+    temperature: float = option(0.8, at_least=0)
     """Sampling temperature; 0 takes the likeliest token."""
-    top_k: int = 50
+    top_k: int = option(50, at_least=0)
     """Sample among the k likeliest tokens; 0 means all."""
 
 
@@ -266,13 +273,13 @@ class SampleConfig:
 class LoggingConfig:
     """What is printed and recorded."""
 
-    every: int = 10
+    every: int = option(10, at_least=1)
     """Steps after which the records are read from the device and a console line is printed; metrics.jsonl gets one object for each step."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
-    monitor_every: int = 0
+    monitor_every: int = option(0, at_least=0)
     """Record norm, residual, token correlation and gradient of the state for every iteration, every this many steps; 0 means never."""
-    jacobian_every: int = 0
+    jacobian_every: int = option(0, at_least=0)
     """Record the largest singular value of the last iteration's Jacobian every this many steps, for about six more iterations; 0 means never."""
 
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import megatron_rdt.config.model
+import megatron_rdt.config.ranges
 import megatron_rdt.depth.hashing
 import megatron_rdt.depth.plan
 import megatron_rdt.model
@@ -148,7 +149,12 @@ def model_source() -> str:
     """One Python file: imports, ModelConfig, DepthPlan, the model's modules, the transformers wrapper."""
     folder = Path(inspect.getfile(megatron_rdt.model)).parent
     parts = [file for part in PARTS for file in sorted(folder.glob(f"{part}.py")) if file.name != "__init__.py"]
-    modules = (megatron_rdt.config.model, megatron_rdt.depth.plan, megatron_rdt.depth.hashing)
+    modules = (
+        megatron_rdt.config.ranges,
+        megatron_rdt.config.model,
+        megatron_rdt.depth.plan,
+        megatron_rdt.depth.hashing,
+    )
     below = [Path(inspect.getfile(module)) for module in modules]
     files = dict.fromkeys((*below, *parts, WRAPPER))  # a file that a pattern finds again stays where it was
     imports: list[str] = []

@@ -2,7 +2,7 @@
 
 import math
 
-from megatron_rdt.config import ScheduleConfig, wsd_decay_steps
+from megatron_rdt.config import ScheduleConfig
 
 
 def learning_rate(config: ScheduleConfig, peak: float, step: int, steps: int) -> float:
@@ -18,6 +18,6 @@ def learning_rate(config: ScheduleConfig, peak: float, step: int, steps: int) ->
     if config.name == "cosine":
         progress = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
         return peak * (config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
-    decay = wsd_decay_steps(config, steps)
+    decay = config.wsd_decay_steps(steps)
     remaining = max(steps - step, 0)
     return peak * (config.final + (1 - config.final) * min(remaining / decay, 1.0))

@@ -38,14 +38,14 @@ def main(words: list[str]) -> int:
         quiet_libraries(place.local_world_size)
         if place.rank:  # what all ranks find, the first one says
             logging.getLogger("megatron_rdt").setLevel(logging.ERROR)
-        from launch.train_options import check_places, parse_training
+        from launch.train_options import check_paths, parse_worker
 
-        config, raw = parse_training(PROGRAM, words, place.world_size)
-        check_places(config)
+        config, options = parse_worker(PROGRAM, words, place.world_size)
+        check_paths(config)
         started = True
         from megatron_rdt.train.trainer import train
 
-        return train(config, raw.resume, place, stop)
+        return train(config, options.resume, place, stop)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception as error:

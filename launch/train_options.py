@@ -1,63 +1,61 @@
 """Options of `rdt train` and launch/pretrain.py, parsed and checked before anything starts."""
 
-import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import jsonargparse
-
+from launch.command_options import HIDDEN, make_run_parser, parse_run_options
 from megatron_rdt.config import RunConfig, check_config
-from megatron_rdt.config.parser import join_words, make_parser, parse
+from megatron_rdt.config.parser import join_words
 from megatron_rdt.errors import ConfigError, DataError
 
 DESCRIPTION = "Pretrain a recurrent-depth transformer. Needs token shards, which `rdt prep` makes."
 
 
-def train_parser(program: str) -> jsonargparse.ArgumentParser:
-    """--config, every field of RunConfig, and --resume."""
-    parser = make_parser(RunConfig, program, DESCRIPTION)
-    parser.add_argument(
-        "--resume",
-        default="none",
-        metavar="none|auto|PATH",
-        help="none: a fresh run; auto: go on from the run's newest complete checkpoint, or start it; or the path of a "
-        "checkpoint or run to start from.",
-    )
-    # Given by the DeepSpeed launcher; the environment says the same.
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    return parser
+@dataclass(frozen=True)
+class WorkerOptions:
+    """Options of launch/pretrain.py besides the run's config."""
+
+    resume: str = field(default="none", metadata={"metavar": "none|auto|PATH"})
+    """none: a fresh run; auto: go on from the run's newest complete checkpoint, or start it; or the path of a checkpoint or run to start from."""
+    local_rank: int = field(default=0, metadata=HIDDEN)
+    """Passed by the DeepSpeed launcher and ignored: the environment says the same."""
 
 
-def launch_parser(program: str) -> jsonargparse.ArgumentParser:
-    """The options of `train_parser`, and those of starting processes on this machine."""
-    parser = train_parser(program)
-    parser.add_argument(
-        "--nproc", type=int, default=0, metavar="INT", help="Processes on this machine; 0: one per GPU, or 2 on CPU."
-    )
-    parser.add_argument(
-        "--master_port", type=int, default=0, metavar="INT", help="Port for the processes to meet; 0: any free one."
-    )
-    return parser
+@dataclass(frozen=True)
+class LaunchOptions(WorkerOptions):
+    """Options of `rdt train` besides the run's config: those of a worker, and how to start workers on this machine."""
+
+    nproc: int = 0
+    """Processes on this machine; 0: one per GPU, or 2 on CPU."""
+    master_port: int = 0
+    """Port for the processes to meet; 0: any free one."""
 
 
-def worker_words(parser: jsonargparse.ArgumentParser, words: Sequence[str]) -> list[str]:
-    """The words that launch/pretrain.py shall get: all but those that only the launcher knows."""
-    joined = join_words(parser, RunConfig, words)
-    return [word for word in joined if not word.startswith(("--nproc=", "--master_port="))]
+LAUNCHER_ONLY = {option.name for option in fields(LaunchOptions)} - {option.name for option in fields(WorkerOptions)}
 
 
-def parse_training(
-    program: str, words: Sequence[str], world_size: int | None = None
-) -> tuple[RunConfig, jsonargparse.Namespace]:
-    """The checked config and the raw options."""
-    config, raw = parse(train_parser(program), RunConfig, words)
+def parse_launch(words: Sequence[str]) -> tuple[RunConfig, LaunchOptions]:
+    """Parse the words of `rdt train`; the config is not checked yet, since that needs the number of processes."""
+    return parse_run_options("rdt train", DESCRIPTION, LaunchOptions, words)
+
+
+def parse_worker(program: str, words: Sequence[str], world_size: int | None = None) -> tuple[RunConfig, WorkerOptions]:
+    """Parse the words of launch/pretrain.py and check the config for `world_size` processes."""
+    config, options = parse_run_options(program, DESCRIPTION, WorkerOptions, words)
     check_config(config, world_size)
-    return config, raw
+    return config, options
 
 
-def check_places(config: RunConfig) -> None:
-    """Refuse a run whose data is not there or whose directory cannot be written, without importing torch.
+def worker_words(words: Sequence[str]) -> list[str]:
+    """Return the words of `rdt train` that launch/pretrain.py takes too, each option and its value as one word."""
+    joined = join_words(make_run_parser("rdt train", DESCRIPTION, LaunchOptions), RunConfig, words)
+    return [word for word in joined if word.partition("=")[0].removeprefix("--") not in LAUNCHER_ONLY]
+
+
+def check_paths(config: RunConfig) -> None:
+    """Refuse a run whose shards do not exist or whose directory cannot be written, without importing PyTorch.
 
     Raises:
         DataError: there are no shards.
@@ -69,10 +67,11 @@ def check_places(config: RunConfig) -> None:
             raise DataError(
                 f"{manifest} does not exist. Make the shards first: rdt prep --config FILE --out {corpus.path}"
             )
-    place = Path(config.run.root).absolute() / config.run.name
-    while not place.exists() and not os.path.islink(place):
-        place = place.parent
-    if not place.is_dir():
-        raise ConfigError(f"run.root {config.run.root} cannot be used: {place} is not a directory. Set --run.root.")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ConfigError(f"run.root {config.run.root} cannot be used: {place} is not writable. Set --run.root.")
+    # The run creates its directory, so what counts is the closest ancestor that exists.
+    existing = Path(config.run.root).absolute() / config.run.name
+    while not existing.exists() and not os.path.islink(existing):
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ConfigError(f"run.root {config.run.root} cannot be used: {existing} is not a directory. Set --run.root.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"run.root {config.run.root} cannot be used: {existing} is not writable. Set --run.root.")

@@ -2,16 +2,13 @@
 
 import json
 import tempfile
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
-
+from launch.command_options import parse_run_options
 from megatron_rdt.config import RunConfig, check_config, dump_config
 from megatron_rdt.config.engines import PROPOSED
-from megatron_rdt.config.parser import make_parser, parse
 from megatron_rdt.devices import DEVICES, Device
 from megatron_rdt.errors import EXIT_OK, ConfigError
 from megatron_rdt.files import write_text
@@ -20,60 +17,64 @@ WORKER = Path(__file__).resolve().parent.parent / "plan_worker.py"
 MEASURED_LOOPS = (1, 4, 16)
 GB, MB, BILLION = 1e9, 1e6, 1e9
 MOST_BILLIONS = 1e7
-# Name, type, default, help.
-OPTIONS: list[tuple[str, type, Any, str]] = [
-    ("devices", int, 8, "Devices, which is processes."),
-    ("device", str, "h100", f"Kind of device: {', '.join(DEVICES)}."),
-    ("intra_bandwidth", float, 0.0, "GB/s of a device to the others of its node, one direction; 0: the device's own."),
-    ("inter_bandwidth", float, 0.0, "GB/s of a device's share of the network; 0: the device's own."),
-    ("per_node", int, 0, "Devices of a node; 0: the device's own."),
-    ("utilisation", float, 0.4, "Share of the peak rate that is assumed while computing."),
-    ("tokens", float, 100.0, "Token budget, in billions."),
-    ("price", float, 0.0, "Price of a device for an hour; 0 leaves the cost out."),
-    ("nproc", int, 0, "--measure: processes on this machine; 0: 2, or 1 for engine single."),
-]
+DESCRIPTION = "Parameters, memory, communication, time and cost of a run."
 
 
-def plan_parser() -> jsonargparse.ArgumentParser:
-    """--config and every field of RunConfig, and the options of the plan."""
-    parser = make_parser(RunConfig, "rdt plan", "Parameters, memory, communication, time and cost of a run.")
-    for name, kind, default, text in OPTIONS:
-        metavar = {int: "INT", float: "FLOAT", str: "NAME"}[kind]
-        parser.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=text)
-    parser.add_argument("--out", default=None, metavar="FILE", help="Write the numbers there, too, as JSON.")
-    parser.add_argument(
-        "--measure",
-        action="store_true",
-        help=f"Take steps of this model on this machine's processors at T = {', '.join(map(str, MEASURED_LOOPS))}, and "
-        "print what they sent and allocated beside what is planned.",
-    )
-    return parser
+@dataclass(frozen=True)
+class PlanOptions:
+    """Options of `rdt plan` besides the run's config."""
+
+    devices: int = 8
+    """Devices, which is processes."""
+    device: str = field(default="h100", metadata={"metavar": "NAME", "help": f"Kind of device: {', '.join(DEVICES)}."})
+    """A key of `DEVICES`."""
+    intra_bandwidth: float = 0.0
+    """GB/s of a device to the others of its node, one direction; 0: the device's own."""
+    inter_bandwidth: float = 0.0
+    """GB/s of a device's share of the network; 0: the device's own."""
+    per_node: int = 0
+    """Devices of a node; 0: the device's own."""
+    utilisation: float = 0.4
+    """Share of the peak rate that is assumed while computing."""
+    tokens: float = 100.0
+    """Token budget, in billions."""
+    price: float = 0.0
+    """Price of a device for an hour; 0 leaves the cost out."""
+    nproc: int = 0
+    """--measure: processes on this machine; 0: 2, or 1 for engine single."""
+    out: str = field(default="", metadata={"metavar": "FILE"})
+    """Write the numbers there, too, as JSON."""
+    measure: bool = False
+    """Take steps of this model on this machine's processors at T = 1, 4, 16, and print what they sent and allocated beside what is planned."""
 
 
-def plan(words: Sequence[str]) -> int:
-    """Print the plan; returns the exit status."""
-    config, raw = parse(plan_parser(), RunConfig, words)
+def plan(words: list[str]) -> int:
+    """Say what a run will need: memory, communication, time, cost."""
+    config, options = parse_run_options("rdt plan", DESCRIPTION, PlanOptions, words)
     check_config(config)
-    config, notes = arranged(config, 1 if raw.measure else raw.devices)
-    device = _device(raw)
-    if not 0 < raw.utilisation <= 1:
-        raise ConfigError(f"--utilisation is {raw.utilisation}, it must be above 0 and at most 1.")
-    if raw.tokens < 0 or raw.price < 0:
+    config, notes = arranged(config, 1 if options.measure else options.devices)
+    device = _device(options)
+    if not 0 < options.utilisation <= 1:
+        raise ConfigError(f"--utilisation is {options.utilisation}, it must be above 0 and at most 1.")
+    if options.tokens < 0 or options.price < 0:
         raise ConfigError("--tokens and --price must not be negative.")
-    if raw.tokens > MOST_BILLIONS:
-        raise ConfigError(f"--tokens is {raw.tokens:g} billion; it counts billions. 20 stands for 20,000,000,000.")
+    if options.tokens > MOST_BILLIONS:
+        raise ConfigError(f"--tokens is {options.tokens:g} billion; it counts billions. 20 stands for 20,000,000,000.")
     data: Any
-    if raw.measure:
-        text, data = measure(config, raw.nproc)
+    if options.measure:
+        text, data = measure(config, options.nproc)
     else:
         from megatron_rdt.planner.plan_report import as_data, report
         from megatron_rdt.planner.run_plan import make_plan
 
-        made = make_plan(config, raw.devices, device, raw.utilisation)
-        text, data = report(made, raw.utilisation, raw.tokens * BILLION, raw.price), as_data(made, raw.tokens * BILLION)
+        made = make_plan(config, options.devices, device, options.utilisation)
+        text, data = (
+            report(made, options.utilisation, options.tokens * BILLION, options.price),
+            as_data(made, options.tokens * BILLION),
+        )
     print("\n".join([*notes, text]))
-    if raw.out:
-        write_text(Path(raw.out), json.dumps(data, indent=2) + "\n")
+    if options.out:
+        write_text(Path(options.out), json.dumps(data, indent=2) + "\n")
     return EXIT_OK
 
 
@@ -100,13 +101,13 @@ def arranged(config: RunConfig, devices: int) -> tuple[RunConfig, list[str]]:
     return config, notes
 
 
-def _device(raw: jsonargparse.Namespace) -> Device:
+def _device(options: PlanOptions) -> Device:
     """The device of the table, with what the options say of it."""
-    if raw.device not in DEVICES:
-        raise ConfigError(f"--device is {raw.device}, it must be one of {', '.join(DEVICES)}.")
-    device = DEVICES[raw.device]
+    if options.device not in DEVICES:
+        raise ConfigError(f"--device is {options.device}, it must be one of {', '.join(DEVICES)}.")
+    device = DEVICES[options.device]
     for name in ("intra_bandwidth", "inter_bandwidth", "per_node"):
-        value = getattr(raw, name)
+        value = getattr(options, name)
         if value < 0:
             raise ConfigError(f"--{name} is {value}, it must be above 0, or 0 for the device's own.")
         if value:

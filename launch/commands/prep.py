@@ -1,60 +1,18 @@
-"""`rdt prep`, and its commands for corpora that are there: `rdt prep COMMAND`."""
+"""`rdt prep`: text into a tokenizer and token shards; `rdt prep COMMAND` dispatches to the commands for corpora."""
 
-import shlex
 from collections.abc import Callable
 
-from launch.commands.corpora import import_files, show, verify
-from launch.commands.tasks import tasks
-from megatron_rdt.config.parser import make_parser, parse
+from data_prep.config import PrepConfig
+from launch.command_options import parse_options, summary_of
+from launch.commands.prep_import import import_files
+from launch.commands.prep_merge import format_command, merge
+from launch.commands.prep_pack import pack
+from launch.commands.prep_show import show
+from launch.commands.prep_tasks import tasks
+from launch.commands.prep_verify import verify
 from megatron_rdt.errors import EXIT_OK
 
-
-def prep(words: list[str]) -> int:
-    """Turn text into a tokenizer and token shards."""
-    if words and words[0] in COMMANDS:
-        return COMMANDS[words[0]](words[1:])
-    from data_prep.config import PrepConfig
-
-    parser = make_parser(PrepConfig, "rdt prep", prep.__doc__ or "")
-    lines = [f"  {name:<8} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
-    parser.usage = "\n".join(["rdt prep [options]", "       rdt prep COMMAND [options]", "", "commands:", *lines])
-    config, _ = parse(parser, PrepConfig, words)
-    from data_prep.pipeline import prepare
-
-    out = prepare(config, command_of(words))
-    if not config.shard:
-        print(f"prepared: {out}")
-    return EXIT_OK
-
-
-def merge(words: list[str]) -> int:
-    """Finish what the tasks of `rdt prep --shard i/N` made; takes the options that they had."""
-    from data_prep.config import PrepConfig
-
-    config, _ = parse(make_parser(PrepConfig, "rdt prep merge", merge.__doc__ or ""), PrepConfig, words)
-    from data_prep.pipeline import merge as run
-
-    print(f"prepared: {run(config, command_of(words))}")
-    return EXIT_OK
-
-
-def command_of(words: list[str]) -> str:
-    """The command line of `rdt prep` with these words, but for --shard."""
-    kept, skip = [], False
-    for word in words:
-        if not skip and word != "--shard" and not word.startswith("--shard="):
-            kept.append(word)
-        skip = word == "--shard"
-    return shlex.join(["rdt", "prep", *kept])
-
-
-def pack(words: list[str]) -> int:
-    """Make the packing plans of a corpus for one sequence length."""
-    from launch.commands.pack import pack as run
-
-    return run(words)
-
-
+DESCRIPTION = "Turn text into a tokenizer and token shards."
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "merge": merge,
     "verify": verify,
@@ -63,3 +21,18 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "pack": pack,
     "tasks": tasks,
 }
+
+
+def prep(words: list[str]) -> int:
+    """Turn text into a tokenizer and token shards; look at them, check them, join them."""
+    if words and words[0] in COMMANDS:
+        return COMMANDS[words[0]](words[1:])
+    lines = [f"  {name:<8} {summary_of(command)}" for name, command in COMMANDS.items()]
+    usage = "\n".join(["rdt prep [options]", "       rdt prep COMMAND [options]", "", "commands:", *lines])
+    config = parse_options("prep", DESCRIPTION, PrepConfig, words, config_file=True, positional=False, usage=usage)
+    from data_prep.pipeline import prepare
+
+    out = prepare(config, format_command(words))
+    if not config.shard:
+        print(f"prepared: {out}")
+    return EXIT_OK

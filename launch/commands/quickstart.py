@@ -1,11 +1,18 @@
 """The whole main job in one call: prep, train on two processes, evaluate, generate, report."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+from launch.command_options import parse_options, summary_of
+from launch.commands.prep import prep
+from launch.commands.prep_merge import merge
+from launch.commands.prep_show import show
+from launch.commands.prep_tasks import tasks
+from launch.commands.prep_verify import verify
 from launch.local_processes import run_processes
 from megatron_rdt.config import load_config
-from megatron_rdt.errors import LaunchError
+from megatron_rdt.errors import EXIT_OK, LaunchError
 from megatron_rdt.run_directory import run_directory_of
 
 CONFIG, DATA_CONFIG, TASKS_CONFIG = (
@@ -23,8 +30,14 @@ SAMPLE_LOOPS = (1, 8)
 SAMPLE_TOKENS = 60
 
 
-def quickstart() -> int:
-    """Run every step, print each with its time; the last line says where the report is."""
+@dataclass(frozen=True)
+class QuickstartOptions:
+    """No options."""
+
+
+def quickstart(words: list[str]) -> int:
+    """Run the whole main job on real text: prep, train, eval, generate, report."""
+    parse_options("quickstart", summary_of(quickstart), QuickstartOptions, words)
     if not Path(CONFIG).is_file():
         raise LaunchError(f"{CONFIG} is not here. Run the quickstart from the root of the repository.")
     began = time.monotonic()
@@ -35,18 +48,16 @@ def quickstart() -> int:
         print(f"\n== {time.monotonic() - began:5.0f} s  {text}", flush=True)
 
     title("preparing text: duplicates and noise removed, tokenizer, token shards")
-    from launch.commands.prep import prep
-
     prep(["--config", DATA_CONFIG])
     title("preparing problems with answers, as two machines would")
-    prep(["tasks", "--task", TASKS, "--difficulty", "1,4", "--out", TASKS_TEXT, "--restart"])
+    tasks(["--task", TASKS, "--difficulty", "1,4", "--out", TASKS_TEXT, "--restart"])
     for task in ("0/2", "1/2"):
         prep(["--config", TASKS_CONFIG, "--shard", task])
-    prep(["merge", "--config", TASKS_CONFIG])
+    merge(["--config", TASKS_CONFIG])
     title("reading every byte of both once more, and a look at what a model will see")
     for corpus in config.data.corpora():
-        prep(["verify", corpus.path])
-        prep(["show", corpus.path, "--samples", "1", "--sequence_length", "128"])
+        verify([corpus.path])
+        show([corpus.path, "--samples", "1", "--sequence_length", "128"])
     title("a quick look: a few steps on the problems as they come, without shards")
     look = {"run.name": f"{config.run.name}-look", "train.steps": LOOK_STEPS, "eval.every": 0, "sample.every": 0}
     look |= {"data.path": f"hf:{TASKS_TEXT}", "data.tokenizer": "data/stdlib/tokenizer", "logging.every": 1}
@@ -73,7 +84,7 @@ def quickstart() -> int:
     title("report")
     report = write_report(run_directory)
     print(f"\nDone in {time.monotonic() - began:.0f} s. The report is at {report.resolve()}")
-    return 0
+    return EXIT_OK
 
 
 def _processes() -> int:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
-from launch.train_options import check_places, parse_training
+from launch.command_options import parse_options, summary_of
+from launch.train_options import check_paths, parse_worker
 from megatron_rdt.config import RunConfig
 from megatron_rdt.errors import EXIT_OK, ConfigError, LaunchError
 from megatron_rdt.files import write_text
@@ -25,8 +26,8 @@ NO_LIMIT = ("0", "-1", "unlimited", "infinite")
 
 
 @dataclass(frozen=True)
-class SubmitConfig:
-    """A job for Slurm."""
+class SubmitOptions:
+    """Options of `rdt submit`."""
 
     config: str
     """YAML of the run."""
@@ -56,7 +57,7 @@ class SubmitConfig:
     """Print the script instead of submitting it."""
 
 
-def read_config(job: SubmitConfig) -> tuple[RunConfig, list[str]]:
+def read_config(job: SubmitOptions) -> tuple[RunConfig, list[str]]:
     """The run's config, checked for the planned processes, and the words that give it to the training script.
 
     Raises:
@@ -66,10 +67,10 @@ def read_config(job: SubmitConfig) -> tuple[RunConfig, list[str]]:
         if getattr(job, name) < 1:
             raise ConfigError(f"--{name} is {getattr(job, name)}, it must be at least 1.")
     words = ["--config", job.config, *_split(job.overrides, "overrides")]
-    config, raw = parse_training("rdt submit", words, job.nodes * job.processes_per_node)
-    if raw.resume not in ("none", "auto"):
+    config, options = parse_worker("rdt submit", words, job.nodes * job.processes_per_node)
+    if options.resume not in ("none", "auto"):
         raise ConfigError(
-            f"--resume {raw.resume} is in --overrides, but a job goes on from its own run each time it starts. "
+            f"--resume {options.resume} is in --overrides, but a job goes on from its own run each time it starts. "
             "Leave it out."
         )
     _check_gpus(job, config)
@@ -89,7 +90,7 @@ def _split(text: str, option: str) -> list[str]:
         raise ConfigError(f"--{option} {text!r}: {error}. Quote it as for a shell.") from None
 
 
-def _check_gpus(job: SubmitConfig, config: RunConfig) -> None:
+def _check_gpus(job: SubmitOptions, config: RunConfig) -> None:
     gpus = gpus_per_node(job, config)
     if gpus not in (0, job.processes_per_node):
         raise ConfigError(
@@ -103,7 +104,7 @@ def _check_gpus(job: SubmitConfig, config: RunConfig) -> None:
         )
 
 
-def gpus_per_node(job: SubmitConfig, config: RunConfig) -> int:
+def gpus_per_node(job: SubmitOptions, config: RunConfig) -> int:
     """GPUs to ask for on each node."""
     if job.gpus_per_node is not None:
         return job.gpus_per_node
@@ -133,7 +134,7 @@ def directive(option: str, value: str | int) -> str:
     return shlex.quote(str(value))
 
 
-def render(job: SubmitConfig, config: RunConfig, words: list[str]) -> str:
+def render(job: SubmitOptions, config: RunConfig, words: list[str]) -> str:
     """The batch script of a job whose config and options have been checked."""
     extra = [
         f"#SBATCH --{option}={directive('--' + option, value)}"
@@ -166,15 +167,17 @@ def render(job: SubmitConfig, config: RunConfig, words: list[str]) -> str:
     )
 
 
-def submit(job: SubmitConfig) -> int:
-    """Print (dry run) or submit the job; returns the exit status."""
-    config, words = read_config(job)
-    text = render(job, config, words)
+def submit(words: list[str]) -> int:
+    """Submit a run to Slurm."""
+    # Its --config is the run's YAML, one required option among others.
+    job = parse_options("submit", summary_of(submit), SubmitOptions, words, positional=False)
+    config, run_words = read_config(job)
+    text = render(job, config, run_words)
     if job.dry_run:
         print(text, end="")
         return EXIT_OK
     # Better here than after a day in the queue.
-    check_places(config)
+    check_paths(config)
     if shutil.which("sbatch") is None:
         raise LaunchError(
             "sbatch is not on this machine. Run on a Slurm login node, or look at the script with --dry_run."

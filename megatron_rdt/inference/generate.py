@@ -1,20 +1,33 @@
 """Generating at a chosen depth: batches of prompts of any length, one token per row and step."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
 
+from megatron_rdt.config.sampling import check_sampling
 from megatron_rdt.errors import ConfigError
-from megatron_rdt.inference.sampling import check_settings, pick, uniforms
+from megatron_rdt.inference.sampling import pick, uniforms
 from megatron_rdt.model.attention.kv_cache import KVCache
 from megatron_rdt.model.halting.exit_rules import ExitRule, ExitTrace
 
 Prompts = torch.Tensor | Sequence[Sequence[int]]
 
 
-def generate(model: nn.Module, tokens: Any, loops: int, new_tokens: int, **settings: Any) -> Any:
+@overload
+def generate(model: nn.Module, tokens: torch.Tensor, loops: int, new_tokens: int, **settings: Any) -> torch.Tensor: ...
+
+
+@overload
+def generate(
+    model: nn.Module, tokens: Sequence[Sequence[int]], loops: int, new_tokens: int, **settings: Any
+) -> list[list[int]]: ...
+
+
+def generate(
+    model: nn.Module, tokens: Prompts, loops: int, new_tokens: int, **settings: Any
+) -> torch.Tensor | list[list[int]]:
     """Continue every prompt; the same call gives the same text.
 
     Args:
@@ -92,13 +105,21 @@ def stream(
     Raises:
         ConfigError: an argument has no meaning.
     """
-    check_settings(loops, new_tokens, temperature, top_k, top_p, seed)
+    check_sampling(
+        loops=loops,
+        new_tokens=new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        cache_budget=cache_budget,
+    )
     prompts = prompt_lists(tokens)
     numbers = list(range(len(prompts))) if rows is None else list(rows)
     if len(numbers) != len(prompts):
         raise ConfigError(f"there are {len(numbers)} rows for {len(prompts)} prompts, there must be one for each.")
-    if cache_budget < 0 or (cache_budget and not use_cache):
-        raise ConfigError(f"cache_budget is {cache_budget}, it must be at least 0, and 0 without a cache.")
+    if cache_budget and not use_cache:
+        raise ConfigError(f"cache_budget is {cache_budget}, it must be 0 without a cache.")
     if agree is not None and exit_rule is not None:
         raise ConfigError("exit_rule is for a model in one process: ranks that exit at different iterations hang.")
     batch = _Batch(prompts, tokens.device if isinstance(tokens, torch.Tensor) else next(model.parameters()).device)

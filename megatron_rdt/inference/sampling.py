@@ -1,28 +1,8 @@
 """Choosing the next token: a function of the logits and of one number per (seed, row, position)."""
 
-import math
-from numbers import Integral
-
 import torch
 
 from megatron_rdt.depth.hashing import hash_uniform
-from megatron_rdt.errors import ConfigError
-
-SMALLEST_SEED, LARGEST_SEED = -(2**63), 2**64 - 1
-
-
-def check_settings(loops: int, new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
-    """ConfigError that names the argument of `generate` that has no meaning."""
-    whole = {"loops": (loops, 1), "new_tokens": (new_tokens, 0), "top_k": (top_k, 0)}
-    for name, (value, smallest) in whole.items():
-        if not isinstance(value, Integral) or int(value) < smallest:
-            raise ConfigError(f"{name} is {value!r}, it must be a whole number of at least {smallest}.")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ConfigError(f"temperature is {temperature}, it must be a finite number of at least 0.")
-    if not 0 < top_p <= 1:
-        raise ConfigError(f"top_p is {top_p}, it must be above 0 and at most 1.")
-    if not (isinstance(seed, Integral) and SMALLEST_SEED <= int(seed) <= LARGEST_SEED):
-        raise ConfigError(f"seed is {seed!r}, it must be a whole number from {SMALLEST_SEED} to {LARGEST_SEED}.")
 
 
 def uniforms(seed: int, rows: list[int], positions: list[int]) -> torch.Tensor:

@@ -3,15 +3,15 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from megatron_rdt.config.sampling import check_sampling
 from megatron_rdt.data import Tokenizer
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.inference.generate import generate, stream
 from megatron_rdt.inference.load import load
-from megatron_rdt.inference.sampling import check_settings
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.halting.exit_rules import ExitRule
 
-SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+CHECKED_SETTINGS = ("temperature", "top_k", "top_p", "seed", "cache_budget")
 
 
 def generate_text(
@@ -94,8 +94,9 @@ def _prepare(
     checkpoint: str, prompts: Sequence[str], loops: int, tokens: int, device: str, settings: dict[str, Any]
 ) -> tuple[RecurrentDepthTransformer, Tokenizer, list[list[int]]]:
     """Model, tokenizer and the prompts' ids; what can be refused without the model is refused before it is loaded."""
-    temperature, top_k, top_p = (settings.get(name, by) for name, by in SAMPLING.items())
-    check_settings(loops, tokens, temperature, top_k, top_p, settings.get("seed", 0))
+    check_sampling(
+        loops=loops, new_tokens=tokens, **{name: settings[name] for name in CHECKED_SETTINGS if name in settings}
+    )
     for prompt in prompts:
         check_prompt(prompt)
     model, tokenizer = load(checkpoint, device)

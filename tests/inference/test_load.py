@@ -117,8 +117,12 @@ def test_a_gpu_that_is_not_there_is_named(run: Path) -> None:
     [
         (["--device=foo"], USAGE, "no device 'foo'"),
         (["--device=cuda:77"], USAGE, "cuda:77 cannot be used here"),
-        (["--seed=99999999999999999999"], USAGE, "--seed is 99999999999999999999, it must be from -9223"),
-        (["--temperature=.nan"], USAGE, "--temperature and --top_k must not"),
+        (
+            ["--seed=99999999999999999999"],
+            USAGE,
+            "--seed is 99999999999999999999, it must be a whole number from -9223",
+        ),
+        (["--temperature=.nan"], USAGE, "--temperature is nan, it must be a finite number"),
         (["--prompt=a\udcff"], USAGE, "character 2 of the prompt is not valid UTF-8"),
         (["--prompt="], USAGE, "the prompt is empty"),
     ],

@@ -58,7 +58,7 @@ WRONG_WORDS = [
     (["convert", "runs/a"], ["OUT is missing", "rdt convert CHECKPOINT OUT [options]"]),
     (["convert", "a", "b", "--to", "onnx"], ["--to needs one of hf, native", "not 'onnx'"]),
     (["eval", "runs/a", "--loops", "0"], ["--loops", "at least 1"]),
-    (["generate", "runs/a", "--top_p", "0"], ["--top_p must be above 0"]),
+    (["generate", "runs/a", "--top_p", "0"], ["--top_p is 0.0, it must be above 0 and at most 1."]),
     (["submit", "--nodes", "2"], ["--config is missing"]),
     (["submit", "--nodez", "2"], ["--nodez does not exist", "Did you mean nodes?"]),
     (["submit", "--config", "c.yaml", "--dry-run=maybe"], ["--dry_run needs true or false, not 'maybe'"]),

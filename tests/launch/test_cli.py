@@ -10,9 +10,11 @@ import pytest
 import yaml
 
 import megatron_rdt
-from launch.cli import COMMANDS, ConvertOptions, EvalOptions
-from launch.commands.submit import SubmitConfig
-from launch.train_options import launch_parser, train_parser, worker_words
+from launch.cli import COMMANDS
+from launch.commands.convert import ConvertOptions
+from launch.commands.eval import EvalOptions
+from launch.commands.submit import SubmitOptions
+from launch.train_options import parse_worker, worker_words
 from megatron_rdt.config import RunConfig, load_config
 from megatron_rdt.config.parser import make_parser, option_kinds, parse
 from megatron_rdt.errors import ConfigError
@@ -94,11 +96,11 @@ def test_print_config_is_read_back(rdt: Run, tmp_path: Path) -> None:
     ],
 )
 def test_one_rule_for_dashes_and_booleans(words: list[str]) -> None:
-    parser = make_parser(SubmitConfig, "rdt submit", "", config_file=False)
-    job, _ = parse(parser, SubmitConfig, words)
+    parser = make_parser(SubmitOptions, "rdt submit", "", config_file=False)
+    job, _ = parse(parser, SubmitOptions, words)
     assert (job.config, job.nodes, job.dry_run) == ("c.yaml", 3, True)
-    assert not parse(parser, SubmitConfig, ["--config", "c.yaml", "--dry-run", "false"])[0].dry_run
-    job, _ = parse(parser, SubmitConfig, ["--config", "c", "--overrides", "--depth.mean 8", "--time", "1:30:00"])
+    assert not parse(parser, SubmitOptions, ["--config", "c.yaml", "--dry-run", "false"])[0].dry_run
+    job, _ = parse(parser, SubmitOptions, ["--config", "c", "--overrides", "--depth.mean 8", "--time", "1:30:00"])
     assert (job.overrides, job.time) == ("--depth.mean 8", "1:30:00")
 
 
@@ -117,10 +119,10 @@ def test_lists_with_and_without_brackets(value: str) -> None:
 
 def test_workers_get_what_the_launcher_does_not_keep() -> None:
     words = ["--config", "configs/smoke.yaml", "--nproc", "2", "--master-port=5", "--resume", "auto"]
-    kept = worker_words(launch_parser("rdt train"), words)
+    kept = worker_words(words)
     assert kept == ["--config=configs/smoke.yaml", "--resume=auto"]
-    _, raw = parse(train_parser("pretrain.py"), RunConfig, ["--local-rank=1", *kept])  # as the DeepSpeed launcher does
-    assert (raw.resume, raw.local_rank) == ("auto", 1)
+    _, options = parse_worker("pretrain.py", ["--local-rank=1", *kept])  # as the DeepSpeed launcher does
+    assert (options.resume, options.local_rank) == ("auto", 1)
 
 
 def test_overrides_may_be_nested() -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_rdt.config.parser import make_parser, parse
+from launch.command_options import parse_options, summary_of
 from megatron_rdt.errors import EXIT_OK, ConfigError
 
 
@@ -33,7 +33,7 @@ def tasks(words: list[str]) -> int:
     """Write generated reasoning tasks with exact answers: train.jsonl and test.jsonl, which have nothing in common."""
     from data_prep import reasoning
 
-    options, _ = parse(make_parser(TaskOptions, "rdt prep tasks", tasks.__doc__ or ""), TaskOptions, words)
+    options = parse_options("prep tasks", summary_of(tasks), TaskOptions, words, config_file=True, positional=False)
     families, (easiest, hardest) = _checked(options)
     out = Path(options.out)
     try:

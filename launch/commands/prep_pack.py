@@ -1,9 +1,13 @@
-"""`rdt prep pack`: make the packing plans of a corpus, which a run would otherwise make at its start."""
+"""`rdt prep pack`: the packing plans of a corpus, which a run would otherwise make when it starts."""
 
 from dataclasses import dataclass
 
-from megatron_rdt.config.parser import make_parser, parse
+from launch.command_options import parse_options
 from megatron_rdt.errors import EXIT_OK, ConfigError
+
+DESCRIPTION = (
+    "Make the packing plans of a corpus for one sequence length: those that are missing, damaged or of other shards."
+)
 
 
 @dataclass(frozen=True)
@@ -17,9 +21,8 @@ class PackOptions:
 
 
 def pack(words: list[str]) -> int:
-    """Make the packing plans of a corpus for one sequence length: those that are missing, damaged or of other shards."""
-    parser = make_parser(PackOptions, "rdt prep pack", pack.__doc__ or "", config_file=False, positional=True)
-    options, _ = parse(parser, PackOptions, words)
+    """Make the packing plans of a corpus for one sequence length."""
+    options = parse_options("prep pack", DESCRIPTION, PackOptions, words)
     if options.sequence_length < 1:
         raise ConfigError(f"--sequence_length is {options.sequence_length}, it must be at least 1.")
     from megatron_rdt.data.packing_plan import make_plans

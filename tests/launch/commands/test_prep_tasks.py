@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.commands.tasks import tasks
+from launch.commands.prep_tasks import tasks
 from megatron_rdt.errors import ConfigError
 
 SMALL = ["--count", "40", "--test_count", "8"]

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from launch.commands.submit import SubmitConfig, read_config, render, time_limit_s
+from launch.commands.submit import SubmitOptions, read_config, render, time_limit_s
 from megatron_rdt.errors import ConfigError
 
 
 def script(config: Path, **options: object) -> str:
     """The rendered script of a job."""
-    job = SubmitConfig(config=str(config), **{"directory": "jobs", **options})  # type: ignore[arg-type]
+    job = SubmitOptions(config=str(config), **{"directory": "jobs", **options})  # type: ignore[arg-type]
     return render(job, *read_config(job))
 
 

@@ -1,0 +1,80 @@
+"""Declaring and parsing the options of a command: every option is a field of a dataclass, with its help below it."""
+
+import argparse
+import dataclasses
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jsonargparse
+
+from megatron_rdt.config import RunConfig
+from megatron_rdt.config.option_types import metavar
+from megatron_rdt.config.parser import field_help, make_parser, parse
+
+T = TypeVar("T")
+HIDDEN = {"help": argparse.SUPPRESS}
+
+
+def summary_of(command: Callable[..., Any]) -> str:
+    """Return the first line of a command's docstring, which is its line in lists of commands."""
+    return (command.__doc__ or "").partition("\n")[0]
+
+
+def parse_options(
+    name: str,
+    description: str,
+    schema: type[T],
+    words: Sequence[str],
+    *,
+    config_file: bool = False,
+    positional: bool = True,
+    usage: str = "",
+) -> T:
+    """Parse the words of a command whose options are exactly the fields of `schema`.
+
+    Args:
+        name: as typed after `rdt`, such as "prep verify".
+        description: shown by --help.
+        schema: dataclass of the options.
+        words: what follows the name on the command line.
+        config_file: also accept --config FILE and --print_config.
+        positional: fields without a default are positional arguments rather than required options.
+        usage: replaces the usage line of --help.
+
+    Raises:
+        ConfigError: see `megatron_rdt.config.parser.parse`.
+    """
+    parser = make_parser(schema, f"rdt {name}", description, config_file=config_file, positional=positional)
+    parser.usage = usage or parser.usage
+    return parse(parser, schema, words)[0]
+
+
+def make_run_parser(program: str, description: str, extra: type) -> jsonargparse.ArgumentParser:
+    """Return a parser of --config, every field of RunConfig, and the fields of `extra`, a flat dataclass.
+
+    A boolean field of `extra` is a flag. The metadata of a field may have its own "metavar" and "help".
+    """
+    parser = make_parser(RunConfig, program, description)
+    kinds = typing.get_type_hints(extra)
+    texts: dict[str, str] = {}
+    for ancestor in filter(dataclasses.is_dataclass, reversed(extra.__mro__)):
+        texts |= field_help(ancestor)  # which knows only the fields that a class itself declares
+    for field in dataclasses.fields(extra):
+        option, kind, text = f"--{field.name}", kinds[field.name], field.metadata.get("help", texts[field.name])
+        if kind is bool:
+            parser.add_argument(option, action="store_true", help=text)
+        else:
+            shown = field.metadata.get("metavar", metavar(kind))
+            parser.add_argument(option, type=kind, default=field.default, metavar=shown, help=text)
+    return parser
+
+
+def parse_run_options(program: str, description: str, extra: type[T], words: Sequence[str]) -> tuple[RunConfig, T]:
+    """Parse the words of a command that takes a run's config and options of its own, the fields of `extra`.
+
+    Raises:
+        ConfigError: see `megatron_rdt.config.parser.parse`.
+    """
+    config, raw = parse(make_run_parser(program, description, extra), RunConfig, words)
+    return config, extra(**{field.name: getattr(raw, field.name) for field in dataclasses.fields(extra)})  # type: ignore[arg-type]

@@ -1,0 +1,28 @@
+"""`rdt convert`: a checkpoint for transformers, or for the engines of another family."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from launch.command_options import parse_options, summary_of
+from megatron_rdt.errors import EXIT_OK
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Options of `rdt convert`."""
+
+    checkpoint: str
+    """Checkpoint, or run directory (its newest checkpoint)."""
+    out: str
+    """Directory to write; must not exist, or be empty."""
+    to: Literal["hf", "native", "zero"] = "hf"
+    """hf: a folder for transformers; native: for the engines single, ddp and fsdp; zero: for zero1, zero2 and zero3."""
+
+
+def convert(words: list[str]) -> int:
+    """Convert a checkpoint for transformers or for another engine."""
+    options = parse_options("convert", summary_of(convert), ConvertOptions, words)
+    from megatron_rdt.convert import convert as convert_checkpoint
+
+    print(f"written: {convert_checkpoint(options.checkpoint, options.out, options.to)}")
+    return EXIT_OK

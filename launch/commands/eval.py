@@ -1,0 +1,33 @@
+"""`rdt eval`: the validation loss of a checkpoint at several loop counts."""
+
+from dataclasses import dataclass, field
+
+from launch.command_options import parse_options, summary_of
+from megatron_rdt.errors import EXIT_OK, ConfigError
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Options of `rdt eval`."""
+
+    checkpoint: str
+    """Checkpoint, or run directory (its newest checkpoint)."""
+    loops: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
+    """Loop counts T to evaluate at."""
+    sequences: int = 64
+    """Validation sequences to use, spread evenly over the split, of the length that the run was trained with."""
+    data: str | None = None
+    """Directory of the prepared corpus; the run's own where not given."""
+    out: str | None = None
+    """JSON file to write; eval.json in the run directory where not given, nothing for a checkpoint outside a run."""
+
+
+def evaluate(words: list[str]) -> int:
+    """Measure the validation loss of a checkpoint at several loop counts."""
+    options = parse_options("eval", summary_of(evaluate), EvalOptions, words)
+    if not options.loops or min(options.loops) < 1 or options.sequences < 1:
+        raise ConfigError("--loops and --sequences must be at least 1.")
+    from megatron_rdt.evaluate.loss import evaluate_checkpoint
+
+    evaluate_checkpoint(**vars(options))
+    return EXIT_OK

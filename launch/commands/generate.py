@@ -1,0 +1,163 @@
+"""`rdt generate`: continue prompts with a checkpoint or an export, and print the texts."""
+
+import math
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from launch.command_options import parse_options, summary_of
+from megatron_rdt.config.sampling import check_sampling
+from megatron_rdt.errors import EXIT_OK, ConfigError
+
+if TYPE_CHECKING:
+    from megatron_rdt.inference import ExitRule
+
+# Options whose names differ from the arguments of `megatron_rdt.inference.generate`.
+OPTION_NAMES = {"new_tokens": "tokens"}
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Options of `rdt generate`."""
+
+    checkpoint: str
+    """Checkpoint, run directory (its newest checkpoint), or folder that `rdt convert --to hf` wrote."""
+    prompt: str = "def "
+    """Text to continue; may be given several times."""
+    prompts: str | None = None
+    """File of further texts to continue, one a line, UTF-8; empty lines are skipped."""
+    loops: int = 8
+    """Loop count T: more loops, more compute per token, the same weights."""
+    tokens: int = 100
+    """New tokens at most."""
+    temperature: float = 0.8
+    """Sampling temperature; 0 takes the likeliest token."""
+    top_k: int = 50
+    """Sample among the k likeliest tokens; 0 means all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that together have this probability; 1 means all."""
+    seed: int = 0
+    """Seed of the sampling: the same seed gives the same text."""
+    stop: list[str] = field(default_factory=list)
+    """Texts of one token each that end a text, beside the tokenizer's end; a line's end is ["\\n"]."""
+    stop_ids: list[int] = field(default_factory=list)
+    """Token ids that end a text."""
+    stream: bool = False
+    """Print the text as it comes; for one prompt."""
+    exit: Literal["fixed", "change", "second_difference", "kl", "kl_entropy", "act", "gate"] = "fixed"
+    """Rule by which a token stops before T iterations; docs/generation.md has the formulas."""
+    exit_threshold: float | None = None
+    """Threshold of the rule: it holds below it, for act and gate from it on."""
+    exit_entropy: float | None = None
+    """kl_entropy: entropy of the prediction, in nats, below which it may stop."""
+    exit_hits: int = 1
+    """Iterations in a row for which the rule must hold."""
+    cache_budget: int = 0
+    """Iterations that keep keys and values of their own; 0 means all, which is exact."""
+    device: str = "auto"
+    """cpu, cuda, or cuda:N; auto takes a GPU where there is one."""
+
+
+def generate(words: list[str]) -> int:
+    """Continue texts with a checkpoint, at a chosen depth."""
+    earlier, words = split_repeated(words, "prompt")
+    options = parse_options("generate", summary_of(generate), GenerateOptions, words)
+    names = ("loops", "temperature", "top_k", "top_p", "seed", "cache_budget")
+    check_sampling(
+        new_tokens=options.tokens,
+        **{name: getattr(options, name) for name in names},
+        spell=lambda name: f"--{OPTION_NAMES.get(name, name)}",
+    )
+    # The default prompt counts only where no other was given.
+    is_given = any(word.partition("=")[0] == "--prompt" for word in words)
+    last = [options.prompt] if is_given or options.prompts is None else []
+    prompts = [*earlier, *last, *read_prompts(options.prompts)]
+    if options.stream and len(prompts) > 1:
+        raise ConfigError(f"--stream is for one prompt, there are {len(prompts)}. Leave --stream out.")
+    print_texts(options, prompts)
+    return EXIT_OK
+
+
+def split_repeated(words: list[str], name: str) -> tuple[list[str], list[str]]:
+    """Return the values of every `--name` but the last, and the words without these."""
+    indices = [i for i, word in enumerate(words) if word.partition("=")[0] == f"--{name}"]
+    values, taken = [], set()
+    for i in indices[:-1]:
+        _, equals, value = words[i].partition("=")
+        if not equals:
+            value = words[i + 1]
+            if value.startswith("--") and " " not in value:
+                return [], words  # the parser says what is wrong with an option without its value
+        values.append(value)
+        taken |= {i} if equals else {i, i + 1}
+    return values, [word for i, word in enumerate(words) if i not in taken]
+
+
+def read_prompts(path: str | None) -> list[str]:
+    """Return the lines of a UTF-8 file that are not blank; nothing without a file.
+
+    Raises:
+        ConfigError: the file cannot be read, or has no text.
+    """
+    if path is None:
+        return []
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line for line in file.read().split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompts {path} cannot be read ({error}). Name a UTF-8 file, one prompt a line.") from None
+    if not lines:
+        raise ConfigError(f"--prompts {path} has no text. Write one prompt a line.")
+    return lines
+
+
+def make_exit_rule(options: GenerateOptions) -> "ExitRule | None":
+    """Return the rule that --exit and its companions describe; None where it is fixed.
+
+    Raises:
+        ConfigError: a threshold is missing, superfluous or out of range.
+    """
+    given = {"--exit_threshold": options.exit_threshold, "--exit_entropy": options.exit_entropy}
+    wanted = {"fixed": [], "kl_entropy": list(given)}.get(options.exit, ["--exit_threshold"])
+    for name, value in given.items():
+        if (value is None) == (name in wanted):
+            needs = "needs" if name in wanted else "takes no"
+            raise ConfigError(f"--exit {options.exit} {needs} {name}.")
+    if options.exit_threshold is None:
+        return None
+    from megatron_rdt.inference import ExitRule
+
+    entropy = math.inf if options.exit_entropy is None else options.exit_entropy
+    try:
+        return ExitRule(options.exit, options.exit_threshold, entropy, options.exit_hits)
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from None
+
+
+def print_texts(options: GenerateOptions, prompts: list[str]) -> None:
+    """Generate and print: the text of one prompt alone, those of several each below a line with its number."""
+    rule = make_exit_rule(options)
+    from megatron_rdt.inference import GenerationTrace, generate_texts, stream_text
+
+    trace = GenerationTrace()
+    settings: dict[str, Any] = {
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "seed": options.seed,
+        "stop": [*options.stop, *options.stop_ids],
+        "device": options.device,
+        "cache_budget": options.cache_budget,
+        "exit_rule": rule,
+        "trace": None if rule is None else trace,
+    }
+    if options.stream:
+        for piece in stream_text(options.checkpoint, prompts[0], options.loops, options.tokens, **settings):
+            print(piece, end="", flush=True)
+        print()
+    else:
+        texts = generate_texts(options.checkpoint, prompts, options.loops, options.tokens, **settings)
+        for number, text in enumerate(texts, start=1):
+            print(text if len(texts) == 1 else f"--- {number}\n{text}")
+    if rule is not None:
+        print(f"iterations per token: {trace.mean:.2f} of {options.loops}", file=sys.stderr)

@@ -1,0 +1,54 @@
+"""`rdt prep show`: windows or whole documents of a corpus, as text."""
+
+import io
+import sys
+from dataclasses import dataclass, field
+from typing import Literal
+
+from launch.command_options import parse_options, summary_of
+from megatron_rdt.errors import EXIT_OK, ConfigError
+
+
+@dataclass(frozen=True)
+class ShowOptions:
+    """Options of `rdt prep show`."""
+
+    directory: str
+    """Corpus that `rdt prep` wrote."""
+    split: Literal["train", "valid"] = "train"
+    """Split to show."""
+    samples: int = 3
+    """Windows to show, as a run takes them."""
+    first: int = 0
+    """Number of the first of them in the run."""
+    sequence_length: int = 256
+    """Tokens of a window: `train.sequence_length` of the run."""
+    seed: int = 0
+    """`run.seed` of the run."""
+    documents: list[int] = field(default_factory=list)
+    """Show whole documents instead, by their numbers in the split, from 0."""
+    ids: bool = False
+    """Also print the ids of the tokens."""
+
+
+def show(words: list[str]) -> int:
+    """Print windows of a corpus as a run takes them, or whole documents, as text."""
+    options = parse_options("prep show", summary_of(show), ShowOptions, words)
+    if options.samples < 1 or options.first < 0 or options.sequence_length < 1:
+        raise ConfigError("--samples and --sequence_length must be at least 1, and --first at least 0.")
+    from data_prep import show as text
+    from megatron_rdt.data.shard_files.corpus_manifest import load_manifest
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not have every character
+    style = text.Style(sys.stdout.isatty(), options.ids)
+    for line in text.describe(load_manifest(options.directory)):
+        print(style.heading(line))
+    if options.documents:
+        lines = text.documents(options.directory, options.split, options.documents, style)
+    else:
+        numbers = range(options.first, options.first + options.samples)
+        lines = text.windows(options.directory, options.split, numbers, options.sequence_length, options.seed, style)
+    for line in lines:
+        print(line)
+    return EXIT_OK

@@ -1,0 +1,23 @@
+"""`rdt report`: one HTML page about a run."""
+
+from dataclasses import dataclass
+
+from launch.command_options import parse_options, summary_of
+from megatron_rdt.errors import EXIT_OK
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Options of `rdt report`."""
+
+    run: str
+    """Run directory, such as runs/quickstart."""
+
+
+def report(words: list[str]) -> int:
+    """Draw a run's curves into one HTML page."""
+    options = parse_options("report", summary_of(report), ReportOptions, words)
+    from megatron_rdt.evaluate.report import write_report
+
+    print(f"written: {write_report(options.run)}")
+    return EXIT_OK

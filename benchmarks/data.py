@@ -59,7 +59,7 @@ def prep_speeds(folder: Path, options: argparse.Namespace) -> dict[str, float]:
 
     from data_prep.config import PrepConfig
     from data_prep.pipeline import prepare
-    from data_prep.tokenizer import train_tokenizer
+    from data_prep.stages.tokenizer.train_sentencepiece import train_tokenizer
 
     datasets.disable_progress_bars()
     texts = list(dict.fromkeys(sources_of_this_environment(options.megabytes)))

@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import PrepConfig, check_prep, task_of
-from data_prep.jobs.claims import claims
-from data_prep.jobs.steps import Step, Steps
+from data_prep.jobs.leases import claims
+from data_prep.jobs.step_runner import Step, Steps
 from data_prep.jobs.workers import pool
 from data_prep.jobs.working_directory import Job, Plan, open_plan, remove_temporary, resume
-from data_prep.manifest import check_scan, hash_runs, lines_before, print_summary, write_manifest
 from data_prep.sources.inputs import Part, input_files
 from data_prep.stages import publish
 from data_prep.stages.duplicates import find_duplicates
 from data_prep.stages.encode import encode_slice, spill_path
 from data_prep.stages.scan import hash_inputs, scan_first, scan_part, scan_path, scan_record
-from data_prep.stages.train_tokenizer import make_tokenizer, take_name, tokenizer_record
+from data_prep.stages.scan_totals import check_scan, count_lines_before
+from data_prep.stages.tokenizer.make_tokenizer import make_tokenizer, take_name, tokenizer_record
+from data_prep.stages.write_manifest import group_files_to_hash, print_summary, write_manifest
 from data_prep.stages.write_shards import Group, group_record, make_groups, remove_spills, text_bytes, write_group
 from megatron_rdt.data.shard_files.indexed import token_dtype
 from megatron_rdt.data.tokenizer.base import Tokenizer
@@ -137,7 +138,7 @@ def _until_groups(plan: Plan, steps: Steps, index: int, count: int) -> list[Grou
             Step(f"scan-{part.name}", scan_record(job, part), scan_part, (part,), part.size)
             for part in _own_first(parts, index, count)
         ]
-    for number, run in enumerate(hash_runs(plan.inputs)):
+    for number, run in enumerate(group_files_to_hash(plan.inputs)):
         name = f"run-{number:05d}"
         scan.append(Step(f"hash-{name}", job.path("inputs", f"{name}.json"), hash_inputs, (name, run)))
     steps.run("scan", scan)
@@ -167,7 +168,7 @@ def remove_duplicates(job: Job, parts: list[Part]) -> None:
 def _write_groups(plan: Plan, steps: Steps, groups: list[Group]) -> None:
     job = plan.job
     vocab_size = Tokenizer(job.corpus / "tokenizer").vocab_size
-    before = dict(zip((part.index for part in plan.parts), lines_before(plan)))
+    before = dict(zip((part.index for part in plan.parts), count_lines_before(plan)))
     sizes = dict(zip((part.index for part in plan.parts), text_bytes(job, plan.parts)))
     todo: list[Step] = []
     for group in groups:

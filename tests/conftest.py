@@ -18,7 +18,8 @@ import torch
 
 from data_prep.config import PrepConfig
 from data_prep.pipeline import prepare
-from data_prep.tokenizer import train_tokenizer, write_tokenizer
+from data_prep.stages.tokenizer.train_sentencepiece import train_tokenizer
+from data_prep.stages.tokenizer.write_tokenizer import write_tokenizer
 from megatron_rdt.config import RunConfig, check_config, load_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent

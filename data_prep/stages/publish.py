@@ -8,8 +8,8 @@ from pathlib import Path
 
 from data_prep.config import PrepConfig
 from data_prep.jobs.working_directory import changed_options, code_of, options_hash
-from data_prep.manifest import EmptySplitError
 from data_prep.sources.inputs import COMPRESSED, Input, input_files
+from data_prep.stages.scan_totals import EmptySplitError
 from data_prep.stages.write_shards import TEXT_PER_TOKEN
 from megatron_rdt.data.shard_files.corpus_manifest import MANIFEST, load_manifest
 from megatron_rdt.data.shard_files.indexed import token_dtype

@@ -31,7 +31,7 @@ def import_files(words: list[str]) -> int:
         raise ConfigError(
             "--tokenizer and --out must be given: the tokenizer that made the files, and a new directory."
         )
-    from data_prep.importing import import_corpus
+    from data_prep.import_megatron import import_corpus
 
     print(f"imported: {import_corpus(options.prefixes, options.tokenizer, options.out, options.valid_prefix)}")
     return EXIT_OK

@@ -36,7 +36,7 @@ def show(words: list[str]) -> int:
     options = parse_options("prep show", summary_of(show), ShowOptions, words)
     if options.samples < 1 or options.first < 0 or options.sequence_length < 1:
         raise ConfigError("--samples and --sequence_length must be at least 1, and --first at least 0.")
-    from data_prep import show as text
+    from data_prep import show_corpus as text
     from megatron_rdt.data.shard_files.corpus_manifest import load_manifest
 
     if isinstance(sys.stdout, io.TextIOWrapper):

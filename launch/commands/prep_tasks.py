@@ -31,7 +31,7 @@ class TaskOptions:
 
 def tasks(words: list[str]) -> int:
     """Write generated reasoning tasks with exact answers: train.jsonl and test.jsonl, which have nothing in common."""
-    from data_prep import reasoning
+    from data_prep.reasoning.examples import TEST, TRAIN, write_tasks
 
     options = parse_options("prep tasks", summary_of(tasks), TaskOptions, words, config_file=True, positional=False)
     families, (easiest, hardest) = _checked(options)
@@ -40,8 +40,8 @@ def tasks(words: list[str]) -> int:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"out {out} cannot be written: {error.strerror}. Set --out.") from error
-    counts = {reasoning.TRAIN: options.count, reasoning.TEST: options.test_count}
-    written = reasoning.write_tasks(out, families, easiest, hardest, counts, options.seed, options.duplicates)
+    counts = {TRAIN: options.count, TEST: options.test_count}
+    written = write_tasks(out, families, easiest, hardest, counts, options.seed, options.duplicates)
     for split in (split for split in counts if counts[split]):
         print(f"{out / split}.jsonl: {counts[split]:,} examples")
         for family in families:
@@ -54,7 +54,8 @@ def tasks(words: list[str]) -> int:
 
 def _checked(options: TaskOptions) -> tuple[list, tuple[int, int]]:
     """The tasks and the range of their difficulty; ConfigError naming the first option that is wrong."""
-    from data_prep import reasoning
+    from data_prep.reasoning.examples import TEST, TRAIN
+    from data_prep.reasoning.tasks import check_difficulty, parse_task
 
     if not options.task:
         raise ConfigError("task is empty. Set --task to one or several tasks, such as hops,addition.")
@@ -67,10 +68,10 @@ def _checked(options: TaskOptions) -> tuple[list, tuple[int, int]]:
     for name, least in (("count", 1), ("test_count", 0)):
         if getattr(options, name) < least:
             raise ConfigError(f"{name} is {getattr(options, name)}, it must be at least {least}. Set --{name}.")
-    families = [reasoning.parse_task(name) for name in options.task]
+    families = [parse_task(name) for name in options.task]
     difficulty = options.difficulty[0], options.difficulty[-1]
-    reasoning.check_difficulty(families, *difficulty)
-    for split in (reasoning.TRAIN, reasoning.TEST):
+    check_difficulty(families, *difficulty)
+    for split in (TRAIN, TEST):
         if (path := Path(options.out) / f"{split}.jsonl").exists() and not options.restart:
             raise ConfigError(f"{path} is there already. Set another --out, or --restart to replace it.")
     return families, difficulty

@@ -11,7 +11,7 @@ import sentencepiece
 
 from data_prep.config import PrepConfig
 from data_prep.pipeline import prepare
-from data_prep.tokenizer import write_tokenizer
+from data_prep.stages.tokenizer.write_tokenizer import write_tokenizer
 from megatron_rdt.config import RunConfig
 from megatron_rdt.convert.hf import export_hf
 from megatron_rdt.data import Tokenizer

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.config import PrepConfig
-from data_prep.jobs import claims, steps
+from data_prep.jobs import leases, step_runner
 from data_prep.pipeline import merge, prepare
 from megatron_rdt.data.shard_files.corpus_manifest import load_manifest
 
@@ -156,10 +156,10 @@ def run_through(works: list[Callable[[], object]], kills: list[tuple[int, bool]]
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks look at each other often, and soon take over what a dead one had claimed."""
-    monkeypatch.setattr(claims, "STALE_S", 0.5)
-    monkeypatch.setattr(claims, "REFRESH_S", 0.1)
-    monkeypatch.setattr(steps, "LOOK_EVERY_S", 0.02)
-    monkeypatch.setattr(steps, "SHOW_EVERY_S", 0.02)
+    monkeypatch.setattr(leases, "STALE_S", 0.5)
+    monkeypatch.setattr(leases, "REFRESH_S", 0.1)
+    monkeypatch.setattr(step_runner, "LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(step_runner, "SHOW_EVERY_S", 0.02)
 
 
 def contents(directory: Path) -> dict[str, str]:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import megatron_rdt
 from data_prep.config import PrepConfig
-from data_prep.tokenizer import train_tokenizer
+from data_prep.stages.tokenizer.train_sentencepiece import train_tokenizer
 from launch.cli import run_command
 from megatron_rdt.config import RunConfig
 from megatron_rdt.convert import convert

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.jobs.claims import Claims
+from data_prep.jobs.leases import Claims
 from data_prep.jobs.progress import Progress
 from data_prep.jobs.workers import Pool
 from data_prep.jobs.working_directory import Job

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import show
-from data_prep.show import Style
+from data_prep import show_corpus as show
+from data_prep.show_corpus import Style
 from launch.cli import run_command
 from megatron_rdt.data import IndexedDataset, IndexedWriter, TokenCorpus, Tokenizer
 from megatron_rdt.data.shard_files.block_hashes import seal_shard

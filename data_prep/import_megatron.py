@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data_prep.manifest import tokenizer_fields
+from data_prep.stages.write_manifest import make_split_record, make_tokenizer_record, print_splits
 from megatron_rdt.data.shard_files.block_hashes import SUFFIXES, read_content, write_sums
 from megatron_rdt.data.shard_files.corpus_manifest import FORMAT, MANIFEST, VERSION
 from megatron_rdt.data.shard_files.indexed import REBUILD, IndexedDataset, prefix_path
@@ -118,8 +118,7 @@ def _import_into(work: Path, splits: dict[str, Sequence[str]], tokenizer_path: s
     ended, documents = sum(one.ended for one in every), sum(one.documents for one in every)
     document = _manifest(tokenizer, every[0].dtype, imported, ended == documents)
     write_text(work / MANIFEST, json.dumps(document, indent=1) + "\n")
-    for split, content in document["splits"].items():
-        print(f"{split}: {content['tokens']:,} tokens, {content['documents']:,} documents")
+    print_splits(document)
     if ended < documents:
         print(
             f"EOS (id {tokenizer.eos}) ends {ended:,} of {documents:,} documents ({ended / max(1, documents):.1%}): "
@@ -222,17 +221,13 @@ def _opened(source: str) -> tuple[IndexedDataset, np.ndarray]:
 def _manifest(
     tokenizer: Tokenizer, dtype: np.dtype, imported: dict[str, list[Imported]], ended: bool
 ) -> dict[str, Any]:
-    splits = {}
-    for split, found in imported.items():
-        records = [one.record for one in found]
-        counts = {key: sum(record[key] for record in records) for key in ("tokens", "documents", "text_bytes")}
-        splits[split] = {**counts, "shards": records}
+    splits = {split: make_split_record([one.record for one in found]) for split, found in imported.items()}
     sources = [one.record["source"] for found in imported.values() for one in found]
     return {
         "format": FORMAT,
         "version": VERSION,
         "dtype": dtype.name,
-        **tokenizer_fields(tokenizer),
+        **make_tokenizer_record(tokenizer),
         "prep": {
             "options_sha256": hashlib.sha256("\n".join(["import", *sources]).encode()).hexdigest(),
             "options": {},

@@ -18,8 +18,7 @@ from data_prep.sources.records import BAD_LISTED
 from megatron_rdt.data import load_manifest
 from megatron_rdt.errors import ConfigError, DataError, LaunchError
 from megatron_rdt.files import exclusive
-from tests.data_prep.test_prep import GOOD, config, lines
-from tests.data_prep.test_prep_jobs import contents, texts_of
+from tests.data_prep.small_corpora import RECORDS, make_config, read_files, read_texts, write_lines
 
 
 @pytest.fixture
@@ -27,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
     """A folder of sixty text files."""
     folder = tmp_path / "text"
     folder.mkdir()
-    for i, line in enumerate(GOOD):
+    for i, line in enumerate(RECORDS):
         (folder / f"{i:02d}.txt").write_text(json.loads(line)["text"])
     return folder
 
@@ -59,45 +58,45 @@ def remove(folder: Path) -> None:
     ],
 )
 def test_changed_text_is_noticed(do: object, message: str, folder: Path, tmp_path: Path) -> None:
-    out = prepare(config(folder, tmp_path / "out"))
-    before = contents(out)
+    out = prepare(make_config(folder, tmp_path / "out"))
+    before = read_files(out)
     do(folder)  # type: ignore[operator]
     with pytest.raises(ConfigError, match=message):
-        prepare(config(folder, out))
-    assert contents(out) == before
-    prepare(config(folder, out, restart=True))
-    assert contents(out) != before
+        prepare(make_config(folder, out))
+    assert read_files(out) == before
+    prepare(make_config(folder, out, restart=True))
+    assert read_files(out) != before
 
 
 def test_touched_text_is_not_changed_text(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = prepare(config(folder, tmp_path / "out"))
+    out = prepare(make_config(folder, tmp_path / "out"))
     os.utime(folder / "03.txt", (1, 1))
-    prepare(config(folder, out))
+    prepare(make_config(folder, out))
     assert "nothing to do" in capsys.readouterr().out
 
 
 def test_one_prep_at_a_time(folder: Path, tmp_path: Path) -> None:
     with exclusive(tmp_path / ".out.lock", "held"), pytest.raises(LaunchError, match="another `rdt prep` is writing"):
-        prepare(config(folder, tmp_path / "out"))
-    prepare(config(folder, tmp_path / "out"))
+        prepare(make_config(folder, tmp_path / "out"))
+    prepare(make_config(folder, tmp_path / "out"))
     assert not (tmp_path / ".out.lock").exists()
 
 
 def test_killed_while_replacing(folder: Path, tmp_path: Path) -> None:
     """The old corpus is hidden and the new one has no name yet: the old one comes back."""
-    out = prepare(config(folder, tmp_path / "out"))
-    before = contents(out)
+    out = prepare(make_config(folder, tmp_path / "out"))
+    before = read_files(out)
     out.rename(tmp_path / ".out.replaced")
-    prepare(config(folder, out))
-    assert contents(out) == before
+    prepare(make_config(folder, out))
+    assert read_files(out) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text"]
 
 
 def test_restart_deletes_nothing_that_it_did_not_write(folder: Path, tmp_path: Path) -> None:
-    out = prepare(config(folder, tmp_path / "out"))
+    out = prepare(make_config(folder, tmp_path / "out"))
     (out / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"notes\.txt, which `rdt prep` did not write"):
-        prepare(config(folder, out, seed=8, restart=True))
+        prepare(make_config(folder, out, seed=8, restart=True))
     assert (out / "notes.txt").read_text() == "mine"
 
 
@@ -112,7 +111,7 @@ def test_a_killed_worker_is_an_error(folder: Path, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(Pool, "submit", submit_and_kill)
     with pytest.raises(DataError, match="a worker process was killed"):
-        prepare(config(folder, tmp_path / "out", workers=2))
+        prepare(make_config(folder, tmp_path / "out", workers=2))
     assert not (tmp_path / "out").exists()
 
 
@@ -120,12 +119,12 @@ BAD_UTF8: list[str | bytes] = ['{"text": "before \\ud83d after"}', b'{"text": "c
 
 
 def test_invalid_utf8_is_replaced_and_counted(tmp_path: Path) -> None:
-    source = lines(tmp_path / "a.jsonl", [*GOOD, *BAD_UTF8])
-    out = prepare(config(source, tmp_path / "out", on_bad="replace"))
+    source = write_lines(tmp_path / "a.jsonl", [*RECORDS, *BAD_UTF8])
+    out = prepare(make_config(source, tmp_path / "out", on_bad="replace"))
     manifest = load_manifest(out).document
     assert (manifest["replaced"], manifest["dropped"]) == (2, {})
     assert [message.split(": ")[1].split(" ")[0] for message in manifest["bad"]] == ["lone", "invalid"]
-    assert {"before \ufffd after", "caf\ufffd"} <= texts_of(out)
+    assert {"before \ufffd after", "caf\ufffd"} <= read_texts(out)
 
 
 def damaged_gzip(path: Path) -> None:
@@ -148,8 +147,8 @@ def cut_zstd(path: Path) -> None:
 def test_a_damaged_file_stops_or_is_left_out(name: str, damage: object, folder: Path, tmp_path: Path) -> None:
     damage(folder / name)  # type: ignore[operator]
     with pytest.raises(DataError, match=rf"{name}.*damaged.*--on_bad skip"):
-        prepare(config(folder, tmp_path / "out"))
-    out = prepare(config(folder, tmp_path / "out", on_bad="skip"))
+        prepare(make_config(folder, tmp_path / "out"))
+    out = prepare(make_config(folder, tmp_path / "out", on_bad="skip"))
     assert load_manifest(out).document["dropped"] == {"damaged": 1}
 
 
@@ -161,15 +160,15 @@ def test_cut_lines_stop_or_are_left_out(
 ) -> None:
     """Files of two members or frames; the second is cut, where the format has its check sum or its last block."""
     whole, cut = tmp_path / f"a.jsonl{ending}", tmp_path / f"b.jsonl{ending}"
-    first, second = ("".join(line + "\n" for line in part).encode() for part in (GOOD[:40], GOOD[40:]))
+    first, second = ("".join(line + "\n" for line in part).encode() for part in (RECORDS[:40], RECORDS[40:]))
     whole.write_bytes(compress(first) + compress(second))
-    assert texts_of(prepare(config(whole, tmp_path / "whole"))) == {json.loads(line)["text"] for line in GOOD}
+    assert read_texts(prepare(make_config(whole, tmp_path / "whole"))) == {json.loads(line)["text"] for line in RECORDS}
     cut.write_bytes(compress(first) + compress(second)[:-damage])
     with pytest.raises(
         DataError, match=rf"b\.jsonl{ending}: compressed file ends early or is damaged after \d\d lines"
     ):
-        prepare(config(cut, tmp_path / "cut"))
-    out = prepare(config(cut, tmp_path / "cut", on_bad="skip"))
+        prepare(make_config(cut, tmp_path / "cut"))
+    out = prepare(make_config(cut, tmp_path / "cut", on_bad="skip"))
     assert load_manifest(out).document["dropped"] == {"damaged": 1}
 
 
@@ -178,18 +177,18 @@ def test_sources_of_the_same_name_are_told_apart(folder: Path, tmp_path: Path) -
     for path in other.iterdir():
         path.write_text("another " + path.read_text())
     sources = {"sources": [str(folder), str(other)]}
-    out = prepare(config(folder, tmp_path / "out", **sources))
+    out = prepare(make_config(folder, tmp_path / "out", **sources))
     names = [record["path"] for record in load_manifest(out).document["inputs"]]
     assert (names[0], names[-1]) == ("0:text/00.txt", "1:text/59.txt")
-    assert len(set(names)) == 2 * len(GOOD)
+    assert len(set(names)) == 2 * len(RECORDS)
     (folder / "03.txt").write_text("something else")
     with pytest.raises(ConfigError, match=r"0:text/03\.txt has other content"):
-        prepare(config(folder, out, **sources))
+        prepare(make_config(folder, out, **sources))
 
 
 def test_no_shard_is_larger_than_asked(folder: Path, tmp_path: Path) -> None:
-    (folder / "long.txt").write_text("".join(json.loads(line)["text"] for line in GOOD))
-    out = prepare(config(folder, tmp_path / "out", shard_bytes=400))
+    (folder / "long.txt").write_text("".join(json.loads(line)["text"] for line in RECORDS))
+    out = prepare(make_config(folder, tmp_path / "out", shard_bytes=400))
     shards = load_manifest(out).document["splits"]["train"]["shards"]
     assert all(shard["bin_bytes"] <= 400 or shard["documents"] == 1 for shard in shards)
     assert max(shard["bin_bytes"] for shard in shards) > 400, "a document is never cut"
@@ -198,27 +197,27 @@ def test_no_shard_is_larger_than_asked(folder: Path, tmp_path: Path) -> None:
 
 def test_too_many_bad_records_stop_the_job(tmp_path: Path) -> None:
     def source(bad: int) -> Iterator[str]:
-        yield from GOOD
+        yield from RECORDS
         yield from ("{" for _ in range(bad))
 
-    few = lines(tmp_path / "few.jsonl", list(source(BAD_LISTED)))
-    prepare(config(few, tmp_path / "few", on_bad="skip"))
-    many = lines(tmp_path / "many.jsonl", list(source(BAD_LISTED + 1)))
+    few = write_lines(tmp_path / "few.jsonl", list(source(BAD_LISTED)))
+    prepare(make_config(few, tmp_path / "few", on_bad="skip"))
+    many = write_lines(tmp_path / "many.jsonl", list(source(BAD_LISTED + 1)))
     with pytest.raises(DataError, match=r"21 of 81 records are bad, more than --max_bad 0\.001; the first:"):
-        prepare(config(many, tmp_path / "many", on_bad="skip"))
-    prepare(config(many, tmp_path / "many", on_bad="skip", max_bad=0.5))
+        prepare(make_config(many, tmp_path / "many", on_bad="skip"))
+    prepare(make_config(many, tmp_path / "many", on_bad="skip", max_bad=0.5))
 
 
 def test_an_ending_that_is_not_known(tmp_path: Path) -> None:
     source = tmp_path / "a.dat"
-    source.write_text("\n\n".join(json.loads(line)["text"] for line in GOOD))
+    source.write_text("\n\n".join(json.loads(line)["text"] for line in RECORDS))
     with pytest.raises(ConfigError, match=r"a\.dat ends with none of \.txt"):
-        prepare(config(source, tmp_path / "out"))
-    out = prepare(config(source, tmp_path / "out", extensions=[".DAT"], valid_fraction=0.0))
+        prepare(make_config(source, tmp_path / "out"))
+    out = prepare(make_config(source, tmp_path / "out", extensions=[".DAT"], valid_fraction=0.0))
     assert load_manifest(out).document["splits"]["train"]["documents"] == 1
 
 
 @pytest.mark.parametrize("out", ["", ".", "/", ".."])
 def test_an_output_without_a_name(out: str, folder: Path) -> None:
     with pytest.raises(ConfigError, match="must end with the name of a directory"):
-        prepare(dataclasses.replace(config(folder, Path("x")), out=out))
+        prepare(dataclasses.replace(make_config(folder, Path("x")), out=out))

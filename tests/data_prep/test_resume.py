@@ -15,17 +15,16 @@ import pytest
 
 from data_prep import pipeline
 from data_prep.config import PrepConfig
-from data_prep.jobs.claims import STALE_S, Claims, claims
+from data_prep.jobs.leases import STALE_S, Claims, claims
 from data_prep.jobs.working_directory import Job, versions
 from data_prep.pipeline import merge, prepare
 from data_prep.sources.inputs import Part
 from data_prep.stages import publish
-from data_prep.stages import train_tokenizer as sample
+from data_prep.stages.tokenizer import make_tokenizer
 from megatron_rdt.data import load_manifest
 from megatron_rdt.errors import ConfigError, DataError, LaunchError
 from megatron_rdt.files import exclusive
-from tests.data_prep.test_prep import lines
-from tests.data_prep.test_prep_jobs import contents
+from tests.data_prep.small_corpora import read_files, write_lines
 
 STAGES = ["plan.json", "scan/part-00003.json", "duplicates.json", "tokenizer.json", "encode/part-00000-00.json"]
 STAGES += ["groups/group-00000.json", "groups/group-00002.json"]
@@ -39,7 +38,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["loop", "depth", "token", "model", "train", "shard", "window", "corpus", "tensor", "prefix"]
     texts = [" ".join(draw.choices(words, k=draw.randrange(5, 60))) + f" {i}" for i in range(300)]
     path = tmp_path_factory.mktemp("resume") / "a.jsonl"
-    return lines(path, [json.dumps({"text": text}) for text in [*texts, *texts[:20]]])
+    return write_lines(path, [json.dumps({"text": text}) for text in [*texts, *texts[:20]]])
 
 
 def config(source: Path, out: Path, **changes: object) -> PrepConfig:
@@ -96,7 +95,7 @@ def test_killed_at_every_stage(source: Path, straight: Path, tmp_path: Path, rep
             assert not (tmp_path / "out").exists()
     assert killed >= 4, "a machine so slow that most of them ended first"
     prepare(options)
-    assert contents(tmp_path / "out") == contents(straight)
+    assert read_files(tmp_path / "out") == read_files(straight)
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -107,7 +106,7 @@ def test_killed_with_workers(stage: str, source: Path, straight: Path, tmp_path:
     """Workers end with the process that started them; whoever goes on has another number of them."""
     kill_when(config(source, tmp_path / "out", workers=2), stage, repository)
     prepare(config(source, tmp_path / "out", workers=1))
-    assert contents(tmp_path / "out") == contents(straight)
+    assert read_files(tmp_path / "out") == read_files(straight)
 
 
 def interrupt_before(monkeypatch: pytest.MonkeyPatch, module: object, name: str, calls: int = 0) -> None:
@@ -154,7 +153,7 @@ def test_what_is_done_is_not_done_again(
     prepare(config(source, tmp_path / "out"))
     assert scanned == [3, 4, 5, 6, 7]
     assert encoded == [4, 5, 6, 7]
-    assert contents(tmp_path / "out") == contents(straight)
+    assert read_files(tmp_path / "out") == read_files(straight)
 
 
 def test_a_damaged_step_is_done_again(
@@ -170,7 +169,7 @@ def test_a_damaged_step_is_done_again(
     shard.write_bytes(shard.read_bytes()[:-2])
     (root / "corpus" / "train" / "shard-00000.bin.77.tmp").write_bytes(b"x")
     prepare(config(source, tmp_path / "out"))
-    assert contents(tmp_path / "out") == contents(straight)
+    assert read_files(tmp_path / "out") == read_files(straight)
 
 
 def test_a_tokenizer_without_its_record_is_made_again(
@@ -182,9 +181,9 @@ def test_a_tokenizer_without_its_record_is_made_again(
     model = publish.working_directory(out) / "corpus" / "tokenizer" / "tokenizer.model"
     model.write_bytes(model.read_bytes()[:-100])
     prepare(config(source, out))
-    assert contents(out) == contents(straight)
+    assert read_files(out) == read_files(straight)
     with monkeypatch.context() as patch:
-        interrupt_before(patch, sample, "tokenizer_record", 0)
+        interrupt_before(patch, make_tokenizer, "tokenizer_record", 0)
         interrupted(config(source, tmp_path / "late", vocab_size=340))
     late = publish.working_directory(tmp_path / "late") / "corpus" / "tokenizer"
     assert late.is_dir()
@@ -202,7 +201,7 @@ def test_killed_when_the_corpus_has_its_name(
     assert publish.working_directory(tmp_path / "out").exists()
     prepare(config(source, tmp_path / "out"))
     assert "nothing to do" in capsys.readouterr().out
-    assert contents(tmp_path / "out") == contents(straight)
+    assert read_files(tmp_path / "out") == read_files(straight)
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -227,7 +226,7 @@ def test_other_options_are_refused(source: Path, tmp_path: Path, monkeypatch: py
         prepare(config(source, out))
     monkeypatch.undo()
     other = prepare(config(source, tmp_path / "other", seed=8))
-    assert contents(prepare(config(source, out, seed=8, restart=True))).keys() == contents(other).keys()
+    assert read_files(prepare(config(source, out, seed=8, restart=True))).keys() == read_files(other).keys()
     assert load_manifest(out).fingerprint == load_manifest(other).fingerprint
 
 
@@ -249,7 +248,7 @@ def test_changed_files_begin_again(
         file.write(json.dumps({"text": "one more"}) + "\n")
     prepare(config(copy, tmp_path / "out"))
     assert "a.jsonl has changed: beginning again" in capsys.readouterr().out
-    assert contents(tmp_path / "out") == contents(prepare(config(copy, tmp_path / "other")))
+    assert read_files(tmp_path / "out") == read_files(prepare(config(copy, tmp_path / "other")))
 
 
 def test_files_that_change_under_it_are_an_error(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,16 +280,16 @@ def test_a_full_disk_keeps_what_is_done(
         patch.setattr(pipeline, "write_group", full_disk)
         with pytest.raises(DataError, match=r"disk is full while writing .* goes on where it was"):
             prepare(config(source, tmp_path / "out"))
-    assert contents(prepare(config(source, tmp_path / "out"))) == contents(straight)
+    assert read_files(prepare(config(source, tmp_path / "out"))) == read_files(straight)
 
 
 def test_a_disk_too_full_for_links(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = contents(prepare(config(source, tmp_path / "straight", dedup="near")))
+    expected = read_files(prepare(config(source, tmp_path / "straight", dedup="near")))
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", full_disk)
         with pytest.raises(DataError, match=r"disk is full while writing .* goes on where it was"):
             prepare(config(source, tmp_path / "out", dedup="near"))
-    assert contents(prepare(config(source, tmp_path / "out", dedup="near"))) == expected
+    assert read_files(prepare(config(source, tmp_path / "out", dedup="near"))) == expected
 
 
 def full_disk(*arguments: object) -> None:
@@ -307,11 +306,11 @@ def test_tasks_one_after_another(count: int, source: Path, straight: Path, tmp_p
     """Twelve are more than there are groups."""
     run_tasks(source, tmp_path / "out", count)
     merge(config(source, tmp_path / "out"))
-    assert contents(tmp_path / "out") == contents(straight)
+    assert read_files(tmp_path / "out") == read_files(straight)
     assert os.listdir(tmp_path) == ["out"]
     prepare(config(source, tmp_path / "out", shard=f"0/{count}"))
     merge(config(source, tmp_path / "out"))
-    assert contents(tmp_path / "out") == contents(straight)
+    assert read_files(tmp_path / "out") == read_files(straight)
 
 
 @pytest.mark.distributed
@@ -324,7 +323,7 @@ def test_tasks_at_the_same_time(source: Path, straight: Path, tmp_path: Path, re
     assert start(options[2], repository).wait() == 0
     assert [process.wait() for process in others] == [0, 0]
     merge(config(source, tmp_path / "out"))
-    assert contents(tmp_path / "out") == contents(straight)
+    assert read_files(tmp_path / "out") == read_files(straight)
 
 
 def test_merge_names_what_is_missing(source: Path, straight: Path, tmp_path: Path) -> None:
@@ -341,7 +340,7 @@ def test_merge_names_what_is_missing(source: Path, straight: Path, tmp_path: Pat
     with pytest.raises(ConfigError, match="begun with seed=7, now 8"):
         merge(dataclasses.replace(options, seed=8))
     prepare(options)  # a plain prep makes the rest
-    assert contents(tmp_path / "out") == contents(straight)
+    assert read_files(tmp_path / "out") == read_files(straight)
 
 
 def test_one_process_a_task(source: Path, tmp_path: Path) -> None:

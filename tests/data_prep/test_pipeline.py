@@ -1,6 +1,5 @@
 """Prep: the same bytes for any number of workers, an exact tokenizer, clear words about bad input."""
 
-import dataclasses
 import gzip
 import json
 import os
@@ -11,23 +10,12 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from data_prep import tokenizer
 from data_prep.config import PrepConfig
 from data_prep.pipeline import prepare
+from data_prep.stages.tokenizer import write_tokenizer as export
 from megatron_rdt.data import IndexedDataset, TokenCorpus, Tokenizer, load_manifest
 from megatron_rdt.errors import ConfigError, DataError
-
-GOOD = [json.dumps({"text": f"document {i} says " + "word " * (i % 7) + str(i * i)}) for i in range(60)]
-
-
-def config(source: Path, out: Path, **changes: object) -> PrepConfig:
-    base = PrepConfig(sources=[str(source)], out=str(out), vocab_size=320, valid_fraction=0.2, workers=1)
-    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
-
-
-def lines(path: Path, content: list[str | bytes]) -> Path:
-    path.write_bytes(b"\n".join(c if isinstance(c, bytes) else c.encode() for c in content) + b"\n")
-    return path
+from tests.data_prep.small_corpora import RECORDS, make_config, write_lines
 
 
 def test_result_does_not_depend_on_workers(tiny_text: Path, tiny_corpus: Path, tmp_path: Path) -> None:
@@ -70,14 +58,14 @@ def test_tokenizer_round_trip_and_export(tiny_corpus: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 def test_jsonl_plain_and_compressed(tmp_path: Path, suffix: str) -> None:
-    path = lines(tmp_path / "a.jsonl", [*GOOD, GOOD[0], json.dumps({"text": "  \n"})])
+    path = write_lines(tmp_path / "a.jsonl", [*RECORDS, RECORDS[0], json.dumps({"text": "  \n"})])
     if suffix == ".gz":
         path = path.rename(tmp_path / "plain")
         (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "plain").read_bytes()))
     elif suffix == ".zst":
         path = path.rename(tmp_path / "plain")
         (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress((tmp_path / "plain").read_bytes()))
-    out = prepare(config(tmp_path / f"a.jsonl{suffix}", tmp_path / "out"))
+    out = prepare(make_config(tmp_path / f"a.jsonl{suffix}", tmp_path / "out"))
     manifest = load_manifest(out).document
     assert manifest["dropped"] == {"duplicate": 1, "empty": 1}
     assert sum(split["documents"] for split in manifest["splits"].values()) == 60
@@ -87,9 +75,9 @@ def test_parquet(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    table = pyarrow.table({"text": [json.loads(line)["text"] for line in GOOD]})
+    table = pyarrow.table({"text": [json.loads(line)["text"] for line in RECORDS]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    out = prepare(config(tmp_path / "a.parquet", tmp_path / "out"))
+    out = prepare(make_config(tmp_path / "a.parquet", tmp_path / "out"))
     assert sum(split["documents"] for split in load_manifest(out).document["splits"].values()) == 60
 
 
@@ -108,46 +96,46 @@ BAD = [
 
 @pytest.mark.parametrize(("line", "message"), BAD, ids=range(len(BAD)))
 def test_bad_lines_are_named_or_skipped(tmp_path: Path, line: str | bytes, message: str) -> None:
-    source = lines(tmp_path / "a.jsonl", [*GOOD, line])
+    source = write_lines(tmp_path / "a.jsonl", [*RECORDS, line])
     with pytest.raises(DataError, match=message):
-        prepare(config(source, tmp_path / "out"))
+        prepare(make_config(source, tmp_path / "out"))
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
-    out = prepare(config(source, tmp_path / "out", on_bad="skip"))
+    out = prepare(make_config(source, tmp_path / "out", on_bad="skip"))
     dropped = load_manifest(out).document["dropped"]
     assert sum(dropped.values()) == 1
 
 
 def test_compressed_file_cut_short(tmp_path: Path) -> None:
-    content = gzip.compress(("\n".join(GOOD) + "\n").encode() * 50)
+    content = gzip.compress(("\n".join(RECORDS) + "\n").encode() * 50)
     (tmp_path / "a.jsonl.gz").write_bytes(content[:-40])
     with pytest.raises(DataError, match="compressed file ends early"):
-        prepare(config(tmp_path / "a.jsonl.gz", tmp_path / "out"))
+        prepare(make_config(tmp_path / "a.jsonl.gz", tmp_path / "out"))
 
 
 def test_refusals(tmp_path: Path) -> None:
-    source = lines(tmp_path / "a.jsonl", list(GOOD))
+    source = write_lines(tmp_path / "a.jsonl", list(RECORDS))
     with pytest.raises(ConfigError, match="does not exist"):
-        prepare(config(tmp_path / "b.jsonl", tmp_path / "out"))
+        prepare(make_config(tmp_path / "b.jsonl", tmp_path / "out"))
     with pytest.raises(DataError, match=r"vocab_size 30000 is too large .* Set --vocab_size \d+"):
-        prepare(config(source, tmp_path / "large", vocab_size=30000))
-    prepare(config(source, tmp_path / "large", vocab_size=310))  # the scan that is there is not in the way
-    empty = lines(tmp_path / "empty.jsonl", ['{"text": ""}'])
+        prepare(make_config(source, tmp_path / "large", vocab_size=30000))
+    prepare(make_config(source, tmp_path / "large", vocab_size=310))  # the scan that is there is not in the way
+    empty = write_lines(tmp_path / "empty.jsonl", ['{"text": ""}'])
     with pytest.raises(DataError, match="no document with text"):
-        prepare(config(empty, tmp_path / "out"))
+        prepare(make_config(empty, tmp_path / "out"))
     with pytest.raises(DataError, match="the valid split would be empty with 60 documents"):
-        prepare(config(source, tmp_path / "out", valid_fraction=0.0001))
-    out = prepare(config(source, tmp_path / "out"))
+        prepare(make_config(source, tmp_path / "out", valid_fraction=0.0001))
+    out = prepare(make_config(source, tmp_path / "out"))
     before = (out / "manifest.json").read_bytes()
-    assert prepare(config(source, out)) == out
+    assert prepare(make_config(source, out)) == out
     with pytest.raises(ConfigError, match="was prepared with seed=7, now 8"):
-        prepare(config(source, out, seed=8))
+        prepare(make_config(source, out, seed=8))
     assert (out / "manifest.json").read_bytes() == before
-    prepare(config(source, out, seed=8, restart=True))
+    prepare(make_config(source, out, seed=8, restart=True))
     assert (out / "manifest.json").read_bytes() != before
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
-    out = prepare(config(lines(tmp_path / "a.jsonl", list(GOOD)), tmp_path / "out"))
+    out = prepare(make_config(write_lines(tmp_path / "a.jsonl", list(RECORDS)), tmp_path / "out"))
     shard = out / "train" / "shard-00000.bin"
     content = bytearray(shard.read_bytes())
     shard.write_bytes(content[:-2])
@@ -163,7 +151,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     corpus = TokenCorpus(out, "train", 8, 1)
     with pytest.raises(DataError, match="holds id 65535"):
         corpus.windows(range(corpus.samples_per_epoch))
-    other = prepare(config(tmp_path / "a.jsonl", tmp_path / "other", vocab_size=290))
+    other = prepare(make_config(tmp_path / "a.jsonl", tmp_path / "other", vocab_size=290))
     os.replace(other / "tokenizer" / "tokenizer.model", out / "tokenizer" / "tokenizer.model")
     with pytest.raises(DataError, match="not the tokenizer that made these shards"):
         TokenCorpus(out, "train", 8, 1)
@@ -183,7 +171,7 @@ def drop_spaces_when_decoding(document: dict) -> None:
 def test_an_export_that_is_not_exact_is_refused(
     change: Callable[[dict], None], message: str, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact = tokenizer.tokenizer_json
+    exact = export.tokenizer_json
 
     def changed(model: bytes) -> dict | None:
         document = exact(model)
@@ -191,9 +179,9 @@ def test_an_export_that_is_not_exact_is_refused(
         change(document)
         return document
 
-    monkeypatch.setattr(tokenizer, "tokenizer_json", changed)
+    monkeypatch.setattr(export, "tokenizer_json", changed)
     model = (tiny_corpus / "tokenizer" / "tokenizer.model").read_bytes()
     with pytest.raises(DataError, match=rf"could not be exported exactly: tokenizer\.json {message}"):
-        tokenizer.write_tokenizer(model, tmp_path / "t", ["a text with spaces"])
-    tokenizer.write_tokenizer(model, tmp_path / "foreign", [], foreign=True)
+        export.write_tokenizer(model, tmp_path / "t", ["a text with spaces"])
+    export.write_tokenizer(model, tmp_path / "foreign", [], foreign=True)
     assert sorted(path.name for path in (tmp_path / "foreign").iterdir()) == ["token_bytes.npy", "tokenizer.model"]

@@ -22,13 +22,12 @@ from data_prep.stages.scan import ArrayWriter, is_valid, scan_part, scan_path, s
 from megatron_rdt.data import IndexedDataset, Tokenizer, load_manifest
 from megatron_rdt.data.shard_files.verify import verify_corpus
 from megatron_rdt.errors import ConfigError, DataError
-from tests.data_prep.test_prep import GOOD, config, lines
-from tests.data_prep.test_prep_jobs import contents, texts_of
+from tests.data_prep.small_corpora import RECORDS, make_config, read_files, read_split_texts, read_texts, write_lines
 
 
 def read(source: Path, **options: object) -> list[tuple[Part, list[Document], Reader]]:
     """Every part with what is in it."""
-    settings = config(source, Path("unused"), **options)
+    settings = make_config(source, Path("unused"), **options)
     found = []
     for part in cut_parts(settings, input_files(settings)):
         reader = Reader(part, settings)
@@ -72,12 +71,12 @@ def test_any_cut_gives_the_lines_of_the_file(seed: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("part_bytes", [30, 1000, 10_000])
 def test_a_bad_line_has_its_number_wherever_the_file_is_cut(part_bytes: int, tmp_path: Path) -> None:
     for bad in (0, 17, 30, 59):
-        source = lines(tmp_path / "a.jsonl", [*GOOD[:bad], '{"text": ', *GOOD[bad:]])
-        start = sum(len(line) + 1 for line in GOOD[:bad])
+        source = write_lines(tmp_path / "a.jsonl", [*RECORDS[:bad], '{"text": ', *RECORDS[bad:]])
+        start = sum(len(line) + 1 for line in RECORDS[:bad])
         message = rf"a\.jsonl:{bad + 1} \(byte {start}\): not valid JSON: Expecting value at column 10"
         with pytest.raises(DataError, match=message):
             read(source, part_bytes=part_bytes)
-    out = prepare(config(source, tmp_path / "out", on_bad="skip", part_bytes=max(part_bytes, 300)))
+    out = prepare(make_config(source, tmp_path / "out", on_bad="skip", part_bytes=max(part_bytes, 300)))
     assert load_manifest(out).document["bad"] == [
         f"{source}:60 (byte {start}): not valid JSON: Expecting value at column 10"
     ]
@@ -85,12 +84,12 @@ def test_a_bad_line_has_its_number_wherever_the_file_is_cut(part_bytes: int, tmp
 
 def test_only_the_documents_that_are_wanted(tmp_path: Path) -> None:
     """The others are not parsed: what is wrong with them was said before."""
-    source = lines(tmp_path / "a.jsonl", [GOOD[0], "{", GOOD[2], b"\xff", GOOD[4]])
-    settings = config(source, Path("unused"))
+    source = write_lines(tmp_path / "a.jsonl", [RECORDS[0], "{", RECORDS[2], b"\xff", RECORDS[4]])
+    settings = make_config(source, Path("unused"))
     (part,) = cut_parts(settings, input_files(settings))
-    wanted = len(GOOD[0]) + 1 + 2
+    wanted = len(RECORDS[0]) + 1 + 2
     reader = Reader(part, settings, wanted=lambda name, number: (name, number) == ("a.jsonl", wanted))
-    assert [document.text for document in reader] == [json.loads(GOOD[2])["text"]]
+    assert [document.text for document in reader] == [json.loads(RECORDS[2])["text"]]
 
 
 def test_small_files_share_a_part_and_large_ones_do_not(tmp_path: Path) -> None:
@@ -108,7 +107,7 @@ def test_parquet_is_cut_at_row_groups(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    texts = [json.loads(line)["text"] for line in GOOD]
+    texts = [json.loads(line)["text"] for line in RECORDS]
     path = tmp_path / "a.parquet"
     table = pyarrow.table(
         {"id": range(60), "text": [*texts[:50], None, *texts[51:]], "ask": ["why"] * 30 + [None] * 30}
@@ -135,7 +134,7 @@ def test_a_dataset_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     folder = tmp_path / "set"
     folder.mkdir()
     for i in range(3):
-        lines(folder / f"{i}.jsonl", [*GOOD[20 * i : 20 * (i + 1)]])
+        write_lines(folder / f"{i}.jsonl", [*RECORDS[20 * i : 20 * (i + 1)]])
     opened, open_dataset = Counter[str](), records.shard_records
 
     def counted(words: str, *rest: object) -> object:
@@ -143,8 +142,8 @@ def test_a_dataset_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return open_dataset(words, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(records, "shard_records", counted)
-    settings = dataclasses.replace(config(folder, tmp_path / "out"), sources=[f"hf:{folder}"])
-    assert texts_of(prepare(settings)) == {json.loads(line)["text"] for line in GOOD}
+    settings = dataclasses.replace(make_config(folder, tmp_path / "out"), sources=[f"hf:{folder}"])
+    assert read_texts(prepare(settings)) == {json.loads(line)["text"] for line in RECORDS}
     assert sum(opened.values()) == 3
 
 
@@ -155,53 +154,49 @@ def plain_split(texts: list[str], options: PrepConfig) -> set[str]:
     return {text for text in texts if is_valid(xxhash.xxh3_128_digest(text.encode()), options.valid_fraction)}
 
 
-def split_texts(corpus: Path, split: str) -> list[str]:
-    tokenizer = Tokenizer(corpus / "tokenizer")
-    shards = [IndexedDataset(prefix) for prefix in load_manifest(corpus).shards(split)]
-    return [tokenizer.decode(shard[i][:-1].tolist()) for shard in shards for i in range(len(shard))]
-
-
 def test_validation_sources(tmp_path: Path) -> None:
     """Their documents are all validation, the others none; what is in both is validation alone."""
-    first, second = lines(tmp_path / "a.jsonl", GOOD[:50]), lines(tmp_path / "b.jsonl", GOOD[45:])
-    out = prepare(config(first, tmp_path / "out", valid_sources=[str(second)], vocab_size=310))
-    texts = [json.loads(line)["text"] for line in GOOD]
-    assert sorted(split_texts(out, "train")) == sorted(texts[:45])
-    assert sorted(split_texts(out, "valid")) == sorted(texts[45:])
+    first, second = write_lines(tmp_path / "a.jsonl", RECORDS[:50]), write_lines(tmp_path / "b.jsonl", RECORDS[45:])
+    out = prepare(make_config(first, tmp_path / "out", valid_sources=[str(second)], vocab_size=310))
+    texts = [json.loads(line)["text"] for line in RECORDS]
+    assert sorted(read_split_texts(out, "train")) == sorted(texts[:45])
+    assert sorted(read_split_texts(out, "valid")) == sorted(texts[45:])
     assert load_manifest(out).document["dropped"] == {"duplicate": 5}
     with pytest.raises(ConfigError, match="in sources and in valid_sources"):
-        prepare(config(first, tmp_path / "other", valid_sources=[str(first)]))
-    empty = lines(tmp_path / "c.jsonl", ["", ""])
+        prepare(make_config(first, tmp_path / "other", valid_sources=[str(first)]))
+    empty = write_lines(tmp_path / "c.jsonl", ["", ""])
     with pytest.raises(DataError, match="the valid split would be empty"):
-        prepare(config(first, tmp_path / "other", valid_sources=[str(empty)]))
+        prepare(make_config(first, tmp_path / "other", valid_sources=[str(empty)]))
 
 
 def test_the_split_is_by_content(tmp_path: Path) -> None:
-    settings = config(lines(tmp_path / "a.jsonl", list(GOOD)), tmp_path / "out")
-    texts = [json.loads(line)["text"] for line in GOOD]
-    assert set(split_texts(prepare(settings), "valid")) == plain_split(texts, settings)
+    settings = make_config(write_lines(tmp_path / "a.jsonl", list(RECORDS)), tmp_path / "out")
+    texts = [json.loads(line)["text"] for line in RECORDS]
+    assert set(read_split_texts(prepare(settings), "valid")) == plain_split(texts, settings)
 
 
 @pytest.mark.parametrize("count", [1, 13, 60, 1000])
 def test_the_first_documents(count: int, tiny_corpus: Path, tmp_path: Path) -> None:
     """Empty ones do not count; what comes after the last one is not even read."""
-    content: list[str | bytes] = [x for line in GOOD for x in (json.dumps({"text": " "}), line)]
-    source = lines(tmp_path / "a.jsonl", [*content, *(["{"] if count < 60 else [])])
+    content: list[str | bytes] = [x for line in RECORDS for x in (json.dumps({"text": " "}), line)]
+    source = write_lines(tmp_path / "a.jsonl", [*content, *(["{"] if count < 60 else [])])
     options = {"max_documents": count, "valid_fraction": 0.0, "tokenizer": str(tiny_corpus / "tokenizer")}
-    out = prepare(config(source, tmp_path / "out", part_bytes=1000, shard_bytes=2000, **options))
-    assert sorted(split_texts(out, "train")) == sorted(json.loads(line)["text"] for line in GOOD[:count])
+    out = prepare(make_config(source, tmp_path / "out", part_bytes=1000, shard_bytes=2000, **options))
+    assert sorted(read_split_texts(out, "train")) == sorted(json.loads(line)["text"] for line in RECORDS[:count])
     assert load_manifest(out).document["dropped"]["empty"] == min(count, 60)
     merged = tmp_path / "tasks"
-    prepare(config(source, merged, part_bytes=1000, shard_bytes=2000, shard="0/1", **options))
-    prepare(config(source, merged, part_bytes=1000, shard_bytes=2000, **options))
-    assert contents(merged) == contents(out)
+    prepare(make_config(source, merged, part_bytes=1000, shard_bytes=2000, shard="0/1", **options))
+    prepare(make_config(source, merged, part_bytes=1000, shard_bytes=2000, **options))
+    assert read_files(merged) == read_files(out)
 
 
 def test_prompts_do_not_count(tmp_path: Path) -> None:
     """Encoded apart from the text; the mask is 0 for them and 1 for the text and its EOS."""
     pairs = [(f"what is {i} plus {i}?" if i % 3 else None, f" it is {2 * i}.") for i in range(90)]
-    source = lines(tmp_path / "a.jsonl", [json.dumps({"text": text, "ask": ask}) for ask, text in pairs])
-    out = prepare(config(source, tmp_path / "out", prompt_field="ask", part_bytes=800, shard_bytes=600, vocab_size=290))
+    source = write_lines(tmp_path / "a.jsonl", [json.dumps({"text": text, "ask": ask}) for ask, text in pairs])
+    out = prepare(
+        make_config(source, tmp_path / "out", prompt_field="ask", part_bytes=800, shard_bytes=600, vocab_size=290)
+    )
     tokenizer, found = Tokenizer(out / "tokenizer"), []
     for split in ("train", "valid"):
         for prefix in load_manifest(out).shards(split):
@@ -213,39 +208,41 @@ def test_prompts_do_not_count(tmp_path: Path) -> None:
                 assert ids[:cut].tolist() == tokenizer.encode(tokenizer.decode(ids[:cut].tolist()))
                 found.append((tokenizer.decode(ids[:cut].tolist()), tokenizer.decode(ids[cut:-1].tolist())))
     assert sorted(found) == sorted((ask or "", text) for ask, text in pairs)
-    bad = lines(tmp_path / "b.jsonl", [*GOOD, json.dumps({"text": "x", "ask": 3})])
+    bad = write_lines(tmp_path / "b.jsonl", [*RECORDS, json.dumps({"text": "x", "ask": 3})])
     with pytest.raises(
         DataError, match=r'b\.jsonl:61: field "ask" is a number \(int\), expected a string; keys present: ask, text'
     ):
-        prepare(config(bad, tmp_path / "other", prompt_field="ask"))
+        prepare(make_config(bad, tmp_path / "other", prompt_field="ask"))
     with pytest.raises(ConfigError, match="are both 'text'"):
-        prepare(config(bad, tmp_path / "other", prompt_field="text"))
+        prepare(make_config(bad, tmp_path / "other", prompt_field="text"))
 
 
 def test_the_same_text_after_another_prompt_is_no_duplicate(tmp_path: Path) -> None:
-    rows = [{"ask": ask, "text": json.loads(line)["text"]} for line in GOOD for ask in ("a", "b", "a")]
-    out = prepare(config(lines(tmp_path / "a.jsonl", [*map(json.dumps, rows)]), tmp_path / "out", prompt_field="ask"))
+    rows = [{"ask": ask, "text": json.loads(line)["text"]} for line in RECORDS for ask in ("a", "b", "a")]
+    out = prepare(
+        make_config(write_lines(tmp_path / "a.jsonl", [*map(json.dumps, rows)]), tmp_path / "out", prompt_field="ask")
+    )
     assert load_manifest(out).document["dropped"] == {"duplicate": 60}
 
 
 def test_cleaning_is_counted(tmp_path: Path) -> None:
     texts = [*(f"word {i} and more" for i in range(60)), "\ufb01ne and \ufb02at", "short"]
-    source = lines(tmp_path / "a.jsonl", [json.dumps({"text": text}) for text in texts])
-    out = prepare(config(source, tmp_path / "out", normalize="NFKC", min_chars=6, part_bytes=500, vocab_size=300))
+    source = write_lines(tmp_path / "a.jsonl", [json.dumps({"text": text}) for text in texts])
+    out = prepare(make_config(source, tmp_path / "out", normalize="NFKC", min_chars=6, part_bytes=500, vocab_size=300))
     manifest = load_manifest(out).document
     assert (manifest["dropped"], manifest["cleaning"]) == ({"too_short": 1}, {"changed": 1})
-    assert "fine and flat" in texts_of(out)
+    assert "fine and flat" in read_texts(out)
 
 
 def test_near_duplicates_go(tiny_corpus: Path, tmp_path: Path) -> None:
     draw, given = random.Random(0), str(tiny_corpus / "tokenizer")
     texts = [" ".join(str(draw.randrange(1000)) for _ in range(200)) for _ in range(40)]
-    source = lines(
+    source = write_lines(
         tmp_path / "a.jsonl", [json.dumps({"text": text}) for text in [*texts, *(t + " end" for t in texts)]]
     )
-    out = prepare(config(source, tmp_path / "out", dedup="near", part_bytes=5000, tokenizer=given))
+    out = prepare(make_config(source, tmp_path / "out", dedup="near", part_bytes=5000, tokenizer=given))
     assert load_manifest(out).document["dropped"] == {"near_duplicate": 40}
-    out = prepare(config(source, tmp_path / "all", dedup="none", tokenizer=given))
+    out = prepare(make_config(source, tmp_path / "all", dedup="none", tokenizer=given))
     assert load_manifest(out).document["dropped"] == {}
 
 
@@ -253,9 +250,9 @@ def test_the_same_answer_to_another_question_is_no_duplicate(tiny_corpus: Path, 
     asked = [
         {"ask": f"what is {i} plus {i * 7 % 50} and then {i * i}?", "text": "the answer is four"} for i in range(40)
     ]
-    source = lines(tmp_path / "a.jsonl", [json.dumps(record) for record in asked])
+    source = write_lines(tmp_path / "a.jsonl", [json.dumps(record) for record in asked])
     given = str(tiny_corpus / "tokenizer")
-    out = prepare(config(source, tmp_path / "out", dedup="near", prompt_field="ask", tokenizer=given))
+    out = prepare(make_config(source, tmp_path / "out", dedup="near", prompt_field="ask", tokenizer=given))
     assert load_manifest(out).document["dropped"] == {}
 
 
@@ -273,7 +270,7 @@ def test_a_prepared_corpus_is_sealed_and_its_tokenizer_described(tiny_corpus: Pa
 
 
 def test_an_id_outside_the_vocabulary_has_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = lines(tmp_path / "a.jsonl", list(GOOD))
+    source = write_lines(tmp_path / "a.jsonl", list(RECORDS))
     encoded = Tokenizer.encode_batch
 
     def with_a_large_id(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
@@ -282,14 +279,14 @@ def test_an_id_outside_the_vocabulary_has_a_place(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Tokenizer, "encode_batch", with_a_large_id)
     with pytest.raises(DataError, match=r"document .*a\.jsonl:9 has id 70000 but vocab_size is 320"):
-        prepare(config(source, tmp_path / "out", part_bytes=100))
+        prepare(make_config(source, tmp_path / "out", part_bytes=100))
 
 
 def test_a_document_that_is_too_long_has_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode, "MAX_SEQUENCE", 200)
-    source = lines(tmp_path / "a.jsonl", [*GOOD, json.dumps({"text": "word " * 2000})])
+    source = write_lines(tmp_path / "a.jsonl", [*RECORDS, json.dumps({"text": "word " * 2000})])
     with pytest.raises(DataError, match=r"document .*a\.jsonl:61 has \d+ tokens, more than 200\. Split it"):
-        prepare(config(source, tmp_path / "out", valid_fraction=0.0))
+        prepare(make_config(source, tmp_path / "out", valid_fraction=0.0))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 4096, 10_000])
@@ -308,8 +305,8 @@ def test_a_scan_takes_the_same_memory_for_any_text(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(scan, "ROWS_HELD", 256)
     peaks = []
     for size in (1000, 8000):
-        path = lines(tmp_path / f"{size}.jsonl", [json.dumps({"text": f"{i} " * 30}) for i in range(size)])
-        settings = config(path, tmp_path / "out", part_bytes=10**9)
+        path = write_lines(tmp_path / f"{size}.jsonl", [json.dumps({"text": f"{i} " * 30}) for i in range(size)])
+        settings = make_config(path, tmp_path / "out", part_bytes=10**9)
         part = Part(0, "lines", (Input("a", str(path), path.stat().st_size, 0, False),), 0, 0, path.stat().st_size)
         job = Job(settings, tmp_path / f"work{size}", "id")
         tracemalloc.start()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.importing import import_corpus
+from data_prep.import_megatron import import_corpus
 from launch.cli import run_command
 from megatron_rdt.data import TokenCorpus, load_manifest
 from megatron_rdt.data.shard_files.indexed import prefix_path

@@ -11,18 +11,10 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.reasoning import (
-    TEST,
-    TRAIN,
-    Example,
-    Group,
-    Stream,
-    check_difficulty,
-    example,
-    examples,
-    is_even,
-    parse_task,
-)
+from data_prep.reasoning.examples import TEST, TRAIN, Example, generate_examples, make_example
+from data_prep.reasoning.groups import Group, is_even_permutation
+from data_prep.reasoning.random_stream import RandomStream
+from data_prep.reasoning.tasks import check_difficulty, parse_task
 from megatron_rdt.errors import ConfigError
 
 Check = Callable[[Example, int], None]
@@ -110,9 +102,9 @@ def test_answers_are_exact(name: str, parameter: int, hardest: int, check: Check
     @settings(max_examples=30, deadline=None, database=None)
     @given(st.integers(1, hardest), st.integers(-5, 2**70), st.integers(0, 2**40))
     def run(difficulty: int, seed: int, index: int) -> None:
-        one = example(task, difficulty, seed, index)
+        one = make_example(task, difficulty, seed, index)
         assert (one.task, one.difficulty) == (name, difficulty)
-        assert one == example(parse_task(name), difficulty, seed, index)
+        assert one == make_example(parse_task(name), difficulty, seed, index)
         check(one, parameter)
 
     run()
@@ -129,7 +121,7 @@ GOLDEN = [
 
 @pytest.mark.parametrize(("name", "difficulty", "prompt", "answer"), GOLDEN, ids=[golden[0] for golden in GOLDEN])
 def test_examples_never_change(name: str, difficulty: int, prompt: str, answer: str) -> None:
-    one = example(parse_task(name), difficulty, 0, 0)
+    one = make_example(parse_task(name), difficulty, 0, 0)
     assert (one.prompt, one.answer) == (prompt, answer)
 
 
@@ -142,7 +134,7 @@ def test_groups(name: str, order: int, abelian: bool) -> None:
     elements, identity = group.elements, group.elements[0]
     number = {element: i for i, element in enumerate(elements)}
     assert len(number) == len(elements) == order
-    assert len({group.text(element) for element in elements}) == order
+    assert len({group.format_element(element) for element in elements}) == order
     table = [[number[group.product(a, b)] for b in elements] for a in elements]  # closed, or a KeyError
     assert table[0] == [row[0] for row in table] == list(range(order))  # neutral
     assert group.product(identity, identity) == identity
@@ -156,7 +148,7 @@ def test_groups(name: str, order: int, abelian: bool) -> None:
 def test_a5_is_perfect_and_even() -> None:
     """Commutators generate all of A5: it is not solvable, which is what makes its word problem hard."""
     elements = Group("A5").elements
-    assert all(map(is_even, elements))
+    assert all(map(is_even_permutation, elements))
     product = Group("A5").product
     inverse = {a: b for a in elements for b in elements if product(a, b) == elements[0]}
     commutators = {product(product(a, b), product(inverse[a], inverse[b])) for a in elements for b in elements}
@@ -166,8 +158,8 @@ def test_a5_is_perfect_and_even() -> None:
 @pytest.mark.parametrize("name", ["hops", "product:S5", "product:A4", "addition:1", "modular", "prefixes:S3"])
 def test_sides_are_disjoint_whatever_the_seed(name: str) -> None:
     task = [parse_task(name)]
-    train = [*examples(task, 2, 8, TRAIN, 800, 0), *examples(task, 2, 8, TRAIN, 200, 1)]
-    test = [*examples(task, 2, 8, TEST, 80, 0), *examples(task, 2, 8, TEST, 80, 2)]
+    train = [*generate_examples(task, 2, 8, TRAIN, 800, 0), *generate_examples(task, 2, 8, TRAIN, 200, 1)]
+    test = [*generate_examples(task, 2, 8, TEST, 80, 0), *generate_examples(task, 2, 8, TEST, 80, 2)]
     assert {one.key for one in train} & {one.key for one in test} == set()
     assert {one.prompt for one in train} & {one.prompt for one in test} == set()
     assert len({one.prompt for one in train[:800]}) == 800
@@ -187,7 +179,7 @@ def canonical(one: Example) -> str:
 @pytest.mark.parametrize("name", ["hops:3", "addition:1", "product:C3", "prefixes:C3", "modular:2"])
 def test_a_side_is_decided_by_content(name: str) -> None:
     """Whatever is the same task written differently has the same key, and nothing else has."""
-    found = [example(parse_task(name), d, 0, i) for d in (1, 2) for i in range(1000)]
+    found = [make_example(parse_task(name), d, 0, i) for d in (1, 2) for i in range(1000)]
     assert len({one.prompt for one in found}) > 10
     pairs = {(one.key, canonical(one)) for one in found}
     assert len(pairs) == len({key for key, _ in pairs}) == len({content for _, content in pairs})
@@ -195,7 +187,7 @@ def test_a_side_is_decided_by_content(name: str) -> None:
 
 def test_a_word_and_its_prefixes_are_on_the_same_side() -> None:
     products, prefixes = [
-        {canonical(one): one.key for one in (example(parse_task(name), 1, 0, i) for i in range(500))}
+        {canonical(one): one.key for one in (make_example(parse_task(name), 1, 0, i) for i in range(500))}
         for name in ("product:C5", "prefixes:C5")
     ]
     assert products == prefixes  # all 25 words
@@ -206,18 +198,21 @@ def test_a_word_and_its_prefixes_are_on_the_same_side() -> None:
 )
 def test_instances_are_counted_and_running_out_is_said(name: str, difficulty: int) -> None:
     task = parse_task(name)
-    known = {example(task, difficulty, 0, i).key for i in range(12_000)}
-    assert len(known) == task.instances(difficulty)
+    known = {make_example(task, difficulty, 0, i).key for i in range(12_000)}
+    assert len(known) == task.count_instances(difficulty)
     on_test = sum(key % 10 == 0 for key in known)
-    assert len(list(examples([task], difficulty, difficulty, TRAIN, len(known) - on_test, 3))) == len(known) - on_test
+    assert (
+        len(list(generate_examples([task], difficulty, difficulty, TRAIN, len(known) - on_test, 3)))
+        == len(known) - on_test
+    )
     with pytest.raises(ConfigError) as caught:
-        list(examples([task], difficulty, difficulty, TRAIN, len(known) - on_test + 1, 3))
+        list(generate_examples([task], difficulty, difficulty, TRAIN, len(known) - on_test + 1, 3))
     assert str(caught.value) == (
         f"{name} with difficulty {difficulty} has {len(known)} different instances, about 9 in 10 of them are for train: "
         f"{len(known) - on_test} were found, {len(known) - on_test + 1} are asked for. "
         "Raise --difficulty, ask for fewer, or set --duplicates."
     )
-    assert len(list(examples([task], difficulty, difficulty, TRAIN, 1000, 3, duplicates=True))) == 1000
+    assert len(list(generate_examples([task], difficulty, difficulty, TRAIN, 1000, 3, duplicates=True))) == 1000
 
 
 def test_a_side_without_instances() -> None:
@@ -225,14 +220,14 @@ def test_a_side_without_instances() -> None:
     with pytest.raises(
         ConfigError, match=r"product:C2 with difficulty 1 has 4 .* one in 10 of them is for test: 0 were"
     ):
-        list(examples(task, 1, 1, TEST, 1, 0, duplicates=True))
+        list(generate_examples(task, 1, 1, TEST, 1, 0, duplicates=True))
     with pytest.raises(ConfigError, match=r"0 were found, 1 are asked for\. Raise --difficulty\.$"):
-        list(examples(task, 1, 1, TEST, 1, 0))
+        list(generate_examples(task, 1, 1, TEST, 1, 0))
 
 
 def test_tasks_take_turns_and_difficulties_are_uniform() -> None:
     names = ["hops", "product:S5", "addition"]
-    found = list(examples([parse_task(name) for name in names], 2, 5, TRAIN, 3000, 0))
+    found = list(generate_examples([parse_task(name) for name in names], 2, 5, TRAIN, 3000, 0))
     assert [one.task for one in found] == names * 1000
     for name in names:
         drawn = Counter(one.difficulty for one in found if one.task == name)
@@ -242,12 +237,12 @@ def test_tasks_take_turns_and_difficulties_are_uniform() -> None:
 
 def test_tasks_that_overlap_have_no_example_in_common() -> None:
     tasks = [parse_task(name) for name in ("addition:1", "addition:2", "product", "product:S5", "prefixes")]
-    found = list(examples(tasks, 1, 2, TRAIN, 250, 0))
+    found = list(generate_examples(tasks, 1, 2, TRAIN, 250, 0))
     assert len({one.prompt for one in found}) == 250
 
 
 def test_easiest_instances_run_out_and_the_others_go_on() -> None:
-    drawn = Counter(one.difficulty for one in examples([parse_task("modular:2")], 1, 4, TRAIN, 1000, 0))
+    drawn = Counter(one.difficulty for one in generate_examples([parse_task("modular:2")], 1, 4, TRAIN, 1000, 0))
     assert drawn[1] <= 12
     assert drawn[3] > 300
     assert sum(drawn.values()) == 1000
@@ -258,27 +253,27 @@ def test_easiest_instances_run_out_and_the_others_go_on() -> None:
     [("product:S5", 3, 120), ("product:A5", 1, 60), ("product:C12", 5, 12), ("hops", 7, 16), ("hops:10", 9, 10)],
 )
 def test_answers_are_uniform(name: str, difficulty: int, answers: int) -> None:
-    found = Counter(example(parse_task(name), difficulty, 0, i).answer for i in range(answers * 30))
+    found = Counter(make_example(parse_task(name), difficulty, 0, i).answer for i in range(answers * 30))
     assert len(found) == answers
     assert scipy.stats.chisquare(list(found.values())).pvalue > 1e-4
 
 
 def test_the_share_of_the_test_side() -> None:
-    sides = Counter(example(parse_task("hops"), 3, 0, i).split for i in range(10_000))
+    sides = Counter(make_example(parse_task("hops"), 3, 0, i).split for i in range(10_000))
     assert 880 < sides[TEST] < 1120
 
 
 def test_streams_are_uniform() -> None:
-    stream = Stream("key")
-    assert scipy.stats.chisquare(list(Counter(stream.below(7) for _ in range(7000)).values())).pvalue > 1e-4
-    orders = Counter(tuple(stream.order(4)) for _ in range(2400))
+    stream = RandomStream("key")
+    assert scipy.stats.chisquare(list(Counter(stream.draw_below(7) for _ in range(7000)).values())).pvalue > 1e-4
+    orders = Counter(tuple(stream.draw_permutation(4)) for _ in range(2400))
     assert len(orders) == 24
     assert scipy.stats.chisquare(list(orders.values())).pvalue > 1e-4
-    large = [stream.below(10**100) for _ in range(1000)]
+    large = [stream.draw_below(10**100) for _ in range(1000)]
     assert max(large) < 10**100
     assert len(set(large)) == 1000
     assert 0.45 < sum(value > 10**100 // 2 for value in large) / 1000 < 0.55
-    assert {stream.below(1) for _ in range(10)} == {0}
+    assert {stream.draw_below(1) for _ in range(10)} == {0}
 
 
 WRONG_NAMES = [
@@ -306,7 +301,7 @@ def test_wrong_names(name: str, message: str) -> None:
 def test_wrong_difficulties() -> None:
     tasks = [parse_task("addition"), parse_task("hops:5"), parse_task("modular")]
     for easiest, hardest in ((0, 3), (3, 2), (-1, -1)):
-        with pytest.raises(ConfigError, match=rf"difficulty {easiest},{hardest} is no range\. Set --difficulty"):
+        with pytest.raises(ConfigError, match=rf"difficulty {easiest},{hardest} is not a range\. Set --difficulty"):
             check_difficulty(tasks, easiest, hardest)
     with pytest.raises(
         ConfigError, match=r"hops:5 has difficulties up to 4, not 5\. .* at most that or take more nodes"
@@ -317,4 +312,4 @@ def test_wrong_difficulties() -> None:
     ):
         check_difficulty(tasks[2:], 17, 17)
     check_difficulty(tasks, 4, 4)
-    assert parse_task("hops:5").instances(4) == math.factorial(5)
+    assert parse_task("hops:5").count_instances(4) == math.factorial(5)

@@ -12,16 +12,14 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from data_prep import tokenizer as training
 from data_prep.config import PrepConfig
 from data_prep.pipeline import prepare
-from data_prep.tokenizer import (
-    MAX_LINE,
+from data_prep.stages.tokenizer import train_sentencepiece
+from data_prep.stages.tokenizer.train_sentencepiece import MAX_LINE, cut_sample_lines, train_tokenizer
+from data_prep.stages.tokenizer.write_tokenizer import (
     copy_tokenizer,
-    round_trip_failures,
-    sampled_lines,
-    spelled_specials,
-    train_tokenizer,
+    count_round_trip_failures,
+    find_spelled_specials,
     write_tokenizer,
 )
 from megatron_rdt.data import IndexedDataset, Tokenizer, load_manifest
@@ -39,14 +37,14 @@ def texts(tiny_text: Path) -> list[str]:
 
 def test_lines_are_whole_capped_and_end_at_the_limit() -> None:
     long = "\u00e9" * (2 * MAX_LINE + 5)
-    assert list(sampled_lines(["a\r\nb\u2028c\n", long], 10**9)) == [
+    assert list(cut_sample_lines(["a\r\nb\u2028c\n", long], 10**9)) == [
         "a\r",
         "b\u2028c",
         *("\u00e9" * MAX_LINE, "\u00e9" * MAX_LINE, "\u00e9" * 5),
     ]
-    assert list(sampled_lines(["ab\ncd", "ef", "gh"], 5)) == ["ab", "cd", "ef"]
-    assert sum(map(len, sampled_lines(["x" * 10**6], 10**6))) == training.MAX_SENTENCE_BYTES
-    assert sum(map(len, sampled_lines(["x" * 10**6], 10**7))) == 10**5
+    assert list(cut_sample_lines(["ab\ncd", "ef", "gh"], 5)) == ["ab", "cd", "ef"]
+    assert sum(map(len, cut_sample_lines(["x" * 10**6], 10**6))) == train_sentencepiece.MAX_SENTENCE_BYTES
+    assert sum(map(len, cut_sample_lines(["x" * 10**6], 10**7))) == 10**5
 
 
 @pytest.mark.parametrize("config", [BPE, UNIGRAM], ids=["bpe", "unigram"])
@@ -57,7 +55,7 @@ def test_the_same_text_gives_the_same_bytes(config: PrepConfig, texts: list[str]
 def test_bpe_does_not_depend_on_threads(texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for threads in (1, 3):
-        monkeypatch.setattr(training, "THREADS", threads)
+        monkeypatch.setattr(train_sentencepiece, "THREADS", threads)
         (tmp_path / str(threads)).write_bytes(train_tokenizer(texts, BPE))
         found.append(Tokenizer(tmp_path / str(threads)))
     assert found[0].fingerprint == found[1].fingerprint
@@ -135,7 +133,7 @@ def test_a_foreign_model_that_normalises_is_taken_without_an_export(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["token_bytes.npy", "tokenizer.model"]
     assert "no tokenizer.json" in capsys.readouterr().out
     assert tokenizer.kind == "spm-unigram"
-    assert round_trip_failures(tokenizer, ["a b", "a  b", "a\nb", "\ufb01ne"]) == 3
+    assert count_round_trip_failures(tokenizer, ["a b", "a  b", "a\nb", "\ufb01ne"]) == 3
     # Whole documents go through the library at once: its rounding belongs to what such a model is.
     assert all(tokenizer.encode(text) == tokenizer.processor.encode(text) for text in texts)
 
@@ -152,8 +150,8 @@ def test_an_existing_tokenizer_is_taken_as_it_is(
     given = Tokenizer(tokenizer_folders[kind])
     assert copy.fingerprint == given.fingerprint
     assert np.load(tmp_path / "out" / "token_bytes.npy").tolist() == given.token_bytes().tolist()
-    assert spelled_specials(copy) == []
-    assert round_trip_failures(copy, [*texts, "\x00\r\n\u2028<s><|end|>"]) == 0
+    assert find_spelled_specials(copy) == []
+    assert count_round_trip_failures(copy, [*texts, "\x00\r\n\u2028<s><|end|>"]) == 0
 
 
 def test_a_tokenizer_without_an_end_is_refused(tokenizer_folders: dict[str, Path], tmp_path: Path) -> None:
@@ -178,8 +176,8 @@ def unigram_with_specials(folder: Path) -> Path:
 def test_text_that_becomes_a_special_token_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = copy_tokenizer(unigram_with_specials(tmp_path), tmp_path / "out", [])
     assert tokenizer.eos in tokenizer.encode("a</s>b")
-    assert spelled_specials(tokenizer) == ["</s>"]
-    assert "text that spells '</s>' gets the id of that special token" in capsys.readouterr().out
+    assert find_spelled_specials(tokenizer) == ["</s>"]
+    assert "text that spells '</s>' is encoded to the id of that special token" in capsys.readouterr().out
 
 
 def test_a_corpus_in_a_hugging_face_tokenizer(

@@ -8,27 +8,12 @@ import pytest
 
 from data_prep.config import PrepConfig
 from data_prep.pipeline import prepare
-from megatron_rdt.data import IndexedDataset, Tokenizer, load_manifest
+from megatron_rdt.data import Tokenizer
 from megatron_rdt.data.tokenizer.sentencepiece_backend import parsed_model
 from megatron_rdt.errors import ConfigError, DataError
+from tests.data_prep.small_corpora import read_files, read_texts
 
 OPTIONS = {"vocab_size": 512, "valid_fraction": 0.2, "workers": 1}
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    """Every file by relative path."""
-    files = (p for p in directory.rglob("*") if p.is_file())
-    return {str(p.relative_to(directory)): p.read_bytes() for p in files}
-
-
-def texts_of(corpus: Path) -> set[str]:
-    tokenizer = Tokenizer(corpus / "tokenizer")
-    found = set()
-    for split in ("train", "valid"):
-        for prefix in load_manifest(corpus).shards(split):
-            dataset = IndexedDataset(prefix)
-            found |= {tokenizer.decode(dataset[i][:-1].tolist()) for i in range(len(dataset))}
-    return found
 
 
 def test_hugging_face_dataset_from_a_local_path(tiny_text: Path, tmp_path: Path) -> None:
@@ -40,7 +25,7 @@ def test_hugging_face_dataset_from_a_local_path(tiny_text: Path, tmp_path: Path)
     (folder / "part.jsonl").write_text("".join(lines))
     source = f"hf:{folder}"
     out = prepare(PrepConfig(sources=[source], out=str(tmp_path / "out"), text_field="body", **OPTIONS))
-    assert texts_of(out) == set(texts)
+    assert read_texts(out) == set(texts)
     missing = PrepConfig(sources=[f"hf:{tmp_path / 'nowhere'}"], out=str(tmp_path / "none"), **OPTIONS)
     with pytest.raises(DataError, match="could not be read as a dataset"):
         prepare(missing)
@@ -51,7 +36,7 @@ def test_an_existing_tokenizer_is_used(tiny_text: Path, tiny_corpus: Path, tmp_p
     options = {**OPTIONS, "tokenizer": str(tiny_corpus / "tokenizer")}
     out = prepare(PrepConfig(sources=[str(tiny_text)], out=str(tmp_path / "again"), **options))
     assert Tokenizer(out / "tokenizer").fingerprint == Tokenizer(tiny_corpus / "tokenizer").fingerprint
-    assert contents(out)["train/shard-00000.bin"] == contents(tiny_corpus)["train/shard-00000.bin"]
+    assert read_files(out)["train/shard-00000.bin"] == read_files(tiny_corpus)["train/shard-00000.bin"]
 
 
 def test_an_existing_tokenizer_that_is_another_now(

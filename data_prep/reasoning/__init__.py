@@ -1,0 +1,1 @@
+"""Generated reasoning tasks with exact answers, as training and test examples."""

@@ -1,5 +1,6 @@
-"""Reading YAML and JSON files that a user wrote: what is wrong with one is said in a sentence that names it."""
+"""Read YAML and JSON files that a user wrote; each error is a sentence that names the file, the fault and the remedy."""
 
+import difflib
 import json
 import re
 from collections.abc import Hashable
@@ -10,12 +11,16 @@ import yaml
 
 from megatron_rdt.errors import ConfigError
 
+SHIPPED = "configs"  # the folder of configs that come with the project
+ENDINGS = (".yaml", ".yml", ".json")
+SIMILAR = 0.6  # least likeness of two file names, from 0 to 1, to suggest one for the other
+
 
 class UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping; YAML would forget the first. Takes 5e8 and 1e-5 for numbers."""
+    """YAML loader that refuses a mapping with a repeated key, where YAML would keep the last; reads 5e8 as a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """The mapping of `node`; YAMLError for a key that stands twice or is a list or a mapping."""
+        """Return the mapping of `node`; raise YAMLError if a key is repeated, or is a list or a mapping."""
         seen = set()
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":  # <<: *anchor
@@ -24,33 +29,33 @@ class UniqueKeys(yaml.SafeLoader):
             if not isinstance(key, Hashable) or isinstance(key, tuple):
                 raise yaml.YAMLError(f"line {line} has a list or a mapping where a key should be")
             if key in seen:
-                raise yaml.YAMLError(f"key {key_node.value} stands twice, again in line {line}")
+                raise yaml.YAMLError(f"key {key_node.value} is given twice, again in line {line}")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 wants a dot in every float and a sign in every exponent.
+# YAML 1.1 takes 5e8 and 1e-5 for text: it wants a dot in every float and a sign in every exponent.
 UniqueKeys.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys differ."""
+def _make_unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object of its keys and values; raise ValueError if a key is repeated."""
     keys = [key for key, _ in pairs]
     twice = next((key for key in keys if keys.count(key) > 1), None)
     if twice is not None:
-        raise ValueError(f"key {twice} stands twice")
+        raise ValueError(f"key {twice} is given twice")
     return dict(pairs)
 
 
 def read_mapping(path: str, named: str = "config file", option: str = "--config") -> dict[Any, Any]:
-    """The `key: value` lines of a YAML file, or of a JSON file.
+    """Read the `key: value` lines of a YAML file, or the object of a JSON file.
 
     Args:
         path: the file; one that ends in .json is read as JSON.
-        named: what the file is to the user.
-        option: which option named it.
+        named: the user's word for the file, for messages.
+        option: the option that names it, for messages.
 
     Raises:
         ConfigError: the file cannot be read, or holds something else.
@@ -58,16 +63,35 @@ def read_mapping(path: str, named: str = "config file", option: str = "--config"
     is_json = path.endswith(".json")
     try:
         text = Path(path).read_text(encoding="utf-8")
-        content = json.loads(text, object_pairs_hook=_unique) if is_json else yaml.load(text, UniqueKeys)
+        content = json.loads(text, object_pairs_hook=_make_unique_object) if is_json else yaml.load(text, UniqueKeys)
+    except FileNotFoundError:
+        near = _find_similar_file(Path(path))
+        raise ConfigError(
+            f"{named} {path} does not exist. {'Check the path.' if near is None else f'Did you mean {near}?'}"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{named} {path} cannot be read: {error.strerror}. Check the path.") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{named} {path} is not UTF-8 text. Check the path.") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: of JSON; in YAML, a date such as 2024-13-01
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: from JSON, or from a YAML date such as 2024-13-01
         reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
-        raise ConfigError(f"{named} {path} is not valid {'JSON' if is_json else 'YAML'}: {reason}. Mend it.") from None
+        raise ConfigError(f"{named} {path} is not valid {'JSON' if is_json else 'YAML'}: {reason}. Fix it.") from None
     if content is None:
-        raise ConfigError(f"{named} {path} is empty. Write `key: value` lines, or leave {option} out.")
+        raise ConfigError(f"{named} {path} is empty. Write `key: value` lines, or omit {option}.")
     if not isinstance(content, dict):
         raise ConfigError(f"{named} {path} must hold `key: value` lines, it holds a {type(content).__name__}.")
     return content
+
+
+def _find_similar_file(missing: Path) -> Path | None:
+    """Find the file that was probably meant: the most similar name beside `missing` or anywhere below configs/."""
+    files = {*missing.parent.glob("*"), *Path(SHIPPED).rglob("*")}
+    name = missing.stem if missing.suffix in ENDINGS else missing.name
+
+    def likeness(file: Path) -> tuple[float, float, str]:
+        # Of files of one name, the one whose whole path is the most similar.
+        paths = difflib.SequenceMatcher(None, str(missing), str(file)).ratio()
+        return difflib.SequenceMatcher(None, name, file.stem).ratio(), paths, str(file)
+
+    likely = [file for file in files if file.suffix in ENDINGS and likeness(file)[0] >= SIMILAR]
+    return max(likely, key=likeness, default=None)

@@ -129,12 +129,12 @@ def test_a_file_is_read_at_the_start(repository: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("none.yaml", None, "cannot be read"),
+        ("none.yaml", None, "does not exist. Check the path"),
         ("a.yaml", "- 1", "it holds a list"),
         ("a.yaml", "a: [", "not valid YAML"),
-        ("a.yaml", "", "leave --parallel.deepspeed out"),
+        ("a.yaml", "", "omit --parallel.deepspeed"),
         ("a.json", "{", "not valid JSON"),
-        ("a.json", '{"a": 1, "a": 2}', "key a stands twice"),
+        ("a.json", '{"a": 1, "a": 2}', "key a is given twice"),
     ],
 )
 def test_a_bad_file_is_explained(repository: Path, tmp_path: Path, name: str, text: str | None, message: str) -> None:

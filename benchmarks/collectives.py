@@ -23,6 +23,7 @@ from torch.distributed.fsdp import fully_shard
 
 from launch.local_processes import free_port
 from megatron_rdt.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.environment import leave_process
 from megatron_rdt.model import RecurrentDepthTransformer
@@ -105,7 +106,7 @@ def work(options: argparse.Namespace) -> None:
         engine = build(label, model, PROCESSES * ACCUMULATION, 1)
         tokens = torch.zeros(1, SEQUENCE + 1, dtype=torch.int64)
         for loops in (1, 1, *options.loops):  # the first two set things up
-            batch = [MicroBatch(tokens, DepthPlan.constant(loops, 1)) for _ in range(ACCUMULATION)]
+            batch = [MicroBatch(Batch(tokens), DepthPlan.constant(loops, 1)) for _ in range(ACCUMULATION)]
             counted.setdefault(label, {})[loops] = totals(count_step(engine, batch))
     if dist.get_rank() == 0:
         parameters = RecurrentDepthTransformer(model).parameters()

@@ -42,12 +42,13 @@ def make_step(engine: Any, loops: int, options: argparse.Namespace) -> Callable[
     """One optimizer step at T = `loops`."""
     import torch
 
+    from megatron_rdt.data import Batch
     from megatron_rdt.depth import DepthPlan
     from megatron_rdt.parallel import MicroBatch
 
     k = None if options.backprop == 0 else options.backprop
     tokens = torch.randint(0, VOCABULARY, (options.batch, options.sequence + 1))
-    batch = [MicroBatch(tokens, DepthPlan((loops,) * options.batch, k))]
+    batch = [MicroBatch(Batch(tokens), DepthPlan((loops,) * options.batch, k))]
 
     def step() -> None:
         engine.forward_backward(batch)

@@ -167,7 +167,7 @@ def our_readers(folder: Path, options: argparse.Namespace) -> dict[str, Reader]:
 
     def reader(**wanted: bool) -> Reader:
         corpus = TokenCorpus(manifest_of(folder), "train", options.length, 0, **wanted)
-        return lambda samples: corpus.windows(samples).tokens.sum()
+        return lambda samples: corpus.read_samples(samples).tokens.sum()
 
     return {"ours": reader(), "ours, documents and positions too": reader(documents=True, positions=True)}
 

@@ -64,13 +64,14 @@ def make_step(engine: Any, options: argparse.Namespace, mode: str, loops: int) -
     """One optimizer step of a case, as a function."""
     import torch
 
+    from megatron_rdt.data import Batch
     from megatron_rdt.depth import DepthPlan
     from megatron_rdt.model.activation_checkpointing import set_checkpointing
     from megatron_rdt.parallel import MicroBatch
 
     k, checkpointing = MODES[mode]
     tokens = torch.randint(0, VOCABULARY, (options.batch, options.sequence + 1))
-    batch = [MicroBatch(tokens, DepthPlan((loops,) * options.batch, k))]
+    batch = [MicroBatch(Batch(tokens), DepthPlan((loops,) * options.batch, k))]
 
     def step() -> None:
         set_checkpointing(engine.model, checkpointing)

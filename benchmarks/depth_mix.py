@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from megatron_rdt.config import DepthConfig, ModelConfig, RunConfig, TrainConfig
+from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan, DepthSampler
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel import MicroBatch, make_engine
@@ -62,7 +63,7 @@ def make_step(engine: Any, tokens: torch.Tensor, plan: DepthPlan) -> Callable[[]
 
     def step() -> float:
         began = clock()
-        engine.forward_backward([MicroBatch(tokens, plan)])
+        engine.forward_backward([MicroBatch(Batch(tokens), plan)])
         engine.clip(1.0)
         engine.step(1e-4)
         if engine.device.type == "cuda":

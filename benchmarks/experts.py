@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from megatron_rdt.config import ModelConfig, RunConfig
+from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.linear import linear
@@ -95,7 +96,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     tokens = torch.randint(0, VOCABULARY, (options.batch, options.sequence + 1))
-    batch = [MicroBatch(tokens, DepthPlan.constant(options.loops, options.batch))]
+    batch = [MicroBatch(Batch(tokens), DepthPlan.constant(options.loops, options.batch))]
     print(
         "| Experts | of them per token, width | parameters | sorted pieces | mask per expert | mask per slot and expert |"
     )

@@ -28,6 +28,7 @@ from tools.operators import profiled, shares
 from tools.rates import Shape, product_rate, product_shapes
 
 from megatron_rdt.config import RunConfig, load_config
+from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan, DepthSampler
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.flops import forward_flops, training_flops
@@ -125,7 +126,7 @@ def measure(options: argparse.Namespace, length: int, device: torch.device) -> d
     def step(number: int) -> DepthPlan:
         first = number * options.batch
         plan = sampler.plan(number, range(first, first + options.batch))
-        engine.forward_backward([MicroBatch(tokens, plan)])
+        engine.forward_backward([MicroBatch(Batch(tokens), plan)])
         engine.clip(1.0)
         engine.step(1e-4)
         return plan

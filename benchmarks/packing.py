@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_rdt.config import DataConfig
 from megatron_rdt.data import IndexedDataset, load_manifest, open_corpus
-from megatron_rdt.data.packing_plan import make_plans, pack
+from megatron_rdt.data.packing_plan import make_plans, pack_shard
 
 LOG_MEAN, LOG_DEVIATION = 6.0, 1.1  # of the tokens of a document: median 403, mean 739
 BATCH, READ_SECONDS = 32, 3.0
@@ -35,7 +35,7 @@ def cut_by_windows(starts: np.ndarray, lengths: np.ndarray, length: int) -> floa
 
 def report(name: str, starts: np.ndarray, lengths: np.ndarray, length: int) -> None:
     """One line on the packing of these documents."""
-    (_, _, counts), seconds = timed(lambda: pack(starts, int(lengths.sum()), length))
+    (_, _, counts), seconds = timed(lambda: pack_shard(starts, int(lengths.sum()), length))
     padding = counts.padding / (counts.rows * (length + 1))
     print(
         f"{name:<10} L {length:>5}  {len(lengths):>9,} documents, mean {lengths.mean():,.0f} tokens   "
@@ -52,7 +52,7 @@ def reading(corpus: Path, length: int) -> None:
         for masks in (False, True):
             options = DataConfig(pack=pack_as, document_mask=masks, document_positions=masks)  # type: ignore[arg-type]
             split = open_corpus(manifest, "train", length, 1, options)
-            places = split.places(np.arange(1024 * BATCH)).reshape(-1, BATCH)
+            places = split.locate(np.arange(1024 * BATCH)).reshape(-1, BATCH)
             split.read(places[0])
             began, read = time.process_time(), 0
             while time.process_time() - began < READ_SECONDS:

@@ -34,6 +34,7 @@ from tools.rates import product_rate, product_shapes
 from torch import nn
 
 from megatron_rdt.config import DepthConfig, RunConfig
+from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan, DepthSampler
 from megatron_rdt.inference import generate
 from megatron_rdt.model import RecurrentDepthTransformer
@@ -109,7 +110,7 @@ class Bench:
             generate(self.engine.model, self.tokens[:1, :PROMPT], work.loops, NEW_TOKENS)
             return
         self.engine.model.core.checkpoint_iterations = work.checkpoint
-        self.engine.forward_backward([MicroBatch(self.tokens, DepthPlan(loops, work.backprop))])
+        self.engine.forward_backward([MicroBatch(Batch(self.tokens), DepthPlan(loops, work.backprop))])
         self.engine.clip(MAX_NORM)
         self.engine.step(LR)
 

@@ -183,7 +183,7 @@ def _look_through(
         advance(len(block))
 
     def see_mask(offset: int, block: bytes) -> None:
-        shard.mask(offset, len(block))
+        shard.read_mask(offset, len(block))
         advance(len(block))
 
     contents = {"bin": read_content(prefix_path(place, ".bin"), see), "idx": read_content(prefix_path(place, ".idx"))}

@@ -75,9 +75,9 @@ def windows(
     """
     from megatron_rdt.data.corpus import TokenCorpus  # imports torch
 
-    corpus = TokenCorpus(directory, split, sequence_length, seed, documents=True, answers=True)
+    corpus = TokenCorpus(directory, split, sequence_length, seed, documents=True, loss_mask=True)
     tokenizer = Tokenizer(corpus.tokenizer_directory)
-    places, read = corpus.places(samples), corpus.windows(samples)
+    places, read = corpus.locate(samples), corpus.read_samples(samples)
     corpus.close()
     assert read.documents is not None
     for row, number in enumerate(samples):
@@ -130,7 +130,7 @@ def documents(directory: str | Path, split: str, numbers: Sequence[int], style: 
         yield style.heading(
             f"{BOUNDARY} document {number:,}: {count:,} tokens from {start:,} on of {split}/{prefixes[place].name} {BOUNDARY}"
         )
-        counts = shard.mask(start, count) > 0 if shard.has_mask else None
+        counts = shard.read_mask(start, count) > 0 if shard.has_mask else None
         yield from _text(shard.read(start, count), counts, tokenizer, style)
         shard.close()
 

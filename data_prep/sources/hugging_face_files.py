@@ -9,12 +9,12 @@ import zstandard
 
 from data_prep.config import PrepConfig
 from data_prep.sources.compression import DAMAGED, decompressed
-from megatron_rdt.data.hugging_face import open_stream, unreadable
+from megatron_rdt.data.hugging_face import dataset_error, open_stream
 from megatron_rdt.errors import DataError
 
 
 def _unreadable(words: str, error: Exception) -> DataError:
-    return unreadable(words, error, "--hf_split")
+    return dataset_error(words, error, "--hf_split")
 
 
 def shard_count(words: str, config: PrepConfig) -> int:

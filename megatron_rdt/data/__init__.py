@@ -1,21 +1,27 @@
-"""Token shards: the format, the order of samples, batches.
+"""Token shards, tokenizers, the order of samples and batches.
 
-Names are imported on first use: whoever only writes shards does not wait for PyTorch.
+Names are imported on first use, so that whoever only writes shards does not wait for PyTorch.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_rdt.data.corpus import TokenCorpus, Windows, fixed_windows
-    from megatron_rdt.data.loader import Batch, BatchLoader
-    from megatron_rdt.data.packed_corpus import PackedCorpus, open_corpus
-    from megatron_rdt.data.shard_files.corpus_manifest import CorpusManifest, load_manifest, shard_difference
-    from megatron_rdt.data.shard_files.indexed import IndexedDataset, IndexedWriter
-    from megatron_rdt.data.tokenizer.base import Tokenizer
+    from megatron_rdt.data.batch import Batch as Batch
+    from megatron_rdt.data.corpus import TokenCorpus as TokenCorpus
+    from megatron_rdt.data.corpus import read_fixed_windows as read_fixed_windows
+    from megatron_rdt.data.loader import BatchLoader as BatchLoader
+    from megatron_rdt.data.packed_corpus import PackedCorpus as PackedCorpus
+    from megatron_rdt.data.packed_corpus import open_corpus as open_corpus
+    from megatron_rdt.data.shard_files.corpus_manifest import CorpusManifest as CorpusManifest
+    from megatron_rdt.data.shard_files.corpus_manifest import load_manifest as load_manifest
+    from megatron_rdt.data.shard_files.corpus_manifest import shard_difference as shard_difference
+    from megatron_rdt.data.shard_files.indexed import IndexedDataset as IndexedDataset
+    from megatron_rdt.data.shard_files.indexed import IndexedWriter as IndexedWriter
+    from megatron_rdt.data.tokenizer.base import Tokenizer as Tokenizer
 
 _MODULES = {
-    "Batch": "loader",
+    "Batch": "batch",
     "BatchLoader": "loader",
     "CorpusManifest": "shard_files.corpus_manifest",
     "IndexedDataset": "shard_files.indexed",
@@ -23,31 +29,16 @@ _MODULES = {
     "PackedCorpus": "packed_corpus",
     "TokenCorpus": "corpus",
     "Tokenizer": "tokenizer.base",
-    "Windows": "corpus",
-    "fixed_windows": "corpus",
     "load_manifest": "shard_files.corpus_manifest",
     "open_corpus": "packed_corpus",
+    "read_fixed_windows": "corpus",
     "shard_difference": "shard_files.corpus_manifest",
 }
-__all__ = [
-    "Batch",
-    "BatchLoader",
-    "CorpusManifest",
-    "IndexedDataset",
-    "IndexedWriter",
-    "PackedCorpus",
-    "TokenCorpus",
-    "Tokenizer",
-    "Windows",
-    "fixed_windows",
-    "load_manifest",
-    "open_corpus",
-    "shard_difference",
-]
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    """The object `name` of the module that defines it."""
+    """Import an exported name from the module that defines it."""
     if name in _MODULES:
         return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,63 +1,70 @@
-"""Which corpus sample k is of, and which sample of that corpus: a pure function of the stages of the mixture and k.
+"""Mixture of corpora: the corpus of sample k, and its number in that corpus, are pure functions of the phases and k.
 
 Weights are whole numbers c over a period of M samples. Within a period the corpora take turns by Tijdeman's rule for the
 chairman assignment problem (Discrete Mathematics 32, 1980): after any k samples, each of n corpora has had k c / M of
-them, give or take 1 - 1 / (2n - 2). So nothing is drawn, and what has been consumed follows from k alone.
+them, give or take 1 - 1 / (2n - 2). So nothing is drawn at random, and what each corpus has contributed follows from k alone.
 
-Weights may change while a run goes on: a stage is a first sample and the weights from there on. The number of a sample in
-its corpus goes on over stages, so that what was seen is not seen again before its epoch is over.
+Weights may change during a run: a phase is a first sample and the weights from there on. The number of a sample in its
+corpus counts on over phases, so that a window is not read again before its epoch is over.
 """
 
+import dataclasses
 import heapq
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 
-from megatron_rdt.data.corpus import TokenCorpus, Windows
+from megatron_rdt.data.batch import PER_TOKEN, Batch
+from megatron_rdt.data.corpus import TokenCorpus
 
-PLACE = np.dtype([("corpus", "<i8"), ("place", "<i8")])
+LOCATION = np.dtype([("corpus", "<i8"), ("location", "<i8")])
 
 
-def period_turns(counts: Sequence[int]) -> np.ndarray:
-    """Whose turn each sample of a period is, int64 (sum(counts),); corpus s has counts[s] turns.
+def schedule_turns(counts: Sequence[int]) -> np.ndarray:
+    """Assign each sample of a period to a corpus by Tijdeman's rule; corpus s gets counts[s] samples.
 
-    The x-th turn of a corpus (from 0) may come as soon as it does not put it 1 - 1/D ahead, and has to before it would
-    be as much behind, with D = 2n - 2; of those that may, the one that has to first comes first. Tijdeman proved that
-    none is ever late. In whole numbers, with slots from 1: from ceil((D x + 1) M / (D c)) to floor((D (x + 1) - 1) M /
-    (D c)) + 1.
+    Every turn of a corpus has a release and a deadline, both numbers of a sample in the period. Of the turns that are
+    released, the one with the earliest deadline is served.
+
+    Returns:
+        Index of the corpus of each sample, int64 (sum(counts),).
     """
     period, n = sum(counts), len(counts)
     if n == 1:
         return np.zeros(period, np.int64)
+    # No corpus may get ahead of its share of the samples so far, or fall behind it, by more than 1 - 1/D. So with
+    # samples counted from 1, turn x of a corpus (from 0) is released at the first sample k with
+    # x + 1 - k c / M <= 1 - 1/D, and due one after the last k with k c / M - x <= 1 - 1/D. All in whole numbers.
     d = 2 * n - 2
     turns: list[tuple[int, int, int]] = []
     for corpus, count in enumerate(counts):
         turn = np.arange(count, dtype=np.int64)
-        first = -(-(d * turn + 1) * period // (d * count))
-        last = (d * (turn + 1) - 1) * period // (d * count) + 1
-        turns += zip(first.tolist(), last.tolist(), [corpus] * count)
+        release = -(-(d * turn + 1) * period // (d * count))
+        deadline = (d * (turn + 1) - 1) * period // (d * count) + 1
+        turns += zip(release.tolist(), deadline.tolist(), [corpus] * count)
     turns.sort()
-    result = np.empty(period, np.int64)
-    waiting: list[tuple[int, int]] = []
-    begun = 0
-    for slot in range(1, period + 1):
-        while begun < period and turns[begun][0] <= slot:
-            heapq.heappush(waiting, turns[begun][1:])
-            begun += 1
-        result[slot - 1] = heapq.heappop(waiting)[1]
-    return result
+    schedule = np.empty(period, np.int64)
+    # Tijdeman proved that at every sample a turn is released and that none is served after its deadline.
+    released: list[tuple[int, int]] = []  # a heap: the earliest deadline first, ties by corpus
+    next_turn = 0
+    for sample in range(1, period + 1):
+        while next_turn < period and turns[next_turn][0] <= sample:
+            heapq.heappush(released, turns[next_turn][1:])
+            next_turn += 1
+        schedule[sample - 1] = heapq.heappop(released)[1]
+    return schedule
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Weights from one sample on.
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """Span of a run's samples with fixed weights of the corpora; it ends where the next phase starts.
 
     Attributes:
-        start: the first sample.
+        start: its first sample.
         counts: samples of each corpus per period, by name.
     """
 
@@ -66,126 +73,131 @@ class Stage:
 
     @property
     def period(self) -> int:
-        """Samples of a period."""
+        """Number of samples after which the turns repeat."""
         return sum(self.counts.values())
 
     def share(self, name: str) -> float:
-        """Share of a corpus in the samples; 0 for one that is not in this stage."""
+        """Return a corpus's share of the samples; 0 for a corpus that is not in this phase."""
         return self.counts.get(name, 0) / self.period
 
     @cached_property
     def names(self) -> list[str]:
-        """Corpora, in order."""
+        """Names of the corpora, in the order of their weights in the config."""
         return list(self.counts)
 
     @cached_property
     def turns(self) -> np.ndarray:
-        """Corpus of each sample of a period by its place in `names`, int64 (period,)."""
-        return period_turns(list(self.counts.values()))
+        """Corpus of each sample of a period, as its index in `names`, int64 (period,)."""
+        return schedule_turns(list(self.counts.values()))
 
     @cached_property
-    def before(self) -> np.ndarray:
-        """Samples of each corpus among the first r of a period, int32 (period + 1, corpora)."""
-        before = np.zeros((self.period + 1, len(self.counts)), np.int32)
-        np.cumsum(self.turns[:, None] == np.arange(len(self.counts)), axis=0, out=before[1:])
-        return before
+    def counts_before(self) -> np.ndarray:
+        """Samples of each corpus among the first r of a period, for every r, int32 (period + 1, corpora)."""
+        counts = np.zeros((self.period + 1, len(self.counts)), np.int32)
+        np.cumsum(self.turns[:, None] == np.arange(len(self.counts)), axis=0, out=counts[1:])
+        return counts
 
-    def drawn(self, samples: int) -> dict[str, int]:
-        """Samples of each corpus among the first `samples` of the stage."""
+    def count_per_corpus(self, samples: int) -> dict[str, int]:
+        """Count the samples of each corpus, by name, among the first `samples` of the phase."""
         periods, rest = divmod(samples, self.period)
         return {
-            name: periods * count + int(more) for (name, count), more in zip(self.counts.items(), self.before[rest])
+            name: periods * count + int(more)
+            for (name, count), more in zip(self.counts.items(), self.counts_before[rest])
         }
 
 
 class MixtureOrder:
-    """Where every sample of a run is, over the stages of its mixture.
+    """Corpus of every sample of a run, over the phases of its mixture.
 
     Args:
-        stages: by ascending start, the first at 0.
+        phases: by ascending start, the first at 0.
 
     Attributes:
-        names: of all corpora, in the order in which they appear; their places are their numbers in the run.
+        names: of all corpora, in the order in which they appear; an index in this list is a corpus's number in the run.
     """
 
-    def __init__(self, stages: Sequence[Stage]) -> None:
-        if not stages or stages[0].start != 0 or any(b.start <= a.start for a, b in itertools.pairwise(stages)):
-            raise ValueError(f"stages must start at 0 and ascend, they start at {[stage.start for stage in stages]}")
-        self.stages = tuple(stages)
-        self.names = list(dict.fromkeys(name for stage in stages for name in stage.counts))
-        self._starts = np.array([stage.start for stage in stages], np.int64)
-        # Samples of each corpus before each stage, by number.
-        self._before = np.array([[self.drawn(stage.start)[name] for name in self.names] for stage in stages], np.int64)
+    def __init__(self, phases: Sequence[Phase]) -> None:
+        if not phases or phases[0].start != 0 or any(b.start <= a.start for a, b in itertools.pairwise(phases)):
+            raise ValueError(f"phases must start at 0 and ascend, they start at {[phase.start for phase in phases]}")
+        self.phases = tuple(phases)
+        self.names = list(dict.fromkeys(name for phase in phases for name in phase.counts))
+        self._starts = np.array([phase.start for phase in phases], np.int64)
+        counts = [self.count_per_corpus(phase.start) for phase in phases]
+        self._counts_before = np.array([[count[name] for name in self.names] for count in counts], np.int64)
 
-    def drawn(self, samples: int) -> dict[str, int]:
-        """Samples of each corpus among the first `samples` of the run, by name."""
+    def count_per_corpus(self, samples: int) -> dict[str, int]:
+        """Count the samples of each corpus, by name, among the first `samples` of the run."""
         totals = dict.fromkeys(self.names, 0)
-        ends = [stage.start for stage in self.stages[1:]] + [samples]
-        for stage, end in zip(self.stages, ends):
-            for name, count in stage.drawn(max(0, min(end, samples) - stage.start)).items():
+        ends = [phase.start for phase in self.phases[1:]] + [samples]
+        for phase, end in zip(self.phases, ends):
+            for name, count in phase.count_per_corpus(max(0, min(end, samples) - phase.start)).items():
                 totals[name] += count
         return totals
 
-    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The corpus of each sample number by its number, and the sample's number in it: int64 (n,) each."""
+    def assign_corpora(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Look up each sample's corpus: the corpus's number, and the sample's number within it, int64 (n,) each."""
         corpora, numbers = np.empty_like(samples), np.empty_like(samples)
-        of_stage = np.searchsorted(self._starts, samples, side="right") - 1
-        for index in np.unique(of_stage):
-            stage, chosen = self.stages[index], of_stage == index
-            periods, rest = np.divmod(samples[chosen] - stage.start, stage.period)
-            local = stage.turns[rest]
-            corpus = np.array([self.names.index(name) for name in stage.names], np.int64)[local]
-            counts = np.array(list(stage.counts.values()), np.int64)[local]
+        phase_of = np.searchsorted(self._starts, samples, side="right") - 1
+        for index in np.unique(phase_of):
+            phase, chosen = self.phases[index], phase_of == index
+            periods, rest = np.divmod(samples[chosen] - phase.start, phase.period)
+            turn = phase.turns[rest]
+            corpus = np.array([self.names.index(name) for name in phase.names], np.int64)[turn]
+            per_period = np.array(list(phase.counts.values()), np.int64)[turn]
             corpora[chosen] = corpus
-            numbers[chosen] = self._before[index, corpus] + periods * counts + stage.before[rest, local]
+            # Samples of the same corpus before this one: in earlier phases, whole periods, and the rest of this period.
+            numbers[chosen] = (
+                self._counts_before[index, corpus] + periods * per_period + phase.counts_before[rest, turn]
+            )
         return corpora, numbers
 
 
 class Mixture:
-    """Samples of several corpora, or of one.
+    """Reads the samples of a run from one corpus or several; a `SampleReader`.
 
     Args:
-        order: where every sample is.
-        corpora: the training splits by name; those of earlier stages need not be there.
+        order: corpus of every sample.
+        corpora: the training splits by name; corpora of earlier phases may be missing.
         seed: of the run.
     """
 
     def __init__(self, order: MixtureOrder, corpora: Mapping[str, TokenCorpus], seed: int) -> None:
         self.order, self.corpora, self.seed = order, dict(corpora), seed
-        if any(corpus.gives_mask for corpus in self.corpora.values()):
-            # Then every batch has one, of whatever corpora it is: ranks must not differ in that.
+        if any(corpus.has_loss_mask for corpus in self.corpora.values()):
+            # Ranks read different corpora, and an engine needs a mask on all of them or on none.
             for corpus in self.corpora.values():
-                corpus.gives_mask = True
+                corpus.has_loss_mask = True
 
-    def places(self, samples: np.ndarray) -> np.ndarray:
-        """Corpus and place in it of sample numbers, dtype `PLACE` (n,)."""
-        corpus, numbers = self.order.locate(np.asarray(samples, np.int64))
-        result = np.empty(len(corpus), PLACE)
-        result["corpus"] = corpus
+    def locate(self, samples: np.ndarray) -> np.ndarray:
+        """Compute the locations of sample numbers: corpus and location in it, dtype `LOCATION` (n,)."""
+        corpus, numbers = self.order.assign_corpora(np.asarray(samples, np.int64))
+        locations = np.empty(len(corpus), LOCATION)
+        locations["corpus"] = corpus
         for number in np.unique(corpus):
             chosen = corpus == number
-            result["place"][chosen] = self.corpora[self.order.names[number]].places(numbers[chosen])
-        return result
+            locations["location"][chosen] = self._corpus(number).locate(numbers[chosen])
+        return locations
 
-    def announce(self, places: np.ndarray) -> None:
-        """Let the disk begin with what `read` will be asked for."""
-        for number, mine in _by_corpus(places).items():
-            self._corpus(number).announce(mine)
+    def prefetch(self, locations: np.ndarray) -> None:
+        """Ask the kernel to read the samples at these locations ahead of `read`."""
+        for number, own in _group_by_corpus(locations).items():
+            self._corpus(number).prefetch(own)
 
-    def read(self, places: np.ndarray) -> Windows:
-        """The windows at some places."""
-        parts = {number: self._corpus(number).read(mine) for number, mine in _by_corpus(places).items()}
+    def read(self, locations: np.ndarray) -> Batch:
+        """Read the samples at these locations, one per row."""
+        parts = {number: self._corpus(number).read(own) for number, own in _group_by_corpus(locations).items()}
         if len(self.order.names) == 1:
             return parts[0]
-        return interleave(parts, places["corpus"])
+        return interleave(parts, locations["corpus"])
 
-    def windows(self, samples: Sequence[int] | np.ndarray) -> Windows:
-        """The windows of sample numbers."""
-        places = self.places(np.asarray(samples, np.int64))
-        self.announce(places)
-        return self.read(places)
+    def read_samples(self, samples: Sequence[int] | np.ndarray) -> Batch:
+        """Read samples by their numbers, one per row."""
+        locations = self.locate(np.asarray(samples, np.int64))
+        self.prefetch(locations)
+        return self.read(locations)
 
     def _corpus(self, number: int) -> TokenCorpus:
+        """Return the corpus of this number in the run."""
         return self.corpora[self.order.names[number]]
 
     def close(self) -> None:
@@ -194,46 +206,45 @@ class Mixture:
             corpus.close()
 
 
-def _by_corpus(places: np.ndarray) -> dict[int, np.ndarray]:
-    """The places in each corpus, by its number, in the order of `places`, dtype `PLACE` (n,)."""
-    return {int(n): places["place"][places["corpus"] == n] for n in np.unique(places["corpus"])}
+def _group_by_corpus(locations: np.ndarray) -> dict[int, np.ndarray]:
+    """Split locations of dtype `LOCATION` by corpus number; each group keeps their order."""
+    return {int(n): locations["location"][locations["corpus"] == n] for n in np.unique(locations["corpus"])}
 
 
-def interleave(parts: Mapping[int, Windows], sources: np.ndarray) -> Windows:
-    """One `Windows` of those of several corpora.
+def interleave(parts: Mapping[int, Batch], sources: np.ndarray) -> Batch:
+    """Merge batches of several corpora into one.
 
     Args:
-        parts: by the number of the corpus.
-        sources: number of the corpus of each window, int64 (n,); those of one corpus are in the order of its part.
+        parts: the batch of each corpus, by the corpus's number.
+        sources: corpus number of each row, int64 (n,); the rows of one corpus keep the order of its part.
     """
-    if len(parts) == 1:
-        whole = dict(vars(next(iter(parts.values()))))
-    else:
-        whole = {name: _merged(name, parts, sources) for name in vars(next(iter(parts.values())))}
-    return Windows(**{**whole, "sources": torch.from_numpy(np.array(sources, np.int64))})
+    fields: dict[str, Any] = {name: _merge_field(name, parts, sources) for name in PER_TOKEN}
+    padding = None
+    if any(part.padding is not None for part in parts.values()):
+        rows = {number: iter(part.padding or (0,) * len(part)) for number, part in parts.items()}
+        padding = tuple(next(rows[number]) for number in sources.tolist())
+    return Batch(**fields, padding=padding, sources=tuple(sources.tolist()))
 
 
-def _merged(name: str, parts: Mapping[int, Windows], sources: np.ndarray) -> torch.Tensor | None:
-    """One field of `interleave`; where only some corpora have it, the others get what None stands for."""
-    given = {number: getattr(part, name) for number, part in parts.items()}
-    example = next((tensor for tensor in given.values() if tensor is not None), None)
-    if example is None:
-        return None
+def _merge_field(name: str, parts: Mapping[int, Batch], sources: np.ndarray) -> torch.Tensor | None:
+    """Merge one per-token field of several batches; rows of a batch without it get the value that None means."""
+    tensors = {number: getattr(part, name) for number, part in parts.items()}
+    example = next((tensor for tensor in tensors.values() if tensor is not None), None)
+    if example is None or len(parts) == 1:
+        return example
     merged = torch.empty((len(sources), *example.shape[1:]), dtype=example.dtype)
-    for number, tensor in given.items():
+    for number, tensor in tensors.items():
         rows = torch.from_numpy(np.flatnonzero(sources == number))
         if tensor is None:
-            merged[rows] = _absent(name, example)
+            merged[rows] = _default_row(name, example)
         else:
             merged.index_copy_(0, rows, tensor)
     return merged
 
 
-def _absent(name: str, example: torch.Tensor) -> torch.Tensor:
-    """What None stands for in one row of a field: all count, positions 0, 1, ..., no padding."""
+def _default_row(name: str, example: torch.Tensor) -> torch.Tensor:
+    """Return what None means in one row of a per-token field: all tokens count, positions 0, 1, ..."""
     if name == "loss_mask":
         return torch.ones(example.shape[1:], dtype=torch.bool)
-    if name == "positions":
-        return torch.arange(example.shape[1])
-    assert name == "padding", f"either all corpora have {name}, or none has"
-    return torch.zeros((), dtype=example.dtype)
+    assert name == "positions", f"either all corpora have {name}, or none has"
+    return torch.arange(example.shape[1])

@@ -1,4 +1,4 @@
-"""A split whose samples are rows of packed documents, see `megatron_rdt.data.packing_plan`."""
+"""PackedCorpus: a split whose samples are rows of packed documents, see `megatron_rdt.data.packing_plan`."""
 
 import threading
 from collections import OrderedDict
@@ -9,17 +9,18 @@ import numpy as np
 import torch
 
 from megatron_rdt.config import DataConfig
-from megatron_rdt.data.corpus import TokenCorpus, Windows
+from megatron_rdt.data.batch import Batch, build_document_fields
+from megatron_rdt.data.corpus import TokenCorpus
 from megatron_rdt.data.packing_plan import PackingPlan, PlanCounts
 from megatron_rdt.data.sample_order import SampleOrder
 from megatron_rdt.data.shard_files.corpus_manifest import CorpusManifest
 
 
 class PackedCorpus(TokenCorpus):
-    """One split of a prepared corpus as rows of whole documents, and of pieces of those that are longer than a row.
+    """Reads rows of whole documents, and of pieces of documents that are longer than a row, from one split.
 
-    Every epoch visits each row once, in an order keyed by (seed, epoch). Arguments as of `TokenCorpus`; the plans must
-    be there.
+    Every epoch visits each row once, in an order keyed by (seed, epoch). A location is the number of a row in the split.
+    Arguments as of `TokenCorpus`; the packing plans must exist.
 
     Attributes:
         counts: of the plans of all shards together.
@@ -31,66 +32,72 @@ class PackedCorpus(TokenCorpus):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         records = self.manifest.document["splits"][self.split]["shards"]
-        self.gives_mask = True
+        self.has_loss_mask = True  # of padding, and of tokens that another piece has as targets
         self._open: OrderedDict[int, PackingPlan] = OrderedDict()
         self._lock = threading.Lock()
         self._plans = [PackingPlan(self.manifest, self.split, record, self.sequence_length) for record in records]
         self._first_rows = np.cumsum([0, *(plan.counts.rows for plan in self._plans)])
         self.counts = sum((plan.counts for plan in self._plans), PlanCounts())
         name = f"{self.split} of {self.manifest.directory}"
-        # To the order, rows are windows of a stream in which each has a length of one.
+        # Rows are ordered like the windows of a stream with L = 1: rows + 1 tokens have as many windows as there are rows.
         self.order = SampleOrder(self.counts.rows + 1, 1, self.seed, f"rows of {self.split}", name)
         pad = self.manifest.document.get("pad")
-        # Some tokenizers have no padding; nothing looks at these tokens.
-        self._padding = pad if pad is not None and pad >= 0 else self.manifest.document["eos"]
+        # Some tokenizers have no padding token. Any id will do: padding is masked and a document of its own.
+        self._padding_id = pad if pad is not None and pad >= 0 else self.manifest.document["eos"]
 
-    def spread(self, count: int) -> np.ndarray:
-        """`count` rows spread evenly over all, in order, int64 (n,)."""
+    def locate_evenly(self, count: int) -> np.ndarray:
+        """Return the numbers of `count` rows spread evenly over the split, ascending, int64 (n,)."""
         count = min(count, self.samples_per_epoch)
         return np.arange(count, dtype=np.int64) * self.samples_per_epoch // count
 
-    def read(self, places: np.ndarray) -> Windows:
-        """The rows of some numbers.
+    def read(self, locations: np.ndarray) -> Batch:
+        """Read the rows of these numbers.
 
-        The first token of a piece counts as a target where it begins a document and another document ends before it, as in
-        windows of one stream; where the piece before has it too, or nothing stands before it, it does not.
+        The first token of a piece counts as a target only where it begins a document and is not the row's first token.
+        The token that predicts it is then the end of another document, as in windows of one stream. A piece that
+        continues a document begins with a token that the piece before it has as a target already.
         """
-        shape = len(places), self.sequence_length + 1
-        tokens, documents = np.full(shape, self._padding, np.int64), np.empty(shape, np.int64)
-        mask, padding = np.zeros(shape, np.bool_), np.zeros(len(places), np.int64)
-        for index, (number, pieces) in enumerate(self._rows(places)):
-            shard, end, at = self._shards[number], 0, 0
-            for at, (start, length, before) in enumerate(pieces):
+        shape = len(locations), self.sequence_length + 1
+        tokens, starts = np.full(shape, self._padding_id, np.int64), np.zeros(shape, np.bool_)
+        mask, padding = np.zeros(shape, np.bool_), []
+        for index, (number, pieces) in enumerate(self._row_pieces(locations)):
+            shard, end = self._shards[number], 0
+            for start, length, before in pieces:
                 piece = slice(end, end + length)
                 end += length
-                tokens[index, piece], documents[index, piece] = shard.read(start, length), at
-                mask[index, piece] = shard.mask(start, length) if self._with_masks else True
+                tokens[index, piece] = shard.read(start, length)
+                starts[index, piece.start] = True
+                mask[index, piece] = shard.read_mask(start, length) if self._reads_masks else True
                 mask[index, piece.start] &= before == 0 and piece.start > 0
-            documents[index, end:] = at + 1
-            padding[index] = shape[1] - end
-            self._check_ids(tokens[index], f"row {places[index]}")
-        windows = self._windows(tokens, documents, mask)
-        return Windows(
-            windows.tokens, windows.documents, windows.positions, windows.loss_mask, torch.from_numpy(padding)
+            starts[index, end : end + 1] = True  # padding is a document of its own
+            padding.append(shape[1] - end)
+            self._check_ids(tokens[index], f"row {locations[index]}")
+        return Batch(
+            torch.from_numpy(tokens),
+            *build_document_fields(starts, self._with_documents, self._with_positions),
+            loss_mask=torch.from_numpy(mask),
+            padding=tuple(padding),
         )
 
-    def announce(self, places: np.ndarray) -> None:
-        """Let the disk begin with what `read` will be asked for."""
-        rows = self._rows(places)
-        self._shards.announce([(n, start, length) for n, row in rows for start, length, _ in row], self._with_masks)
+    def prefetch(self, locations: np.ndarray) -> None:
+        """Ask the kernel to read the rows of these numbers ahead of `read`."""
+        rows = self._row_pieces(locations)
+        self._shards.prefetch(
+            [(shard, start, length) for shard, row in rows for start, length, _ in row], self._reads_masks
+        )
 
-    def _rows(self, places: np.ndarray) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:
-        """The shard of each of some rows, and its pieces as of `PackingPlan.pieces`."""
-        for place in places.tolist():
-            number = int(np.searchsorted(self._first_rows, place, side="right")) - 1
-            yield number, self._pieces(number, place - int(self._first_rows[number]))
+    def _row_pieces(self, locations: np.ndarray) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:
+        """Yield the shard of each row and its pieces, see `PackingPlan.read_row`."""
+        for row in locations.tolist():
+            number = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+            yield number, self._read_plan_row(number, row - int(self._first_rows[number]))
 
-    def _pieces(self, number: int, row: int) -> list[tuple[int, int, int]]:
-        """`PackingPlan.pieces` of a shard's plan; no more plans than shards stay open."""
+    def _read_plan_row(self, number: int, row: int) -> list[tuple[int, int, int]]:
+        """Read a row of one shard's plan; no more plans than shards stay open, the least recently used are closed."""
         with self._lock:
             self._open[number] = plan = self._plans[number]
             self._open.move_to_end(number)
-            pieces = plan.pieces(row)
+            pieces = plan.read_row(row)
             while len(self._open) > self._shards.max_open:
                 self._open.popitem(last=False)[1].close()
         return pieces
@@ -115,7 +122,7 @@ def open_corpus(
     max_tokens: int = 0,
     max_open: int | None = None,
 ) -> TokenCorpus:
-    """A split of a verified corpus as a run reads it.
+    """Open a split of a verified corpus with a run's data options: windows of its stream, or packed rows.
 
     Args:
         manifest: of the corpus.
@@ -123,18 +130,18 @@ def open_corpus(
         sequence_length: L.
         seed: of the order.
         data: the run's options.
-        pack: take rows where `data.pack` says so; False always takes windows.
+        pack: take packed rows where `data.pack` is bestfit; False always takes windows.
         max_tokens, max_open: as of `TokenCorpus`.
     """
-    kind = PackedCorpus if pack and data.pack == "bestfit" else TokenCorpus
-    return kind(
+    corpus_class = PackedCorpus if pack and data.pack == "bestfit" else TokenCorpus
+    return corpus_class(
         manifest,
         split,
         sequence_length,
         seed,
         documents=data.document_mask,
         positions=data.document_positions,
-        answers=data.loss == "answers",
+        loss_mask=data.loss == "answers",
         max_tokens=max_tokens,
         max_open=max_open,
     )

@@ -1,10 +1,10 @@
-"""Best-fit packing (Ding et al. 2024, arXiv:2404.10830): documents put into rows whole, wherever they fit.
+"""Best-fit packing (Ding et al. 2024, arXiv:2404.10830): plans that place whole documents in rows, and the plans' files.
 
 A document of more than L + 1 tokens is cut into pieces that overlap by one token, so that each of its tokens but the first
 is a target once. Pieces go into rows of L + 1 tokens by best-fit decreasing: the longest piece first, each into the fullest
-row that still has room for it. What no piece fills is padding.
+row that still has room for it. The room that is left is padding.
 
-The plan of a shard is a file, `packing/L<length>/<split>/<shard>.pack` in the corpus, little endian, nothing between:
+The plan of a shard is a file, `packing/L<length>/<split>/<shard>.pack` in the corpus, little endian and without gaps:
 
     header                the struct HEADER below
     u64 offsets [rows+1]  first piece of each row, and the number of pieces
@@ -27,23 +27,23 @@ from megatron_rdt.files import TEMPORARY_SUFFIX, atomic_open, exclusive, sha256_
 
 FOLDER, SUFFIX = "packing", ".pack"
 MAGIC, VERSION = b"RDTPACK\x00", 1
-# magic, version, L, SHA-256 of the shard's .bin, of its .idx, of what follows the header; then `PlanCounts`
+# magic, version, L, SHA-256 of the shard's .bin, of its .idx, of the bytes after the header; then `PlanCounts`
 HEADER = struct.Struct("<8sII32s32s32s5Q")
 PIECE = np.dtype([("start", "<u8"), ("length", "<u4"), ("before", "<u4")])
 OFFSET = np.dtype("<u8")
-BUILD_PATIENCE_S = 3600.0  # how long to wait for another machine that makes the same plans
+BUILD_PATIENCE_S = 3600.0  # time to wait for another machine that makes the same plans
 
 
 @dataclass(frozen=True)
 class PlanCounts:
-    """What a plan holds, of one shard or of several.
+    """Totals of the plan of one shard, or of several together.
 
     Attributes:
-        rows: of L + 1 tokens.
-        pieces: of documents, over all rows.
-        padding: tokens of all rows that belong to no document.
-        documents: that have any token.
-        cut: documents in more than one piece.
+        rows: number of rows of L + 1 tokens.
+        pieces: number of pieces of documents, over all rows.
+        padding: number of tokens, over all rows, that belong to no document.
+        documents: number of documents that are not empty.
+        cut: number of documents in more than one piece.
     """
 
     rows: int = 0
@@ -53,68 +53,77 @@ class PlanCounts:
     cut: int = 0
 
     def __add__(self, other: "PlanCounts") -> "PlanCounts":
+        """Add up the totals of two plans."""
         return PlanCounts(*(mine + its for mine, its in zip(vars(self).values(), vars(other).values())))
 
     def describe(self, length: int) -> str:
-        """In words, as a run says it at its start; `length` is L."""
+        """Describe the packing in one line, which a run prints at its start; `length` is L."""
         padding = self.padding / max(self.rows * (length + 1), 1)
         cut = self.cut / max(self.documents, 1)
         return f"packed: {self.rows:,} rows, {padding:.2%} padding, {cut:.1%} of documents cut"
 
 
-def cut(starts: np.ndarray, lengths: np.ndarray, length: int) -> np.ndarray:
-    """Pieces of at most `length` + 1 tokens of documents, in their order.
+def cut_documents(starts: np.ndarray, lengths: np.ndarray, length: int) -> np.ndarray:
+    """Cut documents into pieces of at most `length` + 1 tokens, in their order.
 
     Args:
-        starts, lengths: first token and tokens of each document, int64 (documents,); one without tokens gives no piece.
+        starts, lengths: first token and tokens of each document, int64 (documents,); an empty one has no piece.
         length: L.
 
     Returns:
-        PIECE (pieces,). A piece begins with the last token of the one before it.
+        PIECE (pieces,). A piece begins with the last token of the piece before it.
     """
-    numbers = np.maximum(-(-(lengths - 1) // length), lengths > 0)
-    pieces = np.empty(numbers.sum(), PIECE)
-    before = length * (np.arange(len(pieces)) - np.repeat(np.cumsum(numbers) - numbers, numbers))
-    pieces["start"], pieces["before"] = np.repeat(starts, numbers) + before, before
-    pieces["length"] = np.minimum(np.repeat(lengths, numbers) - before, length + 1)
+    # After the first token, each piece adds `length` tokens.
+    pieces_of = np.maximum(-(-(lengths - 1) // length), lengths > 0)
+    pieces = np.empty(pieces_of.sum(), PIECE)
+    index_in_document = np.arange(len(pieces)) - np.repeat(np.cumsum(pieces_of) - pieces_of, pieces_of)
+    before = length * index_in_document
+    pieces["start"], pieces["before"] = np.repeat(starts, pieces_of) + before, before
+    pieces["length"] = np.minimum(np.repeat(lengths, pieces_of) - before, length + 1)
     return pieces
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """The row that best-fit decreasing puts each piece into, numbered from 0, int64 (pieces,).
+    """Assign pieces to rows by best-fit decreasing; returns the row of each piece, numbered from 0, int64 (pieces,).
 
-    Rows with equally much room are alike, and so are pieces of one length: so they are handled together, and the time
-    goes with the number of different lengths and rooms, not with that of pieces. With the smallest room that is enough,
-    a row takes as many pieces of the length as fit: after each it is the row with the least room that is enough.
+    The longest piece comes first, and each goes into the row with the least room that is enough. Rows with the same room
+    are interchangeable, and so are pieces of the same length: they are handled together, and the time depends on the
+    number of different lengths and rooms, not on that of pieces.
 
     Args:
         lengths: of the pieces, from 1 to `capacity`, int (pieces,).
         capacity: tokens of a row.
     """
-    # Sorting 16-bit keys stably is a counting sort.
+    # Sorting 16-bit keys stably is a counting sort, linear in the number of pieces.
     keys = (capacity - lengths).astype(np.uint16 if capacity < 1 << 16 else np.int64)
     order, counts = np.argsort(keys, kind="stable"), np.bincount(lengths, minlength=capacity + 1)
     rows_of = np.empty(len(lengths), np.int64)
-    by_room: dict[int, list[np.ndarray]] = {}
-    rooms = 0  # bit r is set where rows have r tokens of room
+    by_room: dict[int, list[np.ndarray]] = {}  # rows that are not full, by the room left in them
+    rooms = 0  # bit r is set where `by_room` has rows with r tokens of room
     rows = placed = 0
     for length in np.flatnonzero(counts)[::-1].tolist():
-        end = placed + int(counts[length])
+        end = placed + int(counts[length])  # pieces order[placed:end] have this length
         while placed < end:
             enough = rooms >> length
             if enough:
+                # The lowest set bit from `length` on is the least room that is enough.
                 room = length + (enough & -enough).bit_length() - 1
                 open_rows = np.concatenate(by_room.pop(room))
                 rooms ^= 1 << room
             else:
+                # No row has room: open as many as the rest of these pieces fill. The negated floor division rounds up.
                 room = capacity
                 open_rows = np.arange(rows, rows - (placed - end) // (room // length), dtype=np.int64)
                 rows += len(open_rows)
+            # A row takes as many of these pieces as fit before the next row gets one: once it has the first, no other
+            # row has less room that is still enough.
             each = room // length
             count = min(end - placed, each * len(open_rows))
             filled, more = divmod(count, each)
             rows_of[order[placed : placed + count]] = np.repeat(open_rows, each)[:count]
             placed += count
+            # Where the pieces run out, rows are left with three different rooms: rows that got `each` pieces, at most
+            # one row that got fewer, and rows that got none.
             left = (
                 (room - each * length, open_rows[:filled]),
                 (room - more * length, open_rows[filled : filled + bool(more)]),
@@ -127,8 +136,8 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     return rows_of
 
 
-def pack(document_starts: np.ndarray, tokens: int, length: int) -> tuple[np.ndarray, np.ndarray, PlanCounts]:
-    """The plan of one shard.
+def pack_shard(document_starts: np.ndarray, tokens: int, length: int) -> tuple[np.ndarray, np.ndarray, PlanCounts]:
+    """Compute the plan of one shard.
 
     Args:
         document_starts: first token of each document, int64 (documents,), ascending.
@@ -139,26 +148,27 @@ def pack(document_starts: np.ndarray, tokens: int, length: int) -> tuple[np.ndar
         The offsets and the pieces of the plan's file, and its counts. Within a row, pieces are in the shard's order.
     """
     lengths = np.diff(document_starts, append=tokens)
-    pieces = cut(document_starts, lengths, length)
+    pieces = cut_documents(document_starts, lengths, length)
     sizes = pieces["length"].astype(np.int64)
     rows_of = best_fit(sizes, length + 1)
-    in_row = np.bincount(rows_of)
-    offsets = np.concatenate(([0], np.cumsum(in_row))).astype(OFFSET)
-    padding = len(in_row) * (length + 1) - int(sizes.sum())
+    pieces_per_row = np.bincount(rows_of)
+    offsets = np.concatenate(([0], np.cumsum(pieces_per_row))).astype(OFFSET)
+    padding = len(pieces_per_row) * (length + 1) - int(sizes.sum())
     documents = int((lengths > 0).sum()), int((lengths > length + 1).sum())
-    counts = PlanCounts(len(in_row), len(pieces), padding, *documents)
+    counts = PlanCounts(len(pieces_per_row), len(pieces), padding, *documents)
+    # A stable sort keeps the shard's order within a row.
     return offsets, pieces[np.argsort(rows_of, kind="stable")], counts
 
 
 def plan_path(manifest: CorpusManifest, split: str, shard: str, length: int) -> Path:
-    """Where the plan of a shard is."""
+    """Return the path of a shard's plan."""
     return manifest.directory / FOLDER / f"L{length}" / split / f"{shard}{SUFFIX}"
 
 
 class PackingPlan:
-    """Reads the plan of one shard. Opening takes the same time for any number of rows: these are read when asked for.
+    """Reads the plan of one shard, row by row; opening reads the header only, whatever the number of rows.
 
-    The file is open from the first row that is read until `close`.
+    The file is opened again for the first row that is read and stays open until `close`.
 
     Args:
         manifest: of the corpus.
@@ -175,58 +185,60 @@ class PackingPlan:
     def __init__(self, manifest: CorpusManifest, split: str, shard: dict[str, Any], length: int) -> None:
         self.path = plan_path(manifest, split, shard["name"], length)
         self._length, self._tokens = length, shard["tokens"]
-        self._again = f"Make it again: rdt prep pack {manifest.directory} --sequence_length {length}"
+        self._remedy = f"Make it again: rdt prep pack {manifest.directory} --sequence_length {length}"
         self._descriptor: int | None = None
         try:
             with open(self.path, "rb") as file:
                 header, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
         except FileNotFoundError:
-            raise DataError(f"{self.path} does not exist. {self._again}") from None
+            raise DataError(f"{self.path} does not exist. {self._remedy}") from None
         self._check_header(header, size, shard)
 
     def _check_header(self, header: bytes, size: int, shard: dict[str, Any]) -> None:
+        """Set the counts from the header; DataError if it does not fit the file's size or the shard."""
         if len(header) < HEADER.size or header[:8] != MAGIC:
-            raise DataError(f"{self.path} is not a packing plan. {self._again}")
+            raise DataError(f"{self.path} is not a packing plan. {self._remedy}")
         _, version, length, bin_hash, idx_hash, self._body_hash, *counts = HEADER.unpack(header)
         if (version, length) != (VERSION, self._length):
             raise DataError(
                 f"{self.path} has version {version} and sequence length {length}, not {VERSION} and {self._length}. "
-                f"{self._again}"
+                f"{self._remedy}"
             )
         if (bin_hash.hex(), idx_hash.hex()) != (shard["bin_sha256"], shard["idx_sha256"]):
-            raise DataError(f"{self.path} was made for other shards than the manifest names now. {self._again}")
+            raise DataError(f"{self.path} was made for other shards than the manifest names now. {self._remedy}")
         self.counts = PlanCounts(*counts)
         expected = HEADER.size + OFFSET.itemsize * (self.counts.rows + 1) + PIECE.itemsize * self.counts.pieces
         if size != expected:
-            raise DataError(f"{self.path} has {size} bytes, its header says {expected}. {self._again}")
+            raise DataError(f"{self.path} has {size} bytes, its header says {expected}. {self._remedy}")
 
     def verify(self) -> None:
-        """Hash the whole plan; DataError where it is damaged."""
-        if hash_of_body(self.path) != self._body_hash:
-            raise DataError(f"{self.path} has other content than was written. {self._again}")
+        """Hash the whole plan; DataError if it is damaged."""
+        if hash_body(self.path) != self._body_hash:
+            raise DataError(f"{self.path} has other content than was written. {self._remedy}")
 
-    def pieces(self, row: int) -> list[tuple[int, int, int]]:
-        """First token in the shard, tokens, and tokens of the document before it, of each piece of a row.
+    def read_row(self, row: int) -> list[tuple[int, int, int]]:
+        """Read the pieces of a row: first token in the shard, number of tokens, tokens of the document before the piece.
 
         Raises:
-            DataError: the plan ends early, or says what cannot be.
+            DataError: the plan ends early, or holds an impossible row.
         """
-        first, last = self._read(OFFSET, HEADER.size + OFFSET.itemsize * row, 2).tolist()
+        first, last = self._read_array(OFFSET, HEADER.size + OFFSET.itemsize * row, 2).tolist()
         pieces: list[tuple[int, int, int]] = []
         if first < last <= self.counts.pieces:
             begin = HEADER.size + OFFSET.itemsize * (self.counts.rows + 1)
-            pieces = self._read(PIECE, begin + PIECE.itemsize * first, last - first).tolist()
+            pieces = self._read_array(PIECE, begin + PIECE.itemsize * first, last - first).tolist()
         inside = all(length and start + length <= self._tokens for start, length, _ in pieces)
         if not pieces or not inside or sum(length for _, length, _ in pieces) > self._length + 1:
-            raise DataError(f"{self.path} holds an impossible row {row}. {self._again}")
+            raise DataError(f"{self.path} holds an impossible row {row}. {self._remedy}")
         return pieces
 
-    def _read(self, dtype: np.dtype, place: int, count: int) -> np.ndarray:
+    def _read_array(self, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
+        """Read `count` values from a byte offset of the file on; DataError if it ends before."""
         if self._descriptor is None:
             self._descriptor = os.open(self.path, os.O_RDONLY)
-        content = os.pread(self._descriptor, count * dtype.itemsize, place)
+        content = os.pread(self._descriptor, count * dtype.itemsize, offset)
         if len(content) != count * dtype.itemsize:
-            raise DataError(f"{self.path} ends early: it changed while in use. {self._again}")
+            raise DataError(f"{self.path} ends early: it changed while in use. {self._remedy}")
         return np.frombuffer(content, dtype)
 
     def close(self) -> None:
@@ -236,8 +248,8 @@ class PackingPlan:
             self._descriptor = None
 
 
-def hash_of_body(path: Path) -> bytes:
-    """SHA-256 of what follows a plan's header."""
+def hash_body(path: Path) -> bytes:
+    """Compute the SHA-256 of a plan file without its header."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         file.seek(HEADER.size)
@@ -247,12 +259,12 @@ def hash_of_body(path: Path) -> bytes:
 
 
 def write_plan(manifest: CorpusManifest, split: str, shard: dict[str, Any], length: int) -> PlanCounts:
-    """Make the plan of one shard and write it atomically. Memory goes with the documents of the shard."""
+    """Compute the plan of one shard and write it atomically; memory grows with the number of its documents."""
     dataset = IndexedDataset(manifest.directory / split / shard["name"])
     try:
         if sha256_of(dataset.idx_path) != shard["idx_sha256"]:
             raise DataError(f"{dataset.idx_path} has other content than was written. Prepare the corpus again.")
-        offsets, pieces, counts = pack(dataset.document_starts, dataset.tokens, length)
+        offsets, pieces, counts = pack_shard(dataset.document_starts, dataset.tokens, length)
     finally:
         dataset.close()
     body = offsets.tobytes() + pieces.tobytes()
@@ -266,7 +278,7 @@ def write_plan(manifest: CorpusManifest, split: str, shard: dict[str, Any], leng
 
 
 def make_plans(manifest: CorpusManifest, split: str, length: int, again: bool = False) -> PlanCounts:
-    """Make the plans of a split's shards that are missing; check the others.
+    """Make the missing plans of a split's shards and check the others.
 
     Args:
         manifest: of the corpus.
@@ -283,7 +295,7 @@ def make_plans(manifest: CorpusManifest, split: str, length: int, again: bool = 
     """
     folder = plan_path(manifest, split, "", length).parent
     try:
-        return _make_plans(manifest, split, length, folder, again)
+        return _check_and_make_plans(manifest, split, length, folder, again)
     except OSError as error:
         raise DataError(
             f"the packing plans in {folder} could not be made ({error.strerror}). Make them where the corpus can be "
@@ -291,38 +303,35 @@ def make_plans(manifest: CorpusManifest, split: str, length: int, again: bool = 
         ) from error
 
 
-def _make_plans(manifest: CorpusManifest, split: str, length: int, folder: Path, again: bool) -> PlanCounts:
+def _check_and_make_plans(manifest: CorpusManifest, split: str, length: int, folder: Path, again: bool) -> PlanCounts:
+    """Do the work of `make_plans` in `folder`; an OSError is passed on."""
     counts = PlanCounts()
-    lacking = []
+    to_make = []
     for shard in manifest.document["splits"][split]["shards"]:
         try:
-            counts += _checked(manifest, split, shard, length)
+            counts += _verify_plan(manifest, split, shard, length)
         except DataError:
+            # A plan that exists is replaced only on request: the user may want to look at it.
             if not again and plan_path(manifest, split, shard["name"], length).exists():
                 raise
-            lacking.append(shard)
-    if not lacking:
+            to_make.append(shard)
+    if not to_make:
         return counts
     folder.mkdir(parents=True, exist_ok=True)
     message = f"another process has been making the plans in {folder} for an hour. Wait for it, or end it."
     with exclusive(folder / ".lock", message, BUILD_PATIENCE_S):
         for stale in folder.glob(f"*{TEMPORARY_SUFFIX}"):  # of processes that were killed
             stale.unlink(missing_ok=True)
-        for shard in lacking:
-            counts += _made(manifest, split, shard, length)
+        for shard in to_make:
+            try:  # another machine may have made it while this one waited for the lock
+                counts += _verify_plan(manifest, split, shard, length)
+            except DataError:
+                counts += write_plan(manifest, split, shard, length)
     return counts
 
 
-def _checked(manifest: CorpusManifest, split: str, shard: dict[str, Any], length: int) -> PlanCounts:
-    """The counts of a plan that is there; DataError where it is not, or not as it should be."""
+def _verify_plan(manifest: CorpusManifest, split: str, shard: dict[str, Any], length: int) -> PlanCounts:
+    """Return the counts of a plan on disk; DataError if it is missing, damaged or made for other shards."""
     plan = PackingPlan(manifest, split, shard, length)
     plan.verify()
     return plan.counts
-
-
-def _made(manifest: CorpusManifest, split: str, shard: dict[str, Any], length: int) -> PlanCounts:
-    """The counts of a plan that was to be made, and that another machine may have made in the meantime."""
-    try:
-        return _checked(manifest, split, shard, length)
-    except DataError:
-        return write_plan(manifest, split, shard, length)

@@ -1,4 +1,4 @@
-"""A keyed permutation of 0 ... n - 1, computed and never stored.
+"""KeyedPermutation: a pseudorandom permutation of 0 ... n - 1, computed for any index and never stored.
 
 A balanced Feistel network on 2b bits with 4^b >= n and six rounds, walked along its cycles until the result is below
 n; so it is a bijection for every n. Small n are sorted by hash instead. No library generator is involved: the order
@@ -16,7 +16,7 @@ _SHIFT = np.uint64(33)
 
 
 def mix64(x: np.ndarray) -> np.ndarray:
-    """MurmurHash3's 64-bit finaliser on a uint64 array."""
+    """Hash each number of a uint64 array with MurmurHash3's 64-bit finaliser."""
     x = (x ^ (x >> _SHIFT)) * _MIX_FIRST
     x = (x ^ (x >> _SHIFT)) * _MIX_SECOND
     return x ^ (x >> _SHIFT)
@@ -43,17 +43,20 @@ class KeyedPermutation:
             self._half, self._mask = np.uint64(half), np.uint64((1 << half) - 1)
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
-        """Map int64 indices below n, shape (...), to their places, the same shape."""
+        """Permute int64 indices below n, any shape, elementwise."""
         if self._table is not None:
             return self._table[indices]
-        places = self._rounds(indices.astype(np.uint64))
-        outside = places >= self.n
+        permuted = self._apply_rounds(indices.astype(np.uint64))
+        # The network permutes 4^b >= n numbers. Applied again and again it leads back to its start, which is below n, so
+        # each walk ends; and no two walks end at the same number, because the network can be undone.
+        outside = permuted >= self.n
         while outside.any():
-            places[outside] = self._rounds(places[outside])
-            outside = places >= self.n
-        return places.astype(np.int64)
+            permuted[outside] = self._apply_rounds(permuted[outside])
+            outside = permuted >= self.n
+        return permuted.astype(np.int64)
 
-    def _rounds(self, x: np.ndarray) -> np.ndarray:
+    def _apply_rounds(self, x: np.ndarray) -> np.ndarray:
+        """Run the Feistel network on numbers of 2b bits; any round function makes it a bijection."""
         left, right = x >> self._half, x & self._mask
         for key in self._keys:
             left, right = right, left ^ (mix64(right ^ key) & self._mask)

@@ -1,4 +1,4 @@
-"""Which window of tokens is sample number k: a pure function of (seed, corpus size, sequence length, k).
+"""Sample order: the window of tokens that sample number k reads, a pure function of (seed, corpus, sequence length, k).
 
 Samples are numbered 0, 1, 2, ... over the whole run. The state to resume from is one integer, the number consumed.
 Extending a run, another world size or another micro-batch changes nothing about the samples before.
@@ -9,20 +9,22 @@ import numpy as np
 from megatron_rdt.data.permutation import KeyedPermutation
 from megatron_rdt.errors import ConfigError, DataError
 
+KEPT_EPOCHS = 5
+
 
 class SampleOrder:
     """Order of the windows of one corpus.
 
     Epoch e visits every window once, in an order keyed by (seed, e). Windows are `sequence_length` tokens apart and
-    one longer; from the second epoch on their borders are shifted by a keyed phase.
+    one longer; from the second epoch on their borders are shifted by a keyed offset below `sequence_length`.
 
     Args:
         tokens: length of the corpus.
         sequence_length: L; a window has L + 1 tokens.
-        seed: seed of the run.
-        key: of the order, beside the seed.
-        name: what the corpus is called in a message.
-        number: of the corpus in the run, part of the key; the first one, 0, has the order that it would have alone.
+        seed: of the run.
+        key: of the order, in addition to the seed.
+        name: of the corpus, for messages.
+        number: of the corpus in the run, part of the key; corpus 0 has the order that it would have alone.
 
     Raises:
         DataError: the corpus is too small for a window.
@@ -44,45 +46,53 @@ class SampleOrder:
             )
         self._arguments = tokens, sequence_length, seed, key, name
         self.sequence_length, self.seed = sequence_length, seed
+        # Without the number, corpora with equally many windows would be visited in step.
         self._key = f"{key}/{number}" if number else key
+        # As many as fit at the largest offset: n windows take n L + 1 tokens, after an offset of up to L - 1.
         self.samples_per_epoch = (tokens - sequence_length) // sequence_length
-        self._orders: dict[int, tuple[KeyedPermutation, int]] = {}
+        self._epochs: dict[int, tuple[KeyedPermutation, int]] = {}
 
-    def numbered(self, number: int) -> "SampleOrder":
-        """The order of the same windows for another number of the corpus."""
+    def with_number(self, number: int) -> "SampleOrder":
+        """Return the order of the same windows for another number of the corpus in the run."""
         return SampleOrder(*self._arguments, number)
 
-    def starts(self, samples: np.ndarray) -> np.ndarray:
-        """First token of the window of each sample number, int64 (n,) -> int64 (n,)."""
-        epochs, places = np.divmod(samples, self.samples_per_epoch)
+    def window_starts(self, samples: np.ndarray) -> np.ndarray:
+        """Compute the first token of each sample's window, int64 (n,) -> int64 (n,)."""
+        epochs, indices = np.divmod(samples, self.samples_per_epoch)
         starts = np.empty_like(samples)
         for epoch in np.unique(epochs):
-            permutation, phase = self._epoch(int(epoch))
+            permutation, offset = self._epoch_order(int(epoch))
             chosen = epochs == epoch
-            starts[chosen] = permutation(places[chosen]) * self.sequence_length + phase
+            starts[chosen] = permutation(indices[chosen]) * self.sequence_length + offset
         return starts
 
-    def _epoch(self, epoch: int) -> tuple[KeyedPermutation, int]:
-        if epoch not in self._orders:
-            if len(self._orders) > 4:
-                self._orders.clear()
+    def _epoch_order(self, epoch: int) -> tuple[KeyedPermutation, int]:
+        """Return an epoch's permutation of the windows and the offset of their borders, computed once."""
+        if epoch not in self._epochs:
+            if len(self._epochs) >= KEPT_EPOCHS:
+                self._epochs.clear()
             key = (self.seed, self._key, epoch)
-            phase = int(KeyedPermutation(self.sequence_length, "phase", *key)(np.array([0]))[0]) if epoch else 0
-            self._orders[epoch] = KeyedPermutation(self.samples_per_epoch, "order", *key), phase
-        return self._orders[epoch]
+            # The strings are part of the order: another word would be another order.
+            offset = int(KeyedPermutation(self.sequence_length, "phase", *key)(np.array([0]))[0]) if epoch else 0
+            self._epochs[epoch] = KeyedPermutation(self.samples_per_epoch, "order", *key), offset
+        return self._epochs[epoch]
 
 
-def rank_samples(consumed: int, global_batch: int, rank: int, world_size: int, seed: int) -> np.ndarray:
-    """Sample numbers that `rank` takes of the batch that starts at `consumed`, int64 (global_batch / world_size,).
+def samples_of_rank(consumed: int, global_batch: int, data_rank: int, data_ranks: int, seed: int) -> np.ndarray:
+    """Return one rank's sample numbers of the batch that starts at sample `consumed`, int64 (global_batch / data_ranks,).
 
-    The batch is {consumed ... consumed + global_batch - 1} for every world size; slots inside it are permuted.
+    The batch is the samples consumed ... consumed + global_batch - 1, permuted; each rank takes the same number of
+    consecutive rows of it. So the global batch is the same for every number of ranks.
+
+    Raises:
+        ConfigError: the ranks do not divide the batch.
     """
-    if global_batch % world_size:
-        lower = global_batch // world_size * world_size
-        nearest = ", ".join(str(n) for n in (lower, lower + world_size) if n)
+    if global_batch % data_ranks:
+        lower = global_batch // data_ranks * data_ranks
+        nearest = ", ".join(str(n) for n in (lower, lower + data_ranks) if n)
         raise ConfigError(
-            f"train.global_batch {global_batch} is not a multiple of {world_size} ranks; nearest: {nearest}."
+            f"train.global_batch {global_batch} is not a multiple of {data_ranks} ranks; nearest: {nearest}."
         )
-    share = global_batch // world_size
-    slots = np.arange(rank * share, (rank + 1) * share)
-    return consumed + KeyedPermutation(global_batch, "batch", seed, consumed)(slots)
+    share = global_batch // data_ranks
+    batch_rows = np.arange(data_rank * share, (data_rank + 1) * share)
+    return consumed + KeyedPermutation(global_batch, "batch", seed, consumed)(batch_rows)

@@ -1,8 +1,8 @@
-"""A Hugging Face dataset read as it comes, without preparing it: for a quick look, with what that costs in exactness.
+"""TokenStream: windows from a Hugging Face dataset that is read in its order, without preparing it; for a quick look.
 
-Rows are read with the datasets library's streaming, split over the processes, encoded, joined with EOS between them and cut
-into windows that overlap by one token. What was read is noted for every batch: a run with the same number of processes and
-no shuffle buffer goes on exactly.
+Rows are read with the datasets library's streaming, split over the data-parallel ranks, encoded, joined with EOS between
+them and cut into windows that overlap by one token. The state of reading is kept for every batch: a run with the same
+number of ranks and no shuffle buffer resumes exactly.
 """
 
 import json
@@ -14,23 +14,24 @@ import numpy as np
 import torch
 import xxhash
 
-from megatron_rdt.data.corpus import Windows
-from megatron_rdt.data.hugging_face import PREFIX, open_stream, unreadable
+from megatron_rdt.data.batch import Batch, build_document_fields
+from megatron_rdt.data.hugging_face import PREFIX, dataset_error, open_stream
 from megatron_rdt.data.loader import PREFETCHED_BATCHES
 from megatron_rdt.data.tokenizer.base import Tokenizer
 from megatron_rdt.errors import DataError
 
-# What is noted of batches that the steps have not taken yet: those that wait, one in the making, one in use.
-NOTED_BATCHES = PREFETCHED_BATCHES + 3
+# The loader reads ahead of the steps, so a checkpoint needs a state of some batches ago. There are the batches in the queue,
+# one that waits for room in it and one in use; n batches have n + 1 states around them.
+KEPT_STATES = PREFETCHED_BATCHES + 3
 
 
-def open_dataset(path: str, split: str, place: int = 0, places: int = 1) -> Any:
-    """Rows of a dataset, streamed: a `datasets.IterableDataset`.
+def open_dataset(path: str, split: str, data_rank: int = 0, data_ranks: int = 1) -> Any:
+    """Open one rank's share of a dataset's rows as a `datasets.IterableDataset`; each row is in one share.
 
     Args:
         path: "hf:NAME" or "hf:NAME:CONFIG"; NAME is a name on the hub or a local path.
         split: of the dataset.
-        place, places: which share of the rows; each row is in one.
+        data_rank, data_ranks: the rank that reads the share, and the number of such ranks.
 
     Raises:
         DataError: there is no such dataset or split, or it cannot be reached.
@@ -39,36 +40,37 @@ def open_dataset(path: str, split: str, place: int = 0, places: int = 1) -> Any:
 
     try:
         rows = open_stream(path.removeprefix(PREFIX), split)
-        return split_dataset_by_node(rows, place, places) if places > 1 else rows
+        return split_dataset_by_node(rows, data_rank, data_ranks) if data_ranks > 1 else rows
     except Exception as error:  # the library's own, the hub's, the network's
-        raise _unreadable(path, error) from error
+        raise _training_data_error(path, error) from error
 
 
-def _unreadable(path: str, error: Exception) -> DataError:
-    return unreadable(path.removeprefix(PREFIX), error, "--data.hf_split")
+def _training_data_error(path: str, error: Exception) -> DataError:
+    """Build the error for a dataset of `data.path` that could not be read."""
+    return dataset_error(path.removeprefix(PREFIX), error, "--data.hf_split")
 
 
-def text_hash(text: str) -> int:
-    """128-bit hash of a text."""
+def hash_text(text: str) -> int:
+    """Hash a text to 128 bits."""
     return xxhash.xxh3_128_intdigest(text.encode("utf-8", "surrogatepass"))
 
 
-class EndedError(DataError):
-    """A dataset was read as often as it may be."""
+class DatasetEndedError(DataError):
+    """Raised when a dataset was read as often as it may be."""
 
 
 class RowReader:
-    """Texts of a dataset, one after another, with the state to go on from.
+    """Iterator over the texts of a dataset, epoch after epoch, that can be resumed from a state.
 
     Args:
-        path: for messages.
-        text_field: of a row.
-        open_epoch: the rows of a pass over the data, by its number from 0.
-        max_epochs: passes after which reading is refused; None for ever.
-        state: of an earlier reader to go on from.
+        path: of the dataset, for messages.
+        text_field: field of a row that holds the text.
+        open_epoch: opens the rows of an epoch, given its number from 0.
+        max_epochs: epochs after which reading is refused; None never refuses.
+        state: `state()` of an earlier reader, to resume from.
 
     Attributes:
-        epoch: number of the pass.
+        epoch: number of the current epoch.
         rows: rows read in it.
     """
 
@@ -80,34 +82,37 @@ class RowReader:
         max_epochs: float | None = None,
         state: dict[str, Any] | None = None,
     ) -> None:
-        self.path, self.text_field, self._open, self.max_epochs = path, text_field, open_epoch, max_epochs
+        self.path, self.text_field, self._open_epoch, self.max_epochs = path, text_field, open_epoch, max_epochs
         self.epoch: int = state["epoch"] if state else 0
         self.rows: int = state["rows"] if state else 0
         self._dataset = open_epoch(self.epoch)
-        self._start = state["dataset"] if state else None  # where the pass goes on, until it does
-        if self._start is not None:
-            self._dataset.load_state_dict(self._start)
+        # The library's state from which the current epoch was resumed; None for one that is read from its start.
+        self._resumed_from = state["dataset"] if state else None
+        if self._resumed_from is not None:
+            self._dataset.load_state_dict(self._resumed_from)
         self._iterator: Iterator[dict[str, Any]] | None = None
-        self._unread = False  # the pass has been begun and gave nothing yet
+        self._has_no_text_yet = False  # of an epoch that was begun after another
 
     def state(self) -> dict[str, Any]:
-        """What a reader goes on from after the last text, as JSON has it."""
-        rows = self._start if self._iterator is None else self._dataset.state_dict()
+        """Return the state to resume from after the last text; JSON can hold it."""
+        # Before its first row is read, the state of an epoch is the one it was resumed from; None at its start.
+        rows = self._resumed_from if self._iterator is None else self._dataset.state_dict()
         return {"epoch": self.epoch, "rows": self.rows, "dataset": rows}
 
     def __iter__(self) -> "RowReader":
+        """Return the reader itself."""
         return self
 
     def __next__(self) -> str:
-        """The next text that is not blank; at the end of the data, the first one again.
+        """Return the next text that is not blank; at the end of an epoch, the first one again.
 
         Raises:
             DataError: a row has no such text, the data cannot be read, holds no text at all, or was read often enough.
         """
         while True:
-            row = self._row()
+            row = self._read_row()
             if row is None:
-                self._begin_again()
+                self._begin_next_epoch()
                 continue
             self.rows += 1
             text = row.get(self.text_field)
@@ -118,45 +123,48 @@ class RowReader:
                     f"{', '.join(sorted(row))}. Set --data.text_field."
                 )
             if text.strip():
-                self._unread = False
+                self._has_no_text_yet = False
                 return text
 
-    def _row(self) -> dict[str, Any] | None:
+    def _read_row(self) -> dict[str, Any] | None:
+        """Read the next row of the epoch; None at its end."""
         try:
             if self._iterator is None:
                 self._iterator = iter(self._dataset)
             return next(self._iterator, None)
         except Exception as error:
-            raise _unreadable(self.path, error) from error
+            raise _training_data_error(self.path, error) from error
 
-    def _begin_again(self) -> None:
-        if self._unread or self.rows == 0:
+    def _begin_next_epoch(self) -> None:
+        """Open the rows of the next epoch; DataError if there may be none, or the last one had no text."""
+        if self._has_no_text_yet or self.rows == 0:
             raise DataError(f"{self.path} has no text for this process. Use fewer processes, or other data.")
         self.epoch += 1
         if self.max_epochs is not None and self.epoch >= self.max_epochs:
-            raise EndedError(
+            raise DatasetEndedError(
                 f"{self.path} ended after {self.rows:,} rows of this process, and data.max_epochs is {self.max_epochs:g}. "
                 "Lower --train.steps, or raise --data.max_epochs."
             )
-        # A dataset of its own: one that goes on from a state begins every pass there.
-        self._dataset, self._start, self._iterator = self._open(self.epoch), None, None
-        self.rows, self._unread = 0, True
+        # Opened anew: a dataset that was resumed from a state begins every epoch at that state.
+        self._dataset, self._resumed_from, self._iterator = self._open_epoch(self.epoch), None, None
+        self.rows, self._has_no_text_yet = 0, True
 
 
 class TokenStream:
-    """Windows of a stream of texts: the `Samples` of a loader, read in order and once.
+    """Windows of joined texts, read in order and once; a `SampleReader`.
 
     Args:
-        texts: to read.
+        texts: source of the texts.
         tokenizer: encodes them.
-        sequence_length: L; a window has L + 1 tokens, the last of which is the first of the next.
+        sequence_length: L; a window has L + 1 tokens, the last of which is the first of the next window.
         seed: of the order of samples in a batch.
         documents: number the documents in each window.
-        positions: let positions start again at 0 at each document.
-        held_out: hashes of texts to leave out.
-        seen: takes the hashes of the texts that were not.
-        consumed, step: samples of the whole run before the first read, and in each.
-        state: of an earlier stream to go on from.
+        positions: restart positions from 0 at each document.
+        held_out: hashes of texts to skip.
+        seen: set that receives the hashes of the texts that are used.
+        consumed: samples of the run that earlier steps took.
+        global_batch: samples of the run in each step.
+        state: `state(consumed)` of an earlier stream, to resume from.
     """
 
     def __init__(
@@ -170,78 +178,76 @@ class TokenStream:
         held_out: frozenset[int] = frozenset(),
         seen: set[int] | None = None,
         consumed: int = 0,
-        step: int = 1,
+        global_batch: int = 1,
         state: dict[str, Any] | None = None,
     ) -> None:
         self.texts, self.tokenizer, self.sequence_length, self.seed = texts, tokenizer, sequence_length, seed
         self._with_documents, self._with_positions = documents, positions
-        self._held_out, self._seen, self._step = held_out, seen, step
+        self._held_out, self._seen, self._global_batch = held_out, seen, global_batch
+        # Tokens that were encoded and are in no window yet, and which of them start a document.
         self._tokens = state["tokens"].numpy() if state else np.empty(0, np.int32)
-        self._begins = state["begins"].numpy() if state else np.empty(0, bool)
+        self._starts = state["begins"].numpy() if state else np.empty(0, bool)
         self._consumed = consumed
-        self._noted = OrderedDict({consumed: self._state()})
+        self._states = OrderedDict({consumed: self._current_state()})
 
-    def places(self, samples: np.ndarray) -> np.ndarray:
-        """The samples themselves: what comes next is the next sample, whatever its number."""
+    def locate(self, samples: np.ndarray) -> np.ndarray:
+        """Return the samples themselves: the next window is the next sample, whatever its number."""
         return samples
 
-    def announce(self, places: np.ndarray) -> None:
-        """Nothing: a stream is read in its order."""
+    def prefetch(self, locations: np.ndarray) -> None:
+        """Do nothing: a stream is read in its order."""
 
-    def read(self, places: np.ndarray) -> Windows:
-        """The next windows, as many as there are places; what a run goes on from after them is noted."""
-        windows = self.take(len(places))
-        self._consumed += self._step
-        self._noted[self._consumed] = self._state()
-        while len(self._noted) > NOTED_BATCHES:
-            self._noted.popitem(last=False)
-        return windows
+    def read(self, locations: np.ndarray) -> Batch:
+        """Read the next windows, as many as there are locations: this rank's rows of a step; keep the state after them."""
+        batch = self.read_next(len(locations))
+        self._consumed += self._global_batch
+        self._states[self._consumed] = self._current_state()
+        while len(self._states) > KEPT_STATES:
+            self._states.popitem(last=False)
+        return batch
 
-    def take(self, count: int) -> Windows:
-        """The next `count` windows."""
+    def read_next(self, count: int) -> Batch:
+        """Read the next `count` windows, one per row."""
         length = self.sequence_length
-        tokens, begins, have = [self._tokens], [self._begins], len(self._tokens)
-        while have < count * length + 1:
-            ids = self._document(next(self.texts))
-            if ids is None:
+        tokens, starts, available = [self._tokens], [self._starts], len(self._tokens)
+        while available < count * length + 1:
+            text = next(self.texts)
+            if self._held_out and hash_text(text) in self._held_out:
                 continue
+            if self._seen is not None:
+                self._seen.add(hash_text(text))
+            ids = self._encode(text)
             tokens.append(ids)
-            begins.append(np.arange(len(ids)) == 0)
-            have += len(ids)
-        joined, starts = np.concatenate(tokens), np.concatenate(begins)
-        self._tokens, self._begins = joined[count * length :], starts[count * length :]
-        rows = np.arange(count)[:, None] * length + np.arange(length + 1)
-        documents = positions = None
-        if self._with_documents:
-            numbers = np.cumsum(starts, dtype=np.int64)[rows]
-            documents = torch.from_numpy(numbers - numbers[:, :1])
-        if self._with_positions:
-            columns = np.arange(length + 1)
-            positions = torch.from_numpy(columns - np.maximum.accumulate(np.where(starts[rows], columns, 0), axis=1))
-        return Windows(torch.from_numpy(joined[rows].astype(np.int64)), documents, positions)
+            starts.append(np.arange(len(ids)) == 0)
+            available += len(ids)
+        joined, joined_starts = np.concatenate(tokens), np.concatenate(starts)
+        # The last token of the last window stays: it is the first of the next one.
+        self._tokens, self._starts = joined[count * length :], joined_starts[count * length :]
+        indices = np.arange(count)[:, None] * length + np.arange(length + 1)
+        return Batch(
+            torch.from_numpy(joined[indices].astype(np.int64)),
+            *build_document_fields(joined_starts[indices], self._with_documents, self._with_positions),
+        )
 
     def state(self, consumed: int) -> dict[str, Any]:
-        """What a stream goes on from after `consumed` samples of the whole run: for torch.save, to load weights only."""
-        texts, tokens, begins = self._noted[consumed]
-        return {"texts": texts, "tokens": torch.from_numpy(tokens.copy()), "begins": torch.from_numpy(begins.copy())}
+        """Return the state to resume from after `consumed` samples of the run; torch.load reads it with weights_only."""
+        texts, tokens, starts = self._states[consumed]
+        return {"texts": texts, "tokens": torch.from_numpy(tokens.copy()), "begins": torch.from_numpy(starts.copy())}
 
-    def _document(self, text: str) -> np.ndarray | None:
-        if self._held_out and text_hash(text) in self._held_out:
-            return None
-        if self._seen is not None:
-            self._seen.add(text_hash(text))
+    def _encode(self, text: str) -> np.ndarray:
+        """Encode a text, with EOS at its end."""
         try:
             ids = self.tokenizer.encode(text)
-        except UnicodeEncodeError:  # a lone surrogate is no text
+        except UnicodeEncodeError:  # a lone surrogate has no UTF-8 form
             ids = self.tokenizer.encode(text.encode("utf-8", "replace").decode("utf-8"))
         return np.array([*ids, self.tokenizer.eos], np.int32)
 
-    def _state(self) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-        # The arrays are never written to.
-        return json.loads(json.dumps(self.texts.state())), self._tokens, self._begins
+    def _current_state(self) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+        """Capture the state after the last window; the library goes on changing its own, so that is copied."""
+        return json.loads(json.dumps(self.texts.state())), self._tokens, self._starts
 
 
-def first_windows(
+def read_held_out_windows(
     path: str,
     split: str,
     text_field: str,
@@ -250,11 +256,11 @@ def first_windows(
     count: int,
     documents: bool = False,
     positions: bool = False,
-) -> tuple[Windows, frozenset[int], int]:
-    """Windows of the first rows of a dataset, to validate on.
+) -> tuple[Batch, frozenset[int], int]:
+    """Read windows of a dataset's first rows, to validate on.
 
     Returns:
-        The windows, the hashes of their texts, which training leaves out wherever they occur, and the number of rows.
+        The windows, the hashes of their texts, which training skips wherever they occur, and the number of rows.
 
     Raises:
         DataError: the dataset is too small.
@@ -263,8 +269,8 @@ def first_windows(
     seen: set[int] = set()
     stream = TokenStream(texts, tokenizer, sequence_length, 0, documents, positions, seen=seen)
     try:
-        return stream.take(count), frozenset(seen), texts.rows
-    except EndedError:
+        return stream.read_next(count), frozenset(seen), texts.rows
+    except DatasetEndedError:
         raise DataError(
             f"{path} ended after {texts.rows:,} rows, before it gave {count} sequences of {sequence_length} tokens to "
             "validate on. Lower --eval.sequences, or set --eval.every 0."

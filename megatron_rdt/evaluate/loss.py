@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from megatron_rdt.checkpoint import read_trainer_state, resolve_checkpoint
 from megatron_rdt.config import CorpusConfig, DataConfig, RunConfig, load_config
-from megatron_rdt.data import TokenCorpus, Tokenizer, Windows, fixed_windows, load_manifest, open_corpus
+from megatron_rdt.data import Batch, TokenCorpus, Tokenizer, load_manifest, open_corpus, read_fixed_windows
 from megatron_rdt.data.shard_files.corpus_manifest import MANIFEST
 from megatron_rdt.data.tokenizer.base import BYTES_FILE
 from megatron_rdt.errors import ConfigError, DataError
@@ -38,7 +38,7 @@ def perplexity(loss: float) -> float:
 @torch.no_grad()
 def validation_losses(
     model: nn.Module,
-    windows: Windows,
+    windows: Batch,
     loops: Sequence[int],
     micro_batch: int,
     device: torch.device,
@@ -48,8 +48,8 @@ def validation_losses(
     """Mean cross entropy per counted target at each T.
 
     Args:
-        model: called as model(tokens, T, targets=...), and with what else the windows have; every rank calls it equally
-            often.
+        model: called as model(tokens, T, targets=...), with the further fields of the windows by name; every rank calls
+            it equally often.
         windows: this rank's windows.
         loops: values of T.
         micro_batch: windows per forward pass.
@@ -61,15 +61,9 @@ def validation_losses(
     for count in loops:
         total = torch.zeros(2, dtype=torch.float64, device=device)
         for first in range(0, len(windows), micro_batch):
-            part, named = windows[first : first + micro_batch], {}
-            tokens = part.tokens.to(device)
-            for name, values in (("documents", part.documents), ("positions", part.positions)):
-                if values is not None:
-                    named[name] = values[:, :-1].to(device)
-            if part.loss_mask is not None:
-                named["loss_mask"] = part.loss_mask[:, 1:].to(device)
-            total[0] += model(tokens[:, :-1], count, targets=tokens[:, 1:], **named)["cross_entropy"]
-            total[1] += named["loss_mask"].sum() if "loss_mask" in named else tokens[:, 1:].numel()
+            tokens, named = windows.rows(first, first + micro_batch).to(device).inputs()
+            total[0] += model(tokens, count, **named)["cross_entropy"]
+            total[1] += named["loss_mask"].sum() if "loss_mask" in named else tokens.numel()
             if progress is not None:
                 progress(1)
         if reduce is not None:
@@ -80,7 +74,7 @@ def validation_losses(
 
 def mixture_losses(
     model: nn.Module,
-    windows: Mapping[str, Windows],
+    windows: Mapping[str, Batch],
     shares: Mapping[str, float],
     *arguments: Any,
     **named: Any,
@@ -137,13 +131,13 @@ def evaluate_checkpoint(
                 "Prepare the text with the tokenizer of the run, or leave --data away."
             )
     wanted = max(1, sequences // len(corpora))
-    windows = {name: fixed_windows(corpus, wanted) for name, corpus in corpora.items()}
+    windows = {name: read_fixed_windows(corpus, wanted) for name, corpus in corpora.items()}
     for name, part in windows.items():
         if len(part) < wanted:
             split = "the validation split" if len(windows) == 1 else f"the validation split of {name}"
             print(f"{split} has {len(part)} sequences of {config.train.sequence_length} tokens; all are used")
     sizes = np.load(directory / "tokenizer" / BYTES_FILE)
-    targets = {name: part.targets for name, part in windows.items()}
+    targets = {name: part.counted_targets for name, part in windows.items()}
     size = math.fsum(shares[name] * sizes[part.numpy()].mean() for name, part in targets.items())
     micro_batch = config.train.micro_batch
     batches = sum(-(-len(part) // micro_batch) for part in windows.values())

@@ -17,6 +17,7 @@ from torch import nn
 
 from megatron_rdt.config import RunConfig
 from megatron_rdt.config.layout import Layout
+from megatron_rdt.data.batch import Batch
 from megatron_rdt.depth.plan import DepthPlan
 from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer
 from megatron_rdt.model.activation_checkpointing import set_checkpointing
@@ -27,35 +28,15 @@ COMPUTE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward and backward pass of one rank.
+    """One rank's input of one forward and backward pass.
 
     Attributes:
-        tokens: (sequences, length + 1); where the run's loader made them, on the device already.
-        plan: how deep they go.
-        documents: the document of each token, the shape of `tokens`; None lets a token look at all before it.
-        positions: of each token, the shape of `tokens`; None counts from the start of each sequence.
-        loss_mask: True where a token counts as a target, the shape of `tokens`; None counts all. Where one micro-batch of
-            a step has a mask, every one on every rank has.
-        padding: tokens of padding; None where sequences are not packed.
+        batch: the sequences; the run's loader has put them on the device already.
+        plan: T of each sequence, and the number of iterations with gradient.
     """
 
-    tokens: torch.Tensor
+    batch: Batch
     plan: DepthPlan
-    documents: torch.Tensor | None = None
-    positions: torch.Tensor | None = None
-    loss_mask: torch.Tensor | None = None
-    padding: int | None = None
-
-    def inputs(self, device: torch.device) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """What a forward pass on `device` takes of the tokens: its inputs, and what it has beside them by name."""
-        tokens = self.tokens.to(device, non_blocking=True)
-        named = {"targets": tokens[:, 1:]}
-        if self.loss_mask is not None:
-            named["loss_mask"] = self.loss_mask[:, 1:].to(device, non_blocking=True)
-        for name, values in (("documents", self.documents), ("positions", self.positions)):
-            if values is not None:
-                named[name] = values[:, :-1].to(device, non_blocking=True)
-        return tokens[:, :-1], named
 
 
 class Engine(ABC):
@@ -150,7 +131,7 @@ class Engine(ABC):
         totals: dict[str, torch.Tensor] = {}
         for index, micro in enumerate(batch):
             last = index == len(batch) - 1
-            inputs, named = micro.inputs(self.device)
+            inputs, named = micro.batch.to(self.device).inputs()
             self.prepare_backward(last)
             losses = self.module(inputs, micro.plan, **named, monitor=monitor if last else None)
             for name, value in losses.items():
@@ -158,9 +139,10 @@ class Engine(ABC):
             # Ranks are averaged by the reduction, so this rank's share is over as many targets as ranks have on average.
             self.backward(losses["objective"] / targets.to(losses["objective"].dtype), last)
         means = {name: total / targets for name, total in totals.items()}
-        if batch[0].padding is not None:
-            padding = sum(micro.padding or 0 for micro in batch) / sum(micro.tokens.numel() for micro in batch)
-            means["padding"] = targets.new_full((), padding)
+        paddings = [sum(micro.batch.padding) for micro in batch if micro.batch.padding is not None]
+        if paddings:
+            share = sum(paddings) / sum(micro.batch.tokens.numel() for micro in batch)
+            means["padding"] = targets.new_full((), share)
         names = sorted(means)  # the same on every rank
         return dict(
             zip(names, (self.sum_over_ranks(torch.stack([means[n] for n in names])) / self.world_size).unbind())
@@ -171,9 +153,9 @@ class Engine(ABC):
 
         Without a mask every rank has the same number of them, and none is asked.
         """
-        masks = [micro.loss_mask for micro in batch if micro.loss_mask is not None]
+        masks = [micro.batch.loss_mask for micro in batch if micro.batch.loss_mask is not None]
         if not masks:
-            tokens = sum(micro.tokens[:, 1:].numel() for micro in batch)
+            tokens = sum(micro.batch.tokens[:, 1:].numel() for micro in batch)
             return torch.full((), tokens, dtype=torch.float64, device=self.device)
         own = sum(mask.to(self.device, non_blocking=True)[:, 1:].sum() for mask in masks)
         return self.sum_over_ranks(torch.as_tensor(own).double()).clamp_min(1) / self.world_size

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_rdt.config import RunConfig
+from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel import Engine, MicroBatch, make_engine
@@ -136,5 +137,5 @@ def take_step(engine: Engine, loops: int) -> dict[str, tuple[int, int]]:
     shape = (train.micro_batch, train.sequence_length + 1)
     plan = DepthPlan((loops,) * train.micro_batch, k)
     number = train.global_batch // (engine.layout.data * train.micro_batch)
-    batch = [MicroBatch(torch.randint(0, model.vocab_size, shape), plan) for _ in range(number)]
+    batch = [MicroBatch(Batch(torch.randint(0, model.vocab_size, shape)), plan) for _ in range(number)]
     return totals(count_step(engine, batch))

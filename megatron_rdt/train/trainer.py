@@ -185,8 +185,7 @@ class Trainer:
         """Forward, backward, clip, decide, step. All on the device: the host does not wait for it."""
         config = self.config
         size = config.train.micro_batch
-        parts = [slice(i, i + size) for i in range(0, len(batch.samples), size)]
-        micro_batches = [self._micro_batch(batch, part) for part in parts]
+        micro_batches = [self._micro_batch(batch.rows(i, i + size)) for i in range(0, len(batch), size)]
         monitor = self.monitoring.monitor(self.step + 1)
         losses = self.engine.forward_backward(micro_batches, monitor)
         self.stop.ask(self.engine)  # answered before the next step
@@ -221,12 +220,9 @@ class Trainer:
             data=self.data.progress(self.consumed) if self.is_first else {},
         )
 
-    def _micro_batch(self, batch: Batch, rows: slice) -> MicroBatch:
-        plan = self.sampler.plan(self.step, batch.samples[rows], batch.slots[rows])
-        names = "documents", "positions", "loss_mask"
-        parts = {name: values[rows] for name in names if (values := getattr(batch, name)) is not None}
-        padding = None if batch.padding is None else sum(batch.padding[rows])
-        return MicroBatch(batch.tokens[rows], plan, **parts, padding=padding)
+    def _micro_batch(self, rows: Batch) -> MicroBatch:
+        """Pair some rows of a batch with their depth plan."""
+        return MicroBatch(rows, self.sampler.plan(self.step, rows.samples, rows.batch_rows))
 
     def _depth_record(self) -> dict[str, Any]:
         """Loop counts of the step, over the sequences of all ranks."""
@@ -285,7 +281,7 @@ class Trainer:
     def _evaluate(self) -> None:
         config, layout = self.config, self.engine.layout
         place = layout.data_place(self.engine.rank)
-        mine = {name: windows.part(place, layout.data) for name, windows in self.data.validation.items()}
+        mine = {name: windows.rank_rows(place, layout.data) for name, windows in self.data.validation.items()}
         losses, of_each = mixture_losses(
             self.engine.module,
             mine,

@@ -11,7 +11,7 @@ import torch
 from data_prep.config import PrepConfig
 from data_prep.pipeline import prepare
 from megatron_rdt.config import RunConfig
-from megatron_rdt.data import BatchLoader, IndexedDataset, TokenCorpus, Tokenizer, Windows, fixed_windows
+from megatron_rdt.data import Batch, BatchLoader, IndexedDataset, TokenCorpus, Tokenizer, read_fixed_windows
 from megatron_rdt.data.shard_files.indexed import CODES, HEADER, MAGIC, VERSION
 from megatron_rdt.evaluate.loss import evaluate_checkpoint, validation_losses
 from megatron_rdt.inference import load
@@ -47,8 +47,8 @@ def test_numbers_are_those_of_the_stream_across_shards(sharded: TokenCorpus) -> 
     stream = np.repeat(np.arange(sum(map(len, lengths))), np.concatenate(lengths))
     offsets = np.cumsum([0, *map(np.sum, lengths)])
     samples = range(3 * sharded.samples_per_epoch)  # later epochs start anywhere
-    starts = sharded.order.starts(np.asarray(samples))
-    read = sharded.windows(samples)
+    starts = sharded.order.window_starts(np.asarray(samples))
+    read = sharded.read_samples(samples)
     documents, windows = read.documents, read.tokens
     assert documents is not None
     assert documents.shape == windows.shape
@@ -60,10 +60,10 @@ def test_numbers_are_those_of_the_stream_across_shards(sharded: TokenCorpus) -> 
         assert torch.equal(row[1:] > row[:-1], window[:-1] == eos)  # here every document ends in the one EOS it has
         straddling += np.searchsorted(offsets, start, "right") < np.searchsorted(offsets, start + LENGTH, "right")
     assert straddling > 10
-    third = sharded.spread(5)[2]
+    third = sharded.locate_evenly(5)[2]
     expected = torch.from_numpy(stream[third:][: LENGTH + 1] - stream[third])
-    assert torch.equal(fixed_windows(sharded, 5).documents[2], expected)
-    assert torch.equal(fixed_windows(sharded, 5, 2).tokens, fixed_windows(sharded, 5).tokens[:4])
+    assert torch.equal(read_fixed_windows(sharded, 5).documents[2], expected)
+    assert torch.equal(read_fixed_windows(sharded, 5, 2).tokens, read_fixed_windows(sharded, 5).tokens[:4])
 
 
 def test_a_document_may_be_several_sequences_and_none(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_the_loader_brings_documents_when_asked(sharded: TokenCorpus) -> None:
     loader.close()
     assert len(batches) == 2
     for batch in batches:
-        assert torch.equal(batch.documents, sharded.windows(batch.samples).documents)
+        assert torch.equal(batch.documents, sharded.read_samples(batch.samples).documents)
     plain = BatchLoader(TokenCorpus(sharded.manifest, "train", LENGTH, seed=1), 4, 1, 2, total_samples=8)
     assert [batch.documents for batch in plain] == [None, None]
     plain.close()
@@ -105,18 +105,18 @@ def test_a_run_and_its_evaluation_see_documents(
     assert train(config) == 0
     run = tmp_path / "run"
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    windows = TokenCorpus(corpus, "train", LENGTH, config.run.seed, documents=True).windows(range(4))
+    windows = TokenCorpus(corpus, "train", LENGTH, config.run.seed, documents=True).read_samples(range(4))
     model = initialize(RecurrentDepthTransformer(config.model), config.run.seed)
     device = torch.device("cpu")
     masked = validation_losses(model, windows, [3], 4, device)[3]
     assert records[0]["loss"] == pytest.approx(masked, abs=1e-6)
-    assert abs(validation_losses(model, Windows(windows.tokens), [3], 4, device)[3] - masked) > 1e-4
+    assert abs(validation_losses(model, Batch(windows.tokens), [3], 4, device)[3] - masked) > 1e-4
     evaluated = json.loads((run / "eval.jsonl").read_text().splitlines()[-1])["losses"]
     again = evaluate_checkpoint(str(run), [1, 3], config.eval.sequences)["losses"]
     trained, _ = load(run)
-    valid = fixed_windows(TokenCorpus(corpus, "valid", LENGTH, 0, documents=True), config.eval.sequences)
+    valid = read_fixed_windows(TokenCorpus(corpus, "valid", LENGTH, 0, documents=True), config.eval.sequences)
     by_hand = validation_losses(trained, valid, [1, 3], 1, device)
-    without = validation_losses(trained, Windows(valid.tokens), [1, 3], 1, device)
+    without = validation_losses(trained, Batch(valid.tokens), [1, 3], 1, device)
     for loops in (1, 3):
         assert evaluated[str(loops)] == pytest.approx(by_hand[loops], abs=1e-6)
         assert again[str(loops)] == pytest.approx(by_hand[loops], abs=1e-6)

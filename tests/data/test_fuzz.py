@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_rdt.config import CorpusConfig, RunConfig
-from megatron_rdt.data import Windows, open_corpus
+from megatron_rdt.data import Batch, open_corpus
 from megatron_rdt.train.data.prepared import RunData
 from tests.data.corpora import random_documents, stream, write_corpus
 
@@ -96,31 +96,31 @@ class PlainMixture:
     """Counts, sample by sample, which corpus comes next: never one sample off what its weight asks for."""
 
     def __init__(self) -> None:
-        self.stage: dict[str, float] = {}
+        self.shares: dict[str, float] = {}
         self.since: dict[str, int] = {}
         self.drawn = dict.fromkeys(NAMES, 0)
 
     def change(self, weights: dict[str, int]) -> None:
         """Other weights hold from here on."""
         shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
-        if shares != self.stage:
-            self.stage, self.since = shares, dict.fromkeys(weights, 0)
+        if shares != self.shares:
+            self.shares, self.since = shares, dict.fromkeys(weights, 0)
 
     def take(self, name: str) -> int:
         """The next sample is one of this corpus; its number in it."""
         self.since[name] += 1
         total = sum(self.since.values())
-        for each, share in self.stage.items():
+        for each, share in self.shares.items():
             # 1/8192 is what whole numbers over a period may take from a weight.
             assert abs(self.since[each] - share * total) < 1 + total / 8192
         self.drawn[name] += 1
         return self.drawn[name] - 1
 
 
-def rows_of(windows: Windows) -> list[tuple[list[int] | None, ...]]:
+def rows_of(batch: Batch) -> list[tuple[list[int] | None, ...]]:
     """Every window with all that belongs to it, as plain numbers."""
-    fields = windows.tokens, windows.documents, windows.positions, windows.loss_mask
-    return [tuple(None if field is None else field[i].tolist() for field in fields) for i in range(len(windows))]
+    fields = batch.tokens, batch.documents, batch.positions, batch.loss_mask
+    return [tuple(None if field is None else field[i].tolist() for field in fields) for i in range(len(batch))]
 
 
 def taken(data: RunData, stretch: Stretch, consumed: int) -> tuple[dict[int, tuple], dict[int, int]]:
@@ -135,8 +135,7 @@ def taken(data: RunData, stretch: Stretch, consumed: int) -> tuple[dict[int, tup
         loader = data.loader(consumed, at[-1], rank, CPU)
         for (start, end), part in zip(itertools.pairwise(at), loader, strict=True):
             assert all(start <= sample < end for sample in part.samples)
-            windows = Windows(part.tokens, part.documents, part.positions, part.loss_mask)
-            for sample, row, source in zip(part.samples, rows_of(windows), part.sources or [0] * len(part.samples)):
+            for sample, row, source in zip(part.samples, rows_of(part), part.sources or [0] * len(part)):
                 assert sample not in rows, "two processes have the same sample"
                 rows[sample], sources[sample] = row, source
         loader.close()
@@ -192,7 +191,7 @@ def test_every_run_sees_the_same_samples(case: Case, configure: Callable[..., Ru
             seen |= {sample: row for sample, row in rows.items() if sample < saved}
             consumed, state = saved, json.dumps(data.state(saved))
             alone = [sample for sample in rows if sample % 7 == 0]
-            assert [rows_of(data.mixture.windows([sample]))[0] for sample in alone] == [rows[k] for k in alone]
+            assert [rows_of(data.mixture.read_samples([sample]))[0] for sample in alone] == [rows[k] for k in alone]
             data.mixture.close()
         check_samples(case, paths, config, seen, names, data.mixture.order.names)
 
@@ -226,7 +225,7 @@ def check_samples(
         if case.pack == "chunk":
             check_epochs(of_corpus, paths[name], case.length)
         corpus = open_corpus(str(paths[name]), "train", case.length, case.seed, options, pack=True)
-        corpus.order = corpus.order.numbered(number)
+        corpus.order = corpus.order.with_number(number)
         for n, row in of_corpus.items():
-            assert rows_of(corpus.windows([n])) == [row]
+            assert rows_of(corpus.read_samples([n])) == [row]
         corpus.close()

@@ -148,14 +148,14 @@ def test_masks(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["w.bin", "w.idx", "w.mask"]
     dataset = IndexedDataset(tmp_path / "w")
     assert dataset.has_mask
-    assert dataset.mask(1, 4).tolist() == [1, 1, 1, 0]
-    assert dataset.mask(1, 4).dtype == np.uint8
+    assert dataset.read_mask(1, 4).tolist() == [1, 1, 1, 0]
+    assert dataset.read_mask(1, 4).dtype == np.uint8
     with pytest.raises(DataError, match=r"w\.mask ends at token 5 while tokens up to 6"):
-        dataset.mask(3, 3)
+        dataset.read_mask(3, 3)
     dataset.close()
     (tmp_path / "w.mask").write_bytes(bytes([0, 1, 1, 3, 0]))
     with pytest.raises(DataError, match=r"w\.mask holds 3 at byte 3, neither 0 nor 1"):
-        IndexedDataset(tmp_path / "w").mask(1, 4)
+        IndexedDataset(tmp_path / "w").read_mask(1, 4)
     (tmp_path / "w.mask").write_bytes(bytes(4))
     with pytest.raises(DataError, match=r"w\.mask has 4 bytes, one for each of 5 tokens"):
         IndexedDataset(tmp_path / "w")
@@ -163,7 +163,7 @@ def test_masks(tmp_path: Path) -> None:
     dataset = IndexedDataset(tmp_path / "w")
     assert not dataset.has_mask
     with pytest.raises(DataError, match=r"w\.mask does not exist"):
-        dataset.mask(0, 1)
+        dataset.read_mask(0, 1)
 
 
 @pytest.mark.parametrize(

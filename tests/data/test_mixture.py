@@ -1,10 +1,11 @@
-"""Mixtures: whose turn sample k is follows from k alone, close to the weights at every k, over stages and periods."""
+"""Mixtures: whose turn sample k is follows from k alone, close to the weights at every k, over phases and periods."""
 
 import json
 import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ import torch
 
 from megatron_rdt.config import CorpusConfig, RunConfig, dump_config, load_config
 from megatron_rdt.config.mixture_weights import PERIOD, integer_weights
-from megatron_rdt.data import BatchLoader, TokenCorpus, Windows, load_manifest
-from megatron_rdt.data.mixture import Mixture, MixtureOrder, Stage, interleave, period_turns
+from megatron_rdt.data import Batch, BatchLoader, TokenCorpus, load_manifest
+from megatron_rdt.data.mixture import Mixture, MixtureOrder, Phase, interleave, schedule_turns
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.evaluate.loss import evaluate_checkpoint
 from megatron_rdt.train.data.prepared import RunData, _check_tokenizers
@@ -56,7 +57,7 @@ def test_no_corpus_is_ever_a_sample_off() -> None:
         weights = weights_of(generator, n)
         counts = np.array(list(integer_weights(weights).values()))
         period = int(counts.sum())
-        turns = period_turns(counts.tolist())
+        turns = schedule_turns(counts.tolist())
         taken = np.cumsum(turns[:, None] == np.arange(n), axis=0)
         k = np.arange(1, period + 1)[:, None]
         # |taken - k c / M| <= 1 - 1 / (2n - 2), in whole numbers.
@@ -66,58 +67,58 @@ def test_no_corpus_is_ever_a_sample_off() -> None:
         assert far.size == 0 or far.max() <= 1e-3
 
 
-def brute_force(stages: list[Stage], samples: int) -> list[tuple[str, int]]:
+def brute_force(phases: list[Phase], samples: int) -> list[tuple[str, int]]:
     """(corpus, number in it) of the first samples, by counting."""
     seen: Counter[str] = Counter()
     result = []
     for k in range(samples):
-        stage = [stage for stage in stages if stage.start <= k][-1]
-        name = stage.names[stage.turns[(k - stage.start) % stage.period]]
+        phase = [phase for phase in phases if phase.start <= k][-1]
+        name = phase.names[phase.turns[(k - phase.start) % phase.period]]
         result.append((name, seen[name]))
         seen[name] += 1
     return result
 
 
 def test_positions_are_those_of_counting_over_stages_and_periods() -> None:
-    stages = [
-        Stage(0, {"a": 5, "b": 3}),
-        Stage(29, {"b": 1, "c": 6}),
-        Stage(30, {"c": 2, "a": 7, "d": 4}),
-        Stage(1000, {"a": 1}),
-        Stage(1500, {"b": 11, "d": 2}),
+    phases = [
+        Phase(0, {"a": 5, "b": 3}),
+        Phase(29, {"b": 1, "c": 6}),
+        Phase(30, {"c": 2, "a": 7, "d": 4}),
+        Phase(1000, {"a": 1}),
+        Phase(1500, {"b": 11, "d": 2}),
     ]
-    order, expected = MixtureOrder(stages), brute_force(stages, 3000)
+    order, expected = MixtureOrder(phases), brute_force(phases, 3000)
     assert order.names == ["a", "b", "c", "d"]
-    corpora, numbers = order.locate(np.arange(3000))
+    corpora, numbers = order.assign_corpora(np.arange(3000))
     assert [(order.names[c], n) for c, n in zip(corpora, numbers)] == expected
     mixed = np.random.default_rng(3).permutation(3000)
-    assert np.array_equal(order.locate(mixed)[1], numbers[mixed])
+    assert np.array_equal(order.assign_corpora(mixed)[1], numbers[mixed])
     for end in (0, 1, 28, 29, 30, 31, 999, 1000, 1001, 1513, 3000):
         counted = Counter(name for name, _ in expected[:end])
-        assert order.drawn(end) == {name: counted[name] for name in order.names}
+        assert order.count_per_corpus(end) == {name: counted[name] for name in order.names}
     # Far away, by the closed form: what period q holds is q periods after the first.
     far = 10**15 // 13 * 13 + 1500
-    there, number = order.locate(np.array([far + 4]))
-    near, first = order.locate(np.array([1504]))
+    there, number = order.assign_corpora(np.array([far + 4]))
+    near, first = order.assign_corpora(np.array([1504]))
     assert there == near
-    assert number - first == (far - 1500) // 13 * stages[-1].counts[order.names[near[0]]]
-    for bad in ([], [Stage(1, {"a": 1})], [Stage(0, {"a": 1}), Stage(0, {"b": 1})]):
-        with pytest.raises(ValueError, match="stages must start at 0"):
+    assert number - first == (far - 1500) // 13 * phases[-1].counts[order.names[near[0]]]
+    for bad in ([], [Phase(1, {"a": 1})], [Phase(0, {"a": 1}), Phase(0, {"b": 1})]):
+        with pytest.raises(ValueError, match="phases must start at 0"):
             MixtureOrder(bad)
 
 
-def make(corpora: dict[str, Path], stages: list[Stage], documents: bool = False) -> Mixture:
-    order = MixtureOrder(stages)
+def make(corpora: dict[str, Path], phases: list[Phase], documents: bool = False) -> Mixture:
+    order = MixtureOrder(phases)
     opened = {n: TokenCorpus(corpora[n], "train", LENGTH, 5, documents=documents) for n in order.names}
     for number, name in enumerate(order.names):
-        opened[name].order = opened[name].order.numbered(number)
+        opened[name].order = opened[name].order.with_number(number)
     return Mixture(order, opened, seed=5)
 
 
 def test_windows_are_those_of_the_corpora_whatever_the_ranks(corpora: dict[str, Path]) -> None:
-    stages = [Stage(0, {"code": 5, "math": 3}), Stage(24, {"code": 2, "math": 5, "web": 2})]
-    mixture = make(corpora, stages, documents=True)
-    expected = brute_force(stages, 96)
+    phases = [Phase(0, {"code": 5, "math": 3}), Phase(24, {"code": 2, "math": 5, "web": 2})]
+    mixture = make(corpora, phases, documents=True)
+    expected = brute_force(phases, 96)
     steps: dict[int, list[dict[int, bytes]]] = {}
     for world in (1, 2, 4):
         steps[world] = [{} for _ in range(12)]
@@ -129,7 +130,7 @@ def test_windows_are_those_of_the_corpora_whatever_the_ranks(corpora: dict[str, 
                 for sample, source, row, documents in zip(batch.samples, batch.sources, batch.tokens, batch.documents):
                     name, number = expected[sample]
                     assert mixture.order.names[source] == name
-                    alone = mixture.corpora[name].windows([number])
+                    alone = mixture.corpora[name].read_samples([number])
                     assert torch.equal(alone.tokens[0], row)
                     assert alone.documents is not None
                     assert torch.equal(alone.documents[0], documents)
@@ -138,27 +139,27 @@ def test_windows_are_those_of_the_corpora_whatever_the_ranks(corpora: dict[str, 
     assert steps[1] == steps[2] == steps[4]
     # Corpora of one size would else be visited in step.
     assert not np.array_equal(
-        mixture.corpora["code"].order.starts(np.arange(20)),
-        mixture.corpora["code"].order.numbered(1).starts(np.arange(20)),
+        mixture.corpora["code"].order.window_starts(np.arange(20)),
+        mixture.corpora["code"].order.with_number(1).window_starts(np.arange(20)),
     )
     mixture.close()
 
 
 def test_what_a_corpus_lacks_is_filled_in() -> None:
-    def windows(n: int, start: int, **named: torch.Tensor) -> Windows:
-        return Windows(torch.arange(start, start + 3 * n).reshape(n, 3), **named)
+    def batch(n: int, start: int, **named: Any) -> Batch:
+        return Batch(torch.arange(start, start + 3 * n).reshape(n, 3), **named)
 
     mask = torch.tensor([[False, True, False], [False, False, True]])
-    rows = windows(2, 0, loss_mask=mask, positions=torch.tensor([[0, 0, 1], [0, 1, 0]]), padding=torch.tensor([1, 2]))
-    merged = interleave({4: windows(1, 100), 7: rows}, np.array([7, 4, 7]))
+    rows = batch(2, 0, loss_mask=mask, positions=torch.tensor([[0, 0, 1], [0, 1, 0]]), padding=(1, 2))
+    merged = interleave({4: batch(1, 100), 7: rows}, np.array([7, 4, 7]))
     assert merged.tokens.tolist() == [[0, 1, 2], [100, 101, 102], [3, 4, 5]]
     assert merged.loss_mask.tolist() == [mask[0].tolist(), [True] * 3, mask[1].tolist()]
     assert merged.positions.tolist() == [[0, 0, 1], [0, 1, 2], [0, 1, 0]]
-    assert merged.padding.tolist() == [1, 0, 2]
-    assert merged.sources.tolist() == [7, 4, 7]
+    assert merged.padding == (1, 0, 2)
+    assert merged.sources == (7, 4, 7)
     assert merged.documents is None
     alone = interleave({7: rows}, np.array([7, 7]))
-    assert alone.sources.tolist() == [7, 7]
+    assert alone.sources == (7, 7)
     assert alone.loss_mask is mask
 
 
@@ -173,9 +174,9 @@ def test_a_run_on_a_mixture_says_what_it_takes(
     assert train(config) == 0
     assert "data mixture: code 0.50 (0.0571 epochs), math 0.30 (" in capsys.readouterr().out
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    order = MixtureOrder([Stage(0, integer_weights({"code": 0.5, "math": 0.3, "web": 0.2}))])
+    order = MixtureOrder([Phase(0, integer_weights({"code": 0.5, "math": 0.3, "web": 0.2}))])
     for record in records:
-        assert record["sources"] == order.drawn(4 * record["step"])
+        assert record["sources"] == order.count_per_corpus(4 * record["step"])
         # 9000 tokens hold 280 windows of 32 and one token more.
         assert record["epochs"]["code"] == pytest.approx(record["sources"]["code"] / 280)
     evaluated = json.loads((tmp_path / "run" / "eval.jsonl").read_text().splitlines()[-1])
@@ -249,7 +250,7 @@ def test_more_epochs_than_allowed_are_refused_with_a_table(
     assert lines[2].split() == ["code", "0.75", "21", "0.07", "100"]
     assert lines[3].split() == ["small", "0.25", "7", "1.75", "1.5"]
     # Only the first tokens are read.
-    rows = data.mixture.corpora["small"].windows(range(4)).tokens
+    rows = data.mixture.corpora["small"].read_samples(range(4)).tokens
     first = TokenCorpus(corpora["web"], "train", LENGTH, 0).read(np.arange(4) * LENGTH).tokens
     assert sorted(rows.tolist()) == sorted(first.tolist())
 

@@ -10,9 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rdt.data import BatchLoader, CorpusManifest, IndexedDataset, TokenCorpus, fixed_windows, load_manifest
+from megatron_rdt.data import (
+    BatchLoader,
+    CorpusManifest,
+    IndexedDataset,
+    TokenCorpus,
+    load_manifest,
+    read_fixed_windows,
+)
 from megatron_rdt.data.permutation import KeyedPermutation
-from megatron_rdt.data.sample_order import SampleOrder, rank_samples
+from megatron_rdt.data.sample_order import SampleOrder, samples_of_rank
 from megatron_rdt.data.shard_files.indexed import CODES, HEADER, MAGIC, MAX_SEQUENCE, VERSION
 from megatron_rdt.data.shard_files.open_shards import Shards, starts_on_disk
 from megatron_rdt.errors import ConfigError, DataError
@@ -33,44 +40,44 @@ def test_permutation_is_a_bijection(n: int) -> None:
 def test_every_epoch_visits_every_window_once() -> None:
     order = SampleOrder(tokens=10_007, sequence_length=16, seed=3)
     for epoch in range(3):
-        starts = order.starts(np.arange(order.samples_per_epoch) + epoch * order.samples_per_epoch)
+        starts = order.window_starts(np.arange(order.samples_per_epoch) + epoch * order.samples_per_epoch)
         assert len(set(starts.tolist())) == order.samples_per_epoch
         assert set((np.sort(starts) - starts.min()) % 16) == {0}
         assert starts.max() + 17 <= 10_007
         assert (starts.min() == 0) == (epoch == 0) or starts.min() < 16
-    both = order.starts(np.array([5, order.samples_per_epoch + 5]))
-    assert both[0] == order.starts(np.array([5]))[0]
+    both = order.window_starts(np.array([5, order.samples_per_epoch + 5]))
+    assert both[0] == order.window_starts(np.array([5]))[0]
 
 
 def test_the_order_is_that_of_every_version() -> None:
     """Written down by version 0.1.0: a run that goes on must find the same samples."""
     small, large = SampleOrder(9000, 32, 1234), SampleOrder(10_000_000, 32, 1234)
-    first = small.starts(np.array([0, 1, 2, 279, 280, 281, 600]))
+    first = small.window_starts(np.array([0, 1, 2, 279, 280, 281, 600]))
     assert first.tolist() == [6144, 7232, 4608, 1216, 5954, 6274, 3637]
-    places = large.starts(np.array([0, 1, 2, 279, 280, 400_000, 700_000]))
+    places = large.window_starts(np.array([0, 1, 2, 279, 280, 400_000, 700_000]))
     assert places.tolist() == [1532832, 9551008, 1399168, 6186176, 7424320, 7175074, 9182453]
-    assert rank_samples(96, 8, 1, 2, 1234).tolist() == [96, 97, 101, 100]
+    assert samples_of_rank(96, 8, 1, 2, 1234).tolist() == [96, 97, 101, 100]
     for number in (0, 1, 2):
-        again = small.numbered(number).starts(np.arange(280))
-        assert sorted(again) == sorted(small.starts(np.arange(280)))
-        assert np.array_equal(again, small.starts(np.arange(280))) == (number == 0)
+        again = small.with_number(number).window_starts(np.arange(280))
+        assert sorted(again) == sorted(small.window_starts(np.arange(280)))
+        assert np.array_equal(again, small.window_starts(np.arange(280))) == (number == 0)
 
 
 def test_batches_are_the_same_set_for_every_world_size() -> None:
     for consumed in (0, 48, 4800):
         for world in (1, 2, 3, 4, 6, 8, 12, 16, 24, 48):
-            parts = [rank_samples(consumed, 48, rank, world, 7) for rank in range(world)]
+            parts = [samples_of_rank(consumed, 48, rank, world, 7) for rank in range(world)]
             assert sorted(np.concatenate(parts)) == list(range(consumed, consumed + 48))
-            assert np.array_equal(np.concatenate(parts), rank_samples(consumed, 48, 0, 1, 7))
+            assert np.array_equal(np.concatenate(parts), samples_of_rank(consumed, 48, 0, 1, 7))
     with pytest.raises(ConfigError, match="global_batch 48 is not a multiple of 5 ranks; nearest: 45, 50"):
-        rank_samples(0, 48, 0, 5, 7)
+        samples_of_rank(0, 48, 0, 5, 7)
 
 
 def collect(corpus: TokenCorpus, start: int, end: int, rank: int = 0, world: int = 1) -> list[tuple[int, ...]]:
     loader = BatchLoader(corpus, 4, rank, world, consumed_samples=start, total_samples=end)
     seen = []
     for batch in loader:
-        assert torch.equal(batch.tokens, corpus.windows(batch.samples).tokens)
+        assert torch.equal(batch.tokens, corpus.read_samples(batch.samples).tokens)
         seen.append(batch.samples)
     loader.close()
     return seen
@@ -91,12 +98,12 @@ def test_loader_resumes_anywhere(tiny_corpus: Path) -> None:
 
 def test_fixed_windows_are_spread_over_the_stream(tiny_corpus: Path) -> None:
     corpus = TokenCorpus(tiny_corpus, "valid", 16, seed=1)
-    windows = fixed_windows(corpus, 10**9).tokens
+    windows = read_fixed_windows(corpus, 10**9).tokens
     total = corpus.samples_per_epoch
     assert windows.shape == (total, 17)
     stream = torch.cat([windows[:, :-1].flatten(), windows[-1, -1:]])
     assert torch.equal(windows[3], stream[48:65])
-    few = fixed_windows(corpus, 10).tokens
+    few = read_fixed_windows(corpus, 10).tokens
     assert torch.equal(few, windows[[i * total // 10 for i in range(10)]])
 
 
@@ -129,8 +136,8 @@ def test_few_shards_are_open_at_a_time(many_shards: Path) -> None:
     assert open_files(many_shards) == []
     tokens = stream(many_shards)
     samples = np.arange(2 * corpus.samples_per_epoch)
-    for sample, row in zip(samples, [corpus.windows([sample]).tokens[0] for sample in samples]):
-        start = int(corpus.places([sample])[0])
+    for sample, row in zip(samples, [corpus.read_samples([sample]).tokens[0] for sample in samples]):
+        start = int(corpus.locate([sample])[0])
         assert np.array_equal(row, tokens[start : start + 31])
         assert len(open_files(many_shards)) <= 5
     # What another thread reads at the moment stays open.
@@ -236,7 +243,7 @@ def test_a_corpus_of_a_trillion_tokens_opens_as_any_other(
     assert windows.tokens[1].tolist() == list(range(951, 3000))
     assert windows.tokens[2].tolist() == [*range(2000, 3000), *[0] * 1049], "over the end of a shard"
     assert windows.documents.sum(dim=1).tolist() == [0, 0, 1049]
-    assert len(set(corpus.places(np.arange(10**9, 10**9 + 1000)).tolist())) == 1000
+    assert len(set(corpus.locate(np.arange(10**9, 10**9 + 1000)).tolist())) == 1000
     loader = BatchLoader(corpus, 4, 1, 2, consumed_samples=10**9, total_samples=10**9 + 8)
     assert [len(batch.samples) for batch in loader] == [2, 2]
     loader.close()

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from megatron_rdt.config import DataConfig
 from megatron_rdt.data import BatchLoader, CorpusManifest, IndexedWriter, PackedCorpus, open_corpus
 from megatron_rdt.data import packing_plan as packing_module
-from megatron_rdt.data.packing_plan import HEADER, PIECE, PlanCounts, best_fit, make_plans, pack, plan_path
+from megatron_rdt.data.packing_plan import HEADER, PIECE, PlanCounts, best_fit, make_plans, pack_shard, plan_path
 from megatron_rdt.errors import DataError
 from megatron_rdt.files import sha256_of
 
@@ -87,8 +87,8 @@ def test_best_fit_is_close_to_the_fewest_rows() -> None:
 def test_every_target_is_trained_once(lengths: list[int], length: int) -> None:
     sizes = np.array(lengths, np.int64)
     starts = np.cumsum(sizes) - sizes
-    offsets, pieces, counts = pack(starts, int(sizes.sum()), length)
-    again = pack(starts, int(sizes.sum()), length)
+    offsets, pieces, counts = pack_shard(starts, int(sizes.sum()), length)
+    again = pack_shard(starts, int(sizes.sum()), length)
     assert np.array_equal(offsets, again[0])
     assert np.array_equal(pieces, again[1])
     inside = [range(start + 1, start + size) for start, size, _ in pieces.tolist()]
@@ -156,7 +156,7 @@ def test_rows_hold_whole_documents(masks: bool, tmp_path: Path) -> None:
     rows = corpus.read(np.arange(corpus.samples_per_epoch))
     shards = [corpus._shards[number] for number in range(len(corpus._shards))]
     texts = [shard[i] for shard in shards for i in range(len(shard))]
-    counts = [shard.mask(0, shard.tokens) if masks else np.ones(shard.tokens, np.uint8) for shard in shards]
+    counts = [shard.read_mask(0, shard.tokens) if masks else np.ones(shard.tokens, np.uint8) for shard in shards]
     counted_texts = np.split(np.concatenate(counts), np.cumsum([len(text) for text in texts]))
     whole = {tuple(text.tolist()): counted.astype(bool) for text, counted in zip(texts, counted_texts)}
     seen, targets = Counter[tuple[int, ...]](), 0
@@ -166,7 +166,7 @@ def test_rows_hold_whole_documents(masks: bool, tmp_path: Path) -> None:
     assert rows.padding is not None
     for row in range(len(rows)):
         numbers = rows.documents[row]
-        filled = LENGTH + 1 - int(rows.padding[row])
+        filled = LENGTH + 1 - rows.padding[row]
         assert (rows.tokens[row, filled:] == 3).all()
         assert not rows.loss_mask[row, filled:].any()
         assert not rows.loss_mask[row, 0]
@@ -188,7 +188,7 @@ def test_rows_hold_whole_documents(masks: bool, tmp_path: Path) -> None:
     assert seen == Counter({key: 1 for key in whole if len(key) <= LENGTH + 1})
     first = int(rows.loss_mask[rows.positions == 0].sum())
     assert targets - first == sum(int(counted[1:].sum()) for counted in whole.values()), "every other target once"
-    assert corpus.counts.padding == int(rows.padding.sum())
+    assert corpus.counts.padding == sum(rows.padding)
     unmasked = open_packed(manifest, loss="all").read(np.arange(corpus.samples_per_epoch)).loss_mask
     assert unmasked is not None
     assert bool((unmasked >= rows.loss_mask).all())
@@ -199,27 +199,27 @@ def test_epochs_visit_every_row_once_in_another_order(manifest: CorpusManifest) 
     make_plans(manifest, "train", LENGTH)
     corpus = open_packed(manifest)
     n = corpus.samples_per_epoch
-    epochs = corpus.places(np.arange(3 * n)).reshape(3, n)
+    epochs = corpus.locate(np.arange(3 * n)).reshape(3, n)
     assert (np.sort(epochs) == np.arange(n)).all()
     assert len({tuple(epoch) for epoch in epochs.tolist()}) == 3
-    assert not np.array_equal(epochs[0], open_packed(manifest, seed=2).places(np.arange(n)))
-    assert np.array_equal(corpus.places([n + 3, 1, 2 * n, 0]), epochs.flatten()[[n + 3, 1, 2 * n, 0]])
-    assert np.array_equal(corpus.spread(4), np.arange(4) * n // 4)
+    assert not np.array_equal(epochs[0], open_packed(manifest, seed=2).locate(np.arange(n)))
+    assert np.array_equal(corpus.locate([n + 3, 1, 2 * n, 0]), epochs.flatten()[[n + 3, 1, 2 * n, 0]])
+    assert np.array_equal(corpus.locate_evenly(4), np.arange(4) * n // 4)
     few = open_corpus(manifest, "train", LENGTH, 1, DataConfig(pack="bestfit"))
     few._shards.max_open = 1
-    assert torch.equal(few.windows(np.arange(n)).tokens, corpus.windows(np.arange(n)).tokens)
+    assert torch.equal(few.read_samples(np.arange(n)).tokens, corpus.read_samples(np.arange(n)).tokens)
     assert len(few._open) == 1  # type: ignore[attr-defined]
     parts = []
     for rank in range(2):  # from the middle on, two ranks: together the rows of these samples
         loader = BatchLoader(corpus, 4, rank, 2, consumed_samples=4, total_samples=12)
         for batch in loader:
-            rows = corpus.windows(batch.samples)
+            rows = corpus.read_samples(batch.samples)
             assert torch.equal(batch.tokens, rows.tokens)
             assert rows.loss_mask is not None
             assert rows.padding is not None
             assert batch.loss_mask is not None
             assert torch.equal(batch.loss_mask, rows.loss_mask)
-            assert batch.padding == tuple(rows.padding.tolist())
+            assert batch.padding == rows.padding
             assert (batch.documents, batch.positions) == (None, None)
             parts += batch.samples
         loader.close()
@@ -246,7 +246,7 @@ def test_plans_are_made_once_and_kept(manifest: CorpusManifest, monkeypatch: pyt
         f"packed: {counts.rows} rows, {counts.padding / counts.rows / (LENGTH + 1):.2%} padding, 21.4% of documents cut"
     )
     with monkeypatch.context() as patch:
-        patch.setattr(packing_module, "pack", None)
+        patch.setattr(packing_module, "pack_shard", None)
         assert make_plans(manifest, "train", LENGTH) == counts
     missing = plan_path(manifest, "train", "shard-00001", LENGTH)
     content = missing.read_bytes()

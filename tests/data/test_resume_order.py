@@ -13,7 +13,7 @@ from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import RunConfig
 from megatron_rdt.config.mixture_weights import integer_weights
 from megatron_rdt.data import Batch, BatchLoader, TokenCorpus
-from megatron_rdt.data.mixture import period_turns
+from megatron_rdt.data.mixture import schedule_turns
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.files import sha256_of
 from megatron_rdt.train.data.prepared import RunData
@@ -41,19 +41,19 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
     return taken
 
 
-def by_hand(corpora: dict[str, Path], stages: list[tuple[int, dict[str, int]]], samples: int) -> list[list[int]]:
+def by_hand(corpora: dict[str, Path], phases: list[tuple[int, dict[str, int]]], samples: int) -> list[list[int]]:
     """The window of every sample, by counting: which corpus's turn it is, and its next window."""
-    names = list(dict.fromkeys(name for _, counts in stages for name in counts))
+    names = list(dict.fromkeys(name for _, counts in phases for name in counts))
     opened = {name: TokenCorpus(corpora[name], "train", LENGTH, 1234) for name in names}
     for number, name in enumerate(names):
-        opened[name].order = opened[name].order.numbered(number)
-    turns_of = {start: period_turns(list(counts.values())) for start, counts in stages}
+        opened[name].order = opened[name].order.with_number(number)
+    turns_of = {start: schedule_turns(list(counts.values())) for start, counts in phases}
     counters, windows = dict.fromkeys(names, 0), []
     for k in range(samples):
-        start, counts = [stage for stage in stages if stage[0] <= k][-1]
+        start, counts = [phase for phase in phases if phase[0] <= k][-1]
         turns = turns_of[start]
         name = list(counts)[turns[(k - start) % len(turns)]]
-        windows.append(opened[name].windows([counters[name]]).tokens[0].tolist())
+        windows.append(opened[name].read_samples([counters[name]]).tokens[0].tolist())
         counters[name] += 1
     return windows
 
@@ -87,11 +87,11 @@ def test_a_run_goes_on_with_other_weights_and_batches(
         *([*range(at, at + 6)] for at in range(16, 40, 6)),
         *([*range(at, at + 2)] for at in range(40, 44, 2)),
     ]
-    stages = [(0, integer_weights({"code": 7, "math": 3})), (16, {"code": 1, "math": 1}), (40, {"web": 3, "code": 1})]
-    assert [windows[k] for k in range(44)] == by_hand(corpora, stages, 44)
+    phases = [(0, integer_weights({"code": 7, "math": 3})), (16, {"code": 1, "math": 1}), (40, {"web": 3, "code": 1})]
+    assert [windows[k] for k in range(44)] == by_hand(corpora, phases, 44)
     state = checkpoints.read_trainer_state(tmp_path / "run" / "checkpoints" / "step-00000010")["data"]
     assert state["consumed_samples"] == 44
-    assert [(stage["start"], dict(stage["counts"])) for stage in state["stages"]] == stages
+    assert [(phase["start"], dict(phase["counts"])) for phase in state["stages"]] == phases
     assert list(state["corpora"]) == ["code", "math", "web"]
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert sum(record["sources"].values()) == 44
@@ -101,7 +101,7 @@ def test_a_run_goes_on_with_other_weights_and_batches(
 def test_any_sequence_of_resumes_sees_the_samples_of_one_run(configure: Configure, corpora: dict[str, Path]) -> None:
     generator = np.random.default_rng(7)
     config = configure(mixture_option(corpora, code=5, math=2, web=1), "--eval.every=0", "--train.global_batch=96")
-    whole = RunData(config, 1).mixture.windows(range(1400)).tokens
+    whole = RunData(config, 1).mixture.read_samples(range(1400)).tokens
     for _ in range(2):
         consumed, state = 0, None
         found = torch.empty_like(whole)
@@ -140,7 +140,7 @@ def test_a_corpus_is_known_by_name_or_content(configure: Configure, corpora: dic
     assert changed == []
     assert data.state(100)["stages"] == [{"start": 0, "counts": [("elsewhere", 1)]}]
     samples = np.arange(100, 300)
-    assert torch.equal(data.mixture.windows(samples).tokens, alone.mixture.windows(samples).tokens)
+    assert torch.equal(data.mixture.read_samples(samples).tokens, alone.mixture.read_samples(samples).tokens)
     # From one corpus to a mixture and back; what it was of stays first.
     two = mixture_option(corpora, math=1, code=1)
     data, changed = resumed(configure, state, two)
@@ -148,15 +148,15 @@ def test_a_corpus_is_known_by_name_or_content(configure: Configure, corpora: dic
     assert data.mixture.order.names == ["code", "math"]
     again, changed = resumed(configure, data.state(100), f"--data.path={corpora['code']}")
     assert changed == ["data mixture from sample 100 on: math 0.50 -> 0.00, code 0.50 -> 1.00"]
-    assert [stage.start for stage in again.mixture.order.stages] == [0, 100], "no sample was taken of the one between"
+    assert [phase.start for phase in again.mixture.order.phases] == [0, 100], "no sample was taken of the one between"
     back, _ = resumed(configure, data.state(160), f"--data.path={corpora['code']}")
-    drawn = back.mixture.order.drawn(200)
+    drawn = back.mixture.order.count_per_corpus(200)
     assert drawn == {"code": 170, "math": 30}
-    corpus, number = back.mixture.order.locate(np.array([160]))
+    corpus, number = back.mixture.order.assign_corpora(np.array([160]))
     assert (corpus[0], number[0]) == (0, 130)
     # A corpus that was left out for a while goes on where it was.
     later, _ = resumed(configure, back.state(200), two)
-    assert later.mixture.order.drawn(220) == {"code": 180, "math": 40}
+    assert later.mixture.order.count_per_corpus(220) == {"code": 180, "math": 40}
 
 
 def test_other_content_is_refused(configure: Configure, corpora: dict[str, Path], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from launch.cli import run_command
 from megatron_rdt.config import RunConfig, check_config
 from megatron_rdt.data import BatchLoader, Tokenizer
-from megatron_rdt.data.streaming import EndedError, RowReader, TokenStream, first_windows, open_dataset
+from megatron_rdt.data.streaming import DatasetEndedError, RowReader, TokenStream, open_dataset, read_held_out_windows
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError
 from megatron_rdt.train.data.streamed import StreamData
 from megatron_rdt.train.trainer import train
@@ -47,7 +47,7 @@ def reader(path: str, place: int = 0, places: int = 1, state: Any = None, epochs
 
 def all_texts(texts: RowReader) -> list[str]:
     found: list[str] = []
-    with contextlib.suppress(EndedError):
+    with contextlib.suppress(DatasetEndedError):
         for read in texts:
             found.append(read)
     return found
@@ -91,7 +91,7 @@ def test_windows_are_those_of_the_joined_rows(dataset: str, tokenizer: Tokenizer
     tokens, rows = expected_stream(tokenizer, [i for i in range(120) if i != 50])
     start = 0
     for count in (1, 5, 2, 40):
-        windows = stream.take(count)
+        windows = stream.read_next(count)
         assert windows.documents is not None
         assert windows.positions is not None
         for row in range(count):
@@ -107,7 +107,7 @@ def test_windows_are_those_of_the_joined_rows(dataset: str, tokenizer: Tokenizer
 def batches(loader: BatchLoader, count: int) -> list[tuple]:
     iterator = iter(loader)
     taken = [next(iterator) for _ in range(count)]
-    return [(batch.samples, batch.slots, batch.tokens.tolist()) for batch in taken]
+    return [(batch.samples, batch.batch_rows, batch.tokens.tolist()) for batch in taken]
 
 
 @pytest.mark.parametrize("places", [1, 2])
@@ -116,7 +116,7 @@ def test_resuming_twice_changes_nothing(dataset: str, tokenizer: Tokenizer, plac
 
     def started(place: int, consumed: int = 0, state: Any = None) -> tuple[TokenStream, BatchLoader]:
         texts = reader(dataset, place, places, state and state["texts"])
-        stream = TokenStream(texts, tokenizer, LENGTH, 3, consumed=consumed, step=BATCH, state=state)
+        stream = TokenStream(texts, tokenizer, LENGTH, 3, consumed=consumed, global_batch=BATCH, state=state)
         return stream, BatchLoader(stream, BATCH, place, places, consumed, total)
 
     for place in range(places):
@@ -136,15 +136,15 @@ def test_resuming_twice_changes_nothing(dataset: str, tokenizer: Tokenizer, plac
 
 
 def test_held_out_rows_are_not_trained_on(dataset: str, tokenizer: Tokenizer) -> None:
-    windows, hashes, rows = first_windows(dataset, "train", "text", tokenizer, LENGTH, 6)
+    windows, hashes, rows = read_held_out_windows(dataset, "train", "text", tokenizer, LENGTH, 6)
     tokens, _ = expected_stream(tokenizer, list(range(rows)))
     assert len(tokens) >= 6 * LENGTH + 1
     assert windows.tokens.tolist() == [tokens[i * LENGTH : (i + 1) * LENGTH + 1].tolist() for i in range(6)]
     stream = TokenStream(reader(dataset), tokenizer, LENGTH, 0, held_out=hashes)
     rest, _ = expected_stream(tokenizer, list(range(rows, 50)))
-    assert stream.take(3).tokens.tolist() == [rest[i * LENGTH : (i + 1) * LENGTH + 1].tolist() for i in range(3)]
+    assert stream.read_next(3).tokens.tolist() == [rest[i * LENGTH : (i + 1) * LENGTH + 1].tolist() for i in range(3)]
     with pytest.raises(DataError, match=r"ended after 120 rows, before it gave 4000 sequences of 32 tokens"):
-        first_windows(dataset, "train", "text", tokenizer, LENGTH, 4000)
+        read_held_out_windows(dataset, "train", "text", tokenizer, LENGTH, 4000)
 
 
 def test_what_cannot_be_read_is_named(dataset: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_what_cannot_be_read_is_named(dataset: str, tokenizer: Tokenizer, tmp_pa
     with pytest.raises(DataError, match="hf:nobody/nothing could not be read as a dataset"):
         open_dataset("hf:nobody/nothing", "train")
     with pytest.raises(DataError, match=r"ended after 120 rows of this process, and data.max_epochs is 2"):
-        TokenStream(reader(dataset, epochs=2), tokenizer, LENGTH, 0).take(2000)
+        TokenStream(reader(dataset, epochs=2), tokenizer, LENGTH, 0).read_next(2000)
     (tmp_path / "a.jsonl").write_text('{"text": " "}\n{"text": ""}\n')
     with pytest.raises(DataError, match="has no text for this process"):
         next(reader(f"hf:{tmp_path}"))

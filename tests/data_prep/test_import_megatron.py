@@ -64,7 +64,7 @@ def test_files_become_shards_and_stay(tmp_path: Path, tokenizer: Path, capsys: p
     corpus = TokenCorpus(tmp_path / "c", "train", 16, 1, verify="full", documents=True)
     stream = np.frombuffer(before[tmp_path / "one.text_document.bin"] + before[tmp_path / "two.bin"], "<u2")
     assert corpus.tokens == len(stream)
-    for row, start in zip(corpus.windows(range(20)).tokens, corpus.places(range(20))):
+    for row, start in zip(corpus.read_samples(range(20)).tokens, corpus.locate(range(20))):
         assert row.tolist() == stream[start : start + 17].tolist()
     split = load_manifest(tmp_path / "c").document["splits"]["train"]
     sizes = np.load(tokenizer / "token_bytes.npy")

@@ -150,7 +150,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     shard.write_bytes(content)
     corpus = TokenCorpus(out, "train", 8, 1)
     with pytest.raises(DataError, match="holds id 65535"):
-        corpus.windows(range(corpus.samples_per_epoch))
+        corpus.read_samples(range(corpus.samples_per_epoch))
     other = prepare(make_config(tmp_path / "a.jsonl", tmp_path / "other", vocab_size=290))
     os.replace(other / "tokenizer" / "tokenizer.model", out / "tokenizer" / "tokenizer.model")
     with pytest.raises(DataError, match="not the tokenizer that made these shards"):

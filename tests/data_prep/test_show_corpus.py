@@ -21,14 +21,14 @@ PLAIN = Style()
 def test_windows_are_those_of_a_run(tiny_corpus: Path) -> None:
     corpus = TokenCorpus(tiny_corpus, "train", 3000, 5, documents=True)
     tokenizer = Tokenizer(tiny_corpus / "tokenizer")
-    read = corpus.windows(range(2, 60))
+    read = corpus.read_samples(range(2, 60))
     lines = list(show.windows(tiny_corpus, "train", range(2, 60), 3000, 5, PLAIN))
     heads = [i for i, line in enumerate(lines) if line.startswith("======== sample ")]
     assert len(heads) == 58
     borders = 0
     for number, (head, end) in enumerate(zip(heads, [*heads[1:], len(lines)])):
         window, inside = read.tokens[number].tolist(), lines[head + 1 : end]
-        start = int(corpus.places([number + 2])[0])
+        start = int(corpus.locate([number + 2])[0])
         epoch = (number + 2) // corpus.samples_per_epoch
         assert lines[head] == (
             f"======== sample {number + 2} (epoch {epoch}): tokens {start:,} to {start + 3000:,} of train ========"
@@ -91,8 +91,8 @@ def test_windows_of_a_corpus_with_masks(tiny_corpus: Path, tmp_path: Path) -> No
     corpus = write_random_corpus(tmp_path / "c", tiny_corpus / "tokenizer", {"train": [900]}, masks=True)
     shard = IndexedDataset(corpus / "train" / "shard-00000")
     tokenizer = Tokenizer(corpus / "tokenizer")
-    place = int(TokenCorpus(corpus, "train", 40, 1).places([3])[0])
-    tokens, mask = shard.read(place, 41), shard.mask(place, 41)
+    place = int(TokenCorpus(corpus, "train", 40, 1).locate([3])[0])
+    tokens, mask = shard.read(place, 41), shard.read_mask(place, 41)
     expected = ""
     counted = [bool(mask[max(column, 1)]) for column in range(41)]  # the first is no target
     for (counts, ended), run in groupby(range(41), lambda i: (counted[i], tokens[i] == tokenizer.eos)):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from megatron_rdt.config import DepthConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.depth.hashing import hash64
 from megatron_rdt.model import RecurrentDepthTransformer
@@ -96,7 +97,9 @@ def batch(engine: Engine, tokens: torch.Tensor, step: tuple, size: int) -> list[
         seeds = tuple(hash64(1, "state", place) for place in range(at, at + size))
         parts = {name: values[rows] for name, values in named.items()} if packed else {}
         result.append(
-            MicroBatch(tokens[rows], DepthPlan(loops[rows], k, seeds), **parts, padding=sum(range(SEQUENCES)[rows]))
+            MicroBatch(
+                Batch(tokens[rows], **parts, padding=tuple(range(SEQUENCES))[rows]), DepthPlan(loops[rows], k, seeds)
+            )
         )
     return result
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from benchmarks.collectives import COMPARISONS
 from benchmarks.collectives import build as build_engine
+from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model.activation_checkpointing import set_checkpointing
 from megatron_rdt.parallel import Engine, MicroBatch
@@ -39,7 +40,7 @@ def parts(
     """The micro-batches of one rank; `loops` has the T of each."""
     mine = tokens[rank * len(tokens) // 2 : (rank + 1) * len(tokens) // 2].split(MICRO_BATCH)
     return [
-        MicroBatch(part, DepthPlan((t,) * len(part), k), loss_mask=part % 3 == 0 if masked else None)
+        MicroBatch(Batch(part, loss_mask=part % 3 == 0 if masked else None), DepthPlan((t,) * len(part), k))
         for part, t in zip(mine, loops)
     ]
 

@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from megatron_rdt.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.activation_checkpointing import set_checkpointing
@@ -43,7 +44,7 @@ def build(parallel: dict[str, Any], compiled: bool) -> Engine:
 def parts(tokens: torch.Tensor, made: Engine, k: int | None, depths: tuple[int, ...]) -> list[MicroBatch]:
     share = len(tokens) // made.world_size
     places = range(made.rank * share, (made.rank + 1) * share, 2)
-    return [MicroBatch(tokens[at : at + 2], DepthPlan(depths[at : at + 2], k)) for at in places]
+    return [MicroBatch(Batch(tokens[at : at + 2]), DepthPlan(depths[at : at + 2], k)) for at in places]
 
 
 def check() -> dict[str, Any]:

@@ -5,6 +5,7 @@ import dataclasses
 import torch
 
 from megatron_rdt.config import DepthConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.activation_checkpointing import set_checkpointing
@@ -71,10 +72,12 @@ def micro_batches(tokens: torch.Tensor, engine: Engine, size: int, loops: Loops,
     ]  # the ranks differ, some sequences have none
     return [
         MicroBatch(
-            mine[at : at + size],
+            Batch(
+                mine[at : at + size],
+                documents[at : at + size] if loops == 5 else None,
+                loss_mask=mask[at : at + size] if loops == 5 or k == 2 else None,
+            ),
             DepthPlan(depths[first + at : first + min(at + size, share)], k),
-            documents[at : at + size] if loops == 5 else None,
-            loss_mask=mask[at : at + size] if loops == 5 or k == 2 else None,
         )
         for at in range(0, share, size)
     ]

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rdt.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel import MicroBatch, make_engine
@@ -55,7 +56,7 @@ def train(engine: NativeEngine, first: int, last: int, save: Path | None = None)
         tokens = torch.randint(0, MODEL.vocab_size, (SEQUENCES, 17), generator=generator)
         share = SEQUENCES // engine.world_size
         mine = tokens[engine.rank * share : (engine.rank + 1) * share]
-        batch = [MicroBatch(part, DepthPlan.constant(3, len(part))) for part in mine.split(2)]
+        batch = [MicroBatch(Batch(part), DepthPlan.constant(3, len(part))) for part in mine.split(2)]
         losses.append(float(engine.forward_backward(batch)["cross_entropy"]))
         engine.clip(1.0)
         engine.step(LR, torch.tensor(True))

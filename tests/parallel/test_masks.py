@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional
 
 from megatron_rdt.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel import Engine, MicroBatch, make_engine
@@ -34,7 +35,7 @@ def test_every_target_that_counts_has_the_same_weight(size: int, engine: Engine)
     )
     mask[:, 0] = True  # nothing predicts it
     batch = [
-        MicroBatch(tokens[at : at + size], DepthPlan.constant(3, size), loss_mask=mask[at : at + size], padding=at)
+        MicroBatch(Batch(tokens, loss_mask=mask, padding=(0, 1, 2, 3)).rows(at, at + size), DepthPlan.constant(3, size))
         for at in range(0, 4, size)
     ]
     losses = engine.forward_backward(batch)
@@ -46,7 +47,7 @@ def test_every_target_that_counts_has_the_same_weight(size: int, engine: Engine)
     objective.backward()
     torch.testing.assert_close(losses["cross_entropy"], entropy.detach())
     torch.testing.assert_close(losses["objective"], objective.detach())
-    assert float(losses["padding"]) == pytest.approx(sum(range(0, 4, size)) / tokens.numel())
+    assert float(losses["padding"]) == pytest.approx(sum(range(4)) / tokens.numel())
     for name, parameter in engine.model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, msg=name)
 
@@ -54,7 +55,7 @@ def test_every_target_that_counts_has_the_same_weight(size: int, engine: Engine)
 def test_a_step_without_targets_is_a_step_without_gradient(engine: Engine) -> None:
     tokens = torch.randint(0, 61, (2, 18), generator=torch.Generator().manual_seed(0))
     mask = torch.zeros_like(tokens, dtype=torch.bool)
-    losses = engine.forward_backward([MicroBatch(tokens, DepthPlan.constant(2, 2), loss_mask=mask)])
+    losses = engine.forward_backward([MicroBatch(Batch(tokens, loss_mask=mask), DepthPlan.constant(2, 2))])
     assert {name: float(value) for name, value in losses.items()} == {"objective": 0, "cross_entropy": 0}
     gradients = engine.full_gradients()
     assert gradients

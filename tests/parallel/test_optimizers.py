@@ -10,6 +10,7 @@ import torch
 
 from megatron_rdt.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig, check_config
 from megatron_rdt.convert import convert
+from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.errors import CheckpointError, ConfigError
 from megatron_rdt.model import RecurrentDepthTransformer
@@ -160,7 +161,7 @@ def train(optimizer: OptimizerConfig, steps: int = 3) -> dict[str, torch.Tensor]
     engine.setup(build(SMALL))
     tokens = torch.randint(0, 61, (4, 17), generator=torch.Generator().manual_seed(3))
     for _ in range(steps):
-        engine.forward_backward([MicroBatch(tokens, DepthPlan.constant(2, 4))])
+        engine.forward_backward([MicroBatch(Batch(tokens), DepthPlan.constant(2, 4))])
         engine.clip(1.0)
         engine.step(optimizer.lr)
     return {name: parameter.detach().clone() for name, parameter in engine.model.named_parameters()}
@@ -177,7 +178,7 @@ def test_adamw_is_torch_adamw() -> None:
     expected = [torch.optim.AdamW(g, weight_decay=w, **options) for g, w in zip(groups, (0.3, 0.0))]
     tokens = torch.randint(0, 61, (4, 17), generator=torch.Generator().manual_seed(3))
     for _ in range(3):
-        engine.forward_backward([MicroBatch(tokens, DepthPlan.constant(2, 4))])
+        engine.forward_backward([MicroBatch(Batch(tokens), DepthPlan.constant(2, 4))])
         engine.clip(1.0)
         for optimizer in expected:
             optimizer.step()

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import RunConfig
+from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.errors import TrainingError
 from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer
@@ -49,7 +50,7 @@ def test_clipping_scales_the_whole_gradient(configure: Configure) -> None:
         model = RecurrentDepthTransformer(engine.config.model)
     engine.setup(model)
     tokens = torch.randint(0, 512, (2, 33), generator=torch.Generator().manual_seed(0))
-    engine.forward_backward([MicroBatch(tokens, DepthPlan.constant(3, 2))])
+    engine.forward_backward([MicroBatch(Batch(tokens), DepthPlan.constant(3, 2))])
     before = engine.full_gradients()
     norm = torch.cat([gradient.double().flatten() for gradient in before.values()]).norm().item()
     for limit in (0.0, 2 * norm, norm / 10):  # no limit, one that is not reached, one that is

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megatron_rdt.config import RunConfig, check_config
-from megatron_rdt.data import PackedCorpus, Windows, fixed_windows, load_manifest, open_corpus
-from megatron_rdt.data.mixture import Mixture, MixtureOrder, Stage
+from megatron_rdt.data import Batch, PackedCorpus, load_manifest, open_corpus, read_fixed_windows
+from megatron_rdt.data.mixture import Mixture, MixtureOrder, Phase
 from megatron_rdt.data.packing_plan import make_plans, plan_path
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError
 from megatron_rdt.evaluate.loss import evaluate_checkpoint, validation_losses
@@ -38,15 +38,15 @@ def masked(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_corpus(folder, tiny_corpus / "tokenizer", sizes, masks=True)
 
 
-def first_loss(config: RunConfig, windows: Windows) -> float:
+def first_loss(config: RunConfig, windows: Batch) -> float:
     """Of the run's first step, which sees the first windows in any order, by an untrained model."""
     model = initialize(RecurrentDepthTransformer(config.model), config.run.seed)
     return validation_losses(model, windows, [int(config.depth.mean)], 1, CPU)[int(config.depth.mean)]
 
 
-def samples(config: RunConfig, count: int) -> Windows:
+def samples(config: RunConfig, count: int) -> Batch:
     manifest = load_manifest(config.data.path)
-    return open_corpus(manifest, "train", config.train.sequence_length, config.run.seed, config.data).windows(
+    return open_corpus(manifest, "train", config.train.sequence_length, config.run.seed, config.data).read_samples(
         range(count)
     )
 
@@ -73,7 +73,7 @@ def test_only_answers_count(
     evaluated = read(tmp_path / "answers" / "eval.jsonl")[-1]["losses"]
     model, tokenizer = load(tmp_path / "answers")
     manifest = load_manifest(masked)
-    valid = fixed_windows(open_corpus(manifest, "valid", 32, 0, config.data, pack=False), 6)
+    valid = read_fixed_windows(open_corpus(manifest, "valid", 32, 0, config.data, pack=False), 6)
     assert valid.padding is None
     assert valid.loss_mask is not None
     by_hand = validation_losses(model, valid, [1, 3], 2, CPU)
@@ -105,15 +105,15 @@ def test_a_run_on_packed_rows(
     assert isinstance(corpus, PackedCorpus)
     assert corpus.counts.padding > 0
     assert corpus.counts.describe(200) in said
-    rows = corpus.windows(range(16))
+    rows = corpus.read_samples(range(16))
     assert rows.padding is not None
     records = read(tmp_path / "straight" / "metrics.jsonl")
-    padding = [float(rows.padding[4 * step : 4 * step + 4].sum()) / (4 * 201) for step in range(4)]
+    padding = [sum(rows.padding[4 * step : 4 * step + 4]) / (4 * 201) for step in range(4)]
     assert [record["padding"] for record in records] == pytest.approx(padding)
     assert any(padding)
     for record, share in zip(records, padding):
         assert ("padding" in Console(4, 0).line(record)) == (share > 0)
-    assert records[0]["loss"] == pytest.approx(first_loss(config, rows[:4]), abs=1e-6)
+    assert records[0]["loss"] == pytest.approx(first_loss(config, rows.rows(0, 4)), abs=1e-6)
     # A run that stops in the middle goes on with the same rows.
     source = tmp_path / "straight" / "checkpoints" / "step-00000002"
     assert json.loads((source / "trainer.json").read_text())["data"]["packing"] == "bestfit"
@@ -128,7 +128,7 @@ def test_a_run_on_packed_rows(
     assert "padding" not in read(tmp_path / "plain" / "metrics.jsonl")[0]
     settings = [(tmp_path / name / "checkpoints" / "step-00000004") for name in ("straight", "plain")]
     windows = [
-        fixed_windows(open_corpus(load_manifest(masked), "valid", 200, 1, c.data, pack=False), 6)
+        read_fixed_windows(open_corpus(load_manifest(masked), "valid", 200, 1, c.data, pack=False), 6)
         for c in (config, plain)
     ]
     assert torch.equal(windows[0].tokens, windows[1].tokens)
@@ -179,14 +179,14 @@ def test_in_a_mixture_every_batch_has_a_mask_if_any_has(configure: Configure, ma
         name: open_corpus(load_manifest(path), "train", 32, 1, data)
         for name, path in (("plain", tiny_corpus), ("masked", masked))
     }
-    assert [corpora[name].gives_mask for name in ("plain", "masked")] == [False, True]
-    mixture = Mixture(MixtureOrder([Stage(0, {"plain": 1, "masked": 1})]), corpora, 1)
+    assert [corpora[name].has_loss_mask for name in ("plain", "masked")] == [False, True]
+    mixture = Mixture(MixtureOrder([Phase(0, {"plain": 1, "masked": 1})]), corpora, 1)
     seen = set()
     for sample in range(8):
-        windows = mixture.windows([sample])
+        windows = mixture.read_samples([sample])
         assert windows.loss_mask is not None
         assert windows.sources is not None
-        seen.add((int(windows.sources[0]), bool(windows.loss_mask.all())))
+        seen.add((windows.sources[0], bool(windows.loss_mask.all())))
     assert seen == {(0, True), (1, False)}
 
 
@@ -199,7 +199,7 @@ def test_windows_in_which_nothing_counts_are_no_validation(configure: Configure,
         file.write_bytes(bytes(len(before)))
         try:
             with pytest.raises(DataError, match=r"no token of 4 windows of split valid counts .* --data\.loss all"):
-                fixed_windows(corpus, 4)
+                read_fixed_windows(corpus, 4)
         finally:
             file.write_bytes(before)
 

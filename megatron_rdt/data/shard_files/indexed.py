@@ -165,7 +165,7 @@ class IndexedDataset:
         """`count` tokens from token `start` of the file on, across sequences, shape (count,)."""
         return _read(self._descriptor, self.bin_path, self.dtype, start, count)
 
-    def announce(self, start: int, count: int, masks: bool = False) -> None:
+    def prefetch(self, start: int, count: int, masks: bool = False) -> None:
         """Let the kernel begin to read what `read`, and `mask`, will be asked for: a disk serves many places at once faster."""
         if not count or not hasattr(os, "posix_fadvise"):  # to the system call, 0 is all; macOS has none
             return
@@ -175,7 +175,7 @@ class IndexedDataset:
             if masks and self._mask_descriptor is not None:
                 os.posix_fadvise(self._mask_descriptor, start, count, os.POSIX_FADV_WILLNEED)
 
-    def mask(self, start: int, count: int) -> np.ndarray:
+    def read_mask(self, start: int, count: int) -> np.ndarray:
         """Which of `count` tokens from token `start` on count as targets of the loss, uint8 (count,), 1 or 0.
 
         Raises:

@@ -82,14 +82,14 @@ class Shards:
                 self._open.popitem(last=False)
         return found
 
-    def announce(self, parts: Sequence[tuple[int, int, int]], masks: bool) -> None:
-        """Say that parts of shards, (shard, first token, tokens) each, will be read soon, see `IndexedDataset.announce`.
+    def prefetch(self, parts: Sequence[tuple[int, int, int]], masks: bool) -> None:
+        """Say that parts of shards, (shard, first token, tokens) each, will be read soon, see `IndexedDataset.prefetch`.
 
         Nothing is said of more shards than can stay open until then.
         """
         if len({shard for shard, _, _ in parts}) <= self.max_open // 2:
             for shard, start, count in parts:
-                self[shard].announce(start, count, masks)
+                self[shard].prefetch(start, count, masks)
 
     def document_starts(self, shard: int, start: int, stop: int) -> np.ndarray:
         """First tokens of the documents of a shard that begin at token `start` of it or later and before `stop`.

@@ -1,11 +1,11 @@
-"""What a checkpoint remembers of its data: where in it the run is, and the stages of its mixture so far."""
+"""What a checkpoint remembers of its data: where in it the run is, and the phases of its mixture so far."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_rdt.data import shard_difference
-from megatron_rdt.data.mixture import Stage
+from megatron_rdt.data.mixture import Phase
 from megatron_rdt.errors import CheckpointError
 
 VERSION = 2
@@ -32,9 +32,9 @@ class CorpusRecord:
 
 @dataclass(frozen=True)
 class DataHistory:
-    """The stages of a run's mixture, and what is known of every corpus in them."""
+    """The phases of a run's mixture, and what is known of every corpus in them."""
 
-    stages: list[Stage]
+    phases: list[Phase]
     corpora: dict[str, CorpusRecord]
 
     def state(self, consumed: int, **settings: Any) -> dict[str, Any]:
@@ -44,7 +44,7 @@ class DataHistory:
             "consumed_samples": consumed,
             **settings,
             "corpora": {name: asdict(record) for name, record in self.corpora.items()},
-            "stages": [{"start": stage.start, "counts": list(stage.counts.items())} for stage in self.stages],
+            "stages": [{"start": phase.start, "counts": list(phase.counts.items())} for phase in self.phases],
         }
 
     @staticmethod
@@ -53,9 +53,9 @@ class DataHistory:
         if state["version"] == 1:
             # Checkpoints of before 0.1.0 may lack the shards.
             record = CorpusRecord(state["data_fingerprint"], 0, state.get("shards", {}))
-            return DataHistory([Stage(0, {UNNAMED: 1})], {UNNAMED: record})
+            return DataHistory([Phase(0, {UNNAMED: 1})], {UNNAMED: record})
         return DataHistory(
-            [Stage(stage["start"], dict(stage["counts"])) for stage in state["stages"]],
+            [Phase(phase["start"], dict(phase["counts"])) for phase in state["stages"]],
             {name: CorpusRecord(**record) for name, record in state["corpora"].items()},
         )
 
@@ -63,7 +63,7 @@ class DataHistory:
         """The same with another name for one corpus."""
         names = {name: now if name == before else name for name in self.corpora}
         return DataHistory(
-            [Stage(s.start, {names[name]: count for name, count in s.counts.items()}) for s in self.stages],
+            [Phase(s.start, {names[name]: count for name, count in s.counts.items()}) for s in self.phases],
             {names[name]: record for name, record in self.corpora.items()},
         )
 
@@ -74,12 +74,12 @@ def continued(
     """The history of a run that goes on, and what changed, in words.
 
     A corpus is the one of the checkpoint that has its name, or else its content. Where weights or corpora differ from
-    the last stage, a stage begins; those before stay as they are.
+    the last phase, a phase begins; those before stay as they are.
 
     Args:
         source: the checkpoint.
         before: its history.
-        now: that of a run that would start with the config of today: one stage.
+        now: that of a run that would start with the config of today: one phase.
         paths: of the corpora of today, for messages.
         consumed: samples before.
         may_add: whether a corpus may be new; otherwise each must be one of the checkpoint.
@@ -93,7 +93,7 @@ def continued(
             before = before.renamed(twins[0], name) if twins else before
         known = before.corpora.get(name)
         if known is None and not may_add:
-            last = list(before.stages[-1].counts)
+            last = list(before.phases[-1].counts)
             known = before.corpora[last[0]]
             if len(last) > 1:
                 raise CheckpointError(
@@ -110,12 +110,12 @@ def continued(
             f"{source} was trained on a corpus that is none of data.mixture (data_fingerprint "
             f"{before.corpora[UNNAMED].fingerprint}). Name it there, or start a new --run.name."
         )
-    stage, last_stage = now.stages[0], before.stages[-1]
-    if stage.counts == last_stage.counts:  # both in lowest terms
-        return DataHistory(before.stages, {**before.corpora, **now.corpora}), []
-    kept = [old for old in before.stages if old.start < consumed]
-    history = DataHistory([*kept, Stage(consumed, stage.counts)], {**before.corpora, **now.corpora})
-    return history, [f"data mixture from sample {consumed:,} on: {_changes(last_stage, stage)}"]
+    phase, last_phase = now.phases[0], before.phases[-1]
+    if phase.counts == last_phase.counts:  # both in lowest terms
+        return DataHistory(before.phases, {**before.corpora, **now.corpora}), []
+    kept = [old for old in before.phases if old.start < consumed]
+    history = DataHistory([*kept, Phase(consumed, phase.counts)], {**before.corpora, **now.corpora})
+    return history, [f"data mixture from sample {consumed:,} on: {_changes(last_phase, phase)}"]
 
 
 def same(one: CorpusRecord, other: CorpusRecord) -> bool:
@@ -132,7 +132,7 @@ def _difference(known: CorpusRecord, record: CorpusRecord, path: str) -> str:
     return f"other data than {path} holds now (data_fingerprint): {difference}"
 
 
-def _changes(before: Stage, now: Stage) -> str:
+def _changes(before: Phase, now: Phase) -> str:
     names = dict.fromkeys([*before.counts, *now.counts])
     pairs = {name: (shown(before.share(name)), shown(now.share(name))) for name in names}
     return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in pairs.items() if old != new)

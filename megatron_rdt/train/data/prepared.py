@@ -8,16 +8,16 @@ import torch
 from megatron_rdt.config import CorpusConfig, RunConfig
 from megatron_rdt.config.mixture_weights import integer_weights
 from megatron_rdt.data import (
+    Batch,
     BatchLoader,
     CorpusManifest,
     PackedCorpus,
     TokenCorpus,
-    Windows,
-    fixed_windows,
     load_manifest,
     open_corpus,
+    read_fixed_windows,
 )
-from megatron_rdt.data.mixture import Mixture, MixtureOrder, Stage
+from megatron_rdt.data.mixture import Mixture, MixtureOrder, Phase
 from megatron_rdt.data.packing_plan import make_plans
 from megatron_rdt.data.shard_files.open_shards import open_shards_limit
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError, RdtError
@@ -57,8 +57,8 @@ class RunData:
             name: CorpusRecord(manifest.fingerprint, self.settings[name].max_tokens, manifest.shard_hashes)
             for name, manifest in manifests.items()
         }
-        stage = Stage(0, integer_weights({name: corpus.weight for name, corpus in self.settings.items()}))
-        self._go_on(DataHistory([stage], records), corpora)
+        phase = Phase(0, integer_weights({name: corpus.weight for name, corpus in self.settings.items()}))
+        self._go_on(DataHistory([phase], records), corpora)
         self.validation = {
             name: self._validation(manifest) for name, manifest in manifests.items() if config.eval.every
         }
@@ -78,20 +78,20 @@ class RunData:
         )
 
     def _go_on(self, history: DataHistory, corpora: dict[str, TokenCorpus]) -> None:
-        """Take the samples from `corpora` as the stages of `history` say."""
+        """Take the samples from `corpora` in the phases of `history`."""
         self.history = history
-        order = MixtureOrder(history.stages)
+        order = MixtureOrder(history.phases)
         for number, name in enumerate(order.names):
             if name in corpora:
-                corpora[name].order = corpora[name].order.numbered(number)
+                corpora[name].order = corpora[name].order.with_number(number)
         self.mixture = Mixture(order, corpora, self.config.run.seed)
 
     @property
     def shares(self) -> dict[str, float]:
         """Share of each corpus in the samples from here on, by name."""
-        return {name: self.mixture.order.stages[-1].share(name) for name in self.settings}
+        return {name: self.mixture.order.phases[-1].share(name) for name in self.settings}
 
-    def _validation(self, manifest: CorpusManifest) -> Windows:
+    def _validation(self, manifest: CorpusManifest) -> Batch:
         config, length, processes, n = (
             self.config,
             self.config.train.sequence_length,
@@ -113,7 +113,7 @@ class RunData:
                 f"{of_each}. Raise it."
             )
         split = self._open(manifest, "valid", CorpusConfig("", 1.0))
-        windows = fixed_windows(split, config.eval.sequences // n, processes)
+        windows = read_fixed_windows(split, config.eval.sequences // n, processes)
         split.close()
         return windows
 
@@ -136,11 +136,11 @@ class RunData:
 
     def epochs(self, samples: int) -> dict[str, float]:
         """Passes over each corpus after `samples` samples of the run."""
-        drawn = self.mixture.order.drawn(samples)
+        drawn = self.mixture.order.count_per_corpus(samples)
         return {name: drawn[name] / corpus.samples_per_epoch for name, corpus in self.mixture.corpora.items()}
 
     def _check_epochs(self, total: int) -> None:
-        epochs, drawn = self.epochs(total), self.mixture.order.drawn(total)
+        epochs, drawn = self.epochs(total), self.mixture.order.count_per_corpus(total)
         limits = {name: settings.max_epochs or 0.0 for name, settings in self.settings.items()}
         over = [name for name in epochs if epochs[name] > limits[name]]
         if not over:
@@ -177,7 +177,11 @@ class RunData:
     def progress(self, consumed: int) -> dict[str, Any]:
         """What a step's record says of the data after `consumed` samples: nothing for a run on one corpus."""
         order = self.mixture.order
-        return {"sources": order.drawn(consumed), "epochs": self.epochs(consumed)} if len(order.names) > 1 else {}
+        return (
+            {"sources": order.count_per_corpus(consumed), "epochs": self.epochs(consumed)}
+            if len(order.names) > 1
+            else {}
+        )
 
     def state(self, consumed: int) -> dict[str, Any]:
         """What a checkpoint remembers after `consumed` samples."""

@@ -7,9 +7,9 @@ import torch
 
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import RunConfig
-from megatron_rdt.data import BatchLoader, Tokenizer, Windows
+from megatron_rdt.data import Batch, BatchLoader, Tokenizer
 from megatron_rdt.data.hugging_face import PREFIX
-from megatron_rdt.data.streaming import RowReader, TokenStream, first_windows, open_dataset
+from megatron_rdt.data.streaming import RowReader, TokenStream, open_dataset, read_held_out_windows
 from megatron_rdt.errors import CheckpointError, ConfigError
 
 STATE_VERSION = 1
@@ -50,7 +50,7 @@ class StreamData:
             )
         self.name = Path(config.data.path.removeprefix(PREFIX).partition(":")[0]).name
         self.shares = {self.name: 1.0}
-        self.validation: dict[str, Windows] = {}
+        self.validation: dict[str, Batch] = {}
         self._held_out: frozenset[int] = frozenset()
         self._held_out_rows = 0
         if config.eval.every:
@@ -66,7 +66,7 @@ class StreamData:
                 "own. Raise it."
             )
         data = config.data
-        windows, self._held_out, self._held_out_rows = first_windows(
+        windows, self._held_out, self._held_out_rows = read_held_out_windows(
             data.path,
             data.hf_split,
             data.text_field,
@@ -99,7 +99,7 @@ class StreamData:
             data.document_positions,
             held_out=self._held_out,
             consumed=consumed,
-            step=config.train.global_batch,
+            global_batch=config.train.global_batch,
             state=state,
         )
         return BatchLoader(self._stream, config.train.global_batch, place, self.world_size, consumed, total, device)

@@ -202,7 +202,7 @@ def test_prompts_do_not_count(tmp_path: Path) -> None:
         for prefix in load_manifest(out).shards(split):
             shard = IndexedDataset(prefix)
             for start, length in zip(shard.document_starts.tolist(), shard.lengths.tolist()):
-                ids, mask = shard.read(start, length), shard.mask(start, length)
+                ids, mask = shard.read(start, length), shard.read_mask(start, length)
                 cut = int(np.argmax(mask))
                 assert mask.tolist() == [0] * cut + [1] * (length - cut)
                 assert ids[:cut].tolist() == tokenizer.encode(tokenizer.decode(ids[:cut].tolist()))

@@ -11,7 +11,7 @@ import torch
 
 from megatron_rdt.config import DataConfig
 from megatron_rdt.data import BatchLoader, TokenCorpus, load_manifest, open_corpus
-from megatron_rdt.data.mixture import Mixture, MixtureOrder, Stage
+from megatron_rdt.data.mixture import Mixture, MixtureOrder, Phase
 from megatron_rdt.data.packing_plan import make_plans
 from tests.data.random_corpus import write_random_corpus
 
@@ -65,7 +65,7 @@ def of_kind(kind: str, calls: list[Call]) -> list[tuple[str, int, int]]:
 @pytest.mark.parametrize("loss", ["all", "answers"])
 @pytest.mark.parametrize("pack", ["concat", "bestfit"])
 def test_all_that_is_read_was_announced(corpus: Path, pack: str, loss: str, calls: list[Call]) -> None:
-    opened(corpus, pack, loss).windows(range(BATCH))
+    opened(corpus, pack, loss).read_samples(range(BATCH))
     read = of_kind("read", calls)
     assert len(read) >= BATCH * (2 if loss == "answers" else 1)
     assert of_kind("announce", calls[: -len(read)]) == read
@@ -74,7 +74,7 @@ def test_all_that_is_read_was_announced(corpus: Path, pack: str, loss: str, call
 
 def test_the_loader_announces_a_batch_before_the_one_before_it_is_read(corpus: Path, calls: list[Call]) -> None:
     data = opened(corpus)
-    data.announce(data.places(np.arange(2 * BATCH)))
+    data.prefetch(data.locate(np.arange(2 * BATCH)))
     two_batches = of_kind("announce", calls)
     calls.clear()
     loader = BatchLoader(data, BATCH, 0, 1, total_samples=4 * BATCH)
@@ -90,18 +90,18 @@ def test_a_mixture_announces_what_it_reads_of_all_corpora(corpus: Path, calls: l
     corpora = {"one": opened(corpus), "rows": opened(corpus, "bestfit")}
     sizes = {name: each.samples_per_epoch for name, each in corpora.items()}
     assert all(size > BATCH for size in sizes.values())
-    mixture = Mixture(MixtureOrder([Stage(0, {"one": 1, "rows": 2})]), corpora, 1)
-    mixture.windows(np.arange(BATCH))
+    mixture = Mixture(MixtureOrder([Phase(0, {"one": 1, "rows": 2})]), corpora, 1)
+    mixture.read_samples(np.arange(BATCH))
     read = of_kind("read", calls)
     assert of_kind("announce", calls[: -len(read)]) == read
 
 
 def test_nothing_is_announced_that_could_not_stay_open(corpus: Path, calls: list[Call]) -> None:
     few, many = opened(corpus, max_open=2), opened(corpus, max_open=8)
-    expected = many.windows(range(BATCH)).tokens
+    expected = many.read_samples(range(BATCH)).tokens
     assert len({call[1] for call in calls}) > 2
     calls.clear()
-    assert torch.equal(few.windows(range(BATCH)).tokens, expected)
+    assert torch.equal(few.read_samples(range(BATCH)).tokens, expected)
     assert {call[0] for call in calls} == {"read"}
 
 
@@ -109,7 +109,7 @@ def test_nothing_is_announced_that_could_not_stay_open(corpus: Path, calls: list
 def test_without_the_system_call(corpus: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """macOS has none, and some file systems take no advice."""
     data = opened(corpus)
-    expected = data.windows(range(BATCH)).tokens
+    expected = data.read_samples(range(BATCH)).tokens
 
     def refuse(*arguments: int) -> None:
         raise OSError("not here")
@@ -118,4 +118,4 @@ def test_without_the_system_call(corpus: Path, how: str, monkeypatch: pytest.Mon
         monkeypatch.delattr(os, "posix_fadvise", raising=False)
     else:
         monkeypatch.setattr(os, "posix_fadvise", refuse)
-    assert torch.equal(data.windows(range(BATCH)).tokens, expected)
+    assert torch.equal(data.read_samples(range(BATCH)).tokens, expected)

@@ -2,13 +2,10 @@
 
 `read_hf` reads such a folder back.
 
-The model code in the folder is one file, made from this package's own sources with the project's imports taken out,
-followed by a wrapper. So the exported model cannot drift from the trained one.
+Its model code is one file, see `hf_source`.
 """
 
-import ast
 import dataclasses
-import inspect
 import json
 import shutil
 from pathlib import Path
@@ -18,13 +15,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import megatron_rdt.config.model
-import megatron_rdt.config.ranges
-import megatron_rdt.depth.hashing
-import megatron_rdt.depth.plan
-import megatron_rdt.model
 from megatron_rdt.checkpoint import read_model_weights
 from megatron_rdt.config import ModelConfig, load_config
+from megatron_rdt.convert.hf_source import model_source
 from megatron_rdt.convert.hf_tokenizer import ASIDE, export_tokenizer, special_ids
 from megatron_rdt.data import Tokenizer
 from megatron_rdt.data.tokenizer.sentencepiece_backend import MODEL_FILE as SENTENCEPIECE_FILE
@@ -35,39 +28,6 @@ MODEL_FILE, CONFIG_FILE, WEIGHTS_FILE = "modeling_rdt.py", "config.json", "model
 MODEL_TYPE = "megatron_rdt"
 TOKENIZER = "tokenizer_fingerprint"  # in config.json
 PREFIX = "model."  # the wrapper's name for the model, in front of every weight's
-WRAPPER = Path(__file__).resolve().parent / "hf_wrapper.py"
-# In order of use; all of them are files of megatron_rdt/model.
-PARTS = (
-    "transfer",
-    "attention/masks",
-    "attention/kernels",
-    "forward_context",
-    "monitor",
-    "attention/kv_cache",
-    "halting/active_tokens",
-    "linear",
-    "norm",
-    "attention/rope",
-    "cross_entropy",
-    "feedforward",
-    "moe",
-    "attention/mla",
-    "attention/gqa",
-    "iteration_signals",
-    "layer",
-    "activation_checkpointing",
-    "injection/base",
-    "injection/diagonal",
-    "injection/*",
-    "halting/trained",
-    "halting/exit_rules",
-    "initial_state",
-    "core",
-    "halting/adaptive_loop",
-    "rdt",
-    "initialization",
-)
-PROJECT = "megatron_rdt"
 
 
 def export_hf(source: Path, out: Path) -> None:
@@ -143,41 +103,6 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
             f"the tokenizer in {folder} is not the one that the model was trained with. "
             "Export the checkpoint again with `rdt convert CHECKPOINT OUT --to hf`."
         )
-
-
-def model_source() -> str:
-    """One Python file: imports, ModelConfig, DepthPlan, the model's modules, the transformers wrapper."""
-    folder = Path(inspect.getfile(megatron_rdt.model)).parent
-    parts = [file for part in PARTS for file in sorted(folder.glob(f"{part}.py")) if file.name != "__init__.py"]
-    modules = (
-        megatron_rdt.config.ranges,
-        megatron_rdt.config.model,
-        megatron_rdt.depth.plan,
-        megatron_rdt.depth.hashing,
-    )
-    below = [Path(inspect.getfile(module)) for module in modules]
-    files = dict.fromkeys((*below, *parts, WRAPPER))  # a file that a pattern finds again stays where it was
-    imports: list[str] = []
-    bodies: list[str] = []
-    for file in files:
-        text = file.read_text(encoding="utf-8")
-        lines = text.splitlines()
-        body_from = 0
-        for node in ast.parse(text).body:
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                if not (isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PROJECT)):
-                    imports.append(ast.unparse(node))
-                for index in range(node.lineno - 1, node.end_lineno or node.lineno):
-                    lines[index] = ""
-                body_from = node.end_lineno or body_from
-        docstring = ast.parse(text).body[0]
-        head = lines[: docstring.end_lineno]
-        bodies.append("\n".join([*("# " + line.strip('"') for line in head if line.strip('"')), *lines[body_from:]]))
-    unique = "\n".join(dict.fromkeys(imports))
-    return (
-        f'"""Recurrent-depth transformer, self-contained. Made by `rdt convert --to hf`; do not edit."""\n\n{unique}\n\n\n'
-        + ("\n\n".join(bodies) + "\n")
-    )
 
 
 def _card(name: str, loops: int, left_out: str) -> str:

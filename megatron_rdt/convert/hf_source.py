@@ -1,0 +1,90 @@
+"""The model code of an export: the sources of this package pasted together into one file that needs no more than torch.
+
+So the exported model cannot drift from the trained one. In return the pasted files share one namespace: their top-level
+names must be unique, and they may import the project only at their top, where the imports are removed. Both have a test.
+"""
+
+import ast
+import inspect
+from pathlib import Path
+
+import megatron_rdt.config.model
+import megatron_rdt.config.ranges
+import megatron_rdt.depth.hashing
+import megatron_rdt.depth.plan
+import megatron_rdt.model
+
+PROJECT = "megatron_rdt"
+HEADER = '"""Recurrent-depth transformer, self-contained. Made by `rdt convert --to hf`; do not edit."""'
+WRAPPER = Path(__file__).resolve().parent / "hf_wrapper.py"
+MODULES = (megatron_rdt.config.ranges, megatron_rdt.config.model, megatron_rdt.depth.plan, megatron_rdt.depth.hashing)
+# Files of megatron_rdt/model, each after those whose names it uses while it is imported (base classes, defaults).
+PARTS = (
+    "transfer",
+    "attention/masks",
+    "attention/kernels",
+    "forward_context",
+    "monitor",
+    "attention/kv_cache",
+    "halting/active_tokens",
+    "linear",
+    "norm",
+    "attention/rope",
+    "cross_entropy",
+    "feedforward",
+    "moe",
+    "attention/mla",
+    "attention/gqa",
+    "iteration_signals",
+    "layer",
+    "activation_checkpointing",
+    "injection/base",
+    "injection/diagonal",
+    "injection/*",
+    "halting/trained",
+    "halting/exit_rules",
+    "initial_state",
+    "core",
+    "halting/adaptive_loop",
+    "rdt",
+    "initialization",
+)
+
+
+def source_files() -> list[Path]:
+    """List the files to paste, in order: modules below the model, the parts of the model, the wrapper."""
+    folder = Path(inspect.getfile(megatron_rdt.model)).parent
+    below = [Path(inspect.getfile(module)) for module in MODULES]
+    parts = [file for part in PARTS for file in sorted(folder.glob(f"{part}.py")) if file.name != "__init__.py"]
+    return list(dict.fromkeys((*below, *parts, WRAPPER)))  # a file that a pattern finds again keeps its first position
+
+
+def model_source() -> str:
+    """Return the one Python file: all imports from outside the project, then the body of every source file."""
+    imports: dict[str, None] = {}  # a set that keeps the order
+    bodies: list[str] = []
+    for file in source_files():
+        outside, body = split_source(file.read_text(encoding="utf-8"))
+        imports |= dict.fromkeys(outside)
+        bodies.append(body)
+    unique, pasted = "\n".join(imports), "\n\n".join(bodies)
+    return f"{HEADER}\n\n{unique}\n\n\n{pasted}\n"
+
+
+def split_source(text: str) -> tuple[list[str], str]:
+    """Split a source file into its top-level imports from outside the project and the rest.
+
+    The module docstring becomes a comment, since only the first one of a file is a docstring.
+    """
+    statements = ast.parse(text).body
+    lines = text.splitlines()
+    docstring_end = statements[0].end_lineno
+    imports, end = [], 0
+    for node in statements:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            if not (isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PROJECT)):
+                imports.append(ast.unparse(node))
+            end = node.end_lineno or end
+    docstring = (line.strip('"') for line in lines[:docstring_end])
+    comments = [f"# {line}" for line in docstring if line]
+    return imports, "\n".join([*comments, *lines[end:]])

@@ -78,19 +78,19 @@ def work(options: argparse.Namespace) -> None:
     """One of the processes of the grid."""
     import torch
 
-    from megatron_rdt.environment import process_place
+    from megatron_rdt.environment import read_process_info
     from megatron_rdt.parallel.process_group import join_process_group
     from megatron_rdt.planner.measure import measure_steps
 
-    place, rows, joined = process_place(), [], False
-    torch.manual_seed(place.rank)
-    for name, config in cases(place.world_size).items():
-        device = torch.device("cpu") if joined else join_process_group(config, place)
+    process, rows, joined = read_process_info(), [], False
+    torch.manual_seed(process.rank)
+    for name, config in cases(process.world_size).items():
+        device = torch.device("cpu") if joined else join_process_group(config, process)
         joined = True
         for each in measure_steps(config, device, options.loops):
-            plan = planned(config, place.world_size, each.loops)
+            plan = planned(config, process.world_size, each.loops)
             rows.append({"case": name, "loops": each.loops, "measured": each.peak, "planned": plan})
-    if place.rank == 0:
+    if process.rank == 0:
         options.worker.write_text(json.dumps(rows))
 
 

@@ -21,7 +21,7 @@ from megatron_rdt.data.tokenizer.base import BYTES_FILE, Tokenizer
 from megatron_rdt.data.tokenizer.hugging_face_backend import JSON_FILE
 from megatron_rdt.data.tokenizer.sentencepiece_backend import MODEL_FILE
 from megatron_rdt.errors import ConfigError, DataError
-from megatron_rdt.files import exclusive, fsync_directory, fsync_file, write_text
+from megatron_rdt.files import fsync_directory, fsync_file, hold_lock, write_text
 
 # Files of a tokenizer's folder that are taken along.
 TOKENIZER_FILES = (
@@ -78,7 +78,7 @@ def import_corpus(prefixes: Sequence[str], tokenizer: str, out: str, valid_prefi
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.with_name(f".{target.name}.import")
     message = f"another `rdt prep import` is writing {out}. Wait for it, or choose another --out."
-    with exclusive(target.with_name(f".{target.name}.lock"), message):
+    with hold_lock(target.with_name(f".{target.name}.lock"), message):
         shutil.rmtree(work, ignore_errors=True)
         try:
             _import_into(work, {"train": prefixes, "valid": valid_prefixes}, tokenizer)

@@ -28,7 +28,7 @@ from data_prep.stages.write_shards import Group, group_record, make_groups, remo
 from megatron_rdt.data.shard_files.indexed import token_dtype
 from megatron_rdt.data.tokenizer.base import Tokenizer
 from megatron_rdt.errors import ConfigError, DataError, RdtError
-from megatron_rdt.files import TEMPORARY_SUFFIX, exclusive, write_text
+from megatron_rdt.files import TEMPORARY_SUFFIX, hold_lock, write_text
 
 TASKS = "tasks"  # file with the number of tasks that the last one was told
 NAMED = 8  # missing groups that a message names
@@ -92,11 +92,11 @@ def _prepare_share(out: Path, config: PrepConfig, task: tuple[int, int], command
                 return
             message = f"task {config.shard} is at work on {out} already. Give each task another i in --shard i/N."
             if root.exists():
-                stack.enter_context(exclusive(publish.task_lock(root, index), message))
+                stack.enter_context(hold_lock(publish.task_lock(root, index), message))
             plan = open_plan(config, root, lambda: publish.check_alone(out, index))
             publish.check_space(out, config, plan.inputs)
             if not (root / "locks" / str(index)).exists():
-                stack.enter_context(exclusive(publish.task_lock(root, index), message))
+                stack.enter_context(hold_lock(publish.task_lock(root, index), message))
             write_text(root / TASKS, f"{count}\n")
         stack.enter_context(publish.explained(out, alone=False))
         workers = stack.enter_context(pool(config.workers))

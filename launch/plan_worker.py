@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from launch.failures import explain, leave
-from megatron_rdt.environment import error_file, leave_process, process_place, quiet_libraries
+from megatron_rdt.environment import error_file, leave_process, quiet_libraries, read_process_info
 from megatron_rdt.errors import EXIT_FAILED, EXIT_OK
 from megatron_rdt.files import write_text
 
@@ -24,13 +24,13 @@ def measure(options: argparse.Namespace) -> None:
     from megatron_rdt.parallel.process_group import join_process_group
     from megatron_rdt.planner.measure import measure_steps
 
-    config, place = load_config(options.config), process_place()
-    device = join_process_group(config, place)
+    config, process = load_config(options.config), read_process_info()
+    device = join_process_group(config, process)
     measured = measure_steps(config, device, options.loops)
     peaks = torch.tensor([each.peak for each in measured], device=device)
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(peaks, torch.distributed.ReduceOp.MAX)
-    if place.rank == 0:
+    if process.rank == 0:
         rows = [dataclasses.asdict(each) | {"peak": peak} for each, peak in zip(measured, peaks.tolist())]
         write_text(options.out, json.dumps(rows))
 
@@ -42,7 +42,7 @@ def main() -> int:
     parser.add_argument("--loops", type=int, nargs="+", required=True, help="values of T")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     options = parser.parse_args()
-    quiet_libraries(process_place().local_world_size)
+    quiet_libraries(read_process_info().local_world_size)
     try:
         measure(options)
         return EXIT_OK

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from launch.failures import EXIT_INTERRUPTED, explain, leave
-from megatron_rdt.environment import ProcessPlace, error_file, leave_process, process_place, quiet_libraries
+from megatron_rdt.environment import ProcessInfo, error_file, leave_process, quiet_libraries, read_process_info
 from megatron_rdt.errors import EXIT_FAILED, RdtError
 from megatron_rdt.train.stop_request import StopRequest
 
@@ -19,33 +19,33 @@ PROGRAM = "pretrain.py"
 SPEAKERS_START_S = 3.0
 
 
-def tell(error: RdtError, place: ProcessPlace) -> None:
+def tell(error: RdtError, process: ProcessInfo) -> None:
     """Leave the error to `rdt train`, which prints it once for all ranks; where there is none, print it."""
     file = error_file()
     if file is not None:
         with contextlib.suppress(OSError):  # a full disk must not hide the error
             leave(file, error)
             return
-    print(f"{PROGRAM}: error (rank {place.rank}): {error}", file=sys.stderr, flush=True)
+    print(f"{PROGRAM}: error (rank {process.rank}): {error}", file=sys.stderr, flush=True)
 
 
 def main(words: list[str]) -> int:
     """Train on this process; returns its exit status."""
     stop = StopRequest()  # before anything that takes long
-    place, started = ProcessPlace(), False
+    process, started = ProcessInfo(), False
     try:
-        place = process_place()
-        quiet_libraries(place.local_world_size)
-        if place.rank:  # what all ranks find, the first one says
+        process = read_process_info()
+        quiet_libraries(process.local_world_size)
+        if process.rank:  # what all ranks find, the first one says
             logging.getLogger("megatron_rdt").setLevel(logging.ERROR)
         from launch.train_options import check_paths, parse_worker
 
-        config, options = parse_worker(PROGRAM, words, place.world_size)
+        config, options = parse_worker(PROGRAM, words, process.world_size)
         check_paths(config)
         started = True
         from megatron_rdt.train.trainer import train
 
-        return train(config, options.resume, place, stop)
+        return train(config, options.resume, process, stop)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception as error:
@@ -53,8 +53,8 @@ def main(words: list[str]) -> int:
         if explained is None:
             traceback.print_exc()
             return EXIT_FAILED
-        if started or error_file() or place.local_rank == 0:
-            tell(explained, place)
+        if started or error_file() or process.local_rank == 0:
+            tell(explained, process)
         else:
             # Every rank of a node fails for the same reason and one says it. torchrun ends all when the first is gone.
             time.sleep(SPEAKERS_START_S)

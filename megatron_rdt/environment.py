@@ -15,7 +15,7 @@ ERROR_FILE = "RDT_ERROR_FILE"
 
 
 @dataclass(frozen=True)
-class ProcessPlace:
+class ProcessInfo:
     """Where this process stands among those of the run.
 
     Attributes:
@@ -31,7 +31,7 @@ class ProcessPlace:
     launcher: str = "none"
 
 
-def process_place() -> ProcessPlace:
+def read_process_info() -> ProcessInfo:
     """Read the place from torchrun's and DeepSpeed's variables, else from srun's, else alone.
 
     Raises:
@@ -42,12 +42,12 @@ def process_place() -> ProcessPlace:
         world = _number("WORLD_SIZE")
         local_world = _number(next((n for n in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if env.get(n)), "WORLD_SIZE"))
         local_rank = _number("LOCAL_RANK") if "LOCAL_RANK" in env else 0
-        return ProcessPlace(_number("RANK"), world, local_rank, local_world, "torch")
+        return ProcessInfo(_number("RANK"), world, local_rank, local_world, "torch")
     if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
         tasks = _number("SLURM_NTASKS")
         local_world = int(env.get("SLURM_STEP_TASKS_PER_NODE", str(tasks)).split("(")[0].split(",")[0])
-        return ProcessPlace(_number("SLURM_PROCID"), tasks, _number("SLURM_LOCALID"), local_world, "slurm")
-    return ProcessPlace()
+        return ProcessInfo(_number("SLURM_PROCID"), tasks, _number("SLURM_LOCALID"), local_world, "slurm")
+    return ProcessInfo()
 
 
 def _number(name: str) -> int:
@@ -60,7 +60,7 @@ def _number(name: str) -> int:
     return int(value)
 
 
-def export_for_torch(place: ProcessPlace) -> None:
+def export_for_torch(place: ProcessInfo) -> None:
     """Set what `torch.distributed` and DeepSpeed read; DeepSpeed takes the GPU whose number is the local rank."""
     os.environ.update(
         RANK=str(place.rank),

@@ -109,7 +109,7 @@ def is_disk_full(error: BaseException) -> bool:
     return any(isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT) for seen in _chain(error))
 
 
-def why_not_written(error: BaseException, directory: str | os.PathLike[str]) -> str:
+def explain_write_failure(error: BaseException, directory: str | os.PathLike[str]) -> str:
     """In one line, why something below `directory` could not be written; ask before cleaning up."""
     free = shutil.disk_usage(directory).free if os.path.isdir(directory) else 0
     if is_disk_full(error) or NO_SPACE in str(error):
@@ -123,7 +123,7 @@ def why_not_written(error: BaseException, directory: str | os.PathLike[str]) -> 
 
 
 @contextlib.contextmanager
-def exclusive(path: str | os.PathLike[str], message: str, patience_s: float = 0.0) -> Iterator[None]:
+def hold_lock(path: str | os.PathLike[str], message: str, patience_s: float = 0.0) -> Iterator[None]:
     """Hold a lock on the file `path`, which exists while it is held, as long as the block runs.
 
     The kernel lets go of the lock when the process ends, however it ends; the file may then stay, and does no harm.

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rdt.errors import LaunchError
-from megatron_rdt.files import atomic_open, exclusive, is_disk_full, sha256_of, write_bytes, write_text
+from megatron_rdt.files import atomic_open, hold_lock, is_disk_full, sha256_of, write_bytes, write_text
 
 KILLED = """
 import os, signal, sys
@@ -146,8 +146,8 @@ def test_a_really_full_device() -> None:
 def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
     lock = tmp_path / ".lock"
     code = (
-        "import sys; from megatron_rdt.files import exclusive\n"
-        "with exclusive(sys.argv[1], 'x'): print('held', flush=True); sys.stdin.read()"
+        "import sys; from megatron_rdt.files import hold_lock\n"
+        "with hold_lock(sys.argv[1], 'x'): print('held', flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen(
         [sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -155,13 +155,13 @@ def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
     assert other.stdin is not None
     assert other.stdout is not None
     assert other.stdout.readline() == "held\n"
-    with pytest.raises(LaunchError, match="another one writes"), exclusive(lock, "another one writes"):
+    with pytest.raises(LaunchError, match="another one writes"), hold_lock(lock, "another one writes"):
         pass
     other.kill()
     other.wait()
-    with exclusive(lock, "free at once when the process is dead"):
+    with hold_lock(lock, "free at once when the process is dead"):
         pass
-    with exclusive(lock, "free when the block ended"):
+    with hold_lock(lock, "free when the block ended"):
         pass
 
 
@@ -170,7 +170,7 @@ def test_a_lock_waits_for_one_that_is_about_to_end(tmp_path: Path) -> None:
     held = threading.Event()
 
     def hold() -> None:
-        with exclusive(lock, "x"):
+        with hold_lock(lock, "x"):
             held.set()
             time.sleep(0.3)
             order.append("first")
@@ -178,7 +178,7 @@ def test_a_lock_waits_for_one_that_is_about_to_end(tmp_path: Path) -> None:
     thread = threading.Thread(target=hold)
     thread.start()
     held.wait()
-    with exclusive(lock, "x", patience_s=30):
+    with hold_lock(lock, "x", patience_s=30):
         order.append("second")
     thread.join()
     assert order == ["first", "second"]

@@ -15,7 +15,7 @@ from megatron_rdt.data.shard_files.corpus_manifest import MANIFEST, load_manifes
 from megatron_rdt.data.shard_files.indexed import token_dtype
 from megatron_rdt.data.tokenizer.base import Tokenizer
 from megatron_rdt.errors import ConfigError, DataError
-from megatron_rdt.files import exclusive, fsync_directory, is_disk_full, sha256_of
+from megatron_rdt.files import fsync_directory, hold_lock, is_disk_full, sha256_of
 
 WRITTEN = {MANIFEST, "tokenizer", "train", "valid", "packing"}  # the last by `rdt prep pack` and by runs
 COMPRESSION = 3  # text in a compressed file is about so many times as large
@@ -35,7 +35,7 @@ def lock(out: Path, patience_s: float = 0.0) -> AbstractContextManager[None]:
     except OSError as error:
         raise ConfigError(f"{out.parent} cannot be made: {error.strerror}. Choose another --out.") from None
     message = f"another `rdt prep` is writing {out}. Wait for it, or choose another --out."
-    return exclusive(out.with_name(f".{out.name}.lock"), message, patience_s)
+    return hold_lock(out.with_name(f".{out.name}.lock"), message, patience_s)
 
 
 def task_lock(root: Path, task: int) -> Path:
@@ -51,7 +51,7 @@ def check_alone(out: Path, but: int = -1) -> None:
     for path in sorted(directory.glob("*")):
         if path.name != str(but):
             message = f"task {path.name} of a prep with --shard is at work on {out}. Wait for it, or end it."
-            with exclusive(path, message):
+            with hold_lock(path, message):
                 pass
 
 

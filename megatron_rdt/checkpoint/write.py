@@ -24,7 +24,7 @@ from megatron_rdt.checkpoint.manifest import file_record, list_content_files, wr
 from megatron_rdt.checkpoint.rank_state import DATA_FOLDER, RNG_FOLDER, save_rank_state
 from megatron_rdt.checkpoint.restore import TRAINER_STATE
 from megatron_rdt.errors import CheckpointError, RdtError
-from megatron_rdt.files import atomic_open, fsync_directory, fsync_file, why_not_written, write_text
+from megatron_rdt.files import atomic_open, explain_write_failure, fsync_directory, fsync_file, write_text
 from megatron_rdt.object_collectives import gather_objects
 from megatron_rdt.parallel import Engine
 from megatron_rdt.run_directory import CHECKPOINTS, LATEST
@@ -167,7 +167,7 @@ class _CollectiveSave:
         Called before the temporary directory is removed: the free space that it reports is that of the failure.
         """
         where = f"rank {rank}: " if self.engine.world_size > 1 and rank is not None else ""
-        return where + why_not_written(failure, self.final.parent)
+        return where + explain_write_failure(failure, self.final.parent)
 
 
 def _hash_files(save: _CollectiveSave, directory: Path) -> dict[str, Any]:

@@ -60,6 +60,6 @@ class Layout:
         """Processes that have samples of their own."""
         return self.replicate * self.shard
 
-    def data_place(self, rank: int) -> int:
+    def data_rank(self, rank: int) -> int:
         """Which share of each batch `rank` takes, from 0 to data - 1."""
         return rank // (self.context * self.tensor)

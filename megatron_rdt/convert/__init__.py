@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from megatron_rdt.errors import CheckpointError, ConfigError, RdtError
-from megatron_rdt.files import fsync_directory, fsync_file, why_not_written
+from megatron_rdt.files import explain_write_failure, fsync_directory, fsync_file
 
 
 def convert(checkpoint: str, out: str, to: str) -> Path:
@@ -41,7 +41,7 @@ def convert(checkpoint: str, out: str, to: str) -> Path:
     except RdtError:
         raise
     except Exception as error:  # each library that writes has errors of its own
-        reason = why_not_written(error, target.parent)
+        reason = explain_write_failure(error, target.parent)
         if "the disk is" not in reason:
             raise
         raise CheckpointError(

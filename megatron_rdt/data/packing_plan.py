@@ -23,7 +23,7 @@ import numpy as np
 from megatron_rdt.data.shard_files.corpus_manifest import CorpusManifest
 from megatron_rdt.data.shard_files.indexed import IndexedDataset
 from megatron_rdt.errors import DataError
-from megatron_rdt.files import TEMPORARY_SUFFIX, atomic_open, exclusive, sha256_of
+from megatron_rdt.files import TEMPORARY_SUFFIX, atomic_open, hold_lock, sha256_of
 
 FOLDER, SUFFIX = "packing", ".pack"
 MAGIC, VERSION = b"RDTPACK\x00", 1
@@ -319,7 +319,7 @@ def _check_and_make_plans(manifest: CorpusManifest, split: str, length: int, fol
         return counts
     folder.mkdir(parents=True, exist_ok=True)
     message = f"another process has been making the plans in {folder} for an hour. Wait for it, or end it."
-    with exclusive(folder / ".lock", message, BUILD_PATIENCE_S):
+    with hold_lock(folder / ".lock", message, BUILD_PATIENCE_S):
         for stale in folder.glob(f"*{TEMPORARY_SUFFIX}"):  # of processes that were killed
             stale.unlink(missing_ok=True)
         for shard in to_make:

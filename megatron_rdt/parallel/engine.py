@@ -46,7 +46,7 @@ class Engine(ABC):
         config: the run's config.
         device: where this rank computes.
         rank, world_size: this process among all.
-        layout: how the processes are arranged; those of one `layout.data_place` have the same samples.
+        layout: how the processes are arranged; those of one `layout.data_rank` have the same samples.
         model: the bare model (its parameters may be sharded).
         module: what to call for a forward pass; every rank must call it the same number of times.
     """

@@ -7,29 +7,29 @@ import torch
 import torch.distributed as dist
 
 from megatron_rdt.config import RunConfig
-from megatron_rdt.environment import ProcessPlace, export_for_torch, prefer_deterministic_blas
+from megatron_rdt.environment import ProcessInfo, export_for_torch, prefer_deterministic_blas
 from megatron_rdt.errors import ConfigError
 
 
-def join_process_group(config: RunConfig, place: ProcessPlace) -> torch.device:
+def join_process_group(config: RunConfig, process: ProcessInfo) -> torch.device:
     """Set up this process's device, join the process group unless the engine runs on one process, and return the device."""
-    device = choose_device(config.train.device, place)
+    device = choose_device(config.train.device, process)
     if device.type == "cuda":
         _set_up_gpu(device, config.train.deterministic)
-        place = replace(place, local_rank=device.index)  # DeepSpeed takes the GPU whose number is the local rank
+        process = replace(process, local_rank=device.index)  # DeepSpeed takes the GPU whose number is the local rank
     if config.parallel.engine_kind.many_processes:
-        export_for_torch(place)
+        export_for_torch(process)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=config.parallel.timeout_s))
     return device
 
 
-def choose_device(wanted: str, place: ProcessPlace) -> torch.device:
+def choose_device(wanted: str, process: ProcessInfo) -> torch.device:
     """Return the CPU, or the GPU that belongs to this process.
 
     Args:
         wanted: `train.device`.
-        place: ranks and launcher of this process.
+        process: ranks and launcher of this process.
 
     Raises:
         ConfigError: there is no GPU, or there are fewer GPUs than processes.
@@ -39,14 +39,14 @@ def choose_device(wanted: str, place: ProcessPlace) -> torch.device:
     visible = torch.cuda.device_count()
     if visible == 0:
         raise ConfigError("train.device is cuda, but PyTorch sees no GPU here. Use --train.device cpu.")
-    if visible == 1 and place.launcher == "slurm":  # srun may show each process its own GPU only
+    if visible == 1 and process.launcher == "slurm":  # srun may show each process its own GPU only
         return torch.device("cuda", 0)
-    if place.local_rank >= visible:
+    if process.local_rank >= visible:
         raise ConfigError(
-            f"there are {place.local_world_size} processes on this machine and {visible} GPU(s). Start one process per "
+            f"there are {process.local_world_size} processes on this machine and {visible} GPU(s). Start one process per "
             "GPU, or use --train.device cpu."
         )
-    return torch.device("cuda", place.local_rank)
+    return torch.device("cuda", process.local_rank)
 
 
 def _set_up_gpu(device: torch.device, deterministic: bool) -> None:

@@ -13,10 +13,10 @@ from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import RunConfig, dump_config, load_config
 from megatron_rdt.data import Batch, BatchLoader, Tokenizer
 from megatron_rdt.depth import DepthPlan, DepthSampler
-from megatron_rdt.environment import ProcessPlace, process_place
+from megatron_rdt.environment import ProcessInfo, read_process_info
 from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED, TrainingError
 from megatron_rdt.evaluate.loss import mixture_losses
-from megatron_rdt.files import exclusive, write_text
+from megatron_rdt.files import hold_lock, write_text
 from megatron_rdt.inference.generate import generate
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.flops import forward_flops, training_flops
@@ -41,7 +41,7 @@ LOCK_PATIENCE_S = 10.0
 
 
 def train(
-    config: RunConfig, resume: str = "none", place: ProcessPlace | None = None, stop: StopRequest | None = None
+    config: RunConfig, resume: str = "none", process: ProcessInfo | None = None, stop: StopRequest | None = None
 ) -> int:
     """Run training on this process, one of `WORLD_SIZE`.
 
@@ -51,18 +51,18 @@ def train(
         config: a checked config.
         resume: "none" (refuse a run directory that has checkpoints), "auto" (newest complete checkpoint of the run,
             or a fresh start), or the path of a checkpoint or run.
-        place: where this process stands among all; read from the environment where not given.
+        process: where this process stands among all; read from the environment where not given.
         stop: listens for stop signals; made here where not given.
 
     Returns:
         0 when all steps are done, 75 when stopped by a signal after a good save, or before the first step.
     """
-    place, listener = place or process_place(), stop or StopRequest()
+    process, listener = process or read_process_info(), stop or StopRequest()
     run_directory = run_directory_of(config)
     try:
-        with _only_writer(run_directory, resume) if place.rank == 0 else nullcontext():
-            device = join_process_group(config, place)
-            trainer = Trainer(config, run_directory, device, listener, place.local_rank)
+        with _only_writer(run_directory, resume) if process.rank == 0 else nullcontext():
+            device = join_process_group(config, process)
+            trainer = Trainer(config, run_directory, device, listener, process.local_rank)
             try:
                 status = trainer.run(checkpoints.find_start(run_directory, resume))
                 trainer.engine.close()
@@ -85,7 +85,7 @@ def _only_writer(run_directory: Path, resume: str) -> Iterator[None]:
     run_directory.mkdir(parents=True, exist_ok=True)
     message = f"another process is writing {run_directory}. Wait for it, end it, or choose another --run.name."
     try:
-        with exclusive(run_directory / ".lock", message, LOCK_PATIENCE_S):
+        with hold_lock(run_directory / ".lock", message, LOCK_PATIENCE_S):
             refuse_to_overwrite(run_directory, resume)
             yield
     finally:
@@ -119,7 +119,7 @@ class Trainer:
     def _open_data(self, local_rank: int) -> RunData | StreamData:
         layout, rank = self.engine.layout, self.engine.rank
         if self.config.data.streamed:
-            return StreamData(self.config, layout.data, layout.data_place(rank), rank)
+            return StreamData(self.config, layout.data, layout.data_rank(rank), rank)
         return RunData(self.config, layout.data, local_rank)
 
     def run(self, source: Path | None) -> int:
@@ -132,7 +132,7 @@ class Trainer:
         if source is not None:
             self._restore(source)
         total = self.consumed + (config.train.steps - self.step) * config.train.global_batch
-        place = self.engine.layout.data_place(self.engine.rank)
+        place = self.engine.layout.data_rank(self.engine.rank)
         loader = self.data.loader(self.consumed, total, place, self.device)
         try:
             self._open_run_directory(parameters, source)
@@ -280,7 +280,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         config, layout = self.config, self.engine.layout
-        place = layout.data_place(self.engine.rank)
+        place = layout.data_rank(self.engine.rank)
         mine = {name: windows.rank_rows(place, layout.data) for name, windows in self.data.validation.items()}
         losses, of_each = mixture_losses(
             self.engine.module,

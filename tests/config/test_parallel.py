@@ -31,7 +31,7 @@ def test_every_process_has_a_place_of_its_own(sizes: tuple[int, ...]) -> None:
     layout = Layout.of(ParallelConfig("fsdp", replicate=replicate, context=context, tensor=tensor), world)
     assert layout == Layout(replicate, shard, context, tensor)
     assert layout.world_size == world
-    places = [layout.data_place(rank) for rank in range(world)]
+    places = [layout.data_rank(rank) for rank in range(world)]
     assert places == [place for place in range(replicate * shard) for _ in range(context * tensor)]
 
 

@@ -17,7 +17,7 @@ from data_prep.pipeline import prepare
 from data_prep.sources.records import BAD_LISTED
 from megatron_rdt.data import load_manifest
 from megatron_rdt.errors import ConfigError, DataError, LaunchError
-from megatron_rdt.files import exclusive
+from megatron_rdt.files import hold_lock
 from tests.data_prep.small_corpora import RECORDS, make_config, read_files, read_texts, write_lines
 
 
@@ -76,7 +76,7 @@ def test_touched_text_is_not_changed_text(folder: Path, tmp_path: Path, capsys: 
 
 
 def test_one_prep_at_a_time(folder: Path, tmp_path: Path) -> None:
-    with exclusive(tmp_path / ".out.lock", "held"), pytest.raises(LaunchError, match="another `rdt prep` is writing"):
+    with hold_lock(tmp_path / ".out.lock", "held"), pytest.raises(LaunchError, match="another `rdt prep` is writing"):
         prepare(make_config(folder, tmp_path / "out"))
     prepare(make_config(folder, tmp_path / "out"))
     assert not (tmp_path / ".out.lock").exists()

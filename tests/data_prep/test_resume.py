@@ -23,7 +23,7 @@ from data_prep.stages import publish
 from data_prep.stages.tokenizer import make_tokenizer
 from megatron_rdt.data import load_manifest
 from megatron_rdt.errors import ConfigError, DataError, LaunchError
-from megatron_rdt.files import exclusive
+from megatron_rdt.files import hold_lock
 from tests.data_prep.small_corpora import read_files, write_lines
 
 STAGES = ["plan.json", "scan/part-00003.json", "duplicates.json", "tokenizer.json", "encode/part-00000-00.json"]
@@ -346,7 +346,7 @@ def test_merge_names_what_is_missing(source: Path, straight: Path, tmp_path: Pat
 def test_one_process_a_task(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepare(config(source, out, shard="0/2"))
-    with exclusive(publish.task_lock(publish.working_directory(out), 1), "held"):
+    with hold_lock(publish.task_lock(publish.working_directory(out), 1), "held"):
         with pytest.raises(LaunchError, match=r"task 1/2 is at work on .* already"):
             prepare(config(source, out, shard="1/2"))
         for act in (prepare, merge):

@@ -82,7 +82,7 @@ def make(parallel: ParallelConfig, model: ModelConfig, precision: str = "float32
 def batch(engine: Engine, tokens: torch.Tensor, step: tuple, size: int) -> list[MicroBatch]:
     loops, k, _, packed = step
     share = SEQUENCES // engine.layout.data
-    first = engine.layout.data_place(engine.rank) * share
+    first = engine.layout.data_rank(engine.rank) * share
     documents = (tokens % 7 == 0).cumsum(-1)
     columns = torch.arange(LENGTH + 1).expand_as(tokens)
     named = {

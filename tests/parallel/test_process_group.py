@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_rdt.environment import ProcessPlace, export_for_torch, process_place
+from megatron_rdt.environment import ProcessInfo, export_for_torch, read_process_info
 from megatron_rdt.errors import ConfigError, LaunchError
 from megatron_rdt.parallel.process_group import choose_device
 
@@ -19,30 +19,30 @@ def gpus(monkeypatch: pytest.MonkeyPatch):
     return show
 
 
-def place(local_rank: int, processes: int, launcher: str) -> ProcessPlace:
-    return ProcessPlace(local_rank, processes, local_rank, processes, launcher)
+def process(local_rank: int, processes: int, launcher: str) -> ProcessInfo:
+    return ProcessInfo(local_rank, processes, local_rank, processes, launcher)
 
 
 def test_without_a_gpu(gpus) -> None:
     gpus(0)
-    assert choose_device("auto", place(1, 2, "torch")) == torch.device("cpu")
-    assert choose_device("cpu", place(1, 2, "torch")) == torch.device("cpu")
+    assert choose_device("auto", process(1, 2, "torch")) == torch.device("cpu")
+    assert choose_device("cpu", process(1, 2, "torch")) == torch.device("cpu")
     with pytest.raises(ConfigError, match="sees no GPU"):
-        choose_device("cuda", place(0, 1, "none"))
+        choose_device("cuda", process(0, 1, "none"))
 
 
 def test_one_gpu_per_process(gpus) -> None:
     gpus(4)
     for launcher in ("torch", "slurm"):
-        assert [choose_device("auto", place(i, 4, launcher)).index for i in range(4)] == [0, 1, 2, 3]
-    assert choose_device("cpu", place(3, 4, "torch")) == torch.device("cpu")
+        assert [choose_device("auto", process(i, 4, launcher)).index for i in range(4)] == [0, 1, 2, 3]
+    assert choose_device("cpu", process(3, 4, "torch")) == torch.device("cpu")
 
 
 def test_two_processes_never_share_a_gpu(gpus) -> None:
     gpus(1)
-    assert choose_device("auto", place(0, 2, "torch")) == torch.device("cuda", 0)
+    assert choose_device("auto", process(0, 2, "torch")) == torch.device("cuda", 0)
     with pytest.raises(ConfigError, match="2 processes on this machine and 1 GPU"):
-        choose_device("auto", place(1, 2, "torch"))
+        choose_device("auto", process(1, 2, "torch"))
 
 
 def test_srun_may_show_each_process_its_own_gpu(gpus, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,16 +51,16 @@ def test_srun_may_show_each_process_its_own_gpu(gpus, monkeypatch: pytest.Monkey
         monkeypatch.delenv(name, raising=False)
     for name, value in {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}.items():
         monkeypatch.setenv(name, value)
-    found = process_place()
-    assert found == ProcessPlace(3, 4, 1, 2, "slurm")
+    found = read_process_info()
+    assert found == ProcessInfo(3, 4, 1, 2, "slurm")
     assert choose_device("auto", found) == torch.device("cuda", 0)
 
 
 def test_what_torch_reads_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "9")
-    export_for_torch(ProcessPlace(3, 4, 1, 2, "slurm"))
-    assert process_place() == ProcessPlace(3, 4, 1, 2, "torch")
+    export_for_torch(ProcessInfo(3, 4, 1, 2, "slurm"))
+    assert read_process_info() == ProcessInfo(3, 4, 1, 2, "torch")
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
@@ -69,4 +69,4 @@ def test_a_variable_that_is_not_a_number(name: str, monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv(each, "1")
     monkeypatch.setenv(name, "abc")
     with pytest.raises(LaunchError, match=f"{name} is 'abc'"):
-        process_place()
+        read_process_info()

@@ -15,7 +15,7 @@ from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import RunConfig, load_config
 from megatron_rdt.data import CorpusManifest, IndexedDataset, load_manifest
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError, LaunchError, TrainingError
-from megatron_rdt.files import exclusive
+from megatron_rdt.files import hold_lock
 from megatron_rdt.parallel.replicated import SingleEngine
 from megatron_rdt.train import trainer
 from megatron_rdt.train.data.prepared import RunData
@@ -233,7 +233,7 @@ def test_one_process_at_a_time_writes_a_run(
     monkeypatch.setattr(trainer, "LOCK_PATIENCE_S", 0.0)
     config = configure(f"--run.root={tmp_path}", "--eval.every=0")
     (tmp_path / "run").mkdir()
-    with exclusive(tmp_path / "run" / ".lock", "x"), pytest.raises(LaunchError, match="another process is writing"):
+    with hold_lock(tmp_path / "run" / ".lock", "x"), pytest.raises(LaunchError, match="another process is writing"):
         trainer.train(config)
     assert content(tmp_path / "run") == {}
     assert trainer.train(config) == 0

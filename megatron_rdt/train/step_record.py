@@ -72,7 +72,7 @@ class TakenStep:
         depth: loop counts, by the record's fields.
         loop_shares: share of each T, where the monitor measures every iteration.
         memory_gb: peak so far.
-        data: how far the run is in each corpus, of `RunData.progress`.
+        data: how far the run is in each corpus, of `TrainingData.progress`.
     """
 
     step: int

@@ -24,8 +24,7 @@ from megatron_rdt.model.moe import rebalance
 from megatron_rdt.parallel import Engine, MicroBatch, make_engine
 from megatron_rdt.parallel.process_group import join_process_group
 from megatron_rdt.run_directory import run_directory_of
-from megatron_rdt.train.data.prepared import RunData
-from megatron_rdt.train.data.streamed import StreamData
+from megatron_rdt.train.data import open_training_data
 from megatron_rdt.train.garbage_collection import ScheduledCollection
 from megatron_rdt.train.hardware import peak_flops, peak_memory_gb
 from megatron_rdt.train.metrics import Console, Recorder, evaluation_lines, evaluation_record, forget_after
@@ -102,7 +101,7 @@ class Trainer:
         self.config, self.run_directory, self.device, self.stop = config, run_directory, device, stop
         self.engine = make_engine(config, device)
         self.is_first = self.engine.rank == 0
-        self.data = self._open_data(local_rank)
+        self.data = open_training_data(config, self.engine.layout, self.engine.rank, local_rank)
         self.tokenizer = Tokenizer(self.data.tokenizer_directory)
         self.sampler = DepthSampler(config.depth, config.run.seed)
         self.flops = forward_flops(config.model, config.train.sequence_length)
@@ -116,12 +115,6 @@ class Trainer:
         self.console: Console | None = None
         self.unread: list[TakenStep] = []
 
-    def _open_data(self, local_rank: int) -> RunData | StreamData:
-        layout, rank = self.engine.layout, self.engine.rank
-        if self.config.data.streamed:
-            return StreamData(self.config, layout.data, layout.data_rank(rank), rank)
-        return RunData(self.config, layout.data, local_rank)
-
     def run(self, source: Path | None) -> int:
         """Train from `source` (or from scratch) to the last step; returns the exit status."""
         config = self.config
@@ -132,8 +125,8 @@ class Trainer:
         if source is not None:
             self._restore(source)
         total = self.consumed + (config.train.steps - self.step) * config.train.global_batch
-        place = self.engine.layout.data_rank(self.engine.rank)
-        loader = self.data.loader(self.consumed, total, place, self.device)
+        data_rank = self.engine.layout.data_rank(self.engine.rank)
+        loader = self.data.loader(self.consumed, total, data_rank, self.device)
         try:
             self._open_run_directory(parameters, source)
             for line in self.data.describe(total):
@@ -280,8 +273,8 @@ class Trainer:
 
     def _evaluate(self) -> None:
         config, layout = self.config, self.engine.layout
-        place = layout.data_rank(self.engine.rank)
-        mine = {name: windows.rank_rows(place, layout.data) for name, windows in self.data.validation.items()}
+        data_rank = layout.data_rank(self.engine.rank)
+        mine = {name: windows.rank_rows(data_rank, layout.data) for name, windows in self.data.validation.items()}
         losses, of_each = mixture_losses(
             self.engine.module,
             mine,

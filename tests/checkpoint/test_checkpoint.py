@@ -231,16 +231,6 @@ def test_a_checkpoint_of_other_data_is_refused(
     manifest.write_text(json.dumps(document))
     with pytest.raises(CheckpointError, match=r"data_fingerprint.*shard train/shard-00000 has other content"):
         restart(run, configure, f"--data.path={other}")
-    # Earlier versions knew one corpus, without its name, and the first ones did not note its shards.
-    state = checkpoints.read_trainer_state(step(run, 8))
-    old = {key: state["data"][key] for key in ("consumed_samples", "sequence_length", "seed")}
-    fingerprint = state["data"]["corpora"]["tiny"]["fingerprint"]
-    state["data"] = {"version": 1, **old, "data_fingerprint": fingerprint}
-    (step(run, 8) / "trainer.json").write_text(json.dumps(state))
-    checkpoints.write_manifest(step(run, 8))
-    with pytest.raises(CheckpointError, match=r"data_fingerprint \w{64}, now it is \w{64}"):
-        restart(run, configure, f"--data.path={other}")
-    assert restart(run, configure) == 0
 
 
 def test_generators_go_on_where_they_were(run: Path, configure: Configure, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from megatron_rdt.config import CorpusConfig, RunConfig
 from megatron_rdt.data import Batch, open_corpus
-from megatron_rdt.train.data.prepared import RunData
+from megatron_rdt.train.data.prepared import PreparedData, open_prepared_data
 from tests.data.corpora import random_documents, stream, write_corpus
 
 CASES = int(os.environ.get("RDT_FUZZ_CASES", "15"))
@@ -123,7 +123,7 @@ def rows_of(batch: Batch) -> list[tuple[list[int] | None, ...]]:
     return [tuple(None if field is None else field[i].tolist() for field in fields) for i in range(len(batch))]
 
 
-def taken(data: RunData, stretch: Stretch, consumed: int) -> tuple[dict[int, tuple], dict[int, int]]:
+def taken(data: PreparedData, stretch: Stretch, consumed: int) -> tuple[dict[int, tuple], dict[int, int]]:
     """What all processes of a stretch see from a position on, and of which corpus it is, by sample number."""
     batch, steps = stretch.world_size * stretch.share, stretch.saved + stretch.lost
     rows: dict[int, tuple] = {}
@@ -198,13 +198,13 @@ def test_every_run_sees_the_same_samples(case: Case, configure: Callable[..., Ru
 
 def run_data(
     config: RunConfig, case: Case, stretch: Stretch, paths: dict[str, Path], weights: dict[str, int]
-) -> RunData:
+) -> PreparedData:
     """The data of a stretch, opened anew."""
     mixture = [CorpusConfig(str(paths[name]), weight, name, 1e9) for name, weight in weights.items()]
     options = {"pack": case.pack, "document_mask": case.documents, "document_positions": case.documents}
     settings_of_data = dataclasses.replace(config.data, mixture=mixture, **options)
     batch = dataclasses.replace(config.train, global_batch=stretch.world_size * stretch.share)
-    return RunData(dataclasses.replace(config, data=settings_of_data, train=batch), stretch.world_size)
+    return open_prepared_data(dataclasses.replace(config, data=settings_of_data, train=batch), stretch.world_size)
 
 
 def check_samples(

@@ -17,7 +17,7 @@ from megatron_rdt.data import Batch, BatchLoader, TokenCorpus, load_manifest
 from megatron_rdt.data.mixture import Mixture, MixtureOrder, Phase, interleave, schedule_turns
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.evaluate.loss import evaluate_checkpoint
-from megatron_rdt.train.data.prepared import RunData, _check_tokenizers
+from megatron_rdt.train.data.prepared import check_tokenizers, open_prepared_data
 from megatron_rdt.train.trainer import train
 from tests.data.corpora import mixture_option, write_corpus
 
@@ -205,13 +205,14 @@ def test_validation_is_of_the_same_windows_whatever_the_weights(
     configure: Callable[..., RunConfig], corpora: dict[str, Path]
 ) -> None:
     windows = [
-        RunData(configure(mixture_option(corpora, code=w, math=1), "--eval.sequences=12"), 2).validation for w in (1, 9)
+        open_prepared_data(configure(mixture_option(corpora, code=w, math=1), "--eval.sequences=12"), 2).validation
+        for w in (1, 9)
     ]
     for name in ("code", "math"):
         assert len(windows[0][name]) == 6
         assert torch.equal(windows[0][name].tokens, windows[1][name].tokens)
-    with pytest.raises(ConfigError, match="fewer than 3 processes with samples of their own for each of 2 corpora"):
-        RunData(configure(mixture_option(corpora, code=1, math=1), "--eval.sequences=5"), 3)
+    with pytest.raises(ConfigError, match="fewer than 3 data-parallel ranks for each of 2 corpora"):
+        open_prepared_data(configure(mixture_option(corpora, code=1, math=1), "--eval.sequences=5"), 3)
 
 
 def test_corpora_that_do_not_go_together_are_refused(
@@ -223,10 +224,10 @@ def test_corpora_that_do_not_go_together_are_refused(
     (other / "manifest.json").write_text(json.dumps(manifest))
     two = mixture_option({**corpora, "other": other}, code=1, other=1)
     with pytest.raises(DataError, match="is not the tokenizer that made these shards"):
-        RunData(configure(two), 1)
+        open_prepared_data(configure(two), 1)
     pair = [load_manifest(corpora["code"]), load_manifest(other)]
     with pytest.raises(ConfigError, match=rf"{corpora['code']} and {other} were made with different tokenizers"):
-        _check_tokenizers(pair, 512)
+        check_tokenizers(pair, 512)
 
 
 def test_more_epochs_than_allowed_are_refused_with_a_table(
@@ -237,7 +238,7 @@ def test_more_epochs_than_allowed_are_refused_with_a_table(
         {"path": str(corpora["web"]), "weight": 1, "name": "small", "max_tokens": 161, "max_epochs": 1.5},
     ]
     config = configure(f"--data.mixture={json.dumps(entries)}")
-    data = RunData(config, 1)
+    data = open_prepared_data(config, 1)
     assert data.mixture.corpora["small"].samples_per_epoch == 4
     device = torch.device("cpu")
     data.loader(0, 24, 0, device).close()  # 6 of 4 samples: one and a half

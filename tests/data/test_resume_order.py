@@ -16,7 +16,7 @@ from megatron_rdt.data import Batch, BatchLoader, TokenCorpus
 from megatron_rdt.data.mixture import schedule_turns
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.files import sha256_of
-from megatron_rdt.train.data.prepared import RunData
+from megatron_rdt.train.data.prepared import PreparedData, open_prepared_data
 from megatron_rdt.train.trainer import train
 from tests.data.corpora import mixture_option
 from tests.data.random_corpus import write_random_corpus
@@ -101,7 +101,7 @@ def test_a_run_goes_on_with_other_weights_and_batches(
 def test_any_sequence_of_resumes_sees_the_samples_of_one_run(configure: Configure, corpora: dict[str, Path]) -> None:
     generator = np.random.default_rng(7)
     config = configure(mixture_option(corpora, code=5, math=2, web=1), "--eval.every=0", "--train.global_batch=96")
-    whole = RunData(config, 1).mixture.read_samples(range(1400)).tokens
+    whole = open_prepared_data(config, 1).mixture.read_samples(range(1400)).tokens
     for _ in range(2):
         consumed, state = 0, None
         found = torch.empty_like(whole)
@@ -111,7 +111,7 @@ def test_any_sequence_of_resumes_sees_the_samples_of_one_run(configure: Configur
             changed = configure(*_words(corpora), f"--train.global_batch={batch}")
             end = consumed + batch * int(generator.integers(1, 12))
             for rank in range(world):
-                data = RunData(changed, world)
+                data = open_prepared_data(changed, world)
                 if state is not None:
                     assert data.resume(Path("before"), state) == []
                 loader = data.loader(consumed, end, rank, CPU)
@@ -126,13 +126,13 @@ def _words(corpora: dict[str, Path]) -> list[str]:
     return [mixture_option(corpora, code=5, math=2, web=1), "--eval.every=0", "--data.max_epochs=1000"]
 
 
-def resumed(configure: Configure, state: dict, *words: str) -> tuple[RunData, list[str]]:
-    data = RunData(configure("--eval.every=0", *words), 1)
+def resumed(configure: Configure, state: dict, *words: str) -> tuple[PreparedData, list[str]]:
+    data = open_prepared_data(configure("--eval.every=0", *words), 1)
     return data, data.resume(Path("runs/x/step-1"), json.loads(json.dumps(state)))
 
 
 def test_a_corpus_is_known_by_name_or_content(configure: Configure, corpora: dict[str, Path], tmp_path: Path) -> None:
-    alone = RunData(configure(f"--data.path={corpora['code']}", "--eval.every=0"), 1)
+    alone = open_prepared_data(configure(f"--data.path={corpora['code']}", "--eval.every=0"), 1)
     state = alone.state(100)
     # Moved and named otherwise.
     moved = Path(shutil.copytree(corpora["code"], tmp_path / "elsewhere"))
@@ -160,7 +160,7 @@ def test_a_corpus_is_known_by_name_or_content(configure: Configure, corpora: dic
 
 
 def test_other_content_is_refused(configure: Configure, corpora: dict[str, Path], tmp_path: Path) -> None:
-    state = RunData(configure(mixture_option(corpora, code=1, math=1), "--eval.every=0"), 1).state(100)
+    state = open_prepared_data(configure(mixture_option(corpora, code=1, math=1), "--eval.every=0"), 1).state(100)
     changed = Path(shutil.copytree(corpora["code"], tmp_path / "code"))
     shard = changed / "train" / "shard-00001.bin"
     content = np.fromfile(shard, "<u2")
@@ -174,7 +174,7 @@ def test_other_content_is_refused(configure: Configure, corpora: dict[str, Path]
         CheckpointError, match=rf"other data than {changed} holds now .*shard train/shard-00001 has other"
     ):
         resumed(configure, state, mixture_option(other, code=1, math=1))
-    with pytest.raises(CheckpointError, match="Other data beside it needs another name"):
+    with pytest.raises(CheckpointError, match=r"To add other data to it, give that another name in data\.mixture"):
         resumed(configure, state, mixture_option(other, code=1, math=1))
     entries = [
         {"path": str(changed), "weight": 1, "name": "better"},
@@ -187,7 +187,7 @@ def test_other_content_is_refused(configure: Configure, corpora: dict[str, Path]
     assert said == ["data mixture from sample 100 on: code 0.50 -> 0.00, better 0.00 -> 0.50"]
     with pytest.raises(CheckpointError, match=r"was trained with code and math, and .*web is none of them"):
         resumed(configure, state, f"--data.path={corpora['web']}")
-    alone = RunData(configure(f"--data.path={corpora['math']}", "--eval.every=0"), 1).state(100)
+    alone = open_prepared_data(configure(f"--data.path={corpora['math']}", "--eval.every=0"), 1).state(100)
     with pytest.raises(CheckpointError, match=r"other data than .*web holds now \(data_fingerprint\): shard train/"):
         resumed(configure, alone, f"--data.path={corpora['web']}")
 
@@ -197,7 +197,7 @@ def test_other_masks_are_refused(configure: Configure, tiny_corpus: Path, tmp_pa
     sizes = {"train": [5000], "valid": [900]}
     corpus = write_random_corpus(tmp_path / "c", tiny_corpus / "tokenizer", sizes, masks=True)
     words = f"--data.path={corpus}", "--eval.every=0"
-    state = RunData(configure(*words), 1).state(100)
+    state = open_prepared_data(configure(*words), 1).state(100)
     resumed(configure, state, words[0])
     mask = corpus / "train" / "shard-00000.mask"
     mask.write_bytes(bytes(1 - byte for byte in mask.read_bytes()))
@@ -206,26 +206,3 @@ def test_other_masks_are_refused(configure: Configure, tiny_corpus: Path, tmp_pa
     (corpus / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="shard train/shard-00000 has other content"):
         resumed(configure, state, words[0])
-
-
-def test_checkpoints_of_version_1_go_on(configure: Configure, corpora: dict[str, Path]) -> None:
-    data = RunData(configure(f"--data.path={corpora['code']}", "--eval.every=0"), 1)
-    record = data.state(100)["corpora"]["code"]
-    state = {
-        "version": 1,
-        "consumed_samples": 100,
-        "data_fingerprint": record["fingerprint"],
-        "shards": record["shards"],
-        "sequence_length": LENGTH,
-        "seed": 1234,
-    }
-    again, changed = resumed(configure, state, f"--data.path={corpora['code']}")
-    assert changed == []
-    assert again.state(104) == data.state(104)
-    mixed, changed = resumed(configure, state, mixture_option(corpora, web=1, code=3))
-    assert changed == ["data mixture from sample 100 on: code 1.00 -> 0.75, web 0.00 -> 0.25"]
-    assert mixed.mixture.order.names == ["code", "web"]
-    with pytest.raises(CheckpointError, match="shard train/shard-00000 has other content"):
-        resumed(configure, state, f"--data.path={corpora['web']}")
-    with pytest.raises(CheckpointError, match="a corpus that is none of data"):
-        resumed(configure, state, mixture_option(corpora, web=1, math=3))

@@ -15,7 +15,7 @@ from megatron_rdt.config import RunConfig, check_config
 from megatron_rdt.data import BatchLoader, Tokenizer
 from megatron_rdt.data.streaming import DatasetEndedError, RowReader, TokenStream, open_dataset, read_held_out_windows
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError
-from megatron_rdt.train.data.streamed import StreamData
+from megatron_rdt.train.data.streamed import StreamedData
 from megatron_rdt.train.trainer import train
 from tests.distributed.training import train_on
 
@@ -192,7 +192,7 @@ def test_a_run_that_is_resumed_twice_is_the_run(
 ) -> None:
     assert train(configure(*options(dataset, tiny_corpus, tmp_path / "whole"))) == 0
     out = capsys.readouterr().out
-    assert "is read as it comes, in the dataset's order; its first " in out
+    assert "is streamed in the dataset's order; its first " in out
     assert "nothing of it is hashed" in out
     for steps in (2, 4, 6):
         assert (
@@ -210,17 +210,17 @@ def test_what_a_stream_cannot_go_on_from(
     assert train(config) == 0
     source = tmp_path / "run" / "checkpoints" / "step-00000002"
     state = json.loads((source / "trainer.json").read_text())["data"]
-    assert StreamData(config, 1, 0, 0).resume(source, state) == []
-    with pytest.raises(CheckpointError, match=r"processes with samples of their own 1, now it is 2"):
-        StreamData(config, 2, 0, 0).resume(source, state)
+    assert StreamedData(config, 1, 0, 0).resume(source, state) == []
+    with pytest.raises(CheckpointError, match=r"data-parallel ranks 1, now it is 2"):
+        StreamedData(config, 2, 0, 0).resume(source, state)
     with pytest.raises(CheckpointError, match=r"data.shuffle_buffer 0, now it is 5"):
-        StreamData(configure(*words, "--data.shuffle_buffer=5"), 1, 0, 0).resume(source, state)
-    with pytest.raises(CheckpointError, match="no position in the data for this process"):
-        StreamData(config, 1, 0, 1).resume(source, state)
+        StreamedData(configure(*words, "--data.shuffle_buffer=5"), 1, 0, 0).resume(source, state)
+    with pytest.raises(CheckpointError, match="no position in the data for rank 1"):
+        StreamedData(config, 1, 0, 1).resume(source, state)
     prepared = configure(f"--run.root={tmp_path}", "--train.steps=4", "--depth.scheme=fixed", "--depth.mean=1")
-    with pytest.raises(CheckpointError, match=r"was trained on hf:.*, read as it comes"):
+    with pytest.raises(CheckpointError, match=r"was trained on hf:.*, which was streamed"):
         train(prepared, "auto")
-    line = StreamData(configure(*words, "--eval.sequences=8"), 1, 0, 0).resume(source, state)[0]
+    line = StreamedData(configure(*words, "--eval.sequences=8"), 1, 0, 0).resume(source, state)[0]
     assert line.startswith("rows held out for validation: ")
 
 
@@ -228,12 +228,12 @@ def test_what_is_said_of_a_shuffle_buffer(
     configure: Callable[..., RunConfig], dataset: str, tiny_corpus: Path, tmp_path: Path
 ) -> None:
     config = configure(*options(dataset, tiny_corpus, tmp_path), "--data.shuffle_buffer=10")
-    data = StreamData(config, 1, 0, 0)
-    assert "every resume loses up to so many rows" in data.describe(36)[1]
+    data = StreamedData(config, 1, 0, 0)
+    assert "every resume loses up to as many rows" in data.describe(36)[1]
     loader = data.loader(0, 36, 0, torch.device("cpu"))
     shuffled = batches(loader, 3)
     loader.close()
-    plain = StreamData(configure(*options(dataset, tiny_corpus, tmp_path)), 1, 0, 0)
+    plain = StreamedData(configure(*options(dataset, tiny_corpus, tmp_path)), 1, 0, 0)
     loader = plain.loader(0, 36, 0, torch.device("cpu"))
     assert batches(loader, 3) != shuffled
     loader.close()
@@ -261,11 +261,11 @@ def test_a_tokenizer_that_does_not_fit(
 ) -> None:
     words = options(dataset, tiny_corpus, tmp_path)
     with pytest.raises(ConfigError, match=r"has 512 pieces\. Set --model.vocab_size 512"):
-        StreamData(configure(*words, "--model.vocab_size=600"), 1, 0, 0)
+        StreamedData(configure(*words, "--model.vocab_size=600"), 1, 0, 0)
     with pytest.raises(ConfigError, match="is not a folder"):
-        StreamData(configure(*words, f"--data.tokenizer={tmp_path / 'none'}"), 1, 0, 0)
-    with pytest.raises(ConfigError, match="fewer than 5 processes"):
-        StreamData(configure(*words), 5, 0, 0)
+        StreamedData(configure(*words, f"--data.tokenizer={tmp_path / 'none'}"), 1, 0, 0)
+    with pytest.raises(ConfigError, match="fewer than 5 data-parallel ranks"):
+        StreamedData(configure(*words), 5, 0, 0)
 
 
 @pytest.mark.distributed
@@ -288,7 +288,7 @@ def test_two_processes_resume_and_convert(
     alone = [*words(tmp_path / "whole")[: len(tiny_options)], "--run.name=run", f"--resume={source}"]
     alone += options(dataset, tiny_corpus, tmp_path / "alone")
     assert run_command(["train", *alone, "--parallel.engine=single"]) == 1
-    assert "processes with samples of their own 2, now it is 1" in capsys.readouterr().err
+    assert "data-parallel ranks 2, now it is 1" in capsys.readouterr().err
     assert run_command(["convert", str(source), str(tmp_path / "zero"), "--to", "native"]) == 0
     assert (tmp_path / "zero" / "data" / "rank-00001.pt").read_bytes() == (
         source / "data" / "rank-00001.pt"

@@ -17,6 +17,7 @@ from megatron_rdt.evaluate.loss import evaluate_checkpoint, validation_losses
 from megatron_rdt.inference import load
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
 from megatron_rdt.train import trainer
+from megatron_rdt.train.data.prepared import open_prepared_data
 from megatron_rdt.train.metrics import Console
 from tests.data.random_corpus import write_random_corpus
 
@@ -137,7 +138,7 @@ def test_a_run_on_packed_rows(
         assert read(tmp_path / name / "eval.jsonl")[-1]["losses"]["3"] == pytest.approx(by_hand, abs=1e-6)
 
 
-def test_the_first_process_of_a_node_makes_the_plans(
+def test_local_rank_0_makes_the_packing_plans(
     configure: Configure, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[int] = []
@@ -145,17 +146,19 @@ def test_the_first_process_of_a_node_makes_the_plans(
     make_plans(load_manifest(tiny_corpus), "train", 32)
     config = configure("--data.pack=bestfit", "--eval.every=0")
     for local_rank in (0, 1):
-        trainer.RunData(config, 1, local_rank)
+        open_prepared_data(config, 1, local_rank)
     assert made == [32]
 
     def full(*arguments: Any) -> None:
         raise DataError("the disk is full")
 
     monkeypatch.setattr("megatron_rdt.train.data.prepared.make_plans", full)
-    monkeypatch.setattr("megatron_rdt.train.data.prepared.gather", lambda value: [value, DataError("of another node")])
+    monkeypatch.setattr(
+        "megatron_rdt.object_collectives.gather_objects", lambda value: [value, DataError("of another node")]
+    )
     for local_rank, message in ((0, "the disk is full"), (1, "of another node")):
         with pytest.raises(DataError, match=message):
-            trainer.RunData(config, 1, local_rank)
+            open_prepared_data(config, 1, local_rank)
 
 
 def test_positions_need_document_masks(configure: Configure) -> None:

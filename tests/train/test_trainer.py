@@ -18,7 +18,7 @@ from megatron_rdt.errors import CheckpointError, ConfigError, DataError, LaunchE
 from megatron_rdt.files import hold_lock
 from megatron_rdt.parallel.replicated import SingleEngine
 from megatron_rdt.train import trainer
-from megatron_rdt.train.data.prepared import RunData
+from megatron_rdt.train.data.prepared import open_prepared_data
 from megatron_rdt.train.stop_request import StopRequest
 
 Configure = Callable[..., RunConfig]
@@ -106,25 +106,23 @@ def test_data_that_does_not_fit_is_refused_before_anything_is_written(
 
 def test_too_little_to_evaluate_is_refused_at_the_start(configure: Configure) -> None:
     config = configure("--eval.sequences=4")
-    assert len(RunData(config, 1).validation["tiny"]) == 4
-    with pytest.raises(ConfigError, match=r"eval.sequences is 4, fewer than 5 processes with samples"):
-        RunData(config, 5)
+    assert len(open_prepared_data(config, 1).validation["tiny"]) == 4
+    with pytest.raises(ConfigError, match=r"eval.sequences is 4, fewer than 5 data-parallel ranks"):
+        open_prepared_data(config, 5)
     with pytest.raises(ConfigError, match=r"the validation split of .* has .* --eval.every 0"):
-        RunData(config, 1_000_000)
-    # The last of these processes would have a window and no token after it.
+        open_prepared_data(config, 1_000_000)
+    # The last of these ranks would have a window and no token after it.
     most = load_manifest(config.data.path).document["splits"]["valid"]["tokens"] // 32
     many = configure("--eval.sequences=1000000")
     needed = f"{(most + 1) * 32:,}"
-    with pytest.raises(ConfigError, match=rf"each of {most} processes with samples .* needs {needed}.*valid_fraction"):
-        RunData(many, most)
-    assert len(RunData(many, most - 1).validation["tiny"]) == most - 1
-    assert not RunData(configure("--eval.every=0"), 1_000_000).validation
-    assert len(RunData(config, 3).validation["tiny"]) == 3, "every rank takes the same number"
+    with pytest.raises(ConfigError, match=rf"each of {most} data-parallel ranks needs {needed}.*valid_fraction"):
+        open_prepared_data(many, most)
+    assert len(open_prepared_data(many, most - 1).validation["tiny"]) == most - 1
+    assert not open_prepared_data(configure("--eval.every=0"), 1_000_000).validation
+    assert len(open_prepared_data(config, 3).validation["tiny"]) == 3, "every rank takes the same number"
 
 
-def test_data_is_verified_once_and_read_by_the_first_process_of_a_node(
-    configure: Configure, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_is_verified_once_and_read_by_local_rank_0(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     levels, verify = [], CorpusManifest.verify
 
     def counted(self: CorpusManifest, level: str = "size") -> None:
@@ -133,8 +131,8 @@ def test_data_is_verified_once_and_read_by_the_first_process_of_a_node(
 
     monkeypatch.setattr(CorpusManifest, "verify", counted)
     for local_rank in (0, 1):
-        RunData(configure("--data.verify=full"), 1, local_rank)
-    RunData(configure(), 1)
+        open_prepared_data(configure("--data.verify=full"), 1, local_rank)
+    open_prepared_data(configure(), 1)
     assert levels == ["full", "size", "size"]
 
 

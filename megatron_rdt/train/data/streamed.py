@@ -1,4 +1,4 @@
-"""The data of a run that reads a Hugging Face dataset as it comes: `RunData` for a `data.path` of `hf:NAME`."""
+"""Training data streamed from a Hugging Face dataset, `data.path hf:NAME`; each data-parallel rank reads its own rows."""
 
 from pathlib import Path
 from typing import Any
@@ -13,30 +13,30 @@ from megatron_rdt.data.streaming import RowReader, TokenStream, open_dataset, re
 from megatron_rdt.errors import CheckpointError, ConfigError
 
 STATE_VERSION = 1
-NEW_RUN = "Go on as it was, or start a new --run.name."
+NEW_RUN = "Set it back, or start a new --run.name."
+# Key in checkpoints of the number of data-parallel ranks.
+DATA_RANKS_KEY = "processes with samples of their own"
 
 
-class StreamData:
-    """What `RunData` is for prepared corpora; the same object on every rank but for its share of the rows.
+class StreamedData:
+    """`TrainingData` streamed from a Hugging Face dataset.
 
     Args:
         config: the run's config.
-        world_size: number of processes with samples of their own.
-        place: number of this process among them.
-        rank: number of this process among all.
+        data_ranks: number of data-parallel ranks.
+        data_rank: number of this rank among them.
+        rank: number of this rank among all.
 
     Attributes:
-        validation: windows of the first rows by the name of the data, which training leaves out; empty where the run does
-            not evaluate. Their number is a multiple of the world size.
-        tokenizer_directory: of `data.tokenizer`.
+        validation: windows of the dataset's first rows, by its name; training leaves out their texts.
 
     Raises:
-        ConfigError: the tokenizer or the number of processes does not fit.
+        ConfigError: the tokenizer or the number of ranks does not fit.
         DataError: the dataset cannot be read, or is too small.
     """
 
-    def __init__(self, config: RunConfig, world_size: int, place: int, rank: int) -> None:
-        self.config, self.world_size, self.place, self.rank = config, world_size, place, rank
+    def __init__(self, config: RunConfig, data_ranks: int, data_rank: int, rank: int) -> None:
+        self.config, self.data_ranks, self.data_rank, self.rank = config, data_ranks, data_rank, rank
         self.tokenizer_directory = Path(config.data.tokenizer)
         if not self.tokenizer_directory.is_dir():
             raise ConfigError(
@@ -54,16 +54,16 @@ class StreamData:
         self._held_out: frozenset[int] = frozenset()
         self._held_out_rows = 0
         if config.eval.every:
-            self._hold_out()
+            self._hold_out_validation()
         self._stream: TokenStream | None = None
-        self._state: dict[str, Any] | None = None
+        self._start_state: dict[str, Any] | None = None
 
-    def _hold_out(self) -> None:
-        config, count = self.config, self.config.eval.sequences // self.world_size * self.world_size
+    def _hold_out_validation(self) -> None:
+        """Read the first rows as validation windows and note the hashes of their texts, which training leaves out."""
+        config, count = self.config, self.config.eval.sequences // self.data_ranks * self.data_ranks
         if not count:
             raise ConfigError(
-                f"eval.sequences is {config.eval.sequences}, fewer than {self.world_size} processes with samples of their "
-                "own. Raise it."
+                f"eval.sequences is {config.eval.sequences}, fewer than {self.data_ranks} data-parallel ranks. Raise it."
             )
         data = config.data
         windows, self._held_out, self._held_out_rows = read_held_out_windows(
@@ -78,18 +78,18 @@ class StreamData:
         )
         self.validation = {self.name: windows}
 
-    def loader(self, consumed: int, total: int, place: int, device: torch.device) -> BatchLoader:
-        """The batches of this process from sample `consumed` to `total` of the whole run."""
-        config, data, state = self.config, self.config.data, self._state
+    def loader(self, consumed: int, total: int, data_rank: int, device: torch.device) -> BatchLoader:
+        """Start reading the batches of this data-parallel rank, as in `TrainingData`."""
+        config, data, state = self.config, self.config.data, self._start_state
 
-        def rows(epoch: int) -> Any:
-            dataset = open_dataset(data.path, data.hf_split, self.place, self.world_size)
+        def open_epoch(epoch: int) -> Any:
+            dataset = open_dataset(data.path, data.hf_split, self.data_rank, self.data_ranks)
             if data.shuffle_buffer:
                 dataset = dataset.shuffle(seed=config.run.seed, buffer_size=data.shuffle_buffer)
                 dataset.set_epoch(epoch)
             return dataset
 
-        texts = RowReader(data.path, data.text_field, rows, data.max_epochs, state["texts"] if state else None)
+        texts = RowReader(data.path, data.text_field, open_epoch, data.max_epochs, state["texts"] if state else None)
         self._stream = TokenStream(
             texts,
             self.tokenizer,
@@ -102,33 +102,33 @@ class StreamData:
             global_batch=config.train.global_batch,
             state=state,
         )
-        return BatchLoader(self._stream, config.train.global_batch, place, self.world_size, consumed, total, device)
+        return BatchLoader(self._stream, config.train.global_batch, data_rank, self.data_ranks, consumed, total, device)
 
     def describe(self, total: int) -> list[str]:
-        """What is not as it is with a prepared corpus, in lines."""
+        """Lines that warn of what a streamed dataset lacks in comparison with a prepared corpus."""
         data = self.config.data
         order = "the dataset's order"
         if data.shuffle_buffer:
             order = f"an order drawn among {data.shuffle_buffer:,} rows"
         held_out = f"its first {self._held_out_rows:,} rows are for validation, "
         lines = [
-            f"{data.path} is read as it comes, in {order}; {held_out if self.validation else ''}nothing of it is hashed: "
-            "who changes it changes this run. With another number of processes a run cannot go on. Passes over it are "
-            "counted as they end. For a run that counts: rdt prep"
+            f"{data.path} is streamed in {order}; {held_out if self.validation else ''}nothing of it is hashed: changing it "
+            "changes this run. A run cannot resume with another number of processes. Epochs are counted as they end. "
+            "For results that can be reproduced: rdt prep"
         ]
         if data.shuffle_buffer:
             lines.append(
-                f"warning: with data.shuffle_buffer {data.shuffle_buffer:,}, every resume loses up to so many rows of each "
-                "process: the samples are not those of a run that was not interrupted"
+                f"warning: with data.shuffle_buffer {data.shuffle_buffer:,}, every resume loses up to as many rows on each "
+                "data-parallel rank: the samples are not those of an uninterrupted run"
             )
         return lines
 
     def progress(self, consumed: int) -> dict[str, Any]:
-        """What a step's record says of the data: nothing."""
+        """Empty: there is one corpus, and its size is unknown."""
         return {}
 
-    def _same(self) -> dict[str, Any]:
-        """What must be as it was for a run to go on."""
+    def resume_key(self) -> dict[str, Any]:
+        """Settings that must be equal in a checkpoint for a run to resume from it, by name."""
         config, data = self.config, self.config.data
         return {
             "data.path": data.path,
@@ -139,50 +139,44 @@ class StreamData:
             "train.sequence_length": config.train.sequence_length,
             "train.global_batch": config.train.global_batch,
             "run.seed": config.run.seed,
-            "processes with samples of their own": self.world_size,
+            DATA_RANKS_KEY: self.data_ranks,
         }
 
     def state(self, consumed: int) -> dict[str, Any]:
-        """What a checkpoint remembers after `consumed` samples; `rank_state` has the rest."""
+        """The resume key and the number of rows held out, after `consumed` samples; `rank_state` has the positions."""
         return {
             "version": STATE_VERSION,
             "consumed_samples": consumed,
-            "stream": self._same(),
+            "stream": self.resume_key(),
             "held_out_rows": self._held_out_rows,
         }
 
     def rank_state(self, consumed: int) -> dict[str, Any] | None:
-        """What a checkpoint remembers of this process's share after `consumed` samples."""
+        """This rank's position in its rows, and the tokens read from them but not used, after `consumed` samples."""
         assert self._stream is not None, "batches were taken before a checkpoint is saved"
-        return {"place": self.place, **self._stream.state(consumed)}
+        return {"place": self.data_rank, **self._stream.state(consumed)}
 
     def resume(self, source: Path, state: dict[str, Any]) -> list[str]:
-        """Go on where a checkpoint was; what changed in the data since, in words.
-
-        Args:
-            source: the checkpoint.
-            state: what `state` gave when it was saved.
-
-        Raises:
-            CheckpointError: it was trained on other data, or by another number of processes.
-        """
+        """Continue from the position of a checkpoint, as in `TrainingData`; the number of ranks must be the same."""
         if "stream" not in state:
             raise CheckpointError(
                 f"{source} was trained on a prepared corpus, not on {self.config.data.path}. {NEW_RUN}"
             )
-        for key, mine in self._same().items():
+        for key, mine in self.resume_key().items():
             before = state["stream"].get(key)
             if before != mine:
+                name = "data-parallel ranks" if key == DATA_RANKS_KEY else key
                 raise CheckpointError(
-                    f"{source} was trained with {key} {before}, now it is {mine}: what each process has read of "
-                    f"{self.config.data.path} would not be what it read. {NEW_RUN}"
+                    f"{source} was trained with {name} {before}, now it is {mine}: the rows of {self.config.data.path} that "
+                    f"each rank has read would not be those of the checkpoint. {NEW_RUN}"
                 )
         own = checkpoints.read_rank_state(source, self.rank)
-        if own is None or own["place"] != self.place:
+        if own is None or own["place"] != self.data_rank:
             raise CheckpointError(
-                f"{source} has no position in the data for this process: it was saved by processes in another layout. {NEW_RUN}"
+                f"{source} has no position in the data for rank {self.rank}: it was saved by ranks in another layout. "
+                "Arrange the processes as in that run, or start a new --run.name."
             )
-        self._state = own
+        self._start_state = own
         if state["held_out_rows"] == self._held_out_rows:
             return []
         return [f"rows held out for validation: {state['held_out_rows']:,} -> {self._held_out_rows:,}"]

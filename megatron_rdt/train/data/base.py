@@ -1,0 +1,64 @@
+"""The interface of training data: what the trainer needs, whether corpora are prepared or streamed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from megatron_rdt.data import Batch, BatchLoader
+
+
+class TrainingData(Protocol):
+    """The data of one run, from which every rank reads its own samples.
+
+    Constructing one opens files and checks them on this rank alone; `open_training_data` also does what takes all ranks.
+
+    Attributes:
+        tokenizer_directory: of the tokenizer that made the tokens.
+        validation: windows to validate on, by corpus; empty where the run does not evaluate. Their number is a multiple
+            of the data-parallel ranks, since forward passes are collective where parameters are sharded.
+    """
+
+    tokenizer_directory: Path
+    validation: dict[str, Batch]
+
+    @property
+    def shares(self) -> Mapping[str, float]:
+        """Share of each corpus in the samples from the current position on; they add up to 1."""
+
+    def loader(self, consumed: int, total: int, data_rank: int, device: torch.device) -> BatchLoader:
+        """Start reading the batches of one data-parallel rank.
+
+        Args:
+            consumed: samples of the whole run that were trained on before.
+            total: samples of the whole run at its end.
+            data_rank: number of this rank among the data-parallel ranks.
+            device: of the batches.
+
+        Raises:
+            ConfigError: the run would repeat a corpus more often than it may.
+        """
+
+    def describe(self, total: int) -> list[str]:
+        """Lines to print when a run of `total` samples starts."""
+
+    def progress(self, consumed: int) -> dict[str, Any]:
+        """Fields of a step's metrics record that say how much of each corpus was used after `consumed` samples."""
+
+    def state(self, consumed: int) -> dict[str, Any]:
+        """The part of trainer.json that `resume` reads, after `consumed` samples; the same on every rank."""
+
+    def rank_state(self, consumed: int) -> dict[str, Any] | None:
+        """State of this rank alone after `consumed` samples, tensors and plain values; None if there is none."""
+
+    def resume(self, source: Path, state: dict[str, Any]) -> list[str]:
+        """Continue from the position of a checkpoint; return lines that describe what changed in the data since.
+
+        Args:
+            source: the checkpoint.
+            state: what `state` returned when it was saved.
+
+        Raises:
+            CheckpointError: it was trained on other data, or in another order.
+        """

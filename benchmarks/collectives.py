@@ -28,7 +28,7 @@ from megatron_rdt.depth import DepthPlan
 from megatron_rdt.environment import leave_process
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel import Engine, MicroBatch, make_engine
-from megatron_rdt.parallel.collective_counter import count_step, totals
+from megatron_rdt.parallel.collective_counter import record_collectives, sum_by_kind
 from megatron_rdt.parallel.fsdp import FullyShardedEngine
 
 PROCESSES, ACCUMULATION, SEQUENCE = 4, 2, 16
@@ -59,7 +59,7 @@ COMPARISONS: dict[str, dict[str, Any]] = {
 class LayerUnitsEngine(FullyShardedEngine):
     """The wrapping that one would write without knowing of the loop: every layer its own unit, the core none."""
 
-    def _shard(self, model: RecurrentDepthTransformer) -> None:
+    def _apply_fsdp(self, model: RecurrentDepthTransformer) -> None:
         for unit in (*model.prelude, *model.core.layers, *model.coda, model):
             fully_shard(unit, mesh=self.meshes.state)
 
@@ -107,7 +107,7 @@ def work(options: argparse.Namespace) -> None:
         tokens = torch.zeros(1, SEQUENCE + 1, dtype=torch.int64)
         for loops in (1, 1, *options.loops):  # the first two set things up
             batch = [MicroBatch(Batch(tokens), DepthPlan.constant(loops, 1)) for _ in range(ACCUMULATION)]
-            counted.setdefault(label, {})[loops] = totals(count_step(engine, batch))
+            counted.setdefault(label, {})[loops] = sum_by_kind(record_collectives(engine, batch))
     if dist.get_rank() == 0:
         parameters = RecurrentDepthTransformer(model).parameters()
         counted["parameters"] = sum(parameter.numel() for parameter in parameters)

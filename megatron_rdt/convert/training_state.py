@@ -27,7 +27,7 @@ from megatron_rdt.config.engines import ONE_PROCESS, engines_with, join_names
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel import make_engine
-from megatron_rdt.parallel.torch_engine import NativeEngine
+from megatron_rdt.parallel.torch_engine import TorchEngine
 from megatron_rdt.parallel.zero_universal import MOMENTS, UNIVERSAL, WEIGHT, read_universal, write_universal
 
 ZERO = "zero"
@@ -116,18 +116,18 @@ def _read(checkpoint: Path, config: RunConfig, scratch: Path | None) -> Training
     raise CheckpointError(f"{checkpoint} holds no training state that is known. Use another checkpoint.")
 
 
-def _native_engine(config: RunConfig) -> NativeEngine:
+def _native_engine(config: RunConfig) -> TorchEngine:
     """A single-process engine on the CPU with the model of `config`."""
     alone = dataclasses.replace(config, parallel=ParallelConfig(engine=ONE_PROCESS))
     engine = make_engine(alone, torch.device("cpu"))
-    assert isinstance(engine, NativeEngine)
+    assert isinstance(engine, TorchEngine)
     with torch.device("meta"):
         model = RecurrentDepthTransformer(config.model)
     engine.setup(model)
     return engine
 
 
-def _state_of(engine: NativeEngine) -> TrainingState:
+def _state_of(engine: TorchEngine) -> TrainingState:
     tensors, step = {}, 0
     for name, parameter in engine.model.named_parameters():
         moments = engine.optimizers[0].state[parameter]
@@ -137,7 +137,7 @@ def _state_of(engine: NativeEngine) -> TrainingState:
 
 
 @torch.no_grad()
-def _fill(engine: NativeEngine, state: TrainingState) -> None:
+def _fill(engine: TorchEngine, state: TrainingState) -> None:
     for name, parameter in engine.model.named_parameters():
         tensors = state.tensors[name]
         parameter.copy_(tensors[WEIGHT])

@@ -21,7 +21,7 @@ CLASSES = {
 
 
 def make_engine(config: RunConfig, device: torch.device) -> Engine:
-    """The engine that `parallel.engine` names; the process group exists already where there are several ranks."""
+    """Create the engine named by `parallel.engine`; with several ranks, join the process group first."""
     module, name = CLASSES[config.parallel.engine]
     engine: type[Engine] = getattr(importlib.import_module(f"megatron_rdt.parallel.{module}"), name)
     return engine(config, device)

@@ -1,8 +1,8 @@
-"""Counting collectives: what one optimizer step really sends over the process group.
+"""Record the collectives of an optimizer step, with their sizes.
 
 The contract of the engines is that the core's weights are gathered once per forward and once per backward whatever T
-is. These counters are how that is checked and how its cost is shown. They look at the operators of
-torch.distributed, below every wrapper (DDP, FSDP2, DeepSpeed), so none of them has to cooperate.
+is. The records show whether that holds and what it costs. They are taken at the operators of torch.distributed, below
+every wrapper (DDP, FSDP2, DeepSpeed), so none of them has to cooperate.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,8 +19,8 @@ from megatron_rdt.parallel.engine import Engine, MicroBatch
 
 PHASES = ("forward", "backward", "update")
 # Operators of the same namespaces that send nothing.
-LOCAL = ("wait_tensor", "_wrap_tensor_autograd", "check_for_nan")
-# How an operator's name starts, and what it is. Anything else is counted under its own name.
+LOCAL_OPERATORS = ("wait_tensor", "_wrap_tensor_autograd", "check_for_nan")
+# Prefix of an operator's name -> its kind. Any other operator is recorded under its own name.
 KINDS = {
     "_allgather": "all-gather",
     "allgather": "all-gather",
@@ -40,7 +40,7 @@ class Collective:
     Attributes:
         phase: "forward", "backward", or "update" for everything after the last backward pass of a step.
         kind: all-gather, reduce-scatter, all-reduce, broadcast, or the operator's own name.
-        size: bytes of the whole buffer on this rank: what a gather returns, what a reduction takes.
+        size: bytes of the larger buffer on this rank: the output of a gather, the input of a reduction.
     """
 
     phase: str
@@ -49,26 +49,27 @@ class Collective:
 
 
 @cache
-def _kind(func: Any) -> str | None:
-    """What kind of collective an operator is; None if it is none."""
+def _classify_operator(func: Any) -> str | None:
+    """The kind of collective that an operator is, or None for any other operator."""
     name = func.name().split("::")[-1].split(".")[0]
-    if "c10d" not in func.namespace or name in LOCAL:
+    if "c10d" not in func.namespace or name in LOCAL_OPERATORS:
         return None
     return next((kind for start, kind in KINDS.items() if name.startswith(start)), name)
 
 
-def _bytes(value: Any) -> int:
+def _count_bytes(value: Any) -> int:
+    """Bytes of all tensors in a nested structure."""
     return sum(leaf.nbytes for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Within `with CollectiveCounter() as counter:`, every collective of this thread lands in `counter.calls`.
+    """Context manager that records every collective of this thread in `calls`.
 
-    Backward passes are included: autograd carries the mode to the threads that it uses.
+    Backward passes are included: autograd carries the mode over to its threads.
 
     Attributes:
-        calls: what was seen, in order.
-        phase: label of the calls to come.
+        calls: collectives so far, in order.
+        phase: label of the collectives to come.
     """
 
     def __init__(self) -> None:
@@ -77,30 +78,30 @@ class CollectiveCounter(TorchDispatchMode):
         self.phase = PHASES[0]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note the operator if it is a collective, and run it."""
+        """Run the operator, and record it if it is a collective."""
         if DTensor in types:
             return NotImplemented  # DTensor turns the operator into plain ones, which come back here
         result = func(*args, **(kwargs or {}))
-        kind = _kind(func)
+        kind = _classify_operator(func)
         if kind is not None:
-            self.calls.append(Collective(self.phase, kind, max(map(_bytes, (*args, result)))))
+            self.calls.append(Collective(self.phase, kind, max(map(_count_bytes, (*args, result)))))
         return result
 
 
-def count_step(engine: Engine, batch: Sequence[MicroBatch], lr: float = 1e-3) -> list[Collective]:
+def record_collectives(engine: Engine, batch: Sequence[MicroBatch], lr: float = 1e-3) -> list[Collective]:
     """Take one optimizer step and return the collectives that this rank took part in, in order.
 
-    The first steps of a run set things up (DDP rebuilds its buckets, ZeRO-3 traces the model): take two before.
+    Take two steps before: the first ones of a run differ (DDP rebuilds its buckets, ZeRO-3 traces the model).
     """
     backward = engine.backward
     with CollectiveCounter() as counter:
 
-        def labelled(loss: torch.Tensor, last: bool) -> None:
+        def backward_with_phase(loss: torch.Tensor, last: bool) -> None:
             counter.phase = "backward"
             backward(loss, last)
             counter.phase = "update" if last else "forward"
 
-        engine.backward = labelled  # type: ignore[method-assign]  # ZeRO reduces after autograd, inside this call
+        engine.backward = backward_with_phase  # type: ignore[method-assign]  # ZeRO reduces after autograd, inside this call
         try:
             engine.forward_backward(batch)
         finally:
@@ -110,8 +111,8 @@ def count_step(engine: Engine, batch: Sequence[MicroBatch], lr: float = 1e-3) ->
     return counter.calls
 
 
-def totals(calls: Iterable[Collective]) -> dict[str, tuple[int, int]]:
-    """(number, bytes) of every phase and kind that occurs, keyed "forward all-gather", in a fixed order."""
+def sum_by_kind(calls: Iterable[Collective]) -> dict[str, tuple[int, int]]:
+    """Sum (calls, bytes) by phase and kind, keyed "forward all-gather"; keys are in a fixed order."""
     table: dict[str, tuple[int, int]] = {}
     for call in sorted(calls, key=lambda call: (PHASES.index(call.phase), call.kind)):
         number, size = table.get(f"{call.phase} {call.kind}", (0, 0))

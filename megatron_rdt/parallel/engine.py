@@ -1,4 +1,4 @@
-"""Engine: the one interface behind which a model is sharded and stepped. The trainer does not know which it has.
+"""Engine: the interface to a sharded model, its gradients, optimizers and files; the trainer knows nothing else of them.
 
 Contract, for every engine, world size and split into micro-batches: the loss and every gradient equal those of one
 process that sees the whole global batch. The core's weights are gathered once per forward and once per backward
@@ -22,6 +22,7 @@ from megatron_rdt.depth.plan import DepthPlan
 from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer
 from megatron_rdt.model.activation_checkpointing import set_checkpointing
 from megatron_rdt.model.compiling import compile_layers
+from megatron_rdt.object_collectives import rank_and_world_size
 
 COMPUTE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
@@ -45,43 +46,42 @@ class Engine(ABC):
     Attributes:
         config: the run's config.
         device: where this rank computes.
-        rank, world_size: this process among all.
-        layout: how the processes are arranged; those of one `layout.data_rank` have the same samples.
-        model: the bare model (its parameters may be sharded).
-        module: what to call for a forward pass; every rank must call it the same number of times.
+        rank, world_size: of this process, among all.
+        layout: the arrangement of the ranks; those of one `layout.data_rank` have the same samples.
+        model: the bare model; its parameters may be sharded.
+        module: the model in its wrapper, if it has one, called for a forward pass; every rank must call it equally often.
     """
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config = config
         self.device = device
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank, self.world_size = rank_and_world_size()
         self.layout = Layout.of(config.parallel, self.world_size)
-        self._hosts: dist.ProcessGroup | None = None
+        self._host_group: dist.ProcessGroup | None = None
         if self.world_size > 1 and dist.get_backend() != "gloo":
             timeout = timedelta(seconds=config.parallel.timeout_s)
-            self._hosts = dist.new_group(backend="gloo", timeout=timeout)
+            self._host_group = dist.new_group(backend="gloo", timeout=timeout)
         self.model: RecurrentDepthTransformer
         self.module: nn.Module
 
     @abstractmethod
     def setup(self, model: RecurrentDepthTransformer) -> None:
-        """Take a model on the meta device: shard it, fill it with the run's initial weights, make the optimizers."""
+        """Shard a model given on the meta device, initialize its weights from the run's seed, and create the optimizers."""
 
     @abstractmethod
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Add the gradients of a micro-batch's `loss`; reduce them over ranks (averaging) on the `last` one."""
+        """Add the gradients of a micro-batch's `loss`; after the `last` micro-batch of a step, average them over ranks."""
 
     @abstractmethod
     def clip(self, max_norm: float) -> torch.Tensor:
-        """Global gradient norm before clipping; gradients (or the coming step) are scaled down to `max_norm` if > 0.
+        """Clip to the global norm `max_norm`, if > 0, and return the norm before clipping.
 
-        0-dimensional, on the device: nobody waits for it. The same on every rank.
+        The norm is 0-dimensional and on the device, so the host does not wait for it. It is the same on every rank.
         """
 
     @abstractmethod
     def step(self, lr: float, finite: torch.Tensor | None = None) -> None:
-        """One optimizer step at learning rate `lr`, then clear the gradients.
+        """Take one optimizer step at learning rate `lr`, then clear the gradients.
 
         Args:
             lr: of this step.
@@ -90,7 +90,7 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def discard(self) -> None:
+    def discard_gradients(self) -> None:
         """Clear the gradients without a step; parameters and moments stay as they are, bit for bit."""
 
     @abstractmethod
@@ -105,7 +105,7 @@ class Engine(ABC):
     def full_gradients(self) -> dict[str, torch.Tensor]:
         """Every gradient, unsharded, on the CPU, by parameter name; for tests, after `forward_backward`."""
 
-    def configure(self, model: RecurrentDepthTransformer) -> None:
+    def configure_model(self, model: RecurrentDepthTransformer) -> None:
         """Apply precision, activation checkpointing and compilation to the bare model."""
         model.compute_dtype = COMPUTE_DTYPES[self.config.train.precision]
         set_checkpointing(model, self.config.depth.checkpoint)
@@ -123,11 +123,11 @@ class Engine(ABC):
             monitor: receives measurements of the last micro-batch.
 
         Returns:
-            What `RecurrentDepthTransformer.losses` names, each as the mean per counted target over all ranks, and
-            "padding", the share of all tokens, where micro-batches say it: 0-dimensional tensors, float64, on the device.
-            Reading one waits for the device.
+            The losses of `RecurrentDepthTransformer.losses` by name, each the mean per counted target over all ranks;
+            where sequences are packed also "padding", the share of padding among all tokens. Tensors are 0-dimensional,
+            float64 and on the device: reading one waits for the device.
         """
-        targets = self._targets(batch)
+        targets = self._count_targets(batch)
         totals: dict[str, torch.Tensor] = {}
         for index, micro in enumerate(batch):
             last = index == len(batch) - 1
@@ -136,7 +136,8 @@ class Engine(ABC):
             losses = self.module(inputs, micro.plan, **named, monitor=monitor if last else None)
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0) + value.detach().double()
-            # Ranks are averaged by the reduction, so this rank's share is over as many targets as ranks have on average.
+            # The reduction averages over ranks. So each rank divides by the mean number of targets of a rank, not by its
+            # own: then the average is the sum over all targets divided by their number.
             self.backward(losses["objective"] / targets.to(losses["objective"].dtype), last)
         means = {name: total / targets for name, total in totals.items()}
         paddings = [sum(micro.batch.padding) for micro in batch if micro.batch.padding is not None]
@@ -148,10 +149,10 @@ class Engine(ABC):
             zip(names, (self.sum_over_ranks(torch.stack([means[n] for n in names])) / self.world_size).unbind())
         )
 
-    def _targets(self, batch: Sequence[MicroBatch]) -> torch.Tensor:
-        """Targets of a step that count, a rank's share on average: 0-dimensional, float64, on the device.
+    def _count_targets(self, batch: Sequence[MicroBatch]) -> torch.Tensor:
+        """Mean number of counted targets of a rank in this step: 0-dimensional, float64, on the device.
 
-        Without a mask every rank has the same number of them, and none is asked.
+        Without masks every rank has the same number, and no reduction is needed.
         """
         masks = [micro.batch.loss_mask for micro in batch if micro.batch.loss_mask is not None]
         if not masks:
@@ -161,7 +162,7 @@ class Engine(ABC):
         return self.sum_over_ranks(torch.as_tensor(own).double()).clamp_min(1) / self.world_size
 
     def prepare_backward(self, last: bool) -> None:
-        """Called before each micro-batch's forward pass; `last` says whether its backward pass reduces."""
+        """Prepare for a micro-batch's forward pass; with `last`, its backward pass reduces gradients over ranks."""
 
     def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all ranks; the same result on each."""
@@ -170,12 +171,12 @@ class Engine(ABC):
             dist.all_reduce(value)
         return value
 
-    def sum_on_hosts(self, value: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Begin to sum a CPU tensor over all ranks, in place; what is returned waits for the sum and gives it.
+    def start_host_sum(self, value: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin to sum a CPU tensor over all ranks; the returned function waits for the sum and returns it.
 
-        The device takes no part: neither does the host wait for it, nor it for the hosts.
+        The sum is made in place and between hosts only: no GPU kernel is started, and the host does not wait for the GPU.
         """
-        work = dist.all_reduce(value, group=self._hosts, async_op=True) if self.world_size > 1 else None
+        work = dist.all_reduce(value, group=self._host_group, async_op=True) if self.world_size > 1 else None
 
         def wait() -> torch.Tensor:
             if work is not None:
@@ -184,8 +185,8 @@ class Engine(ABC):
 
         return wait
 
-    def from_first_rank(self, value: torch.Tensor) -> torch.Tensor:
-        """The value that rank 0 has, on every rank."""
+    def broadcast(self, value: torch.Tensor) -> torch.Tensor:
+        """Return rank 0's value on every rank."""
         if self.world_size > 1:
             value = value.contiguous()
             dist.broadcast(value, 0)
@@ -197,8 +198,8 @@ class Engine(ABC):
             dist.barrier()
 
     def close(self) -> None:
-        """Wait for every rank, so that none leaves while another still talks to it.
+        """Wait for every rank, so that none exits while another still sends to it.
 
-        The process group is not destroyed: see `leave_process`, with which the process should end.
+        The process group is not destroyed: end the process with `leave_process`, which says why.
         """
         self.barrier()

@@ -4,8 +4,8 @@ The module that runs the whole loop is one unit, so its weights are gathered onc
 whatever T is, and ranks may run different T. Each prelude and coda layer is a unit of its own; the embedding, the
 final norm and the head belong to the root. `parallel.core_gather` makes smaller units of a core that is too large.
 
-The order is fixed: tensor and expert parallelism place their parameters as DTensors first; FSDP2 shards what they
-left (with tensor parallelism, the parts once more) over the processes that share the state.
+The order is fixed. Tensor and expert parallelism first turn their parameters into DTensors. FSDP2 then shards all
+parameters but the experts over the ranks that share the state; what tensor parallelism has split, it splits once more.
 """
 
 import logging
@@ -19,62 +19,65 @@ from megatron_rdt.model import RecurrentDepthTransformer, initial_parameter, res
 from megatron_rdt.parallel.context_parallel import ContextParallel
 from megatron_rdt.parallel.dtensor_views import shard_of
 from megatron_rdt.parallel.expert_parallel import expert_parameters, parallelize_experts, reduce_experts
-from megatron_rdt.parallel.mesh import Meshes, make_meshes, sharded_dimension
+from megatron_rdt.parallel.mesh import Meshes, choose_sharded_dimension, make_meshes
 from megatron_rdt.parallel.tensor_parallel import parallelize
-from megatron_rdt.parallel.torch_engine import NativeEngine
+from megatron_rdt.parallel.torch_engine import TorchEngine
 
 
-class FullyShardedEngine(NativeEngine):
-    """Every parameter is dealt out over the ranks that share the state."""
+class FullyShardedEngine(TorchEngine):
+    """Every parameter is sharded over the ranks that share the state."""
 
     meshes: Meshes
 
     def setup(self, model: RecurrentDepthTransformer) -> None:
-        """Shard on the meta device, then give each rank memory and values for its own shards only."""
-        # Gathering a matrix that two axes split along one dimension takes two steps; said at each save.
+        """Shard on the meta device, then allocate and initialize the local shards only."""
+        # DTensor warns at each save that gathering a matrix takes two steps where two axes split the same dimension.
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         self.meshes = make_meshes(self.layout, self.device, self.config.parallel.timeout_s)
         if self.meshes.expert is not None:
             parallelize_experts(model, self.meshes.expert)
         if self.meshes.tensor is not None:
             parallelize(model, self.meshes.tensor)
-        self._shard(model)
+        self._apply_fsdp(model)
         model.to_empty(device=self.device)
-        self._fill(model)
+        self._initialize_shards(model)
         reset_buffers(model, self.device)
-        self.configure(model)
+        self.configure_model(model)
         self.make_optimizer(model)
         context = self.meshes.context
         self.module = model if context is None else ContextParallel(model, context.get_group())
 
-    def _shard(self, model: RecurrentDepthTransformer) -> None:
+    def _apply_fsdp(self, model: RecurrentDepthTransformer) -> None:
+        """Make the sharding units: the layers of prelude and coda, the core or parts of it, and the rest."""
         parallel = self.config.parallel
         options = {
             "mesh": self.meshes.state,
-            "shard_placement_fn": self._dealt_out,
+            "shard_placement_fn": self._shard_placement,
             "ignored_params": set(expert_parameters(model)) if self.meshes.expert is not None else None,
         }
         layers = list(model.core.layers)
-        inside: list[nn.Module | list[nn.Module]] = {  # type: ignore[assignment]
+        # Units inside the core. With none, the core's weights stay gathered over all iterations of the loop.
+        core_units: list[nn.Module | list[nn.Module]] = {  # type: ignore[assignment]
             "once": [],
             "per_iteration": [layers],  # gathered at the first layer, freed after the last
             "per_layer": layers,
         }[parallel.core_gather]
-        for unit in (*model.prelude, *inside, model.core, *model.coda):
+        for unit in (*model.prelude, *core_units, model.core, *model.coda):
             fully_shard(unit, reshard_after_forward=parallel.reshard_after_forward, **options)  # type: ignore[call-overload]
         fully_shard(model, **options)  # type: ignore[call-overload]
 
-    def _dealt_out(self, parameter: nn.Parameter) -> Shard | None:
-        """How FSDP2 shards a parameter, or what tensor parallelism has left of it; None is by rows."""
-        if self.config.optimizer.name == "muon":  # its matrices are put together from rows
+    def _shard_placement(self, parameter: nn.Parameter) -> Shard | None:
+        """The dimension along which FSDP2 shards a parameter; None means rows, its default."""
+        if self.config.optimizer.name == "muon":  # Muon collects whole matrices from shards of rows
             return None
-        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        dim = sharded_dimension(own.shape, self.layout.shard * self.layout.context)
+        # With tensor parallelism, FSDP2 shards the local part.
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        dim = choose_sharded_dimension(local.shape, self.layout.shard * self.layout.context)
         return Shard(dim) if dim else None
 
     @torch.no_grad()
-    def _fill(self, model: RecurrentDepthTransformer) -> None:
-        """Every rank computes the full value of one parameter at a time and keeps its slice."""
+    def _initialize_shards(self, model: RecurrentDepthTransformer) -> None:
+        """Initialize the local shards; every rank computes one whole parameter at a time and keeps its shard."""
         for name, parameter in model.named_parameters():
             if not isinstance(parameter, DTensor):
                 raise TypeError(f"{name} is not sharded")
@@ -82,11 +85,14 @@ class FullyShardedEngine(NativeEngine):
             parameter.copy_(shard_of(value.to(device=self.device, dtype=parameter.dtype), parameter))
 
     def prepare_backward(self, last: bool) -> None:
-        """Reduce on the last micro-batch of a step; before it, gradients stay unsharded on each rank unless configured."""
+        """Reduce gradients on the last micro-batch of a step, or on every one with `parallel.reduce` per_micro_batch.
+
+        Until they are reduced, every rank holds them unsharded.
+        """
         self.model.set_requires_gradient_sync(last or self.config.parallel.reduce == "per_micro_batch")  # type: ignore[operator]
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """FSDP2 reduces in its hooks; the experts, which it does not know, are reduced after the last micro-batch."""
+        """Run autograd, in whose hooks FSDP2 reduces; experts, which it does not know, are reduced at the end."""
         super().backward(loss, last)
         if last and self.meshes.expert is not None:
             layout = self.layout

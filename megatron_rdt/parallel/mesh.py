@@ -1,4 +1,4 @@
-"""The processes of a sharded run as meshes: who shards with whom, on which axis."""
+"""Device meshes of a sharded run: the ranks that shard the state, tensors, tokens or experts with each other."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from megatron_rdt.config.layout import Layout
 
-# Of the rows of a shard, as many times as there are; more padding than that and another dimension is looked for.
+# Largest ratio of padded rows to rows; above it, FSDP2 shards another dimension.
 MOST_PADDING = 1.125
 
 
-def sharded_dimension(shape: Sequence[int], ranks: int) -> int:
-    """The dimension along which FSDP2 deals a parameter of this shape out to `ranks` processes.
+def choose_sharded_dimension(shape: Sequence[int], ranks: int) -> int:
+    """The dimension along which FSDP2 shards a parameter of this shape over `ranks` ranks.
 
-    Rows, padded to a multiple of the ranks, as FSDP2 does by itself. Experts, (experts, out, in), may be far fewer than
-    ranks, and a gather would be padding for the most part: then another dimension that divides is taken.
+    By default rows, which FSDP2 pads to a multiple of the ranks. Of a tensor of experts, (experts, out, in), there may be
+    far fewer rows than ranks, and most of a gather would be padding: then the next dimension that the ranks divide.
     """
     rows = shape[0]
     if -(-rows // ranks) * ranks <= MOST_PADDING * rows:
@@ -28,14 +28,15 @@ def sharded_dimension(shape: Sequence[int], ranks: int) -> int:
 
 @dataclass(frozen=True)
 class Meshes:
-    """The meshes that a layout needs; None for an axis of one process.
+    """The meshes of a layout; None for an axis of one rank.
 
     Attributes:
-        state: over which FSDP2 shards parameters, gradients and optimizer state: 1-D, or 2-D with replicas first.
-        tensor: the processes that share out heads, channels and vocabulary.
-        context: the processes that share out the tokens of each sequence.
-        expert: the processes that share out the experts.
-        expert_replicas: those that hold the same experts.
+        state: the ranks over which FSDP2 shards parameters, gradients and optimizer state: 1-D, or 2-D with replicas
+            first.
+        tensor: the ranks that split heads, channels and vocabulary among them.
+        context: the ranks that split the tokens of each sequence among them.
+        expert: the ranks that split the experts among them.
+        expert_replicas: the ranks that hold the same experts.
     """
 
     state: DeviceMesh
@@ -46,17 +47,18 @@ class Meshes:
 
 
 def make_meshes(layout: Layout, device: torch.device, timeout_s: float) -> Meshes:
-    """Meshes of all processes; every process calls this.
+    """Create the meshes of a layout; every rank must call this.
 
     Args:
         layout: sizes of the axes.
-        device: where the processes compute.
+        device: any device of the type that the ranks compute on.
         timeout_s: seconds after which a collective on any of the meshes fails.
     """
     kind = device.type
-    sharing = layout.shard * layout.context
+    # Ranks that split the tokens of the same sequences shard the state as well, so both axes are one here.
+    state_ranks = layout.shard * layout.context
     whole = init_device_mesh(
-        kind, (layout.replicate, sharing, layout.tensor), mesh_dim_names=("replicate", "shard", "tensor")
+        kind, (layout.replicate, state_ranks, layout.tensor), mesh_dim_names=("replicate", "shard", "tensor")
     )
     state = whole["replicate", "shard"] if layout.replicate > 1 else whole["shard"]
     tensor = whole["tensor"] if layout.tensor > 1 else None
@@ -69,7 +71,7 @@ def make_meshes(layout: Layout, device: torch.device, timeout_s: float) -> Meshe
         mesh = init_device_mesh(kind, (holders, layout.expert), mesh_dim_names=("expert_replicas", "expert"))
         expert = mesh["expert"]
         replicas = mesh["expert_replicas"] if holders > 1 else None
-    # A mesh gives its groups torch's own timeout, on CPUs half an hour.
+    # The groups of a mesh have torch's default timeout, half an hour on CPUs, and no argument sets another.
     for made in (state, tensor, context, expert, replicas):
         for group in made.get_all_groups() if made is not None else []:
             _set_pg_timeout(timedelta(seconds=timeout_s), group)

@@ -8,9 +8,9 @@
 The factor gives every update a root mean square of 0.2, about that of AdamW, so AdamW's learning rate and weight decay
 carry over (Liu et al. 2025, arXiv:2502.16982).
 
-An update needs the whole matrix. Of matrices that FSDP2 has split by rows, n ranks take n at a time: each rank collects
-one of them, makes it orthogonal, and gives every rank its rows back. So each is computed once, and no rank ever holds
-more than one. Experts, (experts, rows, columns), are split between matrices: each rank has its own whole.
+An update needs the whole matrix. Matrices that FSDP2 has split by rows are stepped n at a time on n ranks: each rank
+gathers one of them, makes it orthogonal, and scatters its rows back. So each is computed once, and no rank ever holds
+more than one whole matrix. Experts, (experts, rows, columns), are split between matrices, so each rank has whole ones.
 """
 
 import math
@@ -36,12 +36,13 @@ def orthogonalize(matrices: torch.Tensor, steps: int) -> torch.Tensor:
 
     After 5 steps singular values lie between 0.68 and 1.21, except those that were below 0.0015 of the matrix's norm.
     """
-    tall = matrices.shape[-2] > matrices.shape[-1]
+    tall = matrices.shape[-2] > matrices.shape[-1]  # the smaller of the two Gram matrices is computed
     x = matrices.mT if tall else matrices
     shape, x = x.shape, x.reshape(-1, *x.shape[-2:])
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     x = x / (norm + EPS).to(x.dtype)
     a, b, c = QUINTIC
+    # Each step applies the odd polynomial a s + b s^3 + c s^5 to every singular value s, through products alone.
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -49,30 +50,30 @@ def orthogonalize(matrices: torch.Tensor, steps: int) -> torch.Tensor:
     return x.mT if tall else x
 
 
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part, sharing its memory."""
+def _local_shard(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a tensor, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _rows_are_spread(parameter: torch.Tensor) -> bool:
-    """Whether no rank has the whole matrix."""
-    return isinstance(parameter, DTensor) and parameter.dim() == 2 and _sharing(parameter).size() > 1
+def _is_split_by_rows(parameter: torch.Tensor) -> bool:
+    """Return True if no rank has the whole matrix."""
+    return isinstance(parameter, DTensor) and parameter.dim() == 2 and _shard_group(parameter).size() > 1
 
 
-def _sharing(parameter: DTensor) -> ProcessGroup:
-    """The ranks that have rows of the matrix; the last axis of its mesh, before which there may be replicas."""
+def _shard_group(parameter: DTensor) -> ProcessGroup:
+    """The ranks that have rows of the matrix: the last axis of its mesh; an axis before it holds replicas."""
     mesh = parameter.device_mesh
     return mesh.get_group(mesh.ndim - 1)
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices, and for batches of matrices; whole, or split along their first dimension by FSDP2.
+    """Muon for matrices and batches of matrices, whole or split along their first dimension by FSDP2.
 
-    An attribute `found_inf`, 0-dimensional on the device, makes a step that changes nothing where it is not 0, as in
-    torch's own optimizers.
+    As in torch's own optimizers, a step changes nothing if the attribute `found_inf`, 0-dimensional on the device, is set
+    and not 0.
 
     Args:
-        params: parameters or groups; a group may have options of its own.
+        params: parameters or groups; a group's options override the ones here.
         lr: learning rate.
         momentum: decay of the running mean of gradients.
         nesterov: look one step ahead.
@@ -96,75 +97,82 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient; under sharding every rank must call this."""
         jobs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        spread = [job for job in jobs if _rows_are_spread(job[0])]
+        split = [job for job in jobs if _is_split_by_rows(job[0])]
         for parameter, group in jobs:
-            if not _rows_are_spread(parameter):
-                direction = self._direction(parameter, group)  # where a rank has no expert, it has state all the same
+            if not _is_split_by_rows(parameter):
+                # A rank without experts has an empty shard; its momentum is created all the same, for checkpoints.
+                direction = self._advance_momentum(parameter, group)
                 if direction.numel():
-                    self._apply(parameter, group, orthogonalize(direction, group["ns_steps"]))
-        # Ranks work at the same time on matrices of about the same size.
-        spread.sort(key=lambda job: job[0].numel(), reverse=True)
-        while spread:
-            ranks = _sharing(spread[0][0]).size()
-            self._step_together(spread[:ranks])
-            del spread[:ranks]
+                    self._apply_update(parameter, group, orthogonalize(direction, group["ns_steps"]))
+        # Sorted by size, the matrices that ranks work on at the same time are of about the same size.
+        split.sort(key=lambda job: job[0].numel(), reverse=True)
+        while split:
+            ranks = _shard_group(split[0][0]).size()
+            self._step_split_matrices(split[:ranks])
+            del split[:ranks]
 
-    def _direction(self, parameter: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-        """What to make orthogonal, this rank's part; advances the momentum. On a GPU, rounded to bfloat16."""
+    def _advance_momentum(self, parameter: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        """Advance the momentum and return D, this rank's shard of the matrix to make orthogonal; bfloat16 on a GPU."""
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         assert parameter.grad is not None
-        gradient, momentum = _own(parameter.grad), _own(state["momentum"])
-        self._replace(momentum, momentum.lerp(gradient, 1 - group["momentum"]))
+        gradient, momentum = _local_shard(parameter.grad), _local_shard(state["momentum"])
+        self._write_unless_skipped(momentum, momentum.lerp(gradient, 1 - group["momentum"]))
         direction = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
         return direction.bfloat16() if direction.is_cuda else direction
 
-    def _apply(self, parameter: torch.Tensor, group: dict[str, Any], update: torch.Tensor) -> None:
-        """Decay this rank's part and add its part of the orthogonal matrix."""
-        own, lr = _own(parameter), group["lr"]
-        decayed = own * (1 - lr * group["weight_decay"])
-        self._replace(own, decayed.add_(update, alpha=-lr * UPDATE_RMS * math.sqrt(max(parameter.shape[-2:]))))
+    def _apply_update(self, parameter: torch.Tensor, group: dict[str, Any], update: torch.Tensor) -> None:
+        """Decay this rank's shard of the weights and add `update`, its rows of the orthogonal matrix."""
+        shard, lr = _local_shard(parameter), group["lr"]
+        decayed = shard * (1 - lr * group["weight_decay"])
+        self._write_unless_skipped(
+            shard, decayed.add_(update, alpha=-lr * UPDATE_RMS * math.sqrt(max(parameter.shape[-2:])))
+        )
 
-    def _replace(self, old: torch.Tensor, new: torch.Tensor) -> None:
-        """Write `new` into `old`, unless the step is not to be taken; nobody waits for the device to know."""
+    def _write_unless_skipped(self, old: torch.Tensor, new: torch.Tensor) -> None:
+        """Write `new` into `old` unless `found_inf` skips the step; decided on the device, so the host does not wait."""
         found_inf = getattr(self, "found_inf", None)
         old.copy_(new if found_inf is None else torch.where(found_inf == 0, new, old))
 
-    def _step_together(self, jobs: list[Job]) -> None:
-        """Step matrices split by rows, at most as many as there are ranks; the i-th is the i-th rank's work."""
-        process_group = _sharing(jobs[0][0])  # type: ignore[arg-type]
+    def _step_split_matrices(self, jobs: list[Job]) -> None:
+        """Step matrices that are split by rows, at most as many as there are ranks; rank i orthogonalizes the i-th."""
+        process_group = _shard_group(jobs[0][0])  # type: ignore[arg-type]
         rank, ranks = dist.get_rank(process_group), dist.get_world_size(process_group)
+        # All gathers are started before any is waited for, so that they overlap; every rank starts them in the same
+        # order, as collectives of one group require.
         collected: list[torch.Tensor] = []
         sent = []
         for owner, (parameter, group) in enumerate(jobs):
-            rows = -(-parameter.shape[0] // ranks)  # of every rank but the last ones
-            piece = _padded(self._direction(parameter, group), rows)
+            rows = -(-parameter.shape[0] // ranks)  # FSDP2's rows per rank, except for the last ranks
+            piece = _pad_rows(self._advance_momentum(parameter, group), rows)
             parts = [torch.empty_like(piece) for _ in range(ranks)] if owner == rank else None
             collected = parts or collected
             sent.append((piece, dist.gather(piece, parts, group=process_group, group_dst=owner, async_op=True)))
         for _, work in sent:
             work.wait()
-        if rank < len(jobs):
+        if rank < len(jobs):  # the last round may have fewer matrices than ranks
             parameter, group = jobs[rank]
             whole = torch.cat(collected)[: parameter.shape[0]]
             whole = orthogonalize(whole, group["ns_steps"])
-            collected = [_padded(part, len(collected[0])) for part in _split(whole, len(collected[0]), ranks)]
+            rows = len(collected[0])
+            collected = [_pad_rows(piece, rows) for piece in _split_rows(whole, rows, ranks)]
+        # The gathered pieces are no longer needed: the scatter overwrites them with the rows that come back.
         for owner, (piece, _) in enumerate(sent):
             parts = collected if owner == rank else None
             sent[owner] = (piece, dist.scatter(piece, parts, group=process_group, group_src=owner, async_op=True))
         for (parameter, group), (piece, work) in zip(jobs, sent):
             work.wait()
-            self._apply(parameter, group, piece[: len(_own(parameter))])
+            self._apply_update(parameter, group, piece[: len(_local_shard(parameter))])
 
 
-def _padded(piece: torch.Tensor, rows: int) -> torch.Tensor:
-    """A contiguous copy with zeros below, `rows` rows: collectives want equal shapes."""
+def _pad_rows(piece: torch.Tensor, rows: int) -> torch.Tensor:
+    """A contiguous copy of `rows` rows, zeros at the end: collectives need equal shapes on all ranks."""
     padded = piece.new_zeros(rows, piece.shape[1])
     padded[: len(piece)] = piece
     return padded
 
 
-def _split(matrix: torch.Tensor, rows: int, ranks: int) -> list[torch.Tensor]:
-    """What each rank has of a matrix that is split by rows; the last ones may have fewer, or none."""
+def _split_rows(matrix: torch.Tensor, rows: int, ranks: int) -> list[torch.Tensor]:
+    """Cut a matrix into `ranks` pieces of at most `rows` rows, as FSDP2 does; the last pieces may be smaller or empty."""
     return [matrix[rank * rows : (rank + 1) * rows] for rank in range(ranks)]

@@ -1,4 +1,4 @@
-"""What the engines made of PyTorch parts share: optimizers, clipping, and one checkpoint format.
+"""Base of the engines that torch optimizers step (single, ddp, fsdp): clipping, steps, and one checkpoint format.
 
 The format is torch.distributed.checkpoint with parameter names as keys, so a checkpoint of any of these engines, at
 any world size, loads into any other.
@@ -22,27 +22,27 @@ from megatron_rdt.parallel.engine import Engine
 from megatron_rdt.parallel.optimizers import (
     Groups,
     adamw_groups,
-    apply_options,
-    by_mesh,
+    apply_configured_options,
+    group_by_mesh,
     make_optimizers,
     muon_groups,
-    names_of,
-    regrouped,
+    parameter_names,
+    regroup,
     set_learning_rate,
-    split_by_mesh,
+    split_groups_by_mesh,
 )
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that may be sharded; every rank must call this."""
+    """Gather a tensor that may be sharded; every rank must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-class NativeEngine(Engine):
-    """Gradients live in `.grad`, torch optimizers step them.
+class TorchEngine(Engine):
+    """An engine whose gradients are in `.grad` and whose parameters torch optimizers step.
 
     Attributes:
-        optimizers: AdamW, then Muon where the run has it; each parameter is in one of them.
+        optimizers: AdamW, then Muon where the run uses it; each parameter is in one of them.
     """
 
     optimizers: list[torch.optim.Optimizer]
@@ -53,15 +53,16 @@ class NativeEngine(Engine):
         self.optimizers = make_optimizers(model, self.config.optimizer)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Plain autograd; the wrappers reduce in its hooks."""
+        """Run autograd; DDP and FSDP2 reduce gradients in its hooks."""
         loss.backward()
 
     def clip(self, max_norm: float) -> torch.Tensor:
-        """Scale `.grad` of every parameter in place when the global norm exceeds `max_norm`.
+        """Scale `.grad` of every parameter in place where the global norm exceeds `max_norm`; return the norm.
 
-        Where the norm is not finite, the gradients are not either afterwards.
+        If the norm is not finite, neither are the gradients afterwards.
         """
-        groups = by_mesh(p for p in self.model.parameters() if p.grad is not None)
+        # One operation takes tensors of one mesh only, so norms are made per mesh and then combined.
+        groups = group_by_mesh(p for p in self.model.parameters() if p.grad is not None)
         norms = [full_tensor(torch.nn.utils.get_total_norm([p.grad for p in group])) for group in groups]  # type: ignore[misc]
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         if max_norm > 0:
@@ -70,7 +71,7 @@ class NativeEngine(Engine):
         return norm
 
     def step(self, lr: float, finite: torch.Tensor | None = None) -> None:
-        """Every optimizer with the learning rate of this step; they decide on the device by `found_inf`."""
+        """Step every optimizer; with `finite`, each decides on the device by `found_inf`, so the host does not wait."""
         found_inf = None if finite is None else (~finite).float()
         for optimizer in self.optimizers:
             set_learning_rate(optimizer.param_groups, lr)
@@ -78,11 +79,12 @@ class NativeEngine(Engine):
             try:
                 optimizer.step()
             finally:
-                del optimizer.found_inf  # type: ignore[attr-defined]  # a load steps an optimizer to make its state
-        self.discard()
+                # torch's checkpoint code steps an optimizer to create its state, which must not be skipped.
+                del optimizer.found_inf  # type: ignore[attr-defined]
+        self.discard_gradients()
 
-    def discard(self) -> None:
-        """Drop the gradients."""
+    def discard_gradients(self) -> None:
+        """Free the gradients."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
@@ -94,49 +96,54 @@ class NativeEngine(Engine):
             if parameter.grad is not None
         }
 
-    def _states(self) -> tuple[dict, dict]:
-        """Model and optimizer state; the groups are those of a run that is not sharded, so that any run can load them."""
+    def _collect_states(self) -> tuple[dict, dict]:
+        """State of the model and of the optimizers; parameter groups are those of an unsharded run, so any run loads them."""
         model, optimizer = dcp_state.get_state_dict(self.model, self.optimizers)
-        wanted = names_of(self.model, self._configured_groups())
-        return dict(model), dict(optimizer) | {"param_groups": regrouped(optimizer["param_groups"], wanted)}  # type: ignore[arg-type]
+        wanted = parameter_names(self.model, self._configured_groups())
+        return dict(model), dict(optimizer) | {"param_groups": regroup(optimizer["param_groups"], wanted)}  # type: ignore[arg-type]
 
-    def _groups(self) -> Groups:
+    def _parameter_groups(self) -> Groups:
+        """Groups of the optimizers, with the options that they use now."""
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def _configured_groups(self) -> Groups:
+        """Groups of an unsharded run, with the options of the config."""
         options = self.config.optimizer
         return [*adamw_groups(self.model, options), *muon_groups(self.model, options)]
 
     def save(self, directory: Path) -> None:
-        """Write `model/` and `optimizer/`."""
-        model, optimizer = self._states()
+        """Write `model/` and `optimizer/` below `directory`."""
+        model, optimizer = self._collect_states()
         for name, state in (("model", model), ("optimizer", optimizer)):
-            with _one_process_is_fine():
+            with _ignore_single_process_warning():
                 dcp.save({name: state}, checkpoint_id=directory / name, no_dist=not dist.is_initialized())
 
     def load(self, directory: Path) -> None:
-        """Read `model/` and `optimizer/` into this engine's own sharding."""
+        """Read `model/` and `optimizer/` below `directory` into this engine's shards."""
         if not (directory / "model").is_dir():
             raise CheckpointError(
                 f"{directory} was saved by a ZeRO engine. Convert it: rdt convert {directory} OUT --to native, "
                 "then --resume OUT; or resume it with the engine that saved it."
             )
-        model, optimizer = self._states()
+        model, optimizer = self._collect_states()
         try:
             for name, state in (("model", model), ("optimizer", optimizer)):
-                with _one_process_is_fine():
+                with _ignore_single_process_warning():
                     dcp.load({name: state}, checkpoint_id=directory / name, no_dist=not dist.is_initialized())
         except CheckpointException as error:  # a BaseException that wraps the error of each rank that failed
             reason = next((str(inner) for inner, _ in error.failures.values()), "").strip().splitlines() or ["unknown"]
             raise CheckpointError(f"{directory} could not be loaded: {reason[0]}. Use another checkpoint.") from error
-        optimizer["param_groups"] = regrouped(optimizer["param_groups"], names_of(self.model, self._groups()))
+        optimizer["param_groups"] = regroup(
+            optimizer["param_groups"], parameter_names(self.model, self._parameter_groups())
+        )
         dcp_state.set_state_dict(self.model, self.optimizers, model_state_dict=model, optim_state_dict=optimizer)
-        apply_options(self._groups(), split_by_mesh(self._configured_groups()))
+        # Loading brings the options of the run that saved; the config of this run decides.
+        apply_configured_options(self._parameter_groups(), split_groups_by_mesh(self._configured_groups()))
 
 
 @contextlib.contextmanager
-def _one_process_is_fine() -> Iterator[None]:
-    """torch.distributed.checkpoint warns at each call that it works without a process group."""
+def _ignore_single_process_warning() -> Iterator[None]:
+    """Suppress the warning of torch.distributed.checkpoint that there is no process group."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is")
         yield

@@ -1,10 +1,10 @@
 """DeepSpeed ZeRO stages 1, 2 and 3 behind the engine interface.
 
-DeepSpeed runs in its float32 mode: our layers round to the compute dtype themselves, so masters and reductions are
-float32 at every stage. At stage 3 the module that owns the loop and the layers are leaf modules, so the core is
+DeepSpeed runs in its float32 mode: our layers round to the compute dtype themselves, so master weights and reductions are
+float32 at every stage. At stage 3 the core and the layers are leaf modules, which are gathered as one: so the core is
 gathered once per forward and once per backward, whatever T is.
 
-This is the one file that imports deepspeed for training.
+No other file imports deepspeed for training.
 """
 
 import logging
@@ -23,17 +23,17 @@ from megatron_rdt.model import RecurrentDepthTransformer, initial_parameter, ini
 from megatron_rdt.model.core import RecurrentCore
 from megatron_rdt.model.layer import Layer
 from megatron_rdt.parallel.engine import Engine
-from megatron_rdt.parallel.optimizers import adamw, adamw_groups, apply_options, set_learning_rate
+from megatron_rdt.parallel.optimizers import adamw_groups, apply_configured_options, make_adamw, set_learning_rate
 from megatron_rdt.parallel.zero_universal import UNIVERSAL
 
-NATIVE, TAG = "zero", "state"
-INITIAL_MICRO_STEP = -1  # of DeepSpeed's stages 1 and 2
-# What DeepSpeed's universal-checkpoint tools look for in a checkpoint.
+ZERO_FOLDER, TAG = "zero", "state"
+INITIAL_MICRO_STEP = -1  # micro_step_id of DeepSpeed's stages 1 and 2 before a step's first micro-batch
+# DeepSpeed's universal-checkpoint tools require this entry in a checkpoint.
 CLIENT_STATE = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
 
 
 def import_deepspeed() -> Any:
-    """The deepspeed module, quiet, and without the CPU operator that it would compile at the first collective."""
+    """Import deepspeed with its log silenced and without the CPU operator that it would compile at the first collective."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -49,33 +49,33 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-def check_accepted(config: dict[str, Any], deepspeed: Any) -> None:
-    """ConfigError where DeepSpeed itself does not take the config: a name or a type inside a block of the user's."""
+def check_deepspeed_accepts(config: dict[str, Any], deepspeed: Any) -> None:
+    """Raise ConfigError if DeepSpeed rejects its config, such as a wrong name or type in the user's `parallel.deepspeed`."""
     try:
         deepspeed.DeepSpeedConfig(config)
-    except Exception as error:  # of pydantic, or whatever its own checks raise
+    except Exception as error:  # pydantic's, or any that its own checks raise
         details = getattr(error, "errors", None)
         reasons = (
             [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in details()] if details else [str(error)]
         )
         block = f" ({error.title})" if details else ""  # type: ignore[attr-defined]
         raise ConfigError(
-            f"DeepSpeed refuses its config{block}: {'; '.join(reasons)}. Mend parallel.deepspeed."
+            f"DeepSpeed refuses its config{block}: {'; '.join(reasons)}. Fix parallel.deepspeed."
         ) from error
 
 
-class _Failures:
-    """Keeps the first exception of functions that talk to no other rank.
+class _FailureCollector:
+    """Catches the exceptions of functions without collectives and keeps the first, to raise it later.
 
-    DeepSpeed waits for all ranks in its save. A rank that left at a failed write would take part in the next
-    collective while the others wait in that one: all would hang, and the reason would never be told.
+    DeepSpeed waits for all ranks in its save. A rank that left it at a failed write would enter the next collective while
+    the others wait in an earlier one: all would hang, and the error would never be reported.
     """
 
     def __init__(self) -> None:
         self.first: Exception | None = None
 
     def guard(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, except that it raises nothing, and does nothing after a failure."""
+        """Wrap `function` so that it raises nothing, and does nothing after a failure."""
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
             if self.first is None:
@@ -89,47 +89,48 @@ class _Failures:
 
 
 class ZeroEngine(Engine):
-    """Optimizer state (stage 1), gradients too (2), parameters too (3) sharded over ranks."""
+    """An engine of DeepSpeed: shards optimizer state (ZeRO stage 1), gradients too (2), parameters too (3)."""
 
     module: Any
 
     @property
-    def stage(self) -> int:
-        """1, 2 or 3."""
+    def zero_stage(self) -> int:
+        """The ZeRO stage: 1, 2 or 3."""
         return self.config.parallel.engine_kind.zero_stage
 
     def deepspeed_config(self) -> dict[str, Any]:
-        """DeepSpeed's config, generated from ours, with the user's further keys."""
+        """DeepSpeed's config: generated from the run's, with the keys of `parallel.deepspeed` added."""
         return deepspeed_config(self.config, self.world_size)
 
     @property
-    def offloads(self) -> bool:
-        """Whether the optimizer's weights and moments are in the CPU's memory, and stepped there."""
+    def is_offloaded(self) -> bool:
+        """True if the optimizer's weights and moments are in CPU memory and stepped there."""
         return self.config.parallel.offload != "none"
 
     def setup(self, model: RecurrentDepthTransformer) -> None:
-        """Fill the model with its initial weights and let DeepSpeed shard it; at stage 3, one parameter at a time."""
+        """Initialize the model and shard it with DeepSpeed; at ZeRO stage 3, one module at a time."""
         if self.device.type == "cpu":
             keep_deepspeed_on_cpu()
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
         config = self.deepspeed_config()
-        check_accepted(config, deepspeed)
-        self.configure(model)
-        if self.stage == 3:
+        check_deepspeed_accepts(config, deepspeed)
+        self.configure_model(model)
+        if self.zero_stage == 3:
             deepspeed.utils.set_z3_leaf_modules(model, [RecurrentCore, Layer])
-            self._fill_sharded(model, config)
+            self._initialize_shards(model, config)
         else:
             initialize(model, self.config.run.seed).to(self.device)
-        optimizer = adamw(model, self.config.optimizer)
+        optimizer = make_adamw(model, self.config.optimizer)
         self.module, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.model = model
 
     @torch.no_grad()
-    def _fill_sharded(self, model: RecurrentDepthTransformer, config: dict[str, Any]) -> None:
-        """Give each parameter its whole value and shard it before the next, so no rank ever holds two whole ones."""
+    def _initialize_shards(self, model: RecurrentDepthTransformer, config: dict[str, Any]) -> None:
+        """Initialize and shard the modules one after another, so that no rank ever holds more than one unsharded."""
         deepspeed = import_deepspeed()
-        for prefix, module in reversed(list(model.named_modules())):  # zero.Init takes a module's children along
+        # zero.Init shards a module's children too, so children come first and are sharded already.
+        for prefix, module in reversed(list(model.named_modules())):
             for leaf, parameter in module.named_parameters(recurse=False):
                 name = f"{prefix}.{leaf}"
                 value = initial_parameter(model, name, parameter.shape, self.config.run.seed)
@@ -139,50 +140,51 @@ class ZeroEngine(Engine):
         reset_buffers(model, self.device)
 
     @property
-    def _sharded(self) -> Any:
+    def _zero_optimizer(self) -> Any:
         """DeepSpeed's ZeRO optimizer."""
         return self.module.optimizer
 
     def prepare_backward(self, last: bool) -> None:
-        """The gradients are complete after the last micro-batch."""
+        """Tell DeepSpeed to reduce gradients after the `last` micro-batch of a step."""
         self.module.set_gradient_accumulation_boundary(last)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """The loss is already this rank's mean over the whole step, so DeepSpeed must not divide it again."""
+        """Run DeepSpeed's backward pass, without its division by the number of micro-batches."""
+        # The loss is already divided by the targets of the whole step.
         self.module.backward(loss, scale_wrt_gas=False)
 
     def clip(self, max_norm: float) -> torch.Tensor:
-        """The norm from the sharded gradients, which DeepSpeed reads on the host; it scales them in the step."""
+        """Return the norm of the sharded gradients, and let DeepSpeed clip them in the step; the host waits for the norm."""
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
-        self._sharded.clip_grad = max_norm
-        if self.stage == 3:
-            norm = float(combine_grad_norm_groups(self._sharded._get_norm_groups()))
+        self._zero_optimizer.clip_grad = max_norm
+        if self.zero_stage == 3:
+            norm = float(combine_grad_norm_groups(self._zero_optimizer._get_norm_groups()))
         else:
-            norm = float(self._sharded.scaled_global_norm())
-        # DeepSpeed says -1 for a norm that is not finite.
+            norm = float(self._zero_optimizer.scaled_global_norm())
+        # DeepSpeed returns -1 for a norm that is not finite.
         return torch.tensor(norm if norm >= 0 else math.nan, dtype=torch.float64, device=self.device)
 
     def step(self, lr: float, finite: torch.Tensor | None = None) -> None:
-        """One optimizer step through DeepSpeed; whether to take it is decided on the host."""
+        """Take one optimizer step through DeepSpeed; the host reads `finite` and skips the step if it is False."""
         if finite is not None and not bool(finite):
-            self.discard()
+            self.discard_gradients()
             return
-        set_learning_rate(self._sharded.param_groups, lr)
+        set_learning_rate(self._zero_optimizer.param_groups, lr)
         self.module.step()
 
-    def discard(self) -> None:
+    def discard_gradients(self) -> None:
         """Clear the sharded gradients as DeepSpeed does after an overflow."""
-        self._sharded.zero_grad(set_to_none=True)
-        gradients = self._sharded.averaged_gradients
+        self._zero_optimizer.zero_grad(set_to_none=True)
+        gradients = self._zero_optimizer.averaged_gradients
         for key in list(gradients):
             gradients[key] = None
-            if self.stage < 3:
-                self._sharded.all_grad_tensors[key] = None
-        if self.offloads and self.stage < 3:
-            # Its sums lie on the CPU, and the count of micro-batches says whether the next one adds to them.
-            self._sharded.reset_cpu_buffers()
-            self._sharded.micro_step_id = INITIAL_MICRO_STEP
+            if self.zero_stage < 3:
+                self._zero_optimizer.all_grad_tensors[key] = None
+        if self.is_offloaded and self.zero_stage < 3:
+            # Sums are kept on the CPU, and DeepSpeed adds to them unless micro_step_id says that a step begins.
+            self._zero_optimizer.reset_cpu_buffers()
+            self._zero_optimizer.micro_step_id = INITIAL_MICRO_STEP
 
     def full_gradients(self) -> dict[str, torch.Tensor]:
         """Gradients by parameter name, gathered from the shards."""
@@ -191,11 +193,11 @@ class ZeroEngine(Engine):
         return {name: safe_get_full_grad(p).detach().cpu().clone() for name, p in self.model.named_parameters()}
 
     def save(self, directory: Path) -> None:
-        """DeepSpeed's own checkpoint below `directory`/zero; its zero_to_fp32 tool reads it.
+        """Write DeepSpeed's own checkpoint below `directory`/zero, which its zero_to_fp32 tool reads.
 
-        What fails on this rank is raised after DeepSpeed has met all ranks for the last time.
+        A failure on this rank is raised after DeepSpeed's last collective.
         """
-        root, failures = directory / NATIVE, _Failures()
+        root, failures = directory / ZERO_FOLDER, _FailureCollector()
         engine, writer = self.module, self.module.checkpoint_engine
         write = writer.save
 
@@ -215,13 +217,13 @@ class ZeroEngine(Engine):
                 delattr(owner, name)
         if failures.first is not None:
             raise failures.first
-        if self.rank == 0:  # as DeepSpeed would have done between two barriers
+        if self.rank == 0:  # save_latest would put this between two further collectives
             (root / "latest").write_text(TAG, encoding="utf-8")
 
     def load(self, directory: Path) -> None:
-        """DeepSpeed's own checkpoint, of the same world size and stage, or a universal one, of any."""
+        """Read DeepSpeed's own checkpoint, saved at this world size and ZeRO stage, or a universal one, saved at any."""
         universal = (directory / UNIVERSAL).is_dir()
-        root, tag = (directory, UNIVERSAL) if universal else (directory / NATIVE, TAG)
+        root, tag = (directory, UNIVERSAL) if universal else (directory / ZERO_FOLDER, TAG)
         if not (root / tag).is_dir():
             raise CheckpointError(
                 f"{directory} was not saved by a ZeRO engine. Convert it: rdt convert {directory} OUT --to zero, "
@@ -233,7 +235,7 @@ class ZeroEngine(Engine):
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(
-                f"{root / tag} does not load at ZeRO stage {self.stage} on {self.world_size} ranks: {reason}. "
+                f"{root / tag} does not load at ZeRO stage {self.zero_stage} on {self.world_size} ranks: {reason}. "
                 "Use the stage and the number of processes that saved it, or make it loadable at any: "
                 f"rdt convert {directory} OUT --to zero."
             ) from error
@@ -242,7 +244,8 @@ class ZeroEngine(Engine):
         if path is None:
             raise CheckpointError(f"{root / tag} holds no state that DeepSpeed finds. Use another checkpoint.")
         if universal:
-            # Stage 3 of DeepSpeed 0.19 gives all parameters one step tensor, which then counts once for each.
-            for state in self._sharded.optimizer.state.values():
+            # Stage 3 of DeepSpeed 0.19 loads one step tensor for all parameters, and each parameter would advance it.
+            for state in self._zero_optimizer.optimizer.state.values():
                 state["step"] = state["step"].clone()
-        apply_options(self._sharded.param_groups, adamw_groups(self.model, self.config.optimizer))
+        # Loading brings the options of the run that saved; the config of this run decides.
+        apply_configured_options(self._zero_optimizer.param_groups, adamw_groups(self.model, self.config.optimizer))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megatron_rdt.config import ModelConfig, RunConfig
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.model.cross_entropy import CHUNK_ELEMENTS
-from megatron_rdt.parallel.optimizers import decays
+from megatron_rdt.parallel.optimizers import has_weight_decay
 from megatron_rdt.planner.memory import Depth
 from megatron_rdt.planner.parameters import FLOAT32, Parameter, core_units, parameters_of, units_of
 from megatron_rdt.planner.recomputation import Policy
@@ -48,7 +48,7 @@ class Sent:
 
 
 def totals(sent: Iterable[Sent]) -> dict[str, tuple[int, int]]:
-    """(calls, bytes) keyed "forward all-gather", as `parallel.counting.totals` has them."""
+    """(calls, bytes) keyed "forward all-gather", as `parallel.collective_counter.sum_by_kind` has them."""
     table: dict[str, tuple[int, int]] = {}
     for each in sent:
         calls, size = table.get(f"{each.phase} {each.kind}", (0, 0))
@@ -219,4 +219,4 @@ def _zero(config: RunConfig, layout: Layout, number: int) -> Iterator[Sent]:
 def _decays(parameter: Parameter) -> bool:
     import torch
 
-    return decays(parameter.name, torch.empty(parameter.shape, device="meta"))
+    return has_weight_decay(parameter.name, torch.empty(parameter.shape, device="meta"))

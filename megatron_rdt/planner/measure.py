@@ -18,7 +18,7 @@ from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel import Engine, MicroBatch, make_engine
-from megatron_rdt.parallel.collective_counter import count_step, totals
+from megatron_rdt.parallel.collective_counter import record_collectives, sum_by_kind
 
 # What a collective allocates for itself, a thread of its own frees unseen: it counts until the operator returns.
 COLLECTIVES, NEVER = "c10d::", -1
@@ -138,4 +138,4 @@ def take_step(engine: Engine, loops: int) -> dict[str, tuple[int, int]]:
     plan = DepthPlan((loops,) * train.micro_batch, k)
     number = train.global_batch // (engine.layout.data * train.micro_batch)
     batch = [MicroBatch(Batch(torch.randint(0, model.vocab_size, shape)), plan) for _ in range(number)]
-    return totals(count_step(engine, batch))
+    return sum_by_kind(record_collectives(engine, batch))

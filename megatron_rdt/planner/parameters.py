@@ -9,8 +9,8 @@ import torch
 from megatron_rdt.config import ModelConfig, OptimizerConfig, RunConfig
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.model import RecurrentDepthTransformer
-from megatron_rdt.parallel.mesh import sharded_dimension
-from megatron_rdt.parallel.optimizers import by_muon
+from megatron_rdt.parallel.mesh import choose_sharded_dimension
+from megatron_rdt.parallel.optimizers import is_stepped_by_muon
 from megatron_rdt.parallel.tensor_parallel import split_dimension
 
 FLOAT32 = 4
@@ -69,7 +69,7 @@ class Parameter:
         if layout.expert > 1 and self.routed:  # not sharded any further
             return self.local(layout)
         shape = self.local_shape(layout)
-        dealt = shape[sharded_dimension(shape, ranks)]
+        dealt = shape[choose_sharded_dimension(shape, ranks)]
         return -(-dealt // ranks) * (prod(shape) // dealt)
 
 
@@ -123,4 +123,4 @@ def active_parameters(config: ModelConfig) -> int:
 
 def moments(parameter: Parameter, config: OptimizerConfig) -> int:
     """Numbers of optimizer state per number of the parameter."""
-    return 1 if by_muon(parameter.name, torch.empty(parameter.shape, device="meta"), config) else 2
+    return 1 if is_stepped_by_muon(parameter.name, torch.empty(parameter.shape, device="meta"), config) else 2

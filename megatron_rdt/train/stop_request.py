@@ -38,7 +38,7 @@ class StopRequest:
 
         if engine.world_size > 1:
             asked = [float(self.name == number.name) for number in STOP_SIGNALS]
-            self._counts = engine.sum_on_hosts(torch.tensor(asked))
+            self._counts = engine.start_host_sum(torch.tensor(asked))
 
     def agreed(self) -> bool:
         """Whether any rank had been asked to stop when it called `ask`; the same answer on every rank.

@@ -303,7 +303,7 @@ class Trainer:
                 top_k=settings.top_k,
                 seed=self.config.run.seed,
                 eos=self.tokenizer.eos,
-                agree=self.engine.from_first_rank,
+                agree=self.engine.broadcast,
             )
             text = self.tokenizer.decode(tokens[0, len(prompt) :].tolist())
             self._say(f"step {self.step}: sample at T={loops}: {(settings.prompt + text)!r}")

@@ -190,7 +190,7 @@ def test_names_inside_zero_optimization_are_deepspeeds() -> None:
 
 def test_what_deepspeed_refuses_is_a_config_error() -> None:
     deepspeed = pytest.importorskip("deepspeed")
-    from megatron_rdt.parallel.zero import check_accepted
+    from megatron_rdt.parallel.zero import check_deepspeed_accepts
 
     for keys, message in (
         ({"reduce_bucket_sise": 5}, "reduce_bucket_sise: Extra inputs are not permitted"),
@@ -198,4 +198,4 @@ def test_what_deepspeed_refuses_is_a_config_error() -> None:
     ):
         config = deepspeed_config(run("zero2", {"zero_optimization": keys}), 1)
         with pytest.raises(ConfigError, match=message):
-            check_accepted(config, deepspeed)
+            check_deepspeed_accepts(config, deepspeed)

@@ -143,9 +143,9 @@ def test_a_universal_checkpoint_runs_no_code(name: str, tmp_path: Path) -> None:
     write_universal(folder, {"weight": {key: torch.ones(2) for key in ("fp32", "exp_avg", "exp_avg_sq")}}, 3)
     assert read_universal(folder)[1] == 3
     torch.save({"param": Code(mark)}, folder / "zero" / "weight" / name)
-    with pytest.raises(CheckpointError, match=f"{name} holds something else than tensors"):
+    with pytest.raises(CheckpointError, match=f"{name} holds objects other than tensors"):
         read_universal(folder)
     if name == "fp32.pt":
-        with pytest.raises(CheckpointError, match=f"{name} holds something else than tensors"):
+        with pytest.raises(CheckpointError, match=f"{name} holds objects other than tensors"):
             read_universal_weights(folder)
     assert not mark.exists()

@@ -13,7 +13,7 @@ from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model.activation_checkpointing import set_checkpointing
 from megatron_rdt.parallel import Engine, MicroBatch
-from megatron_rdt.parallel.collective_counter import Collective, count_step, totals
+from megatron_rdt.parallel.collective_counter import Collective, record_collectives, sum_by_kind
 from tests.distributed.engine_worker import MODEL, difference
 
 SEQUENCES, MICRO_BATCH = 12, 3  # two micro-batches on each of two ranks
@@ -48,7 +48,7 @@ def parts(
 def everywhere(calls: list[Collective]) -> list[dict[str, tuple[int, int]]]:
     """The totals of every rank."""
     found: list[dict[str, tuple[int, int]]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(found, totals(calls))
+    dist.all_gather_object(found, sum_by_kind(calls))
     return found
 
 
@@ -58,8 +58,8 @@ def count_cases(engine: Engine, tokens: torch.Tensor, cases: Sequence[tuple]) ->
     counted: dict[str, dict[str, object]] = {}
     for loops, k, checkpointing in cases:
         set_checkpointing(engine.model, checkpointing)
-        calls = count_step(engine, parts(tokens, engine.rank, (loops, loops), k))
-        core = {key: number for key, (number, _) in totals(call for call in calls if call.size == size).items()}
+        calls = record_collectives(engine, parts(tokens, engine.rank, (loops, loops), k))
+        core = {key: number for key, (number, _) in sum_by_kind(call for call in calls if call.size == size).items()}
         counted[f"T={loops} k={k or 'all'} checkpointing={checkpointing}"] = {"ranks": everywhere(calls), "core": core}
     set_checkpointing(engine.model, "none")
     return counted
@@ -69,13 +69,13 @@ def measure(label: str, tokens: torch.Tensor) -> dict[str, object]:
     """Every case on one engine; a control gets those with full backpropagation only."""
     engine = build(label)
     for _ in range(2):
-        count_step(engine, parts(tokens, engine.rank, (1, 1)))
+        record_collectives(engine, parts(tokens, engine.rank, (1, 1)))
     if label in COMPARISONS:
         return {"cases": count_cases(engine, tokens, CASES[: len(LOOPS)])}
     cases = count_cases(engine, tokens, CASES)
-    changing = [everywhere(count_step(engine, parts(tokens, engine.rank, (t, t)))) for t in CHANGING]
-    differing = [everywhere(count_step(engine, parts(tokens, engine.rank, d[engine.rank]))) for d in DIFFERENT]
-    masked = [everywhere(count_step(engine, parts(tokens, engine.rank, (t, 1), masked=True))) for t in (1, 16)]
+    changing = [everywhere(record_collectives(engine, parts(tokens, engine.rank, (t, t)))) for t in CHANGING]
+    differing = [everywhere(record_collectives(engine, parts(tokens, engine.rank, d[engine.rank]))) for d in DIFFERENT]
+    masked = [everywhere(record_collectives(engine, parts(tokens, engine.rank, (t, 1), masked=True))) for t in (1, 16)]
     error = gradient_error(build(label), tokens)
     return {
         "cases": cases,

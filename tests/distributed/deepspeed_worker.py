@@ -65,7 +65,7 @@ def poisoned_step(engine: Engine, tokens: torch.Tensor) -> dict[str, Any]:
     engine.forward_backward(micro_batches(tokens, engine, SIZE, 2, None))
     engine.backward = backward  # type: ignore[method-assign]
     norm = float(engine.clip(CLIP))
-    engine.discard()
+    engine.discard_gradients()
     return {"norm is finite": math.isfinite(norm), "weights kept": same(before, weights(engine))}
 
 
@@ -108,7 +108,7 @@ def reductions(engine: Engine, tokens: torch.Tensor) -> int:
     """Collectives of one forward and backward pass."""
     with CollectiveCounter() as counter:
         engine.forward_backward(micro_batches(tokens, engine, SIZE, 2, None))
-    engine.discard()
+    engine.discard_gradients()
     return len(counter.calls)
 
 

@@ -124,7 +124,7 @@ def check_discard(engine: Engine, single: Engine | None, tokens: torch.Tensor, d
     if decided:
         engine.step(1.0, torch.tensor(False))
     else:
-        engine.discard()
+        engine.discard_gradients()
     engine.forward_backward(micro_batches(tokens, engine, size, 2, None))
     gradients, reference = engine.full_gradients(), {}
     if single is not None:
@@ -132,7 +132,7 @@ def check_discard(engine: Engine, single: Engine | None, tokens: torch.Tensor, d
         reference = single.full_gradients()
     for each in filter(None, (engine, single)):
         each.clip(1.0)
-        each.discard()
+        each.discard_gradients()
     return max((difference(gradients[name], reference[name]) for name in reference), default=0.0)
 
 

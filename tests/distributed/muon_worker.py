@@ -11,7 +11,7 @@ from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel import MicroBatch, make_engine
-from megatron_rdt.parallel.torch_engine import NativeEngine, full_tensor
+from megatron_rdt.parallel.torch_engine import TorchEngine, full_tensor
 
 # 4 experts, 4 heads, 61 rows: on 3 ranks some have fewer rows or experts than others, and some have none.
 MODEL = ModelConfig(
@@ -30,14 +30,14 @@ MODEL = ModelConfig(
 SEQUENCES, STEPS, SAVED_AT, LR = 12, 6, 3, 0.01
 
 
-def engine_for(name: str) -> NativeEngine:
+def engine_for(name: str) -> TorchEngine:
     config = RunConfig(
         model=MODEL,
         train=TrainConfig(global_batch=SEQUENCES, micro_batch=2),
         optimizer=OptimizerConfig(name="muon", lr=LR),
         parallel=ParallelConfig(engine=name),
     )
-    engine = cast(NativeEngine, make_engine(config, torch.device("cpu")))
+    engine = cast(TorchEngine, make_engine(config, torch.device("cpu")))
     if name == "single":  # the reference sees everything
         engine.rank, engine.world_size = 0, 1
     with torch.device("meta"):
@@ -46,7 +46,7 @@ def engine_for(name: str) -> NativeEngine:
     return engine
 
 
-def train(engine: NativeEngine, first: int, last: int, save: Path | None = None) -> list[float]:
+def train(engine: TorchEngine, first: int, last: int, save: Path | None = None) -> list[float]:
     """Losses of the steps first ... last - 1; saves after SAVED_AT of them."""
     losses = []
     for step in range(first, last):
@@ -63,7 +63,7 @@ def train(engine: NativeEngine, first: int, last: int, save: Path | None = None)
     return losses
 
 
-def weights(engine: NativeEngine) -> dict[str, torch.Tensor]:
+def weights(engine: TorchEngine) -> dict[str, torch.Tensor]:
     return {name: full_tensor(parameter).detach().clone() for name, parameter in engine.model.named_parameters()}
 
 

@@ -1,8 +1,8 @@
-"""Along which dimension parameters are dealt out."""
+"""The dimension along which FSDP2 shards a parameter."""
 
 import pytest
 
-from megatron_rdt.parallel.mesh import sharded_dimension
+from megatron_rdt.parallel.mesh import choose_sharded_dimension
 
 
 @pytest.mark.parametrize(
@@ -20,4 +20,4 @@ from megatron_rdt.parallel.mesh import sharded_dimension
     ],
 )
 def test_rows_unless_they_would_be_mostly_padding(shape: tuple[int, ...], ranks: int, dimension: int) -> None:
-    assert sharded_dimension(shape, ranks) == dimension
+    assert choose_sharded_dimension(shape, ranks) == dimension

@@ -6,7 +6,7 @@ last 2 iterations with two micro-batches. Compared are the peaks of what the all
 cases also the growth of resident memory in a process of its own, which holds what the C library and gloo keep, too.
 
     python benchmarks/planner.py [--loops 1 4 16] [--out FILE.json]
-    python benchmarks/planner.py --presets      # writes the tables of docs/planner.md
+    python benchmarks/planner.py --presets      # writes the last table of RESULTS.md
 """
 
 import argparse
@@ -42,7 +42,7 @@ MODES: dict[str, tuple[str, Any, int]] = {
 RESIDENT = ("gqa dense float32 all kept", "gqa moe float32 all kept", "mla dense bfloat16 per_iteration")
 RETURN_FREED_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 DEVICE_COUNTS = (8, 64, 512, 4096, 16384)
-SMALL_STEP, LARGE_STEP, LONGEST, UTILISATION = 4 * 2**20, 16 * 2**20, 8192, 0.4
+SMALL_STEP, LARGE_STEP, UTILISATION = 4 * 2**20, 16 * 2**20, 0.4
 
 
 def cases(processes: int) -> dict[str, RunConfig]:
@@ -168,20 +168,17 @@ def grid(options: argparse.Namespace) -> None:
         options.out.write_text(json.dumps(found, indent=2) + "\n")
 
 
-def preset_table(path: Path) -> str:
-    """Markdown: a line per number of devices for one preset."""
+PRESET_HEADER = """| preset, tokens per sequence | H100 | step, tokens | replicate x shard x context x tensor, expert | micro-batch \
+| checkpoint, core_gather, reduce | GB | step, s | MFU bound |
+|---|---:|---:|---|---:|---|---:|---:|---:|"""
+
+
+def preset_rows(path: Path) -> str:
+    """Plan one preset; return a Markdown row per number of devices."""
     from megatron_rdt.planner.search import fastest
 
-    text, device = path.read_text(), DEVICES["h100"]
-    context = re.search(r"Context there: ([\d,]+)", text)
-    assert context is not None, path
-    sequence = min(int(context[1].replace(",", "")), LONGEST)
-    lines = [
-        f"### {path.stem}, {sequence:,} tokens per sequence\n",
-        "| H100 | step, tokens | replicate x shard x context x tensor, expert | micro-batch | checkpoint, core_gather, reduce "
-        "| GB | step, s | MFU bound |",
-        "|---:|---:|---|---:|---|---:|---:|---:|",
-    ]
+    device, sequence = DEVICES["h100"], load_config(path).train.sequence_length
+    lines, name = [], f"{path.stem}, {sequence:,}"
     for devices in DEVICE_COUNTS:
         tokens = SMALL_STEP if devices <= 512 else LARGE_STEP
         options = {"sequence_length": sequence, "global_batch": tokens // sequence, "precision": "bfloat16"}
@@ -189,35 +186,36 @@ def preset_table(path: Path) -> str:
         fixed = {"train": options, "optimizer.name": "adamw"}
         config = load_config(path, fixed | ({"depth.per": "step"} if "huginn" in path.stem else {}))
         plan = fastest(config, devices, device, UTILISATION)
+        begin, name = f"| {name} | {devices:,} | {tokens / 2**20:.0f}M |", ""
         if plan is None or plan.time is None:
-            lines.append(f"| {devices:,} | {tokens / 2**20:.0f}M | nothing that was tried fits | | | | | |")
+            lines.append(f"{begin} nothing fits | | | | | |")
             continue
         layout, run, time = plan.layout, plan.config, plan.time
         axes = f"{layout.replicate} x {layout.shard} x {layout.context} x {layout.tensor}, {layout.expert}"
         ways = f"{run.depth.checkpoint}, {run.parallel.core_gather}, {run.parallel.reduce}"
         lines.append(
-            f"| {devices:,} | {tokens / 2**20:.0f}M | {axes} | {run.train.micro_batch} | {ways} "
+            f"{begin} {axes} | {run.train.micro_batch} | {ways} "
             f"| {plan.memory.peak / 1e9:.1f} | {time.expected:.3g} | {100 * time.mfu_bound:.0f} % |"
         )
     return "\n".join(lines)
 
 
 def presets() -> None:
-    """Write the tables into the page of the planner."""
-    page = ROOT / "docs" / "planner.md"
+    """Plan every preset and write the table to the end of benchmarks/RESULTS.md."""
+    page = ROOT / "benchmarks" / "RESULTS.md"
     text, mark = page.read_text(encoding="utf-8"), "<!-- made by benchmarks/planner.py --presets -->"
-    tables = []
+    rows = [PRESET_HEADER]
     for path in sorted((ROOT / "configs" / "models").glob("*.yaml")):
-        tables.append(preset_table(path))
-        print(tables[-1] + "\n", flush=True)
-    page.write_text(text[: text.index(mark) + len(mark)] + "\n\n" + "\n\n".join(tables) + "\n", encoding="utf-8")
+        rows.append(preset_rows(path))
+        print(rows[-1], flush=True)
+    page.write_text(text[: text.index(mark) + len(mark)] + "\n\n" + "\n".join(rows) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loops", type=int, nargs="+", default=[1, 4, 16], help="values of T")
     parser.add_argument("--out", type=Path, help="write the numbers here as JSON")
-    parser.add_argument("--presets", action="store_true", help="write the tables of docs/planner.md instead")
+    parser.add_argument("--presets", action="store_true", help="write the last table of benchmarks/RESULTS.md instead")
     parser.add_argument("--worker", type=Path, help="run as one of the processes and write here")
     parser.add_argument("--resident", metavar="CASE", help="print the growth of resident memory of one case")
     options = parser.parse_args()

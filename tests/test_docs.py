@@ -11,12 +11,20 @@ import pytest
 from megatron_rdt.config import check_config, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = sorted(path.parent.name for path in ROOT.glob("megatron_rdt/*/__init__.py"))
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
 
 
 def blocks(page: Path, language: str) -> list[str]:
     fences = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     return [content for kind, content in fences if kind == language]
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.distributed
@@ -56,10 +64,14 @@ def test_the_readme_yaml_is_a_configuration_that_works(tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_paths_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", text):
+        linked = page.parent / target if target else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), f"{linked.name} has no heading #{anchor}"
     for path in re.findall(r"`((?:launch|configs|benchmarks|docs|tests|data_prep|megatron_rdt)/[\w./-]*)", text):
         assert (ROOT / path).exists(), path
+    for path in re.findall(rf"`((?:{'|'.join(PACKAGES)})/[\w/]+\.py)", text):
+        assert (ROOT / "megatron_rdt" / path).exists(), path
     for target in re.findall(r"`?make ([a-z-]+)", text):
         if re.search(rf"`make {target}|^make {target}", text, re.MULTILINE):
             assert f"\n{target}:" in (ROOT / "Makefile").read_text(encoding="utf-8"), target
@@ -72,3 +84,9 @@ def test_the_tree_in_the_readme_is_the_tree() -> None:
     assert inner == packages
     outer = {line.split()[0].rstrip("/") for line in tree.splitlines() if not line.startswith(" ")}
     assert all((ROOT / name).is_dir() for name in outer)
+
+
+def test_architecture_lists_every_page() -> None:
+    text = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    for page in ROOT.glob("docs/*.md"):
+        assert page.name == "ARCHITECTURE.md" or f"]({page.name})" in text, page.name

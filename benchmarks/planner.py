@@ -168,9 +168,11 @@ def grid(options: argparse.Namespace) -> None:
         options.out.write_text(json.dumps(found, indent=2) + "\n")
 
 
-PRESET_HEADER = """| preset, tokens per sequence | H100 | step, tokens | replicate x shard x context x tensor, expert | micro-batch \
-| checkpoint, core_gather, reduce | GB | step, s | MFU bound |
-|---|---:|---:|---|---:|---|---:|---:|---:|"""
+PRESET_COLUMNS = (
+    "preset, tokens per sequence | H100 | step, tokens | replicate x shard x context x tensor, expert | micro-batch | "
+    "checkpoint, core_gather, reduce | GB | step, s | MFU bound"
+)
+PRESET_HEADER = f"| {PRESET_COLUMNS} |\n|---|---:|---:|---|---:|---|---:|---:|---:|"
 
 
 def preset_rows(path: Path) -> str:

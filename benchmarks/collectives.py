@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
-from launch.local_processes import free_port
+from launch.local_processes import find_free_port
 from megatron_rdt.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan
@@ -155,7 +155,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "counted.json"
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={PROCESSES}"]
-        command += [f"--master-port={free_port()}", str(Path(__file__).resolve()), f"--worker={result}"]
+        command += [f"--master-port={find_free_port()}", str(Path(__file__).resolve()), f"--worker={result}"]
         command += ["--loops", *map(str, options.loops)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from launch.local_processes import free_port
+from launch.local_processes import find_free_port
 from megatron_rdt.config import DepthConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig, load_config
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.devices import DEVICES
@@ -124,7 +124,13 @@ def run(processes: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "rows.json"
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-        command += [f"--master-port={free_port()}", __file__, f"--worker={result}", "--loops", *map(str, options.loops)]
+        command += [
+            f"--master-port={find_free_port()}",
+            __file__,
+            f"--worker={result}",
+            "--loops",
+            *map(str, options.loops),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
         if done.returncode:
             sys.exit(done.stderr[-4000:])

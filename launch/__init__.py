@@ -1,1 +1,1 @@
-"""How a run is started; no training logic."""
+"""The `rdt` command and the scripts that launchers start; no training logic."""

@@ -1,4 +1,4 @@
-"""Start N processes of launch/pretrain.py, or of another script, on this machine, pass signals on, leave no orphan."""
+"""Run a script on N processes of this machine: forward signals, report the first cause, leave no process behind."""
 
 import ctypes
 import errno
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from launch.failures import found
+from launch.failures import read_failure
 from megatron_rdt.environment import launcher_environment
 from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED, ConfigError, LaunchError
 from megatron_rdt.train.stop_request import STOP_SIGNALS
@@ -25,8 +25,8 @@ GRACE_S = 5.0
 PR_SET_PDEATHSIG = 1
 
 
-def free_port(wanted: int = 0) -> int:
-    """A free loopback port, or `wanted` after checking that it is free."""
+def find_free_port(wanted: int = 0) -> int:
+    """Return `wanted` after checking that nothing listens on it, or any free loopback port where it is 0."""
     if not 0 <= wanted <= LAST_PORT:
         raise ConfigError(f"--master_port is {wanted}, it must be from 1 to {LAST_PORT}, or 0 for any free one.")
     with socket.socket() as probe:
@@ -36,32 +36,32 @@ def free_port(wanted: int = 0) -> int:
         except OSError as error:
             if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                 raise
-            reason = "is in use" if error.errno == errno.EADDRINUSE else "needs the rights of root"
+            reason = "is in use" if error.errno == errno.EADDRINUSE else "needs root privileges"
             raise LaunchError(f"port {wanted} {reason}. Choose another --master_port, or 0 for any free one.") from None
         return probe.getsockname()[1]
 
 
 def run_processes(words: Sequence[str], processes: int, port: int = 0, script: Path = SCRIPT) -> int:
-    """Run `processes` ranks of the training script, or of another, with the options `words`.
+    """Run `script` as ranks 0 to `processes` - 1 with the options `words`, and wait until all have ended.
 
     Returns:
-        0 when all succeeded, 75 when they stopped on request after a good save.
+        0 if all succeeded, 75 if they stopped on request after a good save.
 
     Raises:
-        LaunchError: a rank failed; says which and why, once for all ranks, and has its exit status. None is left.
-        KeyboardInterrupt: interrupted; none is left.
+        LaunchError: a rank failed. The error names the rank and the cause, once for all ranks, and has its exit status.
+        KeyboardInterrupt: interrupted by Ctrl-C.
     """
-    port = free_port(port)
+    port = find_free_port(port)
     with tempfile.TemporaryDirectory(prefix="rdt-train-") as folder:
-        return _Workers(processes, Path(folder)).run([str(script), *words], port)
+        return _WorkerGroup(processes, Path(folder)).run([str(script), *words], port)
 
 
-class _Workers:
-    """The processes of one run.
+class _WorkerGroup:
+    """The worker processes of one run.
 
     Args:
-        count: how many.
-        folder: where they leave their errors.
+        count: number of workers.
+        folder: directory of their error files, one per rank.
     """
 
     def __init__(self, count: int, folder: Path) -> None:
@@ -69,43 +69,44 @@ class _Workers:
         self.processes: list[subprocess.Popen] = []
         self.failed: list[int] = []  # ranks in the order in which their failures were seen
         self.interrupted = False
-        self.passed_on: set[int] = set()
+        self.forwarded: set[int] = set()  # signals that were sent on to the workers
 
     def run(self, words: Sequence[str], port: int) -> int:
-        """Start, wait, end."""
-        before = {number: signal.signal(number, self._handle) for number in (*STOP_SIGNALS, signal.SIGINT)}
+        """Start the workers, wait for them, and return the exit status of the run."""
+        before = {number: signal.signal(number, self._forward_signal) for number in (*STOP_SIGNALS, signal.SIGINT)}
         try:
             for rank, file in enumerate(self.files):
                 self.processes.append(
                     subprocess.Popen(
                         [sys.executable, *words],
                         env=launcher_environment(rank, len(self.files), LOOPBACK, port, file),
-                        preexec_fn=_before_exec,  # noqa: PLW1509
+                        preexec_fn=_prepare_worker,  # noqa: PLW1509
                     )
                 )
-            self._wait()
+            self._wait_for_all()
             statuses = [process.poll() for process in self.processes]
         finally:
-            self._end()
+            self._kill_remaining()
             for number, handler in before.items():
                 signal.signal(number, handler)
         if self.interrupted:
             raise KeyboardInterrupt
         if self.failed:
-            raise self._error()
+            raise self._most_likely_cause()
         return EXIT_PREEMPTED if EXIT_PREEMPTED in statuses else EXIT_OK
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _forward_signal(self, number: int, frame: FrameType | None) -> None:
+        """Send a stop signal on to the workers; an interrupt only ends the wait, and the workers are killed then."""
         if number == signal.SIGINT:
             self.interrupted = True
             return
-        self.passed_on.add(number)
+        self.forwarded.add(number)
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(number)
 
-    def _wait(self) -> None:
-        """Until all have ended, or until those that outlive a failure have had time to end by themselves."""
+    def _wait_for_all(self) -> None:
+        """Wait until all have ended, or after a failure until the others have had `GRACE_S` to end by themselves."""
         deadline = None
         while not self.interrupted:
             statuses = [process.poll() for process in self.processes]
@@ -121,42 +122,41 @@ class _Workers:
                 return
             time.sleep(POLL_S)
 
-    def _end(self) -> None:
+    def _kill_remaining(self) -> None:
         for process in self.processes:
             if process.poll() is None:
                 process.kill()
             process.wait()
 
-    def _error(self) -> LaunchError:
-        """The cause among the ranks that failed."""
-        causes = {rank: self._describe(rank) for rank in self.failed}
+    def _most_likely_cause(self) -> LaunchError:
+        """Return the error to raise: that of the failed rank which is most likely the cause."""
+        causes = {rank: self._explain_rank(rank) for rank in self.failed}
         rank = min(self.failed, key=lambda r: causes[r][0])
-        place, message = causes[rank]
-        same = [r for r in self.failed if causes[r] == (place, message)]
-        everywhere = len(same) == len(self.files)
+        message = causes[rank][1]
+        everywhere = len(causes) == len(self.files) and set(causes.values()) == {causes[rank]}
         error = LaunchError(message if everywhere or message.startswith("rank ") else f"rank {rank}: {message}")
         status = self.processes[rank].returncode
         error.exit_status = 128 - status if status < 0 else status
         return error
 
-    def _describe(self, rank: int) -> tuple[int, str]:
-        """How likely this rank's end is to be the cause (least is likeliest), and its message."""
-        status, failure = self.processes[rank].returncode, found(self.files[rank])
+    def _explain_rank(self, rank: int) -> tuple[int, str]:
+        """Return the order in which causes are believed (0 first) and the message, for a rank that failed."""
+        status, failure = self.processes[rank].returncode, read_failure(self.files[rank])
         if status == -signal.SIGKILL:
             why = "kill -9, or the kernel when memory ran out"
-            return 0, f"rank {rank} was ended by SIGKILL ({why}). Continue with --resume auto."
+            return 0, f"rank {rank} was killed by SIGKILL ({why}). Continue with --resume auto."
         if failure is not None:
             return (3 if failure.consequence else 1), failure.message
         if status < 0:
             name = signal.Signals(-status).name
-            if -status in self.passed_on:
+            if -status in self.forwarded:
                 return 2, f"stopped by {name} before training began, so there was nothing to save. Start again."
-            return 2, f"rank {rank} died of {name}. Its last messages are above."
+            return 2, f"rank {rank} was killed by {name}. Its last messages are above."
         return 2, f"rank {rank} failed with exit status {status}. Its message is above."
 
 
-def _before_exec() -> None:
-    """Runs in a worker before its program: leave Ctrl-C to the launcher, and on Linux die with it."""
+def _prepare_worker() -> None:
+    """Run in a worker before its program: ignore Ctrl-C, which the launcher handles, and on Linux die with the launcher."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Started by `rdt plan --measure` on each process: takes steps of a config's model and writes down what they took."""
+"""Worker of `rdt plan --measure`: takes steps of a config's model and writes their peak memory and collectives."""
 
 import argparse
 import dataclasses
@@ -7,17 +7,17 @@ import sys
 import traceback
 from pathlib import Path
 
-# Started as a script, Python puts launch/ first on the path; imports are decided by the repository's root instead.
+# For a script, Python puts its directory first on the path; the repository's root replaces it, so that launch is a package.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launch.failures import explain, leave
+from launch.failures import explain, write_failure
 from megatron_rdt.environment import error_file, leave_process, quiet_libraries, read_process_info
 from megatron_rdt.errors import EXIT_FAILED, EXIT_OK
 from megatron_rdt.files import write_text
 
 
-def measure(options: argparse.Namespace) -> None:
-    """Take the steps; the first process writes a list of {"loops", "peak" of all processes, "sent"} as JSON."""
+def write_measurements(options: argparse.Namespace) -> None:
+    """Take one step per loop count; rank 0 writes a list of {"loops", "peak" over all ranks, "sent"} as JSON."""
     import torch
 
     from megatron_rdt.config import load_config
@@ -36,7 +36,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Measure on this process; returns its exit status."""
+    """Measure in this process and return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True, help="YAML of the run")
     parser.add_argument("--loops", type=int, nargs="+", required=True, help="values of T")
@@ -44,14 +44,14 @@ def main() -> int:
     options = parser.parse_args()
     quiet_libraries(read_process_info().local_world_size)
     try:
-        measure(options)
+        write_measurements(options)
         return EXIT_OK
     except Exception as error:
         explained, file = explain(error), error_file()
         if explained is None or file is None:
             traceback.print_exc()
             return EXIT_FAILED
-        leave(file, explained)
+        write_failure(file, explained)
         return explained.exit_status
 
 

@@ -1,4 +1,4 @@
-"""The script that torchrun, deepspeed, srun and `rdt train` start on each process; same options as `rdt train`."""
+"""Training script of one process, started by torchrun, deepspeed, srun or `rdt train`, with the options of `rdt train`."""
 
 import contextlib
 import logging
@@ -7,36 +7,36 @@ import time
 import traceback
 from pathlib import Path
 
-# Started as a script, Python puts launch/ first on the path; imports are decided by the repository's root instead.
+# For a script, Python puts its directory first on the path; the repository's root replaces it, so that launch is a package.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launch.failures import EXIT_INTERRUPTED, explain, leave
+from launch.failures import EXIT_INTERRUPTED, explain, write_failure
 from megatron_rdt.environment import ProcessInfo, error_file, leave_process, quiet_libraries, read_process_info
 from megatron_rdt.errors import EXIT_FAILED, RdtError
 from megatron_rdt.train.stop_request import StopRequest
 
 PROGRAM = "pretrain.py"
-SPEAKERS_START_S = 3.0
+SPEAKER_HEAD_START_S = 3.0
 
 
-def tell(error: RdtError, process: ProcessInfo) -> None:
-    """Leave the error to `rdt train`, which prints it once for all ranks; where there is none, print it."""
+def report_error(error: RdtError, process: ProcessInfo) -> None:
+    """Write the error to a file for `rdt train`, which prints it once for all ranks; under other launchers, print it."""
     file = error_file()
     if file is not None:
         with contextlib.suppress(OSError):  # a full disk must not hide the error
-            leave(file, error)
+            write_failure(file, error)
             return
     print(f"{PROGRAM}: error (rank {process.rank}): {error}", file=sys.stderr, flush=True)
 
 
 def main(words: list[str]) -> int:
-    """Train on this process; returns its exit status."""
-    stop = StopRequest()  # before anything that takes long
+    """Train in this process and return its exit status."""
+    stop = StopRequest()  # first, so that a signal during the slow imports counts
     process, started = ProcessInfo(), False
     try:
         process = read_process_info()
         quiet_libraries(process.local_world_size)
-        if process.rank:  # what all ranks find, the first one says
+        if process.rank:  # all ranks warn about the same; rank 0 is enough
             logging.getLogger("megatron_rdt").setLevel(logging.ERROR)
         from launch.train_options import check_paths, parse_worker
 
@@ -54,10 +54,11 @@ def main(words: list[str]) -> int:
             traceback.print_exc()
             return EXIT_FAILED
         if started or error_file() or process.local_rank == 0:
-            tell(explained, process)
+            report_error(explained, process)
         else:
-            # Every rank of a node fails for the same reason and one says it. torchrun ends all when the first is gone.
-            time.sleep(SPEAKERS_START_S)
+            # Before training all ranks of a node fail for the same reason, and local rank 0 prints it. It gets a head
+            # start, since torchrun ends all ranks when the first one exits.
+            time.sleep(SPEAKER_HEAD_START_S)
         return explained.exit_status
 
 

@@ -1,4 +1,4 @@
-"""Options of `rdt train` and launch/pretrain.py, parsed and checked before anything starts."""
+"""Options of `rdt train` and launch/pretrain.py, and the checks of a run before any process starts."""
 
 import os
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class WorkerOptions:
     """Options of launch/pretrain.py besides the run's config."""
 
     resume: str = field(default="none", metadata={"metavar": "none|auto|PATH"})
-    """none: a fresh run; auto: go on from the run's newest complete checkpoint, or start it; or the path of a checkpoint or run to start from."""
+    """none: start a new run; auto: resume from the run's newest complete checkpoint, or start it; or the path of a checkpoint or run to start from."""
     local_rank: int = field(default=0, metadata=HIDDEN)
     """Passed by the DeepSpeed launcher and ignored: the environment says the same."""
 
@@ -30,7 +30,7 @@ class LaunchOptions(WorkerOptions):
     nproc: int = 0
     """Processes on this machine; 0: one per GPU, or 2 on CPU."""
     master_port: int = 0
-    """Port for the processes to meet; 0: any free one."""
+    """Port at which the processes connect; 0: any free one."""
 
 
 LAUNCHER_ONLY = {option.name for option in fields(LaunchOptions)} - {option.name for option in fields(WorkerOptions)}

@@ -17,9 +17,9 @@ class EvalOptions:
     sequences: int = 64
     """Validation sequences to use, spread evenly over the split, of the length that the run was trained with."""
     data: str | None = None
-    """Directory of the prepared corpus; the run's own where not given."""
+    """Directory of a prepared corpus; by default the run's own."""
     out: str | None = None
-    """JSON file to write; eval.json in the run directory where not given, nothing for a checkpoint outside a run."""
+    """JSON file to write; by default eval.json in the run directory, and none for a checkpoint outside a run."""
 
 
 def evaluate(words: list[str]) -> int:

@@ -25,11 +25,11 @@ class GenerateOptions:
     prompt: str = "def "
     """Text to continue; may be given several times."""
     prompts: str | None = None
-    """File of further texts to continue, one a line, UTF-8; empty lines are skipped."""
+    """File of further texts to continue, one per line, UTF-8; empty lines are skipped."""
     loops: int = 8
     """Loop count T: more loops, more compute per token, the same weights."""
     tokens: int = 100
-    """New tokens at most."""
+    """Largest number of new tokens."""
     temperature: float = 0.8
     """Sampling temperature; 0 takes the likeliest token."""
     top_k: int = 50
@@ -39,27 +39,27 @@ class GenerateOptions:
     seed: int = 0
     """Seed of the sampling: the same seed gives the same text."""
     stop: list[str] = field(default_factory=list)
-    """Texts of one token each that end a text, beside the tokenizer's end; a line's end is ["\\n"]."""
+    """Texts of one token each that end a text, in addition to the tokenizer's end token; ["\\n"] ends it with the line."""
     stop_ids: list[int] = field(default_factory=list)
     """Token ids that end a text."""
     stream: bool = False
-    """Print the text as it comes; for one prompt."""
+    """Print the text while it is generated; for one prompt only."""
     exit: Literal["fixed", "change", "second_difference", "kl", "kl_entropy", "act", "gate"] = "fixed"
     """Rule by which a token stops before T iterations; docs/generation.md has the formulas."""
     exit_threshold: float | None = None
-    """Threshold of the rule: it holds below it, for act and gate from it on."""
+    """Threshold of the rule: act and gate hold from this value upwards, the others below it."""
     exit_entropy: float | None = None
     """kl_entropy: entropy of the prediction, in nats, below which it may stop."""
     exit_hits: int = 1
     """Iterations in a row for which the rule must hold."""
     cache_budget: int = 0
-    """Iterations that keep keys and values of their own; 0 means all, which is exact."""
+    """Iterations with keys and values of their own in the cache; 0 means all, which is exact."""
     device: str = "auto"
-    """cpu, cuda, or cuda:N; auto takes a GPU where there is one."""
+    """cpu, cuda, or cuda:N; auto takes a GPU if there is one."""
 
 
 def generate(words: list[str]) -> int:
-    """Continue texts with a checkpoint, at a chosen depth."""
+    """Continue texts with a checkpoint, at a chosen loop count."""
     earlier, words = split_repeated(words, "prompt")
     options = parse_options("generate", summary_of(generate), GenerateOptions, words)
     names = ("loops", "temperature", "top_k", "top_p", "seed", "cache_budget")
@@ -73,13 +73,13 @@ def generate(words: list[str]) -> int:
     last = [options.prompt] if is_given or options.prompts is None else []
     prompts = [*earlier, *last, *read_prompts(options.prompts)]
     if options.stream and len(prompts) > 1:
-        raise ConfigError(f"--stream is for one prompt, there are {len(prompts)}. Leave --stream out.")
+        raise ConfigError(f"--stream is for one prompt, there are {len(prompts)}. Omit --stream, or give one prompt.")
     print_texts(options, prompts)
     return EXIT_OK
 
 
 def split_repeated(words: list[str], name: str) -> tuple[list[str], list[str]]:
-    """Return the values of every `--name` but the last, and the words without these."""
+    """Return the values of all `--name` options but the last, and the words without those options."""
     indices = [i for i, word in enumerate(words) if word.partition("=")[0] == f"--{name}"]
     values, taken = [], set()
     for i in indices[:-1]:
@@ -105,9 +105,11 @@ def read_prompts(path: str | None) -> list[str]:
         with open(path, encoding="utf-8") as file:
             lines = [line for line in file.read().split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts {path} cannot be read ({error}). Name a UTF-8 file, one prompt a line.") from None
+        raise ConfigError(
+            f"--prompts {path} cannot be read ({error}). Name a UTF-8 file with one prompt per line."
+        ) from None
     if not lines:
-        raise ConfigError(f"--prompts {path} has no text. Write one prompt a line.")
+        raise ConfigError(f"--prompts {path} has no text. Write one prompt per line.")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""`rdt plan`: what a run will need, from its config; with --measure, what it really takes on this machine beside it."""
+"""`rdt plan`: memory, communication, time and cost predicted from a config; --measure compares them with real steps."""
 
 import json
 import tempfile
@@ -25,44 +25,44 @@ class PlanOptions:
     """Options of `rdt plan` besides the run's config."""
 
     devices: int = 8
-    """Devices, which is processes."""
+    """Number of devices, with one process each."""
     device: str = field(default="h100", metadata={"metavar": "NAME", "help": f"Kind of device: {', '.join(DEVICES)}."})
     """A key of `DEVICES`."""
     intra_bandwidth: float = 0.0
-    """GB/s of a device to the others of its node, one direction; 0: the device's own."""
+    """GB/s from a device to the others of its node, in one direction; 0: the device's own."""
     inter_bandwidth: float = 0.0
     """GB/s of a device's share of the network; 0: the device's own."""
     per_node: int = 0
     """Devices of a node; 0: the device's own."""
     utilisation: float = 0.4
-    """Share of the peak rate that is assumed while computing."""
+    """Share of the peak FLOP rate that is reached while computing."""
     tokens: float = 100.0
     """Token budget, in billions."""
     price: float = 0.0
-    """Price of a device for an hour; 0 leaves the cost out."""
+    """Price of a device for an hour; 0 omits the cost."""
     nproc: int = 0
     """--measure: processes on this machine; 0: 2, or 1 for engine single."""
     out: str = field(default="", metadata={"metavar": "FILE"})
-    """Write the numbers there, too, as JSON."""
+    """Also write the numbers to this file, as JSON."""
     measure: bool = False
-    """Take steps of this model on this machine's processors at T = 1, 4, 16, and print what they sent and allocated beside what is planned."""
+    """Take steps of this model on this machine's CPUs at several T, and print their memory and communication beside the planned ones."""
 
 
 def plan(words: list[str]) -> int:
     """Say what a run will need: memory, communication, time, cost."""
     config, options = parse_run_options("rdt plan", DESCRIPTION, PlanOptions, words)
     check_config(config)
-    config, notes = arranged(config, 1 if options.measure else options.devices)
-    device = _device(options)
+    config, notes = fit_to_devices(config, 1 if options.measure else options.devices)
+    device = _device_of(options)
     if not 0 < options.utilisation <= 1:
         raise ConfigError(f"--utilisation is {options.utilisation}, it must be above 0 and at most 1.")
     if options.tokens < 0 or options.price < 0:
         raise ConfigError("--tokens and --price must not be negative.")
     if options.tokens > MOST_BILLIONS:
-        raise ConfigError(f"--tokens is {options.tokens:g} billion; it counts billions. 20 stands for 20,000,000,000.")
+        raise ConfigError(f"--tokens is {options.tokens:g} billion; it counts billions: 20 means 20,000,000,000.")
     data: Any
     if options.measure:
-        text, data = measure(config, options.nproc)
+        text, data = compare_with_measurement(config, options.nproc)
     else:
         from megatron_rdt.planner.plan_report import as_data, report
         from megatron_rdt.planner.run_plan import make_plan
@@ -78,8 +78,11 @@ def plan(words: list[str]) -> int:
     return EXIT_OK
 
 
-def arranged(config: RunConfig, devices: int) -> tuple[RunConfig, list[str]]:
-    """A config that says nothing of many devices, as a preset, made fit for them; and a sentence for each change."""
+def fit_to_devices(config: RunConfig, devices: int) -> tuple[RunConfig, list[str]]:
+    """Return a config whose engine and batch sizes suit this many devices, and a sentence for each change.
+
+    Presets are for one process: they get the engine for many, and a batch that the devices divide.
+    """
     notes = []
     if devices > 1 and not config.parallel.engine_kind.many_processes:
         notes.append(
@@ -101,8 +104,8 @@ def arranged(config: RunConfig, devices: int) -> tuple[RunConfig, list[str]]:
     return config, notes
 
 
-def _device(options: PlanOptions) -> Device:
-    """The device of the table, with what the options say of it."""
+def _device_of(options: PlanOptions) -> Device:
+    """Return the device that --device names, with the bandwidths and node size that other options override."""
     if options.device not in DEVICES:
         raise ConfigError(f"--device is {options.device}, it must be one of {', '.join(DEVICES)}.")
     device = DEVICES[options.device]
@@ -115,8 +118,8 @@ def _device(options: PlanOptions) -> Device:
     return device
 
 
-def measure(config: RunConfig, processes: int) -> tuple[str, list[dict[str, Any]]]:
-    """What steps of the config's model take on processes of this machine beside what is planned, as text and as data."""
+def compare_with_measurement(config: RunConfig, processes: int) -> tuple[str, list[dict[str, Any]]]:
+    """Take steps of the config's model on CPU processes; return measured and planned figures, as text and as rows."""
     from launch.local_processes import run_processes
     from megatron_rdt.config.layout import Layout
     from megatron_rdt.planner.communication import step_communication, totals

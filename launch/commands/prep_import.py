@@ -12,11 +12,11 @@ class ImportOptions:
     """Options of `rdt prep import`."""
 
     prefixes: list[str]
-    """Paths of .bin and .idx files without these endings; each becomes one shard."""
+    """Paths of .bin and .idx files without the extension; each becomes one shard."""
     tokenizer: str = ""
-    """Tokenizer that made them: a folder, as `rdt prep` writes one, or a model file."""
+    """Tokenizer that made them: a model file, or a folder such as `rdt prep` writes."""
     out: str = ""
-    """Corpus to write."""
+    """Directory of the corpus to write."""
     valid_prefix: list[str] = field(default_factory=list)
     """Prefixes of the validation split's files."""
 

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from launch.command_options import parse_options
 from megatron_rdt.errors import EXIT_OK, ConfigError
 
-DESCRIPTION = (
-    "Make the packing plans of a corpus for one sequence length: those that are missing, damaged or of other shards."
-)
+DESCRIPTION = "Make the packing plans of a corpus for one sequence length: those that are missing, damaged or made for other shards."
 
 
 @dataclass(frozen=True)

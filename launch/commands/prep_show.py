@@ -18,21 +18,21 @@ class ShowOptions:
     split: Literal["train", "valid"] = "train"
     """Split to show."""
     samples: int = 3
-    """Windows to show, as a run takes them."""
+    """Number of windows to show, in the order of a run."""
     first: int = 0
-    """Number of the first of them in the run."""
+    """Sample of the run whose window is the first to show."""
     sequence_length: int = 256
     """Tokens of a window: `train.sequence_length` of the run."""
     seed: int = 0
     """`run.seed` of the run."""
     documents: list[int] = field(default_factory=list)
-    """Show whole documents instead, by their numbers in the split, from 0."""
+    """Show these whole documents instead, by their numbers in the split, from 0."""
     ids: bool = False
-    """Also print the ids of the tokens."""
+    """Also print the token ids."""
 
 
 def show(words: list[str]) -> int:
-    """Print windows of a corpus as a run takes them, or whole documents, as text."""
+    """Print windows of a corpus in the order of a run, or whole documents, as text."""
     options = parse_options("prep show", summary_of(show), ShowOptions, words)
     if options.samples < 1 or options.first < 0 or options.sequence_length < 1:
         raise ConfigError("--samples and --sequence_length must be at least 1, and --first at least 0.")
@@ -40,7 +40,7 @@ def show(words: list[str]) -> int:
     from megatron_rdt.data.shard_files.corpus_manifest import load_manifest
 
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not have every character
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not encode every character
     style = text.Style(sys.stdout.isatty(), options.ids)
     for line in text.describe(load_manifest(options.directory)):
         print(style.heading(line))

@@ -14,27 +14,27 @@ class TaskOptions:
     task: list[str] = field(default_factory=lambda: ["hops"])
     """One or several of hops[:NODES], product[:GROUP], prefixes[:GROUP], addition[:DIGITS] and modular[:MODULUS], mixed evenly; a group is C2 to C999, S3 to S7 or A3 to A7."""
     difficulty: list[int] = field(default_factory=lambda: [1, 8])
-    """Steps that one after the other need: hops, multiplications, additions, depth of the expression. One number, or the smallest and the largest of a range that is drawn from uniformly."""
+    """Length of the chain of reasoning: hops, multiplications, additions, nesting of the expression. One number, or the smallest and the largest of a range, from which it is drawn uniformly."""
     count: int = 20_000
     """Examples in train.jsonl."""
     test_count: int = 500
     """Examples in test.jsonl; 0 writes none."""
     seed: int = 0
-    """Seed of the examples; on which side an example is does not depend on it."""
+    """Seed of the examples; whether an example belongs to train or test does not depend on it."""
     duplicates: bool = False
-    """Let an example occur more than once within a file."""
+    """Allow an example to occur more than once within a file."""
     out: str = "data/tasks"
     """Directory to write train.jsonl and test.jsonl into."""
     restart: bool = False
-    """Replace files of these names that are in `out`."""
+    """Replace the train.jsonl and test.jsonl that are in `out`."""
 
 
 def tasks(words: list[str]) -> int:
-    """Write generated reasoning tasks with exact answers: train.jsonl and test.jsonl, which have nothing in common."""
+    """Write generated reasoning tasks with exact answers: train.jsonl and test.jsonl, which share no example."""
     from data_prep.reasoning.examples import TEST, TRAIN, write_tasks
 
     options = parse_options("prep tasks", summary_of(tasks), TaskOptions, words, config_file=True, positional=False)
-    families, (easiest, hardest) = _checked(options)
+    families, (easiest, hardest) = _check_options(options)
     out = Path(options.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -52,15 +52,19 @@ def tasks(words: list[str]) -> int:
     return EXIT_OK
 
 
-def _checked(options: TaskOptions) -> tuple[list, tuple[int, int]]:
-    """The tasks and the range of their difficulty; ConfigError naming the first option that is wrong."""
+def _check_options(options: TaskOptions) -> tuple[list, tuple[int, int]]:
+    """Return the tasks and their smallest and largest difficulty.
+
+    Raises:
+        ConfigError: an option is wrong; the message names the first one.
+    """
     from data_prep.reasoning.examples import TEST, TRAIN
     from data_prep.reasoning.tasks import check_difficulty, parse_task
 
     if not options.task:
         raise ConfigError("task is empty. Set --task to one or several tasks, such as hops,addition.")
     if len(set(options.task)) < len(options.task):
-        raise ConfigError(f"task {','.join(options.task)} names one twice. Name each once in --task.")
+        raise ConfigError(f"task {','.join(options.task)} has a task that is given twice. Give each once in --task.")
     if len(options.difficulty) not in (1, 2):
         raise ConfigError(
             f"difficulty has {len(options.difficulty)} numbers. Set --difficulty to one, or to a range: 1,8."
@@ -73,5 +77,5 @@ def _checked(options: TaskOptions) -> tuple[list, tuple[int, int]]:
     check_difficulty(families, *difficulty)
     for split in (TRAIN, TEST):
         if (path := Path(options.out) / f"{split}.jsonl").exists() and not options.restart:
-            raise ConfigError(f"{path} is there already. Set another --out, or --restart to replace it.")
+            raise ConfigError(f"{path} already exists. Set another --out, or --restart to replace it.")
     return families, difficulty

@@ -14,14 +14,14 @@ class VerifyOptions:
     directory: str
     """Corpus that `rdt prep` wrote."""
     workers: int = 0
-    """Threads that read; 0 takes one per core."""
+    """Reading threads; 0 takes one per core."""
 
 
 def verify(words: list[str]) -> int:
-    """Read every byte of a corpus, compare it with the manifest, and name all that differs.
+    """Read every byte of a corpus, compare it with the manifest, and name everything that differs.
 
     Raises:
-        DataError: something does; what and where has been printed.
+        DataError: something differs; each finding has been printed.
     """
     options = parse_options("prep verify", summary_of(verify), VerifyOptions, words)
     if options.workers < 0:

@@ -1,4 +1,4 @@
-"""The whole main job in one call: prep, train on two processes, evaluate, generate, report."""
+"""`rdt quickstart`: the whole pipeline on real text, from raw files to a report, on two processes."""
 
 import time
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ CONFIG, DATA_CONFIG, TASKS_CONFIG = (
     "configs/smoke_data.yaml",
     "configs/quickstart_tasks.yaml",
 )
-LOOK_CONFIG, LOOK_STEPS = "configs/smoke.yaml", 5
+STREAM_CONFIG, STREAM_STEPS = "configs/smoke.yaml", 5
 TASKS = "hops,product:S5,addition,modular"
 TASKS_TEXT = "data/tasks-text"
 MOST_PROCESSES = 2
@@ -32,7 +32,7 @@ SAMPLE_TOKENS = 60
 
 @dataclass(frozen=True)
 class QuickstartOptions:
-    """No options."""
+    """Options of `rdt quickstart`, which takes none."""
 
 
 def quickstart(words: list[str]) -> int:
@@ -44,51 +44,51 @@ def quickstart(words: list[str]) -> int:
     config = load_config(CONFIG)
     run_directory = run_directory_of(config)
 
-    def title(text: str) -> None:
+    def print_title(text: str) -> None:
         print(f"\n== {time.monotonic() - began:5.0f} s  {text}", flush=True)
 
-    title("preparing text: duplicates and noise removed, tokenizer, token shards")
+    print_title("preparing text: duplicates and noise removed, tokenizer, token shards")
     prep(["--config", DATA_CONFIG])
-    title("preparing problems with answers, as two machines would")
+    print_title("preparing problems with answers, as two machines would")
     tasks(["--task", TASKS, "--difficulty", "1,4", "--out", TASKS_TEXT, "--restart"])
     for task in ("0/2", "1/2"):
         prep(["--config", TASKS_CONFIG, "--shard", task])
     merge(["--config", TASKS_CONFIG])
-    title("reading every byte of both once more, and a look at what a model will see")
+    print_title("reading every byte of both once more, and a look at what a model will see")
     for corpus in config.data.corpora():
         verify([corpus.path])
         show([corpus.path, "--samples", "1", "--sequence_length", "128"])
-    title("a quick look: a few steps on the problems as they come, without shards")
-    look = {"run.name": f"{config.run.name}-look", "train.steps": LOOK_STEPS, "eval.every": 0, "sample.every": 0}
+    print_title("a quick look: a few steps on the problems as they come, without shards")
+    look = {"run.name": f"{config.run.name}-look", "train.steps": STREAM_STEPS, "eval.every": 0, "sample.every": 0}
     look |= {"data.path": f"hf:{TASKS_TEXT}", "data.tokenizer": "data/stdlib/tokenizer", "logging.every": 1}
     status = run_processes(
-        ["--config", LOOK_CONFIG, "--resume", "auto", *(f"--{name}={value}" for name, value in look.items())], 1
+        ["--config", STREAM_CONFIG, "--resume", "auto", *(f"--{name}={value}" for name, value in look.items())], 1
     )
     if status:
         return status
-    processes = _processes()
-    title(f"pretraining on {processes} process{'es' if processes > 1 else ''}")
+    processes = _count_processes()
+    print_title(f"pretraining on {processes} process{'es' if processes > 1 else ''}")
     status = run_processes(["--config", CONFIG, "--resume", "auto"], processes)
     if status:
         return status
-    title("validation loss against the number of loops")
+    print_title("validation loss against the number of loops")
     from megatron_rdt.evaluate.loss import evaluate_checkpoint
     from megatron_rdt.evaluate.report import write_report
     from megatron_rdt.inference import generate_text
 
     evaluate_checkpoint(str(run_directory), EVAL_LOOPS, EVAL_SEQUENCES)
-    title("text at two depths")
+    print_title("text at two loop counts")
     for loops in SAMPLE_LOOPS:
         text = generate_text(str(run_directory), config.sample.prompt, loops, SAMPLE_TOKENS, 0.8, 50, 1.0, 0)
         print(f"--- T = {loops}\n{text}")
-    title("report")
+    print_title("report")
     report = write_report(run_directory)
     print(f"\nDone in {time.monotonic() - began:.0f} s. The report is at {report.resolve()}")
     return EXIT_OK
 
 
-def _processes() -> int:
-    """Two, or as many as there are GPUs where there are fewer: each process takes one of its own."""
+def _count_processes() -> int:
+    """Return two, or one on a machine with a single GPU: each process needs its own."""
     import torch
 
     return min(torch.cuda.device_count() or MOST_PROCESSES, MOST_PROCESSES)

@@ -1,4 +1,4 @@
-"""`rdt report`: one HTML page about a run."""
+"""`rdt report`: the records of a run as one HTML page."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""`rdt submit`: render the Slurm script for a config and hand it to sbatch."""
+"""`rdt submit`: fill in the Slurm script for a run and pass it to sbatch."""
 
 import re
 import shlex
@@ -18,9 +18,9 @@ from megatron_rdt.run_directory import LATEST, run_directory_of
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "slurm" / "pretrain.sbatch"
 TRAINING_SCRIPT = Path(__file__).resolve().parent.parent / "pretrain.py"
-# Slurm may send the signal this many seconds earlier than asked.
+# Slurm may send the signal this many seconds earlier than requested.
 SIGNAL_TOLERANCE_S = 60
-# Restarts in a row without a new checkpoint after which a job does not go back into the queue.
+# Consecutive restarts without a new checkpoint after which a job does not go back into the queue.
 IDLE_RESTARTS = 3
 NO_LIMIT = ("0", "-1", "unlimited", "infinite")
 
@@ -48,17 +48,17 @@ class SubmitOptions:
     account: str = ""
     """Account; empty takes the user's default."""
     sbatch: str = ""
-    """Further options of sbatch, in one string: "--qos=high --mem=0"."""
+    """More options of sbatch, in one string: "--qos=high --mem=0"."""
     overrides: str = ""
-    """Further options of `rdt train`, in one string."""
+    """More options of `rdt train`, in one string."""
     directory: str = "jobs"
-    """Where the rendered script and the job's output go."""
+    """Directory for the script and the job's output."""
     dry_run: bool = False
     """Print the script instead of submitting it."""
 
 
-def read_config(job: SubmitOptions) -> tuple[RunConfig, list[str]]:
-    """The run's config, checked for the planned processes, and the words that give it to the training script.
+def read_run_config(job: SubmitOptions) -> tuple[RunConfig, list[str]]:
+    """Read the run's config, check it for the job's processes, and return it with the training script's options.
 
     Raises:
         ConfigError: the run's config is wrong, or the job's options do not fit it or each other.
@@ -66,15 +66,15 @@ def read_config(job: SubmitOptions) -> tuple[RunConfig, list[str]]:
     for name in ("nodes", "processes_per_node", "cpus_per_process", "signal_before_s"):
         if getattr(job, name) < 1:
             raise ConfigError(f"--{name} is {getattr(job, name)}, it must be at least 1.")
-    words = ["--config", job.config, *_split(job.overrides, "overrides")]
+    words = ["--config", job.config, *_split_words(job.overrides, "overrides")]
     config, options = parse_worker("rdt submit", words, job.nodes * job.processes_per_node)
     if options.resume not in ("none", "auto"):
         raise ConfigError(
-            f"--resume {options.resume} is in --overrides, but a job goes on from its own run each time it starts. "
-            "Leave it out."
+            f"--resume {options.resume} is in --overrides, but a job resumes its own run each time it starts. "
+            "Remove it."
         )
     _check_gpus(job, config)
-    limit = time_limit_s(job.time)
+    limit = parse_time_limit(job.time)
     if limit is not None and limit < job.signal_before_s + SIGNAL_TOLERANCE_S:
         raise ConfigError(
             f"--time {job.time} is {limit} s, too short for a signal {job.signal_before_s} s before its end, which "
@@ -83,7 +83,7 @@ def read_config(job: SubmitOptions) -> tuple[RunConfig, list[str]]:
     return config, words
 
 
-def _split(text: str, option: str) -> list[str]:
+def _split_words(text: str, option: str) -> list[str]:
     try:
         return shlex.split(text)
     except ValueError as error:
@@ -91,7 +91,8 @@ def _split(text: str, option: str) -> list[str]:
 
 
 def _check_gpus(job: SubmitOptions, config: RunConfig) -> None:
-    gpus = gpus_per_node(job, config)
+    """Refuse a number of GPUs that does not fit the processes or the run's device."""
+    gpus = choose_gpus_per_node(job, config)
     if gpus not in (0, job.processes_per_node):
         raise ConfigError(
             f"--gpus_per_node {gpus} and --processes_per_node {job.processes_per_node} differ, but each process drives "
@@ -99,22 +100,22 @@ def _check_gpus(job: SubmitOptions, config: RunConfig) -> None:
         )
     if (gpus == 0) != (config.train.device == "cpu") and config.train.device != "auto":
         raise ConfigError(
-            f"train.device is {config.train.device}, but --gpus_per_node is {gpus}. Leave --gpus_per_node out, or "
+            f"train.device is {config.train.device}, but --gpus_per_node is {gpus}. Omit --gpus_per_node, or "
             'change the device with --overrides "--train.device ...".'
         )
 
 
-def gpus_per_node(job: SubmitOptions, config: RunConfig) -> int:
-    """GPUs to ask for on each node."""
+def choose_gpus_per_node(job: SubmitOptions, config: RunConfig) -> int:
+    """Return how many GPUs to request on each node."""
     if job.gpus_per_node is not None:
         return job.gpus_per_node
     return 0 if config.train.device == "cpu" else job.processes_per_node
 
 
-def time_limit_s(text: str) -> int | None:
-    """Seconds of a time limit in any of Slurm's formats, or None for no limit.
+def parse_time_limit(text: str) -> int | None:
+    """Return the seconds of a time limit in any of Slurm's formats, or None for no limit.
 
-    They are: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds.
+    The formats are minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds.
     """
     if text.lower() in NO_LIMIT:
         return None
@@ -122,40 +123,41 @@ def time_limit_s(text: str) -> int | None:
     if match is None:
         raise ConfigError(f"--time {text} is not a time limit. Write hours:minutes:seconds or days-hours:minutes.")
     days, *parts = (int(part) if part else 0 for part in match.groups())
+    # Two numbers without days are minutes:seconds to Slurm, one is minutes; in all other formats hours come first.
     minutes_first = match[1] is None and match[4] is None
     hours, minutes, seconds = (0, *parts[:2]) if minutes_first else parts
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def directive(option: str, value: str | int) -> str:
-    """The value of a #SBATCH line, quoted as Slurm reads it, which is like a shell."""
+def quote_directive(option: str, value: str | int) -> str:
+    """Quote the value of a #SBATCH line: Slurm splits such lines as a shell does."""
     if re.search(r"[\r\n]", str(value)):
-        raise ConfigError(f"{option} {str(value)!r} has a line break, which a #SBATCH line cannot hold. Take it out.")
+        raise ConfigError(f"{option} {str(value)!r} has a line break, which a #SBATCH line cannot hold. Remove it.")
     return shlex.quote(str(value))
 
 
-def render(job: SubmitOptions, config: RunConfig, words: list[str]) -> str:
-    """The batch script of a job whose config and options have been checked."""
+def render_script(job: SubmitOptions, config: RunConfig, words: list[str]) -> str:
+    """Return the batch script of a job whose config and options have been checked."""
     extra = [
-        f"#SBATCH --{option}={directive('--' + option, value)}"
+        f"#SBATCH --{option}={quote_directive('--' + option, value)}"
         for option, value in (
             ("partition", job.partition),
             ("account", job.account),
-            ("gpus-per-node", gpus_per_node(job, config)),
+            ("gpus-per-node", choose_gpus_per_node(job, config)),
         )
         if value
     ]
-    extra += [f"#SBATCH {directive('--sbatch', word)}" for word in _split(job.sbatch, "sbatch")]
-    # Slurm replaces %x by the job's name and %j by its number; any other % of the path is doubled.
+    extra += [f"#SBATCH {quote_directive('--sbatch', word)}" for word in _split_words(job.sbatch, "sbatch")]
+    # Slurm replaces %x with the job's name and %j with its number, so every other % of the path is doubled.
     output = f"{Path(job.directory).resolve()}".replace("%", "%%") + "/%x-%j.out"
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        name=directive("run.name", config.run.name),
+        name=quote_directive("run.name", config.run.name),
         nodes=job.nodes,
         processes=job.processes_per_node,
         cpus=job.cpus_per_process,
         time=job.time,
         signal=job.signal_before_s,
-        output=directive("--directory", output),
+        output=quote_directive("--directory", output),
         extra="\n".join(extra),
         root=shlex.quote(str(Path.cwd())),
         python=shlex.quote(sys.executable),
@@ -169,14 +171,14 @@ def render(job: SubmitOptions, config: RunConfig, words: list[str]) -> str:
 
 def submit(words: list[str]) -> int:
     """Submit a run to Slurm."""
-    # Its --config is the run's YAML, one required option among others.
+    # Here --config is an option like the others, the run's YAML, and it is required.
     job = parse_options("submit", summary_of(submit), SubmitOptions, words, positional=False)
-    config, run_words = read_config(job)
-    text = render(job, config, run_words)
+    config, run_words = read_run_config(job)
+    text = render_script(job, config, run_words)
     if job.dry_run:
         print(text, end="")
         return EXIT_OK
-    # Better here than after a day in the queue.
+    # The job would find out too, but only after its time in the queue.
     check_paths(config)
     if shutil.which("sbatch") is None:
         raise LaunchError(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.local_processes import free_port
+from launch.local_processes import find_free_port
 from tests.distributed.engine_worker import check_engine
 from tests.distributed.processes import run_on_processes
 
@@ -16,7 +16,7 @@ BIN = Path(sys.executable).parent
 
 
 def start(launcher: str, arguments: list[str], repository: Path, timeout: float) -> subprocess.CompletedProcess[str]:
-    port = str(free_port())
+    port = str(find_free_port())
     if launcher == "torchrun":
         command = [BIN / "torchrun", "--nproc-per-node", "2", "--master-port", port]
     else:

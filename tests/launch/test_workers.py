@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from launch.failures import LostPeerError, explain
-from launch.local_processes import free_port
+from launch.local_processes import find_free_port
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 LONG = ["--train.steps=100000", "--data.max_epochs=1e9", "--eval.every=0", "--checkpoint.every=0"]
@@ -90,7 +90,7 @@ def test_a_killed_rank_ends_the_run(rank: int, running: Callable[[], subprocess.
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 137
     assert len(errors.splitlines()) == 1
-    assert f"rank {rank} was ended by SIGKILL" in errors
+    assert f"rank {rank} was killed by SIGKILL" in errors
     assert "--resume auto" in errors
     assert not any(worker.is_running() for worker in workers)
 
@@ -135,7 +135,7 @@ def test_a_port_in_use_is_refused_before_any_worker(rdt: Run, tiny_options: list
 @pytest.mark.distributed
 @pytest.mark.timeout(200)
 def test_errors_under_torchrun(repository: Path, tiny_options: list[str], tmp_path: Path) -> None:
-    launcher = [Path(sys.executable).parent / "torchrun", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    launcher = [Path(sys.executable).parent / "torchrun", "--nproc-per-node=2", f"--master-port={find_free_port()}"]
     words = [*tiny_options, "--parallel.engine=fsdp", f"--run.root={tmp_path}", "--depth.meen=3"]
     result = subprocess.run(
         [*map(str, launcher), "launch/pretrain.py", *words],

@@ -50,7 +50,10 @@ def test_one_difficulty_no_test_and_duplicates(tmp_path: Path) -> None:
 
 REFUSED = [
     (["--task="], "task is empty. Set --task to one or several tasks, such as hops,addition."),
-    (["--task=hops,addition,hops"], "task hops,addition,hops names one twice. Name each once in --task."),
+    (
+        ["--task=hops,addition,hops"],
+        "task hops,addition,hops has a task that is given twice. Give each once in --task.",
+    ),
     (["--task=jumps"], "there is no task 'jumps'"),
     (["--difficulty=1,2,3"], "difficulty has 3 numbers. Set --difficulty to one, or to a range: 1,8."),
     (["--difficulty="], "difficulty has 0 numbers"),
@@ -77,7 +80,7 @@ def test_files_are_replaced_only_on_request(tmp_path: Path) -> None:
     before = (tmp_path / "test.jsonl").read_bytes()
     (tmp_path / "train.jsonl").unlink()
     with pytest.raises(
-        ConfigError, match=r"test\.jsonl is there already\. Set another --out, or --restart to replace it"
+        ConfigError, match=r"test\.jsonl already exists\. Set another --out, or --restart to replace it"
     ):
         tasks([*SMALL, f"--out={tmp_path}", "--seed=1"])
     assert [path.name for path in tmp_path.iterdir()] == ["test.jsonl"]

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from launch.commands.submit import SubmitOptions, read_config, render, time_limit_s
+from launch.commands.submit import SubmitOptions, parse_time_limit, read_run_config, render_script
 from megatron_rdt.errors import ConfigError
 
 
 def script(config: Path, **options: object) -> str:
     """The rendered script of a job."""
     job = SubmitOptions(config=str(config), **{"directory": "jobs", **options})  # type: ignore[arg-type]
-    return render(job, *read_config(job))
+    return render_script(job, *read_run_config(job))
 
 
 def directives(text: str) -> list[str]:
@@ -114,7 +114,7 @@ def test_percent_signs_in_the_directory_are_kept(config: Path) -> None:
         ({"time": "6", "signal_before_s": 301}, "--time 6 is 360 s, too short"),
         ({"time": "tomorrow"}, "is not a time limit"),
         ({"overrides": "--run.name 'a"}, "--overrides .*No closing quotation"),
-        ({"overrides": "--resume runs/other"}, "goes on from its own run"),
+        ({"overrides": "--resume runs/other"}, "resumes its own run each time it starts"),
         ({"overrides": "--run.name 'a\nb'"}, "run.name .* must be the name of a directory"),
         ({"partition": "a\nb"}, "--partition .* line break"),
         ({"overrides": "--parallel.engine=single"}, "there are 8 processes"),
@@ -140,7 +140,7 @@ def test_options_that_cannot_work_are_explained(config: Path, options: dict, mes
     ],
 )
 def test_time_limits_as_slurm_writes_them(text: str, seconds: int | None) -> None:
-    assert time_limit_s(text) == seconds
+    assert parse_time_limit(text) == seconds
 
 
 SLURM_COMMANDS = {

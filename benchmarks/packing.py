@@ -77,7 +77,7 @@ def main() -> None:
         report("generated", np.cumsum(sizes) - sizes, sizes, length)
     if options.corpus is None:
         return
-    shards = [IndexedDataset(prefix) for prefix in load_manifest(options.corpus).shards("train")]
+    shards = [IndexedDataset(prefix) for prefix in load_manifest(options.corpus).shard_prefixes("train")]
     sizes = np.concatenate([np.diff(shard.document_starts, append=shard.tokens) for shard in shards])
     for length in lengths:
         report("corpus", np.cumsum(sizes) - sizes, sizes, length)

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.stages.write_manifest import make_split_record, make_tokenizer_record, print_splits
-from megatron_rdt.data.shard_files.block_hashes import SUFFIXES, read_content, write_sums
+from megatron_rdt.data.shard_files.block_hashes import SUFFIXES, hash_file, write_block_hashes
 from megatron_rdt.data.shard_files.corpus_manifest import FORMAT, MANIFEST, VERSION
 from megatron_rdt.data.shard_files.indexed import REBUILD, IndexedDataset, prefix_path
 from megatron_rdt.data.tokenizer.base import BYTES_FILE, Tokenizer
@@ -186,12 +186,12 @@ def _look_through(
         shard.read_mask(offset, len(block))
         advance(len(block))
 
-    contents = {"bin": read_content(prefix_path(place, ".bin"), see), "idx": read_content(prefix_path(place, ".idx"))}
+    contents = {"bin": hash_file(prefix_path(place, ".bin"), see), "idx": hash_file(prefix_path(place, ".idx"))}
     advance(contents["idx"].size)
     if shard.has_mask:
-        contents["mask"] = read_content(prefix_path(place, ".mask"), see_mask)
+        contents["mask"] = hash_file(prefix_path(place, ".mask"), see_mask)
     shard.close()
-    write_sums(place, contents)
+    write_block_hashes(place, contents)
     record = {
         "name": place.name,
         "source": source,

@@ -115,8 +115,8 @@ def documents(directory: str | Path, split: str, numbers: Sequence[int], style: 
     manifest = load_manifest(directory)
     manifest.verify()
     tokenizer = Tokenizer(manifest.directory / "tokenizer")
-    prefixes = manifest.shards(split)
-    begins = np.cumsum([0, *(record["documents"] for name, record in manifest.records() if name == split)])
+    prefixes = manifest.shard_prefixes(split)
+    begins = np.cumsum([0, *(record["documents"] for name, record in manifest.shard_records() if name == split)])
     for number in numbers:
         if not 0 <= number < begins[-1]:
             raise ConfigError(

@@ -13,7 +13,7 @@ from data_prep.jobs.working_directory import Job
 from data_prep.sources.inputs import Part
 from data_prep.stages.encode import SPILL_ROW, kept_rows, slice_count, spill_path
 from data_prep.stages.scan import scan_record
-from megatron_rdt.data.shard_files.block_hashes import seal_shard
+from megatron_rdt.data.shard_files.block_hashes import hash_shard
 from megatron_rdt.data.shard_files.indexed import IndexedWriter, prefix_path, token_dtype
 from megatron_rdt.errors import DataError
 
@@ -193,7 +193,7 @@ def _write_split(
                 "documents": writer.documents,
                 "text_bytes": int(rows["bytes"][first:last].sum(dtype=np.int64)),
                 "max_id": writer.max_id,
-                **seal_shard(prefix),
+                **hash_shard(prefix),
             }
         )
         first = last

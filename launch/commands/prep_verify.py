@@ -29,22 +29,22 @@ def verify(words: list[str]) -> int:
     from tqdm import tqdm
 
     from megatron_rdt.data.shard_files.corpus_manifest import load_manifest
-    from megatron_rdt.data.shard_files.verify import corpus_bytes, verify_corpus
+    from megatron_rdt.data.shard_files.verify import count_shard_bytes, verify_corpus
 
     manifest, begun = load_manifest(options.directory), time.monotonic()
-    size = corpus_bytes(manifest)
+    size = count_shard_bytes(manifest)
     with tqdm(total=size, unit="B", unit_scale=True, desc="verify") as bar:
         findings = verify_corpus(options.directory, options.workers, bar.update)
     for finding in findings:
         print(finding if finding.serious else f"{finding} (harmless)")
-    damaged = sorted({finding.place for finding in findings if finding.serious})
+    damaged = sorted({finding.file for finding in findings if finding.serious})
     if damaged:
         raise DataError(
             f"{options.directory} is not as it was written: {', '.join(damaged[:4])}"
             f"{f' and {len(damaged) - 4} more files' if len(damaged) > 4 else ''}. Put whole files back from a copy of this "
             "corpus, or prepare all of it again with `rdt prep` and --restart true; single shards are not rebuilt."
         )
-    shards = list(manifest.records())
+    shards = list(manifest.shard_records())
     tokens = sum(record["tokens"] for _, record in shards)
     print(
         f"{options.directory} is as it was written: {len(shards)} shards, {tokens:,} tokens, {size / 1e6:,.1f} MB, "

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from megatron_rdt.data.packed_corpus import PackedCorpus as PackedCorpus
     from megatron_rdt.data.packed_corpus import open_corpus as open_corpus
     from megatron_rdt.data.shard_files.corpus_manifest import CorpusManifest as CorpusManifest
+    from megatron_rdt.data.shard_files.corpus_manifest import describe_shard_difference as describe_shard_difference
     from megatron_rdt.data.shard_files.corpus_manifest import load_manifest as load_manifest
-    from megatron_rdt.data.shard_files.corpus_manifest import shard_difference as shard_difference
     from megatron_rdt.data.shard_files.indexed import IndexedDataset as IndexedDataset
     from megatron_rdt.data.shard_files.indexed import IndexedWriter as IndexedWriter
     from megatron_rdt.data.tokenizer.base import Tokenizer as Tokenizer
@@ -32,7 +32,7 @@ _MODULES = {
     "load_manifest": "shard_files.corpus_manifest",
     "open_corpus": "packed_corpus",
     "read_fixed_windows": "corpus",
-    "shard_difference": "shard_files.corpus_manifest",
+    "describe_shard_difference": "shard_files.corpus_manifest",
 }
 __all__ = list(_MODULES)
 

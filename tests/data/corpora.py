@@ -60,7 +60,7 @@ def random_documents(generator: np.random.Generator, tokens: int, low: int = 4, 
 def stream(manifest: CorpusManifest | Path, split: str = "train") -> np.ndarray:
     """All tokens of a split, read plainly."""
     manifest = load_manifest(manifest) if isinstance(manifest, Path) else manifest
-    files = [prefix.with_suffix(".bin") for prefix in manifest.shards(split)]
+    files = [prefix.with_suffix(".bin") for prefix in manifest.shard_prefixes(split)]
     return np.concatenate([np.fromfile(file, "<u2") for file in files]).astype(np.int64)
 
 

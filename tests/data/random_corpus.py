@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_rdt.data import IndexedWriter, Tokenizer
-from megatron_rdt.data.shard_files.block_hashes import seal_shard
+from megatron_rdt.data.shard_files.block_hashes import hash_shard
 from megatron_rdt.data.shard_files.corpus_manifest import FORMAT, MANIFEST, VERSION
 
 
@@ -49,7 +49,7 @@ def write_random_corpus(
                     ids[-1] = known.eos
                     writer.add_document(ids, mask=draw.integers(0, 2, length) if masks else None)
             counts = {"tokens": writer.tokens, "documents": writer.documents, "max_id": writer.max_id}
-            records.append({"name": prefix.name, **counts, **seal_shard(prefix)})
+            records.append({"name": prefix.name, **counts, **hash_shard(prefix)})
             if not seals:
                 prefix.with_name(f"{prefix.name}.sum").unlink()
         totals = {key: sum(record[key] for record in records) for key in ("tokens", "documents")}

@@ -42,7 +42,7 @@ def sharded(tiny_text: Path, tiny_corpus: Path, tmp_path_factory: pytest.TempPat
 
 
 def test_numbers_are_those_of_the_stream_across_shards(sharded: TokenCorpus) -> None:
-    lengths = [IndexedDataset(prefix).lengths for prefix in sharded.manifest.shards("train")]
+    lengths = [IndexedDataset(prefix).lengths for prefix in sharded.manifest.shard_prefixes("train")]
     assert len(lengths) > 3
     stream = np.repeat(np.arange(sum(map(len, lengths))), np.concatenate(lengths))
     offsets = np.cumsum([0, *map(np.sum, lengths)])

@@ -21,7 +21,7 @@ from megatron_rdt.data import (
 from megatron_rdt.data.permutation import KeyedPermutation
 from megatron_rdt.data.sample_order import SampleOrder, samples_of_rank
 from megatron_rdt.data.shard_files.indexed import CODES, HEADER, MAGIC, MAX_SEQUENCE, VERSION
-from megatron_rdt.data.shard_files.open_shards import Shards, starts_on_disk
+from megatron_rdt.data.shard_files.open_shards import Shards, find_document_starts
 from megatron_rdt.errors import ConfigError, DataError
 from tests.data.corpora import random_documents, stream, write_corpus
 
@@ -185,7 +185,7 @@ def test_documents_are_found_on_disk_as_in_memory(many_shards: Path, tmp_path: P
     assert dataset.document_starts.tolist() == [0, 5, 9]
     for start in range(11):
         for stop in range(start, 11):
-            assert starts_on_disk(dataset, start, stop).tolist() == [s for s in (0, 5, 9) if start <= s < stop]
+            assert find_document_starts(dataset, start, stop).tolist() == [s for s in (0, 5, 9) if start <= s < stop]
 
 
 TERA, SHARDS, DOCUMENTS = 10**12, 8, 60

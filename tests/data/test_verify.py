@@ -15,10 +15,10 @@ from data_prep.config import PrepConfig
 from data_prep.pipeline import prepare
 from launch.cli import run_command
 from megatron_rdt.data import IndexedDataset, TokenCorpus, load_manifest
-from megatron_rdt.data.shard_files.block_hashes import BLOCK_BYTES, read_content
-from megatron_rdt.data.shard_files.index_check import read_index
+from megatron_rdt.data.shard_files.block_hashes import BLOCK_BYTES, hash_file
+from megatron_rdt.data.shard_files.index_check import check_index
 from megatron_rdt.data.shard_files.indexed import CODES, HEADER, MAGIC, VERSION
-from megatron_rdt.data.shard_files.verify import corpus_bytes, verify_corpus
+from megatron_rdt.data.shard_files.verify import count_shard_bytes, verify_corpus
 from megatron_rdt.errors import DataError
 from tests.data.random_corpus import write_random_corpus
 
@@ -232,7 +232,7 @@ CASES = {
     ),
     "hash in the manifest": Case(
         lambda c: edit(c, lambda d: record(d, THIRD).update(bin_sha256="0" * 64)),
-        (r"manifest\.json: the hash of train/shard-00002\.bin is another, but the file is as",),
+        (r"manifest\.json: the hash of train/shard-00002\.bin is another, but the file fits train/.*\.sum: one",),
         "",
     ),
     "vocabulary": Case(
@@ -264,7 +264,7 @@ def test_damage_is_located(corpus: Path, name: str) -> None:
         return
     split = TokenCorpus(corpus, "train", 64, 1)  # what sizes and headers do not show
     split.close()
-    files = [finding.place for finding in findings if finding.place.endswith((".bin", ".idx", ".mask"))]
+    files = [finding.file for finding in findings if finding.file.endswith((".bin", ".idx", ".mask"))]
     if files:  # the rest is of no use to training
         with pytest.raises(DataError, match="has other content than was written"):
             TokenCorpus(corpus, "train", 64, 1, verify="full")
@@ -274,7 +274,7 @@ def test_a_whole_corpus_is_as_written(whole: Path, tiny_corpus: Path) -> None:
     read: list[int] = []
     assert verify_corpus(whole, 2, read.append) == []
     files = [p for folder in ("train", "valid") for p in (whole / folder).iterdir() if p.suffix != ".sum"]
-    assert sum(read) == corpus_bytes(load_manifest(whole)) == sum(path.stat().st_size for path in files)
+    assert sum(read) == count_shard_bytes(load_manifest(whole)) == sum(path.stat().st_size for path in files)
     assert verify_corpus(tiny_corpus) == []
 
 
@@ -312,7 +312,7 @@ def test_what_does_no_harm_is_told_apart(corpus: Path) -> None:
     (corpus / f"{SECOND}.sum").write_text("{}")
     (corpus / f"{THIRD}.sum").unlink()
     findings = verify_corpus(corpus)
-    assert {finding.place for finding in findings} == {f"{BIG}.sum", f"{SECOND}.sum", "train/shard-00009.bin"}
+    assert {finding.file for finding in findings} == {f"{BIG}.sum", f"{SECOND}.sum", "train/shard-00009.bin"}
     assert not any(finding.serious for finding in findings)
     assert run_command(["prep", "verify", str(corpus)]) == 0
 
@@ -323,7 +323,7 @@ def test_a_mask_that_the_manifest_does_not_know(tiny_corpus: Path, tmp_path: Pat
     assert [str(finding) for finding in verify_corpus(corpus)] == [
         "train/shard-00000.mask: the manifest says that this shard has none"
     ]
-    with pytest.raises(DataError, match="mask is there, and not in the manifest"):
+    with pytest.raises(DataError, match="mask exists, but is not in the manifest"):
         TokenCorpus(corpus, "train", 64, 1)
 
 
@@ -336,11 +336,14 @@ def test_a_mask_that_the_manifest_does_not_know(tiny_corpus: Path, tmp_path: Pat
         (lambda d: record(d, SECOND).update(tokens="7"), "has no tokens of shard 1 of the split train"),
         (lambda d: record(d, SECOND).pop("mask_sha256"), "has masks for some shards of the split train and none for"),
         (lambda d: d["tokenizer"].clear(), "has no fingerprint of the tokenizer"),
-        (lambda d: record(d, SECOND).update(name="../x"), "calls shard 1 of the split train '../x', which is no name"),
+        (
+            lambda d: record(d, SECOND).update(name="../x"),
+            "calls shard 1 of the split train '../x', which is not a file name",
+        ),
         (lambda d: d["splits"].pop("valid"), "has no split valid"),
         (lambda d: d["splits"]["train"]["shards"].reverse(), "lists the shards of the split train in another order"),
         (lambda d: d.update(prep=None), "has no mapping under prep"),
-        (lambda d: d["splits"].update({"..": d["splits"]["train"]}), "has a split '..', which is no name of a folder"),
+        (lambda d: d["splits"].update({"..": d["splits"]["train"]}), "has a split '..', which is not a folder name"),
     ],
 )
 def test_a_manifest_that_cannot_be_used(corpus: Path, change: Callable[[dict], object], message: str) -> None:
@@ -353,11 +356,11 @@ def test_block_hashes(tmp_path: Path) -> None:
     content = np.random.default_rng(1).bytes(BLOCK_BYTES + 5)
     (tmp_path / "a").write_bytes(content)
     (tmp_path / "b").write_bytes(content[BLOCK_BYTES:])
-    hashes = read_content(tmp_path / "a").blocks
+    hashes = hash_file(tmp_path / "a").blocks
     assert len(hashes) == 2
-    assert hashes[1:] == read_content(tmp_path / "b").blocks
+    assert hashes[1:] == hash_file(tmp_path / "b").blocks
     (tmp_path / "b").write_bytes(b"")
-    assert read_content(tmp_path / "b").blocks == []
+    assert hash_file(tmp_path / "b").blocks == []
 
 
 def test_the_command(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -380,7 +383,7 @@ def test_every_flipped_bit_of_an_index_is_located(tmp_path: Path, single: bool) 
     content = HEADER.pack(MAGIC, VERSION, CODES[dtype], 6, len(starts)) + lengths.tobytes()
     content += pointers.astype("<i8").tobytes() + starts.astype("<i8").tobytes()
     arguments = (dtype, len(starts) - 1, 22, None if single else 6)
-    whole = read_index(content, *arguments)
+    whole = check_index(content, *arguments)
     assert whole.damages == []
     assert whole.ends is not None
     assert whole.ends.tolist() == ([3, 4, 11, 13, 22] if single else [4, 13, 22])
@@ -388,7 +391,7 @@ def test_every_flipped_bit_of_an_index_is_located(tmp_path: Path, single: bool) 
     for bit in range(8 * len(content)):
         damaged = bytearray(content)
         damaged[bit // 8] ^= 1 << bit % 8
-        damages = read_index(bytes(damaged), *arguments).damages
+        damages = check_index(bytes(damaged), *arguments).damages
         if not damages and not single and bit // 8 >= 34 + 12 * 6:
             missed += 1  # another way to join sequences to documents, which only the hash can tell
             continue
@@ -396,4 +399,4 @@ def test_every_flipped_bit_of_an_index_is_located(tmp_path: Path, single: bool) 
         assert damages[0].first <= bit // 8 < damages[0].end, (bit, damages)
     assert missed < 10
     for end in range(len(content)):
-        assert read_index(content[:end], *arguments).ends is None
+        assert check_index(content[:end], *arguments).ends is None

@@ -32,7 +32,7 @@ def read_files(directory: Path) -> dict[str, bytes]:
 def read_split_texts(corpus: Path, split: str) -> list[str]:
     """Decode the documents of a split, in their order."""
     tokenizer = Tokenizer(corpus / "tokenizer")
-    shards = [IndexedDataset(prefix) for prefix in load_manifest(corpus).shards(split)]
+    shards = [IndexedDataset(prefix) for prefix in load_manifest(corpus).shard_prefixes(split)]
     return [tokenizer.decode(shard[i][:-1].tolist()) for shard in shards for i in range(len(shard))]
 
 

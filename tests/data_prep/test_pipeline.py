@@ -31,7 +31,7 @@ def test_documents_are_whole_and_unique(tiny_text: Path, tiny_corpus: Path) -> N
     texts = {path.read_text(encoding="utf-8") for path in tiny_text.iterdir()}
     found = []
     for split in ("train", "valid"):
-        for prefix in load_manifest(tiny_corpus).shards(split):
+        for prefix in load_manifest(tiny_corpus).shard_prefixes(split):
             shard = IndexedDataset(prefix)
             for i in range(len(shard)):
                 assert shard[i][-1] == tokenizer.eos

@@ -11,7 +11,7 @@ from data_prep import show_corpus as show
 from data_prep.show_corpus import Style
 from launch.cli import run_command
 from megatron_rdt.data import IndexedDataset, IndexedWriter, TokenCorpus, Tokenizer
-from megatron_rdt.data.shard_files.block_hashes import seal_shard
+from megatron_rdt.data.shard_files.block_hashes import hash_shard
 from megatron_rdt.errors import ConfigError, DataError
 from tests.data.random_corpus import write_random_corpus
 
@@ -79,7 +79,7 @@ def test_what_does_not_count_is_marked(tiny_corpus: Path, tmp_path: Path) -> Non
         writer.add_document(np.array([*prompt, *answer, tokenizer.eos]), mask=np.array(mask))
     document = json.loads((corpus / "manifest.json").read_text())
     document["splits"]["train"] |= {"tokens": len(mask), "documents": 1}
-    document["splits"]["train"]["shards"][0] |= {"tokens": len(mask), "documents": 1, **seal_shard(prefix)}
+    document["splits"]["train"]["shards"][0] |= {"tokens": len(mask), "documents": 1, **hash_shard(prefix)}
     (corpus / "manifest.json").write_text(json.dumps(document))
     assert list(show.documents(corpus, "train", [0], PLAIN))[1:] == ["⟦a question?⟧ its answer<eos>"]
     coloured = list(show.documents(corpus, "train", [0], Style(colour=True)))

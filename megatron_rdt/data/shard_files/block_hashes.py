@@ -1,7 +1,7 @@
-"""Hashes of a shard's blocks, `<prefix>.sum`: where a file differs from what was written, not only that it does.
+"""Block hashes of a shard's files, in `<prefix>.sum`: they tell which bytes of a file have changed.
 
-One SHA-256 per file, in the manifest, says whether a file is as it was written; the hashes of its blocks beside it say which
-blocks are not. A corpus is complete without them.
+The manifest has one SHA-256 per file, which tells that a file has changed. The hashes of its blocks, beside the file, tell
+where. A corpus is complete without them.
 """
 
 import hashlib
@@ -20,17 +20,17 @@ from megatron_rdt.files import write_text
 BLOCK_BYTES = 1 << 20
 BLOCK_HASH = "xxh3_64"
 SUFFIXES = (".bin", ".idx", ".mask")
-SUM = ".sum"
+SUM_SUFFIX = ".sum"
 
 
 @dataclass(frozen=True)
-class Content:
-    """What a file holds, in hashes.
+class FileHashes:
+    """Size and hashes of one file.
 
     Attributes:
         size: in bytes.
-        sha256: of the whole, hexadecimal.
-        blocks: xxh3_64 of each block of BLOCK_BYTES, the last one shorter, hexadecimal.
+        sha256: of the whole file, hexadecimal.
+        blocks: xxh3_64 of each block of BLOCK_BYTES, hexadecimal; the last block may be shorter.
     """
 
     size: int
@@ -38,54 +38,54 @@ class Content:
     blocks: list[str]
 
 
-def read_content(path: str | os.PathLike[str], see: Callable[[int, bytes], None] | None = None) -> Content:
-    """Read a file once.
+def hash_file(path: str | os.PathLike[str], inspect: Callable[[int, bytes], None] | None = None) -> FileHashes:
+    """Read a file once and hash it whole and block by block.
 
     Args:
         path: of the file.
-        see: called with the offset and the bytes of each block.
+        inspect: called with the byte offset and the bytes of each block, to check the content in the same pass.
     """
     digest, blocks, size = hashlib.sha256(), [], 0
     with open(path, "rb") as file:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
             blocks.append(xxhash.xxh3_64_hexdigest(block))
-            if see is not None:
-                see(size, block)
+            if inspect is not None:
+                inspect(size, block)
             size += len(block)
-    return Content(size, digest.hexdigest(), blocks)
+    return FileHashes(size, digest.hexdigest(), blocks)
 
 
-def seal_shard(prefix: str | os.PathLike[str]) -> dict[str, Any]:
-    """Hash the files of a shard that is complete and write the hashes of their blocks beside them.
+def hash_shard(prefix: str | os.PathLike[str]) -> dict[str, Any]:
+    """Hash the files of a finished shard and write their block hashes beside them.
 
     Returns:
-        The fields of the manifest's record that come of it: bin_bytes, bin_sha256, idx_sha256 and, where there is a mask,
+        Fields for the shard's record in the manifest: bin_bytes, bin_sha256, idx_sha256 and, where there is a mask,
         mask_sha256.
     """
-    contents = {
-        suffix[1:]: read_content(prefix_path(prefix, suffix))
+    hashes = {
+        suffix[1:]: hash_file(prefix_path(prefix, suffix))
         for suffix in SUFFIXES
         if suffix != ".mask" or prefix_path(prefix, suffix).is_file()
     }
-    write_sums(prefix, contents)
-    return {"bin_bytes": contents["bin"].size} | {f"{name}_sha256": c.sha256 for name, c in contents.items()}
+    write_block_hashes(prefix, hashes)
+    return {"bin_bytes": hashes["bin"].size} | {f"{name}_sha256": file.sha256 for name, file in hashes.items()}
 
 
-def write_sums(prefix: str | os.PathLike[str], contents: dict[str, Content]) -> None:
-    """Write the block hashes of a shard's files, by "bin", "idx" and "mask", into its .sum."""
-    files = {name: {"bytes": content.size, "blocks": content.blocks} for name, content in contents.items()}
+def write_block_hashes(prefix: str | os.PathLike[str], hashes: dict[str, FileHashes]) -> None:
+    """Write the block hashes of a shard's files, keyed "bin", "idx" and "mask", to its .sum file."""
+    files = {name: {"bytes": file.size, "blocks": file.blocks} for name, file in hashes.items()}
     document = {"block_bytes": BLOCK_BYTES, "hash": BLOCK_HASH, "files": files}
-    write_text(prefix_path(prefix, SUM), json.dumps(document) + "\n")
+    write_text(prefix_path(prefix, SUM_SUFFIX), json.dumps(document) + "\n")
 
 
-def recorded_blocks(prefix: str | os.PathLike[str]) -> dict[str, tuple[int, list[str]]] | None:
-    """Size and block hashes of the shard's files as they were written, by "bin", "idx" and "mask".
+def read_block_hashes(prefix: str | os.PathLike[str]) -> dict[str, tuple[int, list[str]]] | None:
+    """Read from a shard's .sum file the size and block hashes of each file when it was written, keyed "bin", "idx", "mask".
 
-    None where there is no readable .sum file: it is an aid, and what it describes may be whole without it.
+    None where there is no readable .sum file: it is only an aid, and the shard may be intact without it.
     """
     try:
-        document = json.loads(prefix_path(prefix, SUM).read_text(encoding="utf-8"))
+        document = json.loads(prefix_path(prefix, SUM_SUFFIX).read_text(encoding="utf-8"))
         if document["block_bytes"] != BLOCK_BYTES or document["hash"] != BLOCK_HASH:
             return None
         files = {name: (int(file["bytes"]), list(file["blocks"])) for name, file in document["files"].items()}
@@ -94,21 +94,21 @@ def recorded_blocks(prefix: str | os.PathLike[str]) -> dict[str, tuple[int, list
     return files if all(len(blocks) == -(-size // BLOCK_BYTES) for size, blocks in files.values()) else None
 
 
-def differing_ranges(now: Content, size: int, blocks: Sequence[str]) -> list[tuple[int, int]]:
-    """Byte ranges [first, end) of a file whose blocks are not those recorded, neighbours together.
+def find_changed_ranges(now: FileHashes, size: int, blocks: Sequence[str]) -> list[tuple[int, int]]:
+    """Find the byte ranges [first, end) of a file whose block hashes differ from those recorded; neighbours are joined.
 
-    Only bytes that are there now are in a range; a block that a cut went through is compared with nothing.
+    A block that became shorter or longer is not compared: that the size changed is found without hashes.
 
     Args:
-        now: the file as it is.
+        now: hashes of the file now.
         size: its size when it was written.
-        blocks: the block hashes of then.
+        blocks: its block hashes when it was written.
     """
     ranges: list[tuple[int, int]] = []
     for index, (old, new) in enumerate(zip(blocks, now.blocks)):
         first = index * BLOCK_BYTES
-        end, then = min(first + BLOCK_BYTES, now.size), min(first + BLOCK_BYTES, size)
-        if old == new or end != then:
+        end, old_end = min(first + BLOCK_BYTES, now.size), min(first + BLOCK_BYTES, size)
+        if old == new or end != old_end:
             continue
         if ranges and ranges[-1][1] == first:
             ranges[-1] = (ranges[-1][0], end)
@@ -117,6 +117,6 @@ def differing_ranges(now: Content, size: int, blocks: Sequence[str]) -> list[tup
     return ranges
 
 
-def shard_files(prefix: Path) -> list[Path]:
-    """The files of a shard that are there, with its .sum."""
-    return [path for suffix in (*SUFFIXES, SUM) if (path := prefix_path(prefix, suffix)).is_file()]
+def list_shard_files(prefix: Path) -> list[Path]:
+    """List the files of a shard that exist, including its .sum file."""
+    return [path for suffix in (*SUFFIXES, SUM_SUFFIX) if (path := prefix_path(prefix, suffix)).is_file()]

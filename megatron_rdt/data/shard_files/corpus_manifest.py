@@ -1,4 +1,4 @@
-"""The manifest of a prepared corpus: counts, hashes, the tokenizer; its presence means the corpus is complete."""
+"""CorpusManifest: counts, hashes and tokenizer of a prepared corpus, in manifest.json; it exists if the corpus is complete."""
 
 import hashlib
 import json
@@ -18,8 +18,8 @@ from megatron_rdt.files import sha256_of
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "rdt-tokens", 1
-SHORT_HASH = 16  # hexadecimal digits
-# What a manifest must have for its corpus to be read, with the types of JSON.
+SHORT_HASH = 16  # hexadecimal digits of a hash that identify a shard in a checkpoint
+# Keys without which a corpus cannot be read, with their JSON types.
 FIELDS: dict[str, type] = {"dtype": str, "vocab_size": int, "eos": int, "tokenizer": dict, "splits": dict}
 SPLITS = ("train", "valid")  # the second may have no shards
 SHARD_FIELDS: dict[str, type] = {
@@ -33,10 +33,10 @@ SHARD_FIELDS: dict[str, type] = {
 
 
 class CorpusManifest:
-    """A corpus that `rdt prep` wrote.
+    """Manifest of a corpus that `rdt prep` wrote.
 
     Attributes:
-        directory: where it is.
+        directory: of the corpus.
         document: the JSON document.
     """
 
@@ -45,7 +45,7 @@ class CorpusManifest:
 
     @property
     def vocab_size(self) -> int:
-        """Vocabulary of the tokenizer."""
+        """Size of the tokenizer's vocabulary."""
         return int(self.document["vocab_size"])
 
     @property
@@ -55,38 +55,41 @@ class CorpusManifest:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the tokenizer, the dtype, and every shard's tokens and masks: what a checkpoint remembers of its data."""
+        """Hash of the tokenizer, the dtype, and every shard's tokens and masks; checkpoints record it."""
         parts = [self.document["tokenizer"]["fingerprint"], self.document["dtype"]]
         for split in sorted(self.document["splits"]):
             for shard in self.document["splits"][split]["shards"]:
-                parts += _content_hashes(shard)
+                parts += _select_content_hashes(shard)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @property
     def shard_hashes(self) -> dict[str, str]:
-        """The beginning of the SHA-256 of every shard's files by split/name: to say later which one changed."""
+        """First digits of the SHA-256 of each shard's files, by split/name, to tell later which shard changed."""
         return {
-            f"{split}/{shard['name']}": "".join(digest[:SHORT_HASH] for digest in _content_hashes(shard))
+            f"{split}/{shard['name']}": "".join(digest[:SHORT_HASH] for digest in _select_content_hashes(shard))
             for split, content in sorted(self.document["splits"].items())
             for shard in content["shards"]
         }
 
-    def shards(self, split: str) -> list[Path]:
-        """Prefixes of a split's shards, in order."""
+    def shard_prefixes(self, split: str) -> list[Path]:
+        """List the path prefixes of a split's shards, in order."""
         return [self.directory / split / shard["name"] for shard in self.document["splits"][split]["shards"]]
 
-    def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Split and record of every shard, in order."""
+    def shard_records(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the split and the manifest's record of every shard, in order."""
         for split, content in self.document["splits"].items():
             for record in content["shards"]:
                 yield split, record
 
     def verify(self, level: str = "size") -> None:
-        """Compare the files with the manifest; DataError names the first that differs.
+        """Compare the files with the manifest.
 
         Args:
-            level: "size" compares the tokenizer, and the sizes and headers of the shards; "full" reads and hashes every
-                byte too.
+            level: "size" compares the tokenizer, and the sizes and headers of the shards; "full" also reads and hashes
+                every byte.
+
+        Raises:
+            DataError: a file differs; the message names the first one.
         """
         ids = int(np.iinfo(self.dtype).max) + 1
         if self.vocab_size > ids:
@@ -114,16 +117,17 @@ class CorpusManifest:
                         f"{self.directory / MANIFEST} says {content[key]:,} {key} for the split {split}, its shards have "
                         f"{total:,}: it was changed. {REBUILD}"
                     )
-        shards = [(self.directory / split / record["name"], record) for split, record in self.records()]
+        shards = [(self.directory / split / record["name"], record) for split, record in self.shard_records()]
         for prefix, record in shards:
-            self._verify_size(prefix, record)
+            self._verify_shard_size(prefix, record)
         if level == "full":
-            with ThreadPoolExecutor(usable_cores()) as pool:  # hashing lets other threads run
-                for failure in pool.map(lambda shard: _other_content(*shard), shards):
-                    if failure:
-                        raise DataError(failure)
+            with ThreadPoolExecutor(usable_cores()) as pool:  # hashing releases the GIL
+                for message in pool.map(lambda shard: _changed_file_message(*shard), shards):
+                    if message:
+                        raise DataError(message)
 
-    def _verify_size(self, prefix: Path, record: dict[str, Any]) -> None:
+    def _verify_shard_size(self, prefix: Path, record: dict[str, Any]) -> None:
+        """Compare a shard's file sizes, headers and counts with its record; DataError if one differs."""
         path = prefix_path(prefix, ".bin")
         if not path.is_file():
             raise DataError(f"{path} is missing. {REBUILD}")
@@ -140,17 +144,17 @@ class CorpusManifest:
             if record[key] != found:
                 raise DataError(f"{prefix} has {found:,} {key}, the manifest says {record[key]:,}. {REBUILD}")
         if shard.has_mask != ("mask_sha256" in record):
-            there = "is there, and not in the manifest" if shard.has_mask else "is missing"
-            raise DataError(f"{shard.mask_path} {there}. {REBUILD}")
+            problem = "exists, but is not in the manifest" if shard.has_mask else "is missing"
+            raise DataError(f"{shard.mask_path} {problem}. {REBUILD}")
 
 
-def _content_hashes(record: dict[str, Any]) -> list[str]:
-    """SHA-256 of a shard's tokens and, where there are masks, of which of them count."""
+def _select_content_hashes(record: dict[str, Any]) -> list[str]:
+    """Return the SHA-256 of a shard's tokens and, if it has one, of its mask; the index only says where documents start."""
     return [record[key] for key in ("bin_sha256", "mask_sha256") if key in record]
 
 
-def _other_content(prefix: Path, record: dict[str, Any]) -> str:
-    """Which file of a shard has another SHA-256 than was recorded, in words; "" where none has."""
+def _changed_file_message(prefix: Path, record: dict[str, Any]) -> str:
+    """Hash a shard's files and describe the first that differs from its record; "" if none does."""
     for name in ("bin", "idx", "mask"):
         path, key = prefix_path(prefix, f".{name}"), f"{name}_sha256"
         if key in record and sha256_of(path) != record[key]:
@@ -158,8 +162,8 @@ def _other_content(prefix: Path, record: dict[str, Any]) -> str:
     return ""
 
 
-def shard_difference(before: dict[str, str], now: dict[str, str]) -> str:
-    """The first shard in which two corpora differ, in words; both are `CorpusManifest.shard_hashes`."""
+def describe_shard_difference(before: dict[str, str], now: dict[str, str]) -> str:
+    """Describe the first shard in which two corpora differ, given the `CorpusManifest.shard_hashes` of both."""
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             change = "is gone" if name not in now else "is new" if name not in before else "has other content"
@@ -168,11 +172,9 @@ def shard_difference(before: dict[str, str], now: dict[str, str]) -> str:
 
 
 def load_manifest(path: str | Path) -> CorpusManifest:
-    """Read `path`/manifest.json."""
+    """Read and check the manifest of the corpus in directory `path`; DataError if there is none or it cannot be used."""
     if str(path).startswith(PREFIX):
-        raise DataError(
-            f"{path} is a dataset, read as it comes; it has no shards. Name a corpus that `rdt prep` wrote."
-        )
+        raise DataError(f"{path} is a dataset that is streamed; it has no shards. Name a corpus that `rdt prep` wrote.")
     file = Path(path) / MANIFEST
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
@@ -182,42 +184,42 @@ def load_manifest(path: str | Path) -> CorpusManifest:
         raise DataError(f"{file} is not valid JSON ({error}). {REBUILD}") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT or document.get("version") != VERSION:
         raise DataError(f"{file} is not a manifest of format {FORMAT} version {VERSION}. {REBUILD}")
-    problem = _problem(document)
+    problem = _describe_problem(document)
     if problem:
         raise DataError(f"{file} {problem}: it was changed. {REBUILD}")
     return CorpusManifest(Path(path), document)
 
 
-def _problem(document: dict[str, Any]) -> str:
-    """What of a manifest cannot be used, in words, or ""."""
+def _describe_problem(document: dict[str, Any]) -> str:
+    """Describe the first part of a manifest that cannot be used; "" if there is none."""
     for key, kind in FIELDS.items():
-        if not _is(document.get(key), kind):
+        if not _has_json_type(document.get(key), kind):
             return f"has no {key}"
     if document["dtype"] not in (dtype.name for dtype in CODES):
         return f"says dtype {document['dtype']!r}, which is not one of this format"
     if not isinstance(document.get("prep", {}), dict):
         return "has no mapping under prep"
-    if not _is(document["tokenizer"].get("fingerprint"), str):
+    if not _has_json_type(document["tokenizer"].get("fingerprint"), str):
         return "has no fingerprint of the tokenizer"
     for split in SPLITS:
         if split not in document["splits"]:
             return f"has no split {split}"
     for split, content in document["splits"].items():
         if not _is_file_name(split):
-            return f"has a split {split!r}, which is no name of a folder"
+            return f"has a split {split!r}, which is not a folder name"
         if not isinstance(content, dict) or not isinstance(content.get("shards"), list):
             return f"lists no shards of the split {split}"
         for key in ("tokens", "documents"):
-            if not _is(content.get(key), int):
+            if not _has_json_type(content.get(key), int):
                 return f"has no {key} of the split {split}"
-        for place, record in enumerate(content["shards"]):
+        for number, record in enumerate(content["shards"]):
             if not isinstance(record, dict):
-                return f"has no record of shard {place} of the split {split}"
+                return f"has no record of shard {number} of the split {split}"
             for key, kind in SHARD_FIELDS.items():
-                if not _is(record.get(key), kind):
-                    return f"has no {key} of shard {place} of the split {split}"
+                if not _has_json_type(record.get(key), kind):
+                    return f"has no {key} of shard {number} of the split {split}"
             if not _is_file_name(record["name"]):
-                return f"calls shard {place} of the split {split} {record['name']!r}, which is no name of a file"
+                return f"calls shard {number} of the split {split} {record['name']!r}, which is not a file name"
         names = [record["name"] for record in content["shards"]]
         if names != sorted(set(names)):  # their order decides which tokens are sample k
             return f"lists the shards of the split {split} in another order than their names have"
@@ -227,9 +229,10 @@ def _problem(document: dict[str, Any]) -> str:
 
 
 def _is_file_name(name: str) -> bool:
-    """Whether a name leads nowhere else: what a manifest names is read, and plans are written under that name."""
+    """Return True for a name that cannot lead outside the corpus, where files of that name are read and written."""
     return name == Path(name).name and name not in ("", "..")
 
 
-def _is(value: object, kind: type) -> bool:
+def _has_json_type(value: object, kind: type) -> bool:
+    """Return True if a JSON value has a type; unlike in Python, a boolean is not an integer."""
     return isinstance(value, kind) and not (kind is int and isinstance(value, bool))

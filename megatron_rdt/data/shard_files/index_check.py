@@ -1,4 +1,4 @@
-"""What is wrong with an index, at which bytes: `rdt prep verify` reads it here, whatever state it is in."""
+"""Check of an .idx file in any state: finds the bytes that cannot be right, for `rdt prep verify`."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from megatron_rdt.data.shard_files.indexed import CODES, HEADER, MAGIC, VERSION
 
-# Fields of the header: first byte, one past the last, name.
+# First byte, one past the last byte, and name of each field of the header.
 HEADER_FIELDS = (
     (0, 9, "magic"),
     (9, 17, "version"),
@@ -21,58 +21,63 @@ class Damage(NamedTuple):
 
     Attributes:
         first, end: the range [first, end) in bytes.
-        what: what they hold, as in "bytes 1 to 2 hold ...".
+        problem: predicate of a message whose subject is the range, as in "bytes 1 to 2 hold ...".
     """
 
     first: int
     end: int
-    what: str
+    problem: str
 
 
-class Index(NamedTuple):
-    """What could be read of an index.
+class CheckedIndex(NamedTuple):
+    """Result of checking an index.
 
     Attributes:
-        damages: what cannot be right.
-        ends: one past the last token of every document that has tokens, int64; None where damages leave that open.
+        damages: bytes that cannot be right.
+        ends: one past the last token of every document that is not empty, int64; None where damages leave it unknown.
     """
 
     damages: list[Damage]
     ends: np.ndarray | None
 
 
-def read_index(content: bytes, dtype: np.dtype, documents: int, tokens: int, sequences: int | None = None) -> Index:
+def check_index(
+    content: bytes, dtype: np.dtype, documents: int, tokens: int, sequences: int | None = None
+) -> CheckedIndex:
     """Compare an index with what the manifest implies, and its arrays with each other.
 
     Args:
         content: of the .idx file.
         dtype: of the tokens.
-        documents: how many there should be.
-        tokens: how many there should be.
-        sequences: how many there should be; None where every document is one.
+        documents, tokens: their numbers according to the manifest.
+        sequences: number of sequences according to the manifest; None if every document is one sequence.
     """
-    single = sequences is None
+    one_per_document = sequences is None
     sequences = documents if sequences is None else sequences
-    damages = _header(content, dtype, sequences, documents)
+    damages = _check_header(content, dtype, sequences, documents)
     size = HEADER.size + 12 * sequences + 8 * (documents + 1)
     if len(content) not in (size, size + sequences):
         start = min(len(content), size)
         damages.append(
             Damage(start, start, f"is where it ends or should: it has {len(content):,} bytes, {size:,} are due")
         )
-        return Index(damages, None)
+        return CheckedIndex(damages, None)
     lengths = np.frombuffer(content, "<i4", sequences, HEADER.size)
     pointers = np.frombuffer(content, "<i8", sequences, HEADER.size + 4 * sequences)
     starts = np.frombuffer(content, "<i8", documents + 1, HEADER.size + 12 * sequences)
-    wrong = [_sequences(lengths, pointers, dtype.itemsize, tokens), _documents(starts, sequences, single)]
+    wrong = [
+        _check_sequences(lengths, pointers, dtype.itemsize, tokens),
+        _check_document_starts(starts, sequences, one_per_document),
+    ]
     damages += [damage for damage in wrong if damage is not None]
     if any(damage is not None for damage in wrong):
-        return Index(damages, None)
+        return CheckedIndex(damages, None)
     ends = np.append(0, np.cumsum(lengths, dtype=np.int64))[starts]
-    return Index(damages, ends[1:][np.diff(ends) > 0])
+    return CheckedIndex(damages, ends[1:][np.diff(ends) > 0])
 
 
-def _header(content: bytes, dtype: np.dtype, sequences: int, documents: int) -> list[Damage]:
+def _check_header(content: bytes, dtype: np.dtype, sequences: int, documents: int) -> list[Damage]:
+    """Find the fields of the header that differ from those that the manifest implies."""
     due = HEADER.pack(MAGIC, VERSION, CODES[dtype], sequences, documents + 1)
     return [
         Damage(first, end, f"({name}) hold {content[first:end].hex(' ')}, not {due[first:end].hex(' ')}")
@@ -81,61 +86,67 @@ def _header(content: bytes, dtype: np.dtype, sequences: int, documents: int) -> 
     ]
 
 
-def _sequences(lengths: np.ndarray, pointers: np.ndarray, itemsize: int, tokens: int) -> Damage | None:
-    """The first length or pointer that does not fit the others.
+def _check_sequences(lengths: np.ndarray, pointers: np.ndarray, itemsize: int, tokens: int) -> Damage | None:
+    """Find the first length or pointer that does not fit the others.
 
-    Every length is written twice, as itself and as the distance of two pointers. Where only one distance is off, its
-    length is wrong; where two neighbouring ones are off and their sum is right, the pointer between them is.
+    Every length is written twice, as itself and as the distance of two pointers. If a single distance is off, its length
+    is wrong. If two neighbouring distances are off and their sum is right, the pointer between them is wrong.
     """
     count = len(lengths)
     bounds = np.append(pointers, tokens * itemsize)
+    # Zero where the distance of two pointers is the length between them.
     off = np.diff(bounds) - lengths.astype(np.int64) * itemsize
     bad = np.flatnonzero((off != 0) | (lengths < 0))
     if count and bounds[0] != 0:
-        return Damage(*_pointer(0, count), f"(pointer of sequence 0) hold {bounds[0]}, not 0")
+        return Damage(*_pointer_bytes(0, count), f"(pointer of sequence 0) hold {bounds[0]}, not 0")
     if not len(bad):
         return None
     first = int(bad[0])
     following = first + 1
-    if following < count and off[first : first + 2].sum() == 0:  # modulo 2**64
+    if (
+        following < count and off[first : first + 2].sum() == 0
+    ):  # damaged int64 may overflow: the sum is right modulo 2**64
         due = int(bounds[first] + lengths[first].astype(np.int64) * itemsize)
         return Damage(
-            *_pointer(following, count), f"(pointer of sequence {following}) hold {pointers[following]}, not {due}"
+            *_pointer_bytes(following, count),
+            f"(pointer of sequence {following}) hold {pointers[following]}, not {due}",
         )
-    place = HEADER.size + 4 * first
+    offset = HEADER.size + 4 * first
     due = int(bounds[following] - bounds[first])
     if following < count and off[following]:
-        return Damage(place, place + 4, f"(length of sequence {first}) or later ones do not fit the pointers")
-    return Damage(place, place + 4, f"(length of sequence {first}) hold {lengths[first]}, not {due / itemsize:.10g}")
+        return Damage(offset, offset + 4, f"(length of sequence {first}) or later ones do not fit the pointers")
+    return Damage(offset, offset + 4, f"(length of sequence {first}) hold {lengths[first]}, not {due / itemsize:.10g}")
 
 
-def _pointer(index: int, count: int) -> tuple[int, int]:
+def _pointer_bytes(index: int, count: int) -> tuple[int, int]:
+    """Return the byte range of the pointer of sequence `index` of `count`."""
     first = HEADER.size + 4 * count + 8 * index
     return first, first + 8
 
 
-def _documents(starts: np.ndarray, sequences: int, single: bool) -> Damage | None:
-    """The first document start that cannot be: the first is 0, the last is the number of sequences, none goes back."""
-    place = HEADER.size + 12 * sequences
-    if single:  # which number stands where is known
+def _check_document_starts(starts: np.ndarray, sequences: int, one_per_document: bool) -> Damage | None:
+    """Find the first impossible document start: they begin with 0, end with the number of sequences and never decrease."""
+    offset = HEADER.size + 12 * sequences
+    if one_per_document:  # every start is known exactly
         wrong = np.flatnonzero(starts != np.arange(sequences + 1))
     else:
         wrong = np.flatnonzero((starts < 0) | (starts > sequences))
+    # Index of a start and the value it must have; None if only its range is known.
     known = [
         (0, 0),
         (len(starts) - 1, sequences),
-        *((int(index), int(index) if single else None) for index in wrong[:1]),
+        *((int(index), int(index) if one_per_document else None) for index in wrong[:1]),
     ]
     for index, due in known:
         if due is None or starts[index] != due:
-            first = place + 8 * index
+            first = offset + 8 * index
             instead = "which no sequence is" if due is None else f"not {due}"
             return Damage(first, first + 8, f"(start of document {index}) hold {starts[index]}, {instead}")
-    back = np.flatnonzero(np.diff(starts) < 0)
-    if not len(back):
+    decreasing = np.flatnonzero(np.diff(starts) < 0)
+    if not len(decreasing):
         return None
-    index = int(back[0])
-    first = place + 8 * index
+    index = int(decreasing[0])
+    first = offset + 8 * index
     return Damage(
         first, first + 16, f"(starts of documents {index} and {index + 1}) hold {starts[index]} and {starts[index + 1]}"
     )

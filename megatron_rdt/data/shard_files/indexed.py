@@ -4,8 +4,8 @@
 i64 pointers [S] in bytes, i64 document starts [documents + 1] in sequences. Files open in Megatron-LM, and theirs here.
 Reading uses pread: a file that is cut short under a memory map kills the process, a short pread is an error.
 
-Beside them may lie `<prefix>.mask`, which Megatron does not know: one byte per token of .bin, 1 where the token counts as
-a target of the loss and 0 where it does not.
+A third file, `<prefix>.mask`, is optional and unknown to Megatron: one byte per token of .bin, 1 if the token counts as a
+target of the loss and 0 if it does not.
 """
 
 import contextlib
@@ -39,26 +39,26 @@ REBUILD = "Run `rdt prep` again with --restart to rebuild the shards."
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """uint16 for vocabularies below 65,500, else int32, as Megatron's writers choose."""
+    """Return the type that Megatron's writers choose: uint16 for vocabularies below 65,500, else int32."""
     return DTYPES[8] if vocab_size < UINT16_VOCABULARY else DTYPES[4]
 
 
 def prefix_path(prefix: str | os.PathLike[str], suffix: str) -> Path:
-    """`<prefix><suffix>`; unlike with_suffix, a dot in the prefix stays."""
+    """Return the path `<prefix><suffix>`; unlike with_suffix, it keeps a dot in the prefix."""
     return Path(f"{os.fspath(prefix)}{suffix}")
 
 
 class IndexedDataset:
-    """Reads one pair of files. Opening takes the same time for any number of sequences: arrays are read when asked for.
+    """Reads the tokens of one shard, and its index; opening reads the index's header only, whatever its size.
 
     Args:
         path: the prefix, without .bin and .idx.
 
     Attributes:
         dtype: of the tokens.
-        tokens: total.
-        document_count: documents, those without a token counted too.
-        has_mask: whether there is a .mask file.
+        tokens: number of tokens.
+        document_count: number of documents, empty ones included.
+        has_mask: True if there is a .mask file.
 
     Raises:
         DataError: a file is missing, is not of this format, or has another size than the index implies.
@@ -71,7 +71,7 @@ class IndexedDataset:
             if not file.is_file():
                 raise DataError(f"{file} does not exist. {REBUILD}")
         self._read_header()
-        expected, actual = self._end_of_last_sequence(), self.bin_path.stat().st_size
+        expected, actual = self._read_end_of_last_sequence(), self.bin_path.stat().st_size
         if expected != actual:
             raise DataError(f"{self.bin_path} has {actual} bytes, its index says {expected}. {REBUILD}")
         self.tokens = actual // self.dtype.itemsize
@@ -85,6 +85,7 @@ class IndexedDataset:
         self._mask_descriptor = os.open(self.mask_path, os.O_RDONLY) if self.has_mask else None
 
     def _read_header(self) -> None:
+        """Set the counts and the dtype from the header of .idx; DataError if the file's size does not fit it."""
         with open(self.idx_path, "rb") as file:
             header, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
         if len(header) < HEADER.size or header[:9] != MAGIC:
@@ -101,17 +102,17 @@ class IndexedDataset:
         self._sequences, self._documents, self._modes = sequences, documents, size > expected
         self.document_count = max(0, documents - 1)
 
-    def _end_of_last_sequence(self) -> int:
-        """Bytes that .bin must have."""
+    def _read_end_of_last_sequence(self) -> int:
+        """Read from the index the size that .bin must have, in bytes."""
         last = self._sequences - 1
         if last < 0:
             return 0
-        length = self._from_index("<i4", 1, 4 * last)
-        pointer = self._from_index("<i8", 1, 4 * self._sequences + 8 * last)
+        length = self._read_index("<i4", 1, 4 * last)
+        pointer = self._read_index("<i8", 1, 4 * self._sequences + 8 * last)
         return int(pointer[0]) + int(length[0]) * self.dtype.itemsize
 
-    def _from_index(self, dtype: str, count: int, offset: int) -> np.ndarray:
-        """`count` numbers of .idx from the byte `offset` after the header on."""
+    def _read_index(self, dtype: str, count: int, offset: int) -> np.ndarray:
+        """Read `count` numbers of .idx, starting `offset` bytes after the header."""
         values = np.fromfile(self.idx_path, dtype, count, offset=HEADER.size + offset)
         if len(values) != count:
             raise DataError(f"{self.idx_path} ends early: it changed while in use. {REBUILD}")
@@ -120,7 +121,7 @@ class IndexedDataset:
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens per sequence, int32 (sequences,)."""
-        lengths = self._from_index("<i4", self._sequences, 0)
+        lengths = self._read_index("<i4", self._sequences, 0)
         if (lengths < 0).any() or lengths.sum(dtype=np.int64) != self.tokens:
             raise DataError(f"{self.idx_path} holds impossible lengths. {REBUILD}")
         return lengths
@@ -128,8 +129,8 @@ class IndexedDataset:
     @cached_property
     def pointers(self) -> np.ndarray:
         """Byte offset of each sequence, int64 (sequences,)."""
-        pointers = self._from_index("<i8", self._sequences, 4 * self._sequences)
-        if not np.array_equal(pointers, byte_pointers(self.lengths, self.dtype)):
+        pointers = self._read_index("<i8", self._sequences, 4 * self._sequences)
+        if not np.array_equal(pointers, compute_byte_pointers(self.lengths, self.dtype)):
             raise DataError(f"{self.idx_path} holds impossible pointers. {REBUILD}")
         return pointers
 
@@ -137,9 +138,9 @@ class IndexedDataset:
     def documents(self) -> np.ndarray:
         """First sequence of each document, int64 (documents + 1,); the last entry is the number of sequences.
 
-        An empty document has the entry of the one after it.
+        An empty document has the same entry as the next one.
         """
-        documents = self._from_index("<i8", self._documents, 12 * self._sequences)
+        documents = self._read_index("<i8", self._documents, 12 * self._sequences)
         ends = len(documents) and documents[0] == 0 and documents[-1] == self._sequences
         if not ends or (np.diff(documents) < 0).any():
             raise DataError(f"{self.idx_path} holds impossible documents. {REBUILD}")
@@ -149,25 +150,26 @@ class IndexedDataset:
     def modes(self) -> np.ndarray | None:
         """Modality of each sequence, int8 (sequences,); None in files that hold text only."""
         return (
-            self._from_index("i1", self._sequences, 12 * self._sequences + 8 * self._documents) if self._modes else None
+            self._read_index("i1", self._sequences, 12 * self._sequences + 8 * self._documents) if self._modes else None
         )
 
     def __len__(self) -> int:
+        """Return the number of sequences."""
         return self._sequences
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Tokens of sequence `index`, shape (length,), in the file's dtype."""
+        """Read the tokens of sequence `index`, shape (length,), in the file's dtype."""
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)} in {self.idx_path}")
         return self.read(int(self.pointers[index]) // self.dtype.itemsize, int(self.lengths[index]))
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """`count` tokens from token `start` of the file on, across sequences, shape (count,)."""
-        return _read(self._descriptor, self.bin_path, self.dtype, start, count)
+        """Read `count` tokens from token `start` of the file on, across sequences, shape (count,)."""
+        return _read_values(self._descriptor, self.bin_path, self.dtype, start, count)
 
     def prefetch(self, start: int, count: int, masks: bool = False) -> None:
-        """Let the kernel begin to read what `read`, and `mask`, will be asked for: a disk serves many places at once faster."""
-        if not count or not hasattr(os, "posix_fadvise"):  # to the system call, 0 is all; macOS has none
+        """Ask the kernel to read these tokens, and their masks, ahead: a disk is faster with many requests at once."""
+        if not count or not hasattr(os, "posix_fadvise"):  # the system call takes 0 for everything; macOS has none
             return
         size = self.dtype.itemsize
         with contextlib.suppress(OSError):  # some file systems take no advice
@@ -176,17 +178,17 @@ class IndexedDataset:
                 os.posix_fadvise(self._mask_descriptor, start, count, os.POSIX_FADV_WILLNEED)
 
     def read_mask(self, start: int, count: int) -> np.ndarray:
-        """Which of `count` tokens from token `start` on count as targets of the loss, uint8 (count,), 1 or 0.
+        """Read the loss mask of `count` tokens from token `start` on: 1 for a token that counts as a target, uint8 (count,).
 
         Raises:
             DataError: there is no .mask file, it ends early, or holds another value.
         """
         if self._mask_descriptor is None:
             raise DataError(f"{self.mask_path} does not exist. {REBUILD}")
-        mask = _read(self._mask_descriptor, self.mask_path, np.dtype("u1"), start, count)
+        mask = _read_values(self._mask_descriptor, self.mask_path, np.dtype("u1"), start, count)
         if count and mask.max() > 1:
-            place = start + int(np.argmax(mask > 1))
-            raise DataError(f"{self.mask_path} holds {mask.max()} at byte {place}, neither 0 nor 1. {REBUILD}")
+            offset = start + int(np.argmax(mask > 1))
+            raise DataError(f"{self.mask_path} holds {mask.max()} at byte {offset}, neither 0 nor 1. {REBUILD}")
         return mask
 
     @cached_property
@@ -202,15 +204,15 @@ class IndexedDataset:
             os.close(self._mask_descriptor)
 
 
-def byte_pointers(lengths: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Byte offset of each sequence in .bin, int64 (sequences,), of their lengths in tokens."""
+def compute_byte_pointers(lengths: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Compute the byte offset of each sequence in .bin, int64 (sequences,), from the lengths in tokens."""
     pointers = np.zeros(len(lengths), "<i8")
     np.cumsum(lengths[:-1].astype(np.int64) * dtype.itemsize, out=pointers[1:])
     return pointers
 
 
-def _read(descriptor: int, path: Path, dtype: np.dtype, start: int, count: int) -> np.ndarray:
-    """`count` values from value `start` of an open file on, shape (count,); DataError where it ends before."""
+def _read_values(descriptor: int, path: Path, dtype: np.dtype, start: int, count: int) -> np.ndarray:
+    """Read `count` values from value `start` of an open file on, shape (count,); DataError if it ends before."""
     size, offset = count * dtype.itemsize, start * dtype.itemsize
     content = os.pread(descriptor, min(size, READ_BYTES), offset)
     while len(content) < size:
@@ -225,19 +227,18 @@ def _read(descriptor: int, path: Path, dtype: np.dtype, start: int, count: int) 
 
 
 class IndexedWriter:
-    """Writes one pair of files, one sequence per document, and masks if there are any.
+    """Writes one shard, one sequence per document, with masks if the documents have them.
 
-    The files appear under their names when the block ends well; .bin is the last.
+    The files get their names when the `with` block ends without an exception, .bin last; otherwise none is left.
 
     Args:
         path: the prefix.
         vocab_size: every id must be below it; it also decides the dtype.
 
     Attributes:
-        tokens, documents, max_id: what was written so far, and the largest id in it.
-        has_mask: whether documents come with masks; None before the first.
-
-    Use as a context manager: an exception inside leaves no file.
+        tokens, documents: numbers written so far.
+        max_id: largest id written so far.
+        has_mask: True if documents have masks; None before the first document.
     """
 
     def __init__(self, path: str | os.PathLike[str], vocab_size: int) -> None:
@@ -251,10 +252,11 @@ class IndexedWriter:
 
     @property
     def documents(self) -> int:
-        """Documents written so far."""
+        """Number of documents written so far."""
         return len(self._lengths)
 
     def __enter__(self) -> "IndexedWriter":
+        """Open .bin under a temporary name."""
         self._bin = self._files.enter_context(atomic_open(prefix_path(self.path, ".bin"), "wb"))
         return self
 
@@ -263,8 +265,8 @@ class IndexedWriter:
 
         Args:
             tokens: ids, integers (n,).
-            source: what to call the document in a message.
-            mask: which tokens count as targets of the loss, bool or 0 and 1 (n,). All documents have one, or none has.
+            source: name of the document in messages.
+            mask: True or 1 for tokens that count as targets of the loss, (n,). All documents have one, or none has.
 
         Raises:
             DataError: it is empty, too long, has an id outside the vocabulary, or a mask that does not fit.
@@ -284,6 +286,7 @@ class IndexedWriter:
         self.max_id = max(self.max_id, high)
 
     def _add_mask(self, tokens: np.ndarray, source: str, mask: np.ndarray | None) -> None:
+        """Append a document's mask; DataError if it does not fit the tokens or only some documents have one."""
         if self.has_mask is None:
             self.has_mask = mask is not None
             if self.has_mask:
@@ -296,26 +299,26 @@ class IndexedWriter:
         if mask is None or self._masks is None:
             return
         if mask.shape != tokens.shape or mask.min() < 0 or mask.max() > 1:
-            raise DataError(
-                f"{source} has a mask that is not one 0 or 1 for each of its {len(tokens)} tokens. Mend it."
-            )
+            raise DataError(f"{source} has a mask that is not one 0 or 1 for each of its {len(tokens)} tokens. Fix it.")
         self._masks.write(mask.astype(np.uint8).tobytes())
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        """Write the index and give the files their names; after an exception, remove them."""
         if kind is not None:
             self._files.__exit__(kind, error, trace)
             return
         with self._files:
             if not self._lengths:
                 raise DataError(f"{self.path} would hold no document. Give `rdt prep` more text.")
-            # The index first, and the stack closes .mask before .bin: a .bin with its name always has them.
+            # The index first; then the stack closes, and so renames, .mask before .bin. So a .bin always has both.
             self._write_index()
 
     def _write_index(self) -> None:
+        """Write .idx: the header, lengths, pointers, and document starts for one sequence per document."""
         count = len(self._lengths)
         lengths = np.array(self._lengths, "<i4")
         with atomic_open(prefix_path(self.path, ".idx"), "wb") as file:
             file.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], count, count + 1))
             file.write(lengths.tobytes())
-            file.write(byte_pointers(lengths, self.dtype).tobytes())
+            file.write(compute_byte_pointers(lengths, self.dtype).tobytes())
             file.write(np.arange(count + 1, dtype="<i8").tobytes())

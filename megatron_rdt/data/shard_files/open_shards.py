@@ -1,4 +1,4 @@
-"""The shards of one split: opened when they are read, a bounded number at a time, whatever their number and size."""
+"""Shards: the shards of one split, opened when they are read and a bounded number at a time."""
 
 import os
 import resource
@@ -14,20 +14,21 @@ from megatron_rdt.data.shard_files.corpus_manifest import CorpusManifest
 from megatron_rdt.data.shard_files.indexed import HEADER, REBUILD, IndexedDataset
 from megatron_rdt.errors import DataError
 
-# Documents of a split whose first tokens are kept in memory, 8 bytes each; of more they are looked up in the files.
+# Up to this many documents of a split, the start of each is kept in memory, 8 bytes; of more, starts are looked up on disk.
 CACHED_DOCUMENTS = 50_000_000
 
 
 def open_shards_limit() -> int:
-    """Shards that may be open at once: with two files each, half of the files that this process may open."""
+    """Return the largest number of shards to keep open: with two files each, half of the files a process may open."""
     return max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 
 
-class _Shard(IndexedDataset):
-    """Closes its files when nobody holds it any more: a thread may still read what is no longer kept."""
+class _SelfClosingDataset(IndexedDataset):
+    """Dataset that closes its files once nothing refers to it: another thread may still read a shard that was dropped."""
 
     def __del__(self) -> None:
-        if "_descriptor" in vars(self):  # opening may have failed
+        """Close the files, if opening got that far."""
+        if "_descriptor" in vars(self):
             self.close()
 
 
@@ -37,13 +38,13 @@ class Shards:
     Args:
         manifest: of the corpus.
         split: "train" or "valid".
-        max_open: shards that may be open at once.
-        cached_documents: up to so many documents, their first tokens are kept in memory.
+        max_open: largest number of shards that are open at once; default `open_shards_limit`.
+        cached_documents: largest number of documents whose starts are kept in memory.
 
     Attributes:
-        max_open: as given, or what the process may open.
-        ends: tokens of the split up to the end of each shard.
-        has_masks: whether all shards have masks.
+        max_open: largest number of shards that are open at once.
+        ends: number of the split's tokens up to the end of each shard.
+        has_masks: True if all shards have loss masks.
     """
 
     def __init__(
@@ -54,25 +55,26 @@ class Shards:
         cached_documents: int = CACHED_DOCUMENTS,
     ) -> None:
         records = manifest.document["splits"][split]["shards"]
-        self._prefixes = manifest.shards(split)
+        self._prefixes = manifest.shard_prefixes(split)
         self._counts = [record["tokens"] for record in records]
         self.ends = list(accumulate(self._counts))
         self.has_masks = bool(records) and all("mask_sha256" in record for record in records)
         self.max_open = max_open or open_shards_limit()
-        self._open: OrderedDict[int, _Shard] = OrderedDict()
+        self._open: OrderedDict[int, _SelfClosingDataset] = OrderedDict()
         self._lock = threading.Lock()
-        few = sum(record["documents"] for record in records) <= cached_documents
-        self._starts: dict[int, np.ndarray] | None = {} if few else None
+        fits_memory = sum(record["documents"] for record in records) <= cached_documents
+        self._starts: dict[int, np.ndarray] | None = {} if fits_memory else None
 
     def __len__(self) -> int:
+        """Return the number of shards."""
         return len(self._prefixes)
 
     def __getitem__(self, shard: int) -> IndexedDataset:
-        """Shard number `shard`, open; the ones that were not used for the longest time are let go."""
+        """Return shard number `shard`, open; drop the least recently used ones beyond `max_open`."""
         with self._lock:
             found = self._open.pop(shard, None)
             if found is None:
-                found = _Shard(self._prefixes[shard])
+                found = _SelfClosingDataset(self._prefixes[shard])
                 if found.tokens != self._counts[shard]:
                     raise DataError(
                         f"{found.bin_path} has {found.tokens} tokens, the manifest says {self._counts[shard]}. {REBUILD}"
@@ -83,24 +85,28 @@ class Shards:
         return found
 
     def prefetch(self, parts: Sequence[tuple[int, int, int]], masks: bool) -> None:
-        """Say that parts of shards, (shard, first token, tokens) each, will be read soon, see `IndexedDataset.prefetch`.
+        """Ask the kernel to read parts of shards ahead, see `IndexedDataset.prefetch`.
 
-        Nothing is said of more shards than can stay open until then.
+        Args:
+            parts: (shard, first token in it, number of tokens) each.
+            masks: of the masks too.
         """
+        # Asking needs open files. Where more shards would be opened than can stay open until they are read (this batch's
+        # and the one's that is being read), each would be opened twice.
         if len({shard for shard, _, _ in parts}) <= self.max_open // 2:
             for shard, start, count in parts:
                 self[shard].prefetch(start, count, masks)
 
     def document_starts(self, shard: int, start: int, stop: int) -> np.ndarray:
-        """First tokens of the documents of a shard that begin at token `start` of it or later and before `stop`.
+        """Look up where documents start in a shard's tokens `start` ... `stop` - 1, int64 (n,), ascending.
 
-        int64 (n,), ascending; documents without a token are left out.
+        Empty documents are left out.
         """
         if self._starts is None:
-            return starts_on_disk(self[shard], start, stop)
+            return find_document_starts(self[shard], start, stop)
         if shard not in self._starts:
-            # A dataset of its own: it keeps the arrays that it read as long as it lives.
-            self._starts[shard] = _Shard(self._prefixes[shard]).document_starts
+            # From a dataset opened for this alone: it caches the arrays of the index, which are larger, and is dropped.
+            self._starts[shard] = _SelfClosingDataset(self._prefixes[shard]).document_starts
         starts = self._starts[shard]
         first, end = starts.searchsorted((start, stop))
         return starts[first:end]
@@ -111,41 +117,44 @@ class Shards:
             self._open.clear()
 
 
-def starts_on_disk(shard: IndexedDataset, start: int, stop: int) -> np.ndarray:
-    """`Shards.document_starts` by a binary search in the .idx file, which is not read as a whole.
+def find_document_starts(shard: IndexedDataset, start: int, stop: int) -> np.ndarray:
+    """Find document starts as `Shards.document_starts` does, by binary search in the .idx file, without reading it whole.
 
-    Its ends take about 4 log2(documents) reads of 8 bytes, what lies between two reads.
+    Both ends of the range take about 4 log2(documents) reads of 8 bytes, the starts between them two reads.
     """
     descriptor = os.open(shard.idx_path, os.O_RDONLY)
     try:
         _, _, _, sequences, entries = HEADER.unpack(os.pread(descriptor, HEADER.size, 0))
-        pointers, index = HEADER.size + 4 * sequences, HEADER.size + 12 * sequences
+        # Byte offsets of the index's arrays: a document's entry is its first sequence, a sequence's pointer its first byte.
+        pointers, documents = HEADER.size + 4 * sequences, HEADER.size + 12 * sequences
 
-        def numbers(offset: int, count: int) -> tuple[int, ...]:
+        def read_int64(offset: int, count: int) -> tuple[int, ...]:
             content = os.pread(descriptor, 8 * count, offset)
             if len(content) != 8 * count:
                 raise DataError(f"{shard.idx_path} ends early: it changed while in use. {REBUILD}")
             return struct.unpack(f"<{count}q", content)
 
         def first_token(document: int) -> int:
-            sequence = numbers(index + 8 * document, 1)[0]
+            sequence = read_int64(documents + 8 * document, 1)[0]
             if sequence == sequences:
                 return shard.tokens
-            return numbers(pointers + 8 * sequence, 1)[0] // shard.dtype.itemsize
+            return read_int64(pointers + 8 * sequence, 1)[0] // shard.dtype.itemsize
 
-        def first_not_before(token: int, low: int) -> int:
-            high = entries - 1  # documents
+        def first_document_from(token: int, low: int) -> int:
+            high = entries - 1  # the last entry is the number of sequences, not a document
             while low < high:
                 middle = (low + high) // 2
                 low, high = (middle + 1, high) if first_token(middle) < token else (low, middle)
             return low
 
-        first = first_not_before(start, 0)
-        end = first_not_before(stop, first)
+        first = first_document_from(start, 0)
+        end = first_document_from(stop, first)
         if first == end:
             return np.empty(0, np.int64)
-        begun = numbers(index + 8 * first, end - first)  # sequences; a document without a token has that of the next
-        tokens = numbers(pointers + 8 * begun[0], begun[-1] - begun[0] + 1)
-        return np.unique([tokens[sequence - begun[0]] // shard.dtype.itemsize for sequence in begun])
+        first_sequences = read_int64(documents + 8 * first, end - first)
+        low, high = first_sequences[0], first_sequences[-1]
+        offsets = read_int64(pointers + 8 * low, high - low + 1)
+        # An empty document has the first sequence of the next one, so the same start: unique drops it.
+        return np.unique([offsets[sequence - low] // shard.dtype.itemsize for sequence in first_sequences])
     finally:
         os.close(descriptor)

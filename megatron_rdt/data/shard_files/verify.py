@@ -1,4 +1,4 @@
-"""A corpus compared with its manifest, byte for byte: what differs, and where."""
+"""verify_corpus: compares every byte of a corpus with its manifest and reports which files differ, and at which bytes."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -11,15 +11,15 @@ import numpy as np
 
 from megatron_rdt.data.shard_files.block_hashes import (
     SUFFIXES,
-    SUM,
-    Content,
-    differing_ranges,
-    read_content,
-    recorded_blocks,
-    shard_files,
+    SUM_SUFFIX,
+    FileHashes,
+    find_changed_ranges,
+    hash_file,
+    list_shard_files,
+    read_block_hashes,
 )
 from megatron_rdt.data.shard_files.corpus_manifest import MANIFEST, CorpusManifest, load_manifest
-from megatron_rdt.data.shard_files.index_check import Index, read_index
+from megatron_rdt.data.shard_files.index_check import CheckedIndex, check_index
 from megatron_rdt.data.shard_files.indexed import prefix_path
 from megatron_rdt.data.tokenizer.base import BYTES_FILE, Tokenizer
 from megatron_rdt.data.tokenizer.export import first_difference
@@ -33,40 +33,42 @@ LISTED_RANGES = 5  # per file
 
 @dataclass(frozen=True)
 class Finding:
-    """Something in a corpus that is not as it should be.
+    """One difference between a corpus and its manifest.
 
     Attributes:
-        place: the file, from the corpus's directory on.
-        what: what is wrong with it.
-        serious: whether the corpus is damaged by it, or merely untidy.
+        file: path below the corpus's directory.
+        problem: description of the difference.
+        serious: True if the corpus is damaged; False if training is not affected.
     """
 
-    place: str
-    what: str
+    file: str
+    problem: str
     serious: bool = True
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.what}"
+        """Return the file and its problem as one line."""
+        return f"{self.file}: {self.problem}"
 
 
-def corpus_bytes(manifest: CorpusManifest) -> int:
-    """Bytes that `verify_corpus` reads of the shards as they are."""
-    prefixes = [manifest.directory / split / record["name"] for split, record in manifest.records()]
-    return sum(path.stat().st_size for prefix in prefixes for path in shard_files(prefix) if path.suffix != SUM)
+def count_shard_bytes(manifest: CorpusManifest) -> int:
+    """Count the bytes of the shards that `verify_corpus` reads."""
+    prefixes = [manifest.directory / split / record["name"] for split, record in manifest.shard_records()]
+    files = [path for prefix in prefixes for path in list_shard_files(prefix) if path.suffix != SUM_SUFFIX]
+    return sum(path.stat().st_size for path in files)
 
 
 def verify_corpus(
     directory: str | Path, workers: int = 0, advance: Callable[[int], None] = lambda count: None
 ) -> list[Finding]:
-    """Read everything in a corpus and compare it with the manifest and with itself.
+    """Read every file of a corpus and compare it with the manifest and with the other files.
 
     Args:
-        directory: the corpus.
-        workers: threads; 0 takes one per core. Hashing lets other threads run.
-        advance: called with the number of bytes that were read since the last call, by one thread at a time.
+        directory: of the corpus.
+        workers: threads; 0 takes one per core. Hashing releases the GIL.
+        advance: called with the number of bytes read since the last call, by one thread at a time.
 
     Returns:
-        What was found, in the order of the manifest; empty where the corpus is as it was written.
+        The differences, in the order of the manifest; empty for a corpus that is as it was written.
 
     Raises:
         DataError: there is no manifest, or it cannot be used.
@@ -75,19 +77,21 @@ def verify_corpus(
     findings = [*_check_manifest(manifest), *_check_tokenizer(manifest)]
     lock = threading.Lock()
 
-    def locked(count: int) -> None:
+    def advance_locked(count: int) -> None:
         with lock:
             advance(count)
 
+    def check_shard(shard: tuple[str, dict[str, Any]]) -> list[Finding]:
+        return _ShardCheck(manifest, *shard, advance_locked).run()
+
     with ThreadPoolExecutor(workers or usable_cores()) as pool:
-        for found in pool.map(
-            lambda shard: _Shard(manifest, shard[0], shard[1], locked).check(), list(manifest.records())
-        ):
+        for found in pool.map(check_shard, list(manifest.shard_records())):
             findings += found
-    return [*findings, *_strangers(manifest)]
+    return [*findings, *_find_unknown_files(manifest)]
 
 
 def _check_manifest(manifest: CorpusManifest) -> Iterator[Finding]:
+    """Yield contradictions within the manifest: vocabulary against dtype, totals against the shards' counts."""
     limit = int(np.iinfo(manifest.dtype).max) + 1
     if manifest.vocab_size > limit:
         yield Finding(
@@ -104,7 +108,7 @@ def _check_manifest(manifest: CorpusManifest) -> Iterator[Finding]:
 
 
 def _check_tokenizer(manifest: CorpusManifest) -> Iterator[Finding]:
-    """The tokenizer against the manifest, and its other files against the model."""
+    """Yield differences of the tokenizer from the manifest, and of its derived files from the tokenizer."""
     folder, document = manifest.directory / "tokenizer", manifest.document
     try:
         tokenizer = Tokenizer(folder)
@@ -116,7 +120,7 @@ def _check_tokenizer(manifest: CorpusManifest) -> Iterator[Finding]:
         return
     recorded, name = document["tokenizer"].get("file_sha256"), tokenizer.file.name
     if recorded is not None and sha256_of(tokenizer.file) != recorded:
-        yield Finding(f"tokenizer/{name}", "it encodes as it did, but the file is another", serious=False)
+        yield Finding(f"tokenizer/{name}", "it encodes as it did, but the file has changed", serious=False)
     exported = folder / JSON_FILE
     if name != JSON_FILE and exported.is_file() and (difference := first_difference(exported, tokenizer)):
         yield Finding(f"tokenizer/{JSON_FILE}", difference)
@@ -134,22 +138,23 @@ def _check_tokenizer(manifest: CorpusManifest) -> Iterator[Finding]:
         yield Finding(f"tokenizer/{BYTES_FILE}", "it is not of this tokenizer")
 
 
-def _strangers(manifest: CorpusManifest) -> Iterator[Finding]:
-    """Files beside the shards that the manifest does not know."""
+def _find_unknown_files(manifest: CorpusManifest) -> Iterator[Finding]:
+    """Yield the files beside the shards that are not in the manifest."""
     for split in manifest.document["splits"]:
         folder = manifest.directory / split
         known = {
-            f"{record['name']}{s}" for name, record in manifest.records() if name == split for s in (*SUFFIXES, SUM)
+            f"{record['name']}{suffix}"
+            for name, record in manifest.shard_records()
+            if name == split
+            for suffix in (*SUFFIXES, SUM_SUFFIX)
         }
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             if path.name not in known:
-                yield Finding(
-                    f"{split}/{path.name}", "the manifest does not know it, and nothing reads it", serious=False
-                )
+                yield Finding(f"{split}/{path.name}", "it is not in the manifest, and nothing reads it", serious=False)
 
 
-class _Shard:
-    """The check of one shard.
+class _ShardCheck:
+    """Check of one shard: collects findings about its files.
 
     Args:
         manifest: of the corpus.
@@ -161,176 +166,189 @@ class _Shard:
         self, manifest: CorpusManifest, split: str, record: dict[str, Any], advance: Callable[[int], None]
     ) -> None:
         self.manifest, self.record, self.advance = manifest, record, advance
-        self.place, self.prefix = f"{split}/{record['name']}", manifest.directory / split / record["name"]
-        self.sums = recorded_blocks(self.prefix)
+        self.name, self.prefix = f"{split}/{record['name']}", manifest.directory / split / record["name"]
+        self.block_hashes = read_block_hashes(self.prefix)
         self.findings: list[Finding] = []
 
-    def check(self) -> list[Finding]:
-        """Everything that is wrong with the shard."""
-        for name in ("bin", "idx", "mask"):
-            path, recorded = prefix_path(self.prefix, f".{name}"), f"{name}_sha256" in self.record
+    def run(self) -> list[Finding]:
+        """Check the shard's files and return all findings."""
+        for suffix in SUFFIXES:
+            path, recorded = prefix_path(self.prefix, suffix), f"{suffix[1:]}_sha256" in self.record
             if recorded and not path.is_file():
-                self._add(name, "it is missing")
+                self._report(suffix, "it is missing")
             elif path.is_file() and not recorded:
-                self._add(name, "the manifest says that this shard has none")
+                self._report(suffix, "the manifest says that this shard has none")
+        # The index tells where documents end, which the check of the tokens needs.
         index = self._check_index()
         self._check_tokens(index.ends if index is not None else None)
         self._check_mask()
-        if self.sums is None and prefix_path(self.prefix, SUM).is_file():
-            self._add(SUM[1:], "it cannot be read; the shard does not need it", serious=False)
+        if self.block_hashes is None and prefix_path(self.prefix, SUM_SUFFIX).is_file():
+            self._report(SUM_SUFFIX, "it cannot be read; the shard does not need it", serious=False)
         return self.findings
 
-    def _add(self, name: str, what: str, serious: bool = True) -> None:
-        self.findings.append(Finding(f"{self.place}.{name}", what, serious))
+    def _report(self, suffix: str, problem: str, serious: bool = True) -> None:
+        """Add a finding about the shard's file with this suffix."""
+        self.findings.append(Finding(f"{self.name}{suffix}", problem, serious))
 
-    def _check_index(self) -> Index | None:
-        kept: list[bytes] = []
-        content = self._read("idx", lambda offset, block: kept.append(block))
-        if content is None:
+    def _check_index(self) -> CheckedIndex | None:
+        """Check .idx; None where it cannot be read."""
+        blocks: list[bytes] = []
+        hashes = self._hash_file(".idx", lambda offset, block: blocks.append(block))
+        if hashes is None:
             return None
         record = self.record
-        index = read_index(
-            b"".join(kept), self.manifest.dtype, record["documents"], record["tokens"], record.get("sequences")
+        index = check_index(
+            b"".join(blocks), self.manifest.dtype, record["documents"], record["tokens"], record.get("sequences")
         )
-        for first, end, what in index.damages:
-            self._add("idx", f"{_range(first, end)} {what}")
-        self._compare("idx", content)
+        for first, end, problem in index.damages:
+            self._report(".idx", f"{_format_range(first, end)} {problem}")
+        self._compare_hash(".idx", hashes)
         return index
 
     def _check_tokens(self, ends: np.ndarray | None) -> None:
+        """Check .bin: size, ids, the EOS that ends each document, and the counts in the manifest."""
         eos = self.manifest.document["eos"] if self.manifest.document.get("prep", {}).get("append_eos", True) else None
-        tokens = _Tokens(self.manifest.dtype, self.manifest.vocab_size, eos, ends)
-        content = self._read("bin", tokens.see)
-        if content is None:
+        tokens = _TokenCheck(self.manifest.dtype, self.manifest.vocab_size, eos, ends)
+        hashes = self._hash_file(".bin", tokens.inspect)
+        if hashes is None:
             return
-        if content.size != self.record["bin_bytes"]:
-            self._add("bin", f"it has {content.size:,} bytes, {self.record['bin_bytes']:,} were written")
-        for what in (tokens.outside, tokens.without_end):
-            if what:
-                self._add("bin", what)
-        if self._compare("bin", content):
+        if hashes.size != self.record["bin_bytes"]:
+            self._report(".bin", f"it has {hashes.size:,} bytes, {self.record['bin_bytes']:,} were written")
+        for problem in (tokens.bad_id, tokens.missing_eos):
+            if problem:
+                self._report(".bin", problem)
+        if not self._compare_hash(".bin", hashes):
             return
-        found = {"tokens": content.size // self.manifest.dtype.itemsize, "max_id": tokens.max_id}
-        for key, value in found.items():
+        # The file is as it was written: a count that does not fit it was changed in the manifest.
+        counts = {"tokens": hashes.size // self.manifest.dtype.itemsize, "max_id": tokens.max_id}
+        for key, value in counts.items():
             if key in self.record and self.record[key] != value:
                 self.findings.append(
-                    Finding(MANIFEST, f"{key} of {self.place} is {self.record[key]:,}, the shard says {value:,}")
+                    Finding(MANIFEST, f"{key} of {self.name} is {self.record[key]:,}, the shard says {value:,}")
                 )
 
     def _check_mask(self) -> None:
-        wrong: list[int] = []
+        """Check .mask: one byte per token, each 0 or 1."""
+        bad_bytes: list[int] = []
 
-        def see(offset: int, block: bytes) -> None:
-            if not wrong and (bad := np.frombuffer(block, "u1") > 1).any():
-                wrong.append(offset + int(np.argmax(bad)))
+        def inspect(offset: int, block: bytes) -> None:
+            if not bad_bytes and (bad := np.frombuffer(block, "u1") > 1).any():
+                bad_bytes.append(offset + int(np.argmax(bad)))
 
-        content = self._read("mask", see)
-        if content is None:
+        hashes = self._hash_file(".mask", inspect)
+        if hashes is None:
             return
-        if content.size != self.record["tokens"]:
-            self._add("mask", f"it has {content.size:,} bytes, the shard has {self.record['tokens']:,} tokens")
-        if wrong:
-            self._add("mask", f"byte {wrong[0]:,} is neither 0 nor 1")
-        self._compare("mask", content)
+        if hashes.size != self.record["tokens"]:
+            self._report(".mask", f"it has {hashes.size:,} bytes, the shard has {self.record['tokens']:,} tokens")
+        if bad_bytes:
+            self._report(".mask", f"byte {bad_bytes[0]:,} is neither 0 nor 1")
+        self._compare_hash(".mask", hashes)
 
-    def _read(self, name: str, see: Callable[[int, bytes], None]) -> Content | None:
-        """Read a file of the shard; None where it is not there or cannot be read, which is found then."""
-        path = prefix_path(self.prefix, f".{name}")
-        if not path.is_file() or f"{name}_sha256" not in self.record:
+    def _hash_file(self, suffix: str, inspect: Callable[[int, bytes], None]) -> FileHashes | None:
+        """Read and hash a file of the shard; None if it is missing or not recorded, or cannot be read (a finding)."""
+        path = prefix_path(self.prefix, suffix)
+        if not path.is_file() or f"{suffix[1:]}_sha256" not in self.record:
             return None
         read = 0
 
-        def seen(offset: int, block: bytes) -> None:
+        def inspect_and_advance(offset: int, block: bytes) -> None:
             nonlocal read
             read = offset + len(block)
-            see(offset, block)
+            inspect(offset, block)
             self.advance(len(block))
 
         try:
-            return read_content(path, seen)
+            return hash_file(path, inspect_and_advance)
         except OSError as error:
-            self._add(name, f"it cannot be read from byte {read:,} on: {error.strerror}")
+            self._report(suffix, f"it cannot be read from byte {read:,} on: {error.strerror}")
             return None
 
-    def _compare(self, name: str, content: Content) -> bool:
-        """Whether a file has another hash than was recorded; says which bytes differ, as exactly as can be said."""
-        recorded = (self.sums or {}).get(name)
-        ranges = [] if recorded is None else differing_ranges(content, *recorded)
-        as_summed = recorded is not None and (content.size, content.blocks) == recorded
-        if content.sha256 == self.record[f"{name}_sha256"]:
-            if recorded is not None and not as_summed:
-                what = (
-                    f"it does not describe {self.place}.{name}, which is as it was written; the shard does not need it"
-                )
-                self._add(SUM[1:], what, serious=False)
-            return False
-        other = self._owner(content.sha256)
+    def _compare_hash(self, suffix: str, hashes: FileHashes) -> bool:
+        """Return True if a file has the recorded SHA-256; otherwise report the bytes that differ, as exactly as known."""
+        recorded = (self.block_hashes or {}).get(suffix[1:])
+        fits_block_hashes = recorded is not None and (hashes.size, hashes.blocks) == recorded
+        if hashes.sha256 == self.record[f"{suffix[1:]}_sha256"]:
+            if recorded is not None and not fits_block_hashes:
+                problem = f"it does not fit {self.name}{suffix}, which is as it was written; the shard does not need it"
+                self._report(SUM_SUFFIX, problem, serious=False)
+            return True
+        changed = [] if recorded is None else find_changed_ranges(hashes, *recorded)
+        other = self._find_file_with_hash(hashes.sha256)
         if other is not None:
-            self._add(name, f"it has the content of {other}")
-        elif as_summed:
-            what = f"the hash of {self.place}.{name} is another, but the file is as {self.place}{SUM} says: one was changed"
-            self.findings.append(Finding(MANIFEST, what))
-        elif ranges:
-            for first, end in ranges[:LISTED_RANGES]:
-                self._add(name, f"{_range(first, end)} differ from what was written")
-            if len(ranges) > LISTED_RANGES:
-                self._add(name, f"{len(ranges) - LISTED_RANGES} more ranges of bytes differ from what was written")
-        elif not any(finding.place == f"{self.place}.{name}" for finding in self.findings):
-            self._add(name, "it differs from what was written; there are no hashes of its blocks to say where")
-        return True
+            self._report(suffix, f"it has the content of {other}")
+        elif fits_block_hashes:
+            file = f"{self.name}{suffix}"
+            problem = (
+                f"the hash of {file} is another, but the file fits {self.name}{SUM_SUFFIX}: one of them was changed"
+            )
+            self.findings.append(Finding(MANIFEST, problem))
+        elif changed:
+            for first, end in changed[:LISTED_RANGES]:
+                self._report(suffix, f"{_format_range(first, end)} differ from what was written")
+            if len(changed) > LISTED_RANGES:
+                more = len(changed) - LISTED_RANGES
+                self._report(suffix, f"{more} more ranges of bytes differ from what was written")
+        elif not any(finding.file == f"{self.name}{suffix}" for finding in self.findings):
+            self._report(suffix, "it differs from what was written; there are no hashes of its blocks to say where")
+        return False
 
-    def _owner(self, sha256: str) -> str | None:
-        """Which file of another shard has this hash."""
-        for split, record in self.manifest.records():
+    def _find_file_with_hash(self, sha256: str) -> str | None:
+        """Return the file of any shard that had this hash when it was written."""
+        for split, record in self.manifest.shard_records():
             for suffix in SUFFIXES:
                 if record.get(f"{suffix[1:]}_sha256") == sha256:
                     return f"{split}/{record['name']}{suffix}"
         return None
 
 
-class _Tokens:
-    """What is wrong with the tokens of a shard, block by block.
+class _TokenCheck:
+    """Check of a shard's tokens, block by block.
 
     Args:
         dtype: of the tokens.
-        vocab_size: every id is below it.
-        eos: the id that ends every document; None where not every document ends with it.
-        ends: one past the last token of each document, ascending; None where the index does not say.
+        vocab_size: every id must be below it.
+        eos: id that must end every document; None if not every document ends with it.
+        ends: one past the last token of each document, ascending; None if the index is damaged.
 
     Attributes:
-        max_id: largest id seen.
-        outside, without_end: the first id outside the vocabulary, and the first document without EOS, in words; or "".
+        max_id: largest id so far.
+        bad_id: description of the first id outside the vocabulary; "" if there is none.
+        missing_eos: description of the first document that does not end with EOS; "" if there is none.
     """
 
     def __init__(self, dtype: np.dtype, vocab_size: int, eos: int | None, ends: np.ndarray | None) -> None:
         self.dtype, self.vocab_size, self.eos, self.ends = dtype, vocab_size, eos, ends
         self.max_id = -1
-        self.outside = self.without_end = ""
+        self.bad_id = self.missing_eos = ""
 
-    def see(self, offset: int, block: bytes) -> None:
-        """Look at the next block, which begins at a whole token."""
+    def inspect(self, offset: int, block: bytes) -> None:
+        """Check the next block, whose byte offset is that of a whole token."""
         size = self.dtype.itemsize
         tokens = np.frombuffer(block[: len(block) // size * size], self.dtype)
         if not len(tokens):
             return
         self.max_id = max(self.max_id, int(tokens.max()))
-        if not self.outside and (self.max_id >= self.vocab_size or tokens.min() < 0):
-            place = int(np.argmax((tokens < 0) | (tokens >= self.vocab_size)))
-            first = offset + place * size
-            self.outside = f"{_range(first, first + size)} hold id {tokens[place]}, vocab_size is {self.vocab_size}"
-        if self.eos is None or self.ends is None or self.without_end:
+        if not self.bad_id and (self.max_id >= self.vocab_size or tokens.min() < 0):
+            index = int(np.argmax((tokens < 0) | (tokens >= self.vocab_size)))
+            first = offset + index * size
+            self.bad_id = (
+                f"{_format_range(first, first + size)} hold id {tokens[index]}, vocab_size is {self.vocab_size}"
+            )
+        if self.eos is None or self.ends is None or self.missing_eos:
             return
+        # Documents low ... high - 1 end in this block.
         begin = offset // size
         low, high = np.searchsorted(self.ends, (begin + 1, begin + len(tokens) + 1))
-        last = self.ends[low:high] - 1
-        wrong = np.flatnonzero(tokens[last - begin] != self.eos)
+        last_tokens = self.ends[low:high] - 1
+        wrong = np.flatnonzero(tokens[last_tokens - begin] != self.eos)
         if len(wrong):
-            place = int(last[wrong[0]])
-            self.without_end = (
-                f"{_range(place * size, place * size + size)} hold id {tokens[place - begin]} at the end of document "
+            last = int(last_tokens[wrong[0]])
+            self.missing_eos = (
+                f"{_format_range(last * size, last * size + size)} hold id {tokens[last - begin]} at the end of document "
                 f"{low + wrong[0]}, not EOS, {self.eos}"
             )
 
 
-def _range(first: int, end: int) -> str:
+def _format_range(first: int, end: int) -> str:
+    """Format the byte range [first, end) as the subject of a message."""
     return f"byte {first:,}" if end <= first + 1 else f"bytes {first:,} to {end - 1:,}"

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_rdt.data import shard_difference
+from megatron_rdt.data import describe_shard_difference
 from megatron_rdt.data.mixture import Phase
 from megatron_rdt.errors import CheckpointError
 
@@ -124,7 +124,7 @@ def _describe_difference(known: CorpusRecord, record: CorpusRecord, path: str) -
     """Describe how a corpus differs from the one that a checkpoint was trained with."""
     if known.fingerprint == record.fingerprint:
         return f"max_tokens {known.max_tokens} of {path}, now it is {record.max_tokens}"
-    difference = shard_difference(known.shards, record.shards)
+    difference = describe_shard_difference(known.shards, record.shards)
     return f"other data than {path} holds now (data_fingerprint): {difference}"
 
 

@@ -199,7 +199,7 @@ def test_prompts_do_not_count(tmp_path: Path) -> None:
     )
     tokenizer, found = Tokenizer(out / "tokenizer"), []
     for split in ("train", "valid"):
-        for prefix in load_manifest(out).shards(split):
+        for prefix in load_manifest(out).shard_prefixes(split):
             shard = IndexedDataset(prefix)
             for start, length in zip(shard.document_starts.tolist(), shard.lengths.tolist()):
                 ids, mask = shard.read(start, length), shard.read_mask(start, length)
@@ -262,7 +262,7 @@ def test_a_prepared_corpus_is_sealed_and_its_tokenizer_described(tiny_corpus: Pa
     assert described["round_trip"]["sampled"] > 0
     assert described["round_trip"]["changed"] == 0
     assert all(
-        (corpus / split / f"{record['name']}.sum").is_file() for split, record in load_manifest(corpus).records()
+        (corpus / split / f"{record['name']}.sum").is_file() for split, record in load_manifest(corpus).shard_records()
     )
     assert verify_corpus(corpus) == []
     (corpus / "tokenizer" / "tokenizer.json").unlink()

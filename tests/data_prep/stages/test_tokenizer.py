@@ -199,7 +199,7 @@ def test_a_corpus_in_a_hugging_face_tokenizer(
     assert manifest.document["tokenizer"]["fingerprint"] == tokenizer.fingerprint
     found = []
     for split in ("train", "valid"):
-        for prefix in manifest.shards(split):
+        for prefix in manifest.shard_prefixes(split):
             shard = IndexedDataset(prefix)
             for ids in (shard[i].tolist() for i in range(len(shard))):
                 assert ids.index(tokenizer.eos) == len(ids) - 1

@@ -1,36 +1,40 @@
-"""Checks that need more than one field; they run before any process starts."""
+"""Check a run's config before any process starts: ranges of numbers, and fields that do not fit together.
+
+Each function named `_find_..._problems` returns sentences for the user: fields, their values, and what to set instead.
+"""
 
 import dataclasses
 import math
 
-from megatron_rdt.config.deepspeed import deepspeed_problems
+from megatron_rdt.config.deepspeed import find_deepspeed_problems
 from megatron_rdt.config.engines import AXES, PROPOSED
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.config.mixture_weights import integer_weights
-from megatron_rdt.config.parallel_checks import parallel_problems
+from megatron_rdt.config.parallel_checks import find_parallel_problems
 from megatron_rdt.config.ranges import RANGE_KEY, Range
 from megatron_rdt.config.schema import ModelConfig, RunConfig
 from megatron_rdt.errors import ConfigError
 
 
 def check_config(config: RunConfig, world_size: int | None = None) -> None:
-    """Raise ConfigError with a sentence for every pair of fields that disagree.
+    """Raise ConfigError with a sentence for every number out of range and every set of fields that do not fit.
 
     Args:
-        config: what the user asked for.
-        world_size: processes of the run, where it is known.
+        config: the run's config.
+        world_size: processes of the run; None if not known yet, which leaves out the checks that need it.
     """
-    problems = [*_range_problems(config), *_model(config), *_depth(config), *_training(config), *_data(config)]
-    problems += [*parallel_problems(config), *deepspeed_problems(config, world_size)]
+    problems = [*_find_range_problems(config), *_find_model_problems(config.model), *_find_depth_problems(config)]
+    problems += [*_find_training_problems(config), *_find_data_problems(config)]
+    problems += [*find_parallel_problems(config), *find_deepspeed_problems(config, world_size)]
     if world_size is not None:
-        problems += _world(config, world_size)
+        problems += _find_world_size_problems(config, world_size)
     if problems:
         raise ConfigError(
             "\n  ".join(["the configuration cannot work:", *problems]) if len(problems) > 1 else problems[0]
         )
 
 
-def _range_problems(config: RunConfig) -> list[str]:
+def _find_range_problems(config: RunConfig) -> list[str]:
     """Return a sentence for every number that is outside the range declared at its field."""
     problems = []
     for section in dataclasses.fields(config):
@@ -43,16 +47,16 @@ def _range_problems(config: RunConfig) -> list[str]:
     return problems
 
 
-def _model(config: RunConfig) -> list[str]:
-    model = config.model
+def _find_model_problems(model: ModelConfig) -> list[str]:
+    """Check the parts of the model against each other."""
     if min(model.vocab_size, model.dim, model.core_layers, model.heads, model.kv_heads) < 1:
         return []  # out of range, and nothing can be divided by it
     # mla has fields of its own for the channels of a head.
-    return [*(_grouped(model) if model.attention == "gqa" else []), *_parts(config)]
+    return [*(_find_head_problems(model) if model.attention == "gqa" else []), *_find_part_problems(model)]
 
 
-def _grouped(model: ModelConfig) -> list[str]:
-    """What grouped-query attention needs of the width and the numbers of heads."""
+def _find_head_problems(model: ModelConfig) -> list[str]:
+    """Check that heads divide the width, and key-value heads the heads, for grouped-query attention."""
     problems = []
     if model.dim % model.heads:
         fits = [h for h in range(1, model.dim + 1) if model.dim % h == 0 and model.dim // h % 2 == 0]
@@ -72,9 +76,9 @@ def _grouped(model: ModelConfig) -> list[str]:
     return problems
 
 
-def _parts(config: RunConfig) -> list[str]:
-    """What the choices of `model` need of each other."""
-    model, problems = config.model, []
+def _find_part_problems(model: ModelConfig) -> list[str]:
+    """Check fields of `model` that only go with some choices of another."""
+    problems = []
     if model.attention == "mla":
         if model.rope_dim % 2:
             problems.append(f"model.rope_dim is {model.rope_dim}; rotary positions need an even number.")
@@ -89,11 +93,12 @@ def _parts(config: RunConfig) -> list[str]:
             f"model.experts_per_token {model.experts_per_token} must be from 1 to model.experts {model.experts}."
         )
     if len(set(model.signals)) < len(model.signals):
-        problems.append(f"model.signals {model.signals} names one twice. Leave one out.")
+        problems.append(f"model.signals {model.signals} lists a signal twice. Remove one.")
     return problems
 
 
-def _depth(config: RunConfig) -> list[str]:
+def _find_depth_problems(config: RunConfig) -> list[str]:
+    """Check loop counts, truncation and curricula, against trained halting too."""
     depth, problems = config.depth, []
     if not 1 <= depth.min <= depth.mean <= depth.max:
         problems.append(
@@ -110,8 +115,9 @@ def _depth(config: RunConfig) -> list[str]:
     truncated = depth.backprop != "all" and (int(depth.backprop) < depth.max or grows)
     if config.model.halting != "none" and truncated:
         problems.append(
-            f"model.halting {config.model.halting} needs a gradient through every iteration: a token that stops in one without "
-            f"would give the core none at all. Set --depth.backprop all{' and --depth.curriculum_of mean' * grows}."
+            f"model.halting {config.model.halting} needs a gradient through every iteration: a token that stops in an "
+            "iteration without one would give the core no gradient at all. "
+            f"Set --depth.backprop all{' and --depth.curriculum_of mean' * grows}."
         )
     if depth.per == "sequence" and config.model.halting == "gate":
         problems.append(
@@ -123,18 +129,19 @@ def _depth(config: RunConfig) -> list[str]:
         problems.append(f"depth.mean is {depth.mean}, but depth.scheme fixed needs a whole number. Change either.")
     if depth.scheme == "uniform" and 2 * depth.mean % 1 != 0:
         problems.append(
-            f"depth.mean is {depth.mean}, but depth.scheme uniform draws from 1 to 2 mean - 1. Give a multiple of 0.5."
+            f"depth.mean is {depth.mean}, but depth.scheme uniform draws from 1 to 2 mean - 1. Set a multiple of 0.5."
         )
     for section in ("eval", "sample"):
         loops = getattr(config, section).loops
         if not loops or min(loops) < 1:
             problems.append(f"{section}.loops is {loops}, it needs loop counts of at least 1.")
         elif len(set(loops)) < len(loops):
-            problems.append(f"{section}.loops {loops} names one twice. Leave one out.")
+            problems.append(f"{section}.loops {loops} lists a count twice. Remove one.")
     return problems
 
 
-def _training(config: RunConfig) -> list[str]:
+def _find_training_problems(config: RunConfig) -> list[str]:
+    """Check the schedule, optimizer, compilation, samples and the run's name."""
     train, problems = config.train, []
     if config.schedule.warmup_steps > train.steps >= 1:
         problems.append(
@@ -152,7 +159,7 @@ def _training(config: RunConfig) -> list[str]:
             f"optimizer.name {config.optimizer.name} needs whole matrices, which DeepSpeed ({config.parallel.engine}) "
             f"flattens. Set --parallel.engine {PROPOSED}, or --optimizer.name {kind.optimizers[0]}."
         )
-    problems += _compiled(config)
+    problems += _find_compile_problems(config)
     if config.sample.every and not config.sample.prompt:
         problems.append("sample.prompt is empty. Give it at least one character, or set --sample.every 0.")
     name = config.run.name
@@ -161,14 +168,14 @@ def _training(config: RunConfig) -> list[str]:
     return problems
 
 
-def _streaming(config: RunConfig) -> list[str]:
-    """What a dataset that is read as it comes needs, and what does not go with it."""
+def _find_streaming_problems(config: RunConfig) -> list[str]:
+    """Check the settings of a streamed Hugging Face dataset, and that no mixture has one."""
     data, problems = config.data, []
     for number, corpus in enumerate(data.mixture, 1):
         if corpus.path.startswith("hf:"):
             problems.append(
-                f"data.mixture: entry {number} ({corpus.path}) is a dataset that is read as it comes, which cannot be mixed. "
-                "Prepare it with rdt prep, or name it alone in data.path."
+                f"data.mixture: entry {number} ({corpus.path}) is a streamed dataset, which cannot be mixed. "
+                "Prepare it with rdt prep, or set data.path to it and omit data.mixture."
             )
     if not data.streamed:
         return problems
@@ -183,25 +190,26 @@ def _streaming(config: RunConfig) -> list[str]:
     return problems
 
 
-def _data(config: RunConfig) -> list[str]:
+def _find_data_problems(config: RunConfig) -> list[str]:
+    """Check document masks, streamed data and mixtures."""
     data, problems = config.data, []
     if data.document_positions and not data.document_mask:
         problems.append(
-            "data.document_positions lets positions start again within a sequence, so that a token would see others from "
-            "ahead of it: it needs --data.document_mask true. Set that, or leave it away."
+            "data.document_positions restarts positions within a sequence, so that a token would attend to others at later "
+            "positions than its own: it needs --data.document_mask true. Set that, or omit data.document_positions."
         )
-    problems += _streaming(config)
-    return problems + _mixture(config) if data.mixture else problems
+    problems += _find_streaming_problems(config)
+    return problems + _find_mixture_problems(config) if data.mixture else problems
 
 
-def _mixture(config: RunConfig) -> list[str]:
-    """What the corpora of the data need of each other."""
+def _find_mixture_problems(config: RunConfig) -> list[str]:
+    """Check names, weights and limits of the corpora of a mixture."""
     corpora, problems = config.data.corpora(), []
     names = [corpus.name for corpus in corpora]
     for number, corpus in enumerate(corpora, 1):
         where = f"data.mixture: entry {number} ({corpus.path})"
         if "/" in corpus.name or not corpus.name.isprintable():
-            problems.append(f"{where} is called {corpus.name!r}, which is no name. Give it another one with name.")
+            problems.append(f"{where} is called {corpus.name!r}, which is no name. Give it another in its key `name`.")
         if names.index(corpus.name) < number - 1:
             first = names.index(corpus.name) + 1
             problems.append(f"{where} is called {corpus.name} like entry {first}. Give one of them another name.")
@@ -212,23 +220,23 @@ def _mixture(config: RunConfig) -> list[str]:
         if 0 < corpus.max_tokens < 2 * config.train.sequence_length:
             problems.append(
                 f"{where} has max_tokens {corpus.max_tokens}, fewer than 2 x train.sequence_length = "
-                f"{2 * config.train.sequence_length}. Raise it, or leave it away for all."
+                f"{2 * config.train.sequence_length}. Raise it, or omit it for all."
             )
         if corpus.max_tokens and config.data.pack != "chunk":
             problems.append(
                 f"{where} has max_tokens {corpus.max_tokens}, but data.pack {config.data.pack} packs all documents of a "
-                "shard together. Set --data.pack chunk, or leave max_tokens away."
+                "shard together. Set --data.pack chunk, or omit max_tokens."
             )
     if not problems:
         try:
             integer_weights({corpus.name: corpus.weight for corpus in corpora})
         except ValueError as error:
-            problems.append(f"data.mixture: {error}. Raise the weight, or leave the corpus out.")
+            problems.append(f"data.mixture: {error}. Raise the weight, or remove the corpus.")
     return problems
 
 
-def _compiled(config: RunConfig) -> list[str]:
-    """What does not go together with compiled layers."""
+def _find_compile_problems(config: RunConfig) -> list[str]:
+    """Check that engine and checkpointing policy work with compiled layers."""
     if config.train.compile == "none":
         return []
     problems = []
@@ -239,13 +247,14 @@ def _compiled(config: RunConfig) -> list[str]:
         )
     if config.depth.checkpoint == "selective":
         problems.append(
-            "depth.checkpoint selective cannot look into compiled layers, which keep the results of matrix products and "
-            "compute what is cheap again by themselves. Set --depth.checkpoint none, per_layer or per_iteration."
+            "depth.checkpoint selective cannot look into compiled layers, which by themselves keep the results of matrix "
+            "products and recompute what is cheap. Set --depth.checkpoint none, per_layer or per_iteration."
         )
     return problems
 
 
-def _world(config: RunConfig, world_size: int) -> list[str]:
+def _find_world_size_problems(config: RunConfig, world_size: int) -> list[str]:
+    """Check that `world_size` processes can be arranged along the axes, and that they divide the global batch."""
     train, problems = config.train, []
     if world_size > 1 and not config.parallel.engine_kind.many_processes:
         problems.append(
@@ -262,7 +271,7 @@ def _world(config: RunConfig, world_size: int) -> list[str]:
     if train.global_batch % share:
         lower = train.global_batch // share * share
         nearest = ", ".join(str(n) for n in (lower, lower + share) if n)
-        who = f"{ranks} ranks" if ranks == world_size else f"{ranks} of {world_size} ranks with samples of their own"
+        who = f"{ranks} ranks" if ranks == world_size else f"{ranks} data-parallel ranks (of {world_size})"
         problems.append(
             f"train.global_batch {train.global_batch} is not a multiple of {who} x train.micro_batch "
             f"{train.micro_batch} = {share}; nearest: {nearest}."

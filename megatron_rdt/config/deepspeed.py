@@ -1,6 +1,6 @@
-"""DeepSpeed's config: generated from ours, with the user's further keys (`parallel.deepspeed`) merged in.
+"""Generate DeepSpeed's config from the run's config and merge the user's further keys (`parallel.deepspeed`) into it.
 
-Plain data, so that a clash is found before any process starts and without importing deepspeed.
+All of it is plain data, so that a clash is found before any process starts and without importing deepspeed.
 """
 
 import difflib
@@ -12,10 +12,10 @@ from megatron_rdt.config.engines import engines_with, join_names
 from megatron_rdt.config.schema import RunConfig
 from megatron_rdt.config.yaml_files import read_mapping
 
-WHERE = "parallel.deepspeed"
+OPTION = "parallel.deepspeed"
 STAGE_3 = "stage3_"
-# Blocks that would take over what an option of ours decides: that option.
-OURS = {
+# Keys of DeepSpeed's that the user may not set, and the option of ours that decides the same thing.
+DECIDED_BY_OPTION = {
     "optimizer": "optimizer.name",
     "scheduler": "schedule.name",
     "fp16": "train.precision",
@@ -42,7 +42,7 @@ OURS = {
     "zero_optimization.cpu_offload_param": "parallel.offload",
     "zero_optimization.leaf_module": "parallel.engine",
 }
-# What DeepSpeed has and this trainer never calls: the key would do nothing, or replace the model's modules.
+# Keys for parts of DeepSpeed that this trainer never calls: they would do nothing, or replace the model's modules.
 UNUSED = (
     "aio",
     "autotuning",
@@ -62,8 +62,8 @@ UNUSED = (
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
 )
-# What a user may add; DeepSpeed itself checks names and types inside `zero_optimization` and inside the blocks.
-FREE = (
+# Keys that the user may set; DeepSpeed itself checks names and types inside the blocks among them.
+ACCEPTED = (
     "comet",
     "comms_logger",
     "csv_monitor",
@@ -85,15 +85,15 @@ FREE = (
 
 
 @dataclass(frozen=True)
-class Generated:
-    """One key of DeepSpeed's that follows from our config.
+class GeneratedKey:
+    """One key of DeepSpeed's config whose value follows from the run's config.
 
     Attributes:
-        key: dotted.
-        value: what it must be; None where it is not known yet.
-        reason: the option of ours that says so, and its value.
-        remedy: what to change instead; empty where nothing can be.
-        written: goes into DeepSpeed's config; otherwise it is DeepSpeed's default, which must stay.
+        key: dotted name.
+        value: the only value it may have; None if the number of processes, which decides it, is not known yet.
+        reason: the option of ours that decides it, and that option's value.
+        remedy: the option to change instead; empty if none helps.
+        written: True: goes into DeepSpeed's config; False: is DeepSpeed's default, which must stay.
     """
 
     key: str
@@ -104,7 +104,7 @@ class Generated:
 
 
 FLOAT32 = "train.precision keeps weights, gradients and their reduction float32"
-# DeepSpeed's defaults that our engine builds on.
+# DeepSpeed's defaults that our engine relies on: key, value, reason, remedy.
 IMPLIED: list[tuple[str, Any, str, str]] = [
     ("gradient_allreduce_op", "mean", "train.global_batch is averaged over", "scale --optimizer.lr"),
     ("managed_gradient_accumulation", True, "train.micro_batch is one pass", "set --train.micro_batch"),
@@ -121,12 +121,12 @@ IMPLIED: list[tuple[str, Any, str, str]] = [
 ]
 
 
-def generated_keys(config: RunConfig, world_size: int | None = None) -> list[Generated]:
-    """The keys that the user cannot set to something else.
+def generated_keys(config: RunConfig, world_size: int | None = None) -> list[GeneratedKey]:
+    """Return the keys that follow from the config of a run with one of DeepSpeed's engines.
 
     Args:
-        config: of a run with one of DeepSpeed's engines.
-        world_size: processes of the run, where it is known.
+        config: the run's config.
+        world_size: processes of the run; None if not known yet.
     """
     train, engine, offload = config.train, config.parallel.engine, config.parallel.offload
     stage, clip, share = (
@@ -138,60 +138,61 @@ def generated_keys(config: RunConfig, world_size: int | None = None) -> list[Gen
     steps = f"{batch} and {micro} on {world_size} processes"
     accumulation = train.global_batch // share if share else None
     found = [
-        Generated("train_batch_size", train.global_batch, batch, "set --train.global_batch"),
-        Generated("train_micro_batch_size_per_gpu", train.micro_batch, micro, "set --train.micro_batch"),
-        Generated("gradient_accumulation_steps", accumulation, steps, "set --train.global_batch"),
-        Generated("gradient_clipping", clip, f"optimizer.grad_clip is {clip}", "set --optimizer.grad_clip"),
-        Generated("zero_optimization.stage", stage, f"parallel.engine is {engine}", "set --parallel.engine"),
+        GeneratedKey("train_batch_size", train.global_batch, batch, "set --train.global_batch"),
+        GeneratedKey("train_micro_batch_size_per_gpu", train.micro_batch, micro, "set --train.micro_batch"),
+        GeneratedKey("gradient_accumulation_steps", accumulation, steps, "set --train.global_batch"),
+        GeneratedKey("gradient_clipping", clip, f"optimizer.grad_clip is {clip}", "set --optimizer.grad_clip"),
+        GeneratedKey("zero_optimization.stage", stage, f"parallel.engine is {engine}", "set --parallel.engine"),
     ]
     if stage == 3:
+        # At 0 DeepSpeed frees gathered weights at once rather than by its estimate of when they are used again.
         once = f"parallel.engine is {engine}, which gathers the core once per pass"
         for name in ("reuse_distance", "live_parameters"):
-            found.append(Generated(f"zero_optimization.stage3_max_{name}", 0, once, ""))
+            found.append(GeneratedKey(f"zero_optimization.stage3_max_{name}", 0, once, ""))
     where = f"parallel.offload is {offload}"
     for block, on in (("optimizer", offload != "none"), ("param", offload == "parameters")):
         key, device = f"zero_optimization.offload_{block}.device", "cpu" if on else "none"
-        found.append(Generated(key, device, where, "set --parallel.offload", written=on))
-    if offload != "none":  # what steps on the CPU is torch's AdamW, as with every engine
-        found.append(Generated("zero_force_ds_cpu_optimizer", False, where, "set --parallel.offload none"))
-    return found + [Generated(*implied, written=False) for implied in IMPLIED]
+        found.append(GeneratedKey(key, device, where, "set --parallel.offload", written=on))
+    if offload != "none":  # torch's AdamW steps on the CPU too, so that every engine computes the same
+        found.append(GeneratedKey("zero_force_ds_cpu_optimizer", False, where, "set --parallel.offload none"))
+    return found + [GeneratedKey(*implied, written=False) for implied in IMPLIED]
 
 
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """What DeepSpeed is given: our defaults, over them the user's keys, over them what follows from our config.
+    """Return DeepSpeed's config: our defaults, overridden by the user's keys, overridden by the generated keys.
 
     Args:
-        config: a checked config, see `deepspeed_problems`.
+        config: a config that `find_deepspeed_problems` finds nothing wrong with.
         world_size: processes of the run.
     """
     merged: dict[str, Any] = {"steps_per_print": None, "zero_optimization": {}}
     if config.parallel.engine_kind.zero_stage == 3:
-        merged["zero_optimization"][f"{STAGE_3}param_persistence_threshold"] = 0
-    _merge(merged, _user_keys(config))
+        merged["zero_optimization"][f"{STAGE_3}param_persistence_threshold"] = 0  # shard small parameters too
+    _merge_into(merged, _read_user_keys(config))
     for key in generated_keys(config, world_size):
         *sections, name = key.key.split(".")
-        place = merged
+        block = merged
         for section in sections:
-            place = place.setdefault(section, {}) if key.written else place.get(section, {})
+            block = block.setdefault(section, {}) if key.written else block.get(section, {})
         if key.written:
-            place[name] = key.value
-        elif place.get(name) == "auto":
-            del place[name]
+            block[name] = key.value
+        elif block.get(name) == "auto":  # other trainers' word for their own value; here DeepSpeed's default
+            del block[name]
     return merged
 
 
-def deepspeed_problems(config: RunConfig, world_size: int | None = None) -> list[str]:
-    """A sentence for each key of `parallel.deepspeed` and value of `parallel.offload` that cannot work.
+def find_deepspeed_problems(config: RunConfig, world_size: int | None = None) -> list[str]:
+    """Return a sentence for each key of `parallel.deepspeed`, and for a `parallel.offload`, that cannot work.
 
     Args:
-        config: of any run.
-        world_size: processes of the run, where it is known.
+        config: the run's config, with any engine.
+        world_size: processes of the run; None if not known yet.
     """
-    engine, offload, user = config.parallel.engine, config.parallel.offload, _user_keys(config)
+    engine, offload, user = config.parallel.engine, config.parallel.offload, _read_user_keys(config)
     kind = config.parallel.engine_kind
     if not kind.zero_stage:
         names = join_names(engines_with(lambda kind: kind.zero_stage), "or")
-        given = [name for name, value in ((WHERE, user), ("parallel.offload", offload != "none")) if value]
+        given = [name for name, value in ((OPTION, user), ("parallel.offload", offload != "none")) if value]
         return [
             f"{name} is for DeepSpeed's engines, parallel.engine is {engine}. "
             f"Set --parallel.engine {names}, or omit {name}."
@@ -205,82 +206,83 @@ def deepspeed_problems(config: RunConfig, world_size: int | None = None) -> list
             f"Set --parallel.engine {names} or --parallel.offload optimizer."
         )
     generated = {key.key: key for key in generated_keys(config, world_size)}
-    told: dict[str, str] = {}  # one sentence for a block
-    for key, value in _leaves(user):
-        problem = _problem(config, generated, key, value)
+    told: dict[str, str] = {}  # one sentence for each block: the first
+    for key, value in _iterate_leaves(user):
+        problem = _find_key_problem(config, generated, key, value)
         if problem is not None:
             told.setdefault(key if key in generated or key.startswith("zero_") else key.partition(".")[0], problem)
     return problems + list(told.values())
 
 
-def _problem(config: RunConfig, generated: Mapping[str, Generated], key: str, value: Any) -> str | None:
-    """What is wrong with one key of the user's, if anything."""
-    sets, offload = f"{WHERE} sets {key} {value!r}", config.parallel.offload
+def _find_key_problem(config: RunConfig, generated: Mapping[str, GeneratedKey], key: str, value: Any) -> str | None:
+    """Return a sentence if the user's `key` cannot have `value`."""
+    sets, offload = f"{OPTION} sets {key} {value!r}", config.parallel.offload
     top, _, inner = key.partition(".")
     if same := generated.get(key):
         if same.value is None or value in (same.value, "auto"):
             return None
-        return f"{sets}, {same.reason}: leave the key out{same.remedy and f' and {same.remedy}'}."
+        return f"{sets}, {same.reason}: omit the key{same.remedy and f' and {same.remedy}'}."
     if any(name.startswith(f"{key}.") for name in generated):
-        return f"{sets}, but it is a mapping. Write its keys below it, or leave it out."
-    if block := next((name for name in OURS if key == name or key.startswith(f"{name}.")), None):
-        section, field = OURS[block].split(".")
+        return f"{sets}, but it is a mapping. Write its keys below it, or omit it."
+    if block := next((name for name in DECIDED_BY_OPTION if key == name or key.startswith(f"{name}.")), None):
+        option = DECIDED_BY_OPTION[block]
+        section, field = option.split(".")
         ours = getattr(getattr(config, section), field)
-        return f"{sets}, {OURS[block]} is {ours}: leave {block} out; the options {section}.* decide this."
+        return f"{sets}, {option} is {ours}: omit {block}; the options {section}.* decide this."
     if top in UNUSED:
-        return f"{sets}, which this trainer does not use. Leave {top} out."
-    if top not in FREE:
-        known = [name for name in (*FREE, *OURS, *generated) if "." not in name]
+        return f"{sets}, which this trainer does not use. Omit {top}."
+    if top not in ACCEPTED:
+        known = [name for name in (*ACCEPTED, *DECIDED_BY_OPTION, *generated) if "." not in name]
         near = difflib.get_close_matches(top, known, n=1, cutoff=0.6)
-        hint = f"Did you mean {near[0]}?" if near else "Leave it out."
+        hint = f"Did you mean {near[0]}?" if near else "Omit it."
         return f"{sets}, but DeepSpeed has no key {top} and would ignore it. {hint}"
     for block, on in (("offload_optimizer.", offload != "none"), ("offload_param.", offload == "parameters")):
         if inner.startswith(block) and not on:
-            return f"{sets}, parallel.offload is {offload}: leave the key out or set --parallel.offload."
+            return f"{sets}, parallel.offload is {offload}: omit the key or set --parallel.offload."
     return None
 
 
-def _user_keys(config: RunConfig) -> dict[str, Any]:
-    """`parallel.deepspeed` as a mapping, with the names that DeepSpeed's documentation uses.
-
-    Blocks that are switched off ask for nothing.
-    """
+def _read_user_keys(config: RunConfig) -> dict[str, Any]:
+    """Return `parallel.deepspeed` as a mapping, without blocks that are switched off, and with one spelling of each key."""
     given = config.parallel.deepspeed or {}
     if isinstance(given, str):
-        given = read_mapping(given, f"{WHERE}:", f"--{WHERE}")
+        given = read_mapping(given, f"{OPTION}:", f"--{OPTION}")
     keys = {name: value for name, value in given.items() if not _is_off(value)}
     zero = keys.get("zero_optimization")
     if isinstance(zero, Mapping):
         keys["zero_optimization"] = {
-            (f"{STAGE_3}{name}" if name in SHORT else name): value for name, value in zero.items() if not _is_off(value)
+            (f"{STAGE_3}{name}" if name in WITHOUT_PREFIX else name): value
+            for name, value in zero.items()
+            if not _is_off(value)
         }
     return keys
 
 
-# Keys of `zero_optimization` that DeepSpeed also takes without stage3_ before them.
-SHORT = ("max_reuse_distance", "max_live_parameters", "param_persistence_threshold")
+# Keys of `zero_optimization` that DeepSpeed also takes without the prefix stage3_.
+WITHOUT_PREFIX = ("max_reuse_distance", "max_live_parameters", "param_persistence_threshold")
 
 
 def _is_off(value: Any) -> bool:
+    """Return True for a block that says `enabled: false`."""
     return isinstance(value, Mapping) and value.get("enabled") is False
 
 
-def _merge(into: dict[str, Any], more: Mapping[str, Any]) -> None:
-    """Put `more` over `into`, section by section."""
+def _merge_into(into: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Add the keys of `more` to `into`, block by block; where both have a value, that of `more` stays."""
     for name, value in more.items():
         if isinstance(value, Mapping):
-            place = into.setdefault(name, {})
-            if isinstance(place, dict):
-                _merge(place, value)
+            block = into.setdefault(name, {})
+            if isinstance(block, dict):
+                _merge_into(block, value)
                 continue
         into[name] = value
 
 
-def _leaves(mapping: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values; an empty mapping is a value."""
+def _iterate_leaves(mapping: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted name and value of every leaf; an empty mapping is a leaf."""
     for name, value in mapping.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{key}.")
+            yield from _iterate_leaves(value, f"{key}.")
         else:
             yield key, value

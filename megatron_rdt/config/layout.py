@@ -1,7 +1,8 @@
-"""Layout: how the processes of a run are arranged, in which each has one place on every axis of sharding.
+"""Layout: the arrangement of a run's processes along the axes of sharding.
 
-Ranks count the axes like digits, the last one fastest: replicate, shard, context, tensor. So processes that exchange
-activations in every layer (tensor) are neighbours, and those that meet once per step (replicate) are far apart.
+A rank is a number whose digits are the process's indices along replicate, shard, context and tensor, the last one
+fastest. So processes that exchange activations in every layer (tensor) are neighbours, on one node, and processes that
+exchange gradients once per step (replicate) are far apart.
 """
 
 from dataclasses import dataclass
@@ -11,14 +12,15 @@ from megatron_rdt.config.schema import ParallelConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the axes.
+    """Sizes of the axes of sharding.
 
     Attributes:
-        replicate: groups that each hold the whole state.
-        shard: processes of a group that have samples of their own.
-        context: processes that share out the tokens of each sequence.
-        tensor: processes that share out heads and channels.
-        expert: neighbouring processes of a group that share out the experts; they lie across the other axes.
+        replicate: groups of processes that each hold the whole state.
+        shard: data-parallel ranks of such a group.
+        context: processes that split the tokens of each sequence between them.
+        tensor: processes that split heads and channels between them.
+        expert: processes that split the experts between them: neighbours within a group, whatever their indices along
+            the other axes.
     """
 
     replicate: int = 1
@@ -29,10 +31,10 @@ class Layout:
 
     @classmethod
     def of(cls, config: ParallelConfig, world_size: int) -> "Layout":
-        """The layout of `world_size` processes; every axis but `shard` is configured.
+        """Arrange `world_size` processes along the configured axes; what remains is the size of `shard`.
 
         Raises:
-            ValueError: the axes do not divide the processes; the message says how to mend it.
+            ValueError: the axes do not divide the processes; the message says how to fix it.
         """
         fixed = config.replicate * config.context * config.tensor
         named = f"parallel.replicate {config.replicate} x context {config.context} x tensor {config.tensor} = {fixed}"
@@ -52,14 +54,14 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        """All processes."""
+        """Number of all processes."""
         return self.data * self.context * self.tensor
 
     @property
     def data(self) -> int:
-        """Processes that have samples of their own."""
+        """Number of data-parallel ranks: groups of processes that read samples of their own."""
         return self.replicate * self.shard
 
     def data_rank(self, rank: int) -> int:
-        """Which share of each batch `rank` takes, from 0 to data - 1."""
+        """Return the data rank of a process: the number, from 0, of the share of each batch that it reads."""
         return rank // (self.context * self.tensor)

@@ -1,4 +1,4 @@
-"""Reading a RunConfig from YAML and overrides, and writing it back."""
+"""Read a RunConfig from YAML and overrides, and write it back."""
 
 import functools
 import json
@@ -13,10 +13,10 @@ from megatron_rdt.config.schema import RunConfig
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | Sequence[str] | None = None) -> RunConfig:
-    """The RunConfig of a YAML file.
+    """Read the RunConfig of a YAML file.
 
     Args:
-        path: the file.
+        path: the YAML file.
         overrides: {"depth.mean": 8}, or words as on the command line: ["--depth.mean", "8"] or ["depth.mean=8"].
 
     Raises:
@@ -24,23 +24,26 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | Sequence[str] |
     """
     words = ["--config", str(path)]
     if isinstance(overrides, Mapping):
-        words += [f"--{key}={_written(value)}" for key, value in flatten(overrides, option_kinds(RunConfig)).items()]
+        words += [
+            f"--{key}={_format_value(value)}" for key, value in flatten(overrides, option_kinds(RunConfig)).items()
+        ]
     elif overrides:
         words += [f"--{word}" if "=" in word and not word.startswith("--") else word for word in overrides]
-    config, _ = parse(_parser(), RunConfig, words)
+    config, _ = parse(_run_parser(), RunConfig, words)
     return config
 
 
 @functools.cache
-def _parser() -> jsonargparse.ArgumentParser:
+def _run_parser() -> jsonargparse.ArgumentParser:
+    """Return the parser of every field of RunConfig; made once, since its help is parsed from source code."""
     return make_parser(RunConfig, "rdt train", "")
 
 
-def _written(value: Any) -> str:
-    """A value as it is typed on a command line."""
+def _format_value(value: Any) -> str:
+    """Format a value as it is typed on a command line."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def dump_config(config: RunConfig) -> str:
-    """YAML that `load_config` reads back to an equal object."""
+    """Return YAML that `load_config` reads back to an equal object."""
     return dump(config)

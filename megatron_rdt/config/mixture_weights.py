@@ -1,17 +1,17 @@
-"""Weights of a mixture of corpora as whole numbers."""
+"""Convert the weights of a mixture of corpora to whole numbers of samples in a period."""
 
 import math
 from collections.abc import Mapping
 
-# Weights are multiples of 1 / PERIOD. What this leaves off is 0.02 samples in a thousand.
+# Shares are rounded to multiples of 1 / PERIOD: an error of at most 0.02 samples in a thousand.
 PERIOD = 65536
 
 
 def integer_weights(weights: Mapping[str, float]) -> dict[str, int]:
-    """Samples of each corpus in a period: weights to multiples of 1 / PERIOD, by largest remainder, in lowest terms.
+    """Return how many samples of a period each corpus has: its weight as a multiple of 1 / PERIOD, in lowest terms.
 
     Args:
-        weights: by name, of any scale.
+        weights: weight of each corpus by name, on any scale.
 
     Raises:
         ValueError: a weight is not above 0, or less than 1 / PERIOD of their sum.
@@ -25,7 +25,8 @@ def integer_weights(weights: Mapping[str, float]) -> dict[str, int]:
             raise ValueError(f"the weight of {name} is {weight / total:.3g} of all, less than 1/{PERIOD}")
     exact = {name: weight / total * PERIOD for name, weight in weights.items()}
     counts = {name: int(share) for name, share in exact.items()}
-    # Ties go to the first.
+    # Largest remainder: the samples that rounding down left over go to the corpora that it cut most, the first of equals
+    # first, so that the counts add up to the period.
     largest = sorted(weights, key=lambda name: counts[name] - exact[name])
     for name in largest[: PERIOD - sum(counts.values())]:
         counts[name] += 1

@@ -1,7 +1,7 @@
-"""The schema of `model`: which parts a recurrent-depth transformer is made of, and how large they are.
+"""The schema of `model`: the parts of a recurrent-depth transformer and their sizes.
 
-Every axis is one field whose choices are names of classes below `megatron_rdt/model`. Fields that only one choice
-reads say so. The export for transformers carries this file, so it imports nothing of the project but
+Each part is chosen by one field whose choices are names of classes below `megatron_rdt/model`. The help of a field that
+only one choice reads begins with that choice. The export for transformers carries this file, so it imports nothing of the project but
 `config/ranges.py`, which the export carries too.
 """
 
@@ -10,7 +10,7 @@ from typing import Literal
 
 from megatron_rdt.config.ranges import option
 
-# Fields that training alone reads: a checkpoint's weights mean the same whatever they are, so a run may change them.
+# Fields that only training reads. The weights of a checkpoint mean the same for all their values, so a run may change them.
 TRAINING_FIELDS = ("balance_rate", "halting_weight")
 
 FFN_MULTIPLE, EXPERT_MULTIPLE = 64, 16
@@ -40,11 +40,11 @@ class ModelConfig:
     attention: Literal["gqa", "mla"] = "gqa"
     """Kind of attention: grouped-query, or multi-head latent, whose cache holds one compressed vector per token."""
     kv_rank: int = option(64, at_least=1, only_if=("attention", "mla"))
-    """mla: width of the compressed keys and values, which is what the cache holds."""
+    """mla: width of the compressed keys and values, which the cache holds."""
     query_rank: int = option(0, at_least=0)
     """mla: width of the compressed queries; 0 projects queries directly."""
     nope_dim: int = option(32, at_least=1, only_if=("attention", "mla"))
-    """mla: channels per head of queries and keys without position."""
+    """mla: channels per head of queries and keys without rotary position."""
     rope_dim: int = option(16, at_least=1, only_if=("attention", "mla"))
     """mla: channels per head of queries, and of the one key that all heads share, with rotary position; even."""
     value_dim: int = option(32, at_least=1, only_if=("attention", "mla"))
@@ -52,35 +52,35 @@ class ModelConfig:
     qk_norm: Literal["none", "plain", "learned"] = "none"
     """RMSNorm over each head's query and key: none, without or with learned gains."""
     qk_bias: bool = False
-    """gqa: add a learned bias to queries and keys before they are rotated, as in Huginn."""
+    """gqa: add a learned bias to queries and keys before rotation, as in Huginn."""
     window: int = option(0, at_least=0)
-    """Sliding window: a query sees this many latest positions, itself included; 0 means all."""
+    """Sliding window: a query attends to this many latest positions, itself included; 0: to all."""
     rope_base: float = option(10000.0, above=0)
     """Base of the rotary position frequencies."""
     rope_pairing: Literal["half", "adjacent"] = "half"
-    """Which channels rotate together: i and i + half (Llama), or 2i and 2i + 1 (Huginn, OpenMythos)."""
+    """Channels that rotate together. half: i and i + half (Llama); adjacent: 2i and 2i + 1 (Huginn, OpenMythos)."""
     value_embeddings: Literal["none", "gated"] = "none"
-    """gqa: add a gated embedding of the token to the values, a table for every second layer, as in Parcae."""
+    """gqa: add a gated embedding of the token to the values in every second layer, each with a table of its own, as in Parcae."""
     ffn: Literal["swiglu", "relu2"] = "swiglu"
-    """Feed-forward of dense layers: gated SiLU, or squared ReLU."""
+    """Feed-forward part of dense layers: gated SiLU, or squared ReLU."""
     ffn_dim: int = option(0, at_least=0)
-    """Inner width of the dense feed-forward; 0 means 8/3 of `dim` rounded up to a multiple of 64 (relu2: 4 dim)."""
+    """Inner width of the dense feed-forward part; 0: 8/3 of `dim` rounded up to a multiple of 64 (relu2: 4 dim)."""
     core_ffn: Literal["dense", "moe"] = "dense"
-    """Feed-forward of the core's layers: `ffn`, or a mixture of SwiGLU experts."""
+    """Feed-forward part of the core's layers. dense: as in `ffn`; moe: a mixture of SwiGLU experts."""
     experts: int = 8
-    """moe: routed experts."""
+    """moe: number of routed experts."""
     experts_per_token: int = 2
-    """moe: routed experts that each token is sent to."""
+    """moe: number of routed experts that each token is sent to."""
     expert_dim: int = option(0, at_least=0)
-    """moe: inner width of a routed expert; 0 means the dense width divided by `experts_per_token`, rounded up to a multiple of 16."""
+    """moe: inner width of a routed expert; 0: the dense width divided by `experts_per_token`, rounded up to a multiple of 16."""
     shared_experts: int = option(1, at_least=0)
-    """moe: experts that every token is sent to."""
+    """moe: number of shared experts, which every token is sent to."""
     shared_expert_dim: int = option(0, at_least=0)
-    """moe: inner width of a shared expert; 0 means `expert_dim`."""
+    """moe: inner width of a shared expert; 0: that of a routed expert."""
     balance_rate: float = option(1e-3, at_least=0)
     """moe: step by which an expert's selection bias moves after each optimizer step, towards an even load."""
     norm_placement: Literal["pre", "sandwich", "peri"] = "pre"
-    """Norms of a layer: before each part; before it and over the sum with the residual (Huginn); before it and over its output (Ouro)."""
+    """Norms of a layer. pre: before each part; sandwich: also over its sum with the residual (Huginn); peri: also over its output (Ouro)."""
     norm_eps: float = option(1e-6, at_least=0)
     """Epsilon of every RMSNorm."""
     core_norm: Literal["none", "iteration", "last", "last_shared"] = "none"
@@ -88,11 +88,11 @@ class ModelConfig:
     encoded_norm: bool = True
     """Normalise the encoded input before it is injected."""
     injection: Literal["diagonal", "residual", "linear", "add", "gate", "hyper"] = "diagonal"
-    """How the encoded input enters each iteration. diagonal: spectral radius below 1 for every weight value; residual: the same decay around the layers (OpenMythos); linear: concatenate and project (Huginn); add; gate: a learned mixture; hyper: several lanes."""
+    """Injection of the encoded input into each iteration. diagonal: spectral radius below 1 for every weight value; residual: the same decay around the layers (OpenMythos); linear: concatenate and project (Huginn); add: sum; gate: a learned mixture; hyper: several lanes of state (hyper-connections)."""
     discretization: Literal["zoh", "euler"] = "zoh"
-    """diagonal, residual, hyper: zero-order hold or bounded forward Euler."""
+    """diagonal, residual, hyper: discretization of the recurrence, zero-order hold or bounded forward Euler."""
     lanes: int = option(4, at_least=1, only_if=("injection", "hyper"))
-    """hyper: parallel copies of the state."""
+    """hyper: number of parallel copies of the state."""
     input_matrix: bool = False
     """Apply a learned matrix, the identity at first, to the encoded input before it is injected, as in Parcae."""
     output_matrix: bool = False
@@ -102,7 +102,7 @@ class ModelConfig:
     state_std: float = option(0.6325, above=0)
     """Standard deviation of the `normal` initial state; sqrt(2/5) as in Huginn."""
     signals: list[Literal["sinusoidal", "lora", "adaln"]] = field(default_factory=list)
-    """What tells the core which iteration it is in, any of: a sinusoidal loop index added to the state, a low-rank adapter per iteration, norms modulated by (t, T)."""
+    """Signals of the iteration index to the core, any of. sinusoidal: a loop index added to the state; lora: a low-rank adapter that depends on the iteration; adaln: norms modulated by (t, T)."""
     signal_rank: int = option(8, at_least=1, only_if=("signals", "lora"))
     """lora: rank of the adapter."""
     halting: Literal["none", "act", "gate"] = "none"
@@ -116,7 +116,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     """Use the token embedding as the output projection."""
     logit_softcap: float = option(0.0, at_least=0)
-    """Squash logits to this size with tanh; 0 means not."""
+    """Bound of the logits, by tanh; 0: none."""
 
     @property
     def head_dim(self) -> int:
@@ -125,7 +125,7 @@ class ModelConfig:
 
     @property
     def ffn_width(self) -> int:
-        """Inner width of a dense feed-forward part: `ffn_dim`, or what 0 means there."""
+        """Inner width of a dense feed-forward part: `ffn_dim`, or its default if that is 0."""
         if self.ffn_dim:
             return self.ffn_dim
         if self.ffn == "relu2":
@@ -134,7 +134,7 @@ class ModelConfig:
 
     @property
     def expert_width(self) -> int:
-        """Inner width of a routed expert: `expert_dim`, or what 0 means there."""
+        """Inner width of a routed expert: `expert_dim`, or its default if that is 0."""
         if self.expert_dim:
             return self.expert_dim
         return -(-self.ffn_width // (self.experts_per_token * EXPERT_MULTIPLE)) * EXPERT_MULTIPLE

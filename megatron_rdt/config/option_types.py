@@ -1,4 +1,4 @@
-"""What the type of an option is to a user: how it is typed, what a message calls it, and entries that are mappings."""
+"""Types of options as users see them: their placeholders in help, their words in messages, and lists of mappings."""
 
 import dataclasses
 import difflib
@@ -10,22 +10,22 @@ from typing import Any, Literal
 from megatron_rdt.errors import ConfigError
 
 METAVARS = {int: "INT", float: "FLOAT", bool: "[true|false]", str: "TEXT"}
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
 def takes_mapping(kind: Any) -> bool:
-    """Whether an option takes a mapping, or the path of a file that holds one."""
+    """Return True if the option takes a mapping, or the path of a file that holds one."""
     return any(typing.get_origin(part) is dict for part in typing.get_args(kind))
 
 
 def entry_schema(kind: Any) -> type | None:
-    """The dataclass that each entry of an option is, where the option is a list of such."""
+    """Return the dataclass of the entries if the option is a list of dataclasses."""
     parts = typing.get_args(kind)
     return parts[0] if typing.get_origin(kind) is list and dataclasses.is_dataclass(parts[0]) else None  # type: ignore[return-value]
 
 
 def metavar(kind: Any) -> str:
-    """How a value of this type is typed, for help."""
+    """Return the placeholder of a value of this type in help: "INT", "{none,layers}"."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return "{" + ",".join(str(part) for part in parts) + "}"
@@ -40,8 +40,8 @@ def metavar(kind: Any) -> str:
     return METAVARS[kind]
 
 
-def kind_text(kind: Any) -> str:
-    """What a value of this type is, for a message."""
+def describe_type(kind: Any) -> str:
+    """Describe a value of this type for a message: "a whole number", "none or layers"."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return " or ".join(str(part) for part in parts) if len(parts) < 3 else "one of " + ", ".join(map(str, parts))
@@ -55,17 +55,17 @@ def kind_text(kind: Any) -> str:
     if takes_mapping(kind):
         return "the path of a YAML or JSON file, or a mapping such as '{key: value}'"
     if parts:
-        return " or ".join(kind_text(part) for part in parts)
-    return KINDS[kind]
+        return " or ".join(describe_type(part) for part in parts)
+    return TYPE_WORDS[kind]
 
 
-def read_entries(schema: type, entries: list[Mapping[Any, Any]], place: str) -> list[Any]:
-    """The dataclasses of a list of mappings.
+def read_entries(schema: type, entries: list[Mapping[Any, Any]], source: str) -> list[Any]:
+    """Make a dataclass of each of a list of mappings.
 
     Args:
-        schema: of each; its fields are numbers, texts, true or false, or null.
-        entries: as read from YAML.
-        place: what holds them, for messages.
+        schema: the dataclass; its fields are numbers, texts, booleans, or None.
+        entries: mappings, as read from YAML.
+        source: the option or the file and key that holds them, for messages.
 
     Raises:
         ConfigError: a key that does not exist, one that is missing, or a value of another type.
@@ -74,32 +74,33 @@ def read_entries(schema: type, entries: list[Mapping[Any, Any]], place: str) -> 
     required = [f.name for f in dataclasses.fields(schema) if f.default is f.default_factory is dataclasses.MISSING]
     made = []
     for number, entry in enumerate(entries, 1):
-        where = f"{place}: entry {number}"
+        where = f"{source}: entry {number}"
         for key, value in entry.items():
             if key not in hints:
                 near = difflib.get_close_matches(str(key), list(hints), n=1, cutoff=0.5)
                 hint = f"Did you mean {near[0]}?" if near else f"It takes {', '.join(hints)}."
                 raise ConfigError(f"{where} has the key {key}, which does not exist. {hint}")
-            if not _fits(value, hints[key]):
+            if not _is_of_type(value, hints[key]):
                 shown = "null" if value is None else repr(value)
-                raise ConfigError(f"{where}: {key} needs {kind_text(hints[key])}, not {shown}.")
+                raise ConfigError(f"{where}: {key} needs {describe_type(hints[key])}, not {shown}.")
         missing = [name for name in required if name not in entry]
         if missing:
             raise ConfigError(f"{where} has no {' and no '.join(missing)}. It takes {', '.join(hints)}.")
-        numbers = {key: float(value) for key, value in entry.items() if _is_float(value, hints[key])}
-        made.append(schema(**{**entry, **numbers}))
+        floats = {key: float(value) for key, value in entry.items() if _is_whole_float(value, hints[key])}
+        made.append(schema(**{**entry, **floats}))
     return made
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def _is_of_type(value: Any, kind: Any) -> bool:
+    """Return True if `value` is of type `kind`: True is not a number, a whole number is a number."""
     parts = typing.get_args(kind)
     if parts:
-        return any(_fits(value, part) for part in parts)
+        return any(_is_of_type(value, part) for part in parts)
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
     return isinstance(value, int | float) if kind is float else isinstance(value, kind)
 
 
-def _is_float(value: Any, kind: Any) -> bool:
-    """Whether a whole number stands where a number is due."""
+def _is_whole_float(value: Any, kind: Any) -> bool:
+    """Return True if `value` is a whole number where the type asks for a float."""
     return isinstance(value, int) and not isinstance(value, bool) and float in (kind, *typing.get_args(kind))

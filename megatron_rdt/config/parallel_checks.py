@@ -1,4 +1,4 @@
-"""Checks of `parallel`: what each axis of sharding needs of the engine, the model and the run."""
+"""Check `parallel`: that each axis of sharding fits the engine, the model and the rest of the run."""
 
 from megatron_rdt.config.engines import AXES, PROPOSED, engines_with, join_names
 from megatron_rdt.config.schema import ParallelConfig, RunConfig
@@ -7,8 +7,8 @@ from megatron_rdt.config.schema import ParallelConfig, RunConfig
 SHARDING_OPTIONS = (*AXES, "core_gather", "reshard_after_forward")
 
 
-def parallel_problems(config: RunConfig) -> list[str]:
-    """A sentence for everything in `parallel` that cannot work, whatever the number of processes."""
+def find_parallel_problems(config: RunConfig) -> list[str]:
+    """Return a sentence for everything in `parallel` that cannot work on any number of processes."""
     parallel = config.parallel
     if min(getattr(parallel, name) for name in AXES) < 1:
         return []  # out of range, and nothing can be divided by it
@@ -24,26 +24,33 @@ def parallel_problems(config: RunConfig) -> list[str]:
         problems.append(f"parallel.reduce is for the engines {names}; {parallel.engine} decides for itself. Omit it.")
     if problems:
         return problems
-    checks = (_same_depth, _core_units, _tensor, _context, _expert, _whole_sequences)
+    checks = (
+        _find_unequal_depths,
+        _find_weights_read_outside_layers,
+        _find_tensor_problems,
+        _find_context_problems,
+        _find_expert_problems,
+        _find_uses_of_whole_sequences,
+    )
     return [problem for check in checks for problem in check(config)]
 
 
-def _same_depth(config: RunConfig) -> list[str]:
-    """Processes that meet in every iteration have to run the same number of them."""
+def _find_unequal_depths(config: RunConfig) -> list[str]:
+    """Check that processes that exchange data in every iteration all run the same number of iterations."""
     depth, parallel = config.depth, config.parallel
     if depth.per == "step" or depth.scheme == "fixed":
         return []
     meeting = [f"parallel.core_gather {parallel.core_gather}"] if parallel.core_gather != "once" else []
     meeting += [f"parallel.expert {parallel.expert}"] if parallel.expert > 1 else []
     return [
-        f"{name} lets processes with different sequences meet in every iteration, so all need the same T; depth.per is "
-        f"{depth.per}. Set --depth.per step."
+        f"{name} makes processes with different sequences exchange data in every iteration, so all need the same T; "
+        f"depth.per is {depth.per}. Set --depth.per step."
         for name in meeting
     ]
 
 
-def _core_units(config: RunConfig) -> list[str]:
-    """What reads weights of the core's layers other than in their forward passes."""
+def _find_weights_read_outside_layers(config: RunConfig) -> list[str]:
+    """Check that nothing reads weights of the core's layers while they are not gathered."""
     gathering, problems = config.parallel.core_gather, []
     if gathering == "once":
         return []
@@ -60,8 +67,8 @@ def _core_units(config: RunConfig) -> list[str]:
     return problems
 
 
-def _tensor(config: RunConfig) -> list[str]:
-    """What is split between `parallel.tensor` processes has to divide."""
+def _find_tensor_problems(config: RunConfig) -> list[str]:
+    """Check that `parallel.tensor` divides everything that it splits."""
     model, ranks, problems = config.model, config.parallel.tensor, []
     if ranks == 1:
         return []
@@ -75,33 +82,35 @@ def _tensor(config: RunConfig) -> list[str]:
     for name, size in split.items():
         if size % ranks:
             problems.append(f"parallel.tensor {ranks} does not divide the {name}, {size}. Change either.")
-    return problems + _no_muon(config, "tensor")
+    return problems + _find_split_muon_matrices(config, "tensor")
 
 
 def inner_widths(config: RunConfig) -> dict[str, int]:
-    """Inner widths that `parallel.tensor` splits, by the options that set them."""
+    """Return the inner widths that `parallel.tensor` splits, by the options that set them."""
     model, widths = config.model, {}
     if model.core_ffn == "dense" or model.prelude_layers or model.coda_layers:
         widths["model.ffn_dim"] = model.ffn_width
-    if model.core_ffn == "moe" and model.experts_per_token > 0:  # what is less is refused elsewhere
-        if config.parallel.expert == 1:  # otherwise each is whole on one process
+    if model.core_ffn == "moe" and model.experts_per_token > 0:  # otherwise refused elsewhere
+        if config.parallel.expert == 1:  # otherwise each expert is whole on one process
             widths["model.expert_dim"] = model.expert_width
         if model.shared_width:
             widths["model.shared_experts x model.shared_expert_dim"] = model.shared_width
     return widths
 
 
-def _context(config: RunConfig) -> list[str]:
+def _find_context_problems(config: RunConfig) -> list[str]:
+    """Check that `parallel.context` divides the sequence into pairs of chunks."""
     length, ranks = config.train.sequence_length, config.parallel.context
     if ranks == 1 or length % (2 * ranks) == 0:
         return []
     return [
-        f"train.sequence_length {length} is not a multiple of 2 x parallel.context {ranks}: each process has two pieces "
-        "of every sequence. Change either."
+        f"train.sequence_length {length} is not a multiple of 2 x parallel.context {ranks}: each process holds two "
+        "pieces of every sequence. Change either."
     ]
 
 
-def _expert(config: RunConfig) -> list[str]:
+def _find_expert_problems(config: RunConfig) -> list[str]:
+    """Check that there are experts and that `parallel.expert` divides them."""
     model, ranks = config.model, config.parallel.expert
     if ranks == 1:
         return []
@@ -111,11 +120,11 @@ def _expert(config: RunConfig) -> list[str]:
         ]
     if model.experts % ranks:
         return [f"parallel.expert {ranks} does not divide model.experts {model.experts}. Change either."]
-    return _no_muon(config, "expert")
+    return _find_split_muon_matrices(config, "expert")
 
 
-def _whole_sequences(config: RunConfig) -> list[str]:
-    """What needs whole sequences on each process, or layers that talk to no other."""
+def _find_uses_of_whole_sequences(config: RunConfig) -> list[str]:
+    """Check that nothing needs whole sequences on one process, or layers without communication, where there are none."""
     axes = [f"parallel.{name} {size}" for name in ("tensor", "context") if (size := getattr(config.parallel, name)) > 1]
     problems = []
     if axes and config.sample.every:
@@ -135,7 +144,8 @@ def _whole_sequences(config: RunConfig) -> list[str]:
     return problems
 
 
-def _no_muon(config: RunConfig, axis: str) -> list[str]:
+def _find_split_muon_matrices(config: RunConfig, axis: str) -> list[str]:
+    """Check that Muon, which needs whole matrices, does not step matrices that `axis` splits."""
     if config.optimizer.name != "muon":
         return []
     return [

@@ -1,12 +1,12 @@
-"""Options of a command: a tree of dataclasses is its schema, a YAML file and the words of a command line fill it.
+"""Parse the options of a command, from YAML files and the command line, into a tree of dataclasses.
 
 Every field that is not a section is one option, `--section.field VALUE`; the string below the field is its help.
-Words are brought into one form first, so that all commands follow the same rules:
+The words of the command line are normalised first, so that all commands follow the same rules:
 
-- `--a-b` is `--a_b`, and `--a b` is `--a=b`;
-- a boolean option may stand alone: `--dry_run` is `--dry_run=true`;
-- a list may be written with or without brackets: `1,4` is `[1,4]`; one of mappings has its brackets;
-- files come first, so that an option wins over them wherever it stands.
+- `--a-b` becomes `--a_b`, and `--a b` becomes `--a=b`;
+- a boolean option needs no value: `--dry_run` becomes `--dry_run=true`;
+- a list needs no brackets, `1,4` becomes `[1,4]`, unless it is a list of mappings;
+- files are moved to the front, so that an option overrides them in any order.
 """
 
 import argparse
@@ -24,7 +24,14 @@ import docstring_parser
 import jsonargparse
 import yaml
 
-from megatron_rdt.config.option_types import KINDS, entry_schema, kind_text, metavar, read_entries, takes_mapping
+from megatron_rdt.config.option_types import (
+    TYPE_WORDS,
+    describe_type,
+    entry_schema,
+    metavar,
+    read_entries,
+    takes_mapping,
+)
 from megatron_rdt.config.yaml_files import read_mapping
 from megatron_rdt.errors import ConfigError
 
@@ -33,7 +40,7 @@ HELP_COLUMN, HELP_WIDTH = 30, 110
 
 
 class HelpFormatter(jsonargparse.DefaultHelpFormatter):
-    """Help of an option: its text, and the default where there is one. The type is in the option's placeholder."""
+    """Formats the help of an option: its text and its default; the type is in the option's placeholder."""
 
     def __init__(self, prog: str) -> None:
         columns = shutil.get_terminal_size((HELP_WIDTH + 2, 24)).columns - 2
@@ -45,19 +52,19 @@ class HelpFormatter(jsonargparse.DefaultHelpFormatter):
             return f"{text} (required)"
         if not action.option_strings or action.default in (None, argparse.SUPPRESS, "", []) or action.nargs == 0:
             return text
-        return f"{text} (default: {_shown(action.default)})"
+        return f"{text} (default: {_format_default(action.default)})"
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        """Without the second spelling `--name+` that appends to a list."""
+        """Format the option's name without its second spelling `--name+`, which appends to a list."""
         if not action.option_strings or action.nargs == 0:
             return super()._format_action_invocation(action)
         return f"{action.option_strings[0]} {self._format_args(action, action.dest.upper())}"
 
 
-def _shown(value: Any) -> str:
-    """A default as it is typed."""
+def _format_default(value: Any) -> str:
+    """Format a default as it is typed on a command line."""
     if isinstance(value, list):
-        return ",".join(_shown(part) for part in value)
+        return ",".join(_format_default(part) for part in value)
     plain = isinstance(value, str) and re.fullmatch(r"\S+", value)
     return value if plain else json.dumps(value)
 
@@ -65,16 +72,16 @@ def _shown(value: Any) -> str:
 def make_parser(
     schema: type, program: str, description: str, *, config_file: bool = True, positional: bool = False
 ) -> jsonargparse.ArgumentParser:
-    """A parser with one documented option for every field of the dataclass `schema`.
+    """Make a parser with one documented option for every field of the dataclass `schema`.
 
     Args:
         schema: dataclass; its fields that are dataclasses are sections.
-        program: what was typed, for help and errors.
+        program: the command as typed, for help and errors.
         description: one or two sentences.
         config_file: also take --config FILE and --print_config.
         positional: fields without a default are positional arguments; otherwise they are options that must be given.
     """
-    required = [field for field in dataclasses.fields(schema) if _default(field) is dataclasses.MISSING]
+    required = [field for field in dataclasses.fields(schema) if _default_of(field) is dataclasses.MISSING]
     given = [f.name.upper() if positional else f"--{f.name} {f.name.upper()}" for f in required]
     parser = jsonargparse.ArgumentParser(
         prog=program,
@@ -96,23 +103,25 @@ def make_parser(
 
 
 def _add_fields(parser: Any, group: Any, schema: type, prefix: str, positional: bool) -> None:
+    """Add an option to `group` for every field of `schema`, and a group to `parser` for every section."""
     hints, texts = typing.get_type_hints(schema), field_help(schema)
     for field in dataclasses.fields(schema):
-        kind, name, default = hints[field.name], f"{prefix}{field.name}", _default(field)
+        kind, name, default = hints[field.name], f"{prefix}{field.name}", _default_of(field)
         if dataclasses.is_dataclass(kind):
-            title = f"{name}: {_summary(kind)}"  # type: ignore[arg-type]
+            title = f"{name}: {_summary_line(kind)}"  # type: ignore[arg-type]
             _add_fields(parser, parser.add_argument_group(title), kind, f"{name}.", positional)  # type: ignore[arg-type]
         elif default is dataclasses.MISSING and positional:
             group.add_argument(name, type=kind, metavar=name.upper(), help=texts[field.name])
         elif default is dataclasses.MISSING:
             group.add_argument(f"--{name}", type=kind, required=True, metavar=metavar(kind), help=texts[field.name])
         else:
-            # What an entry of a list holds is checked by `read_entries`.
+            # `read_entries` checks the entries of such a list, with better messages than jsonargparse.
             typed = list[dict[str, Any]] if entry_schema(kind) else kind
             group.add_argument(f"--{name}", type=typed, default=default, metavar=metavar(kind), help=texts[field.name])
 
 
-def _default(field: dataclasses.Field) -> Any:
+def _default_of(field: dataclasses.Field) -> Any:
+    """Return the default of a field; dataclasses.MISSING if it has none."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
@@ -122,27 +131,28 @@ def field_help(schema: type) -> dict[str, str]:
     return {param.arg_name: " ".join((param.description or "").split()) for param in parsed.params}
 
 
-def _summary(schema: type) -> str:
+def _summary_line(schema: type) -> str:
+    """Return the first line of a class's docstring, without its full stop."""
     return (schema.__doc__ or "").strip().splitlines()[0].rstrip(".")
 
 
 def parse(
     parser: jsonargparse.ArgumentParser, schema: type[T], words: Sequence[str]
 ) -> tuple[T, jsonargparse.Namespace]:
-    """Parse command-line words; the instance of `schema` and the raw values of every option.
+    """Parse command-line words into an instance of `schema`; return it and the raw values of every option.
 
     Raises:
-        ConfigError: an unknown key, a wrong type, a missing or superfluous word or file, named, with what to do.
+        ConfigError: an unknown key, a wrong type, or a missing or superfluous word or file; the message names it.
     """
     kinds = option_kinds(schema)
     joined = join_words(parser, schema, words)
-    given = _given(parser, schema, joined)
-    _check_presence(parser, joined)
+    sources = _find_sources(parser, schema, joined)
+    _check_word_count(parser, joined)
     try:
         raw = parser.parse_args(joined)
     except (jsonargparse.ArgumentError, TypeError, ValueError, OSError) as error:
-        raise ConfigError(_explain(str(error), kinds, given)) from None
-    instance = _build(schema, raw, given)
+        raise ConfigError(_rephrase_error(str(error), kinds, sources)) from None
+    instance = _build_instance(schema, raw, sources)
     if getattr(raw, "print_config", False):
         print(dump(instance), end="")
         parser.exit(0)
@@ -150,12 +160,12 @@ def parse(
 
 
 def dump(instance: Any) -> str:
-    """YAML of a tree of dataclasses, in the order of its fields."""
+    """Return the YAML of a tree of dataclasses, in the order of its fields."""
     return yaml.safe_dump(dataclasses.asdict(instance), sort_keys=False)
 
 
 def option_kinds(schema: type, prefix: str = "") -> dict[str, Any]:
-    """Type of every field of a tree of dataclasses, by dotted name, sections included."""
+    """Return the type of every field of a tree of dataclasses, sections included, by dotted name."""
     kinds: dict[str, Any] = {}
     for name, kind in typing.get_type_hints(schema).items():
         kinds[prefix + name] = kind
@@ -164,26 +174,26 @@ def option_kinds(schema: type, prefix: str = "") -> dict[str, Any]:
     return kinds
 
 
-def _build(schema: type[T], values: Any, given: Mapping[str, str], prefix: str = "") -> T:
-    """The instance; a file in the place of a mapping is read, so that what is dumped does not depend on it.
+def _build_instance(schema: type[T], values: Any, sources: Mapping[str, str], prefix: str = "") -> T:
+    """Build the instance of `schema`; a file given instead of a mapping is read, so that a dump does not depend on it.
 
-    `given` says where each key was given.
+    `sources` is that of `_find_sources`, for messages.
     """
     fields: dict[str, Any] = {}
     for name, kind in typing.get_type_hints(schema).items():
         value, key = getattr(values, name), f"{prefix}{name}"
         if dataclasses.is_dataclass(kind):
-            value = _build(kind, value, given, f"{key}.")  # type: ignore[arg-type]
+            value = _build_instance(kind, value, sources, f"{key}.")  # type: ignore[arg-type]
         elif takes_mapping(kind) and isinstance(value, str):
             value = read_mapping(value, f"{key}:", f"--{key}")
         elif entry := entry_schema(kind):
-            value = read_entries(entry, value, given.get(key, key))
+            value = read_entries(entry, value, sources.get(key, key))
         fields[name] = value
     return schema(**fields)
 
 
 def join_words(parser: jsonargparse.ArgumentParser, schema: type, words: Sequence[str]) -> list[str]:
-    """`words` with every option and its value as one word `--name=value`; see the head of this file.
+    """Normalise words as at the head of this file: every option and its value become one word `--name=value`.
 
     Raises:
         ConfigError: an option that does not exist, or one without its value.
@@ -205,7 +215,7 @@ def join_words(parser: jsonargparse.ArgumentParser, schema: type, words: Sequenc
         _check_key(name, list(actions), "option --")
         if actions[name].nargs == 0:
             if equals:
-                raise ConfigError(f"option --{name} takes no value. Leave out ={value}.")
+                raise ConfigError(f"option --{name} takes no value. Omit ={value}.")
             joined.append(f"--{name}")
             continue
         kind = kinds.get(name.removesuffix("+"))
@@ -218,14 +228,14 @@ def join_words(parser: jsonargparse.ArgumentParser, schema: type, words: Sequenc
                 )
             else:
                 value = left.popleft()
-        joined.append(f"--{name}={_bracketed(value, kind)}")
-    # An option wins over the file wherever it stands.
+        joined.append(f"--{name}={_add_brackets(value, kind)}")
+    # jsonargparse lets the later of two values win: with files first, that is always the option.
     files = isinstance(actions.get("config"), jsonargparse.ActionConfigFile)
     return sorted(joined, key=lambda word: not word.startswith("--config=")) if files else joined
 
 
-def _bracketed(value: str, kind: Any) -> str:
-    """`a,b` as the list that YAML reads; a value that has its brackets stays."""
+def _add_brackets(value: str, kind: Any) -> str:
+    """Turn `a,b` into the list that YAML reads, `[a,b]`, if the option is a list and has no brackets yet."""
     if typing.get_origin(kind) is not list or value.lstrip().startswith("[") or entry_schema(kind):
         return value
     parts = [part.strip() for part in value.split(",")] if value else []
@@ -233,6 +243,7 @@ def _bracketed(value: str, kind: Any) -> str:
 
 
 def _check_key(key: str, names: Iterable[str], where: str) -> None:
+    """Raise ConfigError, with the name that was probably meant, if `key` is none of `names`."""
     if key in names:
         return
     fields = [name for name in names if name.startswith(f"{key}.")]
@@ -241,15 +252,15 @@ def _check_key(key: str, names: Iterable[str], where: str) -> None:
     whole = next((name for name in names if key.startswith(f"{name}.")), None)
     if whole is not None and not any(name.startswith(f"{whole}.") for name in names):
         raise ConfigError(f"{where}{key} does not exist: {whole} takes its value whole. --help explains it.")
-    # `lr` for `optimizer.lr` is the commonest slip, a misspelling the next.
+    # The commonest slip is a field without its section, `lr` for `optimizer.lr`; the next is a misspelling.
     near = [name for name in names if name.rsplit(".", 1)[-1] == key][:3]
     near = near or difflib.get_close_matches(key, list(names), n=1, cutoff=0.5)
     hint = f"Did you mean {' or '.join(near)}?" if near else "--help lists every option."
     raise ConfigError(f"{where}{key} does not exist. {hint}")
 
 
-def _check_presence(parser: jsonargparse.ArgumentParser, joined: Sequence[str]) -> None:
-    """Refuse words that are too few or too many."""
+def _check_word_count(parser: jsonargparse.ArgumentParser, joined: Sequence[str]) -> None:
+    """Raise ConfigError if a positional argument or a required option is missing, or a word is left over."""
     if "--help" in joined:
         return
     wanted = [action for action in parser._actions if not action.option_strings]
@@ -265,43 +276,43 @@ def _check_presence(parser: jsonargparse.ArgumentParser, joined: Sequence[str]) 
             if file
             else "Options begin with two dashes; a list is one word such as 1,4."
         )
-        raise ConfigError(f"the word {word} has no place here. {hint} Use: {parser.usage}")
+        raise ConfigError(f"the word {word} is not expected here. {hint} Use: {parser.usage}")
     for action in parser._actions:
         if action.option_strings and action.required and not any(w.startswith(f"--{action.dest}=") for w in joined):
             raise ConfigError(f"option --{action.dest} is missing: {action.help}")
 
 
-def _given(parser: jsonargparse.ArgumentParser, schema: type, joined: Sequence[str]) -> dict[str, str]:
-    """Where each key was given last: an option, or a key of a --config file, whose keys are checked here."""
-    given = {}
+def _find_sources(parser: jsonargparse.ArgumentParser, schema: type, joined: Sequence[str]) -> dict[str, str]:
+    """Check the keys of --config files; return, for messages, the option or file that gave each key last."""
+    sources = {}
     takes_files = any(isinstance(action, jsonargparse.ActionConfigFile) for action in parser._actions)
     for word in joined:
         name, _, value = word.removeprefix("--").partition("=")
-        given[name] = f"option --{name}"
+        sources[name] = f"option --{name}"
         if name == "config" and takes_files:
-            given |= {key: f"{value}: key {key}" for key in _checked_file(value, option_kinds(schema))}
-    return given
+            sources |= {key: f"{value}: key {key}" for key in _read_keys(value, option_kinds(schema))}
+    return sources
 
 
-def _checked_file(path: str, kinds: Mapping[str, Any]) -> list[str]:
-    """Keys of a YAML file, all of which exist."""
+def _read_keys(path: str, kinds: Mapping[str, Any]) -> list[str]:
+    """Return the dotted keys of a YAML file; raise ConfigError if one does not exist or has no value."""
     keys = flatten(read_mapping(path), kinds)
     for key in keys:
         _check_key(key, kinds, f"{path}: key ")
         if dataclasses.is_dataclass(kinds[key]):  # flatten leaves only sections that hold no mapping
-            raise ConfigError(f"{path}: key {key} is a section and must hold `key: value` lines, or be left out.")
+            raise ConfigError(f"{path}: key {key} is a section and must hold `key: value` lines, or be omitted.")
         if keys[key] is None and type(None) not in typing.get_args(kinds[key]):
-            raise ConfigError(f"{path}: key {key} has no value. Give it one, or leave the key out for its default.")
+            raise ConfigError(f"{path}: key {key} has no value. Give it one, or omit the key for its default.")
     return list(keys)
 
 
 def flatten(content: Mapping[str, Any], kinds: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}; an option that takes a mapping keeps it whole.
+    """Turn {"a": {"b": 1}} into {"a.b": 1}; the mapping of an option that takes one stays whole.
 
     Args:
         content: sections and their fields.
-        kinds: of `option_kinds`.
-        prefix: of the keys.
+        kinds: types of the options, from `option_kinds`.
+        prefix: put in front of every key.
     """
     flat: dict[str, Any] = {}
     for name, value in content.items():
@@ -311,15 +322,15 @@ def flatten(content: Mapping[str, Any], kinds: Mapping[str, Any], prefix: str = 
     return flat
 
 
-def _explain(text: str, kinds: Mapping[str, Any], given: Mapping[str, str]) -> str:
-    """jsonargparse's message as one sentence that names the key, where it stood and what it needs."""
+def _rephrase_error(text: str, kinds: Mapping[str, Any], sources: Mapping[str, str]) -> str:
+    """Rephrase jsonargparse's message as one sentence that names the option or file and the value it needs."""
     key, value = re.search(r'[Kk]ey "([\w.]+)"', text), re.search(r"(?:Got|Given) value: (.*)", text)
     if key and value:
         # An option that is not a field of the schema has a plain type, which the message names.
-        kind = kinds.get(key[1]) or next((k for k in KINDS if f"<class '{k.__name__}'>" in text), str)
-        place = given.get(key[1], key[1])
+        kind = kinds.get(key[1]) or next((k for k in TYPE_WORDS if f"<class '{k.__name__}'>" in text), str)
+        source = sources.get(key[1], key[1])
         shown = "null" if value[1].strip() == "None" else repr(value[1].strip())
         if typing.get_origin(kind) is list and not entry_schema(kind) and "<class 'list'>" not in text:
             shown = f"one that holds {shown}"  # jsonargparse names the entry
-        return f"{place} needs {kind_text(kind)}, not {shown}. --help explains it."
+        return f"{source} needs {describe_type(kind)}, not {shown}. --help explains it."
     return f"{' '.join(text.split())}. --help lists every option."

@@ -1,8 +1,8 @@
-"""The dataclasses that are the schema of every run's YAML.
+"""The dataclasses that are the schema of every run's YAML: one tree, `RunConfig`.
 
-One tree, `RunConfig`. Every field has a docstring line with its unit; `--help` prints these lines.
-Lengths are in tokens, sizes in elements, rates per optimizer step, unless said otherwise.
-`model` is in `megatron_rdt.config.model`. Checks that need two fields are in `megatron_rdt.config.checks`.
+The string below each field is its help, with its unit. Lengths are in tokens, sizes in elements, rates per optimizer
+step, unless said otherwise. A number's range stands in its `option(...)`; checks that need two fields are in
+`megatron_rdt.config.checks`. The section `model` is in `megatron_rdt.config.model`.
 """
 
 from dataclasses import dataclass, field, replace
@@ -20,44 +20,44 @@ WSD_DECAY_FRACTION = 0.2
 
 @dataclass(frozen=True)
 class RunSection:
-    """What this run is called and where it is kept."""
+    """Name, directory and seed of the run."""
 
     name: str = "run"
     """Name of the run; its directory is `root/name`."""
     root: str = "runs"
     """Directory that holds all runs."""
     seed: int = 1234
-    """Seed of everything that is drawn: initial weights, data order, loop counts, initial states."""
+    """Seed of everything that is random: initial weights, data order, loop counts, initial states."""
 
 
 @dataclass(frozen=True)
 class DepthConfig:
-    """How many iterations T the core runs, and through how many of them the gradient flows."""
+    """Loop counts T of training, and the iterations that the gradient flows through."""
 
     scheme: Literal["fixed", "uniform", "geometric", "poisson", "lognormal_poisson"] = "lognormal_poisson"
-    """Distribution of T. fixed: `mean`; uniform: 1 to 2 mean - 1; geometric: stops after each iteration with chance 1 / mean; poisson: max(Poisson(mean), 1); lognormal_poisson: Poisson(LogNormal) + 1 (Huginn)."""
+    """Distribution of T. fixed: always `mean`; uniform: 1 to 2 mean - 1; geometric: stops after each iteration with probability 1 / mean; poisson: max(Poisson(mean), 1); lognormal_poisson: Poisson(LogNormal) + 1 (Huginn)."""
     mean: float = 4.0
     """Mean of the distribution, in iterations (lognormal_poisson: mean of the Poisson rate, so E[T] is this plus 1)."""
     min: int = 1
     """Smallest T."""
     max: int = 32
-    """Largest T. A limit on cost only: no weight depends on it."""
+    """Largest T. It limits the cost of a step; no weight depends on it."""
     bounds: Literal["clamp", "truncate"] = "clamp"
-    """What a draw outside min to max becomes: the nearest of the two, or it is not drawn at all."""
+    """Treatment of draws outside min to max: clamp: move them to the nearer limit; truncate: leave them out of the distribution."""
     sigma: float = option(0.5, above=0, at_most=3)
     """Standard deviation of the logarithm of the rate (lognormal_poisson only)."""
     backprop: int | Literal["all"] = "all"
-    """k: the last k iterations carry gradient, the ones before run without; `all` is full backpropagation."""
+    """k: the last k iterations carry gradient, those before run without; `all`: full backpropagation."""
     per: Literal["step", "micro_batch", "sequence"] = "step"
-    """What one draw of T covers: all sequences of an optimizer step, those of one forward pass, or one sequence."""
+    """Sequences that share one draw of T: all of an optimizer step, those of one forward pass, or each its own."""
     curriculum: Literal["none", "linear", "one_minus_sqrt"] = "none"
-    """How the depth grows over the first `curriculum_steps`: not, evenly, or slowly first as 1 - sqrt(1 - share)."""
+    """Growth of the depth over the first `curriculum_steps`: none; linear; one_minus_sqrt: slow at first, as 1 - sqrt(1 - fraction)."""
     curriculum_steps: int = 1000
-    """Optimizer steps after which the curriculum has ended."""
+    """Optimizer steps until the curriculum has reached the full depth."""
     curriculum_of: Literal["mean", "backprop", "both"] = "mean"
-    """What grows: the mean of T from `min`, k from 1, or both."""
+    """Quantity that grows: the mean of T, from `min`; k (backprop), from 1; or both."""
     checkpoint: int | Literal["none", "per_iteration", "per_layer", "selective"] = "none"
-    """What is kept for the backward pass: none: everything; per_iteration: the state between iterations; a number n: the state after every n-th; selective: the state and what matrix products and attention gave; per_layer: the input of every layer. The rest is computed again."""
+    """Activation checkpointing of the loop. none: keep all activations; per_iteration: keep the state between iterations; a number n: keep the state after every n-th iteration; selective: keep the state and the results of matrix products and attention; per_layer: keep the input of every layer, of prelude and coda too. The rest is recomputed in the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -67,33 +67,33 @@ class TrainConfig:
     steps: int = option(1000, at_least=1)
     """Optimizer steps in the whole run."""
     global_batch: int = option(32, at_least=1)
-    """Sequences per optimizer step, over all processes; must be a multiple of processes x micro_batch."""
+    """Sequences per optimizer step, over all processes; must be a multiple of data-parallel ranks x micro_batch."""
     micro_batch: int = option(8, at_least=1)
-    """Sequences per process and forward pass; the rest of the batch is accumulated."""
+    """Sequences per data-parallel rank and forward pass; gradients are accumulated over the rest of the batch."""
     sequence_length: int = option(256, at_least=1)
     """Tokens per sequence."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of matrix products. Weights, recurrent state, gradients' sums and reductions stay float32."""
+    """Dtype of matrix products. Weights, recurrent state, accumulated gradients and reductions stay float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; `auto` takes a GPU where there is one."""
+    """Device to train on; `auto`: a GPU if there is one."""
     deterministic: bool = True
-    """On a GPU, take kernels that give the same digits every time, some of them slower; exact resume needs it."""
+    """On a GPU, use kernels whose results are the same every time, some of them slower; exact resume needs it."""
     compile: Literal["none", "layers"] = "none"
-    """layers: compile each layer, not the loop, so that any T runs the same code (single, ddp, fsdp); takes some minutes at the first steps."""
+    """layers: compile each layer, not the loop, so that any T runs the same code (single, ddp, fsdp); the first steps take some minutes."""
     gc_every: int = option(50, at_least=0)
-    """Look for garbage in Python's memory after every this many steps, on all processes at the same one, and not in between; 0 leaves it to Python."""
+    """Steps between runs of Python's garbage collector, which all processes then run at the same step; 0 leaves it to Python."""
     z_loss: float = option(0.0, at_least=0)
     """Weight of the squared log-partition function in the loss (PaLM's z-loss); 0 means none."""
     max_nonfinite_steps: int = option(10, at_least=1)
-    """Steps in a row with a non-finite gradient (each is skipped) after which the run stops with an error, when they are read (`logging.every`)."""
+    """Consecutive steps with a non-finite gradient, all of which are skipped, that stop the run with an error; they are counted every `logging.every` steps."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """What turns gradients into steps."""
+    """Optimizer and its hyperparameters."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """adamw; or muon: Muon for the matrices of layers, injection and signals, AdamW for the rest at the same rate."""
+    """adamw; or muon: Muon for the matrices of layers, injection and signals, AdamW for the rest at the same learning rate."""
     lr: float = option(1e-3, above=0)
     """Peak learning rate."""
     beta1: float = option(0.9, at_least=0, below=1)
@@ -109,7 +109,7 @@ class OptimizerConfig:
     momentum: float = option(0.95, at_least=0, below=1)
     """muon: decay of the running mean of gradients."""
     nesterov: bool = True
-    """muon: step along the momentum as it would be after this gradient once more."""
+    """muon: Nesterov momentum, as if this step's gradient came once more."""
     ns_steps: int = option(5, at_least=1)
     """muon: Newton-Schulz steps that make an update orthogonal."""
     core_lr_scale: float = option(0.5, above=0)
@@ -118,10 +118,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Learning rate over steps: linear warm-up, then the named shape."""
+    """Learning rate over steps: linear warm-up, then the shape `name`."""
 
     name: Literal["cosine", "wsd", "constant"] = "cosine"
-    """cosine: down to `final` of the peak; wsd (trapezoid): flat, then linear down over `decay_steps`; constant."""
+    """cosine: falls to `final` of the peak; wsd (trapezoid): flat, then falls linearly over `decay_steps`; constant: flat."""
     warmup_steps: int = option(100, at_least=0)
     """Steps of linear warm-up from 0."""
     decay_steps: int = option(0, at_least=0)
@@ -136,30 +136,30 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the work is spread over processes."""
+    """Distribution of the work over processes."""
 
     engine: EngineName = ONE_PROCESS
     """single: one process; ddp: replicated; fsdp: sharded with FSDP2; zero1, zero2, zero3: DeepSpeed."""
     replicate: int = option(1, at_least=1)
-    """fsdp: groups of processes that each hold the whole state (HSDP); it is sharded within a group, gradients are reduced within and then between groups."""
+    """fsdp: groups of processes that each hold the whole state (HSDP), sharded within the group; gradients are reduced within groups, then between them."""
     context: int = option(1, at_least=1)
-    """fsdp: processes that share out the tokens of each sequence (context parallelism)."""
+    """fsdp: processes that split the tokens of each sequence (context parallelism)."""
     tensor: int = option(1, at_least=1)
-    """fsdp: processes that share out the heads and inner channels of each layer, and the vocabulary (tensor parallelism)."""
+    """fsdp: processes that split the heads and inner channels of each layer, and the vocabulary (tensor parallelism)."""
     expert: int = option(1, at_least=1)
-    """fsdp: processes that share out the experts of each mixture (expert parallelism)."""
+    """fsdp: processes that split the experts of each mixture (expert parallelism)."""
     core_gather: Literal["once", "per_iteration", "per_layer"] = "once"
-    """fsdp: gather the core's weights once per forward and backward pass whatever T is; once per iteration; or each layer's once per iteration, so that one layer is held at a time."""
+    """fsdp: gather the core's weights once per forward and once per backward pass, for any T; once per iteration; or layer by layer in every iteration, so that one layer is held at a time."""
     reduce: Literal["per_step", "per_micro_batch"] = "per_step"
-    """ddp, fsdp: reduce gradients once per optimizer step, or after every micro-batch (fsdp: no unsharded gradient is kept between them)."""
+    """ddp, fsdp: reduce gradients once per optimizer step, or after every micro-batch (fsdp: then no unsharded gradient is kept between micro-batches)."""
     reshard_after_forward: bool = True
     """fsdp: free the gathered weights between forward and backward (less memory, one more gather)."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
-    """zero1, zero2, zero3: keep the float32 weights and moments that the optimizer steps in the CPU's memory, and step them there; zero3: each process's share of the parameters too."""
+    """zero1, zero2, zero3: keep the optimizer's float32 weights and moments in CPU memory, and step them there; `parameters` (zero3 only): each process's shard of the parameters too."""
     deepspeed: dict[str, Any] | str | None = None
-    """zero1, zero2, zero3: further keys for DeepSpeed's config, a mapping or the path of a YAML or JSON file that holds one (read at the start, kept in the run's config)."""
+    """zero1, zero2, zero3: further keys of DeepSpeed's config, a mapping or the path of a YAML or JSON file that holds one; the file is read once and its content kept in the run's config."""
     timeout_s: int = option(600, at_least=1)
-    """Seconds after which a collective that does not complete ends the run."""
+    """Seconds that a collective may take before the run ends with an error."""
 
     @property
     def engine_kind(self) -> EngineKind:
@@ -172,9 +172,9 @@ class CheckpointConfig:
     """Saving and resuming."""
 
     every: int = option(200, at_least=0)
-    """Save every this many steps; the last step is always saved. 0 means only the last."""
+    """Steps between checkpoints; the last step is always saved. 0: save only the last."""
     keep: int = option(3, at_least=0)
-    """Newest checkpoints to keep; older ones are deleted after a newer one is complete. 0 keeps all."""
+    """Number of newest checkpoints to keep; older ones are deleted once a newer one is complete. 0 keeps all."""
 
 
 @dataclass(frozen=True)
@@ -184,13 +184,13 @@ class CorpusConfig:
     path: str
     """Directory that `rdt prep` wrote."""
     weight: float
-    """Share of the samples, of any scale: weights are divided by their sum."""
+    """Share of the samples, on any scale: weights are divided by their sum."""
     name: str = ""
-    """What the corpus is called in records and checkpoints; default: the last part of its path."""
+    """Name of the corpus in records and checkpoints; default: the last part of its path."""
     max_epochs: float | None = None
-    """Most passes over it; default: `data.max_epochs`."""
+    """Largest number of passes over it; default: `data.max_epochs`."""
     max_tokens: int = 0
-    """Take only so many tokens of its training split, the first ones; 0 takes all."""
+    """Use only this many tokens of its training split, the first ones; 0: all."""
 
 
 @dataclass(frozen=True)
@@ -198,37 +198,37 @@ class DataConfig:
     """Token shards and their order."""
 
     path: str = "data/corpus"
-    """Directory that `rdt prep` wrote (it holds manifest.json), or `hf:NAME` or `hf:NAME:CONFIG`: a Hugging Face dataset, on the hub or a local path, read as it comes; for a quick look, docs/streaming.md has what it lacks."""
+    """Directory that `rdt prep` wrote (it holds manifest.json), or `hf:NAME` or `hf:NAME:CONFIG`: a Hugging Face dataset, on the hub or a local path, streamed without preparation; docs/streaming.md lists the limits."""
     tokenizer: str = ""
-    """hf: tokenizer, a folder that `rdt prep` wrote."""
+    """hf: tokenizer folder that `rdt prep` wrote."""
     text_field: str = "text"
     """hf: field of a row that holds the text."""
     hf_split: str = "train"
     """hf: split of the dataset."""
     shuffle_buffer: int = option(0, at_least=0, only_if=("streamed", True))
-    """hf: rows among which the next one is drawn; what waits there is lost when a run resumes. 0 takes rows in the dataset's order."""
+    """hf: size of the buffer that the next row is drawn from; rows in it are lost when a run resumes. 0: rows in the dataset's order."""
     mixture: list[CorpusConfig] = field(default_factory=list)
-    """Several corpora in the place of `path`, each a mapping: path, weight, and where wanted name, max_epochs, max_tokens. Changed on resume, it holds from there on."""
+    """Several corpora instead of `path`, each a mapping of path, weight and, optionally, name, max_epochs, max_tokens. A change on resume applies from that step on."""
     max_epochs: float = option(4.0, above=0)
-    """Most passes over the training split of a corpus; a longer run is refused before it starts."""
+    """Largest number of passes over the training split of a corpus; a longer run is refused before it starts."""
     verify: Literal["size", "full"] = "size"
-    """Check of the shards at the start: sizes and headers, or the SHA-256 of every byte, read once per node; the others wait, at most `parallel.timeout_s`."""
+    """Check of the shards at the start. size: sizes and headers; full: the SHA-256 of every byte, read by one process per node while the others wait, at most `parallel.timeout_s`."""
     pack: Literal["chunk", "bestfit"] = "chunk"
-    """How documents become sequences. chunk: all documents behind one another, cut every `train.sequence_length` tokens; bestfit: documents stay whole where they fit, each in the fullest sequence that has room for it, and the rest is padding."""
+    """Arrangement of documents in sequences. chunk: concatenate all documents and cut every `train.sequence_length` tokens; bestfit: keep documents that fit whole, each in the fullest sequence that has room for it, and pad the rest."""
     document_mask: bool = False
-    """Let no token look at another document in its sequence, in training and in validation."""
+    """Mask attention between documents of a sequence, in training and in validation."""
     document_positions: bool = False
-    """Let positions start again at 0 at each document in a sequence; needs `document_mask`."""
+    """Restart positions at 0 for each document of a sequence; needs `document_mask`."""
     loss: Literal["all", "answers"] = "answers"
-    """Targets that count. answers: those that the shards' masks mark (all where shards have none); all: every token."""
+    """Targets that count for the loss. answers: those that the shards' masks mark (every token if shards have no masks); all: every token."""
 
     @property
     def streamed(self) -> bool:
-        """Whether the data is a Hugging Face dataset that is read as it comes."""
+        """True if the data is a Hugging Face dataset, streamed without preparation."""
         return not self.mixture and self.path.startswith("hf:")
 
     def corpora(self) -> list[CorpusConfig]:
-        """The mixture, or `path` as a mixture of one, with every default filled in."""
+        """Return the mixture, or `path` as a mixture of one, with every default filled in."""
         return [
             replace(
                 corpus,
@@ -244,11 +244,11 @@ class EvalConfig:
     """Validation loss inside the run."""
 
     every: int = option(200, at_least=0)
-    """Evaluate every this many steps, and after the last. 0 means never."""
+    """Steps between evaluations; the last step is always evaluated. 0: never evaluate."""
     loops: list[int] = field(default_factory=lambda: [1, 4, 8])
     """Loop counts T to evaluate at."""
     sequences: int = option(64, at_least=1)
-    """Validation sequences per evaluation, over all processes, rounded down to a multiple of those with samples of their own; spread evenly over the split, the same ones every time."""
+    """Validation sequences per evaluation, over all processes, rounded down to a multiple of the data-parallel ranks; spread evenly over the split, the same ones every time."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ class SampleConfig:
     """Text generated inside the run."""
 
     every: int = option(0, at_least=0)
-    """Generate every this many steps, and after the last. 0 means never."""
+    """Steps between samples; the last step always has one. 0: never generate."""
     prompt: str = "def "
     """Text to continue."""
     tokens: int = option(48, at_least=0)
@@ -264,23 +264,23 @@ class SampleConfig:
     loops: list[int] = field(default_factory=lambda: [1, 8])
     """Loop counts T to generate at, one sample each."""
     temperature: float = option(0.8, at_least=0)
-    """Sampling temperature; 0 takes the likeliest token."""
+    """Sampling temperature; 0: the most likely token."""
     top_k: int = option(50, at_least=0)
-    """Sample among the k likeliest tokens; 0 means all."""
+    """Sample among the k most likely tokens; 0: among all."""
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """What is printed and recorded."""
+    """Console, records and monitors."""
 
     every: int = option(10, at_least=1)
-    """Steps after which the records are read from the device and a console line is printed; metrics.jsonl gets one object for each step."""
+    """Steps between console lines, for which the records are read from the device; metrics.jsonl gets one object for each step."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
     monitor_every: int = option(0, at_least=0)
-    """Record norm, residual, token correlation and gradient of the state for every iteration, every this many steps; 0 means never."""
+    """Steps between records of the state's norm, residual, token correlation and gradient at every iteration; 0: never."""
     jacobian_every: int = option(0, at_least=0)
-    """Record the largest singular value of the last iteration's Jacobian every this many steps, for about six more iterations; 0 means never."""
+    """Steps between records of the largest singular value of the last iteration's Jacobian, which costs about six more iterations; 0: never."""
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ class RunConfig:
     """Everything that defines a training run."""
 
     run: RunSection = field(default_factory=RunSection)
-    """Name, place and seed."""
+    """Name, directory and seed."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
     depth: DepthConfig = field(default_factory=DepthConfig)
@@ -300,11 +300,11 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """Learning rate over steps."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """Engine."""
+    """Engine and sharding."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """Saving."""
+    """Saving and resuming."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Token shards."""
+    """Corpora and their order."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Validation."""
     sample: SampleConfig = field(default_factory=SampleConfig)

@@ -1,4 +1,4 @@
-"""Configs: what loads, what is refused and in which words."""
+"""Configs: those that load, and the messages of those that are refused."""
 
 from pathlib import Path
 
@@ -65,8 +65,8 @@ def test_overrides_and_round_trip(repository: Path, tmp_path: Path) -> None:
         ({"train.global_batch": 9}, "nearest: 8, 12"),
         ({"schedule.warmup_steps": 99}, "warmup_steps 99 is more than train.steps 40"),
         ({"eval.loops": [0]}, "eval.loops"),
-        ({"eval.loops": [1, 4, 1]}, r"eval.loops \[1, 4, 1\] names one twice"),
-        ({"sample.loops": [8, 8]}, "sample.loops .* names one twice"),
+        ({"eval.loops": [1, 4, 1]}, r"eval.loops \[1, 4, 1\] lists a count twice. Remove one"),
+        ({"sample.loops": [8, 8]}, "sample.loops .* lists a count twice"),
         ({"eval.loops": "[1,null]"}, "a list of whole numbers such as 1,4, not one that holds null"),
         ({"optimizer.beta1": 1.5}, "optimizer.beta1 is 1.5, it must be at least 0 and below 1"),
         ({"optimizer.beta2": 1.0}, "optimizer.beta2 is 1.0, it must be at least 0 and below 1"),
@@ -124,7 +124,7 @@ def test_a_key_without_a_value_is_refused(key: str, tmp_path: Path) -> None:
         load_config(tmp_path / "c.yaml")
 
 
-def test_an_option_wins_over_the_file_wherever_it_stands(repository: Path) -> None:
+def test_an_option_wins_over_the_file_in_any_order(repository: Path) -> None:
     path = str(repository / "configs" / "smoke.yaml")
     for words in (["--depth.mean", "7", "--config", path], ["--depth.mean=7", f"--config={path}", "--train.steps=9"]):
         config, _ = parse(make_parser(RunConfig, "rdt train", ""), RunConfig, words)
@@ -136,7 +136,7 @@ def test_an_option_wins_over_the_file_wherever_it_stands(repository: Path) -> No
 
 
 @pytest.mark.parametrize("text", ["? [1, 2]\n: 3\n", "{[a]: 2}", "? {a: 1}\n: 3\n"])
-def test_a_key_that_is_no_word_is_refused(text: str, tmp_path: Path) -> None:
+def test_a_list_or_mapping_as_a_key_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ConfigError, match="line 1 has a list or a mapping where a key should be"):
         load_config(tmp_path / "c.yaml")

@@ -1,4 +1,4 @@
-"""DeepSpeed's config: generated from ours, with the user's keys; what clashes is named."""
+"""DeepSpeed's config: generated from ours, with the user's keys; clashes are named."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import pytest
 
 from megatron_rdt.config import ParallelConfig, RunConfig, check_config, dump_config, load_config
-from megatron_rdt.config.deepspeed import FREE, OURS, UNUSED, deepspeed_config, generated_keys
+from megatron_rdt.config.deepspeed import ACCEPTED, DECIDED_BY_OPTION, UNUSED, deepspeed_config, generated_keys
 from megatron_rdt.errors import ConfigError
 
 
@@ -76,7 +76,7 @@ def test_keys_of_the_user_are_merged_section_by_section() -> None:
         ("zero2", {"checkpoint": {"load_universal": True}}, "checkpoint.every is 200"),
         ("zero2", {"gradient_clippin": 1.0}, "would ignore it. Did you mean gradient_clipping"),
         ("zero2", {"no_such": 1}, "DeepSpeed has no key no_such"),
-        ("zero2", {"elasticity": {"enabled": True}}, "this trainer does not use. Leave elasticity out"),
+        ("zero2", {"elasticity": {"enabled": True}}, "this trainer does not use. Omit elasticity"),
         ("zero2", {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "parallel.offload is none"),
         ("zero2", {"zero_optimization": {"offload_param": {"pin_memory": False}}}, "parallel.offload is none"),
         ("zero2", {"zero_optimization": {"cpu_offload": True}}, "cpu_offload True, parallel.offload is none"),
@@ -175,20 +175,20 @@ def test_every_key_that_deepspeed_reads_is_known_here(monkeypatch: pytest.Monkey
     runtime = pytest.importorskip("deepspeed.runtime.config")
     runtime.DeepSpeedConfig(Asked(deepspeed_config(run("zero2"), 1)))
     generated = {key.key.partition(".")[0] for key in generated_keys(run("zero2"), 1)}
-    known = {*FREE, *UNUSED, *generated, *(name for name in OURS if "." not in name)}
+    known = {*ACCEPTED, *UNUSED, *generated, *(name for name in DECIDED_BY_OPTION if "." not in name)}
     assert Asked.names - known == set()
-    assert set(FREE) - Asked.names == set(), "DeepSpeed would ignore it"
+    assert set(ACCEPTED) - Asked.names == set(), "DeepSpeed would ignore it"
 
 
 def test_names_inside_zero_optimization_are_deepspeeds() -> None:
     fields = pytest.importorskip("deepspeed.runtime.zero.config").DeepSpeedZeroConfig.model_fields
     names = {*fields, *(field.alias for field in fields.values())}
     keys: list[Any] = [*generated_keys(run("zero3", None, "parameters"), 1)]
-    inside = [key.key for key in keys] + list(OURS)
+    inside = [key.key for key in keys] + list(DECIDED_BY_OPTION)
     assert {key.split(".")[1] for key in inside if key.startswith("zero_optimization.")} <= names
 
 
-def test_what_deepspeed_refuses_is_a_config_error() -> None:
+def test_a_config_that_deepspeed_refuses_is_a_config_error() -> None:
     deepspeed = pytest.importorskip("deepspeed")
     from megatron_rdt.parallel.zero import check_deepspeed_accepts
 

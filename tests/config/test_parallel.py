@@ -1,4 +1,4 @@
-"""How processes are arranged, and what is refused before any starts."""
+"""The layout of processes along the axes, and arrangements that are refused before any process starts."""
 
 import dataclasses
 import itertools
@@ -25,14 +25,14 @@ MOE = dataclasses.replace(MODEL, core_ffn="moe", experts=4)
 
 
 @pytest.mark.parametrize("sizes", itertools.product((1, 2), (1, 3), (1, 2), (1, 4)))
-def test_every_process_has_a_place_of_its_own(sizes: tuple[int, ...]) -> None:
+def test_ranks_count_the_axes_and_data_ranks_leave_out_the_inner_two(sizes: tuple[int, ...]) -> None:
     replicate, shard, context, tensor = sizes
     world = replicate * shard * context * tensor
     layout = Layout.of(ParallelConfig("fsdp", replicate=replicate, context=context, tensor=tensor), world)
     assert layout == Layout(replicate, shard, context, tensor)
     assert layout.world_size == world
-    places = [layout.data_rank(rank) for rank in range(world)]
-    assert places == [place for place in range(replicate * shard) for _ in range(context * tensor)]
+    data_ranks = [layout.data_rank(rank) for rank in range(world)]
+    assert data_ranks == [number for number in range(replicate * shard) for _ in range(context * tensor)]
 
 
 @pytest.mark.parametrize(
@@ -122,14 +122,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("sections", "message"), REFUSED)
-def test_what_cannot_work_is_refused_with_a_sentence(sections: dict[str, Any], message: str) -> None:
+def test_sections_that_do_not_fit_are_refused_with_a_sentence(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_config(config(**sections))
     check_config(config())
 
 
 @pytest.mark.parametrize("axis", ["replicate", "context", "tensor", "expert"])
-def test_no_axis_of_no_processes_whatever_else_is_known(axis: str) -> None:
+def test_an_axis_of_no_processes_is_refused_before_anything_is_divided_by_it(axis: str) -> None:
     with pytest.raises(ConfigError, match=rf"parallel.{axis} is 0, it must be at least 1"):
         check_config(config(parallel=fsdp(**{axis: 0}), model=MOE), 4)
     with pytest.raises(ConfigError, match=rf"(?s)train.micro_batch is 0, .*parallel.{axis} is -1"):
@@ -142,9 +142,7 @@ def test_no_experts_per_token_with_tensor_parallelism() -> None:
         check_config(config(parallel=fsdp(tensor=2), model=model))
 
 
-def test_the_batch_divides_over_processes_with_samples_of_their_own() -> None:
+def test_the_batch_divides_over_the_data_parallel_ranks() -> None:
     check_config(config(parallel=fsdp(tensor=4), train=TrainConfig(1000, 2, 1, 16)), 8)
-    with pytest.raises(
-        ConfigError, match=r"global_batch 3 .* 2 of 8 ranks with samples of their own x .*nearest: 2, 4"
-    ):
+    with pytest.raises(ConfigError, match=r"global_batch 3 .* 2 data-parallel ranks \(of 8\) x .*nearest: 2, 4"):
         check_config(config(parallel=fsdp(tensor=4), train=TrainConfig(1000, 3, 1, 16)), 8)

@@ -86,7 +86,7 @@ WRONG_FILES = [
     (b"lr: 3", ["c.yaml: key lr does not exist", "Did you mean optimizer.lr?"]),
     (b"model: {dim: wide}", ["c.yaml: key model.dim needs a whole number, not 'wide'"]),
     (b"model: 5", ["c.yaml: key model is a section"]),
-    (b"model:\n# dim: 3\n", ["c.yaml: key model is a section", "or be left out"]),
+    (b"model:\n# dim: 3\n", ["c.yaml: key model is a section", "or be omitted"]),
     (b"train: {steps: 3}\ntrain: {steps: 4}", ["not valid YAML", "key train is given twice, again in line 2"]),
     (b"a: [", ["c.yaml is not valid YAML", "Fix it"]),
     (b"# nothing\n", ["c.yaml is empty", "omit --config"]),

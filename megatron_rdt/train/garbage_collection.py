@@ -1,36 +1,36 @@
-"""Garbage collection at chosen steps: a rank that stops to collect in the middle of a step keeps all others waiting."""
+"""Garbage collection at chosen steps: a rank that collects in the middle of a step keeps all others waiting."""
 
 import gc
 from types import TracebackType
 
-# Objects of the two younger generations: those made since the last time, and what survived that once.
-YOUNG = 1
+# Argument of gc.collect: the two younger generations, objects made since the last collection or that survived one.
+YOUNGER_GENERATIONS = 1
 
 
-class ScheduledCollection:
-    """Within `with ScheduledCollection(every) as collection:`, Python collects when `after_step` says so, and else not.
+class ScheduledGarbageCollection:
+    """A context in which Python collects garbage only when `collect_if_due` says so.
 
-    Reference counts free nearly everything at once all the same; only cycles wait.
+    Reference counts still free nearly everything at once; only reference cycles wait.
 
     Args:
-        every: steps between two collections; 0 leaves everything as it is.
+        every: steps between two collections; 0 leaves Python's own schedule in place.
     """
 
     def __init__(self, every: int) -> None:
         self.every = every
         self._was_enabled = gc.isenabled()
 
-    def __enter__(self) -> "ScheduledCollection":
+    def __enter__(self) -> "ScheduledGarbageCollection":
         self._was_enabled = gc.isenabled()
         if self.every:
-            gc.collect()  # what setting up left, once and on all ranks
+            gc.collect()  # cycles left by the set-up, once and on all ranks
             gc.disable()
         return self
 
-    def after_step(self, step: int) -> None:
-        """Collect, if it is time after step `step`."""
+    def collect_if_due(self, step: int) -> None:
+        """Collect the younger generations if `step` is a multiple of `every`."""
         if self.every and step % self.every == 0:
-            gc.collect(YOUNG)
+            gc.collect(YOUNGER_GENERATIONS)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -1,4 +1,4 @@
-"""What the hardware can do at most; an unknown device has no peak and gets no utilisation, never a guess."""
+"""Peak FLOP/s of the device and peak memory of this process; an unknown device has no peak, never a guess."""
 
 import re
 import resource
@@ -10,18 +10,19 @@ from megatron_rdt.devices import PEAK_BF16_FLOPS
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak matrix-product rate of `device` in FLOP/s, or None where it is not known."""
+    """Peak rate of dense matrix products on `device` in FLOP/s; None if it is not known."""
     if device.type != "cuda" or precision != "bfloat16":
         return None
     name = torch.cuda.get_device_name(device)
     if "MIG" in name:  # a slice of the chip
         return None
     words = set(re.split(r"[ -]", name))
+    # The table lists a more specific name, such as "H100 PCIe", before the one whose words it contains.
     return next((peak for key, peak in PEAK_BF16_FLOPS.items() if set(key.split()) <= words), None)
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory of this process in GB (1e9 bytes): of the GPU where there is one, else resident memory."""
+    """Peak memory of this process in GB (1e9 bytes): allocated on the GPU if it computes there, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     status = Path("/proc/self/status")

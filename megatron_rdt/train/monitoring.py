@@ -1,4 +1,4 @@
-"""Which steps measure more of the loop than its last state, and what is recorded of it."""
+"""Schedule of the loop's monitors: which steps measure every iteration or the Jacobian, and which T they cover."""
 
 from collections import Counter
 
@@ -8,28 +8,28 @@ from megatron_rdt.model import CoreMonitor
 JACOBIAN_STEPS = 2
 
 
-class Monitoring:
-    """Makes the monitor of each step.
+class MonitorSchedule:
+    """Makes the monitor of each step, and counts the T drawn between two monitors of every iteration.
 
     Args:
-        config: says how often.
+        config: says how often to monitor.
 
     Attributes:
-        drawn: how often each T was drawn since the last record of all iterations, by this process.
+        drawn: how often each T was drawn since the last monitor of every iteration, over all ranks.
     """
 
     def __init__(self, config: LoggingConfig) -> None:
         self.config = config
         self.drawn: Counter[int] = Counter()
 
-    def monitor(self, step: int) -> CoreMonitor:
-        """One that measures what is due in a step, counted from 1."""
+    def make_monitor(self, step: int) -> CoreMonitor:
+        """A monitor of what is due in optimizer step `step`, counted from 1."""
         every = self.config.monitor_every, self.config.jacobian_every
         due = [bool(steps) and step % steps == 0 for steps in every]
         return CoreMonitor(due[0], JACOBIAN_STEPS if due[1] else 0)
 
-    def loop_shares(self, monitor: CoreMonitor) -> dict[str, float] | None:
-        """The share of each T since the last monitor of every iteration; None where `monitor` is none of these."""
+    def take_loop_shares(self, monitor: CoreMonitor) -> dict[str, float] | None:
+        """Return the share of each T in `drawn` and begin to count anew; None if `monitor` is not of every iteration."""
         if not monitor.per_iteration:
             return None
         total = self.drawn.total()

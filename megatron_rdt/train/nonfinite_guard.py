@@ -1,6 +1,7 @@
-"""Deciding on a step before the optimizer runs: a non-finite gradient must touch neither weights nor moments.
+"""Skip steps whose loss or gradient is not finite: they must change neither weights nor optimizer moments.
 
-The decision is made on the device, where the optimizer acts on it. The host counts skipped steps when it reads them.
+Whether to skip is decided on the device, where the optimizer acts on it without a wait. The host counts skipped steps
+when it reads their records.
 """
 
 import math
@@ -10,16 +11,16 @@ import torch
 from megatron_rdt.errors import TrainingError
 
 
-def is_finite(loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
-    """Whether to take the step, a 0-dimensional bool on the device of these 0-dimensional tensors."""
+def is_step_finite(loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
+    """Return True if both are finite, as a 0-dimensional bool on the device of these 0-dimensional tensors."""
     return loss.isfinite() & grad_norm.isfinite()
 
 
-class Guard:
-    """Counts steps in a row whose gradient was not finite.
+class NonfiniteGuard:
+    """Counts skipped steps in a row, and ends the run when they are too many.
 
     Args:
-        limit: how many in a row end the run.
+        limit: skipped steps in a row that end the run.
         skipped: the count to start from, from a checkpoint.
     """
 
@@ -28,7 +29,11 @@ class Guard:
         self.skipped = skipped
 
     def accept(self, step: int, loss: float, grad_norm: float) -> bool:
-        """Whether the step was taken; raises TrainingError when too many in a row were not finite."""
+        """Return True if the step was finite, False if it was skipped.
+
+        Raises:
+            TrainingError: it is the last of `limit` skipped steps in a row.
+        """
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.skipped = 0
             return True

@@ -1,4 +1,4 @@
-"""Learning rate as a function of the step; nothing to checkpoint."""
+"""Learning rate as a function of the step alone, so that a checkpoint need not hold it."""
 
 import math
 
@@ -6,10 +6,16 @@ from megatron_rdt.config import ScheduleConfig
 
 
 def learning_rate(config: ScheduleConfig, peak: float, step: int, steps: int) -> float:
-    """Learning rate of optimizer step `step` (from 0) of `steps`.
+    """Learning rate of one optimizer step.
 
     Linear warm-up to `peak` over `warmup_steps`, then cosine to final * peak, or flat and then linear to final * peak
     (warmup-stable-decay), or constant.
+
+    Args:
+        config: the schedule.
+        peak: learning rate after the warm-up.
+        step: counted from 0.
+        steps: of the whole run.
     """
     if step < config.warmup_steps:
         return peak * (step + 1) / config.warmup_steps

@@ -1,7 +1,7 @@
-"""Steps that were taken and not yet read: what they left stays on the device until a logging interval ends.
+"""Metrics of recent steps, kept on the device until the end of a logging interval, so that no step waits for the GPU.
 
-Reading a number from a GPU waits until it has computed everything before. So no step reads one; the records of an
-interval are read together, and the device always has the next step to go on with.
+Reading a number from a GPU waits until it has computed everything before. So a step reads none; the records of an
+interval are read together, while the host has already queued the next step.
 """
 
 import time
@@ -14,13 +14,16 @@ from megatron_rdt.model import CoreMonitor
 
 
 class StepClock:
-    """The time of one step, from before its data was waited for until its last kernel.
+    """The duration of one step, from before the wait for its data until its last kernel.
 
-    On a GPU the host runs ahead, so its clock says nothing of a step: two events in the stream do, which the GPU
-    passes when it gets there. With the GPU behind, a step counts from the end of the one before.
+    On a GPU the host runs ahead, so its clock does not measure a step; two events in the stream do, which the GPU
+    passes when it gets there. While the GPU is behind, a step counts from the end of the one before.
 
     Args:
         device: where the step computes.
+
+    Attributes:
+        data_wait_s: how long the host waited for its batch, whether or not the device was busy.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,25 +31,26 @@ class StepClock:
         self._cuda = device.type == "cuda"
         self._began = self._ended = time.perf_counter()
         self.data_wait_s = 0.0
-        self._mark()
+        self._record_event()
 
-    def _mark(self) -> None:
+    def _record_event(self) -> None:
+        """Put a timing event into the GPU's stream; nothing on a CPU."""
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             self._events.append(event)
 
-    def data_arrived(self) -> None:
-        """The host has its batch; `data_wait_s` is how long it waited, whether or not the device was busy."""
+    def mark_data_arrival(self) -> None:
+        """Note that the host has its batch."""
         self.data_wait_s = time.perf_counter() - self._began
 
     def stop(self) -> None:
-        """All of the step is computed, or in the stream."""
+        """Note that the step has ended, or that all of its kernels are in the stream."""
         self._ended = time.perf_counter()
-        self._mark()
+        self._record_event()
 
-    def seconds(self) -> float:
-        """Length of the step; on a GPU this waits for its end."""
+    def read_seconds(self) -> float:
+        """Duration of the step in seconds; on a GPU this waits for the step's end."""
         if not self._cuda:
             return self._ended - self._began
         first, last = self._events
@@ -55,24 +59,24 @@ class StepClock:
 
 
 @dataclass
-class TakenStep:
-    """What one step left behind.
+class StepRecord:
+    """Everything to record about one step; its tensors are still on the device.
 
     Attributes:
         step: its number, from 1.
         lr: its learning rate.
-        losses: of `Engine.forward_backward`, on the device.
-        grad_norm: of `Engine.clip`, on the device.
-        monitor: of the step.
-        experts: of `rebalance`, on the device.
+        losses: as `Engine.forward_backward` returned them, on the device.
+        grad_norm: as `Engine.clip` returned it, on the device.
+        monitor: measurements of the loop, on the device.
+        experts: load and balance as `rebalance` returned them, on the device; None without experts.
         clock: of the step.
-        tokens, tokens_before: of the step, and of all before it.
-        flops_share: floating-point operations of the step over what the devices could do in a second; None where
-            that is not known.
-        depth: loop counts, by the record's fields.
+        tokens: trained on in this step.
+        tokens_before: trained on in all steps before.
+        flops_share: floating-point operations of the step over what all devices can do in a second; None if unknown.
+        depth: loop counts, by field of the record.
         loop_shares: share of each T, where the monitor measures every iteration.
-        memory_gb: peak so far.
-        data: how far the run is in each corpus, of `TrainingData.progress`.
+        memory_gb: peak memory so far.
+        data: fields from `TrainingData.progress`.
     """
 
     step: int
@@ -90,15 +94,15 @@ class TakenStep:
     memory_gb: float
     data: dict[str, Any]
 
-    def read(self) -> tuple[dict[str, Any], float]:
-        """The record for metrics.jsonl, and the objective; waits for the device."""
+    def read_metrics(self) -> tuple[dict[str, Any], float]:
+        """Wait for the device; return the object for metrics.jsonl, and the objective."""
         losses = {name: float(value) for name, value in self.losses.items()}
         padding = {"padding": losses.pop("padding")} if "padding" in losses else {}
-        loss, objective, step_s = losses.pop("cross_entropy"), losses["objective"], self.clock.seconds()
+        loss, objective, step_s = losses.pop("cross_entropy"), losses["objective"], self.clock.read_seconds()
         readings: dict[str, Any] = self.monitor.readings()
         if "iterations" in readings:
             readings["iterations"]["loop_shares"] = self.loop_shares
-        record = {
+        metrics = {
             "step": self.step,
             "tokens": self.tokens_before + self.tokens,
             "loss": loss,
@@ -113,7 +117,8 @@ class TakenStep:
             "step_s": step_s,
             **self.data,
             **padding,
+            # Where nothing is added to the cross entropy, the objective would only repeat the loss.
             **({} if objective == loss else losses),
             **{name: float(value) for name, value in (self.experts or {}).items()},
         }
-        return record, objective
+        return metrics, objective

@@ -1,6 +1,6 @@
-"""Stop requests: SIGTERM and SIGUSR1 set a flag, which all ranks agree on at every step, without waiting for a GPU.
+"""Stop on SIGTERM or SIGUSR1: the signal sets a flag, and all ranks agree at every step, without waiting for a GPU.
 
-Imports torch late: a process listens before it does anything that takes long.
+Torch is imported late, so that a process can listen before it does anything that takes long.
 """
 
 import contextlib
@@ -18,44 +18,44 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Remembers a stop signal; the handlers of before are put back by `close`.
+    """Remembers a stop signal from its construction until `close`, which restores the previous handlers.
 
     Attributes:
-        name: of the signal that asked, None while there was none.
+        signal_name: name of the signal that asked to stop; None while there was none.
     """
 
     def __init__(self) -> None:
-        self.name: str | None = None
-        self._counts: Callable[[], torch.Tensor] | None = None
-        self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        self.signal_name: str | None = None
+        self._wait_for_counts: Callable[[], torch.Tensor] | None = None
+        self._previous_handlers = {number: signal.signal(number, self._handle_signal) for number in STOP_SIGNALS}
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
+        self.signal_name = signal.Signals(number).name
 
-    def ask(self, engine: "Engine") -> None:
-        """Begin to ask all ranks: one tiny reduction between the hosts, which goes on beside the step."""
+    def start_agreement(self, engine: "Engine") -> None:
+        """Start to count the ranks that were asked to stop: one tiny reduction between hosts, concurrent with the step."""
         import torch
 
         if engine.world_size > 1:
-            asked = [float(self.name == number.name) for number in STOP_SIGNALS]
-            self._counts = engine.start_host_sum(torch.tensor(asked))
+            # One count per signal, so that ranks that no signal has reached learn its name.
+            asked = [float(self.signal_name == number.name) for number in STOP_SIGNALS]
+            self._wait_for_counts = engine.start_host_sum(torch.tensor(asked))
 
-    def agreed(self) -> bool:
-        """Whether any rank had been asked to stop when it called `ask`; the same answer on every rank.
+    def is_agreed(self) -> bool:
+        """Return True on every rank if any had been asked to stop when it called `start_agreement`.
 
-        `name` is then that of the signal on every rank, also on those that it has not reached. A process alone knows
-        at once.
+        `signal_name` is then set on every rank. A single process knows at once.
         """
-        if self._counts is None:
-            return self.name is not None
-        for number, count in zip(STOP_SIGNALS, self._counts().tolist()):
+        if self._wait_for_counts is None:
+            return self.signal_name is not None
+        for number, count in zip(STOP_SIGNALS, self._wait_for_counts().tolist()):
             if count:
-                self.name = number.name
+                self.signal_name = number.name
                 return True
         return False
 
     def close(self) -> None:
         """Restore the previous handlers."""
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             with contextlib.suppress(TypeError, ValueError):
                 signal.signal(number, handler)

@@ -1,6 +1,5 @@
 """The training loop. It knows steps, batches and records; the engine knows sharding, the sampler knows depth."""
 
-import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_rdt import checkpoint as checkpoints
-from megatron_rdt.config import RunConfig, dump_config, load_config
+from megatron_rdt.config import RunConfig, dump_config
 from megatron_rdt.data import Batch, BatchLoader, Tokenizer
 from megatron_rdt.depth import DepthPlan, DepthSampler
 from megatron_rdt.environment import ProcessInfo, read_process_info
@@ -25,14 +24,21 @@ from megatron_rdt.parallel import Engine, MicroBatch, make_engine
 from megatron_rdt.parallel.process_group import join_process_group
 from megatron_rdt.run_directory import run_directory_of
 from megatron_rdt.train.data import open_training_data
-from megatron_rdt.train.garbage_collection import ScheduledCollection
+from megatron_rdt.train.garbage_collection import ScheduledGarbageCollection
 from megatron_rdt.train.hardware import peak_flops, peak_memory_gb
-from megatron_rdt.train.metrics import Console, Recorder, evaluation_lines, evaluation_record, forget_after
-from megatron_rdt.train.monitoring import Monitoring
-from megatron_rdt.train.nonfinite_guard import Guard, is_finite
-from megatron_rdt.train.resume_checks import check_resumable, describe_changed_settings, refuse_to_overwrite
+from megatron_rdt.train.metrics import (
+    Console,
+    Recorder,
+    drop_records_after,
+    format_evaluation,
+    make_evaluation_record,
+)
+from megatron_rdt.train.monitoring import MonitorSchedule
+from megatron_rdt.train.nonfinite_guard import NonfiniteGuard, is_step_finite
+from megatron_rdt.train.resume_checks import refuse_to_overwrite
+from megatron_rdt.train.run_checkpoints import Position, RunCheckpoints
 from megatron_rdt.train.schedule import learning_rate
-from megatron_rdt.train.step_record import StepClock, TakenStep
+from megatron_rdt.train.step_record import StepClock, StepRecord
 from megatron_rdt.train.stop_request import StopRequest
 
 # How long to wait for a process of the same run that was killed and has not quite ended.
@@ -50,8 +56,8 @@ def train(
         config: a checked config.
         resume: "none" (refuse a run directory that has checkpoints), "auto" (newest complete checkpoint of the run,
             or a fresh start), or the path of a checkpoint or run.
-        process: where this process stands among all; read from the environment where not given.
-        stop: listens for stop signals; made here where not given.
+        process: rank and launcher of this process; read from the environment if None.
+        stop: listens for stop signals; made here if None.
 
     Returns:
         0 when all steps are done, 75 when stopped by a signal after a good save, or before the first step.
@@ -59,7 +65,7 @@ def train(
     process, listener = process or read_process_info(), stop or StopRequest()
     run_directory = run_directory_of(config)
     try:
-        with _only_writer(run_directory, resume) if process.rank == 0 else nullcontext():
+        with _lock_run_directory(run_directory, resume) if process.rank == 0 else nullcontext():
             device = join_process_group(config, process)
             trainer = Trainer(config, run_directory, device, listener, process.local_rank)
             try:
@@ -67,20 +73,20 @@ def train(
                 trainer.engine.close()
             finally:
                 trainer.close()
-            _KEPT.append(trainer.engine)
+            _FINISHED_ENGINES.append(trainer.engine)
             return status
     finally:
         if stop is None:
             listener.close()
 
 
-# What holds a process group must not be let go of before the process ends, see `leave_process`.
-_KEPT: list[Engine] = []
+# An engine holds the process group, which must not be freed before the process ends, see `leave_process`.
+_FINISHED_ENGINES: list[Engine] = []
 
 
 @contextmanager
-def _only_writer(run_directory: Path, resume: str) -> Iterator[None]:
-    """Hold a lock on the run directory, which must not hold another run; for the first rank."""
+def _lock_run_directory(run_directory: Path, resume: str) -> Iterator[None]:
+    """Hold a lock on the run directory, after checking that it holds no other run; for rank 0."""
     run_directory.mkdir(parents=True, exist_ok=True)
     message = f"another process is writing {run_directory}. Wait for it, end it, or choose another --run.name."
     try:
@@ -93,52 +99,68 @@ def _only_writer(run_directory: Path, resume: str) -> Iterator[None]:
 
 
 class Trainer:
-    """One run on one process."""
+    """One run on one rank.
+
+    Args:
+        config: a checked config.
+        run_directory: `runs/<name>`.
+        device: where this rank computes.
+        stop: listens for stop signals.
+        local_rank: number of this process on its node.
+
+    Attributes:
+        step: optimizer steps done.
+        consumed: samples trained on, by all ranks together.
+        unread: records of steps since the last logging step, still on the device.
+    """
 
     def __init__(
         self, config: RunConfig, run_directory: Path, device: torch.device, stop: StopRequest, local_rank: int = 0
     ) -> None:
         self.config, self.run_directory, self.device, self.stop = config, run_directory, device, stop
         self.engine = make_engine(config, device)
-        self.is_first = self.engine.rank == 0
+        self.is_rank_0 = self.engine.rank == 0
+        self.data_rank = self.engine.layout.data_rank(self.engine.rank)
         self.data = open_training_data(config, self.engine.layout, self.engine.rank, local_rank)
+        self.checkpoints = RunCheckpoints(config, run_directory, self.engine, self.data)
         self.tokenizer = Tokenizer(self.data.tokenizer_directory)
         self.sampler = DepthSampler(config.depth, config.run.seed)
         self.flops = forward_flops(config.model, config.train.sequence_length)
-        self.guard = Guard(min(config.train.max_nonfinite_steps, config.train.steps))
-        self.step, self.consumed, self.run_id = 0, 0, uuid.uuid4().hex
-        self.parent: str | None = None
-        self.first_step = 0
-        self.saved_at: int | None = None
-        self.recorder: Recorder | None = None
-        self.monitoring = Monitoring(config.logging)
+        self.guard = NonfiniteGuard(min(config.train.max_nonfinite_steps, config.train.steps))
+        self.monitoring = MonitorSchedule(config.logging)
+        self.step = self.consumed = self.first_step = 0
+        self.unread: list[StepRecord] = []
+        self.recorder: Recorder | None = None  # on rank 0, while the run is under way
         self.console: Console | None = None
-        self.unread: list[TakenStep] = []
 
     def run(self, source: Path | None) -> int:
-        """Train from `source` (or from scratch) to the last step; returns the exit status."""
+        """Train from the checkpoint `source`, or from scratch, to the last step; return the exit status."""
         config = self.config
         with torch.device("meta"):
             model = RecurrentDepthTransformer(config.model)
         parameters = sum(p.numel() for p in model.parameters())
         self.engine.setup(model)
         if source is not None:
-            self._restore(source)
+            position, lines = self.checkpoints.restore(source)
+            self.step, self.consumed, self.guard.skipped = position.step, position.samples, position.skipped_steps
+            self.first_step = self.step
+            for line in lines:
+                self._print_on_rank_0(line)
+        # With another batch size than before, the rest of the run takes more or fewer samples.
         total = self.consumed + (config.train.steps - self.step) * config.train.global_batch
-        data_rank = self.engine.layout.data_rank(self.engine.rank)
-        loader = self.data.loader(self.consumed, total, data_rank, self.device)
+        loader = self.data.loader(self.consumed, total, self.data_rank, self.device)
         try:
             self._open_run_directory(parameters, source)
             for line in self.data.describe(total):
-                self._say(line)
+                self._print_on_rank_0(line)
             loader.wait()
-            with ScheduledCollection(config.train.gc_every) as collection:
-                status = self._steps(loader, collection)
+            with ScheduledGarbageCollection(config.train.gc_every) as collection:
+                status = self._run_steps(loader, collection)
         finally:
             loader.close()
         if status == EXIT_OK:
             tokens = self.consumed * config.train.sequence_length
-            self._say(f"done: {self.step} steps, {tokens:,} tokens, {self.run_directory}")
+            self._print_on_rank_0(f"done: {self.step} steps, {tokens:,} tokens, {self.run_directory}")
         if status == EXIT_OK and self.guard.skipped:
             raise TrainingError(
                 f"the last {self.guard.skipped} steps of {self.run_directory} were skipped: the loss or gradient was not "
@@ -146,49 +168,67 @@ class Trainer:
             )
         return status
 
-    def _steps(self, loader: BatchLoader, collection: ScheduledCollection) -> int:
-        """Every step that is left; the exit status."""
+    def _open_run_directory(self, parameters: int, source: Path | None) -> None:
+        """On rank 0, write the config, drop the records of steps that will be done again, and open the recorder."""
+        if not self.is_rank_0:
+            return
+        self.run_directory.mkdir(parents=True, exist_ok=True)
+        if source is not None:
+            # Before records are dropped, or a kill between the two would leave the abandoned branch the newest.
+            checkpoints.record_start(self.run_directory, source)
+        write_text(self.run_directory / "config.yaml", dump_config(self.config))
+        drop_records_after(self.run_directory, self.step)
+        self.recorder = Recorder(self.run_directory, self.config.logging.tensorboard, self.step)
+        self._print_on_rank_0(
+            f"{self.run_directory}: {parameters / 1e6:.2f}M parameters, engine {self.config.parallel.engine} on "
+            f"{self.engine.world_size} x {self.device.type}, {self.sampler.describe()}, "
+            f"steps {self.step} to {self.config.train.steps}"
+        )
+
+    def _run_steps(self, loader: BatchLoader, collection: ScheduledGarbageCollection) -> int:
+        """Run every step that is left, or until a stop request; return the exit status."""
         self.console, batches = Console(self.config.train.steps, self.step), iter(loader)
-        self.stop.ask(self.engine)
+        self.stop.start_agreement(self.engine)
         while self.step < self.config.train.steps:
-            if self.stop.agreed():
-                return self._stopped()
-            clock = StepClock(self.device)  # what was due after the last step is not part of this one
+            if self.stop.is_agreed():
+                return self._stop_early()
+            clock = StepClock(self.device)  # evaluations and saves after the last step are not part of this one
             batch = next(batches)
-            clock.data_arrived()
+            clock.mark_data_arrival()
             self.unread.append(self._train_step(batch, clock))
-            self._after_step()
-            collection.after_step(self.step)
-        self.stop.agreed()  # no rank leaves a reduction that it began
+            self._run_due_actions()
+            collection.collect_if_due(self.step)
+        self.stop.is_agreed()  # no rank may leave a reduction that it started
         return EXIT_OK
 
-    def _stopped(self) -> int:
-        """Save, unless this step is saved; where there is nothing to save, say so."""
-        reason = f"stopped on {self.stop.name}"
+    def _stop_early(self) -> int:
+        """Save unless this step is saved already, say so, and return the exit status of a stop request."""
+        reason = f"stopped on {self.stop.signal_name}"
         if self.step == self.first_step:
-            self._say(f"{reason} before step {self.step + 1}, with nothing new to save; use --resume auto")
+            self._print_on_rank_0(f"{reason} before step {self.step + 1}, with nothing new to save; use --resume auto")
             return EXIT_PREEMPTED
-        self._read_steps()
-        if self.saved_at != self.step:
-            self._save()
-        self._say(f"{reason} at step {self.step}, saved; use --resume auto")
+        self._record_unread_steps()
+        if self.checkpoints.saved_step != self.step:
+            self._save_checkpoint()
+        self._print_on_rank_0(f"{reason} at step {self.step}, saved; use --resume auto")
         return EXIT_PREEMPTED
 
-    def _train_step(self, batch: Batch, clock: StepClock) -> TakenStep:
-        """Forward, backward, clip, decide, step. All on the device: the host does not wait for it."""
+    def _train_step(self, batch: Batch, clock: StepClock) -> StepRecord:
+        """Forward, backward, clip, step; return the record. The host only queues this work: it reads no tensor."""
         config = self.config
         size = config.train.micro_batch
-        micro_batches = [self._micro_batch(batch.rows(i, i + size)) for i in range(0, len(batch), size)]
-        monitor = self.monitoring.monitor(self.step + 1)
+        micro_batches = [self._make_micro_batch(batch.rows(i, i + size)) for i in range(0, len(batch), size)]
+        monitor = self.monitoring.make_monitor(self.step + 1)
         losses = self.engine.forward_backward(micro_batches, monitor)
-        self.stop.ask(self.engine)  # answered before the next step
+        self.stop.start_agreement(self.engine)  # the answer is read before the next step, when it has long arrived
         grad_norm = self.engine.clip(config.optimizer.grad_clip)
         lr = learning_rate(config.schedule, config.optimizer.lr, self.step, config.train.steps)
-        finite = is_finite(losses["objective"], grad_norm)
+        # A step that is not finite runs through, with a flag on the device by which the optimizer changes nothing.
+        finite = is_step_finite(losses["objective"], grad_norm)
         self.engine.step(lr, finite)
         balance_rate = config.model.balance_rate * finite.double()
         experts = rebalance(self.engine.model, balance_rate, self.engine.sum_over_ranks)
-        depth = self._depth_record()
+        depth = self._collect_loop_counts()
         tokens_before = self.consumed * config.train.sequence_length
         self.step += 1
         self.consumed += config.train.global_batch
@@ -196,7 +236,7 @@ class Trainer:
         tokens = config.train.global_batch * config.train.sequence_length
         flops = tokens * training_flops(config.model, self.flops, depth["loops_mean"], depth["loops_with_grad"])
         peak = peak_flops(self.device, config.train.precision)
-        return TakenStep(
+        return StepRecord(
             step=self.step,
             lr=lr,
             losses=losses,
@@ -208,17 +248,17 @@ class Trainer:
             tokens_before=tokens_before,
             flops_share=flops / (peak * self.engine.world_size) if peak else None,
             depth=depth,
-            loop_shares=self.monitoring.loop_shares(monitor),
+            loop_shares=self.monitoring.take_loop_shares(monitor),
             memory_gb=peak_memory_gb(self.device),
-            data=self.data.progress(self.consumed) if self.is_first else {},
+            data=self.data.progress(self.consumed) if self.is_rank_0 else {},
         )
 
-    def _micro_batch(self, rows: Batch) -> MicroBatch:
+    def _make_micro_batch(self, rows: Batch) -> MicroBatch:
         """Pair some rows of a batch with their depth plan."""
         return MicroBatch(rows, self.sampler.plan(self.step, rows.samples, rows.batch_rows))
 
-    def _depth_record(self) -> dict[str, Any]:
-        """Loop counts of the step, over the sequences of all ranks."""
+    def _collect_loop_counts(self) -> dict[str, Any]:
+        """Fields of the step's record about T, over the sequences of all ranks: drawn again here, so none is asked."""
         train = self.config.train
         plan = DepthPlan(
             self.sampler.draw_loops(self.step, range(train.global_batch), train.micro_batch),
@@ -233,49 +273,51 @@ class Trainer:
             **({} if plan.is_uniform else {"loops_counts": {str(t): counts[t] for t in sorted(counts)}}),
         }
 
-    def _after_step(self) -> None:
-        """Read, evaluate, sample, save: whatever is due after this step."""
+    def _run_due_actions(self) -> None:
+        """Record, evaluate, sample and save, whichever is due after this step."""
         config = self.config
         sections = config.eval, config.sample, config.checkpoint
-        evaluate, sample, save = (self._due(section.every) for section in sections)
+        evaluate, sample, save = (self._is_due(section.every) for section in sections)
         save = save or self.step == config.train.steps
-        if evaluate or sample or save or self._due(config.logging.every):
-            self._read_steps()
-        self.engine.model.eval()  # what is done here is no training: experts do not count these tokens
+        if evaluate or sample or save or self._is_due(config.logging.every):
+            self._record_unread_steps()
+        self.engine.model.eval()  # experts do not count the tokens of evaluations and samples
         if evaluate:
-            self._evaluate()
+            self._evaluate_validation()
         if sample:
-            self._sample()
+            self._generate_samples()
         self.engine.model.train()
         if save:
-            self._save()
+            self._save_checkpoint()
 
-    def _due(self, every: int) -> bool:
-        """Whether this step is one of every so many, or the last; never where that is 0."""
+    def _is_due(self, every: int) -> bool:
+        """Return True if this step is a multiple of `every`, or the last one; False if `every` is 0."""
         return bool(every) and (self.step == self.config.train.steps or self.step % every == 0)
 
-    def _read_steps(self) -> None:
-        """Record the steps since the last call, in order; this waits for the device.
+    def _record_unread_steps(self) -> None:
+        """Write the records of the steps since the last call, in order; this waits for the device.
 
         Raises:
             TrainingError: too many of them in a row were skipped.
         """
-        steps, self.unread = self.unread, []
-        for taken in steps:
-            record, objective = taken.read()
-            if not self.guard.accept(taken.step, objective, record["grad_norm"]):
-                loss, norm = record["loss"], record["grad_norm"]
-                self._say(f"step {taken.step}: loss {loss} or gradient norm {norm} not finite, step skipped")
+        records, self.unread = self.unread, []
+        for record in records:
+            metrics, objective = record.read_metrics()
+            if not self.guard.accept(record.step, objective, metrics["grad_norm"]):
+                loss, norm = metrics["loss"], metrics["grad_norm"]
+                self._print_on_rank_0(
+                    f"step {record.step}: loss {loss} or gradient norm {norm} not finite, step skipped"
+                )
             if self.recorder is not None and self.console is not None:
-                self.recorder.step(record)
-                if taken.step % self.config.logging.every == 0 or taken.step == self.config.train.steps:
-                    self.console.print(self.console.line(record))
+                self.recorder.record_step(metrics)
+                if record.step % self.config.logging.every == 0 or record.step == self.config.train.steps:
+                    self._print_on_rank_0(self.console.format_line(metrics))
 
-    def _evaluate(self) -> None:
-        config, layout = self.config, self.engine.layout
-        data_rank = layout.data_rank(self.engine.rank)
-        mine = {name: windows.rank_rows(data_rank, layout.data) for name, windows in self.data.validation.items()}
-        losses, of_each = mixture_losses(
+    def _evaluate_validation(self) -> None:
+        """Compute the validation loss at each T of `eval.loops`, on all ranks together, and record it."""
+        config, ranks = self.config, self.engine.layout.data
+        mine = {name: windows.rank_rows(self.data_rank, ranks) for name, windows in self.data.validation.items()}
+        losses, by_corpus = mixture_losses(
             self.engine.module,
             mine,
             self.data.shares,
@@ -284,13 +326,14 @@ class Trainer:
             self.device,
             reduce=self.engine.sum_over_ranks,
         )
-        for line in evaluation_lines(losses, of_each):
-            self._say(f"step {self.step}: {line}")
+        for line in format_evaluation(losses, by_corpus):
+            self._print_on_rank_0(f"step {self.step}: {line}")
         if self.recorder is not None:
             tokens = self.consumed * config.train.sequence_length
-            self.recorder.evaluation(evaluation_record(self.step, tokens, losses, of_each))
+            self.recorder.record_evaluation(make_evaluation_record(self.step, tokens, losses, by_corpus))
 
-    def _sample(self) -> None:
+    def _generate_samples(self) -> None:
+        """Generate text after `sample.prompt` at each T of `sample.loops`, and record it."""
         settings = self.config.sample
         prompt = self.tokenizer.encode(settings.prompt, bos=False)
         for loops in settings.loops:
@@ -306,73 +349,19 @@ class Trainer:
                 agree=self.engine.broadcast,
             )
             text = self.tokenizer.decode(tokens[0, len(prompt) :].tolist())
-            self._say(f"step {self.step}: sample at T={loops}: {(settings.prompt + text)!r}")
+            self._print_on_rank_0(f"step {self.step}: sample at T={loops}: {(settings.prompt + text)!r}")
             if self.recorder is not None:
-                self.recorder.sample({"step": self.step, "loops": loops, "prompt": settings.prompt, "text": text})
+                record = {"step": self.step, "loops": loops, "prompt": settings.prompt, "text": text}
+                self.recorder.record_sample(record)
 
-    def _save(self) -> None:
-        state = {
-            "step": self.step,
-            "tokens": self.consumed * self.config.train.sequence_length,
-            "data": self.data.state(self.consumed),
-            "skipped_steps": self.guard.skipped,
-        }
-        facts = {
-            "run_id": self.run_id,
-            "parent": self.parent,
-            "tokens": state["tokens"],
-            "engine": self.config.parallel.engine,
-            "world_size": self.engine.world_size,
-        }
-        path = checkpoints.save_checkpoint(
-            self.engine,
-            self.run_directory,
-            dump_config(self.config),
-            state,
-            facts,
-            self.data.tokenizer_directory,
-            self.config.checkpoint.keep,
-            self.data.rank_state(self.consumed),
-        )
-        self.parent, self.saved_at = path.name, self.step
-        self._say(f"step {self.step}: saved {path}")
+    def _save_checkpoint(self) -> None:
+        """Save a checkpoint at the current position; all steps must have been recorded."""
+        path = self.checkpoints.save(Position(self.step, self.consumed, self.guard.skipped))
+        self._print_on_rank_0(f"step {self.step}: saved {path}")
 
-    def _restore(self, source: Path) -> None:
-        """Load engine state and position; refuse a checkpoint that does not belong to this run."""
-        state = checkpoints.read_trainer_state(source)
-        check_resumable(source, state, self.config)
-        changed_data = self.data.resume(source, state["data"])
-        changed = describe_changed_settings(load_config(source / "config.yaml"), self.config)
-        checkpoints.restore_engine(self.engine, source)
-        self.step, self.consumed = state["step"], state["data"]["consumed_samples"]
-        self.guard.skipped = state["skipped_steps"]
-        # A run that starts from another one's checkpoint is a run of its own.
-        if checkpoints.belongs_to_run(source, self.run_directory):
-            self.run_id, self.parent = checkpoints.read_manifest(source)["run_id"], source.name
-        self.first_step = self.step
-        self._say(f"resumed from {source} (step {self.step})")
-        if changed:
-            self._say(f"changed since it was saved: {', '.join(changed)}")
-        for line in changed_data:
-            self._say(line)
-
-    def _open_run_directory(self, parameters: int, source: Path | None) -> None:
-        if not self.is_first:
-            return
-        self.run_directory.mkdir(parents=True, exist_ok=True)
-        if source is not None:
-            checkpoints.record_start(self.run_directory, source)
-        write_text(self.run_directory / "config.yaml", dump_config(self.config))
-        forget_after(self.run_directory, self.step)
-        self.recorder = Recorder(self.run_directory, self.config.logging.tensorboard, self.step)
-        self._say(
-            f"{self.run_directory}: {parameters / 1e6:.2f}M parameters, engine {self.config.parallel.engine} on "
-            f"{self.engine.world_size} x {self.device.type}, {self.sampler.describe()}, "
-            f"steps {self.step} to {self.config.train.steps}"
-        )
-
-    def _say(self, text: str) -> None:
-        if self.is_first:
+    def _print_on_rank_0(self, text: str) -> None:
+        """Print a line at once; the other ranks print nothing."""
+        if self.is_rank_0:
             print(text, flush=True)
 
     def close(self) -> None:

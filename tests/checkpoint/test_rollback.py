@@ -37,7 +37,7 @@ def test_rolling_back_makes_a_branch_that_is_the_newest(run: Path, finished: Pat
 def test_a_rollback_that_was_killed_before_it_saved_counts(
     run: Path, finished: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*_: object) -> None:
+    def killed(*_: object, **__: object) -> None:
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:

@@ -15,7 +15,7 @@ import torch
 from megatron_rdt.config import RunConfig
 from megatron_rdt.errors import TrainingError
 from megatron_rdt.train.hardware import PEAK_BF16_FLOPS, peak_flops, peak_memory_gb
-from megatron_rdt.train.metrics import Console, Recorder, forget_after
+from megatron_rdt.train.metrics import Console, Recorder, drop_records_after
 from megatron_rdt.train.trainer import train
 
 FIELDS = [
@@ -130,8 +130,8 @@ def test_tensorboard_has_the_same_numbers(run: Path) -> None:
 
 def test_non_finite_numbers_become_null(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, tensorboard=False, start_step=0)
-    recorder.step({"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": 0.1, "mfu": None})
-    recorder.evaluation({"step": 1, "tokens": 2, "losses": {"1": -math.inf, "4": 2.5}})
+    recorder.record_step({"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": 0.1, "mfu": None})
+    recorder.record_evaluation({"step": 1, "tokens": 2, "losses": {"1": -math.inf, "4": 2.5}})
     # Both are on the disk before the files are closed.
     assert read(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None, "grad_norm": None, "lr": 0.1, "mfu": None}]
     assert read(tmp_path / "eval.jsonl") == [{"step": 1, "tokens": 2, "losses": {"1": None, "4": 2.5}}]
@@ -141,10 +141,10 @@ def test_non_finite_numbers_become_null(tmp_path: Path) -> None:
 def test_going_back_drops_later_records_and_half_lines(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, tensorboard=False, start_step=0)
     for step in range(1, 7):
-        recorder.step({**RECORD, "step": step})
+        recorder.record_step({**RECORD, "step": step})
         if step % 2 == 0:
-            recorder.evaluation({"step": step, "tokens": 1, "losses": {"1": 2.0}})
-            recorder.sample({"step": step, "loops": 1, "prompt": "a", "text": "b\n"})
+            recorder.record_evaluation({"step": step, "tokens": 1, "losses": {"1": 2.0}})
+            recorder.record_sample({"step": step, "loops": 1, "prompt": "a", "text": "b\n"})
     recorder.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
     with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -152,24 +152,24 @@ def test_going_back_drops_later_records_and_half_lines(tmp_path: Path) -> None:
     (tmp_path / "eval.json").write_text('{"step": 6, "losses": {"1": 2.0}}')
     (tmp_path / "metrics.jsonl.1234.tmp").write_text("left by a killed process")
     (tmp_path / "notes.txt").write_text("mine")
-    forget_after(tmp_path, 6)
+    drop_records_after(tmp_path, 6)
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines)
     assert (tmp_path / "eval.json").exists()
-    forget_after(tmp_path, 4)
+    drop_records_after(tmp_path, 4)
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:4])
     for name in ("eval.jsonl", "samples.jsonl"):
         assert [record["step"] for record in read(tmp_path / name)] == [2, 4]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["eval.jsonl", "metrics.jsonl", "notes.txt", "samples.jsonl"]
     # A run that goes on appends after what was kept.
     recorder = Recorder(tmp_path, tensorboard=False, start_step=4)
-    recorder.step({**RECORD, "step": 5})
+    recorder.record_step({**RECORD, "step": 5})
     recorder.close()
     assert [record["step"] for record in read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"foo": 1}\n[2]\n{"step": "x"}\n')  # not by this program
-    forget_after(tmp_path, 2)
+    drop_records_after(tmp_path, 2)
     assert [record["step"] for record in read(tmp_path / "metrics.jsonl")] == [1, 2]
-    forget_after(tmp_path, 0)
+    drop_records_after(tmp_path, 0)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
@@ -180,28 +180,28 @@ def test_a_failed_write_is_an_error_with_advice(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         while (tmp_path / "metrics.jsonl").stat().st_size < 950:
-            recorder.step({"step": step, "loss": 1.0})
+            recorder.record_step({"step": step, "loss": 1.0})
             step += 1
         with pytest.raises(TrainingError, match=r"metrics\.jsonl: File too large.*--resume auto"):
-            recorder.step({"step": step, "loss": 1.0, "text": "x" * 100})
+            recorder.record_step({"step": step, "loss": 1.0, "text": "x" * 100})
         recorder.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (tmp_path / "metrics.jsonl").stat().st_size == 1000
-    forget_after(tmp_path, 1000)
+    drop_records_after(tmp_path, 1000)
     assert [record["step"] for record in read(tmp_path / "metrics.jsonl")] == list(range(step))
 
 
 def test_the_console_line() -> None:
-    line = Console(steps=10, first_step=0).line(RECORD)
+    line = Console(steps=10, first_step=0).format_line(RECORD)
     assert re.fullmatch(
         r"\[#####\.\.\.\.\.\] step 5/10  loss 3\.2500  T 4  lr 1\.00e-03  norm 0\.50  radius 0\.447"
         r"  12,346 tokens/s  1\.50 GB  ETA 0:00",
         line,
     ), line
-    assert "  mfu 41.5%  " in Console(10, 0).line({**RECORD, "mfu": 0.415})
-    assert "[##########] step 10/10" in Console(10, 5).line({**RECORD, "step": 10})
-    assert "loss nan" in Console(10, 0).line({**RECORD, "loss": math.nan, "grad_norm": math.nan})
+    assert "  mfu 41.5%  " in Console(10, 0).format_line({**RECORD, "mfu": 0.415})
+    assert "[##########] step 10/10" in Console(10, 5).format_line({**RECORD, "step": 10})
+    assert "loss nan" in Console(10, 0).format_line({**RECORD, "loss": math.nan, "grad_norm": math.nan})
 
 
 def test_time_left_is_counted_from_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,10 +210,10 @@ def test_time_left_is_counted_from_this_process(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     console = Console(steps=100, first_step=90)
     now[0] += 6.0
-    assert console.line({**RECORD, "step": 92}).endswith("ETA 0:24")
-    assert console.line({**RECORD, "step": 91}).endswith("ETA 0:54")
+    assert console.format_line({**RECORD, "step": 92}).endswith("ETA 0:24")
+    assert console.format_line({**RECORD, "step": 91}).endswith("ETA 0:54")
     now[0] += 600.0
-    assert console.line({**RECORD, "step": 92}).endswith("ETA 40:24")
+    assert console.format_line({**RECORD, "step": 92}).endswith("ETA 40:24")
 
 
 def test_an_unknown_device_has_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,5 +255,5 @@ def test_writing_after_an_error_is_reported_once(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     recorder = Recorder(tmp_path, tensorboard=False, start_step=0)
     with pytest.raises(TrainingError, match="No space left on device"):
-        recorder.step(RECORD)
+        recorder.record_step(RECORD)
     recorder.close()

@@ -1,34 +1,26 @@
 """Runs on packed rows and on masked corpora: what they train on, record, say, resume and refuse."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from megatron_rdt.config import RunConfig, check_config
+from megatron_rdt.config import RunConfig
 from megatron_rdt.data import Batch, PackedCorpus, load_manifest, open_corpus, read_fixed_windows
 from megatron_rdt.data.mixture import Mixture, MixtureOrder, Phase
-from megatron_rdt.data.packing_plan import make_plans, plan_path
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError
 from megatron_rdt.evaluate.loss import evaluate_checkpoint, validation_losses
 from megatron_rdt.inference import load
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
 from megatron_rdt.train import trainer
-from megatron_rdt.train.data.prepared import open_prepared_data
 from megatron_rdt.train.metrics import Console
 from tests.data.random_corpus import write_random_corpus
+from tests.train.runs import Configure, read_records
 
-Configure = Callable[..., RunConfig]
 CPU = torch.device("cpu")
 PACKED = ["--data.pack=bestfit", "--data.document_mask=true", "--data.document_positions=true"]
 STEADY = ["--depth.scheme=fixed", "--train.steps=4", "--logging.every=1", "--eval.sequences=6"]
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +55,15 @@ def test_only_answers_count(
     assert windows.loss_mask is not None
     share = float(windows.loss_mask[:, 1:].float().mean())
     assert 0.3 < share < 0.7
-    records = read(tmp_path / "answers" / "metrics.jsonl")
+    records = read_records(tmp_path / "answers" / "metrics.jsonl")
     assert records[0]["loss"] == pytest.approx(first_loss(config, windows), abs=1e-6)
     everything = configure(*options, "--run.name=all", "--data.loss=all", "--train.steps=2", "--eval.every=0")
     assert trainer.train(everything) == 0
-    record = read(tmp_path / "all" / "metrics.jsonl")[0]
+    record = read_records(tmp_path / "all" / "metrics.jsonl")[0]
     assert record["loss"] == pytest.approx(first_loss(everything, samples(everything, 4)), abs=1e-6)
     assert abs(record["loss"] - records[0]["loss"]) > 1e-4
     # Validation and `rdt eval`, over the targets that count of plain windows; bytes of these too.
-    evaluated = read(tmp_path / "answers" / "eval.jsonl")[-1]["losses"]
+    evaluated = read_records(tmp_path / "answers" / "eval.jsonl")[-1]["losses"]
     model, tokenizer = load(tmp_path / "answers")
     manifest = load_manifest(masked)
     valid = read_fixed_windows(open_corpus(manifest, "valid", 32, 0, config.data, pack=False), 6)
@@ -108,25 +100,25 @@ def test_a_run_on_packed_rows(
     assert corpus.counts.describe(200) in said
     rows = corpus.read_samples(range(16))
     assert rows.padding is not None
-    records = read(tmp_path / "straight" / "metrics.jsonl")
+    records = read_records(tmp_path / "straight" / "metrics.jsonl")
     padding = [sum(rows.padding[4 * step : 4 * step + 4]) / (4 * 201) for step in range(4)]
     assert [record["padding"] for record in records] == pytest.approx(padding)
     assert any(padding)
     for record, share in zip(records, padding):
-        assert ("padding" in Console(4, 0).line(record)) == (share > 0)
+        assert ("padding" in Console(4, 0).format_line(record)) == (share > 0)
     assert records[0]["loss"] == pytest.approx(first_loss(config, rows.rows(0, 4)), abs=1e-6)
     # A run that stops in the middle goes on with the same rows.
     source = tmp_path / "straight" / "checkpoints" / "step-00000002"
     assert json.loads((source / "trainer.json").read_text())["data"]["packing"] == "bestfit"
     assert trainer.train(configure(*options, "--run.name=resumed"), str(source)) == 0
-    resumed = read(tmp_path / "resumed" / "metrics.jsonl")
+    resumed = read_records(tmp_path / "resumed" / "metrics.jsonl")
     assert [(r["step"], r["loss"]) for r in resumed] == [(r["step"], r["loss"]) for r in records[2:]]
     with pytest.raises(CheckpointError, match=r"with data\.pack bestfit, now it is chunk.*Set --data\.pack bestfit"):
         trainer.train(configure(*options, "--run.name=other", "--data.pack=chunk"), str(source))
     # Another run on windows evaluates on the same ones, and records no padding.
     plain = configure(*options, "--run.name=plain", "--data.pack=chunk")
     assert trainer.train(plain) == 0
-    assert "padding" not in read(tmp_path / "plain" / "metrics.jsonl")[0]
+    assert "padding" not in read_records(tmp_path / "plain" / "metrics.jsonl")[0]
     settings = [(tmp_path / name / "checkpoints" / "step-00000004") for name in ("straight", "plain")]
     windows = [
         read_fixed_windows(open_corpus(load_manifest(masked), "valid", 200, 1, c.data, pack=False), 6)
@@ -135,30 +127,7 @@ def test_a_run_on_packed_rows(
     assert torch.equal(windows[0].tokens, windows[1].tokens)
     for name, checkpoint in zip(("straight", "plain"), settings):
         by_hand = validation_losses(load(checkpoint)[0], windows[0], [3], 1, CPU)[3]
-        assert read(tmp_path / name / "eval.jsonl")[-1]["losses"]["3"] == pytest.approx(by_hand, abs=1e-6)
-
-
-def test_local_rank_0_makes_the_packing_plans(
-    configure: Configure, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[int] = []
-    monkeypatch.setattr("megatron_rdt.train.data.prepared.make_plans", lambda *arguments: made.append(arguments[-1]))
-    make_plans(load_manifest(tiny_corpus), "train", 32)
-    config = configure("--data.pack=bestfit", "--eval.every=0")
-    for local_rank in (0, 1):
-        open_prepared_data(config, 1, local_rank)
-    assert made == [32]
-
-    def full(*arguments: Any) -> None:
-        raise DataError("the disk is full")
-
-    monkeypatch.setattr("megatron_rdt.train.data.prepared.make_plans", full)
-    monkeypatch.setattr(
-        "megatron_rdt.object_collectives.gather_objects", lambda value: [value, DataError("of another node")]
-    )
-    for local_rank, message in ((0, "the disk is full"), (1, "of another node")):
-        with pytest.raises(DataError, match=message):
-            open_prepared_data(config, 1, local_rank)
+        assert read_records(tmp_path / name / "eval.jsonl")[-1]["losses"]["3"] == pytest.approx(by_hand, abs=1e-6)
 
 
 def test_positions_need_document_masks(configure: Configure) -> None:
@@ -205,9 +174,3 @@ def test_windows_in_which_nothing_counts_are_no_validation(configure: Configure,
                 read_fixed_windows(corpus, 4)
         finally:
             file.write_bytes(before)
-
-
-def test_plans_lie_with_the_corpus(tiny_corpus: Path) -> None:
-    path = plan_path(load_manifest(tiny_corpus), "train", "shard-00000", 256)
-    assert path == tiny_corpus / "packing" / "L256" / "train" / "shard-00000.pack"
-    check_config(RunConfig(), 1)

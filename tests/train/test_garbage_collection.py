@@ -10,7 +10,7 @@ import pytest
 from megatron_rdt.config import RunConfig
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.train import trainer
-from megatron_rdt.train.garbage_collection import YOUNG, ScheduledCollection
+from megatron_rdt.train.garbage_collection import YOUNGER_GENERATIONS, ScheduledGarbageCollection
 
 
 @pytest.fixture
@@ -37,9 +37,9 @@ def test_steps_collect_when_it_is_due(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found: dict[int, int] = {}
-    after_step, train_step = ScheduledCollection.after_step, trainer.Trainer._train_step
+    after_step, train_step = ScheduledGarbageCollection.collect_if_due, trainer.Trainer._train_step
 
-    def watched(self: ScheduledCollection, step: int) -> None:
+    def watched(self: ScheduledGarbageCollection, step: int) -> None:
         assert not gc.isenabled()
         before = len(collections)
         after_step(self, step)
@@ -52,23 +52,23 @@ def test_steps_collect_when_it_is_due(
         assert len(collections) == before, "nothing collects within a step"
         return taken
 
-    monkeypatch.setattr(ScheduledCollection, "after_step", watched)
+    monkeypatch.setattr(ScheduledGarbageCollection, "collect_if_due", watched)
     monkeypatch.setattr(trainer.Trainer, "_train_step", quiet)
     options = ["--eval.every=0", "--checkpoint.every=0", f"--train.gc_every={every}"]
     assert trainer.train(configure(f"--run.root={tmp_path}", *options)) == 0
     assert found == expected
-    assert set(expected.values()) <= {YOUNG}
+    assert set(expected.values()) <= {YOUNGER_GENERATIONS}
     assert gc.isenabled(), "as it was before"
 
 
 def test_python_is_left_alone(collections: list[int]) -> None:
-    with ScheduledCollection(0) as collection:
+    with ScheduledGarbageCollection(0) as collection:
         assert gc.isenabled()
-        collection.after_step(50)
+        collection.collect_if_due(50)
     assert gc.isenabled()
     gc.disable()
     try:
-        with ScheduledCollection(1), pytest.raises(ZeroDivisionError), ScheduledCollection(5):
+        with ScheduledGarbageCollection(1), pytest.raises(ZeroDivisionError), ScheduledGarbageCollection(5):
             _ = 1 / 0
         assert not gc.isenabled(), "as it was before"
     finally:
@@ -87,9 +87,9 @@ def test_steps_leave_no_cycles_that_hold_memory(
     import torch
 
     left: list[int] = []
-    after_step = ScheduledCollection.after_step
+    after_step = ScheduledGarbageCollection.collect_if_due
 
-    def watched(self: ScheduledCollection, step: int) -> None:
+    def watched(self: ScheduledGarbageCollection, step: int) -> None:
         gc.set_debug(gc.DEBUG_SAVEALL)
         gc.collect()
         gc.set_debug(0)
@@ -98,7 +98,7 @@ def test_steps_leave_no_cycles_that_hold_memory(
         gc.garbage.clear()
         after_step(self, step)
 
-    monkeypatch.setattr(ScheduledCollection, "after_step", watched)
+    monkeypatch.setattr(ScheduledGarbageCollection, "collect_if_due", watched)
     options = ["--eval.every=0", "--checkpoint.every=0", "--train.steps=4", "--logging.monitor_every=1"]
     for policy in ("none", "per_iteration", "selective", "per_layer"):
         name = f"--run.name={policy}"

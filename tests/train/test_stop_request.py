@@ -1,0 +1,114 @@
+"""Stop signals: all ranks agree, the run saves and resumes."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_rdt import checkpoint as checkpoints
+from megatron_rdt.parallel import Engine
+from megatron_rdt.parallel.replicated import SingleEngine
+from megatron_rdt.train import trainer
+from megatron_rdt.train.stop_request import STOP_SIGNALS, StopRequest
+from tests.train.runs import Configure, read_records
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_stop_request_is_remembered(number: signal.Signals, configure: Configure) -> None:
+    before = [signal.getsignal(n) for n in STOP_SIGNALS]
+    engine: Engine = SingleEngine(configure(), torch.device("cpu"))
+    stop = StopRequest()
+    try:
+        stop.start_agreement(engine)
+        assert not stop.is_agreed()
+        os.kill(os.getpid(), number)
+        assert stop.is_agreed()
+        assert stop.is_agreed(), "it stays set"
+        assert stop.signal_name == number.name
+    finally:
+        stop.close()
+    assert [signal.getsignal(n) for n in STOP_SIGNALS] == before
+
+
+class Stopped(SingleEngine):
+    """The single engine; the process is asked to stop during the third step."""
+
+    def step(self, lr: float, finite: torch.Tensor | None = None) -> None:
+        super().step(lr, finite)
+        self.taken = getattr(self, "taken", 0) + 1
+        if self.taken == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def test_a_stop_request_saves_and_the_run_goes_on_later(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [f"--run.root={tmp_path}", "--eval.every=0", "--checkpoint.every=0"]
+    assert trainer.train(configure(*options, "--run.name=straight")) == 0
+    config = configure(*options, "--run.name=stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "make_engine", Stopped)
+        assert trainer.train(config) == 75
+    newest = checkpoints.newest_checkpoint(tmp_path / "stopped")
+    assert newest is not None
+    assert newest.name == "step-00000003"
+    assert trainer.train(config, "auto") == 0
+    straight, stopped = (read_records(tmp_path / name / "metrics.jsonl") for name in ("straight", "stopped"))
+    assert [r["loss"] for r in stopped] == [r["loss"] for r in straight]
+
+
+class Asked(SingleEngine):
+    """The single engine; the process is asked to stop during the fourth step, or before the first."""
+
+    at = 4
+
+    def setup(self, model: torch.nn.Module) -> None:
+        super().setup(model)  # type: ignore[arg-type]
+        self.taken = 0
+        self._ask()
+
+    def step(self, lr: float, finite: torch.Tensor | None = None) -> None:
+        super().step(lr, finite)
+        self.taken += 1
+        self._ask()
+
+    def _ask(self) -> None:
+        if self.taken == self.at:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def test_a_stop_at_a_step_that_is_saved_saves_once(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trainer, "make_engine", Asked)
+    assert trainer.train(configure(f"--run.root={tmp_path}", "--eval.every=0")) == 75
+    said = capsys.readouterr().out
+    assert said.count("step 4: saved") == 1
+    assert "stopped on SIGUSR1 at step 4, saved" in said
+    manifest = checkpoints.read_manifest(tmp_path / "run" / "checkpoints" / "step-00000004")
+    assert (manifest["parent"], manifest["sequence"]) == ("step-00000002", 2)
+
+
+def test_a_stop_before_the_first_step(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configure(f"--run.root={tmp_path}", "--eval.every=0")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "make_engine", Asked)
+        patch.setattr(Asked, "at", 0)
+        assert trainer.train(config) == 75
+    assert "stopped on SIGUSR1 before step 1, with nothing new to save" in capsys.readouterr().out
+    assert checkpoints.list_complete_checkpoints(tmp_path / "run") == []
+    assert trainer.train(config, "auto") == 0
+
+
+def test_a_stop_that_came_before_the_trainer_counts(configure: Configure, tmp_path: Path) -> None:
+    stop = StopRequest()
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert trainer.train(configure(f"--run.root={tmp_path}", "--eval.every=0"), stop=stop) == 75
+        os.kill(os.getpid(), signal.SIGTERM)  # a second one while the process leaves
+    finally:
+        stop.close()

@@ -7,7 +7,7 @@ __all__ = ["load"]
 
 
 def __getattr__(name: str) -> Any:
-    """`megatron_rdt.load`, imported on first use so that `import megatron_rdt` stays cheap."""
+    """Import `megatron_rdt.load` when it is first used, so that `import megatron_rdt` stays cheap."""
     if name == "load":
         from megatron_rdt.inference.load import load
 

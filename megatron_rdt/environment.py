@@ -1,4 +1,4 @@
-"""The one place that reads and sets process environment variables."""
+"""Environment variables of processes: the only module that reads and sets them."""
 
 import logging
 import os
@@ -16,12 +16,12 @@ ERROR_FILE = "RDT_ERROR_FILE"
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """Where this process stands among those of the run.
+    """Ranks and launcher of this process.
 
     Attributes:
-        rank, world_size: among all processes.
-        local_rank, local_world_size: among those of this node.
-        launcher: who started it: "torch" (torchrun, deepspeed, our own), "slurm" (srun), or "none".
+        rank, world_size: its number among all processes of the run, and their count.
+        local_rank, local_world_size: its number among the processes of this node, and their count.
+        launcher: program that started it: "torch" (torchrun, deepspeed, our own), "slurm" (srun), or "none".
     """
 
     rank: int = 0
@@ -32,25 +32,26 @@ class ProcessInfo:
 
 
 def read_process_info() -> ProcessInfo:
-    """Read the place from torchrun's and DeepSpeed's variables, else from srun's, else alone.
+    """Read ranks from the variables of torchrun and DeepSpeed, else from srun's; without either, return rank 0 of 1.
 
     Raises:
         LaunchError: a variable is missing or is not a number.
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        world = _number("WORLD_SIZE")
-        local_world = _number(next((n for n in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if env.get(n)), "WORLD_SIZE"))
-        local_rank = _number("LOCAL_RANK") if "LOCAL_RANK" in env else 0
-        return ProcessInfo(_number("RANK"), world, local_rank, local_world, "torch")
+        world = _read_number("WORLD_SIZE")
+        local_world = _read_number(next((n for n in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if env.get(n)), "WORLD_SIZE"))
+        local_rank = _read_number("LOCAL_RANK") if "LOCAL_RANK" in env else 0
+        return ProcessInfo(_read_number("RANK"), world, local_rank, local_world, "torch")
     if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
-        tasks = _number("SLURM_NTASKS")
+        tasks = _read_number("SLURM_NTASKS")
         local_world = int(env.get("SLURM_STEP_TASKS_PER_NODE", str(tasks)).split("(")[0].split(",")[0])
-        return ProcessInfo(_number("SLURM_PROCID"), tasks, _number("SLURM_LOCALID"), local_world, "slurm")
+        return ProcessInfo(_read_number("SLURM_PROCID"), tasks, _read_number("SLURM_LOCALID"), local_world, "slurm")
     return ProcessInfo()
 
 
-def _number(name: str) -> int:
+def _read_number(name: str) -> int:
+    """Read a variable that must be a number; raise LaunchError if it is not."""
     value = os.environ.get(name, "")
     if not value.isdigit():
         raise LaunchError(
@@ -60,34 +61,34 @@ def _number(name: str) -> int:
     return int(value)
 
 
-def export_for_torch(place: ProcessInfo) -> None:
-    """Set what `torch.distributed` and DeepSpeed read; DeepSpeed takes the GPU whose number is the local rank."""
+def export_for_torch(process: ProcessInfo) -> None:
+    """Set the variables that `torch.distributed` and DeepSpeed read; DeepSpeed uses the GPU numbered by local rank."""
     os.environ.update(
-        RANK=str(place.rank),
-        WORLD_SIZE=str(place.world_size),
-        LOCAL_RANK=str(place.local_rank),
-        LOCAL_WORLD_SIZE=str(place.local_world_size),
+        RANK=str(process.rank),
+        WORLD_SIZE=str(process.world_size),
+        LOCAL_RANK=str(process.local_rank),
+        LOCAL_WORLD_SIZE=str(process.local_world_size),
     )
     os.environ.setdefault("MASTER_ADDR", DEFAULT_MASTER[0])
     os.environ.setdefault("MASTER_PORT", DEFAULT_MASTER[1])
 
 
 def prefer_deterministic_blas() -> None:
-    """Let cuBLAS give the same digits every time; it reads this when it is first used."""
+    """Make cuBLAS compute the same result every time. Call it before cuBLAS is first used, which reads the variable."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on; a container or a job has fewer than the machine."""
+    """Return the number of cores that this process may run on; a container or a job has fewer than the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def leave_process(status: int) -> NoReturn:
-    """End this process at once, its output flushed, without tearing the interpreter down.
+    """End this process at once, with its output flushed but without shutting the interpreter down.
 
-    Whoever lets go of a Gloo process group last joins its threads while holding the interpreter's lock, and one of
-    the threads may be waiting for that lock to let go of a tensor: a run that succeeded would now and then hang or
-    abort. So a process that joined a group keeps it to the end and leaves here.
+    Freeing a Gloo process group joins its threads while holding the interpreter's lock, and one of the threads may be
+    waiting for that lock to free a tensor: a run that succeeded would now and then hang or abort. So a process that
+    joined a group never frees it, and leaves here.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -95,41 +96,43 @@ def leave_process(status: int) -> NoReturn:
 
 
 def quiet_libraries(local_world_size: int = 0) -> None:
-    """Keep what libraries tell their own developers out of our output; errors stay.
+    """Silence warnings and logs that libraries address to their own developers; errors stay.
 
     Call it before torch is imported.
 
     Args:
-        local_world_size: processes of this node, among which the cores are shared; 0 leaves the threads alone.
+        local_world_size: processes of this node, which divide its cores between them; 0 leaves the number of threads as
+            it is.
     """
     if local_world_size:
         threads = max(usable_cores() // local_world_size, 1)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's, which says that it starts and stops
-    # Names of collectives that DeepSpeed has yet to change, once per call.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # of the profiler, which reports its start and stop
+    # Deprecated names of collectives, of which DeepSpeed warns at every call.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
-    # DeepSpeed sets this logger's level when it is imported and logs its guess of the accelerator; a filter stays.
+    # DeepSpeed resets this logger's level when it is imported, and logs the accelerator it found; a filter survives.
     logging.getLogger("DeepSpeed").addFilter(_is_error)
 
 
 def _is_error(record: logging.LogRecord) -> bool:
+    """Return True for log records of level error and above."""
     return record.levelno >= logging.ERROR
 
 
 def keep_deepspeed_on_cpu() -> None:
-    """Make DeepSpeed compute on the CPU also where it would find a GPU. Call it before deepspeed is imported."""
+    """Make DeepSpeed compute on the CPU even if there is a GPU. Call it before deepspeed is imported."""
     os.environ["DS_ACCELERATOR"] = "cpu"
 
 
 def error_file() -> Path | None:
-    """Where a process that `rdt train` started leaves its last error, for the launcher to print."""
+    """Return the file for this process's last error, which `rdt train` prints; None if `rdt train` did not start it."""
     return Path(os.environ[ERROR_FILE]) if ERROR_FILE in os.environ else None
 
 
 def launcher_environment(rank: int, world_size: int, address: str, port: int, errors: Path) -> dict[str, str]:
-    """Environment of process `rank` of `world_size` on this machine, for a launcher to pass on."""
+    """Return the environment for a launcher to start process `rank` of `world_size` on this machine with."""
     return {
         **os.environ,
         "RANK": str(rank),

@@ -1,8 +1,7 @@
-"""The one hierarchy of errors that are meant for the user.
+"""Errors that are the user's to solve, and the exit statuses of commands.
 
-A command-line entry point prints the message of an `RdtError` without a traceback and exits with its
-`exit_status`. Every message says what is wrong, where, and ends with what to do about it.
-Anything else that escapes is a bug and keeps its traceback.
+A command prints the message of an `RdtError` without a traceback and exits with its `exit_status`. Every message says
+what is wrong, where, and what to do about it. Any other exception is a bug and keeps its traceback.
 """
 
 EXIT_OK = 0
@@ -12,7 +11,7 @@ EXIT_PREEMPTED = 75  # stopped on request after a good save; BSD's EX_TEMPFAIL
 
 
 class RdtError(Exception):
-    """Base of every error that is the user's to solve."""
+    """Base class of the errors that are the user's to solve."""
 
     exit_status = EXIT_FAILED
 
@@ -32,7 +31,7 @@ class CheckpointError(RdtError):
 
 
 class TrainingError(RdtError):
-    """Training cannot go on: non-finite gradients that do not pass, for example."""
+    """Training cannot continue, for example because gradients stay non-finite."""
 
 
 class LaunchError(RdtError):

@@ -1,7 +1,8 @@
-"""Writing files so that a reader sees the old content or the new content, never a part of it.
+"""Atomic file writes, hashes, locks, and messages about failed writes.
 
-Order for one file: write under a temporary name in the same directory, flush, fsync, rename, fsync the
-directory. A crash at any point leaves the old file, plus at most a `*.tmp`, which a resumed run removes.
+To write a file: write it under a temporary name in the same directory, flush, fsync, rename, fsync the directory. A
+reader sees the old content or the new, never a part. A crash at any point leaves the old file, and at most a `*.tmp`,
+which a resumed run removes.
 """
 
 import contextlib
@@ -21,11 +22,11 @@ TEMPORARY_SUFFIX = ".tmp"
 HASH_CHUNK_BYTES = 1 << 22
 LOCK_POLL_S = 0.2
 LOW_DISK_BYTES = 64 << 20
-NO_SPACE = os.strerror(errno.ENOSPC)  # how libraries that are not written in Python say it
+NO_SPACE = os.strerror(errno.ENOSPC)  # the words in errors of libraries that have no errno
 
 
 def fsync_directory(directory: str | os.PathLike[str]) -> None:
-    """Make renames and new names inside `directory` durable."""
+    """Flush renames and new names inside `directory` to the disk."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -34,7 +35,7 @@ def fsync_directory(directory: str | os.PathLike[str]) -> None:
 
 
 def fsync_file(path: str | os.PathLike[str]) -> None:
-    """Make the content of a file that another library wrote durable."""
+    """Flush the content of a file that another library wrote to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -44,10 +45,10 @@ def fsync_file(path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def atomic_open(path: str | os.PathLike[str], mode: str = "w", **kwargs: Any) -> Iterator[IO[Any]]:
-    """Open a temporary sibling of `path` for writing; publish it as `path` when the block ends well.
+    """Open a temporary file beside `path` for writing; rename it to `path` when the block ends without an exception.
 
-    If the block raises, the temporary file is removed and whatever stood at `path` is untouched.
-    `mode` is "w" or "wb"; text is written as UTF-8 with "\\n" line ends unless said otherwise.
+    If the block raises, the temporary file is removed and `path` stays as it was.
+    `mode` is "w" or "wb"; text is written as UTF-8 with "\\n" line ends unless `kwargs` say otherwise.
     """
     target = Path(path)
     temporary = target.with_name(f"{target.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
@@ -79,7 +80,7 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def save_with_torch(value: Any, path: str | os.PathLike[str]) -> None:
-    """`torch.save` that raises the OSError of a failed write."""
+    """Save with `torch.save`, so that a failed write raises its OSError."""
     import torch
 
     # Given a path, torch.save hides the reason of a failed write; given a file, the OSError gets out.
@@ -88,7 +89,7 @@ def save_with_torch(value: Any, path: str | os.PathLike[str]) -> None:
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
-    """Hex SHA-256 of a file's content, read in chunks."""
+    """Return the hex SHA-256 of a file's content, read in chunks."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while chunk := file.read(HASH_CHUNK_BYTES):
@@ -96,8 +97,8 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def _chain(error: BaseException) -> list[BaseException]:
-    """An error and its causes, the first cause last."""
+def _list_causes(error: BaseException) -> list[BaseException]:
+    """Return an error and its causes, the first cause last."""
     chain = [error]
     while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(before)
@@ -105,33 +106,33 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an OSError, or one in its chain of causes, says that the disk or the quota is full."""
-    return any(isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT) for seen in _chain(error))
+    """Return True if `error`, or one in its chain of causes, says that the disk or the quota is full."""
+    return any(isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT) for seen in _list_causes(error))
 
 
 def explain_write_failure(error: BaseException, directory: str | os.PathLike[str]) -> str:
-    """In one line, why something below `directory` could not be written; ask before cleaning up."""
+    """Return one line on why a write below `directory` failed. Call it before cleaning up, which frees space."""
     free = shutil.disk_usage(directory).free if os.path.isdir(directory) else 0
     if is_disk_full(error) or NO_SPACE in str(error):
         return f"the disk is full ({free / 2**20:.1f} MiB free)"
-    # torch.save writes the end of its file after a failed write too, and fails again.
-    first = next((seen for seen in _chain(error) if isinstance(seen, OSError)), error)
+    # After a failed write, torch.save still writes the end of its file and fails again: the first OSError has the reason.
+    first = next((seen for seen in _list_causes(error) if isinstance(seen, OSError)), error)
     lines = str(first).strip().splitlines()
     reason = lines[0] if lines else type(first).__name__
-    # Libraries that write files in C++ do not say why a write failed.
+    # Libraries that write in C++ do not say why a write failed; a disk that is almost full is the likely reason.
     return f"{reason} (the disk is almost full: {free / 2**20:.1f} MiB free)" if free < LOW_DISK_BYTES else reason
 
 
 @contextlib.contextmanager
 def hold_lock(path: str | os.PathLike[str], message: str, patience_s: float = 0.0) -> Iterator[None]:
-    """Hold a lock on the file `path`, which exists while it is held, as long as the block runs.
+    """Hold an exclusive lock on the file `path` while the block runs; the file exists as long as the lock is held.
 
-    The kernel lets go of the lock when the process ends, however it ends; the file may then stay, and does no harm.
+    The kernel releases the lock when the process ends in any way; a file that then stays behind does no harm.
 
     Args:
         path: the lock file.
-        message: of the LaunchError when another process holds the lock.
-        patience_s: how long to wait for a process that is about to end.
+        message: text of the LaunchError if another process holds the lock.
+        patience_s: seconds to wait for that process to end.
     """
     deadline = time.monotonic() + patience_s
     while (descriptor := _try_lock(path)) is None:
@@ -146,10 +147,11 @@ def hold_lock(path: str | os.PathLike[str], message: str, patience_s: float = 0.
 
 
 def _try_lock(path: str | os.PathLike[str]) -> int | None:
-    """A descriptor that holds the lock, or None where another process holds it or has just removed the file."""
+    """Return a descriptor that holds the lock; None if another process holds it or has just removed the file."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The holder before may have removed the file after it was opened here: then the lock is on a nameless file.
         if os.path.samestat(os.fstat(descriptor), os.stat(path)):
             return descriptor
     except (BlockingIOError, FileNotFoundError):

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Files are written whole or not at all; locks are held by one process; full disks are recognised."""
 
 import errno
 import hashlib
@@ -41,7 +41,7 @@ def test_the_content_appears_at_the_end_of_the_block(before: bytes | None, tmp_p
 
 @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(3)])
 @pytest.mark.parametrize("before", [None, b"old"])
-def test_an_exception_inside_leaves_what_was_there(before: bytes | None, error: BaseException, tmp_path: Path) -> None:
+def test_an_exception_inside_leaves_the_old_file(before: bytes | None, error: BaseException, tmp_path: Path) -> None:
     path = tmp_path / "file.bin"
     if before is not None:
         path.write_bytes(before)
@@ -60,7 +60,7 @@ def test_an_exception_inside_leaves_what_was_there(before: bytes | None, error: 
 @pytest.mark.distributed
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("before", [None, b"old"])
-def test_killed_inside_leaves_what_was_there(before: bytes | None, tmp_path: Path, repository: Path) -> None:
+def test_a_kill_inside_leaves_the_old_file(before: bytes | None, tmp_path: Path, repository: Path) -> None:
     path = tmp_path / "file.bin"
     if before is not None:
         path.write_bytes(before)
@@ -74,7 +74,7 @@ def test_killed_inside_leaves_what_was_there(before: bytes | None, tmp_path: Pat
     assert path.read_bytes() == b"new"
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file.bin"
     path.write_bytes(b"old")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -143,7 +143,7 @@ def test_a_really_full_device() -> None:
     assert is_disk_full(caught.value)
 
 
-def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
+def test_a_lock_is_held_by_one_process(tmp_path: Path) -> None:
     lock = tmp_path / ".lock"
     code = (
         "import sys; from megatron_rdt.files import hold_lock\n"
@@ -165,7 +165,7 @@ def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
         pass
 
 
-def test_a_lock_waits_for_one_that_is_about_to_end(tmp_path: Path) -> None:
+def test_a_lock_waits_for_a_holder_that_is_about_to_end(tmp_path: Path) -> None:
     lock, order = tmp_path / ".lock", []
     held = threading.Event()
 

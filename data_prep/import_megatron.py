@@ -141,7 +141,7 @@ def _take_tokenizer(source: Path, target: Path) -> Tokenizer:
                 shutil.copyfile(source / name, target / name)
     else:
         shutil.copyfile(source, target / (JSON_FILE if known.file.suffix == ".json" else MODEL_FILE))
-    np.save(target / BYTES_FILE, known.token_bytes())
+    known.write_token_bytes(target)
     for file in target.iterdir():
         fsync_file(file)
     return Tokenizer(target)

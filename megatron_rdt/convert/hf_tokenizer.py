@@ -9,8 +9,14 @@ import shutil
 from pathlib import Path
 
 from megatron_rdt.data import Tokenizer
-from megatron_rdt.data.tokenizer.export import AS_IT_IS, first_difference, write_settings
-from megatron_rdt.data.tokenizer.hugging_face_backend import BESIDE, HUGGING_FACE, JSON_FILE, SETTINGS_FILE, read_json
+from megatron_rdt.data.tokenizer.export import TOKENIZER_CLASS, describe_first_difference, write_settings
+from megatron_rdt.data.tokenizer.hugging_face_backend import (
+    COMPANION_FILES,
+    HUGGING_FACE,
+    JSON_FILE,
+    SETTINGS_FILE,
+    read_json_object,
+)
 from megatron_rdt.data.tokenizer.sentencepiece_backend import MODEL_FILE
 from megatron_rdt.files import write_text
 
@@ -36,7 +42,7 @@ def export_tokenizer(source: Path, out: Path) -> str:
     difference = f"there is no exact {JSON_FILE} for this kind of SentencePiece model"
     if (source / JSON_FILE).is_file():
         shutil.copyfile(source / JSON_FILE, out / JSON_FILE)
-        difference = first_difference(out / JSON_FILE, tokenizer)
+        difference = describe_first_difference(out / JSON_FILE, tokenizer)
     if not difference:
         write_settings(out, tokenizer)
         shutil.copyfile(source / MODEL_FILE, out / MODEL_FILE)
@@ -54,13 +60,13 @@ def _export_hugging_face(source: Path, out: Path) -> None:
         source: the checkpoint's tokenizer folder.
         out: folder of the export.
     """
-    for name in (JSON_FILE, *BESIDE):
+    for name in (JSON_FILE, *COMPANION_FILES):
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
-    settings = read_json(out / SETTINGS_FILE) if (out / SETTINGS_FILE).is_file() else {}
-    if settings.get("tokenizer_class") not in (AS_IT_IS, "TokenizersBackend"):
+    settings = read_json_object(out / SETTINGS_FILE) if (out / SETTINGS_FILE).is_file() else {}
+    if settings.get("tokenizer_class") not in (TOKENIZER_CLASS, "TokenizersBackend"):
         settings.pop("auto_map", None)  # names code that is not here
-        settings["tokenizer_class"] = AS_IT_IS
+        settings["tokenizer_class"] = TOKENIZER_CLASS
         write_text(out / SETTINGS_FILE, json.dumps(settings, ensure_ascii=False, indent=1) + "\n")
 
 

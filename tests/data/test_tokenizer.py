@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 
 from megatron_rdt.convert.hf_tokenizer import export_tokenizer
 from megatron_rdt.data import Tokenizer
-from megatron_rdt.data.tokenizer.bpe_word_cache import SPACE, WordMemory
+from megatron_rdt.data.tokenizer.bpe_word_cache import SPACE, WordCache
 from megatron_rdt.data.tokenizer.sentencepiece_backend import (
     GRID,
-    RUN,
+    SPLIT_LENGTH,
     SentencePieceBackend,
-    has_words,
-    parsed_model,
-    parts,
+    encodes_words_independently,
+    parse_model,
+    split_text,
 )
 from megatron_rdt.errors import DataError
 
@@ -87,7 +87,9 @@ UNICODE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters=SP
 PIECEWISE = st.lists(st.one_of(st.sampled_from(DIFFICULT), UNICODE), max_size=30).map("".join)
 SOURCE = st.lists(st.sampled_from(WORDS), max_size=60).map("".join)
 LONG = st.lists(
-    st.tuples(st.sampled_from([*DIFFICULT, *WORDS]), st.integers(1, 2 * RUN)).map(lambda each: each[0] * each[1]),
+    st.tuples(st.sampled_from([*DIFFICULT, *WORDS]), st.integers(1, 2 * SPLIT_LENGTH)).map(
+        lambda each: each[0] * each[1]
+    ),
     max_size=3,
 ).map("".join)
 TEXTS = st.one_of(UNICODE, PIECEWISE, SOURCE)
@@ -143,17 +145,17 @@ def test_words_are_encoded_as_in_their_text(
     """In batches and in a memory that is too small for them."""
     backend = opened["bpe"].backend
     assert isinstance(backend, SentencePieceBackend)
-    assert isinstance(backend._words, WordMemory)
-    monkeypatch.setattr("megatron_rdt.data.tokenizer.bpe_word_cache.MEMORY_BYTES", 100_000)
+    assert isinstance(backend._word_cache, WordCache)
+    monkeypatch.setattr("megatron_rdt.data.tokenizer.bpe_word_cache.CACHE_BYTES", 100_000)
     texts = [path.read_text(encoding="utf-8") for path in sorted(tiny_text.iterdir())]
     expected = [backend.processor.encode(text) for text in texts]
     forgotten = 0
     for first in range(0, len(texts), 3):
-        before = backend._words._held
+        before = backend._word_cache._held_bytes
         assert [array.tolist() for array in backend.encode_batch(texts[first : first + 3])] == expected[
             first : first + 3
         ]
-        forgotten += backend._words._held < before
+        forgotten += backend._word_cache._held_bytes < before
     assert forgotten > 1
 
 
@@ -190,11 +192,11 @@ def test_words_are_apart_only_where_no_piece_crosses(tiny_text: Path, options: d
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter("\n".join(texts).splitlines()), model_writer=model, **{**given, **options}
     )
-    assert has_words(parsed_model(model.getvalue())) == possible
+    assert encodes_words_independently(parse_model(model.getvalue())) == possible
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     if possible:
         hard = [*texts, "".join(DIFFICULT), " <tool>  1 <tool>\n<to ol>", "12 \n\t3 to do", ""]
-        assert [array.tolist() for array in WordMemory(processor).encode_batch(hard)] == processor.encode(hard)
+        assert [array.tolist() for array in WordCache(processor).encode_batch(hard)] == processor.encode(hard)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -245,7 +247,7 @@ def test_what_a_tokenizer_says_of_itself(kind: str, opened: dict[str, Tokenizer]
 
 def integer_viterbi(tokenizer: Tokenizer, text: str) -> list[int]:
     """The best cut of a text by sums of integers: of equal ones the one whose last piece is the longest, at every place."""
-    model = parsed_model(tokenizer.processor.serialized_model_proto())
+    model = parse_model(tokenizer.processor.serialized_model_proto())
     ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
     scores = {piece.piece: int(piece.score * GRID) for piece in model.pieces if piece.type == 1}
     longest, unknown = max(map(len, scores)), min(scores.values()) - 10 * GRID
@@ -285,9 +287,9 @@ def test_unigram_ids_do_not_depend_on_what_stands_before(tiny_text: Path, opened
 @settings(QUICK, max_examples=100)
 @given(text=st.one_of(TEXTS, LONG))
 def test_parts_are_short_and_add_up(text: str) -> None:
-    found = list(parts(text))
+    found = list(split_text(text))
     assert "".join(found) == text
-    assert all(0 < len(part) <= 2 * RUN for part in found)
+    assert all(0 < len(part) <= 2 * SPLIT_LENGTH for part in found)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from data_prep.config import PrepConfig
 from data_prep.pipeline import prepare
 from megatron_rdt.data import Tokenizer
-from megatron_rdt.data.tokenizer.sentencepiece_backend import parsed_model
+from megatron_rdt.data.tokenizer.sentencepiece_backend import parse_model
 from megatron_rdt.errors import ConfigError, DataError
 from tests.data_prep.small_corpora import read_files, read_texts
 
@@ -50,7 +50,7 @@ def test_an_existing_tokenizer_that_is_another_now(
     (given / "tokenizer.json").unlink()  # the same ids
     prepare(config)
     assert "nothing to do" in capsys.readouterr().out
-    model = parsed_model((given / "tokenizer.model").read_bytes())
+    model = parse_model((given / "tokenizer.model").read_bytes())
     model.pieces[-1].piece = "\u6f22"
     (given / "tokenizer.model").write_bytes(model.SerializeToString())
     with pytest.raises(ConfigError, match=r"another tokenizer than .*given is now\. Use a new --out"):

@@ -12,7 +12,7 @@ import sentencepiece
 
 from data_prep.config import PrepConfig
 from megatron_rdt.data.tokenizer.bpe_word_cache import SPACE
-from megatron_rdt.data.tokenizer.sentencepiece_backend import GRID, NORMAL, USER_DEFINED, parsed_model
+from megatron_rdt.data.tokenizer.sentencepiece_backend import GRID, NORMAL, USER_DEFINED, parse_model
 from megatron_rdt.errors import ConfigError, DataError
 
 MAX_SENTENCE_BYTES = 65536
@@ -108,7 +108,7 @@ def _round_scores_to_grid(content: bytes) -> bytes:
 
     About one segmentation in 100,000 changes by it.
     """
-    model = parsed_model(content)
+    model = parse_model(content)
     normal = []
     for piece in model.pieces:
         if piece.type == USER_DEFINED:

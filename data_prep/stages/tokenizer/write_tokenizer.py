@@ -5,15 +5,13 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-
-from megatron_rdt.data.tokenizer.base import BYTES_FILE, Tokenizer
-from megatron_rdt.data.tokenizer.export import first_difference, write_settings
-from megatron_rdt.data.tokenizer.hugging_face_backend import BESIDE, HUGGING_FACE, JSON_FILE, SETTINGS_FILE
+from megatron_rdt.data.tokenizer.base import Tokenizer
+from megatron_rdt.data.tokenizer.export import describe_first_difference, write_settings
+from megatron_rdt.data.tokenizer.hugging_face_backend import COMPANION_FILES, HUGGING_FACE, JSON_FILE, SETTINGS_FILE
 from megatron_rdt.data.tokenizer.sentencepiece_backend import MODEL_FILE
-from megatron_rdt.data.tokenizer.tokenizer_json import tokenizer_json
+from megatron_rdt.data.tokenizer.tokenizer_json import build_tokenizer_json
 from megatron_rdt.errors import ConfigError, DataError
-from megatron_rdt.files import atomic_open, fsync_file, write_bytes, write_text
+from megatron_rdt.files import fsync_file, write_bytes, write_text
 
 
 def write_tokenizer(model: bytes, directory: Path, sample: Iterable[str], foreign: bool = False) -> Tokenizer:
@@ -31,14 +29,14 @@ def write_tokenizer(model: bytes, directory: Path, sample: Iterable[str], foreig
     directory.mkdir(parents=True, exist_ok=True)
     write_bytes(directory / MODEL_FILE, model)
     tokenizer = Tokenizer(directory / MODEL_FILE)
-    _write_token_bytes(tokenizer, directory)
-    document = tokenizer_json(model)
+    tokenizer.write_token_bytes(directory)
+    document = build_tokenizer_json(model)
     if document is None:
         print(f"no {JSON_FILE} for transformers: this kind of SentencePiece model has no exact form for it")
         return tokenizer
     write_text(directory / JSON_FILE, json.dumps(document, ensure_ascii=False))
     write_settings(directory, tokenizer)
-    difference = first_difference(directory / JSON_FILE, tokenizer, sample)
+    difference = describe_first_difference(directory / JSON_FILE, tokenizer, sample)
     if difference and not foreign:
         raise DataError(f"the tokenizer could not be exported exactly: {difference}. Report this as a bug.")
     if difference:
@@ -73,12 +71,12 @@ def copy_tokenizer(path: str | Path, directory: Path, sample: Iterable[str]) -> 
     if given.kind != HUGGING_FACE:
         return write_tokenizer(given.processor.serialized_model_proto(), directory, sample, foreign=True)
     directory.mkdir(parents=True, exist_ok=True)
-    companions = [given.file.parent / name for name in BESIDE]
+    companions = [given.file.parent / name for name in COMPANION_FILES]
     for file, name in [(given.file, JSON_FILE), *((file, file.name) for file in companions if file.is_file())]:
         shutil.copyfile(file, directory / name)
         fsync_file(directory / name)
     tokenizer = Tokenizer(directory / JSON_FILE)
-    _write_token_bytes(tokenizer, directory)
+    tokenizer.write_token_bytes(directory)
     return tokenizer
 
 
@@ -91,12 +89,6 @@ def _missing_eos_hint(tokenizer: Tokenizer) -> str:
         f'Name it in {tokenizer.file.parent / SETTINGS_FILE}: "eos_token": "...". '
         f"Special tokens of this tokenizer: {known}."
     )
-
-
-def _write_token_bytes(tokenizer: Tokenizer, directory: Path) -> None:
-    """Write the number of bytes that each id decodes to."""
-    with atomic_open(directory / BYTES_FILE, "wb") as file:
-        np.save(file, tokenizer.token_bytes())
 
 
 def find_spelled_specials(tokenizer: Tokenizer) -> list[str]:

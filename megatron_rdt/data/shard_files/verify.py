@@ -22,7 +22,7 @@ from megatron_rdt.data.shard_files.corpus_manifest import MANIFEST, CorpusManife
 from megatron_rdt.data.shard_files.index_check import CheckedIndex, check_index
 from megatron_rdt.data.shard_files.indexed import prefix_path
 from megatron_rdt.data.tokenizer.base import BYTES_FILE, Tokenizer
-from megatron_rdt.data.tokenizer.export import first_difference
+from megatron_rdt.data.tokenizer.export import describe_first_difference
 from megatron_rdt.data.tokenizer.hugging_face_backend import JSON_FILE
 from megatron_rdt.environment import usable_cores
 from megatron_rdt.errors import DataError
@@ -122,7 +122,7 @@ def _check_tokenizer(manifest: CorpusManifest) -> Iterator[Finding]:
     if recorded is not None and sha256_of(tokenizer.file) != recorded:
         yield Finding(f"tokenizer/{name}", "it encodes as it did, but the file has changed", serious=False)
     exported = folder / JSON_FILE
-    if name != JSON_FILE and exported.is_file() and (difference := first_difference(exported, tokenizer)):
+    if name != JSON_FILE and exported.is_file() and (difference := describe_first_difference(exported, tokenizer)):
         yield Finding(f"tokenizer/{JSON_FILE}", difference)
     for missing in sorted(set(document["tokenizer"].get("files", ())) - {path.name for path in folder.iterdir()}):
         yield Finding(f"tokenizer/{missing}", "it is missing")

@@ -1,4 +1,4 @@
-"""The tokenizer as preparing, training and generation use it: one interface over two libraries."""
+"""Tokenizer: text to ids and back, for data preparation, training and generation; one interface over two libraries."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +10,13 @@ import sentencepiece
 from megatron_rdt.data.tokenizer.hugging_face_backend import JSON_FILE, HuggingFaceBackend
 from megatron_rdt.data.tokenizer.sentencepiece_backend import MODEL_FILE, SentencePieceBackend
 from megatron_rdt.errors import DataError
+from megatron_rdt.files import atomic_open
 
 BYTES_FILE = "token_bytes.npy"
 
 
 class Backend(Protocol):
-    """What a library has to offer; the attributes and methods mean what they mean in `Tokenizer`."""
+    """Interface of one library's tokenizer; attributes and methods have the meaning that they have in `Tokenizer`."""
 
     vocab_size: int
     bos: int
@@ -26,42 +27,42 @@ class Backend(Protocol):
     specials: list[str]
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of `text`, int32; nothing is added, and no text gives the id of a special token."""
+        """Encode a text to ids, int32; nothing is added, and text that spells a special token does not get its id."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, int32."""
+        """Encode each text to ids, int32."""
 
     def decode(self, ids: list[int]) -> str:
-        """Text of `ids`, special tokens left out."""
+        """Decode ids to text without special tokens."""
 
     def token_id(self, text: str) -> int:
-        """Id of the one token that is spelled so, or -1."""
+        """Return the id of the single token spelled `text`, or -1."""
 
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes of every id, int32."""
+        """Count the UTF-8 bytes of every id, int32."""
 
 
 class Tokenizer:
-    """Text to ids and back.
+    """Encodes text to ids and decodes ids to text.
 
     Args:
-        path: a folder that holds tokenizer.model (SentencePiece, taken if there are both) or tokenizer.json
-            (Hugging Face), or one of these files.
+        path: a folder with tokenizer.model (SentencePiece) or tokenizer.json (Hugging Face), or one of these files. In a
+            folder with both, tokenizer.model is used.
 
     Attributes:
         file: the file that was read.
-        vocab_size: the largest id and one.
-        bos, eos, pad: ids; -1 for one that the tokenizer has not.
-        specials: every special token, as it is spelled.
+        vocab_size: largest id plus one.
+        bos, eos, pad: ids; -1 where the tokenizer has no such token.
+        specials: spelling of every special token.
         kind: "spm-bpe", "spm-unigram", "spm-word", "spm-char" or "hf".
-        fingerprint: SHA-256 of what decides the ids: equal for tokenizers that act the same.
+        fingerprint: SHA-256 of everything that decides the ids; equal for tokenizers that behave the same.
 
     Raises:
         DataError: there is no tokenizer, or it is damaged.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.file = _tokenizer_file(Path(path))
+        self.file = _find_tokenizer_file(Path(path))
         self.backend: Backend = (
             HuggingFaceBackend(self.file) if self.file.suffix == ".json" else SentencePieceBackend(self.file)
         )
@@ -71,38 +72,43 @@ class Tokenizer:
 
     @property
     def processor(self) -> sentencepiece.SentencePieceProcessor:
-        """The SentencePiece processor; DataError for a Hugging Face tokenizer, which has none."""
+        """SentencePiece processor; DataError for a Hugging Face tokenizer, which has none."""
         if not isinstance(self.backend, SentencePieceBackend):
             raise DataError(f"{self.file} is not a SentencePiece model. Name a folder with a {MODEL_FILE}.")
         return self.backend.processor
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        """Ids of `text`, with BOS in front if asked. What spells a special token is text and stays text."""
+        """Encode a text to ids, with BOS in front if `bos`. Text that spells a special token is encoded as text."""
         ids = self.backend.encode(text).tolist()
         return [self.bos, *ids] if bos and self.bos >= 0 else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text as int32 arrays, nothing added, on the calling thread alone."""
+        """Encode each text to ids, int32 arrays, with nothing added; runs on the calling thread alone."""
         return self.backend.encode_batch(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; special tokens vanish."""
+        """Decode ids to text; special tokens are dropped."""
         return self.backend.decode([int(i) for i in ids])
 
     def token_id(self, text: str) -> int:
-        """Id of the one token that is spelled so, a special one or one of the text; -1 where there is none."""
+        """Return the id of the single token spelled `text`, special or not; -1 if there is none."""
         return self.backend.token_id(text)
 
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes that each id stands for, int32 (vocab_size,); 0 for special tokens.
+        """Count the UTF-8 bytes that each id decodes to, int32 (vocab_size,); 0 for special tokens.
 
-        Of a tokenizer that loses nothing, the bytes of a text's ids add up to the bytes of the text.
+        With a lossless tokenizer, the bytes of a text's ids add up to the bytes of the text.
         """
         return self.backend.token_bytes()
 
+    def write_token_bytes(self, directory: Path) -> None:
+        """Write `token_bytes` to token_bytes.npy in a folder; evaluation computes bits per byte from it."""
+        with atomic_open(directory / BYTES_FILE, "wb") as file:
+            np.save(file, self.token_bytes())
 
-def _tokenizer_file(path: Path) -> Path:
-    """The file of a tokenizer that `path` names."""
+
+def _find_tokenizer_file(path: Path) -> Path:
+    """Return the tokenizer's file, given itself or its folder; DataError if there is none."""
     if path.is_dir():
         path = path / (MODEL_FILE if (path / MODEL_FILE).is_file() or not (path / JSON_FILE).is_file() else JSON_FILE)
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""A tokenizer.json beside a SentencePiece model: its settings for transformers, and whether the two act the same."""
+"""Export of a SentencePiece model for transformers: the settings of its tokenizer.json, and a check that the ids agree."""
 
 import json
 import random
@@ -6,15 +6,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_rdt.data.tokenizer.base import Tokenizer
+from megatron_rdt.data.tokenizer.bpe_word_cache import SPACE
 from megatron_rdt.data.tokenizer.hugging_face_backend import SETTINGS_FILE
 from megatron_rdt.data.tokenizer.sentencepiece_backend import MODEL_FILE
 from megatron_rdt.files import write_text
 
-AS_IT_IS = (
-    "PreTrainedTokenizerFast"  # the class that takes a tokenizer.json as it is; others build their own from parts of it
-)
-# Texts on which normalisation, dummy prefixes, whitespace, digits, byte fallback and rare characters show.
-TEXTS = (
+# The class that uses a tokenizer.json unchanged; other classes build a tokenizer of their own from parts of it.
+TOKENIZER_CLASS = "PreTrainedTokenizerFast"
+# Texts that reveal normalisation, dummy prefixes, and differences in whitespace, digits, byte fallback and rare characters.
+DIFFICULT_TEXTS = (
     "def f(x):\n\treturn  x + 1234\n\n\n    # end",
     " lead  and trail ",
     "   ",
@@ -30,24 +30,25 @@ RANDOM_TEXTS, PIECES_PER_TEXT = 200, 40
 
 
 def write_settings(directory: Path, tokenizer: Tokenizer) -> None:
-    """Write the tokenizer_config.json that lets AutoTokenizer take tokenizer.json as it is."""
+    """Write the tokenizer_config.json with which AutoTokenizer uses tokenizer.json unchanged."""
     specials = {f"{name}_token": piece for name, piece in _special_pieces(tokenizer).items()}
-    settings = {"tokenizer_class": AS_IT_IS, **specials, "clean_up_tokenization_spaces": False}
+    settings = {"tokenizer_class": TOKENIZER_CLASS, **specials, "clean_up_tokenization_spaces": False}
     write_text(directory / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
 
 
 def _special_pieces(tokenizer: Tokenizer) -> dict[str, str]:
+    """Return the spellings of BOS, EOS, the unknown piece and PAD, as far as the model has them."""
     ids = {"bos": tokenizer.bos, "eos": tokenizer.eos, "unk": tokenizer.processor.unk_id(), "pad": tokenizer.pad}
     return {name: tokenizer.processor.id_to_piece(index) for name, index in ids.items() if index >= 0}
 
 
-def first_difference(file: Path, tokenizer: Tokenizer, more: Iterable[str] = ()) -> str:
-    """How a tokenizer.json differs from the SentencePiece model in ids or decoded text, or "".
+def describe_first_difference(file: Path, tokenizer: Tokenizer, more: Iterable[str] = ()) -> str:
+    """Describe the first difference in ids or decoded text between a tokenizer.json and the SentencePiece model; "" if none.
 
     Args:
         file: the tokenizer.json.
         tokenizer: the SentencePiece model.
-        more: texts to compare on beside `sample_texts`.
+        more: texts to compare on, in addition to `make_comparison_texts`.
     """
     import tokenizers
 
@@ -62,7 +63,7 @@ def first_difference(file: Path, tokenizer: Tokenizer, more: Iterable[str] = ())
         if exported.token_to_id(piece) != index:
             return f"{piece!r} is id {exported.token_to_id(piece)} in {file.name} and {index} in {MODEL_FILE}"
     exported.encode_special_tokens = True  # written out in a text, <s> is text
-    for text in (*sample_texts(tokenizer), *tokenizer.specials, *more):
+    for text in (*make_comparison_texts(tokenizer), *tokenizer.specials, *more):
         ids = tokenizer.encode(text)
         if exported.encode(text, add_special_tokens=False).ids != ids:
             return f"{file.name} gives other ids than {MODEL_FILE} for {text[:40]!r}"
@@ -71,15 +72,15 @@ def first_difference(file: Path, tokenizer: Tokenizer, more: Iterable[str] = ())
     return ""
 
 
-def sample_texts(tokenizer: Tokenizer) -> list[str]:
-    """Texts to compare tokenizers on: difficult ones, and random ones from the vocabulary's own pieces."""
+def make_comparison_texts(tokenizer: Tokenizer) -> list[str]:
+    """Make texts to compare tokenizers on: difficult ones, and random ones of the vocabulary's own pieces."""
     processor, draw = tokenizer.processor, random.Random(0)
     pieces = [
-        processor.id_to_piece(i).replace("\u2581", " ")
+        processor.id_to_piece(i).replace(SPACE, " ")
         for i in range(tokenizer.vocab_size)
         if not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i))
     ]
-    texts = list(TEXTS)
+    texts = list(DIFFICULT_TEXTS)
     if pieces:
         texts += ["".join(draw.choices(pieces, k=PIECES_PER_TEXT)) for _ in range(RANDOM_TEXTS)]
     return texts

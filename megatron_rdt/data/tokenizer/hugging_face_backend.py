@@ -1,4 +1,4 @@
-"""Tokenizers of the library tokenizers: the tokenizer.json of a Hugging Face model. transformers is not needed."""
+"""HuggingFaceBackend: the tokenizer.json of a Hugging Face model, read with the tokenizers library, without transformers."""
 
 import hashlib
 import json
@@ -13,27 +13,26 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from megatron_rdt.errors import DataError
 
-HUGGING_FACE = "hf"  # the kind
+HUGGING_FACE = "hf"  # `Tokenizer.kind`
 JSON_FILE, SETTINGS_FILE, SPECIALS_FILE = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
-# What belongs to a tokenizer in a folder beside tokenizer.json; the vocabulary's other forms are not needed.
-BESIDE = (SETTINGS_FILE, SPECIALS_FILE, "added_tokens.json", "chat_template.jinja", "chat_template.json")
-NAMED = ("bos_token", "eos_token", "pad_token")
-DECIDING = ("normalizer", "pre_tokenizer", "model", "added_tokens")  # parts of tokenizer.json that the ids depend on
+# Files of a tokenizer besides tokenizer.json; other forms of its vocabulary are not needed.
+COMPANION_FILES = (SETTINGS_FILE, SPECIALS_FILE, "added_tokens.json", "chat_template.jinja", "chat_template.json")
+NAMED_TOKENS = ("bos_token", "eos_token", "pad_token")
+FINGERPRINTED = ("normalizer", "pre_tokenizer", "model", "added_tokens")  # parts of tokenizer.json that decide the ids
 BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class HuggingFaceBackend:
-    """A tokenizer.json, with the names of its special tokens from the files beside it.
+    """Backend of a tokenizer.json, with the names of its special tokens from the settings in the same folder.
 
-    A text is text: it is encoded without the tokens that a template would put around it, and what spells a special token
-    is split like any other text (as AutoTokenizer does with split_special_tokens=True). See `tokenizer.Tokenizer` for
-    what the members mean.
+    Text is encoded without the tokens that a template would put around it, and text that spells a special token is split
+    like any other text (as AutoTokenizer does with split_special_tokens=True). For the members see `Backend`.
     """
 
     kind = HUGGING_FACE
 
     def __init__(self, file: Path) -> None:
-        document = read_json(file)
+        document = read_json_object(file)
         if not isinstance(document.get("model"), dict):
             raise DataError(f"{file} describes no model, it is not a tokenizer.json. Name the right file or folder.")
         try:
@@ -53,89 +52,93 @@ class HuggingFaceBackend:
         self.specials = [token["content"] for token in document.get("added_tokens") or [] if token["special"]]
         self._vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._vocabulary.values(), default=-1) + 1
-        names, added = named_tokens(file.parent)
+        names, added = _read_named_tokens(file.parent)
         for content in (*names.values(), *added):
             if content not in self._vocabulary:
                 raise DataError(
                     f"the settings in {file.parent} name the token {content!r}, which is not in {file.name}: transformers "
-                    "would add it. Load the folder with AutoTokenizer and save it with save_pretrained, or take the name out."
+                    "would add it. Load the folder with AutoTokenizer and save it with save_pretrained, or remove the name."
                 )
-        self.bos, self.eos, self.pad = (self._vocabulary[names[name]] if name in names else -1 for name in NAMED)
-        deciding = {name: document.get(name) for name in DECIDING} | {"ids": [self.bos, self.eos, self.pad]}
+        self.bos, self.eos, self.pad = (self._vocabulary[names[name]] if name in names else -1 for name in NAMED_TOKENS)
+        deciding = {name: document.get(name) for name in FINGERPRINTED} | {"ids": [self.bos, self.eos, self.pad]}
         self.fingerprint = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of `text`, int32."""
+        """Encode a text to ids, int32."""
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, int32."""
+        """Encode each text to ids, int32."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of `ids`; special tokens vanish."""
+        """Decode ids to text; special tokens are dropped."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def token_id(self, text: str) -> int:
-        """Id of the added token that is spelled so, or of the one token that `text` is encoded to, or -1."""
+        """Return the id of the added token spelled `text`, else of the single token that it is encoded to, else -1."""
         if text in self._added:
             return self._added[text]
         ids = self.encode(text)
         return int(ids[0]) if len(ids) == 1 else -1
 
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes of every id, int32; 0 for special tokens and ids that no token has."""
+        """Count the UTF-8 bytes of every id, int32; 0 for special tokens and unused ids."""
         sizes = np.zeros(self.vocab_size, np.int32)
         specials, alphabet = set(self.specials), set(ByteLevel.alphabet())
         byte_level = '"ByteLevel"' in self._decoders
-        # Between two of these a token is decoded as in the middle of a text, where no space is stripped.
+        # Decoders strip a space at the ends of a text: between two of this token, another is decoded as in the middle.
         around = next((i for t, i in sorted(self._vocabulary.items()) if t.isascii() and t.isalpha()), 0)
-        empty = self._decoded_bytes([around, around])
+        empty = self._count_decoded_bytes([around, around])
         for token, i in self._vocabulary.items():
             if token in specials or i in (self.bos, self.eos, self.pad):
                 sizes[i] = 0
             elif token in self._added:
                 sizes[i] = len(token.encode("utf-8"))
             elif byte_level and alphabet.issuperset(token):
-                sizes[i] = len(token)  # one character stands for one byte
+                sizes[i] = len(token)  # one character per byte
             elif self._model.get("byte_fallback") and BYTE.fullmatch(token):
                 sizes[i] = 1
             else:
-                sizes[i] = max(self._decoded_bytes([around, i, around]) - empty, 0)
+                sizes[i] = max(self._count_decoded_bytes([around, i, around]) - empty, 0)
         return sizes
 
-    def _decoded_bytes(self, ids: list[int]) -> int:
+    def _count_decoded_bytes(self, ids: list[int]) -> int:
+        """Count the UTF-8 bytes of the decoded text."""
         return len(self.decode(ids).encode("utf-8"))
 
 
-def named_tokens(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """The tokens that the settings beside a tokenizer.json name.
+def _read_named_tokens(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """Read the tokens that the settings in the folder of a tokenizer.json name.
 
     Returns:
-        How bos_token, eos_token and pad_token are spelled, where they are named, and what transformers would add.
+        The spellings of bos_token, eos_token and pad_token, as far as they are named, and those of the tokens that
+        transformers would add.
     """
     named: dict[str, str] = {}
     added: list[str] = []
     for file in (folder / SPECIALS_FILE, folder / SETTINGS_FILE):
-        settings = read_json(file) if file.is_file() else {}
-        for name in NAMED:
-            content = _content(settings.get(name))
+        settings = read_json_object(file) if file.is_file() else {}
+        for name in NAMED_TOKENS:
+            content = _token_spelling(settings.get(name))
             if content is not None:
                 named[name] = content
         added += [
-            content for each in (settings.get("added_tokens_decoder") or {}).values() if (content := _content(each))
+            content
+            for each in (settings.get("added_tokens_decoder") or {}).values()
+            if (content := _token_spelling(each))
         ]
     return named, added
 
 
-def _content(token: Any) -> str | None:
-    """How a token is spelled that the settings give as a text or as an object."""
+def _token_spelling(token: Any) -> str | None:
+    """Return the spelling of a token that settings give as a text or as an object with the key content."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; DataError where there is none."""
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object; DataError if it does not."""
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,11 +1,11 @@
-"""Tokenizers of the library sentencepiece.
+"""SentencePieceBackend: a tokenizer.model, read with the sentencepiece library.
 
-Unigram models need care. Among ways to cut a text, the library takes the one with the highest sum of scores, and it sums
-over the whole text in float32: in a long text, rounding decides between cuts that are almost equal, so that the ids of a
-line depend on what stands before it, and the same model in float64 (in transformers) gives other ids. The models that
-`rdt prep` trains have scores on a grid instead, multiples of 1/GRID, and longer texts are cut at places that no piece
-crosses. Every sum is then exact in both types, and the ids are the same everywhere. BPE models have no such trouble; they
-are slow, and many texts at once are encoded word by word (`tokenizer_words`).
+Unigram models need care. Of all segmentations of a text into pieces, the library chooses the one with the highest sum of
+scores, and sums over the whole text in float32. In a long text, rounding decides between segmentations that are almost
+equal: the ids of a line depend on the text before it, and the same model in float64 (in transformers) gives other ids. So
+the models that `rdt prep` trains have scores on a grid, multiples of 1/GRID, and long texts are split at boundaries that no
+piece crosses. Every sum is then exact in both types, and the ids are the same everywhere. BPE models have no such problem;
+they are slow, so batches of texts are encoded word by word (`bpe_word_cache`).
 """
 
 import hashlib
@@ -17,57 +17,59 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from megatron_rdt.data.tokenizer.bpe_word_cache import CROSSING, SPACE, WordMemory
+from megatron_rdt.data.tokenizer.bpe_word_cache import CROSSING, SPACE, WordCache
 from megatron_rdt.errors import DataError
 
 MODEL_FILE = "tokenizer.model"
 KINDS = {1: "spm-unigram", 2: "spm-bpe", 3: "spm-word", 4: "spm-char"}  # by the model's TrainerSpec.ModelType
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of a piece
 GRID = 64
-RUN = 2048  # characters: most that one sum runs over is 2 RUN
-UNKNOWN_PENALTY = 10.0  # what sentencepiece and tokenizers take off the lowest score for an unknown character
-EXACT_FLOAT32 = 1 << 24  # the integers up to here
+SPLIT_LENGTH = 2048  # characters; a text is split into parts of at most twice as many
+UNKNOWN_PENALTY = 10.0  # sentencepiece and tokenizers score an unknown character this far below the lowest score
+EXACT_FLOAT32 = 1 << 24  # float32 holds the integers up to here exactly
 
 
 class SentencePieceBackend:
-    """A SentencePiece model file; see `tokenizer.Tokenizer` for what the members mean."""
+    """Backend of a SentencePiece model file; for the members see `Backend`."""
 
     def __init__(self, file: Path) -> None:
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
         except (RuntimeError, OSError):
             raise DataError(f"{file} is not a SentencePiece model. Use the one that `rdt prep` wrote.") from None
-        model = parsed_model(self.processor.serialized_model_proto())
+        model = parse_model(self.processor.serialized_model_proto())
         self.vocab_size = self.processor.get_piece_size()
         self.bos, self.eos, self.pad = self.processor.bos_id(), self.processor.eos_id(), self.processor.pad_id()
         self.kind = KINDS[model.trainer_spec.model_type]
-        self.fingerprint = fingerprint(model)
+        self.fingerprint = hash_model(model)
         self.specials = [piece.piece for piece in model.pieces if piece.type in (CONTROL, UNKNOWN)]
-        self._cut = is_on_grid(model)
-        self._words = WordMemory(self.processor) if has_words(model) else None
+        self._splits_texts = is_on_grid(model)
+        self._word_cache = WordCache(self.processor) if encodes_words_independently(model) else None
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of `text`, int32."""
-        if not self._cut or len(text) <= RUN:
+        """Encode a text to ids, int32."""
+        if not self._splits_texts or len(text) <= SPLIT_LENGTH:
             return self.processor.encode(text, return_type="numpy")
-        return np.concatenate([self.processor.encode(part, return_type="numpy") for part in parts(text)])
+        return np.concatenate([self.processor.encode(part, return_type="numpy") for part in split_text(text)])
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, int32."""
-        return [self.encode(text) for text in texts] if self._words is None else self._words.encode_batch(texts)
+        """Encode each text to ids, int32."""
+        return (
+            [self.encode(text) for text in texts] if self._word_cache is None else self._word_cache.encode_batch(texts)
+        )
 
     def decode(self, ids: list[int]) -> str:
-        """Text of `ids`; control pieces vanish."""
+        """Decode ids to text; control pieces are dropped."""
         return self.processor.decode(ids)
 
     def token_id(self, text: str) -> int:
-        """Id of the piece that is spelled so, or -1."""
+        """Return the id of the piece spelled `text`, or -1."""
         piece = text.replace(" ", SPACE)
-        index = self.processor.piece_to_id(piece)  # the unknown piece's where there is none
+        index = self.processor.piece_to_id(piece)  # the unknown piece's if there is none
         return index if self.processor.id_to_piece(index) == piece else -1
 
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes of every id, int32; 0 for control pieces and the unknown one."""
+        """Count the UTF-8 bytes of every id, int32; 0 for control pieces and the unknown one."""
         sizes = np.zeros(self.vocab_size, np.int32)
         for i in range(self.vocab_size):
             if self.processor.is_byte(i):
@@ -77,15 +79,15 @@ class SentencePieceBackend:
         return sizes
 
 
-def parsed_model(content: bytes) -> Any:
-    """The protocol buffer, a ModelProto, of a serialized model."""
+def parse_model(content: bytes) -> Any:
+    """Parse a serialized model into its protocol buffer, a ModelProto."""
     from sentencepiece import sentencepiece_model_pb2 as proto
 
     return proto.ModelProto.FromString(content)  # type: ignore[attr-defined]
 
 
-def fingerprint(model: Any) -> str:
-    """Hash of what decides a model's output; the number of training threads and file names are left out."""
+def hash_model(model: Any) -> str:
+    """Hash the parts of a ModelProto that decide its output; training threads and file names, for example, do not."""
     digest = hashlib.sha256(model.normalizer_spec.SerializeToString(deterministic=True))
     for piece in model.pieces:
         digest.update(f"{piece.piece}\x1f{piece.score!r}\x1f{piece.type}\x1e".encode())
@@ -93,16 +95,17 @@ def fingerprint(model: Any) -> str:
 
 
 def is_lossless(model: Any) -> bool:
-    """Whether the text is taken as it is: no normalisation, no space in front, no space removed."""
+    """Return True if a ModelProto leaves text unchanged: no normalisation, no space added in front, none removed."""
     spec = model.normalizer_spec
     return not (spec.precompiled_charsmap or spec.add_dummy_prefix or spec.remove_extra_whitespaces)
 
 
 def is_on_grid(model: Any) -> bool:
-    """Whether a ModelProto is a unigram model whose sums are exact and whose texts may be cut as `segments` does.
+    """Return True if a ModelProto is a unigram model with exact sums, whose texts may be split by `split_text`.
 
-    It has to be lossless and without user-defined pieces, whose score is on no grid; no piece may cross a cut; and
-    every character of a special piece must be a piece too, so that no text has to be read as that special piece.
+    It has to be lossless and without user-defined pieces, whose scores are not on the grid. No piece may cross a boundary of
+    `segment_pattern`. Every character of a special piece must be a piece too, so that no text has to be read as the
+    special piece.
     """
     if KINDS[model.trainer_spec.model_type] != "spm-unigram" or not is_lossless(model):
         return False
@@ -116,58 +119,63 @@ def is_on_grid(model: Any) -> bool:
         model.trainer_spec.byte_fallback
         and special <= characters
         and all(score * GRID == int(score * GRID) for score in scores.values())
-        and 2 * RUN * -lowest * GRID < EXACT_FLOAT32
+        # The lowest possible sum over the longest part, as a multiple of 1/GRID.
+        and 2 * SPLIT_LENGTH * -lowest * GRID < EXACT_FLOAT32
         and not any(map(CROSSING.search, scores))
     )
 
 
-def has_words(model: Any) -> bool:
-    """Whether a ModelProto is a BPE model whose texts may be encoded word by word, see `tokenizer_words`."""
+def encodes_words_independently(model: Any) -> bool:
+    """Return True if a ModelProto is a BPE model whose texts may be encoded word by word, see `bpe_word_cache`."""
     if KINDS[model.trainer_spec.model_type] != "spm-bpe" or not is_lossless(model):
         return False
     pieces = (piece.piece for piece in model.pieces if piece.type in (NORMAL, USER_DEFINED, UNUSED))
     return model.trainer_spec.byte_fallback and not any(map(CROSSING.search, pieces))
 
 
-def segments(space: str) -> str:
-    """Pattern of the parts of a text between cuts, for `re` and for the library tokenizers.
+def segment_pattern(space: str) -> str:
+    """Build the regular expression of a text's segments, for `re` and for the tokenizers library.
 
-    Cuts are in front of spaces, around digits, line breaks and tabs, and after RUN characters without any of them.
+    Segments end before spaces, around digits, line breaks and tabs, and after SPLIT_LENGTH characters without any of them.
 
     Args:
-        space: the characters that are a space.
+        space: the characters that count as a space.
     """
-    return rf"[0-9\n\t]|[{space}]{{0,{RUN}}}[^{space}0-9\n\t]{{1,{RUN}}}|[{space}]{{1,{RUN}}}"
+    most = SPLIT_LENGTH
+    return rf"[0-9\n\t]|[{space}]{{0,{most}}}[^{space}0-9\n\t]{{1,{most}}}|[{space}]{{1,{most}}}"
 
 
-SEGMENTS = re.compile(segments(f" {SPACE}"))
+SEGMENTS = re.compile(segment_pattern(f" {SPACE}"))
 
 
-def parts(text: str) -> Iterator[str]:
-    """`text` in parts of up to 2 RUN characters that may be encoded apart."""
+def split_text(text: str) -> Iterator[str]:
+    """Split a text into parts of at most 2 SPLIT_LENGTH characters that may be encoded independently."""
     start = 0
     while start < len(text):
-        if len(text) - start <= RUN:
+        if len(text) - start <= SPLIT_LENGTH:
             end = len(text)
         else:
-            end = text.rfind("\n", start, start + RUN) + 1
+            end = text.rfind("\n", start, start + SPLIT_LENGTH) + 1
         if end > start:
             yield text[start:end]
             start = end
             continue
+        # No line ends within SPLIT_LENGTH characters.
         end = text.find("\n", start)
         end = len(text) if end < 0 else end
-        yield from _line_parts(text, start, end)
+        yield from _split_long_line(text, start, end)
         start = end
 
 
-def _line_parts(text: str, start: int, end: int) -> Iterator[str]:
-    """`parts` of text[start:end], a line of more than RUN characters."""
+def _split_long_line(text: str, start: int, end: int) -> Iterator[str]:
+    """Split text[start:end], a line of more than SPLIT_LENGTH characters, into groups of whole segments."""
     for found in SEGMENTS.finditer(text, start, end):
-        if found.end() - start > RUN and found.start() > start:
+        if found.end() - start > SPLIT_LENGTH and found.start() > start:
             yield text[start : found.start()]
             start = found.start()
-        if found.end() - found.start() >= RUN:  # cut for its length: a piece might cross this cut
+        if found.end() - found.start() >= SPLIT_LENGTH:
+            # The pattern ended this segment for its length, not at a boundary: it must also end its part, as in the exported
+            # tokenizer, which encodes each segment by itself.
             yield text[start : found.end()]
             start = found.end()
     if start < end:

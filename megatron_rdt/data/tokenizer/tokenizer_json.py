@@ -1,4 +1,4 @@
-"""A SentencePiece model as a tokenizer.json of the library tokenizers, where that gives the same ids for every text."""
+"""Conversion of a SentencePiece model to a tokenizer.json that gives the same ids for every text, if there is one."""
 
 import re
 from typing import Any
@@ -12,41 +12,42 @@ from megatron_rdt.data.tokenizer.sentencepiece_backend import (
     USER_DEFINED,
     is_lossless,
     is_on_grid,
-    parsed_model,
-    segments,
+    parse_model,
+    segment_pattern,
 )
 
-# To a unigram model of tokenizers every piece is one that a text can be cut into, special ones and bytes included: this
-# score keeps them out, because the characters of each are pieces too.
-NEVER = -1e6
+# A unigram model of the tokenizers library would use any piece in a text, special and byte pieces included. With this score
+# it never does, because the characters of each such piece are pieces too and score higher together.
+EXCLUDED_SCORE = -1e6
 
 
-def tokenizer_json(model: bytes) -> dict[str, Any] | None:
-    """The `tokenizers` document of a serialized model.
+def build_tokenizer_json(model: bytes) -> dict[str, Any] | None:
+    """Build the tokenizer.json document of a serialized model.
 
     Returns:
-        None for a model that does not convert exactly: one that normalises, a unigram model whose scores are on no grid,
-        words or characters.
+        The document; None for a model that does not convert exactly: one that normalises, a unigram model whose scores are
+        not on the grid, a word or a character model.
     """
-    parsed = parsed_model(model)
+    parsed = parse_model(model)
     kind = KINDS[parsed.trainer_spec.model_type]
-    if kind == "spm-bpe" and is_lossless(parsed) and not _any_piece(parsed, f"[^{SPACE}]{SPACE}"):
-        return _document(parsed, f"{SPACE}*[^{SPACE}]+|{SPACE}+", _bpe(parsed))
+    if kind == "spm-bpe" and is_lossless(parsed) and not _has_piece_matching(parsed, f"[^{SPACE}]{SPACE}"):
+        return _build_document(parsed, f"{SPACE}*[^{SPACE}]+|{SPACE}+", _build_bpe(parsed))
     if is_on_grid(parsed):
-        return _document(parsed, segments(SPACE), _unigram(parsed))
+        return _build_document(parsed, segment_pattern(SPACE), _build_unigram(parsed))
     return None
 
 
-def _any_piece(parsed: Any, pattern: str) -> bool:
+def _has_piece_matching(parsed: Any, pattern: str) -> bool:
+    """Return True if the pattern occurs in any normal piece."""
     return any(piece.type == NORMAL and re.search(pattern, piece.piece, re.DOTALL) for piece in parsed.pieces)
 
 
-def _document(parsed: Any, segment: str, model: dict[str, Any]) -> dict[str, Any]:
-    """The parts that both types share.
+def _build_document(parsed: Any, segment: str, model: dict[str, Any]) -> dict[str, Any]:
+    """Build the document around the part "model", the same for BPE and unigram models.
 
     Args:
         parsed: the ModelProto.
-        segment: pattern of what no piece crosses.
+        segment: pattern of the segments that are encoded independently; no piece may cross their boundaries.
         model: the part "model".
     """
     added = [
@@ -87,8 +88,12 @@ def _document(parsed: Any, segment: str, model: dict[str, Any]) -> dict[str, Any
     }
 
 
-def _bpe(parsed: Any) -> dict[str, Any]:
-    """Merges in the order of their piece's score; every way to make a piece from two is one."""
+def _build_bpe(parsed: Any) -> dict[str, Any]:
+    """Build the part "model" of a BPE model.
+
+    SentencePiece merges any two pieces whose joint is a piece, the highest score first. So every way to make a piece of two
+    is a merge, and merges are ordered by the score of the piece they make.
+    """
     vocabulary = {piece.piece: i for i, piece in enumerate(parsed.pieces)}
     normal = {piece.piece: piece.score for piece in parsed.pieces if piece.type == NORMAL}
     merges = [
@@ -111,10 +116,11 @@ def _bpe(parsed: Any) -> dict[str, Any]:
     }
 
 
-def _unigram(parsed: Any) -> dict[str, Any]:
+def _build_unigram(parsed: Any) -> dict[str, Any]:
+    """Build the part "model" of a unigram model: pieces with their scores."""
     return {
         "type": "Unigram",
         "unk_id": next(i for i, piece in enumerate(parsed.pieces) if piece.type == UNKNOWN),
         "byte_fallback": True,
-        "vocab": [[piece.piece, piece.score if piece.type == NORMAL else NEVER] for piece in parsed.pieces],
+        "vocab": [[piece.piece, piece.score if piece.type == NORMAL else EXCLUDED_SCORE] for piece in parsed.pieces],
     }

@@ -23,7 +23,7 @@ from data_prep.stages.tokenizer.write_tokenizer import (
     write_tokenizer,
 )
 from megatron_rdt.data import IndexedDataset, Tokenizer, load_manifest
-from megatron_rdt.data.tokenizer.sentencepiece_backend import GRID, is_on_grid, parsed_model
+from megatron_rdt.data.tokenizer.sentencepiece_backend import GRID, is_on_grid, parse_model
 from megatron_rdt.errors import ConfigError, DataError
 
 BPE = PrepConfig(vocab_size=400, tokenizer_sample_bytes=100_000)
@@ -62,7 +62,7 @@ def test_bpe_does_not_depend_on_threads(texts: list[str], tmp_path: Path, monkey
 
 
 def test_a_unigram_model_is_on_the_grid(texts: list[str]) -> None:
-    model = parsed_model(train_tokenizer(texts, UNIGRAM))
+    model = parse_model(train_tokenizer(texts, UNIGRAM))
     assert is_on_grid(model)
     normal = [(-piece.score, piece.piece) for piece in model.pieces if piece.type == 1 and piece.piece not in "\n\t"]
     assert normal == sorted(normal)
@@ -112,9 +112,7 @@ def test_the_suggested_size_can_be_trained(texts: list[str]) -> None:
         with pytest.raises(DataError, match="too large") as caught:
             train_tokenizer(texts[:1], dataclasses.replace(config, vocab_size=50_000))
         size = int(str(caught.value).split("--vocab_size ")[1].split()[0])
-        assert (
-            len(parsed_model(train_tokenizer(texts[:1], dataclasses.replace(config, vocab_size=size))).pieces) == size
-        )
+        assert len(parse_model(train_tokenizer(texts[:1], dataclasses.replace(config, vocab_size=size))).pieces) == size
 
 
 def test_a_foreign_model_that_normalises_is_taken_without_an_export(

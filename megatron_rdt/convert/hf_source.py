@@ -22,6 +22,8 @@ MODULES = (megatron_rdt.config.ranges, megatron_rdt.config.model, megatron_rdt.d
 PARTS = (
     "transfer",
     "attention/masks",
+    "cross_entropy",
+    "token_split",
     "attention/kernels",
     "forward_context",
     "monitor",
@@ -30,7 +32,6 @@ PARTS = (
     "linear",
     "norm",
     "attention/rope",
-    "cross_entropy",
     "feedforward",
     "moe",
     "attention/mla",
@@ -46,6 +47,7 @@ PARTS = (
     "initial_state",
     "core",
     "halting/adaptive_loop",
+    "training_losses",
     "rdt",
     "initialization",
 )

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.initialization import initial_parameter
-from megatron_rdt.model.rdt import RecurrentDepthTransformer, depth_plan
+from megatron_rdt.model.rdt import RecurrentDepthTransformer, make_depth_plan
 
 # What transformers passes along and this model has no use for.
 HARMLESS = ("return_dict", "cache_position", "num_items_in_batch", "logits_to_keep")
@@ -126,7 +126,7 @@ class RdtForCausalLM(PreTrainedModel, GenerationMixin):
         if unknown:
             raise TypeError(f"this model's forward takes no {', '.join(unknown)}; the number of iterations is `loops`")
         batch, sequence = input_ids.shape
-        plan = depth_plan(self.config.loops if loops is None else loops, batch)
+        plan = make_depth_plan(batch, loops=self.config.loops if loops is None else loops)
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache()
         cache = None if past_key_values is None else SlotCache(past_key_values)

@@ -197,7 +197,7 @@ class _Batch:
         self.rows = [self.rows[i] for i in kept.tolist()]
         self.text, self.padding = self.text[kept], self.padding[kept]
         if self.cache is not None:
-            self.cache.keep(kept)
+            self.cache.keep_rows(kept)
         return bool(self.rows)
 
 

@@ -4,17 +4,18 @@
     h_(t+1) = layers(inject(h_t, norm(e)))        t = 0 ... T - 1
 
 The first T - k iterations run without gradient, the last k with it (truncated backpropagation through depth).
-The loop lives inside one module on purpose: a sharding engine that treats this module as one unit gathers its
+The loop is inside one module on purpose: a sharding engine that treats this module as one unit gathers its
 weights once, whatever T is.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import nn
 
 from megatron_rdt.config import ModelConfig
-from megatron_rdt.depth.plan import DepthPlan
+from megatron_rdt.depth.plan import CoreIteration, DepthPlan
 from megatron_rdt.model.activation_checkpointing import Checkpointing
 from megatron_rdt.model.attention.kv_cache import KeyValueCache
 from megatron_rdt.model.forward_context import LayerContext, LoopInputs
@@ -29,19 +30,19 @@ from megatron_rdt.model.transfer import to_device
 
 
 class LoopRunner(Protocol):
-    """Runs the iterations of a pass in a way of its own."""
+    """Replaces the core's own loop over iterations, as `AdaptiveLoop` does for exit rules."""
 
     def run(
         self, core: "RecurrentCore", state: torch.Tensor, inputs: LoopInputs, first_slot: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """What `RecurrentCore.forward` returns, from the opened state, (batch, sequence, ...)."""
+        """Return the same as `RecurrentCore.forward`, from the expanded initial state (batch, sequence, ...)."""
 
 
 class RecurrentCore(nn.Module):
     """`core_layers` layers and an injection, iterated.
 
     Attributes:
-        checkpointing: what is kept for the backward pass, and how many iterations are run at a time.
+        checkpointing: decides what is kept for the backward pass, and how many iterations make one segment.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -68,9 +69,17 @@ class RecurrentCore(nn.Module):
         cache: KeyValueCache | None = None,
         slot: int = 0,
     ) -> torch.Tensor:
-        """One iteration, the t-th (from 0) of each sequence: the next state; t has shape (batch,)."""
+        """Run one iteration and return the next state.
+
+        Args:
+            state: expanded state, (batch, sequence, ...).
+            t: (batch,) iteration index of each sequence, from 0.
+            inputs: of these sequences.
+            cache: keys and values of earlier positions, extended in place.
+            slot: cache slot of the first layer in this iteration.
+        """
         x, carry = self.injection.inject(state, inputs.precomputed, self.signals.offset(t))
-        modulations = self.signals.modulations(t, inputs.total)
+        modulations = self.signals.modulations(t, inputs.loops)
         for i, layer in enumerate(self.layers):
             modulation = None if modulations is None else modulations[i]
             x = layer(x, inputs.context, cache, slot + i, inputs.token_values[i], modulation)
@@ -104,52 +113,64 @@ class RecurrentCore(nn.Module):
             budget: iteration t uses the cache slots of t mod budget; 0 means of t.
 
         Returns:
-            The state after each sequence's last iteration, (batch, sequence, dim), and what trained halting adds.
+            The state after each sequence's last iteration, (batch, sequence, dim), and a dictionary with the results of
+            trained halting, empty without it.
         """
         inputs = self.loop_inputs(encoded, plan, context)
-        if not plan.is_uniform:  # the deepest first: a pass takes the sequences that need it from the top
+        if not plan.is_uniform:
+            # Largest T first, so that the sequences of every iteration are the first rows: a slice, no gather.
             order = to_device(plan.order, state.device)
             state, inputs = state[order], inputs.rows(order)
         initial = self.injection.expand(state if self.initial is None else self.initial.expand_as(state))
         if runner is not None:
             return runner.run(self, initial, inputs, first_slot)
-        slots = budget or plan.max_loops
         tracker = make_tracker(self.halting, self.config)
-        state, number = initial[:0], 0
-        for iterations in self.checkpointing.segments(plan.core_iterations()):
-            active = len(iterations[0].indices)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and iterations[0].with_grad):
+        state, completed = initial[:0], 0  # no sequence has started yet
+        for segment in self.checkpointing.segments(plan.core_iterations()):
+            active = len(segment[0].indices)
+            # Truncation: T - k iterations leave no graph behind, so what they computed enters the rest as a constant.
+            with torch.set_grad_enabled(torch.is_grad_enabled() and segment[0].with_grad):
+                # Sequences with a smaller T join later, so that all end together and share the last k iterations.
                 state = torch.cat((state, initial[len(state) : active])) if active > len(state) else state
-                places = [first_slot + iteration.indices[0] % slots * len(self.layers) for iteration in iterations]
-                states = self._advance(state, [iteration.indices for iteration in iterations], inputs, cache, places)
-                for iteration, reached in zip(iterations, states):
-                    number, previous, state = number + 1, state, reached
+                # A cache comes with one T for all sequences, so the first one's index is everyone's.
+                cached_iterations = budget or plan.max_loops
+                slots = [first_slot + i.indices[0] % cached_iterations * len(self.layers) for i in segment]
+                states = self._run_segment(segment, state, inputs, cache, slots)
+                for iteration, reached in zip(segment, states):
+                    completed, previous, state = completed + 1, state, reached
                     if tracker is not None:
-                        tracker.update(self.injection.collapse(state), last=number == plan.max_loops)
+                        tracker.update(self.injection.collapse(state), last=completed == plan.max_loops)
                     if monitor is not None and monitor.per_iteration:
                         self._measure_iteration(monitor, iteration.indices, previous, state)
         if monitor is not None:
             self._measure_last(monitor, iteration.indices, previous, state, inputs, cached=cache is not None)
         state, extras = (self.injection.collapse(state), {}) if tracker is None else tracker.result()
         if not plan.is_uniform:
-            back = order.argsort()
-            state, extras = state[back], {name: value[back] for name, value in extras.items()}
-        return self._leave(state), {name: self._leave(v) if name == "states" else v for name, v in extras.items()}
+            inverse = order.argsort()
+            state, extras = state[inverse], {name: value[inverse] for name, value in extras.items()}
+        state = self._connected_coda_input(state)
+        if "states" in extras:  # of every iteration: the exit gate's loss reads them all
+            extras["states"] = self._connected_coda_input(extras["states"])
+        return state, extras
 
-    def _advance(
+    def _run_segment(
         self,
+        segment: Sequence[CoreIteration],
         state: torch.Tensor,
-        indices: list[tuple[int, ...]],
         inputs: LoopInputs,
         cache: KeyValueCache | None,
         slots: list[int],
     ) -> list[torch.Tensor]:
-        """The states after each of some iterations of the same first sequences, the indices-th of each (from 0)."""
-        times, active = [to_device(each, state.device) for each in indices], len(indices[0])
-        # A slice, even of everything, would cost a copy in every iteration's backward pass.
-        part = inputs if active == len(inputs.total) else inputs.rows(slice(active))
+        """Return the states after each iteration of a segment, which the same first sequences take part in.
 
-        def iterations(state: torch.Tensor, part: LoopInputs) -> list[torch.Tensor]:
+        With gradient the segment is one unit of activation checkpointing.
+        """
+        times = [to_device(iteration.indices, state.device) for iteration in segment]
+        active = len(segment[0].indices)
+        # A slice, even of everything, would cost a copy in every iteration's backward pass.
+        part = inputs if active == len(inputs.loops) else inputs.rows(slice(active))
+
+        def iterate_all(state: torch.Tensor, part: LoopInputs) -> list[torch.Tensor]:
             states = []
             for t, slot in zip(times, slots):
                 state = self.iterate(state, t, part, cache, slot)
@@ -157,14 +178,33 @@ class RecurrentCore(nn.Module):
             return states
 
         if torch.is_grad_enabled() and cache is None:
-            return self.checkpointing.run(iterations, state, part)
-        return iterations(state, part)
+            return self.checkpointing.run(iterate_all, state, part)
+        return iterate_all(state, part)
 
-    def _leave(self, state: torch.Tensor) -> torch.Tensor:
-        """What the coda reads of the last state, or of every iteration's."""
-        if self.initial is not None:  # a gradient, if zero, also where truncation cuts it off: ranks reduce the same
+    def loop_inputs(self, encoded: torch.Tensor, plan: DepthPlan, context: LayerContext) -> LoopInputs:
+        """Compute once what every iteration reads: the injection's part of the encoded input, T, the value embeddings."""
+        if self.encoded_norm is not None:
+            encoded = self.encoded_norm(encoded)
+        if self.input_matrix is not None:
+            encoded = self.input_matrix(encoded)
+        loops = to_device(plan.iterations, encoded.device)
+        values = [layer.token_values(context) for layer in self.layers]  # type: ignore[operator]
+        return LoopInputs(self.injection.precompute(encoded), context, loops, values)
+
+    def coda_input(self, state: torch.Tensor) -> torch.Tensor:
+        """Apply the norm and the matrix at the end of the loop, where the config has them: (..., dim) -> (..., dim)."""
+        if self.last_norm is not None:
+            state = self.last_norm(state)
+        return state if self.output_matrix is None else self.output_matrix(state)
+
+    def _connected_coda_input(self, state: torch.Tensor) -> torch.Tensor:
+        """Return `coda_input` with a learned initial state in its graph, also where truncation cuts it off.
+
+        The gradient is zero then, but it exists: ranks must reduce the same parameters.
+        """
+        if self.initial is not None:
             state = state + 0 * self.initial
-        return self.finish(state)
+        return self.coda_input(state)
 
     @torch.no_grad()
     def _measure_iteration(
@@ -183,9 +223,9 @@ class RecurrentCore(nn.Module):
         inputs: LoopInputs,
         cached: bool,
     ) -> None:
-        """What is measured once a pass, of its last iteration."""
-        closed = self.injection.collapse(previous), self.injection.collapse(state)
-        monitor.measure(*closed, self.injection.spectral_radius())
+        """Measure the last iteration, and what is measured once per forward pass."""
+        collapsed = self.injection.collapse(previous), self.injection.collapse(state)
+        monitor.measure_last(*collapsed, self.injection.spectral_radius())
         if monitor.per_iteration:
             monitor.measure_input(self.injection.input_term(inputs.precomputed))
         if monitor.jacobian_steps and not cached:
@@ -193,33 +233,17 @@ class RecurrentCore(nn.Module):
             monitor.jacobian_norm = self.jacobian_norm(previous, t, inputs, monitor.jacobian_steps).max()
 
     def jacobian_norm(self, state: torch.Tensor, t: torch.Tensor, inputs: LoopInputs, steps: int) -> torch.Tensor:
-        """Largest singular value of the t-th iteration's Jacobian at `state`, of each sequence: (batch,).
+        """Return a lower bound of the Jacobian's largest singular value for iteration t at `state`: (batch,).
 
-        A lower bound, see `top_singular_values`. Products are in the dtype of the state: in bfloat16 the differences
-        would be rounding.
+        See `top_singular_values` for `steps`. Products are in the dtype of the state: the differences would be nothing but
+        rounding in bfloat16.
         """
         values = [None if value is None else value.detach() for value in inputs.token_values]
         context = inputs.context.in_dtype(state.dtype)
-        wide = LoopInputs(inputs.precomputed.detach(), context, inputs.total, values)
+        wide = LoopInputs(inputs.precomputed.detach(), context, inputs.loops, values)
         training = self.training
-        self.eval()  # this is no training: experts do not count these tokens
+        self.eval()  # these are extra evaluations: experts must not count their tokens, nor compiled layers run
         try:
             return top_singular_values(lambda h: self.iterate(h, t, wide), state, steps)
         finally:
             self.train(training)
-
-    def loop_inputs(self, encoded: torch.Tensor, plan: DepthPlan, context: LayerContext) -> LoopInputs:
-        """What is computed once for all iterations."""
-        if self.encoded_norm is not None:
-            encoded = self.encoded_norm(encoded)
-        if self.input_matrix is not None:
-            encoded = self.input_matrix(encoded)
-        total = to_device(plan.iterations, encoded.device)
-        values = [layer.token_values(context) for layer in self.layers]  # type: ignore[operator]
-        return LoopInputs(self.injection.precompute(encoded), context, total, values)
-
-    def finish(self, state: torch.Tensor) -> torch.Tensor:
-        """What the coda reads of the last state."""
-        if self.last_norm is not None:
-            state = self.last_norm(state)
-        return state if self.output_matrix is None else self.output_matrix(state)

@@ -1,8 +1,8 @@
 """Cross entropy without the full logits: they exist for one chunk of tokens at a time, forward and backward.
 
 The loss is a scalar, so its gradient with respect to the features and the output matrix is known in the forward pass up
-to one factor. It is computed there, chunk by chunk, while the chunk's logits exist (the way of Liger-Kernel,
-arXiv:2410.10989); the backward pass only multiplies. No logits are kept and none are computed twice.
+to one factor. It is computed there, chunk by chunk, while the chunk's logits exist (as in Liger-Kernel,
+arXiv:2410.10989); the backward pass only multiplies by the factor. No logits are kept and none are computed twice.
 """
 
 from typing import Any, Protocol
@@ -10,43 +10,77 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional
 
-# Logits of one chunk: at most about this many numbers.
+# At most about this many logits in a chunk.
 CHUNK_ELEMENTS = 1 << 22
 
 
 def apply_softcap(logits: torch.Tensor, softcap: float) -> torch.Tensor:
-    """softcap * tanh(logits / softcap), or the logits where `softcap` is 0 (Gemma 2, arXiv:2408.00118)."""
+    """Return softcap * tanh(logits / softcap), or the logits where `softcap` is 0 (Gemma 2, arXiv:2408.00118)."""
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
-class Shards(Protocol):
-    """Processes that each have an equal part of the vocabulary, in order.
+class VocabularyShards(Protocol):
+    """Ranks that each hold an equal part of the vocabulary, in order of rank.
 
     Attributes:
-        place: which part this one has.
+        rank: of this process among them.
     """
 
-    place: int
+    rank: int
 
-    def gathered(self, x: torch.Tensor) -> torch.Tensor:
-        """(...) of each process -> (processes, ...)."""
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the tensors (...) of all ranks, stacked to (ranks, ...)."""
 
 
-def _partition(
-    logits: torch.Tensor, target: torch.Tensor, shards: Shards | None
+def _target_terms(
+    logits: torch.Tensor, target: torch.Tensor, shards: VocabularyShards | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The log-partition function and the target's logit, (tokens,) each, of logits (tokens, vocabulary or part of it).
+    """Return the log-partition function and the target's logit, (tokens,) each, over the whole vocabulary.
 
-    Also the column that the target has among these logits, and whether it is there; None means always.
+    Args:
+        logits: (tokens, vocabulary), or this rank's part of the vocabulary.
+        target: (tokens,) ids.
+        shards: the ranks that hold the other parts; None where this one has all.
+
+    Returns:
+        The two, then the target's column among these logits and a mask that is False where the target is another rank's;
+        None for a mask of True.
     """
     partition = logits.logsumexp(-1)
     if shards is None:
         return partition, logits.gather(-1, target[:, None])[:, 0], target, None
-    own = target - shards.place * logits.shape[1]
-    here, column = (own >= 0) & (own < logits.shape[1]), own.clamp(0, logits.shape[1] - 1)
-    picked = logits.gather(-1, column[:, None])[:, 0] * here
-    partitions, pieces = shards.gathered(torch.stack((partition, picked))).unbind(1)
-    return partitions.logsumexp(0), pieces.sum(0), column, here
+    own = target - shards.rank * logits.shape[1]
+    is_here, column = (own >= 0) & (own < logits.shape[1]), own.clamp(0, logits.shape[1] - 1)
+    picked = logits.gather(-1, column[:, None])[:, 0] * is_here
+    # One exchange of two numbers per token: log-sum-exps combine by log-sum-exp, and only one rank has the target's logit.
+    partitions, pieces = shards.all_gather(torch.stack((partition, picked))).unbind(1)
+    return partitions.logsumexp(0), pieces.sum(0), column, is_here
+
+
+def _logit_gradient(
+    logits: torch.Tensor,
+    partition: torch.Tensor,
+    column: torch.Tensor,
+    is_here: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    softcap: float,
+    z_weight: float,
+) -> torch.Tensor:
+    """Return the gradient of a chunk's objective with respect to its logits before the soft cap, (tokens, vocabulary).
+
+    d(entropy + z partition^2) / d logits = (1 + 2 z partition) softmax - one-hot, and the cap y = c tanh(x / c) has
+    dy/dx = 1 - (y / c)^2.
+    """
+    grad = (logits - partition[:, None]).exp_()
+    if z_weight:
+        grad *= (1 + 2 * z_weight * partition)[:, None]
+    rows = torch.arange(len(column), device=column.device)
+    grad[rows, column] -= 1 if is_here is None else is_here.to(grad.dtype)
+    if weight is not None:
+        grad *= weight[:, None]
+    if softcap:
+        grad *= 1 - (logits / softcap).square()
+    return grad
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -61,8 +95,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weights: torch.Tensor | None,
         softcap: float,
         z_weight: float,
-        shards: Shards | None,
+        shards: VocabularyShards | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # Products are in the dtype of the features; logits, sums and the matrix's gradient are float32 or wider.
         wide = torch.promote_types(features.dtype, torch.float32)
         rounded = matrix.to(features.dtype)
         wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
@@ -77,29 +112,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             part, target = features[rows], targets[rows]
             weight = None if weights is None else weights[rows]
             logits = apply_softcap(functional.linear(part, rounded).to(wide), softcap)
-            partition, reached, column, here = _partition(logits, target, shards)
-            each = partition - reached
+            partition, target_logit, column, is_here = _target_terms(logits, target, shards)
+            each = partition - target_logit
             entropy += each.sum() if weight is None else (each * weight).sum()
             square += partition.square().sum() if weight is None else (partition.square() * weight).sum()
             if grad_weights is not None:
                 grad_weights[rows] = each + z_weight * partition.square()
             if grad_features is None and grad_matrix is None:
                 continue
-            # d(each + z partition^2) / d logits = (1 + 2 z partition) softmax - one-hot
-            slope = None if not softcap else 1 - (logits / softcap).square()
-            grad = (logits - partition[:, None]).exp_()
-            if z_weight:
-                grad *= (1 + 2 * z_weight * partition)[:, None]
-            grad[torch.arange(len(target), device=target.device), column] -= 1 if here is None else here.to(grad.dtype)
-            if weight is not None:
-                grad *= weight[:, None]
-            if slope is not None:
-                grad *= slope
-            grad = grad.to(features.dtype)
+            grad = _logit_gradient(logits, partition, column, is_here, weight, softcap, z_weight).to(features.dtype)
             if grad_features is not None:
                 grad_features[rows] = grad @ rounded
             if grad_matrix is not None and grad.dtype == grad_matrix.dtype:
-                grad_matrix.addmm_(grad.T, part)
+                grad_matrix.addmm_(grad.T, part)  # adds in place, without a product of the matrix's size
             elif grad_matrix is not None:
                 grad_matrix += grad.T @ part
         ctx.save_for_backward(grad_features, grad_matrix, grad_weights)
@@ -121,9 +146,9 @@ def cross_entropy(
     weights: torch.Tensor | None = None,
     softcap: float = 0.0,
     z_weight: float = 0.0,
-    shards: Shards | None = None,
+    shards: VocabularyShards | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss of predicting `targets` from softmax(apply_softcap(features W^T)).
+    """Return the loss of predicting `targets` from softmax(apply_softcap(features W^T)).
 
     Args:
         features: (..., dim), in the compute dtype.
@@ -132,11 +157,11 @@ def cross_entropy(
         weights: (...) factor of each token, float32 or wider; None means 1. It may carry gradient.
         softcap: see `apply_softcap`; 0 means none.
         z_weight: weight of the squared log-partition function (PaLM, arXiv:2204.02311).
-        shards: the matrix is this process's part of W. The sums are those of all of W; the gradient of the features
-            is this part's share of it.
+        shards: the matrix is this rank's part of W. The sums are those of all of W; the gradient of the features is
+            only this part's contribution.
 
     Returns:
-        Three 0-dimensional sums over tokens, float32 or wider: what to minimise, entropy + z_weight * square, with
+        Three 0-dimensional sums over tokens, float32 or wider: the objective, entropy + z_weight * square, with
         gradient; the cross entropy; the squared log-partition function.
     """
     flat_weights = None if weights is None else weights.flatten()

@@ -1,11 +1,11 @@
-"""What every layer of one forward pass shares, and every iteration of the loop."""
+"""Data that all layers of a forward pass share (`LayerContext`), and that all iterations share (`LoopInputs`)."""
 
 from dataclasses import dataclass
 
 import torch
 
 from megatron_rdt.model.attention.kernels import BlockwiseMask, Mask
-from megatron_rdt.model.attention.masks import SequenceShare
+from megatron_rdt.model.token_split import WHOLE_TOKENS, WholeTokens
 
 
 class LayerContext:
@@ -14,13 +14,13 @@ class LayerContext:
     A plain class, not a tuple or dataclass, so that sharding wrappers pass it through untouched.
 
     Attributes:
-        rotary: tables of `rotary_tables` for the positions of this pass.
-        mask: of `model_mask`; a tensor is True where a query may look, broadcastable to (batch, heads, queries, keys);
+        rotary: cosines and sines of `rotary_tables` for the positions of this pass.
+        mask: from `model_mask`; a tensor is True where a query sees a key, broadcastable to (batch, heads, queries, keys);
             None means causal.
         compute_dtype: dtype of matrix products.
         tokens: (batch, sequence) ids of this pass.
         start: positions that a cache held before this pass; 0 without one.
-        share: the part of the sequence that this pass has; None means all.
+        token_split: the tokens that this rank has.
     """
 
     def __init__(
@@ -30,50 +30,50 @@ class LayerContext:
         compute_dtype: torch.dtype,
         tokens: torch.Tensor,
         start: int = 0,
-        share: SequenceShare | None = None,
+        token_split: WholeTokens = WHOLE_TOKENS,
     ) -> None:
         self.rotary = rotary
         self.mask = mask
         self.compute_dtype = compute_dtype
         self.tokens = tokens
         self.start = start
-        self.share = share
+        self.token_split = token_split
 
     def in_dtype(self, dtype: torch.dtype) -> "LayerContext":
-        """The same with matrix products in another dtype."""
+        """Return the same context with matrix products in another dtype."""
         cosines, sines = (table.to(dtype) for table in self.rotary)
-        return LayerContext((cosines, sines), self.mask, dtype, self.tokens, self.start, self.share)
+        return LayerContext((cosines, sines), self.mask, dtype, self.tokens, self.start, self.token_split)
 
     def rows(self, rows: torch.Tensor | slice) -> "LayerContext":
-        """The context of some of the sequences; what all sequences share is kept."""
-        cosines, sines = (_rows(table, rows) for table in self.rotary)
+        """Return the context of some rows of the batch; tensors that all sequences share are kept whole."""
+        cosines, sines = (_select_rows(table, rows) for table in self.rotary)
         mask = self.mask.rows(rows) if isinstance(self.mask, BlockwiseMask) else self.mask
-        mask = _rows(mask, rows) if isinstance(mask, torch.Tensor) else mask
-        return LayerContext((cosines, sines), mask, self.compute_dtype, self.tokens[rows], self.start, self.share)
+        mask = _select_rows(mask, rows) if isinstance(mask, torch.Tensor) else mask
+        return LayerContext((cosines, sines), mask, self.compute_dtype, self.tokens[rows], self.start, self.token_split)
 
 
 @dataclass
 class LoopInputs:
-    """What stays the same over the iterations, for the sequences of a forward pass, the deepest first.
+    """Inputs of the loop that do not change from iteration to iteration, one row per sequence, largest T first.
 
     Attributes:
-        precomputed: what the injection reads of the encoded input, (batch, sequence, ..., dim).
+        precomputed: from `Injection.precompute` of the encoded input, (batch, sequence, ..., dim).
         context: rotary tables, mask, compute dtype.
-        total: T of each sequence, (batch,).
-        token_values: per layer, its value embeddings of the tokens, or None.
+        loops: (batch,) T of each sequence.
+        token_values: per layer, the value embeddings of the tokens, or None.
     """
 
     precomputed: torch.Tensor
     context: LayerContext
-    total: torch.Tensor
+    loops: torch.Tensor
     token_values: list[torch.Tensor | None]
 
     def rows(self, rows: torch.Tensor | slice) -> "LoopInputs":
-        """The inputs of some of the sequences."""
+        """Return the inputs of some of the sequences."""
         values = [None if value is None else value[rows] for value in self.token_values]
-        return LoopInputs(self.precomputed[rows], self.context.rows(rows), self.total[rows], values)
+        return LoopInputs(self.precomputed[rows], self.context.rows(rows), self.loops[rows], values)
 
 
-def _rows(tensor: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
-    """Rows of a tensor (batch, heads, ...); one without a batch dimension, or with one of size 1, is for all."""
+def _select_rows(tensor: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
+    """Select rows of (batch, heads, ...); a tensor without a batch dimension, or with one of size 1, serves all rows."""
     return tensor if tensor.dim() < 4 or tensor.shape[0] == 1 else tensor[rows]

@@ -61,7 +61,7 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) ->
     return _GroupedLinear.apply(x.contiguous(), weight, ends)
 
 
-def permuted(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+def scatter_rows(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """Row r of `x` at row places[r]. Not an indexed read: the backward pass of that adds rows up in any order."""
     return torch.empty_like(x).index_copy(0, places, x)
 
@@ -115,9 +115,9 @@ class MixtureOfExperts(nn.Module):
         if self.training and not _in_backward():
             self._count(ends, scores.detach())
         rows = flat.unsqueeze(1).expand(-1, self.chosen, -1).flatten(0, 1)
-        rows = permuted(rows, order.argsort())
+        rows = scatter_rows(rows, order.argsort())
         outputs = self._experts(rows, ends) if self.exchange is None else self.exchange(self._experts, rows, ends)
-        outputs = permuted(outputs, order).unflatten(0, (-1, self.chosen))
+        outputs = scatter_rows(outputs, order).unflatten(0, (-1, self.chosen))
         mixed = (outputs * weights.to(outputs.dtype).unsqueeze(-1)).sum(1)
         if self.shared is not None:
             mixed = mixed + self.shared(flat)

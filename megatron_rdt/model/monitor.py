@@ -42,7 +42,7 @@ class CoreMonitor:
         self._gradients: list[tuple[tuple[int, ...], torch.Tensor]] = []
 
     @torch.no_grad()
-    def measure(self, previous: torch.Tensor, state: torch.Tensor, spectral_radius: torch.Tensor) -> None:
+    def measure_last(self, previous: torch.Tensor, state: torch.Tensor, spectral_radius: torch.Tensor) -> None:
         """Measure the last iteration, from `previous` to `state`, both (batch, sequence, dim)."""
         self.spectral_radius = spectral_radius.detach()
         previous, state = previous.detach().float(), state.detach().float()

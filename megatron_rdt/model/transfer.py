@@ -1,4 +1,4 @@
-"""Small numbers from the host to the device, without waiting for it."""
+"""Copies of a few integers from the host to the device, without synchronising with it."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,9 @@ import torch
 
 
 def to_device(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
-    """(len(numbers),) int64 on `device`.
+    """Return the numbers as an int64 tensor (len(numbers),) on `device`.
 
-    To a GPU the copy goes from pinned memory, into the stream: the host does not wait until the GPU gets there.
+    The copy to a GPU goes from pinned memory into the stream, so the host does not wait until the GPU gets there.
     """
     if device.type != "cuda":
         return torch.tensor(numbers, dtype=torch.int64, device=device)

@@ -1,11 +1,12 @@
-"""Context parallelism: each process has some of the tokens of every sequence, and sees the keys of all.
+"""Context parallelism: each rank has some of the tokens of every sequence, and sees the keys of all.
 
 Keys and values of each layer (with latent attention the latents, which are much smaller) are gathered where attention
-needs them; everything else is token by token. Of 2n pieces of a sequence the i-th of n processes has the i-th from the
-front and the i-th from the back, so that each has as many keys to look at as the others (as in Llama 3, arXiv:2407.21783).
+needs them; everything else is computed token by token. Among n ranks a sequence is cut into 2n pieces; rank i has the
+i-th from the front and the i-th from the back, so that under the causal mask every rank has as many keys to look at as
+the others (as in Llama 3, arXiv:2407.21783).
 """
 
-from typing import Any
+import functools
 
 import torch
 from torch import nn
@@ -13,41 +14,84 @@ from torch.distributed import ProcessGroup
 
 from megatron_rdt.depth.plan import DepthPlan
 from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer
-from megatron_rdt.parallel.autograd_collectives import gather
+from megatron_rdt.model.token_split import WholeTokens
+from megatron_rdt.parallel.autograd_collectives import gather_for_split_work
 
 KEYS = 2  # the dimension of (batch, heads, sequence, channels) that is gathered
 
 
-class OwnPieces:
-    """This process's part of the sequences, see `megatron_rdt.model.attention.masks.SequenceShare`.
+@functools.lru_cache(maxsize=8)
+def assign_positions(length: int, ranks: int, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Assign the positions of a sequence to ranks.
 
     Args:
-        length: tokens of a whole sequence, a multiple of twice the number of processes.
-        group: the processes.
-        device: of the positions.
+        length: tokens of the whole sequence, a multiple of twice the number of ranks.
+        ranks: number of ranks.
+        device: of the results.
+
+    Returns:
+        The positions of each rank, and the indices that put all ranks' tokens, one rank after the other, in order.
+    """
+    pieces = torch.arange(length, device=device).chunk(2 * ranks)
+    owned = [torch.cat((pieces[i], pieces[-1 - i])) for i in range(ranks)]
+    return owned, torch.cat(owned).argsort()
+
+
+class ContextSplitTokens(WholeTokens):
+    """Each rank of a group has two pieces of every sequence. There is no cache, so sequences start at position 0.
+
+    Args:
+        group: the ranks that split each sequence.
+        within: split of this rank's pieces, by tensor parallelism or none.
     """
 
-    def __init__(self, length: int, group: ProcessGroup, device: torch.device) -> None:
-        self.length, self.group = length, group
-        pieces = torch.arange(length, device=device).chunk(2 * group.size())
-        owned = [torch.cat((pieces[i], pieces[-1 - i])) for i in range(group.size())]
-        self.positions = owned[group.rank()]
-        self._order = torch.cat(owned).argsort()
+    def __init__(self, group: ProcessGroup, within: WholeTokens) -> None:
+        self.group, self.within = group, within
+        self.sequence_shares = group.size()
 
-    def gather(self, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The whole sequence's tensors (batch, heads, length, channels) from those of this part."""
-        return tuple(gather(part, KEYS, self.group).index_select(KEYS, self._order) for part in parts)
+    def positions(self, start: int, tokens: int, device: torch.device) -> torch.Tensor:
+        """Return the positions (tokens,) of this rank's tokens in the whole sequence."""
+        owned, _ = assign_positions(tokens * self.group.size(), self.group.size(), device)
+        return owned[self.group.rank()]
+
+    def gather_keys(self, *keys: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the keys (batch, heads, sequence, channels) of the whole sequence, in order, from those of this rank."""
+        ranks, tokens, device = self.group.size(), keys[0].shape[KEYS], keys[0].device
+        _, order = assign_positions(tokens * ranks, ranks, device)
+        return tuple(gather_for_split_work(each, KEYS, self.group).index_select(KEYS, order) for each in keys)
+
+    def residual_part(self, values: torch.Tensor) -> torch.Tensor:
+        """Select from this rank's pieces, see `within`."""
+        return self.within.residual_part(values)
+
+    def sum_over_tokens(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over this rank's pieces, see `within`."""
+        return self.within.sum_over_tokens(values)
+
+    def cross_entropy(
+        self,
+        features: torch.Tensor,
+        matrix: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        weights: torch.Tensor | None = None,
+        softcap: float = 0.0,
+        z_weight: float = 0.0,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the sums over this rank's pieces, see `within`."""
+        return self.within.cross_entropy(features, matrix, targets, weights=weights, softcap=softcap, z_weight=z_weight)
 
 
 class ContextParallel(nn.Module):
-    """A model that is called with whole sequences and computes this process's part of them.
+    """A model that is called with whole sequences and computes this rank's pieces of them; it sets its `token_split`.
 
-    Its losses are those of the part, times the number of processes, so that their mean over processes is that of all.
+    Its losses are those of the pieces, times the number of ranks, so that their mean over ranks is that of all tokens.
     """
 
     def __init__(self, model: RecurrentDepthTransformer, group: ProcessGroup) -> None:
         super().__init__()
         self.model, self.group = model, group
+        model.token_split = ContextSplitTokens(group, within=model.token_split)
 
     def forward(
         self,
@@ -59,18 +103,17 @@ class ContextParallel(nn.Module):
         positions: torch.Tensor | None = None,
         documents: torch.Tensor | None = None,
         monitor: CoreMonitor | None = None,
-    ) -> dict[str, Any]:
-        """As `RecurrentDepthTransformer.forward` with targets."""
-        share = OwnPieces(tokens.shape[1], self.group, tokens.device)
-        own = share.positions
+    ) -> dict[str, torch.Tensor]:
+        """Return the losses of `RecurrentDepthTransformer.forward` for whole sequences with targets."""
+        ranks = self.group.size()
+        own = self.model.token_split.positions(0, tokens.shape[1] // ranks, tokens.device)
         losses = self.model(
             tokens[:, own],
             depth,
             targets=targets[:, own],
             loss_mask=None if loss_mask is None else loss_mask[:, own],
             positions=None if positions is None else positions[:, own],
-            documents=documents,
+            documents=documents,  # whole: keys are those of the whole sequence
             monitor=monitor,
-            share=share,
         )
-        return {name: loss * self.group.size() for name, loss in losses.items()}
+        return {name: loss * ranks for name, loss in losses.items()}

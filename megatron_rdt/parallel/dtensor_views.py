@@ -1,8 +1,8 @@
-"""Parameters that are DTensors, seen by the model as the plain tensor that this process holds of them.
+"""Parameters that are DTensors, read by the model as this rank's local tensor.
 
-So the model computes on plain tensors and does not know how it is sharded; what the processes exchange are activations,
-at a few places that a plan names. A parameter that every process of a mesh holds whole is used by each on its own
-part of the work, tokens or heads, so its gradient is partial there, and FSDP2 sums it before it reduces.
+So the model computes on plain tensors and does not know how it is sharded; ranks exchange activations, at the few
+points that the parallel modules hook into. A parameter that is replicated on a mesh is used by each rank for its own
+part of the work, tokens or heads: its gradient is a partial sum there, which FSDP2 adds up before it reduces.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 
-def place(module: nn.Module, name: str, mesh: DeviceMesh, placement: Shard | Replicate) -> None:
+def make_dtensor(module: nn.Module, name: str, mesh: DeviceMesh, placement: Shard | Replicate) -> None:
     """Make parameter `name` of `module` (on the meta device) a DTensor on a 1-D mesh."""
     value = module._parameters[name]
     assert value is not None
@@ -21,49 +21,55 @@ def place(module: nn.Module, name: str, mesh: DeviceMesh, placement: Shard | Rep
 
 
 Views = dict[tuple[nn.Module, str, bool], torch.Tensor]
+"""Local tensors by module, parameter name, and whether gradient was enabled when they were made."""
 
 
 def view_locally(model: nn.Module, mesh: DeviceMesh, names: dict[nn.Module, list[str]]) -> None:
-    """Let reading some modules' parameters give the local tensor, wherever the DTensor is on `mesh`.
+    """Make attribute access to parameters return the local tensor, while the DTensor is on `mesh`.
 
-    A parameter that FSDP2 has sharded as well lies on more than that mesh until it is gathered, and stays what it is.
+    A parameter that FSDP2 has sharded as well is on a larger mesh until it is gathered, and is returned as it is.
     Each module gets a subclass of its class, with a property for each of these parameters.
 
     Args:
-        model: what a forward pass calls.
+        model: the module that a forward pass calls.
         mesh: 1-D.
         names: the parameters of each module.
     """
-    # Kept for one forward pass and its backward pass: so autograd adds up the plain gradients of all iterations, and
-    # makes a DTensor of their sum only.
+    # A view is kept for one forward pass and its backward pass: autograd then adds up plain gradients over all
+    # iterations, and makes one DTensor of the sum instead of one per iteration.
     views: Views = {}
     for module, own in names.items():
-        made = type(module)
-        module.__class__ = type(made.__name__, (made,), {name: _local(name, mesh, views) for name in own})
+        original = type(module)
+        properties = {name: _local_property(name, mesh, views) for name in own}
+        module.__class__ = type(original.__name__, (original,), properties)
 
-    def forget(*_: Any) -> None:
+    def forget_views(*_: Any) -> None:
         views.clear()
 
-    model.register_forward_pre_hook(forget)
+    model.register_forward_pre_hook(forget_views)
 
 
-def _local(name: str, mesh: DeviceMesh, views: Views) -> property:
+def _local_property(name: str, mesh: DeviceMesh, views: Views) -> property:
+    """Return a property that reads parameter `name` as its local tensor, from `views` where it is there."""
+
     def read(module: nn.Module) -> Any:
         parameter = module._parameters[name]
         if not isinstance(parameter, DTensor) or parameter.device_mesh != mesh:
             return parameter
         key = module, name, torch.is_grad_enabled()
         if key not in views:
-            views[key] = parameter.to_local(grad_placements=[_gradient(place) for place in parameter.placements])
+            placements = [_gradient_placement(placement) for placement in parameter.placements]
+            views[key] = parameter.to_local(grad_placements=placements)
         return views[key]
 
     return property(read)
 
 
-def _gradient(placement: Any) -> Any:
+def _gradient_placement(placement: Any) -> Any:
+    """Return the placement of a parameter's gradient: a partial sum where the parameter is replicated."""
     return Partial() if placement.is_replicate() else placement
 
 
-def shard_of(value: torch.Tensor, like: DTensor) -> DTensor:
-    """`value`, which every process has whole, sharded as `like`; no communication."""
+def shard_like(value: torch.Tensor, like: DTensor) -> DTensor:
+    """Shard `value`, which every rank has whole, as `like`; no communication."""
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)

@@ -123,7 +123,7 @@ class Engine(ABC):
             monitor: receives measurements of the last micro-batch.
 
         Returns:
-            The losses of `RecurrentDepthTransformer.losses` by name, each the mean per counted target over all ranks;
+            The losses of `TrainingLosses.sums` by name, each the mean per counted target over all ranks;
             where sequences are packed also "padding", the share of padding among all tokens. Tensors are 0-dimensional,
             float64 and on the device: reading one waits for the device.
         """

@@ -1,7 +1,7 @@
-"""Expert parallelism: each process holds some experts of every mixture, and tokens travel to the experts they chose.
+"""Expert parallelism: each rank holds some experts of every mixture, and tokens travel to the experts they chose.
 
-One exchange takes the rows of all processes to the experts' holders, another brings the results back; both grow with
-the iterations, as each routes anew, so the processes that share experts run the same T. The experts' weights are
+One exchange takes the rows of all ranks to the experts' holders, another brings the results back; both grow with
+the iterations, as each routes anew, so the ranks that share experts run the same T. The experts' weights are
 never gathered. Their gradients are complete on the holder, except that holders of the same experts add theirs up.
 """
 
@@ -15,35 +15,41 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from megatron_rdt.model import RecurrentDepthTransformer
-from megatron_rdt.model.moe import MixtureOfExperts, permuted
+from megatron_rdt.model.moe import MixtureOfExperts, scatter_rows
 from megatron_rdt.parallel.autograd_collectives import all_to_all
-from megatron_rdt.parallel.dtensor_views import place, view_locally
+from megatron_rdt.parallel.dtensor_views import make_dtensor, view_locally
 
 EXPERTS = ["gate", "up", "down"]
 
 
 def parallelize_experts(model: RecurrentDepthTransformer, mesh: DeviceMesh) -> None:
-    """Share the experts of the model, on the meta device, out over a 1-D mesh, in place."""
-    for module in mixtures(model):
+    """Distribute the experts of the model, on the meta device, over a 1-D mesh, in place."""
+    for module in find_mixtures(model):
         for name in EXPERTS:
-            place(module, name, mesh, Shard(0))
+            make_dtensor(module, name, mesh, Shard(0))
         module.exchange = ExpertExchange(mesh.get_group())
-    view_locally(model, mesh, {module: EXPERTS for module in mixtures(model)})
+    view_locally(model, mesh, {module: EXPERTS for module in find_mixtures(model)})
 
 
-def mixtures(model: nn.Module) -> Iterator[MixtureOfExperts]:
-    """Every mixture of experts."""
+def find_mixtures(model: nn.Module) -> Iterator[MixtureOfExperts]:
+    """Yield every mixture of experts in the model."""
     return (module for module in model.modules() if isinstance(module, MixtureOfExperts))
 
 
 def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What a process holds of the experts, DTensors."""
-    return [module._parameters[name] for module in mixtures(model) for name in EXPERTS]  # type: ignore[misc]
+    """Return the experts' parameters, DTensors with this rank's experts."""
+    return [module._parameters[name] for module in find_mixtures(model) for name in EXPERTS]  # type: ignore[misc]
 
 
 @torch.no_grad()
 def reduce_experts(model: nn.Module, losses: int, replicas: DeviceMesh | None) -> None:
-    """Make the experts' gradients, sums over all processes' tokens so far, those of the mean of `losses` losses."""
+    """Turn the experts' gradients, sums over the tokens of all ranks, into those of the mean of `losses` losses.
+
+    Args:
+        model: after the backward pass of the last micro-batch.
+        losses: number of ranks with a loss of their own.
+        replicas: the ranks that hold the same experts; None for this one alone.
+    """
     for parameter in expert_parameters(model):
         if isinstance(parameter.grad, DTensor):
             own = parameter.grad.to_local()
@@ -53,7 +59,7 @@ def reduce_experts(model: nn.Module, losses: int, replicas: DeviceMesh | None) -
 
 
 class ExpertExchange:
-    """Runs a mixture's experts where they are."""
+    """Runs a mixture's experts on the ranks that hold them; the value of `MixtureOfExperts.exchange`."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
@@ -61,21 +67,23 @@ class ExpertExchange:
     def __call__(
         self, run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], rows: torch.Tensor, ends: torch.Tensor
     ) -> torch.Tensor:
-        """The experts' outputs, in the order of the rows.
+        """Return the experts' outputs, in the order of the rows.
 
         Args:
-            run: applies the experts of this process to rows sorted by expert, given the row after the last of each.
+            run: applies this rank's experts to rows sorted by expert, given the end of each one's rows.
             rows: (rows, dim), sorted by expert.
-            ends: (experts,) the row after the last of each.
+            ends: (experts,) index after the last row of each expert.
         """
         ranks = self.group.size()
+        # Ranks hold consecutive experts, so rows sorted by expert are sorted by holder too.
         counts = ends.diff(prepend=ends.new_zeros(1)).view(ranks, -1)  # (holder, its experts)
-        arriving = torch.empty_like(counts)  # (sender, experts of this process)
+        arriving = torch.empty_like(counts)  # (sender, experts of this rank)
         dist.all_to_all_single(arriving, counts.contiguous(), group=self.group)
-        # The lengths of a message are the host's to know: the one place of a forward pass that waits for the device.
+        # The host has to know the lengths of messages: the one point of a forward pass that waits for the device.
         sends, receives = torch.stack((counts.sum(1), arriving.sum(1))).tolist()
         here = all_to_all(rows, sends, receives, self.group)
+        # The rows arrive sorted by sender and then by expert; the experts need them sorted by expert.
         experts = torch.arange(arriving.shape[1], device=rows.device).repeat(ranks)
         order = experts.repeat_interleave(arriving.flatten(), output_size=len(here)).argsort(stable=True)
-        outputs = run(permuted(here, order.argsort()), arriving.sum(0).cumsum(0))
-        return all_to_all(permuted(outputs, order), receives, sends, self.group)
+        outputs = run(scatter_rows(here, order.argsort()), arriving.sum(0).cumsum(0))
+        return all_to_all(scatter_rows(outputs, order), receives, sends, self.group)

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from megatron_rdt.model import RecurrentDepthTransformer, initial_parameter, reset_buffers
 from megatron_rdt.parallel.context_parallel import ContextParallel
-from megatron_rdt.parallel.dtensor_views import shard_of
+from megatron_rdt.parallel.dtensor_views import shard_like
 from megatron_rdt.parallel.expert_parallel import expert_parameters, parallelize_experts, reduce_experts
 from megatron_rdt.parallel.mesh import Meshes, choose_sharded_dimension, make_meshes
 from megatron_rdt.parallel.tensor_parallel import parallelize
@@ -82,7 +82,7 @@ class FullyShardedEngine(TorchEngine):
             if not isinstance(parameter, DTensor):
                 raise TypeError(f"{name} is not sharded")
             value = initial_parameter(model, name, parameter.shape, self.config.run.seed)
-            parameter.copy_(shard_of(value.to(device=self.device, dtype=parameter.dtype), parameter))
+            parameter.copy_(shard_like(value.to(device=self.device, dtype=parameter.dtype), parameter))
 
     def prepare_backward(self, last: bool) -> None:
         """Reduce gradients on the last micro-batch of a step, or on every one with `parallel.reduce` per_micro_batch.

@@ -1,17 +1,15 @@
-"""Tensor parallelism (Shoeybi et al. 2019, arXiv:1909.08053): each process has some of the heads, channels, vocabulary.
+"""Tensor parallelism (Shoeybi et al. 2019, arXiv:1909.08053): each rank has some of the heads, channels and vocabulary.
 
-Between attention and feed-forward a process holds some of the tokens instead, so the residual stream, the recurrent state,
+Between attention and feed-forward a rank holds some of the tokens instead, so the residual stream, the recurrent state,
 all norms and the injection are split too (sequence parallelism, Korthikanti et al. 2022, arXiv:2205.05198):
 
-    part of the tokens -> gather -> attention or feed-forward with part of the heads or channels -> sum, scatter -> ...
+    some tokens -> all-gather -> attention or feed-forward with some heads or channels -> reduce-scatter -> some tokens
 
 The embedding and the output matrix are split by vocabulary. Logits stay split: their cross entropy takes one exchange of
-two numbers per token. SPLIT_DIMENSIONS lists the split parameters and
-their dimensions; every other parameter is whole on every rank.
+two numbers per token.
 """
 
 import re
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,14 +20,21 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.cross_entropy import cross_entropy
-from megatron_rdt.model.initial_state import normal_state
 from megatron_rdt.model.rdt import Embedding
-from megatron_rdt.parallel.autograd_collectives import gather, gather_for_same, gathered, scatter_sum, whole_sum
-from megatron_rdt.parallel.dtensor_views import place, view_locally
+from megatron_rdt.model.token_split import WholeTokens
+from megatron_rdt.parallel.autograd_collectives import (
+    all_gather,
+    gather_for_same_work,
+    gather_for_split_work,
+    reduce_scatter_with_grad,
+    sum_with_own_grad,
+)
+from megatron_rdt.parallel.dtensor_views import make_dtensor, view_locally
 
-TOKENS = 1  # the dimension of activations (batch, sequence, channels) that is split between the parts
+TOKENS = 1  # the dimension of activations (batch, sequence, channels) that is split between the layers' parts
 
-# How a parameter's name ends, and the dimension that is split.
+# Pattern at the end of a parameter's name, and the dimension along which that parameter is split. A parameter that
+# matches none is whole on every rank.
 SPLIT_DIMENSIONS: list[tuple[str, int]] = [
     (r"(^|\.)(embedding|head)\.weight", 0),
     # Grouped-query: by heads.
@@ -37,7 +42,7 @@ SPLIT_DIMENSIONS: list[tuple[str, int]] = [
     (r"attention\.(query|key)_bias", 0),
     (r"attention\.token_values\.weight", 1),
     (r"attention\.token_values\.gate\.weight", 0),
-    # Latent: what leads up to the heads; the latents themselves every process computes whole.
+    # Latent: the matrices that expand to heads; every rank computes the latents themselves in full.
     (r"attention\.(query|latent)_up\.weight", 0),
     (r"attention\.output\.weight", 1),
     # Dense and shared feed-forward: by inner channels.
@@ -50,14 +55,14 @@ SPLIT_DIMENSIONS: list[tuple[str, int]] = [
 
 
 def split_dimension(name: str) -> int | None:
-    """The dimension along which the parameter `name` is split, None where it is not."""
+    """Return the dimension along which the parameter `name` is split, None where every rank has it whole."""
     return next((dim for pattern, dim in SPLIT_DIMENSIONS if re.search(pattern + "$", name)), None)
 
 
 def parallelize(model: RecurrentDepthTransformer, mesh: DeviceMesh) -> None:
-    """Split the model, on the meta device and not yet sharded, over a 1-D mesh, in place.
+    """Split the model over a 1-D mesh, in place; it is on the meta device and not yet sharded.
 
-    Experts that are shared out already (`exchange`) stay as they are, and get some of the tokens from each process.
+    Experts that expert parallelism has distributed already (`exchange`) stay as they are: each rank sends them its tokens.
     """
     names: dict[nn.Module, list[str]] = {}
     for prefix, module in model.named_modules():
@@ -65,83 +70,92 @@ def parallelize(model: RecurrentDepthTransformer, mesh: DeviceMesh) -> None:
             if isinstance(parameter, DTensor):  # an expert's
                 continue
             dim = split_dimension(f"{prefix}.{name}")
-            place(module, name, mesh, Replicate() if dim is None else Shard(dim))
+            make_dtensor(module, name, mesh, Replicate() if dim is None else Shard(dim))
             names.setdefault(module, []).append(name)
     view_locally(model, mesh, names)
     group = mesh.get_group()
     for layer in (*model.prelude, *model.core.layers, *model.coda):
-        _split_tokens_around(layer.attention, TOKENS, group)
+        _exchange_tokens_around(layer.attention, TOKENS, group)
         if getattr(layer.feedforward, "exchange", None) is None:
-            _split_tokens_around(layer.feedforward, TOKENS, group)
-        elif layer.feedforward.shared is not None:
-            _split_tokens_around(layer.feedforward.shared, 0, group)
+            _exchange_tokens_around(layer.feedforward, TOKENS, group)
+        elif layer.feedforward.shared is not None:  # it gets the mixture's flattened tokens, (tokens, channels)
+            _exchange_tokens_around(layer.feedforward.shared, 0, group)
     _split_embedding(model.embedding, group)
-    model.normal_state = partial(_own_noise, group)
-    model.cross_entropy = partial(_split_cross_entropy, group)
-    model.token_sum = partial(_whole_token_sum, group)
-    model.own_tokens = partial(_own_tokens, group)
+    model.token_split = TensorSplitTokens(group)
 
 
-def _split_tokens_around(part: nn.Module, dim: int, group: ProcessGroup) -> None:
-    """Let a part, which needs all tokens and gives a partial sum, take and give some of the tokens, along `dim`."""
+def _exchange_tokens_around(part: nn.Module, dim: int, group: ProcessGroup) -> None:
+    """Gather the tokens in front of a part of a layer, and reduce-scatter its partial sums behind it, along `dim`."""
 
-    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (gather(args[0], dim, group), *args[1:])
+    def gather_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (gather_for_split_work(args[0], dim, group), *args[1:])
 
-    def after(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        return scatter_sum(output, dim, group)
+    def scatter_output(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        return reduce_scatter_with_grad(output, dim, group)
 
-    part.register_forward_pre_hook(before)
-    part.register_forward_hook(after)
+    part.register_forward_pre_hook(gather_input)
+    part.register_forward_hook(scatter_output)
 
 
 def _split_embedding(embedding: Embedding, group: ProcessGroup) -> None:
-    """Let the table, of some of the vocabulary, give the vectors of some of the tokens."""
+    """Make the table of this rank's part of the vocabulary return the vectors of its part of the tokens.
 
-    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    Each rank looks up the ids of its part, zeros for the others; the sum over ranks is the embedding.
+    """
+
+    def localize_ids(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         rows = embedding.weight.shape[0]
         own = args[0] - group.rank() * rows
         return own.clamp(0, rows - 1), (own < 0) | (own >= rows)
 
-    def after(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        return scatter_sum(output, TOKENS, group)
+    def scatter_output(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        return reduce_scatter_with_grad(output, TOKENS, group)
 
-    embedding.register_forward_pre_hook(before)
-    embedding.register_forward_hook(after)
-
-
-def _own_noise(group: ProcessGroup, seeds: tuple[int, ...], positions: torch.Tensor, *options: Any) -> torch.Tensor:
-    """`normal_state` at this process's part of the positions."""
-    return normal_state(seeds, _own_tokens(group, positions), *options)
+    embedding.register_forward_pre_hook(localize_ids)
+    embedding.register_forward_hook(scatter_output)
 
 
-def _own_tokens(group: ProcessGroup, values: torch.Tensor) -> torch.Tensor:
-    """This process's part of the tokens of a tensor (..., sequence)."""
-    return values.chunk(group.size(), dim=-1)[group.rank()]
-
-
-class VocabularyShards:
-    """See `megatron_rdt.model.cross_entropy.Shards`."""
+class GroupVocabulary:
+    """The ranks of a group, each with an equal part of the vocabulary; see `VocabularyShards` in the model."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
-        self.place = group.rank()
+        self.rank = group.rank()
 
-    def gathered(self, x: torch.Tensor) -> torch.Tensor:
-        """(...) of each process -> (processes, ...)."""
-        return gathered(x[None], 0, self.group)
-
-
-def _split_cross_entropy(
-    group: ProcessGroup, features: torch.Tensor, matrix: torch.Tensor, targets: torch.Tensor, **options: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`cross_entropy` of all tokens from the features of some, with some rows of the output matrix."""
-    if options.get("weights") is not None:
-        options["weights"] = gather_for_same(options["weights"], TOKENS, group)
-    features = gather(features, TOKENS, group)
-    return cross_entropy(features, matrix, targets, shards=VocabularyShards(group), **options)
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the tensors (...) of all ranks, stacked to (ranks, ...)."""
+        return all_gather(x[None], 0, self.group)
 
 
-def _whole_token_sum(group: ProcessGroup, values: torch.Tensor) -> torch.Tensor:
-    """The sum over all tokens, of which this process has some."""
-    return whole_sum(values.sum(), group)
+class TensorSplitTokens(WholeTokens):
+    """Each rank of a group has an equal run of the tokens in its residual stream, and an equal part of the vocabulary."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+
+    def residual_part(self, values: torch.Tensor) -> torch.Tensor:
+        """Select this rank's run of the tokens from (..., local tokens)."""
+        return values.chunk(self.group.size(), dim=-1)[self.group.rank()]
+
+    def sum_over_tokens(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over the tokens of all ranks of the group."""
+        return sum_with_own_grad(values.sum(), self.group)
+
+    def cross_entropy(
+        self,
+        features: torch.Tensor,
+        matrix: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        weights: torch.Tensor | None = None,
+        softcap: float = 0.0,
+        z_weight: float = 0.0,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the sums over all tokens, whose features are gathered, with this rank's rows of the output matrix."""
+        if weights is not None:
+            weights = gather_for_same_work(weights, TOKENS, self.group)
+        features = gather_for_split_work(features, TOKENS, self.group)
+        shards = GroupVocabulary(self.group)
+        return cross_entropy(
+            features, matrix, targets, weights=weights, softcap=softcap, z_weight=z_weight, shards=shards
+        )

@@ -9,7 +9,7 @@ import torch
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.inference import ExitRule, ExitTrace, KVCache
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
-from megatron_rdt.model.halting.exit_rules import CRITERIA, Mixture
+from megatron_rdt.model.halting.exit_rules import CRITERIA, ActMixture
 
 CONFIG = ModelConfig(vocab_size=61, dim=32, heads=4, kv_heads=2, nope_dim=8, rope_dim=4, value_dim=8, kv_rank=12)
 MLA = {"attention": "mla"}
@@ -207,7 +207,7 @@ def test_stopped_tokens_are_not_computed(kind: str) -> None:
 def test_the_answer_of_act_is_the_weighted_state() -> None:
     model = make_model(halting="act")
     active = type("All", (), {"take": staticmethod(lambda x: x), "put": staticmethod(lambda _x, values: values)})()
-    mixture = Mixture(model.core.halting, 0.6)
+    mixture = ActMixture(model.core.halting, 0.6)
     states = torch.randn(6, 2, 3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     total = torch.zeros(2, 3, dtype=torch.float64)
     weights = torch.zeros(6, 2, 3, dtype=torch.float64)

@@ -95,7 +95,8 @@ def test_a_cache_keeps_to_the_depth_it_was_filled_at() -> None:
 @pytest.mark.parametrize("depth", [0, -1, 2.5, "x", None])
 def test_a_depth_without_a_meaning_is_refused(depth: object) -> None:
     model = initialize(RecurrentDepthTransformer(CONFIG), 1)
-    with pytest.raises(ValueError, match="whole number of iterations of at least 1"):
+    wrong = "neither of depth and loops" if depth is None else "whole number of iterations of at least 1"
+    with pytest.raises(ValueError, match=wrong):
         model(torch.tensor([[1, 2]]), depth)
     with pytest.raises(ConfigError, match="loops is"):
         generate(model, torch.tensor([[1, 2]]), depth, 2)  # type: ignore[arg-type]
@@ -257,8 +258,10 @@ class SharedByFormula(KVCache):
     def update(self, slot: int, start: int, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self._seen(slot, start, super().update(slot, start, *new))
 
-    def write(self, slot: int, rows: torch.Tensor, positions: torch.Tensor, end: int, *new: torch.Tensor) -> tuple:
-        super().write(slot, rows, positions, end, *new)
+    def update_rows(
+        self, slot: int, rows: torch.Tensor, positions: torch.Tensor, end: int, *new: torch.Tensor
+    ) -> tuple:
+        super().update_rows(slot, rows, positions, end, *new)
         own = tuple(each[..., :end, :] for each in self._buffers[slot])
         return tuple(each[rows] for each in self._seen(slot, self.start, own))
 

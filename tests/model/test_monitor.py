@@ -155,7 +155,7 @@ def test_the_jacobian_against_the_exact_one(options, dtype, small) -> None:
     exact = []
     for row in range(2):
         one = inputs.rows(slice(row, row + 1))
-        wide = LoopInputs(one.precomputed, one.context.in_dtype(dtype), one.total, one.token_values)
+        wide = LoopInputs(one.precomputed, one.context.in_dtype(dtype), one.loops, one.token_values)
 
         def iterate(h, wide=wide, row=row):
             return model.core.iterate(h, t[row : row + 1], wide)

@@ -131,13 +131,13 @@ def test_meta_build_and_values_by_name() -> None:
 def test_monitor_measures_the_last_iteration() -> None:
     monitor = CoreMonitor()
     state = torch.randn(2, 5, 8)
-    monitor.measure(state, state, torch.tensor(0.5))
+    monitor.measure_last(state, state, torch.tensor(0.5))
     assert float(monitor.state_residual) == 0  # a fixed point
     assert float(monitor.state_norm) == pytest.approx(float(state.square().mean(-1).sqrt().mean()), rel=1e-6)
     pairs = torch.nn.functional.cosine_similarity(state[:, :, None], state[:, None], dim=-1)
     off = ~torch.eye(5, dtype=torch.bool)
     assert float(monitor.token_correlation) == pytest.approx(float(pairs[:, off].mean()), abs=1e-5)
-    monitor.measure(torch.zeros_like(state), torch.ones_like(state), torch.tensor(0.5))
+    monitor.measure_last(torch.zeros_like(state), torch.ones_like(state), torch.tensor(0.5))
     assert float(monitor.state_residual) == pytest.approx(1)
     assert float(monitor.token_correlation) == pytest.approx(1)
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.attention.kernels import attend
 from megatron_rdt.model.attention.kv_cache import KeyValueCache
-from megatron_rdt.model.attention.masks import within_window
+from megatron_rdt.model.attention.masks import drop_keys_before_window
 from megatron_rdt.model.attention.mla import LatentAttention
 from megatron_rdt.model.attention.rope import rotate
 from megatron_rdt.model.forward_context import LayerContext
@@ -24,13 +24,13 @@ PLAIN_NORM_EPS = 2.0**-23  # float32's own, whatever `norm_eps` is, as in Parcae
 
 
 def has_value_embedding(config: ModelConfig, index: int) -> bool:
-    """Whether layer `index` of all adds an embedding of the token to its values: every second, the last included."""
+    """Return True if layer `index` of all adds value embeddings: with `gated`, every second one, the last included."""
     layers = config.prelude_layers + config.core_layers + config.coda_layers
     return config.value_embeddings == "gated" and index % 2 == (layers - 1) % 2
 
 
 class TokenValues(nn.Module):
-    """A table of values per token and the gate that admits them, 2 sigmoid(W x[:32]) per head (Parcae, nanochat)."""
+    """Value embeddings: a table of values per token, and per head a gate 2 sigmoid(W x[:32]) (Parcae, nanochat)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -39,11 +39,11 @@ class TokenValues(nn.Module):
         self.gate = Linear(min(VALUE_GATE_CHANNELS, config.dim), config.kv_heads)
 
     def look_up(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(batch, sequence) -> (batch, sequence, kv_heads * head_dim)."""
+        """Return the tokens' rows of the table, (batch, sequence) -> (batch, sequence, kv_heads * head_dim)."""
         return functional.embedding(tokens, self.weight)
 
     def forward(self, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """What to add to the values (batch, sequence, kv_heads * head_dim) of the layer's input x."""
+        """Gate the looked-up values by the layer's input x: (batch, sequence, kv_heads * head_dim)."""
         gate = 2 * torch.sigmoid(self.gate(x[..., : self.gate.weight.shape[1]]))
         return (gate.unsqueeze(-1) * values.to(x.dtype).unflatten(-1, (-1, self.head_dim))).flatten(-2)
 
@@ -83,36 +83,35 @@ class GroupedQueryAttention(nn.Module):
             x: normalised input in the compute dtype.
             context: rotary tables and mask.
             cache: keys and values of earlier positions, extended in place.
-            slot: which slot of the cache belongs to this (iteration, layer).
-            token_values: what `token_values.look_up` gave for the tokens, where the layer has it.
+            slot: cache slot of this (iteration, layer).
+            token_values: from `token_values.look_up` for the tokens, where the layer has value embeddings.
         """
         batch, sequence, _ = x.shape
-        query = self._rotated(self.query(x), self.query_bias, self.query_norm, context)
-        key = self._rotated(self.key(x), self.key_bias, self.key_norm, context)
+        query = self._rotate_heads(self.query(x), self.query_bias, self.query_norm, context)
+        key = self._rotate_heads(self.key(x), self.key_bias, self.key_norm, context)
         value = self.value(x)
         if self.token_values is not None:
             assert token_values is not None, "whoever calls the layer looks the token values up"
             value = value + self.token_values(x, token_values)
-        value = self._split(value)
+        value = self._split_heads(value)
         if cache is not None:
             key, value = cache.update(slot, context.start, key, value)
-        if context.share is not None:
-            key, value = context.share.gather(key, value)
-        mask, (key, value) = within_window(self.window, context.start, context.mask, key, value)
+        key, value = context.token_split.gather_keys(key, value)
+        mask, (key, value) = drop_keys_before_window(self.window, context.start, context.mask, key, value)
         attended = attend(query, key, value, mask)
         return self.output(attended.transpose(1, 2).reshape(batch, sequence, -1))
 
-    def _split(self, x: torch.Tensor) -> torch.Tensor:
+    def _split_heads(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, sequence, heads * head_dim) -> (batch, heads, sequence, head_dim)."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def _rotated(
+    def _rotate_heads(
         self, x: torch.Tensor, bias: torch.Tensor | None, norm: RMSNorm | None, context: LayerContext
     ) -> torch.Tensor:
-        """Queries or keys with bias, norm and position: (batch, heads, sequence, head_dim)."""
+        """Apply bias, norm and rotation to queries or keys; return (batch, heads, sequence, head_dim)."""
         if bias is not None:
             x = x + bias.to(x.dtype)
-        x = self._split(x)
+        x = self._split_heads(x)
         if norm is not None:
             x = norm(x).to(context.compute_dtype)
         elif self.plain_norm:

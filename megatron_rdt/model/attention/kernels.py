@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional
 
 from megatron_rdt.config import ModelConfig
-from megatron_rdt.model.attention.masks import SequenceShare, attention_mask
+from megatron_rdt.model.attention.masks import attention_mask
+from megatron_rdt.model.token_split import WHOLE_TOKENS, WholeTokens
 
 BLOCK = 128
 SMALLEST_HEAD = 16  # channels; FlexAttention's kernels take no fewer
@@ -22,30 +23,31 @@ class BlockwiseMask:
     """A causal mask with a window, documents, or both, in the blocks of FlexAttention.
 
     Args:
-        sequence: queries and keys.
+        sequence: number of queries, and of keys.
         window: as in `attention_mask`.
-        documents: (batch, sequence) document of each token, in any order, or None.
-        device: where the queries are.
+        documents: (batch, sequence) document number of each token, in any order, or None.
+        device: of the queries.
     """
 
     def __init__(self, sequence: int, window: int, documents: torch.Tensor | None, device: torch.device) -> None:
         from torch.nn.attention.flex_attention import BlockMask
 
         self.sequence, self.window, self.documents, self.device = sequence, window, documents, device
-        some, full = self._blocks()
+        some, full = self._classify_blocks()
+        # In blocks that are seen in full the kernel does not evaluate the rule for each element.
         self.block_mask = BlockMask.from_kv_blocks(
-            *_listed(some & ~full),
-            *_listed(full),
+            *_list_blocks(some & ~full),
+            *_list_blocks(full),
             BLOCK_SIZE=BLOCK,
-            mask_mod=self._visible(),
+            mask_mod=self._visibility_rule(),
             seq_lengths=(sequence, sequence),
         )
 
-    def _visible(self) -> Callable[..., torch.Tensor]:
-        """FlexAttention's `mask_mod`: whether query position q of sequence b sees key position k."""
+    def _visibility_rule(self) -> Callable[..., torch.Tensor]:
+        """Return FlexAttention's `mask_mod`: True if query position q of sequence b sees key position k."""
         window, documents = self.window, self.documents
 
-        def visible(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        def is_visible(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
             seen = k <= q
             if window:
                 seen = seen & (k > q - window)
@@ -53,15 +55,18 @@ class BlockwiseMask:
                 seen = seen & (documents[b, q] == documents[b, k])
             return seen
 
-        return visible
+        return is_visible
 
-    def _blocks(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Blocks with anything to see, and those to see in full, (batch or 1, 1, query blocks, key blocks) each.
+    def _classify_blocks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the blocks with anything visible and those visible in full, (batch or 1, 1, query blocks, key blocks).
 
-        The first may hold one with nothing to see where documents are out of order: it costs time, no exactness.
+        Computed from the first and last position of each block: (sequence, sequence) never exists. The first result may
+        include a block with nothing visible where documents are out of order: that costs time, not exactness.
         """
         first = torch.arange(0, self.sequence, BLOCK, device=self.device)
         last = (first + BLOCK).clamp_max(self.sequence) - 1
+        # Rows are query blocks, columns key blocks. A short last block does not count as full,
+        # as in PyTorch's create_block_mask.
         some = first <= last[:, None]
         full = (last < first[:, None]) & (last[:, None] - first[:, None] == BLOCK - 1)
         if self.window:
@@ -69,6 +74,8 @@ class BlockwiseMask:
             full = full & (first > last[:, None] - self.window)
         some, full = some[None, None], full[None, None]
         if self.documents is not None:
+            # Blocks may share a document where their ranges of numbers overlap, and are one document throughout where
+            # both hold a single number, the same.
             padding = len(first) * BLOCK - self.sequence
             blocks = functional.pad(self.documents[:, None].double(), (0, padding), mode="replicate")
             low, high = blocks.unflatten(-1, (-1, BLOCK)).aminmax(dim=-1)  # (batch, 1, blocks) each
@@ -79,18 +86,18 @@ class BlockwiseMask:
         return some, full
 
     def rows(self, rows: torch.Tensor | slice) -> "BlockwiseMask":
-        """The mask of some of the sequences."""
+        """Return the mask of some of the sequences; the same object where nothing changes."""
         if self.documents is None or (isinstance(rows, slice) and rows == slice(len(self.documents))):
             return self
         return BlockwiseMask(self.sequence, self.window, self.documents[rows], self.device)
 
 
 Mask = torch.Tensor | BlockwiseMask | None
-"""What a query may see: boolean, True where it may, broadcastable to (batch, heads, queries, keys); None is causal."""
+"""A boolean tensor, True where a query sees a key, broadcastable to (batch, heads, queries, keys); None is causal."""
 
 
-def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many are True in each row, and the indices of all with those first, as int32."""
+def _list_blocks(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the number of True blocks per row, and the indices of all blocks with the True ones first; int32."""
     indices = blocks.int().argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32), indices.int()
 
@@ -100,27 +107,28 @@ def model_mask(
     tokens: torch.Tensor,
     start: int,
     dtype: torch.dtype,
-    cached: bool,
+    has_cache: bool,
     documents: torch.Tensor | None,
     mask: torch.Tensor | None,
-    share: SequenceShare | None = None,
+    token_split: WholeTokens = WHOLE_TOKENS,
 ) -> Mask:
-    """The mask of a forward pass, in the form that is best where the tokens are.
+    """Return the mask of a forward pass, in the form that is fastest on the device of the tokens.
 
     Args:
         config: of the model.
-        tokens: (batch, sequence).
-        start: positions that a cache holds.
+        tokens: (batch, local tokens).
+        start: number of positions that the cache holds.
         dtype: of the queries.
-        cached: whether there is a cache.
-        documents: (batch, whole sequence) document of each token; a query sees its own only.
-        mask: what the caller gave, in place of the causal rule.
-        share: which of the whole sequence's positions the tokens are at; None means all.
+        has_cache: True if the pass has a cache.
+        documents: (batch, whole sequence) document number of each token; a query sees its own document only.
+        mask: given by the caller, replaces the causal rule.
+        token_split: the tokens that this rank has.
 
     Raises:
         ValueError: the documents have another shape, or there are earlier positions in a cache.
     """
-    length = tokens.shape[1] if share is None else share.length
+    is_split = token_split.sequence_shares > 1
+    length = tokens.shape[1] * token_split.sequence_shares
     if documents is not None:
         expected = (len(tokens), length)
         if documents.shape != expected:
@@ -129,11 +137,11 @@ def model_mask(
             raise ValueError("documents are for whole sequences; there is a cache with earlier positions")
     mla = config.attention == "mla"
     channels = min(config.nope_dim + config.rope_dim, config.value_dim) if mla else config.head_dim
-    blockwise = config.window or documents is not None
-    fits = tokens.is_cuda and dtype != torch.float64 and channels >= SMALLEST_HEAD
-    if blockwise and fits and mask is None and not cached and share is None:
-        return BlockwiseMask(tokens.shape[1], config.window, documents, tokens.device)
-    queries = None if share is None else share.positions
+    has_empty_blocks = config.window or documents is not None
+    has_kernel = tokens.is_cuda and dtype != torch.float64 and channels >= SMALLEST_HEAD
+    if has_empty_blocks and has_kernel and mask is None and not has_cache and not is_split:
+        return BlockwiseMask(length, config.window, documents, tokens.device)
+    queries = token_split.positions(start, tokens.shape[1], tokens.device) if is_split else None
     return attention_mask(length, start, config.window, documents, tokens.device, mask, queries)
 
 
@@ -149,30 +157,31 @@ def attend(
     Args:
         query: (batch, heads, queries, channels).
         key, value: (batch, kv_heads, keys, ...), kv_heads a divisor of heads.
-        mask: of `model_mask`; None is causal.
-        scale: of the scores; default one over the root of the queries' channels.
+        mask: from `model_mask`; None is causal.
+        scale: factor of the scores; default one over the root of the queries' channels.
     """
     group = query.shape[1] // key.shape[1]
     if isinstance(mask, BlockwiseMask):
         from torch.nn.attention.flex_attention import flex_attention
 
-        alone = query.is_cuda and not torch.compiler.is_compiling()  # a compiled layer compiles it with the rest
-        function = _compiled_flex_attention() if alone else flex_attention  # uncompiled it builds all scores
+        # Uncompiled, FlexAttention builds all scores. A compiled layer compiles it with the rest.
+        is_eager_gpu = query.is_cuda and not torch.compiler.is_compiling()
+        function = _compiled_flex_attention() if is_eager_gpu else flex_attention
         return function(query, key, value, block_mask=mask.block_mask, scale=scale, enable_gqa=group > 1)
-    last = query.shape[2] == 1  # a single query is the latest position: without a mask it sees every key
-    if group > 1 and query.shape[2] < key.shape[2] and (last or mask is not None):
-        return _grouped(query, key, value, mask, scale)
+    single = query.shape[2] == 1  # a single query is the latest position: without a mask it sees every key
+    if group > 1 and query.shape[2] < key.shape[2] and (single or mask is not None):
+        return _attend_by_group(query, key, value, mask, scale)
     return functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None and not last, scale=scale, enable_gqa=group > 1
+        query, key, value, attn_mask=mask, is_causal=mask is None and not single, scale=scale, enable_gqa=group > 1
     )
 
 
-def _grouped(
+def _attend_by_group(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float | None
 ) -> torch.Tensor:
-    """Few queries, many keys: heads that share keys are taken for further queries of one head.
+    """`attend` for few queries and many keys: the query heads of a group become further queries of one head.
 
-    SDPA would copy the keys for each of them. Arguments as of `attend`; None is no mask here.
+    SDPA would copy the keys once for each query head of the group. Here None means that all keys are seen.
     """
     group, queries = query.shape[1] // key.shape[1], query.shape[2]
     if mask is not None:
@@ -186,6 +195,7 @@ def _grouped(
 
 @functools.cache
 def _compiled_flex_attention() -> Any:
+    """Return FlexAttention compiled on its own, once per process."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention)

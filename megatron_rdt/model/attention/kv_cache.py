@@ -1,5 +1,6 @@
-"""KVCache: keys and values of earlier positions, one slot per (iteration, layer)."""
+"""The cache of keys and values of earlier positions, one slot per (iteration, layer), and the protocols it follows."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -11,14 +12,14 @@ class KeyValueCache(Protocol):
     """The part of a cache that attention uses: one slot per (iteration, layer)."""
 
     def update(self, slot: int, start: int, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Write tensors (batch, ..., new, channels) at positions `start` ... of `slot`; return the whole slot, oldest first."""
+        """Write tensors (batch, ..., new, channels) at positions `start` ... of `slot`; return all of it, oldest first."""
 
 
 class DepthCache(KeyValueCache, Protocol):
-    """The part of a cache that the model uses: it checks that a call continues where the cache ends.
+    """The part of a cache that the model uses: with it a call that does not continue the cached text is refused.
 
     Attributes:
-        budget: iterations that have slots of their own; 0 means all.
+        budget: number of iterations that have slots of their own; 0 means all.
     """
 
     budget: int
@@ -37,8 +38,8 @@ class KVCache:
 
     Args:
         budget: iterations of the core that keep slots of their own; 0 means all. With b, iteration t uses the slots of
-            t mod b, so of an earlier position it sees the latest iteration that is congruent (Huginn, arXiv:2502.05171,
-            section 6). Positions of one pass see each other exactly.
+            t mod b, so at an earlier position it sees the latest iteration that is congruent (Huginn, arXiv:2502.05171,
+            section 6). Positions of one forward pass see each other exactly.
 
     Raises:
         ValueError: the budget is negative.
@@ -52,30 +53,30 @@ class KVCache:
         self._length = 0
 
     def update(self, slot: int, start: int, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Write tensors (batch, heads, new, channels) at positions `start` ... of `slot`; all of it, oldest first."""
+        """Write tensors (batch, heads, new, channels) at positions `start` ... of `slot`; return all of it, oldest first."""
         end = start + new[0].shape[-2]
-        buffers = self._room(slot, start, end, new)
+        buffers = self._reserve(slot, start, end, new)
         for buffer, each in zip(buffers, new):
             buffer[..., start:end, :] = each
         return tuple(buffer[..., :end, :] for buffer in buffers)
 
-    def carry(self, source: int, target: int, start: int, end: int) -> None:
-        """Copy what slot `source` holds at positions `start` ... `end` - 1 to slot `target`."""
+    def copy_slot(self, source: int, target: int, start: int, end: int) -> None:
+        """Copy positions `start` ... `end` - 1 of slot `source` to slot `target`."""
         if source == target:
             return
         given = self._buffers[source]
-        for buffer, each in zip(self._room(target, start, end, given), given):
+        for buffer, each in zip(self._reserve(target, start, end, given), given):
             buffer[..., start:end, :] = each[..., start:end, :]
 
-    def write(
+    def update_rows(
         self, slot: int, rows: torch.Tensor, positions: torch.Tensor, end: int, *new: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """Write at some positions of some rows, of those before `end`; the first `end` positions of these rows.
+        """Write at some positions of some rows; return the first `end` positions of these rows.
 
         Args:
             slot: one that already holds something at every position before `end`.
             rows: (rows,), ascending.
-            positions: (rows, new) of each row; a position may stand twice, with the same value.
+            positions: (rows, new) positions in each row, before `end`; one may occur twice, with the same value.
             end: number of positions.
             new: tensors (rows, heads, new, channels).
         """
@@ -86,27 +87,28 @@ class KVCache:
             result.append(seen if len(rows) == len(buffer) else seen[rows])
         return tuple(result)
 
-    def keep(self, rows: torch.Tensor) -> None:
-        """Forget all sequences but `rows`, (rows,)."""
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        """Drop all sequences but `rows`, (rows,)."""
         for buffers in self._buffers.values():
             buffers[:] = [buffer[rows] for buffer in buffers]
 
-    def _room(self, slot: int, start: int, end: int, like: "tuple[torch.Tensor, ...] | list[torch.Tensor]") -> list:
-        """The buffers of a slot, with room for `end` positions."""
+    def _reserve(self, slot: int, start: int, end: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the buffers of a slot with capacity for `end` positions, the first `start` of them kept."""
         buffers = self._buffers.get(slot)
         if buffers is None or buffers[0].shape[-2] < end:
-            buffers = self._buffers[slot] = [_grown(each, start, end, old) for each, old in zip(like, buffers or like)]
+            old = like if buffers is None else buffers
+            buffers = self._buffers[slot] = [_grow_buffer(each, start, end, kept) for each, kept in zip(like, old)]
         self._length = max(self._length, end)
         return buffers
 
     @property
     def slots(self) -> int:
-        """Number of slots in use; with it the cache remembers the T at which it was filled."""
+        """Number of slots in use, from which the T that filled the cache follows."""
         return len(self._buffers)
 
     @property
     def length(self) -> int:
-        """Number of positions in the cache."""
+        """Number of positions held."""
         return self._length
 
     @property
@@ -115,8 +117,11 @@ class KVCache:
         return sum(b[..., :1, :].numel() for buffers in self._buffers.values() for b in buffers)
 
 
-def _grown(like: torch.Tensor, start: int, end: int, old: torch.Tensor) -> torch.Tensor:
-    """A buffer for at least `end` positions that holds the first `start` of `old`."""
+def _grow_buffer(like: torch.Tensor, start: int, end: int, old: torch.Tensor) -> torch.Tensor:
+    """Return a buffer for at least `end` positions that holds the first `start` of `old`.
+
+    Its capacity at least doubles, so appending n positions one by one copies O(n) of them.
+    """
     capacity = max(2 * start, -(-end // GROWTH) * GROWTH)
     buffer = like.new_empty(*like.shape[:-2], capacity, like.shape[-1])
     if start:

@@ -1,23 +1,8 @@
-"""Which positions a query sees."""
+"""Boolean attention masks: causal, with a sliding window, with documents, with padding."""
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-
-
-class SequenceShare(Protocol):
-    """The part of every sequence that this process has, where several share it out.
-
-    Attributes:
-        positions: (sequence,) those of its tokens, int64.
-        length: tokens of a whole sequence.
-    """
-
-    positions: torch.Tensor
-    length: int
-
-    def gather(self, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Tensors (batch, heads, sequence, channels) of this part -> those of the whole sequence, in order."""
 
 
 def attention_mask(
@@ -29,35 +14,49 @@ def attention_mask(
     mask: torch.Tensor | None = None,
     queries: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """Boolean mask, True where a query may look; None where that is all earlier positions and itself.
+    """Return a mask that is True where a query sees a key; None for the plain causal mask, which kernels have built in.
 
     Args:
-        sequence: queries, at positions start, start + 1, ...; keys are at positions 0 ... start + sequence - 1.
-        start: positions before the first query.
+        sequence: number of new positions: start, start + 1, ...; keys are at positions 0 ... start + sequence - 1.
+        start: number of positions before the first query.
         window: a query sees this many latest positions, itself included; 0 means all.
-        documents: (batch, keys) document of each token, where start is 0; a query sees its own only.
+        documents: (batch, keys) document number of each token, where start is 0; a query sees its own document only.
         device: of the result.
-        mask: in place of the causal rule, broadcastable to (batch, heads, sequence, keys).
-        queries: (queries,) positions of the queries, where those are but some of `sequence`.
+        mask: replaces the causal rule, broadcastable to (batch, heads, queries, keys).
+        queries: (queries,) positions of the queries, where this rank has only some of the `sequence`.
 
     Returns:
-        (sequence, keys), or (batch, 1, sequence, keys) where there are documents; with `mask`, what it broadcasts to.
+        (queries, keys), or (batch, 1, queries, keys) with documents; with `mask`, the shape that it broadcasts to.
     """
-    plain = mask is None and not window and documents is None and queries is None
-    if plain and (start == 0 or sequence == 1):
+    is_plain = mask is None and not window and documents is None and queries is None
+    if is_plain and (start == 0 or sequence == 1):  # a single query after the past sees every key
         return None
     keys = torch.arange(start + sequence, device=device)
-    places = keys[start:] if queries is None else queries
-    seen = keys <= places[:, None] if mask is None else mask
+    positions = keys[start:] if queries is None else queries
+    seen = keys <= positions[:, None] if mask is None else mask
     if window:
-        seen = seen & (keys > places[:, None] - window)
+        seen = seen & (keys > positions[:, None] - window)
     if documents is not None:
-        seen = seen & (documents[:, None, places - start, None] == documents[:, None, None, :])
+        seen = seen & (documents[:, None, positions - start, None] == documents[:, None, None, :])
     return seen
 
 
-def within_window(window: int, start: int, mask: Any, *keys: torch.Tensor) -> tuple[Any, tuple[torch.Tensor, ...]]:
-    """The mask and (batch, heads, keys, channels) tensors without the keys before the window of position `start`."""
+def drop_keys_before_window(
+    window: int, start: int, mask: Any, *keys: torch.Tensor
+) -> tuple[Any, tuple[torch.Tensor, ...]]:
+    """Cut off the keys that even the first query, at position `start`, no longer sees.
+
+    So a decoding step costs the window, not the whole past.
+
+    Args:
+        window: of the attention; 0 means none.
+        start: position of the first query.
+        mask: (..., keys), or None for causal.
+        keys: tensors (batch, heads, keys, channels).
+
+    Returns:
+        The mask and the tensors without those keys.
+    """
     first = start - window + 1
     if not window or first <= 0:
         return mask, keys
@@ -65,13 +64,13 @@ def within_window(window: int, start: int, mask: Any, *keys: torch.Tensor) -> tu
 
 
 def padded_mask(sequence: int, start: int, padding: torch.Tensor) -> torch.Tensor:
-    """Causal mask of rows whose first positions hold no token, (batch, 1, sequence, keys).
+    """Return the causal mask (batch, 1, sequence, keys) of rows whose first positions hold no token.
 
     Args:
-        sequence: queries, at positions start, start + 1, ..., counted with the padding.
-        start: positions before the first query.
-        padding: (batch,) positions without a token in front of each row. A query there sees itself, so that its
-            softmax is defined; nothing reads its result.
+        sequence: number of queries, at positions start, start + 1, ..., padding included.
+        start: number of positions before the first query.
+        padding: (batch,) number of positions without a token at the front of each row. A query there sees itself, so
+            that its softmax is defined; nothing reads its result.
     """
     keys = torch.arange(start + sequence, device=padding.device)
     queries = keys[start:, None]

@@ -16,7 +16,7 @@ from torch import nn
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.attention.kernels import Mask, attend
 from megatron_rdt.model.attention.kv_cache import KeyValueCache
-from megatron_rdt.model.attention.masks import within_window
+from megatron_rdt.model.attention.masks import drop_keys_before_window
 from megatron_rdt.model.attention.rope import rotate
 from megatron_rdt.model.forward_context import LayerContext
 from megatron_rdt.model.linear import Linear
@@ -26,7 +26,7 @@ from megatron_rdt.model.norm import RMSNorm
 class LatentAttention(nn.Module):
     """Attention over compressed keys and values with a decoupled rotary key."""
 
-    token_values = None  # the values come from the latent
+    token_values = None  # no value embeddings: the values come from the latent
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
@@ -63,35 +63,37 @@ class LatentAttention(nn.Module):
         rope = rotate(rope, *context.rotary, self.pairing)
         latent, key_rope = self.latent_down(x).unsqueeze(1).split((self.rank, self.rope), dim=-1)
         latent = self.latent_norm(latent).to(x.dtype)
-        keys = torch.cat((latent, rotate(key_rope, *context.rotary, self.pairing)), dim=-1)  # (batch, 1, sequence, ...)
+        # Latent and rotary key are one tensor (batch, 1, sequence, rank + rope): one entry in the cache, one gather.
+        keys = torch.cat((latent, rotate(key_rope, *context.rotary, self.pairing)), dim=-1)
         if cache is not None:
             (keys,) = cache.update(slot, context.start, keys)
-        if context.share is not None:
-            (keys,) = context.share.gather(keys)
-        mask, (keys,) = within_window(self.window, context.start, context.mask, keys)
-        attended = self._absorbed if self.absorbs(x.shape[1], keys.shape[2]) else self._expanded
-        return self.output(attended(nope, rope, keys, mask).transpose(1, 2).flatten(-2))
+        (keys,) = context.token_split.gather_keys(keys)
+        mask, (keys,) = drop_keys_before_window(self.window, context.start, context.mask, keys)
+        attend_to = self._attend_absorbed if self.absorbs(x.shape[1], keys.shape[2]) else self._attend_expanded
+        return self.output(attend_to(nope, rope, keys, mask).transpose(1, 2).flatten(-2))
 
     def absorbs(self, queries: int, keys: int) -> bool:
-        """Whether the scores of latents, which are wider, cost less than expanding the positions before the queries."""
+        """Return True if attending to the latents, which are wider, costs less than expanding the cached positions."""
         spared = (keys - queries) * self.rank * (self.nope + self.value)
         added = queries * keys * (2 * self.rank - self.nope - self.value)
         return keys > queries and added <= spared
 
-    def _expanded(self, nope: torch.Tensor, rope: torch.Tensor, keys: torch.Tensor, mask: Mask) -> torch.Tensor:
-        """Values attended to, (batch, heads, sequence, value_dim), with keys and values of every head."""
+    def _attend_expanded(self, nope: torch.Tensor, rope: torch.Tensor, keys: torch.Tensor, mask: Mask) -> torch.Tensor:
+        """Attend with the keys and values of every head: (batch, heads, sequence, value_dim)."""
         latent, key_rope = keys.split((self.rank, self.rope), dim=-1)
         up = self.latent_up(latent.squeeze(1)).unflatten(-1, (-1, self.nope + self.value)).transpose(1, 2)
         key_nope, value = up.split((self.nope, self.value), dim=-1)
         key = torch.cat((key_nope, key_rope.expand(-1, key_nope.shape[1], -1, -1)), dim=-1)
         return attend(torch.cat((nope, rope), dim=-1), key, value, mask)
 
-    def _absorbed(self, nope: torch.Tensor, rope: torch.Tensor, keys: torch.Tensor, mask: Mask) -> torch.Tensor:
-        """The same from the latents alone: their dot products with queries that W_uk was absorbed into."""
-        up = self.latent_up.weight.to(nope.dtype).unflatten(
-            0, (-1, self.nope + self.value)
-        )  # (heads, nope + value, rank)
-        key_up, value_up = up.split((self.nope, self.value), dim=1)
+    def _attend_absorbed(self, nope: torch.Tensor, rope: torch.Tensor, keys: torch.Tensor, mask: Mask) -> torch.Tensor:
+        """Attend to the latents themselves: (batch, heads, sequence, value_dim), equal to `_attend_expanded`.
+
+        q . (W_uk latent) = (W_uk^T q) . latent, and the sum of W_uv latent is W_uv times the sum: the same products in
+        another order.
+        """
+        up = self.latent_up.weight.to(nope.dtype).unflatten(0, (-1, self.nope + self.value))
+        key_up, value_up = up.split((self.nope, self.value), dim=1)  # (heads, nope or value, rank)
         query = torch.cat((nope @ key_up, rope), dim=-1)  # (batch, heads, sequence, rank + rope)
         scale = (self.nope + self.rope) ** -0.5
         return attend(query, keys, keys[..., : self.rank], mask, scale) @ value_up.transpose(1, 2)

@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864).
 
-Angles are computed from positions at every forward pass: no table, so no maximum length, and nothing that a
-meta-device load could leave uninitialised.
+Angles are computed from positions at every forward pass: there is no table, so no maximum length, and no buffer that a
+load from the meta device could leave uninitialised.
 """
 
 import torch
@@ -10,7 +10,7 @@ import torch
 def rotary_tables(
     positions: torch.Tensor, head_dim: int, base: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines for `positions`.
+    """Return the cosines and sines of every position's angles.
 
     Args:
         positions: (sequence,) or (batch, sequence), integers.
@@ -28,15 +28,17 @@ def rotary_tables(
     return angles.cos().to(dtype).unsqueeze(-3), angles.sin().to(dtype).unsqueeze(-3)
 
 
-def _as_complex(x: torch.Tensor, table: torch.Tensor) -> bool:
-    """Whether complex numbers are for this: an eager CPU has a fast product of them; a compiler has none to generate,
-    and bfloat16 and sharded tensors do not know them."""
+def _supports_complex_product(x: torch.Tensor, table: torch.Tensor) -> bool:
+    """Return True if `x` can be rotated as complex numbers, which is faster where it works.
+
+    It does on an eager CPU. A compiler generates no code for complex numbers; bfloat16 and sharded tensors have none.
+    """
     wide = x.dtype in (torch.float32, torch.float64) and x.dtype == table.dtype
     return wide and x.device.type == "cpu" and type(x) is torch.Tensor and not torch.compiler.is_compiling()
 
 
 def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, pairing: str = "half") -> torch.Tensor:
-    """Rotate (batch, heads, sequence, head_dim) by the angles of its positions.
+    """Rotate the channel pairs of (batch, heads, sequence, head_dim) by the angles of their positions.
 
     Channel i pairs with i + head_dim / 2 ("half"), or channel 2i with 2i + 1 ("adjacent").
     """
@@ -44,10 +46,11 @@ def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, pairing:
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
     pairs = x.unflatten(-1, (-1, 2))
-    if _as_complex(x, cosines):  # neighbours are a complex number, and one product rotates them
+    if _supports_complex_product(x, cosines):  # an adjacent pair is one complex number; one product rotates it
+        # Viewing as complex needs unit stride within pairs and even strides and offset; other layouts are copied.
         strides = (*pairs.stride()[:-1], x.storage_offset())
-        whole = pairs.stride(-1) == 1 and all(stride % 2 == 0 for stride in strides)
-        numbers = torch.view_as_complex(pairs if whole else pairs.contiguous())
+        is_viewable = pairs.stride(-1) == 1 and all(stride % 2 == 0 for stride in strides)
+        numbers = torch.view_as_complex(pairs if is_viewable else pairs.contiguous())
         return torch.view_as_real(numbers * torch.complex(cosines, sines)).flatten(-2)
     first, second = pairs.unbind(-1)
     return torch.stack((first * cosines - second * sines, second * cosines + first * sines), dim=-1).flatten(-2)

@@ -1,4 +1,4 @@
-"""The tokens of a pass that still iterate, gathered so that nothing is computed for the others."""
+"""The tokens of a forward pass that still iterate, gathered so that nothing is computed for the others."""
 
 import torch
 
@@ -7,59 +7,70 @@ from megatron_rdt.model.forward_context import LayerContext
 
 
 class ActiveTokens:
-    """Places of the active tokens of a pass over (batch, sequence).
+    """Indices of the active tokens of a pass over (batch, sequence), as a smaller rectangle (rows, columns).
 
-    Each row with an active token has as many places as the row with the most; the places beyond its own tokens name
-    its last active token again, so what is computed and written for them is what is written for that token.
+    The rectangle is as wide as the row with the most active tokens. Shorter rows are filled by repeating their last
+    active token, so what is computed and written there is what is written for that token anyway.
 
     Args:
         running: (batch, sequence), True for an active token; at least one is.
 
     Attributes:
         size: number of active tokens.
-        whole: whether that is all; then `take` copies nothing, and there is no need of what follows.
-        rows: (rows,) the rows with an active token, ascending.
-        columns: (rows, places) indices into the sequence.
+        is_all: True if every token is active; then nothing is gathered and `rows` and `columns` do not exist.
+        rows: (rows,) rows of the batch with an active token, ascending.
+        columns: (rows, columns) indices of their active tokens in the sequence.
     """
 
     def __init__(self, running: torch.Tensor) -> None:
         counts = running.sum(1)
         self.size = int(counts.sum())
-        self.whole = self.size == running.numel()
-        if self.whole:
+        self.is_all = self.size == running.numel()
+        if self.is_all:
             return
         self.rows = counts.nonzero()[:, 0]
         counts = counts[self.rows]
         most = int(counts.max())
-        first = running[self.rows].int().argsort(dim=1, descending=True, stable=True)[:, :most]
-        place = torch.arange(most, device=running.device).minimum(counts[:, None] - 1)
-        self.columns = first.gather(1, place)
+        # A stable sort of the booleans lists the indices of True first, in order of the sequence.
+        active_first = running[self.rows].int().argsort(dim=1, descending=True, stable=True)[:, :most]
+        repeat_last = torch.arange(most, device=running.device).minimum(counts[:, None] - 1)
+        self.columns = active_first.gather(1, repeat_last)
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
-        """(batch, sequence, ...) -> (rows, places, ...)."""
-        return x if self.whole else x[self.rows[:, None], self.columns]
+        """Gather the active tokens, (batch, sequence, ...) -> (rows, columns, ...)."""
+        return x if self.is_all else x[self.rows[:, None], self.columns]
 
     def put(self, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """x (batch, sequence, ...) with the values (rows, places, ...) in it; x itself may be changed."""
-        if self.whole:
+        """Return x (batch, sequence, ...) with the active tokens' values (rows, columns, ...); x may be overwritten."""
+        if self.is_all:
             return values
         x[self.rows[:, None], self.columns] = values
         return x
 
     def context(self, context: LayerContext) -> LayerContext:
-        """The context of these tokens, with a mask of their own, (rows, heads or 1, places, keys)."""
-        if self.whole:
+        """Return the context of the active tokens, with a mask of their own, (rows, heads or 1, columns, keys)."""
+        if self.is_all:
             return context
         tokens, mask = context.tokens, context.mask
         if mask is None:
+            # The kernels' causal mode needs consecutive queries; with gaps the mask has to be spelt out.
             shape = tokens.shape[1], context.start + tokens.shape[1]
             mask = torch.ones(shape, dtype=torch.bool, device=tokens.device).tril(context.start)
         assert isinstance(mask, torch.Tensor), "a pass with a cache has no blockwise mask"
-        rotary = tuple(self._by_token(table) for table in context.rotary)
-        return LayerContext(rotary, self._by_token(mask), context.compute_dtype, self.take(tokens), context.start)  # type: ignore[arg-type]
+        rotary = tuple(self._select_queries(table) for table in context.rotary)
+        return LayerContext(
+            rotary,  # type: ignore[arg-type]
+            self._select_queries(mask),
+            context.compute_dtype,
+            self.take(tokens),
+            context.start,
+        )
 
-    def _by_token(self, table: torch.Tensor) -> torch.Tensor:
-        """(..., sequence, channels), with dimensions for rows and heads or without -> (rows, heads, places, channels)."""
+    def _select_queries(self, table: torch.Tensor) -> torch.Tensor:
+        """Select the active tokens of a table: (batch or 1, heads or 1, sequence, ...) -> (rows, heads, columns, ...).
+
+        The two leading dimensions may be missing.
+        """
         table = table[(None,) * (4 - table.dim())].transpose(1, 2)
         if table.shape[0] == 1:
             return table[0][self.columns].transpose(1, 2)
@@ -67,14 +78,14 @@ class ActiveTokens:
 
 
 class ActiveCache:
-    """A cache as the layers see it in an iteration that runs for some tokens only.
+    """The cache that layers see in an iteration that runs for the active tokens only.
 
-    What the others had in the previous iteration is carried into the slots of this one, so every slot is defined at
-    every position.
+    For the stopped tokens, the keys and values of the previous iteration are copied into this iteration's slots, so every
+    slot is defined at every position.
 
     Args:
         cache: of all tokens.
-        active: those that run.
+        active: the tokens that run.
         start: first position of the pass.
         end: number of positions, those of the pass included.
         back: distance from a slot to that of the same layer in the previous iteration.
@@ -85,6 +96,6 @@ class ActiveCache:
         self.positions = start + active.columns
 
     def update(self, slot: int, start: int, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Write tensors (rows, heads, places, channels) of the active tokens; all positions of their rows."""
-        self.cache.carry(slot - self.back, slot, self.start, self.end)
-        return self.cache.write(slot, self.active.rows, self.positions, self.end, *new)
+        """Write tensors (rows, heads, columns, channels) of the active tokens; return all positions of their rows."""
+        self.cache.copy_slot(slot - self.back, slot, self.start, self.end)
+        return self.cache.update_rows(slot, self.active.rows, self.positions, self.end, *new)

@@ -1,10 +1,10 @@
 """The core's loop at inference with an exit rule: a token that meets the rule is computed no further.
 
-A token that exits after iteration tau keeps its state. Other tokens see its keys and values of iteration tau in every
-later one: they are carried into the later slots, so the cache is dense up to T and the next pass, whatever its tokens
-need, finds them there. What a token does depends on the tokens before it alone, so a pass over the whole text and
-passes over its parts give the same. Rules that look at predictions run the coda after every iteration, with slots
-of its own per iteration that are carried in the same way.
+A token that exits after iteration tau keeps its state. In every later iteration other tokens see its keys and values of
+iteration tau: they are copied into the later slots, so the cache is complete up to T, and the next forward pass finds
+them there whatever its tokens need. What a token does depends only on the tokens before it, so a pass over the whole
+text and passes over its parts give the same. Rules that look at predictions run the coda after every iteration, with
+slots of its own per iteration, which are copied in the same way.
 """
 
 from collections.abc import Callable
@@ -15,22 +15,23 @@ from megatron_rdt.model.attention.kv_cache import KeyValueCache, KVCache
 from megatron_rdt.model.core import RecurrentCore
 from megatron_rdt.model.forward_context import LayerContext, LoopInputs
 from megatron_rdt.model.halting.active_tokens import ActiveCache, ActiveTokens
-from megatron_rdt.model.halting.exit_rules import CRITERIA, ExitRule, ExitTrace, Iteration, Mixture
+from megatron_rdt.model.halting.exit_rules import CRITERIA, ActMixture, ExitRule, ExitTrace, IterationResult
 
 Predict = Callable[[torch.Tensor, LayerContext, KeyValueCache, int], torch.Tensor]
-"""Coda and output matrix: logits (rows, places, vocab_size) from the coda's input, context, cache and first slot."""
+"""Coda and output matrix: logits (rows, columns, vocab_size) from the coda's input, context, cache and first slot."""
 
 
 class AdaptiveLoop:
-    """Runs the iterations of one pass, in place of the core's own loop.
+    """Runs the iterations of one forward pass, in place of the core's own loop.
 
     Args:
-        rule: decides who goes on.
+        rule: decides which tokens stop.
         loops: T, the most iterations.
-        cache: filled by the pass.
+        cache: extended by the pass.
         predict: coda and output matrix of the model.
-        coda_layers: slots that the coda takes.
-        padding: (batch, sequence), True where there is no token; computed once, so that the cache is defined there.
+        coda_layers: number of slots that the coda takes.
+        padding: (batch, sequence), True where there is no token; such positions run one iteration, which defines the
+            cache there.
         trace: receives the iterations of each token.
     """
 
@@ -52,79 +53,82 @@ class AdaptiveLoop:
     def run(
         self, core: RecurrentCore, state: torch.Tensor, inputs: LoopInputs, first_slot: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Iterate from the opened state (batch, sequence, ...).
+        """Iterate from the expanded initial state (batch, sequence, ...).
 
         Returns:
-            What the coda reads of each token's last iteration, (batch, sequence, dim), and, where the rule predicts,
-            {"logits": its predictions}.
+            The coda's input from each token's last iteration, (batch, sequence, dim), and, where the rule looks at
+            predictions, {"logits": those of each token's last iteration}.
         """
         tokens = inputs.context.tokens
         running = torch.ones_like(tokens, dtype=torch.bool)
         end = inputs.context.start + tokens.shape[1]
         criterion = CRITERIA[self.rule.kind](self.rule, core.halting)
-        mixture, close = self._mixture(core), core.injection.collapse
+        mixture, collapse = self._make_mixture(core), core.injection.collapse
         used, hits = torch.zeros_like(tokens), torch.zeros_like(tokens)
+        # Names in the singular (after, answer, new) are of the active tokens in this iteration; the tensors of all tokens
+        # (state, answers, logits, used, hits) receive them with `put` and keep the last value of a token that stopped.
         active, part = ActiveTokens(running), inputs
         answers = logits = halted = new = None
         for t in range(self.loops):
-            slot, back = self._slot(core, first_slot, t), self._slot(core, first_slot, t - 1)
+            slot, previous_slot = self._slot(core, first_slot, t), self._slot(core, first_slot, t - 1)
             cache: KeyValueCache = self.cache
-            if not active.whole:
-                cache = ActiveCache(self.cache, active, inputs.context.start, end, slot - back)
+            if not active.is_all:
+                cache = ActiveCache(self.cache, active, inputs.context.start, end, slot - previous_slot)
             before = active.take(state)
             after = core.iterate(before, torch.full((len(before),), t, device=state.device), part, cache, slot)
             state = active.put(state, after)
-            reached = answer = close(after)
+            reached = answer = collapse(after)
             if mixture is not None:
+                # A model with ACT is trained to predict from the mixture of its states, not from the last one.
                 answer, halted = mixture.update(active, reached)
             if self.rule.predicts:
-                new = self.predict(core.finish(answer), part.context, cache, slot + len(core.layers))
+                new = self.predict(core.coda_input(answer), part.context, cache, slot + len(core.layers))
                 logits = new if logits is None else active.put(logits, new)
             answers = answer if answers is None else active.put(answers, answer)
             used = active.put(used, used.new_full(after.shape[:2], t + 1))
-            holds = criterion.holds(Iteration(active, close(before), reached, new, halted))
-            if holds is not None and self.rule.hits == 1:
-                running = active.put(running, ~holds)
-            elif holds is not None:
-                counted = torch.where(holds, active.take(hits) + 1, 0)
-                hits = active.put(hits, counted)
-                running = active.put(running, counted < self.rule.hits)
+            meets_rule = criterion.is_met(IterationResult(active, collapse(before), reached, new, halted))
+            if meets_rule is not None and self.rule.hits == 1:
+                running = active.put(running, ~meets_rule)
+            elif meets_rule is not None:
+                in_a_row = torch.where(meets_rule, active.take(hits) + 1, 0)
+                hits = active.put(hits, in_a_row)
+                running = active.put(running, in_a_row < self.rule.hits)
             if t == 0 and self.padding is not None:
                 running = running & ~self.padding
-            left = int(running.sum())
+            left = int(running.sum())  # the one wait for the device in an iteration
             if left == 0:
                 break
             if left < active.size:
                 active = ActiveTokens(running)
-                part = gathered(inputs, active)
-        self._carry_on(core, first_slot, t, inputs.context.start, end)
+                part = gather_inputs(inputs, active)
+        self._fill_later_slots(core, first_slot, t, inputs.context.start, end)
         if self.trace is not None:
             self.trace.iterations = used if self.padding is None else used.masked_fill(self.padding, 0)
         assert answers is not None
-        return core.finish(answers), {} if logits is None else {"logits": logits}
+        return core.coda_input(answers), {} if logits is None else {"logits": logits}
 
     def _slot(self, core: RecurrentCore, first_slot: int, t: int) -> int:
-        """First slot of iteration t."""
+        """Return the first slot of iteration t."""
         return first_slot + t % (self.cache.budget or self.loops) * (len(core.layers) + self.coda_slots)
 
-    def _mixture(self, core: RecurrentCore) -> Mixture | None:
-        """What the coda reads of a model with ACT; the rule act brings a threshold of its own."""
+    def _make_mixture(self, core: RecurrentCore) -> ActMixture | None:
+        """Return the mixture of states that a model with ACT predicts from; the rule `act` brings its own threshold."""
         if core.halting is None or core.config.halting != "act":
             return None
-        own = self.rule.kind == "act"
-        return Mixture(core.halting, self.rule.threshold if own else core.config.halting_threshold)
+        is_act = self.rule.kind == "act"
+        return ActMixture(core.halting, self.rule.threshold if is_act else core.config.halting_threshold)
 
-    def _carry_on(self, core: RecurrentCore, first_slot: int, last: int, start: int, end: int) -> None:
-        """Give the iterations after the last one the keys and values of that one."""
+    def _fill_later_slots(self, core: RecurrentCore, first_slot: int, last: int, start: int, end: int) -> None:
+        """Copy the keys and values of the last iteration run into the slots of those that were skipped."""
         source = self._slot(core, first_slot, last)
         for t in range(last + 1, min(self.loops, last + (self.cache.budget or self.loops))):
             target = self._slot(core, first_slot, t)
             for i in range(len(core.layers) + self.coda_slots):
-                self.cache.carry(source + i, target + i, start, end)
+                self.cache.copy_slot(source + i, target + i, start, end)
 
 
-def gathered(inputs: LoopInputs, active: ActiveTokens) -> LoopInputs:
-    """The inputs of the active tokens."""
+def gather_inputs(inputs: LoopInputs, active: ActiveTokens) -> LoopInputs:
+    """Return the loop's inputs of the active tokens."""
     values = [None if value is None else active.take(value) for value in inputs.token_values]
-    total = inputs.total[active.rows]
-    return LoopInputs(active.take(inputs.precomputed), active.context(inputs.context), total, values)
+    loops = inputs.loops[active.rows]
+    return LoopInputs(active.take(inputs.precomputed), active.context(inputs.context), loops, values)

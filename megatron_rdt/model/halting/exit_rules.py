@@ -1,6 +1,6 @@
 """Exit rules: when a token stops iterating, decided per token at inference.
 
-With h_t the state after iteration t, p_t the prediction that the coda makes of it, H its entropy and E the threshold:
+With h_t the state after iteration t, p_t the coda's prediction from it, H the entropy of p_t and E the threshold:
 
     fixed              never before T
     change             |h_t - h_(t-1)| < E |h_t|
@@ -22,14 +22,14 @@ from megatron_rdt.model.halting.trained import HaltingUnit
 
 @dataclass(frozen=True)
 class ExitRule:
-    """When a token stops iterating.
+    """An exit rule with its thresholds.
 
     Attributes:
         kind: one of the names above.
         threshold: E. No unit for change and second_difference, nats for kl and kl_entropy, a probability for act and
             gate; act takes at most 1.
-        entropy: kl_entropy: E', in nats.
-        hits: iterations in a row for which the rule must hold.
+        entropy: E' of kl_entropy, in nats.
+        hits: iterations in a row in which the rule must be met.
     """
 
     kind: str = "fixed"
@@ -48,33 +48,34 @@ class ExitRule:
 
     @property
     def predicts(self) -> bool:
-        """Whether the coda runs after every iteration."""
+        """True if the rule looks at predictions, so that the coda runs after every iteration."""
         return self.kind in ("kl", "kl_entropy")
 
 
 class ExitTrace:
-    """Receives what an exit rule did in a pass.
+    """Receives the number of iterations that each token ran in a forward pass.
 
     Attributes:
-        iterations: (batch, sequence) iterations that each token ran, int64; 0 for padding. None until a pass ended.
+        iterations: (batch, sequence), int64; 0 for padding. None until a pass ended.
     """
 
     def __init__(self) -> None:
         self.iterations: torch.Tensor | None = None
 
     def fill(self, loops: tuple[int, ...], tokens: torch.Tensor, is_padding: torch.Tensor | None) -> None:
-        """Every token (batch, sequence) of a row ran as many iterations as `loops` says; those in `is_padding` are none."""
+        """Record that every token (batch, sequence) of row i ran loops[i] iterations, and padding none."""
         iterations = torch.tensor(loops, device=tokens.device)[:, None].expand(tokens.shape)
         self.iterations = iterations if is_padding is None else iterations.masked_fill(is_padding, 0)
 
 
 @dataclass
-class Iteration:
-    """What a criterion sees of an iteration, each for the active tokens, (rows, places, ...).
+class IterationResult:
+    """The outcome of an iteration for the active tokens, (rows, columns, ...) each, that a criterion judges.
 
     Attributes:
-        previous, state: before and after it, as the coda would see them.
-        logits: its predictions, None where no rule needs them.
+        active: indices of these tokens.
+        previous, state: collapsed states before and after the iteration.
+        logits: predictions from the state, None where the rule does not need them.
         halted: sum of ACT's halting probabilities, None without ACT.
     """
 
@@ -86,7 +87,9 @@ class Iteration:
 
 
 class Criterion:
-    """Decides after every iteration which of the active tokens meet the rule. One object serves one pass.
+    """Decides after every iteration which of the active tokens meet the rule. One object serves one forward pass.
+
+    Values of earlier iterations are kept for all tokens and taken for those that are still active.
 
     Args:
         rule: with the thresholds.
@@ -96,42 +99,42 @@ class Criterion:
     def __init__(self, rule: ExitRule, unit: HaltingUnit | None) -> None:
         self.rule, self.unit = rule, unit
 
-    def holds(self, seen: Iteration) -> torch.Tensor | None:
-        """(rows, places) booleans; None for none."""
+    def is_met(self, seen: IterationResult) -> torch.Tensor | None:
+        """Return (rows, columns) booleans, True for tokens that meet the rule; None if none can."""
         raise NotImplementedError
 
 
-class Change(Criterion):
-    """The state moves little."""
+class ChangeCriterion(Criterion):
+    """The state changes little."""
 
-    def holds(self, seen: Iteration) -> torch.Tensor:
-        """|h_t - h_(t-1)| < E |h_t|."""
+    def is_met(self, seen: IterationResult) -> torch.Tensor:
+        """Return |h_t - h_(t-1)| < E |h_t|."""
         return _norm(seen.state - seen.previous) < self.rule.threshold * _norm(seen.state)
 
 
-class SecondDifference(Criterion):
-    """The steps of the state are alike."""
+class SecondDifferenceCriterion(Criterion):
+    """The change of the state changes little."""
 
-    steps: torch.Tensor | None = None
+    changes: torch.Tensor | None = None
 
-    def holds(self, seen: Iteration) -> torch.Tensor | None:
-        """|h_t - 2 h_(t-1) + h_(t-2)| < E |h_t|, from the second iteration on."""
-        step = seen.state - seen.previous
-        if self.steps is None:
-            self.steps = step
+    def is_met(self, seen: IterationResult) -> torch.Tensor | None:
+        """Return |h_t - 2 h_(t-1) + h_(t-2)| < E |h_t|, from the second iteration on."""
+        change = seen.state - seen.previous
+        if self.changes is None:
+            self.changes = change
             return None
-        bend = _norm(step - seen.active.take(self.steps))
-        self.steps = seen.active.put(self.steps, step)
-        return bend < self.rule.threshold * _norm(seen.state)
+        difference = _norm(change - seen.active.take(self.changes))
+        self.changes = seen.active.put(self.changes, change)
+        return difference < self.rule.threshold * _norm(seen.state)
 
 
-class Divergence(Criterion):
-    """The prediction changes little, and, where a limit is given, is certain."""
+class DivergenceCriterion(Criterion):
+    """The prediction changes little and, for kl_entropy, has a low entropy."""
 
     before: torch.Tensor | None = None
 
-    def holds(self, seen: Iteration) -> torch.Tensor | None:
-        """KL(p_t || p_(t-1)) < E, from the second iteration on; with kl_entropy also H(p_t) < E'."""
+    def is_met(self, seen: IterationResult) -> torch.Tensor | None:
+        """Return KL(p_t || p_(t-1)) < E, from the second iteration on; with kl_entropy also H(p_t) < E'."""
         assert seen.logits is not None, "the loop predicts for this rule"
         wide = torch.promote_types(seen.logits.dtype, torch.float32)
         new = seen.logits.log_softmax(-1, dtype=wide)
@@ -141,29 +144,29 @@ class Divergence(Criterion):
         old = seen.active.take(self.before)
         self.before = seen.active.put(self.before, new)
         probabilities = new.exp()
-        small = (probabilities * (new - old)).sum(-1) < self.rule.threshold
+        is_small = (probabilities * (new - old)).sum(-1) < self.rule.threshold
         if self.rule.kind == "kl_entropy":
-            small = small & (-(probabilities * new).sum(-1) < self.rule.entropy)
-        return small
+            is_small = is_small & (-(probabilities * new).sum(-1) < self.rule.entropy)
+        return is_small
 
 
-class Halted(Criterion):
-    """ACT has used up the probability."""
+class ActCriterion(Criterion):
+    """ACT's halting probabilities add up to the threshold."""
 
-    def holds(self, seen: Iteration) -> torch.Tensor:
-        """Sum of the halting probabilities >= E."""
+    def is_met(self, seen: IterationResult) -> torch.Tensor:
+        """Return sum of the halting probabilities >= E."""
         if seen.halted is None:
             raise ValueError("the exit rule act is for models with model.halting: act; choose another")
         return seen.halted >= self.rule.threshold
 
 
-class Gated(Criterion):
-    """The exit gate has let the token out with enough probability."""
+class GateCriterion(Criterion):
+    """The exit gate's probability of having exited by now reaches the threshold."""
 
     left: torch.Tensor | None = None
 
-    def holds(self, seen: Iteration) -> torch.Tensor:
-        """1 - product of (1 - g_t) >= E."""
+    def is_met(self, seen: IterationResult) -> torch.Tensor:
+        """Return 1 - product of (1 - g_t) >= E."""
         if self.unit is None or seen.halted is not None:
             raise ValueError("the exit rule gate is for models with model.halting: gate; choose another")
         stay = 1 - self.unit(seen.state)
@@ -174,12 +177,12 @@ class Gated(Criterion):
         return 1 - left >= self.rule.threshold
 
 
-class Mixture:
-    """ACT's weighted state (Graves 2016): what the coda would read if a token stopped now.
+class ActMixture:
+    """ACT's weighted sum of states (Graves 2016), from which a token predicts when it stops.
 
     Args:
-        unit: gives the halting probabilities.
-        threshold: their sum at which a token's weights are complete.
+        unit: computes the halting probabilities.
+        threshold: sum of probabilities at which a token's weights are complete.
     """
 
     def __init__(self, unit: HaltingUnit, threshold: float) -> None:
@@ -188,32 +191,37 @@ class Mixture:
         self.halted: torch.Tensor | None = None
 
     def update(self, active: ActiveTokens, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Count the states of the active tokens, (rows, places, dim); their answers and sums of probabilities."""
+        """Add the states of the active tokens, (rows, columns, dim); return their answers and sums of probabilities.
+
+        The answer is the mixture if the token stopped now: this state takes all the weight that is left.
+        """
         probability = self.unit(state)
         if self.mixed is None or self.halted is None:
             self.mixed, self.halted = torch.zeros_like(state), torch.zeros_like(probability)
         mixed, halted = active.take(self.mixed), active.take(self.halted)
-        running = (halted < self.threshold) | (halted == 0)  # with a threshold of 0 too, the first state counts
-        left = torch.where(running, 1 - halted, 0.0)
+        # A token may run on after its weights are complete, where the rule is another than ACT: later states weigh 0.
+        is_open = (halted < self.threshold) | (halted == 0)  # even with a threshold of 0 the first state counts
+        left = torch.where(is_open, 1 - halted, 0.0)
         answer = mixed + left.unsqueeze(-1) * state
-        complete = halted + probability >= self.threshold
-        weight = torch.where(complete, left, torch.where(running, probability, 0.0))
-        halted = torch.where(running & complete, 1.0, halted + weight)
+        is_complete = halted + probability >= self.threshold
+        weight = torch.where(is_complete, left, torch.where(is_open, probability, 0.0))
+        halted = torch.where(is_open & is_complete, 1.0, halted + weight)
         self.mixed = active.put(self.mixed, mixed + weight.unsqueeze(-1) * state)
         self.halted = active.put(self.halted, halted)
         return answer, halted
 
 
 CRITERIA: dict[str, type[Criterion]] = {
-    "change": Change,
-    "second_difference": SecondDifference,
-    "kl": Divergence,
-    "kl_entropy": Divergence,
-    "act": Halted,
-    "gate": Gated,
+    "change": ChangeCriterion,
+    "second_difference": SecondDifferenceCriterion,
+    "kl": DivergenceCriterion,
+    "kl_entropy": DivergenceCriterion,
+    "act": ActCriterion,
+    "gate": GateCriterion,
 }
 """Exit rules by name; `fixed` needs none."""
 
 
 def _norm(x: torch.Tensor) -> torch.Tensor:
+    """Euclidean norm over the last dimension."""
     return torch.linalg.vector_norm(x, dim=-1)

@@ -1,8 +1,8 @@
-"""Trained halting: a unit that reads the state after each iteration and says how likely a token is to stop there.
+"""Trained halting: a unit that reads the state after each iteration and outputs each token's probability of stopping there.
 
 ACT (Graves 2016, arXiv:1603.08983) mixes the states of all iterations by their halting probabilities; the ponder cost,
 iterations plus remainder, is added to the loss. The exit gate (Ouro, arXiv:2510.25741) mixes the losses instead and
-rewards the entropy of the exit distribution, so that no depth is given up early.
+rewards the entropy of the exit distribution, so that no iteration is given up early in training.
 """
 
 from typing import ClassVar
@@ -16,7 +16,7 @@ from megatron_rdt.config import ModelConfig
 class HaltingUnit(nn.Module):
     """sigmoid(w h + b), in float32 or wider: (batch, sequence, dim) -> (batch, sequence)."""
 
-    # About one in twenty stops after the first iteration of an untrained model.
+    # About one token in twenty stops after the first iteration of an untrained model.
     INITIAL_VALUES: ClassVar[dict[str, float]] = {"weight": 0.0, "bias": -3.0}
 
     def __init__(self, config: ModelConfig) -> None:
@@ -25,7 +25,7 @@ class HaltingUnit(nn.Module):
         self.bias = nn.Parameter(torch.empty(1))
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:
-        """Halting probabilities."""
+        """Return the halting probabilities."""
         wide = torch.promote_types(state.dtype, torch.float32)
         return torch.sigmoid(state.to(wide) @ self.weight.to(wide) + self.bias.to(wide))
 
@@ -33,10 +33,10 @@ class HaltingUnit(nn.Module):
 class ActTracker:
     """The running sums of ACT over the iterations of one forward pass.
 
-    Weights sum to 1 for every token: what is left goes to the iteration in which the token stops, or to the last.
+    Weights sum to 1 for every token: the remainder goes to the iteration in which the token stops, or to the last one.
 
     Args:
-        unit: gives the probabilities.
+        unit: computes the probabilities.
         threshold: cumulative probability at which a token stops.
     """
 
@@ -47,30 +47,31 @@ class ActTracker:
         self.ponder: torch.Tensor | None = None
 
     def update(self, state: torch.Tensor, last: bool) -> None:
-        """Count the state after an iteration, (sequences, tokens, dim); sequences that joined are the last rows."""
+        """Add the state after an iteration, (sequences, tokens, dim); sequences that just joined are the last rows."""
         probability = self.unit(state)
-        cumulative = _joined(self.cumulative, probability)
-        output = _joined(self.output, state)
-        ponder = _joined(self.ponder, probability)
+        cumulative = _extend_sums(self.cumulative, probability)
+        output = _extend_sums(self.output, state)
+        ponder = _extend_sums(self.ponder, probability)
+        # All tokens are computed to the end in training; a token that has stopped only weighs 0 from then on.
         running = cumulative < self.threshold
         left = 1 - cumulative
         stops = (cumulative + probability >= self.threshold) | last
         weight = torch.where(stops, left, probability) * running
-        # N + R: one for every iteration that was run, and the remainder where it stops. The second term is there so
-        # that the unit has a gradient, if zero, also when there is but one iteration.
+        # N + R: 1 for every iteration that was run, and the remainder in the one where the token stops. Adding 0 times
+        # the probability gives the unit a gradient, if zero, also where there is only one iteration.
         self.ponder = ponder + running + torch.where(stops & running, left, 0.0) + 0 * probability
         self.output = output + weight.unsqueeze(-1) * state
         self.cumulative = torch.where(running, torch.where(stops, 1.0, cumulative + probability), cumulative)
 
     def result(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The mixed state, and {"ponder": (sequences, tokens)}."""
+        """Return the mixed state, and {"ponder": (sequences, tokens)}."""
         assert self.output is not None
         assert self.ponder is not None
         return self.output, {"ponder": self.ponder}
 
 
-def _joined(sums: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    """Running sums with zeros for the sequences of `like` that they do not have yet."""
+def _extend_sums(sums: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """Return running sums with as many rows as `like`: zeros for the sequences that have just joined."""
     if sums is None:
         return torch.zeros_like(like)
     if len(sums) == len(like):
@@ -81,7 +82,7 @@ def _joined(sums: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
 class GateTracker:
     """Keeps the state and the exit probability of every iteration of one forward pass; all sequences have one T.
 
-    p_t = g_t (1 - g_1) ... (1 - g_(t-1)), and what is left at the last iteration.
+    p_t = g_t (1 - g_1) ... (1 - g_(t-1)); the last iteration gets what is left, so the p_t sum to 1.
     """
 
     def __init__(self, unit: HaltingUnit) -> None:
@@ -91,25 +92,25 @@ class GateTracker:
         self._left: torch.Tensor | None = None
 
     def update(self, state: torch.Tensor, last: bool) -> None:
-        """Count the state after an iteration, (sequences, tokens, dim)."""
+        """Add the state after an iteration, (sequences, tokens, dim)."""
         gate = self.unit(state)
         left = torch.ones_like(gate) if self._left is None else self._left
         if len(left) != len(gate):
             raise ValueError("the exit gate's objective needs one T for all sequences of a forward pass")
         self.states.append(state)
-        # The second term gives the unit a gradient, if zero, also when there is but one iteration.
+        # Adding 0 times the gate gives the unit a gradient, if zero, also where there is only one iteration.
         self.probabilities.append(left + 0 * gate if last else gate * left)
         self._left = left * (1 - gate)
 
     def result(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The last state, and {"states": (T, sequences, tokens, dim), "exit": (T, sequences, tokens)}."""
+        """Return the last state, and {"states": (T, sequences, tokens, dim), "exit": (T, sequences, tokens)}."""
         return self.states[-1], {"states": torch.stack(self.states), "exit": torch.stack(self.probabilities)}
 
 
 def make_tracker(unit: HaltingUnit | None, config: ModelConfig) -> ActTracker | GateTracker | None:
-    """What follows the halting of one forward pass, by `model.halting`.
+    """Return the tracker of one forward pass for `model.halting`; None where nothing reads its result.
 
-    None where nothing would read it: the gate changes what is minimised, so without gradient its states are not kept.
+    The gate changes the objective only, so without gradient its states are not kept.
     """
     if unit is None:
         return None

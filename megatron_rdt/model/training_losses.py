@@ -1,0 +1,116 @@
+"""The training losses of one forward pass, as sums over its tokens: cross entropy, z-loss, and those of trained halting."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_rdt.config import ModelConfig
+from megatron_rdt.model.forward_context import LayerContext
+from megatron_rdt.model.token_split import WholeTokens
+
+
+def _mask_values(values: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
+    """Return values (..., batch, sequence) with 0 for every token whose target does not count."""
+    return values if counted is None else values * counted
+
+
+@dataclass
+class TrainingLosses:
+    """Computes the losses from the core's output; the full logits are never held in memory.
+
+    Attributes:
+        config: of the model.
+        read_out: coda and final norm, from (state, context) to features (batch, sequence, dim).
+        head_matrix: (vocab_size, dim).
+        token_split: the tokens and the part of the vocabulary that this rank has.
+        z_weight: weight of the squared log-partition function.
+    """
+
+    config: ModelConfig
+    read_out: Callable[[torch.Tensor, LayerContext], torch.Tensor]
+    head_matrix: torch.Tensor
+    token_split: WholeTokens
+    z_weight: float
+
+    def sums(
+        self,
+        state: torch.Tensor,
+        extras: dict[str, torch.Tensor],
+        targets: torch.Tensor,
+        context: LayerContext,
+        loss_mask: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Return sums over the tokens whose target counts, each 0-dimensional.
+
+        Args:
+            state: output of the core, (batch, sequence, dim).
+            extras: what trained halting added to it, see `RecurrentCore.forward`.
+            targets: (batch, sequence) ids to predict.
+            context: of the forward pass.
+            loss_mask: (batch, sequence), True where a target counts; None counts all.
+
+        Returns:
+            "objective": the sum to minimise, with gradient; "cross_entropy": of the prediction from the last iteration.
+            With `model.halting: act` also "ponder" (iterations plus remainder); with `gate`, where gradient is enabled,
+            "exit_entropy" and "exit_iteration" (entropy and mean of the exit distribution).
+        """
+        counted = None
+        if loss_mask is not None:
+            counted = self.token_split.residual_part(loss_mask.to(torch.promote_types(state.dtype, torch.float32)))
+        if self.config.halting == "gate" and torch.is_grad_enabled():
+            return self._gate_sums(state, extras, targets, context, counted)
+        features, options = self.read_out(state, context), self._logit_options()
+        objective, entropy, _ = self.token_split.cross_entropy(
+            features, self.head_matrix, targets, weights=counted, **options
+        )
+        if self.config.halting != "act":
+            return {"objective": objective, "cross_entropy": entropy}
+        ponder = self.token_split.sum_over_tokens(_mask_values(extras["ponder"], counted))
+        return {
+            "objective": objective + self.config.halting_weight * ponder,
+            "cross_entropy": entropy,
+            "ponder": ponder.detach(),
+        }
+
+    def _logit_options(self) -> dict[str, Any]:
+        """Return the options of `cross_entropy` that the objective uses."""
+        return {"softcap": self.config.logit_softcap, "z_weight": self.z_weight}
+
+    def _gate_sums(
+        self,
+        state: torch.Tensor,
+        extras: dict[str, torch.Tensor],
+        targets: torch.Tensor,
+        context: LayerContext,
+        counted: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor]:
+        """Return `sums` for the exit gate: every iteration's cross entropy, weighted by the probability of exiting there.
+
+        `counted` is 1 where a target counts, else 0.
+        """
+        config, exits = self.config, extras["exit"]  # (T, batch, sequence)
+        weights = _mask_values(exits, counted)
+        # The iterations are stacked as further rows of the batch, so the coda runs once: its weights are gathered once
+        # whatever T is, and ranks with different T issue the same collectives.
+        rows = torch.arange(len(targets), device=targets.device).repeat(len(exits))
+        features = self.read_out(extras["states"].flatten(0, 1), context.rows(rows))
+        objective, _, _ = self.token_split.cross_entropy(
+            features, self.head_matrix, targets[rows], weights=weights.flatten(0, 1), **self._logit_options()
+        )
+        last = features[-len(targets) :].detach()
+        _, entropy, _ = self.token_split.cross_entropy(
+            last, self.head_matrix.detach(), targets, weights=counted, softcap=config.logit_softcap
+        )
+        # The gradient of p log p is infinite at p = 0, which a probability reaches by underflow.
+        exit_entropy = torch.special.entr(exits.clamp_min(torch.finfo(exits.dtype).tiny))
+        exit_entropy = self.token_split.sum_over_tokens(_mask_values(exit_entropy, counted))
+        iterations = torch.arange(1, len(exits) + 1, device=exits.device, dtype=exits.dtype)
+        return {
+            # Adding 0 times the core's output keeps it in the graph: sharding engines wait for a gradient of every output.
+            "objective": objective - config.halting_weight * exit_entropy + 0 * state.sum(),
+            "cross_entropy": entropy,
+            "exit_entropy": exit_entropy.detach(),
+            "exit_iteration": self.token_split.sum_over_tokens(iterations @ weights.detach().flatten(1)),
+        }

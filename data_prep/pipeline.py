@@ -1,268 +1,320 @@
 """The prep job, stage by stage: scan, duplicates, tokenizer, encode, publish.
 
-Every stage is a list of steps that leave files in the working directory `.NAME.prep` beside `out`. Whoever is killed is
-started again and goes on; several tasks share the steps; the result is the same bytes. The directory `out` appears under
-its name when everything in it is complete.
+A stage is a list of steps that leave files in the working directory `.NAME.prep` beside `out`. A run that was killed
+continues from these files when it is started again, and several array tasks share the steps; the result is always the
+same bytes. The directory `out` appears under its name when everything in it is complete.
 """
 
 import contextlib
-import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from data_prep.config import PrepConfig, check_prep, task_of
-from data_prep.jobs.leases import claims
-from data_prep.jobs.step_runner import Step, Steps
-from data_prep.jobs.workers import pool
-from data_prep.jobs.working_directory import Job, Plan, open_plan, remove_temporary, resume
-from data_prep.sources.inputs import Part, input_files
+from data_prep.config import PrepConfig, check_prep, parse_array_task
+from data_prep.jobs.leases import hold_leases
+from data_prep.jobs.step_runner import Step, StepRunner
+from data_prep.jobs.workers import open_worker_pool
+from data_prep.jobs.working_directory import (
+    Job,
+    WorkingDirectory,
+    install_directory,
+    open_working_directory,
+    remove_temporary_files,
+    resume_working_directory,
+    working_directory_path,
+)
+from data_prep.sources.inputs import Part, list_input_files
 from data_prep.stages import publish
 from data_prep.stages.duplicates import find_duplicates
 from data_prep.stages.encode import encode_slice, spill_path
-from data_prep.stages.scan import hash_inputs, scan_first, scan_part, scan_path, scan_record
+from data_prep.stages.scan import hash_inputs, scan_first_documents, scan_part, scan_record_path, scan_rows_path
 from data_prep.stages.scan_totals import check_scan, count_lines_before
-from data_prep.stages.tokenizer.make_tokenizer import make_tokenizer, take_name, tokenizer_record
+from data_prep.stages.tokenizer.make_tokenizer import make_tokenizer, tokenizer_record_path
 from data_prep.stages.write_manifest import group_files_to_hash, print_summary, write_manifest
-from data_prep.stages.write_shards import Group, group_record, make_groups, remove_spills, text_bytes, write_group
+from data_prep.stages.write_shards import (
+    PartGroup,
+    group_parts,
+    group_record_path,
+    read_text_bytes,
+    remove_spills,
+    write_group,
+)
 from megatron_rdt.data.shard_files.indexed import token_dtype
 from megatron_rdt.data.tokenizer.base import Tokenizer
 from megatron_rdt.errors import ConfigError, DataError, RdtError
-from megatron_rdt.files import TEMPORARY_SUFFIX, hold_lock, write_text
+from megatron_rdt.files import hold_lock, write_text
 
-TASKS = "tasks"  # file with the number of tasks that the last one was told
-NAMED = 8  # missing groups that a message names
+ARRAY_SIZE = "tasks"  # file with the number of array tasks, as the latest one was started with
+NAMED_GROUPS = 8  # missing groups that a message names
 MEGA = 1e6
 
 
 def prepare(config: PrepConfig, command: str = "rdt prep") -> Path:
-    """Prepare `config.sources` into `config.out`, or this task's share of it; returns that directory.
+    """Prepare `config.sources` into `config.out`, or this array task's share of it; return that directory.
 
-    Nothing is done when it is there already.
+    Nothing is done if the corpus exists already and was made with the same options from the same files.
 
     Args:
         config: the options.
-        command: what was typed, without --shard, for messages.
+        command: the command line without --shard, for messages.
 
     Raises:
-        ConfigError: an option is wrong, or something else is there.
+        ConfigError: an option is wrong, or `out` holds something else.
         DataError: the text cannot be prepared; the message names file and line.
-        LaunchError: another process is at it.
+        LaunchError: another process is writing the same corpus.
     """
     check_prep(config)
-    out, task = Path(config.out), task_of(config)
-    if task is not None:
-        _prepare_share(out, config, task, command)
+    out, array_task = Path(config.out), parse_array_task(config)
+    if array_task is not None:
+        _prepare_share(out, config, array_task, command)
         return out
-    with publish.lock(out):
-        publish.mend(out)
-        if publish.already_there(out, config, replace=config.restart):
-            print(f"{out} is complete and was made with these options from these files: nothing to do")
+    with publish.lock_output(out):
+        publish.recover_interrupted_publish(out)
+        if publish.is_already_prepared(out, config, replace=config.restart):
+            _print_nothing_to_do(out)
             return out
-        publish.check_alone(out)
-        root = publish.working_directory(out)
-        with publish.explained(out, alone=True):
+        publish.check_no_array_task(out)
+        root = working_directory_path(out)
+        with publish.explain_failure(out, alone=True):
             began = time.monotonic()
-            plan = open_plan(config, root, lambda: None)
-            publish.check_space(out, config, plan.inputs)
-            remove_temporary(root)
-            with pool(config.workers) as workers:
-                steps = Steps(plan.job, workers, None)
-                groups = _until_groups(plan, steps, 0, 1)
-                _write_groups(plan, steps, groups)
-            document = _finish(plan, out, groups)
+            work = open_working_directory(config, root, lambda: None)
+            publish.check_disk_space(out, config, work.inputs)
+            remove_temporary_files(root)
+            with open_worker_pool(config.workers) as pool:
+                runner = StepRunner(work.job, pool, None)
+                groups = _run_stages_before_encoding(work, runner, 0, 1)
+                _encode_groups(work, runner, groups)
+            document = _write_manifest_and_publish(work, out, groups)
             _print_speed(document, time.monotonic() - began)
     return out
 
 
+def _print_nothing_to_do(out: Path) -> None:
+    """Print that the corpus exists already."""
+    print(f"{out} is complete and was made with these options from these files: nothing to do")
+
+
 def _print_speed(document: dict[str, Any], seconds: float) -> None:
+    """Print the amount of text in a manifest and the speed at which it was prepared."""
     size = sum(split["text_bytes"] for split in document["splits"].values())
     print(f"{size / MEGA:,.1f} MB of text in {seconds:,.1f} s, {size / MEGA / max(seconds, 1e-3):,.1f} MB/s")
 
 
-def _prepare_share(out: Path, config: PrepConfig, task: tuple[int, int], command: str) -> None:
-    """Do what is this task's, and what of the scan no other task has begun."""
-    index, count = task
-    root = publish.working_directory(out)
+def _prepare_share(out: Path, config: PrepConfig, array_task: tuple[int, int], command: str) -> None:
+    """Write the groups of one array task; every task helps with the stages before the encoding.
+
+    Args:
+        out: directory of the corpus.
+        config: the options.
+        array_task: index of this task, and how many there are.
+        command: the command line without --shard, for messages.
+    """
+    index, count = array_task
+    root = working_directory_path(out)
     with contextlib.ExitStack() as stack:
-        with publish.lock(out, publish.LOCK_PATIENCE_S):
-            publish.mend(out)
-            if _is_complete(out, config):
-                print(f"{out} is complete and was made with these options from these files: nothing to do")
+        # The lock of the corpus is held only while the working directory is opened, so that one task makes it. From then on
+        # each task holds a lock with its own index.
+        with publish.lock_output(out, publish.LOCK_PATIENCE_S):
+            publish.recover_interrupted_publish(out)
+            if _is_already_prepared_for_task(out, config):
+                _print_nothing_to_do(out)
                 return
-            message = f"task {config.shard} is at work on {out} already. Give each task another i in --shard i/N."
+            message = f"array task {config.shard} is running on {out} already. Give each task another i in --shard i/N."
+            # In a directory that exists, take the own lock first: opening it may remove it, and must not while a process
+            # with the same index uses it. That removal takes the lock file with it, which is then made anew.
             if root.exists():
-                stack.enter_context(hold_lock(publish.task_lock(root, index), message))
-            plan = open_plan(config, root, lambda: publish.check_alone(out, index))
-            publish.check_space(out, config, plan.inputs)
+                stack.enter_context(hold_lock(publish.array_task_lock_path(root, index), message))
+            work = open_working_directory(config, root, lambda: publish.check_no_array_task(out, index))
+            publish.check_disk_space(out, config, work.inputs)
             if not (root / "locks" / str(index)).exists():
-                stack.enter_context(hold_lock(publish.task_lock(root, index), message))
-            write_text(root / TASKS, f"{count}\n")
-        stack.enter_context(publish.explained(out, alone=False))
-        workers = stack.enter_context(pool(config.workers))
-        held = stack.enter_context(claims(root / "claims", f"task-{index}"))
-        steps = Steps(plan.job, workers, held)
-        groups = _until_groups(plan, steps, index, count)
-        _write_groups(plan, steps, [group for group in groups if group.index % count == index])
-    left = [group for group in groups if plan.job.record(group_record(plan.job, group)) is None]
-    print(f"task {index} of {count}: its groups are written, {len(left)} of {len(groups)} are left to others")
-    print(f"when all tasks are done: {_merge_command(command)}")
+                stack.enter_context(hold_lock(publish.array_task_lock_path(root, index), message))
+            write_text(root / ARRAY_SIZE, f"{count}\n")
+        stack.enter_context(publish.explain_failure(out, alone=False))
+        pool = stack.enter_context(open_worker_pool(config.workers))
+        leases = stack.enter_context(hold_leases(root / "leases", f"task-{index}"))
+        runner = StepRunner(work.job, pool, leases)
+        groups = _run_stages_before_encoding(work, runner, index, count)
+        _encode_groups(work, runner, [group for group in groups if group.index % count == index])
+    left = [group for group in groups if not work.job.is_done(group_record_path(work.job, group))]
+    print(
+        f"array task {index} of {count}: its groups are written, {len(left)} of {len(groups)} are left to other tasks"
+    )
+    print(f"when all tasks are done: {_format_merge_command(command)}")
 
 
-def _is_complete(out: Path, config: PrepConfig) -> bool:
-    """As already_there; a task replaces with --restart only what is damaged or differs: others may have finished."""
+def _is_already_prepared_for_task(out: Path, config: PrepConfig) -> bool:
+    """Return True if `out` is complete. With --restart, replace it only if it is damaged or differs.
+
+    Other array tasks of the same restart may have finished and published the corpus: it must not be made again.
+    """
     try:
-        return publish.already_there(out, config, replace=False)
+        return publish.is_already_prepared(out, config, replace=False)
     except RdtError:
         if not config.restart:
             raise
-        return publish.already_there(out, config, replace=True)
+        return publish.is_already_prepared(out, config, replace=True)
 
 
-def _merge_command(command: str) -> str:
+def _format_merge_command(command: str) -> str:
+    """Command line of `rdt prep merge` with the same options."""
     return command.replace("rdt prep", "rdt prep merge", 1)
 
 
-def _own_first(parts: list[Part], index: int, count: int) -> list[Part]:
-    return sorted(parts, key=lambda part: (part.index % count != index, part.index))
+def _run_stages_before_encoding(work: WorkingDirectory, runner: StepRunner, index: int, count: int) -> list[PartGroup]:
+    """Run scan, duplicates and tokenizer; return all groups of parts, which are encoded next.
 
-
-def _until_groups(plan: Plan, steps: Steps, index: int, count: int) -> list[Group]:
-    """Everything before the encoding; the groups that are to be encoded."""
-    job, parts = plan.job, plan.parts
+    Args:
+        work: the working directory.
+        runner: runs the steps.
+        index, count: of this array task. It begins with the parts whose number modulo `count` is its index, so that the
+            tasks rarely ask for the lease of the same step.
+    """
+    job, parts = work.job, work.parts
     if job.config.max_documents:
+        # The first documents are known only when the parts before them are read, so this is one step.
         size = sum(part.size for part in parts)
-        scan = [Step("scan-first", job.path("scan", "first.json"), scan_first, (parts,), size)]
+        scan = [Step("scan-first", job.path("scan", "first.json"), scan_first_documents, (parts,), size)]
     else:
+        own_first = sorted(parts, key=lambda part: (part.index % count != index, part.index))
         scan = [
-            Step(f"scan-{part.name}", scan_record(job, part), scan_part, (part,), part.size)
-            for part in _own_first(parts, index, count)
+            Step(f"scan-{part.name}", scan_record_path(job, part), scan_part, (part,), part.size) for part in own_first
         ]
-    for number, run in enumerate(group_files_to_hash(plan.inputs)):
+    for number, files in enumerate(group_files_to_hash(work.inputs)):
         name = f"run-{number:05d}"
-        scan.append(Step(f"hash-{name}", job.path("inputs", f"{name}.json"), hash_inputs, (name, run)))
-    steps.run("scan", scan)
-    found = check_scan(plan)
+        scan.append(Step(f"hash-{name}", job.path("inputs", f"{name}.json"), hash_inputs, (name, files)))
+    runner.run_stage("scan", scan)
+    found = check_scan(work)
     if job.config.dedup != "none":
-        steps.run("duplicates", [Step("duplicates", job.path("duplicates.json"), remove_duplicates, (parts,))])
+        step = Step("duplicates", job.path("duplicates.json"), write_duplicates, (parts,))
+        runner.run_stage("duplicates", [step])
     sample = 0 if job.config.tokenizer else min(found["bytes"], job.config.tokenizer_sample_bytes)
-    steps.run("tokenizer", [Step("tokenizer", tokenizer_record(job), make_tokenizer, (parts,), sample)])
-    return _groups(plan)
+    step = Step("tokenizer", tokenizer_record_path(job), make_tokenizer, (parts,), sample)
+    runner.run_stage("tokenizer", [step])
+    return _group_scanned_parts(work)
 
 
-def _groups(plan: Plan) -> list[Group]:
-    itemsize = token_dtype(Tokenizer(plan.job.corpus / "tokenizer").vocab_size).itemsize
-    return make_groups(plan.parts, text_bytes(plan.job, plan.parts), plan.job.config.shard_bytes, itemsize)
+def _group_scanned_parts(work: WorkingDirectory) -> list[PartGroup]:
+    """Return the groups of all parts, by the text that their scans found and the size of a token."""
+    itemsize = token_dtype(Tokenizer(work.job.corpus / "tokenizer").vocab_size).itemsize
+    text_bytes = read_text_bytes(work.job, work.parts)
+    return group_parts(work.parts, text_bytes, work.job.config.shard_bytes, itemsize)
 
 
-def remove_duplicates(job: Job, parts: list[Part]) -> None:
-    """Write which rows of each part are duplicates, and how many there are."""
-    # Several tasks may get here at the same time; the first to finish gives its directory the name.
-    directory = job.path(f"duplicates-{os.uname().nodename}-{os.getpid()}{TEMPORARY_SUFFIX}")
-    scans = [scan_path(job, part) for part in parts]
+def write_duplicates(job: Job, parts: list[Part]) -> None:
+    """Write the numbers of each part's rows that are duplicates, and a record with how many there are."""
+    directory = job.temporary_directory("duplicates")
+    scans = [scan_rows_path(job, part) for part in parts]
     counts = find_duplicates(scans, directory, bands=job.config.dedup == "near")
-    take_name(directory, job.root / "duplicates")
+    install_directory(directory, job.root / "duplicates")
     job.write_record(job.path("duplicates.json"), [], {"counts": counts})
 
 
-def _write_groups(plan: Plan, steps: Steps, groups: list[Group]) -> None:
-    job = plan.job
+def _encode_groups(work: WorkingDirectory, runner: StepRunner, groups: list[PartGroup]) -> None:
+    """Encode the parts of groups in slices, and write the shards of each group when its slices are done."""
+    job = work.job
     vocab_size = Tokenizer(job.corpus / "tokenizer").vocab_size
-    before = dict(zip((part.index for part in plan.parts), count_lines_before(plan)))
-    sizes = dict(zip((part.index for part in plan.parts), text_bytes(job, plan.parts)))
-    todo: list[Step] = []
+    lines_before = count_lines_before(work)
+    text_bytes = read_text_bytes(job, work.parts)
+    steps: list[Step] = []
     for group in groups:
-        if job.record(group_record(job, group)) is not None:
-            remove_spills(job, group)  # of one that was killed there
+        if job.is_done(group_record_path(job, group)):
+            remove_spills(job, group)  # left by a process that was killed between the record and the removal
             continue
         slices = [
             Step(
                 f"encode-{part.name}-{i:02d}",
                 spill_path(job, part, i, ".json"),
                 encode_slice,
-                (part, i, count, before[part.index]),
-                sizes[part.index] // count,
+                (part, i, count, lines_before[part.index]),
+                text_bytes[part.index] // count,
             )
             for part, count in zip(group.parts, group.slices)
             for i in range(count)
         ]
+        # All slices of a group come right before its shards, so that the encoded slices of few groups are on disk at once.
         needs = frozenset(step.name for step in slices)
-        write = Step(f"write-{group.name}", group_record(job, group), write_group, (group, vocab_size), needs=needs)
-        todo += [*slices, write]
-    steps.run("encode", todo)
+        record = group_record_path(job, group)
+        steps += [*slices, Step(f"write-{group.name}", record, write_group, (group, vocab_size), needs=needs)]
+    runner.run_stage("encode", steps)
 
 
-def _finish(plan: Plan, out: Path, groups: list[Group]) -> dict[str, Any]:
-    """Write the manifest over all groups and publish; the manifest."""
-    job = plan.job
-    if input_files(job.config) != plan.inputs:
-        raise DataError("the text changed while it was prepared. Run `rdt prep` again: it begins again where it must.")
-    records = [record for group in groups if (record := job.record(group_record(job, group))) is not None]
-    duplicates = (job.record(job.path("duplicates.json")) or {"counts": {}})["counts"]
-    document = write_manifest(plan, records, duplicates)
-    publish.publish(out)
+def _write_manifest_and_publish(work: WorkingDirectory, out: Path, groups: list[PartGroup]) -> dict[str, Any]:
+    """Write the manifest of all groups and publish the corpus; return the manifest."""
+    job = work.job
+    if list_input_files(job.config) != work.inputs:
+        raise DataError("the text changed while it was prepared. Run `rdt prep` again: it repeats what it must.")
+    records = [record for group in groups if (record := job.read_record(group_record_path(job, group))) is not None]
+    duplicates = (job.read_record(job.path("duplicates.json")) or {"counts": {}})["counts"]
+    document = write_manifest(work, records, duplicates)
+    publish.publish_corpus(out)
     print_summary(document)
     return document
 
 
 def merge(config: PrepConfig, command: str = "rdt prep") -> Path:
-    """Make one corpus of what the tasks of `rdt prep --shard i/N` wrote, without copying a token; returns it.
+    """Make one corpus of what the array tasks of `rdt prep --shard i/N` wrote, without copying a token; return it.
 
     Args:
         config: the options that the tasks had.
-        command: what makes the corpus, without --shard, for messages.
+        command: the command line that makes the corpus, without --shard, for messages.
 
     Raises:
         ConfigError: there is nothing to merge, or it was made with other options.
         DataError: groups are missing; the message says how to make them.
-        LaunchError: a task is at work.
+        LaunchError: an array task is running.
     """
     check_prep(config)
     out = Path(config.out)
-    with publish.lock(out, publish.LOCK_PATIENCE_S):
-        publish.mend(out)
-        root = publish.working_directory(out)
-        unfinished = root.exists()
-        if publish.already_there(out, config, replace=config.restart and unfinished):
-            print(f"{out} is complete and was made with these options from these files: nothing to do")
+    with publish.lock_output(out, publish.LOCK_PATIENCE_S):
+        publish.recover_interrupted_publish(out)
+        root = working_directory_path(out)
+        is_unfinished = root.exists()
+        if publish.is_already_prepared(out, config, replace=config.restart and is_unfinished):
+            _print_nothing_to_do(out)
             return out
-        publish.check_alone(out)
-        plan = resume(config, root, lambda: None)
-        if not isinstance(plan, Plan):
-            why = f"{plan} since the tasks ran" if plan else f"there is no unfinished prep of {out}"
-            raise ConfigError(f"{why}. Run the tasks first: {command} --shard i/N")
-        with publish.explained(out, alone=False):
-            _finish(plan, out, _all_groups(plan, command))
+        publish.check_no_array_task(out)
+        work, changed = resume_working_directory(config, root, lambda: None)
+        if work is None:
+            reason = f"{changed} since the tasks ran" if changed else f"there is no unfinished prep of {out}"
+            raise ConfigError(f"{reason}. Run the tasks first: {command} --shard i/N")
+        with publish.explain_failure(out, alone=False):
+            _write_manifest_and_publish(work, out, _require_all_groups(work, command))
     return out
 
 
-def _all_groups(plan: Plan, command: str) -> list[Group]:
-    """All groups; DataError where one is not written, or a step before it is not done."""
-    job = plan.job
-    tasks = _task_count(job.root)
-    scans = [part for part in plan.parts if job.record(scan_record(job, part)) is None]
-    before = [tokenizer_record(job)] + ([job.path("duplicates.json")] if job.config.dedup != "none" else [])
-    if scans or any(job.record(record) is None for record in before):
-        what = f"the scan of {len(scans)} of {len(plan.parts)} parts" if scans else "the tokenizer"
-        raise DataError(f"{what} is missing. Make what is missing with:\n{_commands(command, range(tasks), tasks)}")
-    groups = _groups(plan)
-    missing = [group for group in groups if job.record(group_record(job, group)) is None]
-    if missing:
-        names = ", ".join(group.name for group in missing[:NAMED]) + (", ..." if len(missing) > NAMED else "")
-        numbers = sorted({group.index % tasks for group in missing})
+def _require_all_groups(work: WorkingDirectory, command: str) -> list[PartGroup]:
+    """Return all groups; DataError if one is not written, or if a step before it is not done."""
+    job = work.job
+    count = _read_array_size(job.root)
+    unscanned = [part for part in work.parts if not job.is_done(scan_record_path(job, part))]
+    before = [tokenizer_record_path(job)] + ([job.path("duplicates.json")] if job.config.dedup != "none" else [])
+    if unscanned or not all(map(job.is_done, before)):
+        missing = f"the scan of {len(unscanned)} of {len(work.parts)} parts" if unscanned else "the tokenizer"
+        raise DataError(f"{missing} is missing. Make it with:\n{_format_task_commands(command, range(count), count)}")
+    groups = _group_scanned_parts(work)
+    unwritten = [group for group in groups if not job.is_done(group_record_path(job, group))]
+    if unwritten:
+        names = ", ".join(group.name for group in unwritten[:NAMED_GROUPS])
+        more = ", ..." if len(unwritten) > NAMED_GROUPS else ""
+        indices = sorted({group.index % count for group in unwritten})
         raise DataError(
-            f"{names} of {len(groups)} groups are missing. Make them with:\n{_commands(command, numbers, tasks)}"
+            f"{names}{more} of {len(groups)} groups are missing. Make them with:\n"
+            f"{_format_task_commands(command, indices, count)}"
         )
-    remove_temporary(job.root)
+    remove_temporary_files(job.root)
     return groups
 
 
-def _task_count(root: Path) -> int:
+def _read_array_size(root: Path) -> int:
+    """Number of array tasks that shared a working directory; 1 if none did."""
     try:
-        return int((root / TASKS).read_text(encoding="utf-8"))
+        return int((root / ARRAY_SIZE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return 1
 
 
-def _commands(command: str, tasks: Any, count: int) -> str:
-    return "\n".join([*(f"  {command} --shard {i}/{count}" for i in tasks), f"or all on this machine: {command}"])
+def _format_task_commands(command: str, indices: Iterable[int], count: int) -> str:
+    """Command lines of array tasks, and of a plain prep that does the work of all."""
+    lines = [f"  {command} --shard {i}/{count}" for i in indices]
+    return "\n".join([*lines, f"or all on this machine: {command}"])

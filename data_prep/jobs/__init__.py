@@ -1,1 +1,1 @@
-"""Jobs of preparation: steps shared by processes and machines, leases, progress."""
+"""The machinery of a prep job: its working directory, step runner, worker processes, leases and progress lines."""

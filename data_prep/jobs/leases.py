@@ -1,8 +1,8 @@
-"""Who does what, where several tasks share a working directory: claim files that a live task keeps young.
+"""Lease files with heartbeats: which array task runs which step, where several share a working directory.
 
-A claim is a file whose time of change its owner refreshes. One that is older than STALE_S belongs to a task that died, as does
-one of a process of this machine that is no more; anybody may take it over. That two tasks do the same step is harmless, since
-steps write the same bytes and rename them into place; claims only save work.
+A lease is a file whose modification time its owner renews. One that was not renewed for EXPIRE_S belongs to a task that
+died, and so does one of a process of this machine that no longer exists; any task may take over such a lease. Leases only
+save work: two tasks that do the same step write the same bytes and rename them into place, which is harmless.
 """
 
 import contextlib
@@ -11,29 +11,31 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-STALE_S = 60.0
-REFRESH_S = 10.0
+EXPIRE_S = 60.0
+RENEW_EVERY_S = 10.0
 
 
-class Claims:
-    """The claims of one task.
+class Leases:
+    """The leases of one array task.
 
     Args:
-        directory: where all tasks keep them.
-        owner: name of this task; no other process has it, so a claim of this name that is there is of one that died.
+        directory: folder of the leases of all tasks.
+        owner: name of this task. Only one process at a time has it, so a lease of this name that exists already is left
+            from a process of this task that died.
     """
 
     def __init__(self, directory: Path, owner: str) -> None:
         self.directory, self.owner = directory, owner
         self._held: set[Path] = set()
-        self._mine_before = {path.name for path in directory.glob("*") if _lines(path)[:1] == [owner]}
+        self._left_over = {path.name for path in directory.glob("*") if _read_lease(path)[:1] == [owner]}
 
-    def take(self, name: str) -> bool:
-        """Claim the step `name`, unless a live task has it."""
+    def acquire(self, name: str) -> bool:
+        """Take the lease of step `name`; return False if a live task holds it."""
         path = self.directory / name
-        if name in self._mine_before or _has_ended(path) or self._is_stale(path):
-            self._mine_before.discard(name)
+        if name in self._left_over or _has_dead_owner(path) or self._is_expired(path):
+            self._left_over.discard(name)
             path.unlink(missing_ok=True)
+        # Of several tasks that find the lease free at the same time, O_EXCL lets one succeed.
         try:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
@@ -44,43 +46,50 @@ class Claims:
         return True
 
     def release(self, name: str) -> None:
-        """Give a claim back."""
+        """Remove the lease of step `name` if this task holds it."""
         path = self.directory / name
         if path in self._held:
             self._held.discard(path)
             path.unlink(missing_ok=True)
 
-    def refresh(self) -> None:
-        """Say that this task is alive."""
+    def release_all(self) -> None:
+        """Remove every lease that this task holds."""
         for path in [*self._held]:
-            with contextlib.suppress(FileNotFoundError):  # taken over, since this task was asleep for a minute
+            self.release(path.name)
+
+    def renew(self) -> None:
+        """Set the modification time of every held lease to now."""
+        for path in [*self._held]:
+            # A lease may be gone: another task took it over while this process was suspended for a minute.
+            with contextlib.suppress(FileNotFoundError):
                 os.utime(path)
 
-    def _is_stale(self, path: Path) -> bool:
-        """Whether a claim is old by the clock of the file system, which need not be that of this machine."""
+    def _is_expired(self, path: Path) -> bool:
+        """Return True if a lease was not renewed for EXPIRE_S."""
         clock = self.directory / f".clock-{self.owner}"
         try:
-            age = path.stat().st_mtime
+            renewed = path.stat().st_mtime
         except FileNotFoundError:
             return False
+        # A shared file system stamps files by its own clock, which may differ from this machine's: ask it for the time.
         clock.touch()
-        return clock.stat().st_mtime - age > STALE_S
+        return clock.stat().st_mtime - renewed > EXPIRE_S
 
 
-def _lines(path: Path) -> list[str]:
-    """What a claim says: its owner, the machine, the process; nothing where it is gone or not yet written."""
+def _read_lease(path: Path) -> list[str]:
+    """Return owner, machine and process id of a lease; an empty list if it is gone or not written yet."""
     with contextlib.suppress(OSError):
         return path.read_text(encoding="utf-8").splitlines()
     return []
 
 
-def _has_ended(path: Path) -> bool:
-    """Whether a claim is of a process of this machine that is no more."""
-    lines = _lines(path)
+def _has_dead_owner(path: Path) -> bool:
+    """Return True if a lease belongs to a process of this machine that no longer exists."""
+    lines = _read_lease(path)
     if len(lines) != 3 or lines[1] != os.uname().nodename or int(lines[2]) == os.getpid():
         return False
     try:
-        os.kill(int(lines[2]), 0)
+        os.kill(int(lines[2]), 0)  # signal 0 only checks that the process exists
     except ProcessLookupError:
         return True
     except PermissionError:
@@ -89,21 +98,20 @@ def _has_ended(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def claims(directory: Path, owner: str) -> Iterator[Claims]:
-    """Claims for the block, kept young by a thread and given back at its end."""
+def hold_leases(directory: Path, owner: str) -> Iterator[Leases]:
+    """Leases for the block: a thread renews those that are acquired, and all are released at its end."""
     directory.mkdir(parents=True, exist_ok=True)
-    held, ended = Claims(directory, owner), threading.Event()
+    leases, ended = Leases(directory, owner), threading.Event()
 
-    def keep_young() -> None:
-        while not ended.wait(REFRESH_S):
-            held.refresh()
+    def renew_until_ended() -> None:
+        while not ended.wait(RENEW_EVERY_S):
+            leases.renew()
 
-    thread = threading.Thread(target=keep_young, daemon=True)
+    thread = threading.Thread(target=renew_until_ended, daemon=True)
     thread.start()
     try:
-        yield held
+        yield leases
     finally:
         ended.set()
         thread.join()
-        for path in [*held._held]:
-            held.release(path.name)
+        leases.release_all()

@@ -1,7 +1,7 @@
-"""Processes that do the steps, and what they count while they do.
+"""Worker processes that run the steps, and the counters of bytes and documents that they share.
 
-Results are files: what goes between the processes is small. When the process that started them ends, however it ends,
-they end too.
+Results are files, so that little is sent between processes. Workers end when the process that started them ends, however
+that happens.
 """
 
 import contextlib
@@ -18,18 +18,18 @@ from typing import Any
 from megatron_rdt.environment import usable_cores
 from megatron_rdt.errors import DataError
 
-# Of this process: bytes and documents done; whoever counts holds the lock, whoever looks does not.
+# Bytes and documents done, in memory shared by all workers. Writers hold the lock; the reader, who only shows them, does not.
 _counts: Any = [0, 0]
 _lock: Any = threading.Lock()
 _stopped = threading.Event()
 
 
 class StoppedError(Exception):
-    """The job has failed elsewhere."""
+    """Raised in a step that runs in a thread when the job has failed elsewhere."""
 
 
-def advance(size: int, documents: int = 0) -> None:
-    """Count bytes and documents that are done; steps call it every now and then."""
+def report_progress(size: int, documents: int = 0) -> None:
+    """Add to the bytes and documents done. Steps call it regularly, since it is also where a failed job stops them."""
     if _stopped.is_set():
         raise StoppedError
     with _lock:
@@ -37,27 +37,28 @@ def advance(size: int, documents: int = 0) -> None:
         _counts[1] += documents
 
 
-def _start(counts: Any, lifeline: Connection) -> None:
-    """First thing in a worker: count where the others count, and end with the process that started it."""
+def _initialize_worker(counts: Any, lifeline: Connection) -> None:
+    """Share the counters with the other workers, and exit with the process that started this one."""
     global _counts, _lock
     _counts, _lock = counts.get_obj(), counts.get_lock()
-    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(lifeline,), daemon=True).start()
 
 
-def _end_with(lifeline: Connection) -> None:
+def _exit_with_parent(lifeline: Connection) -> None:
+    """Exit this process when the other end of the pipe is closed, as by the end of the process that holds it."""
     with contextlib.suppress(EOFError, OSError):
-        lifeline.recv()  # nothing is ever sent: it ends when the other end is closed
+        lifeline.recv()  # nothing is ever sent
     os._exit(1)
 
 
-class Pool:
-    """Workers: processes, or one thread of this process.
+class WorkerPool:
+    """Workers: processes, or for a single one a thread of this process.
 
     Args:
-        workers: how many; 0 is one per core.
+        workers: number of workers; 0 is one per core.
 
     Attributes:
-        workers: how many.
+        workers: number of workers, at least 1.
     """
 
     def __init__(self, workers: int) -> None:
@@ -71,25 +72,27 @@ class Pool:
         context = multiprocessing.get_context("spawn")
         counts = context.Array("q", 2)
         far_end, self._lifeline = context.Pipe(duplex=False)
-        self._executor = ProcessPoolExecutor(self.workers, context, _start, (counts, far_end))
+        self._executor = ProcessPoolExecutor(self.workers, context, _initialize_worker, (counts, far_end))
         self._counts = counts.get_obj()
 
     def counts(self) -> tuple[int, int]:
-        """Bytes and documents counted so far."""
+        """Return the bytes and documents counted so far."""
         return self._counts[0], self._counts[1]
 
     def submit(self, function: Callable[..., None], *arguments: Any) -> "Future[None]":
-        """Let a worker call the function. Ctrl-C reaches all processes; workers leave it to this one, which ends them."""
+        """Have a worker call the function."""
         if self._lifeline is None:
             return self._executor.submit(function, *arguments)
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what a process that starts now inherits
+        # The executor starts its processes here, and they inherit how SIGINT is handled. Ctrl-C reaches all processes of
+        # the terminal: workers ignore it, and this process ends them in order.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             return self._executor.submit(function, *arguments)
         finally:
             signal.signal(signal.SIGINT, before)
 
     def close(self, at_once: bool) -> None:
-        """End the workers; `at_once` without waiting for what they are doing."""
+        """End the workers; with `at_once` without waiting for the steps that they are running."""
         if at_once and self._lifeline is not None:
             self._lifeline.close()
         if at_once and self._lifeline is None:
@@ -101,21 +104,21 @@ class Pool:
 
 
 @contextlib.contextmanager
-def pool(workers: int) -> Iterator[Pool]:
-    """A Pool for the block, ended at once where the block raises.
+def open_worker_pool(workers: int) -> Iterator[WorkerPool]:
+    """Workers for the block; if the block raises, they are ended at once.
 
     Raises:
         DataError: a worker was killed.
     """
-    workers_of_block = Pool(workers)
+    pool = WorkerPool(workers)
     failed = True
     try:
-        yield workers_of_block
+        yield pool
         failed = False
     except BrokenProcessPool:
         raise DataError(
-            "a worker process was killed, by the kernel if memory ran out. Lower --workers, or free memory; "
-            "`rdt prep` goes on where it was."
+            "a worker process was killed, probably by the kernel because memory ran out. Lower --workers, or free memory; "
+            "`rdt prep` then continues where it stopped."
         ) from None
     finally:
-        workers_of_block.close(at_once=failed)
+        pool.close(at_once=failed)

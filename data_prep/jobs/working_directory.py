@@ -1,14 +1,15 @@
-"""The working directory of a prep: what is planned, and which steps are done.
+"""The working directory of a prep: the input that it was begun with, and which of its steps are done.
 
-A step writes its files, then a record that names them with their sizes; the record is renamed into place last, so a step
-whose record fits its files is done, whoever did it and whenever. `plan.json` says what the records belong to.
+A step writes its files, then a record that lists them with their sizes. The record is renamed into place last, so a step is
+done if its record fits its files, whichever process did it and when. `plan.json` describes the options and the input that
+the records belong to.
 """
 
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,65 +18,80 @@ from typing import Any
 
 from data_prep.cleaning import Cleaner
 from data_prep.config import PrepConfig
-from data_prep.sources.inputs import Input, Part, cut_parts, input_files
+from data_prep.sources.inputs import Input, Part, cut_parts, describe_changed_input, list_input_files
 from data_prep.stages.minhash import ALGORITHM
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.files import TEMPORARY_SUFFIX, sha256_of, write_text
 
-PLAN = "plan.json"
-VERSIONED = ("megatron-rdt", "sentencepiece", "datasets")
-# Options that do not change what is written.
-NOT_IN_RESULT = ("out", "workers", "shard", "restart")
-# Options that may change while a prep is unfinished: what is done was done without them.
-POLICY = ("on_bad", "max_bad")
-# Options that matter from the tokenizer on.
-LATE = ("tokenizer", "tokenizer_type", "vocab_size", "special_tokens", "tokenizer_sample_bytes", "shard_bytes")
+DESCRIPTION = "plan.json"
 TOKENIZER_RECORD = "tokenizer.json"
+VERSIONED = ("megatron-rdt", "sentencepiece", "datasets")
+# Options that do not change the result.
+NOT_IN_RESULT = ("out", "workers", "shard", "restart")
+# Options that may change while a prep is unfinished, for the steps that are not done yet.
+CHANGEABLE = ("on_bad", "max_bad")
+# Options that only the tokenizer and later steps depend on.
+FROM_TOKENIZER_ON = (
+    "tokenizer",
+    "tokenizer_type",
+    "vocab_size",
+    "special_tokens",
+    "tokenizer_sample_bytes",
+    "shard_bytes",
+)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every step needs; small enough to send to a process.
+    """The options and paths that every step needs; small enough to send to a process.
 
     Attributes:
         config: the options.
         root: the working directory.
-        plan: identity of the plan that records belong to.
+        identity: hash of what the steps before the tokenizer depend on; records of another one do not count.
     """
 
     config: PrepConfig
     root: Path
-    plan: str
+    identity: str
 
     def path(self, *parts: str) -> Path:
-        """A path in the working directory, the directory of which exists."""
+        """Return a path in the working directory, and make the folder that it lies in."""
         path = self.root.joinpath(*parts)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
+    def temporary_directory(self, name: str) -> Path:
+        """Return the path of a directory that this process alone writes, for `install_directory`."""
+        return self.path(f"{name}-{os.uname().nodename}-{os.getpid()}{TEMPORARY_SUFFIX}")
+
     @property
     def corpus(self) -> Path:
-        """What becomes `out` when it is complete."""
+        """The directory that becomes `out` when it is complete."""
         return self.root / "corpus"
 
-    def record(self, path: Path) -> dict[str, Any] | None:
-        """The record at `path`, or None where there is none of this plan or its files are not as it says."""
+    def read_record(self, path: Path) -> dict[str, Any] | None:
+        """Read a step's record; None if there is none, it belongs to another job, or the sizes of its files differ."""
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             sizes = {name: (self.root / name).stat().st_size for name in record["files"]}
         except (OSError, ValueError):
             return None
-        return record if record["plan"] == self.plan and sizes == record["files"] else None
+        return record if record["plan"] == self.identity and sizes == record["files"] else None
+
+    def is_done(self, path: Path) -> bool:
+        """Return True if the step with this record is done."""
+        return self.read_record(path) is not None
 
     def write_record(self, path: Path, files: Iterable[Path], content: dict[str, Any]) -> None:
-        """Say that a step is done: the last thing that it does."""
+        """Mark a step as done: the last thing that it does."""
         sizes = {str(file.relative_to(self.root)): file.stat().st_size for file in files}
-        write_text(path, json.dumps({"plan": self.plan, "files": sizes, **content}))
+        write_text(path, json.dumps({"plan": self.identity, "files": sizes, **content}))
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What there is to do.
+class WorkingDirectory:
+    """An open working directory: the job and the input that it works on.
 
     Attributes:
         job: what steps need.
@@ -88,134 +104,146 @@ class Plan:
     parts: list[Part]
 
 
-def options_of(config: PrepConfig) -> dict[str, Any]:
-    """The options that decide the result."""
+def working_directory_path(out: Path) -> Path:
+    """Return the path of the working directory of the prep that writes `out`."""
+    return out.with_name(f".{out.name}.prep")
+
+
+def result_options(config: PrepConfig) -> dict[str, Any]:
+    """Return the options that the result depends on."""
     return {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_IN_RESULT}
 
 
-def options_hash(config: PrepConfig) -> str:
-    """Hash of the options that decide the result."""
-    return _hash(options_of(config))
+def hash_result_options(config: PrepConfig) -> str:
+    """Return a hash of the options that the result depends on."""
+    return _hash_json(result_options(config))
 
 
-def _hash(value: Any) -> str:
+def _hash_json(value: Any) -> str:
+    """SHA-256 of a value as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def changed_options(before: dict[str, Any], config: PrepConfig, free: Iterable[str] = ()) -> str:
-    """`seed=7, now 8; ...` for every option that differs but those in `free`; "" where none does."""
-    now = options_of(config)
-    keys = [key for key in now if key not in free and before.get(key, _default(key)) != now[key]]
-    return "; ".join(f"{key}={before.get(key, _default(key))}, now {now[key]}" for key in keys)
+def describe_changed_options(before: dict[str, Any], config: PrepConfig, free: Iterable[str] = ()) -> str:
+    """Return `seed=7, now 8; ...` for the options that differ, except those in `free`; "" if none does."""
+    now = result_options(config)
+    changed = [key for key in now if key in before and key not in free and before[key] != now[key]]
+    return "; ".join(f"{key}={before[key]}, now {now[key]}" for key in changed)
 
 
-@functools.cache
-def _defaults() -> dict[str, Any]:
-    return options_of(PrepConfig())
-
-
-def _default(key: str) -> Any:
-    return _defaults().get(key)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the result."""
+def installed_versions() -> dict[str, str]:
+    """Return the versions of the packages that the result depends on."""
     return {name: importlib.metadata.version(name) for name in VERSIONED}
 
 
-def code_of(config: PrepConfig) -> dict[str, str]:
-    """What decides the result beside options and texts: versions, the code of filters, the given tokenizer."""
-    found = {**versions(), "filters": Cleaner(config).fingerprint}
+def hash_code(config: PrepConfig) -> dict[str, str]:
+    """Return what else the result depends on: package versions, hashes of the filters' code and of the given tokenizer."""
+    found = {**installed_versions(), "filters": Cleaner(config).fingerprint}
     if config.dedup == "near":
         found["minhash"] = ALGORITHM
     if config.tokenizer:
         path = Path(config.tokenizer)
         files = sorted(path.iterdir()) if path.is_dir() else [path]
-        found["tokenizer"] = _hash([sha256_of(file) for file in files if file.is_file()])
+        found["tokenizer"] = _hash_json([sha256_of(file) for file in files if file.is_file()])
     return found
 
 
-def resume(config: PrepConfig, root: Path, alone: Callable[[], None]) -> Plan | str:
-    """What an earlier call left in `root`, to go on with; or in words why there is nothing to go on with, "" for nothing there.
+def resume_working_directory(
+    config: PrepConfig, root: Path, check_unused: Callable[[], None]
+) -> tuple[WorkingDirectory | None, str]:
+    """Open the working directory that an earlier run left, if this one can continue with it.
 
     Args:
         config: checked options.
         root: the working directory.
-        alone: raises where another task is using the directory.
+        check_unused: raises if another array task is using the directory; called before its description is changed.
+
+    Returns:
+        The working directory, or None with the reason why it cannot be continued: `a.jsonl has changed`; "" if there is none.
 
     Raises:
-        ConfigError: what is there was begun with other options or versions, and `restart` is not set.
+        ConfigError: it was begun with other options or versions, and `restart` is not set.
     """
-    before = _read(root / PLAN)
+    before = _read_description(root)
     if before is None:
-        return ""
-    # What only the tokenizer and later steps depend on may change until there is a tokenizer.
-    free = POLICY if (root / TOKENIZER_RECORD).exists() else (*POLICY, *LATE)
-    code = code_of(config)
-    difference = changed_options(before["options"], config, free) or _changed_code(before["code"], code, free)
+        return None, ""
+    # Options of the tokenizer and later steps may change until there is a tokenizer.
+    free = CHANGEABLE if (root / TOKENIZER_RECORD).exists() else (*CHANGEABLE, *FROM_TOKENIZER_ON)
+    code = hash_code(config)
+    difference = describe_changed_options(before["options"], config, free)
+    difference = difference or _describe_changed_code(before["code"], code, free)
     if difference and not config.restart:
         raise ConfigError(
-            f"{root} holds an unfinished `rdt prep` that was begun with {difference}. Go on with what it was begun "
-            "with, or set --restart true to begin again."
+            f"{root} holds an unfinished `rdt prep` that was begun with {difference}. Continue with the options that it was "
+            "begun with, or set --restart true to begin again."
         )
-    inputs = input_files(config)
-    changed = difference or _changed_input(before["inputs"], inputs)
+    inputs = list_input_files(config)
+    recorded = {record.name: record for record in (Input(*values) for values in before["inputs"])}
+    changed = difference or describe_changed_input(recorded, inputs, _has_other_size_or_time)
     if changed:
-        return changed
-    if before["options"] != options_of(config) or before["code"] != code:
-        alone()
-        write_text(root / PLAN, json.dumps(before | {"options": options_of(config), "code": code}))
+        return None, changed
+    if before["options"] != result_options(config) or before["code"] != code:
+        check_unused()
+        write_text(root / DESCRIPTION, json.dumps(before | {"options": result_options(config), "code": code}))
+    # Parts refer to their files by number. Shards of datasets are numbered after the files.
     files = inputs + [Input(*values) for values in before["hub"]]
     parts = [
         Part(i, kind, tuple(files[first : first + count]), start, end, size)
         for i, (kind, first, count, start, end, size) in enumerate(before["parts"])
     ]
-    return Plan(Job(config, root, before["id"]), inputs, parts)
+    return WorkingDirectory(Job(config, root, before["id"]), inputs, parts), ""
 
 
-def open_plan(config: PrepConfig, root: Path, alone: Callable[[], None]) -> Plan:
-    """Go on with what an earlier call left in `root`, or begin; arguments and errors as for `resume`."""
-    found = resume(config, root, alone)
-    if isinstance(found, Plan):
-        return found
-    if found:
-        print(f"{found}: beginning again")
+def open_working_directory(config: PrepConfig, root: Path, check_unused: Callable[[], None]) -> WorkingDirectory:
+    """Continue in the working directory of an earlier run, or make a new one; see `resume_working_directory`."""
+    work, reason = resume_working_directory(config, root, check_unused)
+    if work is not None:
+        return work
+    if reason:
+        print(f"{reason}: beginning again")
     if root.exists():
-        alone()
+        check_unused()
         shutil.rmtree(root)
-    inputs = input_files(config)
+    inputs = list_input_files(config)
     parts = cut_parts(config, inputs)
-    places = {file.name: i for i, file in enumerate(inputs)}
+    numbers = {file.name: i for i, file in enumerate(inputs)}
     hub = [part.inputs[0] for part in parts if part.kind == "hub"]
-    places |= {file.name: i for i, file in enumerate(hub, start=len(inputs))}
+    numbers |= {file.name: i for i, file in enumerate(hub, start=len(inputs))}
     document = {
-        "options": options_of(config),
-        "code": code_of(config),
+        "options": result_options(config),
+        "code": hash_code(config),
         "inputs": [list(dataclasses.astuple(file)) for file in inputs],
         "hub": [list(dataclasses.astuple(file)) for file in hub],
-        "parts": [[p.kind, places[p.inputs[0].name], len(p.inputs), p.start, p.end, p.size] for p in parts],
+        "parts": [[p.kind, numbers[p.inputs[0].name], len(p.inputs), p.start, p.end, p.size] for p in parts],
     }
-    document["id"] = _hash(
+    # Options that may change later have no part in the identity, so that the records of earlier steps stay valid.
+    document["id"] = _hash_json(
         {
             **document,
-            "options": {k: v for k, v in options_of(config).items() if k not in (*POLICY, *LATE)},
-            "code": {k: v for k, v in code_of(config).items() if k not in LATE},
+            "options": {
+                key: value
+                for key, value in result_options(config).items()
+                if key not in (*CHANGEABLE, *FROM_TOKENIZER_ON)
+            },
+            "code": {key: value for key, value in hash_code(config).items() if key not in FROM_TOKENIZER_ON},
         }
     )
     root.mkdir(parents=True)
-    write_text(root / PLAN, json.dumps(document))
-    return Plan(Job(config, root, str(document["id"])), inputs, parts)
+    write_text(root / DESCRIPTION, json.dumps(document))
+    return WorkingDirectory(Job(config, root, str(document["id"])), inputs, parts)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read_description(root: Path) -> dict[str, Any] | None:
+    """Content of `plan.json`; None if it is missing or damaged."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads((root / DESCRIPTION).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return document if isinstance(document, dict) else None
 
 
-def _changed_code(before: dict[str, str], now: dict[str, str], free: Iterable[str]) -> str:
+def _describe_changed_code(before: dict[str, str], now: dict[str, str], free: Iterable[str]) -> str:
+    """Return the first version or hash of `hash_code` that differs, except those in `free`, in words; "" if none does."""
     for name in sorted((before.keys() | now.keys()) - set(free)):
         if before.get(name) != now.get(name):
             versions = f"{before.get(name)}, now {now.get(name)}"
@@ -223,20 +251,40 @@ def _changed_code(before: dict[str, str], now: dict[str, str], free: Iterable[st
     return ""
 
 
-def _changed_input(before: list[list], inputs: list[Input]) -> str:
-    """Which file is not as it was, in words, or ""."""
-    recorded = {record.name: record for record in (Input(*values) for values in before)}
-    now = {file.name: file for file in inputs}
-    for name in sorted(now.keys() ^ recorded.keys()):
-        return f"{name} was {'added' if name in now else 'removed'}"
-    for name, file in now.items():
-        if (file.bytes, file.mtime_ns) != (recorded[name].bytes, recorded[name].mtime_ns):
-            return f"{name} has changed"
-    return ""
+def _has_other_size_or_time(file: Input, recorded: Input) -> bool:
+    """Return True if a file's size or modification time differs from the recorded one."""
+    return (file.bytes, file.mtime_ns) != (recorded.bytes, recorded.mtime_ns)
 
 
-def remove_temporary(root: Path) -> None:
-    """Remove what processes that were killed were writing; nobody may be writing there."""
+def install_directory(directory: Path, final: Path) -> None:
+    """Rename a finished directory of files to `final`, unless the same files are there already.
+
+    Several array tasks may make the same directory at the same time; the first to finish gives it its name. A later one
+    must leave it alone, since other tasks may be reading it. Other content is damaged, or was left by a prep that
+    ended before it wrote the record and was continued with other options: it is replaced.
+    """
+    try:
+        directory.rename(final)
+    except OSError:
+        if not final.is_dir():
+            raise
+        if _has_same_files(directory, final):
+            shutil.rmtree(directory)
+        else:
+            shutil.rmtree(final)
+            directory.rename(final)
+
+
+def _has_same_files(one: Path, other: Path) -> bool:
+    """Return True if two directories hold files of the same names and contents."""
+    names = sorted(path.name for path in one.iterdir())
+    return names == sorted(path.name for path in other.iterdir()) and all(
+        sha256_of(one / name) == sha256_of(other / name) for name in names
+    )
+
+
+def remove_temporary_files(root: Path) -> None:
+    """Remove the unfinished files of processes that were killed; no process may be writing below `root`."""
     for path in [*root.rglob(f"*{TEMPORARY_SUFFIX}")]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

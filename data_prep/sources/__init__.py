@@ -1,1 +1,1 @@
-"""Sources of text: files, archives and datasets, read as documents."""
+"""Sources of text: files, compressed files and Hugging Face datasets, read as documents."""

@@ -1,4 +1,4 @@
-"""Compressed text, read so that a file that was cut short is an error and not a shorter text."""
+"""Gzip and zstd files read as streams that raise an error at a truncated end, instead of returning less text."""
 
 import gzip
 import io
@@ -8,15 +8,15 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-# What reading a file that is cut or damaged raises.
+# Exceptions raised by reading a file that is truncated or damaged.
 DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 READ_BYTES = 1 << 17
 
 
-def decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
-    """The content of a plain, gzip or zstd file, by the ending of `path`; `raw` is the open file.
+def open_decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
+    """Return a stream of the content of an open file: plain, gzip or zstd, by the ending of `path`.
 
-    Reading raises one of DAMAGED where the compressed content is damaged or ends early. Both formats may hold several
+    Reading raises one of DAMAGED if the compressed content is damaged or ends early. Both formats may hold several
     members or frames, one after another.
     """
     suffix = path.suffix.lower()
@@ -26,19 +26,26 @@ def decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
 
 
 class _ZstdReader(io.RawIOBase):
-    """Zstandard's own stream_reader takes the end of the file for the end of a frame, and stops after the first."""
+    """Stream of all frames of a zstd file.
+
+    Zstandard's own stream_reader stops after the first frame, and takes the end of the file for the end of a frame.
+    """
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw
-        self._frame: Any = None  # what decodes the frame that has begun
+        self._frame: Any = None  # decompressor of the frame that has begun
         self._compressed, self._content = b"", memoryview(b"")
 
     def readable(self) -> bool:
-        """Always: io.BufferedReader asks."""
+        """Return True, as io.BufferedReader requires."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill a part of `buffer`; 0 at the end of the file, which must be the end of a frame."""
+        """Fill the beginning of `buffer`; return its length, 0 at the end of the file.
+
+        Raises:
+            EOFError: the file ends inside a frame.
+        """
         while not self._content:
             self._compressed = self._compressed or self._raw.read(READ_BYTES)
             if not self._compressed:
@@ -47,6 +54,7 @@ class _ZstdReader(io.RawIOBase):
                 return 0
             self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
             self._content = memoryview(self._frame.decompress(self._compressed))
+            # Bytes after the end of a frame begin the next one.
             self._compressed = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:
                 self._frame = None

@@ -1,4 +1,4 @@
-"""Hugging Face datasets: read once, a shard at a time, and kept beside the scan for the second reading."""
+"""Hugging Face datasets: each shard is streamed once and spooled to a file, which the second reading uses."""
 
 import json
 from collections.abc import Iterator
@@ -8,48 +8,45 @@ from typing import IO, Any
 import zstandard
 
 from data_prep.config import PrepConfig
-from data_prep.sources.compression import DAMAGED, decompressed
+from data_prep.sources.compression import DAMAGED, open_decompressed
 from megatron_rdt.data.hugging_face import dataset_error, open_stream
 from megatron_rdt.errors import DataError
 
 
-def _unreadable(words: str, error: Exception) -> DataError:
-    return dataset_error(words, error, "--hf_split")
-
-
-def shard_count(words: str, config: PrepConfig) -> int:
-    """Shards of a dataset, at least 1; DataError where it cannot be opened."""
+def count_dataset_shards(name: str, config: PrepConfig) -> int:
+    """Return the number of shards of a dataset, at least 1; DataError if it cannot be opened."""
     try:
-        return max(1, int(open_stream(words, config.hf_split).num_shards))
+        return max(1, int(open_stream(name, config.hf_split).num_shards))
     except Exception as error:
-        raise _unreadable(words, error) from error
+        raise dataset_error(name, error, "--hf_split") from error
 
 
-def shard_records(words: str, config: PrepConfig, index: int, count: int) -> Iterator[Any]:
-    """Records of shard `index` of `count`; DataError where they cannot be read."""
+def read_dataset_shard(name: str, config: PrepConfig, index: int, count: int) -> Iterator[Any]:
+    """Yield the records of shard `index` of `count` of a dataset; DataError if they cannot be read."""
     try:
-        dataset = open_stream(words, config.hf_split)
+        dataset = open_stream(name, config.hf_split)
         shards = max(1, int(dataset.num_shards))
         stream = iter(dataset.shard(num_shards=count, index=index) if count > 1 else dataset)
     except Exception as error:
-        raise _unreadable(words, error) from error
+        raise dataset_error(name, error, "--hf_split") from error
     if shards != count:
         raise DataError(
-            f"hf:{words} has {shards} shards and had {count} when this prep began: the dataset has changed. "
+            f"hf:{name} has {shards} shards and had {count} when this prep began: the dataset has changed. "
             "Run `rdt prep` again with --restart."
         )
+    # Only the reading is in the try block: an exception of the consumer must not look like one of the dataset.
     while True:
         try:
             record = next(stream)
         except StopIteration:
             return
         except Exception as error:
-            raise _unreadable(words, error) from error
+            raise dataset_error(name, error, "--hf_split") from error
         yield record
 
 
-class Spool:
-    """Writes documents as lines of JSON, compressed: [number, prompt, text].
+class SpoolWriter:
+    """Writes documents as zstd-compressed JSON lines: [number, prompt, text].
 
     Args:
         file: open for writing.
@@ -63,15 +60,15 @@ class Spool:
         self._stream.write(json.dumps([number, prompt, text], ensure_ascii=False).encode("utf-8") + b"\n")
 
     def finish(self) -> None:
-        """Write the end."""
+        """Write the end of the compressed stream."""
         self._stream.close()
 
 
-def spooled(path: Path) -> Iterator[tuple[int, str, str]]:
-    """(number, prompt, text) of what a Spool wrote; DataError where the file is damaged."""
+def read_spool(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Yield (number, prompt, text) of the documents in a spool file; DataError if it is damaged."""
     try:
         with open(path, "rb") as raw:
-            for line in decompressed(raw, path):
+            for line in open_decompressed(raw, path):
                 number, prompt, text = json.loads(line)
                 yield number, prompt, text
     except (*DAMAGED, ValueError) as error:

@@ -1,11 +1,11 @@
-"""What there is to read: files in a fixed order, cut into parts that do not depend on who reads them."""
+"""Input files in a fixed order, cut into parts that do not depend on which worker or machine reads them."""
 
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from data_prep.config import PrepConfig
 from megatron_rdt.data.hugging_face import PREFIX
@@ -14,8 +14,9 @@ from megatron_rdt.errors import ConfigError, DataError
 STDLIB = "stdlib"
 STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 COMPRESSED = (".gz", ".zst")
-PARTS, FEWEST_PARTS = 256, 8
-SMALLEST_PART, USUAL_PART, LARGEST_PART = 1_000_000, 2_000_000, 64_000_000
+MOST_PARTS, FEWEST_PARTS = 256, 8  # aimed at within the sizes below
+SMALLEST_PART, USUAL_PART, LARGEST_PART = 1_000_000, 2_000_000, 64_000_000  # bytes
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,10 @@ class Input:
     """A file, or one shard of a Hugging Face dataset.
 
     Attributes:
-        name: what the keys of its documents are made of: the same on every machine.
-        path: where it is; of a dataset the words after `hf:`.
-        bytes, mtime_ns: size and time of the last change; 0 for a dataset.
-        valid: all of its documents go to the validation split.
+        name: the same on every machine; the order keys of its documents are made from it.
+        path: of the file, or the dataset's name as after `hf:`.
+        bytes, mtime_ns: size and modification time; 0 for a dataset.
+        valid: whether all of its documents go to the validation split.
     """
 
     name: str
@@ -38,14 +39,14 @@ class Input:
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of the input that one process reads at a time.
+    """A piece of the input that one worker reads at a time.
 
     Attributes:
-        index: place in the order of the input.
+        index: number in the order of the input.
         kind: lines of a .jsonl, whole text files, row groups of a Parquet file, or a shard of a dataset on the hub.
-        inputs: the files; several for whole texts.
-        start, end: lines that begin at these bytes of a plain .jsonl, row groups, or number of the shard and of all
-            shards; end 0 is the end of the file.
+        inputs: its file; several for whole text files.
+        start, end: of a plain .jsonl, the byte range in which its lines begin; of a Parquet file, the range of row groups; of a
+            dataset, the number of the shard and of all shards. An end of 0 is the end of the file.
         size: bytes of input, for progress.
     """
 
@@ -58,7 +59,7 @@ class Part:
 
     @property
     def name(self) -> str:
-        """`part-00017`."""
+        """Name of its files in the working directory, such as `part-00017`."""
         return f"part-{self.index:05d}"
 
     @property
@@ -67,16 +68,17 @@ class Part:
         return self.inputs[0].valid
 
 
-def _sources(config: PrepConfig) -> Iterator[tuple[str, str, bool]]:
-    """(source, name, valid) of each; names that several sources have are told apart by their place in the list."""
+def _iterate_sources(config: PrepConfig) -> Iterator[tuple[str, str, bool]]:
+    """Yield (source, name, valid) of each source; equal names get the number of the source as a prefix."""
     sources = [*config.sources, *config.valid_sources]
-    called = Counter(_source_name(source) for source in sources)
+    counts = Counter(_source_name(source) for source in sources)
     for index, source in enumerate(sources):
         name = _source_name(source)
-        yield source, f"{index}:{name}" if called[name] > 1 else name, index >= len(config.sources)
+        yield source, f"{index}:{name}" if counts[name] > 1 else name, index >= len(config.sources)
 
 
 def _source_name(source: str) -> str:
+    """Name of a source without the folder that it lies in on this machine."""
     if source == STDLIB:
         return source
     if source.startswith(PREFIX) and not Path(source.removeprefix(PREFIX)).exists():
@@ -84,17 +86,17 @@ def _source_name(source: str) -> str:
     return Path(source.removeprefix(PREFIX)).name
 
 
-def input_files(config: PrepConfig) -> list[Input]:
-    """Every file that the sources name, in a fixed order; names do not depend on the machine.
+def list_input_files(config: PrepConfig) -> list[Input]:
+    """List every file of the sources in a fixed order, with names that do not depend on the machine.
 
-    A name begins with that of its source; where several sources have the same, their places in the list tell them apart.
+    A name begins with that of its source. Sources of the same name are told apart by their number.
 
     Raises:
-        ConfigError: a source does not exist, or is a file with an ending that is not known.
+        ConfigError: a source does not exist, or is a file with an ending that is not in `extensions`.
         DataError: there is no file.
     """
     found: list[Input] = []
-    for source, name, valid in _sources(config):
+    for source, name, valid in _iterate_sources(config):
         if source.startswith(PREFIX):
             continue
         root = Path(sysconfig.get_paths()["stdlib"]) if source == STDLIB else Path(source)
@@ -106,44 +108,65 @@ def input_files(config: PrepConfig) -> list[Input]:
             if not root.name.lower().endswith(endings):
                 raise ConfigError(
                     f"{root} ends with none of {', '.join(extensions)}. Convert it, or name its ending in --extensions "
-                    "to take the file as one plain text document."
+                    "to read the file as one plain text document."
                 )
-            found.append(_input(name, root, valid))
+            found.append(_make_input(name, root, valid))
             continue
         for path in sorted(root.rglob("*")):
             inside = path.relative_to(root)
             if source == STDLIB and STDLIB_SKIPPED & set(inside.parts):
                 continue
             if path.is_file() and path.name.lower().endswith(endings):
-                found.append(_input(f"{name}/{inside.as_posix()}", path, valid))
-    hub = any(source.startswith(PREFIX) for source in config.sources)
-    if not hub and not any(not file.valid for file in found):
+                found.append(_make_input(f"{name}/{inside.as_posix()}", path, valid))
+    has_dataset = any(source.startswith(PREFIX) for source in config.sources)
+    if not has_dataset and not any(not file.valid for file in found):
         raise DataError(
             f"no file with an ending of {config.extensions} in {config.sources}. Set --sources or --extensions."
         )
     return found
 
 
-def _input(name: str, path: Path, valid: bool) -> Input:
+def _make_input(name: str, path: Path, valid: bool) -> Input:
+    """Return the Input of a file."""
     stat = path.stat()
     return Input(name, str(path), stat.st_size, stat.st_mtime_ns, valid)
 
 
-def part_bytes(config: PrepConfig, files: list[Input]) -> int:
-    """Bytes of input of a part, about."""
+def describe_changed_input(
+    recorded: Mapping[str, T], files: list[Input], has_changed: Callable[[Input, T], bool]
+) -> str:
+    """Return the first difference between files and their records: `NAME was added`, `was removed` or `has changed`.
+
+    Args:
+        recorded: records by name.
+        files: the files as they are now.
+        has_changed: compares a file with its record.
+
+    Returns:
+        The difference in words; "" if there is none.
+    """
+    now = {file.name: file for file in files}
+    for name in sorted(now.keys() ^ recorded.keys()):
+        return f"{name} was {'added' if name in now else 'removed'}"
+    return next((f"{name} has changed" for name, file in now.items() if has_changed(file, recorded[name])), "")
+
+
+def choose_part_bytes(config: PrepConfig, files: list[Input]) -> int:
+    """Return the size to aim at for a part, in bytes of input."""
     total = sum(file.bytes for file in files)
-    # A part costs a few synchronised writes, and what is left of the last ones leaves workers idle.
+    # Many small parts cost several synchronised writes each; few large ones leave workers idle while the last ones finish.
     smallest = min(max(total // FEWEST_PARTS, SMALLEST_PART), USUAL_PART)
-    return config.part_bytes or min(max(total // PARTS, smallest), LARGEST_PART)
+    return config.part_bytes or min(max(total // MOST_PARTS, smallest), LARGEST_PART)
 
 
 def cut_parts(config: PrepConfig, files: list[Input]) -> list[Part]:
-    """The input as parts, in its order; datasets are asked for their number of shards."""
-    size = part_bytes(config, files)
-    pieces: list[tuple[Any, list[Input], int, int, int]] = []  # Part but for its index
+    """Cut the input into parts, in its order; the hub is asked for the number of shards of datasets."""
+    size = choose_part_bytes(config, files)
+    pieces: list[tuple[Any, list[Input], int, int, int]] = []  # the fields of Part after its index
     for file in files:
-        kind = _kind(file)
+        kind = _file_kind(file)
         if kind == "texts":
+            # Small text files are collected into one part, up to its size.
             last = pieces[-1] if pieces else None
             if last and last[0] == "texts" and last[1][0].valid == file.valid and last[4] + file.bytes <= size:
                 last[1].append(file)
@@ -151,31 +174,34 @@ def cut_parts(config: PrepConfig, files: list[Input]) -> list[Part]:
             else:
                 pieces.append((kind, [file], 0, 0, file.bytes))
         elif kind == "parquet":
-            pieces += [(kind, [file], *cut) for cut in _row_groups(file, size)]
+            pieces += [(kind, [file], *cut) for cut in _cut_row_groups(file, size)]
         elif file.path.lower().endswith(COMPRESSED) or file.bytes <= size:
+            # A compressed file can be read from its beginning only, so it is one part whatever its size.
             pieces.append((kind, [file], 0, 0, file.bytes))
         else:
+            # Byte ranges; each owns the lines that begin in it, so no line is read twice or lost.
             starts = range(0, file.bytes, size)
             pieces += [(kind, [file], s, min(s + size, file.bytes), min(size, file.bytes - s)) for s in starts]
-    for source, name, valid in _sources(config):
+    for source, name, valid in _iterate_sources(config):
         if source.startswith(PREFIX):
-            from data_prep.sources.hugging_face_files import shard_count
+            from data_prep.sources.hugging_face_files import count_dataset_shards
 
-            words = source.removeprefix(PREFIX)
-            shards = shard_count(words, config)
-            pieces += [("hub", [Input(f"{name}/{i}", words, 0, 0, valid)], i, shards, 0) for i in range(shards)]
+            dataset = source.removeprefix(PREFIX)
+            shards = count_dataset_shards(dataset, config)
+            pieces += [("hub", [Input(f"{name}/{i}", dataset, 0, 0, valid)], i, shards, 0) for i in range(shards)]
     return [Part(i, kind, tuple(inputs), *numbers) for i, (kind, inputs, *numbers) in enumerate(pieces)]
 
 
-def _kind(file: Input) -> Literal["lines", "texts", "parquet"]:
+def _file_kind(file: Input) -> Literal["lines", "texts", "parquet"]:
+    """Kind of the parts of a file, by its endings."""
     suffixes = [suffix.lower() for suffix in Path(file.path).suffixes]
     if ".jsonl" in suffixes:
         return "lines"
     return "parquet" if suffixes[-1:] == [".parquet"] else "texts"
 
 
-def _row_groups(file: Input, size: int) -> list[tuple[int, int, int]]:
-    """(first row group, end, bytes) of each part of a Parquet file; all of it where its footer cannot be read."""
+def _cut_row_groups(file: Input, size: int) -> list[tuple[int, int, int]]:
+    """Return (first row group, end, bytes) of each part of a Parquet file; one part for all if its footer is damaged."""
     import pyarrow
     import pyarrow.parquet
 
@@ -183,7 +209,7 @@ def _row_groups(file: Input, size: int) -> list[tuple[int, int, int]]:
         with pyarrow.parquet.ParquetFile(file.path) as parquet:
             rows = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
     except (pyarrow.ArrowException, OSError):
-        return [(0, 0, file.bytes)]  # reading it will say what is wrong
+        return [(0, 0, file.bytes)]  # reading the part reports the damage, under the policy for bad records
     cuts: list[tuple[int, int, int]] = []
     start, held = 0, 0
     for index, count in enumerate(rows):

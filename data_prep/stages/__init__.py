@@ -1,1 +1,1 @@
-"""Stages of preparation, in order: scan, duplicates, tokenizer, encoding, writing, publishing."""
+"""Stages of preparation, in order: scan, duplicates, tokenizer, encode, write shards and manifest, publish."""

@@ -1,4 +1,4 @@
-"""Which of any number of items are linked, over any number of links: a forest in files, not in memory."""
+"""Disjoint sets of any number of items, linked pair by pair: a forest in mapped files instead of memory."""
 
 import os
 from pathlib import Path
@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 
 
-class Links:
-    """A disjoint-set forest of which the smallest item of a tree is the root (Galler and Fischer 1964).
+class DisjointSets:
+    """A disjoint-set forest in which the smallest item of a tree is its root (Galler and Fischer 1964).
 
-    Two files hold it, 9 bytes per item, mapped into memory, of which the kernel keeps what fits.
+    Two mapped files hold it, 9 bytes per item; the kernel keeps in memory what fits. All operations take arrays, since a
+    loop over single items would be too slow.
 
     Args:
         directory: where to make the files; exists.
-        items: how many; they are numbered from 0.
+        items: number of items, which are numbered from 0.
 
     Attributes:
         linked: whether an item is linked to another, bool (items,).
@@ -24,36 +25,45 @@ class Links:
     """
 
     def __init__(self, directory: Path, items: int) -> None:
-        self._back = _zeros(directory / "back", "<u8", items)  # to the parent; 0 of a root
-        self.linked = _zeros(directory / "linked", np.bool_, items)
+        # The distance to the parent, which is a smaller item; 0 for a root. So files of zeros are a forest of single items.
+        self._distance = _map_zeros(directory / "back", "<u8", items)
+        self.linked = _map_zeros(directory / "linked", np.bool_, items)
 
     def _parents(self, items: np.ndarray) -> np.ndarray:
-        return items - self._back[items]
+        """Return the parent of each item."""
+        return items - self._distance[items]
 
-    def roots(self, items: np.ndarray) -> np.ndarray:
-        """The smallest item that each of some items, uint64 (n,), is linked to; itself where there is none smaller."""
+    def find_roots(self, items: np.ndarray) -> np.ndarray:
+        """Return the smallest item in the set of each item, uint64 (n,)."""
         found = self._parents(items)
         while not np.array_equal(found, higher := self._parents(found)):
-            self._back[items] = items - higher  # where parents are among the items, ways are halved with every round
+            # Path compression: point each item at what was found for it so far. Where parents are among the items too, paths
+            # are halved in every round.
+            self._distance[items] = items - higher
             found = higher
         return found
 
-    def add(self, ones: np.ndarray, others: np.ndarray) -> None:
-        """Link items, uint64 (n,), with items, uint64 (n,)."""
+    def link(self, ones: np.ndarray, others: np.ndarray) -> None:
+        """Join the sets of pairs of items, uint64 (n,) each."""
         self.linked[ones] = self.linked[others] = True
-        while len(ones):  # every two rounds join half of the trees that are not complete
-            ones, others = self.roots(ones), self.roots(others)
-            apart = ones != others
-            ones, others = ones[apart], others[apart]
+        # A root that occurs in several pairs gets one new parent per round; the pairs that are still apart are tried again.
+        # Every two rounds join half of the trees that are not complete.
+        while len(ones):
+            ones, others = self.find_roots(ones), self.find_roots(others)
+            is_apart = ones != others
+            ones, others = ones[is_apart], others[is_apart]
             low, high = np.minimum(ones, others), np.maximum(ones, others)
-            np.maximum.at(self._back, high, high - low)
-            self.roots(high)  # a chain of new links becomes short; ways of other items grow by one per round at most
+            # The larger root gets the farthest, that is the smallest, of the roots that it is paired with as parent.
+            np.maximum.at(self._distance, high, high - low)
+            # New links may form a chain: shorten it now. Paths of other items grow by at most one step per round.
+            self.find_roots(high)
 
 
-def _zeros(path: Path, dtype: Any, items: int) -> np.ndarray:
-    """A mapped file of zeros. Its room is taken now: a page that finds none later would end the process."""
+def _map_zeros(path: Path, dtype: Any, items: int) -> np.ndarray:
+    """Return a mapped file of zeros, whose room on disk is reserved."""
     size = np.dtype(dtype).itemsize * max(1, items)
     with open(path, "wb") as file:
+        # Writing to a mapped page without room on disk would end the process with a bus error; reserving raises OSError.
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)
         else:  # macOS

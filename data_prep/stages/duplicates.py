@@ -1,9 +1,9 @@
-"""Which documents are duplicates of others, exact or near, from the scans of all parts.
+"""Find duplicate documents, exact and near, from the scan rows of all parts, in bounded memory.
 
-Rows are spread over files by the top bits of a hash, so that equal hashes meet in one file and one file fits in memory.
-What is equal already within the rows in memory is settled there, so that one document repeated any number of times
-does not fill a file. Of equal documents, and of each group of near-duplicates, the one with the smallest (not valid, key)
-stays: which that is depends on the documents alone, not on the order of the parts.
+Rows are distributed over bucket files by the top bits of a hash, so that equal hashes meet in one file and one file fits in
+memory. Rows that are equal within one batch in memory are settled before they are written, so that a document repeated
+any number of times does not fill a file. Of equal documents, and of each group of near-duplicates, the one with the
+smallest (not valid, order key) stays: it depends on the documents alone, not on the order of the parts.
 """
 
 import shutil
@@ -12,51 +12,53 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.stages.disjoint_sets import Links
+from data_prep.stages.disjoint_sets import DisjointSets
+from data_prep.stages.scan_rows import SCAN_ROW, bands_path
 from megatron_rdt.errors import DataError
 from megatron_rdt.files import atomic_open
 
-SCAN_ROW = np.dtype([("hash", "<u8", 2), ("key", "<u8", 2), ("number", "<u8"), ("bytes", "<u4"), ("valid", "u1")])
 BUCKET_ROWS = 1 << 22
-# A document is part << 32 | row. `rank` orders the documents of equal hash, of which one stays.
+# A document's id is part << 32 | row. Of the records of equal hash, the first in (rank, key, id) stays.
 _RECORD = np.dtype(
     [("hash", "<u8"), ("hash_low", "<u8"), ("rank", "u1"), ("key", "<u8"), ("key_low", "<u8"), ("id", "<u8")]
 )
 _BAND = np.dtype([("hash", "<u8"), ("item", "<u8")])  # items are the documents of all parts, numbered from 0
-_SPREAD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, odd: a product with it spreads over the top bits
+# 2^64 over the golden ratio, odd: a product with it is spread over the top bits.
+_SPREAD = np.uint64(0x9E3779B97F4A7C15)
 _ROW_BITS = np.uint64(32)
 _ROW_MASK = np.uint64(0xFFFFFFFF)
 
 
 def find_duplicates(scans: Sequence[Path], out: Path, bands: bool, bucket_rows: int = BUCKET_ROWS) -> dict[str, int]:
-    """Write for every part which of its rows to drop.
+    """Write for every part the rows that are duplicates.
 
-    Memory is that for `bucket_rows` rows (about 150 bytes each) or the flags of the largest part, whatever the number of
-    documents; near-duplicates are linked in files that the kernel keeps in memory as far as they fit, see `Links`.
+    Memory is `bucket_rows` rows (about 150 bytes each) or the flags of the largest part, whatever the number of
+    documents; near-duplicates are linked in files that the kernel keeps in memory as far as they fit, see `DisjointSets`.
 
     Args:
-        scans: files of SCAN_ROW, one per part; with names that differ.
+        scans: files of SCAN_ROW, one per part, with distinct names.
         out: directory for files of the same names: uint32, sorted, the rows of that part to drop.
-        bands: also find near-duplicates, from the files NAME.bands.npy beside the scans, uint64 (rows, bands). Documents
-            that share a band are linked; of everything that is linked one stays.
+        bands: also find near-duplicates, from the files `bands_path` of the scans, uint64 (rows, bands). Documents that share
+            a band are linked; of all that are linked, over any number of links, one stays.
         bucket_rows: rows to hold in memory.
 
     Returns:
-        {"duplicate": n, "near_duplicate": m}: how many are dropped; a document counts once.
+        {"duplicate": n, "near_duplicate": m}: numbers of dropped documents; a document counts once.
 
     Raises:
-        DataError: a scan is missing or damaged, or does not fit to its bands.
+        DataError: a scan is missing or damaged, or does not fit its bands.
     """
     out.mkdir(parents=True, exist_ok=True)
     work = out / ".buckets"
-    shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
-    rows = [len(_opened(scan, SCAN_ROW)) for scan in scans]
+    shutil.rmtree(work, ignore_errors=True)  # left by a run that was killed
+    rows = [len(_map_array(scan, SCAN_ROW)) for scan in scans]
     try:
-        dropped = _Dropped(work / "dropped", rows, bucket_rows)
-        exact = _repeated(_exact_records(scans, max(1, bucket_rows // 4)), sum(rows), work / "exact", bucket_rows)
+        dropped = _DroppedRows(work / "dropped", rows, bucket_rows)
+        records = _read_exact_records(scans, max(1, bucket_rows // 4))
+        exact = _find_repeated(records, sum(rows), work / "exact", bucket_rows)
         duplicates = sum(map(dropped.add, exact))
-        near = _drop_near(scans, rows, dropped, work, bucket_rows) if bands else 0
-        for scan, flags in zip(scans, dropped.flags()):
+        near = _drop_near_duplicates(scans, rows, dropped, work, bucket_rows) if bands else 0
+        for scan, flags in zip(scans, dropped.read_flags()):
             with atomic_open(out / scan.name, "wb") as file:
                 np.save(file, np.flatnonzero(flags).astype("<u4"))
     finally:
@@ -64,13 +66,8 @@ def find_duplicates(scans: Sequence[Path], out: Path, bands: bool, bucket_rows: 
     return {"duplicate": duplicates, "near_duplicate": near}
 
 
-def bands_path(scan: Path) -> Path:
-    """Where the band hashes of a scan's documents lie."""
-    return scan.with_suffix(".bands.npy")
-
-
-def _opened(path: Path, dtype: np.dtype, dimensions: int = 1) -> np.ndarray:
-    """A memory map of an array file."""
+def _map_array(path: Path, dtype: np.dtype, dimensions: int = 1) -> np.ndarray:
+    """Return an array file as a memory map; DataError if it is missing, damaged or of another type."""
     try:
         array = np.load(path, mmap_mode="r" if path.stat().st_size else None)
     except (OSError, ValueError, EOFError) as error:
@@ -82,8 +79,8 @@ def _opened(path: Path, dtype: np.dtype, dimensions: int = 1) -> np.ndarray:
     return array
 
 
-class _Buckets:
-    """Records in files, one per bucket."""
+class _BucketFiles:
+    """Records in files, one per bucket, named by its number."""
 
     def __init__(self, directory: Path, dtype: np.dtype) -> None:
         self.directory, self.dtype = directory, dtype
@@ -97,47 +94,53 @@ class _Buckets:
             with open(self.directory / str(number), "ab") as file:
                 records[taken].tofile(file)
 
-    def take(self, number: int) -> np.ndarray:
-        """Records of a bucket, which is removed."""
+    def read(self, number: int) -> np.ndarray:
+        """Return the records of a bucket."""
         path = self.directory / str(number)
-        if not path.exists():
-            return np.empty(0, self.dtype)
-        records = np.fromfile(path, self.dtype)
-        path.unlink()
+        return np.fromfile(path, self.dtype) if path.exists() else np.empty(0, self.dtype)
+
+    def take(self, number: int) -> np.ndarray:
+        """Return the records of a bucket, and remove its file."""
+        records = self.read(number)
+        (self.directory / str(number)).unlink(missing_ok=True)
         return records
 
 
-class _Dropped:
-    """Documents that are dropped, by part."""
+class _DroppedRows:
+    """The documents that are dropped, by part, in bucket files.
+
+    Args:
+        directory: of the files.
+        rows: number of rows of each part.
+        bucket_rows: consecutive parts with about this many rows together share a file.
+    """
 
     def __init__(self, directory: Path, rows: Sequence[int], bucket_rows: int) -> None:
         self.rows = rows
-        # Consecutive parts share a file: as many parts as have `bucket_rows` rows together.
-        self._group = (np.cumsum([0, *rows])[:-1] // bucket_rows).astype(np.int64)
-        self._buckets = _Buckets(directory, np.dtype("<u8"))
+        self._bucket = (np.cumsum([0, *rows])[:-1] // bucket_rows).astype(np.int64)
+        self._files = _BucketFiles(directory, np.dtype("<u8"))
 
     def add(self, ids: np.ndarray) -> int:
-        """Drop documents that were not dropped before; how many."""
+        """Drop documents that were not dropped before; return their number."""
         if len(ids):
-            self._buckets.add(self._group[ids >> _ROW_BITS], ids)
+            self._files.add(self._bucket[ids >> _ROW_BITS], ids)
         return len(ids)
 
-    def flags(self) -> Iterator[np.ndarray]:
-        """For each part, bool (rows,): which are dropped."""
-        group, ids = -1, np.empty(0, np.uint64)
+    def read_flags(self) -> Iterator[np.ndarray]:
+        """Yield for each part the flags of its dropped rows, bool (rows,)."""
+        bucket, ids = -1, np.empty(0, np.uint64)
         for part, rows in enumerate(self.rows):
-            if self._group[part] != group:
-                group = int(self._group[part])
-                path = self._buckets.directory / str(group)
-                ids = np.sort(np.fromfile(path, "<u8")) if path.exists() else np.empty(0, np.uint64)
+            if self._bucket[part] != bucket:
+                bucket = int(self._bucket[part])
+                ids = np.sort(self._files.read(bucket))
             first, last = np.searchsorted(ids, np.array([part, part + 1], np.uint64) << _ROW_BITS)
             flags = np.zeros(rows, bool)
             flags[ids[first:last] & _ROW_MASK] = True
             yield flags
 
 
-def _chunks(pieces: Iterator[np.ndarray], rows: int) -> Iterator[np.ndarray]:
-    """Pieces put together until they have at least `rows` rows."""
+def _join_batches(pieces: Iterator[np.ndarray], rows: int) -> Iterator[np.ndarray]:
+    """Concatenate pieces into batches of at least `rows` rows."""
     held: list[np.ndarray] = []
     count = 0
     for piece in pieces:
@@ -153,62 +156,61 @@ def _chunks(pieces: Iterator[np.ndarray], rows: int) -> Iterator[np.ndarray]:
 
 
 def _bucket_bits(rows: int, bucket_rows: int) -> int:
-    """Bits of a hash that make buckets of at most about `bucket_rows` rows."""
+    """Number of hash bits that give buckets of at most about `bucket_rows` rows."""
     return (-(-rows // bucket_rows) - 1).bit_length() if rows else 0
 
 
 def _top_bits(hashes: np.ndarray, bits: int) -> np.ndarray:
+    """Bucket number of each hash: its top bits."""
     return (hashes >> np.uint64(64 - bits)).astype(np.int64) if bits else np.zeros(len(hashes), np.int64)
 
 
-def _repeated(pieces: Iterator[np.ndarray], rows: int, work: Path, bucket_rows: int) -> Iterator[np.ndarray]:
-    """Arrays of the documents that do not stay: of equal hash, one does.
+def _find_repeated(pieces: Iterator[np.ndarray], rows: int, work: Path, bucket_rows: int) -> Iterator[np.ndarray]:
+    """Yield arrays of the ids to drop: for every hash, all documents but the one that stays.
 
     Args:
         pieces: _RECORD (any,) each.
-        rows: records in all pieces, or more.
+        rows: number of records in all pieces, or more.
         work: directory to make.
         bucket_rows: records to hold in memory.
     """
     bits = _bucket_bits(rows, bucket_rows)
-    buckets = _Buckets(work, _RECORD)
-    for records in _chunks(pieces, bucket_rows):
-        stays = _first_of_equals(records)
+    buckets = _BucketFiles(work, _RECORD)
+    for records in _join_batches(pieces, bucket_rows):
+        stays = _is_first_of_equals(records)
         yield records["id"][~stays]
-        if bits:  # otherwise this was all
+        if bits:  # otherwise this batch held all records
             records = records[stays]
             buckets.add(_top_bits(records["hash"], bits), records)
     for number in range(1 << bits):
         records = buckets.take(number)
-        yield records["id"][~_first_of_equals(records)]
+        yield records["id"][~_is_first_of_equals(records)]
 
 
-def _exact_records(scans: Sequence[Path], step: int) -> Iterator[np.ndarray]:
+def _read_exact_records(scans: Sequence[Path], step: int) -> Iterator[np.ndarray]:
+    """Yield the rows of all scans as records, `step` at a time."""
     for part, scan in enumerate(scans):
-        rows = _opened(scan, SCAN_ROW)
+        rows = _map_array(scan, SCAN_ROW)
         for start in range(0, len(rows), step):
-            yield _records(part, rows[start : start + step], np.arange(start, min(start + step, len(rows))))
+            yield _make_records(part, rows[start : start + step], np.arange(start, min(start + step, len(rows))))
 
 
-def _records(part: int, rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Scan rows with these numbers as records."""
+def _make_records(part: int, rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Return scan rows of a part, with their numbers, as records."""
     records = np.empty(len(rows), _RECORD)
     records["hash"], records["hash_low"] = rows["hash"].T
     records["key"], records["key_low"] = rows["key"].T
+    # A document of the validation split comes first, so that what is held out is nowhere in training.
     records["rank"] = rows["valid"] == 0
-    records["id"] = _ids(part, numbers)
+    records["id"] = (np.uint64(part) << _ROW_BITS) | numbers.astype(np.uint64)
     return records
 
 
-def _ids(part: int, numbers: np.ndarray) -> np.ndarray:
-    return (np.uint64(part) << _ROW_BITS) | numbers.astype(np.uint64)
-
-
-def _first_of_equals(records: np.ndarray) -> np.ndarray:
-    """Bool (records,): whether no record of the same hash comes before it in rank, key and id."""
+def _is_first_of_equals(records: np.ndarray) -> np.ndarray:
+    """Return for each record whether it is the first of its hash in (rank, key, id), bool (records,)."""
     order = np.argsort(records["hash"])
     equal = np.diff(records["hash"][order]) == 0
-    # Few are in doubt: the costly sort is theirs alone.
+    # Sorting by all fields is slow, so do it only for records whose 64 high bits of the hash occur more than once.
     doubtful = order[np.append(equal, False) | np.insert(equal, 0, False)] if len(order) else order
     group = records[doubtful]
     sort = np.lexsort([group[name] for name in ("id", "key_low", "key", "rank", "hash_low", "hash")])
@@ -219,46 +221,55 @@ def _first_of_equals(records: np.ndarray) -> np.ndarray:
     return stays
 
 
-def _drop_near(scans: Sequence[Path], rows: Sequence[int], dropped: _Dropped, work: Path, bucket_rows: int) -> int:
-    """Drop all near-duplicates but the one of each group that stays; how many. At its end no file of `work` is open."""
-    links, first = _linked(scans, rows, dropped, work / "bands", bucket_rows)
-    linked = _linked_records(scans, links, first, max(1, bucket_rows // 4))
-    return sum(map(dropped.add, _repeated(linked, sum(rows), work / "near", bucket_rows)))
+def _drop_near_duplicates(
+    scans: Sequence[Path], rows: Sequence[int], dropped: _DroppedRows, work: Path, bucket_rows: int
+) -> int:
+    """Drop all near-duplicates but the one of each group that stays; return their number.
+
+    The mapped files of `work` are closed when this returns, so that the directory can be removed on any file system.
+    """
+    sets, first = _link_documents_that_share_bands(scans, rows, dropped, work / "bands", bucket_rows)
+    # Documents of one set get equal hashes, and the search for exact duplicates then finds the one that stays.
+    linked = _read_linked_records(scans, sets, first, max(1, bucket_rows // 4))
+    return sum(map(dropped.add, _find_repeated(linked, sum(rows), work / "near", bucket_rows)))
 
 
-def _linked(
-    scans: Sequence[Path], rows: Sequence[int], dropped: _Dropped, work: Path, bucket_rows: int
-) -> tuple[Links, np.ndarray]:
-    """Links between documents that share a band and were not dropped, and the first item of each part in them."""
-    buckets, bits = _Buckets(work, _BAND), _bucket_bits(sum(rows), bucket_rows)
+def _link_documents_that_share_bands(
+    scans: Sequence[Path], rows: Sequence[int], dropped: _DroppedRows, work: Path, bucket_rows: int
+) -> tuple[DisjointSets, np.ndarray]:
+    """Link the documents that share a band and are not dropped; return the sets, and the first item of each part."""
+    buckets, bits = _BucketFiles(work, _BAND), _bucket_bits(sum(rows), bucket_rows)
     first = np.cumsum([0, *rows], dtype=np.uint64)
-    links, width = Links(work, sum(rows)), _width(scans, rows)
-    chunk_rows = max(1, bucket_rows // max(1, width))
-    for records in _chunks(_band_records(scans, first, dropped, width, max(1, chunk_rows // 4)), chunk_rows):
+    sets, width = DisjointSets(work, sum(rows)), _check_band_count(scans, rows)
+    batch_rows = max(1, bucket_rows // max(1, width))
+    pieces = _read_band_hashes(scans, first, dropped, max(1, batch_rows // 4))
+    for records in _join_batches(pieces, batch_rows):
+        # Hashes of different bands must not match, so each band is a column, and has buckets, of its own.
         for band in range(width):
             column = np.empty(len(records), _BAND)
             column["hash"], column["item"] = records[:, band], records[:, width]
-            column = _link_equals(links, column)
-            if sum(rows) > chunk_rows:  # otherwise this was all
+            column = _link_equal_hashes(sets, column)
+            if sum(rows) > batch_rows:  # otherwise this batch held all documents
                 buckets.add((band << bits) + _top_bits(column["hash"], bits), column)
     for number in range(width << bits):
-        _link_equals(links, buckets.take(number))
-    return links, first
+        _link_equal_hashes(sets, buckets.take(number))
+    return sets, first
 
 
-def _link_equals(links: Links, column: np.ndarray) -> np.ndarray:
-    """Link items of equal hash; one record of each hash."""
+def _link_equal_hashes(sets: DisjointSets, column: np.ndarray) -> np.ndarray:
+    """Link the items of equal hash in a column of _BAND; return one record of each hash, which stands for its set."""
     column = column[np.argsort(column["hash"])]
-    new = np.ones(len(column), bool)
-    new[1:] = np.diff(column["hash"]) != 0
+    is_new = np.ones(len(column), bool)
+    is_new[1:] = np.diff(column["hash"]) != 0
     items = column["item"]
-    links.add(items[new][np.cumsum(new) - 1][~new], items[~new])
-    return column[new]
+    # Every other item of a hash is linked to the first one: cumsum counts which hash an item belongs to.
+    sets.link(items[is_new][np.cumsum(is_new) - 1][~is_new], items[~is_new])
+    return column[is_new]
 
 
-def _width(scans: Sequence[Path], rows: Sequence[int]) -> int:
-    """The number of bands, which is that of every part."""
-    shapes = [_opened(bands_path(scan), np.dtype("<u8"), 2).shape for scan in scans]
+def _check_band_count(scans: Sequence[Path], rows: Sequence[int]) -> int:
+    """Return the number of bands; DataError unless it is the same in every part, with bands for every row."""
+    shapes = [_map_array(bands_path(scan), np.dtype("<u8"), 2).shape for scan in scans]
     for scan, shape, count in zip(scans, shapes, rows):
         if shape != (count, shapes[0][1]):
             raise DataError(
@@ -268,27 +279,30 @@ def _width(scans: Sequence[Path], rows: Sequence[int]) -> int:
     return shapes[0][1] if shapes else 0
 
 
-def _band_records(
-    scans: Sequence[Path], first: np.ndarray, dropped: _Dropped, width: int, step: int
+def _read_band_hashes(
+    scans: Sequence[Path], first: np.ndarray, dropped: _DroppedRows, step: int
 ) -> Iterator[np.ndarray]:
-    """uint64 (documents, bands + 1): the hashes, and the item."""
-    for part, (scan, flags) in enumerate(zip(scans, dropped.flags())):
-        bands = _opened(bands_path(scan), np.dtype("<u8"), 2)
+    """Yield the band hashes and the item of the documents that are not dropped, uint64 (documents, bands + 1)."""
+    for part, (scan, flags) in enumerate(zip(scans, dropped.read_flags())):
+        bands = _map_array(bands_path(scan), np.dtype("<u8"), 2)
         kept = np.flatnonzero(~flags)
         for start in range(0, len(kept), step):
             numbers = kept[start : start + step]
             yield np.column_stack([bands[numbers], first[part] + numbers.astype(np.uint64)])
 
 
-def _linked_records(scans: Sequence[Path], links: Links, first: np.ndarray, step: int) -> Iterator[np.ndarray]:
-    """Records of the linked documents, in which those that are linked to each other have equal hashes."""
+def _read_linked_records(
+    scans: Sequence[Path], sets: DisjointSets, first: np.ndarray, step: int
+) -> Iterator[np.ndarray]:
+    """Yield the linked documents as records in which all documents of a set have the same hash."""
     for part, scan in enumerate(scans):
-        rows = _opened(scan, SCAN_ROW)
+        rows = _map_array(scan, SCAN_ROW)
         for start in range(0, len(rows), step):
             begin = int(first[part]) + start
-            numbers = start + np.flatnonzero(links.linked[begin : begin + min(step, len(rows) - start)])
-            records = _records(part, rows[numbers], numbers)
-            # Other roots give other hashes: modulo 2^64, an odd number has an inverse.
-            records["hash"] = links.roots(first[part] + numbers.astype(np.uint64)) * _SPREAD
+            numbers = start + np.flatnonzero(sets.linked[begin : begin + min(step, len(rows) - start)])
+            records = _make_records(part, rows[numbers], numbers)
+            # The root of the set as hash, spread over the top bits, which choose the bucket. Distinct roots stay distinct,
+            # since multiplication by an odd number is invertible modulo 2^64.
+            records["hash"] = sets.find_roots(first[part] + numbers.astype(np.uint64)) * _SPREAD
             records["hash_low"] = 0
             yield records

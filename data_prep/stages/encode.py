@@ -1,4 +1,4 @@
-"""Second reading of a part: the documents that are kept, encoded, in the order of the part."""
+"""Second pass over the text: encode the documents of a part that are kept, in the order of the part, into spill files."""
 
 import functools
 from collections.abc import Iterator
@@ -8,85 +8,99 @@ from typing import IO, Any
 import numpy as np
 
 from data_prep.cleaning import Cleaner
-from data_prep.jobs.workers import advance
+from data_prep.jobs.workers import report_progress
 from data_prep.jobs.working_directory import Job
 from data_prep.sources.inputs import Part
-from data_prep.sources.records import Document, Reader
-from data_prep.stages.duplicates import SCAN_ROW
-from data_prep.stages.scan import ArrayWriter, cleaned_prompt, content_hash, digests, order_key, scan_path, spool_path
+from data_prep.sources.records import Document, PartReader
+from data_prep.stages.scan import (
+    hash_content,
+    hash_order_key,
+    join_digests,
+    normalize_prompt,
+    scan_rows_path,
+    spool_path,
+)
+from data_prep.stages.scan_rows import SCAN_ROW, ArrayWriter
 from megatron_rdt.data.shard_files.indexed import MAX_SEQUENCE, token_dtype
 from megatron_rdt.data.tokenizer.base import Tokenizer
 from megatron_rdt.data.tokenizer.bpe_word_cache import SPACE
 from megatron_rdt.errors import DataError
 from megatron_rdt.files import atomic_open
 
-CHUNK_BYTES = 1 << 18
+CHUNK_BYTES = 1 << 18  # text that is encoded at a time
 SLICE_BYTES, MOST_SLICES = 64_000_000, 16
-SPILL_ROW = np.dtype([("tokens", "<u4"), ("prompt", "<u4")])
+DIGEST_BYTES = 16
+SPILL_ROW = np.dtype([("tokens", "<u4"), ("prompt", "<u4")])  # tokens of a document, and of these in the prompt
 
 
-def slice_count(text_bytes: int) -> int:
-    """In how many slices a part of so much text is encoded, at the same time if there are workers.
+def count_slices(text_bytes: int) -> int:
+    """Return the number of slices that a part with so much text is encoded in, each by one worker.
 
-    A compressed file is read from its beginning for each, so that there are few.
+    It is limited because a compressed file is read from its beginning for every slice.
     """
     return min(max(1, -(-text_bytes // SLICE_BYTES)), MOST_SLICES)
 
 
 def spill_path(job: Job, part: Part, index: int, suffix: str) -> Path:
-    """A slice's tokens (`.bin`), rows (`.npy`: SPILL_ROW (documents,)) or record (`.json`)."""
+    """Return the path of a slice's tokens (`.bin`), rows (`.npy`: SPILL_ROW (documents,)) or record (`.json`)."""
     return job.path("encode", f"{part.name}-{index:02d}{suffix}")
 
 
 @functools.lru_cache(1)
-def _loaded(path: Path) -> Tokenizer:
+def _load_tokenizer(path: Path) -> Tokenizer:
+    """Load a tokenizer once per process."""
     return Tokenizer(path)
 
 
-def dropped_rows(job: Job, part: Part) -> np.ndarray:
-    """Rows of a part's scan that are duplicates, uint32, ascending."""
+def read_dropped_rows(job: Job, part: Part) -> np.ndarray:
+    """Return the row numbers of a part's duplicates, uint32, ascending."""
     return np.load(job.path("duplicates", f"{part.name}.npy")) if job.config.dedup != "none" else np.empty(0, "<u4")
 
 
-def kept_rows(job: Job, part: Part, index: int = 0, slices: int = 1) -> np.ndarray:
-    """Rows of a slice of a part that are not duplicates, SCAN_ROW (documents,)."""
-    rows = np.load(scan_path(job, part))
+def read_kept_rows(job: Job, part: Part, index: int = 0, slices: int = 1) -> np.ndarray:
+    """Return the scan rows of slice `index` of `slices` of a part that are not duplicates, SCAN_ROW (documents,)."""
+    rows = np.load(scan_rows_path(job, part))
     if rows.dtype != SCAN_ROW:
-        raise DataError(f"{scan_path(job, part)} is not a scan of this version. Run `rdt prep` with --restart.")
+        raise DataError(f"{scan_rows_path(job, part)} is not a scan of this version. Run `rdt prep` with --restart.")
     keep = np.ones(len(rows), bool)
-    keep[dropped_rows(job, part)] = False
+    keep[read_dropped_rows(job, part)] = False
     keep[: len(rows) * index // slices] = False
     keep[len(rows) * (index + 1) // slices :] = False
     return rows[keep]
 
 
-def kept_documents(job: Job, part: Part, rows: np.ndarray, lines_before: int | None = None) -> Iterator[Document]:
-    """The documents of scan rows of a part, which are in its order, cleaned.
+def read_kept_documents(job: Job, part: Part, rows: np.ndarray, lines_before: int | None = None) -> Iterator[Document]:
+    """Read the documents of scan rows of a part again, cleaned as in the scan, in the order of the part.
 
     Args:
-        job: options and place.
-        part: where they are.
+        job: options and paths.
+        part: the part that they are in.
         rows: SCAN_ROW (documents,).
-        lines_before: lines of the file before the part.
+        lines_before: lines of the file before the part, if known.
 
     Raises:
-        DataError: the file is no longer what was scanned.
+        DataError: the file is no longer the one that was scanned.
     """
     if not len(rows):
         return
     config, cleaner = job.config, Cleaner(job.config)
-    keys, hashes = digests(rows["key"]), digests(rows["hash"])
+    keys, hashes = join_digests(rows["key"]), join_digests(rows["hash"])
     found = 0
 
-    def wanted(name: str, number: int) -> bool:
-        return order_key(config.seed, name, number) == keys[16 * found : 16 * found + 16]
+    def get_digest(digests: bytes) -> bytes:
+        return digests[DIGEST_BYTES * found : DIGEST_BYTES * (found + 1)]
 
-    for document in Reader(part, config, spool_path(job, part), wanted, lines_before):
+    # Rows are in the order of the part: each document is compared with the next row alone. The order key identifies it
+    # before it is parsed, so that dropped documents cost nothing but reading.
+    def is_wanted(name: str, number: int) -> bool:
+        return hash_order_key(config.seed, name, number) == get_digest(keys)
+
+    for document in PartReader(part, config, spool_path(job, part), is_wanted, lines_before):
         text, _ = cleaner(document.text)
-        prompt = cleaned_prompt(config, document.prompt)
-        if content_hash(prompt, text) != hashes[16 * found : 16 * found + 16]:
+        prompt = normalize_prompt(config, document.prompt)
+        if hash_content(prompt, text) != get_digest(hashes):
             break
-        yield Document(document.number, document.place, text, prompt, document.name)
+        yield Document(document.number, document.location, text, prompt, document.name)
         found += 1
         if found == len(rows):
             return
@@ -97,27 +111,28 @@ def kept_documents(job: Job, part: Part, rows: np.ndarray, lines_before: int | N
 
 
 def encode_slice(job: Job, part: Part, index: int, slices: int, lines_before: int) -> None:
-    """Encode slice `index` of `slices` of a part into its spill.
+    """Encode slice `index` of `slices` of a part into its spill files, then write its record.
 
     Raises:
         DataError: an id outside the vocabulary, a document that is too long, or a file that changed.
     """
-    tokenizer = _loaded(job.corpus / "tokenizer")
-    rows = kept_rows(job, part, index, slices)
-    documents = kept_documents(job, part, rows, lines_before)
+    tokenizer = _load_tokenizer(job.corpus / "tokenizer")
+    rows = read_kept_rows(job, part, index, slices)
+    documents = read_kept_documents(job, part, rows, lines_before)
     files = [spill_path(job, part, index, suffix) for suffix in (".bin", ".npy")]
     tokens = with_space = 0
     with atomic_open(files[0], "wb") as tokens_file, atomic_open(files[1], "wb") as rows_file:
         spill_rows = ArrayWriter(rows_file, SPILL_ROW)
-        for chunk in _chunks(documents, rows["bytes"]):
-            tokens += _write_chunk(chunk, tokenizer, tokens_file, spill_rows)
+        for chunk in _chunk_documents(documents, rows["bytes"]):
+            tokens += _encode_chunk(chunk, tokenizer, tokens_file, spill_rows)
             with_space += sum(SPACE in document.text for document in chunk)
         spill_rows.finish()
     content = {"documents": len(rows), "tokens": tokens, "contains_u2581": with_space}
     job.write_record(spill_path(job, part, index, ".json"), files, content)
 
 
-def _chunks(documents: Iterator[Document], sizes: np.ndarray) -> Iterator[list[Document]]:
+def _chunk_documents(documents: Iterator[Document], sizes: np.ndarray) -> Iterator[list[Document]]:
+    """Yield lists of documents with CHUNK_BYTES of text, and report each as progress when it is done."""
     chunk: list[Document] = []
     held = 0
     for document, size in zip(documents, sizes):
@@ -125,32 +140,34 @@ def _chunks(documents: Iterator[Document], sizes: np.ndarray) -> Iterator[list[D
         held += int(size)
         if held >= CHUNK_BYTES:
             yield chunk
-            advance(held, len(chunk))
+            report_progress(held, len(chunk))
             chunk, held = [], 0
     if chunk:
         yield chunk
-        advance(held, len(chunk))
+        report_progress(held, len(chunk))
 
 
-def _write_chunk(chunk: list[Document], tokenizer: Tokenizer, file: IO[Any], rows: ArrayWriter) -> int:
-    """Append the ids of documents, each ended by EOS, and their rows; how many ids."""
+def _encode_chunk(chunk: list[Document], tokenizer: Tokenizer, file: IO[Any], rows: ArrayWriter) -> int:
+    """Append the ids of documents, each followed by EOS, and their rows; return the number of ids."""
     texts = tokenizer.encode_batch([document.text for document in chunk])
+    # A prompt is encoded by itself, so that the boundary between it and the text is between two tokens.
     prompts = [document.prompt for document in chunk]
     before = tokenizer.encode_batch(prompts) if any(prompts) else [np.empty(0, np.int32)] * len(chunk)
     eos = np.array([tokenizer.eos], np.int32)
     flat = np.concatenate([piece for prompt, text in zip(before, texts) for piece in (prompt, text, eos)])
     lengths = [len(prompt) + len(text) + 1 for prompt, text in zip(before, texts)]
     if max(lengths) > MAX_SEQUENCE:
-        worst = int(np.argmax(lengths))
+        longest = int(np.argmax(lengths))
         raise DataError(
-            f"document {chunk[worst].place} has {lengths[worst]} tokens, more than {MAX_SEQUENCE}. Split it, or leave it "
-            "out with --max_chars."
+            f"document {chunk[longest].location} has {lengths[longest]} tokens, more than {MAX_SEQUENCE}. Split it, or drop "
+            "it with --max_chars."
         )
     if flat.max() >= tokenizer.vocab_size or flat.min() < 0:
         at = int(np.argmax((flat >= tokenizer.vocab_size) | (flat < 0)))
-        place = chunk[int(np.searchsorted(np.cumsum(lengths), at, side="right"))].place
+        document = chunk[int(np.searchsorted(np.cumsum(lengths), at, side="right"))]
         raise DataError(
-            f"document {place} has id {flat[at]} but vocab_size is {tokenizer.vocab_size}. Use another --tokenizer."
+            f"document {document.location} has id {flat[at]} but vocab_size is {tokenizer.vocab_size}. "
+            "Use another --tokenizer."
         )
     file.write(flat.astype(token_dtype(tokenizer.vocab_size)).tobytes())
     for length, prompt in zip(lengths, before):

@@ -3,9 +3,9 @@
 from collections import Counter
 from typing import Any
 
-from data_prep.jobs.working_directory import Plan
-from data_prep.sources.records import BAD_LISTED, bad_message
-from data_prep.stages.scan import scan_record
+from data_prep.jobs.working_directory import WorkingDirectory
+from data_prep.sources.records import BAD_LISTED, format_bad_record
+from data_prep.stages.scan import scan_record_path
 from megatron_rdt.errors import DataError
 
 SUMMED = ("documents", "valid", "bytes", "records", "changed", "replaced", "bad_count")  # fields of a part's record
@@ -15,41 +15,41 @@ class EmptySplitError(DataError):
     """A split that is wanted has no documents: the scan is of no use, and nothing of it is kept."""
 
 
-def count_lines_before(plan: Plan) -> list[int]:
+def count_lines_before(work: WorkingDirectory) -> list[int]:
     """Count, for each part, the lines of its file in the parts before it."""
     found, path, lines = [], "", 0
-    for part in plan.parts:
+    for part in work.parts:
         if part.inputs[0].path != path:
             path, lines = part.inputs[0].path, 0
         found.append(lines)
-        record = plan.job.record(scan_record(plan.job, part))
+        record = work.job.read_record(scan_record_path(work.job, part))
         lines += record["lines"] if record else 0
     return found
 
 
-def sum_scans(plan: Plan) -> dict[str, Any]:
+def sum_scans(work: WorkingDirectory) -> dict[str, Any]:
     """Sum the records of all scans: the numbers of SUMMED, `dropped` by reason, and the first bad records in words."""
     sums: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     bad: list[str] = []
-    for part, before in zip(plan.parts, count_lines_before(plan)):
-        record = plan.job.record(scan_record(plan.job, part)) or {"dropped": {}, "bad": []}
+    for part, before in zip(work.parts, count_lines_before(work)):
+        record = work.job.read_record(scan_record_path(work.job, part)) or {"dropped": {}, "bad": []}
         dropped.update(record["dropped"])
         for name in SUMMED:
             sums[name] += record.get(name, 0)
         for path, line, message in record["bad"][: BAD_LISTED - len(bad)]:
-            bad.append(bad_message(path, line and line + before, message))
+            bad.append(format_bad_record(path, line and line + before, message))
     return {**sums, "dropped": dropped, "bad": bad}
 
 
-def check_scan(plan: Plan) -> dict[str, Any]:
+def check_scan(work: WorkingDirectory) -> dict[str, Any]:
     """Return the sums of the scans if the prep can continue with them.
 
     Raises:
         DataError: too many records are bad.
         EmptySplitError: there is no document, or none for a split that is wanted.
     """
-    config, found = plan.job.config, sum_scans(plan)
+    config, found = work.job.config, sum_scans(work)
     if found["bad_count"] > max(BAD_LISTED, config.max_bad * found["records"]):
         first = "\n  ".join(found["bad"][:3])
         raise DataError(
@@ -58,13 +58,13 @@ def check_scan(plan: Plan) -> dict[str, Any]:
         )
     if not found["documents"]:
         raise EmptySplitError(f"no document with text in {config.sources}. Check the sources and --text_field.")
-    check_splits(plan, {"train": found["documents"] - found["valid"], "valid": found["valid"]})
+    check_splits(work, {"train": found["documents"] - found["valid"], "valid": found["valid"]})
     return found
 
 
-def check_splits(plan: Plan, documents: dict[str, int]) -> None:
+def check_splits(work: WorkingDirectory, documents: dict[str, int]) -> None:
     """Raise EmptySplitError if a split that is wanted has no documents."""
-    config = plan.job.config
+    config = work.job.config
     wants_valid = config.valid_fraction > 0 or bool(config.valid_sources)
     for split, count in documents.items():
         if not count and (split == "train" or wants_valid):

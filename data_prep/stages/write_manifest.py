@@ -5,7 +5,14 @@ import platform
 from collections import Counter
 from typing import Any
 
-from data_prep.jobs.working_directory import TOKENIZER_RECORD, Plan, code_of, options_hash, options_of, versions
+from data_prep.jobs.working_directory import (
+    TOKENIZER_RECORD,
+    WorkingDirectory,
+    hash_code,
+    hash_result_options,
+    installed_versions,
+    result_options,
+)
 from data_prep.sources.inputs import Input
 from data_prep.stages.scan_totals import check_splits, sum_scans
 from data_prep.stages.write_shards import SPLITS
@@ -30,48 +37,48 @@ def group_files_to_hash(inputs: list[Input]) -> list[list[Input]]:
     return runs
 
 
-def make_input_records(plan: Plan) -> list[dict[str, Any]]:
+def make_input_records(work: WorkingDirectory) -> list[dict[str, Any]]:
     """Return path, size, time and SHA-256 of each input file; datasets of the hub cannot be compared later and have none."""
     found: list[dict[str, Any]] = []
-    for index, run in enumerate(group_files_to_hash(plan.inputs)):
-        record = plan.job.record(plan.job.path("inputs", f"run-{index:05d}.json")) or {"sha256": []}
+    for index, run in enumerate(group_files_to_hash(work.inputs)):
+        record = work.job.read_record(work.job.path("inputs", f"run-{index:05d}.json")) or {"sha256": []}
         for file, digest in zip(run, record["sha256"], strict=True):
             found.append({"path": file.name, "bytes": file.bytes, "mtime_ns": file.mtime_ns, "sha256": digest})
     return found
 
 
-def write_manifest(plan: Plan, groups: list[dict[str, Any]], duplicates: dict[str, int]) -> dict[str, Any]:
+def write_manifest(work: WorkingDirectory, groups: list[dict[str, Any]], duplicates: dict[str, int]) -> dict[str, Any]:
     """Write the manifest and return it.
 
     Args:
-        plan: the prep.
+        work: the working directory.
         groups: records of all groups, in order.
         duplicates: number of documents dropped as duplicates, by reason.
 
     Raises:
         EmptySplitError: a split has no documents left after the removal of duplicates.
     """
-    config, directory, found = plan.job.config, plan.job.corpus, sum_scans(plan)
+    config, directory, found = work.job.config, work.job.corpus, sum_scans(work)
     splits = {
         split: make_split_record([shard for group in groups for shard in group["splits"][split]]) for split in SPLITS
     }
-    check_splits(plan, {split: content["documents"] for split, content in splits.items()})
+    check_splits(work, {split: content["documents"] for split, content in splits.items()})
     tokenizer = Tokenizer(directory / "tokenizer")
     dropped = found["dropped"] + Counter(duplicates)
-    lossless = plan.job.record(plan.job.path(TOKENIZER_RECORD)) or {}
+    lossless = work.job.read_record(work.job.path(TOKENIZER_RECORD)) or {}
     document = {
         "format": FORMAT,
         "version": VERSION,
         "dtype": token_dtype(tokenizer.vocab_size).name,
         **make_tokenizer_record(tokenizer, round_trip=lossless.get("round_trip")),
         "prep": {
-            "options_sha256": options_hash(config),
-            "options": options_of(config),
-            "code": code_of(config),
+            "options_sha256": hash_result_options(config),
+            "options": result_options(config),
+            "code": hash_code(config),
             "append_eos": True,
         },
-        "versions": versions() | {"python": platform.python_version()},
-        "inputs": make_input_records(plan),
+        "versions": installed_versions() | {"python": platform.python_version()},
+        "inputs": make_input_records(work),
         "splits": splits,
         "dropped": {reason: count for reason, count in sorted(dropped.items()) if count},
         "cleaning": {"changed": found["changed"]},

@@ -1,4 +1,4 @@
-"""Shards of a group of parts: its documents in the order of their keys, whoever encoded them."""
+"""Write the shards of a group of parts: its documents in the order of their keys, whichever worker encoded them."""
 
 import os
 from collections import OrderedDict
@@ -8,21 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.jobs.workers import advance
+from data_prep.jobs.workers import report_progress
 from data_prep.jobs.working_directory import Job
 from data_prep.sources.inputs import Part
-from data_prep.stages.encode import SPILL_ROW, kept_rows, slice_count, spill_path
-from data_prep.stages.scan import scan_record
-from megatron_rdt.data.shard_files.block_hashes import hash_shard
-from megatron_rdt.data.shard_files.indexed import IndexedWriter, prefix_path, token_dtype
+from data_prep.stages.encode import SPILL_ROW, count_slices, read_kept_rows, spill_path
+from data_prep.stages.scan import scan_record_path
+from megatron_rdt.data.shard_files.block_hashes import hash_shard, list_shard_files
+from megatron_rdt.data.shard_files.indexed import IndexedWriter, token_dtype
 from megatron_rdt.errors import DataError
 
-TEXT_PER_TOKEN = 3  # bytes, about: what decides how many parts make a shard
+TEXT_PER_TOKEN = 3  # estimated bytes of text per token, which decides how many parts make a shard
 OPEN_FILES = 256
-ADVANCE_EVERY = 4096
+REPORT_EVERY = 4096  # documents
 SPLITS = ("train", "valid")
-SUFFIXES = (".bin", ".idx", ".mask", ".sum")
-# What decides the place of a document, and where its tokens are.
+# A document to write: its order key, its split and size, and where its tokens are in the spill files.
 _ROW = np.dtype(
     {
         "names": ["high", "low", "valid", "bytes", "tokens", "prompt", "spill", "start"],
@@ -32,13 +31,13 @@ _ROW = np.dtype(
 
 
 @dataclass(frozen=True)
-class Group:
-    """Consecutive parts whose documents are shuffled together.
+class PartGroup:
+    """Consecutive parts whose documents are shuffled together into one shard of each split, or a few.
 
     Attributes:
-        index: place among the groups.
+        index: number among the groups.
         parts: its parts.
-        slices: of each part, in how many slices it is encoded.
+        slices: for each part, the number of slices that it is encoded in.
     """
 
     index: int
@@ -47,19 +46,19 @@ class Group:
 
     @property
     def name(self) -> str:
-        """`group-00003`."""
+        """Name of its record in the working directory, such as `group-00003`."""
         return f"group-{self.index:05d}"
 
 
-def make_groups(parts: list[Part], text_bytes: list[int], shard_bytes: int, itemsize: int) -> list[Group]:
-    """Groups with the text of about one shard; parts without text are in none.
+def group_parts(parts: list[Part], text_bytes: list[int], shard_bytes: int, itemsize: int) -> list[PartGroup]:
+    """Group parts to the text of about one shard; parts without text are in no group.
 
     Args:
         parts: in order.
-        text_bytes: of each.
-        shard_bytes, itemsize: of a shard and of a token.
+        text_bytes: of each part.
+        shard_bytes, itemsize: bytes of a shard and of a token.
     """
-    groups: list[Group] = []
+    groups: list[PartGroup] = []
     held: list[Part] = []
     slices: list[int] = []
     size = 0
@@ -67,30 +66,35 @@ def make_groups(parts: list[Part], text_bytes: list[int], shard_bytes: int, item
         if not text:
             continue
         if held and size + text > shard_bytes * TEXT_PER_TOKEN // itemsize:
-            groups.append(Group(len(groups), tuple(held), tuple(slices)))
+            groups.append(PartGroup(len(groups), tuple(held), tuple(slices)))
             held, slices, size = [], [], 0
         held.append(part)
-        slices.append(slice_count(text))
+        slices.append(count_slices(text))
         size += text
     if held:
-        groups.append(Group(len(groups), tuple(held), tuple(slices)))
+        groups.append(PartGroup(len(groups), tuple(held), tuple(slices)))
     return groups
 
 
-def group_record(job: Job, group: Group) -> Path:
-    """Record of a group whose shards are written."""
+def group_record_path(job: Job, group: PartGroup) -> Path:
+    """Return the path of the record of a group's shards."""
     return job.path("groups", f"{group.name}.json")
 
 
-class _Spills:
-    """Reads from many files of which few are open at a time."""
+class _SpillReader:
+    """Random reads from many spill files, with at most OPEN_FILES of them open at a time.
+
+    Args:
+        paths: the files, which are numbered in this order.
+        dtype: of the tokens.
+    """
 
     def __init__(self, paths: list[Path], dtype: np.dtype) -> None:
         self.paths, self.dtype = paths, dtype
-        self._open: OrderedDict[int, int] = OrderedDict()
+        self._open: OrderedDict[int, int] = OrderedDict()  # descriptors, least recently used first
 
     def read(self, spill: int, start: int, count: int) -> np.ndarray:
-        """`count` tokens from token `start` of a spill on."""
+        """Return `count` tokens of a file from token `start` on."""
         if spill not in self._open:
             if len(self._open) >= OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
@@ -106,16 +110,17 @@ class _Spills:
         return np.frombuffer(content, self.dtype)
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close all files."""
         while self._open:
             os.close(self._open.popitem()[1])
 
 
-def write_group(job: Job, group: Group, vocab_size: int) -> None:
-    """Write the shards of a group whose slices are encoded, then its record; its spills are removed."""
-    rows, paths = _rows(job, group)
+def write_group(job: Job, group: PartGroup, vocab_size: int) -> None:
+    """Write the shards of a group whose slices are encoded, then its record; then remove its spill files."""
+    rows, paths = _read_group_rows(job, group)
+    # The order keys are hashes: sorting by them shuffles the documents of all parts of the group.
     rows = rows[np.lexsort((rows["low"], rows["high"]))]
-    spills = _Spills(paths, token_dtype(vocab_size))
+    spills = _SpillReader(paths, token_dtype(vocab_size))
     try:
         splits = {
             split: _write_split(job, group, split, rows[rows["valid"] == (split == "valid")], spills, vocab_size)
@@ -123,42 +128,37 @@ def write_group(job: Job, group: Group, vocab_size: int) -> None:
         }
     finally:
         spills.close()
-    records = [job.record(path.with_suffix(".json")) or {} for path in paths]
+    records = [job.read_record(path.with_suffix(".json")) or {} for path in paths]
     files = [
         path
         for split, shards in splits.items()
         for shard in shards
-        for path in _files(job.corpus / split / shard["name"])
-        if path.exists()
+        for path in list_shard_files(job.corpus / split / shard["name"])
     ]
     content = {"splits": splits, "contains_u2581": sum(record["contains_u2581"] for record in records)}
-    job.write_record(group_record(job, group), files, content)
+    job.write_record(group_record_path(job, group), files, content)
     remove_spills(job, group)
 
 
-def remove_spills(job: Job, group: Group) -> None:
-    """Remove what a group was made of; the records first, so that none is without its files."""
+def remove_spills(job: Job, group: PartGroup) -> None:
+    """Remove the spill files of a group."""
+    # Records first: a process that is killed in between leaves no record without its files.
     for suffix in (".json", ".bin", ".npy"):
         for part, slices in zip(group.parts, group.slices):
             for index in range(slices):
                 spill_path(job, part, index, suffix).unlink(missing_ok=True)
 
 
-def _files(prefix: Path) -> list[Path]:
-    return [prefix_path(prefix, suffix) for suffix in SUFFIXES]
-
-
-def _rows(job: Job, group: Group) -> tuple[np.ndarray, list[Path]]:
-    """Every document of the group, and the spills that hold them."""
+def _read_group_rows(job: Job, group: PartGroup) -> tuple[np.ndarray, list[Path]]:
+    """Return the rows of all documents of a group, _ROW (documents,), and the spill files that hold their tokens."""
     found: list[np.ndarray] = []
     paths: list[Path] = []
     for part, slices in zip(group.parts, group.slices):
         for index in range(slices):
-            scanned, spilled = kept_rows(job, part, index, slices), np.load(spill_path(job, part, index, ".npy"))
+            rows_path = spill_path(job, part, index, ".npy")
+            scanned, spilled = read_kept_rows(job, part, index, slices), np.load(rows_path)
             if spilled.dtype != SPILL_ROW or len(spilled) != len(scanned):
-                raise DataError(
-                    f"{spill_path(job, part, index, '.npy')} does not fit to the scan. Remove it, and run `rdt prep` again."
-                )
+                raise DataError(f"{rows_path} does not fit the scan. Remove it, and run `rdt prep` again.")
             rows = np.empty(len(scanned), _ROW)
             rows["high"], rows["low"] = scanned["key"].T
             for name in ("valid", "bytes"):
@@ -173,15 +173,15 @@ def _rows(job: Job, group: Group) -> tuple[np.ndarray, list[Path]]:
 
 
 def _write_split(
-    job: Job, group: Group, split: str, rows: np.ndarray, spills: _Spills, vocab_size: int
+    job: Job, group: PartGroup, split: str, rows: np.ndarray, spills: _SpillReader, vocab_size: int
 ) -> list[dict[str, Any]]:
-    """Write rows as one file, or as several where they are more than `shard_bytes`; the records of the shards."""
+    """Write the rows of a split as one shard, or as several if they exceed `shard_bytes`; return the shards' records."""
     shards: list[dict[str, Any]] = []
     ends = np.cumsum(rows["tokens"], dtype=np.int64) * spills.dtype.itemsize
     first = 0
     while first < len(rows):
         begin = int(ends[first - 1]) if first else 0
-        # A longer document has a file of its own.
+        # A document that is longer than a shard gets a shard to itself.
         last = max(int(np.searchsorted(ends, begin + job.config.shard_bytes, side="right")), first + 1)
         name = f"shard-{group.index:05d}" + (f"-{len(shards):02d}" if shards else "")
         prefix = job.path("corpus", split, name)
@@ -200,21 +200,24 @@ def _write_split(
     return shards
 
 
-def _write_shard(prefix: Path, rows: np.ndarray, spills: _Spills, vocab_size: int, masks: bool) -> IndexedWriter:
+def _write_shard(
+    prefix: Path, rows: np.ndarray, spills: _SpillReader, vocab_size: int, has_masks: bool
+) -> IndexedWriter:
+    """Copy the documents of rows from the spill files into one shard; return its closed writer, which has its counts."""
     with IndexedWriter(prefix, vocab_size) as writer:
-        places = zip(*(rows[name].tolist() for name in ("spill", "start", "tokens", "prompt")))
-        for index, (spill, start, count, prompt) in enumerate(places):
+        documents = zip(*(rows[name].tolist() for name in ("spill", "start", "tokens", "prompt")))
+        for index, (spill, start, count, prompt) in enumerate(documents):
             mask = None
-            if masks:
+            if has_masks:
                 mask = np.ones(count, np.uint8)
                 mask[:prompt] = 0
             writer.add_document(spills.read(spill, start, count), mask=mask)
-            if index % ADVANCE_EVERY == 0:
-                advance(0)
+            if index % REPORT_EVERY == 0:
+                report_progress(0)  # the bytes were counted by the encoding, but a job that failed elsewhere stops here
     return writer
 
 
-def text_bytes(job: Job, parts: list[Part]) -> list[int]:
-    """Bytes of the text of each part that was scanned."""
-    records = [job.record(scan_record(job, part)) for part in parts]
+def read_text_bytes(job: Job, parts: list[Part]) -> list[int]:
+    """Return the bytes of text that the scan of each part found; 0 for a part that was not scanned."""
+    records = [job.read_record(scan_record_path(job, part)) for part in parts]
     return [record["bytes"] if record else 0 for record in records]

@@ -156,10 +156,10 @@ def run_through(works: list[Callable[[], object]], kills: list[tuple[int, bool]]
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks look at each other often, and soon take over what a dead one had claimed."""
-    monkeypatch.setattr(leases, "STALE_S", 0.5)
-    monkeypatch.setattr(leases, "REFRESH_S", 0.1)
-    monkeypatch.setattr(step_runner, "LOOK_EVERY_S", 0.02)
-    monkeypatch.setattr(step_runner, "SHOW_EVERY_S", 0.02)
+    monkeypatch.setattr(leases, "EXPIRE_S", 0.5)
+    monkeypatch.setattr(leases, "RENEW_EVERY_S", 0.1)
+    monkeypatch.setattr(step_runner, "LOOK_AT_OTHERS_EVERY_S", 0.02)
+    monkeypatch.setattr(step_runner, "POLL_S", 0.02)
 
 
 def contents(directory: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from data_prep.jobs.workers import Pool
+from data_prep.jobs.workers import WorkerPool
 from data_prep.pipeline import prepare
 from data_prep.sources.records import BAD_LISTED
 from megatron_rdt.data import load_manifest
@@ -51,8 +51,8 @@ def remove(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("do", "message"),
     [
-        (change, r"text/03\.txt has other content"),
-        (change_keeping_the_size, r"text/03\.txt has other content"),
+        (change, r"text/03\.txt has changed"),
+        (change_keeping_the_size, r"text/03\.txt has changed"),
         (add, r"text/new\.txt was added"),
         (remove, r"text/03\.txt was removed"),
     ],
@@ -101,15 +101,15 @@ def test_restart_deletes_nothing_that_it_did_not_write(folder: Path, tmp_path: P
 
 
 def test_a_killed_worker_is_an_error(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    submit = Pool.submit
+    submit = WorkerPool.submit
 
-    def submit_and_kill(pool: Pool, *arguments: object) -> object:
+    def submit_and_kill(pool: WorkerPool, *arguments: object) -> object:
         future = submit(pool, *arguments)  # type: ignore[arg-type]
         for process in list(pool._executor._processes.values()):  # type: ignore[attr-defined]
             process.kill()
         return future
 
-    monkeypatch.setattr(Pool, "submit", submit_and_kill)
+    monkeypatch.setattr(WorkerPool, "submit", submit_and_kill)
     with pytest.raises(DataError, match="a worker process was killed"):
         prepare(make_config(folder, tmp_path / "out", workers=2))
     assert not (tmp_path / "out").exists()
@@ -182,7 +182,7 @@ def test_sources_of_the_same_name_are_told_apart(folder: Path, tmp_path: Path) -
     assert (names[0], names[-1]) == ("0:text/00.txt", "1:text/59.txt")
     assert len(set(names)) == 2 * len(RECORDS)
     (folder / "03.txt").write_text("something else")
-    with pytest.raises(ConfigError, match=r"0:text/03\.txt has other content"):
+    with pytest.raises(ConfigError, match=r"0:text/03\.txt has changed"):
         prepare(make_config(folder, out, **sources))
 
 

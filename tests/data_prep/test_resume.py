@@ -15,8 +15,7 @@ import pytest
 
 from data_prep import pipeline
 from data_prep.config import PrepConfig
-from data_prep.jobs.leases import STALE_S, Claims, claims
-from data_prep.jobs.working_directory import Job, versions
+from data_prep.jobs.working_directory import Job, installed_versions, working_directory_path
 from data_prep.pipeline import merge, prepare
 from data_prep.sources.inputs import Part
 from data_prep.stages import publish
@@ -64,7 +63,7 @@ def kill_when(options: PrepConfig, file: str, repository: Path) -> bool:
 
     Its workers must end with it.
     """
-    path = publish.working_directory(Path(options.out)) / file
+    path = working_directory_path(Path(options.out)) / file
     with start(options, repository) as process:
         while process.poll() is None and not path.exists():
             pass
@@ -91,7 +90,7 @@ def test_killed_at_every_stage(source: Path, straight: Path, tmp_path: Path, rep
     killed = 0
     for stage in STAGES:
         killed += kill_when(options, stage, repository)
-        if publish.working_directory(tmp_path / "out").exists():
+        if working_directory_path(tmp_path / "out").exists():
             assert not (tmp_path / "out").exists()
     assert killed >= 4, "a machine so slow that most of them ended first"
     prepare(options)
@@ -161,9 +160,9 @@ def test_a_damaged_step_is_done_again(
 ) -> None:
     """A file of another size than its record says, and one that a dead process was writing."""
     with monkeypatch.context() as patch:
-        interrupt_before(patch, pipeline.publish, "publish")
+        interrupt_before(patch, publish, "publish_corpus")
         interrupted(config(source, tmp_path / "out"))
-    root = publish.working_directory(tmp_path / "out")
+    root = working_directory_path(tmp_path / "out")
     assert (root / "corpus" / "manifest.json").exists()
     shard = root / "corpus" / "train" / "shard-00001.bin"
     shard.write_bytes(shard.read_bytes()[:-2])
@@ -178,14 +177,14 @@ def test_a_tokenizer_without_its_record_is_made_again(
     """One that is cut, as after a power failure, and one of a prep that was killed before the record and has other options."""
     out = tmp_path / "out"
     begun(source, out, monkeypatch)
-    model = publish.working_directory(out) / "corpus" / "tokenizer" / "tokenizer.model"
+    model = working_directory_path(out) / "corpus" / "tokenizer" / "tokenizer.model"
     model.write_bytes(model.read_bytes()[:-100])
     prepare(config(source, out))
     assert read_files(out) == read_files(straight)
     with monkeypatch.context() as patch:
-        interrupt_before(patch, make_tokenizer, "tokenizer_record", 0)
+        interrupt_before(patch, make_tokenizer, "tokenizer_record_path", 0)
         interrupted(config(source, tmp_path / "late", vocab_size=340))
-    late = publish.working_directory(tmp_path / "late") / "corpus" / "tokenizer"
+    late = working_directory_path(tmp_path / "late") / "corpus" / "tokenizer"
     assert late.is_dir()
     prepare(config(source, tmp_path / "late"))
     assert load_manifest(tmp_path / "late").fingerprint == load_manifest(straight).fingerprint
@@ -198,7 +197,7 @@ def test_killed_when_the_corpus_has_its_name(
     with monkeypatch.context() as patch:
         interrupt_before(patch, publish, "fsync_directory", 0)
         interrupted(config(source, tmp_path / "out"))
-    assert publish.working_directory(tmp_path / "out").exists()
+    assert working_directory_path(tmp_path / "out").exists()
     prepare(config(source, tmp_path / "out"))
     assert "nothing to do" in capsys.readouterr().out
     assert read_files(tmp_path / "out") == read_files(straight)
@@ -221,7 +220,9 @@ def test_other_options_are_refused(source: Path, tmp_path: Path, monkeypatch: py
     ):
         with pytest.raises(ConfigError, match=rf"unfinished `rdt prep` that was {message}.*--restart"):
             prepare(config(source, out, **changes))
-    monkeypatch.setattr("data_prep.jobs.working_directory.versions", lambda: versions() | {"sentencepiece": "0.0.1"})
+    monkeypatch.setattr(
+        "data_prep.jobs.working_directory.installed_versions", lambda: installed_versions() | {"sentencepiece": "0.0.1"}
+    )
     with pytest.raises(ConfigError, match=r"sentencepiece 0\..*, now 0\.0\.1"):
         prepare(config(source, out))
     monkeypatch.undo()
@@ -278,7 +279,7 @@ def test_a_full_disk_keeps_what_is_done(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "write_group", full_disk)
-        with pytest.raises(DataError, match=r"disk is full while writing .* goes on where it was"):
+        with pytest.raises(DataError, match=r"disk is full while writing .* continues where it stopped"):
             prepare(config(source, tmp_path / "out"))
     assert read_files(prepare(config(source, tmp_path / "out"))) == read_files(straight)
 
@@ -287,7 +288,7 @@ def test_a_disk_too_full_for_links(source: Path, tmp_path: Path, monkeypatch: py
     expected = read_files(prepare(config(source, tmp_path / "straight", dedup="near")))
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", full_disk)
-        with pytest.raises(DataError, match=r"disk is full while writing .* goes on where it was"):
+        with pytest.raises(DataError, match=r"disk is full while writing .* continues where it stopped"):
             prepare(config(source, tmp_path / "out", dedup="near"))
     assert read_files(prepare(config(source, tmp_path / "out", dedup="near"))) == expected
 
@@ -346,13 +347,13 @@ def test_merge_names_what_is_missing(source: Path, straight: Path, tmp_path: Pat
 def test_one_process_a_task(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepare(config(source, out, shard="0/2"))
-    with hold_lock(publish.task_lock(publish.working_directory(out), 1), "held"):
-        with pytest.raises(LaunchError, match=r"task 1/2 is at work on .* already"):
+    with hold_lock(publish.array_task_lock_path(working_directory_path(out), 1), "held"):
+        with pytest.raises(LaunchError, match=r"array task 1/2 is running on .* already"):
             prepare(config(source, out, shard="1/2"))
         for act in (prepare, merge):
-            with pytest.raises(LaunchError, match="task 1 of a prep with --shard is at work"):
+            with pytest.raises(LaunchError, match="array task 1 of `rdt prep --shard` is running"):
                 act(config(source, out))
-        with pytest.raises(LaunchError, match="task 1 of a prep with --shard is at work"):
+        with pytest.raises(LaunchError, match="array task 1 of `rdt prep --shard` is running"):
             prepare(config(source, out, shard="0/2", seed=8, restart=True))
 
 
@@ -360,26 +361,3 @@ def test_one_process_a_task(source: Path, tmp_path: Path) -> None:
 def test_a_task_that_does_not_exist(shard: str, source: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="must be i/N with 0 <= i < N"):
         prepare(config(source, tmp_path / "out", shard=shard))
-
-
-def test_claims(tmp_path: Path) -> None:
-    with claims(tmp_path, "a") as first, claims(tmp_path, "b") as second:
-        assert first.take("step")
-        assert not second.take("step")
-        old = os.stat(tmp_path / "step").st_mtime - STALE_S
-        os.utime(tmp_path / "step", (old, old + 1))
-        assert not second.take("step"), "not yet stale"
-        first.refresh()
-        assert os.stat(tmp_path / "step").st_mtime > old + 2
-        os.utime(tmp_path / "step", (old, old - 1))
-        assert second.take("step"), "its owner died"
-        second.release("step")
-        assert first.take("other")
-        assert Claims(tmp_path, "a").take("other"), "a task that was killed and started again has its claims back"
-        with subprocess.Popen([sys.executable, "-c", ""]) as ended:
-            pass
-        (tmp_path / "third").write_text(f"c\n{os.uname().nodename}\n{ended.pid}\n")
-        assert first.take("third"), "a process of this machine that has ended holds nothing"
-        (tmp_path / "fourth").write_text(f"c\nelsewhere\n{ended.pid}\n")
-        assert not first.take("fourth"), "another machine's may be at work"
-    assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} <= {"step", "fourth"}

@@ -5,8 +5,8 @@ import xxhash
 
 from data_prep.jobs.working_directory import Job
 from data_prep.sources.inputs import Part
-from data_prep.stages.encode import kept_documents, kept_rows
-from data_prep.stages.scan import scan_record
+from data_prep.stages.encode import read_kept_documents, read_kept_rows
+from data_prep.stages.scan import scan_record_path
 from data_prep.stages.tokenizer.train_sentencepiece import MAX_SENTENCE_BYTES
 
 SPREAD = 16  # the sample is drawn from parts with this many times its size
@@ -20,7 +20,7 @@ def sample_texts(job: Job, parts: list[Part], limit: int) -> list[str]:
     """
     longest = max(limit // 100, MAX_SENTENCE_BYTES)
     chosen = _choose_parts(job, parts, SPREAD * limit)
-    rows = [kept_rows(job, part) for part in chosen]
+    rows = [read_kept_rows(job, part) for part in chosen]
     rows = [kept[kept["valid"] == 0] for kept in rows]
     owner = np.repeat(np.arange(len(rows)), [len(kept) for kept in rows])  # index in `chosen` of each row
     if not len(owner):
@@ -39,7 +39,7 @@ def sample_texts(job: Job, parts: list[Part], limit: int) -> list[str]:
         hashed = wanted["hash"].astype(">u8")  # big-endian: bytes then sort like the pair of numbers
         found += [
             (hashed[i].tobytes(), (document.prompt + document.text)[:longest])
-            for i, document in enumerate(kept_documents(job, part, wanted))
+            for i, document in enumerate(read_kept_documents(job, part, wanted))
         ]
     return [text for _, text in sorted(found)]
 
@@ -51,7 +51,7 @@ def _choose_parts(job: Job, parts: list[Part], limit: int) -> list[Part]:
     for part in order:
         if size >= limit:
             break
-        record = job.record(scan_record(job, part))
+        record = job.read_record(scan_record_path(job, part))
         if record is not None and not part.valid:
             taken.append(part)
             size += record["bytes"]

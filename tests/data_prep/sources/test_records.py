@@ -15,22 +15,23 @@ from data_prep.config import PrepConfig
 from data_prep.jobs.working_directory import Job
 from data_prep.pipeline import prepare
 from data_prep.sources import records
-from data_prep.sources.inputs import Input, Part, cut_parts, input_files
-from data_prep.sources.records import Document, Reader
-from data_prep.stages import encode, scan
-from data_prep.stages.scan import ArrayWriter, is_valid, scan_part, scan_path, scan_record
+from data_prep.sources.inputs import Input, Part, cut_parts, list_input_files
+from data_prep.sources.records import Document, PartReader
+from data_prep.stages import encode, scan_rows
+from data_prep.stages.scan import is_in_validation_split, scan_part, scan_record_path, scan_rows_path
+from data_prep.stages.scan_rows import ArrayWriter
 from megatron_rdt.data import IndexedDataset, Tokenizer, load_manifest
 from megatron_rdt.data.shard_files.verify import verify_corpus
 from megatron_rdt.errors import ConfigError, DataError
 from tests.data_prep.small_corpora import RECORDS, make_config, read_files, read_split_texts, read_texts, write_lines
 
 
-def read(source: Path, **options: object) -> list[tuple[Part, list[Document], Reader]]:
+def read(source: Path, **options: object) -> list[tuple[Part, list[Document], PartReader]]:
     """Every part with what is in it."""
     settings = make_config(source, Path("unused"), **options)
     found = []
-    for part in cut_parts(settings, input_files(settings)):
-        reader = Reader(part, settings)
+    for part in cut_parts(settings, list_input_files(settings)):
+        reader = PartReader(part, settings)
         found.append((part, [*reader], reader))
     return found
 
@@ -60,9 +61,9 @@ def test_any_cut_gives_the_lines_of_the_file(seed: int, tmp_path: Path) -> None:
     for part_bytes in (1 if len(content) < 500 else 97, 1000, 10**9):
         found, before = [], 0
         for part, documents, reader in read(path, part_bytes=part_bytes):
-            again = [*Reader(part, reader.config, lines_before=before)]
+            again = [*PartReader(part, reader.config, lines_before=before)]
             assert [d.number for d in again] == [d.number for d in documents]
-            found += [(d.number, int(d.place.removeprefix(f"{path}:")), d.text) for d in again]
+            found += [(d.number, int(d.location.removeprefix(f"{path}:")), d.text) for d in again]
             before += reader.tally.lines
         assert found == expected
         assert before == content.count(b"\n") + (not content.endswith(b"\n"))
@@ -86,9 +87,9 @@ def test_only_the_documents_that_are_wanted(tmp_path: Path) -> None:
     """The others are not parsed: what is wrong with them was said before."""
     source = write_lines(tmp_path / "a.jsonl", [RECORDS[0], "{", RECORDS[2], b"\xff", RECORDS[4]])
     settings = make_config(source, Path("unused"))
-    (part,) = cut_parts(settings, input_files(settings))
+    (part,) = cut_parts(settings, list_input_files(settings))
     wanted = len(RECORDS[0]) + 1 + 2
-    reader = Reader(part, settings, wanted=lambda name, number: (name, number) == ("a.jsonl", wanted))
+    reader = PartReader(part, settings, is_wanted=lambda name, number: (name, number) == ("a.jsonl", wanted))
     assert [document.text for document in reader] == [json.loads(RECORDS[2])["text"]]
 
 
@@ -135,13 +136,13 @@ def test_a_dataset_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     folder.mkdir()
     for i in range(3):
         write_lines(folder / f"{i}.jsonl", [*RECORDS[20 * i : 20 * (i + 1)]])
-    opened, open_dataset = Counter[str](), records.shard_records
+    opened, open_dataset = Counter[str](), records.read_dataset_shard
 
     def counted(words: str, *rest: object) -> object:
         opened[words] += 1
         return open_dataset(words, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(records, "shard_records", counted)
+    monkeypatch.setattr(records, "read_dataset_shard", counted)
     settings = dataclasses.replace(make_config(folder, tmp_path / "out"), sources=[f"hf:{folder}"])
     assert read_texts(prepare(settings)) == {json.loads(line)["text"] for line in RECORDS}
     assert sum(opened.values()) == 3
@@ -151,7 +152,9 @@ def plain_split(texts: list[str], options: PrepConfig) -> set[str]:
     """Validation documents by the definition."""
     import xxhash
 
-    return {text for text in texts if is_valid(xxhash.xxh3_128_digest(text.encode()), options.valid_fraction)}
+    return {
+        text for text in texts if is_in_validation_split(xxhash.xxh3_128_digest(text.encode()), options.valid_fraction)
+    }
 
 
 def test_validation_sources(tmp_path: Path) -> None:
@@ -302,7 +305,7 @@ def test_arrays_are_written_row_by_row(rows: int, tmp_path: Path) -> None:
 
 
 def test_a_scan_takes_the_same_memory_for_any_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan, "ROWS_HELD", 256)
+    monkeypatch.setattr(scan_rows, "ROWS_HELD", 256)
     peaks = []
     for size in (1000, 8000):
         path = write_lines(tmp_path / f"{size}.jsonl", [json.dumps({"text": f"{i} " * 30}) for i in range(size)])
@@ -313,6 +316,6 @@ def test_a_scan_takes_the_same_memory_for_any_text(tmp_path: Path, monkeypatch: 
         scan_part(job, part)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        assert len(np.load(scan_path(job, part))) == size
-        assert job.record(scan_record(job, part))["documents"] == size  # type: ignore[index]
+        assert len(np.load(scan_rows_path(job, part))) == size
+        assert job.read_record(scan_record_path(job, part))["documents"] == size  # type: ignore[index]
     assert peaks[1] < 2 * peaks[0]

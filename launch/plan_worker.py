@@ -17,7 +17,7 @@ from megatron_rdt.files import write_text
 
 
 def write_measurements(options: argparse.Namespace) -> None:
-    """Take one step per loop count; rank 0 writes a list of {"loops", "peak" over all ranks, "sent"} as JSON."""
+    """Measure a step at every loop count; rank 0 writes a list of {"loops", "peak" over all ranks, "sent"} as JSON."""
     import torch
 
     from megatron_rdt.config import load_config

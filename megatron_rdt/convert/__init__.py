@@ -1,4 +1,4 @@
-"""Checkpoints in and out: for transformers, and between the engines' families."""
+"""Checkpoint conversion: to a folder for transformers, and between the checkpoint formats of the engines."""
 
 import os
 import shutil
@@ -9,13 +9,20 @@ from megatron_rdt.files import explain_write_failure, fsync_directory, fsync_fil
 
 
 def convert(checkpoint: str, out: str, to: str) -> Path:
-    """Convert a checkpoint (or a run's newest); `out` appears when it is complete and on the disk.
+    """Convert a checkpoint, or a run's newest one; `out` appears only once it is complete and durable.
 
     Args:
         checkpoint: checkpoint or run directory.
         out: directory to write; must not exist, or be empty.
         to: "hf" (a folder for transformers), "native" (a checkpoint for single, ddp and fsdp) or "zero" (one for
-            zero1, zero2 and zero3, at any world size), both with the optimizer.
+            zero1, zero2 and zero3), the last two with the optimizer's state and for any world size.
+
+    Returns:
+        The directory that was written.
+
+    Raises:
+        ConfigError: `out` exists and is not empty.
+        CheckpointError: the checkpoint is damaged or cannot be converted, or `out` cannot be written.
     """
     from megatron_rdt.checkpoint import resolve_checkpoint
 
@@ -40,7 +47,7 @@ def convert(checkpoint: str, out: str, to: str) -> Path:
         fsync_directory(target.parent)
     except RdtError:
         raise
-    except Exception as error:  # each library that writes has errors of its own
+    except Exception as error:  # every library that writes raises errors of its own
         reason = explain_write_failure(error, target.parent)
         if "the disk is" not in reason:
             raise
@@ -53,7 +60,7 @@ def convert(checkpoint: str, out: str, to: str) -> Path:
 
 
 def _make_durable(directory: Path) -> None:
-    """Every file, then every directory, from the innermost on."""
+    """Flush every file and then its directory to the disk, innermost directories first."""
     for folder, _, names in os.walk(directory, topdown=False):
         for name in names:
             fsync_file(os.path.join(folder, name))

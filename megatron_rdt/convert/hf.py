@@ -1,8 +1,6 @@
-"""Export for transformers: a folder that AutoModelForCausalLM and AutoTokenizer load with no more than torch.
+"""Export for transformers: a folder that AutoModelForCausalLM and AutoTokenizer load without this package.
 
-`read_hf` reads such a folder back.
-
-Its model code is one file, see `hf_source`.
+`read_hf` reads such a folder back. Its model code is one file, see `hf_source`.
 """
 
 import dataclasses
@@ -18,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from megatron_rdt.checkpoint import read_model_weights
 from megatron_rdt.config import ModelConfig, load_config
 from megatron_rdt.convert.hf_source import model_source
-from megatron_rdt.convert.hf_tokenizer import ASIDE, export_tokenizer, special_ids
+from megatron_rdt.convert.hf_tokenizer import HIDDEN_FOLDER, export_tokenizer, special_ids
 from megatron_rdt.data import Tokenizer
 from megatron_rdt.data.tokenizer.sentencepiece_backend import MODEL_FILE as SENTENCEPIECE_FILE
 from megatron_rdt.errors import CheckpointError
@@ -31,12 +29,12 @@ PREFIX = "model."  # the wrapper's name for the model, in front of every weight'
 
 
 def export_hf(source: Path, out: Path) -> None:
-    """Write the folder `out` from the checkpoint `source`; what could not be exported is said on the console."""
+    """Write an export of the checkpoint `source` into the folder `out`; print why, if its tokenizer cannot be exported."""
     config = load_config(source / "config.yaml")
     weights = read_model_weights(source)
     save_file({PREFIX + k: v.contiguous() for k, v in weights.items()}, out / WEIGHTS_FILE, {"format": "pt"})
     write_text(out / MODEL_FILE, model_source())
-    shutil.copymode(out / MODEL_FILE, out / WEIGHTS_FILE)  # safetensors lets nobody else read it
+    shutil.copymode(out / MODEL_FILE, out / WEIGHTS_FILE)  # safetensors makes it readable for the owner alone
     loops = round(config.depth.mean)
     tokenizer = Tokenizer(source / "tokenizer")
     specials = special_ids(tokenizer)
@@ -50,7 +48,7 @@ def export_hf(source: Path, out: Path) -> None:
         "loops": loops,
         "dtype": "float32",
         **specials,
-        "tie_word_embeddings": False,  # a tied head reads the embedding itself; transformers has nothing to tie
+        "tie_word_embeddings": False,  # a tied head reads the embedding itself, so there is nothing to tie
         "model": dataclasses.asdict(config.model),
         TOKENIZER: tokenizer.fingerprint,
     }
@@ -60,21 +58,21 @@ def export_hf(source: Path, out: Path) -> None:
     if left_out:
         print(
             f"the tokenizer is left out, AutoTokenizer will not load this folder: {left_out}. "
-            f"Use {ASIDE}/{SENTENCEPIECE_FILE} in it with sentencepiece; its README.md shows how."
+            f"Use {HIDDEN_FOLDER}/{SENTENCEPIECE_FILE} in it with sentencepiece; its README.md shows how."
         )
-    write_text(out / "README.md", _card(config.run.name, loops, left_out))
+    write_text(out / "README.md", _format_model_card(config.run.name, loops, left_out))
 
 
 def is_hf_export(folder: Path) -> bool:
-    """Whether `folder` looks like one that `export_hf` wrote."""
+    """Return True if `folder` has the config and the weights of an export."""
     return (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file()
 
 
 def read_hf(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
-    """The model's config and its weights by name, float32, of a folder that `export_hf` wrote.
+    """Read the model's config and its weights by name, float32, from a folder that `export_hf` wrote.
 
     Raises:
-        CheckpointError: the folder is damaged, or of another kind of model.
+        CheckpointError: the folder is damaged, or holds another kind of model.
     """
     again = "Export the checkpoint again with `rdt convert CHECKPOINT OUT --to hf`."
     try:
@@ -91,12 +89,12 @@ def read_hf(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
         weights = load_file(folder / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHTS_FILE} is damaged ({error}). {again}") from None
-    # Copies: in the file tensors are not aligned as PyTorch's own are, and products of them differ in the last digit.
+    # Copies, since tensors in the file are not aligned like PyTorch's own, and products of them differ in the last digit.
     return config, {name.removeprefix(PREFIX): tensor.to(torch.float32, copy=True) for name, tensor in weights.items()}
 
 
 def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """CheckpointError where the tokenizer in an export is not the one that its model was trained with."""
+    """Refuse an export whose tokenizer is not the one that its model was trained with, with a CheckpointError."""
     wanted = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get(TOKENIZER)
     if wanted is not None and tokenizer.fingerprint != wanted:
         raise CheckpointError(
@@ -105,8 +103,14 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
         )
 
 
-def _card(name: str, loops: int, left_out: str) -> str:
-    """The model card; `left_out` says why there is no tokenizer for transformers, if there is none."""
+def _format_model_card(name: str, loops: int, left_out: str) -> str:
+    """Return the README of an export.
+
+    Args:
+        name: of the run.
+        loops: default number of iterations.
+        left_out: why there is no tokenizer for transformers; empty if there is one.
+    """
     head = f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -128,7 +132,8 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, loops=8)[0]))
 """
     return f"""{head}
 **There is no tokenizer for transformers here**, and AutoTokenizer does not load this folder: {left_out}.
-The tokenizer is the SentencePiece model `{ASIDE}/{SENTENCEPIECE_FILE}`. Do not let transformers convert it: the ids may differ.
+The tokenizer is the SentencePiece model `{HIDDEN_FOLDER}/{SENTENCEPIECE_FILE}`.
+Do not let transformers convert it: the ids may differ.
 
 ```python
 import torch
@@ -136,7 +141,7 @@ from sentencepiece import SentencePieceProcessor
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained(PATH, trust_remote_code=True)
-tokenizer = SentencePieceProcessor(model_file=f"{{PATH}}/{ASIDE}/{SENTENCEPIECE_FILE}")
+tokenizer = SentencePieceProcessor(model_file=f"{{PATH}}/{HIDDEN_FOLDER}/{SENTENCEPIECE_FILE}")
 inputs = torch.tensor([tokenizer.encode("def ")])
 print(tokenizer.decode(model.generate(inputs, max_new_tokens=50, loops=8)[0].tolist()))
 ```

@@ -1,7 +1,7 @@
 """The tokenizer of an export: exactly the one that the model was trained with, or none that transformers would load.
 
-AutoTokenizer takes whatever lies in a folder. From a bare tokenizer.model it makes a tokenizer that may give other ids,
-without a word. So a tokenizer that cannot be exported exactly is put where AutoTokenizer does not look.
+From a bare tokenizer.model, AutoTokenizer silently makes a tokenizer whose ids may differ. So a tokenizer that cannot be
+exported exactly goes into a subfolder, where AutoTokenizer does not look.
 """
 
 import json
@@ -20,8 +20,8 @@ from megatron_rdt.data.tokenizer.hugging_face_backend import (
 from megatron_rdt.data.tokenizer.sentencepiece_backend import MODEL_FILE
 from megatron_rdt.files import write_text
 
-# Where tokenizer.model lies when AutoTokenizer must not find it.
-ASIDE = "tokenizer"
+# Subfolder for a tokenizer.model that AutoTokenizer must not find.
+HIDDEN_FOLDER = "tokenizer"
 
 
 def export_tokenizer(source: Path, out: Path) -> str:
@@ -32,8 +32,8 @@ def export_tokenizer(source: Path, out: Path) -> str:
         out: folder of the export.
 
     Returns:
-        "" where AutoTokenizer gives the same ids; otherwise why it is left out. `out`/tokenizer/tokenizer.model is
-        then the SentencePiece model.
+        "" if AutoTokenizer produces the same ids; otherwise why the tokenizer is left out, and the SentencePiece model
+        is in `out`/tokenizer/tokenizer.model.
     """
     tokenizer = Tokenizer(source)
     if tokenizer.kind == HUGGING_FACE:
@@ -48,13 +48,13 @@ def export_tokenizer(source: Path, out: Path) -> str:
         shutil.copyfile(source / MODEL_FILE, out / MODEL_FILE)
         return ""
     (out / JSON_FILE).unlink(missing_ok=True)
-    (out / ASIDE).mkdir()
-    shutil.copyfile(source / MODEL_FILE, out / ASIDE / MODEL_FILE)
+    (out / HIDDEN_FOLDER).mkdir()
+    shutil.copyfile(source / MODEL_FILE, out / HIDDEN_FOLDER / MODEL_FILE)
     return difference
 
 
 def _export_hugging_face(source: Path, out: Path) -> None:
-    """Copy the files as they are, but for the class: most build a tokenizer of their own from parts of tokenizer.json.
+    """Copy the files, but name the class that uses tokenizer.json as it is: most classes rebuild it from parts.
 
     Args:
         source: the checkpoint's tokenizer folder.
@@ -70,12 +70,12 @@ def _export_hugging_face(source: Path, out: Path) -> None:
         write_text(out / SETTINGS_FILE, json.dumps(settings, ensure_ascii=False, indent=1) + "\n")
 
 
-def exported_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of an export, as `export_tokenizer` wrote it."""
-    return Tokenizer(folder / ASIDE if (folder / ASIDE).is_dir() else folder)
+def open_exported_tokenizer(folder: Path) -> Tokenizer:
+    """Open the tokenizer that `export_tokenizer` wrote into an export."""
+    return Tokenizer(folder / HIDDEN_FOLDER if (folder / HIDDEN_FOLDER).is_dir() else folder)
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
-    """bos, eos and pad id by the names that transformers has for them; None where the tokenizer has none."""
+    """Return bos, eos and pad id under their names in transformers; None for one that the tokenizer lacks."""
     ids = {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.pad}
     return {f"{name}_token_id": index if index >= 0 else None for name, index in ids.items()}

@@ -1,4 +1,4 @@
-"""What transformers needs around the model: config, output type, generation with its cache."""
+"""Classes that make the model a transformers model: config, forward with its output type, generation with its cache."""
 
 import dataclasses
 from typing import Any
@@ -13,12 +13,12 @@ from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.initialization import initial_parameter
 from megatron_rdt.model.rdt import RecurrentDepthTransformer, make_depth_plan
 
-# What transformers passes along and this model has no use for.
+# Arguments that transformers passes to every model and that this one ignores.
 HARMLESS = ("return_dict", "cache_position", "num_items_in_batch", "logits_to_keep")
 
 
 class RdtConfig(PreTrainedConfig):
-    """`model` holds the fields of ModelConfig; `loops` is the default number of iterations."""
+    """Configuration of an export: the fields of ModelConfig as `model`, and the default number of iterations as `loops`."""
 
     model_type = "megatron_rdt"
 
@@ -38,7 +38,7 @@ class RdtConfig(PreTrainedConfig):
 
 
 class SlotCache:
-    """A cache of transformers as the model sees it: its layers are the slots, one per (iteration, layer)."""
+    """Adapter from a transformers cache to the interface of KVCache: its layers are the slots, one per (iteration, layer)."""
 
     budget = 0
 
@@ -46,8 +46,8 @@ class SlotCache:
         self.cache = cache
 
     def make_room(self, slots: int) -> None:
-        """Give an empty cache that was sized for fewer loops the slots that it lacks."""
-        if self.cache.layer_class_to_replicate is not None:  # it grows by itself
+        """Extend an empty cache that was sized for fewer loops to this many slots."""
+        if self.cache.layer_class_to_replicate is not None:  # a cache without a fixed size
             return
         missing = slots - len(self.cache.layers)
         if missing > 0 and not isinstance(self.cache, DynamicCache):
@@ -57,7 +57,10 @@ class SlotCache:
         self.cache.layers.extend(DynamicLayer() for _ in range(missing))
 
     def update(self, slot: int, start: int, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Append to a slot; all of it. A cache of transformers holds two tensors, the latents of mla are one."""
+        """Append to a slot and return all that it holds.
+
+        A transformers cache stores pairs of tensors; the latents of mla are one tensor, so an empty one goes with it.
+        """
         return self.cache.update(new[0], new[-1][..., :0] if len(new) == 1 else new[1], slot)[: len(new)]
 
     @property
@@ -78,7 +81,7 @@ class RdtForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     _no_split_modules = ["Layer", "RecurrentCore"]  # noqa: RUF012
     _supports_sdpa = True
-    accepts_loss_kwargs = False  # the loss is a mean: transformers' Trainer divides it by the accumulation steps
+    accepts_loss_kwargs = False  # a mean, which transformers' Trainer divides by the accumulation steps
 
     def __init__(self, config: RdtConfig) -> None:
         super().__init__(config)
@@ -87,20 +90,20 @@ class RdtForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As at the start of a run, with seeds from torch's generator; what came from a file stays."""
-        # Another module is one that takes the embedding's place.
-        place = next((name for name, part in self.model.named_modules() if part is module), "embedding")
+        """Initialize as a run does, with seeds from torch's generator; parameters loaded from a file stay."""
+        # transformers also passes modules that are not part of the model, such as a resized embedding.
+        path = next((name for name, part in self.model.named_modules() if part is module), "embedding")
         for name, parameter in module.named_parameters(recurse=False):
             if not getattr(parameter, "_is_hf_initialized", False):
                 seed = int(torch.randint(1 << 62, (), device="cpu"))
-                parameter.copy_(initial_parameter(self.model, f"{place}.{name}", parameter.shape, seed))
+                parameter.copy_(initial_parameter(self.model, f"{path}.{name}", parameter.shape, seed))
 
     def get_input_embeddings(self) -> nn.Module:
-        """The token embedding."""
+        """Return the token embedding."""
         return self.model.embedding
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The head, where it is not tied."""
+        """Return the output projection; None if it is tied to the embedding."""
         return self.model.head
 
     def forward(
@@ -114,13 +117,13 @@ class RdtForCausalLM(PreTrainedModel, GenerationMixin):
         loops: int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits (batch, sequence, vocab); with `labels`, the loss of predicting each next token.
+        """Return logits (batch, sequence, vocab) and, given `labels`, the mean loss of predicting each next token.
 
-        `position_ids` (batch or 1, sequence) default to counting what `attention_mask` does not leave out.
+        `position_ids` (batch or 1, sequence) default to counting the tokens that `attention_mask` admits.
 
         Raises:
-            ValueError: `loops` is not a whole number of at least 1, or another than the cache was filled with.
-            TypeError: an argument is asked for that has no effect here.
+            ValueError: `loops` is not a whole number of at least 1, or differs from that of the cache.
+            TypeError: an argument that would have no effect here.
         """
         unknown = sorted(k for k, v in kwargs.items() if v is not None and v is not False and k not in HARMLESS)
         if unknown:
@@ -132,15 +135,15 @@ class RdtForCausalLM(PreTrainedModel, GenerationMixin):
         cache = None if past_key_values is None else SlotCache(past_key_values)
         start = 0 if cache is None else cache.length
         if cache is not None and start == 0:
-            cache.make_room(self.model.cache_slots(plan.loops))  # generate() sizes it for the default loops
+            cache.make_room(self.model.cache_slots(plan.loops))  # generate() sized it for the default loops
         mask = positions = None
         if attention_mask is not None and not bool(attention_mask.all()):
             positions = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, start : start + sequence]
             keys = torch.arange(start + sequence, device=input_ids.device)
             queries = torch.arange(start, start + sequence, device=input_ids.device)[:, None]
-            seen = attention_mask.bool()[:, None, None, : start + sequence]
-            # A padding query sees itself, so that its softmax is defined; nothing reads its result.
-            mask = ((keys <= queries) & seen) | (keys == queries)
+            admitted = attention_mask.bool()[:, None, None, : start + sequence]
+            # A padding query attends to itself, so that its softmax is defined; nothing reads its result.
+            mask = ((keys <= queries) & admitted) | (keys == queries)
         if position_ids is not None:
             positions = position_ids[..., -sequence:]
         logits = self.model(input_ids, plan, cache=cache, start=start, positions=positions, mask=mask)

@@ -1,9 +1,8 @@
-"""Weights of other recurrent-depth models, by the names of their own modules, as weights of this one.
+"""State dicts of other recurrent-depth models (OpenMythos, Parcae, Huginn) converted to state dicts of this one.
 
-Each function takes a state dict and the config that stands for the same network (configs/models has those of the
+Each function takes a state dict and the config that describes the same network (configs/models has those of the
 published sizes), and returns a state dict for `RecurrentDepthTransformer(config).load_state_dict`. Every weight of the
-source is used; one that is missing, or that the config has no place for, is an error. What equals what, and to which
-tolerance: docs/parity.md.
+source is used; a missing or a superfluous one is an error. docs/parity.md says which logits agree, and how closely.
 """
 
 import math
@@ -17,50 +16,50 @@ from megatron_rdt.model.injection.diagonal import RATE_BOUNDS, STEP_BOUNDS
 from megatron_rdt.model.iteration_signals import FEATURES, loop_features
 
 Weights = dict[str, torch.Tensor]
-# What |a| dt can be here, and with it the decay exp(-|a| dt).
+# Range of |a| dt in `DiagonalDecay`, and with it of the decay exp(-|a| dt).
 PRODUCT_BOUNDS = (RATE_BOUNDS[0] * STEP_BOUNDS[0], RATE_BOUNDS[1] * STEP_BOUNDS[1])
-# The feed-forward of Parcae is relu(x)^2 / 2.
+# Parcae's feed-forward computes relu(x)^2 / 2.
 PARCAE_RELU2_SCALE = 0.5
 
 
 class Source:
-    """A state dict whose entries are taken one by one.
+    """A state dict whose entries are taken one by one, so that unused ones can be reported.
 
     Args:
         state: weights by name.
-        ignored: regular expression of names that carry nothing to learn: tables of rotary positions, tied copies.
+        ignored: regular expression of names without learned content: tables of rotary positions, tied copies.
     """
 
     def __init__(self, state: Mapping[str, torch.Tensor], ignored: str) -> None:
         self._left = {name: value for name, value in state.items() if not re.fullmatch(ignored, name)}
 
     def take(self, name: str) -> torch.Tensor:
-        """The weight `name`, which then counts as used."""
+        """Return the weight `name` and mark it as used."""
         if name not in self._left:
-            raise ValueError(f"the weights have no {name}; the config stands for another network")
+            raise ValueError(f"the weights have no {name}; the config describes another network")
         return self._left.pop(name)
 
     def copy(self, names: Mapping[str, str]) -> Weights:
-        """Weights that keep their values: new names to old ones."""
+        """Return weights under new names, given as new name -> old name."""
         return {new: self.take(old) for new, old in names.items()}
 
-    def finish(self) -> None:
-        """Raise ValueError if a weight was not used."""
+    def check_all_used(self) -> None:
+        """Raise ValueError if a weight was not taken."""
         if self._left:
             few = ", ".join(sorted(self._left)[:3])
-            raise ValueError(f"{len(self._left)} weights have no place in the config's network: {few} ...")
+            raise ValueError(f"{len(self._left)} weights do not exist in the config's network: {few} ...")
 
 
-def decay_parameters(product: torch.Tensor, input_gain: torch.Tensor, prefix: str) -> Weights:
-    """Parameters of a zoh `DiagonalDecay` that decays by exp(-product) and multiplies the input by `input_gain`.
+def solve_decay_parameters(product: torch.Tensor, input_gain: torch.Tensor, prefix: str) -> Weights:
+    """Return the parameters of a zoh `DiagonalDecay` with decay exp(-product) and input factor `input_gain`.
 
     Args:
         product: |a| dt per channel, (dim,).
         input_gain: (dim,).
-        prefix: name of the module.
+        prefix: name of the module in the new state dict.
 
     Raises:
-        ValueError: a product lies outside `PRODUCT_BOUNDS`: the source's decay is too close to 1 (or to 0).
+        ValueError: a product lies outside `PRODUCT_BOUNDS`, since the source's decay is too close to 1 or to 0.
     """
     low, high = PRODUCT_BOUNDS
     wide = product.double()
@@ -70,25 +69,26 @@ def decay_parameters(product: torch.Tensor, input_gain: torch.Tensor, prefix: st
             f"{outside} of {wide.numel()} channels decay by up to {float(torch.exp(-wide.min())):.6g} per iteration; "
             f"here the decay lies between exp(-{high:g}) and exp(-{low:g}) = {math.exp(-low):.4g}"
         )
-    # Both parameters at the same place between their bounds: their product is there between its own.
-    signed = 2 * (wide / low).log() / math.log(high / low) - 1
-    place = signed / (1 - signed.abs())
-    position = 0.5 + 0.5 * signed
-    rate = RATE_BOUNDS[0] * (RATE_BOUNDS[1] / RATE_BOUNDS[0]) ** position
+    # Only the product |a| dt is given. Rate and step are put at the same fraction of their logarithmic ranges; their
+    # product is then at that fraction of its own range, PRODUCT_BOUNDS.
+    signed = 2 * (wide / low).log() / math.log(high / low) - 1  # the fraction, scaled to (-1, 1)
+    raw = signed / (1 - signed.abs())  # inverse of the softsign by which `DiagonalDecay` maps a parameter to (-1, 1)
+    fraction = 0.5 + 0.5 * signed
+    rate = RATE_BOUNDS[0] * (RATE_BOUNDS[1] / RATE_BOUNDS[0]) ** fraction
+    # A zero-order hold multiplies the input by gain * (1 - exp(-|a| dt)) / |a|.
     gain = input_gain.double() * rate / -torch.expm1(-wide)
-    values = {"rate": place, "step": place, "gain": gain}
+    values = {"rate": raw, "step": raw, "gain": gain}
     return {f"{prefix}.{name}": value.to(product.dtype) for name, value in values.items()}
 
 
-def scale_weights(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weights, bias) of a `LoraSignal` whose scale in iteration t is row t of `table`, (iterations, rank).
+def fit_scale_weights(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fit (weights, bias) of a `LoraSignal` so that its scale in iteration t is row t of `table`, (iterations, rank).
 
-    Exact for up to FEATURES / 2 iterations; beyond the table the scale goes on as the smallest weights let it.
+    `LoraSignal` computes the scale from features of t instead of looking it up. The fit is exact for up to FEATURES / 2
+    iterations; of all exact solutions it is the one of least norm, which defines the scale beyond the table.
     """
     if len(table) > FEATURES // 2:
-        raise ValueError(
-            f"the table has {len(table)} iterations, a function of t here can meet {FEATURES // 2} of them"
-        )
+        raise ValueError(f"the table has {len(table)} iterations, a function of t here can fit {FEATURES // 2} of them")
     wide, features = table.double(), loop_features(torch.arange(len(table))).squeeze(1).double()
     bias = wide.mean(0)
     weights = torch.linalg.lstsq(features, wide - bias, driver="gelsd").solution
@@ -96,40 +96,40 @@ def scale_weights(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def from_open_mythos(state: Mapping[str, torch.Tensor], config: ModelConfig) -> Weights:
-    """Of `OpenMythos` (open-mythos 0.5.0); config as in configs/models/openmythos_1b.yaml, `attention` gqa or mla.
+    """Convert a state dict of `OpenMythos` (open-mythos 0.5.0); config as in configs/models/openmythos_1b.yaml.
 
-    With `halting: none` the halting unit is left out.
+    `attention` is gqa or mla. With `halting: none` the halting unit is ignored.
     """
-    _need_zoh(config)
+    _require_zoh(config)
     halting = "" if config.halting == "act" else r"|recurrent\.act\..*"
     source = Source(state, rf"freqs_cis(_mla)?|head\.weight{halting}")
     weights = source.copy({"embedding.weight": "embed.weight", "final_norm.weight": "norm.weight"})
-    places = {f"prelude.{i}": f"prelude.{i}" for i in range(config.prelude_layers)}
-    places |= {f"coda.{i}": f"coda.{i}" for i in range(config.coda_layers)}
-    for ours, theirs in places.items():
-        weights |= _mythos_layer(source, ours, theirs, config)
+    layers = {f"prelude.{i}": f"prelude.{i}" for i in range(config.prelude_layers)}
+    layers |= {f"coda.{i}": f"coda.{i}" for i in range(config.coda_layers)}
+    for ours, theirs in layers.items():
+        weights |= _convert_mythos_layer(source, ours, theirs, config)
         names = {f"{ours}.feedforward.{part}.weight": f"{theirs}.ffn.{part}.weight" for part in ("gate", "up", "down")}
         weights |= source.copy(names)
-    weights |= _mythos_layer(source, "core.layers.0", "recurrent.block", config)
-    weights |= _mythos_experts(source, "core.layers.0.feedforward", "recurrent.block.ffn", config)
+    weights |= _convert_mythos_layer(source, "core.layers.0", "recurrent.block", config)
+    weights |= _convert_mythos_experts(source, "core.layers.0.feedforward", "recurrent.block.ffn", config)
     injection, signals = "core.injection", "core.signals"
     product = torch.exp(source.take("recurrent.injection.log_A") + source.take("recurrent.injection.log_dt"))
-    weights |= decay_parameters(product, source.take("recurrent.injection.B"), f"{injection}.diagonal")
+    weights |= solve_decay_parameters(product, source.take("recurrent.injection.B"), f"{injection}.diagonal")
     weights[f"{injection}.norm.weight"] = source.take("recurrent.norm.weight")
     weights[f"{signals}.sinusoidal.size"] = torch.ones(config.dim // 8, dtype=product.dtype)
     weights[f"{signals}.lora.down.weight"] = source.take("recurrent.lora.down.weight")
     weights[f"{signals}.lora.up"] = source.take("recurrent.lora.B").T.contiguous()
-    scale, bias = scale_weights(source.take("recurrent.lora.scale.weight"))
+    scale, bias = fit_scale_weights(source.take("recurrent.lora.scale.weight"))
     weights |= {f"{signals}.lora.weights": scale, f"{signals}.lora.bias": bias}
     if config.halting == "act":
         weights["core.halting.weight"] = source.take("recurrent.act.halt.weight").squeeze(0)
         weights["core.halting.bias"] = source.take("recurrent.act.halt.bias")
-    source.finish()
+    source.check_all_used()
     return weights
 
 
-def _mythos_layer(source: Source, ours: str, theirs: str, config: ModelConfig) -> Weights:
-    """Norms and attention of one layer."""
+def _convert_mythos_layer(source: Source, ours: str, theirs: str, config: ModelConfig) -> Weights:
+    """Convert norms and attention of one layer."""
     names = {"attention_norm": "attn_norm", "feedforward_norm": "ffn_norm", "attention.output": "attn.wo"}
     if config.attention == "gqa":
         names |= {"attention.query": "attn.wq", "attention.key": "attn.wk", "attention.value": "attn.wv"}
@@ -138,15 +138,15 @@ def _mythos_layer(source: Source, ours: str, theirs: str, config: ModelConfig) -
         names |= {"attention.latent_down": "attn.kv_down", "attention.latent_norm": "attn.kv_norm"}
         names |= {"attention.latent_up": "attn.kv_up"}
     weights = source.copy({f"{ours}.{new}.weight": f"{theirs}.{old}.weight" for new, old in names.items()})
-    if config.attention == "mla":  # per head, the channels without position and then those with it
+    if config.attention == "mla":  # per head, channels without rotary position, then those with it
         parts = [source.take(f"{theirs}.attn.q_up_{part}.weight") for part in ("nope", "rope")]
         heads = [part.unflatten(0, (config.heads, -1)) for part in parts]
         weights[f"{ours}.attention.query_up.weight"] = torch.cat(heads, dim=1).flatten(0, 1)
     return weights
 
 
-def _mythos_experts(source: Source, ours: str, theirs: str, config: ModelConfig) -> Weights:
-    """Router, routed experts as one tensor per matrix, shared ones side by side."""
+def _convert_mythos_experts(source: Source, ours: str, theirs: str, config: ModelConfig) -> Weights:
+    """Convert the router, the routed experts (stacked per matrix) and the shared ones (concatenated to one)."""
     weights = source.copy(
         {f"{ours}.router": f"{theirs}.router.weight", f"{ours}.selection_bias": f"{theirs}.router_bias"}
     )
@@ -160,8 +160,8 @@ def _mythos_experts(source: Source, ours: str, theirs: str, config: ModelConfig)
 
 
 def from_parcae(state: Mapping[str, torch.Tensor], config: ModelConfig) -> Weights:
-    """Of `Parcae` (SandyResearch/parcae) with diagonal injection; config as in configs/models/parcae_140m.yaml."""
-    _need_zoh(config)
+    """Convert a state dict of `Parcae` with diagonal injection; config as in configs/models/parcae_140m.yaml."""
+    _require_zoh(config)
     source = Source(state, r"freqs_cis|lm_head\.weight")
     names = {"embedding": "wte", "final_norm": "ln_f", "core.encoded_norm": "ln_prelude", "core.output_matrix": "C"}
     weights = source.copy({f"{new}.weight": f"transformer.{old}.weight" for new, old in names.items()})
@@ -169,7 +169,7 @@ def from_parcae(state: Mapping[str, torch.Tensor], config: ModelConfig) -> Weigh
     names |= {f"attention.{new}": f"attn.c_{new[0]}" for new in ("query", "key", "value")}
     names |= {"attention.output": "attn.c_proj"}
     layers = config.prelude_layers + config.core_layers + config.coda_layers
-    for index, (ours, theirs) in enumerate(_raven_places(config)):
+    for index, (ours, theirs) in enumerate(_raven_layer_names(config)):
         weights |= source.copy({f"{ours}.{new}.weight": f"{theirs}.{old}.weight" for new, old in names.items()})
         weights[f"{ours}.feedforward.down.weight"] = PARCAE_RELU2_SCALE * source.take(f"{theirs}.mlp.proj.weight")
         if index % 2 == (layers - 1) % 2:
@@ -177,14 +177,14 @@ def from_parcae(state: Mapping[str, torch.Tensor], config: ModelConfig) -> Weigh
             weights[f"{ours}.attention.token_values.gate.weight"] = source.take(f"{theirs}.attn.ve_gate.weight")
     step = torch.nn.functional.softplus(source.take("transformer.adapter.dt_bias"))
     product = step * torch.exp(source.take("transformer.adapter.A_log"))
-    weights |= decay_parameters(product, step, "core.injection.diagonal")
+    weights |= solve_decay_parameters(product, step, "core.injection.diagonal")
     weights["core.input_matrix.weight"] = source.take("transformer.adapter.B")
-    source.finish()
+    source.check_all_used()
     return weights
 
 
 def from_huginn(state: Mapping[str, torch.Tensor], config: ModelConfig) -> Weights:
-    """Of `RavenForCausalLM` (Huginn); config as in configs/models/huginn_3_5b.yaml."""
+    """Convert a state dict of `RavenForCausalLM` (Huginn); config as in configs/models/huginn_3_5b.yaml."""
     source = Source(state, r"freqs_cis|lm_head\.weight")
     weights = source.copy({
         "embedding.weight": "transformer.wte.weight",
@@ -194,7 +194,7 @@ def from_huginn(state: Mapping[str, torch.Tensor], config: ModelConfig) -> Weigh
     names = {"attention_norm": "norm_1", "attention_outer_norm": "norm_2"}
     names |= {"feedforward_norm": "norm_3", "feedforward_outer_norm": "norm_4"}
     names |= {"attention.output": "attn.proj", "feedforward.down": "mlp.proj"}
-    for ours, theirs in _raven_places(config):
+    for ours, theirs in _raven_layer_names(config):
         weights |= source.copy({f"{ours}.{new}.weight": f"{theirs}.{old}.weight" for new, old in names.items()})
         width = config.kv_heads * config.head_dim
         query, key, value = source.take(f"{theirs}.attn.Wqkv.weight").split([config.dim, width, width])
@@ -208,12 +208,12 @@ def from_huginn(state: Mapping[str, torch.Tensor], config: ModelConfig) -> Weigh
             f"{feedforward}.gate.weight": gate,
             f"{feedforward}.up.weight": up,
         }
-    source.finish()
+    source.check_all_used()
     return weights
 
 
-def _raven_places(config: ModelConfig) -> list[tuple[str, str]]:
-    """(name here, name there) of every layer, in order; Parcae kept Huginn's names."""
+def _raven_layer_names(config: ModelConfig) -> list[tuple[str, str]]:
+    """Return (our name, Huginn's name) of every layer, in order; Parcae kept Huginn's names."""
     groups = (
         ("prelude", "prelude", config.prelude_layers),
         ("core.layers", "core_block", config.core_layers),
@@ -222,6 +222,7 @@ def _raven_places(config: ModelConfig) -> list[tuple[str, str]]:
     return [(f"{ours}.{i}", f"transformer.{theirs}.{i}") for ours, theirs, count in groups for i in range(count)]
 
 
-def _need_zoh(config: ModelConfig) -> None:
+def _require_zoh(config: ModelConfig) -> None:
+    """Raise ValueError unless the config discretizes by zero-order hold."""
     if config.discretization != "zoh":
         raise ValueError("the source decays by exp(-|a| dt); set model.discretization to zoh")

@@ -1,12 +1,12 @@
-"""A checkpoint of one engine as a checkpoint of another: weights, AdamW's moments and step, position in the run.
+"""Conversion of checkpoints between engines: weights, AdamW's moments and step, and the position in the run.
 
-Two layouts are written, and every engine resumes from the one of its family at any world size:
+Two formats are written, and every engine resumes from that of its family at any world size:
 
     model/, optimizer/   torch.distributed.checkpoint, for single, ddp and fsdp
     universal/           DeepSpeed's universal checkpoint, for zero1, zero2 and zero3
 
 A ZeRO engine's own save (zero/, one file per rank) is read through DeepSpeed's ds_to_universal tool.
-Everything passes through the memory of one process: about 12 bytes per parameter.
+One process holds everything in memory: about 12 bytes per parameter.
 """
 
 import dataclasses
@@ -35,10 +35,10 @@ ZERO = "zero"
 
 @dataclass
 class TrainingState:
-    """What AdamW training goes on from.
+    """Weights and AdamW state of a checkpoint, independent of the engine.
 
     Attributes:
-        tensors: by parameter name, {"fp32", "exp_avg", "exp_avg_sq"}, whole, float32, on the CPU.
+        tensors: for each parameter {"fp32", "exp_avg", "exp_avg_sq"}: whole tensors, float32, on the CPU.
         step: optimizer steps taken.
     """
 
@@ -59,8 +59,8 @@ def convert_training_state(source: Path, out: Path, family: str) -> None:
     if family == "zero":
         write_universal(out / UNIVERSAL, state.tensors, state.step)
     else:
-        engine = _native_engine(config)
-        _fill(engine, state)
+        engine = _make_single_engine(config)
+        _load_state(engine, state)
         restore_buffers(engine.model, source)
         engine.save(out)
     for name in ("config.yaml", "trainer.json", BUFFERS):
@@ -74,12 +74,15 @@ def convert_training_state(source: Path, out: Path, family: str) -> None:
 
 
 def read_training_state(checkpoint: Path, config: RunConfig, scratch: Path | None = None) -> TrainingState:
-    """The training state of a checkpoint of any engine.
+    """Read weights and AdamW state from a checkpoint of any engine.
 
     Args:
         checkpoint: a complete, verified checkpoint.
         config: the config in it.
-        scratch: a directory for a temporary copy of about the same size; the system's own where None.
+        scratch: directory for a temporary copy of about the same size; by default the system's.
+
+    Raises:
+        CheckpointError: the optimizer is another one, or the parameters are not those of the config.
     """
     if config.optimizer.name != "adamw":
         names = join_names(engines_with(lambda kind: config.optimizer.name in kind.optimizers), "and")
@@ -88,7 +91,7 @@ def read_training_state(checkpoint: Path, config: RunConfig, scratch: Path | Non
             "know; they resume from it as it is, at any number of processes. For its weights alone: "
             f"rdt convert {checkpoint} OUT --to hf."
         )
-    state = _read(checkpoint, config, scratch)
+    state = _read_any_format(checkpoint, config, scratch)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in RecurrentDepthTransformer(config.model).named_parameters()}
     if set(shapes) != set(state.tensors):
@@ -101,11 +104,12 @@ def read_training_state(checkpoint: Path, config: RunConfig, scratch: Path | Non
     return state
 
 
-def _read(checkpoint: Path, config: RunConfig, scratch: Path | None) -> TrainingState:
+def _read_any_format(checkpoint: Path, config: RunConfig, scratch: Path | None) -> TrainingState:
+    """Read the training state from whichever format the checkpoint has; shapes are as that format stores them."""
     if (checkpoint / "model").is_dir():
-        engine = _native_engine(config)
+        engine = _make_single_engine(config)
         engine.load(checkpoint)
-        return _state_of(engine)
+        return _extract_state(engine)
     if (checkpoint / UNIVERSAL).is_dir():
         return TrainingState(*read_universal(checkpoint / UNIVERSAL))
     if (checkpoint / ZERO).is_dir():
@@ -113,11 +117,11 @@ def _read(checkpoint: Path, config: RunConfig, scratch: Path | None) -> Training
             folder = Path(temporary) / UNIVERSAL
             _run_ds_to_universal(next((checkpoint / ZERO).glob("*/")), folder)
             return TrainingState(*read_universal(folder))
-    raise CheckpointError(f"{checkpoint} holds no training state that is known. Use another checkpoint.")
+    raise CheckpointError(f"{checkpoint} holds no training state in a known format. Use another checkpoint.")
 
 
-def _native_engine(config: RunConfig) -> TorchEngine:
-    """A single-process engine on the CPU with the model of `config`."""
+def _make_single_engine(config: RunConfig) -> TorchEngine:
+    """Set up an engine of one process on the CPU with the model of `config`."""
     alone = dataclasses.replace(config, parallel=ParallelConfig(engine=ONE_PROCESS))
     engine = make_engine(alone, torch.device("cpu"))
     assert isinstance(engine, TorchEngine)
@@ -127,7 +131,8 @@ def _native_engine(config: RunConfig) -> TorchEngine:
     return engine
 
 
-def _state_of(engine: TorchEngine) -> TrainingState:
+def _extract_state(engine: TorchEngine) -> TrainingState:
+    """Collect weights and AdamW state of a loaded engine."""
     tensors, step = {}, 0
     for name, parameter in engine.model.named_parameters():
         moments = engine.optimizers[0].state[parameter]
@@ -137,7 +142,8 @@ def _state_of(engine: TorchEngine) -> TrainingState:
 
 
 @torch.no_grad()
-def _fill(engine: TorchEngine, state: TrainingState) -> None:
+def _load_state(engine: TorchEngine, state: TrainingState) -> None:
+    """Copy weights and AdamW state into an engine."""
     for name, parameter in engine.model.named_parameters():
         tensors = state.tensors[name]
         parameter.copy_(tensors[WEIGHT])
@@ -146,7 +152,7 @@ def _fill(engine: TorchEngine, state: TrainingState) -> None:
 
 
 def _run_ds_to_universal(saved: Path, folder: Path) -> None:
-    """DeepSpeed's tool in a process of its own: it prints much and starts a pool of workers."""
+    """Run DeepSpeed's converter in a separate process, since it prints much and starts a pool of workers."""
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
     command += ["--input_folder", str(saved), "--output_folder", str(folder)]
     command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]

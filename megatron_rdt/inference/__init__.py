@@ -1,4 +1,4 @@
-"""Using a trained model: load it, generate with a cache, choose how deep each token goes."""
+"""Using a trained model: loading it, generating with a KV cache, exit rules that stop tokens before T iterations."""
 
 from megatron_rdt.inference.generate import GenerationTrace, generate, stream
 from megatron_rdt.inference.load import load

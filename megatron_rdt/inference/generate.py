@@ -1,4 +1,4 @@
-"""Generating at a chosen depth: batches of prompts of any length, one token per row and step."""
+"""Token generation for a batch of prompts of any lengths, at a chosen loop count: one new id per row and step."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
@@ -8,7 +8,7 @@ from torch import nn
 
 from megatron_rdt.config.sampling import check_sampling
 from megatron_rdt.errors import ConfigError
-from megatron_rdt.inference.sampling import pick, uniforms
+from megatron_rdt.inference.sampling import draw_uniforms, pick_tokens
 from megatron_rdt.model.attention.kv_cache import KVCache
 from megatron_rdt.model.halting.exit_rules import ExitRule, ExitTrace
 
@@ -28,23 +28,23 @@ def generate(
 def generate(
     model: nn.Module, tokens: Prompts, loops: int, new_tokens: int, **settings: Any
 ) -> torch.Tensor | list[list[int]]:
-    """Continue every prompt; the same call gives the same text.
+    """Continue every prompt; the same call returns the same ids.
 
     Args:
         model: see `stream`.
         tokens: prompts, (batch, prompt) ids or a list of lists of ids of any lengths.
         loops: T.
-        new_tokens: how many to add at most.
-        settings: those of `stream`.
+        new_tokens: largest number of ids to add.
+        settings: further ones of `stream`.
 
     Returns:
-        For a tensor (batch, prompt + added) ids, where rows that stopped go on with their last id; for lists the same
-        lists with what was added, the stop token included.
+        For a tensor, (batch, prompt + added) ids; rows that stopped early repeat their last id. For lists, the same
+        lists with the added ids, including the stop token.
 
     Raises:
-        ConfigError: an argument has no meaning.
+        ConfigError: an argument is out of range or of the wrong shape.
     """
-    steps = list(stream(model, tokens, loops, new_tokens, **settings))
+    steps = list(stream(model, tokens, loops, new_tokens, **settings))  # {row: new id} each
     if isinstance(tokens, torch.Tensor):
         last, columns = tokens[:, -1].tolist(), [tokens]
         for step in steps:
@@ -74,36 +74,36 @@ def stream(
     trace: "GenerationTrace | None" = None,
     agree: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Iterator[dict[int, int]]:
-    """What `generate` adds, as it comes: {row: new id} of every step, of the rows that have not stopped.
+    """Generate step by step: yield {row: new id} for the rows that have not stopped.
 
-    A row that stops leaves the batch and is computed no further. What is drawn for a row depends on its logits and on
-    (seed, row, position), so a row's text is the same whatever the other rows are.
+    A row that stops leaves the batch and is not computed any more. The id drawn for a row depends on its logits and on
+    (seed, row, position) alone, so a row's text does not depend on the other rows.
 
     Under a sharding engine every rank calls this with the same arguments, since each forward pass is collective.
 
     Args:
         model: called as model(tokens, T, cache=..., start=...), with `padding`, `exit_rule` and `trace` where needed.
         tokens: prompts, (batch, prompt) ids or a list of lists of ids, at least one id each. Shorter ones are padded
-            on the left; padding has no position and is never looked at.
+            on the left; padding has no position and is never attended to.
         loops: T.
-        new_tokens: how many to add at most.
+        new_tokens: largest number of ids to add per row.
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: sample among the k likeliest; 0 means all.
         top_p: sample among the likeliest that together have this probability.
         seed: of the sampling.
-        rows: numbers that stand for the rows in the sampling; default 0, 1, ...
+        rows: numbers of the rows in the sampling keys; default 0, 1, ...
         eos: id that ends a row, if any.
         stop: further ids that end a row.
-        use_cache: keep keys and values instead of running the whole text again for each token.
-        cache_budget: iterations that keep keys and values of their own, see `KVCache`; 0 means all.
-        exit_rule: when a token stops iterating before T.
-        trace: receives the iterations of every token.
+        use_cache: keep keys and values instead of computing the whole text again for each token.
+        cache_budget: iterations with keys and values of their own, see `KVCache`; 0 means all.
+        exit_rule: rule by which a token stops iterating before T.
+        trace: receives the number of iterations of every token.
         agree: called with every step's new ids, (rows,) int64 on the device of the model; its result is used instead.
-            Ranks that share a model pass a broadcast: logits that differ in the last bit could otherwise give them
-            different texts, and one would leave the loop while the others wait for it.
+            Ranks that share a model pass a broadcast. Without it, logits that differ in the last bit could make ranks
+            draw different ids, and a rank that stops first would leave the others waiting in a collective.
 
     Raises:
-        ConfigError: an argument has no meaning.
+        ConfigError: an argument is out of range or of the wrong shape.
     """
     check_sampling(
         loops=loops,
@@ -114,7 +114,7 @@ def stream(
         seed=seed,
         cache_budget=cache_budget,
     )
-    prompts = prompt_lists(tokens)
+    prompts = to_id_lists(tokens)
     numbers = list(range(len(prompts))) if rows is None else list(rows)
     if len(numbers) != len(prompts):
         raise ConfigError(f"there are {len(numbers)} rows for {len(prompts)} prompts, there must be one for each.")
@@ -122,14 +122,15 @@ def stream(
         raise ConfigError(f"cache_budget is {cache_budget}, it must be 0 without a cache.")
     if agree is not None and exit_rule is not None:
         raise ConfigError("exit_rule is for a model in one process: ranks that exit at different iterations hang.")
-    batch = _Batch(prompts, tokens.device if isinstance(tokens, torch.Tensor) else next(model.parameters()).device)
+    batch = _ActiveRows(prompts, tokens.device if isinstance(tokens, torch.Tensor) else next(model.parameters()).device)
     batch.cache = KVCache(cache_budget) if use_cache else None
     ends = torch.tensor([*stop, *([] if eos is None else [eos])], dtype=torch.int64, device=batch.text.device)
     for _ in range(new_tokens):
-        logits = batch.advance(model, loops, exit_rule, trace)
-        names, places = [numbers[row] for row in batch.rows], batch.lengths()
-        drawn = None if temperature == 0 else uniforms(seed, names, places)
-        chosen = pick(logits, temperature, top_k, top_p, drawn)
+        # Rows keep their numbers when others have left the batch, so that what is drawn for them does not change.
+        logits = batch.next_logits(model, loops, exit_rule, trace)
+        keys, positions = [numbers[row] for row in batch.rows], batch.lengths()
+        drawn = None if temperature == 0 else draw_uniforms(seed, keys, positions)
+        chosen = pick_tokens(logits, temperature, top_k, top_p, drawn)
         if agree is not None:
             chosen = agree(chosen)
         yield dict(zip(batch.rows, chosen.tolist()))
@@ -138,10 +139,10 @@ def stream(
 
 
 class GenerationTrace:
-    """Receives how many iterations every token ran.
+    """Record of how many iterations every token ran.
 
     Attributes:
-        iterations: per row, of the tokens that were computed: all but the last.
+        iterations: for each row, the count of every token that was computed: all but the last one.
     """
 
     def __init__(self) -> None:
@@ -149,51 +150,59 @@ class GenerationTrace:
 
     @property
     def mean(self) -> float:
-        """Iterations per token, over all rows; 0 where no token was computed."""
+        """Iterations per token, over all rows; 0 if no token was computed."""
         counts = [count for row in self.iterations for count in row]
         return sum(counts) / max(len(counts), 1)
 
 
-class _Batch:
-    """The rows that go on: their numbers, texts, padding and cache."""
+class _ActiveRows:
+    """The rows that have not stopped: their indices, ids, padding and cache.
+
+    Attributes:
+        text: ids (rows, length), padded on the left.
+        padding: padding ids of each row, (rows,).
+        rows: index of each row among the prompts.
+        computed: leading positions whose logits and cache entries exist.
+    """
 
     def __init__(self, prompts: list[list[int]], device: torch.device) -> None:
         longest = max(map(len, prompts))
         padding = [longest - len(prompt) for prompt in prompts]
         self.text = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, prompts)], device=device)
         self.padding = torch.tensor(padding, device=device)
-        self.rows, self.padded = list(range(len(prompts))), any(padding)
+        self.rows, self.is_padded = list(range(len(prompts))), any(padding)
         self.cache: KVCache | None = None
-        self.start = 0  # positions that need no computing any more
+        self.computed = 0
 
     def lengths(self) -> list[int]:
-        """Tokens of each row."""
+        """Return the number of tokens of each row, which is the position of its next one."""
         return (self.text.shape[1] - self.padding).tolist()
 
-    def advance(
+    def next_logits(
         self, model: nn.Module, loops: int, rule: ExitRule | None, trace: GenerationTrace | None
     ) -> torch.Tensor:
-        """Logits (rows, vocab_size) of the next token."""
-        begin = 0 if self.cache is None else self.start
-        more: dict[str, Any] = {"padding": self.padding} if self.padded else {}
-        passed = ExitTrace() if trace is not None else None
-        if rule is not None or passed is not None:
-            more |= {"exit_rule": rule, "trace": passed}
-        logits = model(self.text[:, begin:], loops, cache=self.cache, start=begin, **more)[:, -1]
-        if trace is not None and passed is not None and passed.iterations is not None:
-            if self.start == 0:
+        """Run the model on the positions not computed yet; return the logits (rows, vocab_size) of the next token."""
+        start = 0 if self.cache is None else self.computed
+        settings: dict[str, Any] = {"padding": self.padding} if self.is_padded else {}
+        exits = ExitTrace() if trace is not None else None
+        if rule is not None or exits is not None:
+            settings |= {"exit_rule": rule, "trace": exits}
+        logits = model(self.text[:, start:], loops, cache=self.cache, start=start, **settings)[:, -1]
+        if trace is not None and exits is not None and exits.iterations is not None:
+            if self.computed == 0:
                 trace.iterations = [[] for _ in self.rows]
-            for row, used in zip(self.rows, passed.iterations[:, self.start - begin :].tolist()):
-                trace.iterations[row] += [count for count in used if count]
-        self.start = self.text.shape[1]
+            # Without a cache the earlier positions ran again; they have been recorded. Padding has a count of 0.
+            for row, counts in zip(self.rows, exits.iterations[:, self.computed - start :].tolist()):
+                trace.iterations[row] += [count for count in counts if count]
+        self.computed = self.text.shape[1]
         return logits
 
-    def append(self, chosen: torch.Tensor, going: torch.Tensor) -> bool:
-        """Add the new ids, (rows,), and let the rows that stop leave; whether any goes on."""
+    def append(self, chosen: torch.Tensor, continues: torch.Tensor) -> bool:
+        """Append the new ids, (rows,), and drop the rows that stop; return True if any row is left."""
         self.text = torch.cat((self.text, chosen[:, None]), dim=1)
-        if bool(going.all()):
+        if bool(continues.all()):
             return True
-        kept = going.nonzero()[:, 0]
+        kept = continues.nonzero()[:, 0]
         self.rows = [self.rows[i] for i in kept.tolist()]
         self.text, self.padding = self.text[kept], self.padding[kept]
         if self.cache is not None:
@@ -201,11 +210,11 @@ class _Batch:
         return bool(self.rows)
 
 
-def prompt_lists(tokens: Prompts) -> list[list[int]]:
-    """The prompts as lists of ids.
+def to_id_lists(tokens: Prompts) -> list[list[int]]:
+    """Return the prompts as lists of ids.
 
     Raises:
-        ConfigError: a tensor of another shape, no prompt, or one without a token.
+        ConfigError: a tensor that is not (batch, prompt), no prompt, or a prompt without a token.
     """
     if isinstance(tokens, torch.Tensor) and tokens.dim() != 2:
         raise ConfigError(f"tokens have shape {tuple(tokens.shape)}, they must be (batch, prompt): one row per prompt.")

@@ -17,7 +17,7 @@ from megatron_rdt.convert.hf import export_hf
 from megatron_rdt.data import Tokenizer
 from megatron_rdt.evaluate.loss import evaluate_checkpoint
 from megatron_rdt.inference import load
-from megatron_rdt.inference.text import generate_text, stop_ids
+from megatron_rdt.inference.text import generate_text, to_stop_ids
 from megatron_rdt.train.trainer import train
 
 LOSSLESS = {
@@ -163,7 +163,7 @@ def test_a_hugging_face_tokenizer_from_text_to_export(
     model, tokenizer = load(checkpoint)
     assert (tokenizer.kind, model.config.vocab_size) == ("hf", 513)
     assert generate_text(str(checkpoint), "def \u00e9", 2, 5, 1.0, 0, 1.0, 0).startswith("def \u00e9")
-    assert stop_ids(tokenizer, ["<|end|>", "<tool>", "\n"]) == [0, 512, *tokenizer.encode("\n")]
+    assert to_stop_ids(tokenizer, ["<|end|>", "<tool>", "\n"]) == [0, 512, *tokenizer.encode("\n")]
     result = evaluate_checkpoint(str(checkpoint), [2], 10_000)
     # One EOS per document counts as a token of no bytes, and some tokens at the end fill no window.
     texts = [path.read_text(encoding="utf-8") for path in sorted(tiny_text.iterdir())]

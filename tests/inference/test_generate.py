@@ -10,7 +10,7 @@ import torch
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.inference import ExitRule, GenerationTrace, KVCache, generate, stream
-from megatron_rdt.inference.sampling import pick, uniforms
+from megatron_rdt.inference.sampling import draw_uniforms, pick_tokens
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
 
 CONFIG = ModelConfig(vocab_size=61, dim=32, heads=4, kv_heads=2)
@@ -52,26 +52,26 @@ def test_rows_stop_at_the_end_token() -> None:
     assert int(stopped[0, -1]) == eos
 
 
-def test_pick_keeps_to_its_limits() -> None:
+def test_pick_tokens_keeps_to_its_limits() -> None:
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).expand(4000, 4)
-    drawn = uniforms(5, list(range(4000)), [7] * 4000)
-    assert set(pick(logits, 1.0, 2, 1.0, drawn).tolist()) == {0, 1}
-    assert set(pick(logits, 1.0, 0, 0.6, drawn).tolist()) == {0, 1}
-    share = pick(logits, 1.0, 0, 1.0, drawn).bincount(minlength=4) / 4000
+    drawn = draw_uniforms(5, list(range(4000)), [7] * 4000)
+    assert set(pick_tokens(logits, 1.0, 2, 1.0, drawn).tolist()) == {0, 1}
+    assert set(pick_tokens(logits, 1.0, 0, 0.6, drawn).tolist()) == {0, 1}
+    share = pick_tokens(logits, 1.0, 0, 1.0, drawn).bincount(minlength=4) / 4000
     torch.testing.assert_close(share, logits[0].exp(), atol=0.03, rtol=0)
 
 
-def test_pick_inverts_the_cumulative_distribution() -> None:
+def test_pick_tokens_inverts_the_cumulative_distribution() -> None:
     logits = torch.log(torch.tensor([[0.0, 0.5, 0.0, 0.25, 0.25, 0.0]])).expand(6, 6)
     drawn = torch.tensor([0.0, 0.4999, 0.5001, 0.7499, 0.7501, 1.0], dtype=torch.float64)
-    assert pick(logits, 1.0, 0, 1.0, drawn).tolist() == [1, 1, 3, 3, 4, 4]
-    assert pick(logits, 2.0, 0, 1.0, drawn).tolist() == [1, 3, 3, 4, 4, 4]  # 0.41, 0.29, 0.29
+    assert pick_tokens(logits, 1.0, 0, 1.0, drawn).tolist() == [1, 1, 3, 3, 4, 4]
+    assert pick_tokens(logits, 2.0, 0, 1.0, drawn).tolist() == [1, 3, 3, 4, 4, 4]  # 0.41, 0.29, 0.29
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 5e-324])
 def test_a_tiny_temperature_takes_the_likeliest(temperature: float) -> None:
     logits = torch.randn(5, 30, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(pick(logits, temperature, 0, 1.0, torch.full((5,), 0.9).double()), logits.argmax(-1))
+    assert torch.equal(pick_tokens(logits, temperature, 0, 1.0, torch.full((5,), 0.9).double()), logits.argmax(-1))
 
 
 def test_a_cache_keeps_to_the_depth_it_was_filled_at() -> None:

@@ -9,7 +9,7 @@ import pytest
 from launch.cli import run_command
 from megatron_rdt.config import RunConfig
 from megatron_rdt.inference import generate, load, stream_text
-from megatron_rdt.inference.text import pieces, stop_ids
+from megatron_rdt.inference.text import decode_pieces, to_stop_ids
 from megatron_rdt.train.trainer import train
 
 PROMPTS = ["def main(", "import os, sys", "class A:"]
@@ -53,7 +53,7 @@ def test_a_character_in_several_tokens_comes_whole(run: str) -> None:
     _, tokenizer = load(run, "cpu")
     ids = tokenizer.encode("a\U0001f600b")
     assert len(ids) > 4, "the emoji should be spelled in bytes"
-    parts = list(pieces(tokenizer, ids[:1], iter(ids[1:])))
+    parts = list(decode_pieces(tokenizer, ids[:1], iter(ids[1:])))
     assert "".join(parts) == "a\U0001f600b"
     assert "\ufffd" not in "".join(parts)
 
@@ -66,7 +66,7 @@ def test_stop_texts_and_ids(run: str, capsys: pytest.CaptureFixture[str]) -> Non
     expected = tokenizer.decode(free[: free.index(last, len(prompt)) + 1])
     assert generated(capsys, run, f"--stop_ids={last},{last}") == f"{expected}\n"
     assert generated(capsys, run) == f"{tokenizer.decode(free)}\n"
-    ends = {text: stop_ids(tokenizer, [text]) for text in ("\n", ":", " =")}
+    ends = {text: to_stop_ids(tokenizer, [text]) for text in ("\n", ":", " =")}
     assert all(tokenizer.processor.id_to_piece(id).replace("\u2581", " ") == text for text, (id,) in ends.items())
     at_ends = generate(model, [prompt], 3, 12, temperature=0.8, top_k=50, stop=[id for (id,) in ends.values()])[0]
     assert generated(capsys, run, f"--stop={json.dumps(list(ends))}") == f"{tokenizer.decode(at_ends)}\n"

@@ -219,7 +219,7 @@ def test_other_weights_are_refused() -> None:
     peer = make_peer("gqa")
     config = dataclasses.replace(BASE, halting="act")
     state = peer.state_dict()
-    with pytest.raises(ValueError, match=r"no place in the config's network: extra"):
+    with pytest.raises(ValueError, match=r"do not exist in the config's network: extra"):
         from_open_mythos({**state, "extra": state["norm.weight"]}, config)
     with pytest.raises(ValueError, match=r"the weights have no prelude\.0\.attn\.q_down"):
         from_open_mythos(state, dataclasses.replace(config, attention="mla"))

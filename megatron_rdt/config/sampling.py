@@ -11,7 +11,6 @@ SMALLEST_SEED, LARGEST_SEED = -(2**63), 2**64 - 1
 
 
 def check_sampling(
-    *,
     loops: Any,
     new_tokens: Any,
     temperature: float = 1.0,
@@ -19,6 +18,7 @@ def check_sampling(
     top_p: float = 1.0,
     seed: Any = 0,
     cache_budget: Any = 0,
+    *,
     spell: Callable[[str], str] = str,
 ) -> None:
     """Check the settings of `megatron_rdt.inference.generate`.

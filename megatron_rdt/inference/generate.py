@@ -105,15 +105,7 @@ def stream(
     Raises:
         ConfigError: an argument is out of range or of the wrong shape.
     """
-    check_sampling(
-        loops=loops,
-        new_tokens=new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        cache_budget=cache_budget,
-    )
+    check_sampling(loops, new_tokens, temperature, top_k, top_p, seed, cache_budget)
     prompts = to_id_lists(tokens)
     numbers = list(range(len(prompts))) if rows is None else list(rows)
     if len(numbers) != len(prompts):

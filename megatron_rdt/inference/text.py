@@ -94,9 +94,7 @@ def _load_and_encode(
     checkpoint: str, prompts: Sequence[str], loops: int, tokens: int, device: str, settings: dict[str, Any]
 ) -> tuple[RecurrentDepthTransformer, Tokenizer, list[list[int]]]:
     """Return model, tokenizer and the prompts' ids; settings are checked before the model is loaded."""
-    check_sampling(
-        loops=loops, new_tokens=tokens, **{name: settings[name] for name in CHECKED_SETTINGS if name in settings}
-    )
+    check_sampling(loops, tokens, **{name: settings[name] for name in CHECKED_SETTINGS if name in settings})
     for prompt in prompts:
         check_prompt(prompt)
     model, tokenizer = load(checkpoint, device)

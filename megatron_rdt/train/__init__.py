@@ -1,1 +1,1 @@
-"""The training loop and what it needs beside the engine."""
+"""The training loop, and everything it needs except the engine: data, records, checkpoints, signals."""

@@ -1,4 +1,4 @@
-"""Runs on every rank: saves of which one rank fails, and starts that one rank sees otherwise."""
+"""Runs on every rank: saves that fail on one rank, and starts whose files one rank sees differently."""
 
 import logging
 import resource
@@ -15,15 +15,15 @@ from megatron_rdt.checkpoint import choose, write
 from megatron_rdt.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_rdt.errors import RdtError
 from megatron_rdt.parallel import Engine
-from tests.checkpoint.save_worker import make
+from tests.checkpoint.save_worker import make_engine_with_model
 
 FILE_LIMIT_BYTES = 4000
 
 
-def engine_for(name: str) -> Engine:
+def make_engine_by_name(name: str) -> Engine:
     model = ModelConfig(vocab_size=31, dim=16, core_layers=1, heads=2, kv_heads=2)
     train = TrainConfig(device="cpu", global_batch=2, micro_batch=1)
-    return make(RunConfig(model=model, train=train, parallel=ParallelConfig(engine=name)))
+    return make_engine_with_model(RunConfig(model=model, train=train, parallel=ParallelConfig(engine=name)))
 
 
 def save(engine: Engine, run: Path, step: int) -> None:
@@ -31,8 +31,8 @@ def save(engine: Engine, run: Path, step: int) -> None:
     checkpoints.save_checkpoint(engine, run, "{}", {"step": step}, facts, None, 0)
 
 
-def outcome(action: Callable[[], object]) -> str:
-    """What the action returned, or the message of its error."""
+def describe_outcome(action: Callable[[], object]) -> str:
+    """Return what the action returned, as text, or the message of its error."""
     try:
         return str(action())
     except RdtError as error:
@@ -40,8 +40,8 @@ def outcome(action: Callable[[], object]) -> str:
 
 
 @contextmanager
-def file_limit() -> Iterator[None]:
-    """No file of this process may grow beyond a few thousand bytes."""
+def limit_file_size() -> Iterator[None]:
+    """Let no file of this process grow beyond a few thousand bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT_BYTES, before[1]))
     try:
@@ -50,36 +50,36 @@ def file_limit() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def no_script(source: str, target: str) -> None:
+def fail_to_copy(source: str, target: str) -> None:
     raise OSError(28, "No space left on device", target)
 
 
-def on_rank(rank: int, trouble: AbstractContextManager[object]) -> AbstractContextManager[object]:
-    """The trouble on this rank, and none on the others."""
+def only_on_rank(rank: int, trouble: AbstractContextManager[object]) -> AbstractContextManager[object]:
+    """Return the trouble on this rank, and none on the others."""
     return trouble if dist.get_rank() == rank else nullcontext()
 
 
-def failed_saves(root: Path, name: str) -> dict[str, str]:
-    """The error of this rank for each way in which one rank fails to write."""
-    engine, run, found = engine_for(name), root / name, {}
+def save_with_failures(root: Path, name: str) -> dict[str, str]:
+    """Return this rank's error for each way in which one rank fails to write."""
+    engine, run, found = make_engine_by_name(name), root / name, {}
     save(engine, run, 1)
     for rank in range(dist.get_world_size()):
-        with on_rank(rank, file_limit()):
-            found[f"{name} {rank}"] = outcome(lambda: save(engine, run, 2))
-        found[f"{name} {rank} left"] = left(run)
+        with only_on_rank(rank, limit_file_size()):
+            found[f"{name} {rank}"] = describe_outcome(lambda: save(engine, run, 2))
+        found[f"{name} {rank} left"] = verify_and_list(run)
     if name.startswith("zero"):
         # DeepSpeed writes this after the states, on the first rank.
-        with on_rank(0, mock.patch("deepspeed.runtime.engine.copyfile", no_script)):
-            found[f"{name} script"] = outcome(lambda: save(engine, run, 2))
-        found[f"{name} script left"] = left(run)
+        with only_on_rank(0, mock.patch("deepspeed.runtime.engine.copyfile", fail_to_copy)):
+            found[f"{name} script"] = describe_outcome(lambda: save(engine, run, 2))
+        found[f"{name} script left"] = verify_and_list(run)
     save(engine, run, 2)
-    found[f"{name} at last"] = left(run)
+    found[f"{name} at last"] = verify_and_list(run)
     found[f"{name} versions"] = " ".join(checkpoints.read_manifest(run / "checkpoints" / "step-00000002")["versions"])
     return found
 
 
-def left(run: Path) -> str:
-    """What is below checkpoints/, all of it verified."""
+def verify_and_list(run: Path) -> str:
+    """Verify every checkpoint and list all names below checkpoints/."""
     dist.barrier()
     for directory in checkpoints.list_complete_checkpoints(run):
         checkpoints.verify(directory)
@@ -88,15 +88,15 @@ def left(run: Path) -> str:
     return " ".join(names)
 
 
-def late_listing(root: Path, late: int) -> dict[str, str]:
-    """A save during which rank `late` does not yet see a file of the other."""
-    engine, run = engine_for("fsdp"), root / f"late-{late}"
+def save_with_late_listing(root: Path, late: int) -> dict[str, str]:
+    """Save while rank `late` does not yet see a file of the other; return what the manifest lacks."""
+    engine, run = make_engine_by_name("fsdp"), root / f"late-{late}"
     listed, other = write.list_content_files, f"__{1 - late}_0.distcp"
 
     def listed_late(directory: Path) -> list[Path]:
         return [path for path in listed(directory) if path.name != other]
 
-    with on_rank(late, mock.patch.object(write, "list_content_files", listed_late)):
+    with only_on_rank(late, mock.patch.object(write, "list_content_files", listed_late)):
         save(engine, run, 1)
     directory = run / "checkpoints" / "step-00000001"
     recorded = set(checkpoints.read_manifest(directory)["files"])
@@ -104,16 +104,16 @@ def late_listing(root: Path, late: int) -> dict[str, str]:
     return {f"late {late}": f"not in the manifest: {sorted(missing)}"}
 
 
-def starts(root: Path) -> dict[str, str]:
-    """Where this rank would start, in situations that ranks may see differently."""
+def find_starts(root: Path) -> dict[str, str]:
+    """Return where this rank would start, in situations that ranks may see differently."""
     logging.disable(logging.CRITICAL)
-    engine, run, found = engine_for("fsdp"), root / "starts", {}
+    engine, run, found = make_engine_by_name("fsdp"), root / "starts", {}
     for step in (1, 2, 3):
         save(engine, run, step)
     everything = choose.list_complete_checkpoints
 
     def start(name: str, resume: str = "auto", where: Path = run) -> None:
-        found[name] = outcome(lambda: checkpoints.find_start(where, resume))
+        found[name] = describe_outcome(lambda: checkpoints.find_start(where, resume))
         dist.barrier()
 
     def but_the_last(directory: Path) -> list[Path]:
@@ -125,9 +125,9 @@ def starts(root: Path) -> dict[str, str]:
     start("absent", str(root / "absent"))
     unreadable = PermissionError(13, "Permission denied", str(run))
     for rank in range(dist.get_world_size()):
-        with on_rank(rank, mock.patch.object(choose, "list_complete_checkpoints", but_the_last)):
+        with only_on_rank(rank, mock.patch.object(choose, "list_complete_checkpoints", but_the_last)):
             start(f"stale {rank}")
-        with on_rank(rank, mock.patch.object(choose, "list_complete_checkpoints", side_effect=unreadable)):
+        with only_on_rank(rank, mock.patch.object(choose, "list_complete_checkpoints", side_effect=unreadable)):
             start(f"unreadable {rank}")
     last = run / "checkpoints" / "step-00000003"
     for name in ("trainer.json", "config.yaml"):  # the first and the last of ten files, one in each rank's share
@@ -148,10 +148,10 @@ def on_first_rank(action: Callable[[], object]) -> None:
     dist.barrier()
 
 
-def all_failed_saves(root: Path, engines: Sequence[str]) -> dict[str, str]:
-    """The errors of this rank on every engine."""
+def save_with_all_failures(root: Path, engines: Sequence[str]) -> dict[str, str]:
+    """Return the errors of this rank on every engine."""
     logging.disable(logging.CRITICAL)
-    found = late_listing(root, 0) | late_listing(root, 1)
+    found = save_with_late_listing(root, 0) | save_with_late_listing(root, 1)
     for name in engines:
-        found |= failed_saves(root, name)
+        found |= save_with_failures(root, name)
     return found

@@ -1,4 +1,4 @@
-"""What tests read of a run, damage in it, and go on from."""
+"""Read a run, damage it, resume it."""
 
 import json
 from collections.abc import Callable
@@ -11,30 +11,35 @@ from megatron_rdt.train.trainer import train
 Configure = Callable[..., RunConfig]
 
 
-def step(run: Path, number: int) -> Path:
-    return run / "checkpoints" / f"step-{number:08d}"
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Path of the checkpoint of a step."""
+    return run / "checkpoints" / f"step-{step:08d}"
 
 
-def names(run: Path) -> list[str]:
-    """Everything below checkpoints/, hidden names included."""
+def list_all_names(run: Path) -> list[str]:
+    """Every name below checkpoints/, hidden ones included."""
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
-def order(run: Path) -> list[int]:
+def list_steps(run: Path) -> list[int]:
+    """Steps of the complete checkpoints, the one to continue from last."""
     return [int(path.name.removeprefix("step-")) for path in checkpoints.list_complete_checkpoints(run)]
 
 
-def losses(run: Path) -> dict[int, float]:
+def read_losses(run: Path) -> dict[int, float]:
+    """Loss of every recorded step; each step is recorded once."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len({record["step"] for record in records}) == len(records)
     return {record["step"]: record["loss"] for record in records}
 
 
-def flip(path: Path, position: int | None = None) -> None:
+def flip_bit(path: Path, position: int | None = None) -> None:
+    """Flip one bit of the byte at `position`, or of the one in the middle."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2 if position is None else position] ^= 1
     path.write_bytes(content)
 
 
-def restart(run: Path, configure: Configure, *words: str, resume: str = "auto") -> int:
+def resume_run(run: Path, configure: Configure, *words: str, resume: str = "auto") -> int:
+    """Train the run further with these options; return the exit status."""
     return train(configure(f"--run.root={run.parent}", f"--run.name={run.name}", "--eval.every=0", *words), resume)

@@ -1,4 +1,4 @@
-"""Saves a checkpoint again and again, each time killed at another moment; checks what is left; prints a verdict.
+"""Save a checkpoint again and again, killed at a later moment each time; check the files left over; print a verdict.
 
 A child process is forked for every moment. A moment is a change to the file system (a file opened for writing, a
 directory made, something renamed or removed), as Python's audit events report them.
@@ -44,7 +44,7 @@ class Killer:
             self.count += 1
 
 
-def make(config: RunConfig) -> Engine:
+def make_engine_with_model(config: RunConfig) -> Engine:
     engine = make_engine(config, torch.device("cpu"))
     with torch.device("meta"):
         model = RecurrentDepthTransformer(config.model)
@@ -58,8 +58,8 @@ def save(engine: Engine, run: Path, step: int, parent: int | None) -> None:
     checkpoints.save_checkpoint(engine, run, config, {"step": step}, facts, run.parent / "tokenizer", KEEP)
 
 
-def check(engine: Engine, run: Path, before: int, step: int) -> str:
-    """What a killed save of `step` left of a run that went on from `before`; returns the name of its newest."""
+def check_after_kill(engine: Engine, run: Path, before: int, step: int) -> str:
+    """Check the run after a killed save of `step` that continued from `before`; return the name of its newest checkpoint."""
     newest = checkpoints.newest_checkpoint(run)
     assert newest is not None
     assert newest.name in (f"step-{before:08d}", f"step-{step:08d}"), newest
@@ -75,8 +75,8 @@ def check(engine: Engine, run: Path, before: int, step: int) -> str:
     return newest.name
 
 
-def kill_everywhere(engine: Engine, base: Path, before: int, step: int, first: int = 0) -> dict[str, int]:
-    """Kill a save of `step` from `base`, which goes on from its checkpoint `before`, at every moment from `first` on."""
+def kill_at_every_moment(engine: Engine, base: Path, before: int, step: int, first: int = 0) -> dict[str, int]:
+    """Kill a save of `step` in copies of `base` that continue from checkpoint `before`, at every moment from `first` on."""
     outcomes: dict[str, int] = {}
     for at in range(first, 10_000):
         run = base.with_name(f"{base.name}-{step}-{at}")
@@ -91,7 +91,7 @@ def kill_everywhere(engine: Engine, base: Path, before: int, step: int, first: i
             assert os.WEXITSTATUS(status) == 0
             break
         assert os.WTERMSIG(status) == signal.SIGKILL
-        name = check(engine, run, before, step)
+        name = check_after_kill(engine, run, before, step)
         outcomes[name] = outcomes.get(name, 0) + 1
         shutil.rmtree(run)
     return outcomes
@@ -104,15 +104,15 @@ def main() -> None:
     (root / "tokenizer").mkdir()
     (root / "tokenizer" / "tokenizer.model").write_text("anything")
     model = ModelConfig(vocab_size=31, dim=16, core_layers=1, heads=2, kv_heads=2)
-    engine = make(RunConfig(model=model, train=TrainConfig(device="cpu")))
+    engine = make_engine_with_model(RunConfig(model=model, train=TrainConfig(device="cpu")))
     base = root / "base"
     for step in (1, 2, 3):
         save(engine, base, step, step - 1 or None)
-    gc.freeze()  # no child looks through what is here, which would copy it
+    gc.freeze()  # no child traverses these objects, which would copy their pages
     verdict = {
-        "next step": kill_everywhere(engine, base, 3, 4),
+        "next step": kill_at_every_moment(engine, base, 3, 4),
         # Up to the renames this is the same as above.
-        "step of another branch": kill_everywhere(engine, base, 2, 3, first=18),
+        "step of another branch": kill_at_every_moment(engine, base, 2, 3, first=18),
     }
     print(json.dumps(verdict))
 

@@ -1,10 +1,10 @@
-"""Two ranks save and start together, also where one of them fails to write, or sees other files than the other."""
+"""Two ranks save and start together, even if one of them fails to write or sees other files than the other."""
 
 from pathlib import Path
 
 import pytest
 
-from tests.checkpoint.ranks_worker import all_failed_saves, starts
+from tests.checkpoint.ranks_worker import find_starts, save_with_all_failures
 from tests.distributed.processes import run_on_processes
 
 RANKS = (0, 1)
@@ -14,7 +14,7 @@ RANKS = (0, 1)
 @pytest.mark.timeout(120)
 def test_a_failed_write_on_one_rank_stops_all_with_its_reason(tmp_path: Path) -> None:
     engines = ["zero1", "zero3", "fsdp"]
-    found, other = run_on_processes(all_failed_saves, 2, tmp_path, engines, timeout=110)
+    found, other = run_on_processes(save_with_all_failures, 2, tmp_path, engines, timeout=110)
     assert found == other
     for engine in engines:
         for rank in RANKS:
@@ -36,7 +36,7 @@ def test_a_failed_write_on_one_rank_stops_all_with_its_reason(tmp_path: Path) ->
 @pytest.mark.distributed
 @pytest.mark.timeout(120)
 def test_all_ranks_start_from_the_checkpoint_that_the_first_one_chooses(tmp_path: Path) -> None:
-    found, other = run_on_processes(starts, 2, tmp_path, timeout=110)
+    found, other = run_on_processes(find_starts, 2, tmp_path, timeout=110)
     assert found == other
     run = tmp_path / "starts"
     last, before = str(run / "checkpoints" / "step-00000003"), str(run / "checkpoints" / "step-00000002")

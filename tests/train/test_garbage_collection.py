@@ -1,4 +1,4 @@
-"""When Python looks for garbage in a run."""
+"""Garbage collection during a run: at the configured steps only, and no step leaves tensors in cycles."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from megatron_rdt.train.garbage_collection import YOUNGER_GENERATIONS, Scheduled
 
 @pytest.fixture
 def collections() -> Iterator[list[int]]:
-    """The generation of every collection, as it begins."""
+    """The generation of every collection, appended when it begins."""
     seen: list[int] = []
 
     def note(phase: str, info: dict[str, int]) -> None:
@@ -61,7 +61,7 @@ def test_steps_collect_when_it_is_due(
     assert gc.isenabled(), "as it was before"
 
 
-def test_python_is_left_alone(collections: list[int]) -> None:
+def test_interval_0_leaves_the_collector_alone(collections: list[int]) -> None:
     with ScheduledGarbageCollection(0) as collection:
         assert gc.isenabled()
         collection.collect_if_due(50)

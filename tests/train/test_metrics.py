@@ -1,4 +1,4 @@
-"""What a run writes down, and what it says."""
+"""Records of a run: files, TensorBoard, console line, and their errors."""
 
 import json
 import math
@@ -138,7 +138,7 @@ def test_non_finite_numbers_become_null(tmp_path: Path) -> None:
     recorder.close()
 
 
-def test_going_back_drops_later_records_and_half_lines(tmp_path: Path) -> None:
+def test_resuming_drops_later_records_and_half_lines(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, tensorboard=False, start_step=0)
     for step in range(1, 7):
         recorder.record_step({**RECORD, "step": step})
@@ -160,7 +160,7 @@ def test_going_back_drops_later_records_and_half_lines(tmp_path: Path) -> None:
     for name in ("eval.jsonl", "samples.jsonl"):
         assert [record["step"] for record in read(tmp_path / name)] == [2, 4]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["eval.jsonl", "metrics.jsonl", "notes.txt", "samples.jsonl"]
-    # A run that goes on appends after what was kept.
+    # A resumed run appends to the kept records.
     recorder = Recorder(tmp_path, tensorboard=False, start_step=4)
     recorder.record_step({**RECORD, "step": 5})
     recorder.close()

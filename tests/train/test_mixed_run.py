@@ -1,4 +1,4 @@
-"""A run whose sequences have different T: what it records of them, and what its report draws."""
+"""A run whose sequences have different T: the loop counts in its records and in its report."""
 
 import json
 from collections import Counter
@@ -22,7 +22,7 @@ def records(run: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("per", ["sequence", "micro_batch", "step"])
-def test_records_say_what_was_run(
+def test_records_hold_the_loops_that_were_run(
     per: str, configure: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configure(f"--run.root={tmp_path}", f"--depth.per={per}", "--logging.tensorboard=true", *OPTIONS)

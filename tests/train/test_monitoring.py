@@ -1,4 +1,4 @@
-"""The monitors in a run: what is recorded when, and that the run is the same without them."""
+"""Monitors in a run: due measurements are recorded, and the run is the same without monitors."""
 
 import json
 from collections import Counter
@@ -30,7 +30,7 @@ def runs(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathF
     return roots
 
 
-def test_what_is_due_is_recorded(runs) -> None:
+def test_due_monitors_are_recorded(runs) -> None:
     found = records(runs[0])
     assert [r["step"] for r in found if "iterations" in r] == [3, 6]
     assert [r["step"] for r in found if "jacobian_norm" in r] == [4, 8]
@@ -46,7 +46,7 @@ def test_what_is_due_is_recorded(runs) -> None:
     assert all(r["jacobian_norm"] > 0 for r in found if "jacobian_norm" in r)
 
 
-def test_the_shares_of_each_depth_are_those_drawn_since_the_last_record(runs) -> None:
+def test_loop_shares_are_of_the_steps_since_the_last_monitor(runs) -> None:
     found = records(runs[0])
     for steps in ((1, 2, 3), (4, 5, 6)):
         drawn: Counter[str] = Counter()
@@ -71,8 +71,8 @@ def test_tensorboard_has_every_iteration(runs) -> None:
     board.Reload()
     record = records(runs[0])[2]
     for name in LISTS:
-        for place, value in enumerate(record["iterations"][name], 1):
-            tag = f"train/iterations/{name}/{place}"
+        for number, value in enumerate(record["iterations"][name], 1):
+            tag = f"train/iterations/{name}/{number}"
             if value is not None:
                 assert {e.step: e.value for e in board.Scalars(tag)}[3] == pytest.approx(value, rel=1e-6)
     assert [e.step for e in board.Scalars("train/jacobian_norm")] == [4, 8]

@@ -1,4 +1,4 @@
-"""A non-finite gradient touches nothing; too many of them end the run."""
+"""Steps that are not finite change nothing; too many in a row end the run."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -89,7 +89,7 @@ def run_poisoned(
 
 @pytest.mark.parametrize(("value", "in_loss"), [(math.nan, False), (math.inf, False), (math.nan, True)])
 @pytest.mark.parametrize(("clip", "optimizer"), [(1.0, "adamw"), (0.0, "adamw"), (1.0, "muon")])
-def test_a_bad_step_changes_nothing_and_training_goes_on(
+def test_a_bad_step_changes_nothing_and_training_continues(
     value: float,
     in_loss: bool,
     clip: float,

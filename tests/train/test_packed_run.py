@@ -1,4 +1,4 @@
-"""Runs on packed rows and on masked corpora: what they train on, record, say, resume and refuse."""
+"""Runs on packed rows and on masked corpora: training, records, resume, refused options."""
 
 import json
 from pathlib import Path
@@ -107,7 +107,7 @@ def test_a_run_on_packed_rows(
     for record, share in zip(records, padding):
         assert ("padding" in Console(4, 0).format_line(record)) == (share > 0)
     assert records[0]["loss"] == pytest.approx(first_loss(config, rows.rows(0, 4)), abs=1e-6)
-    # A run that stops in the middle goes on with the same rows.
+    # A run that is resumed in the middle continues with the same rows.
     source = tmp_path / "straight" / "checkpoints" / "step-00000002"
     assert json.loads((source / "trainer.json").read_text())["data"]["packing"] == "bestfit"
     assert trainer.train(configure(*options, "--run.name=resumed"), str(source)) == 0
@@ -145,7 +145,7 @@ def test_rows_cannot_keep_to_a_number_of_tokens(configure: Configure) -> None:
 
 
 def test_in_a_mixture_every_batch_has_a_mask_if_any_has(configure: Configure, masked: Path, tiny_corpus: Path) -> None:
-    """Or ranks would not agree on whether to count."""
+    """Otherwise ranks would disagree about a collective that counts targets."""
     data = configure().data
     corpora = {
         name: open_corpus(load_manifest(path), "train", 32, 1, data)

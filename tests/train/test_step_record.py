@@ -14,8 +14,8 @@ from megatron_rdt.train.stop_request import StopRequest
 from tests.train.runs import Configure, read_records
 
 
-class Reads(TorchDispatchMode):
-    """Refuses what makes the host wait for a GPU: reading a number, and results whose size depends on numbers."""
+class RefuseReads(TorchDispatchMode):
+    """Refuses operations that make the host wait for a GPU: reading a number, results whose size depends on values."""
 
     WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "_unique2", "unique_dim")
 
@@ -46,7 +46,7 @@ def test_no_step_waits_for_the_device(options: list[str], configure: Configure, 
 
     class Watched(trainer.Trainer):
         def _train_step(self, *args: Any) -> StepRecord:
-            with Reads():
+            with RefuseReads():
                 return super()._train_step(*args)
 
         def _record_unread_steps(self) -> None:
@@ -57,7 +57,7 @@ def test_no_step_waits_for_the_device(options: list[str], configure: Configure, 
     watched = Watched(config, tmp_path / "run", torch.device("cpu"), stop)
     try:
         assert watched.run(None) == 0
-        with pytest.raises(AssertionError, match="within a step"), Reads():
+        with pytest.raises(AssertionError, match="within a step"), RefuseReads():
             float(torch.ones(2).sum())
     finally:
         watched.close()
@@ -68,7 +68,7 @@ def test_no_step_waits_for_the_device(options: list[str], configure: Configure, 
     assert all(0 <= record["data_wait_s"] <= record["step_s"] for record in records)
 
 
-def test_a_step_does_not_count_what_came_between(
+def test_a_step_does_not_count_the_time_between_steps(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pause, slept, clock = 1000.0, [0.0], time.perf_counter

@@ -42,7 +42,7 @@ class Stopped(SingleEngine):
             os.kill(os.getpid(), signal.SIGUSR1)
 
 
-def test_a_stop_request_saves_and_the_run_goes_on_later(
+def test_a_stop_request_saves_and_the_run_resumes(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = [f"--run.root={tmp_path}", "--eval.every=0", "--checkpoint.every=0"]

@@ -1,4 +1,4 @@
-"""What the trainer refuses, what it says, and what it leaves alone."""
+"""The trainer: runs that start from another run, refused data, locks, and the optimizer's options."""
 
 from pathlib import Path
 

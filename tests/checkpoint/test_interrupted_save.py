@@ -1,4 +1,4 @@
-"""Saves that do not end well: killed at every moment, a full disk, a failed write."""
+"""Interrupted saves: killed at every moment, a full disk, a failed write."""
 
 import json
 import os
@@ -14,17 +14,9 @@ import pytest
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import RunConfig
 from megatron_rdt.train.trainer import train
+from tests.checkpoint.runs import list_all_names, read_losses
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def visible_and_hidden(run: Path) -> list[str]:
-    return sorted(path.name for path in (run / "checkpoints").iterdir())
-
-
-def losses(run: Path) -> list[tuple[int, float]]:
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(record["step"], record["loss"]) for record in records]
 
 
 @pytest.mark.slow
@@ -41,7 +33,7 @@ def test_killed_at_every_moment_of_a_save(tmp_path: Path, repository: Path) -> N
     assert sum(verdict["next step"].values()) > 15
 
 
-def words_to_go_on(options: list[str], run: Path) -> list[str]:
+def resume_options(options: list[str], run: Path) -> list[str]:
     return [*options, "--eval.every=0", f"--run.root={run.parent}", "--run.name=r", "--resume=auto", "--train.steps=10"]
 
 
@@ -50,7 +42,7 @@ def check_untouched(run: Path, finished: Path, message: str) -> None:
     assert "could not save" in message
     assert "step-00000010" in message
     assert "--resume auto" in message
-    assert visible_and_hidden(run) == visible_and_hidden(finished)
+    assert list_all_names(run) == list_all_names(finished)
     for directory in checkpoints.list_complete_checkpoints(run):
         checkpoints.verify(directory)
     assert not list(run.rglob("*.tmp"))
@@ -66,7 +58,7 @@ def test_a_full_disk(
     tiny_options: list[str],
     configure: Callable[..., RunConfig],
 ) -> None:
-    """On a file system with room for half a checkpoint more, mounted where only the shell and what it starts see it."""
+    """Resume on a file system with room for half a checkpoint, mounted in a namespace of its own."""
     space = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--map-root-user"]
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -88,7 +80,7 @@ def test_a_full_disk(
         "-m",
         "launch.cli",
         "train",
-        *words_to_go_on([*tiny_options, "--checkpoint.keep=0"], run),
+        *resume_options([*tiny_options, "--checkpoint.keep=0"], run),
     ]
     result = subprocess.run(
         [*space, "sh", "-c", script, "sh", *command],
@@ -101,14 +93,15 @@ def test_a_full_disk(
     assert result.returncode == 1, result.stderr[-3000:]
     assert "the disk is full" in result.stderr
     check_untouched(out, finished, result.stderr)
-    # With room again, the run goes on as if nothing had happened.
+    # With room again, the run continues as if nothing had happened.
     again = Path(shutil.copytree(out, tmp_path / "again" / "r"))
     assert (
         train(configure(f"--run.root={again.parent}", "--run.name=r", "--train.steps=10", "--eval.every=0"), "auto")
         == 0
     )
-    assert losses(again)[:8] == losses(finished)
-    assert [step for step, _ in losses(again)] == list(range(1, 11))
+    found = read_losses(again)
+    assert {step: found[step] for step in range(1, 9)} == read_losses(finished)
+    assert list(found) == list(range(1, 11))
     assert checkpoints.newest_checkpoint(again) == again / "checkpoints" / "step-00000010"
 
 
@@ -141,10 +134,10 @@ def test_converting_onto_a_full_disk(to: str, finished: Path, tmp_path: Path, re
 @pytest.mark.distributed
 @pytest.mark.timeout(120)
 def test_a_failed_write(run: Path, finished: Path, repository: Path, tiny_options: list[str]) -> None:
-    """A limit on the size of one file stops the save in the middle of a file."""
+    """Limit the size of one file, which stops the save in the middle of a file."""
     size = max(path.stat().st_size for path in finished.rglob("*.distcp")) // 2
     result = subprocess.run(
-        [sys.executable, "-m", "launch.cli", "train", *words_to_go_on(tiny_options, run)],
+        [sys.executable, "-m", "launch.cli", "train", *resume_options(tiny_options, run)],
         cwd=repository,
         env=ENVIRONMENT,
         capture_output=True,
@@ -154,4 +147,3 @@ def test_a_failed_write(run: Path, finished: Path, repository: Path, tiny_option
     )
     assert result.returncode == 1, result.stderr[-3000:]
     check_untouched(run, finished, result.stderr)
-    print(result.stderr)

@@ -183,12 +183,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 def load_windows(options: argparse.Namespace) -> tuple[RecurrentDepthTransformer, torch.Tensor, bool]:
     """The model, windows of text (sequences, length + 1), and whether they belong together."""
     from megatron_rdt.data import read_fixed_windows
-    from megatron_rdt.evaluate.loss import validation_corpus
+    from megatron_rdt.evaluate.loss import open_validation_corpus
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.checkpoint or Path(RUN).exists():
         model, _ = load(options.checkpoint or RUN, device)
-        corpus = validation_corpus(options.data, options.length, 0, DataConfig())
+        corpus = open_validation_corpus(options.data, options.length, 0, DataConfig())
         return model, read_fixed_windows(corpus, options.sequences).tokens.to(device), True
     model = initialize(RecurrentDepthTransformer(ModelConfig(ffn_dim=512)), 0).eval().to(device)
     shape, generator = (options.sequences, options.length + 1), torch.Generator().manual_seed(0)

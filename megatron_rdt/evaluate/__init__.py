@@ -1,1 +1,1 @@
-"""What a model has learned: losses over loop counts, reports."""
+"""Evaluation of trained models: validation loss over loop counts, and the report of a run."""

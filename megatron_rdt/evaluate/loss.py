@@ -1,4 +1,4 @@
-"""Validation loss at several loop counts."""
+"""Validation loss at several loop counts: of a model in memory, and of a checkpoint (`rdt eval`)."""
 
 import json
 import math
@@ -28,7 +28,7 @@ ANOTHER_OUT = "Choose another --out."
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that is more than a float holds."""
+    """Return exp(loss), or infinity if that overflows."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -43,9 +43,9 @@ def validation_losses(
     micro_batch: int,
     device: torch.device,
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    progress: Callable[[int], Any] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> dict[int, float]:
-    """Mean cross entropy per counted target at each T.
+    """Return the mean cross entropy per counted target at each T.
 
     Args:
         model: called as model(tokens, T, targets=...), with the further fields of the windows by name; every rank calls
@@ -58,17 +58,17 @@ def validation_losses(
         progress: called with 1 after each forward pass.
     """
     losses = {}
-    for count in loops:
-        total = torch.zeros(2, dtype=torch.float64, device=device)
+    for t in loops:
+        total = torch.zeros(2, dtype=torch.float64, device=device)  # sum of the losses, number of targets
         for first in range(0, len(windows), micro_batch):
             tokens, named = windows.rows(first, first + micro_batch).to(device).inputs()
-            total[0] += model(tokens, count, **named)["cross_entropy"]
+            total[0] += model(tokens, t, **named)["cross_entropy"]
             total[1] += named["loss_mask"].sum() if "loss_mask" in named else tokens.numel()
             if progress is not None:
                 progress(1)
         if reduce is not None:
             total = reduce(total)
-        losses[count] = float(total[0] / total[1])
+        losses[t] = float(total[0] / total[1])
     return losses
 
 
@@ -79,7 +79,7 @@ def mixture_losses(
     *arguments: Any,
     **named: Any,
 ) -> tuple[dict[int, float], dict[str, dict[int, float]]]:
-    """The loss of a mixture of corpora: the mean of theirs, weighted by their shares; and that of each.
+    """Return the loss of a mixture of corpora, the mean of theirs weighted by their shares, and that of each corpus.
 
     Args:
         model: as in `validation_losses`.
@@ -88,12 +88,12 @@ def mixture_losses(
         arguments, named: further ones of `validation_losses`.
 
     Returns:
-        Losses by T, and the same by corpus; the latter is empty where there is one.
+        Losses by T, and losses by corpus and T; the latter is empty if there is only one corpus.
     """
-    of_each = {name: validation_losses(model, part, *arguments, **named) for name, part in windows.items()}
-    counts = next(iter(of_each.values()))
-    mean = {count: math.fsum(shares[name] * losses[count] for name, losses in of_each.items()) for count in counts}
-    return mean, of_each if len(of_each) > 1 else {}
+    by_corpus = {name: validation_losses(model, part, *arguments, **named) for name, part in windows.items()}
+    loops = next(iter(by_corpus.values()))
+    mean = {t: math.fsum(shares[name] * losses[t] for name, losses in by_corpus.items()) for t in loops}
+    return mean, by_corpus if len(by_corpus) > 1 else {}
 
 
 def evaluate_checkpoint(
@@ -104,9 +104,12 @@ def evaluate_checkpoint(
     Args:
         checkpoint: a checkpoint or a run directory.
         loops: values of T.
-        sequences: validation windows to use; all where the split has fewer.
-        data: prepared corpus; default the one of the run.
-        out: JSON file; default eval.json in the run directory, and none for a checkpoint that lies in no run.
+        sequences: validation windows to use; all of them if the split has fewer.
+        data: prepared corpus; by default the run's own.
+        out: JSON file; by default eval.json in the run directory, and none for a checkpoint outside a run.
+
+    Returns:
+        The object that the JSON file holds.
 
     Raises:
         ConfigError: a T or the number of windows is below 1, or the JSON file cannot be written.
@@ -119,70 +122,85 @@ def evaluate_checkpoint(
     if out is not None:
         check_result_file(Path(out))
     directory = Path(os.path.abspath(resolve_checkpoint(checkpoint)))
-    target = Path(out) if out is not None else _file_in_run(directory)
+    target = Path(out) if out is not None else _default_result_file(directory)
     config = load_config(directory / "config.yaml")
     device = choose_device("auto")
-    corpora, shares = validation_corpora(config, data)
+    corpora, shares = open_validation_corpora(config, data)
     model, tokenizer = load_verified(directory, device)
     for corpus in corpora.values():
         if Tokenizer(corpus.tokenizer_directory).fingerprint != tokenizer.fingerprint:
             raise DataError(
                 f"{corpus.manifest.directory} was made with another tokenizer than {directory}. "
-                "Prepare the text with the tokenizer of the run, or leave --data away."
+                "Prepare the text with the tokenizer of the run, or omit --data."
             )
-    wanted = max(1, sequences // len(corpora))
-    windows = {name: read_fixed_windows(corpus, wanted) for name, corpus in corpora.items()}
-    for name, part in windows.items():
-        if len(part) < wanted:
-            split = "the validation split" if len(windows) == 1 else f"the validation split of {name}"
-            print(f"{split} has {len(part)} sequences of {config.train.sequence_length} tokens; all are used")
+    windows = _read_windows(corpora, max(1, sequences // len(corpora)))
+    # The loss per byte needs the mean size of a target, weighted like the loss.
     sizes = np.load(directory / "tokenizer" / BYTES_FILE)
     targets = {name: part.counted_targets for name, part in windows.items()}
-    size = math.fsum(shares[name] * sizes[part.numpy()].mean() for name, part in targets.items())
+    bytes_per_token = math.fsum(shares[name] * sizes[part.numpy()].mean() for name, part in targets.items())
     micro_batch = config.train.micro_batch
     batches = sum(-(-len(part) // micro_batch) for part in windows.values())
     with tqdm(total=batches * len(loops), desc="evaluate", unit="batch") as bar:
-        losses, of_each = mixture_losses(model, windows, shares, loops, micro_batch, device, progress=bar.update)
-    count = sum(len(part) for part in windows.values())
-    used = f"({count:,} sequences, {sum(map(len, targets.values())):,} tokens)"
-    widths = {name: max(8, len(name)) for name in of_each}
-    named = "".join(f"  {name:>{width}}" for name, width in widths.items())
-    print(f"{'T':>4} {'loss':>8} {'perplexity':>11} {'bits/byte':>10}{named}   {used}")
-    for taken, loss in losses.items():
-        each = "".join(f"  {of_each[name][taken]:>{width}.4f}" for name, width in widths.items())
-        print(f"{taken:>4} {loss:>8.4f} {perplexity(loss):>11.2f} {loss / math.log(2) / size:>10.4f}{each}")
+        losses, by_corpus = mixture_losses(model, windows, shares, loops, micro_batch, device, progress=bar.update)
+    used = sum(len(part) for part in windows.values())
+    note = f"({used:,} sequences, {sum(map(len, targets.values())):,} tokens)"
+    print(_format_table(losses, by_corpus, bytes_per_token, note))
     result = {
         "checkpoint": directory.name,
         "step": read_trainer_state(directory)["step"],
-        "sequences": count,
-        "bytes_per_token": float(size),
-        "losses": _by_text(losses),
-        **({"sources": {name: _by_text(values) for name, values in of_each.items()}} if of_each else {}),
+        "sequences": used,
+        "bytes_per_token": float(bytes_per_token),
+        "losses": _to_json(losses),
+        **({"sources": {name: _to_json(values) for name, values in by_corpus.items()}} if by_corpus else {}),
     }
     if target is None:
-        print(f"{directory} lies in no run, so that no {EVALUATION} was written; --out FILE writes one")
+        print(f"{directory} is not in a run directory, so no {EVALUATION} was written; --out FILE writes one")
     else:
         write_text(target, json.dumps(result, indent=1) + "\n")
     return result
 
 
-def _by_text(losses: Mapping[int, float]) -> dict[str, float | None]:
-    """Losses by T as JSON holds them."""
+def _read_windows(corpora: Mapping[str, TokenCorpus], count: int) -> dict[str, Batch]:
+    """Read up to `count` windows of each corpus, spread evenly over its split; print which corpora have fewer."""
+    windows = {name: read_fixed_windows(corpus, count) for name, corpus in corpora.items()}
+    for name, part in windows.items():
+        if len(part) < count:
+            split = "the validation split" if len(windows) == 1 else f"the validation split of {name}"
+            print(f"{split} has {len(part)} sequences of {corpora[name].sequence_length} tokens; all are used")
+    return windows
+
+
+def _format_table(
+    losses: Mapping[int, float], by_corpus: Mapping[str, Mapping[int, float]], bytes_per_token: float, note: str
+) -> str:
+    """Return one line per T: loss, perplexity, bits per byte, and the loss of each corpus; `note` ends the header."""
+    widths = {name: max(8, len(name)) for name in by_corpus}
+    names = "".join(f"  {name:>{width}}" for name, width in widths.items())
+    lines = [f"{'T':>4} {'loss':>8} {'perplexity':>11} {'bits/byte':>10}{names}   {note}"]
+    for t, loss in losses.items():
+        bits = loss / math.log(2) / bytes_per_token
+        cells = "".join(f"  {by_corpus[name][t]:>{width}.4f}" for name, width in widths.items())
+        lines.append(f"{t:>4} {loss:>8.4f} {perplexity(loss):>11.2f} {bits:>10.4f}{cells}")
+    return "\n".join(lines)
+
+
+def _to_json(losses: Mapping[int, float]) -> dict[str, float | None]:
+    """Return losses by T with text keys and with None for a loss that is not finite, as JSON requires."""
     return {str(count): loss if math.isfinite(loss) else None for count, loss in losses.items()}
 
 
-def _file_in_run(checkpoint: Path) -> Path | None:
-    """eval.json of the run that a checkpoint lies in; None where it lies elsewhere, a converted one for example."""
+def _default_result_file(checkpoint: Path) -> Path | None:
+    """Return eval.json of the run that a checkpoint is in; None for one elsewhere, such as a converted one."""
     run = checkpoint.parent.parent
     if checkpoint.parent.name != CHECKPOINTS or not (run / "config.yaml").is_file():
         return None
     if not os.access(run, os.W_OK | os.X_OK):
-        raise ConfigError(f"{run} is not writable, {EVALUATION} goes there. Name another file with --out.")
+        raise ConfigError(f"{run} is not writable, and {EVALUATION} belongs there. Name another file with --out.")
     return run / EVALUATION
 
 
 def check_result_file(file: Path) -> None:
-    """ConfigError where an evaluation cannot be written to `file`, or something else stands there."""
+    """Refuse a file that cannot be written, or that holds anything but an earlier evaluation, with a ConfigError."""
     parent = file.parent
     if not parent.is_dir():
         reason = "is not a directory" if parent.exists() else "does not exist"
@@ -201,7 +219,11 @@ def check_result_file(file: Path) -> None:
 
 
 def read_evaluation(file: Path) -> tuple[int, dict[int, float]]:
-    """The step and the finite losses by T of a file that `evaluate_checkpoint` wrote; DataError where it did not."""
+    """Return the step and the finite losses by T of a file that `evaluate_checkpoint` wrote.
+
+    Raises:
+        DataError: the file is something else.
+    """
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
         losses = {int(count): float(loss) for count, loss in document["losses"].items() if loss is not None}
@@ -212,33 +234,36 @@ def read_evaluation(file: Path) -> tuple[int, dict[int, float]]:
         ) from None
 
 
-def validation_corpora(config: RunConfig, data: str | None = None) -> tuple[dict[str, TokenCorpus], dict[str, float]]:
-    """The validation splits of a run's corpora and their shares in its samples, by name.
+def open_validation_corpora(
+    config: RunConfig, data: str | None = None
+) -> tuple[dict[str, TokenCorpus], dict[str, float]]:
+    """Open the validation splits of a run's corpora; return them and their shares of its samples, by name.
 
     Args:
         config: of the run.
-        data: a prepared corpus to take in their place.
+        data: a prepared corpus to use instead.
 
     Raises:
-        DataError: see `validation_corpus`.
+        DataError: see `open_validation_corpus`.
     """
     settings = [CorpusConfig(data, 1.0, "data")] if data is not None else config.data.corpora()
     length, seed = config.train.sequence_length, config.run.seed
-    corpora = {c.name: validation_corpus(c.path, length, seed, config.data) for c in settings}
+    corpora = {c.name: open_validation_corpus(c.path, length, seed, config.data) for c in settings}
     total = math.fsum(corpus.weight for corpus in settings)
     return corpora, {corpus.name: corpus.weight / total for corpus in settings}
 
 
-def validation_corpus(path: str, sequence_length: int, seed: int, options: DataConfig) -> TokenCorpus:
-    """The validation split of a prepared corpus, as windows of its stream.
+def open_validation_corpus(path: str, sequence_length: int, seed: int, options: DataConfig) -> TokenCorpus:
+    """Open the validation split of a prepared corpus, as windows of its token stream.
 
     Raises:
         DataError: there is no corpus, or its validation split is too short for one evaluation.
     """
     if not (Path(path) / MANIFEST).is_file():
-        place = shlex.quote(str(path))
         hint = "" if os.path.isabs(path) else f", looked for in {os.getcwd()}"
-        raise DataError(f"there is no prepared corpus {place} (no {MANIFEST}{hint}). Name it with --data DIR.")
+        raise DataError(
+            f"there is no prepared corpus {shlex.quote(str(path))} (no {MANIFEST}{hint}). Name it with --data DIR."
+        )
     manifest = load_manifest(path)
     split = manifest.document.get("splits", {}).get("valid", {})
     if split.get("tokens", 0) < 2 * sequence_length:

@@ -1,4 +1,4 @@
-"""The pictures of a report, as PNG files."""
+"""The pictures of a report: each function draws a run's records into a PNG file and returns its path."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # no display is needed
+matplotlib.use("Agg")  # draws into files, without a display
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,17 +14,18 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 SIZE_INCHES, DPI = (7.0, 4.2), 120
-# Okabe and Ito's palette, told apart with every kind of colour vision.
+# Okabe and Ito's palette, whose colours can be told apart with every kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-# Curves of different T may lie on each other: the earlier ones are drawn wider, so that all are seen.
+# Curves of different T may coincide: earlier ones are drawn wider, so that all of them stay visible.
 WIDEST_LINE, WIDEST_MARKER = 4.0, 10.0
-# Curves of the state over iterations.
+# Most curves in the picture of the state over iterations.
 MOST_STEPS = 4
 
 Records = Sequence[dict[str, Any]]
 
 
-def _axes(title: str, x: str, y: str) -> Axes:
+def _make_axes(title: str, x: str, y: str) -> Axes:
+    """Return axes with a grid, labels, and whole numbers on the x axis."""
     _, axes = plt.subplots(figsize=SIZE_INCHES, dpi=DPI, layout="constrained")
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
@@ -32,21 +33,23 @@ def _axes(title: str, x: str, y: str) -> Axes:
     return axes
 
 
-def _save(axes: Axes, path: Path) -> Path:
+def _save_figure(axes: Axes, path: Path) -> Path:
+    """Write the figure of the axes to a PNG file, close it, and return the path."""
     axes.figure.savefig(path)  # type: ignore[union-attr]
     plt.close(axes.figure)  # type: ignore[arg-type]
     return path
 
 
-def _series(records: Records, key: str) -> tuple[list[int], list[float]]:
+def _extract_series(records: Records, key: str) -> tuple[list[int], list[float]]:
+    """Return the steps of the records in which `key` has a value, and these values."""
     pairs = [(r["step"], r[key]) for r in records if r.get(key) is not None]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def loss_curve(metrics: Records, evaluations: Records, path: Path) -> Path:
-    """Training loss per step and validation loss at each T."""
-    axes = _axes("Loss", "optimizer step", "cross entropy, nats per token")
-    axes.plot(*_series(metrics, "loss"), color="0.7", linewidth=1, label="training, T drawn each step")
+def draw_loss_curve(metrics: Records, evaluations: Records, path: Path) -> Path:
+    """Draw training loss per step and validation loss at each T."""
+    axes = _make_axes("Loss", "optimizer step", "cross entropy, nats per token")
+    axes.plot(*_extract_series(metrics, "loss"), color="0.7", linewidth=1, label="training, T drawn each step")
     loops = sorted({int(t) for record in evaluations for t in record["losses"]})
     for index, t in enumerate(loops):
         share = 1 - 0.75 * index / len(loops)
@@ -61,12 +64,12 @@ def loss_curve(metrics: Records, evaluations: Records, path: Path) -> Path:
             label=f"validation, T = {t}",
         )
     axes.legend()
-    return _save(axes, path)
+    return _save_figure(axes, path)
 
 
-def loss_against_loops(losses: dict[int, float], path: Path) -> Path:
-    """Validation loss of the final model against T."""
-    axes = _axes("What the loops bought", "iterations T (log scale)", "validation loss, nats per token")
+def draw_loss_against_loops(losses: dict[int, float], path: Path) -> Path:
+    """Draw the validation loss of the final model against T."""
+    axes = _make_axes("What the loops bought", "iterations T (log scale)", "validation loss, nats per token")
     loops = sorted(losses)
     axes.plot(loops, [losses[t] for t in loops], marker="o", color=COLOURS[0])
     axes.set_xscale("log", base=2)
@@ -81,26 +84,26 @@ def loss_against_loops(losses: dict[int, float], path: Path) -> Path:
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )
     axes.margins(y=0.2)
-    return _save(axes, path)
+    return _save_figure(axes, path)
 
 
-def stability(metrics: Records, path: Path) -> Path:
-    """Spectral radius of the injection and norm of the last state over steps."""
-    axes = _axes("Stability of the recurrence", "optimizer step", "spectral radius of the linear part")
-    axes.plot(*_series(metrics, "spectral_radius"), color=COLOURS[0], label="spectral radius (left)")
+def draw_stability(metrics: Records, path: Path) -> Path:
+    """Draw spectral radius of the injection and norm of the last state over steps."""
+    axes = _make_axes("Stability of the recurrence", "optimizer step", "spectral radius of the linear part")
+    axes.plot(*_extract_series(metrics, "spectral_radius"), color=COLOURS[0], label="spectral radius (left)")
     axes.axhline(1.0, color="0.4", linestyle="--", linewidth=1, label="limit, 1 (left)")
     axes.set_ylim(0, 1.1)
     right = axes.twinx()
     right.set_ylabel("state norm, RMS over channels")
-    right.plot(*_series(metrics, "state_norm"), color=COLOURS[1], linewidth=1, label="state norm (right)")
+    right.plot(*_extract_series(metrics, "state_norm"), color=COLOURS[1], linewidth=1, label="state norm (right)")
     right.set_ylim(bottom=0)
     handles = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
     axes.legend(handles=handles, loc="lower right")
-    return _save(axes, path)
+    return _save_figure(axes, path)
 
 
-def loop_shares(metrics: Records) -> np.ndarray:
-    """Share of the sequences of all steps that had T = 0, 1, ...; each step counts the same."""
+def compute_loop_shares(metrics: Records) -> np.ndarray:
+    """Return the share of sequences that ran T = 0, 1, ... iterations, averaged over the steps."""
     steps = [record.get("loops_counts") or {record["loops_max"]: 1} for record in metrics]
     shares = np.zeros(max(int(t) for counts in steps for t in counts) + 1)
     for counts in steps:
@@ -110,12 +113,12 @@ def loop_shares(metrics: Records) -> np.ndarray:
     return shares
 
 
-def loop_histogram(metrics: Records, probabilities: np.ndarray, path: Path) -> Path:
-    """How often each T was drawn, beside the configured distribution."""
-    axes = _axes("Sampled loop counts", "iterations T", "share of sequences")
-    shares = loop_shares(metrics)
+def draw_loop_histogram(metrics: Records, probabilities: np.ndarray, path: Path) -> Path:
+    """Draw how often each T was drawn, and the configured distribution."""
+    axes = _make_axes("Sampled loop counts", "iterations T", "share of sequences")
+    shares = compute_loop_shares(metrics)
     mean = shares @ np.arange(len(shares))
-    # T above the configured maximum is of a time when the config was another.
+    # A T above the configured maximum is from before the config was changed.
     longest = max(len(shares), len(probabilities))
     shares, probabilities = (np.pad(table, (0, longest - len(table))) for table in (shares, probabilities))
     loops = np.arange(longest)
@@ -123,12 +126,12 @@ def loop_histogram(metrics: Records, probabilities: np.ndarray, path: Path) -> P
     mean = probabilities @ loops
     axes.plot(loops[1:], probabilities[1:], "o-", color=COLOURS[1], markersize=4, label=f"configured, mean {mean:.2f}")
     axes.legend()
-    return _save(axes, path)
+    return _save_figure(axes, path)
 
 
-def throughput(metrics: Records, path: Path) -> Path:
-    """Tokens per second against the mean T of the step."""
-    axes = _axes("Cost of depth", "iterations T of the step, mean over its sequences", "tokens per second")
+def draw_throughput(metrics: Records, path: Path) -> Path:
+    """Draw tokens per second against the mean T of the step."""
+    axes = _make_axes("Cost of depth", "iterations T of the step, mean over its sequences", "tokens per second")
     axes.scatter(
         [record["loops_mean"] if "loops_mean" in record else record["loops_max"] for record in metrics],
         [record["tokens_per_second"] for record in metrics],
@@ -137,22 +140,22 @@ def throughput(metrics: Records, path: Path) -> Path:
     )
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_ylim(bottom=0)
-    return _save(axes, path)
+    return _save_figure(axes, path)
 
 
-def iterations(metrics: Records, path: Path) -> Path:
-    """Norm and residual of the state after each iteration, at a few steps of the run.
+def draw_iterations(metrics: Records, path: Path) -> Path:
+    """Draw norm and residual of the state after each iteration, at a few steps of the run.
 
     Args:
-        metrics: records, of which at least one has "iterations".
-        path: of the picture.
+        metrics: records, at least one of them with "iterations".
+        path: the PNG file.
     """
     measured = [record for record in metrics if record.get("iterations")]
     parts = np.array_split(np.arange(len(measured)), min(MOST_STEPS, len(measured)))
-    # Of the records near each other, the one with the most iterations.
+    # One record from each part of the run: the one with the most iterations.
     shown = [max((measured[i] for i in part), key=lambda r: len(r["iterations"]["state_norm"])) for part in parts]
     figure, panels = plt.subplots(1, 2, figsize=SIZE_INCHES, dpi=DPI, layout="constrained")
-    figure.suptitle("The state over the iterations of one pass")
+    figure.suptitle("The state over the iterations of one forward pass")
     names = (("state_norm", "state norm, RMS over channels"), ("state_residual", "residual |h_t - h_(t-1)| / |h_t|"))
     for axes, (name, label) in zip(panels, names):
         axes.set(xlabel="iteration t", ylabel=label)
@@ -165,11 +168,11 @@ def iterations(metrics: Records, path: Path) -> Path:
     panels[0].set_ylim(bottom=0)
     panels[1].set_yscale("log")
     panels[0].legend()
-    return _save(panels[0], path)
+    return _save_figure(panels[0], path)
 
 
-def overview(pictures: Sequence[Path], path: Path) -> Path:
-    """Pictures of this module side by side, two in a row; the last stays out where their number is odd."""
+def join_pictures(pictures: Sequence[Path], path: Path) -> Path:
+    """Join pictures of this module into one, two in a row; an odd last one is left out."""
     images = [plt.imread(picture) for picture in pictures]
     rows = [np.concatenate(images[i : i + 2], axis=1) for i in range(0, len(images) - 1, 2)]
     plt.imsave(path, np.concatenate(rows))

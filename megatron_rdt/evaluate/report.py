@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a run, with the PNGs beside it."""
+"""The report of a run: one self-contained HTML page with its curves, and the same pictures as PNG files."""
 
 import base64
 import html
@@ -13,7 +13,7 @@ from megatron_rdt.evaluate import plots
 from megatron_rdt.evaluate.loss import EVALUATION, perplexity, read_evaluation
 from megatron_rdt.files import write_text
 
-# Fields of metrics.jsonl that the page needs.
+# Fields of metrics.jsonl that the page uses.
 METRICS = ("step", "tokens", "loss", "grad_norm", "spectral_radius", "loops_max", "tokens_per_second")
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -24,10 +24,10 @@ figure { margin: 1.5rem 0; } figcaption { color: #555; }
 
 
 def read_records(path: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Objects of a JSON-lines file; none where there is no file. Lines cut short by a kill are left out.
+    """Read the objects of a JSON-lines file; an absent file has none, and lines cut short by a kill are skipped.
 
     Raises:
-        DataError: a line is JSON, but no record with these fields.
+        DataError: a line is valid JSON, but not a record with these fields.
     """
     if not path.is_file():
         return []
@@ -39,15 +39,15 @@ def read_records(path: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:
             continue
         missing = [name for name in fields if not isinstance(record, dict) or name not in record]
         if missing:
-            raise DataError(f"{path}:{number} is no record of a run: it has no {missing[0]}. Remove the line.")
+            raise DataError(f"{path}:{number} is not a record of a run: it has no {missing[0]}. Remove the line.")
         records.append(record)
     return records
 
 
 def final_losses(run_directory: Path, evaluations: list[dict[str, Any]]) -> tuple[int, dict[int, float]]:
-    """The last step with a validation loss, and the loss by T there.
+    """Return the last step with a validation loss, and its losses by T.
 
-    It is that of eval.json (where `rdt eval` wrote one), unless the run itself evaluated a later step.
+    They come from eval.json, if `rdt eval` wrote one, unless the run itself evaluated a later step.
     """
     candidates = [
         (record["step"], {int(t): loss for t, loss in record["losses"].items() if loss is not None})
@@ -60,10 +60,10 @@ def final_losses(run_directory: Path, evaluations: list[dict[str, Any]]) -> tupl
 
 
 def write_report(run_directory: str | Path) -> Path:
-    """Draw a run's records; returns the path of report/index.html in its directory.
+    """Write report/index.html and its pictures into a run directory; return the path of the page.
 
     Raises:
-        DataError: the directory does not exist, holds no metrics, or holds damaged ones.
+        DataError: the directory does not exist, or its metrics are missing or damaged.
     """
     directory = Path(run_directory)
     if not directory.is_dir():
@@ -77,31 +77,34 @@ def write_report(run_directory: str | Path) -> Path:
     evaluated, losses = final_losses(directory, evaluations)
     out = directory / "report"
     out.mkdir(exist_ok=True)
-    figures = [(plots.loss_curve(metrics, evaluations, out / "loss.png"), "Training and validation loss.")]
+    figures = [(plots.draw_loss_curve(metrics, evaluations, out / "loss.png"), "Training and validation loss.")]
     if losses:
-        path = plots.loss_against_loops(losses, out / "loss_against_loops.png")
+        path = plots.draw_loss_against_loops(losses, out / "loss_against_loops.png")
         figures.append((path, f"Validation loss at each loop count after step {evaluated:,}, same weights."))
     figures += [
-        (plots.stability(metrics, out / "stability.png"), "Radius of the linear part of the recurrence; state norm."),
         (
-            plots.loop_histogram(metrics, loop_probabilities(config.depth), out / "loop_histogram.png"),
-            "Loop counts that were drawn, beside their distribution.",
+            plots.draw_stability(metrics, out / "stability.png"),
+            "Radius of the linear part of the recurrence; state norm.",
         ),
-        (plots.throughput(metrics, out / "throughput.png"), "Throughput of each step against its loop count."),
+        (
+            plots.draw_loop_histogram(metrics, loop_probabilities(config.depth), out / "loop_histogram.png"),
+            "Loop counts that were drawn, and their distribution.",
+        ),
+        (plots.draw_throughput(metrics, out / "throughput.png"), "Throughput of each step against its loop count."),
     ]
     if any(record.get("iterations") for record in metrics):
-        path = plots.iterations(metrics, out / "iterations.png")
+        path = plots.draw_iterations(metrics, out / "iterations.png")
         figures.append(
             (path, "Norm and residual of the state after each iteration, in the last micro-batch of a step.")
         )
-    plots.overview([path for path, _ in figures][:4], out / "overview.png")
+    plots.join_pictures([path for path, _ in figures][:4], out / "overview.png")
     samples = read_records(directory / "samples.jsonl", ("step", "loops", "prompt", "text"))
-    write_text(out / "index.html", _page(config, metrics, losses, figures, samples))
+    write_text(out / "index.html", _format_page(config, metrics, losses, figures, samples))
     return out / "index.html"
 
 
-def summary(metrics: list[dict[str, Any]], losses: dict[int, float]) -> list[str]:
-    """Sentences about the run, each computed from its records."""
+def summarize(metrics: list[dict[str, Any]], losses: dict[int, float]) -> list[str]:
+    """Return sentences about the run, each computed from its records."""
     last = metrics[-1]
     finite = [r["loss"] for r in metrics if r["loss"] is not None]
     sentences = [
@@ -125,16 +128,17 @@ def summary(metrics: list[dict[str, Any]], losses: dict[int, float]) -> list[str
     return sentences
 
 
-def _page(
+def _format_page(
     config: RunConfig,
     metrics: list[dict[str, Any]],
     losses: dict[int, float],
     figures: list[tuple[Path, str]],
     samples: list[dict[str, Any]],
 ) -> str:
+    """Return the HTML page: summary, losses, figures as data URLs, generated samples, configuration."""
     parts = [
         f"<h1>Run {html.escape(config.run.name)}</h1>",
-        f"<p>{html.escape(' '.join(summary(metrics, losses)))}</p>",
+        f"<p>{html.escape(' '.join(summarize(metrics, losses)))}</p>",
     ]
     if losses:
         cells = "".join(

@@ -17,7 +17,7 @@ from megatron_rdt.depth import loop_probabilities
 from megatron_rdt.errors import DataError
 from megatron_rdt.evaluate import plots
 from megatron_rdt.evaluate.loss import evaluate_checkpoint
-from megatron_rdt.evaluate.report import summary, write_report
+from megatron_rdt.evaluate.report import summarize, write_report
 from megatron_rdt.train.trainer import train
 
 PICTURES = ("loss", "loss_against_loops", "stability", "loop_histogram", "throughput")
@@ -115,9 +115,9 @@ def test_the_summary_states_the_numbers_of_the_run(run: Path) -> None:
 
 def test_the_sentence_about_loops_tells_gain_from_none() -> None:
     last = {"step": 1, "tokens": 2, "loss": 3.0, "grad_norm": 1.0, "spectral_radius": 0.5}
-    assert "at T = 4, 0.250 nats below T = 1." in summary([last], {1: 3.0, 4: 2.75, 8: 2.8})[-1]
-    assert "at T = 1: more loops did not help here." in summary([last], {1: 2.5, 4: 2.75})[-1]
-    assert not any("validation" in sentence for sentence in summary([last], {4: 2.75}))
+    assert "at T = 4, 0.250 nats below T = 1." in summarize([last], {1: 3.0, 4: 2.75, 8: 2.8})[-1]
+    assert "at T = 1: more loops did not help here." in summarize([last], {1: 2.5, 4: 2.75})[-1]
+    assert not any("validation" in sentence for sentence in summarize([last], {4: 2.75}))
 
 
 def test_the_evaluation_of_the_latest_step_is_shown(run: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_directory_without_metrics_is_refused(run: Path, tmp_path: Path) -> No
 def test_a_record_that_is_none_is_named(line: bytes, run: Path) -> None:
     with open(run / "metrics.jsonl", "ab") as file:
         file.write(b"\xff\x00\n" + line + b"\n")  # the first is what a crash may leave
-    with pytest.raises(DataError, match=r"metrics\.jsonl:10 is no record"):
+    with pytest.raises(DataError, match=r"metrics\.jsonl:10 is not a record"):
         write_report(run)
 
 
@@ -189,8 +189,8 @@ def test_any_number_of_loop_counts_is_drawn(tmp_path: Path, configure: Callable[
     """More curves than colours: all of them are in the picture and its legend."""
     metrics = [{"step": s, "loss": 3.0, "loops_max": 1 + s % 12, "tokens_per_second": 1.0} for s in range(1, 40)]
     losses = [{str(t): 2 + t / 10 + 1 / s for t in range(1, 11)} for s in (10, 20)]
-    few = plots.loss_curve(metrics, [{"step": 10, "losses": {"1": 2.5}}], tmp_path / "few.png")
-    many = plots.loss_curve(
+    few = plots.draw_loss_curve(metrics, [{"step": 10, "losses": {"1": 2.5}}], tmp_path / "few.png")
+    many = plots.draw_loss_curve(
         metrics, [{"step": 10 * i, "losses": v} for i, v in enumerate(losses, 1)], tmp_path / "m.png"
     )
     ink = [(matplotlib.image.imread(path)[..., :3].min(-1) < 0.9).mean() for path in (few, many)]
@@ -198,7 +198,7 @@ def test_any_number_of_loop_counts_is_drawn(tmp_path: Path, configure: Callable[
     # Draws beyond the configured maximum, of a run whose config changed on the way, are drawn too.
     table = loop_probabilities(configure().depth)
     assert len(table) == 7
-    plots.loop_histogram(metrics, table, tmp_path / "histogram.png")
+    plots.draw_loop_histogram(metrics, table, tmp_path / "histogram.png")
 
 
 def test_the_state_over_iterations_is_drawn_where_it_was_recorded(run: Path) -> None:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from megatron_rdt.config import RunConfig
 from megatron_rdt.depth import DepthSampler
-from megatron_rdt.evaluate.plots import loop_shares
+from megatron_rdt.evaluate.plots import compute_loop_shares
 from megatron_rdt.evaluate.report import write_report
 from megatron_rdt.train.trainer import train
 
@@ -47,7 +47,7 @@ def test_records_hold_the_loops_that_were_run(
         assert record.get("loops_counts", counts) == counts
         assert ("loops_counts" in record) == (len(counts) > 1)
     assert any("loops_counts" in record for record in found) == (per != "step")
-    shares = loop_shares(found)
+    shares = compute_loop_shares(found)
     everything = Counter(t for loops in plans for t in loops)
     assert list(shares) == pytest.approx([everything[t] / 64 for t in range(max(everything) + 1)])
     heights: list[float] = []

@@ -1,7 +1,7 @@
-"""Cleaning: Unicode normalisation, limits of length and repetition, filters of the user's own.
+"""Clean documents: Unicode normalisation, limits on length and repetition, custom filters.
 
-The measures of repetition are those of Gopher (Rae et al. 2021, arXiv:2112.11446, table A1), cheap enough for every
-document: what cannot pass a limit is seen from counts alone.
+The measures of repetition are those of Gopher (Rae et al. 2021, arXiv:2112.11446, table A1). They are cheap enough for every
+document, because counts of words alone show for most of them that no limit is exceeded.
 """
 
 import hashlib
@@ -24,11 +24,11 @@ NORMALIZATIONS = ("none", "NFC", "NFKC", "NFD", "NFKD")
 ENTRY_POINTS = "megatron_rdt.filters"
 NGRAM_SIZES = (2, 3, 4)
 SHOWN_CHARACTERS = 60
-VERSION = 1  # of what the options mean; a change makes other documents pass
+VERSION = 1  # of the meaning of the options: to be raised when the same options keep other documents
 
 
 class CleaningOptions(Protocol):
-    """What `Cleaner` reads of a config."""
+    """The fields of a config that `Cleaner` reads."""
 
     @property
     def normalize(self) -> str:
@@ -36,15 +36,15 @@ class CleaningOptions(Protocol):
 
     @property
     def min_chars(self) -> int:
-        """Fewest characters of a document."""
+        """Smallest number of characters of a document."""
 
     @property
     def max_chars(self) -> int:
-        """Most characters of a document; 0 is no limit."""
+        """Largest number of characters of a document; 0 is no limit."""
 
     @property
     def max_repeated_lines(self) -> float:
-        """Largest share of characters in lines that occurred before."""
+        """Largest share of characters in lines that occurred before in the document."""
 
     @property
     def max_repeated_ngrams(self) -> float:
@@ -52,11 +52,11 @@ class CleaningOptions(Protocol):
 
     @property
     def filters(self) -> Sequence[str]:
-        """ "module:function", or names of entry points."""
+        """Filters: `module:function`, or names of entry points."""
 
 
 def check_cleaning(options: CleaningOptions) -> None:
-    """ConfigError naming the first option that is out of range; no filter is imported."""
+    """Raise ConfigError naming the first option that is out of range; filters are not imported."""
     if options.normalize not in NORMALIZATIONS:
         choices = ", ".join(NORMALIZATIONS)
         raise ConfigError(f"normalize is {options.normalize!r}, it must be one of {choices}. Set --normalize.")
@@ -82,7 +82,7 @@ def check_cleaning(options: CleaningOptions) -> None:
 
 
 class Cleaner:
-    """Clean a text and say whether it is kept.
+    """Normalises texts and decides which are kept.
 
     Args:
         options: a PrepConfig, or anything with these fields.
@@ -98,47 +98,47 @@ class Cleaner:
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of the options, of the code of the modules that the filters are in, and of Unicode's version."""
+        """Hex digest of the options, the source of the modules that define the filters, and the version of Unicode."""
         parts = {
             "version": VERSION,
-            "normalize": [self.options.normalize, unicodedata.unidata_version if self._normalizes else ""],
+            "normalize": [self.options.normalize, unicodedata.unidata_version if self._has_normalization else ""],
             "chars": [self.options.min_chars, self.options.max_chars],
             "repeated": [self.options.max_repeated_lines, self.options.max_repeated_ngrams],
-            "filters": [[name, _code_of(function)] for name, function in self._filters],
+            "filters": [[name, _hash_source(function)] for name, function in self._filters],
         }
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
-    def _normalizes(self) -> bool:
+    def _has_normalization(self) -> bool:
         return self.options.normalize != "none"
 
     def __call__(self, text: str) -> tuple[str, str]:
-        """The cleaned text, and the reason why it is dropped: "" where it is kept.
+        """Return the cleaned text and the reason why it is dropped, "" if it is kept.
 
         Raises:
-            DataError: a filter raised, or returned something else than True or False.
+            DataError: a filter raised, or returned something other than True or False.
         """
         options = self.options
-        if self._normalizes:
+        if self._has_normalization:
             text = unicodedata.normalize(options.normalize, text)  # type: ignore[arg-type]
         if len(text) < options.min_chars:
             return text, "too_short"
         if 0 < options.max_chars < len(text):
             return text, "too_long"
-        if options.max_repeated_lines < 1 and repeated_lines(text) > options.max_repeated_lines:
+        if options.max_repeated_lines < 1 and repeated_line_share(text) > options.max_repeated_lines:
             return text, "repeated_lines"
         if options.max_repeated_ngrams < 1 and has_repeated_ngrams(text, options.max_repeated_ngrams):
             return text, "repeated_ngrams"
         for name, function in self._filters:
-            if not _keeps(name, function, text):
+            if not _passes_filter(name, function, text):
                 return text, f"filter:{name}"
         return text, ""
 
 
-def repeated_lines(text: str) -> float:
-    """Share of characters, 0 to 1, in lines that occurred before in the text.
+def repeated_line_share(text: str) -> float:
+    """Return the share of characters, 0 to 1, in lines that occurred before in the text.
 
-    Space around a line does not count, nor do empty lines.
+    Whitespace around a line does not count, nor do empty lines.
     """
     lines = [stripped for line in text.split("\n") if (stripped := line.strip())]
     total = sum(map(len, lines))
@@ -146,65 +146,68 @@ def repeated_lines(text: str) -> float:
 
 
 def has_repeated_ngrams(text: str, limit: float) -> bool:
-    """Whether the most frequent word n-gram, for an n of 2 to 4, covers more than a share `limit` of the characters.
+    """Return True if the most frequent word n-gram, for an n of 2 to 4, covers more than a share `limit` of the characters.
 
-    Words are what stands between spaces; the characters are theirs. An n-gram that occurs once covers nothing; where
-    its occurrences overlap, characters count once; of n-grams equally frequent the one that covers most counts.
+    Words are separated by whitespace, and only their characters count. An n-gram that occurs once covers nothing;
+    characters where its occurrences overlap count once; of equally frequent n-grams the one that covers most counts.
     """
     words = text.split()
-    most_covered = limit * sum(map(len, words))
+    allowed = limit * sum(map(len, words))
     counts: Counter = Counter(words)
     repeated = {word: count for word, count in counts.items() if count > 1}
-    # An n-gram covers no more than all occurrences of its words: mostly this count settles the document.
+    # Two upper bounds, from the counts of single words, show for most documents that no n-gram exceeds the limit:
+    # an n-gram covers at most all occurrences of n different words, and at most its own occurrences times n longest words.
     covers = heapq.nlargest(max(NGRAM_SIZES), (count * len(word) for word, count in repeated.items()))
     longest = max(map(len, repeated), default=0)
     occurrences = max(repeated.values(), default=0)
     for n in NGRAM_SIZES:
-        if sum(covers[:n]) <= most_covered or occurrences * n * longest <= most_covered:
+        if sum(covers[:n]) <= allowed or occurrences * n * longest <= allowed:
             continue
         counts = Counter(zip(*(words[i:] for i in range(n))))
-        occurrences = max(counts.values(), default=0)  # of the larger n no more
+        occurrences = max(counts.values(), default=0)  # an upper bound for the larger n, too
         if occurrences < 2:
             return False
-        if occurrences * n * longest > most_covered and _covered(words, n, counts, occurrences) > most_covered:
+        if occurrences * n * longest > allowed and _most_covered(words, n, counts, occurrences) > allowed:
             return True
     return False
 
 
-def _covered(words: list[str], n: int, counts: Counter, occurrences: int) -> int:
-    """Characters covered by that n-gram of those with so many occurrences that covers most."""
-    before = [0, *accumulate(map(len, words))]
+def _most_covered(words: list[str], n: int, counts: Counter, occurrences: int) -> int:
+    """Return the characters covered by the n-gram that covers most, of those that occur `occurrences` times."""
+    characters_before = [0, *accumulate(map(len, words))]
     covered: dict[tuple[str, ...], int] = {}
-    end: dict[tuple[str, ...], int] = {}  # word after the last occurrence
+    end: dict[tuple[str, ...], int] = {}  # index of the word after the last occurrence
     for i, ngram in enumerate(zip(*(words[i:] for i in range(n)))):
         if counts[ngram] == occurrences:
-            covered[ngram] = covered.get(ngram, 0) + before[i + n] - before[max(i, end.get(ngram, 0))]
+            # Words that the occurrence before has covered already do not count again.
+            start = max(i, end.get(ngram, 0))
+            covered[ngram] = covered.get(ngram, 0) + characters_before[i + n] - characters_before[start]
             end[ngram] = i + n
     return max(covered.values())
 
 
 def load_filter(name: str) -> Callable[[str], bool]:
-    """The function "module:function", which may lie in the current directory, or the entry point of that name.
+    """Return the filter `module:function`, whose module may be in the current directory, or the entry point of that name.
 
     Raises:
-        ConfigError: there is none, it cannot be imported, or it cannot be called.
+        ConfigError: it does not exist, cannot be imported, or cannot be called.
     """
     module, colon, attribute = name.partition(":")
     try:
         if colon:
-            function = _imported(module)
+            function = _import_module(module)
             for part in attribute.split("."):
                 function = getattr(function, part)
         else:
-            function = _entry_point(name).load()
+            function = _find_entry_point(name).load()
     except ConfigError:
         raise
     except AttributeError as error:
-        raise ConfigError(f"filter {name}: {error}. Set --filters to a function that is there.") from error
+        raise ConfigError(f"filter {name}: {error}. Set --filters to a function that exists.") from error
     except Exception as error:
         raise ConfigError(
-            f"filter {name} cannot be imported: {_in_one_line(error)}. Name it module:function, and see that the module "
-            "lies in the current directory or is installed."
+            f"filter {name} cannot be imported: {_describe_error(error)}. Name it module:function, and make sure that the "
+            "module is in the current directory or installed."
         ) from error
     if not callable(function):
         raise ConfigError(
@@ -213,13 +216,16 @@ def load_filter(name: str) -> Callable[[str], bool]:
     return function
 
 
-def _imported(module: str) -> object:
-    if os.getcwd() not in sys.path:  # a console script has its own directory there instead
+def _import_module(module: str) -> object:
+    """Import a module that is installed or in the current directory."""
+    # The path of a console script has the directory of the script instead of the current one.
+    if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     return importlib.import_module(module)
 
 
-def _entry_point(name: str) -> importlib.metadata.EntryPoint:
+def _find_entry_point(name: str) -> importlib.metadata.EntryPoint:
+    """Return the entry point of a filter; ConfigError naming the known ones if there is none."""
     known = importlib.metadata.entry_points(group=ENTRY_POINTS)
     if name in known.names:
         return known[name]
@@ -230,35 +236,38 @@ def _entry_point(name: str) -> importlib.metadata.EntryPoint:
     )
 
 
-def _keeps(name: str, function: Callable[[str], bool], text: str) -> bool:
+def _passes_filter(name: str, function: Callable[[str], bool], text: str) -> bool:
+    """Return the answer of a filter; DataError if it raises or returns something other than a bool."""
     try:
         kept = function(text)
     except Exception as error:
         raise DataError(
-            f"filter {name} failed on the document that begins {_beginning(text)}: {_in_one_line(error)}. "
-            "Correct the filter, or take it out of --filters."
+            f"filter {name} failed on the document that begins {_quote_beginning(text)}: {_describe_error(error)}. "
+            "Fix the filter, or remove it from --filters."
         ) from error
     if isinstance(kept, bool):
         return kept
     raise DataError(
         f"filter {name} returned a {type(kept).__name__}, not True or False, for the document that begins "
-        f"{_beginning(text)}. Return bool(...): True keeps the document."
+        f"{_quote_beginning(text)}. Return bool(...): True keeps the document."
     )
 
 
-def _beginning(text: str) -> str:
+def _quote_beginning(text: str) -> str:
+    """The first characters of a text, quoted, for messages."""
     return repr(text[:SHOWN_CHARACTERS]) + ("..." if len(text) > SHOWN_CHARACTERS else "")
 
 
-def _in_one_line(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
+    """Type and text of an exception in one line, without a full stop."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": .")
 
 
-def _code_of(function: Callable[[str], bool]) -> str:
-    """Hash of the module that the function, or the class of a callable object, was defined in."""
+def _hash_source(function: Callable[[str], bool]) -> str:
+    """Hash of the file of the module that defines the function, or the class of a callable object."""
     module = inspect.getmodule(function) or inspect.getmodule(type(function))
     path = getattr(module, "__file__", None)
-    if path is None:  # built into the interpreter
+    if path is None:  # built into the interpreter, whose version stands for it
         return sys.version
     with open(path, "rb") as file:
         return hashlib.sha256(file.read()).hexdigest()

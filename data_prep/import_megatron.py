@@ -1,4 +1,4 @@
-"""A corpus of .bin and .idx files that other tools wrote in Megatron's format: checked, linked, described; not rewritten."""
+"""Import .bin and .idx files that other tools wrote in Megatron's format: check and link them, write a manifest."""
 
 import errno
 import hashlib
@@ -23,7 +23,7 @@ from megatron_rdt.data.tokenizer.sentencepiece_backend import MODEL_FILE
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.files import fsync_directory, fsync_file, hold_lock, write_text
 
-# Files of a tokenizer's folder that are taken along.
+# Files that are copied from a tokenizer's folder.
 TOKENIZER_FILES = (
     MODEL_FILE,
     JSON_FILE,
@@ -32,19 +32,19 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     BYTES_FILE,
 )
-# Why a file may have no second name: another file system, one without links, no right to, too many names.
+# Errors of a file that cannot be linked: another file system, one without links, no permission, too many links.
 NO_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @dataclass(frozen=True)
-class Imported:
-    """One pair of files that was looked through.
+class ImportedShard:
+    """One pair of files that was checked.
 
     Attributes:
         record: of the manifest.
         dtype: of the tokens.
-        ended: documents that end with EOS, of those that are not empty.
-        documents: that are not empty.
+        ended: number of documents that end with EOS.
+        documents: number of documents that are not empty.
     """
 
     record: dict[str, Any]
@@ -54,19 +54,19 @@ class Imported:
 
 
 def import_corpus(prefixes: Sequence[str], tokenizer: str, out: str, valid_prefixes: Sequence[str] = ()) -> Path:
-    """Make a corpus of existing files; each prefix becomes one shard, in the order given.
+    """Make a corpus of existing files, in which each prefix becomes one shard, in the order given; return its path.
 
-    Files are linked where the file system can (one content under two names), else copied; the originals stay.
+    Files are hard-linked if the file system supports it, otherwise copied; the originals stay.
 
     Args:
-        prefixes: of the training split's files, without .bin and .idx.
-        tokenizer: a folder or model file of the tokenizer that made them.
-        out: the corpus to write; must not exist.
-        valid_prefixes: of the validation split's files.
+        prefixes: paths of the training split's files without .bin and .idx.
+        tokenizer: folder or model file of the tokenizer that made them.
+        out: directory of the corpus; must not exist, or be empty.
+        valid_prefixes: the same for the validation split.
 
     Raises:
         ConfigError: a path is wrong.
-        DataError: a file is damaged, not of this tokenizer, or of another type than the others.
+        DataError: a file is damaged, was made with another tokenizer, or has another token type than the others.
     """
     target = Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -81,7 +81,7 @@ def import_corpus(prefixes: Sequence[str], tokenizer: str, out: str, valid_prefi
     with hold_lock(target.with_name(f".{target.name}.lock"), message):
         shutil.rmtree(work, ignore_errors=True)
         try:
-            _import_into(work, {"train": prefixes, "valid": valid_prefixes}, tokenizer)
+            _build_corpus(work, {"train": prefixes, "valid": valid_prefixes}, tokenizer)
             for folder in (*work.iterdir(), work):
                 if folder.is_dir():
                     fsync_directory(folder)
@@ -92,31 +92,40 @@ def import_corpus(prefixes: Sequence[str], tokenizer: str, out: str, valid_prefi
     return target
 
 
-def _import_into(work: Path, splits: dict[str, Sequence[str]], tokenizer_path: str) -> None:
+def _build_corpus(work: Path, splits: dict[str, Sequence[str]], tokenizer_path: str) -> None:
+    """Link and check all files in `work`, and write the manifest.
+
+    Args:
+        work: directory to make.
+        splits: prefixes of each split's files.
+        tokenizer_path: folder or model file of the tokenizer.
+    """
     (work / "tokenizer").mkdir(parents=True)
-    tokenizer = _take_tokenizer(Path(tokenizer_path), work / "tokenizer")
+    tokenizer = _copy_tokenizer_files(Path(tokenizer_path), work / "tokenizer")
     sizes = tokenizer.token_bytes()
-    imported: dict[str, list[Imported]] = {}
-    total = sum(path.stat().st_size for names in splits.values() for prefix in names for path in _files(prefix))
+    imported: dict[str, list[ImportedShard]] = {}
+    total = sum(
+        path.stat().st_size for names in splits.values() for prefix in names for path in _existing_files(prefix)
+    )
     with tqdm(total=total, unit="B", unit_scale=True, desc="import") as bar:
         for split, names in splits.items():
             (work / split).mkdir()
             imported[split] = []
             for number, prefix in enumerate(names):
-                place = work / split / f"shard-{number:05d}"
-                for path in _files(prefix):
-                    _link(path, prefix_path(place, path.suffix))
-                imported[split].append(_look_through(place, prefix, tokenizer, sizes, bar.update))
+                shard = work / split / f"shard-{number:05d}"
+                for path in _existing_files(prefix):
+                    _link_or_copy(path, prefix_path(shard, path.suffix))
+                imported[split].append(_check_shard(shard, prefix, tokenizer, sizes, bar.update))
     every = [one for found in imported.values() for one in found]
     dtypes = {one.dtype.name: one.record["source"] for one in every}
     if len(dtypes) > 1:
         (first, one), (second, two) = list(dtypes.items())[:2]
-        raise DataError(f"{one} has tokens as {first}, {two} as {second}. Import them as corpora of their own.")
+        raise DataError(f"{one} has tokens as {first}, {two} as {second}. Import them as separate corpora.")
     for split, found in imported.items():
         if len({"mask_sha256" in one.record for one in found}) > 1:
-            raise DataError(f"some files of the split {split} have masks and others none. Leave out the .mask files.")
+            raise DataError(f"some files of the split {split} have masks and others none. Remove the .mask files.")
     ended, documents = sum(one.ended for one in every), sum(one.documents for one in every)
-    document = _manifest(tokenizer, every[0].dtype, imported, ended == documents)
+    document = _make_manifest(tokenizer, every[0].dtype, imported, ended == documents)
     write_text(work / MANIFEST, json.dumps(document, indent=1) + "\n")
     print_splits(document)
     if ended < documents:
@@ -126,12 +135,13 @@ def _import_into(work: Path, splits: dict[str, Sequence[str]], tokenizer_path: s
         )
 
 
-def _files(prefix: str | Path) -> list[Path]:
+def _existing_files(prefix: str | Path) -> list[Path]:
+    """List the .bin, .idx and .mask files of a prefix that exist. A .sum file is not imported, but written anew."""
     return [path for suffix in SUFFIXES if (path := prefix_path(prefix, suffix)).is_file()]
 
 
-def _take_tokenizer(source: Path, target: Path) -> Tokenizer:
-    """Copy a tokenizer's files, and write how many bytes each id stands for."""
+def _copy_tokenizer_files(source: Path, target: Path) -> Tokenizer:
+    """Copy the files of a tokenizer, and write the number of bytes that each id decodes to; return the copy."""
     known = Tokenizer(source)
     if known.eos < 0:
         raise ConfigError(f"the tokenizer {source} has no EOS. Name the tokenizer that made these files.")
@@ -147,8 +157,8 @@ def _take_tokenizer(source: Path, target: Path) -> Tokenizer:
     return Tokenizer(target)
 
 
-def _link(source: Path, target: Path) -> None:
-    """Give the content of `source` a second name, or copy it where that cannot be."""
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` a hard link to `source`, or a copy if that is not possible."""
     try:
         os.link(source.resolve(), target)
     except OSError as error:
@@ -158,16 +168,24 @@ def _link(source: Path, target: Path) -> None:
         fsync_file(target)
 
 
-def _look_through(
-    place: Path, source: str, tokenizer: Tokenizer, sizes: np.ndarray, advance: Callable[[int], object]
-) -> Imported:
-    """Read one pair of files, each byte once."""
-    shard, starts = _opened(source)
-    lasts = np.append(starts[1:], shard.tokens) - 1
+def _check_shard(
+    prefix: Path, source: str, tokenizer: Tokenizer, sizes: np.ndarray, advance: Callable[[int], object]
+) -> ImportedShard:
+    """Read every byte of a shard once: check its ids and its mask, count, and hash.
+
+    Args:
+        prefix: of the linked files.
+        source: prefix of the original files, for messages.
+        tokenizer: that made them.
+        sizes: bytes that each id decodes to.
+        advance: called with the number of bytes that were read.
+    """
+    shard, starts = _open_shard(source)
+    last_tokens = np.append(starts[1:], shard.tokens) - 1  # index of the last token of each document
     state = {"max_id": -1, "text_bytes": 0, "ended": 0}
     width = shard.dtype.itemsize
 
-    def see(offset: int, block: bytes) -> None:
+    def check_tokens(offset: int, block: bytes) -> None:
         tokens, begin = np.frombuffer(block, shard.dtype), offset // width
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= tokenizer.vocab_size:
@@ -178,22 +196,26 @@ def _look_through(
             )
         state["max_id"] = max(state["max_id"], high)
         state["text_bytes"] += int(sizes[tokens].sum(dtype=np.int64))
-        first, end = np.searchsorted(lasts, (begin, begin + len(tokens)))
-        state["ended"] += int((tokens[lasts[first:end] - begin] == tokenizer.eos).sum())
+        # Documents whose last token is in this block.
+        first, end = np.searchsorted(last_tokens, (begin, begin + len(tokens)))
+        state["ended"] += int((tokens[last_tokens[first:end] - begin] == tokenizer.eos).sum())
         advance(len(block))
 
-    def see_mask(offset: int, block: bytes) -> None:
-        shard.read_mask(offset, len(block))
+    def check_mask(offset: int, block: bytes) -> None:
+        shard.read_mask(offset, len(block))  # raises DataError for a byte that is neither 0 nor 1
         advance(len(block))
 
-    contents = {"bin": hash_file(prefix_path(place, ".bin"), see), "idx": hash_file(prefix_path(place, ".idx"))}
+    contents = {
+        "bin": hash_file(prefix_path(prefix, ".bin"), check_tokens),
+        "idx": hash_file(prefix_path(prefix, ".idx")),
+    }
     advance(contents["idx"].size)
     if shard.has_mask:
-        contents["mask"] = hash_file(prefix_path(place, ".mask"), see_mask)
+        contents["mask"] = hash_file(prefix_path(prefix, ".mask"), check_mask)
     shard.close()
-    write_block_hashes(place, contents)
+    write_block_hashes(prefix, contents)
     record = {
-        "name": place.name,
+        "name": prefix.name,
         "source": source,
         "tokens": shard.tokens,
         "documents": shard.document_count,
@@ -203,24 +225,25 @@ def _look_through(
         "bin_bytes": contents["bin"].size,
         **{f"{name}_sha256": content.sha256 for name, content in contents.items()},
     }
-    return Imported(record, shard.dtype, state["ended"], len(lasts))
+    return ImportedShard(record, shard.dtype, state["ended"], len(last_tokens))
 
 
-def _opened(source: str) -> tuple[IndexedDataset, np.ndarray]:
-    """A pair of files, and the first tokens of its documents."""
+def _open_shard(source: str) -> tuple[IndexedDataset, np.ndarray]:
+    """Open a pair of files; return it with the index of each document's first token. DataError if it is damaged or empty."""
     try:
         shard = IndexedDataset(source)
         starts = shard.document_starts
     except DataError as error:
         raise DataError(f"{str(error).removesuffix(REBUILD)}Write it again with the tool that made it.") from None
     if not len(starts):
-        raise DataError(f"{source} has no documents. Leave it out.")
+        raise DataError(f"{source} has no documents. Omit it.")
     return shard, starts
 
 
-def _manifest(
-    tokenizer: Tokenizer, dtype: np.dtype, imported: dict[str, list[Imported]], ended: bool
+def _make_manifest(
+    tokenizer: Tokenizer, dtype: np.dtype, imported: dict[str, list[ImportedShard]], ended: bool
 ) -> dict[str, Any]:
+    """Return the manifest; `ended` says whether every document ends with EOS."""
     splits = {split: make_split_record([one.record for one in found]) for split, found in imported.items()}
     sources = [one.record["source"] for found in imported.values() for one in found]
     return {

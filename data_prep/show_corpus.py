@@ -1,4 +1,4 @@
-"""What is in a corpus, as text: windows as training sees them, or whole documents."""
+"""Print the contents of a corpus as text: windows as training sees them, or whole documents."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,40 +11,40 @@ from megatron_rdt.data.shard_files.indexed import IndexedDataset
 from megatron_rdt.data.tokenizer.base import Tokenizer
 from megatron_rdt.errors import ConfigError
 
-BOUNDARY = "=" * 8
+RULE = "=" * 8
 NOT_COUNTED = ("⟦", "⟧")
 BOLD, DIM, PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
 
 
 @dataclass(frozen=True)
 class Style:
-    """How text is written.
+    """Options of the printed text.
 
     Attributes:
         colour: use the terminal's escape sequences.
-        ids: write the ids of the tokens below the text.
+        ids: print the ids of the tokens below the text.
     """
 
     colour: bool = False
     ids: bool = False
 
-    def heading(self, text: str) -> str:
-        """A line that is not text of the corpus."""
+    def format_heading(self, text: str) -> str:
+        """Return a line that is not text of the corpus, in bold with `colour`."""
         return f"{BOLD}{text}{PLAIN}" if self.colour else text
 
-    def uncounted(self, text: str) -> str:
-        """Text that does not count for the loss."""
+    def mark_uncounted(self, text: str) -> str:
+        """Return text that does not count for the loss, in brackets."""
         marked = text.join(NOT_COUNTED)
         return f"{DIM}{marked}{PLAIN}" if self.colour else marked
 
 
-def printable(text: str) -> str:
-    """Text with everything but line ends and tabs that has no shape of its own, or moves others, as an escape."""
+def escape_unprintable(text: str) -> str:
+    """Return text in which characters that are invisible or move others, except line ends and tabs, are escaped."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
-def describe(manifest: CorpusManifest) -> Iterator[str]:
-    """What the manifest says of the corpus."""
+def describe_corpus(manifest: CorpusManifest) -> Iterator[str]:
+    """Yield lines with the tokenizer, the splits and the dropped documents that a manifest records."""
     document = manifest.document
     kind = document["tokenizer"].get("kind", "tokenizer")
     yield f"{manifest.directory}: {kind} of {manifest.vocab_size:,} pieces, tokens as {manifest.dtype.name}"
@@ -58,17 +58,17 @@ def describe(manifest: CorpusManifest) -> Iterator[str]:
         yield "dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
 
 
-def windows(
+def format_windows(
     directory: str | Path, split: str, samples: range, sequence_length: int, seed: int, style: Style
 ) -> Iterator[str]:
-    """Lines of windows as a run takes them.
+    """Yield the lines of the windows that a run would read.
 
     Args:
         directory: the corpus.
         split: "train" or "valid".
-        samples: numbers of samples, in the order of a run.
+        samples: numbers of the samples in the run's order.
         sequence_length, seed: of the run.
-        style: how to write.
+        style: options of the text.
 
     Raises:
         DataError: the corpus is damaged, or too small for a window.
@@ -77,36 +77,36 @@ def windows(
 
     corpus = TokenCorpus(directory, split, sequence_length, seed, documents=True, loss_mask=True)
     tokenizer = Tokenizer(corpus.tokenizer_directory)
-    places, read = corpus.locate(samples), corpus.read_samples(samples)
+    starts, batch = corpus.locate(samples), corpus.read_samples(samples)
     corpus.close()
-    assert read.documents is not None
+    assert batch.documents is not None
     for row, number in enumerate(samples):
         epoch = number // corpus.samples_per_epoch
-        start, end = int(places[row]), int(places[row]) + sequence_length
-        yield style.heading(
-            f"{BOUNDARY} sample {number:,} (epoch {epoch}): tokens {start:,} to {end:,} of {split} {BOUNDARY}"
+        start, end = int(starts[row]), int(starts[row]) + sequence_length
+        yield style.format_heading(
+            f"{RULE} sample {number:,} (epoch {epoch}): tokens {start:,} to {end:,} of {split} {RULE}"
         )
-        counts = None if read.loss_mask is None else read.loss_mask[row].numpy().copy()
+        counts = None if batch.loss_mask is None else batch.loss_mask[row].numpy().copy()
         if counts is not None:
-            counts[0] = counts[1]  # an input only, which no mask of targets speaks of
-        documents = read.documents[row].numpy()
+            # The first token is only an input, for which a mask of targets has no value: mark it like the second.
+            counts[0] = counts[1]
+        documents = batch.documents[row].numpy()
         for document in range(int(documents[-1]) + 1):
             if document:
-                yield style.heading(f"{BOUNDARY[:3]} a document begins {BOUNDARY[:3]}")
+                yield style.format_heading(f"{RULE[:3]} a document begins {RULE[:3]}")
             inside = documents == document
-            yield from _text(
-                read.tokens[row].numpy()[inside], None if counts is None else counts[inside], tokenizer, style
-            )
+            tokens = batch.tokens[row].numpy()[inside]
+            yield from _format_tokens(tokens, None if counts is None else counts[inside], tokenizer, style)
 
 
-def documents(directory: str | Path, split: str, numbers: Sequence[int], style: Style) -> Iterator[str]:
-    """Lines of whole documents.
+def format_documents(directory: str | Path, split: str, numbers: Sequence[int], style: Style) -> Iterator[str]:
+    """Yield the lines of whole documents.
 
     Args:
         directory: the corpus.
         split: "train" or "valid".
         numbers: of the documents in the split, from 0.
-        style: how to write.
+        style: options of the text.
 
     Raises:
         ConfigError: there is no document of such a number.
@@ -116,36 +116,46 @@ def documents(directory: str | Path, split: str, numbers: Sequence[int], style: 
     manifest.verify()
     tokenizer = Tokenizer(manifest.directory / "tokenizer")
     prefixes = manifest.shard_prefixes(split)
-    begins = np.cumsum([0, *(record["documents"] for name, record in manifest.shard_records() if name == split)])
+    # Number of the first document of each shard, and of all documents.
+    firsts = np.cumsum([0, *(record["documents"] for name, record in manifest.shard_records() if name == split)])
     for number in numbers:
-        if not 0 <= number < begins[-1]:
+        if not 0 <= number < firsts[-1]:
             raise ConfigError(
-                f"--documents {number}: {split} of {directory} has {begins[-1]:,} documents, numbered from 0."
+                f"--documents {number}: {split} of {directory} has {firsts[-1]:,} documents, numbered from 0."
             )
-        place = int(np.searchsorted(begins, number, side="right")) - 1
-        shard, local = IndexedDataset(prefixes[place]), number - int(begins[place])
+        index = int(np.searchsorted(firsts, number, side="right")) - 1
+        shard, local = IndexedDataset(prefixes[index]), number - int(firsts[index])
+        # A document of another tool may consist of several sequences, or of none.
         first, end = shard.documents[local : local + 2]
         count = int(shard.lengths[first:end].sum())
         start = int(shard.pointers[first]) // shard.dtype.itemsize if count else 0
-        yield style.heading(
-            f"{BOUNDARY} document {number:,}: {count:,} tokens from {start:,} on of {split}/{prefixes[place].name} {BOUNDARY}"
+        yield style.format_heading(
+            f"{RULE} document {number:,}: {count:,} tokens from {start:,} on of {split}/{prefixes[index].name} {RULE}"
         )
         counts = shard.read_mask(start, count) > 0 if shard.has_mask else None
-        yield from _text(shard.read(start, count), counts, tokenizer, style)
+        yield from _format_tokens(shard.read(start, count), counts, tokenizer, style)
         shard.close()
 
 
-def _text(tokens: np.ndarray, counts: np.ndarray | None, tokenizer: Tokenizer, style: Style) -> Iterator[str]:
-    """Tokens as text; what does not count is marked, and EOS is written out."""
+def _format_tokens(tokens: np.ndarray, counts: np.ndarray | None, tokenizer: Tokenizer, style: Style) -> Iterator[str]:
+    """Yield tokens as text, with EOS as `<eos>` and marks around what does not count for the loss; then their ids.
+
+    Args:
+        tokens: ids (n,).
+        counts: whether each counts for the loss, bool (n,); None if all do.
+        tokenizer: decodes them.
+        style: options of the text.
+    """
     if not len(tokens):
         return
+    # Decode runs of equal kind at once: a character may consist of several tokens.
     kinds = np.stack([tokens == tokenizer.eos, np.ones(len(tokens), bool) if counts is None else counts])
     borders = np.flatnonzero(np.any(kinds[:, 1:] != kinds[:, :-1], axis=0)) + 1
-    parts = []
-    for part in np.split(np.arange(len(tokens)), borders):
-        ended, counted = kinds[:, part[0]]
-        text = "<eos>" * len(part) if ended else printable(tokenizer.decode(tokens[part].tolist()))
-        parts.append(text if counted else style.uncounted(text))
-    yield "".join(parts)
+    pieces = []
+    for run in np.split(np.arange(len(tokens)), borders):
+        is_eos, is_counted = kinds[:, run[0]]
+        text = "<eos>" * len(run) if is_eos else escape_unprintable(tokenizer.decode(tokens[run].tolist()))
+        pieces.append(text if is_counted else style.mark_uncounted(text))
+    yield "".join(pieces)
     if style.ids:
-        yield style.heading("ids ") + " ".join(map(str, tokens.tolist()))
+        yield style.format_heading("ids ") + " ".join(map(str, tokens.tolist()))

@@ -36,19 +36,21 @@ def show(words: list[str]) -> int:
     options = parse_options("prep show", summary_of(show), ShowOptions, words)
     if options.samples < 1 or options.first < 0 or options.sequence_length < 1:
         raise ConfigError("--samples and --sequence_length must be at least 1, and --first at least 0.")
-    from data_prep import show_corpus as text
+    from data_prep import show_corpus
     from megatron_rdt.data.shard_files.corpus_manifest import load_manifest
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not encode every character
-    style = text.Style(sys.stdout.isatty(), options.ids)
-    for line in text.describe(load_manifest(options.directory)):
-        print(style.heading(line))
+    style = show_corpus.Style(sys.stdout.isatty(), options.ids)
+    for line in show_corpus.describe_corpus(load_manifest(options.directory)):
+        print(style.format_heading(line))
     if options.documents:
-        lines = text.documents(options.directory, options.split, options.documents, style)
+        lines = show_corpus.format_documents(options.directory, options.split, options.documents, style)
     else:
         numbers = range(options.first, options.first + options.samples)
-        lines = text.windows(options.directory, options.split, numbers, options.sequence_length, options.seed, style)
+        lines = show_corpus.format_windows(
+            options.directory, options.split, numbers, options.sequence_length, options.seed, style
+        )
     for line in lines:
         print(line)
     return EXIT_OK

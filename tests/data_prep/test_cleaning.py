@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import cleaning
-from data_prep.cleaning import Cleaner, check_cleaning, has_repeated_ngrams, repeated_lines
+from data_prep.cleaning import Cleaner, check_cleaning, has_repeated_ngrams, repeated_line_share
 from megatron_rdt.errors import ConfigError, DataError
 
 
@@ -72,7 +72,7 @@ def plain_repeated_ngrams(text: str, limit: float) -> bool:
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.sampled_from(["", " ", "a", " a", "bb", "bb\t", "ccc\r", "é", "d d"]), max_size=12).map("\n".join))
 def test_repeated_lines_equal_the_plain_measure(text: str) -> None:
-    assert repeated_lines(text) == plain_repeated_lines(text)
+    assert repeated_line_share(text) == plain_repeated_lines(text)
 
 
 WORDS = st.sampled_from(["a", "a", "bb", "bb", "ccc", "dddddddd", "e", "f\n", "\u3000g"])
@@ -102,7 +102,7 @@ def test_what_stands_in_the_tables_of_gopher() -> None:
     assert not has_repeated_ngrams(
         spam, 0.7
     )  # "buy now" covers 180 characters, two thirds, and "now buy" no more of them
-    assert repeated_lines("a menu\nof links\n" * 4) == 0.75
+    assert repeated_line_share("a menu\nof links\n" * 4) == 0.75
 
 
 REASONS = [
@@ -176,7 +176,7 @@ def test_filters_that_cannot_be_used(name: str, message: str, filters: Path) -> 
 FAILING = [
     (
         "my_filters:fails",
-        "on the document that begins 'some text': ValueError: no luck. Correct the filter, or take it",
+        "on the document that begins 'some text': ValueError: no luck. Fix the filter, or remove it",
     ),
     (
         "my_filters:match",

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import show_corpus as show
+from data_prep import show_corpus
 from data_prep.show_corpus import Style
 from launch.cli import run_command
 from megatron_rdt.data import IndexedDataset, IndexedWriter, TokenCorpus, Tokenizer
@@ -22,7 +22,7 @@ def test_windows_are_those_of_a_run(tiny_corpus: Path) -> None:
     corpus = TokenCorpus(tiny_corpus, "train", 3000, 5, documents=True)
     tokenizer = Tokenizer(tiny_corpus / "tokenizer")
     read = corpus.read_samples(range(2, 60))
-    lines = list(show.windows(tiny_corpus, "train", range(2, 60), 3000, 5, PLAIN))
+    lines = list(show_corpus.format_windows(tiny_corpus, "train", range(2, 60), 3000, 5, PLAIN))
     heads = [i for i, line in enumerate(lines) if line.startswith("======== sample ")]
     assert len(heads) == 58
     borders = 0
@@ -37,7 +37,7 @@ def test_windows_are_those_of_a_run(tiny_corpus: Path) -> None:
         borders += len(inside) - len(texts)
         assert len(inside) - len(texts) == window[:-1].count(tokenizer.eos)
         expected = "".join(tokenizer.decode(part) for part in split_at(window, tokenizer.eos))
-        assert "".join(texts).replace("<eos>", "") == show.printable(expected)
+        assert "".join(texts).replace("<eos>", "") == show_corpus.escape_unprintable(expected)
     assert borders > 3
 
 
@@ -55,7 +55,7 @@ def test_documents_by_number(tiny_corpus: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer(corpus / "tokenizer")
     one, two = (IndexedDataset(corpus / "train" / f"shard-0000{i}") for i in range(2))
     numbers = [0, len(one) - 1, len(one), len(one) + len(two) - 1]
-    lines = list(show.documents(corpus, "train", numbers, Style(ids=True)))
+    lines = list(show_corpus.format_documents(corpus, "train", numbers, Style(ids=True)))
     for place, (shard, local) in enumerate([(one, 0), (one, len(one) - 1), (two, 0), (two, len(two) - 1)]):
         head = lines.index(
             f"======== document {numbers[place]}: {shard.lengths[local]:,} tokens from {shard.pointers[local] // 2:,} on "
@@ -63,10 +63,10 @@ def test_documents_by_number(tiny_corpus: Path, tmp_path: Path) -> None:
         )
         ids = shard[local].tolist()
         end = lines.index("ids " + " ".join(map(str, ids)))
-        assert "\n".join(lines[head + 1 : end]) == show.printable(tokenizer.decode(ids[:-1])) + "<eos>"
+        assert "\n".join(lines[head + 1 : end]) == show_corpus.escape_unprintable(tokenizer.decode(ids[:-1])) + "<eos>"
     for number in (-1, len(one) + len(two)):
         with pytest.raises(ConfigError, match=rf"--documents {number}: train .* has {len(one) + len(two)} documents"):
-            list(show.documents(corpus, "train", [number], PLAIN))
+            list(show_corpus.format_documents(corpus, "train", [number], PLAIN))
 
 
 def test_what_does_not_count_is_marked(tiny_corpus: Path, tmp_path: Path) -> None:
@@ -81,8 +81,8 @@ def test_what_does_not_count_is_marked(tiny_corpus: Path, tmp_path: Path) -> Non
     document["splits"]["train"] |= {"tokens": len(mask), "documents": 1}
     document["splits"]["train"]["shards"][0] |= {"tokens": len(mask), "documents": 1, **hash_shard(prefix)}
     (corpus / "manifest.json").write_text(json.dumps(document))
-    assert list(show.documents(corpus, "train", [0], PLAIN))[1:] == ["⟦a question?⟧ its answer<eos>"]
-    coloured = list(show.documents(corpus, "train", [0], Style(colour=True)))
+    assert list(show_corpus.format_documents(corpus, "train", [0], PLAIN))[1:] == ["⟦a question?⟧ its answer<eos>"]
+    coloured = list(show_corpus.format_documents(corpus, "train", [0], Style(colour=True)))
     assert coloured[0].startswith("\x1b[1m========")
     assert coloured[1] == "\x1b[2m⟦a question?⟧\x1b[0m its answer<eos>"
 
@@ -97,9 +97,9 @@ def test_windows_of_a_corpus_with_masks(tiny_corpus: Path, tmp_path: Path) -> No
     counted = [bool(mask[max(column, 1)]) for column in range(41)]  # the first is no target
     for (counts, ended), run in groupby(range(41), lambda i: (counted[i], tokens[i] == tokenizer.eos)):
         ids = [int(tokens[i]) for i in run]
-        text = "<eos>" * len(ids) if ended else show.printable(tokenizer.decode(ids))
+        text = "<eos>" * len(ids) if ended else show_corpus.escape_unprintable(tokenizer.decode(ids))
         expected += text if counts else f"⟦{text}⟧"
-    lines = list(show.windows(corpus, "train", range(3, 4), 40, 1, PLAIN))
+    lines = list(show_corpus.format_windows(corpus, "train", range(3, 4), 40, 1, PLAIN))
     text = "".join(line for line in lines[1:] if not line.startswith("==="))
     assert text == expected
     assert "⟦" in text
@@ -108,12 +108,12 @@ def test_windows_of_a_corpus_with_masks(tiny_corpus: Path, tmp_path: Path) -> No
 def test_a_split_without_documents(tiny_corpus: Path, tmp_path: Path) -> None:
     corpus = write_random_corpus(tmp_path / "c", tiny_corpus / "tokenizer", {"train": [900], "valid": []})
     with pytest.raises(DataError, match=r"split valid of .* has 0 tokens, needs at least"):
-        list(show.windows(corpus, "valid", range(1), 40, 1, PLAIN))
+        list(show_corpus.format_windows(corpus, "valid", range(1), 40, 1, PLAIN))
 
 
 def test_nothing_moves_the_terminal() -> None:
-    assert show.printable("a\tb\nc é漢🎉") == "a\tb\nc é漢🎉"
-    assert show.printable("\x1b[31m\r\x00\u202e\ufeff\u200b") == r"\x1b[31m\r\x00\u202e\ufeff\u200b"
+    assert show_corpus.escape_unprintable("a\tb\nc é漢🎉") == "a\tb\nc é漢🎉"
+    assert show_corpus.escape_unprintable("\x1b[31m\r\x00\u202e\ufeff\u200b") == r"\x1b[31m\r\x00\u202e\ufeff\u200b"
 
 
 def test_the_command(tiny_corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:

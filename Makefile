@@ -53,7 +53,7 @@ test-cluster: install
 
 test-parity: install
 	$(BIN)/python -m pip install --quiet --no-deps open-mythos==0.5.0 megatron-core==0.16.1
-	$(BIN)/python -m pytest -rs tests/parity tests/data/test_megatron.py
+	$(BIN)/python -m pytest -rs tests/parity tests/data/shard_files/test_megatron_format.py
 
 fuzz: export RDT_FUZZ_CASES ?= 2000
 fuzz: install

@@ -1,4 +1,4 @@
-"""Corpora that tests write themselves: any documents, with the tokenizer of another corpus."""
+"""Writing corpora of given documents, with the tokenizer of another corpus, and reading them plainly."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ Documents = Sequence[np.ndarray]
 
 
 def write_shard(folder: Path, name: str, documents: Documents, vocab_size: int) -> dict:
-    """Write one shard; its record for the manifest."""
+    """Write one shard; return its record for the manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     with IndexedWriter(folder / name, vocab_size) as writer:
         for document in documents:
@@ -33,7 +33,7 @@ def write_shard(folder: Path, name: str, documents: Documents, vocab_size: int) 
 
 
 def write_corpus(directory: Path, like: Path, train: Sequence[Documents], valid: Sequence[Documents]) -> Path:
-    """Write a corpus of given shards, each a list of documents, with the tokenizer of the corpus `like`."""
+    """Write a corpus of the given shards, each a list of documents, with the tokenizer of the corpus `like`."""
     document = json.loads((like / "manifest.json").read_text())
     shutil.copytree(like / "tokenizer", directory / "tokenizer")
     for split, shards in (("train", train), ("valid", valid)):
@@ -47,8 +47,8 @@ def write_corpus(directory: Path, like: Path, train: Sequence[Documents], valid:
     return directory
 
 
-def random_documents(generator: np.random.Generator, tokens: int, low: int = 4, high: int = 500) -> list[np.ndarray]:
-    """Documents of random length with random ids from `low` to below `high`, each with EOS (2) at its end."""
+def draw_documents(generator: np.random.Generator, tokens: int, low: int = 4, high: int = 500) -> list[np.ndarray]:
+    """Draw documents of random length and ids from `low` to below `high`, each ending with EOS (2), `tokens` in all."""
     documents, left = [], tokens
     while left > 0:
         length = min(left, int(generator.integers(1, 90)))
@@ -57,13 +57,13 @@ def random_documents(generator: np.random.Generator, tokens: int, low: int = 4, 
     return documents
 
 
-def stream(manifest: CorpusManifest | Path, split: str = "train") -> np.ndarray:
-    """All tokens of a split, read plainly."""
+def read_stream(manifest: CorpusManifest | Path, split: str = "train") -> np.ndarray:
+    """Read all tokens of a split, without the code under test."""
     manifest = load_manifest(manifest) if isinstance(manifest, Path) else manifest
     files = [prefix.with_suffix(".bin") for prefix in manifest.shard_prefixes(split)]
     return np.concatenate([np.fromfile(file, "<u2") for file in files]).astype(np.int64)
 
 
 def mixture_option(corpora: dict[str, Path], **weights: float) -> str:
-    """The option that trains on some of `corpora` with these weights."""
+    """Format the option that trains on some of `corpora` with these weights."""
     return "--data.mixture=" + json.dumps([{"path": str(corpora[n]), "weight": w} for n, w in weights.items()])

@@ -1,4 +1,4 @@
-"""A small corpus of random documents, made without `rdt prep`."""
+"""Writing a small corpus of random documents without `rdt prep`."""
 
 import json
 import shutil
@@ -12,16 +12,16 @@ from megatron_rdt.data.shard_files.corpus_manifest import FORMAT, MANIFEST, VERS
 
 
 def write_random_corpus(
-    directory: Path, tokenizer: Path, splits: dict[str, list[int]], masks: bool = False, seals: bool = True
+    directory: Path, tokenizer: Path, splits: dict[str, list[int]], masks: bool = False, block_hashes: bool = True
 ) -> Path:
-    """Write random documents below `directory`.
+    """Write a corpus of random documents into `directory`; return `directory`.
 
     Args:
-        directory: to make.
+        directory: directory to create.
         tokenizer: folder of the tokenizer to copy.
         splits: for each split, the number of tokens of each shard.
-        masks: with masks, in which half of the tokens count.
-        seals: with the hashes of blocks.
+        masks: write loss masks in which half of the tokens count.
+        block_hashes: write the .sum files.
     """
     shutil.copytree(tokenizer, directory / "tokenizer")
     known, draw = Tokenizer(tokenizer), np.random.default_rng(0)
@@ -50,7 +50,7 @@ def write_random_corpus(
                     writer.add_document(ids, mask=draw.integers(0, 2, length) if masks else None)
             counts = {"tokens": writer.tokens, "documents": writer.documents, "max_id": writer.max_id}
             records.append({"name": prefix.name, **counts, **hash_shard(prefix)})
-            if not seals:
+            if not block_hashes:
                 prefix.with_name(f"{prefix.name}.sum").unlink()
         totals = {key: sum(record[key] for record in records) for key in ("tokens", "documents")}
         document["splits"][split] = {**totals, "shards": records}

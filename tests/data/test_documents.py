@@ -1,4 +1,4 @@
-"""Documents of a packed window: numbered exactly from the shards, seen by the loader, the run and its evaluation alike."""
+"""Documents within a window: numbered exactly as in the shards, for the loader, the run and its evaluation alike."""
 
 import json
 from collections.abc import Callable

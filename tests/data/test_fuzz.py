@@ -1,7 +1,7 @@
-"""Runs over random corpora, mixtures, batches and world sizes, stopped and resumed at random: always the same samples.
+"""Runs over random corpora, mixtures, batches and world sizes, stopped and resumed at random, read the same samples.
 
-What each sample has to be is found plainly: the turns of corpora are counted one by one, and a window is looked up in the
-corpus's stream by its content. RDT_FUZZ_CASES sets the number of cases.
+The expected samples are found by other means: the turns of corpora are counted one by one, and a window is looked up in
+the corpus's tokens by its content. RDT_FUZZ_CASES sets the number of cases.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from megatron_rdt.config import CorpusConfig, RunConfig
 from megatron_rdt.data import Batch, open_corpus
 from megatron_rdt.train.data.prepared import PreparedData, open_prepared_data
-from tests.data.corpora import random_documents, stream, write_corpus
+from tests.data.corpora import draw_documents, read_stream, write_corpus
 
 CASES = int(os.environ.get("RDT_FUZZ_CASES", "15"))
 PHASES = [Phase.explicit, Phase.generate, Phase.shrink]
@@ -32,14 +32,14 @@ NAMES = ("code", "math", "web")
 
 @dataclass(frozen=True)
 class Stretch:
-    """What one process group does until it is stopped.
+    """Part of a run: the steps of one process group until it is stopped.
 
     Attributes:
-        world_size: processes with samples of their own.
-        share: sequences of each per step.
-        saved: steps until the checkpoint that the next stretch starts from.
-        lost: steps after it, which are taken again.
-        weights: of the corpora, by their place in NAMES; 0 leaves one out.
+        world_size: number of data-parallel ranks.
+        share: sequences of each rank per step.
+        saved: steps until the checkpoint that the next stretch resumes from.
+        lost: steps after it, which are repeated.
+        weights: of the corpora, in the order of NAMES; 0 omits one.
     """
 
     world_size: int
@@ -51,11 +51,11 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Case:
-    """Corpora and a run over them.
+    """Corpora and a run on them.
 
     Attributes:
         seed: of the corpora and of the run.
-        tokens: in the shards of each corpus.
+        tokens: number of tokens of each shard of each corpus.
         length: L.
         pack: as `data.pack`.
         documents: as `data.document_mask` and `data.document_positions`.
@@ -93,38 +93,38 @@ CASES_OF_RUNS = st.builds(
 
 
 class PlainMixture:
-    """Counts, sample by sample, which corpus comes next: never one sample off what its weight asks for."""
+    """Count of the samples of each corpus, which checks that none is ever one sample off its share."""
 
     def __init__(self) -> None:
         self.shares: dict[str, float] = {}
         self.since: dict[str, int] = {}
-        self.drawn = dict.fromkeys(NAMES, 0)
+        self.counts = dict.fromkeys(NAMES, 0)
 
     def change(self, weights: dict[str, int]) -> None:
-        """Other weights hold from here on."""
+        """Change the weights of the next samples."""
         shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
         if shares != self.shares:
             self.shares, self.since = shares, dict.fromkeys(weights, 0)
 
     def take(self, name: str) -> int:
-        """The next sample is one of this corpus; its number in it."""
+        """Count the next sample for this corpus; return its number in the corpus."""
         self.since[name] += 1
         total = sum(self.since.values())
         for each, share in self.shares.items():
-            # 1/8192 is what whole numbers over a period may take from a weight.
+            # Weights are rounded to whole numbers over a period, by less than 1/8192.
             assert abs(self.since[each] - share * total) < 1 + total / 8192
-        self.drawn[name] += 1
-        return self.drawn[name] - 1
+        self.counts[name] += 1
+        return self.counts[name] - 1
 
 
 def rows_of(batch: Batch) -> list[tuple[list[int] | None, ...]]:
-    """Every window with all that belongs to it, as plain numbers."""
+    """Convert each row with all its fields to plain numbers."""
     fields = batch.tokens, batch.documents, batch.positions, batch.loss_mask
     return [tuple(None if field is None else field[i].tolist() for field in fields) for i in range(len(batch))]
 
 
-def taken(data: PreparedData, stretch: Stretch, consumed: int) -> tuple[dict[int, tuple], dict[int, int]]:
-    """What all processes of a stretch see from a position on, and of which corpus it is, by sample number."""
+def read_stretch(data: PreparedData, stretch: Stretch, consumed: int) -> tuple[dict[int, tuple], dict[int, int]]:
+    """Read the samples of all ranks from sample `consumed` on; return rows and corpus numbers by sample number."""
     batch, steps = stretch.world_size * stretch.share, stretch.saved + stretch.lost
     rows: dict[int, tuple] = {}
     sources: dict[int, int] = {}
@@ -136,22 +136,22 @@ def taken(data: PreparedData, stretch: Stretch, consumed: int) -> tuple[dict[int
         for (start, end), part in zip(itertools.pairwise(at), loader, strict=True):
             assert all(start <= sample < end for sample in part.samples)
             for sample, row, source in zip(part.samples, rows_of(part), part.sources or [0] * len(part)):
-                assert sample not in rows, "two processes have the same sample"
+                assert sample not in rows, "two ranks have the same sample"
                 rows[sample], sources[sample] = row, source
         loader.close()
     assert sorted(rows) == list(range(consumed, at[-1]))
     return rows, sources
 
 
-def window_starts(corpus: Path, length: int) -> dict[tuple[int, ...], int]:
-    """Where each run of L + 1 tokens begins; they are random, so no two are the same."""
-    tokens = stream(corpus).tolist()
+def find_windows(corpus: Path, length: int) -> dict[tuple[int, ...], int]:
+    """Map every window of L + 1 tokens to its first token; tokens are random, so no two windows are equal."""
+    tokens = read_stream(corpus).tolist()
     return {tuple(tokens[i : i + length + 1]): i for i in range(len(tokens) - length)}
 
 
 def check_epochs(seen: dict[int, tuple], corpus: Path, length: int) -> None:
-    """In every epoch the windows are L apart and each comes once; the first epoch begins with the first token."""
-    where, per_epoch = window_starts(corpus, length), (len(stream(corpus)) - length) // length
+    """Check that in every epoch windows are L apart and come once, and that the first epoch starts at the first token."""
+    where, per_epoch = find_windows(corpus, length), (len(read_stream(corpus)) - length) // length
     starts = {number: where[tuple(row[0])] for number, row in seen.items()}
     for epoch in range(max(starts, default=-1) // per_epoch + 1):
         part = [starts[n] for n in range(epoch * per_epoch, (epoch + 1) * per_epoch) if n in starts]
@@ -171,7 +171,7 @@ def test_every_run_sees_the_same_samples(case: Case, configure: Callable[..., Ru
     config = configure("--eval.every=0", f"--run.seed={case.seed}", f"--train.sequence_length={case.length}")
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         paths = {
-            name: write_corpus(Path(folder) / name, tiny_corpus, [random_documents(generator, n) for n in shards], [])
+            name: write_corpus(Path(folder) / name, tiny_corpus, [draw_documents(generator, n) for n in shards], [])
             for name, shards in zip(NAMES, case.tokens)
         }
         seen: dict[int, tuple] = {}
@@ -179,10 +179,10 @@ def test_every_run_sees_the_same_samples(case: Case, configure: Callable[..., Ru
         plain, consumed, state = PlainMixture(), 0, None
         for stretch in case.stretches:
             weights = {name: weight for name, weight in zip(NAMES, stretch.weights) if weight}
-            data = run_data(config, case, stretch, paths, weights)
+            data = open_run_data(config, case, stretch, paths, weights)
             if state is not None:
                 data.resume(Path("checkpoint"), json.loads(state))
-            rows, sources = taken(data, stretch, consumed)
+            rows, sources = read_stretch(data, stretch, consumed)
             plain.change(weights)
             saved = consumed + stretch.world_size * stretch.share * stretch.saved
             for sample in range(consumed, saved):
@@ -196,10 +196,10 @@ def test_every_run_sees_the_same_samples(case: Case, configure: Callable[..., Ru
         check_samples(case, paths, config, seen, names, data.mixture.order.names)
 
 
-def run_data(
+def open_run_data(
     config: RunConfig, case: Case, stretch: Stretch, paths: dict[str, Path], weights: dict[str, int]
 ) -> PreparedData:
-    """The data of a stretch, opened anew."""
+    """Open the data of a run as a new process group does for a stretch."""
     mixture = [CorpusConfig(str(paths[name]), weight, name, 1e9) for name, weight in weights.items()]
     options = {"pack": case.pack, "document_mask": case.documents, "document_positions": case.documents}
     settings_of_data = dataclasses.replace(config.data, mixture=mixture, **options)
@@ -215,7 +215,7 @@ def check_samples(
     names: dict[int, tuple[str, int]],
     order: list[str],
 ) -> None:
-    """Every sample is the one of its corpus that its count says, read from that corpus alone."""
+    """Check each sample against the one of the same number, read from its corpus alone."""
     options = dataclasses.replace(
         config.data, pack=case.pack, document_mask=case.documents, document_positions=case.documents
     )

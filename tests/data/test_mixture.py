@@ -1,4 +1,4 @@
-"""Mixtures: whose turn sample k is follows from k alone, close to the weights at every k, over phases and periods."""
+"""Mixtures: the corpus of sample k follows from k alone, close to the weights at every k, over phases and periods."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""A run that goes on with other weights, corpora or batches: the past stays, the rest follows from what is noted."""
+"""Runs resumed with other weights, corpora or batch sizes: earlier samples stay, later ones follow from the checkpoint."""
 
 import json
 import shutil
@@ -28,21 +28,21 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
-    """Every batch that a run in this test takes."""
+    """Record every batch that a run in this test takes."""
     taken: list[Batch] = []
     iterate = BatchLoader.__iter__
 
-    def noted(self: BatchLoader) -> Iterator[Batch]:
+    def record_batches(self: BatchLoader) -> Iterator[Batch]:
         for batch in iterate(self):
             taken.append(batch)
             yield batch
 
-    monkeypatch.setattr(BatchLoader, "__iter__", noted)
+    monkeypatch.setattr(BatchLoader, "__iter__", record_batches)
     return taken
 
 
 def by_hand(corpora: dict[str, Path], phases: list[tuple[int, dict[str, int]]], samples: int) -> list[list[int]]:
-    """The window of every sample, by counting: which corpus's turn it is, and its next window."""
+    """Compute the window of every sample by counting the turns of the corpora one by one."""
     names = list(dict.fromkeys(name for _, counts in phases for name in counts))
     opened = {name: TokenCorpus(corpora[name], "train", LENGTH, 1234) for name in names}
     for number, name in enumerate(names):
@@ -150,11 +150,11 @@ def test_a_corpus_is_known_by_name_or_content(configure: Configure, corpora: dic
     assert changed == ["data mixture from sample 100 on: math 0.50 -> 0.00, code 0.50 -> 1.00"]
     assert [phase.start for phase in again.mixture.order.phases] == [0, 100], "no sample was taken of the one between"
     back, _ = resumed(configure, data.state(160), f"--data.path={corpora['code']}")
-    drawn = back.mixture.order.count_per_corpus(200)
-    assert drawn == {"code": 170, "math": 30}
+    counts = back.mixture.order.count_per_corpus(200)
+    assert counts == {"code": 170, "math": 30}
     corpus, number = back.mixture.order.assign_corpora(np.array([160]))
     assert (corpus[0], number[0]) == (0, 130)
-    # A corpus that was left out for a while goes on where it was.
+    # A corpus that was omitted for a while continues where it was.
     later, _ = resumed(configure, back.state(200), two)
     assert later.mixture.order.count_per_corpus(220) == {"code": 180, "math": 40}
 
@@ -193,7 +193,7 @@ def test_other_content_is_refused(configure: Configure, corpora: dict[str, Path]
 
 
 def test_other_masks_are_refused(configure: Configure, tiny_corpus: Path, tmp_path: Path) -> None:
-    """The same tokens, of which others count, are other data."""
+    """The same tokens with another mask are other data."""
     sizes = {"train": [5000], "valid": [900]}
     corpus = write_random_corpus(tmp_path / "c", tiny_corpus / "tokenizer", sizes, masks=True)
     words = f"--data.path={corpus}", "--eval.every=0"

@@ -1,4 +1,4 @@
-"""Streams of a dataset: every row once, the same samples after a resume, clear words about what cannot be."""
+"""Streamed datasets: every row once, the same samples after a resume, and clear errors."""
 
 import contextlib
 import json
@@ -41,11 +41,11 @@ def tokenizer(tiny_corpus: Path) -> Tokenizer:
     return Tokenizer(tiny_corpus / "tokenizer")
 
 
-def reader(path: str, place: int = 0, places: int = 1, state: Any = None, epochs: float | None = None) -> RowReader:
-    return RowReader(path, "text", lambda epoch: open_dataset(path, "train", place, places), epochs, state)
+def make_reader(path: str, rank: int = 0, ranks: int = 1, state: Any = None, epochs: float | None = None) -> RowReader:
+    return RowReader(path, "text", lambda epoch: open_dataset(path, "train", rank, ranks), epochs, state)
 
 
-def all_texts(texts: RowReader) -> list[str]:
+def read_all(texts: RowReader) -> list[str]:
     found: list[str] = []
     with contextlib.suppress(DatasetEndedError):
         for read in texts:
@@ -53,42 +53,42 @@ def all_texts(texts: RowReader) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("places", [1, 2, 3, 4])  # 3 does not divide the files: rows are dealt out
-def test_every_row_once_and_from_any_state(dataset: str, places: int) -> None:
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])  # 3 does not divide the files: rows are distributed instead
+def test_every_row_once_and_from_any_state(dataset: str, ranks: int) -> None:
     found = []
-    for place in range(places):
-        whole = all_texts(reader(dataset, place, places, epochs=1))
+    for rank in range(ranks):
+        whole = read_all(make_reader(dataset, rank, ranks, epochs=1))
         found += whole
         for cuts in ((0, 0), (3, 4), (len(whole) - 1, 1)):
-            texts, taken = reader(dataset, place, places, epochs=1), []
+            texts, taken = make_reader(dataset, rank, ranks, epochs=1), []
             for cut in cuts:
                 taken += [next(texts) for _ in range(cut)]
                 state = json.loads(json.dumps(texts.state()))
-                texts = reader(dataset, place, places, state, epochs=1)
-            assert taken + all_texts(texts) == whole, (place, cuts)
+                texts = make_reader(dataset, rank, ranks, state, epochs=1)
+            assert taken + read_all(texts) == whole, (rank, cuts)
     assert sorted(found) == sorted(text(i) for i in range(120) if i != 50)
 
 
-def test_passes_repeat_the_rows(dataset: str) -> None:
-    texts = reader(dataset)
+def test_epochs_repeat_the_rows(dataset: str) -> None:
+    texts = make_reader(dataset)
     first = [next(texts) for _ in range(119)]
     state = texts.state()
     assert [next(texts) for _ in range(119)] == first
-    again = reader(dataset, state=json.loads(json.dumps(state)))
+    again = make_reader(dataset, state=json.loads(json.dumps(state)))
     assert [next(again) for _ in range(119)] == first
-    assert [next(again) for _ in range(119)] == first, "a pass after a resumed one begins at the beginning"
+    assert [next(again) for _ in range(119)] == first, "an epoch after a resumed one begins at its start"
     assert again.epoch == 2
 
 
-def expected_stream(tokenizer: Tokenizer, numbers: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of the rows, and the number of the row of each."""
+def encode_rows(tokenizer: Tokenizer, numbers: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Encode rows one by one; return their tokens and the row of each token."""
     documents = [[*tokenizer.encode(text(i)), tokenizer.eos] for i in numbers]
     return np.concatenate(documents), np.repeat(np.arange(len(documents)), [len(d) for d in documents])
 
 
 def test_windows_are_those_of_the_joined_rows(dataset: str, tokenizer: Tokenizer) -> None:
-    stream = TokenStream(reader(dataset), tokenizer, LENGTH, 0, documents=True, positions=True)
-    tokens, rows = expected_stream(tokenizer, [i for i in range(120) if i != 50])
+    stream = TokenStream(make_reader(dataset), tokenizer, LENGTH, 0, documents=True, positions=True)
+    tokens, rows = encode_rows(tokenizer, [i for i in range(120) if i != 50])
     start = 0
     for count in (1, 5, 2, 40):
         windows = stream.read_next(count)
@@ -99,34 +99,34 @@ def test_windows_are_those_of_the_joined_rows(dataset: str, tokenizer: Tokenizer
             assert windows.tokens[row].tolist() == tokens[part].tolist()
             numbers = rows[part] - rows[start]
             assert windows.documents[row].tolist() == numbers.tolist()
-            place = [int((numbers[:i] == numbers[i]).sum()) for i in range(LENGTH + 1)]
-            assert windows.positions[row].tolist() == place
+            positions = [int((numbers[:i] == numbers[i]).sum()) for i in range(LENGTH + 1)]
+            assert windows.positions[row].tolist() == positions
             start += LENGTH
 
 
-def batches(loader: BatchLoader, count: int) -> list[tuple]:
+def take_batches(loader: BatchLoader, count: int) -> list[tuple]:
     iterator = iter(loader)
     taken = [next(iterator) for _ in range(count)]
     return [(batch.samples, batch.batch_rows, batch.tokens.tolist()) for batch in taken]
 
 
-@pytest.mark.parametrize("places", [1, 2])
-def test_resuming_twice_changes_nothing(dataset: str, tokenizer: Tokenizer, places: int, tmp_path: Path) -> None:
-    total = 160  # samples: more than two passes over the rows
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_resuming_twice_changes_nothing(dataset: str, tokenizer: Tokenizer, ranks: int, tmp_path: Path) -> None:
+    total = 160  # samples: more than two epochs
 
-    def started(place: int, consumed: int = 0, state: Any = None) -> tuple[TokenStream, BatchLoader]:
-        texts = reader(dataset, place, places, state and state["texts"])
+    def start(rank: int, consumed: int = 0, state: Any = None) -> tuple[TokenStream, BatchLoader]:
+        texts = make_reader(dataset, rank, ranks, state and state["texts"])
         stream = TokenStream(texts, tokenizer, LENGTH, 3, consumed=consumed, global_batch=BATCH, state=state)
-        return stream, BatchLoader(stream, BATCH, place, places, consumed, total)
+        return stream, BatchLoader(stream, BATCH, rank, ranks, consumed, total)
 
-    for place in range(places):
-        _, loader = started(place)
-        whole = batches(loader, total // BATCH)
+    for rank in range(ranks):
+        _, loader = start(rank)
+        whole = take_batches(loader, total // BATCH)
         loader.close()
         taken, consumed, state = [], 0, None
         for steps in (7, 0, 16, 17):  # 0: saved before anything was read
-            stream, loader = started(place, consumed, state)
-            taken += batches(loader, steps)
+            stream, loader = start(rank, consumed, state)
+            taken += take_batches(loader, steps)
             consumed += BATCH * steps
             loader.close()  # what was read ahead is forgotten
             torch.save(stream.state(consumed), tmp_path / "state.pt")
@@ -137,17 +137,17 @@ def test_resuming_twice_changes_nothing(dataset: str, tokenizer: Tokenizer, plac
 
 def test_held_out_rows_are_not_trained_on(dataset: str, tokenizer: Tokenizer) -> None:
     windows, hashes, rows = read_held_out_windows(dataset, "train", "text", tokenizer, LENGTH, 6)
-    tokens, _ = expected_stream(tokenizer, list(range(rows)))
+    tokens, _ = encode_rows(tokenizer, list(range(rows)))
     assert len(tokens) >= 6 * LENGTH + 1
     assert windows.tokens.tolist() == [tokens[i * LENGTH : (i + 1) * LENGTH + 1].tolist() for i in range(6)]
-    stream = TokenStream(reader(dataset), tokenizer, LENGTH, 0, held_out=hashes)
-    rest, _ = expected_stream(tokenizer, list(range(rows, 50)))
+    stream = TokenStream(make_reader(dataset), tokenizer, LENGTH, 0, held_out=hashes)
+    rest, _ = encode_rows(tokenizer, list(range(rows, 50)))
     assert stream.read_next(3).tokens.tolist() == [rest[i * LENGTH : (i + 1) * LENGTH + 1].tolist() for i in range(3)]
     with pytest.raises(DataError, match=r"ended after 120 rows, before it gave 4000 sequences of 32 tokens"):
         read_held_out_windows(dataset, "train", "text", tokenizer, LENGTH, 4000)
 
 
-def test_what_cannot_be_read_is_named(dataset: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_unreadable_data_is_named(dataset: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"field body is missing; it has id, text\. Set --data.text_field"):
         next(RowReader(dataset, "body", lambda epoch: open_dataset(dataset, "train")))
     with pytest.raises(DataError, match="field id is a int, not a text"):
@@ -157,13 +157,13 @@ def test_what_cannot_be_read_is_named(dataset: str, tokenizer: Tokenizer, tmp_pa
     with pytest.raises(DataError, match="hf:nobody/nothing could not be read as a dataset"):
         open_dataset("hf:nobody/nothing", "train")
     with pytest.raises(DataError, match=r"ended after 120 rows of this process, and data.max_epochs is 2"):
-        TokenStream(reader(dataset, epochs=2), tokenizer, LENGTH, 0).read_next(2000)
+        TokenStream(make_reader(dataset, epochs=2), tokenizer, LENGTH, 0).read_next(2000)
     (tmp_path / "a.jsonl").write_text('{"text": " "}\n{"text": ""}\n')
     with pytest.raises(DataError, match="has no text for this process"):
-        next(reader(f"hf:{tmp_path}"))
+        next(make_reader(f"hf:{tmp_path}"))
 
 
-def options(dataset: str, tiny_corpus: Path, root: Path) -> list[str]:
+def stream_options(dataset: str, tiny_corpus: Path, root: Path) -> list[str]:
     words = {
         "run.root": root,
         "data.path": dataset,
@@ -190,13 +190,16 @@ def test_a_run_that_is_resumed_twice_is_the_run(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert train(configure(*options(dataset, tiny_corpus, tmp_path / "whole"))) == 0
+    assert train(configure(*stream_options(dataset, tiny_corpus, tmp_path / "whole"))) == 0
     out = capsys.readouterr().out
     assert "is streamed in the dataset's order; its first " in out
     assert "nothing of it is hashed" in out
     for steps in (2, 4, 6):
         assert (
-            train(configure(*options(dataset, tiny_corpus, tmp_path / "parts"), f"--train.steps={steps}"), "auto") == 0
+            train(
+                configure(*stream_options(dataset, tiny_corpus, tmp_path / "parts"), f"--train.steps={steps}"), "auto"
+            )
+            == 0
         )
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert len(losses(tmp_path / "whole")) == 6
@@ -205,7 +208,7 @@ def test_a_run_that_is_resumed_twice_is_the_run(
 def test_what_a_stream_cannot_go_on_from(
     configure: Callable[..., RunConfig], dataset: str, tiny_corpus: Path, tmp_path: Path
 ) -> None:
-    words = options(dataset, tiny_corpus, tmp_path)
+    words = stream_options(dataset, tiny_corpus, tmp_path)
     config = configure(*words, "--train.steps=2")
     assert train(config) == 0
     source = tmp_path / "run" / "checkpoints" / "step-00000002"
@@ -227,15 +230,15 @@ def test_what_a_stream_cannot_go_on_from(
 def test_what_is_said_of_a_shuffle_buffer(
     configure: Callable[..., RunConfig], dataset: str, tiny_corpus: Path, tmp_path: Path
 ) -> None:
-    config = configure(*options(dataset, tiny_corpus, tmp_path), "--data.shuffle_buffer=10")
+    config = configure(*stream_options(dataset, tiny_corpus, tmp_path), "--data.shuffle_buffer=10")
     data = StreamedData(config, 1, 0, 0)
     assert "every resume loses up to as many rows" in data.describe(36)[1]
     loader = data.loader(0, 36, 0, torch.device("cpu"))
-    shuffled = batches(loader, 3)
+    shuffled = take_batches(loader, 3)
     loader.close()
-    plain = StreamedData(configure(*options(dataset, tiny_corpus, tmp_path)), 1, 0, 0)
+    plain = StreamedData(configure(*stream_options(dataset, tiny_corpus, tmp_path)), 1, 0, 0)
     loader = plain.loader(0, 36, 0, torch.device("cpu"))
-    assert batches(loader, 3) != shuffled
+    assert take_batches(loader, 3) != shuffled
     loader.close()
 
 
@@ -253,13 +256,13 @@ def test_options_that_do_not_go_together(
     configure: Callable[..., RunConfig], dataset: str, tiny_corpus: Path, tmp_path: Path, words: list[str], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_config(configure(*options(dataset, tiny_corpus, tmp_path), *words), 1)
+        check_config(configure(*stream_options(dataset, tiny_corpus, tmp_path), *words), 1)
 
 
 def test_a_tokenizer_that_does_not_fit(
     configure: Callable[..., RunConfig], dataset: str, tiny_corpus: Path, tmp_path: Path
 ) -> None:
-    words = options(dataset, tiny_corpus, tmp_path)
+    words = stream_options(dataset, tiny_corpus, tmp_path)
     with pytest.raises(ConfigError, match=r"has 512 pieces\. Set --model.vocab_size 512"):
         StreamedData(configure(*words, "--model.vocab_size=600"), 1, 0, 0)
     with pytest.raises(ConfigError, match="is not a folder"):
@@ -274,7 +277,7 @@ def test_two_processes_resume_and_convert(
     tiny_options: list[str], dataset: str, tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def words(root: Path, *more: str) -> list[str]:
-        own = options(dataset, tiny_corpus, root)
+        own = stream_options(dataset, tiny_corpus, root)
         return [*tiny_options, *own, "--run.name=run", "--parallel.engine=ddp", "--train.micro_batch=2", *more]
 
     train_on(2, words(tmp_path / "whole"))
@@ -286,7 +289,7 @@ def test_two_processes_resume_and_convert(
     assert [rank["place"] for rank in ranks] == [0, 1]
     assert ranks[0]["texts"]["dataset"] != ranks[1]["texts"]["dataset"]
     alone = [*words(tmp_path / "whole")[: len(tiny_options)], "--run.name=run", f"--resume={source}"]
-    alone += options(dataset, tiny_corpus, tmp_path / "alone")
+    alone += stream_options(dataset, tiny_corpus, tmp_path / "alone")
     assert run_command(["train", *alone, "--parallel.engine=single"]) == 1
     assert "data-parallel ranks 2, now it is 1" in capsys.readouterr().err
     assert run_command(["convert", str(source), str(tmp_path / "zero"), "--to", "native"]) == 0

@@ -1,4 +1,4 @@
-"""Damage of every kind: verify says where, and nothing damaged is read without a word."""
+"""Damage of every kind: verify reports where it is, and no damaged corpus is read without an error."""
 
 import json
 import os
@@ -28,7 +28,7 @@ BIG, SECOND, THIRD = "train/shard-00000", "train/shard-00001", "train/shard-0000
 
 @pytest.fixture(scope="module")
 def whole(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus with masks and hashes of blocks, of which the first shard has three blocks."""
+    """A corpus with masks and block hashes; its first shard has three blocks."""
     return write_random_corpus(
         tmp_path_factory.mktemp("whole") / "corpus", tiny_corpus / "tokenizer", SIZES, masks=True
     )
@@ -50,49 +50,49 @@ def flip(path: Path, offset: int, mask: int = 1) -> None:
     set_bytes(path, offset, bytes([path.read_bytes()[offset] ^ mask]))
 
 
-def edit(corpus: Path, change: Callable[[dict], object]) -> None:
+def edit_manifest(corpus: Path, change: Callable[[dict], object]) -> None:
     document = json.loads((corpus / "manifest.json").read_text())
     change(document)
     (corpus / "manifest.json").write_text(json.dumps(document))
 
 
-def record(document: dict, place: str) -> dict:
-    split, name = place.split("/")
+def record(document: dict, shard_name: str) -> dict:
+    split, name = shard_name.split("/")
     return next(shard for shard in document["splits"][split]["shards"] if shard["name"] == name)
 
 
-def sequences(corpus: Path, place: str) -> int:
-    return len(IndexedDataset(corpus / place))
+def count_sequences(corpus: Path, shard: str) -> int:
+    return len(IndexedDataset(corpus / shard))
 
 
-def id_outside(corpus: Path) -> None:
+def damage_id(corpus: Path) -> None:
     set_bytes(corpus / f"{BIG}.bin", 2_097_160, b"\xff\xff")
 
 
-def end_of_document(corpus: Path) -> None:
+def damage_end_of_document(corpus: Path) -> None:
     second = int(IndexedDataset(corpus / SECOND).pointers[2])
     set_bytes(corpus / f"{SECOND}.bin", second - 2, b"\x0b\x00")
 
 
-def length(corpus: Path) -> None:
+def damage_length(corpus: Path) -> None:
     flip(corpus / f"{SECOND}.idx", 34 + 4 * 7 + 1)
 
 
-def pointer(corpus: Path) -> None:
-    flip(corpus / f"{SECOND}.idx", 34 + 4 * sequences(corpus, SECOND) + 8 * 7 + 5)
+def damage_pointer(corpus: Path) -> None:
+    flip(corpus / f"{SECOND}.idx", 34 + 4 * count_sequences(corpus, SECOND) + 8 * 7 + 5)
 
 
-def last_pointer(corpus: Path) -> None:
-    count = sequences(corpus, SECOND)
+def damage_last_pointer(corpus: Path) -> None:
+    count = count_sequences(corpus, SECOND)
     flip(corpus / f"{SECOND}.idx", 34 + 4 * count + 8 * (count - 1))
 
 
-def first_pointer(corpus: Path) -> None:
-    flip(corpus / f"{SECOND}.idx", 34 + 4 * sequences(corpus, SECOND))
+def damage_first_pointer(corpus: Path) -> None:
+    flip(corpus / f"{SECOND}.idx", 34 + 4 * count_sequences(corpus, SECOND))
 
 
-def document_start(corpus: Path) -> None:
-    flip(corpus / f"{SECOND}.idx", 34 + 12 * sequences(corpus, SECOND) + 8 * 5)
+def damage_document_start(corpus: Path) -> None:
+    flip(corpus / f"{SECOND}.idx", 34 + 12 * count_sequences(corpus, SECOND) + 8 * 5)
 
 
 def shorten(corpus: Path, suffix: str, count: int) -> None:
@@ -100,7 +100,7 @@ def shorten(corpus: Path, suffix: str, count: int) -> None:
     os.truncate(path, path.stat().st_size - count)
 
 
-def swap(corpus: Path) -> None:
+def swap_shards(corpus: Path) -> None:
     for suffix in (".bin", ".idx", ".mask", ".sum"):
         one, two = corpus / f"{SECOND}{suffix}", corpus / f"{THIRD}{suffix}"
         one.rename(corpus / "kept")
@@ -108,7 +108,7 @@ def swap(corpus: Path) -> None:
         (corpus / "kept").rename(two)
 
 
-def another_tokenizer(corpus: Path) -> None:
+def replace_tokenizer(corpus: Path) -> None:
     text = corpus.with_name("text.txt")
     text.write_text("\n".join(f"a text of its own {i * i}" for i in range(100)))
     other = prepare(
@@ -119,10 +119,16 @@ def another_tokenizer(corpus: Path) -> None:
 
 
 class Case(NamedTuple):
-    """Damage, what verify says of it in regular expressions, and what opening says ("" where it opens)."""
+    """One kind of damage.
+
+    Attributes:
+        damage: damages a corpus.
+        findings: regular expressions of what verify reports.
+        opening: regular expression of the error when the corpus is opened; "" if it opens.
+    """
 
     damage: Callable[[Path], object]
-    said: tuple[str, ...]
+    findings: tuple[str, ...]
     opening: str
 
 
@@ -138,7 +144,7 @@ CASES = {
         "",
     ),
     "id outside": Case(
-        id_outside,
+        damage_id,
         (
             r"train/shard-00000\.bin: bytes 2,097,160 to 2,097,161 hold id 65535, vocab_size is 512",
             r"train/shard-00000\.bin: bytes 2,097,152 to 2,799,999 differ",
@@ -146,19 +152,23 @@ CASES = {
         "",
     ),
     "no EOS": Case(
-        end_of_document,
+        damage_end_of_document,
         (r"train/shard-00001\.bin: bytes [\d,]+ to [\d,]+ hold id 11 at the end of document 1, not EOS, 2",),
         "",
     ),
-    "length": Case(length, (r"train/shard-00001\.idx: bytes 62 to 65 \(length of sequence 7\) hold \d+, not \d+",), ""),
+    "length": Case(
+        damage_length, (r"train/shard-00001\.idx: bytes 62 to 65 \(length of sequence 7\) hold \d+, not \d+",), ""
+    ),
     "pointer": Case(
-        pointer, (r"train/shard-00001\.idx: bytes \d+ to \d+ \(pointer of sequence 7\) hold \d+, not \d+",), ""
+        damage_pointer, (r"train/shard-00001\.idx: bytes \d+ to \d+ \(pointer of sequence 7\) hold \d+, not \d+",), ""
     ),
     "last pointer": Case(
-        last_pointer, (r"\.idx: bytes \d+ to \d+ \(pointer of sequence \d+\) hold",), r"bytes, its index says"
+        damage_last_pointer, (r"\.idx: bytes \d+ to \d+ \(pointer of sequence \d+\) hold",), r"bytes, its index says"
     ),
-    "first pointer": Case(first_pointer, (r"\.idx: bytes \d+ to \d+ \(pointer of sequence 0\) hold 1, not 0",), ""),
-    "document": Case(document_start, (r"\.idx: bytes \d+ to \d+ \(start of document 5\) hold 4, not 5",), ""),
+    "first pointer": Case(
+        damage_first_pointer, (r"\.idx: bytes \d+ to \d+ \(pointer of sequence 0\) hold 1, not 0",), ""
+    ),
+    "document": Case(damage_document_start, (r"\.idx: bytes \d+ to \d+ \(start of document 5\) hold 4, not 5",), ""),
     "magic": Case(lambda c: flip(c / f"{BIG}.idx", 3), (r"\.idx: bytes 0 to 8 \(magic\) hold",), "not an index"),
     "type code": Case(
         lambda c: set_bytes(c / f"{SECOND}.idx", 17, b"\x03"),
@@ -199,7 +209,7 @@ CASES = {
         lambda c: (c / f"{THIRD}.mask").unlink(), (r"train/shard-00002\.mask: it is missing",), "mask is missing"
     ),
     "swapped": Case(
-        swap,
+        swap_shards,
         (
             r"train/shard-00001\.bin: it has the content of train/shard-00002\.bin",
             r"train/shard-00002\.mask: it has the content of train/shard-00001\.mask",
@@ -207,7 +217,7 @@ CASES = {
         "documents, the manifest says",
     ),
     "another tokenizer": Case(
-        another_tokenizer, (r"tokenizer: it is not the tokenizer that made these shards",), "is not the tokenizer"
+        replace_tokenizer, (r"tokenizer: it is not the tokenizer that made these shards",), "is not the tokenizer"
     ),
     "token bytes": Case(
         lambda c: flip(c / "tokenizer" / "token_bytes.npy", 900), (r"token_bytes\.npy: it is not of this",), ""
@@ -216,27 +226,27 @@ CASES = {
         lambda c: (c / "tokenizer" / "tokenizer.json").write_text("{}"), (r"tokenizer\.json cannot be loaded",), ""
     ),
     "tokens of a split": Case(
-        lambda c: edit(c, lambda d: d["splits"]["valid"].update(tokens=5001)),
+        lambda c: edit_manifest(c, lambda d: d["splits"]["valid"].update(tokens=5001)),
         (r"manifest\.json: valid has 5,001 tokens, but its shards together 5,000",),
         "says 5,001 tokens for the split valid",
     ),
     "tokens of a shard": Case(
-        lambda c: edit(c, lambda d: record(d, THIRD).update(tokens=29_999)),
+        lambda c: edit_manifest(c, lambda d: record(d, THIRD).update(tokens=29_999)),
         (r"manifest\.json: tokens of train/shard-00002 is 29,999, the shard says 30,000",),
         "says 1,460,000 tokens for the split train, its shards have 1,459,999",
     ),
     "largest id": Case(
-        lambda c: edit(c, lambda d: record(d, THIRD).update(max_id=3)),
+        lambda c: edit_manifest(c, lambda d: record(d, THIRD).update(max_id=3)),
         (r"manifest\.json: max_id of train/shard-00002 is 3, the shard says 511",),
         "",
     ),
     "hash in the manifest": Case(
-        lambda c: edit(c, lambda d: record(d, THIRD).update(bin_sha256="0" * 64)),
+        lambda c: edit_manifest(c, lambda d: record(d, THIRD).update(bin_sha256="0" * 64)),
         (r"manifest\.json: the hash of train/shard-00002\.bin is another, but the file fits train/.*\.sum: one",),
         "",
     ),
     "vocabulary": Case(
-        lambda c: edit(c, lambda d: d.update(vocab_size=65_537)),
+        lambda c: edit_manifest(c, lambda d: d.update(vocab_size=65_537)),
         (
             r"manifest\.json: vocab_size is 65,537, but dtype uint16 holds 65,536 ids",
             r"manifest\.json: vocab_size is 65537, the tokenizer has 512",
@@ -244,28 +254,30 @@ CASES = {
         "says dtype uint16, which holds 65,536 ids, and vocab_size 65,537",
     ),
     "EOS in the manifest": Case(
-        lambda c: edit(c, lambda d: d.update(eos=3)), (r"manifest\.json: eos is 3, the tokenizer has 2",), "says eos 3"
+        lambda c: edit_manifest(c, lambda d: d.update(eos=3)),
+        (r"manifest\.json: eos is 3, the tokenizer has 2",),
+        "says eos 3",
     ),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_damage_is_located(corpus: Path, name: str) -> None:
-    damage, said, opening = CASES[name]
+    damage, expected, opening = CASES[name]
     damage(corpus)
     findings = verify_corpus(corpus, 1)
     text = "\n".join(map(str, findings))
     assert any(finding.serious for finding in findings)
-    for pattern in said:
+    for pattern in expected:
         assert re.search(pattern, text), text
     if opening:
         with pytest.raises(DataError, match=opening):
             TokenCorpus(corpus, "train", 64, 1)
         return
-    split = TokenCorpus(corpus, "train", 64, 1)  # what sizes and headers do not show
+    split = TokenCorpus(corpus, "train", 64, 1)  # sizes and headers do not show this damage
     split.close()
     files = [finding.file for finding in findings if finding.file.endswith((".bin", ".idx", ".mask"))]
-    if files:  # the rest is of no use to training
+    if files:  # damage of other files does not affect training
         with pytest.raises(DataError, match="has other content than was written"):
             TokenCorpus(corpus, "train", 64, 1, verify="full")
 
@@ -293,11 +305,13 @@ def test_every_bad_shard_is_named(corpus: Path) -> None:
 
 
 def test_without_hashes_of_blocks(tiny_corpus: Path, tmp_path: Path) -> None:
-    corpus = write_random_corpus(tmp_path / "c", tiny_corpus / "tokenizer", {"train": [9000, 20_000]}, seals=False)
+    corpus = write_random_corpus(
+        tmp_path / "c", tiny_corpus / "tokenizer", {"train": [9000, 20_000]}, block_hashes=False
+    )
     assert verify_corpus(corpus) == []
     inside = 2 * int(IndexedDataset(corpus / BIG).lengths[0]) - 8
     flip(corpus / f"{BIG}.bin", inside)
-    length(corpus)
+    damage_length(corpus)
     text = [str(finding) for finding in verify_corpus(corpus)]
     assert text[0] == (
         "train/shard-00000.bin: it differs from what was written; there are no hashes of its blocks to say where"
@@ -306,7 +320,7 @@ def test_without_hashes_of_blocks(tiny_corpus: Path, tmp_path: Path) -> None:
     assert len(text) == 2
 
 
-def test_what_does_no_harm_is_told_apart(corpus: Path) -> None:
+def test_harmless_findings_are_not_serious(corpus: Path) -> None:
     (corpus / "train" / "shard-00009.bin").write_bytes(b"12")
     flip(corpus / f"{BIG}.sum", 200)
     (corpus / f"{SECOND}.sum").write_text("{}")
@@ -347,7 +361,7 @@ def test_a_mask_that_the_manifest_does_not_know(tiny_corpus: Path, tmp_path: Pat
     ],
 )
 def test_a_manifest_that_cannot_be_used(corpus: Path, change: Callable[[dict], object], message: str) -> None:
-    edit(corpus, change)
+    edit_manifest(corpus, change)
     with pytest.raises(DataError, match=f"manifest.json {message}.*--restart"):
         load_manifest(corpus)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_rdt.data import IndexedDataset, IndexedWriter
-from tests.data.test_indexed import GOLDEN_BIN, GOLDEN_IDX
+from tests.data.shard_files.test_indexed import GOLDEN_BIN, GOLDEN_IDX
 
 pytestmark = [
     pytest.mark.distributed,
@@ -25,23 +25,23 @@ pytestmark = [
 
 
 class Case(NamedTuple):
-    """Documents, each a list of sequences, as a builder of Megatron's takes them."""
+    """Documents, each a list of sequences, as Megatron's builder takes them, with the mode of each sequence."""
 
     dtype: str
     documents: list[list[list[int]]]
     modes: list[list[int]] | None = None
 
 
-def random_documents(limit: int, count: int = 60) -> list[list[list[int]]]:
+def draw_documents(limit: int, count: int = 60) -> list[list[list[int]]]:
     draw = np.random.default_rng(limit)
     return [[draw.integers(0, limit, draw.integers(1, 90)).tolist()] for _ in range(count)]
 
 
-# The limit is the vocabulary; one sequence each is what our writer writes too.
+# Vocabulary and documents of one sequence each, which our writer can write too.
 SAME = {
-    "uint16": (65_499, Case("uint16", random_documents(65_499))),
-    "int32": (65_500, Case("int32", random_documents(65_500))),
-    "wide": (200_000, Case("int32", random_documents(200_000))),
+    "uint16": (65_499, Case("uint16", draw_documents(65_499))),
+    "int32": (65_500, Case("int32", draw_documents(65_500))),
+    "wide": (200_000, Case("int32", draw_documents(200_000))),
 }
 OTHERS = {
     "golden": Case("uint16", [[[1, 2, 3]], [[65_499]]]),
@@ -55,7 +55,7 @@ OTHERS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ours/ with what we wrote, theirs/ with what Megatron's builder wrote, read.json with what Megatron read in ours."""
+    """Folder with shards of ours in ours/, of Megatron's builder in theirs/, and Megatron's reading of ours in read.json."""
     folder = tmp_path_factory.mktemp("megatron")
     (folder / "ours").mkdir()
     (folder / "theirs").mkdir()

@@ -1,7 +1,7 @@
-"""Megatron's side of the comparison, in a process of its own: writes its files, and says what it reads in ours.
+"""Megatron's side of the comparison, in a process of its own: writes its files, and reads ours.
 
-python megatron_worker.py FOLDER: FOLDER/documents.json says what to write into FOLDER/theirs, FOLDER/ours is read into
-FOLDER/read.json.
+python megatron_worker.py FOLDER: writes the documents of FOLDER/documents.json to FOLDER/theirs, and the content of the
+shards in FOLDER/ours to FOLDER/read.json.
 """
 
 import json
@@ -14,15 +14,15 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 
 def main(folder: Path) -> None:
-    """Write, then read."""
+    """Write Megatron's shards, then read ours."""
     for name, case in json.loads((folder / "documents.json").read_text()).items():
         dtype, modes = getattr(np, case["dtype"]), case["modes"]
         prefix = folder / "theirs" / name
         builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype, multimodal=modes is not None)
         for number, document in enumerate(case["documents"]):
             # As preprocess_data.py does: a document without a sequence is ended without one.
-            for place, sequence in enumerate(document):
-                mode = {} if modes is None else {"mode": modes[number][place]}
+            for index, sequence in enumerate(document):
+                mode = {} if modes is None else {"mode": modes[number][index]}
                 builder.add_item(torch.tensor(sequence, dtype=torch.int64), **mode)
             builder.end_document()
         builder.finalize(f"{prefix}.idx")

@@ -1,4 +1,4 @@
-"""Tokenizers: nothing is lost, raw text stays text, and AutoTokenizer gives the same ids."""
+"""Tokenizers: no text is lost, special tokens in a text stay text, and AutoTokenizer gives the same ids."""
 
 import io
 import json
@@ -103,7 +103,7 @@ def opened(tokenizer_folders: dict[str, Path]) -> dict[str, Tokenizer]:
 
 @pytest.fixture(scope="module")
 def exported(tokenizer_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """What AutoTokenizer makes of an export; special tokens in a text are text, as they are in a corpus."""
+    """Exports loaded by AutoTokenizer, with special tokens in a text encoded as text, as in a corpus."""
     from transformers import AutoTokenizer
 
     loaded = {}
@@ -142,21 +142,21 @@ def test_a_batch_is_its_texts(kind: str, texts: list[str], opened: dict[str, Tok
 def test_words_are_encoded_as_in_their_text(
     tiny_text: Path, opened: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In batches and in a memory that is too small for them."""
+    """In batches, and with a cache that is too small for them."""
     backend = opened["bpe"].backend
     assert isinstance(backend, SentencePieceBackend)
     assert isinstance(backend._word_cache, WordCache)
     monkeypatch.setattr("megatron_rdt.data.tokenizer.bpe_word_cache.CACHE_BYTES", 100_000)
     texts = [path.read_text(encoding="utf-8") for path in sorted(tiny_text.iterdir())]
     expected = [backend.processor.encode(text) for text in texts]
-    forgotten = 0
+    cleared = 0
     for first in range(0, len(texts), 3):
         before = backend._word_cache._held_bytes
         assert [array.tolist() for array in backend.encode_batch(texts[first : first + 3])] == expected[
             first : first + 3
         ]
-        forgotten += backend._word_cache._held_bytes < before
-    assert forgotten > 1
+        cleared += backend._word_cache._held_bytes < before
+    assert cleared > 1
 
 
 @pytest.mark.parametrize(
@@ -174,8 +174,10 @@ def test_words_are_encoded_as_in_their_text(
         ({"model_type": "unigram"}, False),
     ],
 )
-def test_words_are_apart_only_where_no_piece_crosses(tiny_text: Path, options: dict[str, Any], possible: bool) -> None:
-    """With other settings of training, and then a batch is its texts too."""
+def test_words_are_independent_only_where_no_piece_crosses(
+    tiny_text: Path, options: dict[str, Any], possible: bool
+) -> None:
+    """With other settings of training; where words are independent, a batch gives the ids of its texts."""
     texts = [path.read_text(encoding="utf-8") for path in sorted(tiny_text.iterdir())][:20]
     given = {
         "model_type": "bpe",
@@ -229,7 +231,7 @@ def test_a_visible_space_comes_back_as_a_space(kind: str, opened: dict[str, Toke
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_a_tokenizer_says_of_itself(kind: str, opened: dict[str, Tokenizer]) -> None:
+def test_properties_of_a_tokenizer(kind: str, opened: dict[str, Tokenizer]) -> None:
     tokenizer = opened[kind]
     assert tokenizer.kind == {"bpe": "spm-bpe", "unigram": "spm-unigram", "hf": "hf"}[kind]
     assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eos, tokenizer.pad) == {
@@ -246,13 +248,13 @@ def test_what_a_tokenizer_says_of_itself(kind: str, opened: dict[str, Tokenizer]
 
 
 def integer_viterbi(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The best cut of a text by sums of integers: of equal ones the one whose last piece is the longest, at every place."""
+    """Find the segmentation with the highest integer score; of equal ones, that with the longest last piece, at every end."""
     model = parse_model(tokenizer.processor.serialized_model_proto())
     ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
     scores = {piece.piece: int(piece.score * GRID) for piece in model.pieces if piece.type == 1}
     longest, unknown = max(map(len, scores)), min(scores.values()) - 10 * GRID
     text = text.replace(" ", SPACE)
-    best: list[tuple[int, int]] = [(0, 0)]  # the sum up to a place, and where its last piece begins
+    best: list[tuple[int, int]] = [(0, 0)]  # highest sum up to each end, and the start of its last piece
     for end in range(1, len(text) + 1):
         options = []
         for start in range(max(end - longest, 0), end):
@@ -273,11 +275,11 @@ def integer_viterbi(tokenizer: Tokenizer, text: str) -> list[int]:
 @settings(QUICK, max_examples=60)
 @given(text=st.one_of(TEXTS, st.text("+-= a\n", max_size=80)))
 @example(text="x = " + "+" * 3000 + "\n" + "ab-" * 2000 + " 7")
-def test_unigram_takes_the_best_cut(text: str, opened: dict[str, Tokenizer]) -> None:
+def test_unigram_takes_the_best_segmentation(text: str, opened: dict[str, Tokenizer]) -> None:
     assert opened["unigram"].encode(text) == integer_viterbi(opened["unigram"], text)
 
 
-def test_unigram_ids_do_not_depend_on_what_stands_before(tiny_text: Path, opened: dict[str, Tokenizer]) -> None:
+def test_unigram_ids_do_not_depend_on_the_text_before(tiny_text: Path, opened: dict[str, Tokenizer]) -> None:
     text = "".join(path.read_text(encoding="utf-8") for path in sorted(tiny_text.iterdir()))
     lines = [line + "\n" for line in text.split("\n")]
     whole = opened["unigram"].encode("".join(lines))
@@ -325,7 +327,7 @@ def test_a_fingerprint_is_of_what_decides_the_ids(
         ("tokenizer_config.json", '{"added_tokens_decoder": {"513": {"content": "<x>"}}}', "name the token '<x>'"),
     ],
 )
-def test_what_is_no_tokenizer_is_refused(
+def test_files_that_are_no_tokenizer_are_refused(
     file: str, content: str | None, message: str, tokenizer_folders: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(tokenizer_folders["hf"], tmp_path / "hf"))

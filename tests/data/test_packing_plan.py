@@ -1,4 +1,4 @@
-"""Packing: every target once, no row too long, best-fit decreasing as written down plainly; plans, whole or refused."""
+"""Packing: every target once, no row too long, rows as by textbook best-fit decreasing; damaged plans are refused."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ documents = st.lists(st.integers(0, 40), min_size=1, max_size=60).filter(any)
 
 
 def plain_best_fit(lengths: list[int], capacity: int) -> list[int]:
-    """Room left in each row after best-fit decreasing, one piece after the other."""
+    """Compute the room left in each row by best-fit decreasing, one piece after the other."""
     rooms: list[int] = []
     for length in sorted(lengths, reverse=True):
         enough = [room for room in rooms if room >= length]
@@ -38,10 +38,10 @@ def plain_best_fit(lengths: list[int], capacity: int) -> list[int]:
 
 
 def fewest_rows(lengths: list[int], capacity: int) -> int:
-    """By trying everything."""
+    """Find the smallest number of rows by trying every assignment."""
     best = len(lengths)
 
-    def place(index: int, rooms: list[int]) -> None:
+    def assign(index: int, rooms: list[int]) -> None:
         nonlocal best
         if len(rooms) >= best:
             return
@@ -50,10 +50,10 @@ def fewest_rows(lengths: list[int], capacity: int) -> int:
             return
         for row in range(len(rooms)):
             if rooms[row] >= lengths[index]:
-                place(index + 1, [*rooms[:row], rooms[row] - lengths[index], *rooms[row + 1 :]])
-        place(index + 1, [*rooms, capacity - lengths[index]])
+                assign(index + 1, [*rooms[:row], rooms[row] - lengths[index], *rooms[row + 1 :]])
+        assign(index + 1, [*rooms, capacity - lengths[index]])
 
-    place(0, [])
+    assign(0, [])
     return best
 
 
@@ -71,7 +71,7 @@ def test_best_fit_decreasing_is_the_textbooks(case: tuple[int, list[int]]) -> No
 
 
 def test_best_fit_is_close_to_the_fewest_rows() -> None:
-    """11/9 of the fewest and 6/9 is what theory promises of it."""
+    """Theory bounds it by 11/9 of the fewest rows plus 6/9."""
     draw = np.random.default_rng(0)
     excess = 0
     for _ in range(60):
@@ -112,7 +112,7 @@ def test_every_target_is_trained_once(lengths: list[int], length: int) -> None:
 
 
 def write_corpus(folder: Path, shards: list[list[int]], masks: bool = False, pad: int = 3) -> CorpusManifest:
-    """A corpus of made-up documents of these lengths, with the same shards in both splits."""
+    """Write a corpus of random documents of these lengths, with the same shards in both splits."""
     draw, splits = np.random.default_rng(5), {}
     for split in ("train", "valid"):
         records = []
@@ -178,7 +178,7 @@ def test_rows_hold_whole_documents(masks: bool, tmp_path: Path) -> None:
             key = tuple(piece.tolist())
             mask = rows.loss_mask[row, columns]
             targets += int(mask.sum())
-            if key in whole:  # a whole document: its first token counts where another document stands before it
+            if key in whole:  # a whole document: its first token counts where another document comes before it
                 expected = torch.from_numpy(whole[key].copy())
                 expected[0] &= bool(columns[0] > 0)
                 assert torch.equal(mask, expected)
@@ -255,9 +255,9 @@ def test_plans_are_made_once_and_kept(manifest: CorpusManifest, monkeypatch: pyt
     assert missing.read_bytes() == content
 
 
-def flip(path: Path, place: int) -> None:
+def flip(path: Path, offset: int) -> None:
     content = bytearray(path.read_bytes())
-    content[place] ^= 1
+    content[offset] ^= 1
     path.write_bytes(content)
 
 

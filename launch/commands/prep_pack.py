@@ -28,5 +28,7 @@ def pack(words: list[str]) -> int:
 
     manifest = load_manifest(options.corpus)
     manifest.verify()
-    print(make_plans(manifest, "train", options.sequence_length, again=True).describe(options.sequence_length))
+    print(
+        make_plans(manifest, "train", options.sequence_length, replace_damaged=True).describe(options.sequence_length)
+    )
     return EXIT_OK

@@ -101,6 +101,7 @@ class TokenCorpus:
         """Read the windows at these locations, one per row."""
         shape = len(locations), self.sequence_length + 1
         tokens, starts = np.empty(shape, np.int64), np.zeros(shape, np.bool_)
+        # All ones if the shards have no masks and another corpus of the mixture does.
         mask = np.ones(shape, np.bool_) if self.has_loss_mask else None
         looks_up_documents = self._with_documents or self._with_positions
         for row, window_start in enumerate(locations.tolist()):
@@ -110,7 +111,7 @@ class TokenCorpus:
                 tokens[row, columns] = shard.read(first, count)
                 if mask is not None and self._reads_masks:
                     mask[row, columns] = shard.read_mask(first, count)
-                if looks_up_documents:
+                if looks_up_documents:  # a search in the index, which a run without document masks does not pay for
                     starts[row, columns][self._shards.document_starts(number, first, first + count) - first] = True
         # One pass over the whole batch; the window at fault is only searched for where there is one.
         if tokens.max(initial=0) >= self.vocab_size or tokens.min(initial=0) < 0:
@@ -144,6 +145,7 @@ class TokenCorpus:
         """Yield the shard, the first token in it and the window's columns for each shard that a window lies in."""
         ends, filled, length = self._shards.ends, 0, self.sequence_length + 1
         while filled < length:
+            # The first shard that ends after the token; empty shards are skipped.
             shard = bisect_right(ends, window_start + filled)
             first = window_start + filled - (ends[shard - 1] if shard else 0)
             count = min(length - filled, ends[shard] - window_start - filled)

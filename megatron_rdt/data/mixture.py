@@ -122,6 +122,7 @@ class MixtureOrder:
         self.phases = tuple(phases)
         self.names = list(dict.fromkeys(name for phase in phases for name in phase.counts))
         self._starts = np.array([phase.start for phase in phases], np.int64)
+        # A corpus numbers its samples on from phase to phase, also over phases that it is not in.
         counts = [self.count_per_corpus(phase.start) for phase in phases]
         self._counts_before = np.array([[count[name] for name in self.names] for count in counts], np.int64)
 

@@ -1,4 +1,4 @@
-"""Best-fit packing (Ding et al. 2024, arXiv:2404.10830): plans that place whole documents in rows, and the plans' files.
+"""Best-fit packing (Ding et al. 2024, arXiv:2404.10830): plans that put whole documents into rows, and the plans' files.
 
 A document of more than L + 1 tokens is cut into pieces that overlap by one token, so that each of its tokens but the first
 is a target once. Pieces go into rows of L + 1 tokens by best-fit decreasing: the longest piece first, each into the fullest
@@ -277,14 +277,14 @@ def write_plan(manifest: CorpusManifest, split: str, shard: dict[str, Any], leng
     return counts
 
 
-def make_plans(manifest: CorpusManifest, split: str, length: int, again: bool = False) -> PlanCounts:
+def make_plans(manifest: CorpusManifest, split: str, length: int, replace_damaged: bool = False) -> PlanCounts:
     """Make the missing plans of a split's shards and check the others.
 
     Args:
         manifest: of the corpus.
         split: "train" or "valid".
         length: L.
-        again: replace plans that are damaged or made for other shards, instead of refusing them.
+        replace_damaged: replace plans that are damaged or made for other shards, instead of refusing them.
 
     Returns:
         The counts of all shards together.
@@ -295,7 +295,7 @@ def make_plans(manifest: CorpusManifest, split: str, length: int, again: bool = 
     """
     folder = plan_path(manifest, split, "", length).parent
     try:
-        return _check_and_make_plans(manifest, split, length, folder, again)
+        return _check_and_make_plans(manifest, split, length, folder, replace_damaged)
     except OSError as error:
         raise DataError(
             f"the packing plans in {folder} could not be made ({error.strerror}). Make them where the corpus can be "
@@ -303,7 +303,9 @@ def make_plans(manifest: CorpusManifest, split: str, length: int, again: bool = 
         ) from error
 
 
-def _check_and_make_plans(manifest: CorpusManifest, split: str, length: int, folder: Path, again: bool) -> PlanCounts:
+def _check_and_make_plans(
+    manifest: CorpusManifest, split: str, length: int, folder: Path, replace_damaged: bool
+) -> PlanCounts:
     """Do the work of `make_plans` in `folder`; an OSError is passed on."""
     counts = PlanCounts()
     to_make = []
@@ -312,7 +314,7 @@ def _check_and_make_plans(manifest: CorpusManifest, split: str, length: int, fol
             counts += _verify_plan(manifest, split, shard, length)
         except DataError:
             # A plan that exists is replaced only on request: the user may want to look at it.
-            if not again and plan_path(manifest, split, shard["name"], length).exists():
+            if not replace_damaged and plan_path(manifest, split, shard["name"], length).exists():
                 raise
             to_make.append(shard)
     if not to_make:

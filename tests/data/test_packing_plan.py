@@ -281,7 +281,7 @@ def test_a_foreign_or_damaged_plan_is_refused_until_it_is_made_again(message: st
     with pytest.raises(DataError, match=rf"shard-00001\.pack {message}\. Make it again: rdt prep pack "):
         make_plans(manifest, "train", LENGTH)
     assert path.read_bytes() == damaged, "what a user may want to look at is not replaced unasked"
-    assert make_plans(manifest, "train", LENGTH, again=True) == counts
+    assert make_plans(manifest, "train", LENGTH, replace_damaged=True) == counts
     assert path.read_bytes() == content
 
 
@@ -291,7 +291,7 @@ def test_shards_that_changed_make_a_plan_foreign(manifest: CorpusManifest) -> No
     with pytest.raises(DataError, match="was made for other shards"):
         open_packed(manifest)
     with pytest.raises(DataError, match=r"shard-00002.idx has other content than was written"):
-        make_plans(manifest, "train", LENGTH, again=True)
+        make_plans(manifest, "train", LENGTH, replace_damaged=True)
 
 
 def test_an_impossible_row_is_an_error_not_a_wrong_sample(manifest: CorpusManifest) -> None:

@@ -104,6 +104,7 @@ class IndexedDataset:
 
     def _read_end_of_last_sequence(self) -> int:
         """Read from the index the size that .bin must have, in bytes."""
+        # Only the last length and pointer: the arrays are checked when they are first used.
         last = self._sequences - 1
         if last < 0:
             return 0

@@ -74,6 +74,7 @@ def verify_corpus(
         DataError: there is no manifest, or it cannot be used.
     """
     manifest = load_manifest(directory)
+    # Every check goes on after a finding: the user learns of all damage in one pass over the corpus.
     findings = [*_check_manifest(manifest), *_check_tokenizer(manifest)]
     lock = threading.Lock()
 
@@ -272,6 +273,8 @@ class _ShardCheck:
                 problem = f"it does not fit {self.name}{suffix}, which is as it was written; the shard does not need it"
                 self._report(SUM_SUFFIX, problem, serious=False)
             return True
+        # The most specific explanation is reported: another file's content, a changed manifest, changed blocks. A bare
+        # "it differs" is added only if nothing else was found in the file.
         changed = [] if recorded is None else find_changed_ranges(hashes, *recorded)
         other = self._find_file_with_hash(hashes.sha256)
         if other is not None:

@@ -1,14 +1,13 @@
-"""What each choice of one axis of the model does to a tiny run: validation loss at several T, CPU time, parameters.
+"""Effect of each choice of one axis of the model on a tiny run: validation loss at several T, CPU time, parameters.
 
 Every run is configs/smoke.yaml, longer, with that one choice changed: a model of width 64 that sees a few hundred
-thousand tokens. It shows that a choice works and what it costs; which choice is best at scale it cannot show.
+thousand tokens. It shows that a choice works and its cost, not which choice is best at scale.
 
     python benchmarks/choices.py [--axes injection signals] [--steps 400] [--seeds 0] [--data data/stdlib]
 
-About 30 seconds per choice. Without prepared text in data/stdlib it is prepared first, as for the quickstart.
+About 30 seconds per choice. If data/stdlib is missing, it is prepared first, as for the quickstart.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -17,6 +16,8 @@ import time
 from pathlib import Path
 
 import torch
+from tools.options import make_parser
+from tools.tables import format_header, format_row
 
 from launch.cli import run_command
 from megatron_rdt.config import load_config
@@ -121,8 +122,10 @@ AXES: dict[str, dict[str, dict[str, object]]] = {
 }
 
 
-def run(options: dict[str, object], seed: int, steps: int, data: str) -> tuple[dict[str, float], float, int, dict]:
-    """Train once: validation losses by T, CPU seconds, parameters, and the last record."""
+def train_choice(
+    options: dict[str, object], seed: int, steps: int, data: str
+) -> tuple[dict[str, float], float, int, dict]:
+    """Train once and return validation losses by T, CPU seconds, parameters, and the last record of metrics."""
     with tempfile.TemporaryDirectory() as root:
         words = {
             "run.root": root,
@@ -133,7 +136,7 @@ def run(options: dict[str, object], seed: int, steps: int, data: str) -> tuple[d
             "schedule.warmup_steps": 15,
             "checkpoint.every": 0,
             "eval.every": steps,
-            "eval.loops": json.dumps(LOOPS).replace("(", "[").replace(")", "]"),
+            "eval.loops": json.dumps(LOOPS),
             "eval.sequences": 128,
             "sample.every": 0,
             "logging.tensorboard": False,
@@ -155,24 +158,24 @@ def run(options: dict[str, object], seed: int, steps: int, data: str) -> tuple[d
 
 def main() -> None:
     """Print one Markdown table per axis."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=DATA)
-    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser = make_parser(__doc__)
+    parser.add_argument("--data", default=DATA, help="prepared text")
+    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="axes of the model")
+    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of every run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run per seed; their mean is shown")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.data == DATA and not Path(DATA).exists():
         assert run_command(["prep", "--config", str(SMOKE_DATA)]) == 0
     for axis in options.axes:
-        columns = " | ".join(f"T = {t}" for t in LOOPS)
-        print(f"\n| {axis} | {columns} | radius | CPU s | parameters |\n|---|{'---:|' * (len(LOOPS) + 3)}", flush=True)
+        columns = [*(f"T = {t}" for t in LOOPS), "radius", "CPU s", "parameters"]
+        print(f"\n{format_header([axis, *columns], left=1)}", flush=True)
         for name, settings in AXES[axis].items():
-            runs = [run(settings, seed, options.steps, options.data) for seed in options.seeds]
+            runs = [train_choice(settings, seed, options.steps, options.data) for seed in options.seeds]
             losses = [sum(r[0][str(t)] for r in runs) / len(runs) for t in LOOPS]
             radius, seconds = max(r[3]["spectral_radius"] for r in runs), sum(r[1] for r in runs) / len(runs)
-            figures = " | ".join(f"{loss:.3f}" for loss in losses)
-            print(f"| {name} | {figures} | {radius:.3f} | {seconds:.0f} | {runs[0][2]:,} |", flush=True)
+            figures = [*(f"{loss:.3f}" for loss in losses), f"{radius:.3f}", f"{seconds:.0f}", f"{runs[0][2]:,}"]
+            print(format_row([name, *figures]), flush=True)
             for r in runs:
                 for key in ("ponder", "exit_iteration", "exit_entropy"):
                     if key in r[3]:

@@ -1,9 +1,9 @@
-"""How fast text becomes shards and shards become batches, beside what SentencePiece, datasets and megatron-core do.
+"""Speed from text to shards and from shards to batches, compared with SentencePiece, datasets and megatron-core.
 
 Preparing: the Python sources of this environment as one JSONL file, one tokenizer for all. "sentencepiece" is its own
 batch encoder over texts that are in memory, with as many threads as there are cores, and writes nothing; the others read
-the file and write what a trainer reads. Reading: windows of random tokens at random places, as batches; cold means that
-the pages were dropped from the cache before. Wall time; the rounds are interleaved and the best of each counts.
+the file and write files that a trainer reads. Reading: windows of random tokens in random order, as batches; cold means
+that the pages were dropped from the cache before. Wall time; the rounds are interleaved and the best of each counts.
 
     python benchmarks/data.py [--megabytes 60] [--gigabytes 2] [--only prep|read] [--out FILE.json]
 
@@ -24,13 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tools.options import make_parser, write_numbers
+from tools.tables import format_header, format_row
+from tools.timing import measure_in_turn, measure_seconds
 
 VOCABULARY, TOKENS_PER_DOCUMENT = 32000, 1000
 SHARD_TOKENS = 1 << 28
 
 
-def sources_of_this_environment(megabytes: int) -> Iterator[str]:
-    """Texts of Python files, standard library first, up to so many megabytes."""
+def find_python_sources(megabytes: int) -> Iterator[str]:
+    """Yield the texts of this environment's Python files, standard library first, up to so many megabytes."""
     left = megabytes * 1_000_000
     for root in (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"]):
         for path in sorted(Path(root).rglob("*.py")):
@@ -45,15 +48,13 @@ def sources_of_this_environment(megabytes: int) -> Iterator[str]:
                 return
 
 
-def timed(run: Callable[[], Any]) -> float:
+def measure_wall(run: Callable[[], Any]) -> float:
     """Wall seconds of a call."""
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
+    return measure_seconds(run, time.perf_counter)
 
 
-def prep_speeds(folder: Path, options: argparse.Namespace) -> dict[str, float]:
-    """MB/s of text by what turns it into tokens."""
+def measure_prep(folder: Path, options: argparse.Namespace) -> dict[str, float]:
+    """MB/s of text by program that turns it into tokens."""
     import datasets
     import sentencepiece
 
@@ -62,7 +63,7 @@ def prep_speeds(folder: Path, options: argparse.Namespace) -> dict[str, float]:
     from data_prep.stages.tokenizer.train_sentencepiece import train_tokenizer
 
     datasets.disable_progress_bars()
-    texts = list(dict.fromkeys(sources_of_this_environment(options.megabytes)))
+    texts = list(dict.fromkeys(find_python_sources(options.megabytes)))
     size = sum(len(text.encode()) for text in texts) / 1e6
     source = folder / "text.jsonl"
     source.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
@@ -102,15 +103,12 @@ def prep_speeds(folder: Path, options: argparse.Namespace) -> dict[str, float]:
         ),
         "datasets: load, map, save": hugging_face,
     }
-    best = dict.fromkeys(kinds, float("inf"))
-    for _ in range(options.rounds):
-        for kind, run in kinds.items():
-            best[kind] = min(best[kind], timed(run))
-    return {kind: size / seconds for kind, seconds in best.items()}
+    times = measure_in_turn(kinds, options.rounds, time.perf_counter)
+    return {kind: size / min(seconds) for kind, seconds in times.items()}
 
 
-def random_corpus(folder: Path, gigabytes: float) -> None:
-    """Shards of random ids, and what a manifest says of them."""
+def write_random_corpus(folder: Path, gigabytes: float) -> None:
+    """Write shards of random ids, and shards.json, their entries in a manifest."""
     from megatron_rdt.data.shard_files.indexed import IndexedWriter
 
     generator, left, shards = np.random.default_rng(0), int(gigabytes * 5e8), []
@@ -129,7 +127,7 @@ def random_corpus(folder: Path, gigabytes: float) -> None:
 
 
 def drop_pages(folder: Path) -> None:
-    """Let the kernel forget what it has cached of the files."""
+    """Drop the files of a folder from the kernel's page cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
@@ -138,8 +136,8 @@ def drop_pages(folder: Path) -> None:
             os.close(descriptor)
 
 
-def manifest_of(folder: Path) -> Any:
-    """The corpus of `random_corpus` as its readers take it; it has no tokenizer of its own."""
+def make_manifest(folder: Path) -> Any:
+    """A manifest of the corpus of `write_random_corpus`, for its readers; it has no tokenizer."""
     from megatron_rdt.data.shard_files.corpus_manifest import CorpusManifest
 
     shards = json.loads((folder / "shards.json").read_text())
@@ -154,7 +152,7 @@ def manifest_of(folder: Path) -> Any:
 
 
 def first_shard(folder: Path) -> Path:
-    """Prefix of the files of the first shard of `random_corpus`."""
+    """Path, without suffix, of the first shard of `write_random_corpus`."""
     return min((folder / "train").glob("*.bin")).with_suffix("")
 
 
@@ -162,31 +160,31 @@ Reader = Callable[[np.ndarray], Any]
 
 
 def our_readers(folder: Path, options: argparse.Namespace) -> dict[str, Reader]:
-    """Batches of samples by how much is looked up."""
+    """Readers of this project: tokens alone, and with documents and positions."""
     from megatron_rdt.data.corpus import TokenCorpus
 
     def reader(**wanted: bool) -> Reader:
-        corpus = TokenCorpus(manifest_of(folder), "train", options.length, 0, **wanted)
+        corpus = TokenCorpus(make_manifest(folder), "train", options.length, 0, **wanted)
         return lambda samples: corpus.read_samples(samples).tokens.sum()
 
     return {"ours": reader(), "ours, documents and positions too": reader(documents=True, positions=True)}
 
 
-def our_loader(folder: Path, options: argparse.Namespace) -> float:
+def measure_loader(folder: Path, options: argparse.Namespace) -> float:
     """Windows per second of the whole loader: order, reading, a thread, a queue."""
     from megatron_rdt.data import BatchLoader
     from megatron_rdt.data.corpus import TokenCorpus
 
-    loader = BatchLoader(TokenCorpus(manifest_of(folder), "train", options.length, 0), options.batch, 0, 1)
+    loader = BatchLoader(TokenCorpus(make_manifest(folder), "train", options.length, 0), options.batch, 0, 1)
     batches, count = iter(loader), options.windows // options.batch
     next(batches)
-    seconds = timed(lambda: [next(batches) for _ in range(count)])
+    seconds = measure_wall(lambda: [next(batches) for _ in range(count)])
     loader.close()
     return count * options.batch / seconds
 
 
 def hugging_face_readers(folder: Path, options: argparse.Namespace) -> dict[str, Reader]:
-    """The first shard as an Arrow table of windows, in memory maps, as `datasets` keeps it."""
+    """Readers of `datasets` over the first shard, as a memory-mapped Arrow table of windows."""
     import datasets
     import pyarrow
 
@@ -205,14 +203,14 @@ def hugging_face_readers(folder: Path, options: argparse.Namespace) -> dict[str,
     }
 
 
-class _Megatron:
-    """The parts of a tokenizer that megatron-core's datasets ask for."""
+class MegatronTokenizer:
+    """The attributes of a tokenizer that megatron-core's datasets read."""
 
     eod, pad, vocab_size, unique_identifiers = 2, 3, VOCABULARY, {"name": "random"}
 
 
 def megatron_readers(folder: Path, options: argparse.Namespace) -> dict[str, Reader]:
-    """GPTDataset over the first shard, where megatron-core is installed."""
+    """A reader of megatron-core's GPTDataset over the first shard; none if megatron-core is not installed."""
     if importlib.util.find_spec("megatron") is None:
         return {}
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -229,7 +227,7 @@ def megatron_readers(folder: Path, options: argparse.Namespace) -> dict[str, Rea
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
-        tokenizer=_Megatron(),
+        tokenizer=MegatronTokenizer(),
         mid_level_dataset_surplus=0.005,
     )
     dataset = BlendedMegatronDatasetBuilder(GPTDataset, [1000, 0, 0], lambda: True, config).build()[0]
@@ -238,9 +236,9 @@ def megatron_readers(folder: Path, options: argparse.Namespace) -> dict[str, Rea
     }
 
 
-def read_speeds(folder: Path, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Windows per second: of the first pass after the cache was dropped, and the best of those after it."""
-    random_corpus(folder, options.gigabytes)
+def measure_reading(folder: Path, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Windows per second of every reader: in the pass after the cache was dropped, and in the best of later passes."""
+    write_random_corpus(folder, options.gigabytes)
     readers = our_readers(folder, options)
     readers |= hugging_face_readers(folder, options)
     readers |= megatron_readers(folder, options)
@@ -249,45 +247,41 @@ def read_speeds(folder: Path, options: argparse.Namespace) -> dict[str, list[flo
     for name, read in readers.items():
         read(samples[0])
         drop_pages(folder)
-        cold = timed(lambda: [read(batch) for batch in samples])  # noqa: B023
-        warm = min(timed(lambda: [read(batch) for batch in samples]) for _ in range(options.rounds))  # noqa: B023
-        speeds[name] = [samples.size / seconds for seconds in (cold, warm)]
+        cold, *warm = (measure_wall(lambda: [read(batch) for batch in samples]) for _ in range(1 + options.rounds))  # noqa: B023
+        speeds[name] = [samples.size / seconds for seconds in (cold, min(warm))]
     drop_pages(folder)
-    speeds["ours, the whole loader"] = [our_loader(folder, options) for _ in range(2)]
+    speeds["ours, the whole loader"] = [measure_loader(folder, options) for _ in range(2)]
     return speeds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Print a table for preparing and one for reading."""
+    parser = make_parser(__doc__, rounds=2, out=None)
     parser.add_argument("--megabytes", type=int, default=60, help="text to prepare")
     parser.add_argument("--gigabytes", type=float, default=2, help="tokens to read from")
-    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--vocabulary", type=int, default=8192, help="size of the tokenizer")
     parser.add_argument("--tokenizer", choices=("bpe", "unigram"), default="bpe")
     parser.add_argument("--length", type=int, default=2048, help="L; a window has one token more")
     parser.add_argument("--batch", type=int, default=32, help="windows at once")
     parser.add_argument("--windows", type=int, default=20000, help="windows per round")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, and threads of sentencepiece")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--only", choices=("prep", "read"), help="leave the other part out")
-    parser.add_argument("--folder", type=Path, help="where to write what is measured; a temporary folder")
-    parser.add_argument("--out", type=Path, help="write the numbers here as JSON")
+    parser.add_argument("--only", choices=("prep", "read"), help="omit the other part")
+    parser.add_argument("--folder", type=Path, help="folder in which a temporary one is made for the files")
     options = parser.parse_args()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         if options.only != "read":
-            found["prep"] = prep_speeds(Path(folder), options)
+            found["prep"] = measure_prep(Path(folder), options)
             bare = next(iter(found["prep"].values()))
-            print("\n| Text to tokens | MB/s | of sentencepiece |\n|---|---:|---:|")
+            print(f"\n{format_header(['Text to tokens', 'MB/s', 'of sentencepiece'], left=1)}")
             for kind, speed in found["prep"].items():
-                print(f"| {kind} | {speed:.2f} | {speed / bare:.2f} |")
+                print(format_row([kind, f"{speed:.2f}", f"{speed / bare:.2f}"]))
         if options.only != "prep":
-            found["read"] = read_speeds(Path(folder) / "random", options)
-            print("\n| Windows per second | cold | warm |\n|---|---:|---:|")
+            found["read"] = measure_reading(Path(folder) / "random", options)
+            print(f"\n{format_header(['Windows per second', 'cold', 'warm'], left=1)}")
             for kind, (cold, warm) in found["read"].items():
-                print(f"| {kind} | {cold:,.0f} | {warm:,.0f} |")
-    if options.out:
-        words = {name: str(value) for name, value in vars(options).items()}
-        options.out.write_text(json.dumps({"options": words, **found}, indent=2) + "\n")
+                print(format_row([kind, f"{cold:,.0f}", f"{warm:,.0f}"]))
+    write_numbers(options.out, {"options": {name: str(value) for name, value in vars(options).items()}, **found})
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""What a loop costs: time and peak memory of an optimizer step against T.
+"""Cost of a loop: time and peak memory of an optimizer step against T.
 
 Three ways to train: gradient through all iterations, the same with one checkpoint per iteration, and gradient
-through the last k only; `--modes` also takes the other policies of `depth.checkpoint`. Beside each time stands the
+through the last k only; `--modes` also takes the other policies of `depth.checkpoint`. Next to each time is the
 ideal: the step's fixed cost plus its iterations, which are timed one by one outside the loop.
 
 Times are the fastest of several rounds over all cases. On the CPU with one thread the clock is the CPU time of the
 process, which other programs hardly change; otherwise it is the wall clock. Peak memory is measured in a fresh process
-per case; on the CPU the C library is told to give freed blocks back, so that its cache is not counted.
+per case; on the CPU the C library returns freed blocks to the system, so that its cache is not counted.
 
     python benchmarks/depth_cost.py [--loops 1 2 4] [--modes full every-4] [--rounds 4] [--out FILE.json]
 """
@@ -14,13 +14,24 @@ per case; on the CPU the C library is told to give freed blocks back, so that it
 import argparse
 import json
 import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
+
+import torch
+from tools.options import make_parser, repeat_options, write_numbers
+from tools.processes import run_fresh
+from tools.steps import take_step
+from tools.tables import format_header, format_row
+from tools.timing import make_clock, measure_in_turn, pick_device
+
+from megatron_rdt.config import ModelConfig, RunConfig, TrainConfig
+from megatron_rdt.depth import DepthPlan
+from megatron_rdt.model.activation_checkpointing import set_checkpointing
+from megatron_rdt.model.attention.rope import rotary_tables
+from megatron_rdt.model.forward_context import LayerContext, LoopInputs
+from megatron_rdt.parallel import Engine, build_engine
+from megatron_rdt.train.hardware import peak_memory_gb
 
 K = 4
 VOCABULARY = 4096
@@ -35,60 +46,35 @@ MODES: dict[str, tuple[int | None, int | str]] = {
 }
 DEFAULT_MODES = ("full", "checkpointed", f"last {K}")
 SHAPE = ("dim", "batch", "sequence", "rounds", "threads")
-# glibc: blocks of 128 KiB and more are mapped, hence returned when freed.
-RETURN_FREED_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+PIECE_CALLS = 10  # per round: one iteration is much shorter than a step
 
 
-def make_engine_for(options: argparse.Namespace) -> Any:
+def build_small_engine(options: argparse.Namespace) -> Engine:
     """A single-process engine with the model that the options describe."""
-    import torch
-
-    from megatron_rdt.config import ModelConfig, RunConfig, TrainConfig
-    from megatron_rdt.model import RecurrentDepthTransformer
-    from megatron_rdt.parallel import make_engine
-
     torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device()
     config = RunConfig(
         model=ModelConfig(vocab_size=VOCABULARY, dim=options.dim, ffn_dim=2 * options.dim),
         train=TrainConfig(precision="bfloat16" if device.type == "cuda" else "float32"),
     )
-    engine = make_engine(config, device)
-    with torch.device("meta"):
-        model = RecurrentDepthTransformer(config.model)
-    engine.setup(model)
-    return engine
+    return build_engine(config, device)
 
 
-def make_step(engine: Any, options: argparse.Namespace, mode: str, loops: int) -> Callable[[], None]:
-    """One optimizer step of a case, as a function."""
-    import torch
-
-    from megatron_rdt.data import Batch
-    from megatron_rdt.depth import DepthPlan
-    from megatron_rdt.model.activation_checkpointing import set_checkpointing
-    from megatron_rdt.parallel import MicroBatch
-
+def make_step(engine: Engine, options: argparse.Namespace, mode: str, loops: int) -> Callable[[], None]:
+    """A function that takes one optimizer step of a case."""
     k, checkpointing = MODES[mode]
     tokens = torch.randint(0, VOCABULARY, (options.batch, options.sequence + 1))
-    batch = [MicroBatch(Batch(tokens), DepthPlan((loops,) * options.batch, k))]
+    plan = DepthPlan((loops,) * options.batch, k)
 
     def step() -> None:
         set_checkpointing(engine.model, checkpointing)
-        engine.forward_backward(batch)
-        engine.clip(1.0)
-        engine.step(1e-4)
+        take_step(engine, tokens, plan)
 
     return step
 
 
-def make_pieces(engine: Any, options: argparse.Namespace) -> tuple[Callable[[], None], Callable[[], None]]:
-    """One iteration of the core by itself: forward without gradient, and forward plus backward."""
-    import torch
-
-    from megatron_rdt.model.attention.rope import rotary_tables
-    from megatron_rdt.model.forward_context import LayerContext, LoopInputs
-
+def make_pieces(engine: Engine, options: argparse.Namespace) -> dict[str, Callable[[], None]]:
+    """Functions that run one iteration of the core: "forward" without gradient, "both" with a backward pass."""
     config, device = engine.model.config, engine.device
     dtype = engine.model.compute_dtype or torch.float32
     positions = torch.arange(options.sequence, device=device)
@@ -108,116 +94,91 @@ def make_pieces(engine: Any, options: argparse.Namespace) -> tuple[Callable[[], 
     def both() -> None:
         engine.model.core.iterate(state, t, inputs).backward(torch.ones(shape, device=device))
 
-    return forward, both
+    return {"forward": forward, "both": both}
 
 
 def measure_times(options: argparse.Namespace) -> dict[str, float]:
     """Seconds of every case ("full 8") and of the pieces, the fastest of `rounds` after one round to warm up."""
-    import torch
-
-    engine = make_engine_for(options)
-    forward, both = make_pieces(engine, options)
-    work = {"forward": forward, "both": both}
-    work |= {f"{mode} {t}": make_step(engine, options, mode, t) for mode in options.modes for t in options.loops}
-    work["full 1"] = make_step(engine, options, "full", 1)
-    alone = engine.device.type == "cpu" and options.threads == 1
-    clock = time.process_time if alone else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(options.rounds + 1):
-        for name, function in work.items():
-            for _ in range(10 if name in ("forward", "both") else 1):
-                began = clock()
-                function()
-                if engine.device.type == "cuda":
-                    torch.cuda.synchronize()
-                times[name].append(clock() - began)
-    return {name: min(values[1:]) for name, values in times.items()}
+    engine = build_small_engine(options)
+    cases = make_pieces(engine, options)
+    calls = dict.fromkeys(cases, PIECE_CALLS)
+    cases |= {f"{mode} {t}": make_step(engine, options, mode, t) for mode in options.modes for t in options.loops}
+    cases["full 1"] = make_step(engine, options, "full", 1)
+    clock = make_clock(engine.device, options.threads)
+    times = measure_in_turn(cases, options.rounds, clock, warm_up=1, calls=calls)
+    return {name: min(seconds) for name, seconds in times.items()}
 
 
 def measure_memory(options: argparse.Namespace, mode: str, loops: int) -> float:
     """Peak memory in GB of a process that takes two steps, the second with optimizer state."""
-    from megatron_rdt.train.hardware import peak_memory_gb
-
-    engine = make_engine_for(options)
+    engine = build_small_engine(options)
     step = make_step(engine, options, mode, loops)
     step()
     step()
     return peak_memory_gb(engine.device)
 
 
-def in_fresh_process(options: argparse.Namespace, *case: str) -> Any:
-    """Run one part of this script by itself and return what it measured."""
-    words = [f"--{name}={getattr(options, name)}" for name in SHAPE]
-    words += ["--loops", *map(str, options.loops), "--modes", *options.modes, "--case", *case]
-    environment = os.environ | (RETURN_FREED_BLOCKS if case[0] != "times" else {})
-    command = [sys.executable, str(Path(__file__).resolve()), *words]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if result.returncode:
-        raise SystemExit(f"{' '.join(case)} failed:\n{result.stderr[-3000:]}")
-    return json.loads(result.stdout.splitlines()[-1])
+def run_case(options: argparse.Namespace, *case: str) -> Any:
+    """Measure the parts of one case in a fresh process."""
+    words = repeat_options(options, (*SHAPE, "loops", "modes"))
+    return run_fresh(__file__, *words, "--case", *case, return_freed_blocks=case[0] != "times")
 
 
-def ideal(mode: str, loops: int, times: dict[str, float]) -> float:
-    """Seconds of a step whose loop costs nothing but its iterations; `selective` computes less than that again."""
+def ideal_seconds(mode: str, loops: int, times: dict[str, float]) -> float:
+    """Seconds of a step whose loop costs nothing but its iterations; `selective` recomputes less than is counted here."""
     fixed = times["full 1"] - times["both"]
     if mode == "full":
         return fixed + loops * times["both"]
-    if MODES[mode][0] is None:
+    if MODES[mode][0] is None:  # checkpointed: every iteration is computed again in the backward pass
         return fixed + loops * (times["forward"] + times["both"])
     with_grad = min(loops, K)
     return fixed + (loops - with_grad) * times["forward"] + with_grad * times["both"]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def format_table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line per T; step time, ideal time and peak memory of each mode."""
     modes = dict.fromkeys(row["mode"] for row in rows)
-    header = ["T", *(f"{mode}: {column}" for mode in modes for column in ("ms", "ideal ms", "peak GB"))]
-    lines = [f"| {' | '.join(header)} |", f"|{'---:|' * len(header)}"]
+    lines = [format_header(["T", *(f"{mode}: {column}" for mode in modes for column in ("ms", "ideal ms", "peak GB"))])]
     for loops in dict.fromkeys(row["loops"] for row in rows):
         cells = [
             f"{1e3 * row['seconds']:.0f} | {1e3 * row['ideal']:.0f} | {row['peak_gb']:.3f}"
             for row in rows
             if row["loops"] == loops
         ]
-        lines.append(f"| {loops} | {' | '.join(cells)} |")
+        lines.append(format_row([loops, *cells]))
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--loops", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="values of T")
+    """Measure every case and print the table; with --case, measure one part and print it as JSON."""
+    parser = make_parser(
+        __doc__, loops=[1, 2, 4, 8, 16, 32], dim=256, batch=2, sequence=128, rounds=4, threads=1, out=None
+    )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=DEFAULT_MODES, help="ways to train")
-    parser.add_argument("--dim", type=int, default=256, help="width of the model; 2 core layers")
-    parser.add_argument("--batch", type=int, default=2, help="sequences per step")
-    parser.add_argument("--sequence", type=int, default=128, help="tokens per sequence")
-    parser.add_argument("--rounds", type=int, default=4, help="the fastest of these counts")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--out", type=Path, help="write the numbers here as JSON")
     parser.add_argument("--case", nargs="+", help="measure one part and print it as JSON: times, or MODE T")
     options = parser.parse_args()
     options.loops = sorted({1, *options.loops})
     if options.case:
         part = options.case
-        print(
-            json.dumps(measure_times(options) if part == ["times"] else measure_memory(options, part[0], int(part[1])))
-        )
+        found = measure_times(options) if part == ["times"] else measure_memory(options, part[0], int(part[1]))
+        print(json.dumps(found))
         return
-    times = in_fresh_process(options, "times")
+    times = run_case(options, "times")
     cases = [(mode, loops) for loops in options.loops for mode in options.modes]
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:  # memory does not mind company
-        peaks = pool.map(lambda case: in_fresh_process(options, case[0], str(case[1])), cases)
+    # Other processes do not change peak memory, so these run at the same time; times were measured alone.
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
+        peaks = pool.map(lambda case: run_case(options, case[0], str(case[1])), cases)
         rows = [
-            {"mode": m, "loops": t, "seconds": times[f"{m} {t}"], "ideal": ideal(m, t, times), "peak_gb": peak}
+            {"mode": m, "loops": t, "seconds": times[f"{m} {t}"], "ideal": ideal_seconds(m, t, times), "peak_gb": peak}
             for (m, t), peak in zip(cases, peaks)
         ]
     print(
         f"One optimizer step, {options.batch} x {options.sequence} tokens, width {options.dim}, 2 core layers. One "
         f"iteration: {1e3 * times['forward']:.1f} ms forward, {1e3 * times['both']:.1f} ms forward and backward; "
-        f"fixed cost of a step: {1e3 * (times['full 1'] - times['both']):.0f} ms.\n\n{table(rows)}"
+        f"fixed cost of a step: {1e3 * (times['full 1'] - times['both']):.0f} ms.\n\n{format_table(rows)}"
     )
-    if options.out:
-        numbers = {"options": {name: getattr(options, name) for name in SHAPE}, "times": times, "cases": rows}
-        options.out.write_text(json.dumps(numbers, indent=2) + "\n")
+    settings = {name: getattr(options, name) for name in SHAPE}
+    write_numbers(options.out, {"options": settings, "times": times, "cases": rows})
 
 
 if __name__ == "__main__":

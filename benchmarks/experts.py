@@ -1,23 +1,24 @@
-"""What sorting tokens by expert is worth: training steps with sorted pieces against loops over experts with masks.
+"""Gain of sorting tokens by expert: training steps with sorted pieces against loops over experts with masks.
 
 All have the same weights, routing and result; 8 and 64 experts have the same active width.
 
     python benchmarks/experts.py
 """
 
-import argparse
-import time
+from functools import partial
 
 import torch
+from tools.options import make_parser
+from tools.steps import take_step
+from tools.tables import format_header, format_row
+from tools.timing import make_clock, measure_in_turn
 from torch.nn import functional
 
 from megatron_rdt.config import ModelConfig, RunConfig
-from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan
-from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.linear import linear
 from megatron_rdt.model.moe import MixtureOfExperts
-from megatron_rdt.parallel import Engine, MicroBatch, make_engine
+from megatron_rdt.parallel import Engine, build_engine
 
 CASES = {8: (2, 512), 64: (4, 256)}
 """Experts: (experts per token, width of each)."""
@@ -27,7 +28,7 @@ VOCABULARY = 4096
 class ExpertLoop(MixtureOfExperts):
     """The same mixture as a loop over experts, each of which picks its tokens with a mask and adds its output."""
 
-    per_slot = False
+    per_choice = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, sequence, dim) -> the same."""
@@ -36,12 +37,12 @@ class ExpertLoop(MixtureOfExperts):
         indices = (logits.detach() + self.selection_bias).topk(self.chosen, dim=-1).indices
         weights = logits.softmax(-1).gather(-1, indices)
         weights = weights / weights.sum(-1, keepdim=True)
-        mixed, together = torch.zeros_like(flat), 1 if self.per_slot else self.chosen
-        # unbind: indexing would make a gradient of all experts for each of them, which is not what is compared here.
+        mixed, together = torch.zeros_like(flat), 1 if self.per_choice else self.chosen
+        # Indexing would allocate a gradient of all experts for each of them, which would be compared too; unbind does not.
         matrices = list(zip(self.gate.unbind(), self.up.unbind(), self.down.unbind()))
-        for slots, shares in zip(indices.split(together, -1), weights.split(together, -1)):
+        for choices, shares in zip(indices.split(together, -1), weights.split(together, -1)):
             for expert, (gate, up, down) in enumerate(matrices):
-                mask = slots == expert
+                mask = choices == expert
                 tokens = mask.any(-1)
                 if not tokens.any():
                     continue
@@ -53,17 +54,17 @@ class ExpertLoop(MixtureOfExperts):
         return mixed.view(x.shape)
 
 
-class SlotLoop(ExpertLoop):
-    """A loop over each token's first, second, ... expert around it, as in OpenMythos."""
+class ChoiceLoop(ExpertLoop):
+    """The same loop, once for every token's first expert, once for the second, ..., as in OpenMythos."""
 
-    per_slot = True
-
-
-KINDS = (MixtureOfExperts, ExpertLoop, SlotLoop)
+    per_choice = True
 
 
-def engine_for(experts: int, kind: type[MixtureOfExperts], dim: int) -> Engine:
-    """A single-process engine with the dispatch `kind`."""
+KINDS = (MixtureOfExperts, ExpertLoop, ChoiceLoop)
+
+
+def build_expert_engine(experts: int, kind: type[MixtureOfExperts], dim: int) -> Engine:
+    """A single-process engine whose mixture of experts is computed as `kind` does."""
     chosen, width = CASES[experts]
     model = ModelConfig(
         vocab_size=VOCABULARY,
@@ -76,49 +77,34 @@ def engine_for(experts: int, kind: type[MixtureOfExperts], dim: int) -> Engine:
         experts_per_token=chosen,
         expert_dim=width,
     )
-    engine = make_engine(RunConfig(model=model), torch.device("cpu"))
-    with torch.device("meta"):
-        built = RecurrentDepthTransformer(model)
-    engine.setup(built)
+    engine = build_engine(RunConfig(model=model), torch.device("cpu"))
     for layer in engine.model.core.layers:
         layer.feedforward.__class__ = kind
     return engine
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dim", type=int, default=256, help="width of the model")
-    parser.add_argument("--batch", type=int, default=4, help="sequences per step")
-    parser.add_argument("--sequence", type=int, default=256, help="tokens per sequence")
+    """Print one line per number of experts."""
+    parser = make_parser(__doc__, dim=256, batch=4, sequence=256, rounds=4, threads=1)
     parser.add_argument("--loops", type=int, default=4, help="T")
-    parser.add_argument("--rounds", type=int, default=4, help="interleaved; the fastest counts")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     tokens = torch.randint(0, VOCABULARY, (options.batch, options.sequence + 1))
-    batch = [MicroBatch(Batch(tokens), DepthPlan.constant(options.loops, options.batch))]
-    print(
-        "| Experts | of them per token, width | parameters | sorted pieces | mask per expert | mask per slot and expert |"
-    )
-    print("|---:|---:|---:|---:|---:|---:|")
+    plan = DepthPlan.constant(options.loops, options.batch)
+    clock = make_clock(torch.device("cpu"), options.threads)
+    columns = ["of them per token, width", "parameters", "sorted pieces", "mask per expert", "mask per slot and expert"]
+    print(format_header(["Experts", *columns]))
     for experts, (chosen, width) in CASES.items():
-        engines = {kind: engine_for(experts, kind, options.dim) for kind in KINDS}
-        losses, times = {}, {kind: [] for kind in engines}
-        for round_number in range(options.rounds + 1):
-            for kind, engine in engines.items():
-                began = time.process_time()
-                loss = float(engine.forward_backward(batch)["objective"])
-                engine.clip(1.0)
-                engine.step(1e-4)
-                times[kind].append(time.process_time() - began)
-                if round_number == 0:
-                    losses[kind] = loss
+        engines = {kind: build_expert_engine(experts, kind, options.dim) for kind in KINDS}
+        # The first step warms up and shows that all compute the same.
+        losses = {kind: float(take_step(engine, tokens, plan)["objective"]) for kind, engine in engines.items()}
         if max(losses.values()) - min(losses.values()) > 1e-4:
-            raise SystemExit(f"they do not agree: {losses}")
-        count = sum(p.numel() for p in engine.model.parameters())
-        speeds = [options.batch * options.sequence / min(values[1:]) for values in times.values()]
-        cells = " | ".join(f"{speed:.0f}" for speed in speeds)
-        print(f"| {experts} | {chosen} x {width} | {count / 1e6:.1f}M | {cells} |", flush=True)
+            raise SystemExit(f"the losses differ: {losses}")
+        steps = {kind: partial(take_step, engine, tokens, plan) for kind, engine in engines.items()}
+        times = measure_in_turn(steps, options.rounds, clock)
+        count = sum(p.numel() for p in engines[MixtureOfExperts].model.parameters())
+        speeds = [f"{options.batch * options.sequence / min(seconds):.0f}" for seconds in times.values()]
+        print(format_row([experts, f"{chosen} x {width}", f"{count / 1e6:.1f}M", *speeds]), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""How fast text is generated, and what exit rules and cache budgets cost in loss.
+"""Speed of generation, and the loss that exit rules and cache budgets cost.
 
 Three tables:
 
 - one row at T = 8 with and without a cache, on an untrained model with 2 layers each before, in and after the loop;
 - every exit rule, its threshold chosen so that tokens run about half of T = 8, against fixed T = 8: tokens per second at
   one row and at many, the loss of the predictions made under the rule;
-- cache budgets: numbers kept per position, and the loss when every token is decoded singly.
+- cache budgets: numbers kept per position, and the loss when tokens are decoded one by one.
 
 The last two take a checkpoint (runs/quickstart where it exists) and its validation text; without one they take an
-untrained model and random tokens, and no loss is shown. The rules act and gate need a halting unit; a model without one
-gets one with random weights, for the speed alone.
+untrained model and random tokens, and no loss is shown. The rules act and gate need a halting unit; a model that has none
+is given one with random weights, for the speed alone.
 
 Times are the best of several interleaved rounds; with one thread on the CPU they are the CPU time of the process, which
 other programs hardly change, otherwise wall time.
@@ -19,15 +19,19 @@ other programs hardly change, otherwise wall time.
 
 import argparse
 import dataclasses
-import json
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from tools.options import make_parser, write_numbers
+from tools.tables import format_header, format_row
+from tools.timing import make_clock, measure_in_turn, pick_device
 from torch.nn import functional
 
 from megatron_rdt.config import DataConfig, ModelConfig
+from megatron_rdt.data import read_fixed_windows
+from megatron_rdt.evaluate.loss import open_validation_corpus
 from megatron_rdt.inference import ExitRule, ExitTrace, GenerationTrace, KVCache, generate, load
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
 
@@ -38,22 +42,15 @@ RULES = ("change", "second_difference", "kl", "kl_entropy", "act", "gate")
 BUDGETS = (1, 2, 4, 8)
 
 
-def clock(device: torch.device) -> float:
-    """Seconds of CPU time with one thread on the CPU, else of wall time."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.process_time() if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
-
-
-def rule_of(kind: str, threshold: float) -> ExitRule | None:
-    """The rule of a row of the table; None for fixed T."""
+def make_rule(kind: str, threshold: float) -> ExitRule | None:
+    """The exit rule of a row of the table; None for fixed T."""
     if kind == "fixed":
         return None
     return ExitRule(kind, threshold, CERTAIN) if kind == "kl_entropy" else ExitRule(kind, threshold)
 
 
-def with_halting(model: RecurrentDepthTransformer, kind: str) -> RecurrentDepthTransformer:
-    """The model, with an untrained halting unit where the rule needs one that it does not have."""
+def add_halting(model: RecurrentDepthTransformer, kind: str) -> RecurrentDepthTransformer:
+    """Return the model, or a copy with an untrained halting unit if the rule needs one that it does not have."""
     if kind not in ("act", "gate") or kind == model.config.halting:
         return model
     device = next(model.parameters()).device
@@ -69,10 +66,10 @@ def with_halting(model: RecurrentDepthTransformer, kind: str) -> RecurrentDepthT
 
 
 @torch.no_grad()
-def teacher_forced(
+def evaluate_rule(
     model: RecurrentDepthTransformer, windows: torch.Tensor, rule: ExitRule | None
 ) -> tuple[float, float]:
-    """Mean iterations per token and mean loss of a pass over windows (n, L + 1)."""
+    """Mean iterations per token and mean loss of one forward pass over windows (n, L + 1)."""
     trace = ExitTrace()
     logits = model(windows[:, :-1], LOOPS, exit_rule=rule, trace=trace)
     assert trace.iterations is not None
@@ -80,58 +77,50 @@ def teacher_forced(
     return float(trace.iterations.float().mean()), float(loss)
 
 
-def calibrated(model: RecurrentDepthTransformer, windows: torch.Tensor, kind: str) -> float:
+def find_threshold(model: RecurrentDepthTransformer, windows: torch.Tensor, kind: str) -> float:
     """The threshold at which tokens run about half of the iterations, by bisection in its logarithm."""
-    grows = kind in ("act", "gate")  # the iterations, with the threshold
+    grows = kind in ("act", "gate")  # for these, a larger threshold means more iterations
     low, high = 1e-6, 1.0 if grows else 1e2
     for _ in range(12):
         middle = (low * high) ** 0.5
-        mean, _ = teacher_forced(model, windows, rule_of(kind, middle))
+        mean, _ = evaluate_rule(model, windows, make_rule(kind, middle))
         if abs(mean - LOOPS / 2) < 0.1:
             return middle
         low, high = (middle, high) if (mean < LOOPS / 2) == grows else (low, middle)
     return middle
 
 
-def fastest(cases: dict[str, Any], rounds: int, device: torch.device) -> dict[str, float]:
+def measure_fastest(cases: dict[str, Any], options: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """Least seconds of each function over interleaved rounds."""
-    best = dict.fromkeys(cases, float("inf"))
-    for _ in range(rounds):
-        for name, case in cases.items():
-            began = clock(device)
-            case()
-            best[name] = min(best[name], clock(device) - began)
-    return best
+    times = measure_in_turn(cases, options.rounds, make_clock(device, options.threads))
+    return {name: min(seconds) for name, seconds in times.items()}
 
 
-def cached_and_not(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Tokens per second of one row at T = 8, with a cache and without."""
+def compare_cache(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Rows of the first table: tokens per second of one row at T = 8, with a cache and without."""
     shape: dict[str, Any] = {"prelude_layers": 2, "core_layers": 2, "coda_layers": 2, "heads": 4, "kv_heads": 4}
     model = RecurrentDepthTransformer(ModelConfig(vocab_size=4096, dim=256, ffn_dim=1024, **shape))
     model = initialize(model, 0).eval().to(device)
     prompt = torch.arange(PROMPT, device=device)[None]
     count = options.tokens
     cases = {
-        str(use_cache): lambda use_cache=use_cache: generate(model, prompt, LOOPS, count, use_cache=use_cache)
-        for use_cache in (True, False)
+        name: partial(generate, model, prompt, LOOPS, count, use_cache=use_cache)
+        for name, use_cache in (("yes", True), ("no", False))
     }
-    best = fastest(cases, options.rounds, device)
-    return [
-        {"cache": "yes" if name == "True" else "no", "tokens/s": round(count / seconds, 1)}
-        for name, seconds in best.items()
-    ]
+    best = measure_fastest(cases, options, device)
+    return [{"cache": name, "tokens/s": round(count / seconds, 1)} for name, seconds in best.items()]
 
 
-def exit_rules(
+def compare_rules(
     options: argparse.Namespace, model: RecurrentDepthTransformer, windows: torch.Tensor, trained: bool
 ) -> list[dict[str, Any]]:
-    """Every rule: threshold, mean iterations, tokens per second, loss."""
+    """Rows of the second table, one per rule: threshold, mean iterations, tokens per second, loss."""
     device, rows, cases = windows.device, [], {}
     for kind in ("fixed", *RULES):
-        own = with_halting(model, kind)
-        threshold = 0.0 if kind == "fixed" else calibrated(own, windows[:4], kind)
-        rule = rule_of(kind, threshold)
-        mean, loss = teacher_forced(own, windows, rule)
+        own = add_halting(model, kind)
+        threshold = 0.0 if kind == "fixed" else find_threshold(own, windows[:4], kind)
+        rule = make_rule(kind, threshold)
+        mean, loss = evaluate_rule(own, windows, rule)
         shown = f"{loss:.4f}" if trained and own is model else "-"
         row: dict[str, Any] = {
             "rule": kind,
@@ -142,14 +131,21 @@ def exit_rules(
         rows.append(row)
         for batch in (1, options.batch):
             prompts = windows[:1].expand(batch, -1) if batch > len(windows) else windows[:batch]
-            settings = {"temperature": 0.8, "top_k": 50, "exit_rule": rule}
-            trace = GenerationTrace()
-            generate(own, prompts[:, :PROMPT], LOOPS, options.tokens, trace=trace, **settings)
-            row[f"mean T, {batch} rows"] = round(trace.mean, 2)
-            cases[f"{kind} {batch}"] = lambda own=own, prompts=prompts, settings=settings: generate(
-                own, prompts[:, :PROMPT], LOOPS, options.tokens, **settings
+            continue_text = partial(
+                generate,
+                own,
+                prompts[:, :PROMPT],
+                LOOPS,
+                options.tokens,
+                temperature=0.8,
+                top_k=50,
+                exit_rule=rule,
             )
-    best = fastest(cases, options.rounds, device)
+            trace = GenerationTrace()
+            continue_text(trace=trace)
+            row[f"mean T, {batch} rows"] = round(trace.mean, 2)
+            cases[f"{kind} {batch}"] = continue_text
+    best = measure_fastest(cases, options, device)
     for row in rows:
         for batch in (1, options.batch):
             row[f"tokens/s, {batch} rows"] = round(batch * options.tokens / best[f"{row['rule']} {batch}"], 1)
@@ -157,8 +153,11 @@ def exit_rules(
 
 
 @torch.no_grad()
-def cache_budgets(model: RecurrentDepthTransformer, windows: torch.Tensor, trained: bool) -> list[dict[str, Any]]:
-    """Every budget: what is kept, the loss of tokens that are decoded singly, and how often the likeliest token differs."""
+def compare_budgets(model: RecurrentDepthTransformer, windows: torch.Tensor, trained: bool) -> list[dict[str, Any]]:
+    """Rows of the third table, one per cache budget: numbers kept, loss, share of other likeliest tokens.
+
+    Tokens are decoded one by one; the largest budget, which comes first, is exact.
+    """
     rows, exact = [], None
     for budget in reversed(BUDGETS):
         cache, parts = KVCache(budget), []
@@ -174,18 +173,14 @@ def cache_budgets(model: RecurrentDepthTransformer, windows: torch.Tensor, train
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
-    lines = [f"| {' | '.join(rows[0])} |", f"|{'---:|' * len(rows[0])}"]
-    return "\n".join([*lines, *(f"| {' | '.join(map(str, row.values()))} |" for row in rows)])
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: one line per row, with the keys of the first as the header."""
+    return "\n".join([format_header(list(rows[0])), *(format_row(row.values()) for row in rows)])
 
 
 def load_windows(options: argparse.Namespace) -> tuple[RecurrentDepthTransformer, torch.Tensor, bool]:
-    """The model, windows of text (sequences, length + 1), and whether they belong together."""
-    from megatron_rdt.data import read_fixed_windows
-    from megatron_rdt.evaluate.loss import open_validation_corpus
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The model, windows of text (sequences, length + 1), and whether the model was trained on such text."""
+    device = pick_device()
     if options.checkpoint or Path(RUN).exists():
         model, _ = load(options.checkpoint or RUN, device)
         corpus = open_validation_corpus(options.data, options.length, 0, DataConfig())
@@ -196,30 +191,27 @@ def load_windows(options: argparse.Namespace) -> tuple[RecurrentDepthTransformer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Print the three tables."""
+    parser = make_parser(__doc__, rounds=3, threads=1, out=None)
     parser.add_argument("--checkpoint", help=f"run, checkpoint or export; {RUN} where it exists")
     parser.add_argument("--data", default=DATA, help="prepared text for the losses")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens per row")
     parser.add_argument("--batch", type=int, default=16, help="rows of the batch")
     parser.add_argument("--sequences", type=int, default=16, help="windows of text")
     parser.add_argument("--length", type=int, default=256, help="tokens of a window")
-    parser.add_argument("--rounds", type=int, default=3, help="the fastest of these counts")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--out", type=Path, help="write the numbers here as JSON")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model, windows, trained = load_windows(options)
     results = {
-        "cached": cached_and_not(options, windows.device),
-        "exit rules": exit_rules(options, model, windows, trained),
-        "cache budgets": cache_budgets(model, windows, trained),
+        "cached": compare_cache(options, windows.device),
+        "exit rules": compare_rules(options, model, windows, trained),
+        "cache budgets": compare_budgets(model, windows, trained),
     }
     kind = "a checkpoint" if trained else "an untrained model and random tokens"
     print(f"T = {LOOPS}, prompts of {PROMPT} tokens, {options.tokens} new ones. Rules and budgets: {kind}.")
     for name, rows in results.items():
-        print(f"\n{name}\n\n{table(rows)}")
-    if options.out:
-        options.out.write_text(json.dumps(results, indent=2) + "\n")
+        print(f"\n{name}\n\n{format_table(rows)}")
+    write_numbers(options.out, results)
 
 
 if __name__ == "__main__":

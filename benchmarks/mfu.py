@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation of a training step: how much of the chip's peak the step's own FLOPs reach, and where the rest goes.
+"""Model FLOPs utilisation of a training step: the share of the chip's peak that its FLOPs reach, and the bounds on it.
 
 A preset of about 1B parameters trains in bfloat16 (float32 weights, gradients and moments), its layers compiled
 (`--no-compile`: not), with T drawn by the preset's depth, whose mean is 8 in the default one. For each length:
@@ -6,8 +6,8 @@ A preset of about 1B parameters trains in bfloat16 (float32 weights, gradients a
 - step time, the median over steps; tokens/s; MFU against the chip's dense bfloat16 peak (on a CPU: against the rate of matrix
   products that is measured first). FLOPs are of the T that ran, without recomputation (megatron_rdt/model/flops.py);
 - the floor of the FLOPs: their time at the peak, and at the measured rate of products of the model's shapes;
-- the floor of the memory traffic: what products read and write (each factor and result once), and what clipping and AdamW
-  do, at the measured bandwidth of a copy. Norms, rotations and gates are not in it: fused, they add nothing;
+- the floor of the memory traffic: the bytes that products read and write (each factor and result once), clipping's and
+  AdamW's, at the measured bandwidth of a copy. Norms, rotations and gates are not counted: fused, they add nothing;
 - the share of the time by kind of operator, from a profile of one step.
 
     python benchmarks/mfu.py                                     # on a GPU
@@ -16,23 +16,23 @@ A preset of about 1B parameters trains in bfloat16 (float32 weights, gradients a
 """
 
 import argparse
-import json
 import statistics
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
-from tools.operators import profiled, shares
-from tools.rates import Shape, product_rate, product_shapes
+from tools.operators import format_shares, profile_step
+from tools.options import make_parser, write_numbers
+from tools.rates import Shape, count_products, measure_product_rate
+from tools.steps import take_step
+from tools.tables import format_header, format_row
+from tools.timing import make_clock, measure_seconds, pick_device
 
 from megatron_rdt.config import RunConfig, load_config
-from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan, DepthSampler
-from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.flops import forward_flops, training_flops
-from megatron_rdt.parallel import Engine, MicroBatch, make_engine
+from megatron_rdt.parallel import Engine, build_engine
 from megatron_rdt.train.hardware import peak_flops, peak_memory_gb
 
 PRESET = Path(__file__).resolve().parent.parent / "configs" / "models" / "parcae_1_3b.yaml"
@@ -41,48 +41,29 @@ OPTIMIZER_BYTES = 4 + 7 * 4
 COPY_BYTES = 1 << 28
 
 
-def clock(device: torch.device) -> float:
-    """Wall time after all that was started has ended."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def configured(options: argparse.Namespace, length: int) -> RunConfig:
-    """The preset with the options."""
+def load_preset(options: argparse.Namespace, length: int) -> RunConfig:
+    """The preset, changed by the options."""
     fixed = [f"train.sequence_length={length}", f"train.precision={options.precision}", "optimizer.name=adamw"]
     words = [*fixed, *options.set]
     words.append(f"train.compile={'layers' if options.compile else 'none'}")
     return load_config(options.preset, words)
 
 
-def make_engine_for(config: RunConfig, device: torch.device) -> Engine:
-    """A single-process engine."""
-    engine = make_engine(config, device)
-    with torch.device("meta"):
-        model = RecurrentDepthTransformer(config.model)
-    engine.setup(model)
-    return engine
-
-
-def bandwidth(device: torch.device) -> float:
+def measure_bandwidth(device: torch.device) -> float:
     """Bytes per second of a large copy, read and written."""
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    times = []
-    for _ in range(6):
-        began = clock(device)
-        target.copy_(source)
-        times.append(clock(device) - began)
+    clock = make_clock(device, threads=0)
+    times = [measure_seconds(lambda: target.copy_(source), clock) for _ in range(6)]
     return 2 * COPY_BYTES / min(times[1:])
 
 
-def traffic(shapes: Counter[Shape], forwards: float, backwards: float, width: int) -> float:
+def count_traffic(shapes: Counter[Shape], forwards: float, backwards: float, width: int) -> float:
     """Bytes that products of these shapes move; the gradient of a weight is float32.
 
     Args:
-        shapes: of `product_shapes`.
-        forwards, backwards: how often each is passed through.
+        shapes: from `count_products`.
+        forwards, backwards: passes through each matrix.
         width: bytes of a number in the compute dtype.
     """
     total = 0.0
@@ -93,20 +74,20 @@ def traffic(shapes: Counter[Shape], forwards: float, backwards: float, width: in
     return total
 
 
-def step_bytes(engine: Engine, plan: DepthPlan, length: int, width: int) -> float:
-    """The least that a step moves to and from memory."""
+def count_step_bytes(engine: Engine, plan: DepthPlan, length: int, width: int) -> float:
+    """Least number of bytes that a step moves to and from memory."""
     sequences = len(plan.iterations)
-    everything = product_shapes(engine.model, sequences * length)
-    core = product_shapes(engine.model.core, sequences * length)
+    everything = count_products(engine.model, sequences * length)
+    core = count_products(engine.model.core, sequences * length)
     forwards = statistics.mean(plan.iterations)
     backwards = statistics.mean(min(t, plan.backprop or t) for t in plan.iterations)
     parameters = sum(p.numel() for p in engine.model.parameters())
-    products = traffic(core, forwards, backwards, width) + traffic(everything - core, 1, 1, width)
+    products = count_traffic(core, forwards, backwards, width) + count_traffic(everything - core, 1, 1, width)
     return products + OPTIMIZER_BYTES * parameters
 
 
-def step_flops(config: RunConfig, plan: DepthPlan, length: int) -> float:
-    """Of a step, as executed, without recomputation."""
+def count_step_flops(config: RunConfig, plan: DepthPlan, length: int) -> float:
+    """FLOPs of a step at the T that ran, without recomputation."""
     loops = statistics.mean(plan.iterations)
     with_gradient = statistics.mean(min(t, plan.backprop or t) for t in plan.iterations)
     each = training_flops(config.model, forward_flops(config.model, length), loops, with_gradient)
@@ -114,32 +95,29 @@ def step_flops(config: RunConfig, plan: DepthPlan, length: int) -> float:
 
 
 def measure(options: argparse.Namespace, length: int, device: torch.device) -> dict[str, Any]:
-    """One sequence length."""
-    config = configured(options, length)
-    engine, sampler = make_engine_for(config, device), DepthSampler(config.depth, config.run.seed)
+    """Figures of one sequence length: the columns of its line, and what is printed below the table."""
+    config = load_preset(options, length)
+    engine, sampler = build_engine(config, device), DepthSampler(config.depth, config.run.seed)
+    clock = make_clock(device, threads=0)
     dtype = torch.bfloat16 if options.precision == "bfloat16" else torch.float32
-    shapes = product_shapes(engine.model, options.batch * length)
-    rate = product_rate(shapes, backward=True, clock=lambda: clock(device), device=device, dtype=dtype)
-    peak, memory = peak_flops(device, options.precision) or rate, bandwidth(device)
+    shapes = count_products(engine.model, options.batch * length)
+    rate = measure_product_rate(shapes, backward=True, clock=clock, device=device, dtype=dtype)
+    peak, memory = peak_flops(device, options.precision) or rate, measure_bandwidth(device)
     tokens = torch.randint(0, config.model.vocab_size, (options.batch, length + 1))
 
-    def step(number: int) -> DepthPlan:
+    def draw_plan(number: int) -> DepthPlan:
         first = number * options.batch
-        plan = sampler.plan(number, range(first, first + options.batch))
-        engine.forward_backward([MicroBatch(Batch(tokens), plan)])
-        engine.clip(1.0)
-        engine.step(1e-4)
-        return plan
+        return sampler.plan(number, range(first, first + options.batch))
 
     rows = []
     for number in range(options.warmup + options.steps):
-        began = clock(device)
-        plan = step(number)
-        seconds = clock(device) - began
-        flops, moved = step_flops(config, plan, length), step_bytes(engine, plan, length, dtype.itemsize)
+        plan = draw_plan(number)
+        seconds = measure_seconds(lambda: take_step(engine, tokens, plan), clock)  # noqa: B023  # called at once
+        flops, moved = count_step_flops(config, plan, length), count_step_bytes(engine, plan, length, dtype.itemsize)
         rows.append({"seconds": seconds, "flops": flops, "bytes": moved, "T": statistics.mean(plan.iterations)})
     rows = rows[options.warmup :]
-    times, table = profiled(lambda: step(options.warmup + options.steps), device.type == "cuda")
+    last = draw_plan(options.warmup + options.steps)
+    times, table = profile_step(lambda: take_step(engine, tokens, last), device.type == "cuda")
 
     def median(value: Any) -> float:
         return statistics.median(value(row) for row in rows)
@@ -172,39 +150,37 @@ COLUMNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Print one line per sequence length, then the shares of each."""
+    parser = make_parser(__doc__, batch=8, out=None)
     parser.add_argument("--preset", type=Path, default=PRESET, help="YAML with model and depth")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other keys of the config")
     parser.add_argument("--sequence", type=int, nargs="+", default=[2048, 4096], help="tokens per sequence")
-    parser.add_argument("--batch", type=int, default=8, help="sequences per step")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=10, help="steps that are measured")
     parser.add_argument("--warmup", type=int, default=3, help="steps before, in which the layers are compiled")
     parser.add_argument("--precision", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile the layers")
     parser.add_argument("--even-on-cpu", action="store_true", help="the default size without a GPU, too: hours")
     parser.add_argument("--verbose", action="store_true", help="print the costliest operators too")
-    parser.add_argument("--out", type=Path, help="write the numbers here as JSON")
     options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device()
     if device.type == "cpu" and not (options.set or options.even_on_cpu):
-        print("no GPU here: nothing was measured. At a small size: see the end of --help's first part.")
+        print("no GPU here: nothing was measured. For a small size on the CPU, see the second command of --help.")
         return
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(
         f"{options.preset.stem} on {name}, torch {torch.__version__}, {options.precision}, {options.batch} sequences\n"
     )
-    print(f"| {' | '.join(COLUMNS)} |\n|{'---:|' * len(COLUMNS)}")
+    print(format_header(list(COLUMNS)))
     results = []
     for length in options.sequence:
         results.append(measure(options, length, device))
-        print(f"| {' | '.join(format(results[-1][key], form) for key, form in COLUMNS.items())} |", flush=True)
+        print(format_row(format(results[-1][key], form) for key, form in COLUMNS.items()), flush=True)
     for row in results:
-        print(f"\nsequence {row['sequence']}: {shares(row['seconds by kind'])}")
+        print(f"\nsequence {row['sequence']}: {format_shares(row['seconds by kind'])}")
         print(row["operators"] if options.verbose else "", end="")
-    if options.out:
-        kept = [{key: value for key, value in row.items() if key != "operators"} for row in results]
-        settings = {key: str(value) for key, value in vars(options).items()}
-        options.out.write_text(json.dumps({"device": name, "options": settings, "cases": kept}, indent=2) + "\n")
+    kept = [{key: value for key, value in row.items() if key != "operators"} for row in results]
+    settings = {key: str(value) for key, value in vars(options).items()}
+    write_numbers(options.out, {"device": name, "options": settings, "cases": kept})
 
 
 if __name__ == "__main__":

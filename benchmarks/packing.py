@@ -6,57 +6,52 @@ Without a corpus, documents have generated lengths: log-normal, as those of web 
 CPU seconds of one thread.
 """
 
-import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from tools.options import make_parser
 
 from megatron_rdt.config import DataConfig
 from megatron_rdt.data import IndexedDataset, load_manifest, open_corpus
 from megatron_rdt.data.packing_plan import make_plans, pack_shard
 
-LOG_MEAN, LOG_DEVIATION = 6.0, 1.1  # of the tokens of a document: median 403, mean 739
+LOG_MEAN, LOG_DEVIATION = 6.0, 1.1  # of the logarithm of a document's tokens: median 403, mean 739
 BATCH, READ_SECONDS = 32, 3.0
 
 
-def timed(function: Callable[[], Any]) -> tuple[Any, float]:
-    """What a function gives, and the CPU seconds that it took."""
-    began = time.process_time()
-    return function(), time.process_time() - began
-
-
-def cut_by_windows(starts: np.ndarray, lengths: np.ndarray, length: int) -> float:
-    """Share of the documents that no window of one stream holds whole."""
+def share_cut_by_windows(starts: np.ndarray, lengths: np.ndarray, length: int) -> float:
+    """Share of the documents that are cut where windows are taken from one stream of tokens."""
+    # A window has length + 1 tokens and shares its last one with the next.
     return float((starts + lengths > starts // length * length + length + 1).mean())
 
 
-def report(name: str, starts: np.ndarray, lengths: np.ndarray, length: int) -> None:
-    """One line on the packing of these documents."""
-    (_, _, counts), seconds = timed(lambda: pack_shard(starts, int(lengths.sum()), length))
+def print_packing(name: str, starts: np.ndarray, lengths: np.ndarray, length: int) -> None:
+    """Print one line: documents cut by windows, documents cut and padding by packing, and its speed."""
+    began = time.process_time()
+    _, _, counts = pack_shard(starts, int(lengths.sum()), length)
+    seconds = time.process_time() - began
     padding = counts.padding / (counts.rows * (length + 1))
     print(
         f"{name:<10} L {length:>5}  {len(lengths):>9,} documents, mean {lengths.mean():,.0f} tokens   "
-        f"chunk: {cut_by_windows(starts, lengths, length):6.1%} cut   "
+        f"chunk: {share_cut_by_windows(starts, lengths, length):6.1%} cut   "
         f"bestfit: {counts.cut / counts.documents:6.1%} cut, {padding:.3%} padding, {len(lengths) / seconds:,.0f} documents/s"
     )
 
 
-def reading(corpus: Path, length: int) -> None:
-    """Samples per second of both, with everything that a run may ask for."""
+def print_reading(corpus: Path, length: int) -> None:
+    """Print the samples per second of cut and packed windows, bare and with documents and positions."""
     manifest = load_manifest(corpus)
     make_plans(manifest, "train", length)
     for pack_as in ("chunk", "bestfit"):
         for masks in (False, True):
             options = DataConfig(pack=pack_as, document_mask=masks, document_positions=masks)  # type: ignore[arg-type]
             split = open_corpus(manifest, "train", length, 1, options)
-            places = split.locate(np.arange(1024 * BATCH)).reshape(-1, BATCH)
-            split.read(places[0])
+            locations = split.locate(np.arange(1024 * BATCH)).reshape(-1, BATCH)
+            split.read(locations[0])
             began, read = time.process_time(), 0
             while time.process_time() - began < READ_SECONDS:
-                split.read(places[read % len(places)])
+                split.read(locations[read % len(locations)])
                 read += 1
             speed = read * BATCH / (time.process_time() - began)
             print(f"L {length:>5}  {pack_as:<8} {'documents, positions' if masks else '':<21} {speed:,.0f} samples/s")
@@ -65,24 +60,24 @@ def reading(corpus: Path, length: int) -> None:
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--corpus", help="directory that rdt prep wrote")
-    parser.add_argument("--lengths", default="256,2048")
-    parser.add_argument("--documents", type=int, default=1_000_000)
+    parser.add_argument("--lengths", default="256,2048", help="tokens per window, separated by commas")
+    parser.add_argument("--documents", type=int, default=1_000_000, help="documents of generated lengths")
     options = parser.parse_args()
     lengths = [int(length) for length in options.lengths.split(",")]
     draw = np.random.default_rng(0)
     sizes = np.maximum(draw.lognormal(LOG_MEAN, LOG_DEVIATION, options.documents), 2).astype(np.int64)
     for length in lengths:
-        report("generated", np.cumsum(sizes) - sizes, sizes, length)
+        print_packing("generated", np.cumsum(sizes) - sizes, sizes, length)
     if options.corpus is None:
         return
     shards = [IndexedDataset(prefix) for prefix in load_manifest(options.corpus).shard_prefixes("train")]
     sizes = np.concatenate([np.diff(shard.document_starts, append=shard.tokens) for shard in shards])
     for length in lengths:
-        report("corpus", np.cumsum(sizes) - sizes, sizes, length)
+        print_packing("corpus", np.cumsum(sizes) - sizes, sizes, length)
     for length in lengths:
-        reading(Path(options.corpus), length)
+        print_reading(Path(options.corpus), length)
 
 
 if __name__ == "__main__":

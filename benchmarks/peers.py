@@ -1,13 +1,13 @@
-"""Training and generation speed and peak memory beside other implementations of recurrent depth.
+"""Speed of training and generation and peak memory, compared with other implementations of recurrent depth.
 
-Peers: open-mythos 0.5.0, Parcae, Huginn, and a plain PyTorch loop (`peer_models/`). Beside each runs this project's model
-with the peer's parts and shapes; the numbers of parameters must agree. Both sides take the same tokens and the same T, and
-have the same optimizer (fused AdamW) and clipping. A training step is forward, loss, backward, clipping, AdamW.
+Peers: open-mythos 0.5.0, Parcae, Huginn, and a plain PyTorch loop (`peer_models/`). Each is compared with this project's
+model of the same parts and shapes; the numbers of parameters must agree. Both sides take the same tokens and the same T,
+and have the same optimizer (fused AdamW) and clipping. A training step is forward, loss, backward, clipping, AdamW.
 
 The sides take turns in one process, one step each; the ratio is taken within a round and its median over the rounds is
 printed, with the smallest and largest. The clock is CPU time of the process over all its threads: other programs change it
 little with one thread, but with more than one waiting threads spin, so leave the machine alone then. Peak memory is
-that of a fresh process per case, in which the C library gives freed blocks back.
+that of a fresh process per case, in which the C library returns freed blocks to the system.
 
 The floor is the time that the step's FLOPs (megatron_rdt/model/flops.py) take at the rate at which this machine multiplies
 matrices of the model's shapes, which is measured in every round; for generation, at the rate of single rows.
@@ -17,29 +17,29 @@ matrices of the model's shapes, which is measured in every round; for generation
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from peer_models import PEERS, Peer, Work
 from peer_models.base import Sizes
-from tools.operators import profiled, shares
-from tools.rates import product_rate, product_shapes
+from tools.operators import format_shares, profile_step
+from tools.options import make_parser, repeat_options, write_numbers
+from tools.processes import run_fresh
+from tools.rates import count_products, measure_product_rate
+from tools.steps import LR, MAX_NORM, take_step
+from tools.tables import format_header, format_row
+from tools.timing import measure_seconds
 from torch import nn
 
 from megatron_rdt.config import DepthConfig, RunConfig
-from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan, DepthSampler
 from megatron_rdt.inference import generate
-from megatron_rdt.model import RecurrentDepthTransformer
+from megatron_rdt.model.activation_checkpointing import set_checkpointing
 from megatron_rdt.model.flops import forward_flops, training_flops
-from megatron_rdt.parallel import Engine, MicroBatch, make_engine
+from megatron_rdt.parallel import build_engine
 from megatron_rdt.train.hardware import peak_memory_gb
 
 WORKS = (
@@ -52,18 +52,16 @@ WORKS = (
     Work("generate T = 8", 8, generate=True),
 )
 PROMPT, NEW_TOKENS = 32, 32
-LR, MAX_NORM = 1e-4, 1.0
-RETURN_FREED_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": "131072"}  # glibc: mapped, hence returned when freed
 PASSED_ON = ("batch", "sequence", "threads", "rounds")
 
 
 class Bench:
-    """Both sides of one peer, and what they take turns at.
+    """Both sides of a comparison, a peer and this project, and the steps that they take in turn.
 
     Args:
         peer: the other side.
         options: batch, sequence, threads.
-        sides: which of "peer" and "ours" to build.
+        sides: "peer", "ours", or both: the sides to build.
     """
 
     def __init__(self, peer: Peer, options: argparse.Namespace, sides: tuple[str, ...]) -> None:
@@ -79,23 +77,16 @@ class Bench:
             self.model = peer.build(self.sizes)
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR, fused=True)
         if "ours" in sides:
-            self.engine = self._engine()
+            self.engine = build_engine(RunConfig(model=self.config), torch.device("cpu"))
 
-    def _engine(self) -> Engine:
-        engine = make_engine(RunConfig(model=self.config), torch.device("cpu"))
-        with torch.device("meta"):
-            model = RecurrentDepthTransformer(self.config)
-        engine.setup(model)
-        return engine
-
-    def loops(self, work: Work, round_number: int) -> tuple[int, ...]:
-        """T of each sequence."""
+    def draw_loops(self, work: Work, round_number: int) -> tuple[int, ...]:
+        """T of each sequence in a round."""
         if work.per_sequence:
-            return self.depths.iterations(round_number, range(self.batch), self.batch)
+            return self.depths.draw_loops(round_number, range(self.batch), self.batch)
         return (work.loops,) * self.batch
 
-    def peer_step(self, work: Work, loops: tuple[int, ...]) -> None:
-        """The peer's turn."""
+    def step_peer(self, work: Work, loops: tuple[int, ...]) -> None:
+        """Do the work once with the peer's model."""
         if work.generate:
             self.peer.generate(self.model, self.tokens[:1, :PROMPT], work.loops, NEW_TOKENS)
             return
@@ -104,31 +95,29 @@ class Bench:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def our_step(self, work: Work, loops: tuple[int, ...]) -> None:
-        """This project's turn."""
+    def step_ours(self, work: Work, loops: tuple[int, ...]) -> None:
+        """Do the work once with this project's model."""
         if work.generate:
             generate(self.engine.model, self.tokens[:1, :PROMPT], work.loops, NEW_TOKENS)
             return
-        self.engine.model.core.checkpoint_iterations = work.checkpoint
-        self.engine.forward_backward([MicroBatch(Batch(self.tokens), DepthPlan(loops, work.backprop))])
-        self.engine.clip(MAX_NORM)
-        self.engine.step(LR)
+        set_checkpointing(self.engine.model, "per_iteration" if work.checkpoint else "none")
+        take_step(self.engine, self.tokens, DepthPlan(loops, work.backprop))
 
     def step(self, side: str, work: Work, loops: tuple[int, ...]) -> None:
-        """The turn of a side."""
-        (self.our_step if side == "ours" else self.peer_step)(work, loops)
+        """Do the work once with the model of a side."""
+        (self.step_ours if side == "ours" else self.step_peer)(work, loops)
 
-    def count(self) -> dict[str, int]:
-        """Trained parameters of both sides, which must agree."""
+    def count_parameters(self) -> dict[str, int]:
+        """Trained parameters of both sides; AssertionError where they do not agree."""
         peer, ours = (sum(p.numel() for p in model.parameters()) for model in (self.model, self.engine.model))
-        more = self.peer.more_here(self.sizes)
+        more = self.peer.count_extra_parameters(self.sizes)
         assert ours == peer + more, (
             f"{self.peer.name} has {peer} parameters, the model here {ours}; expected {more} more"
         )
         return {"peer": peer, "ours": ours}
 
-    def work_flops(self, work: Work, loops: tuple[int, ...]) -> float:
-        """Of one turn without recomputation; generation's prompt and new tokens count alike."""
+    def count_flops(self, work: Work, loops: tuple[int, ...]) -> float:
+        """FLOPs of the work without recomputation; for generation, those of its new tokens at their mean position."""
         if work.generate:
             forward = forward_flops(self.config, PROMPT + NEW_TOKENS // 2)
             once = forward.prelude + forward.around + forward.coda
@@ -138,68 +127,56 @@ class Bench:
         mean, mean_gradient = statistics.mean(loops), statistics.mean(with_gradient)
         return self.batch * self.sequence * training_flops(self.config, forward, mean, mean_gradient)
 
-    def rate(self, work: Work) -> float:
-        """FLOP/s of products of the model's shapes."""
+    def measure_rate(self, work: Work) -> float:
+        """FLOP/s at which this machine multiplies matrices of the model's shapes."""
         rows = 1 if work.generate else self.batch * self.sequence
-        return product_rate(product_shapes(self.engine.model, rows), backward=not work.generate)
-
-
-def timed(function: Callable[..., None], *arguments: Any) -> float:
-    """CPU seconds of the process."""
-    began = time.process_time()
-    function(*arguments)
-    return time.process_time() - began
+        return measure_product_rate(count_products(self.engine.model, rows), backward=not work.generate)
 
 
 def measure_times(peer: Peer, options: argparse.Namespace) -> dict[str, Any]:
-    """Parameters, and by work the rounds: seconds of both sides and of the floor, tokens."""
+    """Numbers of parameters, and by work one row per round: seconds of both sides and of the floor, and the rate."""
     bench = Bench(peer, options, ("peer", "ours"))
-    results: dict[str, Any] = {"parameters": bench.count(), "works": {}}
+    results: dict[str, Any] = {"parameters": bench.count_parameters(), "works": {}}
     for work in WORKS:
         if not peer.runs(work):
             continue
         rounds = []
         for number in range(options.rounds + 1):
-            loops = bench.loops(work, number)
-            order = ("peer", "ours") if number % 2 else ("ours", "peer")
-            row = {side: timed(bench.step, side, work, loops) for side in order}
-            row["rate"] = bench.rate(work)
-            rounds.append(row | {"floor": bench.work_flops(work, loops) / row["rate"]})
+            loops = bench.draw_loops(work, number)
+            order = ("peer", "ours") if number % 2 else ("ours", "peer")  # neither always follows the other
+            row = {side: measure_seconds(partial(bench.step, side, work, loops), time.process_time) for side in order}
+            row["rate"] = bench.measure_rate(work)
+            rounds.append(row | {"floor": bench.count_flops(work, loops) / row["rate"]})
         results["works"][work.name] = rounds[1:]
     return results
 
 
 def measure_memory(peer: Peer, options: argparse.Namespace, side: str, work: Work) -> float:
-    """Peak memory in MB of a process that takes two turns, the second with optimizer state."""
+    """Peak memory in MB of a process in which one side does the work twice, the second time with optimizer state."""
     bench = Bench(peer, options, (side,))
     for number in range(2):
-        bench.step(side, work, bench.loops(work, number))
+        bench.step(side, work, bench.draw_loops(work, number))
     return 1e3 * peak_memory_gb(torch.device("cpu"))
 
 
-def profile(peer: Peer, options: argparse.Namespace) -> None:
-    """Where the time of both sides' step at T = 4 goes."""
+def print_profile(peer: Peer, options: argparse.Namespace) -> None:
+    """Print the shares of the kinds of operators in both sides' step at T = 4."""
     bench = Bench(peer, options, ("peer", "ours"))
     for side in ("peer", "ours"):
-        turn = lambda side=side: bench.step(side, WORKS[1], bench.loops(WORKS[1], 0))  # noqa: E731
-        turn()
-        times, table = profiled(turn)
-        print(f"{peer.name}, {side}: {shares(times)}\n{table if options.verbose else ''}", flush=True)
+        step = partial(bench.step, side, WORKS[1], bench.draw_loops(WORKS[1], 0))
+        step()
+        times, table = profile_step(step)
+        print(f"{peer.name}, {side}: {format_shares(times)}\n{table if options.verbose else ''}", flush=True)
 
 
-def in_fresh_process(options: argparse.Namespace, *case: str) -> Any:
-    """What one part of this script prints as JSON, run by itself; None where the peer's code is not there."""
-    words = [f"--{name}={getattr(options, name)}" for name in PASSED_ON]
-    command = [sys.executable, str(Path(__file__).resolve()), *words, "--case", *case]
-    environment = os.environ | (RETURN_FREED_BLOCKS if case[0] == "memory" else {})
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if result.returncode:
-        raise SystemExit(f"{' '.join(case)} failed:\n{result.stderr[-3000:]}")
-    return json.loads(result.stdout.splitlines()[-1])
+def measure_alone(options: argparse.Namespace, *case: str) -> Any:
+    """Measure the parts of one case in a fresh process; {"missing": reason} if the peer is not installed."""
+    words = repeat_options(options, PASSED_ON)
+    return run_fresh(__file__, *words, "--case", *case, return_freed_blocks=case[0] == "memory")
 
 
 def run_case(options: argparse.Namespace) -> Any:
-    """The result of `--case`."""
+    """Measure what `--case` names."""
     kind, name, *rest = options.case
     try:
         if kind == "times":
@@ -209,8 +186,10 @@ def run_case(options: argparse.Namespace) -> Any:
         return {"missing": str(error)}
 
 
-def summary(work: Work, rounds: list[dict[str, float]], memory: dict[str, float], options: argparse.Namespace) -> dict:
-    """One line of the table."""
+def summarize(
+    work: Work, rounds: list[dict[str, float]], memory: dict[str, float], options: argparse.Namespace
+) -> dict:
+    """The figures of one line of the table: medians over the rounds."""
     tokens = NEW_TOKENS if work.generate else options.batch * options.sequence
     ratios = sorted(r["peer"] / r["ours"] for r in rounds)
     return {
@@ -228,52 +207,55 @@ def summary(work: Work, rounds: list[dict[str, float]], memory: dict[str, float]
     }
 
 
-HEADER = (
-    "| Work | peer tokens/s | ours tokens/s | ours / peer | floor tokens/s | peer's share | our share | peer MB | ours MB |\n"
-    "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+COLUMNS = (
+    "peer tokens/s",
+    "ours tokens/s",
+    "ours / peer",
+    "floor tokens/s",
+    "peer's share",
+    "our share",
+    "peer MB",
+    "ours MB",
 )
 
 
-def line(row: dict[str, Any]) -> str:
-    """Markdown."""
+def format_line(row: dict[str, Any]) -> str:
+    """One line of the table."""
     low, high = row["ratios"][0], row["ratios"][-1]
     cells = [row["work"], f"{row['peer tokens/s']:.0f}", f"{row['ours tokens/s']:.0f}"]
     cells += [f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})", f"{row['floor tokens/s']:.0f}"]
     cells += [f"{100 * row['peer share']:.0f} %", f"{100 * row['share']:.0f} %"]
     cells += [f"{row[f'{side} MB']:.0f}" if f"{side} MB" in row else "-" for side in ("peer", "ours")]
-    return f"| {' | '.join(cells)} |"
+    return format_row(cells)
 
 
 def compare(peer: Peer, options: argparse.Namespace) -> dict[str, Any]:
     """Measure one peer and print its table."""
-    times = in_fresh_process(options, "times", peer.name)
+    times = measure_alone(options, "times", peer.name)
     if "missing" in times:
         print(f"\n{peer.name}: skipped, {times['missing']}. To get it: {peer.install}", flush=True)
         return times
     count = times["parameters"]
-    print(f"\n{peer.name}: {count['peer']:,} parameters, here {count['ours']:,}\n\n{HEADER}", flush=True)
+    header = format_header(["Work", *COLUMNS], left=1)
+    print(f"\n{peer.name}: {count['peer']:,} parameters, here {count['ours']:,}\n\n{header}", flush=True)
     rows = []
     for work in WORKS:
         if work.name not in times["works"]:
             continue
         sides = ("peer", "ours") if options.memory else ()
-        memory = {side: in_fresh_process(options, "memory", peer.name, side, work.name) for side in sides}
-        rows.append(summary(work, times["works"][work.name], memory, options))
-        print(line(rows[-1]), flush=True)
+        memory = {side: measure_alone(options, "memory", peer.name, side, work.name) for side in sides}
+        rows.append(summarize(work, times["works"][work.name], memory, options))
+        print(format_line(rows[-1]), flush=True)
     return {"parameters": count, "rows": rows, "rounds": times["works"]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS), help="which ones")
-    parser.add_argument("--batch", type=int, default=4, help="sequences per step")
-    parser.add_argument("--sequence", type=int, default=256, help="tokens per sequence")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds after one to warm up")
+    """Compare the peers one after another; with --case, measure one part and print it as JSON."""
+    parser = make_parser(__doc__, batch=4, sequence=256, threads=1, rounds=5, out=None)
+    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS), help="peers to compare with")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory too")
-    parser.add_argument("--profile", action="store_true", help="print where the time of a step goes instead")
+    parser.add_argument("--profile", action="store_true", help="print the time of a step by kind of operator instead")
     parser.add_argument("--verbose", action="store_true", help="with --profile: the table of operators too")
-    parser.add_argument("--out", type=Path, help="write the numbers here as JSON")
     parser.add_argument(
         "--case", nargs="+", help="measure one part and print it as JSON: times PEER, or memory PEER SIDE WORK"
     )
@@ -283,7 +265,7 @@ def main() -> None:
         return
     if options.profile:
         for name in options.peers:
-            profile(PEERS[name], options)
+            print_profile(PEERS[name], options)
         return
     print(
         f"{options.batch} x {options.sequence} tokens, {options.threads} thread(s), torch {torch.__version__}; tokens per "
@@ -293,9 +275,8 @@ def main() -> None:
     ratios = [row["ratio"] for result in results.values() for row in result.get("rows", [])]
     if ratios:
         print(f"\nOurs / peer over all rows: least {min(ratios):.2f}, median {statistics.median(ratios):.2f}")
-    if options.out:
-        settings = {name: getattr(options, name) for name in PASSED_ON}
-        options.out.write_text(json.dumps({"options": settings, "peers": results}, indent=2) + "\n")
+    settings = {name: getattr(options, name) for name in PASSED_ON}
+    write_numbers(options.out, {"options": settings, "peers": results})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""How far what `rdt plan` says of memory is from what steps really allocate.
+"""Error of the memory that `rdt plan` predicts, against the memory that steps allocate.
 
 A grid of small models on the CPU, in one process and under FSDP2 on two: feed-forward dense or a mixture of experts,
 attention gqa or mla, products in float32 or bfloat16, everything kept, per-iteration checkpoints, or gradient through the
-last 2 iterations with two micro-batches. Compared are the peaks of what the allocator handed out during a step; for a few
-cases also the growth of resident memory in a process of its own, which holds what the C library and gloo keep, too.
+last 2 iterations with two micro-batches. The prediction is compared with the peak of allocated bytes during a step; for a
+few cases also with the growth of resident memory in a process of its own, which includes memory that the C library and
+gloo keep.
 
     python benchmarks/planner.py [--loops 1 4 16] [--out FILE.json]
     python benchmarks/planner.py --presets      # writes the last table of RESULTS.md
@@ -11,24 +12,22 @@ cases also the growth of resident memory in a process of its own, which holds wh
 
 import argparse
 import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from launch.local_processes import find_free_port
+from tools.options import make_parser, repeat_options, write_numbers
+from tools.processes import ROOT, run_fresh, run_ranks
+from tools.resident_memory import measure_growth
+from tools.tables import format_header, format_row
+
 from megatron_rdt.config import DepthConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig, load_config
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.devices import DEVICES
 from megatron_rdt.environment import leave_process, quiet_libraries
 
-ROOT = Path(__file__).resolve().parent.parent
 SEQUENCE, BATCH = 128, 2
 MODEL = ModelConfig(dim=256, ffn_dim=512)
 ATTENTION: dict[str, dict[str, Any]] = {"gqa": {}, "mla": {"attention": "mla", "query_rank": 64}}
@@ -39,14 +38,14 @@ MODES: dict[str, tuple[str, Any, int]] = {
     "per_iteration": ("per_iteration", "all", 1),
     "last 2, 2 micro-batches": ("none", 2, 2),
 }
+RESIDENT_LOOPS = 4
 RESIDENT = ("gqa dense float32 all kept", "gqa moe float32 all kept", "mla dense bfloat16 per_iteration")
-RETURN_FREED_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 DEVICE_COUNTS = (8, 64, 512, 4096, 16384)
 SMALL_STEP, LARGE_STEP, UTILISATION = 4 * 2**20, 16 * 2**20, 0.4
 
 
-def cases(processes: int) -> dict[str, RunConfig]:
-    """The grid, by name."""
+def make_cases(processes: int) -> dict[str, RunConfig]:
+    """The configs of the grid, by name."""
     found = {}
     for attention, ffn, precision, mode in product(ATTENTION, FEEDFORWARD, ("float32", "bfloat16"), MODES):
         checkpoint, k, number = MODES[mode]
@@ -66,16 +65,16 @@ def cases(processes: int) -> dict[str, RunConfig]:
     return found
 
 
-def planned(config: RunConfig, processes: int, loops: int) -> float:
-    """Bytes that the planner says."""
+def predict_peak(config: RunConfig, processes: int, loops: int) -> float:
+    """Peak bytes of a step at T = `loops` that the planner predicts."""
     from megatron_rdt.planner.memory import Depth, step_memory
 
     k = loops if config.depth.backprop == "all" else int(config.depth.backprop)
     return step_memory(config, Layout.of(config.parallel, processes), False, Depth(loops, min(k, loops))).peak
 
 
-def work(options: argparse.Namespace) -> None:
-    """One of the processes of the grid."""
+def run_worker(options: argparse.Namespace) -> None:
+    """Measure the grid as one of its processes; rank 0 writes the rows into the file of --worker."""
     import torch
 
     from megatron_rdt.environment import read_process_info
@@ -84,96 +83,72 @@ def work(options: argparse.Namespace) -> None:
 
     process, rows, joined = read_process_info(), [], False
     torch.manual_seed(process.rank)
-    for name, config in cases(process.world_size).items():
+    for name, config in make_cases(process.world_size).items():
         device = torch.device("cpu") if joined else join_process_group(config, process)
         joined = True
         for each in measure_steps(config, device, options.loops):
-            plan = planned(config, process.world_size, each.loops)
+            plan = predict_peak(config, process.world_size, each.loops)
             rows.append({"case": name, "loops": each.loops, "measured": each.peak, "planned": plan})
     if process.rank == 0:
         options.worker.write_text(json.dumps(rows))
 
 
-def resident(name: str, loops: int) -> None:
-    """Print the growth of this process's resident memory over two steps of a case, after a small model has run."""
+def measure_resident(name: str) -> int:
+    """Bytes by which this process's resident memory grows over two steps of a case."""
     import torch
 
-    from megatron_rdt.planner.measure import build_engine, take_step
+    from megatron_rdt.parallel import build_engine
+    from megatron_rdt.planner.measure import take_step
 
-    config = cases(1)[name]
+    config, cpu = make_cases(1)[name], torch.device("cpu")
+    # A small model first, so that what libraries allocate at their first use is not counted.
     small = replace(
         config, model=replace(config.model, dim=16, heads=2, vocab_size=32), depth=DepthConfig(mean=1, max=1)
     )
-    take_step(build_engine(small, torch.device("cpu")), 1)
-    Path("/proc/self/clear_refs").write_text("5")  # the largest resident size is noted anew
-    before = status("VmRSS")
-    engine = build_engine(config, torch.device("cpu"))
-    for _ in range(2):
-        take_step(engine, loops)
-    print(json.dumps(status("VmHWM") - before))
+    take_step(build_engine(small, cpu), 1)
+
+    def train() -> None:
+        engine = build_engine(config, cpu)
+        for _ in range(2):
+            take_step(engine, RESIDENT_LOOPS)
+
+    return measure_growth(train)
 
 
-def status(field: str) -> int:
-    """Bytes of a line of this process's status."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024 if found else 0
-
-
-def run(processes: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The grid on that many processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "rows.json"
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-        command += [
-            f"--master-port={find_free_port()}",
-            __file__,
-            f"--worker={result}",
-            "--loops",
-            *map(str, options.loops),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-        if done.returncode:
-            sys.exit(done.stderr[-4000:])
-        return json.loads(result.read_text())
-
-
-def table(rows: list[dict[str, Any]], loops: list[int]) -> str:
+def format_table(rows: list[dict[str, Any]], loops: list[int]) -> str:
     """Markdown: a line per case; measured megabytes and the planner's error at each T."""
-    header = ["case", *(f"T = {t}: MB | error" for t in loops)]
-    lines = [f"| {' | '.join(header)} |", f"|---|{'---:|' * (2 * len(loops))}"]
+    lines = [format_header(["case", *(f"T = {t}: {column}" for t in loops for column in ("MB", "error"))], left=1)]
     for case in dict.fromkeys(row["case"] for row in rows):
         cells = [
             f"{row['measured'] / 1e6:.1f} | {100 * (row['planned'] / row['measured'] - 1):+.1f} %"
             for row in rows
             if row["case"] == case
         ]
-        lines.append(f"| {case} | {' | '.join(cells)} |")
+        lines.append(format_row([case, *cells]))
     return "\n".join(lines)
 
 
-def grid(options: argparse.Namespace) -> None:
-    """Measure and print."""
+def measure_grid(options: argparse.Namespace) -> None:
+    """Measure the grid and the resident memory of some cases, and print the tables."""
     found: dict[str, Any] = {}
     for processes in (1, 2):
-        rows = found[str(processes)] = run(processes, options)
+        rows = found[str(processes)] = run_ranks(__file__, processes, *repeat_options(options, ("loops",)))
         errors = [abs(row["planned"] / row["measured"] - 1) for row in rows]
         engine = "one process" if processes == 1 else "fsdp on 2 processes"
         print(
             f"{engine}: error at most {100 * max(errors):.1f} %, median {100 * median(errors):.1f} %, "
-            f"{len(rows)} steps\n\n{table(rows, options.loops)}\n"
+            f"{len(rows)} steps\n\n{format_table(rows, options.loops)}\n"
         )
-    print("| case, T = 4 | planned MB | resident MB | error |\n|---|---:|---:|---:|")
+    print(format_header([f"case, T = {RESIDENT_LOOPS}", "planned MB", "resident MB", "error"], left=1))
     for name in RESIDENT:
-        command = [sys.executable, __file__, "--resident", name]
-        environment = os.environ | RETURN_FREED_BLOCKS
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=ROOT)
-        size, plan = json.loads(done.stdout.splitlines()[-1]), planned(cases(1)[name], 1, 4)
+        size = run_fresh(__file__, "--resident", name, return_freed_blocks=True)
+        plan = predict_peak(make_cases(1)[name], 1, RESIDENT_LOOPS)
         found.setdefault("resident", {})[name] = {"resident": size, "planned": plan}
-        print(f"| {name} | {plan / 1e6:.1f} | {size / 1e6:.1f} | {100 * (plan / size - 1):+.1f} % |")
-    if options.out:
-        options.out.write_text(json.dumps(found, indent=2) + "\n")
+        print(format_row([name, f"{plan / 1e6:.1f}", f"{size / 1e6:.1f}", f"{100 * (plan / size - 1):+.1f} %"]))
+    write_numbers(options.out, found)
 
 
+# Texts and numbers alternate, so the alignment is written out.
 PRESET_COLUMNS = (
     "preset, tokens per sequence | H100 | step, tokens | replicate x shard x context x tensor, expert | micro-batch | "
     "checkpoint, core_gather, reduce | GB | step, s | MFU bound"
@@ -181,7 +156,7 @@ PRESET_COLUMNS = (
 PRESET_HEADER = f"| {PRESET_COLUMNS} |\n|---|---:|---:|---|---:|---|---:|---:|---:|"
 
 
-def preset_rows(path: Path) -> str:
+def plan_preset(path: Path) -> str:
     """Plan one preset; return a Markdown row per number of devices."""
     from megatron_rdt.planner.search import fastest
 
@@ -208,35 +183,34 @@ def preset_rows(path: Path) -> str:
     return "\n".join(lines)
 
 
-def presets() -> None:
+def write_preset_table() -> None:
     """Plan every preset and write the table to the end of benchmarks/RESULTS.md."""
     page = ROOT / "benchmarks" / "RESULTS.md"
     text, mark = page.read_text(encoding="utf-8"), "<!-- made by benchmarks/planner.py --presets -->"
     rows = [PRESET_HEADER]
     for path in sorted((ROOT / "configs" / "models").glob("*.yaml")):
-        rows.append(preset_rows(path))
+        rows.append(plan_preset(path))
         print(rows[-1], flush=True)
     page.write_text(text[: text.index(mark) + len(mark)] + "\n\n" + "\n".join(rows) + "\n", encoding="utf-8")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--loops", type=int, nargs="+", default=[1, 4, 16], help="values of T")
-    parser.add_argument("--out", type=Path, help="write the numbers here as JSON")
+    """Measure the grid, or do the part that an option names."""
+    parser = make_parser(__doc__, loops=[1, 4, 16], out=None)
     parser.add_argument("--presets", action="store_true", help="write the last table of benchmarks/RESULTS.md instead")
     parser.add_argument("--worker", type=Path, help="run as one of the processes and write here")
     parser.add_argument("--resident", metavar="CASE", help="print the growth of resident memory of one case")
     options = parser.parse_args()
     quiet_libraries(1)
     if options.worker:
-        work(options)
+        run_worker(options)
         leave_process(0)
     elif options.resident:
-        resident(options.resident, 4)
+        print(json.dumps(measure_resident(options.resident)))
     elif options.presets:
-        presets()
+        write_preset_table()
     else:
-        grid(options)
+        measure_grid(options)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a peer is to the benchmark: how to build it, train it, generate with it, and this project's config of its parts."""
+"""Interface of a peer: build it, train it, generate with it, and the config of this project's model of the same parts."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from megatron_rdt.config import ModelConfig
 
 @dataclass(frozen=True)
 class Work:
-    """One thing to time.
+    """One kind of work that is timed, a line of the table.
 
     Attributes:
-        name: in the table.
+        name: its name in the table.
         loops: T, or its mean where `per_sequence`.
         backprop: k, None for all.
         checkpoint: one activation checkpoint per iteration.
@@ -33,7 +33,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes that all peers share: vocabulary, width, heads, inner width, positions, layers before and after the loop."""
+    """Sizes that all peers share; `inner` is the feed-forward width, `outer_layers` those before and those after the loop."""
 
     vocabulary: int = 4096
     dim: int = 256
@@ -44,7 +44,7 @@ class Sizes:
     core_layers: int = 2
 
     def config(self, **parts: Any) -> ModelConfig:
-        """This project's config with these sizes."""
+        """This project's config of a model of these sizes with other parts."""
         sizes: dict[str, Any] = {
             "vocab_size": self.vocabulary,
             "dim": self.dim,
@@ -59,11 +59,11 @@ class Sizes:
 
 
 class Peer(ABC):
-    """One peer.
+    """Another implementation of recurrent depth.
 
     Attributes:
-        name: of the peer, on the command line and in the table.
-        install: how to get it.
+        name: its name on the command line and in the table.
+        install: the way to install it.
     """
 
     name: str
@@ -75,28 +75,28 @@ class Peer(ABC):
 
     @abstractmethod
     def build(self, sizes: Sizes) -> nn.Module:
-        """The peer in float32; ImportError where its code is not there."""
+        """Build the peer's model in float32; ImportError if it is not installed."""
 
     def runs(self, work: Work) -> bool:
-        """Whether the peer can do the work."""
+        """Return True if the peer can do the work."""
         return not work.per_sequence
 
     @abstractmethod
     def loss(
         self, model: nn.Module, tokens: torch.Tensor, targets: torch.Tensor, work: Work, loops: tuple[int, ...]
     ) -> torch.Tensor:
-        """Mean cross entropy of (batch, sequence) tokens, with graph; `loops` is T of each sequence."""
+        """Mean cross entropy of (batch, sequence) tokens, for a backward pass; `loops` is T of each sequence."""
 
     @abstractmethod
     def generate(self, model: nn.Module, prompt: torch.Tensor, loops: int, new_tokens: int) -> torch.Tensor:
-        """The prompt (1, length) continued, sampled at temperature 1 with the peer's own cache."""
+        """Continue the prompt (1, length), sampled at temperature 1 with the peer's own cache."""
 
-    def more_here(self, sizes: Sizes) -> int:
-        """Parameters that this project's model has beyond the peer's, because a part has another form here."""
+    def count_extra_parameters(self, sizes: Sizes) -> int:
+        """Number of parameters that only this project's model has, because a part has another form here."""
         return 0
 
 
-def with_and_without_gradient(work: Work) -> torch.Tensor:
-    """(iterations without gradient, iterations with it), as Huginn and Parcae take them."""
+def split_by_gradient(work: Work) -> torch.Tensor:
+    """The numbers of iterations without gradient and with it, in the form that Huginn and Parcae take."""
     with_gradient = min(work.loops, work.backprop or work.loops)
     return torch.tensor([work.loops - with_gradient, with_gradient])

@@ -1,4 +1,4 @@
-"""Huginn: the authors' modelling file, recpre/raven_modeling_minimal.py of seal-rg/recurrent-pretraining.
+"""Huginn, the authors' modelling file recpre/raven_modeling_minimal.py of seal-rg/recurrent-pretraining.
 
 Its package imports the whole training stack, so the file alone is used. Under transformers 5 it needs a dictionary of tied
 weights, and its cached generation fails (`cache_position` is gone), so the loop over tokens is here and the forward passes,
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from megatron_rdt.config import ModelConfig
-from peer_models.base import Peer, Sizes, Work, with_and_without_gradient
+from peer_models.base import Peer, Sizes, Work, split_by_gradient
 
 FILE = Path("recpre") / "raven_modeling_minimal.py"
 
@@ -42,10 +42,11 @@ class Huginn(Peer):
         )
 
     def build(self, sizes: Sizes) -> nn.Module:
-        """RavenForCausalLM."""
+        """The peer's RavenForCausalLM."""
         root = next((Path(entry or ".") for entry in sys.path if (Path(entry or ".") / FILE).is_file()), None)
         if root is None:
             raise ImportError(f"{FILE} is not on PYTHONPATH")
+        # A stand-in for the package, so that its __init__, which imports the training stack, does not run.
         package = types.ModuleType("recpre")
         package.__path__ = [str(root / "recpre")]
         sys.modules["recpre"] = package
@@ -67,13 +68,13 @@ class Huginn(Peer):
     def loss(
         self, model: nn.Module, tokens: torch.Tensor, targets: torch.Tensor, work: Work, loops: tuple[int, ...]
     ) -> torch.Tensor:
-        """Its own loss."""
+        """The peer's own loss."""
         model.gradient_checkpointing = work.checkpoint
-        return model(tokens, labels=targets, num_steps=with_and_without_gradient(work)).loss
+        return model(tokens, labels=targets, num_steps=split_by_gradient(work)).loss
 
     @torch.no_grad()
     def generate(self, model: nn.Module, prompt: torch.Tensor, loops: int, new_tokens: int) -> torch.Tensor:
-        """Its forward pass with its cache, token by token."""
+        """The peer's forward pass with its cache, token by token."""
         model.eval()
         cache = self.modeling.HuginnDynamicCache()
         tokens = new = prompt

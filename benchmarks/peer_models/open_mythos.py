@@ -1,4 +1,4 @@
-"""OpenMythos: the package open-mythos 0.5.0. Its core is one layer of experts."""
+"""OpenMythos, the package open-mythos 0.5.0: its core is one layer of experts."""
 
 import importlib
 from typing import Any
@@ -15,7 +15,7 @@ EXPERTS, CHOSEN, EXPERT_DIM, SHARED, KV_HEADS, RANK, MAX_LOOPS = 8, 2, 256, 1, 2
 
 
 class RunAll(nn.Module):
-    """In the place of its halting unit, which stops an untrained model after two or three iterations: no token stops early."""
+    """Replacement of the halting unit, with which an untrained model stops after two or three iterations: none stops early."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class OpenMythos(Peer):
         )
 
     def build(self, sizes: Sizes) -> nn.Module:
-        """Their module without its halting unit."""
+        """The peer's module, with `RunAll` as its halting unit."""
         package: Any = importlib.import_module("open_mythos")
         config = package.MythosConfig(
             vocab_size=sizes.vocabulary,
@@ -77,13 +77,13 @@ class OpenMythos(Peer):
         model.recurrent.act = RunAll()
         return model
 
-    def more_here(self, sizes: Sizes) -> int:
-        """The adapter's scales are a function of t, not a table; the loop index has a size; the step is per channel."""
+    def count_extra_parameters(self, sizes: Sizes) -> int:
+        """Here the adapter's scales are a function of t, not a table; the loop index has a size; the step is per channel."""
         adapter = FEATURES * RANK + RANK - MAX_LOOPS * RANK
         return adapter + sizes.dim // INDEX_CHANNELS_SHARE + sizes.dim - 1
 
     def runs(self, work: Work) -> bool:
-        """It knows neither truncation, checkpoints nor T per sequence."""
+        """Return True unless the work needs truncation, checkpoints or T per sequence, which the peer does not have."""
         return work.backprop is None and not work.checkpoint and not work.per_sequence
 
     def loss(
@@ -95,7 +95,7 @@ class OpenMythos(Peer):
 
     @torch.no_grad()
     def generate(self, model: nn.Module, prompt: torch.Tensor, loops: int, new_tokens: int) -> torch.Tensor:
-        """Its own generation."""
+        """The peer's own generation."""
         model.eval()
         self._run_all(model, loops)
         tokens = model.generate(prompt, max_new_tokens=new_tokens, n_loops=loops, top_k=0)
@@ -103,4 +103,5 @@ class OpenMythos(Peer):
         return tokens
 
     def _run_all(self, model: nn.Module, loops: int) -> None:
+        """Make the model's halting unit stop after `loops` iterations."""
         model.recurrent.act.last, model.recurrent.act.calls = loops, 0

@@ -1,4 +1,4 @@
-"""Parcae: the module of SandyResearch/parcae. Generation is that of its receval/models/parcae.py."""
+"""Parcae, the module of SandyResearch/parcae; generation is that of its receval/models/parcae.py."""
 
 import importlib
 import math
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from megatron_rdt.config import ModelConfig
-from peer_models.base import Peer, Sizes, Work, with_and_without_gradient
+from peer_models.base import Peer, Sizes, Work, split_by_gradient
 
 
 class Parcae(Peer):
@@ -34,7 +34,7 @@ class Parcae(Peer):
         )
 
     def build(self, sizes: Sizes) -> nn.Module:
-        """ModelingParcae, which adds generation to Parcae."""
+        """The peer's ModelingParcae, which adds generation to Parcae."""
         settings = importlib.import_module("parcae_lm.models.parcae.config")
         modeling = importlib.import_module("receval.models.parcae")
         config = settings.ParcaeConfig(
@@ -64,21 +64,21 @@ class Parcae(Peer):
         )
         return modeling.ModelingParcae(config).train()
 
-    def more_here(self, sizes: Sizes) -> int:
-        """The gain of the input per channel, which is the step there."""
+    def count_extra_parameters(self, sizes: Sizes) -> int:
+        """Here the input has a gain per channel; there the step is the gain."""
         return sizes.dim
 
     def runs(self, work: Work) -> bool:
-        """Everything."""
+        """Return True: the peer can do all."""
         return True
 
     def loss(
         self, model: nn.Module, tokens: torch.Tensor, targets: torch.Tensor, work: Work, loops: tuple[int, ...]
     ) -> torch.Tensor:
-        """Its own loss; T per sequence is given in the place of its draws."""
+        """The peer's own loss; its draws of T per sequence are replaced by `loops`."""
         model.gradient_checkpointing = work.checkpoint
         if not work.per_sequence:
-            return model(tokens, labels=targets, num_steps_pair=with_and_without_gradient(work))["loss"]
+            return model(tokens, labels=targets, num_steps_pair=split_by_gradient(work))["loss"]
         total = torch.tensor(loops)
         with_gradient = total.clamp(max=work.backprop)
         model._sample_batch_depths = lambda batch, length=None: (total - with_gradient, with_gradient)
@@ -86,7 +86,7 @@ class Parcae(Peer):
 
     @torch.no_grad()
     def generate(self, model: nn.Module, prompt: torch.Tensor, loops: int, new_tokens: int) -> torch.Tensor:
-        """Its own generation."""
+        """The peer's own generation."""
         model.eval()
         tokens = model.generate(prompt, max_new_tokens=new_tokens, num_steps=loops)
         model.train()

@@ -1,4 +1,4 @@
-"""A looped transformer as a competent user of PyTorch writes it in an afternoon: no code of this project."""
+"""A plain looped transformer, as a competent user of PyTorch writes it in an afternoon, without code of this project."""
 
 from typing import Any
 
@@ -77,11 +77,11 @@ class PlainLoop(nn.Module):
         """(batch, sequence) -> logits; `cache` has a list for each layer that runs, in order."""
         start = cache[0][0].shape[2] if cache and cache[0] else 0
         rope: Any = tuple(table[start : start + tokens.shape[1]] for table in (self.cos, self.sin))
-        slots = iter(cache if cache is not None else [])
+        layer_caches = iter(cache if cache is not None else [])
 
         def run(x: torch.Tensor, blocks: nn.ModuleList) -> torch.Tensor:
             for block in blocks:
-                x = block(x, *rope, next(slots, None))
+                x = block(x, *rope, next(layer_caches, None))
             return x
 
         e = run(self.embed(tokens), self.prelude)
@@ -96,17 +96,17 @@ class PlainLoop(nn.Module):
 
 
 class Plain(Peer):
-    """The model above."""
+    """The plain looped transformer as a peer."""
 
     name = "plain PyTorch"
     install = "nothing"
 
     def config(self, sizes: Sizes) -> ModelConfig:
-        """Additive injection from zeros, nothing else."""
+        """Additive injection, an initial state of zeros, no other parts."""
         return sizes.config(injection="add", encoded_norm=False, state_init="zero", norm_eps=EPS, rope_base=ROPE_BASE)
 
     def build(self, sizes: Sizes) -> nn.Module:
-        """A new model."""
+        """A new `PlainLoop`."""
         return PlainLoop(sizes)
 
     def loss(
@@ -118,7 +118,7 @@ class Plain(Peer):
 
     @torch.no_grad()
     def generate(self, model: nn.Module, prompt: torch.Tensor, loops: int, new_tokens: int) -> torch.Tensor:
-        """A cache that grows by concatenation."""
+        """Continue the prompt with a cache that grows by concatenation."""
         assert isinstance(model, PlainLoop)
         layers = len(model.prelude) + loops * len(model.core) + len(model.coda)
         cache: list[list[torch.Tensor]] = [[] for _ in range(layers)]

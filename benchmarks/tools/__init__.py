@@ -1,1 +1,1 @@
-"""What several benchmarks measure with. Nothing here runs by itself."""
+"""Helpers that several benchmarks share: options, clocks, worker processes, tables, rates. No script among them."""

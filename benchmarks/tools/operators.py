@@ -1,4 +1,4 @@
-"""Where the time of a step goes, by kind of operator."""
+"""Time of a step by kind of operator, from a profile."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-# The first kind one of whose words is in the operator's or kernel's name counts.
+# Kind -> words; an operator or kernel is of the first kind that has a word of its name.
 KINDS: dict[str, tuple[str, ...]] = {
     "attention": ("attention", "flash", "fmha"),
     "communication": ("nccl", "c10d", "all_gather", "reduce_scatter"),
@@ -20,26 +20,30 @@ KINDS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def kind_of(name: str) -> str:
-    """The kind of an operator or kernel, "the rest" where none of the words fits."""
+def classify_operator(name: str) -> str:
+    """The kind of an operator or kernel; "the rest" if none of the words occurs in its name."""
     lower = name.lower()
     return next((kind for kind, words in KINDS.items() if any(word.lower() in lower for word in words)), "the rest")
 
 
 def time_by_kind(events: Iterable[Any], device: bool) -> dict[str, float]:
-    """Seconds by kind of the events of `torch.profiler.profile().key_averages()`; on the GPU where `device`.
+    """Seconds by kind, largest first, of the events of `torch.profiler.profile().key_averages()`.
 
-    On a GPU only the kernels count, not the operators that start them: their time would count twice.
+    Args:
+        events: operators, and kernels where a GPU was profiled.
+        device: count kernels on the GPU, not the operators that start them, whose time would count twice.
     """
     times: dict[str, float] = defaultdict(float)
     for event in events:
         if device and event.device_type != torch.autograd.DeviceType.CUDA:
             continue
-        times[kind_of(event.key)] += (event.self_device_time_total if device else event.self_cpu_time_total) / 1e6
+        times[classify_operator(event.key)] += (
+            event.self_device_time_total if device else event.self_cpu_time_total
+        ) / 1e6
     return dict(sorted(times.items(), key=lambda pair: -pair[1]))
 
 
-def profiled(step: Callable[[], object], device: bool = False) -> tuple[dict[str, float], str]:
+def profile_step(step: Callable[[], object], device: bool = False) -> tuple[dict[str, float], str]:
     """Seconds by kind of one call of `step`, and the table of its 25 costliest operators."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if device else []
@@ -52,7 +56,7 @@ def profiled(step: Callable[[], object], device: bool = False) -> tuple[dict[str
     return time_by_kind(averages, device), averages.table(order, row_limit=25, max_name_column_width=60)
 
 
-def shares(times: dict[str, float]) -> str:
-    """One line: each kind's share of the whole."""
+def format_shares(times: dict[str, float]) -> str:
+    """One line of text: the share of every kind in the whole time."""
     whole = sum(times.values()) or 1.0
     return ", ".join(f"{kind} {100 * seconds / whole:.1f} %" for kind, seconds in times.items())

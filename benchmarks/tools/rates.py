@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices of the shapes that a model has: the floor under its step."""
+"""Rate at which this machine multiplies matrices of a model's shapes, which bounds the speed of its step."""
 
 import time
 from collections import Counter
@@ -12,15 +12,15 @@ from megatron_rdt.model.iteration_signals import AdaLnSignal
 from megatron_rdt.model.moe import MixtureOfExperts
 from megatron_rdt.model.rdt import Embedding
 
-# A shape is repeated until it has done this much, so that the clock's grain does not count.
+# A product is repeated until it has done this many FLOPs, so that the resolution of the clock does not matter.
 LEAST_FLOPS = 4e8
 
 Shape = tuple[int, int, int]
 """Rows, input channels, output channels of a product x W^T."""
 
 
-def product_shapes(model: nn.Module, rows: int) -> Counter[Shape]:
-    """The products of one pass through each of the model's matrices, and how often each shape occurs.
+def count_products(model: nn.Module, rows: int) -> Counter[Shape]:
+    """Count the matrix products of one pass through each of the model's matrices, by shape.
 
     Args:
         model: a `RecurrentDepthTransformer` of this project, or a part of it.
@@ -28,7 +28,8 @@ def product_shapes(model: nn.Module, rows: int) -> Counter[Shape]:
     """
     shapes: Counter[Shape] = Counter()
     for part in model.modules():
-        # A look-up; once per sequence. A tied embedding is the output matrix, so it counts.
+        # An embedding is a look-up, unless it is tied and so the output matrix too. The other two are a table, and a
+        # product of one row per sequence.
         untied = isinstance(part, Embedding) and getattr(model, "head", None) is not None
         if untied or isinstance(part, TokenValues | AdaLnSignal):
             continue
@@ -42,8 +43,8 @@ def product_shapes(model: nn.Module, rows: int) -> Counter[Shape]:
     return shapes
 
 
-def seconds_of(product: Callable[[], object], flops: float, clock: Callable[[], float]) -> float:
-    """Seconds of one call, from as many in a row as make LEAST_FLOPS."""
+def time_product(product: Callable[[], object], flops: float, clock: Callable[[], float]) -> float:
+    """Seconds of one product, averaged over enough calls in a row to reach LEAST_FLOPS."""
     calls = max(round(LEAST_FLOPS / flops), 1)
     began = clock()
     for _ in range(calls):
@@ -52,7 +53,7 @@ def seconds_of(product: Callable[[], object], flops: float, clock: Callable[[], 
 
 
 @torch.no_grad()
-def product_rate(
+def measure_product_rate(
     shapes: Counter[Shape],
     backward: bool,
     clock: Callable[[], float] = time.process_time,
@@ -62,8 +63,8 @@ def product_rate(
     """FLOP/s of matrix products of these shapes, each as often as it occurs.
 
     Args:
-        shapes: of `product_shapes`.
-        backward: whether the two products of the backward pass are done too.
+        shapes: from `count_products`.
+        backward: do the two products of the backward pass too.
         clock: CPU time of the process by default, over all its threads.
         device: where to multiply; on a GPU pass a clock that waits for it.
         dtype: of the factors.
@@ -79,5 +80,5 @@ def product_rate(
         for product in products:
             product()
             flops += count * each
-            seconds += count * seconds_of(product, each, clock)
+            seconds += count * time_product(product, each, clock)
     return flops / seconds

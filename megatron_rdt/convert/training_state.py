@@ -26,7 +26,7 @@ from megatron_rdt.config import ParallelConfig, RunConfig, load_config
 from megatron_rdt.config.engines import ONE_PROCESS, engines_with, join_names
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.model import RecurrentDepthTransformer
-from megatron_rdt.parallel import make_engine
+from megatron_rdt.parallel import build_engine
 from megatron_rdt.parallel.torch_engine import TorchEngine
 from megatron_rdt.parallel.zero_universal import MOMENTS, UNIVERSAL, WEIGHT, read_universal, write_universal
 
@@ -123,11 +123,8 @@ def _read_any_format(checkpoint: Path, config: RunConfig, scratch: Path | None) 
 def _make_single_engine(config: RunConfig) -> TorchEngine:
     """Set up an engine of one process on the CPU with the model of `config`."""
     alone = dataclasses.replace(config, parallel=ParallelConfig(engine=ONE_PROCESS))
-    engine = make_engine(alone, torch.device("cpu"))
+    engine = build_engine(alone, torch.device("cpu"))
     assert isinstance(engine, TorchEngine)
-    with torch.device("meta"):
-        model = RecurrentDepthTransformer(config.model)
-    engine.setup(model)
     return engine
 
 

@@ -5,11 +5,12 @@ import importlib
 import torch
 
 from megatron_rdt.config import RunConfig
+from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel.engine import Engine, MicroBatch
 
-__all__ = ["Engine", "MicroBatch", "make_engine"]
+__all__ = ["Engine", "MicroBatch", "build_engine", "make_engine"]
 
-# Module of this package and class of each engine; imported when it is made, since DeepSpeed takes seconds to import.
+# Engine -> module of this package and class; imported when it is created, since DeepSpeed takes seconds to import.
 CLASSES = {
     "single": ("replicated", "SingleEngine"),
     "ddp": ("replicated", "DataParallelEngine"),
@@ -25,3 +26,12 @@ def make_engine(config: RunConfig, device: torch.device) -> Engine:
     module, name = CLASSES[config.parallel.engine]
     engine: type[Engine] = getattr(importlib.import_module(f"megatron_rdt.parallel.{module}"), name)
     return engine(config, device)
+
+
+def build_engine(config: RunConfig, device: torch.device) -> Engine:
+    """Create the engine named by `parallel.engine` and set it up with a new model of the config."""
+    engine = make_engine(config, device)
+    with torch.device("meta"):
+        model = RecurrentDepthTransformer(config.model)
+    engine.setup(model)
+    return engine

@@ -16,8 +16,7 @@ import torch
 from megatron_rdt.config import RunConfig
 from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan
-from megatron_rdt.model import RecurrentDepthTransformer
-from megatron_rdt.parallel import Engine, MicroBatch, make_engine
+from megatron_rdt.parallel import Engine, MicroBatch, build_engine
 from megatron_rdt.parallel.collective_counter import record_collectives, sum_by_kind
 
 # What a collective allocates for itself, a thread of its own frees unseen: it counts until the operator returns.
@@ -119,15 +118,6 @@ def measure_steps(config: RunConfig, device: torch.device, loops: Sequence[int])
     del engine
     peaks = [allocations.peaks[f"step {number}"] for number in range(len(loops))]
     return [Measured(t, peak, each) for t, peak, each in zip(loops, peaks, sent)]
-
-
-def build_engine(config: RunConfig, device: torch.device) -> Engine:
-    """The run's engine with its model."""
-    engine = make_engine(config, device)
-    with torch.device("meta"):
-        model = RecurrentDepthTransformer(config.model)
-    engine.setup(model)
-    return engine
 
 
 def take_step(engine: Engine, loops: int) -> dict[str, tuple[int, int]]:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.collectives import COMPARISONS
-from benchmarks.collectives import build as build_engine
+from benchmarks.tools.collective_cases import COMPARISONS, build_case
 from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model.activation_checkpointing import set_checkpointing
@@ -31,7 +30,7 @@ DIFFERENT = (((1, 16), (5, 2)), ((16, 1), (1, 1)))
 
 
 def build(label: str) -> Engine:
-    return build_engine(label, MODEL, SEQUENCES, MICRO_BATCH)
+    return build_case(label, MODEL, SEQUENCES, MICRO_BATCH)
 
 
 def parts(

@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from megatron_rdt.config import DepthConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_rdt.environment import leave_process
+from megatron_rdt.parallel import build_engine
 from megatron_rdt.planner.communication import step_communication, totals
-from megatron_rdt.planner.measure import build_engine, measure_steps, take_step
+from megatron_rdt.planner.measure import measure_steps, take_step
 from megatron_rdt.planner.memory import Depth, step_memory
 
 LOOPS, K = (1, 16), 2

@@ -1,0 +1,40 @@
+"""Options that several benchmarks share, declared once, and the file that `--out` names."""
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+SHARED: dict[str, dict[str, Any]] = {
+    "loops": {"type": int, "nargs": "+", "help": "values of T"},
+    "dim": {"type": int, "help": "width of the model"},
+    "batch": {"type": int, "help": "sequences per step"},
+    "sequence": {"type": int, "help": "tokens per sequence"},
+    "rounds": {"type": int, "help": "rounds of measurements"},
+    "threads": {"type": int, "help": "CPU threads"},
+    "out": {"type": Path, "help": "write the numbers here as JSON"},
+}
+
+
+def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """A parser with a benchmark's docstring as its help, and those of the SHARED options that have a default here."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", default=default, **SHARED[name])
+    return parser
+
+
+def repeat_options(options: argparse.Namespace, names: Iterable[str]) -> list[str]:
+    """The words of a command line that give these options the same values again."""
+    words: list[str] = []
+    for name in names:
+        value = getattr(options, name)
+        words += [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]
+    return words
+
+
+def write_numbers(path: Path | None, numbers: Any) -> None:
+    """Write numbers as JSON if `--out` names a file."""
+    if path is not None:
+        path.write_text(json.dumps(numbers, indent=2, default=str) + "\n", encoding="utf-8")

@@ -267,7 +267,7 @@ def _hash_source(function: Callable[[str], bool]) -> str:
     """Hash of the file of the module that defines the function, or the class of a callable object."""
     module = inspect.getmodule(function) or inspect.getmodule(type(function))
     path = getattr(module, "__file__", None)
-    if path is None:  # built into the interpreter, whose version stands for it
+    if path is None:  # built into the interpreter: its version identifies the code
         return sys.version
     with open(path, "rb") as file:
         return hashlib.sha256(file.read()).hexdigest()

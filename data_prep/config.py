@@ -74,7 +74,7 @@ class PrepConfig:
     shard: str = ""
     """i/N: run as array task i of N (0 <= i < N), which share the work and the file system; `rdt prep merge` then finishes. The result does not depend on it."""
     restart: bool = False
-    """Replace a corpus in `out`, or an unfinished prep beside it, that was made with other options."""
+    """Replace a corpus in `out`, or an unfinished prep of it, that was made with other options."""
 
 
 def check_prep(config: PrepConfig) -> None:

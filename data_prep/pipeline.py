@@ -1,6 +1,6 @@
 """The prep job, stage by stage: scan, duplicates, tokenizer, encode, publish.
 
-A stage is a list of steps that leave files in the working directory `.NAME.prep` beside `out`. A run that was killed
+A stage is a list of steps that leave files in the working directory `.NAME.prep` next to `out`. A run that was killed
 continues from these files when it is started again, and several array tasks share the steps; the result is always the
 same bytes. The directory `out` appears under its name when everything in it is complete.
 """
@@ -140,7 +140,7 @@ def _prepare_share(out: Path, config: PrepConfig, array_task: tuple[int, int], c
     print(
         f"array task {index} of {count}: its groups are written, {len(left)} of {len(groups)} are left to other tasks"
     )
-    print(f"when all tasks are done: {_format_merge_command(command)}")
+    print(f"when all array tasks are done: {_format_merge_command(command)}")
 
 
 def _is_already_prepared_for_task(out: Path, config: PrepConfig) -> bool:
@@ -276,8 +276,8 @@ def merge(config: PrepConfig, command: str = "rdt prep") -> Path:
         publish.check_no_array_task(out)
         work, changed = resume_working_directory(config, root, lambda: None)
         if work is None:
-            reason = f"{changed} since the tasks ran" if changed else f"there is no unfinished prep of {out}"
-            raise ConfigError(f"{reason}. Run the tasks first: {command} --shard i/N")
+            reason = f"{changed} since the array tasks ran" if changed else f"there is no unfinished prep of {out}"
+            raise ConfigError(f"{reason}. Run the array tasks first: {command} --shard i/N")
         with publish.explain_failure(out, alone=False):
             _write_manifest_and_publish(work, out, _require_all_groups(work, command))
     return out

@@ -64,7 +64,7 @@ class Part:
 
     @property
     def valid(self) -> bool:
-        """Whether all of its documents go to the validation split."""
+        """True if all of its documents go to the validation split."""
         return self.inputs[0].valid
 
 

@@ -257,7 +257,7 @@ def _link_documents_that_share_bands(
 
 
 def _link_equal_hashes(sets: DisjointSets, column: np.ndarray) -> np.ndarray:
-    """Link the items of equal hash in a column of _BAND; return one record of each hash, which stands for its set."""
+    """Link the items of equal hash in a column of _BAND; return one record of each hash, which represents its set."""
     column = column[np.argsort(column["hash"])]
     is_new = np.ones(len(column), bool)
     is_new[1:] = np.diff(column["hash"]) != 0

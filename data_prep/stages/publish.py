@@ -1,6 +1,6 @@
 """Publish stage: replace a corpus atomically, and guard the old one until then.
 
-A corpus is built in the working directory `.NAME.prep` beside it. Publishing renames the old corpus to `.NAME.replaced`, the
+A corpus is built in the working directory `.NAME.prep` next to it. Publishing renames the old corpus to `.NAME.replaced`, the
 new one to `NAME`, and then deletes what is left. A process that is killed in between leaves a state that
 `recover_interrupted_publish` recognises, so one of the two corpora always survives, complete.
 """

@@ -13,7 +13,7 @@ import numpy as np
 SCAN_ROW = np.dtype(
     [
         ("hash", "<u8", 2),  # 128-bit hash of prompt and text: equal documents, and the split
-        ("key", "<u8", 2),  # 128-bit order key: the place in the shuffled order, and which of equal documents stays
+        ("key", "<u8", 2),  # 128-bit order key: the position in the shuffled order, and which of equal documents stays
         ("number", "<u8"),  # of the document in its input
         ("bytes", "<u4"),  # of prompt and text
         ("valid", "u1"),  # whether it is in the validation split

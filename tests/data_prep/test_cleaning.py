@@ -1,4 +1,4 @@
-"""Cleaning against slow plain measures on random texts, and every message."""
+"""Cleaning against slow implementations of its measures on random texts, and every message."""
 
 import dataclasses
 import importlib
@@ -30,7 +30,7 @@ class Options:
 
 @pytest.fixture
 def filters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A module of filters in the current directory, which is not on the path."""
+    """Write a module of filters into the current directory, which is not on the path."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     path = tmp_path / "my_filters.py"
@@ -43,7 +43,7 @@ def filters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     sys.modules.pop("my_filters", None)
 
 
-def plain_repeated_lines(text: str) -> float:
+def slow_repeated_line_share(text: str) -> float:
     seen, repeated, total = set(), 0, 0
     for line in text.split("\n"):
         stripped = line.strip()
@@ -54,8 +54,8 @@ def plain_repeated_lines(text: str) -> float:
     return repeated / total if total else 0.0
 
 
-def plain_repeated_ngrams(text: str, limit: float) -> bool:
-    """The definition, word by word: the largest coverage of a most frequent n-gram that occurs twice or more."""
+def slow_has_repeated_ngrams(text: str, limit: float) -> bool:
+    """The definition, word by word: the largest coverage of a most frequent n-gram that occurs at least twice."""
     words = text.split()
     total = sum(len(word) for word in words)
     for n in (2, 3, 4):
@@ -63,16 +63,16 @@ def plain_repeated_ngrams(text: str, limit: float) -> bool:
         counts = Counter(ngrams)
         for ngram, count in counts.items():
             if count >= 2 and count == max(counts.values()):
-                places = {i + j for i, other in enumerate(ngrams) if other == ngram for j in range(n)}
-                if sum(len(words[place]) for place in places) > limit * total:
+                covered = {i + j for i, other in enumerate(ngrams) if other == ngram for j in range(n)}
+                if sum(len(words[index]) for index in covered) > limit * total:
                     return True
     return False
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.sampled_from(["", " ", "a", " a", "bb", "bb\t", "ccc\r", "é", "d d"]), max_size=12).map("\n".join))
-def test_repeated_lines_equal_the_plain_measure(text: str) -> None:
-    assert repeated_line_share(text) == plain_repeated_lines(text)
+def test_repeated_lines_equal_the_slow_measure(text: str) -> None:
+    assert repeated_line_share(text) == slow_repeated_line_share(text)
 
 
 WORDS = st.sampled_from(["a", "a", "bb", "bb", "ccc", "dddddddd", "e", "f\n", "\u3000g"])
@@ -81,18 +81,18 @@ LIMITS = st.sampled_from([0.0, 0.05, 0.1, 0.16, 0.2, 0.3, 0.5, 0.7, 0.9, 0.99])
 
 @settings(max_examples=600, deadline=None)
 @given(st.lists(WORDS, max_size=40).map(" ".join), LIMITS)
-def test_repeated_ngrams_equal_the_plain_measure(text: str, limit: float) -> None:
-    assert has_repeated_ngrams(text, limit) == plain_repeated_ngrams(text, limit)
+def test_repeated_ngrams_equal_the_slow_measure(text: str, limit: float) -> None:
+    assert has_repeated_ngrams(text, limit) == slow_has_repeated_ngrams(text, limit)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, 25), st.lists(st.integers(0, 25), max_size=30), LIMITS)
 def test_repeated_ngrams_in_texts_with_few_repeats(repeats: int, rest: list[int], limit: float) -> None:
     text = " ".join(["one", "two"] * repeats + [f"word{i}" for i in rest])
-    assert has_repeated_ngrams(text, limit) == plain_repeated_ngrams(text, limit)
+    assert has_repeated_ngrams(text, limit) == slow_has_repeated_ngrams(text, limit)
 
 
-def test_what_stands_in_the_tables_of_gopher() -> None:
+def test_known_examples_of_repetition() -> None:
     prose = (
         "It is a truth universally acknowledged, that a single man in possession of a good fortune must want a wife."
     )

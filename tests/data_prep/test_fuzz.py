@@ -1,8 +1,8 @@
-"""Prep under random corpora, options, numbers of machines and kills: always the bytes of a plain run.
+"""Prep with random corpora, options, numbers of machines and kills always writes the bytes of an undisturbed run.
 
-A case prepares the same text twice: once plainly in this process, once by machines that each do a part, in processes that
-are killed at a random point of their writing (SIGKILL, before or after a file gets its name) as often as the case says,
-and are started again. RDT_FUZZ_CASES sets the number of cases.
+A case prepares the same text twice: once in this process, and once by array tasks in processes that are killed at random
+points of their writing (SIGKILL, before or after a file is renamed), as often as the case says, and started again.
+RDT_FUZZ_CASES sets the number of cases.
 """
 
 import dataclasses
@@ -50,17 +50,17 @@ MEMORY = "/dev/shm"  # thousands of files that are synchronised to a disk take m
 
 @dataclass(frozen=True)
 class Case:
-    """One corpus, the options, and what happens on the way.
+    """A corpus, the options, and the disturbances.
 
     Attributes:
         seed: of the text.
         files: documents in each file.
         compressed: whether each file is a .jsonl.zst.
-        repeats: share of documents that stood before.
+        repeats: share of documents that repeat an earlier one.
         options: of prep.
-        machines: number of tasks that share the job; 0 is a plain run.
-        together: whether these run at the same time.
-        kills: at which rename each process that is started dies, and whether before it; those left run to the end.
+        machines: number of array tasks that share the job; 0 is a run without --shard.
+        together: whether the array tasks run at the same time.
+        kills: for each process in turn, the rename at which it dies and whether before it; further processes run to the end.
     """
 
     seed: int
@@ -99,8 +99,8 @@ CASES_OF_PREP = st.builds(
 )
 
 
-def write_text(folder: Path, case: Case) -> None:
-    """The case's files of JSON lines."""
+def write_source(folder: Path, case: Case) -> None:
+    """Write the JSON-lines files of a case."""
     import zstandard
 
     draw, earlier = random.Random(case.seed), list[str]()
@@ -118,52 +118,52 @@ def write_text(folder: Path, case: Case) -> None:
             (folder / f"{index}.jsonl").write_bytes(content)
 
 
-def started(work: Callable[[], object], kill: tuple[int, bool] | None) -> int:
-    """Do the work in a process, which is killed at its n-th rename where `kill` says so; its number."""
+def start_process(job: Callable[[], object], kill: tuple[int, bool] | None) -> int:
+    """Start a process that does the job and is killed at the rename that `kill` names; return its id."""
     child = os.fork()
     if child:
         return child
     count, replace = 0, os.replace
 
-    def counted(source: object, target: object, **places: object) -> None:
+    def replace_or_die(source: object, target: object, **folders: object) -> None:
         nonlocal count
         count += 1
         if kill == (count, True):
             os.kill(os.getpid(), signal.SIGKILL)
-        replace(source, target, **places)  # type: ignore[arg-type]
+        replace(source, target, **folders)  # type: ignore[arg-type]
         if kill == (count, False):
             os.kill(os.getpid(), signal.SIGKILL)
 
     status = 1
     try:
-        os.replace = os.rename = counted  # type: ignore[assignment]
-        work()
+        os.replace = os.rename = replace_or_die  # type: ignore[assignment]
+        job()
         status = 0
     except BaseException:
         traceback.print_exc()
     os._exit(status)
 
 
-def run_through(works: list[Callable[[], object]], kills: list[tuple[int, bool]]) -> None:
-    """Do all works at the same time, and those that were killed again, until all have ended well."""
-    while works:
-        children = [(started(work, kills.pop() if kills else None), work) for work in works]
-        states = [(os.waitpid(child, 0)[1], work) for child, work in children]
+def run_until_done(jobs: list[Callable[[], object]], kills: list[tuple[int, bool]]) -> None:
+    """Run all jobs at the same time, and again those that were killed, until all have succeeded."""
+    while jobs:
+        children = [(start_process(job, kills.pop() if kills else None), job) for job in jobs]
+        states = [(os.waitpid(child, 0)[1], job) for child, job in children]
         assert all(os.WIFSIGNALED(status) or status == 0 for status, _ in states), "prep should have gone on"
-        works = [work for status, work in states if os.WIFSIGNALED(status)]
+        jobs = [job for status, job in states if os.WIFSIGNALED(status)]
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tasks look at each other often, and soon take over what a dead one had claimed."""
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Array tasks look at each other often, and soon take over the leases of a dead one."""
     monkeypatch.setattr(leases, "EXPIRE_S", 0.5)
     monkeypatch.setattr(leases, "RENEW_EVERY_S", 0.1)
     monkeypatch.setattr(step_runner, "LOOK_AT_OTHERS_EVERY_S", 0.02)
     monkeypatch.setattr(step_runner, "POLL_S", 0.02)
 
 
-def contents(directory: Path) -> dict[str, str]:
-    """SHA-256 of every file by relative path; of the manifest what does not name places and times."""
+def hash_files(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file by relative path; of the manifest without the option `out`."""
     found = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
         content = path.read_bytes()
@@ -175,12 +175,12 @@ def contents(directory: Path) -> dict[str, str]:
     return found
 
 
-def outcome(work: Callable[[], object]) -> str:
-    """What the work says where it cannot be done (an empty split, say), or ""."""
+def error_name(job: Callable[[], object]) -> str:
+    """Name of the error of a job that cannot be done, because of an empty split for instance; "" if it succeeds."""
     from megatron_rdt.errors import RdtError
 
     try:
-        work()
+        job()
     except RdtError as error:
         return type(error).__name__
     return ""
@@ -188,7 +188,7 @@ def outcome(work: Callable[[], object]) -> str:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(10 * CASES + 60)
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("short_waits")
 @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=CASES < 100)
 @given(case=CASES_OF_PREP)
 def test_kills_and_machines_change_nothing(case: Case, tiny_corpus: Path) -> None:
@@ -196,18 +196,18 @@ def test_kills_and_machines_change_nothing(case: Case, tiny_corpus: Path) -> Non
         folder = Path(name)
         text = folder / "text"
         text.mkdir()
-        write_text(text, case)
+        write_source(text, case)
         base = PrepConfig(sources=[str(text)], tokenizer=str(tiny_corpus / "tokenizer"), workers=1, **case.options)  # type: ignore[arg-type]
         plain = dataclasses.replace(base, out=str(folder / "plain"))
         split = dataclasses.replace(base, out=str(folder / "split"))
-        refused = outcome(lambda: prepare(plain))
+        refused = error_name(lambda: prepare(plain))
         if refused:
             return
         tasks = [dataclasses.replace(split, shard=f"{i}/{case.machines}") for i in range(case.machines)]
         shares: list[Callable[[], object]] = [functools.partial(prepare, task) for task in tasks]
         kills = list(case.kills)
-        for works in [shares] if case.together else [[share] for share in shares]:
-            run_through(works, kills)
-        run_through([functools.partial(merge if case.machines else prepare, split)], kills)
-        assert contents(folder / "split") == contents(folder / "plain")
+        for jobs in [shares] if case.together else [[share] for share in shares]:
+            run_until_done(jobs, kills)
+        run_until_done([functools.partial(merge if case.machines else prepare, split)], kills)
+        assert hash_files(folder / "split") == hash_files(folder / "plain")
         load_manifest(folder / "split").verify("full")

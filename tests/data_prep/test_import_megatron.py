@@ -1,4 +1,4 @@
-"""Corpora of files that are there: nothing is rewritten or moved, and what does not fit is refused."""
+"""Importing existing files: none is rewritten or moved, and files that are damaged or do not match are refused."""
 
 import errno
 import json
@@ -21,8 +21,8 @@ from tests.data.random_corpus import write_random_corpus
 EOS = 2
 
 
-def write_raw(prefix: Path, documents: list[list[list[int]]], dtype: str = "<u2") -> Path:
-    """Documents of sequences, without any check."""
+def write_files(prefix: Path, documents: list[list[list[int]]], dtype: str = "<u2") -> Path:
+    """Write documents, each a list of sequences, as .bin and .idx files without any check; return their prefix."""
     sequences = [sequence for document in documents for sequence in document]
     lengths = np.array([len(sequence) for sequence in sequences], "<i4")
     size = np.dtype(dtype).itemsize
@@ -41,8 +41,8 @@ def tokenizer(tiny_corpus: Path) -> Path:
     return tiny_corpus / "tokenizer"
 
 
-def sentences(seed: int, count: int = 40) -> list[list[list[int]]]:
-    """Documents of up to three sequences, some of none; EOS at the end of each."""
+def draw_documents(seed: int, count: int = 40) -> list[list[list[int]]]:
+    """Draw documents of none to three sequences, each ending with EOS."""
     draw = np.random.default_rng(seed)
     documents = [[draw.integers(10, 500, 9).tolist() for _ in range(draw.integers(0, 4))] for _ in range(count)]
     for document in documents:
@@ -51,9 +51,11 @@ def sentences(seed: int, count: int = 40) -> list[list[list[int]]]:
     return documents
 
 
-def test_files_become_shards_and_stay(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    one = write_raw(tmp_path / "one.text_document", sentences(1))
-    two = write_raw(tmp_path / "two", sentences(2))
+def test_files_become_shards_and_originals_stay(
+    tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = write_files(tmp_path / "one.text_document", draw_documents(1))
+    two = write_files(tmp_path / "two", draw_documents(2))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     words = ["prep", "import", str(one), str(two), "--tokenizer", str(tokenizer), "--out", str(tmp_path / "c")]
     assert run_command([*words, "--valid-prefix", str(two)]) == 0
@@ -72,12 +74,14 @@ def test_files_become_shards_and_stay(tmp_path: Path, tokenizer: Path, capsys: p
     assert split["shards"][0]["source"] == str(one)
 
 
-def test_where_links_cannot_be(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(source: Path, target: Path) -> None:
+def test_files_are_copied_where_links_are_impossible(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse_link(source: Path, target: Path) -> None:
         raise OSError(errno.EXDEV, "another file system")
 
-    monkeypatch.setattr(os, "link", refuse)
-    one = write_raw(tmp_path / "one", sentences(1))
+    monkeypatch.setattr(os, "link", refuse_link)
+    one = write_files(tmp_path / "one", draw_documents(1))
     corpus = import_corpus([str(one)], str(tokenizer / "tokenizer.model"), str(tmp_path / "c"))
     assert (corpus / "train/shard-00000.bin").stat().st_nlink == 1
     assert (corpus / "train/shard-00000.bin").read_bytes() == (tmp_path / "one.bin").read_bytes()
@@ -85,53 +89,53 @@ def test_where_links_cannot_be(tmp_path: Path, tokenizer: Path, monkeypatch: pyt
 
 
 def test_documents_without_eos_are_counted(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    one = write_raw(tmp_path / "one", [[[20, EOS]], [[30, 31], [32]], [], [[40, EOS]], [[50]]])
+    one = write_files(tmp_path / "one", [[[20, EOS]], [[30, 31], [32]], [], [[40, EOS]], [[50]]])
     corpus = import_corpus([str(one)], str(tokenizer), str(tmp_path / "c"))
     assert "EOS (id 2) ends 2 of 4 documents (50.0%)" in capsys.readouterr().out
     assert load_manifest(corpus).document["prep"]["append_eos"] is False
     assert verify_corpus(corpus) == []
 
 
-def test_masks_come_along(tmp_path: Path, tokenizer: Path) -> None:
+def test_masks_are_imported(tmp_path: Path, tokenizer: Path) -> None:
     ours = write_random_corpus(tmp_path / "ours", tokenizer, {"train": [3000]}, masks=True)
     prefix = ours / "train" / "shard-00000"
     corpus = import_corpus([str(prefix)], str(tokenizer), str(tmp_path / "c"))
     assert (corpus / "train/shard-00000.mask").read_bytes() == prefix_path(prefix, ".mask").read_bytes()
     assert verify_corpus(corpus) == []
-    plain = write_raw(tmp_path / "plain", sentences(1))
+    plain = write_files(tmp_path / "plain", draw_documents(1))
     with pytest.raises(DataError, match="some files of the split train have masks and others none"):
         import_corpus([str(prefix), str(plain)], str(tokenizer), str(tmp_path / "d"))
 
 
-def damaged(prefix: Path) -> None:
+def damage_index(prefix: Path) -> None:
     content = bytearray(prefix_path(prefix, ".idx").read_bytes())
     content[34] ^= 1
     prefix_path(prefix, ".idx").write_bytes(content)
 
 
-def cut(prefix: Path) -> None:
+def truncate_tokens(prefix: Path) -> None:
     os.truncate(prefix_path(prefix, ".bin"), 10)
 
 
-def other_ids(prefix: Path) -> None:
-    write_raw(prefix, [[[20, 30, 600, EOS]], [[7]]])
+def write_ids_outside_the_vocabulary(prefix: Path) -> None:
+    write_files(prefix, [[[20, 30, 600, EOS]], [[7]]])
 
 
-def other_type(prefix: Path) -> None:
-    write_raw(prefix, [[[20, EOS]]], "<i4")
+def write_another_type(prefix: Path) -> None:
+    write_files(prefix, [[[20, EOS]]], "<i4")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (damaged, r"two\.idx holds impossible lengths\. Write it again with the tool"),
-        (cut, r"two\.bin has 10 bytes, its index says"),
-        (other_ids, r"two\.bin: bytes 4 to 5 hold id 600, but the tokenizer has 512 pieces"),
-        (other_type, r"one has tokens as uint16, .*two as int32"),
+        (damage_index, r"two\.idx holds impossible lengths\. Write it again with the tool"),
+        (truncate_tokens, r"two\.bin has 10 bytes, its index says"),
+        (write_ids_outside_the_vocabulary, r"two\.bin: bytes 4 to 5 hold id 600, but the tokenizer has 512 pieces"),
+        (write_another_type, r"one has tokens as uint16, .*two as int32"),
     ],
 )
-def test_what_does_not_fit_is_refused(tmp_path: Path, tokenizer: Path, change, message: str) -> None:
-    one, two = write_raw(tmp_path / "one", sentences(1)), write_raw(tmp_path / "two", sentences(2))
+def test_damaged_and_foreign_files_are_refused(tmp_path: Path, tokenizer: Path, change, message: str) -> None:
+    one, two = write_files(tmp_path / "one", draw_documents(1)), write_files(tmp_path / "two", draw_documents(2))
     change(two)
     with pytest.raises(DataError, match=message):
         import_corpus([str(one), str(two)], str(tokenizer), str(tmp_path / "c"))
@@ -139,7 +143,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, tokenizer: Path, change, m
 
 
 def test_wrong_paths(tmp_path: Path, tokenizer: Path) -> None:
-    one = write_raw(tmp_path / "one", sentences(1))
+    one = write_files(tmp_path / "one", draw_documents(1))
     with pytest.raises(ConfigError, match=r"one\.bin\.bin does not exist"):
         import_corpus([f"{one}.bin"], str(tokenizer), str(tmp_path / "c"))
     with pytest.raises(DataError, match="none does not exist"):

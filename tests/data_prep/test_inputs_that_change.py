@@ -1,4 +1,4 @@
-"""Prep and what may happen to its input and output: changed files, two at once, a kill in the middle of replacing."""
+"""Prep with inputs and outputs that change or are damaged: changed files, two preps at once, a kill while publishing."""
 
 import dataclasses
 import gzip
@@ -31,30 +31,30 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def change(folder: Path) -> None:
+def change_file(folder: Path) -> None:
     (folder / "03.txt").write_text("something else")
 
 
-def change_keeping_the_size(folder: Path) -> None:
+def change_file_keeping_its_size(folder: Path) -> None:
     file = folder / "03.txt"
     file.write_text(file.read_text().swapcase())
 
 
-def add(folder: Path) -> None:
+def add_file(folder: Path) -> None:
     (folder / "new.txt").write_text("one more")
 
 
-def remove(folder: Path) -> None:
+def remove_file(folder: Path) -> None:
     (folder / "03.txt").unlink()
 
 
 @pytest.mark.parametrize(
     ("do", "message"),
     [
-        (change, r"text/03\.txt has changed"),
-        (change_keeping_the_size, r"text/03\.txt has changed"),
-        (add, r"text/new\.txt was added"),
-        (remove, r"text/03\.txt was removed"),
+        (change_file, r"text/03\.txt has changed"),
+        (change_file_keeping_its_size, r"text/03\.txt has changed"),
+        (add_file, r"text/new\.txt was added"),
+        (remove_file, r"text/03\.txt was removed"),
     ],
 )
 def test_changed_text_is_noticed(do: object, message: str, folder: Path, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_one_prep_at_a_time(folder: Path, tmp_path: Path) -> None:
 
 
 def test_killed_while_replacing(folder: Path, tmp_path: Path) -> None:
-    """The old corpus is hidden and the new one has no name yet: the old one comes back."""
+    """The old corpus was renamed and the new one not yet: the old one is taken back."""
     out = prepare(make_config(folder, tmp_path / "out"))
     before = read_files(out)
     out.rename(tmp_path / ".out.replaced")
@@ -92,7 +92,7 @@ def test_killed_while_replacing(folder: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text"]
 
 
-def test_restart_deletes_nothing_that_it_did_not_write(folder: Path, tmp_path: Path) -> None:
+def test_restart_deletes_no_foreign_file(folder: Path, tmp_path: Path) -> None:
     out = prepare(make_config(folder, tmp_path / "out"))
     (out / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"notes\.txt, which `rdt prep` did not write"):
@@ -127,24 +127,25 @@ def test_invalid_utf8_is_replaced_and_counted(tmp_path: Path) -> None:
     assert {"before \ufffd after", "caf\ufffd"} <= read_texts(out)
 
 
-def damaged_gzip(path: Path) -> None:
+def write_damaged_gzip(path: Path) -> None:
     path.write_bytes(gzip.compress(b"some text " * 100)[:-30])
 
 
-def damaged_parquet(path: Path) -> None:
+def write_damaged_parquet(path: Path) -> None:
     path.write_bytes(b"PAR1 and then nothing of the kind")
 
 
-def cut_zstd(path: Path) -> None:
-    """A whole frame, then one that ends early."""
+def write_truncated_zstd(path: Path) -> None:
+    """Write a whole frame, then one that ends early."""
     frame = zstandard.compress(random.Random(0).randbytes(9000).hex().encode())
     path.write_bytes(frame + frame[:-30])
 
 
 @pytest.mark.parametrize(
-    ("name", "damage"), [("z.txt.gz", damaged_gzip), ("z.txt.zst", cut_zstd), ("z.parquet", damaged_parquet)]
+    ("name", "damage"),
+    [("z.txt.gz", write_damaged_gzip), ("z.txt.zst", write_truncated_zstd), ("z.parquet", write_damaged_parquet)],
 )
-def test_a_damaged_file_stops_or_is_left_out(name: str, damage: object, folder: Path, tmp_path: Path) -> None:
+def test_a_damaged_file_stops_or_is_skipped(name: str, damage: object, folder: Path, tmp_path: Path) -> None:
     damage(folder / name)  # type: ignore[operator]
     with pytest.raises(DataError, match=rf"{name}.*damaged.*--on_bad skip"):
         prepare(make_config(folder, tmp_path / "out"))
@@ -155,10 +156,10 @@ def test_a_damaged_file_stops_or_is_left_out(name: str, damage: object, folder: 
 @pytest.mark.parametrize(
     ("ending", "compress", "damage"), [(".gz", gzip.compress, 8), (".zst", zstandard.compress, 1)], ids=["gz", "zst"]
 )
-def test_cut_lines_stop_or_are_left_out(
+def test_truncated_files_of_lines_stop_or_are_skipped(
     ending: str, compress: Callable[[bytes], bytes], damage: int, tmp_path: Path
 ) -> None:
-    """Files of two members or frames; the second is cut, where the format has its check sum or its last block."""
+    """Files of two members or frames, of which the second is truncated within its checksum or last block."""
     whole, cut = tmp_path / f"a.jsonl{ending}", tmp_path / f"b.jsonl{ending}"
     first, second = ("".join(line + "\n" for line in part).encode() for part in (RECORDS[:40], RECORDS[40:]))
     whole.write_bytes(compress(first) + compress(second))
@@ -196,19 +197,19 @@ def test_no_shard_is_larger_than_asked(folder: Path, tmp_path: Path) -> None:
 
 
 def test_too_many_bad_records_stop_the_job(tmp_path: Path) -> None:
-    def source(bad: int) -> Iterator[str]:
+    def make_lines(bad: int) -> Iterator[str]:
         yield from RECORDS
         yield from ("{" for _ in range(bad))
 
-    few = write_lines(tmp_path / "few.jsonl", list(source(BAD_LISTED)))
+    few = write_lines(tmp_path / "few.jsonl", list(make_lines(BAD_LISTED)))
     prepare(make_config(few, tmp_path / "few", on_bad="skip"))
-    many = write_lines(tmp_path / "many.jsonl", list(source(BAD_LISTED + 1)))
+    many = write_lines(tmp_path / "many.jsonl", list(make_lines(BAD_LISTED + 1)))
     with pytest.raises(DataError, match=r"21 of 81 records are bad, more than --max_bad 0\.001; the first:"):
         prepare(make_config(many, tmp_path / "many", on_bad="skip"))
     prepare(make_config(many, tmp_path / "many", on_bad="skip", max_bad=0.5))
 
 
-def test_an_ending_that_is_not_known(tmp_path: Path) -> None:
+def test_an_unknown_ending_is_refused(tmp_path: Path) -> None:
     source = tmp_path / "a.dat"
     source.write_text("\n\n".join(json.loads(line)["text"] for line in RECORDS))
     with pytest.raises(ConfigError, match=r"a\.dat ends with none of \.txt"):

@@ -1,4 +1,4 @@
-"""Prep: the same bytes for any number of workers, an exact tokenizer, clear words about bad input."""
+"""Prep: the same bytes for any number of workers, an exact tokenizer, and messages about bad input."""
 
 import gzip
 import json
@@ -171,15 +171,15 @@ def drop_spaces_when_decoding(document: dict) -> None:
 def test_an_export_that_is_not_exact_is_refused(
     change: Callable[[dict], None], message: str, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact = export.tokenizer_json
+    exact = export.build_tokenizer_json
 
-    def changed(model: bytes) -> dict | None:
+    def make_inexact_json(model: bytes) -> dict | None:
         document = exact(model)
         assert document is not None
         change(document)
         return document
 
-    monkeypatch.setattr(export, "tokenizer_json", changed)
+    monkeypatch.setattr(export, "build_tokenizer_json", make_inexact_json)
     model = (tiny_corpus / "tokenizer" / "tokenizer.model").read_bytes()
     with pytest.raises(DataError, match=rf"could not be exported exactly: tokenizer\.json {message}"):
         export.write_tokenizer(model, tmp_path / "t", ["a text with spaces"])

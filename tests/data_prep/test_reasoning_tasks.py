@@ -1,4 +1,4 @@
-"""Generated tasks against checkers that read the prompt alone; both sides disjoint; nothing that changes with a version."""
+"""Generated tasks against checkers that read the prompt alone; disjoint splits; examples that never change."""
 
 import itertools
 import math
@@ -28,15 +28,15 @@ def check_hops(one: Example, nodes: int) -> None:
     assert {int(node) for node in following} == {int(node) for node in following.values()} == set(range(nodes))
     assert {len(node) for node in following} == {width}
     assert int(hops) == one.difficulty
-    place, visited = start, {start}
+    node, visited = start, {start}
     for _ in range(one.difficulty):
-        place = following[place]
-        assert place not in visited  # no shorter way
-        visited.add(place)
-    assert one.answer == place
+        node = following[node]
+        assert node not in visited  # no shorter way
+        visited.add(node)
+    assert one.answer == node
 
 
-def read_word(one: Example) -> tuple[str, list[str]]:
+def parse_word(one: Example) -> tuple[str, list[str]]:
     name, text = re.fullmatch(r"([CSA]\d+)(?: prefixes)?: ([\d* ]+) =", one.prompt).groups()  # type: ignore[union-attr]
     word = text.split(" * ")
     assert len(word) == one.difficulty + 1
@@ -44,8 +44,8 @@ def read_word(one: Example) -> tuple[str, list[str]]:
 
 
 def check_product(one: Example, _: int, prefixes: bool = False) -> None:
-    """Permutations as tables of images, applied to every point one after the other; residues added up."""
-    name, word = read_word(one)
+    """Apply permutations, as tables of images, to every point in turn; add residues."""
+    name, word = parse_word(one)
     n = int(name[1:])
     found = []
     for length in range(1, len(word) + 1):
@@ -156,7 +156,7 @@ def test_a5_is_perfect_and_even() -> None:
 
 
 @pytest.mark.parametrize("name", ["hops", "product:S5", "product:A4", "addition:1", "modular", "prefixes:S3"])
-def test_sides_are_disjoint_whatever_the_seed(name: str) -> None:
+def test_splits_are_disjoint_for_any_seeds(name: str) -> None:
     task = [parse_task(name)]
     train = [*generate_examples(task, 2, 8, TRAIN, 800, 0), *generate_examples(task, 2, 8, TRAIN, 200, 1)]
     test = [*generate_examples(task, 2, 8, TEST, 80, 0), *generate_examples(task, 2, 8, TEST, 80, 2)]
@@ -166,8 +166,8 @@ def test_sides_are_disjoint_whatever_the_seed(name: str) -> None:
     assert len({one.key for one in test[:80]}) == 80
 
 
-def canonical(one: Example) -> str:
-    """The instance without the order in which it is written down."""
+def canonical_form(one: Example) -> str:
+    """The content of an example, without the order in which it is written."""
     if one.task.startswith("hops"):
         edges, _, question = one.prompt.partition(". ")
         return " ".join(sorted(edges.split())) + question
@@ -177,17 +177,17 @@ def canonical(one: Example) -> str:
 
 
 @pytest.mark.parametrize("name", ["hops:3", "addition:1", "product:C3", "prefixes:C3", "modular:2"])
-def test_a_side_is_decided_by_content(name: str) -> None:
-    """Whatever is the same task written differently has the same key, and nothing else has."""
+def test_the_split_is_decided_by_content(name: str) -> None:
+    """Examples have the same key exactly if they are the same instance, however written."""
     found = [make_example(parse_task(name), d, 0, i) for d in (1, 2) for i in range(1000)]
     assert len({one.prompt for one in found}) > 10
-    pairs = {(one.key, canonical(one)) for one in found}
+    pairs = {(one.key, canonical_form(one)) for one in found}
     assert len(pairs) == len({key for key, _ in pairs}) == len({content for _, content in pairs})
 
 
-def test_a_word_and_its_prefixes_are_on_the_same_side() -> None:
+def test_a_product_and_its_prefixes_are_in_the_same_split() -> None:
     products, prefixes = [
-        {canonical(one): one.key for one in (make_example(parse_task(name), 1, 0, i) for i in range(500))}
+        {canonical_form(one): one.key for one in (make_example(parse_task(name), 1, 0, i) for i in range(500))}
         for name in ("product:C5", "prefixes:C5")
     ]
     assert products == prefixes  # all 25 words
@@ -196,7 +196,7 @@ def test_a_word_and_its_prefixes_are_on_the_same_side() -> None:
 @pytest.mark.parametrize(
     ("name", "difficulty"), [("hops:3", 2), ("addition:1", 1), ("addition:1", 2), ("product:C3", 2), ("modular:2", 2)]
 )
-def test_instances_are_counted_and_running_out_is_said(name: str, difficulty: int) -> None:
+def test_instances_are_counted_and_too_few_are_an_error(name: str, difficulty: int) -> None:
     task = parse_task(name)
     known = {make_example(task, difficulty, 0, i).key for i in range(12_000)}
     assert len(known) == task.count_instances(difficulty)
@@ -215,7 +215,7 @@ def test_instances_are_counted_and_running_out_is_said(name: str, difficulty: in
     assert len(list(generate_examples([task], difficulty, difficulty, TRAIN, 1000, 3, duplicates=True))) == 1000
 
 
-def test_a_side_without_instances() -> None:
+def test_a_split_without_instances() -> None:
     task = [parse_task("product:C2")]
     with pytest.raises(
         ConfigError, match=r"product:C2 with difficulty 1 has 4 .* one in 10 of them is for test: 0 were"
@@ -225,7 +225,7 @@ def test_a_side_without_instances() -> None:
         list(generate_examples(task, 1, 1, TEST, 1, 0))
 
 
-def test_tasks_take_turns_and_difficulties_are_uniform() -> None:
+def test_tasks_alternate_and_difficulties_are_uniform() -> None:
     names = ["hops", "product:S5", "addition"]
     found = list(generate_examples([parse_task(name) for name in names], 2, 5, TRAIN, 3000, 0))
     assert [one.task for one in found] == names * 1000
@@ -241,7 +241,7 @@ def test_tasks_that_overlap_have_no_example_in_common() -> None:
     assert len({one.prompt for one in found}) == 250
 
 
-def test_easiest_instances_run_out_and_the_others_go_on() -> None:
+def test_difficulties_that_are_used_up_are_replaced_by_others() -> None:
     drawn = Counter(one.difficulty for one in generate_examples([parse_task("modular:2")], 1, 4, TRAIN, 1000, 0))
     assert drawn[1] <= 12
     assert drawn[3] > 300
@@ -258,9 +258,9 @@ def test_answers_are_uniform(name: str, difficulty: int, answers: int) -> None:
     assert scipy.stats.chisquare(list(found.values())).pvalue > 1e-4
 
 
-def test_the_share_of_the_test_side() -> None:
-    sides = Counter(make_example(parse_task("hops"), 3, 0, i).split for i in range(10_000))
-    assert 880 < sides[TEST] < 1120
+def test_the_share_of_the_test_split() -> None:
+    splits = Counter(make_example(parse_task("hops"), 3, 0, i).split for i in range(10_000))
+    assert 880 < splits[TEST] < 1120
 
 
 def test_streams_are_uniform() -> None:

@@ -1,4 +1,4 @@
-"""Prep that is killed, and started again with the same, other or changed options and files; and claims of live tasks."""
+"""Prep that is killed and started again with the same or other options and files, and array tasks that share the work."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ RUN = "import json,sys;from data_prep.pipeline import *;prepare(PrepConfig(**jso
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A .jsonl of 300 documents, some of them twice."""
+    """A .jsonl of 300 documents, 20 of them twice."""
     draw = random.Random(3)
     words = ["loop", "depth", "token", "model", "train", "shard", "window", "corpus", "tensor", "prefix"]
     texts = [" ".join(draw.choices(words, k=draw.randrange(5, 60))) + f" {i}" for i in range(300)]
@@ -41,30 +41,30 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(source: Path, out: Path, **changes: object) -> PrepConfig:
-    """Eight parts and several groups."""
+    """Options for eight parts and several groups."""
     options = {"vocab_size": 330, "valid_fraction": 0.1, "workers": 1, "part_bytes": 9000, "shard_bytes": 5000}
     return PrepConfig(sources=[str(source)], out=str(out), **{**options, **changes})  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
-def straight(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What an undisturbed prep makes of it."""
+def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus that an undisturbed prep makes."""
     return prepare(config(source, tmp_path_factory.mktemp("straight") / "out"))
 
 
-def start(options: PrepConfig, repository: Path) -> subprocess.Popen:
+def start_prep(options: PrepConfig, repository: Path) -> subprocess.Popen:
     words = [sys.executable, "-c", RUN, json.dumps(dataclasses.asdict(options))]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.Popen(words, cwd=repository, **quiet)  # type: ignore[call-overload]
 
 
 def kill_when(options: PrepConfig, file: str, repository: Path) -> bool:
-    """Start a prep and kill it when a file of its working directory appears; whether it was killed before its end.
+    """Start a prep and kill it when a file of its working directory appears; return True if that was before its end.
 
     Its workers must end with it.
     """
     path = working_directory_path(Path(options.out)) / file
-    with start(options, repository) as process:
+    with start_prep(options, repository) as process:
         while process.poll() is None and not path.exists():
             pass
         workers = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
@@ -73,8 +73,8 @@ def kill_when(options: PrepConfig, file: str, repository: Path) -> bool:
     return process.returncode == -signal.SIGKILL
 
 
-def test_the_corpus_is_in_several_groups(straight: Path) -> None:
-    manifest = load_manifest(straight)
+def test_the_corpus_is_in_several_groups(undisturbed: Path) -> None:
+    manifest = load_manifest(undisturbed)
     names = [shard["name"] for shard in manifest.document["splits"]["train"]["shards"]]
     assert len({name[:11] for name in names}) > 3
     assert manifest.document["dropped"] == {"duplicate": 20}
@@ -84,8 +84,8 @@ def test_the_corpus_is_in_several_groups(straight: Path) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(120)
-def test_killed_at_every_stage(source: Path, straight: Path, tmp_path: Path, repository: Path) -> None:
-    """One prep after another is killed a stage further on; the last goes on from there."""
+def test_killed_at_every_stage(source: Path, undisturbed: Path, tmp_path: Path, repository: Path) -> None:
+    """One prep after another is killed a stage later; the last one finishes."""
     options = config(source, tmp_path / "out")
     killed = 0
     for stage in STAGES:
@@ -94,126 +94,126 @@ def test_killed_at_every_stage(source: Path, straight: Path, tmp_path: Path, rep
             assert not (tmp_path / "out").exists()
     assert killed >= 4, "a machine so slow that most of them ended first"
     prepare(options)
-    assert read_files(tmp_path / "out") == read_files(straight)
+    assert read_files(tmp_path / "out") == read_files(undisturbed)
     assert os.listdir(tmp_path) == ["out"]
 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("stage", ["scan/part-00001.json", "encode/part-00002-00.json"])
-def test_killed_with_workers(stage: str, source: Path, straight: Path, tmp_path: Path, repository: Path) -> None:
-    """Workers end with the process that started them; whoever goes on has another number of them."""
+def test_killed_with_workers(stage: str, source: Path, undisturbed: Path, tmp_path: Path, repository: Path) -> None:
+    """Workers end with the process that started them; the next prep has another number of workers."""
     kill_when(config(source, tmp_path / "out", workers=2), stage, repository)
     prepare(config(source, tmp_path / "out", workers=1))
-    assert read_files(tmp_path / "out") == read_files(straight)
+    assert read_files(tmp_path / "out") == read_files(undisturbed)
 
 
 def interrupt_before(monkeypatch: pytest.MonkeyPatch, module: object, name: str, calls: int = 0) -> None:
-    """Let a function raise KeyboardInterrupt after so many calls."""
+    """Make a function raise KeyboardInterrupt after a number of calls."""
     function, count = getattr(module, name), Counter[str]()
 
-    def counted(*arguments: object) -> object:
+    def call_or_interrupt(*arguments: object) -> object:
         count[name] += 1
         if count[name] > calls:
             raise KeyboardInterrupt
         return function(*arguments)
 
-    monkeypatch.setattr(module, name, counted)
+    monkeypatch.setattr(module, name, call_or_interrupt)
 
 
-def interrupted(options: PrepConfig) -> None:
+def prepare_interrupted(options: PrepConfig) -> None:
     with pytest.raises(KeyboardInterrupt):
         prepare(options)
 
 
-def parts_seen(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
-    """A list that grows by the number of the part for which a function of the pipeline is called."""
+def record_parts(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
+    """Record the indices of the parts that a function of the pipeline is called for; return the growing list."""
     function, seen = getattr(pipeline, name), list[int]()
 
-    def noted(job: Job, part: Part, *rest: object) -> None:
+    def call_and_record(job: Job, part: Part, *rest: object) -> None:
         seen.append(part.index)
         function(job, part, *rest)
 
-    monkeypatch.setattr(pipeline, name, noted)
+    monkeypatch.setattr(pipeline, name, call_and_record)
     return seen
 
 
 def test_what_is_done_is_not_done_again(
-    source: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         interrupt_before(patch, pipeline, "scan_part", 3)
-        interrupted(config(source, tmp_path / "out"))
+        prepare_interrupted(config(source, tmp_path / "out"))
     with monkeypatch.context() as patch:
         interrupt_before(patch, pipeline, "encode_slice", 4)
-        scanned = parts_seen(patch, "scan_part")
-        interrupted(config(source, tmp_path / "out"))
-    encoded = parts_seen(monkeypatch, "encode_slice")
+        scanned = record_parts(patch, "scan_part")
+        prepare_interrupted(config(source, tmp_path / "out"))
+    encoded = record_parts(monkeypatch, "encode_slice")
     prepare(config(source, tmp_path / "out"))
     assert scanned == [3, 4, 5, 6, 7]
     assert encoded == [4, 5, 6, 7]
-    assert read_files(tmp_path / "out") == read_files(straight)
+    assert read_files(tmp_path / "out") == read_files(undisturbed)
 
 
 def test_a_damaged_step_is_done_again(
-    source: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file of another size than its record says, and one that a dead process was writing."""
+    """A file whose size differs from its record, and a temporary file of a dead process."""
     with monkeypatch.context() as patch:
         interrupt_before(patch, publish, "publish_corpus")
-        interrupted(config(source, tmp_path / "out"))
+        prepare_interrupted(config(source, tmp_path / "out"))
     root = working_directory_path(tmp_path / "out")
     assert (root / "corpus" / "manifest.json").exists()
     shard = root / "corpus" / "train" / "shard-00001.bin"
     shard.write_bytes(shard.read_bytes()[:-2])
     (root / "corpus" / "train" / "shard-00000.bin.77.tmp").write_bytes(b"x")
     prepare(config(source, tmp_path / "out"))
-    assert read_files(tmp_path / "out") == read_files(straight)
+    assert read_files(tmp_path / "out") == read_files(undisturbed)
 
 
 def test_a_tokenizer_without_its_record_is_made_again(
-    source: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that is cut, as after a power failure, and one of a prep that was killed before the record and has other options."""
+    """A truncated one, as after a power failure, and one of a prep with other options that was killed before the record."""
     out = tmp_path / "out"
-    begun(source, out, monkeypatch)
+    begin_prep(source, out, monkeypatch)
     model = working_directory_path(out) / "corpus" / "tokenizer" / "tokenizer.model"
     model.write_bytes(model.read_bytes()[:-100])
     prepare(config(source, out))
-    assert read_files(out) == read_files(straight)
+    assert read_files(out) == read_files(undisturbed)
     with monkeypatch.context() as patch:
         interrupt_before(patch, make_tokenizer, "tokenizer_record_path", 0)
-        interrupted(config(source, tmp_path / "late", vocab_size=340))
+        prepare_interrupted(config(source, tmp_path / "late", vocab_size=340))
     late = working_directory_path(tmp_path / "late") / "corpus" / "tokenizer"
     assert late.is_dir()
     prepare(config(source, tmp_path / "late"))
-    assert load_manifest(tmp_path / "late").fingerprint == load_manifest(straight).fingerprint
+    assert load_manifest(tmp_path / "late").fingerprint == load_manifest(undisturbed).fingerprint
 
 
-def test_killed_when_the_corpus_has_its_name(
-    source: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_killed_after_the_corpus_was_published(
+    source: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is left beside it, with copies of datasets of the hub in it, does not stay for ever."""
+    """The working directory, which may hold copies of datasets, is removed by the next prep."""
     with monkeypatch.context() as patch:
         interrupt_before(patch, publish, "fsync_directory", 0)
-        interrupted(config(source, tmp_path / "out"))
+        prepare_interrupted(config(source, tmp_path / "out"))
     assert working_directory_path(tmp_path / "out").exists()
     prepare(config(source, tmp_path / "out"))
     assert "nothing to do" in capsys.readouterr().out
-    assert read_files(tmp_path / "out") == read_files(straight)
+    assert read_files(tmp_path / "out") == read_files(undisturbed)
     assert os.listdir(tmp_path) == ["out"]
 
 
-def begun(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
-    """A prep that was interrupted in the middle of its encoding."""
+def begin_prep(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
+    """Run a prep that is interrupted while it encodes."""
     with monkeypatch.context() as patch:
         interrupt_before(patch, pipeline, "encode_slice", 2)
-        interrupted(config(source, out, **changes))
+        prepare_interrupted(config(source, out, **changes))
 
 
 def test_other_options_are_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    begun(source, out, monkeypatch)
+    begin_prep(source, out, monkeypatch)
     for changes, message in (
         ({"seed": 8}, "begun with seed=7, now 8"),
         ({"vocab_size": 340, "dedup": "none"}, "begun with dedup=exact, now none; vocab_size=330, now 340"),
@@ -231,12 +231,12 @@ def test_other_options_are_refused(source: Path, tmp_path: Path, monkeypatch: py
     assert load_manifest(out).fingerprint == load_manifest(other).fingerprint
 
 
-def test_policies_and_number_of_workers_may_change(
-    source: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_policies_and_the_number_of_workers_may_change(
+    source: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun(source, tmp_path / "out", monkeypatch)
+    begin_prep(source, tmp_path / "out", monkeypatch)
     prepare(config(source, tmp_path / "out", on_bad="skip", max_bad=0.5))
-    assert load_manifest(tmp_path / "out").fingerprint == load_manifest(straight).fingerprint
+    assert load_manifest(tmp_path / "out").fingerprint == load_manifest(undisturbed).fingerprint
 
 
 def test_changed_files_begin_again(
@@ -244,7 +244,7 @@ def test_changed_files_begin_again(
 ) -> None:
     copy = tmp_path / "a.jsonl"
     copy.write_bytes(source.read_bytes())
-    begun(copy, tmp_path / "out", monkeypatch)
+    begin_prep(copy, tmp_path / "out", monkeypatch)
     with open(copy, "a") as file:
         file.write(json.dumps({"text": "one more"}) + "\n")
     prepare(config(copy, tmp_path / "out"))
@@ -275,61 +275,61 @@ def test_a_full_disk_is_foreseen(source: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_full_disk_keeps_what_is_done(
-    source: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "write_group", full_disk)
+        patch.setattr(pipeline, "write_group", raise_disk_full)
         with pytest.raises(DataError, match=r"disk is full while writing .* continues where it stopped"):
             prepare(config(source, tmp_path / "out"))
-    assert read_files(prepare(config(source, tmp_path / "out"))) == read_files(straight)
+    assert read_files(prepare(config(source, tmp_path / "out"))) == read_files(undisturbed)
 
 
 def test_a_disk_too_full_for_links(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = read_files(prepare(config(source, tmp_path / "straight", dedup="near")))
     with monkeypatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", full_disk)
+        patch.setattr(os, "posix_fallocate", raise_disk_full)
         with pytest.raises(DataError, match=r"disk is full while writing .* continues where it stopped"):
             prepare(config(source, tmp_path / "out", dedup="near"))
     assert read_files(prepare(config(source, tmp_path / "out", dedup="near"))) == expected
 
 
-def full_disk(*arguments: object) -> None:
+def raise_disk_full(*arguments: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-def run_tasks(source: Path, out: Path, count: int) -> None:
+def run_array_tasks(source: Path, out: Path, count: int) -> None:
     for i in range(count):
         prepare(config(source, out, shard=f"{i}/{count}"))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 12])
-def test_tasks_one_after_another(count: int, source: Path, straight: Path, tmp_path: Path) -> None:
-    """Twelve are more than there are groups."""
-    run_tasks(source, tmp_path / "out", count)
+def test_array_tasks_one_after_another(count: int, source: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Twelve is more than the number of groups."""
+    run_array_tasks(source, tmp_path / "out", count)
     merge(config(source, tmp_path / "out"))
-    assert read_files(tmp_path / "out") == read_files(straight)
+    assert read_files(tmp_path / "out") == read_files(undisturbed)
     assert os.listdir(tmp_path) == ["out"]
     prepare(config(source, tmp_path / "out", shard=f"0/{count}"))
     merge(config(source, tmp_path / "out"))
-    assert read_files(tmp_path / "out") == read_files(straight)
+    assert read_files(tmp_path / "out") == read_files(undisturbed)
 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(120)
-def test_tasks_at_the_same_time(source: Path, straight: Path, tmp_path: Path, repository: Path) -> None:
-    """One of the three is killed, and started again while the others are at work or have ended."""
+def test_array_tasks_at_the_same_time(source: Path, undisturbed: Path, tmp_path: Path, repository: Path) -> None:
+    """One of the three is killed, and started again while the others are running or have ended."""
     options = [config(source, tmp_path / "out", shard=f"{i}/3") for i in range(3)]
-    others = [start(options[0], repository), start(options[1], repository)]
+    others = [start_prep(options[0], repository), start_prep(options[1], repository)]
     kill_when(options[2], "scan/part-00002.json", repository)
-    assert start(options[2], repository).wait() == 0
+    assert start_prep(options[2], repository).wait() == 0
     assert [process.wait() for process in others] == [0, 0]
     merge(config(source, tmp_path / "out"))
-    assert read_files(tmp_path / "out") == read_files(straight)
+    assert read_files(tmp_path / "out") == read_files(undisturbed)
 
 
-def test_merge_names_what_is_missing(source: Path, straight: Path, tmp_path: Path) -> None:
+def test_merge_names_what_is_missing(source: Path, undisturbed: Path, tmp_path: Path) -> None:
     options = config(source, tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"no unfinished prep of .*Run the tasks first: rdt prep --shard i/N"):
+    with pytest.raises(ConfigError, match=r"no unfinished prep of .*Run the array tasks first: rdt prep --shard i/N"):
         merge(options)
     prepare(config(source, tmp_path / "out", shard="1/3"))
     with pytest.raises(DataError) as caught:
@@ -341,10 +341,10 @@ def test_merge_names_what_is_missing(source: Path, straight: Path, tmp_path: Pat
     with pytest.raises(ConfigError, match="begun with seed=7, now 8"):
         merge(dataclasses.replace(options, seed=8))
     prepare(options)  # a plain prep makes the rest
-    assert read_files(tmp_path / "out") == read_files(straight)
+    assert read_files(tmp_path / "out") == read_files(undisturbed)
 
 
-def test_one_process_a_task(source: Path, tmp_path: Path) -> None:
+def test_one_process_per_array_task(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepare(config(source, out, shard="0/2"))
     with hold_lock(publish.array_task_lock_path(working_directory_path(out), 1), "held"):
@@ -358,6 +358,6 @@ def test_one_process_a_task(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shard", ["2/2", "1", "a/b", "-1/2", "0/0"])
-def test_a_task_that_does_not_exist(shard: str, source: Path, tmp_path: Path) -> None:
+def test_an_array_task_that_does_not_exist(shard: str, source: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="must be i/N with 0 <= i < N"):
         prepare(config(source, tmp_path / "out", shard=shard))

@@ -1,4 +1,4 @@
-"""What `rdt prep show` prints: the text of windows and documents, borders and masks marked, nothing that moves a terminal."""
+"""`rdt prep show` prints windows and documents as text, with borders and masks marked and control characters escaped."""
 
 import json
 from itertools import groupby
@@ -36,12 +36,12 @@ def test_windows_are_those_of_a_run(tiny_corpus: Path) -> None:
         texts = [line for line in inside if line != "=== a document begins ==="]
         borders += len(inside) - len(texts)
         assert len(inside) - len(texts) == window[:-1].count(tokenizer.eos)
-        expected = "".join(tokenizer.decode(part) for part in split_at(window, tokenizer.eos))
+        expected = "".join(tokenizer.decode(part) for part in split_after(window, tokenizer.eos))
         assert "".join(texts).replace("<eos>", "") == show_corpus.escape_unprintable(expected)
     assert borders > 3
 
 
-def split_at(ids: list[int], eos: int) -> list[list[int]]:
+def split_after(ids: list[int], eos: int) -> list[list[int]]:
     parts: list[list[int]] = [[]]
     for index in ids:
         parts[-1].append(index)
@@ -56,9 +56,9 @@ def test_documents_by_number(tiny_corpus: Path, tmp_path: Path) -> None:
     one, two = (IndexedDataset(corpus / "train" / f"shard-0000{i}") for i in range(2))
     numbers = [0, len(one) - 1, len(one), len(one) + len(two) - 1]
     lines = list(show_corpus.format_documents(corpus, "train", numbers, Style(ids=True)))
-    for place, (shard, local) in enumerate([(one, 0), (one, len(one) - 1), (two, 0), (two, len(two) - 1)]):
+    for index, (shard, local) in enumerate([(one, 0), (one, len(one) - 1), (two, 0), (two, len(two) - 1)]):
         head = lines.index(
-            f"======== document {numbers[place]}: {shard.lengths[local]:,} tokens from {shard.pointers[local] // 2:,} on "
+            f"======== document {numbers[index]}: {shard.lengths[local]:,} tokens from {shard.pointers[local] // 2:,} on "
             f"of train/{shard.bin_path.stem} ========"
         )
         ids = shard[local].tolist()
@@ -91,8 +91,8 @@ def test_windows_of_a_corpus_with_masks(tiny_corpus: Path, tmp_path: Path) -> No
     corpus = write_random_corpus(tmp_path / "c", tiny_corpus / "tokenizer", {"train": [900]}, masks=True)
     shard = IndexedDataset(corpus / "train" / "shard-00000")
     tokenizer = Tokenizer(corpus / "tokenizer")
-    place = int(TokenCorpus(corpus, "train", 40, 1).locate([3])[0])
-    tokens, mask = shard.read(place, 41), shard.read_mask(place, 41)
+    start = int(TokenCorpus(corpus, "train", 40, 1).locate([3])[0])
+    tokens, mask = shard.read(start, 41), shard.read_mask(start, 41)
     expected = ""
     counted = [bool(mask[max(column, 1)]) for column in range(41)]  # the first is no target
     for (counts, ended), run in groupby(range(41), lambda i: (counted[i], tokens[i] == tokenizer.eos)):
@@ -111,7 +111,7 @@ def test_a_split_without_documents(tiny_corpus: Path, tmp_path: Path) -> None:
         list(show_corpus.format_windows(corpus, "valid", range(1), 40, 1, PLAIN))
 
 
-def test_nothing_moves_the_terminal() -> None:
+def test_text_cannot_control_the_terminal() -> None:
     assert show_corpus.escape_unprintable("a\tb\nc é漢🎉") == "a\tb\nc é漢🎉"
     assert show_corpus.escape_unprintable("\x1b[31m\r\x00\u202e\ufeff\u200b") == r"\x1b[31m\r\x00\u202e\ufeff\u200b"
 

@@ -1,4 +1,4 @@
-"""Prep as a job: Hugging Face datasets, a kill in the middle, an existing tokenizer."""
+"""Prep from Hugging Face datasets, and with an existing tokenizer."""
 
 import json
 import shutil
@@ -39,10 +39,10 @@ def test_an_existing_tokenizer_is_used(tiny_text: Path, tiny_corpus: Path, tmp_p
     assert read_files(out)["train/shard-00000.bin"] == read_files(tiny_corpus)["train/shard-00000.bin"]
 
 
-def test_an_existing_tokenizer_that_is_another_now(
+def test_an_existing_tokenizer_that_has_been_replaced(
     tiny_text: Path, tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A corpus that is there is not taken for one of a tokenizer that has been replaced since."""
+    """A corpus is not up to date if the tokenizer that it was made with has been replaced."""
     given = tmp_path / "given"
     shutil.copytree(tiny_corpus / "tokenizer", given)
     config = PrepConfig(sources=[str(tiny_text)], out=str(tmp_path / "out"), tokenizer=str(given), **OPTIONS)

@@ -1,4 +1,4 @@
-"""The forest of linked items, against plain sets."""
+"""Disjoint sets in files against sets in memory."""
 
 import tempfile
 from pathlib import Path
@@ -14,7 +14,7 @@ ITEMS = 30
 pairs = st.lists(st.tuples(st.integers(0, ITEMS - 1), st.integers(0, ITEMS - 1)), max_size=40)
 
 
-def smallest_of_each(links: list[tuple[int, int]]) -> list[int]:
+def smallest_of_each_set(links: list[tuple[int, int]]) -> list[int]:
     sets = [{item} for item in range(ITEMS)]
     for one, other in links:
         if sets[one] is not sets[other]:
@@ -33,7 +33,7 @@ def test_equals_sets(batches: list[list[tuple[int, int]]]) -> None:
             ones, others = np.array(batch, np.uint64).reshape(-1, 2).T
             links.link(ones, others)
             so_far += batch
-            assert links.find_roots(np.arange(ITEMS, dtype=np.uint64)).tolist() == smallest_of_each(so_far)
+            assert links.find_roots(np.arange(ITEMS, dtype=np.uint64)).tolist() == smallest_of_each_set(so_far)
         assert np.flatnonzero(links.linked).tolist() == sorted({item for link in so_far for item in link})
 
 
@@ -58,6 +58,6 @@ def test_no_items(tmp_path: Path) -> None:
 
 
 def test_room_is_taken_before_it_is_needed(tmp_path: Path) -> None:
-    """A mapped page without room would be a bus error."""
+    """Writing to a mapped page without room on disk would be a bus error."""
     DisjointSets(tmp_path, 1_000_000)
     assert sum(path.stat().st_blocks * 512 for path in tmp_path.iterdir()) >= 9_000_000

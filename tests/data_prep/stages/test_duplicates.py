@@ -1,4 +1,4 @@
-"""Duplicates against a brute force in memory: many parts, empty parts, buckets of few rows."""
+"""Duplicates against a brute-force search in memory: many parts, empty parts, buckets of few rows."""
 
 import itertools
 import random
@@ -26,6 +26,7 @@ Document = tuple[tuple[int, int], tuple[int, int], bool, tuple[int, ...]]
 
 
 def write_scans(folder: Path, parts: list[list[Document]], bands: int = 3) -> list[Path]:
+    """Write scan rows and band hashes of documents; return the paths of the rows."""
     folder.mkdir()
     scans = []
     for number, documents in enumerate(parts):
@@ -38,7 +39,8 @@ def write_scans(folder: Path, parts: list[list[Document]], bands: int = 3) -> li
     return scans
 
 
-def read(out: Path) -> list[list[int]]:
+def read_dropped_rows(out: Path) -> list[list[int]]:
+    """Row numbers of each part, as `find_duplicates` wrote them."""
     arrays = [np.load(path) for path in sorted(out.iterdir())]
     assert all(array.dtype == np.uint32 for array in arrays)
     return [array.tolist() for array in arrays]
@@ -47,24 +49,26 @@ def read(out: Path) -> list[list[int]]:
 def brute_force(parts: list[list[Document]], bands: bool) -> tuple[list[list[int]], dict[str, int]]:
     alive = {(p, r): d for p, documents in enumerate(parts) for r, d in enumerate(documents)}
 
-    def rank(place: tuple[int, int]) -> tuple:
-        return (not alive[place][2], alive[place][1], place)
+    def rank_document(position: tuple[int, int]) -> tuple:
+        return (not alive[position][2], alive[position][1], position)
 
-    def drop(groups: list[set[tuple[int, int]]]) -> int:
-        losers = [place for group in groups for place in group - {min(group, key=rank)}]
-        for place in losers:
-            dropped[place[0]].append(place[1])
-        for place in losers:
-            del alive[place]
+    def drop_all_but_first(groups: list[set[tuple[int, int]]]) -> int:
+        losers = [position for group in groups for position in group - {min(group, key=rank_document)}]
+        for position in losers:
+            dropped[position[0]].append(position[1])
+        for position in losers:
+            del alive[position]
         return len(losers)
 
     dropped: list[list[int]] = [[] for _ in parts]
-    exact = drop([{p for p, d in alive.items() if d[0] == value} for value in {d[0] for d in alive.values()}])
+    exact = drop_all_but_first(
+        [{p for p, d in alive.items() if d[0] == value} for value in {d[0] for d in alive.values()}]
+    )
     components: list[set[tuple[int, int]]] = []
-    for place, document in alive.items():
+    for position, document in alive.items():
         near = [c for c in components if any(any(map(int.__eq__, alive[p][3], document[3])) for p in c)]
-        components = [c for c in components if c not in near] + [{place}.union(*near)]
-    near_count = drop(components) if bands else 0
+        components = [c for c in components if c not in near] + [{position}.union(*near)]
+    near_count = drop_all_but_first(components) if bands else 0
     return [sorted(rows) for rows in dropped], {"duplicate": exact, "near_duplicate": near_count}
 
 
@@ -75,13 +79,13 @@ def test_equals_brute_force(parts: list[list[Document]], bands: bool, bucket_row
         scans = write_scans(Path(folder, "scan"), parts)
         counts = find_duplicates(scans, Path(folder, "out"), bands, bucket_rows)
         expected = brute_force(parts, bands)
-        assert (read(Path(folder, "out")), counts) == expected
+        assert (read_dropped_rows(Path(folder, "out")), counts) == expected
         assert len(list(Path(folder, "out").iterdir())) == len(parts)  # no temporary files
 
 
 @pytest.mark.parametrize("bucket_rows", [64, 1 << 22])
-def test_a_larger_corpus_in_any_order_of_parts(tmp_path: Path, bucket_rows: int) -> None:
-    """Keys differ, so the documents that stay are the same ones, wherever they are."""
+def test_the_order_of_parts_does_not_matter(tmp_path: Path, bucket_rows: int) -> None:
+    """Order keys differ, so the same documents stay whichever parts they are in."""
     generator = random.Random(0)
     key = iter(generator.sample(range(1 << 40), 3000))
     documents: list[Document] = [
@@ -97,13 +101,13 @@ def test_a_larger_corpus_in_any_order_of_parts(tmp_path: Path, bucket_rows: int)
     ]
     survivors = []
     for shuffle in range(2):
-        places = list(range(3000))
-        random.Random(shuffle).shuffle(places)
+        order = list(range(3000))
+        random.Random(shuffle).shuffle(order)
         cuts = [0, *sorted(generator.sample(range(3000), 11)), 3000]
-        parts = [[documents[i] for i in places[a:b]] for a, b in itertools.pairwise(cuts)]
+        parts = [[documents[i] for i in order[a:b]] for a, b in itertools.pairwise(cuts)]
         scans = write_scans(tmp_path / f"scan{shuffle}", parts)
         counts = find_duplicates(scans, tmp_path / f"out{shuffle}", True, bucket_rows)
-        dropped = [set(rows) for rows in read(tmp_path / f"out{shuffle}")]
+        dropped = [set(rows) for rows in read_dropped_rows(tmp_path / f"out{shuffle}")]
         assert sum(map(len, dropped)) == sum(counts.values())
         survivors.append({d[1] for part, gone in zip(parts, dropped) for i, d in enumerate(part) if i not in gone})
         assert counts["duplicate"] > 1000
@@ -111,28 +115,28 @@ def test_a_larger_corpus_in_any_order_of_parts(tmp_path: Path, bucket_rows: int)
     assert survivors[0] == survivors[1]
 
 
-def test_one_document_over_and_over_does_not_fill_a_bucket(tmp_path: Path) -> None:
+def test_a_document_repeated_many_times_does_not_fill_a_bucket(tmp_path: Path) -> None:
     same: list[list[Document]] = [[((5, 5), (i * 100 + j, 0), False, (1, 2, 3)) for j in range(100)] for i in range(20)]
     scans = write_scans(tmp_path / "scan", same)
     assert find_duplicates(scans, tmp_path / "out", False, 50) == {"duplicate": 1999, "near_duplicate": 0}
-    assert read(tmp_path / "out") == [list(range(1, 100)), *[list(range(100))] * 19]
+    assert read_dropped_rows(tmp_path / "out") == [list(range(1, 100)), *[list(range(100))] * 19]
 
 
 def test_valid_stays_and_a_chain_is_one_group(tmp_path: Path) -> None:
     chain: list[Document] = [((i, 0), (i, 0), i == 7, (i // 2, 100 + (i + 1) // 2, 1000 + i)) for i in range(9)]
     scans = write_scans(tmp_path / "scan", [chain[:4], [], chain[4:]])
     assert find_duplicates(scans, tmp_path / "out", True) == {"duplicate": 0, "near_duplicate": 8}
-    assert read(tmp_path / "out") == [[0, 1, 2, 3], [], [0, 1, 2, 4]]  # of the chain, the one in valid
+    assert read_dropped_rows(tmp_path / "out") == [[0, 1, 2, 3], [], [0, 1, 2, 4]]  # of the chain, the one in valid
 
 
-def test_nothing_there_and_leftovers_of_a_kill(tmp_path: Path) -> None:
+def test_no_documents_and_leftovers_of_a_killed_run(tmp_path: Path) -> None:
     assert find_duplicates([], tmp_path / "none", True) == NOTHING
     scans = write_scans(tmp_path / "scan", [[], []])
     leftover = tmp_path / "out" / ".buckets" / "exact"
     leftover.mkdir(parents=True)
     (leftover / "0").write_bytes(b"x" * 41)
     assert find_duplicates(scans, tmp_path / "out", True) == NOTHING
-    assert read(tmp_path / "out") == [[], []]
+    assert read_dropped_rows(tmp_path / "out") == [[], []]
 
 
 def test_damaged_scans_are_named(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ GOLDEN_TEXTS = {
 
 @pytest.mark.parametrize(("text", "digest"), GOLDEN_TEXTS.items())
 def test_band_hashes_never_change(text: str, digest: str) -> None:
-    """Hashes of scans made with other versions of the libraries are compared with new ones."""
+    """A resumed prep compares hashes that other versions of the libraries may have computed."""
     hashes = BandHasher(0.8)(text)
     assert (hashes.dtype, hashes.shape) == (np.uint64, (9,))
     assert hashlib.sha256(hashes.astype("<u8").tobytes()).hexdigest()[:16] == digest
@@ -55,7 +55,7 @@ def test_matches_follow_similarity() -> None:
     for common, low, high in [(20, 0.0, 0.03), (80, 0.1, 0.5), (98, 0.97, 1.0)]:
         found, expected = 0, 0.0
         for _ in range(150):
-            # One word in a hundred replaced at a place changes five shingles: blocks of words are kept whole instead.
+            # Each replaced word would change five shingles, so the words that are kept are one block.
             text = [generator.choice(words) for _ in range(500)]
             kept = common * 5
             other = text[:kept] + [generator.choice(words) for _ in range(500 - kept)]

@@ -1,4 +1,4 @@
-"""The tokenizer of a corpus: trained the same everywhere, exported exactly, or an existing one taken over."""
+"""The tokenizer of a corpus: trained to the same bytes, exported exactly, or copied from an existing one."""
 
 import dataclasses
 import io
@@ -102,7 +102,7 @@ def test_what_cannot_be_a_special_token_is_refused(tokens: list[str]) -> None:
         (400, "a\ud800b", "a document holds the lone surrogate '\\\\ud800'"),
     ],
 )
-def test_text_that_does_not_do(kind: Literal["bpe", "unigram"], size: int, text: str, message: str) -> None:
+def test_text_that_does_not_fit_is_refused(kind: Literal["bpe", "unigram"], size: int, text: str, message: str) -> None:
     with pytest.raises(DataError, match=f"^({message})"):
         train_tokenizer([text], PrepConfig(vocab_size=size, tokenizer_type=kind))
 
@@ -115,7 +115,7 @@ def test_the_suggested_size_can_be_trained(texts: list[str]) -> None:
         assert len(parse_model(train_tokenizer(texts[:1], dataclasses.replace(config, vocab_size=size))).pieces) == size
 
 
-def test_a_foreign_model_that_normalises_is_taken_without_an_export(
+def test_a_foreign_model_that_normalises_is_copied_without_an_export(
     texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = io.BytesIO()
@@ -137,7 +137,7 @@ def test_a_foreign_model_that_normalises_is_taken_without_an_export(
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "hf"])
-def test_an_existing_tokenizer_is_taken_as_it_is(
+def test_an_existing_tokenizer_is_copied_unchanged(
     kind: str, tokenizer_folders: dict[str, Path], texts: list[str], tmp_path: Path
 ) -> None:
     copy = copy_tokenizer(tokenizer_folders[kind], tmp_path / "out", texts)
@@ -152,15 +152,15 @@ def test_an_existing_tokenizer_is_taken_as_it_is(
     assert count_round_trip_failures(copy, [*texts, "\x00\r\n\u2028<s><|end|>"]) == 0
 
 
-def test_a_tokenizer_without_an_end_is_refused(tokenizer_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_tokenizer_without_eos_is_refused(tokenizer_folders: dict[str, Path], tmp_path: Path) -> None:
     shutil.copyfile(tokenizer_folders["hf"] / "tokenizer.json", tmp_path / "tokenizer.json")
     with pytest.raises(ConfigError, match=r"has no EOS.*tokenizer_config.json.*'<\|end\|>', '<\|pad\|>'"):
         copy_tokenizer(tmp_path, tmp_path / "out", [])
     assert not (tmp_path / "out").exists()
 
 
-def unigram_with_specials(folder: Path) -> Path:
-    """A tokenizer like T5's, to which an end that is spelled out is one piece among others."""
+def write_unigram_with_specials(folder: Path) -> Path:
+    """Write a tokenizer like T5's, in which text that spells EOS is encoded to it; return the folder."""
     pieces = [("<unk>", 0.0), ("</s>", 0.0), *((each, -3.0) for each in "</s>\u2581ab")]
     model = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, 0))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
@@ -172,7 +172,7 @@ def unigram_with_specials(folder: Path) -> Path:
 
 
 def test_text_that_becomes_a_special_token_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tokenizer = copy_tokenizer(unigram_with_specials(tmp_path), tmp_path / "out", [])
+    tokenizer = copy_tokenizer(write_unigram_with_specials(tmp_path), tmp_path / "out", [])
     assert tokenizer.eos in tokenizer.encode("a</s>b")
     assert find_spelled_specials(tokenizer) == ["</s>"]
     assert "text that spells '</s>' is encoded to the id of that special token" in capsys.readouterr().out

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-# Debian keeps the daemons where users who are not root do not look.
+# Debian installs the daemons outside the PATH of ordinary users.
 SEARCH = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
 NODES = ("n1", "n2")
@@ -57,7 +57,7 @@ PartitionName=debug Nodes={names} Default=YES MaxTime=INFINITE State=UP
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports on which nobody listens on the loopback interface."""
+    """Return loopback ports on which nothing listens."""
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
@@ -66,11 +66,11 @@ def free_ports(count: int) -> list[int]:
 
 
 class Cluster:
-    """The running daemons, and Slurm's commands against them.
+    """The running daemons of the cluster, and Slurm's commands against them.
 
     Attributes:
         directory: configuration, state and logs.
-        environment: what a user of this cluster has in the environment.
+        environment: environment variables of a user of this cluster.
         requeue_delay_s: how long Slurm holds a requeued job before it may start again.
     """
 
@@ -115,7 +115,7 @@ class Cluster:
         self.wait(lambda: self.run("sinfo", "-h", "-o", "%D %t") == f"{len(NODES)} idle", START_TIMEOUT_S, "idle nodes")
 
     def _start_munge(self) -> None:
-        """A munged of our own, with its own key and socket, beside any that the machine may have."""
+        """Start a separate munged with its own key and socket; the machine may run another one."""
         folder = self.directory / "munge"
         key = folder / "key"
         key.write_bytes(os.urandom(128))
@@ -125,6 +125,7 @@ class Cluster:
         self.wait((folder / "socket").exists, START_TIMEOUT_S, "munged's socket")
 
     def _start(self, program: str, *words: str, log: str = "") -> None:
+        """Start a daemon, its output in a log file of the cluster's directory."""
         name = log or program
         with open(self.directory / f"{name}.log", "wb") as output:
             self._daemons[name] = subprocess.Popen(
@@ -137,7 +138,7 @@ class Cluster:
             )
 
     def stop(self) -> None:
-        """End every job, then exactly the daemons that `start` started."""
+        """Cancel every job, then end exactly the daemons that `start` started."""
         with contextlib.suppress(pytest.fail.Exception, subprocess.TimeoutExpired):
             if "slurmctld" in self._daemons:
                 self.run("scancel", "--user", psutil.Process().username())
@@ -150,14 +151,14 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        # Steps outlive their slurmd; the path of the configuration, which nobody else has, tells them.
+        # Job steps outlive their slurmd; the path of the configuration, which is unique, identifies them.
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if process.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"]:
                     process.kill()
 
     def logs(self) -> str:
-        """The last lines of every daemon's log."""
+        """Return the last lines of every daemon's log."""
         parts = [
             f"--- {path.name}\n{path.read_text(errors='replace')[-LOG_TAIL:]}"
             for path in sorted(self.directory.glob("*.log"))
@@ -165,7 +166,7 @@ class Cluster:
         return "\n".join(parts)
 
     def wait(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
-        """Wait until `condition` holds; a timeout or a dead daemon fails the test with the logs' ends."""
+        """Wait until `condition` holds; on a timeout or a dead daemon, fail the test with the ends of the logs."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             dead = [name for name, daemon in self._daemons.items() if daemon.poll() is not None]
@@ -175,14 +176,14 @@ class Cluster:
             time.sleep(0.3)
 
     def run(self, *command: str) -> str:
-        """Standard output of one of Slurm's commands; empty when the controller does not answer yet."""
+        """Run one of Slurm's commands and return its output; empty if the controller does not answer yet."""
         result = subprocess.run(
             command, env=self.environment, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False
         )
         return result.stdout.strip()
 
     def job(self, number: str) -> dict[str, str]:
-        """What `scontrol show job` says, by field."""
+        """Return the fields that `scontrol show job` prints."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", number, "-o")))
 
 
@@ -196,7 +197,7 @@ def cluster() -> Iterator[Cluster]:
             "or: apt-get install slurm-wlm munge",
             pytrace=False,
         )
-    # Not below pytest's own folder: munged wants a path that everybody may search.
+    # Not below pytest's own folder, since munged requires a path that everybody may search.
     directory = Path(tempfile.mkdtemp(prefix="slurm-"))
     directory.chmod(0o755)
     result = Cluster(directory)

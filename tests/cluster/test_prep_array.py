@@ -1,4 +1,4 @@
-"""`launch/slurm/prep_array.sbatch` on a Slurm cluster of two nodes: the tasks of an array make the bytes of a plain prep."""
+"""`launch/slurm/prep_array.sbatch` on a Slurm cluster of two nodes: an array job writes the same bytes as a plain prep."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 
 def run(cluster: "Cluster", folder: Path, *words: str) -> str:
-    """Run a command as a user of the cluster who has the environment of `rdt` active; its output."""
+    """Run a command as a user of the cluster whose PATH has `rdt`; return its output."""
     path = f"{Path(sys.executable).parent}:{cluster.environment['PATH']}"
     environment = {**cluster.environment, "PATH": path}
     result = subprocess.run(

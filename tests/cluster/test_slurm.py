@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
-# More steps than fit into any time limit here.
+# More steps than any time limit here allows.
 ENDLESS = 1_000_000
 JOBS = "jobs of mine"
 
 
 def write_config(folder: Path, tiny_options: list[str], *words: str) -> Path:
-    """A YAML of a tiny run on CPU whose losses do not depend on how many steps it is to have."""
+    """Write the YAML of a tiny run on CPU whose losses do not depend on its planned number of steps."""
     (folder / "empty.yaml").write_text("{}")
     fixed = ["--run.name=two nodes", "--parallel.engine=fsdp", "--schedule.name=constant", "--eval.every=0"]
     fixed += ["--data.max_epochs=1000000000", "--checkpoint.every=0", "--logging.every=100"]
@@ -34,14 +34,14 @@ def write_config(folder: Path, tiny_options: list[str], *words: str) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The directory from which the user submits; its path has a space."""
+    """Directory from which the user submits; its path has a space."""
     path = tmp_path / "my runs"
     path.mkdir()
     return path
 
 
 def rdt(cluster: "Cluster", folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run the command as a user of the cluster."""
+    """Run `rdt` as a user of the cluster."""
     command = [sys.executable, "-m", "launch.cli", *words]
     return subprocess.run(
         command, cwd=folder, env=cluster.environment, capture_output=True, text=True, timeout=300, check=False
@@ -49,7 +49,7 @@ def rdt(cluster: "Cluster", folder: Path, *words: str) -> subprocess.CompletedPr
 
 
 def submit(cluster: "Cluster", folder: Path, *words: str) -> str:
-    """Submit run.yaml; returns the number of the job."""
+    """Submit run.yaml and return the number of the job."""
     words = ("--cpus_per_process", "1", "--directory", JOBS, *words)
     result = rdt(cluster, folder, "submit", "--config", "run.yaml", *words)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -64,7 +64,7 @@ def output(folder: Path, number: str) -> str:
 
 
 def wait_for_state(cluster: "Cluster", folder: Path, number: str, state: str, timeout_s: float = 200) -> dict[str, str]:
-    """Wait until the job is in `state`, for good where that is a final state."""
+    """Wait until the job is in `state`, and return its fields."""
     last = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", state)
     try:
         cluster.wait(lambda: cluster.job(number).get("JobState") in last, timeout_s, f"job {number} to be {state}")
@@ -88,7 +88,7 @@ def saved_step(folder: Path) -> int:
 
 def test_time_limit_requeue_and_exact_resume(cluster: "Cluster", folder: Path, tiny_options: list[str]) -> None:
     config = write_config(folder, tiny_options, f"--train.steps={ENDLESS}")
-    # The signal comes 40 to 70 s after the start: Slurm looks every 30 s and may send it that much early.
+    # The signal comes 40 to 70 s after the start: Slurm checks every 30 s and may send it that much early.
     number = submit(
         cluster, folder, "--nodes", "2", "--processes_per_node", "1", "--time", "2", "--signal_before_s", "50"
     )
@@ -96,7 +96,7 @@ def test_time_limit_requeue_and_exact_resume(cluster: "Cluster", folder: Path, t
     assert wait_for_state(cluster, folder, number, "PENDING")["Restarts"] == "1"
     stopped_at = saved_step(folder)
     steps = stopped_at + 20
-    # The second start is to finish: it reads the config again, which now has an end in sight.
+    # The second start shall finish: it reads the config again, which now has few steps.
     write_config(folder, tiny_options, f"--train.steps={steps}")
     job = wait_for_state(cluster, folder, number, "COMPLETED")
     assert (job["ExitCode"], job["Restarts"], job["NodeList"]) == ("0:0", "1", "n[1-2]")

@@ -1,4 +1,4 @@
-"""The exported folder, used by transformers in a process that cannot import this package."""
+"""An export, used by transformers in a process that cannot import this package, equals the model."""
 
 import os
 import subprocess

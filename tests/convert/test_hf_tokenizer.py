@@ -39,7 +39,7 @@ def checkpoint(configure: Callable[..., RunConfig], tmp_path_factory: pytest.Tem
 
 @pytest.fixture
 def export(checkpoint: Path, tiny_text: Path, tmp_path: Path) -> Callable[..., tuple[Path, Tokenizer]]:
-    """Exports the checkpoint with a tokenizer of these settings, as `rdt prep --tokenizer` would put it into a run."""
+    """Function that exports the checkpoint with a SentencePiece tokenizer of given settings."""
 
     def lines() -> Iterator[str]:
         for path in sorted(tiny_text.iterdir()):
@@ -68,8 +68,8 @@ def check_ids(folder: Path, **expected: int | None) -> None:
         assert {name: settings[f"{name}_token_id"] for name in expected} == expected, file
 
 
-def left_out(folder: Path, tokenizer: Tokenizer, said: str, *parts: str) -> None:
-    """The folder has no tokenizer that transformers would load; the console and the card say so, and why."""
+def check_left_out(folder: Path, tokenizer: Tokenizer, said: str, *parts: str) -> None:
+    """Check that transformers finds no tokenizer in the folder, and that the console and the card say why."""
     from transformers import AutoTokenizer
 
     card = (folder / "README.md").read_text()
@@ -87,12 +87,12 @@ def left_out(folder: Path, tokenizer: Tokenizer, said: str, *parts: str) -> None
 
 
 @pytest.mark.parametrize("settings", [{"model_type": "bpe"}, {"model_type": "unigram", **LOSSLESS}])
-def test_what_does_not_convert_is_left_out(
+def test_a_tokenizer_that_does_not_convert_is_left_out(
     settings: dict, export: Callable[..., tuple[Path, Tokenizer]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, tokenizer = export(**settings, **OTHER_IDS)
     check_ids(folder, bos=None, eos=1, pad=0)
-    left_out(folder, tokenizer, capsys.readouterr().out, "no exact tokenizer.json", "tokenizer/tokenizer.model")
+    check_left_out(folder, tokenizer, capsys.readouterr().out, "no exact tokenizer.json", "tokenizer/tokenizer.model")
 
 
 def test_other_special_ids_reach_transformers(
@@ -113,7 +113,7 @@ def test_other_special_ids_reach_transformers(
 
 def without_a_merge(folder: Path) -> None:
     document = json.loads((folder / "tokenizer.json").read_text())
-    del document["model"]["merges"][-1]  # of the rarest piece
+    del document["model"]["merges"][-1]  # the rarest piece's
     (folder / "tokenizer.json").write_text(json.dumps(document))
 
 
@@ -141,7 +141,7 @@ def test_a_tokenizer_json_that_differs_is_left_out(
 ) -> None:
     folder, tokenizer = export(damage, model_type="bpe", **LOSSLESS)
     check_ids(folder, bos=1, eos=2, pad=None)
-    left_out(folder, tokenizer, capsys.readouterr().out, reason)
+    check_left_out(folder, tokenizer, capsys.readouterr().out, reason)
 
 
 def test_a_hugging_face_tokenizer_from_text_to_export(

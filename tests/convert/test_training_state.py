@@ -1,4 +1,4 @@
-"""A checkpoint goes from FSDP2 to ZeRO and back, optimizer included, and training goes on as if nothing had happened."""
+"""Checkpoints converted from FSDP2 to ZeRO and back, optimizer included, continue training with the same losses."""
 
 import json
 import os
@@ -28,11 +28,11 @@ def losses(run_directory: Path) -> dict[int, float]:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(280)
-def test_training_goes_on_in_the_other_family(tmp_path: Path, repository: Path, tiny_options: list[str]) -> None:
+def test_training_continues_in_the_other_family(tmp_path: Path, repository: Path, tiny_options: list[str]) -> None:
     common = [*tiny_options, f"--run.root={tmp_path}", "--eval.every=0", "--sample.every=0", "--checkpoint.keep=0"]
     run([*common, "--run.name=fsdp", "--parallel.engine=fsdp"], repository, 2)
     saved = tmp_path / "fsdp" / "checkpoints" / "step-00000004"
-    # All go on with other options of the optimizer than the state was saved with.
+    # All continue with other optimizer options than the state was saved with.
     common += ["--optimizer.beta2=0.7", "--optimizer.weight_decay=0.5", "--optimizer.eps=1e-6"]
     run([*common, "--run.name=straight", "--parallel.engine=fsdp", f"--resume={saved}"], repository, 2)
     straight = losses(tmp_path / "straight")
@@ -62,7 +62,7 @@ def run_with_checkpoints(repository: Path, tiny_options: list[str], tmp_path_fac
     return root / config.run.name
 
 
-def test_nothing_is_lost_on_the_way(tmp_path: Path, run_with_checkpoints: Path) -> None:
+def test_converting_there_and_back_loses_nothing(tmp_path: Path, run_with_checkpoints: Path) -> None:
     config = load_config(run_with_checkpoints / "config.yaml")
     first = convert(str(run_with_checkpoints), str(tmp_path / "zero"), "zero")
     second = convert(str(first), str(tmp_path / "native"), "native")

@@ -1,4 +1,4 @@
-"""Validation loss: what is printed and written equals a computation by hand in float64."""
+"""Validation loss: the printed and written figures equal a plain computation in float64."""
 
 import json
 import math
@@ -36,8 +36,8 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-def by_hand(run: Path, corpus: Path, loops: int) -> tuple[float, float]:
-    """(nats per token, bits per byte) over windows spread over the validation split, in float64."""
+def compute_plainly(run: Path, corpus: Path, loops: int) -> tuple[float, float]:
+    """Return nats per token and bits per byte over windows spread over the validation split, in float64."""
     model, _ = load(run)
     model = model.double()
     stream = TokenCorpus(corpus, "valid", LENGTH, 0)
@@ -53,7 +53,7 @@ def by_hand(run: Path, corpus: Path, loops: int) -> tuple[float, float]:
     return total / (SEQUENCES * LENGTH), total / math.log(2) / size
 
 
-def test_the_table_equals_the_computation_by_hand(
+def test_the_table_equals_the_plain_computation(
     run: Path, tiny_corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loops = [1, 2, 5]
@@ -64,7 +64,7 @@ def test_the_table_equals_the_computation_by_hand(
     rows = [line.split() for line in lines[header + 1 :]]
     assert [int(row[0]) for row in rows] == loops
     for row in rows:
-        loss, bits = by_hand(run, tiny_corpus, int(row[0]))
+        loss, bits = compute_plainly(run, tiny_corpus, int(row[0]))
         assert result["losses"][row[0]] == pytest.approx(loss, abs=1e-5)
         assert float(row[1]) == pytest.approx(loss, abs=6e-5)
         assert float(row[2]) == pytest.approx(math.exp(loss), rel=1e-4)
@@ -74,7 +74,7 @@ def test_the_table_equals_the_computation_by_hand(
     assert (result["checkpoint"], result["step"], result["sequences"]) == ("step-00000008", 8, SEQUENCES)
 
 
-def test_the_table_equals_what_the_run_measured(run: Path, tmp_path: Path) -> None:
+def test_the_table_equals_the_evaluation_within_the_run(run: Path, tmp_path: Path) -> None:
     last = json.loads((run / "eval.jsonl").read_text().splitlines()[-1])
     out = tmp_path / "elsewhere.json"
     result = evaluate_checkpoint(str(run), [3, 1], 4, out=str(out))
@@ -133,13 +133,15 @@ def test_a_checkpoint_outside_a_run_writes_nothing_unasked(
     result = evaluate_checkpoint(str(alone), [1], 2, out=str(tmp_path / "mine.json"))
     assert json.loads((tmp_path / "mine.json").read_text()) == result
     assert "--out FILE" not in capsys.readouterr().out
-    # Named from inside, a checkpoint of a run is one.
+    # A checkpoint of a run is recognised also when named by a relative path.
     monkeypatch.chdir(run / "checkpoints" / "step-00000008")
     assert evaluate_checkpoint(".", [1], 2)["checkpoint"] == "step-00000008"
     assert (run / "eval.json").is_file()
 
 
-def test_where_the_result_cannot_go_is_said_before(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unusable_result_file_is_refused_before_evaluating(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("evaluated first")
 
@@ -170,7 +172,7 @@ def test_an_earlier_evaluation_is_replaced(run: Path, tmp_path: Path) -> None:
     assert list(json.loads(out.read_text())["losses"]) == ["2"]
 
 
-def test_a_corpus_that_is_not_there_is_named_with_the_option(
+def test_a_missing_corpus_is_named_with_the_option(
     run: Path, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The report of a run: self-contained, with pictures, and with numbers that are the run's."""
+"""The report of a run: self-contained, with pictures, and with the numbers of the run's records."""
 
 import base64
 import html.parser
@@ -37,7 +37,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 
 class Page(html.parser.HTMLParser):
-    """Collects what a browser would fetch, and the text."""
+    """Collects the references that a browser would fetch, and the text."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def records(run: Path, name: str = "metrics.jsonl") -> list[dict]:
     return [json.loads(line) for line in (run / name).read_text().splitlines()]
 
 
-def change(run: Path, edit: Callable[[dict], None]) -> None:
+def edit_metrics(run: Path, edit: Callable[[dict], None]) -> None:
     changed = records(run)
     for record in changed:
         edit(record)
@@ -113,7 +113,7 @@ def test_the_summary_states_the_numbers_of_the_run(run: Path) -> None:
     assert "after step 8" in text
 
 
-def test_the_sentence_about_loops_tells_gain_from_none() -> None:
+def test_the_summary_tells_a_gain_from_none() -> None:
     last = {"step": 1, "tokens": 2, "loss": 3.0, "grad_norm": 1.0, "spectral_radius": 0.5}
     assert "at T = 4, 0.250 nats below T = 1." in summarize([last], {1: 3.0, 4: 2.75, 8: 2.8})[-1]
     assert "at T = 1: more loops did not help here." in summarize([last], {1: 2.5, 4: 2.75})[-1]
@@ -137,13 +137,13 @@ def test_a_run_with_bad_steps_still_has_a_report(run: Path) -> None:
         if record["step"] >= 7:
             record.update(loss=None, grad_norm=None, state_norm=None, spectral_radius=None)
 
-    change(run, spoil)
+    edit_metrics(run, spoil)
     with open(run / "eval.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"step": 8, "tokens": 1, "losses": {"1": None, "3": 2.0}}) + "\n")
     text = Page(write_report(run)).text
     assert f"the last training loss is {records(run)[5]['loss']:.3f}." in text
     assert "not finite: 2." in text
-    change(run, lambda record: record.update(loss=None, spectral_radius=None))
+    edit_metrics(run, lambda record: record.update(loss=None, spectral_radius=None))
     assert "no training loss was finite" in Page(write_report(run)).text
 
 
@@ -171,22 +171,22 @@ def test_a_directory_without_metrics_is_refused(run: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("line", [b"null", b"[]", b"3", b'{"step": 9}'])
-def test_a_record_that_is_none_is_named(line: bytes, run: Path) -> None:
+def test_an_invalid_record_is_named(line: bytes, run: Path) -> None:
     with open(run / "metrics.jsonl", "ab") as file:
-        file.write(b"\xff\x00\n" + line + b"\n")  # the first is what a crash may leave
+        file.write(b"\xff\x00\n" + line + b"\n")  # the first line is one that a crash may leave
     with pytest.raises(DataError, match=r"metrics\.jsonl:10 is not a record"):
         write_report(run)
 
 
 @pytest.mark.parametrize("content", [b"[]", b"null", b"\xff", b"{", b'{"step": 3}', b'{"step": 3, "losses": {"a": 1}}'])
-def test_an_evaluation_that_is_none_is_named(content: bytes, run: Path) -> None:
+def test_an_invalid_evaluation_is_named(content: bytes, run: Path) -> None:
     (run / "eval.json").write_bytes(content)
     with pytest.raises(DataError, match=r"eval\.json is not an evaluation"):
         write_report(run)
 
 
 def test_any_number_of_loop_counts_is_drawn(tmp_path: Path, configure: Callable[..., RunConfig]) -> None:
-    """More curves than colours: all of them are in the picture and its legend."""
+    """With more curves than colours, all of them are drawn and in the legend."""
     metrics = [{"step": s, "loss": 3.0, "loops_max": 1 + s % 12, "tokens_per_second": 1.0} for s in range(1, 40)]
     losses = [{str(t): 2 + t / 10 + 1 / s for t in range(1, 11)} for s in (10, 20)]
     few = plots.draw_loss_curve(metrics, [{"step": 10, "losses": {"1": 2.5}}], tmp_path / "few.png")
@@ -208,7 +208,7 @@ def test_the_state_over_iterations_is_drawn_where_it_was_recorded(run: Path) -> 
             residuals = [0.5**t for t in range(record["step"])]
             record["iterations"] = {"state_norm": norms, "state_residual": [None, *residuals[1:]]}
 
-    change(run, add)
+    edit_metrics(run, add)
     page = Page(write_report(run))
     assert len(page.references) == len(PICTURES) + 1
     image = matplotlib.image.imread(run / "report" / "iterations.png")

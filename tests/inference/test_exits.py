@@ -24,7 +24,7 @@ PARTS = [
 
 
 def make_model(seed: int = 1, **changes: object) -> RecurrentDepthTransformer:
-    """In float64, with weights that make tokens differ in how fast their state settles."""
+    """Model in float64, with weights that make tokens differ in how fast their state settles."""
     model = initialize(RecurrentDepthTransformer(dataclasses.replace(CONFIG, **changes)), seed).double().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -48,7 +48,7 @@ def halting_of(kind: str) -> dict[str, object]:
 
 
 def middle_rule(model: RecurrentDepthTransformer, kind: str) -> ExitRule:
-    """A rule of this kind by which tokens of one text stop at different iterations of 8."""
+    """Return a rule of this kind by which tokens of one text stop at different iterations of 8."""
     spread: dict[ExitRule, int] = {}
     for threshold in (
         (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0) if kind in ("act", "gate") else (0.1, 0.2, 0.4, 0.8, 1.1, 1.6)
@@ -65,10 +65,10 @@ def middle_rule(model: RecurrentDepthTransformer, kind: str) -> ExitRule:
     return best
 
 
-def in_parts(
+def run_in_chunks(
     model: RecurrentDepthTransformer, tokens: torch.Tensor, loops: int, rule: ExitRule, **more: object
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and iterations of a pass in chunks, single tokens among them, with a cache."""
+    """Run the model on chunks of the tokens with a cache, some of one token; return logits and iterations."""
     cache, start, logits, used = KVCache(), 0, [], []
     for chunk in (4, 1, 1, 5, 1, tokens.shape[1] - 12):
         trace, part = ExitTrace(), tokens[:, start : start + chunk]
@@ -87,7 +87,7 @@ def test_cached_equals_uncached(changes: dict, kind: str) -> None:
     rule, trace = middle_rule(model, kind), ExitTrace()
     for loops in (1, 2, 3, 8):
         whole = model(tokens, loops, exit_rule=rule, trace=trace)
-        parts, used = in_parts(model, tokens, loops, rule)
+        parts, used = run_in_chunks(model, tokens, loops, rule)
         assert torch.equal(used, trace.iterations)
         torch.testing.assert_close(parts, whole, rtol=1e-9, atol=1e-9)
 
@@ -98,7 +98,7 @@ def test_cached_equals_uncached(changes: dict, kind: str) -> None:
 def test_a_padded_row_is_the_row_alone(changes: dict, kind: str) -> None:
     model, tokens, padding = make_model(**changes, **halting_of(kind)), some_tokens(), torch.tensor([0, 5, 2])
     rule = ExitRule() if kind == "fixed" else middle_rule(model, kind)
-    together, used = in_parts(model, tokens, 8, rule, padding=padding)
+    together, used = run_in_chunks(model, tokens, 8, rule, padding=padding)
     for row, pad in enumerate(padding.tolist()):
         trace = ExitTrace()
         alone = model(tokens[row : row + 1, pad:], 8, exit_rule=rule, trace=trace)
@@ -119,7 +119,7 @@ def test_thresholds_at_their_ends(kind: str) -> None:
     logits = model(tokens, 4, exit_rule=never, trace=trace)
     torch.testing.assert_close(logits, model(tokens, 4), rtol=1e-10, atol=1e-10)
     assert (trace.iterations == 4).all()
-    # At once: where a rule compares two steps or predictions, after the second iteration.
+    # Stop at once, which is after the second iteration for a rule that compares two states or predictions.
     always, first = ExitRule(kind, 0.0 if halting else math.inf), 1 if halting or kind == "change" else 2
     logits = model(tokens, 4, exit_rule=always, trace=trace)
     torch.testing.assert_close(logits, model(tokens, first), rtol=1e-10, atol=1e-10)
@@ -135,8 +135,8 @@ def test_a_model_with_act_mixes_under_every_rule() -> None:
 
 @pytest.mark.parametrize("kind", list(CRITERIA))
 @torch.no_grad()
-def test_rules_do_what_their_formula_says(kind: str) -> None:
-    """One token has no one to look at but itself, so its fixed-depth passes give every state and prediction."""
+def test_rules_follow_their_formulas(kind: str) -> None:
+    """A sequence of one token attends only to itself, so fixed-T runs give its state and prediction at every T."""
     model, loops = make_model(**halting_of(kind)), 8
     rule, tokens = middle_rule(model, kind), torch.arange(61)[:, None]
     states, logits = [torch.zeros(61, 32, dtype=torch.float64)], [torch.zeros(61, 61)]
@@ -195,7 +195,7 @@ def test_stopped_tokens_are_not_computed(kind: str) -> None:
     spent = int(trace.iterations.sum())
     assert seen["core"] == spent < loops * tokens.numel()
     assert seen["coda"] == (spent if kind == "kl" else tokens.numel())
-    # Decoding, where a row that has stopped leaves the batch.
+    # Decoding: a row that has stopped leaves the batch.
     cache, batch = KVCache(), some_tokens(rows=8, length=6)
     model(batch[:, :5], loops, cache=cache, exit_rule=rule)
     seen["core"] = 0
@@ -214,20 +214,20 @@ def test_the_answer_of_act_is_the_weighted_state() -> None:
     for t, state in enumerate(states):
         answer, _ = mixture.update(active, state)
         p = model.core.halting(state)
-        for place in [(i, j) for i in range(2) for j in range(3)]:
-            if total[place] < 0.6:
+        for position in [(i, j) for i in range(2) for j in range(3)]:
+            if total[position] < 0.6:
                 stopped = weights.clone()
-                stopped[t][place] = 1 - total[place]
-                expected = (stopped[:, *place, None] * states[:, *place]).sum(0)
-                torch.testing.assert_close(answer[place], expected)
-                ends = total[place] + p[place] >= 0.6
-                weights[t][place] = 1 - total[place] if ends else p[place]
-                total[place] = 1.0 if ends else total[place] + p[place]
+                stopped[t][position] = 1 - total[position]
+                expected = (stopped[:, *position, None] * states[:, *position]).sum(0)
+                torch.testing.assert_close(answer[position], expected)
+                ends = total[position] + p[position] >= 0.6
+                weights[t][position] = 1 - total[position] if ends else p[position]
+                total[position] = 1.0 if ends else total[position] + p[position]
     torch.testing.assert_close(weights.sum(0), torch.ones(2, 3, dtype=torch.float64) * mixture.halted)
 
 
 @torch.no_grad()
-def test_calls_without_a_meaning_are_refused() -> None:
+def test_invalid_calls_are_refused() -> None:
     model, tokens = make_model(), some_tokens()
     for settings in ({"kind": "x"}, {"kind": "kl", "threshold": -1.0}, {"kind": "act", "threshold": 1.5}):
         with pytest.raises(ValueError, match="exit rule"):

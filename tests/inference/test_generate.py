@@ -1,4 +1,4 @@
-"""Cached logits equal uncached ones; sampling is reproducible, row by row; arguments without a meaning are refused."""
+"""Cached logits equal uncached ones; sampling is reproducible, row by row; invalid arguments are refused."""
 
 import dataclasses
 import itertools
@@ -74,7 +74,7 @@ def test_a_tiny_temperature_takes_the_likeliest(temperature: float) -> None:
     assert torch.equal(pick_tokens(logits, temperature, 0, 1.0, torch.full((5,), 0.9).double()), logits.argmax(-1))
 
 
-def test_a_cache_keeps_to_the_depth_it_was_filled_at() -> None:
+def test_a_cache_refuses_other_loop_counts_and_positions() -> None:
     model = initialize(RecurrentDepthTransformer(CONFIG), 1)
     tokens = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -86,14 +86,14 @@ def test_a_cache_keeps_to_the_depth_it_was_filled_at() -> None:
         for start in (0, 4):
             with pytest.raises(ValueError, match=f"holds 5 positions, start is {start}"):
                 model(tokens[:, 5:], 4, cache=cache, start=start)
-        # What was refused has left the cache as it was.
+        # The refused calls did not change the cache.
         rest = model(tokens[:, 5:], 4, cache=cache, start=5)
         torch.testing.assert_close(rest, model(tokens, 4)[:, 5:], atol=1e-5, rtol=1e-5)
     assert (cache.length, cache.slots) == (9, model.cache_slots(4))
 
 
 @pytest.mark.parametrize("depth", [0, -1, 2.5, "x", None])
-def test_a_depth_without_a_meaning_is_refused(depth: object) -> None:
+def test_an_invalid_loop_count_is_refused(depth: object) -> None:
     model = initialize(RecurrentDepthTransformer(CONFIG), 1)
     wrong = "neither of depth and loops" if depth is None else "whole number of iterations of at least 1"
     with pytest.raises(ValueError, match=wrong):
@@ -122,7 +122,7 @@ def test_a_depth_without_a_meaning_is_refused(depth: object) -> None:
         ({"exit_rule": ExitRule("change", 0.1), "agree": lambda ids: ids}, "in one process"),
     ],
 )
-def test_arguments_without_a_meaning_are_refused(settings: dict, name: str) -> None:
+def test_invalid_arguments_are_refused(settings: dict, name: str) -> None:
     model = initialize(RecurrentDepthTransformer(CONFIG), 1)
     with pytest.raises(ConfigError, match=name):
         generate(model, **{"tokens": torch.tensor([[1, 2]]), "loops": 2, "new_tokens": 2, **settings})
@@ -130,7 +130,7 @@ def test_arguments_without_a_meaning_are_refused(settings: dict, name: str) -> N
         model(torch.tensor([1, 2]), 2)
 
 
-def test_numpy_numbers_are_numbers() -> None:
+def test_numpy_integers_are_accepted() -> None:
     model = initialize(RecurrentDepthTransformer(CONFIG), 1)
     prompt = torch.tensor([[5, 6, 7]])
     assert torch.equal(generate(model, prompt, np.int64(2), np.int64(3)), generate(model, prompt, 2, 3))
@@ -148,7 +148,7 @@ def test_ranks_agree_on_every_token() -> None:
     assert result[:, 3:].tolist() == [[41, 42, 43, 44]] * 2
     assert [chosen.tolist() for chosen in seen[:1]] == [generate(model, prompt, 2, 1, temperature=0)[:, 3].tolist()]
     assert all((chosen.shape, chosen.dtype) == ((2,), torch.int64) for chosen in seen)
-    # What was agreed on, not what this rank drew, decides about the end.
+    # The agreed ids, not those that this rank drew, end a row.
     seen.clear()
     assert generate(model, prompt, 2, 9, temperature=0, eos=42, agree=agree)[:, 3:].tolist() == [[41, 42]] * 2
     assert len(seen) == 2
@@ -159,7 +159,7 @@ SAMPLING = {"temperature": 0.9, "top_k": 30, "top_p": 0.95, "seed": 3}
 
 
 def lively_model(**changes: object) -> RecurrentDepthTransformer:
-    """In float64, with weights so large that tokens differ in how fast their state settles."""
+    """Model in float64, with weights so large that tokens differ in how fast their state settles."""
     model = initialize(RecurrentDepthTransformer(dataclasses.replace(CONFIG, **changes)), 1).double()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -190,7 +190,7 @@ def test_a_row_does_not_depend_on_the_others(changes: dict, rule: ExitRule | Non
     assert other != alone[0]
 
 
-def test_a_text_goes_on_where_it_was_left() -> None:
+def test_generation_continues_an_earlier_text() -> None:
     model = initialize(RecurrentDepthTransformer(CONFIG), 1).double()
     whole = generate(model, PROMPTS, 3, 12, **SAMPLING)
     assert generate(model, generate(model, PROMPTS, 3, 5, **SAMPLING), 3, 7, **SAMPLING) == whole
@@ -209,10 +209,10 @@ def test_rows_that_stopped_are_not_computed() -> None:
     )
 
 
-def test_streaming_gives_what_generate_gives() -> None:
+def test_stream_yields_the_ids_of_generate() -> None:
     model = initialize(RecurrentDepthTransformer(CONFIG), 1)
     texts, steps = [list(prompt) for prompt in PROMPTS], stream(model, PROMPTS, 4, 9, **SAMPLING)
-    for row, new in next(steps).items():  # there is a token before the rest is computed
+    for row, new in next(steps).items():  # the first token comes before the rest is computed
         texts[row].append(new)
     for step in steps:
         for row, new in step.items():
@@ -241,7 +241,7 @@ def test_the_trace_has_every_computed_token(use_cache: bool) -> None:
 
 
 class SharedByFormula(KVCache):
-    """Every iteration keeps its own slots, and earlier positions are read where the definition of a budget says."""
+    """Reference for a budget: every iteration keeps its slots, and reads earlier positions from the slot that it shares."""
 
     def __init__(self, loops: int, share: int, first: int, layers: int) -> None:
         super().__init__()

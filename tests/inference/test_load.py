@@ -1,4 +1,4 @@
-"""What `load` and `rdt generate` take, and what they say about what they cannot use."""
+"""Loading checkpoints and exports: equal models, and messages for damaged or wrong ones, also of `rdt generate`."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ def test_an_export_is_the_checkpoint(run: Path, exported: Path, capsys: pytest.C
 
 
 def test_another_tokenizer_in_an_export(export: Path, run: Path, tmp_path: Path) -> None:
-    """Of the same size: every id exists, and the text would be nonsense."""
+    """A tokenizer of the same size is refused: every id exists in it, but the text would be nonsense."""
     assert (export / "model.safetensors").stat().st_mode == (export / "config.json").stat().st_mode
     texts = [path.read_text() for path in sorted(Path(__file__).parent.parent.rglob("*.py"))]
     other = train_tokenizer(texts, PrepConfig(vocab_size=512))
@@ -100,13 +100,13 @@ def test_weights_kept_in_half_precision_are_widened(export: Path, exported: Path
 @pytest.mark.parametrize(
     ("device", "text"), [("foo", "no device 'foo'"), ("", "no device"), ("meta", "meta cannot"), ("mps", "cannot")]
 )
-def test_devices_that_are_none_are_named(device: str, text: str, run: Path) -> None:
+def test_unknown_devices_are_named(device: str, text: str, run: Path) -> None:
     with pytest.raises(ConfigError, match=text):
         load(run, device)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() > 7, reason="there is such a device")
-def test_a_gpu_that_is_not_there_is_named(run: Path) -> None:
+def test_an_absent_gpu_is_named(run: Path) -> None:
     with pytest.raises(ConfigError, match=r"cuda:7 cannot be used here; PyTorch sees \d CUDA devices?\."):
         load(run, "cuda:7")
     assert next(load(run, torch.device("cpu"))[0].parameters()).device.type == "cpu"
@@ -127,7 +127,7 @@ def test_a_gpu_that_is_not_there_is_named(run: Path) -> None:
         (["--prompt="], USAGE, "the prompt is empty"),
     ],
 )
-def test_generate_refuses_wrong_words(
+def test_generate_refuses_wrong_options(
     words: list[str], status: int, text: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command(["generate", str(run), *words]) == status
@@ -137,7 +137,7 @@ def test_generate_refuses_wrong_words(
     assert captured.out == ""
 
 
-def test_a_file_is_not_called_absent(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_and_an_absent_path_have_different_messages(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["generate", str(run / "config.yaml")]) == FAILED
     assert f"{run / 'config.yaml'} is a file. Name a run" in capsys.readouterr().err
     assert run_command(["generate", str(run / "absent")]) == FAILED

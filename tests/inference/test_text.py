@@ -22,34 +22,34 @@ def run(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFa
     return str(root / "run")
 
 
-def generated(capsys: pytest.CaptureFixture[str], run: str, *words: str) -> str:
+def run_generate(capsys: pytest.CaptureFixture[str], run: str, *words: str) -> str:
     assert run_command(["generate", run, "--tokens=12", "--loops=3", *words]) == 0
     return capsys.readouterr().out
 
 
 def test_several_prompts(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--prompt", PROMPTS[0], f"--prompt={PROMPTS[1]}", "--prompt", PROMPTS[2], "--temperature=0"]
-    together = generated(capsys, run, *words)
-    alone = [generated(capsys, run, "--prompt", prompt, "--temperature=0") for prompt in PROMPTS]
+    together = run_generate(capsys, run, *words)
+    alone = [run_generate(capsys, run, "--prompt", prompt, "--temperature=0") for prompt in PROMPTS]
     assert together == "".join(f"--- {i}\n{text}" for i, text in enumerate(alone, start=1))
     assert all(text.startswith(prompt) for text, prompt in zip(alone, PROMPTS))
     file = tmp_path / "prompts.txt"
     file.write_text("\n\n".join(PROMPTS) + "\n")
-    assert generated(capsys, run, "--prompts", str(file), "--temperature=0") == together
+    assert run_generate(capsys, run, "--prompts", str(file), "--temperature=0") == together
     file.write_text("\n".join(PROMPTS[1:]))
-    assert generated(capsys, run, "--prompt", PROMPTS[0], "--prompts", str(file), "--temperature=0") == together
+    assert run_generate(capsys, run, "--prompt", PROMPTS[0], "--prompts", str(file), "--temperature=0") == together
 
 
 def test_streaming_prints_the_same_text(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--prompt", PROMPTS[0], "--seed=4"]
-    text = generated(capsys, run, *words)
-    assert generated(capsys, run, *words, "--stream") == text
+    text = run_generate(capsys, run, *words)
+    assert run_generate(capsys, run, *words, "--stream") == text
     parts = list(stream_text(run, PROMPTS[0], 3, 12, temperature=0.8, top_k=50, seed=4))
     assert "".join(parts) + "\n" == text
     assert len(parts) > 4
 
 
-def test_a_character_in_several_tokens_comes_whole(run: str) -> None:
+def test_a_character_of_several_tokens_is_streamed_whole(run: str) -> None:
     _, tokenizer = load(run, "cpu")
     ids = tokenizer.encode("a\U0001f600b")
     assert len(ids) > 4, "the emoji should be spelled in bytes"
@@ -64,20 +64,20 @@ def test_stop_texts_and_ids(run: str, capsys: pytest.CaptureFixture[str]) -> Non
     free = generate(model, [prompt], 3, 12, temperature=0.8, top_k=50)[0]
     last = free[len(prompt) + 3]
     expected = tokenizer.decode(free[: free.index(last, len(prompt)) + 1])
-    assert generated(capsys, run, f"--stop_ids={last},{last}") == f"{expected}\n"
-    assert generated(capsys, run) == f"{tokenizer.decode(free)}\n"
+    assert run_generate(capsys, run, f"--stop_ids={last},{last}") == f"{expected}\n"
+    assert run_generate(capsys, run) == f"{tokenizer.decode(free)}\n"
     ends = {text: to_stop_ids(tokenizer, [text]) for text in ("\n", ":", " =")}
     assert all(tokenizer.processor.id_to_piece(id).replace("\u2581", " ") == text for text, (id,) in ends.items())
     at_ends = generate(model, [prompt], 3, 12, temperature=0.8, top_k=50, stop=[id for (id,) in ends.values()])[0]
-    assert generated(capsys, run, f"--stop={json.dumps(list(ends))}") == f"{tokenizer.decode(at_ends)}\n"
+    assert run_generate(capsys, run, f"--stop={json.dumps(list(ends))}") == f"{tokenizer.decode(at_ends)}\n"
 
 
-def test_an_exit_rule_reports_what_it_used(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_exit_rule_reports_its_mean_iterations(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     for words, used in ((["change", "--exit_threshold=1e9"], 1), (["kl", "--exit_threshold=0"], 3)):
         assert run_command(["generate", run, "--tokens=4", "--loops=3", "--exit", *words]) == 0
         assert capsys.readouterr().err == f"iterations per token: {used:.2f} of 3\n"
-    exact = generated(capsys, run, "--cache_budget=3")
-    assert exact == generated(capsys, run) == generated(capsys, run, "--exit=change", "--exit_threshold=0")
+    exact = run_generate(capsys, run, "--cache_budget=3")
+    assert exact == run_generate(capsys, run) == run_generate(capsys, run, "--exit=change", "--exit_threshold=0")
 
 
 @pytest.mark.parametrize(
@@ -102,9 +102,7 @@ def test_an_exit_rule_reports_what_it_used(run: str, capsys: pytest.CaptureFixtu
         (["--prompt", "--tokens=3", "--prompt", "a"], "--prompt needs a value"),
     ],
 )
-def test_words_without_a_meaning_are_refused(
-    words: list[str], text: str, run: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_invalid_options_are_refused(words: list[str], text: str, run: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["generate", run, *words]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("rdt generate: error: ")

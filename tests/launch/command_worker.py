@@ -1,4 +1,4 @@
-"""Runs in a forked process: the command line."""
+"""The command line, for forked test processes."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ from tests.distributed.processes import leave_group
 
 
 def command_line(words: Sequence[str], folder: Path, directory: Path) -> NoReturn:
-    """`rdt WORDS` in a directory, its two streams written to files `stdout` and `stderr` of a folder."""
+    """Run `rdt WORDS` in `directory`, its streams redirected to the files stdout and stderr of `folder`."""
     from launch.cli import main
 
     leave_group()

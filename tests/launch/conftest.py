@@ -1,4 +1,4 @@
-"""The command line, run as a user runs it."""
+"""Fixtures that run the command line as a user does."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ Result = subprocess.CompletedProcess[str]
 
 @pytest.fixture(scope="session")
 def rdt(repository: Path) -> Callable[..., Result]:
-    """`rdt WORDS` in a process of its own."""
+    """Run `rdt WORDS` in a new process."""
 
     def run(*words: object, timeout: float = 100) -> Result:
         command = [sys.executable, "-m", "launch.cli", *map(str, words)]
@@ -26,7 +26,7 @@ def rdt(repository: Path) -> Callable[..., Result]:
 
 @pytest.fixture(scope="session")
 def forked_rdt(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Result]:
-    """The same in a forked process, which has imported everything: for what a command answers, many times over."""
+    """Run `rdt WORDS` in a forked process, which has imported everything: faster, for tests of many commands."""
 
     def run(*words: object, timeout: float = 100) -> Result:
         folder, texts = tmp_path_factory.mktemp("command"), [str(word) for word in words]

@@ -1,4 +1,4 @@
-"""Wrong words, files and data, through the whole command: one clear sentence, the right status, nothing damaged."""
+"""Wrong options, files and data through the whole command: one clear sentence, the right status, nothing damaged."""
 
 import json
 import re
@@ -15,8 +15,8 @@ USAGE, FAILED = 2, 1
 SMOKE = ["--config", "configs/smoke.yaml"]
 
 
-def refused(result: Result, status: int, *parts: str) -> None:
-    """The command failed with `status` and one error line that has every one of `parts` in it."""
+def check_refused(result: Result, status: int, *parts: str) -> None:
+    """Check that the command failed with `status` and one error line that contains all of `parts`."""
     assert result.returncode == status, result.stderr
     assert "Traceback" not in result.stderr
     errors = [line for line in re.split(r"[\r\n]", result.stderr) if "error:" in line]
@@ -78,7 +78,7 @@ WRONG_WORDS = [
 
 @pytest.mark.parametrize(("words", "parts"), WRONG_WORDS, ids=[" ".join(words) for words, _ in WRONG_WORDS])
 def test_wrong_words(words: list[str], parts: list[str], forked_rdt: Run) -> None:
-    refused(forked_rdt(*words), USAGE, *parts)
+    check_refused(forked_rdt(*words), USAGE, *parts)
 
 
 WRONG_FILES = [
@@ -99,20 +99,22 @@ WRONG_FILES = [
 @pytest.mark.parametrize(("content", "parts"), WRONG_FILES, ids=[str(content) for content, _ in WRONG_FILES])
 def test_wrong_config_files(content: bytes, parts: list[str], forked_rdt: Run, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_bytes(content)
-    refused(forked_rdt("train", "--config", tmp_path / "c.yaml"), USAGE, *parts)
+    check_refused(forked_rdt("train", "--config", tmp_path / "c.yaml"), USAGE, *parts)
 
 
 def test_run_that_cannot_start(forked_rdt: Run, tmp_path: Path, tiny_options: list[str]) -> None:
     options = [*tiny_options, f"--run.root={tmp_path / 'runs'}"]
-    refused(forked_rdt("train", *options, "--nproc=2"), USAGE, "parallel.engine is single, but there are 2 processes")
-    refused(forked_rdt("train", *options, "--nproc=-1"), USAGE, "--nproc is -1")
+    check_refused(
+        forked_rdt("train", *options, "--nproc=2"), USAGE, "parallel.engine is single, but there are 2 processes"
+    )
+    check_refused(forked_rdt("train", *options, "--nproc=-1"), USAGE, "--nproc is -1")
     missing = forked_rdt("train", *options, f"--data.path={tmp_path}")
-    refused(missing, FAILED, f"{tmp_path}/manifest.json does not exist", "rdt prep --config FILE")
+    check_refused(missing, FAILED, f"{tmp_path}/manifest.json does not exist", "rdt prep --config FILE")
     (tmp_path / "file").write_text("")
     under = forked_rdt("train", *tiny_options, f"--run.root={tmp_path / 'file' / 'runs'}")
-    refused(under, USAGE, "run.root", f"{tmp_path / 'file'} is not a directory", "Set --run.root")
+    check_refused(under, USAGE, "run.root", f"{tmp_path / 'file'} is not a directory", "Set --run.root")
     many = ["--parallel.engine=fsdp", "--nproc=2", "--master_port=70000"]
-    refused(forked_rdt("train", *options, *many), USAGE, "--master_port is 70000", "0 for any free one")
+    check_refused(forked_rdt("train", *options, *many), USAGE, "--master_port is 70000", "0 for any free one")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -133,7 +135,7 @@ def fill_shard(corpus: Path) -> None:
 
 
 def swap_tokenizer(corpus: Path) -> None:
-    """What the manifest says of the tokenizer no longer is what lies there."""
+    """Change the fingerprint in the manifest, so that it is another tokenizer's."""
     path = corpus / "manifest.json"
     document = json.loads(path.read_text())
     document["tokenizer"]["fingerprint"] = document["tokenizer"]["fingerprint"][::-1]
@@ -165,7 +167,7 @@ def test_wrong_data(
     if damage is not None:
         damage(corpus)
     words = [*tiny_options, f"--data.path={corpus}", f"--run.root={tmp_path / 'runs'}", *filter(None, [option])]
-    refused(forked_rdt("train", *words), status, *parts)
+    check_refused(forked_rdt("train", *words), status, *parts)
     assert not list(tmp_path.rglob("step-*"))
 
 
@@ -185,22 +187,24 @@ def test_runs_are_not_overwritten(forked_rdt: Run, trained: Path, tiny_options: 
     before = files_below(trained)
     options = [*tiny_options, f"--run.root={trained.parent}"]
     same = forked_rdt("train", *options, "--run.name=r")
-    refused(same, USAGE, f"{trained} already holds checkpoints", "--resume auto", "another --run.name")
+    check_refused(same, USAGE, f"{trained} already holds checkpoints", "--resume auto", "another --run.name")
     other = forked_rdt("train", *options, "--run.name=s", "--resume", trained, "--model.dim=64")
-    refused(other, FAILED, "is of another model", "dim is 32 there and 64 here", "start a new --run.name")
+    check_refused(other, FAILED, "is of another model", "dim is 32 there and 64 here", "start a new --run.name")
     assert files_below(trained) == before
     assert not (trained.parent / "s" / "checkpoints").exists()
 
 
-def test_checkpoints_that_are_none(forked_rdt: Run, trained: Path, tmp_path: Path) -> None:
+def test_directories_without_checkpoints_are_refused(forked_rdt: Run, trained: Path, tmp_path: Path) -> None:
     for command in (["eval"], ["convert"]):
         words = [*command, tmp_path, *([tmp_path / "out"] if command == ["convert"] else [])]
-        refused(forked_rdt(*words), FAILED, f"{tmp_path} holds no complete checkpoint", "step-NNNNNNNN")
-    refused(forked_rdt("report", tmp_path), FAILED, f"{tmp_path} has no metrics.jsonl", "Name the directory of a run")
-    refused(forked_rdt("eval", trained / "latest"), FAILED, "latest is a file", "Name a run directory")
+        check_refused(forked_rdt(*words), FAILED, f"{tmp_path} holds no complete checkpoint", "step-NNNNNNNN")
+    check_refused(
+        forked_rdt("report", tmp_path), FAILED, f"{tmp_path} has no metrics.jsonl", "Name the directory of a run"
+    )
+    check_refused(forked_rdt("eval", trained / "latest"), FAILED, "latest is a file", "Name a run directory")
     (tmp_path / "file").write_text("kept")
     out = tmp_path / "file" / "out.json"
-    refused(
+    check_refused(
         forked_rdt("eval", trained, "--sequences=2", "--loops=1", "--out", out), USAGE, str(out), "is not a directory"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -220,21 +224,21 @@ def test_checkpoints_that_are_none(forked_rdt: Run, trained: Path, tmp_path: Pat
 def test_wrong_text(name: str, content: bytes, parts: list[str], forked_rdt: Run, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     options = ["--out", tmp_path / "out", "--workers=1", "--valid_fraction=0"]
-    refused(forked_rdt("prep", "--sources", tmp_path / name, *options), FAILED, *parts)
-    # What was read stays where another --vocab_size makes use of it.
+    check_refused(forked_rdt("prep", "--sources", tmp_path / name, *options), FAILED, *parts)
+    # The prepared parts stay, since another --vocab_size can use them.
     assert {path.name for path in tmp_path.iterdir()} - {".out.prep"} == {name}
 
 
-def test_prep_keeps_what_is_there(forked_rdt: Run, corpus: Path, tmp_path: Path, tiny_text: Path) -> None:
+def test_prep_keeps_existing_files(forked_rdt: Run, corpus: Path, tmp_path: Path, tiny_text: Path) -> None:
     before = files_below(corpus)
     changed = forked_rdt("prep", "--sources", tiny_text, "--out", corpus, "--vocab_size=300")
-    refused(changed, USAGE, "vocab_size=512, now 300", "--restart true")
+    check_refused(changed, USAGE, "vocab_size=512, now 300", "--restart true")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("kept")
-    refused(
+    check_refused(
         forked_rdt("prep", "--out", tmp_path / "notes"), USAGE, "was not written by `rdt prep`", "Choose another --out"
     )
     under = forked_rdt("prep", "--sources", tiny_text, "--out", tmp_path / "notes" / "mine.txt" / "out")
-    refused(under, USAGE, "mine.txt cannot be made", "Choose another --out")
+    check_refused(under, USAGE, "mine.txt cannot be made", "Choose another --out")
     assert files_below(corpus) == before
     assert files_below(tmp_path / "notes") == {"mine.txt": b"kept"}

@@ -1,4 +1,4 @@
-"""The commands' words: help that explains everything, one rule for options, quick answers, quiet output."""
+"""The command line: help that explains every option, one syntax for options, no heavy imports, quiet output."""
 
 import re
 import subprocess
@@ -21,12 +21,12 @@ from megatron_rdt.errors import ConfigError
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "matplotlib"}
-# Words of Python that a newcomer should not meet.
+# Python terms that a user should not see.
 INTERNALS = ("<class", "typing", "Literal", "Union", "Namespace", "jsonargparse", "null", "[ITEM", "local_rank")
 
 
-def options_of(help_text: str) -> dict[str, str]:
-    """What a help text says about each option or argument."""
+def parse_help(help_text: str) -> dict[str, str]:
+    """Return the explanation of each option or argument of a help text."""
     entries = re.split(r"\n  (?=\S)", help_text)[1:]
     explained = {}
     for entry in entries:
@@ -41,13 +41,13 @@ def test_help_explains_every_option(name: str, rdt: Run) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith(f"usage: rdt {name}")
     assert not [word for word in INTERNALS if word in result.stdout]
-    explained = options_of(result.stdout)
+    explained = parse_help(result.stdout)
     assert "-h" in explained
     assert not [option for option, text in explained.items() if len(text) < 10]
 
 
 def test_help_of_train_has_every_field(rdt: Run, repository: Path) -> None:
-    explained = options_of(rdt("train", "--help").stdout)
+    explained = parse_help(rdt("train", "--help").stdout)
     fields = {f"--{name}" for name in option_kinds(RunConfig) if "." in name}
     assert len(fields) > 50
     assert set(explained) == fields | {"-h", "--config", "--print_config", "--resume", "--nproc", "--master_port"}
@@ -55,14 +55,14 @@ def test_help_of_train_has_every_field(rdt: Run, repository: Path) -> None:
     assert explained["--eval.loops"].endswith("(default: 1,4,8)")
     script = [sys.executable, str(repository / "launch" / "pretrain.py"), "--help"]
     shown = subprocess.run(script, capture_output=True, text=True, check=True, timeout=60).stdout
-    assert options_of(shown) == {k: v for k, v in explained.items() if k not in ("--nproc", "--master_port")}
+    assert parse_help(shown) == {k: v for k, v in explained.items() if k not in ("--nproc", "--master_port")}
 
 
 def test_positional_arguments_are_explained(rdt: Run) -> None:
     for name, arguments in (("eval", ["CHECKPOINT"]), ("convert", ["CHECKPOINT", "OUT"]), ("report", ["RUN"])):
         text = rdt(name, "-h").stdout
         assert text.startswith(f"usage: rdt {name} {' '.join(arguments)} [options]")
-        assert all(argument in options_of(text) for argument in arguments)
+        assert all(argument in parse_help(text) for argument in arguments)
 
 
 def test_the_command_alone(rdt: Run) -> None:
@@ -117,7 +117,7 @@ def test_lists_with_and_without_brackets(value: str) -> None:
     assert load_config("configs/smoke.yaml", [f"--eval.loops={value}"]).eval.loops == [1, 4]
 
 
-def test_workers_get_what_the_launcher_does_not_keep() -> None:
+def test_workers_get_all_but_the_launcher_options() -> None:
     words = ["--config", "configs/smoke.yaml", "--nproc", "2", "--master-port=5", "--resume", "auto"]
     kept = worker_words(words)
     assert kept == ["--config=configs/smoke.yaml", "--resume=auto"]

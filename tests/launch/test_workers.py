@@ -1,4 +1,4 @@
-"""Processes of one run that fail, die or are interrupted: said once, with the right status, and none is left."""
+"""Workers that fail, die or are interrupted: one message, the right exit status, and no process is left."""
 
 import os
 import signal
@@ -20,8 +20,8 @@ LONG = ["--train.steps=100000", "--data.max_epochs=1e9", "--eval.every=0", "--ch
 TWO = ["--parallel.engine=fsdp", "--nproc=2"]
 
 
-def damaged(tiny_corpus: Path, tmp_path: Path) -> Path:
-    """A corpus whose fault only the workers find: a shard that has become shorter."""
+def damage_corpus(tiny_corpus: Path, tmp_path: Path) -> Path:
+    """Copy a corpus with shards cut short, which only the workers notice."""
     corpus = tmp_path / "corpus"
     for path in sorted(tiny_corpus.rglob("*")):
         target = corpus / path.relative_to(tiny_corpus)
@@ -35,10 +35,10 @@ def damaged(tiny_corpus: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(200)
-def test_an_error_of_all_ranks_is_said_once(
+def test_an_error_of_all_ranks_is_printed_once(
     rdt: Run, tiny_options: list[str], tiny_corpus: Path, tmp_path: Path
 ) -> None:
-    words = [*tiny_options, *TWO, f"--run.root={tmp_path}", f"--data.path={damaged(tiny_corpus, tmp_path)}"]
+    words = [*tiny_options, *TWO, f"--run.root={tmp_path}", f"--data.path={damage_corpus(tiny_corpus, tmp_path)}"]
     result = rdt("train", *words)
     assert result.returncode == 1
     assert result.stdout == ""
@@ -54,7 +54,7 @@ def test_an_error_of_all_ranks_is_said_once(
 def running(
     repository: Path, tiny_options: list[str], tmp_path: Path
 ) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start a long run on two processes in a process group of its own, and wait until it trains."""
+    """Function that starts a long run on two processes, in a new process group, and waits until it trains."""
     started: list[subprocess.Popen[str]] = []
 
     def start() -> subprocess.Popen[str]:
@@ -151,7 +151,7 @@ def test_errors_under_torchrun(repository: Path, tiny_options: list[str], tmp_pa
     assert result.returncode != 0
 
 
-def test_what_libraries_raise_is_explained() -> None:
+def test_errors_of_libraries_are_explained() -> None:
     lost = explain(RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"))
     assert isinstance(lost, LostPeerError)
     full = explain(OSError(28, "No space left on device", "/runs/a"))

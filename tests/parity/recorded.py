@@ -1,6 +1,6 @@
-"""Logits that open-mythos 0.5.0 computed from weights that its names alone determine, so that they need not be kept.
+"""Recorded logits of open-mythos 0.5.0, computed from weights that are a function of their names and need no file.
 
-python -m tests.parity.recorded     # writes them again; needs the package (make test-parity installs it)
+python -m tests.parity.recorded     # records again; needs the package (make test-parity installs it)
 """
 
 import json
@@ -41,12 +41,12 @@ BASE = ModelConfig(
 )
 RECORD = Path(__file__).parent / "open_mythos_logits.json"
 TOKENS = torch.tensor([[7, 60, 0, 7, 33, 12]])
-# attention, halting, T: without halting any T; with ACT one at which every token has stopped.
+# Attention, halting, T. Without halting any T will do; with ACT, one at which every token has stopped.
 CASES = (("gqa", "none", 3), ("mla", "none", 3), ("gqa", "act", 8))
 
 
-def weight(name: str, shape: list[int]) -> torch.Tensor:
-    """Random by the name's checksum, large enough for every part to count; float64."""
+def make_weight(name: str, shape: list[int]) -> torch.Tensor:
+    """Return a random weight, float64, seeded by its name's checksum and large enough for every part to matter."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())), dtype=torch.float64)
     if name == "recurrent.act.halt.bias":
         return values.fill_(-0.3)
@@ -55,22 +55,23 @@ def weight(name: str, shape: list[int]) -> torch.Tensor:
     return values * (0.3 if len(shape) == 1 else shape[-1] ** -0.5)
 
 
-def weights(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
-    return {name: weight(name, shape) for name, shape in shapes.items()}
+def make_weights(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+    return {name: make_weight(name, shape) for name, shape in shapes.items()}
 
 
 @torch.no_grad()
-def compute() -> dict[str, dict[str, object]]:
-    """By case: shapes by name, and the logits at the last position, from the package."""
+def compute_logits() -> dict[str, dict[str, object]]:
+    """Return, for each case, the shapes of the weights and the package's logits at the last position."""
     from tests.parity.test_open_mythos import StopAt, make_peer
 
     found: dict[str, dict[str, object]] = {}
     seen: list[torch.Tensor] = []
     for attention, halting, loops in CASES:
         peer = make_peer(attention)
-        computed = {"head.weight", "freqs_cis", "freqs_cis_mla"}  # the embedding's, and tables of rotary positions
+        # Tied to the embedding, and tables of rotary positions.
+        computed = {"head.weight", "freqs_cis", "freqs_cis_mla"}
         shapes = {name: list(value.shape) for name, value in peer.state_dict().items() if name not in computed}
-        peer.load_state_dict(weights(shapes), strict=False)
+        peer.load_state_dict(make_weights(shapes), strict=False)
         seen.clear()
         if halting == "none":
             peer.recurrent.act = StopAt(loops)
@@ -86,4 +87,4 @@ def compute() -> dict[str, dict[str, object]]:
 
 
 if __name__ == "__main__":
-    RECORD.write_text(json.dumps(compute(), separators=(",", ":")) + "\n")
+    RECORD.write_text(json.dumps(compute_logits(), separators=(",", ":")) + "\n")

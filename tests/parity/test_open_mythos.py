@@ -1,4 +1,4 @@
-"""Against open-mythos 0.5.0, with its weights mapped: equal where it is self-consistent, right where it is not.
+"""Parity with open-mythos 0.5.0 under converted weights: equal where it is self-consistent, correct where it is not.
 
 `make test-parity` installs the package; it pins another torch, so it comes without its dependencies.
 """
@@ -14,7 +14,7 @@ from megatron_rdt.config import load_config
 from megatron_rdt.convert.peers import from_open_mythos
 from megatron_rdt.inference import KVCache
 from megatron_rdt.model import RecurrentDepthTransformer
-from tests.parity.recorded import BASE, RECORD, compute
+from tests.parity.recorded import BASE, RECORD, compute_logits
 
 open_mythos = pytest.importorskip("open_mythos", reason="open-mythos is not installed: make test-parity")
 
@@ -22,7 +22,7 @@ LOOPS = 8
 
 
 def make_peer(attention: str) -> torch.nn.Module:
-    """Their module in float64 with random weights large enough for every part to count."""
+    """Return their module in float64, with random weights large enough for every part to matter."""
     torch.manual_seed(0)
     config = open_mythos.MythosConfig(
         vocab_size=BASE.vocab_size,
@@ -54,8 +54,8 @@ def make_peer(attention: str) -> torch.nn.Module:
     return peer
 
 
-def ours(peer: torch.nn.Module, **changes: object) -> RecurrentDepthTransformer:
-    """This project's model with their weights."""
+def convert_peer(peer: torch.nn.Module, **changes: object) -> RecurrentDepthTransformer:
+    """Return this project's model with their weights."""
     config = dataclasses.replace(BASE, attention=peer.cfg.attn_type, **changes)
     model = RecurrentDepthTransformer(config).double().eval()
     model.load_state_dict(from_open_mythos(peer.state_dict(), config))
@@ -67,7 +67,7 @@ def tokens(length: int = 11) -> torch.Tensor:
 
 
 class StopAt(torch.nn.Module):
-    """In the place of their halting unit: nothing before the last iteration, everything there."""
+    """Stand-in for their halting unit: all probability falls on the last iteration."""
 
     def __init__(self, last: int) -> None:
         super().__init__()
@@ -82,9 +82,9 @@ class StopAt(torch.nn.Module):
 @pytest.mark.parametrize("loops", range(1, LOOPS + 1))
 @torch.no_grad()
 def test_logits_are_equal_without_halting(attention: str, loops: int) -> None:
-    """Attention, experts and their selection bias, loop index, adapter, decay: all but ACT, at every depth."""
+    """Attention, experts and their selection bias, loop index, adapter, decay: all but ACT, at every T."""
     peer = make_peer(attention)
-    model = ours(peer, halting="none")
+    model = convert_peer(peer, halting="none")
     peer.recurrent.act = StopAt(loops)
     torch.testing.assert_close(model(tokens(), loops), peer(tokens(), n_loops=loops), rtol=1e-5, atol=1e-5)
 
@@ -101,18 +101,18 @@ def test_logits_are_equal_with_act_when_every_token_halts(attention: str, scale:
     reached = torch.stack(seen).cumsum(0)
     halts = (reached < 0.99).sum(0)
     assert int(halts.max()) < len(seen)  # within the budget
-    assert len(halts.unique()) >= 3  # at different depths
-    torch.testing.assert_close(ours(peer, halting="act")(tokens(), LOOPS), theirs, rtol=1e-5, atol=1e-5)
+    assert len(halts.unique()) >= 3  # at different iterations
+    torch.testing.assert_close(convert_peer(peer, halting="act")(tokens(), LOOPS), theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("loops", [1, 2, 4])
 @torch.no_grad()
 def test_act_weights_sum_to_one_here_when_the_budget_ends_first(loops: int) -> None:
-    """There the rest of the probability is lost, and the state's scale depends on T; here the last state gets it."""
+    """Theirs drops the remaining probability, so the state's scale depends on T; here the last state gets it."""
     peer = make_peer("gqa")
     peer.recurrent.act.halt.weight.mul_(0.1)
     peer.recurrent.act.halt.bias.fill_(-2.0)
-    model = ours(peer, halting="act")
+    model = convert_peer(peer, halting="act")
     probabilities: list[torch.Tensor] = []
     states: list[torch.Tensor] = []
     mixed: list[torch.Tensor] = []
@@ -132,15 +132,15 @@ def test_act_weights_sum_to_one_here_when_the_budget_ends_first(loops: int) -> N
 
 @torch.no_grad()
 def test_a_decay_of_one_is_refused_and_cannot_be_reached_here() -> None:
-    """exp(-exp(x)) is exactly 1 in float32 for x <= -17.33: their state is kept for ever, with gradient 0."""
+    """exp(-exp(x)) is exactly 1 in float32 for x <= -17.33: their state never decays and its gradient is 0."""
     peer = make_peer("gqa").float()
     peer.recurrent.injection.log_A.fill_(-18.0)
     peer.recurrent.injection.log_dt.fill_(0.0)
     assert float(peer.recurrent.injection.get_A().max()) == 1.0
     with pytest.raises(ValueError, match=r"32 of 32 channels decay by up to 1 per iteration"):
-        ours(peer)
+        convert_peer(peer)
     peer.recurrent.injection.log_A.fill_(0.0)
-    model = ours(peer).float()
+    model = convert_peer(peer).float()
     assert model.spectral_radius() == pytest.approx(float(peer.recurrent.injection.get_A().max()), rel=1e-6)
     for value in (-1e4, 1e4):
         for parameter in (model.core.injection.diagonal.rate, model.core.injection.diagonal.step):
@@ -152,7 +152,7 @@ def test_a_decay_of_one_is_refused_and_cannot_be_reached_here() -> None:
 def test_the_latent_cache_has_one_rotary_key_for_all_heads_here() -> None:
     """Per token and layer: kv_rank + rope_dim here, kv_rank + heads * rope_dim there; the logits stay the same."""
     loops, peer = 3, make_peer("mla")
-    model = ours(peer, halting="none")
+    model = convert_peer(peer, halting="none")
     peer.recurrent.act = StopAt(loops)
     text = tokens()
     expected = peer(text, n_loops=loops)
@@ -169,7 +169,7 @@ def test_the_latent_cache_has_one_rotary_key_for_all_heads_here() -> None:
 
 
 def test_the_recorded_logits_are_theirs() -> None:
-    assert compute() == json.loads(RECORD.read_text())
+    assert compute_logits() == json.loads(RECORD.read_text())
 
 
 PRESETS = {

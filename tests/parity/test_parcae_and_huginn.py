@@ -1,5 +1,5 @@
-"""Parcae and Huginn, with weights by their names: equal to plain references of the published equations, in float64, and
-to the authors' own code where it can be imported.
+"""Parity with Parcae and Huginn under converted weights: equal to plain references of the published equations, in
+float64, and to the authors' code where it can be imported.
 
 Neither is on the package index (the wheel parcae-lm 0.1.0 holds no code), so put the repositories on PYTHONPATH:
 SandyResearch/parcae, and seal-rg/recurrent-pretraining with its file recpre/raven_modeling_minimal.py.
@@ -61,12 +61,12 @@ def tokens() -> torch.Tensor:
 
 
 def first_state(config: ModelConfig) -> torch.Tensor:
-    """What the model here starts from: its noise for the seed 0."""
+    """Return the initial state of this model for the seed 0."""
     return normal_state((0,) * 3, torch.arange(13), config.dim, config.state_std)
 
 
 def random_weights(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.float64) -> Weights:
-    """Large enough for every part to count: vectors around 1, matrices of unit gain."""
+    """Return random weights large enough for every part to matter: vectors around 1, matrices of unit gain."""
     generator = torch.Generator().manual_seed(2)
     weights = {}
     for name, shape in shapes.items():
@@ -85,7 +85,7 @@ def rms(x: torch.Tensor, weight: torch.Tensor | float, eps: float) -> torch.Tens
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
-def rotated(x: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor) -> torch.Tensor:
     """(batch, sequence, heads, channels): channels 2i and 2i + 1 as one complex number, turned by its position."""
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
     frequencies = BASE.rope_base ** -(torch.arange(0, x.shape[-1], 2, dtype=torch.float64) / x.shape[-1])
@@ -93,7 +93,7 @@ def rotated(x: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
 
 
-def attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Causal softmax attention over (batch, sequence, heads, channels) -> (batch, sequence, dim)."""
     scores = torch.einsum("bqhc,bkhc->bhqk", query, key) / math.sqrt(query.shape[-1])
     future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
@@ -125,8 +125,8 @@ def parcae(w: Weights, text: torch.Tensor, state: torch.Tensor, loops: int) -> t
         if f"value_embeds.{index}.weight" in w:
             gate = 2 * torch.sigmoid(y[..., :32] @ w[f"{name}.attn.ve_gate.weight"].T)
             value = value + gate[..., None] * w[f"value_embeds.{index}.weight"][text].view_as(value)
-        query, key = (rms(rotated(x), 1.0, torch.finfo(torch.float32).eps) for x in (query, key))
-        x = x + attended(query, key, value) @ w[f"{name}.attn.c_proj.weight"].T
+        query, key = (rms(rotate(x), 1.0, torch.finfo(torch.float32).eps) for x in (query, key))
+        x = x + attend(query, key, value) @ w[f"{name}.attn.c_proj.weight"].T
         y = rms(x, w[f"{name}.norm_2.weight"], PARCAE.norm_eps)
         return x + (y @ w[f"{name}.mlp.fc.weight"].T).relu() ** 2 / 2 @ w[f"{name}.mlp.proj.weight"].T
 
@@ -156,7 +156,7 @@ def test_parcae_equations(loops: int) -> None:
 
 @torch.no_grad()
 def test_parcae_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their module in float32, as published but for the size: the state is theirs, the depth is given."""
+    """Compare with their module in float32, as published except for its size; initial state and T are given."""
     package = pytest.importorskip(
         "parcae_lm.models.parcae.parcae", reason="Parcae's repository is not on PYTHONPATH (the wheel holds no code)"
     )
@@ -222,7 +222,7 @@ def huginn(w: Weights, text: torch.Tensor, state: torch.Tensor, loops: int) -> t
         fused = (norm(x, f"{name}.norm_1") @ w[f"{name}.attn.Wqkv.weight"].T).unflatten(-1, (3, BASE.heads, -1))
         query, key, value = fused.unbind(2)
         bias = w[f"{name}.attn.qk_bias"]
-        mixed = attended(rotated(query + bias[0]), rotated(key + bias[1]), value)
+        mixed = attend(rotate(query + bias[0]), rotate(key + bias[1]), value)
         x = norm(x + mixed @ w[f"{name}.attn.proj.weight"].T, f"{name}.norm_2")
         first, second = (norm(x, f"{name}.norm_3") @ w[f"{name}.mlp.fc.weight"].T).chunk(2, dim=-1)
         hidden = first * torch.sigmoid(first) * second
@@ -252,9 +252,10 @@ def test_huginn_equations(loops: int) -> None:
 
 @torch.no_grad()
 def test_huginn_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The authors' modelling file in float32. Its package imports the whole training stack, so the file alone is used.
+    """Compare with the authors' modelling file in float32.
 
-    The installed transformers wants a dictionary of tied weights and ties them itself; both are given.
+    Its package imports the whole training stack, so the file alone is loaded. The installed
+    transformers expects a dictionary of tied weights and ties them itself; both are provided.
     """
     roots = [Path(entry or ".") / "recpre" for entry in sys.path]
     root = next((root for root in roots if (root / "raven_modeling_minimal.py").is_file()), None)

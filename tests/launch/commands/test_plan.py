@@ -1,4 +1,4 @@
-"""`rdt plan` as a user runs it."""
+"""`rdt plan`: the printed and written plan, invalid options, and the comparison with measured steps."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ def test_a_plan_is_printed_and_written(rdt: Run, tmp_path: Path) -> None:
     assert data["memory"]["peak"] == pytest.approx(sum(data["memory"]["parts"].values()))
 
 
-def test_a_preset_is_planned_without_saying_how(rdt: Run) -> None:
+def test_a_preset_is_planned_without_an_engine(rdt: Run) -> None:
     result = rdt(*PRESET[:3], "--devices", 512, "--device", "h100")
     assert result.returncode == 0, result.stderr
     for part in (

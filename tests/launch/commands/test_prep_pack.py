@@ -1,4 +1,4 @@
-"""`rdt prep pack`: makes the plans of a corpus, says what came of it, refuses what makes no sense."""
+"""`rdt prep pack`: makes the packing plans of a corpus, prints their counts, refuses invalid options."""
 
 import shutil
 import subprocess
@@ -11,7 +11,7 @@ from megatron_rdt.data.packing_plan import make_plans, plan_path
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_plans_are_made_and_mended(forked_rdt: Run, tiny_corpus: Path, tmp_path: Path) -> None:
+def test_plans_are_made_and_repaired(forked_rdt: Run, tiny_corpus: Path, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"
     shutil.copytree(tiny_corpus, corpus, ignore=shutil.ignore_patterns("packing"))
     for words in ([], ["--sequence_length", "100"]):
@@ -26,7 +26,7 @@ def test_plans_are_made_and_mended(forked_rdt: Run, tiny_corpus: Path, tmp_path:
     assert path.read_bytes() == content
 
 
-def test_what_makes_no_sense_is_refused(forked_rdt: Run, tiny_corpus: Path, tmp_path: Path) -> None:
+def test_invalid_options_are_refused(forked_rdt: Run, tiny_corpus: Path, tmp_path: Path) -> None:
     cases = (
         (["prep", "pack"], 2, "CORPUS is missing"),
         (["prep", "pack", tiny_corpus, "--sequence_length", "0"], 2, "--sequence_length is 0, it must be at least 1."),

@@ -1,4 +1,4 @@
-"""`rdt prep tasks`: the files, and every refusal before one of them is touched."""
+"""`rdt prep tasks`: the files that it writes, and options that it refuses before it touches one."""
 
 import json
 import re
@@ -67,7 +67,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("words", "message"), REFUSED, ids=[" ".join(words) for words, _ in REFUSED])
-def test_refusals_leave_what_is_there(words: list[str], message: str, tmp_path: Path) -> None:
+def test_refusals_keep_existing_files(words: list[str], message: str, tmp_path: Path) -> None:
     assert tasks([*SMALL, f"--out={tmp_path}"]) == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(ConfigError, match=re.escape(message)):

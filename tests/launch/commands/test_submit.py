@@ -1,4 +1,4 @@
-"""`rdt submit` without Slurm: the rendered script, what is refused, and how the script treats the run's status."""
+"""`rdt submit` without Slurm: the rendered script, refused options, and the script's reaction to the run's status."""
 
 import os
 import shlex
@@ -14,8 +14,8 @@ from launch.commands.submit import SubmitOptions, parse_time_limit, read_run_con
 from megatron_rdt.errors import ConfigError
 
 
-def script(config: Path, **options: object) -> str:
-    """The rendered script of a job."""
+def render_job(config: Path, **options: object) -> str:
+    """Return the rendered script of a job."""
     job = SubmitOptions(config=str(config), **{"directory": "jobs", **options})  # type: ignore[arg-type]
     return render_script(job, *read_run_config(job))
 
@@ -46,7 +46,7 @@ def rdt(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_dry_run_prints_the_script(config: Path, tmp_path: Path) -> None:
+def test_dry_run_prints_the_render_job(config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "my work"
     folder.mkdir()
     words = ["--config", str(config), "--nodes", "2", "--directory", "my jobs", "--partition", "gpu"]
@@ -92,16 +92,16 @@ def test_refusals_come_before_anything_is_written(config: Path, tmp_path: Path, 
 
 def test_gpus_follow_the_processes(config: Path) -> None:
     def lines(**options: object) -> list[str]:
-        return [line for line in directives(script(config, **options)) if "gpu" in line]
+        return [line for line in directives(render_job(config, **options)) if "gpu" in line]
 
     assert lines(processes_per_node=4) == ["--gpus-per-node=4"]
     assert lines(gpus_per_node=0) == []
     assert lines(overrides="--train.device=cpu") == []
-    assert bash_accepts(script(config, gpus_per_node=0))
+    assert bash_accepts(render_job(config, gpus_per_node=0))
 
 
 def test_percent_signs_in_the_directory_are_kept(config: Path) -> None:
-    assert f"--output='{Path.cwd()}/50%%x j/%x-%j.out'" in directives(script(config, directory="50%x j"))
+    assert f"--output='{Path.cwd()}/50%%x j/%x-%j.out'" in directives(render_job(config, directory="50%x j"))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_percent_signs_in_the_directory_are_kept(config: Path) -> None:
 )
 def test_options_that_cannot_work_are_explained(config: Path, options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        script(config, **options)
+        render_job(config, **options)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_time_limits_as_slurm_writes_them(text: str, seconds: int | None) -> Non
 
 
 SLURM_COMMANDS = {
-    # The run: ends at once with END, having saved SAVE, or with 75 a moment after USR1.
+    # The run: saves SAVE if set; then exits with END if set, else with 75 shortly after USR1.
     "srun": (
         'test -n "$SAVE" && mkdir -p "runs/wide run" && echo "$SAVE" > "runs/wide run/latest"\n'
         'test -n "$END" && exit "$END"\n'
@@ -160,13 +160,13 @@ SLURM_COMMANDS = {
 }
 
 
-def run_script(config: Path, tmp_path: Path, interrupt: bool = False, **variables: str) -> tuple[int, str]:
-    """Run the rendered script with stand-ins for Slurm's commands; its exit status and output."""
+def run_render_job(config: Path, tmp_path: Path, interrupt: bool = False, **variables: str) -> tuple[int, str]:
+    """Run the rendered script with stand-ins for Slurm's commands; return its exit status and output."""
     for name, body in SLURM_COMMANDS.items():
         path = tmp_path / name
         path.write_text(f"#!/bin/bash\n{body}")
         path.chmod(0o755)
-    text = script(config, directory=str(tmp_path)).replace(f"cd {Path.cwd()} ", f"cd {shlex.quote(str(tmp_path))} ")
+    text = render_job(config, directory=str(tmp_path)).replace(f"cd {Path.cwd()} ", f"cd {shlex.quote(str(tmp_path))} ")
     (tmp_path / "job.sh").write_text(text)
     environment = {
         **os.environ,
@@ -188,7 +188,7 @@ def run_script(config: Path, tmp_path: Path, interrupt: bool = False, **variable
 
 
 def test_signal_reaches_the_run_and_its_status_is_waited_for(config: Path, tmp_path: Path) -> None:
-    status, text = run_script(config, tmp_path, interrupt=True)
+    status, text = run_render_job(config, tmp_path, interrupt=True)
     assert status == 0, text
     assert "8 processes on n[1-2], meeting at 10.0.0.7:20007" in text
     for earlier, later in (
@@ -214,19 +214,19 @@ def test_signal_reaches_the_run_and_its_status_is_waited_for(config: Path, tmp_p
 def test_only_a_saved_run_goes_back_into_the_queue(
     config: Path, tmp_path: Path, variables: dict[str, str], status: int, requeued: bool
 ) -> None:
-    ended, text = run_script(config, tmp_path, **variables)
+    ended, text = run_render_job(config, tmp_path, **variables)
     assert (ended, "requeued 10007" in text) == (status, requeued), text
 
 
 def test_a_job_that_saves_nothing_new_leaves_the_queue(config: Path, tmp_path: Path) -> None:
     def requeued(save: str) -> bool:
-        status, text = run_script(config, tmp_path, END="75", SAVE=save)
+        status, text = run_render_job(config, tmp_path, END="75", SAVE=save)
         again = "requeued 10007" in text
         assert status == (0 if again else 75), text
         assert again or "stopped 4 times in a row with no new checkpoint" in text
         return again
 
     assert [requeued("") for _ in range(3)] == [True] * 3
-    assert requeued("step-00000002"), "it got on"
+    assert requeued("step-00000002"), "a new checkpoint counts as progress"
     assert [requeued("step-00000002") for _ in range(4)] == [True, True, True, False]
     assert not list(tmp_path.glob("*.stalled"))

@@ -1,9 +1,10 @@
-"""What the documents tell a reader to do works: the README's commands run as written, links and paths exist."""
+"""Documents are true: the README's commands run as written, links, anchors and paths exist, recipes match the code."""
 
 import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,59 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchma
 def blocks(page: Path, language: str) -> list[str]:
     fences = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     return [content for kind, content in fences if kind == language]
+
+
+@dataclass
+class Recipe:
+    """A recipe of CONTRIBUTING.md.
+
+    Attributes:
+        files: text of each new file, by path.
+        edits: path, old text and new text of each change of a file.
+    """
+
+    title: str
+    files: dict[str, str] = field(default_factory=dict)
+    edits: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def apply(self, root: Path) -> None:
+        """Write the files below `root` and change those that are there; each old text must occur once."""
+        for path, old, new in self.edits:
+            text = (root / path).read_text(encoding="utf-8")
+            message = f"CONTRIBUTING.md, {self.title}: {path} has {text.count(old)} times, not once:\n{old}"
+            assert text.count(old) == 1, message
+            (root / path).write_text(text.replace(old, new), encoding="utf-8")
+        for path, text in self.files.items():
+            (root / path).write_text(text, encoding="utf-8")
+
+
+def read_recipes() -> list[Recipe]:
+    """Parse CONTRIBUTING.md: python blocks are new files, diff blocks are changes, both with their path on top."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    recipes = []
+    for section in re.split(r"^### ", text.split("\n## Glossary")[0], flags=re.MULTILINE)[1:]:
+        recipe = Recipe(section.splitlines()[0])
+        for kind, path, content in re.findall(r"^```(python|diff)\n# (\S+)\n(.*?)^```$", section, re.M | re.S):
+            if kind == "python":
+                recipe.files[path] = content
+                continue
+            for hunk in split_changes(content):
+                old = "\n".join(line[1:] for line in hunk if line[0] in "- ")
+                new = "\n".join(line[1:] for line in hunk if line[0] in "+ ")
+                recipe.edits.append((path, old, new))
+        recipes.append(recipe)
+    return recipes
+
+
+def split_changes(content: str) -> list[list[str]]:
+    """Split the lines of a diff block into changes: each has old lines (- or space) and at least one addition."""
+    changes: list[list[str]] = [[]]
+    for line in content.splitlines():
+        done = any(each[0] == "+" for each in changes[-1]) and any(each[0] != "+" for each in changes[-1])
+        if done and line[0] != "+":
+            changes.append([])
+        changes[-1].append(line)
+    return changes
 
 
 def anchors(page: Path) -> set[str]:
@@ -90,3 +144,11 @@ def test_architecture_lists_every_page() -> None:
     text = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
     for page in ROOT.glob("docs/*.md"):
         assert page.name == "ARCHITECTURE.md" or f"]({page.name})" in text, page.name
+
+
+@pytest.mark.parametrize("recipe", read_recipes(), ids=lambda recipe: recipe.title)
+def test_recipes_change_texts_that_are_in_the_code(recipe: Recipe) -> None:
+    assert recipe.files or recipe.edits
+    for path, old, _ in recipe.edits:
+        found = (ROOT / path).read_text(encoding="utf-8").count(old)
+        assert found == 1, f"CONTRIBUTING.md, {recipe.title}: in {path} there is {found} times, not once:\n{old}"

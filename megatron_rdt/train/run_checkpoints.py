@@ -17,7 +17,7 @@ from megatron_rdt.train.resume_checks import check_resumable, describe_changed_s
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
         step: optimizer steps done.

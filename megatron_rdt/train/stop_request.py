@@ -30,6 +30,7 @@ class StopRequest:
         self._previous_handlers = {number: signal.signal(number, self._handle_signal) for number in STOP_SIGNALS}
 
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:
+        """Remember the signal; the process continues to the end of its step."""
         self.signal_name = signal.Signals(number).name
 
     def start_agreement(self, engine: "Engine") -> None:

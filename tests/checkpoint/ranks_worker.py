@@ -21,12 +21,14 @@ FILE_LIMIT_BYTES = 4000
 
 
 def make_engine_by_name(name: str) -> Engine:
+    """An engine of this name with a tiny model."""
     model = ModelConfig(vocab_size=31, dim=16, core_layers=1, heads=2, kv_heads=2)
     train = TrainConfig(device="cpu", global_batch=2, micro_batch=1)
     return make_engine_with_model(RunConfig(model=model, train=train, parallel=ParallelConfig(engine=name)))
 
 
 def save(engine: Engine, run: Path, step: int) -> None:
+    """Save a checkpoint of `step` whose parent is the step before."""
     facts = {"parent": f"step-{step - 1:08d}" if step > 1 else None}
     checkpoints.save_checkpoint(engine, run, "{}", {"step": step}, facts, None, 0)
 
@@ -51,6 +53,7 @@ def limit_file_size() -> Iterator[None]:
 
 
 def fail_to_copy(source: str, target: str) -> None:
+    """Raise the error of a full disk."""
     raise OSError(28, "No space left on device", target)
 
 
@@ -143,6 +146,7 @@ def find_starts(root: Path) -> dict[str, str]:
 
 
 def on_first_rank(action: Callable[[], object]) -> None:
+    """Run an action on rank 0 while the others wait."""
     if dist.get_rank() == 0:
         action()
     dist.barrier()

@@ -25,6 +25,7 @@ KEEP = 2
 
 
 def is_change(event: str, arguments: tuple) -> bool:
+    """Return True if an audit event is a change to the file system."""
     if event == "open":
         return bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
     return event in CHANGES
@@ -45,6 +46,7 @@ class Killer:
 
 
 def make_engine_with_model(config: RunConfig) -> Engine:
+    """An engine on the CPU with the model of `config`."""
     engine = make_engine(config, torch.device("cpu"))
     with torch.device("meta"):
         model = RecurrentDepthTransformer(config.model)
@@ -53,6 +55,7 @@ def make_engine_with_model(config: RunConfig) -> Engine:
 
 
 def save(engine: Engine, run: Path, step: int, parent: int | None) -> None:
+    """Save a checkpoint of `step` that descends from `parent`."""
     facts = {"parent": f"step-{parent:08d}" if parent else None}
     config = dump_config(engine.config)
     checkpoints.save_checkpoint(engine, run, config, {"step": step}, facts, run.parent / "tokenizer", KEEP)

@@ -34,10 +34,12 @@ def test_killed_at_every_moment_of_a_save(tmp_path: Path, repository: Path) -> N
 
 
 def resume_options(options: list[str], run: Path) -> list[str]:
+    """Options that resume the copy of a run up to step 10."""
     return [*options, "--eval.every=0", f"--run.root={run.parent}", "--run.name=r", "--resume=auto", "--train.steps=10"]
 
 
 def check_untouched(run: Path, finished: Path, message: str) -> None:
+    """Check that a failed save said why and left the run as `finished`."""
     assert "Traceback" not in message, message
     assert "could not save" in message
     assert "step-00000010" in message

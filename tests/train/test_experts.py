@@ -1,6 +1,5 @@
 """Experts in the trainer: the balance in the records and in the checkpoint, exports, and steps that are skipped."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from megatron_rdt.errors import CheckpointError
 from megatron_rdt.inference import load
 from megatron_rdt.parallel.replicated import SingleEngine
 from megatron_rdt.train import trainer
+from tests.train.runs import read_records
 
 Configure = Callable[..., RunConfig]
 EXPERTS = ["--model.core_ffn=moe", "--model.experts=6", "--model.balance_rate=0.05", "--eval.every=0"]
@@ -22,16 +22,14 @@ FIELDS = ("expert_load_max", "expert_idle", "routing_entropy")
 NAME = "core.layers.0.feedforward.selection_bias"
 
 
-def read(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def bias(run: Path) -> torch.Tensor:
+def read_bias(run: Path) -> torch.Tensor:
+    """The selection bias in the run's newest checkpoint."""
     return torch.load(resolve_checkpoint(run) / BUFFERS, weights_only=True)[NAME]
 
 
 @pytest.fixture(scope="module")
 def finished(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with experts."""
     root = tmp_path_factory.mktemp("experts")
     assert trainer.train(configure(f"--run.root={root}", *EXPERTS, "--logging.tensorboard=true")) == 0
     return root / "run"
@@ -42,28 +40,30 @@ def test_balance_is_recorded(finished: Path) -> None:
 
     board = EventAccumulator(str(finished / "tensorboard"))
     board.Reload()
-    records = read(finished)
+    records = read_records(finished / "metrics.jsonl")
     for field in FIELDS:
         values = [record[field] for record in records]
         assert [event.value for event in board.Scalars(f"train/{field}")] == pytest.approx(values)
     assert all(1 <= record["expert_load_max"] <= 3 for record in records)  # at most all of 6 experts' load on 2
     assert all(0 <= record["expert_idle"] < 1 for record in records)
     assert all(0 < record["routing_entropy"] <= math.log(6) for record in records)
-    assert float(bias(finished).abs().max()) > 0.1
+    assert float(read_bias(finished).abs().max()) > 0.1
 
 
 def test_only_training_is_counted(configure: Configure, finished: Path, tmp_path: Path) -> None:
     """Evaluating and sampling changes no loss and no bias."""
     options = ["--eval.every=1", "--sample.every=1", "--sample.tokens=4"]
     assert trainer.train(configure(f"--run.root={tmp_path}", *EXPERTS, *options)) == 0
-    assert [record["loss"] for record in read(tmp_path / "run")] == [record["loss"] for record in read(finished)]
-    assert torch.equal(bias(tmp_path / "run"), bias(finished))
+    assert [record["loss"] for record in read_records(tmp_path / "run" / "metrics.jsonl")] == [
+        record["loss"] for record in read_records(finished / "metrics.jsonl")
+    ]
+    assert torch.equal(read_bias(tmp_path / "run"), read_bias(finished))
 
 
 def test_a_dense_run_has_no_balance(configure: Configure, tmp_path: Path) -> None:
     config = configure(f"--run.root={tmp_path}", "--train.steps=2", "--eval.every=0", "--checkpoint.every=0")
     assert trainer.train(config) == 0
-    assert not any(field in record for record in read(tmp_path / "run") for field in FIELDS)
+    assert not any(field in record for record in read_records(tmp_path / "run" / "metrics.jsonl") for field in FIELDS)
     assert not (resolve_checkpoint(tmp_path / "run") / BUFFERS).exists()
 
 
@@ -71,7 +71,7 @@ def test_a_dense_run_has_no_balance(configure: Configure, tmp_path: Path) -> Non
 def test_conversion_carries_the_bias(to: str, finished: Path, tmp_path: Path) -> None:
     model, _ = load(finished)
     moe = model.core.layers[0].feedforward
-    assert torch.equal(moe.selection_bias, bias(finished))
+    assert torch.equal(moe.selection_bias, read_bias(finished))
     assert moe.counted is None
     folder = convert(str(finished), str(tmp_path / "out"), to)
     again, _ = load(folder)
@@ -87,7 +87,7 @@ def test_conversion_carries_the_bias(to: str, finished: Path, tmp_path: Path) ->
     (folder / BUFFERS).unlink()
     weights = read_model_weights(folder)
     assert to == "native" or NAME not in weights
-    assert to == "zero" or torch.equal(weights[NAME], bias(finished))  # the engines' own files have it too
+    assert to == "zero" or torch.equal(weights[NAME], read_bias(finished))  # the engines' own files have it too
 
 
 def test_a_checkpoint_without_its_buffers_is_refused(configure: Configure, finished: Path, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_skipped_step_does_not_move_the_bias(
     config = configure(f"--run.root={tmp_path}", *EXPERTS, "--train.steps=5", "--train.max_nonfinite_steps=3")
     monkeypatch.setattr(trainer, "make_engine", lambda *_: Poisoned(config, torch.device("cpu")))
     assert trainer.train(config) == 0
-    records = read(tmp_path / "run")
+    records = read_records(tmp_path / "run" / "metrics.jsonl")
     assert [record["loss"] is None for record in records] == [False, False, True, False, False]
     assert records[2]["routing_entropy"] is None
     assert torch.equal(biases[3], biases[2])

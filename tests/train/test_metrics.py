@@ -40,7 +40,9 @@ RECORD = {
 }
 
 
-def read(path: Path) -> list[dict]:
+def read_strict_json(path: Path) -> list[dict]:
+    """The records in a file, which must be strict JSON, without NaN."""
+
     def refuse(text: str) -> None:
         raise AssertionError(f"{text} is not JSON")
 
@@ -49,6 +51,7 @@ def read(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def run(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with evaluations, samples and TensorBoard."""
     root = tmp_path_factory.mktemp("metrics")
     options = ["--depth.backprop=2", "--sample.every=4", "--sample.tokens=3", "--logging.tensorboard=true"]
     assert train(configure(f"--run.root={root}", *options)) == 0
@@ -56,7 +59,7 @@ def run(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFa
 
 
 def test_every_step_has_exactly_the_documented_fields(run: Path) -> None:
-    records = read(run / "metrics.jsonl")
+    records = read_strict_json(run / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, 9))
     for record in records:
         assert list(record) == FIELDS
@@ -82,7 +85,7 @@ def test_a_z_loss_is_part_of_the_objective_and_not_of_the_loss(
     """An untrained model predicts nearly evenly: the logarithm of its normaliser is that of the vocabulary's size."""
     config = configure(f"--run.root={tmp_path}", "--train.z_loss=0.1", "--train.steps=2", "--eval.every=0")
     assert train(config) == 0
-    first, second = read(tmp_path / "run" / "metrics.jsonl")
+    first, second = read_strict_json(tmp_path / "run" / "metrics.jsonl")
     normaliser = math.log(config.model.vocab_size)
     assert first["loss"] == pytest.approx(normaliser, rel=0.1)
     assert first["objective"] - first["loss"] == pytest.approx(0.1 * normaliser**2, rel=0.2)
@@ -95,17 +98,17 @@ def test_losses_are_written_with_every_digit(run: Path) -> None:
         text = re.search(r'"loss": ([^,]+),', line)
         assert text is not None
         assert repr(float(text[1])) == text[1]
-    losses = [record["loss"] for record in read(run / "metrics.jsonl")]
+    losses = [record["loss"] for record in read_strict_json(run / "metrics.jsonl")]
     assert any(float(f"{loss:.7g}") != loss for loss in losses)
 
 
 def test_evaluations_and_samples(run: Path) -> None:
-    evaluations = read(run / "eval.jsonl")
+    evaluations = read_strict_json(run / "eval.jsonl")
     assert [(e["step"], e["tokens"], list(e["losses"])) for e in evaluations] == [
         (4, 512, ["1", "3"]),
         (8, 1024, ["1", "3"]),
     ]
-    samples = read(run / "samples.jsonl")
+    samples = read_strict_json(run / "samples.jsonl")
     assert [(s["step"], s["loops"], s["prompt"]) for s in samples] == [
         (4, 1, "def "),
         (4, 8, "def "),
@@ -124,7 +127,7 @@ def test_tensorboard_has_the_same_numbers(run: Path) -> None:
     assert tags >= {f"train/{key}" for key in FIELDS if key not in ("step", "mfu")} | {"valid/loss_T1", "valid/loss_T3"}
     assert "train/mfu" not in tags
     written = [(event.step, event.value) for event in board.Scalars("train/loss")]
-    expected = [(r["step"], pytest.approx(r["loss"], rel=1e-6)) for r in read(run / "metrics.jsonl")]
+    expected = [(r["step"], pytest.approx(r["loss"], rel=1e-6)) for r in read_strict_json(run / "metrics.jsonl")]
     assert written == expected
 
 
@@ -133,8 +136,10 @@ def test_non_finite_numbers_become_null(tmp_path: Path) -> None:
     recorder.record_step({"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": 0.1, "mfu": None})
     recorder.record_evaluation({"step": 1, "tokens": 2, "losses": {"1": -math.inf, "4": 2.5}})
     # Both are on the disk before the files are closed.
-    assert read(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None, "grad_norm": None, "lr": 0.1, "mfu": None}]
-    assert read(tmp_path / "eval.jsonl") == [{"step": 1, "tokens": 2, "losses": {"1": None, "4": 2.5}}]
+    assert read_strict_json(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "loss": None, "grad_norm": None, "lr": 0.1, "mfu": None}
+    ]
+    assert read_strict_json(tmp_path / "eval.jsonl") == [{"step": 1, "tokens": 2, "losses": {"1": None, "4": 2.5}}]
     recorder.close()
 
 
@@ -158,17 +163,17 @@ def test_resuming_drops_later_records_and_half_lines(tmp_path: Path) -> None:
     drop_records_after(tmp_path, 4)
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:4])
     for name in ("eval.jsonl", "samples.jsonl"):
-        assert [record["step"] for record in read(tmp_path / name)] == [2, 4]
+        assert [record["step"] for record in read_strict_json(tmp_path / name)] == [2, 4]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["eval.jsonl", "metrics.jsonl", "notes.txt", "samples.jsonl"]
     # A resumed run appends to the kept records.
     recorder = Recorder(tmp_path, tensorboard=False, start_step=4)
     recorder.record_step({**RECORD, "step": 5})
     recorder.close()
-    assert [record["step"] for record in read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert [record["step"] for record in read_strict_json(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"foo": 1}\n[2]\n{"step": "x"}\n')  # not by this program
     drop_records_after(tmp_path, 2)
-    assert [record["step"] for record in read(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert [record["step"] for record in read_strict_json(tmp_path / "metrics.jsonl")] == [1, 2]
     drop_records_after(tmp_path, 0)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
@@ -189,7 +194,7 @@ def test_a_failed_write_is_an_error_with_advice(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (tmp_path / "metrics.jsonl").stat().st_size == 1000
     drop_records_after(tmp_path, 1000)
-    assert [record["step"] for record in read(tmp_path / "metrics.jsonl")] == list(range(step))
+    assert [record["step"] for record in read_strict_json(tmp_path / "metrics.jsonl")] == list(range(step))
 
 
 def test_the_console_line() -> None:

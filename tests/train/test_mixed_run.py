@@ -1,6 +1,5 @@
 """A run whose sequences have different T: the loop counts in its records and in its report."""
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +12,9 @@ from megatron_rdt.depth import DepthSampler
 from megatron_rdt.evaluate.plots import compute_loop_shares
 from megatron_rdt.evaluate.report import write_report
 from megatron_rdt.train.trainer import train
+from tests.train.runs import read_records
 
 OPTIONS = ["--train.global_batch=8", "--train.micro_batch=2", "--depth.backprop=2", "--eval.every=0"]
-
-
-def records(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("per", ["sequence", "micro_batch", "step"])
@@ -36,7 +32,7 @@ def test_records_hold_the_loops_that_were_run(
 
     monkeypatch.setattr(DepthSampler, "plan", noted)
     assert train(config) == 0
-    found = records(tmp_path / "run")
+    found = read_records(tmp_path / "run" / "metrics.jsonl")
     assert len(plans) == 4 * len(found) == 32
     for index, record in enumerate(found):
         loops = sum(plans[4 * index : 4 * index + 4], ())

@@ -1,6 +1,5 @@
 """Monitors in a run: due measurements are recorded, and the run is the same without monitors."""
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +10,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_rdt.config import RunConfig
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.train.trainer import train
+from tests.train.runs import read_records
 
 MONITORS = ("--logging.monitor_every=3", "--logging.jacobian_every=4", "--logging.tensorboard=true")
 OPTIONS = ("--depth.per=sequence", "--depth.backprop=2", "--train.micro_batch=2", "--eval.every=0")
 LISTS = ("state_norm", "state_residual", "token_correlation", "gradient_norm")
-
-
-def records(root: Path) -> list[dict]:
-    return [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +27,10 @@ def runs(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathF
 
 
 def test_due_monitors_are_recorded(runs) -> None:
-    found = records(runs[0])
+    found = read_records(runs[0] / "run" / "metrics.jsonl")
     assert [r["step"] for r in found if "iterations" in r] == [3, 6]
     assert [r["step"] for r in found if "jacobian_norm" in r] == [4, 8]
-    assert not any("iterations" in r or "jacobian_norm" in r for r in records(runs[1]))
+    assert not any("iterations" in r or "jacobian_norm" in r for r in read_records(runs[1] / "run" / "metrics.jsonl"))
     for record in found:
         if "iterations" in record:
             iterations = record["iterations"]
@@ -47,7 +43,7 @@ def test_due_monitors_are_recorded(runs) -> None:
 
 
 def test_loop_shares_are_of_the_steps_since_the_last_monitor(runs) -> None:
-    found = records(runs[0])
+    found = read_records(runs[0] / "run" / "metrics.jsonl")
     for steps in ((1, 2, 3), (4, 5, 6)):
         drawn: Counter[str] = Counter()
         for record in found:
@@ -59,7 +55,9 @@ def test_loop_shares_are_of_the_steps_since_the_last_monitor(runs) -> None:
 
 def test_the_run_is_the_same_without_monitors(runs) -> None:
     kept = ("step", "loss", "grad_norm", "spectral_radius", "state_norm", "state_residual", "token_correlation")
-    monitored, plain = ([{name: r[name] for name in kept} for r in records(root)] for root in runs)
+    monitored, plain = (
+        [{name: r[name] for name in kept} for r in read_records(root / "run" / "metrics.jsonl")] for root in runs
+    )
     assert monitored == plain
     weights = [sorted(root.glob("run/checkpoints/step-00000008/**/*.distcp")) for root in runs]
     assert weights[0]
@@ -69,7 +67,7 @@ def test_the_run_is_the_same_without_monitors(runs) -> None:
 def test_tensorboard_has_every_iteration(runs) -> None:
     board = EventAccumulator(str(runs[0] / "run" / "tensorboard"))
     board.Reload()
-    record = records(runs[0])[2]
+    record = read_records(runs[0] / "run" / "metrics.jsonl")[2]
     for name in LISTS:
         for number, value in enumerate(record["iterations"][name], 1):
             tag = f"train/iterations/{name}/{number}"

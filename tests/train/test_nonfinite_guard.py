@@ -81,6 +81,7 @@ class Poisoned(SingleEngine):
 def run_poisoned(
     monkeypatch: pytest.MonkeyPatch, config: RunConfig, bad: tuple[int, ...], value: float, in_loss: bool
 ) -> tuple[Poisoned, Callable[[], int]]:
+    """An engine that is poisoned at the steps `bad`, and a function that trains with it."""
     engine = Poisoned(config, torch.device("cpu"))
     engine.bad, engine.value, engine.poisoned_loss = bad, value, in_loss
     monkeypatch.setattr(trainer, "make_engine", lambda *_: engine)

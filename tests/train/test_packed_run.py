@@ -32,12 +32,13 @@ def masked(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def first_loss(config: RunConfig, windows: Batch) -> float:
-    """Of the run's first step, which sees the first windows in any order, by an untrained model."""
+    """Loss of the first step of a run: an untrained model on the first windows, whose order does not matter."""
     model = initialize(RecurrentDepthTransformer(config.model), config.run.seed)
     return validation_losses(model, windows, [int(config.depth.mean)], 1, CPU)[int(config.depth.mean)]
 
 
 def samples(config: RunConfig, count: int) -> Batch:
+    """The first `count` samples of the run's order."""
     manifest = load_manifest(config.data.path)
     return open_corpus(manifest, "train", config.train.sequence_length, config.run.seed, config.data).read_samples(
         range(count)

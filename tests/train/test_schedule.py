@@ -11,6 +11,7 @@ PEAK, STEPS = 2e-3, 100
 
 
 def rates(config: ScheduleConfig, steps: int = STEPS) -> list[float]:
+    """Learning rate of every step, and of the one after the last."""
     return [learning_rate(config, PEAK, step, steps) for step in range(steps + 1)]
 
 

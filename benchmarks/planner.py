@@ -67,10 +67,10 @@ def make_cases(processes: int) -> dict[str, RunConfig]:
 
 def predict_peak(config: RunConfig, processes: int, loops: int) -> float:
     """Peak bytes of a step at T = `loops` that the planner predicts."""
-    from megatron_rdt.planner.memory import Depth, step_memory
+    from megatron_rdt.planner.memory import StepDepth, step_memory
 
     k = loops if config.depth.backprop == "all" else int(config.depth.backprop)
-    return step_memory(config, Layout.of(config.parallel, processes), False, Depth(loops, min(k, loops))).peak
+    return step_memory(config, Layout.of(config.parallel, processes), False, StepDepth(loops, min(k, loops))).peak
 
 
 def run_worker(options: argparse.Namespace) -> None:
@@ -158,7 +158,7 @@ PRESET_HEADER = f"| {PRESET_COLUMNS} |\n|---|---:|---:|---|---:|---|---:|---:|--
 
 def plan_preset(path: Path) -> str:
     """Plan one preset; return a Markdown row per number of devices."""
-    from megatron_rdt.planner.search import fastest
+    from megatron_rdt.planner.search import find_fastest_plan
 
     device, sequence = DEVICES["h100"], load_config(path).train.sequence_length
     lines, name = [], f"{path.stem}, {sequence:,}"
@@ -168,7 +168,7 @@ def plan_preset(path: Path) -> str:
         # AdamW for all: Muon is refused with tensor parallelism, which the search tries.
         fixed = {"train": options, "optimizer.name": "adamw"}
         config = load_config(path, fixed | ({"depth.per": "step"} if "huginn" in path.stem else {}))
-        plan = fastest(config, devices, device, UTILISATION)
+        plan = find_fastest_plan(config, devices, device, UTILISATION)
         begin, name = f"| {name} | {devices:,} | {tokens / 2**20:.0f}M |", ""
         if plan is None or plan.time is None:
             lines.append(f"{begin} nothing fits | | | | | |")

@@ -1,6 +1,6 @@
-"""What a device can do at most: peak rate, memory, links. From data sheets; what a run reaches of it is less.
+"""Peak rates, memory and link bandwidths of devices, from data sheets; runs reach less.
 
-One table, read by the trainer (utilisation) and by the planner (whether and how fast a run would go).
+The trainer reads the table for utilisation, the planner for memory limits and times.
 """
 
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Device:
-    """One kind of device.
+    """Rates and sizes of one kind of device.
 
     Attributes:
-        name: as in PEAK_BF16_FLOPS, or "CPU".
-        peak_flops: dense bfloat16 matrix products, FLOP/s, without sparsity.
-        memory: bytes.
-        intra_bandwidth: to the other devices of its node, bytes/s in one direction.
-        inter_bandwidth: its share of the node's network, bytes/s in one direction.
+        name: name as in PEAK_BF16_FLOPS, or "CPU".
+        peak_flops: peak rate of dense bfloat16 matrix products, FLOP/s, without sparsity.
+        memory: memory in bytes.
+        intra_bandwidth: bandwidth to the other devices of its node, bytes/s in one direction.
+        inter_bandwidth: its share of the node's network bandwidth, bytes/s in one direction.
         per_node: devices in a node.
     """
 
@@ -28,12 +28,12 @@ class Device:
 
     @property
     def gpu(self) -> bool:
-        """Whether its kernels are those of a GPU."""
+        """True if its kernels are those of a GPU."""
         return self.name != "CPU"
 
 
 # Dense bfloat16 peak of one device in FLOP/s, from NVIDIA's data sheets (without sparsity).
-# The first key whose words are in the device's name counts.
+# A device has the rate of the first key whose words are all in its name.
 PEAK_BF16_FLOPS = {
     "H200 NVL": 835e12,
     "H200": 989e12,
@@ -48,7 +48,7 @@ PEAK_BF16_FLOPS = {
 GIB = 2**30
 NVLINK3, NVLINK4, NVLINK5, PCIE4 = 300e9, 450e9, 900e9, 32e9
 INFINIBAND_200, INFINIBAND_400 = 25e9, 50e9  # one port per device
-# A virtual core: no peak that is worth a name; for `rdt plan --measure` and small runs.
+# Nominal figures for CPU processes, which have no meaningful peak: for `rdt plan --measure` and small runs.
 CPU_FLOPS, CPU_MEMORY, CPU_BANDWIDTH = 1e11, 8 * GIB, 10e9
 
 # Choices of `rdt plan --device`. Memory is what the driver leaves to programs.

@@ -64,13 +64,13 @@ def plan(words: list[str]) -> int:
     if options.measure:
         text, data = compare_with_measurement(config, options.nproc)
     else:
-        from megatron_rdt.planner.plan_report import as_data, report
+        from megatron_rdt.planner.plan_report import format_plan, plan_to_dict
         from megatron_rdt.planner.run_plan import make_plan
 
         made = make_plan(config, options.devices, device, options.utilisation)
         text, data = (
-            report(made, options.utilisation, options.tokens * BILLION, options.price),
-            as_data(made, options.tokens * BILLION),
+            format_plan(made, options.utilisation, options.tokens * BILLION, options.price),
+            plan_to_dict(made, options.tokens * BILLION),
         )
     print("\n".join([*notes, text]))
     if options.out:
@@ -122,8 +122,8 @@ def compare_with_measurement(config: RunConfig, processes: int) -> tuple[str, li
     """Take steps of the config's model on CPU processes; return measured and planned figures, as text and as rows."""
     from launch.local_processes import run_processes
     from megatron_rdt.config.layout import Layout
-    from megatron_rdt.planner.communication import step_communication, totals
-    from megatron_rdt.planner.memory import Depth, step_memory
+    from megatron_rdt.planner.communication import step_communication, sum_by_kind
+    from megatron_rdt.planner.memory import StepDepth, step_memory
 
     processes = processes or (2 if config.parallel.engine_kind.many_processes else 1)
     config = replace(config, train=replace(config.train, device="cpu"))
@@ -138,9 +138,9 @@ def compare_with_measurement(config: RunConfig, processes: int) -> tuple[str, li
     k = None if config.depth.backprop == "all" else int(config.depth.backprop)
     lines = [f"One step on {processes} CPU processes, counted on the first and planned"]
     for row in rows:
-        depth = Depth(row["loops"], min(row["loops"], k or row["loops"]))
+        depth = StepDepth(row["loops"], min(row["loops"], k or row["loops"]))
         memory = step_memory(config, layout, False, depth)
-        sent = totals(step_communication(config, layout, depth, gpu=False))
+        sent = sum_by_kind(step_communication(config, layout, depth, gpu=False))
         row["planned"] = {"peak": memory.peak, "sent": sent}
         lines.append(
             f"T = {row['loops']}: peak memory {row['peak'] / MB:,.1f} MB measured, {memory.peak / MB:,.1f} MB planned "

@@ -1,1 +1,4 @@
-"""What a run will need before it takes a device: parameters, memory, communication, time. Arithmetic; `measure` checks it."""
+"""Run plans: parameters, memory, communication and time that a run will need, computed from its config alone.
+
+`measure.py` takes real steps to check the arithmetic.
+"""

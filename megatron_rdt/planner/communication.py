@@ -1,7 +1,7 @@
-"""Calls and bytes that one process sends in an optimizer step, by kind of collective (`parallel/collective_counter.py`).
+"""Collectives that one process takes part in during an optimizer step: calls and bytes of each kind and purpose.
 
-Bytes are those of the whole buffer of each call: what a gather returns, what a reduction takes. Tests compare with what
-the engines really send.
+Bytes are those of the larger buffer of each call, as `parallel/collective_counter.py` counts them: the output of a
+gather, the input of a reduction. Tests compare with what the engines really send.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,31 +11,32 @@ from megatron_rdt.config import ModelConfig, RunConfig
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.model.cross_entropy import CHUNK_ELEMENTS
 from megatron_rdt.parallel.optimizers import has_weight_decay
-from megatron_rdt.planner.memory import Depth
-from megatron_rdt.planner.parameters import FLOAT32, Parameter, core_units, parameters_of, units_of
-from megatron_rdt.planner.recomputation import Policy
+from megatron_rdt.planner.memory import StepDepth
+from megatron_rdt.planner.parameters import FLOAT32, Parameter, core_units, list_parameters, list_units
+from megatron_rdt.planner.recomputation import CheckpointingPolicy
 from megatron_rdt.planner.shape import Shape
 from megatron_rdt.planner.weights import ZERO_BUCKET
 
 GATHER, SCATTER, REDUCE, EXCHANGE = "all-gather", "reduce-scatter", "all-reduce", "alltoall_base_"
 FLOAT64 = INT64 = 8
-# DistributedDataParallel closes its first bucket at 1 MiB and the others at 25 MiB.
+# DistributedDataParallel closes its first bucket once it holds 1 MiB, the others once they hold 25 MiB.
 DDP_FIRST, DDP_BUCKET = 1 << 20, 25 << 20
-ZERO_ALIGNMENT = 2
+ZERO_ALIGNMENT = 2  # DeepSpeed pads groups of parameters to multiples of this many numbers per process
 
 
 @dataclass(frozen=True)
-class Sent:
-    """Collectives of one purpose in one step.
+class Collectives:
+    """The collectives of one purpose in one step.
 
     Attributes:
         phase: forward, backward or update, as in `parallel/collective_counter.py`.
-        kind: of the collective.
-        purpose: what is sent, in words.
-        calls: how many.
-        size: bytes, all calls together.
-        axis: which processes take part: "state", "replicate", "context", "tensor", "expert", "holders" or "world".
-        hidden: whether computing goes on meanwhile.
+        kind: all-gather, reduce-scatter, all-reduce or alltoall_base_.
+        purpose: words for the content of the buffers.
+        calls: number of calls.
+        size: bytes of all calls together.
+        axis: processes that take part: "state" (those that share a shard group), "replicate", "context", "tensor",
+            "expert", "holders" (those with the same experts) or "world".
+        hidden: True if the device computes meanwhile.
     """
 
     phase: str
@@ -47,8 +48,8 @@ class Sent:
     hidden: bool = False
 
 
-def totals(sent: Iterable[Sent]) -> dict[str, tuple[int, int]]:
-    """(calls, bytes) keyed "forward all-gather", as `parallel.collective_counter.sum_by_kind` has them."""
+def sum_by_kind(sent: Iterable[Collectives]) -> dict[str, tuple[int, int]]:
+    """Sum calls and bytes by phase and kind, "forward all-gather", as `parallel.collective_counter.sum_by_kind` does."""
     table: dict[str, tuple[int, int]] = {}
     for each in sent:
         calls, size = table.get(f"{each.phase} {each.kind}", (0, 0))
@@ -56,25 +57,29 @@ def totals(sent: Iterable[Sent]) -> dict[str, tuple[int, int]]:
     return {key: value for key, value in table.items() if value[0]}
 
 
-def step_communication(config: RunConfig, layout: Layout, depth: Depth, gpu: bool = True) -> list[Sent]:
-    """What a step at T = `depth.loops` sends."""
+def step_communication(config: RunConfig, layout: Layout, depth: StepDepth, gpu: bool = True) -> list[Collectives]:
+    """List the collectives of a step at T = `depth.loops`."""
     kind = config.parallel.engine_kind
     if not kind.many_processes or layout.world_size == 1:
         return []
     number = config.train.global_batch // (layout.data * config.train.micro_batch)
     if kind.zero_stage:
-        found = list(_zero(config, layout, number))
+        found = list(_zero_collectives(config, layout, number))
     elif kind.shards_parameters:
-        found = [*_fsdp(config, layout, depth, number), *_activations(config, layout, depth, number, gpu)]
+        found = [
+            *_fsdp_collectives(config, layout, depth, number),
+            *_activation_collectives(config, layout, depth, number, gpu),
+        ]
     else:
-        found = list(_ddp(config, number))
+        found = list(_ddp_collectives(config, number))
     losses = {"act": 3, "gate": 4}.get(config.model.halting, 2)
-    found.append(Sent("update", REDUCE, "losses", 1, FLOAT64 * losses, "world"))
+    found.append(Collectives("update", REDUCE, "losses", 1, FLOAT64 * losses, "world"))
     return [each for each in found if each.calls]
 
 
-def _ddp(config: RunConfig, number: int) -> Iterator[Sent]:
-    parameters = parameters_of(config.model)
+def _ddp_collectives(config: RunConfig, number: int) -> Iterator[Collectives]:
+    """List DDP's reductions of gradients, in `number` micro-batches."""
+    parameters = list_parameters(config.model)
     reductions = number if config.parallel.reduce == "per_micro_batch" else 1
     buckets, filled = 0, 0
     for parameter in parameters:
@@ -83,140 +88,158 @@ def _ddp(config: RunConfig, number: int) -> Iterator[Sent]:
             buckets, filled = buckets + 1, 0
     buckets += filled > 0
     size = FLOAT32 * sum(p.size for p in parameters)
-    yield Sent("backward", REDUCE, "gradients", reductions * buckets, reductions * size, "world", hidden=True)
-    used = FLOAT32 * len(parameters)  # an int32 each
-    yield Sent("backward", REDUCE, "which parameters were used", reductions, reductions * used, "world")
+    yield Collectives("backward", REDUCE, "gradients", reductions * buckets, reductions * size, "world", hidden=True)
+    used = FLOAT32 * len(parameters)  # an int32 for each parameter
+    yield Collectives("backward", REDUCE, "which parameters were used", reductions, reductions * used, "world")
 
 
-def _fsdp(config: RunConfig, layout: Layout, depth: Depth, number: int) -> Iterator[Sent]:
-    """Gathers and reductions of parameters."""
-    ranks, parameters = layout.shard * layout.context, parameters_of(config.model)
-    sharded = [p for p in parameters if not (layout.expert > 1 and p.routed)]
-    shard = {p.name: FLOAT32 * p.padded_shard(layout, ranks) for p in sharded}
+def _fsdp_collectives(config: RunConfig, layout: Layout, depth: StepDepth, number: int) -> Iterator[Collectives]:
+    """List FSDP2's gathers of weights and reductions of gradients, in `number` micro-batches."""
+    ranks, parameters = layout.shard * layout.context, list_parameters(config.model)
+    sharded = [p for p in parameters if not (layout.expert > 1 and p.is_routed)]
+    shard = {p.name: FLOAT32 * p.padded_shard_size(layout, ranks) for p in sharded}
 
     def whole(group: Iterable[Parameter]) -> float:
         return ranks * sum(shard.get(p.name, 0) for p in group)
 
-    # Name, bytes, gathers in a forward and in a backward pass, reductions in a step.
+    # Unit, bytes, gathers in a forward pass and in a backward pass, reductions in a step.
     units: list[tuple[str, float, int, int, int]] = []
     kept = not config.parallel.reshard_after_forward
     always = config.parallel.reduce == "per_micro_batch"
     reductions = number if always else 1
     last_layer = f"core.layers.{config.model.core_layers - 1}."
-    for name in ("root", *units_of(config.model)):
+    for name in ("root", *list_units(config.model)):
         if name != "core":
             size = whole(p for p in parameters if p.unit == name)
             units.append((name, size, 1, 0 if name == "root" or kept else 1, reductions))
             continue
         for inner, group in core_units(config).items():
             forward, backward = (depth.loops, depth.with_grad) if inner else (1, 1)
-            if kept:  # only what the backward pass has freed is gathered again
+            if kept:  # only the backward pass frees weights, so only its own later iterations gather again
                 forward, backward = 1, backward - 1
-            # FSDP2 fetches what it expects next, also of the last iteration without gradient.
+            # FSDP2 prefetches the unit it expects next, the last layer of the last iteration without gradient too, in vain.
             backward += inner == last_layer and len(core_units(config)) > 2 and depth.loops > depth.with_grad > 0
-            # What earlier micro-batches left is reduced when the first iteration's backward pass ends.
+            # The gradients of earlier micro-batches are reduced with those of the first iteration that goes backward, the
+            # gradients of the other iterations once more at the end.
             early = bool(inner) and number > 1 and depth.with_grad > 1 and not always
             units.append(("core", whole(group), forward, backward, reductions + early))
     for name, size, forward, backward, _ in units if ranks > 1 else []:
         purpose = "weights of the core" if name == "core" else "other weights"
-        yield Sent("forward", GATHER, purpose, number * forward, number * forward * size, "state", hidden=True)
-        yield Sent("backward", GATHER, purpose, number * backward, number * backward * size, "state", hidden=True)
+        yield Collectives("forward", GATHER, purpose, number * forward, number * forward * size, "state", hidden=True)
+        yield Collectives(
+            "backward", GATHER, purpose, number * backward, number * backward * size, "state", hidden=True
+        )
     for _, size, _, _, times in units:
         if ranks > 1:
-            yield Sent("backward", SCATTER, "gradients", times, times * size, "state", hidden=True)
+            yield Collectives("backward", SCATTER, "gradients", times, times * size, "state", hidden=True)
         if layout.replicate > 1:
-            yield Sent("backward", REDUCE, "gradients", times, times * size / ranks, "replicate", hidden=True)
-    if layout.tensor > 1:  # what every process of the axis holds whole
-        same = [p for p in parameters if p.split is None and not (layout.expert > 1 and p.routed)]
+            yield Collectives("backward", REDUCE, "gradients", times, times * size / ranks, "replicate", hidden=True)
+    if layout.tensor > 1:  # parameters that every process of the axis holds whole
+        same = [p for p in parameters if p.split_dim is None and not (layout.expert > 1 and p.is_routed)]
         size = FLOAT32 * sum(p.size for p in same)
-        yield Sent("backward", REDUCE, "gradients of norms", reductions * len(same), reductions * size, "tensor")
-    routed = [p for p in parameters if p.routed and layout.expert > 1]
+        yield Collectives("backward", REDUCE, "gradients of norms", reductions * len(same), reductions * size, "tensor")
+    routed = [p for p in parameters if p.is_routed and layout.expert > 1]
     if routed and layout.world_size > layout.expert:
-        size = FLOAT32 * sum(p.local(layout) for p in routed)
-        yield Sent("backward", REDUCE, "gradients of experts", len(routed), size, "holders")
+        size = FLOAT32 * sum(p.local_size(layout) for p in routed)
+        yield Collectives("backward", REDUCE, "gradients of experts", len(routed), size, "holders")
     if ranks > 1 or layout.tensor > 1:
         norms = 2 if routed else 1
-        yield Sent("update", REDUCE, "norms of gradients", norms, FLOAT32 * len(parameters), "world")
+        yield Collectives("update", REDUCE, "norms of gradients", norms, FLOAT32 * len(parameters), "world")
 
 
-def _activations(config: RunConfig, layout: Layout, depth: Depth, number: int, gpu: bool) -> Iterator[Sent]:
-    """What layers exchange; the loop's share grows with T, that of iterations that are computed again too."""
+def _activation_collectives(
+    config: RunConfig, layout: Layout, depth: StepDepth, number: int, gpu: bool
+) -> Iterator[Collectives]:
+    """List the exchanges of activations inside layers; the loop's grow with T, and recomputed iterations exchange again."""
     model, shape = config.model, Shape.of(config, layout, gpu)
     outside = model.prelude_layers + model.coda_layers
-    policy = Policy(config.depth.checkpoint)
+    policy = CheckpointingPolicy(config.depth.checkpoint)
     forward = number * (outside + depth.loops * model.core_layers)
     backward = number * (outside + depth.with_grad * model.core_layers)
-    again = number * depth.with_grad * model.core_layers if policy.recompute else 0
+    again = number * depth.with_grad * model.core_layers if policy.recomputed_share else 0
     again += number * outside if policy.every_layer else 0
     if layout.tensor > 1:
-        part, wide = shape.rounded(model.dim), FLOAT32 * shape.tokens * model.dim  # one gather, the embedding
-        yield Sent("forward", GATHER, "tokens", 2 * forward + number, (2 * forward + number) * part, "tensor")
-        yield Sent("forward", SCATTER, "tokens", 2 * forward + number, 2 * forward * part + number * wide, "tensor")
-        sums = 2 * again - (number * policy.spared_sums(model, depth.with_grad))
-        yield Sent("backward", GATHER, "tokens", 2 * again, 2 * again * part, "tensor")
-        yield Sent("backward", SCATTER, "tokens", sums, sums * part, "tensor")
-        yield Sent("backward", GATHER, "tokens", 2 * backward + number, 2 * backward * part + number * wide, "tensor")
-        yield Sent("backward", SCATTER, "tokens", 2 * backward + number, (2 * backward + number) * part, "tensor")
+        # A layer gathers the tokens before each of its two parts and reduce-scatters the sums after it; the backward pass
+        # does the same in reverse. One more of each is for embedding and head; the embedding's is in float32 (`wide`).
+        part, wide = shape.activation_bytes(model.dim), FLOAT32 * shape.tokens * model.dim
+        yield Collectives("forward", GATHER, "tokens", 2 * forward + number, (2 * forward + number) * part, "tensor")
+        yield Collectives(
+            "forward", SCATTER, "tokens", 2 * forward + number, 2 * forward * part + number * wide, "tensor"
+        )
+        sums = 2 * again - (number * policy.count_spared_reductions(model, depth.with_grad))
+        yield Collectives("backward", GATHER, "tokens", 2 * again, 2 * again * part, "tensor")
+        yield Collectives("backward", SCATTER, "tokens", sums, sums * part, "tensor")
+        yield Collectives(
+            "backward", GATHER, "tokens", 2 * backward + number, 2 * backward * part + number * wide, "tensor"
+        )
+        yield Collectives(
+            "backward", SCATTER, "tokens", 2 * backward + number, (2 * backward + number) * part, "tensor"
+        )
         rows = max(CHUNK_ELEMENTS // (model.vocab_size // layout.tensor), 1)
         chunks = number * -(-shape.tokens // rows)
         partitions = number * 2 * FLOAT32 * shape.tokens * layout.tensor
-        yield Sent("forward", GATHER, "the loss's partition", chunks, partitions, "tensor")
+        yield Collectives("forward", GATHER, "the loss's partition", chunks, partitions, "tensor")
     if layout.context > 1:
-        calls, width = (1, model.kv_rank + model.rope_dim) if model.attention == "mla" else _keys(model, layout)
-        size = shape.compute * shape.batch * shape.sequence * width
+        calls, width = _gathers_per_layer(model, layout)
+        size = shape.element_bytes * shape.batch * shape.sequence * width
         for phase, kind, layers in (
             ("forward", GATHER, forward),
             ("backward", GATHER, again),
             ("backward", SCATTER, backward),
         ):
-            yield Sent(phase, kind, "keys and values", calls * layers, calls * layers * size, "context")
+            yield Collectives(phase, kind, "keys and values", calls * layers, calls * layers * size, "context")
     if layout.expert > 1:
-        rows_size = shape.rounded(model.experts_per_token * model.dim) / layout.tensor
+        rows_size = shape.activation_bytes(model.experts_per_token * model.dim) / layout.tensor
         inside = number * model.core_layers
         counts = INT64 * model.experts
+        # Messages of a mixture: the counts of rows, the rows, the results; the backward pass knows the counts.
         for phase, times, messages in (
             ("forward", inside * depth.loops, 3),
-            ("backward", inside * depth.with_grad * bool(policy.recompute), 3),
+            ("backward", inside * depth.with_grad * bool(policy.recomputed_share), 3),
             ("backward", inside * depth.with_grad, 2),
         ):
             sent = times * (2 * rows_size + (counts if messages == 3 else 0))
-            yield Sent(phase, EXCHANGE, "tokens to experts and back", messages * times, sent, "expert")
+            yield Collectives(phase, EXCHANGE, "tokens to experts and back", messages * times, sent, "expert")
 
 
-def _keys(model: ModelConfig, layout: Layout) -> tuple[int, float]:
-    """Gathers of a layer under context parallelism, and the channels of each."""
+def _gathers_per_layer(model: ModelConfig, layout: Layout) -> tuple[int, float]:
+    """Return how many gathers a layer has under context parallelism, and the channels per token of each."""
+    if model.attention == "mla":
+        return 1, model.kv_rank + model.rope_dim
     return 2, model.kv_heads * model.head_dim / layout.tensor
 
 
-def _zero(config: RunConfig, layout: Layout, number: int) -> Iterator[Sent]:
-    """DeepSpeed. Calls beyond one are estimated where there are more than 500 million parameters."""
-    parameters, world, stage = parameters_of(config.model), layout.world_size, config.parallel.engine_kind.zero_stage
+def _zero_collectives(config: RunConfig, layout: Layout, number: int) -> Iterator[Collectives]:
+    """List DeepSpeed's collectives; the number of calls is an estimate above 500 million parameters, one bucket."""
+    parameters, world, stage = list_parameters(config.model), layout.world_size, config.parallel.engine_kind.zero_stage
     numbers = sum(p.size for p in parameters)
     buckets = -(-numbers // ZERO_BUCKET)
     if stage < 3:
         reductions = number if stage == 2 else 1
         size = reductions * FLOAT32 * numbers
-        yield Sent("backward", REDUCE, "gradients", reductions * buckets, size, "world", hidden=True)
-        groups = [sum(p.size for p in parameters if _decays(p) is decay) for decay in (True, False)]
+        yield Collectives("backward", REDUCE, "gradients", reductions * buckets, size, "world", hidden=True)
+        groups = [sum(p.size for p in parameters if _has_weight_decay(p) is decay) for decay in (True, False)]
         multiple = ZERO_ALIGNMENT * world
         padded = [-(-group // multiple) * multiple for group in groups if group]
         calls = sum(-(-group // ZERO_BUCKET) for group in padded)
-        yield Sent("update", GATHER, "updated weights", calls, FLOAT32 * sum(padded), "world")
-        yield Sent("update", REDUCE, "norms and flags", 4, 4 * FLOAT32, "world")
+        yield Collectives("update", GATHER, "updated weights", calls, FLOAT32 * sum(padded), "world")
+        yield Collectives("update", REDUCE, "norms and flags", 4, 4 * FLOAT32, "world")
         return
+    # Stage 3 gathers the root before and after the rest, each layer, and the core as one unit.
     model = config.model
     gathers = 1 + model.prelude_layers + 1 + model.coda_layers + 1 + (not model.tie_embeddings)
     size = FLOAT32 * sum(-(-p.size // world) * world for p in parameters)
-    if model.core_norm == "last_shared":  # the final norm once more
+    if model.core_norm == "last_shared":  # the core reads the final norm too
         gathers, size = gathers + 1, size + FLOAT32 * -(-model.dim // world) * world
     for phase in ("forward", "backward"):
-        yield Sent(phase, GATHER, "weights", number * gathers, number * size, "world", hidden=True)
+        yield Collectives(phase, GATHER, "weights", number * gathers, number * size, "world", hidden=True)
     size = number * FLOAT32 * sum(-(-p.size // world) * world for p in parameters)
-    yield Sent("backward", SCATTER, "gradients", number * buckets, size, "world", hidden=True)
-    yield Sent("update", REDUCE, "norms and flags", 4, 4 * FLOAT64, "world")
+    yield Collectives("backward", SCATTER, "gradients", number * buckets, size, "world", hidden=True)
+    yield Collectives("update", REDUCE, "norms and flags", 4, 4 * FLOAT64, "world")
 
 
-def _decays(parameter: Parameter) -> bool:
+def _has_weight_decay(parameter: Parameter) -> bool:
+    """Return True if the optimizer decays the parameter: DeepSpeed keeps those that it does not in a group of their own."""
     import torch
 
     return has_weight_decay(parameter.name, torch.empty(parameter.shape, device="meta"))

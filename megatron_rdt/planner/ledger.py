@@ -1,16 +1,16 @@
-"""A ledger of memory over one training step: what is held, by kind, and when it was most."""
+"""A ledger of the memory held during one training step, by kind, and of its peak."""
 
 from collections import defaultdict
 
 
 class Ledger:
-    """Bytes of one process.
+    """Bytes that one process holds, and the most it has held.
 
     Attributes:
-        held: bytes by kind, now.
-        peak: the most that was held at once, bytes.
-        at_peak: what it consisted of.
-        moment: when that was.
+        held: bytes held now, by kind.
+        peak: largest number of bytes held at once.
+        at_peak: bytes by kind at the peak.
+        moment: words for the moment of the peak.
     """
 
     def __init__(self) -> None:
@@ -25,15 +25,15 @@ class Ledger:
         return sum(self.held.values())
 
     def hold(self, kind: str, size: float) -> None:
-        """Take `size` more bytes of a kind."""
+        """Add `size` bytes of a kind."""
         self.held[kind] += size
 
     def free(self, kind: str, size: float | None = None) -> None:
-        """Give `size` bytes of a kind back; all of them where it is not given."""
+        """Remove `size` bytes of a kind; None: all of them."""
         self.held[kind] -= self.held[kind] if size is None else size
 
-    def look(self, moment: str, **extra: float) -> None:
-        """Note the peak, with what is held for this moment only, by kind; underscores stand for spaces."""
+    def note_peak(self, moment: str, **extra: float) -> None:
+        """Record a peak if now is one, counting `extra` bytes that are held at this moment only, by kind with underscores."""
         total = self.total + sum(extra.values())
         if total > self.peak:
             self.peak, self.moment = total, moment

@@ -1,8 +1,8 @@
-"""What a step really allocates and sends, on this process: the check of the planner's arithmetic.
+"""Measure the memory and the collectives of real steps on this process, to check the planner's arithmetic.
 
-Memory is what the allocator handed out, tensors and the temporaries inside of operators alike: on a GPU
+Memory is the peak of what the allocator handed out, for tensors and for temporaries inside operators: on a GPU
 `torch.cuda.max_memory_allocated`, on the CPU the same sum from the profiler's record of every allocation. So it does not
-depend on what the C library keeps of freed blocks, on other threads' buffers or on the size of libraries.
+depend on freed blocks that the C library keeps, on other threads' buffers or on the size of libraries.
 """
 
 import gc
@@ -19,9 +19,9 @@ from megatron_rdt.depth import DepthPlan
 from megatron_rdt.parallel import Engine, MicroBatch, build_engine
 from megatron_rdt.parallel.collective_counter import record_collectives, sum_by_kind
 
-# What a collective allocates for itself, a thread of its own frees unseen: it counts until the operator returns.
+# A thread that the profiler does not see frees the buffers of collectives: they are counted until the operator returns.
 COLLECTIVES, NEVER = "c10d::", -1
-WARM_UP = 2  # steps that set things up: optimizer state, DDP's buckets, ZeRO-3's trace of the model
+WARM_UP = 2  # steps in which optimizer state, DDP's buckets and ZeRO-3's trace of the model are made
 
 
 class Allocations:
@@ -29,6 +29,7 @@ class Allocations:
 
     Attributes:
         peaks: bytes, by the name of the `window`.
+        before: bytes allocated at the start, on a GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -38,7 +39,7 @@ class Allocations:
 
     @contextmanager
     def window(self, name: str) -> Iterator[None]:
-        """Keep the peak within as `peaks[name]`; on the CPU it is there after `watch_allocations`."""
+        """Record the peak within the block as `peaks[name]`; on the CPU it is known after `watch_allocations`."""
         if self.device.type != "cuda":
             self.peaks[name] = 0
             with torch.autograd.profiler.record_function(name):
@@ -48,8 +49,8 @@ class Allocations:
         yield
         self.peaks[name] = torch.cuda.max_memory_allocated(self.device) - self.before
 
-    def replay(self, roots: list[Any]) -> None:
-        """Read the peaks off a profile's events, each with its children."""
+    def read_profile(self, roots: list[Any]) -> None:
+        """Compute the peaks from the trees of events of a CPU profile."""
         kinds = torch._C._profiler._EventType
         blocks, bounds = [], {}
         left: list[tuple[Any, int]] = [(root, NEVER) for root in roots]
@@ -65,6 +66,7 @@ class Allocations:
                     blocks.append((until, place, -size))
             elif event.name in self.peaks:
                 bounds[event.name] = event.start_time_ns, event.end_time_ns
+        # Replay allocations and frees in order of time. A block freed before the watch began has no size here.
         sizes: dict[int, int] = {}
         total = 0
         for when, place, size in sorted(blocks, key=lambda block: block[0]):
@@ -79,7 +81,7 @@ class Allocations:
 
 @contextmanager
 def watch_allocations(device: torch.device) -> Iterator[Allocations]:
-    """Watch the memory that this thread, and its backward passes, allocate on `device`."""
+    """Watch the memory that this thread and its backward passes allocate on `device`."""
     gc.collect()
     allocations = Allocations(device)
     if device.type == "cuda":
@@ -87,16 +89,16 @@ def watch_allocations(device: torch.device) -> Iterator[Allocations]:
         return
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         yield allocations
-    allocations.replay(profile.kineto_results.experimental_event_tree())
+    allocations.read_profile(profile.kineto_results.experimental_event_tree())
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Of one step of one process.
+class MeasuredStep:
+    """Memory and collectives of one step on one process.
 
     Attributes:
         loops: T.
-        peak: bytes, weights and optimizer state included.
+        peak: peak memory in bytes, with weights and optimizer state.
         sent: (calls, bytes) by phase and kind of collective.
     """
 
@@ -105,8 +107,8 @@ class Measured:
     sent: dict[str, tuple[int, int]]
 
 
-def measure_steps(config: RunConfig, device: torch.device, loops: Sequence[int]) -> list[Measured]:
-    """Build the run's engine on this process, one of those that have joined, and take steps at several T."""
+def measure_steps(config: RunConfig, device: torch.device, loops: Sequence[int]) -> list[MeasuredStep]:
+    """Build the run's engine on this process, which has joined its group, and measure one step at each T of `loops`."""
     sent = []
     with watch_allocations(device) as allocations:
         engine = build_engine(config, device)
@@ -117,11 +119,11 @@ def measure_steps(config: RunConfig, device: torch.device, loops: Sequence[int])
                 sent.append(take_step(engine, t))
     del engine
     peaks = [allocations.peaks[f"step {number}"] for number in range(len(loops))]
-    return [Measured(t, peak, each) for t, peak, each in zip(loops, peaks, sent)]
+    return [MeasuredStep(t, peak, each) for t, peak, each in zip(loops, peaks, sent)]
 
 
 def take_step(engine: Engine, loops: int) -> dict[str, tuple[int, int]]:
-    """One optimizer step at T = `loops` on random tokens; what it sent."""
+    """Take one optimizer step at T = `loops` on random tokens; return its calls and bytes by phase and kind."""
     train, model, backprop = engine.config.train, engine.config.model, engine.config.depth.backprop
     k = None if backprop == "all" else int(backprop)
     shape = (train.micro_batch, train.sequence_length + 1)

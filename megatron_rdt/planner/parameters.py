@@ -1,4 +1,4 @@
-"""How many parameters there are, where they belong, and what each process holds of them."""
+"""Parameters of the model: their sizes, the units they are gathered in, and each process's part of them."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,11 +20,11 @@ EXPERT_NAMES = ("feedforward.gate", "feedforward.up", "feedforward.down")
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter.
+    """Name and shape of one parameter, and its sizes on a process.
 
     Attributes:
-        name: as in the model.
-        shape: of the whole.
+        name: its name in the model.
+        shape: shape of the whole parameter.
     """
 
     name: str
@@ -32,42 +32,42 @@ class Parameter:
 
     @cached_property
     def unit(self) -> str:
-        """What is gathered together: "prelude.0", "core", "coda.1", or "root" for embedding, final norm and head."""
+        """Unit it is gathered with: "prelude.0", "core", "coda.1", or "root" for embedding, final norm and head."""
         first, second, *_ = (*self.name.split("."), "")
         return f"{first}.{second}" if first in ("prelude", "coda") else "core" if first == "core" else ROOT
 
     @cached_property
     def size(self) -> int:
-        """Numbers in it."""
+        """Number of its elements."""
         return prod(self.shape)
 
     @cached_property
-    def routed(self) -> bool:
-        """Whether it holds routed experts."""
+    def is_routed(self) -> bool:
+        """True if it holds the weights of routed experts."""
         return self.name.endswith(EXPERT_NAMES)
 
     @cached_property
-    def split(self) -> int | None:
-        """The dimension that tensor parallelism splits."""
+    def split_dim(self) -> int | None:
+        """Dimension that tensor parallelism splits; None if every process holds it whole."""
         return split_dimension(self.name)
 
     def local_shape(self, layout: Layout) -> tuple[int, ...]:
-        """What tensor and expert parallelism leave to a process, before the state is sharded."""
+        """Return its shape on a process after tensor and expert parallelism have split it, before FSDP shards it."""
         shape = list(self.shape)
-        if layout.expert > 1 and self.routed:
+        if layout.expert > 1 and self.is_routed:
             shape[0] = -(-shape[0] // layout.expert)
-        elif layout.tensor > 1 and self.split is not None:
-            shape[self.split] = -(-shape[self.split] // layout.tensor)
+        elif layout.tensor > 1 and self.split_dim is not None:
+            shape[self.split_dim] = -(-shape[self.split_dim] // layout.tensor)
         return tuple(shape)
 
-    def local(self, layout: Layout) -> int:
-        """Numbers that a process computes with, once gathered."""
+    def local_size(self, layout: Layout) -> int:
+        """Return how many of its elements a process computes with once they are gathered."""
         return prod(self.local_shape(layout))
 
-    def padded_shard(self, layout: Layout, ranks: int) -> int:
-        """Numbers of a process's shard when the state is dealt out over `ranks`, the last ones padded."""
-        if layout.expert > 1 and self.routed:  # not sharded any further
-            return self.local(layout)
+    def padded_shard_size(self, layout: Layout, ranks: int) -> int:
+        """Return the elements of a process's shard, padded to the largest, when `ranks` processes share the parameter."""
+        if layout.expert > 1 and self.is_routed:  # expert parallelism has dealt them out already
+            return self.local_size(layout)
         shape = self.local_shape(layout)
         dealt = shape[choose_sharded_dimension(shape, ranks)]
         return -(-dealt // ranks) * (prod(shape) // dealt)
@@ -76,8 +76,8 @@ class Parameter:
 _known: dict[str, tuple[Parameter, ...]] = {}
 
 
-def parameters_of(config: ModelConfig) -> tuple[Parameter, ...]:
-    """Every parameter of the model, which is built on the meta device and takes no memory."""
+def list_parameters(config: ModelConfig) -> tuple[Parameter, ...]:
+    """List every parameter of the model, which is built on the meta device and takes no memory."""
     key = repr(config)
     if key not in _known:
         with torch.device("meta"):
@@ -86,15 +86,15 @@ def parameters_of(config: ModelConfig) -> tuple[Parameter, ...]:
     return _known[key]
 
 
-def units_of(config: ModelConfig) -> list[str]:
-    """The units in the order of a forward pass, the root, which comes first, left out."""
+def list_units(config: ModelConfig) -> list[str]:
+    """List the units in the order of a forward pass, without the root, which comes first."""
     prelude = [f"prelude.{i}" for i in range(config.prelude_layers)]
     return [*prelude, "core", *(f"coda.{i}" for i in range(config.coda_layers))]
 
 
 def core_units(config: RunConfig) -> dict[str, tuple[Parameter, ...]]:
-    """The core's parameters by the units that `parallel.core_gather` makes; "" is what is gathered once."""
-    core = tuple(p for p in parameters_of(config.model) if p.unit == "core")
+    """Group the core's parameters as `parallel.core_gather` gathers them; the group "" is gathered once per pass."""
+    core = tuple(p for p in list_parameters(config.model) if p.unit == "core")
     if config.parallel.core_gather == "once":
         return {"": core}
     inner = tuple(p for p in core if p.name.startswith("core.layers."))
@@ -106,21 +106,21 @@ def core_units(config: RunConfig) -> dict[str, tuple[Parameter, ...]]:
 
 
 def part_sizes(config: ModelConfig) -> dict[str, int]:
-    """Parameters of the model's parts, by name; they add up to all."""
+    """Count the parameters of each part of the model; the counts add up to all."""
     parts = dict.fromkeys(("embedding", "prelude", "core", "coda", "final norm", "output matrix"), 0)
     names = {"final_norm": "final norm", "head": "output matrix"}
-    for parameter in parameters_of(config):
+    for parameter in list_parameters(config):
         first = parameter.name.split(".")[0]
         parts[names.get(first, first)] += parameter.size
     return {name: size for name, size in parts.items() if size}
 
 
 def active_parameters(config: ModelConfig) -> int:
-    """Parameters that one token is computed with, each counted once whatever T is: of experts, those it is sent to."""
+    """Count the parameters that one token is computed with, each once for any T; of experts, those it is sent to."""
     share = config.experts_per_token / config.experts
-    return round(sum(p.size * (share if p.routed else 1.0) for p in parameters_of(config)))
+    return round(sum(p.size * (share if p.is_routed else 1.0) for p in list_parameters(config)))
 
 
-def moments(parameter: Parameter, config: OptimizerConfig) -> int:
-    """Numbers of optimizer state per number of the parameter."""
+def moments_per_weight(parameter: Parameter, config: OptimizerConfig) -> int:
+    """Return how many numbers of state the optimizer keeps for each element: 1 for Muon, 2 for AdamW."""
     return 1 if is_stepped_by_muon(parameter.name, torch.empty(parameter.shape, device="meta"), config) else 2

@@ -1,46 +1,52 @@
-"""A plan as text for a terminal, and as data."""
+"""Format a run plan as text for a terminal, and as data for JSON."""
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_rdt.planner.run_plan import ROOM, Plan
-from megatron_rdt.planner.step_time import DAY, HOUR, seconds
+from megatron_rdt.planner.run_plan import USABLE_MEMORY, RunPlan
+from megatron_rdt.planner.step_time import DAY, HOUR, collective_seconds
 
 GB, TERA = 1e9, 1e12
 SHOWN_CHANGES = 10
 
 
-def count(number: float) -> str:
-    """A large number with a unit: 3.57 billion."""
+def format_count(number: float) -> str:
+    """Format a large number with a unit: 3.57 billion."""
     for size, name in ((1e12, " trillion"), (1e9, " billion"), (1e6, " million"), (1e3, " thousand")):
         if number >= size:
             return f"{number / size:.3g}{name}"
     return f"{number:.0f}"
 
 
-def duration(time: float) -> str:
-    """Seconds as they are said: 12 ms, 3.4 s."""
+def format_duration(time: float) -> str:
+    """Format a time in seconds: 12 ms, 3.4 s."""
     if time < 1e-6:
         return "0 ms"
     return f"{1e3 * time:.3g} ms" if time < 1 else f"{time:,.3g} s" if time < 1000 else f"{time:,.0f} s"
 
 
-def report(plan: Plan, utilisation: float, tokens: float, price: float) -> str:
-    """All sections.
+def format_plan(plan: RunPlan, utilisation: float, tokens: float, price: float) -> str:
+    """Format all sections of a run plan.
 
     Args:
-        plan: of the run.
-        utilisation: share of the peak that was assumed.
+        plan: the run plan.
+        utilisation: share of the peak rate that it assumed.
         tokens: budget of the run.
-        price: of one device for an hour; 0 leaves the cost out.
+        price: price of one device for an hour; 0 omits the cost.
     """
-    parts = [_model(plan), _work(plan), _memory(plan), _communication(plan), _time(plan, utilisation, tokens, price)]
+    parts = [
+        _format_parameters(plan),
+        _format_work(plan),
+        _format_memory(plan),
+        _format_communication(plan),
+        _format_time(plan, utilisation, tokens, price),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
-def _table(rows: Sequence[tuple[str, ...]], indent: str = "  ") -> str:
-    """Columns, the first to the left and the others to the right."""
+def _format_table(rows: Sequence[tuple[str, ...]], indent: str = "  ") -> str:
+    """Align rows in columns: the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for first, *others in rows:
@@ -49,14 +55,16 @@ def _table(rows: Sequence[tuple[str, ...]], indent: str = "  ") -> str:
     return "\n".join(lines)
 
 
-def _model(plan: Plan) -> str:
+def _format_parameters(plan: RunPlan) -> str:
+    """Format the section on parameters."""
     total = sum(plan.parts.values())
     rows = [(name, f"{size:,}", f"{100 * size / total:.1f} %") for name, size in plan.parts.items()]
     rows += [("all", f"{total:,}", ""), ("active per token", f"{plan.active:,}", "")]
-    return "Parameters\n" + _table(rows)
+    return "Parameters\n" + _format_table(rows)
 
 
-def _work(plan: Plan) -> str:
+def _format_work(plan: RunPlan) -> str:
+    """Format the section on loop counts and operations."""
     work, config = plan.work, plan.config
     k = "all iterations" if plan.with_grad == plan.loops else f"the last {config.depth.backprop}"
     again = f", and {100 * work.again / work.per_step:.0f} % more for checkpointing" if work.again else ""
@@ -67,7 +75,8 @@ def _work(plan: Plan) -> str:
     )
 
 
-def _memory(plan: Plan) -> str:
+def _format_memory(plan: RunPlan) -> str:
+    """Format the section on memory, with options that would save some."""
     memory, device, layout = plan.memory, plan.device, plan.layout
     k = f", {plan.deepest.with_grad} with gradient" if plan.deepest.with_grad < plan.deepest.loops else ""
     rows = [
@@ -80,24 +89,25 @@ def _memory(plan: Plan) -> str:
     lines = [
         f"Memory per device at T = {plan.deepest.loops}{k} ({memory.moment})",
         f"  {layout.world_size} x {device.name}, engine {plan.config.parallel.engine}: {', '.join(axes)}",
-        _table(rows),
+        _format_table(rows),
         f"  {plan.usual.peak / GB:.2f} GB at the mean T",
     ]
-    limit = ROOM * device.memory / GB
+    limit = USABLE_MEMORY * device.memory / GB
     verdict = "fits" if plan.fits else "does not fit"
-    lines.append(f"  {verdict} into {limit:.1f} GB ({100 * ROOM:.0f} % of {device.memory / GB:.1f} GB)")
+    lines.append(f"  {verdict} into {limit:.1f} GB ({100 * USABLE_MEMORY:.0f} % of {device.memory / GB:.1f} GB)")
     if plan.changes:
         lines.append("  What would take less:" if not plan.fits else "  What would take less, if need be:")
         shown = plan.changes[:SHOWN_CHANGES]
         saved = [(c.words, f"{(memory.peak - c.memory.peak) / GB:+.2f} GB".replace("+", "-")) for c in shown]
         now = [f"{c.memory.peak / GB:.2f} GB{', fits' if c.memory.peak / GB <= limit else ''}" for c in shown]
-        lines.append(_table([(*pair, last) for pair, last in zip(saved, now)], "    "))
+        lines.append(_format_table([(*pair, last) for pair, last in zip(saved, now)], "    "))
     if not plan.fits and not any(change.memory.peak / GB <= limit for change in plan.changes):
         lines.append("  None of them is enough alone: give several, and see the next plan.")
     return "\n".join(lines)
 
 
-def _communication(plan: Plan) -> str:
+def _format_communication(plan: RunPlan) -> str:
+    """Format the section on collectives; those of one purpose and kind share a line."""
     if not plan.sent:
         return "Communication\n  none"
     merged: dict[tuple[str, str, str, bool], list[float]] = {}
@@ -105,16 +115,25 @@ def _communication(plan: Plan) -> str:
         row = merged.setdefault((each.purpose, each.kind, each.axis, each.hidden), [0, 0.0, 0.0])
         row[0] += each.calls
         row[1] += each.size
-        row[2] += seconds(each, plan.layout, plan.device)
+        row[2] += collective_seconds(each, plan.layout, plan.device)
     rows = [("what", "collective", "among", "calls", "GB", "time", "")]
     rows += [
-        (purpose, kind, axis, str(calls), f"{size / GB:.3f}", duration(time), "beside computing" if hidden else "waits")
+        (
+            purpose,
+            kind,
+            axis,
+            str(calls),
+            f"{size / GB:.3f}",
+            format_duration(time),
+            "beside computing" if hidden else "waits",
+        )
         for (purpose, kind, axis, hidden), (calls, size, time) in merged.items()
     ]
-    return "Communication of a step, per process, at the mean T\n" + _table(rows)
+    return "Communication of a step, per process, at the mean T\n" + _format_table(rows)
 
 
-def _time(plan: Plan, utilisation: float, tokens: float, price: float) -> str:
+def _format_time(plan: RunPlan, utilisation: float, tokens: float, price: float) -> str:
+    """Format the section on the time of a step and of the token budget."""
     if plan.time is None:
         return (
             "Time\n  not known: the peak rates are those of bfloat16, and train.precision is "
@@ -123,22 +142,24 @@ def _time(plan: Plan, utilisation: float, tokens: float, price: float) -> str:
     time, world = plan.time, plan.layout.world_size
     lines = [
         f"Time of a step, of {world} x {plan.device.name} at {plan.device.peak_flops / TERA:,.4g} TFLOP/s",
-        f"  at least {duration(time.bound)}: {duration(time.computing)} computing at the peak rate, {duration(time.hidden)} "
-        f"of communication beside it, {duration(time.exposed)} of communication that waits; "
-        f"MFU at most {100 * time.mfu_bound:.1f} %",
-        f"  expected {duration(time.expected)} if computing reaches {100 * utilisation:.0f} % of the peak: "
+        f"  at least {format_duration(time.bound)}: {format_duration(time.computing)} computing at the peak rate, "
+        f"{format_duration(time.hidden)} of communication beside it, {format_duration(time.exposed)} of communication "
+        f"that waits; MFU at most {100 * time.mfu_bound:.1f} %",
+        f"  expected {format_duration(time.expected)} if computing reaches {100 * utilisation:.0f} % of the peak: "
         f"{plan.tokens / time.expected:,.0f} tokens/s, MFU {100 * time.mfu:.1f} %",
     ]
     if tokens:
         whole = tokens / plan.tokens * time.expected
         cost = f", {world * whole / HOUR:,.0f} device hours"
         cost += f", {world * whole / HOUR * price:,.0f} at {price:g} each" if price else ""
-        lines.append(f"  {count(tokens)} tokens: {tokens / plan.tokens:,.0f} steps, {whole / DAY:,.2f} days{cost}")
+        lines.append(
+            f"  {format_count(tokens)} tokens: {tokens / plan.tokens:,.0f} steps, {whole / DAY:,.2f} days{cost}"
+        )
     return "\n".join(lines)
 
 
-def as_data(plan: Plan, tokens: float) -> dict[str, Any]:
-    """The plan as what JSON can hold."""
+def plan_to_dict(plan: RunPlan, tokens: float) -> dict[str, Any]:
+    """Return the plan as data that JSON can hold."""
     days = None if plan.time is None else tokens / plan.tokens * plan.time.expected / DAY
     return {
         "device": dataclasses.asdict(plan.device),
@@ -148,7 +169,8 @@ def as_data(plan: Plan, tokens: float) -> dict[str, Any]:
         "flops": dataclasses.asdict(plan.work),
         "memory": {**dataclasses.asdict(plan.memory), "at_mean": plan.usual.peak, "fits": plan.fits},
         "communication": [
-            dataclasses.asdict(each) | {"seconds": seconds(each, plan.layout, plan.device)} for each in plan.sent
+            dataclasses.asdict(each) | {"seconds": collective_seconds(each, plan.layout, plan.device)}
+            for each in plan.sent
         ],
         "time": None if plan.time is None else dataclasses.asdict(plan.time),
         "budget": {"tokens": tokens, "days": days},

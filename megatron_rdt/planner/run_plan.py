@@ -1,4 +1,4 @@
-"""The plan of a run: everything that its config says about memory, communication and time on given devices."""
+"""The run plan: memory, communication and time of a run on given devices, and options that would save memory."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,46 +12,46 @@ from megatron_rdt.config.layout import Layout
 from megatron_rdt.depth import DepthSampler
 from megatron_rdt.devices import Device
 from megatron_rdt.errors import ConfigError
-from megatron_rdt.planner.communication import Sent, step_communication
-from megatron_rdt.planner.memory import Depth, Memory, step_memory
+from megatron_rdt.planner.communication import Collectives, step_communication
+from megatron_rdt.planner.memory import PeakMemory, StepDepth, step_memory
 from megatron_rdt.planner.parameters import active_parameters, part_sizes
 from megatron_rdt.planner.step_time import StepTime, Work, step_time, step_work
 
-RARE = 1e-6  # memory is planned for a T that fewer draws than this exceed
-ROOM = 0.92  # of a device's memory: the rest goes to the library, to its communication buffers and to fragments
+NEGLIGIBLE_PROBABILITY = 1e-6  # memory is planned for the largest T that is drawn more often than this
+USABLE_MEMORY = 0.92  # share of a device's memory; libraries, communication buffers and fragmentation take the rest
 
 
 @dataclass(frozen=True)
-class Change:
-    """An option that takes less memory.
+class SavingOption:
+    """An option with which a run needs less memory.
 
     Attributes:
-        words: as on the command line.
-        config: the run with it.
-        memory: what it then needs.
+        words: the option as on the command line.
+        config: the run's config with it.
+        memory: peak memory with it.
     """
 
     words: str
     config: RunConfig
-    memory: Memory
+    memory: PeakMemory
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Of a run.
+class RunPlan:
+    """Everything that `rdt plan` reports about one run.
 
     Attributes:
-        config, device, layout: what it is for.
-        parts: parameters of each part of the model.
-        active: parameters that a token is computed with.
-        loops, with_grad: mean of T and of min(k, T).
-        deepest: the depth that memory is planned for.
-        memory: of the process with the most, at `deepest`.
-        usual: the same at the mean depth.
-        work: operations.
-        sent: communication of a step at the mean depth.
-        time: None where the device's rate for the config's precision is not known.
-        changes: what would save memory, the most first.
+        config, device, layout: the run, the kind of device, and the layout of processes.
+        parts: number of parameters of each part of the model.
+        active: number of parameters that a token is computed with.
+        loops, with_grad: means of T and of min(k, T).
+        deepest: loop counts that memory is planned for.
+        memory: peak memory of one process at `deepest`.
+        usual: peak memory of one process at the mean loop counts.
+        work: operations of a step.
+        sent: collectives of a step at the mean loop counts.
+        time: time of a step; None if the device's rate for the config's precision is not known.
+        changes: options that would save memory, the largest saving first.
     """
 
     config: RunConfig
@@ -61,37 +61,37 @@ class Plan:
     active: int
     loops: float
     with_grad: float
-    deepest: Depth
-    memory: Memory
-    usual: Memory
+    deepest: StepDepth
+    memory: PeakMemory
+    usual: PeakMemory
     work: Work
-    sent: list[Sent]
+    sent: list[Collectives]
     time: StepTime | None
-    changes: list[Change]
+    changes: list[SavingOption]
 
     @property
     def fits(self) -> bool:
-        """Whether a device's memory is enough."""
-        return self.memory.peak <= ROOM * self.device.memory
+        """True if a device's memory is enough."""
+        return self.memory.peak <= USABLE_MEMORY * self.device.memory
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step."""
+        """Number of tokens in a step."""
         return self.config.train.global_batch * self.config.train.sequence_length
 
 
-def depths(config: DepthConfig) -> tuple[float, float, Depth]:
-    """Mean of T, mean of min(k, T), and the deepest T that is not rare."""
+def plan_depths(config: DepthConfig) -> tuple[float, float, StepDepth]:
+    """Return the mean of T, the mean of min(k, T), and the largest T that is not negligible, which memory is planned for."""
     table = DepthSampler(config, 0).probabilities
     values = np.arange(len(table))
     k = len(table) if config.backprop == "all" else int(config.backprop)
     at_least = np.cumsum(table[::-1])[::-1]
-    deepest = int(values[at_least > RARE][-1])
-    return float(table @ values), float(table @ np.minimum(values, k)), Depth(deepest, min(k, deepest))
+    deepest = int(values[at_least > NEGLIGIBLE_PROBABILITY][-1])
+    return float(table @ values), float(table @ np.minimum(values, k)), StepDepth(deepest, min(k, deepest))
 
 
-def layout_of(config: RunConfig, devices: int) -> Layout:
-    """The arrangement of that many processes.
+def make_layout(config: RunConfig, devices: int) -> Layout:
+    """Make the layout of `devices` processes, one for each device.
 
     Raises:
         ConfigError: the config does not work on them.
@@ -102,26 +102,26 @@ def layout_of(config: RunConfig, devices: int) -> Layout:
     return Layout.of(config.parallel, devices)
 
 
-def make_plan(config: RunConfig, devices: int, device: Device, utilisation: float, advise: bool = True) -> Plan:
-    """The plan of a run on `devices` devices.
+def make_plan(config: RunConfig, devices: int, device: Device, utilisation: float, advise: bool = True) -> RunPlan:
+    """Plan a run on a number of devices.
 
     Args:
-        config: of the run.
-        devices: how many.
-        device: of which kind.
+        config: the run's config.
+        devices: number of devices.
+        device: kind of device.
         utilisation: share of the peak rate that is assumed while computing.
-        advise: also try what would save memory.
+        advise: also try options that would save memory.
 
     Raises:
         ConfigError: the config does not work on that many devices.
     """
-    layout = layout_of(config, devices)
-    loops, with_grad, deepest = depths(config.depth)
-    mean = Depth(max(round(loops), 1), max(round(with_grad), 1))
+    layout = make_layout(config, devices)
+    loops, with_grad, deepest = plan_depths(config.depth)
+    mean = StepDepth(max(round(loops), 1), max(round(with_grad), 1))
     memory = step_memory(config, layout, device.gpu, deepest)
     work, sent = step_work(config, loops, with_grad), step_communication(config, layout, mean, device.gpu)
     known = config.train.precision == "bfloat16" or not device.gpu
-    return Plan(
+    return RunPlan(
         config,
         device,
         layout,
@@ -135,12 +135,12 @@ def make_plan(config: RunConfig, devices: int, device: Device, utilisation: floa
         work,
         sent,
         step_time(work, sent, layout, device, utilisation) if known else None,
-        list(changes(config, devices, device, memory)) if advise else [],
+        list(find_saving_options(config, devices, device, memory)) if advise else [],
     )
 
 
 def checkpoint_policies() -> list[str]:
-    """What `depth.checkpoint` takes, numbers left out."""
+    """List the choices of `depth.checkpoint`, except for numbers."""
     return [
         str(value)
         for kind in (get_type_hints(DepthConfig)["checkpoint"], *get_args(get_type_hints(DepthConfig)["checkpoint"]))
@@ -149,8 +149,8 @@ def checkpoint_policies() -> list[str]:
     ]
 
 
-def _candidates(config: RunConfig, devices: int) -> Iterator[dict[str, Any]]:
-    """Options that may save memory, by dotted name."""
+def _list_candidates(config: RunConfig, devices: int) -> Iterator[dict[str, Any]]:
+    """Yield sets of options that may save memory, as values by dotted name."""
     parallel, train, depth = config.parallel, config.train, config.depth
     yield from ({"depth.checkpoint": name} for name in checkpoint_policies() if name not in ("none", depth.checkpoint))
     if depth.backprop == "all" and config.model.halting == "none" and depth.mean > 4:
@@ -169,29 +169,29 @@ def _candidates(config: RunConfig, devices: int) -> Iterator[dict[str, Any]]:
         yield {"train.micro_batch": train.micro_batch // 2}
 
 
-def changed(config: RunConfig, options: dict[str, Any]) -> RunConfig:
-    """The config with other values, by dotted name."""
+def with_options(config: RunConfig, options: dict[str, Any]) -> RunConfig:
+    """Return the config with other values, given by dotted name."""
     for name, value in options.items():
         section, field = name.split(".")
         config = replace(config, **{section: replace(getattr(config, section), **{field: value})})
     return config
 
 
-def changes(config: RunConfig, devices: int, device: Device, memory: Memory) -> Iterator[Change]:
-    """Single options with which a device needs less than `memory`, the largest saving first."""
-    found: dict[str, Change] = {}
-    limit = ROOM * device.memory
-    for options in _candidates(config, devices):
-        other = changed(config, options)
+def find_saving_options(config: RunConfig, devices: int, device: Device, memory: PeakMemory) -> Iterator[SavingOption]:
+    """Yield single options with which a device needs less than `memory`, the largest saving first."""
+    found: dict[str, SavingOption] = {}
+    limit = USABLE_MEMORY * device.memory
+    for options in _list_candidates(config, devices):
+        other = with_options(config, options)
         try:
-            layout = layout_of(other, devices)
+            layout = make_layout(other, devices)
         except ConfigError:
             continue
-        needed = step_memory(other, layout, device.gpu, depths(other.depth)[2])
+        needed = step_memory(other, layout, device.gpu, plan_depths(other.depth)[2])
         if needed.peak < 0.995 * memory.peak:
             words = " ".join(f"--{name} {value}" for name, value in options.items())
-            # Of several sizes of an axis, the first that is enough.
+            # Of several sizes of an axis, keep the first that fits; if none fits, the last.
             axis = words if words.startswith("--depth.checkpoint") else next(iter(options))
             if axis not in found or found[axis].memory.peak > limit:
-                found[axis] = Change(words, other, needed)
+                found[axis] = SavingOption(words, other, needed)
     yield from sorted(found.values(), key=lambda change: change.memory.peak)

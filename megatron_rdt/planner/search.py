@@ -1,4 +1,4 @@
-"""The arrangement of a run over devices that is expected to be fastest among those that fit."""
+"""Search the arrangement of a run over devices with the shortest expected step among those that fit in memory."""
 
 import math
 from collections.abc import Iterator
@@ -10,16 +10,24 @@ from megatron_rdt.config.engines import PROPOSED
 from megatron_rdt.devices import Device
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.planner.communication import step_communication
-from megatron_rdt.planner.memory import Depth, step_memory
-from megatron_rdt.planner.run_plan import ROOM, Plan, changed, checkpoint_policies, depths, layout_of, make_plan
+from megatron_rdt.planner.memory import StepDepth, step_memory
+from megatron_rdt.planner.run_plan import (
+    USABLE_MEMORY,
+    RunPlan,
+    checkpoint_policies,
+    make_layout,
+    make_plan,
+    plan_depths,
+    with_options,
+)
 from megatron_rdt.planner.step_time import step_time, step_work
 
 MICRO_BATCHES = (16, 8, 4, 2, 1)
 TENSOR, CONTEXT, EXPERT, SHARDED = (1, 2, 4, 8), (1, 2, 8), (1, 8, 64), (64, 512)
 
 
-def arrangements(config: RunConfig, devices: int) -> Iterator[dict[str, Any]]:
-    """Options of `parallel` and `depth` to try, all with engine fsdp, micro-batches left open."""
+def list_arrangements(config: RunConfig, devices: int) -> Iterator[dict[str, Any]]:
+    """Yield sets of options of `parallel` and `depth` to try, all with the engine that shards, without micro-batches."""
     experts = (*EXPERT, config.model.experts) if config.model.core_ffn == "moe" else (1,)
     replicas = [1, *(devices // size for size in SHARDED if devices > size)]
     policies = [name for name in checkpoint_policies() if name != "selective"]
@@ -37,30 +45,31 @@ def arrangements(config: RunConfig, devices: int) -> Iterator[dict[str, Any]]:
             }
 
 
-def fastest(config: RunConfig, devices: int, device: Device, utilisation: float) -> Plan | None:
-    """The plan with the shortest expected step; None where nothing that is tried fits.
+def find_fastest_plan(config: RunConfig, devices: int, device: Device, utilisation: float) -> RunPlan | None:
+    """Find the plan with the shortest expected step; None if no arrangement that is tried fits.
 
     Args:
-        config: of the run; its global batch stays as it is.
-        devices: how many.
-        device: of which kind.
+        config: the run's config; its global batch stays as it is.
+        devices: number of devices.
+        device: kind of device.
         utilisation: see `make_plan`.
     """
-    loops, with_grad, deepest = depths(config.depth)
-    mean = Depth(max(round(loops), 1), max(round(with_grad), 1))
+    loops, with_grad, deepest = plan_depths(config.depth)
+    mean = StepDepth(max(round(loops), 1), max(round(with_grad), 1))
     best, shortest = None, math.inf
-    for options in arrangements(config, devices):
+    for options in list_arrangements(config, devices):
         for micro_batch in MICRO_BATCHES:
-            other = changed(config, {**options, "train.micro_batch": micro_batch})
+            other = with_options(config, {**options, "train.micro_batch": micro_batch})
             try:
-                layout = layout_of(other, devices)
+                layout = make_layout(other, devices)
             except ConfigError:
                 continue
             sent = step_communication(other, layout, mean, device.gpu)
             time = step_time(step_work(other, loops, with_grad), sent, layout, device, utilisation).expected
-            if time >= 0.999 * shortest:  # of equal ones the first, which is the simplest; less at a time takes longer
+            # Smaller micro-batches take longer still. Of equally fast arrangements the first, the simplest, stays.
+            if time >= 0.999 * shortest:
                 break
-            if step_memory(other, layout, device.gpu, deepest).peak <= ROOM * device.memory:
+            if step_memory(other, layout, device.gpu, deepest).peak <= USABLE_MEMORY * device.memory:
                 best, shortest = other, time
                 break
     return None if best is None else make_plan(best, devices, device, utilisation, advise=False)

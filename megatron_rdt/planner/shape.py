@@ -1,4 +1,4 @@
-"""The sizes that one process computes on, from a config and a number of processes."""
+"""Sizes of the tensors that one process computes on, from a config and a layout of processes."""
 
 from dataclasses import dataclass
 
@@ -11,29 +11,29 @@ COMPUTE_BYTES = {"float32": FLOAT32, "bfloat16": BFLOAT16}
 
 @dataclass(frozen=True)
 class Shape:
-    """One micro-batch on one process.
+    """Size of one micro-batch on one process, and the bytes of the tensors in it.
 
     Attributes:
-        model: the config of the model.
-        layout: how the processes are arranged.
-        batch: sequences.
+        model: config of the model.
+        layout: layout of the processes.
+        batch: sequences of the micro-batch.
         sequence: tokens of a whole sequence.
-        compute: bytes of a number in matrix products.
-        gpu: whether the kernels are those of a GPU, which keep less.
-        masked: whether attention has a mask other than the causal one.
+        element_bytes: bytes of a number in the compute dtype.
+        gpu: True for the kernels of a GPU, which keep less.
+        masked: True if attention has a mask other than the causal one.
     """
 
     model: ModelConfig
     layout: Layout
     batch: int
     sequence: int
-    compute: int = FLOAT32
+    element_bytes: int = FLOAT32
     gpu: bool = True
     masked: bool = False
 
     @classmethod
     def of(cls, config: RunConfig, layout: Layout, gpu: bool) -> "Shape":
-        """The shape of a run's micro-batches."""
+        """Return the shape of the micro-batches of a run."""
         train = config.train
         return cls(
             config.model,
@@ -47,23 +47,23 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """Tokens that attention and feed-forward parts of this process see."""
+        """Tokens that the attention and feed-forward parts of this process compute on."""
         return self.batch * self.sequence // self.layout.context
 
     @property
-    def stream(self) -> float:
-        """Tokens of which this process holds residual stream, state and norms."""
+    def stream_tokens(self) -> float:
+        """Tokens whose residual stream, state and norms this process holds: with tensor parallelism, part of `tokens`."""
         return self.tokens / self.layout.tensor
 
-    def state(self, copies: float = 1.0) -> float:
-        """Bytes of the residual stream or recurrent state, float32; `copies` of it."""
-        return copies * FLOAT32 * self.stream * self.model.dim
+    def state_bytes(self, copies: float = 1.0) -> float:
+        """Return the bytes of `copies` of the residual stream, or of the recurrent state, in float32."""
+        return copies * FLOAT32 * self.stream_tokens * self.model.dim
 
-    def rounded(self, width: float, copies: float = 1.0) -> float:
-        """Bytes of activations of all tokens in the compute dtype, `width` channels per token."""
-        return copies * self.compute * self.tokens * width
+    def activation_bytes(self, width: float, copies: float = 1.0) -> float:
+        """Return the bytes of activations in the compute dtype: `width` channels for each of `tokens`."""
+        return copies * self.element_bytes * self.tokens * width
 
-    def norm(self, width: float, tokens: float | None = None, fused: bool = True) -> float:
-        """Bytes that an RMSNorm keeps beside its input: the root, and where it is not one kernel the quotient."""
-        tokens = self.stream if tokens is None else tokens
+    def norm_bytes(self, width: float, tokens: float | None = None, fused: bool = True) -> float:
+        """Return the bytes that an RMSNorm keeps besides its input: the root, and the quotient unless it is one kernel."""
+        tokens = self.stream_tokens if tokens is None else tokens
         return FLOAT32 * tokens * (1 if self.gpu and fused else 1 + width)

@@ -1,4 +1,4 @@
-"""How long a step takes at least, from operations, bytes and the rates of a device; nothing here was timed."""
+"""Time of a step, computed from its operations, its bytes and the rates of a device; nothing is timed."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,20 +7,20 @@ from megatron_rdt.config import ModelConfig, RunConfig
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.devices import Device
 from megatron_rdt.model.flops import ForwardFlops, forward_flops, training_flops
-from megatron_rdt.planner.communication import REDUCE, Sent
-from megatron_rdt.planner.recomputation import Policy
+from megatron_rdt.planner.communication import REDUCE, Collectives
+from megatron_rdt.planner.recomputation import CheckpointingPolicy
 
 DAY, HOUR = 86400.0, 3600.0
 
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations, all devices together.
+    """Floating-point operations of all devices together.
 
     Attributes:
-        per_token: useful ones, forward and backward.
-        per_step: the same of a step.
-        again: of a step, what checkpointing computes again on top.
+        per_token: useful operations for a token, forward and backward.
+        per_step: useful operations of a step.
+        again: operations of a step that checkpointing repeats, in addition.
     """
 
     per_token: float
@@ -30,16 +30,16 @@ class Work:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step on one device, and what they come to.
+    """Seconds of one step on one device, and the utilisation (MFU) that they amount to.
 
     Attributes:
-        computing: useful and repeated operations at the peak rate.
-        hidden: communication that goes on while the device computes.
-        exposed: communication that it waits for.
-        bound: the shortest step: the larger of computing and hidden, and what is exposed.
+        computing: time of the useful and repeated operations at the peak rate.
+        hidden: time of communication during which the device computes.
+        exposed: time of communication that the device waits for.
+        bound: lower bound of the step: the larger of `computing` and `hidden`, plus `exposed`.
         expected: the same with computing at the assumed utilisation.
-        mfu_bound: useful operations over what the peak rate would do in `bound`.
-        mfu: the same in `expected`.
+        mfu_bound: useful operations as a share of what the peak rate does in `bound`.
+        mfu: useful operations as a share of what the peak rate does in `expected`.
     """
 
     computing: float
@@ -54,7 +54,8 @@ class StepTime:
 _known: dict[tuple[str, int], ForwardFlops] = {}
 
 
-def _forward(config: ModelConfig, sequence: int) -> ForwardFlops:
+def _count_forward_flops(config: ModelConfig, sequence: int) -> ForwardFlops:
+    """Count the operations of a forward pass; counted once, since a search asks thousands of times."""
     key = repr(config), sequence
     if key not in _known:
         _known[key] = forward_flops(config, sequence)
@@ -62,17 +63,20 @@ def _forward(config: ModelConfig, sequence: int) -> ForwardFlops:
 
 
 def step_work(config: RunConfig, loops: float, with_grad: float) -> Work:
-    """Operations of a step at mean T and mean min(k, T)."""
-    forward, policy = _forward(config.model, config.train.sequence_length), Policy(config.depth.checkpoint)
+    """Count the operations of a step whose mean T is `loops`, and whose mean min(k, T) is `with_grad`."""
+    forward, policy = (
+        _count_forward_flops(config.model, config.train.sequence_length),
+        CheckpointingPolicy(config.depth.checkpoint),
+    )
     per_token = training_flops(config.model, forward, loops, with_grad)
-    again = policy.recompute * with_grad * forward.iteration
+    again = policy.recomputed_share * with_grad * forward.iteration
     again += forward.prelude + forward.coda if policy.every_layer else 0.0
     tokens = config.train.global_batch * config.train.sequence_length
     return Work(per_token, tokens * per_token, tokens * again)
 
 
-def group(axis: str, layout: Layout, device: Device) -> tuple[int, int]:
-    """Processes of a group along an axis, and how many of them share a node. Neighbouring ranks share nodes."""
+def group_size(axis: str, layout: Layout, device: Device) -> tuple[int, int]:
+    """Return how many processes a group along an axis has, and how many of them share a node: neighbouring ranks do."""
     inner = layout.context * layout.tensor
     size, stride = {
         "tensor": (layout.tensor, 1),
@@ -86,18 +90,19 @@ def group(axis: str, layout: Layout, device: Device) -> tuple[int, int]:
     return size, max(min(size, device.per_node // stride), 1)
 
 
-def seconds(sent: Sent, layout: Layout, device: Device) -> float:
-    """Of collectives at full bandwidth: every part of the buffer crosses each link that it has to cross once."""
-    size, together = group(sent.axis, layout, device)
+def collective_seconds(sent: Collectives, layout: Layout, device: Device) -> float:
+    """Return the time of collectives at full bandwidth, where every byte crosses each link that it must cross once."""
+    size, together = group_size(sent.axis, layout, device)
     nodes = -(-size // together)
+    # A gather or scatter over n leaves each process 1/n of the buffer it need not move; an all-reduce is one of each.
     inside = sent.size * (1 - 1 / size) / device.intra_bandwidth if together > 1 else 0.0
     between = sent.size * (1 - 1 / nodes) / (together * device.inter_bandwidth) if nodes > 1 else 0.0
     return max(inside, between) * (2 if sent.kind == REDUCE else 1)
 
 
-def step_time(work: Work, sent: Iterable[Sent], layout: Layout, device: Device, utilisation: float) -> StepTime:
-    """From the work of all devices and what each sends."""
-    times = [(each.hidden, seconds(each, layout, device)) for each in sent]
+def step_time(work: Work, sent: Iterable[Collectives], layout: Layout, device: Device, utilisation: float) -> StepTime:
+    """Compute the time of a step from the operations of all devices and the collectives of one."""
+    times = [(each.hidden, collective_seconds(each, layout, device)) for each in sent]
     hidden = sum(time for is_hidden, time in times if is_hidden)
     exposed = sum(time for is_hidden, time in times if not is_hidden)
     rate = layout.world_size * device.peak_flops

@@ -1,18 +1,30 @@
-"""Weights, gradients and optimizer state of one process over a step, as each engine holds and gathers them."""
+"""Memory of weights, gradients and optimizer state on one process over a step, as each kind of engine holds them.
+
+`memory.py` replays a step and calls these classes at its events; they enter in the ledger what is held and freed.
+A *unit* is a group of parameters that is gathered together, see `parameters.py`.
+"""
+
+from collections.abc import Iterable
 
 from megatron_rdt.config import RunConfig
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.planner.ledger import Ledger
-from megatron_rdt.planner.parameters import FLOAT32, ROOT, Parameter, core_units, moments, units_of
+from megatron_rdt.planner.parameters import FLOAT32, ROOT, Parameter, core_units, list_units, moments_per_weight
 
 WEIGHTS, OPTIMIZER, GRADIENTS = "weights", "optimizer", "gradients"
-ZERO_BUCKET = 500_000_000  # numbers, DeepSpeed's own default
+ZERO_BUCKET = 500_000_000  # numbers in DeepSpeed's reduction bucket, its default
 CORE, OTHER, BUFFERS = "gathered core", "other gathered units", "buffers"
 UNREDUCED, SUMS = "unreduced gradients", "gradients being summed"
 
 
 class Weights:
-    """Unsharded: every process has all (engines single and ddp)."""
+    """Weights that every process holds whole (engines single and ddp).
+
+    Attributes:
+        first, last: the current micro-batch is the first, or the last, of the step.
+        summed: the core's gradients are sums over several iterations.
+        pending: names of the parameters whose gradients the current backward pass has still to compute.
+    """
 
     def __init__(
         self, config: RunConfig, layout: Layout, parameters: tuple[Parameter, ...], ledger: Ledger, gpu: bool
@@ -21,74 +33,84 @@ class Weights:
         self.first = self.last = self.summed = True
         self.pending: set[str] = set()
 
-    def size(self, prefix: str) -> float:
-        """Bytes of the parameters whose names begin so, once gathered."""
-        return FLOAT32 * sum(p.local(self.layout) for p in self.parameters if p.name.startswith(prefix))
-
-    def unit(self, unit: str) -> list[Parameter]:
-        """Parameters of a unit."""
+    def parameters_in(self, unit: str) -> list[Parameter]:
+        """Return the parameters of a unit."""
         return [p for p in self.parameters if p.unit == unit]
 
-    def start(self) -> None:
-        """What is held all the time."""
-        every = FLOAT32 * sum(p.local(self.layout) for p in self.parameters)
-        state = FLOAT32 * sum(moments(p, self.config.optimizer) * p.size for p in self.parameters)
+    def hold_state(self) -> None:
+        """Enter what is held throughout the step: weights, optimizer state, buckets."""
+        every = FLOAT32 * sum(p.local_size(self.layout) for p in self.parameters)
+        state = FLOAT32 * sum(moments_per_weight(p, self.config.optimizer) * p.size for p in self.parameters)
         self.ledger.hold(WEIGHTS, every)
         self.ledger.hold(OPTIMIZER, state)
         if self.config.parallel.engine_kind.many_processes:
             self.ledger.hold(BUFFERS, every)  # DDP's buckets
 
-    def begin(self, first: bool, last: bool, summed: bool) -> None:
-        """A micro-batch begins; `summed` says whether the core's gradients are sums over iterations."""
+    def begin_micro_batch(self, first: bool, last: bool, summed: bool) -> None:
+        """Note the beginning of a micro-batch; see the attributes."""
         self.first, self.last, self.summed = first, last, summed
         self.pending = {p.name for p in self.parameters}
 
-    def before(self, unit: str, backward: bool = False) -> None:
-        """A unit's pass begins."""
+    def begin_unit(self, unit: str, backward: bool = False) -> None:
+        """Gather a unit whose forward or backward pass begins; nothing to do for whole weights."""
 
-    def after(self, unit: str) -> None:
-        """A unit's forward pass has ended."""
+    def end_forward(self, unit: str) -> None:
+        """Free a unit whose forward pass has ended; nothing to do for whole weights."""
 
-    def gradient(self, *prefixes: str) -> None:
-        """The gradients of the parameters whose names begin so are there."""
+    def add_gradients(self, *prefixes: str) -> None:
+        """Enter the gradients, just computed, of the pending parameters whose names begin with one of `prefixes`."""
         done = {name for name in self.pending if name.startswith(prefixes)}
         self.pending -= done
-        size = FLOAT32 * sum(p.local(self.layout) for p in self.parameters if p.name in done)
-        self.appear(size, looped=self.summed and any(name.startswith("core.") for name in done))
+        size = FLOAT32 * sum(p.local_size(self.layout) for p in self.parameters if p.name in done)
+        self.hold_gradients(size, looped=self.summed and any(name.startswith("core.") for name in done))
 
-    def appear(self, size: float, looped: bool) -> None:
-        """Gradients of `size` bytes are there; those of the loop are summed before they are added to earlier ones."""
+    def hold_gradients(self, size: float, looped: bool) -> None:
+        """Enter gradients of `size` bytes; `looped`: the loop's, summed over iterations before they join earlier ones."""
         if self.first:
             self.ledger.hold(GRADIENTS, size)
         elif looped:
             self.ledger.hold(SUMS, size)
 
-    def largest(self, unit: str, part: str, again: bool = False) -> float:
-        """Bytes of the weight gradients that are on their way in a part, beside what holds their sum."""
+    def pending_gradient_bytes(self, unit: str, part: str, again: bool = False) -> float:
+        """Return the temporary bytes of the weight gradients of a part, besides the tensors that hold their sums.
+
+        Args:
+            unit: a layer.
+            part: "attention" or "feedforward".
+            again: an earlier iteration of the same backward pass has left a sum to add to.
+        """
         own = [p for p in self.parameters if p.name.startswith(f"{unit}.{part}")]
-        routed = FLOAT32 * sum(p.local(self.layout) for p in own if p.routed)
-        if routed:  # each expert's own until all are there, and one stack of them
+        routed = FLOAT32 * sum(p.local_size(self.layout) for p in own if p.is_routed)
+        if routed:  # a gradient per expert until all are computed, and one stack of them
             return routed * 4 / 3
-        biggest = max((p.local(self.layout) for p in own), default=0)
+        biggest = max((p.local_size(self.layout) for p in own), default=0)
         rounding = 1.0 if self.config.train.precision == "bfloat16" else 0.0
         return FLOAT32 * biggest * ((1.0 if again or not self.first else 0.0) + rounding)
 
-    def reduce(self, unit: str) -> None:
-        """A unit's backward pass has ended."""
+    def end_backward(self, unit: str) -> None:
+        """Finish a unit's backward pass: add the loop's sums to the gradients of earlier micro-batches."""
         if unit == "core":
-            self.ledger.look("backward, the loop's gradients")
+            self.ledger.note_peak("backward, the loop's gradients")
             self.ledger.free(SUMS)
 
-    def finish(self) -> None:
-        """Clip and step."""
+    def step_optimizer(self) -> None:
+        """Clip and step; Muon has four temporary copies of its largest matrix, gradients are freed."""
         biggest = max(FLOAT32 * p.size for p in self.parameters)
         muon = self.config.optimizer.name == "muon"
-        self.ledger.look("the optimizer", working_memory=4 * biggest if muon else 0.0)
+        self.ledger.note_peak("the optimizer", working_memory=4 * biggest if muon else 0.0)
         self.ledger.free(GRADIENTS)
 
 
 class ShardedWeights(Weights):
-    """FSDP2: units are gathered before their passes and reduced after their backward pass."""
+    """Weights under FSDP2: units are gathered before their passes, and their gradients reduced after the backward pass.
+
+    Attributes:
+        ranks: processes that share a shard group.
+        gathered: units whose gathered weights are held.
+        buffer, fetched: bytes that the last gather received, which FSDP2 holds until the next gather, and its unit.
+        sending: bytes that the last reduction sent, held until the next reduction.
+        copies: copies of a buffer that the backend makes to send it (gloo: one).
+    """
 
     def __init__(
         self, config: RunConfig, layout: Layout, parameters: tuple[Parameter, ...], ledger: Ledger, gpu: bool
@@ -96,117 +118,115 @@ class ShardedWeights(Weights):
         super().__init__(config, layout, parameters, ledger, gpu)
         self.ranks = layout.shard * layout.context
         self.gathered: set[str] = set()
-        self._at_once: dict[str, float] = {}
-        self.buffer, self.fetched = 0.0, ""  # what the last gather received, held until the next, and whose
-        self.sending = 0.0  # what the last reduction sent, held until the next
-        self.copies = 0.0 if gpu else 1.0  # gloo copies what it sends
+        self._gathered_bytes: dict[str, float] = {}
+        self.buffer, self.fetched = 0.0, ""
+        self.sending = 0.0
+        self.copies = 0.0 if gpu else 1.0
 
-    def start(self) -> None:
-        """Shards."""
-        shards = {p.name: FLOAT32 * p.padded_shard(self.layout, self.ranks) for p in self.parameters}
+    def hold_state(self) -> None:
+        """Enter the shards of weights and optimizer state."""
+        shards = {p.name: FLOAT32 * p.padded_shard_size(self.layout, self.ranks) for p in self.parameters}
         self.ledger.hold(WEIGHTS, sum(shards.values()))
-        self.ledger.hold(OPTIMIZER, sum(moments(p, self.config.optimizer) * shards[p.name] for p in self.parameters))
-
-    def at_once(self, unit: str) -> float:
-        """Bytes of a unit that are gathered at a time; of a core of several units, the outer and the largest inner one."""
-        if unit not in self._at_once:
-            self._at_once[unit] = self._gathered(unit)
-        return self._at_once[unit]
-
-    def _gathered(self, unit: str) -> float:
-        if unit != "core" or self.config.parallel.core_gather == "once":
-            return self.whole(unit)
-        outer, *inner = (
-            FLOAT32 * self.ranks * sum(p.padded_shard(self.layout, self.ranks) for p in group if not self._stays(p))
-            for group in core_units(self.config).values()
+        self.ledger.hold(
+            OPTIMIZER, sum(moments_per_weight(p, self.config.optimizer) * shards[p.name] for p in self.parameters)
         )
+
+    def gathered_bytes(self, unit: str) -> float:
+        """Return the bytes of a unit held gathered at a time; for a core in several pieces, the outer and the largest inner."""
+        if unit not in self._gathered_bytes:
+            self._gathered_bytes[unit] = self._compute_gathered_bytes(unit)
+        return self._gathered_bytes[unit]
+
+    def _compute_gathered_bytes(self, unit: str) -> float:
+        """Return the value that `gathered_bytes` keeps."""
+        if unit != "core" or self.config.parallel.core_gather == "once":
+            return self.ranks * self.shard_bytes(self.parameters_in(unit))
+        outer, *inner = (self.ranks * self.shard_bytes(group) for group in core_units(self.config).values())
         return outer + max(inner)
 
-    def whole(self, unit: str) -> float:
-        """Bytes of a unit, gathered."""
-        return FLOAT32 * sum(
-            self.ranks * p.padded_shard(self.layout, self.ranks) for p in self.unit(unit) if not self._stays(p)
-        )
+    def gradient_bytes(self, unit: str) -> float:
+        """Return the bytes of a unit's gradients before they are reduced."""
+        return FLOAT32 * sum(p.local_size(self.layout) for p in self.parameters_in(unit) if self._is_sharded(p))
 
-    def size_of_unit(self, unit: str) -> float:
-        """Bytes of a unit's gradients before they are reduced."""
-        return FLOAT32 * sum(p.local(self.layout) for p in self.unit(unit) if not self._stays(p))
+    def shard_bytes(self, parameters: Iterable[Parameter]) -> float:
+        """Return the bytes of this process's shards of some parameters."""
+        return FLOAT32 * sum(p.padded_shard_size(self.layout, self.ranks) for p in parameters if self._is_sharded(p))
 
-    def shard(self, unit: str) -> float:
-        """Bytes of a process's shard of a unit."""
-        return FLOAT32 * sum(p.padded_shard(self.layout, self.ranks) for p in self.unit(unit) if not self._stays(p))
+    def _is_sharded(self, parameter: Parameter) -> bool:
+        """Return True unless expert parallelism has dealt the parameter out already."""
+        return not (self.layout.expert > 1 and parameter.is_routed)
 
-    def _stays(self, parameter: Parameter) -> bool:
-        return self.layout.expert > 1 and parameter.routed
-
-    def before(self, unit: str, backward: bool = False) -> None:
-        """Gather it, in the backward pass before it is needed: while the unit that comes before it runs."""
+    def begin_unit(self, unit: str, backward: bool = False) -> None:
+        """Gather the unit unless it is held; in the backward pass, fetch the next one too while this one runs."""
         if unit not in self.gathered:
-            size = self.at_once(unit)
+            size = self.gathered_bytes(unit)
             if unit != self.fetched:
-                self._receive(unit)
+                self._hold_gather_buffer(unit)
             self.ledger.hold(CORE if unit == "core" else OTHER, size)
             self.gathered.add(unit)
-            self.ledger.look(f"gathering {unit}")
+            self.ledger.note_peak(f"gathering {unit}")
         if backward and unit == self.fetched:
-            self._receive("")
-        if backward and self.following(unit) not in self.gathered:
-            self._receive(self.following(unit))
+            self._hold_gather_buffer("")
+        if backward and self.next_in_backward(unit) not in self.gathered:
+            self._hold_gather_buffer(self.next_in_backward(unit))
 
-    def _receive(self, unit: str) -> None:
-        """Make the buffer of a gather in place of the last one's; "" makes none."""
+    def _hold_gather_buffer(self, unit: str) -> None:
+        """Enter the buffer of a unit's gather instead of the last gather's; for "" enter none."""
         self.ledger.free(BUFFERS, self.buffer)
-        self.buffer, self.fetched = self.at_once(unit), unit
+        self.buffer, self.fetched = self.gathered_bytes(unit), unit
         self.ledger.hold(BUFFERS, self.buffer)
-        self.ledger.look(f"gathering {unit}", buffers=self.copies * self.buffer)
+        self.ledger.note_peak(f"gathering {unit}", buffers=self.copies * self.buffer)
 
-    def following(self, unit: str) -> str:
-        """The unit whose backward pass comes next; after the first layer's the root's."""
-        order = [ROOT, *units_of(self.config.model), ROOT]
+    def next_in_backward(self, unit: str) -> str:
+        """Return the unit whose backward pass comes next; after the first layer, that is the root."""
+        order = [ROOT, *list_units(self.config.model), ROOT]
         return order[order.index(unit) - 1]
 
-    def after(self, unit: str) -> None:
+    def end_forward(self, unit: str) -> None:
         """Free the gathered weights, unless they are kept for the backward pass."""
         if self.config.parallel.reshard_after_forward:
-            self._free(unit)
+            self._free_gathered(unit)
 
-    def _free(self, unit: str) -> None:
+    def _free_gathered(self, unit: str) -> None:
+        """Free the gathered weights of a unit."""
         self.gathered.discard(unit)
-        self.ledger.free(CORE if unit == "core" else OTHER, self.at_once(unit))
+        self.ledger.free(CORE if unit == "core" else OTHER, self.gathered_bytes(unit))
 
-    def appear(self, size: float, looped: bool) -> None:
-        """Unsharded gradients."""
-        if self.first or self._reduces_always:
+    def hold_gradients(self, size: float, looped: bool) -> None:
+        """Enter unsharded gradients of `size` bytes, which wait for their reduction."""
+        if self.first or self._reduces_every_micro_batch:
             self.ledger.hold(UNREDUCED, size)
         elif looped:
             self.ledger.hold(SUMS, size)
 
     @property
-    def _reduces_always(self) -> bool:
+    def _reduces_every_micro_batch(self) -> bool:
+        """True if gradients are reduced after every micro-batch, rather than once per step."""
         return self.config.parallel.reduce == "per_micro_batch"
 
-    def reduce(self, unit: str) -> None:
-        """Free the gathered weights; send the gradients off."""
-        sent, shard = self.at_once(unit), self.shard(unit)
-        self.ledger.look(f"backward, {unit}")
+    def end_backward(self, unit: str) -> None:
+        """Free the gathered weights; reduce the gradients if it is time, which leaves a shard of them."""
+        sent, shard = self.gathered_bytes(unit), self.shard_bytes(self.parameters_in(unit))
+        self.ledger.note_peak(f"backward, {unit}")
         self.ledger.free(SUMS)
-        self._free(unit)
-        if not (self.last or self._reduces_always):
+        self._free_gathered(unit)
+        if not (self.last or self._reduces_every_micro_batch):
             return
+        # FSDP2 copies the gradients into one buffer to send, and keeps it until the next reduction has begun.
         self.ledger.free(BUFFERS, self.sending)
         self.ledger.hold(BUFFERS, sent)
         self.sending = sent
-        self.ledger.look(f"reducing {unit}")
-        self.ledger.free(UNREDUCED, self.size_of_unit(unit))
+        self.ledger.note_peak(f"reducing {unit}")
+        self.ledger.free(UNREDUCED, self.gradient_bytes(unit))
         self.ledger.hold(GRADIENTS, shard)
-        self.ledger.look(f"reducing {unit}", buffers=self.copies * sent)
+        self.ledger.note_peak(f"reducing {unit}", buffers=self.copies * sent)
         if unit == ROOT:
             self.ledger.free(BUFFERS)
             self.buffer = self.sending = 0.0
 
 
 class ZeroWeights(Weights):
-    """DeepSpeed in its float32 mode: a copy of the weights that the optimizer steps, and a bucket of fixed size."""
+    """Weights under DeepSpeed in float32 mode: the optimizer steps a copy of them, and gradients pass through a bucket."""
 
     def __init__(
         self, config: RunConfig, layout: Layout, parameters: tuple[Parameter, ...], ledger: Ledger, gpu: bool
@@ -215,49 +235,49 @@ class ZeroWeights(Weights):
         self.stage, self.share = config.parallel.engine_kind.zero_stage, 1 / layout.world_size
         self.copies = 0.0 if gpu else 1.0
 
-    def start(self) -> None:
-        """Shards; whole weights below stage 3."""
+    def hold_state(self) -> None:
+        """Enter shards of optimizer state, of gradients and weights at stage 3 (below it weights are whole), and the bucket."""
         every = FLOAT32 * sum(p.size for p in self.parameters)
         self.ledger.hold(WEIGHTS, every * (self.share if self.stage == 3 else 1))
-        self.ledger.hold(OPTIMIZER, 3 * every * self.share)
+        self.ledger.hold(OPTIMIZER, 3 * every * self.share)  # two moments and the copy of the weights
         self.ledger.hold(BUFFERS, FLOAT32 * ZERO_BUCKET)
         if self.stage == 3:
             self.ledger.hold(GRADIENTS, every * self.share)
 
-    def before(self, unit: str, backward: bool = False) -> None:
-        """Stage 3 gathers it."""
+    def begin_unit(self, unit: str, backward: bool = False) -> None:
+        """Gather the unit at stage 3."""
         if self.stage == 3:
-            self.ledger.hold(CORE if unit == "core" else OTHER, self.whole(unit))
-            self.ledger.look(f"gathering {unit}")
+            self.ledger.hold(CORE if unit == "core" else OTHER, self.whole_bytes(unit))
+            self.ledger.note_peak(f"gathering {unit}")
 
-    def whole(self, unit: str) -> float:
-        """Bytes of a unit."""
-        return FLOAT32 * sum(p.size for p in self.unit(unit))
+    def whole_bytes(self, unit: str) -> float:
+        """Return the bytes of a unit."""
+        return FLOAT32 * sum(p.size for p in self.parameters_in(unit))
 
-    def after(self, unit: str) -> None:
-        """Stage 3 frees it."""
+    def end_forward(self, unit: str) -> None:
+        """Free the gathered unit at stage 3."""
         if self.stage == 3:
-            self.ledger.free(CORE if unit == "core" else OTHER, self.whole(unit))
+            self.ledger.free(CORE if unit == "core" else OTHER, self.whole_bytes(unit))
 
-    def appear(self, size: float, looped: bool) -> None:
-        """Gradients; from stage 2 on they wait for their reduction only."""
+    def hold_gradients(self, size: float, looped: bool) -> None:
+        """Enter gradients of `size` bytes; from stage 2 on they are held only until their reduction."""
         if self.stage == 1:
-            super().appear(size, looped)
+            super().hold_gradients(size, looped)
         else:
             self.ledger.hold(UNREDUCED, size)
 
-    def reduce(self, unit: str) -> None:
-        """Into the bucket; what has been in it is reduced at the end."""
-        self.ledger.look(f"backward, {unit}")
-        self.after(unit)
+    def end_backward(self, unit: str) -> None:
+        """Move a unit's gradients into the bucket; after the root's, reduce the bucket."""
+        self.ledger.note_peak(f"backward, {unit}")
+        self.end_forward(unit)
         if self.stage == 1:
-            super().reduce(unit)
+            super().end_backward(unit)
             return
         self.ledger.free(UNREDUCED)
         if unit == ROOT:
             bucket = min(FLOAT32 * ZERO_BUCKET, FLOAT32 * sum(p.size for p in self.parameters))
-            self.ledger.look("reducing", buffers=bucket * (1 + self.copies if self.stage == 3 else self.copies))
-            self.after(ROOT)
+            self.ledger.note_peak("reducing", buffers=bucket * (1 + self.copies if self.stage == 3 else self.copies))
+            self.end_forward(ROOT)
             if self.stage == 2 and self.first:
                 self.ledger.hold(GRADIENTS, FLOAT32 * self.share * sum(p.size for p in self.parameters))
 
@@ -265,7 +285,7 @@ class ZeroWeights(Weights):
 def make_weights(
     config: RunConfig, layout: Layout, parameters: tuple[Parameter, ...], ledger: Ledger, gpu: bool
 ) -> Weights:
-    """What the run's engine does with its weights."""
+    """Make the class that models how the run's engine holds its weights."""
     engine = config.parallel.engine_kind
     kind = ZeroWeights if engine.zero_stage else ShardedWeights if engine.shards_parameters else Weights
     return kind(config, layout, parameters, ledger, gpu)

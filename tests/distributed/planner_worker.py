@@ -1,4 +1,4 @@
-"""Started by torchrun: what engines send and allocate in a step, beside what the planner says."""
+"""Started by torchrun: collectives and memory of real steps, beside those that the planner computes."""
 
 import argparse
 import json
@@ -13,9 +13,9 @@ import torch.distributed as dist
 from megatron_rdt.config import DepthConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_rdt.environment import leave_process
 from megatron_rdt.parallel import build_engine
-from megatron_rdt.planner.communication import step_communication, totals
+from megatron_rdt.planner.communication import step_communication, sum_by_kind
 from megatron_rdt.planner.measure import measure_steps, take_step
-from megatron_rdt.planner.memory import Depth, step_memory
+from megatron_rdt.planner.memory import StepDepth, step_memory
 
 LOOPS, K = (1, 16), 2
 MODEL: dict[str, Any] = {
@@ -27,7 +27,7 @@ LATENT: dict[str, Any] = EVEN | {"attention": "mla", "kv_rank": 12, "nope_dim": 
 EXPERTS: dict[str, Any] = MODEL | {"core_ffn": "moe", "experts": 4}
 SHARED: dict[str, Any] = MODEL | {"norm_placement": "sandwich", "core_norm": "last_shared", "tie_embeddings": False}
 # Name, model, options of `parallel`, checkpointing.
-SENDING: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+COLLECTIVE_CASES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("ddp", MODEL | {"vocab_size": 20000}, {"engine": "ddp"}, "none"),
     ("ddp, per micro-batch", MODEL, {"engine": "ddp", "reduce": "per_micro_batch"}, "none"),
     ("fsdp", MODEL, {}, "none"),
@@ -46,7 +46,7 @@ SENDING: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("zero3", SHARED, {"engine": "zero3"}, "none"),
 ]
 # Model, precision, checkpointing, micro-batches; the last is a core too large for its device.
-HOLDING: list[tuple[dict[str, Any], str, str, int, dict[str, Any]]] = [
+MEMORY_CASES: list[tuple[dict[str, Any], str, str, int, dict[str, Any]]] = [
     ({"dim": 128, "ffn_dim": 256, "vocab_size": 1024}, "float32", "none", 1, {}),
     ({"dim": 256, "ffn_dim": 1024, "vocab_size": 1024}, "bfloat16", "per_iteration", 2, {}),
     ({"dim": 256, "core_ffn": "moe", "vocab_size": 1024}, "float32", "none", 2, {"core_gather": "per_layer"}),
@@ -62,8 +62,8 @@ def config_of(model: dict[str, Any], parallel: dict[str, Any], batch: int, **opt
     )
 
 
-def sending(model: dict[str, Any], parallel: dict[str, Any], checkpoint: str) -> dict[str, Any]:
-    """Counted and planned, at every T; two micro-batches per process."""
+def compare_collectives(model: dict[str, Any], parallel: dict[str, Any], checkpoint: str) -> dict[str, Any]:
+    """Return counted and planned collectives at every T, with two micro-batches per process."""
     alone = parallel.get("tensor", 1) * parallel.get("context", 1)
     config = config_of(model, parallel, 8 // alone, checkpoint=checkpoint, sequence_length=16)
     engine = build_engine(config, torch.device("cpu"))
@@ -71,18 +71,20 @@ def sending(model: dict[str, Any], parallel: dict[str, Any], checkpoint: str) ->
         take_step(engine, 1)
     found = {}
     for loops in LOOPS:
-        depth = Depth(loops, min(loops, K))
-        planned = totals(step_communication(config, engine.layout, depth, gpu=False))
+        depth = StepDepth(loops, min(loops, K))
+        planned = sum_by_kind(step_communication(config, engine.layout, depth, gpu=False))
         found[str(loops)] = {"counted": take_step(engine, loops), "planned": planned}
     return found
 
 
-def holding(model: dict[str, Any], precision: str, checkpoint: str, number: int, parallel: dict[str, Any]) -> list:
-    """Peaks measured and planned."""
+def compare_memory(
+    model: dict[str, Any], precision: str, checkpoint: str, number: int, parallel: dict[str, Any]
+) -> list:
+    """Return measured and planned peaks of memory at every T."""
     config = config_of(model, parallel, 4 * number, checkpoint=checkpoint, precision=precision, sequence_length=64)
     rows = []
     for measured in measure_steps(config, torch.device("cpu"), LOOPS):
-        depth = Depth(measured.loops, min(measured.loops, K))
+        depth = StepDepth(measured.loops, min(measured.loops, K))
         layout = build_layout(config)
         rows.append({**asdict(measured), "planned": step_memory(config, layout, False, depth).peak})
     return rows
@@ -102,8 +104,11 @@ def main() -> None:
     dist.init_process_group("gloo")
     torch.manual_seed(dist.get_rank())
     verdict = {
-        "memory": [holding(*case) for case in HOLDING],  # before DeepSpeed is imported
-        "sent": {name: sending(model, parallel, checkpoint) for name, model, parallel, checkpoint in SENDING},
+        "memory": [compare_memory(*case) for case in MEMORY_CASES],  # before DeepSpeed is imported
+        "sent": {
+            name: compare_collectives(model, parallel, checkpoint)
+            for name, model, parallel, checkpoint in COLLECTIVE_CASES
+        },
     }
     if dist.get_rank() == 0:
         options.out.write_text(json.dumps(verdict))

@@ -1,4 +1,4 @@
-"""What the planner says of communication is what engines send, call by call and byte by byte; memory is close."""
+"""Planned communication equals what engines send, call by call and byte by byte; planned memory is close."""
 
 import json
 from pathlib import Path

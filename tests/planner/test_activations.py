@@ -1,4 +1,4 @@
-"""The formulas for what is kept for the backward pass, against what autograd saves: every storage, counted once."""
+"""Formulas for the activations kept for the backward pass, against the storages that autograd saves, each counted once."""
 
 from dataclasses import replace
 from typing import Any
@@ -10,8 +10,13 @@ from megatron_rdt.config import ModelConfig
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
-from megatron_rdt.planner.activations import after_loop_kept, before_loop_kept, layer_kept, loss_kept
-from megatron_rdt.planner.recomputation import iteration_kept
+from megatron_rdt.planner.activations import (
+    after_loop_kept_bytes,
+    before_loop_kept_bytes,
+    layer_kept_bytes,
+    loss_kept_bytes,
+)
+from megatron_rdt.planner.recomputation import iteration_kept_bytes
 from megatron_rdt.planner.shape import FLOAT32, Shape
 
 BATCH, LENGTH = 2, 64
@@ -41,17 +46,17 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def saved(config: ModelConfig, loops: int, dtype: torch.dtype | None) -> int:
-    """Bytes of all storages that a forward pass saves, the parameters' left out."""
+def saved_bytes(config: ModelConfig, loops: int, dtype: torch.dtype | None) -> int:
+    """Return the bytes of all storages that a forward pass saves, without those of the parameters."""
     model = initialize(RecurrentDepthTransformer(config), seed=0)
     model.compute_dtype = dtype
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        if place not in parameters:
-            kept[place] = tensor
+        address = tensor.untyped_storage().data_ptr()
+        if address not in parameters:
+            kept[address] = tensor
         return tensor
 
     tokens = torch.randint(0, config.vocab_size, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(1))
@@ -62,14 +67,14 @@ def saved(config: ModelConfig, loops: int, dtype: torch.dtype | None) -> int:
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
-def test_what_is_kept_is_what_autograd_saves(name: str, dtype: torch.dtype | None) -> None:
+def test_the_formulas_equal_what_autograd_saves(name: str, dtype: torch.dtype | None) -> None:
     config = replace(SMALL, **MODELS[name])
     shape = Shape(config, Layout(), BATCH, LENGTH, 2 if dtype else FLOAT32, gpu=False, masked=bool(config.window))
-    two, three = saved(config, 2, dtype), saved(config, 3, dtype)
-    last = sum(layer_kept(shape, 3)) + loss_kept(shape)
+    two, three = saved_bytes(config, 2, dtype), saved_bytes(config, 3, dtype)
+    last = sum(layer_kept_bytes(shape, 3)) + loss_kept_bytes(shape)
     readings = 2 if config.halting == "gate" else 1  # the exit gate's objective reads every iteration out
-    iteration = iteration_kept(shape) + (last if readings == 2 else 0)
+    iteration = iteration_kept_bytes(shape) + (last if readings == 2 else 0)
     assert iteration == pytest.approx(three - two, rel=0.015)
-    around = sum(layer_kept(shape, 0)) + before_loop_kept(shape) + after_loop_kept(shape)
+    around = sum(layer_kept_bytes(shape, 0)) + before_loop_kept_bytes(shape) + after_loop_kept_bytes(shape)
     head = FLOAT32 * config.vocab_size * config.dim
-    assert around + 2 * iteration_kept(shape) + readings * last + head == pytest.approx(two, rel=0.02)
+    assert around + 2 * iteration_kept_bytes(shape) + readings * last + head == pytest.approx(two, rel=0.02)

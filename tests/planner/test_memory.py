@@ -1,4 +1,4 @@
-"""Planned memory against the peak of what the allocator handed out in a step, in one process."""
+"""Planned memory against the measured peak of a step, in one process."""
 
 from dataclasses import replace
 from typing import Any
@@ -10,11 +10,11 @@ from megatron_rdt.config import DepthConfig, ModelConfig, RunConfig, TrainConfig
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.planner.ledger import Ledger
 from megatron_rdt.planner.measure import measure_steps, watch_allocations
-from megatron_rdt.planner.memory import Depth, step_memory
+from megatron_rdt.planner.memory import StepDepth, step_memory
 
 MODEL = ModelConfig(vocab_size=1024, dim=128, ffn_dim=256)
 WIDE: dict[str, Any] = {"dim": 256, "ffn_dim": 1024}
-# Model, precision, checkpointing, k, micro-batches, tokens per sequence: where activations are most of it, or weights.
+# Model, precision, checkpointing, k, micro-batches, tokens per sequence; in some activations dominate, in some weights.
 CASES: list[tuple[dict[str, Any], str, Any, Any, int, int]] = [
     ({}, "float32", "none", "all", 1, 128),
     ({}, "bfloat16", "per_iteration", "all", 1, 128),
@@ -43,7 +43,7 @@ def test_planned_memory_is_within_a_tenth_of_the_measured(
         ),
     )
     for measured in measure_steps(config, torch.device("cpu"), (1, 8)):
-        depth = Depth(measured.loops, measured.loops if k == "all" else min(k, measured.loops))
+        depth = StepDepth(measured.loops, measured.loops if k == "all" else min(k, measured.loops))
         planned = step_memory(config, Layout(), False, depth)
         print(
             f"T = {measured.loops}: {measured.peak / 1e6:.1f} MB, planned {planned.peak / 1e6:.1f} MB, {planned.moment}"
@@ -53,7 +53,7 @@ def test_planned_memory_is_within_a_tenth_of_the_measured(
         assert measured.sent == {}
 
 
-def test_the_watch_sees_every_allocation_and_what_is_freed() -> None:
+def test_the_watch_sees_every_allocation_and_every_free() -> None:
     with watch_allocations(torch.device("cpu")) as allocations:
         kept = torch.empty(1_000_000)
         with allocations.window("one after the other"):
@@ -66,12 +66,12 @@ def test_the_watch_sees_every_allocation_and_what_is_freed() -> None:
     assert allocations.peaks["at once"] == pytest.approx(20e6, rel=0.01)
 
 
-def test_a_ledger_remembers_its_peak_and_what_it_was() -> None:
+def test_a_ledger_remembers_its_peak_and_the_parts_of_it() -> None:
     ledger = Ledger()
     ledger.hold("weights", 5)
-    ledger.look("early", working_memory=3)
+    ledger.note_peak("early", working_memory=3)
     ledger.hold("gradients", 2)
-    ledger.look("late")
+    ledger.note_peak("late")
     ledger.free("gradients")
     assert (ledger.peak, ledger.moment, ledger.total) == (8, "early", 5)
     assert ledger.at_peak == {"weights": 5, "working memory": 3}

@@ -1,4 +1,4 @@
-"""Plans of presets: counts, depth, changes that save memory, time from operations and bytes."""
+"""Run plans of presets: parameter counts, loop counts, options that save memory, time from operations and bytes."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +10,12 @@ from megatron_rdt.config import DepthConfig, ModelConfig, RunConfig, TrainConfig
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.devices import DEVICES, Device
 from megatron_rdt.errors import ConfigError
-from megatron_rdt.planner.communication import REDUCE, Sent
-from megatron_rdt.planner.parameters import active_parameters, parameters_of, part_sizes
-from megatron_rdt.planner.plan_report import report
-from megatron_rdt.planner.run_plan import ROOM, depths, make_plan
-from megatron_rdt.planner.search import fastest
-from megatron_rdt.planner.step_time import Work, group, seconds, step_time, step_work
+from megatron_rdt.planner.communication import REDUCE, Collectives
+from megatron_rdt.planner.parameters import active_parameters, list_parameters, part_sizes
+from megatron_rdt.planner.plan_report import format_plan
+from megatron_rdt.planner.run_plan import USABLE_MEMORY, make_plan, plan_depths
+from megatron_rdt.planner.search import find_fastest_plan
+from megatron_rdt.planner.step_time import Work, collective_seconds, group_size, step_time, step_work
 
 BILLION = 1e9
 
@@ -26,27 +26,27 @@ def preset(repository: Path, name: str, **options: Any) -> RunConfig:
     return load_config(repository / "configs" / "models" / f"{name}.yaml", options)
 
 
-def test_parts_add_up_and_a_token_meets_the_experts_that_it_chose(repository: Path) -> None:
+def test_parts_add_up_and_a_token_counts_only_its_experts(repository: Path) -> None:
     config = preset(repository, "openmythos_1b").model
     parts = part_sizes(config)
-    assert sum(parts.values()) == sum(p.size for p in parameters_of(config)) == 1_064_030_729
+    assert sum(parts.values()) == sum(p.size for p in list_parameters(config)) == 1_064_030_729
     routed = 3 * config.experts * config.dim * config.expert_width
     spared = routed * (1 - config.experts_per_token / config.experts)
     assert active_parameters(config) == sum(parts.values()) - spared
 
 
-def test_memory_is_planned_for_a_depth_that_is_hardly_exceeded() -> None:
+def test_memory_is_planned_for_a_loop_count_that_is_hardly_ever_exceeded() -> None:
     assert (
-        depths(DepthConfig(scheme="fixed", mean=6, max=9, backprop=4))[2]
-        == depths(DepthConfig(scheme="fixed", mean=6, max=6, backprop=4))[2]
+        plan_depths(DepthConfig(scheme="fixed", mean=6, max=9, backprop=4))[2]
+        == plan_depths(DepthConfig(scheme="fixed", mean=6, max=6, backprop=4))[2]
     )
-    loops, with_grad, deepest = depths(DepthConfig(scheme="uniform", mean=3, max=5, backprop=2))
+    loops, with_grad, deepest = plan_depths(DepthConfig(scheme="uniform", mean=3, max=5, backprop=2))
     assert (loops, with_grad) == (pytest.approx(3), pytest.approx((1 + 2 * 4) / 5))
     assert (deepest.loops, deepest.with_grad) == (5, 2)
-    assert depths(DepthConfig(scheme="poisson", mean=8, max=200))[2].loops < 40
+    assert plan_depths(DepthConfig(scheme="poisson", mean=8, max=200))[2].loops < 40
 
 
-def test_every_change_is_one_that_the_config_takes_and_that_saves_what_it_says(repository: Path) -> None:
+def test_every_saving_option_works_and_saves_what_it_says(repository: Path) -> None:
     config = preset(repository, "huginn_3_5b", parallel={"engine": "fsdp"}, depth={"per": "step"})
     plan = make_plan(config, 8, DEVICES["h100"], 0.4)
     words = {change.words for change in plan.changes}
@@ -62,12 +62,12 @@ def test_every_change_is_one_that_the_config_takes_and_that_saves_what_it_says(r
     assert checkpointed.work.again > 0 == plan.work.again
 
 
-def test_sharding_divides_what_it_should(repository: Path) -> None:
+def test_sharding_divides_the_optimizer_state_and_not_the_activations(repository: Path) -> None:
     config = preset(repository, "parcae_370m", parallel={"engine": "fsdp"})
     two, eight = (make_plan(config, n, DEVICES["h100"], 0.4, advise=False).memory.parts for n in (2, 8))
     assert eight["optimizer"] == pytest.approx(two["optimizer"] / 4, rel=1e-3)
     assert eight["activations of the loop"] == two["activations of the loop"]
-    whole = 8 * sum(p.size for p in parameters_of(config.model))
+    whole = 8 * sum(p.size for p in list_parameters(config.model))
     single = replace(config, parallel=replace(config.parallel, engine="single"))
     assert make_plan(single, 1, DEVICES["h100"], 0.4, advise=False).memory.parts["optimizer"] == whole
 
@@ -75,13 +75,13 @@ def test_sharding_divides_what_it_should(repository: Path) -> None:
 def test_time_follows_from_operations_bytes_and_rates() -> None:
     device = Device("X", peak_flops=1e12, memory=1e9, intra_bandwidth=1e9, inter_bandwidth=1e8, per_node=4)
     layout = Layout(replicate=2, shard=4)
-    assert group("state", layout, device) == (4, 4)
-    assert group("replicate", layout, device) == (2, 1)
-    assert group("world", layout, device) == (8, 4)
-    inside = Sent("forward", "all-gather", "", 1, 8e8, "state", hidden=True)
-    assert seconds(inside, layout, device) == pytest.approx(8e8 * 3 / 4 / 1e9)
-    between = Sent("backward", REDUCE, "", 1, 2e8, "replicate")
-    assert seconds(between, layout, device) == pytest.approx(2 * 2e8 / 2 / 1e8)
+    assert group_size("state", layout, device) == (4, 4)
+    assert group_size("replicate", layout, device) == (2, 1)
+    assert group_size("world", layout, device) == (8, 4)
+    inside = Collectives("forward", "all-gather", "", 1, 8e8, "state", hidden=True)
+    assert collective_seconds(inside, layout, device) == pytest.approx(8e8 * 3 / 4 / 1e9)
+    between = Collectives("backward", REDUCE, "", 1, 2e8, "replicate")
+    assert collective_seconds(between, layout, device) == pytest.approx(2 * 2e8 / 2 / 1e8)
     time = step_time(Work(0, 16e12, 8e12), [inside, between], layout, device, 0.5)
     assert (time.computing, time.hidden, time.exposed) == pytest.approx((3, 0.6, 2))
     assert (time.bound, time.expected) == pytest.approx((5, 8))
@@ -97,7 +97,7 @@ def test_recomputing_the_loop_adds_one_forward_pass_of_it() -> None:
 
 def test_the_report_names_every_section_and_float32_has_no_time(repository: Path) -> None:
     config = preset(repository, "parcae_140m", parallel={"engine": "fsdp"})
-    text = report(make_plan(config, 64, DEVICES["a100"], 0.4), 0.4, 100 * BILLION, 2.0)
+    text = format_plan(make_plan(config, 64, DEVICES["a100"], 0.4), 0.4, 100 * BILLION, 2.0)
     for part in (
         "144,323,904",
         "mean T 8.00",
@@ -109,10 +109,10 @@ def test_the_report_names_every_section_and_float32_has_no_time(repository: Path
     ):
         assert part in text
     wide = replace(config, train=replace(config.train, precision="float32"))
-    assert "not known" in report(make_plan(wide, 64, DEVICES["a100"], 0.4), 0.4, 1.0, 0.0)
+    assert "not known" in format_plan(make_plan(wide, 64, DEVICES["a100"], 0.4), 0.4, 1.0, 0.0)
 
 
-def test_a_run_that_cannot_be_arranged_is_refused_with_what_to_do(repository: Path) -> None:
+def test_a_run_that_cannot_be_arranged_is_refused_with_a_remedy(repository: Path) -> None:
     config = preset(repository, "parcae_140m", parallel={"engine": "fsdp", "tensor": 2})
     with pytest.raises(ConfigError, match="multiple of"):
         make_plan(config, 9, DEVICES["h100"], 0.4)
@@ -123,14 +123,14 @@ def test_a_run_that_cannot_be_arranged_is_refused_with_what_to_do(repository: Pa
 def test_the_search_finds_an_arrangement_that_fits_or_says_that_there_is_none(repository: Path) -> None:
     config = preset(repository, "parcae_140m")
     small = replace(DEVICES["h100"], memory=12e9)
-    best = fastest(config, 8, small, 0.4)
+    best = find_fastest_plan(config, 8, small, 0.4)
     assert best is not None
-    assert best.memory.peak <= ROOM * small.memory
+    assert best.memory.peak <= USABLE_MEMORY * small.memory
     assert best.config.train.micro_batch < 16
-    assert fastest(config, 8, replace(small, memory=2e8), 0.4) is None
+    assert find_fastest_plan(config, 8, replace(small, memory=2e8), 0.4) is None
 
 
-def test_a_config_for_training_plans_as_it_is(repository: Path) -> None:
+def test_a_config_for_training_is_planned_unchanged(repository: Path) -> None:
     config = replace(
         load_config(repository / "configs" / "smoke.yaml"), train=TrainConfig(micro_batch=4, global_batch=8)
     )

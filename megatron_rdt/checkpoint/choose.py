@@ -41,6 +41,7 @@ def find_start(run_directory: Path, resume: str) -> Path | None:
     try:
         found = _choose_checkpoint(run_directory, resume)
     except RdtError as error:
+        # The other ranks wait for a request: without this one they would wait for ever.
         broadcast_object((GIVE_UP, error))
         raise
     broadcast_object((START, found))

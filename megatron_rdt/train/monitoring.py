@@ -26,6 +26,7 @@ class MonitorSchedule:
         """A monitor of what is due in optimizer step `step`, counted from 1."""
         every = self.config.monitor_every, self.config.jacobian_every
         due = [bool(steps) and step % steps == 0 for steps in every]
+        # Power iteration costs more than the other measurements, so it has its own interval.
         return CoreMonitor(due[0], JACOBIAN_STEPS if due[1] else 0)
 
     def take_loop_shares(self, monitor: CoreMonitor) -> dict[str, float] | None:

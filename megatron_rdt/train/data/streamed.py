@@ -84,6 +84,7 @@ class StreamedData:
 
         def open_epoch(epoch: int) -> Any:
             dataset = open_dataset(data.path, data.hf_split, self.data_rank, self.data_ranks)
+            # Each rank shuffles its own share of the rows; the seed and the epoch alone decide the order.
             if data.shuffle_buffer:
                 dataset = dataset.shuffle(seed=config.run.seed, buffer_size=data.shuffle_buffer)
                 dataset.set_epoch(epoch)

@@ -79,9 +79,10 @@ def import_corpus(prefixes: Sequence[str], tokenizer: str, out: str, valid_prefi
     work = target.with_name(f".{target.name}.import")
     message = f"another `rdt prep import` is writing {out}. Wait for it, or choose another --out."
     with hold_lock(target.with_name(f".{target.name}.lock"), message):
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)  # left by an import that was killed
         try:
             _build_corpus(work, {"train": prefixes, "valid": valid_prefixes}, tokenizer)
+            # The names of all files must be durable before the corpus appears under its own name.
             for folder in (*work.iterdir(), work):
                 if folder.is_dir():
                     fsync_directory(folder)
@@ -124,6 +125,7 @@ def _build_corpus(work: Path, splits: dict[str, Sequence[str]], tokenizer_path: 
     for split, found in imported.items():
         if len({"mask_sha256" in one.record for one in found}) > 1:
             raise DataError(f"some files of the split {split} have masks and others none. Remove the .mask files.")
+    # Without EOS at the end of every document, the manifest must not promise it.
     ended, documents = sum(one.ended for one in every), sum(one.documents for one in every)
     document = _make_manifest(tokenizer, every[0].dtype, imported, ended == documents)
     write_text(work / MANIFEST, json.dumps(document, indent=1) + "\n")
@@ -186,6 +188,7 @@ def _check_shard(
     width = shard.dtype.itemsize
 
     def check_tokens(offset: int, block: bytes) -> None:
+        """Check the ids of a block of the .bin file, and add to the counts."""
         tokens, begin = np.frombuffer(block, shard.dtype), offset // width
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= tokenizer.vocab_size:
@@ -202,6 +205,7 @@ def _check_shard(
         advance(len(block))
 
     def check_mask(offset: int, block: bytes) -> None:
+        """Check a block of the .mask file."""
         shard.read_mask(offset, len(block))  # raises DataError for a byte that is neither 0 nor 1
         advance(len(block))
 

@@ -58,6 +58,7 @@ class StepRunner:
         pending = {step.name: step for step in steps if not self.job.is_done(step.record)}
         if not pending:
             return
+        # Bytes of steps that were done before are shown as done, but do not count for the speed.
         done = {step.name for step in steps} - pending.keys()
         done_size = sum(step.size for step in steps if step.name in done)
         progress = Progress(stage, sum(step.size for step in steps), done_size)
@@ -77,7 +78,7 @@ class StepRunner:
             done_size: bytes of the finished steps, which the workers of this process do not count.
             progress: shows the sum of both.
         """
-        bytes_before, documents_before = self.pool.counts()
+        bytes_before, documents_before = self.pool.read_counts()
         running: dict[Future[None], Step] = {}
         looked = time.monotonic()
         while pending or running:
@@ -97,7 +98,7 @@ class StepRunner:
             if pending and self.leases is not None and time.monotonic() - looked >= LOOK_AT_OTHERS_EVERY_S:
                 looked = time.monotonic()
                 done_size += self._drop_done_by_others(pending, done)
-            bytes_now, documents_now = self.pool.counts()
+            bytes_now, documents_now = self.pool.read_counts()
             progress.update(done_size + bytes_now - bytes_before, documents_now - documents_before)
 
     def _start_steps(self, pending: dict[str, Step], done: set[str], running: dict[Future[None], Step]) -> None:

@@ -75,7 +75,7 @@ class WorkerPool:
         self._executor = ProcessPoolExecutor(self.workers, context, _initialize_worker, (counts, far_end))
         self._counts = counts.get_obj()
 
-    def counts(self) -> tuple[int, int]:
+    def read_counts(self) -> tuple[int, int]:
         """Return the bytes and documents counted so far."""
         return self._counts[0], self._counts[1]
 
@@ -93,6 +93,7 @@ class WorkerPool:
 
     def close(self, at_once: bool) -> None:
         """End the workers; with `at_once` without waiting for the steps that they are running."""
+        # Processes exit when the pipe is closed. A thread cannot be killed: it stops at its next report of progress.
         if at_once and self._lifeline is not None:
             self._lifeline.close()
         if at_once and self._lifeline is None:

@@ -137,7 +137,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def hash_code(config: PrepConfig) -> dict[str, str]:
-    """Return what else the result depends on: package versions, hashes of the filters' code and of the given tokenizer."""
+    """Return the versions and hashes that the result depends on, by name: packages, code of the filters, given tokenizer."""
     found = {**installed_versions(), "filters": Cleaner(config).fingerprint}
     if config.dedup == "near":
         found["minhash"] = ALGORITHM

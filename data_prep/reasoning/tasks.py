@@ -48,6 +48,7 @@ def _make_hops_task(name: str, nodes: int) -> Task:
     """Task `hops`: follow the edges of a shuffled cycle."""
 
     def make(stream: RandomStream, hops: int) -> Instance:
+        """Draw a cycle; ask for the node that is `hops` edges after its first one."""
         # A single cycle: each hop leads to a node that was not visited yet, so there is no shortcut.
         path = stream.draw_permutation(nodes)
         names = [pad_number(node, nodes) for node in path]
@@ -64,6 +65,7 @@ def _make_product_task(name: str, group: Group, prefixes: bool) -> Task:
     """Tasks `product` and `prefixes`: multiply uniform elements of a group."""
 
     def make(stream: RandomStream, difficulty: int) -> Instance:
+        """Draw `difficulty` + 1 elements; ask for their product, or for all prefix products."""
         word = [group.elements[stream.draw_below(len(group.elements))] for _ in range(difficulty + 1)]
         products = list(itertools.accumulate(word, group.product))
         text = " * ".join(map(group.format_element, word))
@@ -80,6 +82,7 @@ def _make_addition_task(name: str, digits: int) -> Task:
     limit = 10**digits
 
     def make(stream: RandomStream, difficulty: int) -> Instance:
+        """Draw `difficulty` + 1 numbers; ask for their sum."""
         numbers = [stream.draw_below(limit) for _ in range(difficulty + 1)]
         content = " + ".join(map(str, sorted(numbers)))
         return Instance(f"{' + '.join(map(str, numbers))} =", str(sum(numbers)), content)
@@ -103,6 +106,7 @@ def _make_modular_task(name: str, modulus: int) -> Task:
         return f"({left}{sign}{right})", value % modulus
 
     def make(stream: RandomStream, depth: int) -> Instance:
+        """Draw an expression of this depth; ask for its value."""
         text, value = draw_expression(stream, depth)
         prompt = f"{text} mod {modulus} ="
         return Instance(prompt, str(value), prompt)

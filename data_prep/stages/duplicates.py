@@ -54,9 +54,11 @@ def find_duplicates(scans: Sequence[Path], out: Path, bands: bool, bucket_rows: 
     rows = [len(_map_array(scan, SCAN_ROW)) for scan in scans]
     try:
         dropped = _DroppedRows(work / "dropped", rows, bucket_rows)
+        # Pieces of a quarter of the memory: a batch of pieces is then at most a quarter too large.
         records = _read_exact_records(scans, max(1, bucket_rows // 4))
         exact = _find_repeated(records, sum(rows), work / "exact", bucket_rows)
         duplicates = sum(map(dropped.add, exact))
+        # Exact duplicates are gone now, so near-duplicates are sought among fewer documents, each counted once.
         near = _drop_near_duplicates(scans, rows, dropped, work, bucket_rows) if bands else 0
         for scan, flags in zip(scans, dropped.read_flags()):
             with atomic_open(out / scan.name, "wb") as file:
@@ -88,6 +90,7 @@ class _BucketFiles:
 
     def add(self, buckets: np.ndarray, records: np.ndarray) -> None:
         """Append each record to the file of its bucket."""
+        # Sorted by bucket, the records of each file are one slice: every file is opened once per batch.
         order = np.argsort(buckets, kind="stable")
         numbers, starts = np.unique(buckets[order], return_index=True)
         for number, taken in zip(numbers.tolist(), np.split(order, starts[1:])):
@@ -133,6 +136,7 @@ class _DroppedRows:
             if self._bucket[part] != bucket:
                 bucket = int(self._bucket[part])
                 ids = np.sort(self._files.read(bucket))
+            # The part is the high bits of an id, so the sorted ids of a part are one slice.
             first, last = np.searchsorted(ids, np.array([part, part + 1], np.uint64) << _ROW_BITS)
             flags = np.zeros(rows, bool)
             flags[ids[first:last] & _ROW_MASK] = True
@@ -179,7 +183,9 @@ def _find_repeated(pieces: Iterator[np.ndarray], rows: int, work: Path, bucket_r
     for records in _join_batches(pieces, bucket_rows):
         stays = _is_first_of_equals(records)
         yield records["id"][~stays]
-        if bits:  # otherwise this batch held all records
+        # Only one record of each hash is written; the buckets then settle equal hashes of different batches. Without bits
+        # there is one bucket, and this batch held all records.
+        if bits:
             records = records[stays]
             buckets.add(_top_bits(records["hash"], bits), records)
     for number in range(1 << bits):
@@ -239,7 +245,7 @@ def _link_documents_that_share_bands(
 ) -> tuple[DisjointSets, np.ndarray]:
     """Link the documents that share a band and are not dropped; return the sets, and the first item of each part."""
     buckets, bits = _BucketFiles(work, _BAND), _bucket_bits(sum(rows), bucket_rows)
-    first = np.cumsum([0, *rows], dtype=np.uint64)
+    first = np.cumsum([0, *rows], dtype=np.uint64)  # items are numbered through all parts
     sets, width = DisjointSets(work, sum(rows)), _check_band_count(scans, rows)
     batch_rows = max(1, bucket_rows // max(1, width))
     pieces = _read_band_hashes(scans, first, dropped, max(1, batch_rows // 4))

@@ -64,6 +64,7 @@ def read_kept_rows(job: Job, part: Part, index: int = 0, slices: int = 1) -> np.
         raise DataError(f"{scan_rows_path(job, part)} is not a scan of this version. Run `rdt prep` with --restart.")
     keep = np.ones(len(rows), bool)
     keep[read_dropped_rows(job, part)] = False
+    # Slices are equal shares of all rows, duplicates included: workers have to read past those, too.
     keep[: len(rows) * index // slices] = False
     keep[len(rows) * (index + 1) // slices :] = False
     return rows[keep]
@@ -88,16 +89,19 @@ def read_kept_documents(job: Job, part: Part, rows: np.ndarray, lines_before: in
     found = 0
 
     def get_digest(digests: bytes) -> bytes:
+        """Digest of the row that is looked for next."""
         return digests[DIGEST_BYTES * found : DIGEST_BYTES * (found + 1)]
 
     # Rows are in the order of the part: each document is compared with the next row alone. The order key identifies it
     # before it is parsed, so that dropped documents cost nothing but reading.
     def is_wanted(name: str, number: int) -> bool:
+        """Return True if a document has the key of the row that is looked for next."""
         return hash_order_key(config.seed, name, number) == get_digest(keys)
 
     for document in PartReader(part, config, spool_path(job, part), is_wanted, lines_before):
         text, _ = cleaner(document.text)
         prompt = normalize_prompt(config, document.prompt)
+        # A document at the same position with other content: the file changed.
         if hash_content(prompt, text) != get_digest(hashes):
             break
         yield Document(document.number, document.location, text, prompt, document.name)
@@ -154,6 +158,7 @@ def _encode_chunk(chunk: list[Document], tokenizer: Tokenizer, file: IO[Any], ro
     prompts = [document.prompt for document in chunk]
     before = tokenizer.encode_batch(prompts) if any(prompts) else [np.empty(0, np.int32)] * len(chunk)
     eos = np.array([tokenizer.eos], np.int32)
+    # One array for the whole chunk: checked, converted and written at once, which is faster than document by document.
     flat = np.concatenate([piece for prompt, text in zip(before, texts) for piece in (prompt, text, eos)])
     lengths = [len(prompt) + len(text) + 1 for prompt, text in zip(before, texts)]
     if max(lengths) > MAX_SEQUENCE:
@@ -163,6 +168,7 @@ def _encode_chunk(chunk: list[Document], tokenizer: Tokenizer, file: IO[Any], ro
             "it with --max_chars."
         )
     if flat.max() >= tokenizer.vocab_size or flat.min() < 0:
+        # For the message, find the first wrong id and the document that it is in.
         at = int(np.argmax((flat >= tokenizer.vocab_size) | (flat < 0)))
         document = chunk[int(np.searchsorted(np.cumsum(lengths), at, side="right"))]
         raise DataError(

@@ -50,6 +50,7 @@ def choose_bands_and_rows(threshold: float, permutations: int = PERMUTATIONS) ->
     above = threshold + (np.arange(grid) + 0.5) / grid * (1 - threshold)
 
     def error(bands: int, rows: int) -> float:
+        """Integral of false positives below the threshold plus false negatives above it."""
         missed = (1 - above**rows) ** bands
         return float((1 - (1 - below**rows) ** bands).mean() * threshold + missed.mean() * (1 - threshold))
 

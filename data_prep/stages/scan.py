@@ -79,6 +79,7 @@ def scan_part(job: Job, part: Part, limit: int = 0) -> None:
     config = job.config
     reader, cleaner = PartReader(part, config), Cleaner(config)
     hasher = BandHasher(config.near_threshold) if config.dedup == "near" else None
+    # With validation sources, no document of the others is held out.
     fraction = 0.0 if config.valid_sources else config.valid_fraction
     files = [scan_rows_path(job, part)] + ([bands_path(scan_rows_path(job, part))] if hasher else [])
     found = {"documents": 0, "bytes": 0, "valid": 0, "changed": 0, "present": 0}
@@ -96,6 +97,7 @@ def scan_part(job: Job, part: Part, limit: int = 0) -> None:
             if reason:
                 reader.tally.dropped[reason] += 1
                 continue
+            # Hashes are of the cleaned text, so documents that cleaning makes equal are duplicates.
             digest = hash_content(prompt, text)
             size = len(text.encode("utf-8")) + len(prompt.encode("utf-8"))
             if size > MAX_TEXT_BYTES:

@@ -65,6 +65,7 @@ def group_parts(parts: list[Part], text_bytes: list[int], shard_bytes: int, item
     for part, text in zip(parts, text_bytes):
         if not text:
             continue
+        # The text of one shard: as many tokens as it holds, at TEXT_PER_TOKEN bytes each.
         if held and size + text > shard_bytes * TEXT_PER_TOKEN // itemsize:
             groups.append(PartGroup(len(groups), tuple(held), tuple(slices)))
             held, slices, size = [], [], 0
@@ -159,6 +160,7 @@ def _read_group_rows(job: Job, group: PartGroup) -> tuple[np.ndarray, list[Path]
             scanned, spilled = read_kept_rows(job, part, index, slices), np.load(rows_path)
             if spilled.dtype != SPILL_ROW or len(spilled) != len(scanned):
                 raise DataError(f"{rows_path} does not fit the scan. Remove it, and run `rdt prep` again.")
+            # Kept scan rows and spill rows are both in the order of the part: row i is the same document.
             rows = np.empty(len(scanned), _ROW)
             rows["high"], rows["low"] = scanned["key"].T
             for name in ("valid", "bytes"):
@@ -166,6 +168,7 @@ def _read_group_rows(job: Job, group: PartGroup) -> tuple[np.ndarray, list[Path]
             for name in ("tokens", "prompt"):
                 rows[name] = spilled[name]
             rows["spill"] = len(paths)
+            # Tokens of the documents before it in the spill file.
             rows["start"] = np.cumsum(spilled["tokens"], dtype=np.uint64) - spilled["tokens"]
             found.append(rows)
             paths.append(spill_path(job, part, index, ".bin"))
@@ -177,6 +180,7 @@ def _write_split(
 ) -> list[dict[str, Any]]:
     """Write the rows of a split as one shard, or as several if they exceed `shard_bytes`; return the shards' records."""
     shards: list[dict[str, Any]] = []
+    # Byte offset of each document's end, if all were in one file: a search finds those that fit the next shard.
     ends = np.cumsum(rows["tokens"], dtype=np.int64) * spills.dtype.itemsize
     first = 0
     while first < len(rows):
@@ -209,6 +213,7 @@ def _write_shard(
         for index, (spill, start, count, prompt) in enumerate(documents):
             mask = None
             if has_masks:
+                # The prompt does not count for the loss; the text and its EOS do.
                 mask = np.ones(count, np.uint8)
                 mask[:prompt] = 0
             writer.add_document(spills.read(spill, start, count), mask=mask)

@@ -34,10 +34,10 @@ class ExpertLoop(MixtureOfExperts):
         """(batch, sequence, dim) -> the same."""
         flat = x.flatten(0, -2)
         logits = linear(flat, self.router)
-        indices = (logits.detach() + self.selection_bias).topk(self.chosen, dim=-1).indices
+        indices = (logits.detach() + self.selection_bias).topk(self.experts_per_token, dim=-1).indices
         weights = logits.softmax(-1).gather(-1, indices)
         weights = weights / weights.sum(-1, keepdim=True)
-        mixed, together = torch.zeros_like(flat), 1 if self.per_choice else self.chosen
+        mixed, together = torch.zeros_like(flat), 1 if self.per_choice else self.experts_per_token
         # Indexing would allocate a gradient of all experts for each of them, which would be compared too; unbind does not.
         matrices = list(zip(self.gate.unbind(), self.up.unbind(), self.down.unbind()))
         for choices, shares in zip(indices.split(together, -1), weights.split(together, -1)):

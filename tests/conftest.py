@@ -44,7 +44,7 @@ LONGEST = (
     "distributed/test_world_size.py",
     "launch/test_cli.py",
     "convert/test_training_state.py",
-    "model/test_checkpointing.py",
+    "model/test_activation_checkpointing.py",
     "distributed/test_deepspeed.py",
 )
 """Files of tests that take the longest, in that order: what begins last should be short."""

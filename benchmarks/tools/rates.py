@@ -38,7 +38,7 @@ def count_products(model: nn.Module, rows: int) -> Counter[Shape]:
                 shapes[rows, weight.shape[1], weight.shape[0]] += 1
             elif weight.dim() == 3:
                 assert isinstance(part, MixtureOfExperts)
-                share = max(rows * part.chosen // part.experts, 1)
+                share = max(rows * part.experts_per_token // part.experts, 1)
                 shapes[share, weight.shape[2], weight.shape[1]] += weight.shape[0]
     return shapes
 

@@ -1,9 +1,9 @@
 """Activation checkpointing of the loop: what is kept for the backward pass, and what is computed again there.
 
-    none           everything
+    none           everything is kept
     per_iteration  the state between iterations
     n              the state after every n-th iteration; n iterations are computed again at a time
-    selective      that, and inside an iteration what matrix products and attention gave: the rest is cheap
+    selective      the state, and inside an iteration the results of matrix products and attention: the rest is cheap
     per_layer      the input of every layer, of prelude and coda too
 
 Always the non-reentrant kind: the reentrant one gives wrong gradients under sharding, without an error.
@@ -30,16 +30,17 @@ _PRODUCTS = (
     "_scaled_dot_product_cudnn_attention",
     "_scaled_dot_product_fused_attention_overrideable",
 )
-_KEPT = {getattr(torch.ops.aten, name).default for name in _PRODUCTS if hasattr(torch.ops.aten, name)}
+_KEPT_OPERATORS = {getattr(torch.ops.aten, name).default for name in _PRODUCTS if hasattr(torch.ops.aten, name)}
 
 
-def _keeps(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _choose_policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Decide for `selective` whether an operator's result is saved: matrix products and attention are."""
     flex = "flex_attention" in str(operator)  # no operator of aten
-    return CheckpointPolicy.MUST_SAVE if flex or operator in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if flex or operator in _KEPT_OPERATORS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Checkpointing:
-    """How the recurrent core's passes are run where they carry gradient.
+    """Runs the recurrent core's iterations under a policy where they carry gradient.
 
     Args:
         policy: `depth.checkpoint`.
@@ -50,19 +51,19 @@ class Checkpointing:
         self.span = policy if isinstance(policy, int) else 1
 
     def segments(self, iterations: Iterable[CoreIteration]) -> Iterator[list[CoreIteration]]:
-        """Passes that are run together: at most `span`, of the same sequences, all with gradient or none."""
+        """Split iterations into segments that run together: at most `span`, same sequences, all with gradient or none."""
         for _, alike in groupby(iterations, key=lambda iteration: (len(iteration.indices), iteration.with_grad)):
             run = list(alike)
             for first in range(0, len(run), self.span):
                 yield run[first : first + self.span]
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        """What `function` gives for `args`: the passes of one segment."""
+        """Return `function(*args)`, which runs one segment, keeping what the policy says."""
         if self.policy in ("none", "per_layer"):
             return function(*args)
         extra: dict[str, Any] = {}
         if self.policy == "selective":
-            extra["context_fn"] = partial(create_selective_checkpoint_contexts, _keeps)
+            extra["context_fn"] = partial(create_selective_checkpoint_contexts, _choose_policy)
         # Nothing in the model draws random numbers, so no generator's state has to be kept.
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **extra)
 

@@ -1,13 +1,13 @@
-"""Compiling the layers: not the loop, so that any T runs the same code.
+"""Compiling the layers, not the loop, so that any T runs the same code.
 
-A layer's code is compiled once for passes with gradient and once for those without (the first T - k iterations), each
-for any number of sequences: sequences of different T join pass by pass, so that number changes. One sequence alone
-has code of its own, since a size of 1 broadcasts.
+A layer's code is compiled once with gradient and once without (for the first T - k iterations), each for any number of
+sequences: sequences of different T join the batch one after the other, so that number changes. A single sequence has
+code of its own, since a size of 1 broadcasts.
 
-Of a layer with experts the attention is compiled, and not the rest.
+In a layer with experts, the attention is compiled and the rest is not.
 
-Training alone runs compiled code. Evaluation, generation and the monitor of the Jacobian, which goes back through an
-iteration twice, run the layers as they are written.
+Only training runs compiled code. Evaluation, generation and the monitor of the Jacobian, which differentiates through an
+iteration twice, run the layers uncompiled.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,25 +22,25 @@ from megatron_rdt.model.iteration_signals import Modulation
 from megatron_rdt.model.layer import Layer
 from megatron_rdt.model.moe import MixtureOfExperts
 
-# Kinds of layer times 4: prelude, core and coda layers with value embeddings and without are kinds of their own.
-# More would mean that something changes from call to call which should not.
-MOST_GRAPHS = 32
+# Kinds of layer (prelude, core and coda, with value embeddings and without) times 4 graphs each. Were there more, then
+# something would change from call to call that should not.
+MAX_GRAPHS = 32
 
 
 class CompiledLayer:
-    """What a layer runs in place of `Layer.run`.
+    """The compiled replacement of `Layer.attend_and_feed`.
 
     Args:
-        layer: whose parameters are looked up at every call, so it may be sharded afterwards.
+        layer: its parameters are looked up at every call, so it may be sharded afterwards.
         backend: of torch.compile.
     """
 
     def __init__(self, layer: Layer, backend: str) -> None:
-        # How many tokens go to which expert is known when it is computed, not before: no graph can hold that.
+        # How many tokens go to each expert is known only while it is computed, so no graph can contain it.
         self._feed = layer.feed if isinstance(layer.feedforward, MixtureOfExperts) else None
-        function = layer.run if self._feed is None else layer.attend
-        # With `fullgraph`, what cannot be compiled is an error that says why, never slow code without a word.
-        self._run: Callable[..., torch.Tensor] = torch.compile(function, backend=backend, fullgraph=True)
+        function = layer.attend_and_feed if self._feed is None else layer.attend
+        # With `fullgraph`, code that cannot be compiled is an error that says why, instead of silently slow.
+        self._compiled: Callable[..., torch.Tensor] = torch.compile(function, backend=backend, fullgraph=True)
 
     def __call__(
         self,
@@ -49,25 +49,25 @@ class CompiledLayer:
         token_values: torch.Tensor | None,
         modulations: Sequence[Modulation] | None,
     ) -> torch.Tensor:
-        """`Layer.run` without a cache."""
-        _any_number_of_sequences((x, token_values, context.tokens), 1)
-        _any_number_of_sequences((*context.rotary, context.mask), 4)  # others are for all sequences
+        """Return the same as `Layer.attend_and_feed` without a cache."""
+        _mark_batch_dynamic((x, token_values, context.tokens), 1)
+        _mark_batch_dynamic((*context.rotary, context.mask), 4)  # with fewer dimensions they serve all sequences
         if isinstance(context.mask, BlockwiseMask):
-            _any_number_of_sequences((context.mask.documents, *context.mask.block_mask.as_tuple()), 2)
-        _any_number_of_sequences([each for pair in modulations or () for each in pair], 1)
-        x = self._run(x, context, token_values, modulations)
+            _mark_batch_dynamic((context.mask.documents, *context.mask.block_mask.as_tuple()), 2)
+        _mark_batch_dynamic([each for pair in modulations or () for each in pair], 1)
+        x = self._compiled(x, context, token_values, modulations)
         return x if self._feed is None else self._feed(x, context, modulations)
 
 
-def _any_number_of_sequences(tensors: Sequence[Any], dimensions: int) -> None:
-    """Tell the compiler that the first size changes, of tensors with at least so many dimensions."""
+def _mark_batch_dynamic(tensors: Sequence[Any], dimensions: int) -> None:
+    """Tell the compiler that the first size varies, for tensors with at least so many dimensions."""
     for tensor in tensors:
         if isinstance(tensor, torch.Tensor) and tensor.dim() >= dimensions and tensor.shape[0] > 1:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
-    """Let every layer of a model run compiled code in training; nothing is compiled before it runs.
+    """Make every layer of a model run compiled code in training; each is compiled when it first runs.
 
     Args:
         model: its layers, before or after they are sharded.
@@ -75,10 +75,10 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     """
     import torch._dynamo
 
-    # A layer's parameters lie in buckets of DDP with those of others, and the core's gradients are not complete
-    # before the last of its iterations: to cut a layer into pieces at the buckets' borders would gain nothing.
+    # DDP would have layers cut into graphs at the borders of its gradient buckets, to reduce earlier. The core's
+    # gradients are complete only after the backward pass of its first iteration, so that would gain nothing.
     torch._dynamo.config.optimize_ddp = False
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
     for module in list(model.modules()):
         if isinstance(module, Layer):
             module.compiled = CompiledLayer(module, backend)

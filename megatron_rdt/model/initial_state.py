@@ -1,8 +1,8 @@
-"""The state before the first iteration.
+"""The random state before the first iteration.
 
-Random states are counter-based: channel c at position p of a sequence with seed s is a function of (s, p, c), on
-every device. So a cached decoding step at position p sees the same noise as a full forward pass, and training
-noise depends on (seed, step, sample) and not on which rank or micro-batch the sample is in.
+It is counter-based: channel c at position p of a sequence with seed s is a function of (s, p, c), on every device. So a
+cached decoding step at position p sees the same noise as a full forward pass, and training noise depends on
+(seed, step, sample) and not on which rank or micro-batch the sample is in.
 """
 
 import math
@@ -17,15 +17,15 @@ _MIX_FIRST, _MIX_SECOND = 0xFF51AFD7ED558CCD - (1 << 64), 0xC4CEB9FE1A85EC53 - (
 _POSITION_STRIDE, _CHANNEL_STRIDE = 0x9E3779B97F4A7C15 - (1 << 64), 0xD1B54A32D192ED03 - (1 << 64)
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """MurmurHash3's 64-bit finaliser; int64 arithmetic wraps, and the mask makes the shift a logical one."""
+def _mix_bits(x: torch.Tensor) -> torch.Tensor:
+    """Apply MurmurHash3's 64-bit finaliser; int64 arithmetic wraps, and the mask makes the shift a logical one."""
     for factor in (_MIX_FIRST, _MIX_SECOND):
         x = (x ^ ((x >> 33) & 0x7FFFFFFF)) * factor
     return x ^ ((x >> 33) & 0x7FFFFFFF)
 
 
 def normal_state(seeds: tuple[int, ...], positions: torch.Tensor, dim: int, std: float) -> torch.Tensor:
-    """Truncated normal noise keyed by (seed, position, channel).
+    """Return truncated normal noise, a function of (seed, position, channel).
 
     Args:
         seeds: one 64-bit integer per sequence.
@@ -41,7 +41,9 @@ def normal_state(seeds: tuple[int, ...], positions: torch.Tensor, dim: int, std:
     seed = to_device(signed, device)[:, None, None]
     channel = torch.arange(dim, dtype=torch.int64, device=device) * _CHANNEL_STRIDE
     position = torch.atleast_2d(positions)[..., None] * _POSITION_STRIDE
-    bits = _mix(_mix(seed ^ position) + channel)
+    bits = _mix_bits(_mix_bits(seed ^ position) + channel)
+    # 24 bits fill a float32 exactly; the half keeps the uniform value away from 0 and 1.
     uniform = (((bits >> 40) & 0xFFFFFF).float() + 0.5) * 2.0**-24
+    # Inverse CDF of the normal distribution between -3 and 3 standard deviations.
     edge = math.erf(TRUNCATION / math.sqrt(2))
     return std * math.sqrt(2) * torch.erfinv((2 * uniform - 1) * edge)

@@ -2,7 +2,7 @@
 
 Matrices: truncated normal (3 standard deviations) of variance 2 / (5 dim), as in Huginn (arXiv:2502.05171);
 projections back into the residual stream are smaller by sqrt(2 x layers), so that the stream's variance does not
-grow with the number of layers. Norms start at 1; what else is not normal, a module says itself in INITIAL_VALUES.
+grow with the number of layers. Norms start at 1. A module declares its other initial values in INITIAL_VALUES.
 """
 
 import math
@@ -18,18 +18,18 @@ RESIDUAL_OUTPUTS = ("attention.output.weight", "feedforward.down.weight", "feedf
 
 
 def initial_parameter(model: RecurrentDepthTransformer, name: str, shape: torch.Size, seed: int) -> torch.Tensor:
-    """The full, unsharded float32 value of the parameter `name`, on the CPU.
+    """Return the full, unsharded float32 value of the parameter `name`, on the CPU.
 
     Args:
         model: the model, possibly sharded or on the meta device; only its structure is used.
         name: the parameter's name in `model.named_parameters()`.
         shape: its full shape.
-        seed: seed of the run.
+        seed: of the run.
     """
-    place, _, leaf = name.rpartition(".")
-    own = getattr(model.get_submodule(place), "INITIAL_VALUES", {})
-    if leaf in own:
-        value = own[leaf]
+    module_name, _, parameter_name = name.rpartition(".")
+    declared = getattr(model.get_submodule(module_name), "INITIAL_VALUES", {})
+    if parameter_name in declared:
+        value = declared[parameter_name]
         return value(shape) if callable(value) else torch.full(shape, float(value))
     std = initial_std(model.config, name)
     generator = torch.Generator().manual_seed(hash64(seed, "weights", name) >> 1)
@@ -37,7 +37,7 @@ def initial_parameter(model: RecurrentDepthTransformer, name: str, shape: torch.
 
 
 def initial_std(config: ModelConfig, name: str) -> float:
-    """Standard deviation of a normal parameter."""
+    """Return the standard deviation of a normally distributed parameter."""
     std = math.sqrt(2 / (5 * config.dim))
     if name.endswith(RESIDUAL_OUTPUTS):
         std /= math.sqrt(2 * (config.prelude_layers + config.core_layers + config.coda_layers))
@@ -45,7 +45,7 @@ def initial_std(config: ModelConfig, name: str) -> float:
 
 
 def reset_buffers(model: nn.Module, device: torch.device | str = "cpu") -> None:
-    """Give every buffer memory, on `device` if it has none, and its value at the start of a run."""
+    """Set every buffer to its value at the start of a run; one on the meta device gets memory on `device` first."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
@@ -60,7 +60,7 @@ def reset_buffers(model: nn.Module, device: torch.device | str = "cpu") -> None:
 
 @torch.no_grad()
 def initialize(model: RecurrentDepthTransformer, seed: int) -> RecurrentDepthTransformer:
-    """Fill an unsharded model in place, from meta or any device; returns it (on the CPU if it was on meta)."""
+    """Fill an unsharded model in place, from meta or any device; return it (on the CPU if it was on meta)."""
     if any(parameter.is_meta for parameter in model.parameters()):
         model.to_empty(device="cpu")
     for name, parameter in model.named_parameters():

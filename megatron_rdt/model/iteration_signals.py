@@ -1,12 +1,12 @@
-"""Signals: what tells the core which iteration it is in. None, or any of three together.
+"""Signals that tell the core which iteration it is in: none, or any of three together.
 
     sinusoidal  x = x + s * [sin(t f); cos(t f)] on the first eighth of the channels      before the layers
     lora        y = y + B (r(t) * (A y)), A (rank, dim), B (dim, rank)                    after the layers
     adaln       every norm of every core layer: n(x) (1 + scale(t, T)) + shift(t, T)      inside the layers
 
 t counts from 0. r, scale and shift are linear maps of sines and cosines of t (and T), so all are defined for every t and
-T, also beyond those of the training; half of the frequencies are evenly spaced, so that any values in the first
-FEATURES / 2 iterations can be met exactly, the other half are low and tell late iterations apart.
+T, also beyond those of the training. Half of the frequencies are evenly spaced, so that any values in the first
+FEATURES / 2 iterations can be met exactly; the other half are low and distinguish late iterations.
 Sources: loop index of OpenMythos; adapters per iteration, Bae et al. 2024 (arXiv:2410.20672); adaptive norms, Peebles
 and Xie 2023 (arXiv:2212.09748).
 """
@@ -28,16 +28,17 @@ Modulation = tuple[torch.Tensor, torch.Tensor]
 
 
 def sinusoids(t: torch.Tensor, channels: int) -> torch.Tensor:
-    """(batch,) iteration numbers -> (batch, 1, channels): sines, then cosines, of geometric frequencies; float64."""
+    """Return sines, then cosines, of geometric frequencies: (batch,) iteration indices -> (batch, 1, channels), float64."""
     frequencies = BASE ** (-torch.arange(0, channels, 2, device=t.device, dtype=torch.float64) / channels)
     angles = t.double()[:, None, None] * frequencies
     return torch.cat((angles.sin(), angles.cos()), dim=-1)[..., :channels]
 
 
 def loop_features(t: torch.Tensor) -> torch.Tensor:
-    """(batch,) iteration numbers -> (batch, 1, FEATURES): sines, then cosines; float64.
+    """Return the features of an iteration index or loop count: (batch,) -> (batch, 1, FEATURES), float64.
 
-    Frequencies, n = FEATURES / 4: pi j / (n + 1/2) for j = 1 ... n, and below them n in geometric progression.
+    They are sines, then cosines. Frequencies, n = FEATURES / 4: pi j / (n + 1/2) for j = 1 ... n, and below them n in
+    geometric progression.
     """
     count = FEATURES // 4
     steps = torch.arange(1, count + 1, device=t.device, dtype=torch.float64)
@@ -58,13 +59,13 @@ class SinusoidalSignal(nn.Module):
         self.size = nn.Parameter(torch.empty(self.channels))
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        """What to add to the layers' input: (batch, 1, dim)."""
+        """Return the term to add to the layers' input, (batch, 1, dim)."""
         signal = sinusoids(t, self.channels).to(self.size.dtype) * self.size
         return nn.functional.pad(signal, (0, self.dim - self.channels))
 
 
 class LoraSignal(nn.Module):
-    """A low-rank adapter whose rank-wise weights depend on t; zero at first."""
+    """A low-rank adapter whose scale per rank depends on t; its output is zero at first."""
 
     INITIAL_VALUES: ClassVar[dict[str, float]] = {"up": 0.0, "weights": 0.0, "bias": 1.0}
 
@@ -76,7 +77,7 @@ class LoraSignal(nn.Module):
         self.bias = nn.Parameter(torch.empty(config.signal_rank))
 
     def forward(self, y: torch.Tensor, t: torch.Tensor, compute_dtype: torch.dtype) -> torch.Tensor:
-        """What to add to the layers' output y, (batch, sequence, dim)."""
+        """Return the term to add to the layers' output y, (batch, sequence, dim)."""
         features = loop_features(t).to(self.weights.dtype)
         scale = linear(features, self.weights) + self.bias
         return linear((self.down(y.to(compute_dtype)) * scale).to(compute_dtype), self.up)
@@ -92,9 +93,9 @@ class AdaLnSignal(nn.Module):
         self.layers, self.dim = config.core_layers, config.dim
         self.weights = nn.Parameter(torch.empty(config.core_layers * 4 * config.dim, 2 * FEATURES))
 
-    def forward(self, t: torch.Tensor, total: torch.Tensor) -> list[list[Modulation]]:
-        """Per layer, the modulations of its two norms."""
-        features = torch.cat((loop_features(t), loop_features(total)), dim=-1).to(self.weights.dtype)
+    def forward(self, t: torch.Tensor, loops: torch.Tensor) -> list[list[Modulation]]:
+        """Return per layer the modulations of its two norms, from t and T, (batch,) each."""
+        features = torch.cat((loop_features(t), loop_features(loops)), dim=-1).to(self.weights.dtype)
         values = linear(features, self.weights).unflatten(-1, (self.layers, 2, 2, self.dim))
         return [
             [(1 + values[:, :, layer, norm, 0], values[:, :, layer, norm, 1]) for norm in range(2)]
@@ -103,7 +104,7 @@ class AdaLnSignal(nn.Module):
 
 
 class Signals(nn.Module):
-    """The signals of `model.signals`; each does nothing where it is not chosen."""
+    """The signals of `model.signals`; one that is not chosen does nothing."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -113,13 +114,13 @@ class Signals(nn.Module):
         self.adaln = AdaLnSignal(config) if "adaln" in config.signals else None
 
     def offset(self, t: torch.Tensor) -> torch.Tensor | float:
-        """What is added to the layers' input."""
+        """Return the term that is added to the layers' input."""
         return 0.0 if self.sinusoidal is None else self.sinusoidal(t)
 
-    def modulations(self, t: torch.Tensor, total: torch.Tensor) -> list[list[Modulation]] | None:
-        """Per layer, the modulations of its norms."""
-        return None if self.adaln is None else self.adaln(t, total)
+    def modulations(self, t: torch.Tensor, loops: torch.Tensor) -> list[list[Modulation]] | None:
+        """Return per layer the modulations of its norms."""
+        return None if self.adaln is None else self.adaln(t, loops)
 
     def adapt(self, y: torch.Tensor, t: torch.Tensor, compute_dtype: torch.dtype) -> torch.Tensor:
-        """The layers' output with the adapter's part added."""
+        """Add the adapter's term to the layers' output."""
         return y if self.lora is None else y + self.lora(y, t, compute_dtype)

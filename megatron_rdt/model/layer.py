@@ -1,4 +1,4 @@
-"""One transformer layer: attention and feed-forward, each around the residual stream, with norms where the config says."""
+"""One transformer layer: attention and feed-forward around the residual stream, with norms where the config puts them."""
 
 from collections.abc import Callable, Sequence
 
@@ -25,18 +25,17 @@ class Layer(nn.Module):
 
     Args:
         config: of the model.
-        index: place among all layers, prelude first, each core layer counted once.
-        core: whether it is one of the core's, which may have experts.
+        index: among all layers, prelude first, each core layer counted once.
+        core: True for a layer of the core, which may have experts.
 
     Attributes:
-        checkpointed: keep nothing but the input where there is gradient, and compute the rest again in the backward
-            pass.
-        compiled: runs both parts instead of `run`, in training and without a cache; None where nothing is compiled.
+        checkpointed: where there is gradient, keep only the input and compute the rest again in the backward pass.
+        compiled: runs instead of `attend_and_feed` in training without a cache; None where nothing is compiled.
     """
 
     def __init__(self, config: ModelConfig, index: int, core: bool = False) -> None:
         super().__init__()
-        self.placement = config.norm_placement
+        self.norm_placement = config.norm_placement
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = ATTENTIONS[config.attention](config, index)
         self.feedforward_norm = RMSNorm(config.dim, config.norm_eps)
@@ -57,25 +56,25 @@ class Layer(nn.Module):
         token_values: torch.Tensor | None = None,
         modulations: Sequence[Modulation] | None = None,
     ) -> torch.Tensor:
-        """(batch, sequence, dim) -> (batch, sequence, dim).
+        """Run the layer, compiled and checkpointed as set: (batch, sequence, dim) -> (batch, sequence, dim).
 
         Args:
             x: the residual stream.
-            context: what all layers of this pass share.
+            context: shared by all layers of this pass.
             cache: keys and values of earlier positions.
-            slot: which slot of the cache belongs to this (iteration, layer).
-            token_values: what the method of this name gave, where it was called before; otherwise it is called here.
+            slot: cache slot of this (iteration, layer).
+            token_values: from the method of this name, where the caller has them already; None looks them up here.
             modulations: of the two inner norms.
         """
         if cache is not None:
-            return self.run(x, context, token_values, modulations, cache, slot)
-        run = self.compiled if self.compiled is not None and self.training else self.run
+            return self.attend_and_feed(x, context, token_values, modulations, cache, slot)
+        function = self.compiled if self.compiled is not None and self.training else self.attend_and_feed
         if self.checkpointed and torch.is_grad_enabled():
             arguments = x, context, token_values, modulations
-            return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
-        return run(x, context, token_values, modulations)
+            return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return function(x, context, token_values, modulations)
 
-    def run(
+    def attend_and_feed(
         self,
         x: torch.Tensor,
         context: LayerContext,
@@ -84,7 +83,7 @@ class Layer(nn.Module):
         cache: KeyValueCache | None = None,
         slot: int = 0,
     ) -> torch.Tensor:
-        """`forward`, neither compiled nor checkpointed."""
+        """Run both parts; arguments and result as of `forward`."""
         return self.feed(self.attend(x, context, token_values, modulations, cache, slot), context, modulations)
 
     def attend(
@@ -96,41 +95,42 @@ class Layer(nn.Module):
         cache: KeyValueCache | None = None,
         slot: int = 0,
     ) -> torch.Tensor:
-        """The first part: the residual stream after the attention."""
+        """Run the first part; return the residual stream after the attention."""
         if token_values is None:
             token_values = self.token_values(context)
-        inner = self._inner(self.attention_norm, x, context, modulations, 0)
-        return self._add(x, self.attention(inner, context, cache, slot, token_values), self.attention_outer_norm)
+        inner = self._normalize_input(self.attention_norm, x, context, modulations, 0)
+        output = self.attention(inner, context, cache, slot, token_values)
+        return self._add_to_stream(x, output, self.attention_outer_norm)
 
     def feed(self, x: torch.Tensor, context: LayerContext, modulations: Sequence[Modulation] | None) -> torch.Tensor:
-        """The second part: the residual stream after the feed-forward."""
-        inner = self._inner(self.feedforward_norm, x, context, modulations, 1)
-        return self._add(x, self.feedforward(inner), self.feedforward_outer_norm)
+        """Run the second part; return the residual stream after the feed-forward."""
+        inner = self._normalize_input(self.feedforward_norm, x, context, modulations, 1)
+        return self._add_to_stream(x, self.feedforward(inner), self.feedforward_outer_norm)
 
     def token_values(self, context: LayerContext) -> torch.Tensor | None:
-        """The attention's value embeddings of the tokens of this pass, None where it has none."""
+        """Look up the attention's value embeddings of this pass's tokens; None where it has none."""
         table = self.attention.token_values
         return None if table is None else table.look_up(context.tokens)
 
-    def _inner(
+    def _normalize_input(
         self,
         norm: RMSNorm,
         x: torch.Tensor,
         context: LayerContext,
         modulations: Sequence[Modulation] | None,
-        which: int,
+        part: int,
     ) -> torch.Tensor:
-        """What a part gets, in the compute dtype."""
+        """Return the input of part 0 or 1: the normalised, modulated stream in the compute dtype."""
         x = norm(x)
         if modulations is not None:
-            scale, shift = modulations[which]
+            scale, shift = modulations[part]
             x = x * scale + shift
         return x.to(context.compute_dtype)
 
-    def _add(self, x: torch.Tensor, output: torch.Tensor, outer: RMSNorm | None) -> torch.Tensor:
-        """The residual stream with a part's output."""
+    def _add_to_stream(self, x: torch.Tensor, output: torch.Tensor, outer: RMSNorm | None) -> torch.Tensor:
+        """Add a part's output to the residual stream, with the outer norm where there is one."""
         if outer is None:
             return x + output
-        if self.placement == "sandwich":
+        if self.norm_placement == "sandwich":
             return outer(x + output)
         return x + outer(output.to(x.dtype))

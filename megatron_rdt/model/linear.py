@@ -33,7 +33,7 @@ class _RoundedLinear(torch.autograd.Function):
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x (..., in) times weight (out, in) transposed, in the dtype of x -> (..., out)."""
+    """Multiply x (..., in) by weight (out, in) transposed, in the dtype of x -> (..., out)."""
     if x.dtype == weight.dtype:
         return functional.linear(x, weight)
     return _RoundedLinear.apply(x, weight)
@@ -60,5 +60,5 @@ class IdentityLinear(Linear):
         super().__init__(dim, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., dim) -> (..., dim)."""
+        """Apply the map in the dtype of the weight."""
         return linear(x.to(self.weight.dtype), self.weight)

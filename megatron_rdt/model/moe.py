@@ -4,9 +4,9 @@
     chosen = top-k of W x + selection bias
     y = sum over chosen of s_i / sum(s) * expert_i(x) + shared(x)
 
-The selection bias decides who is chosen and nothing else, so balancing costs the loss nothing (Wang et al. 2024,
-arXiv:2408.15664): after each optimizer step it moves up for experts with less than the mean load of all ranks, down for
-those with more. Tokens are sorted by expert, so an expert's products run on one contiguous piece: in bfloat16 on a GPU
+The selection bias decides which experts are chosen and nothing else, so balancing costs the loss nothing (Wang et al.
+2024, arXiv:2408.15664): after each optimizer step it moves up for experts with less than the mean load of all ranks, down
+for those with more. Tokens are sorted by expert, so an expert's products run on one contiguous piece: in bfloat16 on a GPU
 all experts in one grouped product, elsewhere one after the other.
 """
 
@@ -25,12 +25,14 @@ from megatron_rdt.model.linear import linear
 GROUPED_MULTIPLE = 8
 
 
-Run = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Exchange = Callable[[Run, torch.Tensor, torch.Tensor], torch.Tensor]
+RunExperts = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(rows sorted by expert, index after the last row of each expert) -> the experts' outputs, in the same order."""
+RowExchange = Callable[[RunExperts, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Calls a `RunExperts` on the ranks that hold the experts; its further arguments and result are those of `RunExperts`."""
 
 
-def _in_backward() -> bool:
-    """Whether activation checkpointing is running this forward pass again."""
+def _is_recomputing() -> bool:
+    """Return True if activation checkpointing is running this forward pass again, inside the backward pass."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -51,19 +53,22 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Rows (rows, in), sorted by expert, times weights (experts, out, in) transposed, each row with its expert's.
+    """Multiply rows (rows, in), sorted by expert, each with its expert's matrix of (experts, out, in) transposed.
 
     Args:
         x: the rows; `in` and `out` must be multiples of 16 bytes.
         weight: rounded to the dtype of `x`.
-        ends: (experts,) int32, the row after the last of each expert.
+        ends: (experts,) int32, the index after the last row of each expert.
     """
     return _GroupedLinear.apply(x.contiguous(), weight, ends)
 
 
-def scatter_rows(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Row r of `x` at row places[r]. Not an indexed read: the backward pass of that adds rows up in any order."""
-    return torch.empty_like(x).index_copy(0, places, x)
+def scatter_rows(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Return a permutation with row r of `x` at row indices[r].
+
+    Not an indexed read, whose backward pass adds rows up in no fixed order.
+    """
+    return torch.empty_like(x).index_copy(0, indices, x)
 
 
 class MixtureOfExperts(nn.Module):
@@ -73,19 +78,18 @@ class MixtureOfExperts(nn.Module):
 
     Attributes:
         selection_bias: (experts,) buffer, float32; the same on every rank.
-        counted: (experts + 1,) float64, since the last `rebalance`, on this rank: how many tokens each expert was sent,
-            and the entropy of the routing distribution in nats, summed over these tokens. A token is counted once per
-            iteration. None where nothing was counted.
-        exchange: runs the experts where several processes share them out, given `_experts`, which runs those that this
-            one holds, and its arguments; None where this one holds all.
+        routing_sums: (experts + 1,) float64, sums over this rank's tokens since the last `rebalance`: the number of tokens
+            sent to each expert, and the entropy of the routing distribution in nats. A token counts once per iteration.
+            None where nothing was counted.
+        exchange: runs the experts where several ranks hold them; None where this one holds all.
     """
 
     selection_bias: torch.Tensor
-    counted: torch.Tensor | None
+    routing_sums: torch.Tensor | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.experts, self.chosen, width = config.experts, config.experts_per_token, config.expert_width
+        self.experts, self.experts_per_token, width = config.experts, config.experts_per_token, config.expert_width
         self.router = nn.Parameter(torch.empty(config.experts, config.dim))
         self.gate = nn.Parameter(torch.empty(config.experts, width, config.dim))
         self.up = nn.Parameter(torch.empty(config.experts, width, config.dim))
@@ -93,47 +97,50 @@ class MixtureOfExperts(nn.Module):
         self.shared = SwiGLU(config, config.shared_width) if config.shared_width else None
         self.register_buffer("selection_bias", torch.zeros(config.experts))
         # Not a buffer: it is neither saved nor sharded, and no conversion of the model may round it.
-        self.counted = None
-        self.exchange: Exchange | None = None
+        self.routing_sums = None
+        self.exchange: RowExchange | None = None
 
     def reset_buffers(self) -> None:
-        """The values at the start of a run; on the meta device nothing happens."""
+        """Set the values at the start of a run; on the meta device nothing happens."""
         self.selection_bias.zero_()
-        self.counted = None
+        self.routing_sums = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(batch, sequence, dim) -> the same, in the dtype of `x`."""
+        """Route each token to its experts and add up: (batch, sequence, dim) -> the same, in the dtype of `x`."""
         flat = x.flatten(0, -2)
         logits = linear(flat.to(self.router.dtype), self.router)  # (tokens, experts)
         scores = logits.softmax(-1)
-        indices = (logits.detach() + self.selection_bias).topk(self.chosen, dim=-1).indices
+        # The bias enters the choice only. The weights come from unbiased scores, so no gradient pays for the balance.
+        indices = (logits.detach() + self.selection_bias).topk(self.experts_per_token, dim=-1).indices
         weights = scores.gather(-1, indices)
         weights = weights / weights.sum(-1, keepdim=True)
-        # Each token stands `chosen` times in a row; `order` lists these rows by expert.
+        # Each token becomes `experts_per_token` consecutive rows; `order` lists these rows by expert.
         expert_of_row, order = indices.flatten().sort(stable=True)
         ends = torch.searchsorted(expert_of_row, torch.arange(self.experts, device=x.device), right=True)
-        if self.training and not _in_backward():
-            self._count(ends, scores.detach())
-        rows = flat.unsqueeze(1).expand(-1, self.chosen, -1).flatten(0, 1)
+        if self.training and not _is_recomputing():  # a recomputed iteration was counted when it first ran
+            self._count_routing(ends, scores.detach())
+        rows = flat.unsqueeze(1).expand(-1, self.experts_per_token, -1).flatten(0, 1)
         rows = scatter_rows(rows, order.argsort())
-        outputs = self._experts(rows, ends) if self.exchange is None else self.exchange(self._experts, rows, ends)
-        outputs = scatter_rows(outputs, order).unflatten(0, (-1, self.chosen))
+        run = self._run_experts
+        outputs = run(rows, ends) if self.exchange is None else self.exchange(run, rows, ends)
+        outputs = scatter_rows(outputs, order).unflatten(0, (-1, self.experts_per_token))
         mixed = (outputs * weights.to(outputs.dtype).unsqueeze(-1)).sum(1)
         if self.shared is not None:
             mixed = mixed + self.shared(flat)
         return mixed.view(x.shape)
 
     @torch.no_grad()
-    def _count(self, ends: torch.Tensor, scores: torch.Tensor) -> None:
+    def _count_routing(self, ends: torch.Tensor, scores: torch.Tensor) -> None:
+        """Add the load of each expert and the entropy of the scores to `routing_sums`."""
         entropy = torch.special.entr(scores).sum().double()
         new = torch.cat((ends.diff(prepend=ends.new_zeros(1)).double(), entropy[None]))
-        self.counted = new if self.counted is None else self.counted + new
+        self.routing_sums = new if self.routing_sums is None else self.routing_sums + new
 
-    def _experts(self, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """Each expert on its piece of the sorted rows, which ends at `ends`."""
-        aligned = all(size % GROUPED_MULTIPLE == 0 for size in self.gate.shape[1:])
-        if rows.is_cuda and rows.dtype == torch.bfloat16 and aligned:
-            return self._grouped(rows, ends.int())
+    def _run_experts(self, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """Apply this rank's experts, each to its piece of the sorted rows, which ends before `ends`."""
+        is_aligned = all(size % GROUPED_MULTIPLE == 0 for size in self.gate.shape[1:])
+        if rows.is_cuda and rows.dtype == torch.bfloat16 and is_aligned:
+            return self._run_experts_grouped(rows, ends.int())
         outputs = []
         # split and unbind, not slices and indexing: their backward passes put all pieces together once.
         pieces = rows.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
@@ -141,7 +148,8 @@ class MixtureOfExperts(nn.Module):
             outputs.append(linear(functional.silu(linear(piece, gate)) * linear(piece, up), down))
         return torch.cat(outputs)
 
-    def _grouped(self, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    def _run_experts_grouped(self, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """Apply all experts in three grouped products."""
         hidden = functional.silu(grouped_linear(rows, self.gate, ends)) * grouped_linear(rows, self.up, ends)
         return grouped_linear(hidden, self.down, ends)
 
@@ -154,8 +162,8 @@ def rebalance(
 
     Args:
         model: any module that holds mixtures.
-        rate: step of the bias; 0 where the step was discarded, for what was counted then may come of a state that is
-            not finite.
+        rate: step of the bias; 0 where the optimizer step was discarded, since the counts may then come from a state that
+            is not finite.
         reduce: sums a tensor over all ranks.
 
     Returns:
@@ -167,13 +175,15 @@ def rebalance(
     if not mixtures:
         return None
     nothing = torch.zeros(mixtures[0].experts + 1, dtype=torch.float64, device=mixtures[0].selection_bias.device)
-    counted = reduce(torch.stack([nothing if m.counted is None else m.counted for m in mixtures]))
-    load, entropy = counted[:, :-1], counted[:, -1]
+    # One reduction for all mixtures; a rank that counted nothing takes part with zeros.
+    sums = reduce(torch.stack([nothing if m.routing_sums is None else m.routing_sums for m in mixtures]))
+    load, entropy = sums[:, :-1], sums[:, -1]
     mean = load.mean(-1, keepdim=True)
     for mixture, own, average in zip(mixtures, load, mean):
+        # The sign, not the difference: the step does not depend on the batch size.
         mixture.selection_bias += rate * torch.sign(average - own)
-        mixture.counted = None
-    tokens = load.sum() / mixtures[0].chosen
+        mixture.routing_sums = None
+    tokens = load.sum() / mixtures[0].experts_per_token
     return {
         "expert_load_max": (load / mean.clamp_min(1)).max(),
         "expert_idle": (load == 0).double().mean(),

@@ -1,5 +1,5 @@
-"""What the loop measures of itself while it trains. Nothing here changes a result, draws from a global generator, or talks
-to another rank.
+"""Measurements of the loop while it trains. Nothing here changes a result, draws from a global generator, or
+communicates with another rank.
 """
 
 from collections.abc import Callable
@@ -11,19 +11,19 @@ SMALLEST_NORM = 1e-30
 
 
 class CoreMonitor:
-    """Collects what the loop measured; the caller passes one in and reads it after the backward pass.
+    """Collects measurements of one forward pass; the caller passes one in and reads it after the backward pass.
 
     Args:
         per_iteration: measure every iteration, not only the last.
-        jacobian_steps: power-iteration steps for the largest singular value of the last iteration's Jacobian; 0 means
-            not to measure it.
+        jacobian_steps: power-iteration steps for the largest singular value of the last iteration's Jacobian; 0 does not
+            measure it.
 
     Attributes (0-dimensional float32 tensors, None until measured):
         spectral_radius: of the linear part of the recurrence, as the forward pass used it.
         state_norm: root mean square over channels of the final state, averaged over tokens.
-        state_residual: |h_T - h_(T-1)| / |h_T|, both states as the loop sees them.
+        state_residual: |h_T - h_(T-1)| / |h_T|, before any norm at the end of the loop.
         token_correlation: mean cosine between the final states of different tokens of one sequence.
-        input_norm: of what the encoded input adds to the state in each iteration (`b e`), measured as `state_norm`.
+        input_norm: of the term that the encoded input adds to the state in each iteration (`b e`), as `state_norm`.
         jacobian_norm: largest singular value of d h_T / d h_(T-1), over the sequences: a lower bound, close after some
             power-iteration steps.
     """
@@ -38,7 +38,8 @@ class CoreMonitor:
         self.token_correlation: torch.Tensor | None = None
         self.input_norm: torch.Tensor | None = None
         self.jacobian_norm: torch.Tensor | None = None
-        self._passes: list[tuple[tuple[int, ...], torch.Tensor]] = []
+        # Per iteration: the index of each sequence, and values (3, sequences) or squared gradient norms (sequences,).
+        self._iterations: list[tuple[tuple[int, ...], torch.Tensor]] = []
         self._gradients: list[tuple[tuple[int, ...], torch.Tensor]] = []
 
     @torch.no_grad()
@@ -50,60 +51,64 @@ class CoreMonitor:
         norm = torch.linalg.vector_norm(state).clamp_min(SMALLEST_NORM)
         self.state_residual = torch.linalg.vector_norm(state - previous) / norm
         if state.shape[1] > 1:
-            self.token_correlation = _correlation(state).mean()
+            self.token_correlation = _token_correlation(state).mean()
 
     @torch.no_grad()
     def measure_iteration(self, indices: tuple[int, ...], previous: torch.Tensor, state: torch.Tensor) -> None:
-        """Measure one iteration of each sequence, the age-th (from 0), from `previous` to `state` (batch, sequence, dim)."""
+        """Measure an iteration, number indices[i] of sequence i (from 0), from `previous` to `state` (batch, sequence, dim)."""
         previous, state = previous.detach().float(), state.detach().float()
         norm = torch.linalg.vector_norm(state, dim=(1, 2)).clamp_min(SMALLEST_NORM)
         residual = torch.linalg.vector_norm(state - previous, dim=(1, 2)) / norm
-        self._passes.append((indices, torch.stack((_rms(state).mean(1), residual, _correlation(state)))))
+        values = torch.stack((_rms(state).mean(1), residual, _token_correlation(state)))
+        self._iterations.append((indices, values))
 
     def watch_gradient(self, indices: tuple[int, ...], state: torch.Tensor) -> None:
-        """Measure the gradient of the objective with respect to a state after an iteration when it arrives there."""
+        """Measure the gradient of the objective with respect to the state after an iteration, when it arrives there."""
 
-        def keep(gradient: torch.Tensor) -> None:
+        def keep_square(gradient: torch.Tensor) -> None:
             self._gradients.append((indices, gradient.detach().float().square().flatten(1).sum(1)))
 
         if state.requires_grad:
-            state.register_hook(keep)
+            state.register_hook(keep_square)
 
-    def measure_input(self, injected: torch.Tensor) -> None:
-        """Measure what the encoded input adds, (batch, sequence, dim)."""
-        self.input_norm = _rms(injected.detach().float()).mean()
+    def measure_input(self, input_term: torch.Tensor) -> None:
+        """Measure the term that the encoded input adds, (batch, sequence, dim)."""
+        self.input_norm = _rms(input_term.detach().float()).mean()
 
     def readings(self) -> dict[str, object]:
-        """All that was measured, as numbers, by the attributes' names; None where there is none.
+        """Return all measurements as numbers by the attributes' names; None for one that was not made.
 
         With `per_iteration` also "iterations": lists over iterations 1 ... T of "state_norm", "state_residual" and
         "token_correlation", means over the sequences that reached it; of "gradient_norm" over all of them together, None
         where truncation cuts it off; and "input_norm".
         """
-        values: dict[str, object] = {name: _number(getattr(self, name)) for name in self.NAMES}
+        values: dict[str, object] = {name: _to_number(getattr(self, name)) for name in self.NAMES}
         if self.jacobian_norm is not None:
-            values["jacobian_norm"] = _number(self.jacobian_norm)
-        if self._passes:
-            values["iterations"] = {**self._by_iteration(), "input_norm": _number(self.input_norm)}
+            values["jacobian_norm"] = _to_number(self.jacobian_norm)
+        if self._iterations:
+            values["iterations"] = {**self._average_by_iteration(), "input_norm": _to_number(self.input_norm)}
         return values
 
-    def _by_iteration(self) -> dict[str, list[float | None]]:
-        deepest = max(max(indices) for indices, _ in self._passes) + 1
-        sums, counts = torch.zeros(3, deepest), torch.zeros(deepest)
-        for indices, measured in self._passes:
+    def _average_by_iteration(self) -> dict[str, list[float | None]]:
+        """Return lists over iterations: means over sequences, and gradient norms over all sequences together."""
+        # Sequences of different T are in different iterations at the same time, so values are added up by index.
+        iterations = max(max(indices) for indices, _ in self._iterations) + 1
+        sums, counts = torch.zeros(3, iterations), torch.zeros(iterations)
+        for indices, measured in self._iterations:
             index = torch.tensor(indices)
             sums.index_add_(1, index, measured.cpu())
             counts.index_add_(0, index, torch.ones(len(indices)))
-        squares: list[float | None] = [None] * deepest
+        squares: list[float | None] = [None] * iterations
         for indices, square in self._gradients:
-            for age, value in zip(indices, square.tolist()):
-                squares[age] = (squares[age] or 0.0) + value
+            for t, value in zip(indices, square.tolist()):
+                squares[t] = (squares[t] or 0.0) + value
         names = ("state_norm", "state_residual", "token_correlation")
         means: dict[str, list[float | None]] = {name: row for name, row in zip(names, (sums / counts).tolist())}
         return {**means, "gradient_norm": [None if square is None else square**0.5 for square in squares]}
 
 
-def _number(value: torch.Tensor | None) -> float | None:
+def _to_number(value: torch.Tensor | None) -> float | None:
+    """Read a 0-dimensional tensor, None for None."""
     return None if value is None else float(value)
 
 
@@ -112,8 +117,8 @@ def _rms(x: torch.Tensor) -> torch.Tensor:
     return x.square().mean(-1).sqrt()
 
 
-def _correlation(state: torch.Tensor) -> torch.Tensor:
-    """Mean cosine between different tokens, (batch, sequence, dim) -> (batch,); 0 where there is but one token."""
+def _token_correlation(state: torch.Tensor) -> torch.Tensor:
+    """Return the mean cosine between different tokens, (batch, sequence, dim) -> (batch,); 0 for a single token."""
     directions = functional.normalize(state, dim=-1)
     # The squared norm of the summed directions counts every pair of tokens, and each token with itself.
     pairs = directions.sum(1).square().sum(-1) - directions.square().sum((1, 2))
@@ -123,23 +128,24 @@ def _correlation(state: torch.Tensor) -> torch.Tensor:
 def top_singular_values(
     function: Callable[[torch.Tensor], torch.Tensor], point: torch.Tensor, steps: int
 ) -> torch.Tensor:
-    """Lower bounds of the largest singular value of a function's Jacobian J, by power iteration on J^T J.
+    """Return lower bounds of the largest singular value of a function's Jacobian J, by power iteration on J^T J.
 
     J v is a central difference and J^T u a backward pass, so the function needs one derivative only, and no more memory
     than one pass through it. The start is random and fixed. Where the function jumps, as at a change of an expert's
     routing, a difference may be larger than any derivative.
 
     Args:
-        function: maps (batch, ...) to the same shape, each row for itself.
-        point: where, (batch, ...), float32 or wider.
+        function: maps (batch, ...) to the same shape, each row independent of the others.
+        point: at which J is taken, (batch, ...), float32 or wider.
         steps: at least 1; each costs two evaluations and a backward pass.
 
     Returns:
-        (batch,): sqrt |J^T J v| for the unit vector v of the last step. Not larger than the singular value, but for
+        (batch,): sqrt |J^T J v| for the unit vector v of the last step. Not larger than the singular value, up to
         rounding.
     """
 
     def norms(x: torch.Tensor) -> torch.Tensor:
+        """Norm of each row, shaped to divide it."""
         sizes = torch.linalg.vector_norm(x.flatten(1), dim=1).clamp_min(SMALLEST_NORM)
         return sizes.view(-1, *[1] * (x.dim() - 1))
 

@@ -21,5 +21,5 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., dim) -> (..., dim)."""
+        """Normalise the last dimension, (..., dim) -> (..., dim)."""
         return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -1,4 +1,4 @@
-"""What tests of the model's parts share: a small float64 model, and its comparison with the plain reference."""
+"""Fixtures of the model's tests: a small float64 model, and its comparison with the reference in reference.py."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
 from megatron_rdt.model.activation_checkpointing import set_checkpointing
-from tests.model.plain import Plain
+from tests.model.reference import Reference
 
 BASE = ModelConfig(
     vocab_size=37, dim=24, prelude_layers=1, core_layers=2, coda_layers=1, heads=4, kv_heads=2, ffn_dim=20
@@ -28,7 +28,7 @@ PLANS = [
 
 @pytest.fixture
 def small() -> Callable[..., RecurrentDepthTransformer]:
-    """Build a float64 model with these options, its weights away from ones and constants, so that no part hides."""
+    """Build a float64 model with these options, its weights moved off ones and constants, so that no part goes unnoticed."""
 
     def build(**options: Any) -> RecurrentDepthTransformer:
         model = initialize(RecurrentDepthTransformer(dataclasses.replace(BASE, **options)), 5).double()
@@ -45,7 +45,7 @@ def small() -> Callable[..., RecurrentDepthTransformer]:
 def agrees(small: Callable[..., RecurrentDepthTransformer]) -> Callable[..., None]:
     """Check logits and every gradient against the reference, for uniform and mixed T, full and truncated gradient.
 
-    Parameters named in `constant` have no effect in this choice, all others have one.
+    Parameters named in `constant` have no effect with these options, all others have one.
     """
 
     def check(constant: tuple[str, ...] = (), **options: Any) -> None:
@@ -54,11 +54,11 @@ def agrees(small: Callable[..., RecurrentDepthTransformer]) -> Callable[..., Non
             set_checkpointing(model, "per_iteration" if index % 2 else "none")
             tokens = torch.randint(0, 37, (len(plan.iterations), 6), generator=torch.Generator().manual_seed(index))
             outputs, gradients = [], []
-            for logits in (model(tokens, plan), Plain(model).logits(tokens, plan)):
+            for logits in (model(tokens, plan), Reference(model).logits(tokens, plan)):
                 model.zero_grad()
                 logits.square().mean().backward()
                 outputs.append(logits.detach())
-                # The reference leaves out what it did not use; the model must not, for ranks reduce the same.
+                # The reference may leave a parameter without gradient; the model must not, because ranks reduce the same ones.
                 assert outputs[1:] or all(p.grad is not None for p in model.parameters())
                 gradients.append(
                     {

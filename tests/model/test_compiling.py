@@ -98,7 +98,7 @@ def test_24_depths_run_four_graphs(uncompiled: list[str]) -> None:
         assert_same(found, gradients(plain, plan, number), 1e-6)
         uncompiled.clear()
     assert used == set(range(1, 25))
-    assert len(_debug_get_cache_entry_list(Layer.run.__code__)) == 4
+    assert len(_debug_get_cache_entry_list(Layer.attend_and_feed.__code__)) == 4
     assert counters["stats"]["unique_graphs"] == 4, "prelude and coda run the core's"
     assert not counters["graph_break"]
 
@@ -127,7 +127,7 @@ def test_parts_and_policies(case: str, uncompiled: list[str]) -> None:
         assert not uncompiled
         assert_same(found, gradients(plain, plan), 1e-6)
         uncompiled.clear()
-    code = (Layer.attend if "experts" in options else Layer.run).__code__
+    code = (Layer.attend if "experts" in options else Layer.attend_and_feed).__code__
     assert len(_debug_get_cache_entry_list(code)) <= 9  # layers with value embeddings and without are two kinds
     assert not counters["graph_break"]
 
@@ -149,7 +149,7 @@ def test_blockwise_masks_run_one_graph(uncompiled: list[str]) -> None:
         with torch.no_grad():
             found = layer(x, contexts[0])
             assert not uncompiled
-            torch.testing.assert_close(found, layer.run(x, contexts[1], None, None), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found, layer.attend_and_feed(x, contexts[1], None, None), rtol=1e-5, atol=1e-5)
         uncompiled.clear()
     assert counters["stats"]["unique_graphs"] == 1
 

@@ -7,26 +7,26 @@ from torch.nn import functional
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model.halting.trained import ActTracker, GateTracker, HaltingUnit
-from tests.model.plain import Plain
+from tests.model.reference import Reference
 
 UNIFORM = [DepthPlan((1, 1)), DepthPlan((2, 2), None, (3, 4)), DepthPlan((5, 5)), DepthPlan((5, 5), 2)]
 MIXED = [DepthPlan((1, 5, 2)), DepthPlan((4, 1, 4), 2)]
 
 
-def probabilities(plain: Plain, states: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Of halting after each iteration, (length,) each; constants where the states are."""
-    w, b = plain.w["core.halting.weight"], plain.w["core.halting.bias"]
+def probabilities(reference: Reference, states: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Probabilities of halting after each iteration, (length,) each; constants where the states are."""
+    w, b = reference.w["core.halting.weight"], reference.w["core.halting.bias"]
     each = [1 / (1 + (-(state @ w + b)).exp()) for state in states]
     return [p if state.requires_grad else p.detach() for p, state in zip(each, states)]
 
 
-def act(plain: Plain, states: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def act(reference: Reference, states: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Graves 2016, equations 5 to 13: the mixed state (length, dim) and N + R (length,)."""
-    each, mixed, ponder = probabilities(plain, states), [], []
+    each, mixed, ponder = probabilities(reference, states), [], []
     for token in range(len(states[0])):
         halting, last = [p[token] for p in each], len(states)
         for n in range(1, len(states) + 1):
-            if float(sum(halting[:n])) >= plain.config.halting_threshold:
+            if float(sum(halting[:n])) >= reference.config.halting_threshold:
                 last = n
                 break
         remainder = 1 - sum(halting[: last - 1])
@@ -37,7 +37,7 @@ def act(plain: Plain, states: list[torch.Tensor]) -> tuple[torch.Tensor, torch.T
 
 
 def compare(model, plan, tokens, targets, objective, others: dict[str, float], mask: torch.Tensor | None) -> None:
-    """The model's losses and gradients with those of a plain objective."""
+    """Check the model's losses and gradients against an objective from the reference."""
     model.zero_grad()
     losses = model(tokens, plan, targets=targets, loss_mask=mask)
     losses["objective"].backward()
@@ -69,11 +69,11 @@ def test_act_equals_the_equations(options, plan, threshold, small) -> None:
         model.core.halting.bias.fill_(-1.5)
     tokens, targets, mask = batch(plan, masked=not options)
     counted = torch.ones_like(tokens) if mask is None else mask
-    plain, entropy, ponder, stops = Plain(model), 0.0, 0.0, set()
+    reference, entropy, ponder, stops = Reference(model), 0.0, 0.0, set()
     seeds = plan.state_seeds or (0,) * len(tokens)
     for row, target, counts, loops, seed in zip(tokens, targets, counted, plan.iterations, seeds):
-        state, cost = act(plain, plain.states(row, loops, plan.backprop, seed))
-        each = functional.cross_entropy(plain.read_out(state), target, reduction="none")
+        state, cost = act(reference, reference.states(row, loops, plan.backprop, seed))
+        each = functional.cross_entropy(reference.read_out(state), target, reduction="none")
         entropy = entropy + (each * counts).sum()
         ponder = ponder + (cost * counts).sum()
         stops |= {int(c) for c in cost}
@@ -93,16 +93,16 @@ def test_the_gate_equals_explicit_products(options, plan, weight, small) -> None
         model.core.halting.bias.fill_(-1.0)
     tokens, targets, mask = batch(plan, masked=not options)
     counted = torch.ones_like(tokens) if mask is None else mask
-    plain, objective, entropy, iteration, last = Plain(model), 0.0, 0.0, 0.0, 0.0
+    reference, objective, entropy, iteration, last = Reference(model), 0.0, 0.0, 0.0, 0.0
     for row, target, counts, seed in zip(tokens, targets, counted, plan.state_seeds or (0,) * len(tokens)):
-        states = plain.states(row, plan.loops, plan.backprop, seed)
-        gates = probabilities(plain, states)
+        states = reference.states(row, plan.loops, plan.backprop, seed)
+        gates = probabilities(reference, states)
         for token in counts.nonzero().flatten().tolist():
             left = 1.0
             for t, state in enumerate(states):
                 exits = left if t == len(states) - 1 else left * gates[t][token]
                 left = left * (1 - gates[t][token])
-                loss = functional.cross_entropy(plain.read_out(state)[token], target[token])
+                loss = functional.cross_entropy(reference.read_out(state)[token], target[token])
                 exits = torch.as_tensor(exits, dtype=torch.float64)
                 objective = objective + exits * loss + weight * exits * exits.log()
                 entropy -= float(exits * exits.log())

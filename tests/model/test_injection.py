@@ -10,7 +10,7 @@ from megatron_rdt.config import ModelConfig
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.injection import Injection
 from megatron_rdt.model.injection.diagonal import DiagonalInjection
-from megatron_rdt.model.injection.linear import EXACT_BELOW, estimated_radius
+from megatron_rdt.model.injection.linear import EXACT_BELOW, estimate_radius
 
 EXTREMES = [-1e4, -100.0, -20.0, -17.33, -1.0, -1e-3, 0.0, 1e-3, 1.0, 17.33, 20.0, 100.0, 1e4]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -165,7 +165,7 @@ def test_the_estimate_for_wide_models_is_within_five_percent(name, dim) -> None:
     noise = torch.randn(dim, dim, generator=torch.Generator().manual_seed(1)) / dim**0.5
     matrix = MATRICES[name](noise)
     exact = float(torch.linalg.eigvals(matrix.double()).abs().max())
-    assert float(estimated_radius(matrix)) == pytest.approx(exact, rel=0.05)
+    assert float(estimate_radius(matrix)) == pytest.approx(exact, rel=0.05)
     module = Injection.choices["linear"](ModelConfig(dim=dim, injection="linear"))
     with torch.no_grad():
         module.weight.copy_(torch.cat((matrix, noise), 1))

@@ -91,10 +91,10 @@ def test_no_token_is_dropped_when_all_go_to_the_same_experts(favoured: tuple[int
     moe.selection_bias[list(favoured)] = 1000.0
     check_equal(moe, lambda x: token_by_token(moe, x.flatten(0, 1), BASE).view_as(x), random(2, 50, 16))
     idle = [i for i in range(6) if i not in favoured]
-    assert moe.counted[list(favoured)].tolist() == [100.0, 100.0]
-    assert moe.counted[idle].tolist() == [0.0] * 4
+    assert moe.routing_sums[list(favoured)].tolist() == [100.0, 100.0]
+    assert moe.routing_sums[idle].tolist() == [0.0] * 4
     scores = (random(2, 50, 16) @ moe.router.T).softmax(-1)
-    torch.testing.assert_close(moe.counted[-1], -(scores * scores.log()).sum())
+    torch.testing.assert_close(moe.routing_sums[-1], -(scores * scores.log()).sum())
     assert all(float(weights.grad[idle].abs().max()) == 0 for weights in (moe.gate, moe.up, moe.down))
 
 
@@ -143,7 +143,7 @@ def test_the_grouped_path_equals_the_sorted_pieces(dtype: torch.dtype, monkeypat
         y = moe(inputs)
         y.float().square().sum().backward()
         results.append([y.detach(), inputs.grad, *(p.grad.clone() for p in moe.parameters())])
-        monkeypatch.setattr(moe, "_experts", lambda rows, ends: moe._grouped(rows, ends.int()))
+        monkeypatch.setattr(moe, "_run_experts", lambda rows, ends: moe._run_experts_grouped(rows, ends.int()))
     for pieces, grouped in zip(*results):
         scale = float(pieces.abs().max())
         limit = (1e-5 if dtype == torch.float32 else 3e-2) * scale
@@ -164,27 +164,27 @@ def test_each_token_is_counted_once_per_iteration(checkpointing: bool, plan: Dep
     tokens = torch.randint(0, 37, (3, 5), generator=torch.Generator().manual_seed(0))
     model(tokens, plan).square().mean().backward()
     for layer in model.core.layers:
-        assert float(layer.feedforward.counted[:-1].sum()) == 2 * 5 * sum(plan.iterations)
+        assert float(layer.feedforward.routing_sums[:-1].sum()) == 2 * 5 * sum(plan.iterations)
     found = rebalance(model, 1e-3, lambda counted: counted)
     assert found["routing_entropy"] == pytest.approx(math.log(6), rel=1e-5)
-    assert all(layer.feedforward.counted is None for layer in model.core.layers)
+    assert all(layer.feedforward.routing_sums is None for layer in model.core.layers)
     model.eval()
     model(tokens, plan).square().mean().backward()
-    assert all(layer.feedforward.counted is None for layer in model.core.layers)
+    assert all(layer.feedforward.routing_sums is None for layer in model.core.layers)
     assert rebalance(model, 1e-3, lambda counted: counted)["expert_load_max"] == 0
 
 
 def test_rebalance_moves_the_bias_by_the_sign_and_measures() -> None:
     model = model_of(core_layers=1)
     moe, other = model.core.layers[0].feedforward, torch.tensor([0.0, 8, 0, 0, 0, 0, 2.0], dtype=torch.float64)
-    moe.counted = torch.tensor([2.0, 6, 2, 0, 5, 1, 6.0], dtype=torch.float64)
+    moe.routing_sums = torch.tensor([2.0, 6, 2, 0, 5, 1, 6.0], dtype=torch.float64)
     found = rebalance(model, 0.25, lambda counted: counted + other)  # another rank's: 2 14 2 0 5 1, mean 4
     assert moe.selection_bias.tolist() == [0.25, -0.25, 0.25, 0.25, -0.25, 0.25]
     assert found == {"expert_load_max": 14 / 4, "expert_idle": 1 / 6, "routing_entropy": 8.0 / 12}
-    moe.counted = torch.tensor([9.0, 0, 0, 0, 0, 0, math.nan], dtype=torch.float64)  # of a step that was discarded
+    moe.routing_sums = torch.tensor([9.0, 0, 0, 0, 0, 0, math.nan], dtype=torch.float64)  # of a step that was discarded
     rebalance(model, 0.0, lambda counted: counted)
     assert moe.selection_bias.tolist() == [0.25, -0.25, 0.25, 0.25, -0.25, 0.25]
-    assert moe.counted is None
+    assert moe.routing_sums is None
     assert rebalance(model_of(core_ffn="dense"), 0.1, lambda counted: counted) is None
 
 
@@ -201,7 +201,7 @@ def shares(rate: float) -> torch.Tensor:
         (losses["objective"] / 64).backward()
         optimizer.step()
         optimizer.zero_grad()
-        counted = moe.counted
+        counted = moe.routing_sums
         rebalance(model, rate, lambda counted: counted)
     return counted[:-1] / counted[:-1].mean()
 

@@ -1,4 +1,4 @@
-"""Measurements of the loop against the plain reference, and that they change nothing."""
+"""Measurements of the loop against the reference, and that they change nothing."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from megatron_rdt.model.activation_checkpointing import set_checkpointing
 from megatron_rdt.model.attention.rope import rotary_tables
 from megatron_rdt.model.forward_context import LayerContext, LoopInputs
 from megatron_rdt.model.monitor import top_singular_values
-from tests.model.plain import Plain
+from tests.model.reference import Reference
 
 MOE = {"core_ffn": "moe", "experts": 4, "expert_dim": 8}
 
@@ -49,12 +49,12 @@ def test_every_iteration_equals_the_reference(options, plan, checkpointing, smal
     model(tokens, plan, targets=targets, monitor=monitor)["objective"].backward()
     found = monitor.readings()["iterations"]
 
-    plain = Plain(model)
+    reference = Reference(model)
     by_index: list[list[tuple[float, float, float]]] = [[] for _ in range(plan.max_loops)]
     squares: list[float | None] = [None] * plan.max_loops
     for row, target, loops in zip(tokens, targets, plan.iterations):
-        states = plain.states(row, loops, plan.backprop, 0)
-        loss = functional.cross_entropy(plain.read_out(states[-1]), target, reduction="sum")
+        states = reference.states(row, loops, plan.backprop, 0)
+        loss = functional.cross_entropy(reference.read_out(states[-1]), target, reduction="sum")
         reached = [t for t, state in enumerate(states) if state.requires_grad]
         for t, gradient in zip(reached, torch.autograd.grad(loss, [states[t] for t in reached])):
             squares[t] = (squares[t] or 0) + float(gradient.square().sum())
@@ -73,12 +73,13 @@ def test_the_size_of_the_input_and_the_last_iteration(small) -> None:
     tokens, targets = batch(plan)
     monitor = CoreMonitor(per_iteration=True)
     model(tokens, plan, targets=targets, monitor=monitor)
-    found, plain = monitor.readings(), Plain(model)
+    found, reference = monitor.readings(), Reference(model)
     encoded = [
-        plain.norm(plain.layer(plain.w["embedding.weight"][row], "prelude.0"), "core.encoded_norm") for row in tokens
+        reference.norm(reference.layer(reference.w["embedding.weight"][row], "prelude.0"), "core.encoded_norm")
+        for row in tokens
     ]
-    injected = plain.decay()[1] * torch.stack(encoded)
-    expected = float(injected.square().mean(-1).sqrt().mean())
+    input_term = reference.decay_and_gain()[1] * torch.stack(encoded)
+    expected = float(input_term.square().mean(-1).sqrt().mean())
     assert found["iterations"]["input_norm"] == pytest.approx(expected, rel=1e-5)
     # The last iteration's own fields are the last of the lists; its residual is of the whole batch.
     assert found["state_norm"] == pytest.approx(found["iterations"]["state_norm"][-1], rel=1e-5)
@@ -88,6 +89,20 @@ def test_the_size_of_the_input_and_the_last_iteration(small) -> None:
     plainly = CoreMonitor()
     model(tokens, plan, targets=targets, monitor=plainly)
     assert "iterations" not in plainly.readings()
+
+
+def test_the_last_iteration_on_known_states() -> None:
+    monitor = CoreMonitor()
+    state = torch.randn(2, 5, 8)
+    monitor.measure_last(state, state, torch.tensor(0.5))
+    assert float(monitor.state_residual) == 0  # a fixed point
+    assert float(monitor.state_norm) == pytest.approx(float(state.square().mean(-1).sqrt().mean()), rel=1e-6)
+    pairs = torch.nn.functional.cosine_similarity(state[:, :, None], state[:, None], dim=-1)
+    off = ~torch.eye(5, dtype=torch.bool)
+    assert float(monitor.token_correlation) == pytest.approx(float(pairs[:, off].mean()), abs=1e-5)
+    monitor.measure_last(torch.zeros_like(state), torch.ones_like(state), torch.tensor(0.5))
+    assert float(monitor.state_residual) == pytest.approx(1)
+    assert float(monitor.token_correlation) == pytest.approx(1)
 
 
 def test_without_gradient_there_is_none(small) -> None:

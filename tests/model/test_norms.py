@@ -1,4 +1,4 @@
-"""Norms of the layers and of the state, and what stands before and after the core, against the plain reference."""
+"""Norms of the layers and of the state, and what stands before and after the core, against the reference."""
 
 import pytest
 import torch

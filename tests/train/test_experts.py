@@ -72,7 +72,7 @@ def test_conversion_carries_the_bias(to: str, finished: Path, tmp_path: Path) ->
     model, _ = load(finished)
     moe = model.core.layers[0].feedforward
     assert torch.equal(moe.selection_bias, read_bias(finished))
-    assert moe.counted is None
+    assert moe.routing_sums is None
     folder = convert(str(finished), str(tmp_path / "out"), to)
     again, _ = load(folder)
     assert torch.equal(again.core.layers[0].feedforward.selection_bias, moe.selection_bias)

@@ -1,5 +1,5 @@
 """Additive injection: x = h + e. Nothing decays: the radius of the linear part is 1, and only the layers' norms
-keep the state from growing. Here for comparison."""
+keep the state from growing. For comparison."""
 
 import torch
 
@@ -16,9 +16,9 @@ class AddInjection(Injection, name="add"):
     def inject(
         self, state: torch.Tensor, precomputed: torch.Tensor, offset: torch.Tensor | float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum."""
+        """Add the encoded input to the state."""
         return add_offset(state + precomputed, offset), state
 
     def spectral_radius(self) -> torch.Tensor:
-        """1."""
+        """Return 1: the state is passed on as it is."""
         return torch.ones(())

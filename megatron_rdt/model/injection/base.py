@@ -20,8 +20,8 @@ class Injection(nn.Module):
     """A choice of `model.injection`. A subclass in a file of this folder registers itself under `name`.
 
     Attributes:
-        choices: all of them, by name.
-        PRECOMPUTED_SHARE: of the weights of its matrices, those that `precompute` multiplies with; the rest is for `inject`.
+        choices: all injections by name.
+        PRECOMPUTED_SHARE: share of its matrices' weights that `precompute` multiplies with; `inject` uses the rest.
     """
 
     choices: ClassVar[dict[str, type["Injection"]]] = {}
@@ -33,41 +33,41 @@ class Injection(nn.Module):
             Injection.choices[name] = cls
 
     def expand(self, state: torch.Tensor) -> torch.Tensor:
-        """The state of the loop, (batch, sequence, ...), from the initial one, (batch, sequence, dim)."""
+        """Return the state of the loop, (batch, sequence, ...), for the initial state (batch, sequence, dim)."""
         return state
 
     def precompute(self, encoded: torch.Tensor) -> torch.Tensor:
-        """What `inject` takes of the encoded input (batch, sequence, dim): (batch, sequence, ..., dim)."""
+        """Return what `inject` reads of the encoded input (batch, sequence, dim), as (batch, sequence, ..., dim)."""
         return encoded
 
     def inject(
         self, state: torch.Tensor, precomputed: torch.Tensor, offset: torch.Tensor | float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the layers get, (batch, sequence, dim), and what `update` needs of the state; float32 or wider."""
+        """Return the layers' input, (batch, sequence, dim), and the carry for `update`; float32 or wider."""
         raise NotImplementedError
 
     def update(self, carry: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """The next state from the layers' output, (batch, sequence, dim)."""
+        """Return the next state, given the carry and the layers' output (batch, sequence, dim)."""
         return output
 
     def collapse(self, state: torch.Tensor) -> torch.Tensor:
-        """(batch, sequence, dim) for the coda, the halting unit and the monitor."""
+        """Return (batch, sequence, dim) for the coda, the halting unit and the monitor."""
         return state
 
     @torch.no_grad()
     def input_term(self, precomputed: torch.Tensor) -> torch.Tensor:
-        """What an iteration adds to a state of zeros because of the encoded input (`b e`), (batch, sequence, dim)."""
+        """Return the term that the encoded input adds to the state in an iteration (`b e`), (batch, sequence, dim)."""
         zeros = precomputed.new_zeros(*precomputed.shape[:2], precomputed.shape[-1])
         return self.inject(self.expand(zeros), precomputed, 0.0)[0]
 
     def spectral_radius(self) -> torch.Tensor:
-        """Radius of the linear part of the recurrence as the forward pass uses it, 0-dimensional, without gradient.
+        """Return the radius of the recurrence's linear part as the forward pass uses it, 0-dimensional, without gradient.
 
-        The linear part is what maps h_t to the layers' input and on, with the layers taken out.
+        The linear part maps h_t to the layers' input and on to h_(t+1), with the layers taken out.
         """
         raise NotImplementedError
 
 
 def add_offset(x: torch.Tensor, offset: torch.Tensor | float) -> torch.Tensor:
-    """x + offset, and x itself where no signal adds anything."""
+    """Return x + offset; x itself where no signal adds anything."""
     return x + offset if isinstance(offset, torch.Tensor) or offset else x

@@ -1,4 +1,4 @@
-"""The diagonal injection discretises dh/dt = a h + b e, one scalar equation per channel, with a < 0 and a step dt > 0:
+"""Diagonal injection: discretise dh/dt = a h + b e, one scalar equation per channel, with a < 0 and a step dt > 0:
 
     zoh    h' = exp(dt a) h + ((exp(dt a) - 1) / a) b e
     euler  h' = (1 + dt a) h + dt b e
@@ -28,16 +28,16 @@ EULER_LIMIT = 1.99
 INITIAL_RATE, INITIAL_STEP, INITIAL_GAIN = 1.0, 0.8047, 1.0
 
 
-def bounded(x: torch.Tensor, bounds: tuple[float, float]) -> torch.Tensor:
-    """Map any finite x to [low, high], geometrically centred, monotone, in float32 or wider."""
+def map_to_bounds(x: torch.Tensor, bounds: tuple[float, float]) -> torch.Tensor:
+    """Map any finite x to [low, high], monotone, 0 to the geometric mean, in float32 or wider."""
     low, high = bounds
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     position = 0.5 + 0.5 * wide / (1 + wide.abs())
     return low * (math.log(high / low) * position).exp()
 
 
-def unbounded(value: float, bounds: tuple[float, float]) -> float:
-    """The x that `bounded` maps to `value`."""
+def invert_bounds(value: float, bounds: tuple[float, float]) -> float:
+    """Return the x that `map_to_bounds` maps to `value`."""
     low, high = bounds
     signed = 2 * math.log(value / low) / math.log(high / low) - 1
     return signed / (1 - abs(signed))
@@ -46,12 +46,12 @@ def unbounded(value: float, bounds: tuple[float, float]) -> float:
 class DiagonalDecay(nn.Module):
     """Decay and input gain per channel, |decay| < 1 by construction.
 
-    Parameters, each of shape (dim,): `rate` gives |a|, `step` gives dt (both through `bounded`), `gain` is b.
+    Parameters, each of shape (dim,): `rate` and `step`, which `map_to_bounds` maps to |a| and dt, and `gain`, which is b.
     """
 
     INITIAL_VALUES: ClassVar[dict[str, float]] = {
-        "rate": unbounded(INITIAL_RATE, RATE_BOUNDS),
-        "step": unbounded(INITIAL_STEP, STEP_BOUNDS),
+        "rate": invert_bounds(INITIAL_RATE, RATE_BOUNDS),
+        "step": invert_bounds(INITIAL_STEP, STEP_BOUNDS),
         "gain": INITIAL_GAIN,
     }
 
@@ -63,18 +63,18 @@ class DiagonalDecay(nn.Module):
         self.gain = nn.Parameter(torch.empty(config.dim))
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(decay, input gain) as the recurrence uses them, each (dim,), float32 or wider."""
-        rate = bounded(self.rate, RATE_BOUNDS)
-        step = bounded(self.step, STEP_BOUNDS)
+        """Return decay and input gain as the recurrence uses them, each (dim,), float32 or wider."""
+        rate = map_to_bounds(self.rate, RATE_BOUNDS)
+        step = map_to_bounds(self.step, STEP_BOUNDS)
         gain = self.gain.to(rate.dtype)
         if self.discretization == "zoh":
-            # (exp(dt a) - 1) / a with a = -rate; expm1 keeps the digits when dt a is small.
+            # (exp(dt a) - 1) / a with a = -rate; expm1 keeps its precision when dt a is small.
             return torch.exp(-step * rate), -torch.expm1(-step * rate) / rate * gain
         step = step / (1 + step * rate / EULER_LIMIT)
         return 1 - step * rate, step * gain
 
     def radius(self) -> torch.Tensor:
-        """Largest |decay| over channels, 0-dimensional, without gradient."""
+        """Return the largest |decay| over channels, 0-dimensional, without gradient."""
         decay, _ = self()
         return decay.detach().abs().max()
 
@@ -87,26 +87,26 @@ class DiagonalInjection(Injection, name="diagonal"):
         self.diagonal = DiagonalDecay(config)
 
     def precompute(self, encoded: torch.Tensor) -> torch.Tensor:
-        """gain * e."""
+        """Return gain * e."""
         return self.diagonal()[1] * encoded
 
     def inject(
         self, state: torch.Tensor, precomputed: torch.Tensor, offset: torch.Tensor | float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The decayed state with the input added."""
+        """Return the decayed state with the input added."""
         decay, _ = self.diagonal()
         return add_offset(torch.addcmul(precomputed, decay, state), offset), state
 
     def spectral_radius(self) -> torch.Tensor:
-        """Largest |decay|."""
+        """Return the largest |decay|."""
         return self.diagonal.radius()
 
 
 class ResidualInjection(Injection, name="residual"):
-    """x = norm(h + e), h' = decay * h + gain * e + layers(x): the decay goes around the layers, as in OpenMythos.
+    """x = norm(h + e), h' = decay * h + gain * e + layers(x): the decayed state bypasses the layers, as in OpenMythos.
 
     The layers have a residual stream of their own, so even layers that add nothing return x, whose size the norm sets.
-    The radius is that of the way around them; how much the whole iteration stretches, the monitor's Jacobian tells.
+    The radius is that of the bypass alone; the monitor's Jacobian measures the whole iteration.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -117,19 +117,19 @@ class ResidualInjection(Injection, name="residual"):
     def inject(
         self, state: torch.Tensor, precomputed: torch.Tensor, offset: torch.Tensor | float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The normalised sum; the carry is what the layers' output is added to."""
+        """Return the normalised sum; the carry is the bypass, to which the layers' output is added."""
         decay, gain = self.diagonal()
         return self.norm(add_offset(state + precomputed, offset)), decay * state + gain * precomputed
 
     def update(self, carry: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Add the layers' output."""
+        """Add the layers' output to the bypass."""
         return carry + output
 
     @torch.no_grad()
     def input_term(self, precomputed: torch.Tensor) -> torch.Tensor:
-        """gain * e: what the layers read is normalised, so it is not what the state gets."""
+        """Return gain * e; the layers' input is normalised, so it is not the term that the state gets."""
         return self.diagonal()[1] * precomputed
 
     def spectral_radius(self) -> torch.Tensor:
-        """Largest |decay|."""
+        """Return the largest |decay|."""
         return self.diagonal.radius()

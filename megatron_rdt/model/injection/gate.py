@@ -2,8 +2,8 @@
 
     g = LIMIT * sigmoid(W e + b)      x = g * h + (1 - g) * e
 
-Given e this is linear in h with a diagonal matrix, and g is below 1 by construction. The gate of a gated recurrent unit
-(Cho et al. 2014, arXiv:1406.1078), without the state in it: so the recurrence stays linear.
+Given e this is linear in h with a diagonal matrix, and g is below 1 by construction. It is the gate of a gated recurrent
+unit (Cho et al. 2014, arXiv:1406.1078) that does not read the state, so the recurrence stays linear.
 """
 
 from typing import ClassVar
@@ -31,7 +31,7 @@ class GateInjection(Injection, name="gate"):
         self._largest: torch.Tensor | None = None
 
     def precompute(self, encoded: torch.Tensor) -> torch.Tensor:
-        """g and (1 - g) * e, (batch, sequence, 2, dim)."""
+        """Return g and (1 - g) * e, (batch, sequence, 2, dim)."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         gate = LIMIT * torch.sigmoid(linear(encoded.to(wide), self.weight.to(wide)) + self.bias)
         self._largest = gate.detach().max()
@@ -40,10 +40,10 @@ class GateInjection(Injection, name="gate"):
     def inject(
         self, state: torch.Tensor, precomputed: torch.Tensor, offset: torch.Tensor | float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mixture."""
+        """Mix state and input, channel by channel."""
         gate, rest = precomputed.unbind(2)
         return add_offset(gate * state + rest, offset), state
 
     def spectral_radius(self) -> torch.Tensor:
-        """The largest gate of the last forward pass; before the first, its bound."""
+        """Return the largest gate of the last forward pass; before the first, its bound."""
         return torch.full((), LIMIT) if self._largest is None else self._largest

@@ -1,6 +1,6 @@
 """Hyper-connections over iterations: N lanes of state, mixed, read and written with learned weights.
 
-After Zhu et al. 2024 (arXiv:2409.19606), with the loop in the place of the layers and with lanes that decay:
+After Zhu et al. 2024 (arXiv:2409.19606), across iterations instead of layers, and with lanes that decay:
 
     u_n = decay * sum_m P_nm h_m + gain * e       P = softmax over m of `mix`, (lanes, lanes)
     x   = sum_n a_n u_n                           a = softmax of `read_weights`
@@ -20,18 +20,18 @@ from megatron_rdt.model.injection.base import Injection, add_offset
 from megatron_rdt.model.injection.diagonal import DiagonalDecay
 
 
-def _mostly_own_lane(shape: torch.Size) -> torch.Tensor:
-    """Logits of P: each lane keeps about half of itself at first."""
+def _initial_mix_logits(shape: torch.Size) -> torch.Tensor:
+    """Return logits of P with which each lane keeps about half of itself at first."""
     return torch.eye(shape[0]) * 1.0
 
 
-def _spread(shape: torch.Size) -> torch.Tensor:
-    """Lanes start different from each other, or they would stay the same for ever."""
+def _initial_write_weights(shape: torch.Size) -> torch.Tensor:
+    """Return write weights that differ between lanes: equal lanes would get equal gradients and stay equal for ever."""
     return 1 + 0.5 * torch.linspace(-1, 1, shape[0]) if shape[0] > 1 else torch.ones(shape)
 
 
-def _shares(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Softmax over the last dimension in `dtype`: rounded to bfloat16, the shares could sum to more than 1."""
+def _softmax_in(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the softmax over the last dimension in `dtype`: rounded to bfloat16, it could sum to more than 1."""
     return logits.to(dtype).softmax(-1)
 
 
@@ -39,9 +39,9 @@ class HyperInjection(Injection, name="hyper"):
     """N lanes; the state of the loop is (batch, sequence, lanes, dim)."""
 
     INITIAL_VALUES: ClassVar[dict[str, object]] = {
-        "mix": _mostly_own_lane,
+        "mix": _initial_mix_logits,
         "read_weights": 0.0,
-        "write_weights": _spread,
+        "write_weights": _initial_write_weights,
     }
 
     def __init__(self, config: ModelConfig) -> None:
@@ -53,31 +53,31 @@ class HyperInjection(Injection, name="hyper"):
         self.write_weights = nn.Parameter(torch.empty(config.lanes))
 
     def expand(self, state: torch.Tensor) -> torch.Tensor:
-        """The same state in every lane."""
+        """Copy the state into every lane."""
         return state.unsqueeze(-2).expand(*state.shape[:-1], self.lanes, state.shape[-1])
 
     def precompute(self, encoded: torch.Tensor) -> torch.Tensor:
-        """gain * e, the same for all lanes."""
+        """Return gain * e, the same for all lanes."""
         return self.diagonal()[1] * encoded
 
     def inject(
         self, state: torch.Tensor, precomputed: torch.Tensor, offset: torch.Tensor | float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mix and decay the lanes, add the input, read them."""
+        """Mix and decay the lanes, add the input; return their weighted mean, and the lanes as the carry."""
         decay, _ = self.diagonal()
-        mixed = torch.einsum("nm,bsmd->bsnd", _shares(self.mix, decay.dtype), state.to(decay.dtype))
+        mixed = torch.einsum("nm,bsmd->bsnd", _softmax_in(self.mix, decay.dtype), state.to(decay.dtype))
         lanes = decay * mixed + precomputed.unsqueeze(-2)
         return add_offset(self.collapse(lanes), offset), lanes
 
     def update(self, carry: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Add what the layers changed, times each lane's weight."""
+        """Add the change that the layers made, times each lane's weight."""
         change = (output - self.collapse(carry)).unsqueeze(-2)
         return carry + self.write_weights[:, None] * change
 
     def collapse(self, state: torch.Tensor) -> torch.Tensor:
-        """The weighted mean of the lanes."""
-        return torch.einsum("n,bsnd->bsd", _shares(self.read_weights, state.dtype), state)
+        """Return the weighted mean of the lanes."""
+        return torch.einsum("n,bsnd->bsd", _softmax_in(self.read_weights, state.dtype), state)
 
     def spectral_radius(self) -> torch.Tensor:
-        """Largest |decay|, the radius of decay * P: rows of P are positive and sum to 1, so its radius is 1."""
+        """Return the largest |decay|, the radius of decay * P: rows of P are positive and sum to 1, so its radius is 1."""
         return self.diagonal.radius()

@@ -10,9 +10,10 @@ from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.injection.base import Injection, add_offset
 from megatron_rdt.model.linear import linear
 
-# Above this width the eigenvalues are estimated.
+# From this width on the largest eigenvalue is estimated.
 EXACT_BELOW = 257
-# Powers of the matrix in the estimate: the first half turns the start towards the largest eigenvalues, the rest is measured.
+# Powers of the matrix in the estimate: the first half turns the vector towards the largest eigenvalues, the growth over the
+# second half is measured.
 ESTIMATE_STEPS = 96
 
 
@@ -27,25 +28,28 @@ class LinearInjection(Injection, name="linear"):
         self.weight = nn.Parameter(torch.empty(config.dim, 2 * config.dim))
 
     def precompute(self, encoded: torch.Tensor) -> torch.Tensor:
-        """The encoded input's share of the projection, float32 or wider."""
+        """Project the encoded input with its half of W, float32 or wider."""
         return linear(encoded.to(torch.promote_types(encoded.dtype, torch.float32)), self.weight[:, self.dim :])
 
     def inject(
         self, state: torch.Tensor, precomputed: torch.Tensor, offset: torch.Tensor | float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The projection, in the dtype of the state."""
+        """Add the state's half of the projection, in the dtype of the state."""
         return add_offset(linear(state, self.weight[:, : self.dim]) + precomputed, offset), state
 
     @torch.no_grad()
     def spectral_radius(self) -> torch.Tensor:
-        """Largest |eigenvalue| of the state's half of W; an estimate for wide models, see `estimated_radius`."""
+        """Return the largest |eigenvalue| of the state's half of W; for wide models see `estimate_radius`."""
         matrix = self.weight[:, : self.dim]
         matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-        return torch.linalg.eigvals(matrix).abs().max() if self.dim < EXACT_BELOW else estimated_radius(matrix)
+        return torch.linalg.eigvals(matrix).abs().max() if self.dim < EXACT_BELOW else estimate_radius(matrix)
 
 
-def estimated_radius(matrix: torch.Tensor) -> torch.Tensor:
-    """(|W^n v| / |W^(n/2) v|)^(2/n) for a fixed random v: within a few percent, also where the largest are complex."""
+def estimate_radius(matrix: torch.Tensor) -> torch.Tensor:
+    """Estimate the spectral radius as (|W^n v| / |W^(n/2) v|)^(2/n) for a fixed random v.
+
+    It is within a few percent, also where the largest eigenvalues are a complex pair.
+    """
     start = torch.randn(len(matrix), generator=torch.Generator().manual_seed(0))
     vector, growth = start.to(matrix), torch.zeros((), device=matrix.device, dtype=matrix.dtype)
     for step in range(ESTIMATE_STEPS):

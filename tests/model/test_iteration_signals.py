@@ -1,4 +1,4 @@
-"""Signals of the iteration against the plain reference, and what they promise beyond the trained depth."""
+"""Signals of the iteration against the reference, and what they promise beyond the trained depth."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from megatron_rdt.model.attention.rope import rotary_tables
 from megatron_rdt.model.forward_context import LayerContext, LoopInputs
 from megatron_rdt.model.iteration_signals import loop_features, sinusoids
-from tests.model import plain
+from tests.model import reference
 
 ALL = ["sinusoidal", "lora", "adaln"]
 
@@ -26,9 +26,9 @@ def test_together_with_lanes_and_norms_around_the_layers(agrees) -> None:
 def test_features_far_beyond_any_training(channels) -> None:
     t = torch.tensor([0, 1, 63, 10**6])
     for index, number in enumerate(t.tolist()):
-        expected = plain.sinusoids(number, channels)
+        expected = reference.sinusoids(number, channels)
         torch.testing.assert_close(sinusoids(t, channels)[index, 0], expected, rtol=0, atol=1e-9)
-        torch.testing.assert_close(loop_features(t)[index, 0], plain.loop_features(number), rtol=0, atol=1e-9)
+        torch.testing.assert_close(loop_features(t)[index, 0], reference.loop_features(number), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("signals", [[name] for name in ALL], ids="+".join)

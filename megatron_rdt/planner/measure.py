@@ -60,19 +60,19 @@ class Allocations:
                 until = event.end_time_ns
             left += [(child, until) for child in event.children]
             if event.tag == kinds.Allocation and event.extra_fields.device.type == "cpu":
-                place, size = event.extra_fields.ptr, event.extra_fields.alloc_size
-                blocks.append((event.start_time_ns, place, size))
+                address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
+                blocks.append((event.start_time_ns, address, size))
                 if size > 0 and until != NEVER:
-                    blocks.append((until, place, -size))
+                    blocks.append((until, address, -size))
             elif event.name in self.peaks:
                 bounds[event.name] = event.start_time_ns, event.end_time_ns
         # Replay allocations and frees in order of time. A block freed before the watch began has no size here.
         sizes: dict[int, int] = {}
         total = 0
-        for when, place, size in sorted(blocks, key=lambda block: block[0]):
-            total -= sizes.pop(place, 0)
+        for when, address, size in sorted(blocks, key=lambda block: block[0]):
+            total -= sizes.pop(address, 0)
             if size > 0:
-                sizes[place] = size
+                sizes[address] = size
                 total += size
             for name, (start, end) in bounds.items():
                 if start <= when <= end:

@@ -66,6 +66,7 @@ class Weights:
 
     def hold_gradients(self, size: float, looped: bool) -> None:
         """Enter gradients of `size` bytes; `looped`: the loop's, summed over iterations before they join earlier ones."""
+        # Autograd adds to gradients that exist in place, but sums those of several iterations before it does.
         if self.first:
             self.ledger.hold(GRADIENTS, size)
         elif looped:
@@ -165,8 +166,9 @@ class ShardedWeights(Weights):
             self.ledger.hold(CORE if unit == "core" else OTHER, size)
             self.gathered.add(unit)
             self.ledger.note_peak(f"gathering {unit}")
-        if backward and unit == self.fetched:
+        if backward and unit == self.fetched:  # its buffer has become the gathered weights
             self._hold_gather_buffer("")
+        # FSDP2 prefetches in the backward pass: the next unit's buffer is held while this unit computes.
         if backward and self.next_in_backward(unit) not in self.gathered:
             self._hold_gather_buffer(self.next_in_backward(unit))
 

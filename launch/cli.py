@@ -52,7 +52,7 @@ def format_usage() -> str:
 
 
 def run_command(words: list[str]) -> int:
-    """Find the command and run it; a failure that is the user's to solve becomes a line on standard error."""
+    """Run the command that `words` begin with; a failure that the user can solve becomes one line on standard error."""
     if not words or words[0] in ("-h", "--help"):
         print(format_usage(), file=sys.stdout if words else sys.stderr)
         return EXIT_OK if words else EXIT_USAGE

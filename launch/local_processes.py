@@ -123,6 +123,7 @@ class _WorkerGroup:
             time.sleep(POLL_S)
 
     def _kill_remaining(self) -> None:
+        """Kill the workers that still run, and collect the exit status of all."""
         for process in self.processes:
             if process.poll() is None:
                 process.kill()
@@ -140,7 +141,7 @@ class _WorkerGroup:
         return error
 
     def _explain_rank(self, rank: int) -> tuple[int, str]:
-        """Return the order in which causes are believed (0 first) and the message, for a rank that failed."""
+        """Return a rank's priority as the cause (0 is the likeliest) and the message, for a rank that failed."""
         status, failure = self.processes[rank].returncode, read_failure(self.files[rank])
         if status == -signal.SIGKILL:
             why = "kill -9, or the kernel when memory ran out"

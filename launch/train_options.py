@@ -48,7 +48,7 @@ def parse_worker(program: str, words: Sequence[str], world_size: int | None = No
     return config, options
 
 
-def worker_words(words: Sequence[str]) -> list[str]:
+def select_worker_words(words: Sequence[str]) -> list[str]:
     """Return the words of `rdt train` that launch/pretrain.py takes too, each option and its value as one word."""
     joined = join_words(make_run_parser("rdt train", DESCRIPTION, LaunchOptions), RunConfig, words)
     return [word for word in joined if word.partition("=")[0].removeprefix("--") not in LAUNCHER_ONLY]

@@ -36,7 +36,7 @@ class QuickstartOptions:
 
 
 def quickstart(words: list[str]) -> int:
-    """Run the whole main job on real text: prep, train, eval, generate, report."""
+    """Run the whole pipeline on real text: prep, train, eval, generate, report."""
     parse_options("quickstart", summary_of(quickstart), QuickstartOptions, words)
     if not Path(CONFIG).is_file():
         raise LaunchError(f"{CONFIG} is not here. Run the quickstart from the root of the repository.")
@@ -45,6 +45,7 @@ def quickstart(words: list[str]) -> int:
     run_directory = run_directory_of(config)
 
     def print_title(text: str) -> None:
+        """Print the headline of a step, with the seconds since the start."""
         print(f"\n== {time.monotonic() - began:5.0f} s  {text}", flush=True)
 
     print_title("preparing text: duplicates and noise removed, tokenizer, token shards")

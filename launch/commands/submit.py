@@ -84,6 +84,7 @@ def read_run_config(job: SubmitOptions) -> tuple[RunConfig, list[str]]:
 
 
 def _split_words(text: str, option: str) -> list[str]:
+    """Split the text of an option into words as a shell does."""
     try:
         return shlex.split(text)
     except ValueError as error:

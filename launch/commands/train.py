@@ -1,7 +1,7 @@
 """`rdt train`: check the run, then train in this process or in workers that run launch/pretrain.py."""
 
 from launch.local_processes import run_processes
-from launch.train_options import check_paths, parse_launch, worker_words
+from launch.train_options import check_paths, parse_launch, select_worker_words
 from megatron_rdt.config import RunConfig, check_config
 from megatron_rdt.errors import ConfigError
 
@@ -13,26 +13,27 @@ def train(words: list[str]) -> int:
     config, options = parse_launch(words)
     if options.nproc < 0:
         raise ConfigError(f"--nproc is {options.nproc}, it must be at least 1, or 0 for one per device.")
-    known = options.nproc or _processes_without_gpu(config)
+    known = options.nproc or _default_processes(config)
     check_config(config, known)
     check_paths(config)
-    processes = known or _one_process_per_gpu()  # imports torch, so only after the checks above
+    processes = known or _one_per_gpu()  # imports torch, so only after the checks above
     check_config(config, processes)
     if not config.parallel.engine_kind.many_processes:
         from megatron_rdt.train.trainer import train as train_here
 
         return train_here(config, options.resume)
-    return run_processes(worker_words(words), processes, options.master_port)
+    return run_processes(select_worker_words(words), processes, options.master_port)
 
 
-def _processes_without_gpu(config: RunConfig) -> int | None:
-    """Return the default number of processes, or None where it depends on this machine's GPUs."""
+def _default_processes(config: RunConfig) -> int | None:
+    """Return the number of processes without --nproc; None if it depends on this machine's GPUs."""
     if not config.parallel.engine_kind.many_processes:
         return 1
     return PROCESSES_ON_CPU if config.train.device == "cpu" else None
 
 
-def _one_process_per_gpu() -> int:
+def _one_per_gpu() -> int:
+    """Return the number of GPUs of this machine, or the number of processes for a machine without one."""
     import torch
 
     return torch.cuda.device_count() or PROCESSES_ON_CPU

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_rdt.checkpoint import read_model_weights
 from megatron_rdt.config import ModelConfig, load_config
-from megatron_rdt.convert.hf_source import model_source
-from megatron_rdt.convert.hf_tokenizer import HIDDEN_FOLDER, export_tokenizer, special_ids
+from megatron_rdt.convert.hf_source import paste_model_source
+from megatron_rdt.convert.hf_tokenizer import HIDDEN_FOLDER, export_tokenizer, read_special_ids
 from megatron_rdt.data import Tokenizer
 from megatron_rdt.data.tokenizer.sentencepiece_backend import MODEL_FILE as SENTENCEPIECE_FILE
 from megatron_rdt.errors import CheckpointError
@@ -33,11 +33,11 @@ def export_hf(source: Path, out: Path) -> None:
     config = load_config(source / "config.yaml")
     weights = read_model_weights(source)
     save_file({PREFIX + k: v.contiguous() for k, v in weights.items()}, out / WEIGHTS_FILE, {"format": "pt"})
-    write_text(out / MODEL_FILE, model_source())
+    write_text(out / MODEL_FILE, paste_model_source())
     shutil.copymode(out / MODEL_FILE, out / WEIGHTS_FILE)  # safetensors makes it readable for the owner alone
     loops = round(config.depth.mean)
     tokenizer = Tokenizer(source / "tokenizer")
-    specials = special_ids(tokenizer)
+    specials = read_special_ids(tokenizer)
     settings = {
         "architectures": ["RdtForCausalLM"],
         "model_type": MODEL_TYPE,

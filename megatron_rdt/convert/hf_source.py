@@ -53,7 +53,7 @@ PARTS = (
 )
 
 
-def source_files() -> list[Path]:
+def list_source_files() -> list[Path]:
     """List the files to paste, in order: modules below the model, the parts of the model, the wrapper."""
     folder = Path(inspect.getfile(megatron_rdt.model)).parent
     below = [Path(inspect.getfile(module)) for module in MODULES]
@@ -61,11 +61,11 @@ def source_files() -> list[Path]:
     return list(dict.fromkeys((*below, *parts, WRAPPER)))  # a file that a pattern finds again keeps its first position
 
 
-def model_source() -> str:
+def paste_model_source() -> str:
     """Return the one Python file: all imports from outside the project, then the body of every source file."""
     imports: dict[str, None] = {}  # a set that keeps the order
     bodies: list[str] = []
-    for file in source_files():
+    for file in list_source_files():
         outside, body = split_source(file.read_text(encoding="utf-8"))
         imports |= dict.fromkeys(outside)
         bodies.append(body)

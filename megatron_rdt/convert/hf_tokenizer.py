@@ -75,7 +75,7 @@ def open_exported_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer(folder / HIDDEN_FOLDER if (folder / HIDDEN_FOLDER).is_dir() else folder)
 
 
-def special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
+def read_special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
     """Return bos, eos and pad id under their names in transformers; None for one that the tokenizer lacks."""
     ids = {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.pad}
     return {f"{name}_token_id": index if index >= 0 else None for name, index in ids.items()}

@@ -36,7 +36,7 @@ def perplexity(loss: float) -> float:
 
 
 @torch.no_grad()
-def validation_losses(
+def measure_losses(
     model: nn.Module,
     windows: Batch,
     loops: Sequence[int],
@@ -72,7 +72,7 @@ def validation_losses(
     return losses
 
 
-def mixture_losses(
+def measure_mixture_losses(
     model: nn.Module,
     windows: Mapping[str, Batch],
     shares: Mapping[str, float],
@@ -82,15 +82,15 @@ def mixture_losses(
     """Return the loss of a mixture of corpora, the mean of theirs weighted by their shares, and that of each corpus.
 
     Args:
-        model: as in `validation_losses`.
+        model: as in `measure_losses`.
         windows: this rank's windows of each corpus, by name.
         shares: of each corpus in the samples of the run; their sum is 1.
-        arguments, named: further ones of `validation_losses`.
+        arguments, named: further ones of `measure_losses`.
 
     Returns:
         Losses by T, and losses by corpus and T; the latter is empty if there is only one corpus.
     """
-    by_corpus = {name: validation_losses(model, part, *arguments, **named) for name, part in windows.items()}
+    by_corpus = {name: measure_losses(model, part, *arguments, **named) for name, part in windows.items()}
     loops = next(iter(by_corpus.values()))
     mean = {t: math.fsum(shares[name] * losses[t] for name, losses in by_corpus.items()) for t in loops}
     return mean, by_corpus if len(by_corpus) > 1 else {}
@@ -141,7 +141,9 @@ def evaluate_checkpoint(
     micro_batch = config.train.micro_batch
     batches = sum(-(-len(part) // micro_batch) for part in windows.values())
     with tqdm(total=batches * len(loops), desc="evaluate", unit="batch") as bar:
-        losses, by_corpus = mixture_losses(model, windows, shares, loops, micro_batch, device, progress=bar.update)
+        losses, by_corpus = measure_mixture_losses(
+            model, windows, shares, loops, micro_batch, device, progress=bar.update
+        )
     used = sum(len(part) for part in windows.values())
     note = f"({used:,} sequences, {sum(map(len, targets.values())):,} tokens)"
     print(_format_table(losses, by_corpus, bytes_per_token, note))

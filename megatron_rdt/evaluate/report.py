@@ -44,7 +44,7 @@ def read_records(path: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:
     return records
 
 
-def final_losses(run_directory: Path, evaluations: list[dict[str, Any]]) -> tuple[int, dict[int, float]]:
+def find_final_losses(run_directory: Path, evaluations: list[dict[str, Any]]) -> tuple[int, dict[int, float]]:
     """Return the last step with a validation loss, and its losses by T.
 
     They come from eval.json, if `rdt eval` wrote one, unless the run itself evaluated a later step.
@@ -74,7 +74,7 @@ def write_report(run_directory: str | Path) -> Path:
         raise DataError(f"{directory} has no metrics.jsonl with steps in it. Name the directory of a run that trained.")
     config = load_config(directory / "config.yaml")
     evaluations = read_records(directory / "eval.jsonl", ("step", "losses"))
-    evaluated, losses = final_losses(directory, evaluations)
+    evaluated, losses = find_final_losses(directory, evaluations)
     out = directory / "report"
     out.mkdir(exist_ok=True)
     figures = [(plots.draw_loss_curve(metrics, evaluations, out / "loss.png"), "Training and validation loss.")]

@@ -14,7 +14,7 @@ from megatron_rdt.data import Batch, BatchLoader, Tokenizer
 from megatron_rdt.depth import DepthPlan, DepthSampler
 from megatron_rdt.environment import ProcessInfo, read_process_info
 from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED, TrainingError
-from megatron_rdt.evaluate.loss import mixture_losses
+from megatron_rdt.evaluate.loss import measure_mixture_losses
 from megatron_rdt.files import hold_lock, write_text
 from megatron_rdt.inference.generate import generate
 from megatron_rdt.model import RecurrentDepthTransformer
@@ -317,7 +317,7 @@ class Trainer:
         """Compute the validation loss at each T of `eval.loops`, on all ranks together, and record it."""
         config, ranks = self.config, self.engine.layout.data
         mine = {name: windows.rank_rows(self.data_rank, ranks) for name, windows in self.data.validation.items()}
-        losses, by_corpus = mixture_losses(
+        losses, by_corpus = measure_mixture_losses(
             self.engine.module,
             mine,
             self.data.shares,

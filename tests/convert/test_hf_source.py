@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rdt.convert.hf_source import model_source, source_files, split_source
+from megatron_rdt.convert.hf_source import list_source_files, paste_model_source, split_source
 
 PACKAGE = Path(__file__).resolve().parent.parent.parent / "megatron_rdt"
 # Needed for training and planning only.
@@ -40,7 +40,7 @@ def clashes(files: dict[str, str]) -> list[str]:
 
 
 def test_top_level_names_are_unique() -> None:
-    files = {str(file.relative_to(PACKAGE)): file.read_text(encoding="utf-8") for file in source_files()}
+    files = {str(file.relative_to(PACKAGE)): file.read_text(encoding="utf-8") for file in list_source_files()}
     found = clashes(files)
     assert not found, "an export pastes these files into one namespace; rename one of:\n" + "\n".join(found)
 
@@ -58,14 +58,14 @@ def test_a_clash_names_both_files() -> None:
 
 def test_every_file_of_the_model_is_exported() -> None:
     """A new file of the model has its line in `PARTS`."""
-    exported = {str(file.relative_to(PACKAGE)) for file in source_files()}
+    exported = {str(file.relative_to(PACKAGE)) for file in list_source_files()}
     files = {str(file.relative_to(PACKAGE)) for file in (PACKAGE / "model").rglob("*.py") if file.name != "__init__.py"}
     assert files - exported == NOT_EXPORTED
 
 
 def test_the_pasted_file_imports_nothing_of_the_project() -> None:
     """Also within functions, where `split_source` does not look."""
-    for node in ast.walk(ast.parse(model_source())):
+    for node in ast.walk(ast.parse(paste_model_source())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         assert not [name for name in names if name.startswith("megatron_rdt")], ast.unparse(node)
@@ -74,5 +74,5 @@ def test_the_pasted_file_imports_nothing_of_the_project() -> None:
 def test_the_pasted_file_defines_names_before_their_use_at_import() -> None:
     transformers = pytest.importorskip("transformers")
     namespace: dict[str, object] = {"__name__": "modeling_rdt"}
-    exec(compile(model_source(), "modeling_rdt.py", "exec"), namespace)
+    exec(compile(paste_model_source(), "modeling_rdt.py", "exec"), namespace)
     assert issubclass(namespace["RdtForCausalLM"], transformers.PreTrainedModel)  # type: ignore[arg-type]

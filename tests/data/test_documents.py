@@ -13,7 +13,7 @@ from data_prep.pipeline import prepare
 from megatron_rdt.config import RunConfig
 from megatron_rdt.data import Batch, BatchLoader, IndexedDataset, TokenCorpus, Tokenizer, read_fixed_windows
 from megatron_rdt.data.shard_files.indexed import CODES, HEADER, MAGIC, VERSION
-from megatron_rdt.evaluate.loss import evaluate_checkpoint, validation_losses
+from megatron_rdt.evaluate.loss import evaluate_checkpoint, measure_losses
 from megatron_rdt.inference import load
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
 from megatron_rdt.train.trainer import train
@@ -108,15 +108,15 @@ def test_a_run_and_its_evaluation_see_documents(
     windows = TokenCorpus(corpus, "train", LENGTH, config.run.seed, documents=True).read_samples(range(4))
     model = initialize(RecurrentDepthTransformer(config.model), config.run.seed)
     device = torch.device("cpu")
-    masked = validation_losses(model, windows, [3], 4, device)[3]
+    masked = measure_losses(model, windows, [3], 4, device)[3]
     assert records[0]["loss"] == pytest.approx(masked, abs=1e-6)
-    assert abs(validation_losses(model, Batch(windows.tokens), [3], 4, device)[3] - masked) > 1e-4
+    assert abs(measure_losses(model, Batch(windows.tokens), [3], 4, device)[3] - masked) > 1e-4
     evaluated = json.loads((run / "eval.jsonl").read_text().splitlines()[-1])["losses"]
     again = evaluate_checkpoint(str(run), [1, 3], config.eval.sequences)["losses"]
     trained, _ = load(run)
     valid = read_fixed_windows(TokenCorpus(corpus, "valid", LENGTH, 0, documents=True), config.eval.sequences)
-    by_hand = validation_losses(trained, valid, [1, 3], 1, device)
-    without = validation_losses(trained, Batch(valid.tokens), [1, 3], 1, device)
+    by_hand = measure_losses(trained, valid, [1, 3], 1, device)
+    without = measure_losses(trained, Batch(valid.tokens), [1, 3], 1, device)
     for loops in (1, 3):
         assert evaluated[str(loops)] == pytest.approx(by_hand[loops], abs=1e-6)
         assert again[str(loops)] == pytest.approx(by_hand[loops], abs=1e-6)

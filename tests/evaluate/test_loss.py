@@ -15,7 +15,7 @@ from data_prep.pipeline import prepare
 from megatron_rdt.config import RunConfig
 from megatron_rdt.data import TokenCorpus, Tokenizer
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError
-from megatron_rdt.evaluate.loss import evaluate_checkpoint, perplexity, validation_losses
+from megatron_rdt.evaluate.loss import evaluate_checkpoint, measure_losses, perplexity
 from megatron_rdt.inference import load
 from megatron_rdt.train.trainer import train
 
@@ -92,9 +92,9 @@ def test_micro_batches_and_ranks_do_not_matter(run: Path, tiny_corpus: Path) -> 
     model, _ = load(run)
     model = model.double()
     windows = TokenCorpus(tiny_corpus, "valid", LENGTH, 0).read(torch.arange(6).numpy() * LENGTH)
-    whole = validation_losses(model, windows, [2], 6, torch.device("cpu"))
+    whole = measure_losses(model, windows, [2], 6, torch.device("cpu"))
     for size in (1, 4):  # 4 leaves a smaller last micro-batch
-        parts = validation_losses(model, windows, [2], size, torch.device("cpu"))
+        parts = measure_losses(model, windows, [2], size, torch.device("cpu"))
         assert parts[2] == pytest.approx(whole[2], abs=1e-12)
     # Two "ranks" with their halves: the sum that reaches the reduction adds up to that of one.
     sums: list[torch.Tensor] = []
@@ -104,7 +104,7 @@ def test_micro_batches_and_ranks_do_not_matter(run: Path, tiny_corpus: Path) -> 
         return total
 
     for half in (windows.rows(0, 3), windows.rows(3, len(windows))):
-        validation_losses(model, half, [2], 2, torch.device("cpu"), reduce=keep)
+        measure_losses(model, half, [2], 2, torch.device("cpu"), reduce=keep)
     total = sums[0] + sums[1]
     assert float(total[0] / total[1]) == pytest.approx(whole[2], abs=1e-12)
 
@@ -145,7 +145,7 @@ def test_an_unusable_result_file_is_refused_before_evaluating(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("evaluated first")
 
-    monkeypatch.setattr("megatron_rdt.evaluate.loss.validation_losses", never)
+    monkeypatch.setattr("megatron_rdt.evaluate.loss.measure_losses", never)
     (tmp_path / "README.md").write_text("kept")
     (tmp_path / "list.json").write_text("[]")
     for name, text in (

@@ -14,7 +14,7 @@ from launch.cli import COMMANDS
 from launch.commands.convert import ConvertOptions
 from launch.commands.eval import EvalOptions
 from launch.commands.submit import SubmitOptions
-from launch.train_options import parse_worker, worker_words
+from launch.train_options import parse_worker, select_worker_words
 from megatron_rdt.config import RunConfig, load_config
 from megatron_rdt.config.parser import make_parser, option_kinds, parse
 from megatron_rdt.errors import ConfigError
@@ -119,7 +119,7 @@ def test_lists_with_and_without_brackets(value: str) -> None:
 
 def test_workers_get_all_but_the_launcher_options() -> None:
     words = ["--config", "configs/smoke.yaml", "--nproc", "2", "--master-port=5", "--resume", "auto"]
-    kept = worker_words(words)
+    kept = select_worker_words(words)
     assert kept == ["--config=configs/smoke.yaml", "--resume=auto"]
     _, options = parse_worker("pretrain.py", ["--local-rank=1", *kept])  # as the DeepSpeed launcher does
     assert (options.resume, options.local_rank) == ("auto", 1)

@@ -10,7 +10,7 @@ from megatron_rdt.config import RunConfig
 from megatron_rdt.data import Batch, PackedCorpus, load_manifest, open_corpus, read_fixed_windows
 from megatron_rdt.data.mixture import Mixture, MixtureOrder, Phase
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError
-from megatron_rdt.evaluate.loss import evaluate_checkpoint, validation_losses
+from megatron_rdt.evaluate.loss import evaluate_checkpoint, measure_losses
 from megatron_rdt.inference import load
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
 from megatron_rdt.train import trainer
@@ -34,7 +34,7 @@ def masked(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def first_loss(config: RunConfig, windows: Batch) -> float:
     """Loss of the first step of a run: an untrained model on the first windows, whose order does not matter."""
     model = initialize(RecurrentDepthTransformer(config.model), config.run.seed)
-    return validation_losses(model, windows, [int(config.depth.mean)], 1, CPU)[int(config.depth.mean)]
+    return measure_losses(model, windows, [int(config.depth.mean)], 1, CPU)[int(config.depth.mean)]
 
 
 def samples(config: RunConfig, count: int) -> Batch:
@@ -70,7 +70,7 @@ def test_only_answers_count(
     valid = read_fixed_windows(open_corpus(manifest, "valid", 32, 0, config.data, pack=False), 6)
     assert valid.padding is None
     assert valid.loss_mask is not None
-    by_hand = validation_losses(model, valid, [1, 3], 2, CPU)
+    by_hand = measure_losses(model, valid, [1, 3], 2, CPU)
     capsys.readouterr()
     result = evaluate_checkpoint(str(tmp_path / "answers"), [1, 3], 6)
     for loops in (1, 3):
@@ -127,7 +127,7 @@ def test_a_run_on_packed_rows(
     ]
     assert torch.equal(windows[0].tokens, windows[1].tokens)
     for name, checkpoint in zip(("straight", "plain"), settings):
-        by_hand = validation_losses(load(checkpoint)[0], windows[0], [3], 1, CPU)[3]
+        by_hand = measure_losses(load(checkpoint)[0], windows[0], [3], 1, CPU)[3]
         assert read_records(tmp_path / name / "eval.jsonl")[-1]["losses"]["3"] == pytest.approx(by_hand, abs=1e-6)
 
 

@@ -27,7 +27,7 @@ MEMORY = Path("/dev/shm")
 MEMORY_BYTES = 4 << 30
 LONGEST = (
     "test_docs.py",
-    "distributed/test_parts.py",
+    "distributed/test_every_choice.py",
     "distributed/test_axes.py",
     "distributed/test_resume.py",
     "model/test_compiling.py",

@@ -14,7 +14,7 @@ from megatron_rdt.config import check_config, load_config
 from megatron_rdt.convert import convert
 from megatron_rdt.inference import load
 from megatron_rdt.train.trainer import train
-from tests.distributed.test_parts import COMBINATIONS, whole
+from tests.distributed.test_every_choice import COMBINATIONS, make_settings
 
 FOREIGN = """
 import json, sys, torch
@@ -57,7 +57,7 @@ def test_transformers_gives_the_same_for_every_part(tiny_corpus: Path, tmp_path:
     folders = {}
     for name, parts in COMBINATIONS.items():
         file = tmp_path / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(whole(parts, tmp_path / name, tiny_corpus)))
+        file.write_text(yaml.safe_dump(make_settings(parts, tmp_path / name, tiny_corpus)))
         options = {"parallel.engine": "single", "train.steps": 3, "schedule.warmup_steps": 1}
         config = load_config(file, options)
         check_config(config, 1)

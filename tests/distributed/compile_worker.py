@@ -1,4 +1,4 @@
-"""One rank: compiled layers under DDP and FSDP2 against one process that runs them as written."""
+"""Compare compiled layers under DDP and FSDP2 with one process that runs them as written; runs on every rank."""
 
 import functools
 from typing import Any
@@ -9,14 +9,14 @@ from torch._dynamo.utils import counters
 from megatron_rdt.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan
-from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.activation_checkpointing import set_checkpointing
 from megatron_rdt.model.compiling import compile_layers
-from megatron_rdt.parallel import Engine, MicroBatch, engine, make_engine
+from megatron_rdt.parallel import Engine, MicroBatch, engine
+from tests.distributed.reference import build_on_cpu
 
 MODEL = ModelConfig(vocab_size=61, dim=32, core_layers=2, heads=4, kv_heads=2, ffn_dim=48)
-# T of each sequence; ranks have other numbers of them in most passes.
-DEPTHS = (9, 1, 4, 7, 2, 8, 1, 1)
+# T of each sequence; in most passes through the core the ranks have different numbers of sequences.
+MIXED = (9, 1, 4, 7, 2, 8, 1, 1)
 SAME = (5,) * 8
 ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {"engine": "ddp"},
@@ -27,39 +27,38 @@ CASES = ((None, "none"), (2, "per_iteration"), (3, "per_layer"))
 
 
 def build(parallel: dict[str, Any], compiled: bool) -> Engine:
+    """An engine whose layers are compiled or not."""
     config = RunConfig(
         model=MODEL,
         train=TrainConfig(global_batch=8, micro_batch=2, compile="layers" if compiled else "none"),
         parallel=ParallelConfig(**parallel),
     )
-    made = make_engine(config, torch.device("cpu"))
-    if parallel["engine"] == "single":  # sees everything, also inside a process group
-        made.rank, made.world_size = 0, 1
-    with torch.device("meta"):
-        model = RecurrentDepthTransformer(config.model)
-    made.setup(model)
-    return made
+    return build_on_cpu(config)
 
 
-def parts(tokens: torch.Tensor, made: Engine, k: int | None, depths: tuple[int, ...]) -> list[MicroBatch]:
+def make_micro_batches(tokens: torch.Tensor, made: Engine, k: int | None, loops: tuple[int, ...]) -> list[MicroBatch]:
+    """This rank's micro-batches of two sequences each."""
     share = len(tokens) // made.world_size
-    places = range(made.rank * share, (made.rank + 1) * share, 2)
-    return [MicroBatch(Batch(tokens[at : at + 2]), DepthPlan(depths[at : at + 2], k)) for at in places]
+    firsts = range(made.rank * share, (made.rank + 1) * share, 2)
+    return [MicroBatch(Batch(tokens[at : at + 2]), DepthPlan(loops[at : at + 2], k)) for at in firsts]
 
 
-def check() -> dict[str, Any]:
-    """Largest relative difference, graphs and graph breaks of each engine."""
+def check_engines() -> dict[str, Any]:
+    """Return the largest relative difference, the graphs and the graph breaks of each engine."""
     engine.compile_layers = functools.partial(compile_layers, backend="aot_eager")  # a C++ compiler would take long
     tokens = torch.randint(0, 61, (8, 17), generator=torch.Generator().manual_seed(1))
     verdict: dict[str, Any] = {}
     for name, parallel in ENGINES.items():
-        depths = SAME if "core_gather" in parallel else DEPTHS
+        loops = SAME if "core_gather" in parallel else MIXED
         torch._dynamo.reset()
         counters.clear()
         made, single, worst = build(parallel, True), build({"engine": "single"}, False), 0.0
         for k, policy in CASES:
             set_checkpointing(made.model, policy)
-            losses = [each.forward_backward(parts(tokens, each, k, depths))["objective"] for each in (made, single)]
+            losses = [
+                each.forward_backward(make_micro_batches(tokens, each, k, loops))["objective"]
+                for each in (made, single)
+            ]
             gradients, expected = made.full_gradients(), single.full_gradients()
             assert set(gradients) == set(expected)
             pairs = [(losses[0], losses[1]), *((gradients[key], expected[key]) for key in expected)]

@@ -1,4 +1,4 @@
-"""Runs on every rank: every case on one engine, compared with one process."""
+"""Compare one engine with one process in every case; runs on every rank."""
 
 import dataclasses
 
@@ -7,20 +7,20 @@ import torch
 from megatron_rdt.config import DepthConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan
-from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.activation_checkpointing import set_checkpointing
-from megatron_rdt.parallel import Engine, MicroBatch, make_engine
+from megatron_rdt.parallel import Engine, MicroBatch
+from tests.distributed.reference import build_on_cpu, relative_difference
 
 MODEL = ModelConfig(vocab_size=61, dim=32, prelude_layers=1, core_layers=2, coda_layers=1, heads=4, kv_heads=2)
 PARTS = {
     "plain": {},
     "experts": {"core_ffn": "moe", "experts": 4, "experts_per_token": 2, "expert_dim": 24},
-    # The exit gate reads every iteration out; value embeddings have tables in the prelude and the coda too.
+    # The exit gate reads the logits of every iteration; value embeddings have tables in the prelude and the coda too.
     "gate": {"halting": "gate", "window": 5, "value_embeddings": "gated", "state_init": "learned"},
 }
 SEQUENCES = 12
 SIZES = (6, 2)
-# T of each sequence: on two ranks, one goes far deeper than the other, in every micro-batch.
+# T of each sequence: of two ranks, one has a far larger T than the other in every micro-batch.
 MIXED = (9, 1, 4, 7, 2, 8, 1, 1, 2, 1, 3, 1)
 Loops = int | tuple[int, ...]
 # (T, k, checkpointing, sequences per micro-batch)
@@ -46,30 +46,27 @@ GATE_CASES: list[tuple[Loops, int | None, str, int]] = [
 ]
 
 
-def engine_for(name: str, size: int, precision: str = "float32", model: ModelConfig = MODEL) -> Engine:
+def build(name: str, size: int, precision: str = "float32", model: ModelConfig = MODEL) -> Engine:
+    """An engine for micro-batches of `size` sequences."""
     config = RunConfig(
         model=model,
         depth=DepthConfig(),
         train=TrainConfig(global_batch=SEQUENCES, micro_batch=size, precision=precision),
         parallel=ParallelConfig(engine=name),
     )
-    engine = make_engine(config, torch.device("cpu"))
-    if name == "single":  # the reference sees everything, also inside a process group
-        engine.rank, engine.world_size = 0, 1
-    with torch.device("meta"):
-        built = RecurrentDepthTransformer(config.model)
-    engine.setup(built)
-    return engine
+    return build_on_cpu(config)
 
 
-def micro_batches(tokens: torch.Tensor, engine: Engine, size: int, loops: Loops, k: int | None) -> list[MicroBatch]:
+def make_micro_batches(
+    tokens: torch.Tensor, engine: Engine, size: int, loops: Loops, k: int | None
+) -> list[MicroBatch]:
+    """This rank's micro-batches of a step; those with T = 5 have documents, those with T = 5 or k = 2 a loss mask."""
     share = len(tokens) // engine.world_size
     first = engine.rank * share
-    mine, depths = tokens[first : first + share], (loops,) * len(tokens) if isinstance(loops, int) else loops
+    mine, each = tokens[first : first + share], (loops,) * len(tokens) if isinstance(loops, int) else loops
     documents = (mine % 5 == 0).cumsum(-1)
-    mask = (mine % 3 == 0) & (torch.arange(first, first + share) > 3)[
-        :, None
-    ]  # the ranks differ, some sequences have none
+    # Ranks have different numbers of counted targets, and some sequences have none.
+    mask = (mine % 3 == 0) & (torch.arange(first, first + share) > 3)[:, None]
     return [
         MicroBatch(
             Batch(
@@ -77,17 +74,13 @@ def micro_batches(tokens: torch.Tensor, engine: Engine, size: int, loops: Loops,
                 documents[at : at + size] if loops == 5 else None,
                 loss_mask=mask[at : at + size] if loops == 5 or k == 2 else None,
             ),
-            DepthPlan(depths[first + at : first + min(at + size, share)], k),
+            DepthPlan(each[first + at : first + min(at + size, share)], k),
         )
         for at in range(0, share, size)
     ]
 
 
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-12))
-
-
-def compare(engine: Engine, single: Engine | None, size: int, tokens: torch.Tensor) -> dict[str, float]:
+def compare_cases(engine: Engine, single: Engine | None, size: int, tokens: torch.Tensor) -> dict[str, float]:
     """Largest relative difference of loss, norm and every gradient, over the cases of this micro-batch size."""
     worst: dict[str, float] = {}
     gate = engine.model.config.halting == "gate"
@@ -95,73 +88,73 @@ def compare(engine: Engine, single: Engine | None, size: int, tokens: torch.Tens
         if case_size != size:
             continue
         set_checkpointing(engine.model, checkpointing)
-        loss = engine.forward_backward(micro_batches(tokens, engine, size, loops, k))["objective"]
+        loss = engine.forward_backward(make_micro_batches(tokens, engine, size, loops, k))["objective"]
         gradients, norm = engine.full_gradients(), engine.clip(0.5)
         engine.step(1e-3)
         if single is None:
             continue
         whole = size if gate else len(tokens)
-        expected = single.forward_backward(micro_batches(tokens, single, whole, loops, k))["objective"]
+        expected = single.forward_backward(make_micro_batches(tokens, single, whole, loops, k))["objective"]
         reference = single.full_gradients()
         assert set(gradients) == set(reference), set(gradients) ^ set(reference)
         for name, gradient in gradients.items():
-            worst[name] = max(worst.get(name, 0.0), difference(gradient, reference[name]))
+            worst[name] = max(worst.get(name, 0.0), relative_difference(gradient, reference[name]))
             assert gate or float(gradient.abs().max()) > 0, name
-        worst["norm"] = max(worst.get("norm", 0.0), difference(norm, single.clip(0.5)))
-        worst["loss"] = max(worst.get("loss", 0.0), difference(loss, expected))
+        worst["norm"] = max(worst.get("norm", 0.0), relative_difference(norm, single.clip(0.5)))
+        worst["loss"] = max(worst.get("loss", 0.0), relative_difference(loss, expected))
         single.step(1e-3)
     return worst
 
 
 def check_discard(engine: Engine, single: Engine | None, tokens: torch.Tensor, decided: bool) -> float:
-    """A step that is thrown away leaves no gradient: the next ones equal those of a process that never took it.
+    """Largest difference of the gradients after a step that was thrown away, from those of a process that never took it.
 
-    Thrown away by the caller, or by the optimizer, for what was `decided` on the device.
+    The step is thrown away by the optimizer, if `decided` on the device, or by the caller.
     """
     size = engine.config.train.micro_batch
-    engine.forward_backward(micro_batches(tokens.flip(1), engine, size, 4, None))
+    engine.forward_backward(make_micro_batches(tokens.flip(1), engine, size, 4, None))
     engine.clip(1.0)
     if decided:
         engine.step(1.0, torch.tensor(False))
     else:
         engine.discard_gradients()
-    engine.forward_backward(micro_batches(tokens, engine, size, 2, None))
+    engine.forward_backward(make_micro_batches(tokens, engine, size, 2, None))
     gradients, reference = engine.full_gradients(), {}
     if single is not None:
-        single.forward_backward(micro_batches(tokens, single, len(tokens), 2, None))
+        single.forward_backward(make_micro_batches(tokens, single, len(tokens), 2, None))
         reference = single.full_gradients()
     for each in filter(None, (engine, single)):
         each.clip(1.0)
         each.discard_gradients()
-    return max((difference(gradients[name], reference[name]) for name in reference), default=0.0)
+    return max((relative_difference(gradients[name], reference[name]) for name in reference), default=0.0)
 
 
 def compare_bfloat16(name: str, tokens: torch.Tensor) -> dict[str, float]:
     """Largest relative difference of the loss and of any gradient; rounding differs with the size of the batch."""
-    engine, single = engine_for(name, 2, "bfloat16"), engine_for("single", 2, "bfloat16")
-    loss = engine.forward_backward(micro_batches(tokens, engine, 2, 4, 2))["objective"]
-    expected = single.forward_backward(micro_batches(tokens, single, 2, 4, 2))["objective"]
+    engine, single = build(name, 2, "bfloat16"), build("single", 2, "bfloat16")
+    loss = engine.forward_backward(make_micro_batches(tokens, engine, 2, 4, 2))["objective"]
+    expected = single.forward_backward(make_micro_batches(tokens, single, 2, 4, 2))["objective"]
     gradients, reference = engine.full_gradients(), single.full_gradients()
     assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
     return {
-        "loss": difference(loss, expected),
-        "gradient": max(difference(gradient, reference[key]) for key, gradient in gradients.items()),
+        "loss": relative_difference(loss, expected),
+        "gradient": max(relative_difference(gradient, reference[key]) for key, gradient in gradients.items()),
     }
 
 
 def check_engine(name: str, part: str) -> dict[str, object]:
-    """Every case of a part of the model on one engine, compared on the first rank.
+    """Run every case of a part of the model on one engine; rank 0 compares with one process and returns the findings.
 
-    Parts other than "plain" with the smaller micro-batches only.
+    Parts other than "plain" run with the smaller micro-batches only.
     """
     tokens = torch.randint(0, 61, (SEQUENCES, 17), generator=torch.Generator().manual_seed(1))
     verdict: dict[str, object] = {}
     model, plain = dataclasses.replace(MODEL, **PARTS[part]), part == "plain"
     for size in SIZES if plain else SIZES[1:]:
-        engine = engine_for(name, size, model=model)
+        engine = build(name, size, model=model)
         # The first rank's verdict is the one that is read, so it alone computes the reference.
-        single = engine_for("single", size, model=model) if engine.rank == 0 else None
-        verdict[f"differences_{size}"] = compare(engine, single, size, tokens)
+        single = build("single", size, model=model) if engine.rank == 0 else None
+        verdict[f"differences_{size}"] = compare_cases(engine, single, size, tokens)
         verdict[f"discard_{size}"] = max(check_discard(engine, single, tokens, decided) for decided in (False, True))
         verdict["world_size"] = engine.world_size
     if plain:  # rounded, a token may choose other experts

@@ -1,4 +1,4 @@
-"""Runs on every rank: Muon on ranks that hold rows of matrices, against one process."""
+"""Compare Muon on ranks that hold rows of matrices with one process; runs on every rank."""
 
 from pathlib import Path
 from typing import cast
@@ -9,9 +9,9 @@ import torch.distributed as dist
 from megatron_rdt.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan
-from megatron_rdt.model import RecurrentDepthTransformer
-from megatron_rdt.parallel import MicroBatch, make_engine
+from megatron_rdt.parallel import MicroBatch
 from megatron_rdt.parallel.torch_engine import TorchEngine, full_tensor
+from tests.distributed.reference import build_on_cpu
 
 # 4 experts, 4 heads, 61 rows: on 3 ranks some have fewer rows or experts than others, and some have none.
 MODEL = ModelConfig(
@@ -30,24 +30,19 @@ MODEL = ModelConfig(
 SEQUENCES, STEPS, SAVED_AT, LR = 12, 6, 3, 0.01
 
 
-def engine_for(name: str) -> TorchEngine:
+def build(name: str) -> TorchEngine:
+    """An engine that steps with Muon."""
     config = RunConfig(
         model=MODEL,
         train=TrainConfig(global_batch=SEQUENCES, micro_batch=2),
         optimizer=OptimizerConfig(name="muon", lr=LR),
         parallel=ParallelConfig(engine=name),
     )
-    engine = cast(TorchEngine, make_engine(config, torch.device("cpu")))
-    if name == "single":  # the reference sees everything
-        engine.rank, engine.world_size = 0, 1
-    with torch.device("meta"):
-        model = RecurrentDepthTransformer(MODEL)
-    engine.setup(model)
-    return engine
+    return cast(TorchEngine, build_on_cpu(config))
 
 
 def train(engine: TorchEngine, first: int, last: int, save: Path | None = None) -> list[float]:
-    """Losses of the steps first ... last - 1; saves after SAVED_AT of them."""
+    """Take the steps first ... last - 1 and return their losses; save after SAVED_AT steps."""
     losses = []
     for step in range(first, last):
         if step == SAVED_AT and save is not None:
@@ -63,37 +58,39 @@ def train(engine: TorchEngine, first: int, last: int, save: Path | None = None) 
     return losses
 
 
-def weights(engine: TorchEngine) -> dict[str, torch.Tensor]:
+def gather_weights(engine: TorchEngine) -> dict[str, torch.Tensor]:
+    """Gather the weights, by name."""
     return {name: full_tensor(parameter).detach().clone() for name, parameter in engine.model.named_parameters()}
 
 
-def distance(a: list[float], b: list[float]) -> float:
+def largest_difference(a: list[float], b: list[float]) -> float:
+    """Largest difference of two losses of the same step."""
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
 def check_muon(folder: Path) -> dict[str, object]:
-    """Muon under FSDP2 and DDP against one process, resumed, and in the other engine."""
-    single = engine_for("single")
+    """Train under FSDP2 and DDP and on one process, resume in both engines, and return the differences."""
+    single = build("single")
     expected = train(single, 0, STEPS)
-    reference = weights(single)
+    reference = gather_weights(single)
     verdict: dict[str, object] = {"losses": expected, "world_size": dist.get_world_size()}
     for name in ("fsdp", "ddp"):
         saved = folder / name
-        engine = engine_for(name)
+        engine = build(name)
         losses = train(engine, 0, STEPS, saved)
-        verdict[f"{name} loss"] = distance(losses, expected)
-        found = weights(engine)
+        verdict[f"{name} loss"] = largest_difference(losses, expected)
+        found = gather_weights(engine)
         verdict[f"{name} weights"] = max(float((found[n] - reference[n]).abs().max()) for n in reference)
         momentum = [full_tensor(s["momentum"]) for s in engine.optimizers[1].state.values()]
         verdict[f"{name} matrices"] = len(momentum)
         verdict[f"{name} momentum"] = all(float(m.abs().max()) > 0 for m in momentum)
-        resumed = engine_for(name)
+        resumed = build(name)
         resumed.load(saved)
         verdict[f"{name} resumed"] = train(resumed, SAVED_AT, STEPS) == losses[SAVED_AT:]
-        again = weights(resumed)
+        again = gather_weights(resumed)
         verdict[f"{name} resumed weights"] = max(float((again[n] - found[n]).abs().max()) for n in found)
-        other = engine_for({"fsdp": "ddp", "ddp": "fsdp"}[name])
+        other = build({"fsdp": "ddp", "ddp": "fsdp"}[name])
         other.load(saved)
-        verdict[f"{name} to the other"] = distance(train(other, SAVED_AT, STEPS), expected[SAVED_AT:])
+        verdict[f"{name} to the other"] = largest_difference(train(other, SAVED_AT, STEPS), expected[SAVED_AT:])
         dist.barrier()
     return verdict

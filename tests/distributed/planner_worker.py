@@ -1,4 +1,4 @@
-"""Started by torchrun: collectives and memory of real steps, beside those that the planner computes."""
+"""Collectives and memory of real steps, with those that the planner computes; started by torchrun."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rdt.config import DepthConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_rdt.config.layout import Layout
 from megatron_rdt.environment import leave_process
 from megatron_rdt.parallel import build_engine
 from megatron_rdt.planner.communication import step_communication, sum_by_kind
@@ -53,7 +54,8 @@ MEMORY_CASES: list[tuple[dict[str, Any], str, str, int, dict[str, Any]]] = [
 ]
 
 
-def config_of(model: dict[str, Any], parallel: dict[str, Any], batch: int, **options: Any) -> RunConfig:
+def make_config(model: dict[str, Any], parallel: dict[str, Any], batch: int, **options: Any) -> RunConfig:
+    """The config of a case; `batch` is the global batch."""
     return RunConfig(
         model=ModelConfig(**model),
         depth=DepthConfig(backprop=K, checkpoint=options.pop("checkpoint")),
@@ -65,7 +67,7 @@ def config_of(model: dict[str, Any], parallel: dict[str, Any], batch: int, **opt
 def compare_collectives(model: dict[str, Any], parallel: dict[str, Any], checkpoint: str) -> dict[str, Any]:
     """Return counted and planned collectives at every T, with two micro-batches per process."""
     alone = parallel.get("tensor", 1) * parallel.get("context", 1)
-    config = config_of(model, parallel, 8 // alone, checkpoint=checkpoint, sequence_length=16)
+    config = make_config(model, parallel, 8 // alone, checkpoint=checkpoint, sequence_length=16)
     engine = build_engine(config, torch.device("cpu"))
     for _ in range(2):
         take_step(engine, 1)
@@ -81,22 +83,17 @@ def compare_memory(
     model: dict[str, Any], precision: str, checkpoint: str, number: int, parallel: dict[str, Any]
 ) -> list:
     """Return measured and planned peaks of memory at every T."""
-    config = config_of(model, parallel, 4 * number, checkpoint=checkpoint, precision=precision, sequence_length=64)
+    config = make_config(model, parallel, 4 * number, checkpoint=checkpoint, precision=precision, sequence_length=64)
     rows = []
     for measured in measure_steps(config, torch.device("cpu"), LOOPS):
         depth = StepDepth(measured.loops, min(measured.loops, K))
-        layout = build_layout(config)
+        layout = Layout.of(config.parallel, dist.get_world_size())
         rows.append({**asdict(measured), "planned": step_memory(config, layout, False, depth).peak})
     return rows
 
 
-def build_layout(config: RunConfig) -> Any:
-    from megatron_rdt.config.layout import Layout
-
-    return Layout.of(config.parallel, dist.get_world_size())
-
-
 def main() -> None:
+    """Measure as one of the ranks; rank 0 writes the result."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

@@ -1,10 +1,10 @@
-"""Runs a function on N processes with a Gloo group, without starting Python and importing torch N times.
+"""Run a function on N processes with a Gloo group, without starting Python and importing torch N times.
 
 The processes are forked from one that has imported everything and done nothing else (Python's fork server), so they
-start in a tenth of a second where `torchrun` takes five. For tests of what ranks compute together; what a launcher does
-is tested with the launcher. A rank that forks once more loses the threads of its group: start such code without one.
+start in a tenth of a second where `torchrun` takes five. This is for tests of ranks that compute together; a launcher is
+tested by starting it. A rank that forks once more loses the threads of its group: start such code without a group.
 
-    def sums(number: int) -> float:                       # of a module, not inside another function
+    def add_ranks(number: int) -> float:                       # at the top level of a module
         tensor = torch.tensor(float(number + dist.get_rank()))
         dist.all_reduce(tensor)
         return tensor.item()
@@ -12,7 +12,7 @@ is tested with the launcher. A rank that forks once more loses the threads of it
     @pytest.mark.distributed
     @pytest.mark.timeout(60)
     def test_sums() -> None:
-        assert run_on_processes(sums, 4, 10, timeout=50) == [46.0] * 4
+        assert run_on_processes(add_ranks, 4, 10, timeout=50) == [46.0] * 4
 """
 
 import contextlib
@@ -43,18 +43,18 @@ from megatron_rdt.environment import leave_process
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 LOOPBACK = "127.0.0.1"
 PR_SET_PDEATHSIG = 1
-# What a launcher tells a process about its place; the last two: the store is there already.
-PLACE = (
+# Variables by which a launcher tells a process its rank; the last two say that the store exists already.
+LAUNCHER_VARIABLES = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     *("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"),
 )
-GRACE_S = 5.0  # for the other ranks after the first that failed: they say what they waited for
+GRACE_S = 5.0  # left to the other ranks after the first failure, so that they report where they waited
 DUMP_S = 1.0
 LAST_CHARACTERS = 6000
 
 
 class Ranks:
-    """The processes of one call, and what they left.
+    """The processes of one call, with their output and results.
 
     Attributes:
         processes: one per rank; `exitcode` is None while it runs, and minus the signal that ended it.
@@ -64,20 +64,20 @@ class Ranks:
         self.folder, self.store = folder, store
         self.processes: list[BaseProcess] = []
 
-    def output(self, rank: int) -> str:
-        """What a rank printed so far, both streams."""
+    def read_output(self, rank: int) -> str:
+        """The text that a rank has printed so far, both streams."""
         return (self.folder / f"output-{rank}").read_text(errors="replace")
 
-    def result(self, rank: int) -> Any:
-        """What the function returned on this rank."""
+    def read_result(self, rank: int) -> Any:
+        """The value that the function returned on this rank."""
         return pickle.loads((self.folder / f"result-{rank}").read_bytes())
 
-    def ended(self) -> bool:
-        """Whether any rank has."""
+    def has_ended(self) -> bool:
+        """Return True if any rank has ended."""
         return any(process.exitcode is not None for process in self.processes)
 
     def kill(self, rank: int) -> None:
-        """End one rank and what it started, with SIGKILL."""
+        """Kill one rank and the processes it started, with SIGKILL."""
         process = self.processes[rank]
         assert process.pid is not None
         if process.exitcode is None:
@@ -87,10 +87,10 @@ class Ranks:
         process.join()
 
     def wait(self, timeout: float) -> list[int]:
-        """Exit statuses, when all have ended, each by itself or killed after the timeout or a failure elsewhere.
+        """Wait until all ranks have ended, or kill those left after the timeout or a failure; return the exit statuses.
 
         Raises:
-            TimeoutError: after `timeout` seconds; says where every rank stood. None is left.
+            TimeoutError: after `timeout` seconds; the message has the stack of every rank. None is left running.
         """
         end, failed = time.monotonic() + timeout, False
         while waiting := [process for process in self.processes if process.exitcode is None]:
@@ -101,45 +101,51 @@ class Ranks:
                 break
         hanging = [rank for rank, process in enumerate(self.processes) if process.exitcode is None]
         for rank in hanging:
-            os.kill(self.processes[rank].pid or 0, signal.SIGABRT)  # faulthandler writes where it stands
+            os.kill(self.processes[rank].pid or 0, signal.SIGABRT)  # faulthandler writes its stack
         for rank in hanging:
             self.processes[rank].join(DUMP_S)
             self.kill(rank)
         if hanging and not failed:
-            raise TimeoutError(f"ranks {hanging} still ran after {timeout} s.\n{self.report()}")
+            raise TimeoutError(f"ranks {hanging} still ran after {timeout} s.\n{self.format_report()}")
         return [process.exitcode or 0 for process in self.processes]
 
-    def report(self) -> str:
-        """Status and last output of every rank, what failed by itself before what was killed."""
+    def format_report(self) -> str:
+        """Text with the status and last output of every rank; ranks that failed come before ranks that were killed."""
         order = sorted(range(len(self.processes)), key=lambda rank: (self.processes[rank].exitcode or 0) <= 0)
         return "\n".join(
             f"--- rank {rank} of {len(order)}, exit status {self.processes[rank].exitcode}:\n"
-            f"{self.output(rank)[-LAST_CHARACTERS:]}"
+            f"{self.read_output(rank)[-LAST_CHARACTERS:]}"
             for rank in order
         )
 
 
 @contextlib.contextmanager
-def started(
+def start_ranks(
     function: Callable[..., Any],
     world_size: int,
     *arguments: Any,
     environment: Mapping[str, str] | None = None,
     group: bool = True,
 ) -> Iterator[Ranks]:
-    """The processes of `run_on_processes` while they run; those that still do at the end of the block are killed.
+    """Start the processes of `run_on_processes` for the length of a block; those that still run at its end are killed.
 
     Args:
         function, world_size, arguments, environment: see `run_on_processes`.
-        group: make a Gloo group before the function is called; otherwise the function does, from RANK, MASTER_PORT, ...
+        group: join a Gloo group before the function is called; otherwise the function may, from RANK, MASTER_PORT, ...
     """
-    context = _fork_server()
-    # The store lives here, on a port that the system chose: no race for a free one, and no rank has to outlive the rest.
+    context = _prepare_fork_server()
+    # This process keeps the store, on a port that the system chose: no race for a free port, and no rank must end last.
     store = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
     common = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        **dict(zip(PLACE, ("", "", *[str(world_size)] * 2, LOOPBACK, str(store.port), "True", "0"), strict=True)),
+        **dict(
+            zip(
+                LAUNCHER_VARIABLES,
+                ("", "", *[str(world_size)] * 2, LOOPBACK, str(store.port), "True", "0"),
+                strict=True,
+            )
+        ),
         **(environment or {}),
     }
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
@@ -147,9 +153,9 @@ def started(
         try:
             for rank in range(world_size):
                 (ranks.folder / f"output-{rank}").touch()
-                mine = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                words = (function, arguments, ranks.folder, mine, os.getcwd(), group)
-                process = context.Process(target=_rank, args=words, daemon=False)
+                own = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                words = (function, arguments, ranks.folder, own, os.getcwd(), group)
+                process = context.Process(target=_run_rank, args=words, daemon=False)
                 process.start()
                 ranks.processes.append(process)
             yield ranks
@@ -168,35 +174,35 @@ def run_on_processes(
     """Call `function(*arguments)` on every rank of a Gloo group and return what each rank returned, by rank.
 
     Args:
-        function: of a module (it is pickled by name). `dist.get_rank()` says where it is; its module is imported anew
-            in every process unless tests/distributed/warm.py has imported it already.
+        function: at the top level of a module, since it is pickled by name. The module is imported anew in every process
+            unless tests/distributed/warm.py has imported it already.
         world_size: number of processes; each has one thread.
         arguments: anything that pickles.
         timeout: seconds for all, after which every rank is killed.
         environment: further environment variables. One that a library reads when it is imported comes too late.
 
     Raises:
-        AssertionError: a rank raised, exited or was killed; has the traceback and the output of every rank.
-        TimeoutError: with the place where every rank stood.
+        AssertionError: a rank raised, exited or was killed; the message has the output of every rank.
+        TimeoutError: the message has the stack of every rank.
     """
-    with started(function, world_size, *arguments, environment=environment) as ranks:
+    with start_ranks(function, world_size, *arguments, environment=environment) as ranks:
         statuses = ranks.wait(timeout)
-        assert statuses == [0] * world_size, ranks.report()
-        return [ranks.result(rank) for rank in range(world_size)]
+        assert statuses == [0] * world_size, ranks.format_report()
+        return [ranks.read_result(rank) for rank in range(world_size)]
 
 
-def leave_group() -> None:
-    """Make this process one that nobody launched, where `group` was False."""
-    for name in PLACE:
+def forget_launcher() -> None:
+    """Make this rank, started with `group` False, one that no launcher started."""
+    for name in LAUNCHER_VARIABLES:
         del os.environ[name]
 
 
-def _fork_server() -> Any:
-    """The context whose processes are forked from one that has imported tests/distributed/warm.py."""
+def _prepare_fork_server() -> Any:
+    """Start the fork server, which imports tests/distributed/warm.py, and return the context that forks from it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.distributed.warm"])
     before = dict(os.environ)
-    # It starts at the first call and reads these then: where the modules are, one thread, no accelerator.
+    # The server starts at the first call and reads these then: path of the modules, one thread, no accelerator.
     os.environ.update(
         PYTHONPATH=os.pathsep.join([str(REPOSITORY), *filter(None, sys.path)]),
         OMP_NUM_THREADS="1",
@@ -211,7 +217,7 @@ def _fork_server() -> Any:
     return context
 
 
-def _rank(
+def _run_rank(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
     folder: Path,
@@ -219,7 +225,7 @@ def _rank(
     directory: str,
     group: bool,
 ) -> None:
-    """The whole life of one process."""
+    """Run a rank from start to exit: redirect its output, join the group, call the function, save its result."""
     os.setsid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -234,7 +240,7 @@ def _rank(
     os.environ.update(environment)
     status = 1
     try:
-        _as_in_a_new_process()
+        _reset_threads_and_seeds()
         if group:
             dist.init_process_group("gloo")
         result = function(*arguments)
@@ -249,7 +255,8 @@ def _rank(
     leave_process(status)
 
 
-def _as_in_a_new_process() -> None:
+def _reset_threads_and_seeds() -> None:
+    """Undo what a fork inherits: thread counts and the states of random generators."""
     torch.set_num_threads(1)
     for seed in (random.seed, numpy.random.seed):
         seed()

@@ -1,32 +1,32 @@
-"""What goes over the network does not depend on T: the core is gathered once per pass and reduced once."""
+"""Collectives of a step do not depend on T: the core is gathered once per forward and backward pass and reduced once."""
 
 from typing import Any
 
 import pytest
 
-from tests.distributed.collectives_worker import measure_all
+from tests.distributed.collectives_worker import count_engines
 from tests.distributed.processes import run_on_processes
 
 ACCUMULATION = 2
 REPLICAS, EAGER = "fsdp replicate 2", "fsdp reduce per_micro_batch"
-NATIVE = ["ddp", "fsdp", "fsdp kept-gathered", REPLICAS, EAGER, "fsdp layer-units"]
+TORCH_ENGINES = ["ddp", "fsdp", "fsdp kept-gathered", REPLICAS, EAGER, "fsdp layer-units"]
 ZERO = ["zero1", "zero2", "zero3", "zero3 no-leaf-modules"]
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")
-def native() -> dict[str, Any]:
-    return run_on_processes(measure_all, 2, NATIVE, timeout=230)[0]
+def torch_engines() -> dict[str, Any]:
+    return run_on_processes(count_engines, 2, TORCH_ENGINES, timeout=230)[0]
 
 
 @pytest.fixture(scope="module")
 def zero() -> dict[str, Any]:
-    return run_on_processes(measure_all, 2, ZERO, timeout=230)[0]
+    return run_on_processes(count_engines, 2, ZERO, timeout=230)[0]
 
 
 def check_constant(label: str, counted: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """Every case, every changing T and every mix of T over ranks sends the same; returns what that is."""
+    """Check that every case, every changing T and every mix of T over ranks sends the same; return that."""
     cases = counted[label]["cases"]
     expected = next(iter(cases.values()))["ranks"][0]
     print(f"{label}:", *(f"{key} {number} ({size:,} bytes)" for key, (number, size) in expected.items()), sep="\n  ")
@@ -43,40 +43,45 @@ def check_constant(label: str, counted: dict[str, Any]) -> dict[str, tuple[int, 
     return expected
 
 
-def core(label: str, counted: dict[str, Any]) -> dict[str, int]:
-    """How often something of exactly the core's size was sent, which must be the same in every case."""
+def count_core(label: str, counted: dict[str, Any]) -> dict[str, int]:
+    """Number of collectives of exactly the core's size, which must be the same in every case."""
     found = [case["core"] for case in counted[label]["cases"].values()]
     assert all(other == found[0] for other in found)
     return found[0]
 
 
-def test_ddp_reduces_every_gradient_once_per_step(native: dict[str, Any]) -> None:
+def test_ddp_reduces_every_gradient_once_per_step(torch_engines: dict[str, Any]) -> None:
     """And one number per parameter, whether it was used."""
-    sent = check_constant("ddp", native)
-    assert sent["backward all-reduce"] == (2, native["model_bytes"] + 4 * native["parameters"])
+    sent = check_constant("ddp", torch_engines)
+    assert sent["backward all-reduce"] == (2, torch_engines["model_bytes"] + 4 * torch_engines["parameters"])
     assert set(sent) == {"backward all-reduce", "update all-reduce"}
 
 
-def test_fsdp_gathers_the_core_once_per_pass_and_reduces_it_once_per_step(native: dict[str, Any]) -> None:
-    check_constant("fsdp", native)
-    assert core("fsdp", native) == {
+def test_fsdp_gathers_the_core_once_per_pass_and_reduces_it_once_per_step(torch_engines: dict[str, Any]) -> None:
+    check_constant("fsdp", torch_engines)
+    assert count_core("fsdp", torch_engines) == {
         "forward all-gather": ACCUMULATION,
         "backward all-gather": ACCUMULATION,
         "backward reduce-scatter": 1,
     }
 
 
-def test_fsdp_without_resharding_gathers_once_for_forward_and_backward(native: dict[str, Any]) -> None:
-    sent = check_constant("fsdp kept-gathered", native)
+def test_fsdp_without_resharding_gathers_once_for_forward_and_backward(torch_engines: dict[str, Any]) -> None:
+    sent = check_constant("fsdp kept-gathered", torch_engines)
     assert "backward all-gather" not in sent
-    assert core("fsdp kept-gathered", native) == {"forward all-gather": ACCUMULATION, "backward reduce-scatter": 1}
+    assert count_core("fsdp kept-gathered", torch_engines) == {
+        "forward all-gather": ACCUMULATION,
+        "backward reduce-scatter": 1,
+    }
 
 
-def test_replicas_and_reductions_per_micro_batch_do_not_depend_on_the_depth(native: dict[str, Any]) -> None:
-    sent = check_constant(REPLICAS, native)
-    assert sent["backward all-reduce"][1] == native["model_bytes"]  # once per step, all of it, between the two replicas
-    check_constant(EAGER, native)
-    assert core(EAGER, native)["backward reduce-scatter"] == ACCUMULATION
+def test_replicas_and_reductions_per_micro_batch_do_not_depend_on_the_depth(torch_engines: dict[str, Any]) -> None:
+    sent = check_constant(REPLICAS, torch_engines)
+    assert (
+        sent["backward all-reduce"][1] == torch_engines["model_bytes"]
+    )  # once per step, all of it, between the two replicas
+    check_constant(EAGER, torch_engines)
+    assert count_core(EAGER, torch_engines)["backward reduce-scatter"] == ACCUMULATION
 
 
 def test_zero_1_and_2_gather_the_updated_weights_once_per_step(zero: dict[str, Any]) -> None:
@@ -89,13 +94,15 @@ def test_zero_1_and_2_gather_the_updated_weights_once_per_step(zero: dict[str, A
 
 def test_zero_3_gathers_the_core_once_per_pass(zero: dict[str, Any]) -> None:
     sent = check_constant("zero3", zero)
-    assert core("zero3", zero) == {"forward all-gather": ACCUMULATION, "backward all-gather": ACCUMULATION}
+    assert count_core("zero3", zero) == {"forward all-gather": ACCUMULATION, "backward all-gather": ACCUMULATION}
     # Stage 3 keeps no unreduced gradient: one reduction of all parameters per micro-batch, whatever T is.
     assert sent["backward reduce-scatter"] == (ACCUMULATION, ACCUMULATION * zero["model_bytes"])
 
 
-def test_the_counter_sees_a_wrapping_that_pays_for_every_loop(native: dict[str, Any], zero: dict[str, Any]) -> None:
-    for counted, label in ((native, "fsdp layer-units"), (zero, "zero3 no-leaf-modules")):
+def test_the_counter_sees_a_wrapping_that_pays_for_every_loop(
+    torch_engines: dict[str, Any], zero: dict[str, Any]
+) -> None:
+    for counted, label in ((torch_engines, "fsdp layer-units"), (zero, "zero3 no-leaf-modules")):
         sent = [case["ranks"][0] for case in counted[label]["cases"].values()]
         gathers = [sum(n for key, (n, _) in case.items() if key.endswith("all-gather")) for case in sent]
         size = [sum(b for key, (_, b) in case.items() if key.endswith("all-gather")) for case in sent]

@@ -2,16 +2,16 @@
 
 import pytest
 
-from tests.distributed.compile_worker import ENGINES, check
+from tests.distributed.compile_worker import ENGINES, check_engines
 from tests.distributed.processes import run_on_processes
 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(290)
 def test_compiled_layers_equal_one_process() -> None:
-    verdict = run_on_processes(check, 2, timeout=280)[0]
+    verdict = run_on_processes(check_engines, 2, timeout=280)[0]
     assert set(verdict) == set(ENGINES)
     for name, found in verdict.items():
         assert found["worst"] < 3e-5, name
-        assert found["graphs"] <= 6, "four for a layer; one that is a unit of FSDP2 is of another class"
+        assert found["graphs"] <= 6, "four for a layer; a layer that is a unit of FSDP2 has another class"
         assert found["breaks"] == 0

@@ -1,10 +1,10 @@
-"""ZeRO with offload and with keys of the user's own equals one process, resumes exactly and survives a bad step."""
+"""ZeRO with offload and with keys of `parallel.deepspeed` equals one process, resumes exactly and survives a bad step."""
 
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.deepspeed_worker import check
+from tests.distributed.deepspeed_worker import check_cases
 from tests.distributed.processes import run_on_processes
 
 OFFLOADED = ("zero1", "zero2", "zero3", "zero3 parameters")
@@ -13,7 +13,7 @@ OFFLOADED = ("zero1", "zero2", "zero3", "zero3 parameters")
 @pytest.mark.distributed
 @pytest.mark.timeout(240)
 def test_offload_and_own_keys_equal_one_process(tmp_path: Path) -> None:
-    verdict = run_on_processes(check, 2, tmp_path, timeout=230)[0]
+    verdict = run_on_processes(check_cases, 2, tmp_path, timeout=230)[0]
     assert set(verdict) == {"plain", "keys", *OFFLOADED}
     for name, found in verdict.items():
         assert found["gradient"] < 3e-4, name

@@ -1,4 +1,4 @@
-"""The meshes of a layout: how long a collective on one of them waits."""
+"""Meshes of a layout: a collective on any of them fails after the timeout of the run."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from megatron_rdt.parallel.mesh import make_meshes
 from tests.distributed.processes import run_on_processes
 
 SLOW = 3  # the rank that takes no part
-# Options, and on which mesh each of two ranks waits for the slow one. None of them is of all ranks: the others wait there.
+# Options, and the mesh on which each of two ranks waits for the slow one; no mesh has all ranks.
 CASES = [
     ({"tensor": 2}, {1: "state", 2: "tensor"}),
     ({"replicate": 2, "expert": 2}, {1: "expert_replicas", 2: "expert"}),

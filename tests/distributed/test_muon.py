@@ -1,4 +1,4 @@
-"""Muon on several processes is Muon on one: losses, weights, resuming, also into another engine."""
+"""Muon on several processes equals Muon on one: losses, weights, resuming, also into another engine."""
 
 from pathlib import Path
 

@@ -11,19 +11,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed.processes import run_on_processes, started
+from tests.distributed.processes import run_on_processes, start_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
 
 
-def sums(number: int) -> tuple[int, float, torch.Tensor, int, str | None]:
+def add_ranks(number: int) -> tuple[int, float, torch.Tensor, int, str | None]:
     tensor = torch.tensor(float(number + dist.get_rank()))
     dist.all_reduce(tensor)
     return dist.get_rank(), tensor.item(), tensor, torch.get_num_threads(), os.environ.get("SOME_NAME")
 
 
 def misbehave(how: str, folder: Path) -> None:
-    """On rank 1; the others wait for it in a collective."""
+    """Fail on rank 1, while the others wait for it in a collective."""
     (folder / str(dist.get_rank())).write_text(str(os.getpid()))
     if dist.get_rank() == 1:
         print("rank 1 was here", flush=True)
@@ -38,11 +38,11 @@ def misbehave(how: str, folder: Path) -> None:
 
 
 def test_every_rank_returns_its_result() -> None:
-    results = run_on_processes(sums, 4, 10, timeout=60, environment={"SOME_NAME": "set"})
+    results = run_on_processes(add_ranks, 4, 10, timeout=60, environment={"SOME_NAME": "set"})
     assert results == [(rank, 46.0, torch.tensor(46.0), 1, "set") for rank in range(4)]
     assert "SOME_NAME" not in os.environ
     # Groups of one call have nothing to do with those of another.
-    assert [result[1] for result in run_on_processes(sums, 2, 1, timeout=60)] == [3.0, 3.0]
+    assert [result[1] for result in run_on_processes(add_ranks, 2, 1, timeout=60)] == [3.0, 3.0]
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ def test_ranks_that_hang_are_killed_and_shown(tmp_path: Path) -> None:
 
 
 def test_ranks_do_not_outlive_the_block(tmp_path: Path) -> None:
-    with started(misbehave, 2, "hang", tmp_path) as ranks:
-        while "was here" not in ranks.output(1):
+    with start_ranks(misbehave, 2, "hang", tmp_path) as ranks:
+        while "was here" not in ranks.read_output(1):
             time.sleep(0.02)
         pids = [process.pid for process in ranks.processes]
         assert all(psutil.pid_exists(pid) for pid in pids)

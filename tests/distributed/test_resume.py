@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.training import train_on, training, wait_for_step
+from tests.distributed.training import start_training, train_on, wait_for_step
 
 
-def start(options: list[str], repository: Path) -> subprocess.Popen[str]:
+def start_command(options: list[str], repository: Path) -> subprocess.Popen[str]:
+    """Start `rdt train` without waiting for it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "launch.cli", "train", *options]
     return subprocess.Popen(
@@ -20,28 +21,29 @@ def start(options: list[str], repository: Path) -> subprocess.Popen[str]:
     )
 
 
-def losses(run: Path) -> list[tuple[int, float]]:
+def read_losses(run: Path) -> list[tuple[int, float]]:
+    """Step and loss of every record."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [(record["step"], record["loss"]) for record in records]
 
 
-def finish(options: list[str], processes: int, repository: Path | None) -> str:
-    """Train to the end, by the real command where the repository is given; what was printed."""
+def finish_run(options: list[str], processes: int, repository: Path | None) -> str:
+    """Train to the end, by the real command if the repository is given, and return the output."""
     if repository is None:
         return train_on(processes, options)
-    process = start([*options, f"--nproc={processes}"], repository)
+    process = start_command([*options, f"--nproc={processes}"], repository)
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 0, text[-3000:]
     return text
 
 
 def kill_after(step: int, run: Path, options: list[str], processes: int, repository: Path | None) -> None:
-    """Start the run and kill it when it has recorded a step: every rank, or the real command, with which they die."""
+    """Start the run and kill it once it has recorded a step: every rank, or the real command, with which they die."""
     if repository is None:
-        with training(options, processes) as ranks:
-            wait_for_step(run, step, ranks.ended)
+        with start_training(options, processes) as ranks:
+            wait_for_step(run, step, ranks.has_ended)
         return
-    process = start([*options, f"--nproc={processes}"], repository)
+    process = start_command([*options, f"--nproc={processes}"], repository)
     wait_for_step(run, step, lambda: process.poll() is not None)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
@@ -58,14 +60,14 @@ def test_killed_runs_resume_exactly(engine: str, tmp_path: Path, repository: Pat
     options = [*tiny_options, f"--run.root={tmp_path}", f"--parallel.engine={engine}"]
     options += [f"--optimizer.name={optimizer or 'adamw'}"]
     options += ["--model.core_ffn=moe", "--model.balance_rate=0.05"]  # its bias is state that is no parameter
-    finish([*options, "--run.name=straight", "--eval.every=0"], processes, None)
+    finish_run([*options, "--run.name=straight", "--eval.every=0"], processes, None)
     options += ["--eval.every=3", "--sample.every=2", "--sample.tokens=2", "--run.name=killed", "--resume=auto"]
     killed_run = tmp_path / "killed"
     for at in (3, 6):
         kill_after(at, killed_run, options, processes, command)
-    assert "resumed from" in finish(options, processes, command)
-    assert losses(killed_run) == losses(tmp_path / "straight")
-    assert [step for step, _ in losses(killed_run)] == list(range(1, 9))
+    assert "resumed from" in finish_run(options, processes, command)
+    assert read_losses(killed_run) == read_losses(tmp_path / "straight")
+    assert [step for step, _ in read_losses(killed_run)] == list(range(1, 9))
     assert not list(killed_run.rglob("*.tmp"))
 
 
@@ -77,12 +79,12 @@ def test_a_signal_saves_and_exits_75(
 ) -> None:
     options = [*tiny_options, f"--run.root={tmp_path}", "--run.name=r", "--parallel.engine=fsdp", "--train.steps=400"]
     options += ["--checkpoint.every=0", "--data.max_epochs=10000", "--eval.every=0"]
-    process = start(options, repository)
+    process = start_command(options, repository)
     wait_for_step(tmp_path / "r", 3, lambda: process.poll() is not None)
     process.send_signal(number)
     text, _ = process.communicate(timeout=90)
     assert process.returncode == 75, text[-3000:]
-    step = losses(tmp_path / "r")[-1][0]
+    step = read_losses(tmp_path / "r")[-1][0]
     assert (tmp_path / "r" / "latest").read_text().strip() == f"step-{step:08d}"
     assert "stopped on" in text
 
@@ -95,13 +97,13 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
 ) -> None:
     options = [*tiny_options, f"--run.root={tmp_path}", "--run.name=r", "--parallel.engine=fsdp", "--train.steps=4000"]
     options += ["--checkpoint.every=0", "--data.max_epochs=100000", "--eval.every=0", "--parallel.timeout_s=30"]
-    with training(options, 2) as ranks:
-        wait_for_step(tmp_path / "r", 3, ranks.ended)
+    with start_training(options, 2) as ranks:
+        wait_for_step(tmp_path / "r", 3, ranks.has_ended)
         os.kill(ranks.processes[1].pid or 0, number)
         statuses = ranks.wait(90)
-        assert statuses == [75, 75], ranks.report()
-        text = ranks.output(0)
-    step = losses(tmp_path / "r")[-1][0]
+        assert statuses == [75, 75], ranks.format_report()
+        text = ranks.read_output(0)
+    step = read_losses(tmp_path / "r")[-1][0]
     assert f"stopped on {number.name} at step {step}, saved" in text
     checkpoint = tmp_path / "r" / "checkpoints" / f"step-{step:08d}"
     assert (tmp_path / "r" / "latest").read_text().strip() == checkpoint.name

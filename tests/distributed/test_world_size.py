@@ -1,4 +1,4 @@
-"""The world size changes how the work is spread and nothing else: weights, samples, depths, losses, checkpoints."""
+"""The world size spreads the work and changes nothing else: weights, samples, loop counts, losses, checkpoints."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from megatron_rdt.depth import DepthSampler
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
 from tests.distributed.processes import run_on_processes
 from tests.distributed.training import train_on
-from tests.distributed.worldsize_worker import all_hashes, config_for, hashes
+from tests.distributed.world_size_worker import hash_initial_weights, hash_tensors, make_config
 
 ENGINES = ["ddp", "fsdp", "zero1", "zero3"]
 GLOBAL_BATCH = 4
@@ -30,12 +30,14 @@ GLOBAL_BATCH = 4
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_initial_weights_are_those_of_one_process(world_size: int) -> None:
     engines = ["single", *ENGINES] if world_size == 1 else ENGINES
-    verdicts = run_on_processes(all_hashes, world_size, engines, timeout=110)
+    verdicts = run_on_processes(hash_initial_weights, world_size, engines, timeout=110)
     assert len(verdicts) == world_size
     assert all(len(verdict) == 2 * len(engines) for verdict in verdicts)
     for tied in (True, False):
-        config = config_for("single", tied)
-        expected = hashes(dict(initialize(RecurrentDepthTransformer(config.model), config.run.seed).named_parameters()))
+        config = make_config("single", tied)
+        expected = hash_tensors(
+            dict(initialize(RecurrentDepthTransformer(config.model), config.run.seed).named_parameters())
+        )
         assert ("head.weight" in expected) is not tied
         for engine in engines:
             name = f"{engine} {'tied' if tied else 'untied'}"

@@ -6,33 +6,33 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from tests.distributed.processes import Ranks, started
+from tests.distributed.processes import Ranks, start_ranks
 
 
-def pretrain(words: Sequence[str]) -> NoReturn:
-    """The whole of the script on this rank."""
+def run_pretrain(words: Sequence[str]) -> NoReturn:
+    """Run the training script on this rank and exit with its status."""
     from launch.pretrain import main
 
     raise SystemExit(main(list(words)))
 
 
 @contextlib.contextmanager
-def training(options: Sequence[str], processes: int) -> Iterator[Ranks]:
-    """The ranks of a run while it runs, as `rdt train OPTIONS --nproc PROCESSES` would start them."""
-    with started(pretrain, processes, list(options), group=False) as ranks:
+def start_training(options: Sequence[str], processes: int) -> Iterator[Ranks]:
+    """Start the ranks of a run as `rdt train OPTIONS --nproc PROCESSES` would; they are killed at the end of the block."""
+    with start_ranks(run_pretrain, processes, list(options), group=False) as ranks:
         yield ranks
 
 
 def train_on(processes: int, options: Sequence[str], timeout: float = 120) -> str:
-    """Train to the end; what the first rank printed."""
-    with training(options, processes) as ranks:
+    """Train to the end and return the output of rank 0."""
+    with start_training(options, processes) as ranks:
         statuses = ranks.wait(timeout)
-        assert statuses == [0] * processes, ranks.report()
-        return ranks.output(0)
+        assert statuses == [0] * processes, ranks.format_report()
+        return ranks.read_output(0)
 
 
-def wait_for_step(run: Path, step: int, ended: Callable[[], object]) -> None:
+def wait_for_step(run: Path, step: int, has_ended: Callable[[], object]) -> None:
     """Return when the run has recorded `step`, or when it has ended."""
     metrics = run / "metrics.jsonl"
-    while not ended() and not (metrics.exists() and metrics.read_text().count("\n") >= step):
+    while not has_ended() and not (metrics.exists() and metrics.read_text().count("\n") >= step):
         time.sleep(0.02)

@@ -1,6 +1,6 @@
-"""Imported once by the process that ranks are forked from: what nearly every rank needs, so that a rank starts at once.
+"""Imports that nearly every rank needs, done once by the process that ranks are forked from.
 
-Nothing here may start a thread or compute: a fork takes only the thread that forks along.
+Nothing here may start a thread or compute: a fork has only the thread that forks.
 """
 # ruff: noqa: E402, F401
 
@@ -21,4 +21,4 @@ import_deepspeed()
 import deepspeed.runtime.zero.muon.muon_optimizer  # deepspeed.initialize imports it, and it the whole compiler
 
 gc.collect()
-gc.freeze()  # no rank looks through all this for garbage, nor copies its pages by doing so
+gc.freeze()  # so that no rank searches all this for garbage, which would copy its pages

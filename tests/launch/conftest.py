@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.processes import started
+from tests.distributed.processes import start_ranks
 from tests.launch.command_worker import command_line
 
 Result = subprocess.CompletedProcess[str]
@@ -30,7 +30,7 @@ def forked_rdt(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
 
     def run(*words: object, timeout: float = 100) -> Result:
         folder, texts = tmp_path_factory.mktemp("command"), [str(word) for word in words]
-        with started(command_line, 1, texts, folder, repository, group=False) as ranks:
+        with start_ranks(command_line, 1, texts, folder, repository, group=False) as ranks:
             (status,) = ranks.wait(timeout)
         return Result(texts, status, *((folder / name).read_text() for name in ("stdout", "stderr")))
 

@@ -1,4 +1,4 @@
-"""Runs on every rank: trains every combination under FSDP2, resumes it in the middle, generates."""
+"""Train every combination under FSDP2, resume it in its middle, and generate; runs on every rank."""
 
 import json
 import time
@@ -19,8 +19,8 @@ from megatron_rdt.train.stop_request import StopRequest
 from megatron_rdt.train.trainer import Trainer
 
 
-def run(config: RunConfig, source: Path | None) -> Path:
-    """Train in this process group, from `source` or from scratch; the run's directory."""
+def train_run(config: RunConfig, source: Path | None) -> Path:
+    """Train in this process group, from `source` or from scratch, and return the run's directory."""
     check_config(config, dist.get_world_size())
     stop, directory = StopRequest(), run_directory_of(config)
     trainer = Trainer(config, directory, torch.device("cpu"), stop)
@@ -33,14 +33,15 @@ def run(config: RunConfig, source: Path | None) -> Path:
     return directory
 
 
-def losses(run_directory: Path) -> dict[int, float]:
+def read_losses(run_directory: Path) -> dict[int, float]:
+    """Losses by step."""
     records = [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
     return {record["step"]: record["loss"] for record in records}
 
 
 @torch.no_grad()
 def check_exits(model: RecurrentDepthTransformer, prompt: torch.Tensor) -> dict[str, bool]:
-    """Whether tokens stop earlier under a wider threshold, and text is the same cached."""
+    """Check that tokens stop earlier with a wider threshold, and that text is the same with and without a cache."""
     trace, iterations = ExitTrace(), []
     for threshold in (0.05, 1.6):
         model(prompt, 5, exit_rule=ExitRule("change", threshold), trace=trace)
@@ -52,13 +53,13 @@ def check_exits(model: RecurrentDepthTransformer, prompt: torch.Tensor) -> dict[
     return {"same_text_with_exits": texts[0] == texts[1], "stopped_early": iterations[1] < iterations[0]}
 
 
-def check(name: str, config_file: Path, half: int) -> dict[str, object]:
-    """What became of one combination."""
+def check_combination(name: str, config_file: Path, half: int) -> dict[str, object]:
+    """Train and resume one combination, generate from it, and return the findings."""
     began = time.monotonic()
-    straight = run(load_config(config_file, {"run.name": name}), None)
+    straight = train_run(load_config(config_file, {"run.name": name}), None)
     source = straight / "checkpoints" / f"step-{half:08d}"
-    resumed = run(load_config(config_file, {"run.name": f"{name}-resumed"}), source)
-    expected, again = losses(straight), losses(resumed)
+    resumed = train_run(load_config(config_file, {"run.name": f"{name}-resumed"}), source)
+    expected, again = read_losses(straight), read_losses(resumed)
     verdict: dict[str, object] = {
         "steps": len(expected),
         "first": sum(expected[step] for step in range(1, 6)) / 5,
@@ -85,12 +86,12 @@ def check(name: str, config_file: Path, half: int) -> dict[str, object]:
 
 
 def check_all(combinations: dict[str, dict[str, Any]], folder: Path) -> dict[str, dict[str, object]]:
-    """What became of every combination; the configs are written to `folder`."""
+    """The findings of every combination; its config is written to `folder`."""
     verdicts = {}
     for name, config in combinations.items():
         file = folder / f"{name}.yaml"
         if dist.get_rank() == 0:
             file.write_text(yaml.safe_dump(config))
         dist.barrier()
-        verdicts[name] = check(name, file, config["checkpoint"]["every"])
+        verdicts[name] = check_combination(name, file, config["checkpoint"]["every"])
     return verdicts

@@ -1,4 +1,4 @@
-"""Runs on every rank: builds every engine and hashes its initial weights, gathered."""
+"""Build every engine and hash its initial weights, gathered; runs on every rank."""
 
 import hashlib
 import warnings
@@ -8,12 +8,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_rdt.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from megatron_rdt.model import RecurrentDepthTransformer
-from megatron_rdt.parallel import Engine, make_engine
+from megatron_rdt.parallel import Engine, build_engine
 from megatron_rdt.parallel.torch_engine import full_tensor
 
 
-def config_for(name: str, tied: bool, world_size: int = 1) -> RunConfig:
+def make_config(name: str, tied: bool, world_size: int = 1) -> RunConfig:
     # 61 rows and 3 ranks: shards of different sizes.
     return RunConfig(
         model=ModelConfig(vocab_size=61, dim=32, core_layers=1, heads=4, kv_heads=2, tie_embeddings=tied),
@@ -22,7 +21,7 @@ def config_for(name: str, tied: bool, world_size: int = 1) -> RunConfig:
     )
 
 
-def hashes(weights: dict[str, torch.Tensor]) -> dict[str, str]:
+def hash_tensors(weights: dict[str, torch.Tensor]) -> dict[str, str]:
     """Name -> dtype, shape and SHA-256 of the bytes."""
     return {
         name: f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(tensor.detach().numpy().tobytes()).hexdigest()}"
@@ -30,8 +29,8 @@ def hashes(weights: dict[str, torch.Tensor]) -> dict[str, str]:
     }
 
 
-def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
-    """Every parameter of the engine's model, whole, on every rank."""
+def gather_weights(engine: Engine) -> dict[str, torch.Tensor]:
+    """Gather every parameter of the engine's model, on every rank."""
     parameters = dict(engine.model.named_parameters())
     if engine.config.parallel.engine == "zero3":
         import deepspeed
@@ -41,16 +40,13 @@ def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
     return {name: full_tensor(parameter).detach().clone() for name, parameter in parameters.items()}
 
 
-def all_hashes(engines: Sequence[str]) -> dict[str, dict[str, str]]:
+def hash_initial_weights(engines: Sequence[str]) -> dict[str, dict[str, str]]:
     """Hashes of the initial weights of every engine, gathered on this rank, with tied embeddings and without."""
     warnings.simplefilter("ignore")
     found = {}
     for name in engines:
         for tied in (True, False):
-            config = config_for(name, tied, dist.get_world_size())
-            engine = make_engine(config, torch.device("cpu"))
-            with torch.device("meta"):
-                model = RecurrentDepthTransformer(config.model)
-            engine.setup(model)
-            found[f"{name} {'tied' if tied else 'untied'}"] = hashes(whole_weights(engine))
+            config = make_config(name, tied, dist.get_world_size())
+            engine = build_engine(config, torch.device("cpu"))
+            found[f"{name} {'tied' if tied else 'untied'}"] = hash_tensors(gather_weights(engine))
     return found

@@ -1,7 +1,7 @@
-"""Every choice of the model and the depth: chosen from YAML, trains under FSDP2 on two processes, resumes exactly, generates.
+"""Every choice of the model and the depth trains from YAML under FSDP2 on two processes, resumes exactly, and generates.
 
-One process group runs all combinations one after the other; together they hold every choice of every axis, which a
-test checks against the schema.
+One process group runs all combinations one after another. Together they have every choice of every axis, which a test
+compares with the schema.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pytest
 
 from megatron_rdt.config import DepthConfig, ModelConfig, OptimizerConfig
-from tests.distributed.parts_worker import check_all
+from tests.distributed.every_choice_worker import check_all
 from tests.distributed.processes import run_on_processes
 
 STEPS = 50
@@ -101,8 +101,8 @@ COMBINATIONS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def whole(parts: dict[str, dict[str, Any]], root: Path, corpus: Path) -> dict[str, Any]:
-    """The YAML of one combination."""
+def make_settings(parts: dict[str, dict[str, Any]], root: Path, corpus: Path) -> dict[str, Any]:
+    """The content of the YAML of one combination."""
     sizes = {"vocab_size": 512, "dim": 32, "prelude_layers": 1, "core_layers": 2, "coda_layers": 1}
     return {
         "run": {"root": str(root)},
@@ -127,8 +127,8 @@ def whole(parts: dict[str, dict[str, Any]], root: Path, corpus: Path) -> dict[st
 
 
 @pytest.mark.parametrize("schema", [ModelConfig, DepthConfig, OptimizerConfig], ids=lambda s: s.__name__)
-def test_the_combinations_hold_every_choice(schema: type) -> None:
-    """Every name, both values of a switch, and what is off at 0 also on."""
+def test_the_combinations_have_every_choice(schema: type) -> None:
+    """Every name, both values of a switch, and a value above 0 of every number that switches off at 0."""
     section = {ModelConfig: "model", DepthConfig: "depth", OptimizerConfig: "optimizer"}[schema]
     for field in dataclasses.fields(schema):
         kind = typing.get_type_hints(schema)[field.name]
@@ -148,7 +148,7 @@ def test_the_combinations_hold_every_choice(schema: type) -> None:
 @pytest.mark.distributed
 @pytest.mark.timeout(600)
 def test_every_choice_trains_resumes_and_generates(tiny_corpus: Path, tmp_path: Path) -> None:
-    combinations = {name: whole(parts, tmp_path / "runs", tiny_corpus) for name, parts in COMBINATIONS.items()}
+    combinations = {name: make_settings(parts, tmp_path / "runs", tiny_corpus) for name, parts in COMBINATIONS.items()}
     verdicts = run_on_processes(check_all, 2, combinations, tmp_path, timeout=590)[0]
     print(json.dumps(verdicts, indent=1))
     assert set(verdicts) == set(COMBINATIONS)

@@ -8,7 +8,7 @@ from megatron_rdt.errors import EXIT_OK
 
 
 def merge(words: list[str]) -> int:
-    """Finish the corpus that the tasks of `rdt prep --shard i/N` prepared; takes the options that they had."""
+    """Finish the corpus that the array tasks of `rdt prep --shard i/N` prepared; takes the same options."""
     config = parse_options("prep merge", summary_of(merge), PrepConfig, words, config_file=True, positional=False)
     from data_prep.pipeline import merge as merge_parts
 

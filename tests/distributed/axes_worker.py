@@ -1,4 +1,4 @@
-"""For four processes: every way to arrange them, in float64, against one process."""
+"""Worker for four processes: compares every arrangement of them with one process, in float64."""
 
 import dataclasses
 from typing import Any
@@ -38,7 +38,7 @@ MODELS = {
         PLAIN, attention="mla", kv_rank=16, query_rank=24, nope_dim=8, rope_dim=4, value_dim=8, state_init="learned"
     ),
     "experts": dataclasses.replace(PLAIN, core_ffn="moe", experts=4, experts_per_token=2, expert_dim=24),
-    # Fewer experts than processes: what FSDP2 deals out is their rows.
+    # Fewer experts than processes: FSDP2 shards the rows of each.
     "few experts": dataclasses.replace(PLAIN, core_ffn="moe", experts=3, experts_per_token=2, expert_dim=24),
     "experts act": dataclasses.replace(
         PLAIN, core_ffn="moe", experts=4, experts_per_token=2, expert_dim=25, shared_expert_dim=24, halting="act"
@@ -50,13 +50,13 @@ SEQUENCES, LENGTH = 8, 16
 Case = tuple[dict[str, Any], str, str]
 """Options of `parallel`, name of the model, precision."""
 MIXED = (3, 1, 2, 4, 1, 1, 2, 3)
-# (T of the sequences, k, checkpointing, whether there are documents with positions of their own, and a loss mask)
+# (T of the sequences, k, checkpointing, True with documents that have positions of their own, and a loss mask)
 STEPS = [
     ((3,) * SEQUENCES, None, "none", False),
     (MIXED, 2, "per_iteration", True),
     (MIXED, None, "per_layer", False),
 ]
-# One T for all: of the axes that meet in every iteration, and of the gate.
+# One T for all sequences: for axes whose ranks communicate in every iteration, and for the gate.
 EVEN_STEPS = [((t,) * SEQUENCES, k, *rest) for t, ((*_,), k, *rest) in zip((3, 4, 1), STEPS)]
 
 
@@ -94,7 +94,7 @@ def batch(engine: Engine, tokens: torch.Tensor, step: tuple, size: int) -> list[
     result = []
     for at in range(first, first + share, size):
         rows = slice(at, at + size)
-        seeds = tuple(hash64(1, "state", place) for place in range(at, at + size))
+        seeds = tuple(hash64(1, "state", sample) for sample in range(at, at + size))
         parts = {name: values[rows] for name, values in named.items()} if packed else {}
         result.append(
             MicroBatch(
@@ -109,14 +109,14 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def compare(parallel: ParallelConfig, name: str, precision: str, tokens: torch.Tensor) -> dict[str, float]:
-    """Largest relative difference of losses, norm, gradients over three optimizer steps, and of the weights after them.
+    """Return the largest relative differences of losses, norm and gradients over three steps, and of the weights after them.
 
     In bfloat16, those of one step.
     """
     model = MODELS[name]
     even = parallel.core_gather != "once" or parallel.expert > 1 or model.halting == "gate"
     engine = make(parallel, model, precision)
-    # The first rank's verdict is the one that is read, so it alone computes the reference.
+    # Only the first rank's result is read, so it alone computes the reference.
     single = make(ParallelConfig(engine="single"), model, precision) if engine.rank == 0 else None
     size = max(2, SEQUENCES // engine.layout.data // 2)  # two micro-batches, or one where there are four shares
     worst: dict[str, float] = {}
@@ -141,13 +141,13 @@ def compare(parallel: ParallelConfig, name: str, precision: str, tokens: torch.T
             for key, gradient in gradients.items():
                 note(key, gradient, reference[key])
             note("norm", norm, single.clip(0.5))
-        if precision == "bfloat16":  # AdamW's first step takes the sign of what is rounding, too
+        if precision == "bfloat16":  # AdamW's first step follows the sign of a gradient even where that is rounding
             return worst
         engine.step(1e-3)
         if single is not None:
             single.step(1e-3)
     state = {key: (v.full_tensor() if hasattr(v, "full_tensor") else v) for key, v in engine.model.state_dict().items()}
-    rows = slice(0, 2)  # as in validation, each T for every sequence
+    rows = slice(0, 2)  # as in validation, the same T for every sequence
     named = {"targets": tokens[rows, 1:], "loss_mask": tokens[rows, 1:] % 3 != 0}
     with torch.no_grad():
         engine.model.eval()
@@ -162,7 +162,7 @@ def compare(parallel: ParallelConfig, name: str, precision: str, tokens: torch.T
 
 
 def compare_all(cases: list[Case]) -> dict[str, dict[str, float]]:
-    """What `compare` finds for each case, in float64."""
+    """Run `compare` for each case, in float64, and return its results by the name of the case."""
     torch.set_default_dtype(torch.float64)
     tokens = torch.randint(0, 64, (SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(1))
     return {

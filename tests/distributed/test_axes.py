@@ -1,4 +1,4 @@
-"""Replicas, tensor, context and expert parallelism and the units of the core, together and alone, equal one process."""
+"""Replicas, tensor, context and expert parallelism and the core's sharding units, alone and combined, equal one process."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def case(model: str, precision: str = "float32", **parallel: Any) -> Case:
     return parallel, model, precision
 
 
-# "float32" is whatever the weights have, here float64.
+# "float32" computes in the dtype of the weights, here float64.
 CASES: dict[str, list[Case]] = {
     "tensor": [
         case("plain", tensor=4),
@@ -72,7 +72,7 @@ def test_every_arrangement_equals_one_process(group: str) -> None:
             train=TrainConfig(global_batch=SEQUENCES, micro_batch=1, sequence_length=LENGTH, precision=precision),  # type: ignore[arg-type]
             parallel=ParallelConfig(**{"engine": "fsdp", **parallel}),
         )
-        check_config(config, PROCESSES)  # what is compared is what a run may be
+        check_config(config, PROCESSES)  # every arrangement compared is one that a run may have
     verdict, *_ = run_on_processes(compare_all, PROCESSES, CASES[group], timeout=290)
     assert len(verdict) == len(CASES[group])
     for name, differences in verdict.items():

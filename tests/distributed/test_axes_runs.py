@@ -1,4 +1,4 @@
-"""Whole runs on every axis of sharding: they train as one process does, resume exactly, and elsewhere."""
+"""Whole runs on every axis of sharding: they train as one process does, and resume exactly, also on another arrangement."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from tests.distributed.training import train_on
 
 EXPERTS = ["--model.core_ffn=moe", "--model.experts=4"]
-# Arrangement of four processes, and what it is resumed as: processes and options.
+# Options of the model, arrangement of four processes, and the number of processes and options that resume it.
 RUNS: dict[str, tuple[list[str], list[str], tuple[int, list[str]]]] = {
     "tensor and context": (
         ["--model.kv_heads=2", "--depth.per=sequence", "--depth.backprop=2", "--depth.checkpoint=2"],

@@ -6,12 +6,12 @@
     coda          x = layers(h_T)                                          once
     head          logits = W norm(x)
 
-One sequence, one head and one iteration at a time, in float64, with matrices as they stand in the formulas. It shares
+One sequence, one head and one iteration at a time, in float64, with matrices as in the formulas. It shares
 with `megatron_rdt.model` the parameters, by their names in `model.named_parameters()`, and the random initial state, and
 no other code. Tests compare the logits and the gradient of every parameter of the two.
 
-The default model comes first; the section "Variants" has what `ModelConfig` offers instead. Three things have
-references of their own beside their tests: experts (test_moe.py); query-key norms and biases, value embeddings and
+The default model comes first; the section "Variants" has the other choices of `ModelConfig`. Three things have
+references of their own next to their tests: experts (test_moe.py); query-key norms and biases, value embeddings and
 documents (test_attention.py); trained halting (test_halting.py).
 """
 
@@ -44,7 +44,7 @@ def visible(length: int, window: int = 0) -> torch.Tensor:
 
 
 class Reference:
-    """Computes what a `RecurrentDepthTransformer` computes; tensors are (sequence, channels)."""
+    """The same function as a `RecurrentDepthTransformer`, with its weights; tensors are (sequence, channels)."""
 
     def __init__(self, model: RecurrentDepthTransformer) -> None:
         self.w, self.config = dict(model.named_parameters()), model.config
@@ -108,7 +108,7 @@ class Reference:
         """Discretise dh/dt = a h + b e over a step dt, channel by channel, with a < 0.
 
         zoh, exact for a constant e: h' = exp(dt a) h + ((exp(dt a) - 1) / a) b e.
-        a and dt are bounded functions of free parameters, so that the decay stays away from 0 and from 1.
+        a and dt are bounded functions of free parameters, so that the decay reaches neither 0 nor 1.
         """
         name = "core.injection.diagonal"
         a = -between(self.w[f"{name}.rate"], 0.1, 10.0)
@@ -245,7 +245,7 @@ class Reference:
             gate = 0.995 * (e @ w[f"{name}.weight"].T + w[f"{name}.bias"]).sigmoid()
             return self.core_layers(gate * h + (1 - gate) * e, t, loops)
         decay, gain = self.decay_and_gain()
-        if kind == "residual":  # the decayed state bypasses the layers; a signal is part of what is normalised
+        if kind == "residual":  # the decayed state bypasses the layers; a signal is added before the norm
             offset, _ = self.signals(t, loops)
             inner = self.norm(h + e + offset, f"{name}.norm") - offset  # core_layers adds it again
             return decay * h + gain * e + self.core_layers(inner, t, loops)

@@ -1,4 +1,4 @@
-"""Every policy of `depth.checkpoint` gives the gradients of none, and keeps what it says and no more."""
+"""Every policy of `depth.checkpoint` computes the gradients of `none`, and keeps the memory that it says and no more."""
 
 import weakref
 from collections.abc import Callable
@@ -30,7 +30,7 @@ CASES: dict[str, tuple[dict[str, Any], DepthPlan]] = {
 
 
 def run(model: RecurrentDepthTransformer, plan: DepthPlan) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict]:
-    """The objective, every gradient, and what the monitor saw of every iteration."""
+    """Return the objective, every gradient, and the monitor's readings of every iteration."""
     tokens = torch.randint(0, 37, (len(plan.iterations), 10), generator=torch.Generator().manual_seed(3))
     model.zero_grad()
     monitor = CoreMonitor(per_iteration=True)
@@ -53,7 +53,7 @@ def test_gradients_are_those_without_checkpoints(case: str, dtype: torch.dtype |
         set_checkpointing(model, policy)
         again, found, seen = run(model, plan)
         assert again == loss, policy
-        # Iterations in one segment add up what they give the encoded input first. Rounded, that may look like more.
+        # The iterations of one segment add up their gradients of the encoded input first: another order of rounding.
         regrouped = isinstance(policy, int) and policy > 1
         tolerance = 0.0 if not regrouped else 1e-12 if dtype is None else 1e-2
         for name, gradient in gradients.items():
@@ -71,7 +71,7 @@ def test_segments_end_where_the_sequences_or_the_gradient_change() -> None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of all tensors that were made within and still live, now and at most."""
+    """Counts the bytes of all tensors made within the context that are still alive: now, and at most."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,8 +109,8 @@ def model() -> RecurrentDepthTransformer:
     return initialize(RecurrentDepthTransformer(config), 1)
 
 
-def bytes_of(model: RecurrentDepthTransformer, policy: int | str, loops: int, k: int | None) -> tuple[int, int]:
-    """Live bytes between forward and backward pass, and at most in both."""
+def measure_bytes(model: RecurrentDepthTransformer, policy: int | str, loops: int, k: int | None) -> tuple[int, int]:
+    """Return the live bytes between forward and backward pass, and their maximum over both."""
     set_checkpointing(model, policy)
     tokens = torch.randint(0, 64, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     for parameter in model.parameters():
@@ -123,29 +123,29 @@ def bytes_of(model: RecurrentDepthTransformer, policy: int | str, loops: int, k:
 
 
 @pytest.mark.parametrize("policy", ["none", *POLICIES[:-1]])
-def test_memory_does_not_grow_with_what_carries_no_gradient(policy: int | str, model) -> None:
+def test_memory_does_not_grow_with_iterations_without_gradient(policy: int | str, model) -> None:
     """T = 64 with k = 4 takes at most a tenth more than T = 8 with k = 4."""
-    few, many = (bytes_of(model, policy, loops, 4) for loops in (8, 64))
+    few, many = (measure_bytes(model, policy, loops, 4) for loops in (8, 64))
     assert many[1] <= 1.1 * few[1]
     assert many[0] <= 1.1 * few[0]
-    assert bytes_of(model, policy, 64, None)[0] > many[0] + 15 * STATE, "it can grow"
+    assert measure_bytes(model, policy, 64, None)[0] > many[0] + 15 * STATE, "it can grow"
 
 
 def test_each_iteration_costs_what_its_policy_keeps(model: RecurrentDepthTransformer) -> None:
-    """In states, (batch, sequence, dim) of float32, with gradient through all iterations."""
+    """Memory per iteration in states, (batch, sequence, dim) of float32, with gradient through all iterations."""
     grown = {}
     for policy in ("none", *POLICIES):
-        (kept, most), (kept_more, most_more) = (bytes_of(model, policy, loops, None) for loops in (8, 32))
+        (kept, most), (kept_more, most_more) = (measure_bytes(model, policy, loops, None) for loops in (8, 32))
         grown[policy] = (kept_more - kept) / 24 / STATE, (most_more - most) / 24 / STATE
     assert grown["per_iteration"][0] == pytest.approx(1, abs=0.1)
     assert grown["per_iteration"][1] == pytest.approx(1, abs=0.1)
     assert grown[1] == pytest.approx(grown["per_iteration"])
     assert grown[3][0] < 0.6 * grown["per_iteration"][0]
-    assert 2 <= grown["per_layer"][0] <= 6, "the input of each of two layers, and of what is around them"
+    assert 2 <= grown["per_layer"][0] <= 6, "the input of each of two layers, and of the injection around them"
     assert grown["per_layer"][0] < grown["selective"][0] < 0.7 * grown["none"][0]
 
 
-def test_a_policy_that_cannot_be_is_refused(tmp_path) -> None:
+def test_an_impossible_policy_is_refused(tmp_path) -> None:
     path = tmp_path / "empty.yaml"
     path.write_text("{}\n")
     for word, value in (("4", 4), ("none", "none"), ("per_layer", "per_layer"), ("selective", "selective")):

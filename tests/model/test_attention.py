@@ -31,8 +31,8 @@ TOKENS = torch.randint(0, 31, DOCUMENTS.shape, generator=torch.Generator().manua
 LAST = 3  # index of the last layer, which has value embeddings
 
 
-def randomised(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """The module in float64 with random weights, also where they start at a constant."""
+def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Fill a module with random float64 weights, also where they start at a constant; return it."""
     generator = torch.Generator().manual_seed(seed)
     module = module.double()
     with torch.no_grad():
@@ -41,8 +41,8 @@ def randomised(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return module
 
 
-def rotated(vector: torch.Tensor, position: int, config: ModelConfig) -> torch.Tensor:
-    """One head's channels turned pair by pair."""
+def rotate_vector(vector: torch.Tensor, position: int, config: ModelConfig) -> torch.Tensor:
+    """Rotate one head's channels pair by pair."""
     size, result = len(vector), [torch.zeros(())] * len(vector)
     for pair in range(size // 2):
         first, second = (pair, pair + size // 2) if config.rope_pairing == "half" else (2 * pair, 2 * pair + 1)
@@ -52,26 +52,28 @@ def rotated(vector: torch.Tensor, position: int, config: ModelConfig) -> torch.T
     return torch.stack(result)
 
 
-def normed(vector: torch.Tensor, eps: float) -> torch.Tensor:
+def normalize(vector: torch.Tensor, eps: float) -> torch.Tensor:
     return vector / (vector.square().mean() + eps).sqrt()
 
 
-def projected(w: dict[str, torch.Tensor], x: torch.Tensor, config: ModelConfig, token: int, position: int) -> list:
-    """Query, key and value of every head at one position, one after the other."""
+def project_token(w: dict[str, torch.Tensor], x: torch.Tensor, config: ModelConfig, token: int, position: int) -> list:
+    """Return query, key and value of every head at one position."""
     heads = []
     for h in range(config.heads):
         if config.attention == "mla":
             down = (
-                normed(w["query_down.weight"] @ x, config.norm_eps) * w["query_norm.weight"] if config.query_rank else x
+                normalize(w["query_down.weight"] @ x, config.norm_eps) * w["query_norm.weight"]
+                if config.query_rank
+                else x
             )
             query = (w["query_up.weight"] @ down).split(config.nope_dim + config.rope_dim)[h]
             q_nope, q_rope = query.split((config.nope_dim, config.rope_dim))
             latent, k_rope = (w["latent_down.weight"] @ x).split((config.kv_rank, config.rope_dim))
-            latent = normed(latent, config.norm_eps) * w["latent_norm.weight"]
+            latent = normalize(latent, config.norm_eps) * w["latent_norm.weight"]
             up = (w["latent_up.weight"] @ latent).split(config.nope_dim + config.value_dim)[h]
             key, value = up.split((config.nope_dim, config.value_dim))
-            query = torch.cat((q_nope, rotated(q_rope, position, config)))
-            key = torch.cat((key, rotated(k_rope, position, config)))
+            query = torch.cat((q_nope, rotate_vector(q_rope, position, config)))
+            key = torch.cat((key, rotate_vector(k_rope, position, config)))
         else:
             shared, size = h // (config.heads // config.kv_heads), config.head_dim
             query, key = w["query.weight"] @ x, w["key.weight"] @ x
@@ -84,10 +86,10 @@ def projected(w: dict[str, torch.Tensor], x: torch.Tensor, config: ModelConfig, 
             )
             if config.qk_norm != "none":
                 eps = config.norm_eps if config.qk_norm == "learned" else 2**-23  # of float32, as in Parcae
-                query, key = normed(query, eps), normed(key, eps)
+                query, key = normalize(query, eps), normalize(key, eps)
             if config.qk_norm == "learned":
                 query, key = query * w["query_norm.weight"], key * w["key_norm.weight"]
-            query, key = rotated(query, position, config), rotated(key, position, config)
+            query, key = rotate_vector(query, position, config), rotate_vector(key, position, config)
             if config.value_embeddings == "gated":
                 gate = w["token_values.gate.weight"][shared]
                 entry = w["token_values.weight"][token].split(size)[shared]
@@ -96,13 +98,13 @@ def projected(w: dict[str, torch.Tensor], x: torch.Tensor, config: ModelConfig, 
     return heads
 
 
-def reference(
+def attend_by_loops(
     module: torch.nn.Module, config: ModelConfig, x: torch.Tensor, documents: torch.Tensor | None
 ) -> torch.Tensor:
     """Attention by explicit loops: one sequence, one query, one head, one key at a time."""
     w, rows = dict(module.named_parameters()), []
     for b in range(len(x)):
-        each = [projected(w, x[b, p], config, int(TOKENS[b, p]), p) for p in range(x.shape[1])]
+        each = [project_token(w, x[b, p], config, int(TOKENS[b, p]), p) for p in range(x.shape[1])]
         for q in range(x.shape[1]):
             seen = [k for k in range(q + 1) if not config.window or q - k < config.window]
             seen = [k for k in seen if documents is None or documents[b, k] == documents[b, q]]
@@ -147,21 +149,21 @@ OPTIONS: list[tuple[ModelConfig, dict[str, Any], bool]] = [
 @pytest.mark.parametrize(("base", "options", "packed"), OPTIONS)
 def test_output_and_gradients_equal_the_loops(base: ModelConfig, options: dict[str, Any], packed: bool) -> None:
     config, documents = dataclasses.replace(base, **options), DOCUMENTS if packed else None
-    module = randomised(ATTENTIONS[config.attention](config, LAST))
+    module = randomize(ATTENTIONS[config.attention](config, LAST))
     x = torch.randn(*TOKENS.shape, config.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     x.requires_grad_()
     outputs, gradients = [], []
-    for output in (run(module, config, x, documents), reference(module, config, x, documents)):
+    for output in (run(module, config, x, documents), attend_by_loops(module, config, x, documents)):
         outputs.append(output)
         gradients.append(torch.autograd.grad(output.square().sum(), [x, *module.parameters()]))
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-10, atol=1e-10)
     for name, ours, theirs in zip(["x", *dict(module.named_parameters())], *gradients):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9, msg=name)
         assert float(ours.abs().max()) > 1e-6, name
-    # The option does something: without it, and with the same weights where both have them, the output is another.
+    # The option has an effect: without it, and with the same weights where both have them, the output differs.
     for name in options:
         off = dataclasses.replace(config, **{name: getattr(base, name)})
-        other = randomised(ATTENTIONS[off.attention](off, LAST), seed=3)
+        other = randomize(ATTENTIONS[off.attention](off, LAST), seed=3)
         mine, theirs = module.state_dict(), other.state_dict()
         other.load_state_dict(
             {k: v for k, v in mine.items() if k in theirs and v.shape == theirs[k].shape}, strict=False
@@ -196,7 +198,7 @@ def test_cached_equals_uncached_in_chunks(
     config, always = dataclasses.replace(base, **options), absorbs == "always"
     if absorbs != "by cost":
         monkeypatch.setattr(LatentAttention, "absorbs", lambda _, queries, keys: always and keys > queries)
-    model = randomised(RecurrentDepthTransformer(config))
+    model = randomize(RecurrentDepthTransformer(config))
     tokens = torch.randint(0, 31, (2, 90), generator=torch.Generator().manual_seed(0))
     cache, start, parts = KVCache(), 0, []
     with torch.no_grad():
@@ -211,7 +213,7 @@ def test_cached_equals_uncached_in_chunks(
 @pytest.mark.parametrize("base", [GQA, MLA])
 def test_decoding_costs_the_window_not_the_past(base: ModelConfig) -> None:
     config = dataclasses.replace(base, window=20)
-    model, counts = randomised(RecurrentDepthTransformer(config)), []
+    model, counts = randomize(RecurrentDepthTransformer(config)), []
     for past in (60, 300):
         cache = KVCache()
         with torch.no_grad():
@@ -224,7 +226,7 @@ def test_decoding_costs_the_window_not_the_past(base: ModelConfig) -> None:
 
 def test_decoding_expands_nothing_of_the_past() -> None:
     config = dataclasses.replace(MLA, dim=64, heads=8, kv_rank=32, nope_dim=16, rope_dim=8, value_dim=16)
-    module, past = randomised(LatentAttention(config, 0)), 1000
+    module, past = randomize(LatentAttention(config, 0)), 1000
     expand = config.heads * (config.nope_dim + config.value_dim) * config.kv_rank  # products per expanded position
     matrices = sum(p.numel() for name, p in module.named_parameters() if p.dim() == 2 and name != "latent_up.weight")
 
@@ -260,7 +262,7 @@ PACKED = [
 
 @pytest.mark.parametrize(("base", "options"), PACKED)
 def test_a_packed_window_is_its_documents_alone(base: ModelConfig, options: dict[str, Any]) -> None:
-    model = randomised(RecurrentDepthTransformer(dataclasses.replace(base, **options)))
+    model = randomize(RecurrentDepthTransformer(dataclasses.replace(base, **options)))
     lengths = (4, 1, 7, 5)
     documents = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
     tokens = torch.randint(0, 31, documents.shape, generator=torch.Generator().manual_seed(0))
@@ -279,7 +281,7 @@ def test_a_packed_window_is_its_documents_alone(base: ModelConfig, options: dict
 @pytest.mark.parametrize("init", ["normal", "zero", "learned", "embedding", "encoded"])
 def test_documents_with_positions_of_their_own_are_alone_from_every_initial_state(init: Any) -> None:
     """Random states are keyed by position; at its own positions a document gets those that it would get alone."""
-    model = randomised(RecurrentDepthTransformer(dataclasses.replace(GQA, state_init=init, state_std=2.0)))
+    model = randomize(RecurrentDepthTransformer(dataclasses.replace(GQA, state_init=init, state_std=2.0)))
     lengths = (4, 1, 7, 5)
     documents = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths)).expand(2, -1)
     positions = torch.cat([torch.arange(n) for n in lengths]).expand(2, -1)
@@ -299,7 +301,7 @@ def test_documents_follow_their_sequences_at_mixed_depths(
     base: ModelConfig, options: dict[str, Any], blockwise: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = dataclasses.replace(base, **options)
-    model = randomised(RecurrentDepthTransformer(config))
+    model = randomize(RecurrentDepthTransformer(config))
     generator = torch.Generator().manual_seed(4)
     tokens = torch.randint(0, 31, (5, 12), generator=generator)
     documents = torch.randint(0, 2, (5, 12), generator=generator).cumsum(-1)
@@ -325,9 +327,11 @@ def test_blocks_are_those_of_the_mask(window: int, length: int, packed: bool) ->
     exact = attention_mask(length, 0, window, documents, CPU)
     exact = torch.ones(length, length, dtype=torch.bool).tril() if exact is None else exact
     visible, batch = mask.block_mask.mask_mod, 3 if packed else 1
-    places = torch.arange(length)
+    positions = torch.arange(length)
     b = torch.arange(batch)[:, None, None]
-    assert torch.equal(visible(b, b, places[:, None], places).expand(batch, -1, -1), exact.reshape(-1, length, length))
+    assert torch.equal(
+        visible(b, b, positions[:, None], positions).expand(batch, -1, -1), exact.reshape(-1, length, length)
+    )
     theirs = create_block_mask(visible, batch, 1, length, length, device="cpu")
     for kind in ("kv_num_blocks", "full_kv_num_blocks"):
         assert torch.equal(getattr(mask.block_mask, kind), getattr(theirs, kind)), kind

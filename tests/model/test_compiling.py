@@ -1,4 +1,4 @@
-"""Compiled layers: a few graphs for every T, nothing that runs uncompiled without a word, the same gradients."""
+"""Compiled layers: a few graphs for every T, nothing runs uncompiled unnoticed, the same gradients."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ EXPERTS = {"core_ffn": "moe", "experts": 4, "experts_per_token": 2, "expert_dim"
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
-    """Nothing compiled before; too many graphs are an error."""
+    """Start without compiled code; too many graphs are an error."""
     torch._dynamo.reset()
     counters.clear()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
@@ -43,7 +43,7 @@ def fresh() -> Iterator[None]:
 
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Grows with every layer whose attention runs as Python, not as compiled code."""
+    """A list that grows with every layer whose attention runs as Python, not as compiled code."""
     seen: list[str] = []
     attend = Layer.attend
 
@@ -63,7 +63,7 @@ def build(dtype: torch.dtype | None = None, **options: Any) -> RecurrentDepthTra
 
 
 def gradients(model: RecurrentDepthTransformer, plan: DepthPlan, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Every gradient, and the loss."""
+    """Return every gradient, and the loss."""
     tokens = torch.randint(0, 37, (len(plan.iterations), 9), generator=torch.Generator().manual_seed(seed))
     model.zero_grad()
     loss = model(tokens[:, :-1], plan, targets=tokens[:, 1:])["objective"]
@@ -78,8 +78,8 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         torch.testing.assert_close(found[name], value, rtol=0, atol=atol, msg=name)
 
 
-def drawn_plans() -> list[DepthPlan]:
-    """24 different T: one per step, and mixed within a step, truncated and not; batches of several sizes."""
+def draw_plans() -> list[DepthPlan]:
+    """Return plans with 24 different T: one per step, and mixed within a step, truncated and not; several batch sizes."""
     draw, loops = random.Random(1), list(range(1, 25))
     draw.shuffle(loops)
     plans = [DepthPlan((t,) * draw.choice((1, 2, 4)), draw.choice((None, 3))) for t in loops]
@@ -91,7 +91,7 @@ def test_24_depths_run_four_graphs(uncompiled: list[str]) -> None:
     plain, model = build(), build()
     compile_layers(model, backend="aot_eager")
     used: set[int] = set()
-    for number, plan in enumerate(drawn_plans()):
+    for number, plan in enumerate(draw_plans()):
         used |= set(plan.iterations)
         found = gradients(model, plan, number)
         assert not uncompiled, "also the iterations without gradient are compiled"
@@ -133,7 +133,7 @@ def test_parts_and_policies(case: str, uncompiled: list[str]) -> None:
 
 
 def test_blockwise_masks_run_one_graph(uncompiled: list[str]) -> None:
-    """What a GPU takes for documents; here without gradient, which FlexAttention has on a GPU only."""
+    """The masks that a GPU uses for documents; here without gradient, which FlexAttention has on a GPU only."""
     model, length = build(dim=64), 160
     compile_layers(model, backend="aot_eager")
     layer, rotary = model.core.layers[0], rotary_tables(torch.arange(length), 16, 1e4, torch.float32)
@@ -154,7 +154,7 @@ def test_blockwise_masks_run_one_graph(uncompiled: list[str]) -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_what_is_no_training_runs_as_written(uncompiled: list[str]) -> None:
+def test_only_training_runs_compiled_code(uncompiled: list[str]) -> None:
     model = build()
     compile_layers(model, backend="aot_eager")
     tokens = torch.zeros(2, 5, dtype=torch.int64)
@@ -181,11 +181,11 @@ def test_a_run_with_the_real_backend(
         losses[kind] = [json.loads(line)["loss"] for line in lines]
         assert bool(uncompiled) == (kind == "none")
     assert losses["layers"] == pytest.approx(losses["none"], rel=1e-5)
-    assert losses["layers"] != losses["none"], "other code rounds elsewhere"
+    assert losses["layers"] != losses["none"], "compiled code rounds differently"
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_what_cannot_be_compiled_is_refused(configure: Callable[..., RunConfig]) -> None:
+def test_options_that_exclude_compilation_are_refused(configure: Callable[..., RunConfig]) -> None:
     configure("--train.compile=layers")
     with pytest.raises(ConfigError, match=r"train\.compile layers does not go with DeepSpeed \(zero3\)"):
         configure("--train.compile=layers", "--parallel.engine=zero3")

@@ -1,4 +1,4 @@
-"""Chunked cross entropy: torch's on full logits, value and gradients, without the full logits ever being there."""
+"""Chunked cross entropy equals torch's on full logits, values and gradients, and never holds the full logits."""
 
 import itertools
 
@@ -16,7 +16,7 @@ TOKENS, DIM, VOCABULARY = (3, 7), 10, 29
 
 
 def inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
-    """Features, output matrix, targets, and weights with gradient."""
+    """Return features, output matrix, targets, and weights with gradient."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(*TOKENS, DIM, generator=generator, dtype=dtype, requires_grad=True)
     matrix = torch.randn(VOCABULARY, DIM, generator=generator, dtype=dtype, requires_grad=True)
@@ -24,8 +24,8 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
     return features, matrix, targets, torch.rand(*TOKENS, generator=generator, dtype=dtype, requires_grad=True)
 
 
-def plain(features, matrix, targets, weights, softcap, z_weight):
-    """The same from full logits, with torch's own cross entropy."""
+def full_logits_loss(features, matrix, targets, weights, softcap, z_weight):
+    """Compute the same three sums from full logits, with torch's own cross entropy."""
     logits = features @ matrix.T
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     each = functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
@@ -34,7 +34,7 @@ def plain(features, matrix, targets, weights, softcap, z_weight):
     return ((each + z_weight * square) * weights).sum(), (each * weights).sum(), (square * weights).sum()
 
 
-# Of 21 tokens: one chunk, chunks of 7 (they divide), of 4 (a shorter last one), of 1.
+# For 21 tokens: one chunk, chunks of 7 (they divide), of 4 (a shorter last one), of 1.
 CHUNKS = [1 << 22, 7 * VOCABULARY, 4 * VOCABULARY + 3, 1]
 OPTIONS = list(itertools.product(CHUNKS, (False, True), (0.0, 1.5), (0.0, 0.1)))
 
@@ -46,25 +46,25 @@ def test_values_and_gradients_equal_torchs(elements, weighted, softcap, z_weight
     leaves = [features, matrix, *([weights] if weighted else [])]
     given = weights if weighted else None
     sums = cross_entropy(features, matrix, targets, weights=given, softcap=softcap, z_weight=z_weight)
-    expected = plain(features, matrix, targets, given, softcap, z_weight)
+    expected = full_logits_loss(features, matrix, targets, given, softcap, z_weight)
     for ours, theirs in zip(sums, expected):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     assert [value.requires_grad for value in sums] == [True, False, False]
-    # As part of a larger objective, whose factor only the backward pass knows.
+    # The sum is part of a larger objective, whose factor only the backward pass knows.
     gradients = torch.autograd.grad(sums[0] ** 2 / 7, leaves)
     for ours, theirs in zip(gradients, torch.autograd.grad(expected[0] ** 2 / 7, leaves)):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("fixed", range(3))
-def test_what_needs_no_gradient_gets_none(fixed) -> None:
+def test_inputs_without_gradient_get_none(fixed) -> None:
     leaves = list(inputs())
     del leaves[2]
     leaves[fixed] = leaves[fixed].detach()
     targets = inputs()[2]
     cross_entropy(leaves[0], leaves[1], targets, weights=leaves[2])[0].backward()
     expected = inputs()
-    plain(*expected, 0.0, 0.0)[0].backward()
+    full_logits_loss(*expected, 0.0, 0.0)[0].backward()
     for index, (ours, theirs) in enumerate(zip(leaves, (expected[0], expected[1], expected[3]))):
         if index == fixed:
             assert ours.grad is None
@@ -76,7 +76,7 @@ def test_what_needs_no_gradient_gets_none(fixed) -> None:
 
 @pytest.mark.parametrize("size", [1.0, 300.0])
 def test_bfloat16_features_stay_close(size, monkeypatch) -> None:
-    """Sums and the matrix's gradient are float32; large logits, whose exponentials overflow, are no trouble."""
+    """Sums and the matrix's gradient are float32; large logits, whose exponentials overflow, do no harm."""
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 4 * VOCABULARY)
     features, matrix, targets, _ = inputs(torch.float32)
     scaled = (features * size).detach()
@@ -109,7 +109,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("halting", ["none", "act", "gate"])
 def test_full_logits_never_exist(halting, small, monkeypatch) -> None:
-    """Forward and backward of a whole model; without targets they do, so the instrument sees them."""
+    """In forward and backward pass of a whole model. Without targets they exist, which shows that they would be seen."""
     model = small(halting=halting, vocab_size=301, logit_softcap=5.0)
     model.z_weight = 1e-3
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 16 * 301)
@@ -140,8 +140,8 @@ def test_the_models_losses_equal_those_of_its_logits(masked, small) -> None:
     torch.testing.assert_close(losses["objective"], objective)
     parameters = list(model.parameters())
     gradients = [torch.autograd.grad(each, parameters, allow_unused=True) for each in (losses["objective"], objective)]
-    for ours, plain in zip(*gradients):
-        torch.testing.assert_close(ours, plain)
+    for ours, theirs in zip(*gradients):
+        torch.testing.assert_close(ours, theirs)
     if mask is not None:
         nothing = model(tokens[:, :-1], 3, targets=tokens[:, 1:], loss_mask=torch.zeros_like(mask))
         assert float(nothing["objective"].detach()) == 0

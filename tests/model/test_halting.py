@@ -115,7 +115,7 @@ def test_the_gate_equals_explicit_products(options, plan, weight, small) -> None
     compare(model, plan, tokens, targets, objective, others, mask)
 
 
-def unit(bias: float) -> HaltingUnit:
+def make_unit(bias: float) -> HaltingUnit:
     module = HaltingUnit(ModelConfig(dim=4))
     with torch.no_grad():
         module.weight.fill_(0.0)
@@ -124,11 +124,11 @@ def unit(bias: float) -> HaltingUnit:
 
 
 @pytest.mark.parametrize("bias", [-1e4, -20.0, -3.0, 0.0, 3.0, 20.0, 1e4])
-def test_weights_sum_to_one_for_any_budget(bias) -> None:
-    """A state that stays the same comes out as it is, whatever T: also where the budget ends before the token stops."""
+def test_weights_sum_to_one_for_any_loop_count(bias) -> None:
+    """A constant state comes out unchanged for any T, also where T ends before the token stops."""
     state = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     for loops in (1, 2, 5, 40):
-        tracker = ActTracker(unit(bias), 0.99)
+        tracker = ActTracker(make_unit(bias), 0.99)
         for t in range(loops):
             tracker.update(state, last=t == loops - 1)
         mixed, extras = tracker.result()
@@ -153,7 +153,7 @@ def test_a_sequence_that_joins_late_is_halted_as_if_alone(small) -> None:
 @pytest.mark.parametrize("kind", ["act", "gate"])
 @pytest.mark.parametrize("options", [{}, {"injection": "hyper"}, {"signals": ["lora"], "core_norm": "last"}], ids=str)
 def test_every_parameter_has_a_gradient(options, kind, plan, small) -> None:
-    """If only zero, also where truncation cuts a learned state off: ranks reduce the same."""
+    """If only zero, also where truncation cuts a learned state off: ranks reduce the same parameters."""
     model = small(halting=kind, state_init="learned", **options)
     tokens, targets, _ = batch(plan, masked=False)
     model(tokens, plan, targets=targets)["objective"].backward()
@@ -163,7 +163,7 @@ def test_every_parameter_has_a_gradient(options, kind, plan, small) -> None:
 @pytest.mark.parametrize("kind", ["act", "gate"])
 @pytest.mark.parametrize("bias", [-1e4, -40.0, 40.0, 1e4])
 def test_saturated_probabilities_leave_finite_gradients(kind, bias, small) -> None:
-    """The entropy of a probability that underflowed to 0 has no finite gradient; the objective's is."""
+    """The entropy of a probability that underflowed to 0 has an infinite gradient; the objective's is finite."""
     model = small(halting=kind).float()
     with torch.no_grad():
         model.core.halting.bias.fill_(bias)
@@ -175,7 +175,7 @@ def test_saturated_probabilities_leave_finite_gradients(kind, bias, small) -> No
 
 
 def test_halting_changes_what_is_trained(small, differs) -> None:
-    """ACT changes the logits; the gate leaves those of the last iteration and changes the objective."""
+    """ACT changes the logits; the gate keeps those of the last iteration and changes the objective."""
     differs(halting="act")
     tokens, targets, _ = batch(DepthPlan((3, 3)), masked=False)
     gate, none = (small(halting=kind)(tokens, 3, targets=targets) for kind in ("gate", "none"))
@@ -183,11 +183,11 @@ def test_halting_changes_what_is_trained(small, differs) -> None:
     assert abs(float(gate["objective"] - none["objective"])) > 0.1
 
 
-def test_the_gate_refuses_different_depths(small) -> None:
+def test_the_gate_refuses_different_loop_counts(small) -> None:
     tokens, targets, _ = batch(DepthPlan((3, 1)), masked=False)
     with pytest.raises(ValueError, match="one T for all sequences"):
         small(halting="gate")(tokens, DepthPlan((3, 1)), targets=targets)
-    tracker = GateTracker(unit(0.0))
+    tracker = GateTracker(make_unit(0.0))
     tracker.update(torch.zeros(1, 2, 4), last=False)
     with pytest.raises(ValueError, match="one T for all sequences"):
         tracker.update(torch.zeros(2, 2, 4), last=True)

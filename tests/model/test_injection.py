@@ -42,12 +42,12 @@ def test_every_initial_state_equals_the_reference(state, agrees, differs) -> Non
 
 @pytest.mark.parametrize("options", [*CHOICES[1:], *UNBOUNDED], ids=str)
 def test_each_choice_differs(options, differs) -> None:
-    if options != {"injection": "hyper", "lanes": 1}:  # which is the diagonal one but for its write weight
+    if options != {"injection": "hyper", "lanes": 1}:  # one lane is the diagonal injection up to its write weight
         differs(**options)
 
 
-def filled(options: dict[str, object], dtype: torch.dtype, seed: int, dim: int = 64) -> Injection:
-    """An injection whose parameters are extremes and uniform in -1e4 ... 1e4."""
+def make_extreme(options: dict[str, object], dtype: torch.dtype, seed: int, dim: int = 64) -> Injection:
+    """Return an injection whose parameters are extremes or uniform in -1e4 ... 1e4."""
     config = ModelConfig(dim=dim, **options)  # type: ignore[arg-type]
     module = Injection.choices[config.injection](config)
     generator = torch.Generator().manual_seed(seed)
@@ -59,8 +59,8 @@ def filled(options: dict[str, object], dtype: torch.dtype, seed: int, dim: int =
     return module.to(dtype)
 
 
-def iterated(module: Injection, state: torch.Tensor, encoded: torch.Tensor) -> torch.Tensor:
-    """One iteration with the layers taken out: they return what they get; those of `residual`, nothing."""
+def iterate_without_layers(module: Injection, state: torch.Tensor, encoded: torch.Tensor) -> torch.Tensor:
+    """Run one iteration with layers that return their input; for `residual`, whose layers are bypassed, nothing."""
     x, carry = module.inject(state, module.precompute(encoded), 0.0)
     return module.update(carry, x * 0 if isinstance(module, Injection.choices["residual"]) else x)
 
@@ -69,19 +69,19 @@ def iterated(module: Injection, state: torch.Tensor, encoded: torch.Tensor) -> t
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.no_grad()
 def test_the_state_never_grows(options, dtype) -> None:
-    """In the maximum norm over lanes, whether the state stays wide or is rounded to the dtype after each iteration."""
+    """In the maximum norm over lanes, with a float32 state and with one rounded to the dtype after each iteration."""
     for seed in range(4):
-        module = filled(options, dtype, seed)
+        module = make_extreme(options, dtype, seed)
         generator = torch.Generator().manual_seed(seed)
         encoded = 10 * torch.randn(2, 3, 64, generator=generator).to(dtype)
         start = module.expand(torch.randn(2, 3, 64, generator=generator))
         start = start * torch.rand(start.shape, generator=generator)  # lanes that differ
-        assert iterated(module, start, encoded).dtype == torch.promote_types(dtype, torch.float32)
+        assert iterate_without_layers(module, start, encoded).dtype == torch.promote_types(dtype, torch.float32)
         encoded = torch.zeros_like(encoded)
         for rounded in (False, True):
             state = start
             for _ in range(1000 if seed == 0 else 30):
-                new = iterated(module, state, encoded)
+                new = iterate_without_layers(module, state, encoded)
                 new = new.to(dtype).to(new.dtype) if rounded else new
                 largest = [s.abs().amax(2) if state.dim() == 4 else s.abs() for s in (state, new)]
                 assert bool((largest[1] <= largest[0]).all())
@@ -93,18 +93,18 @@ def test_the_state_never_grows(options, dtype) -> None:
 @pytest.mark.parametrize("options", CHOICES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.no_grad()
-def test_the_radius_is_the_one_that_is_used_and_below_one(options, dtype) -> None:
+def test_the_reported_radius_is_the_one_used_and_below_one(options, dtype) -> None:
     """Against the eigenvalues of the matrix that one iteration applies to basis vectors."""
     for seed in range(4):
-        module = filled(options, dtype, seed, dim=6)
+        module = make_extreme(options, dtype, seed, dim=6)
         encoded = torch.randn(1, 1, 6, generator=torch.Generator().manual_seed(seed)).to(dtype)
         state = module.expand(torch.zeros(1, 1, 6)).contiguous()
-        offset = iterated(module, state, encoded)
+        offset = iterate_without_layers(module, state, encoded)
         columns = []
         for index in range(state.numel()):
             basis = torch.zeros_like(state)
             basis.view(-1)[index] = 1
-            columns.append((iterated(module, basis, encoded) - offset).flatten().double())
+            columns.append((iterate_without_layers(module, basis, encoded) - offset).flatten().double())
         radius = module.spectral_radius()
         assert float(radius) < 1
         assert all(float(radius.to(rounded)) < 1 for rounded in DTYPES)
@@ -176,12 +176,12 @@ def test_the_estimate_for_wide_models_is_within_five_percent(name, dim) -> None:
 
 
 @pytest.mark.parametrize("options", [*CHOICES, *UNBOUNDED], ids=str)
-def test_the_injected_input_is_what_a_state_of_zeros_gets(options, small) -> None:
-    """For the linear ones, against what one iteration without layers makes of zeros; for `residual` too."""
+def test_the_input_term_is_the_next_state_after_zeros(options, small) -> None:
+    """Compared with one iteration without layers from a state of zeros."""
     module = small(**options).core.injection
     encoded = torch.randn(2, 3, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     zeros = module.expand(torch.zeros_like(encoded))
-    expected = module.collapse(iterated(module, zeros, encoded))
+    expected = module.collapse(iterate_without_layers(module, zeros, encoded))
     torch.testing.assert_close(module.input_term(module.precompute(encoded)), expected.detach())
     assert not module.input_term(module.precompute(encoded)).requires_grad
 

@@ -1,4 +1,4 @@
-"""Signals of the iteration against the reference, and what they promise beyond the trained depth."""
+"""Signals of the iteration against the reference, and far beyond the loops of any training."""
 
 import pytest
 import torch
@@ -32,8 +32,8 @@ def test_features_far_beyond_any_training(channels) -> None:
 
 
 @pytest.mark.parametrize("signals", [[name] for name in ALL], ids="+".join)
-def test_every_iteration_is_told_apart_at_any_depth(signals, small) -> None:
-    """The same state, one iteration, at numbers that no run trained; adaln also tells T."""
+def test_iterations_are_distinguished_at_any_index(signals, small) -> None:
+    """The same state after one iteration differs by iteration index, at indices that no run trained; with adaln also by T."""
     model = small(signals=signals)
     tokens, T = torch.zeros(1, 4, dtype=torch.int64), 5000
     generator = torch.Generator().manual_seed(0)
@@ -41,7 +41,7 @@ def test_every_iteration_is_told_apart_at_any_depth(signals, small) -> None:
     results = {}
     with torch.no_grad():
         for t, total in ((0, T), (1, T), (4998, T), (4999, T), (4999, 2 * T)):
-            results[t, total] = one_iteration(model, state, tokens, t, total)
+            results[t, total] = run_iteration(model, state, tokens, t, total)
     different = [(0, T), (1, T), (4998, T), (4999, T)]
     for first in different:
         assert results[first].isfinite().all()
@@ -49,8 +49,8 @@ def test_every_iteration_is_told_apart_at_any_depth(signals, small) -> None:
     assert torch.equal(results[4999, T], results[4999, 2 * T]) == (signals != ["adaln"])
 
 
-def one_iteration(model, state, tokens, t, total):
-    """The next state, iteration t of `total`, with the state in the place of the encoded input too."""
+def run_iteration(model, state, tokens, t, total):
+    """Return the next state, iteration t of `total`, with the state as encoded input too."""
     tables = rotary_tables(torch.arange(4), model.config.rotary_dim, 10000.0, torch.float64)
     context = LayerContext(tables, None, torch.float64, tokens)
     inputs = LoopInputs(state, context, torch.tensor([total]), [None] * 2)

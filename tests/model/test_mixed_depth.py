@@ -51,7 +51,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def build(parts: dict[str, Any], dtype: torch.dtype, checkpointing: bool) -> RecurrentDepthTransformer:
-    """Every parameter moved off its start, so that none that begins at zero hides a mistake."""
+    """Build a model with every parameter moved off its start, so that none that begins at zero hides a mistake."""
     model = initialize(RecurrentDepthTransformer(dataclasses.replace(BASE, **parts)), seed=1).to(dtype)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -62,7 +62,7 @@ def build(parts: dict[str, Any], dtype: torch.dtype, checkpointing: bool) -> Rec
 
 
 def backward(model: RecurrentDepthTransformer, tokens: torch.Tensor, plan: DepthPlan, documents: torch.Tensor) -> float:
-    """Add the gradients of the objective; its value."""
+    """Add the gradients of the objective; return its value."""
     inputs = {"targets": tokens[:, 1:], "documents": documents[:, :-1]}
     objective = model(tokens[:, :-1], plan, **inputs)["objective"]
     objective.backward()
@@ -91,8 +91,8 @@ def test_mixed_equals_alone(name: str, k: int | None, checkpointing: bool) -> No
             assert float((mixed.grad - single.grad).abs().max()) <= tolerance * scale, label
 
 
-def test_each_sequence_has_its_own_depth_and_only_that() -> None:
-    """Logits of a mixed batch, in its own order; a pass runs on no more rows than need it."""
+def test_each_sequence_runs_its_own_loops_and_no_more() -> None:
+    """Logits of a mixed batch in its order; an iteration runs only on the rows that need it."""
     model = build({}, torch.float64, False)
     tokens = torch.randint(0, 53, (len(LOOPS), 9), generator=torch.Generator().manual_seed(4))
     rows: list[int] = []
@@ -106,8 +106,8 @@ def test_each_sequence_has_its_own_depth_and_only_that() -> None:
             assert (mixed[i] - model(tokens[i : i + 1], loops + 1)[0]).abs().max() > 1e-4
 
 
-def test_without_gradient_only_the_last_passes_are_kept() -> None:
-    """The gradient of a mixed batch with k is that of the last k iterations of each, not of the deepest."""
+def test_truncation_keeps_the_last_iterations_of_each_sequence() -> None:
+    """The gradient of a mixed batch with k is that of the last k iterations of each sequence, whatever the largest T."""
     tokens = torch.randint(0, 53, (2, 9), generator=torch.Generator().manual_seed(5))
     documents = torch.zeros_like(tokens)
     gradients = {}
@@ -116,11 +116,11 @@ def test_without_gradient_only_the_last_passes_are_kept() -> None:
         backward(model, tokens, DepthPlan((6, 2), k), documents)
         gradients[k] = torch.cat([p.grad.flatten() for p in model.core.parameters() if p.grad is not None])
     torch.testing.assert_close(gradients[6], gradients[None], rtol=0, atol=0)
-    # The shallow one is whole at k = 3 and at k = 2; what differs between the two is the deep one's.
-    deep = {}
+    # The sequence with T = 2 has its whole gradient at k = 3 and k = 2; only the other's, with T = 6, differs.
+    longer = {}
     for k in (3, 2):
         model = build({}, torch.float64, False)
         backward(model, tokens[:1], DepthPlan((6,), k), documents[:1])
-        deep[k] = torch.cat([p.grad.flatten() for p in model.core.parameters() if p.grad is not None])
-    torch.testing.assert_close(gradients[3] - gradients[2], deep[3] - deep[2], rtol=0, atol=1e-9)
-    assert (deep[3] - deep[2]).abs().max() > 1e-6
+        longer[k] = torch.cat([p.grad.flatten() for p in model.core.parameters() if p.grad is not None])
+    torch.testing.assert_close(gradients[3] - gradients[2], longer[3] - longer[2], rtol=0, atol=1e-9)
+    assert (longer[3] - longer[2]).abs().max() > 1e-6

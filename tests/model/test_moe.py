@@ -1,4 +1,4 @@
-"""Experts and dense feed-forward parts against loops over tokens in float64; who is counted, and what the bias does."""
+"""Experts and dense feed-forward parts against loops over tokens in float64; the counts and the balancing bias."""
 
 import dataclasses
 import math
@@ -27,15 +27,15 @@ SHAPES = [
 ]
 
 
-def filled(module: nn.Module, seed: int = 0) -> nn.Module:
-    """The module in float64 with random weights."""
+def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Fill a module with random float64 weights; return it."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.double().parameters():
         nn.init.normal_(parameter, std=0.5, generator=generator)
     return module
 
 
-def random(*shape: int, seed: int = 1) -> torch.Tensor:
+def random_tensor(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -44,7 +44,7 @@ def swiglu(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Te
 
 
 def token_by_token(moe: MixtureOfExperts, x: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """What the mixture gives for x (tokens, dim): one token, one expert at a time."""
+    """Compute the mixture of x (tokens, dim), one token and one expert at a time."""
     outputs = []
     for token in x:
         logits = moe.router @ token
@@ -63,8 +63,8 @@ def token_by_token(moe: MixtureOfExperts, x: torch.Tensor, config: ModelConfig) 
 
 
 def check_equal(module: nn.Module, reference, x: torch.Tensor) -> None:
-    """Values, and the gradients of the input and of every parameter."""
-    cotangent, results = random(*x.shape, seed=2), []
+    """Compare values, and the gradients of the input and of every parameter."""
+    cotangent, results = random_tensor(*x.shape, seed=2), []
     for function in (module, reference):
         inputs = x.clone().requires_grad_()
         module.zero_grad()
@@ -80,33 +80,33 @@ def check_equal(module: nn.Module, reference, x: torch.Tensor) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_experts_equal_a_loop_over_tokens(shape: dict[str, int]) -> None:
     config = dataclasses.replace(BASE, **shape)
-    moe = filled(MixtureOfExperts(config))
-    moe.selection_bias.copy_(2 * random(config.experts, seed=3))
-    check_equal(moe, lambda x: token_by_token(moe, x.flatten(0, 1), config).view_as(x), random(3, 7, 16))
+    moe = randomize(MixtureOfExperts(config))
+    moe.selection_bias.copy_(2 * random_tensor(config.experts, seed=3))
+    check_equal(moe, lambda x: token_by_token(moe, x.flatten(0, 1), config).view_as(x), random_tensor(3, 7, 16))
 
 
 @pytest.mark.parametrize("favoured", [(0, 1), (5, 2), (3, 4)])
 def test_no_token_is_dropped_when_all_go_to_the_same_experts(favoured: tuple[int, int]) -> None:
-    moe = filled(MixtureOfExperts(BASE))
+    moe = randomize(MixtureOfExperts(BASE))
     moe.selection_bias[list(favoured)] = 1000.0
-    check_equal(moe, lambda x: token_by_token(moe, x.flatten(0, 1), BASE).view_as(x), random(2, 50, 16))
+    check_equal(moe, lambda x: token_by_token(moe, x.flatten(0, 1), BASE).view_as(x), random_tensor(2, 50, 16))
     idle = [i for i in range(6) if i not in favoured]
     assert moe.routing_sums[list(favoured)].tolist() == [100.0, 100.0]
     assert moe.routing_sums[idle].tolist() == [0.0] * 4
-    scores = (random(2, 50, 16) @ moe.router.T).softmax(-1)
+    scores = (random_tensor(2, 50, 16) @ moe.router.T).softmax(-1)
     torch.testing.assert_close(moe.routing_sums[-1], -(scores * scores.log()).sum())
     assert all(float(weights.grad[idle].abs().max()) == 0 for weights in (moe.gate, moe.up, moe.down))
 
 
-def test_the_bias_changes_who_is_chosen_and_no_weight() -> None:
-    """With all experts chosen it changes nothing; with some, the chosen keep the proportions of their scores."""
-    x = random(1, 40, 16)
-    every = filled(MixtureOfExperts(dataclasses.replace(BASE, experts_per_token=6)))
+def test_the_bias_changes_the_choice_and_no_weight() -> None:
+    """With all experts chosen it changes nothing; with some, the chosen ones keep the proportions of their scores."""
+    x = random_tensor(1, 40, 16)
+    every = randomize(MixtureOfExperts(dataclasses.replace(BASE, experts_per_token=6)))
     before = every(x)
-    every.selection_bias.copy_(3 * random(6, seed=3))
+    every.selection_bias.copy_(3 * random_tensor(6, seed=3))
     torch.testing.assert_close(every(x), before, rtol=1e-12, atol=1e-12)
 
-    one = filled(MixtureOfExperts(dataclasses.replace(BASE, experts_per_token=1, shared_experts=0)))
+    one = randomize(MixtureOfExperts(dataclasses.replace(BASE, experts_per_token=1, shared_experts=0)))
     one.selection_bias[4] = 1000.0
     fourth = torch.stack([swiglu(token, one.gate[4], one.up[4], one.down[4]) for token in x[0]])
     torch.testing.assert_close(one(x)[0], fourth, rtol=1e-12, atol=1e-12)
@@ -114,11 +114,11 @@ def test_the_bias_changes_who_is_chosen_and_no_weight() -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_grouped_products_equal_the_pieces(dtype: torch.dtype, tolerance: float) -> None:
-    """The products that a GPU runs, on the CPU, which PyTorch has them for too."""
+    """The grouped products that a GPU runs; PyTorch has them on the CPU too."""
     counts = [5, 0, 11, 1, 0, 7]
     ends = torch.tensor(counts).cumsum(0).int()
-    weights = random(6, 24, 16).float()
-    x, cotangent, results = random(24, 16).to(dtype), random(24, 24, seed=5).to(dtype), []
+    weights = random_tensor(6, 24, 16).float()
+    x, cotangent, results = random_tensor(24, 16).to(dtype), random_tensor(24, 24, seed=5).to(dtype), []
     for grouped in (True, False):
         rows, matrices = x.clone().requires_grad_(), weights.clone().requires_grad_()
         if grouped:
@@ -135,8 +135,8 @@ def test_grouped_products_equal_the_pieces(dtype: torch.dtype, tolerance: float)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_grouped_path_equals_the_sorted_pieces(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    moe = filled(MixtureOfExperts(dataclasses.replace(BASE, expert_dim=24))).float()
-    x, results = random(3, 7, 16).to(dtype), []
+    moe = randomize(MixtureOfExperts(dataclasses.replace(BASE, expert_dim=24))).float()
+    x, results = random_tensor(3, 7, 16).to(dtype), []
     for _ in range(2):
         moe.zero_grad()
         inputs = x.clone().requires_grad_()
@@ -165,35 +165,35 @@ def test_each_token_is_counted_once_per_iteration(checkpointing: bool, plan: Dep
     model(tokens, plan).square().mean().backward()
     for layer in model.core.layers:
         assert float(layer.feedforward.routing_sums[:-1].sum()) == 2 * 5 * sum(plan.iterations)
-    found = rebalance(model, 1e-3, lambda counted: counted)
+    found = rebalance(model, 1e-3, lambda sums: sums)
     assert found["routing_entropy"] == pytest.approx(math.log(6), rel=1e-5)
     assert all(layer.feedforward.routing_sums is None for layer in model.core.layers)
     model.eval()
     model(tokens, plan).square().mean().backward()
     assert all(layer.feedforward.routing_sums is None for layer in model.core.layers)
-    assert rebalance(model, 1e-3, lambda counted: counted)["expert_load_max"] == 0
+    assert rebalance(model, 1e-3, lambda sums: sums)["expert_load_max"] == 0
 
 
 def test_rebalance_moves_the_bias_by_the_sign_and_measures() -> None:
     model = model_of(core_layers=1)
     moe, other = model.core.layers[0].feedforward, torch.tensor([0.0, 8, 0, 0, 0, 0, 2.0], dtype=torch.float64)
     moe.routing_sums = torch.tensor([2.0, 6, 2, 0, 5, 1, 6.0], dtype=torch.float64)
-    found = rebalance(model, 0.25, lambda counted: counted + other)  # another rank's: 2 14 2 0 5 1, mean 4
+    found = rebalance(model, 0.25, lambda sums: sums + other)  # another rank's: 2 14 2 0 5 1, mean 4
     assert moe.selection_bias.tolist() == [0.25, -0.25, 0.25, 0.25, -0.25, 0.25]
     assert found == {"expert_load_max": 14 / 4, "expert_idle": 1 / 6, "routing_entropy": 8.0 / 12}
     moe.routing_sums = torch.tensor([9.0, 0, 0, 0, 0, 0, math.nan], dtype=torch.float64)  # of a step that was discarded
-    rebalance(model, 0.0, lambda counted: counted)
+    rebalance(model, 0.0, lambda sums: sums)
     assert moe.selection_bias.tolist() == [0.25, -0.25, 0.25, 0.25, -0.25, 0.25]
     assert moe.routing_sums is None
-    assert rebalance(model_of(core_ffn="dense"), 0.1, lambda counted: counted) is None
+    assert rebalance(model_of(core_ffn="dense"), 0.1, lambda sums: sums) is None
 
 
-def shares(rate: float) -> torch.Tensor:
-    """Load per expert after training a model whose router favours one expert, over the mean."""
+def train_loads(rate: float) -> torch.Tensor:
+    """Train a model whose router favours one expert; return each expert's load over the mean."""
     model = model_of(core_layers=1)
     moe = model.core.layers[0].feedforward
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    moe.selection_bias[2] = 3.0  # where the router alone would be: nearly indifferent at the start
+    moe.selection_bias[2] = 3.0  # the router's own preferences are small at the start
     generator = torch.Generator().manual_seed(0)
     for _ in range(60):
         tokens = torch.randint(0, 37, (4, 17), generator=generator)
@@ -201,13 +201,13 @@ def shares(rate: float) -> torch.Tensor:
         (losses["objective"] / 64).backward()
         optimizer.step()
         optimizer.zero_grad()
-        counted = moe.routing_sums
-        rebalance(model, rate, lambda counted: counted)
-    return counted[:-1] / counted[:-1].mean()
+        sums = moe.routing_sums
+        rebalance(model, rate, lambda sums: sums)
+    return sums[:-1] / sums[:-1].mean()
 
 
 def test_balancing_evens_the_load() -> None:
-    uneven, even = shares(0.0), shares(0.1)
+    uneven, even = train_loads(0.0), train_loads(0.1)
     assert float(uneven[2]) == 3.0  # every token takes it: two of six experts
     assert float(even.max()) < 1.5
     assert float(even.min()) > 0.5
@@ -215,7 +215,7 @@ def test_balancing_evens_the_load() -> None:
 
 @pytest.mark.parametrize("kind", [SwiGLU, SquaredReLU])
 def test_dense_parts_equal_their_formulas(kind: type[SwiGLU] | type[SquaredReLU]) -> None:
-    part = filled(kind(dataclasses.replace(BASE, ffn_dim=20)))
+    part = randomize(kind(dataclasses.replace(BASE, ffn_dim=20)))
 
     def reference(x: torch.Tensor) -> torch.Tensor:
         if kind is SwiGLU:
@@ -225,7 +225,7 @@ def test_dense_parts_equal_their_formulas(kind: type[SwiGLU] | type[SquaredReLU]
             each = [part.down.weight @ torch.where(h > 0, h * h, torch.zeros_like(h)) for h in hidden]
         return torch.stack(each).view_as(x)
 
-    check_equal(part, reference, random(3, 5, 16))
+    check_equal(part, reference, random_tensor(3, 5, 16))
 
 
 @pytest.mark.parametrize(("ffn", "width"), [("swiglu", 64), ("relu2", 64)])

@@ -21,8 +21,8 @@ def batch(plan: DepthPlan) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def numbers(state: torch.Tensor, previous: torch.Tensor) -> tuple[float, float, float]:
-    """Norm, residual and token correlation of one sequence, (length, dim), from pairs of tokens."""
+def measure_state(state: torch.Tensor, previous: torch.Tensor) -> tuple[float, float, float]:
+    """Return norm, residual and token correlation of one sequence, (length, dim), from pairs of tokens."""
     pairs = functional.cosine_similarity(state[:, None], state[None], dim=-1)
     off = ~torch.eye(len(state), dtype=torch.bool)
     norm = state.square().mean(-1).sqrt().mean()
@@ -59,7 +59,7 @@ def test_every_iteration_equals_the_reference(options, plan, checkpointing, smal
         for t, gradient in zip(reached, torch.autograd.grad(loss, [states[t] for t in reached])):
             squares[t] = (squares[t] or 0) + float(gradient.square().sum())
         for t, state in enumerate(states):
-            by_index[t].append(numbers(state.detach(), states[t - 1].detach() if t else torch.zeros_like(state)))
+            by_index[t].append(measure_state(state.detach(), states[t - 1].detach() if t else torch.zeros_like(state)))
     for index, name in enumerate(("state_norm", "state_residual", "token_correlation")):
         expected = [sum(values[index] for values in measured) / len(measured) for measured in by_index]
         assert found[name] == pytest.approx(expected, rel=1e-4, abs=1e-5), name
@@ -127,7 +127,7 @@ CASES = [
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", CASES, ids=str)
 def test_monitors_change_nothing_by_a_bit(options, dtype, small) -> None:
-    """Losses, gradients, the experts' counts, the global generator, the mode."""
+    """Losses, gradients, the experts' counts, the global generator and the training mode stay as they are."""
     plan = DepthPlan((4, 4), 2) if options.get("halting") == "gate" else DepthPlan((4, 2), 3)
     tokens, targets = batch(plan)
     results = []
@@ -152,7 +152,7 @@ EXACT = [
     ({}, torch.float64),
     ({"injection": "hyper", "lanes": 2}, torch.float32),
     ({"injection": "residual"}, torch.float32),
-    # A difference in float32 is wide enough to step over a change of routing.
+    # In float32 the step of a difference is wide enough to cross a change of routing.
     ({"injection": "residual", **MOE}, torch.float64),
 ]
 

@@ -1,4 +1,4 @@
-"""Norms of the layers and of the state, and what stands before and after the core, against the reference."""
+"""Norms of the layers and of the state, and the norms and matrices around the core, against the reference."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_logits_and_gradients_equal_the_reference(placement, core_norm, agrees) 
     ],
     ids=str,
 )
-def test_what_stands_around_the_core(options, agrees, differs) -> None:
+def test_parts_around_the_core(options, agrees, differs) -> None:
     agrees(**options)
     differs(**options)
 
@@ -44,7 +44,7 @@ def test_each_norm_of_the_state_differs(core_norm, differs) -> None:
 
 
 def test_a_norm_per_iteration_bounds_the_state(small) -> None:
-    """At any T: additive injection, whose layers make the state grow, with and without the norm."""
+    """Additive injection, with which the layers make the state grow with T, with and without the norm."""
     sizes = {}
     for kind in ("none", "iteration"):
         model = small(injection="add", core_norm=kind)

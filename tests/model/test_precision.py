@@ -20,7 +20,9 @@ def tokens() -> torch.Tensor:
 @pytest.mark.parametrize("name", PARTS)
 def test_bfloat16_gradients_follow_float32(name: str) -> None:
     model = build(PARTS[name], torch.float32, False)
-    whole = model.config.halting != "none" or model.config.state_init == "learned"  # truncation would cut these off
+    whole = (
+        model.config.halting != "none" or model.config.state_init == "learned"
+    )  # their gradient needs all iterations
     gradients = []
     for dtype in (None, torch.bfloat16):
         model.compute_dtype = dtype

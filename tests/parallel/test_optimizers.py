@@ -1,4 +1,4 @@
-"""Muon against a plain float64 reference, which parameter is whose, and that AdamW is what it was."""
+"""Muon against a plain float64 reference, the parameters that each optimizer steps, and AdamW as in PyTorch."""
 
 import dataclasses
 import math

@@ -54,7 +54,7 @@ def make_context(kind: str, start: int, length: int) -> LayerContext:
 
 
 @torch.no_grad()
-def measure(positions: int, rounds: int) -> dict[str, tuple[int, float, float]]:
+def measure_decoding(positions: int, rounds: int) -> dict[str, tuple[int, float, float]]:
     """By case: numbers cached per position, MFLOP and milliseconds of one token."""
     modules = {name: make_attention(kind, name.endswith("expanded")) for name, kind in CASES.items()}
     caches, counted = {}, {}
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--positions", type=int, nargs="+", default=[1024, 4096], help="lengths of the cache")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    results = {positions: measure(positions, options.rounds) for positions in options.positions}
+    results = {positions: measure_decoding(positions, options.rounds) for positions in options.positions}
     columns = [f"{positions:,} positions: MFLOP, ms" for positions in results]
     print(format_header(["", "numbers cached per position", *columns], left=1))
     for name in CASES:

@@ -38,7 +38,7 @@ def build_small_engine(kind: str, options: argparse.Namespace) -> Engine:
     return build_engine(config, pick_device())
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def measure_steps(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of the steps by kind and T, of the first steps of each kind, and the number of graphs."""
     torch.set_num_threads(options.threads)
     engines = {kind: build_small_engine(kind, options) for kind in KINDS}
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--backprop", type=int, default=0, help="k; 0 means all")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     options = parser.parse_args()
-    found = measure(options)
+    found = measure_steps(options)
     tokens = options.batch * options.sequence
     print(f"First steps: {found['first_s']['none']:.0f} s as written, {found['first_s']['layers']:.0f} s compiled.\n")
     print(format_header(["T", "as written: tokens/s", "compiled: tokens/s", "ratio", "graphs"]))

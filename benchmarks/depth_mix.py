@@ -52,7 +52,7 @@ def draw_batches(mean: int, sequences: int, count: int) -> list[tuple[int, ...]]
     return found
 
 
-def measure(engine: Engine, options: argparse.Namespace, backprop: int | None) -> list[dict[str, float]]:
+def measure_rounds(engine: Engine, options: argparse.Namespace, backprop: int | None) -> list[dict[str, float]]:
     """Per round: seconds of each case, and the largest T; after one round to warm up."""
     tokens = torch.randint(0, VOCABULARY, (options.sequences, options.length + 1))
     clock = make_clock(engine.device, options.threads)
@@ -111,7 +111,7 @@ def main() -> None:
     cases = {}
     for k in (None, *options.backprop):
         name = "all iterations" if k is None else f"the last {k}"
-        cases[name] = measure(engine, options, k)
+        cases[name] = measure_rounds(engine, options, k)
         print(format_line(name, cases[name]), flush=True)
     settings = {key: value for key, value in vars(options).items() if key not in ("out", "profile")}
     write_numbers(options.out, {"options": settings, "rounds": cases})

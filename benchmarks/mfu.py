@@ -94,7 +94,7 @@ def count_step_flops(config: RunConfig, plan: DepthPlan, length: int) -> float:
     return len(plan.iterations) * length * each
 
 
-def measure(options: argparse.Namespace, length: int, device: torch.device) -> dict[str, Any]:
+def measure_length(options: argparse.Namespace, length: int, device: torch.device) -> dict[str, Any]:
     """Figures of one sequence length: the columns of its line, and what is printed below the table."""
     config = load_preset(options, length)
     engine, sampler = build_engine(config, device), DepthSampler(config.depth, config.run.seed)
@@ -173,7 +173,7 @@ def main() -> None:
     print(format_header(list(COLUMNS)))
     results = []
     for length in options.sequence:
-        results.append(measure(options, length, device))
+        results.append(measure_length(options, length, device))
         print(format_row(format(results[-1][key], form) for key, form in COLUMNS.items()), flush=True)
     for row in results:
         print(f"\nsequence {row['sequence']}: {format_shares(row['seconds by kind'])}")

@@ -229,7 +229,7 @@ def format_line(row: dict[str, Any]) -> str:
     return format_row(cells)
 
 
-def compare(peer: Peer, options: argparse.Namespace) -> dict[str, Any]:
+def compare_with(peer: Peer, options: argparse.Namespace) -> dict[str, Any]:
     """Measure one peer and print its table."""
     times = measure_alone(options, "times", peer.name)
     if "missing" in times:
@@ -271,7 +271,7 @@ def main() -> None:
         f"{options.batch} x {options.sequence} tokens, {options.threads} thread(s), torch {torch.__version__}; tokens per "
         f"CPU-second, medians of {options.rounds} rounds. Generation: 1 row, {PROMPT} + {NEW_TOKENS} tokens."
     )
-    results = {name: compare(PEERS[name], options) for name in options.peers}
+    results = {name: compare_with(PEERS[name], options) for name in options.peers}
     ratios = [row["ratio"] for result in results.values() for row in result.get("rows", [])]
     if ratios:
         print(f"\nOurs / peer over all rows: least {min(ratios):.2f}, median {statistics.median(ratios):.2f}")

@@ -27,7 +27,7 @@ class Device:
     per_node: int = 8
 
     @property
-    def gpu(self) -> bool:
+    def is_gpu(self) -> bool:
         """True if its kernels are those of a GPU."""
         return self.name != "CPU"
 

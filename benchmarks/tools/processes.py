@@ -26,7 +26,7 @@ def run_fresh(script: str, *words: str, return_freed_blocks: bool = False) -> An
         return_freed_blocks: for measuring resident memory.
     """
     environment = os.environ | (RETURN_FREED_BLOCKS if return_freed_blocks else {})
-    return json.loads(_run([sys.executable, str(Path(script).resolve()), *words], environment).splitlines()[-1])
+    return json.loads(_run_or_exit([sys.executable, str(Path(script).resolve()), *words], environment).splitlines()[-1])
 
 
 def run_ranks(script: str, processes: int, *words: str) -> Any:
@@ -41,11 +41,11 @@ def run_ranks(script: str, processes: int, *words: str) -> Any:
         result = Path(folder) / "result.json"
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
         command += [f"--master-port={find_free_port()}", str(Path(script).resolve()), f"--worker={result}", *words]
-        _run(command, os.environ.copy())
+        _run_or_exit(command, os.environ.copy())
         return json.loads(result.read_text(encoding="utf-8"))
 
 
-def _run(command: list[str], environment: dict[str, str]) -> str:
+def _run_or_exit(command: list[str], environment: dict[str, str]) -> str:
     """Run a command and return what it printed; if it fails, exit with its last errors."""
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
     if done.returncode:

@@ -84,6 +84,7 @@ class CollectiveCounter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         kind = _classify_operator(func)
         if kind is not None:
+            # Operators differ in whether the whole buffer is an argument or the result; the larger one is it.
             self.calls.append(Collective(self.phase, kind, max(map(_count_bytes, (*args, result)))))
         return result
 

@@ -57,6 +57,7 @@ class Engine(ABC):
         self.device = device
         self.rank, self.world_size = rank_and_world_size()
         self.layout = Layout.of(config.parallel, self.world_size)
+        # Sums between hosts go over gloo, so that they do not wait behind the kernels of NCCL; None is the default group.
         self._host_group: dist.ProcessGroup | None = None
         if self.world_size > 1 and dist.get_backend() != "gloo":
             timeout = timedelta(seconds=config.parallel.timeout_s)
@@ -144,7 +145,8 @@ class Engine(ABC):
         if paddings:
             share = sum(paddings) / sum(micro.batch.tokens.numel() for micro in batch)
             means["padding"] = targets.new_full((), share)
-        names = sorted(means)  # the same on every rank
+        # One reduction for all, so every rank has to stack them in the same order.
+        names = sorted(means)
         return dict(
             zip(names, (self.sum_over_ranks(torch.stack([means[n] for n in names])) / self.world_size).unbind())
         )

@@ -43,7 +43,7 @@ class FullyShardedEngine(TorchEngine):
         self._initialize_shards(model)
         reset_buffers(model, self.device)
         self.configure_model(model)
-        self.make_optimizer(model)
+        self.make_optimizers(model)
         context = self.meshes.context
         self.module = model if context is None else ContextParallel(model, context.get_group())
 

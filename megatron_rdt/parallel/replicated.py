@@ -13,7 +13,7 @@ class SingleEngine(TorchEngine):
         """Initialize the model and move it to the device."""
         initialize(model, self.config.run.seed).to(self.device)
         self.configure_model(model)
-        self.make_optimizer(model)
+        self.make_optimizers(model)
         self.module = model
 
 
@@ -27,7 +27,7 @@ class DataParallelEngine(TorchEngine):
         # Initial weights are a function of the seed, so replicas are equal without a broadcast.
         initialize(model, self.config.run.seed).to(self.device)
         self.configure_model(model)
-        self.make_optimizer(model)
+        self.make_optimizers(model)
         ids = [self.device.index] if self.device.type == "cuda" else None
         # gradient_as_bucket_view would tie .grad to the buckets, which zero_grad(set_to_none) breaks.
         # Buffers are functions of the config, equal on every rank, so they need no broadcast.

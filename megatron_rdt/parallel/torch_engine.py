@@ -47,7 +47,7 @@ class TorchEngine(Engine):
 
     optimizers: list[torch.optim.Optimizer]
 
-    def make_optimizer(self, model: RecurrentDepthTransformer) -> None:
+    def make_optimizers(self, model: RecurrentDepthTransformer) -> None:
         """Create the optimizers over the (possibly sharded) parameters."""
         self.model = model
         self.optimizers = make_optimizers(model, self.config.optimizer)
@@ -99,6 +99,7 @@ class TorchEngine(Engine):
     def _collect_states(self) -> tuple[dict, dict]:
         """State of the model and of the optimizers; parameter groups are those of an unsharded run, so any run loads them."""
         model, optimizer = dcp_state.get_state_dict(self.model, self.optimizers)
+        # Groups are split by mesh where parameters are sharded on several, so their number depends on the arrangement.
         wanted = parameter_names(self.model, self._configured_groups())
         return dict(model), dict(optimizer) | {"param_groups": regroup(optimizer["param_groups"], wanted)}  # type: ignore[arg-type]
 

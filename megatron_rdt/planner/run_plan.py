@@ -118,9 +118,9 @@ def make_plan(config: RunConfig, devices: int, device: Device, utilisation: floa
     layout = make_layout(config, devices)
     loops, with_grad, deepest = plan_depths(config.depth)
     mean = StepDepth(max(round(loops), 1), max(round(with_grad), 1))
-    memory = step_memory(config, layout, device.gpu, deepest)
-    work, sent = step_work(config, loops, with_grad), step_communication(config, layout, mean, device.gpu)
-    known = config.train.precision == "bfloat16" or not device.gpu
+    memory = step_memory(config, layout, device.is_gpu, deepest)
+    work, sent = step_work(config, loops, with_grad), step_communication(config, layout, mean, device.is_gpu)
+    known = config.train.precision == "bfloat16" or not device.is_gpu
     return RunPlan(
         config,
         device,
@@ -131,7 +131,7 @@ def make_plan(config: RunConfig, devices: int, device: Device, utilisation: floa
         with_grad,
         deepest,
         memory,
-        step_memory(config, layout, device.gpu, mean),
+        step_memory(config, layout, device.is_gpu, mean),
         work,
         sent,
         step_time(work, sent, layout, device, utilisation) if known else None,
@@ -187,7 +187,7 @@ def find_saving_options(config: RunConfig, devices: int, device: Device, memory:
             layout = make_layout(other, devices)
         except ConfigError:
             continue
-        needed = step_memory(other, layout, device.gpu, plan_depths(other.depth)[2])
+        needed = step_memory(other, layout, device.is_gpu, plan_depths(other.depth)[2])
         if needed.peak < 0.995 * memory.peak:
             words = " ".join(f"--{name} {value}" for name, value in options.items())
             # Of several sizes of an axis, keep the first that fits; if none fits, the last.

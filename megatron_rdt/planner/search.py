@@ -64,12 +64,12 @@ def find_fastest_plan(config: RunConfig, devices: int, device: Device, utilisati
                 layout = make_layout(other, devices)
             except ConfigError:
                 continue
-            sent = step_communication(other, layout, mean, device.gpu)
+            sent = step_communication(other, layout, mean, device.is_gpu)
             time = step_time(step_work(other, loops, with_grad), sent, layout, device, utilisation).expected
             # Smaller micro-batches take longer still. Of equally fast arrangements the first, the simplest, stays.
             if time >= 0.999 * shortest:
                 break
-            if step_memory(other, layout, device.gpu, deepest).peak <= USABLE_MEMORY * device.memory:
+            if step_memory(other, layout, device.is_gpu, deepest).peak <= USABLE_MEMORY * device.memory:
                 best, shortest = other, time
                 break
     return None if best is None else make_plan(best, devices, device, utilisation, advise=False)

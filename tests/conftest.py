@@ -47,7 +47,7 @@ LONGEST = (
     "model/test_activation_checkpointing.py",
     "distributed/test_deepspeed.py",
 )
-"""Files of tests that take the longest, in that order: what begins last should be short."""
+"""Test files that take the longest, longest first: a file that starts last should be short."""
 
 torch.set_num_threads(1)
 
@@ -148,7 +148,7 @@ def configure(tiny_options: list[str], tmp_path_factory: pytest.TempPathFactory)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where workers take whole files from a queue, the longest come first, so that none ends up waiting for the others."""
+    """Put the longest files first where workers take whole files from a queue, so that none is started last."""
     if hasattr(config, "workerinput"):
         places = {REPOSITORY / "tests" / name: place for place, name in enumerate(LONGEST)}
         several = {item.path for item in items if item.get_closest_marker("distributed")}
@@ -156,26 +156,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure() -> None:
-    """Temporary files lie in memory where there is room: thousands are synchronised, which a disk takes minutes for."""
+    """Keep temporary files in memory where there is room: thousands are synchronised, which takes a disk minutes."""
     if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > MEMORY_BYTES:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
 def pytest_collection_finish() -> None:
-    """Keep what the imports left out of later collections: every run of the trainer looks for garbage once."""
+    """Exclude the objects that imports left behind from later garbage collections: every run of the trainer starts one."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
-    """Remember what the command line left out."""
+    """Remember the cluster tests that the command line deselected."""
     for item in items:
         if item.get_closest_marker("cluster") and not item.config.option.keyword:
             item.config.stash.setdefault(CLUSTER_TESTS, []).append(item.nodeid)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say what did not run, and why; pytest's own -ra lists the skipped ones with their reasons."""
+    """Report how many cluster tests did not run; pytest's own -ra lists the skipped tests with their reasons."""
     left_out = config.stash.get(CLUSTER_TESTS, [])
     if left_out:
         terminalreporter.section("not run")

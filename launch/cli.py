@@ -17,6 +17,7 @@ from launch.commands.report import report
 from launch.commands.submit import submit
 from launch.commands.train import train
 from launch.failures import EXIT_INTERRUPTED, explain
+from launch.single_process import refuse_copies
 from megatron_rdt.environment import quiet_libraries
 from megatron_rdt.errors import EXIT_OK, EXIT_USAGE
 
@@ -67,6 +68,7 @@ def run_command(words: list[str]) -> int:
         return EXIT_USAGE
     quiet_libraries()
     try:
+        refuse_copies(words)
         return COMMANDS[name](rest)
     except KeyboardInterrupt:
         print(f"rdt {name}: interrupted", file=sys.stderr)

@@ -35,13 +35,15 @@ def read_process_info() -> ProcessInfo:
     """Read ranks from the variables of torchrun and DeepSpeed, else from srun's; without either, return rank 0 of 1.
 
     Raises:
-        LaunchError: a variable is missing or is not a number.
+        LaunchError: a variable is missing or is not a number, or a rank is not below the number of processes.
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         world = _read_number("WORLD_SIZE")
         local_world = _read_number(next((n for n in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if env.get(n)), "WORLD_SIZE"))
         local_rank = _read_number("LOCAL_RANK") if "LOCAL_RANK" in env else 0
+        _check_rank("RANK", _read_number("RANK"), world)
+        _check_rank("LOCAL_RANK", local_rank, local_world)
         return ProcessInfo(_read_number("RANK"), world, local_rank, local_world, "torch")
     if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
         tasks = _read_number("SLURM_NTASKS")
@@ -59,6 +61,16 @@ def _read_number(name: str) -> int:
             "deepspeed, srun or rdt train, which set it; or unset RANK and WORLD_SIZE to run one process."
         )
     return int(value)
+
+
+def _check_rank(name: str, rank: int, processes: int) -> None:
+    """Raise LaunchError unless `rank`, which the variable `name` holds, is one of so many processes."""
+    if rank >= processes:
+        count = "is 1 process" if processes == 1 else f"are {processes} processes"
+        raise LaunchError(
+            f"the environment variable {name} is {rank}, but there {count}. Start the script with torchrun, deepspeed, "
+            "srun or rdt train, which set it; or unset RANK, WORLD_SIZE and LOCAL_RANK to run one process."
+        )
 
 
 def export_for_torch(process: ProcessInfo) -> None:

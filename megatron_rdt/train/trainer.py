@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_rdt import checkpoint as checkpoints
-from megatron_rdt.config import RunConfig, dump_config
+from megatron_rdt.config import RunConfig, check_config, dump_config
 from megatron_rdt.data import Batch, BatchLoader, Tokenizer
 from megatron_rdt.depth import DepthPlan, DepthSampler
 from megatron_rdt.environment import ProcessInfo, read_process_info
@@ -56,13 +56,18 @@ def train(
         config: a checked config.
         resume: "none" (refuse a run directory that has checkpoints), "auto" (newest complete checkpoint of the run,
             or a fresh start), or the path of a checkpoint or run.
-        process: rank and launcher of this process; read from the environment if None.
+        process: rank and launcher of this process; read from the environment if None. An engine for one process
+            refuses to be one of several.
         stop: listens for stop signals; made here if None.
 
     Returns:
         0 when all steps are done, 75 when stopped by a signal after a good save, or before the first step.
     """
-    process, listener = process or read_process_info(), stop or StopRequest()
+    process = process or read_process_info()
+    check_config(config, process.world_size)
+    if not config.parallel.engine_kind.many_processes:
+        process = ProcessInfo()  # whatever the variables of a launcher say: this process locks, verifies and writes
+    listener = stop or StopRequest()
     run_directory = run_directory_of(config)
     try:
         with _lock_run_directory(run_directory, resume) if process.rank == 0 else nullcontext():

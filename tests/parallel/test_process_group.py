@@ -70,3 +70,25 @@ def test_a_variable_that_is_not_a_number(name: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv(name, "abc")
     with pytest.raises(LaunchError, match=f"{name} is 'abc'"):
         read_process_info()
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2, but there are 2 processes"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "1"}, "LOCAL_RANK is 1, but there is 1 process"),
+        (
+            {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "2"},
+            "LOCAL_RANK is 3, but there are 2 processes",
+        ),
+    ],
+)
+def test_a_rank_beyond_the_number_of_processes(
+    variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LaunchError, match=said):
+        read_process_info()

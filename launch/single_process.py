@@ -1,0 +1,40 @@
+"""Refusal of a command that a launcher started several times: each process would write the same files."""
+
+from collections.abc import Sequence
+
+from megatron_rdt.environment import read_process_info
+from megatron_rdt.errors import ConfigError
+
+LAUNCHERS = {"torch": "torchrun or deepspeed", "slurm": "srun"}
+VARIABLES = {"torch": "RANK and WORLD_SIZE", "slurm": "SLURM_PROCID"}
+# Commands that write no files.
+READ_ONLY = {("generate",), ("plan",), ("prep", "show"), ("prep", "verify")}
+ANSWERS = {"--help", "-h", "--print_config", "--print-config"}
+
+
+def refuse_copies(words: Sequence[str]) -> None:
+    """Refuse the command line of `rdt` in one of several processes that torchrun, deepspeed or srun started.
+
+    Commands that write nothing are accepted, and so are the array tasks of `rdt prep --shard i/N`, which share their
+    work.
+
+    Raises:
+        ConfigError: the command would write the same files in every process.
+    """
+    is_array_task = words[0] == "prep" and any(word.partition("=")[0] == "--shard" for word in words)
+    if is_array_task or ANSWERS & set(words) or {tuple(words[:1]), tuple(words[:2])} & READ_ONLY:
+        return
+    process = read_process_info()
+    if process.world_size == 1:
+        return
+    if words[0] == "train":
+        remedy = "Start launch/pretrain.py in its place, or rdt train once with --nproc."
+    elif words[0] == "prep":
+        remedy = "Start it once, or give each process its part with --shard i/N."
+    else:
+        remedy = "Start it once."
+    raise ConfigError(
+        f"this is process {process.rank} of {process.world_size} that {LAUNCHERS[process.launcher]} started, and all of "
+        f"them would write the same files. {remedy} If no launcher started it, or if every process writes files of "
+        f"its own, unset {VARIABLES[process.launcher]}."
+    )

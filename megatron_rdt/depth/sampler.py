@@ -17,7 +17,7 @@ BITS = 52  # random bits of a draw; together with the half that is added, a floa
 
 
 def balanced_uniform(row: int, noise: int) -> float:
-    """A number in (0, 1) for a row of the batch, uniform over `noise`; together, aligned blocks of rows draw the mean of T.
+    """A uniform number in (0, 1) for a row of the batch; aligned blocks of rows get nearly the same sum of T.
 
     The rows of a batch follow the van der Corput sequence, so every aligned block of 2^n rows has one number in each
     interval of length 2^-n. What is left is the deepest draw of each block; the others are mirrored within their
@@ -25,7 +25,7 @@ def balanced_uniform(row: int, noise: int) -> float:
 
     Args:
         row: row number in the global batch; its lowest 32 bits count.
-        noise: BITS random bits, the same for all rows of a step.
+        noise: BITS random bits, the same for all rows of a step; over all noise, each row's number is uniform.
     """
     # Van der Corput: the bits of the row in reverse order, read as a binary fraction. The low bits of the row, in which
     # the rows of a block differ, become the leading ones. Exclusive-or with the same noise for every row makes each

@@ -85,7 +85,7 @@ class Engine(ABC):
         """Take one optimizer step at learning rate `lr`, then clear the gradients.
 
         Args:
-            lr: of this step.
+            lr: learning rate of this step.
             finite: 0-dimensional bool on the device, the same on every rank: where False, parameters, moments and
                 step counts stay as they are, bit for bit. None takes the step.
         """

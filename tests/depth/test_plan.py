@@ -1,4 +1,4 @@
-"""DepthPlan: what it refuses, and its sums."""
+"""DepthPlan: refused plans, sums over sequences, and the passes through the core."""
 
 import pytest
 

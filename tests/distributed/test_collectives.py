@@ -51,7 +51,7 @@ def count_core(label: str, counted: dict[str, Any]) -> dict[str, int]:
 
 
 def test_ddp_reduces_every_gradient_once_per_step(torch_engines: dict[str, Any]) -> None:
-    """And one number per parameter, whether it was used."""
+    """DDP also sends one number per parameter, which says if it was used."""
     sent = check_constant("ddp", torch_engines)
     assert sent["backward all-reduce"] == (2, torch_engines["model_bytes"] + 4 * torch_engines["parameters"])
     assert set(sent) == {"backward all-reduce", "update all-reduce"}

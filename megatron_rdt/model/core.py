@@ -99,7 +99,7 @@ class RecurrentCore(nn.Module):
         runner: LoopRunner | None = None,
         budget: int = 0,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Run the loop.
+        """Run the T iterations of each sequence.
 
         Args:
             state: initial state, (batch, sequence, dim), float32 or wider.
@@ -198,7 +198,7 @@ class RecurrentCore(nn.Module):
         return state if self.output_matrix is None else self.output_matrix(state)
 
     def _connected_coda_input(self, state: torch.Tensor) -> torch.Tensor:
-        """Return `coda_input` with a learned initial state in its graph, also where truncation cuts it off.
+        """Return `coda_input`, with the learned initial state kept in the graph even where truncation cuts it off.
 
         The gradient is zero then, but it exists: ranks must reduce the same parameters.
         """
@@ -210,6 +210,7 @@ class RecurrentCore(nn.Module):
     def _measure_iteration(
         self, monitor: CoreMonitor, indices: tuple[int, ...], previous: torch.Tensor, state: torch.Tensor
     ) -> None:
+        """Measure an iteration that went from `previous` to `state`, and later the gradient that arrives at `state`."""
         monitor.watch_gradient(indices, state)
         monitor.measure_iteration(indices, self.injection.collapse(previous), self.injection.collapse(state))
 

@@ -17,7 +17,9 @@ from megatron_rdt.model.norm import RMSNorm
 
 
 class Layer(nn.Module):
-    """The residual stream x keeps its (float32) dtype. With f the attention, then the feed-forward:
+    """Attention and feed-forward with one of three placements of norms; the residual stream x keeps its (float32) dtype.
+
+    With f the attention, then the feed-forward:
 
         pre       x = x + f(norm(x))
         sandwich  x = norm(x + f(norm(x)))      Huginn
@@ -95,7 +97,7 @@ class Layer(nn.Module):
         cache: KeyValueCache | None = None,
         slot: int = 0,
     ) -> torch.Tensor:
-        """Run the first part; return the residual stream after the attention."""
+        """Run the attention part; return the residual stream behind it."""
         if token_values is None:
             token_values = self.token_values(context)
         inner = self._normalize_input(self.attention_norm, x, context, modulations, 0)
@@ -103,7 +105,7 @@ class Layer(nn.Module):
         return self._add_to_stream(x, output, self.attention_outer_norm)
 
     def feed(self, x: torch.Tensor, context: LayerContext, modulations: Sequence[Modulation] | None) -> torch.Tensor:
-        """Run the second part; return the residual stream after the feed-forward."""
+        """Run the feed-forward part; return the residual stream behind it."""
         inner = self._normalize_input(self.feedforward_norm, x, context, modulations, 1)
         return self._add_to_stream(x, self.feedforward(inner), self.feedforward_outer_norm)
 
@@ -120,7 +122,7 @@ class Layer(nn.Module):
         modulations: Sequence[Modulation] | None,
         part: int,
     ) -> torch.Tensor:
-        """Return the input of part 0 or 1: the normalised, modulated stream in the compute dtype."""
+        """Return the input of part 0 (attention) or 1 (feed-forward): the normalised, modulated stream in the compute dtype."""
         x = norm(x)
         if modulations is not None:
             scale, shift = modulations[part]

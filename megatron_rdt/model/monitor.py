@@ -1,6 +1,4 @@
-"""Measurements of the loop while it trains. Nothing here changes a result, draws from a global generator, or
-communicates with another rank.
-"""
+"""Measurements of the loop while it trains. They change no result, draw from no global generator and need no other rank."""
 
 from collections.abc import Callable
 

@@ -173,8 +173,9 @@ class RecurrentDepthTransformer(nn.Module):
         is_padding = None if padding is None else columns < padding[:, None]
         runner = None
         if exit_rule is not None and exit_rule.kind != "fixed":
+            # Running tokens read the keys of stopped ones from the cache, so even a single pass needs one.
             cache = KVCache() if cache is None else cache
-            runner = self._adaptive_loop(exit_rule, plan, cache, is_padding, trace, targets)
+            runner = self._make_adaptive_loop(exit_rule, plan, cache, is_padding, trace, targets)
         elif trace is not None:
             trace.fill(plan.iterations, tokens, is_padding)
         self._check_cache(cache, start, plan, exit_rule)
@@ -187,6 +188,7 @@ class RecurrentDepthTransformer(nn.Module):
         seen = model_mask(self.config, tokens, start, dtype, cache is not None, documents, mask, self.token_split)
         rotary = rotary_tables(positions, self.config.rotary_dim, self.config.rope_base, dtype)
         context = LayerContext(rotary, seen, dtype, tokens, start, self.token_split)
+        # Cache slots are in the order of use: the prelude's, those of each iteration, the coda's; see `cache_slots`.
         for slot, layer in enumerate(self.prelude):
             x = layer(x, context, cache, slot)
         slot, budget = len(self.prelude), 0 if cache is None else cache.budget
@@ -203,7 +205,7 @@ class RecurrentDepthTransformer(nn.Module):
     if TYPE_CHECKING:  # nn.Module declares that a call returns Any
         __call__ = forward
 
-    def _adaptive_loop(
+    def _make_adaptive_loop(
         self,
         rule: ExitRule,
         plan: DepthPlan,

@@ -20,7 +20,7 @@ from megatron_rdt.parallel.context_parallel import ContextParallel
 from megatron_rdt.parallel.dtensor_views import shard_like
 from megatron_rdt.parallel.expert_parallel import expert_parameters, parallelize_experts, reduce_experts
 from megatron_rdt.parallel.mesh import Meshes, choose_sharded_dimension, make_meshes
-from megatron_rdt.parallel.tensor_parallel import parallelize
+from megatron_rdt.parallel.tensor_parallel import parallelize_tensors
 from megatron_rdt.parallel.torch_engine import TorchEngine
 
 
@@ -37,7 +37,7 @@ class FullyShardedEngine(TorchEngine):
         if self.meshes.expert is not None:
             parallelize_experts(model, self.meshes.expert)
         if self.meshes.tensor is not None:
-            parallelize(model, self.meshes.tensor)
+            parallelize_tensors(model, self.meshes.tensor)
         self._apply_fsdp(model)
         model.to_empty(device=self.device)
         self._initialize_shards(model)

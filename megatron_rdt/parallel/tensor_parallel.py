@@ -59,7 +59,7 @@ def split_dimension(name: str) -> int | None:
     return next((dim for pattern, dim in SPLIT_DIMENSIONS if re.search(pattern + "$", name)), None)
 
 
-def parallelize(model: RecurrentDepthTransformer, mesh: DeviceMesh) -> None:
+def parallelize_tensors(model: RecurrentDepthTransformer, mesh: DeviceMesh) -> None:
     """Split the model over a 1-D mesh, in place; it is on the meta device and not yet sharded.
 
     Experts that expert parallelism has distributed already (`exchange`) stay as they are: each rank sends them its tokens.

@@ -197,7 +197,7 @@ def test_cached_equals_uncached_in_chunks(
 ) -> None:
     config, always = dataclasses.replace(base, **options), absorbs == "always"
     if absorbs != "by cost":
-        monkeypatch.setattr(LatentAttention, "absorbs", lambda _, queries, keys: always and keys > queries)
+        monkeypatch.setattr(LatentAttention, "is_absorbing_cheaper", lambda _, queries, keys: always and keys > queries)
     model = randomize(RecurrentDepthTransformer(config))
     tokens = torch.randint(0, 31, (2, 90), generator=torch.Generator().manual_seed(0))
     cache, start, parts = KVCache(), 0, []
@@ -248,7 +248,7 @@ def test_decoding_expands_nothing_of_the_past() -> None:
     keys = past + 500
     chunk = config.heads * 500 * keys * (config.nope_dim + config.rope_dim + config.value_dim)
     assert count(500) == 2 * (500 * matrices + keys * expand + chunk)
-    assert not module.absorbs(past, past)
+    assert not module.is_absorbing_cheaper(past, past)
 
 
 PACKED = [

@@ -61,6 +61,6 @@ def test_latent_attention_equals_the_reference(
     mask = attention_mask(9, 0, config.window, None, x.device)
     expected = torch.stack([Reference(model).latent_attention(row, "core.layers.0.attention") for row in x])
     for absorbs in (False, True):
-        attention.absorbs = lambda queries, keys, absorbs=absorbs: absorbs
+        attention.is_absorbing_cheaper = lambda queries, keys, absorbs=absorbs: absorbs
         found = attention(x, LayerContext(tables, mask, x.dtype, torch.zeros(2, 9)))
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)

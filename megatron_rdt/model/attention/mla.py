@@ -69,10 +69,12 @@ class LatentAttention(nn.Module):
             (keys,) = cache.update(slot, context.start, keys)
         (keys,) = context.token_split.gather_keys(keys)
         mask, (keys,) = drop_keys_before_window(self.window, context.start, context.mask, keys)
-        attend_to = self._attend_absorbed if self.absorbs(x.shape[1], keys.shape[2]) else self._attend_expanded
+        attend_to = (
+            self._attend_absorbed if self.is_absorbing_cheaper(x.shape[1], keys.shape[2]) else self._attend_expanded
+        )
         return self.output(attend_to(nope, rope, keys, mask).transpose(1, 2).flatten(-2))
 
-    def absorbs(self, queries: int, keys: int) -> bool:
+    def is_absorbing_cheaper(self, queries: int, keys: int) -> bool:
         """Return True if attending to the latents, which are wider, costs less than expanding the cached positions."""
         spared = (keys - queries) * self.rank * (self.nope + self.value)
         added = queries * keys * (2 * self.rank - self.nope - self.value)

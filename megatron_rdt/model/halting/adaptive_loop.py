@@ -53,7 +53,7 @@ class AdaptiveLoop:
     def run(
         self, core: RecurrentCore, state: torch.Tensor, inputs: LoopInputs, first_slot: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Iterate from the expanded initial state (batch, sequence, ...).
+        """Run up to T iterations from the expanded initial state (batch, sequence, ...), without the tokens that stopped.
 
         Returns:
             The coda's input from each token's last iteration, (batch, sequence, dim), and, where the rule looks at
@@ -70,7 +70,10 @@ class AdaptiveLoop:
         active, part = ActiveTokens(running), inputs
         answers = logits = halted = new = None
         for t in range(self.loops):
-            slot, previous_slot = self._slot(core, first_slot, t), self._slot(core, first_slot, t - 1)
+            slot, previous_slot = (
+                self._iteration_slot(core, first_slot, t),
+                self._iteration_slot(core, first_slot, t - 1),
+            )
             cache: KeyValueCache = self.cache
             if not active.is_all:
                 cache = ActiveCache(self.cache, active, inputs.context.start, end, slot - previous_slot)
@@ -107,7 +110,7 @@ class AdaptiveLoop:
         assert answers is not None
         return core.coda_input(answers), {} if logits is None else {"logits": logits}
 
-    def _slot(self, core: RecurrentCore, first_slot: int, t: int) -> int:
+    def _iteration_slot(self, core: RecurrentCore, first_slot: int, t: int) -> int:
         """Return the first slot of iteration t."""
         return first_slot + t % (self.cache.budget or self.loops) * (len(core.layers) + self.coda_slots)
 
@@ -120,9 +123,9 @@ class AdaptiveLoop:
 
     def _fill_later_slots(self, core: RecurrentCore, first_slot: int, last: int, start: int, end: int) -> None:
         """Copy the keys and values of the last iteration run into the slots of those that were skipped."""
-        source = self._slot(core, first_slot, last)
+        source = self._iteration_slot(core, first_slot, last)
         for t in range(last + 1, min(self.loops, last + (self.cache.budget or self.loops))):
-            target = self._slot(core, first_slot, t)
+            target = self._iteration_slot(core, first_slot, t)
             for i in range(len(core.layers) + self.coda_slots):
                 self.cache.copy_slot(source + i, target + i, start, end)
 

@@ -105,7 +105,7 @@ class Criterion:
 
 
 class ChangeCriterion(Criterion):
-    """The state changes little."""
+    """Met where the state changes little."""
 
     def is_met(self, seen: IterationResult) -> torch.Tensor:
         """Return |h_t - h_(t-1)| < E |h_t|."""
@@ -113,7 +113,7 @@ class ChangeCriterion(Criterion):
 
 
 class SecondDifferenceCriterion(Criterion):
-    """The change of the state changes little."""
+    """Met where the change of the state changes little."""
 
     changes: torch.Tensor | None = None
 
@@ -129,7 +129,7 @@ class SecondDifferenceCriterion(Criterion):
 
 
 class DivergenceCriterion(Criterion):
-    """The prediction changes little and, for kl_entropy, has a low entropy."""
+    """Met where the prediction changes little and, for kl_entropy, has a low entropy."""
 
     before: torch.Tensor | None = None
 
@@ -151,7 +151,7 @@ class DivergenceCriterion(Criterion):
 
 
 class ActCriterion(Criterion):
-    """ACT's halting probabilities add up to the threshold."""
+    """Met where ACT's halting probabilities add up to the threshold."""
 
     def is_met(self, seen: IterationResult) -> torch.Tensor:
         """Return sum of the halting probabilities >= E."""
@@ -161,7 +161,7 @@ class ActCriterion(Criterion):
 
 
 class GateCriterion(Criterion):
-    """The exit gate's probability of having exited by now reaches the threshold."""
+    """Met where the exit gate's probability of having exited by now reaches the threshold."""
 
     left: torch.Tensor | None = None
 

@@ -14,7 +14,7 @@ from megatron_rdt.config import ModelConfig
 
 
 class HaltingUnit(nn.Module):
-    """sigmoid(w h + b), in float32 or wider: (batch, sequence, dim) -> (batch, sequence)."""
+    """The halting probability of each token, sigmoid(w h + b): (batch, sequence, dim) -> (batch, sequence)."""
 
     # About one token in twenty stops after the first iteration of an untrained model.
     INITIAL_VALUES: ClassVar[dict[str, float]] = {"weight": 0.0, "bias": -3.0}
@@ -25,7 +25,7 @@ class HaltingUnit(nn.Module):
         self.bias = nn.Parameter(torch.empty(1))
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:
-        """Return the halting probabilities."""
+        """Return the halting probabilities, float32 or wider."""
         wide = torch.promote_types(state.dtype, torch.float32)
         return torch.sigmoid(state.to(wide) @ self.weight.to(wide) + self.bias.to(wide))
 

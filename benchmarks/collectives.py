@@ -39,7 +39,7 @@ COLUMNS = {
 
 
 def run_worker(options: argparse.Namespace) -> None:
-    """Count as one of the processes; rank 0 writes the counts into the file of --worker."""
+    """Count the collectives of every engine as one of the ranks; rank 0 writes the counts into the file of --worker."""
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo")
     model = ModelConfig()
@@ -59,7 +59,7 @@ def run_worker(options: argparse.Namespace) -> None:
 
 
 def format_table(counted: dict[str, Any], loops: list[int]) -> str:
-    """Markdown: one line per engine and values of T that send the same."""
+    """Format a Markdown table: one line per engine and group of T values with the same collectives."""
     lines = [format_header(["Engine", "T", *COLUMNS, "other calls", "MB in all"], left=1)]
     for label in LABELS:
         rows: dict[str, list[int]] = {}

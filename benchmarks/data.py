@@ -54,7 +54,7 @@ def measure_wall(run: Callable[[], Any]) -> float:
 
 
 def measure_prep(folder: Path, options: argparse.Namespace) -> dict[str, float]:
-    """MB/s of text by program that turns it into tokens."""
+    """Measure MB/s of text from raw text to tokens; return it by name of the program."""
     import datasets
     import sentencepiece
 

@@ -134,7 +134,7 @@ class Bench:
 
 
 def measure_times(peer: Peer, options: argparse.Namespace) -> dict[str, Any]:
-    """Numbers of parameters, and by work one row per round: seconds of both sides and of the floor, and the rate."""
+    """Time every kind of work; return parameter counts and, per round, seconds of both sides, FLOP/s and the least seconds."""
     bench = Bench(peer, options, ("peer", "ours"))
     results: dict[str, Any] = {"parameters": bench.count_parameters(), "works": {}}
     for work in WORKS:
@@ -175,8 +175,8 @@ def measure_alone(options: argparse.Namespace, *case: str) -> Any:
     return run_fresh(__file__, *words, "--case", *case, return_freed_blocks=case[0] == "memory")
 
 
-def run_case(options: argparse.Namespace) -> Any:
-    """Measure what `--case` names."""
+def measure_case(options: argparse.Namespace) -> Any:
+    """Measure the case that --case names in this process; {"missing": reason} if the peer is not installed."""
     kind, name, *rest = options.case
     try:
         if kind == "times":
@@ -261,7 +261,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.case:
-        print(json.dumps(run_case(options)))
+        print(json.dumps(measure_case(options)))
         return
     if options.profile:
         for name in options.peers:

@@ -78,7 +78,7 @@ class OpenMythos(Peer):
         return model
 
     def count_extra_parameters(self, sizes: Sizes) -> int:
-        """Here the adapter's scales are a function of t, not a table; the loop index has a size; the step is per channel."""
+        """Count this project's extras: adapter scales as a function of t, the loop index's size, a step per channel."""
         adapter = FEATURES * RANK + RANK - MAX_LOOPS * RANK
         return adapter + sizes.dim // INDEX_CHANNELS_SHARE + sizes.dim - 1
 

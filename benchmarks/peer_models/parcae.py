@@ -65,7 +65,7 @@ class Parcae(Peer):
         return modeling.ModelingParcae(config).train()
 
     def count_extra_parameters(self, sizes: Sizes) -> int:
-        """Here the input has a gain per channel; there the step is the gain."""
+        """Count this project's extras: one input gain per channel, where Parcae uses the step."""
         return sizes.dim
 
     def runs(self, work: Work) -> bool:

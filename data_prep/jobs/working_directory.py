@@ -151,7 +151,7 @@ def hash_code(config: PrepConfig) -> dict[str, str]:
 def resume_working_directory(
     config: PrepConfig, root: Path, check_unused: Callable[[], None]
 ) -> tuple[WorkingDirectory | None, str]:
-    """Open the working directory that an earlier run left, if this one can continue with it.
+    """Open the working directory of an earlier run; or return None and the reason why this run cannot continue with it.
 
     Args:
         config: checked options.

@@ -30,7 +30,7 @@ _ROW_MASK = np.uint64(0xFFFFFFFF)
 
 
 def find_duplicates(scans: Sequence[Path], out: Path, bands: bool, bucket_rows: int = BUCKET_ROWS) -> dict[str, int]:
-    """Write for every part the rows that are duplicates.
+    """Write the row numbers of each part's duplicates to a file; return the numbers of exact and of near-duplicates.
 
     Memory is `bucket_rows` rows (about 150 bytes each) or the flags of the largest part, whatever the number of
     documents; near-duplicates are linked in files that the kernel keeps in memory as far as they fit, see `DisjointSets`.

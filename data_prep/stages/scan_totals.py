@@ -43,7 +43,7 @@ def sum_scans(work: WorkingDirectory) -> dict[str, Any]:
 
 
 def check_scan(work: WorkingDirectory) -> dict[str, Any]:
-    """Return the sums of the scans if the prep can continue with them.
+    """Return the sums of all scans; raise DataError or EmptySplitError if the prep cannot continue with them.
 
     Raises:
         DataError: too many records are bad.

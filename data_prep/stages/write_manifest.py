@@ -91,7 +91,7 @@ def write_manifest(work: WorkingDirectory, groups: list[dict[str, Any]], duplica
 
 
 def make_tokenizer_record(tokenizer: Tokenizer, **more: Any) -> dict[str, Any]:
-    """Return the manifest's fields about a tokenizer, which lies in a folder by itself; `more` joins its own record."""
+    """Return the manifest's fields about a tokenizer; `more` is added to the inner record "tokenizer"."""
     return {
         "vocab_size": tokenizer.vocab_size,
         "bos": tokenizer.bos,

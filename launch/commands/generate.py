@@ -114,7 +114,7 @@ def read_prompts(path: str | None) -> list[str]:
 
 
 def make_exit_rule(options: GenerateOptions) -> "ExitRule | None":
-    """Return the rule that --exit and its companions describe; None where it is fixed.
+    """Return the exit rule that --exit and its thresholds describe; None for --exit fixed, which runs every token T times.
 
     Raises:
         ConfigError: a threshold is missing, superfluous or out of range.

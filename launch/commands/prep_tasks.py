@@ -34,7 +34,7 @@ def tasks(words: list[str]) -> int:
     from data_prep.reasoning.examples import TEST, TRAIN, write_tasks
 
     options = parse_options("prep tasks", summary_of(tasks), TaskOptions, words, config_file=True, positional=False)
-    families, (easiest, hardest) = _check_options(options)
+    families, (easiest, hardest) = _parse_options(options)
     out = Path(options.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -52,8 +52,8 @@ def tasks(words: list[str]) -> int:
     return EXIT_OK
 
 
-def _check_options(options: TaskOptions) -> tuple[list, tuple[int, int]]:
-    """Return the tasks and their smallest and largest difficulty.
+def _parse_options(options: TaskOptions) -> tuple[list, tuple[int, int]]:
+    """Return the chosen tasks and their (easiest, hardest) difficulty; ConfigError if an option is wrong.
 
     Raises:
         ConfigError: an option is wrong; the message names the first one.

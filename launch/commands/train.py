@@ -16,7 +16,7 @@ def train(words: list[str]) -> int:
     known = options.nproc or _default_processes(config)
     check_config(config, known)
     check_paths(config)
-    processes = known or _one_per_gpu()  # imports torch, so only after the checks above
+    processes = known or _count_default_processes()  # imports torch, so only after the checks above
     check_config(config, processes)
     if not config.parallel.engine_kind.many_processes:
         from megatron_rdt.train.trainer import train as train_here
@@ -32,8 +32,8 @@ def _default_processes(config: RunConfig) -> int | None:
     return PROCESSES_ON_CPU if config.train.device == "cpu" else None
 
 
-def _one_per_gpu() -> int:
-    """Return the number of GPUs of this machine, or the number of processes for a machine without one."""
+def _count_default_processes() -> int:
+    """Return the number of GPUs of this machine; without a GPU, PROCESSES_ON_CPU."""
     import torch
 
     return torch.cuda.device_count() or PROCESSES_ON_CPU

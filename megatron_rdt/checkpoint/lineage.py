@@ -49,7 +49,7 @@ def list_complete_checkpoints(run_directory: Path) -> list[Path]:
 
 
 def _trace_lineage(manifests: dict[str, dict[str, Any]], rollback: dict[str, Any]) -> set[str]:
-    """Names of the head and those of its ancestors that still exist; `manifests` by checkpoint name."""
+    """Return the names of the checkpoint to continue from and of its ancestors that still exist; `manifests` by name."""
     name = max(manifests, key=lambda n: manifests[n]["sequence"], default=None)
     # A save after the rollback has a higher sequence than any before it, and is the head again.
     if name is not None and rollback and manifests[name]["sequence"] <= rollback["newest"]:

@@ -52,7 +52,7 @@ def _find_model_problems(model: ModelConfig) -> list[str]:
     if min(model.vocab_size, model.dim, model.core_layers, model.heads, model.kv_heads) < 1:
         return []  # out of range, and nothing can be divided by it
     # mla has fields of its own for the channels of a head.
-    return [*(_find_head_problems(model) if model.attention == "gqa" else []), *_find_part_problems(model)]
+    return [*(_find_head_problems(model) if model.attention == "gqa" else []), *_find_option_conflicts(model)]
 
 
 def _find_head_problems(model: ModelConfig) -> list[str]:
@@ -76,8 +76,8 @@ def _find_head_problems(model: ModelConfig) -> list[str]:
     return problems
 
 
-def _find_part_problems(model: ModelConfig) -> list[str]:
-    """Check fields of `model` that only go with some choices of another."""
+def _find_option_conflicts(model: ModelConfig) -> list[str]:
+    """Check fields of `model` that are valid only for certain values of another field."""
     problems = []
     if model.attention == "mla":
         if model.rope_dim % 2:

@@ -1,4 +1,4 @@
-"""Types of options as users see them: their placeholders in help, their words in messages, and lists of mappings."""
+"""Describe option types to users (placeholders in help, words in messages), and build dataclasses from lists of mappings."""
 
 import dataclasses
 import difflib

@@ -124,7 +124,7 @@ def _find_expert_problems(config: RunConfig) -> list[str]:
 
 
 def _find_uses_of_whole_sequences(config: RunConfig) -> list[str]:
-    """Check that nothing needs whole sequences on one process, or layers without communication, where there are none."""
+    """Check that samples, Jacobian monitor and compilation are off where tensor or context parallelism splits sequences."""
     axes = [f"parallel.{name} {size}" for name in ("tensor", "context") if (size := getattr(config.parallel, name)) > 1]
     problems = []
     if axes and config.sample.every:

@@ -54,7 +54,7 @@ def export_tokenizer(source: Path, out: Path) -> str:
 
 
 def _export_hugging_face(source: Path, out: Path) -> None:
-    """Copy the files, but name the class that uses tokenizer.json as it is: most classes rebuild it from parts.
+    """Copy the tokenizer's files, and set a tokenizer_class that loads tokenizer.json unchanged.
 
     Args:
         source: the checkpoint's tokenizer folder.

@@ -244,7 +244,7 @@ def _merge_field(name: str, parts: Mapping[int, Batch], sources: np.ndarray) -> 
 
 
 def _default_row(name: str, example: torch.Tensor) -> torch.Tensor:
-    """Return what None means in one row of a per-token field: all tokens count, positions 0, 1, ..."""
+    """Return the row that stands for a missing per-token field: every token counts, positions 0, 1, ..."""
     if name == "loss_mask":
         return torch.ones(example.shape[1:], dtype=torch.bool)
     assert name == "positions", f"either all corpora have {name}, or none has"

@@ -64,7 +64,7 @@ class PlanCounts:
 
 
 def cut_documents(starts: np.ndarray, lengths: np.ndarray, length: int) -> np.ndarray:
-    """Cut documents into pieces of at most `length` + 1 tokens, in their order.
+    """Cut documents into pieces of at most `length` + 1 tokens; return start, length and offset of each, PIECE (pieces,).
 
     Args:
         starts, lengths: first token and tokens of each document, int64 (documents,); an empty one has no piece.
@@ -137,7 +137,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def pack_shard(document_starts: np.ndarray, tokens: int, length: int) -> tuple[np.ndarray, np.ndarray, PlanCounts]:
-    """Compute the plan of one shard.
+    """Compute the plan of one shard: index of each row's first piece, the pieces row by row, and the plan's counts.
 
     Args:
         document_starts: first token of each document, int64 (documents,), ascending.

@@ -53,7 +53,7 @@ class SampleOrder:
         self._epochs: dict[int, tuple[KeyedPermutation, int]] = {}
 
     def with_number(self, number: int) -> "SampleOrder":
-        """Return the order of the same windows for another number of the corpus in the run."""
+        """Return the same order keyed by the corpus's number in the run, so that equal corpora are not visited in step."""
         return SampleOrder(*self._arguments, number)
 
     def window_starts(self, samples: np.ndarray) -> np.ndarray:

@@ -257,7 +257,7 @@ def read_held_out_windows(
     documents: bool = False,
     positions: bool = False,
 ) -> tuple[Batch, frozenset[int], int]:
-    """Read windows of a dataset's first rows, to validate on.
+    """Read validation windows from a dataset's first rows; return them, the hashes of their texts, and the number of rows.
 
     Returns:
         The windows, the hashes of their texts, which training skips wherever they occur, and the number of rows.

@@ -17,7 +17,7 @@ BITS = 52  # random bits of a draw; together with the half that is added, a floa
 
 
 def balanced_uniform(row: int, noise: int) -> float:
-    """A uniform number in (0, 1) for a row of the batch; aligned blocks of rows get nearly the same sum of T.
+    """Return a uniform number in (0, 1) for a row, stratified over rows so that the mean of T in a block varies little.
 
     The rows of a batch follow the van der Corput sequence, so every aligned block of 2^n rows has one number in each
     interval of length 2^-n. What is left is the deepest draw of each block; the others are mirrored within their

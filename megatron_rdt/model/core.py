@@ -99,7 +99,7 @@ class RecurrentCore(nn.Module):
         runner: LoopRunner | None = None,
         budget: int = 0,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Run the T iterations of each sequence.
+        """Run the loop; return the last states (batch, sequence, dim), and the outputs of trained halting by name.
 
         Args:
             state: initial state, (batch, sequence, dim), float32 or wider.

@@ -35,7 +35,7 @@ class VocabularyShards(Protocol):
 def _target_terms(
     logits: torch.Tensor, target: torch.Tensor, shards: VocabularyShards | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return the log-partition function and the target's logit, (tokens,) each, over the whole vocabulary.
+    """Return per token the log-partition function, the target's logit and column, and a mask of targets on this rank.
 
     Args:
         logits: (tokens, vocabulary), or this rank's part of the vocabulary.
@@ -148,7 +148,7 @@ def cross_entropy(
     z_weight: float = 0.0,
     shards: VocabularyShards | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the loss of predicting `targets` from softmax(apply_softcap(features W^T)).
+    """Return three sums over tokens: objective (with gradient), cross entropy, squared log-partition function.
 
     Args:
         features: (..., dim), in the compute dtype.

@@ -49,7 +49,7 @@ def loop_features(t: torch.Tensor) -> torch.Tensor:
 
 
 class SinusoidalSignal(nn.Module):
-    """A loop index on the first eighth of the channels, with a learned size."""
+    """Adds sinusoids of the iteration index, with learned amplitudes, to the first eighth of the channels."""
 
     INITIAL_VALUES: ClassVar[dict[str, float]] = {"size": 0.1}
 

@@ -17,7 +17,7 @@ from megatron_rdt.model.norm import RMSNorm
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward with one of three placements of norms; the residual stream x keeps its (float32) dtype.
+    """Transformer layer: attention, then feed-forward, each added to a float32 residual stream.
 
     With f the attention, then the feed-forward:
 

@@ -101,7 +101,7 @@ class MixtureOfExperts(nn.Module):
         self.exchange: RowExchange | None = None
 
     def reset_buffers(self) -> None:
-        """Set the values at the start of a run; on the meta device nothing happens."""
+        """Set the selection bias to zero and drop the routing counts, as at the start of a run."""
         self.selection_bias.zero_()
         self.routing_sums = None
 
@@ -158,7 +158,7 @@ class MixtureOfExperts(nn.Module):
 def rebalance(
     model: nn.Module, rate: float | torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor]
 ) -> dict[str, torch.Tensor] | None:
-    """Move every selection bias by `rate` towards an even load, and start counting anew.
+    """Move every selection bias by `rate` towards an even load, reset the counts, and return load and entropy by name.
 
     Args:
         model: any module that holds mixtures.

@@ -1,4 +1,4 @@
-"""The seam for parallelism inside a sequence: which tokens, and which part of the vocabulary, this rank computes.
+"""Interface for splitting a sequence over ranks: the tokens and the part of the vocabulary that this rank computes.
 
 The model asks its attribute `token_split` at the five points where a rank with only a part has to talk to others. Here
 is the implementation for a rank that has everything; `megatron_rdt.parallel` replaces it under tensor parallelism

@@ -22,7 +22,7 @@ KEYS = 2  # the dimension of (batch, heads, sequence, channels) that is gathered
 
 @functools.lru_cache(maxsize=8)
 def assign_positions(length: int, ranks: int, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Assign the positions of a sequence to ranks.
+    """Assign a sequence's positions to ranks; return each rank's, and the indices that put all ranks' tokens back in order.
 
     Args:
         length: tokens of the whole sequence, a multiple of twice the number of ranks.
@@ -61,11 +61,11 @@ class ContextSplitTokens(WholeTokens):
         return tuple(gather_for_split_work(each, KEYS, self.group).index_select(KEYS, order) for each in keys)
 
     def residual_part(self, values: torch.Tensor) -> torch.Tensor:
-        """Select from this rank's pieces, see `within`."""
+        """Delegate to `within`, the split of this rank's own tokens: select those whose residual stream is here."""
         return self.within.residual_part(values)
 
     def sum_over_tokens(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over this rank's pieces, see `within`."""
+        """Sum over this rank's tokens, with `within`, the split of these tokens by tensor parallelism or none."""
         return self.within.sum_over_tokens(values)
 
     def cross_entropy(
@@ -78,7 +78,7 @@ class ContextSplitTokens(WholeTokens):
         softcap: float = 0.0,
         z_weight: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the sums over this rank's pieces, see `within`."""
+        """Return the three sums of `cross_entropy` over this rank's tokens only, computed by `within`."""
         return self.within.cross_entropy(features, matrix, targets, weights=weights, softcap=softcap, z_weight=z_weight)
 
 

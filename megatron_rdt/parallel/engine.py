@@ -117,7 +117,7 @@ class Engine(ABC):
     def forward_backward(
         self, batch: Sequence[MicroBatch], monitor: CoreMonitor | None = None
     ) -> dict[str, torch.Tensor]:
-        """Accumulate the gradients of the mean objective per counted target of the global batch.
+        """Accumulate gradients over this rank's micro-batches; return each loss as the mean per counted target of all ranks.
 
         Args:
             batch: this rank's micro-batches, of whole sequences; every rank has the same number of them and of tokens.

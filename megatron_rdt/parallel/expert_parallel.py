@@ -43,7 +43,7 @@ def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def reduce_experts(model: nn.Module, losses: int, replicas: DeviceMesh | None) -> None:
-    """Turn the experts' gradients, sums over the tokens of all ranks, into those of the mean of `losses` losses.
+    """Divide the experts' gradients by `losses`, the number of ranks with a loss, and sum them over `replicas`.
 
     Args:
         model: after the backward pass of the last micro-batch.

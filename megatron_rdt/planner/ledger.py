@@ -33,7 +33,7 @@ class Ledger:
         self.held[kind] -= self.held[kind] if size is None else size
 
     def note_peak(self, moment: str, **extra: float) -> None:
-        """Record a peak if now is one, counting `extra` bytes that are held at this moment only, by kind with underscores."""
+        """Update the peak from the bytes held plus `extra`, temporary bytes by kind (keywords, underscores for spaces)."""
         total = self.total + sum(extra.values())
         if total > self.peak:
             self.peak, self.moment = total, moment

@@ -202,7 +202,7 @@ class StepReplay:
             ("attention", kept[0], attention_backward_bytes(shape)),
         ):
             ledger.note_peak(
-                f"backward, {unit}", working_memory=times * working + weights.pending_gradient_bytes(unit, part)
+                f"backward, {unit}", working_memory=times * working + weights.temporary_gradient_bytes(unit, part)
             )
             ledger.free(OUTSIDE, held)
             weights.add_gradients(f"{unit}.{part}")
@@ -226,7 +226,7 @@ class StepReplay:
                     ):
                         unit = f"core.layers.{i}"
                         extra = self.policy.transient_bytes(kept)
-                        temporary = weights.pending_gradient_bytes(unit, part, again=not last)
+                        temporary = weights.temporary_gradient_bytes(unit, part, again=not last)
                         if (
                             part == "feedforward" and model.core_ffn == "moe"
                         ):  # the experts' kept rows are freed by then

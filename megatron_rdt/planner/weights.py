@@ -38,7 +38,7 @@ class Weights:
         return [p for p in self.parameters if p.unit == unit]
 
     def hold_state(self) -> None:
-        """Enter what is held throughout the step: weights, optimizer state, buckets."""
+        """Record in the ledger the bytes held throughout the step: weights, optimizer state, DDP's buckets."""
         every = FLOAT32 * sum(p.local_size(self.layout) for p in self.parameters)
         state = FLOAT32 * sum(moments_per_weight(p, self.config.optimizer) * p.size for p in self.parameters)
         self.ledger.hold(WEIGHTS, every)
@@ -47,7 +47,7 @@ class Weights:
             self.ledger.hold(BUFFERS, every)  # DDP's buckets
 
     def begin_micro_batch(self, first: bool, last: bool, summed: bool) -> None:
-        """Note the beginning of a micro-batch; see the attributes."""
+        """Begin a micro-batch: note if it is the step's first or last; all gradients pend (`summed`: over iterations)."""
         self.first, self.last, self.summed = first, last, summed
         self.pending = {p.name for p in self.parameters}
 
@@ -58,22 +58,22 @@ class Weights:
         """Free a unit whose forward pass has ended; nothing to do for whole weights."""
 
     def add_gradients(self, *prefixes: str) -> None:
-        """Enter the gradients, just computed, of the pending parameters whose names begin with one of `prefixes`."""
+        """Record the gradients just computed: those of pending parameters whose names begin with one of `prefixes`."""
         done = {name for name in self.pending if name.startswith(prefixes)}
         self.pending -= done
         size = FLOAT32 * sum(p.local_size(self.layout) for p in self.parameters if p.name in done)
         self.hold_gradients(size, looped=self.summed and any(name.startswith("core.") for name in done))
 
     def hold_gradients(self, size: float, looped: bool) -> None:
-        """Enter gradients of `size` bytes; `looped`: the loop's, summed over iterations before they join earlier ones."""
+        """Record `size` bytes of gradients; `looped` ones need a sum of their own where gradients exist already."""
         # Autograd adds to gradients that exist in place, but sums those of several iterations before it does.
         if self.first:
             self.ledger.hold(GRADIENTS, size)
         elif looped:
             self.ledger.hold(SUMS, size)
 
-    def pending_gradient_bytes(self, unit: str, part: str, again: bool = False) -> float:
-        """Return the temporary bytes of the weight gradients of a part, besides the tensors that hold their sums.
+    def temporary_gradient_bytes(self, unit: str, part: str, again: bool = False) -> float:
+        """Return the bytes of a layer part's new weight gradients until they are added to the sums.
 
         Args:
             unit: a layer.
@@ -95,7 +95,7 @@ class Weights:
             self.ledger.free(SUMS)
 
     def step_optimizer(self) -> None:
-        """Clip and step; Muon has four temporary copies of its largest matrix, gradients are freed."""
+        """Note the peak of the optimizer step (Muon: four temporary copies of its largest matrix), then free the gradients."""
         biggest = max(FLOAT32 * p.size for p in self.parameters)
         muon = self.config.optimizer.name == "muon"
         self.ledger.note_peak("the optimizer", working_memory=4 * biggest if muon else 0.0)
@@ -125,7 +125,7 @@ class ShardedWeights(Weights):
         self.copies = 0.0 if gpu else 1.0
 
     def hold_state(self) -> None:
-        """Enter the shards of weights and optimizer state."""
+        """Record this process's shards of weights and optimizer state in the ledger."""
         shards = {p.name: FLOAT32 * p.padded_shard_size(self.layout, self.ranks) for p in self.parameters}
         self.ledger.hold(WEIGHTS, sum(shards.values()))
         self.ledger.hold(
@@ -173,7 +173,7 @@ class ShardedWeights(Weights):
             self._hold_gather_buffer(self.next_in_backward(unit))
 
     def _hold_gather_buffer(self, unit: str) -> None:
-        """Enter the buffer of a unit's gather instead of the last gather's; for "" enter none."""
+        """Replace the recorded gather buffer by that of `unit`; "" stands for no buffer."""
         self.ledger.free(BUFFERS, self.buffer)
         self.buffer, self.fetched = self.gathered_bytes(unit), unit
         self.ledger.hold(BUFFERS, self.buffer)
@@ -195,7 +195,7 @@ class ShardedWeights(Weights):
         self.ledger.free(CORE if unit == "core" else OTHER, self.gathered_bytes(unit))
 
     def hold_gradients(self, size: float, looped: bool) -> None:
-        """Enter unsharded gradients of `size` bytes, which wait for their reduction."""
+        """Record `size` bytes of unsharded gradients, held until they are reduced."""
         if self.first or self._reduces_every_micro_batch:
             self.ledger.hold(UNREDUCED, size)
         elif looped:
@@ -238,7 +238,7 @@ class ZeroWeights(Weights):
         self.copies = 0.0 if gpu else 1.0
 
     def hold_state(self) -> None:
-        """Enter shards of optimizer state, of gradients and weights at stage 3 (below it weights are whole), and the bucket."""
+        """Record shards of optimizer state, the bucket, and the weights: whole below stage 3, else shards, as are gradients."""
         every = FLOAT32 * sum(p.size for p in self.parameters)
         self.ledger.hold(WEIGHTS, every * (self.share if self.stage == 3 else 1))
         self.ledger.hold(OPTIMIZER, 3 * every * self.share)  # two moments and the copy of the weights
@@ -262,7 +262,7 @@ class ZeroWeights(Weights):
             self.ledger.free(CORE if unit == "core" else OTHER, self.whole_bytes(unit))
 
     def hold_gradients(self, size: float, looped: bool) -> None:
-        """Enter gradients of `size` bytes; from stage 2 on they are held only until their reduction."""
+        """Record `size` bytes of gradients; from stage 2 on they are held only until their reduction."""
         if self.stage == 1:
             super().hold_gradients(size, looped)
         else:
@@ -287,7 +287,7 @@ class ZeroWeights(Weights):
 def make_weights(
     config: RunConfig, layout: Layout, parameters: tuple[Parameter, ...], ledger: Ledger, gpu: bool
 ) -> Weights:
-    """Make the class that models how the run's engine holds its weights."""
+    """Create the model of memory that fits how the run's engine holds its weights."""
     engine = config.parallel.engine_kind
     kind = ZeroWeights if engine.zero_stage else ShardedWeights if engine.shards_parameters else Weights
     return kind(config, layout, parameters, ledger, gpu)

@@ -9,7 +9,7 @@ JACOBIAN_STEPS = 2
 
 
 class MonitorSchedule:
-    """Makes the monitor of each step, and counts the T drawn between two monitors of every iteration.
+    """Makes each step's monitor, and counts the T drawn since the last step whose monitor measured all iterations.
 
     Args:
         config: says how often to monitor.
@@ -30,7 +30,7 @@ class MonitorSchedule:
         return CoreMonitor(due[0], JACOBIAN_STEPS if due[1] else 0)
 
     def take_loop_shares(self, monitor: CoreMonitor) -> dict[str, float] | None:
-        """Return the share of each T in `drawn` and begin to count anew; None if `monitor` is not of every iteration."""
+        """Return the share of each T in `drawn` and reset it; None unless `monitor` measures all iterations."""
         if not monitor.per_iteration:
             return None
         total = self.drawn.total()

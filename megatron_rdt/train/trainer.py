@@ -233,7 +233,7 @@ class Trainer:
         self.engine.step(lr, finite)
         balance_rate = config.model.balance_rate * finite.double()
         experts = rebalance(self.engine.model, balance_rate, self.engine.sum_over_ranks)
-        depth = self._collect_loop_counts()
+        depth = self._recompute_loop_counts()
         tokens_before = self.consumed * config.train.sequence_length
         self.step += 1
         self.consumed += config.train.global_batch
@@ -262,8 +262,8 @@ class Trainer:
         """Pair some rows of a batch with their depth plan."""
         return MicroBatch(rows, self.sampler.plan(self.step, rows.samples, rows.batch_rows))
 
-    def _collect_loop_counts(self) -> dict[str, Any]:
-        """Fields of the step's record about T, over the sequences of all ranks: drawn again here, so none is asked."""
+    def _recompute_loop_counts(self) -> dict[str, Any]:
+        """Return the step record's fields about T of all ranks' sequences, redrawn here without communication."""
         train = self.config.train
         plan = DepthPlan(
             self.sampler.draw_loops(self.step, range(train.global_batch), train.micro_batch),

@@ -66,7 +66,7 @@ def train_tokenizer(texts: Iterable[str], config: PrepConfig) -> bytes:
     """
     check_special_tokens(config.special_tokens)
     # A unigram model needs the characters of its special pieces as pieces of their own, so that a text which spells
-    # a special token is never encoded to it; see `is_on_grid`.
+    # a special token is never encoded to it; see `may_split_texts`.
     required = "".join(sorted({*BYTE_PIECE_CHARACTERS, *"".join(CONTROL_PIECES + config.special_tokens)}))
     model = io.BytesIO()
     try:

@@ -57,7 +57,7 @@ def hash_file(path: str | os.PathLike[str], inspect: Callable[[int, bytes], None
 
 
 def hash_shard(prefix: str | os.PathLike[str]) -> dict[str, Any]:
-    """Hash the files of a finished shard and write their block hashes beside them.
+    """Hash a finished shard's files, write their block hashes, and return size and SHA-256s for the manifest.
 
     Returns:
         Fields for the shard's record in the manifest: bin_bytes, bin_sha256, idx_sha256 and, where there is a mask,

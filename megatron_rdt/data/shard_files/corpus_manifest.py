@@ -82,7 +82,7 @@ class CorpusManifest:
                 yield split, record
 
     def verify(self, level: str = "size") -> None:
-        """Compare the files with the manifest.
+        """Compare files with the manifest, by size or (`level` "full") by hash; DataError names the first difference.
 
         Args:
             level: "size" compares the tokenizer, and the sizes and headers of the shards; "full" also reads and hashes

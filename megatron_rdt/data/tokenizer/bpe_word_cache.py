@@ -25,7 +25,7 @@ ENTRY_BYTES = 230  # of a cached word without its characters and ids: two object
 
 
 class WordCache:
-    """Encodes texts with a BPE model none of whose pieces matches CROSSING, and caches the ids of words.
+    """Encodes texts word by word with a BPE model none of whose pieces crosses a word boundary; caches the words' ids.
 
     The model must not normalise text, and must have byte fallback: without it, neighbouring unknown characters become one
     id even across words. Several threads may use one cache. It holds about CACHE_BYTES, plus the words of one call.

@@ -109,7 +109,7 @@ class HuggingFaceBackend:
 
 
 def _read_named_tokens(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """Read the tokens that the settings in the folder of a tokenizer.json name.
+    """Read a tokenizer's settings; return the spellings of BOS, EOS and PAD by name, and those of the added tokens.
 
     Returns:
         The spellings of bos_token, eos_token and pad_token, as far as they are named, and those of the tokens that

@@ -43,7 +43,7 @@ class SentencePieceBackend:
         self.kind = KINDS[model.trainer_spec.model_type]
         self.fingerprint = hash_model(model)
         self.specials = [piece.piece for piece in model.pieces if piece.type in (CONTROL, UNKNOWN)]
-        self._splits_texts = is_on_grid(model)
+        self._splits_texts = may_split_texts(model)
         self._word_cache = WordCache(self.processor) if encodes_words_independently(model) else None
 
     def encode(self, text: str) -> np.ndarray:
@@ -100,8 +100,8 @@ def is_lossless(model: Any) -> bool:
     return not (spec.precompiled_charsmap or spec.add_dummy_prefix or spec.remove_extra_whitespaces)
 
 
-def is_on_grid(model: Any) -> bool:
-    """Return True if a ModelProto is a unigram model with exact sums, whose texts may be split by `split_text`.
+def may_split_texts(model: Any) -> bool:
+    """Return True if a ModelProto is a unigram model that encodes parts of a text independently.
 
     It has to be lossless and without user-defined pieces, whose scores are not on the grid. No piece may cross a boundary of
     `segment_pattern`. Every character of a special piece must be a piece too, so that no text has to be read as the
@@ -134,7 +134,7 @@ def encodes_words_independently(model: Any) -> bool:
 
 
 def segment_pattern(space: str) -> str:
-    """Build the regular expression of a text's segments, for `re` and for the tokenizers library.
+    """Build the regular expression of one segment: a digit, line break or tab, or spaces (`space`) and the text after them.
 
     Segments end before spaces, around digits, line breaks and tabs, and after SPLIT_LENGTH characters without any of them.
 

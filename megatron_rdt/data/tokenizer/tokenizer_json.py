@@ -11,7 +11,7 @@ from megatron_rdt.data.tokenizer.sentencepiece_backend import (
     UNKNOWN,
     USER_DEFINED,
     is_lossless,
-    is_on_grid,
+    may_split_texts,
     parse_model,
     segment_pattern,
 )
@@ -32,7 +32,7 @@ def build_tokenizer_json(model: bytes) -> dict[str, Any] | None:
     kind = KINDS[parsed.trainer_spec.model_type]
     if kind == "spm-bpe" and is_lossless(parsed) and not _has_piece_matching(parsed, f"[^{SPACE}]{SPACE}"):
         return _build_document(parsed, f"{SPACE}*[^{SPACE}]+|{SPACE}+", _build_bpe(parsed))
-    if is_on_grid(parsed):
+    if may_split_texts(parsed):
         return _build_document(parsed, segment_pattern(SPACE), _build_unigram(parsed))
     return None
 

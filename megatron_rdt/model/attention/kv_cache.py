@@ -16,7 +16,7 @@ class KeyValueCache(Protocol):
 
 
 class DepthCache(KeyValueCache, Protocol):
-    """The part of a cache that the model uses: length and slots tell whether a call continues the cached text.
+    """Interface of a cache that the model uses: slots and length too, which tell if a call continues the cached text.
 
     Attributes:
         budget: number of iterations that have slots of their own; 0 means all.

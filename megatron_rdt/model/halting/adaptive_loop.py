@@ -53,7 +53,7 @@ class AdaptiveLoop:
     def run(
         self, core: RecurrentCore, state: torch.Tensor, inputs: LoopInputs, first_slot: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Run up to T iterations from the expanded initial state (batch, sequence, ...), without the tokens that stopped.
+        """Iterate each token until it meets the rule; return the coda's input, and the logits if the rule needs them.
 
         Returns:
             The coda's input from each token's last iteration, (batch, sequence, dim), and, where the rule looks at

@@ -21,7 +21,7 @@ from megatron_rdt.model.injection.diagonal import DiagonalDecay
 
 
 def _initial_mix_logits(shape: torch.Size) -> torch.Tensor:
-    """Return logits of P with which each lane keeps about half of itself at first."""
+    """Return initial logits of the lane-mixing matrix P, by which each lane keeps about half of itself."""
     return torch.eye(shape[0]) * 1.0
 
 

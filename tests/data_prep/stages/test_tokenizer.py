@@ -23,7 +23,7 @@ from data_prep.stages.tokenizer.write_tokenizer import (
     write_tokenizer,
 )
 from megatron_rdt.data import IndexedDataset, Tokenizer, load_manifest
-from megatron_rdt.data.tokenizer.sentencepiece_backend import GRID, is_on_grid, parse_model
+from megatron_rdt.data.tokenizer.sentencepiece_backend import GRID, may_split_texts, parse_model
 from megatron_rdt.errors import ConfigError, DataError
 
 BPE = PrepConfig(vocab_size=400, tokenizer_sample_bytes=100_000)
@@ -63,17 +63,17 @@ def test_bpe_does_not_depend_on_threads(texts: list[str], tmp_path: Path, monkey
 
 def test_a_unigram_model_is_on_the_grid(texts: list[str]) -> None:
     model = parse_model(train_tokenizer(texts, UNIGRAM))
-    assert is_on_grid(model)
+    assert may_split_texts(model)
     normal = [(-piece.score, piece.piece) for piece in model.pieces if piece.type == 1 and piece.piece not in "\n\t"]
     assert normal == sorted(normal)
     assert {"\n", "\t"} < {piece.piece for piece in model.pieces if piece.type == 1}
     model.pieces[-1].score += 0.3 / GRID
-    assert not is_on_grid(model)
+    assert not may_split_texts(model)
     model.pieces[-1].score -= 0.3 / GRID
-    assert is_on_grid(model)
+    assert may_split_texts(model)
     for name in ("a\u2581b", "x1", "\n\n", "\t "):
         model.pieces[-1].piece = name
-        assert not is_on_grid(model), name
+        assert not may_split_texts(model), name
 
 
 def test_special_tokens_are_an_option(texts: list[str], tmp_path: Path) -> None:

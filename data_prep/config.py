@@ -97,6 +97,11 @@ def check_prep(config: PrepConfig) -> None:
         raise ConfigError(f"out is {config.out!r}, it must end with the name of a directory. Set --out.")
     if not config.sources:
         raise ConfigError("sources is empty. Name files, folders, hf:NAME or stdlib in --sources.")
+    for name in ("sources", "valid_sources"):
+        if not all(getattr(config, name)):
+            raise ConfigError(
+                f"{name} has an empty entry, which would be the working directory. Remove it from --{name}."
+            )
     for source in config.valid_sources:
         if source in config.sources:
             raise ConfigError(f"{source} is in sources and in valid_sources. Keep it in one of them.")

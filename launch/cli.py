@@ -1,6 +1,7 @@
 """The `rdt` command: finds the command that was typed, runs it, and turns failures into messages and exit statuses."""
 
 import difflib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from launch.commands.submit import submit
 from launch.commands.train import train
 from launch.failures import EXIT_INTERRUPTED, explain
 from launch.single_process import refuse_copies
+from megatron_rdt.config.option_texts import check_words
 from megatron_rdt.environment import quiet_libraries
 from megatron_rdt.errors import EXIT_OK, EXIT_USAGE
 
@@ -68,6 +70,7 @@ def run_command(words: list[str]) -> int:
         return EXIT_USAGE
     quiet_libraries()
     try:
+        check_words(words)
         refuse_copies(words)
         return COMMANDS[name](rest)
     except KeyboardInterrupt:
@@ -85,6 +88,8 @@ def run_command(words: list[str]) -> int:
 
 def main() -> int:
     """Entry point of `rdt`."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not encode every character or file name
     try:
         try:
             return run_command(sys.argv[1:])

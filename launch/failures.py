@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rdt.errors import LaunchError, RdtError
-from megatron_rdt.files import is_disk_full, write_text
+from megatron_rdt.files import escape_invalid_utf8, is_disk_full, write_text
 
 EXIT_INTERRUPTED = 130  # as a shell reports SIGINT
 NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
@@ -29,6 +29,10 @@ def explain(error: BaseException) -> RdtError | None:
         return RdtError(f"the disk is full ({first}). Free space and start again.")
     if isinstance(error, OSError) and error.filename and (error.errno in NO_ACCESS or _is_kernel_path(error.filename)):
         return RdtError(f"{error.filename}: {error.strerror}. Choose a path that you can read and write.")
+    if isinstance(error, UnicodeEncodeError) and escape_invalid_utf8(error.object) != error.object:
+        return RdtError(
+            f"{escape_invalid_utf8(error.object)} is not valid UTF-8. Rename the file or folder that has such a name."
+        )
     # Compared by name, so that nothing here imports PyTorch.
     if name == "OutOfMemoryError":
         return RdtError(

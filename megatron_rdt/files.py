@@ -10,6 +10,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -23,6 +24,19 @@ HASH_CHUNK_BYTES = 1 << 22
 LOCK_POLL_S = 0.2
 LOW_DISK_BYTES = 64 << 20
 NO_SPACE = os.strerror(errno.ENOSPC)  # the words in errors of libraries that have no errno
+
+
+def escape_invalid_utf8(text: str | os.PathLike[str]) -> str:
+    """Return a path, or a message that has one, with each byte that is not UTF-8 as `\\xe9`, so that it can be printed.
+
+    Python keeps such bytes of file names as lone surrogates, which can be neither printed nor written as UTF-8.
+    """
+
+    def escape(match: re.Match[str]) -> str:
+        code = ord(match[0])
+        return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
+
+    return re.sub("[\ud800-\udfff]", escape, os.fspath(text))
 
 
 def fsync_directory(directory: str | os.PathLike[str]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from launch.command_options import parse_options, summary_of
+from megatron_rdt.config.option_texts import MAY_BE_EMPTY
 from megatron_rdt.config.sampling import check_sampling
 from megatron_rdt.errors import EXIT_OK, ConfigError
 
@@ -22,7 +23,7 @@ class GenerateOptions:
 
     checkpoint: str
     """Checkpoint, run directory (its newest checkpoint), or folder that `rdt convert --to hf` wrote."""
-    prompt: str = "def "
+    prompt: str = field(default="def ", metadata={MAY_BE_EMPTY: True})
     """Text to continue; may be given several times."""
     prompts: str | None = None
     """File of further texts to continue, one per line, UTF-8; empty lines are skipped."""

@@ -1,6 +1,5 @@
 """`rdt prep show`: windows or whole documents of a corpus, as text."""
 
-import io
 import sys
 from dataclasses import dataclass, field
 from typing import Literal
@@ -39,8 +38,6 @@ def show(words: list[str]) -> int:
     from data_prep import show_corpus
     from megatron_rdt.data.shard_files.corpus_manifest import load_manifest
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not encode every character
     style = show_corpus.Style(sys.stdout.isatty(), options.ids)
     for line in show_corpus.describe_corpus(load_manifest(options.directory)):
         print(style.format_heading(line))

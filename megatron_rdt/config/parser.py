@@ -6,6 +6,8 @@ The words of the command line are normalised first, so that all commands follow 
 - `--a-b` becomes `--a_b`, and `--a b` becomes `--a=b`;
 - a boolean option needs no value: `--dry_run` becomes `--dry_run=true`;
 - a list needs no brackets, `1,4` becomes `[1,4]`, unless it is a list of mappings;
+- an empty text is refused unless it is the option's default: a shell makes one of a variable that is not set, and as a path
+  it would be the working directory;
 - files are moved to the front, so that an option overrides them in any order.
 """
 
@@ -24,6 +26,7 @@ import docstring_parser
 import jsonargparse
 import yaml
 
+from megatron_rdt.config.option_texts import MAY_BE_EMPTY, check_words, refuse_empty_texts
 from megatron_rdt.config.option_types import (
     TYPE_WORDS,
     describe_type,
@@ -36,6 +39,7 @@ from megatron_rdt.config.yaml_files import read_mapping
 from megatron_rdt.errors import ConfigError
 
 T = TypeVar("T")
+NOTHING = '""'  # YAML of an empty text
 HELP_COLUMN, HELP_WIDTH = 30, 110
 
 
@@ -111,13 +115,19 @@ def _add_fields(parser: Any, group: Any, schema: type, prefix: str, positional: 
             title = f"{name}: {_summary_line(kind)}"  # type: ignore[arg-type]
             _add_fields(parser, parser.add_argument_group(title), kind, f"{name}.", positional)  # type: ignore[arg-type]
         elif default is dataclasses.MISSING and positional:
-            group.add_argument(name, type=kind, metavar=name.upper(), help=texts[field.name])
+            action = group.add_argument(name, type=kind, metavar=name.upper(), help=texts[field.name])
         elif default is dataclasses.MISSING:
-            group.add_argument(f"--{name}", type=kind, required=True, metavar=metavar(kind), help=texts[field.name])
+            action = group.add_argument(
+                f"--{name}", type=kind, required=True, metavar=metavar(kind), help=texts[field.name]
+            )
         else:
             # `read_entries` checks the entries of such a list, with better messages than jsonargparse.
             typed = list[dict[str, Any]] if entry_schema(kind) else kind
-            group.add_argument(f"--{name}", type=typed, default=default, metavar=metavar(kind), help=texts[field.name])
+            action = group.add_argument(
+                f"--{name}", type=typed, default=default, metavar=metavar(kind), help=texts[field.name]
+            )
+        if field.metadata.get(MAY_BE_EMPTY):
+            setattr(action, MAY_BE_EMPTY, True)
 
 
 def _default_of(field: dataclasses.Field) -> Any:
@@ -142,7 +152,8 @@ def parse(
     """Parse command-line words into an instance of `schema`; return it and the raw values of every option.
 
     Raises:
-        ConfigError: an unknown key, a wrong type, or a missing or superfluous word or file; the message names it.
+        ConfigError: an unknown key, a wrong type, an empty entry, or a missing or superfluous word or file; the message
+            names it.
     """
     kinds = option_kinds(schema)
     joined = join_words(parser, schema, words)
@@ -152,6 +163,7 @@ def parse(
         raw = parser.parse_args(joined)
     except (jsonargparse.ArgumentError, TypeError, ValueError, OSError) as error:
         raise ConfigError(_rephrase_error(str(error), kinds, sources)) from None
+    refuse_empty_texts(parser, raw, kinds, sources)
     instance = _build_instance(schema, raw, sources)
     if getattr(raw, "print_config", False):
         print(dump(instance), end="")
@@ -198,6 +210,7 @@ def join_words(parser: jsonargparse.ArgumentParser, schema: type, words: Sequenc
     Raises:
         ConfigError: an option that does not exist, or one without its value.
     """
+    check_words(words)
     kinds = option_kinds(schema)
     actions = {spelling[2:]: action for action in parser._actions for spelling in action.option_strings}
     joined, left = [], deque(words)
@@ -235,11 +248,16 @@ def join_words(parser: jsonargparse.ArgumentParser, schema: type, words: Sequenc
 
 
 def _add_brackets(value: str, kind: Any) -> str:
-    """Turn `a,b` into the list that YAML reads, `[a,b]`, if the option is a list and has no brackets yet."""
-    if typing.get_origin(kind) is not list or value.lstrip().startswith("[") or entry_schema(kind):
+    """Turn `a,b` into the list that YAML reads, `[a,b]`, if the option is a list and has no brackets yet.
+
+    An empty entry stays one, for `refuse_empty_texts`: YAML would drop it after the last comma, or read it as null.
+    """
+    if typing.get_origin(kind) is not list or entry_schema(kind):
         return value
-    parts = [part.strip() for part in value.split(",")] if value else []
-    return json.dumps(parts) if typing.get_args(kind) == (str,) else f"[{', '.join(parts)}]"
+    if value.lstrip().startswith("["):
+        return re.sub(r",\s*\]\s*$", ', ""]', value)
+    parts = [part.strip() for part in value.split(",")]
+    return json.dumps(parts) if typing.get_args(kind) == (str,) else f"[{', '.join(part or NOTHING for part in parts)}]"
 
 
 def _check_key(key: str, names: Iterable[str], where: str) -> None:
@@ -288,7 +306,7 @@ def _find_sources(parser: jsonargparse.ArgumentParser, schema: type, joined: Seq
     takes_files = any(isinstance(action, jsonargparse.ActionConfigFile) for action in parser._actions)
     for word in joined:
         name, _, value = word.removeprefix("--").partition("=")
-        sources[name] = f"option --{name}"
+        sources[name.removesuffix("+")] = f"option --{name}"
         if name == "config" and takes_files:
             sources |= {key: f"{value}: key {key}" for key in _read_keys(value, option_kinds(schema))}
     return sources

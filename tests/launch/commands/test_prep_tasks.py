@@ -49,14 +49,16 @@ def test_one_difficulty_no_test_and_duplicates(tmp_path: Path) -> None:
 
 
 REFUSED = [
-    (["--task="], "task is empty. Set --task to one or several tasks, such as hops,addition."),
+    (["--task="], "option --task is empty. Give it a value"),
+    (["--task=[]"], "task is empty. Set --task to one or several tasks, such as hops,addition."),
     (
         ["--task=hops,addition,hops"],
         "task hops,addition,hops has a task that is given twice. Give each once in --task.",
     ),
     (["--task=jumps"], "there is no task 'jumps'"),
     (["--difficulty=1,2,3"], "difficulty has 3 numbers. Set --difficulty to one, or to a range: 1,8."),
-    (["--difficulty="], "difficulty has 0 numbers"),
+    (["--difficulty="], "option --difficulty needs a list of whole numbers such as 1,4, not one that holds ''"),
+    (["--difficulty=[]"], "difficulty has 0 numbers"),
     (["--difficulty=4,2"], "difficulty 4,2 is not a range"),
     (["--difficulty=16"], "hops has difficulties up to 15, not 16"),
     (["--count=0"], "count is 0, it must be at least 1. Set --count."),

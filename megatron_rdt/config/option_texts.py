@@ -1,0 +1,80 @@
+"""Checks of the texts in options: none is empty by accident, and all words of a command line are valid UTF-8."""
+
+import argparse
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jsonargparse
+
+from megatron_rdt.config.option_types import entry_schema
+from megatron_rdt.errors import ConfigError
+from megatron_rdt.files import escape_invalid_utf8
+
+MAY_BE_EMPTY = "may_be_empty"  # metadata of a field whose command says by itself what is wrong with an empty text
+
+
+def check_words(words: Iterable[str]) -> None:
+    """Raise ConfigError naming the first word of a command line that is not valid UTF-8."""
+    for word in words:
+        try:
+            word.encode("utf-8")
+        except UnicodeEncodeError:  # Python keeps bytes that are not UTF-8 as lone surrogates
+            raise ConfigError(
+                f"the word {escape_invalid_utf8(word)} is not valid UTF-8. Rename a file that has such a name, or name the "
+                "folder that it lies in."
+            ) from None
+
+
+def refuse_empty_texts(
+    parser: jsonargparse.ArgumentParser,
+    values: jsonargparse.Namespace,
+    kinds: Mapping[str, Any],
+    sources: Mapping[str, str],
+) -> None:
+    """Refuse empty texts in all options, those in lists and in lists of mappings too.
+
+    An option whose default is an empty text may be empty: its command takes that for "none".
+
+    Args:
+        parser: has the options and their defaults.
+        values: of the options, by name.
+        kinds: their types.
+        sources: the option, or the file and key, that gave each; for messages.
+
+    Raises:
+        ConfigError: a text is empty; the message names the option.
+    """
+    for action in parser._actions:
+        value, where = values.get(action.dest), sources.get(action.dest, action.dest)
+        is_default = action.default == "" or hasattr(action, MAY_BE_EMPTY)
+        for text, inside, may_be_empty in _iterate_texts(value, is_default, entry_schema(kinds.get(action.dest))):
+            if not text and not may_be_empty:
+                raise ConfigError(_empty_text_message(action, value, where, inside))
+
+
+def _empty_text_message(action: argparse.Action, value: Any, where: str, inside: str) -> str:
+    """Return the message for an empty text: the whole value of an option, or one `inside` it."""
+    if value == [""]:
+        return f"{where} is empty. Give it a value, or write [] for a list without entries."
+    if isinstance(value, list):
+        return f"{where}{inside} is empty. Give it a value, or remove the entry."
+    is_required = action.required or not action.option_strings
+    return f"{where} is empty. {'Give it a value.' if is_required else 'Give it a value, or omit it.'}"
+
+
+def _iterate_texts(value: Any, may_be_empty: bool, schema: type | None) -> Iterator[tuple[str, str, bool]]:
+    """Yield each text of an option's value, its position within the value in words, and True if it may be empty.
+
+    Args:
+        value: a text, a list of texts, or a list of mappings; anything else has no texts.
+        may_be_empty: of a text that is not in a list.
+        schema: dataclass of the mappings.
+    """
+    if isinstance(value, str):
+        yield value, "", may_be_empty
+    defaults = {field.name: field.default for field in dataclasses.fields(schema)} if schema else {}
+    for number, entry in enumerate(value if isinstance(value, list) else (), 1):
+        for key, inner in entry.items() if isinstance(entry, Mapping) else (("", entry),):
+            if isinstance(inner, str):
+                yield inner, f": {f'{key} of ' if key else ''}entry {number}", defaults.get(key) == ""

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rdt.data.shard_files.corpus_manifest import CorpusManifest
-from megatron_rdt.data.shard_files.indexed import IndexedDataset
+from megatron_rdt.data.shard_files.indexed import RESTORE, IndexedDataset
 from megatron_rdt.errors import DataError
 from megatron_rdt.files import TEMPORARY_SUFFIX, atomic_open, hold_lock, sha256_of
 
@@ -168,7 +168,8 @@ def plan_path(manifest: CorpusManifest, split: str, shard: str, length: int) -> 
 class PackingPlan:
     """Reads the plan of one shard, row by row; opening reads the header only, whatever the number of rows.
 
-    The file is opened again for the first row that is read and stays open until `close`.
+    The file is opened again for the first row that is read, stays open until `close`, and must then have the same header,
+    which holds the hashes of the shard and of the rows.
 
     Args:
         manifest: of the corpus.
@@ -189,13 +190,14 @@ class PackingPlan:
         self._descriptor: int | None = None
         try:
             with open(self.path, "rb") as file:
-                header, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
+                self._header, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
         except FileNotFoundError:
             raise DataError(f"{self.path} does not exist. {self._remedy}") from None
-        self._check_header(header, size, shard)
+        self._check_header(size, shard)
 
-    def _check_header(self, header: bytes, size: int, shard: dict[str, Any]) -> None:
+    def _check_header(self, size: int, shard: dict[str, Any]) -> None:
         """Set the counts from the header; DataError if it does not fit the file's size or the shard."""
+        header = self._header
         if len(header) < HEADER.size or header[:8] != MAGIC:
             raise DataError(f"{self.path} is not a packing plan. {self._remedy}")
         _, version, length, bin_hash, idx_hash, self._body_hash, *counts = HEADER.unpack(header)
@@ -235,11 +237,27 @@ class PackingPlan:
     def _read_array(self, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
         """Read `count` values from a byte offset of the file on; DataError if it ends before."""
         if self._descriptor is None:
-            self._descriptor = os.open(self.path, os.O_RDONLY)
+            self._descriptor = self._open_again()
         content = os.pread(self._descriptor, count * dtype.itemsize, offset)
         if len(content) != count * dtype.itemsize:
             raise DataError(f"{self.path} ends early: it changed while in use. {self._remedy}")
         return np.frombuffer(content, dtype)
+
+    def _open_again(self) -> int:
+        """Open the file and return its descriptor; DataError if it is not the plan whose header was read."""
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise DataError(
+                f"{self.path} was removed while it was being read. {RESTORE} If the corpus is the same: {self._remedy}"
+            ) from None
+        if os.pread(descriptor, HEADER.size, 0) != self._header:
+            os.close(descriptor)
+            raise DataError(
+                f"{self.path} is not the plan that was there before: the corpus was replaced while it was being read. "
+                f"{RESTORE}"
+            )
+        return descriptor
 
     def close(self) -> None:
         """Close the file."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rdt.data.hugging_face import PREFIX
+from megatron_rdt.data.shard_files.file_identity import FileIdentity, identify_file
 from megatron_rdt.data.shard_files.indexed import CODES, REBUILD, IndexedDataset, prefix_path
 from megatron_rdt.data.tokenizer.base import Tokenizer
 from megatron_rdt.environment import usable_cores
@@ -38,10 +39,13 @@ class CorpusManifest:
     Attributes:
         directory: of the corpus.
         document: the JSON document.
+        identity: of the file that `load_manifest` read; None for a document that is not from a file.
+        shard_identities: of each shard's files, by the shard's path prefix, when `verify` or `Shards` opened it first.
     """
 
-    def __init__(self, directory: Path, document: dict[str, Any]) -> None:
-        self.directory, self.document = directory, document
+    def __init__(self, directory: Path, document: dict[str, Any], identity: FileIdentity | None = None) -> None:
+        self.directory, self.document, self.identity = directory, document, identity
+        self.shard_identities: dict[str, list[FileIdentity]] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -120,11 +124,23 @@ class CorpusManifest:
         shards = [(self.directory / split / record["name"], record) for split, record in self.shard_records()]
         for prefix, record in shards:
             self._verify_shard_size(prefix, record)
+        self._check_not_replaced()
         if level == "full":
             with ThreadPoolExecutor(usable_cores()) as pool:  # hashing releases the GIL
-                for message in pool.map(lambda shard: _changed_file_message(*shard), shards):
-                    if message:
-                        raise DataError(message)
+                for path in pool.map(lambda shard: find_changed_file(*shard), shards):
+                    if path is not None:
+                        raise DataError(
+                            f"{path} has other content than was written; `rdt prep verify` finds where. {REBUILD}"
+                        )
+
+    def _check_not_replaced(self) -> None:
+        """Raise DataError if there is another manifest now than when this one was read."""
+        # A corpus is replaced as a whole: files that lay beside this manifest before and after belong to it.
+        file = self.directory / MANIFEST
+        if self.identity is None or (file.is_file() and identify_file(file).is_same_file(self.identity)):
+            return
+        if not file.is_file() or load_manifest(self.directory).document != self.document:
+            raise DataError(f"the corpus {self.directory} was replaced while it was being opened. Start again.")
 
     def _verify_shard_size(self, prefix: Path, record: dict[str, Any]) -> None:
         """Compare a shard's file sizes, headers and counts with its record; DataError if one differs."""
@@ -146,6 +162,7 @@ class CorpusManifest:
         if shard.has_mask != ("mask_sha256" in record):
             problem = "exists, but is not in the manifest" if shard.has_mask else "is missing"
             raise DataError(f"{shard.mask_path} {problem}. {REBUILD}")
+        self.shard_identities[str(prefix)] = shard.identities
 
 
 def _select_content_hashes(record: dict[str, Any]) -> list[str]:
@@ -153,13 +170,13 @@ def _select_content_hashes(record: dict[str, Any]) -> list[str]:
     return [record[key] for key in ("bin_sha256", "mask_sha256") if key in record]
 
 
-def _changed_file_message(prefix: Path, record: dict[str, Any]) -> str:
-    """Hash a shard's files and describe the first that differs from its record; "" if none does."""
+def find_changed_file(prefix: Path, record: dict[str, Any]) -> Path | None:
+    """Hash a shard's files and return the path of the first that differs from its record; None if none does."""
     for name in ("bin", "idx", "mask"):
         path, key = prefix_path(prefix, f".{name}"), f"{name}_sha256"
         if key in record and sha256_of(path) != record[key]:
-            return f"{path} has other content than was written; `rdt prep verify` finds where. {REBUILD}"
-    return ""
+            return path
+    return None
 
 
 def describe_shard_difference(before: dict[str, str], now: dict[str, str]) -> str:
@@ -177,7 +194,8 @@ def load_manifest(path: str | Path) -> CorpusManifest:
         raise DataError(f"{path} is a dataset that is streamed; it has no shards. Name a corpus that `rdt prep` wrote.")
     file = Path(path) / MANIFEST
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        with open(file, encoding="utf-8") as stream:
+            identity, document = identify_file(stream.fileno()), json.load(stream)
     except FileNotFoundError:
         raise DataError(f"{file} does not exist. Make the shards first: rdt prep --config FILE --out {path}") from None
     except ValueError as error:
@@ -187,7 +205,7 @@ def load_manifest(path: str | Path) -> CorpusManifest:
     problem = _describe_problem(document)
     if problem:
         raise DataError(f"{file} {problem}: it was changed. {REBUILD}")
-    return CorpusManifest(Path(path), document)
+    return CorpusManifest(Path(path), document, identity)
 
 
 def _describe_problem(document: dict[str, Any]) -> str:

@@ -11,12 +11,14 @@ target of the loss and 0 if it does not.
 import contextlib
 import os
 import struct
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from megatron_rdt.data.shard_files.file_identity import identify_file
 from megatron_rdt.errors import DataError
 from megatron_rdt.files import atomic_open
 
@@ -36,6 +38,14 @@ UINT16_VOCABULARY = 65500
 MAX_SEQUENCE = 2**31 - 1
 READ_BYTES = 1 << 30  # Linux reads less than 2 GiB at a time
 REBUILD = "Run `rdt prep` again with --restart to rebuild the shards."
+RESTORE = (
+    "Put the former corpus back and resume from the last checkpoint (--resume auto), or start a new --run.name. Prepare "
+    "other text into a folder of its own (--out)."
+)
+
+
+class FileReplacedError(DataError):
+    """Raised when a file that is read in parts was replaced after the first part."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -59,6 +69,7 @@ class IndexedDataset:
         tokens: number of tokens.
         document_count: number of documents, empty ones included.
         has_mask: True if there is a .mask file.
+        identities: of the files that were opened: .idx, .bin and, where there is one, .mask.
 
     Raises:
         DataError: a file is missing, is not of this format, or has another size than the index implies.
@@ -70,24 +81,52 @@ class IndexedDataset:
         for file in (self.bin_path, self.idx_path):
             if not file.is_file():
                 raise DataError(f"{file} does not exist. {REBUILD}")
-        self._read_header()
-        expected, actual = self._read_end_of_last_sequence(), self.bin_path.stat().st_size
+        with open(self.idx_path, "rb") as index:
+            self.identities = [identify_file(index.fileno())]
+            self._read_header(index)
+            expected = self._read_end_of_last_sequence(index)
+        self._descriptors: list[int] = []
+        self._descriptor = self._open(self.bin_path)
+        self._mask_descriptor: int | None = None
+        try:
+            self._check_sizes(expected)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, path: Path) -> int:
+        """Open a file for reading and add its identity; return the descriptor."""
+        descriptor = os.open(path, os.O_RDONLY)
+        self._descriptors.append(descriptor)
+        self.identities.append(identify_file(descriptor))
+        return descriptor
+
+    def _check_sizes(self, expected: int) -> None:
+        """Open .mask if there is one, and set the number of tokens.
+
+        Args:
+            expected: bytes of .bin by the index.
+
+        Raises:
+            DataError: .bin has another size, or .mask has not one byte for each token.
+        """
+        actual = self.identities[1].size
         if expected != actual:
             raise DataError(f"{self.bin_path} has {actual} bytes, its index says {expected}. {REBUILD}")
         self.tokens = actual // self.dtype.itemsize
         self.has_mask = self.mask_path.is_file()
-        if self.has_mask and self.mask_path.stat().st_size != self.tokens:
-            size = self.mask_path.stat().st_size
+        if not self.has_mask:
+            return
+        self._mask_descriptor = self._open(self.mask_path)
+        size = self.identities[2].size
+        if size != self.tokens:
             raise DataError(
                 f"{self.mask_path} has {size} bytes, one for each of {self.tokens} tokens is due. {REBUILD}"
             )
-        self._descriptor = os.open(self.bin_path, os.O_RDONLY)
-        self._mask_descriptor = os.open(self.mask_path, os.O_RDONLY) if self.has_mask else None
 
-    def _read_header(self) -> None:
+    def _read_header(self, file: IO[bytes]) -> None:
         """Set the counts and the dtype from the header of .idx; DataError if the file's size does not fit it."""
-        with open(self.idx_path, "rb") as file:
-            header, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
+        header, size = file.read(HEADER.size), self.identities[0].size
         if len(header) < HEADER.size or header[:9] != MAGIC:
             raise DataError(f"{self.idx_path} is not an index of Megatron's format. {REBUILD}")
         _, version, code, sequences, documents = HEADER.unpack(header)
@@ -102,21 +141,35 @@ class IndexedDataset:
         self._sequences, self._documents, self._modes = sequences, documents, size > expected
         self.document_count = max(0, documents - 1)
 
-    def _read_end_of_last_sequence(self) -> int:
+    def _read_end_of_last_sequence(self, file: IO[bytes]) -> int:
         """Read from the index the size that .bin must have, in bytes."""
         # Only the last length and pointer: the arrays are checked when they are first used.
         last = self._sequences - 1
         if last < 0:
             return 0
-        length = self._read_index("<i4", 1, 4 * last)
-        pointer = self._read_index("<i8", 1, 4 * self._sequences + 8 * last)
+        length = self._read_numbers(file, "<i4", 1, 4 * last)
+        pointer = self._read_numbers(file, "<i8", 1, 4 * self._sequences + 8 * last)
         return int(pointer[0]) + int(length[0]) * self.dtype.itemsize
 
+    @contextlib.contextmanager
+    def open_index(self) -> Iterator[IO[bytes]]:
+        """Open .idx again for the block; FileReplacedError if it is not the file whose header was read."""
+        with open(self.idx_path, "rb") as file:
+            if not identify_file(file.fileno()).is_same_file(self.identities[0]):
+                raise FileReplacedError(f"{self.idx_path} was replaced while in use. {RESTORE}")
+            yield file
+
     def _read_index(self, dtype: str, count: int, offset: int) -> np.ndarray:
+        """Open .idx and read `count` numbers, starting `offset` bytes after the header."""
+        with self.open_index() as file:
+            return self._read_numbers(file, dtype, count, offset)
+
+    def _read_numbers(self, file: IO[bytes], dtype: str, count: int, offset: int) -> np.ndarray:
         """Read `count` numbers of .idx, starting `offset` bytes after the header."""
-        values = np.fromfile(self.idx_path, dtype, count, offset=HEADER.size + offset)
+        file.seek(0)
+        values = np.fromfile(file, dtype, count, offset=HEADER.size + offset)
         if len(values) != count:
-            raise DataError(f"{self.idx_path} ends early: it changed while in use. {REBUILD}")
+            raise DataError(f"{self.idx_path} ends early: it changed while in use. {RESTORE}")
         return values
 
     @cached_property
@@ -199,10 +252,9 @@ class IndexedDataset:
         return starts[:-1][np.diff(starts) > 0]
 
     def close(self) -> None:
-        """Close the files."""
-        os.close(self._descriptor)
-        if self._mask_descriptor is not None:
-            os.close(self._mask_descriptor)
+        """Close the files; a second call does nothing."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
 
 
 def compute_byte_pointers(lengths: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -215,16 +267,27 @@ def compute_byte_pointers(lengths: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def _read_values(descriptor: int, path: Path, dtype: np.dtype, start: int, count: int) -> np.ndarray:
     """Read `count` values from value `start` of an open file on, shape (count,); DataError if it ends before."""
     size, offset = count * dtype.itemsize, start * dtype.itemsize
-    content = os.pread(descriptor, min(size, READ_BYTES), offset)
+    content = _read_bytes(descriptor, path, offset, size)
     while len(content) < size:
-        more = os.pread(descriptor, min(size - len(content), READ_BYTES), offset + len(content))
+        more = _read_bytes(descriptor, path, offset + len(content), size - len(content))
         if not more:
             raise DataError(
                 f"{path} ends at token {start + len(content) // dtype.itemsize} while tokens up to {start + count} were "
-                f"asked for: it changed while in use. {REBUILD}"
+                f"asked for: it changed while in use. {RESTORE}"
             )
         content += more
     return np.frombuffer(content, dtype)
+
+
+def _read_bytes(descriptor: int, path: Path, offset: int, size: int) -> bytes:
+    """Read up to `size` bytes of an open file from `offset` on; DataError if the disk refuses."""
+    try:
+        return os.pread(descriptor, min(size, READ_BYTES), offset)
+    except OSError as error:  # a bad disk, or a file that another machine deleted while this one had it open (ESTALE)
+        raise DataError(
+            f"{path} cannot be read from byte {offset:,} on: {error.strerror}. Fix the disk. If the corpus was replaced: "
+            f"{RESTORE}"
+        ) from error
 
 
 class IndexedWriter:

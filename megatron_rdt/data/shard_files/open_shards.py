@@ -10,8 +10,9 @@ from itertools import accumulate
 
 import numpy as np
 
-from megatron_rdt.data.shard_files.corpus_manifest import CorpusManifest
-from megatron_rdt.data.shard_files.indexed import HEADER, REBUILD, IndexedDataset
+from megatron_rdt.data.shard_files.corpus_manifest import CorpusManifest, find_changed_file
+from megatron_rdt.data.shard_files.file_identity import FileIdentity
+from megatron_rdt.data.shard_files.indexed import HEADER, REBUILD, RESTORE, FileReplacedError, IndexedDataset
 from megatron_rdt.errors import DataError
 
 # Up to this many documents of a split, the start of each is kept in memory, 8 bytes; of more, starts are looked up on disk.
@@ -28,12 +29,15 @@ class _SelfClosingDataset(IndexedDataset):
 
     def __del__(self) -> None:
         """Close the files, if opening got that far."""
-        if "_descriptor" in vars(self):
+        if "_descriptors" in vars(self):
             self.close()
 
 
 class Shards:
     """The shards of one split of a corpus, in order.
+
+    A shard that is opened must be the one that `CorpusManifest.verify` saw, or, in a corpus that was not verified, the one
+    that was opened first: a corpus that is replaced while it is read must not continue another one's samples.
 
     Args:
         manifest: of the corpus.
@@ -54,10 +58,10 @@ class Shards:
         max_open: int | None = None,
         cached_documents: int = CACHED_DOCUMENTS,
     ) -> None:
-        records = manifest.document["splits"][split]["shards"]
+        self._records = records = manifest.document["splits"][split]["shards"]
         self._prefixes = manifest.shard_prefixes(split)
-        self._counts = [record["tokens"] for record in records]
-        self.ends = list(accumulate(self._counts))
+        self._identities = manifest.shard_identities
+        self.ends = list(accumulate(record["tokens"] for record in records))
         self.has_masks = bool(records) and all("mask_sha256" in record for record in records)
         self.max_open = max_open or open_shards_limit()
         self._open: OrderedDict[int, _SelfClosingDataset] = OrderedDict()
@@ -70,18 +74,44 @@ class Shards:
         return len(self._prefixes)
 
     def __getitem__(self, shard: int) -> IndexedDataset:
-        """Return shard number `shard`, open; drop the least recently used ones beyond `max_open`."""
+        """Return shard number `shard`, open; drop the least recently used ones beyond `max_open`.
+
+        Raises:
+            DataError: it is damaged, or is not the shard that was there before.
+        """
         with self._lock:
             found = self._open.pop(shard, None)
             if found is None:
-                found = _SelfClosingDataset(self._prefixes[shard])
-                if found.tokens != self._counts[shard]:
-                    raise DataError(
-                        f"{found.bin_path} has {found.tokens} tokens, the manifest says {self._counts[shard]}. {REBUILD}"
-                    )
+                found = self._open_shard(shard)
             self._open[shard] = found
             while len(self._open) > self.max_open:
                 self._open.popitem(last=False)
+        return found
+
+    def _open_shard(self, shard: int) -> _SelfClosingDataset:
+        """Open a shard; DataError if it is damaged, or is not the shard that was there before."""
+        prefix, record = self._prefixes[shard], self._records[shard]
+        before = self._identities.get(str(prefix))
+        try:
+            found = _SelfClosingDataset(prefix)
+            if found.tokens != record["tokens"]:
+                raise DataError(
+                    f"{found.bin_path} has {found.tokens} tokens, the manifest says {record['tokens']}. {REBUILD}"
+                )
+            # Other files, of a copy that was put back for instance, are accepted if they have the hashes of the manifest.
+            if before is not None and not _are_same_files(found.identities, before):
+                changed = find_changed_file(prefix, record)
+                if changed is not None:
+                    raise DataError(f"{changed} has other content")
+        except (DataError, FileNotFoundError) as error:
+            if before is None:
+                raise
+            reason = str(error).removesuffix(REBUILD).rstrip(". ")
+            raise DataError(
+                f"the corpus {prefix.parent.parent} was replaced or changed while it was being read: shard "
+                f"{prefix.parent.name}/{prefix.name} is not the one that was there before ({reason}). {RESTORE}"
+            ) from error
+        self._identities[str(prefix)] = found.identities
         return found
 
     def prefetch(self, parts: Sequence[tuple[int, int, int]], masks: bool) -> None:
@@ -103,10 +133,16 @@ class Shards:
         Empty documents are left out.
         """
         if self._starts is None:
-            return find_document_starts(self[shard], start, stop)
+            try:
+                return find_document_starts(self[shard], start, stop)
+            except FileReplacedError:
+                # The index is another file than the open shard's: open the shard anew, which accepts or refuses it.
+                with self._lock:
+                    self._open.pop(shard, None)
+                return find_document_starts(self[shard], start, stop)
         if shard not in self._starts:
             # From a dataset opened for this alone: it caches the arrays of the index, which are larger, and is dropped.
-            self._starts[shard] = _SelfClosingDataset(self._prefixes[shard]).document_starts
+            self._starts[shard] = self._open_shard(shard).document_starts
         starts = self._starts[shard]
         first, end = starts.searchsorted((start, stop))
         return starts[first:end]
@@ -117,13 +153,18 @@ class Shards:
             self._open.clear()
 
 
+def _are_same_files(now: Sequence[FileIdentity], before: Sequence[FileIdentity]) -> bool:
+    """Return True if a shard's files are those that were there before."""
+    return len(now) == len(before) and all(map(FileIdentity.is_same_file, now, before))
+
+
 def find_document_starts(shard: IndexedDataset, start: int, stop: int) -> np.ndarray:
     """Find document starts as `Shards.document_starts` does, by binary search in the .idx file, without reading it whole.
 
     Both ends of the range take about 4 log2(documents) reads of 8 bytes, the starts between them two reads.
     """
-    descriptor = os.open(shard.idx_path, os.O_RDONLY)
-    try:
+    with shard.open_index() as file:
+        descriptor = file.fileno()
         _, _, _, sequences, entries = HEADER.unpack(os.pread(descriptor, HEADER.size, 0))
         # Byte offsets of the index's arrays: a document's entry is its first sequence, a sequence's pointer its first byte.
         pointers, documents = HEADER.size + 4 * sequences, HEADER.size + 12 * sequences
@@ -131,7 +172,7 @@ def find_document_starts(shard: IndexedDataset, start: int, stop: int) -> np.nda
         def read_int64(offset: int, count: int) -> tuple[int, ...]:
             content = os.pread(descriptor, 8 * count, offset)
             if len(content) != 8 * count:
-                raise DataError(f"{shard.idx_path} ends early: it changed while in use. {REBUILD}")
+                raise DataError(f"{shard.idx_path} ends early: it changed while in use. {RESTORE}")
             return struct.unpack(f"<{count}q", content)
 
         def first_token(document: int) -> int:
@@ -156,5 +197,3 @@ def find_document_starts(shard: IndexedDataset, start: int, stop: int) -> np.nda
         offsets = read_int64(pointers + 8 * low, high - low + 1)
         # An empty document has the first sequence of the next one, so the same start: unique drops it.
         return np.unique([offsets[sequence - low] // shard.dtype.itemsize for sequence in first_sequences])
-    finally:
-        os.close(descriptor)

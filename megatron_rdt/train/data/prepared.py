@@ -22,7 +22,7 @@ from megatron_rdt.data.mixture import Mixture, MixtureOrder, Phase
 from megatron_rdt.data.packing_plan import make_plans
 from megatron_rdt.data.shard_files.open_shards import open_shards_limit
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError, RdtError
-from megatron_rdt.object_collectives import raise_on_all_ranks
+from megatron_rdt.object_collectives import gather_objects, raise_on_all_ranks
 from megatron_rdt.train.data.history import SAME_OR_NEW, CorpusRecord, DataHistory, continue_history, format_share
 
 
@@ -39,12 +39,13 @@ def open_prepared_data(config: RunConfig, data_ranks: int, local_rank: int = 0) 
 
     Raises:
         ConfigError: the corpora do not fit together, the model or the number of ranks.
-        DataError: a corpus is missing, damaged or too small.
+        DataError: a corpus is missing, damaged, too small, or not the same on all ranks.
     """
     manifests = {
         corpus.name: _load_verified_manifest(corpus.path, config.data.verify, local_rank)
         for corpus in config.data.corpora()
     }
+    _check_same_on_all_ranks(manifests)
     check_tokenizers(list(manifests.values()), config.model.vocab_size)
     if config.data.pack == "bestfit":
         _make_missing_packing_plans(manifests, config.train.sequence_length, local_rank)
@@ -66,6 +67,21 @@ def _load_verified_manifest(path: str, level: str, local_rank: int) -> CorpusMan
     if failure is not None:
         raise failure
     return manifest
+
+
+def _check_same_on_all_ranks(manifests: Mapping[str, CorpusManifest]) -> None:
+    """Raise DataError on every rank if some rank reads another corpus than rank 0; a collective.
+
+    Nodes may have copies of their own, and a corpus may have been replaced between the starts of two ranks.
+    """
+    of_ranks = gather_objects({name: manifest.fingerprint for name, manifest in manifests.items()})
+    for rank, fingerprints in enumerate(of_ranks):
+        for name, fingerprint in fingerprints.items():
+            if fingerprint != of_ranks[0][name]:
+                raise DataError(
+                    f"rank {rank} reads another corpus {manifests[name].directory} than rank 0. Give every node the same "
+                    "files, and start again."
+                )
 
 
 def _make_missing_packing_plans(manifests: Mapping[str, CorpusManifest], length: int, local_rank: int) -> None:

@@ -72,3 +72,12 @@ def test_plans_lie_with_the_corpus(tiny_corpus: Path) -> None:
     path = plan_path(load_manifest(tiny_corpus), "train", "shard-00000", 256)
     assert path == tiny_corpus / "packing" / "L256" / "train" / "shard-00000.pack"
     check_config(RunConfig(), 1)
+
+
+def test_ranks_that_read_different_corpora_are_refused(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    gather = "megatron_rdt.train.data.prepared.gather_objects"
+    monkeypatch.setattr(gather, lambda mine: [mine, mine, {**mine, "tiny": "another"}])
+    with pytest.raises(DataError, match=r"rank 2 reads another corpus .*tiny than rank 0\. Give every node the same"):
+        open_prepared_data(configure(), 3)
+    monkeypatch.setattr(gather, lambda mine: [mine, mine, mine])
+    assert open_prepared_data(configure(), 3).settings.keys() == {"tiny"}

@@ -9,7 +9,8 @@ import shutil
 from pathlib import Path
 
 from megatron_rdt.data import Tokenizer
-from megatron_rdt.data.tokenizer.export import TOKENIZER_CLASS, describe_first_difference, write_settings
+from megatron_rdt.data.tokenizer.comparison import describe_first_difference
+from megatron_rdt.data.tokenizer.export import TOKENIZER_CLASS, write_settings
 from megatron_rdt.data.tokenizer.hugging_face_backend import (
     COMPANION_FILES,
     HUGGING_FACE,

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_rdt.data.tokenizer.base import Tokenizer
-from megatron_rdt.data.tokenizer.export import describe_first_difference, write_settings
+from megatron_rdt.data.tokenizer.comparison import describe_first_difference
+from megatron_rdt.data.tokenizer.export import write_settings
 from megatron_rdt.data.tokenizer.hugging_face_backend import COMPANION_FILES, HUGGING_FACE, JSON_FILE, SETTINGS_FILE
 from megatron_rdt.data.tokenizer.sentencepiece_backend import MODEL_FILE
 from megatron_rdt.data.tokenizer.tokenizer_json import build_tokenizer_json

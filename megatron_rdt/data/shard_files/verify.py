@@ -22,7 +22,7 @@ from megatron_rdt.data.shard_files.corpus_manifest import MANIFEST, CorpusManife
 from megatron_rdt.data.shard_files.index_check import CheckedIndex, check_index
 from megatron_rdt.data.shard_files.indexed import prefix_path
 from megatron_rdt.data.tokenizer.base import BYTES_FILE, Tokenizer
-from megatron_rdt.data.tokenizer.export import describe_first_difference
+from megatron_rdt.data.tokenizer.comparison import describe_first_difference
 from megatron_rdt.data.tokenizer.hugging_face_backend import JSON_FILE
 from megatron_rdt.environment import usable_cores
 from megatron_rdt.errors import DataError

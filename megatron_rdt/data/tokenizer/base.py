@@ -1,5 +1,6 @@
 """Tokenizer: text to ids and back, for data preparation, training and generation; one interface over two libraries."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -7,12 +8,16 @@ from typing import Protocol
 import numpy as np
 import sentencepiece
 
-from megatron_rdt.data.tokenizer.hugging_face_backend import JSON_FILE, HuggingFaceBackend
+from megatron_rdt.data.tokenizer.comparison import describe_first_difference
+from megatron_rdt.data.tokenizer.hugging_face_backend import JSON_FILE, HuggingFaceBackend, read_settings
 from megatron_rdt.data.tokenizer.sentencepiece_backend import MODEL_FILE, SentencePieceBackend
 from megatron_rdt.errors import DataError
 from megatron_rdt.files import atomic_open
 
 BYTES_FILE = "token_bytes.npy"
+
+logger = logging.getLogger(__name__)
+_CHECKED_FILES: set[Path] = set()  # whose contradictions this process has logged
 
 
 class Backend(Protocol):
@@ -45,6 +50,8 @@ class Backend(Protocol):
 class Tokenizer:
     """Encodes text to ids and decodes ids to text.
 
+    What other files in the folder say differently is logged as a warning, once per process, with what is used.
+
     Args:
         path: a folder with tokenizer.model (SentencePiece) or tokenizer.json (Hugging Face), or one of these files. In a
             folder with both, tokenizer.model is used.
@@ -69,6 +76,8 @@ class Tokenizer:
         self.vocab_size, self.kind = self.backend.vocab_size, self.backend.kind
         self.bos, self.eos, self.pad = self.backend.bos, self.backend.eos, self.backend.pad
         self.specials, self.fingerprint = self.backend.specials, self.backend.fingerprint
+        if Path(path).is_dir():
+            _log_contradictions(self)
 
     @property
     def processor(self) -> sentencepiece.SentencePieceProcessor:
@@ -117,3 +126,32 @@ def _find_tokenizer_file(path: Path) -> Path:
             f"{JSON_FILE} of a Hugging Face tokenizer."
         )
     return path
+
+
+def _log_contradictions(tokenizer: Tokenizer) -> None:
+    """Warn, once per process, of what the files of a tokenizer's folder say differently, and of what is used."""
+    file = tokenizer.file.resolve()
+    if file in _CHECKED_FILES or not logger.isEnabledFor(logging.WARNING):  # only rank 0 logs, so only rank 0 compares
+        return
+    _CHECKED_FILES.add(file)
+    backend = tokenizer.backend
+    found = backend.contradictions if isinstance(backend, HuggingFaceBackend) else _find_model_contradictions(tokenizer)
+    for contradiction in found:
+        logger.warning("the files in %s contradict each other: %s", tokenizer.file.parent, contradiction)
+
+
+def _find_model_contradictions(tokenizer: Tokenizer) -> list[str]:
+    """Describe what the files next to a SentencePiece model say differently from it."""
+    folder = tokenizer.file.parent
+    other, found = folder / JSON_FILE, []
+    if other.is_file() and (difference := describe_first_difference(other, tokenizer)):
+        found.append(f"{difference}. {MODEL_FILE} is used; to use the other, name {other}")
+    try:
+        named = read_settings(folder).named
+    except DataError as error:  # of files that are not used
+        return [*found, f"{error} {MODEL_FILE} is used"]
+    for name, index in (("bos_token", tokenizer.bos), ("eos_token", tokenizer.eos), ("pad_token", tokenizer.pad)):
+        piece = tokenizer.processor.id_to_piece(index) if index >= 0 else None
+        if name in named and piece is not None and named[name] != piece:
+            found.append(f"{name} is {named[name]!r} in the settings and {piece!r} in {MODEL_FILE}, which is used")
+    return found

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from megatron_rdt.errors import DataError
 
 HUGGING_FACE = "hf"  # `Tokenizer.kind`
 JSON_FILE, SETTINGS_FILE, SPECIALS_FILE = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+ADDED_FILE = "added_tokens.json"
 # Files of a tokenizer besides tokenizer.json; other forms of its vocabulary are not needed.
-COMPANION_FILES = (SETTINGS_FILE, SPECIALS_FILE, "added_tokens.json", "chat_template.jinja", "chat_template.json")
+COMPANION_FILES = (SETTINGS_FILE, SPECIALS_FILE, ADDED_FILE, "chat_template.jinja", "chat_template.json")
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token")
 FINGERPRINTED = ("normalizer", "pre_tokenizer", "model", "added_tokens")  # parts of tokenizer.json that decide the ids
 BYTE = re.compile("<0x[0-9A-F]{2}>")
@@ -27,6 +29,9 @@ class HuggingFaceBackend:
 
     Text is encoded without the tokens that a template would put around it, and text that spells a special token is split
     like any other text (as AutoTokenizer does with split_special_tokens=True). For the members see `Backend`.
+
+    Attributes:
+        contradictions: sentences about what the files of the folder say differently, and what is used.
     """
 
     kind = HUGGING_FACE
@@ -52,13 +57,19 @@ class HuggingFaceBackend:
         self.specials = [token["content"] for token in document.get("added_tokens") or [] if token["special"]]
         self._vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._vocabulary.values(), default=-1) + 1
-        names, added = _read_named_tokens(file.parent)
-        for content in (*names.values(), *added):
+        settings = read_settings(file.parent)
+        names, self.contradictions = settings.named, settings.contradictions
+        for content in (*names.values(), *(content for content, _ in settings.added)):
             if content not in self._vocabulary:
                 raise DataError(
                     f"the settings in {file.parent} name the token {content!r}, which is not in {file.name}: transformers "
                     "would add it. Load the folder with AutoTokenizer and save it with save_pretrained, or remove the name."
                 )
+        self.contradictions += [
+            f"{content!r} has the id {index} in the settings and {self._vocabulary[content]} in {file.name}, which is used"
+            for content, index in dict(settings.added).items()
+            if index not in (None, self._vocabulary[content])
+        ]
         self.bos, self.eos, self.pad = (self._vocabulary[names[name]] if name in names else -1 for name in NAMED_TOKENS)
         deciding = {name: document.get(name) for name in FINGERPRINTED} | {"ids": [self.bos, self.eos, self.pad]}
         self.fingerprint = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
@@ -108,27 +119,58 @@ class HuggingFaceBackend:
         return len(self.decode(ids).encode("utf-8"))
 
 
-def _read_named_tokens(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """Read a tokenizer's settings; return the spellings of BOS, EOS and PAD by name, and those of the added tokens.
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """Tokens that the files next to a tokenizer name.
 
-    Returns:
-        The spellings of bos_token, eos_token and pad_token, as far as they are named, and those of the tokens that
-        transformers would add.
+    Attributes:
+        named: spellings of bos_token, eos_token and pad_token, as far as they are named.
+        added: spelling and id of the tokens that transformers would add if the tokenizer lacked them.
+        contradictions: sentences about tokens that two files name differently.
     """
-    named: dict[str, str] = {}
-    added: list[str] = []
+
+    named: dict[str, str]
+    added: list[tuple[str, int | None]]
+    contradictions: list[str]
+
+
+def read_settings(folder: Path) -> TokenizerSettings:
+    """Read the settings in the folder of a tokenizer; DataError if a file of them is not as transformers writes it."""
+    settings = TokenizerSettings({}, [], [])
+    files: dict[str, str] = {}
     for file in (folder / SPECIALS_FILE, folder / SETTINGS_FILE):
-        settings = read_json_object(file) if file.is_file() else {}
+        document = read_json_object(file) if file.is_file() else {}
         for name in NAMED_TOKENS:
-            content = _token_spelling(settings.get(name))
-            if content is not None:
-                named[name] = content
-        added += [
-            content
-            for each in (settings.get("added_tokens_decoder") or {}).values()
-            if (content := _token_spelling(each))
-        ]
-    return named, added
+            content = _token_spelling(document.get(name))
+            if content is None:
+                continue
+            before = settings.named.get(name, content)
+            if before != content:
+                settings.contradictions.append(
+                    f"{name} is {before!r} in {files[name]} and {content!r} in {file.name}; {content!r} is used"
+                )
+            settings.named[name], files[name] = content, file.name
+        by_id = _get_object(file, document, "added_tokens_decoder")
+        spelled = ((_token_spelling(token), index) for index, token in by_id.items())
+        settings.added.extend((content, _to_id(index)) for content, index in spelled if content is not None)
+    added_file = folder / ADDED_FILE
+    if added_file.is_file():
+        settings.added.extend((content, _to_id(index)) for content, index in read_json_object(added_file).items())
+    return settings
+
+
+def _get_object(file: Path, document: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return the object under a key of a JSON file, empty if there is none; DataError if it is something else."""
+    value = document.get(key) or {}
+    if not isinstance(value, dict):
+        raise DataError(f"{file} holds no JSON object under {key}. Put the right file there.")
+    return value
+
+
+def _to_id(value: Any) -> int | None:
+    """Return an id that JSON gives as a number or as a key; None for anything else."""
+    text = str(value)
+    return int(text) if text.isdecimal() else None
 
 
 def _token_spelling(token: Any) -> str | None:

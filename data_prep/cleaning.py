@@ -61,24 +61,21 @@ def check_cleaning(options: CleaningOptions) -> None:
         choices = ", ".join(NORMALIZATIONS)
         raise ConfigError(f"normalize is {options.normalize!r}, it must be one of {choices}. Set --normalize.")
     for name in ("min_chars", "max_chars"):
-        if getattr(options, name) < 0:
-            raise ConfigError(f"{name} is {getattr(options, name)}, it must be at least 0. Set --{name}.")
+        if (value := getattr(options, name)) < 0:
+            raise ConfigError(f"{name} is {value}, it must be at least 0. Set --{name}.")
     if 0 < options.max_chars < options.min_chars:
         raise ConfigError(
             f"max_chars {options.max_chars} is below min_chars {options.min_chars}: no document would be kept. "
             "Set --max_chars, or 0 for no limit."
         )
     for name in ("max_repeated_lines", "max_repeated_ngrams"):
-        if not 0 <= getattr(options, name) <= 1:
-            raise ConfigError(
-                f"{name} is {getattr(options, name)}, it is a share of characters and must be from 0 to 1. Set --{name}."
-            )
+        if not 0 <= (value := getattr(options, name)) <= 1:
+            raise ConfigError(f"{name} is {value}, it is a share of characters and must be from 0 to 1. Set --{name}.")
     for name in options.filters:
         module, colon, function = name.partition(":")
         if not module or (colon and not function):
-            raise ConfigError(
-                f"filters holds {name!r}; a filter is module:function, or the name of an entry point. Set --filters."
-            )
+            forms = "module:function, or the name of an entry point"
+            raise ConfigError(f"filters holds {name!r}; a filter is {forms}. Set --filters.")
 
 
 class Cleaner:
@@ -99,18 +96,15 @@ class Cleaner:
     @property
     def fingerprint(self) -> str:
         """Hex digest of the options, the source of the modules that define the filters, and the version of Unicode."""
+        form = self.options.normalize
         parts = {
             "version": VERSION,
-            "normalize": [self.options.normalize, unicodedata.unidata_version if self._has_normalization else ""],
+            "normalize": [form, "" if form == "none" else unicodedata.unidata_version],
             "chars": [self.options.min_chars, self.options.max_chars],
             "repeated": [self.options.max_repeated_lines, self.options.max_repeated_ngrams],
             "filters": [[name, _hash_source(function)] for name, function in self._filters],
         }
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-    @property
-    def _has_normalization(self) -> bool:
-        return self.options.normalize != "none"
 
     def __call__(self, text: str) -> tuple[str, str]:
         """Return the cleaned text and the reason why it is dropped, "" if it is kept.
@@ -119,7 +113,7 @@ class Cleaner:
             DataError: a filter raised, or returned something other than True or False.
         """
         options = self.options
-        if self._has_normalization:
+        if options.normalize != "none":
             text = unicodedata.normalize(options.normalize, text)  # type: ignore[arg-type]
         if len(text) < options.min_chars:
             return text, "too_short"

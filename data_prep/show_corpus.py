@@ -83,9 +83,8 @@ def format_windows(
     for row, number in enumerate(samples):
         epoch = number // corpus.samples_per_epoch
         start, end = int(starts[row]), int(starts[row]) + sequence_length
-        yield style.format_heading(
-            f"{RULE} sample {number:,} (epoch {epoch}): tokens {start:,} to {end:,} of {split} {RULE}"
-        )
+        title = f"sample {number:,} (epoch {epoch}): tokens {start:,} to {end:,} of {split}"
+        yield style.format_heading(f"{RULE} {title} {RULE}")
         counts = None if batch.loss_mask is None else batch.loss_mask[row].numpy().copy()
         if counts is not None:
             # The first token is only an input, for which a mask of targets has no value: mark it like the second.
@@ -120,18 +119,16 @@ def format_documents(directory: str | Path, split: str, numbers: Sequence[int], 
     firsts = np.cumsum([0, *(record["documents"] for name, record in manifest.shard_records() if name == split)])
     for number in numbers:
         if not 0 <= number < firsts[-1]:
-            raise ConfigError(
-                f"--documents {number}: {split} of {directory} has {firsts[-1]:,} documents, numbered from 0."
-            )
+            found = f"{split} of {directory} has {firsts[-1]:,} documents"
+            raise ConfigError(f"--documents {number}: {found}, numbered from 0.")
         index = int(np.searchsorted(firsts, number, side="right")) - 1
         shard, local = IndexedDataset(prefixes[index]), number - int(firsts[index])
         # A document of another tool may consist of several sequences, or of none.
         first, end = shard.documents[local : local + 2]
         count = int(shard.lengths[first:end].sum())
         start = int(shard.pointers[first]) // shard.dtype.itemsize if count else 0
-        yield style.format_heading(
-            f"{RULE} document {number:,}: {count:,} tokens from {start:,} on of {split}/{prefixes[index].name} {RULE}"
-        )
+        title = f"document {number:,}: {count:,} tokens from {start:,} on of {split}/{prefixes[index].name}"
+        yield style.format_heading(f"{RULE} {title} {RULE}")
         counts = shard.read_mask(start, count) > 0 if shard.has_mask else None
         yield from _format_tokens(shard.read(start, count), counts, tokenizer, style)
         shard.close()

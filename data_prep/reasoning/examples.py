@@ -94,9 +94,7 @@ def _too_few_message(
     total = sum(map(task.count_instances, range(easiest, hardest + 1)))
     share = f"one in {TEST_SHARE} of them is" if split == TEST else f"{TEST_SHARE - 1} in {TEST_SHARE} of them are"
     span = str(hardest) if easiest == hardest else f"{easiest} to {hardest}"
-    advice = (
-        "Raise --difficulty" if duplicates or not found else "Raise --difficulty, ask for fewer, or set --duplicates"
-    )
+    advice = "Raise --difficulty" + (", ask for fewer, or set --duplicates" if found and not duplicates else "")
     return (
         f"{task.name} with difficulty {span} has {total:,} different instances, about {share} for {split}: "
         f"{found:,} were found, {wanted:,} are asked for. {advice}."

@@ -75,9 +75,8 @@ def _map_array(path: Path, dtype: np.dtype, dimensions: int = 1) -> np.ndarray:
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path} is missing or damaged ({error}). Remove it and prepare again.") from error
     if array.dtype != dtype or array.ndim != dimensions:
-        raise DataError(
-            f"{path} holds {array.dtype} in {array.ndim} dimensions, not {dtype} in {dimensions}. Remove it and prepare again."
-        )
+        held = f"{array.dtype} in {array.ndim} dimensions"
+        raise DataError(f"{path} holds {held}, not {dtype} in {dimensions}. Remove it and prepare again.")
     return array
 
 

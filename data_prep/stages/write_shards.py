@@ -22,12 +22,10 @@ OPEN_FILES = 256
 REPORT_EVERY = 4096  # documents
 SPLITS = ("train", "valid")
 # A document to write: its order key, its split and size, and where its tokens are in the spill files.
-_ROW = np.dtype(
-    {
-        "names": ["high", "low", "valid", "bytes", "tokens", "prompt", "spill", "start"],
-        "formats": ["<u8", "<u8", "u1", "<u4", "<u4", "<u4", "<u4", "<u8"],
-    }
-)
+_ROW = np.dtype([
+    ("high", "<u8"), ("low", "<u8"), ("valid", "u1"), ("bytes", "<u4"), ("tokens", "<u4"), ("prompt", "<u4"),
+    ("spill", "<u4"), ("start", "<u8"),
+])  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,10 @@ class PartGroup:
         """Name of its record in the working directory, such as `group-00003`."""
         return f"group-{self.index:05d}"
 
+    def list_slices(self) -> list[tuple[Part, int, int]]:
+        """Return (part, index of the slice, slices of the part) for every slice of its parts, in order."""
+        return [(part, i, count) for part, count in zip(self.parts, self.slices) for i in range(count)]
+
 
 def group_parts(parts: list[Part], text_bytes: list[int], shard_bytes: int, itemsize: int) -> list[PartGroup]:
     """Group parts to the text of about one shard; parts without text are in no group.
@@ -58,23 +60,18 @@ def group_parts(parts: list[Part], text_bytes: list[int], shard_bytes: int, item
         text_bytes: of each part.
         shard_bytes, itemsize: bytes of a shard and of a token.
     """
-    groups: list[PartGroup] = []
-    held: list[Part] = []
-    slices: list[int] = []
-    size = 0
+    # The text of one shard: as many tokens as it holds, at TEXT_PER_TOKEN bytes each.
+    most, size = shard_bytes * TEXT_PER_TOKEN // itemsize, 0
+    groups: list[list[tuple[Part, int]]] = []
     for part, text in zip(parts, text_bytes):
         if not text:
             continue
-        # The text of one shard: as many tokens as it holds, at TEXT_PER_TOKEN bytes each.
-        if held and size + text > shard_bytes * TEXT_PER_TOKEN // itemsize:
-            groups.append(PartGroup(len(groups), tuple(held), tuple(slices)))
-            held, slices, size = [], [], 0
-        held.append(part)
-        slices.append(count_slices(text))
+        if not groups or size + text > most:
+            groups.append([])
+            size = 0
+        groups[-1].append((part, count_slices(text)))
         size += text
-    if held:
-        groups.append(PartGroup(len(groups), tuple(held), tuple(slices)))
-    return groups
+    return [PartGroup(index, *zip(*held)) for index, held in enumerate(groups)]
 
 
 def group_record_path(job: Job, group: PartGroup) -> Path:
@@ -130,12 +127,8 @@ def write_group(job: Job, group: PartGroup, vocab_size: int) -> None:
     finally:
         spills.close()
     records = [job.read_record(path.with_suffix(".json")) or {} for path in paths]
-    files = [
-        path
-        for split, shards in splits.items()
-        for shard in shards
-        for path in list_shard_files(job.corpus / split / shard["name"])
-    ]
+    prefixes = [job.corpus / split / shard["name"] for split, shards in splits.items() for shard in shards]
+    files = [file for prefix in prefixes for file in list_shard_files(prefix)]
     content = {"splits": splits, "contains_u2581": sum(record["contains_u2581"] for record in records)}
     job.write_record(group_record_path(job, group), files, content)
     remove_spills(job, group)
@@ -145,33 +138,29 @@ def remove_spills(job: Job, group: PartGroup) -> None:
     """Remove the spill files of a group."""
     # Records first: a process that is killed in between leaves no record without its files.
     for suffix in (".json", ".bin", ".npy"):
-        for part, slices in zip(group.parts, group.slices):
-            for index in range(slices):
-                spill_path(job, part, index, suffix).unlink(missing_ok=True)
+        for part, index, _ in group.list_slices():
+            spill_path(job, part, index, suffix).unlink(missing_ok=True)
 
 
 def _read_group_rows(job: Job, group: PartGroup) -> tuple[np.ndarray, list[Path]]:
     """Return the rows of all documents of a group, _ROW (documents,), and the spill files that hold their tokens."""
     found: list[np.ndarray] = []
     paths: list[Path] = []
-    for part, slices in zip(group.parts, group.slices):
-        for index in range(slices):
-            rows_path = spill_path(job, part, index, ".npy")
-            scanned, spilled = read_kept_rows(job, part, index, slices), np.load(rows_path)
-            if spilled.dtype != SPILL_ROW or len(spilled) != len(scanned):
-                raise DataError(f"{rows_path} does not fit the scan. Remove it, and run `rdt prep` again.")
-            # Kept scan rows and spill rows are both in the order of the part: row i is the same document.
-            rows = np.empty(len(scanned), _ROW)
-            rows["high"], rows["low"] = scanned["key"].T
-            for name in ("valid", "bytes"):
-                rows[name] = scanned[name]
-            for name in ("tokens", "prompt"):
-                rows[name] = spilled[name]
-            rows["spill"] = len(paths)
-            # Tokens of the documents before it in the spill file.
-            rows["start"] = np.cumsum(spilled["tokens"], dtype=np.uint64) - spilled["tokens"]
-            found.append(rows)
-            paths.append(spill_path(job, part, index, ".bin"))
+    for part, index, slices in group.list_slices():
+        rows_path = spill_path(job, part, index, ".npy")
+        scanned, spilled = read_kept_rows(job, part, index, slices), np.load(rows_path)
+        if spilled.dtype != SPILL_ROW or len(spilled) != len(scanned):
+            raise DataError(f"{rows_path} does not fit the scan. Remove it, and run `rdt prep` again.")
+        # Kept scan rows and spill rows are both in the order of the part: row i is the same document.
+        rows = np.empty(len(scanned), _ROW)
+        rows["high"], rows["low"] = scanned["key"].T
+        rows["valid"], rows["bytes"] = scanned["valid"], scanned["bytes"]
+        rows["tokens"], rows["prompt"] = spilled["tokens"], spilled["prompt"]
+        rows["spill"] = len(paths)
+        # Tokens of the documents before it in the spill file.
+        rows["start"] = np.cumsum(spilled["tokens"], dtype=np.uint64) - spilled["tokens"]
+        found.append(rows)
+        paths.append(rows_path.with_suffix(".bin"))
     return np.concatenate(found), paths
 
 
@@ -190,16 +179,9 @@ def _write_split(
         name = f"shard-{group.index:05d}" + (f"-{len(shards):02d}" if shards else "")
         prefix = job.path("corpus", split, name)
         writer = _write_shard(prefix, rows[first:last], spills, vocab_size, bool(job.config.prompt_field))
-        shards.append(
-            {
-                "name": name,
-                "tokens": writer.tokens,
-                "documents": writer.documents,
-                "text_bytes": int(rows["bytes"][first:last].sum(dtype=np.int64)),
-                "max_id": writer.max_id,
-                **hash_shard(prefix),
-            }
-        )
+        record = {"name": name, "tokens": writer.tokens, "documents": writer.documents}
+        record |= {"text_bytes": int(rows["bytes"][first:last].sum(dtype=np.int64)), "max_id": writer.max_id}
+        shards.append(record | hash_shard(prefix))
         first = last
     return shards
 

@@ -21,23 +21,7 @@ from megatron_rdt.config.schema import (
 )
 
 __all__ = [
-    "ENGINES",
-    "CheckpointConfig",
-    "CorpusConfig",
-    "DataConfig",
-    "DepthConfig",
-    "EngineKind",
-    "EvalConfig",
-    "LoggingConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "ParallelConfig",
-    "RunConfig",
-    "RunSection",
-    "SampleConfig",
-    "ScheduleConfig",
-    "TrainConfig",
-    "check_config",
-    "dump_config",
-    "load_config",
-]
+    "ENGINES", "CheckpointConfig", "CorpusConfig", "DataConfig", "DepthConfig", "EngineKind", "EvalConfig",
+    "LoggingConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig", "RunConfig", "RunSection", "SampleConfig",
+    "ScheduleConfig", "TrainConfig", "check_config", "dump_config", "load_config",
+]  # fmt: skip

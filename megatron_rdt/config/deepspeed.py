@@ -14,74 +14,36 @@ from megatron_rdt.config.yaml_files import read_mapping
 
 OPTION = "parallel.deepspeed"
 STAGE_3 = "stage3_"
-# Keys of DeepSpeed's that the user may not set, and the option of ours that decides the same thing.
-DECIDED_BY_OPTION = {
-    "optimizer": "optimizer.name",
-    "scheduler": "schedule.name",
-    "fp16": "train.precision",
-    "bf16": "train.precision",
-    "bfloat16": "train.precision",
-    "amp": "train.precision",
-    "torch_autocast": "train.precision",
-    "data_types": "train.precision",
-    "activation_checkpointing": "depth.checkpoint",
-    "checkpoint": "checkpoint.every",
-    "nebula": "checkpoint.every",
-    "datastates_ckpt": "checkpoint.every",
-    "data_efficiency": "data.path",
-    "dataloader_drop_last": "data.path",
-    "curriculum_learning": "depth.curriculum",
-    "progressive_layer_drop": "depth.scheme",
-    "tensor_parallel": "parallel.tensor",
-    "expert_parallel": "parallel.expert",
-    "pipeline": "parallel.engine",
-    "sequence_parallel_size": "parallel.context",
-    "data_parallel_size": "parallel.engine",
-    "zero_optimization.zenflow": "optimizer.name",
-    "zero_optimization.cpu_offload": "parallel.offload",
-    "zero_optimization.cpu_offload_param": "parallel.offload",
-    "zero_optimization.leaf_module": "parallel.engine",
+# Keys of DeepSpeed's that the user may not set, by the option of ours that decides the same thing.
+_DECIDED: dict[str, tuple[str, ...]] = {
+    "optimizer.name": ("optimizer", "zero_optimization.zenflow"),
+    "schedule.name": ("scheduler",),
+    "train.precision": ("fp16", "bf16", "bfloat16", "amp", "torch_autocast", "data_types"),
+    "depth.checkpoint": ("activation_checkpointing",),
+    "depth.curriculum": ("curriculum_learning",),
+    "depth.scheme": ("progressive_layer_drop",),
+    "checkpoint.every": ("checkpoint", "nebula", "datastates_ckpt"),
+    "data.path": ("data_efficiency", "dataloader_drop_last"),
+    "parallel.engine": ("pipeline", "data_parallel_size", "zero_optimization.leaf_module"),
+    "parallel.tensor": ("tensor_parallel",),
+    "parallel.context": ("sequence_parallel_size",),
+    "parallel.expert": ("expert_parallel",),
+    "parallel.offload": ("zero_optimization.cpu_offload", "zero_optimization.cpu_offload_param"),
 }
+DECIDED_BY_OPTION = {key: option for option, keys in _DECIDED.items() for key in keys}
 # Keys for parts of DeepSpeed that this trainer never calls: they would do nothing, or replace the model's modules.
 UNUSED = (
-    "aio",
-    "autotuning",
-    "compile",
-    "compression_training",
-    "disable_allgather",
-    "eigenvalue",
-    "elasticity",
-    "graph_harvesting",
-    "hybrid_engine",
-    "quantize_training",
-    "seq_parallel_communication_data_type",
-    "sparse_attention",
-    "sparse_gradients",
-    "use_data_before_expert_parallelism",
-    "weight_quantization",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-)
+    "aio", "autotuning", "compile", "compression_training", "disable_allgather", "eigenvalue", "elasticity",
+    "graph_harvesting", "hybrid_engine", "quantize_training", "seq_parallel_communication_data_type",
+    "sparse_attention", "sparse_gradients", "use_data_before_expert_parallelism", "weight_quantization",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+)  # fmt: skip
 # Keys that the user may set; DeepSpeed itself checks names and types inside the blocks among them.
 ACCEPTED = (
-    "comet",
-    "comms_logger",
-    "csv_monitor",
-    "disable_python_gc",
-    "dump_state",
-    "flops_profiler",
-    "gradient_predivide_factor",
-    "log_level",
-    "memory_breakdown",
-    "prescale_gradients",
-    "steps_per_print",
-    "tensorboard",
-    "timers",
-    "vocabulary_size",
-    "wall_clock_breakdown",
-    "wandb",
-    "zero_optimization",
-)
+    "comet", "comms_logger", "csv_monitor", "disable_python_gc", "dump_state", "flops_profiler",
+    "gradient_predivide_factor", "log_level", "memory_breakdown", "prescale_gradients", "steps_per_print",
+    "tensorboard", "timers", "vocabulary_size", "wall_clock_breakdown", "wandb", "zero_optimization",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,20 +66,16 @@ class GeneratedKey:
 
 
 FLOAT32 = "train.precision keeps weights, gradients and their reduction float32"
+ZERO = "zero_optimization"
 # DeepSpeed's defaults that our engine relies on: key, value, reason, remedy.
 IMPLIED: list[tuple[str, Any, str, str]] = [
     ("gradient_allreduce_op", "mean", "train.global_batch is averaged over", "scale --optimizer.lr"),
     ("managed_gradient_accumulation", True, "train.micro_batch is one pass", "set --train.micro_batch"),
     ("communication_data_type", "fp32", FLOAT32, ""),
     # With it, DeepSpeed 0.19 does not find the gradients and weights of a parameter in its shards.
-    (
-        "zero_optimization.round_robin_gradients",
-        False,
-        "parallel.engine zero1 and zero2 need their shards in order",
-        "",
-    ),
-    ("zero_optimization.zero_quantized_weights", False, FLOAT32, ""),
-    ("zero_optimization.zero_quantized_gradients", False, FLOAT32, ""),
+    (f"{ZERO}.round_robin_gradients", False, "parallel.engine zero1 and zero2 need their shards in order", ""),
+    (f"{ZERO}.zero_quantized_weights", False, FLOAT32, ""),
+    (f"{ZERO}.zero_quantized_gradients", False, FLOAT32, ""),
 ]
 
 
@@ -129,11 +87,8 @@ def generated_keys(config: RunConfig, world_size: int | None = None) -> list[Gen
         world_size: processes of the run; None if not known yet.
     """
     train, engine, offload = config.train, config.parallel.engine, config.parallel.offload
-    stage, clip, share = (
-        config.parallel.engine_kind.zero_stage,
-        config.optimizer.grad_clip,
-        train.micro_batch * (world_size or 0),
-    )
+    stage, clip = config.parallel.engine_kind.zero_stage, config.optimizer.grad_clip
+    share = train.micro_batch * (world_size or 0)
     batch, micro = f"train.global_batch is {train.global_batch}", f"train.micro_batch is {train.micro_batch}"
     steps = f"{batch} and {micro} on {world_size} processes"
     accumulation = train.global_batch // share if share else None
@@ -142,16 +97,15 @@ def generated_keys(config: RunConfig, world_size: int | None = None) -> list[Gen
         GeneratedKey("train_micro_batch_size_per_gpu", train.micro_batch, micro, "set --train.micro_batch"),
         GeneratedKey("gradient_accumulation_steps", accumulation, steps, "set --train.global_batch"),
         GeneratedKey("gradient_clipping", clip, f"optimizer.grad_clip is {clip}", "set --optimizer.grad_clip"),
-        GeneratedKey("zero_optimization.stage", stage, f"parallel.engine is {engine}", "set --parallel.engine"),
+        GeneratedKey(f"{ZERO}.stage", stage, f"parallel.engine is {engine}", "set --parallel.engine"),
     ]
     if stage == 3:
         # At 0 DeepSpeed frees gathered weights at once rather than by its estimate of when they are used again.
         once = f"parallel.engine is {engine}, which gathers the core once per pass"
-        for name in ("reuse_distance", "live_parameters"):
-            found.append(GeneratedKey(f"zero_optimization.stage3_max_{name}", 0, once, ""))
+        found += [GeneratedKey(f"{ZERO}.{STAGE_3}max_{n}", 0, once, "") for n in ("reuse_distance", "live_parameters")]
     where = f"parallel.offload is {offload}"
     for block, on in (("optimizer", offload != "none"), ("param", offload == "parameters")):
-        key, device = f"zero_optimization.offload_{block}.device", "cpu" if on else "none"
+        key, device = f"{ZERO}.offload_{block}.device", "cpu" if on else "none"
         found.append(GeneratedKey(key, device, where, "set --parallel.offload", written=on))
     if offload != "none":  # torch's AdamW steps on the CPU too, so that every engine computes the same
         found.append(GeneratedKey("zero_force_ds_cpu_optimizer", False, where, "set --parallel.offload none"))
@@ -165,9 +119,9 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         config: a config that `find_deepspeed_problems` finds nothing wrong with.
         world_size: processes of the run.
     """
-    merged: dict[str, Any] = {"steps_per_print": None, "zero_optimization": {}}
+    merged: dict[str, Any] = {"steps_per_print": None, ZERO: {}}
     if config.parallel.engine_kind.zero_stage == 3:
-        merged["zero_optimization"][f"{STAGE_3}param_persistence_threshold"] = 0  # shard small parameters too
+        merged[ZERO][f"{STAGE_3}param_persistence_threshold"] = 0  # shard small parameters too
     _merge_into(merged, _read_user_keys(config))
     for key in generated_keys(config, world_size):
         *sections, name = key.key.split(".")
@@ -208,8 +162,7 @@ def find_deepspeed_problems(config: RunConfig, world_size: int | None = None) ->
     generated = {key.key: key for key in generated_keys(config, world_size)}
     told: dict[str, str] = {}  # one sentence for each block: the first
     for key, value in _iterate_leaves(user):
-        problem = _find_key_problem(config, generated, key, value)
-        if problem is not None:
+        if problem := _find_key_problem(config, generated, key, value):
             told.setdefault(key if key in generated or key.startswith("zero_") else key.partition(".")[0], problem)
     return problems + list(told.values())
 
@@ -247,13 +200,11 @@ def _read_user_keys(config: RunConfig) -> dict[str, Any]:
     given = config.parallel.deepspeed or {}
     if isinstance(given, str):
         given = read_mapping(given, f"{OPTION}:", f"--{OPTION}")
-    keys = {name: value for name, value in given.items() if not _is_off(value)}
-    zero = keys.get("zero_optimization")
-    if isinstance(zero, Mapping):
-        keys["zero_optimization"] = {
-            (f"{STAGE_3}{name}" if name in WITHOUT_PREFIX else name): value
-            for name, value in zero.items()
-            if not _is_off(value)
+    keys = _drop_blocks_that_are_off(given)
+    if isinstance(zero := keys.get(ZERO), Mapping):
+        keys[ZERO] = {
+            f"{STAGE_3}{name}" if name in WITHOUT_PREFIX else name: value
+            for name, value in _drop_blocks_that_are_off(zero).items()
         }
     return keys
 
@@ -262,20 +213,18 @@ def _read_user_keys(config: RunConfig) -> dict[str, Any]:
 WITHOUT_PREFIX = ("max_reuse_distance", "max_live_parameters", "param_persistence_threshold")
 
 
-def _is_off(value: Any) -> bool:
-    """Return True for a block that says `enabled: false`."""
-    return isinstance(value, Mapping) and value.get("enabled") is False
+def _drop_blocks_that_are_off(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys without the blocks that say `enabled: false`."""
+    return {k: v for k, v in keys.items() if not (isinstance(v, Mapping) and v.get("enabled") is False)}
 
 
 def _merge_into(into: dict[str, Any], more: Mapping[str, Any]) -> None:
     """Add the keys of `more` to `into`, block by block; where both have a value, that of `more` stays."""
     for name, value in more.items():
-        if isinstance(value, Mapping):
-            block = into.setdefault(name, {})
-            if isinstance(block, dict):
-                _merge_into(block, value)
-                continue
-        into[name] = value
+        if isinstance(value, Mapping) and isinstance(block := into.setdefault(name, {}), dict):
+            _merge_into(block, value)
+        else:
+            into[name] = value
 
 
 def _iterate_leaves(mapping: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -24,9 +24,8 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | Sequence[str] |
     """
     words = ["--config", str(path)]
     if isinstance(overrides, Mapping):
-        words += [
-            f"--{key}={_format_value(value)}" for key, value in flatten(overrides, option_kinds(RunConfig)).items()
-        ]
+        for key, value in flatten(overrides, option_kinds(RunConfig)).items():
+            words.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
     elif overrides:
         words += [f"--{word}" if "=" in word and not word.startswith("--") else word for word in overrides]
     config, _ = parse(_run_parser(), RunConfig, words)
@@ -37,11 +36,6 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | Sequence[str] |
 def _run_parser() -> jsonargparse.ArgumentParser:
     """Return the parser of every field of RunConfig; made once, since its help is parsed from source code."""
     return make_parser(RunConfig, "rdt train", "")
-
-
-def _format_value(value: Any) -> str:
-    """Format a value as it is typed on a command line."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def dump_config(config: RunConfig) -> str:

@@ -1,5 +1,7 @@
 """Check `parallel`: that each axis of sharding fits the engine, the model and the rest of the run."""
 
+from collections.abc import Iterator
+
 from megatron_rdt.config.engines import AXES, PROPOSED, engines_with, join_names
 from megatron_rdt.config.schema import ParallelConfig, RunConfig
 
@@ -24,65 +26,53 @@ def find_parallel_problems(config: RunConfig) -> list[str]:
         problems.append(f"parallel.reduce is for the engines {names}; {parallel.engine} decides for itself. Omit it.")
     if problems:
         return problems
-    checks = (
-        _find_unequal_depths,
-        _find_weights_read_outside_layers,
-        _find_tensor_problems,
-        _find_context_problems,
-        _find_expert_problems,
-        _find_uses_of_whole_sequences,
-    )
-    return [problem for check in checks for problem in check(config)]
-
-
-def _find_unequal_depths(config: RunConfig) -> list[str]:
-    """Check that processes that exchange data in every iteration all run the same number of iterations."""
-    depth, parallel = config.depth, config.parallel
-    if depth.per == "step" or depth.scheme == "fixed":
-        return []
-    meeting = [f"parallel.core_gather {parallel.core_gather}"] if parallel.core_gather != "once" else []
-    meeting += [f"parallel.expert {parallel.expert}"] if parallel.expert > 1 else []
     return [
-        f"{name} makes processes with different sequences exchange data in every iteration, so all need the same T; "
-        f"depth.per is {depth.per}. Set --depth.per step."
-        for name in meeting
+        *_find_core_gather_problems(config),
+        *_find_tensor_problems(config),
+        *_find_context_problems(config),
+        *_find_expert_problems(config),
+        *_find_uses_of_whole_sequences(config),
     ]
 
 
-def _find_weights_read_outside_layers(config: RunConfig) -> list[str]:
-    """Check that nothing reads weights of the core's layers while they are not gathered."""
-    gathering, problems = config.parallel.core_gather, []
-    if gathering == "once":
-        return []
-    if config.model.value_embeddings != "none":
-        problems.append(
-            f"model.value_embeddings has tables in the core's layers that are read before the loop, when parallel.core_gather "
-            f"{gathering} has not gathered them. Set --parallel.core_gather once, or --model.value_embeddings none."
+def _find_core_gather_problems(config: RunConfig) -> Iterator[str]:
+    """Check that ranks that meet in every iteration run the same T, and that weights are gathered where they are read."""
+    gather, depth = config.parallel.core_gather, config.depth
+    meeting = [f"parallel.core_gather {gather}"] if gather != "once" else []
+    meeting += [f"parallel.expert {config.parallel.expert}"] if config.parallel.expert > 1 else []
+    for name in meeting:
+        if depth.per != "step" and depth.scheme != "fixed":
+            yield (
+                f"{name} makes processes with different sequences exchange data in every iteration, so all need the same T; "
+                f"depth.per is {depth.per}. Set --depth.per step."
+            )
+    if gather != "once" and config.model.value_embeddings != "none":
+        yield (
+            "model.value_embeddings has tables in the core's layers that are read before the loop, when parallel.core_gather "
+            f"{gather} has not gathered them. Set --parallel.core_gather once, or --model.value_embeddings none."
         )
-    if config.logging.jacobian_every:
-        problems.append(
-            f"logging.jacobian_every runs the core backwards while it runs forwards, which parallel.core_gather {gathering} "
+    if gather != "once" and config.logging.jacobian_every:
+        yield (
+            f"logging.jacobian_every runs the core backwards while it runs forwards, which parallel.core_gather {gather} "
             "does not allow. Set it to 0."
         )
-    return problems
 
 
-def _find_tensor_problems(config: RunConfig) -> list[str]:
+def _find_tensor_problems(config: RunConfig) -> Iterator[str]:
     """Check that `parallel.tensor` divides everything that it splits."""
-    model, ranks, problems = config.model, config.parallel.tensor, []
+    model, ranks = config.model, config.parallel.tensor
     if ranks == 1:
-        return []
+        return
     split = {"model.heads": model.heads, "model.vocab_size": model.vocab_size}
     if model.attention == "gqa":
         split["model.kv_heads"] = model.kv_heads
     split |= {f"inner width ({name})": width for name, width in inner_widths(config).items()}
-    split["tokens of a process (train.sequence_length / parallel.context)"] = (
-        config.train.sequence_length // config.parallel.context
-    )
+    tokens = config.train.sequence_length // config.parallel.context
+    split["tokens of a process (train.sequence_length / parallel.context)"] = tokens
     for name, size in split.items():
         if size % ranks:
-            problems.append(f"parallel.tensor {ranks} does not divide the {name}, {size}. Change either.")
-    return problems + _find_split_muon_matrices(config, "tensor")
+            yield f"parallel.tensor {ranks} does not divide the {name}, {size}. Change either."
+    yield from _find_split_muon_matrices(config, "tensor")
 
 
 def inner_widths(config: RunConfig) -> dict[str, int]:
@@ -98,57 +88,52 @@ def inner_widths(config: RunConfig) -> dict[str, int]:
     return widths
 
 
-def _find_context_problems(config: RunConfig) -> list[str]:
+def _find_context_problems(config: RunConfig) -> Iterator[str]:
     """Check that `parallel.context` divides the sequence into pairs of chunks."""
     length, ranks = config.train.sequence_length, config.parallel.context
-    if ranks == 1 or length % (2 * ranks) == 0:
-        return []
-    return [
-        f"train.sequence_length {length} is not a multiple of 2 x parallel.context {ranks}: each process holds two "
-        "pieces of every sequence. Change either."
-    ]
+    if ranks > 1 and length % (2 * ranks):
+        yield (
+            f"train.sequence_length {length} is not a multiple of 2 x parallel.context {ranks}: each process holds two "
+            "pieces of every sequence. Change either."
+        )
 
 
-def _find_expert_problems(config: RunConfig) -> list[str]:
+def _find_expert_problems(config: RunConfig) -> Iterator[str]:
     """Check that there are experts and that `parallel.expert` divides them."""
     model, ranks = config.model, config.parallel.expert
     if ranks == 1:
-        return []
+        return
     if model.core_ffn != "moe":
-        return [
-            f"parallel.expert {ranks} needs a mixture of experts; model.core_ffn is {model.core_ffn}. Set it to moe."
-        ]
-    if model.experts % ranks:
-        return [f"parallel.expert {ranks} does not divide model.experts {model.experts}. Change either."]
-    return _find_split_muon_matrices(config, "expert")
+        yield f"parallel.expert {ranks} needs a mixture of experts; model.core_ffn is {model.core_ffn}. Set it to moe."
+    elif model.experts % ranks:
+        yield f"parallel.expert {ranks} does not divide model.experts {model.experts}. Change either."
+    else:
+        yield from _find_split_muon_matrices(config, "expert")
 
 
-def _find_uses_of_whole_sequences(config: RunConfig) -> list[str]:
+def _find_uses_of_whole_sequences(config: RunConfig) -> Iterator[str]:
     """Check that samples, Jacobian monitor and compilation are off where tensor or context parallelism splits sequences."""
     axes = [f"parallel.{name} {size}" for name in ("tensor", "context") if (size := getattr(config.parallel, name)) > 1]
-    problems = []
-    if axes and config.sample.every:
-        problems.append(
-            f"sample.every does not work with {' and '.join(axes)}: no process has whole sequences. Set --sample.every 0 and "
+    if not axes:
+        return
+    clash = f"does not work with {' and '.join(axes)}"
+    if config.sample.every:
+        yield (
+            f"sample.every {clash}: no process has whole sequences. Set --sample.every 0 and "
             "use rdt generate on a checkpoint."
         )
-    if axes and config.logging.jacobian_every:
-        problems.append(
-            f"logging.jacobian_every does not work with {' and '.join(axes)}: no process has whole sequences. Set it to 0."
+    if config.logging.jacobian_every:
+        yield f"logging.jacobian_every {clash}: no process has whole sequences. Set it to 0."
+    if config.train.compile != "none":
+        yield (
+            f"train.compile {config.train.compile} {clash} yet: layers exchange tokens inside. Set --train.compile none."
         )
-    if axes and config.train.compile != "none":
-        problems.append(
-            f"train.compile {config.train.compile} does not work with {' and '.join(axes)} yet: layers exchange tokens inside. "
-            "Set --train.compile none."
-        )
-    return problems
 
 
-def _find_split_muon_matrices(config: RunConfig, axis: str) -> list[str]:
+def _find_split_muon_matrices(config: RunConfig, axis: str) -> Iterator[str]:
     """Check that Muon, which needs whole matrices, does not step matrices that `axis` splits."""
-    if config.optimizer.name != "muon":
-        return []
-    return [
-        f"optimizer.name muon needs whole matrices, which parallel.{axis} {getattr(config.parallel, axis)} splits. "
-        f"Set --parallel.{axis} 1, or --optimizer.name adamw."
-    ]
+    if config.optimizer.name == "muon":
+        yield (
+            f"optimizer.name muon needs whole matrices, which parallel.{axis} {getattr(config.parallel, axis)} splits. "
+            f"Set --parallel.{axis} 1, or --optimizer.name adamw."
+        )

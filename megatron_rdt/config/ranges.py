@@ -5,6 +5,7 @@ The export for transformers carries this file, so it imports nothing of the proj
 
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -35,36 +36,25 @@ class Range:
         value = getattr(section, name)
         return choice in value if isinstance(value, list) else value == choice
 
+    def _list_limits(self) -> list[tuple[str, Callable[[float, float], bool], float]]:
+        """List the limits that are set: in words, as a comparison, and the number."""
+        limits = (
+            ("at least", operator.ge, self.at_least),
+            ("above", operator.gt, self.above),
+            ("at most", operator.le, self.at_most),
+            ("below", operator.lt, self.below),
+        )
+        return [(words, holds, limit) for words, holds, limit in limits if limit is not None]
+
     def contains(self, value: float) -> bool:
         """Return True if `value` is finite and within every limit."""
-        limits = (
-            (operator.ge, self.at_least),
-            (operator.gt, self.above),
-            (operator.le, self.at_most),
-            (operator.lt, self.below),
-        )
-        return math.isfinite(value) and all(limit is None or holds(value, limit) for holds, limit in limits)
+        return math.isfinite(value) and all(holds(value, limit) for _, holds, limit in self._list_limits())
 
     def describe(self) -> str:
         """Return the limits in words: "at least 0 and below 1"."""
-        limits = (
-            ("at least", self.at_least),
-            ("above", self.above),
-            ("at most", self.at_most),
-            ("below", self.below),
-        )
-        return " and ".join(f"{words} {limit:g}" for words, limit in limits if limit is not None)
+        return " and ".join(f"{words} {limit:g}" for words, _, limit in self._list_limits())
 
 
-def option(
-    default: Number,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-    only_if: tuple[str, Any] | None = None,
-) -> Number:
-    """Declare a dataclass field with a default and a `Range`; `check_config` refuses values outside it."""
-    limits = Range(at_least, above, at_most, below, only_if)
-    return field(default=default, metadata={RANGE_KEY: limits})
+def option(default: Number, **limits: Any) -> Number:
+    """Declare a dataclass field with a default and a `Range` of these limits; `check_config` refuses values outside it."""
+    return field(default=default, metadata={RANGE_KEY: Range(**limits)})

@@ -24,6 +24,7 @@ from megatron_rdt.files import write_text
 
 MODEL_FILE, CONFIG_FILE, WEIGHTS_FILE = "modeling_rdt.py", "config.json", "model.safetensors"
 MODEL_TYPE = "megatron_rdt"
+AGAIN = "Export the checkpoint again with `rdt convert CHECKPOINT OUT --to hf`."  # the remedy for a bad export
 TOKENIZER = "tokenizer_fingerprint"  # in config.json
 PREFIX = "model."  # the wrapper's name for the model, in front of every weight's
 
@@ -41,10 +42,7 @@ def export_hf(source: Path, out: Path) -> None:
     settings = {
         "architectures": ["RdtForCausalLM"],
         "model_type": MODEL_TYPE,
-        "auto_map": {
-            "AutoConfig": "modeling_rdt.RdtConfig",
-            "AutoModelForCausalLM": "modeling_rdt.RdtForCausalLM",
-        },
+        "auto_map": {"AutoConfig": "modeling_rdt.RdtConfig", "AutoModelForCausalLM": "modeling_rdt.RdtForCausalLM"},
         "loops": loops,
         "dtype": "float32",
         **specials,
@@ -54,8 +52,7 @@ def export_hf(source: Path, out: Path) -> None:
     }
     write_text(out / CONFIG_FILE, json.dumps(settings, indent=1) + "\n")
     write_text(out / "generation_config.json", json.dumps(specials, indent=1) + "\n")
-    left_out = export_tokenizer(source / "tokenizer", out)
-    if left_out:
+    if left_out := export_tokenizer(source / "tokenizer", out):
         print(
             f"the tokenizer is left out, AutoTokenizer will not load this folder: {left_out}. "
             f"Use {HIDDEN_FOLDER}/{SENTENCEPIECE_FILE} in it with sentencepiece; its README.md shows how."
@@ -74,7 +71,6 @@ def read_hf(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
     Raises:
         CheckpointError: the folder is damaged, or holds another kind of model.
     """
-    again = "Export the checkpoint again with `rdt convert CHECKPOINT OUT --to hf`."
     try:
         settings: Any = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if settings["model_type"] != MODEL_TYPE:
@@ -84,11 +80,11 @@ def read_hf(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
             )
         config = ModelConfig(**settings["model"])
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder / CONFIG_FILE} is not the config of an export ({error}). {again}") from None
+        raise CheckpointError(f"{folder / CONFIG_FILE} is not the config of an export ({error}). {AGAIN}") from None
     try:
         weights = load_file(folder / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS_FILE} is damaged ({error}). {again}") from None
+        raise CheckpointError(f"{folder / WEIGHTS_FILE} is damaged ({error}). {AGAIN}") from None
     # Copies, since tensors in the file are not aligned like PyTorch's own, and products of them differ in the last digit.
     return config, {name.removeprefix(PREFIX): tensor.to(torch.float32, copy=True) for name, tensor in weights.items()}
 
@@ -97,10 +93,7 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     """Refuse an export whose tokenizer is not the one that its model was trained with, with a CheckpointError."""
     wanted = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get(TOKENIZER)
     if wanted is not None and tokenizer.fingerprint != wanted:
-        raise CheckpointError(
-            f"the tokenizer in {folder} is not the one that the model was trained with. "
-            "Export the checkpoint again with `rdt convert CHECKPOINT OUT --to hf`."
-        )
+        raise CheckpointError(f"the tokenizer in {folder} is not the one that the model was trained with. {AGAIN}")
 
 
 def _format_model_card(name: str, loops: int, left_out: str) -> str:

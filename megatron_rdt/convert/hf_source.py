@@ -20,37 +20,12 @@ WRAPPER = Path(__file__).resolve().parent / "hf_wrapper.py"
 MODULES = (megatron_rdt.config.ranges, megatron_rdt.config.model, megatron_rdt.depth.plan, megatron_rdt.depth.hashing)
 # Files of megatron_rdt/model, each after those whose names it uses while it is imported (base classes, defaults).
 PARTS = (
-    "transfer",
-    "attention/masks",
-    "cross_entropy",
-    "token_split",
-    "attention/kernels",
-    "forward_context",
-    "monitor",
-    "attention/kv_cache",
-    "halting/active_tokens",
-    "linear",
-    "norm",
-    "attention/rope",
-    "feedforward",
-    "moe",
-    "attention/mla",
-    "attention/gqa",
-    "iteration_signals",
-    "layer",
-    "activation_checkpointing",
-    "injection/base",
-    "injection/diagonal",
-    "injection/*",
-    "halting/trained",
-    "halting/exit_rules",
-    "initial_state",
-    "core",
-    "halting/adaptive_loop",
-    "training_losses",
-    "rdt",
-    "initialization",
-)
+    "transfer", "attention/masks", "cross_entropy", "token_split", "attention/kernels", "forward_context", "monitor",
+    "attention/kv_cache", "halting/active_tokens", "linear", "norm", "attention/rope", "feedforward", "moe",
+    "attention/mla", "attention/gqa", "iteration_signals", "layer", "activation_checkpointing", "injection/base",
+    "injection/diagonal", "injection/*", "halting/trained", "halting/exit_rules", "initial_state", "core",
+    "halting/adaptive_loop", "training_losses", "rdt", "initialization",
+)  # fmt: skip
 
 
 def list_source_files() -> list[Path]:
@@ -63,14 +38,10 @@ def list_source_files() -> list[Path]:
 
 def paste_model_source() -> str:
     """Return the one Python file: all imports from outside the project, then the body of every source file."""
-    imports: dict[str, None] = {}  # a set that keeps the order
-    bodies: list[str] = []
-    for file in list_source_files():
-        outside, body = split_source(file.read_text(encoding="utf-8"))
-        imports |= dict.fromkeys(outside)
-        bodies.append(body)
-    unique, pasted = "\n".join(imports), "\n\n".join(bodies)
-    return f"{HEADER}\n\n{unique}\n\n\n{pasted}\n"
+    parts = [split_source(file.read_text(encoding="utf-8")) for file in list_source_files()]
+    imports = "\n".join(dict.fromkeys(line for outside, _ in parts for line in outside))  # each once, in order
+    bodies = "\n\n".join(body for _, body in parts)
+    return f"{HEADER}\n\n{imports}\n\n\n{bodies}\n"
 
 
 def split_source(text: str) -> tuple[list[str], str]:

@@ -30,9 +30,8 @@ class RdtConfig(PreTrainedConfig):
         self.num_attention_heads = self.model["heads"]
         self.num_key_value_heads = self.model["kv_heads"]
         # transformers sizes caches by this: one slot per (iteration, layer).
-        self.num_hidden_layers = (
-            self.model["prelude_layers"] + loops * self.model["core_layers"] + self.model["coda_layers"]
-        )
+        outer = self.model["prelude_layers"] + self.model["coda_layers"]
+        self.num_hidden_layers = outer + loops * self.model["core_layers"]
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
 
@@ -49,11 +48,10 @@ class SlotCache:
         """Extend an empty cache that was sized for fewer loops to this many slots."""
         if self.cache.layer_class_to_replicate is not None:  # a cache without a fixed size
             return
-        missing = slots - len(self.cache.layers)
+        layers = len(self.cache.layers)
+        missing = slots - layers
         if missing > 0 and not isinstance(self.cache, DynamicCache):
-            raise ValueError(
-                f"the cache has {len(self.cache.layers)} layers, this many loops need {slots}; pass a DynamicCache()"
-            )
+            raise ValueError(f"the cache has {layers} layers, this many loops need {slots}; pass a DynamicCache()")
         self.cache.layers.extend(DynamicLayer() for _ in range(missing))
 
     def update(self, slot: int, start: int, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:

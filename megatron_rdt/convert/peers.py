@@ -39,9 +39,9 @@ class Source:
             raise ValueError(f"the weights have no {name}; the config describes another network")
         return self._left.pop(name)
 
-    def copy(self, names: Mapping[str, str]) -> Weights:
-        """Return weights under new names, given as new name -> old name."""
-        return {new: self.take(old) for new, old in names.items()}
+    def copy(self, names: Mapping[str, str], ours: str = "", theirs: str = "") -> Weights:
+        """Return the matrices and gains `theirs`OLD.weight as `ours`NEW.weight, for names given as new -> old."""
+        return {f"{ours}{new}.weight": self.take(f"{theirs}{old}.weight") for new, old in names.items()}
 
     def check_all_used(self) -> None:
         """Raise ValueError if a weight was not taken."""
@@ -103,24 +103,25 @@ def from_open_mythos(state: Mapping[str, torch.Tensor], config: ModelConfig) -> 
     _require_zoh(config)
     halting = "" if config.halting == "act" else r"|recurrent\.act\..*"
     source = Source(state, rf"freqs_cis(_mla)?|head\.weight{halting}")
-    weights = source.copy({"embedding.weight": "embed.weight", "final_norm.weight": "norm.weight"})
-    layers = {f"prelude.{i}": f"prelude.{i}" for i in range(config.prelude_layers)}
-    layers |= {f"coda.{i}": f"coda.{i}" for i in range(config.coda_layers)}
-    for ours, theirs in layers.items():
-        weights |= _convert_mythos_layer(source, ours, theirs, config)
-        names = {f"{ours}.feedforward.{part}.weight": f"{theirs}.ffn.{part}.weight" for part in ("gate", "up", "down")}
-        weights |= source.copy(names)
+    weights = source.copy({
+        "embedding": "embed",
+        "final_norm": "norm",
+        "core.injection.norm": "recurrent.norm",
+        "core.signals.lora.down": "recurrent.lora.down",
+    })  # fmt: skip
+    outer = [f"prelude.{i}" for i in range(config.prelude_layers)] + [f"coda.{i}" for i in range(config.coda_layers)]
+    for layer in outer:  # called the same there
+        weights |= _convert_mythos_layer(source, layer, layer, config)
+        parts = {part: part for part in ("gate", "up", "down")}
+        weights |= source.copy(parts, f"{layer}.feedforward.", f"{layer}.ffn.")
     weights |= _convert_mythos_layer(source, "core.layers.0", "recurrent.block", config)
     weights |= _convert_mythos_experts(source, "core.layers.0.feedforward", "recurrent.block.ffn", config)
-    injection, signals = "core.injection", "core.signals"
     product = torch.exp(source.take("recurrent.injection.log_A") + source.take("recurrent.injection.log_dt"))
-    weights |= solve_decay_parameters(product, source.take("recurrent.injection.B"), f"{injection}.diagonal")
-    weights[f"{injection}.norm.weight"] = source.take("recurrent.norm.weight")
-    weights[f"{signals}.sinusoidal.size"] = torch.ones(config.dim // 8, dtype=product.dtype)
-    weights[f"{signals}.lora.down.weight"] = source.take("recurrent.lora.down.weight")
-    weights[f"{signals}.lora.up"] = source.take("recurrent.lora.B").T.contiguous()
+    weights |= solve_decay_parameters(product, source.take("recurrent.injection.B"), "core.injection.diagonal")
+    weights["core.signals.sinusoidal.size"] = torch.ones(config.dim // 8, dtype=product.dtype)
+    weights["core.signals.lora.up"] = source.take("recurrent.lora.B").T.contiguous()
     scale, bias = fit_scale_weights(source.take("recurrent.lora.scale.weight"))
-    weights |= {f"{signals}.lora.weights": scale, f"{signals}.lora.bias": bias}
+    weights |= {"core.signals.lora.weights": scale, "core.signals.lora.bias": bias}
     if config.halting == "act":
         weights["core.halting.weight"] = source.take("recurrent.act.halt.weight").squeeze(0)
         weights["core.halting.bias"] = source.take("recurrent.act.halt.bias")
@@ -130,14 +131,12 @@ def from_open_mythos(state: Mapping[str, torch.Tensor], config: ModelConfig) -> 
 
 def _convert_mythos_layer(source: Source, ours: str, theirs: str, config: ModelConfig) -> Weights:
     """Convert norms and attention of one layer."""
-    names = {"attention_norm": "attn_norm", "feedforward_norm": "ffn_norm", "attention.output": "attn.wo"}
-    if config.attention == "gqa":
-        names |= {"attention.query": "attn.wq", "attention.key": "attn.wk", "attention.value": "attn.wv"}
-    else:
-        names |= {"attention.query_down": "attn.q_down", "attention.query_norm": "attn.q_norm"}
-        names |= {"attention.latent_down": "attn.kv_down", "attention.latent_norm": "attn.kv_norm"}
-        names |= {"attention.latent_up": "attn.kv_up"}
-    weights = source.copy({f"{ours}.{new}.weight": f"{theirs}.{old}.weight" for new, old in names.items()})
+    weights = source.copy({"attention_norm": "attn_norm", "feedforward_norm": "ffn_norm"}, f"{ours}.", f"{theirs}.")
+    names = {"query": "wq", "key": "wk", "value": "wv"}
+    if config.attention == "mla":
+        names = {"query_down": "q_down", "query_norm": "q_norm"}
+        names |= {"latent_down": "kv_down", "latent_norm": "kv_norm", "latent_up": "kv_up"}
+    weights |= source.copy({"output": "wo", **names}, f"{ours}.attention.", f"{theirs}.attn.")
     if config.attention == "mla":  # per head, channels without rotary position, then those with it
         parts = [source.take(f"{theirs}.attn.q_up_{part}.weight") for part in ("nope", "rope")]
         heads = [part.unflatten(0, (config.heads, -1)) for part in parts]
@@ -147,9 +146,8 @@ def _convert_mythos_layer(source: Source, ours: str, theirs: str, config: ModelC
 
 def _convert_mythos_experts(source: Source, ours: str, theirs: str, config: ModelConfig) -> Weights:
     """Convert the router, the routed experts (stacked per matrix) and the shared ones (concatenated to one)."""
-    weights = source.copy(
-        {f"{ours}.router": f"{theirs}.router.weight", f"{ours}.selection_bias": f"{theirs}.router_bias"}
-    )
+    weights = {f"{ours}.router": source.take(f"{theirs}.router.weight")}
+    weights[f"{ours}.selection_bias"] = source.take(f"{theirs}.router_bias")
     for part in ("gate", "up", "down"):
         routed = [source.take(f"{theirs}.routed_experts.{i}.{part}.weight") for i in range(config.experts)]
         weights[f"{ours}.{part}"] = torch.stack(routed)
@@ -164,15 +162,15 @@ def from_parcae(state: Mapping[str, torch.Tensor], config: ModelConfig) -> Weigh
     _require_zoh(config)
     source = Source(state, r"freqs_cis|lm_head\.weight")
     names = {"embedding": "wte", "final_norm": "ln_f", "core.encoded_norm": "ln_prelude", "core.output_matrix": "C"}
-    weights = source.copy({f"{new}.weight": f"transformer.{old}.weight" for new, old in names.items()})
+    weights = source.copy(names, theirs="transformer.")
     names = {"attention_norm": "norm_1", "feedforward_norm": "norm_2", "feedforward.up": "mlp.fc"}
-    names |= {f"attention.{new}": f"attn.c_{new[0]}" for new in ("query", "key", "value")}
+    names |= {"attention.query": "attn.c_q", "attention.key": "attn.c_k", "attention.value": "attn.c_v"}
     names |= {"attention.output": "attn.c_proj"}
-    layers = config.prelude_layers + config.core_layers + config.coda_layers
-    for index, (ours, theirs) in enumerate(_raven_layer_names(config)):
-        weights |= source.copy({f"{ours}.{new}.weight": f"{theirs}.{old}.weight" for new, old in names.items()})
+    layers = _raven_layer_names(config)
+    for index, (ours, theirs) in enumerate(layers):
+        weights |= source.copy(names, f"{ours}.", f"{theirs}.")
         weights[f"{ours}.feedforward.down.weight"] = PARCAE_RELU2_SCALE * source.take(f"{theirs}.mlp.proj.weight")
-        if index % 2 == (layers - 1) % 2:
+        if index % 2 == (len(layers) - 1) % 2:
             weights[f"{ours}.attention.token_values.weight"] = source.take(f"value_embeds.{index}.weight")
             weights[f"{ours}.attention.token_values.gate.weight"] = source.take(f"{theirs}.attn.ve_gate.weight")
     step = torch.nn.functional.softplus(source.take("transformer.adapter.dt_bias"))
@@ -186,28 +184,20 @@ def from_parcae(state: Mapping[str, torch.Tensor], config: ModelConfig) -> Weigh
 def from_huginn(state: Mapping[str, torch.Tensor], config: ModelConfig) -> Weights:
     """Convert a state dict of `RavenForCausalLM` (Huginn); config as in configs/models/huginn_3_5b.yaml."""
     source = Source(state, r"freqs_cis|lm_head\.weight")
-    weights = source.copy({
-        "embedding.weight": "transformer.wte.weight",
-        "core.injection.weight": "transformer.adapter.weight",
-        "final_norm.weight": "transformer.ln_f.weight",
-    })  # fmt: skip
+    names = {"embedding": "wte", "core.injection": "adapter", "final_norm": "ln_f"}
+    weights = source.copy(names, theirs="transformer.")
     names = {"attention_norm": "norm_1", "attention_outer_norm": "norm_2"}
     names |= {"feedforward_norm": "norm_3", "feedforward_outer_norm": "norm_4"}
     names |= {"attention.output": "attn.proj", "feedforward.down": "mlp.proj"}
+    width = config.kv_heads * config.head_dim
     for ours, theirs in _raven_layer_names(config):
-        weights |= source.copy({f"{ours}.{new}.weight": f"{theirs}.{old}.weight" for new, old in names.items()})
-        width = config.kv_heads * config.head_dim
-        query, key, value = source.take(f"{theirs}.attn.Wqkv.weight").split([config.dim, width, width])
-        gate, up = source.take(f"{theirs}.mlp.fc.weight").chunk(2)
-        query_bias, key_bias = source.take(f"{theirs}.attn.qk_bias").flatten(1)
-        attention, feedforward = f"{ours}.attention", f"{ours}.feedforward"
-        weights |= {f"{attention}.query.weight": query, f"{attention}.key.weight": key}
-        weights |= {f"{attention}.value.weight": value, f"{attention}.query_bias": query_bias}
-        weights |= {
-            f"{attention}.key_bias": key_bias,
-            f"{feedforward}.gate.weight": gate,
-            f"{feedforward}.up.weight": up,
-        }
+        weights |= source.copy(names, f"{ours}.", f"{theirs}.")
+        qkv = source.take(f"{theirs}.attn.Wqkv.weight").split([config.dim, width, width])
+        biases = source.take(f"{theirs}.attn.qk_bias").flatten(1)
+        gate_and_up = source.take(f"{theirs}.mlp.fc.weight").chunk(2)
+        weights |= {f"{ours}.attention.{name}.weight": part for name, part in zip(("query", "key", "value"), qkv)}
+        weights |= {f"{ours}.attention.{name}_bias": part for name, part in zip(("query", "key"), biases)}
+        weights |= {f"{ours}.feedforward.{name}.weight": part for name, part in zip(("gate", "up"), gate_and_up)}
     source.check_all_used()
     return weights
 

@@ -24,7 +24,6 @@ from megatron_rdt.inference.load import choose_device, load_verified
 from megatron_rdt.run_directory import CHECKPOINTS
 
 EVALUATION = "eval.json"
-ANOTHER_OUT = "Choose another --out."
 
 
 def perplexity(loss: float) -> float:
@@ -116,9 +115,8 @@ def evaluate_checkpoint(
         DataError: there is no corpus, or it was made with another tokenizer than the model's.
     """
     if not loops or min(loops) < 1 or sequences < 1:
-        raise ConfigError(
-            f"loops are {list(loops)} and sequences {sequences}; give at least one T, and all at least 1."
-        )
+        given = f"loops are {list(loops)} and sequences {sequences}"
+        raise ConfigError(f"{given}; give at least one T, and all at least 1.")
     if out is not None:
         check_result_file(Path(out))
     directory = Path(os.path.abspath(resolve_checkpoint(checkpoint)))
@@ -203,21 +201,22 @@ def _default_result_file(checkpoint: Path) -> Path | None:
 
 def check_result_file(file: Path) -> None:
     """Refuse a file that cannot be written, or that holds anything but an earlier evaluation, with a ConfigError."""
-    parent = file.parent
-    if not parent.is_dir():
-        reason = "is not a directory" if parent.exists() else "does not exist"
-        raise ConfigError(f"--out {file} cannot be written: {parent} {reason}. {ANOTHER_OUT}")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"--out {file} cannot be written: {parent} is not writable. {ANOTHER_OUT}")
-    if file.is_dir():
-        raise ConfigError(f"--out {file} is a directory, it must be a file. {ANOTHER_OUT}")
-    if file.exists():
+    parent, reason = file.parent, ""
+    if not parent.exists():
+        reason = f"cannot be written: {parent} does not exist"
+    elif not parent.is_dir():
+        reason = f"cannot be written: {parent} is not a directory"
+    elif not os.access(parent, os.W_OK | os.X_OK):
+        reason = f"cannot be written: {parent} is not writable"
+    elif file.is_dir():
+        reason = "is a directory, it must be a file"
+    elif file.exists():
         try:
             read_evaluation(file)
         except DataError:
-            raise ConfigError(
-                f"--out {file} exists and is not an evaluation of `rdt eval`; it is kept as it is. {ANOTHER_OUT}"
-            ) from None
+            reason = "exists and is not an evaluation of `rdt eval`; it is kept as it is"
+    if reason:
+        raise ConfigError(f"--out {file} {reason}. Choose another --out.")
 
 
 def read_evaluation(file: Path) -> tuple[int, dict[int, float]]:

@@ -27,10 +27,16 @@ Records = Sequence[dict[str, Any]]
 def _make_axes(title: str, x: str, y: str) -> Axes:
     """Return axes with a grid, labels, and whole numbers on the x axis."""
     _, axes = plt.subplots(figsize=SIZE_INCHES, dpi=DPI, layout="constrained")
-    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.set_title(title)
+    _label_axes(axes, x, y)
+    return axes
+
+
+def _label_axes(axes: Axes, x: str, y: str) -> None:
+    """Give axes labels, a grid, and whole numbers on the x axis."""
+    axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return axes
 
 
 def _save_figure(axes: Axes, path: Path) -> Path:
@@ -53,16 +59,9 @@ def draw_loss_curve(metrics: Records, evaluations: Records, path: Path) -> Path:
     loops = sorted({int(t) for record in evaluations for t in record["losses"]})
     for index, t in enumerate(loops):
         share = 1 - 0.75 * index / len(loops)
-        pairs = [(r["step"], r["losses"][str(t)]) for r in evaluations if r["losses"].get(str(t)) is not None]
-        axes.plot(
-            [step for step, _ in pairs],
-            [loss for _, loss in pairs],
-            color=COLOURS[index % len(COLOURS)],
-            linewidth=WIDEST_LINE * share,
-            marker="o",
-            markersize=WIDEST_MARKER * share,
-            label=f"validation, T = {t}",
-        )
+        series = _extract_series([{"step": r["step"], **r["losses"]} for r in evaluations], str(t))
+        (line,) = axes.plot(*series, "o-", color=COLOURS[index % len(COLOURS)], label=f"validation, T = {t}")
+        line.set(linewidth=WIDEST_LINE * share, markersize=WIDEST_MARKER * share)
     axes.legend()
     return _save_figure(axes, path)
 
@@ -75,14 +74,8 @@ def draw_loss_against_loops(losses: dict[int, float], path: Path) -> Path:
     axes.set_xscale("log", base=2)
     axes.set_xticks(loops, [str(t) for t in loops])
     for t in loops:
-        axes.annotate(
-            f"{losses[t]:.4f}",
-            (t, losses[t]),
-            textcoords="offset points",
-            xytext=(0, 9),
-            ha="center",
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
-        )
+        text, box = f"{losses[t]:.4f}", {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+        axes.annotate(text, (t, losses[t]), (0, 9), textcoords="offset points", ha="center", bbox=box)
     axes.margins(y=0.2)
     return _save_figure(axes, path)
 
@@ -132,12 +125,8 @@ def draw_loop_histogram(metrics: Records, probabilities: np.ndarray, path: Path)
 def draw_throughput(metrics: Records, path: Path) -> Path:
     """Draw tokens per second against the mean T of the step."""
     axes = _make_axes("Cost of depth", "iterations T of the step, mean over its sequences", "tokens per second")
-    axes.scatter(
-        [record["loops_mean"] if "loops_mean" in record else record["loops_max"] for record in metrics],
-        [record["tokens_per_second"] for record in metrics],
-        color=COLOURS[2],
-        alpha=0.4,
-    )
+    loops = [record["loops_mean" if "loops_mean" in record else "loops_max"] for record in metrics]
+    axes.scatter(loops, [record["tokens_per_second"] for record in metrics], color=COLOURS[2], alpha=0.4)
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_ylim(bottom=0)
     return _save_figure(axes, path)
@@ -158,9 +147,7 @@ def draw_iterations(metrics: Records, path: Path) -> Path:
     figure.suptitle("The state over the iterations of one forward pass")
     names = (("state_norm", "state norm, RMS over channels"), ("state_residual", "residual |h_t - h_(t-1)| / |h_t|"))
     for axes, (name, label) in zip(panels, names):
-        axes.set(xlabel="iteration t", ylabel=label)
-        axes.grid(alpha=0.3)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _label_axes(axes, "iteration t", label)
         for index, record in enumerate(shown):
             values = [np.nan if value is None else value for value in record["iterations"][name]]
             steps = np.arange(1, len(values) + 1)

@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,11 @@ def find_final_losses(run_directory: Path, evaluations: list[dict[str, Any]]) ->
 
     They come from eval.json, if `rdt eval` wrote one, unless the run itself evaluated a later step.
     """
-    candidates = [
-        (record["step"], {int(t): loss for t, loss in record["losses"].items() if loss is not None})
-        for record in evaluations[-1:]
-    ]
     path = run_directory / EVALUATION
-    if path.is_file():
-        candidates.insert(0, read_evaluation(path))
+    candidates = [read_evaluation(path)] if path.is_file() else []
+    for record in evaluations[-1:]:
+        losses = {int(t): loss for t, loss in record["losses"].items() if loss is not None}
+        candidates.append((record["step"], losses))
     return max(candidates, key=lambda candidate: candidate[0], default=(0, {}))
 
 
@@ -77,26 +76,23 @@ def write_report(run_directory: str | Path) -> Path:
     evaluated, losses = find_final_losses(directory, evaluations)
     out = directory / "report"
     out.mkdir(exist_ok=True)
-    figures = [(plots.draw_loss_curve(metrics, evaluations, out / "loss.png"), "Training and validation loss.")]
+    figures: list[tuple[Path, str]] = []
+
+    def add(caption: str, name: str, draw: Callable[..., Path], *records: Any) -> None:
+        """Draw one picture into the report's folder."""
+        figures.append((draw(*records, out / name), caption))
+
+    add("Training and validation loss.", "loss.png", plots.draw_loss_curve, metrics, evaluations)
     if losses:
-        path = plots.draw_loss_against_loops(losses, out / "loss_against_loops.png")
-        figures.append((path, f"Validation loss at each loop count after step {evaluated:,}, same weights."))
-    figures += [
-        (
-            plots.draw_stability(metrics, out / "stability.png"),
-            "Radius of the linear part of the recurrence; state norm.",
-        ),
-        (
-            plots.draw_loop_histogram(metrics, loop_probabilities(config.depth), out / "loop_histogram.png"),
-            "Loop counts that were drawn, and their distribution.",
-        ),
-        (plots.draw_throughput(metrics, out / "throughput.png"), "Throughput of each step against its loop count."),
-    ]
+        caption = f"Validation loss at each loop count after step {evaluated:,}, same weights."
+        add(caption, "loss_against_loops.png", plots.draw_loss_against_loops, losses)
+    add("Radius of the linear part of the recurrence; state norm.", "stability.png", plots.draw_stability, metrics)
+    caption, distribution = "Loop counts that were drawn, and their distribution.", loop_probabilities(config.depth)
+    add(caption, "loop_histogram.png", plots.draw_loop_histogram, metrics, distribution)
+    add("Throughput of each step against its loop count.", "throughput.png", plots.draw_throughput, metrics)
     if any(record.get("iterations") for record in metrics):
-        path = plots.draw_iterations(metrics, out / "iterations.png")
-        figures.append(
-            (path, "Norm and residual of the state after each iteration, in the last micro-batch of a step.")
-        )
+        caption = "Norm and residual of the state after each iteration, in the last micro-batch of a step."
+        add(caption, "iterations.png", plots.draw_iterations, metrics)
     plots.join_pictures([path for path, _ in figures][:4], out / "overview.png")
     samples = read_records(directory / "samples.jsonl", ("step", "loops", "prompt", "text"))
     write_text(out / "index.html", _format_page(config, metrics, losses, figures, samples))
@@ -107,10 +103,8 @@ def summarize(metrics: list[dict[str, Any]], losses: dict[int, float]) -> list[s
     """Return sentences about the run, each computed from its records."""
     last = metrics[-1]
     finite = [r["loss"] for r in metrics if r["loss"] is not None]
-    sentences = [
-        f"{last['step']:,} steps, {last['tokens']:,} tokens"
-        + (f"; the last training loss is {finite[-1]:.3f}." if finite else "; no training loss was finite."),
-    ]
+    training = f"the last training loss is {finite[-1]:.3f}" if finite else "no training loss was finite"
+    sentences = [f"{last['step']:,} steps, {last['tokens']:,} tokens; {training}."]
     skipped = sum(r["loss"] is None or r["grad_norm"] is None for r in metrics)
     if skipped:
         sentences.append(f"Steps skipped because the loss or gradient was not finite: {skipped:,}.")
@@ -118,13 +112,10 @@ def summarize(metrics: list[dict[str, Any]], losses: dict[int, float]) -> list[s
     if radii:
         sentences.append(f"The largest spectral radius of the injection was {max(radii):.4f}.")
     if len(losses) > 1:
-        shallow = min(losses)
-        best = min(losses, key=lambda t: losses[t])
+        shallow, best = min(losses), min(losses, key=lambda t: losses[t])
         gain = losses[shallow] - losses[best]
-        sentences.append(
-            f"The lowest validation loss is {losses[best]:.3f}, at T = {best}"
-            + (f", {gain:.3f} nats below T = {shallow}." if best != shallow else ": more loops did not help here.")
-        )
+        end = f", {gain:.3f} nats below T = {shallow}." if best != shallow else ": more loops did not help here."
+        sentences.append(f"The lowest validation loss is {losses[best]:.3f}, at T = {best}{end}")
     return sentences
 
 
@@ -136,14 +127,11 @@ def _format_page(
     samples: list[dict[str, Any]],
 ) -> str:
     """Return the HTML page: summary, losses, figures as data URLs, generated samples, configuration."""
-    parts = [
-        f"<h1>Run {html.escape(config.run.name)}</h1>",
-        f"<p>{html.escape(' '.join(summarize(metrics, losses)))}</p>",
-    ]
+    title = html.escape(config.run.name)
+    parts = [f"<h1>Run {title}</h1>", f"<p>{html.escape(' '.join(summarize(metrics, losses)))}</p>"]
     if losses:
-        cells = "".join(
-            f"<tr><td>{t}</td><td>{loss:.4f}</td><td>{perplexity(loss):.2f}</td></tr>" for t, loss in losses.items()
-        )
+        rows = [f"<td>{t}</td><td>{loss:.4f}</td><td>{perplexity(loss):.2f}</td>" for t, loss in losses.items()]
+        cells = "".join(f"<tr>{row}</tr>" for row in rows)
         parts.append(f"<table><tr><th>T</th><th>loss</th><th>perplexity</th></tr>{cells}</table>")
     for path, caption in figures:
         encoded = base64.b64encode(path.read_bytes()).decode()
@@ -156,13 +144,12 @@ def _format_page(
         for sample in samples:
             text = html.escape(sample["prompt"] + sample["text"])
             parts.append(f"<p>step {sample['step']}, T = {sample['loops']}</p><pre>{text}</pre>")
-    rows = "".join(
+    fields = "".join(
         f"<tr><td>{section}.{name}</td><td>{html.escape(str(value))}</td></tr>"
         for section in ("model", "depth", "train", "optimizer", "schedule", "parallel")
         for name, value in vars(getattr(config, section)).items()
     )
-    parts.append(f"<h2>Configuration</h2><table>{rows}</table>")
-    title = html.escape(config.run.name)
+    parts.append(f"<h2>Configuration</h2><table>{fields}</table>")
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
         f"<body>{''.join(parts)}</body></html>\n"

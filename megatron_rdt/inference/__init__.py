@@ -7,14 +7,6 @@ from megatron_rdt.model.attention.kv_cache import KVCache
 from megatron_rdt.model.halting.exit_rules import ExitRule, ExitTrace
 
 __all__ = [
-    "ExitRule",
-    "ExitTrace",
-    "GenerationTrace",
-    "KVCache",
-    "generate",
-    "generate_text",
-    "generate_texts",
-    "load",
-    "stream",
-    "stream_text",
-]
+    "ExitRule", "ExitTrace", "GenerationTrace", "KVCache", "generate", "generate_text", "generate_texts", "load",
+    "stream", "stream_text",
+]  # fmt: skip

@@ -7,10 +7,8 @@ from megatron_rdt.depth.hashing import hash_uniform
 
 def draw_uniforms(seed: int, rows: list[int], positions: list[int]) -> torch.Tensor:
     """Draw a number in [0, 1) for each row, keyed by (seed, row, position); float64 (rows,) on the CPU."""
-    keys = zip(rows, positions)
-    return torch.tensor(
-        [hash_uniform(int(seed), "token", row, position) for row, position in keys], dtype=torch.float64
-    )
+    drawn = [hash_uniform(int(seed), "token", row, position) for row, position in zip(rows, positions)]
+    return torch.tensor(drawn, dtype=torch.float64)
 
 
 def pick_tokens(

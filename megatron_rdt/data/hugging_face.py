@@ -1,11 +1,20 @@
 """Opening a Hugging Face dataset as a stream of rows, and turning the library's exceptions into errors for the user."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 from megatron_rdt.errors import DataError
 
 PREFIX = "hf:"
+# Beginnings of the names of files that describe a dataset and hold none of its rows.
+DESCRIPTIONS = ("README", "LICENSE", "dataset_info", ".git", ".DS_Store")
+
+
+def _split_name(name: str) -> tuple[str, str | None]:
+    """Split NAME or NAME:CONFIG into the name, which may be a local path, and the configuration."""
+    path, _, variant = (name, "", "") if Path(name).exists() else name.partition(":")
+    return path, variant or None
 
 
 def open_stream(name: str, split: str) -> Any:
@@ -16,8 +25,33 @@ def open_stream(name: str, split: str) -> Any:
     """
     import datasets
 
-    name, _, variant = (name, "", "") if Path(name).exists() else name.partition(":")
-    return datasets.load_dataset(name, variant or None, split=split, streaming=True)
+    return datasets.load_dataset(*_split_name(name), split=split, streaming=True)
+
+
+def list_unread_files(name: str) -> list[str]:
+    """List the files in a local folder that the library takes into no split, sorted; none for a dataset on the hub.
+
+    The library takes the files of one format only, and guesses from their names which split they belong to.
+    """
+    path, variant = _split_name(name)
+    folder = Path(path)
+    if not folder.is_dir():
+        return []
+    import datasets
+
+    splits = datasets.load_dataset_builder(path, variant).config.data_files or {}
+    taken = {os.path.realpath(file) for files in splits.values() for file in files}
+    found = [Path(directory, file) for directory, _, files in os.walk(folder) for file in files]
+    left_out = [str(file.relative_to(folder)) for file in found if os.path.realpath(file) not in taken]
+    return sorted(
+        file for file in left_out if not Path(file).name.startswith(DESCRIPTIONS) and not file.startswith(".git")
+    )
+
+
+def describe_exception(error: Exception) -> str:
+    """Return the first line of an exception's message without its full stop, or its type where it has no message."""
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
 
 
 def dataset_error(name: str, error: Exception, option: str) -> DataError:
@@ -28,8 +62,7 @@ def dataset_error(name: str, error: Exception, option: str) -> DataError:
         error: the exception.
         option: the option that selects the split, for the remedy.
     """
-    text = str(error).strip()
-    reason = text.splitlines()[0].rstrip(".") if text else type(error).__name__
+    reason = describe_exception(error)
     return DataError(
         f"{PREFIX}{name} could not be read as a dataset: {reason}. Check the name (hf:NAME, or hf:NAME:CONFIG where the "
         f"dataset has several configurations), {option} and the network."

@@ -6,6 +6,7 @@ number of ranks and no shuffle buffer resumes exactly.
 """
 
 import json
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 import xxhash
 
 from megatron_rdt.data.batch import Batch, build_document_fields
-from megatron_rdt.data.hugging_face import PREFIX, dataset_error, open_stream
+from megatron_rdt.data.hugging_face import PREFIX, dataset_error, describe_exception, open_stream
 from megatron_rdt.data.loader import PREFETCHED_BATCHES
 from megatron_rdt.data.tokenizer.base import Tokenizer
 from megatron_rdt.errors import DataError
@@ -23,6 +24,10 @@ from megatron_rdt.errors import DataError
 # The loader reads ahead of the steps, so a checkpoint needs a state of some batches ago. There are the batches in the queue,
 # one that waits for room in it and one in use; n batches have n + 1 states around them.
 KEPT_STATES = PREFETCHED_BATCHES + 3
+SKIP_IN_PREP = "prepare it with `rdt prep`, which names file and line and can count and skip such rows (--on_bad skip)."
+
+logger = logging.getLogger(__name__)
+_PATHS_WITH_BLANK_ROWS: set[str] = set()  # of which this process has logged one
 
 
 def open_dataset(path: str, split: str, data_rank: int = 0, data_ranks: int = 1) -> Any:
@@ -42,17 +47,12 @@ def open_dataset(path: str, split: str, data_rank: int = 0, data_ranks: int = 1)
         rows = open_stream(path.removeprefix(PREFIX), split)
         return split_dataset_by_node(rows, data_rank, data_ranks) if data_ranks > 1 else rows
     except Exception as error:  # the library's own, the hub's, the network's
-        raise _training_data_error(path, error) from error
-
-
-def _training_data_error(path: str, error: Exception) -> DataError:
-    """Build the error for a dataset of `data.path` that could not be read."""
-    return dataset_error(path.removeprefix(PREFIX), error, "--data.hf_split")
+        raise dataset_error(path.removeprefix(PREFIX), error, "--data.hf_split") from error
 
 
 def hash_text(text: str) -> int:
     """Hash a text to 128 bits."""
-    return xxhash.xxh3_128_intdigest(text.encode("utf-8", "surrogatepass"))
+    return xxhash.xxh3_128_intdigest(text.encode("utf-8"))
 
 
 class DatasetEndedError(DataError):
@@ -72,6 +72,8 @@ class RowReader:
     Attributes:
         epoch: number of the current epoch.
         rows: rows read in it.
+        past_rows: rows read in the epochs before.
+        blank_rows: rows of all epochs whose text was blank; they are skipped.
     """
 
     def __init__(
@@ -85,6 +87,8 @@ class RowReader:
         self.path, self.text_field, self._open_epoch, self.max_epochs = path, text_field, open_epoch, max_epochs
         self.epoch: int = state["epoch"] if state else 0
         self.rows: int = state["rows"] if state else 0
+        self.past_rows: int = state.get("past_rows", 0) if state else 0
+        self.blank_rows: int = state.get("blank_rows", 0) if state else 0
         self._dataset = open_epoch(self.epoch)
         # The library's state from which the current epoch was resumed; None for one that is read from its start.
         self._resumed_from = state["dataset"] if state else None
@@ -97,7 +101,13 @@ class RowReader:
         """Return the state to resume from after the last text; JSON can hold it."""
         # Before its first row is read, the state of an epoch is the one it was resumed from; None at its start.
         rows = self._resumed_from if self._iterator is None else self._dataset.state_dict()
-        return {"epoch": self.epoch, "rows": self.rows, "dataset": rows}
+        return {
+            "epoch": self.epoch,
+            "rows": self.rows,
+            "past_rows": self.past_rows,
+            "blank_rows": self.blank_rows,
+            "dataset": rows,
+        }
 
     def __iter__(self) -> "RowReader":
         """Return the reader itself."""
@@ -117,14 +127,41 @@ class RowReader:
             self.rows += 1
             text = row.get(self.text_field)
             if not isinstance(text, str):
-                found = "is missing" if self.text_field not in row else f"is a {type(text).__name__}, not a text"
-                raise DataError(
-                    f"{self.path}: row {self.rows} of this process: field {self.text_field} {found}; it has "
-                    f"{', '.join(sorted(row))}. Set --data.text_field."
-                )
+                raise DataError(self._describe_missing_text(row))
             if text.strip():
                 self._has_no_text_yet = False
+                self._check_unicode(text)
                 return text
+            if self.path not in _PATHS_WITH_BLANK_ROWS:
+                _PATHS_WITH_BLANK_ROWS.add(self.path)
+                logger.warning(
+                    "%s: row %s of this process is blank; such rows are skipped, and counted in metrics.jsonl",
+                    self.path,
+                    f"{self.rows:,}",
+                )
+            self.blank_rows += 1
+
+    def _describe_missing_text(self, row: dict[str, Any]) -> str:
+        """Describe a row whose text field is missing, null or no text."""
+        value = row.get(self.text_field)
+        if self.text_field not in row:
+            found = "is missing"
+        else:
+            found = "is null" if value is None else f"is a {type(value).__name__}, not a text"
+        return (
+            f"{self.path}: row {self.rows:,} of this process: field {self.text_field} {found}; it has "
+            f"{', '.join(sorted(row))}. Set --data.text_field. If only some rows are like that, {SKIP_IN_PREP}"
+        )
+
+    def _check_unicode(self, text: str) -> None:
+        """Raise DataError if a text has no UTF-8 form, which tokenizers need."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{self.path}: row {self.rows:,} of this process holds the lone surrogate U+{ord(text[error.start]):04X} at "
+                f"character {error.start}, not valid Unicode. Fix it, or {SKIP_IN_PREP}"
+            ) from None
 
     def _read_row(self) -> dict[str, Any] | None:
         """Read the next row of the epoch; None at its end."""
@@ -133,7 +170,10 @@ class RowReader:
                 self._iterator = iter(self._dataset)
             return next(self._iterator, None)
         except Exception as error:
-            raise _training_data_error(self.path, error) from error
+            raise DataError(
+                f"{self.path}: the row after row {self.rows:,} of this process could not be read: "
+                f"{describe_exception(error)}. Check the network if the dataset is on the hub; fix the data, or {SKIP_IN_PREP}"
+            ) from error
 
     def _begin_next_epoch(self) -> None:
         """Open the rows of the next epoch; DataError if there may be none, or the last one had no text."""
@@ -147,6 +187,7 @@ class RowReader:
             )
         # Opened anew: a dataset that was resumed from a state begins every epoch at that state.
         self._dataset, self._resumed_from, self._iterator = self._open_epoch(self.epoch), None, None
+        self.past_rows += self.rows
         self.rows, self._has_no_text_yet = 0, True
 
 
@@ -160,7 +201,7 @@ class TokenStream:
         seed: of the order of samples in a batch.
         documents: number the documents in each window.
         positions: restart positions from 0 at each document.
-        held_out: hashes of texts to skip.
+        held_out: hashes of texts to skip, which `counts` counts.
         seen: set that receives the hashes of the texts that are used.
         consumed: samples of the run that earlier steps took.
         global_batch: samples of the run in each step.
@@ -184,6 +225,7 @@ class TokenStream:
         self.texts, self.tokenizer, self.sequence_length, self.seed = texts, tokenizer, sequence_length, seed
         self._with_documents, self._with_positions = documents, positions
         self._held_out, self._seen, self._global_batch = held_out, seen, global_batch
+        self._held_out_rows: int = state.get("held_out_rows", 0) if state else 0
         # Tokens that were encoded and are in no window yet, and which of them start a document.
         self._tokens = state["tokens"].numpy() if state else np.empty(0, np.int32)
         self._starts = state["begins"].numpy() if state else np.empty(0, bool)
@@ -213,6 +255,7 @@ class TokenStream:
         while available < count * length + 1:
             text = next(self.texts)
             if self._held_out and hash_text(text) in self._held_out:
+                self._held_out_rows += 1
                 continue
             if self._seen is not None:
                 self._seen.add(hash_text(text))
@@ -231,20 +274,32 @@ class TokenStream:
 
     def state(self, consumed: int) -> dict[str, Any]:
         """Return the state to resume from after `consumed` samples of the run; torch.load reads it with weights_only."""
-        texts, tokens, starts = self._states[consumed]
-        return {"texts": texts, "tokens": torch.from_numpy(tokens.copy()), "begins": torch.from_numpy(starts.copy())}
+        texts, held_out_rows, tokens, starts = self._states[consumed]
+        return {
+            "texts": texts,
+            "held_out_rows": held_out_rows,
+            "tokens": torch.from_numpy(tokens.copy()),
+            "begins": torch.from_numpy(starts.copy()),
+        }
+
+    def counts(self, consumed: int) -> dict[str, int]:
+        """Count what this process had read after `consumed` samples of the run.
+
+        Returns:
+            Epochs that ended and, over all epochs, the rows read, those skipped because they were blank, and those
+            skipped because their text is held out for validation.
+        """
+        texts, held_out_rows, _, _ = self._states[consumed]
+        rows = {"rows": texts["past_rows"] + texts["rows"], "blank_rows": texts["blank_rows"]}
+        return {"epochs": texts["epoch"], **rows, "held_out_rows": held_out_rows}
 
     def _encode(self, text: str) -> np.ndarray:
         """Encode a text, with EOS at its end."""
-        try:
-            ids = self.tokenizer.encode(text)
-        except UnicodeEncodeError:  # a lone surrogate has no UTF-8 form
-            ids = self.tokenizer.encode(text.encode("utf-8", "replace").decode("utf-8"))
-        return np.array([*ids, self.tokenizer.eos], np.int32)
+        return np.array([*self.tokenizer.encode(text), self.tokenizer.eos], np.int32)
 
-    def _current_state(self) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    def _current_state(self) -> tuple[dict[str, Any], int, np.ndarray, np.ndarray]:
         """Capture the state after the last window; the library goes on changing its own, so that is copied."""
-        return json.loads(json.dumps(self.texts.state())), self._tokens, self._starts
+        return json.loads(json.dumps(self.texts.state())), self._held_out_rows, self._tokens, self._starts
 
 
 def read_held_out_windows(

@@ -13,8 +13,8 @@ from megatron_rdt.evaluate.loss import EVALUATION
 from megatron_rdt.files import TEMPORARY_SUFFIX, write_text
 
 RECORD_FILES = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
-# Fields of a step's record, one value per corpus, that TensorBoard shows below `data` instead of `train`.
-DATA_FIELDS = ("sources", "epochs")
+# Fields of a step's record about its data that TensorBoard shows below `data` instead of `train`.
+DATA_FIELDS = ("sources", "epochs", "stream")
 
 
 def drop_records_after(run_directory: Path, step: int) -> None:

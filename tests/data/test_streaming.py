@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 
 from launch.cli import run_command
 from megatron_rdt.config import RunConfig, check_config
-from megatron_rdt.data import BatchLoader, Tokenizer
+from megatron_rdt.data import BatchLoader, Tokenizer, streaming
+from megatron_rdt.data.hugging_face import list_unread_files
 from megatron_rdt.data.streaming import DatasetEndedError, RowReader, TokenStream, open_dataset, read_held_out_windows
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError
 from megatron_rdt.train.data.streamed import StreamedData
@@ -163,6 +165,83 @@ def test_unreadable_data_is_named(dataset: str, tokenizer: Tokenizer, tmp_path: 
         next(make_reader(f"hf:{tmp_path}"))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"text": None},
+            r"row 2 of this process: field text is null; it has text\. Set --data.text_field\. If only some",
+        ),
+        ({"other": 1}, r"row 2 of this process: field text is null; it has other, text\."),
+        ({"text": ["a"]}, r"row 2 of this process: field text is a list, not a text; it has text\."),
+        (b'{"text": "bad \xff"}', r"the row after row 1 of this process could not be read: 'utf-8' codec can't decode"),
+    ],
+)
+def test_a_row_without_a_text_is_refused(content: dict | bytes, message: str, tmp_path: Path) -> None:
+    line = content if isinstance(content, bytes) else json.dumps(content).encode()
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n' + line + b'\n{"text": "three"}\n')
+    texts = make_reader(f"hf:{tmp_path}")
+    assert next(texts) == "one"
+    with pytest.raises(DataError, match=message) as caught:
+        next(texts)
+    assert "`rdt prep`" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": "a\ud800b"}], r"row 1 of this process holds the lone surrogate U\+D800 at character 1, not valid"),
+        ([{"body": "one"}], r"row 1 of this process: field text is missing; it has body\. Set --data.text_field"),
+    ],
+)
+def test_a_row_that_only_python_can_hold_is_refused(rows: list[dict], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        next(RowReader("hf:rows", "text", lambda epoch: rows))
+
+
+def test_rows_that_are_left_out_are_counted(
+    dataset: str, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "_PATHS_WITH_BLANK_ROWS", set())
+    held_out = frozenset(map(streaming.hash_text, (text(3), text(77))))
+    state, consumed = None, 0
+    for until in (70, 200):  # from the start, and from a state into the second epoch
+        texts = make_reader(dataset, state=state and state["texts"])
+        stream = TokenStream(texts, tokenizer, LENGTH, 0, held_out=held_out, consumed=consumed, state=state)
+        while stream.counts(consumed)["rows"] < until:
+            stream.read(np.arange(1))
+            consumed += 1
+        counts = stream.counts(consumed)
+        epochs, rows = divmod(counts["rows"], 120)
+        left_out = {"blank_rows": epochs + (rows > 50), "held_out_rows": 2 * epochs + (rows > 3) + (rows > 77)}
+        assert counts == {"epochs": epochs, "rows": counts["rows"], **left_out}
+        state = stream.state(consumed)
+    assert caplog.messages == [
+        f"{dataset}: row 51 of this process is blank; such rows are skipped, and counted in metrics.jsonl"
+    ]
+
+
+def test_files_that_are_not_read_are_named(
+    configure: Callable[..., RunConfig], tiny_corpus: Path, tmp_path: Path, dataset: str
+) -> None:
+    folder = Path(shutil.copytree(dataset.removeprefix("hf:"), tmp_path / "rows"))
+    (folder / "README.md").write_text("Rows.\n")
+    assert list_unread_files(str(folder)) == list_unread_files("nobody/nothing") == []
+    others = [
+        f"{name}-{number}.{ending}" for name, ending in (("notes", "txt"), ("table", "csv")) for number in range(3)
+    ]
+    for name in others:
+        (folder / name).write_text("a line\n")
+    lines = StreamedData(configure(*stream_options(f"hf:{folder}", tiny_corpus, tmp_path)), 1, 0, 0).describe(36)
+    message = f"warning: the datasets library takes these files into no split: {', '.join(others[:5])} and 1 more. "
+    assert lines[1].startswith(message)
+    # A name that looks like that of a split takes all other files out of every split.
+    for name in others:
+        (folder / name).unlink()
+    (folder / "part-0.jsonl").rename(folder / "part-test.jsonl")
+    assert list_unread_files(str(folder)) == [f"part-{number}.jsonl" for number in (1, 2, 3)]
+
+
 def stream_options(dataset: str, tiny_corpus: Path, root: Path) -> list[str]:
     words = {
         "run.root": root,
@@ -194,6 +273,11 @@ def test_a_run_that_is_resumed_twice_is_the_run(
     out = capsys.readouterr().out
     assert "is streamed in the dataset's order; its first " in out
     assert "nothing of it is hashed" in out
+    records = (tmp_path / "whole" / "run" / "metrics.jsonl").read_text().splitlines()
+    counts = [json.loads(line)["stream"] for line in records]
+    assert [set(count) for count in counts] == [{"epochs", "rows", "blank_rows", "held_out_rows"}] * 6
+    assert counts[0]["held_out_rows"] > 0
+    assert counts[0]["rows"] < counts[-1]["rows"]
     for steps in (2, 4, 6):
         assert (
             train(
@@ -203,6 +287,8 @@ def test_a_run_that_is_resumed_twice_is_the_run(
         )
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert len(losses(tmp_path / "whole")) == 6
+    records = (tmp_path / "parts" / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["stream"] for line in records] == counts
 
 
 def test_what_a_stream_cannot_go_on_from(

@@ -8,11 +8,12 @@ import torch
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import RunConfig
 from megatron_rdt.data import Batch, BatchLoader, Tokenizer
-from megatron_rdt.data.hugging_face import PREFIX
+from megatron_rdt.data.hugging_face import PREFIX, list_unread_files
 from megatron_rdt.data.streaming import RowReader, TokenStream, open_dataset, read_held_out_windows
 from megatron_rdt.errors import CheckpointError, ConfigError
 
 STATE_VERSION = 1
+LISTED_FILES = 5  # files that are not read and are named
 NEW_RUN = "Set it back, or start a new --run.name."
 # Key in checkpoints of the number of data-parallel ranks.
 DATA_RANKS_KEY = "processes with samples of their own"
@@ -117,6 +118,13 @@ class StreamedData:
             "changes this run. A run cannot resume with another number of processes. Epochs are counted as they end. "
             "For results that can be reproduced: rdt prep"
         ]
+        unread = list_unread_files(data.path.removeprefix(PREFIX))
+        if unread:
+            more = f" and {len(unread) - LISTED_FILES:,} more" if len(unread) > LISTED_FILES else ""
+            lines.append(
+                f"warning: the datasets library takes these files into no split: {', '.join(unread[:LISTED_FILES])}{more}. "
+                "It takes the files of one format, and guesses splits from names; `rdt prep` reads the files that it is given"
+            )
         if data.shuffle_buffer:
             lines.append(
                 f"warning: with data.shuffle_buffer {data.shuffle_buffer:,}, every resume loses up to as many rows on each "
@@ -125,8 +133,9 @@ class StreamedData:
         return lines
 
     def progress(self, consumed: int) -> dict[str, Any]:
-        """Empty: there is one corpus, and its size is unknown."""
-        return {}
+        """Counts of the rows that this rank read and left out, see `TokenStream.counts`."""
+        assert self._stream is not None, "batches were taken before a step is recorded"
+        return {"stream": self._stream.counts(consumed)}
 
     def resume_key(self) -> dict[str, Any]:
         """Settings that must be equal in a checkpoint for a run to resume from it, by name."""

@@ -71,14 +71,15 @@ def _format_work(plan: RunPlan) -> str:
     return (
         f"Work\n  mean T {plan.loops:.2f}, gradient through {k} ({plan.with_grad:.2f} on average)\n"
         f"  {work.per_token / 1e9:.4g} GFLOP per token, {work.per_step / TERA:.4g} TFLOP per step of "
-        f"{plan.tokens:,} tokens{again}"
+        f"{plan.tokens:,} tokens{again}\n"
+        f"  {config.train.global_batch // (config.train.micro_batch * plan.layout.data)} micro-batches per device and step"
     )
 
 
 def _format_memory(plan: RunPlan) -> str:
     """Format the section on memory, with options that would save some."""
     memory, device, layout = plan.memory, plan.device, plan.layout
-    k = f", {plan.deepest.with_grad} with gradient" if plan.deepest.with_grad < plan.deepest.loops else ""
+    k = f", the last {plan.deepest.with_grad} with gradient" if plan.deepest.with_grad < plan.deepest.loops else ""
     rows = [
         (kind, f"{size / GB:.2f} GB")
         for kind, size in memory.parts.items()
@@ -87,7 +88,7 @@ def _format_memory(plan: RunPlan) -> str:
     rows += [("peak", f"{memory.peak / GB:.2f} GB")]
     axes = [f"{name} {getattr(layout, name)}" for name in ("replicate", "shard", "context", "tensor", "expert")]
     lines = [
-        f"Memory per device at T = {plan.deepest.loops}{k} ({memory.moment})",
+        f"Peak memory per device, at T = {plan.deepest.loops}{k}; reached in: {memory.moment}",
         f"  {layout.world_size} x {device.name}, engine {plan.config.parallel.engine}: {', '.join(axes)}",
         _format_table(rows),
         f"  {plan.usual.peak / GB:.2f} GB at the mean T",

@@ -10,7 +10,8 @@ One sequence, one head and one iteration at a time, in float64, with matrices as
 with `megatron_rdt.model` the parameters, by their names in `model.named_parameters()`, and the random initial state, and
 no other code. Tests compare the logits and the gradient of every parameter of the two.
 
-The default model comes first; the section "Variants" has the other choices of `ModelConfig`. Three things have
+The default model comes first, the section "Variants" has the other choices of `ModelConfig`. Branches on `config` that the
+default does not take may be skipped at first reading; `expand` and `collapse` then return their argument. Three things have
 references of their own next to their tests: experts (test_moe.py); query-key norms and biases, value embeddings and
 documents (test_attention.py); trained halting (test_halting.py).
 """
@@ -95,9 +96,10 @@ class Reference:
         return e @ self.w["core.input_matrix.weight"].T if self.config.input_matrix else e
 
     def iterate(self, h: torch.Tensor, e: torch.Tensor, t: int, loops: int) -> torch.Tensor:
-        """One iteration of the core: h_(t+1) = layers(decay * h_t + gain * e).
+        """One iteration of the core; with the default injection h_(t+1) = layers(decay * h_t + gain * e).
 
-        With |decay| < 1 in every channel the state cannot grow without bound through the injection.
+        The other injections are in `iterate_variant`. With |decay| < 1 in every channel the state cannot grow without
+        bound through the injection.
         """
         if self.config.injection != "diagonal":
             return self.iterate_variant(h, e, t, loops)
@@ -110,13 +112,14 @@ class Reference:
         zoh, exact for a constant e: h' = exp(dt a) h + ((exp(dt a) - 1) / a) b e.
         a and dt are bounded functions of free parameters, so that the decay reaches neither 0 nor 1.
         """
-        name = "core.injection.diagonal"
+        name = "core.injection.diagonal"  # of the injections diagonal, residual and hyper
         a = -between(self.w[f"{name}.rate"], 0.1, 10.0)
         dt = between(self.w[f"{name}.step"], 0.05, 5.0)
         b = self.w[f"{name}.gain"]
         if self.config.discretization == "zoh":
             return (dt * a).exp(), ((dt * a).exp() - 1) / a * b
-        dt = dt / (1 - dt * a / 1.99)  # euler: h' = (1 + dt a) h + dt b e, with |dt a| below 1.99
+        # euler: h' = (1 + dt a) h + dt b e. With z = |dt a| before, it is 1.99 z / (z + 1.99) < 1.99 after this line.
+        dt = dt / (1 - dt * a / 1.99)
         return 1 + dt * a, dt * b
 
     def core_layers(self, x: torch.Tensor, t: int, loops: int) -> torch.Tensor:

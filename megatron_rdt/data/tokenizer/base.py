@@ -135,7 +135,11 @@ def _log_contradictions(tokenizer: Tokenizer) -> None:
         return
     _CHECKED_FILES.add(file)
     backend = tokenizer.backend
-    found = backend.contradictions if isinstance(backend, HuggingFaceBackend) else _find_model_contradictions(tokenizer)
+    found: list[str] = []
+    if isinstance(backend, HuggingFaceBackend):
+        found = backend.contradictions
+    elif isinstance(backend, SentencePieceBackend):
+        found = _find_model_contradictions(tokenizer)
     for contradiction in found:
         logger.warning("the files in %s contradict each other: %s", tokenizer.file.parent, contradiction)
 

@@ -8,6 +8,8 @@ from typing import Literal
 from data_prep.cleaning import check_cleaning
 from megatron_rdt.errors import ConfigError
 
+TEXT_MARK = "=text"  # `.json=text` in `extensions`: each such file is one plain text document
+
 
 @dataclass(frozen=True)
 class PrepConfig:
@@ -22,7 +24,7 @@ class PrepConfig:
     extensions: list[str] = field(
         default_factory=lambda: [".txt", ".md", ".rst", ".py", ".c", ".h", ".jsonl", ".parquet"]
     )
-    """File endings to read, in upper or lower case; .gz and .zst may follow. A file other than .jsonl and .parquet is one document."""
+    """File endings to read, in upper or lower case; .gz and .zst may follow. A file other than .jsonl, .json, .ndjson and .parquet is one document; .json=text makes one of each .json too."""
     text_field: str = "text"
     """Field of a JSONL, Parquet or Hugging Face record that holds the text."""
     prompt_field: str = ""
@@ -68,7 +70,7 @@ class PrepConfig:
     on_bad: Literal["error", "skip", "replace"] = "error"
     """Policy for malformed JSON, a missing text field, invalid UTF-8 or a damaged file: stop; skip and count it; or replace invalid UTF-8 with U+FFFD and stop at anything else."""
     max_bad: float = 0.001
-    """Share of bad records above which the job stops even with `on_bad: skip`; up to 20 never stop it."""
+    """Share of bad records, or of bytes in files that cannot be read to their end, above which the job stops even with `on_bad: skip`; up to 20 records never stop it."""
     workers: int = 0
     """Worker processes; 0 takes one per core. The result does not depend on it."""
     shard: str = ""
@@ -107,8 +109,19 @@ def check_prep(config: PrepConfig) -> None:
             raise ConfigError(f"{source} is in sources and in valid_sources. Keep it in one of them.")
     if config.prompt_field and config.prompt_field == config.text_field:
         raise ConfigError(f"prompt_field and text_field are both {config.text_field!r}. Name two fields.")
+    _check_extensions(config)
     parse_array_task(config)
     check_cleaning(config)
+
+
+def _check_extensions(config: PrepConfig) -> None:
+    """Raise ConfigError naming the first extension that is empty or has another mark than `=text`."""
+    for extension in config.extensions:
+        ending, equals, mark = extension.partition("=")
+        if not ending or (equals and f"={mark}" != TEXT_MARK):
+            raise ConfigError(
+                f"extension {extension!r} is not an ending such as .txt, or .json{TEXT_MARK} for plain text. Set --extensions."
+            )
 
 
 def parse_array_task(config: PrepConfig) -> tuple[int, int] | None:

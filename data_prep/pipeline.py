@@ -24,7 +24,7 @@ from data_prep.jobs.working_directory import (
     resume_working_directory,
     working_directory_path,
 )
-from data_prep.sources.inputs import Part, list_input_files
+from data_prep.sources.inputs import Part, describe_unread, list_input_files
 from data_prep.stages import publish
 from data_prep.stages.duplicates import find_duplicates
 from data_prep.stages.encode import encode_slice, spill_path
@@ -79,6 +79,7 @@ def prepare(config: PrepConfig, command: str = "rdt prep") -> Path:
         with publish.explain_failure(out, alone=True):
             began = time.monotonic()
             work = open_working_directory(config, root, lambda: None)
+            _print_listing(work)
             publish.check_disk_space(out, config, work.inputs)
             remove_temporary_files(root)
             with open_worker_pool(config.workers) as pool:
@@ -93,6 +94,12 @@ def prepare(config: PrepConfig, command: str = "rdt prep") -> Path:
 def _print_nothing_to_do(out: Path) -> None:
     """Print that the corpus exists already."""
     print(f"{out} is complete and was made with these options from these files: nothing to do")
+
+
+def _print_listing(work: WorkingDirectory) -> None:
+    """Print what of the sources is not read: before the work, and not only in the summary after it."""
+    for line in describe_unread(work.listing.as_json()):
+        print(line, flush=True)
 
 
 def _print_speed(document: dict[str, Any], seconds: float) -> None:
@@ -126,6 +133,7 @@ def _prepare_share(out: Path, config: PrepConfig, array_task: tuple[int, int], c
             if root.exists():
                 stack.enter_context(hold_lock(publish.array_task_lock_path(root, index), message))
             work = open_working_directory(config, root, lambda: publish.check_no_array_task(out, index))
+            _print_listing(work)
             publish.check_disk_space(out, config, work.inputs)
             if not (root / "locks" / str(index)).exists():
                 stack.enter_context(hold_lock(publish.array_task_lock_path(root, index), message))

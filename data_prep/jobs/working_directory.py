@@ -18,7 +18,7 @@ from typing import Any
 
 from data_prep.cleaning import Cleaner
 from data_prep.config import PrepConfig
-from data_prep.sources.inputs import Input, Part, cut_parts, describe_changed_input, list_input_files
+from data_prep.sources.inputs import Input, Part, SourceListing, cut_parts, describe_changed_input, list_sources
 from data_prep.stages.minhash import ALGORITHM
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.files import TEMPORARY_SUFFIX, sha256_of, write_text
@@ -95,13 +95,18 @@ class WorkingDirectory:
 
     Attributes:
         job: what steps need.
-        inputs: files, in order.
+        listing: the files of the sources, and what is not read.
         parts: pieces of the input, in order.
     """
 
     job: Job
-    inputs: list[Input]
+    listing: SourceListing
     parts: list[Part]
+
+    @property
+    def inputs(self) -> list[Input]:
+        """The files, in order."""
+        return self.listing.files
 
 
 def working_directory_path(out: Path) -> Path:
@@ -177,21 +182,21 @@ def resume_working_directory(
             f"{root} holds an unfinished `rdt prep` that was begun with {difference}. Continue with the options that it was "
             "begun with, or set --restart true to begin again."
         )
-    inputs = list_input_files(config)
+    listing = list_sources(config)
     recorded = {record.name: record for record in (Input(*values) for values in before["inputs"])}
-    changed = difference or describe_changed_input(recorded, inputs, _has_other_size_or_time)
+    changed = difference or describe_changed_input(recorded, listing.files, _has_other_size_or_time)
     if changed:
         return None, changed
     if before["options"] != result_options(config) or before["code"] != code:
         check_unused()
         write_text(root / DESCRIPTION, json.dumps(before | {"options": result_options(config), "code": code}))
     # Parts refer to their files by number. Shards of datasets are numbered after the files.
-    files = inputs + [Input(*values) for values in before["hub"]]
+    files = listing.files + [Input(*values) for values in before["hub"]]
     parts = [
         Part(i, kind, tuple(files[first : first + count]), start, end, size)
         for i, (kind, first, count, start, end, size) in enumerate(before["parts"])
     ]
-    return WorkingDirectory(Job(config, root, before["id"]), inputs, parts), ""
+    return WorkingDirectory(Job(config, root, before["id"]), listing, parts), ""
 
 
 def open_working_directory(config: PrepConfig, root: Path, check_unused: Callable[[], None]) -> WorkingDirectory:
@@ -204,15 +209,15 @@ def open_working_directory(config: PrepConfig, root: Path, check_unused: Callabl
     if root.exists():
         check_unused()
         shutil.rmtree(root)
-    inputs = list_input_files(config)
-    parts = cut_parts(config, inputs)
-    numbers = {file.name: i for i, file in enumerate(inputs)}
+    listing = list_sources(config)
+    parts = cut_parts(config, listing.files)
+    numbers = {file.name: i for i, file in enumerate(listing.files)}
     hub = [part.inputs[0] for part in parts if part.kind == "hub"]
-    numbers |= {file.name: i for i, file in enumerate(hub, start=len(inputs))}
+    numbers |= {file.name: i for i, file in enumerate(hub, start=len(listing.files))}
     document = {
         "options": result_options(config),
         "code": hash_code(config),
-        "inputs": [list(dataclasses.astuple(file)) for file in inputs],
+        "inputs": [list(dataclasses.astuple(file)) for file in listing.files],
         "hub": [list(dataclasses.astuple(file)) for file in hub],
         "parts": [[p.kind, numbers[p.inputs[0].name], len(p.inputs), p.start, p.end, p.size] for p in parts],
     }
@@ -230,7 +235,7 @@ def open_working_directory(config: PrepConfig, root: Path, check_unused: Callabl
     )
     root.mkdir(parents=True)
     write_text(root / DESCRIPTION, json.dumps(document))
-    return WorkingDirectory(Job(config, root, str(document["id"])), inputs, parts)
+    return WorkingDirectory(Job(config, root, str(document["id"])), listing, parts)
 
 
 def _read_description(root: Path) -> dict[str, Any] | None:

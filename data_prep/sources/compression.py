@@ -8,9 +8,15 @@ from typing import Any, BinaryIO
 
 import zstandard
 
+from megatron_rdt.errors import DataError
+from megatron_rdt.files import escape_invalid_utf8
+
 # Exceptions raised by reading a file that is truncated or damaged.
 DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 READ_BYTES = 1 << 17
+LARGEST_WINDOW = (
+    1 << 31
+)  # of zstd: as much as `zstd --long=31` asks for; the library's default refuses more than 128 MiB
 
 
 def open_decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
@@ -52,8 +58,8 @@ class _ZstdReader(io.RawIOBase):
                 if self._frame is not None:
                     raise EOFError("the file ends inside a frame")
                 return 0
-            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
-            self._content = memoryview(self._frame.decompress(self._compressed))
+            self._frame = self._frame or zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW).decompressobj()
+            self._content = memoryview(self._decompress(self._compressed))
             # Bytes after the end of a frame begin the next one.
             self._compressed = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:
@@ -62,3 +68,16 @@ class _ZstdReader(io.RawIOBase):
         buffer[:count] = self._content[:count]
         self._content = self._content[count:]
         return count
+
+    def _decompress(self, compressed: bytes) -> bytes:
+        """Return the content of the next bytes of a frame; DataError if there is no memory for its window."""
+        try:
+            return self._frame.decompress(compressed)
+        except (zstandard.ZstdError, MemoryError) as error:
+            if "memory" not in str(error) and not isinstance(error, MemoryError):
+                raise
+            # Not damage: `on_bad` must not skip the file.
+            raise DataError(
+                f"{escape_invalid_utf8(self._raw.name)}: no memory to decompress it ({error}). A file of `zstd --long=31` "
+                "needs 2 GiB per worker: lower --workers."
+            ) from error

@@ -1,19 +1,25 @@
 """Input files in a fixed order, cut into parts that do not depend on which worker or machine reads them."""
 
+import os
 import sysconfig
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from data_prep.config import PrepConfig
+from data_prep.sources.file_kinds import COMPRESSED, Kind, find_kind, list_endings, name_ending
+from data_prep.sources.folder_walk import FoundEntry, check_readable, name_unreadable, walk_folder
+from data_prep.sources.parquet_rows import count_group_rows
 from megatron_rdt.data.hugging_face import PREFIX
 from megatron_rdt.errors import ConfigError, DataError
+from megatron_rdt.files import escape_invalid_utf8
 
 STDLIB = "stdlib"
 STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
-COMPRESSED = (".gz", ".zst")
+BROKEN_LINK = "broken link"
+NAMES_LISTED, ENDINGS_LISTED = 3, 8  # in messages and the manifest
 MOST_PARTS, FEWEST_PARTS = 256, 8  # aimed at within the sizes below
 SMALLEST_PART, USUAL_PART, LARGEST_PART = 1_000_000, 2_000_000, 64_000_000  # bytes
 T = TypeVar("T")
@@ -36,6 +42,11 @@ class Input:
     mtime_ns: int
     valid: bool
 
+    @property
+    def shown_path(self) -> str:
+        """The path for messages, in which bytes that are not UTF-8 are escaped."""
+        return escape_invalid_utf8(self.path)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -51,7 +62,7 @@ class Part:
     """
 
     index: int
-    kind: Literal["lines", "texts", "parquet", "hub"]
+    kind: Kind | Literal["hub"]
     inputs: tuple[Input, ...]
     start: int
     end: int
@@ -86,44 +97,159 @@ def _source_name(source: str) -> str:
     return Path(source.removeprefix(PREFIX)).name
 
 
+@dataclass
+class NameSample:
+    """A number of names, and the first few of them."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, name: str) -> None:
+        """Count a name, and keep it if it is one of the first."""
+        self.count += 1
+        if len(self.first) < NAMES_LISTED:
+            self.first.append(name)
+
+
+@dataclass
+class SourceListing:
+    """The files of the sources, and what is in the same folders and is not read.
+
+    Attributes:
+        files: in a fixed order, each file once.
+        passed_over: names of the files that are not read, by ending; broken links under BROKEN_LINK.
+        reached_again: names of files and folders that are read under another name already, because links lead to them or a
+            source contains another.
+    """
+
+    files: list[Input] = field(default_factory=list)
+    passed_over: defaultdict[str, NameSample] = field(default_factory=lambda: defaultdict(NameSample))
+    reached_again: NameSample = field(default_factory=NameSample)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields for the manifest."""
+        passed_over = {ending: asdict(names) for ending, names in sorted(self.passed_over.items())}
+        return {"passed_over": passed_over, "reached_again": asdict(self.reached_again)}
+
+
+def describe_unread(record: Mapping[str, Any]) -> list[str]:
+    """Return lines that say what of the sources is not read, from `SourceListing.as_json` or a manifest with its fields."""
+
+    def describe_names(names: Mapping[str, Any], kind: str = "") -> str:
+        """Return `3 .bz2 (a.bz2, b.bz2 and more)`."""
+        first = ", ".join(map(escape_invalid_utf8, names["first"]))
+        more = " and more" if names["count"] > len(names["first"]) else ""
+        return f"{names['count']:,} {kind}{' ' if kind else ''}({first}{more})"
+
+    lines = []
+    if record["passed_over"]:
+        parts = (describe_names(names, ending) for ending, names in record["passed_over"].items())
+        lines.append(f"not read: {'; '.join(parts)}")
+    if record["reached_again"]["count"]:
+        lines.append(f"read once, though reached again: {describe_names(record['reached_again'])}")
+    return lines
+
+
 def list_input_files(config: PrepConfig) -> list[Input]:
+    """List the files of the sources; see `list_sources`."""
+    return list_sources(config).files
+
+
+def list_sources(config: PrepConfig) -> SourceListing:
     """List every file of the sources in a fixed order, with names that do not depend on the machine.
 
-    A name begins with that of its source. Sources of the same name are told apart by their number.
+    A name begins with that of its source. Sources of the same name are told apart by their number. A file that several paths
+    lead to is listed once: as validation if one of these says so, then by a path without links, then by the first.
 
     Raises:
         ConfigError: a source does not exist, or is a file with an ending that is not in `extensions`.
-        DataError: there is no file.
+        DataError: a source has no file, or something in it cannot be read.
     """
-    found: list[Input] = []
+    listing = SourceListing()
+    candidates: list[tuple[str, FoundEntry, bool]] = []
     for source, name, valid in _iterate_sources(config):
-        if source.startswith(PREFIX):
-            continue
-        root = Path(sysconfig.get_paths()["stdlib"]) if source == STDLIB else Path(source)
-        if not root.exists():
-            raise ConfigError(f"source {source} does not exist. Name a file, a folder, hf:NAME or stdlib in --sources.")
-        extensions = tuple(e.lower() for e in ((".py",) if source == STDLIB else config.extensions))
-        endings = extensions + tuple(e + c for e in extensions for c in COMPRESSED)
-        if root.is_file():
-            if not root.name.lower().endswith(endings):
-                raise ConfigError(
-                    f"{root} ends with none of {', '.join(extensions)}. Convert it, or name its ending in --extensions "
-                    "to read the file as one plain text document."
-                )
-            found.append(_make_input(name, root, valid))
-            continue
-        for path in sorted(root.rglob("*")):
-            inside = path.relative_to(root)
-            if source == STDLIB and STDLIB_SKIPPED & set(inside.parts):
-                continue
-            if path.is_file() and path.name.lower().endswith(endings):
-                found.append(_make_input(f"{name}/{inside.as_posix()}", path, valid))
+        if not source.startswith(PREFIX):
+            candidates += [(inside, entry, valid) for inside, entry in _list_source(config, source, name, listing)]
+    order = sorted(range(len(candidates)), key=lambda i: (not candidates[i][2], candidates[i][1].is_linked, i))
+    chosen: dict[str, int] = {}
+    for index in order:
+        chosen.setdefault(candidates[index][1].real, index)
+    for index, (name, entry, valid) in enumerate(candidates):
+        if chosen[entry.real] == index:
+            check_readable(entry.path)
+            listing.files.append(_make_input(name, entry.path, valid))
+        else:
+            listing.reached_again.add(name)
     has_dataset = any(source.startswith(PREFIX) for source in config.sources)
-    if not has_dataset and not any(not file.valid for file in found):
+    if not has_dataset and not any(not file.valid for file in listing.files):
         raise DataError(
-            f"no file with an ending of {config.extensions} in {config.sources}. Set --sources or --extensions."
+            f"no file with an ending of {config.extensions} in {config.sources} that is not in {config.valid_sources} too. Set "
+            "--sources or --valid_sources."
         )
-    return found
+    return listing
+
+
+def _list_source(
+    config: PrepConfig, source: str, name: str, listing: SourceListing
+) -> Iterator[tuple[str, FoundEntry]]:
+    """Yield (name, entry) of the files of one source that are to be read; add the others to `listing`."""
+    root = Path(sysconfig.get_paths()["stdlib"]) if source == STDLIB else Path(source)
+    if not root.exists():
+        raise ConfigError(f"source {source} does not exist. Name a file, a folder, hf:NAME or stdlib in --sources.")
+    endings = list_endings((".py",) if source == STDLIB else config.extensions)
+    if not root.is_dir():
+        _check_file_source(root, endings, config.extensions)
+        yield name, FoundEntry(root, os.path.realpath(root), root.is_symlink())
+        return
+    entries, folders_again = walk_folder(root)
+    passed_over, is_empty = Counter[str](), True
+    for entry in entries:
+        inside = entry.path.relative_to(root)
+        has_ending = inside.name.lower().endswith(endings)
+        if source == STDLIB and (not has_ending or entry.problem or STDLIB_SKIPPED & set(inside.parts)):
+            continue  # `stdlib` means the modules alone
+        path = f"{name}/{inside.as_posix()}"
+        if entry.problem and (has_ending or entry.is_broken_link):
+            _reject_entry(config, entry)
+        if not has_ending or entry.problem:
+            ending = BROKEN_LINK if entry.is_broken_link else name_ending(inside.name)
+            listing.passed_over[ending].add(path)
+            passed_over[ending] += 1
+            continue
+        is_empty = False
+        yield path, entry
+    if is_empty:
+        endings_found = ", ".join(f"{count:,} {ending}" for ending, count in passed_over.most_common(ENDINGS_LISTED))
+        raise DataError(
+            f"no file with an ending of {config.extensions} in {source} (there: {endings_found or 'no file'}). Set --sources "
+            "or --extensions."
+        )
+    for folder in folders_again:
+        listing.reached_again.add(f"{name}/{folder.relative_to(root).as_posix()}/")
+
+
+def _check_file_source(root: Path, endings: tuple[str, ...], extensions: list[str]) -> None:
+    """Raise ConfigError if a source that is not a folder cannot be read as a file."""
+    if not root.is_file():
+        raise ConfigError(
+            f"source {root} is neither a file nor a folder. Text is read twice: write it to a file first."
+        )
+    if not root.name.lower().endswith(endings):
+        raise ConfigError(
+            f"{root} ends with none of {', '.join(extensions)}. Convert it, or name its ending in --extensions to read the "
+            "file as one plain text document."
+        )
+
+
+def _reject_entry(config: PrepConfig, entry: FoundEntry) -> None:
+    """Raise DataError for an entry that cannot be read, unless it is a broken link and `on_bad` is to skip those."""
+    if not entry.is_broken_link:
+        raise DataError(f"{escape_invalid_utf8(entry.path)} is {entry.problem}, not a file. Move it elsewhere.")
+    if config.on_bad != "skip":
+        raise DataError(
+            f"{escape_invalid_utf8(entry.path)} is {entry.problem}. Remove the link, or set --on_bad skip to pass over "
+            "such links."
+        )
 
 
 def _make_input(name: str, path: Path, valid: bool) -> Input:
@@ -147,8 +273,11 @@ def describe_changed_input(
     """
     now = {file.name: file for file in files}
     for name in sorted(now.keys() ^ recorded.keys()):
-        return f"{name} was {'added' if name in now else 'removed'}"
-    return next((f"{name} has changed" for name, file in now.items() if has_changed(file, recorded[name])), "")
+        return f"{escape_invalid_utf8(name)} was {'added' if name in now else 'removed'}"
+    return next(
+        (f"{escape_invalid_utf8(name)} has changed" for name, file in now.items() if has_changed(file, recorded[name])),
+        "",
+    )
 
 
 def choose_part_bytes(config: PrepConfig, files: list[Input]) -> int:
@@ -164,7 +293,7 @@ def cut_parts(config: PrepConfig, files: list[Input]) -> list[Part]:
     size = choose_part_bytes(config, files)
     pieces: list[tuple[Any, list[Input], int, int, int]] = []  # the fields of Part after its index
     for file in files:
-        kind = _file_kind(file)
+        kind = find_kind(Path(file.path), config.extensions)
         if kind == "texts":
             # Small text files are collected into one part, up to its size.
             last = pieces[-1] if pieces else None
@@ -192,23 +321,11 @@ def cut_parts(config: PrepConfig, files: list[Input]) -> list[Part]:
     return [Part(i, kind, tuple(inputs), *numbers) for i, (kind, inputs, *numbers) in enumerate(pieces)]
 
 
-def _file_kind(file: Input) -> Literal["lines", "texts", "parquet"]:
-    """Kind of the parts of a file, by its endings."""
-    suffixes = [suffix.lower() for suffix in Path(file.path).suffixes]
-    if ".jsonl" in suffixes:
-        return "lines"
-    return "parquet" if suffixes[-1:] == [".parquet"] else "texts"
-
-
 def _cut_row_groups(file: Input, size: int) -> list[tuple[int, int, int]]:
     """Return (first row group, end, bytes) of each part of a Parquet file; one part for all if its footer is damaged."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(file.path) as parquet:
-            rows = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
-    except (pyarrow.ArrowException, OSError):
+    with name_unreadable(file.path):
+        rows = count_group_rows(file.path)
+    if rows is None:
         return [(0, 0, file.bytes)]  # reading the part reports the damage, under the policy for bad records
     cuts: list[tuple[int, int, int]] = []
     start, held = 0, 0

@@ -12,13 +12,14 @@ from typing import Any
 
 from data_prep.config import PrepConfig
 from data_prep.sources.compression import DAMAGED, open_decompressed
+from data_prep.sources.folder_walk import name_unreadable
 from data_prep.sources.hugging_face_files import read_dataset_shard, read_spool
 from data_prep.sources.inputs import Input, Part
+from data_prep.sources.parquet_rows import InvalidText, LostRows, read_row_groups
 from megatron_rdt.errors import DataError
 
 BAD_LISTED = 20  # bad records that are listed in the manifest
 SKIP_BYTES = 1 << 20
-PARQUET_ROWS = 256  # rows read at a time
 JSON_TYPES = {
     type(None): "null",
     bool: "true or false",
@@ -59,6 +60,8 @@ class Tally:
         bad: the first records that were dropped or repaired: (file, line in the part or 0, rest of the message).
         bad_count: number of all such records.
         lines: lines that begin in the part, of a .jsonl.
+        damaged_bytes: size of the part if an unknown number of its records is lost, which counts as one: it is a compressed
+            file that is damaged, or a Parquet file without a footer.
     """
 
     records: int = 0
@@ -67,10 +70,11 @@ class Tally:
     bad: list[tuple[str, int, str]] = field(default_factory=list)
     bad_count: int = 0
     lines: int = 0
+    damaged_bytes: int = 0
 
-    def add_bad(self, path: str, line: int, message: str) -> None:
-        """Count a bad record, and keep its message if it is one of the first."""
-        self.bad_count += 1
+    def add_bad(self, path: str, line: int, message: str, records: int = 1) -> None:
+        """Count a bad record, or several that one message is about, and keep the message if it is one of the first."""
+        self.bad_count += records
         if len(self.bad) < BAD_LISTED:
             self.bad.append((path, line, message))
 
@@ -129,18 +133,36 @@ class PartReader:
                 for file in self.part.inputs:
                     yield from self._read_whole_file(file)
 
-    def _reject(self, reason: str, path: str, line: int, message: str) -> None:
-        """Count a bad record as dropped if the policy is to skip it; otherwise raise DataError with the message."""
+    def _reject(
+        self, reason: str, path: str, line: int, message: str, records: int = 1, remedy: str = "Fix the input, or set"
+    ) -> None:
+        """Count bad records as dropped if the policy is to skip them; otherwise raise DataError with the message.
+
+        Args:
+            reason: key in the manifest's `dropped`.
+            path: of the file, for messages.
+            line: of the record in the part, or 0.
+            message: the rest of the message, which begins with its colon.
+            records: number of records.
+            remedy: the sentence that ends with `--on_bad skip to skip such records`, up to there.
+        """
         if self.config.on_bad != "skip":
             text = format_bad_record(path, line and line + self._count_lines_before(), message)
-            raise DataError(f"{text}. Fix the input, or set --on_bad skip to skip such records.")
-        self.tally.dropped[reason] += 1
-        self.tally.add_bad(path, line, message)
+            raise DataError(f"{text}. {remedy} --on_bad skip to skip such records.")
+        self.tally.dropped[reason] += records
+        self.tally.add_bad(path, line, message, records)
+
+    def _reject_damaged_file(self, file: Input, message: str) -> None:
+        """Reject the rest of a file that cannot be read to its end, of which nothing tells how many records it has."""
+        self.tally.records += 1
+        self.tally.damaged_bytes = self.part.size
+        self._reject("damaged", file.shown_path, 0, message)
 
     def _allow_replacement(self, path: str, line: int, message: str) -> bool:
         """Return True, and count the record, if invalid Unicode is to be replaced; otherwise reject the record."""
         if self.config.on_bad != "replace":
-            self._reject("bad_utf8", path, line, message)
+            remedy = "Convert the input to UTF-8, or set --on_bad replace to read U+FFFD instead, or"
+            self._reject("bad_utf8", path, line, message, remedy=remedy)
             return False
         self.tally.replaced += 1
         self.tally.add_bad(path, line, message)
@@ -165,25 +187,25 @@ class PartReader:
         self.tally.records += 1
         path = Path(file.path)
         try:
-            with open(path, "rb") as raw:
+            with name_unreadable(path), open(path, "rb") as raw:
                 content = open_decompressed(raw, path).read()
-        except DAMAGED:
-            self._reject("damaged", file.path, 0, _damaged_message(""))
+        except DAMAGED as error:
+            self._reject("damaged", file.shown_path, 0, _damaged_message("", error))
             return
         self.position += file.bytes
         try:
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             line = content.count(10, 0, error.start) + 1
-            if not self._allow_replacement(file.path, line, _invalid_utf8_message(error)):
+            if not self._allow_replacement(file.shown_path, line, _invalid_utf8_message(error)):
                 return
             text = content.decode("utf-8-sig", "replace")
-        yield Document(0, file.path, text, name=file.name)
+        yield Document(0, file.shown_path, text, name=file.name)
 
     def _read_lines(self, file: Input) -> Iterator[tuple[int, bytes]]:
         """Yield (byte offset, line) of the lines of a plain, gzip or zstd file that begin in the part."""
         path, end = Path(file.path), self.part.end
-        with open(path, "rb") as raw:
+        with name_unreadable(path), open(path, "rb") as raw:
             offset = _seek_line_start(raw, self.part.start) if self.part.start else 0
             try:
                 stream = open_decompressed(raw, path)
@@ -195,8 +217,9 @@ class PartReader:
                     yield offset, line
                     offset += len(line)
                     self.position = raw.tell() - self.part.start
-            except DAMAGED:
-                self._reject("damaged", file.path, 0, _damaged_message(f" after {self.tally.lines} lines"))
+            except DAMAGED as error:
+                # Nothing tells how much is missing, or whether what was read before a wrong checksum is right.
+                self._reject_damaged_file(file, _damaged_message(f" after {self.tally.lines} lines", error))
 
     def _read_json_lines(self, file: Input) -> Iterator[Document]:
         """Yield the documents of a JSON-lines file that begin in the part."""
@@ -205,14 +228,16 @@ class PartReader:
                 continue
             self.tally.records += 1
             number = self.tally.lines
-            content = self._decode_line(line.rstrip(b"\r\n"), file.path, number, is_first=offset == 0)
-            record = None if content is None else self._parse_json(content, file.path, number, offset)
+            content = self._decode_line(line.rstrip(b"\r\n"), file.shown_path, number, is_first=offset == 0)
+            record = None if content is None else self._parse_json(content, file.shown_path, number, offset)
             if record is None:
                 continue
-            fields = self._take_fields(record.value, file.path, number)
+            fields = self._take_fields(record.value, file.shown_path, number)
             if fields is not None:
                 before = self.lines_before
-                location = f"{file.path} (byte {offset})" if before is None else f"{file.path}:{number + before}"
+                location = (
+                    f"{file.shown_path} (byte {offset})" if before is None else f"{file.shown_path}:{number + before}"
+                )
                 yield Document(offset, location, *fields, name=file.name)
 
     def _decode_line(self, line: bytes, path: str, number: int, is_first: bool) -> str | None:
@@ -244,6 +269,10 @@ class PartReader:
             if key == self.config.prompt_field and (not key or (isinstance(record, dict) and value is None)):
                 values.append("")
                 continue
+            if isinstance(value, InvalidText):
+                value = self._replace_invalid_text(value, key, path, number)
+                if value is None:
+                    return None
             if not isinstance(record, dict) or not isinstance(value, str):
                 keys = ", ".join(sorted(record)) if isinstance(record, dict) else "none, it is not an object"
                 is_missing = isinstance(record, dict) and key not in record
@@ -259,6 +288,14 @@ class PartReader:
             values.append(text)
         return values[0], values[1]
 
+    def _replace_invalid_text(self, text: InvalidText, key: str, path: str, number: int) -> str | None:
+        """Return a text of a Parquet file with invalid UTF-8 replaced; None if it is rejected."""
+        try:
+            return text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            is_allowed = self._allow_replacement(path, number, f'{_invalid_utf8_message(error)} of field "{key}"')
+            return text.decode("utf-8", "replace") if is_allowed else None
+
     def _replace_surrogates(self, text: str, path: str, number: int) -> str | None:
         """Return a text with lone surrogates, which JSON escapes can spell, replaced; None if it is rejected."""
         try:
@@ -273,34 +310,24 @@ class PartReader:
 
     def _read_parquet(self, file: Input) -> Iterator[Document]:
         """Yield the documents of the part's row groups; rows are numbered from 1 through the whole file."""
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            with pyarrow.parquet.ParquetFile(file.path) as parquet:
-                groups = range(self.part.start, self.part.end or parquet.metadata.num_row_groups)
-                row = sum(parquet.metadata.row_group(i).num_rows for i in range(groups.start))
-                keys = parquet.schema_arrow.names
-                named = [key for key in (self.config.text_field, self.config.prompt_field) if key in keys]
-                first, rows = row, sum(parquet.metadata.row_group(i).num_rows for i in groups)
-                for batch in parquet.iter_batches(PARQUET_ROWS, groups, named) if named else ():
-                    columns = {key: batch.column(key).to_pylist() for key in named}
-                    for index in range(batch.num_rows):
-                        row += 1
-                        if self.is_wanted(file.name, row):
-                            # Columns that are not read stay in the record, since messages list its keys.
-                            record = dict.fromkeys(keys) | {key: columns[key][index] for key in named}
-                            yield from self._make_document(record, file, row)
-                    self.position = self.part.size * (row - first) // rows
-                # Without either column no batch was read, but each row is a bad record that has to be counted.
-                for missing in range(row + 1, first + rows + 1):
-                    yield from self._make_document(dict.fromkeys(keys), file, missing)
-        except (pyarrow.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            text = str(error).strip().splitlines()
-            reason = text[0].rstrip(".") if text else type(error).__name__
-            self._reject("damaged", file.path, 0, f": not a Parquet file, or damaged: {reason}")
+        wanted, rows = [self.config.text_field, self.config.prompt_field], 0
+        with name_unreadable(file.path):
+            for found in read_row_groups(file.path, self.part.start, self.part.end, wanted):
+                if isinstance(found, LostRows):
+                    if found.count is None:
+                        self._reject_damaged_file(file, f": {found.reason}")
+                    else:
+                        self.tally.records += found.count
+                        self._reject("damaged", file.shown_path, 0, f": {found.reason}", found.count)
+                    continue
+                for index in range(found.count):
+                    row = found.first + index
+                    if self.is_wanted(file.name, row):
+                        # Columns that are not read stay in the record, since messages list its keys.
+                        values = {key: column[index] for key, column in found.columns.items()}
+                        yield from self._make_document(dict.fromkeys(found.keys) | values, file, row)
+                rows += found.count
+                self.position = self.part.size * rows // found.total
 
     def _read_dataset(self, file: Input) -> Iterator[Document]:
         """Yield the documents of a dataset shard, from the hub or a local path."""
@@ -317,7 +344,7 @@ class PartReader:
     def _make_document(self, record: Any, file: Input, row: int) -> Iterator[Document]:
         """Yield the document of a row, or nothing if it is rejected."""
         self.tally.records += 1
-        path = file.path if self.part.kind == "parquet" else file.name
+        path = file.shown_path if self.part.kind == "parquet" else file.name
         fields = self._take_fields(record, path, row)
         if fields is not None:
             yield Document(row, f"{path}:{row}", *fields, name=file.name)
@@ -343,6 +370,6 @@ def _invalid_utf8_message(error: UnicodeDecodeError) -> str:
     return f": invalid UTF-8 byte 0x{error.object[error.start]:02x} at byte {error.start}"
 
 
-def _damaged_message(where: str) -> str:
+def _damaged_message(where: str, error: Exception) -> str:
     """Message for a damaged compressed file."""
-    return f": compressed file ends early or is damaged{where}; copy or download it again"
+    return f": compressed file ends early or is damaged{where} ({error}); copy or download it again"

@@ -13,6 +13,7 @@ from data_prep.cleaning import Cleaner
 from data_prep.config import PrepConfig
 from data_prep.jobs.workers import report_progress
 from data_prep.jobs.working_directory import Job
+from data_prep.sources.folder_walk import name_unreadable
 from data_prep.sources.hugging_face_files import SpoolWriter
 from data_prep.sources.inputs import Input, Part
 from data_prep.sources.records import Document, PartReader
@@ -40,7 +41,8 @@ def is_in_validation_split(digest: bytes, fraction: float) -> bool:
 
 def hash_order_key(seed: int, name: str, number: int) -> bytes:
     """Return the sort key of a document in its group: a shuffle that depends on the seed and the document's position."""
-    return xxhash.xxh3_128_digest(f"{seed}{SEPARATOR}{name}{SEPARATOR}{number}".encode())
+    # Bytes of a name that are not UTF-8 are hashed as they are.
+    return xxhash.xxh3_128_digest(f"{seed}{SEPARATOR}{name}{SEPARATOR}{number}".encode("utf-8", "surrogateescape"))
 
 
 def join_digests(values: np.ndarray) -> bytes:
@@ -82,7 +84,7 @@ def scan_part(job: Job, part: Part, limit: int = 0) -> None:
     # With validation sources, no document of the others is held out.
     fraction = 0.0 if config.valid_sources else config.valid_fraction
     files = [scan_rows_path(job, part)] + ([bands_path(scan_rows_path(job, part))] if hasher else [])
-    found = {"documents": 0, "bytes": 0, "valid": 0, "changed": 0, "present": 0}
+    found = {"documents": 0, "bytes": 0, "valid": 0, "changed": 0, "present": 0, "input_bytes": 0}
     with contextlib.ExitStack() as stack:
         rows = ArrayWriter(stack.enter_context(atomic_open(files[0], "wb")), SCAN_ROW)
         bands = None
@@ -122,7 +124,11 @@ def scan_part(job: Job, part: Part, limit: int = 0) -> None:
 
 
 def _iterate_nonempty(reader: PartReader, limit: int, found: dict[str, int]) -> Iterator[Document]:
-    """Yield the documents that are not empty, up to `limit`; count them as `found["present"]`, and report progress."""
+    """Yield the documents that are not empty, up to `limit`; report progress.
+
+    The number of these documents, and of the bytes of input that were read for them, go to `found` as `present` and
+    `input_bytes`.
+    """
     reported_bytes = reported_documents = 0
     for document in reader if limit >= 0 else ():
         if not document.text or document.text.isspace():
@@ -134,7 +140,10 @@ def _iterate_nonempty(reader: PartReader, limit: int, found: dict[str, int]) -> 
             report_progress(reader.position - reported_bytes, found["present"] - reported_documents)
             reported_bytes, reported_documents = reader.position, found["present"]
         if found["present"] == limit:
+            found["input_bytes"] = reader.position
             break
+    else:
+        found["input_bytes"] = reader.part.size if limit >= 0 else 0
     # Positions of compressed files are approximate: the end makes up the rest of the part's size.
     report_progress(max(reader.part.size - reported_bytes, 0), found["present"] - reported_documents)
 
@@ -156,6 +165,7 @@ def hash_inputs(job: Job, name: str, files: list[Input]) -> None:
     """Write the SHA-256 of files into the record `name`."""
     hashes = []
     for file in files:
-        hashes.append(sha256_of(file.path))
+        with name_unreadable(file.path):
+            hashes.append(sha256_of(file.path))
         report_progress(0)  # nothing of the text is done, but a job that failed elsewhere stops here
     job.write_record(job.path("inputs", f"{name}.json"), [], {"sha256": hashes})

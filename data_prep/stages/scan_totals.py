@@ -8,7 +8,8 @@ from data_prep.sources.records import BAD_LISTED, format_bad_record
 from data_prep.stages.scan import scan_record_path
 from megatron_rdt.errors import DataError
 
-SUMMED = ("documents", "valid", "bytes", "records", "changed", "replaced", "bad_count")  # fields of a part's record
+# Fields of a part's record.
+SUMMED = ["documents", "valid", "bytes", "records", "changed", "replaced", "bad_count", "input_bytes", "damaged_bytes"]
 
 
 class EmptySplitError(DataError):
@@ -28,7 +29,10 @@ def count_lines_before(work: WorkingDirectory) -> list[int]:
 
 
 def sum_scans(work: WorkingDirectory) -> dict[str, Any]:
-    """Sum the records of all scans: the numbers of SUMMED, `dropped` by reason, and the first bad records in words."""
+    """Sum the records of all scans: the numbers of SUMMED, `dropped` by reason, and the first bad records in words.
+
+    `damaged_records` is the number of records from damaged files, those before the damage included.
+    """
     sums: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     bad: list[str] = []
@@ -37,6 +41,8 @@ def sum_scans(work: WorkingDirectory) -> dict[str, Any]:
         dropped.update(record["dropped"])
         for name in SUMMED:
             sums[name] += record.get(name, 0)
+        if record.get("damaged_bytes"):
+            sums["damaged_records"] += record["records"]
         for path, line, message in record["bad"][: BAD_LISTED - len(bad)]:
             bad.append(format_bad_record(path, line and line + before, message))
     return {**sums, "dropped": dropped, "bad": bad}
@@ -50,16 +56,31 @@ def check_scan(work: WorkingDirectory) -> dict[str, Any]:
         EmptySplitError: there is no document, or none for a split that is wanted.
     """
     config, found = work.job.config, sum_scans(work)
-    if found["bad_count"] > max(BAD_LISTED, config.max_bad * found["records"]):
+    if reason := _describe_excess(found, config.max_bad):
         first = "\n  ".join(found["bad"][:3])
         raise DataError(
-            f"{found['bad_count']:,} of {found['records']:,} records are bad, more than --max_bad {config.max_bad:g}; "
-            f"the first:\n  {first}\nFix the input, or raise --max_bad."
+            f"{reason}, more than --max_bad {config.max_bad:g}; the first:\n  {first}\nFix the input, or raise --max_bad."
         )
     if not found["documents"]:
         raise EmptySplitError(f"no document with text in {config.sources}. Check the sources and --text_field.")
     check_splits(work, {"train": found["documents"] - found["valid"], "valid": found["valid"]})
     return found
+
+
+def _describe_excess(found: dict[str, Any], max_bad: float) -> str:
+    """Return the number of bad records, or of bytes that are lost, if it is more than `max_bad` allows; "" otherwise."""
+    if found["bad_count"] > max(BAD_LISTED, max_bad * found["records"]):
+        return f"{found['bad_count']:,} of {found['records']:,} records are bad"
+    size, damaged = found["input_bytes"], found["damaged_bytes"]
+    if damaged <= max_bad * size:
+        return ""
+    # The damaged files lost about as many records as whole files of their size have.
+    records = found["records"] - found["damaged_records"]
+    lost = round(damaged * records / max(size - damaged, 1))
+    if records and lost <= BAD_LISTED:
+        return ""
+    about = f", about {lost:,} records," if records else ""
+    return f"{damaged:,} of {size:,} bytes of input{about} are in files that cannot be read to their end"
 
 
 def check_splits(work: WorkingDirectory, documents: dict[str, int]) -> None:

@@ -13,12 +13,13 @@ from data_prep.jobs.working_directory import (
     installed_versions,
     result_options,
 )
-from data_prep.sources.inputs import Input
+from data_prep.sources.inputs import Input, describe_unread
 from data_prep.stages.scan_totals import check_splits, sum_scans
 from data_prep.stages.write_shards import SPLITS
 from megatron_rdt.data.shard_files.corpus_manifest import FORMAT, MANIFEST, VERSION
 from megatron_rdt.data.shard_files.indexed import token_dtype
 from megatron_rdt.data.tokenizer.base import Tokenizer
+from megatron_rdt.errors import DataError
 from megatron_rdt.files import sha256_of, write_text
 
 HASH_BYTES = 64_000_000  # one step hashes files of about this size together
@@ -65,6 +66,7 @@ def write_manifest(work: WorkingDirectory, groups: list[dict[str, Any]], duplica
     check_splits(work, {split: content["documents"] for split, content in splits.items()})
     tokenizer = Tokenizer(directory / "tokenizer")
     dropped = found["dropped"] + Counter(duplicates)
+    _check_records_add_up(work, found["records"], sum(content["documents"] for content in splits.values()), dropped)
     lossless = work.job.read_record(work.job.path(TOKENIZER_RECORD)) or {}
     document = {
         "format": FORMAT,
@@ -79,7 +81,11 @@ def write_manifest(work: WorkingDirectory, groups: list[dict[str, Any]], duplica
         },
         "versions": installed_versions() | {"python": platform.python_version()},
         "inputs": make_input_records(work),
+        **work.listing.as_json(),
         "splits": splits,
+        "records": found["records"],
+        "input_bytes": found["input_bytes"],
+        "damaged_bytes": found["damaged_bytes"],
         "dropped": {reason: count for reason, count in sorted(dropped.items()) if count},
         "cleaning": {"changed": found["changed"]},
         "replaced": found["replaced"],
@@ -88,6 +94,15 @@ def write_manifest(work: WorkingDirectory, groups: list[dict[str, Any]], duplica
     }
     write_text(directory / MANIFEST, json.dumps(document, indent=1) + "\n")
     return document
+
+
+def _check_records_add_up(work: WorkingDirectory, records: int, kept: int, dropped: Counter[str]) -> None:
+    """Raise DataError if some of the records that were read are neither kept nor counted as dropped, or the other way round."""
+    if records != kept + dropped.total():
+        raise DataError(
+            f"{records:,} records were read, but {kept:,} are kept and {dropped.total():,} dropped: the files in "
+            f"{work.job.root} do not belong together. Run `rdt prep` again with --restart."
+        )
 
 
 def make_tokenizer_record(tokenizer: Tokenizer, **more: Any) -> dict[str, Any]:
@@ -132,5 +147,14 @@ def print_summary(document: dict[str, Any]) -> None:
         )
     if document["replaced"]:
         print(f"invalid UTF-8 replaced in {document['replaced']:,} records")
+    for line in describe_unread(document):
+        print(line)
     if document["dropped"]:
         print("dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in document["dropped"].items()))
+    kept = sum(content["documents"] for content in document["splits"].values())
+    print(f"records: {document['records']:,} read, {kept:,} kept, {sum(document['dropped'].values()):,} dropped")
+    if document["damaged_bytes"]:
+        print(
+            f"damaged: {document['damaged_bytes']:,} of {document['input_bytes']:,} bytes of input are in files that could "
+            "not be read to their end; what each of them lost counts as one record"
+        )

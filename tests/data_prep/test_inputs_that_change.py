@@ -169,8 +169,14 @@ def test_truncated_files_of_lines_stop_or_are_skipped(
         DataError, match=rf"b\.jsonl{ending}: compressed file ends early or is damaged after \d\d lines"
     ):
         prepare(make_config(cut, tmp_path / "cut"))
-    out = prepare(make_config(cut, tmp_path / "cut", on_bad="skip"))
+    # Nothing tells how much of it is missing: it counts whole.
+    with pytest.raises(
+        DataError, match=r"(\d+) of \1 bytes of input are in files that cannot be read to their end, more than"
+    ):
+        prepare(make_config(cut, tmp_path / "cut", on_bad="skip"))
+    out = prepare(make_config(cut, tmp_path / "cut", on_bad="skip", max_bad=1.0))
     assert load_manifest(out).document["dropped"] == {"damaged": 1}
+    assert load_manifest(out).document["damaged_bytes"] == cut.stat().st_size
 
 
 def test_sources_of_the_same_name_are_told_apart(folder: Path, tmp_path: Path) -> None:

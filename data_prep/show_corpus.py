@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_rdt.data.shard_files.corpus_manifest import CorpusManifest, load_manifest
-from megatron_rdt.data.shard_files.indexed import IndexedDataset
+from megatron_rdt.data.shard_files.open_shards import Shards
 from megatron_rdt.data.tokenizer.base import Tokenizer
 from megatron_rdt.errors import ConfigError
 
@@ -114,7 +114,7 @@ def format_documents(directory: str | Path, split: str, numbers: Sequence[int], 
     manifest = load_manifest(directory)
     manifest.verify()
     tokenizer = Tokenizer(manifest.directory / "tokenizer")
-    prefixes = manifest.shard_prefixes(split)
+    shards, prefixes = Shards(manifest, split), manifest.shard_prefixes(split)
     # Number of the first document of each shard, and of all documents.
     firsts = np.cumsum([0, *(record["documents"] for name, record in manifest.shard_records() if name == split)])
     for number in numbers:
@@ -122,7 +122,7 @@ def format_documents(directory: str | Path, split: str, numbers: Sequence[int], 
             found = f"{split} of {directory} has {firsts[-1]:,} documents"
             raise ConfigError(f"--documents {number}: {found}, numbered from 0.")
         index = int(np.searchsorted(firsts, number, side="right")) - 1
-        shard, local = IndexedDataset(prefixes[index]), number - int(firsts[index])
+        shard, local = shards[index], number - int(firsts[index])
         # A document of another tool may consist of several sequences, or of none.
         first, end = shard.documents[local : local + 2]
         count = int(shard.lengths[first:end].sum())
@@ -131,7 +131,7 @@ def format_documents(directory: str | Path, split: str, numbers: Sequence[int], 
         yield style.format_heading(f"{RULE} {title} {RULE}")
         counts = shard.read_mask(start, count) > 0 if shard.has_mask else None
         yield from _format_tokens(shard.read(start, count), counts, tokenizer, style)
-        shard.close()
+    shards.close()
 
 
 def _format_tokens(tokens: np.ndarray, counts: np.ndarray | None, tokenizer: Tokenizer, style: Style) -> Iterator[str]:

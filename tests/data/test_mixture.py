@@ -211,6 +211,11 @@ def test_validation_is_of_the_same_windows_whatever_the_weights(
     for name in ("code", "math"):
         assert len(windows[0][name]) == 6
         assert torch.equal(windows[0][name].tokens, windows[1][name].tokens)
+    three = configure(mixture_option(corpora, code=1, math=1, web=1), "--eval.sequences=8")
+    said = open_prepared_data(three, 1).describe(9)[-1]
+    assert said.startswith(
+        "validation takes 6 windows, fewer than eval.sequences 8: from each corpus a multiple of the 1 "
+    )
     with pytest.raises(ConfigError, match="fewer than 3 data-parallel ranks for each of 2 corpora"):
         open_prepared_data(configure(mixture_option(corpora, code=1, math=1), "--eval.sequences=5"), 3)
 

@@ -313,6 +313,15 @@ def test_what_a_stream_cannot_go_on_from(
     assert line.startswith("rows held out for validation: ")
 
 
+def test_windows_that_validation_lacks_are_said(
+    configure: Callable[..., RunConfig], dataset: str, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    config = configure(*stream_options(dataset, tiny_corpus, tmp_path), "--eval.sequences=5")
+    assert len(StreamedData(config, 1, 0, 0).describe(36)) == 1
+    said = "validation takes 4 windows, fewer than eval.sequences 5: a multiple of the 2 data-parallel ranks"
+    assert StreamedData(config, 2, 0, 0).describe(36)[1:] == [said]
+
+
 def test_what_is_said_of_a_shuffle_buffer(
     configure: Callable[..., RunConfig], dataset: str, tiny_corpus: Path, tmp_path: Path
 ) -> None:

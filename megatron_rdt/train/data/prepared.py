@@ -232,7 +232,7 @@ class PreparedData:
         raise ConfigError("\n  ".join([f"{text}{advice}", *_format_table(rows)]))
 
     def describe(self, total: int) -> list[str]:
-        """Lines about the mixture and the packing of a run of `total` samples; none for one corpus without packing."""
+        """Lines about the mixture and the packing of a run of `total` samples, and about windows that validation lacks."""
         lines, several = [], len(self.settings) > 1
         if several:
             epochs = self.epochs(total)
@@ -241,6 +241,12 @@ class PreparedData:
         for name, corpus in self.mixture.corpora.items():
             if isinstance(corpus, PackedCorpus):
                 lines.append(f"{name} " * several + corpus.counts.describe(self.config.train.sequence_length))
+        asked, taken = self.config.eval.sequences, sum(map(len, self.validation.values()))
+        if self.validation and taken < asked:
+            lines.append(
+                f"validation takes {taken:,} windows, fewer than eval.sequences {asked:,}: from each corpus a multiple of the "
+                f"{self.data_ranks} data-parallel ranks, and no more than its validation split has"
+            )
         return lines
 
     def progress(self, consumed: int) -> dict[str, Any]:

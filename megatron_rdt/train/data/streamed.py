@@ -118,6 +118,12 @@ class StreamedData:
             "changes this run. A run cannot resume with another number of processes. Epochs are counted as they end. "
             "For results that can be reproduced: rdt prep"
         ]
+        asked, taken = self.config.eval.sequences, sum(map(len, self.validation.values()))
+        if self.validation and taken < asked:
+            lines.append(
+                f"validation takes {taken:,} windows, fewer than eval.sequences {asked:,}: a multiple of the "
+                f"{self.data_ranks} data-parallel ranks"
+            )
         unread = list_unread_files(data.path.removeprefix(PREFIX))
         if unread:
             more = f" and {len(unread) - LISTED_FILES:,} more" if len(unread) > LISTED_FILES else ""

@@ -81,3 +81,13 @@ def test_ranks_that_read_different_corpora_are_refused(configure: Configure, mon
         open_prepared_data(configure(), 3)
     monkeypatch.setattr(gather, lambda mine: [mine, mine, mine])
     assert open_prepared_data(configure(), 3).settings.keys() == {"tiny"}
+
+
+def test_windows_that_validation_lacks_are_said(configure: Configure, tiny_corpus: Path) -> None:
+    assert open_prepared_data(configure("--eval.sequences=4"), 2).describe(32) == []
+    said = "validation takes 4 windows, fewer than eval.sequences 5: from each corpus a multiple of the 2 data-parallel ranks"
+    assert open_prepared_data(configure("--eval.sequences=5"), 2).describe(32)[-1].startswith(said)
+    available = load_manifest(tiny_corpus).document["splits"]["valid"]["tokens"] // 32 - 1
+    lines = open_prepared_data(configure("--eval.sequences=1000000"), 1).describe(32)
+    assert lines[-1].startswith(f"validation takes {available:,} windows, fewer than eval.sequences 1,000,000: ")
+    assert open_prepared_data(configure("--eval.every=0", "--eval.sequences=5"), 2).describe(32) == []

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from data_prep.stages.write_manifest import make_split_record, make_tokenizer_record, print_splits
 from megatron_rdt.data.shard_files.block_hashes import SUFFIXES, hash_file, write_block_hashes
@@ -22,6 +21,7 @@ from megatron_rdt.data.tokenizer.hugging_face_backend import JSON_FILE
 from megatron_rdt.data.tokenizer.sentencepiece_backend import MODEL_FILE
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.files import fsync_directory, fsync_file, hold_lock, write_text
+from megatron_rdt.terminal import show_progress
 
 # Files that are copied from a tokenizer's folder.
 TOKENIZER_FILES = (
@@ -108,7 +108,7 @@ def _build_corpus(work: Path, splits: dict[str, Sequence[str]], tokenizer_path: 
     total = sum(
         path.stat().st_size for names in splits.values() for prefix in names for path in _existing_files(prefix)
     )
-    with tqdm(total=total, unit="B", unit_scale=True, desc="import") as bar:
+    with show_progress(total, "import", "B", scaled=True) as advance:
         for split, names in splits.items():
             (work / split).mkdir()
             imported[split] = []
@@ -116,7 +116,7 @@ def _build_corpus(work: Path, splits: dict[str, Sequence[str]], tokenizer_path: 
                 shard = work / split / f"shard-{number:05d}"
                 for path in _existing_files(prefix):
                     _link_or_copy(path, prefix_path(shard, path.suffix))
-                imported[split].append(_check_shard(shard, prefix, tokenizer, sizes, bar.update))
+                imported[split].append(_check_shard(shard, prefix, tokenizer, sizes, advance))
     every = [one for found in imported.values() for one in found]
     dtypes = {one.dtype.name: one.record["source"] for one in every}
     if len(dtypes) > 1:

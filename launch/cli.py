@@ -1,8 +1,6 @@
 """The `rdt` command: finds the command that was typed, runs it, and turns failures into messages and exit statuses."""
 
 import difflib
-import io
-import os
 import sys
 from collections.abc import Callable
 
@@ -21,7 +19,8 @@ from launch.failures import EXIT_INTERRUPTED, explain
 from launch.single_process import refuse_copies
 from megatron_rdt.config.option_texts import check_words
 from megatron_rdt.environment import quiet_libraries
-from megatron_rdt.errors import EXIT_OK, EXIT_USAGE
+from megatron_rdt.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE
+from megatron_rdt.terminal import escape_unencodable, flush_output
 
 EXIT_BROKEN_PIPE = 141  # as a shell reports SIGPIPE
 # In the order of `rdt --help`. Each takes the words after its name and returns the exit status.
@@ -88,17 +87,22 @@ def run_command(words: list[str]) -> int:
 
 def main() -> int:
     """Entry point of `rdt`."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not encode every character or file name
+    escape_unencodable()
+    failure: OSError | None = None
     try:
-        try:
-            return run_command(sys.argv[1:])
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader has gone, as in `rdt train --help | head`; the flush at exit must not complain again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = run_command(sys.argv[1:])
+    except SystemExit as done:  # after --help and --print_config
+        status = done.code if isinstance(done.code, int) else EXIT_OK
+    except BrokenPipeError as error:
+        failure = error
+    # A reader that has gone, as in `rdt train --help | head`, may be noticed only now.
+    failure = flush_output() or failure
+    if isinstance(failure, BrokenPipeError):
         return EXIT_BROKEN_PIPE
+    if failure is not None:
+        print(f"rdt: error: standard output cannot be written: {failure.strerror}.", file=sys.stderr)
+        return EXIT_FAILED
+    return status
 
 
 if __name__ == "__main__":

@@ -6,17 +6,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_rdt.errors import LaunchError, RdtError
+from megatron_rdt.errors import LaunchError, LostPeerError, RdtError
 from megatron_rdt.files import escape_invalid_utf8, is_disk_full, write_text
 
 EXIT_INTERRUPTED = 130  # as a shell reports SIGINT
 NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 # Parts of the errors that Gloo and NCCL raise on the remaining ranks when one rank is gone.
 LOST_PEER = ("by peer", "Broken pipe", "Timed out waiting", "remote process exited", "communicator was aborted")
-
-
-class LostPeerError(LaunchError):
-    """Another rank is gone or hangs: on most ranks a consequence of the failure, not its cause."""
 
 
 def explain(error: BaseException) -> RdtError | None:

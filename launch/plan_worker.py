@@ -14,6 +14,7 @@ from launch.failures import explain, write_failure
 from megatron_rdt.environment import error_file, leave_process, quiet_libraries, read_process_info
 from megatron_rdt.errors import EXIT_FAILED, EXIT_OK
 from megatron_rdt.files import write_text
+from megatron_rdt.terminal import escape_unencodable
 
 
 def write_measurements(options: argparse.Namespace) -> None:
@@ -42,6 +43,7 @@ def main() -> int:
     parser.add_argument("--loops", type=int, nargs="+", required=True, help="values of T")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     options = parser.parse_args()
+    escape_unencodable()
     quiet_libraries(read_process_info().local_world_size)
     try:
         write_measurements(options)

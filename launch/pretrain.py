@@ -13,6 +13,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from launch.failures import EXIT_INTERRUPTED, explain, write_failure
 from megatron_rdt.environment import ProcessInfo, error_file, leave_process, quiet_libraries, read_process_info
 from megatron_rdt.errors import EXIT_FAILED, RdtError
+from megatron_rdt.terminal import escape_unencodable
 from megatron_rdt.train.stop_request import StopRequest
 
 PROGRAM = "pretrain.py"
@@ -32,6 +33,7 @@ def report_error(error: RdtError, process: ProcessInfo) -> None:
 def main(words: list[str]) -> int:
     """Train in this process and return its exit status."""
     stop = StopRequest()  # first, so that a signal during the slow imports counts
+    escape_unencodable()
     process, started = ProcessInfo(), False
     try:
         process = read_process_info()

@@ -2,13 +2,13 @@
 
 import logging
 import os
-import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from megatron_rdt.errors import LaunchError
+from megatron_rdt.terminal import flush_output
 
 DEFAULT_MASTER = ("127.0.0.1", "29500")
 ERROR_FILE = "RDT_ERROR_FILE"
@@ -102,8 +102,7 @@ def leave_process(status: int) -> NoReturn:
     waiting for that lock to free a tensor: a run that succeeded would now and then hang or abort. So a process that
     joined a group never frees it, and leaves here.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_output()
     os._exit(status)
 
 
@@ -124,6 +123,8 @@ def quiet_libraries(local_world_size: int = 0) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # of the profiler, which reports its start and stop
     # Deprecated names of collectives, of which DeepSpeed warns at every call.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
+    # Of DDP, which gives our module as the place.
+    warnings.filterwarnings("ignore", category=FutureWarning, message="`broadcast_buffers` is deprecated")
     # DeepSpeed resets this logger's level when it is imported, and logs the accelerator it found; a filter survives.
     logging.getLogger("DeepSpeed").addFilter(_is_error)
 

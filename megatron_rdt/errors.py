@@ -36,3 +36,7 @@ class TrainingError(RdtError):
 
 class LaunchError(RdtError):
     """Processes could not be started or could not reach each other."""
+
+
+class LostPeerError(LaunchError):
+    """Another rank is gone, hangs or has failed: on most ranks a consequence of the failure, not its cause."""

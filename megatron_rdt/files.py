@@ -113,9 +113,11 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 
 def _list_causes(error: BaseException) -> list[BaseException]:
     """Return an error and its causes, the first cause last."""
-    chain = [error]
-    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(before)
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:  # an error that was raised again may be its own cause
+        chain.append(current)
+        current = current.__cause__ or current.__context__
     return chain
 
 

@@ -135,6 +135,13 @@ def test_other_errors_are_not_a_full_disk() -> None:
         assert not is_disk_full(chained(error, cause=True))
 
 
+def test_an_error_that_is_its_own_cause_is_not_followed_for_ever() -> None:
+    error = chained(ValueError("a"), cause=False)
+    assert error.__context__ is not None
+    error.__context__.__cause__ = error
+    assert not is_disk_full(error)
+
+
 def test_a_really_full_device() -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")

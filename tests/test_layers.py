@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     "megatron_rdt.errors",
     "megatron_rdt.files",
+    "megatron_rdt.terminal",
     "megatron_rdt.environment",
     "megatron_rdt.devices",
     "megatron_rdt.object_collectives",
@@ -35,6 +36,7 @@ PREP_MAY_IMPORT = (
     "megatron_rdt.errors",
     "megatron_rdt.files",
     "megatron_rdt.environment",
+    "megatron_rdt.terminal",
     "data_prep",
 )
 SOURCES = sorted(p for package in ("megatron_rdt", "data_prep", "launch") for p in (ROOT / package).rglob("*.py"))

@@ -4,9 +4,8 @@ import sys
 import time
 from typing import Any
 
-from tqdm import tqdm
+from megatron_rdt.terminal import LINE_EVERY_S, is_terminal, make_bar, show_line
 
-LINE_EVERY_S = 30.0
 MEGA = 1e6
 
 
@@ -24,9 +23,9 @@ class Progress:
         self._done_at_start, self._began = done, time.monotonic()
         self._printed = self._began
         self._bar: Any = None
-        if sys.stderr.isatty():
+        if is_terminal(sys.stderr):
             shape = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-            self._bar = tqdm(
+            self._bar = make_bar(
                 total=total or None,
                 initial=done,
                 unit="B",
@@ -65,7 +64,7 @@ class Progress:
 
     def _print_line(self, text: str) -> None:
         """Print a line that begins with the stage's name."""
-        print(f"{self.stage}: {text}", file=sys.stderr, flush=True)
+        show_line(f"{self.stage}: {text}")
 
     def close(self, complete: bool) -> None:
         """End the bar, or print the last line, which says "stopped" unless the stage is complete."""

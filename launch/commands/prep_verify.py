@@ -26,15 +26,14 @@ def verify(words: list[str]) -> int:
     options = parse_options("prep verify", summary_of(verify), VerifyOptions, words)
     if options.workers < 0:
         raise ConfigError(f"--workers is {options.workers}, it must be at least 0.")
-    from tqdm import tqdm
-
     from megatron_rdt.data.shard_files.corpus_manifest import load_manifest
     from megatron_rdt.data.shard_files.verify import count_shard_bytes, verify_corpus
+    from megatron_rdt.terminal import show_progress
 
     manifest, begun = load_manifest(options.directory), time.monotonic()
     size = count_shard_bytes(manifest)
-    with tqdm(total=size, unit="B", unit_scale=True, desc="verify") as bar:
-        findings = verify_corpus(options.directory, options.workers, bar.update)
+    with show_progress(size, "verify", "B", scaled=True) as advance:
+        findings = verify_corpus(options.directory, options.workers, advance)
     for finding in findings:
         print(finding if finding.serious else f"{finding} (harmless)")
     damaged = sorted({finding.file for finding in findings if finding.serious})

@@ -4,14 +4,13 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from megatron_rdt.checkpoint import read_trainer_state, resolve_checkpoint
 from megatron_rdt.config import CorpusConfig, DataConfig, RunConfig, load_config
@@ -22,6 +21,7 @@ from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.files import write_text
 from megatron_rdt.inference.load import choose_device, load_verified
 from megatron_rdt.run_directory import CHECKPOINTS
+from megatron_rdt.terminal import show_progress
 
 EVALUATION = "eval.json"
 
@@ -138,26 +138,28 @@ def evaluate_checkpoint(
     bytes_per_token = math.fsum(shares[name] * sizes[part.numpy()].mean() for name, part in targets.items())
     micro_batch = config.train.micro_batch
     batches = sum(-(-len(part) // micro_batch) for part in windows.values())
-    with tqdm(total=batches * len(loops), desc="evaluate", unit="batch") as bar:
-        losses, by_corpus = measure_mixture_losses(
-            model, windows, shares, loops, micro_batch, device, progress=bar.update
-        )
-    used = sum(len(part) for part in windows.values())
-    note = f"({used:,} sequences, {sum(map(len, targets.values())):,} tokens)"
-    print(_format_table(losses, by_corpus, bytes_per_token, note))
+    with show_progress(batches * len(loops), "evaluate", "batches") as advance:
+        losses, by_corpus = measure_mixture_losses(model, windows, shares, loops, micro_batch, device, progress=advance)
     result = {
         "checkpoint": directory.name,
         "step": read_trainer_state(directory)["step"],
-        "sequences": used,
+        "sequences": sum(map(len, windows.values())),
         "bytes_per_token": float(bytes_per_token),
         "losses": _to_json(losses),
         **({"sources": {name: _to_json(values) for name, values in by_corpus.items()}} if by_corpus else {}),
     }
+    if target is not None:  # before anything is printed, which fails where the reader has gone
+        write_text(target, json.dumps(result, indent=1) + "\n")
+    print(_format_table(losses, by_corpus, bytes_per_token, f"({describe_windows(windows.values())})"))
     if target is None:
         print(f"{directory} is not in a run directory, so no {EVALUATION} was written; --out FILE writes one")
-    else:
-        write_text(target, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def describe_windows(parts: Iterable[Batch]) -> str:
+    """Return how many sequences and counted targets an evaluation has: "16 sequences, 1,024 tokens"."""
+    parts = list(parts)
+    return f"{sum(map(len, parts)):,} sequences, {sum(len(part.counted_targets) for part in parts):,} tokens"
 
 
 def _read_windows(corpora: Mapping[str, TokenCorpus], count: int) -> dict[str, Batch]:

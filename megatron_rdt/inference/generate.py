@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from megatron_rdt.config.sampling import check_sampling
-from megatron_rdt.errors import ConfigError
-from megatron_rdt.inference.sampling import draw_uniforms, pick_tokens
+from megatron_rdt.errors import CheckpointError, ConfigError
+from megatron_rdt.inference.sampling import NO_TOKEN, draw_uniforms, pick_tokens
 from megatron_rdt.model.attention.kv_cache import KVCache
 from megatron_rdt.model.halting.exit_rules import ExitRule, ExitTrace
 
@@ -104,6 +104,7 @@ def stream(
 
     Raises:
         ConfigError: an argument is out of range or of the wrong shape.
+        CheckpointError: the logits are not finite.
     """
     check_sampling(loops, new_tokens, temperature, top_k, top_p, seed, cache_budget)
     prompts = to_id_lists(tokens)
@@ -125,7 +126,13 @@ def stream(
         chosen = pick_tokens(logits, temperature, top_k, top_p, drawn)
         if agree is not None:
             chosen = agree(chosen)
-        yield dict(zip(batch.rows, chosen.tolist()))
+        ids = chosen.tolist()
+        if NO_TOKEN in ids:
+            raise CheckpointError(
+                f"the logits after token {positions[ids.index(NO_TOKEN)]} are not finite: the weights are NaN, infinite or "
+                "too large. Use an earlier checkpoint."
+            )
+        yield dict(zip(batch.rows, ids))
         if not batch.append(chosen, ~torch.isin(chosen, ends)):
             return
 

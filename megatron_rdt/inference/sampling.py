@@ -4,6 +4,8 @@ import torch
 
 from megatron_rdt.depth.hashing import hash_uniform
 
+NO_TOKEN = -1
+
 
 def draw_uniforms(seed: int, rows: list[int], positions: list[int]) -> torch.Tensor:
     """Draw a number in [0, 1) for each row, keyed by (seed, row, position); float64 (rows,) on the CPU."""
@@ -14,7 +16,7 @@ def draw_uniforms(seed: int, rows: list[int], positions: list[int]) -> torch.Ten
 def pick_tokens(
     logits: torch.Tensor, temperature: float, top_k: int, top_p: float, uniform: torch.Tensor | None
 ) -> torch.Tensor:
-    """Pick one id per row; (rows,) int64 on the device of the logits.
+    """Pick one id per row, `NO_TOKEN` where the logits are not finite; (rows,) int64 on the device of the logits.
 
     Args:
         logits: (rows, vocab_size).
@@ -23,8 +25,10 @@ def pick_tokens(
         top_p: sample among the likeliest that together have this probability.
         uniform: (rows,) float64 in [0, 1]; picks the first id whose cumulative probability exceeds it.
     """
+    # NaN and infinity would come out as some id, or as one beyond the vocabulary.
+    usable = logits.amax(-1).isfinite()
     if temperature == 0 or uniform is None:
-        return logits.argmax(-1)
+        return logits.argmax(-1).where(usable, NO_TOKEN)
     # In float64 and with the largest logit at 0, so that a tiny temperature cannot make it infinite.
     logits = (logits.double() - logits.amax(-1, keepdim=True)).div(temperature)
     if top_k:
@@ -39,4 +43,4 @@ def pick_tokens(
     total = cumulative[:, -1:]
     # Rounding may bring the product up to the total, which no id exceeds; just below it is the last possible id.
     target = torch.minimum(uniform.to(total.device)[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+    return torch.searchsorted(cumulative, target, right=True)[:, 0].where(usable, NO_TOKEN)

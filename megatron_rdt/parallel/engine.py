@@ -59,7 +59,8 @@ class Engine(ABC):
         self.layout = Layout.of(config.parallel, self.world_size)
         # Sums between hosts go over gloo, so that they do not wait behind the kernels of NCCL; None is the default group.
         self._host_group: dist.ProcessGroup | None = None
-        if self.world_size > 1 and dist.get_backend() != "gloo":
+        if self.world_size > 1:
+            # A group of its own: a rank that failed can still be in it while the others are in a collective of training.
             timeout = timedelta(seconds=config.parallel.timeout_s)
             self._host_group = dist.new_group(backend="gloo", timeout=timeout)
         self.model: RecurrentDepthTransformer
@@ -173,16 +174,18 @@ class Engine(ABC):
             dist.all_reduce(value)
         return value
 
-    def start_host_sum(self, value: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def start_host_sum(self, value: torch.Tensor) -> Callable[..., torch.Tensor]:
         """Begin to sum a CPU tensor over all ranks; the returned function waits for the sum and returns it.
 
         The sum is made in place and between hosts only: no GPU kernel is started, and the host does not wait for the GPU.
+        The function takes the longest time to wait in seconds, `parallel.timeout_s` by default; it raises a RuntimeError
+        if the sum is not there by then.
         """
         work = dist.all_reduce(value, group=self._host_group, async_op=True) if self.world_size > 1 else None
 
-        def wait() -> torch.Tensor:
+        def wait(timeout_s: float = self.config.parallel.timeout_s) -> torch.Tensor:
             if work is not None:
-                work.wait()
+                work.wait(timedelta(seconds=timeout_s))
             return value
 
         return wait

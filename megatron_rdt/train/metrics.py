@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_rdt.data import Batch
 from megatron_rdt.errors import TrainingError
-from megatron_rdt.evaluate.loss import EVALUATION
+from megatron_rdt.evaluate.loss import EVALUATION, describe_windows
 from megatron_rdt.files import TEMPORARY_SUFFIX, write_text
+from megatron_rdt.train.displays import ForgivingDisplay, TensorBoard
 
 RECORD_FILES = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
 # Fields of a step's record about its data that TensorBoard shows below `data` instead of `train`.
@@ -53,11 +55,20 @@ def make_evaluation_record(
     return {**record, "sources": named} if named else record
 
 
-def format_evaluation(losses: Mapping[int, float], by_corpus: Mapping[str, Mapping[int, float]]) -> Iterator[str]:
-    """Yield the console lines of an evaluation: one for all data and, for a mixture, one per corpus."""
+def format_evaluation(
+    losses: Mapping[int, float], by_corpus: Mapping[str, Mapping[int, float]], windows: Mapping[str, Batch]
+) -> Iterator[str]:
+    """Yield the console lines of an evaluation: one for all data and, for a mixture, one per corpus.
+
+    Args:
+        losses: by T.
+        by_corpus: losses by corpus and T; empty if there is only one corpus.
+        windows: those of all ranks, by corpus; the lines say how many there were.
+    """
     for name, values in {"": losses, **by_corpus}.items():
         text = "  ".join(f"T={loops} {loss:.4f}" for loops, loss in values.items())
-        yield f"validation loss{name and f' of {name}'}  {text}"
+        size = describe_windows([windows[name]] if name else windows.values())
+        yield f"validation loss{name and f' of {name}'}  {text}  ({size})"
 
 
 def replace_nonfinite(value: Any) -> Any:
@@ -82,7 +93,7 @@ def flatten_numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
 
 
 class Recorder:
-    """Appends to the record files and to TensorBoard; every record is flushed. Made on rank 0 only.
+    """Appends to the record files and to the displays; every record is flushed. Made on rank 0 only.
 
     Args:
         run_directory: directory of the files.
@@ -93,11 +104,10 @@ class Recorder:
     def __init__(self, run_directory: Path, tensorboard: bool, start_step: int) -> None:
         self.run_directory = run_directory
         self._files = {name: open(run_directory / name, "a", encoding="utf-8") for name in RECORD_FILES}  # noqa: SIM115
-        self._board: Any = None
+        self._displays: list[ForgivingDisplay] = []
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(run_directory / "tensorboard"), purge_step=start_step + 1)
+            directory = run_directory / "tensorboard"
+            self._displays.append(ForgivingDisplay("TensorBoard", lambda: TensorBoard(directory, start_step)))
 
     def _append_line(self, name: str, record: dict[str, Any]) -> None:
         """Append a record to one of the files, as a line of JSON.
@@ -114,28 +124,38 @@ class Recorder:
                 "start again with --resume auto; it continues from the newest checkpoint."
             ) from error
 
+    def _show_numbers(self, step: int, numbers: dict[str, float]) -> None:
+        """Show numbers of one step, by name, in every display."""
+        for display in self._displays:
+            display.show_numbers(step, numbers)
+
     def record_step(self, record: dict[str, Any]) -> None:
         """Record one optimizer step."""
         self._append_line("metrics.jsonl", record)
-        if self._board is not None:
-            for field, value in record.items():
-                section = "data" if field in DATA_FIELDS else "train"
-                for name, number in flatten_numbers(f"{section}/{field}", value) if field != "step" else ():
-                    self._board.add_scalar(name, number, record["step"])
+        fields = {field: value for field, value in record.items() if field != "step"}
+        numbers = {
+            name: number
+            for field, value in fields.items()
+            for name, number in flatten_numbers(f"{'data' if field in DATA_FIELDS else 'train'}/{field}", value)
+        }
+        self._show_numbers(record["step"], numbers)
 
     def record_evaluation(self, record: dict[str, Any]) -> None:
         """Record validation losses, as from `make_evaluation_record`."""
         self._append_line("eval.jsonl", record)
-        if self._board is not None:
-            for source, losses in {"": record["losses"], **record.get("sources", {})}.items():
-                for loops, loss in losses.items():
-                    self._board.add_scalar(f"valid/{source and f'{source}/'}loss_T{loops}", loss, record["step"])
+        by_source = {"": record["losses"], **record.get("sources", {})}
+        numbers = {
+            f"valid/{source and f'{source}/'}loss_T{loops}": loss
+            for source, losses in by_source.items()
+            for loops, loss in losses.items()
+        }
+        self._show_numbers(record["step"], numbers)
 
     def record_sample(self, record: dict[str, Any]) -> None:
         """Record a generated text: {"step", "loops", "prompt", "text"}."""
         self._append_line("samples.jsonl", record)
-        if self._board is not None:
-            self._board.add_text(f"sample/T{record['loops']}", record["prompt"] + record["text"], record["step"])
+        for display in self._displays:
+            display.show_text(record["step"], f"sample/T{record['loops']}", record["prompt"] + record["text"])
 
     def close(self) -> None:
         """Close every file."""
@@ -143,8 +163,8 @@ class Recorder:
             # Every record was flushed; closing only retries what could not be written then, and fails again.
             with contextlib.suppress(OSError):
                 file.close()
-        if self._board is not None:
-            self._board.close()
+        for display in self._displays:
+            display.close()
 
 
 class Console:

@@ -10,36 +10,31 @@ import torch
 
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import RunConfig, check_config, dump_config
-from megatron_rdt.data import Batch, BatchLoader, Tokenizer
+from megatron_rdt.data import Batch, BatchLoader
 from megatron_rdt.depth import DepthPlan, DepthSampler
 from megatron_rdt.environment import ProcessInfo, read_process_info
 from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED, TrainingError
-from megatron_rdt.evaluate.loss import measure_mixture_losses
 from megatron_rdt.files import hold_lock, write_text
-from megatron_rdt.inference.generate import generate
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.flops import forward_flops, training_flops
 from megatron_rdt.model.moe import rebalance
+from megatron_rdt.object_collectives import broadcast_object
 from megatron_rdt.parallel import Engine, MicroBatch, make_engine
 from megatron_rdt.parallel.process_group import join_process_group
 from megatron_rdt.run_directory import run_directory_of
+from megatron_rdt.terminal import Printer
 from megatron_rdt.train.data import open_training_data
 from megatron_rdt.train.garbage_collection import ScheduledGarbageCollection
 from megatron_rdt.train.hardware import peak_flops, peak_memory_gb
-from megatron_rdt.train.metrics import (
-    Console,
-    Recorder,
-    drop_records_after,
-    format_evaluation,
-    make_evaluation_record,
-)
+from megatron_rdt.train.inspections import InspectionFailed, Inspections, has_record
+from megatron_rdt.train.metrics import Console, Recorder, drop_records_after
 from megatron_rdt.train.monitoring import MonitorSchedule
 from megatron_rdt.train.nonfinite_guard import NonfiniteGuard, is_step_finite
 from megatron_rdt.train.resume_checks import refuse_to_overwrite
 from megatron_rdt.train.run_checkpoints import Position, RunCheckpoints
 from megatron_rdt.train.schedule import learning_rate
 from megatron_rdt.train.step_record import StepClock, StepRecord
-from megatron_rdt.train.stop_request import StopRequest
+from megatron_rdt.train.stop_request import StopAgreed, StopRequest
 
 # How long to wait for a process of the same run that was killed and has not quite ended.
 LOCK_PATIENCE_S = 10.0
@@ -128,13 +123,15 @@ class Trainer:
         self.data_rank = self.engine.layout.data_rank(self.engine.rank)
         self.data = open_training_data(config, self.engine.layout, self.engine.rank, local_rank)
         self.checkpoints = RunCheckpoints(config, run_directory, self.engine, self.data)
-        self.tokenizer = Tokenizer(self.data.tokenizer_directory)
+        self.printer = Printer("training")
+        self.inspections = Inspections(config, self.engine, self.data, stop, self._print_on_rank_0)
         self.sampler = DepthSampler(config.depth, config.run.seed)
         self.flops = forward_flops(config.model, config.train.sequence_length)
         self.guard = NonfiniteGuard(min(config.train.max_nonfinite_steps, config.train.steps))
         self.monitoring = MonitorSchedule(config.logging)
         self.step = self.consumed = self.first_step = 0
         self.unread: list[StepRecord] = []
+        self.was_interrupted = False  # an evaluation or samples were abandoned for a stop request
         self.recorder: Recorder | None = None  # on rank 0, while the run is under way
         self.console: Console | None = None
 
@@ -160,7 +157,8 @@ class Trainer:
                 self._print_on_rank_0(line)
             loader.wait()
             with ScheduledGarbageCollection(config.train.gc_every) as collection:
-                status = self._run_steps(loader, collection)
+                is_same_run = source is not None and checkpoints.belongs_to_run(source, self.run_directory)
+                status = self._run_steps(loader, collection, is_same_run)
         finally:
             loader.close()
         if status == EXIT_OK:
@@ -190,10 +188,18 @@ class Trainer:
             f"steps {self.step} to {self.config.train.steps}"
         )
 
-    def _run_steps(self, loader: BatchLoader, collection: ScheduledGarbageCollection) -> int:
-        """Run every step that is left, or until a stop request; return the exit status."""
+    def _run_steps(self, loader: BatchLoader, collection: ScheduledGarbageCollection, is_same_run: bool) -> int:
+        """Run every step that is left, or until a stop request; return the exit status.
+
+        Args:
+            loader: of the batches.
+            collection: collects garbage between steps.
+            is_same_run: this run continues from a checkpoint of its own.
+        """
         self.console, batches = Console(self.config.train.steps, self.step), iter(loader)
         self.stop.start_agreement(self.engine)
+        if is_same_run:
+            self._make_up_for_inspections()
         while self.step < self.config.train.steps:
             if self.stop.is_agreed():
                 return self._stop_early()
@@ -203,14 +209,15 @@ class Trainer:
             self.unread.append(self._train_step(batch, clock))
             self._run_due_actions()
             collection.collect_if_due(self.step)
-        self.stop.is_agreed()  # no rank may leave a reduction that it started
-        return EXIT_OK
+        is_stopped = self.stop.is_agreed()  # no rank may leave a reduction that it started
+        return self._stop_early() if is_stopped and self.was_interrupted else EXIT_OK
 
     def _stop_early(self) -> int:
         """Save unless this step is saved already, say so, and return the exit status of a stop request."""
         reason = f"stopped on {self.stop.signal_name}"
         if self.step == self.first_step:
-            self._print_on_rank_0(f"{reason} before step {self.step + 1}, with nothing new to save; use --resume auto")
+            where = f"before step {self.step + 1}" if self.step < self.config.train.steps else "after the last step"
+            self._print_on_rank_0(f"{reason} {where}, with nothing new to save; use --resume auto")
             return EXIT_PREEMPTED
         self._record_unread_steps()
         if self.checkpoints.saved_step != self.step:
@@ -279,21 +286,49 @@ class Trainer:
         }
 
     def _run_due_actions(self) -> None:
-        """Record, evaluate, sample and save, whichever is due after this step."""
+        """Record, save, evaluate and sample, whichever is due after this step."""
         config = self.config
         sections = config.eval, config.sample, config.checkpoint
         evaluate, sample, save = (self._is_due(section.every) for section in sections)
         save = save or self.step == config.train.steps
         if evaluate or sample or save or self._is_due(config.logging.every):
             self._record_unread_steps()
-        self.engine.model.eval()  # experts do not count the tokens of evaluations and samples
-        if evaluate:
-            self._evaluate_validation()
-        if sample:
-            self._generate_samples()
-        self.engine.model.train()
-        if save:
+        if save:  # first: nothing that is only to look at may cost a checkpoint
             self._save_checkpoint()
+        self._inspect(evaluate, sample)
+
+    def _inspect(self, evaluate: bool, sample: bool) -> None:
+        """Evaluate and sample; a stop request ends both, without a record.
+
+        Raises:
+            Exception: the evaluation failed; this step is saved.
+        """
+        cause: Exception | None = None
+        try:
+            if evaluate:
+                self.inspections.evaluate(self.step, self.consumed * self.config.train.sequence_length, self.recorder)
+            if sample:
+                self.inspections.generate_samples(self.step, self.recorder)
+        except StopAgreed:
+            self.was_interrupted = True
+            self._print_on_rank_0(
+                f"step {self.step}: evaluation or samples not finished; --resume auto makes up for them"
+            )
+        except InspectionFailed as failure:
+            cause = failure.cause
+        if cause is not None:
+            if self.step not in (self.first_step, self.checkpoints.saved_step):
+                self._save_checkpoint()
+            raise cause
+
+    def _make_up_for_inspections(self) -> None:
+        """Evaluate and sample where that was due after the last step of the checkpoint and has no record."""
+        config = self.config
+        due = [
+            self._is_due(section.every) and not has_record(self.run_directory / file, self.step)
+            for section, file in ((config.eval, "eval.jsonl"), (config.sample, "samples.jsonl"))
+        ]
+        self._inspect(*broadcast_object(due))  # rank 0 has the files
 
     def _is_due(self, every: int) -> bool:
         """Return True if this step is a multiple of `every`, or the last one; False if `every` is 0."""
@@ -318,47 +353,6 @@ class Trainer:
                 if record.step % self.config.logging.every == 0 or record.step == self.config.train.steps:
                     self._print_on_rank_0(self.console.format_line(metrics))
 
-    def _evaluate_validation(self) -> None:
-        """Compute the validation loss at each T of `eval.loops`, on all ranks together, and record it."""
-        config, ranks = self.config, self.engine.layout.data
-        mine = {name: windows.rank_rows(self.data_rank, ranks) for name, windows in self.data.validation.items()}
-        losses, by_corpus = measure_mixture_losses(
-            self.engine.module,
-            mine,
-            self.data.shares,
-            config.eval.loops,
-            config.train.micro_batch,
-            self.device,
-            reduce=self.engine.sum_over_ranks,
-        )
-        for line in format_evaluation(losses, by_corpus):
-            self._print_on_rank_0(f"step {self.step}: {line}")
-        if self.recorder is not None:
-            tokens = self.consumed * config.train.sequence_length
-            self.recorder.record_evaluation(make_evaluation_record(self.step, tokens, losses, by_corpus))
-
-    def _generate_samples(self) -> None:
-        """Generate text after `sample.prompt` at each T of `sample.loops`, and record it."""
-        settings = self.config.sample
-        prompt = self.tokenizer.encode(settings.prompt, bos=False)
-        for loops in settings.loops:
-            tokens = generate(
-                self.engine.module,
-                torch.tensor([prompt], device=self.device),
-                loops,
-                settings.tokens,
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                seed=self.config.run.seed,
-                eos=self.tokenizer.eos,
-                agree=self.engine.broadcast,
-            )
-            text = self.tokenizer.decode(tokens[0, len(prompt) :].tolist())
-            self._print_on_rank_0(f"step {self.step}: sample at T={loops}: {(settings.prompt + text)!r}")
-            if self.recorder is not None:
-                record = {"step": self.step, "loops": loops, "prompt": settings.prompt, "text": text}
-                self.recorder.record_sample(record)
-
     def _save_checkpoint(self) -> None:
         """Save a checkpoint at the current position; all steps must have been recorded."""
         path = self.checkpoints.save(Position(self.step, self.consumed, self.guard.skipped))
@@ -367,7 +361,7 @@ class Trainer:
     def _print_on_rank_0(self, text: str) -> None:
         """Print a line at once; the other ranks print nothing."""
         if self.is_rank_0:
-            print(text, flush=True)
+            self.printer.print_line(text)
 
     def close(self) -> None:
         """Close the records."""

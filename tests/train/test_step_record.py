@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_rdt.train import trainer
+from megatron_rdt.train.inspections import Inspections
 from megatron_rdt.train.step_record import StepRecord
 from megatron_rdt.train.stop_request import StopRequest
 from tests.train.runs import Configure, read_records
@@ -72,7 +73,7 @@ def test_a_step_does_not_count_the_time_between_steps(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pause, slept, clock = 1000.0, [0.0], time.perf_counter
-    monkeypatch.setattr(trainer.Trainer, "_evaluate_validation", lambda self: slept.append(pause))
+    monkeypatch.setattr(Inspections, "evaluate", lambda self, *_: slept.append(pause))
     monkeypatch.setattr(time, "perf_counter", lambda: clock() + sum(slept))
     assert trainer.train(configure(f"--run.root={tmp_path}", "--eval.every=4", "--train.steps=6")) == 0
     after = read_records(tmp_path / "run" / "metrics.jsonl")[4]

@@ -1,0 +1,148 @@
+"""Text and progress for people, on streams that may be closed, full, or unable to encode a character.
+
+Output that only informs must never end a command or a run: if it cannot be shown, that is at most a warning.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+LINE_EVERY_S = 30.0  # between two lines of progress where no bar can be drawn
+
+logger = logging.getLogger(__name__)
+
+
+def escape_unencodable() -> None:
+    """Make standard output and error write characters that they cannot encode as escapes, instead of raising."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def discard_output(stream: TextIO) -> None:
+    """Connect a stream whose reader has gone to the null device, so that no later write or flush fails."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+def flush_output() -> OSError | None:
+    """Flush standard output and error, so that nothing is left to fail when the process ends.
+
+    Returns:
+        The error of standard output, if it could not be written.
+    """
+    failure = None
+    for stream in (sys.stderr, sys.stdout):
+        failure = None
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError as error:
+            failure = error
+            discard_output(stream)
+        except ValueError:  # closed
+            pass
+    return failure
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Return True if a person watches the stream, so that a bar can be drawn over itself."""
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):  # None, or closed
+        return False
+
+
+class Printer:
+    """Prints lines on standard output as long as that works, and warns once when it does not.
+
+    Args:
+        activity: what continues without output, for the warning.
+    """
+
+    def __init__(self, activity: str) -> None:
+        self._activity = activity
+        self._has_warned = False
+
+    def print_line(self, text: str) -> None:
+        """Print a line at once; characters that standard output cannot encode become escapes."""
+        try:
+            try:
+                print(text, flush=True)
+            except UnicodeEncodeError as error:
+                print(text.encode(error.encoding, "backslashreplace").decode(error.encoding), flush=True)
+        except (OSError, ValueError) as error:  # ValueError: the stream is closed
+            if isinstance(error, BrokenPipeError):
+                discard_output(sys.stdout)
+            if not self._has_warned:
+                self._has_warned = True
+                logger.warning("standard output cannot be written (%s); %s continues", error, self._activity)
+
+
+class _ForgivingStream:
+    """Standard error for progress bars: what cannot be written is dropped."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> None:
+        """Write text, or nothing if that fails."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        """Flush, or do nothing if that fails."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            sys.stderr.flush()
+
+
+def show_line(text: str) -> None:
+    """Print a line of progress on standard error, if that is possible."""
+    stream = _ForgivingStream()
+    stream.write(f"{text}\n")
+    stream.flush()
+
+
+def make_bar(**options: Any) -> Any:
+    """Return a bar of tqdm with these options that never raises, whatever happens to standard error."""
+    from tqdm import tqdm
+
+    return tqdm(file=_ForgivingStream(), **options)
+
+
+@contextlib.contextmanager
+def show_progress(total: int, title: str, unit: str, *, scaled: bool = False) -> Iterator[Callable[[int], None]]:
+    """Show progress on standard error: a bar on a terminal, a line every half minute elsewhere.
+
+    Args:
+        total: units of work in all.
+        title: of the bar, in front of every line.
+        unit: its name.
+        scaled: show counts with prefixes, such as 1.2M.
+
+    Yields:
+        A function that takes the number of units done since its last call.
+    """
+    if is_terminal(sys.stderr):
+        with make_bar(total=total, desc=title, unit=unit, unit_scale=scaled) as bar:
+            yield bar.update
+        return
+    began = printed = time.monotonic()
+    done = 0
+
+    def advance(units: int) -> None:
+        nonlocal done, printed
+        done, now = done + units, time.monotonic()
+        if now - printed >= LINE_EVERY_S:
+            printed = now
+            left = (total - done) * (now - began) / max(done, 1)
+            show_line(f"{title}: {done:,} of {total:,} {unit}, {left:,.0f} s left")
+
+    yield advance

@@ -1,0 +1,97 @@
+"""Programs that show a run while it trains: TensorBoard. An error in one of them is a warning, and the run continues."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+logger = logging.getLogger(__name__)
+
+
+class Display(Protocol):
+    """A program that shows numbers and texts against steps."""
+
+    def show_numbers(self, step: int, numbers: dict[str, float]) -> None:
+        """Show numbers of one step, by name."""
+
+    def show_text(self, step: int, name: str, text: str) -> None:
+        """Show a text of one step."""
+
+    def close(self) -> None:
+        """Finish writing."""
+
+
+class TensorBoard:
+    """Event files for TensorBoard.
+
+    Args:
+        directory: of the event files.
+        start_step: steps before this process's first one; TensorBoard drops what an earlier process wrote after it.
+    """
+
+    def __init__(self, directory: Path, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(directory), purge_step=start_step + 1)
+
+    def show_numbers(self, step: int, numbers: dict[str, float]) -> None:
+        """Write one scalar event per number."""
+        for name, number in numbers.items():
+            self._writer.add_scalar(name, number, step)
+
+    def show_text(self, step: int, name: str, text: str) -> None:
+        """Write a text event."""
+        self._writer.add_text(name, text, step)
+
+    def close(self) -> None:
+        """Write what is pending, and close the files."""
+        self._writer.close()
+
+
+class ForgivingDisplay:
+    """A display that is given up, with one warning, at its first error.
+
+    Args:
+        name: of the program, for the warning.
+        open_display: opens it.
+    """
+
+    def __init__(self, name: str, open_display: Callable[[], Display]) -> None:
+        self._name = name
+        self._display: Display | None = None
+        try:
+            self._display = open_display()
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """Warn, and show nothing from here on."""
+        self._display = None
+        reason = str(error).strip().partition("\n")[0]
+        logger.warning(
+            "%s shows nothing from here on (%s%s); training continues, and the records in the run directory are complete",
+            self._name,
+            type(error).__name__,
+            reason and f": {reason}",
+        )
+
+    def _try(self, action: Callable[[Display], None]) -> None:
+        """Call `action` with the display, unless it was given up."""
+        if self._display is not None:
+            try:
+                action(self._display)
+            except Exception as error:
+                self._give_up(error)
+
+    def show_numbers(self, step: int, numbers: dict[str, float]) -> None:
+        """Show numbers of one step, by name."""
+        self._try(lambda display: display.show_numbers(step, numbers))
+
+    def show_text(self, step: int, name: str, text: str) -> None:
+        """Show a text of one step."""
+        self._try(lambda display: display.show_text(step, name, text))
+
+    def close(self) -> None:
+        """Finish writing."""
+        self._try(lambda display: display.close())
+        self._display = None

@@ -1,0 +1,193 @@
+"""Evaluations and samples of a run: what all ranks do together after a step without changing the run.
+
+All of it is abandoned, without a record, when a stop request arrives; a resumed run makes up for it. Evaluations and
+samples are collective where parameters are sharded, so ranks agree after every batch and every token: none leaves while
+the others wait for it.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from megatron_rdt.config import RunConfig
+from megatron_rdt.data import Tokenizer
+from megatron_rdt.errors import LostPeerError
+from megatron_rdt.evaluate.loss import measure_mixture_losses
+from megatron_rdt.inference.generate import generate
+from megatron_rdt.parallel import Engine
+from megatron_rdt.train.data import TrainingData
+from megatron_rdt.train.metrics import Recorder, format_evaluation, make_evaluation_record
+from megatron_rdt.train.stop_request import StopAgreed, StopRequest
+
+# How long a rank that has failed waits for the others. Those that wait for it in a collective never come.
+AGREEMENT_S = 30.0
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+class InspectionFailed(Exception):
+    """An evaluation or the generation of samples failed, and all ranks have left it together.
+
+    Attributes:
+        cause: the exception of this rank; a LostPeerError if only another one failed.
+    """
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(f"{type(cause).__name__}: {cause}")
+        self.cause = cause
+
+
+class Inspections:
+    """The evaluations and samples of one run, on every rank.
+
+    Args:
+        config: the run's config.
+        engine: holds the model.
+        data: has the validation windows and the tokenizer.
+        stop: ends what is under way.
+        print_line: prints a line on rank 0.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: Engine,
+        data: TrainingData,
+        stop: StopRequest,
+        print_line: Callable[[str], None],
+    ) -> None:
+        self.config, self.engine, self.data, self.stop = config, engine, data, stop
+        self.print_line = print_line
+        self.tokenizer = Tokenizer(data.tokenizer_directory)
+        self._prompt = self.tokenizer.encode(config.sample.prompt, bos=False)
+        self._has_warned = False
+
+    def _run_together(self, action: Callable[[], T]) -> T:
+        """Return the result of a collective action that calls `stop.check` between its parts.
+
+        Raises:
+            StopAgreed: a stop request arrived; so on every rank.
+            InspectionFailed: it failed on one rank or more; so on every rank.
+            Exception: it failed on this rank while the others wait in a collective that only this rank has left.
+        """
+        # Experts do not count the tokens of evaluations and samples.
+        self.engine.model.eval()
+        try:
+            result = action()
+            if self.stop.agree_now(self.engine):
+                raise InspectionFailed(LostPeerError("another rank has failed. The cause is in its messages."))
+            return result
+        except (StopAgreed, InspectionFailed):
+            raise
+        except LostPeerError as error:
+            raise InspectionFailed(error) from error
+        except Exception as error:
+            try:
+                self.stop.agree_now(self.engine, has_failed=True, timeout_s=AGREEMENT_S)
+            except RuntimeError:
+                raise error from None
+            raise InspectionFailed(error) from error
+        finally:
+            self.engine.model.train()
+
+    def evaluate(self, step: int, tokens: int, recorder: Recorder | None) -> None:
+        """Compute the validation loss at each T of `eval.loops`, on all ranks together; rank 0 records it.
+
+        Args:
+            step: steps done.
+            tokens: trained on in these steps.
+            recorder: of rank 0; None on the others.
+
+        Raises:
+            StopAgreed, InspectionFailed: see `_run_together`.
+        """
+        config, layout = self.config, self.engine.layout
+        data_rank = layout.data_rank(self.engine.rank)
+        mine = {name: windows.rank_rows(data_rank, layout.data) for name, windows in self.data.validation.items()}
+        losses, by_corpus = self._run_together(
+            lambda: measure_mixture_losses(
+                self.engine.module,
+                mine,
+                self.data.shares,
+                config.eval.loops,
+                config.train.micro_batch,
+                self.engine.device,
+                reduce=self.engine.sum_over_ranks,
+                progress=lambda _: self.stop.check(self.engine),
+            )
+        )
+        if recorder is None:
+            return
+        for line in format_evaluation(losses, by_corpus, self.data.validation):
+            self.print_line(f"step {step}: {line}")
+        recorder.record_evaluation(make_evaluation_record(step, tokens, losses, by_corpus))
+
+    def generate_samples(self, step: int, recorder: Recorder | None) -> None:
+        """Generate text after `sample.prompt` at each T of `sample.loops`; rank 0 prints and records it.
+
+        A failure is a warning: samples only show something.
+
+        Raises:
+            StopAgreed: see `_run_together`.
+        """
+        settings = self.config.sample
+
+        def agree(chosen: torch.Tensor) -> torch.Tensor:
+            self.stop.check(self.engine)
+            return self.engine.broadcast(chosen)
+
+        def generate_ids() -> list[list[int]]:
+            prompt = torch.tensor([self._prompt], device=self.engine.device)
+            return [
+                generate(
+                    self.engine.module,
+                    prompt,
+                    loops,
+                    settings.tokens,
+                    temperature=settings.temperature,
+                    top_k=settings.top_k,
+                    seed=self.config.run.seed,
+                    eos=self.tokenizer.eos,
+                    agree=agree,
+                )[0].tolist()
+                for loops in settings.loops
+            ]
+
+        try:
+            rows = self._run_together(generate_ids)
+        except InspectionFailed as failure:
+            self._warn_once(step, failure.cause)
+            return
+        if recorder is None:
+            return
+        try:  # on rank 0 alone, so no other rank waits
+            texts = [self.tokenizer.decode(ids[len(self._prompt) :]) for ids in rows]
+        except Exception as error:
+            self._warn_once(step, error)
+            return
+        for loops, text in zip(settings.loops, texts):
+            self.print_line(f"step {step}: sample at T={loops}: {(settings.prompt + text)!r}")
+            recorder.record_sample({"step": step, "loops": loops, "prompt": settings.prompt, "text": text})
+
+    def _warn_once(self, step: int, error: Exception) -> None:
+        """Warn that samples failed, unless that was said before."""
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "step %d: no sample could be generated (%s: %s); training continues, further failures are not reported",
+                step,
+                type(error).__name__,
+                str(error).strip().partition("\n")[0],
+            )
+
+
+def has_record(file: Path, step: int) -> bool:
+    """Return True if a record file has a record of `step`; its lines are whole, since `drop_records_after` has run."""
+    if not file.is_file():
+        return False
+    return any(json.loads(line)["step"] == step for line in file.read_text(encoding="utf-8").splitlines())

@@ -24,6 +24,7 @@ from megatron_rdt.errors import DataError
 # The loader reads ahead of the steps, so a checkpoint needs a state of some batches ago. There are the batches in the queue,
 # one that waits for room in it and one in use; n batches have n + 1 states around them.
 KEPT_STATES = PREFETCHED_BATCHES + 3
+COMPARED_TEXTS = 200  # of each stream, with what their tokens decode to
 SKIP_IN_PREP = "prepare it with `rdt prep`, which names file and line and can count and skip such rows (--on_bad skip)."
 
 logger = logging.getLogger(__name__)
@@ -229,6 +230,7 @@ class TokenStream:
         # Tokens that were encoded and are in no window yet, and which of them start a document.
         self._tokens = state["tokens"].numpy() if state else np.empty(0, np.int32)
         self._starts = state["begins"].numpy() if state else np.empty(0, bool)
+        self._texts_to_compare = COMPARED_TEXTS
         self._consumed = consumed
         self._states = OrderedDict({consumed: self._current_state()})
 
@@ -294,8 +296,20 @@ class TokenStream:
         return {"epochs": texts["epoch"], **rows, "held_out_rows": held_out_rows}
 
     def _encode(self, text: str) -> np.ndarray:
-        """Encode a text, with EOS at its end."""
-        return np.array([*self.tokenizer.encode(text), self.tokenizer.eos], np.int32)
+        """Encode a text, with EOS at its end; warn of the first text that the tokenizer changes, if it is among the first."""
+        ids = self.tokenizer.encode(text)
+        if self._texts_to_compare:
+            self._texts_to_compare -= 1
+            if self.tokenizer.decode(ids) != text:
+                self._texts_to_compare = 0
+                logger.warning(
+                    "%s: the text of row %s of this process is not what its tokens decode to: the tokenizer %s normalises "
+                    "text, or drops what it has no token for",
+                    self.texts.path,
+                    f"{self.texts.rows:,}",
+                    self.tokenizer.file,
+                )
+        return np.array([*ids, self.tokenizer.eos], np.int32)
 
     def _current_state(self) -> tuple[dict[str, Any], int, np.ndarray, np.ndarray]:
         """Capture the state after the last window; the library goes on changing its own, so that is copied."""

@@ -221,6 +221,24 @@ def test_rows_that_are_left_out_are_counted(
     ]
 
 
+def test_a_tokenizer_that_loses_text_is_reported(
+    dataset: str,
+    tokenizer: Tokenizer,
+    tokenizer_folders: dict[str, Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    TokenStream(make_reader(dataset), tokenizer, LENGTH, 0).read_next(3)
+    assert caplog.messages == []
+    shutil.copytree(tokenizer_folders["hf"], tmp_path / "hf")
+    document = json.loads((tmp_path / "hf" / "tokenizer.json").read_text())
+    document["normalizer"] = {"type": "Replace", "pattern": {"String": "3 says"}, "content": ""}
+    (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(document))
+    TokenStream(make_reader(dataset), Tokenizer(tmp_path / "hf"), LENGTH, 0).read_next(40)
+    assert len(caplog.messages) == 1, "the first row alone"
+    assert "the text of row 4 of this process is not what its tokens decode to: the tokenizer " in caplog.messages[0]
+
+
 def test_files_that_are_not_read_are_named(
     configure: Callable[..., RunConfig], tiny_corpus: Path, tmp_path: Path, dataset: str
 ) -> None:

@@ -45,12 +45,12 @@ def make_attention(kind: str, expanded: bool) -> nn.Module:
     return module.eval()
 
 
-def make_context(kind: str, start: int, length: int) -> LayerContext:
+def make_context(kind: str, start: int, length: int, cache: KVCache) -> LayerContext:
     """The context of a forward pass over `length` positions, the first of which is `start`."""
     channels = dataclasses.replace(SIZES, attention=kind).rotary_dim
     tables = rotary_tables(torch.arange(start, start + length), channels, SIZES.rope_base, torch.float32)
     seen = torch.ones(length, start + length, dtype=torch.bool).tril(start)
-    return LayerContext(tables, seen, torch.float32, torch.zeros(1, length, dtype=torch.long), start)
+    return LayerContext(tables, seen, torch.float32, torch.zeros(1, length, dtype=torch.long), start, cache=cache)
 
 
 @torch.no_grad()
@@ -61,10 +61,10 @@ def measure_decoding(positions: int, rounds: int) -> dict[str, tuple[int, float,
     x = torch.randn(1, positions + 1, SIZES.dim, generator=torch.Generator().manual_seed(1))
     for name, kind in CASES.items():
         caches[name] = KVCache()
-        modules[name](x[:, :positions], make_context(kind, 0, positions), caches[name], 0)
+        modules[name](x[:, :positions], make_context(kind, 0, positions, caches[name]))
 
     def decode(name: str) -> None:
-        modules[name](x[:, positions:], make_context(CASES[name], positions, 1), caches[name], 0)
+        modules[name](x[:, positions:], make_context(CASES[name], positions, 1, caches[name]))
 
     for name in CASES:
         decode(name)  # makes room in the cache, so that later calls do not

@@ -20,8 +20,8 @@ WRAPPER = Path(__file__).resolve().parent / "hf_wrapper.py"
 MODULES = (megatron_rdt.config.ranges, megatron_rdt.config.model, megatron_rdt.depth.plan, megatron_rdt.depth.hashing)
 # Files of megatron_rdt/model, each after those whose names it uses while it is imported (base classes, defaults).
 PARTS = (
-    "transfer", "attention/masks", "cross_entropy", "token_split", "attention/kernels", "forward_context", "monitor",
-    "attention/kv_cache", "halting/active_tokens", "linear", "norm", "attention/rope", "feedforward", "moe",
+    "transfer", "attention/masks", "cross_entropy", "token_split", "attention/kernels", "attention/kv_cache",
+    "forward_context", "monitor", "halting/active_tokens", "linear", "norm", "attention/rope", "feedforward", "moe",
     "attention/mla", "attention/gqa", "iteration_signals", "layer", "activation_checkpointing", "injection/base",
     "injection/diagonal", "injection/*", "halting/trained", "halting/exit_rules", "initial_state", "core",
     "halting/adaptive_loop", "training_losses", "rdt", "initialization",

@@ -45,9 +45,7 @@ class Batch:
 
     def rows(self, first: int, end: int) -> "Batch":
         """Return the batch of rows `first` ... `end` - 1; tensors are views."""
-        fields: dict[str, Any] = {
-            name: None if value is None else value[first:end] for name, value in vars(self).items()
-        }
+        fields: dict[str, Any] = {k: None if value is None else value[first:end] for k, value in vars(self).items()}
         return Batch(**fields)
 
     def rank_rows(self, data_rank: int, data_ranks: int) -> "Batch":
@@ -68,9 +66,8 @@ class Batch:
 
     def _map_per_token(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """Replace each per-token tensor by `change` of it."""
-        changed: dict[str, Any] = {
-            name: change(tensor) for name in PER_TOKEN if (tensor := getattr(self, name)) is not None
-        }
+        tensors = ((name, getattr(self, name)) for name in PER_TOKEN)
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors if tensor is not None}
         return dataclasses.replace(self, **changed)
 
     def inputs(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

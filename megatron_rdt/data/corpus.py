@@ -68,9 +68,8 @@ class TokenCorpus:
         self._reads_masks = self.has_loss_mask = loss_mask and self._shards.has_masks
         whole = self._shards.ends[-1] if self._shards.ends else 0
         self.tokens = min(whole, max_tokens or whole)
-        self.order = SampleOrder(
-            self.tokens, sequence_length, seed, split, f"split {split} of {self.manifest.directory}"
-        )
+        name = f"split {split} of {self.manifest.directory}"
+        self.order = SampleOrder(self.tokens, sequence_length, seed, split, name)
 
     @property
     def samples_per_epoch(self) -> int:
@@ -93,9 +92,8 @@ class TokenCorpus:
     def prefetch(self, locations: np.ndarray) -> None:
         """Ask the kernel to read the windows at these locations ahead of `read`."""
         ranges = [each for start in locations.tolist() for each in self._shard_ranges(start)]
-        self._shards.prefetch(
-            [(shard, first, columns.stop - columns.start) for shard, first, columns in ranges], self._reads_masks
-        )
+        parts = [(shard, first, columns.stop - columns.start) for shard, first, columns in ranges]
+        self._shards.prefetch(parts, self._reads_masks)
 
     def read(self, locations: np.ndarray) -> Batch:
         """Read the windows at these locations, one per row."""

@@ -108,15 +108,13 @@ class BatchLoader:
 
     def _locate_batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield sample numbers and locations of each batch; those of many batches are located in one call."""
-        global_batch, data_rank, data_ranks = self._split
+        global_batch, _, data_ranks = self._split
         first, share = self._first, global_batch // data_ranks
         ahead = -(-LOCATED_SAMPLES // share) * global_batch
         while self._end is None or first < self._end:
             end = first + ahead if self._end is None else min(first + ahead, self._end)
             starts = range(first, end, global_batch)
-            samples = [
-                samples_of_rank(start, global_batch, data_rank, data_ranks, self._reader.seed) for start in starts
-            ]
+            samples = [samples_of_rank(start, *self._split, self._reader.seed) for start in starts]
             locations = self._reader.locate(np.concatenate(samples))
             for i, numbers in enumerate(samples):
                 yield numbers, locations[i * share : (i + 1) * share]

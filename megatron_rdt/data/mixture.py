@@ -100,10 +100,8 @@ class Phase:
     def count_per_corpus(self, samples: int) -> dict[str, int]:
         """Count the samples of each corpus, by name, among the first `samples` of the phase."""
         periods, rest = divmod(samples, self.period)
-        return {
-            name: periods * count + int(more)
-            for (name, count), more in zip(self.counts.items(), self.counts_before[rest])
-        }
+        begun = zip(self.counts.items(), self.counts_before[rest].tolist())  # turns of the period that has begun
+        return {name: periods * count + more for (name, count), more in begun}
 
 
 class MixtureOrder:
@@ -147,9 +145,8 @@ class MixtureOrder:
             per_period = np.array(list(phase.counts.values()), np.int64)[turn]
             corpora[chosen] = corpus
             # Samples of the same corpus before this one: in earlier phases, whole periods, and the rest of this period.
-            numbers[chosen] = (
-                self._counts_before[index, corpus] + periods * per_period + phase.counts_before[rest, turn]
-            )
+            before = self._counts_before[index, corpus] + periods * per_period
+            numbers[chosen] = before + phase.counts_before[rest, turn]
         return corpora, numbers
 
 

@@ -82,9 +82,8 @@ class PackedCorpus(TokenCorpus):
     def prefetch(self, locations: np.ndarray) -> None:
         """Ask the kernel to read the rows of these numbers ahead of `read`."""
         rows = self._row_pieces(locations)
-        self._shards.prefetch(
-            [(shard, start, length) for shard, row in rows for start, length, _ in row], self._reads_masks
-        )
+        parts = [(shard, start, length) for shard, pieces in rows for start, length, _ in pieces]
+        self._shards.prefetch(parts, self._reads_masks)
 
     def _row_pieces(self, locations: np.ndarray) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:
         """Yield the shard of each row and its pieces, see `PackingPlan.read_row`."""

@@ -202,10 +202,8 @@ class PackingPlan:
             raise DataError(f"{self.path} is not a packing plan. {self._remedy}")
         _, version, length, bin_hash, idx_hash, self._body_hash, *counts = HEADER.unpack(header)
         if (version, length) != (VERSION, self._length):
-            raise DataError(
-                f"{self.path} has version {version} and sequence length {length}, not {VERSION} and {self._length}. "
-                f"{self._remedy}"
-            )
+            found = f"version {version} and sequence length {length}"
+            raise DataError(f"{self.path} has {found}, not {VERSION} and {self._length}. {self._remedy}")
         if (bin_hash.hex(), idx_hash.hex()) != (shard["bin_sha256"], shard["idx_sha256"]):
             raise DataError(f"{self.path} was made for other shards than the manifest names now. {self._remedy}")
         self.counts = PlanCounts(*counts)
@@ -213,10 +211,11 @@ class PackingPlan:
         if size != expected:
             raise DataError(f"{self.path} has {size} bytes, its header says {expected}. {self._remedy}")
 
-    def verify(self) -> None:
-        """Hash the whole plan; DataError if it is damaged."""
+    def verify(self) -> PlanCounts:
+        """Hash the whole plan and return its counts; DataError if it is damaged."""
         if hash_body(self.path) != self._body_hash:
             raise DataError(f"{self.path} has other content than was written. {self._remedy}")
+        return self.counts
 
     def read_row(self, row: int) -> list[tuple[int, int, int]]:
         """Read the pieces of a row: first token in the shard, number of tokens, tokens of the document before the piece.
@@ -268,12 +267,9 @@ class PackingPlan:
 
 def hash_body(path: Path) -> bytes:
     """Compute the SHA-256 of a plan file without its header."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
         file.seek(HEADER.size)
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.digest()
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def write_plan(manifest: CorpusManifest, split: str, shard: dict[str, Any], length: int) -> PlanCounts:
@@ -313,7 +309,7 @@ def make_plans(manifest: CorpusManifest, split: str, length: int, replace_damage
     """
     folder = plan_path(manifest, split, "", length).parent
     try:
-        return _check_and_make_plans(manifest, split, length, folder, replace_damaged)
+        return _check_and_make_plans(manifest, split, length, replace_damaged)
     except OSError as error:
         raise DataError(
             f"the packing plans in {folder} could not be made ({error.strerror}). Make them where the corpus can be "
@@ -321,15 +317,12 @@ def make_plans(manifest: CorpusManifest, split: str, length: int, replace_damage
         ) from error
 
 
-def _check_and_make_plans(
-    manifest: CorpusManifest, split: str, length: int, folder: Path, replace_damaged: bool
-) -> PlanCounts:
-    """Do the work of `make_plans` in `folder`; an OSError is passed on."""
-    counts = PlanCounts()
-    to_make = []
+def _check_and_make_plans(manifest: CorpusManifest, split: str, length: int, replace_damaged: bool) -> PlanCounts:
+    """Do the work of `make_plans`; an OSError is passed on."""
+    counts, to_make = PlanCounts(), []
     for shard in manifest.document["splits"][split]["shards"]:
         try:
-            counts += _verify_plan(manifest, split, shard, length)
+            counts += PackingPlan(manifest, split, shard, length).verify()
         except DataError:
             # A plan that exists is replaced only on request: the user may want to look at it.
             if not replace_damaged and plan_path(manifest, split, shard["name"], length).exists():
@@ -337,6 +330,7 @@ def _check_and_make_plans(
             to_make.append(shard)
     if not to_make:
         return counts
+    folder = plan_path(manifest, split, "", length).parent
     folder.mkdir(parents=True, exist_ok=True)
     message = f"another process has been making the plans in {folder} for an hour. Wait for it, or end it."
     with hold_lock(folder / ".lock", message, BUILD_PATIENCE_S):
@@ -344,14 +338,7 @@ def _check_and_make_plans(
             stale.unlink(missing_ok=True)
         for shard in to_make:
             try:  # another machine may have made it while this one waited for the lock
-                counts += _verify_plan(manifest, split, shard, length)
+                counts += PackingPlan(manifest, split, shard, length).verify()
             except DataError:
                 counts += write_plan(manifest, split, shard, length)
     return counts
-
-
-def _verify_plan(manifest: CorpusManifest, split: str, shard: dict[str, Any], length: int) -> PlanCounts:
-    """Return the counts of a plan on disk; DataError if it is missing, damaged or made for other shards."""
-    plan = PackingPlan(manifest, split, shard, length)
-    plan.verify()
-    return plan.counts

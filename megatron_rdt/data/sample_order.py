@@ -90,9 +90,8 @@ def samples_of_rank(consumed: int, global_batch: int, data_rank: int, data_ranks
     if global_batch % data_ranks:
         lower = global_batch // data_ranks * data_ranks
         nearest = ", ".join(str(n) for n in (lower, lower + data_ranks) if n)
-        raise ConfigError(
-            f"train.global_batch {global_batch} is not a multiple of {data_ranks} ranks; nearest: {nearest}."
-        )
+        problem = f"train.global_batch {global_batch} is not a multiple of {data_ranks} ranks"
+        raise ConfigError(f"{problem}; nearest: {nearest}.")
     share = global_batch // data_ranks
     batch_rows = np.arange(data_rank * share, (data_rank + 1) * share)
     return consumed + KeyedPermutation(global_batch, "batch", seed, consumed)(batch_rows)

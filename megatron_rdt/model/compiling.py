@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_rdt.model.attention.kernels import BlockwiseMask
 from megatron_rdt.model.forward_context import LayerContext
-from megatron_rdt.model.iteration_signals import Modulation
+from megatron_rdt.model.iteration_signals import Modulations
 from megatron_rdt.model.layer import Layer
 from megatron_rdt.model.moe import MixtureOfExperts
 
@@ -40,15 +40,11 @@ class CompiledLayer:
         self._feed = layer.feed if isinstance(layer.feedforward, MixtureOfExperts) else None
         function = layer.attend_and_feed if self._feed is None else layer.attend
         # With `fullgraph`, code that cannot be compiled is an error that says why, instead of silently slow.
-        self._compiled: Callable[..., torch.Tensor] = torch.compile(function, backend=backend, fullgraph=True)
+        self._compiled: Callable[..., Tensor] = torch.compile(function, backend=backend, fullgraph=True)
 
     def __call__(
-        self,
-        x: torch.Tensor,
-        context: LayerContext,
-        token_values: torch.Tensor | None,
-        modulations: Sequence[Modulation] | None,
-    ) -> torch.Tensor:
+        self, x: Tensor, context: LayerContext, token_values: Tensor | None, modulations: Modulations
+    ) -> Tensor:
         """Return the same as `Layer.attend_and_feed` without a cache."""
         _mark_batch_dynamic((x, token_values, context.tokens), 1)
         _mark_batch_dynamic((*context.rotary, context.mask), 4)  # with fewer dimensions they serve all sequences
@@ -62,7 +58,7 @@ class CompiledLayer:
 def _mark_batch_dynamic(tensors: Sequence[Any], dimensions: int) -> None:
     """Tell the compiler that the first size varies, for tensors with at least so many dimensions."""
     for tensor in tensors:
-        if isinstance(tensor, torch.Tensor) and tensor.dim() >= dimensions and tensor.shape[0] > 1:
+        if isinstance(tensor, Tensor) and tensor.dim() >= dimensions and tensor.shape[0] > 1:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 

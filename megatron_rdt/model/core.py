@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth.plan import CoreIteration, DepthPlan
 from megatron_rdt.model.activation_checkpointing import Checkpointing
-from megatron_rdt.model.attention.kv_cache import KeyValueCache
 from megatron_rdt.model.forward_context import LayerContext, LoopInputs
 from megatron_rdt.model.halting.trained import HaltingUnit, make_tracker
 from megatron_rdt.model.injection import Injection
@@ -32,9 +31,7 @@ from megatron_rdt.model.transfer import to_device
 class LoopRunner(Protocol):
     """Replaces the core's own loop over iterations, as `AdaptiveLoop` does for exit rules."""
 
-    def run(
-        self, core: "RecurrentCore", state: torch.Tensor, inputs: LoopInputs, first_slot: int
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def run(self, core: "RecurrentCore", state: Tensor, inputs: LoopInputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the same as `RecurrentCore.forward`, from the expanded initial state (batch, sequence, ...)."""
 
 
@@ -61,56 +58,43 @@ class RecurrentCore(nn.Module):
         self.halting = HaltingUnit(config) if config.halting != "none" else None
         self.checkpointing = Checkpointing()
 
-    def iterate(
-        self,
-        state: torch.Tensor,
-        t: torch.Tensor,
-        inputs: LoopInputs,
-        cache: KeyValueCache | None = None,
-        slot: int = 0,
-    ) -> torch.Tensor:
+    def iterate(self, state: Tensor, t: Tensor, inputs: LoopInputs, slot: int = 0) -> Tensor:
         """Run one iteration and return the next state.
 
         Args:
             state: expanded state, (batch, sequence, ...).
             t: (batch,) iteration index of each sequence, from 0.
             inputs: of these sequences.
-            cache: keys and values of earlier positions, extended in place.
             slot: cache slot of the first layer in this iteration.
         """
         x, carry = self.injection.inject(state, inputs.precomputed, self.signals.offset(t))
         modulations = self.signals.modulations(t, inputs.loops)
         for i, layer in enumerate(self.layers):
-            modulation = None if modulations is None else modulations[i]
-            x = layer(x, inputs.context, cache, slot + i, inputs.token_values[i], modulation)
+            x = layer(x, inputs.context.at_slot(slot + i), inputs.token_values[i], modulations[i])
         x = self.signals.adapt(x, t, inputs.context.compute_dtype)
         x = x if self.iteration_norm is None else self.iteration_norm(x)
         return self.injection.update(carry, x)
 
     def forward(
         self,
-        state: torch.Tensor,
-        encoded: torch.Tensor,
+        state: Tensor,
+        encoded: Tensor,
         plan: DepthPlan,
         context: LayerContext,
-        cache: KeyValueCache | None = None,
-        first_slot: int = 0,
+        kept: int,
         monitor: CoreMonitor | None = None,
         runner: LoopRunner | None = None,
-        budget: int = 0,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the loop; return the last states (batch, sequence, dim), and the outputs of trained halting by name.
 
         Args:
             state: initial state, (batch, sequence, dim), float32 or wider.
             encoded: output of the prelude, the same shape.
             plan: T of each sequence, and k.
-            context: rotary tables, mask, compute dtype.
-            cache: keys and values of earlier positions; iteration t uses slots first_slot + t * layers ...
-            first_slot: first cache slot of the loop.
+            context: rotary tables, mask, compute dtype, and the first cache slot of the loop.
+            kept: number of iterations with cache slots of their own; iteration t uses those of t mod `kept`.
             monitor: receives the measurements that it asks for; they change nothing.
-            runner: runs the iterations instead; it has a cache of its own.
-            budget: iteration t uses the cache slots of t mod budget; 0 means of t.
+            runner: runs the iterations instead.
 
         Returns:
             The state after each sequence's last iteration, (batch, sequence, dim), and a dictionary with the results of
@@ -123,7 +107,7 @@ class RecurrentCore(nn.Module):
             state, inputs = state[order], inputs.rows(order)
         initial = self.injection.expand(state if self.initial is None else self.initial.expand_as(state))
         if runner is not None:
-            return runner.run(self, initial, inputs, first_slot)
+            return runner.run(self, initial, inputs)
         tracker = make_tracker(self.halting, self.config)
         state, completed = initial[:0], 0  # no sequence has started yet
         for segment in self.checkpointing.segments(plan.core_iterations()):
@@ -133,9 +117,8 @@ class RecurrentCore(nn.Module):
                 # Sequences with a smaller T join later, so that all end together and share the last k iterations.
                 state = torch.cat((state, initial[len(state) : active])) if active > len(state) else state
                 # A cache comes with one T for all sequences, so the first one's index is everyone's.
-                cached_iterations = budget or plan.max_loops
-                slots = [first_slot + i.indices[0] % cached_iterations * len(self.layers) for i in segment]
-                states = self._run_segment(segment, state, inputs, cache, slots)
+                slots = [context.slot + i.indices[0] % kept * len(self.layers) for i in segment]
+                states = self._run_segment(segment, state, inputs, slots)
                 for iteration, reached in zip(segment, states):
                     completed, previous, state = completed + 1, state, reached
                     if tracker is not None:
@@ -143,7 +126,7 @@ class RecurrentCore(nn.Module):
                     if monitor is not None and monitor.per_iteration:
                         self._measure_iteration(monitor, iteration.indices, previous, state)
         if monitor is not None:
-            self._measure_last(monitor, iteration.indices, previous, state, inputs, cached=cache is not None)
+            self._measure_last(monitor, iteration.indices, previous, state, inputs)
         state, extras = (self.injection.collapse(state), {}) if tracker is None else tracker.result()
         if not plan.is_uniform:
             inverse = order.argsort()
@@ -154,13 +137,8 @@ class RecurrentCore(nn.Module):
         return state, extras
 
     def _run_segment(
-        self,
-        segment: Sequence[CoreIteration],
-        state: torch.Tensor,
-        inputs: LoopInputs,
-        cache: KeyValueCache | None,
-        slots: list[int],
-    ) -> list[torch.Tensor]:
+        self, segment: Sequence[CoreIteration], state: Tensor, inputs: LoopInputs, slots: list[int]
+    ) -> list[Tensor]:
         """Return the states after each iteration of a segment, which the same first sequences take part in.
 
         With gradient the segment is one unit of activation checkpointing.
@@ -170,18 +148,18 @@ class RecurrentCore(nn.Module):
         # A slice, even of everything, would cost a copy in every iteration's backward pass.
         part = inputs if active == len(inputs.loops) else inputs.rows(slice(active))
 
-        def iterate_all(state: torch.Tensor, part: LoopInputs) -> list[torch.Tensor]:
+        def iterate_all(state: Tensor, part: LoopInputs) -> list[Tensor]:
             states = []
             for t, slot in zip(times, slots):
-                state = self.iterate(state, t, part, cache, slot)
+                state = self.iterate(state, t, part, slot)
                 states.append(state)
             return states
 
-        if torch.is_grad_enabled() and cache is None:
+        if torch.is_grad_enabled() and inputs.context.cache is None:
             return self.checkpointing.run(iterate_all, state, part)
         return iterate_all(state, part)
 
-    def loop_inputs(self, encoded: torch.Tensor, plan: DepthPlan, context: LayerContext) -> LoopInputs:
+    def loop_inputs(self, encoded: Tensor, plan: DepthPlan, context: LayerContext) -> LoopInputs:
         """Compute once what every iteration reads: the injection's part of the encoded input, T, the value embeddings."""
         if self.encoded_norm is not None:
             encoded = self.encoded_norm(encoded)
@@ -191,13 +169,13 @@ class RecurrentCore(nn.Module):
         values = [layer.token_values(context) for layer in self.layers]  # type: ignore[operator]
         return LoopInputs(self.injection.precompute(encoded), context, loops, values)
 
-    def coda_input(self, state: torch.Tensor) -> torch.Tensor:
+    def coda_input(self, state: Tensor) -> Tensor:
         """Apply the norm and the matrix at the end of the loop, where the config has them: (..., dim) -> (..., dim)."""
         if self.last_norm is not None:
             state = self.last_norm(state)
         return state if self.output_matrix is None else self.output_matrix(state)
 
-    def _connected_coda_input(self, state: torch.Tensor) -> torch.Tensor:
+    def _connected_coda_input(self, state: Tensor) -> Tensor:
         """Return `coda_input`, with the learned initial state kept in the graph even where truncation cuts it off.
 
         The gradient is zero then, but it exists: ranks must reduce the same parameters.
@@ -208,7 +186,7 @@ class RecurrentCore(nn.Module):
 
     @torch.no_grad()
     def _measure_iteration(
-        self, monitor: CoreMonitor, indices: tuple[int, ...], previous: torch.Tensor, state: torch.Tensor
+        self, monitor: CoreMonitor, indices: tuple[int, ...], previous: Tensor, state: Tensor
     ) -> None:
         """Measure an iteration that went from `previous` to `state`, and later the gradient that arrives at `state`."""
         monitor.watch_gradient(indices, state)
@@ -216,24 +194,18 @@ class RecurrentCore(nn.Module):
 
     @torch.no_grad()
     def _measure_last(
-        self,
-        monitor: CoreMonitor,
-        indices: tuple[int, ...],
-        previous: torch.Tensor,
-        state: torch.Tensor,
-        inputs: LoopInputs,
-        cached: bool,
+        self, monitor: CoreMonitor, indices: tuple[int, ...], previous: Tensor, state: Tensor, inputs: LoopInputs
     ) -> None:
         """Measure the last iteration, and what is measured once per forward pass."""
         collapsed = self.injection.collapse(previous), self.injection.collapse(state)
         monitor.measure_last(*collapsed, self.injection.spectral_radius())
         if monitor.per_iteration:
             monitor.measure_input(self.injection.input_term(inputs.precomputed))
-        if monitor.jacobian_steps and not cached:
+        if monitor.jacobian_steps and inputs.context.cache is None:
             t = to_device(indices, state.device)
             monitor.jacobian_norm = self.jacobian_norm(previous, t, inputs, monitor.jacobian_steps).max()
 
-    def jacobian_norm(self, state: torch.Tensor, t: torch.Tensor, inputs: LoopInputs, steps: int) -> torch.Tensor:
+    def jacobian_norm(self, state: Tensor, t: Tensor, inputs: LoopInputs, steps: int) -> Tensor:
         """Return a lower bound of the Jacobian's largest singular value for iteration t at `state`: (batch,).
 
         See `top_singular_values` for `steps`. Products are in the dtype of the state: the differences would be nothing but

@@ -8,13 +8,14 @@ arXiv:2410.10989); the backward pass only multiplies by the factor. No logits ar
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 # At most about this many logits in a chunk.
 CHUNK_ELEMENTS = 1 << 22
 
 
-def apply_softcap(logits: torch.Tensor, softcap: float) -> torch.Tensor:
+def apply_softcap(logits: Tensor, softcap: float) -> Tensor:
     """Return softcap * tanh(logits / softcap), or the logits where `softcap` is 0 (Gemma 2, arXiv:2408.00118)."""
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
@@ -28,13 +29,13 @@ class VocabularyShards(Protocol):
 
     rank: int
 
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         """Return the tensors (...) of all ranks, stacked to (ranks, ...)."""
 
 
 def _target_terms(
-    logits: torch.Tensor, target: torch.Tensor, shards: VocabularyShards | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    logits: Tensor, target: Tensor, shards: VocabularyShards | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return per token the log-partition function, the target's logit and column, and a mask of targets on this rank.
 
     Args:
@@ -58,14 +59,14 @@ def _target_terms(
 
 
 def _logit_gradient(
-    logits: torch.Tensor,
-    partition: torch.Tensor,
-    column: torch.Tensor,
-    is_here: torch.Tensor | None,
-    weight: torch.Tensor | None,
+    logits: Tensor,
+    partition: Tensor,
+    column: Tensor,
+    is_here: Tensor | None,
+    weight: Tensor | None,
     softcap: float,
     z_weight: float,
-) -> torch.Tensor:
+) -> Tensor:
     """Return the gradient of a chunk's objective with respect to its logits before the soft cap, (tokens, vocabulary).
 
     d(entropy + z partition^2) / d logits = (1 + 2 z partition) softmax - one-hot, and the cap y = c tanh(x / c) has
@@ -89,14 +90,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        features: torch.Tensor,
-        matrix: torch.Tensor,
-        targets: torch.Tensor,
-        weights: torch.Tensor | None,
+        features: Tensor,
+        matrix: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
         softcap: float,
         z_weight: float,
         shards: VocabularyShards | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         # Products are in the dtype of the features; logits, sums and the matrix's gradient are float32 or wider.
         wide = torch.promote_types(features.dtype, torch.float32)
         rounded = matrix.to(features.dtype)
@@ -132,22 +133,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return entropy + z_weight * square, entropy, square
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         factor = grads[0]
         scaled = [None if saved is None else saved * factor.to(saved.dtype) for saved in ctx.saved_tensors]
         return scaled[0], scaled[1], None, scaled[2], None, None, None
 
 
 def cross_entropy(
-    features: torch.Tensor,
-    matrix: torch.Tensor,
-    targets: torch.Tensor,
+    features: Tensor,
+    matrix: Tensor,
+    targets: Tensor,
     *,
-    weights: torch.Tensor | None = None,
+    weights: Tensor | None = None,
     softcap: float = 0.0,
     z_weight: float = 0.0,
     shards: VocabularyShards | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return three sums over tokens: objective (with gradient), cross entropy, squared log-partition function.
 
     Args:
@@ -164,7 +165,6 @@ def cross_entropy(
         Three 0-dimensional sums over tokens, float32 or wider: the objective, entropy + z_weight * square, with
         gradient; the cross entropy; the squared log-partition function.
     """
-    flat_weights = None if weights is None else weights.flatten()
-    return _ChunkedCrossEntropy.apply(
-        features.flatten(0, -2), matrix, targets.flatten(), flat_weights, softcap, z_weight, shards
-    )
+    features, targets = features.flatten(0, -2), targets.flatten()
+    weights = None if weights is None else weights.flatten()
+    return _ChunkedCrossEntropy.apply(features, matrix, targets, weights, softcap, z_weight, shards)

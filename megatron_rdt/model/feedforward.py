@@ -1,7 +1,6 @@
 """Dense feed-forward parts: SwiGLU (Shazeer 2020, arXiv:2002.05202) and squared ReLU (So et al. 2021, arXiv:2109.08668)."""
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_rdt.config import ModelConfig
@@ -23,7 +22,7 @@ class SwiGLU(nn.Module):
         self.up = Linear(config.dim, width)
         self.down = Linear(width, config.dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Apply the gated map in the dtype of `x`."""
         return self.down(functional.silu(self.gate(x)) * self.up(x))
 
@@ -37,7 +36,7 @@ class SquaredReLU(nn.Module):
         self.up = Linear(config.dim, width)
         self.down = Linear(width, config.dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Apply the map in the dtype of `x`."""
         return self.down(functional.relu(self.up(x)).square())
 

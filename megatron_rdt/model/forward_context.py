@@ -1,10 +1,15 @@
 """Data that all layers of a forward pass share (`LayerContext`), and that all iterations share (`LoopInputs`)."""
 
+import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_rdt.model.attention.kernels import BlockwiseMask, Mask
+from megatron_rdt.model.attention.kv_cache import KeyValueCache
+from megatron_rdt.model.attention.masks import drop_keys_before_window
 from megatron_rdt.model.token_split import WHOLE_TOKENS, WholeTokens
 
 
@@ -21,35 +26,54 @@ class LayerContext:
         tokens: (batch, sequence) ids of this pass.
         start: positions that a cache held before this pass; 0 without one.
         token_split: the tokens that this rank has.
+        cache: keys and values of earlier positions, extended in place; None without one.
+        slot: cache slot of the layer that gets this context, or of the first of several layers.
     """
 
     def __init__(
         self,
-        rotary: tuple[torch.Tensor, torch.Tensor],
+        rotary: tuple[Tensor, Tensor],
         mask: Mask,
         compute_dtype: torch.dtype,
-        tokens: torch.Tensor,
+        tokens: Tensor,
         start: int = 0,
         token_split: WholeTokens = WHOLE_TOKENS,
+        cache: KeyValueCache | None = None,
     ) -> None:
-        self.rotary = rotary
-        self.mask = mask
-        self.compute_dtype = compute_dtype
-        self.tokens = tokens
-        self.start = start
-        self.token_split = token_split
+        self.rotary, self.mask, self.compute_dtype, self.tokens = rotary, mask, compute_dtype, tokens
+        self.start, self.token_split, self.cache, self.slot = start, token_split, cache, 0
+
+    def replace(self, **changes: Any) -> "LayerContext":
+        """Return a copy with other values of some attributes."""
+        changed = copy.copy(self)
+        vars(changed).update(changes)
+        return changed
+
+    def at_slot(self, slot: int) -> "LayerContext":
+        """Return the context of a layer with this cache slot; without a cache, the same object."""
+        return self if self.cache is None else self.replace(slot=slot)
 
     def in_dtype(self, dtype: torch.dtype) -> "LayerContext":
         """Return the same context with matrix products in another dtype."""
-        cosines, sines = (table.to(dtype) for table in self.rotary)
-        return LayerContext((cosines, sines), self.mask, dtype, self.tokens, self.start, self.token_split)
+        return self.replace(rotary=tuple(table.to(dtype) for table in self.rotary), compute_dtype=dtype)
 
-    def rows(self, rows: torch.Tensor | slice) -> "LayerContext":
+    def rows(self, rows: Tensor | slice) -> "LayerContext":
         """Return the context of some rows of the batch; tensors that all sequences share are kept whole."""
-        cosines, sines = (_select_rows(table, rows) for table in self.rotary)
+        rotary = tuple(_select_rows(table, rows) for table in self.rotary)
         mask = self.mask.rows(rows) if isinstance(self.mask, BlockwiseMask) else self.mask
-        mask = _select_rows(mask, rows) if isinstance(mask, torch.Tensor) else mask
-        return LayerContext((cosines, sines), mask, self.compute_dtype, self.tokens[rows], self.start, self.token_split)
+        mask = _select_rows(mask, rows) if isinstance(mask, Tensor) else mask
+        return self.replace(rotary=rotary, mask=mask, tokens=self.tokens[rows])
+
+    def visible_keys(self, window: int, *new: Tensor) -> tuple[Mask, tuple[Tensor, ...]]:
+        """Return the mask, and the keys that the queries may see: cached ones, `new` ones, those of the other ranks.
+
+        Args:
+            window: of the attention; keys before it are cut off.
+            new: tensors (batch, heads, new positions, channels), such as keys and values.
+        """
+        keys = new if self.cache is None else self.cache.update(self.slot, self.start, *new)
+        keys = self.token_split.gather_keys(*keys)
+        return drop_keys_before_window(window, self.start, self.mask, *keys)
 
 
 @dataclass
@@ -63,17 +87,17 @@ class LoopInputs:
         token_values: per layer, the value embeddings of the tokens, or None.
     """
 
-    precomputed: torch.Tensor
+    precomputed: Tensor
     context: LayerContext
-    loops: torch.Tensor
-    token_values: list[torch.Tensor | None]
+    loops: Tensor
+    token_values: list[Tensor | None]
 
-    def rows(self, rows: torch.Tensor | slice) -> "LoopInputs":
+    def rows(self, rows: Tensor | slice) -> "LoopInputs":
         """Return the inputs of some of the sequences."""
         values = [None if value is None else value[rows] for value in self.token_values]
         return LoopInputs(self.precomputed[rows], self.context.rows(rows), self.loops[rows], values)
 
 
-def _select_rows(tensor: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
+def _select_rows(tensor: Tensor, rows: Tensor | slice) -> Tensor:
     """Select rows of (batch, heads, ...); a tensor without a batch dimension, or with one of size 1, serves all rows."""
     return tensor if tensor.dim() < 4 or tensor.shape[0] == 1 else tensor[rows]

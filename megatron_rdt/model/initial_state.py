@@ -8,6 +8,7 @@ cached decoding step at position p sees the same noise as a full forward pass, a
 import math
 
 import torch
+from torch import Tensor
 
 from megatron_rdt.model.transfer import to_device
 
@@ -17,14 +18,14 @@ _MIX_FIRST, _MIX_SECOND = 0xFF51AFD7ED558CCD - (1 << 64), 0xC4CEB9FE1A85EC53 - (
 _POSITION_STRIDE, _CHANNEL_STRIDE = 0x9E3779B97F4A7C15 - (1 << 64), 0xD1B54A32D192ED03 - (1 << 64)
 
 
-def _mix_bits(x: torch.Tensor) -> torch.Tensor:
+def _mix_bits(x: Tensor) -> Tensor:
     """Apply MurmurHash3's 64-bit finaliser; int64 arithmetic wraps, and the mask makes the shift a logical one."""
     for factor in (_MIX_FIRST, _MIX_SECOND):
         x = (x ^ ((x >> 33) & 0x7FFFFFFF)) * factor
     return x ^ ((x >> 33) & 0x7FFFFFFF)
 
 
-def normal_state(seeds: tuple[int, ...], positions: torch.Tensor, dim: int, std: float) -> torch.Tensor:
+def normal_state(seeds: tuple[int, ...], positions: Tensor, dim: int, std: float) -> Tensor:
     """Return truncated normal noise, a function of (seed, position, channel).
 
     Args:

@@ -8,7 +8,7 @@ grow with the number of layers. Norms start at 1. A module declares its other in
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth.hashing import hash64
@@ -17,7 +17,7 @@ from megatron_rdt.model.rdt import RecurrentDepthTransformer
 RESIDUAL_OUTPUTS = ("attention.output.weight", "feedforward.down.weight", "feedforward.down", "shared.down.weight")
 
 
-def initial_parameter(model: RecurrentDepthTransformer, name: str, shape: torch.Size, seed: int) -> torch.Tensor:
+def initial_parameter(model: RecurrentDepthTransformer, name: str, shape: torch.Size, seed: int) -> Tensor:
     """Return the full, unsharded float32 value of the parameter `name`, on the CPU.
 
     Args:
@@ -49,11 +49,8 @@ def reset_buffers(model: nn.Module, device: torch.device | str = "cpu") -> None:
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
-                module.register_buffer(
-                    name,
-                    torch.empty_like(buffer, device=device),
-                    persistent=name not in module._non_persistent_buffers_set,
-                )
+                persistent = name not in module._non_persistent_buffers_set
+                module.register_buffer(name, torch.empty_like(buffer, device=device), persistent)
         if hasattr(module, "reset_buffers"):
             module.reset_buffers()  # type: ignore[operator]
 

@@ -11,10 +11,11 @@ Sources: loop index of OpenMythos; adapters per iteration, Bae et al. 2024 (arXi
 and Xie 2023 (arXiv:2212.09748).
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.linear import Linear, linear
@@ -23,18 +24,19 @@ FEATURES = 64
 BASE = 10000.0
 INDEX_CHANNELS_SHARE = 8
 
-Modulation = tuple[torch.Tensor, torch.Tensor]
+Modulation = tuple[Tensor, Tensor]
+Modulations = list[Modulation] | None
 """(1 + scale, shift) of one norm, each (batch, 1, dim)."""
 
 
-def sinusoids(t: torch.Tensor, channels: int) -> torch.Tensor:
+def sinusoids(t: Tensor, channels: int) -> Tensor:
     """Return sines, then cosines, of geometric frequencies: (batch,) iteration indices -> (batch, 1, channels), float64."""
     frequencies = BASE ** (-torch.arange(0, channels, 2, device=t.device, dtype=torch.float64) / channels)
     angles = t.double()[:, None, None] * frequencies
     return torch.cat((angles.sin(), angles.cos()), dim=-1)[..., :channels]
 
 
-def loop_features(t: torch.Tensor) -> torch.Tensor:
+def loop_features(t: Tensor) -> Tensor:
     """Return the features of an iteration index or loop count: (batch,) -> (batch, 1, FEATURES), float64.
 
     They are sines, then cosines. Frequencies, n = FEATURES / 4: pi j / (n + 1/2) for j = 1 ... n, and below them n in
@@ -58,7 +60,7 @@ class SinusoidalSignal(nn.Module):
         self.dim, self.channels = config.dim, max(config.dim // INDEX_CHANNELS_SHARE, 2)
         self.size = nn.Parameter(torch.empty(self.channels))
 
-    def forward(self, t: torch.Tensor) -> torch.Tensor:
+    def forward(self, t: Tensor) -> Tensor:
         """Return the term to add to the layers' input, (batch, 1, dim)."""
         signal = sinusoids(t, self.channels).to(self.size.dtype) * self.size
         return nn.functional.pad(signal, (0, self.dim - self.channels))
@@ -76,7 +78,7 @@ class LoraSignal(nn.Module):
         self.weights = nn.Parameter(torch.empty(config.signal_rank, FEATURES))
         self.bias = nn.Parameter(torch.empty(config.signal_rank))
 
-    def forward(self, y: torch.Tensor, t: torch.Tensor, compute_dtype: torch.dtype) -> torch.Tensor:
+    def forward(self, y: Tensor, t: Tensor, compute_dtype: torch.dtype) -> Tensor:
         """Return the term to add to the layers' output y, (batch, sequence, dim)."""
         features = loop_features(t).to(self.weights.dtype)
         scale = linear(features, self.weights) + self.bias
@@ -93,14 +95,11 @@ class AdaLnSignal(nn.Module):
         self.layers, self.dim = config.core_layers, config.dim
         self.weights = nn.Parameter(torch.empty(config.core_layers * 4 * config.dim, 2 * FEATURES))
 
-    def forward(self, t: torch.Tensor, loops: torch.Tensor) -> list[list[Modulation]]:
+    def forward(self, t: Tensor, loops: Tensor) -> list[list[Modulation]]:
         """Return per layer the modulations of its two norms, from t and T, (batch,) each."""
         features = torch.cat((loop_features(t), loop_features(loops)), dim=-1).to(self.weights.dtype)
         values = linear(features, self.weights).unflatten(-1, (self.layers, 2, 2, self.dim))
-        return [
-            [(1 + values[:, :, layer, norm, 0], values[:, :, layer, norm, 1]) for norm in range(2)]
-            for layer in range(self.layers)
-        ]
+        return [[(1 + norm[:, :, 0], norm[:, :, 1]) for norm in layer.unbind(2)] for layer in values.unbind(2)]
 
 
 class Signals(nn.Module):
@@ -113,14 +112,14 @@ class Signals(nn.Module):
         self.lora = LoraSignal(config) if "lora" in config.signals else None
         self.adaln = AdaLnSignal(config) if "adaln" in config.signals else None
 
-    def offset(self, t: torch.Tensor) -> torch.Tensor | float:
+    def offset(self, t: Tensor) -> Tensor | float:
         """Return the term that is added to the layers' input."""
         return 0.0 if self.sinusoidal is None else self.sinusoidal(t)
 
-    def modulations(self, t: torch.Tensor, loops: torch.Tensor) -> list[list[Modulation]] | None:
-        """Return per layer the modulations of its norms."""
-        return None if self.adaln is None else self.adaln(t, loops)
+    def modulations(self, t: Tensor, loops: Tensor) -> Sequence[Modulations]:
+        """Return per layer the modulations of its norms, or None."""
+        return [None] * self.layers if self.adaln is None else self.adaln(t, loops)
 
-    def adapt(self, y: torch.Tensor, t: torch.Tensor, compute_dtype: torch.dtype) -> torch.Tensor:
+    def adapt(self, y: Tensor, t: Tensor, compute_dtype: torch.dtype) -> Tensor:
         """Add the adapter's term to the layers' output."""
         return y if self.lora is None else y + self.lora(y, t, compute_dtype)

@@ -1,17 +1,16 @@
 """One transformer layer: attention and feed-forward around the residual stream, with norms where the config puts them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.attention.gqa import ATTENTIONS
-from megatron_rdt.model.attention.kv_cache import KeyValueCache
 from megatron_rdt.model.feedforward import FEEDFORWARDS
 from megatron_rdt.model.forward_context import LayerContext
-from megatron_rdt.model.iteration_signals import Modulation
+from megatron_rdt.model.iteration_signals import Modulations
 from megatron_rdt.model.moe import MixtureOfExperts
 from megatron_rdt.model.norm import RMSNorm
 
@@ -47,29 +46,21 @@ class Layer(nn.Module):
         self.attention_outer_norm = RMSNorm(config.dim, config.norm_eps) if outer else None
         self.feedforward_outer_norm = RMSNorm(config.dim, config.norm_eps) if outer else None
         self.checkpointed = False
-        self.compiled: Callable[..., torch.Tensor] | None = None
+        self.compiled: Callable[..., Tensor] | None = None
 
     def forward(
-        self,
-        x: torch.Tensor,
-        context: LayerContext,
-        cache: KeyValueCache | None = None,
-        slot: int = 0,
-        token_values: torch.Tensor | None = None,
-        modulations: Sequence[Modulation] | None = None,
-    ) -> torch.Tensor:
+        self, x: Tensor, context: LayerContext, token_values: Tensor | None = None, modulations: Modulations = None
+    ) -> Tensor:
         """Run the layer, compiled and checkpointed as set: (batch, sequence, dim) -> (batch, sequence, dim).
 
         Args:
             x: the residual stream.
-            context: shared by all layers of this pass.
-            cache: keys and values of earlier positions.
-            slot: cache slot of this (iteration, layer).
+            context: of this pass; the same for all layers, but for the cache slot of this (iteration, layer).
             token_values: from the method of this name, where the caller has them already; None looks them up here.
             modulations: of the two inner norms.
         """
-        if cache is not None:
-            return self.attend_and_feed(x, context, token_values, modulations, cache, slot)
+        if context.cache is not None:
+            return self.attend_and_feed(x, context, token_values, modulations)
         function = self.compiled if self.compiled is not None and self.training else self.attend_and_feed
         if self.checkpointed and torch.is_grad_enabled():
             arguments = x, context, token_values, modulations
@@ -77,51 +68,32 @@ class Layer(nn.Module):
         return function(x, context, token_values, modulations)
 
     def attend_and_feed(
-        self,
-        x: torch.Tensor,
-        context: LayerContext,
-        token_values: torch.Tensor | None,
-        modulations: Sequence[Modulation] | None,
-        cache: KeyValueCache | None = None,
-        slot: int = 0,
-    ) -> torch.Tensor:
+        self, x: Tensor, context: LayerContext, token_values: Tensor | None, modulations: Modulations
+    ) -> Tensor:
         """Run both parts; arguments and result as of `forward`."""
-        return self.feed(self.attend(x, context, token_values, modulations, cache, slot), context, modulations)
+        return self.feed(self.attend(x, context, token_values, modulations), context, modulations)
 
-    def attend(
-        self,
-        x: torch.Tensor,
-        context: LayerContext,
-        token_values: torch.Tensor | None,
-        modulations: Sequence[Modulation] | None,
-        cache: KeyValueCache | None = None,
-        slot: int = 0,
-    ) -> torch.Tensor:
+    def attend(self, x: Tensor, context: LayerContext, token_values: Tensor | None, modulations: Modulations) -> Tensor:
         """Run the attention part; return the residual stream behind it."""
         if token_values is None:
             token_values = self.token_values(context)
         inner = self._normalize_input(self.attention_norm, x, context, modulations, 0)
-        output = self.attention(inner, context, cache, slot, token_values)
+        output = self.attention(inner, context, token_values)
         return self._add_to_stream(x, output, self.attention_outer_norm)
 
-    def feed(self, x: torch.Tensor, context: LayerContext, modulations: Sequence[Modulation] | None) -> torch.Tensor:
+    def feed(self, x: Tensor, context: LayerContext, modulations: Modulations) -> Tensor:
         """Run the feed-forward part; return the residual stream behind it."""
         inner = self._normalize_input(self.feedforward_norm, x, context, modulations, 1)
         return self._add_to_stream(x, self.feedforward(inner), self.feedforward_outer_norm)
 
-    def token_values(self, context: LayerContext) -> torch.Tensor | None:
+    def token_values(self, context: LayerContext) -> Tensor | None:
         """Look up the attention's value embeddings of this pass's tokens; None where it has none."""
         table = self.attention.token_values
         return None if table is None else table.look_up(context.tokens)
 
     def _normalize_input(
-        self,
-        norm: RMSNorm,
-        x: torch.Tensor,
-        context: LayerContext,
-        modulations: Sequence[Modulation] | None,
-        part: int,
-    ) -> torch.Tensor:
+        self, norm: RMSNorm, x: Tensor, context: LayerContext, modulations: Modulations, part: int
+    ) -> Tensor:
         """Return the input of part 0 (attention) or 1 (feed-forward): the normalised, modulated stream in the compute dtype."""
         x = norm(x)
         if modulations is not None:
@@ -129,7 +101,7 @@ class Layer(nn.Module):
             x = x * scale + shift
         return x.to(context.compute_dtype)
 
-    def _add_to_stream(self, x: torch.Tensor, output: torch.Tensor, outer: RMSNorm | None) -> torch.Tensor:
+    def _add_to_stream(self, x: Tensor, output: Tensor, outer: RMSNorm | None) -> Tensor:
         """Add a part's output to the residual stream, with the outer norm where there is one."""
         if outer is None:
             return x + output

@@ -9,7 +9,7 @@ No autocast is involved, so nothing that was rounded without gradient is ever re
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 
@@ -17,12 +17,12 @@ class _RoundedLinear(torch.autograd.Function):
     """y = x W^T with W rounded to the dtype of x, keeping only x and the unrounded W."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         return functional.linear(x, weight.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (grad,) = grads
         x, weight = ctx.saved_tensors
         grad_x = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
@@ -32,7 +32,7 @@ class _RoundedLinear(torch.autograd.Function):
         return grad_x, grad_weight
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Multiply x (..., in) by weight (out, in) transposed, in the dtype of x -> (..., out)."""
     if x.dtype == weight.dtype:
         return functional.linear(x, weight)
@@ -46,7 +46,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Apply the map in the dtype of `x`."""
         return linear(x, self.weight)
 
@@ -59,6 +59,6 @@ class IdentityLinear(Linear):
     def __init__(self, dim: int) -> None:
         super().__init__(dim, dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Apply the map in the dtype of the weight."""
         return linear(x.to(self.weight.dtype), self.weight)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_rdt.config import ModelConfig
@@ -25,9 +25,9 @@ from megatron_rdt.model.linear import linear
 GROUPED_MULTIPLE = 8
 
 
-RunExperts = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+RunExperts = Callable[[Tensor, Tensor], Tensor]
 """(rows sorted by expert, index after the last row of each expert) -> the experts' outputs, in the same order."""
-RowExchange = Callable[[RunExperts, torch.Tensor, torch.Tensor], torch.Tensor]
+RowExchange = Callable[[RunExperts, Tensor, Tensor], Tensor]
 """Calls a `RunExperts` on the ranks that hold the experts; its further arguments and result are those of `RunExperts`."""
 
 
@@ -40,19 +40,19 @@ class _GroupedLinear(torch.autograd.Function):
     """y = x W_i^T for the rows x of expert i, with W rounded to the dtype of x, keeping only x and the unrounded W."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, ends)
         return functional.grouped_mm(x, weight.to(x.dtype).mT, offs=ends)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         grad = grads[0].contiguous()
         x, weight, ends = ctx.saved_tensors
         grad_x = functional.grouped_mm(grad, weight.to(grad.dtype), offs=ends)
         return grad_x, functional.grouped_mm(grad.T, x, offs=ends).to(weight.dtype), None
 
 
-def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Multiply rows (rows, in), sorted by expert, each with its expert's matrix of (experts, out, in) transposed.
 
     Args:
@@ -63,7 +63,7 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) ->
     return _GroupedLinear.apply(x.contiguous(), weight, ends)
 
 
-def scatter_rows(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+def scatter_rows(x: Tensor, indices: Tensor) -> Tensor:
     """Return a permutation with row r of `x` at row indices[r].
 
     Not an indexed read, whose backward pass adds rows up in no fixed order.
@@ -84,8 +84,8 @@ class MixtureOfExperts(nn.Module):
         exchange: runs the experts where several ranks hold them; None where this one holds all.
     """
 
-    selection_bias: torch.Tensor
-    routing_sums: torch.Tensor | None
+    selection_bias: Tensor
+    routing_sums: Tensor | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class MixtureOfExperts(nn.Module):
         self.selection_bias.zero_()
         self.routing_sums = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Route each token to its experts and add up: (batch, sequence, dim) -> the same, in the dtype of `x`."""
         flat = x.flatten(0, -2)
         logits = linear(flat.to(self.router.dtype), self.router)  # (tokens, experts)
@@ -130,13 +130,13 @@ class MixtureOfExperts(nn.Module):
         return mixed.view(x.shape)
 
     @torch.no_grad()
-    def _count_routing(self, ends: torch.Tensor, scores: torch.Tensor) -> None:
+    def _count_routing(self, ends: Tensor, scores: Tensor) -> None:
         """Add the load of each expert and the entropy of the scores to `routing_sums`."""
         entropy = torch.special.entr(scores).sum().double()
         new = torch.cat((ends.diff(prepend=ends.new_zeros(1)).double(), entropy[None]))
         self.routing_sums = new if self.routing_sums is None else self.routing_sums + new
 
-    def _run_experts(self, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    def _run_experts(self, rows: Tensor, ends: Tensor) -> Tensor:
         """Apply this rank's experts, each to its piece of the sorted rows, which ends before `ends`."""
         is_aligned = all(size % GROUPED_MULTIPLE == 0 for size in self.gate.shape[1:])
         if rows.is_cuda and rows.dtype == torch.bfloat16 and is_aligned:
@@ -148,16 +148,14 @@ class MixtureOfExperts(nn.Module):
             outputs.append(linear(functional.silu(linear(piece, gate)) * linear(piece, up), down))
         return torch.cat(outputs)
 
-    def _run_experts_grouped(self, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    def _run_experts_grouped(self, rows: Tensor, ends: Tensor) -> Tensor:
         """Apply all experts in three grouped products."""
         hidden = functional.silu(grouped_linear(rows, self.gate, ends)) * grouped_linear(rows, self.up, ends)
         return grouped_linear(hidden, self.down, ends)
 
 
 @torch.no_grad()
-def rebalance(
-    model: nn.Module, rate: float | torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor]
-) -> dict[str, torch.Tensor] | None:
+def rebalance(model: nn.Module, rate: float | Tensor, reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor] | None:
     """Move every selection bias by `rate` towards an even load, reset the counts, and return load and entropy by name.
 
     Args:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 SMALLEST_NORM = 1e-30
@@ -30,18 +31,18 @@ class CoreMonitor:
 
     def __init__(self, per_iteration: bool = False, jacobian_steps: int = 0) -> None:
         self.per_iteration, self.jacobian_steps = per_iteration, jacobian_steps
-        self.spectral_radius: torch.Tensor | None = None
-        self.state_norm: torch.Tensor | None = None
-        self.state_residual: torch.Tensor | None = None
-        self.token_correlation: torch.Tensor | None = None
-        self.input_norm: torch.Tensor | None = None
-        self.jacobian_norm: torch.Tensor | None = None
+        self.spectral_radius: Tensor | None = None
+        self.state_norm: Tensor | None = None
+        self.state_residual: Tensor | None = None
+        self.token_correlation: Tensor | None = None
+        self.input_norm: Tensor | None = None
+        self.jacobian_norm: Tensor | None = None
         # Per iteration: the index of each sequence, and values (3, sequences) or squared gradient norms (sequences,).
-        self._iterations: list[tuple[tuple[int, ...], torch.Tensor]] = []
-        self._gradients: list[tuple[tuple[int, ...], torch.Tensor]] = []
+        self._iterations: list[tuple[tuple[int, ...], Tensor]] = []
+        self._gradients: list[tuple[tuple[int, ...], Tensor]] = []
 
     @torch.no_grad()
-    def measure_last(self, previous: torch.Tensor, state: torch.Tensor, spectral_radius: torch.Tensor) -> None:
+    def measure_last(self, previous: Tensor, state: Tensor, spectral_radius: Tensor) -> None:
         """Measure the last iteration, from `previous` to `state`, both (batch, sequence, dim)."""
         self.spectral_radius = spectral_radius.detach()
         previous, state = previous.detach().float(), state.detach().float()
@@ -52,7 +53,7 @@ class CoreMonitor:
             self.token_correlation = _token_correlation(state).mean()
 
     @torch.no_grad()
-    def measure_iteration(self, indices: tuple[int, ...], previous: torch.Tensor, state: torch.Tensor) -> None:
+    def measure_iteration(self, indices: tuple[int, ...], previous: Tensor, state: Tensor) -> None:
         """Measure an iteration, number indices[i] of sequence i (from 0), from `previous` to `state` (batch, sequence, dim)."""
         previous, state = previous.detach().float(), state.detach().float()
         norm = torch.linalg.vector_norm(state, dim=(1, 2)).clamp_min(SMALLEST_NORM)
@@ -60,16 +61,16 @@ class CoreMonitor:
         values = torch.stack((_rms(state).mean(1), residual, _token_correlation(state)))
         self._iterations.append((indices, values))
 
-    def watch_gradient(self, indices: tuple[int, ...], state: torch.Tensor) -> None:
+    def watch_gradient(self, indices: tuple[int, ...], state: Tensor) -> None:
         """Measure the gradient of the objective with respect to the state after an iteration, when it arrives there."""
 
-        def keep_square(gradient: torch.Tensor) -> None:
+        def keep_square(gradient: Tensor) -> None:
             self._gradients.append((indices, gradient.detach().float().square().flatten(1).sum(1)))
 
         if state.requires_grad:
             state.register_hook(keep_square)
 
-    def measure_input(self, input_term: torch.Tensor) -> None:
+    def measure_input(self, input_term: Tensor) -> None:
         """Measure the term that the encoded input adds, (batch, sequence, dim)."""
         self.input_norm = _rms(input_term.detach().float()).mean()
 
@@ -105,17 +106,17 @@ class CoreMonitor:
         return {**means, "gradient_norm": [None if square is None else square**0.5 for square in squares]}
 
 
-def _to_number(value: torch.Tensor | None) -> float | None:
+def _to_number(value: Tensor | None) -> float | None:
     """Read a 0-dimensional tensor, None for None."""
     return None if value is None else float(value)
 
 
-def _rms(x: torch.Tensor) -> torch.Tensor:
+def _rms(x: Tensor) -> Tensor:
     """Root mean square over the last dimension."""
     return x.square().mean(-1).sqrt()
 
 
-def _token_correlation(state: torch.Tensor) -> torch.Tensor:
+def _token_correlation(state: Tensor) -> Tensor:
     """Return the mean cosine between different tokens, (batch, sequence, dim) -> (batch,); 0 for a single token."""
     directions = functional.normalize(state, dim=-1)
     # The squared norm of the summed directions counts every pair of tokens, and each token with itself.
@@ -123,9 +124,7 @@ def _token_correlation(state: torch.Tensor) -> torch.Tensor:
     return pairs / max(state.shape[1] * (state.shape[1] - 1), 1)
 
 
-def top_singular_values(
-    function: Callable[[torch.Tensor], torch.Tensor], point: torch.Tensor, steps: int
-) -> torch.Tensor:
+def top_singular_values(function: Callable[[Tensor], Tensor], point: Tensor, steps: int) -> Tensor:
     """Return lower bounds of the largest singular value of a function's Jacobian J, by power iteration on J^T J.
 
     J v is a central difference and J^T u a backward pass, so the function needs one derivative only, and no more memory
@@ -142,7 +141,7 @@ def top_singular_values(
         rounding.
     """
 
-    def norms(x: torch.Tensor) -> torch.Tensor:
+    def norms(x: Tensor) -> Tensor:
         """Norm of each row, shaped to divide it."""
         sizes = torch.linalg.vector_norm(x.flatten(1), dim=1).clamp_min(SMALLEST_NORM)
         return sizes.view(-1, *[1] * (x.dim() - 1))

@@ -4,13 +4,13 @@ from numbers import Integral
 from typing import TYPE_CHECKING, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth.plan import DepthPlan
 from megatron_rdt.model.attention.kernels import model_mask
-from megatron_rdt.model.attention.kv_cache import DepthCache, KeyValueCache, KVCache
+from megatron_rdt.model.attention.kv_cache import DepthCache, KVCache
 from megatron_rdt.model.attention.masks import padded_mask
 from megatron_rdt.model.attention.rope import rotary_tables
 from megatron_rdt.model.core import RecurrentCore
@@ -34,7 +34,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, dim))
 
-    def forward(self, tokens: torch.Tensor, is_absent: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, tokens: Tensor, is_absent: Tensor | None = None) -> Tensor:
         """Look the tokens up; those with `is_absent`, (...), get zeros."""
         vectors = functional.embedding(tokens, self.weight)
         return vectors if is_absent is None else vectors.masked_fill(is_absent.unsqueeze(-1), 0.0)
@@ -58,6 +58,11 @@ def make_depth_plan(sequences: int, depth: DepthPlan | int | None = None, loops:
     if not isinstance(number, Integral) or int(number) < 1:
         raise ValueError(f"{name} is {number!r}; give a whole number of iterations of at least 1{others}")
     return DepthPlan.constant(int(number), sequences)
+
+
+def kept_iterations(loops: int, budget: int) -> int:
+    """Return how many of T = `loops` iterations have cache slots of their own; a budget of 0 means all."""
+    return min(budget or loops, loops)
 
 
 class RecurrentDepthTransformer(nn.Module):
@@ -90,57 +95,57 @@ class RecurrentDepthTransformer(nn.Module):
     @overload
     def forward(
         self,
-        tokens: torch.Tensor,
+        tokens: Tensor,
         depth: DepthPlan | int | None = None,
         *,
         loops: int | None = None,
         targets: None = None,
         cache: DepthCache | None = None,
         start: int = 0,
-        positions: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-        documents: torch.Tensor | None = None,
-        padding: torch.Tensor | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        documents: Tensor | None = None,
+        padding: Tensor | None = None,
         exit_rule: ExitRule | None = None,
         trace: ExitTrace | None = None,
         monitor: CoreMonitor | None = None,
-    ) -> torch.Tensor: ...
+    ) -> Tensor: ...
 
     @overload
     def forward(
         self,
-        tokens: torch.Tensor,
+        tokens: Tensor,
         depth: DepthPlan | int | None = None,
         *,
         loops: int | None = None,
-        targets: torch.Tensor,
-        loss_mask: torch.Tensor | None = None,
-        positions: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-        documents: torch.Tensor | None = None,
-        padding: torch.Tensor | None = None,
+        targets: Tensor,
+        loss_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        documents: Tensor | None = None,
+        padding: Tensor | None = None,
         trace: ExitTrace | None = None,
         monitor: CoreMonitor | None = None,
-    ) -> dict[str, torch.Tensor]: ...
+    ) -> dict[str, Tensor]: ...
 
     def forward(
         self,
-        tokens: torch.Tensor,
+        tokens: Tensor,
         depth: DepthPlan | int | None = None,
         *,
         loops: int | None = None,
-        targets: torch.Tensor | None = None,
-        loss_mask: torch.Tensor | None = None,
+        targets: Tensor | None = None,
+        loss_mask: Tensor | None = None,
         cache: DepthCache | None = None,
         start: int = 0,
-        positions: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-        documents: torch.Tensor | None = None,
-        padding: torch.Tensor | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        documents: Tensor | None = None,
+        padding: Tensor | None = None,
         exit_rule: ExitRule | None = None,
         trace: ExitTrace | None = None,
         monitor: CoreMonitor | None = None,
-    ) -> torch.Tensor | dict[str, torch.Tensor]:
+    ) -> Tensor | dict[str, Tensor]:
         """Return logits (batch, sequence, vocab_size) in the compute dtype; with `targets`, `TrainingLosses.sums`.
 
         Args:
@@ -173,9 +178,11 @@ class RecurrentDepthTransformer(nn.Module):
         is_padding = None if padding is None else columns < padding[:, None]
         runner = None
         if exit_rule is not None and exit_rule.kind != "fixed":
+            if targets is not None:
+                raise ValueError("an exit rule is for inference; omit the targets and compare with the logits")
             # Running tokens read the keys of stopped ones from the cache, so even a single pass needs one.
             cache = KVCache() if cache is None else cache
-            runner = self._make_adaptive_loop(exit_rule, plan, cache, is_padding, trace, targets)
+            runner = AdaptiveLoop(exit_rule, plan.loops, cache, self.predict, len(self.coda), is_padding, trace)
         elif trace is not None:
             trace.fill(plan.iterations, tokens, is_padding)
         self._check_cache(cache, start, plan, exit_rule)
@@ -187,69 +194,46 @@ class RecurrentDepthTransformer(nn.Module):
         dtype = self.compute_dtype or x.dtype
         seen = model_mask(self.config, tokens, start, dtype, cache is not None, documents, mask, self.token_split)
         rotary = rotary_tables(positions, self.config.rotary_dim, self.config.rope_base, dtype)
-        context = LayerContext(rotary, seen, dtype, tokens, start, self.token_split)
+        context = LayerContext(rotary, seen, dtype, tokens, start, self.token_split, cache)
         # Cache slots are in the order of use: the prelude's, those of each iteration, the coda's; see `cache_slots`.
         for slot, layer in enumerate(self.prelude):
-            x = layer(x, context, cache, slot)
-        slot, budget = len(self.prelude), 0 if cache is None else cache.budget
+            x = layer(x, context.at_slot(slot))
+        slot, kept = len(self.prelude), kept_iterations(plan.max_loops, 0 if cache is None else cache.budget)
         state = self.initial_state(embedded, x, plan, positions)
-        x, extras = self.core(state, x, plan, context, cache, slot, monitor, runner, budget)
+        x, extras = self.core(state, x, plan, context.at_slot(slot), kept, monitor, runner)
         if targets is not None:
             losses = TrainingLosses(self.config, self.read_out, self.head_matrix, self.token_split, self.z_weight)
             return losses.sums(x, extras, targets, context, loss_mask)
         if "logits" in extras:  # the exit rule needed the predictions, so the loop has made them
             return extras["logits"]
-        slot += min(budget or plan.max_loops, plan.max_loops) * self.config.core_layers
-        return self.predict(x, context, cache, slot)
+        return self.predict(x, context.at_slot(slot + kept * self.config.core_layers))
 
     if TYPE_CHECKING:  # nn.Module declares that a call returns Any
         __call__ = forward
 
-    def _make_adaptive_loop(
-        self,
-        rule: ExitRule,
-        plan: DepthPlan,
-        cache: DepthCache,
-        is_padding: torch.Tensor | None,
-        trace: ExitTrace | None,
-        targets: torch.Tensor | None,
-    ) -> AdaptiveLoop:
-        """Return the loop that stops tokens by `rule`; ValueError where the call has targets or no KVCache."""
-        if targets is not None:
-            raise ValueError("an exit rule is for inference; omit the targets and compare with the logits")
-        if not isinstance(cache, KVCache):
-            raise ValueError(f"an exit rule needs a KVCache, not a {type(cache).__name__}")
-        return AdaptiveLoop(rule, plan.loops, cache, self.predict, len(self.coda), is_padding, trace)
-
-    def predict(
-        self, state: torch.Tensor, context: LayerContext, cache: KeyValueCache | None = None, first_slot: int = 0
-    ) -> torch.Tensor:
-        """Return logits (batch, sequence, vocab_size) from the coda's input; its layers use slots from `first_slot` on."""
-        features = self.read_out(state, context, cache, first_slot)
+    def predict(self, state: Tensor, context: LayerContext) -> Tensor:
+        """Return logits (batch, sequence, vocab_size) from the coda's input and the context of its first layer."""
+        features = self.read_out(state, context)
         return apply_softcap(linear(features, self.head_matrix), self.config.logit_softcap)
 
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+    def embed(self, tokens: Tensor) -> Tensor:
         """Return the token embeddings, (batch, sequence) -> (batch, sequence, dim)."""
         embedded = self.embedding(tokens)
         return embedded * self.config.dim**0.5 if self.config.scale_embedding else embedded
 
-    def read_out(
-        self, state: torch.Tensor, context: LayerContext, cache: KeyValueCache | None = None, first_slot: int = 0
-    ) -> torch.Tensor:
+    def read_out(self, state: Tensor, context: LayerContext) -> Tensor:
         """Run coda and final norm; return features (batch, sequence, dim) for the output matrix."""
         x = self.final_norm(state) if self.config.core_norm == "last_shared" else state
         for offset, layer in enumerate(self.coda):
-            x = layer(x, context, cache, first_slot + offset)
+            x = layer(x, context.at_slot(context.slot + offset))
         return self.final_norm(x).to(context.compute_dtype)
 
     @property
-    def head_matrix(self) -> torch.Tensor:
+    def head_matrix(self) -> Tensor:
         """The matrix (vocab_size, dim) from features to logits: the head's, or the embedding table where tied."""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def initial_state(
-        self, embedded: torch.Tensor, encoded: torch.Tensor, plan: DepthPlan, positions: torch.Tensor
-    ) -> torch.Tensor:
+    def initial_state(self, embedded: Tensor, encoded: Tensor, plan: DepthPlan, positions: Tensor) -> Tensor:
         """Return h_0 for token embeddings and the prelude's output, (batch, sequence, dim) each, in their dtype.
 
         For a learned state it is zeros: the core puts its parameter there, since the core's weights are gathered then.
@@ -270,7 +254,7 @@ class RecurrentDepthTransformer(nn.Module):
         With a budget there are slots for that many iterations at most. With a rule that looks at predictions, the coda
         has slots in every iteration, after the core's.
         """
-        config, iterations = self.config, min(budget or loops, loops)
+        config, iterations = self.config, kept_iterations(loops, budget)
         codas = iterations if rule is not None and rule.predicts else 1
         return config.prelude_layers + iterations * config.core_layers + codas * config.coda_layers
 

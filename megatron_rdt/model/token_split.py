@@ -6,8 +6,9 @@ is the implementation for a rank that has everything; `megatron_rdt.parallel` re
 """
 
 import torch
+from torch import Tensor
 
-from megatron_rdt.model.cross_entropy import cross_entropy
+from megatron_rdt.model.cross_entropy import VocabularyShards
 
 
 class WholeTokens:
@@ -21,42 +22,32 @@ class WholeTokens:
 
     sequence_shares = 1
 
-    def positions(self, start: int, tokens: int, device: torch.device) -> torch.Tensor:
+    def positions(self, start: int, tokens: int, device: torch.device) -> Tensor:
         """Return the positions (tokens,) of the local tokens in the whole sequence, int64, `start` for the first."""
         return torch.arange(start, start + tokens, device=device)
 
-    def gather_keys(self, *keys: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def gather_keys(self, *keys: Tensor) -> tuple[Tensor, ...]:
         """Return keys and values (batch, heads, sequence, channels) of the whole sequence, given those of local tokens."""
         return keys
 
-    def residual_part(self, values: torch.Tensor) -> torch.Tensor:
+    def residual_part(self, values: Tensor) -> Tensor:
         """Select from (..., local tokens) the tokens whose residual stream is on this rank."""
         return values
 
-    def sum_over_tokens(self, values: torch.Tensor) -> torch.Tensor:
+    def sum_over_tokens(self, values: Tensor) -> Tensor:
         """Sum values of the residual stream's tokens over all local tokens: 0-dimensional."""
         return values.sum()
 
-    def cross_entropy(
-        self,
-        features: torch.Tensor,
-        matrix: torch.Tensor,
-        targets: torch.Tensor,
-        *,
-        weights: torch.Tensor | None = None,
-        softcap: float = 0.0,
-        z_weight: float = 0.0,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the three sums of `cross_entropy` over all local tokens and the whole vocabulary.
+    def gather_for_loss(
+        self, features: Tensor, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, VocabularyShards | None]:
+        """Return what `cross_entropy` is given on this rank: features and weights of all local tokens, and `shards`.
 
         Args:
             features: (batch, tokens of the residual stream, dim).
-            matrix: this rank's rows of the output matrix.
-            targets: (batch, local tokens) ids.
             weights: (batch, tokens of the residual stream) or None.
-            softcap, z_weight: as in `cross_entropy`.
         """
-        return cross_entropy(features, matrix, targets, weights=weights, softcap=softcap, z_weight=z_weight)
+        return features, weights, None
 
 
 WHOLE_TOKENS = WholeTokens()

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_rdt.config import ModelConfig
+from megatron_rdt.model.cross_entropy import cross_entropy
 from megatron_rdt.model.forward_context import LayerContext
 from megatron_rdt.model.token_split import WholeTokens
 
 
-def _mask_values(values: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
+def _mask_values(values: Tensor, counted: Tensor | None) -> Tensor:
     """Return values (..., batch, sequence) with 0 for every token whose target does not count."""
     return values if counted is None else values * counted
 
@@ -29,19 +30,14 @@ class TrainingLosses:
     """
 
     config: ModelConfig
-    read_out: Callable[[torch.Tensor, LayerContext], torch.Tensor]
-    head_matrix: torch.Tensor
+    read_out: Callable[[Tensor, LayerContext], Tensor]
+    head_matrix: Tensor
     token_split: WholeTokens
     z_weight: float
 
     def sums(
-        self,
-        state: torch.Tensor,
-        extras: dict[str, torch.Tensor],
-        targets: torch.Tensor,
-        context: LayerContext,
-        loss_mask: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor]:
+        self, state: Tensor, extras: dict[str, Tensor], targets: Tensor, context: LayerContext, loss_mask: Tensor | None
+    ) -> dict[str, Tensor]:
         """Return sums over the tokens whose target counts, each 0-dimensional.
 
         Args:
@@ -61,31 +57,28 @@ class TrainingLosses:
             counted = self.token_split.residual_part(loss_mask.to(torch.promote_types(state.dtype, torch.float32)))
         if self.config.halting == "gate" and torch.is_grad_enabled():
             return self._gate_sums(state, extras, targets, context, counted)
-        features, options = self.read_out(state, context), self._logit_options()
-        objective, entropy, _ = self.token_split.cross_entropy(
-            features, self.head_matrix, targets, weights=counted, **options
-        )
+        features = self.read_out(state, context)
+        objective, entropy, _ = self._cross_entropy(features, self.head_matrix, targets, counted, self.z_weight)
         if self.config.halting != "act":
             return {"objective": objective, "cross_entropy": entropy}
         ponder = self.token_split.sum_over_tokens(_mask_values(extras["ponder"], counted))
-        return {
-            "objective": objective + self.config.halting_weight * ponder,
-            "cross_entropy": entropy,
-            "ponder": ponder.detach(),
-        }
+        objective = objective + self.config.halting_weight * ponder
+        return {"objective": objective, "cross_entropy": entropy, "ponder": ponder.detach()}
 
-    def _logit_options(self) -> dict[str, Any]:
-        """Return the options of `cross_entropy` that the objective uses."""
-        return {"softcap": self.config.logit_softcap, "z_weight": self.z_weight}
+    def _cross_entropy(
+        self, features: Tensor, matrix: Tensor, targets: Tensor, weights: Tensor | None, z_weight: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the three sums of `cross_entropy` over the local tokens and the whole vocabulary.
+
+        Features and weights are of the residual stream's tokens; `matrix` has this rank's rows of the output matrix.
+        """
+        features, weights, shards = self.token_split.gather_for_loss(features, weights)
+        options = {"softcap": self.config.logit_softcap, "z_weight": z_weight}
+        return cross_entropy(features, matrix, targets, weights=weights, shards=shards, **options)
 
     def _gate_sums(
-        self,
-        state: torch.Tensor,
-        extras: dict[str, torch.Tensor],
-        targets: torch.Tensor,
-        context: LayerContext,
-        counted: torch.Tensor | None,
-    ) -> dict[str, torch.Tensor]:
+        self, state: Tensor, extras: dict[str, Tensor], targets: Tensor, context: LayerContext, counted: Tensor | None
+    ) -> dict[str, Tensor]:
         """Return `sums` for the exit gate: every iteration's cross entropy, weighted by the probability of exiting there.
 
         `counted` is 1 where a target counts, else 0.
@@ -96,13 +89,10 @@ class TrainingLosses:
         # whatever T is, and ranks with different T issue the same collectives.
         rows = torch.arange(len(targets), device=targets.device).repeat(len(exits))
         features = self.read_out(extras["states"].flatten(0, 1), context.rows(rows))
-        objective, _, _ = self.token_split.cross_entropy(
-            features, self.head_matrix, targets[rows], weights=weights.flatten(0, 1), **self._logit_options()
-        )
+        flat = weights.flatten(0, 1)
+        objective, _, _ = self._cross_entropy(features, self.head_matrix, targets[rows], flat, self.z_weight)
         last = features[-len(targets) :].detach()
-        _, entropy, _ = self.token_split.cross_entropy(
-            last, self.head_matrix.detach(), targets, weights=counted, softcap=config.logit_softcap
-        )
+        _, entropy, _ = self._cross_entropy(last, self.head_matrix.detach(), targets, counted, z_weight=0.0)
         # The gradient of p log p is infinite at p = 0, which a probability reaches by underflow.
         exit_entropy = torch.special.entr(exits.clamp_min(torch.finfo(exits.dtype).tiny))
         exit_entropy = self.token_split.sum_over_tokens(_mask_values(exit_entropy, counted))

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 
-def to_device(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+def to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
     """Return the numbers as an int64 tensor (len(numbers),) on `device`.
 
     The copy to a GPU goes from pinned memory into the stream, so the host does not wait until the GPU gets there.

@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_rdt.depth.plan import DepthPlan
 from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer
+from megatron_rdt.model.cross_entropy import VocabularyShards
 from megatron_rdt.model.token_split import WholeTokens
 from megatron_rdt.parallel.autograd_collectives import gather_for_split_work
 
@@ -68,18 +69,11 @@ class ContextSplitTokens(WholeTokens):
         """Sum over this rank's tokens, with `within`, the split of these tokens by tensor parallelism or none."""
         return self.within.sum_over_tokens(values)
 
-    def cross_entropy(
-        self,
-        features: torch.Tensor,
-        matrix: torch.Tensor,
-        targets: torch.Tensor,
-        *,
-        weights: torch.Tensor | None = None,
-        softcap: float = 0.0,
-        z_weight: float = 0.0,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the three sums of `cross_entropy` over this rank's tokens only, computed by `within`."""
-        return self.within.cross_entropy(features, matrix, targets, weights=weights, softcap=softcap, z_weight=z_weight)
+    def gather_for_loss(
+        self, features: torch.Tensor, weights: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, VocabularyShards | None]:
+        """Delegate to `within`: the loss is that of this rank's tokens only."""
+        return self.within.gather_for_loss(features, weights)
 
 
 class ContextParallel(nn.Module):

@@ -58,16 +58,12 @@ def _local_property(name: str, mesh: DeviceMesh, views: Views) -> property:
             return parameter
         key = module, name, torch.is_grad_enabled()
         if key not in views:
-            placements = [_gradient_placement(placement) for placement in parameter.placements]
+            # A parameter that is whole on every rank gets a part of its gradient on each.
+            placements = [Partial() if each.is_replicate() else each for each in parameter.placements]
             views[key] = parameter.to_local(grad_placements=placements)
         return views[key]
 
     return property(read)
-
-
-def _gradient_placement(placement: Any) -> Any:
-    """Return the placement of a parameter's gradient: a partial sum where the parameter is replicated."""
-    return Partial() if placement.is_replicate() else placement
 
 
 def shard_like(value: torch.Tensor, like: DTensor) -> DTensor:

@@ -148,9 +148,8 @@ class Engine(ABC):
             means["padding"] = targets.new_full((), share)
         # One reduction for all, so every rank has to stack them in the same order.
         names = sorted(means)
-        return dict(
-            zip(names, (self.sum_over_ranks(torch.stack([means[n] for n in names])) / self.world_size).unbind())
-        )
+        averages = self.sum_over_ranks(torch.stack([means[name] for name in names])) / self.world_size
+        return dict(zip(names, averages.unbind()))
 
     def _count_targets(self, batch: Sequence[MicroBatch]) -> torch.Tensor:
         """Mean number of counted targets of a rank in this step: 0-dimensional, float64, on the device.

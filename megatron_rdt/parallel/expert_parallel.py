@@ -5,7 +5,7 @@ the iterations, as each routes anew, so the ranks that share experts run the sam
 never gathered. Their gradients are complete on the holder, except that holders of the same experts add theirs up.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from megatron_rdt.model import RecurrentDepthTransformer
-from megatron_rdt.model.moe import MixtureOfExperts, scatter_rows
+from megatron_rdt.model.moe import MixtureOfExperts, RunExperts, scatter_rows
 from megatron_rdt.parallel.autograd_collectives import all_to_all
 from megatron_rdt.parallel.dtensor_views import make_dtensor, view_locally
 
@@ -64,9 +64,7 @@ class ExpertExchange:
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
 
-    def __call__(
-        self, run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], rows: torch.Tensor, ends: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, run: RunExperts, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """Return the experts' outputs, in the order of the rows.
 
         Args:

@@ -57,9 +57,8 @@ def make_meshes(layout: Layout, device: torch.device, timeout_s: float) -> Meshe
     kind = device.type
     # Ranks that split the tokens of the same sequences shard the state as well, so both axes are one here.
     state_ranks = layout.shard * layout.context
-    whole = init_device_mesh(
-        kind, (layout.replicate, state_ranks, layout.tensor), mesh_dim_names=("replicate", "shard", "tensor")
-    )
+    shape = (layout.replicate, state_ranks, layout.tensor)
+    whole = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard", "tensor"))
     state = whole["replicate", "shard"] if layout.replicate > 1 else whole["shard"]
     tensor = whole["tensor"] if layout.tensor > 1 else None
     context = expert = replicas = None

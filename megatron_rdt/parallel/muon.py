@@ -126,9 +126,8 @@ class Muon(torch.optim.Optimizer):
         """Decay this rank's shard of the weights and add `update`, its rows of the orthogonal matrix."""
         shard, lr = _local_shard(parameter), group["lr"]
         decayed = shard * (1 - lr * group["weight_decay"])
-        self._write_unless_skipped(
-            shard, decayed.add_(update, alpha=-lr * UPDATE_RMS * math.sqrt(max(parameter.shape[-2:])))
-        )
+        scale = -lr * UPDATE_RMS * math.sqrt(max(parameter.shape[-2:]))
+        self._write_unless_skipped(shard, decayed.add_(update, alpha=scale))
 
     def _write_unless_skipped(self, old: torch.Tensor, new: torch.Tensor) -> None:
         """Write `new` into `old` unless `found_inf` skips the step; decided on the device, so the host does not wait."""
@@ -156,7 +155,7 @@ class Muon(torch.optim.Optimizer):
             whole = torch.cat(collected)[: parameter.shape[0]]
             whole = orthogonalize(whole, group["ns_steps"])
             rows = len(collected[0])
-            collected = [_pad_rows(piece, rows) for piece in _split_rows(whole, rows, ranks)]
+            collected = [_pad_rows(whole[r * rows : (r + 1) * rows], rows) for r in range(ranks)]
         # The gathered pieces are no longer needed: the scatter overwrites them with the rows that come back.
         for owner, (piece, _) in enumerate(sent):
             parts = collected if owner == rank else None
@@ -171,8 +170,3 @@ def _pad_rows(piece: torch.Tensor, rows: int) -> torch.Tensor:
     padded = piece.new_zeros(rows, piece.shape[1])
     padded[: len(piece)] = piece
     return padded
-
-
-def _split_rows(matrix: torch.Tensor, rows: int, ranks: int) -> list[torch.Tensor]:
-    """Cut a matrix into `ranks` pieces of at most `rows` rows, as FSDP2 does; the last pieces may be smaller or empty."""
-    return [matrix[rank * rows : (rank + 1) * rows] for rank in range(ranks)]

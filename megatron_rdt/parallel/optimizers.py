@@ -52,15 +52,12 @@ def group_by_mesh(parameters: Iterable[torch.Tensor]) -> list[list[torch.Tensor]
 def adamw_groups(model: nn.Module, config: OptimizerConfig) -> Groups:
     """AdamW's two groups: parameters with weight decay and those without."""
     options = {"betas": (config.beta1, config.beta2), "eps": config.eps}
-    parameters = [(n, p) for n, p in model.named_parameters() if not is_stepped_by_muon(n, p, config)]
-    return [
-        {
-            "params": [p for n, p in parameters if has_weight_decay(n, p)],
-            "weight_decay": config.weight_decay,
-            **options,
-        },
-        {"params": [p for n, p in parameters if not has_weight_decay(n, p)], "weight_decay": 0.0, **options},
-    ]
+    groups: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if not is_stepped_by_muon(name, parameter, config):
+            groups[has_weight_decay(name, parameter)].append(parameter)
+    decays = {True: config.weight_decay, False: 0.0}
+    return [{"params": group, "weight_decay": decays[decayed], **options} for decayed, group in groups.items()]
 
 
 def split_groups_by_mesh(groups: Groups) -> Groups:

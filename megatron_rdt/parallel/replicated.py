@@ -17,7 +17,7 @@ class SingleEngine(TorchEngine):
         self.module = model
 
 
-class DataParallelEngine(TorchEngine):
+class DataParallelEngine(SingleEngine):
     """A replica on every rank; gradients are averaged in buckets during the last micro-batch's backward pass."""
 
     module: DistributedDataParallel
@@ -25,17 +25,13 @@ class DataParallelEngine(TorchEngine):
     def setup(self, model: RecurrentDepthTransformer) -> None:
         """Initialize the model on every rank, move it to the device and wrap it."""
         # Initial weights are a function of the seed, so replicas are equal without a broadcast.
-        initialize(model, self.config.run.seed).to(self.device)
-        self.configure_model(model)
-        self.make_optimizers(model)
+        super().setup(model)
         ids = [self.device.index] if self.device.type == "cuda" else None
         # gradient_as_bucket_view would tie .grad to the buckets, which zero_grad(set_to_none) breaks.
         # Buffers are functions of the config, equal on every rank, so they need no broadcast.
         # With find_unused_parameters DDP keeps the order of its buckets; without it, it sorts them after the first step
         # of a process, and sums over three ranks or more would round in another order after a resume.
-        self.module = DistributedDataParallel(
-            model, device_ids=ids, broadcast_buffers=False, find_unused_parameters=True
-        )
+        self.module = DistributedDataParallel(model, ids, broadcast_buffers=False, find_unused_parameters=True)
 
     def prepare_backward(self, last: bool) -> None:
         """Reduce gradients on the last micro-batch of a step, or on every one with `parallel.reduce` per_micro_batch."""

@@ -19,7 +19,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megatron_rdt.model import RecurrentDepthTransformer
-from megatron_rdt.model.cross_entropy import cross_entropy
 from megatron_rdt.model.rdt import Embedding
 from megatron_rdt.model.token_split import WholeTokens
 from megatron_rdt.parallel.autograd_collectives import (
@@ -90,11 +89,13 @@ def _exchange_tokens_around(part: nn.Module, dim: int, group: ProcessGroup) -> N
     def gather_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (gather_for_split_work(args[0], dim, group), *args[1:])
 
-    def scatter_output(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        return reduce_scatter_with_grad(output, dim, group)
-
     part.register_forward_pre_hook(gather_input)
-    part.register_forward_hook(scatter_output)
+    _scatter_output(part, dim, group)
+
+
+def _scatter_output(part: nn.Module, dim: int, group: ProcessGroup) -> None:
+    """Make a module return its share along `dim` of the sum of all ranks' outputs."""
+    part.register_forward_hook(lambda module, args, output: reduce_scatter_with_grad(output, dim, group))
 
 
 def _split_embedding(embedding: Embedding, group: ProcessGroup) -> None:
@@ -108,11 +109,8 @@ def _split_embedding(embedding: Embedding, group: ProcessGroup) -> None:
         own = args[0] - group.rank() * rows
         return own.clamp(0, rows - 1), (own < 0) | (own >= rows)
 
-    def scatter_output(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        return reduce_scatter_with_grad(output, TOKENS, group)
-
     embedding.register_forward_pre_hook(localize_ids)
-    embedding.register_forward_hook(scatter_output)
+    _scatter_output(embedding, TOKENS, group)
 
 
 class GroupVocabulary:
@@ -141,21 +139,10 @@ class TensorSplitTokens(WholeTokens):
         """Sum over the tokens of all ranks of the group."""
         return sum_with_own_grad(values.sum(), self.group)
 
-    def cross_entropy(
-        self,
-        features: torch.Tensor,
-        matrix: torch.Tensor,
-        targets: torch.Tensor,
-        *,
-        weights: torch.Tensor | None = None,
-        softcap: float = 0.0,
-        z_weight: float = 0.0,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the sums over all tokens, whose features are gathered, with this rank's rows of the output matrix."""
+    def gather_for_loss(
+        self, features: torch.Tensor, weights: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, GroupVocabulary]:
+        """Gather features and weights of all local tokens: each rank computes its part of the vocabulary for all."""
         if weights is not None:
             weights = gather_for_same_work(weights, TOKENS, self.group)
-        features = gather_for_split_work(features, TOKENS, self.group)
-        shards = GroupVocabulary(self.group)
-        return cross_entropy(
-            features, matrix, targets, weights=weights, softcap=softcap, z_weight=z_weight, shards=shards
-        )
+        return gather_for_split_work(features, TOKENS, self.group), weights, GroupVocabulary(self.group)

@@ -18,19 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.model import RecurrentDepthTransformer
+from megatron_rdt.parallel import optimizers
 from megatron_rdt.parallel.engine import Engine
-from megatron_rdt.parallel.optimizers import (
-    Groups,
-    adamw_groups,
-    apply_configured_options,
-    group_by_mesh,
-    make_optimizers,
-    muon_groups,
-    parameter_names,
-    regroup,
-    set_learning_rate,
-    split_groups_by_mesh,
-)
+from megatron_rdt.parallel.optimizers import Groups
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -50,7 +40,7 @@ class TorchEngine(Engine):
     def make_optimizers(self, model: RecurrentDepthTransformer) -> None:
         """Create the optimizers over the (possibly sharded) parameters."""
         self.model = model
-        self.optimizers = make_optimizers(model, self.config.optimizer)
+        self.optimizers = optimizers.make_optimizers(model, self.config.optimizer)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Run autograd; DDP and FSDP2 reduce gradients in its hooks."""
@@ -62,7 +52,7 @@ class TorchEngine(Engine):
         If the norm is not finite, neither are the gradients afterwards.
         """
         # One operation takes tensors of one mesh only, so norms are made per mesh and then combined.
-        groups = group_by_mesh(p for p in self.model.parameters() if p.grad is not None)
+        groups = optimizers.group_by_mesh(p for p in self.model.parameters() if p.grad is not None)
         norms = [full_tensor(torch.nn.utils.get_total_norm([p.grad for p in group])) for group in groups]  # type: ignore[misc]
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         if max_norm > 0:
@@ -74,7 +64,7 @@ class TorchEngine(Engine):
         """Step every optimizer; with `finite`, each decides on the device by `found_inf`, so the host does not wait."""
         found_inf = None if finite is None else (~finite).float()
         for optimizer in self.optimizers:
-            set_learning_rate(optimizer.param_groups, lr)
+            optimizers.set_learning_rate(optimizer.param_groups, lr)
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # what torch's GradScaler sets
             try:
                 optimizer.step()
@@ -96,12 +86,13 @@ class TorchEngine(Engine):
             if parameter.grad is not None
         }
 
-    def _collect_states(self) -> tuple[dict, dict]:
+    def _collect_states(self) -> dict[str, dict]:
         """State of the model and of the optimizers; parameter groups are those of an unsharded run, so any run loads them."""
         model, optimizer = dcp_state.get_state_dict(self.model, self.optimizers)
         # Groups are split by mesh where parameters are sharded on several, so their number depends on the arrangement.
-        wanted = parameter_names(self.model, self._configured_groups())
-        return dict(model), dict(optimizer) | {"param_groups": regroup(optimizer["param_groups"], wanted)}  # type: ignore[arg-type]
+        wanted = optimizers.parameter_names(self.model, self._configured_groups())
+        optimizer = dict(optimizer) | {"param_groups": optimizers.regroup(optimizer["param_groups"], wanted)}  # type: ignore[arg-type]
+        return {"model": dict(model), "optimizer": optimizer}
 
     def _parameter_groups(self) -> Groups:
         """Groups of the optimizers, with the options that they use now."""
@@ -110,12 +101,11 @@ class TorchEngine(Engine):
     def _configured_groups(self) -> Groups:
         """Groups of an unsharded run, with the options of the config."""
         options = self.config.optimizer
-        return [*adamw_groups(self.model, options), *muon_groups(self.model, options)]
+        return [*optimizers.adamw_groups(self.model, options), *optimizers.muon_groups(self.model, options)]
 
     def save(self, directory: Path) -> None:
         """Write `model/` and `optimizer/` below `directory`."""
-        model, optimizer = self._collect_states()
-        for name, state in (("model", model), ("optimizer", optimizer)):
+        for name, state in self._collect_states().items():
             with _ignore_single_process_warning():
                 dcp.save({name: state}, checkpoint_id=directory / name, no_dist=not dist.is_initialized())
 
@@ -126,20 +116,21 @@ class TorchEngine(Engine):
                 f"{directory} was saved by a ZeRO engine. Convert it: rdt convert {directory} OUT --to native, "
                 "then --resume OUT; or resume it with the engine that saved it."
             )
-        model, optimizer = self._collect_states()
+        states = self._collect_states()
+        model, optimizer = states["model"], states["optimizer"]
         try:
-            for name, state in (("model", model), ("optimizer", optimizer)):
+            for name, state in states.items():
                 with _ignore_single_process_warning():
                     dcp.load({name: state}, checkpoint_id=directory / name, no_dist=not dist.is_initialized())
         except CheckpointException as error:  # a BaseException that wraps the error of each rank that failed
             reason = next((str(inner) for inner, _ in error.failures.values()), "").strip().splitlines() or ["unknown"]
             raise CheckpointError(f"{directory} could not be loaded: {reason[0]}. Use another checkpoint.") from error
-        optimizer["param_groups"] = regroup(
-            optimizer["param_groups"], parameter_names(self.model, self._parameter_groups())
-        )
+        names = optimizers.parameter_names(self.model, self._parameter_groups())
+        optimizer["param_groups"] = optimizers.regroup(optimizer["param_groups"], names)
         dcp_state.set_state_dict(self.model, self.optimizers, model_state_dict=model, optim_state_dict=optimizer)
         # Loading brings the options of the run that saved; the config of this run decides.
-        apply_configured_options(self._parameter_groups(), split_groups_by_mesh(self._configured_groups()))
+        configured = optimizers.split_groups_by_mesh(self._configured_groups())
+        optimizers.apply_configured_options(self._parameter_groups(), configured)
 
 
 @contextlib.contextmanager

@@ -40,9 +40,8 @@ def import_deepspeed() -> Any:
             import deepspeed
             import deepspeed.ops
     except ImportError as error:
-        raise ConfigError(
-            f"parallel.engine zero needs deepspeed ({error}). Install it: pip install deepspeed."
-        ) from None
+        message = f"parallel.engine zero needs deepspeed ({error}). Install it: pip install deepspeed."
+        raise ConfigError(message) from None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*torch.distributed.*", category=UserWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -54,14 +53,11 @@ def check_deepspeed_accepts(config: dict[str, Any], deepspeed: Any) -> None:
     try:
         deepspeed.DeepSpeedConfig(config)
     except Exception as error:  # pydantic's, or any that its own checks raise
-        details = getattr(error, "errors", None)
-        reasons = (
-            [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in details()] if details else [str(error)]
-        )
-        block = f" ({error.title})" if details else ""  # type: ignore[attr-defined]
-        raise ConfigError(
-            f"DeepSpeed refuses its config{block}: {'; '.join(reasons)}. Fix parallel.deepspeed."
-        ) from error
+        block, reasons = "", str(error)
+        if details := getattr(error, "errors", None):
+            block = f" ({error.title})"  # type: ignore[attr-defined]
+            reasons = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in details())
+        raise ConfigError(f"DeepSpeed refuses its config{block}: {reasons}. Fix parallel.deepspeed.") from error
 
 
 class _FailureCollector:
@@ -98,22 +94,13 @@ class ZeroEngine(Engine):
         """The ZeRO stage: 1, 2 or 3."""
         return self.config.parallel.engine_kind.zero_stage
 
-    def deepspeed_config(self) -> dict[str, Any]:
-        """DeepSpeed's config: generated from the run's, with the keys of `parallel.deepspeed` added."""
-        return deepspeed_config(self.config, self.world_size)
-
-    @property
-    def is_offloaded(self) -> bool:
-        """True if the optimizer's weights and moments are in CPU memory and stepped there."""
-        return self.config.parallel.offload != "none"
-
     def setup(self, model: RecurrentDepthTransformer) -> None:
         """Initialize the model and shard it with DeepSpeed; at ZeRO stage 3, one module at a time."""
         if self.device.type == "cpu":
             keep_deepspeed_on_cpu()
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
-        config = self.deepspeed_config()
+        config = deepspeed_config(self.config, self.world_size)
         check_deepspeed_accepts(config, deepspeed)
         self.configure_model(model)
         if self.zero_stage == 3:
@@ -181,7 +168,7 @@ class ZeroEngine(Engine):
             gradients[key] = None
             if self.zero_stage < 3:
                 self._zero_optimizer.all_grad_tensors[key] = None
-        if self.is_offloaded and self.zero_stage < 3:
+        if self.config.parallel.offload != "none" and self.zero_stage < 3:
             # Sums are kept on the CPU, and DeepSpeed adds to them unless micro_step_id says that a step begins.
             self._zero_optimizer.reset_cpu_buffers()
             self._zero_optimizer.micro_step_id = INITIAL_MICRO_STEP

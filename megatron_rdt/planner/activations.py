@@ -6,9 +6,7 @@ the rest mostly in the compute dtype. Tests compare every function with the tens
 """
 
 from megatron_rdt.model.attention.gqa import has_value_embedding
-from megatron_rdt.planner.shape import FLOAT32, Shape
-
-INT64 = 8
+from megatron_rdt.planner.shape import FLOAT32, INT64, Shape
 
 
 def attention_kept_bytes(shape: Shape, index: int) -> float:
@@ -27,9 +25,8 @@ def _gqa_kept_bytes(shape: Shape, index: int) -> float:
     queries, keys = model.heads * model.head_dim / split, model.kv_heads * model.head_dim / split
     heads = (model.heads + model.kv_heads) / split
     # Context parallelism keeps the keys and values of the whole sequence.
-    kept = shape.activation_bytes(queries + 2 * keys * shape.layout.context) + _attention_output_bytes(
-        shape, queries, model.heads / split
-    )
+    kept = shape.activation_bytes(queries + 2 * keys * shape.layout.context)
+    kept += _attention_output_bytes(shape, queries, model.heads / split)
     if model.qk_norm != "none":
         wide = FLOAT32 * shape.tokens * (queries + keys)
         kept += wide + FLOAT32 * shape.tokens * heads  # the norm's input in float32, and a root per head
@@ -86,9 +83,7 @@ def _moe_kept_bytes(shape: Shape) -> float:
     kept: float = FLOAT32 * tokens * model.dim  # the router reads float32
     if model.shared_width and (shape.element_bytes < FLOAT32 or (expert_parallel and split > 1)):
         kept += shape.activation_bytes(model.dim)
-    kept += (
-        FLOAT32 * tokens * (model.experts + 3 * rows) + shape.element_bytes * tokens * rows + 3 * INT64 * tokens * rows
-    )
+    kept += tokens * (FLOAT32 * (model.experts + 3 * rows) + (shape.element_bytes + 3 * INT64) * rows)
     # Rows before and after sorting by expert, and on the way back; expert parallelism adds a copy at each exchange.
     kept += shape.element_bytes * tokens * rows * model.dim * (6 if expert_parallel else 4)
     kept += shape.activation_bytes(rows * model.expert_width / split, 4)
@@ -97,16 +92,13 @@ def _moe_kept_bytes(shape: Shape) -> float:
 
 def layer_kept_bytes(shape: Shape, index: int, core: bool = False) -> tuple[float, float]:
     """Return the bytes that a layer's attention and its feed-forward part keep, with the residual streams they read."""
-    stream, attention, feedforward = (
-        shape.state_bytes(),
-        attention_kept_bytes(shape, index),
-        feedforward_kept_bytes(shape, core),
-    )
+    stream = shape.state_bytes()
+    attention, feedforward = attention_kept_bytes(shape, index), feedforward_kept_bytes(shape, core)
     if shape.model.norm_placement != "pre":  # the outer norms and what they read
-        outer = shape.state_bytes() + shape.norm_bytes(shape.model.dim)
+        outer = stream + shape.norm_bytes(shape.model.dim)
         attention, feedforward = attention + outer, feedforward + outer
     if core and "adaln" in shape.model.signals:
-        attention, feedforward = attention + shape.state_bytes(), feedforward + shape.state_bytes()
+        attention, feedforward = attention + stream, feedforward + stream
     return attention + stream, feedforward + stream
 
 

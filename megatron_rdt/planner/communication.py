@@ -12,13 +12,13 @@ from megatron_rdt.config.layout import Layout
 from megatron_rdt.model.cross_entropy import CHUNK_ELEMENTS
 from megatron_rdt.parallel.optimizers import has_weight_decay
 from megatron_rdt.planner.memory import StepDepth
-from megatron_rdt.planner.parameters import FLOAT32, Parameter, core_units, list_parameters, list_units
+from megatron_rdt.planner.parameters import Parameter, core_units, list_parameters, list_units
 from megatron_rdt.planner.recomputation import CheckpointingPolicy
-from megatron_rdt.planner.shape import Shape
+from megatron_rdt.planner.shape import FLOAT32, INT64, Shape
 from megatron_rdt.planner.weights import ZERO_BUCKET
 
 GATHER, SCATTER, REDUCE, EXCHANGE = "all-gather", "reduce-scatter", "all-reduce", "alltoall_base_"
-FLOAT64 = INT64 = 8
+FLOAT64 = 8
 # DistributedDataParallel closes its first bucket once it holds 1 MiB, the others once they hold 25 MiB.
 DDP_FIRST, DDP_BUCKET = 1 << 20, 25 << 20
 ZERO_ALIGNMENT = 2  # DeepSpeed pads groups of parameters to multiples of this many numbers per process
@@ -66,10 +66,8 @@ def step_communication(config: RunConfig, layout: Layout, depth: StepDepth, gpu:
     if kind.zero_stage:
         found = list(_zero_collectives(config, layout, number))
     elif kind.shards_parameters:
-        found = [
-            *_fsdp_collectives(config, layout, depth, number),
-            *_activation_collectives(config, layout, depth, number, gpu),
-        ]
+        found = list(_fsdp_collectives(config, layout, depth, number))
+        found += _activation_collectives(config, layout, depth, number, gpu)
     else:
         found = list(_ddp_collectives(config, number))
     losses = {"act": 3, "gate": 4}.get(config.model.halting, 2)
@@ -125,10 +123,8 @@ def _fsdp_collectives(config: RunConfig, layout: Layout, depth: StepDepth, numbe
             units.append(("core", whole(group), forward, backward, reductions + early))
     for name, size, forward, backward, _ in units if ranks > 1 else []:
         purpose = "weights of the core" if name == "core" else "other weights"
-        yield Collectives("forward", GATHER, purpose, number * forward, number * forward * size, "state", hidden=True)
-        yield Collectives(
-            "backward", GATHER, purpose, number * backward, number * backward * size, "state", hidden=True
-        )
+        for phase, times in (("forward", number * forward), ("backward", number * backward)):
+            yield Collectives(phase, GATHER, purpose, times, times * size, "state", hidden=True)
     for _, size, _, _, times in units:
         if ranks > 1:
             yield Collectives("backward", SCATTER, "gradients", times, times * size, "state", hidden=True)
@@ -162,19 +158,15 @@ def _activation_collectives(
         # A layer gathers the tokens before each of its two parts and reduce-scatters the sums after it; the backward pass
         # does the same in reverse. One more of each is for embedding and head; the embedding's is in float32 (`wide`).
         part, wide = shape.activation_bytes(model.dim), FLOAT32 * shape.tokens * model.dim
-        yield Collectives("forward", GATHER, "tokens", 2 * forward + number, (2 * forward + number) * part, "tensor")
-        yield Collectives(
-            "forward", SCATTER, "tokens", 2 * forward + number, 2 * forward * part + number * wide, "tensor"
-        )
+        calls, embedding = 2 * forward + number, number * wide
+        yield Collectives("forward", GATHER, "tokens", calls, calls * part, "tensor")
+        yield Collectives("forward", SCATTER, "tokens", calls, 2 * forward * part + embedding, "tensor")
         sums = 2 * again - (number * policy.count_spared_reductions(model, depth.with_grad))
         yield Collectives("backward", GATHER, "tokens", 2 * again, 2 * again * part, "tensor")
         yield Collectives("backward", SCATTER, "tokens", sums, sums * part, "tensor")
-        yield Collectives(
-            "backward", GATHER, "tokens", 2 * backward + number, 2 * backward * part + number * wide, "tensor"
-        )
-        yield Collectives(
-            "backward", SCATTER, "tokens", 2 * backward + number, (2 * backward + number) * part, "tensor"
-        )
+        calls = 2 * backward + number
+        yield Collectives("backward", GATHER, "tokens", calls, 2 * backward * part + embedding, "tensor")
+        yield Collectives("backward", SCATTER, "tokens", calls, calls * part, "tensor")
         rows = max(CHUNK_ELEMENTS // (model.vocab_size // layout.tensor), 1)
         chunks = number * -(-shape.tokens // rows)
         partitions = number * 2 * FLOAT32 * shape.tokens * layout.tensor
@@ -182,11 +174,8 @@ def _activation_collectives(
     if layout.context > 1:
         calls, width = _gathers_per_layer(model, layout)
         size = shape.element_bytes * shape.batch * shape.sequence * width
-        for phase, kind, layers in (
-            ("forward", GATHER, forward),
-            ("backward", GATHER, again),
-            ("backward", SCATTER, backward),
-        ):
+        passes = (("forward", GATHER, forward), ("backward", GATHER, again), ("backward", SCATTER, backward))
+        for phase, kind, layers in passes:
             yield Collectives(phase, kind, "keys and values", calls * layers, calls * layers * size, "context")
     if layout.expert > 1:
         rows_size = shape.activation_bytes(model.experts_per_token * model.dim) / layout.tensor

@@ -10,28 +10,14 @@ from dataclasses import dataclass, field
 
 from megatron_rdt.config import RunConfig
 from megatron_rdt.config.layout import Layout
-from megatron_rdt.planner.activations import (
-    after_loop_kept_bytes,
-    before_loop_kept_bytes,
-    injection_kept_bytes,
-    layer_kept_bytes,
-    loss_kept_bytes,
-)
+from megatron_rdt.planner import activations, working_memory
 from megatron_rdt.planner.ledger import Ledger
-from megatron_rdt.planner.parameters import FLOAT32, ROOT, list_parameters
+from megatron_rdt.planner.parameters import ROOT
 from megatron_rdt.planner.recomputation import CheckpointingPolicy
-from megatron_rdt.planner.shape import Shape
-from megatron_rdt.planner.weights import Weights, make_weights
-from megatron_rdt.planner.working_memory import (
-    attention_backward_bytes,
-    expert_row_bytes,
-    feedforward_backward_bytes,
-    forward_working_bytes,
-    loss_working_bytes,
-)
+from megatron_rdt.planner.shape import FLOAT32, INT64, Shape
+from megatron_rdt.planner.weights import make_weights
 
 INSIDE, OUTSIDE, LOSS, WORKING = "activations of the loop", "other activations", "loss", "working memory"
-INT64 = 8
 
 
 @dataclass(frozen=True)
@@ -77,8 +63,7 @@ class StepReplay:
         self.shape = Shape.of(config, layout, gpu)
         self.policy = CheckpointingPolicy(config.depth.checkpoint)
         self.ledger = Ledger()
-        self.parameters = list_parameters(config.model)
-        self.weights: Weights = make_weights(config, layout, self.parameters, self.ledger, gpu)
+        self.weights = make_weights(config, layout, self.ledger, gpu)
         self.micro_batches = config.train.global_batch // (layout.data * config.train.micro_batch)
 
     def run(self) -> PeakMemory:
@@ -112,19 +97,18 @@ class StepReplay:
         for unit, index in self._iterate_layers("prelude"):
             self._layer_forward(unit, index)
         weights.begin_unit("core")
-        ledger.hold(OUTSIDE, before_loop_kept_bytes(shape))
+        ledger.hold(OUTSIDE, activations.before_loop_kept_bytes(shape))
         ledger.hold(INSIDE, shape.state_bytes())  # the prepared encoded input, held while the loop runs
+        working = working_memory.forward_working_bytes(shape, core=True)
         if self.depth.loops > self.depth.with_grad:
             states = shape.state_bytes(1 + (self.config.model.lanes if self.config.model.injection == "hyper" else 1))
-            ledger.note_peak(
-                "iterations without gradient", working_memory=states + forward_working_bytes(shape, core=True)
-            )
+            ledger.note_peak("iterations without gradient", working_memory=states + working)
         for segment in self.policy.segments(self.depth.with_grad):
             ledger.hold(INSIDE, self.policy.kept_bytes(shape, segment))
-            ledger.note_peak("forward, in the loop", working_memory=forward_working_bytes(shape, core=True))
+            ledger.note_peak("forward, in the loop", working_memory=working)
         ledger.free(INSIDE, shape.state_bytes())
         weights.end_forward("core")
-        ledger.hold(OUTSIDE, after_loop_kept_bytes(shape))
+        ledger.hold(OUTSIDE, activations.after_loop_kept_bytes(shape))
         for unit, index in self._iterate_layers("coda"):
             self._layer_forward(unit, index)
         self._loss_forward()
@@ -137,7 +121,7 @@ class StepReplay:
     def _layer_kept_bytes(self, unit: str, index: int) -> tuple[float, float]:
         """Return the bytes that attention and feed-forward part of a prelude or coda layer keep."""
         times = self._coda_runs if unit.startswith("coda") else 1
-        attention, feedforward = layer_kept_bytes(self.shape, index)
+        attention, feedforward = activations.layer_kept_bytes(self.shape, index)
         if self.policy.every_layer:
             return times * self.shape.state_bytes(), 0.0
         return times * attention, times * feedforward
@@ -153,9 +137,9 @@ class StepReplay:
         """Replay the loss, which computes the gradients of features and output matrix in its forward pass."""
         shape, ledger = self.shape, self.ledger
         tokens = self._coda_runs * shape.tokens
-        ledger.hold(OUTSIDE, self._coda_runs * loss_kept_bytes(shape))
+        ledger.hold(OUTSIDE, self._coda_runs * activations.loss_kept_bytes(shape))
         ledger.hold(LOSS, self._output_matrix_bytes)
-        ledger.note_peak("the loss", loss=loss_working_bytes(shape, tokens))
+        ledger.note_peak("the loss", loss=working_memory.loss_working_bytes(shape, tokens))
 
     @property
     def _output_matrix_bytes(self) -> float:
@@ -169,16 +153,16 @@ class StepReplay:
         weights.begin_unit(ROOT, backward=True)
         features = self._coda_runs * shape.activation_bytes(shape.model.dim)
         ledger.note_peak("backward, the loss", loss=self._output_matrix_bytes + features)
-        ledger.free(OUTSIDE, self._coda_runs * loss_kept_bytes(shape))
+        ledger.free(OUTSIDE, self._coda_runs * activations.loss_kept_bytes(shape))
         if not self.config.model.tie_embeddings:  # a tied matrix's gradient waits for the embedding's part of it
             ledger.free(LOSS)
             weights.add_gradients("head.")
         for unit, index in reversed(list(self._iterate_layers("coda"))):
             self._layer_backward(unit, index)
         weights.begin_unit("core", backward=True)
-        ledger.free(OUTSIDE, after_loop_kept_bytes(shape))
+        ledger.free(OUTSIDE, activations.after_loop_kept_bytes(shape))
         self._loop_backward()
-        ledger.free(OUTSIDE, before_loop_kept_bytes(shape))
+        ledger.free(OUTSIDE, activations.before_loop_kept_bytes(shape))
         weights.end_backward("core")
         for unit, index in reversed(list(self._iterate_layers("prelude"))):
             self._layer_backward(unit, index)
@@ -195,49 +179,45 @@ class StepReplay:
         kept = self._layer_kept_bytes(unit, index)
         if self.policy.every_layer:  # recomputed from the layer's input
             ledger.free(OUTSIDE, sum(kept))
-            kept = layer_kept_bytes(shape, index)
+            kept = activations.layer_kept_bytes(shape, index)
             ledger.hold(OUTSIDE, times * sum(kept))
-        for part, held, working in (
-            ("feedforward", kept[1], feedforward_backward_bytes(shape, core=False)),
-            ("attention", kept[0], attention_backward_bytes(shape)),
-        ):
-            ledger.note_peak(
-                f"backward, {unit}", working_memory=times * working + weights.temporary_gradient_bytes(unit, part)
-            )
+        for part, held, working in self._list_parts(kept, core=False):
+            working = times * working + weights.temporary_gradient_bytes(unit, part)
+            ledger.note_peak(f"backward, {unit}", working_memory=working)
             ledger.free(OUTSIDE, held)
             weights.add_gradients(f"{unit}.{part}")
         weights.end_backward(unit)
 
+    def _list_parts(self, kept: tuple[float, float], core: bool) -> list[tuple[str, float, float]]:
+        """List a layer's parts in the order of the backward pass: name, kept bytes, bytes that computing it takes."""
+        return [
+            ("feedforward", kept[1], working_memory.feedforward_backward_bytes(self.shape, core)),
+            ("attention", kept[0], working_memory.attention_backward_bytes(self.shape)),
+        ]
+
     def _loop_backward(self) -> None:
         """Replay the loop's backward pass, the last segment first; gradients of the core are summed over iterations."""
         shape, ledger, weights, model = self.shape, self.ledger, self.weights, self.config.model
-        first_layer = model.prelude_layers
         last = True  # the last iteration goes backward first: it creates the gradients that the others add to
         for segment in reversed(list(self.policy.segments(self.depth.with_grad))):
             ledger.free(INSIDE, self.policy.kept_bytes(shape, segment))
-            held = self.policy.backward_bytes(shape, segment)
-            ledger.hold(INSIDE, held)
+            ledger.hold(INSIDE, self.policy.backward_bytes(shape, segment))
             for _ in range(segment):
                 for i in reversed(range(model.core_layers)):
-                    attention, feedforward = layer_kept_bytes(shape, first_layer + i, core=True)
-                    for part, kept, working in (
-                        ("feedforward", feedforward, feedforward_backward_bytes(shape, core=True)),
-                        ("attention", attention, attention_backward_bytes(shape)),
-                    ):
-                        unit = f"core.layers.{i}"
-                        extra = self.policy.transient_bytes(kept)
+                    unit = f"core.layers.{i}"
+                    kept = activations.layer_kept_bytes(shape, model.prelude_layers + i, core=True)
+                    for part, held, working in self._list_parts(kept, core=True):
+                        extra = self.policy.transient_bytes(held)
                         temporary = weights.temporary_gradient_bytes(unit, part, again=not last)
-                        if (
-                            part == "feedforward" and model.core_ffn == "moe"
-                        ):  # the experts' kept rows are freed by then
-                            temporary = max(temporary - expert_row_bytes(shape), 0.0)
-                        ledger.note_peak(
-                            "backward, in the loop", working_memory=shape.state_bytes(2) + working + temporary + extra
-                        )
-                        ledger.free(INSIDE, kept - extra)
+                        # The experts' kept rows are freed by then.
+                        if part == "feedforward" and model.core_ffn == "moe":
+                            temporary = max(temporary - working_memory.expert_row_bytes(shape), 0.0)
+                        working = shape.state_bytes(2) + working + temporary + extra
+                        ledger.note_peak("backward, in the loop", working_memory=working)
+                        ledger.free(INSIDE, held - extra)
                         if last:
                             weights.add_gradients(f"{unit}.{part}")
-                ledger.free(INSIDE, injection_kept_bytes(shape))
+                ledger.free(INSIDE, activations.injection_kept_bytes(shape))
                 last = False
         weights.add_gradients("core.")
 

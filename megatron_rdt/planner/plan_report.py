@@ -80,12 +80,8 @@ def _format_memory(plan: RunPlan) -> str:
     """Format the section on memory, with options that would save some."""
     memory, device, layout = plan.memory, plan.device, plan.layout
     k = f", the last {plan.deepest.with_grad} with gradient" if plan.deepest.with_grad < plan.deepest.loops else ""
-    rows = [
-        (kind, f"{size / GB:.2f} GB")
-        for kind, size in memory.parts.items()
-        if size >= 0.005 * GB or size == memory.peak
-    ]
-    rows += [("peak", f"{memory.peak / GB:.2f} GB")]
+    large = {kind: size for kind, size in memory.parts.items() if size >= 0.005 * GB or size == memory.peak}
+    rows = [(kind, f"{size / GB:.2f} GB") for kind, size in (*large.items(), ("peak", memory.peak))]
     axes = [f"{name} {getattr(layout, name)}" for name in ("replicate", "shard", "context", "tensor", "expert")]
     lines = [
         f"Peak memory per device, at T = {plan.deepest.loops}{k}; reached in: {memory.moment}",
@@ -118,18 +114,9 @@ def _format_communication(plan: RunPlan) -> str:
         row[1] += each.size
         row[2] += collective_seconds(each, plan.layout, plan.device)
     rows = [("what", "collective", "among", "calls", "GB", "time", "")]
-    rows += [
-        (
-            purpose,
-            kind,
-            axis,
-            str(calls),
-            f"{size / GB:.3f}",
-            format_duration(time),
-            "beside computing" if hidden else "waits",
-        )
-        for (purpose, kind, axis, hidden), (calls, size, time) in merged.items()
-    ]
+    for (purpose, kind, axis, hidden), (calls, size, time) in merged.items():
+        overlap = "beside computing" if hidden else "waits"
+        rows.append((purpose, kind, axis, str(calls), f"{size / GB:.3f}", format_duration(time), overlap))
     return "Communication of a step, per process, at the mean T\n" + _format_table(rows)
 
 
@@ -153,9 +140,8 @@ def _format_time(plan: RunPlan, utilisation: float, tokens: float, price: float)
         whole = tokens / plan.tokens * time.expected
         cost = f", {world * whole / HOUR:,.0f} device hours"
         cost += f", {world * whole / HOUR * price:,.0f} at {price:g} each" if price else ""
-        lines.append(
-            f"  {format_count(tokens)} tokens: {tokens / plan.tokens:,.0f} steps, {whole / DAY:,.2f} days{cost}"
-        )
+        steps = f"{tokens / plan.tokens:,.0f} steps"
+        lines.append(f"  {format_count(tokens)} tokens: {steps}, {whole / DAY:,.2f} days{cost}")
     return "\n".join(lines)
 
 

@@ -9,17 +9,9 @@ from megatron_rdt.config import RunConfig
 from megatron_rdt.config.engines import PROPOSED
 from megatron_rdt.devices import Device
 from megatron_rdt.errors import ConfigError
+from megatron_rdt.planner import run_plan
 from megatron_rdt.planner.communication import step_communication
 from megatron_rdt.planner.memory import StepDepth, step_memory
-from megatron_rdt.planner.run_plan import (
-    USABLE_MEMORY,
-    RunPlan,
-    checkpoint_policies,
-    make_layout,
-    make_plan,
-    plan_depths,
-    with_options,
-)
 from megatron_rdt.planner.step_time import step_time, step_work
 
 MICRO_BATCHES = (16, 8, 4, 2, 1)
@@ -30,7 +22,7 @@ def list_arrangements(config: RunConfig, devices: int) -> Iterator[dict[str, Any
     """Yield sets of options of `parallel` and `depth` to try, all with the engine that shards, without micro-batches."""
     experts = (*EXPERT, config.model.experts) if config.model.core_ffn == "moe" else (1,)
     replicas = [1, *(devices // size for size in SHARDED if devices > size)]
-    policies = [name for name in checkpoint_policies() if name != "selective"]
+    policies = [name for name in run_plan.checkpoint_policies() if name != "selective"]
     for tensor, context, expert, replicate in product(TENSOR, CONTEXT, sorted(set(experts)), replicas):
         for checkpoint, gather, reduce in product(policies, ("once", "per_layer"), ("per_step", "per_micro_batch")):
             yield {
@@ -45,7 +37,7 @@ def list_arrangements(config: RunConfig, devices: int) -> Iterator[dict[str, Any
             }
 
 
-def find_fastest_plan(config: RunConfig, devices: int, device: Device, utilisation: float) -> RunPlan | None:
+def find_fastest_plan(config: RunConfig, devices: int, device: Device, utilisation: float) -> run_plan.RunPlan | None:
     """Find the plan with the shortest expected step; None if no arrangement that is tried fits.
 
     Args:
@@ -54,14 +46,14 @@ def find_fastest_plan(config: RunConfig, devices: int, device: Device, utilisati
         device: kind of device.
         utilisation: see `make_plan`.
     """
-    loops, with_grad, deepest = plan_depths(config.depth)
+    loops, with_grad, deepest = run_plan.plan_depths(config.depth)
     mean = StepDepth(max(round(loops), 1), max(round(with_grad), 1))
     best, shortest = None, math.inf
     for options in list_arrangements(config, devices):
         for micro_batch in MICRO_BATCHES:
-            other = with_options(config, {**options, "train.micro_batch": micro_batch})
+            other = run_plan.with_options(config, {**options, "train.micro_batch": micro_batch})
             try:
-                layout = make_layout(other, devices)
+                layout = run_plan.make_layout(other, devices)
             except ConfigError:
                 continue
             sent = step_communication(other, layout, mean, device.is_gpu)
@@ -69,7 +61,7 @@ def find_fastest_plan(config: RunConfig, devices: int, device: Device, utilisati
             # Smaller micro-batches take longer still. Of equally fast arrangements the first, the simplest, stays.
             if time >= 0.999 * shortest:
                 break
-            if step_memory(other, layout, device.is_gpu, deepest).peak <= USABLE_MEMORY * device.memory:
+            if step_memory(other, layout, device.is_gpu, deepest).peak <= run_plan.USABLE_MEMORY * device.memory:
                 best, shortest = other, time
                 break
-    return None if best is None else make_plan(best, devices, device, utilisation, advise=False)
+    return None if best is None else run_plan.make_plan(best, devices, device, utilisation, advise=False)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from megatron_rdt.config import ModelConfig, RunConfig
 from megatron_rdt.config.layout import Layout
 
-FLOAT32, BFLOAT16 = 4, 2
+FLOAT32, BFLOAT16, INT64 = 4, 2, 8
 COMPUTE_BYTES = {"float32": FLOAT32, "bfloat16": BFLOAT16}
 
 
@@ -35,15 +35,9 @@ class Shape:
     def of(cls, config: RunConfig, layout: Layout, gpu: bool) -> "Shape":
         """Return the shape of the micro-batches of a run."""
         train = config.train
-        return cls(
-            config.model,
-            layout,
-            train.micro_batch,
-            train.sequence_length,
-            COMPUTE_BYTES[train.precision],
-            gpu,
-            bool(config.model.window or config.data.document_mask or layout.context > 1),
-        )
+        element_bytes = COMPUTE_BYTES[train.precision]
+        masked = bool(config.model.window or config.data.document_mask or layout.context > 1)
+        return cls(config.model, layout, train.micro_batch, train.sequence_length, element_bytes, gpu, masked)
 
     @property
     def tokens(self) -> int:

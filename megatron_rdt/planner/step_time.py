@@ -64,10 +64,8 @@ def _count_forward_flops(config: ModelConfig, sequence: int) -> ForwardFlops:
 
 def step_work(config: RunConfig, loops: float, with_grad: float) -> Work:
     """Count the operations of a step whose mean T is `loops`, and whose mean min(k, T) is `with_grad`."""
-    forward, policy = (
-        _count_forward_flops(config.model, config.train.sequence_length),
-        CheckpointingPolicy(config.depth.checkpoint),
-    )
+    forward = _count_forward_flops(config.model, config.train.sequence_length)
+    policy = CheckpointingPolicy(config.depth.checkpoint)
     per_token = training_flops(config.model, forward, loops, with_grad)
     again = policy.recomputed_share * with_grad * forward.iteration
     again += forward.prelude + forward.coda if policy.every_layer else 0.0

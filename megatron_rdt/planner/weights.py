@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from megatron_rdt.config import RunConfig
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.planner.ledger import Ledger
-from megatron_rdt.planner.parameters import FLOAT32, ROOT, Parameter, core_units, list_units, moments_per_weight
+from megatron_rdt.planner.parameters import ROOT, Parameter, core_units, list_parameters, list_units, moments_per_weight
+from megatron_rdt.planner.shape import FLOAT32
 
 WEIGHTS, OPTIMIZER, GRADIENTS = "weights", "optimizer", "gradients"
 ZERO_BUCKET = 500_000_000  # numbers in DeepSpeed's reduction bucket, its default
@@ -24,12 +25,12 @@ class Weights:
         first, last: the current micro-batch is the first, or the last, of the step.
         summed: the core's gradients are sums over several iterations.
         pending: names of the parameters whose gradients the current backward pass has still to compute.
+        copies: copies of a buffer that the backend makes to send it (gloo: one).
     """
 
-    def __init__(
-        self, config: RunConfig, layout: Layout, parameters: tuple[Parameter, ...], ledger: Ledger, gpu: bool
-    ) -> None:
-        self.config, self.layout, self.parameters, self.ledger = config, layout, parameters, ledger
+    def __init__(self, config: RunConfig, layout: Layout, ledger: Ledger, gpu: bool) -> None:
+        self.config, self.layout, self.ledger, self.parameters = config, layout, ledger, list_parameters(config.model)
+        self.copies = 0.0 if gpu else 1.0
         self.first = self.last = self.summed = True
         self.pending: set[str] = set()
 
@@ -110,40 +111,30 @@ class ShardedWeights(Weights):
         gathered: units whose gathered weights are held.
         buffer, fetched: bytes that the last gather received, which FSDP2 holds until the next gather, and its unit.
         sending: bytes that the last reduction sent, held until the next reduction.
-        copies: copies of a buffer that the backend makes to send it (gloo: one).
     """
 
-    def __init__(
-        self, config: RunConfig, layout: Layout, parameters: tuple[Parameter, ...], ledger: Ledger, gpu: bool
-    ) -> None:
-        super().__init__(config, layout, parameters, ledger, gpu)
+    def __init__(self, config: RunConfig, layout: Layout, ledger: Ledger, gpu: bool) -> None:
+        super().__init__(config, layout, ledger, gpu)
         self.ranks = layout.shard * layout.context
         self.gathered: set[str] = set()
         self._gathered_bytes: dict[str, float] = {}
         self.buffer, self.fetched = 0.0, ""
         self.sending = 0.0
-        self.copies = 0.0 if gpu else 1.0
 
     def hold_state(self) -> None:
         """Record this process's shards of weights and optimizer state in the ledger."""
         shards = {p.name: FLOAT32 * p.padded_shard_size(self.layout, self.ranks) for p in self.parameters}
+        state = sum(moments_per_weight(p, self.config.optimizer) * shards[p.name] for p in self.parameters)
         self.ledger.hold(WEIGHTS, sum(shards.values()))
-        self.ledger.hold(
-            OPTIMIZER, sum(moments_per_weight(p, self.config.optimizer) * shards[p.name] for p in self.parameters)
-        )
+        self.ledger.hold(OPTIMIZER, state)
 
     def gathered_bytes(self, unit: str) -> float:
         """Return the bytes of a unit held gathered at a time; for a core in several pieces, the outer and the largest inner."""
         if unit not in self._gathered_bytes:
-            self._gathered_bytes[unit] = self._compute_gathered_bytes(unit)
+            groups = core_units(self.config).values() if unit == "core" else [self.parameters_in(unit)]
+            outer, *inner = (self.ranks * self.shard_bytes(group) for group in groups)
+            self._gathered_bytes[unit] = outer + max(inner, default=0.0)
         return self._gathered_bytes[unit]
-
-    def _compute_gathered_bytes(self, unit: str) -> float:
-        """Return the value that `gathered_bytes` keeps."""
-        if unit != "core" or self.config.parallel.core_gather == "once":
-            return self.ranks * self.shard_bytes(self.parameters_in(unit))
-        outer, *inner = (self.ranks * self.shard_bytes(group) for group in core_units(self.config).values())
-        return outer + max(inner)
 
     def gradient_bytes(self, unit: str) -> float:
         """Return the bytes of a unit's gradients before they are reduced."""
@@ -230,12 +221,9 @@ class ShardedWeights(Weights):
 class ZeroWeights(Weights):
     """Weights under DeepSpeed in float32 mode: the optimizer steps a copy of them, and gradients pass through a bucket."""
 
-    def __init__(
-        self, config: RunConfig, layout: Layout, parameters: tuple[Parameter, ...], ledger: Ledger, gpu: bool
-    ) -> None:
-        super().__init__(config, layout, parameters, ledger, gpu)
+    def __init__(self, config: RunConfig, layout: Layout, ledger: Ledger, gpu: bool) -> None:
+        super().__init__(config, layout, ledger, gpu)
         self.stage, self.share = config.parallel.engine_kind.zero_stage, 1 / layout.world_size
-        self.copies = 0.0 if gpu else 1.0
 
     def hold_state(self) -> None:
         """Record shards of optimizer state, the bucket, and the weights: whole below stage 3, else shards, as are gradients."""
@@ -284,10 +272,8 @@ class ZeroWeights(Weights):
                 self.ledger.hold(GRADIENTS, FLOAT32 * self.share * sum(p.size for p in self.parameters))
 
 
-def make_weights(
-    config: RunConfig, layout: Layout, parameters: tuple[Parameter, ...], ledger: Ledger, gpu: bool
-) -> Weights:
+def make_weights(config: RunConfig, layout: Layout, ledger: Ledger, gpu: bool) -> Weights:
     """Create the model of memory that fits how the run's engine holds its weights."""
     engine = config.parallel.engine_kind
     kind = ZeroWeights if engine.zero_stage else ShardedWeights if engine.shards_parameters else Weights
-    return kind(config, layout, parameters, ledger, gpu)
+    return kind(config, layout, ledger, gpu)

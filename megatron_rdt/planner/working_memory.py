@@ -68,7 +68,6 @@ def loss_working_bytes(shape: Shape, tokens: float) -> float:
         matrix, logits = rows * model.dim, FLOAT32 * chunk * (copies - 1)
         # The matrix rounded to the compute dtype, then one chunk's gradient of it, which the CPU converts to float32 to add.
         added = shape.element_bytes * (chunk + matrix) + (0 if shape.gpu else FLOAT32 * matrix)
-        working = shape.element_bytes * matrix + max(
-            working + shape.element_bytes * chunk * (not several), logits + added
-        )
+        first = working + shape.element_bytes * chunk * (not several)
+        working = shape.element_bytes * matrix + max(first, logits + added)
     return working + shape.element_bytes * tokens * model.dim  # the features

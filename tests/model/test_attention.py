@@ -233,11 +233,11 @@ def test_decoding_expands_nothing_of_the_past() -> None:
     def count(queries: int) -> int:
         tables = rotary_tables(torch.arange(past, past + queries), config.rope_dim, 1e4, torch.float64)
         mask = attention_mask(queries, past, 0, None, CPU)
-        context = LayerContext(tables, mask, torch.float64, torch.zeros(1, queries), past)
         cache = KVCache()
+        context = LayerContext(tables, mask, torch.float64, torch.zeros(1, queries), past, cache=cache)
         cache.update(0, 0, torch.randn(1, 1, past, config.kv_rank + config.rope_dim, dtype=torch.float64))
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            module(torch.randn(1, queries, config.dim, dtype=torch.float64), context, cache)
+            module(torch.randn(1, queries, config.dim, dtype=torch.float64), context)
         return counter.get_total_flops()
 
     absorbed = config.heads * (past + 1) * (2 * config.kv_rank + config.rope_dim)

@@ -63,11 +63,8 @@ def hash_shard(prefix: str | os.PathLike[str]) -> dict[str, Any]:
         Fields for the shard's record in the manifest: bin_bytes, bin_sha256, idx_sha256 and, where there is a mask,
         mask_sha256.
     """
-    hashes = {
-        suffix[1:]: hash_file(prefix_path(prefix, suffix))
-        for suffix in SUFFIXES
-        if suffix != ".mask" or prefix_path(prefix, suffix).is_file()
-    }
+    paths = {suffix[1:]: prefix_path(prefix, suffix) for suffix in SUFFIXES}
+    hashes = {name: hash_file(path) for name, path in paths.items() if name != "mask" or path.is_file()}
     write_block_hashes(prefix, hashes)
     return {"bin_bytes": hashes["bin"].size} | {f"{name}_sha256": file.sha256 for name, file in hashes.items()}
 

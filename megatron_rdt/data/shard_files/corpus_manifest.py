@@ -153,9 +153,8 @@ class CorpusManifest:
         shard = IndexedDataset(prefix)
         shard.close()
         if CODES[shard.dtype] != CODES.get(self.dtype):
-            raise DataError(
-                f"{shard.idx_path} says that its tokens are {shard.dtype.name}, the manifest says {self.dtype.name}. {REBUILD}"
-            )
+            types = f"tokens are {shard.dtype.name}, the manifest says {self.dtype.name}"
+            raise DataError(f"{shard.idx_path} says that its {types}. {REBUILD}")
         for key, found in (("tokens", shard.tokens), ("documents", shard.document_count)):
             if record[key] != found:
                 raise DataError(f"{prefix} has {found:,} {key}, the manifest says {record[key]:,}. {REBUILD}")

@@ -41,9 +41,7 @@ class CheckedIndex(NamedTuple):
     ends: np.ndarray | None
 
 
-def check_index(
-    content: bytes, dtype: np.dtype, documents: int, tokens: int, sequences: int | None = None
-) -> CheckedIndex:
+def check_index(content: bytes, dtype: np.dtype, documents: int, tokens: int, sequences: int | None) -> CheckedIndex:
     """Compare an index with what the manifest implies, and its arrays with each other.
 
     Args:
@@ -58,20 +56,16 @@ def check_index(
     size = HEADER.size + 12 * sequences + 8 * (documents + 1)
     if len(content) not in (size, size + sequences):
         start = min(len(content), size)
-        damages.append(
-            Damage(start, start, f"is where it ends or should: it has {len(content):,} bytes, {size:,} are due")
-        )
+        problem = f"is where it ends or should: it has {len(content):,} bytes, {size:,} are due"
+        damages.append(Damage(start, start, problem))
         return CheckedIndex(damages, None)
     lengths = np.frombuffer(content, "<i4", sequences, HEADER.size)
     pointers = np.frombuffer(content, "<i8", sequences, HEADER.size + 4 * sequences)
     starts = np.frombuffer(content, "<i8", documents + 1, HEADER.size + 12 * sequences)
-    wrong = [
-        _check_sequences(lengths, pointers, dtype.itemsize, tokens),
-        _check_document_starts(starts, sequences, one_per_document),
-    ]
-    damages += [damage for damage in wrong if damage is not None]
-    if any(damage is not None for damage in wrong):
-        return CheckedIndex(damages, None)
+    wrong = [_check_sequences(lengths, pointers, dtype.itemsize, tokens)]
+    wrong += [_check_document_starts(starts, sequences, one_per_document)]
+    if found := [damage for damage in wrong if damage is not None]:
+        return CheckedIndex(damages + found, None)
     ends = np.append(0, np.cumsum(lengths, dtype=np.int64))[starts]
     return CheckedIndex(damages, ends[1:][np.diff(ends) > 0])
 
@@ -103,14 +97,11 @@ def _check_sequences(lengths: np.ndarray, pointers: np.ndarray, itemsize: int, t
         return None
     first = int(bad[0])
     following = first + 1
-    if (
-        following < count and off[first : first + 2].sum() == 0
-    ):  # damaged int64 may overflow: the sum is right modulo 2**64
+    # A damaged int64 may overflow: the sum is right modulo 2**64.
+    if following < count and off[first : first + 2].sum() == 0:
         due = int(bounds[first] + lengths[first].astype(np.int64) * itemsize)
-        return Damage(
-            *_pointer_bytes(following, count),
-            f"(pointer of sequence {following}) hold {pointers[following]}, not {due}",
-        )
+        problem = f"(pointer of sequence {following}) hold {pointers[following]}, not {due}"
+        return Damage(*_pointer_bytes(following, count), problem)
     offset = HEADER.size + 4 * first
     due = int(bounds[following] - bounds[first])
     if following < count and off[following]:
@@ -132,11 +123,8 @@ def _check_document_starts(starts: np.ndarray, sequences: int, one_per_document:
     else:
         wrong = np.flatnonzero((starts < 0) | (starts > sequences))
     # Index of a start and the value it must have; None if only its range is known.
-    known = [
-        (0, 0),
-        (len(starts) - 1, sequences),
-        *((int(index), int(index) if one_per_document else None) for index in wrong[:1]),
-    ]
+    first_wrong = [(index, index if one_per_document else None) for index in wrong[:1].tolist()]
+    known: list[tuple[int, int | None]] = [(0, 0), (len(starts) - 1, sequences), *first_wrong]
     for index, due in known:
         if due is None or starts[index] != due:
             first = offset + 8 * index
@@ -147,6 +135,5 @@ def _check_document_starts(starts: np.ndarray, sequences: int, one_per_document:
         return None
     index = int(decreasing[0])
     first = offset + 8 * index
-    return Damage(
-        first, first + 16, f"(starts of documents {index} and {index + 1}) hold {starts[index]} and {starts[index + 1]}"
-    )
+    problem = f"(starts of documents {index} and {index + 1}) hold {starts[index]} and {starts[index + 1]}"
+    return Damage(first, first + 16, problem)

@@ -120,9 +120,8 @@ class IndexedDataset:
         self._mask_descriptor = self._open(self.mask_path)
         size = self.identities[2].size
         if size != self.tokens:
-            raise DataError(
-                f"{self.mask_path} has {size} bytes, one for each of {self.tokens} tokens is due. {REBUILD}"
-            )
+            due = f"one for each of {self.tokens} tokens is due"
+            raise DataError(f"{self.mask_path} has {size} bytes, {due}. {REBUILD}")
 
     def _read_header(self, file: IO[bytes]) -> None:
         """Set the counts and the dtype from the header of .idx; DataError if the file's size does not fit it."""
@@ -131,9 +130,8 @@ class IndexedDataset:
             raise DataError(f"{self.idx_path} is not an index of Megatron's format. {REBUILD}")
         _, version, code, sequences, documents = HEADER.unpack(header)
         if version != VERSION or code not in DTYPES:
-            raise DataError(
-                f"{self.idx_path} has version {version} and dtype code {code}, not readable here. {REBUILD}"
-            )
+            found = f"version {version} and dtype code {code}"
+            raise DataError(f"{self.idx_path} has {found}, not readable here. {REBUILD}")
         self.dtype = DTYPES[code]
         expected = HEADER.size + 12 * sequences + 8 * documents
         if size not in (expected, expected + sequences):  # one more byte per sequence: multimodal modes
@@ -203,9 +201,8 @@ class IndexedDataset:
     @cached_property
     def modes(self) -> np.ndarray | None:
         """Modality of each sequence, int8 (sequences,); None in files that hold text only."""
-        return (
-            self._read_index("i1", self._sequences, 12 * self._sequences + 8 * self._documents) if self._modes else None
-        )
+        offset = 12 * self._sequences + 8 * self._documents
+        return self._read_index("i1", self._sequences, offset) if self._modes else None
 
     def __len__(self) -> int:
         """Return the number of sequences."""
@@ -340,9 +337,8 @@ class IndexedWriter:
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.vocab_size:
             bad = high if high >= self.vocab_size else low
-            raise DataError(
-                f"{source} has id {bad} but vocab_size is {self.vocab_size}. Use the tokenizer of these shards."
-            )
+            problem = f"{source} has id {bad} but vocab_size is {self.vocab_size}"
+            raise DataError(f"{problem}. Use the tokenizer of these shards.")
         self._add_mask(tokens, source, mask)
         self._bin.write(tokens.astype(self.dtype).tobytes())
         self._lengths.append(len(tokens))

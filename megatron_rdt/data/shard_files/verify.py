@@ -9,15 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rdt.data.shard_files.block_hashes import (
-    SUFFIXES,
-    SUM_SUFFIX,
-    FileHashes,
-    find_changed_ranges,
-    hash_file,
-    list_shard_files,
-    read_block_hashes,
-)
+from megatron_rdt.data.shard_files import block_hashes
+from megatron_rdt.data.shard_files.block_hashes import SUFFIXES, SUM_SUFFIX, FileHashes
 from megatron_rdt.data.shard_files.corpus_manifest import MANIFEST, CorpusManifest, load_manifest
 from megatron_rdt.data.shard_files.index_check import CheckedIndex, check_index
 from megatron_rdt.data.shard_files.indexed import prefix_path
@@ -29,6 +22,7 @@ from megatron_rdt.errors import DataError
 from megatron_rdt.files import sha256_of
 
 LISTED_RANGES = 5  # per file
+Advance = Callable[[int], None]  # called with the number of bytes read since the last call
 
 
 @dataclass(frozen=True)
@@ -53,13 +47,11 @@ class Finding:
 def count_shard_bytes(manifest: CorpusManifest) -> int:
     """Count the bytes of the shards that `verify_corpus` reads."""
     prefixes = [manifest.directory / split / record["name"] for split, record in manifest.shard_records()]
-    files = [path for prefix in prefixes for path in list_shard_files(prefix) if path.suffix != SUM_SUFFIX]
+    files = [path for prefix in prefixes for path in block_hashes.list_shard_files(prefix) if path.suffix != SUM_SUFFIX]
     return sum(path.stat().st_size for path in files)
 
 
-def verify_corpus(
-    directory: str | Path, workers: int = 0, advance: Callable[[int], None] = lambda count: None
-) -> list[Finding]:
+def verify_corpus(directory: str | Path, workers: int = 0, advance: Advance = lambda count: None) -> list[Finding]:
     """Read every file of a corpus and compare it with the manifest and with the other files.
 
     Args:
@@ -95,9 +87,8 @@ def _check_manifest(manifest: CorpusManifest) -> Iterator[Finding]:
     """Yield contradictions within the manifest: vocabulary against dtype, totals against the shards' counts."""
     limit = int(np.iinfo(manifest.dtype).max) + 1
     if manifest.vocab_size > limit:
-        yield Finding(
-            MANIFEST, f"vocab_size is {manifest.vocab_size:,}, but dtype {manifest.dtype.name} holds {limit:,} ids"
-        )
+        limits = f"dtype {manifest.dtype.name} holds {limit:,} ids"
+        yield Finding(MANIFEST, f"vocab_size is {manifest.vocab_size:,}, but {limits}")
     for split, content in manifest.document["splits"].items():
         for key in ("tokens", "documents", "text_bytes"):
             records = content["shards"]
@@ -141,14 +132,9 @@ def _check_tokenizer(manifest: CorpusManifest) -> Iterator[Finding]:
 
 def _find_unknown_files(manifest: CorpusManifest) -> Iterator[Finding]:
     """Yield the files beside the shards that are not in the manifest."""
-    for split in manifest.document["splits"]:
-        folder = manifest.directory / split
-        known = {
-            f"{record['name']}{suffix}"
-            for name, record in manifest.shard_records()
-            if name == split
-            for suffix in (*SUFFIXES, SUM_SUFFIX)
-        }
+    for split, content in manifest.document["splits"].items():
+        folder, suffixes = manifest.directory / split, (*SUFFIXES, SUM_SUFFIX)
+        known = {f"{record['name']}{suffix}" for record in content["shards"] for suffix in suffixes}
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             if path.name not in known:
                 yield Finding(f"{split}/{path.name}", "it is not in the manifest, and nothing reads it", serious=False)
@@ -163,12 +149,10 @@ class _ShardCheck:
         advance: called with the number of bytes read.
     """
 
-    def __init__(
-        self, manifest: CorpusManifest, split: str, record: dict[str, Any], advance: Callable[[int], None]
-    ) -> None:
+    def __init__(self, manifest: CorpusManifest, split: str, record: dict[str, Any], advance: Advance) -> None:
         self.manifest, self.record, self.advance = manifest, record, advance
         self.name, self.prefix = f"{split}/{record['name']}", manifest.directory / split / record["name"]
-        self.block_hashes = read_block_hashes(self.prefix)
+        self.block_hashes = block_hashes.read_block_hashes(self.prefix)
         self.findings: list[Finding] = []
 
     def run(self) -> list[Finding]:
@@ -197,10 +181,8 @@ class _ShardCheck:
         hashes = self._hash_file(".idx", lambda offset, block: blocks.append(block))
         if hashes is None:
             return None
-        record = self.record
-        index = check_index(
-            b"".join(blocks), self.manifest.dtype, record["documents"], record["tokens"], record.get("sequences")
-        )
+        counts = self.record["documents"], self.record["tokens"], self.record.get("sequences")
+        index = check_index(b"".join(blocks), self.manifest.dtype, *counts)
         for first, end, problem in index.damages:
             self._report(".idx", f"{_format_range(first, end)} {problem}")
         self._compare_hash(".idx", hashes)
@@ -224,9 +206,8 @@ class _ShardCheck:
         counts = {"tokens": hashes.size // self.manifest.dtype.itemsize, "max_id": tokens.max_id}
         for key, value in counts.items():
             if key in self.record and self.record[key] != value:
-                self.findings.append(
-                    Finding(MANIFEST, f"{key} of {self.name} is {self.record[key]:,}, the shard says {value:,}")
-                )
+                problem = f"{key} of {self.name} is {self.record[key]:,}, the shard says {value:,}"
+                self.findings.append(Finding(MANIFEST, problem))
 
     def _check_mask(self) -> None:
         """Check .mask: one byte per token, each 0 or 1."""
@@ -259,7 +240,7 @@ class _ShardCheck:
             self.advance(len(block))
 
         try:
-            return hash_file(path, inspect_and_advance)
+            return block_hashes.hash_file(path, inspect_and_advance)
         except OSError as error:
             self._report(suffix, f"it cannot be read from byte {read:,} on: {error.strerror}")
             return None
@@ -275,15 +256,13 @@ class _ShardCheck:
             return True
         # The most specific explanation is reported: another file's content, a changed manifest, changed blocks. A bare
         # "it differs" is added only if nothing else was found in the file.
-        changed = [] if recorded is None else find_changed_ranges(hashes, *recorded)
+        changed = [] if recorded is None else block_hashes.find_changed_ranges(hashes, *recorded)
         other = self._find_file_with_hash(hashes.sha256)
         if other is not None:
             self._report(suffix, f"it has the content of {other}")
         elif fits_block_hashes:
-            file = f"{self.name}{suffix}"
-            problem = (
-                f"the hash of {file} is another, but the file fits {self.name}{SUM_SUFFIX}: one of them was changed"
-            )
+            file, sums = f"{self.name}{suffix}", f"{self.name}{SUM_SUFFIX}"
+            problem = f"the hash of {file} is another, but the file fits {sums}: one of them was changed"
             self.findings.append(Finding(MANIFEST, problem))
         elif changed:
             for first, end in changed[:LISTED_RANGES]:
@@ -333,10 +312,8 @@ class _TokenCheck:
         self.max_id = max(self.max_id, int(tokens.max()))
         if not self.bad_id and (self.max_id >= self.vocab_size or tokens.min() < 0):
             index = int(np.argmax((tokens < 0) | (tokens >= self.vocab_size)))
-            first = offset + index * size
-            self.bad_id = (
-                f"{_format_range(first, first + size)} hold id {tokens[index]}, vocab_size is {self.vocab_size}"
-            )
+            where = _format_range(offset + index * size, offset + (index + 1) * size)
+            self.bad_id = f"{where} hold id {tokens[index]}, vocab_size is {self.vocab_size}"
         if self.eos is None or self.ends is None or self.missing_eos:
             return
         # Documents low ... high - 1 end in this block.
@@ -346,10 +323,9 @@ class _TokenCheck:
         wrong = np.flatnonzero(tokens[last_tokens - begin] != self.eos)
         if len(wrong):
             last = int(last_tokens[wrong[0]])
-            self.missing_eos = (
-                f"{_format_range(last * size, last * size + size)} hold id {tokens[last - begin]} at the end of document "
-                f"{low + wrong[0]}, not EOS, {self.eos}"
-            )
+            where, document = _format_range(last * size, last * size + size), low + wrong[0]
+            held = f"id {tokens[last - begin]} at the end of document {document}"
+            self.missing_eos = f"{where} hold {held}, not EOS, {self.eos}"
 
 
 def _format_range(first: int, end: int) -> str:

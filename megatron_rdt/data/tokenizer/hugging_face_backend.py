@@ -43,9 +43,8 @@ class HuggingFaceBackend:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
-            raise DataError(
-                f"{file} is not a tokenizer.json of the library tokenizers ({error}). Use another."
-            ) from None
+            problem = f"{file} is not a tokenizer.json of the library tokenizers ({error})"
+            raise DataError(f"{problem}. Use another.") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True

@@ -3,18 +3,7 @@
 import re
 from typing import Any
 
-from megatron_rdt.data.tokenizer.sentencepiece_backend import (
-    CONTROL,
-    KINDS,
-    NORMAL,
-    SPACE,
-    UNKNOWN,
-    USER_DEFINED,
-    is_lossless,
-    may_split_texts,
-    parse_model,
-    segment_pattern,
-)
+from megatron_rdt.data.tokenizer import sentencepiece_backend as spm
 
 # A unigram model of the tokenizers library would use any piece in a text, special and byte pieces included. With this score
 # it never does, because the characters of each such piece are pieces too and score higher together.
@@ -28,18 +17,18 @@ def build_tokenizer_json(model: bytes) -> dict[str, Any] | None:
         The document; None for a model that does not convert exactly: one that normalises, a unigram model whose scores are
         not on the grid, a word or a character model.
     """
-    parsed = parse_model(model)
-    kind = KINDS[parsed.trainer_spec.model_type]
-    if kind == "spm-bpe" and is_lossless(parsed) and not _has_piece_matching(parsed, f"[^{SPACE}]{SPACE}"):
-        return _build_document(parsed, f"{SPACE}*[^{SPACE}]+|{SPACE}+", _build_bpe(parsed))
-    if may_split_texts(parsed):
-        return _build_document(parsed, segment_pattern(SPACE), _build_unigram(parsed))
+    parsed = spm.parse_model(model)
+    kind = spm.KINDS[parsed.trainer_spec.model_type]
+    if kind == "spm-bpe" and spm.is_lossless(parsed) and not _has_piece_matching(parsed, f"[^{spm.SPACE}]{spm.SPACE}"):
+        return _build_document(parsed, f"{spm.SPACE}*[^{spm.SPACE}]+|{spm.SPACE}+", _build_bpe(parsed))
+    if spm.may_split_texts(parsed):
+        return _build_document(parsed, spm.segment_pattern(spm.SPACE), _build_unigram(parsed))
     return None
 
 
 def _has_piece_matching(parsed: Any, pattern: str) -> bool:
     """Return True if the pattern occurs in any normal piece."""
-    return any(piece.type == NORMAL and re.search(pattern, piece.piece, re.DOTALL) for piece in parsed.pieces)
+    return any(piece.type == spm.NORMAL and re.search(pattern, piece.piece, re.DOTALL) for piece in parsed.pieces)
 
 
 def _build_document(parsed: Any, segment: str, model: dict[str, Any]) -> dict[str, Any]:
@@ -58,28 +47,23 @@ def _build_document(parsed: Any, segment: str, model: dict[str, Any]) -> dict[st
             "lstrip": False,
             "rstrip": False,
             "normalized": False,
-            "special": piece.type in (CONTROL, UNKNOWN),
+            "special": piece.type in (spm.CONTROL, spm.UNKNOWN),
         }
         for i, piece in enumerate(parsed.pieces)
-        if piece.type in (CONTROL, UNKNOWN, USER_DEFINED)
+        if piece.type in (spm.CONTROL, spm.UNKNOWN, spm.USER_DEFINED)
     ]
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": added,
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
-        "pre_tokenizer": {
-            "type": "Split",
-            "pattern": {"Regex": segment},
-            "behavior": "Isolated",
-            "invert": False,
-        },
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": spm.SPACE},
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": segment}, "behavior": "Isolated", "invert": False},
         "post_processor": None,
         "decoder": {
             "type": "Sequence",
             "decoders": [
-                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                {"type": "Replace", "pattern": {"String": spm.SPACE}, "content": " "},
                 {"type": "ByteFallback"},
                 {"type": "Fuse"},
             ],
@@ -95,7 +79,7 @@ def _build_bpe(parsed: Any) -> dict[str, Any]:
     is a merge, and merges are ordered by the score of the piece they make.
     """
     vocabulary = {piece.piece: i for i, piece in enumerate(parsed.pieces)}
-    normal = {piece.piece: piece.score for piece in parsed.pieces if piece.type == NORMAL}
+    normal = {piece.piece: piece.score for piece in parsed.pieces if piece.type == spm.NORMAL}
     merges = [
         (-score, vocabulary[piece], cut, [piece[:cut], piece[cut:]])
         for piece, score in normal.items()
@@ -105,7 +89,7 @@ def _build_bpe(parsed: Any) -> dict[str, Any]:
     return {
         "type": "BPE",
         "dropout": None,
-        "unk_token": next((piece.piece for piece in parsed.pieces if piece.type == UNKNOWN), None),
+        "unk_token": next((piece.piece for piece in parsed.pieces if piece.type == spm.UNKNOWN), None),
         "continuing_subword_prefix": None,
         "end_of_word_suffix": None,
         "fuse_unk": True,
@@ -120,7 +104,9 @@ def _build_unigram(parsed: Any) -> dict[str, Any]:
     """Build the part "model" of a unigram model: pieces with their scores."""
     return {
         "type": "Unigram",
-        "unk_id": next(i for i, piece in enumerate(parsed.pieces) if piece.type == UNKNOWN),
+        "unk_id": next(i for i, piece in enumerate(parsed.pieces) if piece.type == spm.UNKNOWN),
         "byte_fallback": True,
-        "vocab": [[piece.piece, piece.score if piece.type == NORMAL else EXCLUDED_SCORE] for piece in parsed.pieces],
+        "vocab": [
+            [piece.piece, piece.score if piece.type == spm.NORMAL else EXCLUDED_SCORE] for piece in parsed.pieces
+        ],
     }

@@ -6,13 +6,11 @@ Shapes: (batch, heads, sequence, head_dim).
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.attention.kernels import attend
-from megatron_rdt.model.attention.kv_cache import KeyValueCache
-from megatron_rdt.model.attention.masks import drop_keys_before_window
 from megatron_rdt.model.attention.mla import LatentAttention
 from megatron_rdt.model.attention.rope import rotate
 from megatron_rdt.model.forward_context import LayerContext
@@ -38,11 +36,11 @@ class TokenValues(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.kv_heads * config.head_dim))
         self.gate = Linear(min(VALUE_GATE_CHANNELS, config.dim), config.kv_heads)
 
-    def look_up(self, tokens: torch.Tensor) -> torch.Tensor:
+    def look_up(self, tokens: Tensor) -> Tensor:
         """Return the tokens' rows of the table, (batch, sequence) -> (batch, sequence, kv_heads * head_dim)."""
         return functional.embedding(tokens, self.weight)
 
-    def forward(self, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, values: Tensor) -> Tensor:
         """Gate the looked-up values by the layer's input x: (batch, sequence, kv_heads * head_dim)."""
         gate = 2 * torch.sigmoid(self.gate(x[..., : self.gate.weight.shape[1]]))
         return (gate.unsqueeze(-1) * values.to(x.dtype).unflatten(-1, (-1, self.head_dim))).flatten(-2)
@@ -69,21 +67,12 @@ class GroupedQueryAttention(nn.Module):
         self.key_bias = nn.Parameter(torch.empty(keys)) if config.qk_bias else None
         self.token_values = TokenValues(config) if has_value_embedding(config, index) else None
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        context: LayerContext,
-        cache: KeyValueCache | None = None,
-        slot: int = 0,
-        token_values: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, context: LayerContext, token_values: Tensor | None = None) -> Tensor:
         """Attend over (batch, sequence, dim).
 
         Args:
             x: normalised input in the compute dtype.
-            context: rotary tables and mask.
-            cache: keys and values of earlier positions, extended in place.
-            slot: cache slot of this (iteration, layer).
+            context: rotary tables, mask, and the cache with the slot of this (iteration, layer).
             token_values: from `token_values.look_up` for the tokens, where the layer has value embeddings.
         """
         batch, sequence, _ = x.shape
@@ -93,21 +82,15 @@ class GroupedQueryAttention(nn.Module):
         if self.token_values is not None:
             assert token_values is not None, "whoever calls the layer looks the token values up"
             value = value + self.token_values(x, token_values)
-        value = self._split_heads(value)
-        if cache is not None:
-            key, value = cache.update(slot, context.start, key, value)
-        key, value = context.token_split.gather_keys(key, value)
-        mask, (key, value) = drop_keys_before_window(self.window, context.start, context.mask, key, value)
+        mask, (key, value) = context.visible_keys(self.window, key, self._split_heads(value))
         attended = attend(query, key, value, mask)
         return self.output(attended.transpose(1, 2).reshape(batch, sequence, -1))
 
-    def _split_heads(self, x: torch.Tensor) -> torch.Tensor:
+    def _split_heads(self, x: Tensor) -> Tensor:
         """(batch, sequence, heads * head_dim) -> (batch, heads, sequence, head_dim)."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def _rotate_heads(
-        self, x: torch.Tensor, bias: torch.Tensor | None, norm: RMSNorm | None, context: LayerContext
-    ) -> torch.Tensor:
+    def _rotate_heads(self, x: Tensor, bias: Tensor | None, norm: RMSNorm | None, context: LayerContext) -> Tensor:
         """Apply bias, norm and rotation to queries or keys; return (batch, heads, sequence, head_dim)."""
         if bias is not None:
             x = x + bias.to(x.dtype)
@@ -119,8 +102,6 @@ class GroupedQueryAttention(nn.Module):
         return rotate(x, *context.rotary, self.pairing)
 
 
-ATTENTIONS: dict[str, type[GroupedQueryAttention] | type[LatentAttention]] = {
-    "gqa": GroupedQueryAttention,
-    "mla": LatentAttention,
-}
+Attention = GroupedQueryAttention | LatentAttention
+ATTENTIONS: dict[str, type[Attention]] = {"gqa": GroupedQueryAttention, "mla": LatentAttention}
 """Choices of `model.attention`."""

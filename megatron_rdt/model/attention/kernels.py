@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from megatron_rdt.config import ModelConfig
@@ -29,7 +30,7 @@ class BlockwiseMask:
         device: of the queries.
     """
 
-    def __init__(self, sequence: int, window: int, documents: torch.Tensor | None, device: torch.device) -> None:
+    def __init__(self, sequence: int, window: int, documents: Tensor | None, device: torch.device) -> None:
         from torch.nn.attention.flex_attention import BlockMask
 
         self.sequence, self.window, self.documents, self.device = sequence, window, documents, device
@@ -43,11 +44,11 @@ class BlockwiseMask:
             seq_lengths=(sequence, sequence),
         )
 
-    def _visibility_rule(self) -> Callable[..., torch.Tensor]:
+    def _visibility_rule(self) -> Callable[..., Tensor]:
         """Return FlexAttention's `mask_mod`: True if query position q of sequence b sees key position k."""
         window, documents = self.window, self.documents
 
-        def is_visible(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        def is_visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             seen = k <= q
             if window:
                 seen = seen & (k > q - window)
@@ -57,7 +58,7 @@ class BlockwiseMask:
 
         return is_visible
 
-    def _classify_blocks(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _classify_blocks(self) -> tuple[Tensor, Tensor]:
         """Return the blocks with anything visible and those visible in full, (batch or 1, 1, query blocks, key blocks).
 
         Computed from the first and last position of each block: (sequence, sequence) never exists. The first result may
@@ -85,18 +86,18 @@ class BlockwiseMask:
             full = full & (queries[0] == keys[1]) & (keys[0] == queries[1])
         return some, full
 
-    def rows(self, rows: torch.Tensor | slice) -> "BlockwiseMask":
+    def rows(self, rows: Tensor | slice) -> "BlockwiseMask":
         """Return the mask of some of the sequences; the same object where nothing changes."""
         if self.documents is None or (isinstance(rows, slice) and rows == slice(len(self.documents))):
             return self
         return BlockwiseMask(self.sequence, self.window, self.documents[rows], self.device)
 
 
-Mask = torch.Tensor | BlockwiseMask | None
+Mask = Tensor | BlockwiseMask | None
 """A boolean tensor, True where a query sees a key, broadcastable to (batch, heads, queries, keys); None is causal."""
 
 
-def _list_blocks(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _list_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Return the number of True blocks per row, and the indices of all blocks with the True ones first; int32."""
     indices = blocks.int().argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32), indices.int()
@@ -104,12 +105,12 @@ def _list_blocks(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def model_mask(
     config: ModelConfig,
-    tokens: torch.Tensor,
+    tokens: Tensor,
     start: int,
     dtype: torch.dtype,
     has_cache: bool,
-    documents: torch.Tensor | None,
-    mask: torch.Tensor | None,
+    documents: Tensor | None,
+    mask: Tensor | None,
     token_split: WholeTokens = WHOLE_TOKENS,
 ) -> Mask:
     """Return the mask of a forward pass, in the form that is fastest on the device of the tokens.
@@ -145,13 +146,7 @@ def model_mask(
     return attention_mask(length, start, config.window, documents, tokens.device, mask, queries)
 
 
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: Mask,
-    scale: float | None = None,
-) -> torch.Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float | None = None) -> Tensor:
     """Softmax attention, (batch, heads, queries, channels of the values).
 
     Args:
@@ -176,9 +171,7 @@ def attend(
     )
 
 
-def _attend_by_group(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float | None
-) -> torch.Tensor:
+def _attend_by_group(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """`attend` for few queries and many keys: the query heads of a group become further queries of one head.
 
     SDPA would copy the keys once for each query head of the group. Here None means that all keys are seen.

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
+from torch import Tensor
 
 GROWTH = 64
 
@@ -11,7 +11,7 @@ GROWTH = 64
 class KeyValueCache(Protocol):
     """The part of a cache that attention uses: one slot per (iteration, layer)."""
 
-    def update(self, slot: int, start: int, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def update(self, slot: int, start: int, *new: Tensor) -> tuple[Tensor, ...]:
         """Write tensors (batch, ..., new, channels) at positions `start` ... of `slot`; return all of it, oldest first."""
 
 
@@ -49,10 +49,10 @@ class KVCache:
         if budget < 0:
             raise ValueError(f"the cache budget is {budget}; give a number of iterations, or 0 for all")
         self.budget = budget
-        self._buffers: dict[int, list[torch.Tensor]] = {}
+        self._buffers: dict[int, list[Tensor]] = {}
         self._length = 0
 
-    def update(self, slot: int, start: int, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def update(self, slot: int, start: int, *new: Tensor) -> tuple[Tensor, ...]:
         """Write tensors (batch, heads, new, channels) at positions `start` ... of `slot`; return all of it, oldest first."""
         end = start + new[0].shape[-2]
         buffers = self._reserve(slot, start, end, new)
@@ -68,9 +68,7 @@ class KVCache:
         for buffer, each in zip(self._reserve(target, start, end, given), given):
             buffer[..., start:end, :] = each[..., start:end, :]
 
-    def update_rows(
-        self, slot: int, rows: torch.Tensor, positions: torch.Tensor, end: int, *new: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
+    def update_rows(self, slot: int, rows: Tensor, positions: Tensor, end: int, *new: Tensor) -> tuple[Tensor, ...]:
         """Write at some positions of some rows; return the first `end` positions of these rows.
 
         Args:
@@ -87,12 +85,12 @@ class KVCache:
             result.append(seen if len(rows) == len(buffer) else seen[rows])
         return tuple(result)
 
-    def keep_rows(self, rows: torch.Tensor) -> None:
+    def keep_rows(self, rows: Tensor) -> None:
         """Drop all sequences but `rows`, (rows,)."""
         for buffers in self._buffers.values():
             buffers[:] = [buffer[rows] for buffer in buffers]
 
-    def _reserve(self, slot: int, start: int, end: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _reserve(self, slot: int, start: int, end: int, like: Sequence[Tensor]) -> list[Tensor]:
         """Return the buffers of a slot with capacity for `end` positions, the first `start` of them kept."""
         buffers = self._buffers.get(slot)
         if buffers is None or buffers[0].shape[-2] < end:
@@ -117,7 +115,7 @@ class KVCache:
         return sum(b[..., :1, :].numel() for buffers in self._buffers.values() for b in buffers)
 
 
-def _grow_buffer(like: torch.Tensor, start: int, end: int, old: torch.Tensor) -> torch.Tensor:
+def _grow_buffer(like: Tensor, start: int, end: int, old: Tensor) -> Tensor:
     """Return a buffer for at least `end` positions that holds the first `start` of `old`.
 
     Its capacity at least doubles, so appending n positions one by one copies O(n) of them.

@@ -3,17 +3,18 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def attention_mask(
     sequence: int,
     start: int,
     window: int,
-    documents: torch.Tensor | None,
+    documents: Tensor | None,
     device: torch.device,
-    mask: torch.Tensor | None = None,
-    queries: torch.Tensor | None = None,
-) -> torch.Tensor | None:
+    mask: Tensor | None = None,
+    queries: Tensor | None = None,
+) -> Tensor | None:
     """Return a mask that is True where a query sees a key; None for the plain causal mask, which kernels have built in.
 
     Args:
@@ -41,9 +42,7 @@ def attention_mask(
     return seen
 
 
-def drop_keys_before_window(
-    window: int, start: int, mask: Any, *keys: torch.Tensor
-) -> tuple[Any, tuple[torch.Tensor, ...]]:
+def drop_keys_before_window(window: int, start: int, mask: Any, *keys: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
     """Cut off the keys that even the first query, at position `start`, no longer sees.
 
     So a decoding step costs the window, not the whole past.
@@ -63,7 +62,7 @@ def drop_keys_before_window(
     return mask[..., first:], tuple(each[..., first:, :] for each in keys)
 
 
-def padded_mask(sequence: int, start: int, padding: torch.Tensor) -> torch.Tensor:
+def padded_mask(sequence: int, start: int, padding: Tensor) -> Tensor:
     """Return the causal mask (batch, 1, sequence, keys) of rows whose first positions hold no token.
 
     Args:

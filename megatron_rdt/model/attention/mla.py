@@ -11,12 +11,10 @@ into the queries and W_uv into the output: attention runs on the latents as one 
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.attention.kernels import Mask, attend
-from megatron_rdt.model.attention.kv_cache import KeyValueCache
-from megatron_rdt.model.attention.masks import drop_keys_before_window
 from megatron_rdt.model.attention.rope import rotate
 from megatron_rdt.model.forward_context import LayerContext
 from megatron_rdt.model.linear import Linear
@@ -31,12 +29,7 @@ class LatentAttention(nn.Module):
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.pairing, self.window = config.rope_pairing, config.window
-        self.nope, self.rope, self.value, self.rank = (
-            config.nope_dim,
-            config.rope_dim,
-            config.value_dim,
-            config.kv_rank,
-        )
+        self.nope, self.rope, self.value, self.rank = config.nope_dim, config.rope_dim, config.value_dim, config.kv_rank
         query_in = config.query_rank or config.dim
         self.query_down = Linear(config.dim, config.query_rank) if config.query_rank else None
         self.query_norm = RMSNorm(config.query_rank, config.norm_eps) if config.query_rank else None
@@ -46,14 +39,7 @@ class LatentAttention(nn.Module):
         self.latent_up = Linear(self.rank, config.heads * (self.nope + self.value))
         self.output = Linear(config.heads * self.value, config.dim)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        context: LayerContext,
-        cache: KeyValueCache | None = None,
-        slot: int = 0,
-        token_values: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, context: LayerContext, token_values: Tensor | None = None) -> Tensor:
         """Attend over (batch, sequence, dim); see `GroupedQueryAttention.forward`."""
         query = x
         if self.query_down is not None and self.query_norm is not None:
@@ -65,13 +51,9 @@ class LatentAttention(nn.Module):
         latent = self.latent_norm(latent).to(x.dtype)
         # Latent and rotary key are one tensor (batch, 1, sequence, rank + rope): one entry in the cache, one gather.
         keys = torch.cat((latent, rotate(key_rope, *context.rotary, self.pairing)), dim=-1)
-        if cache is not None:
-            (keys,) = cache.update(slot, context.start, keys)
-        (keys,) = context.token_split.gather_keys(keys)
-        mask, (keys,) = drop_keys_before_window(self.window, context.start, context.mask, keys)
-        attend_to = (
-            self._attend_absorbed if self.is_absorbing_cheaper(x.shape[1], keys.shape[2]) else self._attend_expanded
-        )
+        mask, (keys,) = context.visible_keys(self.window, keys)
+        absorbs = self.is_absorbing_cheaper(x.shape[1], keys.shape[2])
+        attend_to = self._attend_absorbed if absorbs else self._attend_expanded
         return self.output(attend_to(nope, rope, keys, mask).transpose(1, 2).flatten(-2))
 
     def is_absorbing_cheaper(self, queries: int, keys: int) -> bool:
@@ -80,7 +62,7 @@ class LatentAttention(nn.Module):
         added = queries * keys * (2 * self.rank - self.nope - self.value)
         return keys > queries and added <= spared
 
-    def _attend_expanded(self, nope: torch.Tensor, rope: torch.Tensor, keys: torch.Tensor, mask: Mask) -> torch.Tensor:
+    def _attend_expanded(self, nope: Tensor, rope: Tensor, keys: Tensor, mask: Mask) -> Tensor:
         """Attend with the keys and values of every head: (batch, heads, sequence, value_dim)."""
         latent, key_rope = keys.split((self.rank, self.rope), dim=-1)
         up = self.latent_up(latent.squeeze(1)).unflatten(-1, (-1, self.nope + self.value)).transpose(1, 2)
@@ -88,7 +70,7 @@ class LatentAttention(nn.Module):
         key = torch.cat((key_nope, key_rope.expand(-1, key_nope.shape[1], -1, -1)), dim=-1)
         return attend(torch.cat((nope, rope), dim=-1), key, value, mask)
 
-    def _attend_absorbed(self, nope: torch.Tensor, rope: torch.Tensor, keys: torch.Tensor, mask: Mask) -> torch.Tensor:
+    def _attend_absorbed(self, nope: Tensor, rope: Tensor, keys: Tensor, mask: Mask) -> Tensor:
         """Attend to the latents themselves: (batch, heads, sequence, value_dim), equal to `_attend_expanded`.
 
         q . (W_uk latent) = (W_uk^T q) . latent, and the sum of W_uv latent is W_uv times the sum: the same products in

@@ -5,11 +5,10 @@ load from the meta device could leave uninitialised.
 """
 
 import torch
+from torch import Tensor
 
 
-def rotary_tables(
-    positions: torch.Tensor, head_dim: int, base: float, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_tables(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the cosines and sines of every position's angles.
 
     Args:
@@ -28,16 +27,16 @@ def rotary_tables(
     return angles.cos().to(dtype).unsqueeze(-3), angles.sin().to(dtype).unsqueeze(-3)
 
 
-def _supports_complex_product(x: torch.Tensor, table: torch.Tensor) -> bool:
+def _supports_complex_product(x: Tensor, table: Tensor) -> bool:
     """Return True if `x` can be rotated as complex numbers, which is faster where it works.
 
     It does on an eager CPU. A compiler generates no code for complex numbers; bfloat16 and sharded tensors have none.
     """
     wide = x.dtype in (torch.float32, torch.float64) and x.dtype == table.dtype
-    return wide and x.device.type == "cpu" and type(x) is torch.Tensor and not torch.compiler.is_compiling()
+    return wide and x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
 
 
-def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, pairing: str = "half") -> torch.Tensor:
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor, pairing: str = "half") -> Tensor:
     """Rotate the channel pairs of (batch, heads, sequence, head_dim) by the angles of their positions.
 
     Channel i pairs with i + head_dim / 2 ("half"), or channel 2i with 2i + 1 ("adjacent").

@@ -1,6 +1,7 @@
 """The tokens of a forward pass that still iterate, gathered so that nothing is computed for the others."""
 
 import torch
+from torch import Tensor
 
 from megatron_rdt.model.attention.kv_cache import KVCache
 from megatron_rdt.model.forward_context import LayerContext
@@ -22,7 +23,7 @@ class ActiveTokens:
         columns: (rows, columns) indices of their active tokens in the sequence.
     """
 
-    def __init__(self, running: torch.Tensor) -> None:
+    def __init__(self, running: Tensor) -> None:
         counts = running.sum(1)
         self.size = int(counts.sum())
         self.is_all = self.size == running.numel()
@@ -36,11 +37,11 @@ class ActiveTokens:
         repeat_last = torch.arange(most, device=running.device).minimum(counts[:, None] - 1)
         self.columns = active_first.gather(1, repeat_last)
 
-    def take(self, x: torch.Tensor) -> torch.Tensor:
+    def take(self, x: Tensor) -> Tensor:
         """Gather the active tokens, (batch, sequence, ...) -> (rows, columns, ...)."""
         return x if self.is_all else x[self.rows[:, None], self.columns]
 
-    def put(self, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def put(self, x: Tensor, values: Tensor) -> Tensor:
         """Return x (batch, sequence, ...) with the active tokens' values (rows, columns, ...); x may be overwritten."""
         if self.is_all:
             return values
@@ -56,17 +57,11 @@ class ActiveTokens:
             # The kernels' causal mode needs consecutive queries; with gaps the mask has to be spelt out.
             shape = tokens.shape[1], context.start + tokens.shape[1]
             mask = torch.ones(shape, dtype=torch.bool, device=tokens.device).tril(context.start)
-        assert isinstance(mask, torch.Tensor), "a pass with a cache has no blockwise mask"
+        assert isinstance(mask, Tensor), "a pass with a cache has no blockwise mask"
         rotary = tuple(self._select_queries(table) for table in context.rotary)
-        return LayerContext(
-            rotary,  # type: ignore[arg-type]
-            self._select_queries(mask),
-            context.compute_dtype,
-            self.take(tokens),
-            context.start,
-        )
+        return context.replace(rotary=rotary, mask=self._select_queries(mask), tokens=self.take(tokens))
 
-    def _select_queries(self, table: torch.Tensor) -> torch.Tensor:
+    def _select_queries(self, table: Tensor) -> Tensor:
         """Select the active tokens of a table: (batch or 1, heads or 1, sequence, ...) -> (rows, heads, columns, ...).
 
         The two leading dimensions may be missing.
@@ -95,7 +90,7 @@ class ActiveCache:
         self.cache, self.active, self.start, self.end, self.back = cache, active, start, end, back
         self.positions = start + active.columns
 
-    def update(self, slot: int, start: int, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def update(self, slot: int, start: int, *new: Tensor) -> tuple[Tensor, ...]:
         """Write tensors (rows, heads, columns, channels) of the active tokens; return all positions of their rows."""
         self.cache.copy_slot(slot - self.back, slot, self.start, self.end)
         return self.cache.update_rows(slot, self.active.rows, self.positions, self.end, *new)

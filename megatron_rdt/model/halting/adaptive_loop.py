@@ -10,15 +10,16 @@ slots of its own per iteration, which are copied in the same way.
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from megatron_rdt.model.attention.kv_cache import KeyValueCache, KVCache
+from megatron_rdt.model.attention.kv_cache import DepthCache, KVCache
 from megatron_rdt.model.core import RecurrentCore
 from megatron_rdt.model.forward_context import LayerContext, LoopInputs
 from megatron_rdt.model.halting.active_tokens import ActiveCache, ActiveTokens
 from megatron_rdt.model.halting.exit_rules import CRITERIA, ActMixture, ExitRule, ExitTrace, IterationResult
 
-Predict = Callable[[torch.Tensor, LayerContext, KeyValueCache, int], torch.Tensor]
-"""Coda and output matrix: logits (rows, columns, vocab_size) from the coda's input, context, cache and first slot."""
+Predict = Callable[[Tensor, LayerContext], Tensor]
+"""Coda and output matrix: logits (rows, columns, vocab_size) from the coda's input and the context of its first layer."""
 
 
 class AdaptiveLoop:
@@ -27,41 +28,44 @@ class AdaptiveLoop:
     Args:
         rule: decides which tokens stop.
         loops: T, the most iterations.
-        cache: extended by the pass.
+        cache: extended by the pass; that of the pass's context.
         predict: coda and output matrix of the model.
         coda_layers: number of slots that the coda takes.
         padding: (batch, sequence), True where there is no token; such positions run one iteration, which defines the
             cache there.
         trace: receives the iterations of each token.
+
+    Raises:
+        ValueError: the cache is not a `KVCache`, so it cannot copy slots.
     """
 
     def __init__(
         self,
         rule: ExitRule,
         loops: int,
-        cache: KVCache,
+        cache: DepthCache,
         predict: Predict,
         coda_layers: int,
-        padding: torch.Tensor | None = None,
+        padding: Tensor | None = None,
         trace: ExitTrace | None = None,
     ) -> None:
+        if not isinstance(cache, KVCache):
+            raise ValueError(f"an exit rule needs a KVCache, not a {type(cache).__name__}")
         self.rule, self.loops, self.cache, self.predict = rule, loops, cache, predict
         self.coda_slots = coda_layers if rule.predicts else 0
         self.padding, self.trace = padding, trace
 
     @torch.no_grad()
-    def run(
-        self, core: RecurrentCore, state: torch.Tensor, inputs: LoopInputs, first_slot: int
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def run(self, core: RecurrentCore, state: Tensor, inputs: LoopInputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Iterate each token until it meets the rule; return the coda's input, and the logits if the rule needs them.
 
         Returns:
             The coda's input from each token's last iteration, (batch, sequence, dim), and, where the rule looks at
             predictions, {"logits": those of each token's last iteration}.
         """
-        tokens = inputs.context.tokens
+        tokens, start, first_slot = inputs.context.tokens, inputs.context.start, inputs.context.slot
         running = torch.ones_like(tokens, dtype=torch.bool)
-        end = inputs.context.start + tokens.shape[1]
+        end = start + tokens.shape[1]
         criterion = CRITERIA[self.rule.kind](self.rule, core.halting)
         mixture, collapse = self._make_mixture(core), core.injection.collapse
         used, hits = torch.zeros_like(tokens), torch.zeros_like(tokens)
@@ -70,22 +74,19 @@ class AdaptiveLoop:
         active, part = ActiveTokens(running), inputs
         answers = logits = halted = new = None
         for t in range(self.loops):
-            slot, previous_slot = (
-                self._iteration_slot(core, first_slot, t),
-                self._iteration_slot(core, first_slot, t - 1),
-            )
-            cache: KeyValueCache = self.cache
+            slot = self._iteration_slot(core, first_slot, t)
             if not active.is_all:
-                cache = ActiveCache(self.cache, active, inputs.context.start, end, slot - previous_slot)
+                back = slot - self._iteration_slot(core, first_slot, t - 1)
+                part.context.cache = ActiveCache(self.cache, active, start, end, back)
             before = active.take(state)
-            after = core.iterate(before, torch.full((len(before),), t, device=state.device), part, cache, slot)
+            after = core.iterate(before, torch.full((len(before),), t, device=state.device), part, slot)
             state = active.put(state, after)
             reached = answer = collapse(after)
             if mixture is not None:
                 # A model with ACT is trained to predict from the mixture of its states, not from the last one.
                 answer, halted = mixture.update(active, reached)
             if self.rule.predicts:
-                new = self.predict(core.coda_input(answer), part.context, cache, slot + len(core.layers))
+                new = self.predict(core.coda_input(answer), part.context.at_slot(slot + len(core.layers)))
                 logits = new if logits is None else active.put(logits, new)
             answers = answer if answers is None else active.put(answers, answer)
             used = active.put(used, used.new_full(after.shape[:2], t + 1))
@@ -104,7 +105,7 @@ class AdaptiveLoop:
             if left < active.size:
                 active = ActiveTokens(running)
                 part = gather_inputs(inputs, active)
-        self._fill_later_slots(core, first_slot, t, inputs.context.start, end)
+        self._fill_later_slots(core, first_slot, t, start, end)
         if self.trace is not None:
             self.trace.iterations = used if self.padding is None else used.masked_fill(self.padding, 0)
         assert answers is not None

@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from megatron_rdt.model.halting.active_tokens import ActiveTokens
 from megatron_rdt.model.halting.trained import HaltingUnit
@@ -60,9 +61,9 @@ class ExitTrace:
     """
 
     def __init__(self) -> None:
-        self.iterations: torch.Tensor | None = None
+        self.iterations: Tensor | None = None
 
-    def fill(self, loops: tuple[int, ...], tokens: torch.Tensor, is_padding: torch.Tensor | None) -> None:
+    def fill(self, loops: tuple[int, ...], tokens: Tensor, is_padding: Tensor | None) -> None:
         """Record that every token (batch, sequence) of row i ran loops[i] iterations, and padding none."""
         iterations = torch.tensor(loops, device=tokens.device)[:, None].expand(tokens.shape)
         self.iterations = iterations if is_padding is None else iterations.masked_fill(is_padding, 0)
@@ -80,10 +81,10 @@ class IterationResult:
     """
 
     active: ActiveTokens
-    previous: torch.Tensor
-    state: torch.Tensor
-    logits: torch.Tensor | None
-    halted: torch.Tensor | None
+    previous: Tensor
+    state: Tensor
+    logits: Tensor | None
+    halted: Tensor | None
 
 
 class Criterion:
@@ -99,7 +100,7 @@ class Criterion:
     def __init__(self, rule: ExitRule, unit: HaltingUnit | None) -> None:
         self.rule, self.unit = rule, unit
 
-    def is_met(self, seen: IterationResult) -> torch.Tensor | None:
+    def is_met(self, seen: IterationResult) -> Tensor | None:
         """Return (rows, columns) booleans, True for tokens that meet the rule; None if none can."""
         raise NotImplementedError
 
@@ -107,7 +108,7 @@ class Criterion:
 class ChangeCriterion(Criterion):
     """Met where the state changes little."""
 
-    def is_met(self, seen: IterationResult) -> torch.Tensor:
+    def is_met(self, seen: IterationResult) -> Tensor:
         """Return |h_t - h_(t-1)| < E |h_t|."""
         return _norm(seen.state - seen.previous) < self.rule.threshold * _norm(seen.state)
 
@@ -115,9 +116,9 @@ class ChangeCriterion(Criterion):
 class SecondDifferenceCriterion(Criterion):
     """Met where the change of the state changes little."""
 
-    changes: torch.Tensor | None = None
+    changes: Tensor | None = None
 
-    def is_met(self, seen: IterationResult) -> torch.Tensor | None:
+    def is_met(self, seen: IterationResult) -> Tensor | None:
         """Return |h_t - 2 h_(t-1) + h_(t-2)| < E |h_t|, from the second iteration on."""
         change = seen.state - seen.previous
         if self.changes is None:
@@ -131,9 +132,9 @@ class SecondDifferenceCriterion(Criterion):
 class DivergenceCriterion(Criterion):
     """Met where the prediction changes little and, for kl_entropy, has a low entropy."""
 
-    before: torch.Tensor | None = None
+    before: Tensor | None = None
 
-    def is_met(self, seen: IterationResult) -> torch.Tensor | None:
+    def is_met(self, seen: IterationResult) -> Tensor | None:
         """Return KL(p_t || p_(t-1)) < E, from the second iteration on; with kl_entropy also H(p_t) < E'."""
         assert seen.logits is not None, "the loop predicts for this rule"
         wide = torch.promote_types(seen.logits.dtype, torch.float32)
@@ -153,7 +154,7 @@ class DivergenceCriterion(Criterion):
 class ActCriterion(Criterion):
     """Met where ACT's halting probabilities add up to the threshold."""
 
-    def is_met(self, seen: IterationResult) -> torch.Tensor:
+    def is_met(self, seen: IterationResult) -> Tensor:
         """Return sum of the halting probabilities >= E."""
         if seen.halted is None:
             raise ValueError("the exit rule act is for models with model.halting: act; choose another")
@@ -163,9 +164,9 @@ class ActCriterion(Criterion):
 class GateCriterion(Criterion):
     """Met where the exit gate's probability of having exited by now reaches the threshold."""
 
-    left: torch.Tensor | None = None
+    left: Tensor | None = None
 
-    def is_met(self, seen: IterationResult) -> torch.Tensor:
+    def is_met(self, seen: IterationResult) -> Tensor:
         """Return 1 - product of (1 - g_t) >= E."""
         if self.unit is None or seen.halted is not None:
             raise ValueError("the exit rule gate is for models with model.halting: gate; choose another")
@@ -187,10 +188,10 @@ class ActMixture:
 
     def __init__(self, unit: HaltingUnit, threshold: float) -> None:
         self.unit, self.threshold = unit, threshold
-        self.mixed: torch.Tensor | None = None
-        self.halted: torch.Tensor | None = None
+        self.mixed: Tensor | None = None
+        self.halted: Tensor | None = None
 
-    def update(self, active: ActiveTokens, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, active: ActiveTokens, state: Tensor) -> tuple[Tensor, Tensor]:
         """Add the states of the active tokens, (rows, columns, dim); return their answers and sums of probabilities.
 
         The answer is the mixture if the token stopped now: this state takes all the weight that is left.
@@ -222,6 +223,6 @@ CRITERIA: dict[str, type[Criterion]] = {
 """Exit rules by name; `fixed` needs none."""
 
 
-def _norm(x: torch.Tensor) -> torch.Tensor:
+def _norm(x: Tensor) -> Tensor:
     """Euclidean norm over the last dimension."""
     return torch.linalg.vector_norm(x, dim=-1)

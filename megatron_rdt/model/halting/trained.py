@@ -8,7 +8,7 @@ rewards the entropy of the exit distribution, so that no iteration is given up e
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_rdt.config import ModelConfig
 
@@ -24,7 +24,7 @@ class HaltingUnit(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.dim))
         self.bias = nn.Parameter(torch.empty(1))
 
-    def forward(self, state: torch.Tensor) -> torch.Tensor:
+    def forward(self, state: Tensor) -> Tensor:
         """Return the halting probabilities, float32 or wider."""
         wide = torch.promote_types(state.dtype, torch.float32)
         return torch.sigmoid(state.to(wide) @ self.weight.to(wide) + self.bias.to(wide))
@@ -42,11 +42,11 @@ class ActTracker:
 
     def __init__(self, unit: HaltingUnit, threshold: float) -> None:
         self.unit, self.threshold = unit, threshold
-        self.cumulative: torch.Tensor | None = None
-        self.output: torch.Tensor | None = None
-        self.ponder: torch.Tensor | None = None
+        self.cumulative: Tensor | None = None
+        self.output: Tensor | None = None
+        self.ponder: Tensor | None = None
 
-    def update(self, state: torch.Tensor, last: bool) -> None:
+    def update(self, state: Tensor, last: bool) -> None:
         """Add the state after an iteration, (sequences, tokens, dim); sequences that just joined are the last rows."""
         probability = self.unit(state)
         cumulative = _extend_sums(self.cumulative, probability)
@@ -63,14 +63,14 @@ class ActTracker:
         self.output = output + weight.unsqueeze(-1) * state
         self.cumulative = torch.where(running, torch.where(stops, 1.0, cumulative + probability), cumulative)
 
-    def result(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def result(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mixed state, and {"ponder": (sequences, tokens)}."""
         assert self.output is not None
         assert self.ponder is not None
         return self.output, {"ponder": self.ponder}
 
 
-def _extend_sums(sums: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+def _extend_sums(sums: Tensor | None, like: Tensor) -> Tensor:
     """Return running sums with as many rows as `like`: zeros for the sequences that have just joined."""
     if sums is None:
         return torch.zeros_like(like)
@@ -87,11 +87,11 @@ class GateTracker:
 
     def __init__(self, unit: HaltingUnit) -> None:
         self.unit = unit
-        self.states: list[torch.Tensor] = []
-        self.probabilities: list[torch.Tensor] = []
-        self._left: torch.Tensor | None = None
+        self.states: list[Tensor] = []
+        self.probabilities: list[Tensor] = []
+        self._left: Tensor | None = None
 
-    def update(self, state: torch.Tensor, last: bool) -> None:
+    def update(self, state: Tensor, last: bool) -> None:
         """Add the state after an iteration, (sequences, tokens, dim)."""
         gate = self.unit(state)
         left = torch.ones_like(gate) if self._left is None else self._left
@@ -102,7 +102,7 @@ class GateTracker:
         self.probabilities.append(left + 0 * gate if last else gate * left)
         self._left = left * (1 - gate)
 
-    def result(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def result(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the last state, and {"states": (T, sequences, tokens, dim), "exit": (T, sequences, tokens)}."""
         return self.states[-1], {"states": torch.stack(self.states), "exit": torch.stack(self.probabilities)}
 

@@ -2,6 +2,7 @@
 keep the state from growing. For comparison."""
 
 import torch
+from torch import Tensor
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.injection.base import Injection, add_offset
@@ -13,12 +14,10 @@ class AddInjection(Injection, name="add"):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
 
-    def inject(
-        self, state: torch.Tensor, precomputed: torch.Tensor, offset: torch.Tensor | float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def inject(self, state: Tensor, precomputed: Tensor, offset: Tensor | float) -> tuple[Tensor, Tensor]:
         """Add the encoded input to the state."""
         return add_offset(state + precomputed, offset), state
 
-    def spectral_radius(self) -> torch.Tensor:
+    def spectral_radius(self) -> Tensor:
         """Return 1: the state is passed on as it is."""
         return torch.ones(())

@@ -13,7 +13,7 @@ turns it back. These three are the identity unless a choice overrides them.
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Injection(nn.Module):
@@ -32,35 +32,33 @@ class Injection(nn.Module):
         if name:
             Injection.choices[name] = cls
 
-    def expand(self, state: torch.Tensor) -> torch.Tensor:
+    def expand(self, state: Tensor) -> Tensor:
         """Return the state of the loop, (batch, sequence, ...), for the initial state (batch, sequence, dim)."""
         return state
 
-    def precompute(self, encoded: torch.Tensor) -> torch.Tensor:
+    def precompute(self, encoded: Tensor) -> Tensor:
         """Return what `inject` reads of the encoded input (batch, sequence, dim), as (batch, sequence, ..., dim)."""
         return encoded
 
-    def inject(
-        self, state: torch.Tensor, precomputed: torch.Tensor, offset: torch.Tensor | float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def inject(self, state: Tensor, precomputed: Tensor, offset: Tensor | float) -> tuple[Tensor, Tensor]:
         """Return the layers' input, (batch, sequence, dim), and the carry for `update`; float32 or wider."""
         raise NotImplementedError
 
-    def update(self, carry: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def update(self, carry: Tensor, output: Tensor) -> Tensor:
         """Return the next state, given the carry and the layers' output (batch, sequence, dim)."""
         return output
 
-    def collapse(self, state: torch.Tensor) -> torch.Tensor:
+    def collapse(self, state: Tensor) -> Tensor:
         """Return (batch, sequence, dim) for the coda, the halting unit and the monitor."""
         return state
 
     @torch.no_grad()
-    def input_term(self, precomputed: torch.Tensor) -> torch.Tensor:
+    def input_term(self, precomputed: Tensor) -> Tensor:
         """Return the term that the encoded input adds to the state in an iteration (`b e`), (batch, sequence, dim)."""
         zeros = precomputed.new_zeros(*precomputed.shape[:2], precomputed.shape[-1])
         return self.inject(self.expand(zeros), precomputed, 0.0)[0]
 
-    def spectral_radius(self) -> torch.Tensor:
+    def spectral_radius(self) -> Tensor:
         """Return the radius of the recurrence's linear part as the forward pass uses it, 0-dimensional, without gradient.
 
         The linear part maps h_t to the layers' input and on to h_(t+1), with the layers taken out.
@@ -68,6 +66,6 @@ class Injection(nn.Module):
         raise NotImplementedError
 
 
-def add_offset(x: torch.Tensor, offset: torch.Tensor | float) -> torch.Tensor:
+def add_offset(x: Tensor, offset: Tensor | float) -> Tensor:
     """Return x + offset; x itself where no signal adds anything."""
-    return x + offset if isinstance(offset, torch.Tensor) or offset else x
+    return x + offset if isinstance(offset, Tensor) or offset else x

@@ -13,7 +13,7 @@ import math
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.injection.base import Injection, add_offset
@@ -28,7 +28,7 @@ EULER_LIMIT = 1.99
 INITIAL_RATE, INITIAL_STEP, INITIAL_GAIN = 1.0, 0.8047, 1.0
 
 
-def map_to_bounds(x: torch.Tensor, bounds: tuple[float, float]) -> torch.Tensor:
+def map_to_bounds(x: Tensor, bounds: tuple[float, float]) -> Tensor:
     """Map any finite x to [low, high], monotone, 0 to the geometric mean, in float32 or wider."""
     low, high = bounds
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -62,7 +62,7 @@ class DiagonalDecay(nn.Module):
         self.step = nn.Parameter(torch.empty(config.dim))
         self.gain = nn.Parameter(torch.empty(config.dim))
 
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self) -> tuple[Tensor, Tensor]:
         """Return decay and input gain as the recurrence uses them, each (dim,), float32 or wider."""
         rate = map_to_bounds(self.rate, RATE_BOUNDS)
         step = map_to_bounds(self.step, STEP_BOUNDS)
@@ -73,36 +73,34 @@ class DiagonalDecay(nn.Module):
         step = step / (1 + step * rate / EULER_LIMIT)
         return 1 - step * rate, step * gain
 
-    def radius(self) -> torch.Tensor:
-        """Return the largest |decay| over channels, 0-dimensional, without gradient."""
-        decay, _ = self()
-        return decay.detach().abs().max()
 
-
-class DiagonalInjection(Injection, name="diagonal"):
-    """x = decay * h + gain * e, h' = layers(x), as in Parcae (arXiv:2604.12946)."""
+class DecayingInjection(Injection):
+    """An injection whose state decays channel by channel; the base of those that differ in what the layers read."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.diagonal = DiagonalDecay(config)
 
-    def precompute(self, encoded: torch.Tensor) -> torch.Tensor:
+    def precompute(self, encoded: Tensor) -> Tensor:
         """Return gain * e."""
         return self.diagonal()[1] * encoded
 
-    def inject(
-        self, state: torch.Tensor, precomputed: torch.Tensor, offset: torch.Tensor | float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def spectral_radius(self) -> Tensor:
+        """Return the largest |decay| over channels."""
+        decay, _ = self.diagonal()
+        return decay.detach().abs().max()
+
+
+class DiagonalInjection(DecayingInjection, name="diagonal"):
+    """x = decay * h + gain * e, h' = layers(x), as in Parcae (arXiv:2604.12946)."""
+
+    def inject(self, state: Tensor, precomputed: Tensor, offset: Tensor | float) -> tuple[Tensor, Tensor]:
         """Return the decayed state with the input added."""
         decay, _ = self.diagonal()
         return add_offset(torch.addcmul(precomputed, decay, state), offset), state
 
-    def spectral_radius(self) -> torch.Tensor:
-        """Return the largest |decay|."""
-        return self.diagonal.radius()
 
-
-class ResidualInjection(Injection, name="residual"):
+class ResidualInjection(DecayingInjection, name="residual"):
     """x = norm(h + e), h' = decay * h + gain * e + layers(x): the decayed state bypasses the layers, as in OpenMythos.
 
     The layers have a residual stream of their own, so even layers that add nothing return x, whose size the norm sets.
@@ -110,26 +108,23 @@ class ResidualInjection(Injection, name="residual"):
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.diagonal = DiagonalDecay(config)
+        super().__init__(config)
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
-    def inject(
-        self, state: torch.Tensor, precomputed: torch.Tensor, offset: torch.Tensor | float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def precompute(self, encoded: Tensor) -> Tensor:
+        """Return e, which the layers' input has without the gain."""
+        return encoded
+
+    def inject(self, state: Tensor, precomputed: Tensor, offset: Tensor | float) -> tuple[Tensor, Tensor]:
         """Return the normalised sum; the carry is the bypass, to which the layers' output is added."""
         decay, gain = self.diagonal()
         return self.norm(add_offset(state + precomputed, offset)), decay * state + gain * precomputed
 
-    def update(self, carry: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def update(self, carry: Tensor, output: Tensor) -> Tensor:
         """Add the layers' output to the bypass."""
         return carry + output
 
     @torch.no_grad()
-    def input_term(self, precomputed: torch.Tensor) -> torch.Tensor:
+    def input_term(self, precomputed: Tensor) -> Tensor:
         """Return gain * e; the layers' input is normalised, so it is not the term that the state gets."""
         return self.diagonal()[1] * precomputed
-
-    def spectral_radius(self) -> torch.Tensor:
-        """Return the largest |decay|."""
-        return self.diagonal.radius()

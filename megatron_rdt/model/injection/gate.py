@@ -9,7 +9,7 @@ unit (Cho et al. 2014, arXiv:1406.1078) that does not read the state, so the rec
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.injection.base import Injection, add_offset
@@ -28,22 +28,20 @@ class GateInjection(Injection, name="gate"):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.dim, config.dim))
         self.bias = nn.Parameter(torch.empty(config.dim))
-        self._largest: torch.Tensor | None = None
+        self._largest: Tensor | None = None
 
-    def precompute(self, encoded: torch.Tensor) -> torch.Tensor:
+    def precompute(self, encoded: Tensor) -> Tensor:
         """Return g and (1 - g) * e, (batch, sequence, 2, dim)."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         gate = LIMIT * torch.sigmoid(linear(encoded.to(wide), self.weight.to(wide)) + self.bias)
         self._largest = gate.detach().max()
         return torch.stack((gate, (1 - gate) * encoded), dim=2)
 
-    def inject(
-        self, state: torch.Tensor, precomputed: torch.Tensor, offset: torch.Tensor | float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def inject(self, state: Tensor, precomputed: Tensor, offset: Tensor | float) -> tuple[Tensor, Tensor]:
         """Mix state and input, channel by channel."""
         gate, rest = precomputed.unbind(2)
         return add_offset(gate * state + rest, offset), state
 
-    def spectral_radius(self) -> torch.Tensor:
+    def spectral_radius(self) -> Tensor:
         """Return the largest gate of the last forward pass; before the first, its bound."""
         return torch.full((), LIMIT) if self._largest is None else self._largest

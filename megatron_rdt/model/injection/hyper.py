@@ -13,30 +13,33 @@ every value of the parameters. The coda reads sum_n a_n h_n.
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_rdt.config import ModelConfig
-from megatron_rdt.model.injection.base import Injection, add_offset
-from megatron_rdt.model.injection.diagonal import DiagonalDecay
+from megatron_rdt.model.injection.base import add_offset
+from megatron_rdt.model.injection.diagonal import DecayingInjection
 
 
-def _initial_mix_logits(shape: torch.Size) -> torch.Tensor:
+def _initial_mix_logits(shape: torch.Size) -> Tensor:
     """Return initial logits of the lane-mixing matrix P, by which each lane keeps about half of itself."""
     return torch.eye(shape[0]) * 1.0
 
 
-def _initial_write_weights(shape: torch.Size) -> torch.Tensor:
+def _initial_write_weights(shape: torch.Size) -> Tensor:
     """Return write weights that differ between lanes: equal lanes would get equal gradients and stay equal for ever."""
     return 1 + 0.5 * torch.linspace(-1, 1, shape[0]) if shape[0] > 1 else torch.ones(shape)
 
 
-def _softmax_in(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _softmax_in(logits: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the softmax over the last dimension in `dtype`: rounded to bfloat16, it could sum to more than 1."""
     return logits.to(dtype).softmax(-1)
 
 
-class HyperInjection(Injection, name="hyper"):
-    """N lanes; the state of the loop is (batch, sequence, lanes, dim)."""
+class HyperInjection(DecayingInjection, name="hyper"):
+    """N lanes; the state of the loop is (batch, sequence, lanes, dim).
+
+    The largest |decay| is the radius of decay * P too: rows of P are positive and sum to 1, so its own radius is 1.
+    """
 
     INITIAL_VALUES: ClassVar[dict[str, object]] = {
         "mix": _initial_mix_logits,
@@ -45,39 +48,28 @@ class HyperInjection(Injection, name="hyper"):
     }
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         self.lanes = config.lanes
-        self.diagonal = DiagonalDecay(config)
         self.mix = nn.Parameter(torch.empty(config.lanes, config.lanes))
         self.read_weights = nn.Parameter(torch.empty(config.lanes))
         self.write_weights = nn.Parameter(torch.empty(config.lanes))
 
-    def expand(self, state: torch.Tensor) -> torch.Tensor:
+    def expand(self, state: Tensor) -> Tensor:
         """Copy the state into every lane."""
         return state.unsqueeze(-2).expand(*state.shape[:-1], self.lanes, state.shape[-1])
 
-    def precompute(self, encoded: torch.Tensor) -> torch.Tensor:
-        """Return gain * e, the same for all lanes."""
-        return self.diagonal()[1] * encoded
-
-    def inject(
-        self, state: torch.Tensor, precomputed: torch.Tensor, offset: torch.Tensor | float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def inject(self, state: Tensor, precomputed: Tensor, offset: Tensor | float) -> tuple[Tensor, Tensor]:
         """Mix and decay the lanes, add the input; return their weighted mean, and the lanes as the carry."""
         decay, _ = self.diagonal()
         mixed = torch.einsum("nm,bsmd->bsnd", _softmax_in(self.mix, decay.dtype), state.to(decay.dtype))
         lanes = decay * mixed + precomputed.unsqueeze(-2)
         return add_offset(self.collapse(lanes), offset), lanes
 
-    def update(self, carry: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def update(self, carry: Tensor, output: Tensor) -> Tensor:
         """Add the change that the layers made, times each lane's weight."""
         change = (output - self.collapse(carry)).unsqueeze(-2)
         return carry + self.write_weights[:, None] * change
 
-    def collapse(self, state: torch.Tensor) -> torch.Tensor:
+    def collapse(self, state: Tensor) -> Tensor:
         """Return the weighted mean of the lanes."""
         return torch.einsum("n,bsnd->bsd", _softmax_in(self.read_weights, state.dtype), state)
-
-    def spectral_radius(self) -> torch.Tensor:
-        """Return the largest |decay|, the radius of decay * P: rows of P are positive and sum to 1, so its radius is 1."""
-        return self.diagonal.radius()

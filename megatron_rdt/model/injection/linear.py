@@ -4,7 +4,7 @@ Nothing bounds the radius of the state's half of the matrix; it is measured.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.injection.base import Injection, add_offset
@@ -27,25 +27,23 @@ class LinearInjection(Injection, name="linear"):
         self.dim = config.dim
         self.weight = nn.Parameter(torch.empty(config.dim, 2 * config.dim))
 
-    def precompute(self, encoded: torch.Tensor) -> torch.Tensor:
+    def precompute(self, encoded: Tensor) -> Tensor:
         """Project the encoded input with its half of W, float32 or wider."""
         return linear(encoded.to(torch.promote_types(encoded.dtype, torch.float32)), self.weight[:, self.dim :])
 
-    def inject(
-        self, state: torch.Tensor, precomputed: torch.Tensor, offset: torch.Tensor | float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def inject(self, state: Tensor, precomputed: Tensor, offset: Tensor | float) -> tuple[Tensor, Tensor]:
         """Add the state's half of the projection, in the dtype of the state."""
         return add_offset(linear(state, self.weight[:, : self.dim]) + precomputed, offset), state
 
     @torch.no_grad()
-    def spectral_radius(self) -> torch.Tensor:
+    def spectral_radius(self) -> Tensor:
         """Return the largest |eigenvalue| of the state's half of W; for wide models see `estimate_radius`."""
         matrix = self.weight[:, : self.dim]
         matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
         return torch.linalg.eigvals(matrix).abs().max() if self.dim < EXACT_BELOW else estimate_radius(matrix)
 
 
-def estimate_radius(matrix: torch.Tensor) -> torch.Tensor:
+def estimate_radius(matrix: Tensor) -> Tensor:
     """Estimate the spectral radius as (|W^n v| / |W^(n/2) v|)^(2/n) for a fixed random v.
 
     It is within a few percent, also where the largest eigenvalues are a complex pair.

@@ -10,10 +10,11 @@ About 30 seconds per choice. If data/stdlib is missing, it is prepared first, as
 
 import contextlib
 import io
-import json
 import tempfile
 import time
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import torch
 from tools.options import make_parser
@@ -21,16 +22,18 @@ from tools.tables import format_header, format_row
 
 from launch.cli import run_command
 from megatron_rdt.config import load_config
+from megatron_rdt.evaluate.report import read_records
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.train.trainer import train
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SMOKE, SMOKE_DATA, DATA = CONFIGS / "smoke.yaml", CONFIGS / "smoke_data.yaml", "data/stdlib"
 LOOPS = (1, 4, 8, 16)
-ACT = {"model.halting": "act"}
 MLA = {"model.attention": "mla", "model.kv_rank": 32, "model.nope_dim": 16, "model.rope_dim": 8, "model.value_dim": 16}
 MOE = {"model.core_ffn": "moe", "model.experts": 8, "model.experts_per_token": 2, "model.expert_dim": 96}
 GROWING = {"depth.curriculum": "linear", "depth.curriculum_steps": 200}
+RATES, MUON = (1e-3, 3e-3, 1e-2, 3e-2), {"optimizer.name": "muon"}
+MUON_ALIKE = {**MUON, "optimizer.core_lr_scale": 1.0}
 # axis -> name of a choice -> options
 AXES: dict[str, dict[str, dict[str, object]]] = {
     "attention": {
@@ -56,9 +59,7 @@ AXES: dict[str, dict[str, dict[str, object]]] = {
     "depth": {
         "lognormal_poisson, mean 3 + 1": {},
         "fixed, 4": {"depth.scheme": "fixed", "depth.mean": 4},
-        "uniform, mean 4": {"depth.scheme": "uniform", "depth.mean": 4},
-        "geometric, mean 4": {"depth.scheme": "geometric", "depth.mean": 4},
-        "poisson, mean 4": {"depth.scheme": "poisson", "depth.mean": 4},
+        **{f"{s}, mean 4": {"depth.scheme": s, "depth.mean": 4} for s in ("uniform", "geometric", "poisson")},
         "per micro_batch": {"depth.per": "micro_batch"},
         "per sequence": {"depth.per": "sequence"},
         "backprop 2": {"depth.backprop": 2},
@@ -70,49 +71,31 @@ AXES: dict[str, dict[str, dict[str, object]]] = {
     "injection": {
         "diagonal, zoh": {},
         "diagonal, euler": {"model.discretization": "euler"},
-        "residual": {"model.injection": "residual"},
-        "linear": {"model.injection": "linear"},
-        "add": {"model.injection": "add"},
-        "gate": {"model.injection": "gate"},
+        **{name: {"model.injection": name} for name in ("residual", "linear", "add", "gate")},
         "hyper, 4 lanes": {"model.injection": "hyper"},
         "diagonal, input and output matrix": {"model.input_matrix": True, "model.output_matrix": True},
     },
     "state": {name: {"model.state_init": name} for name in ("zero", "normal", "embedding", "encoded", "learned")},
     "signals": {
         "none": {},
-        "sinusoidal": {"model.signals": "[sinusoidal]"},
-        "lora": {"model.signals": "[lora]"},
-        "adaln": {"model.signals": "[adaln]"},
-        "all": {"model.signals": "[sinusoidal,lora,adaln]"},
+        **{name: {"model.signals": [name]} for name in ("sinusoidal", "lora", "adaln")},
+        "all": {"model.signals": ["sinusoidal", "lora", "adaln"]},
     },
     "norms": {
         "pre": {},
-        "sandwich": {"model.norm_placement": "sandwich"},
-        "peri": {"model.norm_placement": "peri"},
-        "pre, core_norm iteration": {"model.core_norm": "iteration"},
-        "pre, core_norm last": {"model.core_norm": "last"},
-        "pre, core_norm last_shared": {"model.core_norm": "last_shared"},
+        **{name: {"model.norm_placement": name} for name in ("sandwich", "peri")},
+        **{f"pre, core_norm {name}": {"model.core_norm": name} for name in ("iteration", "last", "last_shared")},
         "pre, encoded_norm false": {"model.encoded_norm": False},
     },
     "halting": {
         "none": {},
-        "act, weight 0.001": {**ACT, "model.halting_weight": 1e-3},
-        "act, weight 0.01": {**ACT, "model.halting_weight": 1e-2},
-        "act, weight 0.1": {**ACT, "model.halting_weight": 1e-1},
-        "gate, weight 0.01": {"model.halting": "gate"},
-        "gate, weight 0.1": {"model.halting": "gate", "model.halting_weight": 1e-1},
+        **{f"act, weight {w}": {"model.halting": "act", "model.halting_weight": w} for w in (0.001, 0.01, 0.1)},
+        **{f"gate, weight {w}": {"model.halting": "gate", "model.halting_weight": w} for w in (0.01, 0.1)},
     },
     "optimizer": {
-        **{f"adamw, lr {lr}": {"optimizer.lr": lr} for lr in (1e-3, 3e-3, 1e-2, 3e-2)},
-        **{f"muon, lr {lr}": {"optimizer.name": "muon", "optimizer.lr": lr} for lr in (1e-3, 3e-3, 1e-2, 3e-2)},
-        **{
-            f"muon, lr {lr}, core_lr_scale 1": {
-                "optimizer.name": "muon",
-                "optimizer.lr": lr,
-                "optimizer.core_lr_scale": 1.0,
-            }
-            for lr in (3e-3, 1e-2, 3e-2)
-        },
+        **{f"adamw, lr {lr}": {"optimizer.lr": lr} for lr in RATES},
+        **{f"muon, lr {lr}": {**MUON, "optimizer.lr": lr} for lr in RATES},
+        **{f"muon, lr {lr}, core_lr_scale 1": {**MUON_ALIKE, "optimizer.lr": lr} for lr in RATES[1:]},
     },
     "loss": {
         "plain": {},
@@ -122,28 +105,16 @@ AXES: dict[str, dict[str, dict[str, object]]] = {
 }
 
 
-def train_choice(
-    options: dict[str, object], seed: int, steps: int, data: str
-) -> tuple[dict[str, float], float, int, dict]:
-    """Train once and return validation losses by T, CPU seconds, parameters, and the last record of metrics."""
+def train_choice(choice: dict[str, object], seed: int, steps: int, data: str) -> dict[str, Any]:
+    """Train once; return the last record of metrics with validation losses by T, CPU seconds and parameters added."""
     with tempfile.TemporaryDirectory() as root:
-        words = {
-            "run.root": root,
-            "run.seed": seed,
-            "data.path": data,
-            "train.steps": steps,
-            "train.device": "cpu",
-            "schedule.warmup_steps": 15,
-            "checkpoint.every": 0,
-            "eval.every": steps,
-            "eval.loops": json.dumps(LOOPS),
-            "eval.sequences": 128,
-            "sample.every": 0,
-            "logging.tensorboard": False,
-            **options,
+        sections = {
+            "run": {"root": root, "seed": seed},
+            "train": {"steps": steps, "device": "cpu"},
+            "eval": {"every": steps, "loops": list(LOOPS), "sequences": 128},
         }
-        texts = [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in words.items()]
-        config = load_config(SMOKE, texts)
+        fields = {"data.path": data, "schedule.warmup_steps": 15, "checkpoint.every": 0, "sample.every": 0}
+        config = load_config(SMOKE, {**sections, **fields, "logging.tensorboard": False, **choice})
         with torch.device("meta"):
             parameters = sum(p.numel() for p in RecurrentDepthTransformer(config.model).parameters())
         began = time.process_time()
@@ -152,8 +123,9 @@ def train_choice(
         seconds = time.process_time() - began
         assert status == 0, f"ended with status {status}"
         folder = Path(root) / config.run.name
-        losses = json.loads((folder / "eval.jsonl").read_text().splitlines()[-1])["losses"]
-        return losses, seconds, parameters, json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        losses = read_records(folder / "eval.jsonl", ())[-1]["losses"]
+        metrics = read_records(folder / "metrics.jsonl", ())[-1]
+        return {**metrics, "losses": losses, "seconds": seconds, "parameters": parameters}
 
 
 def main() -> None:
@@ -172,14 +144,15 @@ def main() -> None:
         print(f"\n{format_header([axis, *columns], left=1)}", flush=True)
         for name, settings in AXES[axis].items():
             runs = [train_choice(settings, seed, options.steps, options.data) for seed in options.seeds]
-            losses = [sum(r[0][str(t)] for r in runs) / len(runs) for t in LOOPS]
-            radius, seconds = max(r[3]["spectral_radius"] for r in runs), sum(r[1] for r in runs) / len(runs)
-            figures = [*(f"{loss:.3f}" for loss in losses), f"{radius:.3f}", f"{seconds:.0f}", f"{runs[0][2]:,}"]
-            print(format_row([name, *figures]), flush=True)
+            losses = [f"{mean(r['losses'][str(t)] for r in runs):.3f}" for t in LOOPS]
+            radius, seconds = max(r["spectral_radius"] for r in runs), mean(r["seconds"] for r in runs)
+            print(
+                format_row([name, *losses, f"{radius:.3f}", f"{seconds:.0f}", f"{runs[0]['parameters']:,}"]), flush=True
+            )
             for r in runs:
                 for key in ("ponder", "exit_iteration", "exit_entropy"):
-                    if key in r[3]:
-                        print(f"<!-- {name}: {key} {r[3][key]:.3f}, loops {r[3]['loops_mean']} -->", flush=True)
+                    if key in r:
+                        print(f"<!-- {name}: {key} {r[key]:.3f}, loops {r['loops_mean']} -->", flush=True)
 
 
 if __name__ == "__main__":

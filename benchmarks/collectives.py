@@ -86,12 +86,10 @@ def main() -> None:
         run_worker(options)
         return
     counted = run_ranks(__file__, PROCESSES, *repeat_options(options, ("loops",)))
-    print(
-        f"One optimizer step on {PROCESSES} processes, {ACCUMULATION} micro-batches each, {counted['parameters']:,} "
-        f"parameters ({4 * counted['parameters'] / 1e6:.2f} MB): calls and megabytes.\n\n"
-        f"{format_table(counted, options.loops)}"
-    )
-    write_numbers(options.out, counted)
+    parameters = f"{counted['parameters']:,} parameters ({4 * counted['parameters'] / 1e6:.2f} MB)"
+    what = f"One optimizer step on {PROCESSES} processes, {ACCUMULATION} micro-batches each, {parameters}"
+    print(f"{what}: calls and megabytes.\n\n{format_table(counted, options.loops)}")
+    write_numbers(options, counted)
 
 
 if __name__ == "__main__":

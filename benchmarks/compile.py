@@ -9,44 +9,29 @@ On the CPU with one thread the clock is the CPU time of the process, which other
 
 import argparse
 import statistics
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from tools.options import make_parser, write_numbers
-from tools.steps import take_step
+from tools.steps import build_small_engine, draw_tokens, take_step
 from tools.tables import format_header, format_row
-from tools.timing import make_clock, measure_in_turn, pick_device
+from tools.timing import make_clock, measure_in_turn
 from torch._dynamo.utils import counters
 
-from megatron_rdt.config import ModelConfig, RunConfig, TrainConfig
 from megatron_rdt.depth import DepthPlan
-from megatron_rdt.parallel import Engine, build_engine
 
-VOCABULARY = 4096
 KINDS = ("none", "layers")  # of train.compile
-
-
-def build_small_engine(kind: str, options: argparse.Namespace) -> Engine:
-    """A single-process engine whose layers are compiled or not."""
-    heads = options.dim // 64
-    config = RunConfig(
-        model=ModelConfig(vocab_size=VOCABULARY, dim=options.dim, heads=heads, kv_heads=heads),
-        train=TrainConfig(precision=options.precision, compile=kind),  # type: ignore[arg-type]
-    )
-    return build_engine(config, pick_device())
 
 
 def measure_steps(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of the steps by kind and T, of the first steps of each kind, and the number of graphs."""
     torch.set_num_threads(options.threads)
-    engines = {kind: build_small_engine(kind, options) for kind in KINDS}
-    tokens = torch.randint(0, VOCABULARY, (options.batch, options.sequence + 1))
+    sizes = {"dim": options.dim, "heads": options.dim // 64, "kv_heads": options.dim // 64}
+    engines = {kind: build_small_engine(options.precision, kind, **sizes) for kind in KINDS}
+    tokens = draw_tokens(options.batch, options.sequence)
     plans = {t: DepthPlan((t,) * options.batch, options.backprop or None) for t in options.loops}
-    steps: dict[tuple[int, str], Callable[[], object]] = {
-        (t, kind): partial(take_step, engines[kind], tokens, plan) for t, plan in plans.items() for kind in KINDS
-    }
+    steps = {(t, k): partial(take_step, engines[k], tokens, plan) for t, plan in plans.items() for k in KINDS}
     wall = make_clock(engines["none"].device, threads=0)  # compilation runs in other processes too
     first: dict[str, float] = {}
     for kind in KINDS:
@@ -75,7 +60,7 @@ def main() -> None:
         ratio = statistics.median(a / b for a, b in zip(plain, compiled))
         speeds = [f"{tokens / statistics.median(each):,.0f}" for each in (plain, compiled)]
         print(format_row([t, *speeds, f"{ratio:.2f}", found["graphs"]]))
-    write_numbers(options.out, {"options": {**vars(options), "out": None}, **found})
+    write_numbers(options, found)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ import numpy as np
 from tools.options import make_parser, write_numbers
 from tools.tables import format_header, format_row
 from tools.timing import measure_in_turn, measure_seconds
+
+from megatron_rdt.data import BatchLoader
+from megatron_rdt.data.corpus import TokenCorpus
+from megatron_rdt.data.shard_files.corpus_manifest import CorpusManifest
+from megatron_rdt.data.shard_files.indexed import IndexedWriter
 
 VOCABULARY, TOKENS_PER_DOCUMENT = 32000, 1000
 SHARD_TOKENS = 1 << 28
@@ -68,10 +74,8 @@ def measure_prep(folder: Path, options: argparse.Namespace) -> dict[str, float]:
     source = folder / "text.jsonl"
     source.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
     sample = random.Random(0).sample(texts, len(texts))
-    config = PrepConfig(
-        vocab_size=options.vocabulary, tokenizer_type=options.tokenizer, tokenizer_sample_bytes=4_000_000
-    )
-    model = train_tokenizer(sample, config)
+    sizes = {"vocab_size": options.vocabulary, "tokenizer_sample_bytes": 4_000_000}
+    model = train_tokenizer(sample, PrepConfig(tokenizer_type=options.tokenizer, **sizes))
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "tokenizer.model").write_bytes(model)
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -95,22 +99,19 @@ def measure_prep(folder: Path, options: argparse.Namespace) -> dict[str, float]:
         for name in ("cache", "arrow"):
             shutil.rmtree(folder / name)
 
+    cleaning = {"dedup": "near", "normalize": "NFC", "max_repeated_lines": 0.9, "max_repeated_ngrams": 0.9}
     kinds = {
         "sentencepiece, nothing read or written": bare,
         "rdt prep": ours,
-        "rdt prep, near-duplicates and filters too": lambda: ours(
-            dedup="near", normalize="NFC", max_repeated_lines=0.9, max_repeated_ngrams=0.9
-        ),
+        "rdt prep, near-duplicates and filters too": partial(ours, **cleaning),
         "datasets: load, map, save": hugging_face,
     }
     times = measure_in_turn(kinds, options.rounds, time.perf_counter)
     return {kind: size / min(seconds) for kind, seconds in times.items()}
 
 
-def write_random_corpus(folder: Path, gigabytes: float) -> None:
-    """Write shards of random ids, and shards.json, their entries in a manifest."""
-    from megatron_rdt.data.shard_files.indexed import IndexedWriter
-
+def write_random_corpus(folder: Path, gigabytes: float) -> CorpusManifest:
+    """Write shards of random ids; return their manifest, which has no tokenizer."""
     generator, left, shards = np.random.default_rng(0), int(gigabytes * 5e8), []
     (folder / "train").mkdir(parents=True)
     while left > 0:
@@ -123,7 +124,9 @@ def write_random_corpus(folder: Path, gigabytes: float) -> None:
         shards.append({"name": name, "tokens": writer.tokens, "documents": writer.documents})
         shards[-1] |= {"bin_bytes": 2 * writer.tokens, "bin_sha256": "", "idx_sha256": "", "max_id": writer.max_id}
         left -= count
-    (folder / "shards.json").write_text(json.dumps(shards))
+    splits = {"train": {"tokens": sum(shard["tokens"] for shard in shards), "shards": shards}}
+    kind = {"vocab_size": VOCABULARY, "dtype": "uint16", "tokenizer": {"fingerprint": ""}}
+    return CorpusManifest(folder, {**kind, "splits": splits})
 
 
 def drop_pages(folder: Path) -> None:
@@ -136,46 +139,22 @@ def drop_pages(folder: Path) -> None:
             os.close(descriptor)
 
 
-def make_manifest(folder: Path) -> Any:
-    """A manifest of the corpus of `write_random_corpus`, for its readers; it has no tokenizer."""
-    from megatron_rdt.data.shard_files.corpus_manifest import CorpusManifest
-
-    shards = json.loads((folder / "shards.json").read_text())
-    split = {"tokens": sum(shard["tokens"] for shard in shards), "shards": shards}
-    document = {
-        "vocab_size": VOCABULARY,
-        "dtype": "uint16",
-        "tokenizer": {"fingerprint": ""},
-        "splits": {"train": split},
-    }
-    return CorpusManifest(folder, document)
-
-
-def first_shard(folder: Path) -> Path:
-    """Path, without suffix, of the first shard of `write_random_corpus`."""
-    return min((folder / "train").glob("*.bin")).with_suffix("")
-
-
 Reader = Callable[[np.ndarray], Any]
 
 
-def our_readers(folder: Path, options: argparse.Namespace) -> dict[str, Reader]:
+def our_readers(manifest: CorpusManifest, options: argparse.Namespace) -> dict[str, Reader]:
     """Readers of this project: tokens alone, and with documents and positions."""
-    from megatron_rdt.data.corpus import TokenCorpus
 
     def reader(**wanted: bool) -> Reader:
-        corpus = TokenCorpus(make_manifest(folder), "train", options.length, 0, **wanted)
+        corpus = TokenCorpus(manifest, "train", options.length, 0, **wanted)
         return lambda samples: corpus.read_samples(samples).tokens.sum()
 
     return {"ours": reader(), "ours, documents and positions too": reader(documents=True, positions=True)}
 
 
-def measure_loader(folder: Path, options: argparse.Namespace) -> float:
+def measure_loader(manifest: CorpusManifest, options: argparse.Namespace) -> float:
     """Windows per second of the whole loader: order, reading, a thread, a queue."""
-    from megatron_rdt.data import BatchLoader
-    from megatron_rdt.data.corpus import TokenCorpus
-
-    loader = BatchLoader(TokenCorpus(make_manifest(folder), "train", options.length, 0), options.batch, 0, 1)
+    loader = BatchLoader(TokenCorpus(manifest, "train", options.length, 0), options.batch, 0, 1)
     batches, count = iter(loader), options.windows // options.batch
     next(batches)
     seconds = measure_wall(lambda: [next(batches) for _ in range(count)])
@@ -183,13 +162,13 @@ def measure_loader(folder: Path, options: argparse.Namespace) -> float:
     return count * options.batch / seconds
 
 
-def hugging_face_readers(folder: Path, options: argparse.Namespace) -> dict[str, Reader]:
+def hugging_face_readers(manifest: CorpusManifest, options: argparse.Namespace) -> dict[str, Reader]:
     """Readers of `datasets` over the first shard, as a memory-mapped Arrow table of windows."""
     import datasets
     import pyarrow
 
-    width, file = options.length + 1, folder / "windows.arrow"
-    tokens = np.fromfile(first_shard(folder).with_suffix(".bin"), np.uint16)
+    width, file = options.length + 1, manifest.directory / "windows.arrow"
+    tokens = np.fromfile(manifest.shard_prefixes("train")[0].with_suffix(".bin"), np.uint16)
     tokens = tokens[: len(tokens) // width * width]
     rows = pyarrow.ListArray.from_arrays(np.arange(0, len(tokens) + 1, width, dtype=np.int32), pyarrow.array(tokens))
     table = pyarrow.table({"ids": rows})
@@ -209,39 +188,34 @@ class MegatronTokenizer:
     eod, pad, vocab_size, unique_identifiers = 2, 3, VOCABULARY, {"name": "random"}
 
 
-def megatron_readers(folder: Path, options: argparse.Namespace) -> dict[str, Reader]:
+def megatron_readers(manifest: CorpusManifest, options: argparse.Namespace) -> dict[str, Reader]:
     """A reader of megatron-core's GPTDataset over the first shard; none if megatron-core is not installed."""
     if importlib.util.find_spec("megatron") is None:
         return {}
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-    prefix = first_shard(folder)
+    off = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss", "create_attention_mask")
     config = GPTDatasetConfig(
         random_seed=1,
         sequence_length=options.length,
-        blend=([str(prefix)], None),
+        blend=([str(manifest.shard_prefixes("train")[0])], None),
         split="1,0,0",
-        path_to_cache=str(folder / "cache"),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
+        path_to_cache=str(manifest.directory / "cache"),
         tokenizer=MegatronTokenizer(),
         mid_level_dataset_surplus=0.005,
+        **dict.fromkeys(off, False),
     )
     dataset = BlendedMegatronDatasetBuilder(GPTDataset, [1000, 0, 0], lambda: True, config).build()[0]
-    return {
-        "megatron-core GPTDataset": lambda samples: [dataset[int(i)]["tokens"].sum() for i in samples % len(dataset)]
-    }
+    name = "megatron-core GPTDataset"
+    return {name: lambda samples: [dataset[int(i)]["tokens"].sum() for i in samples % len(dataset)]}
 
 
 def measure_reading(folder: Path, options: argparse.Namespace) -> dict[str, list[float]]:
     """Windows per second of every reader: in the pass after the cache was dropped, and in the best of later passes."""
-    write_random_corpus(folder, options.gigabytes)
-    readers = our_readers(folder, options)
-    readers |= hugging_face_readers(folder, options)
-    readers |= megatron_readers(folder, options)
+    manifest, readers = write_random_corpus(folder, options.gigabytes), {}
+    for make_readers in (our_readers, hugging_face_readers, megatron_readers):
+        readers |= make_readers(manifest, options)
     samples = np.arange(options.windows // options.batch * options.batch).reshape(-1, options.batch)
     speeds: dict[str, list[float]] = {}
     for name, read in readers.items():
@@ -250,7 +224,7 @@ def measure_reading(folder: Path, options: argparse.Namespace) -> dict[str, list
         cold, *warm = (measure_wall(lambda: [read(batch) for batch in samples]) for _ in range(1 + options.rounds))  # noqa: B023
         speeds[name] = [samples.size / seconds for seconds in (cold, min(warm))]
     drop_pages(folder)
-    speeds["ours, the whole loader"] = [measure_loader(folder, options) for _ in range(2)]
+    speeds["ours, the whole loader"] = [measure_loader(manifest, options) for _ in range(2)]
     return speeds
 
 
@@ -281,7 +255,7 @@ def main() -> None:
             print(f"\n{format_header(['Windows per second', 'cold', 'warm'], left=1)}")
             for kind, (cold, warm) in found["read"].items():
                 print(format_row([kind, f"{cold:,.0f}", f"{warm:,.0f}"]))
-    write_numbers(options.out, {"options": {name: str(value) for name, value in vars(options).items()}, **found})
+    write_numbers(options, found)
 
 
 if __name__ == "__main__":

@@ -21,20 +21,18 @@ from typing import Any
 import torch
 from tools.options import make_parser, repeat_options, write_numbers
 from tools.processes import run_fresh
-from tools.steps import take_step
+from tools.steps import build_small_engine, draw_tokens, take_step
 from tools.tables import format_header, format_row
-from tools.timing import make_clock, measure_in_turn, pick_device
+from tools.timing import make_clock, measure_in_turn
 
-from megatron_rdt.config import ModelConfig, RunConfig, TrainConfig
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model.activation_checkpointing import set_checkpointing
 from megatron_rdt.model.attention.rope import rotary_tables
 from megatron_rdt.model.forward_context import LayerContext, LoopInputs
-from megatron_rdt.parallel import Engine, build_engine
+from megatron_rdt.parallel import Engine
 from megatron_rdt.train.hardware import peak_memory_gb
 
 K = 4
-VOCABULARY = 4096
 # name -> (k, checkpointing)
 MODES: dict[str, tuple[int | None, int | str]] = {
     "full": (None, "none"),
@@ -49,21 +47,16 @@ SHAPE = ("dim", "batch", "sequence", "rounds", "threads")
 PIECE_CALLS = 10  # per round: one iteration is much shorter than a step
 
 
-def build_small_engine(options: argparse.Namespace) -> Engine:
+def build_depth_engine(options: argparse.Namespace) -> Engine:
     """A single-process engine with the model that the options describe."""
     torch.set_num_threads(options.threads)
-    device = pick_device()
-    config = RunConfig(
-        model=ModelConfig(vocab_size=VOCABULARY, dim=options.dim, ffn_dim=2 * options.dim),
-        train=TrainConfig(precision="bfloat16" if device.type == "cuda" else "float32"),
-    )
-    return build_engine(config, device)
+    return build_small_engine(dim=options.dim, ffn_dim=2 * options.dim)
 
 
 def make_step(engine: Engine, options: argparse.Namespace, mode: str, loops: int) -> Callable[[], None]:
     """A function that takes one optimizer step of a case."""
     k, checkpointing = MODES[mode]
-    tokens = torch.randint(0, VOCABULARY, (options.batch, options.sequence + 1))
+    tokens = draw_tokens(options.batch, options.sequence)
     plan = DepthPlan((loops,) * options.batch, k)
 
     def step() -> None:
@@ -99,7 +92,7 @@ def make_pieces(engine: Engine, options: argparse.Namespace) -> dict[str, Callab
 
 def measure_times(options: argparse.Namespace) -> dict[str, float]:
     """Seconds of every case ("full 8") and of the pieces, the fastest of `rounds` after one round to warm up."""
-    engine = build_small_engine(options)
+    engine = build_depth_engine(options)
     cases = make_pieces(engine, options)
     calls = dict.fromkeys(cases, PIECE_CALLS)
     cases |= {f"{mode} {t}": make_step(engine, options, mode, t) for mode in options.modes for t in options.loops}
@@ -111,10 +104,10 @@ def measure_times(options: argparse.Namespace) -> dict[str, float]:
 
 def measure_memory(options: argparse.Namespace, mode: str, loops: int) -> float:
     """Peak memory in GB of a process that takes two steps, the second with optimizer state."""
-    engine = build_small_engine(options)
+    engine = build_depth_engine(options)
     step = make_step(engine, options, mode, loops)
-    step()
-    step()
+    for _ in range(2):
+        step()
     return peak_memory_gb(engine.device)
 
 
@@ -140,20 +133,16 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     modes = dict.fromkeys(row["mode"] for row in rows)
     lines = [format_header(["T", *(f"{mode}: {column}" for mode in modes for column in ("ms", "ideal ms", "peak GB"))])]
     for loops in dict.fromkeys(row["loops"] for row in rows):
-        cells = [
-            f"{1e3 * row['seconds']:.0f} | {1e3 * row['ideal']:.0f} | {row['peak_gb']:.3f}"
-            for row in rows
-            if row["loops"] == loops
-        ]
+        same = [row for row in rows if row["loops"] == loops]
+        cells = [f"{1e3 * r['seconds']:.0f} | {1e3 * r['ideal']:.0f} | {r['peak_gb']:.3f}" for r in same]
         lines.append(format_row([loops, *cells]))
     return "\n".join(lines)
 
 
 def main() -> None:
     """Measure every case and print the table; with --case, measure one part and print it as JSON."""
-    parser = make_parser(
-        __doc__, loops=[1, 2, 4, 8, 16, 32], dim=256, batch=2, sequence=128, rounds=4, threads=1, out=None
-    )
+    sizes = {"dim": 256, "batch": 2, "sequence": 128}
+    parser = make_parser(__doc__, loops=[1, 2, 4, 8, 16, 32], **sizes, rounds=4, threads=1, out=None)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=DEFAULT_MODES, help="ways to train")
     parser.add_argument("--case", nargs="+", help="measure one part and print it as JSON: times, or MODE T")
     options = parser.parse_args()
@@ -177,8 +166,7 @@ def main() -> None:
         f"iteration: {1e3 * times['forward']:.1f} ms forward, {1e3 * times['both']:.1f} ms forward and backward; "
         f"fixed cost of a step: {1e3 * (times['full 1'] - times['both']):.0f} ms.\n\n{format_table(rows)}"
     )
-    settings = {name: getattr(options, name) for name in SHAPE}
-    write_numbers(options.out, {"options": settings, "times": times, "cases": rows})
+    write_numbers(options, {"times": times, "cases": rows})
 
 
 if __name__ == "__main__":

@@ -11,50 +11,35 @@ Times are CPU time of the process, with one thread; on a GPU the wall clock.
 """
 
 import argparse
+import itertools
 import statistics
 from functools import partial
 
 import torch
 from tools.operators import profile_step
 from tools.options import make_parser, write_numbers
-from tools.steps import take_step
+from tools.steps import build_small_engine, draw_tokens, take_step
 from tools.tables import format_header, format_row
-from tools.timing import make_clock, measure_seconds, pick_device
+from tools.timing import make_clock, measure_seconds
 
-from megatron_rdt.config import DepthConfig, ModelConfig, RunConfig, TrainConfig
+from megatron_rdt.config import DepthConfig
 from megatron_rdt.depth import DepthPlan, DepthSampler
-from megatron_rdt.parallel import Engine, build_engine
+from megatron_rdt.parallel import Engine
 
-VOCABULARY = 4096
-
-
-def build_small_engine(dim: int) -> Engine:
-    """A single-process engine; prelude, core and coda have two layers each."""
-    device = pick_device()
-    shape = {"prelude_layers": 2, "core_layers": 2, "coda_layers": 2, "heads": 4, "kv_heads": 4, "ffn_dim": 4 * dim}
-    config = RunConfig(
-        model=ModelConfig(vocab_size=VOCABULARY, dim=dim, **shape),
-        train=TrainConfig(precision="bfloat16" if device.type == "cuda" else "float32"),
-    )
-    return build_engine(config, device)
+SHAPE = {"prelude_layers": 2, "core_layers": 2, "coda_layers": 2, "heads": 4, "kv_heads": 4}
 
 
 def draw_batches(mean: int, sequences: int, count: int) -> list[tuple[int, ...]]:
     """Draw `count` batches of T whose mean is exactly `mean`; other draws are rejected."""
     # E[T] of the distribution is the mean of its rate plus 1.
     sampler = DepthSampler(DepthConfig(mean=mean - 1, max=64, per="sequence"), seed=0)
-    found: list[tuple[int, ...]] = []
-    step = 0
-    while len(found) < count:
-        loops = sampler.draw_loops(step, range(sequences), sequences)
-        found += [loops] if sum(loops) == mean * sequences else []
-        step += 1
-    return found
+    drawn = (sampler.draw_loops(step, range(sequences), sequences) for step in itertools.count())
+    return list(itertools.islice((loops for loops in drawn if sum(loops) == mean * sequences), count))
 
 
 def measure_rounds(engine: Engine, options: argparse.Namespace, backprop: int | None) -> list[dict[str, float]]:
     """Per round: seconds of each case, and the largest T; after one round to warm up."""
-    tokens = torch.randint(0, VOCABULARY, (options.sequences, options.length + 1))
+    tokens = draw_tokens(options.sequences, options.length)
     clock = make_clock(engine.device, options.threads)
     rounds = []
     for loops in draw_batches(options.mean, options.sequences, options.rounds + 1):
@@ -82,7 +67,7 @@ def format_line(name: str, rounds: list[dict[str, float]]) -> str:
 
 def print_profile(engine: Engine, options: argparse.Namespace) -> None:
     """Print the costliest operators of a mixed step and of one at the mean."""
-    tokens = torch.randint(0, VOCABULARY, (options.sequences, options.length + 1))
+    tokens = draw_tokens(options.sequences, options.length)
     (loops,) = draw_batches(options.mean, options.sequences, 1)
     for name, plan in (("mixed", loops), ("mean", (options.mean,) * options.sequences)):
         step = partial(take_step, engine, tokens, DepthPlan(plan))
@@ -101,7 +86,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print the costliest operators instead")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    engine = build_small_engine(options.dim)
+    engine = build_small_engine(dim=options.dim, ffn_dim=4 * options.dim, **SHAPE)
     if options.profile:
         print_profile(engine, options)
         return
@@ -113,8 +98,7 @@ def main() -> None:
         name = "all iterations" if k is None else f"the last {k}"
         cases[name] = measure_rounds(engine, options, k)
         print(format_line(name, cases[name]), flush=True)
-    settings = {key: value for key, value in vars(options).items() if key not in ("out", "profile")}
-    write_numbers(options.out, {"options": settings, "rounds": cases})
+    write_numbers(options, {"rounds": cases})
 
 
 if __name__ == "__main__":

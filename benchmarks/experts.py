@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 from tools.options import make_parser
-from tools.steps import take_step
+from tools.steps import VOCABULARY, draw_tokens, take_step
 from tools.tables import format_header, format_row
 from tools.timing import make_clock, measure_in_turn
 from torch.nn import functional
@@ -22,7 +22,6 @@ from megatron_rdt.parallel import Engine, build_engine
 
 CASES = {8: (2, 512), 64: (4, 256)}
 """Experts: (experts per token, width of each)."""
-VOCABULARY = 4096
 
 
 class ExpertLoop(MixtureOfExperts):
@@ -66,17 +65,9 @@ KINDS = (MixtureOfExperts, ExpertLoop, ChoiceLoop)
 def build_expert_engine(experts: int, kind: type[MixtureOfExperts], dim: int) -> Engine:
     """A single-process engine whose mixture of experts is computed as `kind` does."""
     chosen, width = CASES[experts]
-    model = ModelConfig(
-        vocab_size=VOCABULARY,
-        dim=dim,
-        prelude_layers=2,
-        core_layers=1,
-        coda_layers=2,
-        core_ffn="moe",
-        experts=experts,
-        experts_per_token=chosen,
-        expert_dim=width,
-    )
+    mixture = {"core_ffn": "moe", "experts": experts, "experts_per_token": chosen, "expert_dim": width}
+    layers = {"prelude_layers": 2, "core_layers": 1, "coda_layers": 2}
+    model = ModelConfig(vocab_size=VOCABULARY, dim=dim, **layers, **mixture)
     engine = build_engine(RunConfig(model=model), torch.device("cpu"))
     for layer in engine.model.core.layers:
         layer.feedforward.__class__ = kind
@@ -89,7 +80,7 @@ def main() -> None:
     parser.add_argument("--loops", type=int, default=4, help="T")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    tokens = torch.randint(0, VOCABULARY, (options.batch, options.sequence + 1))
+    tokens = draw_tokens(options.batch, options.sequence)
     plan = DepthPlan.constant(options.loops, options.batch)
     clock = make_clock(torch.device("cpu"), options.threads)
     columns = ["of them per token, width", "parameters", "sorted pieces", "mask per expert", "mask per slot and expert"]

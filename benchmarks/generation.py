@@ -54,11 +54,9 @@ def add_halting(model: RecurrentDepthTransformer, kind: str) -> RecurrentDepthTr
     if kind not in ("act", "gate") or kind == model.config.halting:
         return model
     device = next(model.parameters()).device
-    config = dataclasses.replace(model.config, halting=kind, halting_threshold=1.0)  # type: ignore[arg-type]
-    other = RecurrentDepthTransformer(config)
+    other = RecurrentDepthTransformer(dataclasses.replace(model.config, halting=kind, halting_threshold=1.0))
     other.load_state_dict(model.state_dict(), strict=False)
     unit = other.core.halting
-    assert unit is not None
     with torch.no_grad():
         unit.weight.normal_(0, 1 / model.config.dim**0.5, generator=torch.Generator().manual_seed(0))
         unit.bias.fill_(-1.5)
@@ -98,17 +96,13 @@ def measure_fastest(cases: dict[str, Any], options: argparse.Namespace, device: 
 
 def compare_cache(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Rows of the first table: tokens per second of one row at T = 8, with a cache and without."""
-    shape: dict[str, Any] = {"prelude_layers": 2, "core_layers": 2, "coda_layers": 2, "heads": 4, "kv_heads": 4}
+    shape = {"prelude_layers": 2, "core_layers": 2, "coda_layers": 2, "heads": 4, "kv_heads": 4}
     model = RecurrentDepthTransformer(ModelConfig(vocab_size=4096, dim=256, ffn_dim=1024, **shape))
     model = initialize(model, 0).eval().to(device)
     prompt = torch.arange(PROMPT, device=device)[None]
-    count = options.tokens
-    cases = {
-        name: partial(generate, model, prompt, LOOPS, count, use_cache=use_cache)
-        for name, use_cache in (("yes", True), ("no", False))
-    }
-    best = measure_fastest(cases, options, device)
-    return [{"cache": name, "tokens/s": round(count / seconds, 1)} for name, seconds in best.items()]
+    run = partial(generate, model, prompt, LOOPS, options.tokens)
+    best = measure_fastest({"yes": run, "no": partial(run, use_cache=False)}, options, device)
+    return [{"cache": name, "tokens/s": round(options.tokens / seconds, 1)} for name, seconds in best.items()]
 
 
 def compare_rules(
@@ -122,25 +116,12 @@ def compare_rules(
         rule = make_rule(kind, threshold)
         mean, loss = evaluate_rule(own, windows, rule)
         shown = f"{loss:.4f}" if trained and own is model else "-"
-        row: dict[str, Any] = {
-            "rule": kind,
-            "threshold": f"{threshold:.2g}",
-            "mean T, text given": round(mean, 2),
-            "loss": shown,
-        }
+        row = {"rule": kind, "threshold": f"{threshold:.2g}", "mean T, text given": round(mean, 2), "loss": shown}
         rows.append(row)
         for batch in (1, options.batch):
             prompts = windows[:1].expand(batch, -1) if batch > len(windows) else windows[:batch]
-            continue_text = partial(
-                generate,
-                own,
-                prompts[:, :PROMPT],
-                LOOPS,
-                options.tokens,
-                temperature=0.8,
-                top_k=50,
-                exit_rule=rule,
-            )
+            sampling = {"temperature": 0.8, "top_k": 50, "exit_rule": rule}
+            continue_text = partial(generate, own, prompts[:, :PROMPT], LOOPS, options.tokens, **sampling)
             trace = GenerationTrace()
             continue_text(trace=trace)
             row[f"mean T, {batch} rows"] = round(trace.mean, 2)
@@ -160,10 +141,9 @@ def compare_budgets(model: RecurrentDepthTransformer, windows: torch.Tensor, tra
     """
     rows, exact = [], None
     for budget in reversed(BUDGETS):
-        cache, parts = KVCache(budget), []
-        for i in range(windows.shape[1] - 1):
-            parts.append(model(windows[:, [i]], LOOPS, cache=cache, start=i))
-        logits = torch.cat(parts, 1).float()
+        cache = KVCache(budget)
+        steps = [model(windows[:, [i]], LOOPS, cache=cache, start=i) for i in range(windows.shape[1] - 1)]
+        logits = torch.cat(steps, 1).float()
         loss = float(functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()))
         exact = logits.argmax(-1) if exact is None else exact
         differs = float((logits.argmax(-1) != exact).float().mean())
@@ -211,7 +191,7 @@ def main() -> None:
     print(f"T = {LOOPS}, prompts of {PROMPT} tokens, {options.tokens} new ones. Rules and budgets: {kind}.")
     for name, rows in results.items():
         print(f"\n{name}\n\n{format_table(rows)}")
-    write_numbers(options.out, results)
+    write_numbers(options, results)
 
 
 if __name__ == "__main__":

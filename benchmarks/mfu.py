@@ -24,14 +24,13 @@ from typing import Any
 import torch
 from tools.operators import format_shares, profile_step
 from tools.options import make_parser, write_numbers
-from tools.rates import Shape, count_products, measure_product_rate
+from tools.rates import Shape, count_products, count_training_flops, measure_product_rate
 from tools.steps import take_step
 from tools.tables import format_header, format_row
 from tools.timing import make_clock, measure_seconds, pick_device
 
 from megatron_rdt.config import RunConfig, load_config
 from megatron_rdt.depth import DepthPlan, DepthSampler
-from megatron_rdt.model.flops import forward_flops, training_flops
 from megatron_rdt.parallel import Engine, build_engine
 from megatron_rdt.train.hardware import peak_flops, peak_memory_gb
 
@@ -44,9 +43,8 @@ COPY_BYTES = 1 << 28
 def load_preset(options: argparse.Namespace, length: int) -> RunConfig:
     """The preset, changed by the options."""
     fixed = [f"train.sequence_length={length}", f"train.precision={options.precision}", "optimizer.name=adamw"]
-    words = [*fixed, *options.set]
-    words.append(f"train.compile={'layers' if options.compile else 'none'}")
-    return load_config(options.preset, words)
+    compiled = "layers" if options.compile else "none"
+    return load_config(options.preset, [*fixed, *options.set, f"train.compile={compiled}"])
 
 
 def measure_bandwidth(device: torch.device) -> float:
@@ -86,20 +84,12 @@ def count_step_bytes(engine: Engine, plan: DepthPlan, length: int, width: int) -
     return products + OPTIMIZER_BYTES * parameters
 
 
-def count_step_flops(config: RunConfig, plan: DepthPlan, length: int) -> float:
-    """FLOPs of a step at the T that ran, without recomputation."""
-    loops = statistics.mean(plan.iterations)
-    with_gradient = statistics.mean(min(t, plan.backprop or t) for t in plan.iterations)
-    each = training_flops(config.model, forward_flops(config.model, length), loops, with_gradient)
-    return len(plan.iterations) * length * each
-
-
 def measure_length(options: argparse.Namespace, length: int, device: torch.device) -> dict[str, Any]:
     """Figures of one sequence length: the columns of its line, and what is printed below the table."""
     config = load_preset(options, length)
     engine, sampler = build_engine(config, device), DepthSampler(config.depth, config.run.seed)
     clock = make_clock(device, threads=0)
-    dtype = torch.bfloat16 if options.precision == "bfloat16" else torch.float32
+    dtype = getattr(torch, options.precision)
     shapes = count_products(engine.model, options.batch * length)
     rate = measure_product_rate(shapes, backward=True, clock=clock, device=device, dtype=dtype)
     peak, memory = peak_flops(device, options.precision) or rate, measure_bandwidth(device)
@@ -113,7 +103,8 @@ def measure_length(options: argparse.Namespace, length: int, device: torch.devic
     for number in range(options.warmup + options.steps):
         plan = draw_plan(number)
         seconds = measure_seconds(lambda: take_step(engine, tokens, plan), clock)  # noqa: B023  # called at once
-        flops, moved = count_step_flops(config, plan, length), count_step_bytes(engine, plan, length, dtype.itemsize)
+        flops = count_training_flops(config.model, plan, length)
+        moved = count_step_bytes(engine, plan, length, dtype.itemsize)
         rows.append({"seconds": seconds, "flops": flops, "bytes": moved, "T": statistics.mean(plan.iterations)})
     rows = rows[options.warmup :]
     last = draw_plan(options.warmup + options.steps)
@@ -167,10 +158,8 @@ def main() -> None:
         print("no GPU here: nothing was measured. For a small size on the CPU, see the second command of --help.")
         return
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    print(
-        f"{options.preset.stem} on {name}, torch {torch.__version__}, {options.precision}, {options.batch} sequences\n"
-    )
-    print(format_header(list(COLUMNS)))
+    setting = f"torch {torch.__version__}, {options.precision}, {options.batch} sequences"
+    print(f"{options.preset.stem} on {name}, {setting}\n\n{format_header(list(COLUMNS))}")
     results = []
     for length in options.sequence:
         results.append(measure_length(options, length, device))
@@ -179,8 +168,7 @@ def main() -> None:
         print(f"\nsequence {row['sequence']}: {format_shares(row['seconds by kind'])}")
         print(row["operators"] if options.verbose else "", end="")
     kept = [{key: value for key, value in row.items() if key != "operators"} for row in results]
-    settings = {key: str(value) for key, value in vars(options).items()}
-    write_numbers(options.out, {"device": name, "options": settings, "cases": kept})
+    write_numbers(options, {"device": name, "cases": kept})
 
 
 if __name__ == "__main__":

@@ -32,11 +32,12 @@ def print_packing(name: str, starts: np.ndarray, lengths: np.ndarray, length: in
     _, _, counts = pack_shard(starts, int(lengths.sum()), length)
     seconds = time.process_time() - began
     padding = counts.padding / (counts.rows * (length + 1))
-    print(
-        f"{name:<10} L {length:>5}  {len(lengths):>9,} documents, mean {lengths.mean():,.0f} tokens   "
-        f"chunk: {share_cut_by_windows(starts, lengths, length):6.1%} cut   "
-        f"bestfit: {counts.cut / counts.documents:6.1%} cut, {padding:.3%} padding, {len(lengths) / seconds:,.0f} documents/s"
+    what = f"{name:<10} L {length:>5}  {len(lengths):>9,} documents, mean {lengths.mean():,.0f} tokens"
+    chunk = f"{share_cut_by_windows(starts, lengths, length):6.1%} cut"
+    packed = (
+        f"{counts.cut / counts.documents:6.1%} cut, {padding:.3%} padding, {len(lengths) / seconds:,.0f} documents/s"
     )
+    print(f"{what}   chunk: {chunk}   bestfit: {packed}")
 
 
 def print_reading(corpus: Path, length: int) -> None:
@@ -45,7 +46,7 @@ def print_reading(corpus: Path, length: int) -> None:
     make_plans(manifest, "train", length)
     for pack_as in ("chunk", "bestfit"):
         for masks in (False, True):
-            options = DataConfig(pack=pack_as, document_mask=masks, document_positions=masks)  # type: ignore[arg-type]
+            options = DataConfig(pack=pack_as, document_mask=masks, document_positions=masks)
             split = open_corpus(manifest, "train", length, 1, options)
             locations = split.locate(np.arange(1024 * BATCH)).reshape(-1, BATCH)
             split.read(locations[0])

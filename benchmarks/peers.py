@@ -28,7 +28,7 @@ from peer_models.base import Sizes
 from tools.operators import format_shares, profile_step
 from tools.options import make_parser, repeat_options, write_numbers
 from tools.processes import run_fresh
-from tools.rates import count_products, measure_product_rate
+from tools.rates import count_products, count_training_flops, measure_product_rate
 from tools.steps import LR, MAX_NORM, take_step
 from tools.tables import format_header, format_row
 from tools.timing import measure_seconds
@@ -38,7 +38,7 @@ from megatron_rdt.config import DepthConfig, RunConfig
 from megatron_rdt.depth import DepthPlan, DepthSampler
 from megatron_rdt.inference import generate
 from megatron_rdt.model.activation_checkpointing import set_checkpointing
-from megatron_rdt.model.flops import forward_flops, training_flops
+from megatron_rdt.model.flops import forward_flops
 from megatron_rdt.parallel import build_engine
 from megatron_rdt.train.hardware import peak_memory_gb
 
@@ -88,7 +88,10 @@ class Bench:
     def step_peer(self, work: Work, loops: tuple[int, ...]) -> None:
         """Do the work once with the peer's model."""
         if work.generate:
-            self.peer.generate(self.model, self.tokens[:1, :PROMPT], work.loops, NEW_TOKENS)
+            self.model.eval()
+            with torch.no_grad():
+                self.peer.generate(self.model, self.tokens[:1, :PROMPT], work.loops, NEW_TOKENS)
+            self.model.train()
             return
         self.peer.loss(self.model, self.inputs, self.targets, work, loops).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
@@ -111,9 +114,8 @@ class Bench:
         """Trained parameters of both sides; AssertionError where they do not agree."""
         peer, ours = (sum(p.numel() for p in model.parameters()) for model in (self.model, self.engine.model))
         more = self.peer.count_extra_parameters(self.sizes)
-        assert ours == peer + more, (
-            f"{self.peer.name} has {peer} parameters, the model here {ours}; expected {more} more"
-        )
+        message = f"{self.peer.name} has {peer} parameters, the model here {ours}; expected {more} more"
+        assert ours == peer + more, message
         return {"peer": peer, "ours": ours}
 
     def count_flops(self, work: Work, loops: tuple[int, ...]) -> float:
@@ -122,10 +124,7 @@ class Bench:
             forward = forward_flops(self.config, PROMPT + NEW_TOKENS // 2)
             once = forward.prelude + forward.around + forward.coda
             return NEW_TOKENS * (once + work.loops * forward.iteration)
-        with_gradient = [min(t, work.backprop or t) for t in loops]
-        forward = forward_flops(self.config, self.sequence)
-        mean, mean_gradient = statistics.mean(loops), statistics.mean(with_gradient)
-        return self.batch * self.sequence * training_flops(self.config, forward, mean, mean_gradient)
+        return count_training_flops(self.config, DepthPlan(loops, work.backprop), self.sequence)
 
     def measure_rate(self, work: Work) -> float:
         """FLOP/s at which this machine multiplies matrices of the model's shapes."""
@@ -186,37 +185,25 @@ def measure_case(options: argparse.Namespace) -> Any:
         return {"missing": str(error)}
 
 
-def summarize(
-    work: Work, rounds: list[dict[str, float]], memory: dict[str, float], options: argparse.Namespace
-) -> dict:
-    """The figures of one line of the table: medians over the rounds."""
-    tokens = NEW_TOKENS if work.generate else options.batch * options.sequence
+def summarize(work: Work, rounds: list[dict[str, float]], tokens: int) -> dict[str, Any]:
+    """The figures of one line of the table: medians over the rounds, in each of which so many tokens were processed."""
+    median = statistics.median
+    speeds = {f"{side} tokens/s": tokens / median(r[side] for r in rounds) for side in ("peer", "ours", "floor")}
     ratios = sorted(r["peer"] / r["ours"] for r in rounds)
     return {
         "work": work.name,
-        **{
-            f"{side} tokens/s": tokens / statistics.median(r[side] for r in rounds)
-            for side in ("peer", "ours", "floor")
-        },
-        "ratio": statistics.median(ratios),
+        **speeds,
+        "ratio": median(ratios),
         "ratios": ratios,
-        "share": statistics.median(r["floor"] / r["ours"] for r in rounds),
-        "peer share": statistics.median(r["floor"] / r["peer"] for r in rounds),
-        "GFLOP/s": statistics.median(r["rate"] for r in rounds) / 1e9,
-        **{f"{side} MB": memory[side] for side in memory},
+        "share": median(r["floor"] / r["ours"] for r in rounds),
+        "peer share": median(r["floor"] / r["peer"] for r in rounds),
+        "GFLOP/s": median(r["rate"] for r in rounds) / 1e9,
     }
 
 
 COLUMNS = (
-    "peer tokens/s",
-    "ours tokens/s",
-    "ours / peer",
-    "floor tokens/s",
-    "peer's share",
-    "our share",
-    "peer MB",
-    "ours MB",
-)
+    "peer tokens/s", "ours tokens/s", "ours / peer", "floor tokens/s", "peer's share", "our share", "peer MB", "ours MB",
+)  # fmt: skip
 
 
 def format_line(row: dict[str, Any]) -> str:
@@ -242,10 +229,13 @@ def compare_with(peer: Peer, options: argparse.Namespace) -> dict[str, Any]:
     for work in WORKS:
         if work.name not in times["works"]:
             continue
-        sides = ("peer", "ours") if options.memory else ()
-        memory = {side: measure_alone(options, "memory", peer.name, side, work.name) for side in sides}
-        rows.append(summarize(work, times["works"][work.name], memory, options))
-        print(format_line(rows[-1]), flush=True)
+        row = summarize(
+            work, times["works"][work.name], NEW_TOKENS if work.generate else options.batch * options.sequence
+        )
+        for side in ("peer", "ours") if options.memory else ():
+            row[f"{side} MB"] = measure_alone(options, "memory", peer.name, side, work.name)
+        rows.append(row)
+        print(format_line(row), flush=True)
     return {"parameters": count, "rows": rows, "rounds": times["works"]}
 
 
@@ -256,9 +246,8 @@ def main() -> None:
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory too")
     parser.add_argument("--profile", action="store_true", help="print the time of a step by kind of operator instead")
     parser.add_argument("--verbose", action="store_true", help="with --profile: the table of operators too")
-    parser.add_argument(
-        "--case", nargs="+", help="measure one part and print it as JSON: times PEER, or memory PEER SIDE WORK"
-    )
+    case_help = "measure one part and print it as JSON: times PEER, or memory PEER SIDE WORK"
+    parser.add_argument("--case", nargs="+", help=case_help)
     options = parser.parse_args()
     if options.case:
         print(json.dumps(measure_case(options)))
@@ -275,8 +264,7 @@ def main() -> None:
     ratios = [row["ratio"] for result in results.values() for row in result.get("rows", [])]
     if ratios:
         print(f"\nOurs / peer over all rows: least {min(ratios):.2f}, median {statistics.median(ratios):.2f}")
-    settings = {name: getattr(options, name) for name in PASSED_ON}
-    write_numbers(options.out, {"options": settings, "peers": results})
+    write_numbers(options, {"peers": results})
 
 
 if __name__ == "__main__":

@@ -50,16 +50,11 @@ def make_cases(processes: int) -> dict[str, RunConfig]:
     for attention, ffn, precision, mode in product(ATTENTION, FEEDFORWARD, ("float32", "bfloat16"), MODES):
         checkpoint, k, number = MODES[mode]
         batch = BATCH if precision == "float32" else 2 * BATCH
+        sizes = {"micro_batch": batch, "global_batch": batch * number * processes, "sequence_length": SEQUENCE}
         found[f"{attention} {ffn} {precision} {mode}"] = RunConfig(
             model=replace(MODEL, **ATTENTION[attention], **FEEDFORWARD[ffn]),
-            depth=DepthConfig(checkpoint=checkpoint, backprop=k),  # type: ignore[arg-type]
-            train=TrainConfig(
-                micro_batch=batch,
-                global_batch=batch * number * processes,
-                sequence_length=SEQUENCE,
-                precision=precision,  # type: ignore[arg-type]
-                device="cpu",
-            ),
+            depth=DepthConfig(checkpoint=checkpoint, backprop=k),
+            train=TrainConfig(**sizes, precision=precision, device="cpu"),
             parallel=ParallelConfig(engine="single" if processes == 1 else "fsdp"),
         )
     return found
@@ -81,11 +76,11 @@ def run_worker(options: argparse.Namespace) -> None:
     from megatron_rdt.parallel.process_group import join_process_group
     from megatron_rdt.planner.measure import measure_steps
 
-    process, rows, joined = read_process_info(), [], False
+    process, rows = read_process_info(), []
     torch.manual_seed(process.rank)
-    for name, config in make_cases(process.world_size).items():
-        device = torch.device("cpu") if joined else join_process_group(config, process)
-        joined = True
+    cases = make_cases(process.world_size)
+    device = join_process_group(next(iter(cases.values())), process)
+    for name, config in cases.items():
         for each in measure_steps(config, device, options.loops):
             plan = predict_peak(config, process.world_size, each.loops)
             rows.append({"case": name, "loops": each.loops, "measured": each.peak, "planned": plan})
@@ -102,10 +97,8 @@ def measure_resident(name: str) -> int:
 
     config, cpu = make_cases(1)[name], torch.device("cpu")
     # A small model first, so that what libraries allocate at their first use is not counted.
-    small = replace(
-        config, model=replace(config.model, dim=16, heads=2, vocab_size=32), depth=DepthConfig(mean=1, max=1)
-    )
-    take_step(build_engine(small, cpu), 1)
+    small = replace(config.model, dim=16, heads=2, vocab_size=32)
+    take_step(build_engine(replace(config, model=small, depth=DepthConfig(mean=1, max=1)), cpu), 1)
 
     def train() -> None:
         engine = build_engine(config, cpu)
@@ -119,12 +112,8 @@ def format_table(rows: list[dict[str, Any]], loops: list[int]) -> str:
     """Markdown: a line per case; measured megabytes and the planner's error at each T."""
     lines = [format_header(["case", *(f"T = {t}: {column}" for t in loops for column in ("MB", "error"))], left=1)]
     for case in dict.fromkeys(row["case"] for row in rows):
-        cells = [
-            f"{row['measured'] / 1e6:.1f} | {100 * (row['planned'] / row['measured'] - 1):+.1f} %"
-            for row in rows
-            if row["case"] == case
-        ]
-        lines.append(format_row([case, *cells]))
+        pairs = [(row["measured"], row["planned"]) for row in rows if row["case"] == case]
+        lines.append(format_row([case, *(f"{m / 1e6:.1f} | {100 * (p / m - 1):+.1f} %" for m, p in pairs)]))
     return "\n".join(lines)
 
 
@@ -135,17 +124,15 @@ def measure_grid(options: argparse.Namespace) -> None:
         rows = found[str(processes)] = run_ranks(__file__, processes, *repeat_options(options, ("loops",)))
         errors = [abs(row["planned"] / row["measured"] - 1) for row in rows]
         engine = "one process" if processes == 1 else "fsdp on 2 processes"
-        print(
-            f"{engine}: error at most {100 * max(errors):.1f} %, median {100 * median(errors):.1f} %, "
-            f"{len(rows)} steps\n\n{format_table(rows, options.loops)}\n"
-        )
+        summary = f"error at most {100 * max(errors):.1f} %, median {100 * median(errors):.1f} %, {len(rows)} steps"
+        print(f"{engine}: {summary}\n\n{format_table(rows, options.loops)}\n")
     print(format_header([f"case, T = {RESIDENT_LOOPS}", "planned MB", "resident MB", "error"], left=1))
     for name in RESIDENT:
         size = run_fresh(__file__, "--resident", name, return_freed_blocks=True)
         plan = predict_peak(make_cases(1)[name], 1, RESIDENT_LOOPS)
         found.setdefault("resident", {})[name] = {"resident": size, "planned": plan}
         print(format_row([name, f"{plan / 1e6:.1f}", f"{size / 1e6:.1f}", f"{100 * (plan / size - 1):+.1f} %"]))
-    write_numbers(options.out, found)
+    write_numbers(options, found)
 
 
 # Texts and numbers alternate, so the alignment is written out.

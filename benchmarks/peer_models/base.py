@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_rdt.config import ModelConfig
 
@@ -45,17 +45,14 @@ class Sizes:
 
     def config(self, **parts: Any) -> ModelConfig:
         """This project's config of a model of these sizes with other parts."""
-        sizes: dict[str, Any] = {
-            "vocab_size": self.vocabulary,
-            "dim": self.dim,
-            "heads": self.heads,
-            "kv_heads": self.heads,
-            "ffn_dim": self.inner,
+        sizes = {"vocab_size": self.vocabulary, "dim": self.dim, "ffn_dim": self.inner}
+        heads = {"heads": self.heads, "kv_heads": self.heads}
+        layers = {
             "prelude_layers": self.outer_layers,
             "core_layers": self.core_layers,
             "coda_layers": self.outer_layers,
         }
-        return ModelConfig(**(sizes | parts))
+        return ModelConfig(**{**sizes, **heads, **layers, **parts})
 
 
 class Peer(ABC):
@@ -64,10 +61,12 @@ class Peer(ABC):
     Attributes:
         name: its name on the command line and in the table.
         install: the way to install it.
+        lacks: attributes of `Work` that it cannot do.
     """
 
     name: str
     install: str
+    lacks: tuple[str, ...] = ("per_sequence",)
 
     @abstractmethod
     def config(self, sizes: Sizes) -> ModelConfig:
@@ -79,24 +78,22 @@ class Peer(ABC):
 
     def runs(self, work: Work) -> bool:
         """Return True if the peer can do the work."""
-        return not work.per_sequence
+        return not any(getattr(work, name) for name in self.lacks)
 
     @abstractmethod
-    def loss(
-        self, model: nn.Module, tokens: torch.Tensor, targets: torch.Tensor, work: Work, loops: tuple[int, ...]
-    ) -> torch.Tensor:
+    def loss(self, model: nn.Module, tokens: Tensor, targets: Tensor, work: Work, loops: tuple[int, ...]) -> Tensor:
         """Mean cross entropy of (batch, sequence) tokens, for a backward pass; `loops` is T of each sequence."""
 
     @abstractmethod
-    def generate(self, model: nn.Module, prompt: torch.Tensor, loops: int, new_tokens: int) -> torch.Tensor:
-        """Continue the prompt (1, length), sampled at temperature 1 with the peer's own cache."""
+    def generate(self, model: nn.Module, prompt: Tensor, loops: int, new_tokens: int) -> Tensor:
+        """Continue the prompt (1, length), sampled at temperature 1 with the peer's own cache, in evaluation mode."""
 
     def count_extra_parameters(self, sizes: Sizes) -> int:
         """Number of parameters that only this project's model has, because a part has another form here."""
         return 0
 
 
-def split_by_gradient(work: Work) -> torch.Tensor:
+def split_by_gradient(work: Work) -> Tensor:
     """The numbers of iterations without gradient and with it, in the form that Huginn and Parcae take."""
     with_gradient = min(work.loops, work.backprop or work.loops)
     return torch.tensor([work.loops - with_gradient, with_gradient])

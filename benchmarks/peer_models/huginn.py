@@ -12,7 +12,7 @@ import types
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_rdt.config import ModelConfig
 from peer_models.base import Peer, Sizes, Work, split_by_gradient
@@ -65,17 +65,13 @@ class Huginn(Peer):
         )
         return self.modeling.RavenForCausalLM(config).float().train()
 
-    def loss(
-        self, model: nn.Module, tokens: torch.Tensor, targets: torch.Tensor, work: Work, loops: tuple[int, ...]
-    ) -> torch.Tensor:
+    def loss(self, model: nn.Module, tokens: Tensor, targets: Tensor, work: Work, loops: tuple[int, ...]) -> Tensor:
         """The peer's own loss."""
         model.gradient_checkpointing = work.checkpoint
         return model(tokens, labels=targets, num_steps=split_by_gradient(work)).loss
 
-    @torch.no_grad()
-    def generate(self, model: nn.Module, prompt: torch.Tensor, loops: int, new_tokens: int) -> torch.Tensor:
+    def generate(self, model: nn.Module, prompt: Tensor, loops: int, new_tokens: int) -> Tensor:
         """The peer's forward pass with its cache, token by token."""
-        model.eval()
         cache = self.modeling.HuginnDynamicCache()
         tokens = new = prompt
         for _ in range(new_tokens):
@@ -84,5 +80,4 @@ class Huginn(Peer):
             output = model(new, num_steps=steps, cache_position=positions, past_key_values=cache, use_cache=True)
             new = torch.multinomial(output.logits[:, -1].softmax(-1), 1)
             tokens = torch.cat((tokens, new), dim=1)
-        model.train()
         return tokens

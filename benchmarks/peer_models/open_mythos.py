@@ -4,7 +4,7 @@ import importlib
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_rdt.config import ModelConfig
@@ -17,11 +17,11 @@ EXPERTS, CHOSEN, EXPERT_DIM, SHARED, KV_HEADS, RANK, MAX_LOOPS = 8, 2, 256, 1, 2
 class RunAll(nn.Module):
     """Replacement of the halting unit, with which an untrained model stops after two or three iterations: none stops early."""
 
-    def __init__(self) -> None:
+    def __init__(self, loops: int) -> None:
         super().__init__()
-        self.last, self.calls = 1, 0
+        self.last, self.calls = loops, 0
 
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
+    def forward(self, h: Tensor) -> Tensor:
         """Halting probabilities (batch, sequence): 1 in the last iteration of each pass, 0 before."""
         self.calls += 1
         return torch.full(h.shape[:2], float(self.calls % self.last == 0), dtype=h.dtype, device=h.device)
@@ -32,6 +32,7 @@ class OpenMythos(Peer):
 
     name = "OpenMythos"
     install = "pip install --no-deps open-mythos==0.5.0"
+    lacks = ("backprop", "checkpoint", "per_sequence")
 
     def config(self, sizes: Sizes) -> ModelConfig:
         """As configs/models/openmythos_1b.yaml, with grouped-query attention and without halting."""
@@ -74,7 +75,7 @@ class OpenMythos(Peer):
             lora_rank=RANK,
         )
         model = package.OpenMythos(config).train()
-        model.recurrent.act = RunAll()
+        model.recurrent.act = RunAll(1)
         return model
 
     def count_extra_parameters(self, sizes: Sizes) -> int:
@@ -82,26 +83,12 @@ class OpenMythos(Peer):
         adapter = FEATURES * RANK + RANK - MAX_LOOPS * RANK
         return adapter + sizes.dim // INDEX_CHANNELS_SHARE + sizes.dim - 1
 
-    def runs(self, work: Work) -> bool:
-        """Return True unless the work needs truncation, checkpoints or T per sequence, which the peer does not have."""
-        return work.backprop is None and not work.checkpoint and not work.per_sequence
-
-    def loss(
-        self, model: nn.Module, tokens: torch.Tensor, targets: torch.Tensor, work: Work, loops: tuple[int, ...]
-    ) -> torch.Tensor:
+    def loss(self, model: nn.Module, tokens: Tensor, targets: Tensor, work: Work, loops: tuple[int, ...]) -> Tensor:
         """Cross entropy of the full logits, as in its training script."""
-        self._run_all(model, work.loops)
+        model.recurrent.act = RunAll(work.loops)
         return functional.cross_entropy(model(tokens, n_loops=work.loops).flatten(0, 1), targets.flatten())
 
-    @torch.no_grad()
-    def generate(self, model: nn.Module, prompt: torch.Tensor, loops: int, new_tokens: int) -> torch.Tensor:
+    def generate(self, model: nn.Module, prompt: Tensor, loops: int, new_tokens: int) -> Tensor:
         """The peer's own generation."""
-        model.eval()
-        self._run_all(model, loops)
-        tokens = model.generate(prompt, max_new_tokens=new_tokens, n_loops=loops, top_k=0)
-        model.train()
-        return tokens
-
-    def _run_all(self, model: nn.Module, loops: int) -> None:
-        """Make the model's halting unit stop after `loops` iterations."""
-        model.recurrent.act.last, model.recurrent.act.calls = loops, 0
+        model.recurrent.act = RunAll(loops)
+        return model.generate(prompt, max_new_tokens=new_tokens, n_loops=loops, top_k=0)

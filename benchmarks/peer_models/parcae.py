@@ -4,7 +4,7 @@ import importlib
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_rdt.config import ModelConfig
 from peer_models.base import Peer, Sizes, Work, split_by_gradient
@@ -17,6 +17,7 @@ class Parcae(Peer):
     install = (
         "git clone https://github.com/SandyResearch/parcae, and put it on PYTHONPATH (the wheel parcae-lm is empty)"
     )
+    lacks = ()
 
     def config(self, sizes: Sizes) -> ModelConfig:
         """As configs/models/parcae_140m.yaml."""
@@ -68,13 +69,7 @@ class Parcae(Peer):
         """Count this project's extras: one input gain per channel, where Parcae uses the step."""
         return sizes.dim
 
-    def runs(self, work: Work) -> bool:
-        """Return True: the peer can do all."""
-        return True
-
-    def loss(
-        self, model: nn.Module, tokens: torch.Tensor, targets: torch.Tensor, work: Work, loops: tuple[int, ...]
-    ) -> torch.Tensor:
+    def loss(self, model: nn.Module, tokens: Tensor, targets: Tensor, work: Work, loops: tuple[int, ...]) -> Tensor:
         """The peer's own loss; its draws of T per sequence are replaced by `loops`."""
         model.gradient_checkpointing = work.checkpoint
         if not work.per_sequence:
@@ -84,10 +79,6 @@ class Parcae(Peer):
         model._sample_batch_depths = lambda batch, length=None: (total - with_gradient, with_gradient)
         return model(tokens, labels=targets)["loss"]
 
-    @torch.no_grad()
-    def generate(self, model: nn.Module, prompt: torch.Tensor, loops: int, new_tokens: int) -> torch.Tensor:
+    def generate(self, model: nn.Module, prompt: Tensor, loops: int, new_tokens: int) -> Tensor:
         """The peer's own generation."""
-        model.eval()
-        tokens = model.generate(prompt, max_new_tokens=new_tokens, num_steps=loops)
-        model.train()
-        return tokens
+        return model.generate(prompt, max_new_tokens=new_tokens, num_steps=loops)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -13,7 +13,7 @@ from peer_models.base import Peer, Sizes, Work
 EPS, ROPE_BASE = 1e-6, 10000.0
 
 
-def rotate_half(x: torch.Tensor) -> torch.Tensor:
+def rotate_half(x: Tensor) -> Tensor:
     """(a, b) -> (-b, a) of the halves of the last dimension."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((-b, a), dim=-1)
@@ -31,9 +31,7 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(dim, 2 * sizes.inner, bias=False)
         self.down = nn.Linear(sizes.inner, dim, bias=False)
 
-    def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, past: list[torch.Tensor] | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: list[Tensor] | None = None) -> Tensor:
         """(batch, sequence, dim) -> the same; `past` holds earlier keys and values and is extended."""
         batch, sequence, dim = x.shape
         qkv = self.qkv(self.norm1(x)).view(batch, sequence, 3, self.heads, -1)
@@ -68,18 +66,18 @@ class PlainLoop(nn.Module):
 
     def forward(
         self,
-        tokens: torch.Tensor,
+        tokens: Tensor,
         loops: int,
         backprop: int | None = None,
         checkpointed: bool = False,
-        cache: list[list[torch.Tensor]] | None = None,
-    ) -> torch.Tensor:
+        cache: list[list[Tensor]] | None = None,
+    ) -> Tensor:
         """(batch, sequence) -> logits; `cache` has a list for each layer that runs, in order."""
         start = cache[0][0].shape[2] if cache and cache[0] else 0
         rope: Any = tuple(table[start : start + tokens.shape[1]] for table in (self.cos, self.sin))
         layer_caches = iter(cache if cache is not None else [])
 
-        def run(x: torch.Tensor, blocks: nn.ModuleList) -> torch.Tensor:
+        def run(x: Tensor, blocks: nn.ModuleList) -> Tensor:
             for block in blocks:
                 x = block(x, *rope, next(layer_caches, None))
             return x
@@ -109,19 +107,16 @@ class Plain(Peer):
         """A new `PlainLoop`."""
         return PlainLoop(sizes)
 
-    def loss(
-        self, model: nn.Module, tokens: torch.Tensor, targets: torch.Tensor, work: Work, loops: tuple[int, ...]
-    ) -> torch.Tensor:
+    def loss(self, model: nn.Module, tokens: Tensor, targets: Tensor, work: Work, loops: tuple[int, ...]) -> Tensor:
         """Cross entropy of the full logits."""
         logits = model(tokens, work.loops, work.backprop, work.checkpoint)
         return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    @torch.no_grad()
-    def generate(self, model: nn.Module, prompt: torch.Tensor, loops: int, new_tokens: int) -> torch.Tensor:
+    def generate(self, model: nn.Module, prompt: Tensor, loops: int, new_tokens: int) -> Tensor:
         """Continue the prompt with a cache that grows by concatenation."""
         assert isinstance(model, PlainLoop)
         layers = len(model.prelude) + loops * len(model.core) + len(model.coda)
-        cache: list[list[torch.Tensor]] = [[] for _ in range(layers)]
+        cache: list[list[Tensor]] = [[] for _ in range(layers)]
         tokens = new = prompt
         for _ in range(new_tokens):
             logits = model(new, loops, cache=cache)[:, -1]

@@ -34,7 +34,8 @@ def repeat_options(options: argparse.Namespace, names: Iterable[str]) -> list[st
     return words
 
 
-def write_numbers(path: Path | None, numbers: Any) -> None:
-    """Write numbers as JSON if `--out` names a file."""
-    if path is not None:
-        path.write_text(json.dumps(numbers, indent=2, default=str) + "\n", encoding="utf-8")
+def write_numbers(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
+    """Write the options and numbers as JSON if `--out` names a file."""
+    if options.out is not None:
+        document = {"options": vars(options), **numbers}
+        options.out.write_text(json.dumps(document, indent=2, default=str) + "\n", encoding="utf-8")

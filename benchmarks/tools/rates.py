@@ -1,5 +1,6 @@
 """Rate at which this machine multiplies matrices of a model's shapes, which bounds the speed of its step."""
 
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -7,10 +8,14 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from megatron_rdt.config import ModelConfig
+from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model.attention.gqa import TokenValues
+from megatron_rdt.model.flops import forward_flops, training_flops
 from megatron_rdt.model.iteration_signals import AdaLnSignal
 from megatron_rdt.model.moe import MixtureOfExperts
 from megatron_rdt.model.rdt import Embedding
+from tools.timing import Clock, measure_seconds
 
 # A product is repeated until it has done this many FLOPs, so that the resolution of the clock does not matter.
 LEAST_FLOPS = 4e8
@@ -43,20 +48,24 @@ def count_products(model: nn.Module, rows: int) -> Counter[Shape]:
     return shapes
 
 
-def time_product(product: Callable[[], object], flops: float, clock: Callable[[], float]) -> float:
+def count_training_flops(config: ModelConfig, plan: DepthPlan, length: int) -> float:
+    """FLOPs of a step over sequences of `length` tokens at the T that ran, without recomputation."""
+    loops = statistics.mean(plan.iterations)
+    with_gradient = statistics.mean(min(t, plan.backprop or t) for t in plan.iterations)
+    return len(plan.iterations) * length * training_flops(config, forward_flops(config, length), loops, with_gradient)
+
+
+def time_product(product: Callable[[], object], flops: float, clock: Clock) -> float:
     """Seconds of one product, averaged over enough calls in a row to reach LEAST_FLOPS."""
     calls = max(round(LEAST_FLOPS / flops), 1)
-    began = clock()
-    for _ in range(calls):
-        product()
-    return (clock() - began) / calls
+    return measure_seconds(lambda: [product() for _ in range(calls)], clock) / calls
 
 
 @torch.no_grad()
 def measure_product_rate(
     shapes: Counter[Shape],
     backward: bool,
-    clock: Callable[[], float] = time.process_time,
+    clock: Clock = time.process_time,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> float:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import jsonargparse
 
 from megatron_rdt.config import RunConfig
+from megatron_rdt.config.option_texts import check_words
 from megatron_rdt.config.option_types import metavar
 from megatron_rdt.config.parser import field_help, make_parser, parse
 
@@ -76,5 +77,6 @@ def parse_run_options(program: str, description: str, extra: type[T], words: Seq
     Raises:
         ConfigError: see `megatron_rdt.config.parser.parse`.
     """
+    check_words(words)
     config, raw = parse(make_run_parser(program, description, extra), RunConfig, words)
     return config, extra(**{field.name: getattr(raw, field.name) for field in dataclasses.fields(extra)})  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,10 +23,12 @@ LARGEST_WINDOW = (
 def open_decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
     """Return a stream of the content of an open file: plain, gzip or zstd, by the ending of `path`.
 
-    Reading raises one of DAMAGED if the compressed content is damaged or ends early. Both formats may hold several
+    This, or reading, raises one of DAMAGED if the compressed content is damaged or ends early. Both formats may hold several
     members or frames, one after another.
     """
     suffix = path.suffix.lower()
+    if suffix in (".gz", ".zst") and not os.fstat(raw.fileno()).st_size:
+        raise EOFError("the file is empty")  # to both libraries that is the end of the text; no tool writes it
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
     return io.BufferedReader(_ZstdReader(raw), READ_BYTES) if suffix == ".zst" else raw

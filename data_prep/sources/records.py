@@ -12,6 +12,7 @@ from typing import Any
 
 from data_prep.config import PrepConfig
 from data_prep.sources.compression import DAMAGED, open_decompressed
+from data_prep.sources.file_kinds import COMPRESSED
 from data_prep.sources.folder_walk import name_unreadable
 from data_prep.sources.hugging_face_files import read_dataset_shard, read_spool
 from data_prep.sources.inputs import Input, Part
@@ -223,6 +224,10 @@ class PartReader:
 
     def _read_json_lines(self, file: Input) -> Iterator[Document]:
         """Yield the documents of a JSON-lines file that begin in the part."""
+        if not file.bytes and not file.path.lower().endswith(COMPRESSED):  # counted like an empty text file
+            self.tally.records += 1
+            self.tally.dropped["empty"] += 1
+            return
         for offset, line in self._read_lines(file):
             if not self.is_wanted(file.name, offset) or not line.strip():
                 continue

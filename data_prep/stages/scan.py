@@ -84,7 +84,7 @@ def scan_part(job: Job, part: Part, limit: int = 0) -> None:
     # With validation sources, no document of the others is held out.
     fraction = 0.0 if config.valid_sources else config.valid_fraction
     files = [scan_rows_path(job, part)] + ([bands_path(scan_rows_path(job, part))] if hasher else [])
-    found = {"documents": 0, "bytes": 0, "valid": 0, "changed": 0, "present": 0, "input_bytes": 0}
+    found = {"documents": 0, "bytes": 0, "valid": 0, "changed": 0, "present": 0, "input_bytes": 0, "prompted": 0}
     with contextlib.ExitStack() as stack:
         rows = ArrayWriter(stack.enter_context(atomic_open(files[0], "wb")), SCAN_ROW)
         bands = None
@@ -117,6 +117,7 @@ def scan_part(job: Job, part: Part, limit: int = 0) -> None:
             found["bytes"] += size
             found["valid"] += valid
             found["changed"] += text != document.text
+            found["prompted"] += bool(prompt)
         for writer in (rows, bands, spool):
             if writer:
                 writer.finish()

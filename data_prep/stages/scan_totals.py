@@ -9,7 +9,8 @@ from data_prep.stages.scan import scan_record_path
 from megatron_rdt.errors import DataError
 
 # Fields of a part's record.
-SUMMED = ["documents", "valid", "bytes", "records", "changed", "replaced", "bad_count", "input_bytes", "damaged_bytes"]
+SUMMED = ["documents", "valid", "bytes", "records", "changed", "prompted", "replaced", "bad_count"]
+SUMMED += ["input_bytes", "damaged_bytes"]
 
 
 class EmptySplitError(DataError):
@@ -53,7 +54,7 @@ def check_scan(work: WorkingDirectory) -> dict[str, Any]:
 
     Raises:
         DataError: too many records are bad.
-        EmptySplitError: there is no document, or none for a split that is wanted.
+        EmptySplitError: there is no document, or none for a split that is wanted, or none with a prompt where there should be.
     """
     config, found = work.job.config, sum_scans(work)
     if reason := _describe_excess(found, config.max_bad):
@@ -63,6 +64,10 @@ def check_scan(work: WorkingDirectory) -> dict[str, Any]:
         )
     if not found["documents"]:
         raise EmptySplitError(f"no document with text in {config.sources}. Check the sources and --text_field.")
+    if config.prompt_field and not found["prompted"]:
+        raise EmptySplitError(
+            f'none of {found["documents"]:,} documents has a prompt in the field "{config.prompt_field}". Check --prompt_field.'
+        )
     check_splits(work, {"train": found["documents"] - found["valid"], "valid": found["valid"]})
     return found
 

@@ -26,7 +26,7 @@ import docstring_parser
 import jsonargparse
 import yaml
 
-from megatron_rdt.config.option_texts import MAY_BE_EMPTY, check_words, refuse_empty_texts
+from megatron_rdt.config.option_texts import MAY_BE_EMPTY, refuse_empty_texts
 from megatron_rdt.config.option_types import (
     TYPE_WORDS,
     describe_type,
@@ -210,7 +210,6 @@ def join_words(parser: jsonargparse.ArgumentParser, schema: type, words: Sequenc
     Raises:
         ConfigError: an option that does not exist, or one without its value.
     """
-    check_words(words)
     kinds = option_kinds(schema)
     actions = {spelling[2:]: action for action in parser._actions for spelling in action.option_strings}
     joined, left = [], deque(words)

@@ -4,20 +4,24 @@ import dataclasses
 import importlib
 import json
 import pkgutil
+import re
 from pathlib import Path
 
 import pytest
 
 from data_prep.config import PrepConfig
 from launch import commands
+from launch.cli import run_command
 from launch.commands.eval import EvalOptions
 from launch.commands.generate import GenerateOptions
 from launch.commands.prep_tasks import TaskOptions
 from launch.commands.prep_verify import VerifyOptions
+from launch.failures import explain
+from launch.train_options import parse_worker
 from megatron_rdt.config import RunConfig
 from megatron_rdt.config.option_types import entry_schema
 from megatron_rdt.config.parser import make_parser, option_kinds, parse
-from megatron_rdt.errors import ConfigError
+from megatron_rdt.errors import EXIT_USAGE, ConfigError
 
 COMMANDS = [
     importlib.import_module(f"launch.commands.{module.name}") for module in pkgutil.iter_modules(commands.__path__)
@@ -115,7 +119,34 @@ def test_what_means_none_may_be_empty() -> None:
     assert parse_words(PrepConfig, "--special_tokens=[]") != parse_words(PrepConfig)
 
 
-@pytest.mark.parametrize("words", [["--out", "caf\udce9"], ["--sources=a,caf\udce9"], ["--config", "caf\udce9.yaml"]])
-def test_names_that_are_not_utf8_are_shown_and_refused(words: list[str]) -> None:
-    with pytest.raises(ConfigError, match=r"caf\\xe9.*is not valid UTF-8\. Rename"):
-        parse_words(PrepConfig, *words)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["prep", "--out", "caf\udce9"],
+        ["prep", "--sources=a,caf\udce9"],
+        ["prep", "import", "a", "caf\udce9"],
+        ["train", "--config", "caf\udce9.yaml"],
+        ["generate", "run", "--prompt", "caf\udce9", "--prompt", "b"],
+        ["eval", "caf\udce9"],
+    ],
+    ids=" ".join,
+)
+def test_words_that_are_not_utf8_are_shown_and_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(words) == EXIT_USAGE
+    assert re.search(r"rdt \w+: error: the word .*caf\\xe9\S* is not valid UTF-8\. Rename", capsys.readouterr().err)
+
+
+def test_the_training_script_refuses_them_too() -> None:
+    with pytest.raises(ConfigError, match=r"the word --run\.name=caf\\xe9 is not valid UTF-8"):
+        parse_worker("pretrain.py", ["--run.name=caf\udce9"])
+
+
+def test_a_name_that_is_not_utf8_in_an_exception_is_explained() -> None:
+    with pytest.raises(UnicodeEncodeError) as caught:
+        "caf\udce9/a".encode()
+    assert (
+        str(explain(caught.value)) == r"caf\xe9/a is not valid UTF-8. Rename the file or folder that has such a name."
+    )
+    with pytest.raises(UnicodeEncodeError) as caught:
+        "caf\xe9".encode("ascii")
+    assert explain(caught.value) is None, "that is a bug of ours"

@@ -76,3 +76,12 @@ def test_the_reason_of_a_damage_is_said(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"damaged after \d+ lines \(zstd decompressor error: .*checksum\)"):
         read_file(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.txt.gz", "a.txt.zst"])
+def test_an_empty_file_is_not_a_compressed_one(name: str, tmp_path: Path) -> None:
+    """As a download leaves it that was interrupted at once."""
+    (tmp_path / name).touch()
+    with pytest.raises(DataError, match=rf"{name}: compressed file ends early .*the file is empty"):
+        read_file(tmp_path / name)
+    assert read_file(tmp_path / name, on_bad="skip") == []

@@ -72,3 +72,25 @@ def test_a_file_that_the_disk_does_not_return_is_named(
     monkeypatch.setattr("data_prep.sources.records.open_decompressed", fail)
     with pytest.raises(DataError, match=rf"{name} cannot be read: Input/output error"):
         prepare(make_config(path, tmp_path / "out", on_bad="skip"))
+
+
+@pytest.mark.parametrize("name", ["empty.jsonl", "empty.txt"])
+def test_an_empty_file_is_an_empty_record(name: str, tmp_path: Path) -> None:
+    source = tmp_path / "text"
+    source.mkdir()
+    write_lines(source / "a.jsonl", list(RECORDS))
+    (source / name).touch()
+    manifest = load_manifest(prepare(make_config(source, tmp_path / "out"))).document
+    assert (manifest["records"], manifest["dropped"]) == (61, {"empty": 1})
+
+
+def test_a_prompt_field_that_no_record_has_is_refused(tmp_path: Path) -> None:
+    """A misspelt name would train on the prompts of none."""
+    lines: list[str | bytes] = [json.dumps({"question": "why", **json.loads(line)}) for line in RECORDS]
+    source = write_lines(tmp_path / "a.jsonl", lines)
+    with pytest.raises(
+        DataError, match=r'none of 60 documents has a prompt in the field "questoin"\. Check --prompt_field'
+    ):
+        prepare(make_config(source, tmp_path / "out", prompt_field="questoin"))
+    assert not (tmp_path / ".out.prep").exists()
+    prepare(make_config(source, tmp_path / "out", prompt_field="question"))

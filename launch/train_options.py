@@ -1,5 +1,6 @@
 """Options of `rdt train` and launch/pretrain.py, and the checks of a run before any process starts."""
 
+import difflib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -9,7 +10,9 @@ from launch.command_options import HIDDEN, make_run_parser, parse_run_options
 from megatron_rdt.config import RunConfig, check_config
 from megatron_rdt.config.parser import join_words
 from megatron_rdt.errors import ConfigError, DataError
+from megatron_rdt.run_directory import CHECKPOINTS, run_directory_of
 
+RESUME_WORDS = ("none", "auto")
 DESCRIPTION = "Pretrain a recurrent-depth transformer. Needs token shards, which `rdt prep` makes."
 
 
@@ -18,7 +21,7 @@ class WorkerOptions:
     """Options of launch/pretrain.py besides the run's config."""
 
     resume: str = field(default="none", metadata={"metavar": "none|auto|PATH"})
-    """none: start a new run; auto: resume from the run's newest complete checkpoint, or start it; or the path of a checkpoint or run to start from."""
+    """none: start a new run; auto: resume from the run's newest healthy checkpoint, or start it; or the path of a checkpoint or run to start from."""
     local_rank: int = field(default=0, metadata=HIDDEN)
     """Passed by the DeepSpeed launcher and ignored: the environment says the same."""
 
@@ -38,14 +41,27 @@ LAUNCHER_ONLY = {option.name for option in fields(LaunchOptions)} - {option.name
 
 def parse_launch(words: Sequence[str]) -> tuple[RunConfig, LaunchOptions]:
     """Parse the words of `rdt train`; the config is not checked yet, since that needs the number of processes."""
-    return parse_run_options("rdt train", DESCRIPTION, LaunchOptions, words)
+    config, options = parse_run_options("rdt train", DESCRIPTION, LaunchOptions, words)
+    check_resume_word(options.resume)
+    return config, options
 
 
 def parse_worker(program: str, words: Sequence[str], world_size: int | None = None) -> tuple[RunConfig, WorkerOptions]:
     """Parse the words of launch/pretrain.py and check the config for `world_size` processes."""
     config, options = parse_run_options(program, DESCRIPTION, WorkerOptions, words)
+    check_resume_word(options.resume)
     check_config(config, world_size)
     return config, options
+
+
+def check_resume_word(resume: str) -> None:
+    """Raise ConfigError if the value of --resume is a misspelling of one of its words, rather than a path."""
+    if resume in RESUME_WORDS or os.path.lexists(resume):
+        return
+    near = difflib.get_close_matches(resume.strip().lower(), RESUME_WORDS, n=1, cutoff=0.7)
+    if near or not resume.strip():
+        meant = f"Did you mean {near[0]}?" if near else "Name none, auto, or the path of a checkpoint or run."
+        raise ConfigError(f"--resume {resume!r} is no choice of --resume, and there is no such path. {meant}")
 
 
 def select_worker_words(words: Sequence[str]) -> list[str]:
@@ -67,11 +83,15 @@ def check_paths(config: RunConfig) -> None:
             raise DataError(
                 f"{manifest} does not exist. Make the shards first: rdt prep --config FILE --out {corpus.path}"
             )
-    # The run creates its directory, so what counts is the closest ancestor that exists.
-    existing = Path(config.run.root).absolute() / config.run.name
-    while not existing.exists() and not os.path.islink(existing):
-        existing = existing.parent
-    if not existing.is_dir():
-        raise ConfigError(f"run.root {config.run.root} cannot be used: {existing} is not a directory. Set --run.root.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"run.root {config.run.root} cannot be used: {existing} is not writable. Set --run.root.")
+    run_directory = run_directory_of(config).absolute()
+    for directory in (run_directory, run_directory / CHECKPOINTS):
+        # The run creates its directories, so what counts is the closest ancestor that exists.
+        while not directory.exists() and not os.path.islink(directory):
+            directory = directory.parent
+        if not directory.is_dir():
+            reason = "is a link whose target is not there" if os.path.islink(directory) else "is not a directory"
+            raise ConfigError(f"run.root {config.run.root} cannot be used: {directory} {reason}. Set --run.root.")
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"run.root {config.run.root} cannot be used: {directory} is not writable. Set --run.root."
+            )

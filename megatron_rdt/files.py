@@ -128,7 +128,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 def explain_write_failure(error: BaseException, directory: str | os.PathLike[str]) -> str:
     """Return one line on why a write below `directory` failed. Call it before cleaning up, which frees space."""
-    free = shutil.disk_usage(directory).free if os.path.isdir(directory) else 0
+    free = _free_bytes(Path(directory))
     if is_disk_full(error) or NO_SPACE in str(error):
         return f"the disk is full ({free / 2**20:.1f} MiB free)"
     # After a failed write, torch.save still writes the end of its file and fails again: the first OSError has the reason.
@@ -136,7 +136,18 @@ def explain_write_failure(error: BaseException, directory: str | os.PathLike[str
     lines = str(first).strip().splitlines()
     reason = lines[0] if lines else type(first).__name__
     # Libraries that write in C++ do not say why a write failed; a disk that is almost full is the likely reason.
-    return f"{reason} (the disk is almost full: {free / 2**20:.1f} MiB free)" if free < LOW_DISK_BYTES else reason
+    is_unexplained = not isinstance(first, OSError) or first.errno is None
+    if is_unexplained and free < LOW_DISK_BYTES:
+        return f"{reason} (the disk is almost full: {free / 2**20:.1f} MiB free)"
+    return reason
+
+
+def _free_bytes(path: Path) -> int:
+    """Return the free space of the disk that `path` is on, or would be on once it is made."""
+    path = path.absolute()
+    while not path.is_dir() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free
 
 
 @contextlib.contextmanager

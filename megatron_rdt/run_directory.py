@@ -6,6 +6,7 @@ from megatron_rdt.config import RunConfig
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"  # a file: the name of the newest checkpoint
+ORIGIN = "origin.json"  # the checkpoint of another run that this one began from
 
 
 def run_directory_of(config: RunConfig) -> Path:

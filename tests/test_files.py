@@ -14,7 +14,15 @@ from pathlib import Path
 import pytest
 
 from megatron_rdt.errors import LaunchError
-from megatron_rdt.files import atomic_open, hold_lock, is_disk_full, sha256_of, write_bytes, write_text
+from megatron_rdt.files import (
+    atomic_open,
+    explain_write_failure,
+    hold_lock,
+    is_disk_full,
+    sha256_of,
+    write_bytes,
+    write_text,
+)
 
 KILLED = """
 import os, signal, sys
@@ -148,6 +156,22 @@ def test_a_really_full_device() -> None:
     with pytest.raises(OSError, match="No space") as caught, open("/dev/full", "wb", buffering=0) as file:
         file.write(b"x")
     assert is_disk_full(caught.value)
+
+
+def test_a_failed_write_is_not_blamed_on_a_disk_with_room(tmp_path: Path) -> None:
+    denied = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "a" / "b"))
+    for directory in (tmp_path, tmp_path / "a" / "b"):
+        assert explain_write_failure(denied, directory) == f"[Errno 13] Permission denied: '{tmp_path / 'a' / 'b'}'"
+    assert explain_write_failure(RuntimeError("iostream error\nat line 3"), tmp_path / "a") == "iostream error"
+
+
+def test_a_failure_without_a_reason_names_a_disk_that_is_almost_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_rdt.files.LOW_DISK_BYTES", 1 << 60)
+    said = explain_write_failure(RuntimeError("iostream error"), tmp_path / "absent")
+    assert said.startswith("iostream error (the disk is almost full: ")
+    assert "full" not in explain_write_failure(PermissionError(errno.EACCES, "Permission denied"), tmp_path)
 
 
 def test_a_lock_is_held_by_one_process(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ class ConvertOptions:
     """Options of `rdt convert`."""
 
     checkpoint: str
-    """Checkpoint, or run directory (its newest checkpoint)."""
+    """Checkpoint, or run directory (its newest healthy checkpoint)."""
     out: str
     """Directory to write; must not exist, or be empty."""
     to: Literal["hf", "native", "zero"] = "hf"

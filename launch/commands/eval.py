@@ -11,7 +11,7 @@ class EvalOptions:
     """Options of `rdt eval`."""
 
     checkpoint: str
-    """Checkpoint, or run directory (its newest checkpoint)."""
+    """Checkpoint, or run directory (its newest healthy checkpoint)."""
     loops: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
     """Loop counts T to evaluate at."""
     sequences: int = 64

@@ -22,7 +22,7 @@ class GenerateOptions:
     """Options of `rdt generate`."""
 
     checkpoint: str
-    """Checkpoint, run directory (its newest checkpoint), or folder that `rdt convert --to hf` wrote."""
+    """Checkpoint, run directory (its newest healthy checkpoint), or folder that `rdt convert --to hf` wrote."""
     prompt: str = field(default="def ", metadata={MAY_BE_EMPTY: True})
     """Text to continue; may be given several times."""
     prompts: str | None = None

@@ -1,5 +1,8 @@
 """`rdt submit`: fill in the Slurm script for a run and pass it to sbatch."""
 
+import glob
+import json
+import os
 import re
 import shlex
 import shutil
@@ -10,11 +13,11 @@ from pathlib import Path
 from string import Template
 
 from launch.command_options import parse_options, summary_of
-from launch.train_options import check_paths, parse_worker
+from launch.train_options import RESUME_WORDS, check_paths, parse_worker
 from megatron_rdt.config import RunConfig
 from megatron_rdt.errors import EXIT_OK, ConfigError, LaunchError
 from megatron_rdt.files import write_text
-from megatron_rdt.run_directory import LATEST, run_directory_of
+from megatron_rdt.run_directory import CHECKPOINTS, LATEST, ORIGIN, run_directory_of
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "slurm" / "pretrain.sbatch"
 TRAINING_SCRIPT = Path(__file__).resolve().parent.parent / "pretrain.py"
@@ -50,15 +53,18 @@ class SubmitOptions:
     sbatch: str = ""
     """More options of sbatch, in one string: "--qos=high --mem=0"."""
     overrides: str = ""
-    """More options of `rdt train`, in one string."""
+    """More options of `rdt train`, in one string. --resume PATH is for the first start; later ones continue the run."""
     directory: str = "jobs"
     """Directory for the script and the job's output."""
     dry_run: bool = False
     """Print the script instead of submitting it."""
 
 
-def read_run_config(job: SubmitOptions) -> tuple[RunConfig, list[str]]:
-    """Read the run's config, check it for the job's processes, and return it with the training script's options.
+def read_run_config(job: SubmitOptions) -> tuple[RunConfig, list[str], str | None]:
+    """Read the run's config and check it for the job's processes.
+
+    Returns:
+        The config, the training script's options without --resume PATH, and that path: the run's origin.
 
     Raises:
         ConfigError: the run's config is wrong, or the job's options do not fit it or each other.
@@ -68,11 +74,10 @@ def read_run_config(job: SubmitOptions) -> tuple[RunConfig, list[str]]:
             raise ConfigError(f"--{name} is {getattr(job, name)}, it must be at least 1.")
     words = ["--config", job.config, *_split_words(job.overrides, "overrides")]
     config, options = parse_worker("rdt submit", words, job.nodes * job.processes_per_node)
-    if options.resume not in ("none", "auto"):
-        raise ConfigError(
-            f"--resume {options.resume} is in --overrides, but a job resumes its own run each time it starts. "
-            "Remove it."
-        )
+    origin = None
+    if options.resume not in RESUME_WORDS:
+        origin, words = options.resume, _without_option(words, "--resume")
+        check_origin(origin, run_directory_of(config))
     _check_gpus(job, config)
     limit = parse_time_limit(job.time)
     if limit is not None and limit < job.signal_before_s + SIGNAL_TOLERANCE_S:
@@ -80,7 +85,46 @@ def read_run_config(job: SubmitOptions) -> tuple[RunConfig, list[str]]:
             f"--time {job.time} is {limit} s, too short for a signal {job.signal_before_s} s before its end, which "
             f"Slurm may send {SIGNAL_TOLERANCE_S} s early. Raise --time, or lower --signal_before_s."
         )
-    return config, words
+    return config, words, origin
+
+
+def _without_option(words: list[str], option: str) -> list[str]:
+    """Return the words without an option and its value, wherever it is given."""
+    kept, rest = [], iter(words)
+    for word in rest:
+        if word == option:
+            next(rest)
+        elif not word.startswith(f"{option}="):
+            kept.append(word)
+    return kept
+
+
+def check_origin(origin: str, run_directory: Path) -> None:
+    """Refuse a job that would start in `run_directory` from a checkpoint that its run cannot begin from.
+
+    Raises:
+        ConfigError: `origin` holds no checkpoint, or the run has begun already, from elsewhere.
+    """
+    path = os.path.abspath(origin)
+    if not os.path.isfile(os.path.join(path, "manifest.json")) and not glob.glob(
+        f"{glob.escape(path)}/{CHECKPOINTS}/step-*"
+    ):
+        raise ConfigError(f"--resume {origin} is no checkpoint, nor a run that has one. Name another in --overrides.")
+    own, target = run_directory.resolve(), Path(path).resolve()
+    if target == own or (run_directory / CHECKPOINTS).resolve() in (target, target.parent):
+        raise ConfigError(
+            f"--resume {origin} is a checkpoint of the run itself, to which the job would go back each time it starts. "
+            "Name a new run with --run.name, or omit --resume to continue the run from its newest checkpoint."
+        )
+    begun = [name for name in (LATEST, CHECKPOINTS, "metrics.jsonl") if (run_directory / name).exists()]
+    if (run_directory / ORIGIN).is_file():
+        began_from = json.loads((run_directory / ORIGIN).read_text(encoding="utf-8"))["checkpoint"]
+        begun = [] if began_from == path or began_from.startswith(os.path.join(path, CHECKPOINTS, "")) else [ORIGIN]
+    if begun:
+        raise ConfigError(
+            f"{run_directory} holds {begun[0]} of a run that did not begin from {origin}. Choose another --run.name in "
+            "--overrides, or omit --resume to continue that run."
+        )
 
 
 def _split_words(text: str, option: str) -> list[str]:
@@ -137,8 +181,9 @@ def quote_directive(option: str, value: str | int) -> str:
     return shlex.quote(str(value))
 
 
-def render_script(job: SubmitOptions, config: RunConfig, words: list[str]) -> str:
+def render_script(job: SubmitOptions, config: RunConfig, words: list[str], origin: str | None) -> str:
     """Return the batch script of a job whose config and options have been checked."""
+    began = shlex.quote(str(run_directory_of(config) / ORIGIN))
     extra = [
         f"#SBATCH --{option}={quote_directive('--' + option, value)}"
         for option, value in (
@@ -167,6 +212,9 @@ def render_script(job: SubmitOptions, config: RunConfig, words: list[str]) -> st
         stalled=shlex.quote(str(Path(job.directory).resolve() / config.run.name)),
         restarts=IDLE_RESTARTS,
         options=shlex.join(words),
+        # The file is written before the first step: from then on the job continues its own run.
+        choose=f"if [ -e {began} ]; then resume=auto; else resume={shlex.quote(origin)}; fi" if origin else "",
+        resume='"$resume"' if origin else "auto",
     )
 
 
@@ -174,8 +222,8 @@ def submit(words: list[str]) -> int:
     """Submit a run to Slurm."""
     # Here --config is an option like the others, the run's YAML, and it is required.
     job = parse_options("submit", summary_of(submit), SubmitOptions, words, positional=False)
-    config, run_words = read_run_config(job)
-    text = render_script(job, config, run_words)
+    config, run_words, origin = read_run_config(job)
+    text = render_script(job, config, run_words, origin)
     if job.dry_run:
         print(text, end="")
         return EXIT_OK

@@ -1,27 +1,51 @@
 """Checkpoints: written completely or not at all, verified, retained, found again.
 
-To save: `write.py`. To resume: `choose.py` picks and verifies a checkpoint in the order of `lineage.py`, `restore.py`
-loads it. To use the weights alone: `weights.py`.
+To save: `write.py`; `retention.py` deletes old ones. To resume: `choose.py` picks and verifies a checkpoint in the order
+of `lineage.py`, healthy ones (`health.py`) first; `restore.py` loads it. To use the weights alone: `weights.py`.
 """
 
 from megatron_rdt.checkpoint.buffers import BUFFERS, restore_buffers
-from megatron_rdt.checkpoint.choose import find_start, newest_checkpoint, resolve_checkpoint
-from megatron_rdt.checkpoint.lineage import belongs_to_run, has_checkpoints, list_complete_checkpoints, record_start
+from megatron_rdt.checkpoint.choose import (
+    find_run_or_checkpoint,
+    find_start,
+    list_healthy_checkpoints,
+    newest_checkpoint,
+    record_start,
+    resolve_checkpoint,
+)
+from megatron_rdt.checkpoint.health import HEALTH, make_health
+from megatron_rdt.checkpoint.lineage import (
+    belongs_to_run,
+    find_own_name,
+    has_checkpoints,
+    list_complete_checkpoints,
+)
 from megatron_rdt.checkpoint.manifest import read_manifest, verify, write_manifest
+from megatron_rdt.checkpoint.missing import find_missing_checkpoint
+from megatron_rdt.checkpoint.origin import is_origin, read_origin
 from megatron_rdt.checkpoint.rank_state import read_rank_state
 from megatron_rdt.checkpoint.restore import read_trainer_state, restore_engine
 from megatron_rdt.checkpoint.weights import read_model_weights
-from megatron_rdt.checkpoint.write import save_checkpoint, software_versions
+from megatron_rdt.checkpoint.write import check_writable, save_checkpoint, software_versions
 
 __all__ = [
     "BUFFERS",
+    "HEALTH",
     "belongs_to_run",
+    "check_writable",
+    "find_missing_checkpoint",
+    "find_own_name",
+    "find_run_or_checkpoint",
     "find_start",
     "has_checkpoints",
+    "is_origin",
     "list_complete_checkpoints",
+    "list_healthy_checkpoints",
+    "make_health",
     "newest_checkpoint",
     "read_manifest",
     "read_model_weights",
+    "read_origin",
     "read_rank_state",
     "read_trainer_state",
     "record_start",

@@ -9,11 +9,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rdt.checkpoint.lineage import has_checkpoints, list_complete_checkpoints
+from megatron_rdt.checkpoint.health import find_own_problem, find_problems
+from megatron_rdt.checkpoint.lineage import (
+    belongs_to_run,
+    has_checkpoints,
+    list_complete_checkpoints,
+    order_by_lineage,
+    read_manifests,
+    read_rollback,
+    record_rollback,
+)
 from megatron_rdt.checkpoint.manifest import MANIFEST, read_manifest, verify, verify_files
+from megatron_rdt.checkpoint.missing import find_missing_checkpoint
+from megatron_rdt.checkpoint.origin import find_origin, write_origin
 from megatron_rdt.errors import CheckpointError, RdtError
 from megatron_rdt.object_collectives import broadcast_object, gather_objects, rank_and_world_size
-from megatron_rdt.run_directory import CHECKPOINTS
+from megatron_rdt.run_directory import CHECKPOINTS, LATEST
 
 # Requests that rank 0 broadcasts: verify these files, start from this checkpoint, give up for this reason.
 VERIFY, START, GIVE_UP = "verify", "start", "give up"
@@ -28,8 +39,8 @@ def find_start(run_directory: Path, resume: str) -> Path | None:
 
     Args:
         run_directory: `runs/<name>`.
-        resume: "none" (a fresh start), "auto" (the run's newest good checkpoint, a fresh start where it has none), or
-            the path of a checkpoint or run.
+        resume: "none" (a fresh start), "auto" (the run's newest good checkpoint; where it has none, its origin, or else
+            a fresh start), or the path of a checkpoint or run.
 
     Raises:
         CheckpointError: on every rank, with the same message.
@@ -52,13 +63,22 @@ def _choose_checkpoint(run_directory: Path, resume: str) -> Path | None:
     """`find_start` on rank 0, with the help of the other ranks for verification."""
     try:
         if resume == "auto":
-            return newest_checkpoint(run_directory, _verify_on_all_ranks)
-        return resolve_checkpoint(resume, _verify_on_all_ranks)
+            own = newest_checkpoint(run_directory, _verify_on_all_ranks, "--resume ")
+            return own if own is not None else _verify_origin(run_directory)
+        return resolve_checkpoint(find_run_or_checkpoint(resume), _verify_on_all_ranks, "--resume ")
     except OSError as error:
         where = run_directory if resume == "auto" else resume
         raise CheckpointError(
             f"{where} cannot be searched for a checkpoint: {error}. Make it readable, or name another."
         ) from error
+
+
+def _verify_origin(run_directory: Path) -> Path | None:
+    """The checkpoint that a run began from, verified on all ranks; None for a run that began from random weights."""
+    origin = find_origin(run_directory)
+    if origin is not None:
+        _verify_on_all_ranks(origin)
+    return origin
 
 
 def _answer_rank_0() -> Path | None:
@@ -92,25 +112,46 @@ def _find_damage_in_share(checkpoint: Path, files: Sequence[tuple[str, dict[str,
     return None
 
 
-def newest_checkpoint(run_directory: Path, check: Callable[[Path], None] = verify) -> Path | None:
-    """The newest undamaged checkpoint of a run; None if nothing was saved yet.
+def record_start(run_directory: Path, source: Path) -> None:
+    """Record durably where a run continues from, before it does anything else; for rank 0.
 
-    Damaged ones are skipped with a warning. Every byte of the one returned was read: a run that continues from a
-    flipped bit goes wrong without an error.
+    Call this before dropping any metrics: a run that is killed afterwards must not take up what it has left behind.
+    """
+    if belongs_to_run(source, run_directory):
+        record_rollback(run_directory, source)
+    else:
+        write_origin(run_directory, source)
+
+
+def newest_checkpoint(run_directory: Path, check: Callable[[Path], None] = verify, option: str = "") -> Path | None:
+    """The newest healthy and undamaged checkpoint of a run; None if nothing was saved yet.
+
+    Damaged ones are skipped with a warning, and so are unhealthy ones as long as there is a healthy one. Every byte of
+    the one returned was read: a run that continues from a flipped bit goes wrong without an error.
 
     Args:
         run_directory: `runs/<name>`.
         check: raises CheckpointError for a damaged checkpoint.
+        option: what precedes the path where a user names another checkpoint, such as "--resume ".
 
     Raises:
         CheckpointError: there are checkpoints, and all are damaged. A silent fresh start would overwrite them.
     """
-    for directory in reversed(list_complete_checkpoints(run_directory)):
+    manifests = read_manifests(run_directory)
+    names = order_by_lineage(manifests, read_rollback(run_directory))[::-1]
+    problems = find_problems(manifests)
+    for name in sorted(names, key=lambda name: name in problems):
+        directory = run_directory / CHECKPOINTS / name
         try:
             check(directory)
         except CheckpointError as error:
             logger.warning("skipping: %s", error)
             continue
+        age = manifests[name]["sequence"]
+        passed_over = {
+            other: problems[other] for other in names if other in problems if manifests[other]["sequence"] >= age
+        }
+        _warn_of_unhealthy(directory, passed_over, option)
         return directory
     if has_checkpoints(run_directory):
         raise CheckpointError(
@@ -120,26 +161,78 @@ def newest_checkpoint(run_directory: Path, check: Callable[[Path], None] = verif
     return None
 
 
-def resolve_checkpoint(path: str | Path, check: Callable[[Path], None] = verify) -> Path:
-    """The verified checkpoint that a path names: the path itself, or the newest undamaged one of a run directory."""
-    directory = Path(path)
-    if directory.is_file():
-        raise CheckpointError(f"{directory} is a file. Name a run directory, or a checkpoint below its checkpoints/.")
-    if not directory.is_dir():
-        raise CheckpointError(
-            f"{directory} does not exist. Name a run directory or a checkpoint below its checkpoints/."
+def list_healthy_checkpoints(run_directory: Path) -> list[Path]:
+    """The run's complete checkpoints that are healthy, in the order of `list_complete_checkpoints`."""
+    problems = find_problems(read_manifests(run_directory))
+    return [path for path in list_complete_checkpoints(run_directory) if path.name not in problems]
+
+
+def _warn_of_unhealthy(chosen: Path, problems: dict[str, str], option: str) -> None:
+    """Warn that `chosen` is unhealthy, or that newer checkpoints were passed over because they are.
+
+    Args:
+        chosen: the checkpoint.
+        problems: of it and of those that were saved after it, the newest first.
+        option: as in `newest_checkpoint`.
+    """
+    if chosen.name in problems:
+        logger.warning("%s is taken, though %s: no checkpoint of the run is healthy", chosen, problems[chosen.name])
+    elif problems:
+        logger.warning(
+            "%s is taken, the newest healthy checkpoint; passed over: %s. To take one of those, name it: %s%s",
+            chosen,
+            ", ".join(f"{name} ({problem})" for name, problem in problems.items()),
+            option,
+            chosen.with_name(next(iter(problems))),
         )
+
+
+def find_run_or_checkpoint(resume: str) -> Path:
+    """The run directory or checkpoint that the path in --resume means; the file `latest` of a run means the run.
+
+    Raises:
+        CheckpointError: there is neither.
+    """
+    path = Path(resume)
+    return path.parent if path.name == LATEST and path.is_file() else _find_directory(path)
+
+
+def _find_directory(path: Path) -> Path:
+    """The run directory or checkpoint that a path means; the folder `checkpoints` of a run means the run.
+
+    Raises:
+        CheckpointError: there is neither.
+    """
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file. Name a run directory, or a checkpoint below its checkpoints/.")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist. Name a run directory or a checkpoint below its checkpoints/.")
+    is_folder_of_run = path.name == CHECKPOINTS and not (path / CHECKPOINTS).exists()
+    return path.parent if is_folder_of_run else path
+
+
+def resolve_checkpoint(path: str | Path, check: Callable[[Path], None] = verify, option: str = "") -> Path:
+    """The verified checkpoint that a path names: the path itself, or the newest healthy one of a run directory.
+
+    Args:
+        path: a checkpoint, a run directory, or the folder `checkpoints` in one.
+        check, option: as in `newest_checkpoint`.
+    """
+    directory = _find_directory(Path(path))
     if (directory / MANIFEST).is_file():
         check(directory)
+        problem = find_own_problem(read_manifest(directory))
+        if problem is not None:
+            logger.warning("%s is taken, though it is not healthy: %s", directory, problem)
         return directory
-    newest = newest_checkpoint(directory, check)
-    if newest is None and (directory / "modeling_rdt.py").is_file():
+    newest = newest_checkpoint(directory, check, option)
+    if newest is not None:
+        return newest
+    if (directory / "modeling_rdt.py").is_file():
         raise CheckpointError(
             f"{directory} is an export for transformers, which `rdt generate` takes. Here, name a run directory or a "
             "checkpoint below its checkpoints/."
         )
-    if newest is None:
-        raise CheckpointError(
-            f"{directory} holds no complete checkpoint. Name a run directory or a step-NNNNNNNN in it."
-        )
-    return newest
+    if (missing := find_missing_checkpoint(directory)) is not None:
+        raise CheckpointError(f"{missing} Put it back, or name another run or checkpoint.")
+    raise CheckpointError(f"{directory} holds no complete checkpoint. Name a run directory or a step-NNNNNNNN in it.")

@@ -1,12 +1,15 @@
 """Order of a run's checkpoints: by when they were saved along the branch that the run is on, not by step.
 
 Every manifest holds `sequence`, which counts the saves of the run, and `parent`, the checkpoint that the run had
-continued from or saved before. A run that goes back to an older checkpoint starts a new branch there; the branch that
-it leaves is abandoned, though its steps may be higher. `rollback.json` records such a return until the run saves again.
+continued from or saved before; for the time when the parent is deleted, `ancestors` has the sequence of each ancestor.
+A run that goes back to an older checkpoint starts a new branch there; the branch that it leaves is abandoned, though
+its steps may be higher. `rollback.json` records such a return until the run saves again.
 """
 
 import json
 import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +18,56 @@ from megatron_rdt.errors import CheckpointError
 from megatron_rdt.files import write_text
 from megatron_rdt.run_directory import CHECKPOINTS
 
-ROLLBACK = "rollback.json"
+ROLLBACK = "rollback.json"  # in a run directory
+
+Manifests = dict[str, dict[str, Any]]
+"""Manifests of a run's complete checkpoints by name."""
 
 logger = logging.getLogger(__name__)
 
 
+def list_checkpoint_names(run_directory: Path) -> list[str]:
+    """Names of all checkpoints of a run, damaged and incomplete ones included.
+
+    Raises:
+        OSError: the directory cannot be read. `Path.glob` would return nothing, as for a run that never saved.
+    """
+    try:
+        return [name for name in os.listdir(run_directory / CHECKPOINTS) if name.startswith("step-")]
+    except FileNotFoundError:
+        return []
+
+
 def has_checkpoints(run_directory: Path) -> bool:
     """Return True if a run has any checkpoint, damaged ones included."""
-    return any((run_directory / CHECKPOINTS).glob("step-*"))
+    return bool(list_checkpoint_names(run_directory))
 
 
 def belongs_to_run(checkpoint: Path, run_directory: Path) -> bool:
-    """Return True if a checkpoint is one of the run's own."""
-    return checkpoint.resolve().parent == (run_directory / CHECKPOINTS).resolve()
+    """Return True if a checkpoint is one of the run's own; it, `checkpoints` and the run may each be a link."""
+    return find_own_name(checkpoint, run_directory) is not None
+
+
+def find_own_name(checkpoint: Path, run_directory: Path) -> str | None:
+    """The name that a checkpoint has in the run, through whichever links it was named; None for another run's."""
+    target = checkpoint.resolve()
+    own = (run_directory / CHECKPOINTS).resolve()
+    if target.parent == own:
+        return target.name
+    return next((name for name in list_checkpoint_names(run_directory) if (own / name).resolve() == target), None)
+
+
+def read_manifests(run_directory: Path) -> Manifests:
+    """Manifests of the run's complete checkpoints by name; those that cannot be read are skipped with a warning."""
+    manifests: Manifests = {}
+    for name in list_checkpoint_names(run_directory):
+        directory = run_directory / CHECKPOINTS / name
+        if (directory / MANIFEST).is_file():
+            try:
+                manifests[name] = read_manifest(directory)
+            except CheckpointError as error:
+                logger.warning("skipping: %s", error)
+    return manifests
 
 
 def list_complete_checkpoints(run_directory: Path) -> list[Path]:
@@ -36,55 +76,77 @@ def list_complete_checkpoints(run_directory: Path) -> list[Path]:
     An abandoned branch comes before the head and its ancestors: it is the first to be deleted and the last to fall
     back to. The head is the last saved checkpoint or, until the run saves again, the one that it went back to.
     """
-    manifests: dict[str, dict[str, Any]] = {}
-    for directory in (run_directory / CHECKPOINTS).glob("step-*"):
-        if (directory / MANIFEST).is_file():
-            try:
-                manifests[directory.name] = read_manifest(directory)
-            except CheckpointError as error:
-                logger.warning("skipping: %s", error)
-    lineage = _trace_lineage(manifests, read_rollback(run_directory))
-    names = sorted(manifests, key=lambda name: (name in lineage, manifests[name]["sequence"]))
+    names = order_by_lineage(read_manifests(run_directory), read_rollback(run_directory))
     return [run_directory / CHECKPOINTS / name for name in names]
 
 
-def _trace_lineage(manifests: dict[str, dict[str, Any]], rollback: dict[str, Any]) -> set[str]:
-    """Return the names of the checkpoint to continue from and of its ancestors that still exist; `manifests` by name."""
-    name = max(manifests, key=lambda n: manifests[n]["sequence"], default=None)
+def order_by_lineage(manifests: Manifests, rollback: dict[str, Any]) -> list[str]:
+    """Return the names of the checkpoints in the order of `list_complete_checkpoints`."""
+    lineage = _trace_lineage(manifests, rollback)
+    return sorted(manifests, key=lambda name: (name in lineage, manifests[name]["sequence"]))
+
+
+def is_rolled_back(manifests: Manifests, rollback: dict[str, Any]) -> bool:
+    """Return True if the run went back to an older checkpoint and has not saved since."""
     # A save after the rollback has a higher sequence than any before it, and is the head again.
-    if name is not None and rollback and manifests[name]["sequence"] <= rollback["newest"]:
+    newest = max((manifest["sequence"] for manifest in manifests.values()), default=0)
+    return bool(rollback) and newest <= rollback["newest"]
+
+
+def _trace_lineage(manifests: Manifests, rollback: dict[str, Any]) -> set[str]:
+    """Return the names of the checkpoint to continue from and of its ancestors that still exist."""
+    name = max(manifests, key=lambda n: manifests[n]["sequence"], default=None)
+    if name is not None and is_rolled_back(manifests, rollback):
         target = rollback["checkpoint"]
         # With another sequence, it was replaced by the same step of another branch.
         if target in manifests and manifests[target]["sequence"] == rollback["sequence"]:
             name = target
-    sequence, lineage = float("inf"), set()
+    return set(walk_lineage(name, manifests))
+
+
+def walk_lineage(name: str | None, manifests: Manifests) -> Iterator[str]:
+    """Yield the name of a checkpoint and those of its ancestors that still exist, from child to parent."""
+    while name is not None and name in manifests:
+        yield name
+        name = _find_previous(name, manifests)
+
+
+def _find_previous(name: str, manifests: Manifests) -> str | None:
+    """Return the name of a checkpoint's parent or, where that was deleted, of the next ancestor that still exists."""
+    manifest = manifests[name]
+    parent = manifest.get("parent")
     # A "parent" saved later than its child is the same step of another branch: the real parent is gone.
-    while name in manifests and manifests[name]["sequence"] < sequence:
-        lineage.add(name)
-        sequence, name = manifests[name]["sequence"], manifests[name].get("parent")
-    return lineage
+    if parent in manifests and manifests[parent]["sequence"] < manifest["sequence"]:
+        return parent
+    recorded = manifest.get("ancestors", {})
+    present = [n for n, sequence in recorded.items() if n in manifests and manifests[n]["sequence"] == sequence]
+    return max(present, key=recorded.__getitem__, default=None)
 
 
-def record_start(run_directory: Path, source: Path) -> None:
-    """Record durably that the run continues from `source`, if that is not its newest checkpoint; for rank 0.
+def read_ancestors(run_directory: Path, parent: str | None) -> dict[str, int]:
+    """Return sequence numbers by name, to record for a child of `parent`: of that one and its ancestors."""
+    manifests = read_manifests(run_directory)
+    return {name: int(manifests[name]["sequence"]) for name in walk_lineage(parent, manifests)}
 
-    Until the run saves again, nothing else says that what was saved after `source` is abandoned. Call this before
-    dropping any metrics of the abandoned branch.
+
+def record_rollback(run_directory: Path, source: Path) -> None:
+    """Record durably that the run continues from `source`, if that is one of its own and not the newest; for rank 0.
+
+    Until the run saves again, nothing else says that what was saved after `source` is abandoned.
     """
-    existing = list_complete_checkpoints(run_directory)
-    own = next((path for path in existing if path.resolve() == source.resolve()), None)
-    if own is None or own == existing[-1]:
+    manifests, own = read_manifests(run_directory), find_own_name(source, run_directory)
+    if own not in manifests or own == order_by_lineage(manifests, read_rollback(run_directory))[-1]:
         return
     record = {
-        "checkpoint": own.name,
-        "sequence": int(read_manifest(own)["sequence"]),
+        "checkpoint": own,
+        "sequence": int(manifests[own]["sequence"]),
         "newest": _newest_sequence(run_directory),
     }
     write_text(run_directory / ROLLBACK, json.dumps(record) + "\n")
 
 
 def read_rollback(run_directory: Path) -> dict[str, Any]:
-    """The record of `record_start`; empty if the run never went back.
+    """The record of `record_rollback`; empty if the run never went back.
 
     Returns:
         {"checkpoint": name of the one it went back to, "sequence": of that one, "newest": highest sequence then}.
@@ -106,7 +168,7 @@ def next_sequence(run_directory: Path) -> int:
 
 def _newest_sequence(run_directory: Path) -> int:
     """Highest sequence number among the run's checkpoints; 0 if there are none."""
-    return max((int(read_manifest(path)["sequence"]) for path in list_complete_checkpoints(run_directory)), default=0)
+    return max((int(manifest["sequence"]) for manifest in read_manifests(run_directory).values()), default=0)
 
 
 def find_parent(directory: Path, parent: str | None) -> str | None:
@@ -121,8 +183,3 @@ def find_parent(directory: Path, parent: str | None) -> str | None:
         return read_manifest(directory).get("parent")
     except CheckpointError:  # damaged, or resumed from a checkpoint of another run
         return None
-
-
-def list_expired_checkpoints(run_directory: Path, keep: int) -> list[Path]:
-    """Checkpoints beyond the `keep` that are to be kept, the first to delete first; none where `keep` is 0."""
-    return list_complete_checkpoints(run_directory)[:-keep] if keep > 0 else []

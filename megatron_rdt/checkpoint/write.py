@@ -2,7 +2,7 @@
 
 Every rank writes below a hidden temporary directory; the files are hashed, the manifest is written, everything is
 fsynced, then the directory is renamed and `latest` names it. Old checkpoints are deleted only after that, and are
-hidden first. Leftovers of a killed save are hidden too: resuming ignores them, the next save removes them.
+hidden first (`retention.py`). Leftovers of a killed save are hidden too: resuming ignores them, the next save removes them.
 The run directory must be visible to all nodes.
 """
 
@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,17 +20,44 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import megatron_rdt
 from megatron_rdt.checkpoint.buffers import save_buffers
-from megatron_rdt.checkpoint.lineage import find_parent, list_expired_checkpoints, next_sequence
+from megatron_rdt.checkpoint.lineage import find_parent, next_sequence, read_ancestors
 from megatron_rdt.checkpoint.manifest import file_record, list_content_files, write_manifest
 from megatron_rdt.checkpoint.rank_state import DATA_FOLDER, RNG_FOLDER, save_rank_state
 from megatron_rdt.checkpoint.restore import TRAINER_STATE
+from megatron_rdt.checkpoint.retention import (
+    delete_expired_checkpoints,
+    delete_hidden,
+    delete_leftovers,
+    hide_checkpoint,
+)
 from megatron_rdt.errors import CheckpointError, RdtError
 from megatron_rdt.files import atomic_open, explain_write_failure, fsync_directory, fsync_file, write_text
-from megatron_rdt.object_collectives import gather_objects
+from megatron_rdt.object_collectives import gather_objects, raise_on_all_ranks
 from megatron_rdt.parallel import Engine
 from megatron_rdt.run_directory import CHECKPOINTS, LATEST
 
 T = TypeVar("T")
+
+
+def check_writable(run_directory: Path) -> None:
+    """Check that every rank can make directories where checkpoints will be saved; every rank must call this.
+
+    Raises:
+        CheckpointError: on every rank, when any cannot.
+    """
+    folder = run_directory / CHECKPOINTS
+    if not os.path.lexists(folder):
+        folder = run_directory
+    failure = None
+    try:
+        # Permission bits do not tell: the file system may be read-only, or a link may lead nowhere.
+        os.rmdir(tempfile.mkdtemp(prefix=".writable-", dir=folder))
+    except OSError as error:
+        failure = CheckpointError(
+            f"checkpoints cannot be saved in {folder}: {error.strerror}. Make it a directory that can be written, or "
+            "choose another --run.root."
+        )
+    raise_on_all_ranks(failure)
 
 
 def software_versions(checkpoint_format: str) -> dict[str, str]:
@@ -65,7 +93,7 @@ def save_checkpoint(
         trainer_state: goes to trainer.json; must hold `step`.
         facts: goes into the manifest, with the files' hashes and the versions of the software that wrote them.
         tokenizer_directory: copied into the checkpoint, so that it can generate text by itself.
-        keep: newest checkpoints to keep; 0 keeps all.
+        keep: newest checkpoints to keep, beside the newest healthy one; 0 keeps all.
         rank_state: the data state of this rank, tensors and plain values; on every rank, or on none.
 
     Raises:
@@ -76,8 +104,7 @@ def save_checkpoint(
     final, temporary = parent / f"step-{step:08d}", parent / f".step-{step:08d}.tmp"
 
     def make_folders() -> None:
-        for stale in parent.glob(".step-*"):  # left by a run that was killed while saving or deleting
-            shutil.rmtree(stale)
+        delete_leftovers(parent)
         (temporary / RNG_FOLDER).mkdir(parents=True)
         if rank_state is not None:
             (temporary / DATA_FOLDER).mkdir()
@@ -95,16 +122,19 @@ def save_checkpoint(
             shutil.copytree(tokenizer_directory, temporary / "tokenizer")
 
     def publish() -> None:
+        parent = find_parent(final, facts.get("parent"))
         own = {
-            "parent": find_parent(final, facts.get("parent")),
+            "parent": parent,
+            "ancestors": read_ancestors(run_directory, parent)
+            if keep
+            else {},  # where none is deleted, parents suffice
             "versions": software_versions(engine.config.parallel.engine_kind.checkpoint_format),
             "step": step,
             "sequence": next_sequence(run_directory),
         }
         write_manifest(temporary, {**facts, **own}, records)
         _publish_directory(temporary, final, run_directory)
-        for expired in list_expired_checkpoints(run_directory, keep):
-            shutil.rmtree(_hide_checkpoint(expired), ignore_errors=True)  # the next save reports what it cannot delete
+        delete_expired_checkpoints(run_directory, keep)
 
     save = _CollectiveSave(engine, temporary, final)
     save.run_on_rank_0(make_folders)
@@ -156,9 +186,10 @@ class _CollectiveSave:
             shutil.rmtree(self.temporary, ignore_errors=True)
         if isinstance(reason, RdtError):
             raise reason
+        remedy = "Free space" if "the disk is" in reason else f"Make {self.final.parent} writable"
         raise CheckpointError(
-            f"could not save {self.final}: {reason}. Earlier checkpoints are untouched. "
-            "Free space or set --run.root to another disk, then start again with --resume auto."
+            f"could not save {self.final}: {reason}. Earlier checkpoints are untouched. {remedy}, or move the run to "
+            "another disk and name that with --run.root, then start again with --resume auto."
         ) from failure
 
     def _describe_failure(self, failure: BaseException, rank: int | None) -> str:
@@ -204,13 +235,13 @@ def _publish_directory(temporary: Path, final: Path, run_directory: Path) -> Non
         file.write(final.name + "\n")
         file.flush()
         os.fsync(file.fileno())
-        replaced = _hide_checkpoint(final) if final.exists() else None  # the same step of an abandoned branch
-        temporary.rename(final)
+        replaced = hide_checkpoint(final) if os.path.lexists(final) else None  # the same step of an abandoned branch
+        try:
+            temporary.rename(final)
+        except OSError:
+            if replaced is not None:
+                replaced.rename(final)
+            raise
         fsync_directory(final.parent)
     if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _hide_checkpoint(directory: Path) -> Path:
-    """Rename a checkpoint to a name that no reader looks at, so that it is never seen half deleted; return that name."""
-    return directory.rename(directory.with_name(f".{directory.name}.old"))
+        delete_hidden(replaced)

@@ -174,7 +174,7 @@ class CheckpointConfig:
     every: int = option(200, at_least=0)
     """Steps between checkpoints; the last step is always saved. 0: save only the last."""
     keep: int = option(3, at_least=0)
-    """Number of newest checkpoints to keep; older ones are deleted once a newer one is complete. 0 keeps all."""
+    """Number of newest checkpoints to keep, beside the newest healthy one; others are deleted once a newer one is complete. 0 keeps all."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from megatron_rdt.model import RecurrentDepthTransformer, reset_buffers
 
 
 def load(checkpoint: str | Path, device: str | torch.device = "auto") -> tuple[RecurrentDepthTransformer, Tokenizer]:
-    """Load model and tokenizer from a checkpoint, a run (its newest checkpoint) or an export, in evaluation mode.
+    """Load model and tokenizer from a checkpoint, a run (its newest healthy one) or an export, in evaluation mode.
 
     Args:
         checkpoint: a checkpoint directory, a run directory, or a folder that `rdt convert --to hf` wrote.

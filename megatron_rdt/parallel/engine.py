@@ -5,8 +5,9 @@ process that sees the whole global batch. The core's weights are gathered once p
 whatever T is.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from megatron_rdt.config import RunConfig
 from megatron_rdt.config.layout import Layout
@@ -172,6 +174,20 @@ class Engine(ABC):
             value = value.clone()
             dist.all_reduce(value)
         return value
+
+    def local_weights(self) -> Iterator[torch.Tensor]:
+        """This rank's shard of each parameter, or all of it where it is not sharded."""
+        for parameter in self.model.parameters():
+            yield parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+    @torch.no_grad()
+    def has_finite_weights(self) -> bool:
+        """Return True on every rank if every weight of every rank is finite; this waits for the device."""
+        # The largest magnitude is not finite if any value is not; unlike a mask, it needs no memory.
+        norms = [torch.linalg.vector_norm(w, ord=math.inf) for w in self.local_weights() if w.numel()]
+        is_finite = [norm.to(self.device).isfinite() for norm in norms]
+        bad = (~torch.stack(is_finite)).sum() if is_finite else torch.zeros((), dtype=torch.int64, device=self.device)
+        return not bool(self.sum_over_ranks(bad))
 
     def start_host_sum(self, value: torch.Tensor) -> Callable[..., torch.Tensor]:
         """Begin to sum a CPU tensor over all ranks; the returned function waits for the sum and returns it.

@@ -114,7 +114,7 @@ class TorchEngine(Engine):
         if not (directory / "model").is_dir():
             raise CheckpointError(
                 f"{directory} was saved by a ZeRO engine. Convert it: rdt convert {directory} OUT --to native, "
-                "then --resume OUT; or resume it with the engine that saved it."
+                "then --resume OUT with a new --run.name; or resume it with the engine that saved it."
             )
         states = self._collect_states()
         model, optimizer = states["model"], states["optimizer"]

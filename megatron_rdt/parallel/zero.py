@@ -10,7 +10,7 @@ No other file imports deepspeed for training.
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,11 @@ class ZeroEngine(Engine):
                 deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=torch.float32)
         reset_buffers(model, self.device)
 
+    def local_weights(self) -> Iterator[torch.Tensor]:
+        """This rank's shards at ZeRO stage 3, whole parameters at the others."""
+        for parameter in self.model.parameters():
+            yield parameter.ds_tensor if self.zero_stage == 3 else parameter  # type: ignore[attr-defined]
+
     @property
     def _zero_optimizer(self) -> Any:
         """DeepSpeed's ZeRO optimizer."""
@@ -214,7 +219,7 @@ class ZeroEngine(Engine):
         if not (root / tag).is_dir():
             raise CheckpointError(
                 f"{directory} was not saved by a ZeRO engine. Convert it: rdt convert {directory} OUT --to zero, "
-                "then --resume OUT; or resume it with the engine that saved it."
+                "then --resume OUT with a new --run.name; or resume it with the engine that saved it."
             )
         self.module._config.load_universal_checkpoint = universal
         try:
@@ -224,7 +229,7 @@ class ZeroEngine(Engine):
             raise CheckpointError(
                 f"{root / tag} does not load at ZeRO stage {self.zero_stage} on {self.world_size} ranks: {reason}. "
                 "Use the stage and the number of processes that saved it, or make it loadable at any: "
-                f"rdt convert {directory} OUT --to zero."
+                f"rdt convert {directory} OUT --to zero, then --resume OUT with a new --run.name."
             ) from error
         finally:
             self.module._config.load_universal_checkpoint = False

@@ -41,7 +41,6 @@ class NonfiniteGuard:
         if self.skipped >= self.limit:
             raise TrainingError(
                 f"step {step}: the loss or gradient was not finite {self.skipped} times in a row "
-                f"(loss {loss}, gradient norm {grad_norm}). Resume from an earlier checkpoint with a lower "
-                "--optimizer.lr or a longer --schedule.warmup_steps."
+                f"(loss {loss}, gradient norm {grad_norm}). Lower --optimizer.lr or raise --schedule.warmup_steps."
             )
         return False

@@ -1,4 +1,4 @@
-"""Checks before a run starts: it must not replace another run's checkpoints, and its checkpoint must fit its config."""
+"""Checks before a run starts: it must not erase anything of a run, and its checkpoint must fit its config."""
 
 import dataclasses
 from pathlib import Path
@@ -8,28 +8,91 @@ from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import ModelConfig, RunConfig, load_config
 from megatron_rdt.config.model import TRAINING_FIELDS
 from megatron_rdt.errors import CheckpointError, ConfigError
+from megatron_rdt.run_directory import CHECKPOINTS
+from megatron_rdt.train.metrics import read_recorded_steps
+
+BEGINNING = "the beginning of a run"
 
 
 def refuse_to_overwrite(run_directory: Path, resume: str) -> None:
-    """Raise ConfigError if a run would write over the checkpoints of another.
+    """Refuse a start that would erase something of a run, or silently leave out something that the run once had.
 
     Args:
         run_directory: `runs/<name>`.
         resume: "none", "auto", or the path to start from, which may be one of this run's own checkpoints.
+
+    Raises:
+        ConfigError: `resume` is not for a run directory with these contents.
+        CheckpointError: the path does not exist, or checkpoints are missing.
     """
-    # Damaged checkpoints count: a fresh run in their directory would replace or outlive what could still be saved.
-    if resume == "auto" or not checkpoints.has_checkpoints(run_directory):
+    try:
+        if resume == "none":
+            _refuse_fresh_start(run_directory)
+        elif resume == "auto":
+            _refuse_missing_checkpoints(run_directory)
+        else:
+            _refuse_other_start(run_directory, checkpoints.find_run_or_checkpoint(resume))
+    except OSError as error:
+        raise CheckpointError(f"{run_directory} cannot be read: {error}. Make it readable.") from error
+
+
+def _refuse_fresh_start(run_directory: Path) -> None:
+    """Raise ConfigError if a run directory holds anything of a run: damaged checkpoints may still be saved, too."""
+    contents = _describe_contents(run_directory)
+    if contents is not None:
+        raise ConfigError(
+            f"{run_directory} already holds {contents}. Continue it with --resume auto, or choose another --run.name."
+        )
+
+
+def _refuse_other_start(run_directory: Path, source: Path) -> None:
+    """Raise ConfigError if a run directory holds anything of a run that did not begin from `source`."""
+    if source.resolve() == run_directory.resolve():
+        _refuse_missing_checkpoints(run_directory)
+    elif not checkpoints.belongs_to_run(source, run_directory):
+        contents = _describe_contents(run_directory)
+        # Before its first save, a run may begin again from where it began.
+        begins_again = not checkpoints.has_checkpoints(run_directory) and checkpoints.is_origin(run_directory, source)
+        if contents is not None and contents != BEGINNING and not begins_again:
+            raise ConfigError(
+                f"{run_directory} holds {contents} of its own, which a run from {source} would replace. "
+                "Choose another --run.name."
+            )
+
+
+def _refuse_missing_checkpoints(run_directory: Path) -> None:
+    """Raise CheckpointError if the files of a run tell of a checkpoint that is not there."""
+    missing = checkpoints.find_missing_checkpoint(run_directory) or _find_lost_checkpoints(run_directory)
+    if missing is None:
         return
-    if resume == "none":
-        raise ConfigError(
-            f"{run_directory} already holds checkpoints. Continue it with --resume auto, or choose another --run.name."
+    own = checkpoints.list_complete_checkpoints(run_directory)
+    another = f"name the one to continue from, --resume {own[-1]}" if own else "choose another --run.name to start anew"
+    raise CheckpointError(f"{missing} Mount or put back what is missing, or {another}.")
+
+
+def _find_lost_checkpoints(run_directory: Path) -> str | None:
+    """Return a sentence if steps were recorded that come after a save, and there is no checkpoint; None otherwise."""
+    steps, path = read_recorded_steps(run_directory), run_directory / "config.yaml"
+    if checkpoints.has_checkpoints(run_directory) or not steps or not path.is_file():
+        return None
+    every = load_config(path).checkpoint.every
+    # The step that is saved is recorded first. So only later ones show that the save was completed.
+    if every and steps[-1] > (first := -(-steps[0] // every) * every):
+        return (
+            f"{run_directory} holds the records of {len(steps)} steps up to {steps[-1]}, and was to save step {first}, "
+            f"but {run_directory / CHECKPOINTS} has no checkpoint."
         )
-    source = Path(resume)
-    if source.resolve() != run_directory.resolve() and not checkpoints.belongs_to_run(source, run_directory):
-        raise ConfigError(
-            f"{run_directory} holds checkpoints of its own, which a run from {resume} would replace. "
-            "Choose another --run.name."
-        )
+    return None
+
+
+def _describe_contents(run_directory: Path) -> str | None:
+    """Describe what a run directory holds of a run, to follow "holds"; None if another run may begin in it."""
+    if checkpoints.has_checkpoints(run_directory) or checkpoints.find_missing_checkpoint(run_directory):
+        return "checkpoints"
+    steps = read_recorded_steps(run_directory)
+    if steps:
+        return f"the records of {len(steps)} steps"
+    return BEGINNING if checkpoints.read_origin(run_directory) is not None else None
 
 
 def check_resumable(source: Path, state: dict[str, Any], config: RunConfig) -> None:

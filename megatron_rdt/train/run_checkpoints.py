@@ -10,8 +10,11 @@ from pathlib import Path
 
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import RunConfig, dump_config, load_config
+from megatron_rdt.object_collectives import broadcast_object, rank_and_world_size
 from megatron_rdt.parallel import Engine
+from megatron_rdt.run_directory import CHECKPOINTS
 from megatron_rdt.train.data import TrainingData
+from megatron_rdt.train.metrics import read_recorded_steps
 from megatron_rdt.train.resume_checks import check_resumable, describe_changed_settings
 
 
@@ -28,6 +31,26 @@ class Position:
     step: int = 0
     samples: int = 0
     skipped_steps: int = 0
+
+
+def choose_start(run_directory: Path, resume: str) -> Path | None:
+    """`checkpoints.find_start`, preceded by a test write; rank 0 prints what `--resume auto` found."""
+    checkpoints.check_writable(run_directory)
+    source = checkpoints.find_start(run_directory, resume)
+    if resume == "auto" and rank_and_world_size()[0] == 0:
+        print(_describe_start(run_directory, source), flush=True)
+    return source
+
+
+def _describe_start(run_directory: Path, source: Path | None) -> str:
+    """The line that says what `--resume auto` found in a run directory."""
+    if source is not None and checkpoints.belongs_to_run(source, run_directory):
+        return f"resuming {run_directory} from checkpoint {source.name}"
+    steps = len(read_recorded_steps(run_directory))
+    dropped = f"; the records of {steps} steps, after which nothing was saved, are dropped" if steps else ""
+    if source is not None:
+        return f"{run_directory} has no checkpoint: it starts again from its origin, {source}{dropped}"
+    return f"{run_directory} has no checkpoint: it starts anew{dropped}"
 
 
 class RunCheckpoints:
@@ -63,8 +86,9 @@ class RunCheckpoints:
         changed = describe_changed_settings(load_config(source / "config.yaml"), self.config)
         checkpoints.restore_engine(self.engine, source)
         # A run that starts from another run's checkpoint is a run of its own.
-        if checkpoints.belongs_to_run(source, self.run_directory):
-            self._run_id, self._parent = checkpoints.read_manifest(source)["run_id"], source.name
+        self._parent = checkpoints.find_own_name(source, self.run_directory)
+        if self._parent is not None:
+            self._run_id = checkpoints.read_manifest(source)["run_id"]
         lines = [f"resumed from {source} (step {state['step']})"]
         if changed:
             lines.append(f"changed since it was saved: {', '.join(changed)}")
@@ -74,6 +98,7 @@ class RunCheckpoints:
     def save(self, position: Position) -> Path:
         """Save a checkpoint at this position and return its directory."""
         tokens = position.samples * self.config.train.sequence_length
+        health = checkpoints.make_health(position.skipped_steps, self.engine.has_finite_weights())
         path = checkpoints.save_checkpoint(
             self.engine,
             self.run_directory,
@@ -90,6 +115,7 @@ class RunCheckpoints:
                 "tokens": tokens,
                 "engine": self.config.parallel.engine,
                 "world_size": self.engine.world_size,
+                checkpoints.HEALTH: health,
             },
             tokenizer_directory=self.data.tokenizer_directory,
             keep=self.config.checkpoint.keep,
@@ -97,3 +123,35 @@ class RunCheckpoints:
         )
         self._parent, self.saved_step = path.name, position.step
         return path
+
+    def find_way_back(self, last_finite_step: int) -> str:
+        """Return a sentence on where to continue a run that has diverged; every rank must call this.
+
+        Args:
+            last_finite_step: of this run; every step after it was skipped.
+        """
+        way_back = self._find_way_back(last_finite_step) if self.engine.rank == 0 else ""
+        return broadcast_object(way_back)
+
+    def _find_way_back(self, last_finite_step: int) -> str:
+        """`find_way_back` on rank 0, which also makes sure that `--resume auto` goes there."""
+        healthy = checkpoints.list_healthy_checkpoints(self.run_directory)
+        # No manifest tells of the steps that were skipped since the last save: the rollback does.
+        is_doubted = bool(healthy) and healthy[-1].name == self._parent and last_finite_step <= self._parent_step()
+        if is_doubted:
+            healthy.pop()
+        if healthy:
+            if is_doubted:
+                checkpoints.record_start(self.run_directory, healthy[-1])
+            return f"Then --resume auto continues from {healthy[-1]}, the newest healthy checkpoint."
+        origin = (checkpoints.read_origin(self.run_directory) or {}).get("checkpoint")
+        if origin is not None and not checkpoints.has_checkpoints(self.run_directory):
+            return f"Then --resume auto starts again from {origin}, its origin."
+        if origin is not None:
+            return f"Then start from {origin} again, with --resume and another --run.name: none of its own is healthy."
+        return "No healthy checkpoint was saved: start anew with another --run.name."
+
+    def _parent_step(self) -> int:
+        """Step of the checkpoint that this run saved last or continued from."""
+        assert self._parent is not None
+        return int(checkpoints.read_manifest(self.run_directory / CHECKPOINTS / self._parent)["step"])

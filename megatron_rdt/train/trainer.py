@@ -31,7 +31,7 @@ from megatron_rdt.train.metrics import Console, Recorder, drop_records_after
 from megatron_rdt.train.monitoring import MonitorSchedule
 from megatron_rdt.train.nonfinite_guard import NonfiniteGuard, is_step_finite
 from megatron_rdt.train.resume_checks import refuse_to_overwrite
-from megatron_rdt.train.run_checkpoints import Position, RunCheckpoints
+from megatron_rdt.train.run_checkpoints import Position, RunCheckpoints, choose_start
 from megatron_rdt.train.schedule import learning_rate
 from megatron_rdt.train.step_record import StepClock, StepRecord
 from megatron_rdt.train.stop_request import StopAgreed, StopRequest
@@ -49,8 +49,8 @@ def train(
 
     Args:
         config: a checked config.
-        resume: "none" (refuse a run directory that has checkpoints), "auto" (newest complete checkpoint of the run,
-            or a fresh start), or the path of a checkpoint or run.
+        resume: "none" (refuse a run directory that holds anything of a run), "auto" (the run's newest healthy
+            checkpoint, its origin, or a fresh start), or the path of a checkpoint or run.
         process: rank and launcher of this process; read from the environment if None. An engine for one process
             refuses to be one of several.
         stop: listens for stop signals; made here if None.
@@ -69,7 +69,7 @@ def train(
             device = join_process_group(config, process)
             trainer = Trainer(config, run_directory, device, listener, process.local_rank)
             try:
-                status = trainer.run(checkpoints.find_start(run_directory, resume))
+                status = trainer.run(choose_start(run_directory, resume))
                 trainer.engine.close()
             finally:
                 trainer.close()
@@ -167,7 +167,7 @@ class Trainer:
         if status == EXIT_OK and self.guard.skipped:
             raise TrainingError(
                 f"the last {self.guard.skipped} steps of {self.run_directory} were skipped: the loss or gradient was not "
-                "finite. Resume from an earlier checkpoint with a lower --optimizer.lr."
+                f"finite. Lower --optimizer.lr. {self.checkpoints.find_way_back(self.step - self.guard.skipped)}"
             )
         return status
 
@@ -343,7 +343,12 @@ class Trainer:
         records, self.unread = self.unread, []
         for record in records:
             metrics, objective = record.read_metrics()
-            if not self.guard.accept(record.step, objective, metrics["grad_norm"]):
+            try:
+                is_finite = self.guard.accept(record.step, objective, metrics["grad_norm"])
+            except TrainingError as error:
+                way_back = self.checkpoints.find_way_back(record.step - self.guard.skipped)
+                raise TrainingError(f"{error} {way_back}") from None
+            if not is_finite:
                 loss, norm = metrics["loss"], metrics["grad_norm"]
                 self._print_on_rank_0(
                     f"step {record.step}: loss {loss} or gradient norm {norm} not finite, step skipped"

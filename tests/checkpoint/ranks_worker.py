@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.checkpoint import choose, write
+from megatron_rdt.checkpoint.health import Manifests
 from megatron_rdt.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_rdt.errors import RdtError
 from megatron_rdt.parallel import Engine
@@ -113,14 +114,14 @@ def find_starts(root: Path) -> dict[str, str]:
     engine, run, found = make_engine_by_name("fsdp"), root / "starts", {}
     for step in (1, 2, 3):
         save(engine, run, step)
-    everything = choose.list_complete_checkpoints
+    everything = choose.read_manifests
 
     def start(name: str, resume: str = "auto", where: Path = run) -> None:
         found[name] = describe_outcome(lambda: checkpoints.find_start(where, resume))
         dist.barrier()
 
-    def but_the_last(directory: Path) -> list[Path]:
-        return everything(directory)[:-1]
+    def but_the_last(directory: Path) -> Manifests:
+        return {name: manifest for name, manifest in everything(directory).items() if name != "step-00000003"}
 
     start("none", "none")
     start("good")
@@ -128,9 +129,9 @@ def find_starts(root: Path) -> dict[str, str]:
     start("absent", str(root / "absent"))
     unreadable = PermissionError(13, "Permission denied", str(run))
     for rank in range(dist.get_world_size()):
-        with only_on_rank(rank, mock.patch.object(choose, "list_complete_checkpoints", but_the_last)):
+        with only_on_rank(rank, mock.patch.object(choose, "read_manifests", but_the_last)):
             start(f"stale {rank}")
-        with only_on_rank(rank, mock.patch.object(choose, "list_complete_checkpoints", side_effect=unreadable)):
+        with only_on_rank(rank, mock.patch.object(choose, "read_manifests", side_effect=unreadable)):
             start(f"unreadable {rank}")
     last = run / "checkpoints" / "step-00000003"
     for name in ("trainer.json", "config.yaml"):  # the first and the last of ten files, one in each rank's share
@@ -158,4 +159,17 @@ def save_with_all_failures(root: Path, engines: Sequence[str]) -> dict[str, str]
     found = save_with_late_listing(root, 0) | save_with_late_listing(root, 1)
     for name in engines:
         found |= save_with_failures(root, name)
+    return found
+
+
+def spoil_weights(root: Path, engines: Sequence[str]) -> dict[str, str]:
+    """Return, for each engine, if weights are said to be finite: before, and after one rank's shard has a NaN."""
+    found = {}
+    for name in engines:
+        engine = make_engine_by_name(name)
+        before = engine.has_finite_weights()
+        if dist.get_rank() == 1:
+            shard = next(weight for weight in engine.local_weights() if weight.numel())
+            shard.detach().view(-1)[0] = float("nan")
+        found[name] = f"{before} {engine.has_finite_weights()}"
     return found

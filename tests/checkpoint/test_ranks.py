@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoint.ranks_worker import find_starts, save_with_all_failures
+from tests.checkpoint.ranks_worker import find_starts, save_with_all_failures, spoil_weights
 from tests.distributed.processes import run_on_processes
 
 RANKS = (0, 1)
@@ -49,3 +49,11 @@ def test_all_ranks_start_from_the_checkpoint_that_the_first_one_chooses(tmp_path
         assert found[f"damaged {name}"] == before
         assert found[f"damaged {name}, named"].startswith(f"CheckpointError: {last} is damaged: {name} has other")
     assert found["all damaged"].startswith(f"CheckpointError: every checkpoint in {run / 'checkpoints'} is damaged")
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+def test_a_weight_that_is_not_finite_on_one_rank_is_seen_by_all(tmp_path: Path) -> None:
+    engines = ["ddp", "fsdp", "zero1", "zero3"]
+    found, other = run_on_processes(spoil_weights, 2, tmp_path, engines, timeout=110)
+    assert found == other == dict.fromkeys(engines, "True False")

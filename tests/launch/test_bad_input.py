@@ -151,8 +151,10 @@ def swap_tokenizer(corpus: Path) -> None:
         (None, "--train.sequence_length=1000000", FAILED, ["needs at least 2 x sequence_length = 2000000"]),
         (None, "--model.vocab_size=500", USAGE, ["model.vocab_size is 500", "512 pieces", "--model.vocab_size 512"]),
         (None, "--resume=nowhere", FAILED, ["nowhere does not exist", "Name a run directory"]),
+        (None, "--resume=Auto", USAGE, ["--resume 'Auto' is no choice of --resume", "Did you mean auto?"]),
+        (None, "--resume=non", USAGE, ["--resume 'non' is no choice of --resume", "Did you mean none?"]),
     ],
-    ids=["cut", "token", "tokenizer", "short", "vocabulary", "resume"],
+    ids=["cut", "token", "tokenizer", "short", "vocabulary", "resume", "auto", "none"],
 )
 def test_wrong_data(
     damage: Callable[[Path], None] | None,
@@ -192,6 +194,17 @@ def test_runs_are_not_overwritten(forked_rdt: Run, trained: Path, tiny_options: 
     check_refused(other, FAILED, "is of another model", "dim is 32 there and 64 here", "start a new --run.name")
     assert files_below(trained) == before
     assert not (trained.parent / "s" / "checkpoints").exists()
+
+
+def test_latest_and_checkpoints_of_a_run_mean_the_run(
+    forked_rdt: Run, trained: Path, tiny_options: list[str], tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "r"))
+    for steps, name in ((3, "latest"), (4, "checkpoints")):
+        words = [*tiny_options, f"--run.root={tmp_path}", "--run.name=r", f"--train.steps={steps}"]
+        result = forked_rdt("train", *words, "--resume", run / name)
+        assert result.returncode == 0, result.stderr
+        assert f"resumed from {run / 'checkpoints'}/step-0000000{steps - 1}" in result.stdout
 
 
 def test_directories_without_checkpoints_are_refused(forked_rdt: Run, trained: Path, tmp_path: Path) -> None:

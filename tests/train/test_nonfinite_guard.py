@@ -138,9 +138,10 @@ def test_too_many_bad_steps_end_the_run(configure: Configure, tmp_path: Path, mo
     for name, tensor in engine.states[3].items():
         assert torch.equal(tensor, engine.states[5][name])
     assert [record["step"] for record in read_records(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert checkpoints.list_complete_checkpoints(tmp_path / "run")[-1].name == "step-00000004"
     newest = checkpoints.newest_checkpoint(tmp_path / "run")
     assert newest is not None
-    assert newest.name == "step-00000004"
+    assert newest.name == "step-00000002", "step 4 was skipped, step 3 was not"
 
 
 def test_the_next_loss_is_that_of_the_unchanged_weights(

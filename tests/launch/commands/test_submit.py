@@ -1,6 +1,8 @@
 """`rdt submit` without Slurm: the rendered script, refused options, and the script's reaction to the run's status."""
 
+import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -114,7 +116,8 @@ def test_percent_signs_in_the_directory_are_kept(config: Path) -> None:
         ({"time": "6", "signal_before_s": 301}, "--time 6 is 360 s, too short"),
         ({"time": "tomorrow"}, "is not a time limit"),
         ({"overrides": "--run.name 'a"}, "--overrides .*No closing quotation"),
-        ({"overrides": "--resume runs/other"}, "resumes its own run each time it starts"),
+        ({"overrides": "--resume runs/other"}, "--resume runs/other is no checkpoint, nor a run that has one"),
+        ({"overrides": "--resume Auto"}, "Did you mean auto"),
         ({"overrides": "--run.name 'a\nb'"}, "run.name .* must be the name of a directory"),
         ({"partition": "a\nb"}, "--partition .* line break"),
         ({"overrides": "--parallel.engine=single"}, "there are 8 processes"),
@@ -160,13 +163,16 @@ SLURM_COMMANDS = {
 }
 
 
-def run_render_job(config: Path, tmp_path: Path, interrupt: bool = False, **variables: str) -> tuple[int, str]:
+def run_render_job(
+    config: Path, tmp_path: Path, overrides: str = "", interrupt: bool = False, **variables: str
+) -> tuple[int, str]:
     """Run the rendered script with stand-ins for Slurm's commands; return its exit status and output."""
     for name, body in SLURM_COMMANDS.items():
         path = tmp_path / name
         path.write_text(f"#!/bin/bash\n{body}")
         path.chmod(0o755)
-    text = render_job(config, directory=str(tmp_path)).replace(f"cd {Path.cwd()} ", f"cd {shlex.quote(str(tmp_path))} ")
+    script = render_job(config, directory=str(tmp_path), overrides=overrides)
+    text = script.replace(f"cd {Path.cwd()} ", f"cd {shlex.quote(str(tmp_path))} ")
     (tmp_path / "job.sh").write_text(text)
     environment = {
         **os.environ,
@@ -216,6 +222,64 @@ def test_only_a_saved_run_goes_back_into_the_queue(
 ) -> None:
     ended, text = run_render_job(config, tmp_path, **variables)
     assert (ended, "requeued 10007" in text) == (status, requeued), text
+
+
+@pytest.fixture
+def origin(tmp_path: Path) -> Path:
+    """A directory that looks like a run with a checkpoint; its path has a space."""
+    run = tmp_path / "runs" / "the first"
+    (run / "checkpoints" / "step-00000002").mkdir(parents=True)
+    (run / "checkpoints" / "step-00000002" / "manifest.json").write_text("{}")
+    return run
+
+
+def read_resume(output: str) -> str:
+    """The value of --resume in the arguments that the run was started with, which `srun` printed."""
+    return re.findall(r"--resume <(.*?)>", output)[-1]
+
+
+def test_the_first_start_takes_the_origin_and_later_ones_continue(
+    config: Path, origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    show = 'while [ $# -gt 0 ]; do test "$1" = --resume && echo "--resume <$2>"; shift; done\n'
+    monkeypatch.setitem(SLURM_COMMANDS, "srun", show + SLURM_COMMANDS["srun"])
+    monkeypatch.chdir(tmp_path)
+    overrides = f"--train.steps 900 --resume '{origin}'"
+    for _ in range(2):  # the second: killed before it had begun
+        status, text = run_render_job(config, tmp_path, overrides, END="75")
+        assert (status, read_resume(text)) == (0, str(origin))
+    begun = tmp_path / "runs" / "wide run"
+    begun.mkdir()
+    checkpoint = origin / "checkpoints" / "step-00000002"
+    (begun / "origin.json").write_text(json.dumps({"checkpoint": str(checkpoint)}))
+    status, text = run_render_job(config, tmp_path, overrides, END="75")
+    assert (status, read_resume(text)) == (0, "auto")
+    # The same command is submitted again, when the run has saved.
+    (begun / "latest").write_text("step-00000004\n")
+    for source in (origin, checkpoint):
+        assert "resume=auto; else" in render_job(config, overrides=f"--resume='{source}'")
+
+
+def test_an_origin_that_a_run_cannot_begin_from_is_refused(
+    config: Path, origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "runs" / "wide run"
+    own.mkdir()
+    (own / "checkpoints").symlink_to(origin / "checkpoints")
+    for source, message in (
+        (origin / "checkpoints" / "step-00000009", "is no checkpoint, nor a run that has one"),
+        (own, "is a checkpoint of the run itself"),
+        (own / "checkpoints" / "step-00000002", "is a checkpoint of the run itself"),
+        (origin, "holds checkpoints of a run that did not begin from"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            render_job(config, overrides=f"--resume '{source}'")
+    (own / "checkpoints").unlink()
+    assert "resume=auto; else" in render_job(config, overrides=f"--resume '{origin}'")
+    (own / "origin.json").write_text(json.dumps({"checkpoint": "/elsewhere/checkpoints/step-00000002"}))
+    with pytest.raises(ConfigError, match=r"holds origin\.json of a run that did not begin from"):
+        render_job(config, overrides=f"--resume '{origin}'")
 
 
 def test_a_job_that_saves_nothing_new_leaves_the_queue(config: Path, tmp_path: Path) -> None:

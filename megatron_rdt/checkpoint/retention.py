@@ -1,0 +1,68 @@
+"""Retention: which checkpoints a run may delete once a newer one is complete, and how they are deleted."""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from megatron_rdt.checkpoint.health import find_problems, find_proven
+from megatron_rdt.checkpoint.lineage import order_by_lineage, read_manifests, read_rollback
+from megatron_rdt.run_directory import CHECKPOINTS
+
+logger = logging.getLogger(__name__)
+
+
+def list_expired_checkpoints(run_directory: Path, keep: int) -> list[Path]:
+    """Checkpoints that are not to be kept, the first to delete first; none where `keep` is 0.
+
+    Whatever `keep` is, no good weights go before there are newer good ones.
+    """
+    if keep <= 0:
+        return []
+    manifests = read_manifests(run_directory)
+    names = order_by_lineage(manifests, read_rollback(run_directory))
+    problems, proven = find_problems(manifests), find_proven(manifests)
+    healthy = [name for name in names if name not in problems]
+    kept = {
+        *names[-keep:],
+        *healthy[-1:],
+        # The newest weights may have diverged already: the first step that shows it is yet to come.
+        *[name for name in healthy if name in proven][-1:],
+        # A branch that diverged does not take the place of the one that was abandoned for it.
+        *sorted(healthy, key=lambda name: manifests[name]["sequence"])[-1:],
+    }
+    return [run_directory / CHECKPOINTS / name for name in names if name not in kept]
+
+
+def hide_checkpoint(directory: Path) -> Path:
+    """Rename a checkpoint to a name that no reader looks at, so that it is never seen half deleted; return that name."""
+    hidden, number = directory.with_name(f".{directory.name}.old"), 1
+    while os.path.lexists(hidden):  # one that could not be deleted
+        hidden, number = hidden.with_suffix(f".old{number}"), number + 1
+    return directory.rename(hidden)
+
+
+def delete_expired_checkpoints(run_directory: Path, keep: int) -> None:
+    """Delete what `list_expired_checkpoints` names. What cannot be deleted is named in a warning; the run continues."""
+    try:
+        for directory in list_expired_checkpoints(run_directory, keep):
+            delete_hidden(hide_checkpoint(directory))
+    except OSError as error:
+        logger.warning("old checkpoints of %s cannot be deleted: %s. Delete them by hand.", run_directory, error)
+
+
+def delete_leftovers(folder: Path) -> None:
+    """Delete the hidden directories of a run that was killed while saving or deleting."""
+    for hidden in folder.glob(".step-*"):
+        delete_hidden(hidden)
+
+
+def delete_hidden(hidden: Path) -> None:
+    """Delete a hidden checkpoint, or only the link if it is one; the next save tries again if that fails."""
+    try:
+        if hidden.is_symlink():
+            hidden.unlink()
+        else:
+            shutil.rmtree(hidden)
+    except OSError as error:
+        logger.warning("%s, which is no longer needed, cannot be deleted: %s. Delete it by hand.", hidden, error)

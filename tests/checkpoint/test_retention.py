@@ -1,0 +1,81 @@
+"""Retention: what cannot be deleted does not end a run; a disk that cannot be written is found before the first step."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_rdt import checkpoint as checkpoints
+from megatron_rdt.checkpoint import retention
+from megatron_rdt.errors import CheckpointError
+from tests.checkpoint.runs import Configure, checkpoint_path, list_all_names, list_steps, resume_run
+
+
+@pytest.mark.parametrize("fails", ["rename", "rmtree"])
+def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(
+    fails: str, run: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: object, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    owner, name = (retention, "hide_checkpoint") if fails == "rename" else (retention.shutil, "rmtree")
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(owner, name, refuse)
+        options = ["--checkpoint.keep=2", "--train.steps=12"]
+        assert resume_run(run, configure, *options) == 0
+    assert "cannot be deleted: [Errno 13] Permission denied" in caplog.text
+    assert "step-00000002" in caplog.text
+    assert "by hand" in caplog.text
+    assert list_steps(run)[-2:] == [10, 12]
+    # When it can be deleted again, nothing is left.
+    assert resume_run(run, configure, "--checkpoint.keep=2", "--train.steps=14") == 0
+    assert list_all_names(run) == ["step-00000012", "step-00000014"]
+
+
+def test_a_checkpoint_that_is_hidden_under_a_name_that_is_taken(run: Path) -> None:
+    (run / "checkpoints" / ".step-00000002.old" / "busy").mkdir(parents=True)
+    retention.delete_expired_checkpoints(run, 3)
+    assert list_all_names(run) == [".step-00000002.old", "step-00000004", "step-00000006", "step-00000008"]
+
+
+@pytest.mark.parametrize("what", ["a file", "a link into nothing", "a system's directory"])
+def test_checkpoints_that_cannot_be_written_are_found_at_the_start(
+    what: str, configure: Configure, tmp_path: Path
+) -> None:
+    run = tmp_path / "r"
+    run.mkdir()
+    folder = run / "checkpoints"
+    if what == "a file":
+        folder.write_text("")
+    else:
+        folder.symlink_to("/proc/sys" if what == "a system's directory" else tmp_path / "absent")
+    with pytest.raises(CheckpointError) as caught:
+        resume_run(run, configure)
+    assert str(folder) in str(caught.value)
+    assert "full" not in str(caught.value)
+    assert [path.name for path in run.iterdir()] == ["checkpoints"], "it was refused before anything was written"
+
+
+@pytest.mark.parametrize("link", ["checkpoints", "run", "one checkpoint", "another disk's name"])
+def test_checkpoints_behind_links_are_the_runs_own(link: str, run: Path, configure: Configure, tmp_path: Path) -> None:
+    elsewhere, named, source = tmp_path / "disk", run, checkpoint_path(run, 8)
+    if link == "run":
+        shutil.move(run, elsewhere)
+        run.symlink_to(elsewhere)
+        source = elsewhere / "checkpoints" / "step-00000008"
+    elif link == "one checkpoint":
+        shutil.move(source, elsewhere)
+        source.symlink_to(elsewhere)
+    else:
+        shutil.move(run / "checkpoints", elsewhere)
+        (run / "checkpoints").symlink_to(elsewhere)
+        source = elsewhere / "step-00000008" if link == "another disk's name" else source
+    run_id = checkpoints.read_manifest(checkpoint_path(run, 8))["run_id"]
+    assert resume_run(named, configure, "--train.steps=10", "--checkpoint.keep=1", resume=str(source)) == 0
+    manifest = checkpoints.read_manifest(checkpoint_path(run, 10))
+    assert (manifest["run_id"], manifest["parent"]) == (run_id, "step-00000008")
+    assert resume_run(named, configure, "--train.steps=12", "--checkpoint.keep=1") == 0
+    assert list_all_names(run) == ["step-00000010", "step-00000012"]
+    if link == "one checkpoint":
+        checkpoints.verify(elsewhere)  # only the link was deleted

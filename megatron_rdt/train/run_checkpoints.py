@@ -5,12 +5,13 @@ the config and the data, loads the engine, and returns the position; the trainer
 """
 
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import RunConfig, dump_config, load_config
-from megatron_rdt.object_collectives import broadcast_object, rank_and_world_size
+from megatron_rdt.object_collectives import broadcast_object
 from megatron_rdt.parallel import Engine
 from megatron_rdt.run_directory import CHECKPOINTS
 from megatron_rdt.train.data import TrainingData
@@ -33,12 +34,12 @@ class Position:
     skipped_steps: int = 0
 
 
-def choose_start(run_directory: Path, resume: str) -> Path | None:
-    """`checkpoints.find_start`, preceded by a test write; rank 0 prints what `--resume auto` found."""
+def choose_start(run_directory: Path, resume: str, print_on_rank_0: Callable[[str], None]) -> Path | None:
+    """`checkpoints.find_start`, preceded by a test write, and with a line on what `--resume auto` found."""
     checkpoints.check_writable(run_directory)
     source = checkpoints.find_start(run_directory, resume)
-    if resume == "auto" and rank_and_world_size()[0] == 0:
-        print(_describe_start(run_directory, source), flush=True)
+    if resume == "auto":
+        print_on_rank_0(_describe_start(run_directory, source))
     return source
 
 

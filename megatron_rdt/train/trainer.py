@@ -69,7 +69,7 @@ def train(
             device = join_process_group(config, process)
             trainer = Trainer(config, run_directory, device, listener, process.local_rank)
             try:
-                status = trainer.run(choose_start(run_directory, resume))
+                status = trainer.run(choose_start(run_directory, resume, trainer._print_on_rank_0))
                 trainer.engine.close()
             finally:
                 trainer.close()

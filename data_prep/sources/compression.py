@@ -14,10 +14,16 @@ from megatron_rdt.files import escape_invalid_utf8
 
 # Exceptions raised by reading a file that is truncated or damaged.
 DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
+MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}  # neither is valid UTF-8
 READ_BYTES = 1 << 17
 LARGEST_WINDOW = (
     1 << 31
 )  # of zstd: as much as `zstd --long=31` asks for; the library's default refuses more than 128 MiB
+
+
+def name_compression(content: bytes) -> str:
+    """Return the ending of the compression that a file's content begins with, `.gz` or `.zst`; "" for none, as for any text."""
+    return next((ending for ending, magic in MAGIC.items() if content.startswith(magic)), "")
 
 
 def open_decompressed(raw: BinaryIO, path: Path) -> BinaryIO:

@@ -12,7 +12,7 @@ from data_prep.config import PrepConfig
 from data_prep.sources.file_kinds import COMPRESSED, Kind, find_kind, list_endings, name_ending
 from data_prep.sources.folder_walk import FoundEntry, check_readable, name_unreadable, walk_folder
 from data_prep.sources.parquet_rows import count_group_rows
-from megatron_rdt.data.hugging_face import PREFIX
+from megatron_rdt.data.hugging_face import PREFIX, dataset_error, list_unread_files
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.files import escape_invalid_utf8
 
@@ -168,7 +168,9 @@ def list_sources(config: PrepConfig) -> SourceListing:
     listing = SourceListing()
     candidates: list[tuple[str, FoundEntry, bool]] = []
     for source, name, valid in _iterate_sources(config):
-        if not source.startswith(PREFIX):
+        if source.startswith(PREFIX):
+            _add_unread_dataset_files(source.removeprefix(PREFIX), name, listing)
+        else:
             candidates += [(inside, entry, valid) for inside, entry in _list_source(config, source, name, listing)]
     order = sorted(range(len(candidates)), key=lambda i: (not candidates[i][2], candidates[i][1].is_linked, i))
     chosen: dict[str, int] = {}
@@ -226,6 +228,16 @@ def _list_source(
         )
     for folder in folders_again:
         listing.reached_again.add(f"{name}/{folder.relative_to(root).as_posix()}/")
+
+
+def _add_unread_dataset_files(dataset: str, name: str, listing: SourceListing) -> None:
+    """Add the files of a dataset in a local folder that the datasets library does not read."""
+    try:
+        files = list_unread_files(dataset)
+    except Exception as error:
+        raise dataset_error(dataset, error, "--hf_split") from error
+    for file in files:
+        listing.passed_over[name_ending(file)].add(f"{name}/{file}")
 
 
 def _check_file_source(root: Path, endings: tuple[str, ...], extensions: list[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import PrepConfig
-from data_prep.sources.compression import DAMAGED, open_decompressed
+from data_prep.sources.compression import DAMAGED, name_compression, open_decompressed
 from data_prep.sources.file_kinds import COMPRESSED
 from data_prep.sources.folder_walk import name_unreadable
 from data_prep.sources.hugging_face_files import read_dataset_shard, read_spool
@@ -194,6 +194,9 @@ class PartReader:
             self._reject("damaged", file.shown_path, 0, _damaged_message("", error))
             return
         self.position += file.bytes
+        if ending := name_compression(content):  # not even with `on_bad: replace` is it text
+            self._reject("damaged", file.shown_path, 0, f": it is compressed; add {ending} to its name")
+            return
         try:
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -248,10 +251,12 @@ class PartReader:
     def _decode_line(self, line: bytes, path: str, number: int, is_first: bool) -> str | None:
         """Decode a line of UTF-8, which may begin with a byte order mark if it is the first; None if it is rejected."""
         encoding = "utf-8-sig" if is_first else "utf-8"
+        ending = name_compression(line) if is_first else ""
         try:
             return line.decode(encoding)
         except UnicodeDecodeError as error:
-            is_allowed = self._allow_replacement(path, number, f"{_invalid_utf8_message(error)} of the line")
+            hint = f" (it is compressed: add {ending} to its name)" if ending else ""
+            is_allowed = self._allow_replacement(path, number, f"{_invalid_utf8_message(error)} of the line{hint}")
             return line.decode(encoding, "replace") if is_allowed else None
 
     def _parse_json(self, content: str, path: str, number: int, offset: int) -> "_JsonValue | None":

@@ -4,6 +4,7 @@ import gzip
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -85,3 +86,20 @@ def test_an_empty_file_is_not_a_compressed_one(name: str, tmp_path: Path) -> Non
     with pytest.raises(DataError, match=rf"{name}: compressed file ends early .*the file is empty"):
         read_file(tmp_path / name)
     assert read_file(tmp_path / name, on_bad="skip") == []
+
+
+@pytest.mark.parametrize(("ending", "compress"), [(".gz", gzip.compress), (".zst", zstandard.compress)])
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
+def test_compressed_files_by_another_name(
+    ending: str, compress: Callable[[bytes], bytes], twice: bool, tmp_path: Path
+) -> None:
+    """They are not text, whatever `on_bad` makes of bytes that are not UTF-8; nor are those that are compressed twice."""
+    path = tmp_path / f"a.txt{ending if twice else ''}"
+    path.write_bytes(compress(compress(LINES)) if twice else compress(LINES))
+    for on_bad in ("error", "replace"):
+        with pytest.raises(DataError, match=rf"{path.name}: it is compressed; add \{ending} to its name"):
+            read_file(path, on_bad=on_bad)
+    lines = tmp_path / "a.jsonl"
+    lines.write_bytes(compress(LINES))
+    with pytest.raises(DataError, match=rf"a\.jsonl:1: invalid UTF-8 .*it is compressed: add \{ending} to its name"):
+        read_file(lines)

@@ -137,3 +137,14 @@ def test_a_dataset_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     settings = dataclasses.replace(make_config(folder, tmp_path / "out"), sources=[f"hf:{folder}"])
     assert read_texts(prepare(settings)) == {json.loads(line)["text"] for line in RECORDS}
     assert sum(opened.values()) == 3
+
+
+def test_files_that_a_dataset_does_not_read_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_lines(folder / "train.jsonl", [*RECORDS])
+    (folder / "README.md").write_text("# A dataset")
+    (folder / "more.csv").write_text("text\nleft out\n")
+    settings = dataclasses.replace(make_config(folder, tmp_path / "out"), sources=[f"hf:{folder}"])
+    manifest = load_manifest(prepare(settings)).document
+    assert manifest["passed_over"] == {".csv": {"count": 1, "first": ["set/more.csv"]}}

@@ -248,8 +248,8 @@ def _check_file_source(root: Path, endings: tuple[str, ...], extensions: list[st
         )
     if not root.name.lower().endswith(endings):
         raise ConfigError(
-            f"{root} ends with none of {', '.join(extensions)}. Convert it, or name its ending in --extensions to read the "
-            "file as one plain text document."
+            f"{root} ends with none of {', '.join(extensions)}. Convert it, or name its ending in --extensions: .json and "
+            ".ndjson are then read as lines of JSON, others as one plain text document per file."
         )
 
 

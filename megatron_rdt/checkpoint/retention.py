@@ -12,10 +12,15 @@ from megatron_rdt.run_directory import CHECKPOINTS
 logger = logging.getLogger(__name__)
 
 
-def list_expired_checkpoints(run_directory: Path, keep: int) -> list[Path]:
+def list_expired_checkpoints(run_directory: Path, keep: int, milestones: int = 0) -> list[Path]:
     """Checkpoints that are not to be kept, the first to delete first; none where `keep` is 0.
 
     Whatever `keep` is, no good weights go before there are newer good ones.
+
+    Args:
+        run_directory: `runs/<name>`.
+        keep: newest checkpoints to keep.
+        milestones: keep the healthy ones of steps that are a multiple of it, abandoned branches included; 0: of none.
     """
     if keep <= 0:
         return []
@@ -31,6 +36,8 @@ def list_expired_checkpoints(run_directory: Path, keep: int) -> list[Path]:
         # A branch that diverged does not take the place of the one that was abandoned for it.
         *sorted(healthy, key=lambda name: manifests[name]["sequence"])[-1:],
     }
+    if milestones > 0:
+        kept.update(name for name in healthy if int(manifests[name]["step"]) % milestones == 0)
     return [run_directory / CHECKPOINTS / name for name in names if name not in kept]
 
 
@@ -42,10 +49,10 @@ def hide_checkpoint(directory: Path) -> Path:
     return directory.rename(hidden)
 
 
-def delete_expired_checkpoints(run_directory: Path, keep: int) -> None:
+def delete_expired_checkpoints(run_directory: Path, keep: int, milestones: int = 0) -> None:
     """Delete what `list_expired_checkpoints` names. What cannot be deleted is named in a warning; the run continues."""
     try:
-        for directory in list_expired_checkpoints(run_directory, keep):
+        for directory in list_expired_checkpoints(run_directory, keep, milestones):
             delete_hidden(hide_checkpoint(directory))
     except OSError as error:
         logger.warning("old checkpoints of %s cannot be deleted: %s. Delete them by hand.", run_directory, error)

@@ -83,6 +83,7 @@ def save_checkpoint(
     tokenizer_directory: Path | None,
     keep: int,
     rank_state: dict[str, Any] | None = None,
+    milestones: int = 0,
 ) -> Path:
     """Save a checkpoint and return its directory; every rank must call this.
 
@@ -95,6 +96,7 @@ def save_checkpoint(
         tokenizer_directory: copied into the checkpoint, so that it can generate text by itself.
         keep: newest checkpoints to keep, beside the newest healthy one; 0 keeps all.
         rank_state: the data state of this rank, tensors and plain values; on every rank, or on none.
+        milestones: checkpoints of steps that are a multiple of it are kept for good; 0: none.
 
     Raises:
         CheckpointError: on every rank, when any rank could not write; earlier checkpoints are untouched.
@@ -134,7 +136,7 @@ def save_checkpoint(
         }
         write_manifest(temporary, {**facts, **own}, records)
         _publish_directory(temporary, final, run_directory)
-        delete_expired_checkpoints(run_directory, keep)
+        delete_expired_checkpoints(run_directory, keep, milestones)
 
     save = _CollectiveSave(engine, temporary, final)
     save.run_on_rank_0(make_folders)

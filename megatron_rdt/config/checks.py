@@ -153,6 +153,12 @@ def _find_training_problems(config: RunConfig) -> Iterator[str]:
             "depth.checkpoint selective cannot look into compiled layers, which by themselves keep the results of matrix "
             "products and recompute what is cheap. Set --depth.checkpoint none, per_layer or per_iteration."
         )
+    every, milestones = config.checkpoint.every, config.checkpoint.milestones
+    if milestones and (not every or milestones % every):
+        yield (
+            f"checkpoint.milestones {milestones} is not a multiple of checkpoint.every {every}, so these steps would not be "
+            "saved. Change either."
+        )
     if config.sample.every and not config.sample.prompt:
         yield "sample.prompt is empty. Give it at least one character, or set --sample.every 0."
     name = config.run.name

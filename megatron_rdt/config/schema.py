@@ -175,6 +175,8 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved. 0: save only the last."""
     keep: int = option(3, at_least=0)
     """Number of newest checkpoints to keep, beside the newest healthy one; others are deleted once a newer one is complete. 0 keeps all."""
+    milestones: int = option(0, at_least=0)
+    """Keep the healthy checkpoint of every n-th step for good, beside those of `keep`; a multiple of `every`. 0: none."""
 
 
 @dataclass(frozen=True)

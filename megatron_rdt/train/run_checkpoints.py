@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import RunConfig, dump_config, load_config
-from megatron_rdt.object_collectives import broadcast_object
+from megatron_rdt.object_collectives import broadcast_object, rank_and_world_size
 from megatron_rdt.parallel import Engine
 from megatron_rdt.run_directory import CHECKPOINTS
 from megatron_rdt.train.data import TrainingData
@@ -38,7 +38,7 @@ def choose_start(run_directory: Path, resume: str, print_on_rank_0: Callable[[st
     """`checkpoints.find_start`, preceded by a test write, and with a line on what `--resume auto` found."""
     checkpoints.check_writable(run_directory)
     source = checkpoints.find_start(run_directory, resume)
-    if resume == "auto":
+    if resume == "auto" and rank_and_world_size()[0] == 0:
         print_on_rank_0(_describe_start(run_directory, source))
     return source
 
@@ -120,6 +120,7 @@ class RunCheckpoints:
             },
             tokenizer_directory=self.data.tokenizer_directory,
             keep=self.config.checkpoint.keep,
+            milestones=self.config.checkpoint.milestones,
             rank_state=self.data.rank_state(position.samples),
         )
         self._parent, self.saved_step = path.name, position.step

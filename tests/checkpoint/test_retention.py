@@ -8,7 +8,7 @@ import pytest
 
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.checkpoint import retention
-from megatron_rdt.errors import CheckpointError
+from megatron_rdt.errors import CheckpointError, ConfigError, TrainingError
 from tests.checkpoint.runs import Configure, checkpoint_path, list_all_names, list_steps, resume_run
 
 
@@ -79,3 +79,30 @@ def test_checkpoints_behind_links_are_the_runs_own(link: str, run: Path, configu
     assert list_all_names(run) == ["step-00000010", "step-00000012"]
     if link == "one checkpoint":
         checkpoints.verify(elsewhere)  # only the link was deleted
+
+
+def test_milestones_are_kept_for_good(configure: Configure, tmp_path: Path) -> None:
+    run, options = tmp_path / "r", ["--checkpoint.every=1", "--checkpoint.keep=2", "--checkpoint.milestones=3"]
+    assert resume_run(run, configure, *options, "--train.steps=8") == 0
+    assert list_steps(run) == [3, 6, 7, 8], "in the order of the run, though 4 and 5 are gone"
+    # Going back to one of them leaves 6 on an abandoned branch, which is used last, and replaces 7.
+    again = ["--optimizer.lr=0.003", "--train.steps=5"]
+    assert resume_run(run, configure, *options, *again, resume=str(checkpoint_path(run, 3))) == 0
+    assert list_steps(run) == [6, 3, 4, 5]
+    assert resume_run(run, configure, *options, "--train.steps=8") == 0
+    assert list_steps(run) == [3, 6, 7, 8]
+    assert resume_run(run, configure, *options[:2], "--train.steps=9") == 0
+    assert list_steps(run) == [8, 9], "the config of the run decides"
+
+
+def test_unhealthy_milestones_are_not_kept(run: Path, configure: Configure) -> None:
+    options = ["--optimizer.lr=1e4", "--checkpoint.every=2", "--checkpoint.milestones=2", "--checkpoint.keep=1"]
+    with pytest.raises(TrainingError, match="not finite"):
+        resume_run(run, configure, *options, "--train.steps=16")
+    assert list_steps(run) == [2, 4, 6, 8, 16]
+
+
+@pytest.mark.parametrize(("every", "milestones"), [(2, 3), (0, 4), (4, 2)])
+def test_milestones_must_be_steps_that_are_saved(every: int, milestones: int, configure: Configure) -> None:
+    with pytest.raises(ConfigError, match=rf"checkpoint\.milestones {milestones} is not a multiple of .*every {every}"):
+        configure(f"--checkpoint.every={every}", f"--checkpoint.milestones={milestones}")

@@ -146,9 +146,8 @@ def main() -> None:
             runs = [train_choice(settings, seed, options.steps, options.data) for seed in options.seeds]
             losses = [f"{mean(r['losses'][str(t)] for r in runs):.3f}" for t in LOOPS]
             radius, seconds = max(r["spectral_radius"] for r in runs), mean(r["seconds"] for r in runs)
-            print(
-                format_row([name, *losses, f"{radius:.3f}", f"{seconds:.0f}", f"{runs[0]['parameters']:,}"]), flush=True
-            )
+            figures = [*losses, f"{radius:.3f}", f"{seconds:.0f}", f"{runs[0]['parameters']:,}"]
+            print(format_row([name, *figures]), flush=True)
             for r in runs:
                 for key in ("ponder", "exit_iteration", "exit_entropy"):
                     if key in r:

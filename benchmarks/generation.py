@@ -33,13 +33,15 @@ from megatron_rdt.config import DataConfig, ModelConfig
 from megatron_rdt.data import read_fixed_windows
 from megatron_rdt.evaluate.loss import open_validation_corpus
 from megatron_rdt.inference import ExitRule, ExitTrace, GenerationTrace, KVCache, generate, load
-from megatron_rdt.model import RecurrentDepthTransformer, initialize
+from megatron_rdt.model import RecurrentDepthTransformer as Model
+from megatron_rdt.model import initialize
 
 LOOPS, PROMPT = 8, 32
 RUN, DATA = "runs/quickstart", "data/stdlib"
 CERTAIN = 6.0  # nats, the second threshold of kl_entropy
 RULES = ("change", "second_difference", "kl", "kl_entropy", "act", "gate")
 BUDGETS = (1, 2, 4, 8)
+Row = dict[str, Any]
 
 
 def make_rule(kind: str, threshold: float) -> ExitRule | None:
@@ -49,12 +51,12 @@ def make_rule(kind: str, threshold: float) -> ExitRule | None:
     return ExitRule(kind, threshold, CERTAIN) if kind == "kl_entropy" else ExitRule(kind, threshold)
 
 
-def add_halting(model: RecurrentDepthTransformer, kind: str) -> RecurrentDepthTransformer:
+def add_halting(model: Model, kind: str) -> Model:
     """Return the model, or a copy with an untrained halting unit if the rule needs one that it does not have."""
     if kind not in ("act", "gate") or kind == model.config.halting:
         return model
     device = next(model.parameters()).device
-    other = RecurrentDepthTransformer(dataclasses.replace(model.config, halting=kind, halting_threshold=1.0))
+    other = Model(dataclasses.replace(model.config, halting=kind, halting_threshold=1.0))
     other.load_state_dict(model.state_dict(), strict=False)
     unit = other.core.halting
     with torch.no_grad():
@@ -64,9 +66,7 @@ def add_halting(model: RecurrentDepthTransformer, kind: str) -> RecurrentDepthTr
 
 
 @torch.no_grad()
-def evaluate_rule(
-    model: RecurrentDepthTransformer, windows: torch.Tensor, rule: ExitRule | None
-) -> tuple[float, float]:
+def evaluate_rule(model: Model, windows: torch.Tensor, rule: ExitRule | None) -> tuple[float, float]:
     """Mean iterations per token and mean loss of one forward pass over windows (n, L + 1)."""
     trace = ExitTrace()
     logits = model(windows[:, :-1], LOOPS, exit_rule=rule, trace=trace)
@@ -75,7 +75,7 @@ def evaluate_rule(
     return float(trace.iterations.float().mean()), float(loss)
 
 
-def find_threshold(model: RecurrentDepthTransformer, windows: torch.Tensor, kind: str) -> float:
+def find_threshold(model: Model, windows: torch.Tensor, kind: str) -> float:
     """The threshold at which tokens run about half of the iterations, by bisection in its logarithm."""
     grows = kind in ("act", "gate")  # for these, a larger threshold means more iterations
     low, high = 1e-6, 1.0 if grows else 1e2
@@ -94,10 +94,10 @@ def measure_fastest(cases: dict[str, Any], options: argparse.Namespace, device: 
     return {name: min(seconds) for name, seconds in times.items()}
 
 
-def compare_cache(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+def compare_cache(options: argparse.Namespace, device: torch.device) -> list[Row]:
     """Rows of the first table: tokens per second of one row at T = 8, with a cache and without."""
     shape = {"prelude_layers": 2, "core_layers": 2, "coda_layers": 2, "heads": 4, "kv_heads": 4}
-    model = RecurrentDepthTransformer(ModelConfig(vocab_size=4096, dim=256, ffn_dim=1024, **shape))
+    model = Model(ModelConfig(vocab_size=4096, dim=256, ffn_dim=1024, **shape))
     model = initialize(model, 0).eval().to(device)
     prompt = torch.arange(PROMPT, device=device)[None]
     run = partial(generate, model, prompt, LOOPS, options.tokens)
@@ -105,9 +105,7 @@ def compare_cache(options: argparse.Namespace, device: torch.device) -> list[dic
     return [{"cache": name, "tokens/s": round(options.tokens / seconds, 1)} for name, seconds in best.items()]
 
 
-def compare_rules(
-    options: argparse.Namespace, model: RecurrentDepthTransformer, windows: torch.Tensor, trained: bool
-) -> list[dict[str, Any]]:
+def compare_rules(options: argparse.Namespace, model: Model, windows: torch.Tensor, trained: bool) -> list[Row]:
     """Rows of the second table, one per rule: threshold, mean iterations, tokens per second, loss."""
     device, rows, cases = windows.device, [], {}
     for kind in ("fixed", *RULES):
@@ -134,7 +132,7 @@ def compare_rules(
 
 
 @torch.no_grad()
-def compare_budgets(model: RecurrentDepthTransformer, windows: torch.Tensor, trained: bool) -> list[dict[str, Any]]:
+def compare_budgets(model: Model, windows: torch.Tensor, trained: bool) -> list[Row]:
     """Rows of the third table, one per cache budget: numbers kept, loss, share of other likeliest tokens.
 
     Tokens are decoded one by one; the largest budget, which comes first, is exact.
@@ -153,19 +151,19 @@ def compare_budgets(model: RecurrentDepthTransformer, windows: torch.Tensor, tra
     return rows
 
 
-def format_table(rows: list[dict[str, Any]]) -> str:
+def format_table(rows: list[Row]) -> str:
     """Markdown: one line per row, with the keys of the first as the header."""
     return "\n".join([format_header(list(rows[0])), *(format_row(row.values()) for row in rows)])
 
 
-def load_windows(options: argparse.Namespace) -> tuple[RecurrentDepthTransformer, torch.Tensor, bool]:
+def load_windows(options: argparse.Namespace) -> tuple[Model, torch.Tensor, bool]:
     """The model, windows of text (sequences, length + 1), and whether the model was trained on such text."""
     device = pick_device()
     if options.checkpoint or Path(RUN).exists():
         model, _ = load(options.checkpoint or RUN, device)
         corpus = open_validation_corpus(options.data, options.length, 0, DataConfig())
         return model, read_fixed_windows(corpus, options.sequences).tokens.to(device), True
-    model = initialize(RecurrentDepthTransformer(ModelConfig(ffn_dim=512)), 0).eval().to(device)
+    model = initialize(Model(ModelConfig(ffn_dim=512)), 0).eval().to(device)
     shape, generator = (options.sequences, options.length + 1), torch.Generator().manual_seed(0)
     return model, torch.randint(0, model.config.vocab_size, shape, generator=generator).to(device), False
 

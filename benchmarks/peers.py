@@ -229,9 +229,8 @@ def compare_with(peer: Peer, options: argparse.Namespace) -> dict[str, Any]:
     for work in WORKS:
         if work.name not in times["works"]:
             continue
-        row = summarize(
-            work, times["works"][work.name], NEW_TOKENS if work.generate else options.batch * options.sequence
-        )
+        tokens = NEW_TOKENS if work.generate else options.batch * options.sequence
+        row = summarize(work, times["works"][work.name], tokens)
         for side in ("peer", "ours") if options.memory else ():
             row[f"{side} MB"] = measure_alone(options, "memory", peer.name, side, work.name)
         rows.append(row)

@@ -16,6 +16,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from operator import attrgetter
 from typing import Protocol
 
 from megatron_rdt.errors import ConfigError, DataError
@@ -187,15 +188,9 @@ def load_filter(name: str) -> Callable[[str], bool]:
         ConfigError: it does not exist, cannot be imported, or cannot be called.
     """
     module, colon, attribute = name.partition(":")
+    entry_point = None if colon else _find_entry_point(name)
     try:
-        if colon:
-            function = _import_module(module)
-            for part in attribute.split("."):
-                function = getattr(function, part)
-        else:
-            function = _find_entry_point(name).load()
-    except ConfigError:
-        raise
+        function = entry_point.load() if entry_point else attrgetter(attribute)(_import_module(module))
     except AttributeError as error:
         raise ConfigError(f"filter {name}: {error}. Set --filters to a function that exists.") from error
     except Exception as error:
@@ -204,9 +199,8 @@ def load_filter(name: str) -> Callable[[str], bool]:
             "module is in the current directory or installed."
         ) from error
     if not callable(function):
-        raise ConfigError(
-            f"filter {name} is a {type(function).__name__}, not a function. Name a function(text) -> bool in --filters."
-        )
+        kind = type(function).__name__
+        raise ConfigError(f"filter {name} is a {kind}, not a function. Name a function(text) -> bool in --filters.")
     return function
 
 

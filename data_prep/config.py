@@ -1,14 +1,22 @@
 """The schema of a prep run's YAML."""
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from data_prep.cleaning import check_cleaning
+from megatron_rdt.data.hugging_face import PREFIX
 from megatron_rdt.errors import ConfigError
 
 TEXT_MARK = "=text"  # `.json=text` in `extensions`: each such file is one plain text document
+STDLIB = "stdlib"  # the source that stands for the modules of this Python's standard library
+SMALLEST_FILE_BYTES = 100  # of a part of the input, and of a shard
+SMALLEST_SAMPLE_BYTES = 10_000
+MOST_WORKERS = 1024
+FIXED_PIECES = 262  # of a trained tokenizer: 256 bytes, 4 control pieces, line break, tab
+MOST_IDS = 2**31 - 1  # ids are int32
 
 
 @dataclass(frozen=True)
@@ -58,13 +66,13 @@ class PrepConfig:
     special_tokens: list[str] = field(default_factory=lambda: ["<|im_start|>", "<|im_end|>"])
     """Special tokens of the tokenizer to train, in addition to <unk>, <s>, </s> and <pad>; no text is ever encoded to them."""
     tokenizer_sample_bytes: int = 10_000_000
-    """Bytes of text to train the tokenizer on."""
+    """Bytes of text to train the tokenizer on; at least 10,000."""
     valid_fraction: float = 0.02
     """Share of documents in the validation split, decided by a hash of each document's content."""
     shard_bytes: int = 268_435_456
-    """Largest size of one .bin file, in bytes; a longer document gets a file to itself."""
+    """Largest size of one .bin file, in bytes, at least 100; a longer document gets a file to itself."""
     part_bytes: int = 0
-    """Bytes of input per part, the unit of work that workers and machines share; 0 chooses 1 to 64 MB."""
+    """Bytes of input per part, the unit of work that workers and machines share, at least 100; 0 chooses 1 to 64 MB."""
     seed: int = 7
     """Seed of the order of documents within a shard, and of the sample that the tokenizer is trained on."""
     on_bad: Literal["error", "skip", "replace"] = "error"
@@ -79,12 +87,62 @@ class PrepConfig:
     """Replace a corpus in `out`, or an unfinished prep of it, that was made with other options."""
 
 
+def _check_sizes(config: PrepConfig) -> None:
+    """Raise ConfigError naming the first size or number that is out of range."""
+    # Smaller parts and shards cost more than they hold: each is a file with a record, written to the disk at once.
+    ranges = {
+        "part_bytes": (SMALLEST_FILE_BYTES, None),
+        "shard_bytes": (SMALLEST_FILE_BYTES, None),
+        "tokenizer_sample_bytes": (SMALLEST_SAMPLE_BYTES, None),
+        "max_documents": (0, None),
+        "workers": (0, MOST_WORKERS),
+        # A tokenizer that is trained has a piece for every byte and special token.
+        "vocab_size": (1 if config.tokenizer else FIXED_PIECES + len(config.special_tokens), MOST_IDS),
+    }
+    for name, (least, most) in ranges.items():
+        value = getattr(config, name)
+        if name == "part_bytes" and value == 0:
+            continue
+        if value < least or (most is not None and value > most):
+            limits = f"at least {least:,}" if most is None else f"from {least:,} to {most:,}"
+            automatic = ", or 0 to choose it from the input" if name == "part_bytes" else ""
+            unit = " bytes" if name.endswith("_bytes") else ""
+            raise ConfigError(f"{name} is {value}{unit}, it must be {limits}{automatic}. Set --{name}.")
+
+
+def _check_sources(config: PrepConfig) -> None:
+    """Raise ConfigError if a source is named twice, or if validation sources contain one of the others."""
+    named: dict[str, tuple[str, str]] = {}
+    for option in ("sources", "valid_sources"):
+        for source in getattr(config, option):
+            location = _resolve_source(source)
+            first, where = named.setdefault(location, (source, ""))
+            same = source if first == source else f"{first}, the same as {source},"
+            if where == option:
+                raise ConfigError(f"{same} is given twice in {option}. Give it once in --{option}.")
+            if where:
+                raise ConfigError(f"{same} is in sources and in valid_sources. Keep it in one of them.")
+            named[location] = (source, option)
+    # Validation sources within one of the others are no fault: what is in both is validation only.
+    for source in config.sources:
+        for valid in config.valid_sources:
+            location, folder = _resolve_source(source), _resolve_source(valid)
+            if os.path.isabs(location) and Path(location).is_relative_to(folder):
+                raise ConfigError(
+                    f"{source} in sources is below {valid} in valid_sources: nothing of it would be left to train on. Keep it "
+                    "in one of them."
+                )
+
+
+def _resolve_source(source: str) -> str:
+    """Return the path of a source without links; the source itself if it is none on this machine."""
+    path = source.removeprefix(PREFIX)
+    return os.path.realpath(path) if source != STDLIB and os.path.exists(path) else source
+
+
 def check_prep(config: PrepConfig) -> None:
     """Raise ConfigError naming the first option that is out of range."""
-    smallest = {"vocab_size": 1, "tokenizer_sample_bytes": 1, "shard_bytes": 1, "part_bytes": 0}
-    for name, least in (smallest | {"max_documents": 0, "workers": 0}).items():
-        if getattr(config, name) < least:
-            raise ConfigError(f"{name} is {getattr(config, name)}, it must be at least {least}. Set --{name}.")
+    _check_sizes(config)
     if not 0 <= config.valid_fraction < 1:
         raise ConfigError(
             f"valid_fraction is {config.valid_fraction}, it must be at least 0 and below 1. Set --valid_fraction."
@@ -104,9 +162,7 @@ def check_prep(config: PrepConfig) -> None:
             raise ConfigError(
                 f"{name} has an empty entry, which would be the working directory. Remove it from --{name}."
             )
-    for source in config.valid_sources:
-        if source in config.sources:
-            raise ConfigError(f"{source} is in sources and in valid_sources. Keep it in one of them.")
+    _check_sources(config)
     if config.prompt_field and config.prompt_field == config.text_field:
         raise ConfigError(f"prompt_field and text_field are both {config.text_field!r}. Name two fields.")
     _check_extensions(config)

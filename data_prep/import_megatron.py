@@ -16,22 +16,14 @@ from data_prep.stages.write_manifest import make_split_record, make_tokenizer_re
 from megatron_rdt.data.shard_files.block_hashes import SUFFIXES, hash_file, write_block_hashes
 from megatron_rdt.data.shard_files.corpus_manifest import FORMAT, MANIFEST, VERSION
 from megatron_rdt.data.shard_files.indexed import REBUILD, IndexedDataset, prefix_path
-from megatron_rdt.data.tokenizer.base import BYTES_FILE, Tokenizer
-from megatron_rdt.data.tokenizer.hugging_face_backend import JSON_FILE
-from megatron_rdt.data.tokenizer.sentencepiece_backend import MODEL_FILE
+from megatron_rdt.data.tokenizer.base import Tokenizer
+from megatron_rdt.data.tokenizer.tokenizer_files import copy_tokenizer_files
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.files import fsync_directory, fsync_file, hold_lock, write_text
+from megatron_rdt.output_paths import check_can_be_renamed_to, make_parent, resolve_output_directory
 from megatron_rdt.terminal import show_progress
 
-# Files that are copied from a tokenizer's folder.
-TOKENIZER_FILES = (
-    MODEL_FILE,
-    JSON_FILE,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    BYTES_FILE,
-)
+OTHER_VALIDATION = "The validation loss would be that of training text: name other files in one of them."
 # Errors of a file that cannot be linked: another file system, one without links, no permission, too many links.
 NO_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP}
 
@@ -65,17 +57,19 @@ def import_corpus(prefixes: Sequence[str], tokenizer: str, out: str, valid_prefi
         valid_prefixes: the same for the validation split.
 
     Raises:
-        ConfigError: a path is wrong.
+        ConfigError: a path is wrong, or validation is training text.
         DataError: a file is damaged, was made with another tokenizer, or has another token type than the others.
     """
-    target = Path(out)
+    target = resolve_output_directory(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{out} exists. Choose another --out.")
     for prefix in (*prefixes, *valid_prefixes):
         for suffix in (".bin", ".idx"):
             if not prefix_path(prefix, suffix).is_file():
                 raise ConfigError(f"{prefix}{suffix} does not exist. Name prefixes: paths without .bin and .idx.")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _check_prefixes_differ(prefixes, valid_prefixes)
+    make_parent(target)
+    check_can_be_renamed_to(target)
     work = target.with_name(f".{target.name}.import")
     message = f"another `rdt prep import` is writing {out}. Wait for it, or choose another --out."
     with hold_lock(target.with_name(f".{target.name}.lock"), message):
@@ -91,6 +85,39 @@ def import_corpus(prefixes: Sequence[str], tokenizer: str, out: str, valid_prefi
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def _check_prefixes_differ(prefixes: Sequence[str], valid_prefixes: Sequence[str]) -> None:
+    """Raise ConfigError if two prefixes name the same file, directly or through a link."""
+    named: dict[tuple[int, int], tuple[str, str]] = {}
+    for split, names in (("train", prefixes), ("valid", valid_prefixes)):
+        for prefix in names:
+            status = prefix_path(prefix, ".bin").stat()
+            first, first_split = named.setdefault((status.st_dev, status.st_ino), (prefix, ""))
+            what = prefix if first == prefix else f"{first}, the same file as {prefix},"
+            if first_split == split:
+                raise ConfigError(f"{what} is given twice. Give it once.")
+            if first_split:
+                raise ConfigError(f"{what} is given for training and in --valid_prefix. {OTHER_VALIDATION}")
+            named[status.st_dev, status.st_ino] = (prefix, split)
+
+
+def _check_contents_differ(imported: dict[str, list[ImportedShard]]) -> None:
+    """Refuse a validation shard with the tokens of a training shard; print which shards of one split are the same.
+
+    Raises:
+        ConfigError: validation has the tokens of training.
+    """
+    first: dict[str, tuple[str, str]] = {}
+    for split, shards in imported.items():
+        for record in (shard.record for shard in shards):
+            source, where = first.setdefault(record["bin_sha256"], (record["source"], split))
+            if where != split:
+                raise ConfigError(
+                    f"{record['source']} in --valid_prefix has the same tokens as {source}. {OTHER_VALIDATION}"
+                )
+            if source != record["source"]:
+                print(f"{record['source']} has the same tokens as {source}: every epoch reads them twice")
 
 
 def _build_corpus(work: Path, splits: dict[str, Sequence[str]], tokenizer_path: str) -> None:
@@ -125,6 +152,7 @@ def _build_corpus(work: Path, splits: dict[str, Sequence[str]], tokenizer_path: 
     for split, found in imported.items():
         if len({"mask_sha256" in one.record for one in found}) > 1:
             raise DataError(f"some files of the split {split} have masks and others none. Remove the .mask files.")
+    _check_contents_differ(imported)
     # Without EOS at the end of every document, the manifest must not promise it.
     ended, documents = sum(one.ended for one in every), sum(one.documents for one in every)
     document = _make_manifest(tokenizer, every[0].dtype, imported, ended == documents)
@@ -147,12 +175,7 @@ def _copy_tokenizer_files(source: Path, target: Path) -> Tokenizer:
     known = Tokenizer(source)
     if known.eos < 0:
         raise ConfigError(f"the tokenizer {source} has no EOS. Name the tokenizer that made these files.")
-    if source.is_dir():
-        for name in TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, target / name)
-    else:
-        shutil.copyfile(source, target / (JSON_FILE if known.file.suffix == ".json" else MODEL_FILE))
+    copy_tokenizer_files(source, target)
     known.write_token_bytes(target)
     for file in target.iterdir():
         fsync_file(file)

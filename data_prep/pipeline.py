@@ -24,13 +24,16 @@ from data_prep.jobs.working_directory import (
     resume_working_directory,
     working_directory_path,
 )
-from data_prep.sources.inputs import Part, describe_unread, list_input_files
+from data_prep.sources.inputs import Input, Part, describe_unread, list_input_files
 from data_prep.stages import publish
 from data_prep.stages.duplicates import find_duplicates
 from data_prep.stages.encode import encode_slice, spill_path
+from data_prep.stages.repeated_text import check_files_differ, check_text_is_left
 from data_prep.stages.scan import hash_inputs, scan_first_documents, scan_part, scan_record_path, scan_rows_path
 from data_prep.stages.scan_totals import check_scan, count_lines_before
 from data_prep.stages.tokenizer.make_tokenizer import make_tokenizer, tokenizer_record_path
+from data_prep.stages.tokenizer.train_sentencepiece import check_special_tokens
+from data_prep.stages.tokenizer.write_tokenizer import check_has_eos
 from data_prep.stages.write_manifest import group_files_to_hash, print_summary, write_manifest
 from data_prep.stages.write_shards import (
     PartGroup,
@@ -44,6 +47,7 @@ from megatron_rdt.data.shard_files.indexed import token_dtype
 from megatron_rdt.data.tokenizer.base import Tokenizer
 from megatron_rdt.errors import ConfigError, DataError, RdtError
 from megatron_rdt.files import hold_lock, write_text
+from megatron_rdt.output_paths import resolve_output_directory
 
 ARRAY_SIZE = "tasks"  # file with the number of array tasks, as the latest one was started with
 NAMED_GROUPS = 8  # missing groups that a message names
@@ -65,7 +69,7 @@ def prepare(config: PrepConfig, command: str = "rdt prep") -> Path:
         LaunchError: another process is writing the same corpus.
     """
     check_prep(config)
-    out, array_task = Path(config.out), parse_array_task(config)
+    out, array_task = resolve_output_directory(config.out), parse_array_task(config)
     if array_task is not None:
         _prepare_share(out, config, array_task, command)
         return out
@@ -76,11 +80,11 @@ def prepare(config: PrepConfig, command: str = "rdt prep") -> Path:
             return out
         publish.check_no_array_task(out)
         root = working_directory_path(out)
+        publish.check_output(out)
+        began = time.monotonic()
+        work = open_working_directory(config, root, lambda: None, lambda inputs: _check_inputs(out, config, inputs))
         with publish.explain_failure(out, alone=True):
-            began = time.monotonic()
-            work = open_working_directory(config, root, lambda: None)
             _print_listing(work)
-            publish.check_disk_space(out, config, work.inputs)
             remove_temporary_files(root)
             with open_worker_pool(config.workers) as pool:
                 runner = StepRunner(work.job, pool, None)
@@ -89,6 +93,21 @@ def prepare(config: PrepConfig, command: str = "rdt prep") -> Path:
             document = _write_manifest_and_publish(work, out, groups)
             _print_speed(document, time.monotonic() - began)
     return out
+
+
+def _check_inputs(out: Path, config: PrepConfig, inputs: list[Input]) -> None:
+    """Check what can be known of a job before it begins: the tokenizer, the number of its files, and space for them.
+
+    Raises:
+        ConfigError: an option does not fit the input.
+        DataError: the disk has no room, or the tokenizer is missing or damaged.
+    """
+    if config.tokenizer:
+        check_has_eos(Tokenizer(config.tokenizer))
+    else:
+        check_special_tokens(config.special_tokens)
+    publish.check_file_counts(config, inputs)
+    publish.check_disk_space(out, config, inputs)
 
 
 def _print_nothing_to_do(out: Path) -> None:
@@ -127,14 +146,19 @@ def _prepare_share(out: Path, config: PrepConfig, array_task: tuple[int, int], c
             if _is_already_prepared_for_task(out, config):
                 _print_nothing_to_do(out)
                 return
+            publish.check_output(out)
             message = f"array task {config.shard} is running on {out} already. Give each task another i in --shard i/N."
             # In a directory that exists, take the own lock first: opening it may remove it, and must not while a process
             # with the same index uses it. That removal takes the lock file with it, which is then made anew.
             if root.exists():
                 stack.enter_context(hold_lock(publish.array_task_lock_path(root, index), message))
-            work = open_working_directory(config, root, lambda: publish.check_no_array_task(out, index))
+            work = open_working_directory(
+                config,
+                root,
+                lambda: publish.check_no_array_task(out, index),
+                lambda inputs: _check_inputs(out, config, inputs),
+            )
             _print_listing(work)
-            publish.check_disk_space(out, config, work.inputs)
             if not (root / "locks" / str(index)).exists():
                 stack.enter_context(hold_lock(publish.array_task_lock_path(root, index), message))
             write_text(root / ARRAY_SIZE, f"{count}\n")
@@ -193,9 +217,13 @@ def _run_stages_before_encoding(work: WorkingDirectory, runner: StepRunner, inde
         scan.append(Step(f"hash-{name}", job.path("inputs", f"{name}.json"), hash_inputs, (name, files)))
     runner.run_stage("scan", scan)
     found = check_scan(work)
+    check_files_differ(work)
     if job.config.dedup != "none":
         step = Step("duplicates", job.path("duplicates.json"), write_duplicates, (parts,))
         runner.run_stage("duplicates", [step])
+        dropped = (job.read_record(step.record) or {"counts": {}})["counts"]
+        documents = {"train": found["documents"] - found["valid"], "valid": found["valid"]}
+        check_text_is_left(work, documents, sum(dropped.values()))
     sample = 0 if job.config.tokenizer else min(found["bytes"], job.config.tokenizer_sample_bytes)
     step = Step("tokenizer", tokenizer_record_path(job), make_tokenizer, (parts,), sample)
     runner.run_stage("tokenizer", [step])
@@ -273,7 +301,7 @@ def merge(config: PrepConfig, command: str = "rdt prep") -> Path:
         LaunchError: an array task is running.
     """
     check_prep(config)
-    out = Path(config.out)
+    out = resolve_output_directory(config.out)
     with publish.lock_output(out, publish.LOCK_PATIENCE_S):
         publish.recover_interrupted_publish(out)
         root = working_directory_path(out)
@@ -282,12 +310,14 @@ def merge(config: PrepConfig, command: str = "rdt prep") -> Path:
             _print_nothing_to_do(out)
             return out
         publish.check_no_array_task(out)
-        work, changed = resume_working_directory(config, root, lambda: None)
+        publish.check_output(out)
+        work, changed = resume_working_directory(config, root, lambda: None, lambda inputs: None)
         if work is None:
             reason = f"{changed} since the array tasks ran" if changed else f"there is no unfinished prep of {out}"
             raise ConfigError(f"{reason}. Run the array tasks first: {command} --shard i/N")
+        groups = _require_all_groups(work, command)
         with publish.explain_failure(out, alone=False):
-            _write_manifest_and_publish(work, out, _require_all_groups(work, command))
+            _write_manifest_and_publish(work, out, groups)
     return out
 
 

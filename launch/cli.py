@@ -88,11 +88,12 @@ def run_command(words: list[str]) -> int:
 def main() -> int:
     """Entry point of `rdt`."""
     escape_unencodable()
+    status, exited = EXIT_OK, None
     failure: OSError | None = None
     try:
         status = run_command(sys.argv[1:])
     except SystemExit as done:  # after --help and --print_config
-        status = done.code if isinstance(done.code, int) else EXIT_OK
+        exited = done
     except BrokenPipeError as error:
         failure = error
     # A reader that has gone, as in `rdt train --help | head`, may be noticed only now.
@@ -102,6 +103,8 @@ def main() -> int:
     if failure is not None:
         print(f"rdt: error: standard output cannot be written: {failure.strerror}.", file=sys.stderr)
         return EXIT_FAILED
+    if exited is not None:
+        raise exited
     return status
 
 

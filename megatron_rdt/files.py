@@ -61,10 +61,13 @@ def fsync_file(path: str | os.PathLike[str]) -> None:
 def atomic_open(path: str | os.PathLike[str], mode: str = "w", **kwargs: Any) -> Iterator[IO[Any]]:
     """Open a temporary file beside `path` for writing; rename it to `path` when the block ends without an exception.
 
-    If the block raises, the temporary file is removed and `path` stays as it was.
+    If the block raises, the temporary file is removed and `path` stays as it was. A link to a file stays a link: the file
+    that it leads to is replaced, on its own disk.
     `mode` is "w" or "wb"; text is written as UTF-8 with "\\n" line ends unless `kwargs` say otherwise.
     """
     target = Path(path)
+    if target.is_symlink() and not target.is_dir():
+        target = Path(os.path.realpath(target))
     temporary = target.with_name(f"{target.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     if "b" not in mode:
         kwargs.setdefault("encoding", "utf-8")

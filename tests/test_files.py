@@ -47,6 +47,20 @@ def test_the_content_appears_at_the_end_of_the_block(before: bytes | None, tmp_p
     assert os.listdir(tmp_path) == ["file.bin"]
 
 
+def test_a_link_to_a_file_stays_a_link(tmp_path: Path) -> None:
+    """The file that it leads to is replaced, on its own disk, or made."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (disk / "old.json").write_text("old")
+    for name in ("old", "new"):
+        (tmp_path / name).symlink_to(f"disk/{name}.json")
+        write_text(tmp_path / name, "written")
+        assert os.readlink(tmp_path / name) == f"disk/{name}.json"
+        assert (disk / f"{name}.json").read_text() == "written"
+    assert sorted(os.listdir(tmp_path)) == ["disk", "new", "old"]
+    assert sorted(os.listdir(disk)) == ["new.json", "old.json"]
+
+
 @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(3)])
 @pytest.mark.parametrize("before", [None, b"old"])
 def test_an_exception_inside_leaves_the_old_file(before: bytes | None, error: BaseException, tmp_path: Path) -> None:

@@ -47,10 +47,8 @@ class Sizes:
         """This project's config of a model of these sizes with other parts."""
         sizes = {"vocab_size": self.vocabulary, "dim": self.dim, "ffn_dim": self.inner}
         heads = {"heads": self.heads, "kv_heads": self.heads}
-        layers = {
-            "prelude_layers": self.outer_layers,
-            "core_layers": self.core_layers,
-            "coda_layers": self.outer_layers,
+        layers = {f"{part}_layers": self.outer_layers for part in ("prelude", "coda")} | {
+            "core_layers": self.core_layers
         }
         return ModelConfig(**{**sizes, **heads, **layers, **parts})
 

@@ -62,11 +62,8 @@ def build_case(label: str, model_config: ModelConfig, global_batch: int, micro_b
     parallel = {"single": {"engine": "single"}, **ENGINES, **GROWING, **COMPARISONS}[label]
     if parallel.get("expert", 1) > 1:
         model_config = replace(model_config, core_ffn="moe")
-    config = RunConfig(
-        model=model_config,
-        train=TrainConfig(global_batch=global_batch, micro_batch=micro_batch, device="cpu"),
-        parallel=ParallelConfig(**parallel),
-    )
+    train = TrainConfig(global_batch=global_batch, micro_batch=micro_batch, device="cpu")
+    config = RunConfig(model=model_config, train=train, parallel=ParallelConfig(**parallel))
     cpu = torch.device("cpu")
     engine = LayerUnitsEngine(config, cpu) if label == "fsdp layer-units" else make_engine(config, cpu)
     if label == "single":  # the reference computes the whole batch alone, also inside a process group

@@ -37,9 +37,8 @@ def time_by_kind(events: Iterable[Any], device: bool) -> dict[str, float]:
     for event in events:
         if device and event.device_type != torch.autograd.DeviceType.CUDA:
             continue
-        times[classify_operator(event.key)] += (
-            event.self_device_time_total if device else event.self_cpu_time_total
-        ) / 1e6
+        microseconds = event.self_device_time_total if device else event.self_cpu_time_total
+        times[classify_operator(event.key)] += microseconds / 1e6
     return dict(sorted(times.items(), key=lambda pair: -pair[1]))
 
 

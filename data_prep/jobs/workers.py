@@ -118,8 +118,7 @@ def open_worker_pool(workers: int) -> Iterator[WorkerPool]:
         failed = False
     except BrokenProcessPool:
         raise DataError(
-            "a worker process was killed, probably by the kernel because memory ran out. Lower --workers, or free memory; "
-            "`rdt prep` then continues where it stopped."
+            "a worker process was killed, probably by the kernel because memory ran out. Lower --workers, or free memory."
         ) from None
     finally:
         pool.close(at_once=failed)

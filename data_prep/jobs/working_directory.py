@@ -20,7 +20,8 @@ from data_prep.cleaning import Cleaner
 from data_prep.config import PrepConfig
 from data_prep.sources.inputs import Input, Part, SourceListing, cut_parts, describe_changed_input, list_sources
 from data_prep.stages.minhash import ALGORITHM
-from megatron_rdt.errors import ConfigError
+from megatron_rdt.data.tokenizer.tokenizer_files import list_tokenizer_files
+from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.files import TEMPORARY_SUFFIX, sha256_of, write_text
 
 DESCRIPTION = "plan.json"
@@ -147,14 +148,12 @@ def hash_code(config: PrepConfig) -> dict[str, str]:
     if config.dedup == "near":
         found["minhash"] = ALGORITHM
     if config.tokenizer:
-        path = Path(config.tokenizer)
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        found["tokenizer"] = _hash_json([sha256_of(file) for file in files if file.is_file()])
+        found["tokenizer"] = _hash_json([sha256_of(file) for file in list_tokenizer_files(config.tokenizer)])
     return found
 
 
 def resume_working_directory(
-    config: PrepConfig, root: Path, check_unused: Callable[[], None]
+    config: PrepConfig, root: Path, check_unused: Callable[[], None], check_inputs: Callable[[list[Input]], None]
 ) -> tuple[WorkingDirectory | None, str]:
     """Open the working directory of an earlier run; or return None and the reason why this run cannot continue with it.
 
@@ -162,6 +161,7 @@ def resume_working_directory(
         config: checked options.
         root: the working directory.
         check_unused: raises if another array task is using the directory; called before its description is changed.
+        check_inputs: raises if the job cannot be done with these files; called before anything is changed.
 
     Returns:
         The working directory, or None with the reason why it cannot be continued: `a.jsonl has changed`; "" if there is none.
@@ -180,13 +180,14 @@ def resume_working_directory(
     if difference and not config.restart:
         raise ConfigError(
             f"{root} holds an unfinished `rdt prep` that was begun with {difference}. Continue with the options that it was "
-            "begun with, or set --restart true to begin again."
+            "begun with, or set --restart true to begin again; it stays as it is until then."
         )
     listing = list_sources(config)
     recorded = {record.name: record for record in (Input(*values) for values in before["inputs"])}
     changed = difference or describe_changed_input(recorded, listing.files, _has_other_size_or_time)
     if changed:
         return None, changed
+    check_inputs(listing.files)
     if before["options"] != result_options(config) or before["code"] != code:
         check_unused()
         write_text(root / DESCRIPTION, json.dumps(before | {"options": result_options(config), "code": code}))
@@ -199,52 +200,75 @@ def resume_working_directory(
     return WorkingDirectory(Job(config, root, before["id"]), listing, parts), ""
 
 
-def open_working_directory(config: PrepConfig, root: Path, check_unused: Callable[[], None]) -> WorkingDirectory:
-    """Continue in the working directory of an earlier run, or make a new one; see `resume_working_directory`."""
-    work, reason = resume_working_directory(config, root, check_unused)
+def open_working_directory(
+    config: PrepConfig, root: Path, check_unused: Callable[[], None], check_inputs: Callable[[list[Input]], None]
+) -> WorkingDirectory:
+    """Continue in the working directory of an earlier run, or make a new one; see `resume_working_directory`.
+
+    What an earlier run did is removed only when all has been read and checked that the new job begins with.
+    """
+    work, reason = resume_working_directory(config, root, check_unused, check_inputs)
     if work is not None:
         return work
+    listing = list_sources(config)
+    parts = cut_parts(config, listing.files)
+    document = _make_description(config, listing.files, parts)
+    check_inputs(listing.files)
     if reason:
         print(f"{reason}: beginning again")
     if root.exists():
         check_unused()
         shutil.rmtree(root)
-    listing = list_sources(config)
-    parts = cut_parts(config, listing.files)
-    numbers = {file.name: i for i, file in enumerate(listing.files)}
+    root.mkdir(parents=True)
+    try:
+        write_text(root / DESCRIPTION, json.dumps(document))
+    except BaseException:
+        shutil.rmtree(root, ignore_errors=True)
+        raise
+    return WorkingDirectory(Job(config, root, str(document["id"])), listing, parts)
+
+
+def _make_description(config: PrepConfig, inputs: list[Input], parts: list[Part]) -> dict[str, Any]:
+    """Return the content of a new `plan.json`."""
+    numbers = {file.name: i for i, file in enumerate(inputs)}
     hub = [part.inputs[0] for part in parts if part.kind == "hub"]
-    numbers |= {file.name: i for i, file in enumerate(hub, start=len(listing.files))}
+    numbers |= {file.name: i for i, file in enumerate(hub, start=len(inputs))}
+    options, code = result_options(config), hash_code(config)
     document = {
-        "options": result_options(config),
-        "code": hash_code(config),
-        "inputs": [list(dataclasses.astuple(file)) for file in listing.files],
+        "options": options,
+        "code": code,
+        "inputs": [list(dataclasses.astuple(file)) for file in inputs],
         "hub": [list(dataclasses.astuple(file)) for file in hub],
         "parts": [[p.kind, numbers[p.inputs[0].name], len(p.inputs), p.start, p.end, p.size] for p in parts],
     }
     # Options that may change later have no part in the identity, so that the records of earlier steps stay valid.
-    document["id"] = _hash_json(
-        {
-            **document,
-            "options": {
-                key: value
-                for key, value in result_options(config).items()
-                if key not in (*CHANGEABLE, *FROM_TOKENIZER_ON)
-            },
-            "code": {key: value for key, value in hash_code(config).items() if key not in FROM_TOKENIZER_ON},
-        }
-    )
-    root.mkdir(parents=True)
-    write_text(root / DESCRIPTION, json.dumps(document))
-    return WorkingDirectory(Job(config, root, str(document["id"])), listing, parts)
+    changeable = (*CHANGEABLE, *FROM_TOKENIZER_ON)
+    lasting = {
+        "options": {key: value for key, value in options.items() if key not in changeable},
+        "code": {key: value for key, value in code.items() if key not in FROM_TOKENIZER_ON},
+    }
+    return {**document, "id": _hash_json({**document, **lasting})}
 
 
 def _read_description(root: Path) -> dict[str, Any] | None:
-    """Content of `plan.json`; None if it is missing or damaged."""
+    """Content of `plan.json`; None if there is none, or if a machine that failed left it damaged.
+
+    Raises:
+        DataError: it cannot be read; what it describes may be intact.
+    """
+    path = root / DESCRIPTION
     try:
-        document = json.loads((root / DESCRIPTION).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
         return None
-    return document if isinstance(document, dict) else None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}. Make it readable, or remove {root}.") from None
+    except ValueError:
+        document = None
+    if not isinstance(document, dict):
+        print(f"{path} is damaged, so what {root} holds cannot be used: beginning again")
+        return None
+    return document
 
 
 def _describe_changed_code(before: dict[str, str], now: dict[str, str], free: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ occurs in both splits, whatever the seeds and counts of the files.
 import contextlib
 import itertools
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from megatron_rdt.errors import ConfigError
 from megatron_rdt.files import atomic_open
 
 TRAIN, TEST = "train", "test"
+RECORD_FIELDS = ("prompt", "text", "task", "difficulty")  # of a line of the files
 TEST_SHARE = 10  # one in so many instances belongs to the test split
 MAX_DRAWS = 10_000  # draws without a new example after which the instances count as used up
 SHOWN_EXAMPLES = 3
@@ -123,7 +125,7 @@ def write_tasks(
     Raises:
         ConfigError: see `generate_examples`.
     """
-    written = WrittenTasks(Counter(), [])
+    written, opened = WrittenTasks(Counter(), []), []
     # The files stay open until all examples were found: a ConfigError then removes every one of them.
     with contextlib.ExitStack() as files:
         for split, count in counts.items():
@@ -131,9 +133,14 @@ def write_tasks(
                 continue
             file = files.enter_context(atomic_open(out / f"{split}.jsonl"))
             for one in generate_examples(tasks, easiest, hardest, split, count, seed, duplicates):
-                record = {"prompt": one.prompt, "text": one.answer, "task": one.task, "difficulty": one.difficulty}
+                record = dict(zip(RECORD_FIELDS, (one.prompt, one.answer, one.task, one.difficulty), strict=True))
                 file.write(json.dumps(record) + "\n")
                 written.examples[split, one.task, one.difficulty] += 1
                 if len(written.first) < SHOWN_EXAMPLES:
                     written.first.append(one)
+            opened.append(file)
+        # Files are renamed one after another as they are closed: a full disk must show before the first rename.
+        for file in opened:
+            file.flush()
+            os.fsync(file.fileno())
     return written

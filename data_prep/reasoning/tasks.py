@@ -145,23 +145,18 @@ def parse_task(name: str) -> Task:
     make, default, least, most, meaning = _NUMBERS[kind]
     number = parameter if colon else str(default)
     if not re.fullmatch(r"[0-9]{1,9}", number) or not least <= int(number) <= most:
-        raise ConfigError(
-            f"task {name!r}: what follows {kind}: is {meaning}, a whole number from {least} to {most}. "
-            f"Set --task {kind}:{default}."
-        )
+        wanted = f"{meaning}, a whole number from {least} to {most}"
+        raise ConfigError(f"task {name!r}: what follows {kind}: is {wanted}. Set --task {kind}:{default}.")
     return make(name, int(number))
 
 
 def check_difficulty(tasks: Sequence[Task], easiest: int, hardest: int) -> None:
     """Raise ConfigError if the range is empty, or if a task has no instances of a difficulty in it."""
     if not 1 <= easiest <= hardest:
-        raise ConfigError(
-            f"difficulty {easiest},{hardest} is not a range. Set --difficulty to one number from 1, or to two, the smaller "
-            "first."
-        )
+        remedy = "Set --difficulty to one number from 1, or to two, the smaller first."
+        raise ConfigError(f"difficulty {easiest},{hardest} is not a range. {remedy}")
     for task in tasks:
         if task.hardest is not None and hardest > task.hardest:
             more = " or take more nodes, such as hops:100" if task.name.startswith("hops") else ""
-            raise ConfigError(
-                f"{task.name} has difficulties up to {task.hardest}, not {hardest}. Set --difficulty to at most that{more}."
-            )
+            found = f"{task.name} has difficulties up to {task.hardest}, not {hardest}"
+            raise ConfigError(f"{found}. Set --difficulty to at most that{more}.")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from data_prep.config import PrepConfig
+from data_prep.config import STDLIB, PrepConfig
 from data_prep.sources.file_kinds import COMPRESSED, Kind, find_kind, list_endings, name_ending
 from data_prep.sources.folder_walk import FoundEntry, check_readable, name_unreadable, walk_folder
 from data_prep.sources.parquet_rows import count_group_rows
@@ -16,7 +16,6 @@ from megatron_rdt.data.hugging_face import PREFIX, dataset_error, list_unread_fi
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.files import escape_invalid_utf8
 
-STDLIB = "stdlib"
 STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 BROKEN_LINK = "broken link"
 NAMES_LISTED, ENDINGS_LISTED = 3, 8  # in messages and the manifest

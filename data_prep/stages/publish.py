@@ -1,46 +1,51 @@
 """Publish stage: replace a corpus atomically, and guard the old one until then.
 
 A corpus is built in the working directory `.NAME.prep` next to it. Publishing renames the old corpus to `.NAME.replaced`, the
-new one to `NAME`, and then deletes what is left. A process that is killed in between leaves a state that
-`recover_interrupted_publish` recognises, so one of the two corpora always survives, complete.
+new one to `NAME`, and then deletes what is left under the name `.NAME.deleted`. A process that is killed in between leaves a
+state that `recover_interrupted_publish` recognises, so one of the two corpora always survives, complete.
 """
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from data_prep.cleaning import Cleaner
 from data_prep.config import PrepConfig
 from data_prep.jobs.working_directory import (
     describe_changed_options,
-    hash_code,
     hash_result_options,
     working_directory_path,
 )
 from data_prep.sources.inputs import COMPRESSED, Input, describe_changed_input, list_input_files
+from data_prep.stages.repeated_text import SameTextError
 from data_prep.stages.scan_totals import EmptySplitError
 from data_prep.stages.write_shards import TEXT_PER_TOKEN
 from megatron_rdt.data.shard_files.corpus_manifest import MANIFEST, load_manifest
 from megatron_rdt.data.shard_files.indexed import token_dtype
 from megatron_rdt.data.tokenizer.base import Tokenizer
-from megatron_rdt.errors import ConfigError, DataError
+from megatron_rdt.data.tokenizer.tokenizer_files import TOKENIZER_FILES
+from megatron_rdt.errors import ConfigError, DataError, RdtError
 from megatron_rdt.files import fsync_directory, hold_lock, is_disk_full, sha256_of
+from megatron_rdt.output_paths import check_can_be_renamed_to, is_mount_point, make_parent
 
-# Names in a corpus that --restart may delete; `packing` is written by `rdt prep pack` and by runs.
-WRITTEN = {MANIFEST, "tokenizer", "train", "valid", "packing"}
+# Files in a corpus that --restart may delete; those in `packing` are written by `rdt prep pack` and by runs.
+_TOKENIZER = "|".join(map(re.escape, TOKENIZER_FILES))
+WRITTEN = re.compile(
+    rf"{re.escape(MANIFEST)}|tokenizer/({_TOKENIZER})|(train|valid)/shard-[0-9-]+\.(bin|idx|mask|sum)|packing/.*"
+)
 COMPRESSION = 3  # estimated size of the text in a compressed file, in sizes of the file
 LOCK_PATIENCE_S = 60.0
 GIGA = 1e9
+MOST_FILES = 200_000  # parts, or shards, that a job may have; a part alone takes about ten milliseconds
 
 
 def lock_output(out: Path, patience_s: float = 0.0) -> AbstractContextManager[None]:
     """Hold the lock of a corpus for the block; LaunchError if another process holds it."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{out.parent} cannot be made: {error.strerror}. Choose another --out.") from None
+    make_parent(out)
     message = f"another `rdt prep` is writing {out}. Wait for it, or choose another --out."
     return hold_lock(out.with_name(f".{out.name}.lock"), message, patience_s)
 
@@ -63,15 +68,46 @@ def check_no_array_task(out: Path, except_index: int = -1) -> None:
 
 
 def recover_interrupted_publish(out: Path) -> None:
-    """Restore a consistent state after a process that was killed while it published."""
+    """Restore a consistent state after a process that was killed while it published.
+
+    Raises:
+        ConfigError: the old corpus cannot return to its name, because something else has it.
+    """
     root, replaced = working_directory_path(out), _replaced_path(out)
+    shutil.rmtree(_deleted_path(out), ignore_errors=True)
     # The corpus has left the working directory: it was published, and only the deletion is missing.
     if (root / "groups").exists() and not (root / "corpus").exists():
-        shutil.rmtree(root, ignore_errors=True)
-    # The old corpus was renamed and the new one not yet: take the old one back.
-    if replaced.exists() and not out.exists():
+        _delete_directory(root, out)
+    if not replaced.exists():
+        return
+    # The old corpus was renamed. It is deleted only if the new one has its name, and otherwise taken back.
+    if (out / MANIFEST).is_file():
+        _delete_directory(replaced, out)
+    elif not out.exists() or (_is_empty(out) and not is_mount_point(out)):
         replaced.rename(out)
-    shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        raise ConfigError(
+            f"{replaced} is the corpus that a `rdt prep` which was interrupted meant to replace, and {out} is something "
+            "else. Move one of them elsewhere."
+        )
+
+
+def check_output(out: Path) -> None:
+    """Check that a finished corpus can be renamed from its working directory to `out`, and the old one out of its way.
+
+    Raises:
+        ConfigError: it cannot; the message says what to do.
+    """
+    check_can_be_renamed_to(out)
+    root = working_directory_path(out)
+    if root.is_symlink() or is_mount_point(root):
+        raise ConfigError(
+            f"{root}, where the corpus is put together, is a link or a mount point, so the corpus could not be renamed to "
+            f"{out}. Remove that, and set --out to the disk that has the space."
+        )
+    for path in (_replaced_path(out), _deleted_path(out)):
+        if path.exists() or path.is_symlink():
+            raise ConfigError(f"{path} is left from a corpus that was replaced, and cannot be deleted. Delete it.")
 
 
 def _replaced_path(out: Path) -> Path:
@@ -79,17 +115,50 @@ def _replaced_path(out: Path) -> Path:
     return out.with_name(f".{out.name}.replaced")
 
 
+def _deleted_path(out: Path) -> Path:
+    """Path of a directory that is being deleted: under no name by which it could be taken for complete."""
+    return out.with_name(f".{out.name}.deleted")
+
+
+def _is_empty(directory: Path) -> bool:
+    """Return True if a path is a directory without entries."""
+    return directory.is_dir() and not any(directory.iterdir())
+
+
+def _delete_directory(directory: Path, out: Path) -> None:
+    """Delete the working directory or the old corpus of `out`; if that fails, print why and what is left."""
+    doomed = _deleted_path(out)
+    try:
+        directory.rename(doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        print(f"{doomed if doomed.exists() else directory} cannot be deleted: {error.strerror}. Delete it.")
+
+
 def publish_corpus(out: Path) -> None:
-    """Rename the finished corpus to `out`, replacing an old one, and remove the working directory."""
-    root = working_directory_path(out)
-    # A directory cannot be renamed onto one that is not empty, so the old corpus makes room first. Its content is
-    # deleted only when the new name is durable on disk.
-    if out.exists():
-        out.rename(_replaced_path(out))
-    (root / "corpus").rename(out)
+    """Rename the finished corpus to `out`, replacing an old one, and remove the working directory.
+
+    Raises:
+        DataError: the file system refuses a rename; the old corpus is where it was, and the new one is kept.
+    """
+    root, replaced = working_directory_path(out), _replaced_path(out)
+    try:
+        # A directory cannot be renamed onto one that is not empty, so the old corpus makes room first. Its content is
+        # deleted only when the new name is durable on disk.
+        if out.exists():
+            out.rename(replaced)
+        (root / "corpus").rename(out)
+    except OSError as error:
+        if replaced.exists() and not out.exists():
+            replaced.rename(out)
+        raise DataError(
+            f"the corpus is complete in {root / 'corpus'}, but cannot be renamed to {out}: {error.strerror}. Move what is "
+            "there elsewhere, or make its folder writable, and run the same command again: only the rename is left."
+        ) from error
     fsync_directory(out.parent)
-    shutil.rmtree(_replaced_path(out), ignore_errors=True)
-    shutil.rmtree(root, ignore_errors=True)
+    if replaced.exists():
+        _delete_directory(replaced, out)
+    _delete_directory(root, out)
 
 
 def is_already_prepared(out: Path, config: PrepConfig, replace: bool) -> bool:
@@ -104,15 +173,14 @@ def is_already_prepared(out: Path, config: PrepConfig, replace: bool) -> bool:
         ConfigError: `out` holds something else; with `replace`, something that would be deleted.
         DataError: the corpus is damaged.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not out.exists() or _is_empty(out):
         return False
     if not (out / MANIFEST).is_file():
         raise ConfigError(f"{out} exists and was not written by `rdt prep`. Choose another --out.")
     if replace:
-        foreign = sorted({path.name for path in out.iterdir()} - WRITTEN)
-        if foreign:
+        if foreign := _find_foreign_file(out):
             raise ConfigError(
-                f"{out} holds {foreign[0]}, which `rdt prep` did not write and --restart would delete. Move it elsewhere."
+                f"{out} holds {foreign}, which `rdt prep` did not write and --restart would delete. Move it elsewhere."
             )
         return False
     manifest = load_manifest(out)
@@ -123,13 +191,22 @@ def is_already_prepared(out: Path, config: PrepConfig, replace: bool) -> bool:
     return True
 
 
+def _find_foreign_file(out: Path) -> str:
+    """Return the path within a corpus of the first file that neither prep nor a run wrote there; "" if there is none."""
+    for path in sorted(out.rglob("*")):
+        inside = path.relative_to(out).as_posix()
+        if (path.is_symlink() or not path.is_dir()) and not WRITTEN.fullmatch(inside):
+            return inside
+    return ""
+
+
 def _describe_difference(out: Path, config: PrepConfig, manifest: dict[str, Any]) -> str:
     """Return the first thing in which a corpus differs from what the options would make now, in words; "" if none."""
     before = manifest["prep"]
     if before["options_sha256"] != hash_result_options(config):
         changed = describe_changed_options(before["options"], config) or "another version of `rdt prep`"
         return f"{out} was prepared with {changed}"
-    if before.get("code", {}).get("filters") != hash_code(config)["filters"]:
+    if before.get("code", {}).get("filters") != Cleaner(config).fingerprint:
         return f"{out} was prepared with other code of the --filters"
     if config.tokenizer and Tokenizer(config.tokenizer).fingerprint != manifest["tokenizer"]["fingerprint"]:
         return f"{out} was prepared with another tokenizer than {config.tokenizer} is now"
@@ -149,9 +226,7 @@ def check_disk_space(out: Path, config: PrepConfig, inputs: list[Input]) -> None
     """Raise DataError if the disk has no room for the shards and for the encoded parts that are not in one yet."""
     if config.max_documents:
         return
-    vocab_size = Tokenizer(config.tokenizer).vocab_size if config.tokenizer else config.vocab_size
-    itemsize = token_dtype(vocab_size).itemsize
-    text = sum(file.bytes * (COMPRESSION if _is_compressed(file) else 1) for file in inputs)
+    text, itemsize = _estimate_text_bytes(inputs), _token_bytes(config)
     tokens = text // TEXT_PER_TOKEN
     # With prompts a mask of one byte per token. Encoded parts are removed with each group: about two shards' worth.
     needed = tokens * (itemsize + bool(config.prompt_field)) + min(tokens * itemsize, 2 * config.shard_bytes)
@@ -162,6 +237,31 @@ def check_disk_space(out: Path, config: PrepConfig, inputs: list[Input]) -> None
             f"{out.parent} has {free / GIGA:,.2f} GB free, and about {(needed - written) / GIGA:,.2f} GB are needed for "
             f"{text / GIGA:,.2f} GB of text. Free space, or set --out to another disk."
         )
+
+
+def check_file_counts(config: PrepConfig, inputs: list[Input]) -> None:
+    """Raise ConfigError if part_bytes or shard_bytes is so small for the input that files would be without number."""
+    if config.max_documents:
+        return
+    cut = sum(file.bytes for file in inputs if not file.path.lower().endswith(COMPRESSED))
+    written = _estimate_text_bytes(inputs) // TEXT_PER_TOKEN * _token_bytes(config)
+    for name, size, files in (("part_bytes", cut, "parts"), ("shard_bytes", written, "shards")):
+        value = getattr(config, name)
+        if value and size // value > MOST_FILES:
+            raise ConfigError(
+                f"{name} is {value:,}: the input would become about {size // value:,} {files}, each of them several files. "
+                f"Set --{name} to {-(-size // MOST_FILES):,} or more."
+            )
+
+
+def _token_bytes(config: PrepConfig) -> int:
+    """Bytes of a token in the shards."""
+    return token_dtype(Tokenizer(config.tokenizer).vocab_size if config.tokenizer else config.vocab_size).itemsize
+
+
+def _estimate_text_bytes(inputs: list[Input]) -> int:
+    """Estimate the bytes of text in files, some of which may be compressed."""
+    return sum(file.bytes * (COMPRESSION if _is_compressed(file) else 1) for file in inputs)
 
 
 def _directory_bytes(directory: Path) -> int:
@@ -181,7 +281,7 @@ def _is_compressed(file: Input) -> bool:
 
 @contextmanager
 def explain_failure(out: Path, alone: bool) -> Iterator[None]:
-    """Explain a full disk in the block, and remove a working directory without anything worth keeping.
+    """Say in the errors of the block what is kept, and remove a working directory without anything worth keeping.
 
     Args:
         out: directory of the corpus.
@@ -201,10 +301,22 @@ def explain_failure(out: Path, alone: bool) -> Iterator[None]:
             f"the disk is full while writing {out}. Free space, and `rdt prep` continues where it stopped; what is done is "
             f"in {root}. Or set --out to another disk, and remove that directory."
         ) from error
-    except EmptySplitError:
+    except (EmptySplitError, SameTextError):
         is_useless = True
+        raise
+    except RdtError as error:
+        if _has_finished_scan(root) and str(root) not in str(error):
+            error.args = (
+                f"{error} What is done is kept in {root}: the same command continues there, or begins again if the text "
+                "has changed.",
+            )
         raise
     finally:
         # A prep that failed before the first scan was complete, on a wrong option for instance, leaves no trace.
-        if alone and root.exists() and (is_useless or not any((root / "scan").glob("part-*.json"))):
+        if alone and root.exists() and (is_useless or not _has_finished_scan(root)):
             shutil.rmtree(root, ignore_errors=True)
+
+
+def _has_finished_scan(root: Path) -> bool:
+    """Return True if a working directory holds the scan of a part."""
+    return any((root / "scan").glob("part-*.json"))

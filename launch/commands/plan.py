@@ -1,6 +1,7 @@
 """`rdt plan`: memory, communication, time and cost predicted from a config; --measure compares them with real steps."""
 
 import json
+import os
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from megatron_rdt.config.engines import PROPOSED
 from megatron_rdt.devices import DEVICES, Device
 from megatron_rdt.errors import EXIT_OK, ConfigError
 from megatron_rdt.files import write_text
+from megatron_rdt.output_paths import check_output_file
 
 WORKER = Path(__file__).resolve().parent.parent / "plan_worker.py"
 MEASURED_LOOPS = (1, 4, 16)
@@ -52,6 +54,9 @@ def plan(words: list[str]) -> int:
     """Say what a run will need: memory, communication, time, cost."""
     config, options = parse_run_options("rdt plan", DESCRIPTION, PlanOptions, words)
     check_config(config)
+    out = Path(os.path.expanduser(options.out)) if options.out else None
+    if out is not None:
+        check_plan_file(out)
     config, notes = fit_to_devices(config, 1 if options.measure else options.devices)
     device = _device_of(options)
     if not 0 < options.utilisation <= 1:
@@ -73,9 +78,28 @@ def plan(words: list[str]) -> int:
             plan_to_dict(made, options.tokens * BILLION),
         )
     print("\n".join([*notes, text]))
-    if options.out:
-        write_text(Path(options.out), json.dumps(data, indent=2) + "\n")
+    if out is not None:
+        write_text(out, json.dumps(data, indent=2) + "\n")
     return EXIT_OK
+
+
+def check_plan_file(file: Path) -> None:
+    """Refuse a file that cannot be written, or that holds anything but an earlier plan, with a ConfigError."""
+    check_output_file(file)
+    if not file.exists() or not file.stat().st_size:
+        return
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        document = None
+    # The numbers of a plan, or the rows of --measure.
+    first = document[0] if isinstance(document, list) and document else document
+    if not isinstance(first, dict) or not (
+        {"planned", "loops"} <= first.keys() or {"layout", "memory"} <= first.keys()
+    ):
+        raise ConfigError(
+            f"--out {file} exists and is not a plan of `rdt plan`; it is kept as it is. Choose another --out."
+        )
 
 
 def fit_to_devices(config: RunConfig, devices: int) -> tuple[RunConfig, list[str]]:

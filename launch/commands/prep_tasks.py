@@ -1,5 +1,7 @@
 """`rdt prep tasks`: generated reasoning tasks as JSONL, for `rdt prep` to turn into shards."""
 
+import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,7 +37,7 @@ def tasks(words: list[str]) -> int:
 
     options = parse_options("prep tasks", summary_of(tasks), TaskOptions, words, config_file=True, positional=False)
     families, (easiest, hardest) = _parse_options(options)
-    out = Path(options.out)
+    out = Path(os.path.expanduser(options.out))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -47,6 +49,9 @@ def tasks(words: list[str]) -> int:
         for family in families:
             numbers = (f"{d}: {written.examples[split, family.name, d]:,}" for d in range(easiest, hardest + 1))
             print(f"  {family.name} by difficulty {', '.join(numbers)}")
+    left = out / f"{TEST}.jsonl"
+    if not options.test_count and left.exists():
+        print(f"{left} was there before and is left as it is")
     for one in written.first:
         print(f"{one.prompt} {one.answer}")
     return EXIT_OK
@@ -76,6 +81,21 @@ def _parse_options(options: TaskOptions) -> tuple[list, tuple[int, int]]:
     difficulty = options.difficulty[0], options.difficulty[-1]
     check_difficulty(families, *difficulty)
     for split in (TRAIN, TEST):
-        if (path := Path(options.out) / f"{split}.jsonl").exists() and not options.restart:
+        path = Path(os.path.expanduser(options.out)) / f"{split}.jsonl"
+        if path.exists() and not options.restart:
             raise ConfigError(f"{path} already exists. Set another --out, or --restart to replace it.")
+        if path.exists() and not _holds_examples(path):
+            raise ConfigError(f"{path} was not written by `rdt prep tasks`; it is kept as it is. Set another --out.")
     return families, difficulty
+
+
+def _holds_examples(path: Path) -> bool:
+    """Return True if the first line of a file is an example of `rdt prep tasks`."""
+    from data_prep.reasoning.examples import RECORD_FIELDS
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            record = json.loads(file.readline())
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and tuple(record) == RECORD_FIELDS

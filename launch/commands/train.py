@@ -18,11 +18,20 @@ def train(words: list[str]) -> int:
     check_paths(config)
     processes = known or _count_default_processes()  # imports torch, so only after the checks above
     check_config(config, processes)
+    _check_parameter_names(config)
     if not config.parallel.engine_kind.many_processes:
         from megatron_rdt.train.trainer import train as train_here
 
         return train_here(config, options.resume)
     return run_processes(select_worker_words(words), processes, options.master_port)
+
+
+def _check_parameter_names(config: RunConfig) -> None:
+    """Refuse patterns that match no parameter, before workers start that would each refuse them."""
+    if config.optimizer.no_weight_decay:
+        from megatron_rdt.parallel.optimizers import check_no_weight_decay
+
+        check_no_weight_decay(config)
 
 
 def _default_processes(config: RunConfig) -> int | None:

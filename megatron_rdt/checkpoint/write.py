@@ -30,6 +30,7 @@ from megatron_rdt.checkpoint.retention import (
     delete_leftovers,
     hide_checkpoint,
 )
+from megatron_rdt.data.tokenizer.tokenizer_files import copy_tokenizer_files
 from megatron_rdt.errors import CheckpointError, RdtError
 from megatron_rdt.files import atomic_open, explain_write_failure, fsync_directory, fsync_file, write_text
 from megatron_rdt.object_collectives import gather_objects, raise_on_all_ranks
@@ -121,7 +122,7 @@ def save_checkpoint(
         write_text(temporary / "config.yaml", config_yaml)
         write_text(temporary / TRAINER_STATE, json.dumps(trainer_state, indent=1) + "\n")
         if tokenizer_directory is not None:
-            shutil.copytree(tokenizer_directory, temporary / "tokenizer")
+            copy_tokenizer_files(tokenizer_directory, temporary / "tokenizer")
 
     def publish() -> None:
         parent = find_parent(final, facts.get("parent"))

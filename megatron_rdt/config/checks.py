@@ -5,6 +5,7 @@ Each function named `_find_..._problems` yields sentences for the user: fields, 
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator
 
 from megatron_rdt.config.deepspeed import find_deepspeed_problems
@@ -193,9 +194,8 @@ def _find_data_problems(config: RunConfig) -> Iterator[str]:
 def _find_mixture_problems(config: RunConfig) -> Iterator[str]:
     """Check names, weights and limits of the corpora of a mixture."""
     corpora = config.data.corpora()
-    problems = [
-        text for number in range(1, len(corpora) + 1) for text in _find_corpus_problems(config, corpora, number)
-    ]
+    numbers = range(1, len(corpora) + 1)
+    problems = [problem for number in numbers for problem in _find_corpus_problems(config, corpora, number)]
     yield from problems
     if not problems:
         try:
@@ -214,6 +214,9 @@ def _find_corpus_problems(config: RunConfig, corpora: list[CorpusConfig], number
     first = [other.name for other in corpora].index(corpus.name) + 1
     if first < number:
         yield f"{where} is called {corpus.name} like entry {first}. Give one of them another name."
+    same = [os.path.realpath(other.path) for other in corpora].index(os.path.realpath(corpus.path)) + 1
+    if same < number:
+        yield f"{where} is the corpus of entry {same} ({corpora[same - 1].path}). Give it once, with both weights added."
     if corpus.max_epochs is not None and not 0 < corpus.max_epochs < math.inf:
         yield f"{where} has max_epochs {corpus.max_epochs}, it must be above 0."
     if tokens < 0:

@@ -147,11 +147,8 @@ def find_deepspeed_problems(config: RunConfig, world_size: int | None = None) ->
     if not kind.zero_stage:
         names = join_names(engines_with(lambda kind: kind.zero_stage), "or")
         given = [name for name, value in ((OPTION, user), ("parallel.offload", offload != "none")) if value]
-        return [
-            f"{name} is for DeepSpeed's engines, parallel.engine is {engine}. "
-            f"Set --parallel.engine {names}, or omit {name}."
-            for name in given
-        ]
+        reason = f"is for DeepSpeed's engines, parallel.engine is {engine}. Set --parallel.engine {names}"
+        return [f"{name} {reason}, or omit {name}." for name in given]
     problems = []
     if offload == "parameters" and not kind.shards_parameters:
         names = join_names(engines_with(lambda kind: kind.zero_stage and kind.shards_parameters), "or")
@@ -202,10 +199,8 @@ def _read_user_keys(config: RunConfig) -> dict[str, Any]:
         given = read_mapping(given, f"{OPTION}:", f"--{OPTION}")
     keys = _drop_blocks_that_are_off(given)
     if isinstance(zero := keys.get(ZERO), Mapping):
-        keys[ZERO] = {
-            f"{STAGE_3}{name}" if name in WITHOUT_PREFIX else name: value
-            for name, value in _drop_blocks_that_are_off(zero).items()
-        }
+        zero = _drop_blocks_that_are_off(zero)
+        keys[ZERO] = {(f"{STAGE_3}{k}" if k in WITHOUT_PREFIX else k): v for k, v in zero.items()}
     return keys
 
 

@@ -40,17 +40,15 @@ class Layout:
         named = f"parallel.replicate {config.replicate} x context {config.context} x tensor {config.tensor} = {fixed}"
         if world_size % fixed:
             near = -(-world_size // fixed) * fixed
-            raise ValueError(
-                f"{world_size} processes are not a multiple of {named}. Start {near}, or lower one of these."
-            )
-        shard = world_size // fixed
+            reason = f"{world_size} processes are not a multiple of {named}"
+            raise ValueError(f"{reason}. Start {near}, or lower one of these.")
         group = world_size // config.replicate
         if group % config.expert:
             raise ValueError(
                 f"parallel.expert {config.expert} does not divide the {group} processes of a replica ({world_size} "
                 f"processes, {named}). Set it to a divisor of {group}."
             )
-        return cls(config.replicate, shard, config.context, config.tensor, config.expert)
+        return cls(config.replicate, world_size // fixed, config.context, config.tensor, config.expert)
 
     @property
     def world_size(self) -> int:

@@ -39,6 +39,5 @@ def check_sampling(
     if not 0 < top_p <= 1:
         raise ConfigError(f"{spell('top_p')} is {top_p}, it must be above 0 and at most 1.")
     if not (isinstance(seed, Integral) and SMALLEST_SEED <= int(seed) <= LARGEST_SEED):
-        raise ConfigError(
-            f"{spell('seed')} is {seed!r}, it must be a whole number from {SMALLEST_SEED} to {LARGEST_SEED}."
-        )
+        bounds = f"from {SMALLEST_SEED} to {LARGEST_SEED}"
+        raise ConfigError(f"{spell('seed')} is {seed!r}, it must be a whole number {bounds}.")

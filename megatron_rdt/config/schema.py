@@ -86,6 +86,8 @@ class TrainConfig:
     """Weight of the squared log-partition function in the loss (PaLM's z-loss); 0 means none."""
     max_nonfinite_steps: int = option(10, at_least=1)
     """Consecutive steps with a non-finite gradient, all of which are skipped, that stop the run with an error; they are counted every `logging.every` steps."""
+    max_steps_without_target: int = option(10, at_least=1)
+    """Consecutive steps in which, by the data's loss masks, no target counts, all of which are skipped, that stop the run with an error; counted likewise."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,9 @@ class OptimizerConfig:
     eps: float = option(1e-8, above=0)
     """Added to the root of the second moment."""
     weight_decay: float = option(0.1, at_least=0)
-    """Decoupled weight decay on matrices; norms, gains, biases and the injection get none."""
+    """Decoupled weight decay on matrices; norms, gains, biases, the injection and `no_weight_decay` get none."""
+    no_weight_decay: list[str] = field(default_factory=list)
+    """Patterns of parameter names that get no weight decay either, such as 'embedding.*,coda.*' (wildcards as in a shell)."""
     grad_clip: float = option(1.0, at_least=0)
     """Largest global gradient norm; larger gradients are scaled down to it. 0 means no clipping."""
     momentum: float = option(0.95, at_least=0, below=1)

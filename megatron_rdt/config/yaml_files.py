@@ -66,9 +66,8 @@ def read_mapping(path: str, named: str = "config file", option: str = "--config"
         content = json.loads(text, object_pairs_hook=_make_unique_object) if is_json else yaml.load(text, UniqueKeys)
     except FileNotFoundError:
         near = _find_similar_file(Path(path))
-        raise ConfigError(
-            f"{named} {path} does not exist. {'Check the path.' if near is None else f'Did you mean {near}?'}"
-        ) from None
+        hint = f"Did you mean {near}?" if near else "Check the path."
+        raise ConfigError(f"{named} {path} does not exist. {hint}") from None
     except OSError as error:
         raise ConfigError(f"{named} {path} cannot be read: {error.strerror}. Check the path.") from None
     except UnicodeDecodeError:

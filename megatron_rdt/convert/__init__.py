@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_rdt.errors import CheckpointError, ConfigError, RdtError
 from megatron_rdt.files import explain_write_failure, fsync_directory, fsync_file
+from megatron_rdt.output_paths import check_can_be_renamed_to, make_parent, resolve_output_directory
 
 
 def convert(checkpoint: str, out: str, to: str) -> Path:
@@ -21,16 +22,18 @@ def convert(checkpoint: str, out: str, to: str) -> Path:
         The directory that was written.
 
     Raises:
-        ConfigError: `out` exists and is not empty.
+        ConfigError: `out` exists and is not empty, or a directory cannot be renamed to it.
         CheckpointError: the checkpoint is damaged or cannot be converted, or `out` cannot be written.
     """
     from megatron_rdt.checkpoint import resolve_checkpoint
 
-    source, target = resolve_checkpoint(checkpoint), Path(os.path.realpath(out))
+    source, target = resolve_checkpoint(checkpoint), Path(os.path.abspath(resolve_output_directory(out, "OUT")))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists and is not empty. Choose another OUT or remove it.")
+    make_parent(target, "OUT")
+    check_can_be_renamed_to(target, "OUT")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
+    temporary.mkdir()
     try:
         if to == "hf":
             from megatron_rdt.convert.hf import export_hf
@@ -51,9 +54,8 @@ def convert(checkpoint: str, out: str, to: str) -> Path:
         reason = explain_write_failure(error, target.parent)
         if "the disk is" not in reason:
             raise
-        raise CheckpointError(
-            f"could not write {out}: {reason}; nothing was left behind. Free space or choose another OUT."
-        ) from error
+        remedy = "nothing was left behind. Free space or choose another OUT."
+        raise CheckpointError(f"could not write {out}: {reason}; {remedy}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target

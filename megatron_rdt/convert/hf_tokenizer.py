@@ -7,6 +7,7 @@ exported exactly goes into a subfolder, where AutoTokenizer does not look.
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from megatron_rdt.data import Tokenizer
 from megatron_rdt.data.tokenizer.comparison import describe_first_difference
@@ -15,8 +16,12 @@ from megatron_rdt.data.tokenizer.hugging_face_backend import (
     COMPANION_FILES,
     HUGGING_FACE,
     JSON_FILE,
+    NAMED_TOKENS,
     SETTINGS_FILE,
+    SPECIALS_FILE,
     read_json_object,
+    read_settings,
+    token_spelling,
 )
 from megatron_rdt.data.tokenizer.sentencepiece_backend import MODEL_FILE
 from megatron_rdt.files import write_text
@@ -44,18 +49,18 @@ def export_tokenizer(source: Path, out: Path) -> str:
     if (source / JSON_FILE).is_file():
         shutil.copyfile(source / JSON_FILE, out / JSON_FILE)
         difference = describe_first_difference(out / JSON_FILE, tokenizer)
-    if not difference:
+    folder = out / HIDDEN_FOLDER if difference else out
+    if difference:
+        (out / JSON_FILE).unlink(missing_ok=True)
+        folder.mkdir()
+    else:
         write_settings(out, tokenizer)
-        shutil.copyfile(source / MODEL_FILE, out / MODEL_FILE)
-        return ""
-    (out / JSON_FILE).unlink(missing_ok=True)
-    (out / HIDDEN_FOLDER).mkdir()
-    shutil.copyfile(source / MODEL_FILE, out / HIDDEN_FOLDER / MODEL_FILE)
+    shutil.copyfile(source / MODEL_FILE, folder / MODEL_FILE)
     return difference
 
 
 def _export_hugging_face(source: Path, out: Path) -> None:
-    """Copy the tokenizer's files, and set a tokenizer_class that loads tokenizer.json unchanged.
+    """Copy the tokenizer's files, with a tokenizer_class that loads tokenizer.json unchanged, and the same special tokens.
 
     Args:
         source: the checkpoint's tokenizer folder.
@@ -64,11 +69,38 @@ def _export_hugging_face(source: Path, out: Path) -> None:
     for name in (JSON_FILE, *COMPANION_FILES):
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
-    settings = read_json_object(out / SETTINGS_FILE) if (out / SETTINGS_FILE).is_file() else {}
+    settings, specials = (_read_if_present(out / name) for name in (SETTINGS_FILE, SPECIALS_FILE))
     if settings.get("tokenizer_class") not in (TOKENIZER_CLASS, "TokenizersBackend"):
         settings.pop("auto_map", None)  # names code that is not here
         settings["tokenizer_class"] = TOKENIZER_CLASS
-        write_text(out / SETTINGS_FILE, json.dumps(settings, ensure_ascii=False, indent=1) + "\n")
+    _set_special_tokens(settings, specials, read_settings(source).named)
+    for name, document in ((SETTINGS_FILE, settings), (SPECIALS_FILE, specials)):
+        if document != _read_if_present(out / name):
+            write_text(out / name, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
+
+
+def _set_special_tokens(settings: dict[str, Any], specials: dict[str, Any], named: dict[str, str]) -> None:
+    """Change the two files, in place, where transformers would take another BOS, EOS or PAD than this project.
+
+    transformers prefers special_tokens_map.json, even if it names null, unless tokenizer_config.json has an
+    added_tokens_decoder: then it ignores special_tokens_map.json.
+
+    Args:
+        settings: content of tokenizer_config.json.
+        specials: content of special_tokens_map.json; empty if there is none.
+        named: the spelling that this project uses, by name.
+    """
+    for name in NAMED_TOKENS:
+        spelling = named.get(name)
+        if name in specials and token_spelling(specials[name]) != spelling:
+            specials[name] = spelling
+        if "added_tokens_decoder" in settings and token_spelling(settings.get(name)) != spelling:
+            settings[name] = spelling
+
+
+def _read_if_present(file: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object; an empty one if there is no file."""
+    return read_json_object(file) if file.is_file() else {}
 
 
 def open_exported_tokenizer(folder: Path) -> Tokenizer:

@@ -20,6 +20,7 @@ from megatron_rdt.data.tokenizer.base import BYTES_FILE
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.files import write_text
 from megatron_rdt.inference.load import choose_device, load_verified
+from megatron_rdt.output_paths import check_output_file
 from megatron_rdt.run_directory import CHECKPOINTS
 from megatron_rdt.terminal import show_progress
 
@@ -117,10 +118,11 @@ def evaluate_checkpoint(
     if not loops or min(loops) < 1 or sequences < 1:
         given = f"loops are {list(loops)} and sequences {sequences}"
         raise ConfigError(f"{given}; give at least one T, and all at least 1.")
-    if out is not None:
-        check_result_file(Path(out))
+    file = None if out is None else Path(os.path.expanduser(out))
+    if file is not None:
+        check_result_file(file)
     directory = Path(os.path.abspath(resolve_checkpoint(checkpoint)))
-    target = Path(out) if out is not None else _default_result_file(directory)
+    target = file if file is not None else _default_result_file(directory)
     config = load_config(directory / "config.yaml")
     device = choose_device("auto")
     corpora, shares = open_validation_corpora(config, data)
@@ -198,27 +200,19 @@ def _default_result_file(checkpoint: Path) -> Path | None:
         return None
     if not os.access(run, os.W_OK | os.X_OK):
         raise ConfigError(f"{run} is not writable, and {EVALUATION} belongs there. Name another file with --out.")
+    check_output_file(run / EVALUATION)
     return run / EVALUATION
 
 
 def check_result_file(file: Path) -> None:
     """Refuse a file that cannot be written, or that holds anything but an earlier evaluation, with a ConfigError."""
-    parent, reason = file.parent, ""
-    if not parent.exists():
-        reason = f"cannot be written: {parent} does not exist"
-    elif not parent.is_dir():
-        reason = f"cannot be written: {parent} is not a directory"
-    elif not os.access(parent, os.W_OK | os.X_OK):
-        reason = f"cannot be written: {parent} is not writable"
-    elif file.is_dir():
-        reason = "is a directory, it must be a file"
-    elif file.exists():
+    check_output_file(file)
+    if file.exists():
         try:
             read_evaluation(file)
         except DataError:
             reason = "exists and is not an evaluation of `rdt eval`; it is kept as it is"
-    if reason:
-        raise ConfigError(f"--out {file} {reason}. Choose another --out.")
+            raise ConfigError(f"--out {file} {reason}. Choose another --out.") from None
 
 
 def read_evaluation(file: Path) -> tuple[int, dict[int, float]]:
@@ -232,9 +226,8 @@ def read_evaluation(file: Path) -> tuple[int, dict[int, float]]:
         losses = {int(count): float(loss) for count, loss in document["losses"].items() if loss is not None}
         return int(document["step"]), losses
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(
-            f"{file} is not an evaluation of `rdt eval` ({type(error).__name__}: {error}). Remove it or evaluate again."
-        ) from None
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{file} is not an evaluation of `rdt eval` ({reason}). Remove it or evaluate again.") from None
 
 
 def open_validation_corpora(
@@ -264,16 +257,15 @@ def open_validation_corpus(path: str, sequence_length: int, seed: int, options: 
     """
     if not (Path(path) / MANIFEST).is_file():
         hint = "" if os.path.isabs(path) else f", looked for in {os.getcwd()}"
-        raise DataError(
-            f"there is no prepared corpus {shlex.quote(str(path))} (no {MANIFEST}{hint}). Name it with --data DIR."
-        )
+        corpus = f"{shlex.quote(str(path))} (no {MANIFEST}{hint})"
+        raise DataError(f"there is no prepared corpus {corpus}. Name it with --data DIR.")
     manifest = load_manifest(path)
-    split = manifest.document.get("splits", {}).get("valid", {})
-    if split.get("tokens", 0) < 2 * sequence_length:
+    tokens = manifest.document.get("splits", {}).get("valid", {}).get("tokens", 0)
+    if tokens < 2 * sequence_length:
         raise DataError(
-            f"the validation split of {path} has {split.get('tokens', 0)} tokens, an evaluation with sequences of "
-            f"{sequence_length} needs at least {2 * sequence_length}. Prepare more text or with a larger "
-            "--valid_fraction, and name that corpus with --data DIR."
+            f"the validation split of {path} has {tokens} tokens, an evaluation with sequences of {sequence_length} needs "
+            f"at least {2 * sequence_length}. Prepare more text or with a larger --valid_fraction, and name that corpus "
+            "with --data DIR."
         )
     manifest.verify()
     return open_corpus(manifest, "valid", sequence_length, seed, options, pack=False)

@@ -3,6 +3,8 @@
 import base64
 import html
 import json
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ from megatron_rdt.depth import loop_probabilities
 from megatron_rdt.errors import DataError
 from megatron_rdt.evaluate import plots
 from megatron_rdt.evaluate.loss import EVALUATION, perplexity, read_evaluation
-from megatron_rdt.files import write_text
+from megatron_rdt.files import TEMPORARY_SUFFIX, write_text
 
+PAGE = "index.html"
 # Fields of metrics.jsonl that the page uses.
 METRICS = ("step", "tokens", "loss", "grad_norm", "spectral_radius", "loops_max", "tokens_per_second")
 STYLE = """
@@ -73,9 +76,37 @@ def write_report(run_directory: str | Path) -> Path:
         raise DataError(f"{directory} has no metrics.jsonl with steps in it. Name the directory of a run that trained.")
     config = load_config(directory / "config.yaml")
     evaluations = read_records(directory / "eval.jsonl", ("step", "losses"))
+    samples = read_records(directory / "samples.jsonl", ("step", "loops", "prompt", "text"))
     evaluated, losses = find_final_losses(directory, evaluations)
     out = directory / "report"
     out.mkdir(exist_ok=True)
+    # An earlier report stays whole until all of the new one is there.
+    with tempfile.TemporaryDirectory(suffix=TEMPORARY_SUFFIX, prefix=".", dir=out) as folder:
+        figures = _draw_figures(Path(folder), config, metrics, evaluations, losses, evaluated)
+        write_text(Path(folder) / PAGE, _format_page(config, metrics, losses, figures, samples))
+        pictures = sorted(path.name for path in Path(folder).iterdir() if path.name != PAGE)
+        for name in (*pictures, PAGE):
+            os.replace(Path(folder) / name, out / name)
+    return out / PAGE
+
+
+def _draw_figures(
+    out: Path,
+    config: RunConfig,
+    metrics: list[dict[str, Any]],
+    evaluations: list[dict[str, Any]],
+    losses: dict[int, float],
+    evaluated: int,
+) -> list[tuple[Path, str]]:
+    """Draw all pictures of a report into a folder; return the paths and captions of those on the page.
+
+    Args:
+        out: the folder.
+        config: of the run.
+        metrics, evaluations: records of the run.
+        losses: final validation losses by T.
+        evaluated: the step that they were measured after.
+    """
     figures: list[tuple[Path, str]] = []
 
     def add(caption: str, name: str, draw: Callable[..., Path], *records: Any) -> None:
@@ -94,9 +125,7 @@ def write_report(run_directory: str | Path) -> Path:
         caption = "Norm and residual of the state after each iteration, in the last micro-batch of a step."
         add(caption, "iterations.png", plots.draw_iterations, metrics)
     plots.join_pictures([path for path, _ in figures][:4], out / "overview.png")
-    samples = read_records(directory / "samples.jsonl", ("step", "loops", "prompt", "text"))
-    write_text(out / "index.html", _format_page(config, metrics, losses, figures, samples))
-    return out / "index.html"
+    return figures
 
 
 def summarize(metrics: list[dict[str, Any]], losses: dict[int, float]) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_rdt.config.sampling import check_sampling
 from megatron_rdt.errors import CheckpointError, ConfigError
@@ -12,11 +12,11 @@ from megatron_rdt.inference.sampling import NO_TOKEN, draw_uniforms, pick_tokens
 from megatron_rdt.model.attention.kv_cache import KVCache
 from megatron_rdt.model.halting.exit_rules import ExitRule, ExitTrace
 
-Prompts = torch.Tensor | Sequence[Sequence[int]]
+Prompts = Tensor | Sequence[Sequence[int]]
 
 
 @overload
-def generate(model: nn.Module, tokens: torch.Tensor, loops: int, new_tokens: int, **settings: Any) -> torch.Tensor: ...
+def generate(model: nn.Module, tokens: Tensor, loops: int, new_tokens: int, **settings: Any) -> Tensor: ...
 
 
 @overload
@@ -27,7 +27,7 @@ def generate(
 
 def generate(
     model: nn.Module, tokens: Prompts, loops: int, new_tokens: int, **settings: Any
-) -> torch.Tensor | list[list[int]]:
+) -> Tensor | list[list[int]]:
     """Continue every prompt; the same call returns the same ids.
 
     Args:
@@ -45,7 +45,7 @@ def generate(
         ConfigError: an argument is out of range or of the wrong shape.
     """
     steps = list(stream(model, tokens, loops, new_tokens, **settings))  # {row: new id} each
-    if isinstance(tokens, torch.Tensor):
+    if isinstance(tokens, Tensor):
         last, columns = tokens[:, -1].tolist(), [tokens]
         for step in steps:
             last = [step.get(row, id) for row, id in enumerate(last)]
@@ -72,7 +72,7 @@ def stream(
     cache_budget: int = 0,
     exit_rule: ExitRule | None = None,
     trace: "GenerationTrace | None" = None,
-    agree: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    agree: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[dict[int, int]]:
     """Generate step by step: yield {row: new id} for the rows that have not stopped.
 
@@ -115,9 +115,9 @@ def stream(
         raise ConfigError(f"cache_budget is {cache_budget}, it must be 0 without a cache.")
     if agree is not None and exit_rule is not None:
         raise ConfigError("exit_rule is for a model in one process: ranks that exit at different iterations hang.")
-    batch = _ActiveRows(prompts, tokens.device if isinstance(tokens, torch.Tensor) else next(model.parameters()).device)
-    batch.cache = KVCache(cache_budget) if use_cache else None
-    ends = torch.tensor([*stop, *([] if eos is None else [eos])], dtype=torch.int64, device=batch.text.device)
+    device = tokens.device if isinstance(tokens, Tensor) else next(model.parameters()).device
+    batch = _ActiveRows(prompts, KVCache(cache_budget) if use_cache else None, device)
+    ends = torch.tensor([*stop, *([] if eos is None else [eos])], dtype=torch.int64, device=device)
     for _ in range(new_tokens):
         # Rows keep their numbers when others have left the batch, so that what is drawn for them does not change.
         logits = batch.next_logits(model, loops, exit_rule, trace)
@@ -164,22 +164,20 @@ class _ActiveRows:
         computed: leading positions whose logits and cache entries exist.
     """
 
-    def __init__(self, prompts: list[list[int]], device: torch.device) -> None:
+    def __init__(self, prompts: list[list[int]], cache: KVCache | None, device: torch.device) -> None:
         longest = max(map(len, prompts))
         padding = [longest - len(prompt) for prompt in prompts]
         self.text = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, prompts)], device=device)
         self.padding = torch.tensor(padding, device=device)
         self.rows, self.is_padded = list(range(len(prompts))), any(padding)
-        self.cache: KVCache | None = None
+        self.cache = cache
         self.computed = 0
 
     def lengths(self) -> list[int]:
         """Return the number of tokens of each row, which is the position of its next one."""
         return (self.text.shape[1] - self.padding).tolist()
 
-    def next_logits(
-        self, model: nn.Module, loops: int, rule: ExitRule | None, trace: GenerationTrace | None
-    ) -> torch.Tensor:
+    def next_logits(self, model: nn.Module, loops: int, rule: ExitRule | None, trace: GenerationTrace | None) -> Tensor:
         """Run the model on the positions not computed yet; return the logits (rows, vocab_size) of the next token."""
         start = 0 if self.cache is None else self.computed
         settings: dict[str, Any] = {"padding": self.padding} if self.is_padded else {}
@@ -196,7 +194,7 @@ class _ActiveRows:
         self.computed = self.text.shape[1]
         return logits
 
-    def append(self, chosen: torch.Tensor, continues: torch.Tensor) -> bool:
+    def append(self, chosen: Tensor, continues: Tensor) -> bool:
         """Append the new ids, (rows,), and drop the rows that stop; return True if any row is left."""
         self.text = torch.cat((self.text, chosen[:, None]), dim=1)
         if bool(continues.all()):
@@ -215,9 +213,9 @@ def to_id_lists(tokens: Prompts) -> list[list[int]]:
     Raises:
         ConfigError: a tensor that is not (batch, prompt), no prompt, or a prompt without a token.
     """
-    if isinstance(tokens, torch.Tensor) and tokens.dim() != 2:
+    if isinstance(tokens, Tensor) and tokens.dim() != 2:
         raise ConfigError(f"tokens have shape {tuple(tokens.shape)}, they must be (batch, prompt): one row per prompt.")
-    prompts = tokens.tolist() if isinstance(tokens, torch.Tensor) else [[int(id) for id in each] for each in tokens]
+    prompts = tokens.tolist() if isinstance(tokens, Tensor) else [[int(id) for id in each] for each in tokens]
     if not prompts:
         raise ConfigError("there is no prompt.")
     if not all(prompts):

@@ -1,21 +1,20 @@
 """Sampling of the next token, from the logits and one uniform number per (seed, row, position)."""
 
 import torch
+from torch import Tensor
 
 from megatron_rdt.depth.hashing import hash_uniform
 
 NO_TOKEN = -1
 
 
-def draw_uniforms(seed: int, rows: list[int], positions: list[int]) -> torch.Tensor:
+def draw_uniforms(seed: int, rows: list[int], positions: list[int]) -> Tensor:
     """Draw a number in [0, 1) for each row, keyed by (seed, row, position); float64 (rows,) on the CPU."""
     drawn = [hash_uniform(int(seed), "token", row, position) for row, position in zip(rows, positions)]
     return torch.tensor(drawn, dtype=torch.float64)
 
 
-def pick_tokens(
-    logits: torch.Tensor, temperature: float, top_k: int, top_p: float, uniform: torch.Tensor | None
-) -> torch.Tensor:
+def pick_tokens(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: Tensor | None) -> Tensor:
     """Pick one id per row, `NO_TOKEN` where the logits are not finite; (rows,) int64 on the device of the logits.
 
     Args:

@@ -84,12 +84,12 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def step(self, lr: float, finite: torch.Tensor | None = None) -> None:
+    def step(self, lr: float, accepted: torch.Tensor | None = None) -> None:
         """Take one optimizer step at learning rate `lr`, then clear the gradients.
 
         Args:
             lr: learning rate of this step.
-            finite: 0-dimensional bool on the device, the same on every rank: where False, parameters, moments and
+            accepted: 0-dimensional bool on the device, the same on every rank: where False, parameters, moments and
                 step counts stay as they are, bit for bit. None takes the step.
         """
 
@@ -127,11 +127,13 @@ class Engine(ABC):
             monitor: receives measurements of the last micro-batch.
 
         Returns:
-            The losses of `TrainingLosses.sums` by name, each the mean per counted target over all ranks;
-            where sequences are packed also "padding", the share of padding among all tokens. Tensors are 0-dimensional,
-            float64 and on the device: reading one waits for the device.
+            The losses of `TrainingLosses.sums` by name, each the mean per counted target over all ranks, 0 if no target
+            counts; with loss masks also "targets", the number of counted targets in the whole step; where sequences are
+            packed also "padding", the share of padding among all tokens. Tensors are 0-dimensional, float64 and on the
+            device: reading one waits for the device.
         """
-        targets = self._count_targets(batch)
+        counted, has_masks = self._count_targets(batch)
+        targets = counted.clamp_min(1 / self.world_size)
         totals: dict[str, torch.Tensor] = {}
         for index, micro in enumerate(batch):
             last = index == len(batch) - 1
@@ -144,6 +146,8 @@ class Engine(ABC):
             # own: then the average is the sum over all targets divided by their number.
             self.backward(losses["objective"] / targets.to(losses["objective"].dtype), last)
         means = {name: total / targets for name, total in totals.items()}
+        if has_masks:
+            means["targets"] = counted * self.layout.data  # ranks of one data rank count the same ones
         paddings = [sum(micro.batch.padding) for micro in batch if micro.batch.padding is not None]
         if paddings:
             share = sum(paddings) / sum(micro.batch.tokens.numel() for micro in batch)
@@ -153,17 +157,18 @@ class Engine(ABC):
         averages = self.sum_over_ranks(torch.stack([means[name] for name in names])) / self.world_size
         return dict(zip(names, averages.unbind()))
 
-    def _count_targets(self, batch: Sequence[MicroBatch]) -> torch.Tensor:
-        """Mean number of counted targets of a rank in this step: 0-dimensional, float64, on the device.
+    def _count_targets(self, batch: Sequence[MicroBatch]) -> tuple[torch.Tensor, bool]:
+        """Mean number of counted targets of a rank in this step, and True if there are masks.
 
-        Without masks every rank has the same number, and no reduction is needed.
+        The number is 0-dimensional, float64 and on the device. Without masks every rank has the same, and no reduction is
+        needed.
         """
         masks = [micro.batch.loss_mask for micro in batch if micro.batch.loss_mask is not None]
         if not masks:
             tokens = sum(micro.batch.tokens[:, 1:].numel() for micro in batch)
-            return torch.full((), tokens, dtype=torch.float64, device=self.device)
+            return torch.full((), tokens, dtype=torch.float64, device=self.device), False
         own = sum(mask.to(self.device, non_blocking=True)[:, 1:].sum() for mask in masks)
-        return self.sum_over_ranks(torch.as_tensor(own).double()).clamp_min(1) / self.world_size
+        return self.sum_over_ranks(torch.as_tensor(own).double()) / self.world_size, True
 
     def prepare_backward(self, last: bool) -> None:
         """Prepare for a micro-batch's forward pass; with `last`, its backward pass reduces gradients over ranks."""

@@ -6,13 +6,16 @@ all vectors. With adamw, AdamW steps everything.
 """
 
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from megatron_rdt.config import OptimizerConfig
+from megatron_rdt.config import OptimizerConfig, RunConfig
+from megatron_rdt.errors import ConfigError
+from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel.muon import Muon
 
 # Applied in every iteration of the loop, so the effect of one optimizer step is applied T times.
@@ -21,6 +24,7 @@ REUSED = ("core.layers.", "core.injection.", "core.signals.")
 UNDECAYED = ("core.injection.", "core.input_matrix.", "core.output_matrix.")
 # Two-dimensional, but tables of vectors or logits, so Muon does not apply.
 NOT_MAPS = ("embedding.weight", "head.weight", "token_values.weight", "injection.mix")
+EXAMPLE_NAMES = 4  # parameter names in the message about a pattern that matches none
 
 Groups = list[dict[str, Any]]
 
@@ -30,9 +34,38 @@ def count_dimensions(parameter: torch.Tensor) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def has_weight_decay(name: str, parameter: torch.Tensor) -> bool:
-    """Return True for matrices, except the injection's; vectors (norms, gains, biases) have no weight decay."""
-    return count_dimensions(parameter) >= 2 and not name.startswith(UNDECAYED)
+def has_weight_decay(name: str, parameter: torch.Tensor, config: OptimizerConfig) -> bool:
+    """Return True for matrices, except the injection's and those whose name a pattern of `no_weight_decay` matches."""
+    is_exempt = name.startswith(UNDECAYED) or any(fnmatchcase(name, pattern) for pattern in config.no_weight_decay)
+    return count_dimensions(parameter) >= 2 and not is_exempt
+
+
+def list_decayed_parameters(config: RunConfig) -> set[str]:
+    """Names of the parameters that weight decay applies to in a run of this config."""
+    with torch.device("meta"):
+        model = RecurrentDepthTransformer(config.model)
+    return {name for name, parameter in model.named_parameters() if has_weight_decay(name, parameter, config.optimizer)}
+
+
+def check_no_weight_decay(config: RunConfig) -> None:
+    """Raise ConfigError for a pattern of `no_weight_decay` that matches no parameter, and for patterns that match all."""
+    patterns = config.optimizer.no_weight_decay
+    if not patterns:
+        return
+    with torch.device("meta"):
+        names = [name for name, _ in RecurrentDepthTransformer(config.model).named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            examples = ", ".join(names[:: -(-len(names) // EXAMPLE_NAMES)])
+            raise ConfigError(
+                f"optimizer.no_weight_decay has the pattern {pattern!r}, which matches no parameter of this model. "
+                f"Change it; names are such as {examples}."
+            )
+    if not list_decayed_parameters(config):
+        raise ConfigError(
+            f"optimizer.no_weight_decay {patterns} leaves no parameter with weight decay. "
+            "Set --optimizer.weight_decay 0 instead."
+        )
 
 
 def is_stepped_by_muon(name: str, parameter: torch.Tensor, config: OptimizerConfig) -> bool:
@@ -50,19 +83,19 @@ def group_by_mesh(parameters: Iterable[torch.Tensor]) -> list[list[torch.Tensor]
 
 
 def adamw_groups(model: nn.Module, config: OptimizerConfig) -> Groups:
-    """AdamW's two groups: parameters with weight decay and those without."""
+    """AdamW's groups: parameters with weight decay, if there are any, and those without."""
     options = {"betas": (config.beta1, config.beta2), "eps": config.eps}
     groups: dict[bool, list[torch.Tensor]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if not is_stepped_by_muon(name, parameter, config):
-            groups[has_weight_decay(name, parameter)].append(parameter)
+            groups[has_weight_decay(name, parameter, config)].append(parameter)
     decays = {True: config.weight_decay, False: 0.0}
-    return [{"params": group, "weight_decay": decays[decayed], **options} for decayed, group in groups.items()]
+    return [{"params": group, "weight_decay": decays[decayed], **options} for decayed, group in groups.items() if group]
 
 
 def split_groups_by_mesh(groups: Groups) -> Groups:
-    """Split each group into one per mesh, with the same options; an empty group stays, so that groups keep their order."""
-    return [{**group, "params": part} for group in groups for part in group_by_mesh(group["params"]) or [[]]]
+    """Split each group into one per mesh, with the same options."""
+    return [{**group, "params": part} for group in groups for part in group_by_mesh(group["params"])]
 
 
 def parameter_names(model: nn.Module, groups: Groups) -> list[list[str]]:
@@ -83,7 +116,8 @@ def muon_groups(model: nn.Module, config: OptimizerConfig) -> Groups:
     groups: dict[tuple[bool, bool], list[torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
         if is_stepped_by_muon(name, parameter, config):
-            groups.setdefault((name.startswith(REUSED), has_weight_decay(name, parameter)), []).append(parameter)
+            key = name.startswith(REUSED), has_weight_decay(name, parameter, config)
+            groups.setdefault(key, []).append(parameter)
     return [
         {
             "params": parameters,

@@ -60,9 +60,9 @@ class TorchEngine(Engine):
                 torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
         return norm
 
-    def step(self, lr: float, finite: torch.Tensor | None = None) -> None:
-        """Step every optimizer; with `finite`, each decides on the device by `found_inf`, so the host does not wait."""
-        found_inf = None if finite is None else (~finite).float()
+    def step(self, lr: float, accepted: torch.Tensor | None = None) -> None:
+        """Step every optimizer; with `accepted`, each decides on the device by `found_inf`, so the host does not wait."""
+        found_inf = None if accepted is None else (~accepted).float()
         for optimizer in self.optimizers:
             optimizers.set_learning_rate(optimizer.param_groups, lr)
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # what torch's GradScaler sets
@@ -118,6 +118,8 @@ class TorchEngine(Engine):
             )
         states = self._collect_states()
         model, optimizer = states["model"], states["optimizer"]
+        # The config decides the groups and their options; the run that saved may have had others.
+        groups = optimizer.pop("param_groups")
         try:
             for name, state in states.items():
                 with _ignore_single_process_warning():
@@ -126,11 +128,8 @@ class TorchEngine(Engine):
             reason = next((str(inner) for inner, _ in error.failures.values()), "").strip().splitlines() or ["unknown"]
             raise CheckpointError(f"{directory} could not be loaded: {reason[0]}. Use another checkpoint.") from error
         names = optimizers.parameter_names(self.model, self._parameter_groups())
-        optimizer["param_groups"] = optimizers.regroup(optimizer["param_groups"], names)
+        optimizer["param_groups"] = optimizers.regroup(groups, names)
         dcp_state.set_state_dict(self.model, self.optimizers, model_state_dict=model, optim_state_dict=optimizer)
-        # Loading brings the options of the run that saved; the config of this run decides.
-        configured = optimizers.split_groups_by_mesh(self._configured_groups())
-        optimizers.apply_configured_options(self._parameter_groups(), configured)
 
 
 @contextlib.contextmanager

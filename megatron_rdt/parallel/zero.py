@@ -157,9 +157,9 @@ class ZeroEngine(Engine):
         # DeepSpeed returns -1 for a norm that is not finite.
         return torch.tensor(norm if norm >= 0 else math.nan, dtype=torch.float64, device=self.device)
 
-    def step(self, lr: float, finite: torch.Tensor | None = None) -> None:
-        """Take one optimizer step through DeepSpeed; the host reads `finite` and skips the step if it is False."""
-        if finite is not None and not bool(finite):
+    def step(self, lr: float, accepted: torch.Tensor | None = None) -> None:
+        """Take one optimizer step through DeepSpeed; the host reads `accepted` and skips the step if it is False."""
+        if accepted is not None and not bool(accepted):
             self.discard_gradients()
             return
         set_learning_rate(self._zero_optimizer.param_groups, lr)

@@ -7,7 +7,7 @@ gather, the input of a reduction. Tests compare with what the engines really sen
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from megatron_rdt.config import ModelConfig, RunConfig
+from megatron_rdt.config import ModelConfig, OptimizerConfig, RunConfig
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.model.cross_entropy import CHUNK_ELEMENTS
 from megatron_rdt.parallel.optimizers import has_weight_decay
@@ -207,7 +207,10 @@ def _zero_collectives(config: RunConfig, layout: Layout, number: int) -> Iterato
         reductions = number if stage == 2 else 1
         size = reductions * FLOAT32 * numbers
         yield Collectives("backward", REDUCE, "gradients", reductions * buckets, size, "world", hidden=True)
-        groups = [sum(p.size for p in parameters if _has_weight_decay(p) is decay) for decay in (True, False)]
+        groups = [
+            sum(p.size for p in parameters if _has_weight_decay(p, config.optimizer) is decay)
+            for decay in (True, False)
+        ]
         multiple = ZERO_ALIGNMENT * world
         padded = [-(-group // multiple) * multiple for group in groups if group]
         calls = sum(-(-group // ZERO_BUCKET) for group in padded)
@@ -227,8 +230,8 @@ def _zero_collectives(config: RunConfig, layout: Layout, number: int) -> Iterato
     yield Collectives("update", REDUCE, "norms and flags", 4, 4 * FLOAT64, "world")
 
 
-def _has_weight_decay(parameter: Parameter) -> bool:
+def _has_weight_decay(parameter: Parameter, config: OptimizerConfig) -> bool:
     """Return True if the optimizer decays the parameter: DeepSpeed keeps those that it does not in a group of their own."""
     import torch
 
-    return has_weight_decay(parameter.name, torch.empty(parameter.shape, device="meta"))
+    return has_weight_decay(parameter.name, torch.empty(parameter.shape, device="meta"), config)

@@ -12,6 +12,7 @@ from megatron_rdt.config.layout import Layout
 from megatron_rdt.depth import DepthSampler
 from megatron_rdt.devices import Device
 from megatron_rdt.errors import ConfigError
+from megatron_rdt.parallel.optimizers import check_no_weight_decay
 from megatron_rdt.planner.communication import Collectives, step_communication
 from megatron_rdt.planner.memory import PeakMemory, StepDepth, step_memory
 from megatron_rdt.planner.parameters import active_parameters, part_sizes
@@ -99,6 +100,7 @@ def make_layout(config: RunConfig, devices: int) -> Layout:
     if devices < 1:
         raise ConfigError(f"--devices is {devices}, it must be at least 1.")
     check_config(config, devices)
+    check_no_weight_decay(config)
     return Layout.of(config.parallel, devices)
 
 

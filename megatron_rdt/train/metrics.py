@@ -196,9 +196,10 @@ class Console:
         left = elapsed / max(step - self._first_step, 1) * (self.steps - step)
         filled = round(10 * step / self.steps)
         padding = f"  padding {record['padding']:.1%}" if record.get("padding") else ""
+        loss = "none (no target)" if record.get("targets") == 0 else f"{record['loss']:.4f}"
         mfu = f"  mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
         return (
-            f"[{'#' * filled}{'.' * (10 - filled)}] step {step}/{self.steps}  loss {record['loss']:.4f}"
+            f"[{'#' * filled}{'.' * (10 - filled)}] step {step}/{self.steps}  loss {loss}"
             f"  T {record['loops_max']}  lr {record['lr']:.2e}  norm {record['grad_norm']:.2f}"
             f"  radius {record['spectral_radius']:.3f}  {record['tokens_per_second']:,.0f} tokens/s{mfu}{padding}"
             f"  {record['memory_gb']:.2f} GB  ETA {int(left) // 60}:{int(left) % 60:02d}"

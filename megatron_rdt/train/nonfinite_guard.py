@@ -1,10 +1,14 @@
-"""Skip steps whose loss or gradient is not finite: they must change neither weights nor optimizer moments.
+"""Skip steps that have nothing to teach: they must change neither weights nor optimizer moments.
+
+Such a step has a loss or gradient that is not finite, or no target that counts: then its gradient is zero, and the
+optimizer would still move the weights, by momentum and weight decay.
 
 Whether to skip is decided on the device, where the optimizer acts on it without a wait. The host counts skipped steps
 when it reads their records.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 
@@ -16,8 +20,21 @@ def is_step_finite(loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
     return loss.isfinite() & grad_norm.isfinite()
 
 
+def is_step_accepted(losses: Mapping[str, torch.Tensor], grad_norm: torch.Tensor) -> torch.Tensor:
+    """Return True if the optimizer may take the step, as a 0-dimensional bool on the device.
+
+    Args:
+        losses: as `Engine.forward_backward` returned them.
+        grad_norm: as `Engine.clip` returned it.
+    """
+    finite = is_step_finite(losses["objective"], grad_norm)
+    return finite & (losses["targets"] > 0) if "targets" in losses else finite
+
+
 class NonfiniteGuard:
-    """Counts skipped steps in a row, and ends the run when they are too many.
+    """Counts steps in a row that were skipped for not being finite, and ends the run when they are too many.
+
+    It is not told about steps without a target, which say nothing about the weights.
 
     Args:
         limit: skipped steps in a row that end the run.
@@ -42,5 +59,44 @@ class NonfiniteGuard:
             raise TrainingError(
                 f"step {step}: the loss or gradient was not finite {self.skipped} times in a row "
                 f"(loss {loss}, gradient norm {grad_norm}). Lower --optimizer.lr or raise --schedule.warmup_steps."
+            )
+        return False
+
+
+class TargetGuard:
+    """Counts steps in a row in which no target counted, and ends the run when they are too many.
+
+    Args:
+        limit: steps without a target in a row that end the run.
+
+    Attributes:
+        in_a_row: the last steps in a row without a target; a resumed run sets it to the count of its checkpoint.
+        total: all steps without a target since this process started.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.in_a_row = self.total = 0
+
+    def accept(self, step: int, targets: int | None) -> bool:
+        """Return True if a target counted in the step, False if the step was skipped.
+
+        Args:
+            step: its number.
+            targets: how many counted; None without loss masks, where all do.
+
+        Raises:
+            TrainingError: it is the last of `limit` steps in a row without a target.
+        """
+        if targets != 0:
+            self.in_a_row = 0
+            return True
+        self.in_a_row += 1
+        self.total += 1
+        if self.in_a_row >= self.limit:
+            raise TrainingError(
+                f"step {step}: by the loss masks of the data, no target counted {self.in_a_row} times in a row. Raise "
+                "--train.global_batch or --train.sequence_length, set --data.loss all, or, if answers are meant to be so "
+                "rare, raise --train.max_steps_without_target."
             )
         return False

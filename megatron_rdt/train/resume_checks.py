@@ -8,6 +8,8 @@ from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import ModelConfig, RunConfig, load_config
 from megatron_rdt.config.model import TRAINING_FIELDS
 from megatron_rdt.errors import CheckpointError, ConfigError
+from megatron_rdt.parallel.optimizers import list_decayed_parameters
+from megatron_rdt.parallel.zero import ZERO_FOLDER
 from megatron_rdt.run_directory import CHECKPOINTS
 from megatron_rdt.train.metrics import read_recorded_steps
 
@@ -112,10 +114,28 @@ def check_resumable(source: Path, state: dict[str, Any], config: RunConfig) -> N
             f"{source} was trained with optimizer.name {saved.optimizer.name}, whose state is not that of "
             f"{config.optimizer.name}. Set --optimizer.name {saved.optimizer.name}."
         )
+    _check_zero_groups(source, saved, config)
     if state["step"] > config.train.steps:
         raise CheckpointError(
             f"{source} is at step {state['step']}, but train.steps is {config.train.steps}. Set --train.steps "
             "to the length of the whole run, or name an earlier checkpoint in --resume."
+        )
+
+
+def _check_zero_groups(source: Path, saved: RunConfig, config: RunConfig) -> None:
+    """Raise CheckpointError if DeepSpeed would assign the state of a ZeRO checkpoint to other parameters.
+
+    DeepSpeed concatenates the parameters of each group, those with weight decay and those without, and stores the result
+    without their names. All other formats store state by parameter name.
+    """
+    before, now = saved.optimizer.no_weight_decay, config.optimizer.no_weight_decay
+    if before == now or not config.parallel.engine_kind.zero_stage or not (source / ZERO_FOLDER).is_dir():
+        return
+    if list_decayed_parameters(saved) != list_decayed_parameters(config):
+        raise CheckpointError(
+            f"{source} was saved with optimizer.no_weight_decay {before}, and DeepSpeed stores optimizer state in the order "
+            f"of those groups, so it cannot be resumed with {now}. Set --optimizer.no_weight_decay as it was; or make the "
+            f"state independent of groups: rdt convert {source} OUT --to zero, then --resume OUT."
         )
 
 

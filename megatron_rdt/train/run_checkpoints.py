@@ -27,11 +27,13 @@ class Position:
         step: optimizer steps done.
         samples: trained on, by all ranks together.
         skipped_steps: the last steps in a row that were not finite.
+        steps_without_target: the last steps in a row in which no target counted.
     """
 
     step: int = 0
     samples: int = 0
     skipped_steps: int = 0
+    steps_without_target: int = 0
 
 
 def choose_start(run_directory: Path, resume: str, print_on_rank_0: Callable[[str], None]) -> Path | None:
@@ -93,7 +95,9 @@ class RunCheckpoints:
         lines = [f"resumed from {source} (step {state['step']})"]
         if changed:
             lines.append(f"changed since it was saved: {', '.join(changed)}")
-        position = Position(state["step"], state["data"]["consumed_samples"], state["skipped_steps"])
+        position = Position(
+            state["step"], state["data"]["consumed_samples"], state["skipped_steps"], state["steps_without_target"]
+        )
         return position, [*lines, *changed_data]
 
     def save(self, position: Position) -> Path:
@@ -109,6 +113,7 @@ class RunCheckpoints:
                 "tokens": tokens,
                 "data": self.data.state(position.samples),
                 "skipped_steps": position.skipped_steps,
+                "steps_without_target": position.steps_without_target,
             },
             facts={
                 "run_id": self._run_id,

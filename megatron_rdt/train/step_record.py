@@ -4,6 +4,7 @@ Reading a number from a GPU waits until it has computed everything before. So a 
 interval are read together, while the host has already queued the next step.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -97,8 +98,14 @@ class StepRecord:
     def read_metrics(self) -> tuple[dict[str, Any], float]:
         """Wait for the device; return the object for metrics.jsonl, and the objective."""
         losses = {name: float(value) for name, value in self.losses.items()}
-        padding = {"padding": losses.pop("padding")} if "padding" in losses else {}
+        about_data: dict[str, Any] = {name: losses.pop(name) for name in ("padding", "targets") if name in losses}
+        if "targets" in about_data:
+            about_data["targets"] = round(about_data["targets"])
         loss, objective, step_s = losses.pop("cross_entropy"), losses["objective"], self.clock.read_seconds()
+        # Where nothing is added to the cross entropy, the objective would only repeat the loss.
+        extra = {} if objective == loss else losses
+        if about_data.get("targets") == 0:  # a mean over no target
+            loss, extra = math.nan, dict.fromkeys(extra, math.nan)
         readings: dict[str, Any] = self.monitor.readings()
         if "iterations" in readings:
             readings["iterations"]["loop_shares"] = self.loop_shares
@@ -116,9 +123,8 @@ class StepRecord:
             "data_wait_s": self.clock.data_wait_s,
             "step_s": step_s,
             **self.data,
-            **padding,
-            # Where nothing is added to the cross entropy, the objective would only repeat the loss.
-            **({} if objective == loss else losses),
+            **about_data,
+            **extra,
             **{name: float(value) for name, value in (self.experts or {}).items()},
         }
         return metrics, objective

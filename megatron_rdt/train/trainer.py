@@ -20,6 +20,7 @@ from megatron_rdt.model.flops import forward_flops, training_flops
 from megatron_rdt.model.moe import rebalance
 from megatron_rdt.object_collectives import broadcast_object
 from megatron_rdt.parallel import Engine, MicroBatch, make_engine
+from megatron_rdt.parallel.optimizers import check_no_weight_decay
 from megatron_rdt.parallel.process_group import join_process_group
 from megatron_rdt.run_directory import run_directory_of
 from megatron_rdt.terminal import Printer
@@ -29,7 +30,7 @@ from megatron_rdt.train.hardware import peak_flops, peak_memory_gb
 from megatron_rdt.train.inspections import InspectionFailed, Inspections, has_record
 from megatron_rdt.train.metrics import Console, Recorder, drop_records_after
 from megatron_rdt.train.monitoring import MonitorSchedule
-from megatron_rdt.train.nonfinite_guard import NonfiniteGuard, is_step_finite
+from megatron_rdt.train.nonfinite_guard import NonfiniteGuard, TargetGuard, is_step_accepted
 from megatron_rdt.train.resume_checks import refuse_to_overwrite
 from megatron_rdt.train.run_checkpoints import Position, RunCheckpoints, choose_start
 from megatron_rdt.train.schedule import learning_rate
@@ -60,6 +61,7 @@ def train(
     """
     process = process or read_process_info()
     check_config(config, process.world_size)
+    check_no_weight_decay(config)
     if not config.parallel.engine_kind.many_processes:
         process = ProcessInfo()  # whatever the variables of a launcher say: this process locks, verifies and writes
     listener = stop or StopRequest()
@@ -128,6 +130,7 @@ class Trainer:
         self.sampler = DepthSampler(config.depth, config.run.seed)
         self.flops = forward_flops(config.model, config.train.sequence_length)
         self.guard = NonfiniteGuard(min(config.train.max_nonfinite_steps, config.train.steps))
+        self.target_guard = TargetGuard(min(config.train.max_steps_without_target, config.train.steps))
         self.monitoring = MonitorSchedule(config.logging)
         self.step = self.consumed = self.first_step = 0
         self.unread: list[StepRecord] = []
@@ -145,6 +148,7 @@ class Trainer:
         if source is not None:
             position, lines = self.checkpoints.restore(source)
             self.step, self.consumed, self.guard.skipped = position.step, position.samples, position.skipped_steps
+            self.target_guard.in_a_row = position.steps_without_target
             self.first_step = self.step
             for line in lines:
                 self._print_on_rank_0(line)
@@ -164,6 +168,12 @@ class Trainer:
         if status == EXIT_OK:
             tokens = self.consumed * config.train.sequence_length
             self._print_on_rank_0(f"done: {self.step} steps, {tokens:,} tokens, {self.run_directory}")
+            if self.target_guard.total:
+                taken = self.step - self.first_step
+                self._print_on_rank_0(
+                    f"warning: in {self.target_guard.total} of the last {taken} steps no target counted, "
+                    "so they changed nothing"
+                )
         if status == EXIT_OK and self.guard.skipped:
             raise TrainingError(
                 f"the last {self.guard.skipped} steps of {self.run_directory} were skipped: the loss or gradient was not "
@@ -235,10 +245,10 @@ class Trainer:
         self.stop.start_agreement(self.engine)  # the answer is read before the next step, when it has long arrived
         grad_norm = self.engine.clip(config.optimizer.grad_clip)
         lr = learning_rate(config.schedule, config.optimizer.lr, self.step, config.train.steps)
-        # A step that is not finite runs through, with a flag on the device by which the optimizer changes nothing.
-        finite = is_step_finite(losses["objective"], grad_norm)
-        self.engine.step(lr, finite)
-        balance_rate = config.model.balance_rate * finite.double()
+        # A step that is skipped runs through, with a flag on the device by which the optimizer changes nothing.
+        accepted = is_step_accepted(losses, grad_norm)
+        self.engine.step(lr, accepted)
+        balance_rate = config.model.balance_rate * accepted.double()
         experts = rebalance(self.engine.model, balance_rate, self.engine.sum_over_ranks)
         depth = self._recompute_loop_counts()
         tokens_before = self.consumed * config.train.sequence_length
@@ -343,13 +353,10 @@ class Trainer:
         records, self.unread = self.unread, []
         for record in records:
             metrics, objective = record.read_metrics()
-            try:
-                is_finite = self.guard.accept(record.step, objective, metrics["grad_norm"])
-            except TrainingError as error:
-                way_back = self.checkpoints.find_way_back(record.step - self.guard.skipped)
-                raise TrainingError(f"{error} {way_back}") from None
-            if not is_finite:
-                loss, norm = metrics["loss"], metrics["grad_norm"]
+            loss, norm = metrics["loss"], metrics["grad_norm"]
+            if not self.target_guard.accept(record.step, metrics.get("targets")):
+                self._print_on_rank_0(f"step {record.step}: no target counts, step skipped")
+            elif not self._accept_step(record.step, objective, norm):
                 self._print_on_rank_0(
                     f"step {record.step}: loss {loss} or gradient norm {norm} not finite, step skipped"
                 )
@@ -358,9 +365,18 @@ class Trainer:
                 if record.step % self.config.logging.every == 0 or record.step == self.config.train.steps:
                     self._print_on_rank_0(self.console.format_line(metrics))
 
+    def _accept_step(self, step: int, objective: float, grad_norm: float) -> bool:
+        """Return True if a step was finite; a TrainingError after too many others names the checkpoint to go back to."""
+        try:
+            return self.guard.accept(step, objective, grad_norm)
+        except TrainingError as error:
+            way_back = self.checkpoints.find_way_back(step - self.guard.skipped)
+            raise TrainingError(f"{error} {way_back}") from None
+
     def _save_checkpoint(self) -> None:
         """Save a checkpoint at the current position; all steps must have been recorded."""
-        path = self.checkpoints.save(Position(self.step, self.consumed, self.guard.skipped))
+        position = Position(self.step, self.consumed, self.guard.skipped, self.target_guard.in_a_row)
+        path = self.checkpoints.save(position)
         self._print_on_rank_0(f"step {self.step}: saved {path}")
 
     def _print_on_rank_0(self, text: str) -> None:

@@ -14,7 +14,9 @@ from data_prep.pipeline import prepare
 from data_prep.stages.tokenizer.write_tokenizer import write_tokenizer
 from megatron_rdt.config import RunConfig
 from megatron_rdt.convert.hf import export_hf
+from megatron_rdt.convert.hf_tokenizer import export_tokenizer
 from megatron_rdt.data import Tokenizer
+from megatron_rdt.data.tokenizer.hugging_face_backend import read_settings
 from megatron_rdt.evaluate.loss import evaluate_checkpoint
 from megatron_rdt.inference import load
 from megatron_rdt.inference.text import generate_text, to_stop_ids
@@ -181,6 +183,42 @@ def test_a_hugging_face_tokenizer_from_text_to_export(
     exported = AutoTokenizer.from_pretrained(out, split_special_tokens=True)
     assert all(exported(text, add_special_tokens=False).input_ids == tokenizer.encode(text) for text in texts[:5])
     assert load(out)[1].fingerprint == tokenizer.fingerprint
+
+
+END, TOOL = {"content": "<|end|>"}, {"content": "<tool>", "lstrip": False}
+DECODER = {"0": {"content": "<|end|>", "special": True}, "1": {"content": "<|pad|>", "special": True}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "specials"),
+    [
+        ({"eos_token": "<|end|>"}, {"eos_token": TOOL}),
+        ({"eos_token": TOOL, "pad_token": "<|pad|>"}, {"eos_token": "<|end|>", "pad_token": "<|end|>"}),
+        ({"eos_token": "<|end|>"}, {"eos_token": None, "bos_token": "<tool>"}),
+        ({"added_tokens_decoder": DECODER}, {"eos_token": "<|end|>", "pad_token": "<|pad|>"}),
+        ({"added_tokens_decoder": DECODER, "eos_token": "<|pad|>"}, {"eos_token": END, "bos_token": END}),
+        ({"added_tokens_decoder": DECODER, "eos_token": None}, {"eos_token": END}),
+    ],
+)
+def test_files_that_name_other_special_tokens_are_exported_with_those_of_the_run(
+    settings: dict, specials: dict, tokenizer_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    given, out = tmp_path / "given", tmp_path / "out"
+    shutil.copytree(tokenizer_folders["hf"], given)
+    out.mkdir()
+    (given / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", **settings}))
+    (given / "special_tokens_map.json").write_text(json.dumps(specials))
+    tokenizer = Tokenizer(given)
+    assert export_tokenizer(given, out) == ""
+    ids = [None if index < 0 else index for index in (tokenizer.bos, tokenizer.eos, tokenizer.pad)]
+    assert ids[1] is not None
+    exported = AutoTokenizer.from_pretrained(out)
+    assert [exported.bos_token_id, exported.eos_token_id, exported.pad_token_id] == ids
+    assert len(exported) == tokenizer.vocab_size
+    assert Tokenizer(out).fingerprint == tokenizer.fingerprint
+    assert read_settings(out).contradictions == []
 
 
 def test_unigram_is_exported(

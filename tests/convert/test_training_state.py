@@ -108,6 +108,28 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(
     assert synced == {tmp_path}
 
 
+def test_where_a_checkpoint_cannot_be_put(
+    run_with_checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decided before it is converted; through a link, it is where the link leads."""
+    (tmp_path / "disk" / "out").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("disk/out")
+    assert convert(str(run_with_checkpoints), str(tmp_path / "link"), "native") == tmp_path / "disk" / "out"
+    assert os.readlink(tmp_path / "link") == "disk/out"
+    assert os.listdir(tmp_path / "disk") == ["out"]
+    (tmp_path / "nowhere").symlink_to("absent/out")
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "mounted")
+    monkeypatch.setattr(training_state, "convert_training_state", lambda *_: pytest.fail("converted first"))
+    for name, message in (
+        ("mounted", r"OUT .*mounted is a mount point.* Name a directory below it, such as .*mounted/new"),
+        ("nowhere", r"nowhere is a link to .*, which does not exist\..* choose another OUT"),
+        ("..", "must end with the name of a directory"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            convert(str(run_with_checkpoints), str(tmp_path / name), "native")
+
+
 def test_the_temporary_copy_lies_beside_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, out = tmp_path / "checkpoint", tmp_path / "results" / "out"
     (checkpoint / "zero" / "state").mkdir(parents=True)

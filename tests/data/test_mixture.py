@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -235,6 +236,36 @@ def test_corpora_that_do_not_go_together_are_refused(
         check_tokenizers(pair, 512)
 
 
+def test_a_corpus_that_is_given_twice_is_refused(
+    configure: Callable[..., RunConfig], corpora: dict[str, Path], tmp_path: Path
+) -> None:
+    """Through a link, or as a copy."""
+    (tmp_path / "link").symlink_to(corpora["code"])
+    with pytest.raises(ConfigError, match=r"entry 2 \(.*link\) is the corpus of entry 1 \(.*code\)\. Give it once"):
+        configure(mixture_option({**corpora, "link": tmp_path / "link"}, code=1, link=1))
+    copy = shutil.copytree(corpora["code"], tmp_path / "copy")
+    config = configure(mixture_option({**corpora, "copy": copy}, code=1, copy=1))
+    with pytest.raises(ConfigError, match=r"code and .*copy hold the same shards\. Give the corpus once"):
+        open_prepared_data(config, 1)
+
+
+def test_validation_that_is_training_text_is_refused(
+    configure: Callable[..., RunConfig], corpora: dict[str, Path], tmp_path: Path
+) -> None:
+    """In one corpus, or between two of a mixture; a run that does not evaluate may have it."""
+    first, second, third = ([np.arange(size)] for size in (500, 400, 300))
+    same = write_corpus(tmp_path / "same", corpora["code"], [first], [first])
+    one = write_corpus(tmp_path / "one", corpora["code"], [first], [third])
+    crossed = write_corpus(tmp_path / "crossed", corpora["code"], [second], [first])
+    mixed = mixture_option({"one": one, "crossed": crossed}, one=1, crossed=1)
+    message = r"valid/shard-00000, which is for validation, has the tokens of .*/train/shard-00000\. Prepare it from"
+    for words in ([f"--data.path={same}"], [mixed]):
+        with pytest.raises(ConfigError, match=message):
+            open_prepared_data(configure(*words), 1)
+        open_prepared_data(configure(*words, "--eval.every=0"), 1)
+    open_prepared_data(configure(f"--data.path={crossed}"), 1)
+
+
 def test_more_epochs_than_allowed_are_refused_with_a_table(
     configure: Callable[..., RunConfig], corpora: dict[str, Path]
 ) -> None:
@@ -277,6 +308,10 @@ def test_more_epochs_than_allowed_are_refused_with_a_table(
         ("a,b", "needs a list of mappings such as '[{path: ..., weight: ...}]', not 'a,b'."),
         ("{path: a}", "needs a list of mappings"),
         ("[{path: x/a, weight: 1}, {path: y/a, weight: 1}]", "entry 2 (y/a) is called a like entry 1."),
+        (
+            "[{path: x/a, weight: 1}, {path: x/../x/a/, weight: 1, name: b}]",
+            "entry 2 (x/../x/a/) is the corpus of entry 1",
+        ),
         ("[{path: a, weight: 0}]", "data.mixture: the weight of a is 0.0, it must be above 0."),
         ("[{path: a, weight: 1}, {path: b, weight: 1e-6}]", "the weight of b is 1e-06 of all, less than 1/65536."),
         ("[{path: a, weight: 1, max_epochs: 0}]", "entry 1 (a) has max_epochs 0.0, it must be above 0."),

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -307,6 +308,18 @@ def test_a_run_that_is_resumed_twice_is_the_run(
     assert len(losses(tmp_path / "whole")) == 6
     records = (tmp_path / "parts" / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["stream"] for line in records] == counts
+
+
+def test_checkpoints_have_the_tokenizer_alone(
+    configure: Callable[..., RunConfig], dataset: str, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    """Not the weights of the model in whose folder it lies."""
+    given = Path(shutil.copytree(tiny_corpus / "tokenizer", tmp_path / "model"))
+    (given / "model.safetensors").write_bytes(b"weights")
+    words = stream_options(dataset, tiny_corpus, tmp_path)
+    assert train(configure(*words, f"--data.tokenizer={given}", "--train.steps=2")) == 0
+    saved = tmp_path / "run" / "checkpoints" / "step-00000002" / "tokenizer"
+    assert sorted(os.listdir(saved)) == sorted(os.listdir(tiny_corpus / "tokenizer"))
 
 
 def test_what_a_stream_cannot_go_on_from(

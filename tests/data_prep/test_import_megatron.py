@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from data_prep.import_megatron import import_corpus
 from launch.cli import run_command
-from megatron_rdt.data import TokenCorpus, load_manifest
+from megatron_rdt.data import TokenCorpus, Tokenizer, load_manifest
 from megatron_rdt.data.shard_files.indexed import prefix_path
 from megatron_rdt.data.shard_files.verify import verify_corpus
 from megatron_rdt.errors import ConfigError, DataError
@@ -55,10 +56,10 @@ def test_files_become_shards_and_originals_stay(
     tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = write_files(tmp_path / "one.text_document", draw_documents(1))
-    two = write_files(tmp_path / "two", draw_documents(2))
+    two, three = (write_files(tmp_path / name, draw_documents(i)) for name, i in (("two", 2), ("three", 3)))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     words = ["prep", "import", str(one), str(two), "--tokenizer", str(tokenizer), "--out", str(tmp_path / "c")]
-    assert run_command([*words, "--valid-prefix", str(two)]) == 0
+    assert run_command([*words, "--valid-prefix", str(three)]) == 0
     assert "EOS" not in capsys.readouterr().out
     assert {path: path.read_bytes() for path in before} == before
     assert (tmp_path / "c/train/shard-00001.bin").stat().st_ino == (tmp_path / "two.bin").stat().st_ino
@@ -72,6 +73,71 @@ def test_files_become_shards_and_originals_stay(
     sizes = np.load(tokenizer / "token_bytes.npy")
     assert (split["documents"], split["text_bytes"]) == (80, int(sizes[stream].sum()))
     assert split["shards"][0]["source"] == str(one)
+
+
+def test_validation_that_is_training_text_is_refused(
+    tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the same name, through a link of either kind, or as a copy; nothing is left of the corpus."""
+    one, two = write_files(tmp_path / "one", draw_documents(1)), write_files(tmp_path / "two", draw_documents(2))
+    for suffix in (".bin", ".idx"):
+        prefix_path(tmp_path / "link", suffix).symlink_to(prefix_path(one, suffix))
+        os.link(prefix_path(one, suffix), prefix_path(tmp_path / "hard", suffix))
+        shutil.copyfile(prefix_path(one, suffix), prefix_path(tmp_path / "copy", suffix))
+    options = ["--tokenizer", str(tokenizer), "--out", str(tmp_path / "c")]
+    for valid, message in (
+        ("one", r"one is given for training and in --valid_prefix\. The validation loss would be"),
+        ("link", r"one, the same file as .*link, is given for training and in --valid_prefix"),
+        ("hard", r"one, the same file as .*hard, is given for training and in --valid_prefix"),
+        ("copy", r"copy in --valid_prefix has the same tokens as .*one\. The validation loss would be"),
+    ):
+        words = ["prep", "import", str(one), str(two), "--valid_prefix", str(tmp_path / valid), *options]
+        assert run_command(words) == 2
+        assert re.search(message, capsys.readouterr().err)
+        assert not (tmp_path / "c").exists()
+        assert not (tmp_path / ".c.import").exists()
+
+
+def test_files_given_twice(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, copy = (str(write_files(tmp_path / name, draw_documents(1))) for name in ("one", "copy"))
+    other = str(write_files(tmp_path / "other", draw_documents(2)))
+    arguments = str(tokenizer), str(tmp_path / "c")
+    with pytest.raises(ConfigError, match=r"one is given twice\. Give it once\."):
+        import_corpus([one, other, one], *arguments)
+    with pytest.raises(ConfigError, match=r"other, the same file as .*\./other, is given twice"):
+        import_corpus([one], *arguments, [other, f"{tmp_path}/./other"])
+    import_corpus([one, copy], *arguments, [other])
+    assert f"{copy} has the same tokens as {one}: every epoch reads them twice" in capsys.readouterr().out
+
+
+def test_where_a_corpus_cannot_be_put(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decided before a file is read; through a link, the corpus is where the link leads."""
+    one = str(write_files(tmp_path / "one", draw_documents(1)))
+    (tmp_path / "disk" / "c").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("disk/c")
+    assert import_corpus([one], str(tokenizer), str(tmp_path / "link")) == tmp_path / "disk" / "c"
+    assert os.readlink(tmp_path / "link") == "disk/c"
+    assert verify_corpus(tmp_path / "link") == []
+    assert os.listdir(tmp_path / "disk") == ["c"]
+    (tmp_path / "nowhere").symlink_to("absent/c")
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "mounted")
+    monkeypatch.setattr("data_prep.import_megatron._build_corpus", lambda *_: pytest.fail("read first"))
+    for name, message in (
+        ("mounted", "is a mount point"),
+        ("nowhere", "is a link to .* does not exist"),
+        ("", "must end with"),
+    ):
+        out = str(tmp_path / name) if name else "."
+        with pytest.raises(ConfigError, match=message):
+            import_corpus([one], str(tokenizer), out)
+
+
+def test_a_tokenizer_given_as_a_file_keeps_its_settings(tmp_path: Path, tokenizer_folders: dict[str, Path]) -> None:
+    """The name of EOS stands in another file of its folder."""
+    one = write_files(tmp_path / "one", draw_documents(1))
+    given = tokenizer_folders["hf"]
+    corpus = import_corpus([str(one)], str(given / "tokenizer.json"), str(tmp_path / "c"))
+    assert load_manifest(corpus).document["tokenizer"]["fingerprint"] == Tokenizer(given).fingerprint
 
 
 def test_files_are_copied_where_links_are_impossible(

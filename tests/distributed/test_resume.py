@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rdt.convert import convert
 from tests.distributed.training import start_training, train_on, wait_for_step
 
 
@@ -69,6 +70,33 @@ def test_killed_runs_resume_exactly(engine: str, tmp_path: Path, repository: Pat
     assert read_losses(killed_run) == read_losses(tmp_path / "straight")
     assert [step for step, _ in read_losses(killed_run)] == list(range(1, 9))
     assert not list(killed_run.rglob("*.tmp"))
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("engine", ["fsdp", "zero1", "zero3"])
+def test_other_parameters_without_decay_on_resume(engine: str, tmp_path: Path, tiny_options: list[str]) -> None:
+    """At a decay of 0 the groups change no loss, so a loss that changes would show state at the wrong parameter."""
+    options = [*tiny_options, f"--run.root={tmp_path}", f"--parallel.engine={engine}", "--eval.every=0"]
+    options += ["--optimizer.weight_decay=0", "--train.steps=6"]
+    finish_run([*options, "--run.name=straight", "--checkpoint.every=3"], 2, None)
+    source = tmp_path / "straight" / "checkpoints" / "step-00000003"
+    options += ["--run.name=other", "--optimizer.no_weight_decay=embedding.*,core.*"]
+    if engine.startswith("zero"):
+        with start_training([*options, f"--resume={source}"], 2) as ranks:
+            assert set(ranks.wait(100)) == {1}
+            report = ranks.format_report()
+        assert (
+            "was saved with optimizer.no_weight_decay [], and DeepSpeed stores optimizer state in the order" in report
+        )
+        assert f"rdt convert {source} OUT --to zero" in report
+        source = Path(convert(str(source), str(tmp_path / "converted"), "zero"))
+    text = finish_run([*options, f"--resume={source}"], 2, None)
+    assert "optimizer.no_weight_decay [] -> ['embedding.*', 'core.*']" in text
+    straight = read_losses(tmp_path / "straight")[3:]
+    assert [step for step, _ in read_losses(tmp_path / "other")] == [4, 5, 6]
+    for (_, loss), (_, expected) in zip(read_losses(tmp_path / "other"), straight, strict=True):
+        assert loss == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.distributed

@@ -162,6 +162,11 @@ def test_an_unusable_result_file_is_refused_before_evaluating(
         evaluate_checkpoint(str(run), [1], 2, out=str(tmp_path / "new.json"))
     with pytest.raises(ConfigError, match="not writable"):
         evaluate_checkpoint(str(run), [1], 2)
+    monkeypatch.undo()
+    monkeypatch.setattr("megatron_rdt.evaluate.loss.measure_losses", never)
+    (run / "eval.json").mkdir()
+    with pytest.raises(ConfigError, match=r"eval\.json is a directory, it must be a file"):
+        evaluate_checkpoint(str(run), [1], 2)
     assert (tmp_path / "README.md").read_text() == "kept"
 
 

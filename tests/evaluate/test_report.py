@@ -64,6 +64,25 @@ def edit_metrics(run: Path, edit: Callable[[dict], None]) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in changed))
 
 
+def test_an_earlier_report_stays_until_the_new_one_is_complete(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_report(run)
+    before = {path.name: path.read_bytes() for path in (run / "report").iterdir()}
+    edit_metrics(run, lambda record: record.update(loss=record["loss"] + 1))
+
+    def run_out_of_space(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "join_pictures", run_out_of_space)
+        with pytest.raises(OSError, match="No space"):
+            write_report(run)
+    assert {path.name: path.read_bytes() for path in (run / "report").iterdir()} == before
+    write_report(run)
+    after = {path.name: path.read_bytes() for path in (run / "report").iterdir()}
+    assert after.keys() == before.keys()
+    assert after["loss.png"] != before["loss.png"]
+
+
 def test_the_page_is_self_contained(run: Path) -> None:
     path = write_report(run)
     assert path == run / "report" / "index.html"

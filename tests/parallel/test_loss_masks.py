@@ -47,6 +47,7 @@ def test_every_target_that_counts_has_the_same_weight(size: int, engine: Engine)
     objective.backward()
     torch.testing.assert_close(losses["cross_entropy"], entropy.detach())
     torch.testing.assert_close(losses["objective"], objective.detach())
+    assert float(losses["targets"]) == int(mask[:, 1:].sum())
     assert float(losses["padding"]) == pytest.approx(sum(range(4)) / tokens.numel())
     for name, parameter in engine.model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, msg=name)
@@ -56,7 +57,7 @@ def test_a_step_without_targets_is_a_step_without_gradient(engine: Engine) -> No
     tokens = torch.randint(0, 61, (2, 18), generator=torch.Generator().manual_seed(0))
     mask = torch.zeros_like(tokens, dtype=torch.bool)
     losses = engine.forward_backward([MicroBatch(Batch(tokens, loss_mask=mask), DepthPlan.constant(2, 2))])
-    assert {name: float(value) for name, value in losses.items()} == {"objective": 0, "cross_entropy": 0}
+    assert {name: float(value) for name, value in losses.items()} == {"objective": 0, "cross_entropy": 0, "targets": 0}
     gradients = engine.full_gradients()
     assert gradients
     assert not any(gradient.any() for gradient in gradients.values())

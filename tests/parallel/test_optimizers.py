@@ -15,6 +15,7 @@ from megatron_rdt.errors import CheckpointError, ConfigError
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel import MicroBatch, make_engine
 from megatron_rdt.parallel.optimizers import adamw_groups, muon_groups
+from megatron_rdt.planner.run_plan import make_layout
 from megatron_rdt.train import trainer
 
 SMALL = ModelConfig(vocab_size=61, dim=32, prelude_layers=1, core_layers=1, coda_layers=1, heads=4, kv_heads=2)
@@ -81,6 +82,97 @@ def test_who_steps_what_with_which_decay(injection: str, optimizer: str) -> None
         assert f"core.{name}" in reused
     assert "core.halting.weight" in plain
     assert "core.initial" in plain
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_patterns_exempt_parameters_from_decay(optimizer: str) -> None:
+    model = build(EVERYTHING)
+
+    def decays(*patterns: str) -> dict[str, float]:
+        config = OptimizerConfig(name=optimizer, weight_decay=0.3, no_weight_decay=[*patterns])
+        groups = [*adamw_groups(model, config), *muon_groups(model, config)]
+        assert all(group["params"] for group in groups)
+        return {n: g["weight_decay"] for g, found in zip(groups, names(groups, model)) for n in found}
+
+    before = decays()
+    cases: list[tuple[list[str], Callable[[str], bool]]] = [
+        (["embedding.*"], lambda name: name == "embedding.weight"),
+        (["embedding.*", "core.*"], lambda name: name.split(".")[0] in ("embedding", "core")),
+        (["[eh]*", "*.token_values.*"], lambda name: name[0] in "eh" or ".token_values." in name),
+    ]
+    for patterns, is_exempt in cases:
+        assert any(decay and is_exempt(name) for name, decay in before.items())
+        assert decays(*patterns) == {name: 0.0 if is_exempt(name) else decay for name, decay in before.items()}
+    assert decays("Core.*") == before  # case counts
+
+
+def test_exempt_parameters_shrink_with_gradients_only() -> None:
+    """One step at a large decay: the embedding takes the step of a run without decay, the layers do not."""
+    decayed, exempt, plain = (
+        train(OptimizerConfig(lr=0.01, weight_decay=decay, no_weight_decay=patterns), steps=1)
+        for decay, patterns in ((5.0, []), (5.0, ["embedding.*"]), (0.0, []))
+    )
+    for name, weight in exempt.items():
+        if name.startswith("embedding."):
+            assert torch.equal(weight, plain[name])
+            assert not torch.equal(weight, decayed[name])
+        else:
+            assert torch.equal(weight, decayed[name])
+
+
+def test_patterns_that_match_nothing_or_everything_are_refused(
+    configure: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    options = [f"--run.root={tmp_path}"]
+    wrong = configure(*options, "--optimizer.no_weight_decay=embedding.*,embeddings.*")
+    assert wrong.optimizer.no_weight_decay == ["embedding.*", "embeddings.*"]
+    message = (
+        r"the pattern 'embeddings\.\*', which matches no parameter .*names are such as embedding\.weight, .*core\."
+    )
+    with pytest.raises(ConfigError, match=message):
+        trainer.train(wrong)
+    with pytest.raises(ConfigError, match=message):
+        make_layout(wrong, 1)
+    with pytest.raises(ConfigError, match=r"leaves no parameter with weight decay\. Set --optimizer\.weight_decay 0"):
+        trainer.train(configure(*options, "--optimizer.no_weight_decay=*"))
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_patterns_may_change_on_resume(
+    optimizer: str, configure: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The number of groups changes too; the state of every parameter stays its own."""
+    options = [f"--run.root={tmp_path}", "--eval.every=0", f"--optimizer.name={optimizer}"]
+    assert trainer.train(configure(*options, "--train.steps=2", "--optimizer.no_weight_decay=embedding.*,core.*")) == 0
+    source = tmp_path / "run" / "checkpoints" / "step-00000002"
+
+    def load(*patterns: str) -> tuple[dict[str, dict], dict[str, float]]:
+        config = configure(*options, *patterns)
+        engine = make_engine(config, torch.device("cpu"))
+        engine.setup(build(config.model))
+        engine.load(source)
+        found = {parameter: name for name, parameter in engine.model.named_parameters()}
+        optimizers = engine.optimizers  # type: ignore[attr-defined]
+        states = {found[p]: state for each in optimizers for p, state in each.state.items()}
+        groups = [group for each in optimizers for group in each.param_groups]
+        return states, {found[p]: group["weight_decay"] for group in groups for p in group["params"]}
+
+    same, decays = load("--optimizer.no_weight_decay=embedding.*,core.*")
+    other, other_decays = load()
+    assert {n for n in decays if decays[n] != other_decays[n]} >= {
+        "embedding.weight",
+        "core.layers.0.feedforward.up.weight",
+    }
+    assert same.keys() == other.keys() == decays.keys()
+    for name, state in same.items():
+        assert state
+        for key, value in state.items():
+            assert torch.equal(value, other[name][key]), (name, key)
+    capsys.readouterr()
+    assert trainer.train(configure(*options, "--train.steps=3"), "auto") == 0
+    assert "optimizer.no_weight_decay ['embedding.*', 'core.*'] -> []" in capsys.readouterr().out
+    assert trainer.train(configure(*options, "--train.steps=4", "--optimizer.no_weight_decay=coda.*"), "auto") == 0
 
 
 def run_config(optimizer: OptimizerConfig) -> RunConfig:

@@ -68,8 +68,8 @@ def test_a_failing_sample_is_one_warning(
 class Overflowing(SingleEngine):
     """The single engine; a finite step leaves weights that are not."""
 
-    def step(self, lr: float, finite: torch.Tensor | None = None) -> None:
-        super().step(lr, finite)
+    def step(self, lr: float, accepted: torch.Tensor | None = None) -> None:
+        super().step(lr, accepted)
         with torch.no_grad():
             self.model.embedding.weight.fill_(math.nan)
 

@@ -1,7 +1,10 @@
 """Steps that are not finite change nothing; too many in a row end the run."""
 
 import math
+import os
+import signal
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer
 from megatron_rdt.parallel import MicroBatch
 from megatron_rdt.parallel.replicated import SingleEngine
 from megatron_rdt.train import trainer
-from megatron_rdt.train.nonfinite_guard import NonfiniteGuard
+from megatron_rdt.train.nonfinite_guard import NonfiniteGuard, TargetGuard
 from tests.train.runs import Configure, read_records
 
 
@@ -32,6 +35,21 @@ def test_the_guard_counts_steps_in_a_row() -> None:
         guard.accept(7, 2.0, -math.inf)
     with pytest.raises(TrainingError):
         NonfiniteGuard(limit=3, skipped=2).accept(1, math.nan, math.nan)
+
+
+def test_steps_without_a_target_are_counted_in_a_row() -> None:
+    guard = TargetGuard(limit=3)
+    assert [guard.accept(step, targets) for step, targets in enumerate((0, 0, 5, None, 0))] == [
+        False,
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert (guard.in_a_row, guard.total) == (1, 3)
+    assert not guard.accept(6, 0)
+    with pytest.raises(TrainingError, match=r"step 7: .* no target counted 3 times in a row.*max_steps_without_target"):
+        guard.accept(7, 0)
 
 
 def snapshot(engine: SingleEngine) -> dict[str, torch.Tensor]:
@@ -168,3 +186,83 @@ def test_a_run_that_ends_on_skipped_steps_has_failed(option: str, configure: Con
     config = configure(f"--run.root={tmp_path}", "--eval.every=0", option)
     with pytest.raises(TrainingError, match="not finite"):
         trainer.train(config)
+
+
+class WithoutTargets(Poisoned):
+    """The single engine with loss masks, by which no target counts in some steps."""
+
+    def forward_backward(
+        self, batch: Sequence[MicroBatch], monitor: CoreMonitor | None = None
+    ) -> dict[str, torch.Tensor]:
+        counts = len(self.states) + 1 not in self.bad
+        masked = [
+            replace(micro, batch=replace(micro.batch, loss_mask=torch.full_like(micro.batch.tokens, counts).bool()))
+            for micro in batch
+        ]
+        self.states.append(snapshot(self) | {name: b.clone() for name, b in self.model.named_buffers()})
+        return SingleEngine.forward_backward(self, masked, monitor)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_without_a_target_changes_nothing(
+    optimizer: str,
+    configure: Configure,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Neither momentum nor weight decay, and the bias of experts stays too."""
+    options = [f"--run.root={tmp_path}", "--eval.every=0", f"--optimizer.name={optimizer}", "--logging.every=1"]
+    options += ["--model.core_ffn=moe", "--model.balance_rate=0.1", "--optimizer.weight_decay=0.5"]
+    engine = WithoutTargets(config := configure(*options), torch.device("cpu"))
+    engine.bad = (3, 4, 8)
+    monkeypatch.setattr(trainer, "make_engine", lambda *_: engine)
+    assert trainer.train(config) == 0
+    before, final = engine.states[2], snapshot(engine) | dict(engine.model.named_buffers())
+    assert any(name.endswith("selection_bias") for name in before)
+    for name, tensor in before.items():
+        assert torch.equal(tensor, engine.states[3][name]), name
+        assert torch.equal(tensor, engine.states[4][name]), name
+        assert torch.equal(engine.states[7][name], final[name]), name
+        if not name.endswith(("cosine", "sine")):
+            assert not torch.equal(tensor, engine.states[7][name]), f"{name} was trained before and after"
+    records = read_records(tmp_path / "run" / "metrics.jsonl")
+    assert [record["step"] for record in records if record["loss"] is None] == [3, 4, 8]
+    assert [record["targets"] for record in records] == [128, 128, 0, 0, 128, 128, 128, 0]
+    said = capsys.readouterr().out
+    assert said.count("no target counts, step skipped") == 3
+    assert said.count("loss none (no target)") == 3
+    assert "warning: in 3 of the last 8 steps no target counted, so they changed nothing" in said
+    saved = [
+        checkpoints.read_trainer_state(directory)["steps_without_target"]
+        for directory in checkpoints.list_complete_checkpoints(tmp_path / "run")
+    ]
+    assert saved == [2, 0, 1]
+
+
+def test_too_many_steps_without_a_target_end_the_run(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The count of a checkpoint goes on after a resume: steps 3 to 5, of which the process that failed took one."""
+    config = configure(f"--run.root={tmp_path}", "--eval.every=0", "--train.max_steps_without_target=3")
+    first, second = (WithoutTargets(config, torch.device("cpu")) for _ in range(2))
+    first.bad, second.bad = (3, 4), (1, 2)
+    monkeypatch.setattr(first, "step", stop_after(first, 4))
+    monkeypatch.setattr(trainer, "make_engine", lambda *_: first)
+    assert trainer.train(config) == 75
+    monkeypatch.setattr(trainer, "make_engine", lambda *_: second)
+    with pytest.raises(TrainingError, match=r"step 5: .* no target counted 3 times in a row"):
+        trainer.train(config, "auto")
+
+
+def stop_after(engine: SingleEngine, steps: int) -> Callable[..., None]:
+    """The optimizer step of an engine; the process is asked to stop in one of them."""
+    original, taken = engine.step, [0]
+
+    def step(lr: float, accepted: torch.Tensor | None = None) -> None:
+        original(lr, accepted)
+        taken[0] += 1
+        if taken[0] == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return step

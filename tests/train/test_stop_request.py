@@ -35,8 +35,8 @@ def test_a_stop_request_is_remembered(number: signal.Signals, configure: Configu
 class Stopped(SingleEngine):
     """The single engine; the process is asked to stop during the third step."""
 
-    def step(self, lr: float, finite: torch.Tensor | None = None) -> None:
-        super().step(lr, finite)
+    def step(self, lr: float, accepted: torch.Tensor | None = None) -> None:
+        super().step(lr, accepted)
         self.taken = getattr(self, "taken", 0) + 1
         if self.taken == 3:
             os.kill(os.getpid(), signal.SIGUSR1)
@@ -69,8 +69,8 @@ class Asked(SingleEngine):
         self.taken = 0
         self._ask()
 
-    def step(self, lr: float, finite: torch.Tensor | None = None) -> None:
-        super().step(lr, finite)
+    def step(self, lr: float, accepted: torch.Tensor | None = None) -> None:
+        super().step(lr, accepted)
         self.taken += 1
         self._ask()
 

@@ -132,9 +132,7 @@ def _training_error_message(text: str, vocab_size: int) -> str:
     if found := re.search(r"value <= (\d+)", text):
         return f"vocab_size {vocab_size} is too large for this text. Set --vocab_size {found[1]} or less, or add text."
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", text):
-        return (
-            f"vocab_size {vocab_size} is too small for the characters of this text. Set --vocab_size above {found[1]}."
-        )
+        return f"vocab_size {vocab_size} is too small for the characters of this text. Set --vocab_size {found[1]} or more."
     if "sentences_.empty" in text or "seed_sentencepieces.empty" in text:
         return "there is no text to train a tokenizer on. Add documents to --sources."
     return f"the tokenizer could not be trained: {text.splitlines()[0]}. Change --vocab_size or --sources."

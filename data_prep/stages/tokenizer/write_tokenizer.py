@@ -62,8 +62,7 @@ def copy_tokenizer(path: str | Path, directory: Path, sample: Iterable[str]) -> 
         DataError: there is no tokenizer, or it is damaged.
     """
     given = Tokenizer(path)
-    if given.eos < 0:
-        raise ConfigError(f"the tokenizer {path} has no EOS, which ends every document. {_missing_eos_hint(given)}")
+    check_has_eos(given)
     if spelled := find_spelled_specials(given):
         print(
             f"text that spells {', '.join(map(repr, spelled))} is encoded to the id of that special token: a document that "
@@ -79,6 +78,14 @@ def copy_tokenizer(path: str | Path, directory: Path, sample: Iterable[str]) -> 
     tokenizer = Tokenizer(directory / JSON_FILE)
     tokenizer.write_token_bytes(directory)
     return tokenizer
+
+
+def check_has_eos(tokenizer: Tokenizer) -> None:
+    """Raise ConfigError if a tokenizer has no EOS."""
+    if tokenizer.eos < 0:
+        raise ConfigError(
+            f"the tokenizer {tokenizer.file} has no EOS, which ends every document. {_missing_eos_hint(tokenizer)}"
+        )
 
 
 def _missing_eos_hint(tokenizer: Tokenizer) -> str:

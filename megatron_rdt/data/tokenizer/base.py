@@ -69,7 +69,7 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.file = _find_tokenizer_file(Path(path))
+        self.file = find_tokenizer_file(Path(path))
         self.backend: Backend = (
             HuggingFaceBackend(self.file) if self.file.suffix == ".json" else SentencePieceBackend(self.file)
         )
@@ -116,7 +116,7 @@ class Tokenizer:
             np.save(file, self.token_bytes())
 
 
-def _find_tokenizer_file(path: Path) -> Path:
+def find_tokenizer_file(path: Path) -> Path:
     """Return the tokenizer's file, given itself or its folder; DataError if there is none."""
     if path.is_dir():
         path = path / (MODEL_FILE if (path / MODEL_FILE).is_file() or not (path / JSON_FILE).is_file() else JSON_FILE)

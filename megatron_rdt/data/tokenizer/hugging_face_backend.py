@@ -140,7 +140,7 @@ def read_settings(folder: Path) -> TokenizerSettings:
     for file in (folder / SPECIALS_FILE, folder / SETTINGS_FILE):
         document = read_json_object(file) if file.is_file() else {}
         for name in NAMED_TOKENS:
-            content = _token_spelling(document.get(name))
+            content = token_spelling(document.get(name))
             if content is None:
                 continue
             before = settings.named.get(name, content)
@@ -150,7 +150,7 @@ def read_settings(folder: Path) -> TokenizerSettings:
                 )
             settings.named[name], files[name] = content, file.name
         by_id = _get_object(file, document, "added_tokens_decoder")
-        spelled = ((_token_spelling(token), index) for index, token in by_id.items())
+        spelled = ((token_spelling(token), index) for index, token in by_id.items())
         settings.added.extend((content, _to_id(index)) for content, index in spelled if content is not None)
     added_file = folder / ADDED_FILE
     if added_file.is_file():
@@ -172,7 +172,7 @@ def _to_id(value: Any) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
-def _token_spelling(token: Any) -> str | None:
+def token_spelling(token: Any) -> str | None:
     """Return the spelling of a token that settings give as a text or as an object with the key content."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None

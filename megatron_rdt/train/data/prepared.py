@@ -47,6 +47,7 @@ def open_prepared_data(config: RunConfig, data_ranks: int, local_rank: int = 0) 
     }
     _check_same_on_all_ranks(manifests)
     check_tokenizers(list(manifests.values()), config.model.vocab_size)
+    check_repeated_shards(manifests, bool(config.eval.every))
     if config.data.pack == "bestfit":
         _make_missing_packing_plans(manifests, config.train.sequence_length, local_rank)
     return PreparedData(config, data_ranks, manifests)
@@ -111,6 +112,34 @@ def check_tokenizers(manifests: list[CorpusManifest], vocab_size: int) -> None:
             f"model.vocab_size is {vocab_size}, but the tokenizer of {first.directory} has {first.vocab_size} pieces. "
             f"Set --model.vocab_size {first.vocab_size}."
         )
+
+
+def check_repeated_shards(manifests: Mapping[str, CorpusManifest], evaluates: bool) -> None:
+    """Raise ConfigError if two corpora are the same, or if a validation shard is a training shard of any of them.
+
+    Args:
+        manifests: by name of the corpus.
+        evaluates: whether the run reads the validation splits.
+    """
+    corpora: dict[str, str] = {}
+    training: dict[str, Path] = {}
+    for name, manifest in manifests.items():
+        first = corpora.setdefault(manifest.fingerprint, name)
+        if first != name:
+            raise ConfigError(
+                f"{manifests[first].directory} and {manifest.directory} hold the same shards. Give the corpus once, with both "
+                "weights added."
+            )
+        for split, record in manifest.shard_records():
+            if split == "train" and record["tokens"]:
+                training[record["bin_sha256"]] = manifest.directory / split / record["name"]
+    for manifest in manifests.values() if evaluates else ():
+        for split, record in manifest.shard_records():
+            if split != "train" and record["bin_sha256"] in training:
+                raise ConfigError(
+                    f"{manifest.directory / split / record['name']}, which is for validation, has the tokens of "
+                    f"{training[record['bin_sha256']]}. Prepare it from other text, or set --eval.every 0."
+                )
 
 
 class PreparedData:

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -95,7 +96,7 @@ def test_what_cannot_be_a_special_token_is_refused(tokens: list[str]) -> None:
 @pytest.mark.parametrize(
     ("size", "text", "message"),
     [
-        (100, "abc", "vocab_size 100 is too small for the characters of this text. Set --vocab_size above [23]"),
+        (100, "abc", "vocab_size 100 is too small for the characters of this text. Set --vocab_size [23]"),
         (5000, "some words of a text " * 9, "vocab_size 5000 is too large for this text. Set --vocab_size "),
         (400, "", "there is no text to train a tokenizer on"),
         (400, "\n\n\t", "there is no text to train|vocab_size 400 is too large"),
@@ -113,6 +114,27 @@ def test_the_suggested_size_can_be_trained(texts: list[str]) -> None:
             train_tokenizer(texts[:1], dataclasses.replace(config, vocab_size=50_000))
         size = int(str(caught.value).split("--vocab_size ")[1].split()[0])
         assert len(parse_model(train_tokenizer(texts[:1], dataclasses.replace(config, vocab_size=size))).pieces) == size
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("text", ["x", "abc", "some words of a text " * 9])
+def test_the_bounds_of_the_vocabulary_size_are_exact(kind: Literal["bpe", "unigram"], text: str) -> None:
+    """Both messages name a size that can be trained, and the next one beyond cannot; they agree with one another."""
+
+    def read_suggestion(size: int) -> tuple[int, str]:
+        with pytest.raises(DataError) as caught:
+            train_tokenizer([text], PrepConfig(vocab_size=size, tokenizer_type=kind))
+        found = re.search(r"Set --vocab_size (\d+) or (more|less)", str(caught.value))
+        assert found, caught.value
+        return int(found[1]), found[2]
+
+    smallest, largest = read_suggestion(100)[0], read_suggestion(5000)[0]
+    assert smallest <= largest
+    for size in (smallest, largest):
+        model = train_tokenizer([text], PrepConfig(vocab_size=size, tokenizer_type=kind))
+        assert len(parse_model(model).pieces) == size
+    assert read_suggestion(smallest - 1) == (smallest, "more")
+    assert read_suggestion(largest + 1) == (largest, "less")
 
 
 def test_a_foreign_model_that_normalises_is_copied_without_an_export(

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.commands.plan import plan
+from megatron_rdt.errors import ConfigError
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 PRESET = ["plan", "--config", "configs/models/parcae_140m.yaml", "--parallel.engine", "fsdp"]
 WORKS = ["--train.global_batch=512", "--train.micro_batch=1", "--train.precision=bfloat16"]
@@ -57,6 +60,36 @@ def test_wrong_use_is_one_sentence_and_status_2(rdt: Run, words: list[str], part
     assert result.returncode == 2, result.stdout
     assert "Traceback" not in result.stderr
     assert not [part for part in parts if part not in result.stderr], result.stderr
+
+
+def test_a_file_that_is_no_plan_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known before anything is computed or measured."""
+    (tmp_path / "config.yaml").write_text("train: {steps: 3}\n")
+    (tmp_path / "run.json").write_text('{"losses": {}}')
+    (tmp_path / "rows.json").write_text("[1, 2]")
+    monkeypatch.setattr("launch.commands.plan.fit_to_devices", lambda *_: pytest.fail("began to work"))
+    for name, message in (
+        ("config.yaml", "exists and is not a plan of `rdt plan`; it is kept as it is"),
+        ("run.json", "exists and is not a plan"),
+        ("rows.json", "exists and is not a plan"),
+        ("absent/plan.json", "absent does not exist"),
+        (".", "is a directory, it must be a file"),
+    ):
+        for measure in ([], ["--measure"]):
+            with pytest.raises(ConfigError, match=message):
+                plan([*PRESET[1:], *WORKS, *measure, "--out", str(tmp_path / name)])
+    with pytest.raises(ConfigError, match="is a device or pipe"):
+        plan([*PRESET[1:], *WORKS, "--out", "/dev/null"])
+    assert (tmp_path / "config.yaml").read_text() == "train: {steps: 3}\n"
+
+
+def test_an_earlier_plan_is_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    for content in ("", None, '[{"loops": 1, "planned": {}}]\n'):
+        if content is not None:
+            out.write_text(content)
+        assert plan([*PRESET[1:], *WORKS, "--devices", "512", "--out", str(out)]) == 0
+        assert json.loads(out.read_text())["layout"]["devices"] == 512
 
 
 @pytest.mark.distributed

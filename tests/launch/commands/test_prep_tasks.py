@@ -1,6 +1,7 @@
 """`rdt prep tasks`: the files that it writes, and options that it refuses before it touches one."""
 
 import json
+import os
 import re
 import subprocess
 from collections.abc import Callable
@@ -91,6 +92,51 @@ def test_files_are_replaced_only_on_request(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"file/below cannot be written: Not a directory\. Set --out\."):
         tasks([*SMALL, f"--out={tmp_path}/file/below"])
+
+
+@pytest.mark.parametrize("content", ['{"text": "mine"}\n', "not JSON\n", "", None])
+def test_files_of_others_are_never_replaced(content: str | None, tmp_path: Path) -> None:
+    """A user's own train.jsonl, or a folder of that name."""
+    path = tmp_path / "train.jsonl"
+    path.mkdir() if content is None else path.write_text(content)
+    with pytest.raises(ConfigError, match=r"train\.jsonl was not written by `rdt prep tasks`; it is kept as it is"):
+        tasks([*SMALL, f"--out={tmp_path}", "--restart"])
+    assert [child.name for child in tmp_path.iterdir()] == ["train.jsonl"]
+    assert path.is_dir() if content is None else path.read_text() == content
+
+
+def test_no_file_is_replaced_before_all_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are renamed one after another, but a full disk shows before the first of them."""
+    assert tasks([*SMALL, f"--out={tmp_path}"]) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    fsync, synced = os.fsync, list[int]()
+
+    def fill_the_disk(descriptor: int) -> None:
+        synced.append(descriptor)
+        if len(synced) == 2:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fill_the_disk)
+    with pytest.raises(OSError, match="No space"):
+        tasks([*SMALL, f"--out={tmp_path}", "--seed=1", "--restart"])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_test_file_that_is_not_replaced_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tasks([*SMALL, f"--out={tmp_path}"]) == 0
+    assert "left as it is" not in capsys.readouterr().out
+    assert tasks(["--count=40", "--test_count=0", f"--out={tmp_path}", "--seed=1", "--restart"]) == 0
+    assert f"{tmp_path}/test.jsonl was there before and is left as it is" in capsys.readouterr().out
+
+
+def test_links_to_files_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "train.jsonl").symlink_to("disk/train.jsonl")
+    for seed in (0, 1):
+        assert tasks([*SMALL, f"--out={tmp_path}", f"--seed={seed}", "--restart"]) == 0
+        assert len(records(tmp_path / "disk" / "train.jsonl")) == 40
+        assert os.readlink(tmp_path / "train.jsonl") == "disk/train.jsonl"
 
 
 @pytest.mark.distributed

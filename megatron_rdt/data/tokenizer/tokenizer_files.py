@@ -1,0 +1,33 @@
+"""The files of a tokenizer, which may lie in the folder of a model among gigabytes of weights."""
+
+import shutil
+from pathlib import Path
+
+from megatron_rdt.data.tokenizer.base import BYTES_FILE, find_tokenizer_file
+from megatron_rdt.data.tokenizer.hugging_face_backend import COMPANION_FILES, JSON_FILE
+from megatron_rdt.data.tokenizer.sentencepiece_backend import MODEL_FILE
+
+TOKENIZER_FILES = (MODEL_FILE, JSON_FILE, *COMPANION_FILES, BYTES_FILE)
+
+
+def list_tokenizer_files(path: str | Path) -> list[Path]:
+    """List the files of a tokenizer, by name, given its file or its folder; nothing else in the folder counts.
+
+    Raises:
+        DataError: there is no tokenizer.
+    """
+    path, file = Path(path), find_tokenizer_file(Path(path))
+    names = {file.name, *(COMPANION_FILES if file.suffix == ".json" else ())}
+    if path.is_dir():
+        names.update(TOKENIZER_FILES)
+    return [known for name in sorted(names) if (known := file.parent / name).is_file()]
+
+
+def copy_tokenizer_files(path: str | Path, target: Path) -> None:
+    """Copy the files of `list_tokenizer_files` into the folder `target`; a file given by itself gets the usual name."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in list_tokenizer_files(path):
+        name = file.name
+        if file == Path(path):
+            name = JSON_FILE if file.suffix == ".json" else MODEL_FILE
+        shutil.copyfile(file, target / name)

@@ -96,7 +96,10 @@ class RunCheckpoints:
         if changed:
             lines.append(f"changed since it was saved: {', '.join(changed)}")
         position = Position(
-            state["step"], state["data"]["consumed_samples"], state["skipped_steps"], state["steps_without_target"]
+            state["step"],
+            state["data"]["consumed_samples"],
+            state["skipped_steps"],
+            state.get("steps_without_target", 0),
         )
         return position, [*lines, *changed_data]
 

@@ -35,14 +35,8 @@ def format_plan(plan: RunPlan, utilisation: float, tokens: float, price: float) 
         tokens: budget of the run.
         price: price of one device for an hour; 0 omits the cost.
     """
-    parts = [
-        _format_parameters(plan),
-        _format_work(plan),
-        _format_memory(plan),
-        _format_communication(plan),
-        _format_time(plan, utilisation, tokens, price),
-    ]
-    return "\n\n".join(part for part in parts if part)
+    sections = (_format_parameters(plan), _format_work(plan), _format_memory(plan), _format_communication(plan))
+    return "\n\n".join((*sections, _format_time(plan, utilisation, tokens, price)))
 
 
 def _format_table(rows: Sequence[tuple[str, ...]], indent: str = "  ") -> str:

@@ -120,35 +120,22 @@ def make_plan(config: RunConfig, devices: int, device: Device, utilisation: floa
     layout = make_layout(config, devices)
     loops, with_grad, deepest = plan_depths(config.depth)
     mean = StepDepth(max(round(loops), 1), max(round(with_grad), 1))
-    memory = step_memory(config, layout, device.is_gpu, deepest)
+    memory, usual = (step_memory(config, layout, device.is_gpu, depth) for depth in (deepest, mean))
     work, sent = step_work(config, loops, with_grad), step_communication(config, layout, mean, device.is_gpu)
     known = config.train.precision == "bfloat16" or not device.is_gpu
+    time = step_time(work, sent, layout, device, utilisation) if known else None
+    changes = list(find_saving_options(config, devices, device, memory)) if advise else []
+    parts, active = part_sizes(config.model), active_parameters(config.model)
     return RunPlan(
-        config,
-        device,
-        layout,
-        part_sizes(config.model),
-        active_parameters(config.model),
-        loops,
-        with_grad,
-        deepest,
-        memory,
-        step_memory(config, layout, device.is_gpu, mean),
-        work,
-        sent,
-        step_time(work, sent, layout, device, utilisation) if known else None,
-        list(find_saving_options(config, devices, device, memory)) if advise else [],
+        config, device, layout, parts, active, loops, with_grad, deepest, memory, usual, work, sent, time, changes
     )
 
 
 def checkpoint_policies() -> list[str]:
     """List the choices of `depth.checkpoint`, except for numbers."""
-    return [
-        str(value)
-        for kind in (get_type_hints(DepthConfig)["checkpoint"], *get_args(get_type_hints(DepthConfig)["checkpoint"]))
-        if get_origin(kind) is Literal
-        for value in get_args(kind)
-    ]
+    hint = get_type_hints(DepthConfig)["checkpoint"]
+    literals = [kind for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal]
+    return [str(value) for kind in literals for value in get_args(kind)]
 
 
 def _list_candidates(config: RunConfig, devices: int) -> Iterator[dict[str, Any]]:

@@ -61,7 +61,8 @@ class Engine(ABC):
         self.layout = Layout.of(config.parallel, self.world_size)
         # Sums between hosts go over gloo, so that they do not wait behind the kernels of NCCL; None is the default group.
         self._host_group: dist.ProcessGroup | None = None
-        if self.world_size > 1:
+        # Every rank has to create it: an engine of one process inside a group, as tests compare with, does not.
+        if self.world_size > 1 and config.parallel.engine_kind.many_processes:
             # A group of its own: a rank that failed can still be in it while the others are in a collective of training.
             timeout = timedelta(seconds=config.parallel.timeout_s)
             self._host_group = dist.new_group(backend="gloo", timeout=timeout)

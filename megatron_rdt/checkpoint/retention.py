@@ -52,10 +52,17 @@ def hide_checkpoint(directory: Path) -> Path:
 def delete_expired_checkpoints(run_directory: Path, keep: int, milestones: int = 0) -> None:
     """Delete what `list_expired_checkpoints` names. What cannot be deleted is named in a warning; the run continues."""
     try:
-        for directory in list_expired_checkpoints(run_directory, keep, milestones):
-            delete_hidden(hide_checkpoint(directory))
+        expired = list_expired_checkpoints(run_directory, keep, milestones)
     except OSError as error:
-        logger.warning("old checkpoints of %s cannot be deleted: %s. Delete them by hand.", run_directory, error)
+        logger.warning("%s cannot be read, so no old checkpoint is deleted: %s", run_directory, error)
+        return
+    for directory in expired:
+        try:
+            hidden = hide_checkpoint(directory)
+        except OSError as error:
+            logger.warning("the old checkpoint %s cannot be deleted: %s. Delete it by hand.", directory, error)
+        else:
+            delete_hidden(hidden)
 
 
 def delete_leftovers(folder: Path) -> None:

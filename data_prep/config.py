@@ -9,6 +9,7 @@ from typing import Literal
 from data_prep.cleaning import check_cleaning
 from megatron_rdt.data.hugging_face import PREFIX
 from megatron_rdt.errors import ConfigError
+from megatron_rdt.files import PathText
 
 TEXT_MARK = "=text"  # `.json=text` in `extensions`: each such file is one plain text document
 STDLIB = "stdlib"  # the source that stands for the modules of this Python's standard library
@@ -23,11 +24,11 @@ MOST_IDS = 2**31 - 1  # ids are int32
 class PrepConfig:
     """Options of `rdt prep`: the text to prepare, and how."""
 
-    sources: list[str] = field(default_factory=lambda: ["stdlib"])
+    sources: list[PathText] = field(default_factory=lambda: ["stdlib"])
     """Sources of text: files or folders (.txt, .md, .py and so on, .jsonl[.gz|.zst], .parquet), `hf:NAME` or `hf:NAME:CONFIG` for a Hugging Face dataset, `stdlib` for the sources of this Python's standard library."""
-    valid_sources: list[str] = field(default_factory=list)
+    valid_sources: list[PathText] = field(default_factory=list)
     """Further sources, whose documents all go to the validation split; `valid_fraction` is then ignored."""
-    out: str = "data/corpus"
+    out: PathText = "data/corpus"
     """Directory of the corpus to write."""
     extensions: list[str] = field(
         default_factory=lambda: [".txt", ".md", ".rst", ".py", ".c", ".h", ".jsonl", ".parquet"]
@@ -57,7 +58,7 @@ class PrepConfig:
     """Duplicates to remove: none, documents of equal content, or also those that share most of their word 5-grams (MinHash)."""
     near_threshold: float = 0.8
     """Jaccard similarity from which documents count as near-duplicates."""
-    tokenizer: str = ""
+    tokenizer: PathText = ""
     """Existing tokenizer to use: a SentencePiece model, a folder with a Hugging Face tokenizer.json, or the tokenizer of a prepared corpus; empty trains one on these documents."""
     tokenizer_type: Literal["bpe", "unigram"] = "bpe"
     """Kind of tokenizer to train; both can be exported exactly for transformers."""

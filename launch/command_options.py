@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import jsonargparse
 
 from megatron_rdt.config import RunConfig
-from megatron_rdt.config.option_texts import check_words
-from megatron_rdt.config.option_types import metavar
+from megatron_rdt.config.option_texts import NAMES_PATH, check_words
+from megatron_rdt.config.option_types import metavar, names_path
 from megatron_rdt.config.parser import field_help, make_parser, parse
 
 T = TypeVar("T")
@@ -57,7 +57,7 @@ def make_run_parser(program: str, description: str, extra: type) -> jsonargparse
     A boolean field of `extra` is a flag. The metadata of a field may have its own "metavar" and "help".
     """
     parser = make_parser(RunConfig, program, description)
-    kinds = typing.get_type_hints(extra)
+    kinds, annotated = typing.get_type_hints(extra), typing.get_type_hints(extra, include_extras=True)
     texts: dict[str, str] = {}
     for ancestor in filter(dataclasses.is_dataclass, reversed(extra.__mro__)):
         texts |= field_help(ancestor)  # which knows only the fields that a class itself declares
@@ -67,7 +67,9 @@ def make_run_parser(program: str, description: str, extra: type) -> jsonargparse
             parser.add_argument(option, action="store_true", help=text)
         else:
             shown = field.metadata.get("metavar", metavar(kind))
-            parser.add_argument(option, type=kind, default=field.default, metavar=shown, help=text)
+            action = parser.add_argument(option, type=kind, default=field.default, metavar=shown, help=text)
+            if names_path(annotated[field.name]):
+                setattr(action, NAMES_PATH, True)
     return parser
 
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,13 @@ from megatron_rdt.files import escape_invalid_utf8, is_disk_full, write_text
 
 EXIT_INTERRUPTED = 130  # as a shell reports SIGINT
 NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+# Parts of the errors of libraries when the machine, or the GPU, has no memory left.
+NO_HOST_MEMORY = ("DefaultCPUAllocator: ", "std::bad_alloc", os.strerror(errno.ENOMEM))
+NO_GPU_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+LESS_HOST_MEMORY = (
+    "Use fewer processes (--nproc of rdt train, --workers of rdt prep), on a CPU also a smaller --train.micro_batch or "
+    "--depth.checkpoint per_iteration, or a machine or job with more memory"
+)
 # Parts of the errors that Gloo and NCCL raise on the remaining ranks when one rank is gone.
 LOST_PEER = ("by peer", "Broken pipe", "Timed out waiting", "remote process exited", "communicator was aborted")
 
@@ -30,10 +38,14 @@ def explain(error: BaseException) -> RdtError | None:
             f"{escape_invalid_utf8(error.object)} is not valid UTF-8. Rename the file or folder that has such a name."
         )
     # Compared by name, so that nothing here imports PyTorch.
-    if name == "OutOfMemoryError":
+    if name == "OutOfMemoryError" or (isinstance(error, RuntimeError) and any(sign in text for sign in NO_GPU_MEMORY)):
         return RdtError(
             f"out of GPU memory ({first}). Lower --train.micro_batch or set --depth.checkpoint per_iteration."
         )
+    if _is_out_of_host_memory(error):
+        size = re.search(r"allocate (\d+) bytes", text)
+        failed = f"an allocation of {int(size[1]) / 1e9:.2f} GB failed" if size else first
+        return RdtError(f"this machine, or this job's share of it, is out of memory ({failed}). {LESS_HOST_MEMORY}.")
     if name in ("DistNetworkError", "DistStoreError"):
         return LaunchError(
             f"the processes could not connect: {first} Check that all of them were started, MASTER_ADDR and MASTER_PORT."
@@ -41,6 +53,14 @@ def explain(error: BaseException) -> RdtError | None:
     if isinstance(error, RuntimeError) and any(sign in text for sign in LOST_PEER):
         return LostPeerError(f"lost contact with another rank ({first}). The cause is in that rank's messages.")
     return None
+
+
+def _is_out_of_host_memory(error: BaseException) -> bool:
+    """Return True if an allocation in the machine's own memory failed: in Python, NumPy, PyTorch or the kernel."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    is_library_error = isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_HOST_MEMORY)
+    return isinstance(error, MemoryError) or is_library_error
 
 
 def _is_kernel_path(path: object) -> bool:

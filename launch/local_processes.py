@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from launch.failures import read_failure
+from launch.failures import LESS_HOST_MEMORY, read_failure
 from megatron_rdt.environment import launcher_environment
 from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED, ConfigError, LaunchError
 from megatron_rdt.train.stop_request import STOP_SIGNALS
@@ -144,8 +144,10 @@ class _WorkerGroup:
         """Return a rank's priority as the cause (0 is the likeliest) and the message, for a rank that failed."""
         status, failure = self.processes[rank].returncode, read_failure(self.files[rank])
         if status == -signal.SIGKILL:
-            why = "kill -9, or the kernel when memory ran out"
-            return 0, f"rank {rank} was killed by SIGKILL ({why}). Continue with --resume auto."
+            return 0, (
+                f"rank {rank} was killed by SIGKILL (kill -9, or the kernel when memory ran out). Continue with --resume auto. "
+                f"If memory ran out, as dmesg would say: {LESS_HOST_MEMORY[0].lower()}{LESS_HOST_MEMORY[1:]}."
+            )
         if failure is not None:
             return (3 if failure.consequence else 1), failure.message
         if status < 0:

@@ -10,6 +10,7 @@ from launch.command_options import HIDDEN, make_run_parser, parse_run_options
 from megatron_rdt.config import RunConfig, check_config
 from megatron_rdt.config.parser import join_words
 from megatron_rdt.errors import ConfigError, DataError
+from megatron_rdt.files import PathText
 from megatron_rdt.run_directory import CHECKPOINTS, run_directory_of
 
 RESUME_WORDS = ("none", "auto")
@@ -20,7 +21,7 @@ DESCRIPTION = "Pretrain a recurrent-depth transformer. Needs token shards, which
 class WorkerOptions:
     """Options of launch/pretrain.py besides the run's config."""
 
-    resume: str = field(default="none", metadata={"metavar": "none|auto|PATH"})
+    resume: PathText = field(default="none", metadata={"metavar": "none|auto|PATH"})
     """none: start a new run; auto: resume from the run's newest healthy checkpoint, or start it; or the path of a checkpoint or run to start from."""
     local_rank: int = field(default=0, metadata=HIDDEN)
     """Passed by the DeepSpeed launcher and ignored: the environment says the same."""

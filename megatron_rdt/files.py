@@ -15,9 +15,13 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 from megatron_rdt.errors import LaunchError
+
+IS_PATH = "path"
+PathText = Annotated[str, IS_PATH]
+"""Type of an option that names a file or directory: `~` at its beginning is the home directory."""
 
 TEMPORARY_SUFFIX = ".tmp"
 HASH_CHUNK_BYTES = 1 << 22

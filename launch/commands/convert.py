@@ -5,15 +5,16 @@ from typing import Literal
 
 from launch.command_options import parse_options, summary_of
 from megatron_rdt.errors import EXIT_OK
+from megatron_rdt.files import PathText
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
     """Options of `rdt convert`."""
 
-    checkpoint: str
+    checkpoint: PathText
     """Checkpoint, or run directory (its newest healthy checkpoint)."""
-    out: str
+    out: PathText
     """Directory to write; must not exist, or be empty."""
     to: Literal["hf", "native", "zero"] = "hf"
     """hf: a folder for transformers; native: for the engines single, ddp and fsdp; zero: for zero1, zero2 and zero3."""

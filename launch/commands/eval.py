@@ -4,21 +4,22 @@ from dataclasses import dataclass, field
 
 from launch.command_options import parse_options, summary_of
 from megatron_rdt.errors import EXIT_OK, ConfigError
+from megatron_rdt.files import PathText
 
 
 @dataclass(frozen=True)
 class EvalOptions:
     """Options of `rdt eval`."""
 
-    checkpoint: str
+    checkpoint: PathText
     """Checkpoint, or run directory (its newest healthy checkpoint)."""
     loops: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
     """Loop counts T to evaluate at."""
     sequences: int = 64
     """Validation sequences to use, spread evenly over the split, of the length that the run was trained with."""
-    data: str | None = None
+    data: PathText | None = None
     """Directory of a prepared corpus; by default the run's own."""
-    out: str | None = None
+    out: PathText | None = None
     """JSON file to write; by default eval.json in the run directory, and none for a checkpoint outside a run."""
 
 

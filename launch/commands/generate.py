@@ -9,6 +9,7 @@ from launch.command_options import parse_options, summary_of
 from megatron_rdt.config.option_texts import MAY_BE_EMPTY
 from megatron_rdt.config.sampling import check_sampling
 from megatron_rdt.errors import EXIT_OK, ConfigError
+from megatron_rdt.files import PathText
 
 if TYPE_CHECKING:
     from megatron_rdt.inference import ExitRule
@@ -21,11 +22,11 @@ OPTION_NAMES = {"new_tokens": "tokens"}
 class GenerateOptions:
     """Options of `rdt generate`."""
 
-    checkpoint: str
+    checkpoint: PathText
     """Checkpoint, run directory (its newest healthy checkpoint), or folder that `rdt convert --to hf` wrote."""
     prompt: str = field(default="def ", metadata={MAY_BE_EMPTY: True})
     """Text to continue; may be given several times."""
-    prompts: str | None = None
+    prompts: PathText | None = None
     """File of further texts to continue, one per line, UTF-8; empty lines are skipped."""
     loops: int = 8
     """Loop count T: more loops, more compute per token, the same weights."""

@@ -12,7 +12,7 @@ from megatron_rdt.config import RunConfig, check_config, dump_config
 from megatron_rdt.config.engines import PROPOSED
 from megatron_rdt.devices import DEVICES, Device
 from megatron_rdt.errors import EXIT_OK, ConfigError
-from megatron_rdt.files import write_text
+from megatron_rdt.files import PathText, write_text
 from megatron_rdt.output_paths import check_output_file
 
 WORKER = Path(__file__).resolve().parent.parent / "plan_worker.py"
@@ -44,7 +44,7 @@ class PlanOptions:
     """Price of a device for an hour; 0 omits the cost."""
     nproc: int = 0
     """--measure: processes on this machine; 0: 2, or 1 for engine single."""
-    out: str = field(default="", metadata={"metavar": "FILE"})
+    out: PathText = field(default="", metadata={"metavar": "FILE"})
     """Also write the numbers to this file, as JSON."""
     measure: bool = False
     """Take steps of this model on this machine's CPUs at several T, and print their memory and communication beside the planned ones."""

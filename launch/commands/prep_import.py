@@ -5,19 +5,20 @@ from dataclasses import dataclass, field
 
 from launch.command_options import parse_options, summary_of
 from megatron_rdt.errors import EXIT_OK, ConfigError
+from megatron_rdt.files import PathText
 
 
 @dataclass(frozen=True)
 class ImportOptions:
     """Options of `rdt prep import`."""
 
-    prefixes: list[str]
+    prefixes: list[PathText]
     """Paths of .bin and .idx files without the extension; each becomes one shard."""
-    tokenizer: str = ""
+    tokenizer: PathText = ""
     """Tokenizer that made them: a model file, or a folder such as `rdt prep` writes."""
-    out: str = ""
+    out: PathText = ""
     """Directory of the corpus to write."""
-    valid_prefix: list[str] = field(default_factory=list)
+    valid_prefix: list[PathText] = field(default_factory=list)
     """Prefixes of the validation split's files."""
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from launch.command_options import parse_options
 from megatron_rdt.errors import EXIT_OK, ConfigError
+from megatron_rdt.files import PathText
 
 DESCRIPTION = "Make the packing plans of a corpus for one sequence length: those that are missing, damaged or made for other shards."
 
@@ -12,7 +13,7 @@ DESCRIPTION = "Make the packing plans of a corpus for one sequence length: those
 class PackOptions:
     """Options of `rdt prep pack`."""
 
-    corpus: str
+    corpus: PathText
     """Directory that `rdt prep` wrote (it holds manifest.json)."""
     sequence_length: int = 256
     """Tokens per sequence, `train.sequence_length` of the run."""

@@ -6,13 +6,14 @@ from typing import Literal
 
 from launch.command_options import parse_options, summary_of
 from megatron_rdt.errors import EXIT_OK, ConfigError
+from megatron_rdt.files import PathText
 
 
 @dataclass(frozen=True)
 class ShowOptions:
     """Options of `rdt prep show`."""
 
-    directory: str
+    directory: PathText
     """Corpus that `rdt prep` wrote."""
     split: Literal["train", "valid"] = "train"
     """Split to show."""

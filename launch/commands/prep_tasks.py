@@ -7,6 +7,7 @@ from pathlib import Path
 
 from launch.command_options import parse_options, summary_of
 from megatron_rdt.errors import EXIT_OK, ConfigError
+from megatron_rdt.files import PathText
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class TaskOptions:
     """Seed of the examples; whether an example belongs to train or test does not depend on it."""
     duplicates: bool = False
     """Allow an example to occur more than once within a file."""
-    out: str = "data/tasks"
+    out: PathText = "data/tasks"
     """Directory to write train.jsonl and test.jsonl into."""
     restart: bool = False
     """Replace the train.jsonl and test.jsonl that are in `out`."""

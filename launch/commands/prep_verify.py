@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 from launch.command_options import parse_options, summary_of
 from megatron_rdt.errors import EXIT_OK, ConfigError, DataError
+from megatron_rdt.files import PathText
 
 
 @dataclass(frozen=True)
 class VerifyOptions:
     """Options of `rdt prep verify`."""
 
-    directory: str
+    directory: PathText
     """Corpus that `rdt prep` wrote."""
     workers: int = 0
     """Reading threads; 0 takes one per core."""

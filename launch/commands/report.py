@@ -4,13 +4,14 @@ from dataclasses import dataclass
 
 from launch.command_options import parse_options, summary_of
 from megatron_rdt.errors import EXIT_OK
+from megatron_rdt.files import PathText
 
 
 @dataclass(frozen=True)
 class ReportOptions:
     """Options of `rdt report`."""
 
-    run: str
+    run: PathText
     """Run directory, such as runs/quickstart."""
 
 

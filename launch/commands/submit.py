@@ -16,7 +16,7 @@ from launch.command_options import parse_options, summary_of
 from launch.train_options import RESUME_WORDS, check_paths, parse_worker
 from megatron_rdt.config import RunConfig
 from megatron_rdt.errors import EXIT_OK, ConfigError, LaunchError
-from megatron_rdt.files import write_text
+from megatron_rdt.files import PathText, write_text
 from megatron_rdt.run_directory import CHECKPOINTS, LATEST, ORIGIN, run_directory_of
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "slurm" / "pretrain.sbatch"
@@ -32,7 +32,7 @@ NO_LIMIT = ("0", "-1", "unlimited", "infinite")
 class SubmitOptions:
     """Options of `rdt submit`."""
 
-    config: str
+    config: PathText
     """YAML of the run."""
     nodes: int = 1
     """Nodes of the job."""
@@ -54,7 +54,7 @@ class SubmitOptions:
     """More options of sbatch, in one string: "--qos=high --mem=0"."""
     overrides: str = ""
     """More options of `rdt train`, in one string. --resume PATH is for the first start; later ones continue the run."""
-    directory: str = "jobs"
+    directory: PathText = "jobs"
     """Directory for the script and the job's output."""
     dry_run: bool = False
     """Print the script instead of submitting it."""

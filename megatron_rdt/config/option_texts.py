@@ -1,16 +1,20 @@
-"""Checks of the texts in options: none is empty by accident, and all words of a command line are valid UTF-8."""
+"""Texts in options: none is empty by accident, all words are valid UTF-8, and `~` in a path is the home directory."""
 
 import argparse
 import dataclasses
+import os.path
+import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jsonargparse
 
-from megatron_rdt.config.option_types import entry_schema
+from megatron_rdt.config.option_types import entry_schema, names_path
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.files import escape_invalid_utf8
 
+HUGGING_FACE = "hf:"  # begins the name of a dataset, which may be a path
+NAMES_PATH = "names_path"  # attribute of an option whose type is `PathText`
 MAY_BE_EMPTY = "may_be_empty"  # metadata of a field whose command says by itself what is wrong with an empty text
 
 
@@ -24,6 +28,37 @@ def check_words(words: Iterable[str]) -> None:
                 f"the word {escape_invalid_utf8(word)} is not valid UTF-8. Rename a file that has such a name, or name the "
                 "folder that it lies in."
             ) from None
+
+
+def expand_home(path: str) -> str:
+    """Return a path, or `hf:` and a path, with `~` or `~user` at its beginning replaced by the home directory."""
+    prefix = HUGGING_FACE if path.startswith(HUGGING_FACE) else ""
+    return prefix + os.path.expanduser(path.removeprefix(prefix))
+
+
+def expand_home_in_paths(
+    parser: jsonargparse.ArgumentParser, values: jsonargparse.Namespace, kinds: Mapping[str, Any]
+) -> None:
+    """Replace `~` in the options that name paths, those in lists and in lists of mappings too.
+
+    A shell replaces it only where it begins a word: not in `--out=~/x`, and not in a YAML file.
+
+    Args:
+        parser: has the options; those that name paths have the attribute `NAMES_PATH`.
+        values: of the options, by name; changed in place.
+        kinds: their types.
+    """
+    for action in parser._actions:
+        value = values.get(action.dest)
+        if schema := entry_schema(kinds.get(action.dest)):
+            hints = typing.get_type_hints(schema, include_extras=True)
+            paths = {name for name, kind in hints.items() if names_path(kind)}
+            for entry in value or ():
+                entry.update({name: expand_home(entry[name]) for name in paths if isinstance(entry.get(name), str)})
+        elif hasattr(action, NAMES_PATH) and isinstance(value, str):
+            values[action.dest] = expand_home(value)
+        elif hasattr(action, NAMES_PATH) and isinstance(value, list):
+            values[action.dest] = [expand_home(path) if isinstance(path, str) else path for path in value]
 
 
 def refuse_empty_texts(

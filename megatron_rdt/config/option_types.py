@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from megatron_rdt.errors import ConfigError
+from megatron_rdt.files import IS_PATH
 
 METAVARS = {int: "INT", float: "FLOAT", bool: "[true|false]", str: "TEXT"}
 TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
@@ -16,6 +17,11 @@ TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", s
 def takes_mapping(kind: Any) -> bool:
     """Return True if the option takes a mapping, or the path of a file that holds one."""
     return any(typing.get_origin(part) is dict for part in typing.get_args(kind))
+
+
+def names_path(kind: Any) -> bool:
+    """Return True if the option, or each entry of its list, is a `PathText`; `kind` is its type with annotations."""
+    return IS_PATH in getattr(kind, "__metadata__", ()) or any(map(names_path, typing.get_args(kind)))
 
 
 def entry_schema(kind: Any) -> type | None:

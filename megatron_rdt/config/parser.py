@@ -26,12 +26,19 @@ import docstring_parser
 import jsonargparse
 import yaml
 
-from megatron_rdt.config.option_texts import MAY_BE_EMPTY, refuse_empty_texts
+from megatron_rdt.config.option_texts import (
+    MAY_BE_EMPTY,
+    NAMES_PATH,
+    expand_home,
+    expand_home_in_paths,
+    refuse_empty_texts,
+)
 from megatron_rdt.config.option_types import (
     TYPE_WORDS,
     describe_type,
     entry_schema,
     metavar,
+    names_path,
     read_entries,
     takes_mapping,
 )
@@ -109,6 +116,7 @@ def make_parser(
 def _add_fields(parser: Any, group: Any, schema: type, prefix: str, positional: bool) -> None:
     """Add an option to `group` for every field of `schema`, and a group to `parser` for every section."""
     hints, texts = typing.get_type_hints(schema), field_help(schema)
+    annotated = typing.get_type_hints(schema, include_extras=True)
     for field in dataclasses.fields(schema):
         kind, name, default = hints[field.name], f"{prefix}{field.name}", _default_of(field)
         if dataclasses.is_dataclass(kind):
@@ -128,6 +136,8 @@ def _add_fields(parser: Any, group: Any, schema: type, prefix: str, positional: 
             )
         if field.metadata.get(MAY_BE_EMPTY):
             setattr(action, MAY_BE_EMPTY, True)
+        if names_path(annotated[field.name]):
+            setattr(action, NAMES_PATH, True)
 
 
 def _default_of(field: dataclasses.Field) -> Any:
@@ -163,6 +173,7 @@ def parse(
         raw = parser.parse_args(joined)
     except (jsonargparse.ArgumentError, TypeError, ValueError, OSError) as error:
         raise ConfigError(_rephrase_error(str(error), kinds, sources)) from None
+    expand_home_in_paths(parser, raw, kinds)
     refuse_empty_texts(parser, raw, kinds, sources)
     instance = _build_instance(schema, raw, sources)
     if getattr(raw, "print_config", False):
@@ -240,6 +251,7 @@ def join_words(parser: jsonargparse.ArgumentParser, schema: type, words: Sequenc
                 )
             else:
                 value = left.popleft()
+        value = expand_home(value) if name == "config" else value  # the file is read while parsing
         joined.append(f"--{name}={_add_brackets(value, kind)}")
     # jsonargparse lets the later of two values win: with files first, that is always the option.
     files = isinstance(actions.get("config"), jsonargparse.ActionConfigFile)

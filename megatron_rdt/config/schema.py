@@ -12,6 +12,7 @@ from typing import Any, Literal
 from megatron_rdt.config.engines import ENGINES, ONE_PROCESS, EngineKind, EngineName
 from megatron_rdt.config.model import ModelConfig
 from megatron_rdt.config.ranges import option
+from megatron_rdt.files import PathText
 
 WSD_DECAY_FRACTION = 0.2
 
@@ -24,7 +25,7 @@ class RunSection:
 
     name: str = "run"
     """Name of the run; its directory is `root/name`."""
-    root: str = "runs"
+    root: PathText = "runs"
     """Directory that holds all runs."""
     seed: int = 1234
     """Seed of everything that is random: initial weights, data order, loop counts, initial states."""
@@ -160,7 +161,7 @@ class ParallelConfig:
     """fsdp: free the gathered weights between forward and backward (less memory, one more gather)."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """zero1, zero2, zero3: keep the optimizer's float32 weights and moments in CPU memory, and step them there; `parameters` (zero3 only): each process's shard of the parameters too."""
-    deepspeed: dict[str, Any] | str | None = None
+    deepspeed: dict[str, Any] | PathText | None = None
     """zero1, zero2, zero3: further keys of DeepSpeed's config, a mapping or the path of a YAML or JSON file that holds one; the file is read once and its content kept in the run's config."""
     timeout_s: int = option(600, at_least=1)
     """Seconds that a collective may take before the run ends with an error."""
@@ -187,7 +188,7 @@ class CheckpointConfig:
 class CorpusConfig:
     """One corpus of a mixture."""
 
-    path: str
+    path: PathText
     """Directory that `rdt prep` wrote."""
     weight: float
     """Share of the samples, on any scale: weights are divided by their sum."""
@@ -203,9 +204,9 @@ class CorpusConfig:
 class DataConfig:
     """Token shards and their order."""
 
-    path: str = "data/corpus"
+    path: PathText = "data/corpus"
     """Directory that `rdt prep` wrote (it holds manifest.json), or `hf:NAME` or `hf:NAME:CONFIG`: a Hugging Face dataset, on the hub or a local path, streamed without preparation; docs/streaming.md lists the limits."""
-    tokenizer: str = ""
+    tokenizer: PathText = ""
     """hf: tokenizer folder that `rdt prep` wrote."""
     text_field: str = "text"
     """hf: field of a row that holds the text."""

@@ -1,11 +1,14 @@
 """Texts in options: in every list of every command an empty entry is refused, and so is what is not valid UTF-8."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import pkgutil
 import re
+import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,9 +20,9 @@ from launch.commands.generate import GenerateOptions
 from launch.commands.prep_tasks import TaskOptions
 from launch.commands.prep_verify import VerifyOptions
 from launch.failures import explain
-from launch.train_options import parse_worker
-from megatron_rdt.config import RunConfig
-from megatron_rdt.config.option_types import entry_schema
+from launch.train_options import WorkerOptions, parse_worker
+from megatron_rdt.config import RunConfig, load_config
+from megatron_rdt.config.option_types import entry_schema, names_path, takes_mapping
 from megatron_rdt.config.parser import make_parser, option_kinds, parse
 from megatron_rdt.errors import EXIT_USAGE, ConfigError
 
@@ -150,3 +153,75 @@ def test_a_name_that_is_not_utf8_in_an_exception_is_explained() -> None:
     with pytest.raises(UnicodeEncodeError) as caught:
         "caf\xe9".encode("ascii")
     assert explain(caught.value) is None, "that is a bug of ours"
+
+
+# Options that take texts which name no file: everything else that takes a text is a `PathText`.
+NO_PATHS = {
+    *("run.name", "optimizer.no_weight_decay", "data.text_field", "data.hf_split", "sample.prompt"),
+    *("extensions", "text_field", "prompt_field", "hf_split", "filters", "special_tokens", "shard", "task"),
+    *("time", "partition", "account", "sbatch", "overrides", "device", "prompt", "stop", "model.signals"),
+}
+
+
+def takes_text(kind: Any) -> bool:
+    """Return True if a value of the option, or an entry of its list, may be any text."""
+    return kind is str or any(map(takes_text, typing.get_args(kind)[: 1 if takes_mapping(kind) else None]))
+
+
+def list_text_options() -> list[tuple[type, str, bool]]:
+    """Schema, name, and True if it is a `PathText`, of every option that takes a text."""
+    found = []
+    for schema in SCHEMAS:
+        for name, kind in option_kinds(schema).items():
+            section, _, leaf = name.rpartition(".")
+            owner = option_kinds(schema)[section] if section else schema
+            is_path = names_path(typing.get_type_hints(owner, include_extras=True)[leaf])
+            if takes_text(kind) or is_path:
+                found.append((schema, name, is_path))
+    return found
+
+
+def test_every_text_is_a_path_or_known_not_to_be_one() -> None:
+    options = list_text_options()
+    assert {name for _, name, is_path in options if not is_path} <= NO_PATHS
+    assert not {name for _, name, is_path in options if is_path} & NO_PATHS
+    assert sum(is_path for *_, is_path in options) > 20
+
+
+@pytest.mark.parametrize(
+    ("schema", "name"),
+    [
+        (schema, name)
+        for schema, name, is_path in list_text_options()
+        if is_path and not issubclass(schema, WorkerOptions)
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_the_home_directory_of_every_path_is_expanded(
+    schema: type, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x").write_text("a: 1\n")
+    is_list = str(option_kinds(schema)[name]).startswith("list[")
+    words = [f"--{other}=a" for other in required_options(schema) - {name}] + [f"--{name}=~/x"]
+    config, _ = parse(make_parser(schema, "rdt x", "", config_file=False), schema, words)
+    value = functools.reduce(getattr, name.split("."), config)
+    if name == "parallel.deepspeed":  # its file is read
+        assert value == {"a": 1}
+    else:
+        assert value == ([f"{tmp_path}/x"] if is_list else f"{tmp_path}/x")
+
+
+def test_the_home_directory_in_files_and_datasets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lines = ["run: {root: ~/runs}", "data:", "  mixture: [{path: ~/a, weight: 1}, {path: b~, weight: 1}]"]
+    lines.append("sample: {prompt: ~/kept}")
+    (tmp_path / "c.yaml").write_text("\n".join(lines))
+    config, options = parse_worker("pretrain.py", ["--config=~/c.yaml", "--resume=~/runs/a"])
+    assert config == load_config("~/c.yaml")
+    assert (config.run.root, config.sample.prompt) == (f"{tmp_path}/runs", "~/kept")
+    assert [corpus.path for corpus in config.data.mixture] == [f"{tmp_path}/a", "b~"]
+    assert options.resume == f"{tmp_path}/runs/a"
+    streamed, _ = parse_worker("pretrain.py", ["--data.path", "hf:~/set:part", "--data.tokenizer=~/t"])
+    assert (streamed.data.path, streamed.data.tokenizer) == (f"hf:{tmp_path}/set:part", f"{tmp_path}/t")
+    assert parse_words(PrepConfig, "--sources=~/a,hf:~/b,hf:c").sources == [f"{tmp_path}/a", f"hf:{tmp_path}/b", "hf:c"]

@@ -1,6 +1,7 @@
 """Workers that fail, die or are interrupted: one message, the right exit status, and no process is left."""
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
@@ -151,11 +153,47 @@ def test_errors_under_torchrun(repository: Path, tiny_options: list[str], tmp_pa
     assert result.returncode != 0
 
 
+@pytest.mark.parametrize("engine", ["single", pytest.param("ddp", marks=pytest.mark.distributed)])
+def test_out_of_host_memory(engine: str, repository: Path, tiny_options: list[str], tmp_path: Path) -> None:
+    """A matrix of 17 GB where a process may have 16 GB."""
+    options = [*tiny_options, f"--run.root={tmp_path}", "--model.dim=65536", f"--parallel.engine={engine}"]
+    options += ["--nproc=2"] if engine == "ddp" else []
+    result = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "train", *options],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30)),
+    )
+    assert result.returncode == 1, result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert "is out of memory (an allocation of 17.18 GB failed)" in result.stderr
+
+
 def test_errors_of_libraries_are_explained() -> None:
     lost = explain(RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"))
     assert isinstance(lost, LostPeerError)
     full = explain(OSError(28, "No space left on device", "/runs/a"))
     assert "the disk is full" in str(full)
+    for without_memory in (
+        MemoryError(),
+        np._core._exceptions._ArrayMemoryError((10**13,), np.dtype(np.int64)),
+        OSError(12, "Cannot allocate memory"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 268435456 bytes."
+        ),
+        RuntimeError("std::bad_alloc"),
+    ):
+        explained = explain(without_memory)
+        assert explained is not None
+        assert str(explained).startswith("this machine, or this job's share of it, is out of memory (")
+        assert "--train.micro_batch" in str(explained)
+        assert "--workers" in str(explained)
+    gpu = explain(RuntimeError("CUDA error: out of memory"))
+    assert gpu is not None
+    assert str(gpu).startswith("out of GPU memory (CUDA error: out of memory)")
     denied = explain(PermissionError(13, "Permission denied", "/runs/a"))
     assert str(denied) == "/runs/a: Permission denied. Choose a path that you can read and write."
     assert explain(KeyError("a bug")) is None

@@ -5,10 +5,8 @@ samples are collective where parameters are sharded, so ranks agree after every 
 the others wait for it.
 """
 
-import json
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -184,10 +182,3 @@ class Inspections:
                 type(error).__name__,
                 str(error).strip().partition("\n")[0],
             )
-
-
-def has_record(file: Path, step: int) -> bool:
-    """Return True if a record file has a record of `step`; its lines are whole, since `drop_records_after` has run."""
-    if not file.is_file():
-        return False
-    return any(json.loads(line)["step"] == step for line in file.read_text(encoding="utf-8").splitlines())

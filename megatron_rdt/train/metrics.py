@@ -46,9 +46,9 @@ def drop_records_after(run_directory: Path, step: int) -> None:
         write_text(path, "".join(kept))
 
 
-def read_recorded_steps(run_directory: Path) -> list[int]:
-    """The steps in metrics.jsonl, in the order of the file; lines that are no records are left out."""
-    path, steps = run_directory / RECORD_FILES[0], []
+def read_recorded_steps(run_directory: Path, name: str = RECORD_FILES[0]) -> list[int]:
+    """The steps in metrics.jsonl, or another record file, in the file's order; lines that are no records are left out."""
+    path, steps = run_directory / name, []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line of a killed run may be cut short
             steps.append(int(json.loads(line)["step"]))

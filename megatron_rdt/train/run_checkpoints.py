@@ -17,6 +17,7 @@ from megatron_rdt.run_directory import CHECKPOINTS
 from megatron_rdt.train.data import TrainingData
 from megatron_rdt.train.metrics import read_recorded_steps
 from megatron_rdt.train.resume_checks import check_resumable, describe_changed_settings
+from megatron_rdt.train.schedule import describe_jump
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ class RunCheckpoints:
         state = checkpoints.read_trainer_state(source)
         check_resumable(source, state, self.config)
         changed_data = self.data.resume(source, state["data"])
-        changed = describe_changed_settings(load_config(source / "config.yaml"), self.config)
+        saved = load_config(source / "config.yaml")
+        changed = describe_changed_settings(saved, self.config)
         checkpoints.restore_engine(self.engine, source)
         # A run that starts from another run's checkpoint is a run of its own.
         self._parent = checkpoints.find_own_name(source, self.run_directory)
@@ -95,6 +97,7 @@ class RunCheckpoints:
         lines = [f"resumed from {source} (step {state['step']})"]
         if changed:
             lines.append(f"changed since it was saved: {', '.join(changed)}")
+        lines += describe_jump(saved, self.config, state["step"])
         position = Position(
             state["step"],
             state["data"]["consumed_samples"],

@@ -2,7 +2,9 @@
 
 import math
 
-from megatron_rdt.config import ScheduleConfig
+from megatron_rdt.config import RunConfig, ScheduleConfig
+
+SMALLEST_JUMP = 0.01  # relative change of the learning rate from which a resumed run says so
 
 
 def learning_rate(config: ScheduleConfig, peak: float, step: int, steps: int) -> float:
@@ -27,3 +29,23 @@ def learning_rate(config: ScheduleConfig, peak: float, step: int, steps: int) ->
     decay = config.wsd_decay_steps(steps)
     remaining = max(steps - step, 0)
     return peak * (config.final + (1 - config.final) * min(remaining / decay, 1.0))
+
+
+def describe_jump(before: RunConfig, now: RunConfig, step: int) -> list[str]:
+    """A line that says how the learning rate jumps where a run resumes with another schedule; none where it does not.
+
+    Args:
+        before: config of the checkpoint.
+        now: config of the run.
+        step: steps done.
+    """
+    if step >= now.train.steps:
+        return []
+    old, new = (learning_rate(run.schedule, run.optimizer.lr, step, run.train.steps) for run in (before, now))
+    if abs(new - old) <= SMALLEST_JUMP * max(old, new):
+        return []
+    line = f"the learning rate jumps: step {step + 1} has {new:.2e}, by the schedule of the checkpoint it had {old:.2e}"
+    decay = before.train.steps - before.schedule.wsd_decay_steps(before.train.steps)
+    if before.schedule.name == "wsd" and now.train.steps != before.train.steps and step > decay:
+        line += f". The checkpoint is in the decay, which began after step {decay}; one from there or earlier extends the run"
+    return [line]

@@ -27,8 +27,8 @@ from megatron_rdt.terminal import Printer
 from megatron_rdt.train.data import open_training_data
 from megatron_rdt.train.garbage_collection import ScheduledGarbageCollection
 from megatron_rdt.train.hardware import peak_flops, peak_memory_gb
-from megatron_rdt.train.inspections import InspectionFailed, Inspections, has_record
-from megatron_rdt.train.metrics import Console, Recorder, drop_records_after
+from megatron_rdt.train.inspections import InspectionFailed, Inspections
+from megatron_rdt.train.metrics import Console, Recorder, drop_records_after, read_recorded_steps
 from megatron_rdt.train.monitoring import MonitorSchedule
 from megatron_rdt.train.nonfinite_guard import NonfiniteGuard, TargetGuard, is_step_accepted
 from megatron_rdt.train.resume_checks import refuse_to_overwrite
@@ -335,7 +335,7 @@ class Trainer:
         """Evaluate and sample where that was due after the last step of the checkpoint and has no record."""
         config = self.config
         due = [
-            self._is_due(section.every) and not has_record(self.run_directory / file, self.step)
+            self._is_due(section.every) and self.step not in read_recorded_steps(self.run_directory, file)
             for section, file in ((config.eval, "eval.jsonl"), (config.sample, "samples.jsonl"))
         ]
         self._inspect(*broadcast_object(due))  # rank 0 has the files

@@ -147,8 +147,6 @@ class Engine(ABC):
             # own: then the average is the sum over all targets divided by their number.
             self.backward(losses["objective"] / targets.to(losses["objective"].dtype), last)
         means = {name: total / targets for name, total in totals.items()}
-        if has_masks:
-            means["targets"] = counted * self.layout.data  # ranks of one data rank count the same ones
         paddings = [sum(micro.batch.padding) for micro in batch if micro.batch.padding is not None]
         if paddings:
             share = sum(paddings) / sum(micro.batch.tokens.numel() for micro in batch)
@@ -156,7 +154,10 @@ class Engine(ABC):
         # One reduction for all, so every rank has to stack them in the same order.
         names = sorted(means)
         averages = self.sum_over_ranks(torch.stack([means[name] for name in names])) / self.world_size
-        return dict(zip(names, averages.unbind()))
+        losses = dict(zip(names, averages.unbind()))
+        if has_masks:  # the same on every rank already; ranks of one data rank count the same targets
+            losses["targets"] = counted * self.layout.data
+        return losses
 
     def _count_targets(self, batch: Sequence[MicroBatch]) -> tuple[torch.Tensor, bool]:
         """Mean number of counted targets of a rank in this step, and True if there are masks.

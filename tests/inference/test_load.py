@@ -123,7 +123,7 @@ def test_an_absent_gpu_is_named(run: Path) -> None:
             "--seed is 99999999999999999999, it must be a whole number from -9223",
         ),
         (["--temperature=.nan"], USAGE, "--temperature is nan, it must be a finite number"),
-        (["--prompt=a\udcff"], USAGE, "character 2 of the prompt is not valid UTF-8"),
+        (["--prompt=a\udcff"], USAGE, "--prompt=a\\xff is not valid UTF-8"),
         (["--prompt="], USAGE, "the prompt is empty"),
     ],
 )

@@ -14,7 +14,7 @@ from launch.failures import explain, write_failure
 from megatron_rdt.environment import error_file, leave_process, quiet_libraries, read_process_info
 from megatron_rdt.errors import EXIT_FAILED, EXIT_OK
 from megatron_rdt.files import write_text
-from megatron_rdt.terminal import escape_unencodable
+from megatron_rdt.terminal import escape_unencodable, show_line
 
 
 def write_measurements(options: argparse.Namespace) -> None:
@@ -51,7 +51,7 @@ def main() -> int:
     except Exception as error:
         explained, file = explain(error), error_file()
         if explained is None or file is None:
-            traceback.print_exc()
+            show_line(traceback.format_exc().rstrip())
             return EXIT_FAILED
         write_failure(file, explained)
         return explained.exit_status

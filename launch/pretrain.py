@@ -13,7 +13,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from launch.failures import EXIT_INTERRUPTED, explain, write_failure
 from megatron_rdt.environment import ProcessInfo, error_file, leave_process, quiet_libraries, read_process_info
 from megatron_rdt.errors import EXIT_FAILED, RdtError
-from megatron_rdt.terminal import escape_unencodable
+from megatron_rdt.terminal import escape_unencodable, show_line
 from megatron_rdt.train.stop_request import StopRequest
 
 PROGRAM = "pretrain.py"
@@ -27,7 +27,7 @@ def report_error(error: RdtError, process: ProcessInfo) -> None:
         with contextlib.suppress(OSError):  # a full disk must not hide the error
             write_failure(file, error)
             return
-    print(f"{PROGRAM}: error (rank {process.rank}): {error}", file=sys.stderr, flush=True)
+    show_line(f"{PROGRAM}: error (rank {process.rank}): {error}")
 
 
 def main(words: list[str]) -> int:
@@ -53,7 +53,7 @@ def main(words: list[str]) -> int:
     except Exception as error:
         explained = explain(error)
         if explained is None:
-            traceback.print_exc()
+            show_line(traceback.format_exc().rstrip())
             return EXIT_FAILED
         if started or error_file() or process.local_rank == 0:
             report_error(explained, process)

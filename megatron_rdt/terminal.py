@@ -104,7 +104,7 @@ class _ForgivingStream:
 
 
 def show_line(text: str) -> None:
-    """Print a line of progress on standard error, if that is possible."""
+    """Print a line on standard error, if that is possible."""
     stream = _ForgivingStream()
     stream.write(f"{text}\n")
     stream.flush()

@@ -284,6 +284,8 @@ class LoggingConfig:
     """Steps between console lines, for which the records are read from the device; metrics.jsonl gets one object for each step."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
+    wandb: str = ""
+    """Project of Weights & Biases to log to as well, under the run's name; empty: none. Needs the package wandb and a login, or WANDB_MODE=offline."""
     monitor_every: int = option(0, at_least=0)
     """Steps between records of the state's norm, residual, token correlation and gradient at every iteration; 0: never."""
     jacobian_every: int = option(0, at_least=0)

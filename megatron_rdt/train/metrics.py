@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from megatron_rdt.data import Batch
 from megatron_rdt.errors import TrainingError
 from megatron_rdt.evaluate.loss import EVALUATION, describe_windows
 from megatron_rdt.files import TEMPORARY_SUFFIX, write_text
-from megatron_rdt.train.displays import ForgivingDisplay, TensorBoard
+from megatron_rdt.train.displays import Display, ForgivingDisplay, TensorBoard
 
 RECORD_FILES = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
 # Fields of a step's record about its data that TensorBoard shows below `data` instead of `train`.
@@ -108,15 +108,23 @@ class Recorder:
         run_directory: directory of the files.
         tensorboard: also write event files.
         start_step: steps before this process's first one; TensorBoard drops what an earlier process wrote after it.
+        others: functions that open further displays, by name.
     """
 
-    def __init__(self, run_directory: Path, tensorboard: bool, start_step: int) -> None:
+    def __init__(
+        self,
+        run_directory: Path,
+        tensorboard: bool,
+        start_step: int,
+        others: Mapping[str, Callable[[], Display]] | None = None,
+    ) -> None:
         self.run_directory = run_directory
         self._files = {name: open(run_directory / name, "a", encoding="utf-8") for name in RECORD_FILES}  # noqa: SIM115
         self._displays: list[ForgivingDisplay] = []
         if tensorboard:
             directory = run_directory / "tensorboard"
             self._displays.append(ForgivingDisplay("TensorBoard", lambda: TensorBoard(directory, start_step)))
+        self._displays += [ForgivingDisplay(name, open_display) for name, open_display in (others or {}).items()]
 
     def _append_line(self, name: str, record: dict[str, Any]) -> None:
         """Append a record to one of the files, as a line of JSON.

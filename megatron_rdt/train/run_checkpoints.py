@@ -67,13 +67,14 @@ class RunCheckpoints:
         data: knows its position by the number of samples.
 
     Attributes:
+        run_id: identity of the run, kept when it resumes from its own checkpoints.
         saved_step: step of the last checkpoint that this process saved; None before the first.
     """
 
     def __init__(self, config: RunConfig, run_directory: Path, engine: Engine, data: TrainingData) -> None:
         self.config, self.run_directory, self.engine, self.data = config, run_directory, engine, data
         self.saved_step: int | None = None
-        self._run_id = uuid.uuid4().hex
+        self.run_id = uuid.uuid4().hex
         self._parent: str | None = None
 
     def restore(self, source: Path) -> tuple[Position, list[str]]:
@@ -93,7 +94,7 @@ class RunCheckpoints:
         # A run that starts from another run's checkpoint is a run of its own.
         self._parent = checkpoints.find_own_name(source, self.run_directory)
         if self._parent is not None:
-            self._run_id = checkpoints.read_manifest(source)["run_id"]
+            self.run_id = checkpoints.read_manifest(source)["run_id"]
         lines = [f"resumed from {source} (step {state['step']})"]
         if changed:
             lines.append(f"changed since it was saved: {', '.join(changed)}")
@@ -122,7 +123,7 @@ class RunCheckpoints:
                 "steps_without_target": position.steps_without_target,
             },
             facts={
-                "run_id": self._run_id,
+                "run_id": self.run_id,
                 "parent": self._parent,
                 "tokens": tokens,
                 "engine": self.config.parallel.engine,

@@ -25,6 +25,7 @@ from megatron_rdt.parallel.process_group import join_process_group
 from megatron_rdt.run_directory import run_directory_of
 from megatron_rdt.terminal import Printer
 from megatron_rdt.train.data import open_training_data
+from megatron_rdt.train.displays import check_displays, find_displays
 from megatron_rdt.train.garbage_collection import ScheduledGarbageCollection
 from megatron_rdt.train.hardware import peak_flops, peak_memory_gb
 from megatron_rdt.train.inspections import InspectionFailed, Inspections
@@ -61,6 +62,7 @@ def train(
     """
     process = process or read_process_info()
     check_config(config, process.world_size)
+    check_displays(config.logging)
     check_no_weight_decay(config)
     if not config.parallel.engine_kind.many_processes:
         process = ProcessInfo()  # whatever the variables of a launcher say: this process locks, verifies and writes
@@ -191,7 +193,8 @@ class Trainer:
             checkpoints.record_start(self.run_directory, source)
         write_text(self.run_directory / "config.yaml", dump_config(self.config))
         drop_records_after(self.run_directory, self.step)
-        self.recorder = Recorder(self.run_directory, self.config.logging.tensorboard, self.step)
+        others = find_displays(self.config, self.run_directory, self.checkpoints.run_id)
+        self.recorder = Recorder(self.run_directory, self.config.logging.tensorboard, self.step, others)
         self._print_on_rank_0(
             f"{self.run_directory}: {parameters / 1e6:.2f}M parameters, engine {self.config.parallel.engine} on "
             f"{self.engine.world_size} x {self.device.type}, {self.sampler.describe()}, "

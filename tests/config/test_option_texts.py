@@ -159,7 +159,18 @@ def test_a_name_that_is_not_utf8_in_an_exception_is_explained() -> None:
 NO_PATHS = {
     *("run.name", "optimizer.no_weight_decay", "data.text_field", "data.hf_split", "sample.prompt"),
     *("extensions", "text_field", "prompt_field", "hf_split", "filters", "special_tokens", "shard", "task"),
-    *("time", "partition", "account", "sbatch", "overrides", "device", "prompt", "stop", "model.signals"),
+    *(
+        "time",
+        "partition",
+        "account",
+        "sbatch",
+        "overrides",
+        "device",
+        "prompt",
+        "stop",
+        "model.signals",
+        "logging.wandb",
+    ),
 }
 
 

@@ -15,6 +15,7 @@ from megatron_rdt.config.mixture_weights import integer_weights
 from megatron_rdt.config.parallel_checks import find_parallel_problems
 from megatron_rdt.config.ranges import RANGE_KEY, Range
 from megatron_rdt.config.schema import CorpusConfig, ModelConfig, RunConfig
+from megatron_rdt.config.step_ranges import parse_step_ranges
 from megatron_rdt.errors import ConfigError
 
 
@@ -175,6 +176,12 @@ def _find_data_problems(config: RunConfig) -> Iterator[str]:
             "data.document_positions restarts positions within a sequence, so that a token would attend to others at later "
             "positions than its own: it needs --data.document_mask true. Set that, or omit data.document_positions."
         )
+    try:
+        parse_step_ranges(data.skip_steps)
+    except ValueError as error:
+        yield f"data.skip_steps: {error}. Set --data.skip_steps."
+    if data.streamed and data.skip_steps:
+        yield f"data.skip_steps needs shards, data.path {data.path} has none. Omit it, or prepare the data with rdt prep."
     for number, corpus in enumerate(data.mixture, 1):
         if corpus.path.startswith("hf:"):
             yield (

@@ -12,6 +12,7 @@ from megatron_rdt.files import IS_PATH
 
 METAVARS = {int: "INT", float: "FLOAT", bool: "[true|false]", str: "TEXT"}
 TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+LIST_WORDS = {int: "whole numbers", str: "texts"}
 
 
 def takes_mapping(kind: Any) -> bool:
@@ -57,6 +58,8 @@ def describe_type(kind: Any) -> str:
     if origin is list:
         if parts == (int,):
             return "a list of whole numbers such as 1,4"
+        if typing.get_origin(parts[0]) is types.UnionType:
+            return f"a list of {' or '.join(LIST_WORDS[part] for part in typing.get_args(parts[0]))}"
         return f"a list of {', '.join(map(str, typing.get_args(parts[0])))}" if parts[0] is not str else "a list"
     if takes_mapping(kind):
         return "the path of a YAML or JSON file, or a mapping such as '{key: value}'"

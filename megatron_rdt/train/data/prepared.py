@@ -24,6 +24,7 @@ from megatron_rdt.data.shard_files.open_shards import open_shards_limit
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError, RdtError
 from megatron_rdt.object_collectives import gather_objects, raise_on_all_ranks
 from megatron_rdt.train.data.history import SAME_OR_NEW, CorpusRecord, DataHistory, continue_history, format_share
+from megatron_rdt.train.data.skipped import SkippedSamples, SkippingReader
 
 
 def open_prepared_data(config: RunConfig, data_ranks: int, local_rank: int = 0) -> "PreparedData":
@@ -152,10 +153,12 @@ class PreparedData:
 
     Attributes:
         mixture: the training splits and the order of their samples.
+        skipped: samples of that order that are left out.
     """
 
     def __init__(self, config: RunConfig, data_ranks: int, manifests: Mapping[str, CorpusManifest]) -> None:
         self.config, self.data_ranks = config, data_ranks
+        self.skipped = SkippedSamples.of_steps(config.data.skip_steps, config.train.global_batch)
         self.settings = {corpus.name: corpus for corpus in config.data.corpora()}
         self.tokenizer_directory = next(iter(manifests.values())).directory / "tokenizer"
         corpora = {
@@ -231,16 +234,17 @@ class PreparedData:
         """Start reading the batches of one data-parallel rank, as in `TrainingData`."""
         self._check_epochs(total)
         global_batch = self.config.train.global_batch
-        return BatchLoader(self.mixture, global_batch, data_rank, self.data_ranks, consumed, total, device)
+        reader = SkippingReader(self.mixture, self.skipped) if self.skipped.ranges else self.mixture
+        return BatchLoader(reader, global_batch, data_rank, self.data_ranks, consumed, total, device)
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """Epochs of each corpus, by name, that the first `samples` samples of the run take."""
-        drawn = self.mixture.order.count_per_corpus(samples)
+        """Epochs of each corpus, by name, that the first `samples` samples of the run take; those left out count too."""
+        drawn = self.mixture.order.count_per_corpus(self.skipped.count_used(samples))
         return {name: drawn[name] / corpus.samples_per_epoch for name, corpus in self.mixture.corpora.items()}
 
     def _check_epochs(self, total: int) -> None:
         """Raise ConfigError if a run of `total` samples takes more epochs of a corpus than its `max_epochs`."""
-        epochs, drawn = self.epochs(total), self.mixture.order.count_per_corpus(total)
+        epochs, drawn = self.epochs(total), self.mixture.order.count_per_corpus(self.skipped.count_used(total))
         limits = {name: settings.max_epochs or 0.0 for name, settings in self.settings.items()}
         over = [name for name in epochs if epochs[name] > limits[name]]
         if not over:
@@ -262,7 +266,7 @@ class PreparedData:
 
     def describe(self, total: int) -> list[str]:
         """Lines about the mixture and the packing of a run of `total` samples, and about windows that validation lacks."""
-        lines, several = [], len(self.settings) > 1
+        lines, several = self.skipped.describe(), len(self.settings) > 1
         if several:
             epochs = self.epochs(total)
             parts = [f"{name} {format_share(share)} ({epochs[name]:.3g} epochs)" for name, share in self.shares.items()]
@@ -279,19 +283,24 @@ class PreparedData:
         return lines
 
     def progress(self, consumed: int) -> dict[str, Any]:
-        """Samples and epochs of each corpus after `consumed` samples; empty for a run on one corpus."""
-        order = self.mixture.order
-        return (
-            {"sources": order.count_per_corpus(consumed), "epochs": self.epochs(consumed)}
-            if len(order.names) > 1
-            else {}
-        )
+        """Samples and epochs of each corpus after `consumed` samples, if there are several; the step of the data's order."""
+        order, used = self.mixture.order, self.skipped.count_used(consumed)
+        fields: dict[str, Any] = {}
+        if len(order.names) > 1:
+            fields |= {"sources": order.count_per_corpus(used), "epochs": self.epochs(consumed)}
+        if self.skipped.ranges:
+            fields["data_step"] = -(-used // self.config.train.global_batch)
+        return fields
 
     def state(self, consumed: int) -> dict[str, Any]:
         """The history of the mixture and the settings that the order depends on, after `consumed` samples."""
         config = self.config
         return self.history.to_state(
-            consumed, sequence_length=config.train.sequence_length, seed=config.run.seed, packing=config.data.pack
+            consumed,
+            sequence_length=config.train.sequence_length,
+            seed=config.run.seed,
+            packing=config.data.pack,
+            skipped={text: list(samples) for text, samples in self.skipped.passed(consumed).ranges.items()},
         )
 
     def rank_state(self, consumed: int) -> dict[str, Any] | None:
@@ -317,8 +326,11 @@ class PreparedData:
                 f"would be others. Set --data.pack {state['packing']}, or start a new --run.name."
             )
         paths = {name: settings.path for name, settings in self.settings.items()}
+        passed = SkippedSamples({text: (first, end) for text, (first, end) in state.get("skipped", {}).items()})
+        self.skipped = passed.continue_with(source, self.skipped, consumed)
         before, may_add = DataHistory.from_state(state), bool(config.data.mixture)
-        history, changes = continue_history(source, before, self.history, paths, consumed, may_add)
+        used = passed.count_used(consumed)
+        history, changes = continue_history(source, before, self.history, paths, used, may_add)
         self._follow_history(history, self.mixture.corpora)
         return changes
 

@@ -1,0 +1,32 @@
+"""Ranges of steps in options, such as 1200-1250."""
+
+import itertools
+import re
+from collections.abc import Iterable
+
+
+def parse_step_ranges(steps: Iterable[int | str]) -> dict[str, tuple[int, int]]:
+    """Return the first and the last step of each range by its text in one form, in ascending order.
+
+    Args:
+        steps: each one step or a range, 1300 or "1200-1250"; spaces do not matter.
+
+    Raises:
+        ValueError: a text is no range, begins below 1, ends before it begins, or overlaps another.
+    """
+    ranges = []
+    for text in map(str, steps):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", text)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= first <= last:
+            raise ValueError(f"{text!r} is no range of steps from 1 on, such as 1200-1250")
+        ranges.append((first, last))
+    ranges.sort()
+    for before, after in itertools.pairwise(ranges):
+        if after[0] <= before[1]:
+            raise ValueError(f"{_format_range(*before)} and {_format_range(*after)} overlap")
+    return {_format_range(first, last): (first, last) for first, last in ranges}
+
+
+def _format_range(first: int, last: int) -> str:
+    return f"{first}-{last}" if last > first else f"{first}"

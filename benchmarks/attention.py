@@ -33,7 +33,7 @@ CASES = {"gqa": "gqa", "mla": "mla", "mla, expanded": "mla"}
 
 
 def make_attention(kind: str, expanded: bool) -> nn.Module:
-    """One layer's attention with random weights; `expanded` only for latent attention."""
+    """Make one layer's attention with random weights; `expanded` makes a latent one expand all keys and values."""
     config = dataclasses.replace(SIZES, attention=kind)
     module = ATTENTIONS[kind](config, index=0)
     generator = torch.Generator().manual_seed(0)
@@ -55,7 +55,7 @@ def make_context(kind: str, start: int, length: int, cache: KVCache) -> LayerCon
 
 @torch.no_grad()
 def measure_decoding(positions: int, rounds: int) -> dict[str, tuple[int, float, float]]:
-    """By case: numbers cached per position, MFLOP and milliseconds of one token."""
+    """Decode a token after `positions` others; return by case numbers cached per position, MFLOP, milliseconds."""
     modules = {name: make_attention(kind, name.endswith("expanded")) for name, kind in CASES.items()}
     caches, counted = {}, {}
     x = torch.randn(1, positions + 1, SIZES.dim, generator=torch.Generator().manual_seed(1))
@@ -77,7 +77,7 @@ def measure_decoding(positions: int, rounds: int) -> dict[str, tuple[int, float,
 
 
 def main() -> None:
-    """Print a Markdown table."""
+    """Measure every length of the cache and print a Markdown table, one line per kind of attention."""
     parser = make_parser(__doc__, rounds=15, threads=1)
     parser.add_argument("--positions", type=int, nargs="+", default=[1024, 4096], help="lengths of the cache")
     options = parser.parse_args()

@@ -106,7 +106,7 @@ AXES: dict[str, dict[str, dict[str, object]]] = {
 
 
 def train_choice(choice: dict[str, object], seed: int, steps: int, data: str) -> dict[str, Any]:
-    """Train once; return the last record of metrics with validation losses by T, CPU seconds and parameters added."""
+    """Train once; return the last metrics, "losses" by T, CPU "seconds" and the number of "parameters"."""
     with tempfile.TemporaryDirectory() as root:
         sections = {
             "run": {"root": root, "seed": seed},
@@ -129,7 +129,7 @@ def train_choice(choice: dict[str, object], seed: int, steps: int, data: str) ->
 
 
 def main() -> None:
-    """Print one Markdown table per axis."""
+    """Prepare the text if it is missing, train every choice and print one Markdown table per axis."""
     parser = make_parser(__doc__)
     parser.add_argument("--data", default=DATA, help="prepared text")
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="axes of the model")

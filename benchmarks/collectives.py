@@ -39,7 +39,7 @@ COLUMNS = {
 
 
 def run_worker(options: argparse.Namespace) -> None:
-    """Count the collectives of every engine as one of the ranks; rank 0 writes the counts into the file of --worker."""
+    """Count every engine's collectives as one of the ranks; rank 0 writes them to --worker; end the process."""
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo")
     model = ModelConfig()
@@ -70,7 +70,7 @@ def format_table(counted: dict[str, Any], loops: list[int]) -> str:
 
 
 def format_cells(row: dict[str, tuple[int, int]]) -> str:
-    """The cells of one step: calls and megabytes of every column, of all other collectives, and megabytes in all."""
+    """Remove the columns from `row`; return cells: calls (MB) of each and of all other collectives, MB in all."""
     total = sum(size for _, size in row.values()) / 1e6
     found = [[row.pop(kind, (0, 0)) for kind in kinds] for kinds in COLUMNS.values()] + [list(row.values())]
     cells = [f"{sum(number for number, _ in cell)} ({sum(size for _, size in cell) / 1e6:.1f} MB)" for cell in found]

@@ -25,7 +25,7 @@ KINDS = ("none", "layers")  # of train.compile
 
 
 def measure_steps(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of the steps by kind and T, of the first steps of each kind, and the number of graphs."""
+    """Return step "times" by kind and T, "first_s" by kind, and "graphs"; SystemExit if a later step compiles."""
     torch.set_num_threads(options.threads)
     sizes = {"dim": options.dim, "heads": options.dim // 64, "kv_heads": options.dim // 64}
     engines = {kind: build_small_engine(options.precision, kind, **sizes) for kind in KINDS}
@@ -46,7 +46,7 @@ def measure_steps(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print one line per T."""
+    """Print the seconds of the first steps; per T, tokens/s as written and compiled, ratio and number of graphs."""
     parser = make_parser(__doc__, loops=[1, 2, 4, 8, 16], dim=256, batch=4, sequence=128, rounds=5, threads=1, out=None)
     parser.add_argument("--backprop", type=int, default=0, help="k; 0 means all")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")

@@ -60,7 +60,7 @@ def measure_wall(run: Callable[[], Any]) -> float:
 
 
 def measure_prep(folder: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Measure MB/s of text from raw text to tokens; return it by name of the program."""
+    """Write texts and train a tokenizer in `folder`; return MB/s from text to tokens by name of the program."""
     import datasets
     import sentencepiece
 
@@ -143,7 +143,7 @@ Reader = Callable[[np.ndarray], Any]
 
 
 def our_readers(manifest: CorpusManifest, options: argparse.Namespace) -> dict[str, Reader]:
-    """Readers of this project: tokens alone, and with documents and positions."""
+    """Return this project's readers, functions of sample numbers: tokens alone, and documents and positions too."""
 
     def reader(**wanted: bool) -> Reader:
         corpus = TokenCorpus(manifest, "train", options.length, 0, **wanted)
@@ -163,7 +163,7 @@ def measure_loader(manifest: CorpusManifest, options: argparse.Namespace) -> flo
 
 
 def hugging_face_readers(manifest: CorpusManifest, options: argparse.Namespace) -> dict[str, Reader]:
-    """Readers of `datasets` over the first shard, as a memory-mapped Arrow table of windows."""
+    """Write the first shard as an Arrow table of windows; return readers of it by `datasets`, by name."""
     import datasets
     import pyarrow
 
@@ -212,7 +212,7 @@ def megatron_readers(manifest: CorpusManifest, options: argparse.Namespace) -> d
 
 
 def measure_reading(folder: Path, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Windows per second of every reader: in the pass after the cache was dropped, and in the best of later passes."""
+    """Write a random corpus; return [cold, best warm] windows/s by reader, the whole loader's among them."""
     manifest, readers = write_random_corpus(folder, options.gigabytes), {}
     for make_readers in (our_readers, hugging_face_readers, megatron_readers):
         readers |= make_readers(manifest, options)

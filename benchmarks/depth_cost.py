@@ -48,13 +48,13 @@ PIECE_CALLS = 10  # per round: one iteration is much shorter than a step
 
 
 def build_depth_engine(options: argparse.Namespace) -> Engine:
-    """A single-process engine with the model that the options describe."""
+    """Set the number of CPU threads and build a single-process engine with the model that the options describe."""
     torch.set_num_threads(options.threads)
     return build_small_engine(dim=options.dim, ffn_dim=2 * options.dim)
 
 
 def make_step(engine: Engine, options: argparse.Namespace, mode: str, loops: int) -> Callable[[], None]:
-    """A function that takes one optimizer step of a case."""
+    """Return a function that sets the mode's checkpointing and takes one optimizer step at T = `loops`."""
     k, checkpointing = MODES[mode]
     tokens = draw_tokens(options.batch, options.sequence)
     plan = DepthPlan((loops,) * options.batch, k)
@@ -91,7 +91,7 @@ def make_pieces(engine: Engine, options: argparse.Namespace) -> dict[str, Callab
 
 
 def measure_times(options: argparse.Namespace) -> dict[str, float]:
-    """Seconds of every case ("full 8") and of the pieces, the fastest of `rounds` after one round to warm up."""
+    """Return seconds by case ("full 8") and piece ("forward", "both"), the fastest of `rounds` after a warm-up."""
     engine = build_depth_engine(options)
     cases = make_pieces(engine, options)
     calls = dict.fromkeys(cases, PIECE_CALLS)
@@ -103,7 +103,7 @@ def measure_times(options: argparse.Namespace) -> dict[str, float]:
 
 
 def measure_memory(options: argparse.Namespace, mode: str, loops: int) -> float:
-    """Peak memory in GB of a process that takes two steps, the second with optimizer state."""
+    """Take two steps in this process, the second with optimizer state; return its peak memory in GB."""
     engine = build_depth_engine(options)
     step = make_step(engine, options, mode, loops)
     for _ in range(2):
@@ -111,8 +111,8 @@ def measure_memory(options: argparse.Namespace, mode: str, loops: int) -> float:
     return peak_memory_gb(engine.device)
 
 
-def run_case(options: argparse.Namespace, *case: str) -> Any:
-    """Measure the parts of one case in a fresh process."""
+def measure_in_fresh_process(options: argparse.Namespace, *case: str) -> Any:
+    """Run this script with --case in a fresh process: "times" returns all seconds, MODE and T the peak GB."""
     words = repeat_options(options, (*SHAPE, "loops", "modes"))
     return run_fresh(__file__, *words, "--case", *case, return_freed_blocks=case[0] != "times")
 
@@ -152,11 +152,11 @@ def main() -> None:
         found = measure_times(options) if part == ["times"] else measure_memory(options, part[0], int(part[1]))
         print(json.dumps(found))
         return
-    times = run_case(options, "times")
+    times = measure_in_fresh_process(options, "times")
     cases = [(mode, loops) for loops in options.loops for mode in options.modes]
     # Other processes do not change peak memory, so these run at the same time; times were measured alone.
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
-        peaks = pool.map(lambda case: run_case(options, case[0], str(case[1])), cases)
+        peaks = pool.map(lambda case: measure_in_fresh_process(options, case[0], str(case[1])), cases)
         rows = [
             {"mode": m, "loops": t, "seconds": times[f"{m} {t}"], "ideal": ideal_seconds(m, t, times), "peak_gb": peak}
             for (m, t), peak in zip(cases, peaks)

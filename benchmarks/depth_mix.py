@@ -38,7 +38,7 @@ def draw_batches(mean: int, sequences: int, count: int) -> list[tuple[int, ...]]
 
 
 def measure_rounds(engine: Engine, options: argparse.Namespace, backprop: int | None) -> list[dict[str, float]]:
-    """Per round: seconds of each case, and the largest T; after one round to warm up."""
+    """Return per round, after a warm-up, seconds of "mixed", "mean" and "largest", and the largest T as "T"."""
     tokens = draw_tokens(options.sequences, options.length)
     clock = make_clock(engine.device, options.threads)
     rounds = []
@@ -54,8 +54,8 @@ def measure_rounds(engine: Engine, options: argparse.Namespace, backprop: int | 
     return rounds[1:]
 
 
-def format_line(name: str, rounds: list[dict[str, float]]) -> str:
-    """One line of the table: medians, with the smallest and the largest of ratios."""
+def format_ratios(name: str, rounds: list[dict[str, float]]) -> str:
+    """Format a row: median seconds at the mean T, mixed / mean and largest / mean with their ranges, largest T."""
     cells = []
     for case in ("mixed", "largest"):
         ratios = sorted(r[case] / r["mean"] for r in rounds)
@@ -97,7 +97,7 @@ def main() -> None:
     for k in (None, *options.backprop):
         name = "all iterations" if k is None else f"the last {k}"
         cases[name] = measure_rounds(engine, options, k)
-        print(format_line(name, cases[name]), flush=True)
+        print(format_ratios(name, cases[name]), flush=True)
     write_numbers(options, {"rounds": cases})
 
 

@@ -30,7 +30,7 @@ class ExpertLoop(MixtureOfExperts):
     per_choice = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(batch, sequence, dim) -> the same."""
+        """Return the weighted sum of the chosen experts' outputs, plus the shared one's, in the shape of x."""
         flat = x.flatten(0, -2)
         logits = linear(flat, self.router)
         indices = (logits.detach() + self.selection_bias).topk(self.experts_per_token, dim=-1).indices
@@ -63,7 +63,7 @@ KINDS = (MixtureOfExperts, ExpertLoop, ChoiceLoop)
 
 
 def build_expert_engine(experts: int, kind: type[MixtureOfExperts], dim: int) -> Engine:
-    """A single-process engine whose mixture of experts is computed as `kind` does."""
+    """Build a single-process engine on the CPU whose mixtures of experts are computed as `kind` does."""
     chosen, width = CASES[experts]
     mixture = {"core_ffn": "moe", "experts": experts, "experts_per_token": chosen, "expert_dim": width}
     layers = {"prelude_layers": 2, "core_layers": 1, "coda_layers": 2}
@@ -75,7 +75,7 @@ def build_expert_engine(experts: int, kind: type[MixtureOfExperts], dim: int) ->
 
 
 def main() -> None:
-    """Print one line per number of experts."""
+    """Print tokens/s of the three kinds, a line per number of experts; SystemExit if their losses differ."""
     parser = make_parser(__doc__, dim=256, batch=4, sequence=256, rounds=4, threads=1)
     parser.add_argument("--loops", type=int, default=4, help="T")
     options = parser.parse_args()

@@ -45,7 +45,7 @@ Row = dict[str, Any]
 
 
 def make_rule(kind: str, threshold: float) -> ExitRule | None:
-    """The exit rule of a row of the table; None for fixed T."""
+    """Make an exit rule, with CERTAIN as the second threshold of kl_entropy; None for "fixed"."""
     if kind == "fixed":
         return None
     return ExitRule(kind, threshold, CERTAIN) if kind == "kl_entropy" else ExitRule(kind, threshold)
@@ -76,7 +76,7 @@ def evaluate_rule(model: Model, windows: torch.Tensor, rule: ExitRule | None) ->
 
 
 def find_threshold(model: Model, windows: torch.Tensor, kind: str) -> float:
-    """The threshold at which tokens run about half of the iterations, by bisection in its logarithm."""
+    """Bisect the threshold's logarithm until tokens run about T / 2; return it, or the last of 12 tries."""
     grows = kind in ("act", "gate")  # for these, a larger threshold means more iterations
     low, high = 1e-6, 1.0 if grows else 1e2
     for _ in range(12):
@@ -95,7 +95,7 @@ def measure_fastest(cases: dict[str, Any], options: argparse.Namespace, device: 
 
 
 def compare_cache(options: argparse.Namespace, device: torch.device) -> list[Row]:
-    """Rows of the first table: tokens per second of one row at T = 8, with a cache and without."""
+    """Generate with an untrained model; return the rows of the first table, tokens/s with a cache and without."""
     shape = {"prelude_layers": 2, "core_layers": 2, "coda_layers": 2, "heads": 4, "kv_heads": 4}
     model = Model(ModelConfig(vocab_size=4096, dim=256, ffn_dim=1024, **shape))
     model = initialize(model, 0).eval().to(device)
@@ -157,7 +157,7 @@ def format_table(rows: list[Row]) -> str:
 
 
 def load_windows(options: argparse.Namespace) -> tuple[Model, torch.Tensor, bool]:
-    """The model, windows of text (sequences, length + 1), and whether the model was trained on such text."""
+    """Load a model and text windows (n, L + 1), or make random ones; return both and True if they were loaded."""
     device = pick_device()
     if options.checkpoint or Path(RUN).exists():
         model, _ = load(options.checkpoint or RUN, device)

@@ -24,7 +24,7 @@ WAYS = ("chunked", "full logits")
 
 
 def make_loss(way: str, dtype: torch.dtype, tokens: int, dim: int, vocabulary: int) -> Any:
-    """A function that runs the loss forward and backward once."""
+    """Return a function that runs the summed loss of random data forward and backward and returns it as a float."""
     device = pick_device()
     features = torch.randn(tokens, dim, device=device).to(dtype).requires_grad_()
     matrix = (0.02 * torch.randn(vocabulary, dim, device=device)).requires_grad_()

@@ -41,7 +41,7 @@ COPY_BYTES = 1 << 28
 
 
 def load_preset(options: argparse.Namespace, length: int) -> RunConfig:
-    """The preset, changed by the options."""
+    """Load --preset with this length, --precision, AdamW, --compile and the keys of --set; return the config."""
     fixed = [f"train.sequence_length={length}", f"train.precision={options.precision}", "optimizer.name=adamw"]
     compiled = "layers" if options.compile else "none"
     return load_config(options.preset, [*fixed, *options.set, f"train.compile={compiled}"])
@@ -85,7 +85,7 @@ def count_step_bytes(engine: Engine, plan: DepthPlan, length: int, width: int) -
 
 
 def measure_length(options: argparse.Namespace, length: int, device: torch.device) -> dict[str, Any]:
-    """Figures of one sequence length: the columns of its line, and what is printed below the table."""
+    """Train and profile at one length; return the figures of COLUMNS, operators' times and table, and the steps."""
     config = load_preset(options, length)
     engine, sampler = build_engine(config, device), DepthSampler(config.depth, config.run.seed)
     clock = make_clock(device, threads=0)
@@ -141,7 +141,7 @@ COLUMNS = {
 
 
 def main() -> None:
-    """Print one line per sequence length, then the shares of each."""
+    """Print a line per length, then time shares by operator; the default size needs a GPU or --even-on-cpu."""
     parser = make_parser(__doc__, batch=8, out=None)
     parser.add_argument("--preset", type=Path, default=PRESET, help="YAML with model and depth")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other keys of the config")

@@ -40,8 +40,8 @@ def print_packing(name: str, starts: np.ndarray, lengths: np.ndarray, length: in
     print(f"{what}   chunk: {chunk}   bestfit: {packed}")
 
 
-def print_reading(corpus: Path, length: int) -> None:
-    """Print the samples per second of cut and packed windows, bare and with documents and positions."""
+def print_reading_speed(corpus: Path, length: int) -> None:
+    """Write missing packing plans; print samples/s read, cut and packed, without and with document masks."""
     manifest = load_manifest(corpus)
     make_plans(manifest, "train", length)
     for pack_as in ("chunk", "bestfit"):
@@ -78,7 +78,7 @@ def main() -> None:
     for length in lengths:
         print_packing("corpus", np.cumsum(sizes) - sizes, sizes, length)
     for length in lengths:
-        print_reading(Path(options.corpus), length)
+        print_reading_speed(Path(options.corpus), length)
 
 
 if __name__ == "__main__":

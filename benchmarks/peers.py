@@ -86,7 +86,7 @@ class Bench:
         return (work.loops,) * self.batch
 
     def step_peer(self, work: Work, loops: tuple[int, ...]) -> None:
-        """Do the work once with the peer's model."""
+        """Do the work once with the peer's model: generate, or train one step at T = `loops` of each sequence."""
         if work.generate:
             self.model.eval()
             with torch.no_grad():
@@ -111,7 +111,7 @@ class Bench:
         (self.step_ours if side == "ours" else self.step_peer)(work, loops)
 
     def count_parameters(self) -> dict[str, int]:
-        """Trained parameters of both sides; AssertionError where they do not agree."""
+        """Count both sides' parameters; AssertionError if ours are not the peer's plus the known extras."""
         peer, ours = (sum(p.numel() for p in model.parameters()) for model in (self.model, self.engine.model))
         more = self.peer.count_extra_parameters(self.sizes)
         message = f"{self.peer.name} has {peer} parameters, the model here {ours}; expected {more} more"
@@ -151,7 +151,7 @@ def measure_times(peer: Peer, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_memory(peer: Peer, options: argparse.Namespace, side: str, work: Work) -> float:
-    """Peak memory in MB of a process in which one side does the work twice, the second time with optimizer state."""
+    """Do the work twice in this process, at last with optimizer state; return the process's peak memory in MB."""
     bench = Bench(peer, options, (side,))
     for number in range(2):
         bench.step(side, work, bench.draw_loops(work, number))
@@ -169,13 +169,13 @@ def print_profile(peer: Peer, options: argparse.Namespace) -> None:
 
 
 def measure_alone(options: argparse.Namespace, *case: str) -> Any:
-    """Measure the parts of one case in a fresh process; {"missing": reason} if the peer is not installed."""
+    """Run this script with --case in a fresh process: return its times, its peak MB or {"missing": reason}."""
     words = repeat_options(options, PASSED_ON)
     return run_fresh(__file__, *words, "--case", *case, return_freed_blocks=case[0] == "memory")
 
 
 def measure_case(options: argparse.Namespace) -> Any:
-    """Measure the case that --case names in this process; {"missing": reason} if the peer is not installed."""
+    """Measure what --case names in this process: return times, peak MB, or {"missing": reason} without the peer."""
     kind, name, *rest = options.case
     try:
         if kind == "times":
@@ -186,7 +186,7 @@ def measure_case(options: argparse.Namespace) -> Any:
 
 
 def summarize(work: Work, rounds: list[dict[str, float]], tokens: int) -> dict[str, Any]:
-    """The figures of one line of the table: medians over the rounds, in each of which so many tokens were processed."""
+    """Return a line's figures from its rounds: median tokens/s, peer / ours seconds, floor shares, GFLOP/s."""
     median = statistics.median
     speeds = {f"{side} tokens/s": tokens / median(r[side] for r in rounds) for side in ("peer", "ours", "floor")}
     ratios = sorted(r["peer"] / r["ours"] for r in rounds)
@@ -207,7 +207,7 @@ COLUMNS = (
 
 
 def format_line(row: dict[str, Any]) -> str:
-    """One line of the table."""
+    """Format a row: work, tokens/s of both, ratio and its range, floor, shares of the floor, peak MB or "-"."""
     low, high = row["ratios"][0], row["ratios"][-1]
     cells = [row["work"], f"{row['peer tokens/s']:.0f}", f"{row['ours tokens/s']:.0f}"]
     cells += [f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})", f"{row['floor tokens/s']:.0f}"]
@@ -217,7 +217,7 @@ def format_line(row: dict[str, Any]) -> str:
 
 
 def compare_with(peer: Peer, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure one peer and print its table."""
+    """Measure one peer and print its table; return its parameters, rows and rounds, or {"missing": reason}."""
     times = measure_alone(options, "times", peer.name)
     if "missing" in times:
         print(f"\n{peer.name}: skipped, {times['missing']}. To get it: {peer.install}", flush=True)

@@ -45,7 +45,7 @@ SMALL_STEP, LARGE_STEP, UTILISATION = 4 * 2**20, 16 * 2**20, 0.4
 
 
 def make_cases(processes: int) -> dict[str, RunConfig]:
-    """The configs of the grid, by name."""
+    """Make the configs of the grid, by name ("gqa dense float32 all kept"), for one process or FSDP on several."""
     found = {}
     for attention, ffn, precision, mode in product(ATTENTION, FEEDFORWARD, ("float32", "bfloat16"), MODES):
         checkpoint, k, number = MODES[mode]
@@ -69,7 +69,7 @@ def predict_peak(config: RunConfig, processes: int, loops: int) -> float:
 
 
 def run_worker(options: argparse.Namespace) -> None:
-    """Measure the grid as one of its processes; rank 0 writes the rows into the file of --worker."""
+    """Measure every case and T as one of the processes; rank 0 writes measured and planned bytes to --worker."""
     import torch
 
     from megatron_rdt.environment import read_process_info
@@ -89,7 +89,7 @@ def run_worker(options: argparse.Namespace) -> None:
 
 
 def measure_resident(name: str) -> int:
-    """Bytes by which this process's resident memory grows over two steps of a case."""
+    """Return the bytes by which a case's engine and two steps raise this process's resident memory at its peak."""
     import torch
 
     from megatron_rdt.parallel import build_engine
@@ -118,7 +118,7 @@ def format_table(rows: list[dict[str, Any]], loops: list[int]) -> str:
 
 
 def measure_grid(options: argparse.Namespace) -> None:
-    """Measure the grid and the resident memory of some cases, and print the tables."""
+    """Measure the grid and the resident memory of some cases; print the tables, write the numbers to --out."""
     found: dict[str, Any] = {}
     for processes in (1, 2):
         rows = found[str(processes)] = run_ranks(__file__, processes, *repeat_options(options, ("loops",)))
@@ -171,7 +171,7 @@ def plan_preset(path: Path) -> str:
 
 
 def write_preset_table() -> None:
-    """Plan every preset and write the table to the end of benchmarks/RESULTS.md."""
+    """Plan every preset, print its rows, and replace all after the mark in benchmarks/RESULTS.md by the table."""
     page = ROOT / "benchmarks" / "RESULTS.md"
     text, mark = page.read_text(encoding="utf-8"), "<!-- made by benchmarks/planner.py --presets -->"
     rows = [PRESET_HEADER]

@@ -1,4 +1,4 @@
-"""Interface of a peer: build it, train it, generate with it, and the config of this project's model of the same parts."""
+"""Interface of a peer, an implementation of recurrent depth that is compared with this project's."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -80,7 +80,7 @@ class Peer(ABC):
 
     @abstractmethod
     def loss(self, model: nn.Module, tokens: Tensor, targets: Tensor, work: Work, loops: tuple[int, ...]) -> Tensor:
-        """Mean cross entropy of (batch, sequence) tokens, for a backward pass; `loops` is T of each sequence."""
+        """Mean cross entropy of (batch, sequence) tokens, with gradient; `loops` counts if T is per sequence."""
 
     @abstractmethod
     def generate(self, model: nn.Module, prompt: Tensor, loops: int, new_tokens: int) -> Tensor:
@@ -92,6 +92,6 @@ class Peer(ABC):
 
 
 def split_by_gradient(work: Work) -> Tensor:
-    """The numbers of iterations without gradient and with it, in the form that Huginn and Parcae take."""
+    """Split T into iterations without gradient and with it, a tensor of two, as Huginn and Parcae take them."""
     with_gradient = min(work.loops, work.backprop or work.loops)
     return torch.tensor([work.loops - with_gradient, with_gradient])

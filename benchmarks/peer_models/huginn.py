@@ -1,8 +1,8 @@
-"""Huginn, the authors' modelling file recpre/raven_modeling_minimal.py of seal-rg/recurrent-pretraining.
+"""Adapter for Huginn in benchmarks/peers.py: builds, trains and samples the authors' own model.
 
-Its package imports the whole training stack, so the file alone is used. Under transformers 5 it needs a dictionary of tied
-weights, and its cached generation fails (`cache_position` is gone), so the loop over tokens is here and the forward passes,
-with its HuginnDynamicCache, are theirs.
+Only recpre/raven_modeling_minimal.py of seal-rg/recurrent-pretraining is imported, since its package imports the whole
+training stack. Under transformers 5 it needs a dictionary of tied weights, and its cached generation fails
+(`cache_position` is gone), so the loop over tokens is here and the forward passes, with its HuginnDynamicCache, are theirs.
 """
 
 import importlib
@@ -27,7 +27,7 @@ class Huginn(Peer):
     install = "git clone https://github.com/seal-rg/recurrent-pretraining, and put it on PYTHONPATH"
 
     def config(self, sizes: Sizes) -> ModelConfig:
-        """As configs/models/huginn_3_5b.yaml."""
+        """Return a config with the parts of configs/models/huginn_3_5b.yaml at these sizes."""
         return sizes.config(
             qk_bias=True,
             rope_base=50000.0,
@@ -42,7 +42,7 @@ class Huginn(Peer):
         )
 
     def build(self, sizes: Sizes) -> nn.Module:
-        """The peer's RavenForCausalLM."""
+        """Build the peer's model, with a stand-in package in sys.modules; ImportError if its file is missing."""
         root = next((Path(entry or ".") for entry in sys.path if (Path(entry or ".") / FILE).is_file()), None)
         if root is None:
             raise ImportError(f"{FILE} is not on PYTHONPATH")
@@ -66,12 +66,12 @@ class Huginn(Peer):
         return self.modeling.RavenForCausalLM(config).float().train()
 
     def loss(self, model: nn.Module, tokens: Tensor, targets: Tensor, work: Work, loops: tuple[int, ...]) -> Tensor:
-        """The peer's own loss."""
+        """Mean cross entropy by the peer's own forward pass; T and k are those of `work`, `loops` is unused."""
         model.gradient_checkpointing = work.checkpoint
         return model(tokens, labels=targets, num_steps=split_by_gradient(work)).loss
 
     def generate(self, model: nn.Module, prompt: Tensor, loops: int, new_tokens: int) -> Tensor:
-        """The peer's forward pass with its cache, token by token."""
+        """Continue the prompt, sampled token by token at temperature 1 with the peer's cache."""
         cache = self.modeling.HuginnDynamicCache()
         tokens = new = prompt
         for _ in range(new_tokens):

@@ -1,4 +1,4 @@
-"""OpenMythos, the package open-mythos 0.5.0: its core is one layer of experts."""
+"""Adapter for OpenMythos (open-mythos 0.5.0) in benchmarks/peers.py: its core is one layer of experts."""
 
 import importlib
 from typing import Any
@@ -35,7 +35,7 @@ class OpenMythos(Peer):
     lacks = ("backprop", "checkpoint", "per_sequence")
 
     def config(self, sizes: Sizes) -> ModelConfig:
-        """As configs/models/openmythos_1b.yaml, with grouped-query attention and without halting."""
+        """Return a config like configs/models/openmythos_1b.yaml's, with grouped-query attention, no halting."""
         return sizes.config(
             core_layers=1,
             kv_heads=KV_HEADS,
@@ -84,11 +84,11 @@ class OpenMythos(Peer):
         return adapter + sizes.dim // INDEX_CHANNELS_SHARE + sizes.dim - 1
 
     def loss(self, model: nn.Module, tokens: Tensor, targets: Tensor, work: Work, loops: tuple[int, ...]) -> Tensor:
-        """Cross entropy of the full logits, as in its training script."""
+        """Mean cross entropy of the full logits; T is that of `work`, `loops` is unused; resets the `RunAll`."""
         model.recurrent.act = RunAll(work.loops)
         return functional.cross_entropy(model(tokens, n_loops=work.loops).flatten(0, 1), targets.flatten())
 
     def generate(self, model: nn.Module, prompt: Tensor, loops: int, new_tokens: int) -> Tensor:
-        """The peer's own generation."""
+        """Continue the prompt by the peer's own generation; `RunAll` keeps it from halting early."""
         model.recurrent.act = RunAll(loops)
         return model.generate(prompt, max_new_tokens=new_tokens, n_loops=loops, top_k=0)

@@ -1,4 +1,4 @@
-"""Parcae, the module of SandyResearch/parcae; generation is that of its receval/models/parcae.py."""
+"""Adapter for Parcae in benchmarks/peers.py: the authors' SandyResearch/parcae, with receval to generate."""
 
 import importlib
 import math
@@ -20,7 +20,7 @@ class Parcae(Peer):
     lacks = ()
 
     def config(self, sizes: Sizes) -> ModelConfig:
-        """As configs/models/parcae_140m.yaml."""
+        """Return a config with the parts of configs/models/parcae_140m.yaml at these sizes."""
         return sizes.config(
             qk_norm="plain",
             rope_base=50000.0,
@@ -70,7 +70,7 @@ class Parcae(Peer):
         return sizes.dim
 
     def loss(self, model: nn.Module, tokens: Tensor, targets: Tensor, work: Work, loops: tuple[int, ...]) -> Tensor:
-        """The peer's own loss; its draws of T per sequence are replaced by `loops`."""
+        """Mean cross entropy by the peer's loss; `loops` replaces its draws of T if `work.per_sequence`."""
         model.gradient_checkpointing = work.checkpoint
         if not work.per_sequence:
             return model(tokens, labels=targets, num_steps_pair=split_by_gradient(work))["loss"]
@@ -80,5 +80,5 @@ class Parcae(Peer):
         return model(tokens, labels=targets)["loss"]
 
     def generate(self, model: nn.Module, prompt: Tensor, loops: int, new_tokens: int) -> Tensor:
-        """The peer's own generation."""
+        """Continue the prompt by the peer's own generation at T = `loops`."""
         return model.generate(prompt, max_new_tokens=new_tokens, num_steps=loops)

@@ -108,12 +108,12 @@ class Plain(Peer):
         return PlainLoop(sizes)
 
     def loss(self, model: nn.Module, tokens: Tensor, targets: Tensor, work: Work, loops: tuple[int, ...]) -> Tensor:
-        """Cross entropy of the full logits."""
+        """Mean cross entropy of the full logits; T, k and checkpoints are those of `work`, `loops` is unused."""
         logits = model(tokens, work.loops, work.backprop, work.checkpoint)
         return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def generate(self, model: nn.Module, prompt: Tensor, loops: int, new_tokens: int) -> Tensor:
-        """Continue the prompt with a cache that grows by concatenation."""
+        """Continue the prompt, sampled at temperature 1, with a cache that grows by concatenation."""
         assert isinstance(model, PlainLoop)
         layers = len(model.prelude) + loops * len(model.core) + len(model.coda)
         cache: list[list[Tensor]] = [[] for _ in range(layers)]

@@ -42,13 +42,14 @@ class LayerUnitsEngine(FullyShardedEngine):
     """FSDP2 as one would wrap the model without knowing of the loop: every layer is a unit, the core is none."""
 
     def _apply_fsdp(self, model: RecurrentDepthTransformer) -> None:
+        """Shard every layer by itself, then the rest of the model; the core as a whole is not wrapped."""
         for unit in (*model.prelude, *model.core.layers, *model.coda, model):
             fully_shard(unit, mesh=self.meshes.state)
 
 
 @contextlib.contextmanager
 def without_leaf_modules() -> Iterator[None]:
-    """Keep ZeRO-3 from learning which module owns the loop."""
+    """Keep ZeRO-3 from learning which module owns the loop, as long as the context is open."""
     from megatron_rdt.parallel.zero import import_deepspeed
 
     utilities = import_deepspeed().utils

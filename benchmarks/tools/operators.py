@@ -43,7 +43,7 @@ def time_by_kind(events: Iterable[Any], device: bool) -> dict[str, float]:
 
 
 def profile_step(step: Callable[[], object], device: bool = False) -> tuple[dict[str, float], str]:
-    """Seconds by kind of one call of `step`, and the table of its 25 costliest operators."""
+    """Profile a call of `step`, on the GPU if `device`; return seconds by kind and a table of 25 operators."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if device else []
     with torch.profiler.profile(activities=activities) as profiler:

@@ -18,7 +18,7 @@ LAST_CHARACTERS = 4000
 
 
 def run_fresh(script: str, *words: str, return_freed_blocks: bool = False) -> Any:
-    """Run a script in a process of its own and return the JSON that it prints as its last line.
+    """Run a script in a process of its own and return the JSON of its last line; exit with its errors if it fails.
 
     Args:
         script: path of the script.
@@ -30,7 +30,7 @@ def run_fresh(script: str, *words: str, return_freed_blocks: bool = False) -> An
 
 
 def run_ranks(script: str, processes: int, *words: str) -> Any:
-    """Run a script on every rank of a process group and return the JSON that rank 0 writes into the file of --worker.
+    """Run a script as every rank of a process group; return the JSON that rank 0 writes to --worker, or exit.
 
     Args:
         script: path of the script; it joins the group itself.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def measure_growth(run: Callable[[], object]) -> int:
-    """Bytes by which the largest resident size during a call exceeds the resident size before it."""
+    """Call `run`; return the bytes by which resident memory rose at its peak; resets the process's peak before."""
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the largest resident size
     before = _read_status("VmRSS")
     run()
@@ -14,6 +14,6 @@ def measure_growth(run: Callable[[], object]) -> int:
 
 
 def _read_status(field: str) -> int:
-    """Bytes of one field of /proc/self/status."""
+    """Read a field of /proc/self/status, such as "VmRSS", in bytes; 0 if it is missing."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(found[1]) * 1024 if found else 0

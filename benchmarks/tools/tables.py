@@ -9,5 +9,5 @@ def format_header(columns: Sequence[str], left: int = 0) -> str:
 
 
 def format_row(cells: Iterable[object]) -> str:
-    """One line of a table."""
+    """Format one line of a Markdown table, "| a | b |", without a line break."""
     return f"| {' | '.join(map(str, cells))} |"

@@ -1,1 +1,1 @@
-"""Raw text in, tokenizer and token shards out."""
+"""Preparation of training data: raw text in, a tokenizer and token shards out."""

@@ -168,7 +168,7 @@ def has_repeated_ngrams(text: str, limit: float) -> bool:
 
 
 def _most_covered(words: list[str], n: int, counts: Counter, occurrences: int) -> int:
-    """Return the characters covered by the n-gram that covers most, of those that occur `occurrences` times."""
+    """Return the largest number of characters that an n-gram with `occurrences` occurrences covers."""
     characters_before = [0, *accumulate(map(len, words))]
     covered: dict[tuple[str, ...], int] = {}
     end: dict[tuple[str, ...], int] = {}  # index of the word after the last occurrence
@@ -205,7 +205,7 @@ def load_filter(name: str) -> Callable[[str], bool]:
 
 
 def _import_module(module: str) -> object:
-    """Import a module that is installed or in the current directory."""
+    """Return a module that is installed or in the current directory, which is appended to sys.path."""
     # The path of a console script has the directory of the script instead of the current one.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -252,7 +252,7 @@ def _describe_error(error: Exception) -> str:
 
 
 def _hash_source(function: Callable[[str], bool]) -> str:
-    """Hash of the file of the module that defines the function, or the class of a callable object."""
+    """Return the SHA-256 of the file that defines a filter, or Python's version if the filter is built in."""
     module = inspect.getmodule(function) or inspect.getmodule(type(function))
     path = getattr(module, "__file__", None)
     if path is None:  # built into the interpreter: its version identifies the code

@@ -1,4 +1,4 @@
-"""The schema of a prep run's YAML."""
+"""The options of `rdt prep`, as its YAML file and its flags name them, and the checks of their values."""
 
 import os
 import re
@@ -136,13 +136,13 @@ def _check_sources(config: PrepConfig) -> None:
 
 
 def _resolve_source(source: str) -> str:
-    """Return the path of a source without links; the source itself if it is none on this machine."""
+    """Return the real path of a source, without `hf:`; a source that is no existing path is returned unchanged."""
     path = source.removeprefix(PREFIX)
     return os.path.realpath(path) if source != STDLIB and os.path.exists(path) else source
 
 
 def check_prep(config: PrepConfig) -> None:
-    """Raise ConfigError naming the first option that is out of range."""
+    """Raise ConfigError for the first option that is out of range or contradicts another; no file is opened."""
     _check_sizes(config)
     if not 0 <= config.valid_fraction < 1:
         raise ConfigError(

@@ -30,7 +30,7 @@ NO_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, 
 
 @dataclass(frozen=True)
 class ImportedShard:
-    """One pair of files that was checked.
+    """Counts and manifest record of one pair of .bin and .idx files that was checked.
 
     Attributes:
         record: of the manifest.
@@ -121,7 +121,7 @@ def _check_contents_differ(imported: dict[str, list[ImportedShard]]) -> None:
 
 
 def _build_corpus(work: Path, splits: dict[str, Sequence[str]], tokenizer_path: str) -> None:
-    """Link and check all files in `work`, and write the manifest.
+    """Copy the tokenizer, link and check the shards, write the manifest, all in `work`; print the sizes.
 
     Args:
         work: directory to make.
@@ -171,7 +171,7 @@ def _existing_files(prefix: str | Path) -> list[Path]:
 
 
 def _copy_tokenizer_files(source: Path, target: Path) -> Tokenizer:
-    """Copy the files of a tokenizer, and write the number of bytes that each id decodes to; return the copy."""
+    """Copy a tokenizer's files, write the byte length of each id; return the copy. ConfigError without EOS."""
     known = Tokenizer(source)
     if known.eos < 0:
         raise ConfigError(f"the tokenizer {source} has no EOS. Name the tokenizer that made these files.")
@@ -196,7 +196,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 def _check_shard(
     prefix: Path, source: str, tokenizer: Tokenizer, sizes: np.ndarray, advance: Callable[[int], object]
 ) -> ImportedShard:
-    """Read every byte of a shard once: check its ids and its mask, count, and hash.
+    """Read a shard once to check ids and mask; write its .sum file; return counts and hashes. DataError if wrong.
 
     Args:
         prefix: of the linked files.
@@ -211,7 +211,7 @@ def _check_shard(
     width = shard.dtype.itemsize
 
     def check_tokens(offset: int, block: bytes) -> None:
-        """Check the ids of a block of the .bin file, and add to the counts."""
+        """Raise DataError for an id that the tokenizer does not have; add a block of the .bin file to `state`."""
         tokens, begin = np.frombuffer(block, shard.dtype), offset // width
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= tokenizer.vocab_size:
@@ -228,7 +228,7 @@ def _check_shard(
         advance(len(block))
 
     def check_mask(offset: int, block: bytes) -> None:
-        """Check a block of the .mask file."""
+        """Raise DataError for a byte of the .mask file that is neither 0 nor 1."""
         shard.read_mask(offset, len(block))  # raises DataError for a byte that is neither 0 nor 1
         advance(len(block))
 

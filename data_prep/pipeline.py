@@ -96,7 +96,7 @@ def prepare(config: PrepConfig, command: str = "rdt prep") -> Path:
 
 
 def _check_inputs(out: Path, config: PrepConfig, inputs: list[Input]) -> None:
-    """Check what can be known of a job before it begins: the tokenizer, the number of its files, and space for them.
+    """Raise ConfigError or DataError if the tokenizer, the number of files or the free space rules the job out.
 
     Raises:
         ConfigError: an option does not fit the input.
@@ -128,7 +128,7 @@ def _print_speed(document: dict[str, Any], seconds: float) -> None:
 
 
 def _prepare_share(out: Path, config: PrepConfig, array_task: tuple[int, int], command: str) -> None:
-    """Write the groups of one array task; every task helps with the stages before the encoding.
+    """Help with the stages before the encoding, then write the groups of one array task; print what is left.
 
     Args:
         out: directory of the corpus.
@@ -176,7 +176,7 @@ def _prepare_share(out: Path, config: PrepConfig, array_task: tuple[int, int], c
 
 
 def _is_already_prepared_for_task(out: Path, config: PrepConfig) -> bool:
-    """Return True if `out` is complete. With --restart, replace it only if it is damaged or differs.
+    """Return True if `out` is complete, False if not, or if --restart is to replace a damaged or other corpus.
 
     Other array tasks of the same restart may have finished and published the corpus: it must not be made again.
     """
@@ -194,7 +194,7 @@ def _format_merge_command(command: str) -> str:
 
 
 def _run_stages_before_encoding(work: WorkingDirectory, runner: StepRunner, index: int, count: int) -> list[PartGroup]:
-    """Run scan, duplicates and tokenizer; return all groups of parts, which are encoded next.
+    """Run scan, duplicates and tokenizer, and raise if their results rule a corpus out; return all groups of parts.
 
     Args:
         work: the working directory.
@@ -276,7 +276,7 @@ def _encode_groups(work: WorkingDirectory, runner: StepRunner, groups: list[Part
 
 
 def _write_manifest_and_publish(work: WorkingDirectory, out: Path, groups: list[PartGroup]) -> dict[str, Any]:
-    """Write the manifest of all groups and publish the corpus; return the manifest."""
+    """Write the manifest, publish the corpus, print its summary; return the manifest. DataError if text changed."""
     job = work.job
     if list_input_files(job.config) != work.inputs:
         raise DataError("the text changed while it was prepared. Run `rdt prep` again: it repeats what it must.")
@@ -289,7 +289,7 @@ def _write_manifest_and_publish(work: WorkingDirectory, out: Path, groups: list[
 
 
 def merge(config: PrepConfig, command: str = "rdt prep") -> Path:
-    """Make one corpus of what the array tasks of `rdt prep --shard i/N` wrote, without copying a token; return it.
+    """Publish what the array tasks of `rdt prep --shard i/N` wrote as one corpus, copying no token; return `out`.
 
     Args:
         config: the options that the tasks had.
@@ -322,7 +322,7 @@ def merge(config: PrepConfig, command: str = "rdt prep") -> Path:
 
 
 def _require_all_groups(work: WorkingDirectory, command: str) -> list[PartGroup]:
-    """Return all groups; DataError if one is not written, or if a step before it is not done."""
+    """Remove temporary files and return all groups; DataError if one, or a step before them, is not done."""
     job = work.job
     count = _read_array_size(job.root)
     unscanned = [part for part in work.parts if not job.is_done(scan_record_path(job, part))]
@@ -345,7 +345,7 @@ def _require_all_groups(work: WorkingDirectory, command: str) -> list[PartGroup]
 
 
 def _read_array_size(root: Path) -> int:
-    """Number of array tasks that shared a working directory; 1 if none did."""
+    """Read the number of array tasks that a working directory was last used with; 1 if it has none."""
     try:
         return int((root / ARRAY_SIZE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

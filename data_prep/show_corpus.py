@@ -33,7 +33,7 @@ class Style:
         return f"{BOLD}{text}{PLAIN}" if self.colour else text
 
     def mark_uncounted(self, text: str) -> str:
-        """Return text that does not count for the loss, in brackets."""
+        """Return a text in brackets, dim with `colour`, which mark that it does not count for the loss."""
         marked = text.join(NOT_COUNTED)
         return f"{DIM}{marked}{PLAIN}" if self.colour else marked
 
@@ -61,7 +61,7 @@ def describe_corpus(manifest: CorpusManifest) -> Iterator[str]:
 def format_windows(
     directory: str | Path, split: str, samples: range, sequence_length: int, seed: int, style: Style
 ) -> Iterator[str]:
-    """Yield the lines of the windows that a run would read.
+    """Yield a heading and the texts of each window that a run would read, documents apart, uncounted text marked.
 
     Args:
         directory: the corpus.
@@ -99,7 +99,7 @@ def format_windows(
 
 
 def format_documents(directory: str | Path, split: str, numbers: Sequence[int], style: Style) -> Iterator[str]:
-    """Yield the lines of whole documents.
+    """Yield for each document a heading with its length and place, and its text with what is not counted marked.
 
     Args:
         directory: the corpus.
@@ -135,7 +135,7 @@ def format_documents(directory: str | Path, split: str, numbers: Sequence[int], 
 
 
 def _format_tokens(tokens: np.ndarray, counts: np.ndarray | None, tokenizer: Tokenizer, style: Style) -> Iterator[str]:
-    """Yield tokens as text, with EOS as `<eos>` and marks around what does not count for the loss; then their ids.
+    """Yield tokens as one text, EOS as `<eos>` and uncounted ones marked; then, with `style.ids`, their ids.
 
     Args:
         tokens: ids (n,).

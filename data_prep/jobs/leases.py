@@ -30,7 +30,7 @@ class Leases:
         self._left_over = {path.name for path in directory.glob("*") if _read_lease(path)[:1] == [owner]}
 
     def acquire(self, name: str) -> bool:
-        """Take the lease of step `name`; return False if a live task holds it."""
+        """Take the lease of step `name`, also from a task that died; return False if a live task holds it."""
         path = self.directory / name
         if name in self._left_over or _has_dead_owner(path) or self._is_expired(path):
             self._left_over.discard(name)
@@ -65,7 +65,7 @@ class Leases:
                 os.utime(path)
 
     def _is_expired(self, path: Path) -> bool:
-        """Return True if a lease was not renewed for EXPIRE_S."""
+        """Return True if a lease was not renewed for EXPIRE_S by the file system's clock; touch a file for it."""
         clock = self.directory / f".clock-{self.owner}"
         try:
             renewed = path.stat().st_mtime
@@ -99,11 +99,12 @@ def _has_dead_owner(path: Path) -> bool:
 
 @contextlib.contextmanager
 def hold_leases(directory: Path, owner: str) -> Iterator[Leases]:
-    """Leases for the block: a thread renews those that are acquired, and all are released at its end."""
+    """Make `directory` and yield Leases, which a thread renews during the block and which its end releases."""
     directory.mkdir(parents=True, exist_ok=True)
     leases, ended = Leases(directory, owner), threading.Event()
 
     def renew_until_ended() -> None:
+        """Renew the held leases every RENEW_EVERY_S seconds until the block has ended."""
         while not ended.wait(RENEW_EVERY_S):
             leases.renew()
 

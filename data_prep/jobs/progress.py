@@ -10,7 +10,7 @@ MEGA = 1e6
 
 
 class Progress:
-    """Progress of one stage.
+    """Bar or lines that show the progress of one stage, from the bytes and documents done.
 
     Args:
         stage: its name.
@@ -40,7 +40,7 @@ class Progress:
         return time.monotonic() - self._began
 
     def update(self, done: int, documents: int) -> None:
-        """Show `done` bytes by all tasks together, and `documents` by this process."""
+        """Show `done` bytes by all tasks and `documents` by this process, in the bar or, when due, in a line."""
         # Steps count what they read, which may exceed the size of a compressed or growing input.
         self.done, self.documents = min(done, self.total) if self.total else done, documents
         if self._bar is not None:
@@ -53,7 +53,7 @@ class Progress:
             self._print_line(f"{self._format_progress()}{until}")
 
     def _format_progress(self) -> str:
-        """Text of a progress line: bytes of the total, documents, speed, seconds; only seconds for a stage without sizes."""
+        """Format bytes of the total, documents, speed and seconds; only seconds for a stage without sizes."""
         if not self.done and not self.total:
             return f"{self.seconds:,.1f} s"
         rate = (self.done - self._done_at_start) / MEGA / max(self.seconds, 1e-3)

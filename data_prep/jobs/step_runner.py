@@ -70,7 +70,7 @@ class StepRunner:
             progress.close(complete)
 
     def _run_pending(self, pending: dict[str, Step], done: set[str], done_size: int, progress: Progress) -> None:
-        """Start pending steps, wait for them, and drop those that other tasks finish, until none is left.
+        """Run pending steps until all are done here or by other tasks; show progress; raise what a step raised.
 
         Args:
             pending: steps that nobody has finished, by name; emptied.
@@ -102,7 +102,7 @@ class StepRunner:
             progress.update(done_size + bytes_now - bytes_before, documents_now - documents_before)
 
     def _start_steps(self, pending: dict[str, Step], done: set[str], running: dict[Future[None], Step]) -> None:
-        """Give each free worker a pending step whose needs are done and whose lease this task can acquire."""
+        """Start a pending step, with needs done and lease free, on each free worker; move it to `running`."""
         if len(running) >= self.pool.workers:
             return
         for step in [*pending.values()]:

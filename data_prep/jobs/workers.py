@@ -29,7 +29,10 @@ class StoppedError(Exception):
 
 
 def report_progress(size: int, documents: int = 0) -> None:
-    """Add to the bytes and documents done. Steps call it regularly, since it is also where a failed job stops them."""
+    """Add to the counts of bytes and documents done; raise StoppedError, in a thread, if the job has failed.
+
+    Steps call it regularly, since nothing else stops a thread.
+    """
     if _stopped.is_set():
         raise StoppedError
     with _lock:
@@ -38,14 +41,14 @@ def report_progress(size: int, documents: int = 0) -> None:
 
 
 def _initialize_worker(counts: Any, lifeline: Connection) -> None:
-    """Share the counters with the other workers, and exit with the process that started this one."""
+    """Use the shared counters in this worker, and start a thread that ends it with the process that started it."""
     global _counts, _lock
     _counts, _lock = counts.get_obj(), counts.get_lock()
     threading.Thread(target=_exit_with_parent, args=(lifeline,), daemon=True).start()
 
 
 def _exit_with_parent(lifeline: Connection) -> None:
-    """Exit this process when the other end of the pipe is closed, as by the end of the process that holds it."""
+    """Wait until the other end of the pipe is closed, as when its process ends; then exit this process."""
     with contextlib.suppress(EOFError, OSError):
         lifeline.recv()  # nothing is ever sent
     os._exit(1)
@@ -76,11 +79,11 @@ class WorkerPool:
         self._counts = counts.get_obj()
 
     def read_counts(self) -> tuple[int, int]:
-        """Return the bytes and documents counted so far."""
+        """Return the bytes and documents reported so far; a pool of one worker includes those of earlier pools."""
         return self._counts[0], self._counts[1]
 
     def submit(self, function: Callable[..., None], *arguments: Any) -> "Future[None]":
-        """Have a worker call the function."""
+        """Have a worker call the function; return a future that gives None, or raises what the function raised."""
         if self._lifeline is None:
             return self._executor.submit(function, *arguments)
         # The executor starts its processes here, and they inherit how SIGINT is handled. Ctrl-C reaches all processes of
@@ -92,7 +95,7 @@ class WorkerPool:
             signal.signal(signal.SIGINT, before)
 
     def close(self, at_once: bool) -> None:
-        """End the workers; with `at_once` without waiting for the steps that they are running."""
+        """Drop waiting steps and end the workers; `at_once` kills processes, or stops a thread when it reports."""
         # Processes exit when the pipe is closed. A thread cannot be killed: it stops at its next report of progress.
         if at_once and self._lifeline is not None:
             self._lifeline.close()
@@ -106,7 +109,7 @@ class WorkerPool:
 
 @contextlib.contextmanager
 def open_worker_pool(workers: int) -> Iterator[WorkerPool]:
-    """Workers for the block; if the block raises, they are ended at once.
+    """Yield a WorkerPool for the block; end its workers after their steps, or at once if the block raises.
 
     Raises:
         DataError: a worker was killed.

@@ -63,7 +63,7 @@ class Job:
         return path
 
     def temporary_directory(self, name: str) -> Path:
-        """Return the path of a directory that this process alone writes, for `install_directory`."""
+        """Return the path, not made here, of a directory that only this process writes, for `install_directory`."""
         return self.path(f"{name}-{os.uname().nodename}-{os.getpid()}{TEMPORARY_SUFFIX}")
 
     @property
@@ -85,7 +85,7 @@ class Job:
         return self.read_record(path) is not None
 
     def write_record(self, path: Path, files: Iterable[Path], content: dict[str, Any]) -> None:
-        """Mark a step as done: the last thing that it does."""
+        """Write a step's record, its content with the sizes of its files, which marks the step as done."""
         sizes = {str(file.relative_to(self.root)): file.stat().st_size for file in files}
         write_text(path, json.dumps({"plan": self.identity, "files": sizes, **content}))
 
@@ -106,7 +106,7 @@ class WorkingDirectory:
 
     @property
     def inputs(self) -> list[Input]:
-        """The files, in order."""
+        """Files of the sources in order; shards of datasets are only in `parts`."""
         return self.listing.files
 
 
@@ -126,7 +126,7 @@ def hash_result_options(config: PrepConfig) -> str:
 
 
 def _hash_json(value: Any) -> str:
-    """SHA-256 of a value as JSON with sorted keys."""
+    """Return the SHA-256, in hex, of a value as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -155,7 +155,7 @@ def hash_code(config: PrepConfig) -> dict[str, str]:
 def resume_working_directory(
     config: PrepConfig, root: Path, check_unused: Callable[[], None], check_inputs: Callable[[list[Input]], None]
 ) -> tuple[WorkingDirectory | None, str]:
-    """Open the working directory of an earlier run; or return None and the reason why this run cannot continue with it.
+    """Return an earlier run's working directory and "", or None and why it is unusable; may update `plan.json`.
 
     Args:
         config: checked options.
@@ -203,7 +203,7 @@ def resume_working_directory(
 def open_working_directory(
     config: PrepConfig, root: Path, check_unused: Callable[[], None], check_inputs: Callable[[list[Input]], None]
 ) -> WorkingDirectory:
-    """Continue in the working directory of an earlier run, or make a new one; see `resume_working_directory`.
+    """Continue as `resume_working_directory` does, or delete what is there, print why, and make a new directory.
 
     What an earlier run did is removed only when all has been read and checked that the new job begins with.
     """
@@ -251,7 +251,7 @@ def _make_description(config: PrepConfig, inputs: list[Input], parts: list[Part]
 
 
 def _read_description(root: Path) -> dict[str, Any] | None:
-    """Content of `plan.json`; None if there is none, or if a machine that failed left it damaged.
+    """Return the content of `plan.json`; None if there is none, or, with a printed line, if it is damaged.
 
     Raises:
         DataError: it cannot be read; what it describes may be intact.
@@ -286,7 +286,7 @@ def _has_other_size_or_time(file: Input, recorded: Input) -> bool:
 
 
 def install_directory(directory: Path, final: Path) -> None:
-    """Rename a finished directory of files to `final`, unless the same files are there already.
+    """Rename a finished directory to `final`, replacing other content; delete it if the same files are there.
 
     Several array tasks may make the same directory at the same time; the first to finish gives it its name. A later one
     must leave it alone, since other tasks may be reading it. Other content is damaged, or was left by a prep that

@@ -115,7 +115,7 @@ class WrittenTasks(NamedTuple):
 def write_tasks(
     out: Path, tasks: Sequence[Task], easiest: int, hardest: int, counts: dict[str, int], seed: int, duplicates: bool
 ) -> WrittenTasks:
-    """Write `out`/SPLIT.jsonl for every split with a count above 0: all of them complete, or none.
+    """Write `out`/SPLIT.jsonl for every split with a count above 0, all complete or none; return a summary.
 
     Args:
         out: directory, which exists.

@@ -18,7 +18,7 @@ class RandomStream:
         self._blocks = itertools.count()
 
     def next_word(self) -> int:
-        """Return the next 64 random bits."""
+        """Return the next 64 random bits as an integer from 0 to 2**64 - 1."""
         word = next(self._words, None)
         if word is None:
             digest = hashlib.shake_128(b"%d\x1f%s" % (next(self._blocks), self._key)).digest(8 * BLOCK_WORDS)

@@ -45,7 +45,7 @@ class Task(NamedTuple):
 
 
 def _make_hops_task(name: str, nodes: int) -> Task:
-    """Task `hops`: follow the edges of a shuffled cycle."""
+    """Make task `hops`: follow the edges of a shuffled cycle through `nodes` nodes, as many as the difficulty."""
 
     def make(stream: RandomStream, hops: int) -> Instance:
         """Draw a cycle; ask for the node that is `hops` edges after its first one."""
@@ -62,7 +62,7 @@ def _make_hops_task(name: str, nodes: int) -> Task:
 
 
 def _make_product_task(name: str, group: Group, prefixes: bool) -> Task:
-    """Tasks `product` and `prefixes`: multiply uniform elements of a group."""
+    """Make task `product`, or `prefixes`, which asks for all prefix products: multiply elements of a group."""
 
     def make(stream: RandomStream, difficulty: int) -> Instance:
         """Draw `difficulty` + 1 elements; ask for their product, or for all prefix products."""
@@ -78,7 +78,7 @@ def _make_product_task(name: str, group: Group, prefixes: bool) -> Task:
 
 
 def _make_addition_task(name: str, digits: int) -> Task:
-    """Task `addition`: add numbers below 10**digits."""
+    """Make task `addition`: add numbers below 10**digits, one more than the difficulty."""
     limit = 10**digits
 
     def make(stream: RandomStream, difficulty: int) -> Instance:
@@ -92,10 +92,10 @@ def _make_addition_task(name: str, digits: int) -> Task:
 
 
 def _make_modular_task(name: str, modulus: int) -> Task:
-    """Task `modular`: evaluate a nested expression modulo a number."""
+    """Make task `modular`: evaluate an expression of residues modulo `modulus`, as deep as the difficulty."""
 
     def draw_expression(stream: RandomStream, depth: int) -> tuple[str, int]:
-        """Draw an expression of exactly this depth; its text and its value."""
+        """Draw an expression of exactly this depth; return its text and its value modulo `modulus`."""
         if depth == 0:
             value = stream.draw_below(modulus)
             return str(value), value

@@ -28,7 +28,7 @@ def list_endings(extensions: Iterable[str]) -> tuple[str, ...]:
 
 
 def name_ending(name: str) -> str:
-    """Return the ending of a file's name for a summary, with the one before it if the file is compressed."""
+    """Return a file name's ending for a summary, such as `.csv` or `.csv.gz`; NO_ENDING for none or a number."""
     suffixes = Path(name.lower()).suffixes
     is_compressed = bool(suffixes) and suffixes[-1] in COMPRESSED
     ending = "".join(suffixes[-2:] if is_compressed else suffixes[-1:])
@@ -37,7 +37,7 @@ def name_ending(name: str) -> str:
 
 
 def find_kind(path: Path, extensions: Iterable[str]) -> Kind:
-    """Return the kind of a file.
+    """Return "lines" (of JSON), "parquet" or "texts", by the ending or, if that leaves it open, by the content.
 
     Args:
         path: the file.
@@ -68,7 +68,7 @@ def find_kind(path: Path, extensions: Iterable[str]) -> Kind:
 
 
 def _find_kind_by_content(path: Path, ending: str, may_be_text: bool) -> Kind:
-    """Return the kind of a file that may hold lines of JSON.
+    """Return "lines" or "texts" by the first line that is not blank; ConfigError if it looks like neither.
 
     Args:
         path: the file.

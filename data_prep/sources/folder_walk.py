@@ -35,7 +35,7 @@ class FoundEntry:
 
 
 def walk_folder(root: Path) -> tuple[list[FoundEntry], list[Path]]:
-    """List what is below a folder, hidden files included.
+    """Return the entries below a folder that are no folders, and the links to folders that were read already.
 
     Folders are read once each, whatever number of links leads to them, so that a loop of links ends.
 
@@ -79,7 +79,7 @@ def _list_entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _read_mode(path: Path) -> int | None:
-    """Return type and permissions of a file or folder, None for a link that leads nowhere or to itself."""
+    """Return st_mode of a path; None for a link that leads nowhere or to itself, DataError if it cannot be read."""
     try:
         return os.stat(path).st_mode
     except OSError as error:

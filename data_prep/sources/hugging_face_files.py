@@ -22,7 +22,7 @@ def count_dataset_shards(name: str, config: PrepConfig) -> int:
 
 
 def read_dataset_shard(name: str, config: PrepConfig, index: int, count: int) -> Iterator[Any]:
-    """Yield the records of shard `index` of `count` of a dataset; DataError if they cannot be read."""
+    """Yield records of shard `index` of `count`; DataError if unreadable, or if there are not `count` shards."""
     try:
         dataset = open_stream(name, config.hf_split)
         shards = max(1, int(dataset.num_shards))
@@ -60,7 +60,7 @@ class SpoolWriter:
         self._stream.write(json.dumps([number, prompt, text], ensure_ascii=False).encode("utf-8") + b"\n")
 
     def finish(self) -> None:
-        """Write the end of the compressed stream."""
+        """Write the end of the compressed stream; the file stays open."""
         self._stream.close()
 
 

@@ -88,7 +88,7 @@ def _iterate_sources(config: PrepConfig) -> Iterator[tuple[str, str, bool]]:
 
 
 def _source_name(source: str) -> str:
-    """Name of a source without the folder that it lies in on this machine."""
+    """Return the last component of a source that is a path, also after `hf:`; any other source unchanged."""
     if source == STDLIB:
         return source
     if source.startswith(PREFIX) and not Path(source.removeprefix(PREFIX)).exists():
@@ -155,7 +155,7 @@ def list_input_files(config: PrepConfig) -> list[Input]:
 
 
 def list_sources(config: PrepConfig) -> SourceListing:
-    """List every file of the sources in a fixed order, with names that do not depend on the machine.
+    """Return every file of the sources in a fixed order, named alike on every machine, and what is not read.
 
     A name begins with that of its source. Sources of the same name are told apart by their number. A file that several paths
     lead to is listed once: as validation if one of these says so, then by a path without links, then by the first.
@@ -230,7 +230,7 @@ def _list_source(
 
 
 def _add_unread_dataset_files(dataset: str, name: str, listing: SourceListing) -> None:
-    """Add the files of a dataset in a local folder that the datasets library does not read."""
+    """Add to `listing` the files in a dataset's local folder that the datasets library does not read."""
     try:
         files = list_unread_files(dataset)
     except Exception as error:
@@ -264,7 +264,7 @@ def _reject_entry(config: PrepConfig, entry: FoundEntry) -> None:
 
 
 def _make_input(name: str, path: Path, valid: bool) -> Input:
-    """Return the Input of a file."""
+    """Return a file's Input, with its size and modification time as they are now."""
     stat = path.stat()
     return Input(name, str(path), stat.st_size, stat.st_mtime_ns, valid)
 
@@ -300,7 +300,7 @@ def choose_part_bytes(config: PrepConfig, files: list[Input]) -> int:
 
 
 def cut_parts(config: PrepConfig, files: list[Input]) -> list[Part]:
-    """Cut the input into parts, in its order; the hub is asked for the number of shards of datasets."""
+    """Cut the input into parts, in its order; footers and first lines are read, and the hub is asked for shards."""
     size = choose_part_bytes(config, files)
     pieces: list[tuple[Any, list[Input], int, int, int]] = []  # the fields of Part after its index
     for file in files:

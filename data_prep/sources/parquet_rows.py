@@ -48,7 +48,7 @@ class InvalidText(bytes):
 
 @contextmanager
 def open_parquet(path: str | Path) -> Iterator[Any]:
-    """Open a Parquet file whose page checksums, where it has them, are verified."""
+    """Yield a pyarrow ParquetFile for the block, which verifies page checksums where the file has them."""
     import pyarrow
     import pyarrow.parquet
 
@@ -94,7 +94,7 @@ def describe_damage(error: Exception) -> str:
 
 
 def read_row_groups(path: str, start: int, end: int, wanted: Sequence[str]) -> Iterator[RowBatch | LostRows]:
-    """Yield the rows of row groups `start` to `end`, or to the last if `end` is 0, and those that are lost.
+    """Yield the rows from group `start` until before `end` (0: to the last) as RowBatch, damaged ones as LostRows.
 
     Args:
         path: the file.
@@ -118,7 +118,7 @@ def read_row_groups(path: str, start: int, end: int, wanted: Sequence[str]) -> I
 
 
 def _read_group(parquet: Any, group: int, before: int, total: int, columns: list[str]) -> Iterator[RowBatch | LostRows]:
-    """Yield the rows of some columns of a row group, which has `before` rows of the file before it."""
+    """Yield columns of a row group, after `before` rows of the file, as RowBatch, from damage on as LostRows."""
     count, keys = parquet.metadata.row_group(group).num_rows, parquet.schema_arrow.names
     done, reason = 0, "the footer says that there are more rows than the group has"
     try:
@@ -144,7 +144,7 @@ def _list_values(column: Any) -> list[Any]:
 
 
 def _decode(value: bytes | None) -> str | InvalidText | None:
-    """Decode a value of UTF-8."""
+    """Decode UTF-8; return None unchanged, and bytes that are not UTF-8 as an InvalidText."""
     if value is None:
         return None
     try:

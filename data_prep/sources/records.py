@@ -154,13 +154,13 @@ class PartReader:
         self.tally.add_bad(path, line, message, records)
 
     def _reject_damaged_file(self, file: Input, message: str) -> None:
-        """Reject the rest of a file that cannot be read to its end, of which nothing tells how many records it has."""
+        """Reject a file that cannot be read to its end: count one record, and the part's size as damaged."""
         self.tally.records += 1
         self.tally.damaged_bytes = self.part.size
         self._reject("damaged", file.shown_path, 0, message)
 
     def _allow_replacement(self, path: str, line: int, message: str) -> bool:
-        """Return True, and count the record, if invalid Unicode is to be replaced; otherwise reject the record."""
+        """Count the record as repaired and return True if `on_bad` is replace; else reject it and return False."""
         if self.config.on_bad != "replace":
             remedy = "Convert the input to UTF-8, or set --on_bad replace to read U+FFFD instead, or"
             self._reject("bad_utf8", path, line, message, remedy=remedy)
@@ -260,7 +260,7 @@ class PartReader:
             return line.decode(encoding, "replace") if is_allowed else None
 
     def _parse_json(self, content: str, path: str, number: int, offset: int) -> "_JsonValue | None":
-        """Parse a line of JSON; None if it is rejected."""
+        """Parse a line of JSON into a _JsonValue; reject it and return None if it cannot be read."""
         try:
             return _JsonValue(json.loads(content))
         except json.JSONDecodeError as error:
@@ -376,10 +376,10 @@ def _seek_line_start(raw: Any, start: int) -> int:
 
 
 def _invalid_utf8_message(error: UnicodeDecodeError) -> str:
-    """Message for an invalid byte."""
+    """Return `: invalid UTF-8 byte 0xff at byte 7`, to be put behind file and line."""
     return f": invalid UTF-8 byte 0x{error.object[error.start]:02x} at byte {error.start}"
 
 
 def _damaged_message(where: str, error: Exception) -> str:
-    """Message for a damaged compressed file."""
+    """Return the message for a damaged compressed file, to be put behind its name."""
     return f": compressed file ends early or is damaged{where} ({error}); copy or download it again"

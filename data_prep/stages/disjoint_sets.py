@@ -44,7 +44,7 @@ class DisjointSets:
         return found
 
     def link(self, ones: np.ndarray, others: np.ndarray) -> None:
-        """Join the sets of pairs of items, uint64 (n,) each."""
+        """Join the sets of each pair of items, uint64 (n,) each, and mark all of these items as `linked`."""
         self.linked[ones] = self.linked[others] = True
         # A root that occurs in several pairs gets one new parent per round; the pairs that are still apart are tried again.
         # Every two rounds join half of the trees that are not complete.
@@ -60,7 +60,7 @@ class DisjointSets:
 
 
 def _map_zeros(path: Path, dtype: Any, items: int) -> np.ndarray:
-    """Return a mapped file of zeros, whose room on disk is reserved."""
+    """Make a file of `items` zeros, with its room on disk reserved; return it as a writable memory map."""
     size = np.dtype(dtype).itemsize * max(1, items)
     with open(path, "wb") as file:
         # Writing to a mapped page without room on disk would end the process with a bus error; reserving raises OSError.

@@ -123,7 +123,7 @@ class _DroppedRows:
         self._files = _BucketFiles(directory, np.dtype("<u8"))
 
     def add(self, ids: np.ndarray) -> int:
-        """Drop documents that were not dropped before; return their number."""
+        """Record documents, none of which may be dropped already, as dropped; return their number."""
         if len(ids):
             self._files.add(self._bucket[ids >> _ROW_BITS], ids)
         return len(ids)
@@ -143,7 +143,7 @@ class _DroppedRows:
 
 
 def _join_batches(pieces: Iterator[np.ndarray], rows: int) -> Iterator[np.ndarray]:
-    """Concatenate pieces into batches of at least `rows` rows."""
+    """Concatenate pieces into batches of at least `rows` rows, except the last; leave out empty pieces."""
     held: list[np.ndarray] = []
     count = 0
     for piece in pieces:
@@ -159,7 +159,7 @@ def _join_batches(pieces: Iterator[np.ndarray], rows: int) -> Iterator[np.ndarra
 
 
 def _bucket_bits(rows: int, bucket_rows: int) -> int:
-    """Number of hash bits that give buckets of at most about `bucket_rows` rows."""
+    """Return the number of hash bits that give buckets of at most about `bucket_rows` rows; 0 for one bucket."""
     return (-(-rows // bucket_rows) - 1).bit_length() if rows else 0
 
 
@@ -193,7 +193,7 @@ def _find_repeated(pieces: Iterator[np.ndarray], rows: int, work: Path, bucket_r
 
 
 def _read_exact_records(scans: Sequence[Path], step: int) -> Iterator[np.ndarray]:
-    """Yield the rows of all scans as records, `step` at a time."""
+    """Yield the rows of all scans as _RECORD (any,), up to `step` of one part at a time."""
     for part, scan in enumerate(scans):
         rows = _map_array(scan, SCAN_ROW)
         for start in range(0, len(rows), step):
@@ -201,7 +201,7 @@ def _read_exact_records(scans: Sequence[Path], step: int) -> Iterator[np.ndarray
 
 
 def _make_records(part: int, rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Return scan rows of a part, with their numbers, as records."""
+    """Convert scan rows of a part, and their numbers, to _RECORD (rows,): hash, rank, order key and id."""
     records = np.empty(len(rows), _RECORD)
     records["hash"], records["hash_low"] = rows["hash"].T
     records["key"], records["key_low"] = rows["key"].T

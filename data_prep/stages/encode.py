@@ -48,7 +48,7 @@ def spill_path(job: Job, part: Part, index: int, suffix: str) -> Path:
 
 @functools.lru_cache(1)
 def _load_tokenizer(path: Path) -> Tokenizer:
-    """Load a tokenizer once per process."""
+    """Return the tokenizer in a folder; the latest one stays loaded in this process."""
     return Tokenizer(path)
 
 
@@ -152,7 +152,7 @@ def _chunk_documents(documents: Iterator[Document], sizes: np.ndarray) -> Iterat
 
 
 def _encode_chunk(chunk: list[Document], tokenizer: Tokenizer, file: IO[Any], rows: ArrayWriter) -> int:
-    """Append the ids of documents, each followed by EOS, and their rows; return the number of ids."""
+    """Append ids of prompt, text and EOS per document to `file`, and SPILL_ROWs to `rows`; return the id count."""
     texts = tokenizer.encode_batch([document.text for document in chunk])
     # A prompt is encoded by itself, so that the boundary between it and the text is between two tokens.
     prompts = [document.prompt for document in chunk]

@@ -44,14 +44,14 @@ MOST_FILES = 200_000  # parts, or shards, that a job may have; a part alone take
 
 
 def lock_output(out: Path, patience_s: float = 0.0) -> AbstractContextManager[None]:
-    """Hold the lock of a corpus for the block; LaunchError if another process holds it."""
+    """Make the parent of `out`, and hold its lock for the block; LaunchError if another process has it."""
     make_parent(out)
     message = f"another `rdt prep` is writing {out}. Wait for it, or choose another --out."
     return hold_lock(out.with_name(f".{out.name}.lock"), message, patience_s)
 
 
 def array_task_lock_path(root: Path, index: int) -> Path:
-    """Return the path of the lock that array task `index` holds while it runs."""
+    """Return the path of the lock that array task `index` holds while it runs, and make its folder."""
     directory = root / "locks"
     directory.mkdir(parents=True, exist_ok=True)
     return directory / str(index)
@@ -68,7 +68,7 @@ def check_no_array_task(out: Path, except_index: int = -1) -> None:
 
 
 def recover_interrupted_publish(out: Path) -> None:
-    """Restore a consistent state after a process that was killed while it published.
+    """Finish or undo what a killed process left half published: delete leftovers, or rename the old corpus back.
 
     Raises:
         ConfigError: the old corpus cannot return to its name, because something else has it.
@@ -93,7 +93,7 @@ def recover_interrupted_publish(out: Path) -> None:
 
 
 def check_output(out: Path) -> None:
-    """Check that a finished corpus can be renamed from its working directory to `out`, and the old one out of its way.
+    """Raise ConfigError if a finished corpus could not be renamed to `out`, or the old one out of its way.
 
     Raises:
         ConfigError: it cannot; the message says what to do.
@@ -223,7 +223,7 @@ def _has_other_content(file: Input, recorded: dict[str, Any]) -> bool:
 
 
 def check_disk_space(out: Path, config: PrepConfig, inputs: list[Input]) -> None:
-    """Raise DataError if the disk has no room for the shards and for the encoded parts that are not in one yet."""
+    """Raise DataError if the disk lacks room for shards and encoded parts; not checked with `max_documents`."""
     if config.max_documents:
         return
     text, itemsize = _estimate_text_bytes(inputs), _token_bytes(config)
@@ -240,7 +240,7 @@ def check_disk_space(out: Path, config: PrepConfig, inputs: list[Input]) -> None
 
 
 def check_file_counts(config: PrepConfig, inputs: list[Input]) -> None:
-    """Raise ConfigError if part_bytes or shard_bytes is so small for the input that files would be without number."""
+    """Raise ConfigError if the input makes over MOST_FILES parts or shards; not checked with `max_documents`."""
     if config.max_documents:
         return
     cut = sum(file.bytes for file in inputs if not file.path.lower().endswith(COMPRESSED))
@@ -275,13 +275,13 @@ def _directory_bytes(directory: Path) -> int:
 
 
 def _is_compressed(file: Input) -> bool:
-    """Return True if the text in a file is larger than the file."""
+    """Return True if a file is named .gz, .zst or .parquet, so that its text is larger than the file."""
     return file.path.lower().endswith((*COMPRESSED, ".parquet"))
 
 
 @contextmanager
 def explain_failure(out: Path, alone: bool) -> Iterator[None]:
-    """Say in the errors of the block what is kept, and remove a working directory without anything worth keeping.
+    """Add to the block's errors what is kept, make a full disk a DataError, and remove a useless working directory.
 
     Args:
         out: directory of the corpus.

@@ -12,7 +12,7 @@ class SameTextError(ConfigError):
 
 
 def check_files_differ(work: WorkingDirectory) -> None:
-    """Raise SameTextError if a file of the validation sources has the content of one of the others.
+    """Raise SameTextError if, with `dedup` none, a file of the validation sources equals one of the others.
 
     Unless `dedup` is none, this is no fault: documents that are in both are validation only.
     """

@@ -30,7 +30,7 @@ _HALVES = struct.Struct(">QQ")  # a 128-bit digest as two integers that sort lik
 
 
 def hash_content(prompt: str, text: str) -> bytes:
-    """Return a 128-bit hash of a document's content."""
+    """Return the hash of a document's prompt and text, 16 bytes."""
     return xxhash.xxh3_128_digest((f"{prompt}{SEPARATOR}{text}" if prompt else text).encode("utf-8"))
 
 
@@ -71,7 +71,7 @@ def spool_path(job: Job, part: Part) -> Path | None:
 
 
 def scan_part(job: Job, part: Part, limit: int = 0) -> None:
-    """Read a part; write its rows, then its record.
+    """Read and clean a part; write its rows, its bands and dataset copy where needed, then its record.
 
     Args:
         job: options and paths.
@@ -125,7 +125,7 @@ def scan_part(job: Job, part: Part, limit: int = 0) -> None:
 
 
 def _iterate_nonempty(reader: PartReader, limit: int, found: dict[str, int]) -> Iterator[Document]:
-    """Yield the documents that are not empty, up to `limit`; report progress.
+    """Yield the documents that are not empty, up to `limit`; count them in `found`, and report progress.
 
     The number of these documents, and of the bytes of input that were read for them, go to `found` as `present` and
     `input_bytes`.
@@ -150,7 +150,7 @@ def _iterate_nonempty(reader: PartReader, limit: int, found: dict[str, int]) -> 
 
 
 def scan_first_documents(job: Job, parts: list[Part]) -> None:
-    """Scan parts one after another until `max_documents` documents are found; the parts after them get no rows."""
+    """Scan parts in order up to `max_documents` documents; write empty scans of the rest, then a record."""
     left = job.config.max_documents
     for part in parts:
         record = job.read_record(scan_record_path(job, part))

@@ -42,7 +42,7 @@ class ArrayWriter:
         self._write_header()
 
     def _write_header(self) -> None:
-        """Write a header with the number of rows so far."""
+        """Write a .npy header with the number of rows so far, at the file's position."""
         # NumPy pads the header so that the first axis can grow: the header written at the end has the same length.
         shape = (self.count, *self.width)
         header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
@@ -55,7 +55,7 @@ class ArrayWriter:
             self._write_held_rows()
 
     def _write_held_rows(self) -> None:
-        """Write the rows in memory."""
+        """Append the rows in memory to the file, count them, and drop them from memory."""
         self.file.write(np.array(self._rows, self.dtype).tobytes())
         self.count += len(self._rows)
         self._rows = []

@@ -89,7 +89,7 @@ def _describe_excess(found: dict[str, Any], max_bad: float) -> str:
 
 
 def check_splits(work: WorkingDirectory, documents: dict[str, int]) -> None:
-    """Raise EmptySplitError if a split that is wanted has no documents."""
+    """Raise EmptySplitError if the training split, or a validation split that the options ask for, is empty."""
     config = work.job.config
     wants_valid = config.valid_fraction > 0 or bool(config.valid_sources)
     for split, count in documents.items():

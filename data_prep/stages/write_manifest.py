@@ -49,7 +49,7 @@ def make_input_records(work: WorkingDirectory) -> list[dict[str, Any]]:
 
 
 def write_manifest(work: WorkingDirectory, groups: list[dict[str, Any]], duplicates: dict[str, int]) -> dict[str, Any]:
-    """Write the manifest and return it.
+    """Write the manifest and return it; raise if a split is empty, or if the records do not add up.
 
     Args:
         work: the working directory.

@@ -53,7 +53,7 @@ class PartGroup:
 
 
 def group_parts(parts: list[Part], text_bytes: list[int], shard_bytes: int, itemsize: int) -> list[PartGroup]:
-    """Group parts to the text of about one shard; parts without text are in no group.
+    """Group consecutive parts to the text of about one shard, with their numbers of slices; leave out empty parts.
 
     Args:
         parts: in order.

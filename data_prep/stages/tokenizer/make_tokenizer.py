@@ -25,7 +25,7 @@ def tokenizer_record_path(job: Job) -> Path:
 
 
 def make_tokenizer(job: Job, parts: list[Part]) -> None:
-    """Write the corpus's tokenizer, then its record."""
+    """Train the corpus's tokenizer or copy the given one, count texts that it changes, then write its record."""
     config = job.config
     directory = job.temporary_directory("tokenizer")
     shutil.rmtree(directory, ignore_errors=True)

@@ -13,7 +13,7 @@ SPREAD = 16  # the sample is drawn from parts with this many times its size
 
 
 def sample_texts(job: Job, parts: list[Part], limit: int) -> list[str]:
-    """Return training documents of about `limit` bytes together, or all, in the order of their content hashes.
+    """Return training texts with their prompts, about `limit` bytes or all, in the order of their content hashes.
 
     They are drawn from as many parts as have SPREAD times as much text. Long documents are cut to the length that training
     would cut them to. Memory: the sample, and the scan rows of these parts.
@@ -45,7 +45,7 @@ def sample_texts(job: Job, parts: list[Part], limit: int) -> list[str]:
 
 
 def _choose_parts(job: Job, parts: list[Part], limit: int) -> list[Part]:
-    """Take parts in an order that depends on the seed, until they have `limit` bytes of text."""
+    """Return scanned training parts, in an order that the seed decides, until they have `limit` bytes of text."""
     order = sorted(parts, key=lambda part: xxhash.xxh3_128_digest(f"{job.config.seed}\x1f{part.index}".encode()))
     taken, size = [], 0
     for part in order:

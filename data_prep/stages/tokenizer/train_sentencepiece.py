@@ -51,7 +51,7 @@ def check_special_tokens(tokens: list[str]) -> None:
 
 
 def train_tokenizer(texts: Iterable[str], config: PrepConfig) -> bytes:
-    """Train a SentencePiece model on the first `config.tokenizer_sample_bytes` of the texts.
+    """Train a SentencePiece model on the first `config.tokenizer_sample_bytes` of the texts; return it serialized.
 
     Args:
         texts: documents, in the order in which they are read.
@@ -104,9 +104,9 @@ def train_tokenizer(texts: Iterable[str], config: PrepConfig) -> bytes:
 
 
 def _round_scores_to_grid(content: bytes) -> bytes:
-    """Return a unigram model with its scores rounded to multiples of 1/GRID, which makes sums of scores exact.
+    """Return a unigram model with scores rounded to multiples of 1/GRID, sorted by them, no user-defined pieces.
 
-    About one segmentation in 100,000 changes by it.
+    Sums of such scores are exact. About one segmentation in 100,000 changes by it.
     """
     model = parse_model(content)
     normal = []

@@ -16,7 +16,7 @@ from megatron_rdt.files import fsync_file, write_bytes, write_text
 
 
 def write_tokenizer(model: bytes, directory: Path, sample: Iterable[str], foreign: bool = False) -> Tokenizer:
-    """Write tokenizer.model, tokenizer.json, tokenizer_config.json and token_bytes.npy; return the tokenizer.
+    """Write a SentencePiece model, its token bytes and, if exact, an export for transformers; return a Tokenizer.
 
     Args:
         model: the serialized SentencePiece model.
@@ -48,7 +48,7 @@ def write_tokenizer(model: bytes, directory: Path, sample: Iterable[str], foreig
 
 
 def copy_tokenizer(path: str | Path, directory: Path, sample: Iterable[str]) -> Tokenizer:
-    """Copy an existing tokenizer into `directory` as the tokenizer of a corpus; return the copy.
+    """Copy a tokenizer into `directory` for a corpus, print special tokens that text can spell; return the copy.
 
     A SentencePiece model is exported as by `write_tokenizer`; the files of a Hugging Face tokenizer are copied unchanged.
 

@@ -54,7 +54,7 @@ def format_usage() -> str:
 
 
 def run_command(words: list[str]) -> int:
-    """Run the command that `words` begin with; a failure that the user can solve becomes one line on standard error."""
+    """Run the command that `words` name; return its exit status, print failures the user can solve, raise bugs."""
     if not words or words[0] in ("-h", "--help"):
         print(format_usage(), file=sys.stdout if words else sys.stderr)
         return EXIT_OK if words else EXIT_USAGE
@@ -86,7 +86,7 @@ def run_command(words: list[str]) -> int:
 
 
 def main() -> int:
-    """Entry point of `rdt`."""
+    """Run `rdt` on this process's words; return the exit status, 141 if the reader of its output has gone."""
     escape_unencodable()
     status, exited = EXIT_OK, None
     failure: OSError | None = None

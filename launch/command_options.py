@@ -32,7 +32,7 @@ def parse_options(
     positional: bool = True,
     usage: str = "",
 ) -> T:
-    """Parse the words of a command whose options are exactly the fields of `schema`.
+    """Parse a command's words into an instance of `schema`, whose fields are exactly its options.
 
     Args:
         name: as typed after `rdt`, such as "prep verify".
@@ -74,7 +74,7 @@ def make_run_parser(program: str, description: str, extra: type) -> jsonargparse
 
 
 def parse_run_options(program: str, description: str, extra: type[T], words: Sequence[str]) -> tuple[RunConfig, T]:
-    """Parse the words of a command that takes a run's config and options of its own, the fields of `extra`.
+    """Parse the words of a command into a run's config and an instance of `extra`, the command's own options.
 
     Raises:
         ConfigError: see `megatron_rdt.config.parser.parse`.

@@ -70,7 +70,7 @@ def _is_kernel_path(path: object) -> bool:
 
 @dataclass(frozen=True)
 class Failure:
-    """The error of a worker, as its launcher reads it.
+    """The message of a worker's error, and whether another rank failed first.
 
     Attributes:
         message: what to tell the user.

@@ -26,7 +26,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def find_free_port(wanted: int = 0) -> int:
-    """Return `wanted` after checking that nothing listens on it, or any free loopback port where it is 0."""
+    """Return `wanted`, or any free loopback port for 0; ConfigError if out of range, LaunchError if in use."""
     if not 0 <= wanted <= LAST_PORT:
         raise ConfigError(f"--master_port is {wanted}, it must be from 1 to {LAST_PORT}, or 0 for any free one.")
     with socket.socket() as probe:
@@ -42,7 +42,7 @@ def find_free_port(wanted: int = 0) -> int:
 
 
 def run_processes(words: Sequence[str], processes: int, port: int = 0, script: Path = SCRIPT) -> int:
-    """Run `script` as ranks 0 to `processes` - 1 with the options `words`, and wait until all have ended.
+    """Run `script` with `words` as ranks 0 to `processes` - 1; return 0, or 75 after a stop on request.
 
     Returns:
         0 if all succeeded, 75 if they stopped on request after a good save.
@@ -72,7 +72,7 @@ class _WorkerGroup:
         self.forwarded: set[int] = set()  # signals that were sent on to the workers
 
     def run(self, words: Sequence[str], port: int) -> int:
-        """Start the workers, wait for them, and return the exit status of the run."""
+        """Run Python with `words` in each worker; return the exit status, or raise a failure's likeliest cause."""
         before = {number: signal.signal(number, self._forward_signal) for number in (*STOP_SIGNALS, signal.SIGINT)}
         try:
             for rank, file in enumerate(self.files):
@@ -106,7 +106,7 @@ class _WorkerGroup:
                 process.send_signal(number)
 
     def _wait_for_all(self) -> None:
-        """Wait until all have ended, or after a failure until the others have had `GRACE_S` to end by themselves."""
+        """Wait for the end of all, `GRACE_S` after a failure, or an interrupt; note failed ranks in `failed`."""
         deadline = None
         while not self.interrupted:
             statuses = [process.poll() for process in self.processes]

@@ -18,7 +18,7 @@ from megatron_rdt.terminal import escape_unencodable, show_line
 
 
 def write_measurements(options: argparse.Namespace) -> None:
-    """Measure a step at every loop count; rank 0 writes a list of {"loops", "peak" over all ranks, "sent"} as JSON."""
+    """Measure a step at every T; rank 0 writes {"loops", "peak" over all ranks, its own "sent"} of each as JSON."""
     import torch
 
     from megatron_rdt.config import load_config

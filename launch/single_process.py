@@ -13,7 +13,7 @@ ANSWERS = {"--help", "-h", "--print_config", "--print-config"}
 
 
 def refuse_copies(words: Sequence[str]) -> None:
-    """Refuse the command line of `rdt` in one of several processes that torchrun, deepspeed or srun started.
+    """Raise ConfigError if a launcher started several processes of a command of `rdt` that writes files.
 
     Commands that write nothing are accepted, and so are the array tasks of `rdt prep --shard i/N`, which share their
     work.

@@ -72,7 +72,7 @@ def select_worker_words(words: Sequence[str]) -> list[str]:
 
 
 def check_paths(config: RunConfig) -> None:
-    """Refuse a run whose shards do not exist or whose directory cannot be written, without importing PyTorch.
+    """Raise an error if the run's shards do not exist or its directory cannot be written; import no PyTorch.
 
     Raises:
         DataError: there are no shards.

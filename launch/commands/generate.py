@@ -81,7 +81,7 @@ def generate(words: list[str]) -> int:
 
 
 def split_repeated(words: list[str], name: str) -> tuple[list[str], list[str]]:
-    """Return the values of all `--name` options but the last, and the words without those options."""
+    """Return the values of all `--name` options but the last, and the words with only the last one left."""
     indices = [i for i, word in enumerate(words) if word.partition("=")[0] == f"--{name}"]
     values, taken = [], set()
     for i in indices[:-1]:
@@ -139,7 +139,10 @@ def make_exit_rule(options: GenerateOptions) -> "ExitRule | None":
 
 
 def print_texts(options: GenerateOptions, prompts: list[str]) -> None:
-    """Generate and print: the text of one prompt alone, those of several each below a line with its number."""
+    """Print prompts with their continuations; with an exit rule, the mean iterations per token on stderr.
+
+    The text of one prompt stands alone, those of several each below a line with its number.
+    """
     rule = make_exit_rule(options)
     from megatron_rdt.inference import GenerationTrace, generate_texts, stream_text
 

@@ -103,7 +103,7 @@ def check_plan_file(file: Path) -> None:
 
 
 def fit_to_devices(config: RunConfig, devices: int) -> tuple[RunConfig, list[str]]:
-    """Return a config whose engine and batch sizes suit this many devices, and a sentence for each change.
+    """Give a config for one process an engine and batch sizes for `devices`; return it and a sentence per change.
 
     Presets are for one process: they get the engine for many, and a batch that the devices divide.
     """
@@ -129,7 +129,7 @@ def fit_to_devices(config: RunConfig, devices: int) -> tuple[RunConfig, list[str
 
 
 def _device_of(options: PlanOptions) -> Device:
-    """Return the device that --device names, with the bandwidths and node size that other options override."""
+    """Return the device that --device names, with bandwidths and node size as given; ConfigError if wrong."""
     if options.device not in DEVICES:
         raise ConfigError(f"--device is {options.device}, it must be one of {', '.join(DEVICES)}.")
     device = DEVICES[options.device]
@@ -143,7 +143,7 @@ def _device_of(options: PlanOptions) -> Device:
 
 
 def compare_with_measurement(config: RunConfig, processes: int) -> tuple[str, list[dict[str, Any]]]:
-    """Take steps of the config's model on CPU processes; return measured and planned figures, as text and as rows."""
+    """Take steps on CPU processes; return measured and planned memory and collectives, as text and a dict per T."""
     from launch.local_processes import run_processes
     from megatron_rdt.config.layout import Layout
     from megatron_rdt.planner.communication import step_communication, sum_by_kind

@@ -4,10 +4,14 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launch.command_options import parse_options, summary_of
 from megatron_rdt.errors import EXIT_OK, ConfigError
 from megatron_rdt.files import PathText
+
+if TYPE_CHECKING:
+    from data_prep.reasoning.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ def tasks(words: list[str]) -> int:
     from data_prep.reasoning.examples import TEST, TRAIN, write_tasks
 
     options = parse_options("prep tasks", summary_of(tasks), TaskOptions, words, config_file=True, positional=False)
-    families, (easiest, hardest) = _parse_options(options)
+    families, (easiest, hardest) = _check_options(options)
     out = Path(os.path.expanduser(options.out))
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -58,11 +62,11 @@ def tasks(words: list[str]) -> int:
     return EXIT_OK
 
 
-def _parse_options(options: TaskOptions) -> tuple[list, tuple[int, int]]:
-    """Return the chosen tasks and their (easiest, hardest) difficulty; ConfigError if an option is wrong.
+def _check_options(options: TaskOptions) -> "tuple[list[Task], tuple[int, int]]":
+    """Check the options and the files they would replace; return the tasks and the (easiest, hardest) difficulty.
 
     Raises:
-        ConfigError: an option is wrong; the message names the first one.
+        ConfigError: an option is wrong, or a file is there that must not be replaced; the message names the first one.
     """
     from data_prep.reasoning.examples import TEST, TRAIN
     from data_prep.reasoning.tasks import check_difficulty, parse_task

@@ -61,7 +61,7 @@ class SubmitOptions:
 
 
 def read_run_config(job: SubmitOptions) -> tuple[RunConfig, list[str], str | None]:
-    """Read the run's config and check it for the job's processes.
+    """Read and check the run's config and the job's options; return config, script options and path of --resume.
 
     Returns:
         The config, the training script's options without --resume PATH, and that path: the run's origin.
@@ -100,7 +100,7 @@ def _without_option(words: list[str], option: str) -> list[str]:
 
 
 def check_origin(origin: str, run_directory: Path) -> None:
-    """Refuse a job that would start in `run_directory` from a checkpoint that its run cannot begin from.
+    """Raise ConfigError if `origin` has no checkpoint or is of the run itself, or the run has begun without it.
 
     Raises:
         ConfigError: `origin` holds no checkpoint, or the run has begun already, from elsewhere.
@@ -128,7 +128,7 @@ def check_origin(origin: str, run_directory: Path) -> None:
 
 
 def _split_words(text: str, option: str) -> list[str]:
-    """Split the text of an option into words as a shell does."""
+    """Split the text of an option into words as a shell does; ConfigError if a quotation is not closed."""
     try:
         return shlex.split(text)
     except ValueError as error:
@@ -136,7 +136,7 @@ def _split_words(text: str, option: str) -> list[str]:
 
 
 def _check_gpus(job: SubmitOptions, config: RunConfig) -> None:
-    """Refuse a number of GPUs that does not fit the processes or the run's device."""
+    """Raise ConfigError unless a node has no GPU or one per process, as train.device demands."""
     gpus = choose_gpus_per_node(job, config)
     if gpus not in (0, job.processes_per_node):
         raise ConfigError(
@@ -151,7 +151,7 @@ def _check_gpus(job: SubmitOptions, config: RunConfig) -> None:
 
 
 def choose_gpus_per_node(job: SubmitOptions, config: RunConfig) -> int:
-    """Return how many GPUs to request on each node."""
+    """Return the GPUs to request on each node: as given, else none for train.device cpu, else one per process."""
     if job.gpus_per_node is not None:
         return job.gpus_per_node
     return 0 if config.train.device == "cpu" else job.processes_per_node
@@ -175,7 +175,7 @@ def parse_time_limit(text: str) -> int | None:
 
 
 def quote_directive(option: str, value: str | int) -> str:
-    """Quote the value of a #SBATCH line: Slurm splits such lines as a shell does."""
+    """Quote `value` for a #SBATCH line, which Slurm splits as a shell does; ConfigError if it has a line break."""
     if re.search(r"[\r\n]", str(value)):
         raise ConfigError(f"{option} {str(value)!r} has a line break, which a #SBATCH line cannot hold. Remove it.")
     return shlex.quote(str(value))

@@ -27,7 +27,10 @@ def train(words: list[str]) -> int:
 
 
 def _check_parameter_names(config: RunConfig) -> None:
-    """Refuse patterns that match no parameter, before workers start that would each refuse them."""
+    """Raise ConfigError for patterns of optimizer.no_weight_decay that match no parameter, or all of them.
+
+    Workers would each refuse them.
+    """
     if config.optimizer.no_weight_decay:
         from megatron_rdt.parallel.optimizers import check_no_weight_decay
 

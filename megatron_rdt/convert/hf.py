@@ -30,7 +30,7 @@ PREFIX = "model."  # the wrapper's name for the model, in front of every weight'
 
 
 def export_hf(source: Path, out: Path) -> None:
-    """Write an export of the checkpoint `source` into the folder `out`; print why, if its tokenizer cannot be exported."""
+    """Write weights, configs, code, README and tokenizer into `out`; print why, if AutoTokenizer cannot load it."""
     config = load_config(source / "config.yaml")
     weights = read_model_weights(source)
     save_file({PREFIX + k: v.contiguous() for k, v in weights.items()}, out / WEIGHTS_FILE, {"format": "pt"})

@@ -45,7 +45,7 @@ def paste_model_source() -> str:
 
 
 def split_source(text: str) -> tuple[list[str], str]:
-    """Split a source file into its top-level imports from outside the project and the rest.
+    """Return a source file's imports from outside the project, and what follows its imports; drop project imports.
 
     The module docstring becomes a comment, since only the first one of a file is a docstring.
     """

@@ -31,7 +31,7 @@ HIDDEN_FOLDER = "tokenizer"
 
 
 def export_tokenizer(source: Path, out: Path) -> str:
-    """Write the tokenizer of a checkpoint into an export.
+    """Write a checkpoint's tokenizer into an export; return "", or why it is hidden from AutoTokenizer.
 
     Args:
         source: the checkpoint's tokenizer folder.
@@ -80,7 +80,7 @@ def _export_hugging_face(source: Path, out: Path) -> None:
 
 
 def _set_special_tokens(settings: dict[str, Any], specials: dict[str, Any], named: dict[str, str]) -> None:
-    """Change the two files, in place, where transformers would take another BOS, EOS or PAD than this project.
+    """Set this project's BOS, EOS and PAD in the two dicts, in place, where transformers would take others.
 
     transformers prefers special_tokens_map.json, even if it names null, unless tokenizer_config.json has an
     added_tokens_decoder: then it ignores special_tokens_map.json.

@@ -45,7 +45,7 @@ class SlotCache:
         self.cache = cache
 
     def make_room(self, slots: int) -> None:
-        """Extend an empty cache that was sized for fewer loops to this many slots."""
+        """Extend an empty cache sized for fewer loops to `slots`; ValueError if it is not a DynamicCache."""
         if self.cache.layer_class_to_replicate is not None:  # a cache without a fixed size
             return
         layers = len(self.cache.layers)
@@ -55,7 +55,7 @@ class SlotCache:
         self.cache.layers.extend(DynamicLayer() for _ in range(missing))
 
     def update(self, slot: int, start: int, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Append to a slot and return all that it holds.
+        """Append to a slot and return all that it holds; `start` is ignored, since the cache counts its positions.
 
         A transformers cache stores pairs of tensors; the latents of mla are one tensor, so an empty one goes with it.
         """
@@ -115,7 +115,7 @@ class RdtForCausalLM(PreTrainedModel, GenerationMixin):
         loops: int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Return logits (batch, sequence, vocab) and, given `labels`, the mean loss of predicting each next token.
+        """Return logits (batch, sequence, vocab), the extended cache and, given `labels`, the mean next-token loss.
 
         `position_ids` (batch or 1, sequence) default to counting the tokens that `attention_mask` admits.
 

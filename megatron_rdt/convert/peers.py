@@ -34,13 +34,13 @@ class Source:
         self._left = {name: value for name, value in state.items() if not re.fullmatch(ignored, name)}
 
     def take(self, name: str) -> torch.Tensor:
-        """Return the weight `name` and mark it as used."""
+        """Remove and return the weight `name`; ValueError if it is not there."""
         if name not in self._left:
             raise ValueError(f"the weights have no {name}; the config describes another network")
         return self._left.pop(name)
 
     def copy(self, names: Mapping[str, str], ours: str = "", theirs: str = "") -> Weights:
-        """Return the matrices and gains `theirs`OLD.weight as `ours`NEW.weight, for names given as new -> old."""
+        """Take each `theirs`OLD.weight and return it as `ours`NEW.weight, for names given as new -> old."""
         return {f"{ours}{new}.weight": self.take(f"{theirs}{old}.weight") for new, old in names.items()}
 
     def check_all_used(self) -> None:
@@ -130,7 +130,7 @@ def from_open_mythos(state: Mapping[str, torch.Tensor], config: ModelConfig) -> 
 
 
 def _convert_mythos_layer(source: Source, ours: str, theirs: str, config: ModelConfig) -> Weights:
-    """Convert norms and attention of one layer."""
+    """Take norms and attention of the layer `theirs`; return them under the name `ours`."""
     weights = source.copy({"attention_norm": "attn_norm", "feedforward_norm": "ffn_norm"}, f"{ours}.", f"{theirs}.")
     names = {"query": "wq", "key": "wk", "value": "wv"}
     if config.attention == "mla":

@@ -74,7 +74,7 @@ def convert_training_state(source: Path, out: Path, family: str) -> None:
 
 
 def read_training_state(checkpoint: Path, config: RunConfig, scratch: Path | None = None) -> TrainingState:
-    """Read weights and AdamW state from a checkpoint of any engine.
+    """Read weights and AdamW state from a checkpoint of any engine; CheckpointError for another optimizer.
 
     Args:
         checkpoint: a complete, verified checkpoint.
@@ -129,7 +129,7 @@ def _make_single_engine(config: RunConfig) -> TorchEngine:
 
 
 def _extract_state(engine: TorchEngine) -> TrainingState:
-    """Collect weights and AdamW state of a loaded engine."""
+    """Return weights and AdamW state of a loaded engine: its own tensors, not copies."""
     tensors, step = {}, 0
     for name, parameter in engine.model.named_parameters():
         moments = engine.optimizers[0].state[parameter]
@@ -149,7 +149,10 @@ def _load_state(engine: TorchEngine, state: TrainingState) -> None:
 
 
 def _run_ds_to_universal(saved: Path, folder: Path) -> None:
-    """Run DeepSpeed's converter in a separate process, since it prints much and starts a pool of workers."""
+    """Convert a ZeRO save to a universal checkpoint in `folder`; CheckpointError if DeepSpeed cannot read it.
+
+    The converter runs in a separate process, since it prints much and starts a pool of workers.
+    """
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
     command += ["--input_folder", str(saved), "--output_folder", str(folder)]
     command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]

@@ -79,7 +79,7 @@ def measure_mixture_losses(
     *arguments: Any,
     **named: Any,
 ) -> tuple[dict[int, float], dict[str, dict[int, float]]]:
-    """Return the loss of a mixture of corpora, the mean of theirs weighted by their shares, and that of each corpus.
+    """Return losses by T, each the mean of the corpora weighted by `shares`, and the losses by corpus and T.
 
     Args:
         model: as in `measure_losses`.
@@ -99,7 +99,7 @@ def measure_mixture_losses(
 def evaluate_checkpoint(
     checkpoint: str, loops: Sequence[int], sequences: int, data: str | None = None, out: str | None = None
 ) -> dict[str, Any]:
-    """Print a table of the validation loss against T, and write it as JSON.
+    """Print a table of the validation loss against T; write losses, step and counts as JSON, and return them.
 
     Args:
         checkpoint: a checkpoint or a run directory.
@@ -194,7 +194,7 @@ def _to_json(losses: Mapping[int, float]) -> dict[str, float | None]:
 
 
 def _default_result_file(checkpoint: Path) -> Path | None:
-    """Return eval.json of the run that a checkpoint is in; None for one elsewhere, such as a converted one."""
+    """Return eval.json of a checkpoint's run, ConfigError if not writable; None for a checkpoint outside a run."""
     run = checkpoint.parent.parent
     if checkpoint.parent.name != CHECKPOINTS or not (run / "config.yaml").is_file():
         return None

@@ -25,7 +25,7 @@ Records = Sequence[dict[str, Any]]
 
 
 def _make_axes(title: str, x: str, y: str) -> Axes:
-    """Return axes with a grid, labels, and whole numbers on the x axis."""
+    """Return the axes of a new figure, with a title, labels, a grid, and whole numbers on the x axis."""
     _, axes = plt.subplots(figsize=SIZE_INCHES, dpi=DPI, layout="constrained")
     axes.set_title(title)
     _label_axes(axes, x, y)
@@ -159,7 +159,7 @@ def draw_iterations(metrics: Records, path: Path) -> Path:
 
 
 def join_pictures(pictures: Sequence[Path], path: Path) -> Path:
-    """Join pictures of this module into one, two in a row; an odd last one is left out."""
+    """Join pictures of one size into a PNG file, two in a row, without an odd last one; return its path."""
     images = [plt.imread(picture) for picture in pictures]
     rows = [np.concatenate(images[i : i + 2], axis=1) for i in range(0, len(images) - 1, 2)]
     plt.imsave(path, np.concatenate(rows))

@@ -49,7 +49,7 @@ def read_records(path: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 def find_final_losses(run_directory: Path, evaluations: list[dict[str, Any]]) -> tuple[int, dict[int, float]]:
-    """Return the last step with a validation loss, and its losses by T.
+    """Return the last evaluated step and its losses by T, of eval.json or `evaluations`; (0, {}) without any.
 
     They come from eval.json, if `rdt eval` wrote one, unless the run itself evaluated a later step.
     """
@@ -110,7 +110,7 @@ def _draw_figures(
     figures: list[tuple[Path, str]] = []
 
     def add(caption: str, name: str, draw: Callable[..., Path], *records: Any) -> None:
-        """Draw one picture into the report's folder."""
+        """Draw one picture into the folder, and append its path and caption to `figures`."""
         figures.append((draw(*records, out / name), caption))
 
     add("Training and validation loss.", "loss.png", plots.draw_loss_curve, metrics, evaluations)
@@ -129,7 +129,7 @@ def _draw_figures(
 
 
 def summarize(metrics: list[dict[str, Any]], losses: dict[int, float]) -> list[str]:
-    """Return sentences about the run, each computed from its records."""
+    """Return sentences on steps, training loss, skipped steps, spectral radius and the gain of more loops."""
     last = metrics[-1]
     finite = [r["loss"] for r in metrics if r["loss"] is not None]
     training = f"the last training loss is {finite[-1]:.3f}" if finite else "no training loss was finite"

@@ -28,7 +28,9 @@ def generate(
 def generate(
     model: nn.Module, tokens: Prompts, loops: int, new_tokens: int, **settings: Any
 ) -> Tensor | list[list[int]]:
-    """Continue every prompt; the same call returns the same ids.
+    """Return every prompt with the ids that continue it, as a tensor or as lists, whichever `tokens` is.
+
+    The same call returns the same ids.
 
     Args:
         model: see `stream`.
@@ -178,7 +180,7 @@ class _ActiveRows:
         return (self.text.shape[1] - self.padding).tolist()
 
     def next_logits(self, model: nn.Module, loops: int, rule: ExitRule | None, trace: GenerationTrace | None) -> Tensor:
-        """Run the model on the positions not computed yet; return the logits (rows, vocab_size) of the next token."""
+        """Return the logits (rows, vocab_size) of the next token; run what no cache holds, and extend `trace`."""
         start = 0 if self.cache is None else self.computed
         settings: dict[str, Any] = {"padding": self.padding} if self.is_padded else {}
         exits = ExitTrace() if trace is not None else None
@@ -208,7 +210,7 @@ class _ActiveRows:
 
 
 def to_id_lists(tokens: Prompts) -> list[list[int]]:
-    """Return the prompts as lists of ids.
+    """Return the prompts as lists of ids; ConfigError for no prompt, an empty one, or a tensor not (batch, prompt).
 
     Raises:
         ConfigError: a tensor that is not (batch, prompt), no prompt, or a prompt without a token.

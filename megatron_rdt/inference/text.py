@@ -108,7 +108,7 @@ def _load_and_encode(
 
 
 def to_stop_ids(tokenizer: Tokenizer, stop: Sequence[int | str]) -> list[int]:
-    """Return the ids that end a text.
+    """Return the ids of `stop`, which has ids and texts of one token each; ConfigError for anything else.
 
     Raises:
         ConfigError: a text is not one token, or an id is beyond the vocabulary.

@@ -54,24 +54,24 @@ class Batch:
         return self.rows(data_rank * share, (data_rank + 1) * share)
 
     def pin_memory(self) -> "Batch":
-        """Copy the per-token tensors to page-locked memory, from which a GPU copies without blocking the host."""
+        """Return the batch with per-token tensors in page-locked memory; a GPU copies that without blocking."""
         return self._map_per_token(torch.Tensor.pin_memory)
 
     def to(self, device: torch.device) -> "Batch":
-        """Move the per-token tensors to `device`; from pinned memory to a GPU without waiting for the copy.
+        """Return the batch with per-token tensors on `device`; from pinned memory to a GPU without waiting.
 
         The copy is queued on the current stream: whatever reads the tensors on that stream runs after it.
         """
         return self._map_per_token(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _map_per_token(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        """Replace each per-token tensor by `change` of it."""
+        """Return a copy with `change` applied to each per-token tensor that is not None."""
         tensors = ((name, getattr(self, name)) for name in PER_TOKEN)
         changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors if tensor is not None}
         return dataclasses.replace(self, **changed)
 
     def inputs(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the input tokens (n, L) and the keyword arguments of a forward pass with a loss."""
+        """Return the input tokens and, by name, targets and any loss_mask, documents, positions, (n, L) each."""
         named = {"targets": self.tokens[:, 1:]}
         if self.loss_mask is not None:
             named["loss_mask"] = self.loss_mask[:, 1:]  # a mask belongs to the token as a target
@@ -89,7 +89,7 @@ class Batch:
 
 
 def number_documents(starts: np.ndarray) -> np.ndarray:
-    """Number the documents of each row from 0, int64 (n, L + 1).
+    """Return the number of each token's document, counted from 0 in its row, int64 (n, L + 1).
 
     Args:
         starts: True at each document's first token, bool (n, L + 1). The first token of a row is in document 0 in any case.
@@ -112,7 +112,7 @@ def positions_in_documents(starts: np.ndarray) -> np.ndarray:
 def build_document_fields(
     starts: np.ndarray, documents: bool, positions: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Build the fields `documents` and `positions` of a batch; None for one that is not wanted.
+    """Build a batch's `documents` and `positions`, int64 (n, L + 1); None for one that is not wanted.
 
     Args:
         starts: True at each document's first token, bool (n, L + 1).

@@ -77,11 +77,11 @@ class TokenCorpus:
         return self.order.samples_per_epoch
 
     def locate(self, samples: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Compute the locations of samples, which `prefetch` and `read` take: the first token of each window, int64 (n,)."""
+        """Map sample numbers to locations, each the first token of a window in the split, int64 (n,)."""
         return self.order.window_starts(np.asarray(samples, np.int64))
 
     def locate_evenly(self, count: int) -> np.ndarray:
-        """Compute the locations of `count` windows spread evenly over the stream, ascending, int64 (n,).
+        """Return the locations of `count` windows spread evenly over the stream, ascending, int64 (n,).
 
         All windows where there are fewer. The first `count` windows instead would be a few documents only, and their
         loss that of these documents.
@@ -96,7 +96,7 @@ class TokenCorpus:
         self._shards.prefetch(parts, self._reads_masks)
 
     def read(self, locations: np.ndarray) -> Batch:
-        """Read the windows at these locations, one per row."""
+        """Read the windows at these locations, one per row; DataError for an id that is not in the vocabulary."""
         shape = len(locations), self.sequence_length + 1
         tokens, starts = np.empty(shape, np.int64), np.zeros(shape, np.bool_)
         # All ones if the shards have no masks and another corpus of the mixture does.
@@ -130,7 +130,7 @@ class TokenCorpus:
             )
 
     def read_samples(self, samples: Sequence[int] | np.ndarray) -> Batch:
-        """Read samples by their numbers, one per row."""
+        """Locate, prefetch and read samples by their numbers, one per row."""
         locations = self.locate(samples)
         self.prefetch(locations)
         return self.read(locations)
@@ -152,7 +152,7 @@ class TokenCorpus:
 
 
 def read_fixed_windows(corpus: TokenCorpus, count: int, multiple: int = 1) -> Batch:
-    """Read the windows of a split that every evaluation uses: spread evenly over it, see `TokenCorpus.locate_evenly`.
+    """Read the evenly spread windows that every evaluation uses, one per row; DataError if no target counts.
 
     Args:
         corpus: the split.

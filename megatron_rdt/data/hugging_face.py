@@ -12,7 +12,7 @@ DESCRIPTIONS = ("README", "LICENSE", "dataset_info", ".git", ".DS_Store")
 
 
 def _split_name(name: str) -> tuple[str, str | None]:
-    """Split NAME or NAME:CONFIG into the name, which may be a local path, and the configuration."""
+    """Split NAME or NAME:CONFIG into name and configuration, None without one; an existing path is left whole."""
     path, _, variant = (name, "", "") if Path(name).exists() else name.partition(":")
     return path, variant or None
 
@@ -29,7 +29,7 @@ def open_stream(name: str, split: str) -> Any:
 
 
 def list_unread_files(name: str) -> list[str]:
-    """List the files in a local folder that the library takes into no split, sorted; none for a dataset on the hub.
+    """List, sorted, a local folder's files that are in no split, READMEs and the like aside; empty for the hub.
 
     The library takes the files of one format only, and guesses from their names which split they belong to.
     """

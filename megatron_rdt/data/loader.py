@@ -27,7 +27,7 @@ class SampleReader(Protocol):
     seed: int
 
     def locate(self, samples: np.ndarray) -> np.ndarray:
-        """Compute the locations of sample numbers, int64 (n,), which `prefetch` and `read` take, any dtype (n,)."""
+        """Map sample numbers, int64 (n,), to as many locations, which only `prefetch` and `read` interpret."""
 
     def prefetch(self, locations: np.ndarray) -> None:
         """Ask the kernel to read the samples at these locations ahead of `read`."""
@@ -94,7 +94,7 @@ class BatchLoader:
             self._enqueue(error)
 
     def _prefetch_one_ahead(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield samples and locations of each batch after prefetching the next: the disk works while this one is read."""
+        """Yield this rank's sample numbers and locations of each batch, after prefetching those of the next."""
         batches = self._locate_batches()
         batch = next(batches, None)
         if batch is not None:
@@ -107,7 +107,7 @@ class BatchLoader:
             batch = following
 
     def _locate_batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield sample numbers and locations of each batch; those of many batches are located in one call."""
+        """Yield this rank's sample numbers and locations of each batch; many batches are located in one call."""
         global_batch, _, data_ranks = self._split
         first, share = self._first, global_batch // data_ranks
         ahead = -(-LOCATED_SAMPLES // share) * global_batch
@@ -121,7 +121,7 @@ class BatchLoader:
             first = starts[-1] + global_batch
 
     def _enqueue(self, item: Batch | BaseException | None) -> None:
-        """Put an item into the queue as soon as it has room; give up once the loader is closed."""
+        """Put an item into the queue once it has room, and wake `wait`; give up once the loader is closed."""
         while not self._closed.is_set():
             try:
                 self._queue.put(item, timeout=0.2)

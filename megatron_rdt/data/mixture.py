@@ -25,7 +25,7 @@ LOCATION = np.dtype([("corpus", "<i8"), ("location", "<i8")])
 
 
 def schedule_turns(counts: Sequence[int]) -> np.ndarray:
-    """Assign each sample of a period to a corpus by Tijdeman's rule; corpus s gets counts[s] samples.
+    """Return the corpus index of each sample of a period, by Tijdeman's rule; corpus s gets counts[s] samples.
 
     Every turn of a corpus has a release and a deadline, both numbers of a sample in the period. Of the turns that are
     released, the one with the earliest deadline is served.
@@ -82,7 +82,7 @@ class Phase:
 
     @cached_property
     def names(self) -> list[str]:
-        """Names of the corpora, in the order of their weights in the config."""
+        """Names of the phase's corpora, in the order of `counts`."""
         return list(self.counts)
 
     @cached_property
@@ -134,7 +134,7 @@ class MixtureOrder:
         return totals
 
     def assign_corpora(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Look up each sample's corpus: the corpus's number, and the sample's number within it, int64 (n,) each."""
+        """Return each sample's corpus, as an index in `names`, and its number in that corpus, int64 (n,) each."""
         corpora, numbers = np.empty_like(samples), np.empty_like(samples)
         phase_of = np.searchsorted(self._starts, samples, side="right") - 1
         for index in np.unique(phase_of):
@@ -167,7 +167,7 @@ class Mixture:
                 corpus.has_loss_mask = True
 
     def locate(self, samples: np.ndarray) -> np.ndarray:
-        """Compute the locations of sample numbers: corpus and location in it, dtype `LOCATION` (n,)."""
+        """Map sample numbers to records of corpus number and location in that corpus, dtype `LOCATION` (n,)."""
         corpus, numbers = self.order.assign_corpora(np.asarray(samples, np.int64))
         locations = np.empty(len(corpus), LOCATION)
         locations["corpus"] = corpus
@@ -182,14 +182,14 @@ class Mixture:
             self._corpus(number).prefetch(own)
 
     def read(self, locations: np.ndarray) -> Batch:
-        """Read the samples at these locations, one per row."""
+        """Read the samples at these locations, one per row; with several corpora, `sources` names each row's."""
         parts = {number: self._corpus(number).read(own) for number, own in _group_by_corpus(locations).items()}
         if len(self.order.names) == 1:
             return parts[0]
         return interleave(parts, locations["corpus"])
 
     def read_samples(self, samples: Sequence[int] | np.ndarray) -> Batch:
-        """Read samples by their numbers, one per row."""
+        """Locate, prefetch and read samples by their numbers, one per row."""
         locations = self.locate(np.asarray(samples, np.int64))
         self.prefetch(locations)
         return self.read(locations)
@@ -199,18 +199,18 @@ class Mixture:
         return self.corpora[self.order.names[number]]
 
     def close(self) -> None:
-        """Close every shard."""
+        """Close every shard of every corpus; they open again when they are read."""
         for corpus in self.corpora.values():
             corpus.close()
 
 
 def _group_by_corpus(locations: np.ndarray) -> dict[int, np.ndarray]:
-    """Split locations of dtype `LOCATION` by corpus number; each group keeps their order."""
+    """Group records of dtype `LOCATION`: the locations in each corpus, int64, in their order, by corpus number."""
     return {int(n): locations["location"][locations["corpus"] == n] for n in np.unique(locations["corpus"])}
 
 
 def interleave(parts: Mapping[int, Batch], sources: np.ndarray) -> Batch:
-    """Merge batches of several corpora into one.
+    """Merge corpora's batches into one, row i from corpus sources[i]; `samples` and `batch_rows` stay empty.
 
     Args:
         parts: the batch of each corpus, by the corpus's number.
@@ -225,7 +225,7 @@ def interleave(parts: Mapping[int, Batch], sources: np.ndarray) -> Batch:
 
 
 def _merge_field(name: str, parts: Mapping[int, Batch], sources: np.ndarray) -> torch.Tensor | None:
-    """Merge one per-token field of several batches; rows of a batch without it get the value that None means."""
+    """Merge a per-token field, None if no batch has it; rows of a batch without it get what None stands for."""
     tensors = {number: getattr(part, name) for number, part in parts.items()}
     example = next((tensor for tensor in tensors.values() if tensor is not None), None)
     if example is None or len(parts) == 1:
@@ -241,7 +241,7 @@ def _merge_field(name: str, parts: Mapping[int, Batch], sources: np.ndarray) -> 
 
 
 def _default_row(name: str, example: torch.Tensor) -> torch.Tensor:
-    """Return the row that stands for a missing per-token field: every token counts, positions 0, 1, ..."""
+    """Return the row that None means: all True for loss_mask, 0, 1, ... for positions; no other may be missing."""
     if name == "loss_mask":
         return torch.ones(example.shape[1:], dtype=torch.bool)
     assert name == "positions", f"either all corpora have {name}, or none has"

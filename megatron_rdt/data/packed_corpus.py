@@ -46,12 +46,12 @@ class PackedCorpus(TokenCorpus):
         self._padding_id = pad if pad is not None and pad >= 0 else self.manifest.document["eos"]
 
     def locate_evenly(self, count: int) -> np.ndarray:
-        """Return the numbers of `count` rows spread evenly over the split, ascending, int64 (n,)."""
+        """Return the numbers of `count` rows, or of all if fewer, spread evenly, ascending, int64 (n,)."""
         count = min(count, self.samples_per_epoch)
         return np.arange(count, dtype=np.int64) * self.samples_per_epoch // count
 
     def read(self, locations: np.ndarray) -> Batch:
-        """Read the rows of these numbers.
+        """Read the packed rows of these numbers, with loss mask and padding; DataError for an unknown id.
 
         The first token of a piece counts as a target only where it begins a document and is not the row's first token.
         The token that predicts it is then the end of another document, as in windows of one stream. A piece that
@@ -86,13 +86,13 @@ class PackedCorpus(TokenCorpus):
         self._shards.prefetch(parts, self._reads_masks)
 
     def _row_pieces(self, locations: np.ndarray) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:
-        """Yield the shard of each row and its pieces, see `PackingPlan.read_row`."""
+        """Yield each row's shard and pieces: first token in the shard, tokens, tokens of the document before."""
         for row in locations.tolist():
             number = int(np.searchsorted(self._first_rows, row, side="right")) - 1
             yield number, self._read_plan_row(number, row - int(self._first_rows[number]))
 
     def _read_plan_row(self, number: int, row: int) -> list[tuple[int, int, int]]:
-        """Read a row of one shard's plan; no more plans than shards stay open, the least recently used are closed."""
+        """Read the pieces of a row of one shard's plan; close the least recently used plans beyond `max_open`."""
         with self._lock:
             self._open[number] = plan = self._plans[number]
             self._open.move_to_end(number)

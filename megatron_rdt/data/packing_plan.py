@@ -196,7 +196,7 @@ class PackingPlan:
         self._check_header(size, shard)
 
     def _check_header(self, size: int, shard: dict[str, Any]) -> None:
-        """Set the counts from the header; DataError if it does not fit the file's size or the shard."""
+        """Set the counts and the rows' hash from the header; DataError if it does not fit file, L or shard."""
         header = self._header
         if len(header) < HEADER.size or header[:8] != MAGIC:
             raise DataError(f"{self.path} is not a packing plan. {self._remedy}")
@@ -212,7 +212,7 @@ class PackingPlan:
             raise DataError(f"{self.path} has {size} bytes, its header says {expected}. {self._remedy}")
 
     def verify(self) -> PlanCounts:
-        """Hash the whole plan and return its counts; DataError if it is damaged."""
+        """Hash the plan after its header and return the plan's counts; DataError if the header has another hash."""
         if hash_body(self.path) != self._body_hash:
             raise DataError(f"{self.path} has other content than was written. {self._remedy}")
         return self.counts
@@ -259,7 +259,7 @@ class PackingPlan:
         return descriptor
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; the next read opens it again."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -273,7 +273,10 @@ def hash_body(path: Path) -> bytes:
 
 
 def write_plan(manifest: CorpusManifest, split: str, shard: dict[str, Any], length: int) -> PlanCounts:
-    """Compute the plan of one shard and write it atomically; memory grows with the number of its documents."""
+    """Write the plan of one shard atomically and return its counts; DataError if the shard's index has changed.
+
+    Memory grows with the number of the shard's documents.
+    """
     dataset = IndexedDataset(manifest.directory / split / shard["name"])
     try:
         if sha256_of(dataset.idx_path) != shard["idx_sha256"]:
@@ -292,7 +295,7 @@ def write_plan(manifest: CorpusManifest, split: str, shard: dict[str, Any], leng
 
 
 def make_plans(manifest: CorpusManifest, split: str, length: int, replace_damaged: bool = False) -> PlanCounts:
-    """Make the missing plans of a split's shards and check the others.
+    """Write the missing plans of a split's shards, verify the others, and return the counts of all together.
 
     Args:
         manifest: of the corpus.
@@ -318,7 +321,7 @@ def make_plans(manifest: CorpusManifest, split: str, length: int, replace_damage
 
 
 def _check_and_make_plans(manifest: CorpusManifest, split: str, length: int, replace_damaged: bool) -> PlanCounts:
-    """Do the work of `make_plans`; an OSError is passed on."""
+    """Do the work of `make_plans` and return its counts; an OSError is passed on."""
     counts, to_make = PlanCounts(), []
     for shard in manifest.document["splits"][split]["shards"]:
         try:

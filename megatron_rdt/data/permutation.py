@@ -43,7 +43,7 @@ class KeyedPermutation:
             self._half, self._mask = np.uint64(half), np.uint64((1 << half) - 1)
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
-        """Permute int64 indices below n, any shape, elementwise."""
+        """Map each index, int64 from 0 to n - 1, to its number in the permutation, int64 of the same shape."""
         if self._table is not None:
             return self._table[indices]
         permuted = self._apply_rounds(indices.astype(np.uint64))

@@ -67,7 +67,7 @@ class SampleOrder:
         return starts
 
     def _epoch_order(self, epoch: int) -> tuple[KeyedPermutation, int]:
-        """Return an epoch's permutation of the windows and the offset of their borders, computed once."""
+        """Return an epoch's permutation of the windows and the offset of their borders in tokens, from a cache."""
         if epoch not in self._epochs:
             if len(self._epochs) >= KEPT_EPOCHS:
                 self._epochs.clear()

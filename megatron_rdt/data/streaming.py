@@ -115,7 +115,7 @@ class RowReader:
         return self
 
     def __next__(self) -> str:
-        """Return the next text that is not blank; at the end of an epoch, the first one again.
+        """Return the next text that is not blank, and count the rows; at the end of an epoch, begin the next.
 
         Raises:
             DataError: a row has no such text, the data cannot be read, holds no text at all, or was read often enough.
@@ -165,7 +165,7 @@ class RowReader:
             ) from None
 
     def _read_row(self) -> dict[str, Any] | None:
-        """Read the next row of the epoch; None at its end."""
+        """Read the epoch's next row, values by field; None at the epoch's end, DataError if it cannot be read."""
         try:
             if self._iterator is None:
                 self._iterator = iter(self._dataset)
@@ -242,7 +242,7 @@ class TokenStream:
         """Do nothing: a stream is read in its order."""
 
     def read(self, locations: np.ndarray) -> Batch:
-        """Read the next windows, as many as there are locations: this rank's rows of a step; keep the state after them."""
+        """Read the next windows, one per location, whatever the locations; keep the state after them."""
         batch = self.read_next(len(locations))
         self._consumed += self._global_batch
         self._states[self._consumed] = self._current_state()
@@ -251,7 +251,7 @@ class TokenStream:
         return batch
 
     def read_next(self, count: int) -> Batch:
-        """Read the next `count` windows, one per row."""
+        """Read the next `count` windows, one per row; unlike `read`, keep no state to resume from."""
         length = self.sequence_length
         tokens, starts, available = [self._tokens], [self._starts], len(self._tokens)
         while available < count * length + 1:
@@ -275,7 +275,10 @@ class TokenStream:
         )
 
     def state(self, consumed: int) -> dict[str, Any]:
-        """Return the state to resume from after `consumed` samples of the run; torch.load reads it with weights_only."""
+        """Return the state to resume from after `consumed` samples of the run; only recent states are kept.
+
+        torch.load reads it with weights_only.
+        """
         texts, held_out_rows, tokens, starts = self._states[consumed]
         return {
             "texts": texts,
@@ -285,7 +288,7 @@ class TokenStream:
         }
 
     def counts(self, consumed: int) -> dict[str, int]:
-        """Count what this process had read after `consumed` samples of the run.
+        """Return epochs, rows, blank_rows and held_out_rows that this process had read after `consumed` samples.
 
         Returns:
             Epochs that ended and, over all epochs, the rows read, those skipped because they were blank, and those
@@ -296,7 +299,7 @@ class TokenStream:
         return {"epochs": texts["epoch"], **rows, "held_out_rows": held_out_rows}
 
     def _encode(self, text: str) -> np.ndarray:
-        """Encode a text, with EOS at its end; warn of the first text that the tokenizer changes, if it is among the first."""
+        """Encode a text, int32, with EOS at its end; warn once if one of the first texts decodes otherwise."""
         ids = self.tokenizer.encode(text)
         if self._texts_to_compare:
             self._texts_to_compare -= 1
@@ -312,7 +315,10 @@ class TokenStream:
         return np.array([*ids, self.tokenizer.eos], np.int32)
 
     def _current_state(self) -> tuple[dict[str, Any], int, np.ndarray, np.ndarray]:
-        """Capture the state after the last window; the library goes on changing its own, so that is copied."""
+        """Return the reader's state, the held-out rows, the tokens in no window yet, and their starts.
+
+        The library goes on changing its own state, so that is copied.
+        """
         return json.loads(json.dumps(self.texts.state())), self._held_out_rows, self._tokens, self._starts
 
 

@@ -16,7 +16,7 @@ QUADRATURE_POINTS = 96
 
 @cache
 def normal_quadrature() -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights that integrate against the standard normal density; the weights sum to 1."""
+    """Return nodes and weights that integrate against the standard normal density; the weights sum to 1."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(QUADRATURE_POINTS)
     return nodes, weights / weights.sum()
 
@@ -27,7 +27,7 @@ def log_factorials(largest: int) -> np.ndarray:
 
 
 def poisson_probabilities(rate: float, log_factorials: np.ndarray) -> np.ndarray:
-    """P(N = n) for every n of `log_factorials`, N ~ Poisson(rate); float64."""
+    """Return P(N = n), N ~ Poisson(rate), for n = 0 ... len(log_factorials) - 1, float64."""
     return np.exp(np.arange(len(log_factorials)) * math.log(rate) - rate - log_factorials)
 
 

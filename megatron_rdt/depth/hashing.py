@@ -8,7 +8,7 @@ import hashlib
 
 
 def hash64(*key: int | str) -> int:
-    """A 64-bit integer that is a fixed, well-mixed function of `key` (BLAKE2b of its text form)."""
+    """Return an unsigned 64-bit integer, a fixed, well-mixed function of `key` (BLAKE2b of its text form)."""
     # Types are part of the text, and a control character separates the parts, so different keys never share a text.
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in key)
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")

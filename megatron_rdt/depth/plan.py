@@ -35,6 +35,7 @@ class DepthPlan:
     state_seeds: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        """Raise ValueError if there is no sequence, or a T or k is below 1."""
         if not self.iterations or min(self.iterations) < 1:
             raise ValueError(f"every sequence needs at least one iteration, got {self.iterations}")
         if self.backprop is not None and self.backprop < 1:

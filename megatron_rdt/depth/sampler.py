@@ -59,16 +59,16 @@ class DepthSampler:
 
     @property
     def expected_loops(self) -> float:
-        """E[T] at the end of a curriculum, within the bounds."""
+        """E[T] of the configured distribution, within its bounds; with a curriculum, that at its end."""
         return float(self.probabilities @ np.arange(len(self.probabilities)))
 
     def describe(self) -> str:
-        """E[T] in words; where a curriculum grows it, the value at its end."""
+        """Return a text such as "E[T] = 8.00", followed by " at the end" where a curriculum grows the mean."""
         grows = self.config.curriculum != "none" and self.config.curriculum_of != "backprop"
         return f"E[T] = {self.expected_loops:.2f}{' at the end' * grows}"
 
     def curriculum_progress(self, step: int) -> float:
-        """The curriculum's progress at optimizer step `step` (from 0), from 0 to 1."""
+        """Return the curriculum's progress, 0 to 1, at optimizer step `step` (from 0); 1 without a curriculum."""
         config = self.config
         if config.curriculum == "none":
             return 1.0
@@ -94,7 +94,7 @@ class DepthSampler:
         return max(math.ceil(int(config.backprop) * self.curriculum_progress(step)), 1)
 
     def draw_loops(self, step: int, batch_rows: Sequence[int], micro_batch: int) -> tuple[int, ...]:
-        """T of the sequences in these rows of the global batch of optimizer step `step`.
+        """Draw T for these rows of the global batch of optimizer step `step`, the same in every call.
 
         Args:
             step: counted from 0.
@@ -110,7 +110,7 @@ class DepthSampler:
         return tuple(quantile(cumulative, balanced_uniform(int(draw), noise)) for draw in draws)
 
     def plan(self, step: int, samples: Sequence[int], batch_rows: Sequence[int] | None = None) -> DepthPlan:
-        """The plan of a micro-batch.
+        """Draw T of a micro-batch's sequences; return the plan, with this step's k and initial-state seeds.
 
         Args:
             step: optimizer step, counted from 0.

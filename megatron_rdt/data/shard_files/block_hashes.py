@@ -77,7 +77,7 @@ def write_block_hashes(prefix: str | os.PathLike[str], hashes: dict[str, FileHas
 
 
 def read_block_hashes(prefix: str | os.PathLike[str]) -> dict[str, tuple[int, list[str]]] | None:
-    """Read from a shard's .sum file the size and block hashes of each file when it was written, keyed "bin", "idx", "mask".
+    """Read size and block hashes of a shard's files as they were written, by "bin", "idx" and "mask", or None.
 
     None where there is no readable .sum file: it is only an aid, and the shard may be intact without it.
     """

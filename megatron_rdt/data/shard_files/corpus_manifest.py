@@ -68,7 +68,7 @@ class CorpusManifest:
 
     @property
     def shard_hashes(self) -> dict[str, str]:
-        """First digits of the SHA-256 of each shard's files, by split/name, to tell later which shard changed."""
+        """First digits of the SHA-256 of each shard's tokens and mask, joined, by "split/name"."""
         return {
             f"{split}/{shard['name']}": "".join(digest[:SHORT_HASH] for digest in _select_content_hashes(shard))
             for split, content in sorted(self.document["splits"].items())
@@ -86,7 +86,7 @@ class CorpusManifest:
                 yield split, record
 
     def verify(self, level: str = "size") -> None:
-        """Compare files with the manifest, by size or (`level` "full") by hash; DataError names the first difference.
+        """Raise DataError if a file has another size or, with "full", another hash; set `shard_identities`.
 
         Args:
             level: "size" compares the tokenizer, and the sizes and headers of the shards; "full" also reads and hashes
@@ -143,7 +143,7 @@ class CorpusManifest:
             raise DataError(f"the corpus {self.directory} was replaced while it was being opened. Start again.")
 
     def _verify_shard_size(self, prefix: Path, record: dict[str, Any]) -> None:
-        """Compare a shard's file sizes, headers and counts with its record; DataError if one differs."""
+        """Set a shard's identities; DataError if its file sizes, headers or counts differ from its record."""
         path = prefix_path(prefix, ".bin")
         if not path.is_file():
             raise DataError(f"{path} is missing. {REBUILD}")
@@ -179,7 +179,7 @@ def find_changed_file(prefix: Path, record: dict[str, Any]) -> Path | None:
 
 
 def describe_shard_difference(before: dict[str, str], now: dict[str, str]) -> str:
-    """Describe the first shard in which two corpora differ, given the `CorpusManifest.shard_hashes` of both."""
+    """Describe the first difference of two `CorpusManifest.shard_hashes`; if none, name tokenizer and dtype."""
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             change = "is gone" if name not in now else "is new" if name not in before else "has other content"
@@ -246,7 +246,7 @@ def _describe_problem(document: dict[str, Any]) -> str:
 
 
 def _is_file_name(name: str) -> bool:
-    """Return True for a name that cannot lead outside the corpus, where files of that name are read and written."""
+    """Return True for a single part of a path that is not "" or ".." and so cannot lead outside the corpus."""
     return name == Path(name).name and name not in ("", "..")
 
 

@@ -27,6 +27,6 @@ class FileIdentity(NamedTuple):
 
 
 def identify_file(file: int | str | os.PathLike[str]) -> FileIdentity:
-    """Take the identity of a file, given its path or an open descriptor."""
+    """Return the size, times and inode of a file, given its path or an open descriptor."""
     status = os.stat(file)
     return FileIdentity(status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns)

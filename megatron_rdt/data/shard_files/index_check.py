@@ -42,7 +42,7 @@ class CheckedIndex(NamedTuple):
 
 
 def check_index(content: bytes, dtype: np.dtype, documents: int, tokens: int, sequences: int | None) -> CheckedIndex:
-    """Compare an index with what the manifest implies, and its arrays with each other.
+    """Find bytes of an index that contradict the manifest or each other; return them and the documents' ends.
 
     Args:
         content: of the .idx file.
@@ -81,7 +81,7 @@ def _check_header(content: bytes, dtype: np.dtype, sequences: int, documents: in
 
 
 def _check_sequences(lengths: np.ndarray, pointers: np.ndarray, itemsize: int, tokens: int) -> Damage | None:
-    """Find the first length or pointer that does not fit the others.
+    """Find the first length or pointer that does not fit the others; None if all do.
 
     Every length is written twice, as itself and as the distance of two pointers. If a single distance is off, its length
     is wrong. If two neighbouring distances are off and their sum is right, the pointer between them is wrong.
@@ -116,7 +116,7 @@ def _pointer_bytes(index: int, count: int) -> tuple[int, int]:
 
 
 def _check_document_starts(starts: np.ndarray, sequences: int, one_per_document: bool) -> Damage | None:
-    """Find the first impossible document start: they begin with 0, end with the number of sequences and never decrease."""
+    """Find an impossible document start, None if there is none: they ascend from 0 to the number of sequences."""
     offset = HEADER.size + 12 * sequences
     if one_per_document:  # every start is known exactly
         wrong = np.flatnonzero(starts != np.arange(sequences + 1))

@@ -102,7 +102,7 @@ class IndexedDataset:
         return descriptor
 
     def _check_sizes(self, expected: int) -> None:
-        """Open .mask if there is one, and set the number of tokens.
+        """Set `tokens` and `has_mask`, and open .mask if there is one.
 
         Args:
             expected: bytes of .bin by the index.
@@ -124,7 +124,7 @@ class IndexedDataset:
             raise DataError(f"{self.mask_path} has {size} bytes, {due}. {REBUILD}")
 
     def _read_header(self, file: IO[bytes]) -> None:
-        """Set the counts and the dtype from the header of .idx; DataError if the file's size does not fit it."""
+        """Set the counts and the dtype from the header of .idx; DataError for another format or file size."""
         header, size = file.read(HEADER.size), self.identities[0].size
         if len(header) < HEADER.size or header[:9] != MAGIC:
             raise DataError(f"{self.idx_path} is not an index of Megatron's format. {REBUILD}")
@@ -172,7 +172,7 @@ class IndexedDataset:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens per sequence, int32 (sequences,)."""
+        """Tokens per sequence, int32 (sequences,); read and checked at first access, DataError if impossible."""
         lengths = self._read_index("<i4", self._sequences, 0)
         if (lengths < 0).any() or lengths.sum(dtype=np.int64) != self.tokens:
             raise DataError(f"{self.idx_path} holds impossible lengths. {REBUILD}")
@@ -180,7 +180,7 @@ class IndexedDataset:
 
     @cached_property
     def pointers(self) -> np.ndarray:
-        """Byte offset of each sequence, int64 (sequences,)."""
+        """Byte offset in .bin of each sequence, int64 (sequences,); read and checked like `lengths`."""
         pointers = self._read_index("<i8", self._sequences, 4 * self._sequences)
         if not np.array_equal(pointers, compute_byte_pointers(self.lengths, self.dtype)):
             raise DataError(f"{self.idx_path} holds impossible pointers. {REBUILD}")
@@ -322,7 +322,7 @@ class IndexedWriter:
         return self
 
     def add_document(self, tokens: np.ndarray, source: str = "document", mask: np.ndarray | None = None) -> None:
-        """Append a document.
+        """Append a document's tokens to .bin and its mask, if any, to .mask; update the counts.
 
         Args:
             tokens: ids, integers (n,).
@@ -363,7 +363,7 @@ class IndexedWriter:
         self._masks.write(mask.astype(np.uint8).tobytes())
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        """Write the index and give the files their names; after an exception, remove them."""
+        """Write the index and name the files, DataError without a document; after an exception, remove them."""
         if kind is not None:
             self._files.__exit__(kind, error, trace)
             return

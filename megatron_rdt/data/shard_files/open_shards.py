@@ -20,7 +20,7 @@ CACHED_DOCUMENTS = 50_000_000
 
 
 def open_shards_limit() -> int:
-    """Return the largest number of shards to keep open: with two files each, half of the files a process may open."""
+    """Return the most shards to keep open, at least 8: at two files each, half of those a process may open."""
     return max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 
 
@@ -89,7 +89,7 @@ class Shards:
         return found
 
     def _open_shard(self, shard: int) -> _SelfClosingDataset:
-        """Open a shard; DataError if it is damaged, or is not the shard that was there before."""
+        """Open a shard, record its identities; DataError if it is damaged, or not the one that was there before."""
         prefix, record = self._prefixes[shard], self._records[shard]
         before = self._identities.get(str(prefix))
         try:
@@ -115,7 +115,7 @@ class Shards:
         return found
 
     def prefetch(self, parts: Sequence[tuple[int, int, int]], masks: bool) -> None:
-        """Ask the kernel to read parts of shards ahead, see `IndexedDataset.prefetch`.
+        """Ask the kernel to read parts of shards ahead; do nothing if they lie in over `max_open` / 2 shards.
 
         Args:
             parts: (shard, first token in it, number of tokens) each.
@@ -128,7 +128,7 @@ class Shards:
                 self[shard].prefetch(start, count, masks)
 
     def document_starts(self, shard: int, start: int, stop: int) -> np.ndarray:
-        """Look up where documents start in a shard's tokens `start` ... `stop` - 1, int64 (n,), ascending.
+        """Return the positions from `start` to `stop` - 1 in a shard where documents start, int64 (n,), ascending.
 
         Empty documents are left out.
         """

@@ -45,14 +45,14 @@ class Finding:
 
 
 def count_shard_bytes(manifest: CorpusManifest) -> int:
-    """Count the bytes of the shards that `verify_corpus` reads."""
+    """Return the total size of the shards' .bin, .idx and .mask files, all of which `verify_corpus` reads."""
     prefixes = [manifest.directory / split / record["name"] for split, record in manifest.shard_records()]
     files = [path for prefix in prefixes for path in block_hashes.list_shard_files(prefix) if path.suffix != SUM_SUFFIX]
     return sum(path.stat().st_size for path in files)
 
 
 def verify_corpus(directory: str | Path, workers: int = 0, advance: Advance = lambda count: None) -> list[Finding]:
-    """Read every file of a corpus and compare it with the manifest and with the other files.
+    """Compare each file of a corpus with the manifest and with the other files; return the differences.
 
     Args:
         directory: of the corpus.
@@ -176,7 +176,7 @@ class _ShardCheck:
         self.findings.append(Finding(f"{self.name}{suffix}", problem, serious))
 
     def _check_index(self) -> CheckedIndex | None:
-        """Check .idx; None where it cannot be read."""
+        """Report the faults of .idx and return the result of its check; None where it cannot be read."""
         blocks: list[bytes] = []
         hashes = self._hash_file(".idx", lambda offset, block: blocks.append(block))
         if hashes is None:
@@ -189,7 +189,7 @@ class _ShardCheck:
         return index
 
     def _check_tokens(self, ends: np.ndarray | None) -> None:
-        """Check .bin: size, ids, the EOS that ends each document, and the counts in the manifest."""
+        """Report faults of .bin (size, ids, the EOS that ends each document) and of the counts in the manifest."""
         eos = self.manifest.document["eos"] if self.manifest.document.get("prep", {}).get("append_eos", True) else None
         tokens = _TokenCheck(self.manifest.dtype, self.manifest.vocab_size, eos, ends)
         hashes = self._hash_file(".bin", tokens.inspect)
@@ -210,7 +210,7 @@ class _ShardCheck:
                 self.findings.append(Finding(MANIFEST, problem))
 
     def _check_mask(self) -> None:
-        """Check .mask: one byte per token, each 0 or 1."""
+        """Report faults of .mask, which has one byte per token, each 0 or 1."""
         bad_bytes: list[int] = []
 
         def inspect(offset: int, block: bytes) -> None:
@@ -227,7 +227,7 @@ class _ShardCheck:
         self._compare_hash(".mask", hashes)
 
     def _hash_file(self, suffix: str, inspect: Callable[[int, bytes], None]) -> FileHashes | None:
-        """Read and hash a file of the shard; None if it is missing or not recorded, or cannot be read (a finding)."""
+        """Hash a file, passing each block to `inspect`; None if missing, not recorded or (a finding) unreadable."""
         path = prefix_path(self.prefix, suffix)
         if not path.is_file() or f"{suffix[1:]}_sha256" not in self.record:
             return None
@@ -304,7 +304,7 @@ class _TokenCheck:
         self.bad_id = self.missing_eos = ""
 
     def inspect(self, offset: int, block: bytes) -> None:
-        """Check the next block, whose byte offset is that of a whole token."""
+        """Update the attributes from the next block, whose byte offset is that of a whole token."""
         size = self.dtype.itemsize
         tokens = np.frombuffer(block[: len(block) // size * size], self.dtype)
         if not len(tokens):

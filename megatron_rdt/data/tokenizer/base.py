@@ -87,7 +87,7 @@ class Tokenizer:
         return self.backend.processor
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        """Encode a text to ids, with BOS in front if `bos`. Text that spells a special token is encoded as text."""
+        """Encode a text to ids, after BOS if `bos` and there is one; a special token's spelling stays text."""
         ids = self.backend.encode(text).tolist()
         return [self.bos, *ids] if bos and self.bos >= 0 else ids
 
@@ -117,7 +117,7 @@ class Tokenizer:
 
 
 def find_tokenizer_file(path: Path) -> Path:
-    """Return the tokenizer's file, given itself or its folder; DataError if there is none."""
+    """Return a file itself; of a folder, its tokenizer.model, else tokenizer.json. DataError if there is none."""
     if path.is_dir():
         path = path / (MODEL_FILE if (path / MODEL_FILE).is_file() or not (path / JSON_FILE).is_file() else JSON_FILE)
     if not path.is_file():

@@ -44,7 +44,7 @@ class WordCache:
         self._ids, self._held_bytes = {"\n": self._line_break.tobytes()}, 0
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encode each text to ids, int32."""
+        """Encode each text to ids, int32, and cache new words; texts of long words are encoded whole, uncached."""
         if self._held_bytes > CACHE_BYTES:
             self._clear()
         ids = self._ids  # another thread may clear the cache, which replaces this dictionary

@@ -34,7 +34,7 @@ class SentencePieceTokenizer(Protocol):
 
     @property
     def processor(self) -> sentencepiece.SentencePieceProcessor:
-        """The model."""
+        """SentencePiece processor of the model."""
 
     def encode(self, text: str) -> list[int]:
         """Encode a text to ids."""
@@ -81,7 +81,7 @@ def describe_first_difference(file: Path, tokenizer: SentencePieceTokenizer, mor
 
 
 def make_comparison_texts(tokenizer: SentencePieceTokenizer) -> list[str]:
-    """Make texts to compare tokenizers on: difficult ones, and random ones of the vocabulary's own pieces."""
+    """Return texts to compare tokenizers on, the same in every call: difficult ones, and random pieces joined."""
     processor, draw = tokenizer.processor, random.Random(0)
     pieces = [
         processor.id_to_piece(i).replace(SPACE, " ")

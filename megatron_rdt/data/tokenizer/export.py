@@ -19,6 +19,6 @@ def write_settings(directory: Path, tokenizer: Tokenizer) -> None:
 
 
 def _special_pieces(tokenizer: Tokenizer) -> dict[str, str]:
-    """Return the spellings of BOS, EOS, the unknown piece and PAD, as far as the model has them."""
+    """Return the spellings of the special tokens that the model has, by "bos", "eos", "unk" and "pad"."""
     ids = {"bos": tokenizer.bos, "eos": tokenizer.eos, "unk": tokenizer.processor.unk_id(), "pad": tokenizer.pad}
     return {name: tokenizer.processor.id_to_piece(index) for name, index in ids.items() if index >= 0}

@@ -134,7 +134,7 @@ class TokenizerSettings:
 
 
 def read_settings(folder: Path) -> TokenizerSettings:
-    """Read the settings in the folder of a tokenizer; DataError if a file of them is not as transformers writes it."""
+    """Read the tokens that JSON files beside a tokenizer name; DataError if one is not what transformers writes."""
     settings = TokenizerSettings({}, [], [])
     files: dict[str, str] = {}
     for file in (folder / SPECIALS_FILE, folder / SETTINGS_FILE):
@@ -167,13 +167,13 @@ def _get_object(file: Path, document: dict[str, Any], key: str) -> dict[str, Any
 
 
 def _to_id(value: Any) -> int | None:
-    """Return an id that JSON gives as a number or as a key; None for anything else."""
+    """Convert an id that JSON gives as a number or as a string of digits to int; None for anything else."""
     text = str(value)
     return int(text) if text.isdecimal() else None
 
 
 def token_spelling(token: Any) -> str | None:
-    """Return the spelling of a token that settings give as a text or as an object with the key content."""
+    """Return the spelling of a token given as a text or as an object with the key content, else None."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
 

@@ -47,13 +47,13 @@ class SentencePieceBackend:
         self._word_cache = WordCache(self.processor) if encodes_words_independently(model) else None
 
     def encode(self, text: str) -> np.ndarray:
-        """Encode a text to ids, int32."""
+        """Encode a text to ids, int32; a long text in parts, if the model encodes them independently."""
         if not self._splits_texts or len(text) <= SPLIT_LENGTH:
             return self.processor.encode(text, return_type="numpy")
         return np.concatenate([self.processor.encode(part, return_type="numpy") for part in split_text(text)])
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encode each text to ids, int32."""
+        """Encode each text to ids, int32; word by word, with a cache, if a BPE model allows it."""
         return (
             [self.encode(text) for text in texts] if self._word_cache is None else self._word_cache.encode_batch(texts)
         )
@@ -87,7 +87,7 @@ def parse_model(content: bytes) -> Any:
 
 
 def hash_model(model: Any) -> str:
-    """Hash the parts of a ModelProto that decide its output; training threads and file names, for example, do not."""
+    """Return the SHA-256 of the parts of a ModelProto that decide its output, not of file names and the like."""
     digest = hashlib.sha256(model.normalizer_spec.SerializeToString(deterministic=True))
     for piece in model.pieces:
         digest.update(f"{piece.piece}\x1f{piece.score!r}\x1f{piece.type}\x1e".encode())

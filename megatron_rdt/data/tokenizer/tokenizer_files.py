@@ -1,4 +1,4 @@
-"""The files of a tokenizer, which may lie in the folder of a model among gigabytes of weights."""
+"""Listing and copying a tokenizer's files, which may lie in the folder of a model among gigabytes of weights."""
 
 import shutil
 from pathlib import Path
@@ -11,7 +11,7 @@ TOKENIZER_FILES = (MODEL_FILE, JSON_FILE, *COMPANION_FILES, BYTES_FILE)
 
 
 def list_tokenizer_files(path: str | Path) -> list[Path]:
-    """List the files of a tokenizer, by name, given its file or its folder; nothing else in the folder counts.
+    """List a tokenizer's files by name: of a folder all known ones, of a file itself and, for JSON, companions.
 
     Raises:
         DataError: there is no tokenizer.
@@ -24,7 +24,7 @@ def list_tokenizer_files(path: str | Path) -> list[Path]:
 
 
 def copy_tokenizer_files(path: str | Path, target: Path) -> None:
-    """Copy the files of `list_tokenizer_files` into the folder `target`; a file given by itself gets the usual name."""
+    """Copy the files of `list_tokenizer_files` into `target`, made if missing; a lone file gets the usual name."""
     target.mkdir(parents=True, exist_ok=True)
     for file in list_tokenizer_files(path):
         name = file.name

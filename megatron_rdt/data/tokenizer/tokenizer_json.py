@@ -11,7 +11,7 @@ EXCLUDED_SCORE = -1e6
 
 
 def build_tokenizer_json(model: bytes) -> dict[str, Any] | None:
-    """Build the tokenizer.json document of a serialized model.
+    """Build the tokenizer.json document of a serialized model; None if the model does not convert exactly.
 
     Returns:
         The document; None for a model that does not convert exactly: one that normalises, a unigram model whose scores are
@@ -73,7 +73,7 @@ def _build_document(parsed: Any, segment: str, model: dict[str, Any]) -> dict[st
 
 
 def _build_bpe(parsed: Any) -> dict[str, Any]:
-    """Build the part "model" of a BPE model.
+    """Build the part "model" of a tokenizer.json for a BPE model: vocabulary, merges and byte fallback.
 
     SentencePiece merges any two pieces whose joint is a piece, the highest score first. So every way to make a piece of two
     is a merge, and merges are ordered by the score of the piece they make.

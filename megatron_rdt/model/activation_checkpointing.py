@@ -34,7 +34,7 @@ _KEPT_OPERATORS = {getattr(torch.ops.aten, name).default for name in _PRODUCTS i
 
 
 def _choose_policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Decide for `selective` whether an operator's result is saved: matrix products and attention are."""
+    """Return the policy of `selective` for an operator: save matrix products and attention, recompute the rest."""
     flex = "flex_attention" in str(operator)  # no operator of aten
     return CheckpointPolicy.MUST_SAVE if flex or operator in _KEPT_OPERATORS else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -51,14 +51,14 @@ class Checkpointing:
         self.span = policy if isinstance(policy, int) else 1
 
     def segments(self, iterations: Iterable[CoreIteration]) -> Iterator[list[CoreIteration]]:
-        """Split iterations into segments that run together: at most `span`, same sequences, all with gradient or none."""
+        """Yield segments of iterations: up to n for policy n, else 1; same sequences, all with gradient or none."""
         for _, alike in groupby(iterations, key=lambda iteration: (len(iteration.indices), iteration.with_grad)):
             run = list(alike)
             for first in range(0, len(run), self.span):
                 yield run[first : first + self.span]
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Return `function(*args)`, which runs one segment, keeping what the policy says."""
+        """Return `function(*args)`; keep what the policy says, and let the backward pass compute the rest again."""
         if self.policy in ("none", "per_layer"):
             return function(*args)
         extra: dict[str, Any] = {}

@@ -45,7 +45,7 @@ class CompiledLayer:
     def __call__(
         self, x: Tensor, context: LayerContext, token_values: Tensor | None, modulations: Modulations
     ) -> Tensor:
-        """Return the same as `Layer.attend_and_feed` without a cache."""
+        """Run the layer compiled, but for experts; return the same as `Layer.attend_and_feed` without a cache."""
         _mark_batch_dynamic((x, token_values, context.tokens), 1)
         _mark_batch_dynamic((*context.rotary, context.mask), 4)  # with fewer dimensions they serve all sequences
         if isinstance(context.mask, BlockwiseMask):
@@ -56,14 +56,14 @@ class CompiledLayer:
 
 
 def _mark_batch_dynamic(tensors: Sequence[Any], dimensions: int) -> None:
-    """Tell the compiler that the first size varies, for tensors with at least so many dimensions."""
+    """Tell the compiler that the first size, if above 1, varies in each tensor of at least so many dimensions."""
     for tensor in tensors:
         if isinstance(tensor, Tensor) and tensor.dim() >= dimensions and tensor.shape[0] > 1:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
-    """Make every layer of a model run compiled code in training; each is compiled when it first runs.
+    """Make every layer run compiled code in training, from its first pass on; set the process's compiler options.
 
     Args:
         model: its layers, before or after they are sharded.

@@ -85,7 +85,7 @@ class RecurrentCore(nn.Module):
         monitor: CoreMonitor | None = None,
         runner: LoopRunner | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Run the loop; return the last states (batch, sequence, dim), and the outputs of trained halting by name.
+        """Run the loop; return the coda's input (batch, sequence, dim), and what halting or the runner adds to it.
 
         Args:
             state: initial state, (batch, sequence, dim), float32 or wider.
@@ -139,7 +139,7 @@ class RecurrentCore(nn.Module):
     def _run_segment(
         self, segment: Sequence[CoreIteration], state: Tensor, inputs: LoopInputs, slots: list[int]
     ) -> list[Tensor]:
-        """Return the states after each iteration of a segment, which the same first sequences take part in.
+        """Run a segment's iterations on its sequences, the first rows of `inputs`; return the state after each.
 
         With gradient the segment is one unit of activation checkpointing.
         """
@@ -196,7 +196,7 @@ class RecurrentCore(nn.Module):
     def _measure_last(
         self, monitor: CoreMonitor, indices: tuple[int, ...], previous: Tensor, state: Tensor, inputs: LoopInputs
     ) -> None:
-        """Measure the last iteration, and what is measured once per forward pass."""
+        """Let the monitor measure the last iteration and, if it asks for them, the input term and the Jacobian."""
         collapsed = self.injection.collapse(previous), self.injection.collapse(state)
         monitor.measure_last(*collapsed, self.injection.spectral_radius())
         if monitor.per_iteration:

@@ -98,6 +98,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         z_weight: float,
         shards: VocabularyShards | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the sums objective, cross entropy and squared log-partition function; save the gradients."""
         # Products are in the dtype of the features; logits, sums and the matrix's gradient are float32 or wider.
         wide = torch.promote_types(features.dtype, torch.float32)
         rounded = matrix.to(features.dtype)
@@ -134,6 +135,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the saved gradients of features, matrix and weights by the objective's; ignore the other two."""
         factor = grads[0]
         scaled = [None if saved is None else saved * factor.to(saved.dtype) for saved in ctx.saved_tensors]
         return scaled[0], scaled[1], None, scaled[2], None, None, None

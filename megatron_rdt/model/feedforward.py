@@ -23,7 +23,7 @@ class SwiGLU(nn.Module):
         self.down = Linear(width, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the gated map in the dtype of `x`."""
+        """Return down(silu(gate(x)) * up(x)), (..., dim), in the dtype of `x`."""
         return self.down(functional.silu(self.gate(x)) * self.up(x))
 
 
@@ -37,7 +37,7 @@ class SquaredReLU(nn.Module):
         self.down = Linear(width, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the map in the dtype of `x`."""
+        """Return down(relu(up(x))^2), (..., dim), in the dtype of `x`."""
         return self.down(functional.relu(self.up(x)).square())
 
 

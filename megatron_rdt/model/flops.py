@@ -37,7 +37,7 @@ class ForwardFlops:
 
 
 def matrix_weights(module: nn.Module) -> float:
-    """Return the number of matrix weights in a module that each token is multiplied with."""
+    """Count a module's matrix weights that multiply each token: of experts only its own; look-ups count nothing."""
     total = 0.0
     for part in module.modules():
         if isinstance(part, TokenValues | AdaLnSignal):  # a look-up; a product per sequence, not per token
@@ -50,7 +50,7 @@ def matrix_weights(module: nn.Module) -> float:
 
 
 def mean_keys(config: ModelConfig, sequence: int) -> float:
-    """Return the average number of keys that a query of a sequence sees, itself included."""
+    """Return the mean number of keys that a causal query sees, itself included, within a window if there is one."""
     window = min(config.window or sequence, sequence)
     return (window * (window + 1) / 2 + (sequence - window) * window) / sequence
 
@@ -81,7 +81,7 @@ def forward_flops(config: ModelConfig, sequence: int) -> ForwardFlops:
 
 
 def training_flops(config: ModelConfig, forward: ForwardFlops, loops: float, loops_with_grad: float) -> float:
-    """Return the operations per token of a forward and a backward pass.
+    """Return a training pass's operations per token: all T iterations forward, those with grad also backward.
 
     Args:
         config: of the model.

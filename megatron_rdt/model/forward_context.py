@@ -54,7 +54,7 @@ class LayerContext:
         return self if self.cache is None else self.replace(slot=slot)
 
     def in_dtype(self, dtype: torch.dtype) -> "LayerContext":
-        """Return the same context with matrix products in another dtype."""
+        """Return a copy with the rotary tables and the matrix products in another dtype."""
         return self.replace(rotary=tuple(table.to(dtype) for table in self.rotary), compute_dtype=dtype)
 
     def rows(self, rows: Tensor | slice) -> "LayerContext":
@@ -65,7 +65,7 @@ class LayerContext:
         return self.replace(rotary=rotary, mask=mask, tokens=self.tokens[rows])
 
     def visible_keys(self, window: int, *new: Tensor) -> tuple[Mask, tuple[Tensor, ...]]:
-        """Return the mask, and the keys that the queries may see: cached ones, `new` ones, those of the other ranks.
+        """Add new keys and values to the cache, gather other ranks', cut by the window; return mask and tensors.
 
         Args:
             window: of the attention; keys before it are cut off.

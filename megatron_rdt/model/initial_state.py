@@ -26,7 +26,7 @@ def _mix_bits(x: Tensor) -> Tensor:
 
 
 def normal_state(seeds: tuple[int, ...], positions: Tensor, dim: int, std: float) -> Tensor:
-    """Return truncated normal noise, a function of (seed, position, channel).
+    """Return truncated normal noise (batch, sequence, dim), float32, a function of (seed, position, channel).
 
     Args:
         seeds: one 64-bit integer per sequence.

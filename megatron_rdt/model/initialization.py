@@ -37,7 +37,7 @@ def initial_parameter(model: RecurrentDepthTransformer, name: str, shape: torch.
 
 
 def initial_std(config: ModelConfig, name: str) -> float:
-    """Return the standard deviation of a normally distributed parameter."""
+    """Return a parameter's standard deviation: sqrt(2 / (5 dim)), less for projections into the residual stream."""
     std = math.sqrt(2 / (5 * config.dim))
     if name.endswith(RESIDUAL_OUTPUTS):
         std /= math.sqrt(2 * (config.prelude_layers + config.core_layers + config.coda_layers))
@@ -57,7 +57,7 @@ def reset_buffers(model: nn.Module, device: torch.device | str = "cpu") -> None:
 
 @torch.no_grad()
 def initialize(model: RecurrentDepthTransformer, seed: int) -> RecurrentDepthTransformer:
-    """Fill an unsharded model in place, from meta or any device; return it (on the CPU if it was on meta)."""
+    """Fill parameters and buffers of an unsharded model in place; return it, moved to the CPU if it was on meta."""
     if any(parameter.is_meta for parameter in model.parameters()):
         model.to_empty(device="cpu")
     for name, parameter in model.named_parameters():

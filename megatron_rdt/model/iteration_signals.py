@@ -113,13 +113,13 @@ class Signals(nn.Module):
         self.adaln = AdaLnSignal(config) if "adaln" in config.signals else None
 
     def offset(self, t: Tensor) -> Tensor | float:
-        """Return the term that is added to the layers' input."""
+        """Return the sinusoids to add to the layers' input, (batch, 1, dim), or 0.0 without that signal."""
         return 0.0 if self.sinusoidal is None else self.sinusoidal(t)
 
     def modulations(self, t: Tensor, loops: Tensor) -> Sequence[Modulations]:
-        """Return per layer the modulations of its norms, or None."""
+        """Return per layer the (1 + scale, shift) of its two norms, or one None per layer without adaln."""
         return [None] * self.layers if self.adaln is None else self.adaln(t, loops)
 
     def adapt(self, y: Tensor, t: Tensor, compute_dtype: torch.dtype) -> Tensor:
-        """Add the adapter's term to the layers' output."""
+        """Return the layers' output y plus the adapter's term, or y itself without lora."""
         return y if self.lora is None else y + self.lora(y, t, compute_dtype)

@@ -70,11 +70,11 @@ class Layer(nn.Module):
     def attend_and_feed(
         self, x: Tensor, context: LayerContext, token_values: Tensor | None, modulations: Modulations
     ) -> Tensor:
-        """Run both parts; arguments and result as of `forward`."""
+        """Run attention, then feed-forward; take and return the same as `forward`, without checkpointing."""
         return self.feed(self.attend(x, context, token_values, modulations), context, modulations)
 
     def attend(self, x: Tensor, context: LayerContext, token_values: Tensor | None, modulations: Modulations) -> Tensor:
-        """Run the attention part; return the residual stream behind it."""
+        """Run norm and attention, which extends a cache; return the residual stream with its output added."""
         if token_values is None:
             token_values = self.token_values(context)
         inner = self._normalize_input(self.attention_norm, x, context, modulations, 0)
@@ -82,7 +82,7 @@ class Layer(nn.Module):
         return self._add_to_stream(x, output, self.attention_outer_norm)
 
     def feed(self, x: Tensor, context: LayerContext, modulations: Modulations) -> Tensor:
-        """Run the feed-forward part; return the residual stream behind it."""
+        """Run norm and feed-forward, or experts; return the residual stream with its output added."""
         inner = self._normalize_input(self.feedforward_norm, x, context, modulations, 1)
         return self._add_to_stream(x, self.feedforward(inner), self.feedforward_outer_norm)
 
@@ -102,7 +102,7 @@ class Layer(nn.Module):
         return x.to(context.compute_dtype)
 
     def _add_to_stream(self, x: Tensor, output: Tensor, outer: RMSNorm | None) -> Tensor:
-        """Add a part's output to the residual stream, with the outer norm where there is one."""
+        """Return the residual stream plus a part's output, normed as `norm_placement` says."""
         if outer is None:
             return x + output
         if self.norm_placement == "sandwich":

@@ -18,11 +18,13 @@ class _RoundedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """Return x W^T in the dtype of x; save x and the unrounded W."""
         ctx.save_for_backward(x, weight)
         return functional.linear(x, weight.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of x and W, each in its own dtype, with W rounded again; None if not needed."""
         (grad,) = grads
         x, weight = ctx.saved_tensors
         grad_x = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
@@ -60,5 +62,5 @@ class IdentityLinear(Linear):
         super().__init__(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the map in the dtype of the weight."""
+        """Return x W^T, computed in the dtype of the weight, whatever that of `x`."""
         return linear(x.to(self.weight.dtype), self.weight)

@@ -41,11 +41,13 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        """Return the products (rows, out) in the dtype of x; save x and the unrounded W."""
         ctx.save_for_backward(x, weight, ends)
         return functional.grouped_mm(x, weight.to(x.dtype).mT, offs=ends)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Return the gradients of x and W, the latter in the dtype of W, with W rounded again."""
         grad = grads[0].contiguous()
         x, weight, ends = ctx.saved_tensors
         grad_x = functional.grouped_mm(grad, weight.to(grad.dtype), offs=ends)
@@ -106,7 +108,7 @@ class MixtureOfExperts(nn.Module):
         self.routing_sums = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Route each token to its experts and add up: (batch, sequence, dim) -> the same, in the dtype of `x`."""
+        """Return weighted plus shared experts' outputs, (batch, sequence, dim); in training count the routing."""
         flat = x.flatten(0, -2)
         logits = linear(flat.to(self.router.dtype), self.router)  # (tokens, experts)
         scores = logits.softmax(-1)
@@ -137,7 +139,7 @@ class MixtureOfExperts(nn.Module):
         self.routing_sums = new if self.routing_sums is None else self.routing_sums + new
 
     def _run_experts(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """Apply this rank's experts, each to its piece of the sorted rows, which ends before `ends`."""
+        """Return this rank's experts' outputs for the sorted rows; those of expert i end before row ends[i]."""
         is_aligned = all(size % GROUPED_MULTIPLE == 0 for size in self.gate.shape[1:])
         if rows.is_cuda and rows.dtype == torch.bfloat16 and is_aligned:
             return self._run_experts_grouped(rows, ends.int())
@@ -149,7 +151,7 @@ class MixtureOfExperts(nn.Module):
         return torch.cat(outputs)
 
     def _run_experts_grouped(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """Apply all experts in three grouped products."""
+        """Return the same as `_run_experts`, from three grouped products over all experts of this rank."""
         hidden = functional.silu(grouped_linear(rows, self.gate, ends)) * grouped_linear(rows, self.up, ends)
         return grouped_linear(hidden, self.down, ends)
 

@@ -43,7 +43,7 @@ class CoreMonitor:
 
     @torch.no_grad()
     def measure_last(self, previous: Tensor, state: Tensor, spectral_radius: Tensor) -> None:
-        """Measure the last iteration, from `previous` to `state`, both (batch, sequence, dim)."""
+        """Set norm, residual and correlation from the last two states (batch, sequence, dim), and the radius."""
         self.spectral_radius = spectral_radius.detach()
         previous, state = previous.detach().float(), state.detach().float()
         self.state_norm = _rms(state).mean()
@@ -62,7 +62,7 @@ class CoreMonitor:
         self._iterations.append((indices, values))
 
     def watch_gradient(self, indices: tuple[int, ...], state: Tensor) -> None:
-        """Measure the gradient of the objective with respect to the state after an iteration, when it arrives there."""
+        """Let the backward pass keep each sequence's squared gradient norm at the state, if that needs gradient."""
 
         def keep_square(gradient: Tensor) -> None:
             self._gradients.append((indices, gradient.detach().float().square().flatten(1).sum(1)))
@@ -71,11 +71,11 @@ class CoreMonitor:
             state.register_hook(keep_square)
 
     def measure_input(self, input_term: Tensor) -> None:
-        """Measure the term that the encoded input adds, (batch, sequence, dim)."""
+        """Set `input_norm` from the term that the encoded input adds, (batch, sequence, dim)."""
         self.input_norm = _rms(input_term.detach().float()).mean()
 
     def readings(self) -> dict[str, object]:
-        """Return all measurements as numbers by the attributes' names; None for one that was not made.
+        """Return the measurements of NAMES as numbers or None, and, if made, "jacobian_norm" and "iterations".
 
         With `per_iteration` also "iterations": lists over iterations 1 ... T of "state_norm", "state_residual" and
         "token_correlation", means over the sequences that reached it; of "gradient_norm" over all of them together, None
@@ -107,7 +107,7 @@ class CoreMonitor:
 
 
 def _to_number(value: Tensor | None) -> float | None:
-    """Read a 0-dimensional tensor, None for None."""
+    """Return a 0-dimensional tensor as a float, None for None."""
     return None if value is None else float(value)
 
 

@@ -217,7 +217,7 @@ class RecurrentDepthTransformer(nn.Module):
         return apply_softcap(linear(features, self.head_matrix), self.config.logit_softcap)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Return the token embeddings, (batch, sequence) -> (batch, sequence, dim)."""
+        """Return the embeddings (batch, sequence, dim) of ids, times sqrt(dim) if `scale_embedding` is set."""
         embedded = self.embedding(tokens)
         return embedded * self.config.dim**0.5 if self.config.scale_embedding else embedded
 
@@ -259,7 +259,10 @@ class RecurrentDepthTransformer(nn.Module):
         return config.prelude_layers + iterations * config.core_layers + codas * config.coda_layers
 
     def _check_cache(self, cache: DepthCache | None, start: int, plan: DepthPlan, rule: ExitRule | None) -> None:
-        """Refuse a cache of another length or T: with another T, coda slots would be taken for iterations or vice versa."""
+        """Raise ValueError for a cache whose length is not `start`, or whose slots are for another T or exit rule.
+
+        With another T, coda slots would be taken for iterations or vice versa.
+        """
         if cache is None:
             return
         loops = plan.loops

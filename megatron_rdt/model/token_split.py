@@ -35,7 +35,7 @@ class WholeTokens:
         return values
 
     def sum_over_tokens(self, values: Tensor) -> Tensor:
-        """Sum values of the residual stream's tokens over all local tokens: 0-dimensional."""
+        """Return the sum over all local tokens, given the values of this rank's part of them: 0-dimensional."""
         return values.sum()
 
     def gather_for_loss(

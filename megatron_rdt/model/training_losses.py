@@ -38,7 +38,7 @@ class TrainingLosses:
     def sums(
         self, state: Tensor, extras: dict[str, Tensor], targets: Tensor, context: LayerContext, loss_mask: Tensor | None
     ) -> dict[str, Tensor]:
-        """Return sums over the tokens whose target counts, each 0-dimensional.
+        """Return objective, cross entropy and halting's terms by name, summed over the tokens whose target counts.
 
         Args:
             state: output of the core, (batch, sequence, dim).

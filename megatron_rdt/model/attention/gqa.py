@@ -68,7 +68,7 @@ class GroupedQueryAttention(nn.Module):
         self.token_values = TokenValues(config) if has_value_embedding(config, index) else None
 
     def forward(self, x: Tensor, context: LayerContext, token_values: Tensor | None = None) -> Tensor:
-        """Attend over (batch, sequence, dim).
+        """Return the attention's output (batch, sequence, dim); extend the context's cache, where it has one.
 
         Args:
             x: normalised input in the compute dtype.
@@ -87,7 +87,7 @@ class GroupedQueryAttention(nn.Module):
         return self.output(attended.transpose(1, 2).reshape(batch, sequence, -1))
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        """(batch, sequence, heads * head_dim) -> (batch, heads, sequence, head_dim)."""
+        """Reshape (batch, sequence, heads * head_dim) to (batch, heads, sequence, head_dim)."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _rotate_heads(self, x: Tensor, bias: Tensor | None, norm: RMSNorm | None, context: LayerContext) -> Tensor:

@@ -59,7 +59,7 @@ class BlockwiseMask:
         return is_visible
 
     def _classify_blocks(self) -> tuple[Tensor, Tensor]:
-        """Return the blocks with anything visible and those visible in full, (batch or 1, 1, query blocks, key blocks).
+        """Mark blocks with anything visible, and those visible in full: (batch or 1, 1, query blocks, key blocks).
 
         Computed from the first and last position of each block: (sequence, sequence) never exists. The first result may
         include a block with nothing visible where documents are out of order: that costs time, not exactness.
@@ -113,7 +113,7 @@ def model_mask(
     mask: Tensor | None,
     token_split: WholeTokens = WHOLE_TOKENS,
 ) -> Mask:
-    """Return the mask of a forward pass, in the form that is fastest on the device of the tokens.
+    """Check the documents; return a pass's mask: FlexAttention's blocks where they pay, booleans, None if causal.
 
     Args:
         config: of the model.
@@ -147,7 +147,7 @@ def model_mask(
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float | None = None) -> Tensor:
-    """Softmax attention, (batch, heads, queries, channels of the values).
+    """Return softmax attention, (batch, heads, queries, channels of the values), by FlexAttention or SDPA.
 
     Args:
         query: (batch, heads, queries, channels).
@@ -172,7 +172,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float |
 
 
 def _attend_by_group(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """`attend` for few queries and many keys: the query heads of a group become further queries of one head.
+    """Return `attend` for few queries and many keys, with a group's query heads as further queries of one head.
 
     SDPA would copy the keys once for each query head of the group. Here None means that all keys are seen.
     """

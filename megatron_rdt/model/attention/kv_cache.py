@@ -53,7 +53,7 @@ class KVCache:
         self._length = 0
 
     def update(self, slot: int, start: int, *new: Tensor) -> tuple[Tensor, ...]:
-        """Write tensors (batch, heads, new, channels) at positions `start` ... of `slot`; return all of it, oldest first."""
+        """Write (batch, heads, new, channels) from position `start` of `slot` on; return all up to their end."""
         end = start + new[0].shape[-2]
         buffers = self._reserve(slot, start, end, new)
         for buffer, each in zip(buffers, new):
@@ -86,12 +86,12 @@ class KVCache:
         return tuple(result)
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Drop all sequences but `rows`, (rows,)."""
+        """Keep the sequences with the indices `rows`, (rows,), in that order and in every slot; drop the others."""
         for buffers in self._buffers.values():
             buffers[:] = [buffer[rows] for buffer in buffers]
 
     def _reserve(self, slot: int, start: int, end: int, like: Sequence[Tensor]) -> list[Tensor]:
-        """Return the buffers of a slot with capacity for `end` positions, the first `start` of them kept."""
+        """Return a slot's buffers, made or grown to `end` positions, the first `start` kept; update the length."""
         buffers = self._buffers.get(slot)
         if buffers is None or buffers[0].shape[-2] < end:
             old = like if buffers is None else buffers
@@ -111,7 +111,7 @@ class KVCache:
 
     @property
     def elements(self) -> int:
-        """Numbers kept per position, over all slots and the whole batch."""
+        """Number of elements that one position takes, over all slots and the whole batch."""
         return sum(b[..., :1, :].numel() for buffers in self._buffers.values() for b in buffers)
 
 

@@ -43,7 +43,7 @@ def attention_mask(
 
 
 def drop_keys_before_window(window: int, start: int, mask: Any, *keys: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
-    """Cut off the keys that even the first query, at position `start`, no longer sees.
+    """Return mask and tensors without the keys that even the first query, at position `start`, no longer sees.
 
     So a decoding step costs the window, not the whole past.
 

@@ -40,7 +40,7 @@ class LatentAttention(nn.Module):
         self.output = Linear(config.heads * self.value, config.dim)
 
     def forward(self, x: Tensor, context: LayerContext, token_values: Tensor | None = None) -> Tensor:
-        """Attend over (batch, sequence, dim); see `GroupedQueryAttention.forward`."""
+        """Do what `GroupedQueryAttention.forward` does, (batch, sequence, dim); `token_values` is ignored."""
         query = x
         if self.query_down is not None and self.query_norm is not None:
             query = self.query_norm(self.query_down(x)).to(x.dtype)
@@ -63,7 +63,7 @@ class LatentAttention(nn.Module):
         return keys > queries and added <= spared
 
     def _attend_expanded(self, nope: Tensor, rope: Tensor, keys: Tensor, mask: Mask) -> Tensor:
-        """Attend with the keys and values of every head: (batch, heads, sequence, value_dim)."""
+        """Attend to every head's own keys and values, computed from `keys`: (batch, heads, sequence, value_dim)."""
         latent, key_rope = keys.split((self.rank, self.rope), dim=-1)
         up = self.latent_up(latent.squeeze(1)).unflatten(-1, (-1, self.nope + self.value)).transpose(1, 2)
         key_nope, value = up.split((self.nope, self.value), dim=-1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def rotary_tables(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the cosines and sines of every position's angles.
+    """Return cosines and sines of the positions' angles, (..., 1, sequence, head_dim / 2) each, in `dtype`.
 
     Args:
         positions: (sequence,) or (batch, sequence), integers.

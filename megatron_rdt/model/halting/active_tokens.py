@@ -91,6 +91,9 @@ class ActiveCache:
         self.positions = start + active.columns
 
     def update(self, slot: int, start: int, *new: Tensor) -> tuple[Tensor, ...]:
-        """Write tensors (rows, heads, columns, channels) of the active tokens; return all positions of their rows."""
+        """Copy the previous iteration's slot, write the active tokens over it; return their rows; ignore `start`.
+
+        The tensors are (rows, heads, columns, channels), the results hold all positions.
+        """
         self.cache.copy_slot(slot - self.back, slot, self.start, self.end)
         return self.cache.update_rows(slot, self.active.rows, self.positions, self.end, *new)

@@ -57,7 +57,7 @@ class AdaptiveLoop:
 
     @torch.no_grad()
     def run(self, core: RecurrentCore, state: Tensor, inputs: LoopInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Iterate each token until it meets the rule; return the coda's input, and the logits if the rule needs them.
+        """Iterate tokens until the rule stops them; fill cache and trace; return the coda's input and any logits.
 
         Returns:
             The coda's input from each token's last iteration, (batch, sequence, dim), and, where the rule looks at
@@ -112,11 +112,11 @@ class AdaptiveLoop:
         return core.coda_input(answers), {} if logits is None else {"logits": logits}
 
     def _iteration_slot(self, core: RecurrentCore, first_slot: int, t: int) -> int:
-        """Return the first slot of iteration t."""
+        """Return the first cache slot of iteration t, which it shares with others if the cache has a budget."""
         return first_slot + t % (self.cache.budget or self.loops) * (len(core.layers) + self.coda_slots)
 
     def _make_mixture(self, core: RecurrentCore) -> ActMixture | None:
-        """Return the mixture of states that a model with ACT predicts from; the rule `act` brings its own threshold."""
+        """Return ACT's mixture with the threshold of the rule `act`, else of the config; None for other models."""
         if core.halting is None or core.config.halting != "act":
             return None
         is_act = self.rule.kind == "act"

@@ -39,6 +39,7 @@ class ExitRule:
     hits: int = 1
 
     def __post_init__(self) -> None:
+        """Raise ValueError for an unknown kind, or for a threshold, entropy or hits out of range."""
         if self.kind != "fixed" and self.kind not in CRITERIA:
             raise ValueError(f"there is no exit rule {self.kind!r}; choose one of fixed, {', '.join(CRITERIA)}")
         if not self.threshold >= 0 or (self.kind == "act" and self.threshold > 1):
@@ -119,7 +120,7 @@ class SecondDifferenceCriterion(Criterion):
     changes: Tensor | None = None
 
     def is_met(self, seen: IterationResult) -> Tensor | None:
-        """Return |h_t - 2 h_(t-1) + h_(t-2)| < E |h_t|, from the second iteration on."""
+        """Return |h_t - 2 h_(t-1) + h_(t-2)| < E |h_t|, None at the first call; keep the change for the next."""
         change = seen.state - seen.previous
         if self.changes is None:
             self.changes = change
@@ -135,7 +136,7 @@ class DivergenceCriterion(Criterion):
     before: Tensor | None = None
 
     def is_met(self, seen: IterationResult) -> Tensor | None:
-        """Return KL(p_t || p_(t-1)) < E, from the second iteration on; with kl_entropy also H(p_t) < E'."""
+        """Return KL(p_t || p_(t-1)) < E, for kl_entropy and H(p_t) < E'; None at the first call; keep p_t."""
         assert seen.logits is not None, "the loop predicts for this rule"
         wide = torch.promote_types(seen.logits.dtype, torch.float32)
         new = seen.logits.log_softmax(-1, dtype=wide)
@@ -155,7 +156,7 @@ class ActCriterion(Criterion):
     """Met where ACT's halting probabilities add up to the threshold."""
 
     def is_met(self, seen: IterationResult) -> Tensor:
-        """Return sum of the halting probabilities >= E."""
+        """Return sum of the halting probabilities >= E; raise ValueError for a model without ACT."""
         if seen.halted is None:
             raise ValueError("the exit rule act is for models with model.halting: act; choose another")
         return seen.halted >= self.rule.threshold
@@ -167,7 +168,7 @@ class GateCriterion(Criterion):
     left: Tensor | None = None
 
     def is_met(self, seen: IterationResult) -> Tensor:
-        """Return 1 - product of (1 - g_t) >= E."""
+        """Return 1 - product of (1 - g_t) >= E; keep the product; raise ValueError for a model without the gate."""
         if self.unit is None or seen.halted is not None:
             raise ValueError("the exit rule gate is for models with model.halting: gate; choose another")
         stay = 1 - self.unit(seen.state)
@@ -192,7 +193,7 @@ class ActMixture:
         self.halted: Tensor | None = None
 
     def update(self, active: ActiveTokens, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the states of the active tokens, (rows, columns, dim); return their answers and sums of probabilities.
+        """Add active tokens' states (rows, columns, dim); return their answers, if they stop now, and halting sums.
 
         The answer is the mixture if the token stopped now: this state takes all the weight that is left.
         """

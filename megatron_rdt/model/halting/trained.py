@@ -64,7 +64,7 @@ class ActTracker:
         self.cumulative = torch.where(running, torch.where(stops, 1.0, cumulative + probability), cumulative)
 
     def result(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mixed state, and {"ponder": (sequences, tokens)}."""
+        """Return the sum of weighted states (sequences, tokens, dim), and {"ponder": (sequences, tokens)}."""
         assert self.output is not None
         assert self.ponder is not None
         return self.output, {"ponder": self.ponder}
@@ -92,7 +92,7 @@ class GateTracker:
         self._left: Tensor | None = None
 
     def update(self, state: Tensor, last: bool) -> None:
-        """Add the state after an iteration, (sequences, tokens, dim)."""
+        """Keep an iteration's state (sequences, tokens, dim) and exit probability; ValueError if sequences join."""
         gate = self.unit(state)
         left = torch.ones_like(gate) if self._left is None else self._left
         if len(left) != len(gate):
@@ -108,7 +108,7 @@ class GateTracker:
 
 
 def make_tracker(unit: HaltingUnit | None, config: ModelConfig) -> ActTracker | GateTracker | None:
-    """Return the tracker of one forward pass for `model.halting`; None where nothing reads its result.
+    """Return ACT's tracker, or with gradient enabled the gate's, for one forward pass; None in the other cases.
 
     The gate changes the objective only, so without gradient its states are not kept.
     """

@@ -1,4 +1,4 @@
-"""Injections, one file each; a new one is a file here and its name in `ModelConfig.injection`."""
+"""Choices of `model.injection`: a new one is a file in this folder and its name in `ModelConfig.injection`."""
 
 import importlib
 import pkgutil

@@ -1,5 +1,7 @@
-"""Additive injection: x = h + e. Nothing decays: the radius of the linear part is 1, and only the layers' norms
-keep the state from growing. For comparison."""
+"""Additive injection, for comparison: x = h + e.
+
+Nothing decays: the radius of the linear part is 1, and only the layers' norms keep the state from growing.
+"""
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ class AddInjection(Injection, name="add"):
         super().__init__()
 
     def inject(self, state: Tensor, precomputed: Tensor, offset: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Add the encoded input to the state."""
+        """Return h + e plus the offset as the layers' input, and the state as carry, which `update` ignores."""
         return add_offset(state + precomputed, offset), state
 
     def spectral_radius(self) -> Tensor:

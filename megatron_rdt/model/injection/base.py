@@ -28,6 +28,7 @@ class Injection(nn.Module):
     PRECOMPUTED_SHARE: ClassVar[float] = 0.0
 
     def __init_subclass__(cls, name: str = "", **kwargs: object) -> None:
+        """Add the subclass to `choices` under `name`; one without a name is only a base of others."""
         super().__init_subclass__(**kwargs)
         if name:
             Injection.choices[name] = cls
@@ -45,7 +46,7 @@ class Injection(nn.Module):
         raise NotImplementedError
 
     def update(self, carry: Tensor, output: Tensor) -> Tensor:
-        """Return the next state, given the carry and the layers' output (batch, sequence, dim)."""
+        """Return the next state: the layers' output (batch, sequence, dim), unless a choice uses the carry too."""
         return output
 
     def collapse(self, state: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ class DiagonalInjection(DecayingInjection, name="diagonal"):
     """x = decay * h + gain * e, h' = layers(x), as in Parcae (arXiv:2604.12946)."""
 
     def inject(self, state: Tensor, precomputed: Tensor, offset: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Return the decayed state with the input added."""
+        """Return decay * h + gain * e + offset as the layers' input, and the state, which `update` ignores."""
         decay, _ = self.diagonal()
         return add_offset(torch.addcmul(precomputed, decay, state), offset), state
 
@@ -116,12 +116,12 @@ class ResidualInjection(DecayingInjection, name="residual"):
         return encoded
 
     def inject(self, state: Tensor, precomputed: Tensor, offset: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Return the normalised sum; the carry is the bypass, to which the layers' output is added."""
+        """Return norm(h + e + offset) as the layers' input, and the bypass decay * h + gain * e as carry."""
         decay, gain = self.diagonal()
         return self.norm(add_offset(state + precomputed, offset)), decay * state + gain * precomputed
 
     def update(self, carry: Tensor, output: Tensor) -> Tensor:
-        """Add the layers' output to the bypass."""
+        """Return the next state: the bypass plus the layers' output."""
         return carry + output
 
     @torch.no_grad()

@@ -31,14 +31,14 @@ class GateInjection(Injection, name="gate"):
         self._largest: Tensor | None = None
 
     def precompute(self, encoded: Tensor) -> Tensor:
-        """Return g and (1 - g) * e, (batch, sequence, 2, dim)."""
+        """Return g and (1 - g) * e, (batch, sequence, 2, dim); keep the largest g for `spectral_radius`."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         gate = LIMIT * torch.sigmoid(linear(encoded.to(wide), self.weight.to(wide)) + self.bias)
         self._largest = gate.detach().max()
         return torch.stack((gate, (1 - gate) * encoded), dim=2)
 
     def inject(self, state: Tensor, precomputed: Tensor, offset: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Mix state and input, channel by channel."""
+        """Return g * h + (1 - g) * e + offset as the layers' input, and the state, which `update` ignores."""
         gate, rest = precomputed.unbind(2)
         return add_offset(gate * state + rest, offset), state
 

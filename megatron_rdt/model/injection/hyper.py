@@ -31,7 +31,7 @@ def _initial_write_weights(shape: torch.Size) -> Tensor:
 
 
 def _softmax_in(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the softmax over the last dimension in `dtype`: rounded to bfloat16, it could sum to more than 1."""
+    """Return the softmax over the last dimension, computed in `dtype`; in bfloat16 it could sum to more than 1."""
     return logits.to(dtype).softmax(-1)
 
 
@@ -59,14 +59,14 @@ class HyperInjection(DecayingInjection, name="hyper"):
         return state.unsqueeze(-2).expand(*state.shape[:-1], self.lanes, state.shape[-1])
 
     def inject(self, state: Tensor, precomputed: Tensor, offset: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Mix and decay the lanes, add the input; return their weighted mean, and the lanes as the carry."""
+        """Mix and decay lanes, add the input; return their weighted mean plus offset, and the lanes as carry."""
         decay, _ = self.diagonal()
         mixed = torch.einsum("nm,bsmd->bsnd", _softmax_in(self.mix, decay.dtype), state.to(decay.dtype))
         lanes = decay * mixed + precomputed.unsqueeze(-2)
         return add_offset(self.collapse(lanes), offset), lanes
 
     def update(self, carry: Tensor, output: Tensor) -> Tensor:
-        """Add the change that the layers made, times each lane's weight."""
+        """Return the lanes, each moved by its write weight times the layers' change of the weighted mean."""
         change = (output - self.collapse(carry)).unsqueeze(-2)
         return carry + self.write_weights[:, None] * change
 

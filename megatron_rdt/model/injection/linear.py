@@ -32,12 +32,12 @@ class LinearInjection(Injection, name="linear"):
         return linear(encoded.to(torch.promote_types(encoded.dtype, torch.float32)), self.weight[:, self.dim :])
 
     def inject(self, state: Tensor, precomputed: Tensor, offset: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Add the state's half of the projection, in the dtype of the state."""
+        """Return W [h; e] plus the offset as the layers' input, and the state as carry, which `update` ignores."""
         return add_offset(linear(state, self.weight[:, : self.dim]) + precomputed, offset), state
 
     @torch.no_grad()
     def spectral_radius(self) -> Tensor:
-        """Return the largest |eigenvalue| of the state's half of W; for wide models see `estimate_radius`."""
+        """Return the largest |eigenvalue| of the state's half of W; from EXACT_BELOW channels on, an estimate."""
         matrix = self.weight[:, : self.dim]
         matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
         return torch.linalg.eigvals(matrix).abs().max() if self.dim < EXACT_BELOW else estimate_radius(matrix)

@@ -22,14 +22,14 @@ CLASSES = {
 
 
 def make_engine(config: RunConfig, device: torch.device) -> Engine:
-    """Create the engine named by `parallel.engine`; with several ranks, join the process group first."""
+    """Create the engine that `parallel.engine` names, without a model; several ranks must be in a process group."""
     module, name = CLASSES[config.parallel.engine]
     engine: type[Engine] = getattr(importlib.import_module(f"megatron_rdt.parallel.{module}"), name)
     return engine(config, device)
 
 
 def build_engine(config: RunConfig, device: torch.device) -> Engine:
-    """Create the engine named by `parallel.engine` and set it up with a new model of the config."""
+    """Create the engine that `parallel.engine` names and set it up with a new model of the config."""
     engine = make_engine(config, device)
     with torch.device("meta"):
         model = RecurrentDepthTransformer(config.model)

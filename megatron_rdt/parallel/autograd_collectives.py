@@ -33,7 +33,7 @@ def exchange_rows(x: torch.Tensor, sends: list[int], receives: list[int], group:
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather; `alike` is True where every rank will have the whole gradient already."""
+    """All-gather; backward, a rank's part of the gradient if each has it whole (`alike`), or a reduce-scatter."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dim: int, group: ProcessGroup, alike: bool) -> torch.Tensor:
@@ -96,5 +96,5 @@ def reduce_scatter_with_grad(x: torch.Tensor, dim: int, group: ProcessGroup) -> 
 
 
 def all_to_all(x: torch.Tensor, sends: list[int], receives: list[int], group: ProcessGroup) -> torch.Tensor:
-    """Exchange rows of `x`, (rows, ...), as `exchange_rows` does, with gradient."""
+    """Send sends[r] rows of `x` to each rank r and return the receives[r] rows from each; gradients travel back."""
     return _AllToAll.apply(x, sends, receives, group)

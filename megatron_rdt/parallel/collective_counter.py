@@ -50,7 +50,7 @@ class Collective:
 
 @cache
 def _classify_operator(func: Any) -> str | None:
-    """The kind of collective that an operator is, or None for any other operator."""
+    """Return the kind of a collective's operator as in `KINDS`, else its own name; None if it is no collective."""
     name = func.name().split("::")[-1].split(".")[0]
     if "c10d" not in func.namespace or name in LOCAL_OPERATORS:
         return None
@@ -113,7 +113,7 @@ def record_collectives(engine: Engine, batch: Sequence[MicroBatch], lr: float = 
 
 
 def sum_by_kind(calls: Iterable[Collective]) -> dict[str, tuple[int, int]]:
-    """Sum (calls, bytes) by phase and kind, keyed "forward all-gather"; keys are in a fixed order."""
+    """Return {"forward all-gather": (calls, bytes), ...}, sums by phase and kind, sorted by phase, then kind."""
     table: dict[str, tuple[int, int]] = {}
     for call in sorted(calls, key=lambda call: (PHASES.index(call.phase), call.kind)):
         number, size = table.get(f"{call.phase} {call.kind}", (0, 0))

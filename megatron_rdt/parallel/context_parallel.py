@@ -23,7 +23,7 @@ KEYS = 2  # the dimension of (batch, heads, sequence, channels) that is gathered
 
 @functools.lru_cache(maxsize=8)
 def assign_positions(length: int, ranks: int, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Assign a sequence's positions to ranks; return each rank's, and the indices that put all ranks' tokens back in order.
+    """Deal a sequence's positions to ranks: return each rank's, and the order that restores the sequence from all.
 
     Args:
         length: tokens of the whole sequence, a multiple of twice the number of ranks.
@@ -51,28 +51,28 @@ class ContextSplitTokens(WholeTokens):
         self.sequence_shares = group.size()
 
     def positions(self, start: int, tokens: int, device: torch.device) -> torch.Tensor:
-        """Return the positions (tokens,) of this rank's tokens in the whole sequence."""
+        """Return this rank's positions (tokens,) in the whole sequence; `start`, always 0, is ignored."""
         owned, _ = assign_positions(tokens * self.group.size(), self.group.size(), device)
         return owned[self.group.rank()]
 
     def gather_keys(self, *keys: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the keys (batch, heads, sequence, channels) of the whole sequence, in order, from those of this rank."""
+        """Gather from all ranks, in order, the sequence's keys and values (batch, heads, sequence, channels)."""
         ranks, tokens, device = self.group.size(), keys[0].shape[KEYS], keys[0].device
         _, order = assign_positions(tokens * ranks, ranks, device)
         return tuple(gather_for_split_work(each, KEYS, self.group).index_select(KEYS, order) for each in keys)
 
     def residual_part(self, values: torch.Tensor) -> torch.Tensor:
-        """Delegate to `within`, the split of this rank's own tokens: select those whose residual stream is here."""
+        """Select from (..., this rank's tokens) those whose residual stream is here, as `within` splits them."""
         return self.within.residual_part(values)
 
     def sum_over_tokens(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over this rank's tokens, with `within`, the split of these tokens by tensor parallelism or none."""
+        """Sum over the tokens of this rank's pieces, as `within` does; the pieces of other ranks are left out."""
         return self.within.sum_over_tokens(values)
 
     def gather_for_loss(
         self, features: torch.Tensor, weights: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, VocabularyShards | None]:
-        """Delegate to `within`: the loss is that of this rank's tokens only."""
+        """Return features, weights and vocabulary split for this rank's tokens only, as `within` does."""
         return self.within.gather_for_loss(features, weights)
 
 
@@ -98,7 +98,7 @@ class ContextParallel(nn.Module):
         documents: torch.Tensor | None = None,
         monitor: CoreMonitor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Return the losses of `RecurrentDepthTransformer.forward` for whole sequences with targets."""
+        """Take whole sequences; return the losses of this rank's tokens by name, times the number of ranks."""
         ranks = self.group.size()
         own = self.model.token_split.positions(0, tokens.shape[1] // ranks, tokens.device)
         losses = self.model(

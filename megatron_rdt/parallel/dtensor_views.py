@@ -25,7 +25,7 @@ Views = dict[tuple[nn.Module, str, bool], torch.Tensor]
 
 
 def view_locally(model: nn.Module, mesh: DeviceMesh, names: dict[nn.Module, list[str]]) -> None:
-    """Make attribute access to parameters return the local tensor, while the DTensor is on `mesh`.
+    """Make attributes `names` return local tensors while a DTensor is on `mesh`, by changing modules' classes.
 
     A parameter that FSDP2 has sharded as well is on a larger mesh until it is gathered, and is returned as it is.
     Each module gets a subclass of its class, with a property for each of these parameters.
@@ -50,7 +50,7 @@ def view_locally(model: nn.Module, mesh: DeviceMesh, names: dict[nn.Module, list
 
 
 def _local_property(name: str, mesh: DeviceMesh, views: Views) -> property:
-    """Return a property that reads parameter `name` as its local tensor, from `views` where it is there."""
+    """Return a property that reads parameter `name` as a local tensor kept in `views`; as is, if not on `mesh`."""
 
     def read(module: nn.Module) -> Any:
         parameter = module._parameters[name]

@@ -79,14 +79,14 @@ class Engine(ABC):
 
     @abstractmethod
     def clip(self, max_norm: float) -> torch.Tensor:
-        """Clip to the global norm `max_norm`, if > 0, and return the norm before clipping.
+        """Clip gradients, now or in `step`, to the global norm `max_norm`, if > 0; return the norm before it.
 
         The norm is 0-dimensional and on the device, so the host does not wait for it. It is the same on every rank.
         """
 
     @abstractmethod
     def step(self, lr: float, accepted: torch.Tensor | None = None) -> None:
-        """Take one optimizer step at learning rate `lr`, then clear the gradients.
+        """Take one optimizer step at learning rate `lr` unless `accepted` is False; clear gradients in any case.
 
         Args:
             lr: learning rate of this step.
@@ -104,14 +104,14 @@ class Engine(ABC):
 
     @abstractmethod
     def load(self, directory: Path) -> None:
-        """Read what `save` wrote, after `setup`; called on every rank."""
+        """Read what `save` wrote, after `setup`, on every rank; raise CheckpointError if it does not load."""
 
     @abstractmethod
     def full_gradients(self) -> dict[str, torch.Tensor]:
-        """Every gradient, unsharded, on the CPU, by parameter name; for tests, after `forward_backward`."""
+        """Return all gradients, unsharded, on the CPU, by parameter name; for tests, after `forward_backward`."""
 
     def configure_model(self, model: RecurrentDepthTransformer) -> None:
-        """Apply precision, activation checkpointing and compilation to the bare model."""
+        """Set precision, checkpointing and z-loss of the model from the config; compile its layers if asked for."""
         model.compute_dtype = COMPUTE_DTYPES[self.config.train.precision]
         set_checkpointing(model, self.config.depth.checkpoint)
         model.z_weight = self.config.train.z_loss
@@ -121,7 +121,7 @@ class Engine(ABC):
     def forward_backward(
         self, batch: Sequence[MicroBatch], monitor: CoreMonitor | None = None
     ) -> dict[str, torch.Tensor]:
-        """Accumulate gradients over this rank's micro-batches; return each loss as the mean per counted target of all ranks.
+        """Accumulate this rank's gradients; return all ranks' mean losses by name, and "targets", "padding" if any.
 
         Args:
             batch: this rank's micro-batches, of whole sequences; every rank has the same number of them and of tokens.
@@ -160,7 +160,7 @@ class Engine(ABC):
         return losses
 
     def _count_targets(self, batch: Sequence[MicroBatch]) -> tuple[torch.Tensor, bool]:
-        """Mean number of counted targets of a rank in this step, and True if there are masks.
+        """Return the number of counted targets of this step, averaged over ranks, and True if there are loss masks.
 
         The number is 0-dimensional, float64 and on the device. Without masks every rank has the same, and no reduction is
         needed.
@@ -173,17 +173,17 @@ class Engine(ABC):
         return self.sum_over_ranks(torch.as_tensor(own).double()) / self.world_size, True
 
     def prepare_backward(self, last: bool) -> None:
-        """Prepare for a micro-batch's forward pass; with `last`, its backward pass reduces gradients over ranks."""
+        """Prepare a forward pass; with `last`, its backward pass reduces gradients. The base class does nothing."""
 
     def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
-        """Sum a tensor over all ranks; the same result on each."""
+        """Return the sum of a tensor over all ranks, the same on each; `value` itself stays as it is."""
         if self.world_size > 1:
             value = value.clone()
             dist.all_reduce(value)
         return value
 
     def local_weights(self) -> Iterator[torch.Tensor]:
-        """This rank's shard of each parameter, or all of it where it is not sharded."""
+        """Yield this rank's shard of each parameter, or all of it if it is not sharded."""
         for parameter in self.model.parameters():
             yield parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
@@ -197,7 +197,7 @@ class Engine(ABC):
         return not bool(self.sum_over_ranks(bad))
 
     def start_host_sum(self, value: torch.Tensor) -> Callable[..., torch.Tensor]:
-        """Begin to sum a CPU tensor over all ranks; the returned function waits for the sum and returns it.
+        """Begin to sum a CPU tensor over ranks, in place; return a function that waits for and returns the sum.
 
         The sum is made in place and between hosts only: no GPU kernel is started, and the host does not wait for the GPU.
         The function takes the longest time to wait in seconds, `parallel.timeout_s` by default; it raises a RuntimeError
@@ -213,7 +213,7 @@ class Engine(ABC):
         return wait
 
     def broadcast(self, value: torch.Tensor) -> torch.Tensor:
-        """Return rank 0's value on every rank."""
+        """Return rank 0's value on every rank; the others give a tensor of its shape, which may be overwritten."""
         if self.world_size > 1:
             value = value.contiguous()
             dist.broadcast(value, 0)

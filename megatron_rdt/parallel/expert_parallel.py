@@ -43,7 +43,7 @@ def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def reduce_experts(model: nn.Module, losses: int, replicas: DeviceMesh | None) -> None:
-    """Divide the experts' gradients by `losses`, the number of ranks with a loss, and sum them over `replicas`.
+    """Divide the experts' gradients by `losses`, the number of ranks with a loss; sum over `replicas`, in place.
 
     Args:
         model: after the backward pass of the last micro-batch.
@@ -65,7 +65,7 @@ class ExpertExchange:
         self.group = group
 
     def __call__(self, run: RunExperts, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """Return the experts' outputs, in the order of the rows.
+        """Send rows to their experts' ranks; return the outputs in the same order. The host waits for the device.
 
         Args:
             run: applies this rank's experts to rows sorted by expert, given the end of each one's rows.

@@ -30,7 +30,7 @@ class FullyShardedEngine(TorchEngine):
     meshes: Meshes
 
     def setup(self, model: RecurrentDepthTransformer) -> None:
-        """Shard on the meta device, then allocate and initialize the local shards only."""
+        """Shard the model on the meta device, initialize the local shards only, and create the optimizers."""
         # DTensor warns at each save that gathering a matrix takes two steps where two axes split the same dimension.
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         self.meshes = make_meshes(self.layout, self.device, self.config.parallel.timeout_s)
@@ -48,7 +48,7 @@ class FullyShardedEngine(TorchEngine):
         self.module = model if context is None else ContextParallel(model, context.get_group())
 
     def _apply_fsdp(self, model: RecurrentDepthTransformer) -> None:
-        """Make the sharding units: the layers of prelude and coda, the core or parts of it, and the rest."""
+        """Make FSDP2's units, in place: layers of prelude and coda, the core or parts of it, and the rest."""
         parallel = self.config.parallel
         options = {
             "mesh": self.meshes.state,
@@ -67,7 +67,7 @@ class FullyShardedEngine(TorchEngine):
         fully_shard(model, **options)  # type: ignore[call-overload]
 
     def _shard_placement(self, parameter: nn.Parameter) -> Shard | None:
-        """The dimension along which FSDP2 shards a parameter; None means rows, its default."""
+        """Return the dimension along which FSDP2 shards a parameter; None means rows, always so with Muon."""
         if self.config.optimizer.name == "muon":  # Muon collects whole matrices from shards of rows
             return None
         # With tensor parallelism, FSDP2 shards the local part.
@@ -85,7 +85,7 @@ class FullyShardedEngine(TorchEngine):
             parameter.copy_(shard_like(value.to(device=self.device, dtype=parameter.dtype), parameter))
 
     def prepare_backward(self, last: bool) -> None:
-        """Reduce gradients on the last micro-batch of a step, or on every one with `parallel.reduce` per_micro_batch.
+        """Make the coming backward pass reduce gradients if `last`, or if `parallel.reduce` is per_micro_batch.
 
         Until they are reduced, every rank holds them unsharded.
         """

@@ -15,7 +15,7 @@ MOST_PADDING = 1.125
 
 
 def choose_sharded_dimension(shape: Sequence[int], ranks: int) -> int:
-    """The dimension along which FSDP2 shards a parameter of this shape over `ranks` ranks.
+    """Return the dimension that FSDP2 shards over `ranks` ranks: 0, unless it needs much padding and another none.
 
     By default rows, which FSDP2 pads to a multiple of the ranks. Of a tensor of experts, (experts, out, in), there may be
     far fewer rows than ranks, and most of a gather would be padding: then the next dimension that the ranks divide.

@@ -32,7 +32,7 @@ Job = tuple[torch.Tensor, dict[str, Any]]
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int) -> torch.Tensor:
-    """(..., rows, columns) -> about U V^T of each U S V^T, by Newton-Schulz steps in the dtype of the input.
+    """Return about U V^T of each matrix U S V^T in (..., rows, columns), by Newton-Schulz steps in its dtype.
 
     After 5 steps singular values lie between 0.68 and 1.21, except those that were below 0.0015 of the matrix's norm.
     """
@@ -51,17 +51,17 @@ def orthogonalize(matrices: torch.Tensor, steps: int) -> torch.Tensor:
 
 
 def _local_shard(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's shard of a tensor, sharing its memory."""
+    """Return this rank's shard of a tensor, sharing its memory, or the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _is_split_by_rows(parameter: torch.Tensor) -> bool:
-    """Return True if no rank has the whole matrix."""
+    """Return True for a matrix split over several ranks; False for experts, which are split between matrices."""
     return isinstance(parameter, DTensor) and parameter.dim() == 2 and _shard_group(parameter).size() > 1
 
 
 def _shard_group(parameter: DTensor) -> ProcessGroup:
-    """The ranks that have rows of the matrix: the last axis of its mesh; an axis before it holds replicas."""
+    """Return the ranks that share the matrix's rows: the last axis of its mesh; one before it holds replicas."""
     mesh = parameter.device_mesh
     return mesh.get_group(mesh.ndim - 1)
 
@@ -95,7 +95,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient; under sharding every rank must call this."""
+        """Update each parameter with a gradient, unless `found_inf` is nonzero; every rank must call this."""
         jobs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         split = [job for job in jobs if _is_split_by_rows(job[0])]
         for parameter, group in jobs:
@@ -123,7 +123,7 @@ class Muon(torch.optim.Optimizer):
         return direction.bfloat16() if direction.is_cuda else direction
 
     def _apply_update(self, parameter: torch.Tensor, group: dict[str, Any], update: torch.Tensor) -> None:
-        """Decay this rank's shard of the weights and add `update`, its rows of the orthogonal matrix."""
+        """Decay this rank's shard of the weights and subtract `update`, its orthogonal rows, scaled by lr."""
         shard, lr = _local_shard(parameter), group["lr"]
         decayed = shard * (1 - lr * group["weight_decay"])
         scale = -lr * UPDATE_RMS * math.sqrt(max(parameter.shape[-2:]))
@@ -166,7 +166,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _pad_rows(piece: torch.Tensor, rows: int) -> torch.Tensor:
-    """A contiguous copy of `rows` rows, zeros at the end: collectives need equal shapes on all ranks."""
+    """Return a contiguous copy with `rows` rows, zeros at the end: collectives need equal shapes on all ranks."""
     padded = piece.new_zeros(rows, piece.shape[1])
     padded[: len(piece)] = piece
     return padded

@@ -30,25 +30,25 @@ Groups = list[dict[str, Any]]
 
 
 def count_dimensions(parameter: torch.Tensor) -> int:
-    """Number of dimensions of the unsharded parameter; one that ZeRO-3 has sharded is flat, with its shape in `ds_shape`."""
+    """Count the dimensions of the whole parameter, also if ZeRO-3 flattened it and left its shape in `ds_shape`."""
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def has_weight_decay(name: str, parameter: torch.Tensor, config: OptimizerConfig) -> bool:
-    """Return True for matrices, except the injection's and those whose name a pattern of `no_weight_decay` matches."""
+    """Return True for matrices, except the injection's, those around the loop, and matches of `no_weight_decay`."""
     is_exempt = name.startswith(UNDECAYED) or any(fnmatchcase(name, pattern) for pattern in config.no_weight_decay)
     return count_dimensions(parameter) >= 2 and not is_exempt
 
 
 def list_decayed_parameters(config: RunConfig) -> set[str]:
-    """Names of the parameters that weight decay applies to in a run of this config."""
+    """Return the names of the parameters that weight decay applies to in a run of this config."""
     with torch.device("meta"):
         model = RecurrentDepthTransformer(config.model)
     return {name for name, parameter in model.named_parameters() if has_weight_decay(name, parameter, config.optimizer)}
 
 
 def check_no_weight_decay(config: RunConfig) -> None:
-    """Raise ConfigError for a pattern of `no_weight_decay` that matches no parameter, and for patterns that match all."""
+    """Raise ConfigError if a pattern of `no_weight_decay` matches no parameter, or if none keeps weight decay."""
     patterns = config.optimizer.no_weight_decay
     if not patterns:
         return
@@ -69,7 +69,7 @@ def check_no_weight_decay(config: RunConfig) -> None:
 
 
 def is_stepped_by_muon(name: str, parameter: torch.Tensor, config: OptimizerConfig) -> bool:
-    """Return True if Muon steps the parameter."""
+    """Return True if the config uses Muon and the parameter is a matrix, or a stack of them, that maps channels."""
     return config.name == "muon" and count_dimensions(parameter) >= 2 and not name.endswith(NOT_MAPS)
 
 
@@ -83,7 +83,7 @@ def group_by_mesh(parameters: Iterable[torch.Tensor]) -> list[list[torch.Tensor]
 
 
 def adamw_groups(model: nn.Module, config: OptimizerConfig) -> Groups:
-    """AdamW's groups: parameters with weight decay, if there are any, and those without."""
+    """Return AdamW's groups, of all that Muon does not step: with weight decay, then without; no group is empty."""
     options = {"betas": (config.beta1, config.beta2), "eps": config.eps}
     groups: dict[bool, list[torch.Tensor]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
@@ -99,19 +99,19 @@ def split_groups_by_mesh(groups: Groups) -> Groups:
 
 
 def parameter_names(model: nn.Module, groups: Groups) -> list[list[str]]:
-    """Names of the parameters of each group."""
+    """Return the names of the parameters of each group."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return [[names[parameter] for parameter in group["params"]] for group in groups]
 
 
 def regroup(groups: Groups, wanted: list[list[str]]) -> Groups:
-    """Regroup parameters, given by name, into `wanted`; each new group takes the options of its first name in `groups`."""
+    """Return a group for each non-empty list of `wanted`, with the options of its first name in `groups`."""
     options = {name: group for group in groups for name in group["params"]}
     return [{**options[names[0]], "params": names} for names in wanted if names]
 
 
 def muon_groups(model: nn.Module, config: OptimizerConfig) -> Groups:
-    """Muon's groups: parameters reused by the loop or not, with weight decay or without."""
+    """Return Muon's groups, by reuse in the loop ("lr_scale") and weight decay; an empty list without Muon."""
     options = {"momentum": config.momentum, "nesterov": config.nesterov, "ns_steps": config.ns_steps}
     groups: dict[tuple[bool, bool], list[torch.Tensor]] = {}
     for name, parameter in model.named_parameters():

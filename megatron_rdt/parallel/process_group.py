@@ -12,7 +12,7 @@ from megatron_rdt.errors import ConfigError
 
 
 def join_process_group(config: RunConfig, process: ProcessInfo) -> torch.device:
-    """Set up this process's device, join the process group unless the engine runs on one process, and return the device."""
+    """Set up this process's device and return it; join the process group unless the engine runs on one process."""
     device = choose_device(config.train.device, process)
     if device.type == "cuda":
         _set_up_gpu(device, config.train.deterministic)
@@ -25,7 +25,7 @@ def join_process_group(config: RunConfig, process: ProcessInfo) -> torch.device:
 
 
 def choose_device(wanted: str, process: ProcessInfo) -> torch.device:
-    """Return the CPU, or the GPU that belongs to this process.
+    """Return the CPU, or the GPU that belongs to this process; raise ConfigError if there is none for it.
 
     Args:
         wanted: `train.device`.

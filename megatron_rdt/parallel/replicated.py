@@ -10,7 +10,7 @@ class SingleEngine(TorchEngine):
     """The whole model on one device, no communication."""
 
     def setup(self, model: RecurrentDepthTransformer) -> None:
-        """Initialize the model and move it to the device."""
+        """Initialize the model, move it to the device, configure it and create its optimizers."""
         initialize(model, self.config.run.seed).to(self.device)
         self.configure_model(model)
         self.make_optimizers(model)
@@ -23,7 +23,7 @@ class DataParallelEngine(SingleEngine):
     module: DistributedDataParallel
 
     def setup(self, model: RecurrentDepthTransformer) -> None:
-        """Initialize the model on every rank, move it to the device and wrap it."""
+        """Set up an equal model with optimizers on every rank, and wrap it in DistributedDataParallel."""
         # Initial weights are a function of the seed, so replicas are equal without a broadcast.
         super().setup(model)
         ids = [self.device.index] if self.device.type == "cuda" else None
@@ -34,5 +34,5 @@ class DataParallelEngine(SingleEngine):
         self.module = DistributedDataParallel(model, ids, broadcast_buffers=False, find_unused_parameters=True)
 
     def prepare_backward(self, last: bool) -> None:
-        """Reduce gradients on the last micro-batch of a step, or on every one with `parallel.reduce` per_micro_batch."""
+        """Make the coming backward pass reduce gradients if `last`, or if `parallel.reduce` is per_micro_batch."""
         self.module.require_backward_grad_sync = last or self.config.parallel.reduce == "per_micro_batch"

@@ -59,7 +59,7 @@ def split_dimension(name: str) -> int | None:
 
 
 def parallelize_tensors(model: RecurrentDepthTransformer, mesh: DeviceMesh) -> None:
-    """Split the model over a 1-D mesh, in place; it is on the meta device and not yet sharded.
+    """Split the model, still on the meta device, over a 1-D mesh in place: parameters, hooks, `token_split`.
 
     Experts that expert parallelism has distributed already (`exchange`) stay as they are: each rank sends them its tokens.
     """
@@ -84,7 +84,7 @@ def parallelize_tensors(model: RecurrentDepthTransformer, mesh: DeviceMesh) -> N
 
 
 def _exchange_tokens_around(part: nn.Module, dim: int, group: ProcessGroup) -> None:
-    """Gather the tokens in front of a part of a layer, and reduce-scatter its partial sums behind it, along `dim`."""
+    """Hook a layer's part so that it gathers its input tokens and reduce-scatters its partial sums, along `dim`."""
 
     def gather_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (gather_for_split_work(args[0], dim, group), *args[1:])
@@ -94,12 +94,12 @@ def _exchange_tokens_around(part: nn.Module, dim: int, group: ProcessGroup) -> N
 
 
 def _scatter_output(part: nn.Module, dim: int, group: ProcessGroup) -> None:
-    """Make a module return its share along `dim` of the sum of all ranks' outputs."""
+    """Hook a module so that it returns this rank's share along `dim` of the sum of all ranks' outputs."""
     part.register_forward_hook(lambda module, args, output: reduce_scatter_with_grad(output, dim, group))
 
 
 def _split_embedding(embedding: Embedding, group: ProcessGroup) -> None:
-    """Make the table of this rank's part of the vocabulary return the vectors of its part of the tokens.
+    """Hook the embedding, split by vocabulary, so that it returns the vectors of this rank's part of the tokens.
 
     Each rank looks up the ids of its part, zeros for the others; the sum over ranks is the embedding.
     """
@@ -136,13 +136,13 @@ class TensorSplitTokens(WholeTokens):
         return values.chunk(self.group.size(), dim=-1)[self.group.rank()]
 
     def sum_over_tokens(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over the tokens of all ranks of the group."""
+        """Sum over the tokens of all ranks, 0-dimensional; backward, each rank differentiates its own summand."""
         return sum_with_own_grad(values.sum(), self.group)
 
     def gather_for_loss(
         self, features: torch.Tensor, weights: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, GroupVocabulary]:
-        """Gather features and weights of all local tokens: each rank computes its part of the vocabulary for all."""
+        """Gather features and weights of all local tokens; return them and the vocabulary that ranks split."""
         if weights is not None:
             weights = gather_for_same_work(weights, TOKENS, self.group)
         return gather_for_split_work(features, TOKENS, self.group), weights, GroupVocabulary(self.group)

@@ -24,7 +24,7 @@ from megatron_rdt.parallel.optimizers import Groups
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Gather a tensor that may be sharded; every rank must call this."""
+    """Return the whole tensor, gathered if it is sharded; every rank must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -38,7 +38,7 @@ class TorchEngine(Engine):
     optimizers: list[torch.optim.Optimizer]
 
     def make_optimizers(self, model: RecurrentDepthTransformer) -> None:
-        """Create the optimizers over the (possibly sharded) parameters."""
+        """Set `model`, and `optimizers` over its (possibly sharded) parameters."""
         self.model = model
         self.optimizers = optimizers.make_optimizers(model, self.config.optimizer)
 
@@ -47,7 +47,7 @@ class TorchEngine(Engine):
         loss.backward()
 
     def clip(self, max_norm: float) -> torch.Tensor:
-        """Scale `.grad` of every parameter in place where the global norm exceeds `max_norm`; return the norm.
+        """Scale every `.grad` in place if the global norm exceeds `max_norm` > 0; return the norm before scaling.
 
         If the norm is not finite, neither are the gradients afterwards.
         """
@@ -61,7 +61,7 @@ class TorchEngine(Engine):
         return norm
 
     def step(self, lr: float, accepted: torch.Tensor | None = None) -> None:
-        """Step every optimizer; with `accepted`, each decides on the device by `found_inf`, so the host does not wait."""
+        """Step every optimizer unless `accepted` is False, which the device decides; then free the gradients."""
         found_inf = None if accepted is None else (~accepted).float()
         for optimizer in self.optimizers:
             optimizers.set_learning_rate(optimizer.param_groups, lr)
@@ -79,7 +79,7 @@ class TorchEngine(Engine):
             optimizer.zero_grad(set_to_none=True)
 
     def full_gradients(self) -> dict[str, torch.Tensor]:
-        """Gradients by parameter name, unsharded, on the CPU."""
+        """Gather gradients by parameter name, unsharded, on the CPU; parameters without one are left out."""
         return {
             name: full_tensor(parameter.grad).detach().cpu().clone()
             for name, parameter in self.model.named_parameters()
@@ -87,7 +87,7 @@ class TorchEngine(Engine):
         }
 
     def _collect_states(self) -> dict[str, dict]:
-        """State of the model and of the optimizers; parameter groups are those of an unsharded run, so any run loads them."""
+        """Return {"model": ..., "optimizer": ...}, sharded, with the parameter groups of an unsharded run."""
         model, optimizer = dcp_state.get_state_dict(self.model, self.optimizers)
         # Groups are split by mesh where parameters are sharded on several, so their number depends on the arrangement.
         wanted = optimizers.parameter_names(self.model, self._configured_groups())
@@ -95,11 +95,11 @@ class TorchEngine(Engine):
         return {"model": dict(model), "optimizer": optimizer}
 
     def _parameter_groups(self) -> Groups:
-        """Groups of the optimizers, with the options that they use now."""
+        """Return the groups of all optimizers, with the options that they use now."""
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def _configured_groups(self) -> Groups:
-        """Groups of an unsharded run, with the options of the config."""
+        """Return the groups of an unsharded run, with the options of the config."""
         options = self.config.optimizer
         return [*optimizers.adamw_groups(self.model, options), *optimizers.muon_groups(self.model, options)]
 
@@ -110,7 +110,7 @@ class TorchEngine(Engine):
                 dcp.save({name: state}, checkpoint_id=directory / name, no_dist=not dist.is_initialized())
 
     def load(self, directory: Path) -> None:
-        """Read `model/` and `optimizer/` below `directory` into this engine's shards."""
+        """Read `model/` and `optimizer/` into the shards, with the config's options, or raise CheckpointError."""
         if not (directory / "model").is_dir():
             raise CheckpointError(
                 f"{directory} was saved by a ZeRO engine. Convert it: rdt convert {directory} OUT --to native, "

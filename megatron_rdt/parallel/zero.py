@@ -33,7 +33,7 @@ CLIENT_STATE = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.
 
 
 def import_deepspeed() -> Any:
-    """Import deepspeed with its log silenced and without the CPU operator that it would compile at the first collective."""
+    """Return deepspeed, silenced, without the CPU operator it would compile; ConfigError if it is missing."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -49,7 +49,7 @@ def import_deepspeed() -> Any:
 
 
 def check_deepspeed_accepts(config: dict[str, Any], deepspeed: Any) -> None:
-    """Raise ConfigError if DeepSpeed rejects its config, such as a wrong name or type in the user's `parallel.deepspeed`."""
+    """Raise ConfigError if DeepSpeed rejects its config, as for a wrong name or type in `parallel.deepspeed`."""
     try:
         deepspeed.DeepSpeedConfig(config)
     except Exception as error:  # pydantic's, or any that its own checks raise
@@ -71,7 +71,7 @@ class _FailureCollector:
         self.first: Exception | None = None
 
     def guard(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap `function` so that it raises nothing, and does nothing after a failure."""
+        """Wrap `function` so that an error is kept in `first`, not raised; after one, it only returns None."""
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
             if self.first is None:
@@ -95,7 +95,7 @@ class ZeroEngine(Engine):
         return self.config.parallel.engine_kind.zero_stage
 
     def setup(self, model: RecurrentDepthTransformer) -> None:
-        """Initialize the model and shard it with DeepSpeed; at ZeRO stage 3, one module at a time."""
+        """Initialize the model, shard it and its AdamW with DeepSpeed; at ZeRO stage 3, one module at a time."""
         if self.device.type == "cpu":
             keep_deepspeed_on_cpu()
         deepspeed = import_deepspeed()
@@ -127,13 +127,13 @@ class ZeroEngine(Engine):
         reset_buffers(model, self.device)
 
     def local_weights(self) -> Iterator[torch.Tensor]:
-        """This rank's shards at ZeRO stage 3, whole parameters at the others."""
+        """Yield this rank's shards at ZeRO stage 3, whole parameters at the others."""
         for parameter in self.model.parameters():
             yield parameter.ds_tensor if self.zero_stage == 3 else parameter  # type: ignore[attr-defined]
 
     @property
     def _zero_optimizer(self) -> Any:
-        """DeepSpeed's ZeRO optimizer."""
+        """Return DeepSpeed's ZeRO optimizer, which wraps AdamW."""
         return self.module.optimizer
 
     def prepare_backward(self, last: bool) -> None:
@@ -146,7 +146,7 @@ class ZeroEngine(Engine):
         self.module.backward(loss, scale_wrt_gas=False)
 
     def clip(self, max_norm: float) -> torch.Tensor:
-        """Return the norm of the sharded gradients, and let DeepSpeed clip them in the step; the host waits for the norm."""
+        """Return the norm of the sharded gradients, which the host waits for; DeepSpeed clips them in the step."""
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
         self._zero_optimizer.clip_grad = max_norm
@@ -179,13 +179,13 @@ class ZeroEngine(Engine):
             self._zero_optimizer.micro_step_id = INITIAL_MICRO_STEP
 
     def full_gradients(self) -> dict[str, torch.Tensor]:
-        """Gradients by parameter name, gathered from the shards."""
+        """Gather every gradient from the shards, on the CPU, by parameter name."""
         from deepspeed.utils import safe_get_full_grad
 
         return {name: safe_get_full_grad(p).detach().cpu().clone() for name, p in self.model.named_parameters()}
 
     def save(self, directory: Path) -> None:
-        """Write DeepSpeed's own checkpoint below `directory`/zero, which its zero_to_fp32 tool reads.
+        """Write DeepSpeed's own checkpoint to `directory`/zero, which its zero_to_fp32 tool reads.
 
         A failure on this rank is raised after DeepSpeed's last collective.
         """
@@ -213,7 +213,7 @@ class ZeroEngine(Engine):
             (root / "latest").write_text(TAG, encoding="utf-8")
 
     def load(self, directory: Path) -> None:
-        """Read DeepSpeed's own checkpoint, saved at this world size and ZeRO stage, or a universal one, saved at any."""
+        """Read DeepSpeed's checkpoint of this world size and stage or a universal one, or raise CheckpointError."""
         universal = (directory / UNIVERSAL).is_dir()
         root, tag = (directory, UNIVERSAL) if universal else (directory / ZERO_FOLDER, TAG)
         if not (root / tag).is_dir():

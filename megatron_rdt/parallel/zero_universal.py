@@ -24,7 +24,7 @@ OPTIMIZER_STATE = "optimizer_state.pt"
 
 
 def write_universal(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], step: int) -> None:
-    """Write a universal checkpoint of Adam's state.
+    """Write weights, Adam's moments and the step as a universal checkpoint.
 
     Args:
         folder: created here.
@@ -52,7 +52,7 @@ def write_universal(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], s
 
 
 def read_universal(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], int]:
-    """Read the tensors and the step of a universal checkpoint, ours or one of DeepSpeed's ds_to_universal.
+    """Return {name: {"fp32", "exp_avg", "exp_avg_sq"}} and the step of a checkpoint by us or by ds_to_universal.
 
     That tool leaves the tensors of ZeRO stage 3 flat.
     """
@@ -69,12 +69,12 @@ def read_universal(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], in
 
 
 def read_universal_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Read the weights of a universal checkpoint, without Adam's moments."""
+    """Return the weights of a universal checkpoint by parameter name, float32, without Adam's moments."""
     return {parameter.name: _load_tensor(parameter / f"{WEIGHT}.pt") for parameter in _parameter_folders(folder)}
 
 
 def _parameter_folders(folder: Path) -> list[Path]:
-    """The folders of a universal checkpoint's parameters, sorted by name."""
+    """List the folders of a universal checkpoint's parameters, sorted by name."""
     return sorted(path for path in (folder / "zero").iterdir() if path.is_dir())
 
 
@@ -85,7 +85,7 @@ def _load_tensor(path: Path) -> torch.Tensor:
 
 
 def _load_file(path: Path, trusted: bool = False) -> Any:
-    """Load a file to the CPU; classes, whose loading can run code, only if it is `trusted`."""
+    """Load a file to the CPU; unless `trusted`, raise CheckpointError if it holds classes, which could run code."""
     try:
         return torch.load(path, map_location="cpu", weights_only=not trusted)
     except pickle.UnpicklingError:

@@ -60,7 +60,7 @@ def _mla_kept_bytes(shape: Shape, index: int) -> float:
 
 
 def _attention_output_bytes(shape: Shape, width: float, heads: float) -> float:
-    """Return the bytes of attention's output, its log-denominators and, on the CPU, a copy of the output in token order."""
+    """Return the bytes of attention's output and log-denominators and, on the CPU, of a copy in token order."""
     return shape.activation_bytes(width, 1 if shape.gpu else 2) + FLOAT32 * shape.tokens * heads
 
 
@@ -91,7 +91,7 @@ def _moe_kept_bytes(shape: Shape) -> float:
 
 
 def layer_kept_bytes(shape: Shape, index: int, core: bool = False) -> tuple[float, float]:
-    """Return the bytes that a layer's attention and its feed-forward part keep, with the residual streams they read."""
+    """Return the bytes that a layer keeps, (attention, feed-forward part), with the residual streams they read."""
     stream = shape.state_bytes()
     attention, feedforward = attention_kept_bytes(shape, index), feedforward_kept_bytes(shape, core)
     if shape.model.norm_placement != "pre":  # the outer norms and what they read

@@ -49,7 +49,7 @@ class Collectives:
 
 
 def sum_by_kind(sent: Iterable[Collectives]) -> dict[str, tuple[int, int]]:
-    """Sum calls and bytes by phase and kind, "forward all-gather", as `parallel.collective_counter.sum_by_kind` does."""
+    """Return {"forward all-gather": (calls, bytes), ...} as `parallel.collective_counter.sum_by_kind` does."""
     table: dict[str, tuple[int, int]] = {}
     for each in sent:
         calls, size = table.get(f"{each.phase} {each.kind}", (0, 0))
@@ -58,7 +58,7 @@ def sum_by_kind(sent: Iterable[Collectives]) -> dict[str, tuple[int, int]]:
 
 
 def step_communication(config: RunConfig, layout: Layout, depth: StepDepth, gpu: bool = True) -> list[Collectives]:
-    """List the collectives of a step at T = `depth.loops`."""
+    """List one process's collectives of a step at T = `depth.loops`; an empty list if it communicates with none."""
     kind = config.parallel.engine_kind
     if not kind.many_processes or layout.world_size == 1:
         return []
@@ -76,7 +76,7 @@ def step_communication(config: RunConfig, layout: Layout, depth: StepDepth, gpu:
 
 
 def _ddp_collectives(config: RunConfig, number: int) -> Iterator[Collectives]:
-    """List DDP's reductions of gradients, in `number` micro-batches."""
+    """Yield DDP's reductions of gradients and of the flags of used parameters, in `number` micro-batches."""
     parameters = list_parameters(config.model)
     reductions = number if config.parallel.reduce == "per_micro_batch" else 1
     buckets, filled = 0, 0
@@ -92,7 +92,7 @@ def _ddp_collectives(config: RunConfig, number: int) -> Iterator[Collectives]:
 
 
 def _fsdp_collectives(config: RunConfig, layout: Layout, depth: StepDepth, number: int) -> Iterator[Collectives]:
-    """List FSDP2's gathers of weights and reductions of gradients, in `number` micro-batches."""
+    """Yield FSDP2's gathers of weights and all reductions of gradients and norms, in `number` micro-batches."""
     ranks, parameters = layout.shard * layout.context, list_parameters(config.model)
     sharded = [p for p in parameters if not (layout.expert > 1 and p.is_routed)]
     shard = {p.name: FLOAT32 * p.padded_shard_size(layout, ranks) for p in sharded}
@@ -146,7 +146,7 @@ def _fsdp_collectives(config: RunConfig, layout: Layout, depth: StepDepth, numbe
 def _activation_collectives(
     config: RunConfig, layout: Layout, depth: StepDepth, number: int, gpu: bool
 ) -> Iterator[Collectives]:
-    """List the exchanges of activations inside layers; the loop's grow with T, and recomputed iterations exchange again."""
+    """Yield exchanges of activations in layers; the loop's grow with T, recomputed iterations exchange again."""
     model, shape = config.model, Shape.of(config, layout, gpu)
     outside = model.prelude_layers + model.coda_layers
     policy = CheckpointingPolicy(config.depth.checkpoint)
@@ -199,7 +199,7 @@ def _gathers_per_layer(model: ModelConfig, layout: Layout) -> tuple[int, float]:
 
 
 def _zero_collectives(config: RunConfig, layout: Layout, number: int) -> Iterator[Collectives]:
-    """List DeepSpeed's collectives; the number of calls is an estimate above 500 million parameters, one bucket."""
+    """Yield DeepSpeed's collectives; their number is an estimate above 500 million parameters, one bucket."""
     parameters, world, stage = list_parameters(config.model), layout.world_size, config.parallel.engine_kind.zero_stage
     numbers = sum(p.size for p in parameters)
     buckets = -(-numbers // ZERO_BUCKET)
@@ -231,7 +231,7 @@ def _zero_collectives(config: RunConfig, layout: Layout, number: int) -> Iterato
 
 
 def _has_weight_decay(parameter: Parameter, config: OptimizerConfig) -> bool:
-    """Return True if the optimizer decays the parameter: DeepSpeed keeps those that it does not in a group of their own."""
+    """Return True if the optimizer decays the parameter; DeepSpeed puts the others in a group of their own."""
     import torch
 
     return has_weight_decay(parameter.name, torch.empty(parameter.shape, device="meta"), config)

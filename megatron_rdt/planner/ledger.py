@@ -33,7 +33,7 @@ class Ledger:
         self.held[kind] -= self.held[kind] if size is None else size
 
     def note_peak(self, moment: str, **extra: float) -> None:
-        """Update the peak from the bytes held plus `extra`, temporary bytes by kind (keywords, underscores for spaces)."""
+        """Replace the peak if the bytes held plus `extra`, temporary bytes by kind (_ for space), exceed it."""
         total = self.total + sum(extra.values())
         if total > self.peak:
             self.peak, self.moment = total, moment

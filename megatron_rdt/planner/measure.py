@@ -50,7 +50,7 @@ class Allocations:
         self.peaks[name] = torch.cuda.max_memory_allocated(self.device) - self.before
 
     def read_profile(self, roots: list[Any]) -> None:
-        """Compute the peaks from the trees of events of a CPU profile."""
+        """Set `peaks` of every window, given the trees of events of a CPU profile."""
         kinds = torch._C._profiler._EventType
         blocks, bounds = [], {}
         left: list[tuple[Any, int]] = [(root, NEVER) for root in roots]
@@ -81,7 +81,7 @@ class Allocations:
 
 @contextmanager
 def watch_allocations(device: torch.device) -> Iterator[Allocations]:
-    """Watch the memory that this thread and its backward passes allocate on `device`."""
+    """Yield `Allocations` of what this thread and its backward passes allocate; its CPU peaks are set on exit."""
     gc.collect()
     allocations = Allocations(device)
     if device.type == "cuda":
@@ -108,7 +108,7 @@ class MeasuredStep:
 
 
 def measure_steps(config: RunConfig, device: torch.device, loops: Sequence[int]) -> list[MeasuredStep]:
-    """Build the run's engine on this process, which has joined its group, and measure one step at each T of `loops`."""
+    """Build the run's engine, in a process group joined before, and measure one step at each T of `loops`."""
     sent = []
     with watch_allocations(device) as allocations:
         engine = build_engine(config, device)
@@ -123,7 +123,7 @@ def measure_steps(config: RunConfig, device: torch.device, loops: Sequence[int])
 
 
 def take_step(engine: Engine, loops: int) -> dict[str, tuple[int, int]]:
-    """Take one optimizer step at T = `loops` on random tokens; return its calls and bytes by phase and kind."""
+    """Take one optimizer step at T = `loops` on random tokens; return its collectives' (calls, bytes) by kind."""
     train, model, backprop = engine.config.train, engine.config.model, engine.config.depth.backprop
     k = None if backprop == "all" else int(backprop)
     shape = (train.micro_batch, train.sequence_length + 1)

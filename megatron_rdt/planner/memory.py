@@ -49,7 +49,7 @@ class PeakMemory:
 
 
 class StepReplay:
-    """Replays one step of a run on one process.
+    """Replays one step of a run on one process: holds and frees bytes in a ledger as the step would.
 
     Args:
         config: the run's config.
@@ -82,7 +82,7 @@ class StepReplay:
         return PeakMemory(ledger.peak, ledger.moment, parts)
 
     def _iterate_layers(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """Yield the unit of each layer of the prelude or coda, and its index among all layers."""
+        """Yield (unit, index among all layers) of each layer of "prelude" or "coda", whichever `prefix` is."""
         model = self.config.model
         first = 0 if prefix == "prelude" else model.prelude_layers + model.core_layers
         for i in range(getattr(model, f"{prefix}_layers")):
@@ -115,11 +115,11 @@ class StepReplay:
 
     @property
     def _coda_runs(self) -> int:
-        """Number of states that the coda runs on: the exit gate's objective reads the state of every iteration."""
+        """Return the number of states the coda runs on: with an exit gate, that of each iteration with gradient."""
         return self.depth.with_grad if self.config.model.halting == "gate" else 1
 
     def _layer_kept_bytes(self, unit: str, index: int) -> tuple[float, float]:
-        """Return the bytes that attention and feed-forward part of a prelude or coda layer keep."""
+        """Return bytes kept by a prelude or coda layer, (attention, feed-forward); recomputed, (its input, 0)."""
         times = self._coda_runs if unit.startswith("coda") else 1
         attention, feedforward = activations.layer_kept_bytes(self.shape, index)
         if self.policy.every_layer:

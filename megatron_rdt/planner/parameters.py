@@ -92,7 +92,7 @@ def list_units(config: ModelConfig) -> list[str]:
 
 
 def core_units(config: RunConfig) -> dict[str, tuple[Parameter, ...]]:
-    """Group the core's parameters as `parallel.core_gather` gathers them; the group "" is gathered once per pass."""
+    """Group the core's parameters by gather: "" once per pass, "layers" or "core.layers.0." ... per iteration."""
     core = tuple(p for p in list_parameters(config.model) if p.unit == "core")
     if config.parallel.core_gather == "once":
         return {"": core}
@@ -105,7 +105,7 @@ def core_units(config: RunConfig) -> dict[str, tuple[Parameter, ...]]:
 
 
 def part_sizes(config: ModelConfig) -> dict[str, int]:
-    """Count the parameters of each part of the model; the counts add up to all."""
+    """Count the parameters of "embedding", "prelude", "core", "coda", "final norm", "output matrix"; omit zeros."""
     parts = dict.fromkeys(("embedding", "prelude", "core", "coda", "final norm", "output matrix"), 0)
     names = {"final_norm": "final norm", "head": "output matrix"}
     for parameter in list_parameters(config):

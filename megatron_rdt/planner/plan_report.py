@@ -12,7 +12,7 @@ SHOWN_CHANGES = 10
 
 
 def format_count(number: float) -> str:
-    """Format a large number with a unit: 3.57 billion."""
+    """Format a number with three digits and a word, 3.57 billion; below a thousand, as an integer."""
     for size, name in ((1e12, " trillion"), (1e9, " billion"), (1e6, " million"), (1e3, " thousand")):
         if number >= size:
             return f"{number / size:.3g}{name}"
@@ -27,7 +27,7 @@ def format_duration(time: float) -> str:
 
 
 def format_plan(plan: RunPlan, utilisation: float, tokens: float, price: float) -> str:
-    """Format all sections of a run plan.
+    """Format all sections of a run plan as one text: parameters, work, memory, communication, time.
 
     Args:
         plan: the run plan.
@@ -115,7 +115,7 @@ def _format_communication(plan: RunPlan) -> str:
 
 
 def _format_time(plan: RunPlan, utilisation: float, tokens: float, price: float) -> str:
-    """Format the section on the time of a step and of the token budget."""
+    """Format the section on the time of a step and the time and cost of the tokens, or say why it is not known."""
     if plan.time is None:
         return (
             "Time\n  not known: the peak rates are those of bfloat16, and train.precision is "
@@ -140,7 +140,7 @@ def _format_time(plan: RunPlan, utilisation: float, tokens: float, price: float)
 
 
 def plan_to_dict(plan: RunPlan, tokens: float) -> dict[str, Any]:
-    """Return the plan as data that JSON can hold."""
+    """Return the plan, and the days that `tokens` take, as data that JSON can hold, one key per section."""
     days = None if plan.time is None else tokens / plan.tokens * plan.time.expected / DAY
     return {
         "device": dataclasses.asdict(plan.device),

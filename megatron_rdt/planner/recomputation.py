@@ -23,13 +23,13 @@ class CheckpointingPolicy:
         self.recomputed_share = {"none": 0.0, "selective": 0.1}.get(str(name), 1.0)
 
     def segments(self, iterations: int) -> list[int]:
-        """Split iterations into segments that are checkpointed together; return the iterations of each."""
+        """Split iterations into segments checkpointed together; return the number in each, the rest last."""
         size = int(self.name) if str(self.name).isdigit() else 1
         whole, rest = divmod(iterations, size)
         return [size] * whole + [rest] * bool(rest)
 
     def count_spared_reductions(self, model: ModelConfig, iterations: int) -> int:
-        """Count the tensor-parallel reductions that recomputation omits: the last of a segment, if nothing reads its result."""
+        """Count the tensor-parallel reductions that recomputation omits because nothing reads their results."""
         if not self.recomputed_share or model.norm_placement != "pre":
             return 0
         if self.every_layer:
@@ -57,7 +57,7 @@ class CheckpointingPolicy:
         return iterations * iteration_kept_bytes(shape)
 
     def transient_bytes(self, kept: float) -> float:
-        """Return those of the `kept` bytes of a layer's part that exist only during that layer's backward pass."""
+        """Return `kept`, a part's bytes, if they exist only in its layer's backward pass (per_layer), or 0."""
         return kept if self.every_layer else 0.0
 
 

@@ -72,7 +72,7 @@ class RunPlan:
 
     @property
     def fits(self) -> bool:
-        """True if a device's memory is enough."""
+        """Return True if the peak at `deepest` is within the usable share of a device's memory."""
         return self.memory.peak <= USABLE_MEMORY * self.device.memory
 
     @property
@@ -82,7 +82,7 @@ class RunPlan:
 
 
 def plan_depths(config: DepthConfig) -> tuple[float, float, StepDepth]:
-    """Return the mean of T, the mean of min(k, T), and the largest T that is not negligible, which memory is planned for."""
+    """Return the means of T and of min(k, T), and the loop counts at the largest T that is not negligible."""
     table = DepthSampler(config, 0).probabilities
     values = np.arange(len(table))
     k = len(table) if config.backprop == "all" else int(config.backprop)
@@ -92,7 +92,7 @@ def plan_depths(config: DepthConfig) -> tuple[float, float, StepDepth]:
 
 
 def make_layout(config: RunConfig, devices: int) -> Layout:
-    """Make the layout of `devices` processes, one for each device.
+    """Return the layout of `devices` processes, one for each device; raise ConfigError if the config cannot use it.
 
     Raises:
         ConfigError: the config does not work on them.
@@ -105,7 +105,7 @@ def make_layout(config: RunConfig, devices: int) -> Layout:
 
 
 def make_plan(config: RunConfig, devices: int, device: Device, utilisation: float, advise: bool = True) -> RunPlan:
-    """Plan a run on a number of devices.
+    """Compute the plan of a run on a number of devices; raise ConfigError if the config does not work on them.
 
     Args:
         config: the run's config.
@@ -139,7 +139,7 @@ def checkpoint_policies() -> list[str]:
 
 
 def _list_candidates(config: RunConfig, devices: int) -> Iterator[dict[str, Any]]:
-    """Yield sets of options that may save memory, as values by dotted name."""
+    """Yield sets of options that may save memory, by dotted name: {"depth.backprop": 4}; not all are valid."""
     parallel, train, depth = config.parallel, config.train, config.depth
     yield from ({"depth.checkpoint": name} for name in checkpoint_policies() if name not in ("none", depth.checkpoint))
     if depth.backprop == "all" and config.model.halting == "none" and depth.mean > 4:

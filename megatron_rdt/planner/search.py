@@ -19,7 +19,7 @@ TENSOR, CONTEXT, EXPERT, SHARDED = (1, 2, 4, 8), (1, 2, 8), (1, 8, 64), (64, 512
 
 
 def list_arrangements(config: RunConfig, devices: int) -> Iterator[dict[str, Any]]:
-    """Yield sets of options of `parallel` and `depth` to try, all with the engine that shards, without micro-batches."""
+    """Yield options of `parallel` and `depth` to try, by dotted name; some do not work on that many devices."""
     experts = (*EXPERT, config.model.experts) if config.model.core_ffn == "moe" else (1,)
     replicas = [1, *(devices // size for size in SHARDED if devices > size)]
     policies = [name for name in run_plan.checkpoint_policies() if name != "selective"]
@@ -38,7 +38,7 @@ def list_arrangements(config: RunConfig, devices: int) -> Iterator[dict[str, Any
 
 
 def find_fastest_plan(config: RunConfig, devices: int, device: Device, utilisation: float) -> run_plan.RunPlan | None:
-    """Find the plan with the shortest expected step; None if no arrangement that is tried fits.
+    """Return the plan with the shortest expected step that fits in memory; None if no arrangement tried does.
 
     Args:
         config: the run's config; its global batch stays as it is.

@@ -55,7 +55,7 @@ _known: dict[tuple[str, int], ForwardFlops] = {}
 
 
 def _count_forward_flops(config: ModelConfig, sequence: int) -> ForwardFlops:
-    """Count the operations of a forward pass; counted once, since a search asks thousands of times."""
+    """Return the operations per token of a forward pass; cached, since a search asks thousands of times."""
     key = repr(config), sequence
     if key not in _known:
         _known[key] = forward_flops(config, sequence)
@@ -74,7 +74,7 @@ def step_work(config: RunConfig, loops: float, with_grad: float) -> Work:
 
 
 def group_size(axis: str, layout: Layout, device: Device) -> tuple[int, int]:
-    """Return how many processes a group along an axis has, and how many of them share a node: neighbouring ranks do."""
+    """Return the number of processes in a group along `axis`, and the number of them that share a node."""
     inner = layout.context * layout.tensor
     size, stride = {
         "tensor": (layout.tensor, 1),

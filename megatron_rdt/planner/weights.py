@@ -48,15 +48,15 @@ class Weights:
             self.ledger.hold(BUFFERS, every)  # DDP's buckets
 
     def begin_micro_batch(self, first: bool, last: bool, summed: bool) -> None:
-        """Begin a micro-batch: note if it is the step's first or last; all gradients pend (`summed`: over iterations)."""
+        """Set `first`, `last` and `summed` for a micro-batch that begins, and mark every gradient as pending."""
         self.first, self.last, self.summed = first, last, summed
         self.pending = {p.name for p in self.parameters}
 
     def begin_unit(self, unit: str, backward: bool = False) -> None:
-        """Gather a unit whose forward or backward pass begins; nothing to do for whole weights."""
+        """Record that a unit is gathered as its forward or backward pass begins; no effect for whole weights."""
 
     def end_forward(self, unit: str) -> None:
-        """Free a unit whose forward pass has ended; nothing to do for whole weights."""
+        """Record that a gathered unit is freed after its forward pass; no effect for whole weights."""
 
     def add_gradients(self, *prefixes: str) -> None:
         """Record the gradients just computed: those of pending parameters whose names begin with one of `prefixes`."""
@@ -66,7 +66,7 @@ class Weights:
         self.hold_gradients(size, looped=self.summed and any(name.startswith("core.") for name in done))
 
     def hold_gradients(self, size: float, looped: bool) -> None:
-        """Record `size` bytes of gradients; `looped` ones need a sum of their own where gradients exist already."""
+        """Record `size` bytes of gradients; after the first micro-batch only `looped` ones, as temporary sums."""
         # Autograd adds to gradients that exist in place, but sums those of several iterations before it does.
         if self.first:
             self.ledger.hold(GRADIENTS, size)
@@ -90,13 +90,13 @@ class Weights:
         return FLOAT32 * biggest * ((1.0 if again or not self.first else 0.0) + rounding)
 
     def end_backward(self, unit: str) -> None:
-        """Finish a unit's backward pass: add the loop's sums to the gradients of earlier micro-batches."""
+        """Note the peak after the core's backward pass and free the loop's sums; no effect for other units."""
         if unit == "core":
             self.ledger.note_peak("backward, the loop's gradients")
             self.ledger.free(SUMS)
 
     def step_optimizer(self) -> None:
-        """Note the peak of the optimizer step (Muon: four temporary copies of its largest matrix), then free the gradients."""
+        """Note the peak of the optimizer step (Muon: four copies of its largest matrix); free the gradients."""
         biggest = max(FLOAT32 * p.size for p in self.parameters)
         muon = self.config.optimizer.name == "muon"
         self.ledger.note_peak("the optimizer", working_memory=4 * biggest if muon else 0.0)
@@ -129,7 +129,7 @@ class ShardedWeights(Weights):
         self.ledger.hold(OPTIMIZER, state)
 
     def gathered_bytes(self, unit: str) -> float:
-        """Return the bytes of a unit held gathered at a time; for a core in several pieces, the outer and the largest inner."""
+        """Return the bytes of a unit gathered at a time; of a core in pieces, the outer and the largest inner."""
         if unit not in self._gathered_bytes:
             groups = core_units(self.config).values() if unit == "core" else [self.parameters_in(unit)]
             outer, *inner = (self.ranks * self.shard_bytes(group) for group in groups)
@@ -164,7 +164,7 @@ class ShardedWeights(Weights):
             self._hold_gather_buffer(self.next_in_backward(unit))
 
     def _hold_gather_buffer(self, unit: str) -> None:
-        """Replace the recorded gather buffer by that of `unit`; "" stands for no buffer."""
+        """Replace the recorded gather buffer by that of `unit`, "" for none, and note the peak."""
         self.ledger.free(BUFFERS, self.buffer)
         self.buffer, self.fetched = self.gathered_bytes(unit), unit
         self.ledger.hold(BUFFERS, self.buffer)
@@ -186,7 +186,7 @@ class ShardedWeights(Weights):
         self.ledger.free(CORE if unit == "core" else OTHER, self.gathered_bytes(unit))
 
     def hold_gradients(self, size: float, looped: bool) -> None:
-        """Record `size` bytes of unsharded gradients, held until they are reduced."""
+        """Record `size` bytes of gradients until they are reduced; if some exist, only `looped` ones, as sums."""
         if self.first or self._reduces_every_micro_batch:
             self.ledger.hold(UNREDUCED, size)
         elif looped:
@@ -198,7 +198,7 @@ class ShardedWeights(Weights):
         return self.config.parallel.reduce == "per_micro_batch"
 
     def end_backward(self, unit: str) -> None:
-        """Free the gathered weights; reduce the gradients if it is time, which leaves a shard of them."""
+        """Free the gathered weights; reduce gradients to a shard in the last micro-batch, or in each if so set."""
         sent, shard = self.gathered_bytes(unit), self.shard_bytes(self.parameters_in(unit))
         self.ledger.note_peak(f"backward, {unit}")
         self.ledger.free(SUMS)
@@ -226,7 +226,7 @@ class ZeroWeights(Weights):
         self.stage, self.share = config.parallel.engine_kind.zero_stage, 1 / layout.world_size
 
     def hold_state(self) -> None:
-        """Record shards of optimizer state, the bucket, and the weights: whole below stage 3, else shards, as are gradients."""
+        """Record weights (whole below stage 3), optimizer shards, the bucket and, at stage 3, gradient shards."""
         every = FLOAT32 * sum(p.size for p in self.parameters)
         self.ledger.hold(WEIGHTS, every * (self.share if self.stage == 3 else 1))
         self.ledger.hold(OPTIMIZER, 3 * every * self.share)  # two moments and the copy of the weights
@@ -235,13 +235,13 @@ class ZeroWeights(Weights):
             self.ledger.hold(GRADIENTS, every * self.share)
 
     def begin_unit(self, unit: str, backward: bool = False) -> None:
-        """Gather the unit at stage 3."""
+        """Record at stage 3 that the unit is gathered; below it, do nothing."""
         if self.stage == 3:
             self.ledger.hold(CORE if unit == "core" else OTHER, self.whole_bytes(unit))
             self.ledger.note_peak(f"gathering {unit}")
 
     def whole_bytes(self, unit: str) -> float:
-        """Return the bytes of a unit."""
+        """Return the bytes of a unit's whole weights."""
         return FLOAT32 * sum(p.size for p in self.parameters_in(unit))
 
     def end_forward(self, unit: str) -> None:
@@ -273,7 +273,7 @@ class ZeroWeights(Weights):
 
 
 def make_weights(config: RunConfig, layout: Layout, ledger: Ledger, gpu: bool) -> Weights:
-    """Create the model of memory that fits how the run's engine holds its weights."""
+    """Return `Weights`, or its subclass for FSDP2 or DeepSpeed, by how the run's engine holds its weights."""
     engine = config.parallel.engine_kind
     kind = ZeroWeights if engine.zero_stage else ShardedWeights if engine.shards_parameters else Weights
     return kind(config, layout, ledger, gpu)

@@ -7,7 +7,7 @@ __all__ = ["load"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `megatron_rdt.load` when it is first used, so that `import megatron_rdt` stays cheap."""
+    """Import the function `load` at its first use, so that importing is fast; AttributeError for other names."""
     if name == "load":
         from megatron_rdt.inference.load import load
 

@@ -1,4 +1,4 @@
-"""Environment variables of processes: the only module that reads and sets them."""
+"""Read and set environment variables, here only; count cores, silence libraries, end the process."""
 
 import logging
 import os
@@ -107,7 +107,7 @@ def leave_process(status: int) -> NoReturn:
 
 
 def quiet_libraries(local_world_size: int = 0) -> None:
-    """Silence warnings and logs that libraries address to their own developers; errors stay.
+    """Silence what libraries tell their own developers, except errors; set the threads of each process of a node.
 
     Call it before torch is imported.
 
@@ -145,7 +145,7 @@ def error_file() -> Path | None:
 
 
 def launcher_environment(rank: int, world_size: int, address: str, port: int, errors: Path) -> dict[str, str]:
-    """Return the environment for a launcher to start process `rank` of `world_size` on this machine with."""
+    """Return this environment with ranks, master address and error file added, to start process `rank` here."""
     return {
         **os.environ,
         "RANK": str(rank),

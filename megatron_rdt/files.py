@@ -101,7 +101,7 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def save_with_torch(value: Any, path: str | os.PathLike[str]) -> None:
-    """Save with `torch.save`, so that a failed write raises its OSError."""
+    """Write `value` to `path` with `torch.save`, directly, not atomically; a failed write raises its OSError."""
     import torch
 
     # Given a path, torch.save hides the reason of a failed write; given a file, the OSError gets out.
@@ -159,7 +159,7 @@ def _free_bytes(path: Path) -> int:
 
 @contextlib.contextmanager
 def hold_lock(path: str | os.PathLike[str], message: str, patience_s: float = 0.0) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path` while the block runs; the file exists as long as the lock is held.
+    """Lock the file `path`, made here and removed after the block; LaunchError if another process keeps the lock.
 
     The kernel releases the lock when the process ends in any way; a file that then stays behind does no harm.
 
@@ -181,7 +181,7 @@ def hold_lock(path: str | os.PathLike[str], message: str, patience_s: float = 0.
 
 
 def _try_lock(path: str | os.PathLike[str]) -> int | None:
-    """Return a descriptor that holds the lock; None if another process holds it or has just removed the file."""
+    """Return a descriptor with the lock, or without one where the disk has no locks; None to try again."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

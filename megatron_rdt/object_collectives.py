@@ -1,4 +1,4 @@
-"""Object collectives; the identity without a process group.
+"""Collectives for small Python objects; without a process group, each acts as on the only rank.
 
 Values are pickled, so these are for messages of a few kilobytes, such as errors and file names, never for tensors.
 """
@@ -13,12 +13,12 @@ T = TypeVar("T")
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's rank and the number of ranks; (0, 1) without a process group."""
+    """Return this process's rank and the number of ranks; (0, 1) without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def gather_objects(value: T) -> list[T]:
-    """Return the values of all ranks, in rank order, on every rank."""
+    """Return the values of all ranks, in rank order, on every rank; every rank must call this."""
     _, world_size = rank_and_world_size()
     values: list[Any] = [value] * world_size
     if world_size > 1:

@@ -51,7 +51,7 @@ def make_parent(path: Path, option: str = "--out") -> None:
 
 
 def check_can_be_renamed_to(path: Path, option: str = "--out") -> None:
-    """Check that a finished directory can be renamed to `path`, from beside it.
+    """Raise ConfigError if `path` is a mount point, or another user's directory in a sticky folder.
 
     Raises:
         ConfigError: `path` is a mount point, or belongs to another user in a folder where only owners may rename.
@@ -86,7 +86,7 @@ def is_mount_point(path: Path) -> bool:
 
 
 def check_output_file(file: Path, option: str = "--out") -> None:
-    """Check that a file can be written atomically: its folder exists and is writable, and nothing else has its name.
+    """Raise ConfigError unless the folder of `file` exists and is writable, and nothing but a file has its name.
 
     Raises:
         ConfigError: it cannot.

@@ -25,7 +25,7 @@ def escape_unencodable() -> None:
 
 
 def discard_output(stream: TextIO) -> None:
-    """Connect a stream whose reader has gone to the null device, so that no later write or flush fails."""
+    """Redirect a stream that nobody reads any more to the null device, so that no later write or flush fails."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
@@ -33,7 +33,7 @@ def discard_output(stream: TextIO) -> None:
 
 
 def flush_output() -> OSError | None:
-    """Flush standard output and error, so that nothing is left to fail when the process ends.
+    """Flush standard output and error, discard one that fails; return the error of output, None if it was written.
 
     Returns:
         The error of standard output, if it could not be written.
@@ -90,6 +90,7 @@ class _ForgivingStream:
     """Standard error for progress bars: what cannot be written is dropped."""
 
     def __getattr__(self, name: str) -> Any:
+        """Return any other attribute of standard error as it is at the moment."""
         return getattr(sys.stderr, name)
 
     def write(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Persistent buffers of the model, `buffers.pt`: one format whatever the engine.
+"""Save and restore the model's persistent buffers in `buffers.pt`, in one format whatever the engine.
 
 Each engine also keeps buffers in its own files, or drops them in a conversion; this file is the one that is restored.
 """
@@ -15,7 +15,7 @@ BUFFERS = "buffers.pt"
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The buffers of the model's state dict by name; they are never sharded, and the same on every rank."""
+    """Return the buffers of the model's state dict by name, not copied; never sharded, the same on every rank."""
     found = {}
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(prefix=prefix, recurse=False):
@@ -32,7 +32,7 @@ def save_buffers(model: nn.Module, directory: Path) -> None:
 
 
 def read_buffers(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The saved buffers by name, on the CPU; empty if the model had none."""
+    """Return the saved buffers by name, on the CPU; empty if the model had none."""
     path = checkpoint / BUFFERS
     return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else {}
 

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_start(run_directory: Path, resume: str) -> Path | None:
-    """The checkpoint to start from, every byte verified, or None for a fresh start; the same on every rank.
+    """Return the checkpoint to start from, every byte verified, or None for a fresh start; the same on every rank.
 
     Every rank of the process group must call this; each verifies its share of the files.
 
@@ -60,7 +60,7 @@ def find_start(run_directory: Path, resume: str) -> Path | None:
 
 
 def _choose_checkpoint(run_directory: Path, resume: str) -> Path | None:
-    """`find_start` on rank 0, with the help of the other ranks for verification."""
+    """Return on rank 0 the checkpoint that `resume` means, verified by all ranks; None for a fresh start."""
     try:
         if resume == "auto":
             own = newest_checkpoint(run_directory, _verify_on_all_ranks, "--resume ")
@@ -82,7 +82,7 @@ def _verify_origin(run_directory: Path) -> Path | None:
 
 
 def _answer_rank_0() -> Path | None:
-    """`find_start` on the other ranks: verify what rank 0 asks for until it announces the outcome."""
+    """Verify what rank 0 asks for until it announces the outcome: return its checkpoint, or raise its error."""
     while True:
         message: Any = broadcast_object(None)
         request, content = message
@@ -94,7 +94,7 @@ def _answer_rank_0() -> Path | None:
 
 
 def _verify_on_all_ranks(checkpoint: Path) -> None:
-    """Verify a checkpoint on rank 0 while the others are in `_answer_rank_0`; damage that any rank finds counts."""
+    """Raise CheckpointError on rank 0 if any rank finds damage in its share; the others are in `_answer_rank_0`."""
     files = list(read_manifest(checkpoint)["files"].items())
     broadcast_object((VERIFY, (checkpoint, files)))
     for damage in gather_objects(_find_damage_in_share(checkpoint, files)):
@@ -103,7 +103,7 @@ def _verify_on_all_ranks(checkpoint: Path) -> None:
 
 
 def _find_damage_in_share(checkpoint: Path, files: Sequence[tuple[str, dict[str, Any]]]) -> str | None:
-    """Message about the first damaged file in this rank's share of `files`; None if all are as recorded."""
+    """Describe the first damaged file in this rank's share of `files`; None if all are as recorded."""
     rank, world_size = rank_and_world_size()
     try:
         verify_files(checkpoint, files[rank::world_size])
@@ -113,7 +113,7 @@ def _find_damage_in_share(checkpoint: Path, files: Sequence[tuple[str, dict[str,
 
 
 def record_start(run_directory: Path, source: Path) -> None:
-    """Record durably where a run continues from, before it does anything else; for rank 0.
+    """Record durably, as rollback or origin, the checkpoint that a run continues from; for rank 0, before all else.
 
     Call this before dropping any metrics: a run that is killed afterwards must not take up what it has left behind.
     """
@@ -124,7 +124,7 @@ def record_start(run_directory: Path, source: Path) -> None:
 
 
 def newest_checkpoint(run_directory: Path, check: Callable[[Path], None] = verify, option: str = "") -> Path | None:
-    """The newest healthy and undamaged checkpoint of a run; None if nothing was saved yet.
+    """Return a run's newest undamaged checkpoint, a healthy one if there is any; None if nothing was saved yet.
 
     Damaged ones are skipped with a warning, and so are unhealthy ones as long as there is a healthy one. Every byte of
     the one returned was read: a run that continues from a flipped bit goes wrong without an error.
@@ -188,7 +188,7 @@ def _warn_of_unhealthy(chosen: Path, problems: dict[str, str], option: str) -> N
 
 
 def find_run_or_checkpoint(resume: str) -> Path:
-    """The run directory or checkpoint that the path in --resume means; the file `latest` of a run means the run.
+    """Return the run directory or checkpoint that --resume names; a run's `latest` or `checkpoints` means the run.
 
     Raises:
         CheckpointError: there is neither.
@@ -212,7 +212,7 @@ def _find_directory(path: Path) -> Path:
 
 
 def resolve_checkpoint(path: str | Path, check: Callable[[Path], None] = verify, option: str = "") -> Path:
-    """The verified checkpoint that a path names: the path itself, or the newest healthy one of a run directory.
+    """Return the verified checkpoint that a path names, itself or a run's newest healthy; CheckpointError if none.
 
     Args:
         path: a checkpoint, a run directory, or the folder `checkpoints` in one.

@@ -41,7 +41,7 @@ def last_finite_step(manifest: dict[str, Any]) -> int:
 
 
 def find_problems(manifests: Manifests) -> dict[str, str]:
-    """Describe why checkpoints are unhealthy, by name; the healthy ones are not in the result."""
+    """Return a clause for each unhealthy checkpoint, by name; one that a later one proves good is left out."""
     proven, doubted = _judge_by_descendants(manifests)
     problems = {name: "every step after it was skipped" for name in doubted}
     for name, manifest in manifests.items():
@@ -52,13 +52,13 @@ def find_problems(manifests: Manifests) -> dict[str, str]:
 
 
 def find_proven(manifests: Manifests) -> set[str]:
-    """Names of the checkpoints whose weights are known to be good; one that was saved without `health` is trusted."""
+    """Return the names of checkpoints with known good weights; one without `health` is trusted unless doubted."""
     proven, doubted = _judge_by_descendants(manifests)
     return proven | ({name for name, manifest in manifests.items() if HEALTH not in manifest} - doubted)
 
 
 def _judge_by_descendants(manifests: Manifests) -> tuple[set[str], set[str]]:
-    """Names of the checkpoints that a later one proves good, and of those that later ones only speak against."""
+    """Return the names of checkpoints that a later one proves good, and of those that later ones only doubt."""
     proven: set[str] = set()
     doubted: set[str] = set()
     for witness, manifest in manifests.items():

@@ -71,7 +71,7 @@ def read_manifests(run_directory: Path) -> Manifests:
 
 
 def list_complete_checkpoints(run_directory: Path) -> list[Path]:
-    """Checkpoints of a run that have a readable manifest, the one to continue from last.
+    """List a run's checkpoints with a readable manifest, abandoned branches first, the one to continue from last.
 
     An abandoned branch comes before the head and its ancestors: it is the first to be deleted and the last to fall
     back to. The head is the last saved checkpoint or, until the run saves again, the one that it went back to.
@@ -81,7 +81,7 @@ def list_complete_checkpoints(run_directory: Path) -> list[Path]:
 
 
 def order_by_lineage(manifests: Manifests, rollback: dict[str, Any]) -> list[str]:
-    """Return the names of the checkpoints in the order of `list_complete_checkpoints`."""
+    """Return the names of the checkpoints, abandoned branches first, each part in the order of saving."""
     lineage = _trace_lineage(manifests, rollback)
     return sorted(manifests, key=lambda name: (name in lineage, manifests[name]["sequence"]))
 
@@ -124,7 +124,7 @@ def _find_previous(name: str, manifests: Manifests) -> str | None:
 
 
 def read_ancestors(run_directory: Path, parent: str | None) -> dict[str, int]:
-    """Return sequence numbers by name, to record for a child of `parent`: of that one and its ancestors."""
+    """Return the sequence numbers of `parent` and its ancestors that still exist, by name; empty if it is None."""
     manifests = read_manifests(run_directory)
     return {name: int(manifests[name]["sequence"]) for name in walk_lineage(parent, manifests)}
 
@@ -146,7 +146,7 @@ def record_rollback(run_directory: Path, source: Path) -> None:
 
 
 def read_rollback(run_directory: Path) -> dict[str, Any]:
-    """The record of `record_rollback`; empty if the run never went back.
+    """Return the record of `record_rollback`; empty if there is none or, with a warning, if it cannot be read.
 
     Returns:
         {"checkpoint": name of the one it went back to, "sequence": of that one, "newest": highest sequence then}.
@@ -172,7 +172,7 @@ def _newest_sequence(run_directory: Path) -> int:
 
 
 def find_parent(directory: Path, parent: str | None) -> str | None:
-    """The parent to record for a checkpoint about to be saved as `directory` by a run that continued from `parent`.
+    """Return the parent to record for a checkpoint saved next as `directory`: `parent`, or that of one replaced.
 
     The two have one name where a run saves again the step that it resumed from: then the parent of the checkpoint
     that is replaced.

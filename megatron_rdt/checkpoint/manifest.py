@@ -29,7 +29,7 @@ def file_record(path: Path) -> dict[str, Any]:
 
 
 def write_manifest(directory: Path, facts: dict[str, Any] | None = None, files: dict[str, Any] | None = None) -> None:
-    """Write `directory`/manifest.json.
+    """Write `directory`/manifest.json with facts, file entries and a checksum; hash all files if `files` is None.
 
     Args:
         directory: the checkpoint.
@@ -88,7 +88,7 @@ def verify(directory: Path, hashes: bool = True) -> None:
 
 
 def verify_files(directory: Path, files: Iterable[tuple[str, dict[str, Any]]], hashes: bool = True) -> None:
-    """`verify` for some of the files, given as pairs of relative path and manifest entry."""
+    """Compare files, pairs of relative path and manifest entry; CheckpointError at the first difference."""
     for name, record in files:
         try:
             difference = _describe_difference(directory / name, record, hashes)

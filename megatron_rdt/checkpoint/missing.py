@@ -27,7 +27,7 @@ def find_missing_checkpoint(run_directory: Path) -> str | None:
 
 
 def _list_named(run_directory: Path) -> list[tuple[str, str]]:
-    """Files of a run that name a checkpoint to continue from, each with that name."""
+    """Return (file, checkpoint name) of `latest` and, while the run is rolled back, of rollback.json."""
     named = []
     latest = run_directory / LATEST
     if latest.is_file():

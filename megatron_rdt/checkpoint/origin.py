@@ -16,7 +16,7 @@ from megatron_rdt.run_directory import ORIGIN
 
 
 def write_origin(run_directory: Path, source: Path) -> None:
-    """Record durably that the run begins at the checkpoint `source`."""
+    """Write origin.json durably: path, run id and manifest hash of `source`, where the run begins."""
     record = {
         "checkpoint": os.path.abspath(source),
         "run_id": read_manifest(source).get("run_id"),
@@ -26,7 +26,7 @@ def write_origin(run_directory: Path, source: Path) -> None:
 
 
 def read_origin(run_directory: Path) -> dict[str, Any] | None:
-    """The record of `write_origin`; None for a run that began from random weights.
+    """Return {checkpoint, run_id, manifest_sha256} of origin.json; None for a run that began from random weights.
 
     Raises:
         CheckpointError: there is a record, and it cannot be read.

@@ -32,7 +32,7 @@ def read_rank_state(checkpoint: Path, rank: int) -> dict[str, Any] | None:
 
 
 def restore_rank_rng(checkpoint: Path, rank: int) -> None:
-    """Restore the generators of `rank`; one that the saving run did not have keeps its current states."""
+    """Set this process's generators to those that `rank` saved; they stay as they are if it saved none."""
     path = _rank_file(checkpoint / RNG_FOLDER, rank)
     if path.is_file():
         restore_rng_state(torch.load(path, weights_only=True))
@@ -44,7 +44,7 @@ def _rank_file(folder: Path, rank: int) -> Path:
 
 
 def collect_rng_state() -> dict[str, Any]:
-    """State of every process-wide generator. Nothing in training draws from them; a user's code may."""
+    """Return the states of all process-wide generators, by library; training draws from none, a user's code may."""
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     # NumPy's key array as a tensor: torch.load(weights_only=True) refuses NumPy arrays.
     name, keys, *rest = np.random.get_state(legacy=True)

@@ -12,7 +12,7 @@ TRAINER_STATE = "trainer.json"
 
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """The `trainer_state` that was saved: step, tokens, position in the data."""
+    """Return trainer.json as a dictionary: step, tokens, position in the data, steps skipped in a row."""
     return json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
 
 

@@ -1,4 +1,4 @@
-"""Retention: which checkpoints a run may delete once a newer one is complete, and how they are deleted."""
+"""Delete the checkpoints that a run no longer needs once a newer one is complete; each is hidden first."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def list_expired_checkpoints(run_directory: Path, keep: int, milestones: int = 0) -> list[Path]:
-    """Checkpoints that are not to be kept, the first to delete first; none where `keep` is 0.
+    """List the checkpoints that are not to be kept, the first to delete first; none where `keep` is 0.
 
     Whatever `keep` is, no good weights go before there are newer good ones.
 
@@ -72,7 +72,7 @@ def delete_leftovers(folder: Path) -> None:
 
 
 def delete_hidden(hidden: Path) -> None:
-    """Delete a hidden checkpoint, or only the link if it is one; the next save tries again if that fails."""
+    """Delete a hidden checkpoint, or only the link if it is one; warn on failure, and the next save tries again."""
     try:
         if hidden.is_symlink():
             hidden.unlink()

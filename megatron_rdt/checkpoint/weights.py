@@ -14,12 +14,12 @@ from megatron_rdt.parallel.zero_universal import UNIVERSAL, read_universal_weigh
 
 
 def read_model_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every parameter and persistent buffer by name: unsharded, float32, on the CPU."""
+    """Return every parameter, float32, and persistent buffer by name: unsharded, on the CPU."""
     return {**_read_parameters(checkpoint), **read_buffers(checkpoint)}
 
 
 def _read_parameters(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every parameter by name, from whichever of the three layouts the checkpoint has."""
+    """Return every parameter by name, from whichever of three layouts is there; CheckpointError if none is."""
     if (checkpoint / "model").is_dir():
         return _read_distributed_checkpoint(checkpoint / "model")
     if (checkpoint / "zero").is_dir():

@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 
 def check_writable(run_directory: Path) -> None:
-    """Check that every rank can make directories where checkpoints will be saved; every rank must call this.
+    """Raise CheckpointError on every rank unless each can make directories for checkpoints; all must call this.
 
     Raises:
         CheckpointError: on every rank, when any cannot.
@@ -86,7 +86,7 @@ def save_checkpoint(
     rank_state: dict[str, Any] | None = None,
     milestones: int = 0,
 ) -> Path:
-    """Save a checkpoint and return its directory; every rank must call this.
+    """Save a checkpoint, name it in `latest`, delete old ones; return its directory; every rank must call this.
 
     Args:
         engine: writes its own state.
@@ -230,7 +230,7 @@ def _hash_files(save: _CollectiveSave, directory: Path) -> dict[str, Any]:
 
 
 def _publish_directory(temporary: Path, final: Path, run_directory: Path) -> None:
-    """Give a complete checkpoint its final name, durably, and write that name to `latest`."""
+    """Give a complete checkpoint its final name, durably, in place of one that has it, and name it in `latest`."""
     for directory in (temporary, *(p for p in temporary.rglob("*") if p.is_dir())):
         fsync_directory(directory)
     # The new `latest` is on the disk, under a temporary name, before the directory is renamed: a full disk fails here.

@@ -49,7 +49,7 @@ def _find_range_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _find_model_problems(model: ModelConfig) -> Iterator[str]:
-    """Check the parts of the model against each other."""
+    """Find clashes between fields of `model`; none while a size is below 1, which is a problem of its range."""
     if min(model.vocab_size, model.dim, model.core_layers, model.heads, model.kv_heads) < 1:
         return  # out of range, and nothing can be divided by it
     if model.attention == "gqa":  # mla has fields of its own for the channels of a head
@@ -58,7 +58,7 @@ def _find_model_problems(model: ModelConfig) -> Iterator[str]:
 
 
 def _find_head_problems(model: ModelConfig) -> Iterator[str]:
-    """Check that heads divide the width, and key-value heads the heads, for grouped-query attention."""
+    """Find heads that do not split the width into even sizes, and key-value heads that do not divide the heads."""
     dim, heads = model.dim, model.heads
     if dim % heads:
         fits = [h for h in range(1, dim + 1) if dim % h == 0 and dim // h % 2 == 0]
@@ -74,7 +74,7 @@ def _find_head_problems(model: ModelConfig) -> Iterator[str]:
 
 
 def _find_option_conflicts(model: ModelConfig) -> Iterator[str]:
-    """Check fields of `model` that are valid only for certain values of another field."""
+    """Find fields of `model` that do not go with its attention or core_ffn, and a signal that is listed twice."""
     if model.attention == "mla":
         if model.rope_dim % 2:
             yield f"model.rope_dim is {model.rope_dim}; rotary positions need an even number."
@@ -90,7 +90,7 @@ def _find_option_conflicts(model: ModelConfig) -> Iterator[str]:
 
 
 def _find_depth_problems(config: RunConfig) -> Iterator[str]:
-    """Check loop counts, truncation and curricula, against trained halting too."""
+    """Find wrong T, k or curricula in `depth`, clashes of it with halting, and wrong T in `eval` and `sample`."""
     depth, halting = config.depth, config.model.halting
     # The number of iterations with gradient, where it is not all; and whether it grows.
     limit = None if depth.backprop == "all" else int(depth.backprop)
@@ -129,7 +129,7 @@ def _find_depth_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _find_training_problems(config: RunConfig) -> Iterator[str]:
-    """Check the schedule, optimizer, compilation, samples and the run's name."""
+    """Find problems of schedule, optimizer, compilation, checkpoint milestones, sample prompt and run name."""
     steps, schedule, engine = config.train.steps, config.schedule, config.parallel.engine
     warmup, decay = schedule.warmup_steps, schedule.wsd_decay_steps(steps)
     if warmup > steps >= 1:
@@ -169,7 +169,7 @@ def _find_training_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _find_data_problems(config: RunConfig) -> Iterator[str]:
-    """Check document masks, streamed data and mixtures."""
+    """Find positions without document masks, options that do not go with streamed data, and faulty mixtures."""
     data = config.data
     if data.document_positions and not data.document_mask:
         yield (
@@ -199,7 +199,7 @@ def _find_data_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _find_mixture_problems(config: RunConfig) -> Iterator[str]:
-    """Check names, weights and limits of the corpora of a mixture."""
+    """Find faults in each corpus of a mixture and, if there are none, a weight that is not above 0 or too small."""
     corpora = config.data.corpora()
     numbers = range(1, len(corpora) + 1)
     problems = [problem for number in numbers for problem in _find_corpus_problems(config, corpora, number)]
@@ -212,7 +212,7 @@ def _find_mixture_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _find_corpus_problems(config: RunConfig, corpora: list[CorpusConfig], number: int) -> Iterator[str]:
-    """Check name and limits of corpus `number`, from 1, of a mixture."""
+    """Find a bad or repeated name, a repeated path and wrong limits of corpus `number`, from 1, of a mixture."""
     corpus, least = corpora[number - 1], 2 * config.train.sequence_length
     tokens, pack = corpus.max_tokens, config.data.pack
     where = f"data.mixture: entry {number} ({corpus.path})"
@@ -241,7 +241,7 @@ def _find_corpus_problems(config: RunConfig, corpora: list[CorpusConfig], number
 
 
 def _find_world_size_problems(config: RunConfig, world_size: int) -> Iterator[str]:
-    """Check that `world_size` processes can be arranged along the axes, and that they divide the global batch."""
+    """Find reasons why `world_size` processes do not fit the engine, the axes of sharding or the global batch."""
     engine, batch, micro = config.parallel.engine, config.train.global_batch, config.train.micro_batch
     if world_size > 1 and not config.parallel.engine_kind.many_processes:
         yield (

@@ -80,7 +80,7 @@ IMPLIED: list[tuple[str, Any, str, str]] = [
 
 
 def generated_keys(config: RunConfig, world_size: int | None = None) -> list[GeneratedKey]:
-    """Return the keys that follow from the config of a run with one of DeepSpeed's engines.
+    """List DeepSpeed's keys whose values our config fixes: those to write, and DeepSpeed's defaults that must stay.
 
     Args:
         config: the run's config.
@@ -165,7 +165,7 @@ def find_deepspeed_problems(config: RunConfig, world_size: int | None = None) ->
 
 
 def _find_key_problem(config: RunConfig, generated: Mapping[str, GeneratedKey], key: str, value: Any) -> str | None:
-    """Return a sentence if the user's `key` cannot have `value`."""
+    """Return a sentence if the user's `key` cannot have `value`; None if it can."""
     sets, offload = f"{OPTION} sets {key} {value!r}", config.parallel.offload
     top, _, inner = key.partition(".")
     if same := generated.get(key):
@@ -193,7 +193,7 @@ def _find_key_problem(config: RunConfig, generated: Mapping[str, GeneratedKey], 
 
 
 def _read_user_keys(config: RunConfig) -> dict[str, Any]:
-    """Return `parallel.deepspeed` as a mapping, without blocks that are switched off, and with one spelling of each key."""
+    """Return `parallel.deepspeed`, or its file's content, without disabled blocks, each key in one spelling."""
     given = config.parallel.deepspeed or {}
     if isinstance(given, str):
         given = read_mapping(given, f"{OPTION}:", f"--{OPTION}")

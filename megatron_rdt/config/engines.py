@@ -45,7 +45,7 @@ class EngineKind:
 
 
 def _zero(stage: int) -> EngineKind:
-    """Describe the DeepSpeed engine of one ZeRO stage."""
+    """Return the row of `ENGINES` for DeepSpeed with this ZeRO stage."""
     return EngineKind(
         checkpoint_format="zero",
         shards_parameters=stage == 3,

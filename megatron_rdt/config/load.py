@@ -1,4 +1,4 @@
-"""Read a RunConfig from YAML and overrides, and write it back."""
+"""Read a RunConfig from a YAML file and overrides, and turn one into YAML text again."""
 
 import functools
 import json
@@ -13,7 +13,7 @@ from megatron_rdt.config.schema import RunConfig
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | Sequence[str] | None = None) -> RunConfig:
-    """Read the RunConfig of a YAML file.
+    """Return the RunConfig of a YAML file with `overrides` on top; `check_config` is not called here.
 
     Args:
         path: the YAML file.

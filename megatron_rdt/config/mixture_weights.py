@@ -8,7 +8,7 @@ PERIOD = 65536
 
 
 def integer_weights(weights: Mapping[str, float]) -> dict[str, int]:
-    """Return how many samples of a period each corpus has: its weight as a multiple of 1 / PERIOD, in lowest terms.
+    """Round weights to multiples of 1 / PERIOD of their sum; return whole numbers in lowest terms, by name.
 
     Args:
         weights: weight of each corpus by name, on any scale.

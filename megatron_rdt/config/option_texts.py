@@ -1,4 +1,4 @@
-"""Texts in options: none is empty by accident, all words are valid UTF-8, and `~` in a path is the home directory."""
+"""Refuse texts in options that are empty by accident or not valid UTF-8; replace `~` in those that name paths."""
 
 import argparse
 import dataclasses
@@ -39,7 +39,7 @@ def expand_home(path: str) -> str:
 def expand_home_in_paths(
     parser: jsonargparse.ArgumentParser, values: jsonargparse.Namespace, kinds: Mapping[str, Any]
 ) -> None:
-    """Replace `~` in the options that name paths, those in lists and in lists of mappings too.
+    """Replace `~` in place in the values of options that name paths, also within lists and lists of mappings.
 
     A shell replaces it only where it begins a word: not in `--out=~/x`, and not in a YAML file.
 
@@ -67,7 +67,7 @@ def refuse_empty_texts(
     kinds: Mapping[str, Any],
     sources: Mapping[str, str],
 ) -> None:
-    """Refuse empty texts in all options, those in lists and in lists of mappings too.
+    """Raise ConfigError for the first text that is empty and may not be, also within lists and lists of mappings.
 
     An option whose default is an empty text may be empty: its command takes that for "none".
 

@@ -26,7 +26,7 @@ def names_path(kind: Any) -> bool:
 
 
 def entry_schema(kind: Any) -> type | None:
-    """Return the dataclass of the entries if the option is a list of dataclasses."""
+    """Return the dataclass of the entries if `kind` is a list of dataclasses; None otherwise."""
     parts = typing.get_args(kind)
     return parts[0] if typing.get_origin(kind) is list and dataclasses.is_dataclass(parts[0]) else None  # type: ignore[return-value]
 
@@ -69,7 +69,7 @@ def describe_type(kind: Any) -> str:
 
 
 def read_entries(schema: type, entries: list[Mapping[Any, Any]], source: str) -> list[Any]:
-    """Make a dataclass of each of a list of mappings.
+    """Turn mappings into instances of `schema`; a whole number becomes a float where the field is one.
 
     Args:
         schema: the dataclass; its fields are numbers, texts, booleans, or None.

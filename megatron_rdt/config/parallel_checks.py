@@ -10,7 +10,7 @@ SHARDING_OPTIONS = (*AXES, "core_gather", "reshard_after_forward")
 
 
 def find_parallel_problems(config: RunConfig) -> list[str]:
-    """Return a sentence for everything in `parallel` that cannot work on any number of processes."""
+    """Return a sentence for each setting of `parallel` that cannot work, however many processes run."""
     parallel = config.parallel
     if min(getattr(parallel, name) for name in AXES) < 1:
         return []  # out of range, and nothing can be divided by it
@@ -36,7 +36,7 @@ def find_parallel_problems(config: RunConfig) -> list[str]:
 
 
 def _find_core_gather_problems(config: RunConfig) -> Iterator[str]:
-    """Check that ranks that meet in every iteration run the same T, and that weights are gathered where they are read."""
+    """Find settings that give ranks different T though iterations join them, or need the core gathered once."""
     gather, depth = config.parallel.core_gather, config.depth
     meeting = [f"parallel.core_gather {gather}"] if gather != "once" else []
     meeting += [f"parallel.expert {config.parallel.expert}"] if config.parallel.expert > 1 else []
@@ -59,7 +59,7 @@ def _find_core_gather_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _find_tensor_problems(config: RunConfig) -> Iterator[str]:
-    """Check that `parallel.tensor` divides everything that it splits."""
+    """Find sizes that `parallel.tensor` does not divide, and Muon, whose matrices it would split."""
     model, ranks = config.model, config.parallel.tensor
     if ranks == 1:
         return
@@ -89,7 +89,7 @@ def inner_widths(config: RunConfig) -> dict[str, int]:
 
 
 def _find_context_problems(config: RunConfig) -> Iterator[str]:
-    """Check that `parallel.context` divides the sequence into pairs of chunks."""
+    """Find a sequence length that cannot be cut into two equal pieces for each process of `parallel.context`."""
     length, ranks = config.train.sequence_length, config.parallel.context
     if ranks > 1 and length % (2 * ranks):
         yield (
@@ -99,7 +99,7 @@ def _find_context_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _find_expert_problems(config: RunConfig) -> Iterator[str]:
-    """Check that there are experts and that `parallel.expert` divides them."""
+    """Find missing experts, a number of them that `parallel.expert` does not divide, or Muon on split matrices."""
     model, ranks = config.model, config.parallel.expert
     if ranks == 1:
         return
@@ -112,7 +112,7 @@ def _find_expert_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _find_uses_of_whole_sequences(config: RunConfig) -> Iterator[str]:
-    """Check that samples, Jacobian monitor and compilation are off where tensor or context parallelism splits sequences."""
+    """Find samples, Jacobian monitor or compilation in use while tensor or context ranks split sequences."""
     axes = [f"parallel.{name} {size}" for name in ("tensor", "context") if (size := getattr(config.parallel, name)) > 1]
     if not axes:
         return
@@ -131,7 +131,7 @@ def _find_uses_of_whole_sequences(config: RunConfig) -> Iterator[str]:
 
 
 def _find_split_muon_matrices(config: RunConfig, axis: str) -> Iterator[str]:
-    """Check that Muon, which needs whole matrices, does not step matrices that `axis` splits."""
+    """Yield a sentence if the optimizer is Muon; call it only if `axis` splits matrices, which Muon needs whole."""
     if config.optimizer.name == "muon":
         yield (
             f"optimizer.name muon needs whole matrices, which parallel.{axis} {getattr(config.parallel, axis)} splits. "

@@ -58,6 +58,7 @@ class HelpFormatter(jsonargparse.DefaultHelpFormatter):
         super().__init__(prog, max_help_position=HELP_COLUMN, width=min(max(columns, 2 * HELP_COLUMN), HELP_WIDTH))
 
     def _get_help_string(self, action: argparse.Action) -> str:
+        """Return the help text, followed by `(required)` or by the default unless that is None or empty."""
         text = action.help or ""
         if action.required and action.option_strings:
             return f"{text} (required)"
@@ -159,7 +160,7 @@ def _summary_line(schema: type) -> str:
 def parse(
     parser: jsonargparse.ArgumentParser, schema: type[T], words: Sequence[str]
 ) -> tuple[T, jsonargparse.Namespace]:
-    """Parse command-line words into an instance of `schema`; return it and the raw values of every option.
+    """Parse words; return an instance of `schema` and all raw values; with --print_config, print YAML and exit.
 
     Raises:
         ConfigError: an unknown key, a wrong type, an empty entry, or a missing or superfluous word or file; the message
@@ -198,7 +199,7 @@ def option_kinds(schema: type, prefix: str = "") -> dict[str, Any]:
 
 
 def _build_instance(schema: type[T], values: Any, sources: Mapping[str, str], prefix: str = "") -> T:
-    """Build the instance of `schema`; a file given instead of a mapping is read, so that a dump does not depend on it.
+    """Build an instance of `schema`; a file given for a mapping is read, so that a dump does not depend on it.
 
     `sources` is that of `_find_sources`, for messages.
     """

@@ -21,7 +21,7 @@ def check_sampling(
     *,
     spell: Callable[[str], str] = str,
 ) -> None:
-    """Check the settings of `megatron_rdt.inference.generate`.
+    """Raise ConfigError for the first setting of `megatron_rdt.inference.generate` that is out of range.
 
     Args:
         loops, new_tokens, temperature, top_k, top_p, seed, cache_budget: see `megatron_rdt.inference.stream`.

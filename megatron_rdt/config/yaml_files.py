@@ -83,7 +83,7 @@ def read_mapping(path: str, named: str = "config file", option: str = "--config"
 
 
 def _find_similar_file(missing: Path) -> Path | None:
-    """Find the file that was probably meant: the most similar name beside `missing` or anywhere below configs/."""
+    """Return the file of the most similar name beside `missing` or below configs/; None if none is similar."""
     files = {*missing.parent.glob("*"), *Path(SHIPPED).rglob("*")}
     name = missing.stem if missing.suffix in ENDINGS else missing.name
 

@@ -141,7 +141,7 @@ class ForgivingDisplay:
         )
 
     def _try(self, action: Callable[[Display], None]) -> None:
-        """Call `action` with the display, unless it was given up."""
+        """Call `action` with the display; at an error, warn and give the display up; after that, do nothing."""
         if self._display is not None:
             try:
                 action(self._display)

@@ -10,7 +10,7 @@ from megatron_rdt.devices import PEAK_BF16_FLOPS
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak rate of dense matrix products on `device` in FLOP/s; None if it is not known."""
+    """Return the bfloat16 peak of a known GPU in FLOP/s; None for other devices, precisions and MIG slices."""
     if device.type != "cuda" or precision != "bfloat16":
         return None
     name = torch.cuda.get_device_name(device)

@@ -66,7 +66,7 @@ class Inspections:
         self._has_warned = False
 
     def _run_together(self, action: Callable[[], T]) -> T:
-        """Return the result of a collective action that calls `stop.check` between its parts.
+        """Run a collective action in eval mode; return its result, or leave on all ranks if one fails or must stop.
 
         Raises:
             StopAgreed: a stop request arrived; so on every rank.
@@ -94,7 +94,7 @@ class Inspections:
             self.engine.model.train()
 
     def evaluate(self, step: int, tokens: int, recorder: Recorder | None) -> None:
-        """Compute the validation loss at each T of `eval.loops`, on all ranks together; rank 0 records it.
+        """Compute on all ranks the validation loss at each T of `eval.loops`; rank 0 prints and records it.
 
         Args:
             step: steps done.

@@ -20,7 +20,7 @@ DATA_FIELDS = ("sources", "epochs", "stream")
 
 
 def drop_records_after(run_directory: Path, step: int) -> None:
-    """Delete the records of steps after `step`, from which the run continues and writes them again.
+    """Rewrite the record files without broken lines and steps after `step`; delete an evaluation of such a step.
 
     Temporary files that a killed process left in the run directory are deleted too.
     """
@@ -47,7 +47,7 @@ def drop_records_after(run_directory: Path, step: int) -> None:
 
 
 def read_recorded_steps(run_directory: Path, name: str = RECORD_FILES[0]) -> list[int]:
-    """The steps in metrics.jsonl, or another record file, in the file's order; lines that are no records are left out."""
+    """Return the steps in the record file `name`, in its order, leaving out broken lines; [] without it."""
     path, steps = run_directory / name, []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line of a killed run may be cut short
@@ -147,7 +147,7 @@ class Recorder:
             display.show_numbers(step, numbers)
 
     def record_step(self, record: dict[str, Any]) -> None:
-        """Record one optimizer step."""
+        """Append a step's record to metrics.jsonl; show its numbers in every display."""
         self._append_line("metrics.jsonl", record)
         fields = {field: value for field, value in record.items() if field != "step"}
         numbers = {
@@ -158,7 +158,7 @@ class Recorder:
         self._show_numbers(record["step"], numbers)
 
     def record_evaluation(self, record: dict[str, Any]) -> None:
-        """Record validation losses, as from `make_evaluation_record`."""
+        """Append validation losses, as from `make_evaluation_record`, to eval.jsonl; show them in every display."""
         self._append_line("eval.jsonl", record)
         by_source = {"": record["losses"], **record.get("sources", {})}
         numbers = {
@@ -169,13 +169,13 @@ class Recorder:
         self._show_numbers(record["step"], numbers)
 
     def record_sample(self, record: dict[str, Any]) -> None:
-        """Record a generated text: {"step", "loops", "prompt", "text"}."""
+        """Append {"step", "loops", "prompt", "text"} to samples.jsonl; show prompt and text in every display."""
         self._append_line("samples.jsonl", record)
         for display in self._displays:
             display.show_text(record["step"], f"sample/T{record['loops']}", record["prompt"] + record["text"])
 
     def close(self) -> None:
-        """Close every file."""
+        """Close every file and display; an OSError is ignored, since every record was flushed."""
         for file in self._files.values():
             # Every record was flushed; closing only retries what could not be written then, and fails again.
             with contextlib.suppress(OSError):
@@ -198,7 +198,7 @@ class Console:
         self._began = time.perf_counter()
 
     def format_line(self, record: dict[str, Any]) -> str:
-        """Format the record of one step."""
+        """Return the console line of a step's record: progress, loss, T, norm, throughput, memory, time left."""
         step = record["step"]
         elapsed = time.perf_counter() - self._began
         left = elapsed / max(step - self._first_step, 1) * (self.steps - step)

@@ -23,7 +23,7 @@ class MonitorSchedule:
         self.drawn: Counter[int] = Counter()
 
     def make_monitor(self, step: int) -> CoreMonitor:
-        """A monitor of what is due in optimizer step `step`, counted from 1."""
+        """Return a monitor for optimizer step `step`, from 1: of every iteration, the Jacobian, both or neither."""
         every = self.config.monitor_every, self.config.jacobian_every
         due = [bool(steps) and step % steps == 0 for steps in every]
         # Power iteration costs more than the other measurements, so it has its own interval.

@@ -46,7 +46,7 @@ class NonfiniteGuard:
         self.skipped = skipped
 
     def accept(self, step: int, loss: float, grad_norm: float) -> bool:
-        """Return True if the step was finite, False if it was skipped.
+        """Count the step; return True if it was finite, False if it was skipped.
 
         Raises:
             TrainingError: it is the last of `limit` skipped steps in a row.
@@ -79,7 +79,7 @@ class TargetGuard:
         self.in_a_row = self.total = 0
 
     def accept(self, step: int, targets: int | None) -> bool:
-        """Return True if a target counted in the step, False if the step was skipped.
+        """Count the step; return True if a target counted in it, False if it was skipped.
 
         Args:
             step: its number.

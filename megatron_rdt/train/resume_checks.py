@@ -17,7 +17,7 @@ BEGINNING = "the beginning of a run"
 
 
 def refuse_to_overwrite(run_directory: Path, resume: str) -> None:
-    """Refuse a start that would erase something of a run, or silently leave out something that the run once had.
+    """Raise ConfigError if a start would erase part of a run, CheckpointError if it would skip what is lost.
 
     Args:
         run_directory: `runs/<name>`.
@@ -48,7 +48,7 @@ def _refuse_fresh_start(run_directory: Path) -> None:
 
 
 def _refuse_other_start(run_directory: Path, source: Path) -> None:
-    """Raise ConfigError if a run directory holds anything of a run that did not begin from `source`."""
+    """Raise if the directory holds a run that neither has `source` nor began from it, or that lost checkpoints."""
     if source.resolve() == run_directory.resolve():
         _refuse_missing_checkpoints(run_directory)
     elif not checkpoints.belongs_to_run(source, run_directory):
@@ -160,7 +160,7 @@ def check_same_model(source: Path, saved: ModelConfig, model: ModelConfig) -> No
 
 
 def describe_changed_settings(before: RunConfig, now: RunConfig) -> list[str]:
-    """Settings that differ between two configs of one run, each as `train.steps 40 -> 60`.
+    """List the settings that differ between two configs of one run, each as `train.steps 40 -> 60`.
 
     The section `run` may differ; changes of a mixture are described by `TrainingData.resume`.
     """

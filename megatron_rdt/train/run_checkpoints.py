@@ -38,7 +38,7 @@ class Position:
 
 
 def choose_start(run_directory: Path, resume: str, print_on_rank_0: Callable[[str], None]) -> Path | None:
-    """`checkpoints.find_start`, preceded by a test write, and with a line on what `--resume auto` found."""
+    """Test write access, print what `--resume auto` found; return the checkpoint to start from, or None."""
     checkpoints.check_writable(run_directory)
     source = checkpoints.find_start(run_directory, resume)
     if resume == "auto" and rank_and_world_size()[0] == 0:
@@ -139,7 +139,7 @@ class RunCheckpoints:
         return path
 
     def find_way_back(self, last_finite_step: int) -> str:
-        """Return a sentence on where to continue a run that has diverged; every rank must call this.
+        """Return a sentence on where to continue a diverged run; let --resume auto go there; call on all ranks.
 
         Args:
             last_finite_step: of this run; every step after it was skipped.
@@ -148,7 +148,7 @@ class RunCheckpoints:
         return broadcast_object(way_back)
 
     def _find_way_back(self, last_finite_step: int) -> str:
-        """`find_way_back` on rank 0, which also makes sure that `--resume auto` goes there."""
+        """Return rank 0's sentence of `find_way_back`; record a rollback past a doubted newest checkpoint."""
         healthy = checkpoints.list_healthy_checkpoints(self.run_directory)
         # No manifest tells of the steps that were skipped since the last save: the rollback does.
         is_doubted = bool(healthy) and healthy[-1].name == self._parent and last_finite_step <= self._parent_step()

@@ -8,7 +8,7 @@ SMALLEST_JUMP = 0.01  # relative change of the learning rate from which a resume
 
 
 def learning_rate(config: ScheduleConfig, peak: float, step: int, steps: int) -> float:
-    """Learning rate of one optimizer step.
+    """Return the learning rate of optimizer step `step`, counted from 0.
 
     Linear warm-up to `peak` over `warmup_steps`, then cosine to final * peak, or flat and then linear to final * peak
     (warmup-stable-decay), or constant.
@@ -32,7 +32,7 @@ def learning_rate(config: ScheduleConfig, peak: float, step: int, steps: int) ->
 
 
 def describe_jump(before: RunConfig, now: RunConfig, step: int) -> list[str]:
-    """A line that says how the learning rate jumps where a run resumes with another schedule; none where it does not.
+    """Return one line on how the learning rate jumps where a run resumes with another schedule; [] if it does not.
 
     Args:
         before: config of the checkpoint.

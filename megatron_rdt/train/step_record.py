@@ -42,7 +42,7 @@ class StepClock:
             self._events.append(event)
 
     def mark_data_arrival(self) -> None:
-        """Note that the host has its batch."""
+        """Set `data_wait_s` to the time since the clock was made: the host has its batch."""
         self.data_wait_s = time.perf_counter() - self._began
 
     def stop(self) -> None:

@@ -59,7 +59,7 @@ class StopRequest:
             self._is_shared = True
 
     def _finish_agreement(self, **limits: float) -> int:
-        """Wait for the counts of the agreement that was started, if any; return how many ranks have failed."""
+        """Wait for the counts under way, if any; take over an agreed signal; return how many ranks have failed."""
         if self._wait_for_counts is None:
             return 0
         counts = self._wait_for_counts(**limits).tolist()
@@ -93,7 +93,7 @@ class StopRequest:
         return self._finish_agreement(**limits) > 0 or has_failed
 
     def check(self, engine: "Engine") -> None:
-        """Leave an evaluation or a generation in which all ranks are in step, if one was asked to stop or has failed.
+        """Raise, in an evaluation or generation that all ranks run in step, if one was asked to stop or has failed.
 
         Raises:
             StopAgreed: one was asked to stop.

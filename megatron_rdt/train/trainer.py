@@ -45,7 +45,7 @@ LOCK_PATIENCE_S = 10.0
 def train(
     config: RunConfig, resume: str = "none", process: ProcessInfo | None = None, stop: StopRequest | None = None
 ) -> int:
-    """Run training on this process, one of `WORLD_SIZE`.
+    """Train as one of `WORLD_SIZE` processes, and write the run directory; return the exit status, 0 or 75.
 
     A process that joined others (every engine but `single`) should then end with `leave_process`.
 
@@ -90,7 +90,7 @@ _FINISHED_ENGINES: list[Engine] = []
 
 @contextmanager
 def _lock_run_directory(run_directory: Path, resume: str) -> Iterator[None]:
-    """Hold a lock on the run directory, after checking that it holds no other run; for rank 0."""
+    """Make and lock the run directory, for rank 0; refuse a start that would erase a run; remove it if empty."""
     run_directory.mkdir(parents=True, exist_ok=True)
     message = f"another process is writing {run_directory}. Wait for it, end it, or choose another --run.name."
     try:
@@ -283,7 +283,7 @@ class Trainer:
         return MicroBatch(rows, self.sampler.plan(self.step, rows.samples, rows.batch_rows))
 
     def _recompute_loop_counts(self) -> dict[str, Any]:
-        """Return the step record's fields about T of all ranks' sequences, redrawn here without communication."""
+        """Redraw T of all ranks' sequences; return the record's fields on it; count it in `monitoring.drawn`."""
         train = self.config.train
         plan = DepthPlan(
             self.sampler.draw_loops(self.step, range(train.global_batch), train.micro_batch),

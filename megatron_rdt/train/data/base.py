@@ -28,7 +28,7 @@ class TrainingData(Protocol):
         """Share of each corpus in the samples from the current position on; they add up to 1."""
 
     def loader(self, consumed: int, total: int, data_rank: int, device: torch.device) -> BatchLoader:
-        """Start reading the batches of one data-parallel rank.
+        """Return the loader of one data-parallel rank's batches, which begins to read at once.
 
         Args:
             consumed: samples of the whole run that were trained on before.

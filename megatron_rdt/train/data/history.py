@@ -43,7 +43,7 @@ class DataHistory:
     corpora: dict[str, CorpusRecord]
 
     def to_state(self, consumed: int, **settings: Any) -> dict[str, Any]:
-        """The history for trainer.json, after `consumed` samples; `settings` are others that the order depends on."""
+        """Return the entry of trainer.json after `consumed` samples: history, and `settings` of the order."""
         return {
             "version": VERSION,
             "consumed_samples": consumed,

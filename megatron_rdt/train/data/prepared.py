@@ -55,7 +55,7 @@ def open_prepared_data(config: RunConfig, data_ranks: int, local_rank: int = 0) 
 
 
 def _load_verified_manifest(path: str, level: str, local_rank: int) -> CorpusManifest:
-    """The manifest of a corpus after comparing it with the files; collective where `level` is "full"."""
+    """Return the manifest of a corpus that agrees with its files, or raise DataError; collective if "full"."""
     failure: DataError | None = None
     try:
         manifest = load_manifest(path)
@@ -200,7 +200,7 @@ class PreparedData:
         self.mixture = Mixture(order, corpora, self.config.run.seed)
 
     def _select_validation(self, manifest: CorpusManifest) -> Batch:
-        """Batch of a corpus's validation split: an equal part of `eval.sequences`, a multiple of the data ranks.
+        """Read a corpus's validation windows: an equal part of `eval.sequences`, a multiple of the data ranks.
 
         Raises:
             ConfigError: the split, or `eval.sequences`, is too small for one window on each data-parallel rank.
@@ -231,7 +231,7 @@ class PreparedData:
         return {name: self.mixture.order.phases[-1].share(name) for name in self.settings}
 
     def loader(self, consumed: int, total: int, data_rank: int, device: torch.device) -> BatchLoader:
-        """Start reading the batches of one data-parallel rank, as in `TrainingData`."""
+        """Return the running loader of a data-parallel rank; ConfigError if the run exceeds `max_epochs`."""
         self._check_epochs(total)
         global_batch = self.config.train.global_batch
         reader = SkippingReader(self.mixture, self.skipped) if self.skipped.ranges else self.mixture
@@ -265,7 +265,7 @@ class PreparedData:
         raise ConfigError("\n  ".join([f"{text}{advice}", *_format_table(rows)]))
 
     def describe(self, total: int) -> list[str]:
-        """Lines about the mixture and the packing of a run of `total` samples, and about windows that validation lacks."""
+        """Return lines on mixture and packing of a run of `total` samples, and on windows that validation lacks."""
         lines, several = self.skipped.describe(), len(self.settings) > 1
         if several:
             epochs = self.epochs(total)
@@ -283,7 +283,7 @@ class PreparedData:
         return lines
 
     def progress(self, consumed: int) -> dict[str, Any]:
-        """Samples and epochs of each corpus after `consumed` samples, if there are several; the step of the data's order."""
+        """Return samples and epochs by corpus if there are several, and the step of the data's order if steps are skipped."""
         order, used = self.mixture.order, self.skipped.count_used(consumed)
         fields: dict[str, Any] = {}
         if len(order.names) > 1:
@@ -308,7 +308,7 @@ class PreparedData:
         return None
 
     def resume(self, source: Path, state: dict[str, Any]) -> list[str]:
-        """Continue from the position of a checkpoint, as in `TrainingData`."""
+        """Take over a checkpoint's data order; return lines on changes; CheckpointError if it had other data."""
         config, consumed = self.config, state["consumed_samples"]
         if "stream" in state:
             raise CheckpointError(

@@ -80,7 +80,7 @@ class StreamedData:
         self.validation = {self.name: windows}
 
     def loader(self, consumed: int, total: int, data_rank: int, device: torch.device) -> BatchLoader:
-        """Start reading the batches of this data-parallel rank, as in `TrainingData`."""
+        """Return the running loader of this data-parallel rank, from the position of `resume` if it was called."""
         config, data, state = self.config, self.config.data, self._start_state
 
         def open_epoch(epoch: int) -> Any:
@@ -139,7 +139,7 @@ class StreamedData:
         return lines
 
     def progress(self, consumed: int) -> dict[str, Any]:
-        """Counts of the rows that this rank read and left out, see `TokenStream.counts`."""
+        """Return {"stream": counts} of the rows that this rank read and left out, see `TokenStream.counts`."""
         assert self._stream is not None, "batches were taken before a step is recorded"
         return {"stream": self._stream.counts(consumed)}
 
@@ -173,7 +173,7 @@ class StreamedData:
         return {"place": self.data_rank, **self._stream.state(consumed)}
 
     def resume(self, source: Path, state: dict[str, Any]) -> list[str]:
-        """Continue from the position of a checkpoint, as in `TrainingData`; the number of ranks must be the same."""
+        """Take over a checkpoint's position, or raise CheckpointError; return a line if held-out rows differ."""
         if "stream" not in state:
             raise CheckpointError(
                 f"{source} was trained on a prepared corpus, not on {self.config.data.path}. {NEW_RUN}"

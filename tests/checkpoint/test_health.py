@@ -13,6 +13,8 @@ from megatron_rdt.evaluate.loss import evaluate_checkpoint
 from tests.checkpoint.runs import Configure, checkpoint_path, list_steps, read_losses, resume_run
 from tests.checkpoint.save_worker import make_engine_with_model
 
+pytestmark = pytest.mark.slow
+
 
 def make_manifests(*saves: tuple[int, int | None, int | None]) -> Manifests:
     """Manifests of saves in their order, each (step, parent's step, skipped steps or None for one without health)."""

@@ -22,6 +22,8 @@ from megatron_rdt.inference import load
 from megatron_rdt.inference.text import generate_text, to_stop_ids
 from megatron_rdt.train.trainer import train
 
+pytestmark = pytest.mark.slow
+
 LOSSLESS = {
     "normalization_rule_name": "identity",
     "remove_extra_whitespaces": False,

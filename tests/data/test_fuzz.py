@@ -24,6 +24,8 @@ from megatron_rdt.data import Batch, open_corpus
 from megatron_rdt.train.data.prepared import PreparedData, open_prepared_data
 from tests.data.corpora import draw_documents, read_stream, write_corpus
 
+pytestmark = pytest.mark.slow
+
 CASES = int(os.environ.get("RDT_FUZZ_CASES", "15"))
 PHASES = [Phase.explicit, Phase.generate, Phase.shrink]
 CPU = torch.device("cpu")

@@ -21,6 +21,8 @@ from megatron_rdt.train.data import prepared
 from megatron_rdt.train.trainer import Trainer
 from tests.data.random_corpus import write_random_corpus
 
+pytestmark = pytest.mark.slow
+
 LENGTH, SHARDS, MAX_OPEN = 32, 12, 2
 
 

@@ -27,6 +27,8 @@ from data_prep.jobs import leases, step_runner
 from data_prep.pipeline import merge, prepare
 from megatron_rdt.data.shard_files.corpus_manifest import load_manifest
 
+pytestmark = pytest.mark.slow
+
 CASES = int(os.environ.get("RDT_FUZZ_CASES", "12"))
 WORDS = [
     "the loop",

@@ -20,6 +20,8 @@ from megatron_rdt.evaluate.loss import evaluate_checkpoint
 from megatron_rdt.evaluate.report import summarize, write_report
 from megatron_rdt.train.trainer import train
 
+pytestmark = pytest.mark.slow
+
 PICTURES = ("loss", "loss_against_loops", "stability", "loop_histogram", "throughput")
 
 

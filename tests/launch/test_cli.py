@@ -19,6 +19,8 @@ from megatron_rdt.config import RunConfig, load_config
 from megatron_rdt.config.parser import make_parser, option_kinds, parse
 from megatron_rdt.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "matplotlib"}
 # Python terms that a user should not see.

@@ -16,6 +16,8 @@ from megatron_rdt import terminal
 from megatron_rdt.config import RunConfig
 from megatron_rdt.train import trainer
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 DDP = pytest.param(["--parallel.engine=ddp", "--nproc=2"], marks=pytest.mark.distributed, id="ddp")
 

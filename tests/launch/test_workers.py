@@ -17,6 +17,8 @@ import pytest
 from launch.failures import LostPeerError, explain
 from launch.local_processes import find_free_port
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 LONG = ["--train.steps=100000", "--data.max_epochs=1e9", "--eval.every=0", "--checkpoint.every=0"]
 TWO = ["--parallel.engine=fsdp", "--nproc=2"]

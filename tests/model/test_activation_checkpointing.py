@@ -14,6 +14,8 @@ from megatron_rdt.errors import ConfigError
 from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer, initialize
 from megatron_rdt.model.activation_checkpointing import Checkpointing, set_checkpointing
 
+pytestmark = pytest.mark.slow
+
 POLICIES: tuple[int | str, ...] = ("per_iteration", "per_layer", "selective", 1, 3, 50)
 EXPERTS = {"core_ffn": "moe", "experts": 4, "experts_per_token": 2, "expert_dim": 16}
 ALL_PARTS = {"signals": ["lora", "adaln"], "injection": "hyper", "norm_placement": "sandwich", "core_norm": "iteration"}

@@ -25,6 +25,8 @@ from megatron_rdt.model.forward_context import LayerContext
 from megatron_rdt.model.layer import Layer
 from megatron_rdt.train.trainer import train
 
+pytestmark = pytest.mark.slow
+
 BASE = ModelConfig(
     vocab_size=37, dim=24, prelude_layers=1, core_layers=2, coda_layers=1, heads=4, kv_heads=2, ffn_dim=32
 )

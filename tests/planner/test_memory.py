@@ -12,6 +12,8 @@ from megatron_rdt.planner.ledger import Ledger
 from megatron_rdt.planner.measure import measure_steps, watch_allocations
 from megatron_rdt.planner.memory import StepDepth, step_memory
 
+pytestmark = pytest.mark.slow
+
 MODEL = ModelConfig(vocab_size=1024, dim=128, ffn_dim=256)
 WIDE: dict[str, Any] = {"dim": 256, "ffn_dim": 1024}
 # Model, precision, checkpointing, k, micro-batches, tokens per sequence; in some activations dominate, in some weights.

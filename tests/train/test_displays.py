@@ -14,6 +14,8 @@ from megatron_rdt.errors import ConfigError
 from megatron_rdt.train import trainer
 from tests.train.runs import Configure, read_records
 
+pytestmark = pytest.mark.slow
+
 
 class FakeRun:
     """The part of wandb's run that is used."""

@@ -16,6 +16,8 @@ from megatron_rdt.parallel.replicated import SingleEngine
 from megatron_rdt.train import trainer
 from tests.train.runs import read_records
 
+pytestmark = pytest.mark.slow
+
 Configure = Callable[..., RunConfig]
 EXPERTS = ["--model.core_ffn=moe", "--model.experts=6", "--model.balance_rate=0.05", "--eval.every=0"]
 FIELDS = ("expert_load_max", "expert_idle", "routing_entropy")

@@ -12,6 +12,8 @@ from megatron_rdt.errors import ConfigError
 from megatron_rdt.train import trainer
 from megatron_rdt.train.garbage_collection import YOUNGER_GENERATIONS, ScheduledGarbageCollection
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def collections() -> Iterator[list[int]]:

@@ -21,6 +21,8 @@ from megatron_rdt.parallel.replicated import SingleEngine
 from megatron_rdt.train import inspections, trainer
 from tests.train.runs import Configure, read_records
 
+pytestmark = pytest.mark.slow
+
 SAMPLES = ["--sample.every=2", "--sample.tokens=3", "--sample.loops=[1,2]"]
 
 

@@ -14,6 +14,8 @@ from megatron_rdt.evaluate.report import write_report
 from megatron_rdt.train.trainer import train
 from tests.train.runs import read_records
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = ["--train.global_batch=8", "--train.micro_batch=2", "--depth.backprop=2", "--eval.every=0"]
 
 

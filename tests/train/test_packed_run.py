@@ -18,6 +18,8 @@ from megatron_rdt.train.metrics import Console
 from tests.data.random_corpus import write_random_corpus
 from tests.train.runs import Configure, read_records
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 PACKED = ["--data.pack=bestfit", "--data.document_mask=true", "--data.document_positions=true"]
 STEADY = ["--depth.scheme=fixed", "--train.steps=4", "--logging.every=1", "--eval.sequences=6"]

@@ -14,6 +14,8 @@ from megatron_rdt.train.step_record import StepRecord
 from megatron_rdt.train.stop_request import StopRequest
 from tests.train.runs import Configure, read_records
 
+pytestmark = pytest.mark.slow
+
 
 class RefuseReads(TorchDispatchMode):
     """Refuses operations that make the host wait for a GPU: reading a number, results whose size depends on values."""

@@ -14,6 +14,8 @@ from megatron_rdt.train import trainer
 from megatron_rdt.train.stop_request import STOP_SIGNALS, StopRequest
 from tests.train.runs import Configure, read_records
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_stop_request_is_remembered(number: signal.Signals, configure: Configure) -> None:

@@ -10,6 +10,8 @@ import pytest
 from launch.commands.plan import plan
 from megatron_rdt.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 PRESET = ["plan", "--config", "configs/models/parcae_140m.yaml", "--parallel.engine", "fsdp"]
 WORKS = ["--train.global_batch=512", "--train.micro_batch=1", "--train.precision=bfloat16"]

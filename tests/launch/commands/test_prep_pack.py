@@ -5,8 +5,12 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from megatron_rdt.data import load_manifest
 from megatron_rdt.data.packing_plan import make_plans, plan_path
+
+pytestmark = pytest.mark.slow
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

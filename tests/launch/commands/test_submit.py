@@ -15,6 +15,8 @@ import pytest
 from launch.commands.submit import SubmitOptions, parse_time_limit, read_run_config, render_script
 from megatron_rdt.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 
 def render_job(config: Path, **options: object) -> str:
     """Return the rendered script of a job."""

@@ -324,11 +324,15 @@ def _check_and_make_plans(manifest: CorpusManifest, split: str, length: int, rep
     """Do the work of `make_plans` and return its counts; an OSError is passed on."""
     counts, to_make = PlanCounts(), []
     for shard in manifest.document["splits"][split]["shards"]:
+        # Asked before it is opened: another node may be making the plans, and one that is missing now may exist later.
+        if not plan_path(manifest, split, shard["name"], length).exists():
+            to_make.append(shard)
+            continue
         try:
             counts += PackingPlan(manifest, split, shard, length).verify()
         except DataError:
             # A plan that exists is replaced only on request: the user may want to look at it.
-            if not replace_damaged and plan_path(manifest, split, shard["name"], length).exists():
+            if not replace_damaged:
                 raise
             to_make.append(shard)
     if not to_make:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,16 @@ from hypothesis import strategies as st
 from megatron_rdt.config import DataConfig
 from megatron_rdt.data import BatchLoader, CorpusManifest, IndexedWriter, PackedCorpus, open_corpus
 from megatron_rdt.data import packing_plan as packing_module
-from megatron_rdt.data.packing_plan import HEADER, PIECE, PlanCounts, best_fit, make_plans, pack_shard, plan_path
+from megatron_rdt.data.packing_plan import (
+    HEADER,
+    PIECE,
+    PackingPlan,
+    PlanCounts,
+    best_fit,
+    make_plans,
+    pack_shard,
+    plan_path,
+)
 from megatron_rdt.errors import DataError
 from megatron_rdt.files import sha256_of
 
@@ -253,6 +263,25 @@ def test_plans_are_made_once_and_kept(manifest: CorpusManifest, monkeypatch: pyt
     missing.unlink()
     assert make_plans(manifest, "train", LENGTH) == counts
     assert missing.read_bytes() == content
+
+
+def test_a_plan_that_another_node_writes_meanwhile_is_used(
+    manifest: CorpusManifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts, opened = make_plans(manifest, "train", LENGTH), PackingPlan.__init__
+    path = plan_path(manifest, "train", "shard-00001", LENGTH)
+    content = path.read_bytes()
+    path.unlink()
+
+    def appears_after_a_failed_look(plan: PackingPlan, *arguments: Any) -> None:
+        try:
+            opened(plan, *arguments)
+        except DataError:
+            path.write_bytes(content)
+            raise
+
+    monkeypatch.setattr(PackingPlan, "__init__", appears_after_a_failed_look)
+    assert make_plans(manifest, "train", LENGTH) == counts
 
 
 def flip(path: Path, offset: int) -> None:

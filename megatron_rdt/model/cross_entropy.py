@@ -170,3 +170,33 @@ def cross_entropy(
     features, targets = features.flatten(0, -2), targets.flatten()
     weights = None if weights is None else weights.flatten()
     return _ChunkedCrossEntropy.apply(features, matrix, targets, weights, softcap, z_weight, shards)
+
+
+@torch.no_grad()
+def score_targets(
+    features: Tensor, matrix: Tensor, targets: Tensor, *, softcap: float = 0.0, shards: VocabularyShards | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return each token's cross entropy, and True where its target is not the likeliest id; (...) each, without gradient.
+
+    Args:
+        features, matrix, targets, softcap, shards: see `cross_entropy`.
+    """
+    shape, features, targets = targets.shape, features.flatten(0, -2), targets.flatten()
+    wide, rounded = torch.promote_types(features.dtype, torch.float32), matrix.to(features.dtype)
+    losses, misses = [], []
+    size = max(CHUNK_ELEMENTS // matrix.shape[0], 1)
+    for start in range(0, len(features), size):
+        rows = slice(start, start + size)
+        logits = apply_softcap(functional.linear(features[rows], rounded).to(wide), softcap)
+        partition, target_logit, column, is_here = _target_terms(logits, targets[rows], shards)
+        largest, likeliest = logits.max(-1)
+        is_likeliest = likeliest == column
+        if shards is not None:
+            assert is_here is not None
+            # The rank with the largest logit decides whether it is the target's; among equal ones the first, as argmax.
+            found = torch.stack((largest, (is_likeliest & is_here).to(wide)))
+            of_ranks = shards.all_gather(found)  # (ranks, 2, tokens)
+            is_likeliest = of_ranks[:, 1].gather(0, of_ranks[:, 0].argmax(0, keepdim=True))[0] > 0
+        losses.append(partition - target_logit)
+        misses.append(~is_likeliest | ~partition.isfinite())  # argmax of NaN is an id too
+    return torch.cat(losses).view(shape), torch.cat(misses).view(shape)

@@ -120,6 +120,7 @@ class RecurrentDepthTransformer(nn.Module):
         loops: int | None = None,
         targets: Tensor,
         loss_mask: Tensor | None = None,
+        per_row: bool = False,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         documents: Tensor | None = None,
@@ -136,6 +137,7 @@ class RecurrentDepthTransformer(nn.Module):
         loops: int | None = None,
         targets: Tensor | None = None,
         loss_mask: Tensor | None = None,
+        per_row: bool = False,
         cache: DepthCache | None = None,
         start: int = 0,
         positions: Tensor | None = None,
@@ -154,6 +156,7 @@ class RecurrentDepthTransformer(nn.Module):
             loops: T, another spelling of an int `depth`; give exactly one of the two.
             targets: (batch, sequence) ids to predict; the full logits are then never held in memory.
             loss_mask: (batch, sequence), True where a target counts; default everywhere.
+            per_row: with `targets`, return `TrainingLosses.row_sums` instead, without gradient.
             cache: keys and values of the first `start` positions, extended in place; its slots are in the order of
                 `cache_slots`.
             start: number of positions that the cache already holds.
@@ -202,14 +205,28 @@ class RecurrentDepthTransformer(nn.Module):
         state = self.initial_state(embedded, x, plan, positions)
         x, extras = self.core(state, x, plan, context.at_slot(slot), kept, monitor, runner)
         if targets is not None:
-            losses = TrainingLosses(self.config, self.read_out, self.head_matrix, self.token_split, self.z_weight)
-            return losses.sums(x, extras, targets, context, loss_mask)
+            return self._sum_losses(x, extras, targets, context, loss_mask, per_row)
         if "logits" in extras:  # the exit rule needed the predictions, so the loop has made them
             return extras["logits"]
         return self.predict(x, context.at_slot(slot + kept * self.config.core_layers))
 
     if TYPE_CHECKING:  # nn.Module declares that a call returns Any
         __call__ = forward
+
+    def _sum_losses(
+        self,
+        state: Tensor,
+        extras: dict[str, Tensor],
+        targets: Tensor,
+        context: LayerContext,
+        loss_mask: Tensor | None,
+        per_row: bool,
+    ) -> dict[str, Tensor]:
+        """Return `TrainingLosses.row_sums` if `per_row`, else `TrainingLosses.sums`."""
+        losses = TrainingLosses(self.config, self.read_out, self.head_matrix, self.token_split, self.z_weight)
+        if per_row:
+            return losses.row_sums(state, targets, context, loss_mask)
+        return losses.sums(state, extras, targets, context, loss_mask)
 
     def predict(self, state: Tensor, context: LayerContext) -> Tensor:
         """Return logits (batch, sequence, vocab_size) from the coda's input and the context of its first layer."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_rdt.config import ModelConfig
-from megatron_rdt.model.cross_entropy import cross_entropy
+from megatron_rdt.model.cross_entropy import cross_entropy, score_targets
 from megatron_rdt.model.forward_context import LayerContext
 from megatron_rdt.model.token_split import WholeTokens
 
@@ -64,6 +64,20 @@ class TrainingLosses:
         ponder = self.token_split.sum_over_tokens(_mask_values(extras["ponder"], counted))
         objective = objective + self.config.halting_weight * ponder
         return {"objective": objective, "cross_entropy": entropy, "ponder": ponder.detach()}
+
+    def row_sums(
+        self, state: Tensor, targets: Tensor, context: LayerContext, loss_mask: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Return "cross_entropy" and "misses", each summed over the counted targets of a row, (batch,), without gradient.
+
+        A miss is a target that is not the likeliest id. The arguments are those of `sums`.
+        """
+        features, _, shards = self.token_split.gather_for_loss(self.read_out(state, context), None)
+        softcap = self.config.logit_softcap
+        losses, misses = score_targets(features, self.head_matrix, targets, softcap=softcap, shards=shards)
+        counted = torch.ones_like(misses) if loss_mask is None else loss_mask
+        sums = {"cross_entropy": losses, "misses": misses.to(losses.dtype)}
+        return {name: torch.where(counted, values, 0.0).sum(1) for name, values in sums.items()}
 
     def _cross_entropy(
         self, features: Tensor, matrix: Tensor, targets: Tensor, weights: Tensor | None, z_weight: float

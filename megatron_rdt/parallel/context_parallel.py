@@ -94,6 +94,7 @@ class ContextParallel(nn.Module):
         *,
         targets: torch.Tensor,
         loss_mask: torch.Tensor | None = None,
+        per_row: bool = False,
         positions: torch.Tensor | None = None,
         documents: torch.Tensor | None = None,
         monitor: CoreMonitor | None = None,
@@ -106,6 +107,7 @@ class ContextParallel(nn.Module):
             depth,
             targets=targets[:, own],
             loss_mask=None if loss_mask is None else loss_mask[:, own],
+            per_row=per_row,
             positions=None if positions is None else positions[:, own],
             documents=documents,  # whole: keys are those of the whole sequence
             monitor=monitor,

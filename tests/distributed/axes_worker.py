@@ -9,6 +9,7 @@ from megatron_rdt.config import DepthConfig, ModelConfig, ParallelConfig, RunCon
 from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.depth.hashing import hash64
+from megatron_rdt.evaluate.row_scores import score_rows, share_among_ranks
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.activation_checkpointing import set_checkpointing
 from megatron_rdt.parallel import Engine, MicroBatch, make_engine
@@ -158,6 +159,13 @@ def compare(parallel: ParallelConfig, name: str, precision: str, tokens: torch.T
                 note(f"weights {key}", state[key], value)
             single.model.eval()
             note("validation", mean, single.module(tokens[rows, :-1], 4, **named)["cross_entropy"])
+        # Rows whose number no rank count divides, and columns that are padded.
+        ragged = Batch(tokens[:5, :14], loss_mask=tokens[:5, :14] % 3 != 0)
+        scores = score_rows(engine.module, ragged, 4, 2, engine.device, share_among_ranks(engine))
+        if single is not None:
+            expected_scores = score_rows(single.module, ragged, 4, 5, single.device)
+            note("losses of rows", scores.losses, expected_scores.losses)
+            note("misses of rows", scores.misses, expected_scores.misses)
     return worst
 
 

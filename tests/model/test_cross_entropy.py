@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import cross_entropy as loss
-from megatron_rdt.model.cross_entropy import cross_entropy
+from megatron_rdt.model.cross_entropy import cross_entropy, score_targets
 
 TOKENS, DIM, VOCABULARY = (3, 7), 10, 29
 
@@ -148,3 +148,57 @@ def test_the_models_losses_equal_those_of_its_logits(masked, small) -> None:
         assert not any(
             g.any() for g in torch.autograd.grad(nothing["objective"], parameters, allow_unused=True) if g is not None
         )
+
+
+class Halves:
+    """One of two ranks that each hold half of the vocabulary; it knows what the other one would send."""
+
+    def __init__(self, rank: int, features: torch.Tensor, matrix: torch.Tensor, targets: torch.Tensor) -> None:
+        self.rank, self.sent = rank, []
+        self.others: list[torch.Tensor] = []
+        if rank == 0:
+            other = Halves(1, features, matrix, targets)
+            half = len(matrix) // 2
+            score_targets(features, matrix[half:], targets, shards=other)
+            self.others = other.sent
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        self.sent.append(x)
+        return torch.stack((x, self.others[len(self.sent) - 1] if self.rank == 0 else x))
+
+
+@pytest.mark.parametrize("elements", CHUNKS)
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+def test_scores_of_targets_equal_full_logits(elements, softcap, monkeypatch) -> None:
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", elements)
+    features, matrix, targets, _ = inputs()
+    logits = features @ matrix.T
+    targets = torch.where(torch.arange(TOKENS[1]) % 2 == 0, logits.argmax(-1), targets)  # half of them are met
+    losses, misses = score_targets(features, matrix, targets, softcap=softcap)
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    each = functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(TOKENS)
+    torch.testing.assert_close(losses, each, rtol=1e-12, atol=1e-12)
+    assert torch.equal(misses, logits.argmax(-1) != targets)
+    assert 0 < misses.sum() < misses.numel()
+    assert not losses.requires_grad
+
+
+def test_scores_of_a_split_vocabulary_are_those_of_the_whole() -> None:
+    features, matrix, targets, _ = inputs()
+    matrix = matrix[:28]
+    targets = torch.where(torch.arange(TOKENS[1]) % 2 == 0, (features @ matrix.T).argmax(-1), targets.clamp_max(27))
+    expected = score_targets(features, matrix, targets)
+    ours = score_targets(features, matrix[:14], targets, shards=Halves(0, features, matrix, targets))
+    torch.testing.assert_close(ours[0], expected[0], rtol=1e-12, atol=1e-12)
+    assert torch.equal(ours[1], expected[1])
+    # Equal logits: the first id is the likeliest, whichever rank has it.
+    zeros = torch.zeros_like(matrix)
+    first = torch.zeros_like(targets)
+    assert not score_targets(features, zeros[:14], first, shards=Halves(0, features, zeros, first))[1].any()
+    last = first + 20
+    assert score_targets(features, zeros[:14], last, shards=Halves(0, features, zeros, last))[1].all()
+
+
+def test_logits_that_are_not_finite_are_misses() -> None:
+    features, matrix, targets, _ = inputs()
+    assert score_targets(features * float("nan"), matrix, torch.zeros_like(targets))[1].all()

@@ -1,0 +1,135 @@
+"""Exact match on examples of tasks: accuracy by (task, difficulty) and T, with counts and intervals.
+
+An answer is right if every one of its targets is the likeliest id, given the tokens before it.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from megatron_rdt.data import Batch
+from megatron_rdt.evaluate.row_scores import ONE_PROCESS, RowScores, SharedRows, count_forward_passes, score_rows
+from megatron_rdt.evaluate.statistics import weighted_mean, wilson_interval
+
+Row = dict[str, Any]
+# Examples per forward pass: they are short.
+MICRO_BATCH = 64
+
+
+class Group(Protocol):
+    """Examples of one task and difficulty, one per row of `batch`, whose loss mask marks the answers' targets."""
+
+    @property
+    def task(self) -> str:
+        """Name of the task."""
+
+    @property
+    def difficulty(self) -> int:
+        """Number of dependent steps."""
+
+    @property
+    def batch(self) -> Batch:
+        """The examples."""
+
+    @property
+    def trained(self) -> bool:
+        """True if the difficulty occurs in the training split."""
+
+
+def merge_by_cell(groups: Iterable[Group]) -> dict[tuple[str, int], list[Group]]:
+    """Return the groups of each (task, difficulty), in order: several corpora may have examples of the same."""
+    cells: dict[tuple[str, int], list[Group]] = {}
+    for group in sorted(groups, key=lambda group: (group.task, group.difficulty)):
+        cells.setdefault((group.task, group.difficulty), []).append(group)
+    return cells
+
+
+def describe_accuracy(hits: int, count: int) -> Row:
+    """Return accuracy, low and high (Wilson's 95% interval) and count, for JSON."""
+    low, high = wilson_interval(hits, count)
+    return {"accuracy": hits / count, "low": low, "high": high, "count": count}
+
+
+def score_tasks(
+    model: nn.Module,
+    groups: Iterable[Group],
+    loops: Sequence[int],
+    *,
+    micro_batch: int = MICRO_BATCH,
+    device: torch.device | None = None,
+    shared: SharedRows = ONE_PROCESS,
+    progress: Callable[[int], object] | None = None,
+) -> list[Row]:
+    """Return a row for each (task, difficulty) and T, in this order, the same on every rank.
+
+    Args:
+        model: in evaluation mode; called as in `score_rows`.
+        groups: examples; those of the same task and difficulty are counted together.
+        loops: values of T.
+        micro_batch: examples per forward pass.
+        device: where the model is; by default that of its first parameter.
+        shared: division of the examples among ranks.
+        progress: called with 1 after each forward pass.
+
+    Returns:
+        Mappings of task, difficulty, loops, accuracy, low, high, count, trained, and loss and standard_error: the mean
+        cross entropy of the answers' targets, and its standard error with examples as the sample.
+    """
+    device = device or next(model.parameters()).device
+    rows = []
+    for (task, difficulty), parts in merge_by_cell(groups).items():
+        for t in loops:
+            scores = RowScores.join(
+                [score_rows(model, part.batch, t, micro_batch, device, shared, progress) for part in parts]
+            )
+            loss, error = weighted_mean(scores.losses, scores.targets)
+            rows.append(
+                {
+                    "task": task,
+                    "difficulty": difficulty,
+                    "loops": t,
+                    **describe_accuracy(int((scores.misses == 0).sum()), len(scores.misses)),
+                    "trained": any(part.trained for part in parts),
+                    "loss": loss,
+                    "standard_error": error,
+                }
+            )
+    return rows
+
+
+def count_task_passes(
+    groups: Iterable[Group], loops: Sequence[int], micro_batch: int = MICRO_BATCH, shared: SharedRows = ONE_PROCESS
+) -> int:
+    """Return how many forward passes `score_tasks` runs on each rank."""
+    return len(loops) * sum(count_forward_passes(len(group.batch), micro_batch, shared) for group in groups)
+
+
+def find_overthinking(rows: Iterable[Row]) -> list[Row]:
+    """Return the cells in which the largest T is worse than the best one, beyond both intervals.
+
+    Returns:
+        Mappings of task, difficulty, best_loops (the smallest T of the best accuracy), best_accuracy, loops (the
+        largest T), accuracy, and lost, the difference.
+    """
+    cells: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        cells.setdefault((row["task"], row["difficulty"]), []).append(row)
+    found = []
+    for (task, difficulty), cell in cells.items():
+        best = min(cell, key=lambda row: (-row["accuracy"], row["loops"]))
+        last = max(cell, key=lambda row: row["loops"])
+        if last["high"] < best["low"]:
+            found.append(
+                {
+                    "task": task,
+                    "difficulty": difficulty,
+                    "best_loops": best["loops"],
+                    "best_accuracy": best["accuracy"],
+                    "loops": last["loops"],
+                    "accuracy": last["accuracy"],
+                    "lost": best["accuracy"] - last["accuracy"],
+                }
+            )
+    return found

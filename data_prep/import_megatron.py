@@ -14,8 +14,15 @@ import numpy as np
 
 from data_prep.stages.write_manifest import make_split_record, make_tokenizer_record, print_splits
 from megatron_rdt.data.shard_files.block_hashes import SUFFIXES, hash_file, write_block_hashes
-from megatron_rdt.data.shard_files.corpus_manifest import FORMAT, MANIFEST, VERSION
+from megatron_rdt.data.shard_files.corpus_manifest import FORMAT, MANIFEST, VERSION, load_manifest
 from megatron_rdt.data.shard_files.indexed import REBUILD, IndexedDataset, prefix_path
+from megatron_rdt.data.shard_files.side_files import (
+    EXAMPLES,
+    LABELS,
+    MASK,
+    SIDE_FILES,
+    describe_example_fault,
+)
 from megatron_rdt.data.tokenizer.base import Tokenizer
 from megatron_rdt.data.tokenizer.tokenizer_files import copy_tokenizer_files
 from megatron_rdt.errors import ConfigError, DataError
@@ -24,6 +31,7 @@ from megatron_rdt.output_paths import check_can_be_renamed_to, make_parent, reso
 from megatron_rdt.terminal import show_progress
 
 OTHER_VALIDATION = "The validation loss would be that of training text: name other files in one of them."
+CHECKED_VALUES = 1 << 20  # values of a side file that are checked at a time
 # Errors of a file that cannot be linked: another file system, one without links, no permission, too many links.
 NO_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP}
 
@@ -132,6 +140,7 @@ def _build_corpus(work: Path, splits: dict[str, Sequence[str]], tokenizer_path: 
     tokenizer = _copy_tokenizer_files(Path(tokenizer_path), work / "tokenizer")
     sizes = tokenizer.token_bytes()
     imported: dict[str, list[ImportedShard]] = {}
+    tasks = _find_tasks([prefix for names in splits.values() for prefix in names])
     total = sum(
         path.stat().st_size for names in splits.values() for prefix in names for path in _existing_files(prefix)
     )
@@ -143,19 +152,22 @@ def _build_corpus(work: Path, splits: dict[str, Sequence[str]], tokenizer_path: 
                 shard = work / split / f"shard-{number:05d}"
                 for path in _existing_files(prefix):
                     _link_or_copy(path, prefix_path(shard, path.suffix))
-                imported[split].append(_check_shard(shard, prefix, tokenizer, sizes, advance))
+                imported[split].append(_check_shard(shard, prefix, tokenizer, sizes, len(tasks), advance))
     every = [one for found in imported.values() for one in found]
     dtypes = {one.dtype.name: one.record["source"] for one in every}
     if len(dtypes) > 1:
         (first, one), (second, two) = list(dtypes.items())[:2]
         raise DataError(f"{one} has tokens as {first}, {two} as {second}. Import them as separate corpora.")
     for split, found in imported.items():
-        if len({"mask_sha256" in one.record for one in found}) > 1:
-            raise DataError(f"some files of the split {split} have masks and others none. Remove the .mask files.")
+        for kind in SIDE_FILES:
+            if len({kind.hash_key in one.record for one in found}) > 1:
+                raise DataError(
+                    f"some files of the split {split} have {kind.plural} and others none. Remove the {kind.suffix} files."
+                )
     _check_contents_differ(imported)
     # Without EOS at the end of every document, the manifest must not promise it.
     ended, documents = sum(one.ended for one in every), sum(one.documents for one in every)
-    document = _make_manifest(tokenizer, every[0].dtype, imported, ended == documents)
+    document = _make_manifest(tokenizer, every[0].dtype, imported, ended == documents, tasks)
     write_text(work / MANIFEST, json.dumps(document, indent=1) + "\n")
     print_splits(document)
     if ended < documents:
@@ -165,8 +177,35 @@ def _build_corpus(work: Path, splits: dict[str, Sequence[str]], tokenizer_path: 
         )
 
 
+def _find_tasks(prefixes: Sequence[str]) -> list[str]:
+    """Return the task names that the .examples files of prefixes refer to, from the manifests of their corpora.
+
+    Raises:
+        ConfigError: there is no such manifest, or two list different tasks.
+    """
+    first: tuple[str, list[str]] | None = None
+    for prefix in prefixes:
+        file = prefix_path(prefix, EXAMPLES.suffix)
+        if not file.is_file():
+            continue
+        corpus = Path(prefix).parent.parent
+        if not (corpus / MANIFEST).is_file():
+            raise ConfigError(
+                f"{file} refers to tasks by number, and there is no {corpus / MANIFEST} to name them. Name shards in a "
+                "corpus that `rdt prep` wrote, or remove the file."
+            )
+        tasks = load_manifest(corpus).tasks
+        first = first or (prefix, tasks)
+        if tasks != first[1]:
+            raise ConfigError(
+                f"{first[0]} is of a corpus with tasks {', '.join(first[1])}, {prefix} of one with {', '.join(tasks)}. "
+                "Import them as separate corpora."
+            )
+    return first[1] if first else []
+
+
 def _existing_files(prefix: str | Path) -> list[Path]:
-    """List the .bin, .idx and .mask files of a prefix that exist. A .sum file is not imported, but written anew."""
+    """List the .bin, .idx and side files of a prefix that exist. A .sum file is not imported, but written anew."""
     return [path for suffix in SUFFIXES if (path := prefix_path(prefix, suffix)).is_file()]
 
 
@@ -194,15 +233,16 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def _check_shard(
-    prefix: Path, source: str, tokenizer: Tokenizer, sizes: np.ndarray, advance: Callable[[int], object]
+    prefix: Path, source: str, tokenizer: Tokenizer, sizes: np.ndarray, tasks: int, advance: Callable[[int], object]
 ) -> ImportedShard:
-    """Read a shard once to check ids and mask; write its .sum file; return counts and hashes. DataError if wrong.
+    """Read a shard once to check ids and side files; write its .sum file; return counts and hashes. DataError if wrong.
 
     Args:
         prefix: of the linked files.
         source: prefix of the original files, for messages.
         tokenizer: that made them.
         sizes: bytes that each id decodes to.
+        tasks: number of tasks that example records may refer to.
         advance: called with the number of bytes that were read.
     """
     shard, starts = _open_shard(source)
@@ -227,18 +267,15 @@ def _check_shard(
         state["ended"] += int((tokens[last_tokens[first:end] - begin] == tokenizer.eos).sum())
         advance(len(block))
 
-    def check_mask(offset: int, block: bytes) -> None:
-        """Raise DataError for a byte of the .mask file that is neither 0 nor 1."""
-        shard.read_mask(offset, len(block))  # raises DataError for a byte that is neither 0 nor 1
-        advance(len(block))
-
     contents = {
         "bin": hash_file(prefix_path(prefix, ".bin"), check_tokens),
         "idx": hash_file(prefix_path(prefix, ".idx")),
     }
     advance(contents["idx"].size)
-    if shard.has_mask:
-        contents["mask"] = hash_file(prefix_path(prefix, ".mask"), check_mask)
+    for kind in shard.side_paths:
+        contents[kind.name] = hash_file(prefix_path(prefix, kind.suffix))
+        advance(contents[kind.name].size)
+    _check_side_values(shard, source, tokenizer.vocab_size, tasks)
     shard.close()
     write_block_hashes(prefix, contents)
     record = {
@@ -255,6 +292,24 @@ def _check_shard(
     return ImportedShard(record, shard.dtype, state["ended"], len(last_tokens))
 
 
+def _check_side_values(shard: IndexedDataset, source: str, vocab_size: int, tasks: int) -> None:
+    """Raise DataError for a mask, label or example record that cannot be; reads the side files in blocks."""
+    for start in range(0, shard.tokens, CHECKED_VALUES):
+        count = min(CHECKED_VALUES, shard.tokens - start)
+        if shard.has(MASK):
+            shard.read_mask(start, count)  # raises DataError for a byte that is neither 0 nor 1
+        if shard.has(LABELS):
+            labels = shard.read_labels(start, count)
+            wrong = np.flatnonzero((labels < 0) | (labels >= vocab_size))
+            if len(wrong):
+                raise DataError(
+                    f"{source}{LABELS.suffix}: the label of token {start + wrong[0]:,} is {labels[wrong[0]]}, but the "
+                    f"tokenizer has {vocab_size:,} pieces. Name the tokenizer that made these files."
+                )
+    if shard.has(EXAMPLES) and (fault := describe_example_fault(shard.read_examples(0, shard.document_count), tasks)):
+        raise DataError(f"{source}{EXAMPLES.suffix}: {fault}. Write it again with the tool that made it.")
+
+
 def _open_shard(source: str) -> tuple[IndexedDataset, np.ndarray]:
     """Open a pair of files; return it with the index of each document's first token. DataError if it is damaged or empty."""
     try:
@@ -268,9 +323,9 @@ def _open_shard(source: str) -> tuple[IndexedDataset, np.ndarray]:
 
 
 def _make_manifest(
-    tokenizer: Tokenizer, dtype: np.dtype, imported: dict[str, list[ImportedShard]], ended: bool
+    tokenizer: Tokenizer, dtype: np.dtype, imported: dict[str, list[ImportedShard]], ended: bool, tasks: list[str]
 ) -> dict[str, Any]:
-    """Return the manifest; `ended` says whether every document ends with EOS."""
+    """Return the manifest; `ended` says whether every document ends with EOS, `tasks` names those of the examples."""
     splits = {split: make_split_record([one.record for one in found]) for split, found in imported.items()}
     sources = [one.record["source"] for found in imported.values() for one in found]
     return {
@@ -285,6 +340,7 @@ def _make_manifest(
             "append_eos": ended,
         },
         "inputs": [],
+        **({"tasks": tasks} if tasks else {}),
         "splits": splits,
         "dropped": {},
     }

@@ -8,6 +8,7 @@ import numpy as np
 
 from megatron_rdt.data.shard_files.corpus_manifest import CorpusManifest, load_manifest
 from megatron_rdt.data.shard_files.open_shards import Shards
+from megatron_rdt.data.shard_files.side_files import MASK
 from megatron_rdt.data.tokenizer.base import Tokenizer
 from megatron_rdt.errors import ConfigError
 
@@ -129,7 +130,7 @@ def format_documents(directory: str | Path, split: str, numbers: Sequence[int], 
         start = int(shard.pointers[first]) // shard.dtype.itemsize if count else 0
         title = f"document {number:,}: {count:,} tokens from {start:,} on of {split}/{prefixes[index].name}"
         yield style.format_heading(f"{RULE} {title} {RULE}")
-        counts = shard.read_mask(start, count) > 0 if shard.has_mask else None
+        counts = shard.read_mask(start, count) > 0 if shard.has(MASK) else None
         yield from _format_tokens(shard.read(start, count), counts, tokenizer, style)
     shards.close()
 

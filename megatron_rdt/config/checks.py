@@ -234,9 +234,9 @@ def _find_corpus_problems(config: RunConfig, corpora: list[CorpusConfig], number
             "Raise it, or omit it for all."
         )
     if tokens and pack != "chunk":
+        takes = "takes whole documents" if pack == "example" else "packs all documents of a shard together"
         yield (
-            f"{where} has max_tokens {tokens}, but data.pack {pack} packs all documents of a "
-            "shard together. Set --data.pack chunk, or omit max_tokens."
+            f"{where} has max_tokens {tokens}, but data.pack {pack} {takes}. Set --data.pack chunk, or omit max_tokens."
         )
 
 

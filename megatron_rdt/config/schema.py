@@ -222,14 +222,14 @@ class DataConfig:
     """Check of the shards at the start. size: sizes and headers; full: the SHA-256 of every byte, read by one process per node while the others wait, at most `parallel.timeout_s`."""
     skip_steps: list[int | str] = field(default_factory=list)
     """Steps whose data is left out, such as those around a spike of the loss: 1200-1250,1300. Every later step takes the data after it. Numbers are of the data's order, `data_step` in metrics.jsonl, and those of steps as long as nothing is left out."""
-    pack: Literal["chunk", "bestfit"] = "chunk"
-    """Arrangement of documents in sequences. chunk: concatenate all documents and cut every `train.sequence_length` tokens; bestfit: keep documents that fit whole, each in the fullest sequence that has room for it, and pad the rest."""
+    pack: Literal["chunk", "bestfit", "example"] = "chunk"
+    """Arrangement of documents in sequences. chunk: concatenate all documents and cut every `train.sequence_length` tokens; bestfit: keep documents that fit whole, each in the fullest sequence that has room for it, and pad the rest; example: one document per sequence, padded, none longer than it."""
     document_mask: bool = False
     """Mask attention between documents of a sequence, in training and in validation."""
     document_positions: bool = False
     """Restart positions at 0 for each document of a sequence; needs `document_mask`."""
     loss: Literal["all", "answers"] = "answers"
-    """Targets that count for the loss. answers: those that the shards' masks mark (every token if shards have no masks); all: every token."""
+    """Targets that count for the loss. answers: those that the shards' masks mark (every token if shards have no masks), with the shards' labels in place of the next tokens; all: every next token."""
 
     @property
     def streamed(self) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 # The other fields are Python numbers: they are read on the host, which must not wait for the device.
-PER_TOKEN = ("tokens", "documents", "positions", "loss_mask")
+PER_TOKEN = ("tokens", "labels", "documents", "positions", "loss_mask")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +24,10 @@ class Batch:
         positions: position of each token, int64 (n, L + 1); None: 0, 1, ... L in every row.
         loss_mask: True where a token counts as a target, bool (n, L + 1); None: all count. Where one micro-batch of a
             step has a mask, those of all ranks must have one.
+        labels: id that is the target in each column, int64 (n, L + 1); None: the tokens themselves.
         padding: number of padding tokens in each row; None for rows that are not packed.
         sources: number of each row's corpus in the run; None where there is one corpus.
+        difficulties: difficulty of each row's example; None unless every row holds one document, of a corpus of examples.
         samples: number of each row's sample in the run's order.
         batch_rows: row of each sample in the step's global batch.
     """
@@ -34,8 +36,10 @@ class Batch:
     documents: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     loss_mask: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
     padding: tuple[int, ...] | None = None
     sources: tuple[int, ...] | None = None
+    difficulties: tuple[int, ...] | None = None
     samples: tuple[int, ...] = ()
     batch_rows: tuple[int, ...] = ()
 
@@ -72,7 +76,7 @@ class Batch:
 
     def inputs(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the input tokens and, by name, targets and any loss_mask, documents, positions, (n, L) each."""
-        named = {"targets": self.tokens[:, 1:]}
+        named = {"targets": self.targets}
         if self.loss_mask is not None:
             named["loss_mask"] = self.loss_mask[:, 1:]  # a mask belongs to the token as a target
         if self.documents is not None:
@@ -82,10 +86,14 @@ class Batch:
         return self.tokens[:, :-1], named
 
     @property
+    def targets(self) -> torch.Tensor:
+        """Ids that the model is to predict, int64 (n, L): labels where there are any, else the next tokens."""
+        return (self.tokens if self.labels is None else self.labels)[:, 1:]
+
+    @property
     def counted_targets(self) -> torch.Tensor:
         """Ids of all targets that count, int64 (targets,)."""
-        targets = self.tokens[:, 1:]
-        return targets.flatten() if self.loss_mask is None else targets[self.loss_mask[:, 1:]]
+        return self.targets.flatten() if self.loss_mask is None else self.targets[self.loss_mask[:, 1:]]
 
 
 def number_documents(starts: np.ndarray) -> np.ndarray:

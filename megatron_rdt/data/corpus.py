@@ -11,6 +11,7 @@ from megatron_rdt.data.batch import Batch, build_document_fields
 from megatron_rdt.data.sample_order import SampleOrder
 from megatron_rdt.data.shard_files.corpus_manifest import CorpusManifest, load_manifest
 from megatron_rdt.data.shard_files.open_shards import Shards
+from megatron_rdt.data.shard_files.side_files import LABELS, MASK, SideFile
 from megatron_rdt.errors import DataError
 
 
@@ -28,7 +29,7 @@ class TokenCorpus:
         verify: "size" or "full", see `CorpusManifest.verify`; used where `corpus` is a directory.
         documents: look up the document of each token.
         positions: restart positions from 0 at each document.
-        loss_mask: look up which tokens count as targets, where the shards have masks.
+        loss_mask: look up which tokens count as targets, and their labels, where the shards have masks and labels.
         max_tokens: use only the first so many tokens; 0 uses all.
         max_open: largest number of shards that are open at once, see `Shards`.
 
@@ -65,11 +66,15 @@ class TokenCorpus:
         self.tokenizer_directory = self.manifest.directory / "tokenizer"
         self._shards = Shards(self.manifest, split, max_open)
         self._with_documents, self._with_positions = documents, positions
-        self._reads_masks = self.has_loss_mask = loss_mask and self._shards.has_masks
+        self._reads_masks = self.has_loss_mask = loss_mask and self._shards.has(MASK)
+        self._reads_labels = loss_mask and self._shards.has(LABELS)
         whole = self._shards.ends[-1] if self._shards.ends else 0
         self.tokens = min(whole, max_tokens or whole)
-        name = f"split {split} of {self.manifest.directory}"
-        self.order = SampleOrder(self.tokens, sequence_length, seed, split, name)
+        self.order = self._build_order(f"split {split} of {self.manifest.directory}")
+
+    def _build_order(self, name: str) -> SampleOrder:
+        """Return the order of this corpus's samples; `name` is that of the corpus in messages."""
+        return SampleOrder(self.tokens, self.sequence_length, self.seed, self.split, name)
 
     @property
     def samples_per_epoch(self) -> int:
@@ -93,7 +98,12 @@ class TokenCorpus:
         """Ask the kernel to read the windows at these locations ahead of `read`."""
         ranges = [each for start in locations.tolist() for each in self._shard_ranges(start)]
         parts = [(shard, first, columns.stop - columns.start) for shard, first, columns in ranges]
-        self._shards.prefetch(parts, self._reads_masks)
+        self._shards.prefetch(parts, self._read_sides)
+
+    @property
+    def _read_sides(self) -> list[SideFile]:
+        """Kinds of side files that `read` reads for each token."""
+        return [kind for kind, is_read in ((MASK, self._reads_masks), (LABELS, self._reads_labels)) if is_read]
 
     def read(self, locations: np.ndarray) -> Batch:
         """Read the windows at these locations, one per row; DataError for an id that is not in the vocabulary."""
@@ -101,6 +111,7 @@ class TokenCorpus:
         tokens, starts = np.empty(shape, np.int64), np.zeros(shape, np.bool_)
         # All ones if the shards have no masks and another corpus of the mixture does.
         mask = np.ones(shape, np.bool_) if self.has_loss_mask else None
+        labels = np.empty(shape, np.int64) if self._reads_labels else None
         looks_up_documents = self._with_documents or self._with_positions
         for row, window_start in enumerate(locations.tolist()):
             for number, first, columns in self._shard_ranges(window_start):
@@ -109,25 +120,38 @@ class TokenCorpus:
                 tokens[row, columns] = shard.read(first, count)
                 if mask is not None and self._reads_masks:
                     mask[row, columns] = shard.read_mask(first, count)
+                if labels is not None:
+                    labels[row, columns] = shard.read_labels(first, count)
                 if looks_up_documents:  # a search in the index, which a run without document masks does not pay for
                     starts[row, columns][self._shards.document_starts(number, first, first + count) - first] = True
-        # One pass over the whole batch; the window at fault is only searched for where there is one.
-        if tokens.max(initial=0) >= self.vocab_size or tokens.min(initial=0) < 0:
-            for ids, window_start in zip(tokens, locations):
-                self._check_ids(ids, f"token {window_start}")
+        self._check_ids(tokens, locations, "token")
+        if labels is not None:
+            self._check_ids(labels, locations, "token", "label")
         return Batch(
             torch.from_numpy(tokens),
             *build_document_fields(starts, self._with_documents, self._with_positions),
             loss_mask=None if mask is None else torch.from_numpy(mask),
+            labels=None if labels is None else torch.from_numpy(labels),
         )
 
-    def _check_ids(self, ids: np.ndarray, location: str) -> None:
-        """Raise DataError if an id is not in the vocabulary; `location` is where they were read, for the message."""
-        if ids.max() >= self.vocab_size or ids.min() < 0:
-            raise DataError(
-                f"split {self.split} of {self.manifest.directory} holds id {ids.max()} near {location}, but "
-                f"vocab_size is {self.vocab_size}. The shards are damaged or of another tokenizer: prepare them again."
-            )
+    def _check_ids(self, rows: np.ndarray, locations: np.ndarray, unit: str, noun: str = "id") -> None:
+        """Raise DataError if an id is not in the vocabulary; the message names it, and the location of its row.
+
+        Args:
+            rows: ids or labels (n, L + 1).
+            locations: of the rows, which are numbers of `unit`.
+            unit, noun: names of a location and of what is checked, for the message.
+        """
+        # One pass over the whole batch; the row at fault is only searched for where there is one.
+        if rows.max(initial=0) < self.vocab_size and rows.min(initial=0) >= 0:
+            return
+        for ids, location in zip(rows, locations):
+            if ids.max() >= self.vocab_size or ids.min() < 0:
+                bad = ids.max() if ids.max() >= self.vocab_size else ids.min()
+                raise DataError(
+                    f"split {self.split} of {self.manifest.directory} holds {noun} {bad} near {unit} {location}, but "
+                    f"vocab_size is {self.vocab_size}. The shards are damaged or of another tokenizer: prepare them again."
+                )
 
     def read_samples(self, samples: Sequence[int] | np.ndarray) -> Batch:
         """Locate, prefetch and read samples by their numbers, one per row."""

@@ -221,12 +221,18 @@ def interleave(parts: Mapping[int, Batch], sources: np.ndarray) -> Batch:
     if any(part.padding is not None for part in parts.values()):
         rows = {number: iter(part.padding or (0,) * len(part)) for number, part in parts.items()}
         padding = tuple(next(rows[number]) for number in sources.tolist())
-    return Batch(**fields, padding=padding, sources=tuple(sources.tolist()))
+    difficulties = None
+    if any(part.difficulties is not None for part in parts.values()):
+        of_part = {number: iter(part.difficulties or (0,) * len(part)) for number, part in parts.items()}
+        difficulties = tuple(next(of_part[number]) for number in sources.tolist())
+    return Batch(**fields, padding=padding, sources=tuple(sources.tolist()), difficulties=difficulties)
 
 
 def _merge_field(name: str, parts: Mapping[int, Batch], sources: np.ndarray) -> torch.Tensor | None:
     """Merge a per-token field, None if no batch has it; rows of a batch without it get what None stands for."""
     tensors = {number: getattr(part, name) for number, part in parts.items()}
+    if name == "labels" and any(tensor is not None for tensor in tensors.values()):
+        tensors = {number: parts[number].tokens if tensor is None else tensor for number, tensor in tensors.items()}
     example = next((tensor for tensor in tensors.values() if tensor is not None), None)
     if example is None or len(parts) == 1:
         return example

@@ -1,8 +1,9 @@
 """PackedCorpus: a split whose samples are rows of packed documents, see `megatron_rdt.data.packing_plan`."""
 
+import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from megatron_rdt.config import DataConfig
 from megatron_rdt.data.batch import Batch, build_document_fields
 from megatron_rdt.data.corpus import TokenCorpus
+from megatron_rdt.data.example_corpus import ExampleCorpus
 from megatron_rdt.data.packing_plan import PackingPlan, PlanCounts
 from megatron_rdt.data.sample_order import SampleOrder
 from megatron_rdt.data.shard_files.corpus_manifest import CorpusManifest
@@ -41,9 +43,7 @@ class PackedCorpus(TokenCorpus):
         name = f"{self.split} of {self.manifest.directory}"
         # Rows are ordered like the windows of a stream with L = 1: rows + 1 tokens have as many windows as there are rows.
         self.order = SampleOrder(self.counts.rows + 1, 1, self.seed, f"rows of {self.split}", name)
-        pad = self.manifest.document.get("pad")
-        # Some tokenizers have no padding token. Any id will do: padding is masked and a document of its own.
-        self._padding_id = pad if pad is not None and pad >= 0 else self.manifest.document["eos"]
+        self._padding_id = self.manifest.padding_id
 
     def locate_evenly(self, count: int) -> np.ndarray:
         """Return the numbers of `count` rows, or of all if fewer, spread evenly, ascending, int64 (n,)."""
@@ -60,22 +60,28 @@ class PackedCorpus(TokenCorpus):
         shape = len(locations), self.sequence_length + 1
         tokens, starts = np.full(shape, self._padding_id, np.int64), np.zeros(shape, np.bool_)
         mask, padding = np.zeros(shape, np.bool_), []
+        labels = tokens.copy() if self._reads_labels else None
         for index, (number, pieces) in enumerate(self._row_pieces(locations)):
             shard, end = self._shards[number], 0
             for start, length, before in pieces:
                 piece = slice(end, end + length)
                 end += length
                 tokens[index, piece] = shard.read(start, length)
+                if labels is not None:
+                    labels[index, piece] = shard.read_labels(start, length)
                 starts[index, piece.start] = True
                 mask[index, piece] = shard.read_mask(start, length) if self._reads_masks else True
                 mask[index, piece.start] &= before == 0 and piece.start > 0
             starts[index, end : end + 1] = True  # padding is a document of its own
             padding.append(shape[1] - end)
-            self._check_ids(tokens[index], f"row {locations[index]}")
+        self._check_ids(tokens, locations, "row")
+        if labels is not None:
+            self._check_ids(labels, locations, "row", "label")
         return Batch(
             torch.from_numpy(tokens),
             *build_document_fields(starts, self._with_documents, self._with_positions),
             loss_mask=torch.from_numpy(mask),
+            labels=None if labels is None else torch.from_numpy(labels),
             padding=tuple(padding),
         )
 
@@ -83,7 +89,7 @@ class PackedCorpus(TokenCorpus):
         """Ask the kernel to read the rows of these numbers ahead of `read`."""
         rows = self._row_pieces(locations)
         parts = [(shard, start, length) for shard, pieces in rows for start, length, _ in pieces]
-        self._shards.prefetch(parts, self._reads_masks)
+        self._shards.prefetch(parts, self._read_sides)
 
     def _row_pieces(self, locations: np.ndarray) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:
         """Yield each row's shard and pieces: first token in the shard, tokens, tokens of the document before."""
@@ -121,7 +127,7 @@ def open_corpus(
     max_tokens: int = 0,
     max_open: int | None = None,
 ) -> TokenCorpus:
-    """Open a split of a verified corpus with a run's data options: windows of its stream, or packed rows.
+    """Open a split of a verified corpus with a run's data options: windows of its stream, packed rows, or single examples.
 
     Args:
         manifest: of the corpus.
@@ -129,10 +135,13 @@ def open_corpus(
         sequence_length: L.
         seed: of the order.
         data: the run's options.
-        pack: take packed rows where `data.pack` is bestfit; False always takes windows.
+        pack: take packed rows where `data.pack` is bestfit, and rows of exactly `sequence_length` for single examples;
+            False, for validation, takes windows instead of packed rows, and lengthens the rows of long examples.
         max_tokens, max_open: as of `TokenCorpus`.
     """
-    corpus_class = PackedCorpus if pack and data.pack == "bestfit" else TokenCorpus
+    corpus_class: Callable[..., TokenCorpus] = PackedCorpus if pack and data.pack == "bestfit" else TokenCorpus
+    if data.pack == "example":
+        corpus_class = functools.partial(ExampleCorpus, longer_rows=not pack)
     return corpus_class(
         manifest,
         split,

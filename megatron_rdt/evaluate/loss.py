@@ -250,7 +250,7 @@ def open_validation_corpora(
 
 
 def open_validation_corpus(path: str, sequence_length: int, seed: int, options: DataConfig) -> TokenCorpus:
-    """Open the validation split of a prepared corpus, as windows of its token stream.
+    """Open the validation split of a prepared corpus: windows of its token stream, or examples with `data.pack: example`.
 
     Raises:
         DataError: there is no corpus, or its validation split is too short for one evaluation.
@@ -261,7 +261,7 @@ def open_validation_corpus(path: str, sequence_length: int, seed: int, options: 
         raise DataError(f"there is no prepared corpus {corpus}. Name it with --data DIR.")
     manifest = load_manifest(path)
     tokens = manifest.document.get("splits", {}).get("valid", {}).get("tokens", 0)
-    if tokens < 2 * sequence_length:
+    if tokens < 2 * sequence_length and options.pack != "example":
         raise DataError(
             f"the validation split of {path} has {tokens} tokens, an evaluation with sequences of {sequence_length} needs "
             f"at least {2 * sequence_length}. Prepare more text or with a larger --valid_fraction, and name that corpus "

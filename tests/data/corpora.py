@@ -4,10 +4,13 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from megatron_rdt.data import CorpusManifest, IndexedWriter, load_manifest
+from megatron_rdt.data.shard_files.block_hashes import hash_shard
+from megatron_rdt.data.shard_files.side_files import EXAMPLE
 from megatron_rdt.files import sha256_of
 
 Documents = Sequence[np.ndarray]
@@ -67,3 +70,40 @@ def read_stream(manifest: CorpusManifest | Path, split: str = "train") -> np.nda
 def mixture_option(corpora: dict[str, Path], **weights: float) -> str:
     """Format the option that trains on some of `corpora` with these weights."""
     return "--data.mixture=" + json.dumps([{"path": str(corpora[n]), "weight": w} for n, w in weights.items()])
+
+
+class ExampleDocument(NamedTuple):
+    """A document of an example: its tokens, with the label of each column and whether it counts."""
+
+    tokens: list[int]
+    labels: list[int]
+    mask: list[int]
+    task: int
+    difficulty: int
+    answer: int
+
+
+def write_example_corpus(
+    directory: Path, like: Path, splits: dict[str, list[list[ExampleDocument]]], tasks: list[str], labels: bool = True
+) -> Path:
+    """Write a corpus of examples, for each split a list of shards, with the tokenizer of the corpus `like`."""
+    document = json.loads((like / "manifest.json").read_text())
+    shutil.copytree(like / "tokenizer", directory / "tokenizer")
+    document["tasks"] = tasks
+    for split, shards in splits.items():
+        records = []
+        (directory / split).mkdir()
+        for number, examples in enumerate(shards):
+            prefix = directory / split / f"shard-{number:05d}"
+            with IndexedWriter(prefix, document["vocab_size"]) as writer:
+                for one in examples:
+                    record = np.array([(one.task, one.difficulty, one.answer)], EXAMPLE)
+                    side = {"mask": np.array(one.mask), "example": record}
+                    side |= {"labels": np.array(one.labels)} if labels else {}
+                    writer.add_document(np.array(one.tokens), **side)
+            counts = {"tokens": writer.tokens, "documents": writer.documents, "text_bytes": 0, "max_id": writer.max_id}
+            records.append({"name": prefix.name, **counts, **hash_shard(prefix)})
+        totals = {key: sum(record[key] for record in records) for key in ("tokens", "documents", "text_bytes")}
+        document["splits"][split] = {**totals, "shards": records}
+    (directory / "manifest.json").write_text(json.dumps(document))
+    return directory

@@ -9,6 +9,7 @@ import torch
 from megatron_rdt.config import RunConfig
 from megatron_rdt.data import Batch, PackedCorpus, load_manifest, open_corpus, read_fixed_windows
 from megatron_rdt.data.mixture import Mixture, MixtureOrder, Phase
+from megatron_rdt.data.shard_files.side_files import MASK
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError
 from megatron_rdt.evaluate.loss import evaluate_checkpoint, measure_losses
 from megatron_rdt.inference import load
@@ -169,7 +170,7 @@ def test_windows_in_which_nothing_counts_are_no_validation(configure: Configure,
     config = configure(f"--data.path={masked}")
     corpus = open_corpus(load_manifest(masked), "valid", 32, 1, config.data)
     for shard in range(len(corpus._shards)):
-        file = corpus._shards[shard].mask_path
+        file = corpus._shards[shard].side_paths[MASK]
         before = file.read_bytes()
         file.write_bytes(bytes(len(before)))
         try:

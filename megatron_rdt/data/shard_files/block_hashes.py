@@ -14,12 +14,14 @@ from typing import Any
 
 import xxhash
 
-from megatron_rdt.data.shard_files.indexed import prefix_path
+from megatron_rdt.data.shard_files.positioned_reads import prefix_path
+from megatron_rdt.data.shard_files.side_files import SIDE_FILES
 from megatron_rdt.files import write_text
 
 BLOCK_BYTES = 1 << 20
 BLOCK_HASH = "xxh3_64"
-SUFFIXES = (".bin", ".idx", ".mask")
+REQUIRED_SUFFIXES = (".bin", ".idx")
+SUFFIXES = (*REQUIRED_SUFFIXES, *(kind.suffix for kind in SIDE_FILES))
 SUM_SUFFIX = ".sum"
 
 
@@ -60,24 +62,25 @@ def hash_shard(prefix: str | os.PathLike[str]) -> dict[str, Any]:
     """Hash a finished shard's files, write their block hashes, and return size and SHA-256s for the manifest.
 
     Returns:
-        Fields for the shard's record in the manifest: bin_bytes, bin_sha256, idx_sha256 and, where there is a mask,
-        mask_sha256.
+        Fields for the shard's record in the manifest: bin_bytes, bin_sha256, idx_sha256 and the same of each side file.
     """
-    paths = {suffix[1:]: prefix_path(prefix, suffix) for suffix in SUFFIXES}
-    hashes = {name: hash_file(path) for name, path in paths.items() if name != "mask" or path.is_file()}
+    paths = {suffix: prefix_path(prefix, suffix) for suffix in SUFFIXES}
+    hashes = {
+        suffix[1:]: hash_file(path) for suffix, path in paths.items() if suffix in REQUIRED_SUFFIXES or path.is_file()
+    }
     write_block_hashes(prefix, hashes)
     return {"bin_bytes": hashes["bin"].size} | {f"{name}_sha256": file.sha256 for name, file in hashes.items()}
 
 
 def write_block_hashes(prefix: str | os.PathLike[str], hashes: dict[str, FileHashes]) -> None:
-    """Write the block hashes of a shard's files, keyed "bin", "idx" and "mask", to its .sum file."""
+    """Write the block hashes of a shard's files, keyed by their endings ("bin"), to its .sum file."""
     files = {name: {"bytes": file.size, "blocks": file.blocks} for name, file in hashes.items()}
     document = {"block_bytes": BLOCK_BYTES, "hash": BLOCK_HASH, "files": files}
     write_text(prefix_path(prefix, SUM_SUFFIX), json.dumps(document) + "\n")
 
 
 def read_block_hashes(prefix: str | os.PathLike[str]) -> dict[str, tuple[int, list[str]]] | None:
-    """Read size and block hashes of a shard's files as they were written, by "bin", "idx" and "mask", or None.
+    """Read size and block hashes of a shard's files as they were written, by their endings ("bin"), or None.
 
     None where there is no readable .sum file: it is only an aid, and the shard may be intact without it.
     """

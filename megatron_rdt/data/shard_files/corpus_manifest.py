@@ -12,6 +12,7 @@ import numpy as np
 from megatron_rdt.data.hugging_face import PREFIX
 from megatron_rdt.data.shard_files.file_identity import FileIdentity, identify_file
 from megatron_rdt.data.shard_files.indexed import CODES, REBUILD, IndexedDataset, prefix_path
+from megatron_rdt.data.shard_files.side_files import EXAMPLES, SIDE_FILES
 from megatron_rdt.data.tokenizer.base import Tokenizer
 from megatron_rdt.environment import usable_cores
 from megatron_rdt.errors import DataError
@@ -53,13 +54,24 @@ class CorpusManifest:
         return int(self.document["vocab_size"])
 
     @property
+    def padding_id(self) -> int:
+        """Id that fills rows: the tokenizer's padding, or EOS, for padding never counts and stands last."""
+        pad = self.document.get("pad")
+        return int(pad if pad is not None and pad >= 0 else self.document["eos"])
+
+    @property
     def dtype(self) -> np.dtype:
         """Type of the tokens in every shard."""
         return np.dtype(self.document["dtype"]).newbyteorder("<")
 
     @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks that example records refer to by their numbers; empty for a corpus without examples."""
+        return list(self.document.get("tasks", []))
+
+    @property
     def fingerprint(self) -> str:
-        """Hash of the tokenizer, the dtype, and every shard's tokens and masks; checkpoints record it."""
+        """Hash of the tokenizer, the dtype, and every shard's tokens and side files; checkpoints record it."""
         parts = [self.document["tokenizer"]["fingerprint"], self.document["dtype"]]
         for split in sorted(self.document["splits"]):
             for shard in self.document["splits"][split]["shards"]:
@@ -68,7 +80,7 @@ class CorpusManifest:
 
     @property
     def shard_hashes(self) -> dict[str, str]:
-        """First digits of the SHA-256 of each shard's tokens and mask, joined, by "split/name"."""
+        """First digits of the SHA-256 of each shard's tokens and side files, joined, by "split/name"."""
         return {
             f"{split}/{shard['name']}": "".join(digest[:SHORT_HASH] for digest in _select_content_hashes(shard))
             for split, content in sorted(self.document["splits"].items())
@@ -158,20 +170,21 @@ class CorpusManifest:
         for key, found in (("tokens", shard.tokens), ("documents", shard.document_count)):
             if record[key] != found:
                 raise DataError(f"{prefix} has {found:,} {key}, the manifest says {record[key]:,}. {REBUILD}")
-        if shard.has_mask != ("mask_sha256" in record):
-            problem = "exists, but is not in the manifest" if shard.has_mask else "is missing"
-            raise DataError(f"{shard.mask_path} {problem}. {REBUILD}")
+        for kind in SIDE_FILES:
+            if shard.has(kind) != (kind.hash_key in record):
+                problem = "exists, but is not in the manifest" if shard.has(kind) else "is missing"
+                raise DataError(f"{prefix_path(prefix, kind.suffix)} {problem}. {REBUILD}")
         self.shard_identities[str(prefix)] = shard.identities
 
 
 def _select_content_hashes(record: dict[str, Any]) -> list[str]:
-    """Return the SHA-256 of a shard's tokens and, if it has one, of its mask; the index only says where documents start."""
-    return [record[key] for key in ("bin_sha256", "mask_sha256") if key in record]
+    """Return the SHA-256 of a shard's tokens and of its side files; the index only says where documents start."""
+    return [record[key] for key in ("bin_sha256", *(kind.hash_key for kind in SIDE_FILES)) if key in record]
 
 
 def find_changed_file(prefix: Path, record: dict[str, Any]) -> Path | None:
     """Hash a shard's files and return the path of the first that differs from its record; None if none does."""
-    for name in ("bin", "idx", "mask"):
+    for name in ("bin", "idx", *(kind.name for kind in SIDE_FILES)):
         path, key = prefix_path(prefix, f".{name}"), f"{name}_sha256"
         if key in record and sha256_of(path) != record[key]:
             return path
@@ -221,7 +234,8 @@ def _describe_problem(document: dict[str, Any]) -> str:
     for split in SPLITS:
         if split not in document["splits"]:
             return f"has no split {split}"
-    for split, content in document["splits"].items():
+    splits = document["splits"]
+    for split, content in splits.items():
         if not _is_file_name(split):
             return f"has a split {split!r}, which is not a folder name"
         if not isinstance(content, dict) or not isinstance(content.get("shards"), list):
@@ -240,9 +254,14 @@ def _describe_problem(document: dict[str, Any]) -> str:
         names = [record["name"] for record in content["shards"]]
         if names != sorted(set(names)):  # their order decides which tokens are sample k
             return f"lists the shards of the split {split} in another order than their names have"
-        if len({"mask_sha256" in record for record in content["shards"]}) > 1:
-            return f"has masks for some shards of the split {split} and none for others"
-    return ""
+        for side in SIDE_FILES:
+            if len({side.hash_key in record for record in content["shards"]}) > 1:
+                return f"has {side.plural} for some shards of the split {split} and none for others"
+    tasks = document.get("tasks", [])
+    if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
+        return "has no list of names under tasks"
+    has_examples = any(EXAMPLES.hash_key in record for content in splits.values() for record in content["shards"])
+    return "lists no tasks, but has shards with examples" if has_examples and not tasks else ""
 
 
 def _is_file_name(name: str) -> bool:

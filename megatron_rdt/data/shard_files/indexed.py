@@ -4,14 +4,13 @@
 i64 pointers [S] in bytes, i64 document starts [documents + 1] in sequences. Files open in Megatron-LM, and theirs here.
 Reading uses pread: a file that is cut short under a memory map kills the process, a short pread is an error.
 
-A third file, `<prefix>.mask`, is optional and unknown to Megatron: one byte per token of .bin, 1 if the token counts as a
-target of the loss and 0 if it does not.
+Optional files beside them, which Megatron does not know, are described in `megatron_rdt.data.shard_files.side_files`.
 """
 
 import contextlib
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +18,17 @@ from typing import IO, Any
 import numpy as np
 
 from megatron_rdt.data.shard_files.file_identity import identify_file
+from megatron_rdt.data.shard_files.positioned_reads import REBUILD, RESTORE, prefix_path, read_values
+from megatron_rdt.data.shard_files.side_files import (
+    EXAMPLES,
+    LABELS,
+    MASK,
+    SIDE_FILES,
+    SideFile,
+    SideWriter,
+    check_document_values,
+    missing_side_file,
+)
 from megatron_rdt.errors import DataError
 from megatron_rdt.files import atomic_open
 
@@ -36,12 +46,6 @@ DTYPES: dict[int, np.dtype] = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 UINT16_VOCABULARY = 65500
 MAX_SEQUENCE = 2**31 - 1
-READ_BYTES = 1 << 30  # Linux reads less than 2 GiB at a time
-REBUILD = "Run `rdt prep` again with --restart to rebuild the shards."
-RESTORE = (
-    "Put the former corpus back and resume from the last checkpoint (--resume auto), or start a new --run.name. Prepare "
-    "other text into a folder of its own (--out)."
-)
 
 
 class FileReplacedError(DataError):
@@ -51,11 +55,6 @@ class FileReplacedError(DataError):
 def token_dtype(vocab_size: int) -> np.dtype:
     """Return the type that Megatron's writers choose: uint16 for vocabularies below 65,500, else int32."""
     return DTYPES[8] if vocab_size < UINT16_VOCABULARY else DTYPES[4]
-
-
-def prefix_path(prefix: str | os.PathLike[str], suffix: str) -> Path:
-    """Return the path `<prefix><suffix>`; unlike with_suffix, it keeps a dot in the prefix."""
-    return Path(f"{os.fspath(prefix)}{suffix}")
 
 
 class IndexedDataset:
@@ -68,16 +67,16 @@ class IndexedDataset:
         dtype: of the tokens.
         tokens: number of tokens.
         document_count: number of documents, empty ones included.
-        has_mask: True if there is a .mask file.
-        identities: of the files that were opened: .idx, .bin and, where there is one, .mask.
+        side_paths: paths of the side files that exist, by their kind.
+        identities: of the files that were opened: .idx, .bin, then the side files.
 
     Raises:
         DataError: a file is missing, is not of this format, or has another size than the index implies.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.bin_path, self.idx_path = prefix_path(path, ".bin"), prefix_path(path, ".idx")
-        self.mask_path = prefix_path(path, ".mask")
+        self.prefix, self.bin_path, self.idx_path = path, prefix_path(path, ".bin"), prefix_path(path, ".idx")
+        self.side_paths = {kind: file for kind in SIDE_FILES if (file := prefix_path(path, kind.suffix)).is_file()}
         for file in (self.bin_path, self.idx_path):
             if not file.is_file():
                 raise DataError(f"{file} does not exist. {REBUILD}")
@@ -87,7 +86,7 @@ class IndexedDataset:
             expected = self._read_end_of_last_sequence(index)
         self._descriptors: list[int] = []
         self._descriptor = self._open(self.bin_path)
-        self._mask_descriptor: int | None = None
+        self._side_descriptors: dict[SideFile, int] = {}
         try:
             self._check_sizes(expected)
         except BaseException:
@@ -102,26 +101,23 @@ class IndexedDataset:
         return descriptor
 
     def _check_sizes(self, expected: int) -> None:
-        """Set `tokens` and `has_mask`, and open .mask if there is one.
+        """Set `tokens`, and open the side files.
 
         Args:
             expected: bytes of .bin by the index.
 
         Raises:
-            DataError: .bin has another size, or .mask has not one byte for each token.
+            DataError: .bin has another size, or a side file has not one value for each token or document.
         """
         actual = self.identities[1].size
         if expected != actual:
             raise DataError(f"{self.bin_path} has {actual} bytes, its index says {expected}. {REBUILD}")
         self.tokens = actual // self.dtype.itemsize
-        self.has_mask = self.mask_path.is_file()
-        if not self.has_mask:
-            return
-        self._mask_descriptor = self._open(self.mask_path)
-        size = self.identities[2].size
-        if size != self.tokens:
-            due = f"one for each of {self.tokens} tokens is due"
-            raise DataError(f"{self.mask_path} has {size} bytes, {due}. {REBUILD}")
+        for kind, path in self.side_paths.items():
+            self._side_descriptors[kind] = self._open(path)
+            size = self.identities[-1].size
+            if due := kind.describe_size_fault(size, self.dtype, self.tokens, self.document_count):
+                raise DataError(f"{path} has {size} bytes, {due}. {REBUILD}")
 
     def _read_header(self, file: IO[bytes]) -> None:
         """Set the counts and the dtype from the header of .idx; DataError for another format or file size."""
@@ -216,17 +212,22 @@ class IndexedDataset:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Read `count` tokens from token `start` of the file on, across sequences, shape (count,)."""
-        return _read_values(self._descriptor, self.bin_path, self.dtype, start, count)
+        return read_values(self._descriptor, self.bin_path, self.dtype, start, count)
 
-    def prefetch(self, start: int, count: int, masks: bool = False) -> None:
-        """Ask the kernel to read these tokens, and their masks, ahead: a disk is faster with many requests at once."""
+    def prefetch(self, start: int, count: int, sides: Collection[SideFile] = ()) -> None:
+        """Ask the kernel to read these tokens, and their values in side files, ahead: many requests at once are faster."""
         if not count or not hasattr(os, "posix_fadvise"):  # the system call takes 0 for everything; macOS has none
             return
-        size = self.dtype.itemsize
+        files = [(self._descriptor, self.dtype)]
+        files += [(self._side_descriptors[kind], kind.value_dtype(self.dtype)) for kind in sides if self.has(kind)]
         with contextlib.suppress(OSError):  # some file systems take no advice
-            os.posix_fadvise(self._descriptor, start * size, count * size, os.POSIX_FADV_WILLNEED)
-            if masks and self._mask_descriptor is not None:
-                os.posix_fadvise(self._mask_descriptor, start, count, os.POSIX_FADV_WILLNEED)
+            for descriptor, dtype in files:
+                size = dtype.itemsize
+                os.posix_fadvise(descriptor, start * size, count * size, os.POSIX_FADV_WILLNEED)
+
+    def has(self, kind: SideFile) -> bool:
+        """Return True if there is a side file of this kind."""
+        return kind in self._side_descriptors
 
     def read_mask(self, start: int, count: int) -> np.ndarray:
         """Read the loss mask of `count` tokens from token `start` on: 1 for a token that counts as a target, uint8 (count,).
@@ -234,19 +235,38 @@ class IndexedDataset:
         Raises:
             DataError: there is no .mask file, it ends early, or holds another value.
         """
-        if self._mask_descriptor is None:
-            raise DataError(f"{self.mask_path} does not exist. {REBUILD}")
-        mask = _read_values(self._mask_descriptor, self.mask_path, np.dtype("u1"), start, count)
+        mask = self._read_side(MASK, start, count)
         if count and mask.max() > 1:
-            offset = start + int(np.argmax(mask > 1))
-            raise DataError(f"{self.mask_path} holds {mask.max()} at byte {offset}, neither 0 nor 1. {REBUILD}")
+            offset, path = start + int(np.argmax(mask > 1)), self.side_paths[MASK]
+            raise DataError(f"{path} holds {mask.max()} at byte {offset}, neither 0 nor 1. {REBUILD}")
         return mask
+
+    def read_labels(self, start: int, count: int) -> np.ndarray:
+        """Read the ids that are targets in the columns of `count` tokens from token `start` on, shape (count,)."""
+        return self._read_side(LABELS, start, count)
+
+    def read_examples(self, start: int, count: int) -> np.ndarray:
+        """Read the example records of `count` documents from document `start` on, EXAMPLE (count,)."""
+        return self._read_side(EXAMPLES, start, count)
+
+    def _read_side(self, kind: SideFile, start: int, count: int) -> np.ndarray:
+        """Read `count` values of a side file, starting at value `start`; DataError if there is none or it ends early."""
+        if not self.has(kind):
+            raise missing_side_file(prefix_path(self.prefix, kind.suffix))
+        unit = "document" if kind.per_document else "token"
+        path = self.side_paths[kind]
+        return read_values(self._side_descriptors[kind], path, kind.value_dtype(self.dtype), start, count, unit)
+
+    @cached_property
+    def document_bounds(self) -> np.ndarray:
+        """First token of each document, empty ones included, then the number of tokens, int64 (documents + 1,)."""
+        return np.append(self.pointers // self.dtype.itemsize, self.tokens)[self.documents]
 
     @cached_property
     def document_starts(self) -> np.ndarray:
         """First token of each document that is not empty, int64 (documents,), ascending."""
-        starts = np.append(self.pointers // self.dtype.itemsize, self.tokens)[self.documents]
-        return starts[:-1][np.diff(starts) > 0]
+        bounds = self.document_bounds
+        return bounds[:-1][np.diff(bounds) > 0]
 
     def close(self) -> None:
         """Close the files; a second call does nothing."""
@@ -261,34 +281,8 @@ def compute_byte_pointers(lengths: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return pointers
 
 
-def _read_values(descriptor: int, path: Path, dtype: np.dtype, start: int, count: int) -> np.ndarray:
-    """Read `count` values from value `start` of an open file on, shape (count,); DataError if it ends before."""
-    size, offset = count * dtype.itemsize, start * dtype.itemsize
-    content = _read_bytes(descriptor, path, offset, size)
-    while len(content) < size:
-        more = _read_bytes(descriptor, path, offset + len(content), size - len(content))
-        if not more:
-            raise DataError(
-                f"{path} ends at token {start + len(content) // dtype.itemsize} while tokens up to {start + count} were "
-                f"asked for: it changed while in use. {RESTORE}"
-            )
-        content += more
-    return np.frombuffer(content, dtype)
-
-
-def _read_bytes(descriptor: int, path: Path, offset: int, size: int) -> bytes:
-    """Read up to `size` bytes of an open file from `offset` on; DataError if the disk refuses."""
-    try:
-        return os.pread(descriptor, min(size, READ_BYTES), offset)
-    except OSError as error:  # a bad disk, or a file that another machine deleted while this one had it open (ESTALE)
-        raise DataError(
-            f"{path} cannot be read from byte {offset:,} on: {error.strerror}. Fix the disk. If the corpus was replaced: "
-            f"{RESTORE}"
-        ) from error
-
-
 class IndexedWriter:
-    """Writes one shard, one sequence per document, with masks if the documents have them.
+    """Writes one shard, one sequence per document, with side files if the documents have values for them.
 
     The files get their names when the `with` block ends without an exception, .bin last; otherwise none is left.
 
@@ -299,17 +293,15 @@ class IndexedWriter:
     Attributes:
         tokens, documents: numbers written so far.
         max_id: largest id written so far.
-        has_mask: True if documents have masks; None before the first document.
     """
 
     def __init__(self, path: str | os.PathLike[str], vocab_size: int) -> None:
         self.path, self.vocab_size = path, vocab_size
         self.dtype = token_dtype(vocab_size)
         self.tokens = self.max_id = 0
-        self.has_mask: bool | None = None
         self._lengths: list[int] = []
         self._files = contextlib.ExitStack()
-        self._masks: IO[Any] | None = None
+        self._sides = SideWriter(path, self.dtype, self._files)
 
     @property
     def documents(self) -> int:
@@ -321,16 +313,25 @@ class IndexedWriter:
         self._bin = self._files.enter_context(atomic_open(prefix_path(self.path, ".bin"), "wb"))
         return self
 
-    def add_document(self, tokens: np.ndarray, source: str = "document", mask: np.ndarray | None = None) -> None:
-        """Append a document's tokens to .bin and its mask, if any, to .mask; update the counts.
+    def add_document(
+        self,
+        tokens: np.ndarray,
+        source: str = "document",
+        mask: np.ndarray | None = None,
+        labels: np.ndarray | None = None,
+        example: np.ndarray | None = None,
+    ) -> None:
+        """Append a document's tokens to .bin and what else it has to the side files; update the counts.
 
         Args:
             tokens: ids, integers (n,).
             source: name of the document in messages.
             mask: True or 1 for tokens that count as targets of the loss, (n,). All documents have one, or none has.
+            labels: id that is the target in the column of each token, (n,). All documents have them, or none has.
+            example: task, difficulty and length of the answer, EXAMPLE (1,). All documents have one, or none has.
 
         Raises:
-            DataError: it is empty, too long, has an id outside the vocabulary, or a mask that does not fit.
+            DataError: it is empty, too long, has an id outside the vocabulary, or side values that do not fit.
         """
         if len(tokens) == 0 or len(tokens) > MAX_SEQUENCE:
             raise DataError(f"{source} has {len(tokens)} tokens, outside 1 to {MAX_SEQUENCE}. Drop or split it.")
@@ -339,28 +340,13 @@ class IndexedWriter:
             bad = high if high >= self.vocab_size else low
             problem = f"{source} has id {bad} but vocab_size is {self.vocab_size}"
             raise DataError(f"{problem}. Use the tokenizer of these shards.")
-        self._add_mask(tokens, source, mask)
+        values = {MASK: mask, LABELS: labels, EXAMPLES: example}
+        check_document_values(source, tokens, self.vocab_size, values)
+        self._sides.add(source, values)
         self._bin.write(tokens.astype(self.dtype).tobytes())
         self._lengths.append(len(tokens))
         self.tokens += len(tokens)
         self.max_id = max(self.max_id, high)
-
-    def _add_mask(self, tokens: np.ndarray, source: str, mask: np.ndarray | None) -> None:
-        """Append a document's mask; DataError if it does not fit the tokens or only some documents have one."""
-        if self.has_mask is None:
-            self.has_mask = mask is not None
-            if self.has_mask:
-                self._masks = self._files.enter_context(atomic_open(prefix_path(self.path, ".mask"), "wb"))
-        if self.has_mask != (mask is not None):
-            raise DataError(
-                f"{source} has {'no mask, those before it have one' if mask is None else 'a mask, those before it have none'}: "
-                "give a mask with every document of a shard, or with none."
-            )
-        if mask is None or self._masks is None:
-            return
-        if mask.shape != tokens.shape or mask.min() < 0 or mask.max() > 1:
-            raise DataError(f"{source} has a mask that is not one 0 or 1 for each of its {len(tokens)} tokens. Fix it.")
-        self._masks.write(mask.astype(np.uint8).tobytes())
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         """Write the index and name the files, DataError without a document; after an exception, remove them."""
@@ -370,7 +356,7 @@ class IndexedWriter:
         with self._files:
             if not self._lengths:
                 raise DataError(f"{self.path} would hold no document. Give `rdt prep` more text.")
-            # The index first; then the stack closes, and so renames, .mask before .bin. So a .bin always has both.
+            # The index first; then the stack closes, and so renames, the side files before .bin. So a .bin always has all.
             self._write_index()
 
     def _write_index(self) -> None:

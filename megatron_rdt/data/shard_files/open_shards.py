@@ -5,7 +5,7 @@ import resource
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from megatron_rdt.data.shard_files.corpus_manifest import CorpusManifest, find_changed_file
 from megatron_rdt.data.shard_files.file_identity import FileIdentity
 from megatron_rdt.data.shard_files.indexed import HEADER, REBUILD, RESTORE, FileReplacedError, IndexedDataset
+from megatron_rdt.data.shard_files.side_files import SideFile
 from megatron_rdt.errors import DataError
 
 # Up to this many documents of a split, the start of each is kept in memory, 8 bytes; of more, starts are looked up on disk.
@@ -20,8 +21,8 @@ CACHED_DOCUMENTS = 50_000_000
 
 
 def open_shards_limit() -> int:
-    """Return the most shards to keep open, at least 8: at two files each, half of those a process may open."""
-    return max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+    """Return the most shards to keep open, at least 8: at up to five files each, most of those a process may open."""
+    return max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 6)
 
 
 class _SelfClosingDataset(IndexedDataset):
@@ -48,7 +49,6 @@ class Shards:
     Attributes:
         max_open: largest number of shards that are open at once.
         ends: number of the split's tokens up to the end of each shard.
-        has_masks: True if all shards have loss masks.
     """
 
     def __init__(
@@ -62,7 +62,6 @@ class Shards:
         self._prefixes = manifest.shard_prefixes(split)
         self._identities = manifest.shard_identities
         self.ends = list(accumulate(record["tokens"] for record in records))
-        self.has_masks = bool(records) and all("mask_sha256" in record for record in records)
         self.max_open = max_open or open_shards_limit()
         self._open: OrderedDict[int, _SelfClosingDataset] = OrderedDict()
         self._lock = threading.Lock()
@@ -72,6 +71,10 @@ class Shards:
     def __len__(self) -> int:
         """Return the number of shards."""
         return len(self._prefixes)
+
+    def has(self, kind: SideFile) -> bool:
+        """Return True if there are shards, and all of them have a side file of this kind."""
+        return bool(self._records) and all(kind.hash_key in record for record in self._records)
 
     def __getitem__(self, shard: int) -> IndexedDataset:
         """Return shard number `shard`, open; drop the least recently used ones beyond `max_open`.
@@ -114,18 +117,18 @@ class Shards:
         self._identities[str(prefix)] = found.identities
         return found
 
-    def prefetch(self, parts: Sequence[tuple[int, int, int]], masks: bool) -> None:
+    def prefetch(self, parts: Sequence[tuple[int, int, int]], sides: Collection[SideFile] = ()) -> None:
         """Ask the kernel to read parts of shards ahead; do nothing if they lie in over `max_open` / 2 shards.
 
         Args:
             parts: (shard, first token in it, number of tokens) each.
-            masks: of the masks too.
+            sides: kinds of side files to read ahead too.
         """
         # Asking needs open files. Where more shards would be opened than can stay open until they are read (this batch's
         # and the one's that is being read), each would be opened twice.
         if len({shard for shard, _, _ in parts}) <= self.max_open // 2:
             for shard, start, count in parts:
-                self[shard].prefetch(start, count, masks)
+                self[shard].prefetch(start, count, sides)
 
     def document_starts(self, shard: int, start: int, stop: int) -> np.ndarray:
         """Return the positions from `start` to `stop` - 1 in a shard where documents start, int64 (n,), ascending.
@@ -146,6 +149,11 @@ class Shards:
         starts = self._starts[shard]
         first, end = starts.searchsorted((start, stop))
         return starts[first:end]
+
+    def document_bounds(self, shard: int) -> np.ndarray:
+        """Return the first token of each document of a shard, then its number of tokens, int64 (documents + 1,)."""
+        # From a dataset opened for this alone: it caches the arrays of the index, which are larger, and is dropped.
+        return self._open_shard(shard).document_bounds
 
     def close(self) -> None:
         """Close every shard; they open again when they are read."""

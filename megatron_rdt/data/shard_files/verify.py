@@ -14,6 +14,7 @@ from megatron_rdt.data.shard_files.block_hashes import SUFFIXES, SUM_SUFFIX, Fil
 from megatron_rdt.data.shard_files.corpus_manifest import MANIFEST, CorpusManifest, load_manifest
 from megatron_rdt.data.shard_files.index_check import CheckedIndex, check_index
 from megatron_rdt.data.shard_files.indexed import prefix_path
+from megatron_rdt.data.shard_files.side_files import EXAMPLE, EXAMPLES, LABELS, MASK, SideFile, describe_example_fault
 from megatron_rdt.data.tokenizer.base import BYTES_FILE, Tokenizer
 from megatron_rdt.data.tokenizer.comparison import describe_first_difference
 from megatron_rdt.data.tokenizer.hugging_face_backend import JSON_FILE
@@ -45,7 +46,7 @@ class Finding:
 
 
 def count_shard_bytes(manifest: CorpusManifest) -> int:
-    """Return the total size of the shards' .bin, .idx and .mask files, all of which `verify_corpus` reads."""
+    """Return the total size of the shards' .bin and .idx files and side files, all of which `verify_corpus` reads."""
     prefixes = [manifest.directory / split / record["name"] for split, record in manifest.shard_records()]
     files = [path for prefix in prefixes for path in block_hashes.list_shard_files(prefix) if path.suffix != SUM_SUFFIX]
     return sum(path.stat().st_size for path in files)
@@ -166,7 +167,9 @@ class _ShardCheck:
         # The index tells where documents end, which the check of the tokens needs.
         index = self._check_index()
         self._check_tokens(index.ends if index is not None else None)
-        self._check_mask()
+        self._check_side(MASK, self._describe_mask_fault)
+        self._check_side(LABELS, self._describe_label_fault)
+        self._check_side(EXAMPLES, self._describe_example_fault)
         if self.block_hashes is None and prefix_path(self.prefix, SUM_SUFFIX).is_file():
             self._report(SUM_SUFFIX, "it cannot be read; the shard does not need it", serious=False)
         return self.findings
@@ -209,22 +212,51 @@ class _ShardCheck:
                 problem = f"{key} of {self.name} is {self.record[key]:,}, the shard says {value:,}"
                 self.findings.append(Finding(MANIFEST, problem))
 
-    def _check_mask(self) -> None:
-        """Report faults of .mask, which has one byte per token, each 0 or 1."""
-        bad_bytes: list[int] = []
+    def _check_side(self, kind: SideFile, describe_fault: Callable[[int, bytes], str]) -> None:
+        """Report faults of a side file: its size, its hash, and the first block for which `describe_fault` returns text.
+
+        Args:
+            kind: of the file.
+            describe_fault: takes the byte offset and the bytes of a block.
+        """
+        faults: list[str] = []
+        rest = b""  # of a value that the block before ends in
+        width = kind.value_dtype(self.manifest.dtype).itemsize
 
         def inspect(offset: int, block: bytes) -> None:
-            if not bad_bytes and (bad := np.frombuffer(block, "u1") > 1).any():
-                bad_bytes.append(offset + int(np.argmax(bad)))
+            nonlocal rest
+            offset, block = offset - len(rest), rest + block
+            whole = len(block) // width * width
+            rest = block[whole:]
+            if not faults and (fault := describe_fault(offset, block[:whole])):
+                faults.append(fault)
 
-        hashes = self._hash_file(".mask", inspect)
+        hashes = self._hash_file(kind.suffix, inspect)
         if hashes is None:
             return
-        if hashes.size != self.record["tokens"]:
-            self._report(".mask", f"it has {hashes.size:,} bytes, the shard has {self.record['tokens']:,} tokens")
-        if bad_bytes:
-            self._report(".mask", f"byte {bad_bytes[0]:,} is neither 0 nor 1")
-        self._compare_hash(".mask", hashes)
+        tokens, documents = self.record["tokens"], self.record["documents"]
+        if kind.describe_size_fault(hashes.size, self.manifest.dtype, tokens, documents):
+            count = f"{documents:,} documents" if kind.per_document else f"{tokens:,} tokens"
+            self._report(kind.suffix, f"it has {hashes.size:,} bytes, the shard has {count}")
+        for fault in faults:
+            self._report(kind.suffix, fault)
+        self._compare_hash(kind.suffix, hashes)
+
+    def _describe_mask_fault(self, offset: int, block: bytes) -> str:
+        """Describe the first byte that is neither 0 nor 1; "" if there is none."""
+        bad = np.frombuffer(block, "u1") > 1
+        return f"byte {offset + int(np.argmax(bad)):,} is neither 0 nor 1" if bad.any() else ""
+
+    def _describe_label_fault(self, offset: int, block: bytes) -> str:
+        """Describe the first label that is not in the vocabulary; "" if there is none."""
+        tokens = _TokenCheck(self.manifest.dtype, self.manifest.vocab_size, None, None)
+        tokens.inspect(offset, block)
+        return tokens.bad_id
+
+    def _describe_example_fault(self, offset: int, block: bytes) -> str:
+        """Describe the first example whose task the manifest does not list, or that has no answer; "" if there is none."""
+        fault = describe_example_fault(np.frombuffer(block, EXAMPLE), len(self.manifest.tasks))
+        return f"from byte {offset:,} on: {fault}" if fault else ""
 
     def _hash_file(self, suffix: str, inspect: Callable[[int, bytes], None]) -> FileHashes | None:
         """Hash a file, passing each block to `inspect`; None if missing, not recorded or (a finding) unreadable."""

@@ -183,7 +183,8 @@ class PreparedData:
             self.config.train.sequence_length,
             self.config.run.seed,
             self.config.data,
-            # Validation is never packed, so that losses of runs with different packing can be compared.
+            # Validation is never packed, so that losses of runs with different packing can be compared; single examples
+            # stay single, and may be longer than those of training.
             pack=split == "train",
             max_tokens=max_tokens,
             max_open=max(1, open_shards_limit() // len(self.settings)),
@@ -200,17 +201,20 @@ class PreparedData:
         self.mixture = Mixture(order, corpora, self.config.run.seed)
 
     def _select_validation(self, manifest: CorpusManifest) -> Batch:
-        """Read a corpus's validation windows: an equal part of `eval.sequences`, a multiple of the data ranks.
+        """Read a corpus's validation windows or examples: an equal part of `eval.sequences`, a multiple of the data ranks.
 
         Raises:
             ConfigError: the split, or `eval.sequences`, is too small for one window on each data-parallel rank.
         """
         config, length, corpora = self.config, self.config.train.sequence_length, len(self.settings)
-        tokens = manifest.document["splits"]["valid"]["tokens"]
+        counts, unit = manifest.document["splits"]["valid"], "tokens"
         needed = (self.data_ranks + 1) * length  # windows leave out the tokens after the last whole one
-        if tokens < needed:
+        if config.data.pack == "example":
+            unit, needed = "documents", self.data_ranks
+        if counts[unit] < needed:
+            row = f"a window of {length}" if unit == "tokens" else "one"
             raise ConfigError(
-                f"the validation split of {manifest.directory} has {tokens:,} tokens, a window of {length} for each of "
+                f"the validation split of {manifest.directory} has {counts[unit]:,} {unit}, {row} for each of "
                 f"{self.data_ranks} data-parallel ranks needs {needed:,}. Prepare it with a larger --valid_fraction, "
                 "or set --eval.every 0."
             )

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_rdt.data import IndexedDataset, IndexedWriter
 from megatron_rdt.data.shard_files.indexed import MAX_SEQUENCE, prefix_path
+from megatron_rdt.data.shard_files.side_files import MASK
 from megatron_rdt.errors import DataError
 
 GOLDEN_BIN = "010002000300dbff"
@@ -147,7 +148,7 @@ def test_masks(tmp_path: Path) -> None:
     write(tmp_path / "w", [[1, 2, 3], [4, 5]], 500, [[0, 1, 1], [1, 0]])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["w.bin", "w.idx", "w.mask"]
     dataset = IndexedDataset(tmp_path / "w")
-    assert dataset.has_mask
+    assert dataset.has(MASK)
     assert dataset.read_mask(1, 4).tolist() == [1, 1, 1, 0]
     assert dataset.read_mask(1, 4).dtype == np.uint8
     with pytest.raises(DataError, match=r"w\.mask ends at token 5 while tokens up to 6"):
@@ -161,7 +162,7 @@ def test_masks(tmp_path: Path) -> None:
         IndexedDataset(tmp_path / "w")
     (tmp_path / "w.mask").unlink()
     dataset = IndexedDataset(tmp_path / "w")
-    assert not dataset.has_mask
+    assert not dataset.has(MASK)
     with pytest.raises(DataError, match=r"w\.mask does not exist"):
         dataset.read_mask(0, 1)
 
@@ -191,7 +192,7 @@ def test_a_document_too_long_for_the_format_is_refused(tmp_path: Path) -> None:
 
 def test_long_reads_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "w", [list(range(50))], 500)
-    monkeypatch.setattr("megatron_rdt.data.shard_files.indexed.READ_BYTES", 7)
+    monkeypatch.setattr("megatron_rdt.data.shard_files.positioned_reads.READ_BYTES", 7)
     assert IndexedDataset(tmp_path / "w").read(3, 40).tolist() == list(range(3, 43))
 
 

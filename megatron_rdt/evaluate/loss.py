@@ -15,13 +15,13 @@ from torch import nn
 from megatron_rdt.checkpoint import read_trainer_state, resolve_checkpoint
 from megatron_rdt.config import CorpusConfig, DataConfig, RunConfig, load_config
 from megatron_rdt.data import Batch, TokenCorpus, Tokenizer, load_manifest, open_corpus, read_fixed_windows
-from megatron_rdt.data.shard_files.corpus_manifest import MANIFEST
+from megatron_rdt.data.shard_files.corpus_manifest import MANIFEST, CorpusManifest
 from megatron_rdt.data.tokenizer.base import BYTES_FILE
 from megatron_rdt.errors import ConfigError, DataError
-from megatron_rdt.files import write_text
+from megatron_rdt.evaluate.loop_curve import LoopCurve
+from megatron_rdt.evaluate.result_files import check_result_file, choose_result_file, invalid_result, write_result
+from megatron_rdt.evaluate.row_scores import count_forward_passes, score_rows
 from megatron_rdt.inference.load import choose_device, load_verified
-from megatron_rdt.output_paths import check_output_file
-from megatron_rdt.run_directory import CHECKPOINTS
 from megatron_rdt.terminal import show_progress
 
 EVALUATION = "eval.json"
@@ -118,44 +118,55 @@ def evaluate_checkpoint(
     if not loops or min(loops) < 1 or sequences < 1:
         given = f"loops are {list(loops)} and sequences {sequences}"
         raise ConfigError(f"{given}; give at least one T, and all at least 1.")
-    file = None if out is None else Path(os.path.expanduser(out))
-    if file is not None:
-        check_result_file(file)
+    file = check_result_file(out, read_evaluation)
     directory = Path(os.path.abspath(resolve_checkpoint(checkpoint)))
-    target = file if file is not None else _default_result_file(directory)
+    target = choose_result_file(directory, EVALUATION, file)
     config = load_config(directory / "config.yaml")
     device = choose_device("auto")
     corpora, shares = open_validation_corpora(config, data)
     model, tokenizer = load_verified(directory, device)
     for corpus in corpora.values():
-        if Tokenizer(corpus.tokenizer_directory).fingerprint != tokenizer.fingerprint:
-            raise DataError(
-                f"{corpus.manifest.directory} was made with another tokenizer than {directory}. "
-                "Prepare the text with the tokenizer of the run, or omit --data."
-            )
+        check_same_tokenizer(corpus.manifest, tokenizer, directory)
     windows = _read_windows(corpora, max(1, sequences // len(corpora)))
     # The loss per byte needs the mean size of a target, weighted like the loss.
     sizes = np.load(directory / "tokenizer" / BYTES_FILE)
     targets = {name: part.counted_targets for name, part in windows.items()}
     bytes_per_token = math.fsum(shares[name] * sizes[part.numpy()].mean() for name, part in targets.items())
     micro_batch = config.train.micro_batch
-    batches = sum(-(-len(part) // micro_batch) for part in windows.values())
-    with show_progress(batches * len(loops), "evaluate", "batches") as advance:
-        losses, by_corpus = measure_mixture_losses(model, windows, shares, loops, micro_batch, device, progress=advance)
+    passes = len(loops) * sum(count_forward_passes(len(part), micro_batch) for part in windows.values())
+    with show_progress(passes, "evaluate", "batches") as advance:
+        scores = {
+            t: {n: score_rows(model, part, t, micro_batch, device, progress=advance) for n, part in windows.items()}
+            for t in loops
+        }
+    curve = LoopCurve(scores, shares)
+    by_corpus = curve.by_corpus if len(windows) > 1 else {}
     result = {
         "checkpoint": directory.name,
         "step": read_trainer_state(directory)["step"],
         "sequences": sum(map(len, windows.values())),
         "bytes_per_token": float(bytes_per_token),
-        "losses": _to_json(losses),
-        **({"sources": {name: _to_json(values) for name, values in by_corpus.items()}} if by_corpus else {}),
+        "losses": _name_loops(curve.losses),
+        "standard_errors": _name_loops(curve.standard_errors),
+        **({"sources": {name: _name_loops(values) for name, values in by_corpus.items()}} if by_corpus else {}),
+        **curve.summarize(),
     }
     if target is not None:  # before anything is printed, which fails where the reader has gone
-        write_text(target, json.dumps(result, indent=1) + "\n")
-    print(_format_table(losses, by_corpus, bytes_per_token, f"({describe_windows(windows.values())})"))
+        write_result(target, result)
+    note = f"({describe_windows(windows.values())})"
+    print("\n".join([_format_table(curve, by_corpus, bytes_per_token, note), *result.get("summary", [])]))
     if target is None:
         print(f"{directory} is not in a run directory, so no {EVALUATION} was written; --out FILE writes one")
     return result
+
+
+def check_same_tokenizer(manifest: CorpusManifest, tokenizer: Tokenizer, checkpoint: Path) -> None:
+    """Raise DataError if a corpus was made with another tokenizer than a checkpoint's."""
+    if Tokenizer(manifest.directory / "tokenizer").fingerprint != tokenizer.fingerprint:
+        raise DataError(
+            f"{manifest.directory} was made with another tokenizer than {checkpoint}. "
+            "Prepare the text with the tokenizer of the run, or omit --data."
+        )
 
 
 def describe_windows(parts: Iterable[Batch]) -> str:
@@ -175,44 +186,25 @@ def _read_windows(corpora: Mapping[str, TokenCorpus], count: int) -> dict[str, B
 
 
 def _format_table(
-    losses: Mapping[int, float], by_corpus: Mapping[str, Mapping[int, float]], bytes_per_token: float, note: str
+    curve: LoopCurve, by_corpus: Mapping[str, Mapping[int, float]], bytes_per_token: float, note: str
 ) -> str:
-    """Return one line per T: loss, perplexity, bits per byte, and the loss of each corpus; `note` ends the header."""
+    """Return one line per T: loss, perplexity, bits per byte, the loss's standard error, and the loss of each corpus.
+
+    `note` ends the header.
+    """
     widths = {name: max(8, len(name)) for name in by_corpus}
     names = "".join(f"  {name:>{width}}" for name, width in widths.items())
-    lines = [f"{'T':>4} {'loss':>8} {'perplexity':>11} {'bits/byte':>10}{names}   {note}"]
-    for t, loss in losses.items():
+    lines = [f"{'T':>4} {'loss':>8} {'perplexity':>11} {'bits/byte':>10} {'+-':>7}{names}   {note}"]
+    for t, (loss, error) in curve.means.items():
         bits = loss / math.log(2) / bytes_per_token
         cells = "".join(f"  {by_corpus[name][t]:>{width}.4f}" for name, width in widths.items())
-        lines.append(f"{t:>4} {loss:>8.4f} {perplexity(loss):>11.2f} {bits:>10.4f}{cells}")
+        lines.append(f"{t:>4} {loss:>8.4f} {perplexity(loss):>11.2f} {bits:>10.4f} {error:>7.4f}{cells}")
     return "\n".join(lines)
 
 
-def _to_json(losses: Mapping[int, float]) -> dict[str, float | None]:
-    """Return losses by T with text keys and with None for a loss that is not finite, as JSON requires."""
-    return {str(count): loss if math.isfinite(loss) else None for count, loss in losses.items()}
-
-
-def _default_result_file(checkpoint: Path) -> Path | None:
-    """Return eval.json of a checkpoint's run, ConfigError if not writable; None for a checkpoint outside a run."""
-    run = checkpoint.parent.parent
-    if checkpoint.parent.name != CHECKPOINTS or not (run / "config.yaml").is_file():
-        return None
-    if not os.access(run, os.W_OK | os.X_OK):
-        raise ConfigError(f"{run} is not writable, and {EVALUATION} belongs there. Name another file with --out.")
-    check_output_file(run / EVALUATION)
-    return run / EVALUATION
-
-
-def check_result_file(file: Path) -> None:
-    """Refuse a file that cannot be written, or that holds anything but an earlier evaluation, with a ConfigError."""
-    check_output_file(file)
-    if file.exists():
-        try:
-            read_evaluation(file)
-        except DataError:
-            reason = "exists and is not an evaluation of `rdt eval`; it is kept as it is"
-            raise ConfigError(f"--out {file} {reason}. Choose another --out.") from None
+def _name_loops(values: Mapping[int, float]) -> dict[str, float]:
+    """Return numbers by T with text keys, as JSON requires."""
+    return {str(loops): value for loops, value in values.items()}
 
 
 def read_evaluation(file: Path) -> tuple[int, dict[int, float]]:
@@ -226,8 +218,7 @@ def read_evaluation(file: Path) -> tuple[int, dict[int, float]]:
         losses = {int(count): float(loss) for count, loss in document["losses"].items() if loss is not None}
         return int(document["step"]), losses
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise DataError(f"{file} is not an evaluation of `rdt eval` ({reason}). Remove it or evaluate again.") from None
+        raise invalid_result(file, error) from None
 
 
 def open_validation_corpora(

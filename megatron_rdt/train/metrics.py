@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from megatron_rdt.data import Batch
 from megatron_rdt.errors import TrainingError
 from megatron_rdt.evaluate.loss import EVALUATION, describe_windows
+from megatron_rdt.evaluate.result_files import replace_nonfinite
 from megatron_rdt.files import TEMPORARY_SUFFIX, write_text
 from megatron_rdt.train.displays import Display, ForgivingDisplay, TensorBoard
 
@@ -78,15 +78,6 @@ def format_evaluation(
         text = "  ".join(f"T={loops} {loss:.4f}" for loops, loss in values.items())
         size = describe_windows([windows[name]] if name else windows.values())
         yield f"validation loss{name and f' of {name}'}  {text}  ({size})"
-
-
-def replace_nonfinite(value: Any) -> Any:
-    """Return `value` with None for every non-finite number in it: NaN is not JSON, every parser reads null."""
-    if isinstance(value, dict):
-        return {key: replace_nonfinite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [replace_nonfinite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def flatten_numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,21 +37,22 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-def compute_plainly(run: Path, corpus: Path, loops: int) -> tuple[float, float]:
-    """Return nats per token and bits per byte over windows spread over the validation split, in float64."""
+def compute_plainly(run: Path, corpus: Path, loops: int) -> tuple[float, float, float]:
+    """Return nats per token, their standard error, and bits per byte over evenly spread windows, in float64."""
     model, _ = load(run)
     model = model.double()
     stream = TokenCorpus(corpus, "valid", LENGTH, 0)
     tokens = stream.read((torch.arange(SEQUENCES) * stream.samples_per_epoch // SEQUENCES * LENGTH).numpy()).tokens
-    total, size = 0.0, 0
+    total, size, means = 0.0, 0, []
     sizes = Tokenizer(corpus / "tokenizer").token_bytes()
     with torch.no_grad():
         for row in tokens:
-            logits = model(row[None, :-1], loops)[0]
+            before, logits = total, model(row[None, :-1], loops)[0]
             for position, target in enumerate(row[1:].tolist()):
                 total += float(torch.logsumexp(logits[position], 0) - logits[position, target])
                 size += int(sizes[target])
-    return total / (SEQUENCES * LENGTH), total / math.log(2) / size
+            means.append((total - before) / LENGTH)
+    return total / (SEQUENCES * LENGTH), statistics.stdev(means) / SEQUENCES**0.5, total / math.log(2) / size
 
 
 def test_the_table_equals_the_plain_computation(
@@ -61,14 +63,17 @@ def test_the_table_equals_the_plain_computation(
     lines = capsys.readouterr().out.splitlines()
     header = next(i for i, line in enumerate(lines) if line.split()[:4] == ["T", "loss", "perplexity", "bits/byte"])
     assert f"({SEQUENCES} sequences, {SEQUENCES * LENGTH} tokens)" in lines[header]
-    rows = [line.split() for line in lines[header + 1 :]]
+    rows = [line.split() for line in lines[header + 1 : header + 1 + len(loops)]]
+    assert lines[header + 1 + len(loops) :] == result["summary"]
     assert [int(row[0]) for row in rows] == loops
     for row in rows:
-        loss, bits = compute_plainly(run, tiny_corpus, int(row[0]))
+        loss, error, bits = compute_plainly(run, tiny_corpus, int(row[0]))
         assert result["losses"][row[0]] == pytest.approx(loss, abs=1e-5)
         assert float(row[1]) == pytest.approx(loss, abs=6e-5)
         assert float(row[2]) == pytest.approx(math.exp(loss), rel=1e-4)
         assert float(row[3]) == pytest.approx(bits, abs=6e-5)
+        assert result["standard_errors"][row[0]] == pytest.approx(error, abs=1e-5)
+        assert float(row[4]) == pytest.approx(error, abs=6e-5)
     assert len({row[1] for row in rows}) > 1
     assert json.loads((run / "eval.json").read_text()) == result
     assert (result["checkpoint"], result["step"], result["sequences"]) == ("step-00000008", 8, SEQUENCES)
@@ -145,7 +150,7 @@ def test_an_unusable_result_file_is_refused_before_evaluating(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("evaluated first")
 
-    monkeypatch.setattr("megatron_rdt.evaluate.loss.measure_losses", never)
+    monkeypatch.setattr("megatron_rdt.evaluate.loss.score_rows", never)
     (tmp_path / "README.md").write_text("kept")
     (tmp_path / "list.json").write_text("[]")
     for name, text in (
@@ -157,13 +162,13 @@ def test_an_unusable_result_file_is_refused_before_evaluating(
     ):
         with pytest.raises(ConfigError, match=text):
             evaluate_checkpoint(str(run), [1], 2, out=str(tmp_path / name))
-    monkeypatch.setattr("megatron_rdt.evaluate.loss.os.access", lambda *_: False)
+    monkeypatch.setattr("megatron_rdt.evaluate.result_files.os.access", lambda *_: False)
     with pytest.raises(ConfigError, match="not writable"):
         evaluate_checkpoint(str(run), [1], 2, out=str(tmp_path / "new.json"))
     with pytest.raises(ConfigError, match="not writable"):
         evaluate_checkpoint(str(run), [1], 2)
     monkeypatch.undo()
-    monkeypatch.setattr("megatron_rdt.evaluate.loss.measure_losses", never)
+    monkeypatch.setattr("megatron_rdt.evaluate.loss.score_rows", never)
     (run / "eval.json").mkdir()
     with pytest.raises(ConfigError, match=r"eval\.json is a directory, it must be a file"):
         evaluate_checkpoint(str(run), [1], 2)

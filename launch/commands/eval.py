@@ -1,4 +1,4 @@
-"""`rdt eval`: the validation loss of a checkpoint at several loop counts."""
+"""`rdt eval`: the validation loss of a checkpoint at several loop counts, or its accuracy on tasks."""
 
 from dataclasses import dataclass, field
 
@@ -20,15 +20,29 @@ class EvalOptions:
     data: PathText | None = None
     """Directory of a prepared corpus; by default the run's own."""
     out: PathText | None = None
-    """JSON file to write; by default eval.json in the run directory, and none for a checkpoint outside a run."""
+    """JSON file to write; by default eval.json (with --tasks eval-tasks.json) in the run directory, and none for a checkpoint outside a run."""
+    tasks: bool = False
+    """Instead of the loss, score the answers to the validation split's examples of tasks: exact match by difficulty and T."""
+    examples: int = 200
+    """tasks: largest number of examples of each task and difficulty."""
+    exit_rules: list[str] = field(default_factory=list)
+    """tasks: exit rules to score as well, at most the largest T, such as change:0.01,kl:1e-4 or kl_entropy:0.01:entropy=3:hits=2."""
 
 
 def evaluate(words: list[str]) -> int:
-    """Measure the validation loss of a checkpoint at several loop counts."""
+    """Measure the validation loss of a checkpoint, or its accuracy on tasks, at several loop counts."""
     options = parse_options("eval", summary_of(evaluate), EvalOptions, words)
-    if not options.loops or min(options.loops) < 1 or options.sequences < 1:
-        raise ConfigError("--loops and --sequences must be at least 1.")
-    from megatron_rdt.evaluate.loss import evaluate_checkpoint
+    if not options.loops or min(options.loops) < 1 or min(options.sequences, options.examples) < 1:
+        raise ConfigError("--loops, --sequences and --examples must be at least 1.")
+    if options.exit_rules and not options.tasks:
+        raise ConfigError("--exit_rules are scored with --tasks. Add --tasks true, or omit --exit_rules.")
+    common = (options.checkpoint, options.loops)
+    if options.tasks:
+        from megatron_rdt.evaluate.task_evaluation import evaluate_tasks
 
-    evaluate_checkpoint(**vars(options))
+        evaluate_tasks(*common, options.examples, options.data, options.out, options.exit_rules)
+    else:
+        from megatron_rdt.evaluate.loss import evaluate_checkpoint
+
+        evaluate_checkpoint(*common, options.sequences, options.data, options.out)
     return EXIT_OK

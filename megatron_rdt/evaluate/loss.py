@@ -246,10 +246,7 @@ def open_validation_corpus(path: str, sequence_length: int, seed: int, options: 
     Raises:
         DataError: there is no corpus, or its validation split is too short for one evaluation.
     """
-    if not (Path(path) / MANIFEST).is_file():
-        hint = "" if os.path.isabs(path) else f", looked for in {os.getcwd()}"
-        corpus = f"{shlex.quote(str(path))} (no {MANIFEST}{hint})"
-        raise DataError(f"there is no prepared corpus {corpus}. Name it with --data DIR.")
+    check_corpus_exists(path)
     manifest = load_manifest(path)
     tokens = manifest.document.get("splits", {}).get("valid", {}).get("tokens", 0)
     if tokens < 2 * sequence_length and options.pack != "example":
@@ -260,3 +257,11 @@ def open_validation_corpus(path: str, sequence_length: int, seed: int, options: 
         )
     manifest.verify()
     return open_corpus(manifest, "valid", sequence_length, seed, options, pack=False)
+
+
+def check_corpus_exists(path: str) -> None:
+    """Raise DataError if there is no prepared corpus at `path`."""
+    if not (Path(path) / MANIFEST).is_file():
+        hint = "" if os.path.isabs(path) else f", looked for in {os.getcwd()}"
+        corpus = f"{shlex.quote(str(path))} (no {MANIFEST}{hint})"
+        raise DataError(f"there is no prepared corpus {corpus}. Name it with --data DIR.")

@@ -4,12 +4,12 @@ An answer is right if every one of its targets is the likeliest id, given the to
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
-from megatron_rdt.data import Batch
+from megatron_rdt.data.task_examples import ExampleGroup
 from megatron_rdt.evaluate.row_scores import ONE_PROCESS, RowScores, SharedRows, count_forward_passes, score_rows
 from megatron_rdt.evaluate.statistics import weighted_mean, wilson_interval
 
@@ -18,29 +18,9 @@ Row = dict[str, Any]
 MICRO_BATCH = 64
 
 
-class Group(Protocol):
-    """Examples of one task and difficulty, one per row of `batch`, whose loss mask marks the answers' targets."""
-
-    @property
-    def task(self) -> str:
-        """Name of the task."""
-
-    @property
-    def difficulty(self) -> int:
-        """Number of dependent steps."""
-
-    @property
-    def batch(self) -> Batch:
-        """The examples."""
-
-    @property
-    def trained(self) -> bool:
-        """True if the difficulty occurs in the training split."""
-
-
-def merge_by_cell(groups: Iterable[Group]) -> dict[tuple[str, int], list[Group]]:
+def merge_by_cell(groups: Iterable[ExampleGroup]) -> dict[tuple[str, int], list[ExampleGroup]]:
     """Return the groups of each (task, difficulty), in order: several corpora may have examples of the same."""
-    cells: dict[tuple[str, int], list[Group]] = {}
+    cells: dict[tuple[str, int], list[ExampleGroup]] = {}
     for group in sorted(groups, key=lambda group: (group.task, group.difficulty)):
         cells.setdefault((group.task, group.difficulty), []).append(group)
     return cells
@@ -54,7 +34,7 @@ def describe_accuracy(hits: int, count: int) -> Row:
 
 def score_tasks(
     model: nn.Module,
-    groups: Iterable[Group],
+    groups: Iterable[ExampleGroup],
     loops: Sequence[int],
     *,
     micro_batch: int = MICRO_BATCH,
@@ -100,7 +80,10 @@ def score_tasks(
 
 
 def count_task_passes(
-    groups: Iterable[Group], loops: Sequence[int], micro_batch: int = MICRO_BATCH, shared: SharedRows = ONE_PROCESS
+    groups: Iterable[ExampleGroup],
+    loops: Sequence[int],
+    micro_batch: int = MICRO_BATCH,
+    shared: SharedRows = ONE_PROCESS,
 ) -> int:
     """Return how many forward passes `score_tasks` runs on each rank."""
     return len(loops) * sum(count_forward_passes(len(group.batch), micro_batch, shared) for group in groups)

@@ -1,21 +1,13 @@
 """Examples of a made-up task, and a model that answers some of them, for tests of scores."""
 
-from typing import NamedTuple
-
 import torch
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.data import Batch
+from megatron_rdt.data.task_examples import ExampleGroup
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
 
 VOCABULARY, BOS = 7, 0
-
-
-class ExampleGroup(NamedTuple):
-    task: str
-    difficulty: int
-    batch: Batch
-    trained: bool
 
 
 def make_model(seed: int = 0, **changes: object) -> RecurrentDepthTransformer:

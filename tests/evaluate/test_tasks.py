@@ -8,11 +8,12 @@ import torch
 from scipy.stats import binomtest
 
 from megatron_rdt.data import Batch
+from megatron_rdt.data.task_examples import ExampleGroup
 from megatron_rdt.evaluate.row_scores import SharedRows, count_forward_passes, score_rows
 from megatron_rdt.evaluate.statistics import weighted_mean, wilson_interval
 from megatron_rdt.evaluate.tasks import count_task_passes, find_overthinking, score_tasks
 from megatron_rdt.model import RecurrentDepthTransformer
-from tests.evaluate.task_groups import ExampleGroup, list_examples, make_group, make_model
+from tests.evaluate.task_groups import list_examples, make_group, make_model
 
 CPU = torch.device("cpu")
 LOOPS = [1, 3, 6]

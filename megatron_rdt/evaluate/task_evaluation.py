@@ -1,0 +1,189 @@
+"""`rdt eval --tasks`: the accuracy of a checkpoint on the tasks of its validation data, as table, JSON and heat map."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_rdt.checkpoint import read_trainer_state, resolve_checkpoint
+from megatron_rdt.config import CorpusConfig, RunConfig, load_config
+from megatron_rdt.data import load_manifest
+from megatron_rdt.data.task_examples import ExampleGroup, read_example_groups
+from megatron_rdt.depth import loop_probabilities
+from megatron_rdt.errors import ConfigError, DataError
+from megatron_rdt.evaluate.loss import check_corpus_exists, check_same_tokenizer
+from megatron_rdt.evaluate.result_files import check_result_file, choose_result_file, invalid_result, write_result
+from megatron_rdt.evaluate.task_exits import (
+    check_rules_fit,
+    describe_exit_costs,
+    format_exits,
+    parse_exit_rules,
+    score_task_exits,
+)
+from megatron_rdt.evaluate.tasks import Row, count_task_passes, find_overthinking, score_tasks
+from megatron_rdt.inference.load import choose_device, load_verified
+from megatron_rdt.terminal import show_progress
+
+TASK_SCORES = "eval-tasks.json"
+SOLVED = 0.9  # accuracy from which sentences call a difficulty solved
+ROW_FIELDS = ("task", "difficulty", "loops", "accuracy", "low", "high", "count", "trained")
+
+
+def evaluate_tasks(
+    checkpoint: str,
+    loops: Sequence[int],
+    examples: int,
+    data: str | None = None,
+    out: str | None = None,
+    exit_rules: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Print accuracies by difficulty and T; write them as JSON, with a heat map of the same name; return the JSON object.
+
+    Args:
+        checkpoint: a checkpoint or a run directory.
+        loops: values of T; exit rules run at most the largest of them.
+        examples: largest number of examples of each task and difficulty, per corpus.
+        data: prepared corpus; by default those of the run.
+        out: JSON file; by default eval-tasks.json in the run directory, and none for a checkpoint outside a run.
+        exit_rules: texts of exit rules to score as well, see `parse_exit_rules`.
+
+    Raises:
+        ConfigError: an argument is out of range, or a file cannot be written.
+        DataError: there is no corpus with examples, or it was made with another tokenizer than the model's.
+    """
+    if not loops or min(loops) < 1 or examples < 1:
+        raise ConfigError(f"loops are {list(loops)} and examples {examples}; give at least one T, and all at least 1.")
+    rules = parse_exit_rules(exit_rules)
+    file = check_result_file(out, read_task_scores)
+    directory = Path(os.path.abspath(resolve_checkpoint(checkpoint)))
+    target = choose_result_file(directory, TASK_SCORES, file)
+    if target is not None and target.with_suffix(".png").exists() and not target.exists():
+        raise ConfigError(f"{target.with_suffix('.png')} exists and is no picture of {target}. Choose another --out.")
+    config = load_config(directory / "config.yaml")
+    check_rules_fit(rules, config.model.halting)
+    device, lengths = choose_device("auto"), sorted(set(loops))
+    corpora = [CorpusConfig(data, 1.0)] if data is not None else config.data.corpora()
+    model, tokenizer = load_verified(directory, device)
+    for corpus in corpora:
+        check_corpus_exists(corpus.path)
+        check_same_tokenizer(load_manifest(corpus.path), tokenizer, directory)
+    groups = read_groups(corpora, examples)
+    passes = count_task_passes(groups, lengths) + (len(rules) + 1) * len(groups) * bool(rules)
+    with show_progress(passes, "evaluate", "batches") as advance:
+        rows = score_tasks(model, groups, lengths, device=device, progress=advance)
+        exits = score_task_exits(model, groups, lengths[-1], rules, device=device, progress=advance) if rules else []
+    result = {
+        "checkpoint": directory.name,
+        "step": read_trainer_state(directory)["step"],
+        "tasks": rows,
+        "trained_loops": find_trained_loops(config),
+        "overthinking": find_overthinking(rows),
+        **({"exits": exits} if exits else {}),
+    }
+    if target is not None:
+        from megatron_rdt.evaluate.task_plots import write_accuracy_map
+
+        write_result(target, result)  # first: a picture without it would pass for somebody else's
+        write_accuracy_map(rows, result["trained_loops"], target.with_suffix(".png"))
+    print("\n".join([*format_accuracies(rows), *describe_scores(result), *format_exits(exits)]))
+    if target is None:
+        print(f"{directory} is not in a run directory, so no {TASK_SCORES} was written; --out FILE writes one")
+    return result
+
+
+def read_groups(corpora: Iterable[CorpusConfig], limit: int) -> list[ExampleGroup]:
+    """Read the validation examples of corpora; print which ones have none.
+
+    Raises:
+        DataError: none has any.
+    """
+    groups: list[ExampleGroup] = []
+    without = []
+    for corpus in corpora:
+        manifest = load_manifest(corpus.path)
+        manifest.verify()
+        if manifest.tasks:
+            groups += read_example_groups(manifest, "valid", limit)
+        else:
+            without.append(corpus.path)
+    if not groups:
+        raise DataError(
+            f"no examples of tasks to score in {', '.join(without)}. Make some with `rdt prep tasks`, prepare them as "
+            "docs/tasks.md shows, and name that corpus with --data DIR."
+        )
+    for path in without:
+        print(f"{path} holds no examples of tasks; it is left out")
+    return groups
+
+
+def find_trained_loops(config: RunConfig) -> list[int]:
+    """Return the smallest and the largest T that a run draws in training."""
+    drawn = loop_probabilities(config.depth).nonzero()[0]
+    return [int(drawn[0]), int(drawn[-1])]
+
+
+def read_task_scores(file: Path) -> dict[str, Any]:
+    """Return the object that `evaluate_tasks` wrote into a file.
+
+    Raises:
+        DataError: the file is something else.
+    """
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+        int(document["step"])
+        for row in document["tasks"]:
+            for name in ROW_FIELDS:
+                row[name]
+        return dict(document)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise invalid_result(file, error) from None
+
+
+def format_accuracies(rows: Sequence[Row]) -> list[str]:
+    """Return lines of a table for each task: accuracy by difficulty and T, the widest interval, the examples."""
+    lines = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        own = [row for row in rows if row["task"] == task]
+        loops = sorted({row["loops"] for row in own})
+        reach = max((row["high"] - row["low"]) / 2 for row in own)
+        lines.append(f"{task}: accuracy, all of the answer right (95% intervals of +-{reach:.2f} or less)")
+        lines.append(f"{'difficulty':>10}" + "".join(f"  T={t:<4}" for t in loops) + "  examples")
+        for difficulty in sorted({row["difficulty"] for row in own}):
+            cells = {row["loops"]: row for row in own if row["difficulty"] == difficulty}
+            first = next(iter(cells.values()))
+            values = "".join(f"  {cells[t]['accuracy']:<6.3f}" for t in loops)
+            note = "" if first["trained"] else "  not in training"
+            lines.append(f"{difficulty:>10}{values}  {first['count']}{note}")
+    return lines
+
+
+def describe_scores(result: Mapping[str, Any]) -> list[str]:
+    """Return sentences on the difficulties solved and with how many loops, on too many loops, and on exit rules."""
+    rows, sentences = result["tasks"], []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        own = [row for row in rows if row["task"] == task]
+        solved = [row for row in own if row["accuracy"] >= SOLVED]
+        trained = max((row["difficulty"] for row in own if row["trained"]), default=None)
+        until = "no difficulty was in training" if trained is None else f"trained up to {trained}"
+        if not solved:
+            best = max(own, key=lambda row: row["accuracy"])
+            sentences.append(
+                f"{task} ({until}): no difficulty is solved; the best accuracy is {best['accuracy']:.2f}, at difficulty "
+                f"{best['difficulty']} and T = {best['loops']}."
+            )
+            continue
+        shallow = min(row["loops"] for row in own)
+        hardest = max(row["difficulty"] for row in solved)
+        needed = min(row["loops"] for row in solved if row["difficulty"] == hardest)
+        at_once = max((row["difficulty"] for row in solved if row["loops"] == shallow), default=None)
+        sentences.append(
+            f"{task} ({until}): solved ({SOLVED} or better) up to difficulty {hardest}, with T = {needed}; with T = {shallow} "
+            f"{'none' if at_once is None else f'up to {at_once}'}."
+        )
+    for cell in result.get("overthinking", []):
+        sentences.append(
+            f"{cell['task']}, difficulty {cell['difficulty']}: too many loops hurt, {cell['best_accuracy']:.2f} at T = "
+            f"{cell['best_loops']} and {cell['accuracy']:.2f} at T = {cell['loops']}."
+        )
+    return [*sentences, *describe_exit_costs(result.get("exits", []))]

@@ -29,6 +29,7 @@ from tools.options import make_parser, write_numbers
 from tools.tables import format_header, format_row
 from tools.timing import measure_in_turn, measure_seconds
 
+from megatron_rdt.config.batch_schedule import BatchSchedule
 from megatron_rdt.data import BatchLoader
 from megatron_rdt.data.corpus import TokenCorpus
 from megatron_rdt.data.shard_files.corpus_manifest import CorpusManifest
@@ -154,7 +155,7 @@ def our_readers(manifest: CorpusManifest, options: argparse.Namespace) -> dict[s
 
 def measure_loader(manifest: CorpusManifest, options: argparse.Namespace) -> float:
     """Windows per second of the whole loader: order, reading, a thread, a queue."""
-    loader = BatchLoader(TokenCorpus(manifest, "train", options.length, 0), options.batch, 0, 1)
+    loader = BatchLoader(TokenCorpus(manifest, "train", options.length, 0), BatchSchedule.constant(options.batch), 0, 1)
     batches, count = iter(loader), options.windows // options.batch
     next(batches)
     seconds = measure_wall(lambda: [next(batches) for _ in range(count)])

@@ -114,11 +114,16 @@ def fit_to_devices(config: RunConfig, devices: int) -> tuple[RunConfig, list[str
         )
         config = replace(config, parallel=replace(config.parallel, engine=PROPOSED))
         data_ranks = max(devices // (config.parallel.context * config.parallel.tensor), 1)
-        # A smaller micro-batch keeps the global batch near the one asked for, on which the learning rate depends.
-        micro = min(config.train.micro_batch, max(config.train.global_batch // data_ranks, 1))
-        batch = -(-config.train.global_batch // (data_ranks * micro)) * data_ranks * micro
-        train = replace(config.train, micro_batch=micro, global_batch=batch)
-        for name in ("micro_batch", "global_batch"):
+        # A smaller micro-batch keeps the global batches near those asked for, on which the learning rate depends.
+        batches = config.train.batches
+        micro = min(config.train.micro_batch, max(min(batches.sizes) // data_ranks, 1))
+        schedule, batch = [], 0
+        for piece in batches.pieces:
+            batch = -(-piece.batch // (data_ranks * micro)) * data_ranks * micro
+            schedule.append(f"{piece.step}:{batch}")
+        schedule = schedule if config.train.batch_schedule else []
+        train = replace(config.train, micro_batch=micro, global_batch=batch, batch_schedule=schedule)
+        for name in ("micro_batch", "global_batch", "batch_schedule"):
             given, planned = getattr(config.train, name), getattr(train, name)
             if planned != given:
                 notes.append(

@@ -14,7 +14,7 @@ from megatron_rdt.config.layout import Layout
 from megatron_rdt.config.mixture_weights import integer_weights
 from megatron_rdt.config.parallel_checks import find_parallel_problems
 from megatron_rdt.config.ranges import RANGE_KEY, Range
-from megatron_rdt.config.schema import CorpusConfig, ModelConfig, RunConfig
+from megatron_rdt.config.schema import CorpusConfig, ModelConfig, RunConfig, TrainConfig
 from megatron_rdt.config.step_ranges import parse_step_ranges
 from megatron_rdt.errors import ConfigError
 
@@ -139,6 +139,10 @@ def _find_training_problems(config: RunConfig) -> Iterator[str]:
             f"schedule.warmup_steps {warmup} and the {decay} steps of schedule.decay_steps {schedule.decay_steps} "
             f"are more than train.steps {steps} together. Lower either."
         )
+    try:
+        _ = config.train.batches
+    except ValueError as error:
+        yield f"train.batch_schedule: {error}. Set --train.batch_schedule or --train.global_batch."
     optimizers = config.parallel.engine_kind.optimizers
     if config.optimizer.name not in optimizers:
         yield (
@@ -242,7 +246,7 @@ def _find_corpus_problems(config: RunConfig, corpora: list[CorpusConfig], number
 
 def _find_world_size_problems(config: RunConfig, world_size: int) -> Iterator[str]:
     """Find reasons why `world_size` processes do not fit the engine, the axes of sharding or the global batch."""
-    engine, batch, micro = config.parallel.engine, config.train.global_batch, config.train.micro_batch
+    engine, train, micro = config.parallel.engine, config.train, config.train.micro_batch
     if world_size > 1 and not config.parallel.engine_kind.many_processes:
         yield (
             f"parallel.engine is {engine}, but there are {world_size} processes. "
@@ -256,11 +260,20 @@ def _find_world_size_problems(config: RunConfig, world_size: int) -> Iterator[st
         yield str(error)
         return
     share = ranks * micro
-    if batch % share:
-        lower = batch // share * share
-        nearest = ", ".join(str(n) for n in (lower, lower + share) if n)
-        who = f"{ranks} ranks" if ranks == world_size else f"{ranks} data-parallel ranks (of {world_size})"
-        yield (
-            f"train.global_batch {batch} is not a multiple of {who} x train.micro_batch "
-            f"{micro} = {share}; nearest: {nearest}."
-        )
+    who = f"{ranks} ranks" if ranks == world_size else f"{ranks} data-parallel ranks (of {world_size})"
+    for name, batch in _list_batches(train):
+        if batch % share:
+            lower = batch // share * share
+            nearest = ", ".join(str(n) for n in (lower, lower + share) if n)
+            yield f"{name} is not a multiple of {who} x train.micro_batch {micro} = {share}; nearest: {nearest}."
+
+
+def _list_batches(train: TrainConfig) -> list[tuple[str, int]]:
+    """Return the global batches with their options in words: the last one, then the others of a valid schedule."""
+    try:
+        pieces = train.batches.pieces
+    except ValueError:  # told already
+        pieces = ()
+    others = {p.batch: f"train.batch_schedule {p.step}:{p.batch}: {p.batch}" for p in reversed(pieces[:-1])}
+    others.pop(train.global_batch, None)
+    return [(f"train.global_batch {train.global_batch}", train.global_batch), *((n, b) for b, n in others.items())]

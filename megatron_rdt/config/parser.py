@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import docstring_parser
 import jsonargparse
 import yaml
+from jsonargparse._loaders_dumpers import get_yaml_default_loader
 
 from megatron_rdt.config.option_texts import (
     MAY_BE_EMPTY,
@@ -42,12 +43,13 @@ from megatron_rdt.config.option_types import (
     read_entries,
     takes_mapping,
 )
-from megatron_rdt.config.yaml_files import read_mapping
+from megatron_rdt.config.yaml_files import read_colons_as_text, read_mapping
 from megatron_rdt.errors import ConfigError
 
 T = TypeVar("T")
 NOTHING = '""'  # YAML of an empty text
 HELP_COLUMN, HELP_WIDTH = 30, 110
+read_colons_as_text(get_yaml_default_loader())
 
 
 class HelpFormatter(jsonargparse.DefaultHelpFormatter):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_rdt.config.batch_schedule import BatchSchedule
 from megatron_rdt.config.engines import ENGINES, ONE_PROCESS, EngineKind, EngineName
 from megatron_rdt.config.model import ModelConfig
 from megatron_rdt.config.ranges import option
@@ -69,6 +70,8 @@ class TrainConfig:
     """Optimizer steps in the whole run."""
     global_batch: int = option(32, at_least=1)
     """Sequences per optimizer step, over all processes; must be a multiple of data-parallel ranks x micro_batch."""
+    batch_schedule: list[str] = field(default_factory=list)
+    """Other global batches before, as STEP:GLOBAL_BATCH: 0:64,1000:128,4000:256 is 64 at first, 128 after 1000 steps, and after 4000 steps 256, which must be `global_batch`. Empty: always `global_batch`."""
     micro_batch: int = option(8, at_least=1)
     """Sequences per data-parallel rank and forward pass; gradients are accumulated over the rest of the batch."""
     sequence_length: int = option(256, at_least=1)
@@ -89,6 +92,11 @@ class TrainConfig:
     """Consecutive steps with a non-finite gradient, all of which are skipped, that stop the run with an error; they are counted every `logging.every` steps."""
     max_steps_without_target: int = option(10, at_least=1)
     """Consecutive steps in which, by the data's loss masks, no target counts, all of which are skipped, that stop the run with an error; counted likewise."""
+
+    @property
+    def batches(self) -> BatchSchedule:
+        """The global batch of every step; ValueError if `batch_schedule` is wrong, which `check_config` refuses."""
+        return BatchSchedule.parse(self.batch_schedule, self.global_batch)
 
 
 @dataclass(frozen=True)

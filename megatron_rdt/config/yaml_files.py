@@ -40,6 +40,20 @@ UniqueKeys.add_implicit_resolver(
 )
 
 
+def read_colons_as_text(loader: Any) -> None:
+    """Let a YAML loader class read 1000:30 as a text; YAML 1.1 takes it for a number of base 60, 60030."""
+    loader.yaml_implicit_resolvers = {
+        letter: [
+            (tag, re.compile(f"(?!.*:){known.pattern}", known.flags) if tag.endswith((":int", ":float")) else known)
+            for tag, known in resolvers
+        ]
+        for letter, resolvers in loader.yaml_implicit_resolvers.items()
+    }
+
+
+read_colons_as_text(UniqueKeys)
+
+
 def _make_unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make a JSON object of its keys and values; raise ValueError if a key is repeated."""
     keys = [key for key, _ in pairs]

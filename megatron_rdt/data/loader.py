@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from megatron_rdt.config.batch_schedule import BatchSchedule
 from megatron_rdt.data.batch import Batch
 from megatron_rdt.data.sample_order import samples_of_rank
 
@@ -41,7 +42,7 @@ class BatchLoader:
 
     Args:
         reader: source of the samples.
-        global_batch: sequences per step over all ranks.
+        batches: sequences per step over all ranks.
         data_rank: rank among those that read samples of their own.
         data_ranks: their number.
         consumed_samples: samples of the run that earlier steps took.
@@ -49,13 +50,13 @@ class BatchLoader:
         device: where the batches are moved before they are asked for.
 
     Raises:
-        ConfigError: the ranks do not divide the batch.
+        ConfigError: the ranks do not divide the first batch.
     """
 
     def __init__(
         self,
         reader: SampleReader,
-        global_batch: int,
+        batches: BatchSchedule,
         data_rank: int,
         data_ranks: int,
         consumed_samples: int = 0,
@@ -63,8 +64,8 @@ class BatchLoader:
         device: torch.device | None = None,
     ) -> None:
         # Refuses a batch that the ranks do not divide here, rather than in the thread.
-        samples_of_rank(consumed_samples, global_batch, data_rank, data_ranks, reader.seed)
-        self._reader, self._split = reader, (global_batch, data_rank, data_ranks)
+        samples_of_rank(consumed_samples, batches.batch_from(consumed_samples), data_rank, data_ranks, reader.seed)
+        self._reader, self._batches, self._data_rank, self._data_ranks = reader, batches, data_rank, data_ranks
         self._first, self._end = consumed_samples, total_samples
         self._device = device or torch.device("cpu")
         self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(PREFETCHED_BATCHES)
@@ -74,9 +75,6 @@ class BatchLoader:
 
     def _fill_queue(self) -> None:
         """Read batch after batch into the queue, ended by None or by the exception that stopped it; runs in the thread."""
-        global_batch, data_rank, data_ranks = self._split
-        share = global_batch // data_ranks
-        batch_rows = tuple(range(data_rank * share, (data_rank + 1) * share))
         on_gpu = self._device.type == "cuda"
         try:
             if on_gpu:
@@ -84,7 +82,8 @@ class BatchLoader:
             for samples, locations in self._prefetch_one_ahead():
                 if self._closed.is_set():
                     return
-                rows = self._reader.read(locations)
+                rows, first_row = self._reader.read(locations), self._data_rank * len(samples)
+                batch_rows = tuple(range(first_row, first_row + len(samples)))
                 batch = dataclasses.replace(rows, samples=tuple(samples.tolist()), batch_rows=batch_rows)
                 # A copy from pinned memory is queued on the default stream, on which the steps compute too: they read
                 # the batch after the copy, and neither thread waits for it.
@@ -108,17 +107,15 @@ class BatchLoader:
 
     def _locate_batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield this rank's sample numbers and locations of each batch; many batches are located in one call."""
-        global_batch, _, data_ranks = self._split
-        first, share = self._first, global_batch // data_ranks
-        ahead = -(-LOCATED_SAMPLES // share) * global_batch
+        first, rank = self._first, (self._data_rank, self._data_ranks, self._reader.seed)
         while self._end is None or first < self._end:
-            end = first + ahead if self._end is None else min(first + ahead, self._end)
-            starts = range(first, end, global_batch)
-            samples = [samples_of_rank(start, *self._split, self._reader.seed) for start in starts]
-            locations = self._reader.locate(np.concatenate(samples))
-            for i, numbers in enumerate(samples):
-                yield numbers, locations[i * share : (i + 1) * share]
-            first = starts[-1] + global_batch
+            samples: list[np.ndarray] = []
+            while sum(map(len, samples)) < LOCATED_SAMPLES and (self._end is None or first < self._end):
+                batch = self._batches.batch_from(first)
+                samples.append(samples_of_rank(first, batch, *rank))
+                first += batch
+            borders = np.cumsum([len(numbers) for numbers in samples])[:-1]
+            yield from zip(samples, np.split(self._reader.locate(np.concatenate(samples)), borders))
 
     def _enqueue(self, item: Batch | BaseException | None) -> None:
         """Put an item into the queue once it has room, and wake `wait`; give up once the loader is closed."""

@@ -205,7 +205,7 @@ class TokenStream:
         held_out: hashes of texts to skip, which `counts` counts.
         seen: set that receives the hashes of the texts that are used.
         consumed: samples of the run that earlier steps took.
-        global_batch: samples of the run in each step.
+        data_ranks: number of ranks that read as many windows at each `read`.
         state: `state(consumed)` of an earlier stream, to resume from.
     """
 
@@ -220,12 +220,12 @@ class TokenStream:
         held_out: frozenset[int] = frozenset(),
         seen: set[int] | None = None,
         consumed: int = 0,
-        global_batch: int = 1,
+        data_ranks: int = 1,
         state: dict[str, Any] | None = None,
     ) -> None:
         self.texts, self.tokenizer, self.sequence_length, self.seed = texts, tokenizer, sequence_length, seed
         self._with_documents, self._with_positions = documents, positions
-        self._held_out, self._seen, self._global_batch = held_out, seen, global_batch
+        self._held_out, self._seen, self._data_ranks = held_out, seen, data_ranks
         self._held_out_rows: int = state.get("held_out_rows", 0) if state else 0
         # Tokens that were encoded and are in no window yet, and which of them start a document.
         self._tokens = state["tokens"].numpy() if state else np.empty(0, np.int32)
@@ -244,7 +244,7 @@ class TokenStream:
     def read(self, locations: np.ndarray) -> Batch:
         """Read the next windows, one per location, whatever the locations; keep the state after them."""
         batch = self.read_next(len(locations))
-        self._consumed += self._global_batch
+        self._consumed += len(locations) * self._data_ranks
         self._states[self._consumed] = self._current_state()
         while len(self._states) > KEPT_STATES:
             self._states.popitem(last=False)

@@ -10,7 +10,7 @@ No other file imports deepspeed for training.
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ import torch
 from megatron_rdt.config.deepspeed import deepspeed_config
 from megatron_rdt.environment import keep_deepspeed_on_cpu
 from megatron_rdt.errors import CheckpointError, ConfigError
-from megatron_rdt.model import RecurrentDepthTransformer, initial_parameter, initialize, reset_buffers
+from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer, initial_parameter, initialize, reset_buffers
 from megatron_rdt.model.core import RecurrentCore
 from megatron_rdt.model.layer import Layer
-from megatron_rdt.parallel.engine import Engine
+from megatron_rdt.parallel.engine import Engine, MicroBatch
 from megatron_rdt.parallel.optimizers import adamw_groups, apply_configured_options, make_adamw, set_learning_rate
 from megatron_rdt.parallel.zero_universal import UNIVERSAL
 
@@ -135,6 +135,14 @@ class ZeroEngine(Engine):
     def _zero_optimizer(self) -> Any:
         """Return DeepSpeed's ZeRO optimizer, which wraps AdamW."""
         return self.module.optimizer
+
+    def forward_backward(
+        self, batch: Sequence[MicroBatch], monitor: CoreMonitor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """See `Engine.forward_backward`; DeepSpeed's own records count samples, so it is told this step's batch."""
+        config = self.config.train
+        self.module.set_train_batch_size(len(batch) * config.micro_batch * self.world_size)
+        return super().forward_backward(batch, monitor)
 
     def prepare_backward(self, last: bool) -> None:
         """Tell DeepSpeed to reduce gradients after the `last` micro-batch of a step."""

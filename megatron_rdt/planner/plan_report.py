@@ -66,7 +66,7 @@ def _format_work(plan: RunPlan) -> str:
         f"Work\n  mean T {plan.loops:.2f}, gradient through {k} ({plan.with_grad:.2f} on average)\n"
         f"  {work.per_token / 1e9:.4g} GFLOP per token, {work.per_step / TERA:.4g} TFLOP per step of "
         f"{plan.tokens:,} tokens{again}\n"
-        f"  {config.train.global_batch // (config.train.micro_batch * plan.layout.data)} micro-batches per device and step"
+        f"  {_format_micro_batches(plan, config.train.global_batch)}"
     )
 
 
@@ -130,18 +130,32 @@ def _format_time(plan: RunPlan, utilisation: float, tokens: float, price: float)
         f"  expected {format_duration(time.expected)} if computing reaches {100 * utilisation:.0f} % of the peak: "
         f"{plan.tokens / time.expected:,.0f} tokens/s, MFU {100 * time.mfu:.1f} %",
     ]
-    if tokens:
-        whole = tokens / plan.tokens * time.expected
-        cost = f", {world * whole / HOUR:,.0f} device hours"
-        cost += f", {world * whole / HOUR * price:,.0f} at {price:g} each" if price else ""
-        steps = f"{tokens / plan.tokens:,.0f} steps"
-        lines.append(f"  {format_count(tokens)} tokens: {steps}, {whole / DAY:,.2f} days{cost}")
+    if len(plan.seconds) > 1:
+        lines.append("  other global batches of train.batch_schedule, expected:")
+        rows = [(f"batch {b:,}", format_duration(s), _format_micro_batches(plan, b)) for b, s in plan.seconds.items()]
+        lines.append(_format_table(rows[:-1], "    "))
+    for name, amount in (("the run", float(plan.run_tokens)), ("the budget", tokens)):
+        if amount:
+            steps, seconds = plan.steps_and_seconds(amount)
+            cost = f", {world * seconds / HOUR:,.0f} device hours"
+            cost += f", {world * seconds / HOUR * price:,.0f} at {price:g} each" if price else ""
+            lines.append(
+                f"  {name}, {format_count(amount)} tokens: {steps:,.0f} steps, {seconds / DAY:,.2f} days{cost}"
+            )
     return "\n".join(lines)
 
 
+def _format_micro_batches(plan: RunPlan, batch: int) -> str:
+    """Format how many micro-batches a device has in a step of this global batch."""
+    return f"{batch // (plan.config.train.micro_batch * plan.layout.data)} micro-batches per device and step"
+
+
 def plan_to_dict(plan: RunPlan, tokens: float) -> dict[str, Any]:
-    """Return the plan, and the days that `tokens` take, as data that JSON can hold, one key per section."""
-    days = None if plan.time is None else tokens / plan.tokens * plan.time.expected / DAY
+    """Return the plan, and the days that the run and `tokens` take, as data that JSON can hold, one key per section."""
+
+    def days(tokens: float) -> float | None:
+        return plan.steps_and_seconds(tokens)[1] / DAY if plan.seconds else None
+
     return {
         "device": dataclasses.asdict(plan.device),
         "layout": dataclasses.asdict(plan.layout) | {"devices": plan.layout.world_size},
@@ -154,6 +168,8 @@ def plan_to_dict(plan: RunPlan, tokens: float) -> dict[str, Any]:
             for each in plan.sent
         ],
         "time": None if plan.time is None else dataclasses.asdict(plan.time),
-        "budget": {"tokens": tokens, "days": days},
+        "step_seconds": {str(batch): seconds for batch, seconds in plan.seconds.items()},
+        "run": {"steps": plan.config.train.steps, "tokens": plan.run_tokens, "days": days(plan.run_tokens)},
+        "budget": {"tokens": tokens, "days": days(tokens)},
         "changes": [{"words": change.words, "memory": change.memory.peak} for change in plan.changes],
     }

@@ -1,5 +1,7 @@
 """The run plan: memory, communication and time of a run on given devices, and options that would save memory."""
 
+import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -47,11 +49,12 @@ class RunPlan:
         active: number of parameters that a token is computed with.
         loops, with_grad: means of T and of min(k, T).
         deepest: loop counts that memory is planned for.
-        memory: peak memory of one process at `deepest`.
+        memory: peak memory of one process at `deepest`, the largest over all global batches of the run.
         usual: peak memory of one process at the mean loop counts.
-        work: operations of a step.
-        sent: collectives of a step at the mean loop counts.
-        time: time of a step; None if the device's rate for the config's precision is not known.
+        work: operations of a step of `train.global_batch`.
+        sent: collectives of such a step at the mean loop counts.
+        time: time of such a step; None if the device's rate for the config's precision is not known.
+        seconds: expected time of a step by its global batch, for all of the run; empty if not known.
         changes: options that would save memory, the largest saving first.
     """
 
@@ -68,6 +71,7 @@ class RunPlan:
     work: Work
     sent: list[Collectives]
     time: StepTime | None
+    seconds: dict[int, float]
     changes: list[SavingOption]
 
     @property
@@ -77,8 +81,22 @@ class RunPlan:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens in a step."""
+        """Number of tokens in a step of `train.global_batch`."""
         return self.config.train.global_batch * self.config.train.sequence_length
+
+    @property
+    def run_tokens(self) -> int:
+        """Number of tokens in all `train.steps` steps."""
+        return self.config.train.batches.samples_after(self.config.train.steps) * self.config.train.sequence_length
+
+    def steps_and_seconds(self, tokens: float) -> tuple[float, float]:
+        """Return how many steps the first `tokens` tokens of a run take, and how long they take; nan if not known."""
+        samples, steps, seconds = tokens / self.config.train.sequence_length, 0.0, 0.0
+        for begin, end, batch in self.config.train.batches.split(0, sys.maxsize):
+            count = min(end - begin, samples / batch)
+            samples, steps = samples - count * batch, steps + count
+            seconds += count * self.seconds.get(batch, math.nan)
+        return steps, seconds
 
 
 def plan_depths(config: DepthConfig) -> tuple[float, float, StepDepth]:
@@ -120,15 +138,29 @@ def make_plan(config: RunConfig, devices: int, device: Device, utilisation: floa
     layout = make_layout(config, devices)
     loops, with_grad, deepest = plan_depths(config.depth)
     mean = StepDepth(max(round(loops), 1), max(round(with_grad), 1))
-    memory, usual = (step_memory(config, layout, device.is_gpu, depth) for depth in (deepest, mean))
-    work, sent = step_work(config, loops, with_grad), step_communication(config, layout, mean, device.is_gpu)
-    known = config.train.precision == "bfloat16" or not device.is_gpu
-    time = step_time(work, sent, layout, device, utilisation) if known else None
+    memory, usual = (largest_step_memory(config, layout, device, depth) for depth in (deepest, mean))
+    known, times = config.train.precision == "bfloat16" or not device.is_gpu, {}
+    for batch, each in list_step_configs(config).items():  # the last is of train.global_batch
+        work, sent = step_work(each, loops, with_grad), step_communication(each, layout, mean, device.is_gpu)
+        times[batch] = step_time(work, sent, layout, device, utilisation)
+    time, seconds = (times[batch], {b: t.expected for b, t in times.items()}) if known else (None, {})
     changes = list(find_saving_options(config, devices, device, memory)) if advise else []
     parts, active = part_sizes(config.model), active_parameters(config.model)
-    return RunPlan(
-        config, device, layout, parts, active, loops, with_grad, deepest, memory, usual, work, sent, time, changes
-    )
+    facts = (memory, usual, work, sent, time, seconds, changes)
+    return RunPlan(config, device, layout, parts, active, loops, with_grad, deepest, *facts)
+
+
+def list_step_configs(config: RunConfig) -> dict[int, RunConfig]:
+    """Return the config with each global batch of the run as its only one, by batch; `train.global_batch` is the last."""
+    last = config.train.global_batch
+    batches = [*sorted(config.train.batches.sizes - {last}), last]
+    return {b: replace(config, train=replace(config.train, global_batch=b, batch_schedule=[])) for b in batches}
+
+
+def largest_step_memory(config: RunConfig, layout: Layout, device: Device, depth: StepDepth) -> PeakMemory:
+    """Return the peak memory of the steps whose global batch needs the most: one micro-batch needs less than several."""
+    found = (step_memory(each, layout, device.is_gpu, depth) for each in list_step_configs(config).values())
+    return max(found, key=lambda memory: memory.peak)
 
 
 def checkpoint_policies() -> list[str]:
@@ -176,7 +208,7 @@ def find_saving_options(config: RunConfig, devices: int, device: Device, memory:
             layout = make_layout(other, devices)
         except ConfigError:
             continue
-        needed = step_memory(other, layout, device.is_gpu, plan_depths(other.depth)[2])
+        needed = largest_step_memory(other, layout, device, plan_depths(other.depth)[2])
         if needed.peak < 0.995 * memory.peak:
             words = " ".join(f"--{name} {value}" for name, value in options.items())
             # Of several sizes of an axis, keep the first that fits; if none fits, the last.

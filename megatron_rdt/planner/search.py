@@ -11,7 +11,7 @@ from megatron_rdt.devices import Device
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.planner import run_plan
 from megatron_rdt.planner.communication import step_communication
-from megatron_rdt.planner.memory import StepDepth, step_memory
+from megatron_rdt.planner.memory import StepDepth
 from megatron_rdt.planner.step_time import step_time, step_work
 
 MICRO_BATCHES = (16, 8, 4, 2, 1)
@@ -61,7 +61,10 @@ def find_fastest_plan(config: RunConfig, devices: int, device: Device, utilisati
             # Smaller micro-batches take longer still. Of equally fast arrangements the first, the simplest, stays.
             if time >= 0.999 * shortest:
                 break
-            if step_memory(other, layout, device.is_gpu, deepest).peak <= run_plan.USABLE_MEMORY * device.memory:
+            if (
+                run_plan.largest_step_memory(other, layout, device, deepest).peak
+                <= run_plan.USABLE_MEMORY * device.memory
+            ):
                 best, shortest = other, time
                 break
     return None if best is None else run_plan.make_plan(best, devices, device, utilisation, advise=False)

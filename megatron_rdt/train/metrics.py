@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_rdt.config.batch_schedule import BatchSchedule
 from megatron_rdt.data import Batch
 from megatron_rdt.errors import TrainingError
 from megatron_rdt.evaluate.loss import EVALUATION, describe_windows
@@ -181,19 +182,21 @@ class Console:
     Args:
         steps: of the whole run.
         first_step: steps before this process's first one, which do not count for the time left.
+        batches: of all steps; progress and the time left are by samples. None: each has the same.
     """
 
-    def __init__(self, steps: int, first_step: int) -> None:
-        self.steps = steps
+    def __init__(self, steps: int, first_step: int, batches: BatchSchedule | None = None) -> None:
+        self.steps, self._count_samples = steps, (batches or BatchSchedule.constant(1)).samples_after
         self._first_step = first_step
         self._began = time.perf_counter()
 
     def format_line(self, record: dict[str, Any]) -> str:
         """Return the console line of a step's record: progress, loss, T, norm, throughput, memory, time left."""
         step = record["step"]
+        before, now, end = map(self._count_samples, (self._first_step, step, self.steps))
         elapsed = time.perf_counter() - self._began
-        left = elapsed / max(step - self._first_step, 1) * (self.steps - step)
-        filled = round(10 * step / self.steps)
+        left = elapsed / max(now - before, 1) * (end - now)
+        filled = round(10 * now / end)
         padding = f"  padding {record['padding']:.1%}" if record.get("padding") else ""
         loss = "none (no target)" if record.get("targets") == 0 else f"{record['loss']:.4f}"
         mfu = f"  mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""

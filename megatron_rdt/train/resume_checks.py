@@ -1,6 +1,8 @@
 """Checks before a run starts: it must not erase anything of a run, and its checkpoint must fit its config."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +10,29 @@ from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import ModelConfig, RunConfig, load_config
 from megatron_rdt.config.model import TRAINING_FIELDS
 from megatron_rdt.errors import CheckpointError, ConfigError
+from megatron_rdt.files import hold_lock
 from megatron_rdt.parallel.optimizers import list_decayed_parameters
 from megatron_rdt.parallel.zero import ZERO_FOLDER
 from megatron_rdt.run_directory import CHECKPOINTS
 from megatron_rdt.train.metrics import read_recorded_steps
 
 BEGINNING = "the beginning of a run"
+# How long to wait for a process of the same run that was killed and has not quite ended.
+LOCK_PATIENCE_S = 10.0
+
+
+@contextmanager
+def lock_run_directory(run_directory: Path, resume: str) -> Iterator[None]:
+    """Make and lock the run directory, for rank 0; refuse a start that would erase a run; remove it if empty."""
+    run_directory.mkdir(parents=True, exist_ok=True)
+    message = f"another process is writing {run_directory}. Wait for it, end it, or choose another --run.name."
+    try:
+        with hold_lock(run_directory / ".lock", message, LOCK_PATIENCE_S):
+            refuse_to_overwrite(run_directory, resume)
+            yield
+    finally:
+        with suppress(OSError):  # a run that was refused leaves no empty directory
+            run_directory.rmdir()
 
 
 def refuse_to_overwrite(run_directory: Path, resume: str) -> None:

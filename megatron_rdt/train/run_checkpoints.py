@@ -87,8 +87,11 @@ class RunCheckpoints:
         """
         state = checkpoints.read_trainer_state(source)
         check_resumable(source, state, self.config)
+        saved, step = load_config(source / "config.yaml"), state["step"]
+        # Checkpoints of earlier versions do not say which batches they had; this leads to the same position.
+        batch = saved.train.global_batch
+        state["data"].setdefault("batches", [[0, state["data"]["consumed_samples"] - step * batch, batch]])
         changed_data = self.data.resume(source, state["data"])
-        saved = load_config(source / "config.yaml")
         changed = describe_changed_settings(saved, self.config)
         checkpoints.restore_engine(self.engine, source)
         # A run that starts from another run's checkpoint is a run of its own.

@@ -1,8 +1,7 @@
 """The training loop. It knows steps, batches and records; the engine knows sharding, the sampler knows depth."""
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from megatron_rdt.data import Batch, BatchLoader
 from megatron_rdt.depth import DepthPlan, DepthSampler
 from megatron_rdt.environment import ProcessInfo, read_process_info
 from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED, TrainingError
-from megatron_rdt.files import hold_lock, write_text
+from megatron_rdt.files import write_text
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.flops import forward_flops, training_flops
 from megatron_rdt.model.moe import rebalance
@@ -32,14 +31,11 @@ from megatron_rdt.train.inspections import InspectionFailed, Inspections
 from megatron_rdt.train.metrics import Console, Recorder, drop_records_after, read_recorded_steps
 from megatron_rdt.train.monitoring import MonitorSchedule
 from megatron_rdt.train.nonfinite_guard import NonfiniteGuard, TargetGuard, is_step_accepted
-from megatron_rdt.train.resume_checks import refuse_to_overwrite
+from megatron_rdt.train.resume_checks import lock_run_directory
 from megatron_rdt.train.run_checkpoints import Position, RunCheckpoints, choose_start
 from megatron_rdt.train.schedule import learning_rate
 from megatron_rdt.train.step_record import StepClock, StepRecord
 from megatron_rdt.train.stop_request import StopAgreed, StopRequest
-
-# How long to wait for a process of the same run that was killed and has not quite ended.
-LOCK_PATIENCE_S = 10.0
 
 
 def train(
@@ -69,7 +65,7 @@ def train(
     listener = stop or StopRequest()
     run_directory = run_directory_of(config)
     try:
-        with _lock_run_directory(run_directory, resume) if process.rank == 0 else nullcontext():
+        with lock_run_directory(run_directory, resume) if process.rank == 0 else nullcontext():
             device = join_process_group(config, process)
             trainer = Trainer(config, run_directory, device, listener, process.local_rank)
             try:
@@ -88,20 +84,6 @@ def train(
 _FINISHED_ENGINES: list[Engine] = []
 
 
-@contextmanager
-def _lock_run_directory(run_directory: Path, resume: str) -> Iterator[None]:
-    """Make and lock the run directory, for rank 0; refuse a start that would erase a run; remove it if empty."""
-    run_directory.mkdir(parents=True, exist_ok=True)
-    message = f"another process is writing {run_directory}. Wait for it, end it, or choose another --run.name."
-    try:
-        with hold_lock(run_directory / ".lock", message, LOCK_PATIENCE_S):
-            refuse_to_overwrite(run_directory, resume)
-            yield
-    finally:
-        with suppress(OSError):  # a run that was refused leaves no empty directory
-            run_directory.rmdir()
-
-
 class Trainer:
     """One run on one rank.
 
@@ -114,7 +96,6 @@ class Trainer:
 
     Attributes:
         step: optimizer steps done.
-        consumed: samples trained on, by all ranks together.
         unread: records of steps since the last logging step, still on the device.
     """
 
@@ -134,11 +115,20 @@ class Trainer:
         self.guard = NonfiniteGuard(min(config.train.max_nonfinite_steps, config.train.steps))
         self.target_guard = TargetGuard(min(config.train.max_steps_without_target, config.train.steps))
         self.monitoring = MonitorSchedule(config.logging)
-        self.step = self.consumed = self.first_step = 0
+        self.step = self.first_step = 0
         self.unread: list[StepRecord] = []
         self.was_interrupted = False  # an evaluation or samples were abandoned for a stop request
         self.recorder: Recorder | None = None  # on rank 0, while the run is under way
         self.console: Console | None = None
+
+    @property
+    def consumed(self) -> int:
+        """Number of samples trained on, by all ranks together."""
+        return self.data.batches.samples_after(self.step)
+
+    def _tokens_after(self, steps: int) -> int:
+        """Return how many tokens the first `steps` steps train on."""
+        return self.data.batches.samples_after(steps) * self.config.train.sequence_length
 
     def run(self, source: Path | None) -> int:
         """Train from the checkpoint `source`, or from scratch, to the last step; return the exit status."""
@@ -149,17 +139,16 @@ class Trainer:
         self.engine.setup(model)
         if source is not None:
             position, lines = self.checkpoints.restore(source)
-            self.step, self.consumed, self.guard.skipped = position.step, position.samples, position.skipped_steps
-            self.target_guard.in_a_row = position.steps_without_target
-            self.first_step = self.step
+            self.step = self.first_step = position.step
+            self.guard.skipped, self.target_guard.in_a_row = position.skipped_steps, position.steps_without_target
             for line in lines:
                 self._print_on_rank_0(line)
-        # With another batch size than before, the rest of the run takes more or fewer samples.
-        total = self.consumed + (config.train.steps - self.step) * config.train.global_batch
+        batches = self.data.batches
+        total = batches.samples_after(config.train.steps)
         loader = self.data.loader(self.consumed, total, self.data_rank, self.device)
         try:
             self._open_run_directory(parameters, source)
-            for line in self.data.describe(total):
+            for line in [*batches.describe(self.step, config.train.steps), *self.data.describe(total)]:
                 self._print_on_rank_0(line)
             loader.wait()
             with ScheduledGarbageCollection(config.train.gc_every) as collection:
@@ -168,8 +157,9 @@ class Trainer:
         finally:
             loader.close()
         if status == EXIT_OK:
-            tokens = self.consumed * config.train.sequence_length
-            self._print_on_rank_0(f"done: {self.step} steps, {tokens:,} tokens, {self.run_directory}")
+            self._print_on_rank_0(
+                f"done: {self.step} steps, {self._tokens_after(self.step):,} tokens, {self.run_directory}"
+            )
             if self.target_guard.total:
                 taken = self.step - self.first_step
                 self._print_on_rank_0(
@@ -209,7 +199,8 @@ class Trainer:
             collection: collects garbage between steps.
             is_same_run: this run continues from a checkpoint of its own.
         """
-        self.console, batches = Console(self.config.train.steps, self.step), iter(loader)
+        self.console = Console(self.config.train.steps, self.step, self.data.batches)
+        batches = iter(loader)
         self.stop.start_agreement(self.engine)
         if is_same_run:
             self._make_up_for_inspections()
@@ -254,11 +245,10 @@ class Trainer:
         balance_rate = config.model.balance_rate * accepted.double()
         experts = rebalance(self.engine.model, balance_rate, self.engine.sum_over_ranks)
         depth = self._recompute_loop_counts()
-        tokens_before = self.consumed * config.train.sequence_length
+        tokens_before = self._tokens_after(self.step)
         self.step += 1
-        self.consumed += config.train.global_batch
         clock.stop()
-        tokens = config.train.global_batch * config.train.sequence_length
+        tokens = self._tokens_after(self.step) - tokens_before
         flops = tokens * training_flops(config.model, self.flops, depth["loops_mean"], depth["loops_with_grad"])
         peak = peak_flops(self.device, config.train.precision)
         return StepRecord(
@@ -284,17 +274,17 @@ class Trainer:
 
     def _recompute_loop_counts(self) -> dict[str, Any]:
         """Redraw T of all ranks' sequences; return the record's fields on it; count it in `monitoring.drawn`."""
-        train = self.config.train
+        rows = range(self.data.batches.batch_at(self.step))
         plan = DepthPlan(
-            self.sampler.draw_loops(self.step, range(train.global_batch), train.micro_batch),
+            self.sampler.draw_loops(self.step, rows, self.config.train.micro_batch),
             self.sampler.backprop_at(self.step),
         )
         counts = Counter(plan.iterations)
         self.monitoring.drawn += counts
         return {
-            "loops_mean": plan.total_loops / train.global_batch,
+            "loops_mean": plan.total_loops / len(rows),
             "loops_max": plan.max_loops,
-            "loops_with_grad": plan.total_loops_with_grad / train.global_batch,
+            "loops_with_grad": plan.total_loops_with_grad / len(rows),
             **({} if plan.is_uniform else {"loops_counts": {str(t): counts[t] for t in sorted(counts)}}),
         }
 
@@ -319,7 +309,7 @@ class Trainer:
         cause: Exception | None = None
         try:
             if evaluate:
-                self.inspections.evaluate(self.step, self.consumed * self.config.train.sequence_length, self.recorder)
+                self.inspections.evaluate(self.step, self._tokens_after(self.step), self.recorder)
             if sample:
                 self.inspections.generate_samples(self.step, self.recorder)
         except StopAgreed:

@@ -157,7 +157,15 @@ def test_a_name_that_is_not_utf8_in_an_exception_is_explained() -> None:
 
 # Options that take texts which name no file: everything else that takes a text is a `PathText`.
 NO_PATHS = {
-    *("run.name", "optimizer.no_weight_decay", "data.text_field", "data.hf_split", "data.skip_steps", "sample.prompt"),
+    *(
+        "run.name",
+        "train.batch_schedule",
+        "optimizer.no_weight_decay",
+        "data.text_field",
+        "data.hf_split",
+        "data.skip_steps",
+        "sample.prompt",
+    ),
     *("extensions", "text_field", "prompt_field", "hf_split", "filters", "special_tokens", "shard", "task"),
     *(
         "time",

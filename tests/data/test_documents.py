@@ -11,6 +11,7 @@ import torch
 from data_prep.config import PrepConfig
 from data_prep.pipeline import prepare
 from megatron_rdt.config import RunConfig
+from megatron_rdt.config.batch_schedule import BatchSchedule
 from megatron_rdt.data import Batch, BatchLoader, IndexedDataset, TokenCorpus, Tokenizer, read_fixed_windows
 from megatron_rdt.data.shard_files.indexed import CODES, HEADER, MAGIC, VERSION
 from megatron_rdt.evaluate.loss import evaluate_checkpoint, measure_losses
@@ -76,13 +77,15 @@ def test_a_document_may_be_several_sequences_and_none(tmp_path: Path) -> None:
 
 
 def test_the_loader_brings_documents_when_asked(sharded: TokenCorpus) -> None:
-    loader = BatchLoader(sharded, 4, 1, 2, total_samples=8)
+    loader = BatchLoader(sharded, BatchSchedule.constant(4), 1, 2, total_samples=8)
     batches = list(loader)
     loader.close()
     assert len(batches) == 2
     for batch in batches:
         assert torch.equal(batch.documents, sharded.read_samples(batch.samples).documents)
-    plain = BatchLoader(TokenCorpus(sharded.manifest, "train", LENGTH, seed=1), 4, 1, 2, total_samples=8)
+    plain = BatchLoader(
+        TokenCorpus(sharded.manifest, "train", LENGTH, seed=1), BatchSchedule.constant(4), 1, 2, total_samples=8
+    )
     assert [batch.documents for batch in plain] == [None, None]
     plain.close()
 

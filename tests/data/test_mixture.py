@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron_rdt.config import CorpusConfig, RunConfig, dump_config, load_config
+from megatron_rdt.config.batch_schedule import BatchSchedule
 from megatron_rdt.config.mixture_weights import PERIOD, integer_weights
 from megatron_rdt.data import Batch, BatchLoader, TokenCorpus, load_manifest
 from megatron_rdt.data.mixture import Mixture, MixtureOrder, Phase, interleave, schedule_turns
@@ -124,7 +125,7 @@ def test_windows_are_those_of_the_corpora_whatever_the_ranks(corpora: dict[str, 
     for world in (1, 2, 4):
         steps[world] = [{} for _ in range(12)]
         for rank in range(world):
-            loader = BatchLoader(mixture, 8, rank, world, total_samples=96)
+            loader = BatchLoader(mixture, BatchSchedule.constant(8), rank, world, total_samples=96)
             for step, batch in enumerate(loader):
                 assert batch.sources is not None
                 assert batch.documents is not None

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rdt.config import DataConfig
+from megatron_rdt.config.batch_schedule import BatchSchedule
 from megatron_rdt.data import BatchLoader, CorpusManifest, IndexedWriter, PackedCorpus, open_corpus
 from megatron_rdt.data import packing_plan as packing_module
 from megatron_rdt.data.packing_plan import (
@@ -221,7 +222,7 @@ def test_epochs_visit_every_row_once_in_another_order(manifest: CorpusManifest) 
     assert len(few._open) == 1  # type: ignore[attr-defined]
     parts = []
     for rank in range(2):  # from the middle on, two ranks: together the rows of these samples
-        loader = BatchLoader(corpus, 4, rank, 2, consumed_samples=4, total_samples=12)
+        loader = BatchLoader(corpus, BatchSchedule.constant(4), rank, 2, consumed_samples=4, total_samples=12)
         for batch in loader:
             rows = corpus.read_samples(batch.samples)
             assert torch.equal(batch.tokens, rows.tokens)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_rdt.config import DataConfig
+from megatron_rdt.config.batch_schedule import BatchSchedule
 from megatron_rdt.data import BatchLoader, TokenCorpus, load_manifest, open_corpus
 from megatron_rdt.data.mixture import Mixture, MixtureOrder, Phase
 from megatron_rdt.data.packing_plan import make_plans
@@ -77,7 +78,7 @@ def test_the_loader_prefetches_the_next_batch_before_it_reads_one(corpus: Path, 
     data.prefetch(data.locate(np.arange(2 * BATCH)))
     two_batches = select_calls("prefetch", calls)
     calls.clear()
-    loader = BatchLoader(data, BATCH, 0, 1, total_samples=4 * BATCH)
+    loader = BatchLoader(data, BatchSchedule.constant(BATCH), 0, 1, total_samples=4 * BATCH)
     assert len(list(loader)) == 4
     loader.close()
     runs = [(kind, list(group)) for kind, group in itertools.groupby(calls, lambda call: call[0])]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_rdt.config.batch_schedule import BatchSchedule
 from megatron_rdt.data import (
     BatchLoader,
     TokenCorpus,
@@ -64,7 +65,7 @@ def test_batches_are_the_same_set_for_every_world_size() -> None:
 
 
 def collect(corpus: TokenCorpus, start: int, end: int, rank: int = 0, world: int = 1) -> list[tuple[int, ...]]:
-    loader = BatchLoader(corpus, 4, rank, world, consumed_samples=start, total_samples=end)
+    loader = BatchLoader(corpus, BatchSchedule.constant(4), rank, world, consumed_samples=start, total_samples=end)
     seen = []
     for batch in loader:
         assert torch.equal(batch.tokens, corpus.read_samples(batch.samples).tokens)
@@ -81,7 +82,7 @@ def test_loader_resumes_anywhere(tiny_corpus: Path) -> None:
         assert collect(corpus, at, 80) == whole[at // 4 :]
     halves = [collect(corpus, 0, 80, rank, 2) for rank in range(2)]
     assert [a + b for a, b in zip(*halves)] == whole
-    loader = BatchLoader(corpus, 4, 0, 1)
+    loader = BatchLoader(corpus, BatchSchedule.constant(4), 0, 1)
     next(iter(loader))
     loader.close()
 

@@ -14,6 +14,7 @@ import torch
 
 from launch.cli import run_command
 from megatron_rdt.config import RunConfig, check_config
+from megatron_rdt.config.batch_schedule import BatchSchedule
 from megatron_rdt.data import BatchLoader, Tokenizer, streaming
 from megatron_rdt.data.hugging_face import list_unread_files
 from megatron_rdt.data.streaming import DatasetEndedError, RowReader, TokenStream, open_dataset, read_held_out_windows
@@ -113,24 +114,28 @@ def take_batches(loader: BatchLoader, count: int) -> list[tuple]:
     return [(batch.samples, batch.batch_rows, batch.tokens.tolist()) for batch in taken]
 
 
+@pytest.mark.parametrize("schedule", [[], ["0:2", "5:6", "11:4"]], ids=["constant", "schedule"])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_resuming_twice_changes_nothing(dataset: str, tokenizer: Tokenizer, ranks: int, tmp_path: Path) -> None:
-    total = 160  # samples: more than two epochs
+def test_resuming_twice_changes_nothing(
+    dataset: str, tokenizer: Tokenizer, ranks: int, schedule: list[str], tmp_path: Path
+) -> None:
+    batches = BatchSchedule.parse(schedule, BATCH)
+    total = batches.samples_after(40)  # more than two epochs
 
     def start(rank: int, consumed: int = 0, state: Any = None) -> tuple[TokenStream, BatchLoader]:
         texts = make_reader(dataset, rank, ranks, state and state["texts"])
-        stream = TokenStream(texts, tokenizer, LENGTH, 3, consumed=consumed, global_batch=BATCH, state=state)
-        return stream, BatchLoader(stream, BATCH, rank, ranks, consumed, total)
+        stream = TokenStream(texts, tokenizer, LENGTH, 3, consumed=consumed, data_ranks=ranks, state=state)
+        return stream, BatchLoader(stream, batches, rank, ranks, consumed, total)
 
     for rank in range(ranks):
         _, loader = start(rank)
-        whole = take_batches(loader, total // BATCH)
+        whole = take_batches(loader, 40)
         loader.close()
         taken, consumed, state = [], 0, None
         for steps in (7, 0, 16, 17):  # 0: saved before anything was read
             stream, loader = start(rank, consumed, state)
             taken += take_batches(loader, steps)
-            consumed += BATCH * steps
+            consumed = batches.samples_after(len(taken))
             loader.close()  # what was read ahead is forgotten
             torch.save(stream.state(consumed), tmp_path / "state.pt")
             state = torch.load(tmp_path / "state.pt", weights_only=True)
@@ -331,6 +336,10 @@ def test_what_a_stream_cannot_go_on_from(
     source = tmp_path / "run" / "checkpoints" / "step-00000002"
     state = json.loads((source / "trainer.json").read_text())["data"]
     assert StreamedData(config, 1, 0, 0).resume(source, state) == []
+    # Another batch from here on is as good: each rank goes on where it was.
+    larger = StreamedData(configure(*words, "--train.global_batch=8"), 1, 0, 0)
+    assert larger.resume(source, state) == []
+    assert [larger.batches.samples_after(n) for n in (1, 2, 3)] == [4, 8, 16]
     with pytest.raises(CheckpointError, match=r"data-parallel ranks 1, now it is 2"):
         StreamedData(config, 2, 0, 0).resume(source, state)
     with pytest.raises(CheckpointError, match=r"data.shuffle_buffer 0, now it is 5"):

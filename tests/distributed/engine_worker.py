@@ -129,6 +129,22 @@ def check_discard(engine: Engine, single: Engine | None, tokens: torch.Tensor, d
     return max((relative_difference(gradients[name], reference[name]) for name in reference), default=0.0)
 
 
+def compare_other_batches(engine: Engine, single: Engine | None, tokens: torch.Tensor) -> float:
+    """Largest difference of a gradient in steps of fewer and of more micro-batches than `train.global_batch` has."""
+    size, worst = engine.config.train.micro_batch, 0.0
+    for batch in (tokens[: size * engine.world_size], torch.cat([tokens, tokens.flip(0)])):
+        engine.forward_backward(make_micro_batches(batch, engine, size, 3, None))
+        gradients, norm = engine.full_gradients(), engine.clip(1.0)
+        engine.step(1e-3)
+        if single is not None:
+            single.forward_backward(make_micro_batches(batch, single, len(batch), 3, None))
+            reference = single.full_gradients()
+            worst = max(worst, relative_difference(norm, single.clip(1.0)))
+            worst = max(worst, *(relative_difference(gradients[name], reference[name]) for name in reference))
+            single.step(1e-3)
+    return worst
+
+
 def compare_bfloat16(name: str, tokens: torch.Tensor) -> dict[str, float]:
     """Largest relative difference of the loss and of any gradient; rounding differs with the size of the batch."""
     engine, single = build(name, 2, "bfloat16"), build("single", 2, "bfloat16")
@@ -154,8 +170,10 @@ def check_engine(name: str, part: str) -> dict[str, object]:
         engine = build(name, size, model=model)
         # The first rank's verdict is the one that is read, so it alone computes the reference.
         single = build("single", size, model=model) if engine.rank == 0 else None
-        verdict[f"differences_{size}"] = compare_cases(engine, single, size, tokens)
+        differences = verdict[f"differences_{size}"] = compare_cases(engine, single, size, tokens)
         verdict[f"discard_{size}"] = max(check_discard(engine, single, tokens, decided) for decided in (False, True))
+        if engine.model.config.halting == "none":
+            differences["other batches"] = compare_other_batches(engine, single, tokens)
         verdict["world_size"] = engine.world_size
     if plain:  # rounded, a token may choose other experts
         verdict["bfloat16"] = compare_bfloat16(name, tokens)

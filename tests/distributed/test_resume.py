@@ -60,6 +60,7 @@ def test_killed_runs_resume_exactly(engine: str, tmp_path: Path, repository: Pat
     processes = 1 if engine == "single" else 2
     options = [*tiny_options, f"--run.root={tmp_path}", f"--parallel.engine={engine}"]
     options += [f"--optimizer.name={optimizer or 'adamw'}"]
+    options += ["--train.batch_schedule=0:2,3:8,5:4"]  # saved in the middle of two of the three
     options += ["--model.core_ffn=moe", "--model.balance_rate=0.05"]  # its bias is state that is no parameter
     finish_run([*options, "--run.name=straight", "--eval.every=0"], processes, None)
     options += ["--eval.every=3", "--sample.every=2", "--sample.tokens=2", "--run.name=killed", "--resume=auto"]

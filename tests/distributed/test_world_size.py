@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_rdt.config import DepthConfig
+from megatron_rdt.config.batch_schedule import BatchSchedule
 from megatron_rdt.data import BatchLoader, TokenCorpus
 from megatron_rdt.depth import DepthSampler
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
@@ -49,7 +50,7 @@ def global_batches(corpus: TokenCorpus, world_size: int, micro_batch: int) -> li
     sampler = DepthSampler(DepthConfig(mean=4, max=16, backprop=3), seed=5)
     steps: list[dict[int, tuple[Any, ...]]] = [{} for _ in range(12)]
     for rank in range(world_size):
-        loader = BatchLoader(corpus, 8, rank, world_size, total_samples=8 * len(steps))
+        loader = BatchLoader(corpus, BatchSchedule.constant(8), rank, world_size, total_samples=8 * len(steps))
         for step, batch in enumerate(loader):
             for at in range(0, len(batch.samples), micro_batch):
                 samples = batch.samples[at : at + micro_batch]

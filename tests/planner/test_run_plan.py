@@ -12,7 +12,7 @@ from megatron_rdt.devices import DEVICES, Device
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.planner.communication import REDUCE, Collectives
 from megatron_rdt.planner.parameters import active_parameters, list_parameters, part_sizes
-from megatron_rdt.planner.plan_report import format_plan
+from megatron_rdt.planner.plan_report import format_count, format_plan, plan_to_dict
 from megatron_rdt.planner.run_plan import USABLE_MEMORY, make_plan, plan_depths
 from megatron_rdt.planner.search import find_fastest_plan
 from megatron_rdt.planner.step_time import Work, collective_seconds, group_size, step_time, step_work
@@ -110,6 +110,42 @@ def test_the_report_names_every_section_and_float32_has_no_time(repository: Path
         assert part in text
     wide = replace(config, train=replace(config.train, precision="float32"))
     assert "not known" in format_plan(make_plan(wide, 64, DEVICES["a100"], 0.4), 0.4, 1.0, 0.0)
+
+
+def test_a_batch_schedule_is_planned_piece_by_piece(repository: Path) -> None:
+    train = {"global_batch": 256, "micro_batch": 1, "precision": "bfloat16", "steps": 30000}
+    config = preset(repository, "parcae_140m", parallel={"engine": "fsdp"}, train=train)
+    warm_up = replace(config, train=replace(config.train, batch_schedule=["0:64", "1000:1024", "4000:256"]))
+    constant, plan = (make_plan(each, 64, DEVICES["h100"], 0.4) for each in (config, warm_up))
+    assert (plan.time, plan.work, plan.sent) == (constant.time, constant.work, constant.sent), "of train.global_batch"
+    assert plan.memory.peak == constant.memory.peak, "of several micro-batches"
+    small = replace(config, train=replace(config.train, global_batch=64))
+    alone = make_plan(small, 64, DEVICES["h100"], 0.4)
+    assert alone.memory.peak < plan.memory.peak
+    shrinks = replace(small, train=replace(small.train, batch_schedule=["0:256", "1000:64"]))
+    shrinking = make_plan(shrinks, 64, DEVICES["h100"], 0.4)
+    assert shrinking.memory.peak == plan.memory.peak
+    assert {change.words for change in shrinking.changes} == {change.words for change in constant.changes}
+    assert alone.time is not None
+    assert plan.time is not None
+    assert plan.seconds == {64: alone.time.expected, 1024: plan.seconds[1024], 256: plan.time.expected}
+    length = config.train.sequence_length
+    batches = [64] * 1000 + [1024] * 3000 + [256] * 26000
+    steps, seconds = plan.steps_and_seconds(plan.run_tokens)
+    assert (plan.run_tokens, steps) == (sum(batches) * length, 30000)
+    assert seconds == pytest.approx(sum(plan.seconds[batch] for batch in batches))
+    assert plan.steps_and_seconds((64 * 1000 + 1024 * 2.5) * length) == pytest.approx(
+        (1002.5, 1000 * plan.seconds[64] + 2.5 * plan.seconds[1024])
+    )
+    assert constant.steps_and_seconds(1e10) == pytest.approx(
+        (1e10 / constant.tokens, 1e10 / constant.tokens * plan.time.expected)
+    )
+    text, numbers = format_plan(plan, 0.4, 1e10, 2.0), plan_to_dict(plan, 1e10)
+    assert f"the run, {format_count(plan.run_tokens)} tokens: 30,000 steps, {seconds / 86400:.2f} days" in text
+    assert "batch 1,024" in text
+    assert "16 micro-batches per device" in text
+    assert numbers["run"] == {"steps": 30000, "tokens": plan.run_tokens, "days": seconds / 86400}
+    assert [*numbers["step_seconds"]] == ["64", "1024", "256"]
 
 
 def test_a_run_that_cannot_be_arranged_is_refused_with_a_remedy(repository: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron_rdt.config import RunConfig
+from megatron_rdt.config.batch_schedule import BatchSchedule
 from megatron_rdt.errors import TrainingError
 from megatron_rdt.train.hardware import PEAK_BF16_FLOPS, peak_flops, peak_memory_gb
 from megatron_rdt.train.metrics import Console, Recorder, drop_records_after
@@ -219,6 +220,20 @@ def test_time_left_is_counted_from_this_process(monkeypatch: pytest.MonkeyPatch)
     assert console.format_line({**RECORD, "step": 91}).endswith("ETA 0:54")
     now[0] += 600.0
     assert console.format_line({**RECORD, "step": 92}).endswith("ETA 40:24")
+
+
+def test_progress_and_time_left_are_by_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """60 steps of 1 sample and 40 of 3: of 180 samples 54 are left, at 6 in 3 s."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    console = Console(100, 80, BatchSchedule.parse(["0:1", "60:3"], 3))
+    now[0] += 3.0
+    line = console.format_line({**RECORD, "step": 82})
+    assert line.startswith("[#######...] step 82/100")
+    assert line.endswith("ETA 0:27")
+    warm_up = Console(100, 0, BatchSchedule.parse(["0:1", "60:3"], 3))
+    now[0] += 6.0
+    assert warm_up.format_line({**RECORD, "step": 60}).endswith("ETA 0:12"), "not the 0:04 of 40 such steps"
 
 
 def test_an_unknown_device_has_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from megatron_rdt.data import IndexedDataset
 from megatron_rdt.errors import ConfigError, DataError, LaunchError
 from megatron_rdt.files import hold_lock
 from megatron_rdt.parallel.replicated import SingleEngine
-from megatron_rdt.train import trainer
+from megatron_rdt.train import resume_checks, trainer
 from tests.train.runs import Configure, read_all_files, read_records
 
 
@@ -72,7 +72,7 @@ def test_evaluations_open_no_files(configure: Configure, tmp_path: Path, monkeyp
 def test_one_process_at_a_time_writes_a_run(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "LOCK_PATIENCE_S", 0.0)
+    monkeypatch.setattr(resume_checks, "LOCK_PATIENCE_S", 0.0)
     config = configure(f"--run.root={tmp_path}", "--eval.every=0")
     (tmp_path / "run").mkdir()
     with hold_lock(tmp_path / "run" / ".lock", "x"), pytest.raises(LaunchError, match="another process is writing"):

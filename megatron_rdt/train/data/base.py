@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_rdt.config.batch_schedule import BatchSchedule
 from megatron_rdt.data import Batch, BatchLoader
 
 
@@ -18,10 +19,12 @@ class TrainingData(Protocol):
         tokenizer_directory: of the tokenizer that made the tokens.
         validation: windows to validate on, by corpus; empty where the run does not evaluate. Their number is a multiple
             of the data-parallel ranks, since forward passes are collective where parameters are sharded.
+        batches: the global batch of every step: those of the config or, after `resume`, the steps behind it as they were.
     """
 
     tokenizer_directory: Path
     validation: dict[str, Batch]
+    batches: BatchSchedule
 
     @property
     def shares(self) -> Mapping[str, float]:
@@ -60,5 +63,5 @@ class TrainingData(Protocol):
             state: what `state` returned when it was saved.
 
         Raises:
-            CheckpointError: it was trained on other data, or in another order.
+            CheckpointError: it was trained on other data, in another order, or with another `train.batch_schedule`.
         """

@@ -23,6 +23,7 @@ from megatron_rdt.data.packing_plan import make_plans
 from megatron_rdt.data.shard_files.open_shards import open_shards_limit
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError, RdtError
 from megatron_rdt.object_collectives import gather_objects, raise_on_all_ranks
+from megatron_rdt.train.data.batch_history import continue_batches, write_batches
 from megatron_rdt.train.data.history import SAME_OR_NEW, CorpusRecord, DataHistory, continue_history, format_share
 from megatron_rdt.train.data.skipped import SkippedSamples, SkippingReader
 
@@ -158,7 +159,8 @@ class PreparedData:
 
     def __init__(self, config: RunConfig, data_ranks: int, manifests: Mapping[str, CorpusManifest]) -> None:
         self.config, self.data_ranks = config, data_ranks
-        self.skipped = SkippedSamples.of_steps(config.data.skip_steps, config.train.global_batch)
+        self.batches = config.train.batches
+        self.skipped = SkippedSamples.of_steps(config.data.skip_steps, self.batches)
         self.settings = {corpus.name: corpus for corpus in config.data.corpora()}
         self.tokenizer_directory = next(iter(manifests.values())).directory / "tokenizer"
         corpora = {
@@ -237,9 +239,8 @@ class PreparedData:
     def loader(self, consumed: int, total: int, data_rank: int, device: torch.device) -> BatchLoader:
         """Return the running loader of a data-parallel rank; ConfigError if the run exceeds `max_epochs`."""
         self._check_epochs(total)
-        global_batch = self.config.train.global_batch
         reader = SkippingReader(self.mixture, self.skipped) if self.skipped.ranges else self.mixture
-        return BatchLoader(reader, global_batch, data_rank, self.data_ranks, consumed, total, device)
+        return BatchLoader(reader, self.batches, data_rank, self.data_ranks, consumed, total, device)
 
     def epochs(self, samples: int) -> dict[str, float]:
         """Epochs of each corpus, by name, that the first `samples` samples of the run take; those left out count too."""
@@ -293,7 +294,7 @@ class PreparedData:
         if len(order.names) > 1:
             fields |= {"sources": order.count_per_corpus(used), "epochs": self.epochs(consumed)}
         if self.skipped.ranges:
-            fields["data_step"] = -(-used // self.config.train.global_batch)
+            fields["data_step"] = self.batches.steps_for(used)
         return fields
 
     def state(self, consumed: int) -> dict[str, Any]:
@@ -301,6 +302,7 @@ class PreparedData:
         config = self.config
         return self.history.to_state(
             consumed,
+            batches=write_batches(self.batches, consumed),
             sequence_length=config.train.sequence_length,
             seed=config.run.seed,
             packing=config.data.pack,
@@ -331,7 +333,9 @@ class PreparedData:
             )
         paths = {name: settings.path for name, settings in self.settings.items()}
         passed = SkippedSamples({text: (first, end) for text, (first, end) in state.get("skipped", {}).items()})
-        self.skipped = passed.continue_with(source, self.skipped, consumed)
+        self.batches = continue_batches(source, state, config.train)
+        wanted = SkippedSamples.of_steps(config.data.skip_steps, self.batches)
+        self.skipped = passed.continue_with(source, wanted, consumed)
         before, may_add = DataHistory.from_state(state), bool(config.data.mixture)
         used = passed.count_used(consumed)
         history, changes = continue_history(source, before, self.history, paths, used, may_add)

@@ -1,7 +1,7 @@
 """Samples that a run leaves out (`data.skip_steps`), such as those around a spike of the loss.
 
-Ranges are given in steps of the data's order: step d is samples (d - 1) x global_batch ... d x global_batch - 1 of that
-order. A run that leaves nothing out takes them at step d; after a range that is left out, every step takes later ones.
+Ranges are given in steps of the data's order: step d is the samples of that order which a run that leaves nothing out
+takes at step d. After a range that is left out, every step takes later ones.
 Samples trained on stay numbered 0, 1, 2 ..., so only reading translates them to places in the order.
 """
 
@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from megatron_rdt.config.batch_schedule import BatchSchedule
 from megatron_rdt.config.step_ranges import parse_step_ranges
 from megatron_rdt.data import Batch
 from megatron_rdt.data.mixture import Mixture
@@ -31,12 +32,10 @@ class SkippedSamples:
     ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @staticmethod
-    def of_steps(steps: Sequence[int | str], global_batch: int) -> "SkippedSamples":
-        """Return the samples of ranges of steps with this many samples each."""
-        ranges = parse_step_ranges(steps)
-        return SkippedSamples(
-            {text: ((first - 1) * global_batch, last * global_batch) for text, (first, last) in ranges.items()}
-        )
+    def of_steps(steps: Sequence[int | str], batches: BatchSchedule) -> "SkippedSamples":
+        """Return the samples of ranges of steps with these batches."""
+        ranges, count = parse_step_ranges(steps), batches.samples_after
+        return SkippedSamples({text: (count(first - 1), count(last)) for text, (first, last) in ranges.items()})
 
     def locate(self, samples: Samples) -> Samples:
         """Return the number in the data's order of each sample that the run trains on."""

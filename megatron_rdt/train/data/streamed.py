@@ -11,6 +11,7 @@ from megatron_rdt.data import Batch, BatchLoader, Tokenizer
 from megatron_rdt.data.hugging_face import PREFIX, list_unread_files
 from megatron_rdt.data.streaming import RowReader, TokenStream, open_dataset, read_held_out_windows
 from megatron_rdt.errors import CheckpointError, ConfigError
+from megatron_rdt.train.data.batch_history import continue_batches, write_batches
 
 STATE_VERSION = 1
 LISTED_FILES = 5  # files that are not read and are named
@@ -38,6 +39,7 @@ class StreamedData:
 
     def __init__(self, config: RunConfig, data_ranks: int, data_rank: int, rank: int) -> None:
         self.config, self.data_ranks, self.data_rank, self.rank = config, data_ranks, data_rank, rank
+        self.batches = config.train.batches
         self.tokenizer_directory = Path(config.data.tokenizer)
         if not self.tokenizer_directory.is_dir():
             raise ConfigError(
@@ -101,10 +103,10 @@ class StreamedData:
             data.document_positions,
             held_out=self._held_out,
             consumed=consumed,
-            global_batch=config.train.global_batch,
+            data_ranks=self.data_ranks,
             state=state,
         )
-        return BatchLoader(self._stream, config.train.global_batch, data_rank, self.data_ranks, consumed, total, device)
+        return BatchLoader(self._stream, self.batches, data_rank, self.data_ranks, consumed, total, device)
 
     def describe(self, total: int) -> list[str]:
         """Lines that warn of what a streamed dataset lacks in comparison with a prepared corpus."""
@@ -153,7 +155,6 @@ class StreamedData:
             "data.shuffle_buffer": data.shuffle_buffer,
             "data.tokenizer": self.tokenizer.fingerprint,
             "train.sequence_length": config.train.sequence_length,
-            "train.global_batch": config.train.global_batch,
             "run.seed": config.run.seed,
             DATA_RANKS_KEY: self.data_ranks,
         }
@@ -163,6 +164,7 @@ class StreamedData:
         return {
             "version": STATE_VERSION,
             "consumed_samples": consumed,
+            "batches": write_batches(self.batches, consumed),
             "stream": self.resume_key(),
             "held_out_rows": self._held_out_rows,
         }
@@ -192,6 +194,7 @@ class StreamedData:
                 f"{source} has no position in the data for rank {self.rank}: it was saved by ranks in another layout. "
                 "Arrange the processes as in that run, or start a new --run.name."
             )
+        self.batches = continue_batches(source, state, self.config.train)
         self._start_state = own
         if state["held_out_rows"] == self._held_out_rows:
             return []

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_rdt.config.batch_schedule import BatchSchedule
 from megatron_rdt.data import BatchLoader, CorpusManifest, IndexedDataset, TokenCorpus, load_manifest
 from megatron_rdt.data.shard_files.indexed import CODES, HEADER, MAGIC, MAX_SEQUENCE, VERSION
 from megatron_rdt.data.shard_files.open_shards import Shards, find_document_starts
@@ -145,7 +146,7 @@ def test_a_corpus_of_a_trillion_tokens_opens_as_any_other(
     assert windows.tokens[2].tolist() == [*range(2000, 3000), *[0] * 1049], "over the end of a shard"
     assert windows.documents.sum(dim=1).tolist() == [0, 0, 1049]
     assert len(set(corpus.locate(np.arange(10**9, 10**9 + 1000)).tolist())) == 1000
-    loader = BatchLoader(corpus, 4, 1, 2, consumed_samples=10**9, total_samples=10**9 + 8)
+    loader = BatchLoader(corpus, BatchSchedule.constant(4), 1, 2, consumed_samples=10**9, total_samples=10**9 + 8)
     assert [len(batch.samples) for batch in loader] == [2, 2]
     loader.close()
     _, peak = tracemalloc.get_traced_memory()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.commands.plan import plan
+from launch.commands.plan import fit_to_devices, plan
+from megatron_rdt.config import check_config, load_config
 from megatron_rdt.errors import ConfigError
 
 pytestmark = pytest.mark.slow
@@ -41,6 +42,15 @@ def test_a_preset_is_planned_without_an_engine(rdt: Run) -> None:
         "512 x H100, engine fsdp",
     ):
         assert part in result.stdout
+
+
+def test_every_batch_of_a_schedule_is_one_that_the_devices_divide(repository: Path) -> None:
+    words = ["--train.global_batch=512", "--train.batch_schedule=0:100,10:130,20:512"]
+    config, notes = fit_to_devices(load_config(repository / "configs/models/parcae_140m.yaml", words), 32)
+    assert (config.train.micro_batch, config.train.global_batch) == (3, 576)
+    assert config.train.batch_schedule == ["0:192", "10:192", "20:576"]
+    check_config(config, 32)
+    assert "train.batch_schedule is ['0:100', '10:130', '20:512']; planned with" in notes[-1]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_rdt.config import RunConfig, load_config
+from megatron_rdt.config.batch_schedule import BatchSchedule
 from megatron_rdt.config.step_ranges import parse_step_ranges
 from megatron_rdt.errors import CheckpointError, ConfigError
 from megatron_rdt.train import trainer
@@ -28,7 +29,7 @@ def test_ranges_of_steps_are_read() -> None:
 @pytest.mark.parametrize("texts", [[], ["1"], ["2-3"], ["1-2", "3", "7-9"], ["4-4", "5-6"]])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_samples_are_those_of_the_steps_that_remain(texts: list[str], batch: int) -> None:
-    skipped = SkippedSamples.of_steps(texts, batch)
+    skipped = SkippedSamples.of_steps(texts, BatchSchedule.constant(batch))
     left_out = {step for first, last in parse_step_ranges(texts).values() for step in range(first, last + 1)}
     remain = [sample for sample in range(100) if sample // batch + 1 not in left_out]
     assert skipped.locate(np.arange(len(remain))).tolist() == remain
@@ -105,7 +106,8 @@ def test_steps_that_a_checkpoint_has_passed_cannot_change(configure: Configure, 
     longer = configure(*options, "--data.skip_steps=3,10", "--train.steps=10", "--train.global_batch=8")
     train(longer, "auto")
     records = read_records(tmp_path / "run" / "metrics.jsonl")
-    assert [record["data_step"] for record in records[-2:]] == [6, 7], "of 8 samples each, after 36"
+    # Eight data steps of 4 samples, then of 8: 44 and 60 samples of the order were used, 8 of step 10 left out between.
+    assert [record["data_step"] for record in records[-3:]] == [9, 11, 12]
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def _check_sources(config: PrepConfig) -> None:
     named: dict[str, tuple[str, str]] = {}
     for option in ("sources", "valid_sources"):
         for source in getattr(config, option):
-            location = _resolve_source(source)
+            location = _identify_source(source)
             first, where = named.setdefault(location, (source, ""))
             same = source if first == source else f"{first}, the same as {source},"
             if where == option:
@@ -139,6 +139,14 @@ def _resolve_source(source: str) -> str:
     """Return the real path of a source, without `hf:`; a source that is no existing path is returned unchanged."""
     path = source.removeprefix(PREFIX)
     return os.path.realpath(path) if source != STDLIB and os.path.exists(path) else source
+
+
+def _identify_source(source: str) -> str:
+    """Return the same text for two sources that are one file or folder, hard links included."""
+    location = _resolve_source(source)
+    status = os.stat(location) if os.path.isfile(location) else None
+    # As in `identify_file`: the number of a file tells something only where it has several names.
+    return f"{status.st_dev}:{status.st_ino}" if status and status.st_nlink > 1 else location
 
 
 def check_prep(config: PrepConfig) -> None:

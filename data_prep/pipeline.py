@@ -6,6 +6,7 @@ same bytes. The directory `out` appears under its name when everything in it is 
 """
 
 import contextlib
+import operator
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,7 +25,7 @@ from data_prep.jobs.working_directory import (
     resume_working_directory,
     working_directory_path,
 )
-from data_prep.sources.inputs import Input, Part, describe_unread, list_input_files
+from data_prep.sources.inputs import Input, Part, describe_changed_input, describe_unread, list_input_files
 from data_prep.stages import publish
 from data_prep.stages.duplicates import find_duplicates
 from data_prep.stages.encode import encode_slice, spill_path
@@ -84,7 +85,7 @@ def prepare(config: PrepConfig, command: str = "rdt prep") -> Path:
         began = time.monotonic()
         work = open_working_directory(config, root, lambda: None, lambda inputs: _check_inputs(out, config, inputs))
         with publish.explain_failure(out, alone=True):
-            _print_listing(work)
+            _print_plan(work)
             remove_temporary_files(root)
             with open_worker_pool(config.workers) as pool:
                 runner = StepRunner(work.job, pool, None)
@@ -115,8 +116,14 @@ def _print_nothing_to_do(out: Path) -> None:
     print(f"{out} is complete and was made with these options from these files: nothing to do")
 
 
-def _print_listing(work: WorkingDirectory) -> None:
-    """Print what of the sources is not read: before the work, and not only in the summary after it."""
+def _print_plan(work: WorkingDirectory) -> None:
+    """Print the tokenizer that is used, and what of the sources is not read: before the work, so that it can be stopped."""
+    config = work.job.config
+    if config.tokenizer:
+        print(f"tokenizer: {config.tokenizer}, {Tokenizer(config.tokenizer).vocab_size:,} pieces")
+    else:
+        special = f", special tokens {' '.join(config.special_tokens)}" if config.special_tokens else ""
+        print(f"tokenizer: trained on these documents, {config.tokenizer_type}, {config.vocab_size:,} pieces{special}")
     for line in describe_unread(work.listing.as_json()):
         print(line, flush=True)
 
@@ -158,7 +165,7 @@ def _prepare_share(out: Path, config: PrepConfig, array_task: tuple[int, int], c
                 lambda: publish.check_no_array_task(out, index),
                 lambda inputs: _check_inputs(out, config, inputs),
             )
-            _print_listing(work)
+            _print_plan(work)
             if not (root / "locks" / str(index)).exists():
                 stack.enter_context(hold_lock(publish.array_task_lock_path(root, index), message))
             write_text(root / ARRAY_SIZE, f"{count}\n")
@@ -169,10 +176,28 @@ def _prepare_share(out: Path, config: PrepConfig, array_task: tuple[int, int], c
         groups = _run_stages_before_encoding(work, runner, index, count)
         _encode_groups(work, runner, [group for group in groups if group.index % count == index])
     left = [group for group in groups if not work.job.is_done(group_record_path(work.job, group))]
-    print(
-        f"array task {index} of {count}: its groups are written, {len(left)} of {len(groups)} are left to other tasks"
-    )
-    print(f"when all array tasks are done: {_format_merge_command(command)}")
+    _print_share_done(config.shard, len(left), len(groups), command)
+
+
+def _print_share_done(shard: str, left: int, groups: int, command: str) -> None:
+    """Print that an array task is done, what is left to others, and the command that finishes the corpus.
+
+    Args:
+        shard: the option --shard.
+        left: number of groups that are not written yet.
+        groups: number of all groups.
+        command: the command line without --shard.
+    """
+    if left:
+        print(
+            f"array task {shard} is done; {left:,} of {groups:,} groups of documents are still to be written by the other "
+            f"array tasks. When they are done: {_format_merge_command(command)}"
+        )
+    else:
+        print(
+            f"array task {shard} is done, and all groups of documents are written. Finish the corpus with: "
+            f"{_format_merge_command(command)}"
+        )
 
 
 def _is_already_prepared_for_task(out: Path, config: PrepConfig) -> bool:
@@ -278,8 +303,12 @@ def _encode_groups(work: WorkingDirectory, runner: StepRunner, groups: list[Part
 def _write_manifest_and_publish(work: WorkingDirectory, out: Path, groups: list[PartGroup]) -> dict[str, Any]:
     """Write the manifest, publish the corpus, print its summary; return the manifest. DataError if text changed."""
     job = work.job
-    if list_input_files(job.config) != work.inputs:
-        raise DataError("the text changed while it was prepared. Run `rdt prep` again: it repeats what it must.")
+    if changed := describe_changed_input(
+        {file.name: file for file in work.inputs}, list_input_files(job.config), operator.ne
+    ):
+        raise DataError(
+            f"the text changed while it was prepared: {changed}. When nothing writes to it any more, run `rdt prep` again."
+        )
     records = [record for group in groups if (record := job.read_record(group_record_path(job, group))) is not None]
     duplicates = (job.read_record(job.path("duplicates.json")) or {"counts": {}})["counts"]
     document = write_manifest(work, records, duplicates)

@@ -31,6 +31,11 @@ def explain(error: BaseException) -> RdtError | None:
     first = text.splitlines()[0] if text else name
     if is_disk_full(error):
         return RdtError(f"the disk is full ({first}). Free space and start again.")
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return RdtError(
+            f"too many open files ({first}). Raise the limit (ulimit -n), or use fewer processes: --workers of rdt prep, "
+            "--nproc of rdt train."
+        )
     if isinstance(error, OSError) and error.filename and (error.errno in NO_ACCESS or _is_kernel_path(error.filename)):
         return RdtError(f"{error.filename}: {error.strerror}. Choose a path that you can read and write.")
     if isinstance(error, UnicodeEncodeError) and escape_invalid_utf8(error.object) != error.object:

@@ -18,6 +18,8 @@ from typing import Any
 from megatron_rdt.environment import usable_cores
 from megatron_rdt.errors import DataError
 
+JOIN_S = 5.0  # longest wait for the end of a worker whose executor is broken
+
 # Bytes and documents done, in memory shared by all workers. Writers hold the lock; the reader, who only shows them, does not.
 _counts: Any = [0, 0]
 _lock: Any = threading.Lock()
@@ -77,6 +79,7 @@ class WorkerPool:
         far_end, self._lifeline = context.Pipe(duplex=False)
         self._executor = ProcessPoolExecutor(self.workers, context, _initialize_worker, (counts, far_end))
         self._counts = counts.get_obj()
+        self._processes: set[multiprocessing.process.BaseProcess] = set()
 
     def read_counts(self) -> tuple[int, int]:
         """Return the bytes and documents reported so far; a pool of one worker includes those of earlier pools."""
@@ -91,8 +94,35 @@ class WorkerPool:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             return self._executor.submit(function, *arguments)
+        except OSError as error:
+            raise DataError(
+                f"a worker process could not be started: {error.strerror}. Lower --workers, or raise the limits of open files "
+                "and processes (ulimit -n, ulimit -u)."
+            ) from error
         finally:
             signal.signal(signal.SIGINT, before)
+            self._processes.update(multiprocessing.active_children())
+
+    def describe_death(self) -> str:
+        """Say in a sentence how a worker ended, and what to do; call it when the executor is broken."""
+        for process in self._processes:
+            process.join(JOIN_S)
+        # The executor terminates the workers that are left when one has died.
+        codes = {process.exitcode for process in self._processes} - {None, 0, -signal.SIGTERM}
+        if -signal.SIGKILL in codes:
+            return (
+                "a worker process was killed, probably by the kernel because memory ran out. Lower --workers, or free "
+                "memory."
+            )
+        if crashes := sorted(-code for code in codes if code is not None and code < 0):
+            return (
+                f"a worker process crashed ({signal.Signals(crashes[0]).name}). Run the same command again; if it crashes "
+                "again, halve --sources until the file is found, and report it."
+            )
+        return (
+            "a worker process could not start; its messages above say why. A script that calls `prepare` must do so below "
+            '`if __name__ == "__main__":`, because workers import it.'
+        )
 
     def close(self, at_once: bool) -> None:
         """Drop waiting steps and end the workers; `at_once` kills processes, or stops a thread when it reports."""
@@ -112,7 +142,7 @@ def open_worker_pool(workers: int) -> Iterator[WorkerPool]:
     """Yield a WorkerPool for the block; end its workers after their steps, or at once if the block raises.
 
     Raises:
-        DataError: a worker was killed.
+        DataError: a worker was killed, crashed, or could not be started.
     """
     pool = WorkerPool(workers)
     failed = True
@@ -120,8 +150,6 @@ def open_worker_pool(workers: int) -> Iterator[WorkerPool]:
         yield pool
         failed = False
     except BrokenProcessPool:
-        raise DataError(
-            "a worker process was killed, probably by the kernel because memory ran out. Lower --workers, or free memory."
-        ) from None
+        raise DataError(pool.describe_death()) from None
     finally:
         pool.close(at_once=failed)

@@ -19,12 +19,12 @@ from typing import Any
 from data_prep.cleaning import Cleaner
 from data_prep.config import PrepConfig
 from data_prep.sources.inputs import Input, Part, SourceListing, cut_parts, describe_changed_input, list_sources
+from data_prep.sources.prep_output import DESCRIPTION
 from data_prep.stages.minhash import ALGORITHM
 from megatron_rdt.data.tokenizer.tokenizer_files import list_tokenizer_files
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.files import TEMPORARY_SUFFIX, sha256_of, write_text
 
-DESCRIPTION = "plan.json"
 TOKENIZER_RECORD = "tokenizer.json"
 VERSIONED = ("megatron-rdt", "sentencepiece", "datasets")
 # Options that do not change the result.

@@ -4,7 +4,7 @@ import errno
 import os
 import stat
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +34,15 @@ class FoundEntry:
     is_broken_link: bool = False
 
 
-def walk_folder(root: Path) -> tuple[list[FoundEntry], list[Path]]:
+def walk_folder(root: Path, is_left_out: Callable[[Path, str], bool]) -> tuple[list[FoundEntry], list[Path]]:
     """Return the entries below a folder that are no folders, and the links to folders that were read already.
 
     Folders are read once each, whatever number of links leads to them, so that a loop of links ends.
+
+    Args:
+        root: the folder.
+        is_left_out: called with each folder below `root`, as it was reached and without links; if it returns True, the folder
+            is not read.
 
     Returns:
         The entries in the order of their paths, and the linked folders that lead to a folder which was read already.
@@ -61,6 +66,8 @@ def walk_folder(root: Path) -> tuple[list[FoundEntry], list[Path]]:
             inside = os.path.realpath(path) if is_link else os.path.join(real, entry.name)
             mode = _read_mode(path)
             if mode is not None and stat.S_ISDIR(mode):
+                if is_left_out(path, inside):
+                    continue
                 (links if is_link else folders).append((path, inside, is_linked or is_link))
             else:
                 found.append(
@@ -96,6 +103,14 @@ def _describe_problem(path: Path, mode: int | None) -> str:
     return next((kind for is_kind, kind in kinds if is_kind(mode)), "a device")
 
 
+def identify_file(entry: FoundEntry) -> tuple[int, int] | str:
+    """Return what two paths of one file have in common: device and number of a file with hard links, else the real path."""
+    with name_unreadable(entry.path):
+        status = os.stat(entry.path)
+    # Only where there are hard links: the numbers of some network file systems are not unique.
+    return (status.st_dev, status.st_ino) if status.st_nlink > 1 else entry.real
+
+
 def check_readable(path: Path) -> None:
     """Raise DataError if a file cannot be opened for reading."""
     if os.access(path, os.R_OK):
@@ -113,7 +128,11 @@ def name_unreadable(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # a library's: the content is damaged
+        if error.errno in (
+            None,
+            errno.EMFILE,
+            errno.ENFILE,
+        ):  # a library's: the content is damaged; or no fault of the file
             raise
         raise unreadable_error(path, error) from error
 

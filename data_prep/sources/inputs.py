@@ -10,8 +10,9 @@ from typing import Any, Literal, TypeVar
 
 from data_prep.config import STDLIB, PrepConfig
 from data_prep.sources.file_kinds import COMPRESSED, Kind, find_kind, list_endings, name_ending
-from data_prep.sources.folder_walk import FoundEntry, check_readable, name_unreadable, walk_folder
+from data_prep.sources.folder_walk import FoundEntry, check_readable, identify_file, name_unreadable, walk_folder
 from data_prep.sources.parquet_rows import count_group_rows
+from data_prep.sources.prep_output import PREP_OUTPUT, is_prep_output, list_own_paths
 from megatron_rdt.data.hugging_face import PREFIX, dataset_error, list_unread_files
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.files import escape_invalid_utf8
@@ -116,9 +117,10 @@ class SourceListing:
 
     Attributes:
         files: in a fixed order, each file once.
-        passed_over: names of the files that are not read, by ending; broken links under BROKEN_LINK.
-        reached_again: names of files and folders that are read under another name already, because links lead to them or a
-            source contains another.
+        passed_over: names of the files that are not read, by ending; broken links under BROKEN_LINK, corpora and working
+            directories of prep under PREP_OUTPUT.
+        reached_again: names of files and folders that are read under another name already, because links lead to them, hard
+            links included, or a source contains another.
     """
 
     files: list[Input] = field(default_factory=list)
@@ -158,7 +160,8 @@ def list_sources(config: PrepConfig) -> SourceListing:
     """Return every file of the sources in a fixed order, named alike on every machine, and what is not read.
 
     A name begins with that of its source. Sources of the same name are told apart by their number. A file that several paths
-    lead to is listed once: as validation if one of these says so, then by a path without links, then by the first.
+    lead to, or that has hard links, is listed once: as validation if one of these says so, then by a path without links,
+    then by the first.
 
     Raises:
         ConfigError: a source does not exist, or is a file with an ending that is not in `extensions`.
@@ -168,15 +171,16 @@ def list_sources(config: PrepConfig) -> SourceListing:
     candidates: list[tuple[str, FoundEntry, bool]] = []
     for source, name, valid in _iterate_sources(config):
         if source.startswith(PREFIX):
-            _add_unread_dataset_files(source.removeprefix(PREFIX), name, listing)
+            _add_unread_dataset_files(config, source.removeprefix(PREFIX), name, listing)
         else:
             candidates += [(inside, entry, valid) for inside, entry in _list_source(config, source, name, listing)]
     order = sorted(range(len(candidates)), key=lambda i: (not candidates[i][2], candidates[i][1].is_linked, i))
-    chosen: dict[str, int] = {}
+    identities = [identify_file(entry) for _, entry, _ in candidates]
+    chosen: dict[tuple[int, int] | str, int] = {}
     for index in order:
-        chosen.setdefault(candidates[index][1].real, index)
+        chosen.setdefault(identities[index], index)
     for index, (name, entry, valid) in enumerate(candidates):
-        if chosen[entry.real] == index:
+        if chosen[identities[index]] == index:
             check_readable(entry.path)
             listing.files.append(_make_input(name, entry.path, valid))
         else:
@@ -196,15 +200,38 @@ def _list_source(
     """Yield (name, entry) of the files of one source that are to be read; add the others to `listing`."""
     root = Path(sysconfig.get_paths()["stdlib"]) if source == STDLIB else Path(source)
     if not root.exists():
-        raise ConfigError(f"source {source} does not exist. Name a file, a folder, hf:NAME or stdlib in --sources.")
+        hint = " Patterns are not expanded." if set(source) & set("*?[") else ""
+        raise ConfigError(
+            f"source {source} does not exist.{hint} Name a file, a folder, hf:NAME or stdlib in --sources."
+        )
     endings = list_endings((".py",) if source == STDLIB else config.extensions)
     if not root.is_dir():
         _check_file_source(root, endings, config.extensions)
         yield name, FoundEntry(root, os.path.realpath(root), root.is_symlink())
         return
-    entries, folders_again = walk_folder(root)
+    out = Path(os.path.realpath(config.out))
+    own_paths, skipped = list_own_paths(out), []
+
+    def is_left_out(path: Path, real: str) -> bool:
+        """Return True for what prep wrote; note the name of a folder that other preps wrote."""
+        if real in own_paths:
+            return True
+        if is_prep_output(real):
+            skipped.append(f"{name}/{path.relative_to(root).as_posix()}/")
+            return True
+        return False
+
+    entries, folders_again = walk_folder(root, is_left_out)
+    if out.is_relative_to(os.path.realpath(root)) and source != STDLIB:
+        # Whether it exists yet or not, so that an interrupted prep and one that was not have the same manifest.
+        skipped.append(f"{name}/{out.relative_to(os.path.realpath(root)).as_posix()}/")
     passed_over, is_empty = Counter[str](), True
+    for folder in sorted(skipped):
+        listing.passed_over[PREP_OUTPUT].add(folder)
+        passed_over[PREP_OUTPUT] += 1
     for entry in entries:
+        if entry.real in own_paths:
+            continue
         inside = entry.path.relative_to(root)
         has_ending = inside.name.lower().endswith(endings)
         if source == STDLIB and (not has_ending or entry.problem or STDLIB_SKIPPED & set(inside.parts)):
@@ -229,8 +256,13 @@ def _list_source(
         listing.reached_again.add(f"{name}/{folder.relative_to(root).as_posix()}/")
 
 
-def _add_unread_dataset_files(dataset: str, name: str, listing: SourceListing) -> None:
+def _add_unread_dataset_files(config: PrepConfig, dataset: str, name: str, listing: SourceListing) -> None:
     """Add to `listing` the files in a dataset's local folder that the datasets library does not read."""
+    if os.path.isdir(dataset) and Path(os.path.realpath(config.out)).is_relative_to(os.path.realpath(dataset)):
+        raise ConfigError(
+            f"out {config.out} is in the folder of {PREFIX}{dataset}, and the datasets library would read it as data. "
+            "Set --out."
+        )
     try:
         files = list_unread_files(dataset)
     except Exception as error:

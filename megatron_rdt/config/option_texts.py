@@ -69,7 +69,8 @@ def refuse_empty_texts(
 ) -> None:
     """Raise ConfigError for the first text that is empty and may not be, also within lists and lists of mappings.
 
-    An option whose default is an empty text may be empty: its command takes that for "none".
+    So is `hf:` alone, where a path is due. An option whose default is an empty text may be empty: its command takes that
+    for "none".
 
     Args:
         parser: has the options and their defaults.
@@ -86,6 +87,8 @@ def refuse_empty_texts(
         for text, inside, may_be_empty in _iterate_texts(value, is_default, entry_schema(kinds.get(action.dest))):
             if not text and not may_be_empty:
                 raise ConfigError(_empty_text_message(action, value, where, inside))
+            if text == HUGGING_FACE and hasattr(action, NAMES_PATH):
+                raise ConfigError(f"{where}{inside} is {HUGGING_FACE} without the name of a dataset. Add it.")
 
 
 def _empty_text_message(action: argparse.Action, value: Any, where: str, inside: str) -> str:

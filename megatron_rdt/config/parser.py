@@ -255,23 +255,44 @@ def join_words(parser: jsonargparse.ArgumentParser, schema: type, words: Sequenc
             else:
                 value = left.popleft()
         value = expand_home(value) if name == "config" else value  # the file is read while parsing
-        joined.append(f"--{name}={_add_brackets(value, kind)}")
+        joined.append(f"--{name}={_add_brackets(name, value, kind)}")
     # jsonargparse lets the later of two values win: with files first, that is always the option.
     files = isinstance(actions.get("config"), jsonargparse.ActionConfigFile)
     return sorted(joined, key=lambda word: not word.startswith("--config=")) if files else joined
 
 
-def _add_brackets(value: str, kind: Any) -> str:
+def _add_brackets(name: str, value: str, kind: Any) -> str:
     """Turn `a,b` into the list that YAML reads, `[a,b]`, if the option is a list and has no brackets yet.
 
     An empty entry stays one, for `refuse_empty_texts`: YAML would drop it after the last comma, or read it as null.
+
+    Raises:
+        ConfigError: the value of option `name` begins with a bracket and is no list.
     """
     if typing.get_origin(kind) is not list or entry_schema(kind):
         return value
     if value.lstrip().startswith("["):
+        _check_yaml_list(name, value, kind)
         return re.sub(r",\s*\]\s*$", ', ""]', value)
     parts = [part.strip() for part in value.split(",")]
     return json.dumps(parts) if typing.get_args(kind) == (str,) else f"[{', '.join(part or NOTHING for part in parts)}]"
+
+
+def _check_yaml_list(name: str, value: str, kind: Any) -> None:
+    """Raise ConfigError if the value of a list option, which begins with a bracket, is not a list in YAML."""
+    try:
+        if isinstance(yaml.safe_load(value), list):
+            return
+    except (yaml.YAMLError, ValueError):
+        pass
+    hint = ""
+    if str in typing.get_args(kind):  # a file or a token may be called [x]
+        quoted = json.dumps([part.strip() for part in value.split(",")], ensure_ascii=False)
+        hint = f", or quote an entry that has brackets itself: --{name} '{quoted}'"
+    raise ConfigError(
+        f"option --{name} begins with a bracket, as a YAML list does, but {value!r} is not one. Close the bracket behind the "
+        f"last entry{hint}."
+    )
 
 
 def _check_key(key: str, names: Iterable[str], where: str) -> None:

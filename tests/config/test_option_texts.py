@@ -102,6 +102,8 @@ def test_the_message_says_which_entry_and_what_to_do() -> None:
         (RunConfig, ["--data.mixture=[{path: '', weight: 1}]"], "option --data.mixture: path of entry 1 is empty"),
         (RunConfig, ["--data.path="], "option --data.path is empty. Give it a value, or omit it."),
         (RunConfig, ["--run.root", ""], "option --run.root is empty"),
+        (RunConfig, ["--data.path", "hf:"], "option --data.path is hf: without the name of a dataset. Add it."),
+        (PrepConfig, ["--sources=stdlib,hf:"], "option --sources: entry 2 is hf: without the name of a dataset."),
         (PrepConfig, ["--out", ""], "option --out is empty"),
         (TaskOptions, ["--out="], "option --out is empty"),
         (EvalOptions, ["--data="], "option --data is empty"),
@@ -113,6 +115,17 @@ def test_an_empty_path_is_refused(schema: type, words: list[str], message: str) 
     with pytest.raises(ConfigError) as caught:
         parse_words(schema, *words)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("value", ["[x]/a.jsonl", "[a.jsonl", "[CLS],[SEP]"])
+def test_an_entry_with_brackets_needs_quotes(value: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_words(PrepConfig, f"--sources={value}")
+    assert f"{value!r} is not one. Close the bracket" in str(caught.value)
+    quoted = re.findall(r"--sources '(.*)'\.", str(caught.value))[0]
+    assert parse_words(PrepConfig, "--sources", quoted).sources == value.split(",")  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"option --loops .* '\[1,4' is not one\. Close the bracket .* entry\.$"):
+        parse_words(EvalOptions, "--loops", "[1,4")
 
 
 def test_what_means_none_may_be_empty() -> None:

@@ -1,11 +1,14 @@
 """Prep with inputs and outputs that change or are damaged: changed files, two preps at once, a kill while publishing."""
 
 import dataclasses
+import errno
 import gzip
 import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -113,6 +116,29 @@ def test_a_killed_worker_is_an_error(folder: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(DataError, match="a worker process was killed"):
         prepare(make_config(folder, tmp_path / "out", workers=2))
     assert not (tmp_path / "out").exists()
+
+
+def test_workers_that_cannot_start_are_not_called_killed(tmp_path: Path) -> None:
+    """As in a script that calls `prepare` without a guard: every worker would run the script again."""
+    script = "from data_prep.pipeline import prepare\nfrom tests.data_prep.small_corpora import *\n"
+    script += f"write_lines(p := Path({str(tmp_path / 'a.jsonl')!r}), [*RECORDS])\n"
+    script += f"prepare(make_config(p, Path({str(tmp_path / 'out')!r}), workers=2))\n"
+    (tmp_path / "script.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    words = [sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    last = done.stderr.splitlines()[-1]
+    assert "DataError: a worker process could not start; its messages above say why. A script that calls" in last
+
+
+def test_too_few_open_files_for_the_workers(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("multiprocessing.util.spawnv_passfds", refuse)
+    with pytest.raises(DataError, match=r"could not be started: Too many open files\. Lower --workers, .*ulimit -n"):
+        prepare(make_config(folder, tmp_path / "out", workers=2))
+    assert not [*tmp_path.glob(".out*")]
 
 
 BAD_UTF8: list[str | bytes] = ['{"text": "before \\ud83d after"}', b'{"text": "caf\xe9"}']

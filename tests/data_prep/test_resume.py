@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -327,11 +328,15 @@ def test_array_tasks_at_the_same_time(source: Path, undisturbed: Path, tmp_path:
     assert read_files(tmp_path / "out") == read_files(undisturbed)
 
 
-def test_merge_names_what_is_missing(source: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_merge_names_what_is_missing(
+    source: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = config(source, tmp_path / "out")
     with pytest.raises(ConfigError, match=r"no unfinished prep of .*Run the array tasks first: rdt prep --shard i/N"):
         merge(options)
-    prepare(config(source, tmp_path / "out", shard="1/3"))
+    prepare(config(source, tmp_path / "out", shard="1/3"), "rdt prep --config x.yaml")
+    said = r"array task 1/3 is done; \d+ of \d+ groups of documents are still to be written by .*: rdt prep merge --config x"
+    assert re.search(said, capsys.readouterr().out)
     with pytest.raises(DataError) as caught:
         merge(options, "rdt prep --config x.yaml")
     text = str(caught.value)
@@ -342,6 +347,14 @@ def test_merge_names_what_is_missing(source: Path, undisturbed: Path, tmp_path: 
         merge(dataclasses.replace(options, seed=8))
     prepare(options)  # a plain prep makes the rest
     assert read_files(tmp_path / "out") == read_files(undisturbed)
+
+
+def test_the_last_array_task_says_how_to_finish(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(config(source, tmp_path / "out", shard="0/1"), "rdt prep --seed 7")
+    said = "array task 0/1 is done, and all groups of documents are written. Finish the corpus with: rdt prep merge --seed 7"
+    assert capsys.readouterr().out.endswith(f"{said}\n")
 
 
 def test_one_process_per_array_task(source: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -89,8 +90,8 @@ def test_a_file_that_several_paths_lead_to_is_read_once(folder: Path) -> None:
 
 
 def test_copies_are_other_files(folder: Path) -> None:
-    os.link(folder / "a.txt", folder / "hard.txt")
-    assert "text/hard.txt" in names(list_folder(folder))
+    shutil.copy2(folder / "a.txt", folder / "copy.txt")
+    assert "text/copy.txt" in names(list_folder(folder))
 
 
 def test_hidden_files_are_read_and_others_are_counted_by_ending(folder: Path, tmp_path: Path) -> None:
@@ -217,3 +218,54 @@ def test_names_that_are_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(DataError, match="that is not in"):
         prepare(config)
     assert read_split_texts(out, "valid")
+
+
+def test_hard_links_are_read_once(folder: Path) -> None:
+    """Like links: as validation if one name says so, and only where device and number are shared."""
+    os.link(folder / "a.txt", folder / "again.txt")
+    os.link(folder / "deep" / "b.txt", folder / "deep" / "b2.txt")
+    listing = list_folder(folder)
+    assert names(listing) == ["text/a.txt", "text/deep/b.txt", "text/z.txt"]
+    assert listing.as_json()["reached_again"] == {"count": 2, "first": ["text/again.txt", "text/deep/b2.txt"]}
+    held_out = list_folder(folder, valid_sources=[str(folder / "again.txt")])
+    assert {file.name: file.valid for file in held_out.files}["again.txt"]
+    assert "text/a.txt" not in names(held_out)
+    with pytest.raises(ConfigError, match=r"a\.txt, the same as .*again\.txt, is given twice in sources"):
+        prepare(PrepConfig(sources=[str(folder / "a.txt"), str(folder / "again.txt")], out=str(folder.parent / "out")))
+
+
+def test_what_prep_wrote_is_no_text(folder: Path) -> None:
+    """The corpus of this prep, an earlier one and their working directories, in the folder of the text."""
+    (folder / "z.txt").write_text("\n".join(RECORDS))
+    extensions = [".txt", ".json=text"]
+    first = prepare(
+        make_config(folder, folder / "deep" / "first", vocab_size=300, extensions=extensions, valid_fraction=0)
+    )
+    (folder / ".second.prep" / "scan").mkdir(parents=True)  # left by a prep that was killed
+    (folder / ".second.prep" / "plan.json").write_text("{}")
+    (folder / ".out.prep").mkdir()  # of this one
+    (folder / ".out.prep" / "x.txt").write_text("not text")
+    (folder / ".out.lock").touch()
+    (folder / ".notes.prep").mkdir()  # not of prep
+    (folder / ".notes.prep" / "c.txt").write_text("text")
+    listing = list_folder(folder, out=str(folder / "out"), extensions=extensions)
+    assert names(listing) == ["text/.notes.prep/c.txt", "text/a.txt", "text/deep/b.txt", "text/z.txt"]
+    written = ["text/.second.prep/", "text/deep/first/", "text/out/"]
+    assert listing.as_json()["passed_over"] == {"output of rdt prep": {"count": 3, "first": written}}
+    assert load_manifest(first).document["passed_over"] == {
+        "output of rdt prep": {"count": 1, "first": ["text/deep/first/"]}
+    }
+    again = make_config(folder, folder / "deep" / "first", vocab_size=300, extensions=extensions, valid_fraction=0)
+    (folder / ".notes.prep" / "c.txt").unlink()
+    shutil.rmtree(folder / ".out.prep")
+    assert prepare(again) == first  # the folder has not changed since
+
+
+def test_the_output_may_not_lie_in_the_folder_of_a_dataset(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"out .*text/out is in the folder of hf:.*text, .* Set --out"):
+        list_sources(PrepConfig(sources=[f"hf:{folder}"], out=str(folder / "out")))
+
+
+def test_a_pattern_is_not_expanded(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"source .*\*\.txt does not exist\. Patterns are not expanded\. Name a file"):
+        list_folder(folder / "*.txt")

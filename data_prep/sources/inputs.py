@@ -226,8 +226,8 @@ def _list_source(
         # Whether it exists yet or not, so that an interrupted prep and one that was not have the same manifest.
         skipped.append(f"{name}/{out.relative_to(os.path.realpath(root)).as_posix()}/")
     passed_over, is_empty = Counter[str](), True
-    for folder in sorted(skipped):
-        listing.passed_over[PREP_OUTPUT].add(folder)
+    for skipped_folder in sorted(skipped):
+        listing.passed_over[PREP_OUTPUT].add(skipped_folder)
         passed_over[PREP_OUTPUT] += 1
     for entry in entries:
         if entry.real in own_paths:

@@ -194,6 +194,8 @@ def _find_data_problems(config: RunConfig) -> Iterator[str]:
             )
     if data.streamed and not data.tokenizer:
         yield f"data.path {data.path} needs a tokenizer: set --data.tokenizer to the tokenizer/ of a prepared corpus."
+    if data.streamed and config.eval.tasks:
+        yield f"eval.tasks needs shards with examples, data.path {data.path} has none. Set --eval.tasks false."
     for name, remedy in (("pack", "chunk"), ("verify", "size")):
         value = getattr(data, name)
         if data.streamed and value != remedy:

@@ -258,7 +258,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Validation loss inside the run."""
+    """Validation inside the run."""
 
     every: int = option(200, at_least=0)
     """Steps between evaluations; the last step is always evaluated. 0: never evaluate."""
@@ -266,6 +266,10 @@ class EvalConfig:
     """Loop counts T to evaluate at."""
     sequences: int = option(64, at_least=1)
     """Validation sequences per evaluation, over all processes, rounded down to a multiple of the data-parallel ranks; spread evenly over the split, the same ones every time."""
+    tasks: bool = False
+    """Also score the answers to the validation split's examples of tasks: exact match by difficulty and T."""
+    examples: int = option(50, at_least=1)
+    """tasks: largest number of examples of each task and difficulty, per corpus."""
 
 
 @dataclass(frozen=True)

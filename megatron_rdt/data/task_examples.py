@@ -24,7 +24,7 @@ class ExampleGroup(NamedTuple):
     batch: Batch
     """One example per row, padded to the longest; `loss_mask` is True exactly at the targets that are the answer."""
     trained: bool
-    """Whether the training split has this difficulty: of this task, or of any where it has nothing of this task."""
+    """True if the training split has this difficulty: of this task, or of any where it has nothing of this task."""
 
 
 def read_example_groups(

@@ -12,6 +12,8 @@ from megatron_rdt.files import write_text
 from megatron_rdt.output_paths import check_output_file
 from megatron_rdt.run_directory import CHECKPOINTS
 
+TASK_SCORES = "eval-tasks.json"
+
 
 def replace_nonfinite(value: Any) -> Any:
     """Return `value` with None for every non-finite number in it: NaN is not JSON, every parser reads null."""

@@ -2,18 +2,23 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_rdt.checkpoint import read_trainer_state, resolve_checkpoint
-from megatron_rdt.config import CorpusConfig, RunConfig, load_config
+from megatron_rdt.config import RunConfig, load_config
 from megatron_rdt.data import load_manifest
-from megatron_rdt.data.task_examples import ExampleGroup, read_example_groups
 from megatron_rdt.depth import loop_probabilities
-from megatron_rdt.errors import ConfigError, DataError
+from megatron_rdt.errors import ConfigError
 from megatron_rdt.evaluate.loss import check_corpus_exists, check_same_tokenizer
-from megatron_rdt.evaluate.result_files import check_result_file, choose_result_file, invalid_result, write_result
+from megatron_rdt.evaluate.result_files import (
+    TASK_SCORES,
+    check_result_file,
+    choose_result_file,
+    invalid_result,
+    write_result,
+)
 from megatron_rdt.evaluate.task_exits import (
     check_rules_fit,
     describe_exit_costs,
@@ -21,11 +26,10 @@ from megatron_rdt.evaluate.task_exits import (
     parse_exit_rules,
     score_task_exits,
 )
-from megatron_rdt.evaluate.tasks import Row, count_task_passes, find_overthinking, score_tasks
+from megatron_rdt.evaluate.tasks import Row, count_task_passes, find_overthinking, read_groups, score_tasks
 from megatron_rdt.inference.load import choose_device, load_verified
 from megatron_rdt.terminal import show_progress
 
-TASK_SCORES = "eval-tasks.json"
 SOLVED = 0.9  # accuracy from which sentences call a difficulty solved
 ROW_FIELDS = ("task", "difficulty", "loops", "accuracy", "low", "high", "count", "trained")
 
@@ -63,12 +67,17 @@ def evaluate_tasks(
     config = load_config(directory / "config.yaml")
     check_rules_fit(rules, config.model.halting)
     device, lengths = choose_device("auto"), sorted(set(loops))
-    corpora = [CorpusConfig(data, 1.0)] if data is not None else config.data.corpora()
+    paths = [corpus.path for corpus in config.data.corpora()] if data is None else [data]
     model, tokenizer = load_verified(directory, device)
-    for corpus in corpora:
-        check_corpus_exists(corpus.path)
-        check_same_tokenizer(load_manifest(corpus.path), tokenizer, directory)
-    groups = read_groups(corpora, examples)
+    for path in paths:
+        check_corpus_exists(path)
+    manifests = [load_manifest(path) for path in paths]
+    for manifest in manifests:
+        check_same_tokenizer(manifest, tokenizer, directory)
+        manifest.verify()
+    groups, without = read_groups(manifests, examples)
+    for empty in without:
+        print(f"{empty} holds no examples of tasks; it is left out")
     passes = count_task_passes(groups, lengths) + (len(rules) + 1) * len(groups) * bool(rules)
     with show_progress(passes, "evaluate", "batches") as advance:
         rows = score_tasks(model, groups, lengths, device=device, progress=advance)
@@ -90,31 +99,6 @@ def evaluate_tasks(
     if target is None:
         print(f"{directory} is not in a run directory, so no {TASK_SCORES} was written; --out FILE writes one")
     return result
-
-
-def read_groups(corpora: Iterable[CorpusConfig], limit: int) -> list[ExampleGroup]:
-    """Read the validation examples of corpora; print which ones have none.
-
-    Raises:
-        DataError: none has any.
-    """
-    groups: list[ExampleGroup] = []
-    without = []
-    for corpus in corpora:
-        manifest = load_manifest(corpus.path)
-        manifest.verify()
-        if manifest.tasks:
-            groups += read_example_groups(manifest, "valid", limit)
-        else:
-            without.append(corpus.path)
-    if not groups:
-        raise DataError(
-            f"no examples of tasks to score in {', '.join(without)}. Make some with `rdt prep tasks`, prepare them as "
-            "docs/tasks.md shows, and name that corpus with --data DIR."
-        )
-    for path in without:
-        print(f"{path} holds no examples of tasks; it is left out")
-    return groups
 
 
 def find_trained_loops(config: RunConfig) -> list[int]:

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from megatron_rdt.evaluate.plots import DPI
-from megatron_rdt.evaluate.tasks import Row
+from megatron_rdt.evaluate.tasks import Row, find_nearest_loops
 from megatron_rdt.files import TEMPORARY_SUFFIX
 
 WIDTH_INCHES = 7.0
@@ -137,7 +137,7 @@ def draw_accuracy_over_steps(evaluations: Sequence[dict[str, Any]], mean_loops: 
     """
     rows = [{"step": record["step"], **row} for record in evaluations for row in record.get("tasks", ())]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    loops = min({row["loops"] for row in rows}, key=lambda t: (abs(t - mean_loops), t))
+    loops = find_nearest_loops(rows, mean_loops)
     figure, panels = plt.subplots(
         len(tasks),
         1,

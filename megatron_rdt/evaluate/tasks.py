@@ -4,18 +4,46 @@ An answer is right if every one of its targets is the likeliest id, given the to
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from megatron_rdt.data.task_examples import ExampleGroup
+from megatron_rdt.data import CorpusManifest
+from megatron_rdt.data.task_examples import ExampleGroup, read_example_groups
+from megatron_rdt.errors import DataError
 from megatron_rdt.evaluate.row_scores import ONE_PROCESS, RowScores, SharedRows, count_forward_passes, score_rows
 from megatron_rdt.evaluate.statistics import weighted_mean, wilson_interval
 
 Row = dict[str, Any]
 # Examples per forward pass: they are short.
 MICRO_BATCH = 64
+
+
+def read_groups(manifests: Iterable[CorpusManifest], limit: int) -> tuple[list[ExampleGroup], list[Path]]:
+    """Read the validation examples of corpora, and return them with the directories of the corpora that have none.
+
+    Args:
+        manifests: of the corpora, verified.
+        limit: largest number of examples of each task and difficulty, per corpus.
+
+    Raises:
+        DataError: no corpus has any.
+    """
+    groups: list[ExampleGroup] = []
+    without = []
+    for manifest in manifests:
+        if manifest.tasks:
+            groups += read_example_groups(manifest, "valid", limit)
+        else:
+            without.append(manifest.directory)
+    if not groups:
+        raise DataError(
+            f"no examples of tasks to score in {', '.join(map(str, without))}. Make some with `rdt prep tasks`, and prepare "
+            "them as docs/tasks.md shows; rdt eval takes another corpus with --data DIR."
+        )
+    return groups, without
 
 
 def merge_by_cell(groups: Iterable[ExampleGroup]) -> dict[tuple[str, int], list[ExampleGroup]]:
@@ -87,6 +115,11 @@ def count_task_passes(
 ) -> int:
     """Return how many forward passes `score_tasks` runs on each rank."""
     return len(loops) * sum(count_forward_passes(len(group.batch), micro_batch, shared) for group in groups)
+
+
+def find_nearest_loops(rows: Iterable[Row], mean_loops: float) -> int:
+    """Return the T of the rows that is nearest to the mean of training, the smaller one of two."""
+    return min({row["loops"] for row in rows}, key=lambda t: (abs(t - mean_loops), t))
 
 
 def find_overthinking(rows: Iterable[Row]) -> list[Row]:

@@ -15,10 +15,12 @@ from megatron_rdt.config import RunConfig
 from megatron_rdt.data import Tokenizer
 from megatron_rdt.errors import LostPeerError
 from megatron_rdt.evaluate.loss import measure_mixture_losses
+from megatron_rdt.evaluate.row_scores import share_among_ranks
+from megatron_rdt.evaluate.tasks import Row, score_tasks
 from megatron_rdt.inference.generate import generate
 from megatron_rdt.parallel import Engine
 from megatron_rdt.train.data import TrainingData
-from megatron_rdt.train.metrics import Recorder, format_evaluation, make_evaluation_record
+from megatron_rdt.train.metrics import Recorder, format_evaluation, format_task_scores, make_evaluation_record
 from megatron_rdt.train.stop_request import StopAgreed, StopRequest
 
 # How long a rank that has failed waits for the others. Those that wait for it in a collective never come.
@@ -94,7 +96,7 @@ class Inspections:
             self.engine.model.train()
 
     def evaluate(self, step: int, tokens: int, recorder: Recorder | None) -> None:
-        """Compute on all ranks the validation loss at each T of `eval.loops`; rank 0 prints and records it.
+        """Compute on all ranks the losses, and any accuracies, at each T of `eval.loops`; rank 0 prints and records them.
 
         Args:
             step: steps done.
@@ -104,26 +106,49 @@ class Inspections:
         Raises:
             StopAgreed, InspectionFailed: see `_run_together`.
         """
+        losses, by_corpus, scores = self._run_together(self._measure)
+        if recorder is None:
+            return
+        lines = [
+            *format_evaluation(losses, by_corpus, self.data.validation),
+            *format_task_scores(scores, self.config.depth.mean),
+        ]
+        for line in lines:
+            self.print_line(f"step {step}: {line}")
+        recorder.record_evaluation(make_evaluation_record(step, tokens, losses, by_corpus, scores))
+
+    def _measure(self) -> tuple[dict[int, float], dict[str, dict[int, float]], list[Row]]:
+        """Return on all ranks the losses by T, those by corpus and T, and the rows of `score_tasks`."""
         config, layout = self.config, self.engine.layout
         data_rank = layout.data_rank(self.engine.rank)
         mine = {name: windows.rank_rows(data_rank, layout.data) for name, windows in self.data.validation.items()}
-        losses, by_corpus = self._run_together(
-            lambda: measure_mixture_losses(
-                self.engine.module,
-                mine,
-                self.data.shares,
-                config.eval.loops,
-                config.train.micro_batch,
-                self.engine.device,
-                reduce=self.engine.sum_over_ranks,
-                progress=lambda _: self.stop.check(self.engine),
-            )
+
+        def check_for_stop(_: int) -> None:
+            self.stop.check(self.engine)
+
+        losses, by_corpus = measure_mixture_losses(
+            self.engine.module,
+            mine,
+            self.data.shares,
+            config.eval.loops,
+            config.train.micro_batch,
+            self.engine.device,
+            reduce=self.engine.sum_over_ranks,
+            progress=check_for_stop,
         )
-        if recorder is None:
-            return
-        for line in format_evaluation(losses, by_corpus, self.data.validation):
-            self.print_line(f"step {step}: {line}")
-        recorder.record_evaluation(make_evaluation_record(step, tokens, losses, by_corpus))
+        groups = self.data.task_groups
+        # About as many tokens per forward pass as in training, where they fit.
+        longest = max((group.batch.tokens.shape[1] for group in groups), default=1)
+        scores = score_tasks(
+            self.engine.module,
+            groups,
+            config.eval.loops,
+            micro_batch=max(1, config.train.micro_batch * config.train.sequence_length // longest),
+            device=self.engine.device,
+            shared=share_among_ranks(self.engine),
+            progress=check_for_stop,
+        )
+        return losses, by_corpus, scores
 
     def generate_samples(self, step: int, recorder: Recorder | None) -> None:
         """Generate text after `sample.prompt` at each T of `sample.loops`; rank 0 prints and records it.

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from megatron_rdt.config.batch_schedule import BatchSchedule
 from megatron_rdt.data import Batch
 from megatron_rdt.errors import TrainingError
 from megatron_rdt.evaluate.loss import EVALUATION, describe_windows
-from megatron_rdt.evaluate.result_files import replace_nonfinite
+from megatron_rdt.evaluate.result_files import TASK_SCORES, replace_nonfinite
+from megatron_rdt.evaluate.tasks import Row, find_nearest_loops
 from megatron_rdt.files import TEMPORARY_SUFFIX, write_text
 from megatron_rdt.train.displays import Display, ForgivingDisplay, TensorBoard
 
@@ -27,10 +28,13 @@ def drop_records_after(run_directory: Path, step: int) -> None:
     """
     for stale in run_directory.glob(f"*{TEMPORARY_SUFFIX}"):
         stale.unlink(missing_ok=True)
-    evaluation = run_directory / EVALUATION
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        if json.loads(evaluation.read_text(encoding="utf-8"))["step"] > step:
-            evaluation.unlink()
+    for name in (EVALUATION, TASK_SCORES):
+        evaluation = run_directory / name
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            if json.loads(evaluation.read_text(encoding="utf-8"))["step"] > step:
+                if name == TASK_SCORES:
+                    evaluation.with_suffix(".png").unlink(missing_ok=True)
+                evaluation.unlink()
     for name in RECORD_FILES:
         path = run_directory / name
         if not path.is_file():
@@ -57,12 +61,16 @@ def read_recorded_steps(run_directory: Path, name: str = RECORD_FILES[0]) -> lis
 
 
 def make_evaluation_record(
-    step: int, tokens: int, losses: Mapping[int, float], by_corpus: Mapping[str, Mapping[int, float]]
+    step: int,
+    tokens: int,
+    losses: Mapping[int, float],
+    by_corpus: Mapping[str, Mapping[int, float]],
+    scores: Sequence[Row] = (),
 ) -> dict[str, Any]:
-    """The object for eval.jsonl: losses by T and, for a mixture, those of each corpus."""
+    """The object for eval.jsonl: losses by T, for a mixture those of each corpus, and any rows of `score_tasks`."""
     named = {name: {str(loops): loss for loops, loss in values.items()} for name, values in by_corpus.items()}
     record = {"step": step, "tokens": tokens, "losses": {str(loops): loss for loops, loss in losses.items()}}
-    return {**record, "sources": named} if named else record
+    return record | ({"sources": named} if named else {}) | ({"tasks": list(scores)} if scores else {})
 
 
 def format_evaluation(
@@ -91,6 +99,15 @@ def flatten_numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
             yield from flatten_numbers(f"{name}/{number}", inner)
     elif value is not None:
         yield name, value
+
+
+def format_task_scores(scores: Sequence[Row], mean_loops: float) -> Iterator[str]:
+    """Yield a console line per task: the accuracy at each difficulty, at the T nearest the mean of training."""
+    for task in dict.fromkeys(row["task"] for row in scores):
+        nearest = find_nearest_loops(scores, mean_loops)
+        cells = [row for row in scores if (row["task"], row["loops"]) == (task, nearest)]
+        values = "  ".join(f"{row['difficulty']}: {row['accuracy']:.2f}" for row in cells)
+        yield f"accuracy of {task} by difficulty, T={nearest}  {values}  ({sum(row['count'] for row in cells):,} examples)"
 
 
 class Recorder:
@@ -150,15 +167,19 @@ class Recorder:
         self._show_numbers(record["step"], numbers)
 
     def record_evaluation(self, record: dict[str, Any]) -> None:
-        """Append validation losses, as from `make_evaluation_record`, to eval.jsonl; show them in every display."""
+        """Append losses and accuracies, as from `make_evaluation_record`, to eval.jsonl; show them in every display."""
         self._append_line("eval.jsonl", record)
+        tasks = {
+            f"tasks/{row['task']}/difficulty_{row['difficulty']}_T{row['loops']}": row["accuracy"]
+            for row in record.get("tasks", ())
+        }
         by_source = {"": record["losses"], **record.get("sources", {})}
         numbers = {
             f"valid/{source and f'{source}/'}loss_T{loops}": loss
             for source, losses in by_source.items()
             for loops, loss in losses.items()
         }
-        self._show_numbers(record["step"], numbers)
+        self._show_numbers(record["step"], numbers | tasks)
 
     def record_sample(self, record: dict[str, Any]) -> None:
         """Append {"step", "loops", "prompt", "text"} to samples.jsonl; show prompt and text in every display."""

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rdt.evaluate.task_evaluation import evaluate_tasks
 from tests.distributed.inspections_worker import train_with_fault
 from tests.distributed.processes import start_ranks
 from tests.distributed.training import start_training, train_on, wait_for_step
+from tests.evaluate.task_groups import task_options, write_task_corpus
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(200)]
 OPTIONS = ["--train.steps=4", "--train.micro_batch=1", "--sample.every=2", "--sample.tokens=3", "--sample.loops=[2]"]
@@ -79,3 +81,19 @@ def test_a_signal_to_one_rank_ends_an_evaluation(engine: str, tiny_options: list
     train_on(2, [*options, "--eval.sequences=4", "--eval.loops=[1,3]", "--resume=auto"])
     (record,) = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
     assert (record["step"], list(record["losses"])) == (2, ["1", "3"])
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero3"])
+def test_tasks_are_scored_under_every_engine(
+    engine: str, tiny_options: list[str], tiny_corpus: Path, tmp_path: Path
+) -> None:
+    """Groups of 7 examples on two ranks: the rows equal those of one process with the same weights."""
+    options = [*tiny_options, *task_options(write_task_corpus(tmp_path / "corpus", tiny_corpus))]
+    options += ["--train.micro_batch=2", "--train.steps=4", "--eval.tasks=true", "--eval.examples=7"]
+    train_on(2, [*options, f"--run.root={tmp_path}", f"--parallel.engine={engine}"])
+    record = json.loads((tmp_path / "run" / "eval.jsonl").read_text().splitlines()[-1])
+    expected = evaluate_tasks(str(tmp_path / "run"), [1, 3], 7)["tasks"]
+    assert len(expected) == 12
+    for row, one in zip(record["tasks"], expected):
+        losses = {name: pytest.approx(one[name], abs=1e-5) for name in ("loss", "standard_error")}
+        assert row == one | losses

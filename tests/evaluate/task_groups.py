@@ -1,13 +1,18 @@
 """Examples of a made-up task, and a model that answers some of them, for tests of scores."""
 
+from pathlib import Path
+
+import numpy as np
 import torch
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.data import Batch
 from megatron_rdt.data.task_examples import ExampleGroup
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
+from tests.data.corpora import ExampleDocument, write_example_corpus
 
 VOCABULARY, BOS = 7, 0
+TASKS = ["last", "first"]
 
 
 def make_model(seed: int = 0, **changes: object) -> RecurrentDepthTransformer:
@@ -48,3 +53,27 @@ def list_examples(group: ExampleGroup) -> list[tuple[torch.Tensor, torch.Tensor]
         end = int(mask.nonzero()[-1]) + 1
         examples.append((ids[:end], mask[:end]))
     return examples
+
+
+def make_example(generator: np.random.Generator, task: int, difficulty: int) -> ExampleDocument:
+    """BOS, a word of `difficulty` elements, its last or first element as the answer, EOS."""
+    word = generator.integers(10, 14, difficulty).tolist()
+    tokens = [1, *word, 20 + word[task - 1], 2]
+    return ExampleDocument(tokens, tokens, [0] * (1 + difficulty) + [1, 0], task, difficulty, 1)
+
+
+def write_task_corpus(directory: Path, like: Path) -> Path:
+    """Write a corpus of both tasks: difficulties 1 and 2 in training; 1, 2 and 5, 12 examples each, in validation."""
+    generator = np.random.default_rng(0)
+
+    def draw(difficulties: tuple[int, ...], count: int) -> list[ExampleDocument]:
+        return [make_example(generator, task, d) for d in difficulties for task in (0, 1) for _ in range(count)]
+
+    splits = {"train": [draw((1, 2), 40)], "valid": [draw((1, 2, 5), 12)]}
+    return write_example_corpus(directory, like, splits, TASKS, labels=False)
+
+
+def task_options(corpus: Path) -> list[str]:
+    """Options of a short run on that corpus, beside those of a tiny run."""
+    words = {"data.path": corpus, "data.pack": "example", "train.sequence_length": 8, "optimizer.lr": 0.02}
+    return [*(f"--{key}={value}" for key, value in words.items()), "--train.steps=12", "--train.micro_batch=4"]

@@ -10,6 +10,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch.commands.eval import evaluate
 from megatron_rdt.config import RunConfig
@@ -19,35 +20,21 @@ from megatron_rdt.evaluate import task_evaluation
 from megatron_rdt.evaluate.task_evaluation import describe_scores, evaluate_tasks, format_accuracies, read_task_scores
 from megatron_rdt.evaluate.task_plots import draw_accuracy_map, draw_accuracy_over_steps
 from megatron_rdt.inference import load
+from megatron_rdt.train.metrics import drop_records_after
 from megatron_rdt.train.trainer import train
-from tests.data.corpora import ExampleDocument, write_example_corpus
+from tests.evaluate.task_groups import TASKS, task_options, write_task_corpus
 
 Configure = Callable[..., RunConfig]
-TASKS = ["last", "first"]
 
 
-def make_example(generator: np.random.Generator, task: int, difficulty: int) -> ExampleDocument:
-    """BOS, a word of `difficulty` elements, its last or first element as the answer, EOS."""
-    word = generator.integers(10, 14, difficulty).tolist()
-    tokens = [1, *word, 20 + word[task - 1], 2]
-    return ExampleDocument(tokens, tokens, [0] * (1 + difficulty) + [1, 0], task, difficulty, 1)
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def task_corpus(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    generator = np.random.default_rng(0)
-
-    def draw(difficulties: tuple[int, ...], count: int) -> list[ExampleDocument]:
-        return [make_example(generator, task, d) for d in difficulties for task in (0, 1) for _ in range(count)]
-
-    splits = {"train": [draw((1, 2), 40)], "valid": [draw((1, 2, 5), 12)]}
-    return write_example_corpus(tmp_path_factory.mktemp("tasks") / "c", tiny_corpus, splits, TASKS, labels=False)
+    return write_task_corpus(tmp_path_factory.mktemp("tasks") / "c", tiny_corpus)
 
 
 @pytest.fixture(scope="module")
 def options(task_corpus: Path) -> list[str]:
-    words = {"data.path": task_corpus, "data.pack": "example", "train.sequence_length": 8, "optimizer.lr": 0.02}
-    return [*(f"--{key}={value}" for key, value in words.items()), "--train.steps=12", "--train.micro_batch=4"]
+    return task_options(task_corpus)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +118,50 @@ def test_what_cannot_be_scored_is_refused_before_scoring(
     with pytest.raises(ConfigError, match=r"holiday\.png exists and is no picture of"):
         evaluate_tasks(str(run), [1], 5, out=str(tmp_path / "holiday.json"))
     assert (tmp_path / "holiday.png").read_bytes() == b"kept"
+
+
+def test_a_run_scores_its_tasks(
+    configure: Configure, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--eval.tasks=true", "--eval.examples=7", "--eval.every=6", "--eval.loops=[1,3]", "--run.name=inside"]
+    config = configure(f"--run.root={tmp_path}", *options, *words, "--logging.tensorboard=true")
+    assert train(config) == 0
+    run = tmp_path / "inside"
+    records = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [6, 12]
+    outside = evaluate_tasks(str(run), [1, 3], 7)["tasks"]
+    assert records[1]["tasks"] == [row | approximate(row, "loss", "standard_error") for row in outside]
+    assert records[0]["tasks"] != records[1]["tasks"]
+    values = [row["accuracy"] for row in outside if (row["task"], row["loops"]) == ("last", 3)]
+    line = "  ".join(f"{difficulty}: {value:.2f}" for difficulty, value in zip((1, 2, 5), values))
+    assert f"step 12: accuracy of last by difficulty, T=3  {line}  (21 examples)" in capsys.readouterr().out
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    for row in outside:
+        (tag,) = [
+            tag
+            for tag in events.Tags()["scalars"]
+            if tag == f"tasks/{row['task']}/difficulty_{row['difficulty']}_T{row['loops']}"
+        ]
+        assert [(event.step, event.value) for event in events.Scalars(tag)][1] == (12, pytest.approx(row["accuracy"]))
+    # Records after the step of a checkpoint are done again, and scores of later weights do not outlive them.
+    drop_records_after(run, 12)
+    assert (run / "eval-tasks.json").exists()
+    drop_records_after(run, 8)
+    assert not list(run.glob("eval-tasks*"))
+
+
+def approximate(row: dict[str, Any], *names: str) -> dict[str, Any]:
+    """These fields of a row, up to the order of their sums."""
+    return {name: pytest.approx(row[name]) for name in names}
+
+
+def test_a_run_without_examples_to_score_does_not_start(configure: Configure, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no examples of tasks to score"):
+        train(configure(f"--run.root={tmp_path}", "--eval.tasks=true"))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=r"eval\.tasks needs shards"):
+        configure("--eval.tasks=true", "--data.path=hf:x", "--data.tokenizer=y")
 
 
 def test_options_of_tasks_need_tasks(run: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from megatron_rdt.config.batch_schedule import BatchSchedule
 from megatron_rdt.data import Batch, BatchLoader
+from megatron_rdt.data.task_examples import ExampleGroup
 
 
 class TrainingData(Protocol):
@@ -20,11 +21,13 @@ class TrainingData(Protocol):
         validation: windows to validate on, by corpus; empty where the run does not evaluate. Their number is a multiple
             of the data-parallel ranks, since forward passes are collective where parameters are sharded.
         batches: the global batch of every step: those of the config or, after `resume`, the steps behind it as they were.
+        task_groups: examples to score, the same on every rank; empty without `eval.tasks`.
     """
 
     tokenizer_directory: Path
     validation: dict[str, Batch]
     batches: BatchSchedule
+    task_groups: list[ExampleGroup]
 
     @property
     def shares(self) -> Mapping[str, float]:

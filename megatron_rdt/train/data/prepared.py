@@ -21,7 +21,9 @@ from megatron_rdt.data import (
 from megatron_rdt.data.mixture import Mixture, MixtureOrder, Phase
 from megatron_rdt.data.packing_plan import make_plans
 from megatron_rdt.data.shard_files.open_shards import open_shards_limit
+from megatron_rdt.data.task_examples import ExampleGroup
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError, RdtError
+from megatron_rdt.evaluate.tasks import read_groups
 from megatron_rdt.object_collectives import gather_objects, raise_on_all_ranks
 from megatron_rdt.train.data.batch_history import continue_batches, write_batches
 from megatron_rdt.train.data.history import SAME_OR_NEW, CorpusRecord, DataHistory, continue_history, format_share
@@ -176,6 +178,10 @@ class PreparedData:
         self.validation = {
             name: self._select_validation(manifest) for name, manifest in manifests.items() if config.eval.every
         }
+        self.task_groups: list[ExampleGroup] = []
+        self._without_examples: list[Path] = []
+        if config.eval.every and config.eval.tasks:
+            self.task_groups, self._without_examples = read_groups(manifests.values(), config.eval.examples)
 
     def _open_split(self, manifest: CorpusManifest, split: str, max_tokens: int = 0) -> TokenCorpus:
         """Open one split of a corpus, with this corpus's part of the files that may be open at once."""
@@ -279,6 +285,7 @@ class PreparedData:
         for name, corpus in self.mixture.corpora.items():
             if isinstance(corpus, PackedCorpus):
                 lines.append(f"{name} " * several + corpus.counts.describe(self.config.train.sequence_length))
+        lines += [f"{path} holds no examples of tasks; eval.tasks leaves it out" for path in self._without_examples]
         asked, taken = self.config.eval.sequences, sum(map(len, self.validation.values()))
         if self.validation and taken < asked:
             lines.append(

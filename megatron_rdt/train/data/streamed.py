@@ -10,6 +10,7 @@ from megatron_rdt.config import RunConfig
 from megatron_rdt.data import Batch, BatchLoader, Tokenizer
 from megatron_rdt.data.hugging_face import PREFIX, list_unread_files
 from megatron_rdt.data.streaming import RowReader, TokenStream, open_dataset, read_held_out_windows
+from megatron_rdt.data.task_examples import ExampleGroup
 from megatron_rdt.errors import CheckpointError, ConfigError
 from megatron_rdt.train.data.batch_history import continue_batches, write_batches
 
@@ -54,6 +55,7 @@ class StreamedData:
         self.name = Path(config.data.path.removeprefix(PREFIX).partition(":")[0]).name
         self.shares = {self.name: 1.0}
         self.validation: dict[str, Batch] = {}
+        self.task_groups: list[ExampleGroup] = []  # a stream has no examples
         self._held_out: frozenset[int] = frozenset()
         self._held_out_rows = 0
         if config.eval.every:

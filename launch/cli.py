@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import megatron_rdt
 from launch.command_options import summary_of
+from launch.commands.compare import compare
 from launch.commands.convert import convert
 from launch.commands.eval import evaluate
 from launch.commands.generate import generate
@@ -32,6 +33,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "convert": convert,
     "plan": plan,
     "submit": submit,
+    "compare": compare,
     "report": report,
     "quickstart": quickstart,
 }

@@ -82,3 +82,18 @@ def parse_run_options(program: str, description: str, extra: type[T], words: Seq
     check_words(words)
     config, raw = parse(make_run_parser(program, description, extra), RunConfig, words)
     return config, extra(**{field.name: getattr(raw, field.name) for field in dataclasses.fields(extra)})  # type: ignore[arg-type]
+
+
+def split_repeated(words: list[str], name: str) -> tuple[list[str], list[str]]:
+    """Return the values of all `--name` options but the last, and the words with only the last one left."""
+    indices = [i for i, word in enumerate(words) if word.partition("=")[0] == f"--{name}"]
+    values, taken = [], set()
+    for i in indices[:-1]:
+        _, equals, value = words[i].partition("=")
+        if not equals:
+            value = words[i + 1]
+            if value.startswith("--") and " " not in value:
+                return [], words  # the parser says what is wrong with an option without its value
+        values.append(value)
+        taken |= {i} if equals else {i, i + 1}
+    return values, [word for i, word in enumerate(words) if i not in taken]

@@ -80,7 +80,7 @@ class _WorkerGroup:
                     subprocess.Popen(
                         [sys.executable, *words],
                         env=launcher_environment(rank, len(self.files), LOOPBACK, port, file),
-                        preexec_fn=_prepare_worker,  # noqa: PLW1509
+                        preexec_fn=prepare_worker,  # noqa: PLW1509
                     )
                 )
             self._wait_for_all()
@@ -158,7 +158,7 @@ class _WorkerGroup:
         return 2, f"rank {rank} failed with exit status {status}. Its message is above."
 
 
-def _prepare_worker() -> None:
+def prepare_worker() -> None:
     """Run in a worker before its program: ignore Ctrl-C, which the launcher handles, and on Linux die with the launcher."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":

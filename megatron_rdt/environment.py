@@ -3,6 +3,7 @@
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -156,3 +157,18 @@ def launcher_environment(rank: int, world_size: int, address: str, port: int, er
         "MASTER_PORT": str(port),
         ERROR_FILE: str(errors),
     }
+
+
+def share_environment(threads: int, gpus: Sequence[int] | None = None) -> dict[str, str]:
+    """Return this environment for a process that shares the machine with others: its CPU threads, and its GPUs.
+
+    Args:
+        threads: CPU threads of each process.
+        gpus: numbers of the GPUs among those that this process sees; None leaves all of them visible.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    if gpus is not None:
+        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        names = [visible[number] if visible else str(number) for number in gpus]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(names)
+    return environment

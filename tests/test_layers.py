@@ -29,6 +29,7 @@ LAYERS = [
     "megatron_rdt.evaluate",
     "megatron_rdt.planner",
     "megatron_rdt.train",
+    "megatron_rdt.compare",
     "data_prep",
     "launch",
 ]

@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from launch.command_options import parse_options, summary_of
+from launch.command_options import parse_options, split_repeated, summary_of
 from megatron_rdt.config.option_texts import MAY_BE_EMPTY
 from megatron_rdt.config.sampling import check_sampling
 from megatron_rdt.errors import EXIT_OK, ConfigError
@@ -78,21 +78,6 @@ def generate(words: list[str]) -> int:
         raise ConfigError(f"--stream is for one prompt, there are {len(prompts)}. Omit --stream, or give one prompt.")
     print_texts(options, prompts)
     return EXIT_OK
-
-
-def split_repeated(words: list[str], name: str) -> tuple[list[str], list[str]]:
-    """Return the values of all `--name` options but the last, and the words with only the last one left."""
-    indices = [i for i, word in enumerate(words) if word.partition("=")[0] == f"--{name}"]
-    values, taken = [], set()
-    for i in indices[:-1]:
-        _, equals, value = words[i].partition("=")
-        if not equals:
-            value = words[i + 1]
-            if value.startswith("--") and " " not in value:
-                return [], words  # the parser says what is wrong with an option without its value
-        values.append(value)
-        taken |= {i} if equals else {i, i + 1}
-    return values, [word for i, word in enumerate(words) if i not in taken]
 
 
 def read_prompts(path: str | None) -> list[str]:

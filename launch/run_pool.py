@@ -1,0 +1,140 @@
+"""Several commands of `rdt` at once on this machine: as many as there is room for, none left behind when this one ends."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from launch.local_processes import POLL_S, prepare_worker
+from megatron_rdt.environment import share_environment
+from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED
+from megatron_rdt.train.stop_request import STOP_SIGNALS
+
+LOG_TAIL_BYTES = 4000
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command of `rdt` to run.
+
+    Attributes:
+        name: for messages.
+        words: what follows `rdt`.
+        log: file that its output is appended to.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    log: Path
+
+
+@dataclass
+class RunPool:
+    """Runs jobs, several at a time.
+
+    A stop signal is passed on to the jobs, which save and end; Ctrl-C and SIGKILL end them at once.
+
+    Args:
+        at_once: jobs that run at the same time.
+        threads: CPU threads of each process of a job.
+        gpus: numbers of the GPUs that each of the `at_once` places has; empty on CPU.
+
+    Attributes:
+        was_stopped: a stop signal has arrived.
+    """
+
+    at_once: int
+    threads: int
+    gpus: Sequence[Sequence[int]] = ()
+    was_stopped: bool = False
+    was_interrupted: bool = False
+    _signal: int | None = None
+    _running: dict[int, tuple[Job, subprocess.Popen]] = field(default_factory=dict)
+    _signalled: set[int] = field(default_factory=set)
+
+    def run(self, jobs: Sequence[Job], on_start: Callable[[Job], object], on_end: Callable[[Job, int], object]) -> None:
+        """Run the jobs in order; `on_end` gets the exit status of each that ended, those that were stopped included.
+
+        Raises:
+            KeyboardInterrupt: interrupted by Ctrl-C; the jobs were ended.
+        """
+        signals = (*STOP_SIGNALS, signal.SIGINT)
+        before = {number: signal.signal(number, self._handle_signal) for number in signals}
+        waiting = list(jobs)
+        try:
+            while (waiting and not self.was_stopped) or self._running:
+                if self.was_interrupted:
+                    raise KeyboardInterrupt
+                for slot in range(self.at_once):
+                    if slot not in self._running and waiting and not self.was_stopped:
+                        job = waiting.pop(0)
+                        self._running[slot] = job, self._start(job, slot)
+                        on_start(job)
+                self._pass_signal_on()
+                for slot, (job, process) in list(self._running.items()):
+                    if (status := process.poll()) is not None:
+                        del self._running[slot]
+                        on_end(job, status)
+                time.sleep(POLL_S)
+        finally:
+            self._end_all()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _start(self, job: Job, slot: int) -> subprocess.Popen:
+        """Start a job in one of the pool's places, with its output appended to its log."""
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        environment = share_environment(self.threads, self.gpus[slot] if self.gpus else None)
+        with open(job.log, "ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "launch.cli", *job.words],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                preexec_fn=prepare_worker,  # noqa: PLW1509
+            )
+
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
+        """Remember the signal; the loop acts on it, which knows every process that was started."""
+        if number == signal.SIGINT:
+            self.was_interrupted = True
+        else:
+            self.was_stopped, self._signal = True, number
+
+    def _pass_signal_on(self) -> None:
+        """Send a stop signal that has arrived to every job once."""
+        for _, process in self._running.values():
+            if self._signal is not None and process.pid not in self._signalled and process.poll() is None:
+                self._signalled.add(process.pid)
+                process.send_signal(self._signal)
+
+    def _end_all(self) -> None:
+        """Kill the jobs that still run; their own workers die with them."""
+        for _, process in self._running.values():
+            if process.poll() is None:
+                process.kill()
+        for _, process in self._running.values():
+            process.wait()
+        self._running.clear()
+
+
+def read_last_line(log: Path) -> str:
+    """Return the last line of a log that is not empty, which is a failed command's error."""
+    try:
+        with open(log, "rb") as file:
+            file.seek(0, 2)
+            file.seek(max(file.tell() - LOG_TAIL_BYTES, 0))
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+
+
+def is_failure(status: int) -> bool:
+    """Return True unless a command was done, or stopped on request after a good save."""
+    return status not in (EXIT_OK, EXIT_PREEMPTED)

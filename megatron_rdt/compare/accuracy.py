@@ -1,0 +1,80 @@
+"""Accuracy of an arm on tasks: rows averaged over seeds, and means over the trained difficulties and those beyond."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_rdt.compare.arms import own_loops
+from megatron_rdt.compare.intervals import mean_interval
+from megatron_rdt.compare.results import RunResult
+
+Rows = Sequence[dict[str, Any]]
+
+
+def average_accuracy(results: Sequence[RunResult]) -> list[dict[str, Any]]:
+    """Return {task, difficulty, loops, accuracy, trained} for every cell, the mean over the arm's measured runs."""
+    cells: dict[tuple[str, int, int, bool], list[float]] = {}
+    for result in results:
+        for row in (result.measurement or {}).get("tasks", []):
+            cells.setdefault((row["task"], row["difficulty"], row["loops"], row["trained"]), []).append(row["accuracy"])
+    return [
+        {"task": task, "difficulty": difficulty, "loops": loops, "accuracy": _mean(values), "trained": trained}
+        for (task, difficulty, loops, trained), values in cells.items()
+    ]
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Return the mean of some values."""
+    return math.fsum(values) / len(values)
+
+
+def mean_accuracy(rows: Rows, trained: bool, loops: int) -> float | None:
+    """Return the mean accuracy at one T over the trained difficulties, or over the others; None if there are none."""
+    values = [row["accuracy"] for row in rows if row["trained"] == trained and row["loops"] == loops]
+    return _mean(values) if values else None
+
+
+def find_best_loops(rows: Rows) -> int | None:
+    """Return the T of the best mean accuracy over the difficulties that were not trained; None if there are none."""
+    by_loops = {loops: mean_accuracy(rows, False, loops) for loops in sorted({row["loops"] for row in rows})}
+    known = {loops: value for loops, value in by_loops.items() if value is not None}
+    return max(known, key=lambda loops: known[loops], default=None)
+
+
+def summarize_accuracy(results: Sequence[RunResult], reference: Sequence[RunResult] | None) -> dict[str, Any]:
+    """Return an arm's accuracies for compare.json, with intervals over seeds; {} where no run has scores of tasks.
+
+    Args:
+        results: of the arm's runs.
+        reference: of the first arm's; None for that arm itself.
+
+    Returns:
+        "trained": at the arm's own T, over trained difficulties; "beyond": over the others, at the one T that is best for
+        them, "beyond_loops"; of both the paired "difference" to the reference.
+    """
+    rows = average_accuracy(results)
+    if not rows:
+        return {}
+    own, best = own_loops(results[0].run.config), find_best_loops(rows)
+    summary: dict[str, Any] = {"beyond_loops": best, "rows": rows}
+    for name, is_trained, loops in (("trained", True, own), ("beyond", False, best)):
+        if loops is None:
+            continue
+        values = _by_seed(results, is_trained, loops)
+        if not values:
+            continue
+        summary[name] = mean_interval(list(values.values()))._asdict()
+        if reference is None:
+            continue
+        there = own_loops(reference[0].run.config) if is_trained else find_best_loops(average_accuracy(reference))
+        others = {} if there is None else _by_seed(reference, is_trained, there)
+        differences = [values[seed] - others[seed] for seed in sorted(values.keys() & others.keys())]
+        if differences:
+            summary[f"{name}_difference"] = mean_interval(differences)._asdict()
+    return summary
+
+
+def _by_seed(results: Sequence[RunResult], trained: bool, loops: int) -> dict[int, float]:
+    """Return the mean accuracy of each run at one T, by seed."""
+    found = {r.run.seed: mean_accuracy((r.measurement or {}).get("tasks", []), trained, loops) for r in results}
+    return {seed: value for seed, value in found.items() if value is not None}

@@ -1,0 +1,217 @@
+"""The comparison as text for the console, compare.json, and one self-contained HTML page with its pictures."""
+
+import base64
+import html
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_rdt.compare.pictures import draw_accuracy, draw_loss_against_flops, draw_loss_against_loops
+from megatron_rdt.compare.results import RunResult
+from megatron_rdt.evaluate.report import PAGE, STYLE
+from megatron_rdt.files import TEMPORARY_SUFFIX, write_text
+from megatron_rdt.train.metrics import replace_nonfinite
+
+DOCUMENT = "compare.json"
+HEADER = (
+    "arm",
+    "weights",
+    "rate",
+    "T",
+    "FLOPs",
+    "time",
+    "runs",
+    "loss",
+    "difference",
+    "best T",
+    "accuracy",
+    "beyond",
+    "notes",
+)
+EXPLANATION = (
+    "loss: validation loss per target at T, the mean of the arm's distribution; mean over seeds. difference: to the first "
+    "arm, paired by seed; in brackets its 95% interval, over seeds where there are several, otherwise over validation "
+    "windows of the same trained models. FLOPs: executed in training, with the T that was drawn for each step. accuracy: exact "
+    "match over the trained difficulties at T; beyond: over the others, at the one T that is best for them."
+)
+
+
+def format_count(value: float) -> str:
+    """Return a number with three digits and a prefix: 28.7k, 1.25M."""
+    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration: 12 s, 3:05 min, 2:05 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return (
+        f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
+        if minutes < 100
+        else f"{minutes // 60}:{minutes % 60:02d} h"
+    )
+
+
+def format_interval(interval: Mapping[str, Any] | None, sign: bool = False) -> str:
+    """Return "+0.123 [+0.100, +0.146]", without brackets where there is no interval; "" for None."""
+    if interval is None:
+        return ""
+    form = "+.3f" if sign else ".3f"
+    text = format(interval["mean"], form)
+    if interval["low"] is None:
+        return text
+    return f"{text} [{format(interval['low'], form)}, {format(interval['high'], form)}]"
+
+
+def choose_difference(row: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the difference of a row with the interval that says most: over seeds if there are several."""
+    over_seeds = row["difference"].get("over_seeds")
+    if over_seeds is not None and over_seeds["low"] is None:
+        return row["difference"].get("over_windows") or over_seeds
+    return over_seeds
+
+
+def list_notes(row: Mapping[str, Any]) -> list[str]:
+    """Return short notes on an arm: runs that diverged, failed, are missing or raised alarms."""
+    notes = []
+    if row["diverged"]:
+        notes.append(f"{len(row['diverged'])} of {row['runs']} diverged")
+    if row["failed"]:
+        notes.append(f"{len(row['failed'])} failed")
+    if row["missing"]:
+        notes.append(f"{len(row['missing'])} not finished")
+    names = sorted({name for alarms in row["alarms"].values() for name in alarms})
+    if names:
+        notes.append(f"alarms: {', '.join(names)}")
+    return notes
+
+
+def format_cells(row: Mapping[str, Any]) -> list[str]:
+    """Return the cells of a row below `HEADER`."""
+    best = "" if row["best_loops"] is None else f"{row['best_loops']} ({row['best_loss']:.3f})"
+    return [
+        row["arm"],
+        format_count(row["weights"]),
+        f"{row['lr']:g}",
+        str(row["loops"]),
+        "" if row["flops"] is None else format_count(row["flops"]),
+        "" if row["seconds"] is None else format_seconds(row["seconds"]),
+        f"{row['finished']}/{row['runs']}",
+        format_interval(row["loss"]),
+        format_interval(choose_difference(row), sign=True),
+        best,
+        format_interval(row["accuracy"].get("trained")),
+        _format_beyond(row["accuracy"]),
+        "; ".join(list_notes(row)),
+    ]
+
+
+def _format_beyond(accuracy: Mapping[str, Any]) -> str:
+    """Return the accuracy beyond the trained difficulties, and the T that it is measured at; "" if there is none."""
+    text = format_interval(accuracy.get("beyond"))
+    return f"{text} (T = {accuracy['beyond_loops']})" if text else ""
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as text, with columns as wide as their widest cell; columns without any content are left out."""
+    kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    lines = [[line[i] for i in kept] for line in (header, *rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(kept))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+
+def describe_equivalence(found: Mapping[str, Any]) -> str:
+    """Return a sentence with the recurrence-equivalence exponent, or the reason why there is none."""
+    if "reason" in found:
+        return f"Recurrence-equivalence exponent: not computed; {found['reason']}."
+    extrapolated = " The looped loss is outside those of the two others, so this is an extrapolation." * bool(
+        found["is_extrapolated"]
+    )
+    return (
+        f"Recurrence-equivalence exponent: {format_interval(found['exponent'])}. A loop of {found['recurrent']:,} weights "
+        f"run {found['loops']:.2f} times is worth {found['loops']:.2f}^{found['exponent']['mean']:.2f} such cores side by "
+        f"side (1: as good as untied layers, 0: worth nothing), from losses linear in the logarithm of the layers' weights."
+        f"{extrapolated}"
+    )
+
+
+def write_page(
+    directory: Path,
+    document: dict[str, Any],
+    results: Mapping[str, Sequence[RunResult]],
+) -> Path:
+    """Write compare.json, the pictures and index.html into the folder of a comparison; return the page's path.
+
+    Args:
+        directory: the folder.
+        document: name, table and notes of the comparison.
+        results: runs by arm.
+    """
+    rows = document["rows"]
+    accuracy = {row["arm"]: row["accuracy"]["rows"] for row in rows if row["accuracy"]}
+    # An earlier page stays whole until all of the new one is there.
+    with tempfile.TemporaryDirectory(suffix=TEMPORARY_SUFFIX, prefix=".", dir=directory) as name:
+        folder, figures = Path(name), []
+        if accuracy:
+            caption = "Exact-match accuracy by difficulty and T."
+            figures.append((draw_accuracy(accuracy, folder / "accuracy.png"), caption))
+        if any(r.curve for each in results.values() for r in each):
+            caption = "Loss against the operations executed in training, one line per run."
+            picture = draw_loss_against_flops(results, rows, folder / "loss_against_flops.png")
+            figures.append((picture, caption))
+        if any(len(row["losses"]) > 1 for row in rows):
+            caption = "Validation loss against T; a ring marks the T at which an arm is judged."
+            figures.append((draw_loss_against_loops(rows, folder / "loss_against_loops.png"), caption))
+        write_text(folder / PAGE, _format_page(document, figures))
+        write_text(folder / DOCUMENT, json.dumps(replace_nonfinite(document), indent=1, allow_nan=False) + "\n")
+        for file in (*(picture.name for picture, _ in figures), DOCUMENT, PAGE):
+            os.replace(folder / file, directory / file)
+    return directory / PAGE
+
+
+def _format_page(document: Mapping[str, Any], figures: Sequence[tuple[Path, str]]) -> str:
+    """Return the HTML page: table, exponent, pictures as data URLs, what failed or diverged, the arms' overrides."""
+    title, rows = html.escape(document["name"]), document["rows"]
+    head = "".join(f"<th>{name}</th>" for name in HEADER)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in format_cells(row)) + "</tr>" for row in rows
+    )
+    parts = [f"<h1>Comparison {title}</h1>", f"<table><tr>{head}</tr>{body}</table>", f"<p>{EXPLANATION}</p>"]
+    parts += [f"<p>{html.escape(note)}</p>" for note in document["notes"]]
+    parts.append(f"<p>{html.escape(describe_equivalence(document['equivalence']))}</p>")
+    for path, caption in figures:
+        encoded = base64.b64encode(path.read_bytes()).decode()
+        parts.append(
+            f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{encoded}">'
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        )
+    reasons = [
+        f"<li>{html.escape(name)}: {html.escape(str(reason))}</li>"
+        for row in rows
+        for kind in ("failed", "diverged", "alarms")
+        for name, reason in row[kind].items()
+    ]
+    if reasons:
+        parts.append(f"<h2>Runs that went wrong</h2><ul>{''.join(reasons)}</ul>")
+    overrides = "".join(
+        f"<tr><td>{html.escape(row['arm'])}</td><td>{html.escape(_format_overrides(row['overrides']))}</td></tr>"
+        for row in rows
+    )
+    parts.append(f"<h2>Arms</h2><table>{overrides}</table>")
+    style = STYLE.replace("60rem", "80rem")
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style>'
+        f"<body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _format_overrides(overrides: Mapping[str, Any]) -> str:
+    """Return overrides as the words of a command line."""
+    return " ".join(f"--{key} {value}" for key, value in overrides.items()) or "the config as given"

@@ -1,0 +1,136 @@
+"""Pictures of a comparison: each function draws into a PNG file and returns its path."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_rdt.compare.results import RunResult
+from megatron_rdt.evaluate.plots import COLOURS, _make_axes, _save_figure
+
+LINE_STYLES = ("-", "--", ":", "-.")
+
+
+def _style(index: int) -> dict[str, Any]:
+    """Return colour and line style of the arm with this number, different for the first 28."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": LINE_STYLES[index // len(COLOURS) % len(LINE_STYLES)],
+    }
+
+
+def draw_loss_against_flops(
+    results: Mapping[str, Sequence[RunResult]], rows: Sequence[Mapping[str, Any]], path: Path
+) -> Path:
+    """Draw every run's training loss against the operations that it has executed, and the arms' validation losses.
+
+    Args:
+        results: runs by arm.
+        rows: of the table, for the validation losses.
+        path: the PNG file.
+    """
+    axes = _make_axes("Loss against executed operations", "floating-point operations (log scale)", "nats per token")
+    for index, row in enumerate(rows):
+        label = row["arm"]
+        for result in results[row["arm"]]:
+            if result.curve:
+                flops, losses = zip(*result.curve)
+                axes.plot(flops, losses, linewidth=1, alpha=0.7, label=label, **_style(index))
+                label = None
+        if row["loss"] and row["flops"]:
+            axes.plot([row["flops"]], [row["loss"]["mean"]], "o", color=COLOURS[index % len(COLOURS)])
+    axes.set_xscale("log")
+    low, high = _find_shown_losses(results)
+    if low < high:
+        axes.set_ylim(low, high)
+    axes.legend(title="line: training; dot: validation at own T")
+    return _save_figure(axes, path)
+
+
+def _find_shown_losses(results: Mapping[str, Sequence[RunResult]]) -> tuple[float, float]:
+    """Return the range of the loss axis: up to the highest loss at a run's beginning, so that divergence fills no picture."""
+    curves = [[loss for _, loss in r.curve] for each in results.values() for r in each if r.curve]
+    if not curves:
+        return 0.0, 0.0
+    low, high = min(map(min, curves)), max(curve[0] for curve in curves)
+    margin = 0.05 * (high - low)
+    return low - margin, high + margin
+
+
+def draw_loss_against_loops(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Draw the validation loss of each arm against T; a ring marks the T at which an arm is judged."""
+    axes = _make_axes("Validation loss against T", "iterations T (log scale)", "nats per token")
+    shown: set[int] = set()
+    for index, row in enumerate(rows):
+        losses = {int(t): loss for t, loss in row["losses"].items() if math.isfinite(loss)}
+        if not losses:
+            continue
+        shown |= losses.keys()
+        axes.plot(list(losses), list(losses.values()), marker=".", label=row["arm"], **_style(index))
+        if row["loops"] in losses:
+            axes.plot(
+                [row["loops"]],
+                [losses[row["loops"]]],
+                "o",
+                markersize=10,
+                fillstyle="none",
+                color=COLOURS[index % len(COLOURS)],
+            )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(shown), [str(t) for t in sorted(shown)])
+    finite = [row["loss"]["mean"] for row in rows if row["loss"]]
+    worst = [loss for row in rows for loss in row["losses"].values() if math.isfinite(loss)]
+    if finite and max(worst) > 4 * max(finite):  # one that explodes at a large T would flatten all others
+        axes.set_yscale("log")
+    axes.legend()
+    return _save_figure(axes, path)
+
+
+def draw_accuracy(accuracy: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
+    """Draw a heat map of accuracy for each arm, side by side: difficulty down, T across; trained difficulties are named.
+
+    Args:
+        accuracy: rows of {task, difficulty, loops, accuracy, trained} by arm.
+        path: the PNG file.
+    """
+    import matplotlib.pyplot as plt
+
+    groups = sorted({(r["task"], r["difficulty"]) for rows in accuracy.values() for r in rows})
+    trained = {(r["task"], r["difficulty"]) for rows in accuracy.values() for r in rows if r["trained"]}
+    tasks = {task for task, _ in groups}
+    widths = [len({r["loops"] for r in rows}) for rows in accuracy.values()]
+    figure, panels = plt.subplots(
+        1,
+        len(accuracy),
+        figsize=(2.0 + 0.45 * sum(widths) + 0.5 * len(widths), 1.6 + 0.3 * len(groups)),
+        dpi=120,
+        layout="constrained",
+        squeeze=False,
+        sharey=True,
+        width_ratios=[max(width, 2) for width in widths],
+    )
+    for axes, (arm, rows) in zip(panels[0], accuracy.items()):
+        loops = sorted({r["loops"] for r in rows})
+        table = np.full((len(groups), len(loops)), np.nan)
+        for r in rows:
+            table[groups.index((r["task"], r["difficulty"])), loops.index(r["loops"])] = r["accuracy"]
+        image = axes.imshow(table, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        axes.set_xticks(range(len(loops)), [str(t) for t in loops])
+        axes.set(title=arm, xlabel="T")
+        for (y, x), value in np.ndenumerate(table):
+            if np.isfinite(value):
+                colour = "black" if value > 0.6 else "white"
+                axes.text(x, y, f"{value:.2f}".lstrip("0") or "0", ha="center", va="center", fontsize=7, color=colour)
+    names = [
+        f"{f'{task} ' if len(tasks) > 1 else ''}{difficulty}{' (trained)' if (task, difficulty) in trained else ''}"
+        for task, difficulty in groups
+    ]
+    panels[0][0].set_yticks(range(len(groups)), names)
+    panels[0][0].set_ylabel("difficulty")
+    figure.suptitle("Exact-match accuracy")
+    figure.colorbar(image, ax=list(panels[0]), shrink=0.8)
+    figure.savefig(path)
+    plt.close(figure)
+    return path

@@ -1,0 +1,120 @@
+"""Result of one run, read from its directory: state, executed operations, time, losses, signs of divergence."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron_rdt.compare.arms import ComparedRun
+from megatron_rdt.compare.measure import find_final_checkpoint
+from megatron_rdt.evaluate.report import METRICS, read_records
+from megatron_rdt.model.flops import forward_flops, training_flops
+
+OUTCOME = "outcome.json"
+MOST_POINTS = 200  # of a curve
+TENTH = 10
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Everything that the table and the pictures need of one run.
+
+    Attributes:
+        run: the run.
+        state: "finished", "failed", "unfinished" or "not begun".
+        message: last line of a failed run's log.
+        steps: optimizer steps that are recorded.
+        flops: floating-point operations of these steps, with the T that was drawn for each.
+        seconds: time of these steps.
+        diverged: reason to call the run diverged; empty if there is none.
+        alarms: names of the alarms in its records, with the first step of each.
+        curve: operations so far and training loss, averaged over parts of the run.
+        measurement: from `measure_run`; None if there is none.
+    """
+
+    run: ComparedRun
+    state: str
+    message: str = ""
+    steps: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+    loops_mean: float = math.nan
+    diverged: str = ""
+    alarms: dict[str, int] = field(default_factory=dict)
+    curve: list[tuple[float, float]] = field(default_factory=list)
+    measurement: dict[str, Any] | None = None
+
+
+def find_divergence(losses: list[float | None]) -> str:
+    """Return the reason to call a training run diverged, from its losses by step; empty if there is none."""
+    if not losses:
+        return ""
+    part = max(len(losses) // TENTH, 1)
+    first, last = losses[:part], losses[-part:]
+    skipped = sum(loss is None or not math.isfinite(loss) for loss in last)
+    if skipped:
+        return f"{skipped} of the last {part} steps had no finite loss"
+    begin = [loss for loss in first if loss is not None]
+    end = math.fsum(loss for loss in last if loss is not None) / part
+    if begin and len(losses) > 1 and end > math.fsum(begin) / len(begin):
+        return f"the loss ended at {end:.3f}, above its first steps"
+    return ""
+
+
+def find_alarms(records: list[dict[str, Any]]) -> dict[str, int]:
+    """Return the first step of each alarm in the records of steps and evaluations, {"alarms": {name: ...}}, by name."""
+    found: dict[str, int] = {}
+    for record in records:
+        for name in record.get("alarms", {}):
+            found[name] = min(record["step"], found.get(name, record["step"]))
+    return found
+
+
+def read_result(run: ComparedRun, outcome: dict[str, Any] | None, measurement: dict[str, Any] | None) -> RunResult:
+    """Read a run's directory.
+
+    Args:
+        run: the run.
+        outcome: {"status", "message"} of its last process; None if it did not end by itself.
+        measurement: of `measure_run`.
+    """
+    records = read_records(run.directory / "metrics.jsonl", METRICS)
+    is_finished = find_final_checkpoint(run) is not None
+    failed = not is_finished and outcome is not None
+    state = "finished" if is_finished else "failed" if failed else "unfinished" if records else "not begun"
+    message = outcome["message"] if failed and outcome is not None else ""
+    if not records:
+        return RunResult(run, state, message)
+    config = run.config
+    forward = forward_flops(config.model, config.train.sequence_length)
+    tokens = config.train.global_batch * config.train.sequence_length
+    flops = [
+        tokens
+        * training_flops(config.model, forward, r.get("loops_mean", r["loops_max"]), r.get("loops_with_grad", 0.0))
+        for r in records
+    ]
+    return RunResult(
+        run,
+        state,
+        message,
+        steps=records[-1]["step"],
+        flops=math.fsum(flops),
+        seconds=math.fsum(record.get("step_s") or 0.0 for record in records),
+        loops_mean=math.fsum(record.get("loops_mean", record["loops_max"]) for record in records) / len(records),
+        diverged=find_divergence([record["loss"] for record in records]),
+        alarms=find_alarms([*records, *read_records(run.directory / "eval.jsonl", ("step", "losses"))]),
+        curve=_average_curve(np.cumsum(flops), [record["loss"] for record in records]),
+        measurement=measurement,
+    )
+
+
+def _average_curve(flops: np.ndarray, losses: list[float | None]) -> list[tuple[float, float]]:
+    """Return operations and mean loss of consecutive parts of a run; parts without a finite loss are left out."""
+    values = np.array([math.nan if loss is None else loss for loss in losses])
+    points = []
+    for part in np.array_split(np.arange(len(values)), min(MOST_POINTS, len(values))):
+        finite = values[part][np.isfinite(values[part])]
+        if len(finite):
+            points.append((float(flops[part[-1]]), float(finite.mean())))
+    return points

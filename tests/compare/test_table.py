@@ -1,0 +1,137 @@
+"""The table from results: paired differences, accuracies, what diverged, failed or is missing; and the page."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rdt.compare.arms import build_arms, build_runs
+from megatron_rdt.compare.page import HEADER, choose_difference, format_cells, format_table, list_notes, write_page
+from megatron_rdt.compare.results import RunResult, find_alarms, find_divergence
+from megatron_rdt.compare.table import make_table
+from megatron_rdt.config import RunConfig
+
+Configure = Callable[..., RunConfig]
+LEVELS = {"looped": 2.0, "unlooped": 2.5, "untied": 1.8}
+ACCURACY = {"looped": 0.9, "unlooped": 0.4, "untied": 0.6}
+
+
+def make_measurement(arm: str, seed: int, loops: list[int]) -> dict[str, Any]:
+    """Losses that differ by window and seed alike for every arm, and scores of two difficulties, one of them trained."""
+    sums = [10 * (LEVELS[arm] + 0.3 * math.sin(i) + 0.1 * seed) for i in range(20)]
+    rows = [
+        {
+            "task": "hops",
+            "difficulty": difficulty,
+            "loops": t,
+            "accuracy": ACCURACY[arm] / (1 if difficulty == 2 else 3 if t < 4 else 2),
+            "trained": difficulty == 2,
+        }
+        for difficulty in (2, 5)
+        for t in loops
+    ]
+    part = {"share": 1.0, "targets": [10] * 20, "sums": {str(t): sums for t in loops}}
+    return {"loops": loops, "corpora": {"text": part}, "tasks": rows}
+
+
+@pytest.fixture
+def compared(configure: Configure, tmp_path: Path) -> tuple[list, list[RunResult]]:
+    """Arms and results of two seeds: one run failed, one diverged."""
+    config = configure("--depth.scheme=fixed", "--depth.mean=3", "--eval.loops=[1,4]")
+    arms, _ = build_arms(config, list(LEVELS))
+    results = []
+    for run in build_runs(config, arms, 2, tmp_path):
+        loops = [1] if run.arm != "looped" else [1, 3, 4]
+        curve = [(1e9 * i, 6.0 / i) for i in range(1, 6)]
+        measurement = make_measurement(run.arm, run.seed - 1234, loops)
+        results.append(RunResult(run, "finished", "", 8, 5e9, 3.0, 3.0, curve=curve, measurement=measurement))
+    results[-1] = RunResult(results[-1].run, "failed", "no memory", 3, 2e9, 1.0)
+    results[1] = RunResult(**{**vars(results[1]), "diverged": "it did", "alarms": {"radius": 4}})
+    return arms, results
+
+
+def test_differences_are_paired_by_seed_and_by_window(compared: tuple[list, list[RunResult]]) -> None:
+    table = make_table(*compared, {})
+    looped, unlooped, untied = table["rows"]
+    assert looped["difference"] == {}
+    assert looped["loss"]["mean"] == pytest.approx(2.05 + 0.3 * math.fsum(map(math.sin, range(20))) / 20)
+    assert unlooped["difference"]["over_seeds"]["mean"] == pytest.approx(0.5)
+    # Seeds and windows shift all arms alike, so pairs differ by the same amount.
+    assert unlooped["difference"]["over_seeds"]["high"] == pytest.approx(0.5)
+    assert unlooped["difference"]["over_windows"]["high"] == pytest.approx(0.5)
+    assert untied["difference"]["over_seeds"]["samples"] == 1
+    assert choose_difference(untied)["low"] == pytest.approx(-0.2)  # of windows: there is one pair of seeds
+    assert table["equivalence"]["loops"] == 3
+    assert 0.5 < table["equivalence"]["exponent"]["mean"] < 1
+
+
+def test_the_table_says_what_failed_diverged_and_raised_alarms(compared: tuple[list, list[RunResult]]) -> None:
+    _, unlooped, untied = make_table(*compared, {})["rows"]
+    assert list_notes(unlooped) == ["1 of 2 diverged", "alarms: radius"]
+    assert untied["failed"] == {"untied-s1235": "no memory"}
+    assert untied["finished"] == 1
+    assert untied["flops"] == 5e9  # of finished runs only
+
+
+def test_accuracies_are_of_trained_difficulties_and_beyond(compared: tuple[list, list[RunResult]]) -> None:
+    looped, unlooped, _ = make_table(*compared, {})["rows"]
+    assert looped["accuracy"]["trained"]["mean"] == pytest.approx(0.9)
+    assert looped["accuracy"]["beyond"]["mean"] == pytest.approx(0.45)
+    assert looped["accuracy"]["beyond_loops"] == 4
+    assert unlooped["accuracy"]["trained_difference"]["mean"] == pytest.approx(-0.5)
+    assert unlooped["accuracy"]["beyond_difference"]["mean"] == pytest.approx(0.4 / 3 - 0.45)
+
+
+def test_the_exponent_needs_its_three_arms(compared: tuple[list, list[RunResult]]) -> None:
+    arms, results = compared
+    table = make_table(arms[:2], results, {})
+    assert "not compared: untied" in table["equivalence"]["reason"]
+
+
+def test_the_page_holds_the_table_and_its_pictures(compared: tuple[list, list[RunResult]], tmp_path: Path) -> None:
+    arms, results = compared
+    document = {"name": "<x>", **make_table(arms, results, {"untied": 0.25}), "notes": ["a note & more"]}
+    by_arm = {arm.name: [r for r in results if r.run.arm == arm.name] for arm in arms}
+    page = write_page(tmp_path, document, by_arm).read_text()
+    assert page.count("<img") == 3
+    for text in ("Comparison &lt;x&gt;", "a note &amp; more", "no memory", "--optimizer.lr 0.25", "[+0.500, +0.500]"):
+        assert text in page
+    assert json.loads((tmp_path / "compare.json").read_text())["rows"][0]["arm"] == "looped"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "accuracy.png",
+        "compare.json",
+        "index.html",
+        "loss_against_flops.png",
+        "loss_against_loops.png",
+    ]
+    text = format_table(HEADER, [format_cells(row) for row in document["rows"]])
+    assert text.splitlines()[1].startswith("looped")
+
+
+def test_a_comparison_of_nothing_finished_has_a_page(configure: Configure, tmp_path: Path) -> None:
+    config = configure()
+    arms, _ = build_arms(config, ["looped", "untied"])
+    results = [RunResult(run, "not begun") for run in build_runs(config, arms, 1, tmp_path)]
+    document = {"name": "x", **make_table(arms, results, {}), "notes": []}
+    assert "1 not finished" in write_page(tmp_path, document, {r.run.arm: [r] for r in results}).read_text()
+
+
+def test_divergence_is_a_loss_that_ends_high_or_is_not_finite() -> None:
+    falling = [6.0 - 0.02 * i for i in range(100)]
+    assert find_divergence(falling) == ""
+    assert find_divergence([]) == ""
+    assert "above its first steps" in find_divergence([*falling[:80], *[7.0] * 20])
+    assert "3 of the last 10 steps" in find_divergence([*falling[:-3], None, math.nan, None])
+
+
+def test_alarms_are_read_by_their_first_step() -> None:
+    alarm = {"value": 2.0, "bound": 1.0}
+    records = [
+        {"step": 1},
+        {"step": 3, "alarms": {"radius": alarm, "spike": alarm}},
+        {"step": 2, "alarms": {"radius": alarm}},
+    ]
+    assert find_alarms(records) == {"radius": 2, "spike": 3}

@@ -6,7 +6,7 @@ import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -207,16 +207,31 @@ def _name_loops(values: Mapping[int, float]) -> dict[str, float]:
     return {str(loops): value for loops, value in values.items()}
 
 
-def read_evaluation(file: Path) -> tuple[int, dict[int, float]]:
-    """Return the step and the finite losses by T of a file that `evaluate_checkpoint` wrote.
+class Evaluation(NamedTuple):
+    """Losses of one step."""
+
+    step: int
+    losses: dict[int, float]
+    """By T, the finite ones."""
+    standard_errors: dict[int, float]
+    """By T, the finite ones; empty where they were not measured."""
+    summary: list[str]
+    """Sentences on what the loops bought."""
+
+
+def read_evaluation(file: Path) -> Evaluation:
+    """Read a file that `evaluate_checkpoint` wrote.
 
     Raises:
         DataError: the file is something else.
     """
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
-        losses = {int(count): float(loss) for count, loss in document["losses"].items() if loss is not None}
-        return int(document["step"]), losses
+        losses, errors = (
+            {int(count): float(value) for count, value in values.items() if value is not None}
+            for values in (document["losses"], document.get("standard_errors", {}))
+        )
+        return Evaluation(int(document["step"]), losses, errors, [str(text) for text in document.get("summary", [])])
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise invalid_result(file, error) from None
 

@@ -66,11 +66,16 @@ def draw_loss_curve(metrics: Records, evaluations: Records, path: Path) -> Path:
     return _save_figure(axes, path)
 
 
-def draw_loss_against_loops(losses: dict[int, float], path: Path) -> Path:
-    """Draw the validation loss of the final model against T."""
+def draw_loss_against_loops(losses: dict[int, float], standard_errors: dict[int, float], path: Path) -> Path:
+    """Draw the validation loss of the final model against T, with bars of two standard errors where they are known."""
     axes = _make_axes("What the loops bought", "iterations T (log scale)", "validation loss, nats per token")
     loops = sorted(losses)
     axes.plot(loops, [losses[t] for t in loops], marker="o", color=COLOURS[0])
+    if standard_errors:
+        bars = [2 * standard_errors.get(t, 0.0) for t in loops]
+        label = "two standard errors of each loss; differences between T are more certain"
+        axes.errorbar(loops, [losses[t] for t in loops], bars, fmt="none", ecolor="0.6", capsize=4, label=label)
+        axes.legend(fontsize=8, loc="upper right")
     axes.set_xscale("log", base=2)
     axes.set_xticks(loops, [str(t) for t in loops])
     for t in loops:

@@ -13,7 +13,9 @@ from megatron_rdt.config import RunConfig, load_config
 from megatron_rdt.depth import loop_probabilities
 from megatron_rdt.errors import DataError
 from megatron_rdt.evaluate import plots
-from megatron_rdt.evaluate.loss import EVALUATION, perplexity, read_evaluation
+from megatron_rdt.evaluate.loss import EVALUATION, Evaluation, perplexity, read_evaluation
+from megatron_rdt.evaluate.task_plots import draw_accuracy_map, draw_accuracy_over_steps
+from megatron_rdt.evaluate.task_report import MAP_CAPTION, find_final_scores, format_task_section
 from megatron_rdt.files import TEMPORARY_SUFFIX, write_text
 
 PAGE = "index.html"
@@ -23,7 +25,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 img { max-width: 100%; } pre { background: #f4f4f4; padding: .8rem; overflow-x: auto; white-space: pre-wrap; }
 table { border-collapse: collapse; } td, th { padding: .2rem .8rem; border-bottom: 1px solid #ddd; text-align: left; }
-figure { margin: 1.5rem 0; } figcaption { color: #555; }
+.wide { overflow-x: auto; } figure { margin: 1.5rem 0; } figcaption { color: #555; }
 """
 
 
@@ -48,8 +50,8 @@ def read_records(path: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:
     return records
 
 
-def find_final_losses(run_directory: Path, evaluations: list[dict[str, Any]]) -> tuple[int, dict[int, float]]:
-    """Return the last evaluated step and its losses by T, of eval.json or `evaluations`; (0, {}) without any.
+def find_final_losses(run_directory: Path, evaluations: list[dict[str, Any]]) -> Evaluation | None:
+    """Return the losses of the last evaluated step, from eval.json or `evaluations`; None without any.
 
     They come from eval.json, if `rdt eval` wrote one, unless the run itself evaluated a later step.
     """
@@ -57,8 +59,8 @@ def find_final_losses(run_directory: Path, evaluations: list[dict[str, Any]]) ->
     candidates = [read_evaluation(path)] if path.is_file() else []
     for record in evaluations[-1:]:
         losses = {int(t): loss for t, loss in record["losses"].items() if loss is not None}
-        candidates.append((record["step"], losses))
-    return max(candidates, key=lambda candidate: candidate[0], default=(0, {}))
+        candidates.append(Evaluation(record["step"], losses, {}, []))
+    return max((each for each in candidates if each.losses), key=lambda candidate: candidate.step, default=None)
 
 
 def write_report(run_directory: str | Path) -> Path:
@@ -77,13 +79,14 @@ def write_report(run_directory: str | Path) -> Path:
     config = load_config(directory / "config.yaml")
     evaluations = read_records(directory / "eval.jsonl", ("step", "losses"))
     samples = read_records(directory / "samples.jsonl", ("step", "loops", "prompt", "text"))
-    evaluated, losses = find_final_losses(directory, evaluations)
+    final = find_final_losses(directory, evaluations)
+    scores = find_final_scores(directory, evaluations, config)
     out = directory / "report"
     out.mkdir(exist_ok=True)
     # An earlier report stays whole until all of the new one is there.
     with tempfile.TemporaryDirectory(suffix=TEMPORARY_SUFFIX, prefix=".", dir=out) as folder:
-        figures = _draw_figures(Path(folder), config, metrics, evaluations, losses, evaluated)
-        write_text(Path(folder) / PAGE, _format_page(config, metrics, losses, figures, samples))
+        figures = _draw_figures(Path(folder), config, metrics, evaluations, final, scores)
+        write_text(Path(folder) / PAGE, _format_page(config, metrics, final, scores, figures, samples))
         pictures = sorted(path.name for path in Path(folder).iterdir() if path.name != PAGE)
         for name in (*pictures, PAGE):
             os.replace(Path(folder) / name, out / name)
@@ -95,8 +98,8 @@ def _draw_figures(
     config: RunConfig,
     metrics: list[dict[str, Any]],
     evaluations: list[dict[str, Any]],
-    losses: dict[int, float],
-    evaluated: int,
+    final: Evaluation | None,
+    scores: dict[str, Any] | None,
 ) -> list[tuple[Path, str]]:
     """Draw all pictures of a report into a folder; return the paths and captions of those on the page.
 
@@ -104,8 +107,8 @@ def _draw_figures(
         out: the folder.
         config: of the run.
         metrics, evaluations: records of the run.
-        losses: final validation losses by T.
-        evaluated: the step that they were measured after.
+        final: validation losses by T.
+        scores: final accuracies on tasks, see `find_final_scores`.
     """
     figures: list[tuple[Path, str]] = []
 
@@ -113,10 +116,18 @@ def _draw_figures(
         """Draw one picture into the folder, and append its path and caption to `figures`."""
         figures.append((draw(*records, out / name), caption))
 
+    if scores is not None:
+        caption = MAP_CAPTION.format(step=scores["step"])
+        add(caption, "accuracy.png", draw_accuracy_map, scores["tasks"], scores["trained_loops"])
+    if any(record.get("tasks") for record in evaluations):
+        caption = "Accuracy while the model trained, at the evaluated T nearest to the mean of training."
+        add(caption, "accuracy_over_steps.png", draw_accuracy_over_steps, evaluations, config.depth.mean)
+    above = len(figures)  # pictures of other sizes than those of the overview
     add("Training and validation loss.", "loss.png", plots.draw_loss_curve, metrics, evaluations)
-    if losses:
-        caption = f"Validation loss at each loop count after step {evaluated:,}, same weights."
-        add(caption, "loss_against_loops.png", plots.draw_loss_against_loops, losses)
+    if final is not None:
+        caption = f"Validation loss at each loop count after step {final.step:,}, same weights."
+        draw = plots.draw_loss_against_loops
+        add(caption, "loss_against_loops.png", draw, final.losses, final.standard_errors)
     add("Radius of the linear part of the recurrence; state norm.", "stability.png", plots.draw_stability, metrics)
     caption, distribution = "Loop counts that were drawn, and their distribution.", loop_probabilities(config.depth)
     add(caption, "loop_histogram.png", plots.draw_loop_histogram, metrics, distribution)
@@ -124,12 +135,13 @@ def _draw_figures(
     if any(record.get("iterations") for record in metrics):
         caption = "Norm and residual of the state after each iteration, in the last micro-batch of a step."
         add(caption, "iterations.png", plots.draw_iterations, metrics)
-    plots.join_pictures([path for path, _ in figures][:4], out / "overview.png")
+    plots.join_pictures([path for path, _ in figures[above:]][:4], out / "overview.png")
     return figures
 
 
-def summarize(metrics: list[dict[str, Any]], losses: dict[int, float]) -> list[str]:
+def summarize(metrics: list[dict[str, Any]], final: Evaluation | None) -> list[str]:
     """Return sentences on steps, training loss, skipped steps, spectral radius and the gain of more loops."""
+    losses = final.losses if final is not None else {}
     last = metrics[-1]
     finite = [r["loss"] for r in metrics if r["loss"] is not None]
     training = f"the last training loss is {finite[-1]:.3f}" if finite else "no training loss was finite"
@@ -145,21 +157,22 @@ def summarize(metrics: list[dict[str, Any]], losses: dict[int, float]) -> list[s
         gain = losses[shallow] - losses[best]
         end = f", {gain:.3f} nats below T = {shallow}." if best != shallow else ": more loops did not help here."
         sentences.append(f"The lowest validation loss is {losses[best]:.3f}, at T = {best}{end}")
-    return sentences
+    return sentences + (final.summary if final is not None else [])
 
 
 def _format_page(
     config: RunConfig,
     metrics: list[dict[str, Any]],
-    losses: dict[int, float],
+    final: Evaluation | None,
+    scores: dict[str, Any] | None,
     figures: list[tuple[Path, str]],
     samples: list[dict[str, Any]],
 ) -> str:
-    """Return the HTML page: summary, losses, figures as data URLs, generated samples, configuration."""
+    """Return the HTML page: summary, losses, figures as data URLs, accuracies, generated samples, configuration."""
     title = html.escape(config.run.name)
-    parts = [f"<h1>Run {title}</h1>", f"<p>{html.escape(' '.join(summarize(metrics, losses)))}</p>"]
-    if losses:
-        rows = [f"<td>{t}</td><td>{loss:.4f}</td><td>{perplexity(loss):.2f}</td>" for t, loss in losses.items()]
+    parts = [f"<h1>Run {title}</h1>", f"<p>{html.escape(' '.join(summarize(metrics, final)))}</p>"]
+    if final is not None:
+        rows = [f"<td>{t}</td><td>{loss:.4f}</td><td>{perplexity(loss):.2f}</td>" for t, loss in final.losses.items()]
         cells = "".join(f"<tr>{row}</tr>" for row in rows)
         parts.append(f"<table><tr><th>T</th><th>loss</th><th>perplexity</th></tr>{cells}</table>")
     for path, caption in figures:
@@ -168,6 +181,8 @@ def _format_page(
             f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{encoded}">'
             f"<figcaption>{html.escape(caption)}</figcaption></figure>"
         )
+    if scores is not None:
+        parts.append(format_task_section(scores))
     if samples:
         parts.append("<h2>Samples</h2>")
         for sample in samples:

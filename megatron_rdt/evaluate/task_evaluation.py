@@ -26,7 +26,14 @@ from megatron_rdt.evaluate.task_exits import (
     parse_exit_rules,
     score_task_exits,
 )
-from megatron_rdt.evaluate.tasks import Row, count_task_passes, find_overthinking, read_groups, score_tasks
+from megatron_rdt.evaluate.tasks import (
+    Row,
+    count_task_passes,
+    find_overthinking,
+    group_by_task,
+    read_groups,
+    score_tasks,
+)
 from megatron_rdt.inference.load import choose_device, load_verified
 from megatron_rdt.terminal import show_progress
 
@@ -127,8 +134,7 @@ def read_task_scores(file: Path) -> dict[str, Any]:
 def format_accuracies(rows: Sequence[Row]) -> list[str]:
     """Return lines of a table for each task: accuracy by difficulty and T, the widest interval, the examples."""
     lines = []
-    for task in dict.fromkeys(row["task"] for row in rows):
-        own = [row for row in rows if row["task"] == task]
+    for task, own in group_by_task(rows).items():
         loops = sorted({row["loops"] for row in own})
         reach = max((row["high"] - row["low"]) / 2 for row in own)
         lines.append(f"{task}: accuracy, all of the answer right (95% intervals of +-{reach:.2f} or less)")
@@ -145,8 +151,7 @@ def format_accuracies(rows: Sequence[Row]) -> list[str]:
 def describe_scores(result: Mapping[str, Any]) -> list[str]:
     """Return sentences on the difficulties solved and with how many loops, on too many loops, and on exit rules."""
     rows, sentences = result["tasks"], []
-    for task in dict.fromkeys(row["task"] for row in rows):
-        own = [row for row in rows if row["task"] == task]
+    for task, own in group_by_task(rows).items():
         solved = [row for row in own if row["accuracy"] >= SOLVED]
         trained = max((row["difficulty"] for row in own if row["trained"]), default=None)
         until = "no difficulty was in training" if trained is None else f"trained up to {trained}"

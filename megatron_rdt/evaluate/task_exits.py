@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_rdt.data import Batch
 from megatron_rdt.data.task_examples import ExampleGroup
 from megatron_rdt.errors import ConfigError
-from megatron_rdt.evaluate.tasks import MICRO_BATCH, Row, describe_accuracy, merge_by_cell
+from megatron_rdt.evaluate.tasks import MICRO_BATCH, Row, describe_accuracy, group_by_task, merge_by_cell
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.halting.exit_rules import ExitRule, ExitTrace
 
@@ -162,8 +162,7 @@ def score_task_exits(
 def format_exits(rows: Sequence[Row]) -> list[str]:
     """Return lines of a table for each task: accuracy and iterations by difficulty and rule."""
     lines = []
-    for task in dict.fromkeys(row["task"] for row in rows):
-        own = [row for row in rows if row["task"] == task]
+    for task, own in group_by_task(rows).items():
         rules = list(dict.fromkeys(row["rule"] for row in own))
         widths = {rule: max(12, len(rule)) for rule in rules}
         lines.append(f"{task}: accuracy / iterations of the answer's tokens, at most {own[0]['loops']}")

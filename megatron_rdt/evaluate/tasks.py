@@ -117,6 +117,14 @@ def count_task_passes(
     return len(loops) * sum(count_forward_passes(len(group.batch), micro_batch, shared) for group in groups)
 
 
+def group_by_task(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Return the rows of each task, in order."""
+    tasks: dict[str, list[Row]] = {}
+    for row in rows:
+        tasks.setdefault(row["task"], []).append(row)
+    return tasks
+
+
 def find_nearest_loops(rows: Iterable[Row], mean_loops: float) -> int:
     """Return the T of the rows that is nearest to the mean of training, the smaller one of two."""
     return min({row["loops"] for row in rows}, key=lambda t: (abs(t - mean_loops), t))

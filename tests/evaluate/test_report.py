@@ -16,7 +16,7 @@ from megatron_rdt.config import RunConfig
 from megatron_rdt.depth import loop_probabilities
 from megatron_rdt.errors import DataError
 from megatron_rdt.evaluate import plots
-from megatron_rdt.evaluate.loss import evaluate_checkpoint
+from megatron_rdt.evaluate.loss import Evaluation, evaluate_checkpoint
 from megatron_rdt.evaluate.report import summarize, write_report
 from megatron_rdt.train.trainer import train
 
@@ -129,6 +129,7 @@ def test_the_summary_states_the_numbers_of_the_run(run: Path) -> None:
         assert f"{losses['1'] - losses[best]:.3f} nats below T = 1." in text
     for t, loss in losses.items():
         assert f"{t}{loss:.4f}{math.exp(loss):.2f}" in text, "the row of the table"
+    assert all(sentence in text for sentence in evaluation["summary"])
     assert "<b>&" in text, "the prompt is shown as text, not as markup"
     assert "model.dim32" in text
     assert "after step 8" in text
@@ -136,9 +137,14 @@ def test_the_summary_states_the_numbers_of_the_run(run: Path) -> None:
 
 def test_the_summary_tells_a_gain_from_none() -> None:
     last = {"step": 1, "tokens": 2, "loss": 3.0, "grad_norm": 1.0, "spectral_radius": 0.5}
-    assert "at T = 4, 0.250 nats below T = 1." in summarize([last], {1: 3.0, 4: 2.75, 8: 2.8})[-1]
-    assert "at T = 1: more loops did not help here." in summarize([last], {1: 2.5, 4: 2.75})[-1]
-    assert not any("validation" in sentence for sentence in summarize([last], {4: 2.75}))
+
+    def describe(losses: dict[int, float]) -> list[str]:
+        return summarize([last], Evaluation(1, losses, {}, []))
+
+    assert "at T = 4, 0.250 nats below T = 1." in describe({1: 3.0, 4: 2.75, 8: 2.8})[-1]
+    assert "at T = 1: more loops did not help here." in describe({1: 2.5, 4: 2.75})[-1]
+    assert not any("validation" in sentence for sentence in describe({4: 2.75}))
+    assert summarize([last], Evaluation(1, {1: 2.5, 4: 2.75}, {}, ["More loops hurt."]))[-1] == "More loops hurt."
 
 
 def test_the_evaluation_of_the_latest_step_is_shown(run: Path) -> None:

@@ -1,5 +1,6 @@
 """`rdt eval --tasks`: the files that it writes equal what single examples give, and nothing is done in vain."""
 
+import html
 import json
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from megatron_rdt.config import RunConfig
 from megatron_rdt.data.task_examples import read_example_groups
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.evaluate import task_evaluation
+from megatron_rdt.evaluate.report import write_report
 from megatron_rdt.evaluate.task_evaluation import describe_scores, evaluate_tasks, format_accuracies, read_task_scores
 from megatron_rdt.evaluate.task_plots import draw_accuracy_map, draw_accuracy_over_steps
 from megatron_rdt.inference import load
@@ -149,6 +151,33 @@ def test_a_run_scores_its_tasks(
     assert (run / "eval-tasks.json").exists()
     drop_records_after(run, 8)
     assert not list(run.glob("eval-tasks*"))
+
+
+def test_the_report_opens_with_the_heat_map(
+    configure: Configure, options: list[str], tmp_path: Path, run: Path
+) -> None:
+    words = ["--eval.tasks=true", "--eval.every=6", "--eval.loops=[1,3]", "--run.name=inside"]
+    assert train(configure(f"--run.root={tmp_path}", *options, *words)) == 0
+    inside = tmp_path / "inside"
+    page = write_report(inside).read_text()
+    captions = [part.split("<")[0] for part in page.split("<figcaption>")[1:]]
+    assert captions[0].startswith("Accuracy after step 12 with the same weights at every T")
+    assert captions[1].startswith("Accuracy while the model trained")
+    assert "T = 3" in page
+    assert "exit rules, at most" not in page
+    # What `rdt eval --tasks` measured after the same step is preferred, and says more.
+    result = evaluate_tasks(str(inside), [1, 2, 6], 12, exit_rules=["change:0.3"])
+    page = html.unescape(write_report(inside).read_text())
+    assert all(sentence in page for sentence in describe_scores(result))
+    cell = result["tasks"][-1]
+    assert f"<td>{cell['accuracy']:.2f} ({cell['low']:.2f}-{cell['high']:.2f})</td>" in page
+    exit_row = result["exits"][-1]
+    assert f"<td>{exit_row['accuracy']:.2f} / {exit_row['loops_used']:.1f}</td>" in page
+    assert "first: exit rules, at most 6 iterations" in page
+    names = {path.name for path in (inside / "report").iterdir()}
+    assert {"accuracy.png", "accuracy_over_steps.png", "overview.png"} <= names
+    # A run that was never scored has neither.
+    assert "<h2>Tasks</h2>" not in write_report(run).read_text()
 
 
 def approximate(row: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from megatron_rdt.config.schema import CorpusConfig, ModelConfig, RunConfig, Tra
 from megatron_rdt.config.step_ranges import parse_step_ranges
 from megatron_rdt.errors import ConfigError
 
+SCHEDULE = "train.batch_schedule"
+
 
 def check_config(config: RunConfig, world_size: int | None = None) -> None:
     """Raise ConfigError with a sentence for every number out of range and every set of fields that do not fit.
@@ -267,7 +269,9 @@ def _find_world_size_problems(config: RunConfig, world_size: int) -> Iterator[st
         if batch % share:
             lower = batch // share * share
             nearest = ", ".join(str(n) for n in (lower, lower + share) if n)
-            yield f"{name} is not a multiple of {who} x train.micro_batch {micro} = {share}; nearest: {nearest}."
+            end = " A run that is past these steps resumes without it." if name.startswith(SCHEDULE) else ""
+            where = f"{who} x train.micro_batch {micro} = {share}"
+            yield f"{name} is not a multiple of {where}; nearest: {nearest}.{end}"
 
 
 def _list_batches(train: TrainConfig) -> list[tuple[str, int]]:
@@ -276,6 +280,6 @@ def _list_batches(train: TrainConfig) -> list[tuple[str, int]]:
         pieces = train.batches.pieces
     except ValueError:  # told already
         pieces = ()
-    others = {p.batch: f"train.batch_schedule {p.step}:{p.batch}: {p.batch}" for p in reversed(pieces[:-1])}
+    others = {p.batch: f"{SCHEDULE} {p.step}:{p.batch}: {p.batch}" for p in reversed(pieces[:-1])}
     others.pop(train.global_batch, None)
     return [(f"train.global_batch {train.global_batch}", train.global_batch), *((n, b) for b, n in others.items())]

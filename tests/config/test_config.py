@@ -63,7 +63,10 @@ def test_overrides_and_round_trip(repository: Path, tmp_path: Path) -> None:
         ({"model.core_ffn": "moe", "model.experts_per_token": 9}, "experts_per_token 9 must be from 1 to"),
         ({"depth.backprop": 0}, "at least 1, or `all`"),
         ({"train.global_batch": 9}, "nearest: 8, 12"),
-        ({"train.batch_schedule": ["0:6", "9:8"]}, "train.batch_schedule 0:6: 6 is not a multiple .* nearest: 4, 8"),
+        (
+            {"train.batch_schedule": ["0:6", "9:8"]},
+            "train.batch_schedule 0:6: 6 is not a multiple .* 4, 8. A run that is past",
+        ),
         ({"train.batch_schedule": ["0:0", "9:8"]}, "batch_schedule: '0:0' is not STEP:GLOBAL_BATCH with a batch of at"),
         ({"train.batch_schedule": ["8"]}, "'8' is not STEP:GLOBAL_BATCH"),
         ({"train.batch_schedule": ["0:4", "-9:8"]}, "'-9:8' is not STEP:GLOBAL_BATCH"),

@@ -7,6 +7,7 @@ is `run.seed` + i.
 import difflib
 import itertools
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ Overrides = dict[str, Any]
 CURRICULUM_POINTS = 256
 SWEEP = "sweep"  # folder of the short runs that choose a learning rate
 # Sections and fields that decide which tokens a step trains on.
-CHANGES_EXAMPLES = ("data.", "train.sequence_length", "train.global_batch", "train.steps")
+CHANGES_EXAMPLES = ("data.", "train.sequence_length", "train.global_batch", "train.batch_schedule", "train.steps")
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ def build_sweep(
         config: the comparison's config.
         arms: overrides to it.
         rates: learning rates to try.
-        steps: length of each; warm-up and decay keep their shares of the run.
+        steps: length of each; warm-up, decay and the pieces of a batch schedule keep their shares of the run.
         directory: folder of the comparison.
     """
     share = steps / config.train.steps
@@ -243,16 +244,15 @@ def build_sweep(
         "eval.every": 0,
         "run.root": str(directory / SWEEP),
     }
-    return [
-        ComparedRun(
-            arm.name,
-            config.run.seed,
-            with_options(
-                config, {**arm.overrides, **short, "optimizer.lr": rate, "run.name": f"{arm.name}-lr{rate:g}"}
-            ),
-        )
-        for arm, rate in itertools.product(arms, rates)
-    ]
+    runs = []
+    for arm, rate in itertools.product(arms, rates):
+        whole = with_options(config, arm.overrides)
+        own: Overrides = {"optimizer.lr": rate, "run.name": f"{arm.name}-lr{rate:g}"}
+        if whole.train.batch_schedule:
+            batches = whole.train.batches.scale_steps(share).format_until(sys.maxsize)
+            own["train.batch_schedule"] = batches.split(",")
+        runs.append(ComparedRun(arm.name, config.run.seed, with_options(whole, {**short, **own})))
+    return runs
 
 
 def find_changed_examples(axes: Mapping[str, Sequence[Any]]) -> list[str]:

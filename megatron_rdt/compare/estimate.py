@@ -45,8 +45,9 @@ def estimate_cost(run: ComparedRun, try_out: bool = True) -> RunCost:
     train = config.train
     loops, with_grad = mean_loops(config.depth, train.steps)
     per_token = training_flops(config.model, forward_flops(config.model, train.sequence_length), loops, with_grad)
-    flops = per_token * train.global_batch * train.sequence_length * train.steps
-    micro_batches = train.steps * train.global_batch / train.micro_batch
+    samples = train.batches.samples_after(train.steps)
+    flops = per_token * samples * train.sequence_length
+    micro_batches = samples / train.micro_batch
     is_tried = try_out and flops / micro_batches <= MOST_FLOPS_TRIED
     seconds = micro_batches * _time_micro_batch(config, with_grad) if is_tried else None
     return RunCost(sum(part_sizes(config.model).values()), loops, flops, seconds)

@@ -88,9 +88,10 @@ def read_result(run: ComparedRun, outcome: dict[str, Any] | None, measurement: d
         return RunResult(run, state, message)
     config = run.config
     forward = forward_flops(config.model, config.train.sequence_length)
-    tokens = config.train.global_batch * config.train.sequence_length
+    batches = config.train.batches
     flops = [
-        tokens
+        batches.batch_at(r["step"] - 1)
+        * config.train.sequence_length
         * training_flops(config.model, forward, r.get("loops_mean", r["loops_max"]), r.get("loops_with_grad", 0.0))
         for r in records
     ]

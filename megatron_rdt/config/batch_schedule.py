@@ -109,6 +109,11 @@ class BatchSchedule:
         after = [(steps, later.batch_at(steps)), *((p.step, p.batch) for p in later.pieces if p.step > steps)]
         return BatchSchedule(_count_samples(self.samples_after(0), [*before, *after]))
 
+    def scale_steps(self, factor: float) -> "BatchSchedule":
+        """Return the schedule of a run that is this many times as long, with the same shares of each batch."""
+        starts = {round(piece.step * factor): piece.batch for piece in self.pieces}  # of equal steps the last one stays
+        return BatchSchedule(_count_samples(self.samples_after(0), starts.items()))
+
     def format_until(self, steps: int) -> str:
         """Return the pieces of the first `steps` steps as the option has them: 0:64,1000:128."""
         return ",".join(f"{begin}:{batch}" for begin, _, batch in self.split(0, steps))

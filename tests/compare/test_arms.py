@@ -1,5 +1,6 @@
 """Arms are overrides of one config: equal weights, equal operations, every point of the axes, one seed per replicate."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,12 @@ from megatron_rdt.compare.arms import (
     own_loops,
 )
 from megatron_rdt.compare.estimate import estimate_cost
+from megatron_rdt.compare.results import read_result
 from megatron_rdt.config import DepthConfig, RunConfig, check_config
 from megatron_rdt.depth import DepthSampler
 from megatron_rdt.errors import ConfigError
+from megatron_rdt.evaluate.report import METRICS
+from megatron_rdt.model.flops import forward_flops, training_flops
 from megatron_rdt.planner.parameters import part_sizes
 from megatron_rdt.planner.run_plan import with_options
 
@@ -147,6 +151,28 @@ def test_sweeps_are_short_runs_of_the_whole_schedule(configure: Configure, tmp_p
         schedule = run.config.schedule
         assert (run.config.train.steps, schedule.warmup_steps, schedule.decay_steps) == (20, 2, 4)
         assert run.directory.parent == tmp_path / "sweep"
+
+
+def test_a_batch_schedule_counts_and_keeps_its_shares_in_a_sweep(configure: Configure, tmp_path: Path) -> None:
+    words = ["--train.steps=100", "--train.batch_schedule=0:1,20:16,60:4"]  # 20 + 640 + 160 samples
+    scheduled, constant = configure(*words), configure("--train.steps=205")
+    looped, same_samples = (build_runs(c, build_arms(c, ["looped"])[0], 1, tmp_path)[0] for c in (scheduled, constant))
+    flops = estimate_cost(looped, try_out=False).flops
+    assert flops == pytest.approx(estimate_cost(same_samples, try_out=False).flops)
+    axes = {"train.batch_schedule": [["0:2", "9:4"], []]}
+    assert find_changed_examples(axes) == ["train.batch_schedule"]
+    arms, _ = build_arms(scheduled, ["looped"], axes)
+    found = [run.config.train.batch_schedule for run in build_sweep(scheduled, arms, [1e-3], 10, tmp_path)]
+    assert found == [["0:2", "1:4"], []]
+    kept = build_sweep(scheduled, build_arms(scheduled, ["looped"])[0], [1e-3], 10, tmp_path)[0].config.train
+    assert kept.batch_schedule == ["0:1", "2:16", "6:4"]
+    record = {name: 1.0 for name in METRICS} | {"loops_max": 3, "loops_mean": 3.0, "loops_with_grad": 3.0}
+    looped.directory.mkdir(parents=True)
+    lines = [json.dumps({**record, "step": step}) + "\n" for step in range(1, 101)]
+    (looped.directory / "metrics.jsonl").write_text("".join(lines))
+    model, forward = scheduled.model, forward_flops(scheduled.model, scheduled.train.sequence_length)
+    tokens = 820 * scheduled.train.sequence_length
+    assert read_result(looped, None, None).flops == pytest.approx(tokens * training_flops(model, forward, 3, 3))
 
 
 def test_faults_name_the_arm(configure: Configure) -> None:

@@ -78,6 +78,8 @@ def test_words() -> None:
     ]
     assert schedule.describe(3, 1000) == []
     assert BatchSchedule.parse([], 7) == BatchSchedule.constant(7)
+    assert schedule.scale_steps(0.1).format_until(2000) == "0:8,100:16"
+    assert schedule.scale_steps(2).format_until(3000) == "0:4,6:8,2000:16"
 
 
 @pytest.mark.parametrize(

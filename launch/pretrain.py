@@ -47,7 +47,7 @@ def main(words: list[str]) -> int:
         started = True
         from megatron_rdt.train.trainer import train
 
-        return train(config, options.resume, process, stop)
+        return train(config, options.resume, process, stop, options.init)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception as error:

@@ -23,6 +23,8 @@ class WorkerOptions:
 
     resume: PathText = field(default="none", metadata={"metavar": "none|auto|PATH"})
     """none: start a new run; auto: resume from the run's newest healthy checkpoint, or start it; or the path of a checkpoint or run to start from."""
+    init: PathText = field(default="none", metadata={"metavar": "none|PATH"})
+    """Begin a new run with the weights of a checkpoint, run or export, and nothing else of it. With --resume auto a run that has begun continues; none: random weights."""
     local_rank: int = field(default=0, metadata=HIDDEN)
     """Passed by the DeepSpeed launcher and ignored: the environment says the same."""
 
@@ -43,16 +45,26 @@ LAUNCHER_ONLY = {option.name for option in fields(LaunchOptions)} - {option.name
 def parse_launch(words: Sequence[str]) -> tuple[RunConfig, LaunchOptions]:
     """Parse the words of `rdt train`; the config is not checked yet, since that needs the number of processes."""
     config, options = parse_run_options("rdt train", DESCRIPTION, LaunchOptions, words)
-    check_resume_word(options.resume)
+    check_start(options)
     return config, options
 
 
 def parse_worker(program: str, words: Sequence[str], world_size: int | None = None) -> tuple[RunConfig, WorkerOptions]:
     """Parse the words of launch/pretrain.py and check the config for `world_size` processes."""
     config, options = parse_run_options(program, DESCRIPTION, WorkerOptions, words)
-    check_resume_word(options.resume)
+    check_start(options)
     check_config(config, world_size)
     return config, options
+
+
+def check_start(options: WorkerOptions) -> None:
+    """Raise ConfigError if --resume is misspelt, or if it contradicts --init."""
+    check_resume_word(options.resume)
+    if options.init != "none" and options.resume not in RESUME_WORDS:
+        raise ConfigError(
+            f"--resume {options.resume} continues a run with all of its state, --init {options.init} begins one with "
+            "weights alone. Omit one; --init goes together with --resume auto, which continues the run once it has begun."
+        )
 
 
 def check_resume_word(resume: str) -> None:

@@ -4,6 +4,8 @@ A command prints the message of an `RdtError` without a traceback and exits with
 what is wrong, where, and what to do about it. Any other exception is a bug and keeps its traceback.
 """
 
+import os
+
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -36,6 +38,11 @@ class TrainingError(RdtError):
 
 class LaunchError(RdtError):
     """Processes could not be started or could not reach each other."""
+
+
+def suggest_init(checkpoint: str | os.PathLike[str]) -> str:
+    """The way out where a run cannot continue from a checkpoint: a clause that names a new run from its weights."""
+    return f"start a new --run.name from its weights: --init {os.fspath(checkpoint)}"
 
 
 class LostPeerError(LaunchError):

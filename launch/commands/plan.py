@@ -1,5 +1,6 @@
 """`rdt plan`: memory, communication, time and cost predicted from a config; --measure compares them with real steps."""
 
+import functools
 import json
 import os
 import tempfile
@@ -46,6 +47,8 @@ class PlanOptions:
     """--measure: processes on this machine; 0: 2, or 1 for engine single."""
     out: PathText = field(default="", metadata={"metavar": "FILE"})
     """Also write the numbers to this file, as JSON."""
+    init: PathText = field(default="none", metadata={"metavar": "none|PATH"})
+    """Checkpoint, run or export that the run will take its weights from: check that they fit; the plan is the same."""
     measure: bool = False
     """Take steps of this model on this machine's CPUs at several T, and print their memory and communication beside the planned ones."""
 
@@ -65,6 +68,8 @@ def plan(words: list[str]) -> int:
         raise ConfigError("--tokens and --price must not be negative.")
     if options.tokens > MOST_BILLIONS:
         raise ConfigError(f"--tokens is {options.tokens:g} billion; it counts billions: 20 means 20,000,000,000.")
+    if options.init != "none":
+        notes += _check_init(config, options.init)
     data: Any
     if options.measure:
         text, data = compare_with_measurement(config, options.nproc)
@@ -131,6 +136,14 @@ def fit_to_devices(config: RunConfig, devices: int) -> tuple[RunConfig, list[str
                 )
         config = replace(config, train=train)
     return config, notes
+
+
+def _check_init(config: RunConfig, init: str) -> list[str]:
+    """Return lines on a run that takes its weights from `init`; CheckpointError if they are of another model."""
+    from megatron_rdt.checkpoint import resolve_init, verify
+    from megatron_rdt.train.initial_weights import describe_start
+
+    return describe_start(resolve_init(init, functools.partial(verify, hashes=False)), config)
 
 
 def _device_of(options: PlanOptions) -> Device:

@@ -53,7 +53,7 @@ class SubmitOptions:
     sbatch: str = ""
     """More options of sbatch, in one string: "--qos=high --mem=0"."""
     overrides: str = ""
-    """More options of `rdt train`, in one string. --resume PATH is for the first start; later ones continue the run."""
+    """More options of `rdt train`, in one string. --resume PATH and --init PATH are for the first start; later ones continue the run."""
     directory: PathText = "jobs"
     """Directory for the script and the job's output."""
     dry_run: bool = False
@@ -77,7 +77,9 @@ def read_run_config(job: SubmitOptions) -> tuple[RunConfig, list[str], str | Non
     origin = None
     if options.resume not in RESUME_WORDS:
         origin, words = options.resume, _without_option(words, "--resume")
-        check_origin(origin, run_directory_of(config))
+        check_origin(origin, run_directory_of(config), "--resume")
+    elif options.init != "none":
+        check_origin(options.init, run_directory_of(config), "--init")
     _check_gpus(job, config)
     limit = parse_time_limit(job.time)
     if limit is not None and limit < job.signal_before_s + SIGNAL_TOLERANCE_S:
@@ -99,32 +101,50 @@ def _without_option(words: list[str], option: str) -> list[str]:
     return kept
 
 
-def check_origin(origin: str, run_directory: Path) -> None:
+def check_origin(origin: str, run_directory: Path, option: str) -> None:
     """Raise ConfigError if `origin` has no checkpoint or is of the run itself, or the run has begun without it.
+
+    Args:
+        origin: the path.
+        run_directory: of the run to submit.
+        option: "--resume", or "--init", for which a run may begin from an export too.
 
     Raises:
         ConfigError: `origin` holds no checkpoint, or the run has begun already, from elsewhere.
     """
     path = os.path.abspath(origin)
-    if not os.path.isfile(os.path.join(path, "manifest.json")) and not glob.glob(
+    path = os.path.dirname(path) if os.path.basename(path) == LATEST and os.path.isfile(path) else path
+    has_begun = (run_directory / ORIGIN).is_file()
+    began_from_it = has_begun and _is_recorded(run_directory / ORIGIN, path, option)
+    if began_from_it and option == "--init":
+        return  # a run that has begun needs it no more, once it has saved
+    files = ("manifest.json",) if option == "--resume" else ("manifest.json", "model.safetensors")
+    if not any(os.path.isfile(os.path.join(path, name)) for name in files) and not glob.glob(
         f"{glob.escape(path)}/{CHECKPOINTS}/step-*"
     ):
-        raise ConfigError(f"--resume {origin} is no checkpoint, nor a run that has one. Name another in --overrides.")
+        raise ConfigError(f"{option} {origin} is no checkpoint, nor a run that has one. Name another in --overrides.")
     own, target = run_directory.resolve(), Path(path).resolve()
     if target == own or (run_directory / CHECKPOINTS).resolve() in (target, target.parent):
         raise ConfigError(
-            f"--resume {origin} is a checkpoint of the run itself, to which the job would go back each time it starts. "
-            "Name a new run with --run.name, or omit --resume to continue the run from its newest checkpoint."
+            f"{option} {origin} is a checkpoint of the run itself, to which the job would go back each time it starts. "
+            f"Name a new run with --run.name, or omit {option} to continue the run from its newest checkpoint."
         )
     begun = [name for name in (LATEST, CHECKPOINTS, "metrics.jsonl") if (run_directory / name).exists()]
-    if (run_directory / ORIGIN).is_file():
-        began_from = json.loads((run_directory / ORIGIN).read_text(encoding="utf-8"))["checkpoint"]
-        begun = [] if began_from == path or began_from.startswith(os.path.join(path, CHECKPOINTS, "")) else [ORIGIN]
+    if has_begun:
+        begun = [] if began_from_it else [ORIGIN]
     if begun:
         raise ConfigError(
             f"{run_directory} holds {begun[0]} of a run that did not begin from {origin}. Choose another --run.name in "
-            "--overrides, or omit --resume to continue that run."
+            f"--overrides, or omit {option} to continue that run."
         )
+
+
+def _is_recorded(file: Path, path: str, option: str) -> bool:
+    """Return True if an origin.json says that its run began from a checkpoint or from a checkpoint of a run, by `option`."""
+    record = json.loads(file.read_text(encoding="utf-8"))
+    began_from, is_init = record["checkpoint"], record.get("weights_only", False)
+    is_below = began_from == path or began_from.startswith(os.path.join(path, CHECKPOINTS, ""))
+    return is_below and is_init == (option == "--init")
 
 
 def _split_words(text: str, option: str) -> list[str]:

@@ -22,7 +22,7 @@ def train(words: list[str]) -> int:
     if not config.parallel.engine_kind.many_processes:
         from megatron_rdt.train.trainer import train as train_here
 
-        return train_here(config, options.resume)
+        return train_here(config, options.resume, init=options.init)
     return run_processes(select_worker_words(words), processes, options.master_port)
 
 

@@ -12,6 +12,7 @@ from megatron_rdt.checkpoint.choose import (
     newest_checkpoint,
     record_start,
     resolve_checkpoint,
+    resolve_init,
 )
 from megatron_rdt.checkpoint.health import HEALTH, make_health
 from megatron_rdt.checkpoint.lineage import (
@@ -22,34 +23,50 @@ from megatron_rdt.checkpoint.lineage import (
 )
 from megatron_rdt.checkpoint.manifest import read_manifest, verify, write_manifest
 from megatron_rdt.checkpoint.missing import find_missing_checkpoint
-from megatron_rdt.checkpoint.origin import is_origin, read_origin
+from megatron_rdt.checkpoint.origin import (
+    EXPORT_WEIGHTS,
+    Start,
+    describe_origin,
+    is_origin,
+    is_origin_of_weights,
+    read_origin,
+    recall_origin,
+)
 from megatron_rdt.checkpoint.rank_state import read_rank_state
 from megatron_rdt.checkpoint.restore import read_trainer_state, restore_engine
-from megatron_rdt.checkpoint.weights import read_model_weights
+from megatron_rdt.checkpoint.weights import StoredWeights, open_weights, read_model_weights
 from megatron_rdt.checkpoint.write import check_writable, save_checkpoint, software_versions
 
 __all__ = [
     "BUFFERS",
+    "EXPORT_WEIGHTS",
     "HEALTH",
+    "Start",
+    "StoredWeights",
     "belongs_to_run",
     "check_writable",
+    "describe_origin",
     "find_missing_checkpoint",
     "find_own_name",
     "find_run_or_checkpoint",
     "find_start",
     "has_checkpoints",
     "is_origin",
+    "is_origin_of_weights",
     "list_complete_checkpoints",
     "list_healthy_checkpoints",
     "make_health",
     "newest_checkpoint",
+    "open_weights",
     "read_manifest",
     "read_model_weights",
     "read_origin",
     "read_rank_state",
     "read_trainer_state",
+    "recall_origin",
     "record_start",
     "resolve_checkpoint",
+    "resolve_init",
     "restore_buffers",
     "restore_engine",
     "save_checkpoint",

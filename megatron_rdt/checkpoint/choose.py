@@ -21,7 +21,7 @@ from megatron_rdt.checkpoint.lineage import (
 )
 from megatron_rdt.checkpoint.manifest import MANIFEST, read_manifest, verify, verify_files
 from megatron_rdt.checkpoint.missing import find_missing_checkpoint
-from megatron_rdt.checkpoint.origin import find_origin, write_origin
+from megatron_rdt.checkpoint.origin import EXPORT_WEIGHTS, Start, find_origin, write_origin
 from megatron_rdt.errors import CheckpointError, RdtError
 from megatron_rdt.object_collectives import broadcast_object, gather_objects, rank_and_world_size
 from megatron_rdt.run_directory import CHECKPOINTS, LATEST
@@ -32,25 +32,26 @@ VERIFY, START, GIVE_UP = "verify", "start", "give up"
 logger = logging.getLogger(__name__)
 
 
-def find_start(run_directory: Path, resume: str) -> Path | None:
-    """Return the checkpoint to start from, every byte verified, or None for a fresh start; the same on every rank.
+def find_start(run_directory: Path, resume: str, init: str = "none") -> Start | None:
+    """Return the checkpoint to start from, every byte verified, or None for random weights; the same on every rank.
 
     Every rank of the process group must call this; each verifies its share of the files.
 
     Args:
         run_directory: `runs/<name>`.
-        resume: "none" (a fresh start), "auto" (the run's newest good checkpoint; where it has none, its origin, or else
-            a fresh start), or the path of a checkpoint or run.
+        resume: "none" (a new run), "auto" (the run's newest good checkpoint; where it has none, its origin, or else a
+            new run), or the path of a checkpoint or run.
+        init: what a new run takes its weights from: a checkpoint, run or export; "none" for random weights.
 
     Raises:
         CheckpointError: on every rank, with the same message.
     """
-    if resume == "none":
+    if resume == init == "none":
         return None
     if rank_and_world_size()[0] > 0:
         return _answer_rank_0()
     try:
-        found = _choose_checkpoint(run_directory, resume)
+        found = _choose_start(run_directory, resume, init)
     except RdtError as error:
         # The other ranks wait for a request: without this one they would wait for ever.
         broadcast_object((GIVE_UP, error))
@@ -59,30 +60,58 @@ def find_start(run_directory: Path, resume: str) -> Path | None:
     return found
 
 
-def _choose_checkpoint(run_directory: Path, resume: str) -> Path | None:
-    """Return on rank 0 the checkpoint that `resume` means, verified by all ranks; None for a fresh start."""
+def _choose_start(run_directory: Path, resume: str, init: str) -> Start | None:
+    """Return on rank 0 the start that `resume` and `init` mean, verified by all ranks; None for random weights."""
+    where = run_directory if resume == "auto" else Path(resume)
     try:
+        if resume not in ("none", "auto"):
+            return Start(resolve_checkpoint(find_run_or_checkpoint(resume), _verify_on_all_ranks, "--resume "))
         if resume == "auto":
             own = newest_checkpoint(run_directory, _verify_on_all_ranks, "--resume ")
-            return own if own is not None else _verify_origin(run_directory)
-        return resolve_checkpoint(find_run_or_checkpoint(resume), _verify_on_all_ranks, "--resume ")
+            begun = Start(own) if own is not None else _verify_origin(run_directory, init)
+            if begun is not None:
+                return begun
+        where = Path(init)
+        return None if init == "none" else Start(resolve_init(init, _verify_on_all_ranks), weights_only=True)
     except OSError as error:
-        where = run_directory if resume == "auto" else resume
         raise CheckpointError(
             f"{where} cannot be searched for a checkpoint: {error}. Make it readable, or name another."
         ) from error
 
 
-def _verify_origin(run_directory: Path) -> Path | None:
-    """The checkpoint that a run began from, verified on all ranks; None for a run that began from random weights."""
-    origin = find_origin(run_directory)
-    if origin is not None:
-        _verify_on_all_ranks(origin)
+def _verify_origin(run_directory: Path, init: str) -> Start | None:
+    """The start that a run once made, its checkpoint verified on all ranks; None for a run that began from random weights."""
+    origin = find_origin(run_directory, init)
+    if origin is not None and (origin.source / MANIFEST).is_file():
+        _verify_on_all_ranks(origin.source)
     return origin
 
 
-def _answer_rank_0() -> Path | None:
-    """Verify what rank 0 asks for until it announces the outcome: return its checkpoint, or raise its error."""
+def resolve_init(init: str, check: Callable[[Path], None] = verify) -> Path:
+    """Return the verified checkpoint that --init names, itself or a run's newest healthy one, or the export.
+
+    An export has no hashes of its own, so it is not verified.
+
+    Args:
+        init: a checkpoint, a run, its `latest` or `checkpoints`, or a folder that `rdt convert --to hf` wrote.
+        check: as in `newest_checkpoint`.
+
+    Raises:
+        CheckpointError: it is none of these, or is damaged.
+    """
+    directory = find_run_or_checkpoint(init)
+    if (directory / EXPORT_WEIGHTS).is_file() and not (directory / MANIFEST).is_file():
+        return directory
+    if not any((directory / name).exists() for name in (MANIFEST, CHECKPOINTS, LATEST)):
+        raise CheckpointError(
+            f"{directory} is not a checkpoint, a run, or an export of this project. Weights of other projects have to be "
+            "converted first; an export of a checkpoint is made by rdt convert CHECKPOINT OUT --to hf."
+        )
+    return resolve_checkpoint(directory, check, "--init ")
+
+
+def _answer_rank_0() -> Start | None:
+    """Verify what rank 0 asks for until it announces the outcome: return its start, or raise its error."""
     while True:
         message: Any = broadcast_object(None)
         request, content = message
@@ -112,15 +141,18 @@ def _find_damage_in_share(checkpoint: Path, files: Sequence[tuple[str, dict[str,
     return None
 
 
-def record_start(run_directory: Path, source: Path) -> None:
-    """Record durably, as rollback or origin, the checkpoint that a run continues from; for rank 0, before all else.
+def record_start(run_directory: Path, start: Start) -> dict[str, Any] | None:
+    """Record durably, as rollback or origin, what a run starts from; for rank 0, before all else.
 
     Call this before dropping any metrics: a run that is killed afterwards must not take up what it has left behind.
+
+    Returns:
+        The record of the origin, if that was written.
     """
-    if belongs_to_run(source, run_directory):
-        record_rollback(run_directory, source)
-    else:
-        write_origin(run_directory, source)
+    if belongs_to_run(start.source, run_directory):
+        record_rollback(run_directory, start.source)
+        return None
+    return write_origin(run_directory, start)
 
 
 def newest_checkpoint(run_directory: Path, check: Callable[[Path], None] = verify, option: str = "") -> Path | None:

@@ -1,32 +1,62 @@
-"""The origin of a run: the checkpoint of another run, or a converted one, that its first step continued from.
+"""The origin of a run: the checkpoint or export of another run that its first step began from.
 
-Until the run saves a checkpoint of its own, only `origin.json` in its directory says so. It is written before the first
-step; a run that is resumed before its first save starts from the origin again.
+A run continues from its origin (`--resume PATH`), or takes the weights alone and begins at step 0 (`--init PATH`). Until
+it saves a checkpoint of its own, only `origin.json` in its directory says so. That is written before the first step; a
+run that is resumed before its first save starts from the origin again, in the same way. Later every manifest has a copy.
 """
 
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from megatron_rdt.checkpoint.lineage import list_complete_checkpoints
 from megatron_rdt.checkpoint.manifest import MANIFEST, read_manifest
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.files import sha256_of, write_text
-from megatron_rdt.run_directory import ORIGIN
+from megatron_rdt.run_directory import CHECKPOINTS, LATEST, ORIGIN
+
+EXPORT_WEIGHTS = "model.safetensors"  # in a folder that `rdt convert --to hf` wrote
+# The file whose hash tells an origin from all others: of a checkpoint, of an export.
+IDENTITIES = {"manifest_sha256": MANIFEST, "weights_sha256": EXPORT_WEIGHTS}
 
 
-def write_origin(run_directory: Path, source: Path) -> None:
-    """Write origin.json durably: path, run id and manifest hash of `source`, where the run begins."""
+class Start(NamedTuple):
+    """The checkpoint or export from which a run begins or continues.
+
+    Attributes:
+        source: its directory; every byte of a checkpoint has been verified.
+        weights_only: the run takes its weights and nothing else, and begins at step 0.
+    """
+
+    source: Path
+    weights_only: bool = False
+
+
+def write_origin(run_directory: Path, start: Start) -> dict[str, Any]:
+    """Write origin.json durably and return its content: path, run id, step, hash, and if only weights are taken."""
+    manifest = read_manifest(start.source) if (start.source / MANIFEST).is_file() else {}
     record = {
-        "checkpoint": os.path.abspath(source),
-        "run_id": read_manifest(source).get("run_id"),
-        "manifest_sha256": sha256_of(source / MANIFEST),
+        "checkpoint": os.path.abspath(start.source),
+        "run_id": manifest.get("run_id"),
+        "step": manifest.get("step"),
+        "weights_only": start.weights_only,
+        **_identify(start.source),
     }
     write_text(run_directory / ORIGIN, json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def _identify(source: Path) -> dict[str, str]:
+    """The entry of `IDENTITIES` that a directory has, with the hash of its file; {} for any other directory."""
+    for key, name in IDENTITIES.items():
+        if (source / name).is_file():
+            return {key: sha256_of(source / name)}
+    return {}
 
 
 def read_origin(run_directory: Path) -> dict[str, Any] | None:
-    """Return {checkpoint, run_id, manifest_sha256} of origin.json; None for a run that began from random weights.
+    """Return the content of origin.json; None for a run that began from random weights.
 
     Raises:
         CheckpointError: there is a record, and it cannot be read.
@@ -34,25 +64,53 @@ def read_origin(run_directory: Path) -> dict[str, Any] | None:
     path = run_directory / ORIGIN
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return {key: record[key] for key in ("checkpoint", "run_id", "manifest_sha256")}
+        identity = next(key for key in IDENTITIES if key in record)
+        return {"weights_only": False, **record, **{key: record[key] for key in ("checkpoint", "run_id", identity)}}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, StopIteration) as error:
         raise CheckpointError(
             f"{path} says which checkpoint the run began from, and cannot be read ({error!r}). Name the checkpoint: "
             "--resume PATH."
         ) from None
 
 
-def is_origin(run_directory: Path, source: Path) -> bool:
-    """Return True if the run began from this checkpoint, wherever it is now."""
+def recall_origin(run_directory: Path) -> dict[str, Any] | None:
+    """Return the content of origin.json or, where that is gone, the copy in the newest checkpoint; None if neither is."""
     record = read_origin(run_directory)
-    manifest = source / MANIFEST
-    return record is not None and manifest.is_file() and sha256_of(manifest) == record["manifest_sha256"]
+    own = list_complete_checkpoints(run_directory) if record is None else []
+    return read_manifest(own[-1]).get("origin") if own else record
 
 
-def find_origin(run_directory: Path) -> Path | None:
-    """The checkpoint that the run began from, not verified yet; None for a run that began from random weights.
+def is_origin(run_directory: Path, source: Path) -> bool:
+    """Return True if the run continued from this checkpoint, wherever it is now, with more than its weights."""
+    record = read_origin(run_directory)
+    return record is not None and not record["weights_only"] and _has_identity(source, record)
+
+
+def is_origin_of_weights(record: dict[str, Any] | None, init: str) -> bool:
+    """Return True if a run whose origin is `record` began from what --init names: it, its run, or a copy of it."""
+    if record is None or not record["weights_only"]:
+        return False
+    named, origin = Path(os.path.abspath(init)), Path(record["checkpoint"])
+    # The origin may be gone, and its run may have saved newer checkpoints since.
+    names = [origin, *origin.parents[:2]] if origin.parent.name == CHECKPOINTS else [origin]
+    named = named.parent if named.name == LATEST and not named.is_dir() else named
+    return named.resolve() in [name.resolve() for name in names] or _has_identity(named, record)
+
+
+def _has_identity(source: Path, record: dict[str, Any]) -> bool:
+    """Return True if a directory holds the very checkpoint or export of an origin's record."""
+    identity = _identify(source)
+    return bool(identity) and identity.items() <= record.items()
+
+
+def find_origin(run_directory: Path, init: str) -> Start | None:
+    """The start that the run once made, not verified yet; None for a run that began from random weights.
+
+    Args:
+        run_directory: `runs/<name>`.
+        init: the value of --init, which may name a copy of the origin.
 
     Raises:
         CheckpointError: it is no longer there, or is another one now.
@@ -61,10 +119,19 @@ def find_origin(run_directory: Path) -> Path | None:
     if record is None:
         return None
     source = Path(record["checkpoint"])
-    if is_origin(run_directory, source):
-        return source
+    for directory in (source, Path(init), Path(init) / CHECKPOINTS / source.name):
+        if _has_identity(directory, record):
+            return Start(directory, record["weights_only"])
     change = "holds another checkpoint now" if source.is_dir() else "does not exist any more"
+    option = "--init PATH --resume auto" if record["weights_only"] else "--resume PATH"
     raise CheckpointError(
         f"{run_directory} has not saved a checkpoint yet, and {source}, which it began from, {change}. Put that one back, "
-        "or name a copy of it: --resume PATH. To start anew, choose another --run.name."
+        f"or name a copy of it: {option}. To start anew, choose another --run.name."
     )
+
+
+def describe_origin(record: dict[str, Any] | None) -> str:
+    """Name the origin in a record of `read_origin`, to follow "began from"."""
+    if record is None:
+        return "random weights"
+    return f"the weights of {record['checkpoint']}" if record["weights_only"] else record["checkpoint"]

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from megatron_rdt.checkpoint import read_model_weights
+from megatron_rdt.checkpoint import EXPORT_WEIGHTS, StoredWeights, read_model_weights
 from megatron_rdt.config import ModelConfig, load_config
 from megatron_rdt.convert.hf_source import paste_model_source
 from megatron_rdt.convert.hf_tokenizer import HIDDEN_FOLDER, export_tokenizer, read_special_ids
@@ -22,7 +22,7 @@ from megatron_rdt.data.tokenizer.sentencepiece_backend import MODEL_FILE as SENT
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.files import write_text
 
-MODEL_FILE, CONFIG_FILE, WEIGHTS_FILE = "modeling_rdt.py", "config.json", "model.safetensors"
+MODEL_FILE, CONFIG_FILE, WEIGHTS_FILE = "modeling_rdt.py", "config.json", EXPORT_WEIGHTS
 MODEL_TYPE = "megatron_rdt"
 AGAIN = "Export the checkpoint again with `rdt convert CHECKPOINT OUT --to hf`."  # the remedy for a bad export
 TOKENIZER = "tokenizer_fingerprint"  # in config.json
@@ -66,7 +66,13 @@ def is_hf_export(folder: Path) -> bool:
 
 
 def read_hf(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
-    """Read the model's config and its weights by name, float32, from a folder that `export_hf` wrote.
+    """Read the model's config and its weights by name, float32, from a folder that `export_hf` wrote; see `open_hf`."""
+    config, weights = open_hf(folder)
+    return config, {name: weights.read(name) for name in weights.shapes}
+
+
+def open_hf(folder: Path) -> tuple[ModelConfig, StoredWeights]:
+    """Read the model's config from a folder that `export_hf` wrote, and open its weights.
 
     Raises:
         CheckpointError: the folder is damaged, or holds another kind of model.
@@ -82,11 +88,17 @@ def read_hf(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} is not the config of an export ({error}). {AGAIN}") from None
     try:
-        weights = load_file(folder / WEIGHTS_FILE)
+        file = safe_open(folder / WEIGHTS_FILE, framework="pt")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHTS_FILE} is damaged ({error}). {AGAIN}") from None
-    # Copies, since tensors in the file are not aligned like PyTorch's own, and products of them differ in the last digit.
-    return config, {name.removeprefix(PREFIX): tensor.to(torch.float32, copy=True) for name, tensor in weights.items()}
+    keys = {key.removeprefix(PREFIX): key for key in file.keys()}  # noqa: SIM118  (not iterable itself)
+
+    def read(name: str) -> torch.Tensor:
+        # A copy, since tensors in the file are not aligned like PyTorch's own, and products of them differ in the last digit.
+        return file.get_tensor(keys[name]).to(torch.float32, copy=True)
+
+    shapes = {name: torch.Size(file.get_slice(key).get_shape()) for name, key in keys.items()}
+    return config, StoredWeights(shapes, read)
 
 
 def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:

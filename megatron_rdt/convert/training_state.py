@@ -24,7 +24,7 @@ from megatron_rdt.checkpoint import BUFFERS, read_manifest, restore_buffers, sof
 from megatron_rdt.checkpoint.rank_state import DATA_FOLDER, RNG_FOLDER
 from megatron_rdt.config import ParallelConfig, RunConfig, load_config
 from megatron_rdt.config.engines import ONE_PROCESS, engines_with, join_names
-from megatron_rdt.errors import CheckpointError
+from megatron_rdt.errors import CheckpointError, suggest_init
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel import build_engine
 from megatron_rdt.parallel.torch_engine import TorchEngine
@@ -88,8 +88,8 @@ def read_training_state(checkpoint: Path, config: RunConfig, scratch: Path | Non
         names = join_names(engines_with(lambda kind: config.optimizer.name in kind.optimizers), "and")
         raise CheckpointError(
             f"{checkpoint} was trained with optimizer.name {config.optimizer.name}, whose state only the engines {names} "
-            "know; they resume from it as it is, at any number of processes. For its weights alone: "
-            f"rdt convert {checkpoint} OUT --to hf."
+            "know; they resume from it as it is, at any number of processes. With another engine or optimizer, "
+            f"{suggest_init(checkpoint)}. For its weights alone: rdt convert {checkpoint} OUT --to hf."
         )
     state = _read_any_format(checkpoint, config, scratch)
     with torch.device("meta"):

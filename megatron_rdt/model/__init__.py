@@ -1,7 +1,21 @@
 """The recurrent-depth transformer. Nothing here knows how it is sharded."""
 
-from megatron_rdt.model.initialization import initial_parameter, initialize, reset_buffers
+from megatron_rdt.model.initialization import (
+    InitialValues,
+    draw_initial_values,
+    initial_parameter,
+    initialize,
+    reset_buffers,
+)
 from megatron_rdt.model.monitor import CoreMonitor
 from megatron_rdt.model.rdt import RecurrentDepthTransformer
 
-__all__ = ["CoreMonitor", "RecurrentDepthTransformer", "initial_parameter", "initialize", "reset_buffers"]
+__all__ = [
+    "CoreMonitor",
+    "InitialValues",
+    "RecurrentDepthTransformer",
+    "draw_initial_values",
+    "initial_parameter",
+    "initialize",
+    "reset_buffers",
+]

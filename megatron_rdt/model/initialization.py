@@ -6,6 +6,7 @@ grow with the number of layers. Norms start at 1. A module declares its other in
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth.hashing import hash64
 from megatron_rdt.model.rdt import RecurrentDepthTransformer
+
+InitialValues = Callable[[str, torch.Size], Tensor]
+"""Returns the full, unsharded float32 value of a parameter, on any device, given its name and shape."""
 
 RESIDUAL_OUTPUTS = ("attention.output.weight", "feedforward.down.weight", "feedforward.down", "shared.down.weight")
 
@@ -36,6 +40,15 @@ def initial_parameter(model: RecurrentDepthTransformer, name: str, shape: torch.
     return nn.init.trunc_normal_(torch.empty(shape), std=std, a=-3 * std, b=3 * std, generator=generator)
 
 
+def draw_initial_values(model: RecurrentDepthTransformer, seed: int) -> InitialValues:
+    """Return the function that draws the random initial value of each parameter of `model` from the run's seed."""
+
+    def draw(name: str, shape: torch.Size) -> Tensor:
+        return initial_parameter(model, name, shape, seed)
+
+    return draw
+
+
 def initial_std(config: ModelConfig, name: str) -> float:
     """Return a parameter's standard deviation: sqrt(2 / (5 dim)), less for projections into the residual stream."""
     std = math.sqrt(2 / (5 * config.dim))
@@ -56,11 +69,20 @@ def reset_buffers(model: nn.Module, device: torch.device | str = "cpu") -> None:
 
 
 @torch.no_grad()
-def initialize(model: RecurrentDepthTransformer, seed: int) -> RecurrentDepthTransformer:
-    """Fill parameters and buffers of an unsharded model in place; return it, moved to the CPU if it was on meta."""
+def initialize(
+    model: RecurrentDepthTransformer, seed: int, values: InitialValues | None = None
+) -> RecurrentDepthTransformer:
+    """Fill parameters and buffers of an unsharded model in place; return it, moved to the CPU if it was on meta.
+
+    Args:
+        model: the model.
+        seed: of the run.
+        values: of the parameters; drawn from the seed if None.
+    """
+    values = values or draw_initial_values(model, seed)
     if any(parameter.is_meta for parameter in model.parameters()):
         model.to_empty(device="cpu")
     for name, parameter in model.named_parameters():
-        parameter.copy_(initial_parameter(model, name, parameter.shape, seed))
+        parameter.copy_(values(name, parameter.shape))
     reset_buffers(model)
     return model

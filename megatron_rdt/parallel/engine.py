@@ -21,7 +21,7 @@ from megatron_rdt.config import RunConfig
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.data.batch import Batch
 from megatron_rdt.depth.plan import DepthPlan
-from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer
+from megatron_rdt.model import CoreMonitor, InitialValues, RecurrentDepthTransformer
 from megatron_rdt.model.activation_checkpointing import set_checkpointing
 from megatron_rdt.model.compiling import compile_layers
 from megatron_rdt.object_collectives import rank_and_world_size
@@ -70,8 +70,14 @@ class Engine(ABC):
         self.module: nn.Module
 
     @abstractmethod
-    def setup(self, model: RecurrentDepthTransformer) -> None:
-        """Shard a model given on the meta device, initialize its weights from the run's seed, and create the optimizers."""
+    def setup(self, model: RecurrentDepthTransformer, values: InitialValues | None = None) -> None:
+        """Shard a model given on the meta device, give its parameters their initial values, and create the optimizers.
+
+        Args:
+            model: on the meta device.
+            values: of the parameters, called on every rank for one after another, in the same order; drawn from the run's
+                seed if None.
+        """
 
     @abstractmethod
     def backward(self, loss: torch.Tensor, last: bool) -> None:

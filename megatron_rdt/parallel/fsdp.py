@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from megatron_rdt.model import RecurrentDepthTransformer, initial_parameter, reset_buffers
+from megatron_rdt.model import InitialValues, RecurrentDepthTransformer, draw_initial_values, reset_buffers
 from megatron_rdt.parallel.context_parallel import ContextParallel
 from megatron_rdt.parallel.dtensor_views import shard_like
 from megatron_rdt.parallel.expert_parallel import expert_parameters, parallelize_experts, reduce_experts
@@ -29,7 +29,7 @@ class FullyShardedEngine(TorchEngine):
 
     meshes: Meshes
 
-    def setup(self, model: RecurrentDepthTransformer) -> None:
+    def setup(self, model: RecurrentDepthTransformer, values: InitialValues | None = None) -> None:
         """Shard the model on the meta device, initialize the local shards only, and create the optimizers."""
         # DTensor warns at each save that gathering a matrix takes two steps where two axes split the same dimension.
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
@@ -40,7 +40,7 @@ class FullyShardedEngine(TorchEngine):
             parallelize_tensors(model, self.meshes.tensor)
         self._apply_fsdp(model)
         model.to_empty(device=self.device)
-        self._initialize_shards(model)
+        self._initialize_shards(model, values or draw_initial_values(model, self.config.run.seed))
         reset_buffers(model, self.device)
         self.configure_model(model)
         self.make_optimizers(model)
@@ -76,12 +76,12 @@ class FullyShardedEngine(TorchEngine):
         return Shard(dim) if dim else None
 
     @torch.no_grad()
-    def _initialize_shards(self, model: RecurrentDepthTransformer) -> None:
-        """Initialize the local shards; every rank computes one whole parameter at a time and keeps its shard."""
+    def _initialize_shards(self, model: RecurrentDepthTransformer, values: InitialValues) -> None:
+        """Initialize the local shards; every rank gets one whole parameter at a time and keeps its shard."""
         for name, parameter in model.named_parameters():
             if not isinstance(parameter, DTensor):
                 raise TypeError(f"{name} is not sharded")
-            value = initial_parameter(model, name, parameter.shape, self.config.run.seed)
+            value = values(name, parameter.shape)
             parameter.copy_(shard_like(value.to(device=self.device, dtype=parameter.dtype), parameter))
 
     def prepare_backward(self, last: bool) -> None:

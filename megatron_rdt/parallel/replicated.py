@@ -2,16 +2,16 @@
 
 from torch.nn.parallel import DistributedDataParallel
 
-from megatron_rdt.model import RecurrentDepthTransformer, initialize
+from megatron_rdt.model import InitialValues, RecurrentDepthTransformer, initialize
 from megatron_rdt.parallel.torch_engine import TorchEngine
 
 
 class SingleEngine(TorchEngine):
     """The whole model on one device, no communication."""
 
-    def setup(self, model: RecurrentDepthTransformer) -> None:
+    def setup(self, model: RecurrentDepthTransformer, values: InitialValues | None = None) -> None:
         """Initialize the model, move it to the device, configure it and create its optimizers."""
-        initialize(model, self.config.run.seed).to(self.device)
+        initialize(model, self.config.run.seed, values).to(self.device)
         self.configure_model(model)
         self.make_optimizers(model)
         self.module = model
@@ -22,10 +22,10 @@ class DataParallelEngine(SingleEngine):
 
     module: DistributedDataParallel
 
-    def setup(self, model: RecurrentDepthTransformer) -> None:
+    def setup(self, model: RecurrentDepthTransformer, values: InitialValues | None = None) -> None:
         """Set up an equal model with optimizers on every rank, and wrap it in DistributedDataParallel."""
-        # Initial weights are a function of the seed, so replicas are equal without a broadcast.
-        super().setup(model)
+        # Initial values are the same on every rank, so replicas are equal without a broadcast.
+        super().setup(model, values)
         ids = [self.device.index] if self.device.type == "cuda" else None
         # gradient_as_bucket_view would tie .grad to the buckets, which zero_grad(set_to_none) breaks.
         # Buffers are functions of the config, equal on every rank, so they need no broadcast.

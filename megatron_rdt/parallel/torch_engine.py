@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from megatron_rdt.errors import CheckpointError
+from megatron_rdt.errors import CheckpointError, suggest_init
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel import optimizers
 from megatron_rdt.parallel.engine import Engine
@@ -114,7 +114,8 @@ class TorchEngine(Engine):
         if not (directory / "model").is_dir():
             raise CheckpointError(
                 f"{directory} was saved by a ZeRO engine. Convert it: rdt convert {directory} OUT --to native, "
-                "then --resume OUT with a new --run.name; or resume it with the engine that saved it."
+                "then --resume OUT with a new --run.name; resume it with the engine that saved it; or "
+                f"{suggest_init(directory)}."
             )
         states = self._collect_states()
         model, optimizer = states["model"], states["optimizer"]

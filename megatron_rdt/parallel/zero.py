@@ -18,8 +18,15 @@ import torch
 
 from megatron_rdt.config.deepspeed import deepspeed_config
 from megatron_rdt.environment import keep_deepspeed_on_cpu
-from megatron_rdt.errors import CheckpointError, ConfigError
-from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer, initial_parameter, initialize, reset_buffers
+from megatron_rdt.errors import CheckpointError, ConfigError, suggest_init
+from megatron_rdt.model import (
+    CoreMonitor,
+    InitialValues,
+    RecurrentDepthTransformer,
+    draw_initial_values,
+    initialize,
+    reset_buffers,
+)
 from megatron_rdt.model.core import RecurrentCore
 from megatron_rdt.model.layer import Layer
 from megatron_rdt.parallel.engine import Engine, MicroBatch
@@ -94,7 +101,7 @@ class ZeroEngine(Engine):
         """The ZeRO stage: 1, 2 or 3."""
         return self.config.parallel.engine_kind.zero_stage
 
-    def setup(self, model: RecurrentDepthTransformer) -> None:
+    def setup(self, model: RecurrentDepthTransformer, values: InitialValues | None = None) -> None:
         """Initialize the model, shard it and its AdamW with DeepSpeed; at ZeRO stage 3, one module at a time."""
         if self.device.type == "cpu":
             keep_deepspeed_on_cpu()
@@ -105,22 +112,23 @@ class ZeroEngine(Engine):
         self.configure_model(model)
         if self.zero_stage == 3:
             deepspeed.utils.set_z3_leaf_modules(model, [RecurrentCore, Layer])
-            self._initialize_shards(model, config)
+            self._initialize_shards(model, config, values or draw_initial_values(model, self.config.run.seed))
         else:
-            initialize(model, self.config.run.seed).to(self.device)
+            initialize(model, self.config.run.seed, values).to(self.device)
         optimizer = make_adamw(model, self.config.optimizer)
         self.module, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.model = model
 
     @torch.no_grad()
-    def _initialize_shards(self, model: RecurrentDepthTransformer, config: dict[str, Any]) -> None:
+    def _initialize_shards(
+        self, model: RecurrentDepthTransformer, config: dict[str, Any], values: InitialValues
+    ) -> None:
         """Initialize and shard the modules one after another, so that no rank ever holds more than one unsharded."""
         deepspeed = import_deepspeed()
         # zero.Init shards a module's children too, so children come first and are sharded already.
         for prefix, module in reversed(list(model.named_modules())):
             for leaf, parameter in module.named_parameters(recurse=False):
-                name = f"{prefix}.{leaf}"
-                value = initial_parameter(model, name, parameter.shape, self.config.run.seed)
+                value = values(f"{prefix}.{leaf}", parameter.shape)
                 setattr(module, leaf, torch.nn.Parameter(value.to(self.device, parameter.dtype)))
             if any(True for _ in module.parameters(recurse=False)):
                 deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=torch.float32)
@@ -227,7 +235,8 @@ class ZeroEngine(Engine):
         if not (root / tag).is_dir():
             raise CheckpointError(
                 f"{directory} was not saved by a ZeRO engine. Convert it: rdt convert {directory} OUT --to zero, "
-                "then --resume OUT with a new --run.name; or resume it with the engine that saved it."
+                "then --resume OUT with a new --run.name; resume it with the engine that saved it; or "
+                f"{suggest_init(directory)}."
             )
         self.module._config.load_universal_checkpoint = universal
         try:
@@ -237,7 +246,8 @@ class ZeroEngine(Engine):
             raise CheckpointError(
                 f"{root / tag} does not load at ZeRO stage {self.zero_stage} on {self.world_size} ranks: {reason}. "
                 "Use the stage and the number of processes that saved it, or make it loadable at any: "
-                f"rdt convert {directory} OUT --to zero, then --resume OUT with a new --run.name."
+                f"rdt convert {directory} OUT --to zero, then --resume OUT with a new --run.name; or "
+                f"{suggest_init(directory)}."
             ) from error
         finally:
             self.module._config.load_universal_checkpoint = False

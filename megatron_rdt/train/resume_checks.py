@@ -1,7 +1,7 @@
 """Checks before a run starts: it must not erase anything of a run, and its checkpoint must fit its config."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import ModelConfig, RunConfig, load_config
 from megatron_rdt.config.model import TRAINING_FIELDS
-from megatron_rdt.errors import CheckpointError, ConfigError
+from megatron_rdt.errors import CheckpointError, ConfigError, suggest_init
 from megatron_rdt.files import hold_lock
 from megatron_rdt.parallel.optimizers import list_decayed_parameters
 from megatron_rdt.parallel.zero import ZERO_FOLDER
@@ -17,33 +17,36 @@ from megatron_rdt.run_directory import CHECKPOINTS
 from megatron_rdt.train.metrics import read_recorded_steps
 
 BEGINNING = "the beginning of a run"
+# Fields of the model that say how far attention reaches: a run that takes weights alone may have others.
+REACH_FIELDS = ("rope_base", "window")
 # How long to wait for a process of the same run that was killed and has not quite ended.
 LOCK_PATIENCE_S = 10.0
 
 
 @contextmanager
-def lock_run_directory(run_directory: Path, resume: str) -> Iterator[None]:
+def lock_run_directory(run_directory: Path, resume: str, init: str) -> Iterator[None]:
     """Make and lock the run directory, for rank 0; refuse a start that would erase a run; remove it if empty."""
     run_directory.mkdir(parents=True, exist_ok=True)
     message = f"another process is writing {run_directory}. Wait for it, end it, or choose another --run.name."
     try:
         with hold_lock(run_directory / ".lock", message, LOCK_PATIENCE_S):
-            refuse_to_overwrite(run_directory, resume)
+            refuse_to_overwrite(run_directory, resume, init)
             yield
     finally:
         with suppress(OSError):  # a run that was refused leaves no empty directory
             run_directory.rmdir()
 
 
-def refuse_to_overwrite(run_directory: Path, resume: str) -> None:
+def refuse_to_overwrite(run_directory: Path, resume: str, init: str = "none") -> None:
     """Raise ConfigError if a start would erase part of a run, CheckpointError if it would skip what is lost.
 
     Args:
         run_directory: `runs/<name>`.
         resume: "none", "auto", or the path to start from, which may be one of this run's own checkpoints.
+        init: "none", or the path from which a new run takes its weights.
 
     Raises:
-        ConfigError: `resume` is not for a run directory with these contents.
+        ConfigError: `resume` or `init` is not for a run directory with these contents.
         CheckpointError: the path does not exist, or checkpoints are missing.
     """
     try:
@@ -53,6 +56,8 @@ def refuse_to_overwrite(run_directory: Path, resume: str) -> None:
             _refuse_missing_checkpoints(run_directory)
         else:
             _refuse_other_start(run_directory, checkpoints.find_run_or_checkpoint(resume))
+        if init != "none":
+            _refuse_other_weights(run_directory, init)
     except OSError as error:
         raise CheckpointError(f"{run_directory} cannot be read: {error}. Make it readable.") from error
 
@@ -79,6 +84,20 @@ def _refuse_other_start(run_directory: Path, source: Path) -> None:
                 f"{run_directory} holds {contents} of its own, which a run from {source} would replace. "
                 "Choose another --run.name."
             )
+
+
+def _refuse_other_weights(run_directory: Path, init: str) -> None:
+    """Raise ConfigError if the directory holds a run that did not begin from these weights; check that a new one can."""
+    contents = _describe_contents(run_directory)
+    if contents is None:
+        checkpoints.find_run_or_checkpoint(init)
+        return
+    origin = checkpoints.recall_origin(run_directory)
+    if not checkpoints.is_origin_of_weights(origin, init):
+        raise ConfigError(
+            f"{run_directory} already holds {contents}; it began from {checkpoints.describe_origin(origin)}, not from the "
+            f"weights of {init}. Continue it without --init, or choose another --run.name."
+        )
 
 
 def _refuse_missing_checkpoints(run_directory: Path) -> None:
@@ -131,13 +150,13 @@ def check_resumable(source: Path, state: dict[str, Any], config: RunConfig) -> N
     if saved.optimizer.name != config.optimizer.name:
         raise CheckpointError(
             f"{source} was trained with optimizer.name {saved.optimizer.name}, whose state is not that of "
-            f"{config.optimizer.name}. Set --optimizer.name {saved.optimizer.name}."
+            f"{config.optimizer.name}. Set --optimizer.name {saved.optimizer.name}, or {suggest_init(source)}."
         )
     _check_zero_groups(source, saved, config)
     if state["step"] > config.train.steps:
         raise CheckpointError(
             f"{source} is at step {state['step']}, but train.steps is {config.train.steps}. Set --train.steps "
-            "to the length of the whole run, or name an earlier checkpoint in --resume."
+            f"to the length of the whole run, or name an earlier checkpoint in --resume; or {suggest_init(source)}."
         )
 
 
@@ -154,7 +173,7 @@ def _check_zero_groups(source: Path, saved: RunConfig, config: RunConfig) -> Non
         raise CheckpointError(
             f"{source} was saved with optimizer.no_weight_decay {before}, and DeepSpeed stores optimizer state in the order "
             f"of those groups, so it cannot be resumed with {now}. Set --optimizer.no_weight_decay as it was; or make the "
-            f"state independent of groups: rdt convert {source} OUT --to zero, then --resume OUT."
+            f"state independent of groups: rdt convert {source} OUT --to zero, then --resume OUT; or {suggest_init(source)}."
         )
 
 
@@ -166,16 +185,22 @@ def check_same_model(source: Path, saved: ModelConfig, model: ModelConfig) -> No
         saved: its model.
         model: of the run.
     """
-    different = [
+    different = describe_model_difference(saved, model, TRAINING_FIELDS)
+    if different:
+        may_differ = not describe_model_difference(saved, model, (*TRAINING_FIELDS, *REACH_FIELDS))
+        raise CheckpointError(
+            f"{source} is of another model: {'; '.join(different)}. Use the config of that run (its config.yaml), or "
+            f"{suggest_init(source) if may_differ else 'start a new --run.name'}."
+        )
+
+
+def describe_model_difference(saved: ModelConfig, model: ModelConfig, ignored: Sequence[str]) -> list[str]:
+    """List the fields in which the model of a checkpoint and that of a run differ, with both values; not those `ignored`."""
+    return [
         f"{field.name} is {getattr(saved, field.name)} there and {getattr(model, field.name)} here"
         for field in dataclasses.fields(model)
-        if field.name not in TRAINING_FIELDS and getattr(saved, field.name) != getattr(model, field.name)
+        if field.name not in ignored and getattr(saved, field.name) != getattr(model, field.name)
     ]
-    if different:
-        raise CheckpointError(
-            f"{source} is of another model: {'; '.join(different)}. "
-            "Use the config of that run (its config.yaml), or start a new --run.name."
-        )
 
 
 def describe_changed_settings(before: RunConfig, now: RunConfig) -> list[str]:

@@ -1,6 +1,6 @@
 """Save a run's checkpoints and restore the run from one: what the trainer adds to `megatron_rdt.checkpoint`.
 
-The life of a resume: `checkpoint/choose.py` has picked a verified checkpoint, `RunCheckpoints.restore` compares it with
+The life of a resume: `checkpoint/choose.py` has picked a verified checkpoint, `RunCheckpoints.set_up` compares it with
 the config and the data, loads the engine, and returns the position; the trainer continues from there.
 """
 
@@ -8,13 +8,17 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_rdt import checkpoint as checkpoints
+from megatron_rdt.checkpoint import Start
 from megatron_rdt.config import RunConfig, dump_config, load_config
+from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.object_collectives import broadcast_object, rank_and_world_size
 from megatron_rdt.parallel import Engine
 from megatron_rdt.run_directory import CHECKPOINTS
 from megatron_rdt.train.data import TrainingData
+from megatron_rdt.train.initial_weights import InitialWeights
 from megatron_rdt.train.metrics import read_recorded_steps
 from megatron_rdt.train.resume_checks import check_resumable, describe_changed_settings
 from megatron_rdt.train.schedule import describe_jump
@@ -37,23 +41,23 @@ class Position:
     steps_without_target: int = 0
 
 
-def choose_start(run_directory: Path, resume: str, print_on_rank_0: Callable[[str], None]) -> Path | None:
-    """Test write access, print what `--resume auto` found; return the checkpoint to start from, or None."""
+def choose_start(run_directory: Path, resume: str, init: str, print_on_rank_0: Callable[[str], None]) -> Start | None:
+    """Test write access, print what `--resume auto` found; return where to start from, None for random weights."""
     checkpoints.check_writable(run_directory)
-    source = checkpoints.find_start(run_directory, resume)
+    start = checkpoints.find_start(run_directory, resume, init)
     if resume == "auto" and rank_and_world_size()[0] == 0:
-        print_on_rank_0(_describe_start(run_directory, source))
-    return source
+        print_on_rank_0(_describe_start(run_directory, start))
+    return start
 
 
-def _describe_start(run_directory: Path, source: Path | None) -> str:
+def _describe_start(run_directory: Path, start: Start | None) -> str:
     """The line that says what `--resume auto` found in a run directory."""
-    if source is not None and checkpoints.belongs_to_run(source, run_directory):
-        return f"resuming {run_directory} from checkpoint {source.name}"
+    if start is not None and checkpoints.belongs_to_run(start.source, run_directory):
+        return f"resuming {run_directory} from checkpoint {start.source.name}"
     steps = len(read_recorded_steps(run_directory))
     dropped = f"; the records of {steps} steps, after which nothing was saved, are dropped" if steps else ""
-    if source is not None:
-        return f"{run_directory} has no checkpoint: it starts again from its origin, {source}{dropped}"
+    if start is not None and (not start.weights_only or checkpoints.read_origin(run_directory) is not None):
+        return f"{run_directory} has no checkpoint: it starts again from its origin, {start.source}{dropped}"
     return f"{run_directory} has no checkpoint: it starts anew{dropped}"
 
 
@@ -76,8 +80,27 @@ class RunCheckpoints:
         self.saved_step: int | None = None
         self.run_id = uuid.uuid4().hex
         self._parent: str | None = None
+        self._origin: dict[str, Any] | None = None
 
-    def restore(self, source: Path) -> tuple[Position, list[str]]:
+    def set_up(self, model: RecurrentDepthTransformer, start: Start | None) -> tuple[Position, list[str]]:
+        """Set up the engine with a model from the meta device; return the run's position, and lines to print.
+
+        Args:
+            model: of the run.
+            start: the verified checkpoint to continue from, or to take the weights of; None for random weights.
+
+        Raises:
+            CheckpointError: the checkpoint does not fit the config or the data.
+        """
+        if start is None or not start.weights_only:
+            self.engine.setup(model)
+            return (Position(), []) if start is None else self._restore(start.source)
+        weights = InitialWeights(start.source, self.config, self.engine, self.data.tokenizer_directory)
+        self.engine.setup(model, weights.read)
+        weights.fill_buffers()
+        return Position(), weights.lines
+
+    def _restore(self, source: Path) -> tuple[Position, list[str]]:
         """Restore engine and data from a verified checkpoint; return its position, and lines to print.
 
         Everything is compared before anything is loaded.
@@ -97,7 +120,8 @@ class RunCheckpoints:
         # A run that starts from another run's checkpoint is a run of its own.
         self._parent = checkpoints.find_own_name(source, self.run_directory)
         if self._parent is not None:
-            self.run_id = checkpoints.read_manifest(source)["run_id"]
+            manifest = checkpoints.read_manifest(source)
+            self.run_id, self._origin = manifest["run_id"], manifest.get("origin")
         lines = [f"resumed from {source} (step {state['step']})"]
         if changed:
             lines.append(f"changed since it was saved: {', '.join(changed)}")
@@ -109,6 +133,10 @@ class RunCheckpoints:
             state.get("steps_without_target", 0),
         )
         return position, [*lines, *changed_data]
+
+    def record_start(self, start: Start) -> None:
+        """Record durably what the run starts from, here and in its checkpoints; on rank 0, before records are dropped."""
+        self._origin = checkpoints.record_start(self.run_directory, start) or self._origin
 
     def save(self, position: Position) -> Path:
         """Save a checkpoint at this position and return its directory."""
@@ -128,6 +156,7 @@ class RunCheckpoints:
             facts={
                 "run_id": self.run_id,
                 "parent": self._parent,
+                **({} if self._origin is None else {"origin": self._origin}),
                 "tokens": tokens,
                 "engine": self.config.parallel.engine,
                 "world_size": self.engine.world_size,
@@ -159,13 +188,17 @@ class RunCheckpoints:
             healthy.pop()
         if healthy:
             if is_doubted:
-                checkpoints.record_start(self.run_directory, healthy[-1])
+                checkpoints.record_start(self.run_directory, Start(healthy[-1]))
             return f"Then --resume auto continues from {healthy[-1]}, the newest healthy checkpoint."
-        origin = (checkpoints.read_origin(self.run_directory) or {}).get("checkpoint")
+        origin = checkpoints.read_origin(self.run_directory)
         if origin is not None and not checkpoints.has_checkpoints(self.run_directory):
-            return f"Then --resume auto starts again from {origin}, its origin."
+            return f"Then --resume auto starts again from {origin['checkpoint']}, its origin."
         if origin is not None:
-            return f"Then start from {origin} again, with --resume and another --run.name: none of its own is healthy."
+            option = "--init" if origin["weights_only"] else "--resume"
+            return (
+                f"Then start from {origin['checkpoint']} again, with {option} and another --run.name: none of its own is "
+                "healthy."
+            )
         return "No healthy checkpoint was saved: start anew with another --run.name."
 
     def _parent_step(self) -> int:

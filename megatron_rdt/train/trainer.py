@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megatron_rdt import checkpoint as checkpoints
+from megatron_rdt.checkpoint import Start
 from megatron_rdt.config import RunConfig, check_config, dump_config
 from megatron_rdt.data import Batch, BatchLoader
 from megatron_rdt.depth import DepthPlan, DepthSampler
@@ -39,7 +40,11 @@ from megatron_rdt.train.stop_request import StopAgreed, StopRequest
 
 
 def train(
-    config: RunConfig, resume: str = "none", process: ProcessInfo | None = None, stop: StopRequest | None = None
+    config: RunConfig,
+    resume: str = "none",
+    process: ProcessInfo | None = None,
+    stop: StopRequest | None = None,
+    init: str = "none",
 ) -> int:
     """Train as one of `WORLD_SIZE` processes, and write the run directory; return the exit status, 0 or 75.
 
@@ -52,6 +57,7 @@ def train(
         process: rank and launcher of this process; read from the environment if None. An engine for one process
             refuses to be one of several.
         stop: listens for stop signals; made here if None.
+        init: the checkpoint, run or export from which a new run takes its weights, or "none" for random ones.
 
     Returns:
         0 when all steps are done, 75 when stopped by a signal after a good save, or before the first step.
@@ -65,11 +71,11 @@ def train(
     listener = stop or StopRequest()
     run_directory = run_directory_of(config)
     try:
-        with lock_run_directory(run_directory, resume) if process.rank == 0 else nullcontext():
+        with lock_run_directory(run_directory, resume, init) if process.rank == 0 else nullcontext():
             device = join_process_group(config, process)
             trainer = Trainer(config, run_directory, device, listener, process.local_rank)
             try:
-                status = trainer.run(choose_start(run_directory, resume, trainer._print_on_rank_0))
+                status = trainer.run(choose_start(run_directory, resume, init, trainer._print_on_rank_0))
                 trainer.engine.close()
             finally:
                 trainer.close()
@@ -130,29 +136,27 @@ class Trainer:
         """Return how many tokens the first `steps` steps train on."""
         return self.data.batches.samples_after(steps) * self.config.train.sequence_length
 
-    def run(self, source: Path | None) -> int:
-        """Train from the checkpoint `source`, or from scratch, to the last step; return the exit status."""
+    def run(self, start: Start | None) -> int:
+        """Train from a checkpoint, or from its weights, or from scratch, to the last step; return the exit status."""
         config = self.config
         with torch.device("meta"):
             model = RecurrentDepthTransformer(config.model)
         parameters = sum(p.numel() for p in model.parameters())
-        self.engine.setup(model)
-        if source is not None:
-            position, lines = self.checkpoints.restore(source)
-            self.step = self.first_step = position.step
-            self.guard.skipped, self.target_guard.in_a_row = position.skipped_steps, position.steps_without_target
-            for line in lines:
-                self._print_on_rank_0(line)
+        position, lines = self.checkpoints.set_up(model, start)
+        self.step = self.first_step = position.step
+        self.guard.skipped, self.target_guard.in_a_row = position.skipped_steps, position.steps_without_target
+        for line in lines:
+            self._print_on_rank_0(line)
         batches = self.data.batches
         total = batches.samples_after(config.train.steps)
         loader = self.data.loader(self.consumed, total, self.data_rank, self.device)
         try:
-            self._open_run_directory(parameters, source)
+            self._open_run_directory(parameters, start)
             for line in [*batches.describe(self.step, config.train.steps), *self.data.describe(total)]:
                 self._print_on_rank_0(line)
             loader.wait()
             with ScheduledGarbageCollection(config.train.gc_every) as collection:
-                is_same_run = source is not None and checkpoints.belongs_to_run(source, self.run_directory)
+                is_same_run = start is not None and checkpoints.belongs_to_run(start.source, self.run_directory)
                 status = self._run_steps(loader, collection, is_same_run)
         finally:
             loader.close()
@@ -173,14 +177,14 @@ class Trainer:
             )
         return status
 
-    def _open_run_directory(self, parameters: int, source: Path | None) -> None:
+    def _open_run_directory(self, parameters: int, start: Start | None) -> None:
         """On rank 0, write the config, drop the records of steps that will be done again, and open the recorder."""
         if not self.is_rank_0:
             return
         self.run_directory.mkdir(parents=True, exist_ok=True)
-        if source is not None:
+        if start is not None:
             # Before records are dropped, or a kill between the two would leave the abandoned branch the newest.
-            checkpoints.record_start(self.run_directory, source)
+            self.checkpoints.record_start(start)
         write_text(self.run_directory / "config.yaml", dump_config(self.config))
         drop_records_after(self.run_directory, self.step)
         others = find_displays(self.config, self.run_directory, self.checkpoints.run_id)

@@ -117,7 +117,7 @@ def find_starts(root: Path) -> dict[str, str]:
     everything = choose.read_manifests
 
     def start(name: str, resume: str = "auto", where: Path = run) -> None:
-        found[name] = describe_outcome(lambda: checkpoints.find_start(where, resume))
+        found[name] = describe_outcome(lambda: getattr(checkpoints.find_start(where, resume), "source", None))
         dist.barrier()
 
     def but_the_last(directory: Path) -> Manifests:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rdt import checkpoint as checkpoints
+from megatron_rdt.checkpoint import Start
 from megatron_rdt.errors import CheckpointError, ConfigError
 from tests.checkpoint.runs import Configure, checkpoint_path, flip_bit, list_all_names, read_losses, resume_run
 
@@ -68,11 +69,11 @@ def test_paths_that_are_no_checkpoint(tmp_path: Path, run: Path) -> None:
 def test_one_process_finds_its_start(run: Path, tmp_path: Path) -> None:
     assert checkpoints.find_start(run, "none") is None
     assert checkpoints.find_start(tmp_path / "absent", "auto") is None
-    assert checkpoints.find_start(run, "auto") == checkpoint_path(run, 8)
-    assert checkpoints.find_start(tmp_path / "new", str(run)) == checkpoint_path(run, 8)
-    assert checkpoints.find_start(tmp_path / "new", str(checkpoint_path(run, 2))) == checkpoint_path(run, 2)
+    assert checkpoints.find_start(run, "auto") == Start(checkpoint_path(run, 8))
+    assert checkpoints.find_start(tmp_path / "new", str(run)) == Start(checkpoint_path(run, 8))
+    assert checkpoints.find_start(tmp_path / "new", str(checkpoint_path(run, 2))) == Start(checkpoint_path(run, 2))
     flip_bit(next((checkpoint_path(run, 8) / "optimizer").glob("*.distcp")))
-    assert checkpoints.find_start(run, "auto") == checkpoint_path(run, 6)
+    assert checkpoints.find_start(run, "auto") == Start(checkpoint_path(run, 6))
     with pytest.raises(CheckpointError, match="has other content"):
         checkpoints.find_start(run, str(checkpoint_path(run, 8)))
     with pytest.raises(CheckpointError, match="does not exist"):

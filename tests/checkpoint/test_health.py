@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_rdt import checkpoint as checkpoints
+from megatron_rdt.checkpoint import Start
 from megatron_rdt.checkpoint.health import Manifests, find_problems, find_proven
 from megatron_rdt.errors import TrainingError
 from megatron_rdt.evaluate.loss import evaluate_checkpoint
@@ -99,7 +100,7 @@ def test_a_checkpoint_after_which_every_step_was_skipped_is_passed_over(
         resume_run(run, configure, *options, "--train.max_nonfinite_steps=4")
     health = checkpoints.read_manifest(checkpoint_path(run, 9))["health"]
     assert health == {"skipped_steps": 0, "finite_weights": True}
-    assert checkpoints.find_start(run, "auto") == checkpoint_path(run, 8), "nothing was saved after step 9"
+    assert checkpoints.find_start(run, "auto") == Start(checkpoint_path(run, 8)), "nothing was saved after step 9"
     with caplog.at_level(logging.WARNING):
         resume_run(run, configure, *options, "--train.steps=9", resume=str(checkpoint_path(run, 9)))
     assert list_steps(run)[-1] == 9, "a checkpoint that is named is taken"
@@ -112,11 +113,11 @@ def test_the_newest_one_is_taken_where_none_is_healthy(
     with pytest.raises(TrainingError, match=r"No healthy checkpoint was saved: start anew with another --run\.name"):
         resume_run(run, configure, *options, "--train.max_nonfinite_steps=7", resume="none")
     with caplog.at_level(logging.WARNING):
-        assert checkpoints.find_start(run, "auto") == checkpoint_path(run, 6)
+        assert checkpoints.find_start(run, "auto") == Start(checkpoint_path(run, 6))
     assert "though its last 6 steps were skipped: no checkpoint of the run is healthy" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        assert checkpoints.find_start(run, str(checkpoint_path(run, 4))) == checkpoint_path(run, 4)
+        assert checkpoints.find_start(run, str(checkpoint_path(run, 4))) == Start(checkpoint_path(run, 4))
     assert "though it is not healthy: its last 4 steps were skipped" in caplog.text
 
 
@@ -152,4 +153,4 @@ def test_a_branch_that_diverges_does_not_replace_the_one_it_left(run: Path, conf
     with pytest.raises(TrainingError, match=r"continues from .*step-00000002"):
         resume_run(run, configure, *rolled_back, "--train.steps=7", resume=str(checkpoint_path(run, 2)))
     assert list_steps(run) == [8, 2, 5, 6, 7], "3 and 4 were retired, 5 to 7 are unhealthy and the newest"
-    assert checkpoints.find_start(run, "auto") == checkpoint_path(run, 2)
+    assert checkpoints.find_start(run, "auto") == Start(checkpoint_path(run, 2))

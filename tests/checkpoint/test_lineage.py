@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rdt import checkpoint as checkpoints
+from megatron_rdt.checkpoint import Start
 from tests.checkpoint.runs import (
     Configure,
     checkpoint_path,
@@ -54,7 +55,7 @@ def test_a_rollback_that_was_killed_before_it_saved_counts(
             resume_run(run, configure, "--optimizer.lr=0.003", resume=str(checkpoint_path(run, 2)))
     assert list(read_losses(run)) == [1, 2, 3, 4]
     assert list_steps(run) == [4, 6, 8, 2], "the abandoned branch is the last to fall back to"
-    assert checkpoints.find_start(run, "auto") == checkpoint_path(run, 2)
+    assert checkpoints.find_start(run, "auto") == Start(checkpoint_path(run, 2))
     assert resume_run(run, configure, "--checkpoint.keep=2", "--train.steps=4") == 0
     assert list_steps(run) == [2, 4]
     expected = read_losses(finished)
@@ -65,15 +66,15 @@ def test_a_rollback_that_was_killed_before_it_saved_counts(
 
 def test_going_back_and_forth_without_saving(run: Path, configure: Configure) -> None:
     before = list_steps(run)
-    checkpoints.record_start(run, checkpoint_path(run, 8))
+    checkpoints.record_start(run, Start(checkpoint_path(run, 8)))
     assert not (run / "rollback.json").exists(), "the newest is no rollback"
     for number, expected in ((4, [6, 8, 2, 4]), (6, [8, 2, 4, 6]), (8, before)):
-        checkpoints.record_start(run, checkpoint_path(run, number))
+        checkpoints.record_start(run, Start(checkpoint_path(run, number)))
         assert list_steps(run) == expected
-    checkpoints.record_start(run, checkpoint_path(run, 2))
+    checkpoints.record_start(run, Start(checkpoint_path(run, 2)))
     (run / "rollback.json").write_text("{}")
     assert list_steps(run) == before, "a record that cannot be read is ignored"
-    checkpoints.record_start(run, checkpoint_path(run, 2))
+    checkpoints.record_start(run, Start(checkpoint_path(run, 2)))
     flip_bit(
         checkpoint_path(run, 8) / "manifest.json"
     )  # the number of a checkpoint that cannot be read is not given again

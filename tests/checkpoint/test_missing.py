@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rdt import checkpoint as checkpoints
+from megatron_rdt.checkpoint import Start
 from megatron_rdt.errors import CheckpointError, ConfigError
 from megatron_rdt.evaluate.loss import evaluate_checkpoint
 from tests.checkpoint.runs import Configure, checkpoint_path, list_steps, read_losses, resume_run
@@ -19,7 +20,7 @@ from tests.train.runs import read_all_files
 def test_a_run_whose_checkpoints_are_not_there_is_not_begun_anew(
     state: str, evidence: str, run: Path, finished: Path, configure: Configure
 ) -> None:
-    checkpoints.record_start(run, checkpoint_path(run, 4))
+    checkpoints.record_start(run, Start(checkpoint_path(run, 4)))
     shutil.rmtree(run / "checkpoints")
     if state == "empty":
         (run / "checkpoints").mkdir()
@@ -54,7 +55,7 @@ def test_a_checkpoint_that_latest_names_is_missed_beside_others(run: Path, confi
 
 
 def test_a_rollback_to_a_checkpoint_that_is_gone_is_a_refusal(run: Path, configure: Configure) -> None:
-    checkpoints.record_start(run, checkpoint_path(run, 4))
+    checkpoints.record_start(run, Start(checkpoint_path(run, 4)))
     shutil.rmtree(checkpoint_path(run, 4))
     with pytest.raises(CheckpointError, match=r"rollback\.json names step-00000004"):
         resume_run(run, configure)
@@ -64,7 +65,7 @@ def test_a_rollback_to_a_checkpoint_that_is_gone_is_a_refusal(run: Path, configu
 
 
 def test_a_save_that_was_killed_while_it_replaced_a_checkpoint_is_no_loss(run: Path, configure: Configure) -> None:
-    checkpoints.record_start(run, checkpoint_path(run, 6))
+    checkpoints.record_start(run, Start(checkpoint_path(run, 6)))
     checkpoint_path(run, 8).rename(run / "checkpoints" / ".step-00000008.old")
     assert resume_run(run, configure) == 0
     assert list_steps(run) == [4, 6, 8]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rdt import checkpoint as checkpoints
+from megatron_rdt.checkpoint import Start
 from megatron_rdt.errors import CheckpointError, ConfigError, TrainingError
 from megatron_rdt.train.stop_request import StopRequest
 from megatron_rdt.train.trainer import train
@@ -121,7 +122,7 @@ def test_a_run_that_diverges_before_it_saves_names_its_origin(run: Path, configu
         TrainingError, match=rf"Then --resume auto starts again from {checkpoint_path(run, 8)}, its origin"
     ):
         resume_run(branch, configure, *options, resume=str(run))
-    assert checkpoints.find_start(branch, "auto") == checkpoint_path(run, 8)
+    assert checkpoints.find_start(branch, "auto") == Start(checkpoint_path(run, 8))
     saving = [*options, "--checkpoint.every=1", "--optimizer.lr=1e4", "--checkpoint.keep=1"]
     with pytest.raises(TrainingError, match=rf"Then start from {checkpoint_path(run, 8)} again.*another --run\.name"):
         resume_run(branch, configure, *saving)

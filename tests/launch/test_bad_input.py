@@ -155,8 +155,10 @@ def swap_tokenizer(corpus: Path) -> None:
         (None, "--resume=nowhere", FAILED, ["nowhere does not exist", "Name a run directory"]),
         (None, "--resume=Auto", USAGE, ["--resume 'Auto' is no choice of --resume", "Did you mean auto?"]),
         (None, "--resume=non", USAGE, ["--resume 'non' is no choice of --resume", "Did you mean none?"]),
+        (None, "--init=nowhere", FAILED, ["nowhere does not exist", "Name a run directory"]),
+        (None, "--init=", USAGE, ["--init is empty", "omit it"]),
     ],
-    ids=["cut", "token", "tokenizer", "short", "vocabulary", "resume", "auto", "none"],
+    ids=["cut", "token", "tokenizer", "short", "vocabulary", "resume", "auto", "none", "init", "empty"],
 )
 def test_wrong_data(
     damage: Callable[[Path], None] | None,
@@ -194,6 +196,8 @@ def test_runs_are_not_overwritten(forked_rdt: Run, trained: Path, tiny_options: 
     check_refused(same, USAGE, f"{trained} already holds checkpoints", "--resume auto", "another --run.name")
     other = forked_rdt("train", *options, "--run.name=s", "--resume", trained, "--model.dim=64")
     check_refused(other, FAILED, "is of another model", "dim is 32 there and 64 here", "start a new --run.name")
+    both = forked_rdt("train", *options, "--run.name=s", "--resume", trained, "--init", trained)
+    check_refused(both, USAGE, f"--resume {trained} continues a run", "Omit one", "--resume auto")
     assert files_below(trained) == before
     assert not (trained.parent / "s" / "checkpoints").exists()
 

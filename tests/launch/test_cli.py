@@ -52,7 +52,15 @@ def test_help_of_train_has_every_field(rdt: Run, repository: Path) -> None:
     explained = parse_help(rdt("train", "--help").stdout)
     fields = {f"--{name}" for name in option_kinds(RunConfig) if "." in name}
     assert len(fields) > 50
-    assert set(explained) == fields | {"-h", "--config", "--print_config", "--resume", "--nproc", "--master_port"}
+    assert set(explained) == fields | {
+        "-h",
+        "--config",
+        "--print_config",
+        "--resume",
+        "--init",
+        "--nproc",
+        "--master_port",
+    }
     assert explained["--model.heads"] == "Query heads; must divide `dim`. (default: 4)"
     assert explained["--eval.loops"].endswith("(default: 1,4,8)")
     script = [sys.executable, str(repository / "launch" / "pretrain.py"), "--help"]
@@ -120,11 +128,21 @@ def test_lists_with_and_without_brackets(value: str) -> None:
 
 
 def test_workers_get_all_but_the_launcher_options() -> None:
-    words = ["--config", "configs/smoke.yaml", "--nproc", "2", "--master-port=5", "--resume", "auto"]
+    words = [
+        "--config",
+        "configs/smoke.yaml",
+        "--nproc",
+        "2",
+        "--master-port=5",
+        "--resume",
+        "auto",
+        "--init",
+        "runs/a",
+    ]
     kept = select_worker_words(words)
-    assert kept == ["--config=configs/smoke.yaml", "--resume=auto"]
+    assert kept == ["--config=configs/smoke.yaml", "--resume=auto", "--init=runs/a"]
     _, options = parse_worker("pretrain.py", ["--local-rank=1", *kept])  # as the DeepSpeed launcher does
-    assert (options.resume, options.local_rank) == ("auto", 1)
+    assert (options.resume, options.init, options.local_rank) == ("auto", "runs/a", 1)
 
 
 def test_overrides_may_be_nested() -> None:

@@ -10,8 +10,8 @@ from megatron_rdt.errors import DataError
 READ_BYTES = 1 << 30  # Linux reads less than 2 GiB at a time
 REBUILD = "Run `rdt prep` again with --restart to rebuild the shards."
 RESTORE = (
-    "Put the former corpus back and resume from the last checkpoint (--resume auto), or start a new --run.name. Prepare "
-    "other text into a folder of its own (--out)."
+    "Put the former corpus back and resume from the last checkpoint (--resume auto), or start a new --run.name, from the "
+    "weights of this run if you like (--init RUN). Prepare other text into a folder of its own (--out)."
 )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_rdt.config import TrainConfig
 from megatron_rdt.config.batch_schedule import BatchSchedule, Piece
-from megatron_rdt.errors import CheckpointError
+from megatron_rdt.errors import CheckpointError, suggest_init
 
 
 def write_batches(batches: BatchSchedule, consumed: int) -> list[list[int]]:
@@ -33,7 +33,7 @@ def continue_batches(source: Path, state: dict[str, Any], train: TrainConfig) ->
         raise CheckpointError(
             f"{source} was trained with the global batches {had.format_until(step)} up to step {step}, but "
             f"train.batch_schedule is {','.join(train.batch_schedule)}, and only later steps may change. Set "
-            f"--train.batch_schedule {continued.format_until(sys.maxsize)}, or omit it to go on with train.global_batch "
-            f"{train.global_batch}."
+            f"--train.batch_schedule {continued.format_until(sys.maxsize)}, omit it to go on with train.global_batch "
+            f"{train.global_batch}, or {suggest_init(source)}."
         )
     return continued

@@ -9,10 +9,9 @@ from typing import Any
 
 from megatron_rdt.data import describe_shard_difference
 from megatron_rdt.data.mixture import Phase
-from megatron_rdt.errors import CheckpointError
+from megatron_rdt.errors import CheckpointError, suggest_init
 
 VERSION = 2
-SAME_OR_NEW = "Use the same shards, train.sequence_length and run.seed, or start a new --run.name."
 ANOTHER_NAME = " To add other data to it, give that another name in data.mixture."
 
 
@@ -103,12 +102,12 @@ def continue_history(
             if len(last) > 1:
                 raise CheckpointError(
                     f"{source} was trained with {' and '.join(last)}, and {paths[name]} is none of them. "
-                    "Set --data.mixture, or start a new --run.name."
+                    f"Set --data.mixture, or {suggest_init(source)}."
                 )
         if known is not None and not known.has_same_tokens(record):
             raise CheckpointError(
                 f"{source} was trained with {_describe_difference(known, record, paths[name])}: the order of the data "
-                f"would change. {SAME_OR_NEW}{ANOTHER_NAME if may_add else ''}"
+                f"would change. {suggest_same_data(source)}{ANOTHER_NAME if may_add else ''}"
             )
     phase, last_phase = now.phases[0], before.phases[-1]
     if phase.counts == last_phase.counts:  # both in lowest terms
@@ -118,6 +117,11 @@ def continue_history(
     history = DataHistory([*used, Phase(consumed, phase.counts)], {**before.corpora, **now.corpora})
     changes = _describe_weight_changes(last_phase, phase)
     return history, [f"data mixture from sample {consumed:,} on: {changes}"]
+
+
+def suggest_same_data(source: Path) -> str:
+    """The sentence that ends a refusal to continue from the checkpoint `source` on other data."""
+    return f"Use the same shards, train.sequence_length and run.seed, or {suggest_init(source)}."
 
 
 def _describe_difference(known: CorpusRecord, record: CorpusRecord, path: str) -> str:

@@ -22,11 +22,17 @@ from megatron_rdt.data.mixture import Mixture, MixtureOrder, Phase
 from megatron_rdt.data.packing_plan import make_plans
 from megatron_rdt.data.shard_files.open_shards import open_shards_limit
 from megatron_rdt.data.task_examples import ExampleGroup
-from megatron_rdt.errors import CheckpointError, ConfigError, DataError, RdtError
+from megatron_rdt.errors import CheckpointError, ConfigError, DataError, RdtError, suggest_init
 from megatron_rdt.evaluate.tasks import read_groups
 from megatron_rdt.object_collectives import gather_objects, raise_on_all_ranks
 from megatron_rdt.train.data.batch_history import continue_batches, write_batches
-from megatron_rdt.train.data.history import SAME_OR_NEW, CorpusRecord, DataHistory, continue_history, format_share
+from megatron_rdt.train.data.history import (
+    CorpusRecord,
+    DataHistory,
+    continue_history,
+    format_share,
+    suggest_same_data,
+)
 from megatron_rdt.train.data.skipped import SkippedSamples, SkippingReader
 
 
@@ -325,18 +331,18 @@ class PreparedData:
         config, consumed = self.config, state["consumed_samples"]
         if "stream" in state:
             raise CheckpointError(
-                f"{source} was trained on {state['stream']['data.path']}, which was streamed. {SAME_OR_NEW}"
+                f"{source} was trained on {state['stream']['data.path']}, which was streamed. {suggest_same_data(source)}"
             )
         for key, mine in (("sequence_length", config.train.sequence_length), ("seed", config.run.seed)):
             if state[key] != mine:
                 raise CheckpointError(
                     f"{source} was trained with {key} {state[key]}, now it is {mine}: the order of the data would "
-                    f"change. {SAME_OR_NEW}"
+                    f"change. {suggest_same_data(source)}"
                 )
         if state["packing"] != config.data.pack:
             raise CheckpointError(
                 f"{source} was trained with data.pack {state['packing']}, now it is {config.data.pack}: its samples "
-                f"would be others. Set --data.pack {state['packing']}, or start a new --run.name."
+                f"would be others. Set --data.pack {state['packing']}, or {suggest_init(source)}."
             )
         paths = {name: settings.path for name, settings in self.settings.items()}
         passed = SkippedSamples({text: (first, end) for text, (first, end) in state.get("skipped", {}).items()})

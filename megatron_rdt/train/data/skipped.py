@@ -16,7 +16,7 @@ from megatron_rdt.config.batch_schedule import BatchSchedule
 from megatron_rdt.config.step_ranges import parse_step_ranges
 from megatron_rdt.data import Batch
 from megatron_rdt.data.mixture import Mixture
-from megatron_rdt.errors import CheckpointError
+from megatron_rdt.errors import CheckpointError, suggest_init
 
 Samples = TypeVar("Samples", int, np.ndarray)
 
@@ -68,13 +68,13 @@ class SkippedSamples:
             if text not in wanted.ranges:
                 raise CheckpointError(
                     f"{source} was trained without the data of steps {text}, which data.skip_steps does not have now. Add "
-                    f"{text} to it, or resume from a checkpoint before that step."
+                    f"{text} to it, resume from a checkpoint before that step, or {suggest_init(source)}."
                 )
         for text, (first, _) in wanted.ranges.items():
             if text not in self.ranges and first < used:
                 raise CheckpointError(
                     f"data.skip_steps has {text}, but {source} was trained on data of these steps already. Resume from a "
-                    f"checkpoint before step {text.partition('-')[0]}."
+                    f"checkpoint before step {text.partition('-')[0]}, or {suggest_init(source)}."
                 )
         # A range that was passed keeps its samples, also where the batch has another size now.
         return SkippedSamples({**wanted.ranges, **self.ranges})

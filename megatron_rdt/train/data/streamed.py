@@ -11,12 +11,11 @@ from megatron_rdt.data import Batch, BatchLoader, Tokenizer
 from megatron_rdt.data.hugging_face import PREFIX, list_unread_files
 from megatron_rdt.data.streaming import RowReader, TokenStream, open_dataset, read_held_out_windows
 from megatron_rdt.data.task_examples import ExampleGroup
-from megatron_rdt.errors import CheckpointError, ConfigError
+from megatron_rdt.errors import CheckpointError, ConfigError, suggest_init
 from megatron_rdt.train.data.batch_history import continue_batches, write_batches
 
 STATE_VERSION = 1
 LISTED_FILES = 5  # files that are not read and are named
-NEW_RUN = "Set it back, or start a new --run.name."
 # Key in checkpoints of the number of data-parallel ranks.
 DATA_RANKS_KEY = "processes with samples of their own"
 
@@ -180,7 +179,8 @@ class StreamedData:
         """Take over a checkpoint's position, or raise CheckpointError; return a line if held-out rows differ."""
         if "stream" not in state:
             raise CheckpointError(
-                f"{source} was trained on a prepared corpus, not on {self.config.data.path}. {NEW_RUN}"
+                f"{source} was trained on a prepared corpus, not on {self.config.data.path}. "
+                f"Set it back, or {suggest_init(source)}."
             )
         for key, mine in self.resume_key().items():
             before = state["stream"].get(key)
@@ -188,13 +188,13 @@ class StreamedData:
                 name = "data-parallel ranks" if key == DATA_RANKS_KEY else key
                 raise CheckpointError(
                     f"{source} was trained with {name} {before}, now it is {mine}: the rows of {self.config.data.path} that "
-                    f"each rank has read would not be those of the checkpoint. {NEW_RUN}"
+                    f"each rank has read would not be those of the checkpoint. Set it back, or {suggest_init(source)}."
                 )
         own = checkpoints.read_rank_state(source, self.rank)
         if own is None or own["place"] != self.data_rank:
             raise CheckpointError(
                 f"{source} has no position in the data for rank {self.rank}: it was saved by ranks in another layout. "
-                "Arrange the processes as in that run, or start a new --run.name."
+                f"Arrange the processes as in that run, or {suggest_init(source)}."
             )
         self.batches = continue_batches(source, state, self.config.train)
         self._start_state = own

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from launch.commands.plan import fit_to_devices, plan
+from launch.commands.train import train
 from megatron_rdt.config import check_config, load_config
-from megatron_rdt.errors import ConfigError
+from megatron_rdt.errors import CheckpointError, ConfigError
 
 pytestmark = pytest.mark.slow
 
@@ -51,6 +52,20 @@ def test_every_batch_of_a_schedule_is_one_that_the_devices_divide(repository: Pa
     assert config.train.batch_schedule == ["0:192", "10:192", "20:576"]
     check_config(config, 32)
     assert "train.batch_schedule is ['0:100', '10:130', '20:512']; planned with" in notes[-1]
+
+
+def test_a_plan_checks_that_initial_weights_fit(
+    tiny_options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*tiny_options, f"--run.root={tmp_path}", "--train.steps=2", "--eval.every=0"]
+    assert train([*options, "--run.name=first"]) == 0
+    init = ["--devices=1", "--init", str(tmp_path / "first")]
+    assert plan([*options, *init, "--train.sequence_length=64"]) == 0
+    said = capsys.readouterr().out
+    assert "(step 2 of first), and nothing else of it" in said
+    assert "train.sequence_length 32 -> 64" in said
+    with pytest.raises(CheckpointError, match="dim is 32 there and 64 here"):
+        plan([*options, *init, "--model.dim=64"])
 
 
 @pytest.mark.parametrize(

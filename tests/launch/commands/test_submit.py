@@ -119,6 +119,8 @@ def test_percent_signs_in_the_directory_are_kept(config: Path) -> None:
         ({"time": "tomorrow"}, "is not a time limit"),
         ({"overrides": "--run.name 'a"}, "--overrides .*No closing quotation"),
         ({"overrides": "--resume runs/other"}, "--resume runs/other is no checkpoint, nor a run that has one"),
+        ({"overrides": "--init runs/other"}, "--init runs/other is no checkpoint, nor a run that has one"),
+        ({"overrides": "--init runs/other --resume runs/other"}, "Omit one"),
         ({"overrides": "--resume Auto"}, "Did you mean auto"),
         ({"overrides": "--run.name 'a\nb'"}, "run.name .* must be the name of a directory"),
         ({"partition": "a\nb"}, "--partition .* line break"),
@@ -282,6 +284,26 @@ def test_an_origin_that_a_run_cannot_begin_from_is_refused(
     (own / "origin.json").write_text(json.dumps({"checkpoint": "/elsewhere/checkpoints/step-00000002"}))
     with pytest.raises(ConfigError, match=r"holds origin\.json of a run that did not begin from"):
         render_job(config, overrides=f"--resume '{origin}'")
+
+
+def test_every_start_gets_the_same_init_and_resumes_by_itself(
+    config: Path, origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint, begun = origin / "checkpoints" / "step-00000002", tmp_path / "runs" / "wide run"
+    for source in (origin, checkpoint, origin / "latest"):
+        (origin / "latest").write_text("step-00000002")
+        assert f"--init '{source}' --resume auto &" in render_job(config, overrides=f"--init '{source}'")
+    begun.mkdir()
+    (begun / "latest").write_text("step-00000004")
+    with pytest.raises(ConfigError, match="holds latest of a run that did not begin from"):
+        render_job(config, overrides=f"--init '{origin}'")
+    record = {"checkpoint": str(checkpoint), "weights_only": True}
+    (begun / "origin.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=r"holds origin\.json of a run that did not begin from .*omit --resume"):
+        render_job(config, overrides=f"--resume '{origin}'")
+    checkpoint.rename(tmp_path / "gone")
+    assert "--resume auto &" in render_job(config, overrides=f"--init '{origin}'")
 
 
 def test_a_job_that_saves_nothing_new_leaves_the_queue(config: Path, tmp_path: Path) -> None:

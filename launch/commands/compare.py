@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
@@ -15,6 +15,9 @@ from launch.train_options import check_paths
 from megatron_rdt.config import RunConfig, check_config, dump_config, load_config
 from megatron_rdt.errors import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, ConfigError
 from megatron_rdt.files import write_text
+
+if TYPE_CHECKING:
+    from launch.arm_runner import ArmRunner
 
 DESCRIPTION = "Train matched arms of one config on the same examples, and compare them in one table."
 DEFAULT_ARMS = ["looped", "unlooped", "untied"]
@@ -51,10 +54,25 @@ class CompareOptions:
     """Print the arms, their weights, FLOPs and time, and train nothing."""
 
 
-def compare(words: list[str]) -> int:
-    """Train matched arms, such as looped against untied, and compare them."""
+class Comparison(NamedTuple):
+    """A comparison as it was asked for: its options, its runs, the arms to train now, sentences for the table."""
+
+    config: RunConfig
+    options: CompareOptions
+    runner: "ArmRunner"
+    only: list[str]
+    notes: list[str]
+
+
+def read_comparison(program: str, words: list[str]) -> Comparison:
+    """Parse the words of a comparison, build its arms and check the config of every run.
+
+    Raises:
+        ConfigError: an option is wrong, or an arm cannot be trained.
+        DataError: there are no shards.
+    """
     earlier, words = split_repeated(words, "axis")
-    config, options = parse_run_options("rdt compare", DESCRIPTION, CompareOptions, words)
+    config, options = parse_run_options(program, DESCRIPTION, CompareOptions, words)
     texts = [text for text in (*earlier, options.axis) if text]
     check_config(config)
     named, only, rates = _check_options(options)
@@ -78,14 +96,20 @@ def compare(words: list[str]) -> int:
     for run in runner.all_runs():
         check_config(run.config, processes)
         check_paths(run.config)
+    return Comparison(config, options, runner, only, notes)
+
+
+def compare(words: list[str]) -> int:
+    """Train matched arms, such as looped against untied, and compare them."""
+    _, options, runner, only, notes = read_comparison("rdt compare", words)
     if options.dry_run:
         runner.print_plan(notes, options.at_once)
         return EXIT_OK
     runner.check_settings()
-    chosen = only or names
+    chosen = only or [arm.name for arm in runner.arms]
     with runner.lock(chosen):
         if not options.table and not runner.train(chosen, options.at_once, options.retry):
-            print(f"stopped; the same command goes on, {directory}")
+            print(f"stopped; the same command goes on, {runner.directory}")
             return EXIT_PREEMPTED
         runner.measure(chosen)
         if only:

@@ -54,6 +54,8 @@ class SubmitOptions:
     """More options of sbatch, in one string: "--qos=high --mem=0"."""
     overrides: str = ""
     """More options of `rdt train`, in one string. --resume PATH and --init PATH are for the first start; later ones continue the run."""
+    compare: str | None = None
+    """Submit a comparison of arms instead of one run: options of `rdt compare`, in one string, such as "--seeds 3", or "" for its defaults. Each arm is a task of a job array with one node, and a last job writes the table."""
     directory: PathText = "jobs"
     """Directory for the script and the job's output."""
     dry_run: bool = False
@@ -72,7 +74,7 @@ def read_run_config(job: SubmitOptions) -> tuple[RunConfig, list[str], str | Non
     for name in ("nodes", "processes_per_node", "cpus_per_process", "signal_before_s"):
         if getattr(job, name) < 1:
             raise ConfigError(f"--{name} is {getattr(job, name)}, it must be at least 1.")
-    words = ["--config", job.config, *_split_words(job.overrides, "overrides")]
+    words = ["--config", job.config, *split_words(job.overrides, "overrides")]
     config, options = parse_worker("rdt submit", words, job.nodes * job.processes_per_node)
     origin = None
     if options.resume not in RESUME_WORDS:
@@ -147,7 +149,7 @@ def _is_recorded(file: Path, path: str, option: str) -> bool:
     return is_below and is_init == (option == "--init")
 
 
-def _split_words(text: str, option: str) -> list[str]:
+def split_words(text: str, option: str) -> list[str]:
     """Split the text of an option into words as a shell does; ConfigError if a quotation is not closed."""
     try:
         return shlex.split(text)
@@ -201,21 +203,23 @@ def quote_directive(option: str, value: str | int) -> str:
     return shlex.quote(str(value))
 
 
+def format_extra_directives(job: SubmitOptions, gpus: int) -> str:
+    """Return the #SBATCH lines of partition, account, `gpus` per node and --sbatch, those that are given."""
+    named = (("partition", job.partition), ("account", job.account), ("gpus-per-node", gpus))
+    extra = [f"#SBATCH --{option}={quote_directive('--' + option, value)}" for option, value in named if value]
+    extra += [f"#SBATCH {quote_directive('--sbatch', word)}" for word in split_words(job.sbatch, "sbatch")]
+    return "\n".join(extra)
+
+
+def format_output_directive(job: SubmitOptions, name: str) -> str:
+    """Return the path of the job's output, whose file has the pattern `name`."""
+    # Slurm replaces %x with the job's name and %j with its number, so every other % of the path is doubled.
+    return quote_directive("--directory", f"{Path(job.directory).resolve()}".replace("%", "%%") + f"/{name}")
+
+
 def render_script(job: SubmitOptions, config: RunConfig, words: list[str], origin: str | None) -> str:
     """Return the batch script of a job whose config and options have been checked."""
     began = shlex.quote(str(run_directory_of(config) / ORIGIN))
-    extra = [
-        f"#SBATCH --{option}={quote_directive('--' + option, value)}"
-        for option, value in (
-            ("partition", job.partition),
-            ("account", job.account),
-            ("gpus-per-node", choose_gpus_per_node(job, config)),
-        )
-        if value
-    ]
-    extra += [f"#SBATCH {quote_directive('--sbatch', word)}" for word in _split_words(job.sbatch, "sbatch")]
-    # Slurm replaces %x with the job's name and %j with its number, so every other % of the path is doubled.
-    output = f"{Path(job.directory).resolve()}".replace("%", "%%") + "/%x-%j.out"
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         name=quote_directive("run.name", config.run.name),
         nodes=job.nodes,
@@ -223,8 +227,8 @@ def render_script(job: SubmitOptions, config: RunConfig, words: list[str], origi
         cpus=job.cpus_per_process,
         time=job.time,
         signal=job.signal_before_s,
-        output=quote_directive("--directory", output),
-        extra="\n".join(extra),
+        output=format_output_directive(job, "%x-%j.out"),
+        extra=format_extra_directives(job, choose_gpus_per_node(job, config)),
         root=shlex.quote(str(Path.cwd())),
         python=shlex.quote(sys.executable),
         script=shlex.quote(str(TRAINING_SCRIPT)),
@@ -242,6 +246,10 @@ def submit(words: list[str]) -> int:
     """Submit a run to Slurm."""
     # Here --config is an option like the others, the run's YAML, and it is required.
     job = parse_options("submit", summary_of(submit), SubmitOptions, words, positional=False)
+    if job.compare is not None:
+        from launch.compare_job import submit_comparison
+
+        return submit_comparison(job)
     config, run_words, origin = read_run_config(job)
     text = render_script(job, config, run_words, origin)
     if job.dry_run:
@@ -249,17 +257,27 @@ def submit(words: list[str]) -> int:
         return EXIT_OK
     # The job would find out too, but only after its time in the queue.
     check_paths(config)
+    directory = Path(job.directory)
+    script = directory / f"{config.run.name}.sbatch"
+    number = call_sbatch(script, text)
+    print(f"submitted job {number}: script {script}, output {directory / f'{config.run.name}-{number}.out'}")
+    return EXIT_OK
+
+
+def call_sbatch(script: Path, text: str, *options: str) -> str:
+    """Write a batch script, submit it and return the job's number.
+
+    Raises:
+        LaunchError: there is no sbatch here, or it refused the script.
+    """
     if shutil.which("sbatch") is None:
         raise LaunchError(
             "sbatch is not on this machine. Run on a Slurm login node, or look at the script with --dry_run."
         )
-    directory = Path(job.directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    script = directory / f"{config.run.name}.sbatch"
+    script.parent.mkdir(parents=True, exist_ok=True)
     write_text(script, text)
-    result = subprocess.run(["sbatch", "--parsable", str(script)], check=False, stdout=subprocess.PIPE, text=True)
+    command = ["sbatch", "--parsable", *options, str(script)]
+    result = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
     if result.returncode:
         raise LaunchError(f"sbatch refused {script} with status {result.returncode}. Its message is above.")
-    number = result.stdout.strip().split(";")[0]
-    print(f"submitted job {number}: script {script}, output {directory / f'{config.run.name}-{number}.out'}")
-    return EXIT_OK
+    return result.stdout.strip().split(";")[0]

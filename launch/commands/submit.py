@@ -8,13 +8,14 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
 
 from launch.command_options import parse_options, summary_of
 from launch.train_options import RESUME_WORDS, check_paths, parse_worker
 from megatron_rdt.config import RunConfig
+from megatron_rdt.config.option_texts import MAY_BE_EMPTY
 from megatron_rdt.errors import EXIT_OK, ConfigError, LaunchError
 from megatron_rdt.files import PathText, write_text
 from megatron_rdt.run_directory import CHECKPOINTS, LATEST, ORIGIN, run_directory_of
@@ -54,7 +55,7 @@ class SubmitOptions:
     """More options of sbatch, in one string: "--qos=high --mem=0"."""
     overrides: str = ""
     """More options of `rdt train`, in one string. --resume PATH and --init PATH are for the first start; later ones continue the run."""
-    compare: str | None = None
+    compare: str | None = field(default=None, metadata={MAY_BE_EMPTY: True})
     """Submit a comparison of arms instead of one run: options of `rdt compare`, in one string, such as "--seeds 3", or "" for its defaults. Each arm is a task of a job array with one node, and a last job writes the table."""
     directory: PathText = "jobs"
     """Directory for the script and the job's output."""

@@ -6,21 +6,20 @@ from pathlib import Path
 from string import Template
 
 from launch.commands.compare import Comparison, read_comparison
-from launch.commands.submit import (
-    SIGNAL_TOLERANCE_S,
+from launch.slurm_job import (
+    TEMPLATES,
     SubmitOptions,
     call_sbatch,
+    check_time_limit,
     choose_gpus_per_node,
     format_extra_directives,
     format_output_directive,
-    parse_time_limit,
     quote_directive,
     split_words,
 )
-from launch.commands.submit import TEMPLATE as RUN_TEMPLATE
 from megatron_rdt.errors import EXIT_OK, ConfigError
 
-TEMPLATE = RUN_TEMPLATE.with_name("compare_array.sbatch")
+TEMPLATE = TEMPLATES / "compare_array.sbatch"
 TABLE_SCRIPT = """#!/bin/bash
 #SBATCH --job-name=$name-table
 #SBATCH --nodes=1
@@ -55,12 +54,7 @@ def read_job(job: SubmitOptions) -> tuple[Comparison, list[str]]:
             raise ConfigError(
                 f"--compare: --{name} is chosen for each job here. Omit it; rdt submit has its own --dry_run."
             )
-    limit = parse_time_limit(job.time)
-    if limit is not None and limit < job.signal_before_s + SIGNAL_TOLERANCE_S:
-        raise ConfigError(
-            f"--time {job.time} is {limit} s, too short for a signal {job.signal_before_s} s before its end. Raise --time, "
-            "or lower --signal_before_s."
-        )
+    check_time_limit(job)
     return comparison, words
 
 

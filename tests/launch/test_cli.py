@@ -13,7 +13,7 @@ import megatron_rdt
 from launch.cli import COMMANDS
 from launch.commands.convert import ConvertOptions
 from launch.commands.eval import EvalOptions
-from launch.commands.submit import SubmitOptions
+from launch.slurm_job import SubmitOptions
 from launch.train_options import parse_worker, select_worker_words
 from megatron_rdt.config import RunConfig, load_config
 from megatron_rdt.config.parser import make_parser, option_kinds, parse

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.commands.submit import SubmitOptions, submit
+from launch.commands.submit import submit
 from launch.compare_job import TABLE_SCRIPT, TEMPLATE, read_job, render_array
+from launch.slurm_job import SubmitOptions
 from megatron_rdt.errors import ConfigError, LaunchError
 
 

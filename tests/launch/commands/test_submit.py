@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.commands.submit import SubmitOptions, parse_time_limit, read_run_config, render_script
+from launch.commands.submit import read_run_config, render_script
+from launch.slurm_job import SubmitOptions, parse_time_limit
 from megatron_rdt.errors import ConfigError
 
 pytestmark = pytest.mark.slow

@@ -1,0 +1,134 @@
+"""Slurm jobs: the options of `rdt submit`, the lines of batch scripts, and the call of sbatch."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_rdt.config import RunConfig
+from megatron_rdt.config.option_texts import MAY_BE_EMPTY
+from megatron_rdt.errors import ConfigError, LaunchError
+from megatron_rdt.files import PathText, write_text
+
+# Slurm may send the signal this many seconds earlier than requested.
+SIGNAL_TOLERANCE_S = 60
+NO_LIMIT = ("0", "-1", "unlimited", "infinite")
+TEMPLATES = Path(__file__).resolve().parent / "slurm"
+
+
+@dataclass(frozen=True)
+class SubmitOptions:
+    """Options of `rdt submit`."""
+
+    config: PathText
+    """YAML of the run."""
+    nodes: int = 1
+    """Nodes of the job."""
+    processes_per_node: int = 8
+    """Processes per node, one per device."""
+    gpus_per_node: int | None = None
+    """GPUs to ask for on each node; default one per process, none for a run with train.device cpu. 0 asks for none."""
+    cpus_per_process: int = 8
+    """Cores per process."""
+    time: str = "24:00:00"
+    """Time limit, as Slurm writes it."""
+    signal_before_s: int = 300
+    """Seconds before the time limit at which the run is told to save and stop."""
+    partition: str = ""
+    """Partition; empty takes the cluster's default."""
+    account: str = ""
+    """Account; empty takes the user's default."""
+    sbatch: str = ""
+    """More options of sbatch, in one string: "--qos=high --mem=0"."""
+    overrides: str = ""
+    """More options of `rdt train`, in one string. --resume PATH and --init PATH are for the first start; later ones continue the run."""
+    compare: str | None = field(default=None, metadata={MAY_BE_EMPTY: True})
+    """Submit a comparison of arms instead of one run: options of `rdt compare`, in one string, such as "--seeds 3", or "" for its defaults. Each arm is a task of a job array with one node, and a last job writes the table."""
+    directory: PathText = "jobs"
+    """Directory for the script and the job's output."""
+    dry_run: bool = False
+    """Print the script instead of submitting it."""
+
+
+def split_words(text: str, option: str) -> list[str]:
+    """Split the text of an option into words as a shell does; ConfigError if a quotation is not closed."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"--{option} {text!r}: {error}. Quote it as for a shell.") from None
+
+
+def choose_gpus_per_node(job: SubmitOptions, config: RunConfig) -> int:
+    """Return the GPUs to request on each node: as given, else none for train.device cpu, else one per process."""
+    if job.gpus_per_node is not None:
+        return job.gpus_per_node
+    return 0 if config.train.device == "cpu" else job.processes_per_node
+
+
+def parse_time_limit(text: str) -> int | None:
+    """Return the seconds of a time limit in any of Slurm's formats, or None for no limit.
+
+    The formats are minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds.
+    """
+    if text.lower() in NO_LIMIT:
+        return None
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if match is None:
+        raise ConfigError(f"--time {text} is not a time limit. Write hours:minutes:seconds or days-hours:minutes.")
+    days, *parts = (int(part) if part else 0 for part in match.groups())
+    # Two numbers without days are minutes:seconds to Slurm, one is minutes; in all other formats hours come first.
+    minutes_first = match[1] is None and match[4] is None
+    hours, minutes, seconds = (0, *parts[:2]) if minutes_first else parts
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def check_time_limit(job: SubmitOptions) -> None:
+    """Raise ConfigError if the time limit leaves no time before its signal."""
+    limit = parse_time_limit(job.time)
+    if limit is not None and limit < job.signal_before_s + SIGNAL_TOLERANCE_S:
+        raise ConfigError(
+            f"--time {job.time} is {limit} s, too short for a signal {job.signal_before_s} s before its end, which "
+            f"Slurm may send {SIGNAL_TOLERANCE_S} s early. Raise --time, or lower --signal_before_s."
+        )
+
+
+def quote_directive(option: str, value: str | int) -> str:
+    """Quote `value` for a #SBATCH line, which Slurm splits as a shell does; ConfigError if it has a line break."""
+    if re.search(r"[\r\n]", str(value)):
+        raise ConfigError(f"{option} {str(value)!r} has a line break, which a #SBATCH line cannot hold. Remove it.")
+    return shlex.quote(str(value))
+
+
+def format_extra_directives(job: SubmitOptions, gpus: int) -> str:
+    """Return the #SBATCH lines of partition, account, `gpus` per node and --sbatch, those that are given."""
+    named = (("partition", job.partition), ("account", job.account), ("gpus-per-node", gpus))
+    extra = [f"#SBATCH --{option}={quote_directive('--' + option, value)}" for option, value in named if value]
+    extra += [f"#SBATCH {quote_directive('--sbatch', word)}" for word in split_words(job.sbatch, "sbatch")]
+    return "\n".join(extra)
+
+
+def format_output_directive(job: SubmitOptions, name: str) -> str:
+    """Return the path of the job's output, whose file has the pattern `name`."""
+    # Slurm replaces %x with the job's name and %j with its number, so every other % of the path is doubled.
+    return quote_directive("--directory", f"{Path(job.directory).resolve()}".replace("%", "%%") + f"/{name}")
+
+
+def call_sbatch(script: Path, text: str, *options: str) -> str:
+    """Write a batch script, submit it and return the job's number.
+
+    Raises:
+        LaunchError: there is no sbatch here, or it refused the script.
+    """
+    if shutil.which("sbatch") is None:
+        raise LaunchError(
+            "sbatch is not on this machine. Run on a Slurm login node, or look at the script with --dry_run."
+        )
+    script.parent.mkdir(parents=True, exist_ok=True)
+    write_text(script, text)
+    command = ["sbatch", "--parsable", *options, str(script)]
+    result = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    if result.returncode:
+        raise LaunchError(f"sbatch refused {script} with status {result.returncode}. Its message is above.")
+    return result.stdout.strip().split(";")[0]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,12 @@ from megatron_rdt.evaluate.tasks import (
     count_task_passes,
     find_overthinking,
     group_by_task,
+    name_accuracies,
     read_groups,
     score_tasks,
 )
 from megatron_rdt.inference.load import choose_device, load_verified
+from megatron_rdt.run_directory import TENSORBOARD, TENSORBOARD_EVALUATION
 from megatron_rdt.terminal import show_progress
 
 SOLVED = 0.9  # accuracy from which sentences call a difficulty solved
@@ -56,7 +59,8 @@ def evaluate_tasks(
         loops: values of T; exit rules run at most the largest of them.
         examples: largest number of examples of each task and difficulty, per corpus.
         data: prepared corpus; by default those of the run.
-        out: JSON file; by default eval-tasks.json in the run directory, and none for a checkpoint outside a run.
+        out: JSON file; by default eval-tasks.json in the run directory, and none for a checkpoint outside a run. In a run that
+            writes for TensorBoard, the scores go there too.
         exit_rules: texts of exit rules to score as well, see `parse_exit_rules`.
 
     Raises:
@@ -101,11 +105,26 @@ def evaluate_tasks(
         from megatron_rdt.evaluate.task_plots import write_accuracy_map
 
         write_result(target, result)  # first: a picture without it would pass for somebody else's
-        write_accuracy_map(rows, result["trained_loops"], target.with_suffix(".png"))
+        picture = write_accuracy_map(rows, result["trained_loops"], target.with_suffix(".png"))
+        if out is None and (target.parent / TENSORBOARD).is_dir():
+            _show_in_tensorboard(target.parent / TENSORBOARD / TENSORBOARD_EVALUATION, result["step"], rows, picture)
     print("\n".join([*format_accuracies(rows), *describe_scores(result), *format_exits(exits)]))
     if target is None:
         print(f"{directory} is not in a run directory, so no {TASK_SCORES} was written; --out FILE writes one")
     return result
+
+
+def _show_in_tensorboard(folder: Path, step: int, rows: Sequence[Row], picture: Path) -> None:
+    """Replace a folder of event files by one with the accuracies, named as in training, and the heat map."""
+    from matplotlib.pyplot import imread
+    from torch.utils.tensorboard import SummaryWriter
+
+    shutil.rmtree(folder, ignore_errors=True)
+    writer: Any = SummaryWriter(str(folder))
+    for name, accuracy in name_accuracies(rows).items():
+        writer.add_scalar(name, accuracy, step)
+    writer.add_image("tasks/accuracy", imread(picture)[..., :3], step, dataformats="HWC")
+    writer.close()
 
 
 def find_trained_loops(config: RunConfig) -> list[int]:

@@ -117,6 +117,11 @@ def count_task_passes(
     return len(loops) * sum(count_forward_passes(len(group.batch), micro_batch, shared) for group in groups)
 
 
+def name_accuracies(rows: Iterable[Row]) -> dict[str, float]:
+    """Return the accuracies by the names under which displays show them."""
+    return {f"tasks/{row['task']}/difficulty_{row['difficulty']}_T{row['loops']}": row["accuracy"] for row in rows}
+
+
 def group_by_task(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Return the rows of each task, in order."""
     tasks: dict[str, list[Row]] = {}

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +13,9 @@ from megatron_rdt.data import Batch
 from megatron_rdt.errors import TrainingError
 from megatron_rdt.evaluate.loss import EVALUATION, describe_windows
 from megatron_rdt.evaluate.result_files import TASK_SCORES, replace_nonfinite
-from megatron_rdt.evaluate.tasks import Row, find_nearest_loops
+from megatron_rdt.evaluate.tasks import Row, find_nearest_loops, name_accuracies
 from megatron_rdt.files import TEMPORARY_SUFFIX, write_text
+from megatron_rdt.run_directory import TENSORBOARD, TENSORBOARD_EVALUATION
 from megatron_rdt.train.displays import Display, ForgivingDisplay, TensorBoard
 
 RECORD_FILES = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
@@ -34,6 +36,7 @@ def drop_records_after(run_directory: Path, step: int) -> None:
             if json.loads(evaluation.read_text(encoding="utf-8"))["step"] > step:
                 if name == TASK_SCORES:
                     evaluation.with_suffix(".png").unlink(missing_ok=True)
+                    shutil.rmtree(run_directory / TENSORBOARD / TENSORBOARD_EVALUATION, ignore_errors=True)
                 evaluation.unlink()
     for name in RECORD_FILES:
         path = run_directory / name
@@ -131,7 +134,7 @@ class Recorder:
         self._files = {name: open(run_directory / name, "a", encoding="utf-8") for name in RECORD_FILES}  # noqa: SIM115
         self._displays: list[ForgivingDisplay] = []
         if tensorboard:
-            directory = run_directory / "tensorboard"
+            directory = run_directory / TENSORBOARD
             self._displays.append(ForgivingDisplay("TensorBoard", lambda: TensorBoard(directory, start_step)))
         self._displays += [ForgivingDisplay(name, open_display) for name, open_display in (others or {}).items()]
 
@@ -169,17 +172,13 @@ class Recorder:
     def record_evaluation(self, record: dict[str, Any]) -> None:
         """Append losses and accuracies, as from `make_evaluation_record`, to eval.jsonl; show them in every display."""
         self._append_line("eval.jsonl", record)
-        tasks = {
-            f"tasks/{row['task']}/difficulty_{row['difficulty']}_T{row['loops']}": row["accuracy"]
-            for row in record.get("tasks", ())
-        }
         by_source = {"": record["losses"], **record.get("sources", {})}
         numbers = {
             f"valid/{source and f'{source}/'}loss_T{loops}": loss
             for source, losses in by_source.items()
             for loops, loss in losses.items()
         }
-        self._show_numbers(record["step"], numbers | tasks)
+        self._show_numbers(record["step"], numbers | name_accuracies(record.get("tasks", ())))
 
     def record_sample(self, record: dict[str, Any]) -> None:
         """Append {"step", "loops", "prompt", "text"} to samples.jsonl; show prompt and text in every display."""

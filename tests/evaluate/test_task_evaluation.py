@@ -149,8 +149,15 @@ def test_a_run_scores_its_tasks(
     # Records after the step of a checkpoint are done again, and scores of later weights do not outlive them.
     drop_records_after(run, 12)
     assert (run / "eval-tasks.json").exists()
+    later = EventAccumulator(str(run / "tensorboard" / "eval"))
+    later.Reload()
+    assert sorted(later.Tags()["scalars"]) == sorted(
+        tag for tag in events.Tags()["scalars"] if tag.startswith("tasks/")
+    )
+    assert later.Tags()["images"] == ["tasks/accuracy"]
     drop_records_after(run, 8)
     assert not list(run.glob("eval-tasks*"))
+    assert not (run / "tensorboard" / "eval").exists()
 
 
 def test_the_report_opens_with_the_heat_map(

@@ -56,9 +56,13 @@ def _describe_start(run_directory: Path, start: Start | None) -> str:
         return f"resuming {run_directory} from checkpoint {start.source.name}"
     steps = len(read_recorded_steps(run_directory))
     dropped = f"; the records of {steps} steps, after which nothing was saved, are dropped" if steps else ""
-    if start is not None and (not start.weights_only or checkpoints.read_origin(run_directory) is not None):
-        return f"{run_directory} has no checkpoint: it starts again from its origin, {start.source}{dropped}"
-    return f"{run_directory} has no checkpoint: it starts anew{dropped}"
+    if start is None:
+        begins = "it starts anew"
+    elif checkpoints.read_origin(run_directory) is not None:
+        begins = f"it starts again from its origin, {start.source}"
+    else:
+        begins = f"it begins with the weights of {start.source}"
+    return f"{run_directory} has no checkpoint: {begins}{dropped}"
 
 
 class RunCheckpoints:

@@ -110,7 +110,10 @@ def test_a_requeued_run_begins_once(
     source = Path(shutil.copytree(finished, tmp_path / "source"))
     named = last_checkpoint(source)
     stop_before_saving(begin, monkeypatch, source, resume="auto")
-    assert f"{new} has no checkpoint: it begins with the weights of {named}\nweights from {named}" in capsys.readouterr().out
+    assert (
+        f"{new} has no checkpoint: it begins with the weights of {named}\nweights from {named}"
+        in capsys.readouterr().out
+    )
     # The source has gone on meanwhile: the run begins again where it began, with the weights alone.
     later = named.with_name("step-00000006")
     shutil.copytree(named, later)

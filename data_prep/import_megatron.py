@@ -13,7 +13,14 @@ from typing import Any
 import numpy as np
 
 from data_prep.stages.write_manifest import make_split_record, make_tokenizer_record, print_splits
-from megatron_rdt.data.shard_files.block_hashes import SUFFIXES, hash_file, write_block_hashes
+from megatron_rdt.data.shard_files.block_hashes import (
+    SUFFIXES,
+    SUM_SUFFIX,
+    FileHashes,
+    hash_file,
+    read_block_hashes,
+    write_block_hashes,
+)
 from megatron_rdt.data.shard_files.corpus_manifest import FORMAT, MANIFEST, VERSION, load_manifest
 from megatron_rdt.data.shard_files.indexed import REBUILD, IndexedDataset, prefix_path
 from megatron_rdt.data.shard_files.side_files import (
@@ -158,12 +165,7 @@ def _build_corpus(work: Path, splits: dict[str, Sequence[str]], tokenizer_path: 
     if len(dtypes) > 1:
         (first, one), (second, two) = list(dtypes.items())[:2]
         raise DataError(f"{one} has tokens as {first}, {two} as {second}. Import them as separate corpora.")
-    for split, found in imported.items():
-        for kind in SIDE_FILES:
-            if len({kind.hash_key in one.record for one in found}) > 1:
-                raise DataError(
-                    f"some files of the split {split} have {kind.plural} and others none. Remove the {kind.suffix} files."
-                )
+    _check_side_files_of_all(every)
     _check_contents_differ(imported)
     # Without EOS at the end of every document, the manifest must not promise it.
     ended, documents = sum(one.ended for one in every), sum(one.documents for one in every)
@@ -175,6 +177,30 @@ def _build_corpus(work: Path, splits: dict[str, Sequence[str]], tokenizer_path: 
             f"EOS (id {tokenizer.eos}) ends {ended:,} of {documents:,} documents ({ended / max(1, documents):.1%}): "
             "in the others nothing tells the model that a document ends"
         )
+
+
+def _check_side_files_of_all(shards: list[ImportedShard]) -> None:
+    """Raise DataError if only some shards, of either split, have a kind of side file: losses would not be comparable."""
+    for kind in SIDE_FILES:
+        having = [one.record["source"] for one in shards if kind.hash_key in one.record]
+        lacking = [one.record["source"] for one in shards if kind.hash_key not in one.record]
+        if having and lacking:
+            raise DataError(
+                f"{having[0]} has {kind.plural} and {lacking[0]} has none. Put {lacking[0]}{kind.suffix} there, or remove the "
+                f"{kind.suffix} files of all."
+            )
+
+
+def _check_against_sums(source: str, contents: dict[str, FileHashes]) -> None:
+    """Raise DataError if the original shard has a .sum file, and a file is missing or is not as it was written."""
+    for name, (_, blocks) in (read_block_hashes(source) or {}).items():
+        if name not in contents:
+            raise DataError(f"{source}.{name} is missing: {source}{SUM_SUFFIX} lists it. Put it back from a copy.")
+        if contents[name].blocks != blocks:
+            raise DataError(
+                f"{source}.{name} is not as it was written: {source}{SUM_SUFFIX} has other hashes. Put the file back from a "
+                f"copy, or remove the {SUM_SUFFIX} file if it was changed on purpose."
+            )
 
 
 def _find_tasks(prefixes: Sequence[str]) -> list[str]:
@@ -275,6 +301,7 @@ def _check_shard(
     for kind in shard.side_paths:
         contents[kind.name] = hash_file(prefix_path(prefix, kind.suffix))
         advance(contents[kind.name].size)
+    _check_against_sums(source, contents)
     _check_side_values(shard, source, tokenizer.vocab_size, tasks)
     shard.close()
     write_block_hashes(prefix, contents)

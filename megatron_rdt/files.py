@@ -137,7 +137,7 @@ def explain_write_failure(error: BaseException, directory: str | os.PathLike[str
     """Return one line on why a write below `directory` failed. Call it before cleaning up, which frees space."""
     free = _free_bytes(Path(directory))
     if is_disk_full(error) or NO_SPACE in str(error):
-        return f"the disk is full ({free / 2**20:.1f} MiB free)"
+        return f"{describe_full_disk(directory)} ({free / 2**20:.1f} MiB free)"
     # After a failed write, torch.save still writes the end of its file and fails again: the first OSError has the reason.
     first = next((seen for seen in _list_causes(error) if isinstance(seen, OSError)), error)
     lines = str(first).strip().splitlines()
@@ -149,12 +149,25 @@ def explain_write_failure(error: BaseException, directory: str | os.PathLike[str
     return reason
 
 
+def describe_full_disk(directory: str | os.PathLike[str]) -> str:
+    """Say what a disk on which a write below `directory` failed has run out of: space, or room for more files."""
+    status = os.statvfs(_find_existing_folder(Path(directory)))
+    if status.f_files and not status.f_favail:  # some file systems have no limit, and report 0
+        return "the disk can hold no more files (df -i: no free inodes)"
+    return "the disk is full"
+
+
 def _free_bytes(path: Path) -> int:
     """Return the free space of the disk that `path` is on, or would be on once it is made."""
+    return shutil.disk_usage(_find_existing_folder(path)).free
+
+
+def _find_existing_folder(path: Path) -> Path:
+    """Return the closest folder on the way to `path` that exists."""
     path = path.absolute()
     while not path.is_dir() and path != path.parent:
         path = path.parent
-    return shutil.disk_usage(path).free
+    return path
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -177,6 +178,20 @@ def test_a_failed_write_is_not_blamed_on_a_disk_with_room(tmp_path: Path) -> Non
     for directory in (tmp_path, tmp_path / "a" / "b"):
         assert explain_write_failure(denied, directory) == f"[Errno 13] Permission denied: '{tmp_path / 'a' / 'b'}'"
     assert explain_write_failure(RuntimeError("iostream error\nat line 3"), tmp_path / "a") == "iostream error"
+
+
+def test_a_disk_without_inodes_is_not_called_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status = os.statvfs(tmp_path)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for files, free, said in (
+        (100, 0, "the disk can hold no more files"),
+        (0, 0, "the disk is full"),
+        (9, 1, "the disk is"),
+    ):
+        fake = SimpleNamespace(**{name: getattr(status, name) for name in dir(status) if name.startswith("f_")})
+        fake.f_files, fake.f_favail = files, free
+        monkeypatch.setattr(os, "statvfs", lambda path, fake=fake: fake)
+        assert explain_write_failure(full, tmp_path / "a" / "b").startswith(said)
 
 
 def test_a_failure_without_a_reason_names_a_disk_that_is_almost_full(

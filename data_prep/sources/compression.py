@@ -1,5 +1,6 @@
 """Gzip and zstd files read as streams that raise an error at a truncated end, instead of returning less text."""
 
+import codecs
 import gzip
 import io
 import os
@@ -12,18 +13,20 @@ import zstandard
 from megatron_rdt.errors import DataError
 from megatron_rdt.files import escape_invalid_utf8
 
-# Exceptions raised by reading a file that is truncated or damaged.
-DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}  # neither is valid UTF-8
 READ_BYTES = 1 << 17
+PEEK_BYTES = 64
 LARGEST_WINDOW = (
     1 << 31
 )  # of zstd: as much as `zstd --long=31` asks for; the library's default refuses more than 128 MiB
 
 
-def name_compression(content: bytes) -> str:
-    """Return the ending of the compression that a file's content begins with, `.gz` or `.zst`; "" for none, as for any text."""
-    return next((ending for ending, magic in MAGIC.items() if content.startswith(magic)), "")
+class NotCompressedError(Exception):
+    """A file with the ending of a compression that holds plain text."""
+
+
+# Exceptions raised by reading a file that is truncated or damaged.
+DAMAGED = (NotCompressedError, EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 
 
 def open_decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
@@ -35,9 +38,22 @@ def open_decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
     suffix = path.suffix.lower()
     if suffix in (".gz", ".zst") and not os.fstat(raw.fileno()).st_size:
         raise EOFError("the file is empty")  # to both libraries that is the end of the text; no tool writes it
+    if suffix in MAGIC and _begins_as_text(raw):
+        raise NotCompressedError(f"it is not compressed; remove {suffix} from its name")
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
     return io.BufferedReader(_ZstdReader(raw), READ_BYTES) if suffix == ".zst" else raw
+
+
+def _begins_as_text(raw: BinaryIO) -> bool:
+    """Return True if the first bytes of a file are printable text, as neither compression's are; the position is kept."""
+    head = raw.read(PEEK_BYTES)
+    raw.seek(-len(head), os.SEEK_CUR)
+    try:
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)  # a character may be cut at the end
+    except UnicodeDecodeError:
+        return False
+    return all(character.isprintable() or character.isspace() for character in text)
 
 
 class _ZstdReader(io.RawIOBase):

@@ -109,6 +109,9 @@ def read_row_groups(path: str, start: int, end: int, wanted: Sequence[str]) -> I
             yield LostRows(None, f"not a Parquet file, or damaged: {describe_damage(error)}")
             return
         columns, total = [key for key in wanted if key in keys], sum(rows[start : end or len(rows)])
+        if twice := next((key for key in columns if keys.count(key) > 1), ""):
+            yield LostRows(total, f'it has {keys.count(twice)} columns called "{twice}"; remove or rename all but one')
+            return
         for group in range(start, end or len(rows)):
             before = sum(rows[:group])
             if columns:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import PrepConfig
-from data_prep.sources.compression import DAMAGED, name_compression, open_decompressed
-from data_prep.sources.file_kinds import COMPRESSED
+from data_prep.sources.compression import DAMAGED, open_decompressed
 from data_prep.sources.folder_walk import name_unreadable
 from data_prep.sources.hugging_face_files import read_dataset_shard, read_spool
 from data_prep.sources.inputs import Input, Part
+from data_prep.sources.json_lines import find_repeated_key, seek_line_start
+from data_prep.sources.not_text import BOM, damaged_message, describe_binary, invalid_utf8_message
 from data_prep.sources.parquet_rows import InvalidText, LostRows, read_row_groups
 from megatron_rdt.errors import DataError
 
@@ -62,7 +63,7 @@ class Tally:
         bad_count: number of all such records.
         lines: lines that begin in the part, of a .jsonl.
         damaged_bytes: size of the part if an unknown number of its records is lost, which counts as one: it is a compressed
-            file that is damaged, or a Parquet file without a footer.
+            file that is damaged, or a Parquet file without a footer. Of lines with zero bytes, the number of these.
     """
 
     records: int = 0
@@ -191,17 +192,17 @@ class PartReader:
             with name_unreadable(path), open(path, "rb") as raw:
                 content = open_decompressed(raw, path).read()
         except DAMAGED as error:
-            self._reject("damaged", file.shown_path, 0, _damaged_message("", error))
+            self._reject("damaged", file.shown_path, 0, damaged_message("", error))
             return
         self.position += file.bytes
-        if ending := name_compression(content):  # not even with `on_bad: replace` is it text
-            self._reject("damaged", file.shown_path, 0, f": it is compressed; add {ending} to its name")
+        if problem := describe_binary(content):  # not even with `on_bad: replace` is it text
+            self._reject("damaged", file.shown_path, 0, f": {problem}")
             return
         try:
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             line = content.count(10, 0, error.start) + 1
-            if not self._allow_replacement(file.shown_path, line, _invalid_utf8_message(error)):
+            if not self._allow_replacement(file.shown_path, line, invalid_utf8_message(error)):
                 return
             text = content.decode("utf-8-sig", "replace")
         yield Document(0, file.shown_path, text, name=file.name)
@@ -210,7 +211,7 @@ class PartReader:
         """Yield (byte offset, line) of the lines of a plain, gzip or zstd file that begin in the part."""
         path, end = Path(file.path), self.part.end
         with name_unreadable(path), open(path, "rb") as raw:
-            offset = _seek_line_start(raw, self.part.start) if self.part.start else 0
+            offset = seek_line_start(raw, self.part.start) if self.part.start else 0
             try:
                 stream = open_decompressed(raw, path)
                 while not end or offset < end:
@@ -223,19 +224,18 @@ class PartReader:
                     self.position = raw.tell() - self.part.start
             except DAMAGED as error:
                 # Nothing tells how much is missing, or whether what was read before a wrong checksum is right.
-                self._reject_damaged_file(file, _damaged_message(f" after {self.tally.lines} lines", error))
+                self._reject_damaged_file(file, damaged_message(f" after {self.tally.lines} lines", error))
 
     def _read_json_lines(self, file: Input) -> Iterator[Document]:
         """Yield the documents of a JSON-lines file that begin in the part."""
-        if not file.bytes and not file.path.lower().endswith(COMPRESSED):  # counted like an empty text file
-            self.tally.records += 1
-            self.tally.dropped["empty"] += 1
-            return
         for offset, line in self._read_lines(file):
-            if not self.is_wanted(file.name, offset) or not line.strip():
+            if not self.is_wanted(file.name, offset) or not line.removeprefix(BOM).strip():
                 continue
             self.tally.records += 1
             number = self.tally.lines
+            if b"\0" in line:
+                self._reject_zeros(file, number, line)
+                continue
             content = self._decode_line(line.rstrip(b"\r\n"), file.shown_path, number, is_first=offset == 0)
             record = None if content is None else self._parse_json(content, file.shown_path, number, offset)
             if record is None:
@@ -247,22 +247,41 @@ class PartReader:
                     f"{file.shown_path} (byte {offset})" if before is None else f"{file.shown_path}:{number + before}"
                 )
                 yield Document(offset, location, *fields, name=file.name)
+        if self.part.end in (0, file.bytes):
+            self._count_empty_file()
+
+    def _count_empty_file(self) -> None:
+        """Count a part that is a whole file, or its beginning, like an empty text file if no record is in it."""
+        if not self.part.start and not self.tally.records:
+            self.tally.records += 1
+            self.tally.dropped["empty"] += 1
+
+    def _reject_zeros(self, file: Input, number: int, line: bytes) -> None:
+        """Reject a line with zero bytes, which JSON cannot have: count one record, and these bytes as damaged."""
+        zeros, first = line.count(0), line.index(0)
+        self.tally.damaged_bytes += zeros
+        problem = describe_binary(line) if number == 1 else ""
+        message = f"{zeros:,} zero bytes from byte {first} of the line on, as after a crash; copy it again"
+        self._reject("damaged", file.shown_path, number, f": {problem or message}")
 
     def _decode_line(self, line: bytes, path: str, number: int, is_first: bool) -> str | None:
-        """Decode a line of UTF-8, which may begin with a byte order mark if it is the first; None if it is rejected."""
-        encoding = "utf-8-sig" if is_first else "utf-8"
-        ending = name_compression(line) if is_first else ""
+        """Decode a line of UTF-8, which may begin with a byte order mark, as after `cat`; None if it is rejected."""
         try:
-            return line.decode(encoding)
+            return line.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            hint = f" (it is compressed: add {ending} to its name)" if ending else ""
-            is_allowed = self._allow_replacement(path, number, f"{_invalid_utf8_message(error)} of the line{hint}")
-            return line.decode(encoding, "replace") if is_allowed else None
+            problem = describe_binary(line) if is_first else ""
+            hint = f" ({problem})" if problem else ""
+            is_allowed = self._allow_replacement(path, number, f"{invalid_utf8_message(error)} of the line{hint}")
+            return line.decode("utf-8-sig", "replace") if is_allowed else None
 
     def _parse_json(self, content: str, path: str, number: int, offset: int) -> "_JsonValue | None":
         """Parse a line of JSON into a _JsonValue; reject it and return None if it cannot be read."""
         try:
-            return _JsonValue(json.loads(content))
+            value = json.loads(content)
+            wanted = (self.config.text_field, self.config.prompt_field)
+            if not (twice := find_repeated_key(content, wanted)):
+                return _JsonValue(value)
+            message = f"the object has the field {json.dumps(twice)} twice"
         except json.JSONDecodeError as error:
             message = f"not valid JSON: {error.msg} at column {error.colno}"
         except (ValueError, RecursionError) as error:  # a number of thousands of digits, or deeply nested brackets
@@ -303,7 +322,7 @@ class PartReader:
         try:
             return text.decode("utf-8")
         except UnicodeDecodeError as error:
-            is_allowed = self._allow_replacement(path, number, f'{_invalid_utf8_message(error)} of field "{key}"')
+            is_allowed = self._allow_replacement(path, number, f'{invalid_utf8_message(error)} of field "{key}"')
             return text.decode("utf-8", "replace") if is_allowed else None
 
     def _replace_surrogates(self, text: str, path: str, number: int) -> str | None:
@@ -338,6 +357,7 @@ class PartReader:
                         yield from self._make_document(dict.fromkeys(found.keys) | values, file, row)
                 rows += found.count
                 self.position = self.part.size * rows // found.total
+        self._count_empty_file()
 
     def _read_dataset(self, file: Input) -> Iterator[Document]:
         """Yield the documents of a dataset shard, from the hub or a local path."""
@@ -365,21 +385,3 @@ class _JsonValue:
     """A parsed JSON value; a wrapper, because the value may be None."""
 
     value: Any
-
-
-def _seek_line_start(raw: Any, start: int) -> int:
-    """Seek to the first line that begins at byte offset `start` or later; return its offset."""
-    raw.seek(start - 1)  # a line begins at `start` if the byte before it ends a line
-    while (piece := raw.readline(SKIP_BYTES)) and not piece.endswith(b"\n"):
-        pass
-    return raw.tell()
-
-
-def _invalid_utf8_message(error: UnicodeDecodeError) -> str:
-    """Return `: invalid UTF-8 byte 0xff at byte 7`, to be put behind file and line."""
-    return f": invalid UTF-8 byte 0x{error.object[error.start]:02x} at byte {error.start}"
-
-
-def _damaged_message(where: str, error: Exception) -> str:
-    """Return the message for a damaged compressed file, to be put behind its name."""
-    return f": compressed file ends early or is damaged{where} ({error}); copy or download it again"

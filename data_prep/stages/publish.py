@@ -29,7 +29,7 @@ from megatron_rdt.data.shard_files.indexed import token_dtype
 from megatron_rdt.data.tokenizer.base import Tokenizer
 from megatron_rdt.data.tokenizer.tokenizer_files import TOKENIZER_FILES
 from megatron_rdt.errors import ConfigError, DataError, RdtError
-from megatron_rdt.files import fsync_directory, hold_lock, is_disk_full, sha256_of
+from megatron_rdt.files import describe_full_disk, fsync_directory, hold_lock, is_disk_full, sha256_of
 from megatron_rdt.output_paths import check_can_be_renamed_to, is_mount_point, make_parent
 
 # Files in a corpus that --restart may delete; those in `packing` are written by `rdt prep pack` and by runs.
@@ -298,8 +298,8 @@ def explain_failure(out: Path, alone: bool) -> Iterator[None]:
         if not is_disk_full(error):
             raise
         raise DataError(
-            f"the disk is full while writing {out}. Free space, and `rdt prep` continues where it stopped; what is done is "
-            f"in {root}. Or set --out to another disk, and remove that directory."
+            f"{describe_full_disk(out.parent)} while writing {out}. Free space, and `rdt prep` continues where it stopped; "
+            f"what is done is in {root}. Or set --out to another disk, and remove that directory."
         ) from error
     except (EmptySplitError, SameTextError):
         is_useless = True

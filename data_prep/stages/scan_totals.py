@@ -85,7 +85,7 @@ def _describe_excess(found: dict[str, Any], max_bad: float) -> str:
     if records and lost <= BAD_LISTED:
         return ""
     about = f", about {lost:,} records," if records else ""
-    return f"{damaged:,} of {size:,} bytes of input{about} are in files that cannot be read to their end"
+    return f"{damaged:,} of {size:,} bytes of input{about} are zero or in files that cannot be read to their end"
 
 
 def check_splits(work: WorkingDirectory, documents: dict[str, int]) -> None:

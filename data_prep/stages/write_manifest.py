@@ -155,6 +155,6 @@ def print_summary(document: dict[str, Any]) -> None:
     print(f"records: {document['records']:,} read, {kept:,} kept, {sum(document['dropped'].values()):,} dropped")
     if document["damaged_bytes"]:
         print(
-            f"damaged: {document['damaged_bytes']:,} of {document['input_bytes']:,} bytes of input are in files that could "
-            "not be read to their end; what each of them lost counts as one record"
+            f"damaged: {document['damaged_bytes']:,} of {document['input_bytes']:,} bytes of input are zero or in files that "
+            "could not be read to their end; what each of them lost counts as one record"
         )

@@ -7,6 +7,7 @@ from typing import Any
 from megatron_rdt.errors import DataError
 
 PREFIX = "hf:"
+LONGEST_REASON = 300  # characters of an exception of the library that a message quotes
 # Beginnings of the names of files that describe a dataset and hold none of its rows.
 DESCRIPTIONS = ("README", "LICENSE", "dataset_info", ".git", ".DS_Store")
 
@@ -49,9 +50,11 @@ def list_unread_files(name: str) -> list[str]:
 
 
 def describe_exception(error: Exception) -> str:
-    """Return the first line of an exception's message without its full stop, or its type where it has no message."""
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+    """Return an exception's message in one line without its full stop, its beginning if it is long, or its type if empty."""
+    text = " ".join(str(error).split())
+    if len(text) > LONGEST_REASON:
+        text = f"{text[:LONGEST_REASON]} ..."
+    return text.rstrip(".") if text else type(error).__name__
 
 
 def dataset_error(name: str, error: Exception, option: str) -> DataError:

@@ -12,7 +12,7 @@ import torch
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import RunConfig
 from megatron_rdt.config.mixture_weights import integer_weights
-from megatron_rdt.data import Batch, BatchLoader, TokenCorpus
+from megatron_rdt.data import Batch, BatchLoader, IndexedWriter, TokenCorpus, load_manifest
 from megatron_rdt.data.mixture import schedule_turns
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.files import sha256_of
@@ -206,3 +206,28 @@ def test_other_masks_are_refused(configure: Configure, tiny_corpus: Path, tmp_pa
     (corpus / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="shard train/shard-00000 has other content"):
         resumed(configure, state, words[0])
+
+
+def test_other_document_boundaries_are_refused_where_they_matter(
+    configure: Configure, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    """The tokens are the same, and with a document mask or packing the samples are not. Older checkpoints cannot tell."""
+    corpus = write_random_corpus(tmp_path / "c", tiny_corpus / "tokenizer", {"train": [5000], "valid": [900]})
+    words = f"--data.path={corpus}", "--eval.every=0"
+    masked, plain = (*words, "--data.document_mask=true"), words
+    states = {given: open_prepared_data(configure(*given), 1).state(100) for given in (masked, plain)}
+    prefix = corpus / "train" / "shard-00000"
+    tokens, vocab_size = np.fromfile(f"{prefix}.bin", "<u2"), load_manifest(corpus).vocab_size
+    with IndexedWriter(prefix, vocab_size) as writer:
+        for piece in np.array_split(tokens, load_manifest(corpus).document["splits"]["train"]["documents"]):
+            writer.add_document(piece)
+    manifest = json.loads((corpus / "manifest.json").read_text())
+    manifest["splits"]["train"]["shards"][0]["idx_sha256"] = sha256_of(f"{prefix}.idx")
+    (corpus / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"other \.idx files than .*c has now: the tokens are the same"):
+        resumed(configure, states[masked], *masked)
+    resumed(configure, states[plain], *plain)
+    resumed(configure, states[plain], *masked)
+    for record in states[masked]["corpora"].values():
+        del record["documents"]
+    resumed(configure, states[masked], *masked)

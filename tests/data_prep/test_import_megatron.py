@@ -169,7 +169,9 @@ def test_masks_are_imported(tmp_path: Path, tokenizer: Path) -> None:
     assert (corpus / "train/shard-00000.mask").read_bytes() == prefix_path(prefix, ".mask").read_bytes()
     assert verify_corpus(corpus) == []
     plain = write_files(tmp_path / "plain", draw_documents(1))
-    with pytest.raises(DataError, match="some files of the split train have masks and others none"):
+    with pytest.raises(
+        DataError, match=r"ours/train/shard-00000 has masks and .*plain has none\. Put .*plain\.mask there, or remove"
+    ):
         import_corpus([str(prefix), str(plain)], str(tokenizer), str(tmp_path / "d"))
 
 
@@ -219,3 +221,37 @@ def test_wrong_paths(tmp_path: Path, tokenizer: Path) -> None:
         import_corpus([str(one)], str(tokenizer), str(tmp_path / "taken"))
     assert run_command(["prep", "import", str(one), "--out", str(tmp_path / "c")]) == 2
     assert json.loads((tmp_path / "taken" / "tokenizer_config.json").read_text())
+
+
+def import_copy(corpus: Path, out: Path) -> Path:
+    """Import the shards of a corpus anew, its training and its validation split."""
+    train, valid = ([str(prefix) for prefix in load_manifest(corpus).shard_prefixes(s)] for s in ("train", "valid"))
+    return import_corpus(train, str(corpus / "tokenizer"), str(out), valid)
+
+
+def test_masks_of_one_split_alone_are_refused(tmp_path: Path, tokenizer: Path) -> None:
+    """A mask that was left behind would make validation count text that training does not."""
+    corpus = write_random_corpus(
+        tmp_path / "c", tokenizer, {"train": [900, 900], "valid": [900]}, masks=True, block_hashes=False
+    )
+    (corpus / "valid" / "shard-00000.mask").unlink()
+    with pytest.raises(DataError, match=r"train/shard-00000 has masks and .*valid/shard-00000 has none\. Put "):
+        import_copy(corpus, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("suffix", "problem"), [(".bin", "is not as it was written"), (".mask", "is missing")])
+def test_shards_that_contradict_their_sums_are_refused(
+    suffix: str, problem: str, tmp_path: Path, tokenizer: Path
+) -> None:
+    """Their ids may be valid all the same, so that nothing else would tell."""
+    corpus = write_random_corpus(tmp_path / "c", tokenizer, {"train": [900], "valid": [900]}, masks=True)
+    assert verify_corpus(import_copy(corpus, tmp_path / "good")) == []
+    for split in ("train", "valid"):
+        file = corpus / split / f"shard-00000{suffix}"
+        content = file.read_bytes()
+        file.unlink()
+        if suffix == ".bin":
+            file.write_bytes(b"\x0b\x00" + content[2:])
+    with pytest.raises(DataError, match=rf"train/shard-00000\{suffix} {problem}"):
+        import_copy(corpus, tmp_path / "out")

@@ -197,7 +197,7 @@ def test_truncated_files_of_lines_stop_or_are_skipped(
         prepare(make_config(cut, tmp_path / "cut"))
     # Nothing tells how much of it is missing: it counts whole.
     with pytest.raises(
-        DataError, match=r"(\d+) of \1 bytes of input are in files that cannot be read to their end, more than"
+        DataError, match=r"(\d+) of \1 bytes of input are zero or in files that cannot be read to their end, more than"
     ):
         prepare(make_config(cut, tmp_path / "cut", on_bad="skip"))
     out = prepare(make_config(cut, tmp_path / "cut", on_bad="skip", max_bad=1.0))

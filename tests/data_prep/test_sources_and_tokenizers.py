@@ -4,6 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from data_prep import pipeline
@@ -33,6 +35,15 @@ def test_hugging_face_dataset_from_a_local_path(tiny_text: Path, tmp_path: Path)
     with pytest.raises(DataError, match="could not be read as a dataset"):
         prepare(missing)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_dataset_of_files_with_other_columns_says_which(tmp_path: Path) -> None:
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    for name, column in (("a", "text"), ("b", "content")):
+        pyarrow.parquet.write_table(pyarrow.table({column: ["some words"] * 9}), folder / f"{name}.parquet")
+    with pytest.raises(DataError, match=r"could not be read as a dataset: Couldn't cast content: string .*names don't"):
+        prepare(PrepConfig(sources=[f"hf:{folder}"], out=str(tmp_path / "out"), **OPTIONS))
 
 
 def test_an_existing_tokenizer_is_used(tiny_text: Path, tiny_corpus: Path, tmp_path: Path) -> None:

@@ -79,6 +79,12 @@ class CorpusManifest:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @property
+    def index_fingerprint(self) -> str:
+        """Hash of every shard's index, which says where documents begin; not part of `fingerprint`."""
+        hashes = [record["idx_sha256"] for _, record in self.shard_records()]
+        return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+    @property
     def shard_hashes(self) -> dict[str, str]:
         """First digits of the SHA-256 of each shard's tokens and side files, joined, by "split/name"."""
         return {
@@ -212,7 +218,15 @@ def load_manifest(path: str | Path) -> CorpusManifest:
         raise DataError(f"{file} does not exist. Make the shards first: rdt prep --config FILE --out {path}") from None
     except ValueError as error:
         raise DataError(f"{file} is not valid JSON ({error}). {REBUILD}") from None
-    if not isinstance(document, dict) or document.get("format") != FORMAT or document.get("version") != VERSION:
+    if not isinstance(document, dict):
+        document = {}
+    version = document.get("version")
+    if document.get("format") == FORMAT and _has_json_type(version, int) and version > VERSION:
+        raise DataError(
+            f"{file} is of version {version}, written by a newer release of this package; this one reads version {VERSION}. "
+            "Update the package: the corpus may be intact."
+        )
+    if document.get("format") != FORMAT or version != VERSION:
         raise DataError(f"{file} is not a manifest of format {FORMAT} version {VERSION}. {REBUILD}")
     problem = _describe_problem(document)
     if problem:

@@ -23,15 +23,21 @@ class CorpusRecord:
         fingerprint: of tokenizer, token type and shards.
         max_tokens: tokens that are used, the first ones; 0 for all.
         shards: beginning of the SHA-256 of every shard, by name, to say which one changed.
+        documents: hash of where documents begin, if samples depend on it; None if not, and in older checkpoints.
     """
 
     fingerprint: str
     max_tokens: int
     shards: dict[str, str]
+    documents: str | None = None
 
     def has_same_tokens(self, other: "CorpusRecord") -> bool:
         """Return True if both records are of the same tokens."""
         return (self.fingerprint, self.max_tokens) == (other.fingerprint, other.max_tokens)
+
+    def has_other_documents(self, other: "CorpusRecord") -> bool:
+        """Return True if samples of both records depend on where documents begin, and the two differ in that."""
+        return None not in (self.documents, other.documents) and self.documents != other.documents
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,11 @@ def continue_history(
             raise CheckpointError(
                 f"{source} was trained with {_describe_difference(known, record, paths[name])}: the order of the data "
                 f"would change. {suggest_same_data(source)}{ANOTHER_NAME if may_add else ''}"
+            )
+        if known is not None and known.has_other_documents(record):
+            raise CheckpointError(
+                f"{source} was trained with other .idx files than {paths[name]} has now: the tokens are the same, but "
+                f"documents begin elsewhere, and data.document_mask or data.pack depends on that. {SAME_OR_NEW}"
             )
     phase, last_phase = now.phases[0], before.phases[-1]
     if phase.counts == last_phase.counts:  # both in lowest terms

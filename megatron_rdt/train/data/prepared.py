@@ -85,7 +85,9 @@ def _check_same_on_all_ranks(manifests: Mapping[str, CorpusManifest]) -> None:
 
     Nodes may have copies of their own, and a corpus may have been replaced between the starts of two ranks.
     """
-    of_ranks = gather_objects({name: manifest.fingerprint for name, manifest in manifests.items()})
+    of_ranks = gather_objects(
+        {name: (manifest.fingerprint, manifest.index_fingerprint) for name, manifest in manifests.items()}
+    )
     for rank, fingerprints in enumerate(of_ranks):
         for name, fingerprint in fingerprints.items():
             if fingerprint != of_ranks[0][name]:
@@ -175,8 +177,15 @@ class PreparedData:
             name: self._open_split(manifest, "train", self.settings[name].max_tokens)
             for name, manifest in manifests.items()
         }
+        # Without masks and packing, where documents begin decides nothing, and an index may be made anew.
+        uses_documents = config.data.document_mask or config.data.pack != "chunk"
         records = {
-            name: CorpusRecord(manifest.fingerprint, self.settings[name].max_tokens, manifest.shard_hashes)
+            name: CorpusRecord(
+                manifest.fingerprint,
+                self.settings[name].max_tokens,
+                manifest.shard_hashes,
+                manifest.index_fingerprint if uses_documents else None,
+            )
             for name, manifest in manifests.items()
         }
         weights = integer_weights({name: corpus.weight for name, corpus in self.settings.items()})

@@ -414,3 +414,15 @@ def test_every_flipped_bit_of_an_index_is_located(tmp_path: Path, single: bool) 
     assert missed < 10
     for end in range(len(content)):
         assert check_index(content[:end], *arguments).ends is None
+
+
+def test_a_corpus_of_a_newer_release_is_not_called_damaged(tiny_corpus: Path, tmp_path: Path) -> None:
+    """The remedy must not be to make it anew."""
+    manifest = json.loads((tiny_corpus / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"version": 2}))
+    with pytest.raises(DataError, match=r"is of version 2, written by a newer release .* Update the package") as caught:
+        load_manifest(tmp_path)
+    assert "--restart" not in str(caught.value)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"version": 0}))
+    with pytest.raises(DataError, match="is not a manifest of format rdt-tokens version 1"):
+        load_manifest(tmp_path)

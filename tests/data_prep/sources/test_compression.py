@@ -97,9 +97,9 @@ def test_compressed_files_by_another_name(
     path = tmp_path / f"a.txt{ending if twice else ''}"
     path.write_bytes(compress(compress(LINES)) if twice else compress(LINES))
     for on_bad in ("error", "replace"):
-        with pytest.raises(DataError, match=rf"{path.name}: it is compressed; add \{ending} to its name"):
+        with pytest.raises(DataError, match=rf"{path.name}: it is compressed: add \{ending} to its name"):
             read_file(path, on_bad=on_bad)
     lines = tmp_path / "a.jsonl"
     lines.write_bytes(compress(LINES))
-    with pytest.raises(DataError, match=rf"a\.jsonl:1: invalid UTF-8 .*it is compressed: add \{ending} to its name"):
+    with pytest.raises(DataError, match=rf"a\.jsonl:1: (invalid UTF-8 .*)?it is compressed: add \{ending} to its name"):
         read_file(lines)

@@ -76,7 +76,7 @@ def test_plans_lie_with_the_corpus(tiny_corpus: Path) -> None:
 
 def test_ranks_that_read_different_corpora_are_refused(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     gather = "megatron_rdt.train.data.prepared.gather_objects"
-    monkeypatch.setattr(gather, lambda mine: [mine, mine, {**mine, "tiny": "another"}])
+    monkeypatch.setattr(gather, lambda mine: [mine, mine, {**mine, "tiny": ("another", mine["tiny"][1])}])
     with pytest.raises(DataError, match=r"rank 2 reads another corpus .*tiny than rank 0\. Give every node the same"):
         open_prepared_data(configure(), 3)
     monkeypatch.setattr(gather, lambda mine: [mine, mine, mine])

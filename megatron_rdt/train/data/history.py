@@ -118,7 +118,7 @@ def continue_history(
         if known is not None and known.has_other_documents(record):
             raise CheckpointError(
                 f"{source} was trained with other .idx files than {paths[name]} has now: the tokens are the same, but "
-                f"documents begin elsewhere, and data.document_mask or data.pack depends on that. {SAME_OR_NEW}"
+                f"documents begin elsewhere, and data.document_mask or data.pack depends on that. {suggest_same_data(source)}"
             )
     phase, last_phase = now.phases[0], before.phases[-1]
     if phase.counts == last_phase.counts:  # both in lowest terms

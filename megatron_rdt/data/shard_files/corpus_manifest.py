@@ -221,7 +221,7 @@ def load_manifest(path: str | Path) -> CorpusManifest:
     if not isinstance(document, dict):
         document = {}
     version = document.get("version")
-    if document.get("format") == FORMAT and _has_json_type(version, int) and version > VERSION:
+    if document.get("format") == FORMAT and isinstance(version, int) and version > VERSION:
         raise DataError(
             f"{file} is of version {version}, written by a newer release of this package; this one reads version {VERSION}. "
             "Update the package: the corpus may be intact."

@@ -38,6 +38,12 @@ class PrepConfig:
     """Field of a JSONL, Parquet or Hugging Face record that holds the text."""
     prompt_field: str = ""
     """Field of a record that holds a prompt: text that precedes the text and does not count for the loss. A record without the field has no prompt."""
+    task_field: str = ""
+    """Field of a record that names the task of an example, as `rdt prep tasks` writes them; needs `difficulty_field`. A record is then BOS, prompt, text and EOS, taken as it is: no cleaning, no removal of duplicates, and EOS does not count for the loss."""
+    difficulty_field: str = ""
+    """Field of a record that holds the difficulty of an example, a whole number."""
+    label_field: str = ""
+    """Field of a record that holds the answer at every position of the prompt, separated by spaces, `_` where there is none. A record with labels is BOS, prompt and EOS, so that the answers are targets and never input; its text is the last of them."""
     hf_split: str = "train"
     """Split of a Hugging Face dataset to stream."""
     max_documents: int = 0
@@ -174,9 +180,34 @@ def check_prep(config: PrepConfig) -> None:
     _check_sources(config)
     if config.prompt_field and config.prompt_field == config.text_field:
         raise ConfigError(f"prompt_field and text_field are both {config.text_field!r}. Name two fields.")
+    _check_example_fields(config)
     _check_extensions(config)
     parse_array_task(config)
     check_cleaning(config)
+
+
+def _check_example_fields(config: PrepConfig) -> None:
+    """Raise ConfigError if fields of examples are missing or repeated, or if an option would change or drop examples."""
+    if not (config.task_field or config.difficulty_field or config.label_field):
+        return
+    for name in ("prompt_field", "task_field", "difficulty_field"):
+        if not getattr(config, name):
+            raise ConfigError(f"{name} is empty, examples need it. Set --{name}, or omit the fields of examples.")
+    fields = [config.text_field, config.prompt_field, config.task_field, config.difficulty_field, config.label_field]
+    repeated = [name for name in fields if name and fields.count(name) > 1]
+    if repeated:
+        raise ConfigError(f"{repeated[0]!r} is named as two fields of a record. Name different ones.")
+    if streamed := [source for source in (*config.sources, *config.valid_sources) if source.startswith(PREFIX)]:
+        raise ConfigError(f"{streamed[0]} has no examples of tasks: they are read from files. Omit --task_field.")
+    # Small difficulties have few different problems, which training sees again and again.
+    unchanged = {"dedup": "none", "normalize": "none", "min_chars": 0, "max_chars": 0, "filters": []}
+    unchanged |= {"max_repeated_lines": 1.0, "max_repeated_ngrams": 1.0}
+    for name, value in unchanged.items():
+        if getattr(config, name) != value:
+            shown = value if value != [] else "[]"
+            raise ConfigError(
+                f"{name} is {getattr(config, name)}, which would drop or change examples of tasks. Set --{name} {shown}."
+            )
 
 
 def _check_extensions(config: PrepConfig) -> None:

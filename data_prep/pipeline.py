@@ -29,9 +29,10 @@ from data_prep.sources.inputs import Input, Part, describe_changed_input, descri
 from data_prep.stages import publish
 from data_prep.stages.duplicates import find_duplicates
 from data_prep.stages.encode import encode_slice, spill_path
+from data_prep.stages.encode_examples import check_marks_examples
 from data_prep.stages.repeated_text import check_files_differ, check_text_is_left
 from data_prep.stages.scan import hash_inputs, scan_first_documents, scan_part, scan_record_path, scan_rows_path
-from data_prep.stages.scan_totals import check_scan, count_lines_before
+from data_prep.stages.scan_totals import check_scan, count_lines_before, list_tasks
 from data_prep.stages.tokenizer.make_tokenizer import make_tokenizer, tokenizer_record_path
 from data_prep.stages.tokenizer.train_sentencepiece import check_special_tokens
 from data_prep.stages.tokenizer.write_tokenizer import check_has_eos
@@ -104,7 +105,10 @@ def _check_inputs(out: Path, config: PrepConfig, inputs: list[Input]) -> None:
         DataError: the disk has no room, or the tokenizer is missing or damaged.
     """
     if config.tokenizer:
-        check_has_eos(Tokenizer(config.tokenizer))
+        tokenizer = Tokenizer(config.tokenizer)
+        check_has_eos(tokenizer)
+        if config.task_field:
+            check_marks_examples(tokenizer)
     else:
         check_special_tokens(config.special_tokens)
     publish.check_file_counts(config, inputs)
@@ -275,7 +279,7 @@ def _encode_groups(work: WorkingDirectory, runner: StepRunner, groups: list[Part
     """Encode the parts of groups in slices, and write the shards of each group when its slices are done."""
     job = work.job
     vocab_size = Tokenizer(job.corpus / "tokenizer").vocab_size
-    lines_before = count_lines_before(work)
+    lines_before, tasks = count_lines_before(work), list_tasks(work)
     text_bytes = read_text_bytes(job, work.parts)
     steps: list[Step] = []
     for group in groups:
@@ -287,7 +291,7 @@ def _encode_groups(work: WorkingDirectory, runner: StepRunner, groups: list[Part
                 f"encode-{part.name}-{i:02d}",
                 spill_path(job, part, i, ".json"),
                 encode_slice,
-                (part, i, count, lines_before[part.index]),
+                (part, i, count, lines_before[part.index], tasks),
                 text_bytes[part.index] // count,
             )
             for part, count in zip(group.parts, group.slices)

@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_rdt.data.shard_files.corpus_manifest import CorpusManifest, load_manifest
 from megatron_rdt.data.shard_files.open_shards import Shards
-from megatron_rdt.data.shard_files.side_files import MASK
+from megatron_rdt.data.shard_files.side_files import EXAMPLES, LABELS, MASK
 from megatron_rdt.data.tokenizer.base import Tokenizer
 from megatron_rdt.errors import ConfigError
 
@@ -129,9 +129,16 @@ def format_documents(directory: str | Path, split: str, numbers: Sequence[int], 
         count = int(shard.lengths[first:end].sum())
         start = int(shard.pointers[first]) // shard.dtype.itemsize if count else 0
         title = f"document {number:,}: {count:,} tokens from {start:,} on of {split}/{prefixes[index].name}"
+        if shard.has(EXAMPLES):
+            example = shard.read_examples(local, 1)[0]
+            title += f", {manifest.tasks[example['task']]} of difficulty {example['difficulty']}"
         yield style.format_heading(f"{RULE} {title} {RULE}")
         counts = shard.read_mask(start, count) > 0 if shard.has(MASK) else None
         yield from _format_tokens(shard.read(start, count), counts, tokenizer, style)
+        if shard.has(LABELS):
+            labels = shard.read_labels(start, count)
+            shown = (tokenizer.decode([i]) for i in (labels if counts is None else labels[counts]).tolist())
+            yield style.format_heading("targets ") + escape_unprintable(" ".join(shown))
     shards.close()
 
 

@@ -5,10 +5,13 @@
 | `hops:N` | a random cycle through N nodes, written as edges in random order; the node d hops after a given one |
 | `product:G` | d + 1 uniform elements of the group G; their product, d multiplications |
 | `prefixes:G` | d + 1 uniform elements of the group G; all their prefix products |
+| `parity` | d + 1 random bits; their sum modulo 2 |
 | `addition:D` | d + 1 numbers of up to D digits; their sum |
 | `modular:M` | an expression of depth d with +, -, * on residues; its value modulo M |
+| `composition`, `systematic` | see `data_prep.reasoning.knowledge_graph` |
 
-Everything is written in digits and signs: with a tokenizer that splits digits, the same number is always the same tokens.
+As text everything is written in digits and signs: with a tokenizer that splits digits, the same number is always the same
+tokens. As symbols, every element is one token.
 """
 
 import itertools
@@ -16,32 +19,17 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple
 
+from data_prep.reasoning.difficulties import DifficultyMix
 from data_prep.reasoning.groups import Group, pad_number
+from data_prep.reasoning.instances import NO_LABEL, Instance, Symbols, Task, Vocabulary, mark_answer
+from data_prep.reasoning.knowledge_graph import parse_graph_task
 from data_prep.reasoning.random_stream import RandomStream
 from megatron_rdt.errors import ConfigError
 
 DEEPEST_EXPRESSION = 16  # a deeper one has thousands of numbers
-
-
-class Instance(NamedTuple):
-    """One problem: prompt, answer, and the content in canonical form, which does not depend on how it is written."""
-
-    prompt: str
-    answer: str
-    content: str
-
-
-class Task(NamedTuple):
-    """A family of instances with difficulties 1 ... `hardest`, or without an upper bound."""
-
-    name: str
-    make: Callable[[RandomStream, int], Instance]
-    """Make the instance of a stream of random numbers and a difficulty."""
-    count_instances: Callable[[int], int]
-    """Count the different instances of a difficulty."""
-    hardest: int | None = None
+MOST_SYMBOL_NODES = 40  # an edge is a symbol of its own, so that there are about as many symbols as the square of this
+HOP, PLUS, PARITY = "hop", "+", "parity"
 
 
 def _make_hops_task(name: str, nodes: int) -> Task:
@@ -55,10 +43,24 @@ def _make_hops_task(name: str, nodes: int) -> Task:
         edges = [f"{a}>{b}" for a, b in zip(names, names[1:] + names[:1])]
         question = f"From {names[0]}, {hops} {'hop' if hops == 1 else 'hops'}:"
         # The content lists the edges in walking order, whatever order the prompt shows them in.
-        shuffled = " ".join(edges[i] for i in stream.draw_permutation(nodes))
-        return Instance(f"{shuffled}. {question}", names[hops], f"{' '.join(edges)}. {question}")
+        shuffled = [edges[i] for i in stream.draw_permutation(nodes)]
+        # One symbol per hop, which has the node after it as its label.
+        prompt, reached = [name, *shuffled, names[0], *[HOP] * hops], mark_answer(names[1 : hops + 1])
+        symbols = Symbols(prompt, reached[-1:], [NO_LABEL] * (nodes + 2) + reached)
+        text = f"{' '.join(shuffled)}. {question}"
+        return Instance(text, names[hops], f"{' '.join(edges)}. {question}", symbols)
 
-    return Task(name, make, lambda hops: math.factorial(nodes), nodes - 1)
+    def list_symbols() -> Vocabulary:
+        """Return nodes, edges and the symbol of a hop; ConfigError if there are too many nodes."""
+        if nodes > MOST_SYMBOL_NODES:
+            raise ConfigError(
+                f"{name} has {nodes * (nodes - 1):,} edges, and each would be a symbol. Set --task hops:{MOST_SYMBOL_NODES} "
+                "at most, or --format text."
+            )
+        names = [pad_number(node, nodes) for node in range(nodes)]
+        return Vocabulary([*names, *(f"{a}>{b}" for a in names for b in names if a != b), HOP], names)
+
+    return Task(name, make, lambda hops: math.factorial(nodes), list_symbols, name, nodes - 1, labels_hint="")
 
 
 def _make_product_task(name: str, group: Group, prefixes: bool) -> Task:
@@ -67,14 +69,42 @@ def _make_product_task(name: str, group: Group, prefixes: bool) -> Task:
     def make(stream: RandomStream, difficulty: int) -> Instance:
         """Draw `difficulty` + 1 elements; ask for their product, or for all prefix products."""
         word = [group.elements[stream.draw_below(len(group.elements))] for _ in range(difficulty + 1)]
-        products = list(itertools.accumulate(word, group.product))
-        text = " * ".join(map(group.format_element, word))
+        elements = list(map(group.format_element, word))
+        products = list(map(group.format_element, itertools.accumulate(word, group.product)))
+        text = " * ".join(elements)
         prompt = f"{group.name}{' prefixes' if prefixes else ''}: {text} ="
-        answer = " ".join(map(group.format_element, products if prefixes else products[-1:]))
+        asked = products if prefixes else products[-1:]
+        labels = None if prefixes else [NO_LABEL, *mark_answer(products)]
+        symbols = Symbols([name, *elements], mark_answer(asked), labels)
         # Both tasks have the same content, so that a product and its prefixes, which contain it, are in the same split.
-        return Instance(prompt, answer, f"{group.name}: {text}")
+        return Instance(prompt, " ".join(asked), f"{group.name}: {text}", symbols)
 
-    return Task(name, make, lambda difficulty: len(group.elements) ** (difficulty + 1))
+    def list_symbols() -> Vocabulary:
+        """Return the elements."""
+        elements = list(map(group.format_element, group.elements))
+        return Vocabulary(elements, elements)
+
+    def count_instances(difficulty: int) -> int:
+        """Count the words."""
+        return len(group.elements) ** (difficulty + 1)
+
+    leak = f"writes every answer before the next one. Take product:{group.name} with --labels, which hides them"
+    return Task(name, make, count_instances, list_symbols, name, labels_hint=leak if prefixes else "")
+
+
+def _make_parity_task() -> Task:
+    """Make task `parity`: the sum of bits modulo 2, one bit more than the difficulty."""
+
+    def make(stream: RandomStream, difficulty: int) -> Instance:
+        """Draw `difficulty` + 1 bits; ask whether the number of ones is odd."""
+        bits = [stream.draw_below(2) for _ in range(difficulty + 1)]
+        parities = [str(total % 2) for total in itertools.accumulate(bits)]
+        text = " ".join(map(str, bits))
+        symbols = Symbols([PARITY, *map(str, bits)], mark_answer(parities[-1:]), [NO_LABEL, *mark_answer(parities)])
+        return Instance(f"parity: {text} =", parities[-1], f"parity: {text}", symbols)
+
+    vocabulary = Vocabulary(["0", "1"], ["0", "1"])
+    return Task(PARITY, make, lambda difficulty: 2 ** (difficulty + 1), lambda: vocabulary, PARITY, labels_hint="")
 
 
 def _make_addition_task(name: str, digits: int) -> Task:
@@ -85,10 +115,37 @@ def _make_addition_task(name: str, digits: int) -> Task:
         """Draw `difficulty` + 1 numbers; ask for their sum."""
         numbers = [stream.draw_below(limit) for _ in range(difficulty + 1)]
         content = " + ".join(map(str, sorted(numbers)))
-        return Instance(f"{' + '.join(map(str, numbers))} =", str(sum(numbers)), content)
+        text = f"{' + '.join(map(str, numbers))} ="
+        return Instance(text, str(sum(numbers)), content, _write_addition(name, numbers, limit))
+
+    def list_symbols() -> Vocabulary:
+        """Return digits and the sign."""
+        return Vocabulary([*map(str, range(10)), PLUS], list(map(str, range(10))))
 
     # Sums that differ only in the order of their operands are one instance: multisets of d + 1 numbers.
-    return Task(name, make, lambda difficulty: math.comb(limit + difficulty, difficulty + 1))
+    count = lambda difficulty: math.comb(limit + difficulty, difficulty + 1)  # noqa: E731
+    return Task(name, make, count, list_symbols, name, labels_hint="")
+
+
+def _write_addition(name: str, numbers: Sequence[int], limit: int) -> Symbols:
+    """Write a sum as symbols: numbers below `limit` as digits from the lowest on, as many as the largest sum may have.
+
+    So the label of a digit, that digit of the running sum, depends on nothing that comes later.
+    """
+    width = len(str(len(numbers) * (limit - 1)))
+
+    def write(number: int) -> list[str]:
+        """Return the digits of a number, the lowest first."""
+        return list(f"{number:0{width}d}"[::-1])
+
+    prompt, labels = [name], [NO_LABEL]
+    for index, (number, total) in enumerate(zip(numbers, itertools.accumulate(numbers))):
+        if index:
+            prompt.append(PLUS)
+            labels.append(NO_LABEL)
+        prompt += write(number)
+        labels += mark_answer(write(total))
+    return Symbols(prompt, labels[-width:], labels)
 
 
 def _make_modular_task(name: str, modulus: int) -> Task:
@@ -108,15 +165,22 @@ def _make_modular_task(name: str, modulus: int) -> Task:
     def make(stream: RandomStream, depth: int) -> Instance:
         """Draw an expression of this depth; ask for its value."""
         text, value = draw_expression(stream, depth)
-        prompt = f"{text} mod {modulus} ="
-        return Instance(prompt, str(value), prompt)
+        prompt, answer = f"{text} mod {modulus} =", str(value)
+        symbols = Symbols([name, *re.findall(r"\d+|[()*+-]", text)], mark_answer([answer]))
+        return Instance(prompt, answer, prompt, symbols)
 
     @cache
     def count_up_to(depth: int) -> int:
         """Count the expressions of at most this depth: a residue, or one of three signs between two shallower ones."""
         return modulus + 3 * count_up_to(depth - 1) ** 2 if depth > 0 else modulus
 
-    return Task(name, make, lambda depth: count_up_to(depth) - count_up_to(depth - 1), DEEPEST_EXPRESSION)
+    def count_instances(depth: int) -> int:
+        """Count the expressions of exactly this depth."""
+        return count_up_to(depth) - count_up_to(depth - 1)
+
+    residues = list(map(str, range(modulus)))
+    vocabulary = Vocabulary([*residues, *"()+-*"], residues)
+    return Task(name, make, count_instances, lambda: vocabulary, name, DEEPEST_EXPRESSION)
 
 
 # Tasks whose parameter is a number: constructor, default, least, most, and the meaning for messages.
@@ -127,6 +191,7 @@ _NUMBERS: dict[str, tuple[Callable[[str, int], Task], int, int, int, str]] = {
 }
 # Tasks whose parameter is a group: True if all prefix products are asked for.
 _GROUPS = {"product": False, "prefixes": True}
+_GRAPHS = ("composition", "systematic")
 DEFAULT_GROUP = "S5"
 
 
@@ -139,8 +204,12 @@ def parse_task(name: str) -> Task:
     kind, colon, parameter = name.partition(":")
     if kind in _GROUPS:
         return _make_product_task(name, Group(parameter if colon else DEFAULT_GROUP), _GROUPS[kind])
+    if kind in _GRAPHS:
+        return parse_graph_task(name)
+    if name == PARITY:
+        return _make_parity_task()
     if kind not in _NUMBERS:
-        known = ", ".join([*_NUMBERS, *_GROUPS])
+        known = ", ".join([*_NUMBERS, *_GROUPS, PARITY, *_GRAPHS])
         raise ConfigError(f"there is no task {name!r}. Set --task to one or several of {known}, such as hops:16.")
     make, default, least, most, meaning = _NUMBERS[kind]
     number = parameter if colon else str(default)
@@ -150,13 +219,13 @@ def parse_task(name: str) -> Task:
     return make(name, int(number))
 
 
-def check_difficulty(tasks: Sequence[Task], easiest: int, hardest: int) -> None:
-    """Raise ConfigError if the range is empty, or if a task has no instances of a difficulty in it."""
-    if not 1 <= easiest <= hardest:
-        remedy = "Set --difficulty to one number from 1, or to two, the smaller first."
-        raise ConfigError(f"difficulty {easiest},{hardest} is not a range. {remedy}")
+def check_difficulty(tasks: Sequence[Task], mix: DifficultyMix, option: str = "difficulty") -> None:
+    """Raise ConfigError if a task has no instances of one of the difficulties, which are of this option."""
     for task in tasks:
-        if task.hardest is not None and hardest > task.hardest:
+        if task.hardest is not None and mix.values[-1] > task.hardest:
             more = " or take more nodes, such as hops:100" if task.name.startswith("hops") else ""
-            found = f"{task.name} has difficulties up to {task.hardest}, not {hardest}"
-            raise ConfigError(f"{found}. Set --difficulty to at most that{more}.")
+            found = f"{task.name} has difficulties up to {task.hardest}, not {mix.values[-1]}"
+            raise ConfigError(f"{found}. Set --{option} to at most that{more}.")
+        if mix.values[0] < task.easiest:
+            found = f"{task.name} has difficulties from {task.easiest} on, not {mix.values[0]}"
+            raise ConfigError(f"{found}. Set --{option} to at least that.")

@@ -12,6 +12,7 @@ from typing import Any
 
 from data_prep.config import PrepConfig
 from data_prep.sources.compression import DAMAGED, open_decompressed
+from data_prep.sources.example_fields import ExampleFields, list_record_fields, take_example_fields
 from data_prep.sources.folder_walk import name_unreadable
 from data_prep.sources.hugging_face_files import read_dataset_shard, read_spool
 from data_prep.sources.inputs import Input, Part
@@ -41,6 +42,7 @@ class Document:
         location: for messages, such as `corpus/a.jsonl:17`.
         text: its text.
         prompt: text before it that does not count for the loss.
+        example: task, difficulty and labels, if it is an example of a task.
         name: of its input.
     """
 
@@ -48,6 +50,7 @@ class Document:
     location: str
     text: str
     prompt: str = ""
+    example: ExampleFields | None = None
     name: str = ""
 
 
@@ -289,8 +292,8 @@ class PartReader:
         self._reject("bad_json", path, number, f" (byte {offset}): {message}")
         return None
 
-    def _take_fields(self, record: Any, path: str, number: int) -> tuple[str, str] | None:
-        """Return text and prompt of a record; None if it is rejected."""
+    def _take_fields(self, record: Any, path: str, number: int) -> tuple[str, str, ExampleFields | None] | None:
+        """Return text, prompt and any fields of an example of a record; None if it is rejected."""
         values = []
         for key in (self.config.text_field, self.config.prompt_field):
             value = record.get(key) if isinstance(record, dict) else record
@@ -315,7 +318,11 @@ class PartReader:
             if text is None:
                 return None
             values.append(text)
-        return values[0], values[1]
+        example = take_example_fields(record, self.config) if self.config.task_field else None
+        if isinstance(example, str):
+            self._reject("bad_field", path, number, example)
+            return None
+        return values[0], values[1], example
 
     def _replace_invalid_text(self, text: InvalidText, key: str, path: str, number: int) -> str | None:
         """Return a text of a Parquet file with invalid UTF-8 replaced; None if it is rejected."""
@@ -339,7 +346,14 @@ class PartReader:
 
     def _read_parquet(self, file: Input) -> Iterator[Document]:
         """Yield the documents of the part's row groups; rows are numbered from 1 through the whole file."""
-        wanted, rows = [self.config.text_field, self.config.prompt_field], 0
+        config, rows = self.config, 0
+        wanted = [
+            config.text_field,
+            config.prompt_field,
+            config.task_field,
+            config.difficulty_field,
+            config.label_field,
+        ]
         with name_unreadable(file.path):
             for found in read_row_groups(file.path, self.part.start, self.part.end, wanted):
                 if isinstance(found, LostRows):
@@ -369,7 +383,7 @@ class PartReader:
         """Yield the documents that the first reading of a dataset shard kept."""
         for row, prompt, text in read_spool(spool):
             if self.is_wanted(file.name, row):
-                yield Document(row, f"{file.name}:{row}", text, prompt, file.name)
+                yield Document(row, f"{file.name}:{row}", text, prompt, name=file.name)
 
     def _make_document(self, record: Any, file: Input, row: int) -> Iterator[Document]:
         """Yield the document of a row, or nothing if it is rejected."""

@@ -1,5 +1,7 @@
 """Second pass over the text: encode the documents of a part that are kept, in the order of the part, into spill files."""
 
+import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from data_prep.jobs.workers import report_progress
 from data_prep.jobs.working_directory import Job
 from data_prep.sources.inputs import Part
 from data_prep.sources.records import Document, PartReader
+from data_prep.stages.encode_examples import encode_examples
 from data_prep.stages.scan import (
     hash_content,
     hash_order_key,
@@ -22,6 +25,7 @@ from data_prep.stages.scan import (
 )
 from data_prep.stages.scan_rows import SCAN_ROW, ArrayWriter
 from megatron_rdt.data.shard_files.indexed import MAX_SEQUENCE, token_dtype
+from megatron_rdt.data.shard_files.side_files import EXAMPLE
 from megatron_rdt.data.tokenizer.base import Tokenizer
 from megatron_rdt.data.tokenizer.bpe_word_cache import SPACE
 from megatron_rdt.errors import DataError
@@ -30,7 +34,9 @@ from megatron_rdt.files import atomic_open
 CHUNK_BYTES = 1 << 18  # text that is encoded at a time
 SLICE_BYTES, MOST_SLICES = 64_000_000, 16
 DIGEST_BYTES = 16
-SPILL_ROW = np.dtype([("tokens", "<u4"), ("prompt", "<u4")])  # tokens of a document, and of these in the prompt
+# Tokens of a document, and of these in the prompt; of an example its task, difficulty and tokens of the answer.
+SPILL_ROW = np.dtype([("tokens", "<u4"), ("prompt", "<u4"), *((name, EXAMPLE[name]) for name in EXAMPLE.names or ())])
+TARGETS = ".targets"  # ending of the spill file of examples with the target of each column
 
 
 def count_slices(text_bytes: int) -> int:
@@ -42,7 +48,7 @@ def count_slices(text_bytes: int) -> int:
 
 
 def spill_path(job: Job, part: Part, index: int, suffix: str) -> Path:
-    """Return the path of a slice's tokens (`.bin`), rows (`.npy`: SPILL_ROW (documents,)) or record (`.json`)."""
+    """Return the path of a slice's tokens (`.bin`), TARGETS, rows (`.npy`: SPILL_ROW (documents,)) or record (`.json`)."""
     return job.path("encode", f"{part.name}-{index:02d}{suffix}")
 
 
@@ -102,9 +108,9 @@ def read_kept_documents(job: Job, part: Part, rows: np.ndarray, lines_before: in
         text, _ = cleaner(document.text)
         prompt = normalize_prompt(config, document.prompt)
         # A document at the same position with other content: the file changed.
-        if hash_content(prompt, text) != get_digest(hashes):
+        if hash_content(prompt, text, document.example) != get_digest(hashes):
             break
-        yield Document(document.number, document.location, text, prompt, document.name)
+        yield dataclasses.replace(document, text=text, prompt=prompt)
         found += 1
         if found == len(rows):
             return
@@ -114,8 +120,19 @@ def read_kept_documents(job: Job, part: Part, rows: np.ndarray, lines_before: in
     )
 
 
-def encode_slice(job: Job, part: Part, index: int, slices: int, lines_before: int) -> None:
+def no_target(dtype: np.dtype) -> int:
+    """Return the value that spill files of targets have in columns that do not count; no id is as large."""
+    return int(np.iinfo(dtype).max)
+
+
+def encode_slice(job: Job, part: Part, index: int, slices: int, lines_before: int, tasks: list[str]) -> None:
     """Encode slice `index` of `slices` of a part into its spill files, then write its record.
+
+    Args:
+        job: options and paths.
+        part, index, slices: the slice.
+        lines_before: lines of the file before the part.
+        tasks: names of all tasks that examples have.
 
     Raises:
         DataError: an id outside the vocabulary, a document that is too long, or a file that changed.
@@ -123,12 +140,17 @@ def encode_slice(job: Job, part: Part, index: int, slices: int, lines_before: in
     tokenizer = _load_tokenizer(job.corpus / "tokenizer")
     rows = read_kept_rows(job, part, index, slices)
     documents = read_kept_documents(job, part, rows, lines_before)
-    files = [spill_path(job, part, index, suffix) for suffix in (".bin", ".npy")]
+    suffixes = (".bin", ".npy", TARGETS) if job.config.task_field else (".bin", ".npy")
+    files = [spill_path(job, part, index, suffix) for suffix in suffixes]
     tokens = with_space = 0
-    with atomic_open(files[0], "wb") as tokens_file, atomic_open(files[1], "wb") as rows_file:
+    with contextlib.ExitStack() as stack:
+        tokens_file, rows_file, *targets_file = (stack.enter_context(atomic_open(file, "wb")) for file in files)
         spill_rows = ArrayWriter(rows_file, SPILL_ROW)
         for chunk in _chunk_documents(documents, rows["bytes"]):
-            tokens += _encode_chunk(chunk, tokenizer, tokens_file, spill_rows)
+            if targets_file:
+                tokens += _encode_example_chunk(chunk, tokenizer, tasks, tokens_file, targets_file[0], spill_rows)
+            else:
+                tokens += _encode_chunk(chunk, tokenizer, tokens_file, spill_rows)
             with_space += sum(SPACE in document.text for document in chunk)
         spill_rows.finish()
     content = {"documents": len(rows), "tokens": tokens, "contains_u2581": with_space}
@@ -161,6 +183,45 @@ def _encode_chunk(chunk: list[Document], tokenizer: Tokenizer, file: IO[Any], ro
     # One array for the whole chunk: checked, converted and written at once, which is faster than document by document.
     flat = np.concatenate([piece for prompt, text in zip(before, texts) for piece in (prompt, text, eos)])
     lengths = [len(prompt) + len(text) + 1 for prompt, text in zip(before, texts)]
+    _check_ids(chunk, lengths, flat, tokenizer)
+    file.write(flat.astype(token_dtype(tokenizer.vocab_size)).tobytes())
+    for length, prompt in zip(lengths, before):
+        rows.add((length, len(prompt), 0, 0, 0))
+    return len(flat)
+
+
+def _encode_example_chunk(
+    chunk: list[Document],
+    tokenizer: Tokenizer,
+    tasks: list[str],
+    file: IO[Any],
+    targets_file: IO[Any],
+    rows: ArrayWriter,
+) -> int:
+    """Append ids of examples to `file`, their targets to `targets_file`, and SPILL_ROWs to `rows`; return the id count."""
+    encoded = encode_examples(chunk, tokenizer)
+    flat = np.concatenate([one.tokens for one in encoded])
+    _check_ids(chunk, [len(one.tokens) for one in encoded], flat, tokenizer)
+    dtype = token_dtype(tokenizer.vocab_size)
+    targets = np.concatenate([one.targets for one in encoded])
+    targets_file.write(np.where(targets < 0, no_target(dtype), targets).astype(dtype).tobytes())
+    file.write(flat.astype(dtype).tobytes())
+    for document, one in zip(chunk, encoded):
+        assert document.example is not None
+        task = tasks.index(document.example.task)
+        rows.add((len(one.tokens), 0, task, document.example.difficulty, one.answer))
+    return len(flat)
+
+
+def _check_ids(chunk: list[Document], lengths: list[int], flat: np.ndarray, tokenizer: Tokenizer) -> None:
+    """Raise DataError if a document is too long or has an id outside the vocabulary.
+
+    Args:
+        chunk: the documents.
+        lengths: of each in tokens.
+        flat: ids of all, one document after the other.
+        tokenizer: that encoded them.
+    """
     if max(lengths) > MAX_SEQUENCE:
         longest = int(np.argmax(lengths))
         raise DataError(
@@ -175,7 +236,3 @@ def _encode_chunk(chunk: list[Document], tokenizer: Tokenizer, file: IO[Any], ro
             f"document {document.location} has id {flat[at]} but vocab_size is {tokenizer.vocab_size}. "
             "Use another --tokenizer."
         )
-    file.write(flat.astype(token_dtype(tokenizer.vocab_size)).tobytes())
-    for length, prompt in zip(lengths, before):
-        rows.add((length, len(prompt)))
-    return len(flat)

@@ -35,7 +35,7 @@ from megatron_rdt.output_paths import check_can_be_renamed_to, is_mount_point, m
 # Files in a corpus that --restart may delete; those in `packing` are written by `rdt prep pack` and by runs.
 _TOKENIZER = "|".join(map(re.escape, TOKENIZER_FILES))
 WRITTEN = re.compile(
-    rf"{re.escape(MANIFEST)}|tokenizer/({_TOKENIZER})|(train|valid)/shard-[0-9-]+\.(bin|idx|mask|sum)|packing/.*"
+    rf"{re.escape(MANIFEST)}|tokenizer/({_TOKENIZER})|(train|valid)/shard-[0-9-]+\.(bin|idx|mask|labels|examples|sum)|packing/.*"
 )
 COMPRESSION = 3  # estimated size of the text in a compressed file, in sizes of the file
 LOCK_PATIENCE_S = 60.0

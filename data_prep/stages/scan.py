@@ -13,6 +13,7 @@ from data_prep.cleaning import Cleaner
 from data_prep.config import PrepConfig
 from data_prep.jobs.workers import report_progress
 from data_prep.jobs.working_directory import Job
+from data_prep.sources.example_fields import ExampleFields
 from data_prep.sources.folder_walk import name_unreadable
 from data_prep.sources.hugging_face_files import SpoolWriter
 from data_prep.sources.inputs import Input, Part
@@ -29,9 +30,12 @@ SEPARATOR = "\x1f"
 _HALVES = struct.Struct(">QQ")  # a 128-bit digest as two integers that sort like its bytes
 
 
-def hash_content(prompt: str, text: str) -> bytes:
-    """Return the hash of a document's prompt and text, 16 bytes."""
-    return xxhash.xxh3_128_digest((f"{prompt}{SEPARATOR}{text}" if prompt else text).encode("utf-8"))
+def hash_content(prompt: str, text: str, example: ExampleFields | None = None) -> bytes:
+    """Return the hash of a document's prompt, text and fields of an example, 16 bytes."""
+    content = f"{prompt}{SEPARATOR}{text}" if prompt else text
+    if example is not None:
+        content = SEPARATOR.join([content, *map(str, example)])
+    return xxhash.xxh3_128_digest(content.encode("utf-8"))
 
 
 def is_in_validation_split(digest: bytes, fraction: float) -> bool:
@@ -85,6 +89,7 @@ def scan_part(job: Job, part: Part, limit: int = 0) -> None:
     fraction = 0.0 if config.valid_sources else config.valid_fraction
     files = [scan_rows_path(job, part)] + ([bands_path(scan_rows_path(job, part))] if hasher else [])
     found = {"documents": 0, "bytes": 0, "valid": 0, "changed": 0, "present": 0, "input_bytes": 0, "prompted": 0}
+    tasks: set[str] = set()
     with contextlib.ExitStack() as stack:
         rows = ArrayWriter(stack.enter_context(atomic_open(files[0], "wb")), SCAN_ROW)
         bands = None
@@ -100,7 +105,7 @@ def scan_part(job: Job, part: Part, limit: int = 0) -> None:
                 reader.tally.dropped[reason] += 1
                 continue
             # Hashes are of the cleaned text, so documents that cleaning makes equal are duplicates.
-            digest = hash_content(prompt, text)
+            digest = hash_content(prompt, text, document.example)
             size = len(text.encode("utf-8")) + len(prompt.encode("utf-8"))
             if size > MAX_TEXT_BYTES:
                 raise DataError(f"document {document.location} has {size} bytes, more than {MAX_TEXT_BYTES}. Split it.")
@@ -118,10 +123,12 @@ def scan_part(job: Job, part: Part, limit: int = 0) -> None:
             found["valid"] += valid
             found["changed"] += text != document.text
             found["prompted"] += bool(prompt)
+            if document.example is not None:
+                tasks.add(document.example.task)
         for writer in (rows, bands, spool):
             if writer:
                 writer.finish()
-    job.write_record(scan_record_path(job, part), files, {**found, **reader.tally.as_json()})
+    job.write_record(scan_record_path(job, part), files, {**found, "tasks": sorted(tasks), **reader.tally.as_json()})
 
 
 def _iterate_nonempty(reader: PartReader, limit: int, found: dict[str, int]) -> Iterator[Document]:

@@ -11,6 +11,7 @@ from megatron_rdt.errors import DataError
 # Fields of a part's record.
 SUMMED = ["documents", "valid", "bytes", "records", "changed", "prompted", "replaced", "bad_count"]
 SUMMED += ["input_bytes", "damaged_bytes"]
+MOST_TASKS = 2**16
 
 
 class EmptySplitError(DataError):
@@ -47,6 +48,17 @@ def sum_scans(work: WorkingDirectory) -> dict[str, Any]:
         for path, line, message in record["bad"][: BAD_LISTED - len(bad)]:
             bad.append(format_bad_record(path, line and line + before, message))
     return {**sums, "dropped": dropped, "bad": bad}
+
+
+def list_tasks(work: WorkingDirectory) -> list[str]:
+    """Return the names of all tasks that examples have, sorted: a task's number in the shards is its index."""
+    records = (work.job.read_record(scan_record_path(work.job, part)) for part in work.parts)
+    tasks = sorted({task for record in records if record is not None for task in record.get("tasks", ())})
+    if len(tasks) > MOST_TASKS:
+        raise DataError(
+            f"the examples name {len(tasks):,} tasks, at most {MOST_TASKS:,} have numbers. Set --task_field."
+        )
+    return tasks
 
 
 def check_scan(work: WorkingDirectory) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from data_prep.jobs.working_directory import (
     result_options,
 )
 from data_prep.sources.inputs import Input, describe_unread
-from data_prep.stages.scan_totals import check_splits, sum_scans
+from data_prep.stages.scan_totals import check_splits, list_tasks, sum_scans
 from data_prep.stages.write_shards import SPLITS
 from megatron_rdt.data.shard_files.corpus_manifest import FORMAT, MANIFEST, VERSION
 from megatron_rdt.data.shard_files.indexed import token_dtype
@@ -82,6 +82,7 @@ def write_manifest(work: WorkingDirectory, groups: list[dict[str, Any]], duplica
         "versions": installed_versions() | {"python": platform.python_version()},
         "inputs": make_input_records(work),
         **work.listing.as_json(),
+        **({"tasks": list_tasks(work)} if config.task_field else {}),
         "splits": splits,
         "records": found["records"],
         "input_bytes": found["input_bytes"],

@@ -1,5 +1,6 @@
 """Write the shards of a group of parts: its documents in the order of their keys, whichever worker encoded them."""
 
+import contextlib
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ import numpy as np
 from data_prep.jobs.workers import report_progress
 from data_prep.jobs.working_directory import Job
 from data_prep.sources.inputs import Part
-from data_prep.stages.encode import SPILL_ROW, count_slices, read_kept_rows, spill_path
+from data_prep.stages.encode import SPILL_ROW, TARGETS, count_slices, no_target, read_kept_rows, spill_path
 from data_prep.stages.scan import scan_record_path
 from megatron_rdt.data.shard_files.block_hashes import hash_shard, list_shard_files
 from megatron_rdt.data.shard_files.indexed import IndexedWriter, token_dtype
+from megatron_rdt.data.shard_files.side_files import EXAMPLE
 from megatron_rdt.errors import DataError
 
 TEXT_PER_TOKEN = 3  # estimated bytes of text per token, which decides how many parts make a shard
@@ -23,7 +25,7 @@ REPORT_EVERY = 4096  # documents
 SPLITS = ("train", "valid")
 # A document to write: its order key, its split and size, and where its tokens are in the spill files.
 _ROW = np.dtype([
-    ("high", "<u8"), ("low", "<u8"), ("valid", "u1"), ("bytes", "<u4"), ("tokens", "<u4"), ("prompt", "<u4"),
+    ("high", "<u8"), ("low", "<u8"), ("valid", "u1"), ("bytes", "<u4"), *SPILL_ROW.descr,
     ("spill", "<u4"), ("start", "<u8"),
 ])  # fmt: skip
 
@@ -118,14 +120,17 @@ def write_group(job: Job, group: PartGroup, vocab_size: int) -> None:
     rows, paths = _read_group_rows(job, group)
     # The order keys are hashes: sorting by them shuffles the documents of all parts of the group.
     rows = rows[np.lexsort((rows["low"], rows["high"]))]
-    spills = _SpillReader(paths, token_dtype(vocab_size))
-    try:
+    dtype = token_dtype(vocab_size)
+    with (
+        contextlib.closing(_SpillReader(paths, dtype)) as spills,
+        contextlib.closing(_SpillReader([path.with_suffix(TARGETS) for path in paths], dtype)) as targets,
+    ):
         splits = {
-            split: _write_split(job, group, split, rows[rows["valid"] == (split == "valid")], spills, vocab_size)
+            split: _write_split(
+                job, group, split, rows[rows["valid"] == (split == "valid")], spills, targets, vocab_size
+            )
             for split in SPLITS
         }
-    finally:
-        spills.close()
     records = [job.read_record(path.with_suffix(".json")) or {} for path in paths]
     prefixes = [job.corpus / split / shard["name"] for split, shards in splits.items() for shard in shards]
     files = [file for prefix in prefixes for file in list_shard_files(prefix)]
@@ -137,7 +142,7 @@ def write_group(job: Job, group: PartGroup, vocab_size: int) -> None:
 def remove_spills(job: Job, group: PartGroup) -> None:
     """Remove the spill files of a group."""
     # Records first: a process that is killed in between leaves no record without its files.
-    for suffix in (".json", ".bin", ".npy"):
+    for suffix in (".json", ".bin", ".npy", TARGETS):
         for part, index, _ in group.list_slices():
             spill_path(job, part, index, suffix).unlink(missing_ok=True)
 
@@ -155,7 +160,8 @@ def _read_group_rows(job: Job, group: PartGroup) -> tuple[np.ndarray, list[Path]
         rows = np.empty(len(scanned), _ROW)
         rows["high"], rows["low"] = scanned["key"].T
         rows["valid"], rows["bytes"] = scanned["valid"], scanned["bytes"]
-        rows["tokens"], rows["prompt"] = spilled["tokens"], spilled["prompt"]
+        for name in SPILL_ROW.names or ():
+            rows[name] = spilled[name]
         rows["spill"] = len(paths)
         # Tokens of the documents before it in the spill file.
         rows["start"] = np.cumsum(spilled["tokens"], dtype=np.uint64) - spilled["tokens"]
@@ -165,7 +171,13 @@ def _read_group_rows(job: Job, group: PartGroup) -> tuple[np.ndarray, list[Path]
 
 
 def _write_split(
-    job: Job, group: PartGroup, split: str, rows: np.ndarray, spills: _SpillReader, vocab_size: int
+    job: Job,
+    group: PartGroup,
+    split: str,
+    rows: np.ndarray,
+    spills: _SpillReader,
+    targets: _SpillReader,
+    vocab_size: int,
 ) -> list[dict[str, Any]]:
     """Write the rows of a split as one shard, or as several if they exceed `shard_bytes`; return the shards' records."""
     shards: list[dict[str, Any]] = []
@@ -178,7 +190,11 @@ def _write_split(
         last = max(int(np.searchsorted(ends, begin + job.config.shard_bytes, side="right")), first + 1)
         name = f"shard-{group.index:05d}" + (f"-{len(shards):02d}" if shards else "")
         prefix = job.path("corpus", split, name)
-        writer = _write_shard(prefix, rows[first:last], spills, vocab_size, bool(job.config.prompt_field))
+        if job.config.task_field:
+            has_labels = bool(job.config.label_field)
+            writer = _write_example_shard(prefix, rows[first:last], spills, targets, vocab_size, has_labels)
+        else:
+            writer = _write_shard(prefix, rows[first:last], spills, vocab_size, bool(job.config.prompt_field))
         record = {"name": name, "tokens": writer.tokens, "documents": writer.documents}
         record |= {"text_bytes": int(rows["bytes"][first:last].sum(dtype=np.int64)), "max_id": writer.max_id}
         shards.append(record | hash_shard(prefix))
@@ -201,6 +217,26 @@ def _write_shard(
             writer.add_document(spills.read(spill, start, count), mask=mask)
             if index % REPORT_EVERY == 0:
                 report_progress(0)  # the bytes were counted by the encoding, but a job that failed elsewhere stops here
+    return writer
+
+
+def _write_example_shard(
+    prefix: Path, rows: np.ndarray, spills: _SpillReader, targets: _SpillReader, vocab_size: int, has_labels: bool
+) -> IndexedWriter:
+    """Copy examples with their targets from the spill files into one shard; return its closed writer."""
+    nothing, names = no_target(spills.dtype), list(EXAMPLE.names or ())
+    examples = np.empty(len(rows), EXAMPLE)
+    for name in names:
+        examples[name] = rows[name]
+    with IndexedWriter(prefix, vocab_size) as writer:
+        documents = zip(*(rows[name].tolist() for name in ("spill", "start", "tokens")))
+        for index, (spill, start, count) in enumerate(documents):
+            tokens, target = spills.read(spill, start, count), targets.read(spill, start, count)
+            mask = target != nothing
+            labels = np.where(mask, target, tokens) if has_labels else None
+            writer.add_document(tokens, mask=mask, labels=labels, example=examples[index : index + 1])
+            if index % REPORT_EVERY == 0:
+                report_progress(0)
     return writer
 
 

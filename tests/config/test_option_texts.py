@@ -180,6 +180,7 @@ NO_PATHS = {
         "sample.prompt",
     ),
     *("extensions", "text_field", "prompt_field", "hf_split", "filters", "special_tokens", "shard", "task"),
+    *("task_field", "difficulty_field", "label_field", "test_task", "difficulty", "test_difficulty"),
     *(
         "time",
         "partition",

@@ -4,20 +4,31 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.reasoning.examples import TEST, TRAIN, Example, generate_examples, make_example
+from data_prep.reasoning import examples
+from data_prep.reasoning.difficulties import DifficultyMix
+from data_prep.reasoning.examples import Example, FileRequest, make_example
 from data_prep.reasoning.groups import Group, is_even_permutation
+from data_prep.reasoning.instances import TEST, TRAIN, Task
 from data_prep.reasoning.random_stream import RandomStream
 from data_prep.reasoning.tasks import check_difficulty, parse_task
 from megatron_rdt.errors import ConfigError
 
 Check = Callable[[Example, int], None]
+
+
+def generate_examples(
+    tasks: Sequence[Task], easiest: int, hardest: int, split: str, count: int, seed: int, duplicates: bool = False
+) -> Iterator[Example]:
+    """Generate examples of a range of difficulties."""
+    request = FileRequest(tasks, DifficultyMix([easiest, hardest]), count, duplicates)
+    return examples.generate_examples(request, split, seed)
 
 
 def check_hops(one: Example, nodes: int) -> None:
@@ -277,7 +288,10 @@ def test_streams_are_uniform() -> None:
 
 
 WRONG_NAMES = [
-    ("hop", "there is no task 'hop'. Set --task to one or several of hops, addition, modular, product, prefixes"),
+    (
+        "hop",
+        "there is no task 'hop'. Set --task to one or several of hops, addition, modular, product, prefixes, parity",
+    ),
     ("", "there is no task ''"),
     ("hops:1", "task 'hops:1': what follows hops: is nodes, a whole number from 2 to 1000. Set --task hops:16."),
     ("hops:", "task 'hops:': what follows"),
@@ -301,15 +315,17 @@ def test_wrong_names(name: str, message: str) -> None:
 def test_wrong_difficulties() -> None:
     tasks = [parse_task("addition"), parse_task("hops:5"), parse_task("modular")]
     for easiest, hardest in ((0, 3), (3, 2), (-1, -1)):
-        with pytest.raises(ConfigError, match=rf"difficulty {easiest},{hardest} is not a range\. Set --difficulty"):
-            check_difficulty(tasks, easiest, hardest)
+        with pytest.raises(
+            ConfigError, match=rf"difficulty {easiest}-{hardest} is no difficulty from 1 on, and no range"
+        ):
+            DifficultyMix([easiest, hardest])
     with pytest.raises(
         ConfigError, match=r"hops:5 has difficulties up to 4, not 5\. .* at most that or take more nodes"
     ):
-        check_difficulty(tasks, 1, 5)
+        check_difficulty(tasks, DifficultyMix([1, 5]))
     with pytest.raises(
         ConfigError, match=r"modular has difficulties up to 16, not 17\. Set --difficulty to at most that\.$"
     ):
-        check_difficulty(tasks[2:], 17, 17)
-    check_difficulty(tasks, 4, 4)
+        check_difficulty(tasks[2:], DifficultyMix([17]))
+    check_difficulty(tasks, DifficultyMix([4]))
     assert parse_task("hops:5").count_instances(4) == math.factorial(5)

@@ -5,6 +5,7 @@ import xxhash
 
 from data_prep.jobs.working_directory import Job
 from data_prep.sources.inputs import Part
+from data_prep.sources.records import Document
 from data_prep.stages.encode import read_kept_documents, read_kept_rows
 from data_prep.stages.scan import scan_record_path
 from data_prep.stages.tokenizer.train_sentencepiece import MAX_SENTENCE_BYTES
@@ -38,10 +39,16 @@ def sample_texts(job: Job, parts: list[Part], limit: int) -> list[str]:
         wanted = kept[taken[owner == index]]
         hashed = wanted["hash"].astype(">u8")  # big-endian: bytes then sort like the pair of numbers
         found += [
-            (hashed[i].tobytes(), (document.prompt + document.text)[:longest])
+            (hashed[i].tobytes(), _join_prompt_and_text(document)[:longest])
             for i, document in enumerate(read_kept_documents(job, part, wanted))
         ]
     return [text for _, text in sorted(found)]
+
+
+def _join_prompt_and_text(document: Document) -> str:
+    """Return a document as one text; prompt and answer of an example are apart, for its symbols are words."""
+    separator = " " if document.example is not None else ""
+    return f"{document.prompt}{separator}{document.text}"
 
 
 def _choose_parts(job: Job, parts: list[Part], limit: int) -> list[Part]:

@@ -57,15 +57,15 @@ REFUSED = [
         "task hops,addition,hops has a task that is given twice. Give each once in --task.",
     ),
     (["--task=jumps"], "there is no task 'jumps'"),
-    (["--difficulty=1,2,3"], "difficulty has 3 numbers. Set --difficulty to one, or to a range: 1,8."),
-    (["--difficulty="], "option --difficulty needs a list of whole numbers such as 1,4, not one that holds ''"),
-    (["--difficulty=[]"], "difficulty has 0 numbers"),
-    (["--difficulty=4,2"], "difficulty 4,2 is not a range"),
+    (["--difficulty=1,2-4,3"], "difficulty 1, 2-4, 3 has a difficulty twice. Give each once in --difficulty."),
+    (["--difficulty="], "option --difficulty is empty. Give it a value, or write [] for a list without entries."),
+    (["--difficulty=[]"], "difficulty is empty. Set --difficulty to difficulties or ranges, such as 1,2,3-7."),
+    (["--difficulty=4,2"], "difficulty 4-2 is no difficulty from 1 on, and no range such as 3-7. Set --difficulty."),
     (["--difficulty=16"], "hops has difficulties up to 15, not 16"),
     (["--count=0"], "count is 0, it must be at least 1. Set --count."),
     (["--test_count=-1"], "test_count is -1, it must be at least 0. Set --test_count."),
     (["--task=hops:3", "--difficulty=2", "--count=5"], "hops:3 with difficulty 2 has 6 different instances"),
-    (["--difficulty=easy"], "--difficulty needs a list of whole numbers"),
+    (["--difficulty=easy"], "difficulty easy is no difficulty from 1 on, and no range such as 3-7. Set --difficulty."),
 ]
 
 

@@ -346,14 +346,7 @@ class PartReader:
 
     def _read_parquet(self, file: Input) -> Iterator[Document]:
         """Yield the documents of the part's row groups; rows are numbered from 1 through the whole file."""
-        config, rows = self.config, 0
-        wanted = [
-            config.text_field,
-            config.prompt_field,
-            config.task_field,
-            config.difficulty_field,
-            config.label_field,
-        ]
+        wanted, rows = list_record_fields(self.config), 0
         with name_unreadable(file.path):
             for found in read_row_groups(file.path, self.part.start, self.part.end, wanted):
                 if isinstance(found, LostRows):

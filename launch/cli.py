@@ -14,6 +14,7 @@ from launch.commands.plan import plan
 from launch.commands.prep import prep
 from launch.commands.quickstart import quickstart
 from launch.commands.report import report
+from launch.commands.scale import scale
 from launch.commands.submit import submit
 from launch.commands.train import train
 from launch.failures import EXIT_INTERRUPTED, explain
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": plan,
     "submit": submit,
     "compare": compare,
+    "scale": scale,
     "report": report,
     "quickstart": quickstart,
 }

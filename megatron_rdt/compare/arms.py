@@ -84,7 +84,7 @@ def own_loops(config: RunConfig) -> int:
     return max(round(DepthSampler(config.depth, 0).expected_loops), 1)
 
 
-def _run_once(config: RunConfig) -> Overrides:
+def run_once(config: RunConfig) -> Overrides:
     """Return the overrides with which the core runs once, in training and in evaluation."""
     overrides: Overrides = {
         "depth.scheme": "fixed",
@@ -103,7 +103,7 @@ def _run_once(config: RunConfig) -> Overrides:
 def _make_untied(config: RunConfig) -> Overrides:
     """Return the overrides of a core with as many distinct layers as the looped one runs on average, each run once."""
     executed = mean_loops(config.depth, config.train.steps)[0] * config.model.core_layers
-    return {**_run_once(config), "model.core_layers": max(round(executed), 1)}
+    return {**run_once(config), "model.core_layers": max(round(executed), 1)}
 
 
 def _make_drawn(config: RunConfig) -> Overrides:
@@ -124,7 +124,7 @@ def _make_truncated(config: RunConfig) -> Overrides:
 # Overrides of each built-in arm, from the config.
 ARMS: dict[str, Callable[[RunConfig], Overrides]] = {
     "looped": lambda config: {},
-    "unlooped": _run_once,
+    "unlooped": run_once,
     "untied": _make_untied,
     "fixed": lambda config: {
         "depth.scheme": "fixed",
@@ -232,12 +232,7 @@ def build_sweep(
         steps: length of each; warm-up, decay and the pieces of a batch schedule keep their shares of the run.
         directory: folder of the comparison.
     """
-    share = steps / config.train.steps
-    short = {
-        "train.steps": steps,
-        "schedule.warmup_steps": min(round(config.schedule.warmup_steps * share), steps),
-        "schedule.decay_steps": round(config.schedule.decay_steps * share),
-        "depth.curriculum_steps": max(round(config.depth.curriculum_steps * share), 1),
+    quiet = {
         "checkpoint.every": 0,
         "checkpoint.milestones": 0,
         "sample.every": 0,
@@ -248,11 +243,25 @@ def build_sweep(
     for arm, rate in itertools.product(arms, rates):
         whole = with_options(config, arm.overrides)
         own: Overrides = {"optimizer.lr": rate, "run.name": f"{arm.name}-lr{rate:g}"}
-        if whole.train.batch_schedule:
-            batches = whole.train.batches.scale_steps(share).format_until(sys.maxsize)
-            own["train.batch_schedule"] = batches.split(",")
-        runs.append(ComparedRun(arm.name, config.run.seed, with_options(whole, {**short, **own})))
+        runs.append(
+            ComparedRun(arm.name, config.run.seed, with_options(whole, {**change_length(whole, steps), **quiet, **own}))
+        )
     return runs
+
+
+def change_length(config: RunConfig, steps: int) -> Overrides:
+    """Return the overrides of a run of `steps` steps in which warm-up, decay, curriculum and batches keep their shares."""
+    share = steps / config.train.steps
+    overrides: Overrides = {
+        "train.steps": steps,
+        "schedule.warmup_steps": min(round(config.schedule.warmup_steps * share), steps),
+        "schedule.decay_steps": round(config.schedule.decay_steps * share),
+        "depth.curriculum_steps": max(round(config.depth.curriculum_steps * share), 1),
+    }
+    if config.train.batch_schedule:
+        batches = config.train.batches.scale_steps(share).format_until(sys.maxsize)
+        overrides["train.batch_schedule"] = batches.split(",")
+    return overrides
 
 
 def find_changed_examples(axes: Mapping[str, Sequence[Any]]) -> list[str]:

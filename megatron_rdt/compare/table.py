@@ -30,7 +30,7 @@ def count_layer_weights(model: ModelConfig) -> tuple[int, int]:
     return parts.get("prelude", 0) + parts.get("coda", 0), parts["core"]
 
 
-def _own_losses(results: Results) -> dict[int, float]:
+def read_own_losses(results: Results) -> dict[int, float]:
     """Return the validation loss of each measured run at its own T, by seed, where it is finite."""
     losses = {
         r.run.seed: mean_loss(windows_at(r.measurement, own_loops(r.run.config))) for r in results if r.measurement
@@ -54,7 +54,7 @@ def compare_results(results: Results, reference: Results) -> dict[str, Interval]
     Runs are paired by seed: within a pair, initial weights of the parts they share, samples and their order are the same.
     The interval over windows is of these trained models, that over seeds also of training them again.
     """
-    first, second = _own_losses(results), _own_losses(reference)
+    first, second = read_own_losses(results), read_own_losses(reference)
     seeds = sorted(first.keys() & second.keys())
     if not seeds:
         return {}
@@ -85,7 +85,7 @@ def make_row(arm: Arm, results: Results, reference: Results | None, rates: Mappi
     """
     config = results[0].run.config
     finished = [r for r in results if r.state == "finished"]
-    losses = _own_losses(results)
+    losses = read_own_losses(results)
     by_loops = _losses_by_loops(results)
     best = min(by_loops, key=lambda t: by_loops[t]) if by_loops else None
     return {
@@ -128,7 +128,7 @@ def find_equivalence(arms: Sequence[Arm], results: Mapping[str, Results]) -> dic
     missing = [name for name in needed if name not in {arm.name for arm in arms}]
     if missing:
         return {"reason": f"it needs the arms looped, unlooped and untied; not compared: {', '.join(missing)}"}
-    losses = [_own_losses(results[name]) for name in needed]
+    losses = [read_own_losses(results[name]) for name in needed]
     seeds = sorted(set.intersection(*(set(each) for each in losses)))
     if not seeds:
         return {"reason": "no seed has finished runs of looped, unlooped and untied"}

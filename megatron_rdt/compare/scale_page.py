@@ -1,0 +1,121 @@
+"""A scaling study as text, scale.json and one HTML page: losses of the grid, optima, power laws, the held-out run."""
+
+import base64
+import html
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from megatron_rdt.compare.page import format_count, format_table
+from megatron_rdt.compare.scaling import Optimum, Point, PowerLaw
+from megatron_rdt.evaluate.plots import COLOURS, DPI, _label_axes, _save_figure
+from megatron_rdt.evaluate.report import PAGE, STYLE
+from megatron_rdt.files import TEMPORARY_SUFFIX, write_text
+from megatron_rdt.train.metrics import replace_nonfinite
+
+DOCUMENT, PICTURE = "scale.json", "scale.png"
+LAW_NAMES = {"dim": "width", "loops": "mean T", "tokens": "tokens", "loss": "loss"}
+
+
+def describe_laws(laws: Mapping[str, PowerLaw]) -> list[str]:
+    """Return a line for each power law."""
+    return [
+        f"best {LAW_NAMES[name]} = {law.factor:.3g} x C^{law.exponent:.3f}, C in operations (errors of the fit {law.error:.1%})"
+        for name, law in laws.items()
+    ]
+
+
+def describe_prediction(prediction: Mapping[str, Any]) -> str:
+    """Return a sentence on the held-out run: predicted, and measured if it is finished."""
+    text = (
+        f"Held out, {format_count(prediction['budget'])} operations: width {prediction['dim']}, mean T "
+        f"{prediction['loops']:.2f}, {format_count(prediction['tokens'])} tokens (the law of tokens says "
+        f"{format_count(prediction['law_tokens'])}); predicted loss {prediction['predicted_loss']:.4f}"
+    )
+    measured = prediction["loss"]
+    if measured is None:
+        return f"{text}; that run has no loss."
+    return f"{text}, measured {measured:.4f}, {measured - prediction['predicted_loss']:+.4f}."
+
+
+def format_grid(points: Sequence[Point], losses: Mapping[str, float], optima: Sequence[Optimum]) -> str:
+    """Return the runs and optima of every budget as a table."""
+    rows = []
+    for point in points:
+        loss = losses.get(point.arm.name)
+        size = format_count(point.budget), str(point.dim), f"{point.loops:.2f}"
+        rows.append((*size, str(point.steps), format_count(point.tokens), "" if loss is None else f"{loss:.4f}"))
+    for o in optima:
+        note = " (T at the edge of the grid)" if o.at_edge else ""
+        size = f"{format_count(o.budget)} best", str(o.dim), f"{o.loops:.2f}"
+        rows.append((*size, "", format_count(o.tokens), f"{o.loss:.4f}{note}"))
+    return format_table(("budget", "width", "mean T", "steps", "tokens", "loss"), rows)
+
+
+def draw_scaling(
+    points: Sequence[Point],
+    losses: Mapping[str, float],
+    optima: Sequence[Optimum],
+    laws: Mapping[str, PowerLaw],
+    prediction: Mapping[str, Any] | None,
+    path: Path,
+) -> Path:
+    """Draw loss against mean T at each budget, and the best mean T against the budget with its law."""
+    _, (left, right) = plt.subplots(1, 2, figsize=(10.0, 4.2), dpi=DPI, layout="constrained")
+    for axes, x, y in ((left, "mean T", "validation loss"), (right, "operations", "best mean T")):
+        _label_axes(axes, x, y)
+        axes.set_xscale("log")
+    for index, budget in enumerate(sorted({point.budget for point in points})):
+        for number, dim in enumerate(sorted({point.dim for point in points})):
+            chosen = [p for p in points if (p.budget, p.dim) == (budget, dim) and p.arm.name in losses]
+            if chosen:
+                values = [losses[p.arm.name] for p in chosen]
+                label, colour = f"{format_count(budget)}, width {dim}", COLOURS[index % len(COLOURS)]
+                left.plot([p.loops for p in chosen], values, f"{'os^vD'[number % 5]}-", color=colour, label=label)
+    for o in optima:
+        left.plot([o.loops], [o.loss], "*", color="black", markersize=10)
+    right.plot([o.budget for o in optima], [o.loops for o in optima], "o", color=COLOURS[0], label="optima")
+    if laws:
+        budgets = [o.budget for o in optima] + ([prediction["budget"]] if prediction else [])
+        line = np.geomspace(min(budgets), max(budgets), 50)
+        right.plot(line, [laws["loops"].predict(c) for c in line], "--", color=COLOURS[0], label="power law")
+    if prediction:
+        right.plot([prediction["budget"]], [prediction["loops"]], "x", color=COLOURS[1], label="held out")
+    right.set_yscale("log")
+    left.legend(fontsize=7)
+    right.legend()
+    return _save_figure(left, path)
+
+
+def write_scale_page(directory: Path, document: dict[str, Any], grid: str, lines: Sequence[str], draw: Any) -> Path:
+    """Write scale.json, the picture and index.html into the folder of a study; return the page's path.
+
+    Args:
+        directory: the folder.
+        document: for scale.json.
+        grid: the table as text.
+        lines: sentences for the page.
+        draw: draws the picture into the path it is given.
+    """
+    with tempfile.TemporaryDirectory(suffix=TEMPORARY_SUFFIX, prefix=".", dir=directory) as name:
+        folder = Path(name)
+        encoded = base64.b64encode(draw(folder / PICTURE).read_bytes()).decode()
+        title = html.escape(document["name"])
+        text = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
+        write_text(
+            folder / PAGE,
+            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style><body>'
+            f"<h1>Scaling of {title}</h1>{text}"
+            f'<figure><img alt="Loss against mean T, and the best mean T against the budget" '
+            f'src="data:image/png;base64,{encoded}"></figure><pre>{html.escape(grid)}</pre></body></html>\n',
+        )
+        write_text(folder / DOCUMENT, json.dumps(replace_nonfinite(document), indent=1, allow_nan=False) + "\n")
+        for file in (PICTURE, DOCUMENT, PAGE):
+            os.replace(folder / file, directory / file)
+    return directory / PAGE

@@ -12,13 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.import_evidence import check_against_sums, check_made_with
 from data_prep.stages.write_manifest import make_split_record, make_tokenizer_record, print_splits
 from megatron_rdt.data.shard_files.block_hashes import (
     SUFFIXES,
-    SUM_SUFFIX,
-    FileHashes,
     hash_file,
-    read_block_hashes,
     write_block_hashes,
 )
 from megatron_rdt.data.shard_files.corpus_manifest import FORMAT, MANIFEST, VERSION, load_manifest
@@ -147,7 +145,9 @@ def _build_corpus(work: Path, splits: dict[str, Sequence[str]], tokenizer_path: 
     tokenizer = _copy_tokenizer_files(Path(tokenizer_path), work / "tokenizer")
     sizes = tokenizer.token_bytes()
     imported: dict[str, list[ImportedShard]] = {}
-    tasks = _find_tasks([prefix for names in splits.values() for prefix in names])
+    prefixes = [prefix for names in splits.values() for prefix in names]
+    check_made_with(tokenizer, prefixes)
+    tasks = _find_tasks(prefixes)
     total = sum(
         path.stat().st_size for names in splits.values() for prefix in names for path in _existing_files(prefix)
     )
@@ -188,18 +188,6 @@ def _check_side_files_of_all(shards: list[ImportedShard]) -> None:
             raise DataError(
                 f"{having[0]} has {kind.plural} and {lacking[0]} has none. Put {lacking[0]}{kind.suffix} there, or remove the "
                 f"{kind.suffix} files of all."
-            )
-
-
-def _check_against_sums(source: str, contents: dict[str, FileHashes]) -> None:
-    """Raise DataError if the original shard has a .sum file, and a file is missing or is not as it was written."""
-    for name, (_, blocks) in (read_block_hashes(source) or {}).items():
-        if name not in contents:
-            raise DataError(f"{source}.{name} is missing: {source}{SUM_SUFFIX} lists it. Put it back from a copy.")
-        if contents[name].blocks != blocks:
-            raise DataError(
-                f"{source}.{name} is not as it was written: {source}{SUM_SUFFIX} has other hashes. Put the file back from a "
-                f"copy, or remove the {SUM_SUFFIX} file if it was changed on purpose."
             )
 
 
@@ -301,7 +289,7 @@ def _check_shard(
     for kind in shard.side_paths:
         contents[kind.name] = hash_file(prefix_path(prefix, kind.suffix))
         advance(contents[kind.name].size)
-    _check_against_sums(source, contents)
+    check_against_sums(source, contents)
     _check_side_values(shard, source, tokenizer.vocab_size, tasks)
     shard.close()
     write_block_hashes(prefix, contents)

@@ -16,6 +16,7 @@ from launch.cli import run_command
 from megatron_rdt.data import TokenCorpus, Tokenizer, load_manifest
 from megatron_rdt.data.shard_files.indexed import prefix_path
 from megatron_rdt.data.shard_files.verify import verify_corpus
+from megatron_rdt.data.tokenizer.sentencepiece_backend import parse_model
 from megatron_rdt.errors import ConfigError, DataError
 from tests.data.random_corpus import write_random_corpus
 
@@ -255,3 +256,23 @@ def test_shards_that_contradict_their_sums_are_refused(
             file.write_bytes(b"\x0b\x00" + content[2:])
     with pytest.raises(DataError, match=rf"train/shard-00000\{suffix} {problem}"):
         import_copy(corpus, tmp_path / "out")
+
+
+def test_shards_of_a_corpus_with_another_tokenizer_are_refused(tiny_corpus: Path, tmp_path: Path) -> None:
+    """Their ids may all be valid, and spell other text; the corpus that they are taken from knows."""
+    corpus = write_random_corpus(tmp_path / "c", tiny_corpus / "tokenizer", {"train": [900], "valid": [900]})
+    other = tmp_path / "other"
+    other.mkdir()
+    model = parse_model((tiny_corpus / "tokenizer" / "tokenizer.model").read_bytes())
+    model.pieces[-1].piece = "\u6f22"
+    (other / "tokenizer.model").write_bytes(model.SerializeToString())
+    prefix, last = str(corpus / "train" / "shard-00000"), len(model.pieces) - 1
+    with pytest.raises(ConfigError, match=rf"shard-00000 was made with another tokenizer, .*c/tokenizer: id {last} is"):
+        import_corpus([prefix], str(other), str(tmp_path / "out"))
+    model.pieces[-1].piece = parse_model((tiny_corpus / "tokenizer" / "tokenizer.model").read_bytes()).pieces[-1].piece
+    added = model.pieces.add()
+    added.piece, added.score, added.type = "\u6f22", -1e6, model.pieces[-1].type
+    (other / "tokenizer.model").write_bytes(model.SerializeToString())
+    import_corpus([prefix], str(other), str(tmp_path / "more"))  # one more token changes none of the others
+    (corpus / "manifest.json").write_text("{")
+    import_corpus([prefix], str(other), str(tmp_path / "recovered"))

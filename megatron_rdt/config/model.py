@@ -145,6 +145,11 @@ class ModelConfig:
         return self.shared_experts * (self.shared_expert_dim or self.expert_width)
 
     @property
+    def bounds_state(self) -> bool:
+        """True if a norm bounds the state after every iteration, whatever the injection does."""
+        return self.core_norm == "iteration" or self.norm_placement == "sandwich"
+
+    @property
     def rotary_dim(self) -> int:
         """Channels per head that carry rotary position."""
         return self.rope_dim if self.attention == "mla" else self.head_dim

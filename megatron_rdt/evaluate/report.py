@@ -13,6 +13,7 @@ from megatron_rdt.config import RunConfig, load_config
 from megatron_rdt.depth import loop_probabilities
 from megatron_rdt.errors import DataError
 from megatron_rdt.evaluate import plots
+from megatron_rdt.evaluate.alarms import Alarm, list_alarms
 from megatron_rdt.evaluate.loss import EVALUATION, Evaluation, perplexity, read_evaluation
 from megatron_rdt.evaluate.task_plots import draw_accuracy_map, draw_accuracy_over_steps
 from megatron_rdt.evaluate.task_report import MAP_CAPTION, find_final_scores, format_task_section
@@ -81,12 +82,13 @@ def write_report(run_directory: str | Path) -> Path:
     samples = read_records(directory / "samples.jsonl", ("step", "loops", "prompt", "text"))
     final = find_final_losses(directory, evaluations)
     scores = find_final_scores(directory, evaluations, config)
+    alarms = list_alarms(directory)
     out = directory / "report"
     out.mkdir(exist_ok=True)
     # An earlier report stays whole until all of the new one is there.
     with tempfile.TemporaryDirectory(suffix=TEMPORARY_SUFFIX, prefix=".", dir=out) as folder:
         figures = _draw_figures(Path(folder), config, metrics, evaluations, final, scores)
-        write_text(Path(folder) / PAGE, _format_page(config, metrics, final, scores, figures, samples))
+        write_text(Path(folder) / PAGE, _format_page(config, metrics, final, scores, figures, samples, alarms))
         pictures = sorted(path.name for path in Path(folder).iterdir() if path.name != PAGE)
         for name in (*pictures, PAGE):
             os.replace(Path(folder) / name, out / name)
@@ -167,10 +169,16 @@ def _format_page(
     scores: dict[str, Any] | None,
     figures: list[tuple[Path, str]],
     samples: list[dict[str, Any]],
+    alarms: list[Alarm],
 ) -> str:
-    """Return the HTML page: summary, losses, figures as data URLs, accuracies, generated samples, configuration."""
+    """Return the HTML page: summary, alarms, losses, figures as data URLs, accuracies, generated samples, configuration."""
     title = html.escape(config.run.name)
     parts = [f"<h1>Run {title}</h1>", f"<p>{html.escape(' '.join(summarize(metrics, final)))}</p>"]
+    if alarms:
+        rows = [
+            f"<li>Step {each.step:,}{' (rolled back)' * each.rolled_back}: {html.escape(str(each))}." for each in alarms
+        ]
+        parts.append(f"<h2>Alarms</h2><ul>{''.join(rows)}</ul>")
     if final is not None:
         rows = [f"<td>{t}</td><td>{loss:.4f}</td><td>{perplexity(loss):.2f}</td>" for t, loss in final.losses.items()]
         cells = "".join(f"<tr>{row}</tr>" for row in rows)

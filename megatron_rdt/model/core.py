@@ -198,7 +198,7 @@ class RecurrentCore(nn.Module):
     ) -> None:
         """Let the monitor measure the last iteration and, if it asks for them, the input term and the Jacobian."""
         collapsed = self.injection.collapse(previous), self.injection.collapse(state)
-        monitor.measure_last(*collapsed, self.injection.spectral_radius())
+        monitor.measure_last(indices, *collapsed, self.injection.spectral_radius())
         if monitor.per_iteration:
             monitor.measure_input(self.injection.input_term(inputs.precomputed))
         if monitor.jacobian_steps and inputs.context.cache is None:

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_rdt.model.transfer import to_device
+
 SMALLEST_NORM = 1e-30
+LATE = 4  # loops after which the change of the state should have become small
 
 
 class CoreMonitor:
@@ -22,12 +25,22 @@ class CoreMonitor:
         state_norm: root mean square over channels of the final state, averaged over tokens.
         state_residual: |h_T - h_(T-1)| / |h_T|, before any norm at the end of the loop.
         token_correlation: mean cosine between the final states of different tokens of one sequence.
+        norm_growth: |h_T| / |h_(T-1)| x (T - 1) / T, the mean over the sequences with T > 1: 1 if the state grows by the same
+            amount in every iteration, more if it grows by a factor, less if it settles.
+        late_residual: |h_T - h_(T-1)| / |h_T|, the mean over the sequences with T >= LATE.
         input_norm: of the term that the encoded input adds to the state in each iteration (`b e`), as `state_norm`.
         jacobian_norm: largest singular value of d h_T / d h_(T-1), over the sequences: a lower bound, close after some
             power-iteration steps.
     """
 
-    NAMES = ("spectral_radius", "state_norm", "state_residual", "token_correlation")
+    NAMES = (
+        "spectral_radius",
+        "state_norm",
+        "state_residual",
+        "token_correlation",
+        "norm_growth",
+        "late_residual",
+    )
 
     def __init__(self, per_iteration: bool = False, jacobian_steps: int = 0) -> None:
         self.per_iteration, self.jacobian_steps = per_iteration, jacobian_steps
@@ -35,6 +48,8 @@ class CoreMonitor:
         self.state_norm: Tensor | None = None
         self.state_residual: Tensor | None = None
         self.token_correlation: Tensor | None = None
+        self.norm_growth: Tensor | None = None
+        self.late_residual: Tensor | None = None
         self.input_norm: Tensor | None = None
         self.jacobian_norm: Tensor | None = None
         # Per iteration: the index of each sequence, and values (3, sequences) or squared gradient norms (sequences,).
@@ -42,15 +57,29 @@ class CoreMonitor:
         self._gradients: list[tuple[tuple[int, ...], Tensor]] = []
 
     @torch.no_grad()
-    def measure_last(self, previous: Tensor, state: Tensor, spectral_radius: Tensor) -> None:
-        """Set norm, residual and correlation from the last two states (batch, sequence, dim), and the radius."""
+    def measure_last(self, indices: tuple[int, ...], previous: Tensor, state: Tensor, spectral_radius: Tensor) -> None:
+        """Measure the last iteration, number indices[i] of sequence i, falling; store the radius of its linear part.
+
+        `previous` and `state` are (batch, sequence, dim).
+        """
         self.spectral_radius = spectral_radius.detach()
         previous, state = previous.detach().float(), state.detach().float()
         self.state_norm = _rms(state).mean()
+        norms, before, changes = (
+            torch.linalg.vector_norm(x, dim=(1, 2)).clamp_min(SMALLEST_NORM)
+            for x in (state, previous, state - previous)
+        )
         norm = torch.linalg.vector_norm(state).clamp_min(SMALLEST_NORM)
         self.state_residual = torch.linalg.vector_norm(state - previous) / norm
         if state.shape[1] > 1:
             self.token_correlation = _token_correlation(state).mean()
+        # After the first iteration there is nothing to compare with: the initial state may be zero.
+        later, late = (sum(index + 1 >= loops for index in indices) for loops in (2, LATE))
+        if later:
+            loops = to_device(tuple(index + 1 for index in indices[:later]), state.device)
+            self.norm_growth = (norms[:later] / before[:later] * (loops - 1) / loops).mean()
+        if late:
+            self.late_residual = (changes[:late] / norms[:late]).mean()
 
     @torch.no_grad()
     def measure_iteration(self, indices: tuple[int, ...], previous: Tensor, state: Tensor) -> None:

@@ -13,12 +13,14 @@ import torch
 
 from megatron_rdt.config import RunConfig
 from megatron_rdt.data import Tokenizer
+from megatron_rdt.depth import DepthSampler
 from megatron_rdt.errors import LostPeerError
 from megatron_rdt.evaluate.loss import measure_mixture_losses
 from megatron_rdt.evaluate.row_scores import share_among_ranks
 from megatron_rdt.evaluate.tasks import Row, score_tasks
 from megatron_rdt.inference.generate import generate
 from megatron_rdt.parallel import Engine
+from megatron_rdt.train.alarms import find_evaluation_alarms
 from megatron_rdt.train.data import TrainingData
 from megatron_rdt.train.metrics import Recorder, format_evaluation, format_task_scores, make_evaluation_record
 from megatron_rdt.train.stop_request import StopAgreed, StopRequest
@@ -65,6 +67,7 @@ class Inspections:
         self.print_line = print_line
         self.tokenizer = Tokenizer(data.tokenizer_directory)
         self._prompt = self.tokenizer.encode(config.sample.prompt, bos=False)
+        self._expected_loops = DepthSampler(config.depth, config.run.seed).expected_loops
         self._has_warned = False
 
     def _run_together(self, action: Callable[[], T]) -> T:
@@ -115,7 +118,12 @@ class Inspections:
         ]
         for line in lines:
             self.print_line(f"step {step}: {line}")
-        recorder.record_evaluation(make_evaluation_record(step, tokens, losses, by_corpus, scores))
+        record = make_evaluation_record(step, tokens, losses, by_corpus, scores)
+        earlier = (recorder.run_directory / "eval.jsonl").read_text(encoding="utf-8").splitlines()
+        for alarm in find_evaluation_alarms(step, losses, self._expected_loops, earlier):
+            record["alarms"] = {alarm.name: {"value": alarm.value, "bound": alarm.bound}}
+            self.print_line(f"step {step}: {alarm}")
+        recorder.record_evaluation(record)
 
     def _measure(self) -> tuple[dict[int, float], dict[str, dict[int, float]], list[Row]]:
         """Return on all ranks the losses by T, those by corpus and T, and the rows of `score_tasks`."""

@@ -1,7 +1,7 @@
 """Skip steps that have nothing to teach: they must change neither weights nor optimizer moments.
 
 Such a step has a loss or gradient that is not finite, or no target that counts: then its gradient is zero, and the
-optimizer would still move the weights, by momentum and weight decay.
+optimizer would still move the weights, by momentum and weight decay. With `train.on_spike` skip, a loss spike is one too.
 
 Whether to skip is decided on the device, where the optimizer acts on it without a wait. The host counts skipped steps
 when it reads their records.
@@ -20,15 +20,20 @@ def is_step_finite(loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
     return loss.isfinite() & grad_norm.isfinite()
 
 
-def is_step_accepted(losses: Mapping[str, torch.Tensor], grad_norm: torch.Tensor) -> torch.Tensor:
+def is_step_accepted(
+    losses: Mapping[str, torch.Tensor], grad_norm: torch.Tensor, largest_loss: float = math.inf
+) -> torch.Tensor:
     """Return True if the optimizer may take the step, as a 0-dimensional bool on the device.
 
     Args:
         losses: as `Engine.forward_backward` returned them.
         grad_norm: as `Engine.clip` returned it.
+        largest_loss: the step is skipped if its cross entropy is larger.
     """
-    finite = is_step_finite(losses["objective"], grad_norm)
-    return finite & (losses["targets"] > 0) if "targets" in losses else finite
+    accepted = is_step_finite(losses["objective"], grad_norm)
+    if largest_loss < math.inf:
+        accepted = accepted & (losses["cross_entropy"] <= largest_loss)
+    return accepted & (losses["targets"] > 0) if "targets" in losses else accepted
 
 
 class NonfiniteGuard:

@@ -1,4 +1,4 @@
-"""Checks before a run starts: it must not erase anything of a run, and its checkpoint must fit its config."""
+"""Checks before a run starts, and its lock: it must not erase anything of a run, and its checkpoint must fit its config."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence

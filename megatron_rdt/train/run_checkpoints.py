@@ -6,7 +6,7 @@ the config and the data, loads the engine, and returns the position; the trainer
 
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.object_collectives import broadcast_object, rank_and_world_size
 from megatron_rdt.parallel import Engine
 from megatron_rdt.run_directory import CHECKPOINTS
+from megatron_rdt.train.alarms.rollbacks import Rollbacks, read_pending_rollbacks
 from megatron_rdt.train.data import TrainingData
 from megatron_rdt.train.initial_weights import InitialWeights
 from megatron_rdt.train.metrics import read_recorded_steps
@@ -33,12 +34,16 @@ class Position:
         samples: trained on, by all ranks together.
         skipped_steps: the last steps in a row that were not finite.
         steps_without_target: the last steps in a row in which no target counted.
+        alarms: state of the `AlarmWatch`; empty if it has seen nothing.
+        rollbacks: of the run so far.
     """
 
     step: int = 0
     samples: int = 0
     skipped_steps: int = 0
     steps_without_target: int = 0
+    alarms: dict[str, Any] = field(default_factory=dict)
+    rollbacks: Rollbacks = field(default_factory=Rollbacks)
 
 
 def choose_start(run_directory: Path, resume: str, init: str, print_on_rank_0: Callable[[str], None]) -> Start | None:
@@ -76,7 +81,7 @@ class RunCheckpoints:
 
     Attributes:
         run_id: identity of the run, kept when it resumes from its own checkpoints.
-        saved_step: step of the last checkpoint that this process saved; None before the first.
+        saved_step: step of the last checkpoint that this process saved; None before the first, and after a restore.
     """
 
     def __init__(self, config: RunConfig, run_directory: Path, engine: Engine, data: TrainingData) -> None:
@@ -98,13 +103,13 @@ class RunCheckpoints:
         """
         if start is None or not start.weights_only:
             self.engine.setup(model)
-            return (Position(), []) if start is None else self._restore(start.source)
+            return (Position(), []) if start is None else self.restore(start.source)
         weights = InitialWeights(start.source, self.config, self.engine, self.data.tokenizer_directory)
         self.engine.setup(model, weights.read)
         weights.fill_buffers()
         return Position(), weights.lines
 
-    def _restore(self, source: Path) -> tuple[Position, list[str]]:
+    def restore(self, source: Path) -> tuple[Position, list[str]]:
         """Restore engine and data from a verified checkpoint; return its position, and lines to print.
 
         Everything is compared before anything is loaded.
@@ -121,6 +126,7 @@ class RunCheckpoints:
         changed_data = self.data.resume(source, state["data"])
         changed = describe_changed_settings(saved, self.config)
         checkpoints.restore_engine(self.engine, source)
+        self.saved_step = None  # after a rollback, this run's later saves are of an abandoned branch
         # A run that starts from another run's checkpoint is a run of its own.
         self._parent = checkpoints.find_own_name(source, self.run_directory)
         if self._parent is not None:
@@ -135,8 +141,10 @@ class RunCheckpoints:
             state["data"]["consumed_samples"],
             state["skipped_steps"],
             state.get("steps_without_target", 0),
+            state.get("alarms", {}),
+            read_pending_rollbacks(self.run_directory, source, state.get("rollbacks", {})),
         )
-        return position, [*lines, *changed_data]
+        return position, [*lines, *changed_data, *position.rollbacks.describe()]
 
     def record_start(self, start: Start) -> None:
         """Record durably what the run starts from, here and in its checkpoints; on rank 0, before records are dropped."""
@@ -156,6 +164,8 @@ class RunCheckpoints:
                 "data": self.data.state(position.samples),
                 "skipped_steps": position.skipped_steps,
                 "steps_without_target": position.steps_without_target,
+                "alarms": position.alarms,
+                "rollbacks": vars(position.rollbacks),
             },
             facts={
                 "run_id": self.run_id,

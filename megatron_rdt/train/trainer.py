@@ -1,9 +1,7 @@
 """The training loop. It knows steps, batches and records; the engine knows sharding, the sampler knows depth."""
 
-from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -11,7 +9,7 @@ from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.checkpoint import Start
 from megatron_rdt.config import RunConfig, check_config, dump_config
 from megatron_rdt.data import Batch, BatchLoader
-from megatron_rdt.depth import DepthPlan, DepthSampler
+from megatron_rdt.depth import DepthSampler
 from megatron_rdt.environment import ProcessInfo, read_process_info
 from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED, TrainingError
 from megatron_rdt.files import write_text
@@ -24,6 +22,8 @@ from megatron_rdt.parallel.optimizers import check_no_weight_decay
 from megatron_rdt.parallel.process_group import join_process_group
 from megatron_rdt.run_directory import run_directory_of
 from megatron_rdt.terminal import Printer
+from megatron_rdt.train.alarms import Rollback
+from megatron_rdt.train.alarms.rollbacks import find_reaction, react
 from megatron_rdt.train.data import open_training_data
 from megatron_rdt.train.displays import check_displays, find_displays
 from megatron_rdt.train.garbage_collection import ScheduledGarbageCollection
@@ -31,11 +31,12 @@ from megatron_rdt.train.hardware import peak_flops, peak_memory_gb
 from megatron_rdt.train.inspections import InspectionFailed, Inspections
 from megatron_rdt.train.metrics import Console, Recorder, drop_records_after, read_recorded_steps
 from megatron_rdt.train.monitoring import MonitorSchedule
-from megatron_rdt.train.nonfinite_guard import NonfiniteGuard, TargetGuard, is_step_accepted
+from megatron_rdt.train.nonfinite_guard import is_step_accepted
 from megatron_rdt.train.resume_checks import lock_run_directory
-from megatron_rdt.train.run_checkpoints import Position, RunCheckpoints, choose_start
+from megatron_rdt.train.run_checkpoints import RunCheckpoints, choose_start
 from megatron_rdt.train.schedule import learning_rate
 from megatron_rdt.train.step_record import StepClock, StepRecord
+from megatron_rdt.train.step_review import StepReview
 from megatron_rdt.train.stop_request import StopAgreed, StopRequest
 
 
@@ -118,8 +119,7 @@ class Trainer:
         self.inspections = Inspections(config, self.engine, self.data, stop, self._print_on_rank_0)
         self.sampler = DepthSampler(config.depth, config.run.seed)
         self.flops = forward_flops(config.model, config.train.sequence_length)
-        self.guard = NonfiniteGuard(min(config.train.max_nonfinite_steps, config.train.steps))
-        self.target_guard = TargetGuard(min(config.train.max_steps_without_target, config.train.steps))
+        self.review = StepReview(config, self.checkpoints, self._print_on_rank_0)
         self.monitoring = MonitorSchedule(config.logging)
         self.step = self.first_step = 0
         self.unread: list[StepRecord] = []
@@ -138,16 +138,39 @@ class Trainer:
 
     def run(self, start: Start | None) -> int:
         """Train from a checkpoint, or from its weights, or from scratch, to the last step; return the exit status."""
-        config = self.config
         with torch.device("meta"):
-            model = RecurrentDepthTransformer(config.model)
+            model = RecurrentDepthTransformer(self.config.model)
         parameters = sum(p.numel() for p in model.parameters())
         position, lines = self.checkpoints.set_up(model, start)
-        self.step = self.first_step = position.step
-        self.guard.skipped, self.target_guard.in_a_row = position.skipped_steps, position.steps_without_target
-        for line in lines:
-            self._print_on_rank_0(line)
-        batches = self.data.batches
+        while True:
+            self.step = self.first_step = position.step
+            self.review.restore(position)
+            self.monitoring.drawn.clear()
+            for line in lines:
+                self._print_on_rank_0(line)
+            try:
+                status = self._run_from(start, parameters)
+                break
+            except Rollback as rollback:
+                self.stop.is_agreed()  # no rank may leave a reduction that it started
+                start = Start(rollback.source)
+                self._print_on_rank_0(f"step {self.step}: rolling back to {start.source}")
+                position, lines = self.checkpoints.restore(start.source)
+        if status == EXIT_OK:
+            self._report_end()
+        return status
+
+    def _run_from(self, start: Start | None, parameters: int) -> int:
+        """Run all steps that are left; return the exit status.
+
+        Args:
+            start: where the position and the weights are from.
+            parameters: of the model.
+
+        Raises:
+            Rollback: the run is to continue from an earlier checkpoint, in the same way.
+        """
+        config, batches = self.config, self.data.batches
         total = batches.samples_after(config.train.steps)
         loader = self.data.loader(self.consumed, total, self.data_rank, self.device)
         try:
@@ -157,31 +180,33 @@ class Trainer:
             loader.wait()
             with ScheduledGarbageCollection(config.train.gc_every) as collection:
                 is_same_run = start is not None and checkpoints.belongs_to_run(start.source, self.run_directory)
-                status = self._run_steps(loader, collection, is_same_run)
+                return self._run_steps(loader, collection, is_same_run)
         finally:
             loader.close()
-        if status == EXIT_OK:
+
+    def _report_end(self) -> None:
+        """Print what the run did; raise TrainingError if its last steps were skipped for not being finite."""
+        self._print_on_rank_0(
+            f"done: {self.step} steps, {self._tokens_after(self.step):,} tokens, {self.run_directory}"
+        )
+        without_target, skipped = self.review.target_guard.total, self.review.guard.skipped
+        if without_target:
             self._print_on_rank_0(
-                f"done: {self.step} steps, {self._tokens_after(self.step):,} tokens, {self.run_directory}"
+                f"warning: in {without_target} of the last {self.step - self.first_step} steps no target counted, "
+                "so they changed nothing"
             )
-            if self.target_guard.total:
-                taken = self.step - self.first_step
-                self._print_on_rank_0(
-                    f"warning: in {self.target_guard.total} of the last {taken} steps no target counted, "
-                    "so they changed nothing"
-                )
-        if status == EXIT_OK and self.guard.skipped:
+        if skipped:
             raise TrainingError(
-                f"the last {self.guard.skipped} steps of {self.run_directory} were skipped: the loss or gradient was not "
-                f"finite. Lower --optimizer.lr. {self.checkpoints.find_way_back(self.step - self.guard.skipped)}"
+                f"the last {skipped} steps of {self.run_directory} were skipped: the loss or gradient was not "
+                f"finite. Lower --optimizer.lr. {self.checkpoints.find_way_back(self.step - skipped)}"
             )
-        return status
 
     def _open_run_directory(self, parameters: int, start: Start | None) -> None:
         """On rank 0, write the config, drop the records of steps that will be done again, and open the recorder."""
         if not self.is_rank_0:
             return
         self.run_directory.mkdir(parents=True, exist_ok=True)
+        self.close()  # files that a rollback left open are rewritten below
         if start is not None:
             # Before records are dropped, or a kill between the two would leave the abandoned branch the newest.
             self.checkpoints.record_start(start)
@@ -227,7 +252,11 @@ class Trainer:
             where = f"before step {self.step + 1}" if self.step < self.config.train.steps else "after the last step"
             self._print_on_rank_0(f"{reason} {where}, with nothing new to save; use --resume auto")
             return EXIT_PREEMPTED
-        self._record_unread_steps()
+        try:
+            self._record_unread_steps()
+        except Rollback as rollback:
+            self._print_on_rank_0(f"{reason} at step {self.step}; --resume auto rolls back to {rollback.source}")
+            return EXIT_PREEMPTED
         if self.checkpoints.saved_step != self.step:
             self._save_checkpoint()
         self._print_on_rank_0(f"{reason} at step {self.step}, saved; use --resume auto")
@@ -243,12 +272,14 @@ class Trainer:
         self.stop.start_agreement(self.engine)  # the answer is read before the next step, when it has long arrived
         grad_norm = self.engine.clip(config.optimizer.grad_clip)
         lr = learning_rate(config.schedule, config.optimizer.lr, self.step, config.train.steps)
+        lr *= self.review.rollbacks.lr_factor
+        rows = self.data.batches.batch_at(self.step)
+        depth = self.monitoring.count_loops(self.sampler, self.step, rows, config.train.micro_batch)
         # A step that is skipped runs through, with a flag on the device by which the optimizer changes nothing.
-        accepted = is_step_accepted(losses, grad_norm)
+        accepted = is_step_accepted(losses, grad_norm, self.review.largest_loss(depth["loops_mean"]))
         self.engine.step(lr, accepted)
         balance_rate = config.model.balance_rate * accepted.double()
         experts = rebalance(self.engine.model, balance_rate, self.engine.sum_over_ranks)
-        depth = self._recompute_loop_counts()
         tokens_before = self._tokens_after(self.step)
         self.step += 1
         clock.stop()
@@ -275,22 +306,6 @@ class Trainer:
     def _make_micro_batch(self, rows: Batch) -> MicroBatch:
         """Pair some rows of a batch with their depth plan."""
         return MicroBatch(rows, self.sampler.plan(self.step, rows.samples, rows.batch_rows))
-
-    def _recompute_loop_counts(self) -> dict[str, Any]:
-        """Redraw T of all ranks' sequences; return the record's fields on it; count it in `monitoring.drawn`."""
-        rows = range(self.data.batches.batch_at(self.step))
-        plan = DepthPlan(
-            self.sampler.draw_loops(self.step, rows, self.config.train.micro_batch),
-            self.sampler.backprop_at(self.step),
-        )
-        counts = Counter(plan.iterations)
-        self.monitoring.drawn += counts
-        return {
-            "loops_mean": plan.total_loops / len(rows),
-            "loops_max": plan.max_loops,
-            "loops_with_grad": plan.total_loops_with_grad / len(rows),
-            **({} if plan.is_uniform else {"loops_counts": {str(t): counts[t] for t in sorted(counts)}}),
-        }
 
     def _run_due_actions(self) -> None:
         """Record, save, evaluate and sample, whichever is due after this step."""
@@ -345,35 +360,18 @@ class Trainer:
         """Write the records of the steps since the last call, in order; this waits for the device.
 
         Raises:
-            TrainingError: too many of them in a row were skipped.
+            TrainingError: too many of them in a row were skipped, or an alarm is to stop the run.
+            Rollback: an alarm is to take the run back; on all ranks, and durably.
         """
         records, self.unread = self.unread, []
-        for record in records:
-            metrics, objective = record.read_metrics()
-            loss, norm = metrics["loss"], metrics["grad_norm"]
-            if not self.target_guard.accept(record.step, metrics.get("targets")):
-                self._print_on_rank_0(f"step {record.step}: no target counts, step skipped")
-            elif not self._accept_step(record.step, objective, norm):
-                self._print_on_rank_0(
-                    f"step {record.step}: loss {loss} or gradient norm {norm} not finite, step skipped"
-                )
-            if self.recorder is not None and self.console is not None:
-                self.recorder.record_step(metrics)
-                if record.step % self.config.logging.every == 0 or record.step == self.config.train.steps:
-                    self._print_on_rank_0(self.console.format_line(metrics))
-
-    def _accept_step(self, step: int, objective: float, grad_norm: float) -> bool:
-        """Return True if a step was finite; a TrainingError after too many others names the checkpoint to go back to."""
-        try:
-            return self.guard.accept(step, objective, grad_norm)
-        except TrainingError as error:
-            way_back = self.checkpoints.find_way_back(step - self.guard.skipped)
-            raise TrainingError(f"{error} {way_back}") from None
+        alarms = self.review.review(records, self.recorder, self.console)
+        reaction = find_reaction(self.config.train, alarms)
+        if reaction is not None:
+            raise react(*reaction, self.review.rollbacks, self.config.train, self.run_directory)
 
     def _save_checkpoint(self) -> None:
         """Save a checkpoint at the current position; all steps must have been recorded."""
-        position = Position(self.step, self.consumed, self.guard.skipped, self.target_guard.in_a_row)
-        path = self.checkpoints.save(position)
+        path = self.checkpoints.save(self.review.position(self.step, self.consumed))
         self._print_on_rank_0(f"step {self.step}: saved {path}")
 
     def _print_on_rank_0(self, text: str) -> None:
@@ -385,3 +383,4 @@ class Trainer:
         """Close the records."""
         if self.recorder is not None:
             self.recorder.close()
+            self.recorder = None

@@ -94,15 +94,41 @@ def test_the_size_of_the_input_and_the_last_iteration(small) -> None:
 def test_the_last_iteration_on_known_states() -> None:
     monitor = CoreMonitor()
     state = torch.randn(2, 5, 8)
-    monitor.measure_last(state, state, torch.tensor(0.5))
+    monitor.measure_last((3, 0), state, state, torch.tensor(0.5))
     assert float(monitor.state_residual) == 0  # a fixed point
     assert float(monitor.state_norm) == pytest.approx(float(state.square().mean(-1).sqrt().mean()), rel=1e-6)
     pairs = torch.nn.functional.cosine_similarity(state[:, :, None], state[:, None], dim=-1)
     off = ~torch.eye(5, dtype=torch.bool)
     assert float(monitor.token_correlation) == pytest.approx(float(pairs[:, off].mean()), abs=1e-5)
-    monitor.measure_last(torch.zeros_like(state), torch.ones_like(state), torch.tensor(0.5))
+    monitor.measure_last((0, 0), torch.zeros_like(state), torch.ones_like(state), torch.tensor(0.5))
     assert float(monitor.state_residual) == pytest.approx(1)
     assert float(monitor.token_correlation) == pytest.approx(1)
+
+
+def test_growth_and_late_residual_leave_out_short_sequences() -> None:
+    """Growth is relative to even growth and needs T >= 2, the residual is of T >= 4; the largest T comes first."""
+    ones = torch.ones(3, 5, 8)
+    monitor = CoreMonitor()
+    monitor.measure_last((3, 1, 0), ones, ones * torch.tensor([4 / 3, 3, 7])[:, None, None], torch.tensor(0.5))
+    assert float(monitor.norm_growth) == pytest.approx((1 + 3 / 2) / 2)
+    assert float(monitor.late_residual) == pytest.approx(1 / 4)
+    monitor = CoreMonitor()
+    monitor.measure_last((0, 0, 0), ones, ones, torch.tensor(0.5))
+    assert monitor.norm_growth is monitor.late_residual is None
+    monitor.measure_last((2, 2, 2), ones, ones, torch.tensor(0.5))
+    assert float(monitor.norm_growth) == pytest.approx(2 / 3)
+    assert monitor.late_residual is None
+
+
+def test_an_additive_core_without_layers_grows_evenly(small) -> None:
+    model = small(injection="add", encoded_norm=False)
+    for name, parameter in model.core.named_parameters():
+        if name.endswith(("output.weight", "down.weight")):
+            torch.nn.init.zeros_(parameter)
+    monitor = CoreMonitor()
+    model(torch.arange(6)[None], 5, monitor=monitor)
+    assert monitor.readings()["norm_growth"] == pytest.approx(1, abs=1e-4)
+    assert monitor.readings()["late_residual"] == pytest.approx(1 / 5, abs=1e-4)
 
 
 def test_without_gradient_there_is_none(small) -> None:

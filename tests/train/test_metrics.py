@@ -23,6 +23,7 @@ FIELDS = [
     *("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu"),
     *("loops_mean", "loops_max", "loops_with_grad"),
     *("spectral_radius", "state_norm", "state_residual", "token_correlation"),
+    *("norm_growth", "late_residual"),
     *("memory_gb", "data_wait_s", "step_s"),
 ]
 RECORD = {
@@ -68,7 +69,17 @@ def test_every_step_has_exactly_the_documented_fields(run: Path) -> None:
         assert record["loops_mean"] == record["loops_max"]
         assert record["loops_with_grad"] == min(record["loops_max"], 2)
         assert record["mfu"] is None, "a CPU has no documented peak"
-        for key in set(FIELDS) - {"mfu", "step", "tokens", "loops_max", "loops_with_grad"}:
+        assert (record["norm_growth"] is None) == (record["loops_max"] < 2)
+        assert (record["late_residual"] is None) == (record["loops_max"] < 4)
+        for key in set(FIELDS) - {
+            "mfu",
+            "step",
+            "tokens",
+            "loops_max",
+            "loops_with_grad",
+            "norm_growth",
+            "late_residual",
+        }:
             assert isinstance(record[key], float), key
             assert math.isfinite(record[key]), key
         assert 0 < record["spectral_radius"] < 1

@@ -1,0 +1,98 @@
+"""Alarms of a run: their names, a sentence with what to do about each, and reading them back from the run directory.
+
+A step's alarms are in its record in metrics.jsonl, those of an evaluation in eval.jsonl: {name: {"value", "bound"}}. The
+records of steps that were rolled back are gone; rollbacks.json keeps the alarms that led to it.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROLLBACKS = "rollbacks.json"  # in a run directory; `megatron_rdt/train/alarms/rollbacks.py` writes it
+RECORDS = ("metrics.jsonl", "eval.jsonl")
+
+LOWER_RATE = "lower --optimizer.lr or raise --schedule.warmup_steps"
+SENTENCES = {
+    "norm_growth": "the state's norm grows by a factor in every iteration: take --model.injection diagonal or "
+    f"--model.core_norm iteration, or {LOWER_RATE}",
+    "token_correlation": f"all tokens of a sequence have nearly the same state: {LOWER_RATE}; weights that are in this "
+    "state rarely leave it, so go back to an earlier checkpoint",
+    "residual": "the change of the state does not shrink over iterations, so more loops drift instead of refining: "
+    f"{LOWER_RATE}, or take --model.core_norm iteration",
+    "radius": "nothing in the linear part of the recurrence decays: take --model.injection diagonal or --model.core_norm "
+    "iteration",
+    "loop_ignored": "the validation loss at one loop is that at the mean number of loops: the loop is ignored so far; if that "
+    "stays, compare --model.injection add and other rates, or ask whether the task needs depth",
+    "loss_spike": f"the loss is far above that of the steps before: {LOWER_RATE}, omit the data with --data.skip_steps, or "
+    "set --train.on_spike",
+}
+"""Names of alarms, and what each means and what to do about it."""
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """One alarm.
+
+    Attributes:
+        name: a key of SENTENCES.
+        step: the step or evaluation that raised it.
+        value: the measurement; None if it was not finite.
+        bound: the limit that it passed.
+        rolled_back: the run went back to an earlier checkpoint because of it.
+        since: the first step of the episode, which `step` follows after some patience; 0 where it was not recorded.
+    """
+
+    name: str
+    step: int
+    value: float | None
+    bound: float
+    rolled_back: bool = False
+    since: int = 0
+
+    @property
+    def sentence(self) -> str:
+        """Meaning and remedy, without step and numbers."""
+        return SENTENCES.get(self.name, "see docs/monitors.md")
+
+    def __str__(self) -> str:
+        """The line for the console, without the step."""
+        value = "not finite" if self.value is None else f"{self.value:.4g}"
+        return f"alarm {self.name}, {value} (bound {self.bound:.4g}): {self.sentence}"
+
+
+def list_alarms(run_directory: str | Path) -> list[Alarm]:
+    """List a run's alarms by step, those that led to a rollback included; [] for a run without any.
+
+    Lines and files that cannot be read are left out: the last line of a killed run may be cut short.
+    """
+    directory = Path(run_directory)
+    found = [Alarm(rolled_back=True, **_pick_fields(entry)) for entry in read_rollbacks(directory)]
+    for name in RECORDS:
+        for record in _read_lines(directory / name):
+            for alarm, numbers in record.get("alarms", {}).items():
+                found.append(Alarm(alarm, record["step"], numbers["value"], numbers["bound"]))
+    return sorted(found, key=lambda alarm: alarm.step)
+
+
+def read_rollbacks(run_directory: Path) -> list[dict[str, Any]]:
+    """Return the rollbacks of a run, oldest first, as rollbacks.json holds them; [] without a readable file."""
+    with contextlib.suppress(OSError, ValueError):
+        return list(json.loads((run_directory / ROLLBACKS).read_text(encoding="utf-8")))
+    return []
+
+
+def _pick_fields(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of an entry of rollbacks.json that describe its alarm."""
+    return {field: entry[field] for field in ("name", "step", "value", "bound")}
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a JSON-lines file, leaving out broken lines; none if it does not exist."""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield record

@@ -1,0 +1,152 @@
+"""Rollbacks: a run goes back to its newest healthy checkpoint and continues from there at a lower learning rate.
+
+A checkpoint holds how often its run had rolled back, and the factor of the learning rate. Until the next save, only
+rollbacks.json in the run directory says so, with the alarms that were the reason.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_rdt import checkpoint as checkpoints
+from megatron_rdt.checkpoint import Start
+from megatron_rdt.checkpoint.manifest import MANIFEST
+from megatron_rdt.config.schema import TrainConfig
+from megatron_rdt.errors import TrainingError
+from megatron_rdt.evaluate.alarms import ROLLBACKS, Alarm, read_rollbacks
+from megatron_rdt.files import sha256_of, write_text
+from megatron_rdt.object_collectives import broadcast_object, rank_and_world_size
+from megatron_rdt.train.alarms.watch import SPIKE
+from megatron_rdt.train.metrics import replace_nonfinite
+
+
+class Rollback(Exception):
+    """Leaves the loop over steps, on all ranks, so that the run continues from an earlier checkpoint.
+
+    Attributes:
+        source: the checkpoint, verified.
+    """
+
+    def __init__(self, source: Path) -> None:
+        super().__init__(f"continue from {source}")
+        self.source = source
+
+
+@dataclass(frozen=True)
+class Rollbacks:
+    """The rollbacks of a run so far.
+
+    Attributes:
+        count: how many.
+        lr_factor: product of their factors of the learning rate.
+    """
+
+    count: int = 0
+    lr_factor: float = 1.0
+
+    def describe(self) -> list[str]:
+        """A line for a run that continues; none if it never rolled back."""
+        if not self.count:
+            return []
+        times = "once" if self.count == 1 else f"{self.count} times"
+        return [
+            f"rolled back {times} because of alarms: every learning rate of the schedule is multiplied by {self.lr_factor:g}"
+        ]
+
+
+def find_reaction(train: TrainConfig, alarms: Sequence[Alarm]) -> tuple[str, Alarm] | None:
+    """Return on all ranks what rank 0's new alarms call for, "rollback" or "stop", and the alarm; None for nothing.
+
+    Where no alarm may call for anything, ranks exchange nothing.
+    """
+    if not {"rollback", "stop"} & {train.on_alarm, train.on_spike}:
+        return None
+    wanted = [(train.on_spike if alarm.name == SPIKE else train.on_alarm, alarm) for alarm in alarms]
+    return broadcast_object(
+        next(((action, alarm) for choice in ("stop", "rollback") for action, alarm in wanted if action == choice), None)
+    )
+
+
+def react(action: str, alarm: Alarm, before: Rollbacks, train: TrainConfig, run_directory: Path) -> Rollback:
+    """Prepare a rollback durably and return it, or stop the run; every rank must call this with the same arguments.
+
+    Args:
+        action: "rollback" or "stop".
+        alarm: the reason.
+        before: the rollbacks so far.
+        train: with their number and factor.
+        run_directory: `runs/<name>`.
+
+    Raises:
+        TrainingError: the action is "stop", or there may be no further rollback, or there is nothing to go back to.
+    """
+    reason = f"step {alarm.step}: {alarm}."
+    option = f"train.on_{'spike' if alarm.name == SPIKE else 'alarm'}"
+    source = _find_source(run_directory, alarm)
+    if source is None:
+        raise TrainingError(
+            f"{reason} No checkpoint is from before it, so there is no way back. Start anew with another --run.name; or "
+            f"--resume auto with --{option} warn continues past alarms."
+        )
+    way_back = f"--resume auto continues from {source}; with --{option} warn it continues past alarms."
+    if action == "stop" or before.count >= train.max_rollbacks:
+        if rank_and_world_size()[0] == 0:
+            checkpoints.record_start(run_directory, Start(source))
+        if action == "stop":
+            raise TrainingError(f"{reason} Stopped, as {option} says. {way_back}")
+        raise TrainingError(
+            f"{reason} The run has rolled back {before.count} times already, to {before.lr_factor:g} times the schedule's "
+            f"learning rate. Lower --optimizer.lr, or raise --train.max_rollbacks. {way_back}"
+        )
+    after = Rollbacks(before.count + 1, before.lr_factor * train.rollback_lr)
+    if rank_and_world_size()[0] == 0:
+        entry = {
+            **{field: getattr(alarm, field) for field in ("name", "step", "value", "bound")},
+            **_identify(source),
+            **vars(after),
+        }
+        history = [*read_rollbacks(run_directory), replace_nonfinite(entry)]
+        write_text(run_directory / ROLLBACKS, json.dumps(history, indent=1) + "\n")
+        checkpoints.record_start(run_directory, Start(source))
+    return Rollback(source)
+
+
+def _find_source(run_directory: Path, alarm: Alarm) -> Path | None:
+    """Return on all ranks the newest healthy checkpoint from before an alarm, verified; None if there is none.
+
+    The record of a step measures the weights that the step before it left. So those saved one step before the episode are
+    the first that are wrong.
+    """
+    before: str | None = None
+    if rank_and_world_size()[0] == 0:
+        healthy = checkpoints.list_healthy_checkpoints(run_directory)
+        fits = [path for path in healthy if checkpoints.read_manifest(path)["step"] < alarm.since - 1]
+        origin = None if checkpoints.has_checkpoints(run_directory) else checkpoints.read_origin(run_directory)
+        if fits:
+            before = str(fits[-1])
+        elif origin is not None and not origin["weights_only"]:
+            before = origin["checkpoint"]
+    before = broadcast_object(before)
+    start = None if before is None else checkpoints.find_start(run_directory, before)
+    return None if start is None else start.source
+
+
+def read_pending_rollbacks(run_directory: Path, source: Path, saved: dict[str, Any]) -> Rollbacks:
+    """Return on all ranks the rollbacks of a run that continues from `source`, which saved `saved`, as rank 0 finds them.
+
+    A rollback to this very checkpoint counts, though the checkpoint does not know of it.
+    """
+    found = Rollbacks(**saved)
+    if rank_and_world_size()[0] == 0:
+        identity = _identify(source)
+        for entry in read_rollbacks(run_directory):
+            if all(entry.get(key) == value for key, value in identity.items()) and entry["count"] > found.count:
+                found = Rollbacks(entry["count"], entry["lr_factor"])
+    return broadcast_object(found)
+
+
+def _identify(checkpoint: Path) -> dict[str, Any]:
+    """Name and hash of a checkpoint, by which it is known again wherever the run is moved."""
+    return {"checkpoint": checkpoint.name, "manifest_sha256": sha256_of(checkpoint / MANIFEST)}

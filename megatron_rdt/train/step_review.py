@@ -1,0 +1,94 @@
+"""Review of recent steps: their records are read from the device, written down, and searched for skipped steps and alarms."""
+
+import math
+from collections.abc import Callable, Sequence
+
+from megatron_rdt.config import RunConfig
+from megatron_rdt.errors import TrainingError
+from megatron_rdt.evaluate.alarms import Alarm
+from megatron_rdt.train.alarms import AlarmWatch
+from megatron_rdt.train.metrics import Console, Recorder
+from megatron_rdt.train.nonfinite_guard import NonfiniteGuard, TargetGuard
+from megatron_rdt.train.run_checkpoints import Position, RunCheckpoints
+from megatron_rdt.train.step_record import StepRecord
+
+
+class StepReview:
+    """Reviews the steps of one run, on every rank.
+
+    Args:
+        config: the run's config.
+        checkpoints: know where a run that diverged can continue.
+        print_line: prints a line on rank 0.
+
+    Attributes:
+        guard, target_guard: count the steps that were skipped.
+        watch: finds alarms.
+        rollbacks: of the run so far; they lower the learning rate.
+    """
+
+    def __init__(self, config: RunConfig, checkpoints: RunCheckpoints, print_line: Callable[[str], None]) -> None:
+        self.config, self.checkpoints, self.print_line = config, checkpoints, print_line
+        self.restore(Position())
+
+    def restore(self, position: Position) -> None:
+        """Continue from the counts of a checkpoint."""
+        train = self.config.train
+        self.guard = NonfiniteGuard(min(train.max_nonfinite_steps, train.steps), position.skipped_steps)
+        self.target_guard = TargetGuard(min(train.max_steps_without_target, train.steps))
+        self.target_guard.in_a_row = position.steps_without_target
+        self.watch = AlarmWatch(self.config)
+        self.watch.restore(position.alarms)
+        self.rollbacks = position.rollbacks
+
+    def position(self, step: int, samples: int) -> Position:
+        """Return the position to save after `step` steps on `samples` samples, all of them reviewed."""
+        return Position(
+            step, samples, self.guard.skipped, self.target_guard.in_a_row, self.watch.state(), self.rollbacks
+        )
+
+    def largest_loss(self, loops: float) -> float:
+        """Return the loss above which a step of this mean T is to be skipped; infinity if none is for its loss."""
+        return self.watch.spikes.bound(loops) if self.config.train.on_spike == "skip" else math.inf
+
+    def review(self, records: Sequence[StepRecord], recorder: Recorder | None, console: Console | None) -> list[Alarm]:
+        """Read the records of steps in order, print and write them; return the alarms that begin. This waits for the device.
+
+        Raises:
+            TrainingError: too many steps in a row were skipped.
+        """
+        alarms: list[Alarm] = []
+        for record in records:
+            metrics, objective = record.read_metrics()
+            self._count_skipped(metrics, objective)
+            if metrics["loss"] > self.largest_loss(metrics["loops_mean"]):
+                metrics["skipped"] = True
+                self.print_line(f"step {record.step}: loss {metrics['loss']:.4f} is a spike, step skipped")
+            begun = self.watch.observe(metrics)
+            if begun:
+                metrics["alarms"] = {alarm.name: {"value": alarm.value, "bound": alarm.bound} for alarm in begun}
+                alarms += begun
+            if recorder is not None and console is not None:
+                recorder.record_step(metrics)
+                if record.step % self.config.logging.every == 0 or record.step == self.config.train.steps:
+                    self.print_line(console.format_line(metrics))
+            for alarm in begun:
+                self.print_line(f"step {alarm.step}: {alarm}")
+        return alarms
+
+    def _count_skipped(self, metrics: dict, objective: float) -> None:
+        """Count a step that was not finite or had no target, and say so.
+
+        Raises:
+            TrainingError: too many of them in a row; it names the checkpoint to go back to.
+        """
+        step, loss, norm = metrics["step"], metrics["loss"], metrics["grad_norm"]
+        if not self.target_guard.accept(step, metrics.get("targets")):
+            self.print_line(f"step {step}: no target counts, step skipped")
+            return
+        try:
+            is_accepted = self.guard.accept(step, objective, norm)
+        except TrainingError as error:
+            raise TrainingError(f"{error} {self.checkpoints.find_way_back(step - self.guard.skipped)}") from None
+        if not is_accepted:
+            self.print_line(f"step {step}: loss {loss} or gradient norm {norm} not finite, step skipped")

@@ -16,6 +16,7 @@ from megatron_rdt.compare.measure import find_final_checkpoint, measure_run, rea
 from megatron_rdt.compare.page import (
     EXPLANATION,
     HEADER,
+    describe_accuracies,
     describe_equivalence,
     format_cells,
     format_count,
@@ -286,7 +287,13 @@ class ArmRunner:
         page = write_page(self.directory, document, by_arm)
         print_line = self.printer.print_line
         print_line(format_table(HEADER, [format_cells(row) for row in document["rows"]]))
-        for line in (*notes, describe_equivalence(document["equivalence"]), EXPLANATION, f"written: {page}"):
+        for line in (
+            *describe_accuracies(document),
+            *notes,
+            describe_equivalence(document["equivalence"]),
+            EXPLANATION,
+            f"written: {page}",
+        ):
             print_line(line)
         failed = [name for row in document["rows"] for name in row["failed"]]
         if failed:

@@ -50,7 +50,8 @@ def summarize_accuracy(results: Sequence[RunResult], reference: Sequence[RunResu
 
     Returns:
         "trained": at the arm's own T, over trained difficulties; "beyond": over the others, at the one T that is best for
-        them, "beyond_loops"; of both the paired "difference" to the reference.
+        them, "beyond_loops". Of both the difference to the reference, "..._difference": "over_seeds", paired by seed, and
+        "over_rows", paired by task and difficulty.
     """
     rows = average_accuracy(results)
     if not rows:
@@ -68,9 +69,12 @@ def summarize_accuracy(results: Sequence[RunResult], reference: Sequence[RunResu
             continue
         there = own_loops(reference[0].run.config) if is_trained else find_best_loops(average_accuracy(reference))
         others = {} if there is None else _by_seed(reference, is_trained, there)
-        differences = [values[seed] - others[seed] for seed in sorted(values.keys() & others.keys())]
-        if differences:
-            summary[f"{name}_difference"] = mean_interval(differences)._asdict()
+        pairs = [values[seed] - others[seed] for seed in sorted(values.keys() & others.keys())]
+        if there is not None and pairs:
+            cells = _by_cell(rows, is_trained, loops), _by_cell(average_accuracy(reference), is_trained, there)
+            differences = [cells[0][cell] - cells[1][cell] for cell in cells[0].keys() & cells[1].keys()]
+            intervals = {"over_seeds": mean_interval(pairs), "over_rows": mean_interval(sorted(differences))}
+            summary[f"{name}_difference"] = {kind: interval._asdict() for kind, interval in intervals.items()}
     return summary
 
 
@@ -78,3 +82,9 @@ def _by_seed(results: Sequence[RunResult], trained: bool, loops: int) -> dict[in
     """Return the mean accuracy of each run at one T, by seed."""
     found = {r.run.seed: mean_accuracy((r.measurement or {}).get("tasks", []), trained, loops) for r in results}
     return {seed: value for seed, value in found.items() if value is not None}
+
+
+def _by_cell(rows: Rows, trained: bool, loops: int) -> dict[tuple[str, int], float]:
+    """Return the accuracy at one T by task and difficulty."""
+    chosen = [row for row in rows if row["trained"] == trained and row["loops"] == loops]
+    return {(row["task"], row["difficulty"]): row["accuracy"] for row in chosen}

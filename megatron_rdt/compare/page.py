@@ -70,12 +70,26 @@ def format_interval(interval: Mapping[str, Any] | None, sign: bool = False) -> s
     return f"{text} [{format(interval['low'], form)}, {format(interval['high'], form)}]"
 
 
-def choose_difference(row: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the difference of a row with the interval that says most: over seeds if there are several."""
-    over_seeds = row["difference"].get("over_seeds")
+def choose_difference(difference: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the interval of a difference that says most: over seeds if there are several, else within the pair of runs."""
+    over_seeds = difference.get("over_seeds")
     if over_seeds is not None and over_seeds["low"] is None:
-        return row["difference"].get("over_windows") or over_seeds
+        return difference.get("over_windows") or difference.get("over_rows") or over_seeds
     return over_seeds
+
+
+def describe_accuracies(document: Mapping[str, Any]) -> list[str]:
+    """Return a sentence on the accuracy of each arm against the first; none without tasks."""
+    lines = []
+    for row in document["rows"]:
+        parts = [
+            f"{format_interval(choose_difference(row['accuracy'][f'{kind}_difference']), sign=True)} {where}"
+            for kind, where in (("trained", "on the trained difficulties"), ("beyond", "beyond them"))
+            if f"{kind}_difference" in row["accuracy"]
+        ]
+        if parts:
+            lines.append(f"Accuracy of {row['arm']} against {document['reference']}: {', '.join(parts)}.")
+    return lines
 
 
 def list_notes(row: Mapping[str, Any]) -> list[str]:
@@ -105,7 +119,7 @@ def format_cells(row: Mapping[str, Any]) -> list[str]:
         "" if row["seconds"] is None else format_seconds(row["seconds"]),
         f"{row['finished']}/{row['runs']}",
         format_interval(row["loss"]),
-        format_interval(choose_difference(row), sign=True),
+        format_interval(choose_difference(row["difference"]), sign=True),
         best,
         format_interval(row["accuracy"].get("trained")),
         _format_beyond(row["accuracy"]),
@@ -184,7 +198,7 @@ def _format_page(document: Mapping[str, Any], figures: Sequence[tuple[Path, str]
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in format_cells(row)) + "</tr>" for row in rows
     )
     parts = [f"<h1>Comparison {title}</h1>", f"<table><tr>{head}</tr>{body}</table>", f"<p>{EXPLANATION}</p>"]
-    parts += [f"<p>{html.escape(note)}</p>" for note in document["notes"]]
+    parts += [f"<p>{html.escape(line)}</p>" for line in (*describe_accuracies(document), *document["notes"])]
     parts.append(f"<p>{html.escape(describe_equivalence(document['equivalence']))}</p>")
     for path, caption in figures:
         encoded = base64.b64encode(path.read_bytes()).decode()

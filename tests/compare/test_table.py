@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from megatron_rdt.compare.arms import build_arms, build_runs
-from megatron_rdt.compare.page import HEADER, choose_difference, format_cells, format_table, list_notes, write_page
+from megatron_rdt.compare.page import (
+    HEADER,
+    choose_difference,
+    describe_accuracies,
+    format_cells,
+    format_table,
+    list_notes,
+    write_page,
+)
 from megatron_rdt.compare.results import RunResult, find_alarms, find_divergence
 from megatron_rdt.compare.table import make_table
 from megatron_rdt.config import RunConfig
@@ -63,7 +71,9 @@ def test_differences_are_paired_by_seed_and_by_window(compared: tuple[list, list
     assert unlooped["difference"]["over_seeds"]["high"] == pytest.approx(0.5)
     assert unlooped["difference"]["over_windows"]["high"] == pytest.approx(0.5)
     assert untied["difference"]["over_seeds"]["samples"] == 1
-    assert choose_difference(untied)["low"] == pytest.approx(-0.2)  # of windows: there is one pair of seeds
+    assert choose_difference(untied["difference"])["low"] == pytest.approx(
+        -0.2
+    )  # of windows: there is one pair of seeds
     assert table["equivalence"]["loops"] == 3
     assert 0.5 < table["equivalence"]["exponent"]["mean"] < 1
 
@@ -81,8 +91,13 @@ def test_accuracies_are_of_trained_difficulties_and_beyond(compared: tuple[list,
     assert looped["accuracy"]["trained"]["mean"] == pytest.approx(0.9)
     assert looped["accuracy"]["beyond"]["mean"] == pytest.approx(0.45)
     assert looped["accuracy"]["beyond_loops"] == 4
-    assert unlooped["accuracy"]["trained_difference"]["mean"] == pytest.approx(-0.5)
-    assert unlooped["accuracy"]["beyond_difference"]["mean"] == pytest.approx(0.4 / 3 - 0.45)
+    trained, beyond = (unlooped["accuracy"][f"{name}_difference"] for name in ("trained", "beyond"))
+    assert trained["over_seeds"]["mean"] == trained["over_rows"]["mean"] == pytest.approx(-0.5)
+    assert beyond["over_seeds"]["high"] == pytest.approx(0.4 / 3 - 0.45)
+    (line, _) = describe_accuracies(make_table(*compared, {}))
+    assert line.startswith(
+        "Accuracy of unlooped against looped: -0.500 [-0.500, -0.500] on the trained difficulties, -0.317"
+    )
 
 
 def test_the_exponent_needs_its_three_arms(compared: tuple[list, list[RunResult]]) -> None:

@@ -15,7 +15,8 @@ import torch
 from megatron_rdt.config import RunConfig
 from megatron_rdt.config.batch_schedule import BatchSchedule
 from megatron_rdt.errors import TrainingError
-from megatron_rdt.train.hardware import PEAK_BF16_FLOPS, peak_flops, peak_memory_gb
+from megatron_rdt.train import hardware
+from megatron_rdt.train.hardware import PEAK_BF16_FLOPS, multiplies_bfloat16_faster, peak_flops, peak_memory_gb
 from megatron_rdt.train.metrics import Console, Recorder, drop_records_after
 from megatron_rdt.train.trainer import train
 
@@ -288,3 +289,14 @@ def test_writing_after_an_error_is_reported_once(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="No space left on device"):
         recorder.record_step(RECORD)
     recorder.close()
+
+
+@pytest.mark.parametrize(("float32", "bfloat16", "faster"), [(3.0, 1.0, True), (3.0, 2.5, False), (1.0, 9.0, False)])
+def test_bfloat16_is_chosen_where_its_products_are_faster(
+    float32: float, bfloat16: float, faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {torch.float32: float32, torch.bfloat16: bfloat16}
+    monkeypatch.setattr(hardware, "_time_matrix_product", seconds.__getitem__)
+    assert multiplies_bfloat16_faster(torch.device("cpu")) is faster
+    monkeypatch.undo()
+    assert all(hardware._time_matrix_product(dtype) > 0 for dtype in seconds)

@@ -1,10 +1,14 @@
-"""`rdt quickstart`: the whole pipeline on real text, from raw files to a report, on two processes."""
+"""`rdt quickstart`: the whole pipeline: a model whose depth pays, and real text from raw files to a report."""
 
+import functools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from launch.command_options import parse_options, summary_of
+from launch.commands.compare import compare
+from launch.commands.eval import evaluate
 from launch.commands.prep import prep
 from launch.commands.prep_merge import merge
 from launch.commands.prep_show import show
@@ -20,6 +24,9 @@ CONFIG, DATA_CONFIG, TASKS_CONFIG = (
     "configs/smoke_data.yaml",
     "configs/quickstart_tasks.yaml",
 )
+DEPTH_CONFIG, DEPTH_TASKS_CONFIG = "configs/quickstart_depth.yaml", "configs/quickstart_depth_data.yaml"
+DEPTH_TEXT = "data/quickstart_depth"
+DEPTH_AXIS = "model.window=2,0"
 STREAM_CONFIG, STREAM_STEPS = "configs/smoke.yaml", 5
 TASKS = "hops,product:S5,addition,modular"
 TASKS_TEXT = "data/tasks-text"
@@ -34,19 +41,49 @@ class QuickstartOptions:
     """Options of `rdt quickstart`, which takes none."""
 
 
+def _print_title(began: float, text: str) -> None:
+    """Print the headline of the step that begins, with the seconds since `began`."""
+    print(f"\n== {time.monotonic() - began:5.0f} s  {text}", flush=True)
+
+
 def quickstart(words: list[str]) -> int:
-    """Run the whole pipeline on real text: prep, train, eval, generate, report."""
+    """Run the whole pipeline: a model whose depth pays beside its controls, then real text; prep, train, eval, report."""
     parse_options("quickstart", summary_of(quickstart), QuickstartOptions, words)
     if not Path(CONFIG).is_file():
         raise LaunchError(f"{CONFIG} is not here. Run the quickstart from the root of the repository.")
     began = time.monotonic()
+    print_title = functools.partial(_print_title, began)
+    status = _show_depth(print_title) or _pretrain_on_text(print_title)
+    if status:
+        return status
+    print_title("report")
+    from megatron_rdt.evaluate.report import write_report
+
+    depth = run_directory_of(load_config(DEPTH_CONFIG))
+    report = write_report(run_directory_of(load_config(CONFIG)), depth.with_name(f"{depth.name}-compare"))
+    print(f"\nDone in {time.monotonic() - began:.0f} s. The report is at {report.resolve()}")
+    return EXIT_OK
+
+
+def _show_depth(print_title: Callable[[str], None]) -> int:
+    """Train, score and compare the model whose depth pays; return an exit status, 0 if all went well."""
+    print_title("words of a group: n dependent steps, with the answer to every prefix")
+    tasks(["--config", DEPTH_TASKS_CONFIG, "--restart"])
+    prep(["--config", f"{DEPTH_TEXT}/prep.yaml"])
+    print_title("a model of 29 thousand weights learns words of up to 8 elements")
+    status = run_processes(["--config", DEPTH_CONFIG, "--resume", "auto"], 1)
+    if status:
+        return status
+    print_title("longer words, more loops")
+    evaluate([str(run_directory_of(load_config(DEPTH_CONFIG))), "--tasks"])
+    print_title("the same with full attention, and both beside models that run once: equal weights, equal operations")
+    return compare(["--config", DEPTH_CONFIG, "--axis", DEPTH_AXIS, "--arms", "looped,unlooped,untied"])
+
+
+def _pretrain_on_text(print_title: Callable[[str], None]) -> int:
+    """Prepare text and problems, pretrain on them, evaluate and generate; return an exit status, 0 if all went well."""
     config = load_config(CONFIG)
     run_directory = run_directory_of(config)
-
-    def print_title(text: str) -> None:
-        """Print the headline of a step, with the seconds since the start."""
-        print(f"\n== {time.monotonic() - began:5.0f} s  {text}", flush=True)
-
     print_title("preparing text: duplicates and noise removed, tokenizer, token shards")
     prep(["--config", DATA_CONFIG])
     print_title("preparing problems with answers, as two machines would")
@@ -61,21 +98,18 @@ def quickstart(words: list[str]) -> int:
     print_title("a quick look: a few steps on the problems as they come, without shards")
     look = {"run.name": f"{config.run.name}-look", "train.steps": STREAM_STEPS, "eval.every": 0, "sample.every": 0}
     look |= {"data.path": f"hf:{TASKS_TEXT}", "data.tokenizer": "data/stdlib/tokenizer", "logging.every": 1}
-    status = run_processes(
-        ["--config", STREAM_CONFIG, "--resume", "auto", *(f"--{name}={value}" for name, value in look.items())], 1
-    )
+    options = [f"--{name}={value}" for name, value in look.items()]
+    status = run_processes(["--config", STREAM_CONFIG, "--resume", "auto", *options], 1)
     if status:
         return status
     processes = _count_processes()
     print_title(f"pretraining on {processes} process{'es' if processes > 1 else ''}")
-    status = run_processes(
-        ["--config", CONFIG, "--resume", "auto", "--train.precision", _choose_precision()], processes
-    )
+    words = ["--config", CONFIG, "--resume", "auto", "--train.precision", _choose_precision()]
+    status = run_processes(words, processes)
     if status:
         return status
     print_title("validation loss against the number of loops")
     from megatron_rdt.evaluate.loss import evaluate_checkpoint
-    from megatron_rdt.evaluate.report import write_report
     from megatron_rdt.inference import generate_text
 
     # The windows that training was validated on: the report's curves show losses of the same tokens.
@@ -84,9 +118,6 @@ def quickstart(words: list[str]) -> int:
     for loops in SAMPLE_LOOPS:
         text = generate_text(str(run_directory), config.sample.prompt, loops, SAMPLE_TOKENS, 0.8, 50, 1.0, 0)
         print(f"--- T = {loops}\n{text}")
-    print_title("report")
-    report = write_report(run_directory)
-    print(f"\nDone in {time.monotonic() - began:.0f} s. The report is at {report.resolve()}")
     return EXIT_OK
 
 

@@ -13,6 +13,8 @@ class ReportOptions:
 
     run: PathText
     """Run directory, such as runs/quickstart."""
+    comparison: PathText | None = None
+    """Directory of a comparison on tasks, such as runs/quickstart-depth-compare: its accuracies open the page."""
 
 
 def report(words: list[str]) -> int:
@@ -20,5 +22,5 @@ def report(words: list[str]) -> int:
     options = parse_options("report", summary_of(report), ReportOptions, words)
     from megatron_rdt.evaluate.report import write_report
 
-    print(f"written: {write_report(options.run)}")
+    print(f"written: {write_report(options.run, options.comparison)}")
     return EXIT_OK

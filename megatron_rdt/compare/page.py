@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_rdt.compare.pictures import draw_accuracy, draw_loss_against_flops, draw_loss_against_loops
 from megatron_rdt.compare.results import RunResult
-from megatron_rdt.evaluate.report import PAGE, STYLE
+from megatron_rdt.evaluate.report import ACCURACY_PICTURE, PAGE, STYLE
 from megatron_rdt.files import TEMPORARY_SUFFIX, write_text
 from megatron_rdt.train.metrics import replace_nonfinite
 
@@ -175,7 +175,7 @@ def write_page(
         folder, figures = Path(name), []
         if accuracy:
             caption = "Exact-match accuracy by difficulty and T."
-            figures.append((draw_accuracy(accuracy, folder / "accuracy.png"), caption))
+            figures.append((draw_accuracy(accuracy, folder / ACCURACY_PICTURE), caption))
         if any(r.curve for each in results.values() for r in each):
             caption = "Loss against the operations executed in training, one line per run."
             picture = draw_loss_against_flops(results, rows, folder / "loss_against_flops.png")

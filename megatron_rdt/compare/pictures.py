@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from megatron_rdt.compare.results import RunResult
 from megatron_rdt.evaluate.plots import COLOURS, _make_axes, _save_figure
 
 LINE_STYLES = ("-", "--", ":", "-.")
+PANELS_IN_A_ROW = 4
 
 
 def _style(index: int) -> dict[str, Any]:
@@ -89,7 +91,9 @@ def draw_loss_against_loops(rows: Sequence[Mapping[str, Any]], path: Path) -> Pa
 
 
 def draw_accuracy(accuracy: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
-    """Draw a heat map of accuracy for each arm, side by side: difficulty down, T across; trained difficulties are named.
+    """Draw a heat map of accuracy for each arm: difficulty down, T across; trained difficulties are named.
+
+    Built-in arms are side by side, values of the axes below one another.
 
     Args:
         accuracy: rows of {task, difficulty, loops, accuracy, trained} by arm.
@@ -98,39 +102,65 @@ def draw_accuracy(accuracy: Mapping[str, Sequence[Mapping[str, Any]]], path: Pat
     import matplotlib.pyplot as plt
 
     groups = sorted({(r["task"], r["difficulty"]) for rows in accuracy.values() for r in rows})
-    trained = {(r["task"], r["difficulty"]) for rows in accuracy.values() for r in rows if r["trained"]}
-    tasks = {task for task, _ in groups}
-    widths = [len({r["loops"] for r in rows}) for rows in accuracy.values()]
+    grid = _arrange_panels(list(accuracy))
+    widths = [max([len({r["loops"] for r in accuracy[arm]}) for arm in column if arm] + [3]) for column in zip(*grid)]
     figure, panels = plt.subplots(
-        1,
-        len(accuracy),
-        figsize=(2.0 + 0.45 * sum(widths) + 0.5 * len(widths), 1.6 + 0.3 * len(groups)),
+        len(grid),
+        len(grid[0]),
+        figsize=(2.0 + 0.45 * sum(widths) + 0.5 * len(widths), 0.8 + len(grid) * (0.8 + 0.3 * len(groups))),
         dpi=120,
         layout="constrained",
         squeeze=False,
         sharey=True,
-        width_ratios=[max(width, 2) for width in widths],
+        width_ratios=widths,
     )
-    for axes, (arm, rows) in zip(panels[0], accuracy.items()):
-        loops = sorted({r["loops"] for r in rows})
-        table = np.full((len(groups), len(loops)), np.nan)
-        for r in rows:
-            table[groups.index((r["task"], r["difficulty"])), loops.index(r["loops"])] = r["accuracy"]
-        image = axes.imshow(table, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        axes.set_xticks(range(len(loops)), [str(t) for t in loops])
-        axes.set(title=arm, xlabel="T")
-        for (y, x), value in np.ndenumerate(table):
-            if np.isfinite(value):
-                colour = "black" if value > 0.6 else "white"
-                axes.text(x, y, f"{value:.2f}".lstrip("0") or "0", ha="center", va="center", fontsize=7, color=colour)
+    for line, arms in zip(panels, grid):
+        for axes, arm in zip(line, arms):
+            if arm is None:
+                axes.set_axis_off()
+            else:
+                image = _draw_accuracy_panel(axes, arm, accuracy[arm], groups)
+    trained = {(r["task"], r["difficulty"]) for rows in accuracy.values() for r in rows if r["trained"]}
+    several = len({task for task, _ in groups}) > 1
     names = [
-        f"{f'{task} ' if len(tasks) > 1 else ''}{difficulty}{' (trained)' if (task, difficulty) in trained else ''}"
+        f"{f'{task} ' if several else ''}{difficulty}{' (trained)' if (task, difficulty) in trained else ''}"
         for task, difficulty in groups
     ]
-    panels[0][0].set_yticks(range(len(groups)), names)
-    panels[0][0].set_ylabel("difficulty")
+    for line in panels:
+        line[0].set_yticks(range(len(groups)), names)
+        line[0].set_ylabel("difficulty")
     figure.suptitle("Exact-match accuracy")
-    figure.colorbar(image, ax=list(panels[0]), shrink=0.8)
+    figure.colorbar(image, ax=panels.ravel().tolist(), shrink=0.8)
     figure.savefig(path)
     plt.close(figure)
     return path
+
+
+def _arrange_panels(arms: Sequence[str]) -> list[list[str | None]]:
+    """Return rows of arms: built-in arms in columns and values of the axes in rows, or four to a row if either is one."""
+    built_in, values = (list(dict.fromkeys(arm.partition("+")[part] for arm in arms)) for part in (0, 2))
+    if min(len(built_in), len(values)) > 1:
+        found = {tuple(arm.partition("+")[::2]): arm for arm in arms}
+        return [[found.get((name, value)) for name in built_in] for value in values]
+    columns = min(len(arms), PANELS_IN_A_ROW)
+    rows = [list(arms[first : first + columns]) for first in range(0, len(arms), columns)]
+    return [[*row, *[None] * (columns - len(row))] for row in rows]
+
+
+def _draw_accuracy_panel(
+    axes: Axes, arm: str, rows: Sequence[Mapping[str, Any]], groups: Sequence[tuple[str, int]]
+) -> Any:
+    """Draw the heat map of one arm, with a line for each (task, difficulty) of `groups`; return the image."""
+    loops = sorted({r["loops"] for r in rows})
+    table = np.full((len(groups), len(loops)), np.nan)
+    for r in rows:
+        table[groups.index((r["task"], r["difficulty"])), loops.index(r["loops"])] = r["accuracy"]
+    image = axes.imshow(table, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    axes.set_xticks(range(len(loops)), [str(t) for t in loops])
+    axes.set(title=arm, xlabel="T")
+    for (y, x), value in np.ndenumerate(table):
+        if np.isfinite(value):
+            colour = "black" if value > 0.6 else "white"
+            text = "1" if value == 1 else f"{value:.2f}".removeprefix("0")
+            axes.text(x, y, text, ha="center", va="center", fontsize=7, color=colour)
+    return image

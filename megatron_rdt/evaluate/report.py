@@ -4,6 +4,7 @@ import base64
 import html
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,13 @@ from megatron_rdt.evaluate.task_plots import draw_accuracy_map, draw_accuracy_ov
 from megatron_rdt.evaluate.task_report import MAP_CAPTION, find_final_scores, format_task_section
 from megatron_rdt.files import TEMPORARY_SUFFIX, write_text
 
-PAGE = "index.html"
+PAGE, ACCURACY_PICTURE = "index.html", "accuracy.png"
+COMPARISON_CAPTION = (
+    "Accuracy, difficulty down, loop counts T across: a looped model, whose T is chosen at the call, beside models that run "
+    "once, of equal weights (unlooped) and of equal operations in training (untied). They saw the same "
+    "examples. With a window of 2 (window=2) a token sees its neighbour only, and information moves one position per "
+    "iteration: the architecture itself then forces one step per loop. Full attention (window=0) has no such limit."
+)
 # Fields of metrics.jsonl that the page uses.
 METRICS = ("step", "tokens", "loss", "grad_norm", "spectral_radius", "loops_max", "tokens_per_second")
 STYLE = """
@@ -64,13 +71,20 @@ def find_final_losses(run_directory: Path, evaluations: list[dict[str, Any]]) ->
     return max((each for each in candidates if each.losses), key=lambda candidate: candidate.step, default=None)
 
 
-def write_report(run_directory: str | Path) -> Path:
+def write_report(run_directory: str | Path, comparison: str | Path | None = None) -> Path:
     """Write report/index.html and its pictures into a run directory; return the path of the page.
 
+    Args:
+        run_directory: of the run.
+        comparison: directory of a comparison whose accuracies open the page.
+
     Raises:
-        DataError: the directory does not exist, or its metrics are missing or damaged.
+        DataError: a directory does not exist, or its records are missing or damaged.
     """
     directory = Path(run_directory)
+    opening = None if comparison is None else Path(comparison) / ACCURACY_PICTURE
+    if opening is not None and not opening.is_file():
+        raise DataError(f"{opening} does not exist. Name the directory of a finished `rdt compare` on tasks.")
     if not directory.is_dir():
         reason = "is a file" if directory.exists() else "does not exist"
         raise DataError(f"{directory} {reason}. Name the directory of a run that trained, such as runs/quickstart.")
@@ -88,6 +102,9 @@ def write_report(run_directory: str | Path) -> Path:
     # An earlier report stays whole until all of the new one is there.
     with tempfile.TemporaryDirectory(suffix=TEMPORARY_SUFFIX, prefix=".", dir=out) as folder:
         figures = _draw_figures(Path(folder), config, metrics, evaluations, final, scores)
+        if opening is not None:
+            picture = Path(shutil.copy(opening, Path(folder) / f"comparison_{ACCURACY_PICTURE}"))
+            figures.insert(0, (picture, COMPARISON_CAPTION))
         write_text(Path(folder) / PAGE, _format_page(config, metrics, final, scores, figures, samples, alarms))
         pictures = sorted(path.name for path in Path(folder).iterdir() if path.name != PAGE)
         for name in (*pictures, PAGE):
@@ -120,7 +137,7 @@ def _draw_figures(
 
     if scores is not None:
         caption = MAP_CAPTION.format(step=scores["step"])
-        add(caption, "accuracy.png", draw_accuracy_map, scores["tasks"], scores["trained_loops"])
+        add(caption, ACCURACY_PICTURE, draw_accuracy_map, scores["tasks"], scores["trained_loops"])
     if any(record.get("tasks") for record in evaluations):
         caption = "Accuracy while the model trained, at the evaluated T nearest to the mean of training."
         add(caption, "accuracy_over_steps.png", draw_accuracy_over_steps, evaluations, config.depth.mean)

@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
+from megatron_rdt.compare.pictures import draw_accuracy
 from megatron_rdt.config import RunConfig
 from megatron_rdt.depth import loop_probabilities
 from megatron_rdt.errors import DataError
@@ -99,6 +100,21 @@ def test_the_page_is_self_contained(run: Path) -> None:
     assert sorted(p.name for p in path.parent.iterdir()) == sorted(
         ["index.html", "overview.png", *(f"{n}.png" for n in PICTURES)]
     )
+
+
+def test_a_comparison_opens_the_page(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"other/accuracy\.png does not exist\. Name the directory of a finished `rdt compare`"
+    ):
+        write_report(run, tmp_path / "other")
+    comparison = tmp_path / "words-compare"
+    comparison.mkdir()
+    picture = draw_accuracy(
+        {"looped": [{"task": "t", "difficulty": 1, "loops": 1, "accuracy": 0.5, "trained": True}]},
+        comparison / "accuracy.png",
+    )
+    first = Page(write_report(run, comparison)).references[0]
+    assert base64.b64decode(first.partition("base64,")[2]) == picture.read_bytes()
 
 
 def test_the_pictures_show_something(run: Path) -> None:

@@ -80,33 +80,24 @@ class ArmRunner:
     def print_plan(self, notes: Sequence[str], at_once: int) -> None:
         """Print arms, weights, operations and time, without training anything."""
         at_once, _ = self._choose_places(at_once)
-        rows, total = [], 0.0
-        for runs, times in ((self.main_runs()[: len(self.arms)], self.seeds), (self.sweep_runs(), 1)):
-            for run in runs:
-                cost = estimate_cost(run)
-                name = (
-                    run.arm
-                    if times is self.seeds and run.config.run.root == str(self.directory)
-                    else f"{SWEEP}/{run.name}"
-                )
-                total += times * (cost.seconds or 0.0)
-                rows.append(
-                    (
-                        name,
-                        format_count(cost.weights),
-                        f"{cost.loops:.2f}",
-                        format_count(cost.flops),
-                        "unknown" if cost.seconds is None else format_seconds(cost.seconds),
-                        str(times),
-                    )
-                )
+        # Replicates of an arm cost the same, so one of each is tried out.
+        kinds = [(run.arm, run, self.seeds) for run in self.main_runs()[: len(self.arms)]]
+        kinds += [(f"{SWEEP}/{run.name}", run, 1) for run in self.sweep_runs()]
+        rows, seconds = [], []
+        for name, run, count in kinds:
+            cost = estimate_cost(run)
+            seconds += [cost.seconds or 0.0] * count
+            time = "unknown" if cost.seconds is None else format_seconds(cost.seconds)
+            rows.append(
+                (name, format_count(cost.weights), f"{cost.loops:.2f}", format_count(cost.flops), time, str(count))
+            )
         self.printer.print_line(format_table(("arm", "weights", "mean T", "FLOPs a run", "time a run", "runs"), rows))
         for note in notes:
             self.printer.print_line(note)
         finished = sum(find_final_checkpoint(run) is not None for run in self.all_runs())
         self.printer.print_line(
             f"{self.directory}: {len(self.all_runs())} runs, {finished} of them finished; {at_once} at once on this machine, "
-            f"about {format_seconds(total / at_once)} in all, measured on one micro-batch of each"
+            f"about {format_seconds(max(sum(seconds) / at_once, *seconds))} in all, measured on one micro-batch of each"
         )
 
     def check_settings(self) -> None:

@@ -15,7 +15,7 @@ from types import FrameType
 from launch.failures import LESS_HOST_MEMORY, read_failure
 from megatron_rdt.environment import launcher_environment
 from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED, ConfigError, LaunchError
-from megatron_rdt.train.stop_request import STOP_SIGNALS
+from megatron_rdt.train.stop_request import listen_for_stop
 
 SCRIPT = Path(__file__).resolve().parent / "pretrain.py"
 LOOPBACK = "127.0.0.1"
@@ -73,7 +73,8 @@ class _WorkerGroup:
 
     def run(self, words: Sequence[str], port: int) -> int:
         """Run Python with `words` in each worker; return the exit status, or raise a failure's likeliest cause."""
-        before = {number: signal.signal(number, self._forward_signal) for number in (*STOP_SIGNALS, signal.SIGINT)}
+        before = listen_for_stop(self._forward_signal)
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, self._forward_signal)
         try:
             for rank, file in enumerate(self.files):
                 self.processes.append(

@@ -12,7 +12,7 @@ from types import FrameType
 from launch.local_processes import POLL_S, prepare_worker
 from megatron_rdt.environment import share_environment
 from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED
-from megatron_rdt.train.stop_request import STOP_SIGNALS
+from megatron_rdt.train.stop_request import listen_for_stop
 
 LOG_TAIL_BYTES = 4000
 
@@ -62,8 +62,8 @@ class RunPool:
         Raises:
             KeyboardInterrupt: interrupted by Ctrl-C; the jobs were ended.
         """
-        signals = (*STOP_SIGNALS, signal.SIGINT)
-        before = {number: signal.signal(number, self._handle_signal) for number in signals}
+        before = listen_for_stop(self._handle_signal)
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, self._handle_signal)
         waiting = list(jobs)
         try:
             while (waiting and not self.was_stopped) or self._running:

@@ -9,11 +9,12 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -27,6 +28,7 @@ TEMPORARY_SUFFIX = ".tmp"
 HASH_CHUNK_BYTES = 1 << 22
 LOCK_POLL_S = 0.2
 LOW_DISK_BYTES = 64 << 20
+DAMAGED = object()  # in place of a line's value
 NO_SPACE = os.strerror(errno.ENOSPC)  # the words in errors of libraries that have no errno
 
 
@@ -62,15 +64,17 @@ def fsync_file(path: str | os.PathLike[str]) -> None:
 
 
 @contextlib.contextmanager
-def atomic_open(path: str | os.PathLike[str], mode: str = "w", **kwargs: Any) -> Iterator[IO[Any]]:
+def atomic_open(
+    path: str | os.PathLike[str], mode: str = "w", *, follow_link: bool = True, **kwargs: Any
+) -> Iterator[IO[Any]]:
     """Open a temporary file beside `path` for writing; rename it to `path` when the block ends without an exception.
 
     If the block raises, the temporary file is removed and `path` stays as it was. A link to a file stays a link: the file
-    that it leads to is replaced, on its own disk.
+    that it leads to is replaced, on its own disk; without `follow_link` the link is replaced by the file.
     `mode` is "w" or "wb"; text is written as UTF-8 with "\\n" line ends unless `kwargs` say otherwise.
     """
     target = Path(path)
-    if target.is_symlink() and not target.is_dir():
+    if follow_link and target.is_symlink() and not target.is_dir():
         target = Path(os.path.realpath(target))
     temporary = target.with_name(f"{target.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     if "b" not in mode:
@@ -107,6 +111,28 @@ def save_with_torch(value: Any, path: str | os.PathLike[str]) -> None:
     # Given a path, torch.save hides the reason of a failed write; given a file, the OSError gets out.
     with open(path, "wb") as file:
         torch.save(value, file)
+
+
+def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes, Any]]:
+    """Yield number, bytes and value of each line of a file of JSON lines; the value of one that is no JSON is DAMAGED.
+
+    A process that is killed can leave its last line cut short, a machine that crashes lines of zero bytes.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                value = json.loads(line)
+            except ValueError:  # bytes that are not UTF-8, too
+                value = DAMAGED
+            if line.strip():
+                yield number, line, value
+
+
+def describe_damaged_lines(path: str | os.PathLike[str], numbers: Sequence[int]) -> str:
+    """Return the start of a sentence about lines of a file that are not records: which file, how many, where."""
+    where = ", ".join(map(str, numbers[:3])) + (", ..." if len(numbers) > 3 else "")
+    lines = f"{len(numbers)} lines cannot be read (lines" if len(numbers) > 1 else "1 line cannot be read (line"
+    return f"{path}: {lines} {where}; a kill or crash can leave such)"
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

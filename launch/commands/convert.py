@@ -1,9 +1,11 @@
 """`rdt convert`: a checkpoint for transformers, or for the engines of another family."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from launch.command_options import parse_options, summary_of
+from megatron_rdt.config.engines import describe_checkpoint_formats
+from megatron_rdt.config.option_types import HELP
 from megatron_rdt.errors import EXIT_OK
 from megatron_rdt.files import PathText
 
@@ -16,8 +18,10 @@ class ConvertOptions:
     """Checkpoint, or run directory (its newest healthy checkpoint)."""
     out: PathText
     """Directory to write; must not exist, or be empty."""
-    to: Literal["hf", "native", "zero"] = "hf"
-    """hf: a folder for transformers; native: for the engines single, ddp and fsdp; zero: for zero1, zero2 and zero3."""
+    to: Literal["hf", "native", "zero"] = field(
+        default="hf", metadata={HELP: f"hf: a folder for transformers; {describe_checkpoint_formats()}."}
+    )
+    """Format to write."""
 
 
 def convert(words: list[str]) -> int:

@@ -7,13 +7,14 @@ ranks read the files that it names and nothing else.
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_rdt.checkpoint.health import find_own_problem, find_problems
 from megatron_rdt.checkpoint.lineage import (
     belongs_to_run,
     has_checkpoints,
     list_complete_checkpoints,
+    list_copies,
     order_by_lineage,
     read_manifests,
     read_rollback,
@@ -28,6 +29,11 @@ from megatron_rdt.run_directory import CHECKPOINTS, LATEST
 
 # Requests that rank 0 broadcasts: verify these files, start from this checkpoint, give up for this reason.
 VERIFY, START, GIVE_UP = "verify", "start", "give up"
+
+# Checkpoints that a running trainer may delete, one after the other, while they are read, before that is an error.
+DELETED_AT_MOST = 10
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +70,9 @@ def _choose_start(run_directory: Path, resume: str, init: str) -> Start | None:
     """Return on rank 0 the start that `resume` and `init` mean, verified by all ranks; None for random weights."""
     where = run_directory if resume == "auto" else Path(resume)
     try:
+        if copies := list_copies(run_directory):
+            names = ", ".join(copies)
+            logger.warning("%s holds %s, no names of checkpoints: left alone", run_directory / CHECKPOINTS, names)
         if resume not in ("none", "auto"):
             return Start(resolve_checkpoint(find_run_or_checkpoint(resume), _verify_on_all_ranks, "--resume "))
         if resume == "auto":
@@ -177,6 +186,8 @@ def newest_checkpoint(run_directory: Path, check: Callable[[Path], None] = verif
         try:
             check(directory)
         except CheckpointError as error:
+            if not directory.exists():  # a trainer that runs has just deleted it, and has saved newer ones
+                return newest_checkpoint(run_directory, check, option)
             logger.warning("skipping: %s", error)
             continue
         age = manifests[name]["sequence"]
@@ -219,22 +230,15 @@ def _warn_of_unhealthy(chosen: Path, problems: dict[str, str], option: str) -> N
         )
 
 
-def find_run_or_checkpoint(resume: str) -> Path:
-    """Return the run directory or checkpoint that --resume names; a run's `latest` or `checkpoints` means the run.
+def find_run_or_checkpoint(resume: str | Path) -> Path:
+    """Return the run directory or checkpoint that a user names; a run's `latest` or `checkpoints` means the run.
 
     Raises:
         CheckpointError: there is neither.
     """
     path = Path(resume)
-    return path.parent if path.name == LATEST and path.is_file() else _find_directory(path)
-
-
-def _find_directory(path: Path) -> Path:
-    """The run directory or checkpoint that a path means; the folder `checkpoints` of a run means the run.
-
-    Raises:
-        CheckpointError: there is neither.
-    """
+    if path.name == LATEST and path.is_file():
+        return path.parent
     if path.is_file():
         raise CheckpointError(f"{path} is a file. Name a run directory, or a checkpoint below its checkpoints/.")
     if not path.is_dir():
@@ -247,10 +251,10 @@ def resolve_checkpoint(path: str | Path, check: Callable[[Path], None] = verify,
     """Return the verified checkpoint that a path names, itself or a run's newest healthy; CheckpointError if none.
 
     Args:
-        path: a checkpoint, a run directory, or the folder `checkpoints` in one.
+        path: a checkpoint, a run directory, or its `latest` or `checkpoints`.
         check, option: as in `newest_checkpoint`.
     """
-    directory = _find_directory(Path(path))
+    directory = find_run_or_checkpoint(path)
     if (directory / MANIFEST).is_file():
         check(directory)
         problem = find_own_problem(read_manifest(directory))
@@ -265,6 +269,37 @@ def resolve_checkpoint(path: str | Path, check: Callable[[Path], None] = verify,
             f"{directory} is an export for transformers, which `rdt generate` takes. Here, name a run directory or a "
             "checkpoint below its checkpoints/."
         )
+    if copies := list_copies(directory):
+        raise CheckpointError(
+            f"{directory} has no checkpoint but {', '.join(copies)}, which is no name of one. Name that folder itself."
+        )
     if (missing := find_missing_checkpoint(directory)) is not None:
         raise CheckpointError(f"{missing} Put it back, or name another run or checkpoint.")
     raise CheckpointError(f"{directory} holds no complete checkpoint. Name a run directory or a step-NNNNNNNN in it.")
+
+
+def read_from_checkpoint(path: str | Path, read: Callable[[Path], T]) -> T:
+    """Return what `read` returns for the checkpoint that `path` names, see `resolve_checkpoint`.
+
+    A run that is training deletes old checkpoints. Where `path` names the run and the checkpoint goes while it is read,
+    `read` is called again for the run's newest one.
+
+    Raises:
+        CheckpointError: there is none, or it was deleted while it was read and `path` names no other.
+    """
+    for _ in range(DELETED_AT_MOST):
+        directory = resolve_checkpoint(path)
+        try:
+            return read(directory)
+        except Exception as error:
+            if (directory / MANIFEST).exists():
+                raise
+            if Path(path).resolve() == directory.resolve():
+                raise CheckpointError(
+                    f"{directory} was deleted while it was read, perhaps by its run, see checkpoint.keep. Name the run to "
+                    "take its newest checkpoint, or copy the checkpoint first."
+                ) from error
+            logger.warning("%s was deleted while it was read; the run's newest checkpoint is taken", directory)
+    raise CheckpointError(
+        f"the run {path} deleted {DELETED_AT_MOST} checkpoints while they were read. Raise its checkpoint.keep, or stop it."
+    )

@@ -9,6 +9,7 @@ its steps may be higher. `rollback.json` records such a return until the run sav
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from megatron_rdt.files import write_text
 from megatron_rdt.run_directory import CHECKPOINTS
 
 ROLLBACK = "rollback.json"  # in a run directory
+CHECKPOINT_NAME = re.compile(r"step-\d{8,}")
 
 Manifests = dict[str, dict[str, Any]]
 """Manifests of a run's complete checkpoints by name."""
@@ -27,15 +29,24 @@ logger = logging.getLogger(__name__)
 
 
 def list_checkpoint_names(run_directory: Path) -> list[str]:
-    """Names of all checkpoints of a run, damaged and incomplete ones included.
+    """Names of all checkpoints of a run, damaged and incomplete ones included, copies under other names left out.
 
     Raises:
         OSError: the directory cannot be read. `Path.glob` would return nothing, as for a run that never saved.
     """
     try:
-        return [name for name in os.listdir(run_directory / CHECKPOINTS) if name.startswith("step-")]
+        return [name for name in os.listdir(run_directory / CHECKPOINTS) if CHECKPOINT_NAME.fullmatch(name)]
     except FileNotFoundError:
         return []
+
+
+def list_copies(run_directory: Path) -> list[str]:
+    """Names in `checkpoints` that a user made, such as step-00000100-good: never resumed from unasked, never deleted."""
+    try:
+        names = os.listdir(run_directory / CHECKPOINTS)
+    except FileNotFoundError:
+        return []
+    return sorted(name for name in names if not name.startswith(".") and not CHECKPOINT_NAME.fullmatch(name))
 
 
 def has_checkpoints(run_directory: Path) -> bool:
@@ -52,7 +63,7 @@ def find_own_name(checkpoint: Path, run_directory: Path) -> str | None:
     """The name that a checkpoint has in the run, through whichever links it was named; None for another run's."""
     target = checkpoint.resolve()
     own = (run_directory / CHECKPOINTS).resolve()
-    if target.parent == own:
+    if target.parent == own and CHECKPOINT_NAME.fullmatch(target.name):
         return target.name
     return next((name for name in list_checkpoint_names(run_directory) if (own / name).resolve() == target), None)
 
@@ -66,7 +77,8 @@ def read_manifests(run_directory: Path) -> Manifests:
             try:
                 manifests[name] = read_manifest(directory)
             except CheckpointError as error:
-                logger.warning("skipping: %s", error)
+                if directory.exists():  # else a trainer that runs has just deleted it
+                    logger.warning("skipping: %s", error)
     return manifests
 
 

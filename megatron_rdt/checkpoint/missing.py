@@ -3,6 +3,7 @@
 Without this check, a run whose `checkpoints` directory is not there would start from random weights.
 """
 
+import os
 from pathlib import Path
 
 from megatron_rdt.checkpoint.lineage import (
@@ -30,7 +31,9 @@ def _list_named(run_directory: Path) -> list[tuple[str, str]]:
     """Return (file, checkpoint name) of `latest` and, while the run is rolled back, of rollback.json."""
     named = []
     latest = run_directory / LATEST
-    if latest.is_file():
+    if latest.is_symlink():  # other tools, and people, write it as a link to the checkpoint
+        named.append((LATEST, os.path.basename(os.readlink(latest).rstrip("/"))))
+    elif latest.is_file():
         named.append((LATEST, latest.read_text(encoding="utf-8", errors="replace").strip()))
     rollback = read_rollback(run_directory)
     if is_rolled_back(read_manifests(run_directory), rollback):

@@ -234,7 +234,7 @@ def _publish_directory(temporary: Path, final: Path, run_directory: Path) -> Non
     for directory in (temporary, *(p for p in temporary.rglob("*") if p.is_dir())):
         fsync_directory(directory)
     # The new `latest` is on the disk, under a temporary name, before the directory is renamed: a full disk fails here.
-    with atomic_open(run_directory / LATEST) as file:
+    with atomic_open(run_directory / LATEST, follow_link=False) as file:
         file.write(final.name + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 
 from megatron_rdt.config.deepspeed import find_deepspeed_problems
-from megatron_rdt.config.engines import AXES, PROPOSED
+from megatron_rdt.config.engines import AXES, PROPOSED, engines_with, join_names
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.config.mixture_weights import integer_weights
 from megatron_rdt.config.parallel_checks import find_parallel_problems
@@ -257,9 +257,11 @@ def _find_world_size_problems(config: RunConfig, world_size: int) -> Iterator[st
     """Find reasons why `world_size` processes do not fit the engine, the axes of sharding or the global batch."""
     engine, train, micro = config.parallel.engine, config.train, config.train.micro_batch
     if world_size > 1 and not config.parallel.engine_kind.many_processes:
+        others = engines_with(lambda kind: kind.many_processes)
+        others.sort(key=lambda name: name != PROPOSED)
         yield (
             f"parallel.engine is {engine}, but there are {world_size} processes. "
-            f"Set --parallel.engine {PROPOSED} (or ddp, zero1 ...)."
+            f"Set --parallel.engine {join_names(others, 'or')}."
         )
     if min(micro, *(getattr(config.parallel, name) for name in AXES)) < 1:
         return  # out of range, and nothing can be divided by it

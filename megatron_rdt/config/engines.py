@@ -20,6 +20,7 @@ class EngineKind:
     """The properties of one engine.
 
     Attributes:
+        summary: what it does with the model's state, for help.
         many_processes: runs on any number of processes, which join a process group; otherwise on one, without a group.
         checkpoint_format: native: torch.distributed.checkpoint; zero: DeepSpeed's files. Engines of one format resume
             from each other's checkpoints.
@@ -30,6 +31,7 @@ class EngineKind:
         compiles_layers: takes `train.compile layers`.
     """
 
+    summary: str
     many_processes: bool = True
     checkpoint_format: CheckpointFormat = "native"
     shards_parameters: bool = False
@@ -47,6 +49,7 @@ class EngineKind:
 def _zero(stage: int) -> EngineKind:
     """Return the row of `ENGINES` for DeepSpeed with this ZeRO stage."""
     return EngineKind(
+        f"DeepSpeed ZeRO stage {stage}",
         checkpoint_format="zero",
         shards_parameters=stage == 3,
         zero_stage=stage,
@@ -57,9 +60,13 @@ def _zero(stage: int) -> EngineKind:
 
 
 ENGINES: dict[EngineName, EngineKind] = {
-    "single": EngineKind(many_processes=False),
-    "ddp": EngineKind(options=("reduce",)),
-    "fsdp": EngineKind(shards_parameters=True, options=(*AXES, "core_gather", "reduce", "reshard_after_forward")),
+    "single": EngineKind("one process", many_processes=False),
+    "ddp": EngineKind("replicated", options=("reduce",)),
+    "fsdp": EngineKind(
+        "sharded with FSDP2",
+        shards_parameters=True,
+        options=(*AXES, "core_gather", "reduce", "reshard_after_forward"),
+    ),
     "zero1": _zero(1),
     "zero2": _zero(2),
     "zero3": _zero(3),
@@ -79,3 +86,15 @@ def join_names(names: Iterable[str], word: str) -> str:
     """Join names for a sentence: "zero1, zero2 or zero3" where `word` is "or"."""
     *first, last = names
     return f"{', '.join(first)} {word} {last}" if first else last
+
+
+def describe_engines() -> str:
+    """Return what each engine does, for the help of an option: "single: one process; ddp: replicated; ..."."""
+    return "; ".join(f"{name}: {kind.summary}" for name, kind in ENGINES.items())
+
+
+def describe_checkpoint_formats() -> str:
+    """Return which engines read which format, for the help of an option: "native: for single, ddp and fsdp; ..."."""
+    formats = dict.fromkeys(kind.checkpoint_format for kind in ENGINES.values())
+    readers = {each: engines_with(lambda kind, each=each: kind.checkpoint_format == each) for each in formats}  # type: ignore[misc]
+    return "; ".join(f"{each}: for the engines {join_names(names, 'and')}" for each, names in readers.items())

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.files import IS_PATH
 
+HELP = "help"  # of a field's metadata: its help, where a table decides what that says
 METAVARS = {int: "INT", float: "FLOAT", bool: "[true|false]", str: "TEXT"}
 TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 LIST_WORDS = {int: "whole numbers", str: "texts"}

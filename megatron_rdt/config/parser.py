@@ -35,6 +35,7 @@ from megatron_rdt.config.option_texts import (
     refuse_empty_texts,
 )
 from megatron_rdt.config.option_types import (
+    HELP,
     TYPE_WORDS,
     describe_type,
     entry_schema,
@@ -149,9 +150,10 @@ def _default_of(field: dataclasses.Field) -> Any:
 
 
 def field_help(schema: type) -> dict[str, str]:
-    """Return the help text of each field of a dataclass: the string below it."""
+    """Return the help text of each field of a dataclass: the string below it, or what its metadata has as `HELP`."""
     parsed = docstring_parser.parse_from_object(schema)
-    return {param.arg_name: " ".join((param.description or "").split()) for param in parsed.params}
+    texts = {param.arg_name: " ".join((param.description or "").split()) for param in parsed.params}
+    return texts | {field.name: field.metadata[HELP] for field in dataclasses.fields(schema) if HELP in field.metadata}
 
 
 def _summary_line(schema: type) -> str:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_rdt.config.batch_schedule import BatchSchedule
-from megatron_rdt.config.engines import ENGINES, ONE_PROCESS, EngineKind, EngineName
+from megatron_rdt.config.engines import ENGINES, ONE_PROCESS, EngineKind, EngineName, describe_engines
 from megatron_rdt.config.model import ModelConfig
+from megatron_rdt.config.option_types import HELP
 from megatron_rdt.config.ranges import option
 from megatron_rdt.files import PathText
 
@@ -161,8 +162,8 @@ class ScheduleConfig:
 class ParallelConfig:
     """Distribution of the work over processes."""
 
-    engine: EngineName = ONE_PROCESS
-    """single: one process; ddp: replicated; fsdp: sharded with FSDP2; zero1, zero2, zero3: DeepSpeed."""
+    engine: EngineName = field(default=ONE_PROCESS, metadata={HELP: describe_engines()})
+    """Arrangement of the model's state over processes."""
     replicate: int = option(1, at_least=1)
     """fsdp: groups of processes that each hold the whole state (HSDP), sharded within the group; gradients are reduced within groups, then between them."""
     context: int = option(1, at_least=1)

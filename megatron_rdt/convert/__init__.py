@@ -2,10 +2,11 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_rdt.errors import CheckpointError, ConfigError, RdtError
-from megatron_rdt.files import explain_write_failure, fsync_directory, fsync_file
+from megatron_rdt.files import TEMPORARY_SUFFIX, explain_write_failure, fsync_directory, fsync_file, hold_lock
 from megatron_rdt.output_paths import check_can_be_renamed_to, make_parent, resolve_output_directory
 
 
@@ -25,16 +26,20 @@ def convert(checkpoint: str, out: str, to: str) -> Path:
         ConfigError: `out` exists and is not empty, or a directory cannot be renamed to it.
         CheckpointError: the checkpoint is damaged or cannot be converted, or `out` cannot be written.
     """
-    from megatron_rdt.checkpoint import resolve_checkpoint
+    from megatron_rdt.checkpoint import find_run_or_checkpoint, read_from_checkpoint
 
-    source, target = resolve_checkpoint(checkpoint), Path(os.path.abspath(resolve_output_directory(out, "OUT")))
+    find_run_or_checkpoint(checkpoint)  # a path that leads nowhere leaves no directories
+    target = Path(os.path.abspath(resolve_output_directory(out, "OUT")))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists and is not empty. Choose another OUT or remove it.")
     make_parent(target, "OUT")
     check_can_be_renamed_to(target, "OUT")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
-    try:
+    temporary = target.with_name(f".{target.name}{TEMPORARY_SUFFIX}")
+
+    def write(source: Path) -> None:
+        """Convert the checkpoint `source` into an empty `temporary`."""
+        shutil.rmtree(temporary, ignore_errors=True)  # also what a conversion that was killed has left
+        temporary.mkdir()
         if to == "hf":
             from megatron_rdt.convert.hf import export_hf
 
@@ -43,6 +48,20 @@ def convert(checkpoint: str, out: str, to: str) -> Path:
             from megatron_rdt.convert.training_state import convert_training_state
 
             convert_training_state(source, temporary, to)
+
+    busy = f"another rdt convert is writing {target}. Wait for it, or choose another OUT."
+    with hold_lock(target.with_name(f".{target.name}.lock"), busy):
+        _publish(target, temporary, lambda: read_from_checkpoint(checkpoint, write), out)
+    return target
+
+
+def _publish(target: Path, temporary: Path, write: Callable[[], None], out: str) -> None:
+    """Call `write`, which fills `temporary`, and rename that to `target` once it is durable; it is gone in any case.
+
+    `out` is the user's word for the target, for messages.
+    """
+    try:
+        write()
         _make_durable(temporary)
         if target.exists():
             target.rmdir()
@@ -58,7 +77,6 @@ def convert(checkpoint: str, out: str, to: str) -> Path:
         raise CheckpointError(f"could not write {out}: {reason}; {remedy}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return target
 
 
 def _make_durable(directory: Path) -> None:

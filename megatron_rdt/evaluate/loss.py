@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from megatron_rdt.checkpoint import read_trainer_state, resolve_checkpoint
+from megatron_rdt.checkpoint import read_from_checkpoint, read_trainer_state
 from megatron_rdt.config import CorpusConfig, DataConfig, RunConfig, load_config
 from megatron_rdt.data import Batch, TokenCorpus, Tokenizer, load_manifest, open_corpus, read_fixed_windows
 from megatron_rdt.data.shard_files.corpus_manifest import MANIFEST, CorpusManifest
@@ -119,17 +119,24 @@ def evaluate_checkpoint(
         given = f"loops are {list(loops)} and sequences {sequences}"
         raise ConfigError(f"{given}; give at least one T, and all at least 1.")
     file = check_result_file(out, read_evaluation)
-    directory = Path(os.path.abspath(resolve_checkpoint(checkpoint)))
-    target = choose_result_file(directory, EVALUATION, file)
-    config = load_config(directory / "config.yaml")
     device = choose_device("auto")
-    corpora, shares = open_validation_corpora(config, data)
-    model, tokenizer = load_verified(directory, device)
+
+    def read(found: Path) -> tuple[Any, ...]:
+        """Read from a checkpoint all that the evaluation needs of it: its run may delete it before the end."""
+        directory = Path(os.path.abspath(found))
+        target = choose_result_file(directory, EVALUATION, file)
+        config = load_config(directory / "config.yaml")
+        opened = open_validation_corpora(config, data)
+        step, sizes = read_trainer_state(directory)["step"], np.load(directory / "tokenizer" / BYTES_FILE)
+        return directory, target, config, opened, step, sizes, load_verified(directory, device)
+
+    directory, target, config, (corpora, shares), step, sizes, (model, tokenizer) = read_from_checkpoint(
+        checkpoint, read
+    )
     for corpus in corpora.values():
         check_same_tokenizer(corpus.manifest, tokenizer, directory)
     windows = _read_windows(corpora, max(1, sequences // len(corpora)))
     # The loss per byte needs the mean size of a target, weighted like the loss.
-    sizes = np.load(directory / "tokenizer" / BYTES_FILE)
     targets = {name: part.counted_targets for name, part in windows.items()}
     bytes_per_token = math.fsum(shares[name] * sizes[part.numpy()].mean() for name, part in targets.items())
     micro_batch = config.train.micro_batch
@@ -143,7 +150,7 @@ def evaluate_checkpoint(
     by_corpus = curve.by_corpus if len(windows) > 1 else {}
     result = {
         "checkpoint": directory.name,
-        "step": read_trainer_state(directory)["step"],
+        "step": step,
         "sequences": sum(map(len, windows.values())),
         "bytes_per_token": float(bytes_per_token),
         "losses": _name_loops(curve.losses),

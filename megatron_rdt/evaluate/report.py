@@ -2,7 +2,7 @@
 
 import base64
 import html
-import json
+import logging
 import os
 import shutil
 import tempfile
@@ -18,7 +18,9 @@ from megatron_rdt.evaluate.alarms import Alarm, list_alarms
 from megatron_rdt.evaluate.loss import EVALUATION, Evaluation, perplexity, read_evaluation
 from megatron_rdt.evaluate.task_plots import draw_accuracy_map, draw_accuracy_over_steps
 from megatron_rdt.evaluate.task_report import MAP_CAPTION, find_final_scores, format_task_section
-from megatron_rdt.files import TEMPORARY_SUFFIX, write_text
+from megatron_rdt.files import DAMAGED, TEMPORARY_SUFFIX, describe_damaged_lines, read_json_lines, write_text
+
+logger = logging.getLogger(__name__)
 
 PAGE, ACCURACY_PICTURE = "index.html", "accuracy.png"
 COMPARISON_CAPTION = (
@@ -38,23 +40,24 @@ table { border-collapse: collapse; } td, th { padding: .2rem .8rem; border-botto
 
 
 def read_records(path: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Read the objects of a JSON-lines file; an absent file has none, and lines cut short by a kill are skipped.
+    """Read the objects of a JSON-lines file; an absent file has none, and damaged lines are left out with a warning.
 
     Raises:
         DataError: a line is valid JSON, but not a record with these fields.
     """
     if not path.is_file():
         return []
-    records = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        try:
-            record = json.loads(line)
-        except ValueError:
+    records, damaged = [], []
+    for number, _, record in read_json_lines(path):
+        if record is DAMAGED:
+            damaged.append(number)
             continue
         missing = [name for name in fields if not isinstance(record, dict) or name not in record]
         if missing:
             raise DataError(f"{path}:{number} is not a record of a run: it has no {missing[0]}. Remove the line.")
         records.append(record)
+    if damaged:
+        logger.warning("%s: left out", describe_damaged_lines(path, damaged))
     return records
 
 

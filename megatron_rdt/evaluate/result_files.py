@@ -10,7 +10,7 @@ from typing import Any
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.files import write_text
 from megatron_rdt.output_paths import check_output_file
-from megatron_rdt.run_directory import CHECKPOINTS
+from megatron_rdt.run_directory import CHECKPOINTS, LATEST
 
 TASK_SCORES = "eval-tasks.json"
 
@@ -33,7 +33,8 @@ def choose_result_file(checkpoint: Path, name: str, out: Path | None) -> Path | 
     if out is not None:
         return out
     run = checkpoint.parent.parent
-    if checkpoint.parent.name != CHECKPOINTS or not (run / "config.yaml").is_file():
+    is_run = any((run / name).is_file() for name in ("config.yaml", "metrics.jsonl", LATEST))
+    if checkpoint.parent.name != CHECKPOINTS or not is_run:
         return None
     if not os.access(run, os.W_OK | os.X_OK):
         raise ConfigError(f"{run} is not writable, and {name} belongs there. Name another file with --out.")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rdt.checkpoint import read_trainer_state, resolve_checkpoint
+from megatron_rdt.checkpoint import read_from_checkpoint, read_trainer_state
 from megatron_rdt.config import RunConfig, load_config
 from megatron_rdt.data import load_manifest
 from megatron_rdt.depth import loop_probabilities
@@ -71,15 +71,22 @@ def evaluate_tasks(
         raise ConfigError(f"loops are {list(loops)} and examples {examples}; give at least one T, and all at least 1.")
     rules = parse_exit_rules(exit_rules)
     file = check_result_file(out, read_task_scores)
-    directory = Path(os.path.abspath(resolve_checkpoint(checkpoint)))
-    target = choose_result_file(directory, TASK_SCORES, file)
-    if target is not None and target.with_suffix(".png").exists() and not target.exists():
-        raise ConfigError(f"{target.with_suffix('.png')} exists and is no picture of {target}. Choose another --out.")
-    config = load_config(directory / "config.yaml")
-    check_rules_fit(rules, config.model.halting)
     device, lengths = choose_device("auto"), sorted(set(loops))
+
+    def read(found: Path) -> tuple[Any, ...]:
+        """Read from a checkpoint all that the evaluation needs of it: its run may delete it before the end."""
+        directory = Path(os.path.abspath(found))
+        target = choose_result_file(directory, TASK_SCORES, file)
+        if target is not None and target.with_suffix(".png").exists() and not target.exists():
+            picture = target.with_suffix(".png")
+            raise ConfigError(f"{picture} exists and is no picture of {target}. Choose another --out.")
+        config = load_config(directory / "config.yaml")
+        check_rules_fit(rules, config.model.halting)
+        step = read_trainer_state(directory)["step"]
+        return directory, target, config, step, load_verified(directory, device)
+
+    directory, target, config, step, (model, tokenizer) = read_from_checkpoint(checkpoint, read)
     paths = [corpus.path for corpus in config.data.corpora()] if data is None else [data]
-    model, tokenizer = load_verified(directory, device)
     for path in paths:
         check_corpus_exists(path)
     manifests = [load_manifest(path) for path in paths]
@@ -95,7 +102,7 @@ def evaluate_tasks(
         exits = score_task_exits(model, groups, lengths[-1], rules, device=device, progress=advance) if rules else []
     result = {
         "checkpoint": directory.name,
-        "step": read_trainer_state(directory)["step"],
+        "step": step,
         "tasks": rows,
         "trained_loops": find_trained_loops(config),
         "overthinking": find_overthinking(rows),

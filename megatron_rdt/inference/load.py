@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_rdt.checkpoint import read_model_weights, resolve_checkpoint
+from megatron_rdt.checkpoint import read_from_checkpoint, read_model_weights
 from megatron_rdt.config import ModelConfig, load_config
 from megatron_rdt.convert.hf import check_tokenizer, is_hf_export, read_hf
 from megatron_rdt.convert.hf_tokenizer import open_exported_tokenizer
@@ -25,14 +25,12 @@ def load(checkpoint: str | Path, device: str | torch.device = "auto") -> tuple[R
         CheckpointError: there is no model, or it is damaged.
     """
     target, directory = choose_device(device), Path(checkpoint)
-    if directory.exists() and not directory.is_dir():
-        raise CheckpointError(f"{directory} is a file. Name a run directory, a checkpoint or an export.")
     if is_hf_export(directory):
         config, weights = read_hf(directory)
         tokenizer = open_exported_tokenizer(directory)
         check_tokenizer(directory, tokenizer)
         return build_model(config, weights, directory).to(target), tokenizer
-    return load_verified(resolve_checkpoint(directory), target)
+    return read_from_checkpoint(directory, lambda found: load_verified(found, target))
 
 
 def load_verified(directory: Path, device: str | torch.device = "auto") -> tuple[RecurrentDepthTransformer, Tokenizer]:

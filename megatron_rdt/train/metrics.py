@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,20 +16,26 @@ from megatron_rdt.errors import TrainingError
 from megatron_rdt.evaluate.loss import EVALUATION, describe_windows
 from megatron_rdt.evaluate.result_files import TASK_SCORES, replace_nonfinite
 from megatron_rdt.evaluate.tasks import Row, find_nearest_loops, name_accuracies
-from megatron_rdt.files import TEMPORARY_SUFFIX, write_text
+from megatron_rdt.files import TEMPORARY_SUFFIX, describe_damaged_lines, read_json_lines, write_bytes
 from megatron_rdt.run_directory import TENSORBOARD, TENSORBOARD_EVALUATION
 from megatron_rdt.train.displays import Display, ForgivingDisplay, TensorBoard
+
+logger = logging.getLogger(__name__)
 
 RECORD_FILES = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
 # Fields of a step's record about its data that TensorBoard shows below `data` instead of `train`.
 DATA_FIELDS = ("sources", "epochs", "stream")
 
 
-def drop_records_after(run_directory: Path, step: int) -> None:
-    """Rewrite the record files without broken lines and steps after `step`; delete an evaluation of such a step.
+def drop_records_after(run_directory: Path, step: int) -> list[str]:
+    """Rewrite the record files without steps after `step`; delete an evaluation of such a step; say what else is lost.
 
     Temporary files that a killed process left in the run directory are deleted too.
+
+    Returns:
+        Sentences about lines that were dropped because they are no records.
     """
+    said = []
     for stale in run_directory.glob(f"*{TEMPORARY_SUFFIX}"):
         stale.unlink(missing_ok=True)
     for name in (EVALUATION, TASK_SCORES):
@@ -42,25 +50,35 @@ def drop_records_after(run_directory: Path, step: int) -> None:
         path = run_directory / name
         if not path.is_file():
             continue
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:  # the last line of a killed run may be cut short
-                continue
-            # Lines that this program did not write are dropped too.
-            if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= step:
-                kept.append(line + "\n")
-        write_text(path, "".join(kept))
+        kept, damaged = [], []
+        for number, line, record in read_json_lines(path):
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                damaged.append(number)  # also a line that this program did not write
+            elif record["step"] <= step:
+                kept.append(line.rstrip(b"\n") + b"\n")
+        write_bytes(path, b"".join(kept))
+        if damaged:
+            said.append(f"{describe_damaged_lines(path, damaged)}: dropped")
+    return said
 
 
 def read_recorded_steps(run_directory: Path, name: str = RECORD_FILES[0]) -> list[int]:
     """Return the steps in the record file `name`, in its order, leaving out broken lines; [] without it."""
-    path, steps = run_directory / name, []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line of a killed run may be cut short
-            steps.append(int(json.loads(line)["step"]))
-    return steps
+    path = run_directory / name
+    records = [record for _, _, record in read_json_lines(path)] if path.is_file() else []
+    return [record["step"] for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
+
+
+def describe_gaps(run_directory: Path, step: int) -> list[str]:
+    """Return a sentence if metrics.jsonl lacks steps up to `step` that the run has done; nothing otherwise."""
+    path = run_directory / RECORD_FILES[0]
+    steps = set(read_recorded_steps(run_directory))
+    # A run that began at another's checkpoint has its first record after that.
+    lost = step + 1 - min(steps, default=0) - len(steps)
+    if step == 0 or not lost:
+        return []
+    which = f"{lost} of the steps {min(steps)} to {step}" if steps else f"any step up to {step}"
+    return [f"{path} has no record of {which}: reports will lack them"]
 
 
 def make_evaluation_record(
@@ -145,6 +163,7 @@ class Recorder:
             TrainingError: it could not be written.
         """
         try:
+            self._reopen_if_gone(name)
             self._files[name].write(json.dumps(replace_nonfinite(record), allow_nan=False) + "\n")
             self._files[name].flush()
         except OSError as error:
@@ -152,6 +171,21 @@ class Recorder:
                 f"could not write {self.run_directory / name}: {error.strerror}. Free space or fix the disk, then "
                 "start again with --resume auto; it continues from the newest checkpoint."
             ) from error
+
+    def _reopen_if_gone(self, name: str) -> None:
+        """Open a record file anew, with a warning, if its name leads elsewhere: writing on would lose the records."""
+        path = self.run_directory / name
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self._files[name].fileno()), os.stat(path)):
+                return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        with contextlib.suppress(OSError):
+            self._files[name].close()
+        self._files[name] = file
+        logger.warning(
+            "%s was moved, deleted or replaced while the run writes it; records go into it from here on", path
+        )
 
     def _show_numbers(self, step: int, numbers: dict[str, float]) -> None:
         """Show numbers of one step, by name, in every display."""
@@ -211,7 +245,7 @@ class Console:
         self._began = time.perf_counter()
 
     def format_line(self, record: dict[str, Any]) -> str:
-        """Return the console line of a step's record: progress, loss, T, norm, throughput, memory, time left."""
+        """Return the console line of a step's record: progress, loss, loops, norms, throughput, memory, time left."""
         step = record["step"]
         before, now, end = map(self._count_samples, (self._first_step, step, self.steps))
         elapsed = time.perf_counter() - self._began
@@ -219,10 +253,12 @@ class Console:
         filled = round(10 * now / end)
         padding = f"  padding {record['padding']:.1%}" if record.get("padding") else ""
         loss = "none (no target)" if record.get("targets") == 0 else f"{record['loss']:.4f}"
+        loops, most = round(record["loops_mean"], 1), record["loops_max"]
+        drawn = f"{most}" if loops == most else f"{loops:.1f} (max {most})"
         mfu = f"  mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
         return (
             f"[{'#' * filled}{'.' * (10 - filled)}] step {step}/{self.steps}  loss {loss}"
-            f"  T {record['loops_max']}  lr {record['lr']:.2e}  norm {record['grad_norm']:.2f}"
-            f"  radius {record['spectral_radius']:.3f}  {record['tokens_per_second']:,.0f} tokens/s{mfu}{padding}"
+            f"  loops {drawn}  lr {record['lr']:.2e}  grad norm {record['grad_norm']:.2f}"
+            f"  spectral radius {record['spectral_radius']:.3f}  {record['tokens_per_second']:,.0f} tokens/s{mfu}{padding}"
             f"  {record['memory_gb']:.2f} GB  ETA {int(left) // 60}:{int(left) % 60:02d}"
         )

@@ -1,6 +1,7 @@
 """Checks before a run starts, and its lock: it must not erase anything of a run, and its checkpoint must fit its config."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ from megatron_rdt.parallel.zero import ZERO_FOLDER
 from megatron_rdt.run_directory import CHECKPOINTS
 from megatron_rdt.train.metrics import read_recorded_steps
 
+CONFIG = "config.yaml"
 BEGINNING = "the beginning of a run"
 # Fields of the model that say how far attention reaches: a run that takes weights alone may have others.
 REACH_FIELDS = ("rope_base", "window")
@@ -133,6 +135,24 @@ def _describe_contents(run_directory: Path) -> str | None:
     if steps:
         return f"the records of {len(steps)} steps"
     return BEGINNING if checkpoints.read_origin(run_directory) is not None else None
+
+
+def set_aside_config(run_directory: Path, text: str) -> list[str]:
+    """Rename a run's config.yaml if it is neither `text`, which replaces it, nor a checkpoint's; return a sentence then.
+
+    Somebody may have edited it, and expect it to be read. It may also be of a start that saved nothing.
+    """
+    path = run_directory / CONFIG
+    own = [run_directory / CHECKPOINTS / name / CONFIG for name in checkpoints.list_checkpoint_names(run_directory)]
+    known = {text.encode(), *(file.read_bytes() for file in own if file.is_file())}
+    if not path.is_file() or path.read_bytes() in known:
+        return []
+    numbers = (number for number in itertools.count(1) if not (run_directory / f"config.{number}.yaml").exists())
+    aside = path.rename(run_directory / f"config.{next(numbers)}.yaml")
+    return [
+        f"{path} is not as a checkpoint of this run has it, and is not read: settings come from --config and options. "
+        f"It is kept as {aside.name}"
+    ]
 
 
 def check_resumable(source: Path, state: dict[str, Any], config: RunConfig) -> None:

@@ -1,4 +1,4 @@
-"""Stop on SIGTERM or SIGUSR1: the signal sets a flag, and all ranks agree at every step, without waiting for a GPU.
+"""Stop on SIGTERM, SIGUSR1 or SIGHUP: the signal sets a flag, and all ranks agree at every step, without waiting for a GPU.
 
 Between steps, in evaluations and samples, ranks also agree on whether one of them has failed, so that all leave together.
 
@@ -9,7 +9,7 @@ import contextlib
 import signal
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_rdt.errors import LostPeerError
 
@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
     from megatron_rdt.parallel import Engine
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# SIGHUP: the terminal was closed, or the connection to it was lost.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+def listen_for_stop(handler: Callable[[int, FrameType | None], Any]) -> dict[int, Any]:
+    """Call `handler` for the stop signals from now on, except for SIGHUP under nohup; return the previous handlers."""
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+    return {number: signal.signal(number, handler) for number in STOP_SIGNALS if number not in ignored}
 
 
 class StopAgreed(Exception):
@@ -37,7 +44,7 @@ class StopRequest:
         self._is_shared = False  # with other ranks, so that a signal counts once all know of it
         self._was_agreed = False
         self._wait_for_counts: Callable[..., torch.Tensor] | None = None
-        self._previous_handlers = {number: signal.signal(number, self._handle_signal) for number in STOP_SIGNALS}
+        self._previous_handlers = listen_for_stop(self._handle_signal)
 
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         """Remember the signal; the process continues to the end of its step."""

@@ -29,10 +29,10 @@ from megatron_rdt.train.displays import check_displays, find_displays
 from megatron_rdt.train.garbage_collection import ScheduledGarbageCollection
 from megatron_rdt.train.hardware import peak_flops, peak_memory_gb
 from megatron_rdt.train.inspections import InspectionFailed, Inspections
-from megatron_rdt.train.metrics import Console, Recorder, drop_records_after, read_recorded_steps
+from megatron_rdt.train.metrics import Console, Recorder, describe_gaps, drop_records_after, read_recorded_steps
 from megatron_rdt.train.monitoring import MonitorSchedule
 from megatron_rdt.train.nonfinite_guard import is_step_accepted
-from megatron_rdt.train.resume_checks import lock_run_directory
+from megatron_rdt.train.resume_checks import lock_run_directory, set_aside_config
 from megatron_rdt.train.run_checkpoints import RunCheckpoints, choose_start
 from megatron_rdt.train.schedule import learning_rate
 from megatron_rdt.train.step_record import StepClock, StepRecord
@@ -210,8 +210,13 @@ class Trainer:
         if start is not None:
             # Before records are dropped, or a kill between the two would leave the abandoned branch the newest.
             self.checkpoints.record_start(start)
+        said = set_aside_config(self.run_directory, dump_config(self.config))
         write_text(self.run_directory / "config.yaml", dump_config(self.config))
-        drop_records_after(self.run_directory, self.step)
+        said += drop_records_after(self.run_directory, self.step)
+        if start is not None and checkpoints.belongs_to_run(start.source, self.run_directory):
+            said += describe_gaps(self.run_directory, self.step)
+        for line in said:
+            self._print_on_rank_0(f"warning: {line}")
         others = find_displays(self.config, self.run_directory, self.checkpoints.run_id)
         self.recorder = Recorder(self.run_directory, self.config.logging.tensorboard, self.step, others)
         self._print_on_rank_0(

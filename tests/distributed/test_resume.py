@@ -102,7 +102,7 @@ def test_other_parameters_without_decay_on_resume(engine: str, tmp_path: Path, t
 
 @pytest.mark.distributed
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_exits_75(
     number: signal.Signals, tmp_path: Path, repository: Path, tiny_options: list[str]
 ) -> None:

@@ -1,6 +1,7 @@
 """Records of a run: files, TensorBoard, console line, and their errors."""
 
 import json
+import logging
 import math
 import os
 import re
@@ -213,10 +214,12 @@ def test_a_failed_write_is_an_error_with_advice(tmp_path: Path) -> None:
 def test_the_console_line() -> None:
     line = Console(steps=10, first_step=0).format_line(RECORD)
     assert re.fullmatch(
-        r"\[#####\.\.\.\.\.\] step 5/10  loss 3\.2500  T 4  lr 1\.00e-03  norm 0\.50  radius 0\.447"
+        r"\[#####\.\.\.\.\.\] step 5/10  loss 3\.2500  loops 4  lr 1\.00e-03"
+        r"  grad norm 0\.50  spectral radius 0\.447"
         r"  12,346 tokens/s  1\.50 GB  ETA 0:00",
         line,
     ), line
+    assert "  loops 3.5 (max 4)  lr" in Console(10, 0).format_line({**RECORD, "loops_mean": 3.5})
     assert "  mfu 41.5%  " in Console(10, 0).format_line({**RECORD, "mfu": 0.415})
     assert "[##########] step 10/10" in Console(10, 5).format_line({**RECORD, "step": 10})
     assert "loss nan" in Console(10, 0).format_line({**RECORD, "loss": math.nan, "grad_norm": math.nan})
@@ -300,3 +303,27 @@ def test_bfloat16_is_chosen_where_its_products_are_faster(
     assert multiplies_bfloat16_faster(torch.device("cpu")) is faster
     monkeypatch.undo()
     assert all(hardware._time_matrix_product(dtype) > 0 for dtype in seconds)
+
+
+@pytest.mark.parametrize("what", ["deleted", "moved", "replaced"])
+def test_records_are_not_written_into_a_file_that_is_gone(
+    what: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    recorder = Recorder(run, tensorboard=False, start_step=0)
+    recorder.record_step({**RECORD, "step": 1})
+    if what == "deleted":
+        (run / "metrics.jsonl").unlink()
+    elif what == "moved":
+        run.rename(tmp_path / "elsewhere")
+    else:  # as an editor saves
+        (run / "new").write_text((run / "metrics.jsonl").read_text())
+        (run / "new").rename(run / "metrics.jsonl")
+    with caplog.at_level(logging.WARNING):
+        for step in (2, 3):
+            recorder.record_step({**RECORD, "step": step})
+    recorder.close()
+    assert caplog.text.count("metrics.jsonl was moved, deleted or replaced while the run writes it") == 1
+    expected = [1, 2, 3] if what == "replaced" else [2, 3]
+    assert [record["step"] for record in read_strict_json(run / "metrics.jsonl")] == expected

@@ -34,6 +34,18 @@ def test_a_stop_request_is_remembered(number: signal.Signals, configure: Configu
     assert [signal.getsignal(n) for n in STOP_SIGNALS] == before
 
 
+def test_a_closed_terminal_stops_nothing_under_nohup(configure: Configure) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = StopRequest()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.signal_name is None
+        stop.close()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 class Stopped(SingleEngine):
     """The single engine; the process is asked to stop during the third step."""
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_rdt.files import read_json_lines
+
 ROLLBACKS = "rollbacks.json"  # in a run directory; `megatron_rdt/train/alarms/rollbacks.py` writes it
 RECORDS = ("metrics.jsonl", "eval.jsonl")
 
@@ -91,8 +93,6 @@ def _pick_fields(entry: dict[str, Any]) -> dict[str, Any]:
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of a JSON-lines file, leaving out broken lines; none if it does not exist."""
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
-                yield record
+    for _, _, record in read_json_lines(path) if path.is_file() else ():
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            yield record

@@ -14,7 +14,7 @@ class DifficultyMix:
     """Difficulties with weights, from the texts of two options.
 
     Args:
-        items: each a difficulty, 3, or a range, "3-7"; two numbers alone are the ends of one range.
+        items: each a difficulty, 3, or a range, "3-7"; two numbers alone, without a weight for each, are the ends of one range.
         weights: of the items, whole numbers from 1; empty for the same weight of every difficulty. The difficulties of a
             range share its weight evenly.
         option: name of the option that has the items, for messages; the weights are `--weights`.
@@ -28,7 +28,7 @@ class DifficultyMix:
 
     def __init__(self, items: Sequence[int | str], weights: Sequence[int] = (), option: str = "difficulty") -> None:
         texts = [str(item).replace(" ", "") for item in items]
-        if len(texts) == 2 and all(re.fullmatch(r"-?\d+", text) for text in texts):
+        if len(texts) == 2 and len(weights) != 2 and all(re.fullmatch(r"-?\d+", text) for text in texts):
             texts = ["-".join(texts)]
         ranges = [_parse_range(text, option) for text in texts]
         if not ranges:

@@ -24,7 +24,7 @@ class TaskOptions:
     test_task: list[str] = field(default_factory=list)
     """Tasks of test.jsonl; by default those of `task`."""
     difficulty: list[int | str] = field(default_factory=lambda: [1, 8])
-    """Length of the chain of reasoning: hops, multiplications, additions, nesting of the expression. Numbers and ranges, such as 1,2,3-7, drawn uniformly or by `weights`; two numbers alone are the ends of a range."""
+    """Length of the chain of reasoning: hops, multiplications, additions, nesting of the expression. Numbers and ranges, such as 1,2,3-7, drawn uniformly or by `weights`; two numbers alone, without weights, are the ends of a range."""
     weights: list[int] = field(default_factory=list)
     """Weight of each entry of `difficulty` in train.jsonl, a whole number; a range shares its weight evenly."""
     test_difficulty: list[int | str] = field(default_factory=list)
@@ -74,8 +74,8 @@ def tasks(words: list[str]) -> int:
         print(" ".join(map(str, list(make_record(one).values())[:2])))
     if options.format == "symbols":
         # Prompt, answer, BOS and EOS; with labels the answer is no token.
-        columns = max(written.longest.values()) + 2 - bool(options.labels)
-        print(f"model.vocab_size {len(vocabulary)}; no example needs more than train.sequence_length {columns - 1}")
+        columns = written.longest[examples.TRAIN] + 2 - bool(options.labels)
+        print(f"for training: model.vocab_size {len(vocabulary)}, train.sequence_length {columns - 1} or more")
         print(f"next: rdt prep --config {out / symbol_files.PREP_OPTIONS}")
     return EXIT_OK
 

@@ -194,7 +194,7 @@ def test_weights_of_difficulties() -> None:
     assert mix.values == [1, 2, 3, 4, 5, 6, 7]
     assert scipy.stats.chisquare([found[d] for d in mix.values], [1000, 1000, *[400] * 5]).pvalue > 1e-4
     assert DifficultyMix([1, 8]).values == list(range(1, 9)), "two numbers are the ends of a range"
-    assert DifficultyMix(["1-1", 8]).values == [1, 8]
+    assert DifficultyMix(["1-1", 8]).values == DifficultyMix([1, 8], [1, 3]).values == [1, 8]
     assert [DifficultyMix(items).describe() for items in ([3], ["2-5"], [1, 3, 5])] == ["3", "2 to 5", "1, 3, 5"]
 
 
@@ -207,7 +207,7 @@ def test_weights_of_difficulties() -> None:
             "weights are 1,2, but difficulty has 3 entries (1, 2, 3). Set --weights to one whole number",
         ),
         ([1, 2, 3], [1, 2, 0], "weights are 1,2,0"),
-        ([1, 8], [1, 2], "difficulty has 1 entries (1-8)"),
+        ([1, 8], [1, 2, 3], "difficulty has 1 entries (1-8)"),
         (["1-3", 2, 5], [], "difficulty 1-3, 2, 5 has a difficulty twice"),
         (["3-"], [], "difficulty 3- is no difficulty from 1 on"),
         ([], [], "difficulty is empty"),

@@ -54,6 +54,10 @@ class GenerateOptions:
     """kl_entropy: entropy of the prediction, in nats, below which it may stop."""
     exit_hits: int = 1
     """Iterations in a row for which the rule must hold."""
+    exit_min_loops: int = 1
+    """Iterations before which no token stops."""
+    exit_in_order: bool = False
+    """Let a token stop only when every token before it has stopped."""
     cache_budget: int = 0
     """Iterations with keys and values of their own in the cache; 0 means all, which is exact."""
     device: str = "auto"
@@ -112,13 +116,24 @@ def make_exit_rule(options: GenerateOptions) -> "ExitRule | None":
         if (value is None) == (name in wanted):
             needs = "needs" if name in wanted else "takes no"
             raise ConfigError(f"--exit {options.exit} {needs} {name}.")
+    if options.exit == "fixed" and (options.exit_min_loops, options.exit_in_order) != (1, False):
+        raise ConfigError(
+            "--exit_min_loops and --exit_in_order are for rules that stop tokens early. Choose one with --exit."
+        )
     if options.exit_threshold is None:
         return None
     from megatron_rdt.inference import ExitRule
 
     entropy = math.inf if options.exit_entropy is None else options.exit_entropy
     try:
-        return ExitRule(options.exit, options.exit_threshold, entropy, options.exit_hits)
+        return ExitRule(
+            options.exit,
+            options.exit_threshold,
+            entropy,
+            options.exit_hits,
+            options.exit_min_loops,
+            options.exit_in_order,
+        )
     except ValueError as error:
         raise ConfigError(f"{error}.") from None
 

@@ -226,6 +226,96 @@ def test_the_answer_of_act_is_the_weighted_state() -> None:
     torch.testing.assert_close(weights.sum(0), torch.ones(2, 3, dtype=torch.float64) * mixture.halted)
 
 
+ORDERED = [{}, {**MLA, "window": 4}, {"injection": "hyper"}, {"prelude_layers": 0, "coda_layers": 0}]
+
+
+@pytest.mark.parametrize("kind", ["change", "kl", "act"])
+@pytest.mark.parametrize("changes", ORDERED, ids=str)
+@torch.no_grad()
+def test_tokens_stop_in_order_cached_as_uncached(changes: dict, kind: str) -> None:
+    model, tokens = make_model(**changes, **halting_of(kind)), some_tokens()
+    plain, free, trace = middle_rule(model, kind), ExitTrace(), ExitTrace()
+    model(tokens, 8, exit_rule=plain, trace=free)
+    for rule in (dataclasses.replace(plain, in_order=True), dataclasses.replace(plain, in_order=True, min_loops=3)):
+        whole = model(tokens, 8, exit_rule=rule, trace=trace)
+        used = trace.iterations
+        assert (used[:, 1:] >= used[:, :-1]).all()
+        assert (used >= rule.min_loops).all()
+        parts, in_parts = run_in_chunks(model, tokens, 8, rule)
+        assert torch.equal(in_parts, used)
+        torch.testing.assert_close(parts, whole, rtol=1e-9, atol=1e-9)
+    assert (free.iterations[:, 1:] < free.iterations[:, :-1]).any(), (
+        "without it, some token stopped before an earlier one"
+    )
+
+
+@torch.no_grad()
+def test_min_loops_is_a_minimum_and_nothing_else() -> None:
+    model, tokens, trace = make_model(), some_tokens(), ExitTrace()
+    model(tokens, 8, exit_rule=ExitRule("change", math.inf, min_loops=3), trace=trace)
+    assert (trace.iterations == 3).all()
+    model(tokens, 8, exit_rule=ExitRule("change", math.inf, min_loops=9), trace=trace)
+    assert (trace.iterations == 8).all()
+
+
+@torch.no_grad()
+def test_order_is_that_of_each_document_and_of_each_row() -> None:
+    """Documents packed into one row, and rows padded on the left, stop as each does alone."""
+    model, tokens = make_model(), some_tokens(1, 15)
+    rule = dataclasses.replace(middle_rule(model, "change"), in_order=True)
+    together, alone = ExitTrace(), ExitTrace()
+    documents = torch.tensor([[0] * 6 + [1] + [2] * 8])
+    positions = torch.tensor([[*range(6), 0, *range(8)]])
+    model(tokens, 8, exit_rule=rule, trace=together, documents=documents, positions=positions)
+    for first, last in ((0, 6), (6, 7), (7, 15)):
+        model(tokens[:, first:last], 8, exit_rule=rule, trace=alone)
+        assert torch.equal(together.iterations[:, first:last], alone.iterations)
+    rows, padding = some_tokens(), torch.tensor([0, 5, 2])
+    _, used = run_in_chunks(model, rows, 8, rule, padding=padding)
+    for row, pad in enumerate(padding.tolist()):
+        model(rows[row : row + 1, pad:], 8, exit_rule=rule, trace=alone)
+        assert torch.equal(used[row : row + 1, pad:], alone.iterations)
+
+
+def make_wave() -> RecurrentDepthTransformer:
+    """Model in which a signal at the first token moves on by one position per iteration.
+
+    The state is (a constant, the signal), with a norm after each iteration. Attention takes the mean over a token and the one
+    before it, and adds its signal; nothing else has an effect. So a token whose turn is yet to come does not change.
+    """
+    config = ModelConfig(
+        vocab_size=2,
+        **{"dim": 2, "heads": 1, "kv_heads": 1, "window": 2, "prelude_layers": 0, "core_layers": 1, "coda_layers": 0},
+        **{"injection": "add", "core_norm": "iteration", "encoded_norm": False, "state_init": "embedding"},
+        tie_embeddings=False,
+    )
+    model = initialize(RecurrentDepthTransformer(config), 0).double().eval()
+    layer = model.core.layers[0]
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and name.startswith("core."):
+            parameter.data.zero_()
+    layer.attention.value.weight.data.copy_(torch.diag(torch.tensor([0.0, 1.0])))
+    layer.attention.output.weight.data.copy_(torch.diag(torch.tensor([0.0, 4.0])))
+    model.embedding.weight.data.copy_(torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+    model.head.weight.data.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    return model
+
+
+@torch.no_grad()
+def test_a_token_that_waits_for_its_neighbours_is_not_settled() -> None:
+    model, tokens = make_wave(), torch.tensor([[1] + [0] * 7])
+    trace = ExitTrace()
+    fixed = model(tokens, 24)[:, -1].argmax(-1)
+    assert int(fixed) == 1, "the signal arrives"
+    for hits in (1, 2):
+        early = model(tokens, 24, exit_rule=ExitRule("change", 0.01, hits=hits), trace=trace)[:, -1].argmax(-1)
+        assert int(early) == 0, "the last token has stopped before it"
+        assert int(trace.iterations[0, -1]) == hits + 1
+    rule = ExitRule("change", 0.01, in_order=True)
+    assert int(model(tokens, 24, exit_rule=rule, trace=trace)[:, -1].argmax(-1)) == 1
+    assert 8 <= int(trace.iterations[0, -1]) < 24
+
+
 @torch.no_grad()
 def test_invalid_calls_are_refused() -> None:
     model, tokens = make_model(), some_tokens()
@@ -234,6 +324,12 @@ def test_invalid_calls_are_refused() -> None:
             ExitRule(**settings)
     with pytest.raises(ValueError, match="hits 0"):
         ExitRule("change", 0.1, hits=0)
+    with pytest.raises(ValueError, match="min_loops 0"):
+        ExitRule("change", 0.1, min_loops=0)
+    cache, rule = KVCache(), ExitRule("change", 0.1)
+    model(tokens[:, :5], 4, cache=cache, exit_rule=rule)
+    with pytest.raises(ValueError, match="filled without an exit rule whose tokens stop in order"):
+        model(tokens[:, 5:], 4, cache=cache, start=5, exit_rule=dataclasses.replace(rule, in_order=True))
     for kind in ("act", "gate"):
         with pytest.raises(ValueError, match=f"model.halting: {kind}"):
             model(tokens, 4, exit_rule=ExitRule(kind, 0.5))

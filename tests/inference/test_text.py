@@ -88,6 +88,8 @@ def test_an_exit_rule_reports_its_mean_iterations(run: str, capsys: pytest.Captu
         (["--exit_threshold=1"], "--exit fixed takes no --exit_threshold"),
         (["--exit=act", "--exit_threshold=1.5"], "from 0 to 1"),
         (["--exit=change", "--exit_threshold=1", "--exit_hits=0"], "hits 0"),
+        (["--exit=change", "--exit_threshold=1", "--exit_min_loops=0"], "min_loops 0"),
+        (["--exit_in_order=true"], "for rules that stop tokens early"),
         (["--exit=gate", "--exit_threshold=0.5"], "for models with model.halting: gate"),
         (["--exit=other"], "--exit"),
         (["--cache_budget=-1"], "--cache_budget is -1"),

@@ -41,6 +41,10 @@ class KVCache:
             t mod b, so at an earlier position it sees the latest iteration that is congruent (Huginn, arXiv:2502.05171,
             section 6). Positions of one forward pass see each other exactly.
 
+    Attributes:
+        stopped_after: (batch,) iterations after which the last token held had stopped, by an exit rule whose tokens stop
+            in order; None after a pass without such a rule.
+
     Raises:
         ValueError: the budget is negative.
     """
@@ -49,6 +53,7 @@ class KVCache:
         if budget < 0:
             raise ValueError(f"the cache budget is {budget}; give a number of iterations, or 0 for all")
         self.budget = budget
+        self.stopped_after: Tensor | None = None
         self._buffers: dict[int, list[Tensor]] = {}
         self._length = 0
 
@@ -89,6 +94,7 @@ class KVCache:
         """Keep the sequences with the indices `rows`, (rows,), in that order and in every slot; drop the others."""
         for buffers in self._buffers.values():
             buffers[:] = [buffer[rows] for buffer in buffers]
+        self.stopped_after = None if self.stopped_after is None else self.stopped_after[rows]
 
     def _reserve(self, slot: int, start: int, end: int, like: Sequence[Tensor]) -> list[Tensor]:
         """Return a slot's buffers, made or grown to `end` positions, the first `start` kept; update the length."""

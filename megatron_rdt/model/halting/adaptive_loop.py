@@ -3,7 +3,8 @@
 A token that exits after iteration tau keeps its state. In every later iteration other tokens see its keys and values of
 iteration tau: they are copied into the later slots, so the cache is complete up to T, and the next forward pass finds
 them there whatever its tokens need. What a token does depends only on the tokens before it, so a pass over the whole
-text and passes over its parts give the same. Rules that look at predictions run the coda after every iteration, with
+text and passes over its parts give the same; with a rule whose tokens stop in order, the cache knows when the last token
+stopped. Rules that look at predictions run the coda after every iteration, with
 slots of its own per iteration, which are copied in the same way.
 """
 
@@ -34,6 +35,7 @@ class AdaptiveLoop:
         padding: (batch, sequence), True where there is no token; such positions run one iteration, which defines the
             cache there.
         trace: receives the iterations of each token.
+        documents: (batch, sequence) document of each token; None for one document per row.
 
     Raises:
         ValueError: the cache is not a `KVCache`, so it cannot copy slots.
@@ -48,12 +50,13 @@ class AdaptiveLoop:
         coda_layers: int,
         padding: Tensor | None = None,
         trace: ExitTrace | None = None,
+        documents: Tensor | None = None,
     ) -> None:
         if not isinstance(cache, KVCache):
             raise ValueError(f"an exit rule needs a KVCache, not a {type(cache).__name__}")
         self.rule, self.loops, self.cache, self.predict = rule, loops, cache, predict
         self.coda_slots = coda_layers if rule.predicts else 0
-        self.padding, self.trace = padding, trace
+        self.padding, self.trace, self.documents = padding, trace, documents
 
     @torch.no_grad()
     def run(self, core: RecurrentCore, state: Tensor, inputs: LoopInputs) -> tuple[Tensor, dict[str, Tensor]]:
@@ -69,6 +72,7 @@ class AdaptiveLoop:
         criterion = CRITERIA[self.rule.kind](self.rule, core.halting)
         mixture, collapse = self._make_mixture(core), core.injection.collapse
         used, hits = torch.zeros_like(tokens), torch.zeros_like(tokens)
+        order = ExitOrder(self.cache, start, self.documents) if self.rule.in_order else None
         # Names in the singular (after, answer, new) are of the active tokens in this iteration; the tensors of all tokens
         # (state, answers, logits, used, hits) receive them with `put` and keep the last value of a token that stopped.
         active, part = ActiveTokens(running), inputs
@@ -91,14 +95,15 @@ class AdaptiveLoop:
             answers = answer if answers is None else active.put(answers, answer)
             used = active.put(used, used.new_full(after.shape[:2], t + 1))
             meets_rule = criterion.is_met(IterationResult(active, collapse(before), reached, new, halted))
-            if meets_rule is not None and self.rule.hits == 1:
-                running = active.put(running, ~meets_rule)
-            elif meets_rule is not None:
+            if meets_rule is not None and self.rule.hits > 1:
                 in_a_row = torch.where(meets_rule, active.take(hits) + 1, 0)
                 hits = active.put(hits, in_a_row)
-                running = active.put(running, in_a_row < self.rule.hits)
+                meets_rule = in_a_row >= self.rule.hits
             if t == 0 and self.padding is not None:
                 running = running & ~self.padding
+            if meets_rule is not None and t + 1 >= self.rule.min_loops:
+                unsettled = running & active.put(running.clone(), ~meets_rule)
+                running = unsettled if order is None else order.hold_back(running, unsettled, t + 1)
             left = int(running.sum())  # the one wait for the device in an iteration
             if left == 0:
                 break
@@ -106,8 +111,10 @@ class AdaptiveLoop:
                 active = ActiveTokens(running)
                 part = gather_inputs(inputs, active)
         self._fill_later_slots(core, first_slot, t, start, end)
+        used = used if self.padding is None else used.masked_fill(self.padding, 0)
+        self.cache.stopped_after = used[:, -1] if self.rule.in_order else None
         if self.trace is not None:
-            self.trace.iterations = used if self.padding is None else used.masked_fill(self.padding, 0)
+            self.trace.iterations = used
         assert answers is not None
         return core.coda_input(answers), {} if logits is None else {"logits": logits}
 
@@ -129,6 +136,50 @@ class AdaptiveLoop:
             target = self._iteration_slot(core, first_slot, t)
             for i in range(len(core.layers) + self.coda_slots):
                 self.cache.copy_slot(source + i, target + i, start, end)
+
+
+class ExitOrder:
+    """Holds back tokens that would stop before one that precedes them in their document.
+
+    Args:
+        cache: says when the tokens before this pass had stopped.
+        start: number of positions that it held before the pass.
+        documents: (batch, sequence) document of each token, where start is 0; None for one document per row.
+
+    Raises:
+        ValueError: the cache was filled without a rule whose tokens stop in order.
+    """
+
+    def __init__(self, cache: KVCache, start: int, documents: Tensor | None) -> None:
+        if start and cache.stopped_after is None:
+            raise ValueError(
+                "the cache was filled without an exit rule whose tokens stop in order; keep to one exit rule, or start "
+                "again with an empty cache"
+            )
+        self.before = cache.stopped_after if start else None
+        self.first: Tensor | None = None
+        if documents is not None:
+            begins = torch.ones_like(documents, dtype=torch.bool)
+            begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+            # Of each token, the index of its document's first one.
+            self.first = torch.where(begins, torch.arange(documents.shape[1], device=documents.device), 0).cummax(1)[0]
+
+    def hold_back(self, running: Tensor, unsettled: Tensor, loops: int) -> Tensor:
+        """Return the tokens that run on after `loops` iterations, (batch, sequence) booleans.
+
+        Args:
+            running: tokens that ran.
+            unsettled: those of them that the rule does not stop.
+            loops: iterations so far.
+        """
+        open_so_far = unsettled.cumsum(1)
+        if self.first is not None:
+            # Tokens of earlier documents do not count.
+            open_so_far = open_so_far - (open_so_far - unsettled.long()).gather(1, self.first)
+        waits = open_so_far > 0
+        if self.before is not None:
+            waits = waits | (self.before > loops)[:, None]
+        return running & waits
 
 
 def gather_inputs(inputs: LoopInputs, active: ActiveTokens) -> LoopInputs:

@@ -31,15 +31,20 @@ class ExitRule:
             gate; act takes at most 1.
         entropy: E' of kl_entropy, in nats.
         hits: iterations in a row in which the rule must be met.
+        min_loops: no token stops before this many iterations.
+        in_order: a token stops only when every token before it in its document has stopped, in the same iteration at the
+            latest. What has not reached a token yet through the tokens before it cannot change it either: it looks settled.
     """
 
     kind: str = "fixed"
     threshold: float = 0.0
     entropy: float = math.inf
     hits: int = 1
+    min_loops: int = 1
+    in_order: bool = False
 
     def __post_init__(self) -> None:
-        """Raise ValueError for an unknown kind, or for a threshold, entropy or hits out of range."""
+        """Raise ValueError for an unknown kind, or for a threshold, entropy, hits or min_loops out of range."""
         if self.kind != "fixed" and self.kind not in CRITERIA:
             raise ValueError(f"there is no exit rule {self.kind!r}; choose one of fixed, {', '.join(CRITERIA)}")
         if not self.threshold >= 0 or (self.kind == "act" and self.threshold > 1):
@@ -47,6 +52,8 @@ class ExitRule:
             raise ValueError(f"the threshold of the exit rule {self.kind} is {self.threshold}, it must be {limit}")
         if not self.entropy >= 0 or self.hits < 1:
             raise ValueError(f"the exit rule has entropy {self.entropy} and hits {self.hits}; at least 0 and 1")
+        if self.min_loops < 1:
+            raise ValueError(f"the exit rule has min_loops {self.min_loops}, it must be at least 1")
 
     @property
     def predicts(self) -> bool:

@@ -41,7 +41,7 @@ class Condition:
 CONDITIONS = (
     Condition("norm_growth", "norm_growth", 1.1, 2),
     Condition("token_correlation", "token_correlation", 0.99, 1),
-    Condition("residual", "late_residual", 0.5, 2),
+    Condition("residual", "late_residual", 0.6, 2),
 )
 RADIUS = Condition("radius", "spectral_radius", 1.0, 1)
 

@@ -185,9 +185,7 @@ class RecurrentDepthTransformer(nn.Module):
                 raise ValueError("an exit rule is for inference; omit the targets and compare with the logits")
             # Running tokens read the keys of stopped ones from the cache, so even a single pass needs one.
             cache = KVCache() if cache is None else cache
-            runner = AdaptiveLoop(
-                exit_rule, plan.loops, cache, self.predict, len(self.coda), is_padding, trace, documents
-            )
+            runner = AdaptiveLoop(exit_rule, plan.loops, cache, self.predict, is_padding, trace, documents)
         elif trace is not None:
             trace.fill(plan.iterations, tokens, is_padding)
         self._check_cache(cache, start, plan, exit_rule)

@@ -31,7 +31,6 @@ class AdaptiveLoop:
         loops: T, the most iterations.
         cache: extended by the pass; that of the pass's context.
         predict: coda and output matrix of the model.
-        coda_layers: number of slots that the coda takes.
         padding: (batch, sequence), True where there is no token; such positions run one iteration, which defines the
             cache there.
         trace: receives the iterations of each token.
@@ -47,7 +46,6 @@ class AdaptiveLoop:
         loops: int,
         cache: DepthCache,
         predict: Predict,
-        coda_layers: int,
         padding: Tensor | None = None,
         trace: ExitTrace | None = None,
         documents: Tensor | None = None,
@@ -55,7 +53,6 @@ class AdaptiveLoop:
         if not isinstance(cache, KVCache):
             raise ValueError(f"an exit rule needs a KVCache, not a {type(cache).__name__}")
         self.rule, self.loops, self.cache, self.predict = rule, loops, cache, predict
-        self.coda_slots = coda_layers if rule.predicts else 0
         self.padding, self.trace, self.documents = padding, trace, documents
 
     @torch.no_grad()
@@ -120,7 +117,11 @@ class AdaptiveLoop:
 
     def _iteration_slot(self, core: RecurrentCore, first_slot: int, t: int) -> int:
         """Return the first cache slot of iteration t, which it shares with others if the cache has a budget."""
-        return first_slot + t % (self.cache.budget or self.loops) * (len(core.layers) + self.coda_slots)
+        return first_slot + t % (self.cache.budget or self.loops) * self._slots_per_iteration(core)
+
+    def _slots_per_iteration(self, core: RecurrentCore) -> int:
+        """Return the number of cache slots of one iteration: of the core's layers, and the coda's where it runs each time."""
+        return len(core.layers) + (core.config.coda_layers if self.rule.predicts else 0)
 
     def _make_mixture(self, core: RecurrentCore) -> ActMixture | None:
         """Return ACT's mixture with the threshold of the rule `act`, else of the config; None for other models."""
@@ -134,7 +135,7 @@ class AdaptiveLoop:
         source = self._iteration_slot(core, first_slot, last)
         for t in range(last + 1, min(self.loops, last + (self.cache.budget or self.loops))):
             target = self._iteration_slot(core, first_slot, t)
-            for i in range(len(core.layers) + self.coda_slots):
+            for i in range(self._slots_per_iteration(core)):
                 self.cache.copy_slot(source + i, target + i, start, end)
 
 

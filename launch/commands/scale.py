@@ -129,6 +129,7 @@ def _check_prediction(
     """Fit the laws, train the run that they recommend for the held-out budget, and write the page."""
     from launch.arm_runner import ArmRunner
     from megatron_rdt.compare.scale_page import (
+        describe_edges,
         describe_laws,
         describe_prediction,
         draw_scaling,
@@ -152,9 +153,7 @@ def _check_prediction(
         "predicted_loss": laws["loss"].predict(held_out),
         "loss": measured,
     }
-    edge = [f"{optimum.budget:g}" for optimum in optima if optimum.at_edge]
-    if edge:
-        notes.append(f"at {', '.join(edge)} operations the best T is at the edge of the grid: extend --loops")
+    notes += describe_edges(optima, [point.loops for point in points])
     document = {
         "name": runner.config.run.name,
         "runs": [{**point._asdict(), "arm": point.arm.name, "loss": losses.get(point.arm.name)} for point in points],

@@ -5,20 +5,29 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_rdt.compare.arms import own_loops
-from megatron_rdt.compare.intervals import mean_interval
+from megatron_rdt.compare.intervals import NORMAL_QUANTILE, Interval, mean_interval
 from megatron_rdt.compare.results import RunResult
 
 Rows = Sequence[dict[str, Any]]
 
 
 def average_accuracy(results: Sequence[RunResult]) -> list[dict[str, Any]]:
-    """Return {task, difficulty, loops, accuracy, trained} for every cell, the mean over the arm's measured runs."""
-    cells: dict[tuple[str, int, int, bool], list[float]] = {}
+    """Return {task, difficulty, loops, accuracy, count, trained} for every cell: mean and examples over measured runs."""
+    cells: dict[tuple[str, int, int, bool], list[tuple[float, int]]] = {}
     for result in results:
         for row in (result.measurement or {}).get("tasks", []):
-            cells.setdefault((row["task"], row["difficulty"], row["loops"], row["trained"]), []).append(row["accuracy"])
+            cells.setdefault((row["task"], row["difficulty"], row["loops"], row["trained"]), []).append(
+                (row["accuracy"], row["count"])
+            )
     return [
-        {"task": task, "difficulty": difficulty, "loops": loops, "accuracy": _mean(values), "trained": trained}
+        {
+            "task": task,
+            "difficulty": difficulty,
+            "loops": loops,
+            "accuracy": _mean([accuracy for accuracy, _ in values]),
+            "count": sum(count for _, count in values),
+            "trained": trained,
+        }
         for (task, difficulty, loops, trained), values in cells.items()
     ]
 
@@ -51,7 +60,7 @@ def summarize_accuracy(results: Sequence[RunResult], reference: Sequence[RunResu
     Returns:
         "trained": at the arm's own T, over trained difficulties; "beyond": over the others, at the one T that is best for
         them, "beyond_loops". Of both the difference to the reference, "..._difference": "over_seeds", paired by seed, and
-        "over_rows", paired by task and difficulty.
+        "over_examples", of these trained models.
     """
     rows = average_accuracy(results)
     if not rows:
@@ -71,9 +80,8 @@ def summarize_accuracy(results: Sequence[RunResult], reference: Sequence[RunResu
         others = {} if there is None else _by_seed(reference, is_trained, there)
         pairs = [values[seed] - others[seed] for seed in sorted(values.keys() & others.keys())]
         if there is not None and pairs:
-            cells = _by_cell(rows, is_trained, loops), _by_cell(average_accuracy(reference), is_trained, there)
-            differences = [cells[0][cell] - cells[1][cell] for cell in cells[0].keys() & cells[1].keys()]
-            intervals = {"over_seeds": mean_interval(pairs), "over_rows": mean_interval(sorted(differences))}
+            cells = _select(rows, is_trained, loops), _select(average_accuracy(reference), is_trained, there)
+            intervals = {"over_seeds": mean_interval(pairs), "over_examples": subtract_accuracies(*cells)}
             summary[f"{name}_difference"] = {kind: interval._asdict() for kind, interval in intervals.items()}
     return summary
 
@@ -84,7 +92,22 @@ def _by_seed(results: Sequence[RunResult], trained: bool, loops: int) -> dict[in
     return {seed: value for seed, value in found.items() if value is not None}
 
 
-def _by_cell(rows: Rows, trained: bool, loops: int) -> dict[tuple[str, int], float]:
-    """Return the accuracy at one T by task and difficulty."""
-    chosen = [row for row in rows if row["trained"] == trained and row["loops"] == loops]
-    return {(row["task"], row["difficulty"]): row["accuracy"] for row in chosen}
+def _select(rows: Rows, trained: bool, loops: int) -> list[dict[str, Any]]:
+    """Return the rows of one T, of the trained difficulties or of the others."""
+    return [row for row in rows if row["trained"] == trained and row["loops"] == loops]
+
+
+def subtract_accuracies(first: Rows, second: Rows) -> Interval:
+    """Return the difference of two mean accuracies with its interval, of the examples as independent samples.
+
+    The same examples were given to both, which makes the true interval narrower. Two hits and two misses are added to each
+    count (Agresti and Coull), or the variance of an accuracy of 1 would be 0.
+    """
+    variance = 0.0
+    for rows in (first, second):
+        for row in rows:
+            share = (row["accuracy"] * row["count"] + 2) / (row["count"] + 4)
+            variance += share * (1 - share) / (row["count"] + 4) / len(rows) ** 2
+    mean = _mean([row["accuracy"] for row in first]) - _mean([row["accuracy"] for row in second])
+    half = NORMAL_QUANTILE * math.sqrt(variance)
+    return Interval(mean, mean - half, mean + half, sum(row["count"] for row in first))

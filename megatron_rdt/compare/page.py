@@ -74,7 +74,7 @@ def choose_difference(difference: Mapping[str, Any]) -> Mapping[str, Any] | None
     """Return the interval of a difference that says most: over seeds if there are several, else within the pair of runs."""
     over_seeds = difference.get("over_seeds")
     if over_seeds is not None and over_seeds["low"] is None:
-        return difference.get("over_windows") or difference.get("over_rows") or over_seeds
+        return difference.get("over_windows") or difference.get("over_examples") or over_seeds
     return over_seeds
 
 

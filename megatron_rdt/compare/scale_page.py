@@ -26,9 +26,27 @@ LAW_NAMES = {"dim": "width", "loops": "mean T", "tokens": "tokens", "loss": "los
 def describe_laws(laws: Mapping[str, PowerLaw]) -> list[str]:
     """Return a line for each power law."""
     return [
-        f"best {LAW_NAMES[name]} = {law.factor:.3g} x C^{law.exponent:.3f}, C in operations (errors of the fit {law.error:.1%})"
+        f"best {LAW_NAMES[name]} = {law.factor:.3g} x C^{round(law.exponent, 3) + 0.0:.3f}, C in operations "
+        f"(errors of the fit {law.error:.1%})"
         for name, law in laws.items()
     ]
+
+
+def describe_edges(optima: Sequence[Optimum], loops: Sequence[float]) -> list[str]:
+    """Return sentences on optima at the edge of the grid: T of 1 is best, or a larger T than was tried may be."""
+    lines = []
+    for is_edge, meaning in (
+        (lambda o: o.loops <= 1, "the best mean T is 1: loops did not pay there"),
+        (
+            lambda o: o.loops > 1 and o.loops <= min(loops),
+            "the best mean T is the smallest: add smaller ones to --loops",
+        ),
+        (lambda o: o.loops >= max(loops), "the best mean T is the largest: add larger ones to --loops"),
+    ):
+        budgets = [format_count(o.budget) for o in optima if o.at_edge and is_edge(o)]
+        if budgets:
+            lines.append(f"At {', '.join(budgets)} operations {meaning}.")
+    return lines
 
 
 def describe_prediction(prediction: Mapping[str, Any]) -> str:
@@ -78,6 +96,9 @@ def draw_scaling(
                 values = [losses[p.arm.name] for p in chosen]
                 label, colour = f"{format_count(budget)}, width {dim}", COLOURS[index % len(COLOURS)]
                 left.plot([p.loops for p in chosen], values, f"{'os^vD'[number % 5]}-", color=colour, label=label)
+    ticks = sorted({round(point.loops, 1) for point in points})
+    left.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    left.minorticks_off()
     for o in optima:
         left.plot([o.loops], [o.loss], "*", color="black", markersize=10)
     right.plot([o.budget for o in optima], [o.loops for o in optima], "o", color=COLOURS[0], label="optima")

@@ -11,6 +11,7 @@ from launch.commands.scale import read_numbers
 from megatron_rdt.compare.arms import Arm, build_runs, mean_loops, own_loops
 from megatron_rdt.compare.estimate import estimate_cost
 from megatron_rdt.compare.scale_page import (
+    describe_edges,
     describe_laws,
     describe_prediction,
     draw_scaling,
@@ -107,6 +108,9 @@ def test_an_optimum_at_the_edge_of_the_grid_is_marked_and_missing_losses_are_lef
     optimum = find_optimum(points, losses)
     assert optimum is not None
     assert optimum.at_edge
+    assert describe_edges([optimum], [1, 2, 4]) == [
+        "At 1T operations the best mean T is the largest: add larger ones to --loops."
+    ]
     assert optimum.loops == 4
     losses[points[0].arm.name] = math.nan
     assert find_optimum(points, losses) is None

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from megatron_rdt.compare.accuracy import subtract_accuracies
 from megatron_rdt.compare.arms import build_arms, build_runs
 from megatron_rdt.compare.page import (
     HEADER,
@@ -36,6 +38,7 @@ def make_measurement(arm: str, seed: int, loops: list[int]) -> dict[str, Any]:
             "difficulty": difficulty,
             "loops": t,
             "accuracy": ACCURACY[arm] / (1 if difficulty == 2 else 3 if t < 4 else 2),
+            "count": 100,
             "trained": difficulty == 2,
         }
         for difficulty in (2, 5)
@@ -92,12 +95,23 @@ def test_accuracies_are_of_trained_difficulties_and_beyond(compared: tuple[list,
     assert looped["accuracy"]["beyond"]["mean"] == pytest.approx(0.45)
     assert looped["accuracy"]["beyond_loops"] == 4
     trained, beyond = (unlooped["accuracy"][f"{name}_difference"] for name in ("trained", "beyond"))
-    assert trained["over_seeds"]["mean"] == trained["over_rows"]["mean"] == pytest.approx(-0.5)
+    assert trained["over_seeds"]["mean"] == trained["over_examples"]["mean"] == pytest.approx(-0.5)
     assert beyond["over_seeds"]["high"] == pytest.approx(0.4 / 3 - 0.45)
     (line, _) = describe_accuracies(make_table(*compared, {}))
     assert line.startswith(
         "Accuracy of unlooped against looped: -0.500 [-0.500, -0.500] on the trained difficulties, -0.317"
     )
+
+
+def test_the_interval_of_an_accuracy_difference_covers_the_truth() -> None:
+    generator, covered = np.random.default_rng(0), 0
+    for _ in range(400):
+        pair = []
+        for truths in ((0.9, 0.5), (0.95, 1.0)):
+            pair.append([{"accuracy": generator.binomial(200, p) / 200, "count": 200} for p in truths])
+        interval = subtract_accuracies(*pair)
+        covered += interval.low <= -0.275 <= interval.high
+    assert 0.92 <= covered / 400 <= 0.99
 
 
 def test_the_exponent_needs_its_three_arms(compared: tuple[list, list[RunResult]]) -> None:

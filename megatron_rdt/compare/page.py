@@ -1,21 +1,27 @@
 """The comparison as text for the console, compare.json, and one self-contained HTML page with its pictures."""
 
-import base64
 import html
-import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_rdt.compare.pictures import draw_accuracy, draw_loss_against_flops, draw_loss_against_loops
 from megatron_rdt.compare.results import RunResult
-from megatron_rdt.evaluate.report import ACCURACY_PICTURE, PAGE, STYLE
-from megatron_rdt.files import TEMPORARY_SUFFIX, write_text
-from megatron_rdt.train.metrics import replace_nonfinite
+from megatron_rdt.evaluate.html_pages import (
+    PAGE,
+    format_figure,
+    format_html_table,
+    format_list,
+    format_page,
+    format_paragraphs,
+    replace_results,
+)
+from megatron_rdt.evaluate.report import ACCURACY_PICTURE
+from megatron_rdt.evaluate.result_files import write_result
+from megatron_rdt.files import write_text
 
 DOCUMENT = "compare.json"
+PAGE_WIDTH = "80rem"  # the table has many columns
 HEADER = (
     "arm",
     "weights",
@@ -170,9 +176,8 @@ def write_page(
     """
     rows = document["rows"]
     accuracy = {row["arm"]: row["accuracy"]["rows"] for row in rows if row["accuracy"]}
-    # An earlier page stays whole until all of the new one is there.
-    with tempfile.TemporaryDirectory(suffix=TEMPORARY_SUFFIX, prefix=".", dir=directory) as name:
-        folder, figures = Path(name), []
+    figures = []
+    with replace_results(directory) as folder:
         if accuracy:
             caption = "Exact-match accuracy by difficulty and T."
             figures.append((draw_accuracy(accuracy, folder / ACCURACY_PICTURE), caption))
@@ -183,47 +188,32 @@ def write_page(
         if any(len(row["losses"]) > 1 for row in rows):
             caption = "Validation loss against T; a ring marks the T at which an arm is judged."
             figures.append((draw_loss_against_loops(rows, folder / "loss_against_loops.png"), caption))
-        write_text(folder / PAGE, _format_page(document, figures))
-        write_text(folder / DOCUMENT, json.dumps(replace_nonfinite(document), indent=1, allow_nan=False) + "\n")
-        for file in (*(picture.name for picture, _ in figures), DOCUMENT, PAGE):
-            os.replace(folder / file, directory / file)
+        write_text(folder / PAGE, _format_comparison(document, figures))
+        write_result(folder / DOCUMENT, document)
     return directory / PAGE
 
 
-def _format_page(document: Mapping[str, Any], figures: Sequence[tuple[Path, str]]) -> str:
+def _format_comparison(document: Mapping[str, Any], figures: Sequence[tuple[Path, str]]) -> str:
     """Return the HTML page: table, exponent, pictures as data URLs, what failed or diverged, the arms' overrides."""
-    title, rows = html.escape(document["name"]), document["rows"]
-    head = "".join(f"<th>{name}</th>" for name in HEADER)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in format_cells(row)) + "</tr>" for row in rows
-    )
-    parts = [f"<h1>Comparison {title}</h1>", f"<table><tr>{head}</tr>{body}</table>", f"<p>{EXPLANATION}</p>"]
-    parts += [f"<p>{html.escape(line)}</p>" for line in (*describe_accuracies(document), *document["notes"])]
-    parts.append(f"<p>{html.escape(describe_equivalence(document['equivalence']))}</p>")
-    for path, caption in figures:
-        encoded = base64.b64encode(path.read_bytes()).decode()
-        parts.append(
-            f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{encoded}">'
-            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        )
+    title, rows = document["name"], document["rows"]
+    notes = *describe_accuracies(document), *document["notes"], describe_equivalence(document["equivalence"])
+    parts = [
+        f"<h1>Comparison {html.escape(title)}</h1>",
+        format_html_table(HEADER, map(format_cells, rows)),
+        format_paragraphs((EXPLANATION, *notes)),
+        *(format_figure(picture, caption) for picture, caption in figures),
+    ]
     reasons = [
-        f"<li>{html.escape(name)}: {html.escape(str(reason))}</li>"
+        f"{name}: {reason}"
         for row in rows
         for kind in ("failed", "diverged", "alarms")
         for name, reason in row[kind].items()
     ]
     if reasons:
-        parts.append(f"<h2>Runs that went wrong</h2><ul>{''.join(reasons)}</ul>")
-    overrides = "".join(
-        f"<tr><td>{html.escape(row['arm'])}</td><td>{html.escape(_format_overrides(row['overrides']))}</td></tr>"
-        for row in rows
-    )
-    parts.append(f"<h2>Arms</h2><table>{overrides}</table>")
-    style = STYLE.replace("60rem", "80rem")
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style>'
-        f"<body>{''.join(parts)}</body></html>\n"
-    )
+        parts.append(f"<h2>Runs that went wrong</h2>{format_list(reasons)}")
+    overrides = [(row["arm"], _format_overrides(row["overrides"])) for row in rows]
+    parts.append(f"<h2>Arms</h2>{format_html_table((), overrides)}")
+    return format_page(title, parts, PAGE_WIDTH)
 
 
 def _format_overrides(overrides: Mapping[str, Any]) -> str:

@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.axes import Axes
+import matplotlib.pyplot as plt
 
 from megatron_rdt.compare.results import RunResult
-from megatron_rdt.evaluate.plots import COLOURS, _make_axes, _save_figure
+from megatron_rdt.evaluate.plots import COLOURS, make_axes, save_figure
+from megatron_rdt.evaluate.task_plots import draw_accuracy_cells
+from megatron_rdt.evaluate.tasks import Row
 
 LINE_STYLES = ("-", "--", ":", "-.")
 PANELS_IN_A_ROW = 4
@@ -33,7 +34,7 @@ def draw_loss_against_flops(
         rows: of the table, for the validation losses.
         path: the PNG file.
     """
-    axes = _make_axes("Loss against executed operations", "floating-point operations (log scale)", "nats per token")
+    axes = make_axes("Loss against executed operations", "floating-point operations (log scale)", "nats per token")
     for index, row in enumerate(rows):
         label = row["arm"]
         for result in results[row["arm"]]:
@@ -48,7 +49,7 @@ def draw_loss_against_flops(
     if low < high:
         axes.set_ylim(low, high)
     axes.legend(title="line: training; dot: validation at own T")
-    return _save_figure(axes, path)
+    return save_figure(axes, path)
 
 
 def _find_shown_losses(results: Mapping[str, Sequence[RunResult]]) -> tuple[float, float]:
@@ -63,7 +64,7 @@ def _find_shown_losses(results: Mapping[str, Sequence[RunResult]]) -> tuple[floa
 
 def draw_loss_against_loops(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """Draw the validation loss of each arm against T; a ring marks the T at which an arm is judged."""
-    axes = _make_axes("Validation loss against T", "iterations T (log scale)", "nats per token")
+    axes = make_axes("Validation loss against T", "iterations T (log scale)", "nats per token")
     shown: set[int] = set()
     for index, row in enumerate(rows):
         losses = {int(t): loss for t, loss in row["losses"].items() if math.isfinite(loss)}
@@ -87,10 +88,10 @@ def draw_loss_against_loops(rows: Sequence[Mapping[str, Any]], path: Path) -> Pa
     if finite and max(worst) > 4 * max(finite):  # one that explodes at a large T would flatten all others
         axes.set_yscale("log")
     axes.legend()
-    return _save_figure(axes, path)
+    return save_figure(axes, path)
 
 
-def draw_accuracy(accuracy: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
+def draw_accuracy(accuracy: Mapping[str, Sequence[Row]], path: Path) -> Path:
     """Draw a heat map of accuracy for each arm: difficulty down, T across; trained difficulties are named.
 
     Built-in arms are side by side, values of the axes below one another.
@@ -99,8 +100,6 @@ def draw_accuracy(accuracy: Mapping[str, Sequence[Mapping[str, Any]]], path: Pat
         accuracy: rows of {task, difficulty, loops, accuracy, trained} by arm.
         path: the PNG file.
     """
-    import matplotlib.pyplot as plt
-
     groups = sorted({(r["task"], r["difficulty"]) for rows in accuracy.values() for r in rows})
     grid = _arrange_panels(list(accuracy))
     widths = [max([len({r["loops"] for r in accuracy[arm]}) for arm in column if arm] + [3]) for column in zip(*grid)]
@@ -119,7 +118,8 @@ def draw_accuracy(accuracy: Mapping[str, Sequence[Mapping[str, Any]]], path: Pat
             if arm is None:
                 axes.set_axis_off()
             else:
-                image = _draw_accuracy_panel(axes, arm, accuracy[arm], groups)
+                image = draw_accuracy_cells(axes, accuracy[arm], groups, fontsize=7)
+                axes.set(title=arm, xlabel="T")
     trained = {(r["task"], r["difficulty"]) for rows in accuracy.values() for r in rows if r["trained"]}
     several = len({task for task, _ in groups}) > 1
     names = [
@@ -145,22 +145,3 @@ def _arrange_panels(arms: Sequence[str]) -> list[list[str | None]]:
     columns = min(len(arms), PANELS_IN_A_ROW)
     rows = [list(arms[first : first + columns]) for first in range(0, len(arms), columns)]
     return [[*row, *[None] * (columns - len(row))] for row in rows]
-
-
-def _draw_accuracy_panel(
-    axes: Axes, arm: str, rows: Sequence[Mapping[str, Any]], groups: Sequence[tuple[str, int]]
-) -> Any:
-    """Draw the heat map of one arm, with a line for each (task, difficulty) of `groups`; return the image."""
-    loops = sorted({r["loops"] for r in rows})
-    table = np.full((len(groups), len(loops)), np.nan)
-    for r in rows:
-        table[groups.index((r["task"], r["difficulty"])), loops.index(r["loops"])] = r["accuracy"]
-    image = axes.imshow(table, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axes.set_xticks(range(len(loops)), [str(t) for t in loops])
-    axes.set(title=arm, xlabel="T")
-    for (y, x), value in np.ndenumerate(table):
-        if np.isfinite(value):
-            colour = "black" if value > 0.6 else "white"
-            text = "1" if value == 1 else f"{value:.2f}".removeprefix("0")
-            axes.text(x, y, text, ha="center", va="center", fontsize=7, color=colour)
-    return image

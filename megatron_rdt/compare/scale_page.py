@@ -1,11 +1,7 @@
 """A scaling study as text, scale.json and one HTML page: losses of the grid, optima, power laws, the held-out run."""
 
-import base64
 import html
-import json
-import os
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +10,10 @@ import numpy as np
 
 from megatron_rdt.compare.page import format_count, format_table
 from megatron_rdt.compare.scaling import Optimum, Point, PowerLaw
-from megatron_rdt.evaluate.plots import COLOURS, DPI, _label_axes, _save_figure
-from megatron_rdt.evaluate.report import PAGE, STYLE
-from megatron_rdt.files import TEMPORARY_SUFFIX, write_text
-from megatron_rdt.train.metrics import replace_nonfinite
+from megatron_rdt.evaluate.html_pages import PAGE, format_figure, format_page, format_paragraphs, replace_results
+from megatron_rdt.evaluate.plots import COLOURS, DPI, label_axes, save_figure
+from megatron_rdt.evaluate.result_files import write_result
+from megatron_rdt.files import write_text
 
 DOCUMENT, PICTURE = "scale.json", "scale.png"
 LAW_NAMES = {"dim": "width", "loops": "mean T", "tokens": "tokens", "loss": "loss"}
@@ -87,7 +83,7 @@ def draw_scaling(
     """Draw loss against mean T at each budget, and the best mean T against the budget with its law."""
     _, (left, right) = plt.subplots(1, 2, figsize=(10.0, 4.2), dpi=DPI, layout="constrained")
     for axes, x, y in ((left, "mean T", "validation loss"), (right, "operations", "best mean T")):
-        _label_axes(axes, x, y)
+        label_axes(axes, x, y)
         axes.set_xscale("log")
     for index, budget in enumerate(sorted({point.budget for point in points})):
         for number, dim in enumerate(sorted({point.dim for point in points})):
@@ -111,10 +107,12 @@ def draw_scaling(
     right.set_yscale("log")
     left.legend(fontsize=7)
     right.legend()
-    return _save_figure(left, path)
+    return save_figure(left, path)
 
 
-def write_scale_page(directory: Path, document: dict[str, Any], grid: str, lines: Sequence[str], draw: Any) -> Path:
+def write_scale_page(
+    directory: Path, document: dict[str, Any], grid: str, lines: Sequence[str], draw: Callable[[Path], Path]
+) -> Path:
     """Write scale.json, the picture and index.html into the folder of a study; return the page's path.
 
     Args:
@@ -122,21 +120,16 @@ def write_scale_page(directory: Path, document: dict[str, Any], grid: str, lines
         document: for scale.json.
         grid: the table as text.
         lines: sentences for the page.
-        draw: draws the picture into the path it is given.
+        draw: draws the picture into a file, and returns its path.
     """
-    with tempfile.TemporaryDirectory(suffix=TEMPORARY_SUFFIX, prefix=".", dir=directory) as name:
-        folder = Path(name)
-        encoded = base64.b64encode(draw(folder / PICTURE).read_bytes()).decode()
-        title = html.escape(document["name"])
-        text = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
-        write_text(
-            folder / PAGE,
-            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style><body>'
-            f"<h1>Scaling of {title}</h1>{text}"
-            f'<figure><img alt="Loss against mean T, and the best mean T against the budget" '
-            f'src="data:image/png;base64,{encoded}"></figure><pre>{html.escape(grid)}</pre></body></html>\n',
-        )
-        write_text(folder / DOCUMENT, json.dumps(replace_nonfinite(document), indent=1, allow_nan=False) + "\n")
-        for file in (PICTURE, DOCUMENT, PAGE):
-            os.replace(folder / file, directory / file)
+    caption = "Loss against mean T, and the best mean T against the budget."
+    with replace_results(directory) as folder:
+        parts = [
+            f"<h1>Scaling of {html.escape(document['name'])}</h1>",
+            format_paragraphs(lines),
+            format_figure(draw(folder / PICTURE), caption),
+            f"<pre>{html.escape(grid)}</pre>",
+        ]
+        write_text(folder / PAGE, format_page(document["name"], parts))
+        write_result(folder / DOCUMENT, document)
     return directory / PAGE

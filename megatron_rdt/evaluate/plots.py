@@ -24,22 +24,22 @@ MOST_STEPS = 4
 Records = Sequence[dict[str, Any]]
 
 
-def _make_axes(title: str, x: str, y: str) -> Axes:
+def make_axes(title: str, x: str, y: str) -> Axes:
     """Return the axes of a new figure, with a title, labels, a grid, and whole numbers on the x axis."""
     _, axes = plt.subplots(figsize=SIZE_INCHES, dpi=DPI, layout="constrained")
     axes.set_title(title)
-    _label_axes(axes, x, y)
+    label_axes(axes, x, y)
     return axes
 
 
-def _label_axes(axes: Axes, x: str, y: str) -> None:
+def label_axes(axes: Axes, x: str, y: str) -> None:
     """Give axes labels, a grid, and whole numbers on the x axis."""
     axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _save_figure(axes: Axes, path: Path) -> Path:
+def save_figure(axes: Axes, path: Path) -> Path:
     """Write the figure of the axes to a PNG file, close it, and return the path."""
     axes.figure.savefig(path)  # type: ignore[union-attr]
     plt.close(axes.figure)  # type: ignore[arg-type]
@@ -54,7 +54,7 @@ def _extract_series(records: Records, key: str) -> tuple[list[int], list[float]]
 
 def draw_loss_curve(metrics: Records, evaluations: Records, path: Path) -> Path:
     """Draw training loss per step and validation loss at each T."""
-    axes = _make_axes("Loss", "optimizer step", "cross entropy, nats per token")
+    axes = make_axes("Loss", "optimizer step", "cross entropy, nats per token")
     axes.plot(*_extract_series(metrics, "loss"), color="0.7", linewidth=1, label="training, T drawn each step")
     loops = sorted({int(t) for record in evaluations for t in record["losses"]})
     for index, t in enumerate(loops):
@@ -63,12 +63,12 @@ def draw_loss_curve(metrics: Records, evaluations: Records, path: Path) -> Path:
         (line,) = axes.plot(*series, "o-", color=COLOURS[index % len(COLOURS)], label=f"validation, T = {t}")
         line.set(linewidth=WIDEST_LINE * share, markersize=WIDEST_MARKER * share)
     axes.legend()
-    return _save_figure(axes, path)
+    return save_figure(axes, path)
 
 
 def draw_loss_against_loops(losses: dict[int, float], standard_errors: dict[int, float], path: Path) -> Path:
     """Draw the validation loss of the final model against T, with bars of two standard errors where they are known."""
-    axes = _make_axes("What the loops bought", "iterations T (log scale)", "validation loss, nats per token")
+    axes = make_axes("What the loops bought", "iterations T (log scale)", "validation loss, nats per token")
     loops = sorted(losses)
     axes.plot(loops, [losses[t] for t in loops], marker="o", color=COLOURS[0])
     if standard_errors:
@@ -82,12 +82,12 @@ def draw_loss_against_loops(losses: dict[int, float], standard_errors: dict[int,
         text, box = f"{losses[t]:.4f}", {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
         axes.annotate(text, (t, losses[t]), (0, 9), textcoords="offset points", ha="center", bbox=box)
     axes.margins(y=0.2)
-    return _save_figure(axes, path)
+    return save_figure(axes, path)
 
 
 def draw_stability(metrics: Records, path: Path) -> Path:
     """Draw spectral radius of the injection and norm of the last state over steps."""
-    axes = _make_axes("Stability of the recurrence", "optimizer step", "spectral radius of the linear part")
+    axes = make_axes("Stability of the recurrence", "optimizer step", "spectral radius of the linear part")
     axes.plot(*_extract_series(metrics, "spectral_radius"), color=COLOURS[0], label="spectral radius (left)")
     axes.axhline(1.0, color="0.4", linestyle="--", linewidth=1, label="limit, 1 (left)")
     axes.set_ylim(0, 1.1)
@@ -97,7 +97,7 @@ def draw_stability(metrics: Records, path: Path) -> Path:
     right.set_ylim(bottom=0)
     handles = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
     axes.legend(handles=handles, loc="lower right")
-    return _save_figure(axes, path)
+    return save_figure(axes, path)
 
 
 def compute_loop_shares(metrics: Records) -> np.ndarray:
@@ -113,7 +113,7 @@ def compute_loop_shares(metrics: Records) -> np.ndarray:
 
 def draw_loop_histogram(metrics: Records, probabilities: np.ndarray, path: Path) -> Path:
     """Draw how often each T was drawn, and the configured distribution."""
-    axes = _make_axes("Sampled loop counts", "iterations T", "share of sequences")
+    axes = make_axes("Sampled loop counts", "iterations T", "share of sequences")
     shares = compute_loop_shares(metrics)
     mean = shares @ np.arange(len(shares))
     # A T above the configured maximum is from before the config was changed.
@@ -124,17 +124,17 @@ def draw_loop_histogram(metrics: Records, probabilities: np.ndarray, path: Path)
     mean = probabilities @ loops
     axes.plot(loops[1:], probabilities[1:], "o-", color=COLOURS[1], markersize=4, label=f"configured, mean {mean:.2f}")
     axes.legend()
-    return _save_figure(axes, path)
+    return save_figure(axes, path)
 
 
 def draw_throughput(metrics: Records, path: Path) -> Path:
     """Draw tokens per second against the mean T of the step."""
-    axes = _make_axes("Cost of depth", "iterations T of the step, mean over its sequences", "tokens per second")
+    axes = make_axes("Cost of depth", "iterations T of the step, mean over its sequences", "tokens per second")
     loops = [record["loops_mean" if "loops_mean" in record else "loops_max"] for record in metrics]
     axes.scatter(loops, [record["tokens_per_second"] for record in metrics], color=COLOURS[2], alpha=0.4)
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_ylim(bottom=0)
-    return _save_figure(axes, path)
+    return save_figure(axes, path)
 
 
 def draw_iterations(metrics: Records, path: Path) -> Path:
@@ -152,7 +152,7 @@ def draw_iterations(metrics: Records, path: Path) -> Path:
     figure.suptitle("The state over the iterations of one forward pass")
     names = (("state_norm", "state norm, RMS over channels"), ("state_residual", "residual |h_t - h_(t-1)| / |h_t|"))
     for axes, (name, label) in zip(panels, names):
-        _label_axes(axes, "iteration t", label)
+        label_axes(axes, "iteration t", label)
         for index, record in enumerate(shown):
             values = [np.nan if value is None else value for value in record["iterations"][name]]
             steps = np.arange(1, len(values) + 1)
@@ -160,7 +160,7 @@ def draw_iterations(metrics: Records, path: Path) -> Path:
     panels[0].set_ylim(bottom=0)
     panels[1].set_yscale("log")
     panels[0].legend()
-    return _save_figure(panels[0], path)
+    return save_figure(panels[0], path)
 
 
 def join_pictures(pictures: Sequence[Path], path: Path) -> Path:

@@ -1,11 +1,8 @@
 """The report of a run: one self-contained HTML page with its curves, and the same pictures as PNG files."""
 
-import base64
 import html
 import logging
-import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +12,23 @@ from megatron_rdt.depth import loop_probabilities
 from megatron_rdt.errors import DataError
 from megatron_rdt.evaluate import plots
 from megatron_rdt.evaluate.alarms import Alarm, list_alarms
+from megatron_rdt.evaluate.html_pages import (
+    PAGE,
+    format_figure,
+    format_html_table,
+    format_list,
+    format_page,
+    format_paragraphs,
+    replace_results,
+)
 from megatron_rdt.evaluate.loss import EVALUATION, Evaluation, perplexity, read_evaluation
 from megatron_rdt.evaluate.task_plots import draw_accuracy_map, draw_accuracy_over_steps
 from megatron_rdt.evaluate.task_report import MAP_CAPTION, find_final_scores, format_task_section
-from megatron_rdt.files import DAMAGED, TEMPORARY_SUFFIX, describe_damaged_lines, read_json_lines, write_text
+from megatron_rdt.files import DAMAGED, describe_damaged_lines, read_json_lines, write_text
 
 logger = logging.getLogger(__name__)
 
-PAGE, ACCURACY_PICTURE = "index.html", "accuracy.png"
+ACCURACY_PICTURE = "accuracy.png"
 COMPARISON_CAPTION = (
     "Accuracy, difficulty down, loop counts T across: a looped model, whose T is chosen at the call, beside models that run "
     "once, of equal weights (unlooped) and of equal operations in training (untied). They saw the same "
@@ -31,12 +37,6 @@ COMPARISON_CAPTION = (
 )
 # Fields of metrics.jsonl that the page uses.
 METRICS = ("step", "tokens", "loss", "grad_norm", "spectral_radius", "loops_max", "tokens_per_second")
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-img { max-width: 100%; } pre { background: #f4f4f4; padding: .8rem; overflow-x: auto; white-space: pre-wrap; }
-table { border-collapse: collapse; } td, th { padding: .2rem .8rem; border-bottom: 1px solid #ddd; text-align: left; }
-.wide { overflow-x: auto; } figure { margin: 1.5rem 0; } figcaption { color: #555; }
-"""
 
 
 def read_records(path: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -102,16 +102,12 @@ def write_report(run_directory: str | Path, comparison: str | Path | None = None
     alarms = list_alarms(directory)
     out = directory / "report"
     out.mkdir(exist_ok=True)
-    # An earlier report stays whole until all of the new one is there.
-    with tempfile.TemporaryDirectory(suffix=TEMPORARY_SUFFIX, prefix=".", dir=out) as folder:
-        figures = _draw_figures(Path(folder), config, metrics, evaluations, final, scores)
+    with replace_results(out) as folder:
+        figures = _draw_figures(folder, config, metrics, evaluations, final, scores)
         if opening is not None:
-            picture = Path(shutil.copy(opening, Path(folder) / f"comparison_{ACCURACY_PICTURE}"))
+            picture = Path(shutil.copy(opening, folder / f"comparison_{ACCURACY_PICTURE}"))
             figures.insert(0, (picture, COMPARISON_CAPTION))
-        write_text(Path(folder) / PAGE, _format_page(config, metrics, final, scores, figures, samples, alarms))
-        pictures = sorted(path.name for path in Path(folder).iterdir() if path.name != PAGE)
-        for name in (*pictures, PAGE):
-            os.replace(Path(folder) / name, out / name)
+        write_text(folder / PAGE, _format_report(config, metrics, final, scores, figures, samples, alarms))
     return out / PAGE
 
 
@@ -182,7 +178,7 @@ def summarize(metrics: list[dict[str, Any]], final: Evaluation | None) -> list[s
     return sentences + (final.summary if final is not None else [])
 
 
-def _format_page(
+def _format_report(
     config: RunConfig,
     metrics: list[dict[str, Any]],
     final: Evaluation | None,
@@ -192,23 +188,15 @@ def _format_page(
     alarms: list[Alarm],
 ) -> str:
     """Return the HTML page: summary, alarms, losses, figures as data URLs, accuracies, generated samples, configuration."""
-    title = html.escape(config.run.name)
-    parts = [f"<h1>Run {title}</h1>", f"<p>{html.escape(' '.join(summarize(metrics, final)))}</p>"]
+    parts = [f"<h1>Run {html.escape(config.run.name)}</h1>"]
+    parts.append(format_paragraphs([" ".join(summarize(metrics, final))]))
     if alarms:
-        rows = [
-            f"<li>Step {each.step:,}{' (rolled back)' * each.rolled_back}: {html.escape(str(each))}." for each in alarms
-        ]
-        parts.append(f"<h2>Alarms</h2><ul>{''.join(rows)}</ul>")
+        lines = [f"Step {each.step:,}{' (rolled back)' * each.rolled_back}: {each}." for each in alarms]
+        parts.append(f"<h2>Alarms</h2>{format_list(lines)}")
     if final is not None:
-        rows = [f"<td>{t}</td><td>{loss:.4f}</td><td>{perplexity(loss):.2f}</td>" for t, loss in final.losses.items()]
-        cells = "".join(f"<tr>{row}</tr>" for row in rows)
-        parts.append(f"<table><tr><th>T</th><th>loss</th><th>perplexity</th></tr>{cells}</table>")
-    for path, caption in figures:
-        encoded = base64.b64encode(path.read_bytes()).decode()
-        parts.append(
-            f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{encoded}">'
-            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        )
+        rows = [(str(t), f"{loss:.4f}", f"{perplexity(loss):.2f}") for t, loss in final.losses.items()]
+        parts.append(format_html_table(("T", "loss", "perplexity"), rows))
+    parts += [format_figure(picture, caption) for picture, caption in figures]
     if scores is not None:
         parts.append(format_task_section(scores))
     if samples:
@@ -216,13 +204,10 @@ def _format_page(
         for sample in samples:
             text = html.escape(sample["prompt"] + sample["text"])
             parts.append(f"<p>step {sample['step']}, T = {sample['loops']}</p><pre>{text}</pre>")
-    fields = "".join(
-        f"<tr><td>{section}.{name}</td><td>{html.escape(str(value))}</td></tr>"
+    fields = [
+        (f"{section}.{name}", str(value))
         for section in ("model", "depth", "train", "optimizer", "schedule", "parallel")
         for name, value in vars(getattr(config, section)).items()
-    )
-    parts.append(f"<h2>Configuration</h2><table>{fields}</table>")
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-        f"<body>{''.join(parts)}</body></html>\n"
-    )
+    ]
+    parts.append(f"<h2>Configuration</h2>{format_html_table((), fields)}")
+    return format_page(config.run.name, parts)

@@ -7,13 +7,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # draws into files, without a display
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from megatron_rdt.evaluate.plots import DPI
@@ -61,25 +58,41 @@ def draw_accuracy_map(rows: Sequence[Row], trained_loops: Sequence[int] | None, 
     return path
 
 
-def _draw_panel(axes: Axes, task: str, rows: Sequence[Row], trained_loops: Sequence[int] | None) -> Any:
+def _draw_panel(axes: Axes, task: str, rows: Sequence[Row], trained_loops: Sequence[int] | None) -> AxesImage:
     """Draw the heat map of one task; return the image, to which a colour bar belongs."""
     loops = sorted({row["loops"] for row in rows})
     difficulties = sorted({row["difficulty"] for row in rows})
-    table = np.full((len(difficulties), len(loops)), np.nan)
-    for row in rows:
-        table[difficulties.index(row["difficulty"]), loops.index(row["loops"])] = row["accuracy"]
-    image = axes.imshow(table, vmin=0, vmax=1, cmap=COLOUR_MAP, aspect="auto", interpolation="nearest")
-    axes.set_xticks(range(len(loops)), [str(t) for t in loops])
+    fontsize = 9 if (WIDTH_INCHES - 1.7) / len(loops) >= LEAST_CELL_INCHES else None
+    image = draw_accuracy_cells(axes, rows, [(task, difficulty) for difficulty in difficulties], fontsize)
     axes.set_yticks(range(len(difficulties)), [str(difficulty) for difficulty in difficulties])
     axes.set(xlabel="iterations T", ylabel="difficulty, dependent steps")
     axes.set_title(task)
-    if (WIDTH_INCHES - 1.7) / len(loops) >= LEAST_CELL_INCHES:
-        for (line, column), value in np.ndenumerate(table):
-            text = "1" if value == 1 else f"{value:.2f}".removeprefix("0")
-            axes.text(
-                column, line, text, ha="center", va="center", fontsize=9, color="black" if value > 0.6 else "white"
-            )
     _mark_trained(axes, rows, difficulties, loops, trained_loops)
+    return image
+
+
+def draw_accuracy_cells(
+    axes: Axes, rows: Sequence[Row], groups: Sequence[tuple[str, int]], fontsize: int | None
+) -> AxesImage:
+    """Draw a heat map with a line for each (task, difficulty) of `groups`, T across; return the image.
+
+    Args:
+        axes: to draw into; the ticks of T are set.
+        rows: of these groups; a cell without one stays empty.
+        groups: from top to bottom.
+        fontsize: of the number in each cell; None for no numbers.
+    """
+    loops = sorted({row["loops"] for row in rows})
+    table = np.full((len(groups), len(loops)), np.nan)
+    for row in rows:
+        table[groups.index((row["task"], row["difficulty"])), loops.index(row["loops"])] = row["accuracy"]
+    image = axes.imshow(table, vmin=0, vmax=1, cmap=COLOUR_MAP, aspect="auto", interpolation="nearest")
+    axes.set_xticks(range(len(loops)), [str(t) for t in loops])
+    for (line, column), value in np.ndenumerate(table):
+        if fontsize is not None and np.isfinite(value):
+            text, colour = f"{value:.2f}".removeprefix("0"), "black" if value > 0.6 else "white"
+            text = "1" if value == 1 else text
+            axes.text(column, line, text, ha="center", va="center", fontsize=fontsize, color=colour)
     return image
 
 

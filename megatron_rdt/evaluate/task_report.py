@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rdt.config import RunConfig
+from megatron_rdt.evaluate.html_pages import format_html_table, format_paragraphs
 from megatron_rdt.evaluate.result_files import TASK_SCORES
 from megatron_rdt.evaluate.task_evaluation import describe_scores, find_trained_loops, read_task_scores
 from megatron_rdt.evaluate.tasks import Row, find_overthinking, group_by_task
@@ -35,7 +36,7 @@ def find_final_scores(
 
 def format_task_section(scores: Mapping[str, Any]) -> str:
     """Return HTML with sentences, a table of accuracies for each task, and one for its exit rules."""
-    parts = ["<h2>Tasks</h2>", f"<p>{html.escape(' '.join(describe_scores(scores)))}</p>"]
+    parts = ["<h2>Tasks</h2>", format_paragraphs([" ".join(describe_scores(scores))])]
     exits = group_by_task(scores.get("exits", []))
     for task, rows in group_by_task(scores["tasks"]).items():
         parts.append(f"<h3>{html.escape(task)}: accuracy with 95% interval</h3>{_format_accuracies(rows)}")
@@ -44,13 +45,6 @@ def format_task_section(scores: Mapping[str, Any]) -> str:
             note = "accuracy, and mean iterations of the tokens that predict the answer"
             parts.append(f"<h3>{title}</h3><p>{note}</p>{_format_exits(exits[task])}")
     return "".join(parts)
-
-
-def _format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return an HTML table; the texts are escaped here."""
-    lines = ["".join(f"<th>{html.escape(text)}</th>" for text in header)]
-    lines += ["".join(f"<td>{html.escape(text)}</td>" for text in row) for row in rows]
-    return f"<div class='wide'><table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table></div>"
 
 
 def _index_by(rows: Sequence[Row], name: str) -> dict[int, dict[Any, Row]]:
@@ -70,7 +64,7 @@ def _format_accuracies(rows: Sequence[Row]) -> str:
         kind = "yes" if first["trained"] else "no"
         values = [f"{cells[t]['accuracy']:.2f} ({cells[t]['low']:.2f}-{cells[t]['high']:.2f})" for t in loops]
         lines.append([str(difficulty), kind, str(first["count"]), *values])
-    return _format_table(["difficulty", "trained", "examples", *(f"T = {t}" for t in loops)], lines)
+    return format_html_table(["difficulty", "trained", "examples", *(f"T = {t}" for t in loops)], lines)
 
 
 def _format_exits(rows: Sequence[Row]) -> str:
@@ -80,4 +74,4 @@ def _format_exits(rows: Sequence[Row]) -> str:
         [str(difficulty), *(f"{cells[rule]['accuracy']:.2f} / {cells[rule]['loops_used']:.1f}" for rule in rules)]
         for difficulty, cells in sorted(_index_by(rows, "rule").items())
     ]
-    return _format_table(["difficulty", *rules], lines)
+    return format_html_table(["difficulty", *rules], lines)

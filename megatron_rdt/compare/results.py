@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_rdt.compare.arms import ComparedRun
 from megatron_rdt.compare.measure import find_final_checkpoint
+from megatron_rdt.evaluate.alarms import list_alarms
 from megatron_rdt.evaluate.report import METRICS, read_records
 from megatron_rdt.model.flops import forward_flops, training_flops
 
@@ -28,7 +30,7 @@ class RunResult:
         flops: floating-point operations of these steps, with the T that was drawn for each.
         seconds: time of these steps.
         diverged: reason to call the run diverged; empty if there is none.
-        alarms: names of the alarms in its records, with the first step of each.
+        alarms: the first step of each alarm, by name.
         curve: operations so far and training loss, averaged over parts of the run.
         measurement: from `measure_run`; None if there is none.
     """
@@ -62,13 +64,10 @@ def find_divergence(losses: list[float | None]) -> str:
     return ""
 
 
-def find_alarms(records: list[dict[str, Any]]) -> dict[str, int]:
-    """Return the first step of each alarm in the records of steps and evaluations, {"alarms": {name: ...}}, by name."""
-    found: dict[str, int] = {}
-    for record in records:
-        for name in record.get("alarms", {}):
-            found[name] = min(record["step"], found.get(name, record["step"]))
-    return found
+def find_first_alarms(run_directory: Path) -> dict[str, int]:
+    """Return the first step of each alarm of a run by name, those that led to a rollback included."""
+    alarms = list_alarms(run_directory)  # by step
+    return {alarm.name: alarm.step for alarm in reversed(alarms)}
 
 
 def read_result(run: ComparedRun, outcome: dict[str, Any] | None, measurement: dict[str, Any] | None) -> RunResult:
@@ -104,7 +103,7 @@ def read_result(run: ComparedRun, outcome: dict[str, Any] | None, measurement: d
         seconds=math.fsum(record.get("step_s") or 0.0 for record in records),
         loops_mean=math.fsum(record.get("loops_mean", record["loops_max"]) for record in records) / len(records),
         diverged=find_divergence([record["loss"] for record in records]),
-        alarms=find_alarms([*records, *read_records(run.directory / "eval.jsonl", ("step", "losses"))]),
+        alarms=find_first_alarms(run.directory),
         curve=_average_curve(np.cumsum(flops), [record["loss"] for record in records]),
         measurement=measurement,
     )

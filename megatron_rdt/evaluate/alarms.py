@@ -4,8 +4,8 @@ A step's alarms are in its record in metrics.jsonl, those of an evaluation in ev
 records of steps that were rolled back are gone; rollbacks.json keeps the alarms that led to it.
 """
 
-import contextlib
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,11 @@ from typing import Any
 
 from megatron_rdt.files import read_json_lines
 
+logger = logging.getLogger(__name__)
+
 ROLLBACKS = "rollbacks.json"  # in a run directory; `megatron_rdt/train/alarms/rollbacks.py` writes it
 RECORDS = ("metrics.jsonl", "eval.jsonl")
+ALARM_FIELDS = {"name", "step", "value", "bound"}  # of an entry of rollbacks.json, those that describe its alarm
 
 LOWER_RATE = "lower --optimizer.lr or raise --schedule.warmup_steps"
 SENTENCES = {
@@ -71,7 +74,10 @@ def list_alarms(run_directory: str | Path) -> list[Alarm]:
     Lines and files that cannot be read are left out: the last line of a killed run may be cut short.
     """
     directory = Path(run_directory)
-    found = [Alarm(rolled_back=True, **_pick_fields(entry)) for entry in read_rollbacks(directory)]
+    found = [
+        Alarm(**{field: entry[field] for field in ALARM_FIELDS}, rolled_back=True)
+        for entry in read_rollbacks(directory)
+    ]
     for name in RECORDS:
         for record in _read_lines(directory / name):
             for alarm, numbers in record.get("alarms", {}).items():
@@ -80,15 +86,21 @@ def list_alarms(run_directory: str | Path) -> list[Alarm]:
 
 
 def read_rollbacks(run_directory: Path) -> list[dict[str, Any]]:
-    """Return the rollbacks of a run, oldest first, as rollbacks.json holds them; [] without a readable file."""
-    with contextlib.suppress(OSError, ValueError):
-        return list(json.loads((run_directory / ROLLBACKS).read_text(encoding="utf-8")))
-    return []
+    """Return the rollbacks of a run, oldest first, as rollbacks.json holds them; [] without such a file.
 
-
-def _pick_fields(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of an entry of rollbacks.json that describe its alarm."""
-    return {field: entry[field] for field in ("name", "step", "value", "bound")}
+    Entries that cannot be read are left out with a warning.
+    """
+    path = run_directory / ROLLBACKS
+    if not path.is_file():
+        return []
+    try:
+        entries = list(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        entries = [None]
+    readable = [entry for entry in entries if isinstance(entry, dict) and entry.keys() >= ALARM_FIELDS]
+    if len(readable) < len(entries):
+        logger.warning("%s is damaged: rollbacks that it no longer holds do not count", path)
+    return readable
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:

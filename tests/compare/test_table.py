@@ -20,9 +20,10 @@ from megatron_rdt.compare.page import (
     list_notes,
     write_page,
 )
-from megatron_rdt.compare.results import RunResult, find_alarms, find_divergence
+from megatron_rdt.compare.results import RunResult, find_divergence, find_first_alarms
 from megatron_rdt.compare.table import make_table
 from megatron_rdt.config import RunConfig
+from megatron_rdt.evaluate.alarms import ROLLBACKS
 
 Configure = Callable[..., RunConfig]
 LEVELS = {"looped": 2.0, "unlooped": 2.5, "untied": 1.8}
@@ -156,11 +157,10 @@ def test_divergence_is_a_loss_that_ends_high_or_is_not_finite() -> None:
     assert "3 of the last 10 steps" in find_divergence([*falling[:-3], None, math.nan, None])
 
 
-def test_alarms_are_read_by_their_first_step() -> None:
+def test_alarms_are_read_by_their_first_step_rolled_back_ones_included(tmp_path: Path) -> None:
     alarm = {"value": 2.0, "bound": 1.0}
-    records = [
-        {"step": 1},
-        {"step": 3, "alarms": {"radius": alarm, "spike": alarm}},
-        {"step": 2, "alarms": {"radius": alarm}},
-    ]
-    assert find_alarms(records) == {"radius": 2, "spike": 3}
+    steps = [{"step": 1}, {"step": 3, "alarms": {"radius": alarm, "loss_spike": alarm}}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"step": 2, "alarms": {"radius": alarm}}) + "\n")
+    (tmp_path / ROLLBACKS).write_text(json.dumps([{"name": "residual", "step": 5, **alarm, "count": 1}, "damaged"]))
+    assert find_first_alarms(tmp_path) == {"radius": 2, "loss_spike": 3, "residual": 5}

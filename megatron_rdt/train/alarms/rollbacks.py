@@ -15,11 +15,11 @@ from megatron_rdt.checkpoint import Start
 from megatron_rdt.checkpoint.manifest import MANIFEST
 from megatron_rdt.config.schema import TrainConfig
 from megatron_rdt.errors import TrainingError
-from megatron_rdt.evaluate.alarms import ROLLBACKS, Alarm, read_rollbacks
+from megatron_rdt.evaluate.alarms import ALARM_FIELDS, ROLLBACKS, Alarm, read_rollbacks
+from megatron_rdt.evaluate.result_files import replace_nonfinite
 from megatron_rdt.files import sha256_of, write_text
 from megatron_rdt.object_collectives import broadcast_object, rank_and_world_size
 from megatron_rdt.train.alarms.watch import SPIKE
-from megatron_rdt.train.metrics import replace_nonfinite
 
 
 class Rollback(Exception):
@@ -103,7 +103,7 @@ def react(action: str, alarm: Alarm, before: Rollbacks, train: TrainConfig, run_
     after = Rollbacks(before.count + 1, before.lr_factor * train.rollback_lr)
     if rank_and_world_size()[0] == 0:
         entry = {
-            **{field: getattr(alarm, field) for field in ("name", "step", "value", "bound")},
+            **{field: getattr(alarm, field) for field in sorted(ALARM_FIELDS)},
             **_identify(source),
             **vars(after),
         }

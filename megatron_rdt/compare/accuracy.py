@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from megatron_rdt.compare.arms import own_loops
-from megatron_rdt.compare.intervals import NORMAL_QUANTILE, Interval, mean_interval
+from megatron_rdt.compare.intervals import Interval, mean_interval
 from megatron_rdt.compare.results import RunResult
+from megatron_rdt.evaluate.statistics import Z_95
 
 Rows = Sequence[dict[str, Any]]
 
@@ -24,7 +26,7 @@ def average_accuracy(results: Sequence[RunResult]) -> list[dict[str, Any]]:
             "task": task,
             "difficulty": difficulty,
             "loops": loops,
-            "accuracy": _mean([accuracy for accuracy, _ in values]),
+            "accuracy": fmean(accuracy for accuracy, _ in values),
             "count": sum(count for _, count in values),
             "trained": trained,
         }
@@ -32,15 +34,10 @@ def average_accuracy(results: Sequence[RunResult]) -> list[dict[str, Any]]:
     ]
 
 
-def _mean(values: Sequence[float]) -> float:
-    """Return the mean of some values."""
-    return math.fsum(values) / len(values)
-
-
 def mean_accuracy(rows: Rows, trained: bool, loops: int) -> float | None:
     """Return the mean accuracy at one T over the trained difficulties, or over the others; None if there are none."""
     values = [row["accuracy"] for row in rows if row["trained"] == trained and row["loops"] == loops]
-    return _mean(values) if values else None
+    return fmean(values) if values else None
 
 
 def find_best_loops(rows: Rows) -> int | None:
@@ -108,6 +105,6 @@ def subtract_accuracies(first: Rows, second: Rows) -> Interval:
         for row in rows:
             share = (row["accuracy"] * row["count"] + 2) / (row["count"] + 4)
             variance += share * (1 - share) / (row["count"] + 4) / len(rows) ** 2
-    mean = _mean([row["accuracy"] for row in first]) - _mean([row["accuracy"] for row in second])
-    half = NORMAL_QUANTILE * math.sqrt(variance)
+    mean = fmean(row["accuracy"] for row in first) - fmean(row["accuracy"] for row in second)
+    half = Z_95 * math.sqrt(variance)
     return Interval(mean, mean - half, mean + half, sum(row["count"] for row in first))

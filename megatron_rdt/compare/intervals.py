@@ -2,19 +2,19 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from megatron_rdt.evaluate.statistics import weighted_mean
+from megatron_rdt.evaluate.statistics import Z_95, weighted_mean
 
 # 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom; beyond the table that of the normal distribution.
 T_QUANTILES = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
     *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
-NORMAL_QUANTILE = 1.960
 
 
 class Interval(NamedTuple):
@@ -25,20 +25,15 @@ class Interval(NamedTuple):
     high: float | None = None
     samples: int = 1
 
-    @property
-    def excludes_zero(self) -> bool:
-        """True if there is an interval and zero is outside it."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
-
 
 def t_quantile(degrees: int) -> float:
     """Return the 97.5% quantile of Student's t."""
-    return T_QUANTILES[degrees - 1] if degrees <= len(T_QUANTILES) else NORMAL_QUANTILE
+    return T_QUANTILES[degrees - 1] if degrees <= len(T_QUANTILES) else Z_95
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
     """Return the mean of independent values, such as one per seed, with Student's interval."""
-    mean, count = math.fsum(values) / len(values), len(values)
+    mean, count = fmean(values), len(values)
     if count < 2:
         return Interval(mean)
     error = float(np.std(values, ddof=1)) / math.sqrt(count)

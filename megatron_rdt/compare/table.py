@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from megatron_rdt.compare.accuracy import summarize_accuracy
@@ -43,9 +44,7 @@ def _losses_by_loops(results: Results) -> dict[int, float]:
     measured = [r.measurement for r in results if r.measurement]
     if not measured:
         return {}
-    return {
-        t: math.fsum(mean_loss(windows_at(each, t)) for each in measured) / len(measured) for t in measured[0]["loops"]
-    }
+    return {t: fmean(mean_loss(windows_at(each, t)) for each in measured) for t in measured[0]["loops"]}
 
 
 def compare_results(results: Results, reference: Results) -> dict[str, Interval]:
@@ -116,7 +115,7 @@ def make_row(arm: Arm, results: Results, reference: Results | None, rates: Mappi
 
 def _mean(values: Sequence[float]) -> float | None:
     """Return the mean of some values; None of none."""
-    return math.fsum(values) / len(values) if values else None
+    return fmean(values) if values else None
 
 
 def find_equivalence(arms: Sequence[Arm], results: Mapping[str, Results]) -> dict[str, Any]:

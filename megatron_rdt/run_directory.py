@@ -14,3 +14,8 @@ ORIGIN = "origin.json"  # the checkpoint of another run that this one began from
 def run_directory_of(config: RunConfig) -> Path:
     """The directory of a run, `run.root`/`run.name`."""
     return Path(config.run.root) / config.run.name
+
+
+def name_checkpoint(step: int) -> str:
+    """Return the name of a step's directory below `CHECKPOINTS`."""
+    return f"step-{step:08d}"

@@ -15,7 +15,7 @@ from megatron_rdt.checkpoint.choose import (
     resolve_checkpoint,
     resolve_init,
 )
-from megatron_rdt.checkpoint.health import HEALTH, make_health
+from megatron_rdt.checkpoint.health import HEALTH, find_own_problem, make_health
 from megatron_rdt.checkpoint.lineage import (
     belongs_to_run,
     find_own_name,
@@ -50,6 +50,7 @@ __all__ = [
     "describe_origin",
     "find_missing_checkpoint",
     "find_own_name",
+    "find_own_problem",
     "find_run_or_checkpoint",
     "find_start",
     "has_checkpoints",

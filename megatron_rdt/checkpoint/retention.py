@@ -9,7 +9,14 @@ from megatron_rdt.checkpoint.health import find_problems, find_proven
 from megatron_rdt.checkpoint.lineage import order_by_lineage, read_manifests, read_rollback
 from megatron_rdt.run_directory import CHECKPOINTS
 
+MILESTONE = "milestone"  # in a manifest: saved to be kept for good
+
 logger = logging.getLogger(__name__)
+
+
+def is_milestone(step: int, milestones: int) -> bool:
+    """Return True if the checkpoint of a step is one that `checkpoint.milestones` keeps for good."""
+    return milestones > 0 and step % milestones == 0
 
 
 def list_expired_checkpoints(run_directory: Path, keep: int, milestones: int = 0) -> list[Path]:
@@ -20,7 +27,8 @@ def list_expired_checkpoints(run_directory: Path, keep: int, milestones: int = 0
     Args:
         run_directory: `runs/<name>`.
         keep: newest checkpoints to keep.
-        milestones: keep the healthy ones of steps that are a multiple of it, abandoned branches included; 0: of none.
+        milestones: keep the healthy ones of steps that are a multiple of it, abandoned branches included; 0: of none. Those
+            that were saved as milestones stay whatever it is now.
     """
     if keep <= 0:
         return []
@@ -36,8 +44,9 @@ def list_expired_checkpoints(run_directory: Path, keep: int, milestones: int = 0
         # A branch that diverged does not take the place of the one that was abandoned for it.
         *sorted(healthy, key=lambda name: manifests[name]["sequence"])[-1:],
     }
-    if milestones > 0:
-        kept.update(name for name in healthy if int(manifests[name]["step"]) % milestones == 0)
+    for name in healthy:
+        if manifests[name].get(MILESTONE) or is_milestone(int(manifests[name]["step"]), milestones):
+            kept.add(name)
     return [run_directory / CHECKPOINTS / name for name in names if name not in kept]
 
 

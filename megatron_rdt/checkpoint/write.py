@@ -25,17 +25,19 @@ from megatron_rdt.checkpoint.manifest import file_record, list_content_files, wr
 from megatron_rdt.checkpoint.rank_state import DATA_FOLDER, RNG_FOLDER, save_rank_state
 from megatron_rdt.checkpoint.restore import TRAINER_STATE
 from megatron_rdt.checkpoint.retention import (
+    MILESTONE,
     delete_expired_checkpoints,
     delete_hidden,
     delete_leftovers,
     hide_checkpoint,
+    is_milestone,
 )
 from megatron_rdt.data.tokenizer.tokenizer_files import copy_tokenizer_files
 from megatron_rdt.errors import CheckpointError, RdtError
 from megatron_rdt.files import atomic_open, explain_write_failure, fsync_directory, fsync_file, write_text
 from megatron_rdt.object_collectives import gather_objects, raise_on_all_ranks
 from megatron_rdt.parallel import Engine
-from megatron_rdt.run_directory import CHECKPOINTS, LATEST
+from megatron_rdt.run_directory import CHECKPOINTS, LATEST, name_checkpoint
 
 T = TypeVar("T")
 
@@ -104,7 +106,7 @@ def save_checkpoint(
     """
     step = int(trainer_state["step"])
     parent = run_directory / CHECKPOINTS
-    final, temporary = parent / f"step-{step:08d}", parent / f".step-{step:08d}.tmp"
+    final, temporary = parent / name_checkpoint(step), parent / f".{name_checkpoint(step)}.tmp"
 
     def make_folders() -> None:
         delete_leftovers(parent)
@@ -134,6 +136,7 @@ def save_checkpoint(
             "versions": software_versions(engine.config.parallel.engine_kind.checkpoint_format),
             "step": step,
             "sequence": next_sequence(run_directory),
+            **({MILESTONE: True} if is_milestone(step, milestones) else {}),
         }
         write_manifest(temporary, {**facts, **own}, records)
         _publish_directory(temporary, final, run_directory)

@@ -16,7 +16,7 @@ from megatron_rdt.config import RunConfig, dump_config, load_config
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.object_collectives import broadcast_object, rank_and_world_size
 from megatron_rdt.parallel import Engine
-from megatron_rdt.run_directory import CHECKPOINTS
+from megatron_rdt.run_directory import CHECKPOINTS, name_checkpoint
 from megatron_rdt.train.alarms.rollbacks import Rollbacks, read_pending_rollbacks
 from megatron_rdt.train.data import TrainingData
 from megatron_rdt.train.initial_weights import InitialWeights
@@ -150,10 +150,17 @@ class RunCheckpoints:
         """Record durably what the run starts from, here and in its checkpoints; on rank 0, before records are dropped."""
         self._origin = checkpoints.record_start(self.run_directory, start) or self._origin
 
-    def save(self, position: Position) -> Path:
-        """Save a checkpoint at this position and return its directory."""
+    def save(self, position: Position) -> str:
+        """Save a checkpoint at this position, unless a better one would be lost; return a line that says so."""
         tokens = position.samples * self.config.train.sequence_length
         health = checkpoints.make_health(position.skipped_steps, self.engine.has_finite_weights())
+        problem = checkpoints.find_own_problem({checkpoints.HEALTH: health})
+        better = self.run_directory / CHECKPOINTS / name_checkpoint(position.step)
+        if problem is not None and self._is_healthy(better):
+            self.saved_step = position.step
+            return (
+                f"step {position.step}: not saved, since {problem}, and {better} of the branch that was left is healthy"
+            )
         path = checkpoints.save_checkpoint(
             self.engine,
             self.run_directory,
@@ -182,7 +189,12 @@ class RunCheckpoints:
             rank_state=self.data.rank_state(position.samples),
         )
         self._parent, self.saved_step = path.name, position.step
-        return path
+        return f"step {position.step}: saved {path}"
+
+    def _is_healthy(self, checkpoint: Path) -> bool:
+        """Return True if the run has this healthy checkpoint, by rank 0; every rank must call this."""
+        found = self.engine.rank == 0 and checkpoint in checkpoints.list_healthy_checkpoints(self.run_directory)
+        return broadcast_object(found)
 
     def find_way_back(self, last_finite_step: int) -> str:
         """Return a sentence on where to continue a diverged run; let --resume auto go there; call on all ranks.

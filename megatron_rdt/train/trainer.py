@@ -376,8 +376,7 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         """Save a checkpoint at the current position; all steps must have been recorded."""
-        path = self.checkpoints.save(self.review.position(self.step, self.consumed))
-        self._print_on_rank_0(f"step {self.step}: saved {path}")
+        self._print_on_rank_0(self.checkpoints.save(self.review.position(self.step, self.consumed)))
 
     def _print_on_rank_0(self, text: str) -> None:
         """Print a line at once; the other ranks print nothing."""

@@ -94,7 +94,7 @@ def test_milestones_are_kept_for_good(configure: Configure, tmp_path: Path) -> N
     assert resume_run(run, configure, *options, "--train.steps=8") == 0
     assert list_steps(run) == [3, 6, 7, 8]
     assert resume_run(run, configure, *options[:2], "--train.steps=9") == 0
-    assert list_steps(run) == [8, 9], "the config of the run decides"
+    assert list_steps(run) == [3, 6, 8, 9], "those that were saved as milestones stay without the option"
 
 
 def test_unhealthy_milestones_are_not_kept(run: Path, configure: Configure) -> None:
@@ -108,3 +108,23 @@ def test_unhealthy_milestones_are_not_kept(run: Path, configure: Configure) -> N
 def test_milestones_must_be_steps_that_are_saved(every: int, milestones: int, configure: Configure) -> None:
     with pytest.raises(ConfigError, match=rf"checkpoint\.milestones {milestones} is not a multiple of .*every {every}"):
         configure(f"--checkpoint.every={every}", f"--checkpoint.milestones={milestones}")
+
+
+def test_a_branch_that_diverges_replaces_no_healthy_checkpoint_of_the_one_that_it_left(
+    run: Path, configure: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {step: checkpoints.read_manifest(checkpoint_path(run, step)) for step in (4, 6, 8)}
+    options = ["--optimizer.lr=1e12", "--schedule.warmup_steps=0", "--train.steps=10", "--checkpoint.keep=0"]
+    with pytest.raises(TrainingError, match=rf"--resume auto continues from {checkpoint_path(run, 4)}"):
+        resume_run(run, configure, *options, resume=str(checkpoint_path(run, 4)))
+    better = checkpoint_path(run, 8)
+    assert (
+        f"step 8: not saved, since its last 3 steps were skipped, and {better} of the branch that was left is healthy"
+        in capsys.readouterr().out
+    )
+    for step, manifest in before.items():
+        checkpoints.verify(checkpoint_path(run, step))
+        assert checkpoints.read_manifest(checkpoint_path(run, step)) == manifest
+    assert list_steps(run)[-1] == 10, "where there is none of that step, it is saved"
+    assert resume_run(run, configure, "--train.steps=10", "--checkpoint.keep=0") == 0
+    assert list_steps(run) == [2, 4, 6, 8, 10], "healthy ones of the new branch replace them"

@@ -13,6 +13,7 @@ from megatron_rdt.checkpoint.health import find_own_problem, find_problems
 from megatron_rdt.checkpoint.lineage import (
     belongs_to_run,
     has_checkpoints,
+    list_checkpoint_names,
     list_complete_checkpoints,
     list_copies,
     order_by_lineage,
@@ -20,9 +21,9 @@ from megatron_rdt.checkpoint.lineage import (
     read_rollback,
     record_rollback,
 )
-from megatron_rdt.checkpoint.manifest import MANIFEST, read_manifest, verify, verify_files
+from megatron_rdt.checkpoint.manifest import MANIFEST, TAKE_OLDER, read_manifest, verify, verify_files
 from megatron_rdt.checkpoint.missing import find_missing_checkpoint
-from megatron_rdt.checkpoint.origin import EXPORT_WEIGHTS, Start, find_origin, write_origin
+from megatron_rdt.checkpoint.origin import EXPORT_WEIGHTS, Start, describe_lost_origin, find_origins, write_origin
 from megatron_rdt.errors import CheckpointError, RdtError
 from megatron_rdt.object_collectives import broadcast_object, gather_objects, rank_and_world_size
 from megatron_rdt.run_directory import CHECKPOINTS, LATEST
@@ -89,11 +90,25 @@ def _choose_start(run_directory: Path, resume: str, init: str) -> Start | None:
 
 
 def _verify_origin(run_directory: Path, init: str) -> Start | None:
-    """The start that a run once made, its checkpoint verified on all ranks; None for a run that began from random weights."""
-    origin = find_origin(run_directory, init)
-    if origin is not None and (origin.source / MANIFEST).is_file():
-        _verify_on_all_ranks(origin.source)
-    return origin
+    """The start that a run once made, its checkpoint verified on all ranks; None for a run that began from random weights.
+
+    Raises:
+        CheckpointError: it is gone, or damaged wherever it is.
+    """
+    origins, failures = find_origins(run_directory, init), []
+    for origin in origins:
+        try:
+            if (origin.source / MANIFEST).is_file():
+                _verify_on_all_ranks(origin.source)
+            return origin
+        except CheckpointError as error:
+            failures.append(str(error).removesuffix(f" {TAKE_OLDER}"))
+            logger.warning("skipping: %s", failures[-1])
+    if failures:
+        raise CheckpointError(
+            describe_lost_origin(run_directory, origins[0], f"cannot be taken: {failures[0]}".rstrip("."))
+        )
+    return None
 
 
 def resolve_init(init: str, check: Callable[[Path], None] = verify) -> Path:
@@ -181,6 +196,10 @@ def newest_checkpoint(run_directory: Path, check: Callable[[Path], None] = verif
     manifests = read_manifests(run_directory)
     names = order_by_lineage(manifests, read_rollback(run_directory))[::-1]
     problems = find_problems(manifests)
+    # Saving makes none of these: a directory gets its name when it is complete.
+    for name in sorted(list_checkpoint_names(run_directory)):
+        if not (run_directory / CHECKPOINTS / name / MANIFEST).is_file():
+            logger.warning("skipping: %s is damaged: %s is missing", run_directory / CHECKPOINTS / name, MANIFEST)
     for name in sorted(names, key=lambda name: name in problems):
         directory = run_directory / CHECKPOINTS / name
         try:

@@ -16,6 +16,7 @@ from megatron_rdt.files import sha256_of, write_text
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "rdt-checkpoint", 1
 CHECKSUM = "checksum"
+TAKE_OLDER = "Use an older checkpoint."
 
 
 def list_content_files(directory: Path) -> list[Path]:
@@ -64,16 +65,19 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory / MANIFEST} cannot be read: {error}. Use another checkpoint.") from None
     if not isinstance(document, dict):
         raise CheckpointError(f"{directory / MANIFEST} is not a manifest. Use another checkpoint.")
-    if document.get("format") != FORMAT or document.get("version") != VERSION:
+    if document.get("format") != FORMAT:
         raise CheckpointError(
-            f"{directory / MANIFEST} has format {document.get('format')!r} version {document.get('version')!r}, "
-            f"this version reads {FORMAT!r} {VERSION}. Use the version of megatron_rdt that wrote it."
+            f"{directory} is not a checkpoint: the format of its {MANIFEST} is {document.get('format')!r}. Name a run, or a "
+            "directory step-NNNNNNNN of one."
+        )
+    if document.get("version") != VERSION:
+        raise CheckpointError(
+            f"{directory / MANIFEST} has version {document.get('version')!r} of the format, this version reads {VERSION}. "
+            "Use the version of megatron_rdt that wrote it."
         )
     # A manifest that another tool wrote may lack the checksum.
     if document.get(CHECKSUM, _compute_checksum(document)) != _compute_checksum(document):
-        raise CheckpointError(
-            f"{directory} is damaged: {MANIFEST} has other content than was written. Use an older checkpoint."
-        )
+        raise CheckpointError(f"{directory} is damaged: {MANIFEST} has other content than was written. {TAKE_OLDER}")
     return document
 
 
@@ -95,7 +99,7 @@ def verify_files(directory: Path, files: Iterable[tuple[str, dict[str, Any]]], h
         except OSError as error:
             difference = f"cannot be read ({error.strerror})"
         if difference is not None:
-            raise CheckpointError(f"{directory} is damaged: {name} {difference}. Use an older checkpoint.")
+            raise CheckpointError(f"{directory} is damaged: {name} {difference}. {TAKE_OLDER}")
 
 
 def _describe_difference(path: Path, record: dict[str, Any], hashes: bool) -> str | None:

@@ -21,6 +21,8 @@ def find_missing_checkpoint(run_directory: Path) -> str | None:
     present, folder = list_checkpoint_names(run_directory), run_directory / CHECKPOINTS
     for file, name in _list_named(run_directory):
         # A run that is killed while it replaces a checkpoint leaves the old one and the new one under hidden names.
+        if not name:
+            return f"{run_directory / file} is empty, and names no checkpoint."
         if name not in present and not any(folder.glob(f".{name}.*")):
             state = "has others only" if present else "is empty" if folder.is_dir() else "is not there"
             return f"{run_directory / file} names {name}, but {folder} {state}."

@@ -64,14 +64,14 @@ def read_origin(run_directory: Path) -> dict[str, Any] | None:
     path = run_directory / ORIGIN
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        identity = next(key for key in IDENTITIES if key in record)
+        identity = next((key for key in IDENTITIES if key in record), next(iter(IDENTITIES)))
         return {"weights_only": False, **record, **{key: record[key] for key in ("checkpoint", "run_id", identity)}}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, StopIteration) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
-            f"{path} says which checkpoint the run began from, and cannot be read ({error!r}). Name the checkpoint: "
-            "--resume PATH."
+            f"{path} says which checkpoint the run began from, and cannot be read ({error!r}). Put it back from a copy, or "
+            "choose another --run.name."
         ) from None
 
 
@@ -96,7 +96,15 @@ def is_origin_of_weights(record: dict[str, Any] | None, init: str) -> bool:
     # The origin may be gone, and its run may have saved newer checkpoints since.
     names = [origin, *origin.parents[:2]] if origin.parent.name == CHECKPOINTS else [origin]
     named = named.parent if named.name == LATEST and not named.is_dir() else named
-    return named.resolve() in [name.resolve() for name in names] or _has_identity(named, record)
+    is_named = named.resolve() in [name.resolve() for name in names]
+    return is_named or any(_has_identity(directory, record) for directory in _list_copies(init, record))
+
+
+def _list_copies(init: str, record: dict[str, Any]) -> list[Path]:
+    """Directories that may hold a copy of the origin where --init names that, or a copy of its run."""
+    named = Path(init)
+    run = named.parent if named.name in (CHECKPOINTS, LATEST) else named
+    return [named, run / CHECKPOINTS / Path(record["checkpoint"]).name]
 
 
 def _has_identity(source: Path, record: dict[str, Any]) -> bool:
@@ -105,8 +113,8 @@ def _has_identity(source: Path, record: dict[str, Any]) -> bool:
     return bool(identity) and identity.items() <= record.items()
 
 
-def find_origin(run_directory: Path, init: str) -> Start | None:
-    """The start that the run once made, not verified yet; None for a run that began from random weights.
+def find_origins(run_directory: Path, init: str) -> list[Start]:
+    """The start that the run once made, at each place that has it, not verified; none if it began from random weights.
 
     Args:
         run_directory: `runs/<name>`.
@@ -117,16 +125,22 @@ def find_origin(run_directory: Path, init: str) -> Start | None:
     """
     record = read_origin(run_directory)
     if record is None:
-        return None
+        return []
     source = Path(record["checkpoint"])
-    for directory in (source, Path(init), Path(init) / CHECKPOINTS / source.name):
-        if _has_identity(directory, record):
-            return Start(directory, record["weights_only"])
+    places = dict.fromkeys((source, *_list_copies(init, record)))
+    origins = [Start(place, record["weights_only"]) for place in places if _has_identity(place, record)]
+    if origins:
+        return origins
     change = "holds another checkpoint now" if source.is_dir() else "does not exist any more"
-    option = "--init PATH --resume auto" if record["weights_only"] else "--resume PATH"
-    raise CheckpointError(
-        f"{run_directory} has not saved a checkpoint yet, and {source}, which it began from, {change}. Put that one back, "
-        f"or name a copy of it: {option}. To start anew, choose another --run.name."
+    raise CheckpointError(describe_lost_origin(run_directory, Start(source, record["weights_only"]), change))
+
+
+def describe_lost_origin(run_directory: Path, origin: Start, change: str) -> str:
+    """The message for a run that cannot begin again, with what happened to its origin: "is gone"."""
+    option = "--init PATH --resume auto" if origin.weights_only else "--resume PATH"
+    return (
+        f"{run_directory} has not saved a checkpoint yet, and {origin.source}, which it began from, {change}. Put that one "
+        f"back, or name a copy of it: {option}. To start anew, choose another --run.name."
     )
 
 

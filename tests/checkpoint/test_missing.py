@@ -54,6 +54,21 @@ def test_a_checkpoint_that_latest_names_is_missed_beside_others(run: Path, confi
     assert list_steps(run) == [4, 6, 8]
 
 
+def test_a_latest_that_is_empty_is_a_refusal(run: Path, configure: Configure) -> None:
+    (run / "latest").write_text("")
+    with pytest.raises(CheckpointError, match=rf"latest is empty, and names .*, --resume {checkpoint_path(run, 8)}"):
+        resume_run(run, configure)
+
+
+def test_a_checkpoint_without_its_manifest_is_not_passed_over_in_silence(
+    run: Path, configure: Configure, caplog: pytest.LogCaptureFixture
+) -> None:
+    (checkpoint_path(run, 8) / "manifest.json").unlink()
+    assert resume_run(run, configure, "--train.steps=7") == 0
+    assert f"skipping: {checkpoint_path(run, 8)} is damaged: manifest.json is missing" in caplog.text
+    assert list_steps(run)[-2:] == [6, 7]
+
+
 def test_a_rollback_to_a_checkpoint_that_is_gone_is_a_refusal(run: Path, configure: Configure) -> None:
     checkpoints.record_start(run, Start(checkpoint_path(run, 4)))
     shutil.rmtree(checkpoint_path(run, 4))

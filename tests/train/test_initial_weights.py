@@ -151,6 +151,41 @@ def test_an_origin_that_is_gone_is_not_replaced_by_another_start(
     assert begin(copy, resume="auto") == 0
 
 
+@pytest.mark.parametrize("state", ["moved", "damaged"])
+def test_a_copy_of_the_run_of_its_origin_may_be_named(
+    state: str, begin: Begin, new: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    source = Path(shutil.copytree(finished, tmp_path / "source"))
+    origin = last_checkpoint(source)
+    stop_before_saving(begin, monkeypatch, source)
+    copy = Path(shutil.copytree(source, tmp_path / "copy"))
+    if state == "moved":
+        shutil.rmtree(source)
+    else:
+        (origin / "trainer.json").write_text("{}")
+        with pytest.raises(CheckpointError, match=r"cannot be taken: .* trainer\.json has.*name a copy of it: --init"):
+            begin(source, resume="auto")
+    assert begin(copy / "latest", resume="auto") == 0
+    assert (f"skipping: {origin} is damaged: trainer.json" in caplog.text) == (state == "damaged")
+    assert json.loads((new / "origin.json").read_text())["checkpoint"] == str(last_checkpoint(copy))
+    assert begin(copy, "--train.steps=3", resume="auto") == 0
+
+
+def test_folders_that_hold_no_weights(begin: Begin, new: Path, finished: Path, tmp_path: Path) -> None:
+    export = Path(convert(str(finished), str(tmp_path / "hf"), "hf"))
+    (export / "config.json").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"config\.json is not the config of an export .*Export the checkpoint again"
+    ):
+        begin(export)
+    corpus = Path(shutil.copytree(finished, tmp_path / "corpus"))
+    (corpus / "manifest.json").write_text('{"format": "rdt-tokens", "version": 1}')
+    with pytest.raises(CheckpointError, match=r"corpus is not a checkpoint: the format of its .* Name a run"):
+        begin(corpus)
+    assert not new.exists()
+
+
 def test_a_run_is_not_begun_over_another(begin: Begin, new: Path, finished: Path) -> None:
     assert begin("none") == 0
     before = read_all_files(new)

@@ -67,14 +67,15 @@ class SkippedSamples:
         for text in self.ranges:
             if text not in wanted.ranges:
                 raise CheckpointError(
-                    f"{source} was trained without the data of steps {text}, which data.skip_steps does not have now. Add "
-                    f"{text} to it, resume from a checkpoint before that step, or {suggest_init(source)}."
+                    f"{source} was trained without the data of steps {text}, which data.skip_steps does not have now. Give "
+                    f"it the entries {','.join(self.ranges)} as before, resume from a checkpoint before these steps, or "
+                    f"{suggest_init(source)}."
                 )
         for text, (first, _) in wanted.ranges.items():
             if text not in self.ranges and first < used:
                 raise CheckpointError(
                     f"data.skip_steps has {text}, but {source} was trained on data of these steps already. Resume from a "
-                    f"checkpoint before step {text.partition('-')[0]}, or {suggest_init(source)}."
+                    f"checkpoint before data_step {text.partition('-')[0]} in metrics.jsonl, or {suggest_init(source)}."
                 )
         # A range that was passed keeps its samples, also where the batch has another size now.
         return SkippedSamples({**wanted.ranges, **self.ranges})

@@ -198,8 +198,9 @@ def newest_checkpoint(run_directory: Path, check: Callable[[Path], None] = verif
     problems = find_problems(manifests)
     # Saving makes none of these: a directory gets its name when it is complete.
     for name in sorted(list_checkpoint_names(run_directory)):
-        if not (run_directory / CHECKPOINTS / name / MANIFEST).is_file():
-            logger.warning("skipping: %s is damaged: %s is missing", run_directory / CHECKPOINTS / name, MANIFEST)
+        directory = run_directory / CHECKPOINTS / name
+        if directory.exists() and not (directory / MANIFEST).is_file():
+            logger.warning("skipping: %s is damaged: %s is missing", directory, MANIFEST)
     for name in sorted(names, key=lambda name: name in problems):
         directory = run_directory / CHECKPOINTS / name
         try:

@@ -97,10 +97,10 @@ def is_origin_of_weights(record: dict[str, Any] | None, init: str) -> bool:
     names = [origin, *origin.parents[:2]] if origin.parent.name == CHECKPOINTS else [origin]
     named = named.parent if named.name == LATEST and not named.is_dir() else named
     is_named = named.resolve() in [name.resolve() for name in names]
-    return is_named or any(_has_identity(directory, record) for directory in _list_copies(init, record))
+    return is_named or any(_has_identity(directory, record) for directory in _list_candidates(init, record))
 
 
-def _list_copies(init: str, record: dict[str, Any]) -> list[Path]:
+def _list_candidates(init: str, record: dict[str, Any]) -> list[Path]:
     """Directories that may hold a copy of the origin where --init names that, or a copy of its run."""
     named = Path(init)
     run = named.parent if named.name in (CHECKPOINTS, LATEST) else named
@@ -127,7 +127,7 @@ def find_origins(run_directory: Path, init: str) -> list[Start]:
     if record is None:
         return []
     source = Path(record["checkpoint"])
-    places = dict.fromkeys((source, *_list_copies(init, record)))
+    places = dict.fromkeys((source, *_list_candidates(init, record)))
     origins = [Start(place, record["weights_only"]) for place in places if _has_identity(place, record)]
     if origins:
         return origins

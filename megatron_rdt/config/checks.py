@@ -122,12 +122,30 @@ def _find_depth_problems(config: RunConfig) -> Iterator[str]:
         yield f"depth.mean is {depth.mean}, but depth.scheme fixed needs a whole number. Change either."
     if depth.scheme == "uniform" and 2 * depth.mean % 1 != 0:
         yield f"depth.mean is {depth.mean}, but depth.scheme uniform draws from 1 to 2 mean - 1. Set a multiple of 0.5."
+    if depth.scheme == "difficulty":
+        yield from _find_difficulty_problems(config)
     for section in ("eval", "sample"):
         loops = getattr(config, section).loops
         if not loops or min(loops) < 1:
             yield f"{section}.loops is {loops}, it needs loop counts of at least 1."
         elif len(set(loops)) < len(loops):
             yield f"{section}.loops {loops} lists a count twice. Remove one."
+
+
+def _find_difficulty_problems(config: RunConfig) -> Iterator[str]:
+    """Find settings of `depth` and `data` with which T cannot follow the difficulty of each example."""
+    depth = config.depth
+    wanted = {"depth.per": (depth.per, "sequence"), "data.pack": (config.data.pack, "example")}
+    for name, (value, needed) in wanted.items():
+        if value != needed:
+            yield f"depth.scheme difficulty needs one example per sequence, but {name} is {value}. Set --{name} {needed}."
+    if depth.curriculum != "none" and depth.curriculum_of != "backprop":
+        yield (
+            f"depth.curriculum_of {depth.curriculum_of} grows the mean of T, which depth.scheme difficulty does not draw. "
+            "Set --depth.curriculum none."
+        )
+    if depth.bounds != "clamp":
+        yield f"depth.bounds {depth.bounds} is for distributions. Set --depth.bounds clamp for depth.scheme difficulty."
 
 
 def _find_training_problems(config: RunConfig) -> Iterator[str]:

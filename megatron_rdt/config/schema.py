@@ -37,10 +37,14 @@ class RunSection:
 class DepthConfig:
     """Loop counts T of training, and the iterations that the gradient flows through."""
 
-    scheme: Literal["fixed", "uniform", "geometric", "poisson", "lognormal_poisson"] = "lognormal_poisson"
-    """Distribution of T. fixed: always `mean`; uniform: 1 to 2 mean - 1; geometric: stops after each iteration with probability 1 / mean; poisson: max(Poisson(mean), 1); lognormal_poisson: Poisson(LogNormal) + 1 (Huginn)."""
+    scheme: Literal["fixed", "uniform", "geometric", "poisson", "lognormal_poisson", "difficulty"] = "lognormal_poisson"
+    """Distribution of T. fixed: always `mean`; uniform: 1 to 2 mean - 1; geometric: stops after each iteration with probability 1 / mean; poisson: max(Poisson(mean), 1); lognormal_poisson: Poisson(LogNormal) + 1 (Huginn). difficulty: not drawn, but a n + b for an example of difficulty n (`data.pack` example, `per` sequence)."""
     mean: float = 4.0
-    """Mean of the distribution, in iterations (lognormal_poisson: mean of the Poisson rate, so E[T] is this plus 1)."""
+    """Mean of the distribution, in iterations (lognormal_poisson: mean of the Poisson rate, so E[T] is this plus 1; difficulty: the mean that plans assume, since only the data knows it)."""
+    difficulty_slope: float = option(1.0, above=0)
+    """difficulty: a, iterations for each unit of difficulty; a n + b is rounded and moved to `min` or `max` if outside."""
+    difficulty_offset: float = option(0.0, at_least=0)
+    """difficulty: b, iterations for difficulty 0."""
     min: int = 1
     """Smallest T."""
     max: int = 32

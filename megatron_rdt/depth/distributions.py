@@ -45,7 +45,10 @@ def lognormal_poisson_probabilities(mean: float, sigma: float, largest: int) -> 
 
 
 def loop_probabilities(config: DepthConfig) -> np.ndarray:
-    """P(T = t) for t = 0 ... config.max as float64 of shape (max + 1,); zero below config.min, sums to 1."""
+    """P(T = t) for t = 0 ... config.max as float64 of shape (max + 1,); zero below config.min, sums to 1.
+
+    With the scheme `difficulty` it is a stand-in: only the smallest, the largest and the mean T are those of the config.
+    """
     loops = np.arange(config.max + 1)
     table = np.zeros(config.max + 1)
     if config.scheme == "fixed":
@@ -59,6 +62,11 @@ def loop_probabilities(config: DepthConfig) -> np.ndarray:
     elif config.scheme == "poisson":
         table = poisson_probabilities(config.mean, log_factorials(config.max))
         table[1], table[0] = table[0] + table[1], 0.0  # max(Poisson, 1)
+    elif config.scheme == "difficulty":
+        # Only the data knows it. With the right extremes and the mean that the config claims, plans hold.
+        share = (config.mean - config.min) / max(config.max - config.min, 1)
+        table[config.max] += share
+        table[config.min] += 1 - share
     else:
         # T = N + 1, so the table of N is shifted by one.
         table[1:] = lognormal_poisson_probabilities(config.mean, config.sigma, config.max - 1)

@@ -63,7 +63,11 @@ class DepthSampler:
         return float(self.probabilities @ np.arange(len(self.probabilities)))
 
     def describe(self) -> str:
-        """Return a text such as "E[T] = 8.00", followed by " at the end" where a curriculum grows the mean."""
+        """Return a text such as "E[T] = 8.00", followed by " at the end" where a curriculum grows the mean, or the rule."""
+        if self.config.scheme == "difficulty":
+            config = self.config
+            line = f"{config.difficulty_slope:g} x difficulty + {config.difficulty_offset:g}"
+            return f"T = {line} within {config.min} to {config.max}"
         grows = self.config.curriculum != "none" and self.config.curriculum_of != "backprop"
         return f"E[T] = {self.expected_loops:.2f}{' at the end' * grows}"
 
@@ -93,8 +97,16 @@ class DepthSampler:
             return int(config.backprop)
         return max(math.ceil(int(config.backprop) * self.curriculum_progress(step)), 1)
 
+    def loops_of_difficulty(self, difficulty: int) -> int:
+        """Return T of an example by the scheme `difficulty`: a n + b, rounded half up, within the bounds."""
+        config = self.config
+        loops = math.floor(config.difficulty_slope * difficulty + config.difficulty_offset + 0.5)
+        return min(max(loops, config.min), config.max)
+
     def draw_loops(self, step: int, batch_rows: Sequence[int], micro_batch: int) -> tuple[int, ...]:
         """Draw T for these rows of the global batch of optimizer step `step`, the same in every call.
+
+        Not for the scheme `difficulty`, which draws nothing.
 
         Args:
             step: counted from 0.
@@ -109,7 +121,13 @@ class DepthSampler:
         noise = hash64(self.seed, "depth", step) >> 64 - BITS
         return tuple(quantile(cumulative, balanced_uniform(int(draw), noise)) for draw in draws)
 
-    def plan(self, step: int, samples: Sequence[int], batch_rows: Sequence[int] | None = None) -> DepthPlan:
+    def plan(
+        self,
+        step: int,
+        samples: Sequence[int],
+        batch_rows: Sequence[int] | None = None,
+        difficulties: Sequence[int] | None = None,
+    ) -> DepthPlan:
         """Draw T of a micro-batch's sequences; return the plan, with this step's k and initial-state seeds.
 
         Args:
@@ -117,9 +135,15 @@ class DepthSampler:
             samples: global sample number of each sequence, in batch order. They key the initial state.
             batch_rows: row of each in the step's global batch, of which each rank has consecutive ones; the sample
                 numbers where not given.
+            difficulties: of each sequence's example; the scheme `difficulty` needs them.
         """
+        if self.config.scheme == "difficulty":
+            assert difficulties is not None, "the training data checks that it has them"
+            iterations = tuple(self.loops_of_difficulty(difficulty) for difficulty in difficulties)
+        else:
+            iterations = self.draw_loops(step, samples if batch_rows is None else batch_rows, len(samples))
         return DepthPlan(
-            iterations=self.draw_loops(step, samples if batch_rows is None else batch_rows, len(samples)),
+            iterations=iterations,
             backprop=self.backprop_at(step),
             state_seeds=tuple(hash64(self.seed, "state", step, int(sample)) for sample in samples),
         )

@@ -1,11 +1,16 @@
 """Schedule of the loop's monitors: which steps measure every iteration or the Jacobian, and which T they cover."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from megatron_rdt.config import LoggingConfig
+from megatron_rdt.config.batch_schedule import BatchSchedule
 from megatron_rdt.depth import DepthPlan, DepthSampler
 from megatron_rdt.model import CoreMonitor
+from megatron_rdt.parallel import Engine
 
 JACOBIAN_STEPS = 2
 
@@ -31,23 +36,15 @@ class MonitorSchedule:
         # Power iteration costs more than the other measurements, so it has its own interval.
         return CoreMonitor(due[0], JACOBIAN_STEPS if due[1] else 0)
 
-    def count_loops(self, sampler: DepthSampler, step: int, rows: int, micro_batch: int) -> dict[str, Any]:
-        """Draw T of all ranks' sequences of a step again, count it in `drawn`; return the record's fields on it.
-
-        Args:
-            sampler: of the run.
-            step: optimizer step, counted from 0.
-            rows: of its global batch.
-            micro_batch: sequences per forward pass.
-        """
-        plan = DepthPlan(sampler.draw_loops(step, range(rows), micro_batch), sampler.backprop_at(step))
-        counts = Counter(plan.iterations)
+    def describe_loops(self, counts: Counter[int], k: int | None) -> dict[str, Any]:
+        """Add a step's counts of each T, over all ranks, to `drawn`; return the record's fields on them; k as in DepthPlan."""
         self.drawn += counts
+        rows = counts.total()
         return {
-            "loops_mean": plan.total_loops / rows,
-            "loops_max": plan.max_loops,
-            "loops_with_grad": plan.total_loops_with_grad / rows,
-            **({} if plan.is_uniform else {"loops_counts": {str(t): counts[t] for t in sorted(counts)}}),
+            "loops_mean": sum(t * count for t, count in counts.items()) / rows,
+            "loops_max": max(counts),
+            "loops_with_grad": sum((t if k is None else min(t, k)) * count for t, count in counts.items()) / rows,
+            **({} if len(counts) == 1 else {"loops_counts": {str(t): counts[t] for t in sorted(counts)}}),
         }
 
     def take_loop_shares(self, monitor: CoreMonitor) -> dict[str, float] | None:
@@ -58,3 +55,27 @@ class MonitorSchedule:
         shares = {str(t): self.drawn[t] / total for t in sorted(self.drawn)}
         self.drawn.clear()
         return shares
+
+
+def count_loops(
+    plans: Sequence[DepthPlan], sampler: DepthSampler, step: int, batches: BatchSchedule, engine: Engine
+) -> Counter[int]:
+    """Return how often each T occurs in a step, over all ranks; every rank must call this. It does not wait for the device.
+
+    Args:
+        plans: of this rank's micro-batches.
+        sampler: that drew them.
+        step: optimizer step, counted from 0.
+        batches: with the size of its global batch.
+        engine: sums between hosts where a rank cannot know the T of the others.
+    """
+    config = engine.config
+    if config.depth.scheme != "difficulty":  # a draw can be repeated for the rows of all ranks
+        return Counter(sampler.draw_loops(step, range(batches.batch_at(step)), config.train.micro_batch))
+    counts = torch.zeros(config.depth.max + 1)
+    for plan in plans:
+        for loops in plan.iterations:
+            counts[loops] += 1
+    copies = engine.world_size // engine.layout.data  # ranks with the same samples count them all
+    total = engine.start_host_sum(counts)().tolist()
+    return Counter({loops: round(count / copies) for loops, count in enumerate(total) if count})

@@ -30,7 +30,7 @@ from megatron_rdt.train.garbage_collection import ScheduledGarbageCollection
 from megatron_rdt.train.hardware import peak_flops, peak_memory_gb
 from megatron_rdt.train.inspections import InspectionFailed, Inspections
 from megatron_rdt.train.metrics import Console, Recorder, describe_gaps, drop_records_after, read_recorded_steps
-from megatron_rdt.train.monitoring import MonitorSchedule
+from megatron_rdt.train.monitoring import MonitorSchedule, count_loops
 from megatron_rdt.train.nonfinite_guard import is_step_accepted
 from megatron_rdt.train.resume_checks import lock_run_directory, set_aside_config
 from megatron_rdt.train.run_checkpoints import RunCheckpoints, choose_start
@@ -278,8 +278,10 @@ class Trainer:
         grad_norm = self.engine.clip(config.optimizer.grad_clip)
         lr = learning_rate(config.schedule, config.optimizer.lr, self.step, config.train.steps)
         lr *= self.review.rollbacks.lr_factor
-        rows = self.data.batches.batch_at(self.step)
-        depth = self.monitoring.count_loops(self.sampler, self.step, rows, config.train.micro_batch)
+        loops = count_loops(
+            [micro.plan for micro in micro_batches], self.sampler, self.step, self.data.batches, self.engine
+        )
+        depth = self.monitoring.describe_loops(loops, self.sampler.backprop_at(self.step))
         # A step that is skipped runs through, with a flag on the device by which the optimizer changes nothing.
         accepted = is_step_accepted(losses, grad_norm, self.review.largest_loss(depth["loops_mean"]))
         self.engine.step(lr, accepted)
@@ -310,7 +312,7 @@ class Trainer:
 
     def _make_micro_batch(self, rows: Batch) -> MicroBatch:
         """Pair some rows of a batch with their depth plan."""
-        return MicroBatch(rows, self.sampler.plan(self.step, rows.samples, rows.batch_rows))
+        return MicroBatch(rows, self.sampler.plan(self.step, rows.samples, rows.batch_rows, rows.difficulties))
 
     def _run_due_actions(self) -> None:
         """Record, save, evaluate and sample, whichever is due after this step."""

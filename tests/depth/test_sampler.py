@@ -159,3 +159,18 @@ def test_the_first_line_says_that_a_curriculum_ends_at_this_mean() -> None:
     assert DepthSampler(config, seed=0).describe() == "E[T] = 9.00 at the end"
     for steady in ({"curriculum": "none"}, {"curriculum_of": "backprop", "backprop": 4}):
         assert DepthSampler(dataclasses.replace(config, **steady), seed=0).describe() == "E[T] = 9.00"
+
+
+def test_loops_follow_the_difficulty() -> None:
+    config = DepthConfig(
+        scheme="difficulty", per="sequence", difficulty_slope=1.5, difficulty_offset=1, min=3, max=9, mean=6
+    )
+    sampler = DepthSampler(config, seed=0)
+    plan = sampler.plan(5, range(7), range(7), difficulties=(0, 1, 2, 3, 4, 5, 99))
+    assert plan.iterations == (3, 3, 4, 6, 7, 9, 9), "1.5 n + 1, halves rounded up, within 3 to 9"
+    assert len(set(plan.state_seeds)) == 7
+    assert sampler.describe() == "T = 1.5 x difficulty + 1 within 3 to 9"
+    # What plans assume: the extremes, and the mean of the config.
+    assert np.flatnonzero(sampler.probabilities).tolist() == [3, 9]
+    assert sampler.expected_loops == pytest.approx(6)
+    assert DepthSampler(dataclasses.replace(config, min=6, max=6), 0).expected_loops == 6

@@ -1,24 +1,38 @@
 """Runs on examples with labels, one per row: the loss by hand, longer rows in validation, resume, and refusals."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 
-from megatron_rdt.config import load_config
+from megatron_rdt.config import RunConfig, load_config
 from megatron_rdt.data import load_manifest, open_corpus
-from megatron_rdt.errors import CheckpointError, ConfigError
+from megatron_rdt.depth import DepthPlan, DepthSampler
+from megatron_rdt.errors import CheckpointError, ConfigError, DataError
 from megatron_rdt.evaluate.loss import evaluate_checkpoint
 from megatron_rdt.inference import load
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
+from megatron_rdt.parallel import make_engine
 from megatron_rdt.train import trainer
+from megatron_rdt.train.monitoring import count_loops
 from tests.data.corpora import write_example_corpus
 from tests.data.test_examples import draw_words
+from tests.distributed.processes import run_on_processes
 from tests.train.runs import Configure, read_records
 
 STEADY = ["--depth.scheme=fixed", "--train.steps=4", "--logging.every=1", "--eval.sequences=6", "--data.pack=example"]
+FOLLOWING = [
+    "--depth.scheme=difficulty",
+    "--depth.per=sequence",
+    "--depth.difficulty_slope=2",
+    "--depth.difficulty_offset=1",
+]
+FOLLOWING += ["--depth.max=8", "--depth.backprop=3"]
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
@@ -101,3 +115,63 @@ def test_configs_fit_their_data(name: str) -> None:
     assert config.model.vocab_size == len(list_vocabulary([parse_task(task) for task in data["task"]]))
     assert config.data.path == f"{data['out']}_tokens"
     assert config.train.steps * config.train.global_batch <= data["count"] * config.data.max_epochs
+
+
+@pytest.mark.slow
+def test_loops_follow_the_difficulty_of_each_example(
+    configure: Configure, examples: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    options = [f"--run.root={tmp_path}", f"--data.path={examples}", "--train.sequence_length=6", *STEADY, *FOLLOWING]
+    config = configure(*options, "--train.micro_batch=2", "--run.name=straight")
+    assert trainer.train(config) == 0
+    rows = open_corpus(load_manifest(examples), "train", 6, config.run.seed, config.data).read_samples(range(16))
+    assert rows.difficulties is not None
+    loops = [min(2 * n + 1, 8) for n in rows.difficulties]
+    records = read_records(tmp_path / "straight" / "metrics.jsonl")
+    for record, expected in zip(records, (loops[i : i + 4] for i in range(0, 16, 4)), strict=True):
+        assert record["loops_mean"] == sum(expected) / 4
+        assert record["loops_max"] == max(expected)
+        assert record["loops_with_grad"] == sum(min(t, 3) for t in expected) / 4
+    untrained = initialize(RecurrentDepthTransformer(config.model), config.run.seed)
+    with torch.no_grad():
+        losses = [loss_by_hand(untrained, [row], t) for row, t in zip(rows.tokens[:4].tolist(), loops)]
+    mean = sum(loss * n for loss, n in zip(losses, rows.difficulties)) / sum(rows.difficulties[:4])
+    assert records[0]["loss"] == pytest.approx(mean, abs=1e-5)
+    # A resumed run takes the same T.
+    stopped = configure(*options, "--train.micro_batch=2", "--run.name=resumed", "--train.steps=2")
+    assert trainer.train(stopped) == 0
+    assert trainer.train(configure(*options, "--train.micro_batch=2", "--run.name=resumed"), "auto") == 0
+    again = read_records(tmp_path / "resumed" / "metrics.jsonl")
+    assert [r["loops_mean"] for r in again] == [r["loops_mean"] for r in records]
+    with pytest.raises(DataError, match="holds no difficulties of examples"):
+        trainer.train(configure(*options, f"--data.path={tiny_corpus}", "--train.sequence_length=100000"))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--depth.per=step", "depth.per is step. Set --depth.per sequence"),
+        ("--data.pack=chunk", "data.pack is chunk. Set --data.pack example"),
+        ("--depth.curriculum=linear", "depth.curriculum_of mean grows the mean of T"),
+        ("--depth.bounds=truncate", "Set --depth.bounds clamp"),
+        ("--depth.difficulty_slope=0", "depth.difficulty_slope is 0.0, it must be above 0"),
+    ],
+)
+def test_settings_with_which_loops_cannot_follow_are_refused(option: str, message: str, configure: Configure) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        configure("--data.pack=example", *FOLLOWING, option)
+
+
+def count_on_ranks(config: RunConfig) -> dict[int, int]:
+    """Counts of each T where rank r has T = r + 2 and 5."""
+    engine = make_engine(config, torch.device("cpu"))
+    plans = [DepthPlan((dist.get_rank() + 2,)), DepthPlan((5,))]
+    return dict(count_loops(plans, DepthSampler(config.depth, 0), 0, config.train.batches, engine))
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(60)
+def test_ranks_tell_each_other_their_loops(configure: Configure) -> None:
+    config = configure("--data.pack=example", *FOLLOWING)
+    config = replace(config, parallel=replace(config.parallel, engine="ddp"))
+    assert run_on_processes(count_on_ranks, 2, config, timeout=50) == [{2: 1, 3: 1, 5: 2}] * 2

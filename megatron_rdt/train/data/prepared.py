@@ -154,6 +154,16 @@ def check_repeated_shards(manifests: Mapping[str, CorpusManifest], evaluates: bo
                 )
 
 
+def check_difficulties(manifests: Mapping[str, CorpusManifest]) -> None:
+    """Raise DataError for a corpus whose examples have no difficulty, from which T would follow."""
+    for manifest in manifests.values():
+        if not manifest.tasks:
+            raise DataError(
+                f"depth.scheme is difficulty, but {manifest.directory} holds no difficulties of examples. Prepare it from the "
+                "files of rdt prep tasks, or choose another --depth.scheme."
+            )
+
+
 class PreparedData:
     """`TrainingData` from prepared corpora; the same object on every rank.
 
@@ -177,6 +187,8 @@ class PreparedData:
             name: self._open_split(manifest, "train", self.settings[name].max_tokens)
             for name, manifest in manifests.items()
         }
+        if config.depth.scheme == "difficulty":
+            check_difficulties(manifests)
         # Without masks and packing, where documents begin decides nothing, and an index may be made anew.
         uses_documents = config.data.document_mask or config.data.pack != "chunk"
         records = {

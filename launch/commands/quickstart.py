@@ -31,7 +31,7 @@ STREAM_CONFIG, STREAM_STEPS = "configs/smoke.yaml", 5
 TASKS = "hops,product:S5,addition,modular"
 TASKS_TEXT = "data/tasks-text"
 MOST_PROCESSES = 2
-EVAL_LOOPS = (1, 2, 4, 8, 16)
+EVAL_LOOPS = (1, 2, 4, 8)
 SAMPLE_LOOPS = (1, 8)
 SAMPLE_TOKENS = 60
 

@@ -28,12 +28,12 @@ from megatron_rdt.compare.results import OUTCOME, RunResult, read_result
 from megatron_rdt.compare.table import make_table
 from megatron_rdt.config import RunConfig, dump_config, load_config
 from megatron_rdt.environment import usable_cores
-from megatron_rdt.errors import ConfigError, DataError
+from megatron_rdt.errors import EXIT_OK, ConfigError, DataError, LaunchError
 from megatron_rdt.files import hold_lock, sha256_of, write_text
 from megatron_rdt.terminal import Printer
 from megatron_rdt.train.resume_checks import describe_changed_settings
 
-CONFIGS, LOG, CORPORA = "configs", "train.log", "corpora.json"
+CONFIGS, LOG, MEASURE_LOG, CORPORA = "configs", "train.log", "measure.log", "corpora.json"
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,8 @@ class ArmRunner:
             self._train_runs(pool, [run for run in self.sweep_runs() if run.arm in arms], retry)
             if pool.was_stopped:
                 return False
-            self._measure_runs([run for run in self.sweep_runs() if run.arm in arms])
+            if not self._measure_runs([run for run in self.sweep_runs() if run.arm in arms], at_once):
+                return False
         chosen = self.choose_rates()
         runs = [run for run in self.main_runs(chosen) if run.arm in arms and (not self.rates or run.arm in chosen)]
         for run in runs:
@@ -242,17 +243,44 @@ class ArmRunner:
             end,
         )
 
-    def _measure_runs(self, runs: Sequence[ComparedRun]) -> None:
-        """Measure the finished runs that have not been measured with these settings."""
+    def _measure_runs(self, runs: Sequence[ComparedRun], at_once: int) -> bool:
+        """Measure the finished runs that have not been measured with these settings; return False after a stop signal.
+
+        Raises:
+            LaunchError: a run could not be measured.
+        """
+        left = {}
         for run in runs:
             checkpoint = find_final_checkpoint(run)
             if checkpoint is not None and read_measurement(run, self.sequences) is None:
+                left[run.name] = run, checkpoint
+        pool = self._make_pool(min(at_once or self._choose_places(0)[0], max(len(left), 1)))
+        if pool.at_once == 1:  # a process of its own would begin with importing PyTorch
+            for run, checkpoint in left.values():
                 self.printer.print_line(f"{run.name}: measured on {self.sequences} validation sequences")
                 measure_run(run, checkpoint, self.sequences)
+            return True
+        failures = []
 
-    def measure(self, arms: Sequence[str]) -> None:
-        """Measure the finished runs of these arms."""
-        self._measure_runs([run for run in self.main_runs(self.choose_rates()) if run.arm in arms])
+        def end(job: Job, status: int) -> None:
+            if status == EXIT_OK:
+                self.printer.print_line(f"{job.name}: measured on {self.sequences} validation sequences")
+            elif not pool.was_stopped:
+                message = read_last_line(job.log) if status > 0 else f"killed by signal {-status}"
+                failures.append(f"{job.name} could not be measured: {message} ({job.log})")
+
+        jobs = []
+        for run, _ in left.values():
+            words = str(self._config_file(run)), str(self.sequences)
+            jobs.append(Job(run.name, words, run.directory / MEASURE_LOG, "launch.measure_worker"))
+        pool.run(jobs, lambda job: None, end)
+        if failures:
+            raise LaunchError(failures[0])
+        return not pool.was_stopped
+
+    def measure(self, arms: Sequence[str], at_once: int = 0) -> bool:
+        """Measure the finished runs of these arms, as many at a time as they are trained; False after a stop signal."""
+        return self._measure_runs([run for run in self.main_runs(self.choose_rates()) if run.arm in arms], at_once)
 
     def read_results(self) -> list[RunResult]:
         """Read the results of all runs that are compared."""

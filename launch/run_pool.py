@@ -23,13 +23,15 @@ class Job:
 
     Attributes:
         name: for messages.
-        words: what follows `rdt`.
+        words: what follows `rdt`, or the name of another module.
         log: file that its output is appended to.
+        module: the module that Python runs; `rdt` itself by default.
     """
 
     name: str
     words: tuple[str, ...]
     log: Path
+    module: str = "launch.cli"
 
 
 @dataclass
@@ -91,7 +93,7 @@ class RunPool:
         environment = share_environment(self.threads, self.gpus[slot] if self.gpus else None)
         with open(job.log, "ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "launch.cli", *job.words],
+                [sys.executable, "-m", job.module, *job.words],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -108,10 +108,10 @@ def compare(words: list[str]) -> int:
     runner.check_settings()
     chosen = only or [arm.name for arm in runner.arms]
     with runner.lock(chosen):
-        if not options.table and not runner.train(chosen, options.at_once, options.retry):
+        is_trained = options.table or runner.train(chosen, options.at_once, options.retry)
+        if not is_trained or not runner.measure(chosen, options.at_once):
             print(f"stopped; the same command goes on, {runner.directory}")
             return EXIT_PREEMPTED
-        runner.measure(chosen)
         if only:
             print(f"{', '.join(chosen)}: done; the same command without --only, or with --table, writes the table")
             return EXIT_OK

@@ -102,10 +102,9 @@ def _train(runner: "ArmRunner", options: ScaleOptions) -> bool:
     runner.check_settings()
     names = [arm.name for arm in runner.arms]
     with runner.lock(names):
-        if not runner.train(names, options.at_once, options.retry):
+        if not runner.train(names, options.at_once, options.retry) or not runner.measure(names, options.at_once):
             print(f"stopped; the same command goes on, {runner.directory}")
             return False
-        runner.measure(names)
     return True
 
 

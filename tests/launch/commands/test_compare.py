@@ -13,6 +13,8 @@ import psutil
 import pytest
 
 from launch.commands.compare import read_axes
+from megatron_rdt.compare.arms import ComparedRun
+from megatron_rdt.compare.measure import MEASUREMENT, find_final_checkpoint, measure_run
 from megatron_rdt.config import RunConfig, load_config
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.model.flops import forward_flops, training_flops
@@ -117,10 +119,31 @@ def test_each_arm_takes_the_best_rate_of_its_sweep(
 ) -> None:
     words = [*tiny_options, f"--run.root={tmp_path}", "--run.name=swept", "--train.steps=8", "--eval.every=0"]
     words += ["--arms=unlooped", "--lr_sweep=1e-9,1e-3", "--sweep_steps=4", "--sequences=4"]
+    words += ["--at_once=2"]
     only = forked_rdt("compare", *words, "--only=unlooped")
     assert only.returncode == 0, only.stdout + only.stderr
     folder = tmp_path / "swept-compare"
     assert not (folder / "compare.json").exists()
+    runs = [folder / "sweep" / name for name in ("unlooped-lr1e-09", "unlooped-lr0.001")]
+    # Measured in two processes at once, with the figures of this one.
+    before = [(run / MEASUREMENT).read_text() for run in runs]
+    for run, text in zip(runs, before):
+        config = load_config(run / "config.yaml")
+        compared = ComparedRun("unlooped", config.run.seed, config)
+        checkpoint = find_final_checkpoint(compared)
+        assert (run / "measure.log").is_file()
+        assert checkpoint is not None
+        assert measure_run(compared, checkpoint, 4) == json.loads(text)
+    for run in runs:
+        (run / MEASUREMENT).unlink()
+    (weights,) = (runs[0] / "checkpoints").glob("*/model/*.distcp")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    damaged = forked_rdt("compare", *words, "--only=unlooped")
+    assert damaged.returncode == 1, damaged.stdout
+    assert "unlooped-lr1e-09 could not be measured: " in damaged.stderr
+    weights.write_bytes(whole)
+    assert (runs[1] / MEASUREMENT).read_text() == before[1], "the others were measured"
     result = forked_rdt("compare", *words, "--table")
     assert result.returncode == 0, result.stderr
     (row,) = json.loads((folder / "compare.json").read_text())["rows"]

@@ -1,5 +1,7 @@
 """Slurm jobs: the options of `rdt submit`, the lines of batch scripts, and the call of sbatch."""
 
+import hashlib
+import os
 import re
 import shlex
 import shutil
@@ -14,6 +16,8 @@ from megatron_rdt.files import PathText, write_text
 
 # Slurm may send the signal this many seconds earlier than requested.
 SIGNAL_TOLERANCE_S = 60
+# The last line of a script that was submitted, before its hash: a script that was edited since is not replaced.
+MARK = "# written by rdt submit; sha256 of the lines above: "
 NO_LIMIT = ("0", "-1", "unlimited", "infinite")
 TEMPLATES = Path(__file__).resolve().parent / "slurm"
 
@@ -115,18 +119,37 @@ def format_output_directive(job: SubmitOptions, name: str) -> str:
     return quote_directive("--directory", f"{Path(job.directory).resolve()}".replace("%", "%%") + f"/{name}")
 
 
+def _hash(text: str) -> str:
+    """Return the hex SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _refuse_edited(script: Path) -> None:
+    """Raise ConfigError if the file of a script is there and is not as `call_sbatch` wrote it."""
+    if not os.path.lexists(script):
+        return
+    text, _, digest = script.read_text(encoding="utf-8", errors="replace").rpartition(MARK)
+    if digest.strip() != _hash(text):
+        raise ConfigError(
+            f"{script} was edited, or is not by rdt submit, which would replace it. Submit it as it is with "
+            f"sbatch {shlex.quote(str(script))}, or rename it, or choose another --directory."
+        )
+
+
 def call_sbatch(script: Path, text: str, *options: str) -> str:
     """Write a batch script, submit it and return the job's number.
 
     Raises:
+        ConfigError: the script is there and was edited, or is another's.
         LaunchError: there is no sbatch here, or it refused the script.
     """
+    _refuse_edited(script)
     if shutil.which("sbatch") is None:
         raise LaunchError(
             "sbatch is not on this machine. Run on a Slurm login node, or look at the script with --dry_run."
         )
     script.parent.mkdir(parents=True, exist_ok=True)
-    write_text(script, text)
+    write_text(script, f"{text}{MARK}{_hash(text)}\n")
     command = ["sbatch", "--parsable", *options, str(script)]
     result = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
     if result.returncode:

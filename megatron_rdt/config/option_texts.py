@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os.path
+import sys
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -19,8 +20,14 @@ MAY_BE_EMPTY = "may_be_empty"  # metadata of a field whose command says by itsel
 
 
 def check_words(words: Iterable[str]) -> None:
-    """Raise ConfigError naming the first word of a command line that is not valid UTF-8."""
+    """Raise ConfigError naming the first word of a command line that is not valid UTF-8, or that Python cannot read so."""
+    encoding = sys.getfilesystemencoding()
     for word in words:
+        if encoding != "utf-8" and not word.isascii():
+            raise ConfigError(
+                f"Python reads the word {word!a} as {encoding} here, not as UTF-8. Set "
+                "PYTHONUTF8=1, or a locale of UTF-8 such as LC_ALL=C.UTF-8."
+            )
         try:
             word.encode("utf-8")
         except UnicodeEncodeError:  # Python keeps bytes that are not UTF-8 as lone surrogates

@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import logging
 import re
 import shutil
 import typing
@@ -44,13 +45,14 @@ from megatron_rdt.config.option_types import (
     read_entries,
     takes_mapping,
 )
-from megatron_rdt.config.yaml_files import read_colons_as_text, read_mapping
+from megatron_rdt.config.yaml_files import read_mapping, read_plain_numbers
 from megatron_rdt.errors import ConfigError
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 NOTHING = '""'  # YAML of an empty text
 HELP_COLUMN, HELP_WIDTH = 30, 110
-read_colons_as_text(get_yaml_default_loader())
+read_plain_numbers(get_yaml_default_loader())
 
 
 class HelpFormatter(jsonargparse.DefaultHelpFormatter):
@@ -229,6 +231,7 @@ def join_words(parser: jsonargparse.ArgumentParser, schema: type, words: Sequenc
     kinds = option_kinds(schema)
     actions = {spelling[2:]: action for action in parser._actions for spelling in action.option_strings}
     joined, left = [], deque(words)
+    given: dict[str, str] = {}
     while left:
         word = left.popleft()
         if word == "-h":
@@ -257,10 +260,24 @@ def join_words(parser: jsonargparse.ArgumentParser, schema: type, words: Sequenc
             else:
                 value = left.popleft()
         value = expand_home(value) if name == "config" else value  # the file is read while parsing
+        if given.setdefault(name, value) != value and name != "config" and not name.endswith("+"):
+            _report_repetition(name, given[name], value, kind)
+            given[name] = value
         joined.append(f"--{name}={_add_brackets(name, value, kind)}")
     # jsonargparse lets the later of two values win: with files first, that is always the option.
     files = isinstance(actions.get("config"), jsonargparse.ActionConfigFile)
     return sorted(joined, key=lambda word: not word.startswith("--config=")) if files else joined
+
+
+def _report_repetition(name: str, before: str, value: str, kind: Any) -> None:
+    """Warn that the later of an option's two values counts, as a wrapper of a command needs it; refuse lists of texts.
+
+    Raises:
+        ConfigError: the option is a list of texts, such as files, of which the first would be lost.
+    """
+    if typing.get_origin(kind) is list and str in typing.get_args(kind):
+        raise ConfigError(f"option --{name} is given twice, as {before} and as {value}. Write one list.")
+    logger.warning("option --%s is given twice: %s counts, %s does not", name, value, before)
 
 
 def _add_brackets(name: str, value: str, kind: Any) -> str:
@@ -387,5 +404,6 @@ def _rephrase_error(text: str, kinds: Mapping[str, Any], sources: Mapping[str, s
         shown = "null" if value[1].strip() == "None" else repr(value[1].strip())
         if typing.get_origin(kind) is list and not entry_schema(kind) and "<class 'list'>" not in text:
             shown = f"one that holds {shown}"  # jsonargparse names the entry
-        return f"{source} needs {describe_type(kind)}, not {shown}. --help explains it."
+        quote = " Put it in quotes." if kind is str and ": key " in source else ""
+        return f"{source} needs {describe_type(kind)}, not {shown}.{quote} --help explains it."
     return f"{' '.join(text.split())}. --help lists every option."

@@ -40,18 +40,26 @@ UniqueKeys.add_implicit_resolver(
 )
 
 
-def read_colons_as_text(loader: Any) -> None:
-    """Let a YAML loader class read 1000:30 as a text; YAML 1.1 takes it for a number of base 60, 60030."""
+def read_plain_numbers(loader: Any) -> None:
+    """Let a YAML loader class read 1000:30 and 010 as texts; YAML 1.1 takes them for numbers of base 60 and 8.
+
+    An option that needs a number turns the text 010 into 10, as it stands; one that needs a text keeps its zeros.
+    """
     loader.yaml_implicit_resolvers = {
         letter: [
-            (tag, re.compile(f"(?!.*:){known.pattern}", known.flags) if tag.endswith((":int", ":float")) else known)
+            (
+                tag,
+                re.compile(f"(?!.*:|[-+]?0[0-9_]+$){known.pattern}", known.flags)
+                if tag.endswith((":int", ":float"))
+                else known,
+            )
             for tag, known in resolvers
         ]
         for letter, resolvers in loader.yaml_implicit_resolvers.items()
     }
 
 
-read_colons_as_text(UniqueKeys)
+read_plain_numbers(UniqueKeys)
 
 
 def _make_unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

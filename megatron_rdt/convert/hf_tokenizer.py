@@ -28,6 +28,8 @@ from megatron_rdt.files import write_text
 
 # Subfolder for a tokenizer.model that AutoTokenizer must not find.
 HIDDEN_FOLDER = "tokenizer"
+# Special tokens of transformers that this project does not use.
+OTHER_NAMES = ("unk_token", "sep_token", "cls_token", "mask_token")
 
 
 def export_tokenizer(source: Path, out: Path) -> str:
@@ -73,14 +75,32 @@ def _export_hugging_face(source: Path, out: Path) -> None:
     if settings.get("tokenizer_class") not in (TOKENIZER_CLASS, "TokenizersBackend"):
         settings.pop("auto_map", None)  # names code that is not here
         settings["tokenizer_class"] = TOKENIZER_CLASS
-    _set_special_tokens(settings, specials, read_settings(source).named)
+    named = read_settings(source).named | _find_other_names(settings, specials, Tokenizer(source))
+    _set_special_tokens(settings, specials, named)
     for name, document in ((SETTINGS_FILE, settings), (SPECIALS_FILE, specials)):
         if document != _read_if_present(out / name):
             write_text(out / name, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
 
 
+def _find_other_names(settings: dict[str, Any], specials: dict[str, Any], tokenizer: Tokenizer) -> dict[str, str]:
+    """Return the spelling of each of `OTHER_NAMES`; remove from both dicts one that has no id, which is printed.
+
+    transformers would give it an id of its own, which the model does not have.
+    """
+    named = {}
+    for name in OTHER_NAMES:
+        spelling = token_spelling(settings.get(name)) or token_spelling(specials.get(name))
+        if spelling is not None and tokenizer.token_id(spelling) >= 0:
+            named[name] = spelling
+        elif spelling is not None:
+            print(f"{name} {spelling!r} is no token of {JSON_FILE}: the export leaves the name out")
+            settings.pop(name, None)
+            specials.pop(name, None)
+    return named
+
+
 def _set_special_tokens(settings: dict[str, Any], specials: dict[str, Any], named: dict[str, str]) -> None:
-    """Set this project's BOS, EOS and PAD in the two dicts, in place, where transformers would take others.
+    """Set the special tokens in the two dicts, in place, where transformers would take others.
 
     transformers prefers special_tokens_map.json, even if it names null, unless tokenizer_config.json has an
     added_tokens_decoder: then it ignores special_tokens_map.json.
@@ -88,9 +108,9 @@ def _set_special_tokens(settings: dict[str, Any], specials: dict[str, Any], name
     Args:
         settings: content of tokenizer_config.json.
         specials: content of special_tokens_map.json; empty if there is none.
-        named: the spelling that this project uses, by name.
+        named: the spelling of those that there are, by name.
     """
-    for name in NAMED_TOKENS:
+    for name in (*NAMED_TOKENS, *OTHER_NAMES):
         spelling = named.get(name)
         if name in specials and token_spelling(specials[name]) != spelling:
             specials[name] = spelling

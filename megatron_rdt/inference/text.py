@@ -1,15 +1,21 @@
 """Text generation: load a checkpoint or an export, encode prompts, decode their continuations."""
 
+import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from megatron_rdt.config import load_config
 from megatron_rdt.config.sampling import check_sampling
 from megatron_rdt.data import Tokenizer
+from megatron_rdt.depth import loop_probabilities
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.inference.generate import generate, stream
 from megatron_rdt.inference.load import load
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.halting.exit_rules import ExitRule
+
+logger = logging.getLogger(__name__)
 
 CHECKED_SETTINGS = ("temperature", "top_k", "top_p", "seed", "cache_budget")
 
@@ -104,7 +110,31 @@ def _load_and_encode(
             f"the exit rule {rule.kind} is for models with model.halting: {rule.kind}, this one has "
             f"{model.config.halting}. Choose --exit change, second_difference, kl or kl_entropy."
         )
-    return model, tokenizer, [tokenizer.encode(prompt) for prompt in prompts]
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    for line in describe_extrapolation(Path(checkpoint), loops, max(map(len, ids)) + tokens):
+        logger.warning(line)
+    return model, tokenizer, ids
+
+
+def describe_extrapolation(checkpoint: Path, loops: int, length: int) -> list[str]:
+    """Return a sentence for each way in which a call goes beyond what the model was trained on.
+
+    Args:
+        checkpoint: a checkpoint or run; an export does not say what it was trained on.
+        loops: T.
+        length: tokens of the longest prompt and its continuation.
+    """
+    file = (checkpoint.parent if checkpoint.is_file() else checkpoint) / "config.yaml"
+    if not file.is_file():
+        return []
+    config = load_config(file)
+    trained, most = config.train.sequence_length, int(loop_probabilities(config.depth).nonzero()[0][-1])
+    said = []
+    if length > trained:
+        said.append(f"prompt and continuation have up to {length} tokens, sequences in training had {trained}")
+    if loops > most:
+        said.append(f"T is {loops}, training draws at most {most}")
+    return [f"{each}: what the model says there is not trained" for each in said]
 
 
 def to_stop_ids(tokenizer: Tokenizer, stop: Sequence[int | str]) -> list[int]:

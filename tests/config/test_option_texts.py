@@ -4,8 +4,10 @@ import dataclasses
 import functools
 import importlib
 import json
+import logging
 import pkgutil
 import re
+import sys
 import typing
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from launch.commands.prep_verify import VerifyOptions
 from launch.failures import explain
 from launch.train_options import WorkerOptions, parse_worker
 from megatron_rdt.config import RunConfig, load_config
+from megatron_rdt.config.option_texts import check_words
 from megatron_rdt.config.option_types import entry_schema, names_path, takes_mapping
 from megatron_rdt.config.parser import make_parser, option_kinds, parse
 from megatron_rdt.errors import EXIT_USAGE, ConfigError
@@ -258,3 +261,26 @@ def test_the_home_directory_in_files_and_datasets(monkeypatch: pytest.MonkeyPatc
     streamed, _ = parse_worker("pretrain.py", ["--data.path", "hf:~/set:part", "--data.tokenizer=~/t"])
     assert (streamed.data.path, streamed.data.tokenizer) == (f"hf:{tmp_path}/set:part", f"{tmp_path}/t")
     assert parse_words(PrepConfig, "--sources=~/a,hf:~/b,hf:c").sources == [f"{tmp_path}/a", f"hf:{tmp_path}/b", "hf:c"]
+
+
+def test_an_option_that_is_given_twice(caplog: pytest.LogCaptureFixture) -> None:
+    """Wrappers of a command override what they wrote before; of two lists the first would be lost."""
+    with caplog.at_level(logging.WARNING):
+        options = parse_words(PrepConfig, "--sources=a", "--vocab_size=600", "--vocab-size", "700", "--vocab_size=700")
+    assert options.vocab_size == 700
+    assert caplog.messages == ["option --vocab_size is given twice: 700 counts, 600 does not"]
+    with pytest.raises(ConfigError, match=r"^option --sources is given twice, as a and as b\. Write one list\.$"):
+        parse_words(PrepConfig, "--sources=a", "--sources", "b")
+    assert parse_words(PrepConfig, "--sources=a", "--sources+=b").sources == ["a", "b"]
+
+
+@pytest.mark.parametrize(("words", "refused"), [(["--prompt", "\xc3\xbc"], True), (["--prompt", "u"], False)])
+def test_a_locale_that_is_not_utf_8(words: list[str], refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "iso8859-1")
+    if refused:
+        with pytest.raises(
+            ConfigError, match=r"the word '\\xc3\\xbc' as iso8859-1 here, not as UTF-8\. Set PYTHONUTF8=1"
+        ):
+            check_words(words)
+    else:
+        check_words(words)

@@ -51,7 +51,12 @@ def test_processes_that_cannot_be_arranged(parallel: dict[str, int], world: int,
 
 def config(**sections: Any) -> RunConfig:
     return RunConfig(
-        **{"model": MODEL, "depth": DepthConfig(per="step"), "train": TrainConfig(1000, 8, 1, 16)} | sections
+        **{
+            "model": MODEL,
+            "depth": DepthConfig(per="step"),
+            "train": TrainConfig(1000, global_batch=8, micro_batch=1, sequence_length=16),
+        }
+        | sections
     )
 
 
@@ -84,10 +89,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"parallel": fsdp(tensor=4), "model": dataclasses.replace(MOE, expert_dim=6)},
         r"inner width \(model.expert_dim\), 6",
     ),
-    ({"parallel": fsdp(tensor=4), "train": TrainConfig(1000, 8, 1, 18)}, r"tokens of a process .*, 18"),
+    (
+        {"parallel": fsdp(tensor=4), "train": TrainConfig(1000, global_batch=8, micro_batch=1, sequence_length=18)},
+        r"tokens of a process .*, 18",
+    ),
     ({"parallel": fsdp(tensor=2), "optimizer": OptimizerConfig("muon")}, r"muon needs whole matrices, .*tensor 2"),
     (
-        {"parallel": fsdp(context=2), "train": TrainConfig(1000, 8, 1, 18)},
+        {"parallel": fsdp(context=2), "train": TrainConfig(1000, global_batch=8, micro_batch=1, sequence_length=18)},
         r"sequence_length 18 is not a multiple of 2 x .*context 2",
     ),
     ({"parallel": fsdp(expert=2)}, r"parallel.expert 2 needs a mixture of experts"),
@@ -115,7 +123,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         r"sample.every .*tensor 2 and .*context 2",
     ),
     (
-        {"parallel": fsdp(context=2), "train": TrainConfig(1000, 8, 1, 16, compile="layers")},
+        {
+            "parallel": fsdp(context=2),
+            "train": TrainConfig(1000, global_batch=8, micro_batch=1, sequence_length=16, compile="layers"),
+        },
         r"train.compile layers does not work with parallel.context 2",
     ),
 ]
@@ -133,7 +144,14 @@ def test_an_axis_of_no_processes_is_refused_before_anything_is_divided_by_it(axi
     with pytest.raises(ConfigError, match=rf"parallel.{axis} is 0, it must be at least 1"):
         check_config(config(parallel=fsdp(**{axis: 0}), model=MOE), 4)
     with pytest.raises(ConfigError, match=rf"(?s)train.micro_batch is 0, .*parallel.{axis} is -1"):
-        check_config(config(parallel=fsdp(**{axis: -1}), model=MOE, train=TrainConfig(1000, 8, 0, 16)), 4)
+        check_config(
+            config(
+                parallel=fsdp(**{axis: -1}),
+                model=MOE,
+                train=TrainConfig(1000, global_batch=8, micro_batch=0, sequence_length=16),
+            ),
+            4,
+        )
 
 
 def test_no_experts_per_token_with_tensor_parallelism() -> None:
@@ -143,6 +161,11 @@ def test_no_experts_per_token_with_tensor_parallelism() -> None:
 
 
 def test_the_batch_divides_over_the_data_parallel_ranks() -> None:
-    check_config(config(parallel=fsdp(tensor=4), train=TrainConfig(1000, 2, 1, 16)), 8)
+    check_config(
+        config(parallel=fsdp(tensor=4), train=TrainConfig(1000, global_batch=2, micro_batch=1, sequence_length=16)), 8
+    )
     with pytest.raises(ConfigError, match=r"global_batch 3 .* 2 data-parallel ranks \(of 8\) x .*nearest: 2, 4"):
-        check_config(config(parallel=fsdp(tensor=4), train=TrainConfig(1000, 3, 1, 16)), 8)
+        check_config(
+            config(parallel=fsdp(tensor=4), train=TrainConfig(1000, global_batch=3, micro_batch=1, sequence_length=16)),
+            8,
+        )

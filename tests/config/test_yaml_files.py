@@ -40,3 +40,23 @@ def test_the_nearest_file_is_named(project: Path, given: str, meant: str) -> Non
 def test_no_file_is_named_that_is_not_similar(project: Path) -> None:
     with pytest.raises(ConfigError, match=r"^parallel.deepspeed: nothing.json does not exist\. Check the path\.$"):
         read_mapping("nothing.json", "parallel.deepspeed:", "--parallel.deepspeed")
+
+
+@pytest.mark.parametrize("text", ["010", "-010", "00_10"])
+def test_a_leading_zero_is_no_octal_number(text: str, tmp_path: Path) -> None:
+    """YAML 1.1 reads 010 as 8."""
+    file = tmp_path / "run.yaml"
+    file.write_text(f"name: {text}\ncounts: [{text}, 1, 0, 0x10]\n")
+    assert read_mapping(str(file)) == {"name": text, "counts": [text, 1, 0, 16]}
+
+
+def test_an_option_takes_a_leading_zero_as_it_stands(tmp_path: Path, repository: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("run: {name: 0123}\ntrain: {steps: 010}\neval: {loops: [1, 010]}\noptimizer: {lr: 01.5}\n")
+    config = load_config(file)
+    assert (config.run.name, config.train.steps, config.eval.loops) == ("0123", 10, [1, 10])
+    assert config.optimizer.lr == 1.5
+    assert load_config(file, ["--train.steps=020", "--eval.loops=1,020"]).eval.loops == [1, 20]
+    file.write_text("run: {name: no}\n")
+    with pytest.raises(ConfigError, match=r"key run\.name needs text, not 'False'\. Put it in quotes\."):
+        load_config(file)

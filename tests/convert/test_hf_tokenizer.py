@@ -223,6 +223,29 @@ def test_files_that_name_other_special_tokens_are_exported_with_those_of_the_run
     assert read_settings(out).contradictions == []
 
 
+@pytest.mark.parametrize("decoder", [{}, {"added_tokens_decoder": DECODER}])
+def test_names_that_only_transformers_uses_are_exported_with_their_ids_or_not_at_all(
+    decoder: dict, tokenizer_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers gives a new id, beyond the model's, to a named token that tokenizer.json lacks."""
+    from transformers import AutoTokenizer
+
+    given, out = tmp_path / "given", tmp_path / "out"
+    shutil.copytree(tokenizer_folders["hf"], given)
+    out.mkdir()
+    settings = {"eos_token": "<|end|>", "unk_token": "<|pad|>", "mask_token": "[MASK]", **decoder}
+    (given / "tokenizer_config.json").write_text(json.dumps(settings))
+    (given / "special_tokens_map.json").write_text(json.dumps({"unk_token": "<tool>", "sep_token": "<|pad|>"}))
+    tokenizer = Tokenizer(given)
+    assert export_tokenizer(given, out) == ""
+    assert (
+        "mask_token '[MASK]' is no token of tokenizer.json: the export leaves the name out" in capsys.readouterr().out
+    )
+    exported = AutoTokenizer.from_pretrained(out)
+    assert (exported.unk_token, exported.sep_token, exported.mask_token) == ("<|pad|>", "<|pad|>", None)
+    assert len(exported) == tokenizer.vocab_size
+
+
 def test_unigram_is_exported(
     configure: Callable[..., RunConfig], checkpoint: Path, tokenizer_folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -1,15 +1,16 @@
 """`rdt generate`: several prompts, streaming, stop texts, exit rules, and what it refuses."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from launch.cli import run_command
-from megatron_rdt.config import RunConfig
+from megatron_rdt.config import RunConfig, load_config
 from megatron_rdt.inference import generate, load, stream_text
-from megatron_rdt.inference.text import decode_pieces, to_stop_ids
+from megatron_rdt.inference.text import decode_pieces, describe_extrapolation, to_stop_ids
 from megatron_rdt.train.trainer import train
 
 PROMPTS = ["def main(", "import os, sys", "class A:"]
@@ -110,3 +111,16 @@ def test_invalid_options_are_refused(words: list[str], text: str, run: str, caps
     assert captured.err.startswith("rdt generate: error: ")
     assert text in captured.err
     assert captured.out == ""
+
+
+def test_what_goes_beyond_training_is_said(run: str, caplog: pytest.LogCaptureFixture) -> None:
+    file = Path(run) / "config.yaml"
+    trained = load_config(file).train.sequence_length
+    assert describe_extrapolation(Path(run), 1, trained) == []
+    for path in (Path(run), Path(run) / "latest", Path(run) / "checkpoints" / "step-00000002"):
+        longer, deeper = describe_extrapolation(path, 1000, trained + 1)
+        assert f"have up to {trained + 1} tokens, sequences in training had {trained}" in longer
+        assert "T is 1000, training draws at most " in deeper
+    with caplog.at_level(logging.WARNING):
+        assert run_command(["generate", run, "--tokens=1", "--loops=1", "--prompt", "x = 1\n" * trained]) == 0
+    assert f"sequences in training had {trained}: what the model says there is not trained" in caplog.text

@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import difflib
 import json
-import logging
 import re
 import shutil
 import typing
@@ -34,6 +33,7 @@ from megatron_rdt.config.option_texts import (
     expand_home,
     expand_home_in_paths,
     refuse_empty_texts,
+    report_repetition,
 )
 from megatron_rdt.config.option_types import (
     HELP,
@@ -49,7 +49,6 @@ from megatron_rdt.config.yaml_files import read_mapping, read_plain_numbers
 from megatron_rdt.errors import ConfigError
 
 T = TypeVar("T")
-logger = logging.getLogger(__name__)
 NOTHING = '""'  # YAML of an empty text
 HELP_COLUMN, HELP_WIDTH = 30, 110
 read_plain_numbers(get_yaml_default_loader())
@@ -261,23 +260,12 @@ def join_words(parser: jsonargparse.ArgumentParser, schema: type, words: Sequenc
                 value = left.popleft()
         value = expand_home(value) if name == "config" else value  # the file is read while parsing
         if given.setdefault(name, value) != value and name != "config" and not name.endswith("+"):
-            _report_repetition(name, given[name], value, kind)
+            report_repetition(name, given[name], value, kind)
             given[name] = value
         joined.append(f"--{name}={_add_brackets(name, value, kind)}")
     # jsonargparse lets the later of two values win: with files first, that is always the option.
     files = isinstance(actions.get("config"), jsonargparse.ActionConfigFile)
     return sorted(joined, key=lambda word: not word.startswith("--config=")) if files else joined
-
-
-def _report_repetition(name: str, before: str, value: str, kind: Any) -> None:
-    """Warn that the later of an option's two values counts, as a wrapper of a command needs it; refuse lists of texts.
-
-    Raises:
-        ConfigError: the option is a list of texts, such as files, of which the first would be lost.
-    """
-    if typing.get_origin(kind) is list and str in typing.get_args(kind):
-        raise ConfigError(f"option --{name} is given twice, as {before} and as {value}. Write one list.")
-    logger.warning("option --%s is given twice: %s counts, %s does not", name, value, before)
 
 
 def _add_brackets(name: str, value: str, kind: Any) -> str:

@@ -220,7 +220,7 @@ def test_directories_without_checkpoints_are_refused(forked_rdt: Run, trained: P
     check_refused(
         forked_rdt("report", tmp_path), FAILED, f"{tmp_path} has no metrics.jsonl", "Name the directory of a run"
     )
-    check_refused(forked_rdt("eval", trained / "latest"), FAILED, "latest is a file", "Name a run directory")
+    check_refused(forked_rdt("eval", trained / "config.yaml"), FAILED, "config.yaml is a file", "Name a run directory")
     (tmp_path / "file").write_text("kept")
     out = tmp_path / "file" / "out.json"
     check_refused(

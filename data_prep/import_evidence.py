@@ -1,4 +1,4 @@
-"""What lies beside shards that are imported and says how they were made: their .sum files, and the corpus they are in."""
+"""Evidence beside imported shards of how they were made: their .sum files, and the corpus that they are in."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

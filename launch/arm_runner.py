@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.run_pool import Job, RunPool, is_failure, read_last_line
+from launch.train_options import check_paths
 from megatron_rdt.compare.arms import SWEEP, Arm, ComparedRun, build_runs, build_sweep, own_loops
 from megatron_rdt.compare.estimate import estimate_cost
 from megatron_rdt.compare.intervals import mean_loss
@@ -26,7 +27,7 @@ from megatron_rdt.compare.page import (
 )
 from megatron_rdt.compare.results import OUTCOME, RunResult, read_result
 from megatron_rdt.compare.table import make_table
-from megatron_rdt.config import RunConfig, dump_config, load_config
+from megatron_rdt.config import RunConfig, check_config, dump_config, load_config
 from megatron_rdt.environment import usable_cores
 from megatron_rdt.errors import EXIT_OK, ConfigError, DataError, LaunchError
 from megatron_rdt.files import hold_lock, sha256_of, write_text
@@ -100,6 +101,12 @@ class ArmRunner:
             f"about {format_seconds(max(sum(seconds) / at_once, *seconds))} in all, measured on one micro-batch of each"
         )
 
+    def check_configs(self) -> None:
+        """Raise ConfigError or DataError if a run cannot be trained."""
+        for run in self.all_runs():
+            check_config(run.config, self.processes)
+            check_paths(run.config)
+
     def check_settings(self) -> None:
         """Refuse to go on with other settings, or other data, than the runs that have begun; write what is new.
 
@@ -109,7 +116,7 @@ class ArmRunner:
         """
         hashes = {path: sha256_of(Path(path) / "manifest.json") for path in self._list_corpora()}
         file = self.directory / CORPORA
-        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        before = _read_object(file)
         changed = sorted(path for path in before.keys() & hashes.keys() if before[path] != hashes[path])
         if changed:
             raise DataError(
@@ -287,7 +294,7 @@ class ArmRunner:
         results = []
         for run in self.main_runs(self.choose_rates()):
             file = run.directory / OUTCOME
-            outcome: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+            outcome = {"status": None, "message": "", **_read_object(file)} if file.is_file() else None
             results.append(read_result(run, outcome, read_measurement(run, self.sequences)))
         return results
 
@@ -320,3 +327,17 @@ class ArmRunner:
                 f"failed: {', '.join(failed)}; their logs are {LOG} in their directories, --retry trains them again"
             )
         return bool(failed)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """Return the JSON object that a comparison wrote into a file; {} without the file.
+
+    Raises:
+        DataError: the file holds something else.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{file} is damaged ({error}). Remove it and give the same command again.") from None

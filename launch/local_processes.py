@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from launch.failures import LESS_HOST_MEMORY, read_failure
+from megatron_rdt.config import RunConfig
 from megatron_rdt.environment import launcher_environment
 from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED, ConfigError, LaunchError
 from megatron_rdt.train.stop_request import listen_for_stop
@@ -21,6 +22,7 @@ SCRIPT = Path(__file__).resolve().parent / "pretrain.py"
 LOOPBACK = "127.0.0.1"
 LAST_PORT = 65535
 POLL_S = 0.1
+PROCESSES_ON_CPU = 2
 GRACE_S = 5.0
 PR_SET_PDEATHSIG = 1
 
@@ -39,6 +41,11 @@ def find_free_port(wanted: int = 0) -> int:
             reason = "is in use" if error.errno == errno.EADDRINUSE else "needs root privileges"
             raise LaunchError(f"port {wanted} {reason}. Choose another --master_port, or 0 for any free one.") from None
         return probe.getsockname()[1]
+
+
+def count_processes(config: RunConfig) -> int:
+    """Return the number of processes that a run has where neither the user nor the number of GPUs says it."""
+    return PROCESSES_ON_CPU if config.parallel.engine_kind.many_processes else 1
 
 
 def run_processes(words: Sequence[str], processes: int, port: int = 0, script: Path = SCRIPT) -> int:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
+from launch.arm_options import ArmOptions
 from launch.command_options import parse_run_options, split_repeated
-from launch.train_options import check_paths
+from launch.local_processes import count_processes
 from megatron_rdt.config import RunConfig, check_config, dump_config, load_config
+from megatron_rdt.config.yaml_files import UniqueKeys
 from megatron_rdt.errors import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, ConfigError
 from megatron_rdt.files import write_text
 
@@ -25,7 +27,7 @@ SWEEP_SHARE = 10  # of a run's steps, one in so many are taken to choose a learn
 
 
 @dataclass(frozen=True)
-class CompareOptions:
+class CompareOptions(ArmOptions):
     """Options of `rdt compare` besides the run's config, which may hold any option of `rdt train`."""
 
     arms: str = field(default="", metadata={"metavar": "A,B,..."})
@@ -38,20 +40,10 @@ class CompareOptions:
     """Learning rates from which each arm takes the best, by the validation loss of short runs with the first seed."""
     sweep_steps: int = 0
     """Optimizer steps of each short run; 0: a tenth of the run's."""
-    sequences: int = 256
-    """Validation sequences to compare on, the same for every arm."""
-    at_once: int = 0
-    """Runs at the same time; 0: one for each core or GPU that the processes of a run leave free."""
-    nproc: int = 0
-    """Processes of each run; 0: 1 for engine single, otherwise 2."""
     only: str = field(default="", metadata={"metavar": "ARM,..."})
     """Train and measure only these arms now, and write no table: one task of a job array, for instance."""
     table: bool = False
     """Train nothing: measure the runs that are finished, and write the table."""
-    retry: bool = False
-    """Train runs that failed again."""
-    dry_run: bool = False
-    """Print the arms, their weights, FLOPs and time, and train nothing."""
 
 
 class Comparison(NamedTuple):
@@ -77,7 +69,7 @@ def read_comparison(program: str, words: list[str]) -> Comparison:
     check_config(config)
     named, only, rates = _check_options(options)
     axes = read_axes(config, texts)
-    processes = options.nproc or (2 if config.parallel.engine_kind.many_processes else 1)
+    processes = options.nproc or count_processes(config)
     from launch.arm_runner import ArmRunner
     from megatron_rdt.compare.arms import build_arms, check_arms, find_changed_examples
 
@@ -93,9 +85,7 @@ def read_comparison(program: str, words: list[str]) -> Comparison:
     directory = Path(config.run.root) / f"{config.run.name}-compare"
     sweep_steps = options.sweep_steps or max(config.train.steps // SWEEP_SHARE, 1)
     runner = ArmRunner(config, arms, directory, options.seeds, options.sequences, processes, rates, sweep_steps)
-    for run in runner.all_runs():
-        check_config(run.config, processes)
-        check_paths(run.config)
+    runner.check_configs()
     return Comparison(config, options, runner, only, notes)
 
 
@@ -124,7 +114,8 @@ def _check_options(options: CompareOptions) -> tuple[list[str], list[str], list[
     Raises:
         ConfigError: a number is too small, an entry is given twice, or options exclude each other.
     """
-    for name, least in (("seeds", 1), ("sequences", 1), ("at_once", 0), ("nproc", 0), ("sweep_steps", 0)):
+    options.check()
+    for name, least in (("seeds", 1), ("sweep_steps", 0)):
         if getattr(options, name) < least:
             raise ConfigError(f"--{name} is {getattr(options, name)}, it must be at least {least}.")
     named, only = ([part for part in text.split(",") if part] for text in (options.arms, options.only))
@@ -163,7 +154,7 @@ def read_axes(config: RunConfig, texts: Sequence[str]) -> dict[str, list[Any]]:
         if key in axes:
             raise ConfigError(f"--axis {key} is given twice. Give all of its values in one.")
         try:
-            values = yaml.safe_load(f"[{listed}]")
+            values = yaml.load(f"[{listed}]", UniqueKeys)
         except yaml.YAMLError:
             raise ConfigError(f"--axis {text} is not a list of values. Separate them by commas.") from None
         typed = [_read_value(config, key, value) for value in values]

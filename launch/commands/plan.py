@@ -64,8 +64,8 @@ def plan(words: list[str]) -> int:
     device = _device_of(options)
     if not 0 < options.utilisation <= 1:
         raise ConfigError(f"--utilisation is {options.utilisation}, it must be above 0 and at most 1.")
-    if options.tokens < 0 or options.price < 0:
-        raise ConfigError("--tokens and --price must not be negative.")
+    if min(options.tokens, options.price, options.nproc) < 0:
+        raise ConfigError("--tokens, --price and --nproc must not be negative.")
     if options.tokens > MOST_BILLIONS:
         raise ConfigError(f"--tokens is {options.tokens:g} billion; it counts billions: 20 means 20,000,000,000.")
     if options.init != "none":
@@ -162,12 +162,12 @@ def _device_of(options: PlanOptions) -> Device:
 
 def compare_with_measurement(config: RunConfig, processes: int) -> tuple[str, list[dict[str, Any]]]:
     """Take steps on CPU processes; return measured and planned memory and collectives, as text and a dict per T."""
-    from launch.local_processes import run_processes
+    from launch.local_processes import count_processes, run_processes
     from megatron_rdt.config.layout import Layout
     from megatron_rdt.planner.communication import step_communication, sum_by_kind
     from megatron_rdt.planner.memory import StepDepth, step_memory
 
-    processes = processes or (2 if config.parallel.engine_kind.many_processes else 1)
+    processes = processes or count_processes(config)
     config = replace(config, train=replace(config.train, device="cpu"))
     check_config(config, processes)
     with tempfile.TemporaryDirectory(prefix="rdt-plan-") as folder:

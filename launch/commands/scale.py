@@ -1,18 +1,20 @@
 """`rdt scale`: the best size, T and tokens against a budget of operations, and one larger run predicted and checked."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from launch.arm_options import ArmOptions
 from launch.command_options import parse_run_options
-from launch.train_options import check_paths
+from launch.local_processes import count_processes
 from megatron_rdt.config import check_config
 from megatron_rdt.errors import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, ConfigError, DataError
 
 if TYPE_CHECKING:
     from launch.arm_runner import ArmRunner
+    from megatron_rdt.compare.scaling import Optimum, Point
 
 DESCRIPTION = (
     "Train a grid of widths, T and tokens under budgets of operations, fit power laws, and check a prediction."
@@ -20,7 +22,7 @@ DESCRIPTION = (
 
 
 @dataclass(frozen=True)
-class ScaleOptions:
+class ScaleOptions(ArmOptions):
     """Options of `rdt scale` besides the run's config."""
 
     budgets: str = field(default="", metadata={"metavar": "C,C,..."})
@@ -31,16 +33,6 @@ class ScaleOptions:
     """Means of T, at least three."""
     held_out: float = 0.0
     """Budget of the run that is predicted from the others and then trained; 0: the largest budget times the ratio of the two largest."""
-    sequences: int = 256
-    """Validation sequences that every loss is of."""
-    at_once: int = 0
-    """Runs at the same time; 0: one for each core or GPU that the processes of a run leave free."""
-    nproc: int = 0
-    """Processes of each run; 0: 1 for engine single, otherwise 2."""
-    retry: bool = False
-    """Train runs that failed again."""
-    dry_run: bool = False
-    """Print the runs, their weights, FLOPs and time, and train nothing."""
 
 
 def read_numbers(text: str, option: str) -> list[float]:
@@ -58,21 +50,22 @@ def scale(words: list[str]) -> int:
     """Find the best size, T and tokens for a budget of operations."""
     config, options = parse_run_options("rdt scale", DESCRIPTION, ScaleOptions, words)
     check_config(config)
+    options.check()
     budgets = sorted(read_numbers(options.budgets, "budgets"))
-    dims = [int(number) for number in read_numbers(options.sizes, "sizes")] or [config.model.dim]
-    processes = options.nproc or (2 if config.parallel.engine_kind.many_processes else 1)
+    sizes = read_numbers(options.sizes, "sizes") or [config.model.dim]
+    if any(size % 1 for size in sizes):
+        raise ConfigError(f"--sizes {options.sizes} must be whole numbers, values of model.dim.")
+    processes = options.nproc or count_processes(config)
     from launch.arm_runner import ArmRunner
-    from megatron_rdt.compare.scaling import build_grid
+    from megatron_rdt.compare.scaling import build_grid, find_optimum
 
-    points, notes = build_grid(config, budgets, dims, read_numbers(options.loops, "loops"))
+    points, notes = build_grid(config, budgets, [*map(int, sizes)], read_numbers(options.loops, "loops"))
     held_out = options.held_out or budgets[-1] ** 2 / budgets[-2]
     if held_out <= budgets[-1]:
         raise ConfigError(f"--held_out {held_out:g} must be above the largest of --budgets, {budgets[-1]:g}.")
     directory = Path(config.run.root) / f"{config.run.name}-scale"
     runner = ArmRunner(config, [point.arm for point in points], directory, 1, options.sequences, processes)
-    for run in runner.all_runs():
-        check_config(run.config, processes)
-        check_paths(run.config)
+    runner.check_configs()
     if options.dry_run:
         runner.print_plan(
             [*notes, f"then one run of {held_out:g} operations, as the power laws recommend"], options.at_once
@@ -81,20 +74,14 @@ def scale(words: list[str]) -> int:
     if not _train(runner, options):
         return EXIT_PREEMPTED
     losses = _read_losses(runner)
-    optima = [optimum for budget in budgets if (optimum := find_optimum_of(points, losses, budget)) is not None]
+    by_budget = [[point for point in points if point.budget == budget] for budget in budgets]
+    optima = [optimum for of_one in by_budget if (optimum := find_optimum(of_one, losses)) is not None]
     if len(optima) < len(budgets):
         raise DataError(
             f"{len(budgets) - len(optima)} of {len(budgets)} budgets have too few runs with a loss for an optimum; the others "
             f"are in {directory}. See their train.log, then train them again with --retry."
         )
     return _check_prediction(runner, options, held_out, points, losses, optima, notes)
-
-
-def find_optimum_of(points: Any, losses: Mapping[str, float], budget: float) -> Any:
-    """Return the optimum of one budget; None if it has too few losses."""
-    from megatron_rdt.compare.scaling import find_optimum
-
-    return find_optimum([point for point in points if point.budget == budget], losses)
 
 
 def _train(runner: "ArmRunner", options: ScaleOptions) -> bool:
@@ -120,9 +107,9 @@ def _check_prediction(
     runner: "ArmRunner",
     options: ScaleOptions,
     held_out: float,
-    points: Any,
+    points: "Sequence[Point]",
     losses: Mapping[str, float],
-    optima: Any,
+    optima: "Sequence[Optimum]",
     notes: list[str],
 ) -> int:
     """Fit the laws, train the run that they recommend for the held-out budget, and write the page."""

@@ -1,11 +1,9 @@
 """`rdt train`: check the run, then train in this process or in workers that run launch/pretrain.py."""
 
-from launch.local_processes import run_processes
+from launch.local_processes import PROCESSES_ON_CPU, run_processes
 from launch.train_options import check_paths, parse_launch, select_worker_words
 from megatron_rdt.config import RunConfig, check_config
 from megatron_rdt.errors import ConfigError
-
-PROCESSES_ON_CPU = 2
 
 
 def train(words: list[str]) -> int:

@@ -108,9 +108,10 @@ def build_grid(
     Raises:
         ConfigError: there are too few budgets or T, a budget is too small, or a width does not fit.
     """
-    for name, values, least in (("budgets", budgets, LEAST_BUDGETS), ("loops", loops, LEAST_LOOPS)):
+    for name, values, least in (("budgets", budgets, LEAST_BUDGETS), ("sizes", dims, 1), ("loops", loops, LEAST_LOOPS)):
         if len(set(values)) < max(least, len(values)):
-            raise ConfigError(f"--{name} needs at least {least} different values, none of them twice. Add some.")
+            wanted = f"at least {least} different values" if least > 1 else "different values"
+            raise ConfigError(f"--{name} needs {wanted}, none of them twice.")
     if config.train.batch_schedule or config.depth.curriculum != "none":
         # The operations of a step would depend on the length of the run.
         raise ConfigError("rdt scale needs steps of equal cost: omit train.batch_schedule and depth.curriculum.")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.commands.scale import read_numbers
+from launch.commands.scale import read_numbers, scale
 from megatron_rdt.compare.arms import Arm, build_runs, mean_loops, own_loops
 from megatron_rdt.compare.estimate import estimate_cost
 from megatron_rdt.compare.scale_page import (
@@ -146,6 +146,20 @@ def test_the_page_says_what_was_predicted_and_measured(tmp_path: Path) -> None:
     assert "measured 1.6500" in page.read_text()
     assert json.loads((tmp_path / "scale.json").read_text()) == {"name": "x"}
     assert (tmp_path / "scale.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--at_once=-1", "--at_once is -1, it must be at least 0"),
+        ("--sequences=0", "--sequences is 0, it must be at least 1"),
+        ("--sizes=32.5,64", "--sizes 32.5,64 must be whole numbers"),
+        ("--sizes=32,32", "--sizes needs different values, none of them twice"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(tiny_options: list[str], option: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        scale([*tiny_options, "--budgets=1e10,2e10,4e10", option])
 
 
 def test_numbers_of_options() -> None:

@@ -159,12 +159,14 @@ def test_axes_have_the_types_of_their_fields(configure: Callable[..., RunConfig]
         "optimizer.lr=1e-3,0.01",
         "model.signals=[],[lora, adaln]",
         "depth.backprop=all,2",
+        "train.batch_schedule=[0:4,10:32],[]",
     ]
     assert read_axes(config, texts) == {
         "model.injection": ["diagonal", "add"],
         "optimizer.lr": [1e-3, 0.01],
         "model.signals": [[], ["lora", "adaln"]],
         "depth.backprop": ["all", 2],
+        "train.batch_schedule": [["0:4", "10:32"], []],
     }
 
 

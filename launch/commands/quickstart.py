@@ -26,7 +26,7 @@ CONFIG, DATA_CONFIG, TASKS_CONFIG = (
 )
 DEPTH_CONFIG, DEPTH_TASKS_CONFIG = "configs/quickstart_depth.yaml", "configs/quickstart_depth_data.yaml"
 DEPTH_TEXT = "data/quickstart_depth"
-DEPTH_AXIS = "model.window=2,0"
+DEPTH_AXIS, DEPTH_LOOPS = "model.window=2,0", "1,2,4,8,12,16,24,32"
 STREAM_CONFIG, STREAM_STEPS = "configs/smoke.yaml", 5
 TASKS = "hops,product:S5,addition,modular"
 TASKS_TEXT = "data/tasks-text"
@@ -75,9 +75,11 @@ def _show_depth(print_title: Callable[[str], None]) -> int:
     if status:
         return status
     print_title("longer words, more loops")
-    evaluate([str(run_directory_of(load_config(DEPTH_CONFIG))), "--tasks"])
+    config = load_config(DEPTH_CONFIG)
+    evaluate([str(run_directory_of(config)), "--tasks", "--loops", ",".join(map(str, config.eval.loops))])
     print_title("the same with full attention, and both beside models that run once: equal weights, equal operations")
-    return compare(["--config", DEPTH_CONFIG, "--axis", DEPTH_AXIS, "--arms", "looped,unlooped,untied"])
+    words = ["--axis", DEPTH_AXIS, "--arms", "looped,unlooped,untied", "--eval.loops", DEPTH_LOOPS, "--sequences", "64"]
+    return compare(["--config", DEPTH_CONFIG, *words])
 
 
 def _pretrain_on_text(print_title: Callable[[str], None]) -> int:

@@ -150,8 +150,8 @@ def set_aside_config(run_directory: Path, text: str) -> list[str]:
     numbers = (number for number in itertools.count(1) if not (run_directory / f"config.{number}.yaml").exists())
     aside = path.rename(run_directory / f"config.{next(numbers)}.yaml")
     return [
-        f"{path} is not as a checkpoint of this run has it, and is not read: settings come from --config and options. "
-        f"It is kept as {aside.name}"
+        f"{path} is of an earlier start that saved nothing, or was edited. It is kept as {aside.name} and not read: settings "
+        "come from --config and options"
     ]
 
 

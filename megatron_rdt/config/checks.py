@@ -61,13 +61,16 @@ def _find_model_problems(model: ModelConfig) -> Iterator[str]:
 
 def _find_head_problems(model: ModelConfig) -> Iterator[str]:
     """Find heads that do not split the width into even sizes, and key-value heads that do not divide the heads."""
-    dim, heads = model.dim, model.heads
+    dim, heads, unit = model.dim, model.heads, 2 if model.positions == "rope" else 1
     if dim % heads:
-        fits = [h for h in range(1, dim + 1) if dim % h == 0 and dim // h % 2 == 0]
+        fits = [h for h in range(1, dim + 1) if dim % h == 0 and dim // h % unit == 0]
         near = min(fits, key=lambda h: abs(h - heads), default=1)
         yield f"model.dim {dim} is not a multiple of model.heads {heads}. Set --model.heads {near} or another dim."
-    elif dim // heads % 2:
-        yield f"model.dim / model.heads is {dim // heads}; rotary positions need an even number. Change either."
+    elif dim // heads % unit:
+        yield (
+            f"model.dim / model.heads is {dim // heads}; rotary positions need an even number. Change either, or set "
+            "--model.positions none."
+        )
     if heads % model.kv_heads:
         yield (
             f"model.heads {heads} is not a multiple of model.kv_heads {model.kv_heads}. "
@@ -78,7 +81,7 @@ def _find_head_problems(model: ModelConfig) -> Iterator[str]:
 def _find_option_conflicts(model: ModelConfig) -> Iterator[str]:
     """Find fields of `model` that do not go with its attention or core_ffn, and a signal that is listed twice."""
     if model.attention == "mla":
-        if model.rope_dim % 2:
+        if model.rope_dim % 2 and model.positions == "rope":
             yield f"model.rope_dim is {model.rope_dim}; rotary positions need an even number."
         for name, off in (("qk_norm", "none"), ("value_embeddings", "none"), ("qk_bias", False)):
             if getattr(model, name) != off:

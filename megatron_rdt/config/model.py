@@ -55,6 +55,8 @@ class ModelConfig:
     """gqa: add a learned bias to queries and keys before rotation, as in Huginn."""
     window: int = option(0, at_least=0)
     """Sliding window: a query attends to this many latest positions, itself included; 0: to all."""
+    positions: Literal["rope", "none"] = "rope"
+    """Positions of tokens in attention. rope: rotary; none: no position at all, only the causal order of what a token sees."""
     rope_base: float = option(10000.0, above=0)
     """Base of the rotary position frequencies."""
     rope_pairing: Literal["half", "adjacent"] = "half"

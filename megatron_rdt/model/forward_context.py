@@ -19,7 +19,7 @@ class LayerContext:
     A plain class, not a tuple or dataclass, so that sharding wrappers pass it through untouched.
 
     Attributes:
-        rotary: cosines and sines of `rotary_tables` for the positions of this pass.
+        rotary: cosines and sines of `rotary_tables` for the positions of this pass; () for a model without positions.
         mask: from `model_mask`; a tensor is True where a query sees a key, broadcastable to (batch, heads, queries, keys);
             None means causal.
         compute_dtype: dtype of matrix products.
@@ -32,7 +32,7 @@ class LayerContext:
 
     def __init__(
         self,
-        rotary: tuple[Tensor, Tensor],
+        rotary: tuple[Tensor, ...],
         mask: Mask,
         compute_dtype: torch.dtype,
         tokens: Tensor,

@@ -12,7 +12,7 @@ from megatron_rdt.depth.plan import DepthPlan
 from megatron_rdt.model.attention.kernels import model_mask
 from megatron_rdt.model.attention.kv_cache import DepthCache, KVCache
 from megatron_rdt.model.attention.masks import padded_mask
-from megatron_rdt.model.attention.rope import rotary_tables
+from megatron_rdt.model.attention.rope import position_tables
 from megatron_rdt.model.core import RecurrentCore
 from megatron_rdt.model.cross_entropy import apply_softcap
 from megatron_rdt.model.forward_context import LayerContext
@@ -196,7 +196,7 @@ class RecurrentDepthTransformer(nn.Module):
         embedded = x = self.embed(tokens)
         dtype = self.compute_dtype or x.dtype
         seen = model_mask(self.config, tokens, start, dtype, cache is not None, documents, mask, self.token_split)
-        rotary = rotary_tables(positions, self.config.rotary_dim, self.config.rope_base, dtype)
+        rotary = position_tables(self.config, positions, dtype)
         context = LayerContext(rotary, seen, dtype, tokens, start, self.token_split, cache)
         # Cache slots are in the order of use: the prelude's, those of each iteration, the coda's; see `cache_slots`.
         for slot, layer in enumerate(self.prelude):

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import yaml
 
 from megatron_rdt import load
+from megatron_rdt.checkpoint import Start
 from megatron_rdt.config import RunConfig, check_config, load_config
 from megatron_rdt.inference import generate
 from megatron_rdt.model import RecurrentDepthTransformer
@@ -25,7 +26,7 @@ def train_run(config: RunConfig, source: Path | None) -> Path:
     stop, directory = StopRequest(), run_directory_of(config)
     trainer = Trainer(config, directory, torch.device("cpu"), stop)
     try:
-        assert trainer.run(source) == 0
+        assert trainer.run(None if source is None else Start(source)) == 0
     finally:
         trainer.close()
         stop.close()

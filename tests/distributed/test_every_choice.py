@@ -19,6 +19,8 @@ from tests.distributed.processes import run_on_processes
 STEPS = 50
 MLA = {"attention": "mla", "kv_rank": 16, "nope_dim": 8, "rope_dim": 4, "value_dim": 8}
 MOE = {"core_ffn": "moe", "experts": 4, "experts_per_token": 2, "expert_dim": 24, "shared_expert_dim": 40}
+# What needs a corpus of examples is trained in tests/train/test_example_run.py.
+ELSEWHERE = {"scheme": {"difficulty"}, "difficulty_offset": {1.0}}
 COMBINATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {
         "model": {"injection": "diagonal", "discretization": "zoh", "state_init": "zero"},
@@ -71,6 +73,7 @@ COMBINATIONS: dict[str, dict[str, dict[str, Any]]] = {
             "halting": "gate",
             "state_init": "embedding",
             "tie_embeddings": False,
+            "positions": "none",
         },
         "depth": {"scheme": "uniform", "per": "micro_batch", "curriculum": "linear", "curriculum_steps": 30},
     },
@@ -136,6 +139,7 @@ def test_the_combinations_have_every_choice(schema: type) -> None:
         default = [] if field.default is dataclasses.MISSING else field.default
         values = [parts.get(section, {}).get(field.name, default) for parts in COMBINATIONS.values()]
         found = {choice for value in values for choice in (value if isinstance(value, list) else [value])}
+        found |= ELSEWHERE.get(field.name, set()) if schema is DepthConfig else set()
         if typing.get_origin(inner) is Literal:
             assert found >= set(typing.get_args(inner)), f"{section}.{field.name}"
         elif inner is bool:

@@ -20,6 +20,8 @@ PARTS = [
     {"signals": ["sinusoidal", "lora", "adaln"], "value_embeddings": "gated"},
     {"core_ffn": "moe", "output_matrix": True, "input_matrix": True, "core_norm": "last"},
     {"coda_layers": 0, "prelude_layers": 0},
+    {"positions": "none", "window": 5},
+    {**MLA, "positions": "none"},
 ]
 
 

@@ -167,6 +167,12 @@ class Reference:
         """RMS norm: x / sqrt(mean(x^2) + eps) * weight."""
         return x / (x.square().mean(-1, keepdim=True) + self.config.norm_eps).sqrt() * self.w[f"{name}.weight"]
 
+    def place(self, x: torch.Tensor) -> torch.Tensor:
+        """Give queries or keys (length, channels) their positions; without any, only the causal order tells tokens apart."""
+        if self.config.positions == "none":
+            return x
+        return rotate(x, self.config.rope_base, self.config.rope_pairing)
+
     def grouped_attention(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """Grouped-query attention: consecutive query heads share one head of keys and values."""
         config, size = self.config, self.config.head_dim
@@ -175,9 +181,7 @@ class Reference:
         for head in range(config.heads):
             shared = head // (config.heads // config.kv_heads)
             own, theirs = slice(head * size, (head + 1) * size), slice(shared * size, (shared + 1) * size)
-            query = rotate(q[:, own], config.rope_base, config.rope_pairing)
-            key = rotate(k[:, theirs], config.rope_base, config.rope_pairing)
-            outputs.append(self.attend(query, key, v[:, theirs]))
+            outputs.append(self.attend(self.place(q[:, own]), self.place(k[:, theirs]), v[:, theirs]))
         return torch.cat(outputs, -1) @ self.w[f"{name}.output.weight"].T
 
     def latent_attention(self, x: torch.Tensor, name: str) -> torch.Tensor:
@@ -188,7 +192,7 @@ class Reference:
         """
         config, w = self.config, self.w
         latent, key_rope = (x @ w[f"{name}.latent_down.weight"].T).split((config.kv_rank, config.rope_dim), -1)
-        key_rope = rotate(key_rope, config.rope_base, config.rope_pairing)
+        key_rope = self.place(key_rope)
         up = self.norm(latent, f"{name}.latent_norm") @ w[f"{name}.latent_up.weight"].T
         down = x
         if config.query_rank:  # queries may be compressed in the same way, which saves parameters
@@ -200,7 +204,7 @@ class Reference:
             query, query_rope = queries[:, head * size : (head + 1) * size].split(
                 (config.nope_dim, config.rope_dim), -1
             )
-            query_rope = rotate(query_rope, config.rope_base, config.rope_pairing)
+            query_rope = self.place(query_rope)
             size = config.nope_dim + config.value_dim
             key, value = up[:, head * size : (head + 1) * size].split((config.nope_dim, config.value_dim), -1)
             # The scores are the sum of both parts' dot products, which is the dot product of the concatenations.

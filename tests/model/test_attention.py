@@ -20,7 +20,7 @@ from megatron_rdt.model.attention.gqa import ATTENTIONS
 from megatron_rdt.model.attention.kernels import BlockwiseMask, attend, model_mask
 from megatron_rdt.model.attention.masks import attention_mask
 from megatron_rdt.model.attention.mla import LatentAttention
-from megatron_rdt.model.attention.rope import rotary_tables, rotate
+from megatron_rdt.model.attention.rope import position_tables, rotary_tables, rotate
 from megatron_rdt.model.forward_context import LayerContext
 
 CPU = torch.device("cpu")
@@ -42,7 +42,9 @@ def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def rotate_vector(vector: torch.Tensor, position: int, config: ModelConfig) -> torch.Tensor:
-    """Rotate one head's channels pair by pair."""
+    """Rotate one head's channels pair by pair; unchanged without positions."""
+    if config.positions == "none":
+        return vector
     size, result = len(vector), [torch.zeros(())] * len(vector)
     for pair in range(size // 2):
         first, second = (pair, pair + size // 2) if config.rope_pairing == "half" else (2 * pair, 2 * pair + 1)
@@ -119,7 +121,7 @@ def attend_by_loops(
 
 def run(module: Any, config: ModelConfig, x: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
     length = x.shape[1]
-    tables = rotary_tables(torch.arange(length), config.rotary_dim, config.rope_base, x.dtype)
+    tables = position_tables(config, torch.arange(length), x.dtype)
     mask = attention_mask(length, 0, config.window, documents, CPU)
     values = None if module.token_values is None else module.token_values.look_up(TOKENS)
     return module(x, LayerContext(tables, mask, x.dtype, TOKENS), token_values=values)
@@ -134,6 +136,9 @@ OPTIONS: list[tuple[ModelConfig, dict[str, Any], bool]] = [
     (GQA, {"rope_pairing": "adjacent"}, False),
     (GQA, {"rope_base": 50.0}, False),
     (GQA, {"window": 3}, False),
+    (GQA, {"positions": "none"}, False),
+    (GQA, {"positions": "none", "window": 3}, True),
+    (MLA, {"positions": "none"}, False),
     (GQA, {}, True),
     (GQA, {"value_embeddings": "gated"}, False),
     (GQA, {"qk_norm": "learned", "qk_bias": True, "window": 2, "value_embeddings": "gated", "kv_heads": 1}, True),
@@ -404,6 +409,26 @@ def test_only_grouped_attention_divides_the_width() -> None:
     assert initialize(RecurrentDepthTransformer(config), 0)(TOKENS, 2).shape == (2, 9, 31)
     with pytest.raises(ConfigError, match="rope_dim is 5"):
         check_config(RunConfig(model=dataclasses.replace(config, rope_dim=5)))
+
+
+def test_without_positions_heads_may_have_an_odd_width() -> None:
+    odd = dataclasses.replace(GQA, dim=20)
+    with pytest.raises(ConfigError, match=r"heads is 5; rotary positions need an even number.*--model\.positions none"):
+        check_config(RunConfig(model=odd))
+    for config in (odd, dataclasses.replace(MLA, rope_dim=5)):
+        config = dataclasses.replace(config, positions="none")
+        check_config(RunConfig(model=config))
+        assert initialize(RecurrentDepthTransformer(config), 0)(TOKENS, 2).shape == (2, 9, 31)
+
+
+@pytest.mark.parametrize("base", [GQA, MLA], ids=["gqa", "mla"])
+@torch.no_grad()
+def test_without_positions_only_the_order_counts(base: ModelConfig) -> None:
+    positions = 3 * torch.arange(9) + 5
+    for kind in ("rope", "none"):
+        model = randomize(RecurrentDepthTransformer(dataclasses.replace(base, positions=kind)))
+        change = float((model(TOKENS, 2, positions=positions * torch.arange(9)) - model(TOKENS, 2)).abs().max())
+        assert (change == 0) == (kind == "none")
 
 
 def test_adjacent_channels_turn_alike_as_complex_numbers_and_as_pairs() -> None:

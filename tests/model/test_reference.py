@@ -28,8 +28,13 @@ def test_the_default_model_equals_the_reference(discretization, state, tied, kv_
     agrees(discretization=discretization, state_init=state, tie_embeddings=tied, kv_heads=kv_heads)
 
 
+UNPLACED: list[dict[str, Any]] = [{"positions": "none"}, MLA | {"positions": "none", "query_rank": 7}]
+
+
 @pytest.mark.parametrize(
-    "options", [*LATENT, {"window": 3}, {"rope_pairing": "adjacent"}, {"ffn": "relu2"}, {"rope_base": 50.0}], ids=str
+    "options",
+    [*LATENT, {"window": 3}, {"rope_pairing": "adjacent"}, {"ffn": "relu2"}, {"rope_base": 50.0}, *UNPLACED],
+    ids=str,
 )
 def test_other_layers_equal_the_reference(options: dict[str, Any], agrees, differs) -> None:
     agrees(**options)

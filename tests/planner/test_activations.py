@@ -36,6 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "sandwich": {"norm_placement": "sandwich", "core_norm": "last", "output_matrix": True},
     "peri": {"norm_placement": "peri", "core_norm": "iteration", "input_matrix": True},
     "window": {"window": 8},
+    "latent without positions": LATENT | {"value_dim": 10, "positions": "none"},
     "residual": {"injection": "residual", "signals": ["sinusoidal", "lora"]},
     "linear": {"injection": "linear", "state_init": "normal"},
     "add": {"injection": "add", "encoded_norm": False},

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with rotary positions.
+"""Causal grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with rotary positions or none.
 
 Shapes: (batch, heads, sequence, head_dim).
 """
@@ -12,7 +12,7 @@ from torch.nn import functional
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.attention.kernels import attend
 from megatron_rdt.model.attention.mla import LatentAttention
-from megatron_rdt.model.attention.rope import rotate
+from megatron_rdt.model.attention.rope import apply_positions
 from megatron_rdt.model.forward_context import LayerContext
 from megatron_rdt.model.linear import Linear
 from megatron_rdt.model.norm import RMSNorm
@@ -99,7 +99,7 @@ class GroupedQueryAttention(nn.Module):
             x = norm(x).to(context.compute_dtype)
         elif self.plain_norm:
             x = functional.rms_norm(x, (self.head_dim,), eps=PLAIN_NORM_EPS)
-        return rotate(x, *context.rotary, self.pairing)
+        return apply_positions(x, context.rotary, self.pairing)
 
 
 Attention = GroupedQueryAttention | LatentAttention

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.attention.kernels import Mask, attend
-from megatron_rdt.model.attention.rope import rotate
+from megatron_rdt.model.attention.rope import apply_positions
 from megatron_rdt.model.forward_context import LayerContext
 from megatron_rdt.model.linear import Linear
 from megatron_rdt.model.norm import RMSNorm
@@ -46,11 +46,11 @@ class LatentAttention(nn.Module):
             query = self.query_norm(self.query_down(x)).to(x.dtype)
         query = self.query_up(query).unflatten(-1, (-1, self.nope + self.rope)).transpose(1, 2)
         nope, rope = query.split((self.nope, self.rope), dim=-1)  # (batch, heads, sequence, ...)
-        rope = rotate(rope, *context.rotary, self.pairing)
+        rope = apply_positions(rope, context.rotary, self.pairing)
         latent, key_rope = self.latent_down(x).unsqueeze(1).split((self.rank, self.rope), dim=-1)
         latent = self.latent_norm(latent).to(x.dtype)
         # Latent and rotary key are one tensor (batch, 1, sequence, rank + rope): one entry in the cache, one gather.
-        keys = torch.cat((latent, rotate(key_rope, *context.rotary, self.pairing)), dim=-1)
+        keys = torch.cat((latent, apply_positions(key_rope, context.rotary, self.pairing)), dim=-1)
         mask, (keys,) = context.visible_keys(self.window, keys)
         absorbs = self.is_absorbing_cheaper(x.shape[1], keys.shape[2])
         attend_to = self._attend_absorbed if absorbs else self._attend_expanded

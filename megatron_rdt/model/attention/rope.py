@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864).
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), or none.
 
 Angles are computed from positions at every forward pass: there is no table, so no maximum length, and no buffer that a
 load from the meta device could leave uninitialised.
@@ -6,6 +6,15 @@ load from the meta device could leave uninitialised.
 
 import torch
 from torch import Tensor
+
+from megatron_rdt.config import ModelConfig
+
+
+def position_tables(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return `rotary_tables` of the positions for the model's attention; () for a model without positions."""
+    if config.positions == "none":
+        return ()
+    return rotary_tables(positions, config.rotary_dim, config.rope_base, dtype)
 
 
 def rotary_tables(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -25,6 +34,14 @@ def rotary_tables(positions: Tensor, head_dim: int, base: float, dtype: torch.dt
     frequencies = base ** (-channels / head_dim)
     angles = positions.to(wide).unsqueeze(-1) * frequencies
     return angles.cos().to(dtype).unsqueeze(-3), angles.sin().to(dtype).unsqueeze(-3)
+
+
+def apply_positions(x: Tensor, tables: tuple[Tensor, ...], pairing: str) -> Tensor:
+    """Return queries or keys (batch, heads, sequence, channels) with their positions, as `position_tables` gave them."""
+    if not tables:
+        return x
+    cosines, sines = tables
+    return rotate(x, cosines, sines, pairing)
 
 
 def _supports_complex_product(x: Tensor, table: Tensor) -> bool:

@@ -92,7 +92,7 @@ def generate_examples(request: FileRequest, split: str, seed: int) -> Iterator[E
         task, taken = tasks[turn], seen[kinds[turn]]
         found = next(required[turn], None)
         if found is None:
-            found = next((one for one in _draw(task, request, split, seed, drawn[turn], taken)), None)
+            found = next(_draw(task, request, split, seed, drawn[turn], taken), None)
         if found is None:
             raise ConfigError(_too_few_message(task, request, split, number // len(tasks)))
         taken.add(found.key)

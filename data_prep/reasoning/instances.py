@@ -6,7 +6,6 @@ from typing import NamedTuple
 from data_prep.reasoning.random_stream import RandomStream
 
 TRAIN, TEST = "train", "test"
-NO_LABEL = "_"  # stands in a row of labels where a position has none
 ANSWER_MARK = "="  # begins every symbol of an answer, so that an answer never looks like an element
 
 

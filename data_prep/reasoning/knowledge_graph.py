@@ -18,8 +18,9 @@ from collections.abc import Iterator
 from functools import cache
 
 from data_prep.reasoning.groups import pad_number
-from data_prep.reasoning.instances import NO_LABEL, TEST, TRAIN, Instance, Symbols, Task, Vocabulary, mark_answer
+from data_prep.reasoning.instances import TEST, TRAIN, Instance, Symbols, Task, Vocabulary, mark_answer
 from data_prep.reasoning.random_stream import RandomStream
+from data_prep.sources.example_fields import NO_LABEL
 from megatron_rdt.errors import ConfigError
 
 DEFAULT_ENTITIES = 100

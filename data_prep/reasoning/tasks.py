@@ -22,9 +22,10 @@ from functools import cache
 
 from data_prep.reasoning.difficulties import DifficultyMix
 from data_prep.reasoning.groups import Group, pad_number
-from data_prep.reasoning.instances import NO_LABEL, Instance, Symbols, Task, Vocabulary, mark_answer
+from data_prep.reasoning.instances import Instance, Symbols, Task, Vocabulary, mark_answer
 from data_prep.reasoning.knowledge_graph import parse_graph_task
 from data_prep.reasoning.random_stream import RandomStream
+from data_prep.sources.example_fields import NO_LABEL
 from megatron_rdt.errors import ConfigError
 
 DEEPEST_EXPRESSION = 16  # a deeper one has thousands of numbers

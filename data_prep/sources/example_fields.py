@@ -7,6 +7,7 @@ from data_prep.config import PrepConfig
 
 MOST_DIFFICULTY = 2**32 - 1
 MOST_TASK_CHARS = 200
+NO_LABEL = "_"  # in a row of labels, a position without one
 
 
 class ExampleFields(NamedTuple):
@@ -15,7 +16,7 @@ class ExampleFields(NamedTuple):
     task: str
     difficulty: int
     labels: str = ""
-    """Answers at every position, separated by spaces; "" if the example has none."""
+    """Answers at every position, separated by spaces, NO_LABEL where there is none; "" if the example has no labels."""
 
 
 def list_record_fields(config: PrepConfig) -> list[str]:

@@ -5,11 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_prep.sources.example_fields import NO_LABEL
 from data_prep.sources.records import Document
 from megatron_rdt.data.tokenizer.base import Tokenizer
 from megatron_rdt.errors import ConfigError, DataError
-
-NO_LABEL = "_"  # in a row of labels, a position without one
 
 
 class EncodedExample(NamedTuple):

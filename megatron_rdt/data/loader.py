@@ -110,10 +110,11 @@ class BatchLoader:
         first, rank = self._first, (self._data_rank, self._data_ranks, self._reader.seed)
         while self._end is None or first < self._end:
             samples: list[np.ndarray] = []
-            while sum(map(len, samples)) < LOCATED_SAMPLES and (self._end is None or first < self._end):
+            located = 0
+            while located < LOCATED_SAMPLES and (self._end is None or first < self._end):
                 batch = self._batches.batch_from(first)
                 samples.append(samples_of_rank(first, batch, *rank))
-                first += batch
+                first, located = first + batch, located + len(samples[-1])
             borders = np.cumsum([len(numbers) for numbers in samples])[:-1]
             yield from zip(samples, np.split(self._reader.locate(np.concatenate(samples)), borders))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rdt.config import RunConfig, load_config
-from megatron_rdt.depth import loop_probabilities
+from megatron_rdt.depth import DepthSampler, loop_probabilities
 from megatron_rdt.errors import DataError
 from megatron_rdt.evaluate import plots
 from megatron_rdt.evaluate.alarms import Alarm, list_alarms
@@ -138,8 +138,9 @@ def _draw_figures(
         caption = MAP_CAPTION.format(step=scores["step"])
         add(caption, ACCURACY_PICTURE, draw_accuracy_map, scores["tasks"], scores["trained_loops"])
     if any(record.get("tasks") for record in evaluations):
+        expected = DepthSampler(config.depth, config.run.seed).expected_loops
         caption = "Accuracy while the model trained, at the evaluated T nearest to the mean of training."
-        add(caption, "accuracy_over_steps.png", draw_accuracy_over_steps, evaluations, config.depth.mean)
+        add(caption, "accuracy_over_steps.png", draw_accuracy_over_steps, evaluations, expected)
     above = len(figures)  # pictures of other sizes than those of the overview
     add("Training and validation loss.", "loss.png", plots.draw_loss_curve, metrics, evaluations)
     if final is not None:

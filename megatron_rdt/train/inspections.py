@@ -114,7 +114,7 @@ class Inspections:
             return
         lines = [
             *format_evaluation(losses, by_corpus, self.data.validation),
-            *format_task_scores(scores, self.config.depth.mean),
+            *format_task_scores(scores, self._expected_loops),
         ]
         for line in lines:
             self.print_line(f"step {step}: {line}")

@@ -10,7 +10,7 @@ from launch.slurm_job import (
     TEMPLATES,
     SubmitOptions,
     call_sbatch,
-    check_time_limit,
+    check_job,
     choose_gpus_per_node,
     format_extra_directives,
     format_output_directive,
@@ -40,6 +40,7 @@ def read_job(job: SubmitOptions) -> tuple[Comparison, list[str]]:
     Raises:
         ConfigError: an option cannot work.
     """
+    check_job(job)
     if job.nodes != 1:
         raise ConfigError(f"--nodes is {job.nodes}, but each arm of a comparison has one node. Omit it.")
     words = [
@@ -54,7 +55,6 @@ def read_job(job: SubmitOptions) -> tuple[Comparison, list[str]]:
             raise ConfigError(
                 f"--compare: --{name} is chosen for each job here. Omit it; rdt submit has its own --dry_run."
             )
-    check_time_limit(job)
     return comparison, words
 
 

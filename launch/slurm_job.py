@@ -88,8 +88,11 @@ def parse_time_limit(text: str) -> int | None:
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def check_time_limit(job: SubmitOptions) -> None:
-    """Raise ConfigError if the time limit leaves no time before its signal."""
+def check_job(job: SubmitOptions) -> None:
+    """Raise ConfigError if a number is too small, or if the time limit leaves no time before its signal."""
+    for name in ("nodes", "processes_per_node", "cpus_per_process", "signal_before_s"):
+        if getattr(job, name) < 1:
+            raise ConfigError(f"--{name} is {getattr(job, name)}, it must be at least 1.")
     limit = parse_time_limit(job.time)
     if limit is not None and limit < job.signal_before_s + SIGNAL_TOLERANCE_S:
         raise ConfigError(

@@ -14,7 +14,7 @@ from launch.slurm_job import (
     TEMPLATES,
     SubmitOptions,
     call_sbatch,
-    check_time_limit,
+    check_job,
     choose_gpus_per_node,
     format_extra_directives,
     format_output_directive,
@@ -40,9 +40,7 @@ def read_run_config(job: SubmitOptions) -> tuple[RunConfig, list[str], str | Non
     Raises:
         ConfigError: the run's config is wrong, or the job's options do not fit it or each other.
     """
-    for name in ("nodes", "processes_per_node", "cpus_per_process", "signal_before_s"):
-        if getattr(job, name) < 1:
-            raise ConfigError(f"--{name} is {getattr(job, name)}, it must be at least 1.")
+    check_job(job)
     words = ["--config", job.config, *split_words(job.overrides, "overrides")]
     config, options = parse_worker("rdt submit", words, job.nodes * job.processes_per_node)
     origin = None
@@ -52,7 +50,6 @@ def read_run_config(job: SubmitOptions) -> tuple[RunConfig, list[str], str | Non
     elif options.init != "none":
         check_origin(options.init, run_directory_of(config), "--init")
     _check_gpus(job, config)
-    check_time_limit(job)
     return config, words, origin
 
 
@@ -107,8 +104,14 @@ def check_origin(origin: str, run_directory: Path, option: str) -> None:
 
 def _is_recorded(file: Path, path: str, option: str) -> bool:
     """Return True if an origin.json says that its run began from a checkpoint or from a checkpoint of a run, by `option`."""
-    record = json.loads(file.read_text(encoding="utf-8"))
-    began_from, is_init = record["checkpoint"], record.get("weights_only", False)
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        began_from, is_init = os.fspath(record["checkpoint"]), bool(record.get("weights_only", False))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"{file}, which says where the run began, cannot be read ({error!r}). Put it back, or choose another --run.name "
+            "in --overrides."
+        ) from None
     is_below = began_from == path or began_from.startswith(os.path.join(path, CHECKPOINTS, ""))
     return is_below and is_init == (option == "--init")
 

@@ -61,6 +61,7 @@ def test_dry_run_prints_both_scripts(config: Path, capsys: pytest.CaptureFixture
     ("options", "message"),
     [
         ({"nodes": 2}, "each arm of a comparison has one node"),
+        ({"cpus_per_process": 0}, "--cpus_per_process is 0, it must be at least 1"),
         ({"compare": "--only looped"}, "--only is chosen for each job"),
         ({"compare": "--arms loop"}, "there is no arm loop"),
         ({"compare": "--arms 'loop"}, "No closing quotation"),

@@ -287,6 +287,9 @@ def test_an_origin_that_a_run_cannot_begin_from_is_refused(
     (own / "origin.json").write_text(json.dumps({"checkpoint": "/elsewhere/checkpoints/step-00000002"}))
     with pytest.raises(ConfigError, match=r"holds origin\.json of a run that did not begin from"):
         render_job(config, overrides=f"--resume '{origin}'")
+    (own / "origin.json").write_text('{"checkpoint": ')
+    with pytest.raises(ConfigError, match=r"origin\.json, which says where the run began, cannot be read"):
+        render_job(config, overrides=f"--resume '{origin}'")
 
 
 def test_every_start_gets_the_same_init_and_resumes_by_itself(

@@ -71,6 +71,8 @@ def evaluate_tasks(
         raise ConfigError(f"loops are {list(loops)} and examples {examples}; give at least one T, and all at least 1.")
     rules = parse_exit_rules(exit_rules)
     file = check_result_file(out, read_task_scores)
+    if file is not None and file.suffix == ".png":
+        raise ConfigError(f"--out {file} is to hold JSON, beside a picture of that name. Choose another ending.")
     device, lengths = choose_device("auto"), sorted(set(loops))
 
     def read(found: Path) -> tuple[Any, ...]:

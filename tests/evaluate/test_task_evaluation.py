@@ -120,6 +120,8 @@ def test_what_cannot_be_scored_is_refused_before_scoring(
     with pytest.raises(ConfigError, match=r"holiday\.png exists and is no picture of"):
         evaluate_tasks(str(run), [1], 5, out=str(tmp_path / "holiday.json"))
     assert (tmp_path / "holiday.png").read_bytes() == b"kept"
+    with pytest.raises(ConfigError, match=r"new\.png is to hold JSON"):
+        evaluate_tasks(str(run), [1], 5, out=str(tmp_path / "new.png"))
 
 
 def test_a_run_scores_its_tasks(

@@ -51,6 +51,8 @@ from megatron_rdt.errors import ConfigError
 T = TypeVar("T")
 NOTHING = '""'  # YAML of an empty text
 HELP_COLUMN, HELP_WIDTH = 30, 110
+# A private import, for want of another way: `jsonargparse.set_loader` replaces the loader of values, but numbers are read
+# with this one in any case.
 read_plain_numbers(get_yaml_default_loader())
 
 

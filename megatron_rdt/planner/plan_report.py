@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_rdt.planner.run_plan import USABLE_MEMORY, RunPlan
 from megatron_rdt.planner.step_time import DAY, HOUR, collective_seconds
+from megatron_rdt.terminal import align_columns
 
 GB, TERA = 1e9, 1e12
 SHOWN_CHANGES = 10
@@ -40,13 +41,8 @@ def format_plan(plan: RunPlan, utilisation: float, tokens: float, price: float) 
 
 
 def _format_table(rows: Sequence[tuple[str, ...]], indent: str = "  ") -> str:
-    """Align rows in columns: the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for first, *others in rows:
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:]))]
-        lines.append(indent + "  ".join(cells).rstrip())
-    return "\n".join(lines)
+    """Return a table as text, every line indented."""
+    return "\n".join(indent + line for line in align_columns(rows))
 
 
 def _format_parameters(plan: RunPlan) -> str:

@@ -1,6 +1,6 @@
 """Training data from prepared corpora: a mixture of token shards in a computed order, readable from any position."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from megatron_rdt.data.task_examples import ExampleGroup
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError, RdtError, suggest_init
 from megatron_rdt.evaluate.tasks import read_groups
 from megatron_rdt.object_collectives import gather_objects, raise_on_all_ranks
+from megatron_rdt.terminal import align_columns
 from megatron_rdt.train.data.batch_history import continue_batches, write_batches
 from megatron_rdt.train.data.history import (
     CorpusRecord,
@@ -300,7 +301,7 @@ class PreparedData:
             (n, format_share(self.shares[n]), f"{drawn[n]:,}", f"{epochs[n]:.2f}", f"{limits[n]:g}") for n in epochs
         ]
         advice = "Lower its weight or --train.steps, prepare more text, or raise its max_epochs. The whole run:"
-        raise ConfigError("\n  ".join([f"{text}{advice}", *_format_table(rows)]))
+        raise ConfigError("\n  ".join([f"{text}{advice}", *align_columns(rows)]))
 
     def describe(self, total: int) -> list[str]:
         """Return lines on mixture and packing of a run of `total` samples, and on windows that validation lacks."""
@@ -375,9 +376,3 @@ class PreparedData:
         history, changes = continue_history(source, before, self.history, paths, used, may_add)
         self._follow_history(history, self.mixture.corpora)
         return changes
-
-
-def _format_table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Lines of a table with aligned columns: the first to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]) for row in rows]

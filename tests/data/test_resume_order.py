@@ -58,6 +58,21 @@ def by_hand(corpora: dict[str, Path], phases: list[tuple[int, dict[str, int]]], 
     return windows
 
 
+def test_a_rollback_keeps_the_weights_of_the_config(configure: Configure, corpora: dict[str, Path]) -> None:
+    def open_data(**weights: int) -> PreparedData:
+        return open_prepared_data(configure(mixture_option(corpora, **weights)), 1)
+
+    at_first = json.loads(json.dumps(open_data(code=7, math=3).state(16)))
+    data, again = open_data(code=1, math=1), open_data(code=1, math=1)
+    data.resume(Path("runs/x/checkpoints/step-4"), at_first)
+    later = json.loads(json.dumps(data.state(40)))
+    assert data.resume(Path("runs/x/checkpoints/step-10"), later) == []
+    assert data.shares == {"code": 0.5, "math": 0.5}
+    data.resume(Path("runs/x/checkpoints/step-4"), at_first)
+    again.resume(Path("runs/x/checkpoints/step-4"), at_first)
+    assert data.history == again.history
+
+
 def test_a_run_goes_on_with_other_weights_and_batches(
     configure: Configure,
     corpora: dict[str, Path],

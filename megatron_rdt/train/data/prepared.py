@@ -202,7 +202,8 @@ class PreparedData:
             for name, manifest in manifests.items()
         }
         weights = integer_weights({name: corpus.weight for name, corpus in self.settings.items()})
-        self._follow_history(DataHistory([Phase(0, weights)], records), corpora)
+        self._from_config = DataHistory([Phase(0, weights)], records)
+        self._follow_history(self._from_config, corpora)
         self.validation = {
             name: self._select_validation(manifest) for name, manifest in manifests.items() if config.eval.every
         }
@@ -373,6 +374,7 @@ class PreparedData:
         self.skipped = passed.continue_with(source, wanted, consumed)
         before, may_add = DataHistory.from_state(state), bool(config.data.mixture)
         used = passed.count_used(consumed)
-        history, changes = continue_history(source, before, self.history, paths, used, may_add)
+        # Not `self.history`: a run that rolls back has continued an older one already.
+        history, changes = continue_history(source, before, self._from_config, paths, used, may_add)
         self._follow_history(history, self.mixture.corpora)
         return changes

@@ -59,7 +59,7 @@ def measure_run(run: ComparedRun, checkpoint: Path, sequences: int) -> dict[str,
         `score_tasks` if the corpora hold examples of tasks.
     """
     verify(checkpoint)
-    device = choose_device("auto" if run.config.train.device == "auto" else run.config.train.device)
+    device = choose_device(run.config.train.device)
     model, _ = load_verified(checkpoint, device)
     corpora, shares = open_validation_corpora(run.config)
     loops, micro_batch = list_loops(run), run.config.train.micro_batch

@@ -31,7 +31,6 @@ class Position:
 
     Attributes:
         step: optimizer steps done.
-        samples: trained on, by all ranks together.
         skipped_steps: the last steps in a row that were not finite.
         steps_without_target: the last steps in a row in which no target counted.
         alarms: state of the `AlarmWatch`; empty if it has seen nothing.
@@ -39,7 +38,6 @@ class Position:
     """
 
     step: int = 0
-    samples: int = 0
     skipped_steps: int = 0
     steps_without_target: int = 0
     alarms: dict[str, Any] = field(default_factory=dict)
@@ -138,7 +136,6 @@ class RunCheckpoints:
         lines += describe_jump(saved, self.config, state["step"])
         position = Position(
             state["step"],
-            state["data"]["consumed_samples"],
             state["skipped_steps"],
             state.get("steps_without_target", 0),
             state.get("alarms", {}),
@@ -152,7 +149,8 @@ class RunCheckpoints:
 
     def save(self, position: Position) -> str:
         """Save a checkpoint at this position, unless a better one would be lost; return a line that says so."""
-        tokens = position.samples * self.config.train.sequence_length
+        samples = self.data.batches.samples_after(position.step)
+        tokens = samples * self.config.train.sequence_length
         health = checkpoints.make_health(position.skipped_steps, self.engine.has_finite_weights())
         problem = checkpoints.find_own_problem({checkpoints.HEALTH: health})
         better = self.run_directory / CHECKPOINTS / name_checkpoint(position.step)
@@ -168,7 +166,7 @@ class RunCheckpoints:
             trainer_state={
                 "step": position.step,
                 "tokens": tokens,
-                "data": self.data.state(position.samples),
+                "data": self.data.state(samples),
                 "skipped_steps": position.skipped_steps,
                 "steps_without_target": position.steps_without_target,
                 "alarms": position.alarms,
@@ -186,7 +184,7 @@ class RunCheckpoints:
             tokenizer_directory=self.data.tokenizer_directory,
             keep=self.config.checkpoint.keep,
             milestones=self.config.checkpoint.milestones,
-            rank_state=self.data.rank_state(position.samples),
+            rank_state=self.data.rank_state(samples),
         )
         self._parent, self.saved_step = path.name, position.step
         return f"step {position.step}: saved {path}"

@@ -41,11 +41,9 @@ class StepReview:
         self.watch.restore(position.alarms)
         self.rollbacks = position.rollbacks
 
-    def position(self, step: int, samples: int) -> Position:
-        """Return the position to save after `step` steps on `samples` samples, all of them reviewed."""
-        return Position(
-            step, samples, self.guard.skipped, self.target_guard.in_a_row, self.watch.state(), self.rollbacks
-        )
+    def position(self, step: int) -> Position:
+        """Return the position to save after `step` steps, all of them reviewed."""
+        return Position(step, self.guard.skipped, self.target_guard.in_a_row, self.watch.state(), self.rollbacks)
 
     def largest_loss(self, loops: float) -> float:
         """Return the loss above which a step of this mean T is to be skipped; infinity if none is for its loss."""

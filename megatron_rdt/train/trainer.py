@@ -378,7 +378,7 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         """Save a checkpoint at the current position; all steps must have been recorded."""
-        self._print_on_rank_0(self.checkpoints.save(self.review.position(self.step, self.consumed)))
+        self._print_on_rank_0(self.checkpoints.save(self.review.position(self.step)))
 
     def _print_on_rank_0(self, text: str) -> None:
         """Print a line at once; the other ranks print nothing."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launch.command_options import HIDDEN, make_run_parser, parse_run_options
 from megatron_rdt.config import RunConfig, check_config
-from megatron_rdt.config.parser import join_words
+from megatron_rdt.config.option_words import join_words
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.files import PathText
 from megatron_rdt.run_directory import CHECKPOINTS, run_directory_of

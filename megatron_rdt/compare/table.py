@@ -86,7 +86,8 @@ def make_row(arm: Arm, results: Results, reference: Results | None, rates: Mappi
     finished = [r for r in results if r.state == "finished"]
     losses = read_own_losses(results)
     by_loops = _losses_by_loops(results)
-    best = min(by_loops, key=lambda t: by_loops[t]) if by_loops else None
+    finite = {t: loss for t, loss in by_loops.items() if math.isfinite(loss)}
+    best = min(finite, key=lambda t: finite[t], default=None)
     return {
         "arm": arm.name,
         "overrides": {**arm.overrides, **({"optimizer.lr": rates[arm.name]} if arm.name in rates else {})},

@@ -8,7 +8,8 @@ from typing import Any
 
 import jsonargparse
 
-from megatron_rdt.config.parser import dump, flatten, make_parser, option_kinds, parse
+from megatron_rdt.config.option_types import option_kinds
+from megatron_rdt.config.parser import dump, flatten, make_parser, parse
 from megatron_rdt.config.schema import RunConfig
 
 

@@ -114,3 +114,13 @@ def _is_of_type(value: Any, kind: Any) -> bool:
 def _is_whole_float(value: Any, kind: Any) -> bool:
     """Return True if `value` is a whole number where the type asks for a float."""
     return isinstance(value, int) and not isinstance(value, bool) and float in (kind, *typing.get_args(kind))
+
+
+def option_kinds(schema: type, prefix: str = "") -> dict[str, Any]:
+    """Return the type of every field of a tree of dataclasses, sections included, by dotted name."""
+    kinds: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(schema).items():
+        kinds[prefix + name] = kind
+        if dataclasses.is_dataclass(kind):
+            kinds |= option_kinds(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+    return kinds

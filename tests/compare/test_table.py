@@ -82,6 +82,14 @@ def test_differences_are_paired_by_seed_and_by_window(compared: tuple[list, list
     assert 0.5 < table["equivalence"]["exponent"]["mean"] < 1
 
 
+def test_the_best_loops_are_those_of_a_finite_loss(compared: tuple[list, list[RunResult]]) -> None:
+    arms, results = compared
+    for result in results[:-1]:  # the last one failed
+        result.measurement["corpora"]["text"]["sums"]["1"] = [math.nan] * 20
+    looped, unlooped, _ = make_table(arms, results, {})["rows"]
+    assert (looped["best_loops"], unlooped["best_loops"]) == (3, None)
+
+
 def test_the_table_says_what_failed_diverged_and_raised_alarms(compared: tuple[list, list[RunResult]]) -> None:
     _, unlooped, untied = make_table(*compared, {})["rows"]
     assert list_notes(unlooped) == ["1 of 2 diverged", "alarms: radius"]

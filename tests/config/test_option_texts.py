@@ -25,8 +25,8 @@ from launch.failures import explain
 from launch.train_options import WorkerOptions, parse_worker
 from megatron_rdt.config import RunConfig, load_config
 from megatron_rdt.config.option_texts import check_words
-from megatron_rdt.config.option_types import entry_schema, names_path, takes_mapping
-from megatron_rdt.config.parser import make_parser, option_kinds, parse
+from megatron_rdt.config.option_types import entry_schema, names_path, option_kinds, takes_mapping
+from megatron_rdt.config.parser import make_parser, parse
 from megatron_rdt.errors import EXIT_USAGE, ConfigError
 
 COMMANDS = [
@@ -184,6 +184,7 @@ NO_PATHS = {
     ),
     *("extensions", "text_field", "prompt_field", "hf_split", "filters", "special_tokens", "shard", "task"),
     *("task_field", "difficulty_field", "label_field", "test_task", "difficulty", "test_difficulty"),
+    *("arms", "axis", "lr_sweep", "only", "compare", "budgets", "sizes", "loops", "exit_rules"),
     *(
         "time",
         "partition",

@@ -30,10 +30,8 @@ logger = logging.getLogger(__name__)
 
 ACCURACY_PICTURE = "accuracy.png"
 COMPARISON_CAPTION = (
-    "Accuracy, difficulty down, loop counts T across: a looped model, whose T is chosen at the call, beside models that run "
-    "once, of equal weights (unlooped) and of equal operations in training (untied). They saw the same "
-    "examples. With a window of 2 (window=2) a token sees its neighbour only, and information moves one position per "
-    "iteration: the architecture itself then forces one step per loop. Full attention (window=0) has no such limit."
+    "Accuracy, difficulty down, loop counts T across, of the arms of a comparison. A looped model chooses T at the call; one "
+    "called unlooped runs once with equal weights, one called untied with equal operations in training."
 )
 # Fields of metrics.jsonl that the page uses.
 METRICS = ("step", "tokens", "loss", "grad_norm", "spectral_radius", "loops_max", "tokens_per_second")
@@ -74,12 +72,13 @@ def find_final_losses(run_directory: Path, evaluations: list[dict[str, Any]]) ->
     return max((each for each in candidates if each.losses), key=lambda candidate: candidate.step, default=None)
 
 
-def write_report(run_directory: str | Path, comparison: str | Path | None = None) -> Path:
+def write_report(run_directory: str | Path, comparison: str | Path | None = None, remark: str = "") -> Path:
     """Write report/index.html and its pictures into a run directory; return the path of the page.
 
     Args:
         run_directory: of the run.
         comparison: directory of a comparison whose accuracies open the page.
+        remark: on this comparison, for its caption.
 
     Raises:
         DataError: a directory does not exist, or its records are missing or damaged.
@@ -106,7 +105,7 @@ def write_report(run_directory: str | Path, comparison: str | Path | None = None
         figures = _draw_figures(folder, config, metrics, evaluations, final, scores)
         if opening is not None:
             picture = Path(shutil.copy(opening, folder / f"comparison_{ACCURACY_PICTURE}"))
-            figures.insert(0, (picture, COMPARISON_CAPTION))
+            figures.insert(0, (picture, f"{COMPARISON_CAPTION} {remark}".strip()))
         write_text(folder / PAGE, _format_report(config, metrics, final, scores, figures, samples, alarms))
     return out / PAGE
 

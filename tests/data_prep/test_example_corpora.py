@@ -18,19 +18,24 @@ from megatron_rdt.data.shard_files.verify import verify_corpus
 from megatron_rdt.errors import ConfigError, DataError
 from tests.data_prep.small_corpora import read_files
 
-WORDS = ["--task=product:S3,hops:5,modular", "--difficulty=1-3", "--count=300", "--test_count=30", "--format=symbols"]
+WORDS = {"task": "product:S3,hops:5,modular", "difficulty": "1-3", "count": 300, "test_count": 30, "format": "symbols"}
 
 
-def make_files(out: Path, *words: str) -> PrepConfig:
+def join_words(*flags: str, **changes: object) -> list[str]:
+    """WORDS as options, with changes, which replace them, and flags."""
+    return [*flags, *(f"--{name}={value}" for name, value in (WORDS | changes).items())]
+
+
+def make_files(out: Path, *flags: str, **changes: object) -> PrepConfig:
     """Write examples and return the options of their prep.yaml."""
-    assert tasks([*WORDS, *words, f"--out={out}", "--duplicates"]) == 0
+    assert tasks(join_words(*flags, "--duplicates", out=out, **changes)) == 0
     return PrepConfig(**yaml.safe_load((out / "prep.yaml").read_text()), workers=1)
 
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[PrepConfig, Path]:
     """Files with labels of two tasks, and the corpus made of them."""
-    config = make_files(tmp_path_factory.mktemp("labelled") / "s", "--labels", "--task=product:S3,hops:5")
+    config = make_files(tmp_path_factory.mktemp("labelled") / "s", "--labels", task="product:S3,hops:5")
     return config, prepare(config)
 
 
@@ -196,15 +201,19 @@ def test_bad_examples_are_named(
 
 
 def test_refused_requests_of_symbols(tmp_path: Path) -> None:
-    for words, message in (
-        (["--format=text", "--labels"], "labels need one token for each element. Set --format symbols"),
-        (["--labels"], "modular has no answer at every position. Omit --labels."),
-        (["--task=prefixes:S3", "--labels"], "writes every answer before the next one. Take product:S3 with --labels"),
-        (["--task=systematic", "--difficulty=2"], "systematic has no training examples. Name it in --test_task"),
-        (["--weights=1,2"], "weights are 1,2, but difficulty has 1 entries"),
-        (["--test_difficulty=99"], "hops:5 has difficulties up to 4, not 99. Set --test_difficulty to at most that"),
+    for flags, changes, message in (
+        (["--labels"], {"format": "text"}, "labels need one token for each element. Set --format symbols"),
+        (["--labels"], {}, "modular has no answer at every position. Omit --labels."),
+        (
+            ["--labels"],
+            {"task": "prefixes:S3"},
+            "writes every answer before the next one. Take product:S3 with --labels",
+        ),
+        ([], {"task": "systematic", "difficulty": 2}, "systematic has no training examples. Name it in --test_task"),
+        ([], {"weights": "1,2"}, "weights are 1,2, but difficulty has 1 entries"),
+        ([], {"test_difficulty": 99}, "hops:5 has difficulties up to 4, not 99. Set --test_difficulty to at most that"),
     ):
         with pytest.raises(ConfigError) as caught:
-            tasks([*WORDS, f"--out={tmp_path}", *words])
+            tasks(join_words(*flags, out=tmp_path, **changes))
         assert message in str(caught.value)
     assert not list(tmp_path.iterdir())

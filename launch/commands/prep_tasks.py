@@ -94,7 +94,7 @@ def _print_counts(out: Path, requests: "dict[str, FileRequest]", written: "Writt
         for task in request.tasks:
             numbers = {
                 d: written.examples[split, task.name, d]
-                for d in sorted({*request.mix.values, *_found(written, split, task.name)})
+                for d in sorted({*request.mix.values, *_list_difficulties(written, split, task.name)})
             }
             print(f"  {task.name} by difficulty {', '.join(f'{d}: {n:,}' for d, n in numbers.items())}")
             fair = request.size / len(request.tasks) / len(request.mix.values)
@@ -107,7 +107,7 @@ def _print_counts(out: Path, requests: "dict[str, FileRequest]", written: "Writt
                     )
 
 
-def _found(written: "WrittenTasks", split: str, task: str) -> set[int]:
+def _list_difficulties(written: "WrittenTasks", split: str, task: str) -> set[int]:
     """Return the difficulties that a file has of a task, required ones outside the range included."""
     return {difficulty for of, name, difficulty in written.examples if (of, name) == (split, task)}
 

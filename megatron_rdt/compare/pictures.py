@@ -16,7 +16,7 @@ LINE_STYLES = ("-", "--", ":", "-.")
 PANELS_IN_A_ROW = 4
 
 
-def _style(index: int) -> dict[str, Any]:
+def _choose_style(index: int) -> dict[str, Any]:
     """Return colour and line style of the arm with this number, different for the first 28."""
     return {
         "color": COLOURS[index % len(COLOURS)],
@@ -40,7 +40,7 @@ def draw_loss_against_flops(
         for result in results[row["arm"]]:
             if result.curve:
                 flops, losses = zip(*result.curve)
-                axes.plot(flops, losses, linewidth=1, alpha=0.7, label=label, **_style(index))
+                axes.plot(flops, losses, linewidth=1, alpha=0.7, label=label, **_choose_style(index))
                 label = None
         if row["loss"] and row["flops"]:
             axes.plot([row["flops"]], [row["loss"]["mean"]], "o", color=COLOURS[index % len(COLOURS)])
@@ -71,7 +71,7 @@ def draw_loss_against_loops(rows: Sequence[Mapping[str, Any]], path: Path) -> Pa
         if not losses:
             continue
         shown |= losses.keys()
-        axes.plot(list(losses), list(losses.values()), marker=".", label=row["arm"], **_style(index))
+        axes.plot(list(losses), list(losses.values()), marker=".", label=row["arm"], **_choose_style(index))
         if row["loops"] in losses:
             axes.plot(
                 [row["loops"]],

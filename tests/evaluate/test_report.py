@@ -113,7 +113,9 @@ def test_a_comparison_opens_the_page(run: Path, tmp_path: Path) -> None:
         {"looped": [{"task": "t", "difficulty": 1, "loops": 1, "accuracy": 0.5, "trained": True}]},
         comparison / "accuracy.png",
     )
-    first = Page(write_report(run, comparison)).references[0]
+    page = Page(write_report(run, comparison, "A remark."))
+    first = page.references[0]
+    assert "equal operations in training. A remark." in page.text
     assert base64.b64decode(first.partition("base64,")[2]) == picture.read_bytes()
 
 

@@ -50,6 +50,8 @@ class ArmRunner:
         processes: of each run.
         rates: learning rates of the sweep; empty without one.
         sweep_steps: length of the sweep's runs.
+        examples: largest number of each task and difficulty to measure on.
+        examples: largest number of each task and difficulty to measure on.
     """
 
     config: RunConfig
@@ -60,6 +62,8 @@ class ArmRunner:
     processes: int = 1
     rates: Sequence[float] = ()
     sweep_steps: int = 1
+    examples: int = 200
+    examples: int = 200
 
     @cached_property
     def printer(self) -> Printer:
@@ -187,7 +191,7 @@ class ArmRunner:
         """Return the learning rate of the sweep's best run of each arm, judged by validation loss; {} without a sweep."""
         best: dict[str, tuple[float, float]] = {}
         for run in self.sweep_runs():
-            measurement = read_measurement(run, self.sequences)
+            measurement = read_measurement(run, self.sequences, self.examples)
             if measurement is not None:
                 loss = mean_loss(windows_at(measurement, own_loops(run.config)))
                 if loss < best.get(run.arm, (float("inf"), 0.0))[0]:
@@ -259,13 +263,13 @@ class ArmRunner:
         left = {}
         for run in runs:
             checkpoint = find_final_checkpoint(run)
-            if checkpoint is not None and read_measurement(run, self.sequences) is None:
+            if checkpoint is not None and read_measurement(run, self.sequences, self.examples) is None:
                 left[run.name] = run, checkpoint
         pool = self._make_pool(min(at_once or self._choose_places(0)[0], max(len(left), 1)))
         if pool.at_once == 1:  # a process of its own would begin with importing PyTorch
             for run, checkpoint in left.values():
                 self.printer.print_line(f"{run.name}: measured on {self.sequences} validation sequences")
-                measure_run(run, checkpoint, self.sequences)
+                measure_run(run, checkpoint, self.sequences, self.examples)
             return True
         failures = []
 
@@ -278,7 +282,7 @@ class ArmRunner:
 
         jobs = []
         for run, _ in left.values():
-            words = str(self._config_file(run)), str(self.sequences)
+            words = str(self._config_file(run)), str(self.sequences), str(self.examples)
             jobs.append(Job(run.name, words, run.directory / MEASURE_LOG, "launch.measure_worker"))
         pool.run(jobs, lambda job: None, end)
         if failures:
@@ -295,7 +299,7 @@ class ArmRunner:
         for run in self.main_runs(self.choose_rates()):
             file = run.directory / OUTCOME
             outcome = {"status": None, "message": "", **_read_object(file)} if file.is_file() else None
-            results.append(read_result(run, outcome, read_measurement(run, self.sequences)))
+            results.append(read_result(run, outcome, read_measurement(run, self.sequences, self.examples)))
         return results
 
     def write_table(self, notes: Sequence[str]) -> bool:

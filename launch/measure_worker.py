@@ -9,8 +9,8 @@ from megatron_rdt.errors import EXIT_OK
 
 
 def main() -> int:
-    """Measure the run of a config file on so many validation sequences; return the exit status."""
-    file, sequences = sys.argv[1:]
+    """Measure the run of a config file on so many validation sequences and examples; return the exit status."""
+    file, *counts = sys.argv[1:]
     quiet_libraries()
     from megatron_rdt.compare.arms import ComparedRun
     from megatron_rdt.compare.measure import find_final_checkpoint, measure_run
@@ -21,7 +21,7 @@ def main() -> int:
         run = ComparedRun(config.run.name, config.run.seed, config)
         checkpoint = find_final_checkpoint(run)
         if checkpoint is not None:
-            measure_run(run, checkpoint, int(sequences))
+            measure_run(run, checkpoint, *map(int, counts))
         return EXIT_OK
     except Exception as error:
         explained = explain(error)

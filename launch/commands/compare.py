@@ -40,6 +40,8 @@ class CompareOptions(ArmOptions):
     """Learning rates from which each arm takes the best, by the validation loss of short runs with the first seed."""
     sweep_steps: int = 0
     """Optimizer steps of each short run; 0: a tenth of the run's."""
+    examples: int = 200
+    """Validation examples of each task and difficulty to measure accuracy on, where the corpus holds tasks."""
     only: str = field(default="", metadata={"metavar": "ARM,..."})
     """Train and measure only these arms now, and write no table: one task of a job array, for instance."""
     table: bool = False
@@ -84,7 +86,9 @@ def read_comparison(program: str, words: list[str]) -> Comparison:
             raise ConfigError(f"--only: there is no arm {name}. The arms are {', '.join(names)}.")
     directory = Path(config.run.root) / f"{config.run.name}-compare"
     sweep_steps = options.sweep_steps or max(config.train.steps // SWEEP_SHARE, 1)
-    runner = ArmRunner(config, arms, directory, options.seeds, options.sequences, processes, rates, sweep_steps)
+    runner = ArmRunner(
+        config, arms, directory, options.seeds, options.sequences, processes, rates, sweep_steps, options.examples
+    )
     runner.check_configs()
     return Comparison(config, options, runner, only, notes)
 
@@ -115,7 +119,7 @@ def _check_options(options: CompareOptions) -> tuple[list[str], list[str], list[
         ConfigError: a number is too small, an entry is given twice, or options exclude each other.
     """
     options.check()
-    for name, least in (("seeds", 1), ("sweep_steps", 0)):
+    for name, least in (("seeds", 1), ("sweep_steps", 0), ("examples", 1)):
         if getattr(options, name) < least:
             raise ConfigError(f"--{name} is {getattr(options, name)}, it must be at least {least}.")
     named, only = ([part for part in text.split(",") if part] for text in (options.arms, options.only))

@@ -19,6 +19,7 @@ from megatron_rdt.files import write_text
 from megatron_rdt.inference.load import choose_device, load_verified
 
 MEASUREMENT = "compare-losses.json"
+EXAMPLES = 200  # of each task and difficulty, by default
 
 
 def find_final_checkpoint(run: ComparedRun) -> Path | None:
@@ -36,23 +37,24 @@ def list_loops(run: ComparedRun) -> list[int]:
     return sorted({*run.config.eval.loops, own_loops(run.config)})
 
 
-def read_measurement(run: ComparedRun, sequences: int) -> dict[str, Any] | None:
+def read_measurement(run: ComparedRun, sequences: int, examples: int = EXAMPLES) -> dict[str, Any] | None:
     """Return the measurement in a run directory; None if it is absent, damaged or was made with other settings."""
     try:
         document = json.loads((run.directory / MEASUREMENT).read_text(encoding="utf-8"))
-        settings = document["step"], document["loops"], document["sequences"]
+        settings = document["step"], document["loops"], document["sequences"], document.get("examples", EXAMPLES)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return document if settings == (run.config.train.steps, list_loops(run), sequences) else None
+    return document if settings == (run.config.train.steps, list_loops(run), sequences, examples) else None
 
 
-def measure_run(run: ComparedRun, checkpoint: Path, sequences: int) -> dict[str, Any]:
+def measure_run(run: ComparedRun, checkpoint: Path, sequences: int, examples: int = EXAMPLES) -> dict[str, Any]:
     """Measure a run's last checkpoint and write the result into its directory; return it.
 
     Args:
         run: the run.
         checkpoint: its last one.
         sequences: validation windows of all corpora together.
+        examples: largest number of each task and difficulty, per corpus.
 
     Returns:
         For each corpus its share, the targets of each window, and the sums of the window's losses by T; and rows of
@@ -74,11 +76,12 @@ def measure_run(run: ComparedRun, checkpoint: Path, sequences: int) -> dict[str,
             "sums": {str(t): each.losses.tolist() for t, each in scores.items()},
         }
         if corpus.manifest.tasks:
-            groups += read_example_groups(corpus.manifest)
+            groups += read_example_groups(corpus.manifest, limit=examples)
     result = {
         "checkpoint": checkpoint.name,
         "step": run.config.train.steps,
         "sequences": sequences,
+        "examples": examples,
         "loops": loops,
         "corpora": measured,
         "tasks": score_tasks(model, groups, loops, device=device),

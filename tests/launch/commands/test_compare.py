@@ -119,7 +119,7 @@ def test_each_arm_takes_the_best_rate_of_its_sweep(
 ) -> None:
     words = [*tiny_options, f"--run.root={tmp_path}", "--run.name=swept", "--train.steps=8", "--eval.every=0"]
     words += ["--arms=unlooped", "--lr_sweep=1e-9,1e-3", "--sweep_steps=4", "--sequences=4"]
-    words += ["--at_once=2"]
+    words += ["--at_once=2", "--examples=30"]
     only = forked_rdt("compare", *words, "--only=unlooped")
     assert only.returncode == 0, only.stdout + only.stderr
     folder = tmp_path / "swept-compare"
@@ -133,7 +133,7 @@ def test_each_arm_takes_the_best_rate_of_its_sweep(
         checkpoint = find_final_checkpoint(compared)
         assert (run / "measure.log").is_file()
         assert checkpoint is not None
-        assert measure_run(compared, checkpoint, 4) == json.loads(text)
+        assert measure_run(compared, checkpoint, 4, 30) == json.loads(text)
     for run in runs:
         (run / MEASUREMENT).unlink()
     (weights,) = (runs[0] / "checkpoints").glob("*/model/*.distcp")

@@ -119,7 +119,8 @@ def draw_accuracy(accuracy: Mapping[str, Sequence[Row]], path: Path) -> Path:
                 axes.set_axis_off()
             else:
                 image = draw_accuracy_cells(axes, accuracy[arm], groups, fontsize=7)
-                axes.set(title=arm, xlabel="T")
+                # Panels of arms that run once are narrow.
+    axes.set(title=arm.replace("+", "\n"), xlabel="T")
     trained = {(r["task"], r["difficulty"]) for rows in accuracy.values() for r in rows if r["trained"]}
     several = len({task for task, _ in groups}) > 1
     names = [

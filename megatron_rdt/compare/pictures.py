@@ -120,7 +120,7 @@ def draw_accuracy(accuracy: Mapping[str, Sequence[Row]], path: Path) -> Path:
             else:
                 image = draw_accuracy_cells(axes, accuracy[arm], groups, fontsize=7)
                 # Panels of arms that run once are narrow.
-    axes.set(title=arm.replace("+", "\n"), xlabel="T")
+                axes.set(title=arm.replace("+", "\n"), xlabel="T")
     trained = {(r["task"], r["difficulty"]) for rows in accuracy.values() for r in rows if r["trained"]}
     several = len({task for task, _ in groups}) > 1
     names = [

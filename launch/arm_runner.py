@@ -52,7 +52,6 @@ class ArmRunner:
         sweep_steps: length of the sweep's runs.
         examples: largest number of each task and difficulty to measure on.
         examples: largest number of each task and difficulty to measure on.
-    """
 
     config: RunConfig
     arms: Sequence[Arm]
@@ -62,7 +61,6 @@ class ArmRunner:
     processes: int = 1
     rates: Sequence[float] = ()
     sweep_steps: int = 1
-    examples: int = 200
     examples: int = 200
 
     @cached_property

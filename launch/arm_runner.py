@@ -51,7 +51,7 @@ class ArmRunner:
         rates: learning rates of the sweep; empty without one.
         sweep_steps: length of the sweep's runs.
         examples: largest number of each task and difficulty to measure on.
-        examples: largest number of each task and difficulty to measure on.
+    """
 
     config: RunConfig
     arms: Sequence[Arm]

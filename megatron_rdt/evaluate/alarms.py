@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_rdt.errors import CheckpointError
 from megatron_rdt.files import read_json_lines
 
 logger = logging.getLogger(__name__)
@@ -74,10 +75,12 @@ def list_alarms(run_directory: str | Path) -> list[Alarm]:
     Lines and files that cannot be read are left out: the last line of a killed run may be cut short.
     """
     directory = Path(run_directory)
-    found = [
-        Alarm(**{field: entry[field] for field in ALARM_FIELDS}, rolled_back=True)
-        for entry in read_rollbacks(directory)
-    ]
+    try:
+        rollbacks = read_rollbacks(directory)
+    except CheckpointError as error:
+        logger.warning("%s", error)
+        rollbacks = []
+    found = [Alarm(**{field: entry[field] for field in ALARM_FIELDS}, rolled_back=True) for entry in rollbacks]
     for name in RECORDS:
         for record in _read_lines(directory / name):
             for alarm, numbers in record.get("alarms", {}).items():
@@ -88,19 +91,22 @@ def list_alarms(run_directory: str | Path) -> list[Alarm]:
 def read_rollbacks(run_directory: Path) -> list[dict[str, Any]]:
     """Return the rollbacks of a run, oldest first, as rollbacks.json holds them; [] without such a file.
 
-    Entries that cannot be read are left out with a warning.
+    Raises:
+        CheckpointError: it is damaged: what it holds, the learning rate among it, must not be forgotten in silence.
     """
     path = run_directory / ROLLBACKS
     if not path.is_file():
         return []
     try:
-        entries = list(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        entries = [None]
-    readable = [entry for entry in entries if isinstance(entry, dict) and entry.keys() >= ALARM_FIELDS]
-    if len(readable) < len(entries):
-        logger.warning("%s is damaged: rollbacks that it no longer holds do not count", path)
-    return readable
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        entries = None
+    if not isinstance(entries, list) or not all(isinstance(e, dict) and e.keys() >= ALARM_FIELDS for e in entries):
+        raise CheckpointError(
+            f"{path} is damaged: it says how often the run went back because of alarms, and at which share of the learning "
+            "rate it continues. Put it back; or move it away, and set --optimizer.lr to the rate that you want."
+        )
+    return entries
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import RunConfig
 from megatron_rdt.config.schema import TrainConfig
-from megatron_rdt.errors import TrainingError
+from megatron_rdt.errors import CheckpointError, TrainingError
 from megatron_rdt.evaluate.alarms import Alarm, list_alarms
 from megatron_rdt.evaluate.report import write_report
 from megatron_rdt.model import CoreMonitor
@@ -19,7 +19,7 @@ from megatron_rdt.parallel import MicroBatch
 from megatron_rdt.parallel.replicated import SingleEngine
 from megatron_rdt.train import trainer
 from megatron_rdt.train.alarms import loss_spikes
-from megatron_rdt.train.alarms.rollbacks import find_reaction
+from megatron_rdt.train.alarms.rollbacks import find_reaction, read_pending_rollbacks
 from tests.distributed.processes import run_on_processes
 from tests.train.runs import Configure, read_records
 from tests.train.test_nonfinite_guard import snapshot, stop_after
@@ -116,6 +116,17 @@ def test_a_killed_rollback_continues_at_the_lower_rate(
     assert trainer.train(config, "auto") == 0
     again = read_records(tmp_path / "run" / "metrics.jsonl")
     assert [(r["step"], r["loss"], r["lr"]) for r in again] == [(r["step"], r["loss"], r["lr"]) for r in whole]
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'[{"step": 3}]', b"\x00" * 40])
+def test_damaged_rollbacks_are_not_forgotten(content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "rollbacks.json").write_bytes(content)
+    with pytest.raises(
+        CheckpointError, match=r"rollbacks\.json is damaged: .* Put it back; or move it away, and set --optimizer\.lr"
+    ):
+        read_pending_rollbacks(tmp_path, tmp_path / "step-00000003", {})
+    assert list_alarms(tmp_path) == [], "a report shows what there is"
+    assert "rollbacks.json is damaged" in caplog.text
 
 
 def test_rollbacks_are_limited(configure: Configure, tmp_path: Path) -> None:

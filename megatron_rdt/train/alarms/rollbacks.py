@@ -14,11 +14,11 @@ from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.checkpoint import Start
 from megatron_rdt.checkpoint.manifest import MANIFEST
 from megatron_rdt.config.schema import TrainConfig
-from megatron_rdt.errors import TrainingError
+from megatron_rdt.errors import CheckpointError, TrainingError
 from megatron_rdt.evaluate.alarms import ALARM_FIELDS, ROLLBACKS, Alarm, read_rollbacks
 from megatron_rdt.evaluate.result_files import replace_nonfinite
 from megatron_rdt.files import sha256_of, write_text
-from megatron_rdt.object_collectives import broadcast_object, rank_and_world_size
+from megatron_rdt.object_collectives import broadcast_object, raise_on_all_ranks, rank_and_world_size
 from megatron_rdt.train.alarms.watch import SPIKE
 
 
@@ -101,13 +101,14 @@ def react(action: str, alarm: Alarm, before: Rollbacks, train: TrainConfig, run_
             f"learning rate. Lower --optimizer.lr, or raise --train.max_rollbacks. {way_back}"
         )
     after = Rollbacks(before.count + 1, before.lr_factor * train.rollback_lr)
+    earlier = _read_on_rank_zero(run_directory)
     if rank_and_world_size()[0] == 0:
         entry = {
             **{field: getattr(alarm, field) for field in sorted(ALARM_FIELDS)},
             **_identify(source),
             **vars(after),
         }
-        history = [*read_rollbacks(run_directory), replace_nonfinite(entry)]
+        history = [*earlier, replace_nonfinite(entry)]
         write_text(run_directory / ROLLBACKS, json.dumps(history, indent=1) + "\n")
         checkpoints.record_start(run_directory, Start(source))
     return Rollback(source)
@@ -139,12 +140,26 @@ def read_pending_rollbacks(run_directory: Path, source: Path, saved: dict[str, A
     A rollback to this very checkpoint counts, though the checkpoint does not know of it.
     """
     found = Rollbacks(**saved)
-    if rank_and_world_size()[0] == 0:
+    entries = _read_on_rank_zero(run_directory)
+    if entries:
         identity = _identify(source)
-        for entry in read_rollbacks(run_directory):
+        for entry in entries:
             if all(entry.get(key) == value for key, value in identity.items()) and entry["count"] > found.count:
                 found = Rollbacks(entry["count"], entry["lr_factor"])
     return broadcast_object(found)
+
+
+def _read_on_rank_zero(run_directory: Path) -> list[dict[str, Any]]:
+    """Return the run's rollbacks on rank 0 and [] on the others; all raise CheckpointError if rank 0 cannot read them."""
+    entries: list[dict[str, Any]] = []
+    failure: CheckpointError | None = None
+    if rank_and_world_size()[0] == 0:
+        try:
+            entries = read_rollbacks(run_directory)
+        except CheckpointError as error:
+            failure = error
+    raise_on_all_ranks(failure)
+    return entries
 
 
 def _identify(checkpoint: Path) -> dict[str, Any]:

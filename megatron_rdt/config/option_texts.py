@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import logging
 import os.path
 import sys
 import typing
@@ -14,8 +13,6 @@ import jsonargparse
 from megatron_rdt.config.option_types import entry_schema, names_path
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.files import escape_invalid_utf8
-
-logger = logging.getLogger(__name__)
 
 HUGGING_FACE = "hf:"  # begins the name of a dataset, which may be a path
 NAMES_PATH = "names_path"  # attribute of an option whose type is `PathText`
@@ -128,12 +125,10 @@ def _iterate_texts(value: Any, may_be_empty: bool, schema: type | None) -> Itera
                 yield inner, f": {f'{key} of ' if key else ''}entry {number}", defaults.get(key) == ""
 
 
-def report_repetition(name: str, before: str, value: str, kind: Any) -> None:
-    """Warn that the later of an option's two values counts, as a wrapper of a command needs it; refuse lists of texts.
+def refuse_repeated_list(name: str, before: str, value: str, kind: Any) -> None:
+    """Raise ConfigError if an option that is given twice is a list of texts, such as files: the first would be lost.
 
-    Raises:
-        ConfigError: the option is a list of texts, such as files, of which the first would be lost.
+    Of other options the last value counts, as wrappers of a command expect.
     """
     if typing.get_origin(kind) is list and str in typing.get_args(kind):
         raise ConfigError(f"option --{name} is given twice, as {before} and as {value}. Write one list.")
-    logger.warning("option --%s is given twice: %s counts, %s does not", name, value, before)

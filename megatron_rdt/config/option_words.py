@@ -19,7 +19,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from megatron_rdt.config.option_texts import expand_home, report_repetition
+from megatron_rdt.config.option_texts import expand_home, refuse_repeated_list
 from megatron_rdt.config.option_types import entry_schema, option_kinds
 from megatron_rdt.errors import ConfigError
 
@@ -65,7 +65,7 @@ def join_words(parser: jsonargparse.ArgumentParser, schema: type, words: Sequenc
                 value = left.popleft()
         value = expand_home(value) if name == "config" else value  # the file is read while parsing
         if given.setdefault(name, value) != value and name != "config" and not name.endswith("+"):
-            report_repetition(name, given[name], value, kind)
+            refuse_repeated_list(name, given[name], value, kind)
             given[name] = value
         joined.append(f"--{name}={_add_brackets(name, value, kind)}")
     # jsonargparse lets the later of two values win: with files first, that is always the option.

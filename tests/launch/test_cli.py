@@ -185,10 +185,7 @@ def test_training_prints_only_its_own_lines(
     engine: str, rdt: Run, tmp_path: Path, tiny_options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")  # an engine on the CPU does not let DeepSpeed choose another device
-    tiny = [
-        option for option in tiny_options if not option.startswith("--train.steps=")
-    ]  # given twice, it is a warning
-    options = [*tiny, f"--run.root={tmp_path}", f"--parallel.engine={engine}", "--train.steps=4"]
+    options = [*tiny_options, f"--run.root={tmp_path}", f"--parallel.engine={engine}", "--train.steps=4"]
     result = rdt("train", *options, "--sample.every=4", "--sample.tokens=4", timeout=180)
     assert (result.returncode, result.stderr) == (0, "")
     ours = (rf"{re.escape(str(tmp_path))}/run: ", r"step \d+: ", r"\[[#.]{10}\] step 4/4  loss ", "done: 4 steps")

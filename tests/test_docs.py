@@ -83,7 +83,7 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.timeout(580)
+@pytest.mark.timeout(900)
 def test_the_readme_commands_run_as_written(tmp_path: Path) -> None:
     for name in ("configs", "launch"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -96,7 +96,7 @@ def test_the_readme_commands_run_as_written(tmp_path: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=560,
+        timeout=880,
         check=False,
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]

@@ -170,5 +170,8 @@ def test_alarms_are_read_by_their_first_step_rolled_back_ones_included(tmp_path:
     steps = [{"step": 1}, {"step": 3, "alarms": {"radius": alarm, "loss_spike": alarm}}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     (tmp_path / "eval.jsonl").write_text(json.dumps({"step": 2, "alarms": {"radius": alarm}}) + "\n")
-    (tmp_path / ROLLBACKS).write_text(json.dumps([{"name": "residual", "step": 5, **alarm, "count": 1}, "damaged"]))
+    rolled_back = {"name": "residual", "step": 5, **alarm, "count": 1}
+    (tmp_path / ROLLBACKS).write_text(json.dumps([rolled_back]))
     assert find_first_alarms(tmp_path) == {"radius": 2, "loss_spike": 3, "residual": 5}
+    (tmp_path / ROLLBACKS).write_text(json.dumps([rolled_back, "damaged"]))
+    assert find_first_alarms(tmp_path) == {"radius": 2, "loss_spike": 3}, "a warning says so"

@@ -1,7 +1,7 @@
 """Schedule of the loop's monitors: which steps measure every iteration or the Jacobian, and which T they cover."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,10 +57,13 @@ class MonitorSchedule:
         return shares
 
 
-def count_loops(
+def start_loop_count(
     plans: Sequence[DepthPlan], sampler: DepthSampler, step: int, batches: BatchSchedule, engine: Engine
-) -> Counter[int]:
-    """Return how often each T occurs in a step, over all ranks; every rank must call this. It does not wait for the device.
+) -> Callable[[], Counter[int]]:
+    """Begin to count how often each T occurs in a step, over all ranks; return a function that returns the count.
+
+    Every rank must call both. Neither waits for the device. With the scheme `difficulty` the function waits for the hosts
+    of the other ranks, so start before the forward pass and call it after the backward pass.
 
     Args:
         plans: of this rank's micro-batches.
@@ -71,11 +74,12 @@ def count_loops(
     """
     config = engine.config
     if config.depth.scheme != "difficulty":  # a draw can be repeated for the rows of all ranks
-        return Counter(sampler.draw_loops(step, range(batches.batch_at(step)), config.train.micro_batch))
+        count = Counter(sampler.draw_loops(step, range(batches.batch_at(step)), config.train.micro_batch))
+        return lambda: count
     counts = torch.zeros(config.depth.max + 1)
     for plan in plans:
         for loops in plan.iterations:
             counts[loops] += 1
     copies = engine.world_size // engine.layout.data  # ranks with the same samples count them all
-    total = engine.start_host_sum(counts)().tolist()
-    return Counter({loops: round(count / copies) for loops, count in enumerate(total) if count})
+    wait = engine.start_host_sum(counts)
+    return lambda: Counter({t: round(found / copies) for t, found in enumerate(wait().tolist()) if found})

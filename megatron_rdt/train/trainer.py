@@ -30,7 +30,7 @@ from megatron_rdt.train.garbage_collection import ScheduledGarbageCollection
 from megatron_rdt.train.hardware import peak_flops, peak_memory_gb
 from megatron_rdt.train.inspections import InspectionFailed, Inspections
 from megatron_rdt.train.metrics import Console, Recorder, describe_gaps, drop_records_after, read_recorded_steps
-from megatron_rdt.train.monitoring import MonitorSchedule, count_loops
+from megatron_rdt.train.monitoring import MonitorSchedule, start_loop_count
 from megatron_rdt.train.nonfinite_guard import is_step_accepted
 from megatron_rdt.train.resume_checks import lock_run_directory, set_aside_config
 from megatron_rdt.train.run_checkpoints import RunCheckpoints, choose_start
@@ -272,16 +272,15 @@ class Trainer:
         config = self.config
         size = config.train.micro_batch
         micro_batches = [self._make_micro_batch(batch.rows(i, i + size)) for i in range(0, len(batch), size)]
+        plans = [micro.plan for micro in micro_batches]
+        count_loops = start_loop_count(plans, self.sampler, self.step, self.data.batches, self.engine)
         monitor = self.monitoring.make_monitor(self.step + 1)
         losses = self.engine.forward_backward(micro_batches, monitor)
         self.stop.start_agreement(self.engine)  # the answer is read before the next step, when it has long arrived
         grad_norm = self.engine.clip(config.optimizer.grad_clip)
         lr = learning_rate(config.schedule, config.optimizer.lr, self.step, config.train.steps)
         lr *= self.review.rollbacks.lr_factor
-        loops = count_loops(
-            [micro.plan for micro in micro_batches], self.sampler, self.step, self.data.batches, self.engine
-        )
-        depth = self.monitoring.describe_loops(loops, self.sampler.backprop_at(self.step))
+        depth = self.monitoring.describe_loops(count_loops(), self.sampler.backprop_at(self.step))
         # A step that is skipped runs through, with a flag on the device by which the optimizer changes nothing.
         accepted = is_step_accepted(losses, grad_norm, self.review.largest_loss(depth["loops_mean"]))
         self.engine.step(lr, accepted)

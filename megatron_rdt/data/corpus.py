@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,14 +125,33 @@ class TokenCorpus:
                     labels[row, columns] = shard.read_labels(first, count)
                 if looks_up_documents:  # a search in the index, which a run without document masks does not pay for
                     starts[row, columns][self._shards.document_starts(number, first, first + count) - first] = True
-        self._check_ids(tokens, locations, "token")
+        return self._make_batch(tokens, starts, mask, labels, locations, "token")
+
+    def _make_batch(
+        self,
+        tokens: np.ndarray,
+        starts: np.ndarray,
+        mask: np.ndarray | None,
+        labels: np.ndarray | None,
+        locations: np.ndarray,
+        unit: str,
+        **fields: Any,
+    ) -> Batch:
+        """Return the batch of rows that were read, with further `fields`; DataError for an id that is not in the vocabulary.
+
+        Args:
+            tokens, starts, mask, labels: of the rows (n, L + 1); `starts` is True at each document's first token.
+            locations: of the rows, which are numbers of `unit`, for the message.
+        """
+        self._check_ids(tokens, locations, unit)
         if labels is not None:
-            self._check_ids(labels, locations, "token", "label")
+            self._check_ids(labels, locations, unit, "label")
         return Batch(
             torch.from_numpy(tokens),
             *build_document_fields(starts, self._with_documents, self._with_positions),
             loss_mask=None if mask is None else torch.from_numpy(mask),
             labels=None if labels is None else torch.from_numpy(labels),
+            **fields,
         )
 
     def _check_ids(self, rows: np.ndarray, locations: np.ndarray, unit: str, noun: str = "id") -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_rdt.data.batch import Batch, build_document_fields
+from megatron_rdt.data.batch import Batch
 from megatron_rdt.data.corpus import TokenCorpus
 from megatron_rdt.data.sample_order import SampleOrder
 from megatron_rdt.data.shard_files.side_files import EXAMPLES
@@ -100,14 +100,13 @@ class ExampleCorpus(TokenCorpus):
             starts[row, count : count + 1] = True  # padding is a document of its own
             padding.append(columns - count)
         mask[:, 0] = False  # nothing predicts the first token
-        self._check_ids(tokens, numbers, "document")
-        if labels is not None:
-            self._check_ids(labels, numbers, "document", "label")
-        return Batch(
-            torch.from_numpy(tokens),
-            *build_document_fields(starts, self._with_documents, self._with_positions),
-            loss_mask=torch.from_numpy(mask),
-            labels=None if labels is None else torch.from_numpy(labels),
+        return self._make_batch(
+            tokens,
+            starts,
+            mask,
+            labels,
+            numbers,
+            "document",
             padding=tuple(padding),
             difficulties=tuple(difficulties) if self._reads_examples else None,
         )

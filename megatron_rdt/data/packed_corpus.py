@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import torch
 
 from megatron_rdt.config import DataConfig
-from megatron_rdt.data.batch import Batch, build_document_fields
+from megatron_rdt.data.batch import Batch
 from megatron_rdt.data.corpus import TokenCorpus
 from megatron_rdt.data.example_corpus import ExampleCorpus
 from megatron_rdt.data.packing_plan import PackingPlan, PlanCounts
@@ -74,16 +73,7 @@ class PackedCorpus(TokenCorpus):
                 mask[index, piece.start] &= before == 0 and piece.start > 0
             starts[index, end : end + 1] = True  # padding is a document of its own
             padding.append(shape[1] - end)
-        self._check_ids(tokens, locations, "row")
-        if labels is not None:
-            self._check_ids(labels, locations, "row", "label")
-        return Batch(
-            torch.from_numpy(tokens),
-            *build_document_fields(starts, self._with_documents, self._with_positions),
-            loss_mask=torch.from_numpy(mask),
-            labels=None if labels is None else torch.from_numpy(labels),
-            padding=tuple(padding),
-        )
+        return self._make_batch(tokens, starts, mask, labels, locations, "row", padding=tuple(padding))
 
     def prefetch(self, locations: np.ndarray) -> None:
         """Ask the kernel to read the rows of these numbers ahead of `read`."""

@@ -34,23 +34,23 @@ class RunCost(NamedTuple):
     seconds: float | None
 
 
-def estimate_cost(run: ComparedRun, try_out: bool = True) -> RunCost:
-    """Return the expected costs of a run; its time is that of one micro-batch, which is tried out here.
-
-    Args:
-        run: the run.
-        try_out: measure the time.
-    """
-    config = run.config
-    train = config.train
+def count_cost(run: ComparedRun) -> RunCost:
+    """Return the expected costs of a run, without a time."""
+    config, train = run.config, run.config.train
     loops, with_grad = mean_loops(config.depth, train.steps)
     per_token = training_flops(config.model, forward_flops(config.model, train.sequence_length), loops, with_grad)
-    samples = train.batches.samples_after(train.steps)
-    flops = per_token * samples * train.sequence_length
-    micro_batches = samples / train.micro_batch
-    is_tried = try_out and flops / micro_batches <= MOST_FLOPS_TRIED
-    seconds = micro_batches * _time_micro_batch(config, with_grad) if is_tried else None
-    return RunCost(sum(part_sizes(config.model).values()), loops, flops, seconds)
+    flops = per_token * train.batches.samples_after(train.steps) * train.sequence_length
+    return RunCost(sum(part_sizes(config.model).values()), loops, flops, None)
+
+
+def estimate_cost(run: ComparedRun) -> RunCost:
+    """Return the expected costs of a run; its time is that of one micro-batch, which is tried out here."""
+    cost, train = count_cost(run), run.config.train
+    micro_batches = train.batches.samples_after(train.steps) / train.micro_batch
+    if cost.flops / micro_batches > MOST_FLOPS_TRIED:
+        return cost
+    _, with_grad = mean_loops(run.config.depth, train.steps)
+    return cost._replace(seconds=micro_batches * _time_micro_batch(run.config, with_grad))
 
 
 def _time_micro_batch(config: RunConfig, with_grad: float) -> float:

@@ -18,7 +18,7 @@ from megatron_rdt.compare.arms import (
     mean_loops,
     own_loops,
 )
-from megatron_rdt.compare.estimate import estimate_cost
+from megatron_rdt.compare.estimate import count_cost
 from megatron_rdt.compare.results import read_result
 from megatron_rdt.config import DepthConfig, RunConfig, check_config
 from megatron_rdt.depth import DepthSampler
@@ -43,7 +43,7 @@ def test_unlooped_has_the_same_weights_and_untied_the_same_operations(configure:
     assert looped.config == with_options(config, {"run.root": str(tmp_path), "run.name": looped.name})
     assert weights(unlooped.config) == weights(looped.config) < weights(untied.config)
     assert untied.config.model.core_layers == 8
-    costs = [estimate_cost(run, try_out=False) for run in (looped, unlooped, untied)]
+    costs = [count_cost(run) for run in (looped, unlooped, untied)]
     assert costs[1].flops < 0.6 * costs[0].flops
     assert costs[2].flops == pytest.approx(costs[0].flops, rel=0.05)
     for run in (unlooped, untied):
@@ -157,8 +157,8 @@ def test_a_batch_schedule_counts_and_keeps_its_shares_in_a_sweep(configure: Conf
     words = ["--train.steps=100", "--train.batch_schedule=0:1,20:16,60:4"]  # 20 + 640 + 160 samples
     scheduled, constant = configure(*words), configure("--train.steps=205")
     looped, same_samples = (build_runs(c, build_arms(c, ["looped"])[0], 1, tmp_path)[0] for c in (scheduled, constant))
-    flops = estimate_cost(looped, try_out=False).flops
-    assert flops == pytest.approx(estimate_cost(same_samples, try_out=False).flops)
+    flops = count_cost(looped).flops
+    assert flops == pytest.approx(count_cost(same_samples).flops)
     axes = {"train.batch_schedule": [["0:2", "9:4"], []]}
     assert find_changed_examples(axes) == ["train.batch_schedule"]
     arms, _ = build_arms(scheduled, ["looped"], axes)

@@ -9,7 +9,7 @@ import pytest
 
 from launch.commands.scale import read_numbers, scale
 from megatron_rdt.compare.arms import Arm, build_runs, mean_loops, own_loops
-from megatron_rdt.compare.estimate import estimate_cost
+from megatron_rdt.compare.estimate import count_cost
 from megatron_rdt.compare.scale_page import (
     describe_edges,
     describe_laws,
@@ -52,7 +52,7 @@ def test_every_run_of_the_grid_spends_its_budget(configure: Configure, tmp_path:
     points, notes = build_grid(config, BUDGETS, [16, 32], [1, 2, 4])
     assert len({point.arm.name for point in points}) == len(points) == 18 - len(notes)
     for point, run in zip(points, build_runs(config, [point.arm for point in points], 1, tmp_path)):
-        assert estimate_cost(run, try_out=False).flops == pytest.approx(point.budget, rel=0.5 / LEAST_STEPS)
+        assert count_cost(run).flops == pytest.approx(point.budget, rel=0.5 / LEAST_STEPS)
         assert (run.config.train.steps, run.config.model.dim) == (point.steps, point.dim)
         assert run.config.schedule.warmup_steps == round(2 * point.steps / 8)
 

@@ -19,9 +19,9 @@ from megatron_rdt.compare.page import (
     HEADER,
     describe_accuracies,
     describe_equivalence,
+    describe_left_out,
+    describe_rate_edges,
     format_cells,
-    format_count,
-    format_seconds,
     format_table,
     write_page,
 )
@@ -31,7 +31,7 @@ from megatron_rdt.config import RunConfig, check_config, dump_config, load_confi
 from megatron_rdt.environment import usable_cores
 from megatron_rdt.errors import EXIT_OK, ConfigError, DataError, LaunchError
 from megatron_rdt.files import hold_lock, sha256_of, write_text
-from megatron_rdt.terminal import Printer
+from megatron_rdt.terminal import Printer, format_count, format_duration
 from megatron_rdt.train.resume_checks import describe_changed_settings
 
 CONFIGS, LOG, MEASURE_LOG, CORPORA = "configs", "train.log", "measure.log", "corpora.json"
@@ -90,7 +90,7 @@ class ArmRunner:
         for name, run, count in kinds:
             cost = estimate_cost(run)
             seconds += [cost.seconds or 0.0] * count
-            time = "unknown" if cost.seconds is None else format_seconds(cost.seconds)
+            time = "unknown" if cost.seconds is None else format_duration(cost.seconds)
             rows.append(
                 (name, format_count(cost.weights), f"{cost.loops:.2f}", format_count(cost.flops), time, str(count))
             )
@@ -100,7 +100,7 @@ class ArmRunner:
         finished = sum(find_final_checkpoint(run) is not None for run in self.all_runs())
         self.printer.print_line(
             f"{self.directory}: {len(self.all_runs())} runs, {finished} of them finished; {at_once} at once on this machine, "
-            f"about {format_seconds(max(sum(seconds) / at_once, *seconds))} in all, measured on one micro-batch of each"
+            f"about {format_duration(max(sum(seconds) / at_once, *seconds))} in all, measured on one micro-batch of each"
         )
 
     def check_configs(self) -> None:
@@ -310,7 +310,9 @@ class ArmRunner:
             )
             tried = ", ".join(f"{rate:g}" for rate in self.rates)
             notes.append(f"learning rates {tried} were tried for {self.sweep_steps} steps; chosen: {chosen}")
-        document = {"name": self.config.run.name, **make_table(self.arms, results, rates), "notes": notes}
+        table = make_table(self.arms, results, rates, self.rates)
+        notes += [*describe_rate_edges(table["rows"]), *describe_left_out(table["rows"])]
+        document = {"name": self.config.run.name, **table, "notes": notes}
         by_arm = {arm.name: [r for r in results if r.run.arm == arm.name] for arm in self.arms}
         page = write_page(self.directory, document, by_arm)
         print_line = self.printer.print_line
@@ -318,7 +320,7 @@ class ArmRunner:
         for line in (
             *describe_accuracies(document),
             *notes,
-            describe_equivalence(document["equivalence"]),
+            *map(describe_equivalence, document["equivalences"]),
             EXPLANATION,
             f"written: {page}",
         ):

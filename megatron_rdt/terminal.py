@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
+PREFIXES = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 LINE_EVERY_S = 30.0  # between two lines of progress where no bar can be drawn
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,25 @@ def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]).rstrip()
         for row in rows
     ]
+
+
+def format_count(number: float) -> str:
+    """Return a number with three digits and a prefix: 28.7k, 1.25M, 300G."""
+    rounded = float(f"{number:.3g}")  # first, so that 999,999 is 1M and not 1000k
+    for limit, prefix in PREFIXES:
+        if rounded >= limit:
+            return f"{rounded / limit:.3g}{prefix}"
+    return f"{rounded:.3g}"
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration: 12 ms, 3.4 s, 3:05 min, 2:05 h."""
+    if seconds < 1:
+        return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-6 else "0 ms"
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    whole, minutes = int(seconds), round(seconds / 60)
+    return f"{whole // 60}:{whole % 60:02d} min" if minutes < 100 else f"{minutes // 60:,}:{minutes % 60:02d} h"
 
 
 def escape_unencodable() -> None:

@@ -35,10 +35,13 @@ class Arm:
     Attributes:
         name: unique within a comparison, usable as the name of a directory.
         overrides: values by dotted name that differ from the comparison's config.
+        roles: the built-in arms that it is, each with the values of the axes as text, such as ("untied", "window=2"); several
+            where arms turned out to be the same run.
     """
 
     name: str
     overrides: Overrides
+    roles: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -174,16 +177,18 @@ def build_arms(
     notes = []
     for name, values in itertools.product(names, itertools.product(*axes.values())):
         point = dict(zip(axes, values))
-        words = [f"{short[key]}={format_value(value)}" for key, value in point.items()]
-        full = "+".join(words if words and len(names) == 1 and name == "looped" else [name, *words])
+        at = "+".join(f"{short[key]}={format_value(value)}" for key, value in point.items())
+        full = at if at and [*names] == ["looped"] else f"{name}+{at}" if at else name
         overrides = {**point, **ARMS[name](with_options(config, point))}
         key = repr(with_options(config, overrides))
         if key in seen:
-            notes.append(f"{full} is the same run as {seen[key]}, so it is not made again")
+            same = arms[seen[key]]
+            arms[same.name] = replace(same, roles=(*same.roles, (name, at)))
+            notes.append(f"{full} is the same run as {same.name}, so it is not made again")
             continue
         if full in arms:
             raise ConfigError(f"two arms would be called {full}. Remove one of the values from its --axis.")
-        seen[key], arms[full] = full, Arm(full, overrides)
+        seen[key], arms[full] = full, Arm(full, overrides, ((name, at),))
     return list(arms.values()), notes
 
 

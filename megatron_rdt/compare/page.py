@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_rdt.compare.pictures import draw_accuracy, draw_loss_against_flops, draw_loss_against_loops
 from megatron_rdt.compare.results import RunResult
+from megatron_rdt.compare.table import BAD_SEEDS
 from megatron_rdt.evaluate.html_pages import (
     PAGE,
     format_figure,
@@ -19,6 +20,7 @@ from megatron_rdt.evaluate.html_pages import (
 from megatron_rdt.evaluate.report import ACCURACY_PICTURE
 from megatron_rdt.evaluate.result_files import write_result
 from megatron_rdt.files import write_text
+from megatron_rdt.terminal import format_count, format_duration
 
 DOCUMENT = "compare.json"
 PAGE_WIDTH = "80rem"  # the table has many columns
@@ -38,31 +40,12 @@ HEADER = (
     "notes",
 )
 EXPLANATION = (
-    "loss: validation loss per target at T, the mean of the arm's distribution; mean over seeds. difference: to the first "
-    "arm, paired by seed; in brackets its 95% interval, over seeds where there are several, otherwise over validation "
-    "windows of the same trained models. FLOPs: executed in training, with the T that was drawn for each step. accuracy: exact "
-    "match over the trained difficulties at T; beyond: over the others, at the one T that is best for them."
+    "loss: validation loss per target at T, the mean of the arm's distribution; mean over the seeds that have a finite one. "
+    "difference: to the first arm, paired by seed; in brackets its 95% interval, over seeds where there are several, "
+    "otherwise over validation windows of the same trained models. FLOPs: executed in training, with the T that was drawn "
+    "for each step. accuracy: exact match over the trained difficulties at T; beyond: over the others, at the one T that is "
+    "best for them."
 )
-
-
-def format_count(value: float) -> str:
-    """Return a number with three digits and a prefix: 28.7k, 1.25M."""
-    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.3g}{suffix}"
-    return f"{value:.3g}"
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a duration: 12 s, 3:05 min, 2:05 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return (
-        f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
-        if minutes < 100
-        else f"{minutes // 60}:{minutes % 60:02d} h"
-    )
 
 
 def format_interval(interval: Mapping[str, Any] | None, sign: bool = False) -> str:
@@ -98,6 +81,40 @@ def describe_accuracies(document: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def describe_left_out(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return sentences on the means that lack seeds, and on diverged seeds that they hold; none where there are none."""
+    lines = []
+    for row in rows:
+        if row["left_out"]:
+            without = ", ".join(f"{name} ({reason})" for name, reason in row["left_out"].items())
+            seeds = f"{row['runs'] - len(row['left_out'])} of {row['runs']} seeds"
+            mean = f"The mean loss of {row['arm']} is of {seeds}" if row["loss"] else f"{row['arm']} has no loss"
+            lines.append(f"{mean}, without {without}.")
+        held = [name for name in row["diverged"] if name not in row["left_out"]]
+        if held:
+            lines.append(f"The mean loss of {row['arm']} holds {', '.join(held)}, diverged with a finite loss.")
+    if any(reason in BAD_SEEDS for row in rows for reason in row["left_out"].values()):
+        lines.append(
+            "Seeds that fail or diverge are an arm's worst, so without them its mean looks better than the arm is: compare "
+            "arms by the seeds that all of them have, or train failed runs again with --retry."
+        )
+    return lines
+
+
+def describe_rate_edges(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return sentences on learning rates chosen at the edge of those that a sweep tried, with what to do."""
+    lines = []
+    for edge, wanted in (("smallest", "smaller"), ("largest", "larger")):
+        arms = [row for row in rows if row["lr_edge"] == edge]
+        if arms:
+            lines.append(
+                f"{', '.join(row['arm'] for row in arms)}: the chosen learning rate, {arms[0]['lr']:g}, is the {edge} that "
+                f"was tried, so a better one may lie beyond it. Add {wanted} rates to --lr_sweep, with another --run.name "
+                "(the runs of this comparison keep their rates)."
+            )
+    return lines
+
+
 def list_notes(row: Mapping[str, Any]) -> list[str]:
     """Return short notes on an arm: runs that diverged, failed, are missing or raised alarms."""
     notes = []
@@ -119,18 +136,25 @@ def format_cells(row: Mapping[str, Any]) -> list[str]:
     return [
         row["arm"],
         format_count(row["weights"]),
-        f"{row['lr']:g}",
+        f"{row['lr']:g}{f' ({edge} tried)' if (edge := row['lr_edge']) else ''}",
         str(row["loops"]),
         "" if row["flops"] is None else format_count(row["flops"]),
-        "" if row["seconds"] is None else format_seconds(row["seconds"]),
+        "" if row["seconds"] is None else format_duration(row["seconds"]),
         f"{row['finished']}/{row['runs']}",
-        format_interval(row["loss"]),
-        format_interval(choose_difference(row["difference"]), sign=True),
+        format_interval(row["loss"]) + _format_seeds(row["loss"], row["runs"]),
+        format_interval(choose_difference(row["difference"]), sign=True)
+        + _format_seeds(row["difference"].get("over_seeds"), row["runs"]),
         best,
-        format_interval(row["accuracy"].get("trained")),
+        format_interval(row["accuracy"].get("trained")) + _format_seeds(row["accuracy"].get("trained"), row["runs"]),
         _format_beyond(row["accuracy"]),
         "; ".join(list_notes(row)),
     ]
+
+
+def _format_seeds(interval: Mapping[str, Any] | None, runs: int) -> str:
+    """Return " (2 of 3 seeds)" for a mean over seeds that lacks some of the runs; "" otherwise."""
+    lacks = interval is not None and interval["samples"] < runs
+    return f" ({interval['samples']} of {runs} seeds)" if interval is not None and lacks else ""
 
 
 def _format_beyond(accuracy: Mapping[str, Any]) -> str:
@@ -148,14 +172,17 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def describe_equivalence(found: Mapping[str, Any]) -> str:
-    """Return a sentence with the recurrence-equivalence exponent, or the reason why there is none."""
+    """Return a sentence with a recurrence-equivalence exponent, or the reason why there is none."""
+    title = f"Recurrence-equivalence exponent{f' at {at}' if (at := found['values']) else ''}"
     if "reason" in found:
-        return f"Recurrence-equivalence exponent: not computed; {found['reason']}."
+        return f"{title}: not computed; {found['reason']}."
     extrapolated = " The looped loss is outside those of the two others, so this is an extrapolation." * bool(
         found["is_extrapolated"]
     )
+    if without := found.get("without"):
+        extrapolated += f" {len(without)} of {len(without) + len(found['by_seed'])} seeds have none: {without[0]}."
     return (
-        f"Recurrence-equivalence exponent: {format_interval(found['exponent'])}. A loop of {found['recurrent']:,} weights "
+        f"{title}: {format_interval(found['exponent'])}. A loop of {found['recurrent']:,} weights "
         f"run {found['loops']:.2f} times is worth {found['loops']:.2f}^{found['exponent']['mean']:.2f} such cores side by "
         f"side (1: as good as untied layers, 0: worth nothing), from losses linear in the logarithm of the layers' weights."
         f"{extrapolated}"
@@ -194,9 +221,9 @@ def write_page(
 
 
 def _format_comparison(document: Mapping[str, Any], figures: Sequence[tuple[Path, str]]) -> str:
-    """Return the HTML page: table, exponent, pictures as data URLs, what failed or diverged, the arms' overrides."""
+    """Return the HTML page: table, exponents, pictures as data URLs, what failed or diverged, the arms' overrides."""
     title, rows = document["name"], document["rows"]
-    notes = *describe_accuracies(document), *document["notes"], describe_equivalence(document["equivalence"])
+    notes = *describe_accuracies(document), *document["notes"], *map(describe_equivalence, document["equivalences"])
     parts = [
         f"<h1>Comparison {html.escape(title)}</h1>",
         format_html_table(HEADER, map(format_cells, rows)),

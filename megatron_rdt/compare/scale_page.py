@@ -8,12 +8,13 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from megatron_rdt.compare.page import format_count, format_table
+from megatron_rdt.compare.page import format_table
 from megatron_rdt.compare.scaling import Optimum, Point, PowerLaw
 from megatron_rdt.evaluate.html_pages import PAGE, format_figure, format_page, format_paragraphs, replace_results
 from megatron_rdt.evaluate.plots import COLOURS, DPI, label_axes, save_figure
 from megatron_rdt.evaluate.result_files import write_result
 from megatron_rdt.files import write_text
+from megatron_rdt.terminal import format_count
 
 DOCUMENT, PICTURE = "scale.json", "scale.png"
 LAW_NAMES = {"dim": "width", "loops": "mean T", "tokens": "tokens", "loss": "loss"}

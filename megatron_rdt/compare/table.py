@@ -23,6 +23,9 @@ from megatron_rdt.config import ModelConfig
 from megatron_rdt.planner.parameters import part_sizes
 
 Results = Sequence[RunResult]
+EQUIVALENCE_ARMS = ("looped", "unlooped", "untied")
+# Reasons to leave a seed out of a mean which say something about the arm.
+BAD_SEEDS = FAILED, NOT_FINITE = "failed", "its validation loss is not finite"
 
 
 def count_layer_weights(model: ModelConfig) -> tuple[int, int]:
@@ -39,9 +42,23 @@ def read_own_losses(results: Results) -> dict[int, float]:
     return {seed: loss for seed, loss in losses.items() if math.isfinite(loss)}
 
 
+def find_left_out(results: Results) -> dict[str, str]:
+    """Return the runs that `read_own_losses` has no loss of, by name, with the reason: an arm's mean is without them."""
+    known = read_own_losses(results)
+    left_out = {}
+    for result in results:
+        if result.run.seed not in known:
+            reason = FAILED if result.state == "failed" else "not finished"
+            if result.state == "finished":
+                reason = "not measured" if result.measurement is None else NOT_FINITE
+            left_out[result.run.name] = reason
+    return left_out
+
+
 def _losses_by_loops(results: Results) -> dict[int, float]:
-    """Return the validation loss at every measured T, the mean over seeds."""
-    measured = [r.measurement for r in results if r.measurement]
+    """Return the validation loss at every measured T, the mean over the seeds that `read_own_losses` has."""
+    known = read_own_losses(results)
+    measured = [r.measurement for r in results if r.measurement and r.run.seed in known]
     if not measured:
         return {}
     return {t: fmean(mean_loss(windows_at(each, t)) for each in measured) for t in measured[0]["loops"]}
@@ -73,7 +90,20 @@ def compare_results(results: Results, reference: Results) -> dict[str, Interval]
     return differences
 
 
-def make_row(arm: Arm, results: Results, reference: Results | None, rates: Mapping[str, float]) -> dict[str, Any]:
+def find_edge(rate: float | None, tried: Sequence[float]) -> str | None:
+    """Return "smallest" or "largest" for a chosen rate at the edge of those tried, beyond which a better one may lie."""
+    if rate is None or len(tried) < 2:
+        return None
+    return "smallest" if rate == min(tried) else "largest" if rate == max(tried) else None
+
+
+def make_row(
+    arm: Arm,
+    results: Results,
+    reference: Results | None,
+    rates: Mapping[str, float],
+    tried: Sequence[float] = (),
+) -> dict[str, Any]:
     """Return the row of an arm.
 
     Args:
@@ -81,6 +111,7 @@ def make_row(arm: Arm, results: Results, reference: Results | None, rates: Mappi
         results: of its runs.
         reference: of the runs of the first arm; None for that one itself.
         rates: learning rates that a sweep chose.
+        tried: the rates that it tried.
     """
     config = results[0].run.config
     finished = [r for r in results if r.state == "finished"]
@@ -93,6 +124,7 @@ def make_row(arm: Arm, results: Results, reference: Results | None, rates: Mappi
         "overrides": {**arm.overrides, **({"optimizer.lr": rates[arm.name]} if arm.name in rates else {})},
         "weights": sum(part_sizes(config.model).values()),
         "lr": config.optimizer.lr,
+        "lr_edge": find_edge(rates.get(arm.name), tried),
         "loops": own_loops(config),
         "drawn_loops": _mean([r.loops_mean for r in finished]),
         "flops": _mean([r.flops for r in finished]),
@@ -107,6 +139,7 @@ def make_row(arm: Arm, results: Results, reference: Results | None, rates: Mappi
         if reference is not None
         else {},
         "accuracy": summarize_accuracy(results, reference),
+        "left_out": find_left_out(results),
         "diverged": {r.run.name: r.diverged for r in results if r.diverged},
         "failed": {r.run.name: r.message for r in results if r.state == "failed"},
         "missing": [r.run.name for r in results if r.state in ("unfinished", "not begun")],
@@ -119,20 +152,35 @@ def _mean(values: Sequence[float]) -> float | None:
     return fmean(values) if values else None
 
 
-def find_equivalence(arms: Sequence[Arm], results: Mapping[str, Results]) -> dict[str, Any]:
-    """Return the recurrence-equivalence exponent by seed and its interval, or the reason why there is none.
+def find_equivalences(arms: Sequence[Arm], results: Mapping[str, Results]) -> list[dict[str, Any]]:
+    """Return the recurrence-equivalence exponent, or the reason why there is none, at each combination of axis values.
 
-    It takes the arms looped, unlooped and untied of one config, without axes.
+    Args:
+        arms: the arms; an exponent takes looped, unlooped and untied at the same values of the axes.
+        results: of their runs, by arm.
+
+    Returns:
+        For each combination its "values" as text, "" without axes, and `_find_equivalence`; one reason for all if one of the
+        three built-in arms is not compared.
     """
-    needed = ("looped", "unlooped", "untied")
-    missing = [name for name in needed if name not in {arm.name for arm in arms}]
+    names = {role: arm.name for arm in arms for role in arm.roles}
+    missing = [kind for kind in EQUIVALENCE_ARMS if kind not in {kind for kind, _ in names}]
     if missing:
-        return {"reason": f"it needs the arms looped, unlooped and untied; not compared: {', '.join(missing)}"}
-    losses = [read_own_losses(results[name]) for name in needed]
+        needed = "it needs the arms looped, unlooped and untied"
+        return [{"values": "", "reason": f"{needed}; not compared: {', '.join(missing)} (--arms names them)"}]
+    return [
+        {"values": at, **_find_equivalence([results[names[kind, at]] for kind in EQUIVALENCE_ARMS])}
+        for at in dict.fromkeys(at for _, at in names)
+    ]
+
+
+def _find_equivalence(triple: Sequence[Results]) -> dict[str, Any]:
+    """Return the exponent by seed and its interval, from the results of looped, unlooped and untied; or the "reason"."""
+    losses = [read_own_losses(results) for results in triple]
     seeds = sorted(set.intersection(*(set(each) for each in losses)))
     if not seeds:
         return {"reason": "no seed has finished runs of looped, unlooped and untied"}
-    looped, untied = (results[name][0].run.config for name in ("looped", "untied"))
+    looped, untied = (results[0].run.config for results in (triple[0], triple[2]))
     once, recurrent = count_layer_weights(looped.model)
     # The untied core has a whole number of layers, so the loops it stands for are those of its layers.
     loops = untied.model.core_layers / looped.model.core_layers
@@ -153,15 +201,18 @@ def find_equivalence(arms: Sequence[Arm], results: Mapping[str, Results]) -> dic
     }
 
 
-def make_table(arms: Sequence[Arm], results: Results, rates: Mapping[str, float]) -> dict[str, Any]:
-    """Return the comparison as the object of compare.json: rows, in the order of the arms, and the exponent.
+def make_table(
+    arms: Sequence[Arm], results: Results, rates: Mapping[str, float], tried: Sequence[float] = ()
+) -> dict[str, Any]:
+    """Return the comparison as the object of compare.json: rows, in the order of the arms, and the exponents.
 
     Args:
         arms: the arms; differences are to the first.
         results: of all their runs.
         rates: learning rates that a sweep chose, by arm.
+        tried: the rates that it tried.
     """
     by_arm = {arm.name: [r for r in results if r.run.arm == arm.name] for arm in arms}
     first = arms[0].name
-    rows = [make_row(arm, by_arm[arm.name], None if arm.name == first else by_arm[first], rates) for arm in arms]
-    return {"reference": first, "rows": rows, "equivalence": find_equivalence(arms, by_arm)}
+    rows = [make_row(arm, by_arm[arm.name], None if arm.name == first else by_arm[first], rates, tried) for arm in arms]
+    return {"reference": first, "rows": rows, "equivalences": find_equivalences(arms, by_arm)}

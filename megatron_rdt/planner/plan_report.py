@@ -6,25 +6,10 @@ from typing import Any
 
 from megatron_rdt.planner.run_plan import USABLE_MEMORY, RunPlan
 from megatron_rdt.planner.step_time import DAY, HOUR, collective_seconds
-from megatron_rdt.terminal import align_columns
+from megatron_rdt.terminal import align_columns, format_count, format_duration
 
 GB, TERA = 1e9, 1e12
 SHOWN_CHANGES = 10
-
-
-def format_count(number: float) -> str:
-    """Format a number with three digits and a word, 3.57 billion; below a thousand, as an integer."""
-    for size, name in ((1e12, " trillion"), (1e9, " billion"), (1e6, " million"), (1e3, " thousand")):
-        if number >= size:
-            return f"{number / size:.3g}{name}"
-    return f"{number:.0f}"
-
-
-def format_duration(time: float) -> str:
-    """Format a time in seconds: 12 ms, 3.4 s."""
-    if time < 1e-6:
-        return "0 ms"
-    return f"{1e3 * time:.3g} ms" if time < 1 else f"{time:,.3g} s" if time < 1000 else f"{time:,.0f} s"
 
 
 def format_plan(plan: RunPlan, utilisation: float, tokens: float, price: float) -> str:

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 
 from megatron_rdt.compare.accuracy import subtract_accuracies
-from megatron_rdt.compare.arms import build_arms, build_runs
+from megatron_rdt.compare.arms import build_arms, build_runs, own_loops
 from megatron_rdt.compare.page import (
     HEADER,
     choose_difference,
     describe_accuracies,
+    describe_equivalence,
+    describe_left_out,
+    describe_rate_edges,
     format_cells,
     format_table,
     list_notes,
@@ -78,8 +81,9 @@ def test_differences_are_paired_by_seed_and_by_window(compared: tuple[list, list
     assert choose_difference(untied["difference"])["low"] == pytest.approx(
         -0.2
     )  # of windows: there is one pair of seeds
-    assert table["equivalence"]["loops"] == 3
-    assert 0.5 < table["equivalence"]["exponent"]["mean"] < 1
+    (equivalence,) = table["equivalences"]
+    assert equivalence["loops"] == 3
+    assert 0.5 < equivalence["exponent"]["mean"] < 1
 
 
 def test_the_best_loops_are_those_of_a_finite_loss(compared: tuple[list, list[RunResult]]) -> None:
@@ -88,6 +92,46 @@ def test_the_best_loops_are_those_of_a_finite_loss(compared: tuple[list, list[Ru
         result.measurement["corpora"]["text"]["sums"]["1"] = [math.nan] * 20
     looped, unlooped, _ = make_table(arms, results, {})["rows"]
     assert (looped["best_loops"], unlooped["best_loops"]) == (3, None)
+
+
+def test_seeds_without_a_loss_leave_the_mean_and_are_named(compared: tuple[list, list[RunResult]]) -> None:
+    arms, results = compared
+    results[0].measurement["corpora"]["text"]["sums"]["3"] = [math.nan] * 20  # looped, first seed, at its own T
+    rows = make_table(arms, results, {})["rows"]
+    looped, unlooped, _ = rows
+    level = LEVELS["looped"] + 0.3 * math.fsum(map(math.sin, range(20))) / 20
+    assert looped["left_out"] == {"looped-s1234": "its validation loss is not finite"}
+    assert looped["loss"] == pytest.approx({"mean": level + 0.1, "low": None, "high": None, "samples": 1})
+    # The curve is of the same seeds, at every T.
+    assert looped["losses"] == pytest.approx({"1": level + 0.1, "3": level + 0.1, "4": level + 0.1})
+    assert unlooped["left_out"] == {}
+    assert unlooped["difference"]["over_seeds"]["samples"] == 1
+    cells = [dict(zip(HEADER, format_cells(row))) for row in rows]
+    assert cells[0]["loss"].endswith("(1 of 2 seeds)")
+    assert cells[1]["difference"].endswith("(1 of 2 seeds)")
+    assert "seeds" not in cells[1]["loss"]
+    lines = describe_left_out(rows)
+    assert lines[0] == (
+        "The mean loss of looped is of 1 of 2 seeds, without looped-s1234 (its validation loss is not finite)."
+    )
+    assert lines[1] == "The mean loss of unlooped holds unlooped-s1234, diverged with a finite loss."
+    assert lines[2] == "The mean loss of untied is of 1 of 2 seeds, without untied-s1235 (failed)."
+    assert "--retry" in lines[3]
+    assert describe_left_out([{**unlooped, "diverged": {}}]) == []
+
+
+def test_a_learning_rate_at_the_edge_of_the_sweep_is_marked(compared: tuple[list, list[RunResult]]) -> None:
+    arms, results = compared
+    rates = {"looped": 1e-3, "unlooped": 3e-3, "untied": 2e-3}
+    rows = make_table(arms, results, rates, [2e-3, 1e-3, 3e-3])["rows"]
+    assert [row["lr_edge"] for row in rows] == ["smallest", "largest", None]
+    assert format_cells({**rows[1], "lr": 3e-3})[HEADER.index("rate")] == "0.003 (largest tried)"
+    small, large = describe_rate_edges([{**row, "lr": rates[row["arm"]]} for row in rows])
+    assert small.startswith("looped: the chosen learning rate, 0.001, is the smallest that was tried")
+    assert "Add smaller rates to --lr_sweep" in small
+    assert large.startswith("unlooped: the chosen learning rate, 0.003, is the largest")
+    assert all(row["lr_edge"] is None for row in make_table(arms, results, {}, [])["rows"])
+    assert all(row["lr_edge"] is None for row in make_table(arms, results, rates, [1e-3])["rows"])
 
 
 def test_the_table_says_what_failed_diverged_and_raised_alarms(compared: tuple[list, list[RunResult]]) -> None:
@@ -126,7 +170,33 @@ def test_the_interval_of_an_accuracy_difference_covers_the_truth() -> None:
 def test_the_exponent_needs_its_three_arms(compared: tuple[list, list[RunResult]]) -> None:
     arms, results = compared
     table = make_table(arms[:2], results, {})
-    assert "not compared: untied" in table["equivalence"]["reason"]
+    (equivalence,) = table["equivalences"]
+    assert describe_equivalence(equivalence).endswith("not compared: untied (--arms names them).")
+
+
+def test_every_point_of_the_axes_has_an_exponent(configure: Configure, tmp_path: Path) -> None:
+    config = configure("--depth.scheme=fixed", "--depth.mean=3", "--eval.loops=[1,4]")
+    # Unlooped does not depend on the mean of T, so it is one run for both points.
+    arms, _ = build_arms(config, list(LEVELS), {"depth.mean": [3.0, 4.0]})
+    assert len(arms) == 5
+    results = []
+    for run in build_runs(config, arms, 2, tmp_path):
+        kind, loops = run.arm.partition("+")[0], sorted({*run.config.eval.loops, own_loops(run.config)})
+        results.append(RunResult(run, "finished", measurement=make_measurement(kind, run.seed - 1234, loops)))
+    first, second = make_table(arms, results, {})["equivalences"]
+    assert [(each["values"], each["loops"]) for each in (first, second)] == [("mean=3", 3), ("mean=4", 4)]
+    # The same losses: 5/7 of the way between the logarithms of the weights of both.
+    for each in (first, second):
+        once, recurrent, loops = each["once"], each["recurrent"], each["loops"]
+        worth = (once + recurrent) * ((once + loops * recurrent) / (once + recurrent)) ** (5 / 7)
+        assert each["exponent"]["mean"] == pytest.approx(math.log((worth - once) / recurrent, loops))
+    assert describe_equivalence(first).startswith("Recurrence-equivalence exponent at mean=3: 0.")
+    lost = [RunResult(r.run, "failed") if r.run.arm == "untied+mean=4" or r.run.seed == 1234 else r for r in results]
+    first, second = make_table(arms, lost, {})["equivalences"]
+    assert len(first["by_seed"]) == 1
+    assert describe_equivalence(second).startswith(
+        "Recurrence-equivalence exponent at mean=4: not computed; no seed has finished runs"
+    )
 
 
 def test_the_page_holds_the_table_and_its_pictures(compared: tuple[list, list[RunResult]], tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ from megatron_rdt.devices import DEVICES, Device
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.planner.communication import REDUCE, Collectives
 from megatron_rdt.planner.parameters import active_parameters, list_parameters, part_sizes
-from megatron_rdt.planner.plan_report import format_count, format_plan, plan_to_dict
+from megatron_rdt.planner.plan_report import format_plan, plan_to_dict
 from megatron_rdt.planner.run_plan import USABLE_MEMORY, make_plan, plan_depths
 from megatron_rdt.planner.search import find_fastest_plan
 from megatron_rdt.planner.step_time import Work, collective_seconds, group_size, step_time, step_work
+from megatron_rdt.terminal import format_count
 
 BILLION = 1e9
 

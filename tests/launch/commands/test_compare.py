@@ -146,8 +146,11 @@ def test_each_arm_takes_the_best_rate_of_its_sweep(
     assert (runs[1] / MEASUREMENT).read_text() == before[1], "the others were measured"
     result = forked_rdt("compare", *words, "--table")
     assert result.returncode == 0, result.stderr
-    (row,) = json.loads((folder / "compare.json").read_text())["rows"]
-    assert row["lr"] == 1e-3
+    document = json.loads((folder / "compare.json").read_text())
+    (row,) = document["rows"]
+    assert (row["lr"], row["lr_edge"]) == (1e-3, "largest")
+    (note,) = [note for note in document["notes"] if "Add larger rates to --lr_sweep" in note]
+    assert note in result.stdout
     assert load_config(folder / "unlooped-s1234" / "config.yaml").optimizer.lr == 1e-3
     assert sorted(path.name for path in (folder / "sweep").iterdir()) == ["unlooped-lr0.001", "unlooped-lr1e-09"]
 

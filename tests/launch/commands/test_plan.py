@@ -24,7 +24,7 @@ def test_a_plan_is_printed_and_written(rdt: Run, tmp_path: Path) -> None:
     result = rdt(*PRESET, *WORKS, "--devices", 512, "--device", "h200", "--price", 3, "--tokens", 10, "--out", out)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
-    for part in ("Parameters", "512 x H200", "10 billion tokens", "at 3 each"):
+    for part in ("Parameters", "512 x H200", "10G tokens", "at 3 each"):
         assert part in result.stdout
     data = json.loads(out.read_text())
     assert data["parameters"]["all"] == 144_323_904

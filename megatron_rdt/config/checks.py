@@ -61,14 +61,15 @@ def _find_model_problems(model: ModelConfig) -> Iterator[str]:
 
 def _find_head_problems(model: ModelConfig) -> Iterator[str]:
     """Find heads that do not split the width into even sizes, and key-value heads that do not divide the heads."""
-    dim, heads, unit = model.dim, model.heads, 2 if model.positions == "rope" else 1
+    dim, heads, unit = model.attention_dim or model.dim, model.heads, 2 if model.positions == "rope" else 1
+    name = "attention_dim" if model.attention_dim else "dim"
     if dim % heads:
         fits = [h for h in range(1, dim + 1) if dim % h == 0 and dim // h % unit == 0]
         near = min(fits, key=lambda h: abs(h - heads), default=1)
-        yield f"model.dim {dim} is not a multiple of model.heads {heads}. Set --model.heads {near} or another dim."
+        yield f"model.{name} {dim} is not a multiple of model.heads {heads}. Set --model.heads {near} or another {name}."
     elif dim // heads % unit:
         yield (
-            f"model.dim / model.heads is {dim // heads}; rotary positions need an even number. Change either, or set "
+            f"model.{name} / model.heads is {dim // heads}; rotary positions need an even number. Change either, or set "
             "--model.positions none."
         )
     if heads % model.kv_heads:
@@ -83,10 +84,31 @@ def _find_option_conflicts(model: ModelConfig) -> Iterator[str]:
     if model.attention == "mla":
         if model.rope_dim % 2 and model.positions == "rope":
             yield f"model.rope_dim is {model.rope_dim}; rotary positions need an even number."
-        for name, off in (("qk_norm", "none"), ("value_embeddings", "none"), ("qk_bias", False)):
+        absent = {
+            "qk_norm": "none",
+            "value_embeddings": "none",
+            "qk_bias": False,
+            "value_bias": False,
+            "attention_dim": 0,
+        }
+        for name, off in absent.items():
             if getattr(model, name) != off:
                 reason = "the latents of mla are normalised already" if name == "qk_norm" else "mla has no such part"
                 yield f"model.{name} is for model.attention gqa: {reason}. Set --model.{name} {str(off).lower()}."
+    if model.rope_scaling == "llama3" and model.rope_slow_turns >= model.rope_fast_turns:
+        yield (
+            f"model.rope_slow_turns {model.rope_slow_turns:g} is not below model.rope_fast_turns {model.rope_fast_turns:g}. "
+            "Lower it."
+        )
+    if model.core_norm == "last_shared" and not model.final_norm:
+        yield "model.core_norm last_shared applies the final norm, which model.final_norm false removes. Change either."
+    if model.injection == "none":
+        for name, needed in (("state_init", "encoded"), ("encoded_norm", False), ("input_matrix", False)):
+            if getattr(model, name) != needed:
+                yield (
+                    "model.injection none passes on the encoded input as the initial state alone. "
+                    f"Set --model.{name} {str(needed).lower()}."
+                )
     chosen, experts = model.experts_per_token, model.experts
     if model.core_ffn == "moe" and not 1 <= chosen <= experts:
         yield f"model.experts_per_token {chosen} must be from 1 to model.experts {experts}."
@@ -116,6 +138,11 @@ def _find_depth_problems(config: RunConfig) -> Iterator[str]:
             f"model.halting {halting} needs a gradient through every iteration: a token that stops in an "
             "iteration without one would give the core no gradient at all. "
             f"Set --depth.backprop all{' and --depth.curriculum_of mean' * grows}."
+        )
+    if config.model.injection == "none" and limit is not None and (limit < depth.max or grows):
+        yield (
+            "model.injection none needs a gradient through every iteration: embedding and prelude reach the loss through "
+            f"the first one only. Set --depth.backprop all{' and --depth.curriculum_of mean' * grows}."
         )
     if depth.per == "sequence" and halting == "gate":
         yield "model.halting gate needs one T for all sequences of a forward pass. Set --depth.per step or micro_batch."
@@ -188,9 +215,10 @@ def _find_training_problems(config: RunConfig) -> Iterator[str]:
             f"checkpoint.milestones {milestones} is not a multiple of checkpoint.every {every}, so these steps would not be "
             "saved. Change either."
         )
-    if config.model.injection == "add" and not config.model.bounds_state and config.train.on_alarm != "warn":
+    injection = config.model.injection
+    if injection in ("add", "none") and not config.model.bounds_state and config.train.on_alarm != "warn":
         yield (
-            "the radius of model.injection add is 1 at every step, which is an alarm: no reaction of train.on_alarm "
+            f"the radius of model.injection {injection} is 1 at every step, which is an alarm: no reaction of train.on_alarm "
             f"{config.train.on_alarm} mends that. Set --model.core_norm iteration, another injection, or --train.on_alarm warn."
         )
     if config.sample.every and not config.sample.prompt:

@@ -34,9 +34,11 @@ class ModelConfig:
     coda_layers: int = option(1, at_least=0)
     """Layers after the loop, run once."""
     heads: int = option(4, at_least=1)
-    """Query heads; must divide `dim`."""
+    """Query heads; must divide `dim`, or `attention_dim` if that is set."""
     kv_heads: int = option(2, at_least=1)
     """Key and value heads (grouped-query attention); must divide `heads`."""
+    attention_dim: int = option(0, at_least=0)
+    """gqa: channels of all query heads together; 0: `dim`. Qwen3's small models have more."""
     attention: Literal["gqa", "mla"] = "gqa"
     """Kind of attention: grouped-query, or multi-head latent, whose cache holds one compressed vector per token."""
     kv_rank: int = option(64, at_least=1, only_if=("attention", "mla"))
@@ -49,16 +51,28 @@ class ModelConfig:
     """mla: channels per head of queries, and of the one key that all heads share, with rotary position; even."""
     value_dim: int = option(32, at_least=1, only_if=("attention", "mla"))
     """mla: channels per head of the values."""
-    qk_norm: Literal["none", "plain", "learned"] = "none"
-    """RMSNorm over each head's query and key: none, without or with learned gains."""
+    qk_norm: Literal["none", "plain", "learned", "joint"] = "none"
+    """gqa: RMSNorm of queries and keys. none; plain, learned: over each head, without or with learned gains (Qwen3); joint: over all heads together, with learned gains (OLMo 2)."""
     qk_bias: bool = False
     """gqa: add a learned bias to queries and keys before rotation, as in Huginn."""
+    value_bias: bool = False
+    """gqa: add a learned bias to values; with `qk_bias` as in Qwen2."""
     window: int = option(0, at_least=0)
     """Sliding window: a query attends to this many latest positions, itself included; 0: to all."""
     positions: Literal["rope", "none"] = "rope"
     """Positions of tokens in attention. rope: rotary; none: no position at all, only the causal order of what a token sees."""
     rope_base: float = option(10000.0, above=0)
     """Base of the rotary position frequencies."""
+    rope_scaling: Literal["none", "llama3"] = "none"
+    """Change of the rotary frequencies for longer contexts. llama3: slow ones are divided by `rope_factor`, fast ones stay (Llama 3.1)."""
+    rope_factor: float = option(8.0, above=0)
+    """llama3: divisor of the slow frequencies."""
+    rope_slow_turns: float = option(1.0, above=0)
+    """llama3: a frequency is slow that turns less often than this within `rope_original_length` tokens."""
+    rope_fast_turns: float = option(4.0, above=0)
+    """llama3: a frequency is fast that turns more often than this; those between slow and fast are interpolated."""
+    rope_original_length: int = option(8192, at_least=1)
+    """llama3: context length, in tokens, before it was extended."""
     rope_pairing: Literal["half", "adjacent"] = "half"
     """Channels that rotate together. half: i and i + half (Llama); adjacent: 2i and 2i + 1 (Huginn, OpenMythos)."""
     value_embeddings: Literal["none", "gated"] = "none"
@@ -81,16 +95,18 @@ class ModelConfig:
     """moe: inner width of a shared expert; 0: that of a routed expert."""
     balance_rate: float = option(1e-3, at_least=0)
     """moe: step by which an expert's selection bias moves after each optimizer step, towards an even load."""
-    norm_placement: Literal["pre", "sandwich", "peri"] = "pre"
-    """Norms of a layer. pre: before each part; sandwich: also over its sum with the residual (Huginn); peri: also over its output (Ouro)."""
+    norm_placement: Literal["pre", "post", "sandwich", "peri"] = "pre"
+    """Norms of a layer. pre: before each part; post: over its output only (OLMo 2); sandwich: before it and over its sum with the residual (Huginn); peri: before it and over its output (Ouro)."""
     norm_eps: float = option(1e-6, at_least=0)
     """Epsilon of every RMSNorm."""
     core_norm: Literal["none", "iteration", "last", "last_shared"] = "none"
     """Norm of the state: none, after each iteration, after the last, or after the last with the weights of the final norm (Huginn)."""
+    final_norm: bool = True
+    """Normalise the features before the output matrix; false for a core whose `core_norm: iteration` is the last norm (Ouro)."""
     encoded_norm: bool = True
     """Normalise the encoded input before it is injected."""
-    injection: Literal["diagonal", "residual", "linear", "add", "gate", "hyper"] = "diagonal"
-    """Injection of the encoded input into each iteration. diagonal: spectral radius below 1 for every weight value; residual: the same decay around the layers (OpenMythos); linear: concatenate and project (Huginn); add: sum; gate: a learned mixture; hyper: several lanes of state (hyper-connections)."""
+    injection: Literal["diagonal", "residual", "linear", "add", "gate", "hyper", "none"] = "diagonal"
+    """Injection of the encoded input into each iteration. none: the input is the initial state and nothing else (Ouro); diagonal: spectral radius below 1 for every weight value; residual: the same decay around the layers (OpenMythos); linear: concatenate and project (Huginn); add: sum; gate: a learned mixture; hyper: several lanes of state (hyper-connections)."""
     discretization: Literal["zoh", "euler"] = "zoh"
     """diagonal, residual, hyper: discretization of the recurrence, zero-order hold or bounded forward Euler."""
     lanes: int = option(4, at_least=1, only_if=("injection", "hyper"))
@@ -123,7 +139,7 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         """Channels per head of grouped-query attention."""
-        return self.dim // self.heads
+        return (self.attention_dim or self.dim) // self.heads
 
     @property
     def ffn_width(self) -> int:

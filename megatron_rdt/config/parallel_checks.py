@@ -72,6 +72,11 @@ def _find_tensor_problems(config: RunConfig) -> Iterator[str]:
     for name, size in split.items():
         if size % ranks:
             yield f"parallel.tensor {ranks} does not divide the {name}, {size}. Change either."
+    if model.qk_norm == "joint":
+        yield (
+            f"model.qk_norm joint normalises over all heads, which parallel.tensor {ranks} splits. Set --parallel.tensor 1, "
+            "or --model.qk_norm learned."
+        )
     yield from _find_split_muon_matrices(config, "tensor")
 
 

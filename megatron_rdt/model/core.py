@@ -131,9 +131,9 @@ class RecurrentCore(nn.Module):
         if not plan.is_uniform:
             inverse = order.argsort()
             state, extras = state[inverse], {name: value[inverse] for name, value in extras.items()}
-        state = self._connected_coda_input(state)
+        state = self._connected_coda_input(state, encoded)
         if "states" in extras:  # of every iteration: the exit gate's loss reads them all
-            extras["states"] = self._connected_coda_input(extras["states"])
+            extras["states"] = self._connected_coda_input(extras["states"], encoded)
         return state, extras
 
     def _run_segment(
@@ -175,13 +175,15 @@ class RecurrentCore(nn.Module):
             state = self.last_norm(state)
         return state if self.output_matrix is None else self.output_matrix(state)
 
-    def _connected_coda_input(self, state: Tensor) -> Tensor:
-        """Return `coda_input`, with the learned initial state kept in the graph even where truncation cuts it off.
+    def _connected_coda_input(self, state: Tensor, encoded: Tensor) -> Tensor:
+        """Return `coda_input`, with what only the initial state reads kept in the graph where truncation cuts it off.
 
         The gradient is zero then, but it exists: ranks must reduce the same parameters.
         """
         if self.initial is not None:
             state = state + 0 * self.initial
+        if not self.injection.READS_ENCODED:
+            state = state + 0 * encoded
         return self.coda_input(state)
 
     @torch.no_grad()

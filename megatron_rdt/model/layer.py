@@ -21,6 +21,7 @@ class Layer(nn.Module):
     With f the attention, then the feed-forward:
 
         pre       x = x + f(norm(x))
+        post      x = x + norm(f(x))            OLMo 2
         sandwich  x = norm(x + f(norm(x)))      Huginn
         peri      x = x + norm(f(norm(x)))      Ouro
 
@@ -37,9 +38,10 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, index: int, core: bool = False) -> None:
         super().__init__()
         self.norm_placement = config.norm_placement
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        inner = config.norm_placement != "post"
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps) if inner else None
         self.attention = ATTENTIONS[config.attention](config, index)
-        self.feedforward_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feedforward_norm = RMSNorm(config.dim, config.norm_eps) if inner else None
         moe = core and config.core_ffn == "moe"
         self.feedforward = MixtureOfExperts(config) if moe else FEEDFORWARDS[config.ffn](config)
         outer = config.norm_placement != "pre"
@@ -92,10 +94,10 @@ class Layer(nn.Module):
         return None if table is None else table.look_up(context.tokens)
 
     def _normalize_input(
-        self, norm: RMSNorm, x: Tensor, context: LayerContext, modulations: Modulations, part: int
+        self, norm: RMSNorm | None, x: Tensor, context: LayerContext, modulations: Modulations, part: int
     ) -> Tensor:
         """Return the input of part 0 (attention) or 1 (feed-forward): the normalised, modulated stream in the compute dtype."""
-        x = norm(x)
+        x = x if norm is None else norm(x)
         if modulations is not None:
             scale, shift = modulations[part]
             x = x * scale + shift

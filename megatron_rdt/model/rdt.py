@@ -86,7 +86,7 @@ class RecurrentDepthTransformer(nn.Module):
         self.core = RecurrentCore(config)
         first = config.prelude_layers + config.core_layers
         self.coda = nn.ModuleList(Layer(config, first + i) for i in range(config.coda_layers))
-        self.final_norm = RMSNorm(config.dim, config.norm_eps)
+        self.final_norm = RMSNorm(config.dim, config.norm_eps) if config.final_norm else None
         self.head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
         self.compute_dtype: torch.dtype | None = None
         self.z_weight = 0.0
@@ -240,10 +240,14 @@ class RecurrentDepthTransformer(nn.Module):
 
     def read_out(self, state: Tensor, context: LayerContext) -> Tensor:
         """Run coda and final norm; return features (batch, sequence, dim) for the output matrix."""
-        x = self.final_norm(state) if self.config.core_norm == "last_shared" else state
+        x = self._normalize_features(state) if self.config.core_norm == "last_shared" else state
         for offset, layer in enumerate(self.coda):
             x = layer(x, context.at_slot(context.slot + offset))
-        return self.final_norm(x).to(context.compute_dtype)
+        return self._normalize_features(x).to(context.compute_dtype)
+
+    def _normalize_features(self, x: Tensor) -> Tensor:
+        """Apply the final norm, where the model has one: (batch, sequence, dim), in the same dtype."""
+        return x if self.final_norm is None else self.final_norm(x)
 
     @property
     def head_matrix(self) -> Tensor:
@@ -303,6 +307,6 @@ class RecurrentDepthTransformer(nn.Module):
     def spectral_radius(self) -> float:
         """Return the spectral radius of the recurrence's linear part as the forward pass uses it.
 
-        It is below 1 by construction, except with the injections `linear` and `add`.
+        It is below 1 by construction, except with the injections `linear`, `add` and `none`.
         """
         return float(self.core.injection.spectral_radius())

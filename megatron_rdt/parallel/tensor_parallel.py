@@ -38,7 +38,7 @@ SPLIT_DIMENSIONS: list[tuple[str, int]] = [
     (r"(^|\.)(embedding|head)\.weight", 0),
     # Grouped-query: by heads.
     (r"attention\.(query|key|value)\.weight", 0),
-    (r"attention\.(query|key)_bias", 0),
+    (r"attention\.(query|key|value)_bias", 0),
     (r"attention\.token_values\.weight", 1),
     (r"attention\.token_values\.gate\.weight", 0),
     # Latent: the matrices that expand to heads; every rank computes the latents themselves in full.

@@ -12,11 +12,16 @@ from megatron_rdt.planner.shape import FLOAT32, INT64, Shape
 def attention_kept_bytes(shape: Shape, index: int) -> float:
     """Return the bytes that attention in layer `index` keeps, with its norm and input, without the residual stream."""
     part = _mla_kept_bytes if shape.model.attention == "mla" else _gqa_kept_bytes
-    kept = shape.norm_bytes(shape.model.dim) + shape.activation_bytes(shape.model.dim) + part(shape, index)
+    kept = _inner_norm_bytes(shape) + shape.activation_bytes(shape.model.dim) + part(shape, index)
     if shape.masked and not shape.gpu:  # on the CPU each call converts the boolean mask to numbers and keeps it
         rows = shape.batch if shape.model.window == 0 and shape.layout.context == 1 else 1
         kept += shape.element_bytes * rows * (shape.tokens / shape.batch) * shape.sequence
     return kept
+
+
+def _inner_norm_bytes(shape: Shape) -> float:
+    """Return the bytes that the norm before a layer's part keeps besides its input, where there is one."""
+    return 0.0 if shape.model.norm_placement == "post" else shape.norm_bytes(shape.model.dim)
 
 
 def _gqa_kept_bytes(shape: Shape, index: int) -> float:
@@ -29,8 +34,9 @@ def _gqa_kept_bytes(shape: Shape, index: int) -> float:
     kept += _attention_output_bytes(shape, queries, model.heads / split)
     if model.qk_norm != "none":
         wide = FLOAT32 * shape.tokens * (queries + keys)
-        kept += wide + FLOAT32 * shape.tokens * heads  # the norm's input in float32, and a root per head
-        kept += wide if model.qk_norm == "learned" else 0.0
+        roots = 2 if model.qk_norm == "joint" else heads
+        kept += wide + FLOAT32 * shape.tokens * roots  # the norm's input in float32, and a root per norm
+        kept += wide if model.qk_norm != "plain" else 0.0
     if has_value_embedding(model, index):
         kept += shape.activation_bytes(2 * model.kv_heads / split)
         kept += shape.activation_bytes(keys) if shape.element_bytes < FLOAT32 else 0.0
@@ -67,7 +73,7 @@ def _attention_output_bytes(shape: Shape, width: float, heads: float) -> float:
 def feedforward_kept_bytes(shape: Shape, core: bool) -> float:
     """Return the bytes that a feed-forward part keeps, with its norm and input, without the residual stream."""
     model = shape.model
-    kept = shape.norm_bytes(model.dim)
+    kept = _inner_norm_bytes(shape)
     if core and model.core_ffn == "moe":
         return kept + _moe_kept_bytes(shape)
     kept += shape.activation_bytes(model.dim)
@@ -99,14 +105,16 @@ def layer_kept_bytes(shape: Shape, index: int, core: bool = False) -> tuple[floa
         attention, feedforward = attention + outer, feedforward + outer
     if core and "adaln" in shape.model.signals:
         attention, feedforward = attention + stream, feedforward + stream
+    if shape.model.norm_placement == "post":  # the part reads the stream itself, counted as its input
+        return attention, feedforward
     return attention + stream, feedforward + stream
 
 
 # Copies of the state that each injection keeps in every iteration besides the input of the layers (INJECTION_COPIES; a
 # lane of hyper has LANE_COPIES more), and copies of the encoded input that it prepares once (PREPARED_COPIES).
-INJECTION_COPIES = {"diagonal": 1, "residual": 2, "linear": 1, "add": 0, "gate": 1, "hyper": 1}
+INJECTION_COPIES = {"diagonal": 1, "residual": 2, "linear": 1, "add": 0, "gate": 1, "hyper": 1, "none": 0}
 LANE_COPIES = 3
-PREPARED_COPIES = {"diagonal": 1, "residual": 1, "linear": 1, "add": 0, "gate": 5, "hyper": 1}
+PREPARED_COPIES = {"diagonal": 1, "residual": 1, "linear": 1, "add": 0, "gate": 5, "hyper": 1, "none": 0}
 
 
 def injection_kept_bytes(shape: Shape) -> float:
@@ -122,7 +130,7 @@ def injection_kept_bytes(shape: Shape) -> float:
     if model.core_norm == "iteration":
         kept += shape.state_bytes() + shape.norm_bytes(model.dim)
     if model.halting == "act":
-        kept += FLOAT32 * shape.stream_tokens * 6 + (shape.state_bytes() if model.injection == "add" else 0.0)
+        kept += FLOAT32 * shape.stream_tokens * 6 + (shape.state_bytes() if model.injection in ("add", "none") else 0.0)
     if model.halting == "gate":
         kept += FLOAT32 * shape.stream_tokens * 10
     return kept
@@ -156,4 +164,5 @@ def after_loop_kept_bytes(shape: Shape) -> float:
 
 def loss_kept_bytes(shape: Shape) -> float:
     """Return the bytes of the final norm and of the features' gradient, which the loss computes in its forward pass."""
-    return shape.state_bytes() + shape.norm_bytes(shape.model.dim) + shape.activation_bytes(shape.model.dim)
+    norm = shape.state_bytes() + shape.norm_bytes(shape.model.dim) if shape.model.final_norm else 0.0
+    return norm + shape.activation_bytes(shape.model.dim)

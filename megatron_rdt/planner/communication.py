@@ -219,7 +219,7 @@ def _zero_collectives(config: RunConfig, layout: Layout, number: int) -> Iterato
         return
     # Stage 3 gathers the root before and after the rest, each layer, and the core as one unit.
     model = config.model
-    gathers = 1 + model.prelude_layers + 1 + model.coda_layers + 1 + (not model.tie_embeddings)
+    gathers = 1 + model.prelude_layers + 1 + model.coda_layers + model.final_norm + (not model.tie_embeddings)
     size = FLOAT32 * sum(-(-p.size // world) * world for p in parameters)
     if model.core_norm == "last_shared":  # the core reads the final norm too
         gathers, size = gathers + 1, size + FLOAT32 * -(-model.dim // world) * world

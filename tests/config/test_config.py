@@ -40,6 +40,21 @@ def test_overrides_and_round_trip(repository: Path, tmp_path: Path) -> None:
         ({"depth.backprop": 7, "model.halting": "gate"}, "gate needs a gradient through every iteration"),
         (
             {
+                **{"depth.backprop": 7, "model.injection": "none"},
+                **{"model.state_init": "encoded", "model.encoded_norm": False, "train.on_alarm": "warn"},
+            },
+            "injection none needs a gradient through every iteration",
+        ),
+        ({"model.injection": "none"}, "injection none passes on the encoded input .* --model.state_init encoded"),
+        ({"model.core_norm": "last_shared", "model.final_norm": False}, "last_shared applies the final norm"),
+        ({"model.attention_dim": 66}, "attention_dim 66 is not a multiple of model.heads 4.* or another attention_dim"),
+        ({"model.attention": "mla", "model.attention_dim": 64}, "model.attention_dim is for model.attention gqa"),
+        (
+            {"model.rope_scaling": "llama3", "model.rope_fast_turns": 0.5},
+            "rope_slow_turns 1 is not below model.rope_fast_turns 0.5",
+        ),
+        (
+            {
                 "depth.backprop": 8,
                 "depth.curriculum": "linear",
                 "depth.curriculum_steps": 9,

@@ -77,6 +77,25 @@ COMBINATIONS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "depth": {"scheme": "uniform", "per": "micro_batch", "curriculum": "linear", "curriculum_steps": 30},
     },
+    "no injection": {
+        "model": {
+            "injection": "none",
+            "norm_placement": "post",
+            "core_norm": "iteration",
+            "final_norm": False,
+            "encoded_norm": False,
+            "state_init": "encoded",
+            "qk_norm": "joint",
+            "value_bias": True,
+            "rope_scaling": "llama3",
+            "rope_factor": 2.0,
+            "rope_slow_turns": 0.5,
+            "rope_fast_turns": 2.0,
+            "rope_original_length": 16,
+            "attention_dim": 48,
+        },
+        "depth": {"per": "sequence"},
+    },
     "hyper": {
         "model": {
             "injection": "hyper",

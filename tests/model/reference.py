@@ -17,6 +17,7 @@ documents (test_attention.py); trained halting (test_halting.py).
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -25,14 +26,17 @@ from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.initial_state import normal_state
 
 
-def rotate(x: torch.Tensor, base: float, pairing: str = "half") -> torch.Tensor:
+def rotate(
+    x: torch.Tensor, base: float, pairing: str = "half", scale: Callable[[float], float] = lambda f: f
+) -> torch.Tensor:
     """Rotary positions: turn pair i of the n channels at position p by the angle p * base^(-2 i / n).
 
-    A dot product of two vectors turned like this depends on the distance of their positions only. Channel i is paired
+    A dot product of two vectors turned like this depends on the distance of their positions only. `scale` changes the
+    frequency base^(-2 i / n). Channel i is paired
     with channel i + n / 2 ("half"), or channel 2 i with 2 i + 1 ("adjacent").
     """
     length, n = x.shape
-    angles = [[p * base ** (-2 * i / n) for i in range(n // 2)] for p in range(length)]
+    angles = [[p * scale(base ** (-2 * i / n)) for i in range(n // 2)] for p in range(length)]
     cos, sin = torch.tensor(angles, dtype=x.dtype).cos(), torch.tensor(angles, dtype=x.dtype).sin()
     first, second = (x[:, : n // 2], x[:, n // 2 :]) if pairing == "half" else (x[:, 0::2], x[:, 1::2])
     turned = first * cos - second * sin, second * cos + first * sin
@@ -141,7 +145,7 @@ class Reference:
         for i in range(config.coda_layers):
             x = self.layer(x, f"coda.{i}")
         matrix = w["embedding.weight" if config.tie_embeddings else "head.weight"]
-        logits = self.norm(x, "final_norm") @ matrix.T
+        logits = (self.norm(x, "final_norm") if config.final_norm else x) @ matrix.T
         cap = config.logit_softcap
         return cap * (logits / cap).tanh() if cap else logits
 
@@ -151,7 +155,7 @@ class Reference:
         """Run the layer `name`; `modulation` is (2 norms, scale or shift, dim)."""
         attention = self.latent_attention if self.config.attention == "mla" else self.grouped_attention
         for number, (part, function) in enumerate((("attention", attention), ("feedforward", self.feedforward))):
-            y = self.norm(x, f"{name}.{part}_norm")
+            y = x if self.config.norm_placement == "post" else self.norm(x, f"{name}.{part}_norm")
             if modulation is not None:
                 y = y * (1 + modulation[number, 0]) + modulation[number, 1]
             y = function(y, f"{name}.{part}")
@@ -171,7 +175,20 @@ class Reference:
         """Give queries or keys (length, channels) their positions; without any, only the causal order tells tokens apart."""
         if self.config.positions == "none":
             return x
-        return rotate(x, self.config.rope_base, self.config.rope_pairing)
+        return rotate(x, self.config.rope_base, self.config.rope_pairing, self.scale_frequency)
+
+    def scale_frequency(self, frequency: float) -> float:
+        """With `rope_scaling: llama3`, a frequency by how often it turns within the original context."""
+        config = self.config
+        if config.rope_scaling == "none":
+            return frequency
+        turns = frequency * config.rope_original_length / (2 * math.pi)
+        if turns < config.rope_slow_turns:
+            return frequency / config.rope_factor
+        if turns > config.rope_fast_turns:
+            return frequency
+        kept = (turns - config.rope_slow_turns) / (config.rope_fast_turns - config.rope_slow_turns)
+        return (1 - kept) * frequency / config.rope_factor + kept * frequency
 
     def grouped_attention(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """Grouped-query attention: consecutive query heads share one head of keys and values."""
@@ -244,6 +261,8 @@ class Reference:
     def iterate_variant(self, h: torch.Tensor, e: torch.Tensor, t: int, loops: int) -> torch.Tensor:
         """One iteration with another injection than the diagonal one."""
         name, w, kind = "core.injection", self.w, self.config.injection
+        if kind == "none":
+            return self.core_layers(h, t, loops)
         if kind == "add":
             return self.core_layers(h + e, t, loops)
         if kind == "linear":  # one matrix for the concatenation of state and input

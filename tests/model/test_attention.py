@@ -76,15 +76,16 @@ def project_token(w: dict[str, torch.Tensor], x: torch.Tensor, config: ModelConf
             key = torch.cat((key, rotate_vector(k_rope, position, config)))
         else:
             shared, size = h // (config.heads // config.kv_heads), config.head_dim
-            query, key = w["query.weight"] @ x, w["key.weight"] @ x
+            query, key, value = w["query.weight"] @ x, w["key.weight"] @ x, w["value.weight"] @ x
             if config.qk_bias:
                 query, key = query + w["query_bias"], key + w["key_bias"]
-            query, key, value = (
-                query.split(size)[h],
-                key.split(size)[shared],
-                (w["value.weight"] @ x).split(size)[shared],
-            )
-            if config.qk_norm != "none":
+            if config.value_bias:
+                value = value + w["value_bias"]
+            if config.qk_norm == "joint":
+                query = normalize(query, config.norm_eps) * w["query_norm.weight"]
+                key = normalize(key, config.norm_eps) * w["key_norm.weight"]
+            query, key, value = query.split(size)[h], key.split(size)[shared], value.split(size)[shared]
+            if config.qk_norm in ("plain", "learned"):
                 eps = config.norm_eps if config.qk_norm == "learned" else 2**-23  # of float32, as in Parcae
                 query, key = normalize(query, eps), normalize(key, eps)
             if config.qk_norm == "learned":
@@ -130,7 +131,11 @@ OPTIONS: list[tuple[ModelConfig, dict[str, Any], bool]] = [
     (GQA, {"kv_heads": 4}, False),
     (GQA, {"qk_norm": "plain"}, False),
     (GQA, {"qk_norm": "learned"}, False),
+    (GQA, {"qk_norm": "joint"}, False),
+    (GQA, {"attention_dim": 32}, False),
+    (GQA, {"attention_dim": 48, "qk_norm": "joint", "qk_bias": True, "value_bias": True}, True),
     (GQA, {"qk_bias": True}, False),
+    (GQA, {"value_bias": True}, False),
     (GQA, {"rope_pairing": "adjacent"}, False),
     (GQA, {"rope_base": 50.0}, False),
     (GQA, {"window": 3}, False),

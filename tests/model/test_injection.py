@@ -23,7 +23,11 @@ CHOICES: list[dict[str, object]] = [
     *({"injection": "hyper", "lanes": lanes} for lanes in (1, 2, 4)),
     {"injection": "hyper", "discretization": "euler", "lanes": 3},
 ]
-UNBOUNDED: list[dict[str, object]] = [{"injection": "linear"}, {"injection": "add"}]
+UNBOUNDED: list[dict[str, object]] = [
+    {"injection": "linear"},
+    {"injection": "add"},
+    {"injection": "none", "state_init": "encoded", "encoded_norm": False},
+]
 
 
 @pytest.mark.parametrize("options", [*CHOICES, *UNBOUNDED], ids=str)

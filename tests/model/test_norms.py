@@ -5,7 +5,7 @@ import torch
 
 from megatron_rdt.model import CoreMonitor
 
-PLACEMENTS, CORE_NORMS = ("pre", "sandwich", "peri"), ("none", "iteration", "last", "last_shared")
+PLACEMENTS, CORE_NORMS = ("pre", "post", "sandwich", "peri"), ("none", "iteration", "last", "last_shared")
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -22,6 +22,14 @@ def test_logits_and_gradients_equal_the_reference(placement, core_norm, agrees) 
         {"output_matrix": True},
         {"scale_embedding": True},
         {"logit_softcap": 3.0},
+        {"final_norm": False},
+        {
+            "final_norm": False,
+            "core_norm": "iteration",
+            "injection": "none",
+            "state_init": "encoded",
+            "encoded_norm": False,
+        },
         {"output_matrix": True, "core_norm": "last", "input_matrix": True, "encoded_norm": False},
         {"core_norm": "last_shared", "output_matrix": True, "tie_embeddings": False, "logit_softcap": 2.0},
     ],
@@ -35,7 +43,8 @@ def test_parts_around_the_core(options, agrees, differs) -> None:
 @pytest.mark.parametrize("placement", PLACEMENTS[1:])
 def test_each_placement_differs(placement, differs) -> None:
     differs(norm_placement=placement)
-    differs(norm_placement=placement, off={"norm_placement": {"sandwich": "peri", "peri": "sandwich"}[placement]})
+    others = {"post": "peri", "sandwich": "peri", "peri": "sandwich"}
+    differs(norm_placement=placement, off={"norm_placement": others[placement]})
 
 
 @pytest.mark.parametrize("core_norm", CORE_NORMS[1:])

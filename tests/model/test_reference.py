@@ -29,11 +29,13 @@ def test_the_default_model_equals_the_reference(discretization, state, tied, kv_
 
 
 UNPLACED: list[dict[str, Any]] = [{"positions": "none"}, MLA | {"positions": "none", "query_rank": 7}]
+# Three frequencies per head: with these numbers one is fast, one slow, and one in between.
+SCALED: dict[str, Any] = {"rope_scaling": "llama3", "rope_base": 50.0, "rope_original_length": 50}
 
 
 @pytest.mark.parametrize(
     "options",
-    [*LATENT, {"window": 3}, {"rope_pairing": "adjacent"}, {"ffn": "relu2"}, {"rope_base": 50.0}, *UNPLACED],
+    [*LATENT, {"window": 3}, {"rope_pairing": "adjacent"}, {"ffn": "relu2"}, {"rope_base": 50.0}, *UNPLACED, SCALED],
     ids=str,
 )
 def test_other_layers_equal_the_reference(options: dict[str, Any], agrees, differs) -> None:

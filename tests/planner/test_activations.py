@@ -35,6 +35,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "values": {"value_embeddings": "gated", "qk_norm": "learned"},
     "sandwich": {"norm_placement": "sandwich", "core_norm": "last", "output_matrix": True},
     "peri": {"norm_placement": "peri", "core_norm": "iteration", "input_matrix": True},
+    "post": {"norm_placement": "post", "qk_norm": "joint", "qk_bias": True, "value_bias": True},
+    "wide heads": {"attention_dim": 96, "qk_norm": "joint"},
+    "none": {
+        **{"injection": "none", "state_init": "encoded", "encoded_norm": False},
+        **{"norm_placement": "peri", "core_norm": "iteration", "final_norm": False},
+    },
     "window": {"window": 8},
     "latent without positions": LATENT | {"value_dim": 10, "positions": "none"},
     "residual": {"injection": "residual", "signals": ["sinusoidal", "lora"]},

@@ -49,22 +49,25 @@ class TokenValues(nn.Module):
 class GroupedQueryAttention(nn.Module):
     """Softmax attention in which groups of query heads share one key and value head."""
 
-    INITIAL_VALUES: ClassVar[dict[str, float]] = {"query_bias": 0.0, "key_bias": 0.0}
+    INITIAL_VALUES: ClassVar[dict[str, float]] = {"query_bias": 0.0, "key_bias": 0.0, "value_bias": 0.0}
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
-        self.head_dim, queries, keys = config.head_dim, config.dim, config.kv_heads * config.head_dim
+        self.head_dim = config.head_dim
+        queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.pairing, self.window = config.rope_pairing, config.window
         self.query = Linear(config.dim, queries)
         self.key = Linear(config.dim, keys)
         self.value = Linear(config.dim, keys)
         self.output = Linear(queries, config.dim)
         self.plain_norm = config.qk_norm == "plain"
-        learned = config.qk_norm == "learned"
-        self.query_norm = RMSNorm(self.head_dim, config.norm_eps) if learned else None
-        self.key_norm = RMSNorm(self.head_dim, config.norm_eps) if learned else None
+        self.joint_norm = config.qk_norm == "joint"
+        learned = config.qk_norm in ("learned", "joint")
+        self.query_norm = RMSNorm(queries if self.joint_norm else self.head_dim, config.norm_eps) if learned else None
+        self.key_norm = RMSNorm(keys if self.joint_norm else self.head_dim, config.norm_eps) if learned else None
         self.query_bias = nn.Parameter(torch.empty(queries)) if config.qk_bias else None
         self.key_bias = nn.Parameter(torch.empty(keys)) if config.qk_bias else None
+        self.value_bias = nn.Parameter(torch.empty(keys)) if config.value_bias else None
         self.token_values = TokenValues(config) if has_value_embedding(config, index) else None
 
     def forward(self, x: Tensor, context: LayerContext, token_values: Tensor | None = None) -> Tensor:
@@ -79,6 +82,8 @@ class GroupedQueryAttention(nn.Module):
         query = self._rotate_heads(self.query(x), self.query_bias, self.query_norm, context)
         key = self._rotate_heads(self.key(x), self.key_bias, self.key_norm, context)
         value = self.value(x)
+        if self.value_bias is not None:
+            value = value + self.value_bias.to(value.dtype)
         if self.token_values is not None:
             assert token_values is not None, "whoever calls the layer looks the token values up"
             value = value + self.token_values(x, token_values)
@@ -94,9 +99,10 @@ class GroupedQueryAttention(nn.Module):
         """Apply bias, norm and rotation to queries or keys; return (batch, heads, sequence, head_dim)."""
         if bias is not None:
             x = x + bias.to(x.dtype)
-        x = self._split_heads(x)
+        x = x if self.joint_norm else self._split_heads(x)
         if norm is not None:
             x = norm(x).to(context.compute_dtype)
+            x = self._split_heads(x) if self.joint_norm else x
         elif self.plain_norm:
             x = functional.rms_norm(x, (self.head_dim,), eps=PLAIN_NORM_EPS)
         return apply_positions(x, context.rotary, self.pairing)

@@ -4,6 +4,8 @@ Angles are computed from positions at every forward pass: there is no table, so 
 load from the meta device could leave uninitialised.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,10 +16,12 @@ def position_tables(config: ModelConfig, positions: Tensor, dtype: torch.dtype) 
     """Return `rotary_tables` of the positions for the model's attention; () for a model without positions."""
     if config.positions == "none":
         return ()
-    return rotary_tables(positions, config.rotary_dim, config.rope_base, dtype)
+    return rotary_tables(positions, config.rotary_dim, config.rope_base, dtype, config)
 
 
-def rotary_tables(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    positions: Tensor, head_dim: int, base: float, dtype: torch.dtype, config: ModelConfig | None = None
+) -> tuple[Tensor, Tensor]:
     """Return cosines and sines of the positions' angles, (..., 1, sequence, head_dim / 2) each, in `dtype`.
 
     Args:
@@ -25,6 +29,7 @@ def rotary_tables(positions: Tensor, head_dim: int, base: float, dtype: torch.dt
         head_dim: channels per head, even.
         base: base of the geometric frequencies.
         dtype: dtype of the result; angles are computed in float32 or wider.
+        config: says how to scale the frequencies; None leaves them.
 
     Returns:
         Two tensors of shape (..., 1, sequence, head_dim / 2), to broadcast over heads.
@@ -32,8 +37,18 @@ def rotary_tables(positions: Tensor, head_dim: int, base: float, dtype: torch.dt
     wide = torch.promote_types(dtype, torch.float32)
     channels = torch.arange(0, head_dim, 2, device=positions.device, dtype=wide)
     frequencies = base ** (-channels / head_dim)
+    if config is not None and config.rope_scaling == "llama3":
+        frequencies = scale_slow_frequencies(frequencies, config)
     angles = positions.to(wide).unsqueeze(-1) * frequencies
     return angles.cos().to(dtype).unsqueeze(-3), angles.sin().to(dtype).unsqueeze(-3)
+
+
+def scale_slow_frequencies(frequencies: Tensor, config: ModelConfig) -> Tensor:
+    """Divide slow rotary frequencies by `rope_factor`, keep fast ones and interpolate between them, as in Llama 3.1."""
+    turns = frequencies * config.rope_original_length / (2 * math.pi)  # within the context before it was extended
+    slow, fast = config.rope_slow_turns, config.rope_fast_turns
+    kept = ((turns - slow) / (fast - slow)).clamp(0, 1)
+    return (1 - kept) * frequencies / config.rope_factor + kept * frequencies
 
 
 def apply_positions(x: Tensor, tables: tuple[Tensor, ...], pairing: str) -> Tensor:

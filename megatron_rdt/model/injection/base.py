@@ -22,10 +22,12 @@ class Injection(nn.Module):
     Attributes:
         choices: all injections by name.
         PRECOMPUTED_SHARE: share of its matrices' weights that `precompute` multiplies with; `inject` uses the rest.
+        READS_ENCODED: False if iterations do not read the encoded input, which is then the initial state only.
     """
 
     choices: ClassVar[dict[str, type["Injection"]]] = {}
     PRECOMPUTED_SHARE: ClassVar[float] = 0.0
+    READS_ENCODED: ClassVar[bool] = True
 
     def __init_subclass__(cls, name: str = "", **kwargs: object) -> None:
         """Add the subclass to `choices` under `name`; one without a name is only a base of others."""

@@ -48,7 +48,7 @@ RADIUS = Condition("radius", "spectral_radius", 1.0, 1)
 
 def list_conditions(model: ModelConfig) -> tuple[Condition, ...]:
     """Return the conditions of a model; that on the radius only where nothing else bounds the state."""
-    is_unbounded = model.injection in ("linear", "add") and not model.bounds_state
+    is_unbounded = model.injection in ("linear", "add", "none") and not model.bounds_state
     return (*CONDITIONS, RADIUS) if is_unbounded else CONDITIONS
 
 

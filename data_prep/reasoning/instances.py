@@ -37,7 +37,7 @@ class Vocabulary(NamedTuple):
 
 
 class Task(NamedTuple):
-    """A family of instances with difficulties `easiest` ... `hardest`, or without an upper bound."""
+    """A family of instances with difficulties 1 ... `hardest`, or without an upper bound."""
 
     name: str
     make: Callable[[RandomStream, int], Instance]
@@ -49,7 +49,6 @@ class Task(NamedTuple):
     symbol: str
     """The first symbol of every prompt: the name of the task, unless another task has to be asked in the same way."""
     hardest: int | None = None
-    easiest: int = 1
     labels_hint: str = "has no answer at every position. Omit --labels"
     """End of the message where labels are asked for and the task has none; "" if it has them."""
     list_required: Callable[[], Iterator[Instance]] | None = None

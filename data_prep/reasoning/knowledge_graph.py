@@ -7,7 +7,8 @@ every training file as a fact, and never part of a training composition.
 |---|---|---|
 | `composition` | d = 1: any fact | training, which has all facts |
 | | d > 1: an entity and d relations; the entity at the end of d facts, none of them held out | by content |
-| `systematic` | d > 1: the same, all facts held out | test |
+| `systematic` | d = 1: a held-out fact, which training has too: is it memorised? | test |
+| | d > 1: the same as `composition`, all facts held out | test |
 
 Both are asked in the same way, so a model that was trained on `composition` is tested on both: on compositions of facts
 that it has composed, and on those of facts that it has only seen. The graph depends on the parameter alone.
@@ -138,7 +139,6 @@ def _make_graph_task(name: str, graph: KnowledgeGraph, systematic: bool) -> Task
         count_instances,
         graph.list_symbols,
         symbol,
-        easiest=2 if systematic else 1,
         labels_hint="",
         list_required=None if systematic else list_facts,
         decides_split=True,

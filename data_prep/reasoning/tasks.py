@@ -227,6 +227,3 @@ def check_difficulty(tasks: Sequence[Task], mix: DifficultyMix, option: str = "d
             more = " or take more nodes, such as hops:100" if task.name.startswith("hops") else ""
             found = f"{task.name} has difficulties up to {task.hardest}, not {mix.values[-1]}"
             raise ConfigError(f"{found}. Set --{option} to at most that{more}.")
-        if mix.values[0] < task.easiest:
-            found = f"{task.name} has difficulties from {task.easiest} on, not {mix.values[0]}"
-            raise ConfigError(f"{found}. Set --{option} to at least that.")

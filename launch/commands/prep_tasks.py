@@ -135,7 +135,7 @@ def _check_options(options: TaskOptions) -> "dict[str, FileRequest]":
     if options.test_count:
         check_difficulty(test_tasks, test_mix, "test_difficulty" if options.test_difficulty else "difficulty")
     for task in train_tasks:
-        if task.easiest > 1 and task.decides_split:
+        if task.decides_split and task.list_required is None:
             raise ConfigError(
                 f"{task.name} has no training examples. Name it in --test_task, and composition in --task."
             )

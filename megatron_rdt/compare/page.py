@@ -5,7 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rdt.compare.pictures import draw_accuracy, draw_loss_against_flops, draw_loss_against_loops
+from megatron_rdt.compare.pictures import (
+    draw_accuracy,
+    draw_accuracy_over_steps,
+    draw_loss_against_flops,
+    draw_loss_against_loops,
+)
 from megatron_rdt.compare.results import RunResult
 from megatron_rdt.compare.table import BAD_SEEDS
 from megatron_rdt.evaluate.html_pages import (
@@ -208,6 +213,11 @@ def write_page(
         if accuracy:
             caption = "Exact-match accuracy by difficulty and T."
             figures.append((draw_accuracy(accuracy, folder / ACCURACY_PICTURE), caption))
+        if any(r.accuracies for each in results.values() for r in each):
+            caption = (
+                "Accuracy over the steps of training at the T of each arm: the mean of its runs, and each run thinner."
+            )
+            figures.append((draw_accuracy_over_steps(results, folder / "accuracy_over_steps.png"), caption))
         if any(r.curve for each in results.values() for r in each):
             caption = "Loss against the operations executed in training, one line per run."
             picture = draw_loss_against_flops(results, rows, folder / "loss_against_flops.png")

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib.pyplot as plt
 
 from megatron_rdt.compare.results import RunResult
-from megatron_rdt.evaluate.plots import COLOURS, make_axes, save_figure
+from megatron_rdt.evaluate.plots import COLOURS, DPI, label_axes, make_axes, save_figure
 from megatron_rdt.evaluate.task_plots import draw_accuracy_cells
 from megatron_rdt.evaluate.tasks import Row
 
@@ -135,6 +136,53 @@ def draw_accuracy(accuracy: Mapping[str, Sequence[Row]], path: Path) -> Path:
     figure.savefig(path)
     plt.close(figure)
     return path
+
+
+def draw_accuracy_over_steps(results: Mapping[str, Sequence[RunResult]], path: Path) -> Path:
+    """Draw accuracy against training steps, a panel for each task and difficulty: mean of each arm, and its runs thinner.
+
+    A phase transition is a curve that rises after another has.
+
+    Args:
+        results: runs by arm, at least one with accuracies.
+        path: the PNG file.
+    """
+    rows = [row for runs in results.values() for result in runs for row in result.accuracies]
+    groups = sorted({(row["task"], row["difficulty"]) for row in rows})
+    columns = min(len(groups), PANELS_IN_A_ROW)
+    lines = -(-len(groups) // columns)
+    figure, panels = plt.subplots(
+        lines, columns, figsize=(1 + 3 * columns, 1 + 2.6 * lines), dpi=DPI, layout="constrained", squeeze=False
+    )
+    for axes in panels.ravel()[len(groups) :]:
+        axes.set_axis_off()
+    for (task, difficulty), axes in zip(groups, panels.ravel()):
+        for index, (arm, runs) in enumerate(results.items()):
+            curves = [
+                {r["step"]: r["accuracy"] for r in run.accuracies if (r["task"], r["difficulty"]) == (task, difficulty)}
+                for run in runs
+            ]
+            style = _choose_style(index)
+            for curve in curves if len(curves) > 1 else ():
+                axes.plot(list(curve), list(curve.values()), linewidth=0.7, alpha=0.4, **style)
+            mean = average_curves(curves)
+            axes.plot(list(mean), list(mean.values()), linewidth=2, label=arm, **style)
+        axes.set_title(f"{task}\ndifficulty {difficulty}", fontsize=9)
+        axes.set_ylim(-0.03, 1.03)
+        label_axes(axes, "optimizer step", "accuracy")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=PANELS_IN_A_ROW)
+    figure.savefig(path)
+    plt.close(figure)
+    return path
+
+
+def average_curves(curves: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    """Return the mean by step of the curves of an arm's runs, at the steps that all of them have.
+
+    A mean over fewer runs would jump where the others end.
+    """
+    shared = set[int]().union(*curves).intersection(*curves)
+    return {step: fmean(curve[step] for curve in curves) for step in sorted(shared)}
 
 
 def _arrange_panels(arms: Sequence[str]) -> list[list[str | None]]:

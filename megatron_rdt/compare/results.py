@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rdt.compare.arms import ComparedRun
+from megatron_rdt.compare.arms import ComparedRun, own_loops
 from megatron_rdt.compare.measure import find_final_checkpoint
 from megatron_rdt.evaluate.alarms import list_alarms
-from megatron_rdt.evaluate.report import METRICS, read_records
+from megatron_rdt.evaluate.report import EVALUATIONS, METRICS, read_records
+from megatron_rdt.evaluate.tasks import Row, find_nearest_loops
 from megatron_rdt.model.flops import forward_flops, training_flops
 
 OUTCOME = "outcome.json"
@@ -32,6 +33,7 @@ class RunResult:
         diverged: reason to call the run diverged; empty if there is none.
         alarms: the first step of each alarm, by name.
         curve: operations so far and training loss, averaged over parts of the run.
+        accuracies: rows of {step, task, difficulty, accuracy, ...} of the run's own evaluations, at the T nearest its own.
         measurement: from `measure_run`; None if there is none.
     """
 
@@ -45,6 +47,7 @@ class RunResult:
     diverged: str = ""
     alarms: dict[str, int] = field(default_factory=dict)
     curve: list[tuple[float, float]] = field(default_factory=list)
+    accuracies: list[Row] = field(default_factory=list)
     measurement: dict[str, Any] | None = None
 
 
@@ -105,8 +108,17 @@ def read_result(run: ComparedRun, outcome: dict[str, Any] | None, measurement: d
         diverged=find_divergence([record["loss"] for record in records]),
         alarms=find_first_alarms(run.directory),
         curve=_average_curve(np.cumsum(flops), [record["loss"] for record in records]),
+        accuracies=_read_accuracies(run),
         measurement=measurement,
     )
+
+
+def _read_accuracies(run: ComparedRun) -> list[Row]:
+    """Return the accuracies on tasks that a run measured while it trained, at the T nearest its own, with their steps."""
+    records = read_records(run.directory / "eval.jsonl", EVALUATIONS)
+    rows = [{"step": record["step"], **row} for record in records for row in record.get("tasks", ())]
+    loops = find_nearest_loops(rows, own_loops(run.config)) if rows else 0
+    return [row for row in rows if row["loops"] == loops]
 
 
 def _average_curve(flops: np.ndarray, losses: list[float | None]) -> list[tuple[float, float]]:

@@ -33,8 +33,9 @@ COMPARISON_CAPTION = (
     "Accuracy, difficulty down, loop counts T across, of the arms of a comparison. A looped model chooses T at the call; one "
     "called unlooped runs once with equal weights, one called untied with equal operations in training."
 )
-# Fields of metrics.jsonl that the page uses.
+# Fields of metrics.jsonl and of eval.jsonl that the page uses.
 METRICS = ("step", "tokens", "loss", "grad_norm", "spectral_radius", "loops_max", "tokens_per_second")
+EVALUATIONS = ("step", "losses")
 
 
 def read_records(path: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -94,7 +95,7 @@ def write_report(run_directory: str | Path, comparison: str | Path | None = None
     if not metrics:
         raise DataError(f"{directory} has no metrics.jsonl with steps in it. Name the directory of a run that trained.")
     config = load_config(directory / "config.yaml")
-    evaluations = read_records(directory / "eval.jsonl", ("step", "losses"))
+    evaluations = read_records(directory / "eval.jsonl", EVALUATIONS)
     samples = read_records(directory / "samples.jsonl", ("step", "loops", "prompt", "text"))
     final = find_final_losses(directory, evaluations)
     scores = find_final_scores(directory, evaluations, config)

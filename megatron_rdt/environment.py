@@ -163,10 +163,10 @@ def share_environment(threads: int, gpus: Sequence[int] | None = None) -> dict[s
     """Return this environment for a process that shares the machine with others: its CPU threads, and its GPUs.
 
     Args:
-        threads: CPU threads of each process.
+        threads: CPU threads of each process, unless OMP_NUM_THREADS says it.
         gpus: numbers of the GPUs among those that this process sees; None leaves all of them visible.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     if gpus is not None:
         visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         names = [visible[number] if visible else str(number) for number in gpus]

@@ -25,6 +25,7 @@ from megatron_rdt.compare.page import (
     format_table,
     write_page,
 )
+from megatron_rdt.compare.rates import describe_rates
 from megatron_rdt.compare.results import OUTCOME, RunResult, read_result
 from megatron_rdt.compare.table import make_table
 from megatron_rdt.config import RunConfig, check_config, dump_config, load_config
@@ -319,6 +320,7 @@ class ArmRunner:
         print_line(format_table(HEADER, [format_cells(row) for row in document["rows"]]))
         for line in (
             *describe_accuracies(document),
+            *(describe_rates(document["rates"]) if document["rates"] else ()),
             *notes,
             *map(describe_equivalence, document["equivalences"]),
             EXPLANATION,

@@ -10,8 +10,10 @@ from megatron_rdt.compare.pictures import (
     draw_accuracy_over_steps,
     draw_loss_against_flops,
     draw_loss_against_loops,
+    draw_loss_against_rate,
 )
-from megatron_rdt.compare.results import RunResult
+from megatron_rdt.compare.rates import describe_rates
+from megatron_rdt.compare.results import MONITORS, RunResult
 from megatron_rdt.compare.table import BAD_SEEDS
 from megatron_rdt.evaluate.html_pages import (
     PAGE,
@@ -44,6 +46,7 @@ HEADER = (
     "beyond",
     "notes",
 )
+RATES_HEADER = ("arm", "rate", "loss", "diverged", *MONITORS, "the loss shows it at", "alarms at")
 EXPLANATION = (
     "loss: validation loss per target at T, the mean of the arm's distribution; mean over the seeds that have a finite one. "
     "difference: to the first arm, paired by seed; in brackets its 95% interval, over seeds where there are several, "
@@ -210,6 +213,12 @@ def write_page(
     accuracy = {row["arm"]: row["accuracy"]["rows"] for row in rows if row["accuracy"]}
     figures = []
     with replace_results(directory) as folder:
+        if document["rates"]:
+            caption = (
+                "Loss over the last tenth of training, by learning rate; runs that diverged and those with alarms."
+            )
+            picture = draw_loss_against_rate(document["rates"]["series"], folder / "loss_against_rate.png")
+            figures.append((picture, caption))
         if accuracy:
             caption = "Exact-match accuracy by difficulty and T."
             figures.append((draw_accuracy(accuracy, folder / ACCURACY_PICTURE), caption))
@@ -234,12 +243,17 @@ def _format_comparison(document: Mapping[str, Any], figures: Sequence[tuple[Path
     """Return the HTML page: table, exponents, pictures as data URLs, what failed or diverged, the arms' overrides."""
     title, rows = document["name"], document["rows"]
     notes = *describe_accuracies(document), *document["notes"], *map(describe_equivalence, document["equivalences"])
+    rates = document["rates"]
     parts = [
         f"<h1>Comparison {html.escape(title)}</h1>",
         format_html_table(HEADER, map(format_cells, rows)),
         format_paragraphs((EXPLANATION, *notes)),
         *(format_figure(picture, caption) for picture, caption in figures),
     ]
+    if rates:
+        cells = [(each["name"], cell) for each in rates["series"] for cell in each["cells"]]
+        parts.append("<h2>Learning rates</h2>" + format_paragraphs(describe_rates(rates)))
+        parts.append(format_html_table(RATES_HEADER, [_format_rate_cells(name, cell) for name, cell in cells]))
     reasons = [
         f"{name}: {reason}"
         for row in rows
@@ -251,6 +265,20 @@ def _format_comparison(document: Mapping[str, Any], figures: Sequence[tuple[Path
     overrides = [(row["arm"], _format_overrides(row["overrides"])) for row in rows]
     parts.append(f"<h2>Arms</h2>{format_html_table((), overrides)}")
     return format_page(title, parts, PAGE_WIDTH)
+
+
+def _format_rate_cells(name: str, cell: Mapping[str, Any]) -> list[str]:
+    """Return the cells of one arm and rate below `RATES_HEADER`; runs in the order of their seeds."""
+    runs = cell["runs"]
+    return [
+        name,
+        f"{cell['lr']:g}",
+        f"{cell['loss']:.3f}",
+        f"{cell['diverged']}/{len(runs)}",
+        *("" if cell[monitor] is None else f"{cell[monitor]:.3g}" for monitor in MONITORS),
+        ", ".join("" if run["shown"] is None else str(run["shown"]) for run in runs).strip(", "),
+        "; ".join(" ".join(f"{alarm} {step}" for alarm, step in run["alarms"].items()) for run in runs).strip("; "),
+    ]
 
 
 def _format_overrides(overrides: Mapping[str, Any]) -> str:

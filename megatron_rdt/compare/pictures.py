@@ -7,13 +7,15 @@ from statistics import fmean
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 
 from megatron_rdt.compare.results import RunResult
 from megatron_rdt.evaluate.plots import COLOURS, DPI, label_axes, make_axes, save_figure
-from megatron_rdt.evaluate.task_plots import draw_accuracy_cells
+from megatron_rdt.evaluate.task_plots import COLOUR_MAP, draw_accuracy_cells
 from megatron_rdt.evaluate.tasks import Row
 
 LINE_STYLES = ("-", "--", ":", "-.")
+MOST_STYLES = len(COLOURS) * len(LINE_STYLES)  # of arms that a legend can tell apart
 PANELS_IN_A_ROW = 4
 
 
@@ -49,7 +51,8 @@ def draw_loss_against_flops(
     low, high = _find_shown_losses(results)
     if low < high:
         axes.set_ylim(low, high)
-    axes.legend(title="line: training; dot: validation at own T")
+    if len(rows) <= MOST_STYLES:
+        axes.legend(title="line: training; dot: validation at own T")
     return save_figure(axes, path)
 
 
@@ -88,7 +91,8 @@ def draw_loss_against_loops(rows: Sequence[Mapping[str, Any]], path: Path) -> Pa
     worst = [loss for row in rows for loss in row["losses"].values() if math.isfinite(loss)]
     if finite and max(worst) > 4 * max(finite):  # one that explodes at a large T would flatten all others
         axes.set_yscale("log")
-    axes.legend()
+    if len(rows) <= MOST_STYLES:
+        axes.legend()
     return save_figure(axes, path)
 
 
@@ -183,6 +187,42 @@ def average_curves(curves: Sequence[Mapping[int, float]]) -> dict[int, float]:
     """
     shared = set[int]().union(*curves).intersection(*curves)
     return {step: fmean(curve[step] for curve in curves) for step in sorted(shared)}
+
+
+def draw_loss_against_rate(series: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Draw the loss at the end of training as a heat map, learning rates across and arms down.
+
+    A cell says its loss, with a cross and the number of runs that diverged, and an exclamation mark and that of runs with
+    an alarm.
+
+    Args:
+        series: of `summarize_rates`.
+        path: the PNG file.
+    """
+    rates = sorted({cell["lr"] for each in series for cell in each["cells"]})
+    losses = np.full((len(series), len(rates)), math.nan)
+    sound = []
+    _, axes = plt.subplots(figsize=(2.6 + 0.62 * len(rates), 1.4 + 0.55 * len(series)), dpi=DPI, layout="constrained")
+    for line, each in enumerate(series):
+        for cell in each["cells"]:
+            column = rates.index(cell["lr"])
+            losses[line, column] = cell["loss"]
+            sound += [cell["loss"]] * (not cell["diverged"])
+            marks = [f"{sign}{cell[key]}" for sign, key in (("\u00d7", "diverged"), ("!", "alarmed")) if cell[key]]
+            loss = f"{cell['loss']:.2f}" if cell["loss"] < 1e3 else f"{cell['loss']:.0e}"
+            colour = COLOURS[1] if cell["diverged"] else "black"
+            words = "\n".join([loss, *([" ".join(marks)] if marks else [])])
+            text = axes.text(column, line, words, ha="center", va="center", fontsize=7, color=colour)
+            text.set_bbox({"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1})
+    # Runs that exploded would take the whole scale; they have its darkest colour.
+    image = axes.imshow(losses, aspect="auto", cmap=COLOUR_MAP + "_r", vmax=max(sound, default=None))
+    axes.set_xticks(range(len(rates)), [f"{rate:.3g}" for rate in rates], rotation=60)
+    axes.set_yticks(range(len(series)), [each["name"] for each in series])
+    axes.set(
+        xlabel="learning rate", title="Loss at the end of training; \u00d7: runs that diverged, !: runs with an alarm"
+    )
+    axes.figure.colorbar(image, ax=axes, extend="max")
+    return save_figure(axes, path)
 
 
 def _arrange_panels(arms: Sequence[str]) -> list[list[str | None]]:

@@ -1,8 +1,10 @@
 """Result of one run, read from its directory: state, executed operations, time, losses, signs of divergence."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from megatron_rdt.model.flops import forward_flops, training_flops
 OUTCOME = "outcome.json"
 MOST_POINTS = 200  # of a curve
 TENTH = 10
+MONITORS = ("spectral_radius", "state_norm", "token_correlation")
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,10 @@ class RunResult:
         flops: floating-point operations of these steps, with the T that was drawn for each.
         seconds: time of these steps.
         diverged: reason to call the run diverged; empty if there is none.
+        shown: the first step at which the loss showed that, where a run at a lower rate tells.
         alarms: the first step of each alarm, by name.
+        losses: training loss of each recorded step; None where it was not finite.
+        monitors: last values of the monitors of the loop, by name.
         curve: operations so far and training loss, averaged over parts of the run.
         accuracies: rows of {step, task, difficulty, accuracy, ...} of the run's own evaluations, at the T nearest its own.
         measurement: from `measure_run`; None if there is none.
@@ -45,7 +51,10 @@ class RunResult:
     seconds: float = 0.0
     loops_mean: float = math.nan
     diverged: str = ""
+    shown: int | None = None
     alarms: dict[str, int] = field(default_factory=dict)
+    losses: list[float | None] = field(default_factory=list)
+    monitors: dict[str, float | None] = field(default_factory=dict)
     curve: list[tuple[float, float]] = field(default_factory=list)
     accuracies: list[Row] = field(default_factory=list)
     measurement: dict[str, Any] | None = None
@@ -53,18 +62,25 @@ class RunResult:
 
 def find_divergence(losses: list[float | None]) -> str:
     """Return the reason to call a training run diverged, from its losses by step; empty if there is none."""
-    if not losses:
-        return ""
-    part = max(len(losses) // TENTH, 1)
-    first, last = losses[:part], losses[-part:]
+    last = losses[-max(len(losses) // TENTH, 1) :]
     skipped = sum(loss is None or not math.isfinite(loss) for loss in last)
     if skipped:
-        return f"{skipped} of the last {part} steps had no finite loss"
-    begin = [loss for loss in first if loss is not None]
-    end = math.fsum(loss for loss in last if loss is not None) / part
-    if begin and len(losses) > 1 and end > math.fsum(begin) / len(begin):
+        return f"{skipped} of the last {len(last)} steps had no finite loss"
+    begin, end = average_ends(losses)
+    if len(losses) > 1 and end > begin:
         return f"the loss ended at {end:.3f}, above its first steps"
     return ""
+
+
+def average_ends(losses: Sequence[float | None]) -> tuple[float, float]:
+    """Return the mean loss of the first and of the last tenth of the steps.
+
+    Of the first, steps without a finite loss are left out; with one among the last, their mean is not a number.
+    """
+    part = max(len(losses) // TENTH, 1)
+    begin = [loss for loss in losses[:part] if loss is not None and math.isfinite(loss)]
+    end = [math.nan if loss is None else loss for loss in losses[-part:]]
+    return fmean(begin) if begin else math.nan, fmean(end) if end else math.nan
 
 
 def find_first_alarms(run_directory: Path) -> dict[str, int]:
@@ -89,6 +105,7 @@ def read_result(run: ComparedRun, outcome: dict[str, Any] | None, measurement: d
     if not records:
         return RunResult(run, state, message)
     config = run.config
+    losses = [record["loss"] for record in records]
     forward = forward_flops(config.model, config.train.sequence_length)
     batches = config.train.batches
     flops = [
@@ -105,9 +122,11 @@ def read_result(run: ComparedRun, outcome: dict[str, Any] | None, measurement: d
         flops=math.fsum(flops),
         seconds=math.fsum(record.get("step_s") or 0.0 for record in records),
         loops_mean=math.fsum(record.get("loops_mean", record["loops_max"]) for record in records) / len(records),
-        diverged=find_divergence([record["loss"] for record in records]),
+        diverged=find_divergence(losses),
         alarms=find_first_alarms(run.directory),
-        curve=_average_curve(np.cumsum(flops), [record["loss"] for record in records]),
+        losses=losses,
+        monitors={name: records[-1].get(name) for name in MONITORS},
+        curve=_average_curve(np.cumsum(flops), losses),
         accuracies=_read_accuracies(run),
         measurement=measurement,
     )

@@ -18,6 +18,7 @@ from megatron_rdt.compare.intervals import (
     window_interval,
 )
 from megatron_rdt.compare.measure import windows_at
+from megatron_rdt.compare.rates import mark_diverged, summarize_rates
 from megatron_rdt.compare.results import RunResult
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.planner.parameters import part_sizes
@@ -204,7 +205,7 @@ def _find_equivalence(triple: Sequence[Results]) -> dict[str, Any]:
 def make_table(
     arms: Sequence[Arm], results: Results, rates: Mapping[str, float], tried: Sequence[float] = ()
 ) -> dict[str, Any]:
-    """Return the comparison as the object of compare.json: rows, in the order of the arms, and the exponents.
+    """Return the comparison as the object of compare.json: rows, in the order of the arms, the exponents, and the rates.
 
     Args:
         arms: the arms; differences are to the first.
@@ -212,7 +213,13 @@ def make_table(
         rates: learning rates that a sweep chose, by arm.
         tried: the rates that it tried.
     """
+    results = mark_diverged(arms, results)
     by_arm = {arm.name: [r for r in results if r.run.arm == arm.name] for arm in arms}
     first = arms[0].name
     rows = [make_row(arm, by_arm[arm.name], None if arm.name == first else by_arm[first], rates, tried) for arm in arms]
-    return {"reference": first, "rows": rows, "equivalences": find_equivalences(arms, by_arm)}
+    return {
+        "reference": first,
+        "rows": rows,
+        "equivalences": find_equivalences(arms, by_arm),
+        "rates": summarize_rates(arms, results),
+    }

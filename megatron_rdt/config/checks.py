@@ -215,12 +215,6 @@ def _find_training_problems(config: RunConfig) -> Iterator[str]:
             f"checkpoint.milestones {milestones} is not a multiple of checkpoint.every {every}, so these steps would not be "
             "saved. Change either."
         )
-    injection = config.model.injection
-    if injection in ("add", "none") and not config.model.bounds_state and config.train.on_alarm != "warn":
-        yield (
-            f"the radius of model.injection {injection} is 1 at every step, which is an alarm: no reaction of train.on_alarm "
-            f"{config.train.on_alarm} mends that. Set --model.core_norm iteration, another injection, or --train.on_alarm warn."
-        )
     if config.sample.every and not config.sample.prompt:
         yield "sample.prompt is empty. Give it at least one character, or set --sample.every 0."
     name = config.run.name

@@ -47,9 +47,10 @@ RADIUS = Condition("radius", "spectral_radius", 1.0, 1)
 
 
 def list_conditions(model: ModelConfig) -> tuple[Condition, ...]:
-    """Return the conditions of a model; that on the radius only where nothing else bounds the state."""
-    is_unbounded = model.injection in ("linear", "add", "none") and not model.bounds_state
-    return (*CONDITIONS, RADIUS) if is_unbounded else CONDITIONS
+    """Return the conditions of a model; that on the radius only where it is learned and nothing else bounds the state."""
+    # The radius of `add` and `none` is 1 in healthy runs too: an alarm at every first step would say nothing about the run.
+    is_watched = model.injection == "linear" and not model.bounds_state
+    return (*CONDITIONS, RADIUS) if is_watched else CONDITIONS
 
 
 @dataclass

@@ -113,7 +113,7 @@ def summarize_rates(arms: Sequence[Arm], results: Sequence[RunResult]) -> dict[s
 
 def _summarize_cell(rate: float, runs: Sequence[RunResult]) -> dict[str, Any]:
     """Return what the runs of one arm and rate did: means over seeds, and each run."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "seed": result.run.seed,
             "loss": average_ends(result.losses)[1],

@@ -69,7 +69,7 @@ def measure_run(run: ComparedRun, checkpoint: Path, sequences: int, examples: in
     groups: list[ExampleGroup] = []
     for name, corpus in corpora.items():
         windows = read_fixed_windows(corpus, max(1, sequences // len(corpora)))
-        scores = {t: score_rows(model, windows, t, micro_batch, device) for t in loops}
+        scores = score_rows(model, windows, loops, micro_batch, device)
         measured[name] = {
             "share": shares[name],
             "targets": scores[loops[0]].targets.tolist(),

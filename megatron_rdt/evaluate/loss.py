@@ -48,8 +48,8 @@ def measure_losses(
     """Return the mean cross entropy per counted target at each T.
 
     Args:
-        model: called as model(tokens, T, targets=...), with the further fields of the windows by name; every rank calls
-            it equally often.
+        model: called as model(tokens, loops=[...], targets=...), with the further fields of the windows by name; every rank
+            calls it equally often.
         windows: this rank's windows.
         loops: values of T.
         micro_batch: windows per forward pass.
@@ -57,19 +57,18 @@ def measure_losses(
         reduce: sums a tensor over ranks.
         progress: called with 1 after each forward pass.
     """
-    losses = {}
-    for t in loops:
-        total = torch.zeros(2, dtype=torch.float64, device=device)  # sum of the losses, number of targets
-        for first in range(0, len(windows), micro_batch):
-            tokens, named = windows.rows(first, first + micro_batch).to(device).inputs()
-            total[0] += model(tokens, t, **named)["cross_entropy"]
-            total[1] += named["loss_mask"].sum() if "loss_mask" in named else tokens.numel()
-            if progress is not None:
-                progress(1)
-        if reduce is not None:
-            total = reduce(total)
-        losses[t] = float(total[0] / total[1])
-    return losses
+    rising = sorted({*loops})
+    totals = torch.zeros(len(rising) + 1, dtype=torch.float64, device=device)  # sums of the losses, number of targets
+    for first in range(0, len(windows), micro_batch):
+        tokens, named = windows.rows(first, first + micro_batch).to(device).inputs()
+        totals[:-1] += model(tokens, loops=rising, **named)["cross_entropy"]
+        totals[-1] += named["loss_mask"].sum() if "loss_mask" in named else tokens.numel()
+        if progress is not None:
+            progress(1)
+    if reduce is not None:
+        totals = reduce(totals)
+    means = (totals[:-1] / totals[-1]).tolist()
+    return {t: means[rising.index(t)] for t in loops}
 
 
 def measure_mixture_losses(
@@ -140,13 +139,13 @@ def evaluate_checkpoint(
     targets = {name: part.counted_targets for name, part in windows.items()}
     bytes_per_token = math.fsum(shares[name] * sizes[part.numpy()].mean() for name, part in targets.items())
     micro_batch = config.train.micro_batch
-    passes = len(loops) * sum(count_forward_passes(len(part), micro_batch) for part in windows.values())
+    passes = sum(count_forward_passes(len(part), micro_batch) for part in windows.values())
     with show_progress(passes, "evaluate", "batches") as advance:
-        scores = {
-            t: {n: score_rows(model, part, t, micro_batch, device, progress=advance) for n, part in windows.items()}
-            for t in loops
+        by_name = {
+            name: score_rows(model, part, loops, micro_batch, device, progress=advance)
+            for name, part in windows.items()
         }
-    curve = LoopCurve(scores, shares)
+    curve = LoopCurve({t: {name: scores[t] for name, scores in by_name.items()} for t in loops}, shares)
     by_corpus = curve.by_corpus if len(windows) > 1 else {}
     result = {
         "checkpoint": directory.name,

@@ -1,4 +1,4 @@
-"""Cross entropy and misses of every row of a batch at one T: in one process, or shared among the ranks of an engine."""
+"""Cross entropy and misses of every row of a batch at several T: in one process, or shared among the ranks of an engine."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -77,18 +77,18 @@ def _pad_columns(tensors: dict[str, Tensor], multiple: int) -> dict[str, Tensor]
 def score_rows(
     model: nn.Module,
     batch: Batch,
-    loops: int,
+    loops: Sequence[int],
     micro_batch: int,
     device: torch.device,
     shared: SharedRows = ONE_PROCESS,
     progress: Callable[[int], object] | None = None,
-) -> RowScores:
-    """Return the scores of all rows at T = `loops`, the same on every rank.
+) -> dict[int, RowScores]:
+    """Return the scores of all rows at each T, the same on every rank.
 
     Args:
-        model: called as model(tokens, T, targets=..., per_row=True), with the further fields of the batch by name.
+        model: called as model(tokens, loops=[...], targets=..., per_row=True), with the further fields of the batch by name.
         batch: the same on every rank.
-        loops: T.
+        loops: values of T.
         micro_batch: rows per forward pass.
         device: where the model is.
         shared: division of the rows among the ranks.
@@ -97,20 +97,21 @@ def score_rows(
     tokens, named = batch.inputs()
     counted = named.get("loss_mask", torch.ones_like(tokens, dtype=torch.bool))
     tensors = _pad_columns({"tokens": tokens, **named, "loss_mask": counted}, shared.column_multiple)
-    count, size = len(tokens), min(micro_batch, len(tokens))
-    sums = torch.zeros(2, count, dtype=torch.float64, device=device)
+    count, size, rising = len(tokens), min(micro_batch, len(tokens)), sorted({*loops})
+    sums = torch.zeros(2, len(rising), count, dtype=torch.float64, device=device)
     for first in range(0, count, size * shared.data_ranks):
         rows = torch.arange(size) + first + shared.data_rank * size
         own = rows[rows < count]
         # Forward passes are collective where parameters are sharded, so every rank runs equally many of the same shape:
         # where rows are missing the last one is computed again, and its result dropped.
         inputs = {name: tensor[rows.clamp_max(count - 1)].to(device) for name, tensor in tensors.items()}
-        scores = model(inputs.pop("tokens"), loops, **inputs, per_row=True)
-        sums[:, own] = torch.stack((scores["cross_entropy"], scores["misses"]))[:, : len(own)].double()
+        scores = model(inputs.pop("tokens"), loops=rising, **inputs, per_row=True)
+        sums[..., own] = torch.stack((scores["cross_entropy"], scores["misses"]))[..., : len(own)].double()
         if progress is not None:
             progress(1)
     losses, misses = (shared.sum_over_ranks(sums) / shared.copies).cpu()
-    return RowScores(losses, counted.sum(1).double(), misses)
+    targets = counted.sum(1).double()
+    return {t: RowScores(losses[rising.index(t)], targets, misses[rising.index(t)]) for t in loops}
 
 
 def count_forward_passes(rows: int, micro_batch: int, shared: SharedRows = ONE_PROCESS) -> int:

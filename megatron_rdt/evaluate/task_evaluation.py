@@ -98,7 +98,7 @@ def evaluate_tasks(
     groups, without = read_groups(manifests, examples)
     for empty in without:
         print(f"{empty} holds no examples of tasks; it is left out")
-    passes = count_task_passes(groups, lengths) + (len(rules) + 1) * len(groups) * bool(rules)
+    passes = count_task_passes(groups) + (len(rules) + 1) * len(groups) * bool(rules)
     with show_progress(passes, "evaluate", "batches") as advance:
         rows = score_tasks(model, groups, lengths, device=device, progress=advance)
         exits = score_task_exits(model, groups, lengths[-1], rules, device=device, progress=advance) if rules else []

@@ -88,10 +88,9 @@ def score_tasks(
     device = device or next(model.parameters()).device
     rows = []
     for (task, difficulty), parts in merge_by_cell(groups).items():
+        by_part = [score_rows(model, part.batch, loops, micro_batch, device, shared, progress) for part in parts]
         for t in loops:
-            scores = RowScores.join(
-                [score_rows(model, part.batch, t, micro_batch, device, shared, progress) for part in parts]
-            )
+            scores = RowScores.join([by_loops[t] for by_loops in by_part])
             loss, error = weighted_mean(scores.losses, scores.targets)
             rows.append(
                 {
@@ -108,13 +107,10 @@ def score_tasks(
 
 
 def count_task_passes(
-    groups: Iterable[ExampleGroup],
-    loops: Sequence[int],
-    micro_batch: int = MICRO_BATCH,
-    shared: SharedRows = ONE_PROCESS,
+    groups: Iterable[ExampleGroup], micro_batch: int = MICRO_BATCH, shared: SharedRows = ONE_PROCESS
 ) -> int:
     """Return how many forward passes `score_tasks` runs on each rank."""
-    return len(loops) * sum(count_forward_passes(len(group.batch), micro_batch, shared) for group in groups)
+    return sum(count_forward_passes(len(group.batch), micro_batch, shared) for group in groups)
 
 
 def name_accuracies(rows: Iterable[Row]) -> dict[str, float]:

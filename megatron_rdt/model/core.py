@@ -8,7 +8,9 @@ The loop is inside one module on purpose: a sharding engine that treats this mod
 weights once, whatever T is.
 """
 
+import copy
 from collections.abc import Sequence
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -18,7 +20,7 @@ from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth.plan import CoreIteration, DepthPlan
 from megatron_rdt.model.activation_checkpointing import Checkpointing
 from megatron_rdt.model.forward_context import LayerContext, LoopInputs
-from megatron_rdt.model.halting.trained import HaltingUnit, make_tracker
+from megatron_rdt.model.halting.trained import ActTracker, GateTracker, HaltingUnit, make_tracker
 from megatron_rdt.model.injection import Injection
 from megatron_rdt.model.iteration_signals import Signals
 from megatron_rdt.model.layer import Layer
@@ -33,6 +35,25 @@ class LoopRunner(Protocol):
 
     def run(self, core: "RecurrentCore", state: Tensor, inputs: LoopInputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the same as `RecurrentCore.forward`, from the expanded initial state (batch, sequence, ...)."""
+
+
+class LoopProgress:
+    """The loop after some iterations, from which it goes on to a larger T; without gradient, one T for all sequences.
+
+    A plain class, not a tuple or dataclass, so that sharding wrappers pass it through untouched.
+
+    Attributes:
+        completed: number of iterations; 0 before the first.
+        inputs: of every iteration.
+        state: the expanded state after them.
+        tracker: of trained halting; None without it.
+    """
+
+    def __init__(self) -> None:
+        self.completed = 0
+        self.inputs: LoopInputs | None = None
+        self.state: Tensor | None = None
+        self.tracker: ActTracker | GateTracker | None = None
 
 
 class RecurrentCore(nn.Module):
@@ -84,6 +105,7 @@ class RecurrentCore(nn.Module):
         kept: int,
         monitor: CoreMonitor | None = None,
         runner: LoopRunner | None = None,
+        progress: LoopProgress | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the loop; return the coda's input (batch, sequence, dim), and what halting or the runner adds to it.
 
@@ -95,12 +117,15 @@ class RecurrentCore(nn.Module):
             kept: number of iterations with cache slots of their own; iteration t uses those of t mod `kept`.
             monitor: receives the measurements that it asks for; they change nothing.
             runner: runs the iterations instead.
+            progress: of an earlier call with the same inputs and a smaller T, whose iterations are not run again; it receives
+                those of this call. Nothing may depend on T itself, see `Signals.depend_on_loops`.
 
         Returns:
             The state after each sequence's last iteration, (batch, sequence, dim), and a dictionary with the results of
             trained halting, empty without it.
         """
-        inputs = self.loop_inputs(encoded, plan, context)
+        reached = progress or LoopProgress()
+        inputs = self.loop_inputs(encoded, plan, context) if reached.inputs is None else reached.inputs
         if not plan.is_uniform:
             # Largest T first, so that the sequences of every iteration are the first rows: a slice, no gather.
             order = to_device(plan.order, state.device)
@@ -108,9 +133,10 @@ class RecurrentCore(nn.Module):
         initial = self.injection.expand(state if self.initial is None else self.initial.expand_as(state))
         if runner is not None:
             return runner.run(self, initial, inputs)
-        tracker = make_tracker(self.halting, self.config)
-        state, completed = initial[:0], 0  # no sequence has started yet
-        for segment in self.checkpointing.segments(plan.core_iterations()):
+        tracker = reached.tracker or make_tracker(self.halting, self.config)
+        # Without progress no sequence has started yet.
+        state, completed = initial[:0] if reached.state is None else reached.state, reached.completed
+        for segment in self.checkpointing.segments(islice(plan.core_iterations(), completed, None)):
             active = len(segment[0].indices)
             # Truncation: T - k iterations leave no graph behind, so what they computed enters the rest as a constant.
             with torch.set_grad_enabled(torch.is_grad_enabled() and segment[0].with_grad):
@@ -119,14 +145,20 @@ class RecurrentCore(nn.Module):
                 # A cache comes with one T for all sequences, so the first one's index is everyone's.
                 slots = [context.slot + i.indices[0] % kept * len(self.layers) for i in segment]
                 states = self._run_segment(segment, state, inputs, slots)
-                for iteration, reached in zip(segment, states):
-                    completed, previous, state = completed + 1, state, reached
+                for iteration, after in zip(segment, states):
+                    completed, previous, state = completed + 1, state, after
                     if tracker is not None:
-                        tracker.update(self.injection.collapse(state), last=completed == plan.max_loops)
+                        is_last, collapsed = completed == plan.max_loops, self.injection.collapse(state)
+                        if is_last and progress is not None:
+                            # Every token stops in the last iteration, but not if the loop goes on.
+                            reached.tracker = copy.copy(tracker)
+                            reached.tracker.update(collapsed, last=False)
+                        tracker.update(collapsed, last=is_last)
                     if monitor is not None and monitor.per_iteration:
                         self._measure_iteration(monitor, iteration.indices, previous, state)
         if monitor is not None:
             self._measure_last(monitor, iteration.indices, previous, state, inputs)
+        reached.completed, reached.inputs, reached.state = completed, inputs, state
         state, extras = (self.injection.collapse(state), {}) if tracker is None else tracker.result()
         if not plan.is_uniform:
             inverse = order.argsort()

@@ -112,6 +112,11 @@ class Signals(nn.Module):
         self.lora = LoraSignal(config) if "lora" in config.signals else None
         self.adaln = AdaLnSignal(config) if "adaln" in config.signals else None
 
+    @property
+    def depend_on_loops(self) -> bool:
+        """True if a signal depends on T, and not only on the iteration's index."""
+        return self.adaln is not None
+
     def offset(self, t: Tensor) -> Tensor | float:
         """Return the sinusoids to add to the layers' input, (batch, 1, dim), or 0.0 without that signal."""
         return 0.0 if self.sinusoidal is None else self.sinusoidal(t)

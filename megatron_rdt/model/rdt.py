@@ -1,5 +1,6 @@
 """RecurrentDepthTransformer: the prelude runs once, the recurrent core T times, the coda once."""
 
+from collections.abc import Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, overload
 
@@ -13,7 +14,7 @@ from megatron_rdt.model.attention.kernels import model_mask
 from megatron_rdt.model.attention.kv_cache import DepthCache, KVCache
 from megatron_rdt.model.attention.masks import padded_mask
 from megatron_rdt.model.attention.rope import position_tables
-from megatron_rdt.model.core import RecurrentCore
+from megatron_rdt.model.core import LoopProgress, RecurrentCore
 from megatron_rdt.model.cross_entropy import apply_softcap
 from megatron_rdt.model.forward_context import LayerContext
 from megatron_rdt.model.halting.adaptive_loop import AdaptiveLoop
@@ -40,12 +41,16 @@ class Embedding(nn.Module):
         return vectors if is_absent is None else vectors.masked_fill(is_absent.unsqueeze(-1), 0.0)
 
 
-def make_depth_plan(sequences: int, depth: DepthPlan | int | None = None, loops: int | None = None) -> DepthPlan:
+def make_depth_plan(
+    sequences: int, depth: DepthPlan | int | None = None, loops: int | Sequence[int] | None = None
+) -> DepthPlan:
     """Return the plan for a batch of `sequences` that the arguments `depth` or `loops` of a forward pass ask for.
 
+    Of several loop counts it is that of the largest.
+
     Raises:
-        ValueError: both or neither are given, the plan is for another number of sequences, or T is no whole number of
-            at least 1.
+        ValueError: both or neither are given, the plan is for another number of sequences, T is no whole number of at
+            least 1, or several do not rise.
     """
     if (depth is None) == (loops is None):
         given = "neither" if depth is None else "both"
@@ -54,6 +59,11 @@ def make_depth_plan(sequences: int, depth: DepthPlan | int | None = None, loops:
         if len(depth.iterations) != sequences:
             raise ValueError(f"the plan is for {len(depth.iterations)} sequences, the batch has {sequences}")
         return depth
+    if isinstance(loops, Sequence):
+        plans = [make_depth_plan(sequences, loops=each) for each in loops]
+        if not plans or [*loops] != sorted({*loops}):
+            raise ValueError(f"loops are {[*loops]}; give one T, or several that rise")
+        return plans[-1]
     name, number, others = ("loops", loops, "") if depth is None else ("the depth", depth, ", or a DepthPlan")
     if not isinstance(number, Integral) or int(number) < 1:
         raise ValueError(f"{name} is {number!r}; give a whole number of iterations of at least 1{others}")
@@ -63,6 +73,27 @@ def make_depth_plan(sequences: int, depth: DepthPlan | int | None = None, loops:
 def kept_iterations(loops: int, budget: int) -> int:
     """Return how many of T = `loops` iterations have cache slots of their own; a budget of 0 means all."""
     return min(budget or loops, loops)
+
+
+def _check_arguments(
+    tokens: Tensor,
+    loops: int | Sequence[int] | None,
+    targets: Tensor | None,
+    exit_rule: ExitRule | None,
+    trace: ExitTrace | None,
+    monitor: CoreMonitor | None,
+) -> None:
+    """Raise ValueError for arguments of a forward pass that exclude each other, or tokens of another shape."""
+    if tokens.dim() != 2:
+        raise ValueError(f"tokens have shape {tuple(tokens.shape)}; give (batch, sequence)")
+    if targets is not None and exit_rule is not None and exit_rule.kind != "fixed":
+        raise ValueError("an exit rule is for inference; omit the targets and compare with the logits")
+    measures_only = targets is not None and trace is None and monitor is None and not torch.is_grad_enabled()
+    if isinstance(loops, Sequence) and not measures_only:
+        raise ValueError(
+            "several loop counts are for measuring losses: pass targets, no trace and no monitor, and call the model "
+            "under torch.no_grad()"
+        )
 
 
 class RecurrentDepthTransformer(nn.Module):
@@ -117,7 +148,7 @@ class RecurrentDepthTransformer(nn.Module):
         tokens: Tensor,
         depth: DepthPlan | int | None = None,
         *,
-        loops: int | None = None,
+        loops: int | Sequence[int] | None = None,
         targets: Tensor,
         loss_mask: Tensor | None = None,
         per_row: bool = False,
@@ -134,7 +165,7 @@ class RecurrentDepthTransformer(nn.Module):
         tokens: Tensor,
         depth: DepthPlan | int | None = None,
         *,
-        loops: int | None = None,
+        loops: int | Sequence[int] | None = None,
         targets: Tensor | None = None,
         loss_mask: Tensor | None = None,
         per_row: bool = False,
@@ -153,12 +184,12 @@ class RecurrentDepthTransformer(nn.Module):
         Args:
             tokens: (batch, sequence) token ids, int64.
             depth: a plan, or T for every sequence, with gradient through all T iterations.
-            loops: T, another spelling of an int `depth`; give exactly one of the two.
+            loops: T, another spelling of an int `depth`; give exactly one of the two. Or several T, rising, with `targets`
+                and without gradient: losses are stacked, (T's, ...), and the iterations that they share are run once.
             targets: (batch, sequence) ids to predict; the full logits are then never held in memory.
             loss_mask: (batch, sequence), True where a target counts; default everywhere.
             per_row: with `targets`, return `TrainingLosses.row_sums` instead, without gradient.
-            cache: keys and values of the first `start` positions, extended in place; its slots are in the order of
-                `cache_slots`.
+            cache: keys and values of the first `start` positions, extended in place, in the order of `cache_slots`.
             start: number of positions that the cache already holds.
             positions: (sequence,) or (batch, sequence); default start, start + 1, ...
             mask: boolean, True where a query sees a key, broadcastable to (batch, heads, sequence, keys); default
@@ -174,15 +205,12 @@ class RecurrentDepthTransformer(nn.Module):
             ValueError: the tokens or documents have another shape, T or the combination of arguments is not possible,
                 or the cache does not hold `start` positions at this T.
         """
-        if tokens.dim() != 2:
-            raise ValueError(f"tokens have shape {tuple(tokens.shape)}; give (batch, sequence)")
+        _check_arguments(tokens, loops, targets, exit_rule, trace, monitor)
         plan = make_depth_plan(len(tokens), depth, loops)
         columns = self.token_split.positions(start, tokens.shape[1], tokens.device)  # padding counted
         is_padding = None if padding is None else columns < padding[:, None]
         runner = None
         if exit_rule is not None and exit_rule.kind != "fixed":
-            if targets is not None:
-                raise ValueError("an exit rule is for inference; omit the targets and compare with the logits")
             # Running tokens read the keys of stopped ones from the cache, so even a single pass needs one.
             cache = KVCache() if cache is None else cache
             runner = AdaptiveLoop(exit_rule, plan.loops, cache, self.predict, is_padding, trace, documents)
@@ -203,6 +231,8 @@ class RecurrentDepthTransformer(nn.Module):
             x = layer(x, context.at_slot(slot))
         slot, kept = len(self.prelude), kept_iterations(plan.max_loops, 0 if cache is None else cache.budget)
         state = self.initial_state(embedded, x, plan, positions)
+        if isinstance(loops, Sequence) and targets is not None:
+            return self._sum_losses_at_each(loops, state, x, targets, context, loss_mask, per_row)
         x, extras = self.core(state, x, plan, context.at_slot(slot), kept, monitor, runner)
         if targets is not None:
             return self._sum_losses(x, extras, targets, context, loss_mask, per_row)
@@ -212,6 +242,26 @@ class RecurrentDepthTransformer(nn.Module):
 
     if TYPE_CHECKING:  # nn.Module declares that a call returns Any
         __call__ = forward
+
+    def _sum_losses_at_each(
+        self,
+        loops: Sequence[int],
+        initial: Tensor,
+        encoded: Tensor,
+        targets: Tensor,
+        context: LayerContext,
+        loss_mask: Tensor | None,
+        per_row: bool,
+    ) -> dict[str, Tensor]:
+        """Return `_sum_losses` at each T, stacked; the loss is taken when the loop reaches a T, so one state is held."""
+        # Where an iteration depends on T, the loop of a smaller T is not the beginning of that of a larger one.
+        progress = None if self.core.signals.depend_on_loops else LoopProgress()
+        losses = []
+        for t in loops:
+            plan = DepthPlan.constant(t, len(targets))
+            state, extras = self.core(initial, encoded, plan, context, t, progress=progress)
+            losses.append(self._sum_losses(state, extras, targets, context, loss_mask, per_row))
+        return {name: torch.stack([each[name] for each in losses]) for name in losses[0]}
 
     def _sum_losses(
         self,

@@ -7,6 +7,7 @@ the others (as in Llama 3, arXiv:2407.21783).
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -90,8 +91,9 @@ class ContextParallel(nn.Module):
     def forward(
         self,
         tokens: torch.Tensor,
-        depth: DepthPlan | int,
+        depth: DepthPlan | int | None = None,
         *,
+        loops: Sequence[int] | None = None,
         targets: torch.Tensor,
         loss_mask: torch.Tensor | None = None,
         per_row: bool = False,
@@ -105,6 +107,7 @@ class ContextParallel(nn.Module):
         losses = self.model(
             tokens[:, own],
             depth,
+            loops=loops,
             targets=targets[:, own],
             loss_mask=None if loss_mask is None else loss_mask[:, own],
             per_row=per_row,

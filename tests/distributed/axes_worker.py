@@ -48,6 +48,7 @@ MODELS = {
     "gate": dataclasses.replace(PLAIN, halting="gate", injection="gate"),
 }
 SEQUENCES, LENGTH = 8, 16
+VALIDATED = [1, 2, 4]  # loop counts of one evaluation
 Case = tuple[dict[str, Any], str, str]
 """Options of `parallel`, name of the model, precision."""
 MIXED = (3, 1, 2, 4, 1, 1, 2, 3)
@@ -152,20 +153,21 @@ def compare(parallel: ParallelConfig, name: str, precision: str, tokens: torch.T
     named = {"targets": tokens[rows, 1:], "loss_mask": tokens[rows, 1:] % 3 != 0}
     with torch.no_grad():
         engine.model.eval()
-        total = engine.module(tokens[rows, :-1], 4, **named)["cross_entropy"]
+        total = engine.module(tokens[rows, :-1], loops=VALIDATED, **named)["cross_entropy"]
         mean = engine.sum_over_ranks(total) / engine.world_size
         if single is not None:
             for key, value in single.model.state_dict().items():
                 note(f"weights {key}", state[key], value)
             single.model.eval()
-            note("validation", mean, single.module(tokens[rows, :-1], 4, **named)["cross_entropy"])
+            alone = [single.module(tokens[rows, :-1], t, **named)["cross_entropy"] for t in VALIDATED]
+            note("validation", mean, torch.stack(alone))
         # Rows whose number no rank count divides, and columns that are padded.
         ragged = Batch(tokens[:5, :14], loss_mask=tokens[:5, :14] % 3 != 0)
-        scores = score_rows(engine.module, ragged, 4, 2, engine.device, share_among_ranks(engine))
-        if single is not None:
-            expected_scores = score_rows(single.module, ragged, 4, 5, single.device)
-            note("losses of rows", scores.losses, expected_scores.losses)
-            note("misses of rows", scores.misses, expected_scores.misses)
+        scores = score_rows(engine.module, ragged, VALIDATED, 2, engine.device, share_among_ranks(engine))
+        for t in VALIDATED if single is not None else ():
+            expected_scores = score_rows(single.module, ragged, [t], 5, single.device)[t]
+            note(f"losses of rows at {t}", scores[t].losses, expected_scores.losses)
+            note(f"misses of rows at {t}", scores[t].misses, expected_scores.misses)
     return worst
 
 

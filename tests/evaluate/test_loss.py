@@ -97,10 +97,12 @@ def test_micro_batches_and_ranks_do_not_matter(run: Path, tiny_corpus: Path) -> 
     model, _ = load(run)
     model = model.double()
     windows = TokenCorpus(tiny_corpus, "valid", LENGTH, 0).read(torch.arange(6).numpy() * LENGTH)
-    whole = measure_losses(model, windows, [2], 6, torch.device("cpu"))
+    whole = measure_losses(model, windows, [2, 1], 6, torch.device("cpu"))
     for size in (1, 4):  # 4 leaves a smaller last micro-batch
-        parts = measure_losses(model, windows, [2], size, torch.device("cpu"))
-        assert parts[2] == pytest.approx(whole[2], abs=1e-12)
+        parts = measure_losses(model, windows, [1, 2], size, torch.device("cpu"))
+        assert parts == pytest.approx(whole, abs=1e-12)
+    assert [*whole] == [2, 1]
+    assert whole[1] == measure_losses(model, windows, [1], 6, torch.device("cpu"))[1]
     # Two "ranks" with their halves: the sum that reaches the reduction adds up to that of one.
     sums: list[torch.Tensor] = []
 

@@ -64,31 +64,33 @@ def test_groups_of_one_cell_are_counted_together() -> None:
 @pytest.mark.parametrize("rows", [1, 5, 8, 13])
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_share_the_rows_with_equally_many_passes(rows: int, ranks: int) -> None:
-    model, group, kept = make_model(), make_group(4, rows), []
-    alone = score_rows(model, group.batch, 3, 100, CPU)
+    model, group, kept, loops = make_model(), make_group(4, rows), [], [3, 1]
+    alone = score_rows(model, group.batch, loops, 100, CPU)
     shares = [SharedRows(rank, ranks, 1, 4, lambda sums: kept.append(sums) or sums) for rank in range(ranks)]
     passes = []
     for share in shares:
         shapes: list[tuple[int, ...]] = []
         handle = model.register_forward_pre_hook(lambda _, args, shapes=shapes: shapes.append(tuple(args[0].shape)))
-        score_rows(model, group.batch, 3, 2, CPU, share)
+        score_rows(model, group.batch, loops, 2, CPU, share)
         handle.remove()
         passes.append(shapes)
     assert all(shapes == passes[0] for shapes in passes)
     assert len(passes[0]) == count_forward_passes(rows, 2, shares[0])
     assert all(columns % 4 == 0 for _, columns in passes[0])
     losses, misses = sum(kept)
-    assert torch.allclose(losses, alone.losses, atol=1e-12)
-    assert torch.equal(misses, alone.misses)
+    for row, t in enumerate(sorted(loops)):
+        assert torch.allclose(losses[row], alone[t].losses, atol=1e-12)
+        assert torch.equal(misses[row], alone[t].misses)
+        assert torch.equal(alone[t].losses, score_rows(model, group.batch, [t], 100, CPU)[t].losses)
     # Two copies of every share, as with ranks that split the weights: the sums of all ranks count each row twice.
     twice = SharedRows(0, 1, 2, 1, lambda sums: 2 * sums)
-    assert torch.equal(score_rows(model, group.batch, 3, 100, CPU, twice).losses, alone.losses)
+    assert torch.equal(score_rows(model, group.batch, loops, 100, CPU, twice)[3].losses, alone[3].losses)
 
 
 def test_the_number_of_passes_is_known_before() -> None:
     groups, calls = [make_group(1, 10), make_group(2, 3), make_group(4, 8)], []
     score_tasks(make_model(), groups, [1, 2], micro_batch=4, progress=calls.append)
-    assert len(calls) == count_task_passes(groups, [1, 2], 4) == 2 * (3 + 1 + 2)
+    assert len(calls) == count_task_passes(groups, 4) == 3 + 1 + 2  # all T in one
 
 
 def test_a_diverged_model_is_never_right() -> None:
@@ -97,7 +99,7 @@ def test_a_diverged_model_is_never_right() -> None:
     with torch.no_grad():
         model.final_norm.weight.fill_(math.nan)
     zeros = Batch(torch.zeros(4, 6, dtype=torch.int64))
-    scores = score_rows(model, zeros, 2, 4, CPU)
+    scores = score_rows(model, zeros, [2], 4, CPU)[2]
     assert (scores.misses == 5).all()
     (row,) = score_tasks(model, [ExampleGroup("zero", 1, zeros, True)], [2])
     assert row["accuracy"] == 0

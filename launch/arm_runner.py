@@ -84,12 +84,13 @@ class ArmRunner:
     def print_plan(self, notes: Sequence[str], at_once: int) -> None:
         """Print arms, weights, operations and time, without training anything."""
         at_once, _ = self._choose_places(at_once)
+        threads = self._count_threads(at_once)
         # Replicates of an arm cost the same, so one of each is tried out.
         kinds = [(run.arm, run, self.seeds) for run in self.main_runs()[: len(self.arms)]]
         kinds += [(f"{SWEEP}/{run.name}", run, 1) for run in self.sweep_runs()]
         rows, seconds = [], []
         for name, run, count in kinds:
-            cost = estimate_cost(run)
+            cost = estimate_cost(run, self.processes, threads)
             seconds += [cost.seconds or 0.0] * count
             time = "unknown" if cost.seconds is None else format_duration(cost.seconds)
             rows.append(
@@ -101,7 +102,7 @@ class ArmRunner:
         finished = sum(find_final_checkpoint(run) is not None for run in self.all_runs())
         self.printer.print_line(
             f"{self.directory}: {len(self.all_runs())} runs, {finished} of them finished; {at_once} at once on this machine, "
-            f"about {format_duration(max(sum(seconds) / at_once, *seconds))} in all, measured on one micro-batch of each"
+            f"about {format_duration(max(sum(seconds) / at_once, *seconds))} of training in all, measured on a step of each"
         )
 
     def check_configs(self) -> None:
@@ -212,7 +213,11 @@ class ArmRunner:
     def _make_pool(self, at_once: int) -> RunPool:
         """Return the pool of processes."""
         at_once, gpus = self._choose_places(at_once)
-        return RunPool(at_once, max(usable_cores() // (at_once * self.processes), 1), gpus)
+        return RunPool(at_once, self._count_threads(at_once), gpus)
+
+    def _count_threads(self, at_once: int) -> int:
+        """Return the CPU threads of each process with so many runs at once."""
+        return max(usable_cores() // (at_once * self.processes), 1)
 
     def _train_runs(self, pool: RunPool, runs: Sequence[ComparedRun], retry: bool) -> None:
         """Train the runs that are not finished; note the outcome of those that fail, which does not end the others."""

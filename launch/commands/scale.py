@@ -11,6 +11,7 @@ from launch.command_options import parse_run_options
 from launch.local_processes import count_processes
 from megatron_rdt.config import check_config
 from megatron_rdt.errors import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, ConfigError, DataError
+from megatron_rdt.terminal import format_count
 
 if TYPE_CHECKING:
     from launch.arm_runner import ArmRunner
@@ -67,9 +68,10 @@ def scale(words: list[str]) -> int:
     runner = ArmRunner(config, [point.arm for point in points], directory, 1, options.sequences, processes)
     runner.check_configs()
     if options.dry_run:
-        runner.print_plan(
-            [*notes, f"then one run of {held_out:g} operations, as the power laws recommend"], options.at_once
+        larger = (
+            f"then one run of {format_count(held_out)} operations, as the power laws recommend; not in the time below"
         )
+        runner.print_plan([*notes, larger], options.at_once)
         return EXIT_OK
     if not _train(runner, options):
         return EXIT_PREEMPTED

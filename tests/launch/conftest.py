@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,3 +35,21 @@ def forked_rdt(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
         return Result(texts, status, *((folder / name).read_text() for name in ("stdout", "stderr")))
 
     return run
+
+
+@pytest.fixture
+def start(repository: Path) -> Iterator[Callable[[list[str]], subprocess.Popen[str]]]:
+    """Start `rdt WORDS` without waiting for its end; what still runs when the test ends is killed, its workers with it."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start_command(words: list[str]) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "launch.cli", *words]
+        started.append(
+            subprocess.Popen(command, cwd=repository, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        )
+        return started[-1]
+
+    yield start_command
+    for process in started:
+        process.kill()
+        process.communicate()

@@ -4,12 +4,9 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 from launch.commands.compare import read_axes
@@ -18,6 +15,7 @@ from megatron_rdt.compare.measure import MEASUREMENT, find_final_checkpoint, mea
 from megatron_rdt.config import RunConfig, load_config
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.model.flops import forward_flops, training_flops
+from tests.launch.commands.processes import find_processes, wait_until
 from tests.train.runs import read_records
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
@@ -30,33 +28,6 @@ def words(tiny_options: list[str], tmp_path: Path) -> list[str]:
     """Two arms of 40 steps, of which the second cannot be trained at its learning rate."""
     options = [f"--run.root={tmp_path}", "--run.name=rates", "--train.steps=40", "--eval.every=0", "--sequences=4"]
     return ["compare", *tiny_options, *options, "--axis", "optimizer.lr=1e-3,1e30"]
-
-
-@pytest.fixture
-def start(repository: Path) -> Callable[[list[str]], subprocess.Popen[str]]:
-    """Function that starts `rdt WORDS`."""
-
-    def start_command(words: list[str]) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "launch.cli", *words]
-        return subprocess.Popen(command, cwd=repository, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-    return start_command
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 100) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def find_processes(folder: Path) -> list[psutil.Process]:
-    """Return the processes with this folder in their command line."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if any(str(folder) in word for word in process.info["cmdline"] or ()):
-            found.append(process)
-    return found
 
 
 @pytest.mark.distributed

@@ -106,6 +106,15 @@ def tokenizer_folders(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
+def byte_corpus(tiny_text: Path, tokenizer_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus prepared with the tokenizer "hf"."""
+    out, tokenizer = tmp_path_factory.mktemp("prepared") / "bytes", str(tokenizer_folders["hf"])
+    return prepare(
+        PrepConfig(sources=[str(tiny_text)], out=str(out), tokenizer=tokenizer, valid_fraction=0.2, workers=1)
+    )
+
+
+@pytest.fixture(scope="session")
 def tiny_options(tiny_corpus: Path) -> list[str]:
     """Options of a training run that takes a second or two."""
     options = {

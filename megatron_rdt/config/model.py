@@ -24,7 +24,9 @@ class ModelConfig:
     """The recurrent-depth transformer."""
 
     vocab_size: int = option(4096, at_least=1)
-    """Number of token ids; must equal the vocabulary of the tokenizer that made the shards."""
+    """Number of token ids; must equal the vocabulary of the tokenizer that made the shards, and `unused_ids` more."""
+    unused_ids: int = option(0, at_least=0)
+    """Largest ids that the tokenizer does not have: rows by which the embedding of many published models is padded."""
     dim: int = option(256, at_least=1)
     """Width of the residual stream and of the recurrent state, in channels."""
     prelude_layers: int = option(1, at_least=0)

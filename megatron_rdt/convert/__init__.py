@@ -1,23 +1,29 @@
-"""Checkpoint conversion: to a folder for transformers, and between the checkpoint formats of the engines."""
+"""Conversion: checkpoints to a folder for transformers and between the engines' formats, other projects' models to both."""
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_rdt.errors import CheckpointError, ConfigError, RdtError
 from megatron_rdt.files import TEMPORARY_SUFFIX, explain_write_failure, fsync_directory, fsync_file, hold_lock
 from megatron_rdt.output_paths import check_can_be_renamed_to, make_parent, resolve_output_directory
 
+if TYPE_CHECKING:
+    from megatron_rdt.convert.recognize import ImportOptions, ImportPlan
 
-def convert(checkpoint: str, out: str, to: str) -> Path:
-    """Convert a checkpoint, or a run's newest one; `out` appears only once it is complete and durable.
+
+def convert(source: str, out: str, to: str, options: "ImportOptions | None" = None) -> Path:
+    """Convert a checkpoint, a run's newest one, or another model; `out` appears only once it is complete and durable.
 
     Args:
-        checkpoint: checkpoint or run directory.
+        source: checkpoint or run directory; or a folder or file of another project's model or of an export.
         out: directory to write; must not exist, or be empty.
         to: "hf" (a folder for transformers), "native" (a checkpoint for single, ddp and fsdp) or "zero" (one for
-            zero1, zero2 and zero3), the last two with the optimizer's state and for any world size.
+            zero1, zero2 and zero3), the last two with the optimizer's state, where there is one, and for any world size.
+        options: for other models and exports.
 
     Returns:
         The directory that was written.
@@ -28,7 +34,9 @@ def convert(checkpoint: str, out: str, to: str) -> Path:
     """
     from megatron_rdt.checkpoint import find_run_or_checkpoint, read_from_checkpoint
 
-    find_run_or_checkpoint(checkpoint)  # a path that leads nowhere leaves no directories
+    plan = plan_foreign(source, to, options)
+    if plan is None:
+        find_run_or_checkpoint(source)  # a path that leads nowhere leaves no directories
     target = Path(os.path.abspath(resolve_output_directory(out, "OUT")))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists and is not empty. Choose another OUT or remove it.")
@@ -36,23 +44,68 @@ def convert(checkpoint: str, out: str, to: str) -> Path:
     check_can_be_renamed_to(target, "OUT")
     temporary = target.with_name(f".{target.name}{TEMPORARY_SUFFIX}")
 
-    def write(source: Path) -> None:
-        """Convert the checkpoint `source` into an empty `temporary`."""
+    def write(checkpoint: Path) -> None:
+        """Convert a checkpoint into an empty `temporary`."""
         shutil.rmtree(temporary, ignore_errors=True)  # also what a conversion that was killed has left
         temporary.mkdir()
         if to == "hf":
             from megatron_rdt.convert.hf import export_hf
 
-            export_hf(source, temporary)
+            export_hf(checkpoint, temporary)
         else:
             from megatron_rdt.convert.training_state import convert_training_state
 
-            convert_training_state(source, temporary, to)
+            convert_training_state(checkpoint, temporary, to)
+
+    def write_all() -> None:
+        """Fill `temporary` from whatever the source is."""
+        if plan is None:
+            read_from_checkpoint(source, write)
+        else:
+            _write_foreign(plan, temporary, write if to == "hf" else None)
 
     busy = f"another rdt convert is writing {target}. Wait for it, or choose another OUT."
     with hold_lock(target.with_name(f".{target.name}.lock"), busy):
-        _publish(target, temporary, lambda: read_from_checkpoint(checkpoint, write), out)
+        _publish(target, temporary, write_all, out)
     return target
+
+
+def plan_foreign(source: str, to: str, options: "ImportOptions | None") -> "ImportPlan | None":
+    """Plan the conversion of what is no checkpoint of a run; None for a checkpoint or a run.
+
+    Raises:
+        ConfigError: options are for the other case, or missing.
+        CheckpointError: it is of no known kind, has no equal here, or is damaged.
+    """
+    from megatron_rdt.convert.recognize import ImportOptions, is_foreign, plan_import
+
+    if not is_foreign(Path(source)):
+        if options not in (None, ImportOptions()):
+            raise ConfigError(f"--cut, --tokenizer and --config are for other projects' models; {source} is none.")
+        return None
+    if to == "zero":
+        raise ConfigError(
+            f"{source} has no optimizer state, and DeepSpeed resumes with one. Convert it --to native and begin a run of any "
+            "engine with --init."
+        )
+    return plan_import(Path(source), options or ImportOptions())
+
+
+def _write_foreign(plan: "ImportPlan", temporary: Path, export: Callable[[Path], None] | None) -> None:
+    """Write another project's model into `temporary` as a checkpoint, or let `export` make that of the checkpoint.
+
+    It prints what was found on the way.
+    """
+    from megatron_rdt.convert.import_checkpoint import import_checkpoint
+
+    with tempfile.TemporaryDirectory(prefix=".rdt-convert-", dir=temporary.parent) as scratch:
+        folder = temporary if export is None else Path(scratch) / "checkpoint"
+        shutil.rmtree(folder, ignore_errors=True)  # also what a conversion that was killed has left
+        folder.mkdir()
+        for note in import_checkpoint(plan, folder):
+            print(f"{plan.kind}: {note}")
+        if export is not None:
+            export(folder)
 
 
 def _publish(target: Path, temporary: Path, write: Callable[[], None], out: str) -> None:

@@ -117,6 +117,10 @@ class TorchEngine(Engine):
                 "then --resume OUT with a new --run.name; resume it with the engine that saved it; or "
                 f"{suggest_init(directory)}."
             )
+        if not (directory / "optimizer").is_dir():
+            raise CheckpointError(
+                f"{directory} holds weights alone, without the state of an optimizer: {suggest_init(directory)}."
+            )
         states = self._collect_states()
         model, optimizer = states["model"], states["optimizer"]
         # The config decides the groups and their options; the run that saved may have had others.

@@ -165,6 +165,11 @@ def check_resumable(source: Path, state: dict[str, Any], config: RunConfig) -> N
         state: its trainer.json.
         config: of the run.
     """
+    if "data" not in state:
+        raise CheckpointError(
+            f"{source} holds weights alone, converted from elsewhere, and no run can continue from it: "
+            f"{suggest_init(source)}."
+        )
     saved = load_config(source / "config.yaml")
     check_same_model(source, saved.model, config.model)
     if saved.optimizer.name != config.optimizer.name:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_rdt.config import ModelConfig
-from megatron_rdt.convert.peers import PRODUCT_BOUNDS, fit_scale_weights, solve_decay_parameters
+from megatron_rdt.convert.sources.decay import PRODUCT_BOUNDS, fit_scale_weights, solve_decay_parameters
 from megatron_rdt.model.injection.diagonal import DiagonalDecay
 from megatron_rdt.model.iteration_signals import LoraSignal
 
@@ -16,9 +16,7 @@ def test_decay_and_gain_come_back(dtype: torch.dtype) -> None:
     assert low < float(product.min()) < float(product.max()) < high
     gain = torch.randn(64, dtype=dtype)
     decay = DiagonalDecay(ModelConfig(dim=64)).to(dtype)
-    decay.load_state_dict(
-        {name.split(".")[1]: value for name, value in solve_decay_parameters(product, gain, "d").items()}
-    )
+    decay.load_state_dict(solve_decay_parameters(product, gain))
     exact = 1e-5 if dtype == torch.float32 else 1e-12
     torch.testing.assert_close(decay(), (torch.exp(-product), gain), rtol=exact * 50, atol=exact)
 
@@ -26,7 +24,7 @@ def test_decay_and_gain_come_back(dtype: torch.dtype) -> None:
 def test_a_decay_outside_the_bounds_is_refused() -> None:
     for product in (0.0, PRODUCT_BOUNDS[0], PRODUCT_BOUNDS[1], float("inf")):
         with pytest.raises(ValueError, match="1 of 2 channels"):
-            solve_decay_parameters(torch.tensor([1.0, product]), torch.ones(2), "d")
+            solve_decay_parameters(torch.tensor([1.0, product]), torch.ones(2))
 
 
 @pytest.mark.parametrize("iterations", [1, 8, 16, 32])

@@ -93,6 +93,8 @@ COMBINATIONS: dict[str, dict[str, dict[str, Any]]] = {
             "rope_fast_turns": 2.0,
             "rope_original_length": 16,
             "attention_dim": 48,
+            "vocab_size": 576,
+            "unused_ids": 64,
         },
         "depth": {"per": "sequence"},
     },

@@ -57,7 +57,7 @@ def open_prepared_data(config: RunConfig, data_ranks: int, local_rank: int = 0) 
         for corpus in config.data.corpora()
     }
     _check_same_on_all_ranks(manifests)
-    check_tokenizers(list(manifests.values()), config.model.vocab_size)
+    check_tokenizers(list(manifests.values()), config.model.vocab_size - config.model.unused_ids)
     check_repeated_shards(manifests, bool(config.eval.every))
     if config.data.pack == "bestfit":
         _make_missing_packing_plans(manifests, config.train.sequence_length, local_rank)

@@ -46,7 +46,7 @@ class StreamedData:
                 f"data.tokenizer {config.data.tokenizer} is not a folder. Name the tokenizer/ of a prepared corpus."
             )
         self.tokenizer = Tokenizer(self.tokenizer_directory)
-        if self.tokenizer.vocab_size != config.model.vocab_size:
+        if self.tokenizer.vocab_size != config.model.vocab_size - config.model.unused_ids:
             raise ConfigError(
                 f"model.vocab_size is {config.model.vocab_size}, but the tokenizer {config.data.tokenizer} has "
                 f"{self.tokenizer.vocab_size} pieces. Set --model.vocab_size {self.tokenizer.vocab_size}."

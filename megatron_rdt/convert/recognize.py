@@ -1,0 +1,337 @@
+"""Recognise what a folder or file holds, and plan its conversion: config, rules, tokenizer, before a weight is read."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rdt.checkpoint import StoredWeights
+from megatron_rdt.config import DepthConfig, ModelConfig, RunConfig, check_config, load_config
+from megatron_rdt.config.schema import RunSection
+from megatron_rdt.convert.hf import CONFIG_FILE, MODEL_TYPE, PREFIX
+from megatron_rdt.convert.hf_tokenizer import open_exported_tokenizer
+from megatron_rdt.convert.similarity import choose_cut
+from megatron_rdt.convert.sources import dense, huginn, open_mythos, ouro, parcae
+from megatron_rdt.convert.sources.files import PYTORCH, SAFETENSORS, SourceWeights, open_source_weights, read_settings
+from megatron_rdt.convert.sources.rules import Rule, Rules, check_names
+from megatron_rdt.data import Tokenizer
+from megatron_rdt.errors import CheckpointError, ConfigError, DataError
+from megatron_rdt.model import RecurrentDepthTransformer
+from megatron_rdt.parallel.zero_universal import WEIGHT
+from megatron_rdt.run_directory import CHECKPOINTS
+
+LOOPED = (huginn, parcae, ouro, open_mythos)
+OWN_EXPORT, DEEPSPEED = "export of this project", "DeepSpeed's weights of a run"
+# Models that transformers has, and why they are none of ours; by model_type.
+REFUSED = {
+    "hrm_text": "HRM-Text loops two stacks of layers with a state each, one inside the other's loop; here there is one core "
+    "and one state",
+    "smollm3": "SmolLM3 has layers without rotary positions among others; here all layers have them or none",
+    "olmo": "OLMo 1 normalises with LayerNorm without gains; here every norm is an RMSNorm",
+    "olmo3": "OLMo 3 mixes layers with and without a sliding window; here all layers of a model have the same attention",
+    "recurrent_gemma": "RecurrentGemma recurs over positions, not over depth",
+    "gpt2": "GPT-2 has learned positions, LayerNorm and biases that no layer here has",
+}
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """Options of `rdt convert` for a source that is no checkpoint of a run.
+
+    Attributes:
+        cut: "P,R,C", the layers of prelude, core and coda of a dense model, or "auto".
+        tokenizer: its folder, where the source has none; "" looks in the source.
+        config: the config of the source's model, where it lies elsewhere; "" looks in the source.
+    """
+
+    cut: str = "auto"
+    tokenizer: str = ""
+    config: str = ""
+
+
+@dataclass(frozen=True)
+class ImportPlan:
+    """A conversion before a weight is read.
+
+    Attributes:
+        source: the folder or file.
+        kind: what it holds, for people.
+        settings: of the source's model; those of config.json, for a kind that has one.
+        model: config of the network here.
+        depth: options of `depth` with which such a model is trained.
+        rules: of every parameter and persistent buffer.
+        weights: of the source.
+        tokenizer: its folder.
+        layers: of a dense model, those that are used; None for a looped one.
+        notes: sentences for people.
+    """
+
+    source: Path
+    kind: str
+    settings: Mapping[str, Any]
+    model: ModelConfig
+    depth: dict[str, Any]
+    rules: Rules
+    weights: SourceWeights
+    tokenizer: Path
+    layers: list[int] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def stored(self) -> StoredWeights:
+        """The weights as this project's model names them, made when they are read; float32."""
+        with torch.device("meta"):
+            model = RecurrentDepthTransformer(self.model)
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+        def read(name: str) -> Tensor:
+            rule = self.rules[name]
+            try:
+                made = rule.make(*(self.weights.read(source).float() for source in rule.names))
+            except (ValueError, RuntimeError) as error:
+                raise CheckpointError(
+                    f"{self.source}: {', '.join(rule.names[:2])} cannot be converted: {error}"
+                ) from None
+            if made.shape != shapes[name]:
+                raise CheckpointError(
+                    f"{self.source}: {', '.join(rule.names[:2])} gives {name} the shape {tuple(made.shape)}, the config "
+                    f"{tuple(shapes[name])}. Weights and config are of different models."
+                )
+            return made.contiguous()
+
+        return StoredWeights(shapes, read)
+
+    @property
+    def buffers(self) -> set[str]:
+        """Names of the persistent buffers."""
+        with torch.device("meta"):
+            model = RecurrentDepthTransformer(self.model)
+        return set(model.state_dict()) - {name for name, _ in model.named_parameters()}
+
+    def run_config(self) -> RunConfig:
+        """Return the config of the checkpoint; ConfigError if the model cannot be built."""
+        name = re.sub(r"[^\w.-]+", "-", self.source.resolve().name).strip("-.") or "imported"
+        config = RunConfig(run=RunSection(name=name), model=self.model, depth=DepthConfig(**self.depth))
+        check_config(config, 1)
+        return config
+
+
+def is_foreign(path: Path) -> bool:
+    """Return True for what is no run and no checkpoint of one: a file, or a folder with weights but no manifest."""
+    if path.is_file():
+        return path.suffix in (*SAFETENSORS, *PYTORCH)
+    if not path.is_dir() or (path / "manifest.json").is_file() or (path / CHECKPOINTS).is_dir():
+        return False
+    kinds = (*SAFETENSORS, *PYTORCH)
+    has_weights = (path / CONFIG_FILE).is_file() or any(file.suffix in kinds for file in path.iterdir())
+    return has_weights or _is_universal(path)
+
+
+def _is_universal(path: Path) -> bool:
+    """Return True for a folder of DeepSpeed's universal layout."""
+    return any(path.glob(f"zero/*/{WEIGHT}.pt"))
+
+
+def plan_import(path: Path, options: ImportOptions) -> ImportPlan:
+    """Recognise a source and plan its conversion.
+
+    Raises:
+        CheckpointError: it is of no known kind, has no equal here, or is damaged.
+        ConfigError: options are missing or do not fit.
+    """
+    folder = path.parent if path.is_file() else path
+    run_config = _find_run_config(folder, options)
+    if _is_universal(path):
+        return _plan_own(path, folder, options, DEEPSPEED, run_config, _open_universal(path), "")
+    weights = open_source_weights(path)
+    settings = (
+        weights.config or read_settings(Path(options.config or folder / CONFIG_FILE)) if run_config is None else {}
+    )
+    if run_config is not None and (not settings):
+        return _plan_own(path, folder, options, DEEPSPEED, run_config, weights, "")
+    if settings.get("model_type") == MODEL_TYPE:
+        own = RunConfig(model=_read_own_model(path, settings))
+        return _plan_own(path, folder, options, OWN_EXPORT, own, weights, PREFIX, settings)
+    try:
+        return _plan_foreign(path, folder, settings, weights, options)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be converted: {error}.") from None
+
+
+def _find_run_config(folder: Path, options: ImportOptions) -> RunConfig | None:
+    """Read the YAML of the run of which these are the weights, from --config, the folder or the one above; None if none."""
+    if options.config:
+        return load_config(options.config) if options.config.endswith((".yaml", ".yml")) else None
+    if (folder / CONFIG_FILE).is_file():
+        return None
+    found = next((file for file in (folder / "config.yaml", folder.parent / "config.yaml") if file.is_file()), None)
+    return None if found is None else load_config(found)
+
+
+def _read_own_model(path: Path, settings: Mapping[str, Any]) -> ModelConfig:
+    """Read the model of an export's config.json."""
+    try:
+        return ModelConfig(**settings["model"])
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"{path / CONFIG_FILE} is not the config of an export ({error}).") from None
+
+
+def _open_universal(path: Path) -> SourceWeights:
+    """Open the weights of DeepSpeed's universal layout, a file per parameter."""
+    files = {file.parent.name: file for file in path.glob(f"zero/*/{WEIGHT}.pt")}
+
+    def read(name: str) -> Tensor:
+        content = torch.load(files[name], weights_only=True, mmap=True)
+        return content["param"] if isinstance(content, dict) else content
+
+    return SourceWeights({name: read(name).shape for name in files}, read, {})
+
+
+def _plan_own(
+    path: Path,
+    folder: Path,
+    options: ImportOptions,
+    kind: str,
+    config: RunConfig | None,
+    weights: SourceWeights,
+    prefix: str,
+    settings: Mapping[str, Any] | None = None,
+) -> ImportPlan:
+    """Plan the conversion of weights of this project's own model, whose names have `prefix` in front."""
+    if config is None:
+        raise ConfigError(f"{path} holds weights but not their config. Name the config.yaml of their run in --config.")
+    loops = (settings or {}).get("loops")
+    depth = {"mean": loops, "max": max(int(loops), 32)} if isinstance(loops, int) else dataclasses.asdict(config.depth)
+    with torch.device("meta"):
+        names = list(RecurrentDepthTransformer(config.model).state_dict())
+    rules = {name: Rule((prefix + name,)) for name in names}
+    for name in names:
+        if name.endswith("selection_bias") and prefix + name not in weights.shapes:  # a buffer, which DeepSpeed drops
+            rules[name] = Rule((), lambda size=config.model.experts: torch.zeros(size), "0, since it was not saved")
+    _check_names(path, rules, weights, r"lm_head\.weight|model\.lm_head\.weight")
+    tokenizer = _find_tokenizer(folder, options, own=True)
+    return ImportPlan(path, kind, settings or {}, config.model, depth, rules, weights, tokenizer)
+
+
+def _check_names(path: Path, rules: Rules, weights: SourceWeights, ignored: str) -> None:
+    """Raise CheckpointError unless rules and source have the same weights."""
+    try:
+        check_names(rules, weights.shapes, ignored)
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be converted: {error}.") from None
+
+
+def _plan_foreign(
+    path: Path, folder: Path, settings: Mapping[str, Any], weights: SourceWeights, options: ImportOptions
+) -> ImportPlan:
+    """Plan the conversion of another project's model; ValueError for what has no equal here."""
+    looped = next((kind for kind in LOOPED if kind.recognizes(settings)), None)
+    if looped is not None:
+        model = dataclasses.replace(looped.read_model_config(settings), vocab_size=_find_vocabulary(weights))
+        rules = looped.make_rules(model)
+        ignored = open_mythos.list_ignored(model) if looped is open_mythos else looped.IGNORED
+        _check_names(path, rules, weights, ignored)
+        depth, tokenizer = looped.read_depth(settings), _find_tokenizer(folder, options)
+        return ImportPlan(path, looped.NAME, settings, model, depth, rules, weights, tokenizer)
+    if dense.recognizes(settings):
+        return _plan_dense(path, folder, settings, weights, options)
+    kind = settings.get("model_type")
+    if kind in REFUSED:
+        raise ValueError(REFUSED[kind])
+    known = ", ".join([*(module.NAME for module in LOOPED), *(name for name, _ in dense.KINDS.values()), "own exports"])
+    what = f"its model_type is {kind!r}" if kind else f"it has no {CONFIG_FILE} that says what it is (see --config)"
+    raise ValueError(f"{what}; known are {known}")
+
+
+def _find_vocabulary(weights: SourceWeights) -> int:
+    """Return the number of rows of the embedding, which may be padded beyond the tokenizer's ids."""
+    names = ("model.embed_tokens.weight", "transformer.wte.weight", "embed.weight")
+    found = next((weights.shapes[name] for name in names if name in weights.shapes), None)
+    if found is None:
+        raise ValueError(f"the weights have no embedding called {', '.join(names)}")
+    return int(found[0])
+
+
+def _plan_dense(
+    path: Path,
+    folder: Path,
+    settings: Mapping[str, Any],
+    weights: SourceWeights,
+    options: ImportOptions,
+) -> ImportPlan:
+    """Plan the cut of a dense model, by --cut or, with auto, by the similarity of its layers."""
+    layers, tokenizer = dense.count_layers(settings), _find_tokenizer(folder, options)
+    kind = dense.KINDS[settings["model_type"]][0]
+
+    def plan_cut(cut: dense.Cut, notes: list[str]) -> ImportPlan:
+        kept = dense.list_kept_layers(cut, layers)
+        model = dataclasses.replace(dense.read_model_config(settings, cut), vocab_size=_find_vocabulary(weights))
+        rules = dense.make_rules(model, layers)
+        _check_names(path, rules, weights, dense.find_dropped_weights(model, layers))
+        depth = dense.read_depth()
+        return ImportPlan(path, kind, settings, model, depth, rules, weights, tokenizer, kept, notes)
+
+    if options.cut != "auto":
+        return plan_cut(_parse_cut(options.cut), [])
+    if layers < 3:
+        raise ValueError(f"a model of {layers} layers cannot be cut by similarity; give --cut")
+    whole = plan_cut((1, layers - 2, 1), [])
+    cut, note = choose_cut(whole.model, whole.stored, tokenizer)
+    return plan_cut(cut, [note])
+
+
+def _parse_cut(text: str) -> dense.Cut:
+    """Return the three numbers of --cut."""
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
+        raise ConfigError(f"--cut is {text!r}; give the layers of prelude, core and coda, such as 2,4,2, or auto.")
+    prelude, core, coda = map(int, parts)
+    return prelude, core, coda
+
+
+def _find_tokenizer(folder: Path, options: ImportOptions, own: bool = False) -> Path:
+    """Return the folder of the tokenizer, from --tokenizer, the source's or the one above; ConfigError if there is none."""
+    if options.tokenizer:
+        return Path(options.tokenizer)
+    candidates = [folder, folder / "tokenizer", folder.parent / "tokenizer"]
+    if own and (folder / CONFIG_FILE).is_file():
+        candidates.insert(0, open_exported_tokenizer(folder).file.parent)
+    for candidate in candidates:
+        try:
+            Tokenizer(candidate)
+        except DataError:
+            continue
+        return candidate
+    raise ConfigError(f"there is no tokenizer that can be read in {folder}. Name the folder of one in --tokenizer.")
+
+
+def describe_rules(plan: ImportPlan) -> list[str]:
+    """Return a line per weight: its name and shape here, and what it is made of."""
+    shapes = plan.stored.shapes
+    lines = []
+    for name, rule in plan.rules.items():
+        sources = ", ".join(rule.names[:3]) + (f" and {len(rule.names) - 3} more" if len(rule.names) > 3 else "")
+        note = f" ({rule.note})" if rule.note else ""
+        lines.append(f"{name} {list(shapes[name])} <- {sources or 'a constant'}{note}")
+    return lines
+
+
+def describe_origin(plan: ImportPlan) -> dict[str, Any]:
+    """Return what the manifest records of the source."""
+    return {
+        "kind": plan.kind,
+        "name": plan.source.resolve().name,
+        "layers": plan.layers,
+        "config": _plain(plan.settings),
+    }
+
+
+def _plain(settings: Mapping[str, Any]) -> Any:
+    """Return settings as JSON can hold them."""
+    return json.loads(json.dumps(dict(settings), default=str))

@@ -1,0 +1,1 @@
+"""Models of other projects: for each kind, its config and its weights expressed here, as data."""

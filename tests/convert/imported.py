@@ -1,0 +1,86 @@
+"""Check that a converted model evaluates, generates, exports and trains on, with the tokenizer of its source."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megatron_rdt.config import check_config, load_config
+from megatron_rdt.convert import convert
+from megatron_rdt.convert.import_checkpoint import CONTINUE
+from megatron_rdt.convert.recognize import ImportOptions
+from megatron_rdt.data import Tokenizer
+from megatron_rdt.errors import CheckpointError
+from megatron_rdt.evaluate.loss import evaluate_checkpoint
+from megatron_rdt.inference import generate, load
+from megatron_rdt.train.trainer import train
+
+STEPS = 10
+
+
+def write_source(
+    folder: Path, settings: dict, weights: dict[str, torch.Tensor], tokenizer: Path, shards: int = 1
+) -> Path:
+    """Write a model as a folder for transformers: config.json, one or several safetensors, tokenizer."""
+    shutil.copytree(tokenizer, folder)
+    (folder / "config.json").write_text(json.dumps(settings))
+    names = sorted(weights)
+    parts = [{name: weights[name].contiguous().clone() for name in names[i::shards]} for i in range(shards)]
+    files = [
+        f"model-{i + 1:05d}-of-{shards:05d}.safetensors" if shards > 1 else "model.safetensors" for i in range(shards)
+    ]
+    for file, part in zip(files, parts):
+        save_file(part, folder / file)
+    if shards > 1:
+        index = {name: file for file, part in zip(files, parts) for name in part}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return folder
+
+
+def check_use(source: Path, corpus: Path, tokenizer: Path, out: Path, options: ImportOptions | None = None) -> Path:
+    """Convert a source, then evaluate, generate, export and train on; return the checkpoint.
+
+    Args:
+        source: folder or file.
+        corpus: prepared with its tokenizer.
+        tokenizer: its folder.
+        out: an empty folder for everything that is written.
+        options: of the conversion.
+    """
+    checkpoint = convert(str(source), str(out / "native"), "native", options)
+    assert Tokenizer(checkpoint / "tokenizer").fingerprint == Tokenizer(tokenizer).fingerprint
+
+    evaluate_checkpoint(str(checkpoint), [1, 2], 2, str(corpus), str(out / "eval.json"))
+    losses = json.loads((out / "eval.json").read_text())
+    assert losses
+
+    model, carried = load(checkpoint, "cpu")
+    tokens = torch.tensor([carried.encode("def read(self, size):")])
+    continued = generate(model, tokens, loops=2, new_tokens=5, temperature=0)
+    assert continued.shape == (1, tokens.shape[1] + 5)
+
+    exported = convert(str(source), str(out / "hf"), "hf", options)
+    again, _ = load(exported, "cpu")
+    with torch.no_grad():
+        for loops in (1, 3):
+            assert torch.equal(model(tokens, loops), again(tokens, loops))
+
+    words = {
+        **{"run.root": out / "runs", "run.name": "on", "data.path": corpus, "data.max_epochs": 100},
+        **{"train.steps": STEPS, "train.global_batch": 2, "train.micro_batch": 1, "train.sequence_length": 24},
+        **{"train.device": "cpu", "schedule.warmup_steps": 2, "eval.every": 0, "logging.tensorboard": "false"},
+        **{"checkpoint.every": STEPS, "optimizer.lr": 1e-3},
+    }
+    config = load_config(checkpoint / CONTINUE, [f"--{name}={value}" for name, value in words.items()])
+    check_config(config, 1)
+    with pytest.raises(CheckpointError, match=r"holds weights alone, .* --init"):
+        train(config, resume=str(checkpoint))
+    shutil.rmtree(out / "runs", ignore_errors=True)
+    assert train(config, init=str(checkpoint)) == 0
+    records = [json.loads(line) for line in (out / "runs" / "on" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    assert all(record["grad_norm"] > 0 for record in records)
+    return checkpoint

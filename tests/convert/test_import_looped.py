@@ -1,0 +1,361 @@
+"""Checkpoints of other looped models, in their projects' own files: used and trained on; equal to plain references."""
+
+import dataclasses
+import json
+import sys
+import types
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from launch.commands.convert import convert as command
+from megatron_rdt import checkpoint as checkpoints
+from megatron_rdt.config import RunConfig
+from megatron_rdt.convert import convert
+from megatron_rdt.convert.native_writer import write_weights
+from megatron_rdt.convert.peers import from_open_mythos
+from megatron_rdt.convert.recognize import ImportOptions, describe_rules, plan_import
+from megatron_rdt.data import Tokenizer
+from megatron_rdt.errors import CheckpointError, ConfigError
+from megatron_rdt.inference import load
+from megatron_rdt.model.initial_state import normal_state
+from megatron_rdt.parallel.zero_universal import write_universal
+from megatron_rdt.train.trainer import train
+from tests.convert.imported import check_use, write_source
+from tests.convert.ouro_reference import ouro_logits
+from tests.parity import recorded
+from tests.parity import test_parcae_and_huginn as parity
+
+LOOPS = (1, 2, 4)
+Weights = dict[str, torch.Tensor]
+
+
+def small_weights(shapes: dict[str, tuple[int, ...]]) -> Weights:
+    """Return float32 weights large enough for every part to matter."""
+    return parity.random_weights(shapes, torch.float32)
+
+
+def with_vocabulary(shapes: dict[str, tuple[int, ...]], vocabulary: int) -> dict[str, tuple[int, ...]]:
+    """Return shapes for another vocabulary than that of the plain references."""
+    old = parity.BASE.vocab_size
+    return {name: tuple(vocabulary if size == old else size for size in shape) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def tokenizer(tokenizer_folders: dict[str, Path]) -> Path:
+    return tokenizer_folders["hf"]
+
+
+@pytest.fixture
+def vocabulary(tokenizer: Path) -> int:
+    return Tokenizer(tokenizer).vocab_size
+
+
+HUGINN: dict[str, Any] = {
+    **{"model_type": "huginn_raven", "block_class_name": "SandwichBlock", "mlp_class_name": "GatedMLP"},
+    **{"nonlin_name": "SiLU", "bias": False, "injection_type": "linear", "state_init": "like-init"},
+    **{"n_embd": parity.BASE.dim, "num_attention_heads": parity.BASE.heads, "intermediate_size": parity.BASE.ffn_dim},
+    **{"n_layers_in_prelude": 2, "n_layers_in_recurrent_block": 2, "n_layers_in_coda": 2, "norm_eps": 1e-6},
+    **{"qk_bias": True, "tie_embeddings": True, "mean_recurrence": 4, "mean_backprop_depth": 2, "rope_base": 50000},
+    # Of code that this folder does not have, and that must not be run:
+    "auto_map": {"AutoModelForCausalLM": "raven_modeling_minimal.RavenForCausalLM"},
+}
+
+
+def write_huginn(folder: Path, tokenizer: Path, shards: int = 1) -> Weights:
+    """Write Huginn's folder as it is published; return the weights."""
+    vocabulary = Tokenizer(tokenizer).vocab_size
+    weights = small_weights(with_vocabulary(parity.huginn_shapes(), vocabulary))
+    write_source(folder, HUGINN | {"vocab_size": vocabulary}, weights, tokenizer, shards)
+    return weights
+
+
+@torch.no_grad()
+def compare(checkpoint: Path, reference: Any, weights: Weights, std: float | None = None) -> None:
+    """Compare a converted model with a plain reference in float64, at several T."""
+    model, _ = load(checkpoint, "cpu")
+    config = model.double().config
+    tokens = torch.randint(0, config.vocab_size, (3, 13), generator=torch.Generator().manual_seed(1))
+    state = None
+    if std is not None:
+        state = normal_state((0,) * 3, torch.arange(13), config.dim, std).double()
+    wide = {name: weight.double() for name, weight in weights.items()}
+    for loops in LOOPS:
+        torch.testing.assert_close(model(tokens, loops), reference(wide, tokens, state, loops), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [1, 3])
+def test_huginn(tmp_path: Path, tokenizer: Path, byte_corpus: Path, shards: int) -> None:
+    weights = write_huginn(tmp_path / "huginn", tokenizer, shards)
+    (tmp_path / "work").mkdir()
+    checkpoint = check_use(tmp_path / "huginn", byte_corpus, tokenizer, tmp_path / "work")
+    compare(checkpoint, parity.huginn, weights, parity.HUGINN.state_std)
+
+
+PARCAE: dict[str, Any] = {
+    **{"_class_name": "ParcaeConfig", "model_class_name": "Parcae", "block_class_name": "TransformerPreNormBlock"},
+    **{"mlp_class_name": "BaseMLP", "nonlin_name": "ReLU2", "norm_class_name": "RMSNorm", "injection_type": "diagonal"},
+    **{"n_embd": parity.BASE.dim, "num_attention_heads": parity.BASE.heads, "intermediate_size": parity.BASE.ffn_dim},
+    **{"num_key_value_heads": parity.BASE.heads, "recurrent_embedding_dimension": parity.BASE.dim},
+    **{"recurrent_intermediation_embedding_dimension": parity.BASE.ffn_dim, "n_layers_in_prelude": 2},
+    **{
+        "n_layers_in_recurrent_block": 2,
+        "n_layers_in_coda": 2,
+        "norm_eps": 1e-5,
+        "qk_norm": True,
+        "prelude_norm": True,
+    },
+    **{"tie_embeddings": True, "init_strategy": "scaled-zero", "state_init": "like-init", "bias": False},
+    **{"rope_settings": {"use_rope": True, "rope_base": 50000}, "mean_recurrence": 4, "mean_backprop_depth": 2},
+    "recurrent_iteration_method": "per-sequence",
+}
+
+
+@pytest.mark.slow
+def test_parcae(tmp_path: Path, tokenizer: Path, byte_corpus: Path, vocabulary: int) -> None:
+    """Their folder: config.json, and a state dict of torch.save with the tied head and the rotary table in it."""
+    weights = small_weights(with_vocabulary(parity.parcae_shapes(), vocabulary))
+    folder = tmp_path / "parcae"
+    folder.mkdir()
+    (folder / "config.json").write_text(
+        json.dumps(PARCAE | {"padded_vocab_size": vocabulary, "vocab_size": vocabulary})
+    )
+    extra = {"lm_head.weight": weights["transformer.wte.weight"], "freqs_cis": torch.zeros(1, 4, 1, 2)}
+    torch.save({f"_orig_mod.{name}": value for name, value in (weights | extra).items()}, folder / "model.pt")
+    with pytest.raises(ConfigError, match="Name the folder of one in --tokenizer"):
+        convert(str(folder), str(tmp_path / "none"), "native")
+    (tmp_path / "work").mkdir()
+    options = ImportOptions(tokenizer=str(tokenizer))
+    checkpoint = check_use(folder, byte_corpus, tokenizer, tmp_path / "work", options)
+    compare(checkpoint, parity.parcae, weights, parity.PARCAE.state_std)
+
+
+MYTHOS_FIELDS = {
+    **{"max_seq_len": 64, "max_loop_iters": 3, "attn_type": "mla", "n_experts": 8, "rope_theta": 500000.0},
+    **{"n_experts_per_tok": 2, "expert_dim": 12, "n_shared_experts": 2, "lora_rank": 3, "act_threshold": 0.99},
+    **{"dim": 32, "n_heads": 4, "n_kv_heads": 2, "prelude_layers": 2, "coda_layers": 1, "kv_lora_rank": 12},
+    **{"q_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5},
+}
+
+
+class MythosConfig:
+    """Stands in the pickle for open_mythos.main.MythosConfig, whose name it is given."""
+
+
+MythosConfig.__module__ = "open_mythos.main"
+
+
+LATENT_FIELDS = ("kv_rank", "query_rank", "nope_dim", "rope_dim", "value_dim")  # which gqa does not read
+
+
+def write_mythos_content(attention: str, vocabulary: int) -> tuple[Weights, dict[str, Any]]:
+    """Return weights and the content of the checkpoint that OpenMythos' training script saves."""
+    record = json.loads(recorded.RECORD.read_text())
+    shapes = next(entry["shapes"] for name, entry in record.items() if name.startswith(attention))
+    shapes = {name: [vocabulary if size == 61 else size for size in shape] for name, shape in shapes.items()}
+    weights = {name: value.float() for name, value in recorded.make_weights(shapes).items()}
+    config = MythosConfig()
+    vars(config).update(MYTHOS_FIELDS | {"vocab_size": vocabulary, "attn_type": attention})
+    return weights, {"model": weights, "step": 7, "cfg": config, "vocab_size": vocabulary}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["mla", "gqa"])
+def test_open_mythos(
+    attention: str, tmp_path: Path, tokenizer: Path, byte_corpus: Path, vocabulary: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its script's checkpoint holds a pickled config object, of which the fields are read and no code is run."""
+    weights, content = write_mythos_content(attention, vocabulary)
+    module = types.ModuleType("open_mythos.main")
+    module.MythosConfig = MythosConfig  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "open_mythos", types.ModuleType("open_mythos"))
+        patch.setitem(sys.modules, "open_mythos.main", module)
+        torch.save(content, tmp_path / "mythos.pt")
+    (tmp_path / "work").mkdir()
+    options = ImportOptions(tokenizer=str(tokenizer))
+    checkpoint = check_use(tmp_path / "mythos.pt", byte_corpus, tokenizer, tmp_path / "work", options)
+    model, _ = load(checkpoint, "cpu")
+    # Whose logits tests/parity compares with the package's own.
+    expected = dataclasses.replace(recorded.BASE, attention=attention, halting="act", vocab_size=vocabulary)  # type: ignore[arg-type]
+    if attention == "gqa":
+        expected = dataclasses.replace(expected, **{name: getattr(model.config, name) for name in LATENT_FIELDS})
+    assert model.config == expected
+    for name, value in from_open_mythos(weights, model.config).items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+OURO: dict[str, Any] = {
+    **{"model_type": "ouro", "architectures": ["OuroForCausalLM"], "hidden_act": "silu", "hidden_size": 32},
+    **{"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+    **{"head_dim": 8, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "rope_scaling": None, "tie_word_embeddings": False},
+    **{"total_ut_steps": 3, "early_exit_threshold": 1.0, "use_sliding_window": False, "sliding_window": 4096},
+    **{"layer_types": ["full_attention"] * 2, "auto_map": {"AutoModelForCausalLM": "modeling_ouro.OuroForCausalLM"}},
+}
+
+
+def ouro_shapes(vocabulary: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, 32), "model.norm.weight": (32,)}
+    shapes |= {"model.early_exit_gate.weight": (1, 32), "model.early_exit_gate.bias": (1,)}
+    shapes["lm_head.weight"] = (vocabulary, 32)
+    for name in ("model.layers.0", "model.layers.1"):
+        norms = ("input_layernorm", "input_layernorm_2", "post_attention_layernorm", "post_attention_layernorm_2")
+        shapes |= {f"{name}.{norm}.weight": (32,) for norm in norms}
+        shapes |= {f"{name}.self_attn.{part}_proj.weight": (32 if part in "qo" else 16, 32) for part in "qkvo"}
+        shapes |= {f"{name}.mlp.{part}_proj.weight": (48, 32) for part in ("gate", "up")}
+        shapes[f"{name}.mlp.down_proj.weight"] = (32, 48)
+    return shapes
+
+
+@pytest.mark.slow
+def test_ouro(tmp_path: Path, tokenizer: Path, byte_corpus: Path, vocabulary: int) -> None:
+    weights = small_weights(ouro_shapes(vocabulary))
+    write_source(tmp_path / "ouro", OURO | {"vocab_size": vocabulary}, weights, tokenizer, shards=2)
+    (tmp_path / "work").mkdir()
+    checkpoint = check_use(tmp_path / "ouro", byte_corpus, tokenizer, tmp_path / "work")
+
+    def reference(w: Weights, tokens: torch.Tensor, state: None, loops: int) -> torch.Tensor:
+        return ouro_logits(w, tokens, loops, layers=2, heads=4, kv_heads=2, base=1e4)
+
+    compare(checkpoint, reference, weights)
+    model, _ = load(checkpoint, "cpu")
+    gate = weights["model.early_exit_gate.weight"][0], weights["model.early_exit_gate.bias"]
+    assert torch.equal(model.core.halting.weight, gate[0])
+    assert torch.equal(model.core.halting.bias, gate[1])
+
+
+def test_the_mapping_is_printed(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_huginn(tmp_path / "huginn", tokenizer)
+    assert command([str(tmp_path / "huginn"), str(tmp_path / "out"), "--to", "native", "--dry_run", "true"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("huginn: Huginn")
+    query = "prelude.0.attention.query.weight [48, 48] <- transformer.prelude.0.attn.Wqkv.weight (rows 0 to 47)"
+    assert query in lines
+    plan = plan_import(tmp_path / "huginn", ImportOptions())
+    assert lines[1:] == describe_rules(plan)
+    assert len(lines) - 1 == len(plan.stored.shapes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_weights_pass_through_memory_one_by_one(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While they are written, no more of the source is alive than what the largest weight is made of, twice."""
+    weights = write_huginn(tmp_path / "huginn", tokenizer, shards=2)
+    plan, alive, peak = plan_import(tmp_path / "huginn", ImportOptions()), {}, []
+
+    def read(name: str) -> torch.Tensor:
+        value = plan.weights.read(name).clone()
+        alive[id(value)] = value.nbytes
+        weakref.finalize(value, alive.pop, id(value))
+        peak.append(sum(alive.values()))
+        return value
+
+    watched = dataclasses.replace(plan, weights=dataclasses.replace(plan.weights, read=read))
+    written = write_weights(tmp_path, watched.stored.shapes, set(), watched.stored.read, lambda size: None)
+    assert set(written) == set(plan.rules)
+    assert len(peak) >= len(weights)
+    largest = max(weight.nbytes for weight in weights.values())
+    assert max(peak) <= 2 * largest < sum(weight.nbytes for weight in weights.values()) / 2
+
+
+def test_a_damaged_or_foreign_source_is_refused(tmp_path: Path, tokenizer: Path) -> None:
+    weights = write_huginn(tmp_path / "huginn", tokenizer)
+    source, out = tmp_path / "huginn", tmp_path / "out"
+    settings = json.loads((source / "config.json").read_text())
+
+    def refused(message: str, error: type[Exception] = CheckpointError, to: str = "native") -> None:
+        with pytest.raises(error, match=message):
+            convert(str(source), str(out), to)
+        assert not out.exists()
+
+    refused("has no optimizer state", ConfigError, "zero")
+    for change, message in (
+        ({"injection_type": "add"}, "injection_type is 'add'; of Huginn only"),
+        ({"n_embd": None}, "the config has no n_embd"),
+        ({"n_embd": "48"}, "n_embd is '48', not a number"),
+        ({"n_layers_in_coda": 1}, r"do not exist in the config's network: transformer\.coda\.1"),
+        ({"intermediate_size": 44}, "Weights and config are of different models"),
+    ):
+        (source / "config.json").write_text(json.dumps(settings | change))
+        refused(message)
+    (source / "config.json").write_text("[]")
+    refused("holds no JSON object")
+    (source / "config.json").write_text(json.dumps(settings))
+    save_file({name: value * float("nan") for name, value in weights.items()}, source / "model.safetensors")
+    refused("logits of .* are not finite")
+    content = (source / "model.safetensors").read_bytes()
+    (source / "model.safetensors").write_bytes(content[: len(content) // 2])
+    refused("is damaged")
+    (source / "model.safetensors").unlink()
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
+    refused("outside of its folder")
+    (source / "model.safetensors.index.json").unlink()
+    torch.save({"model": weights, "cfg": tmp_path}, source / "model.pt")  # a Path object: code would have to run
+    refused("cannot be opened without running code")
+
+
+@pytest.fixture(scope="module")
+def finished(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 2 steps."""
+    root = tmp_path_factory.mktemp("finished")
+    assert train(configure(f"--run.root={root}", "--run.name=first", "--train.steps=2", "--eval.every=0")) == 0
+    return root / "first"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [1, 2])
+def test_an_export_comes_back(
+    tmp_path: Path, tokenizer: Path, byte_corpus: Path, finished: Path, tiny_corpus: Path, shards: int
+) -> None:
+    """An export, saved again in bfloat16 and in several files as transformers would, is a checkpoint again."""
+    exported = convert(str(finished), str(tmp_path / "hf"), "hf")
+    weights = load_file(exported / "model.safetensors")
+    if shards > 1:
+        (exported / "model.safetensors").unlink()
+        names = sorted(weights)
+        for i in range(shards):
+            part = {name: weights[name].bfloat16() for name in names[i::shards]}
+            save_file(part, exported / f"model-{i + 1:05d}-of-{shards:05d}.safetensors")
+        index = {
+            name: f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards) for name in names[i::shards]
+        }
+        (exported / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (tmp_path / "work").mkdir()
+    checkpoint = check_use(exported, tiny_corpus, tiny_corpus / "tokenizer", tmp_path / "work")
+    before, after = checkpoints.read_model_weights(latest(finished)), checkpoints.read_model_weights(checkpoint)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert torch.equal(after[name], value if shards == 1 else value.bfloat16().float()), name
+
+
+def latest(run: Path) -> Path:
+    return checkpoints.list_complete_checkpoints(run)[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["universal", "zero_to_fp32"])
+def test_deepspeeds_weights_of_a_run(layout: str, tmp_path: Path, finished: Path, tiny_corpus: Path) -> None:
+    """The universal layout, and what zero_to_fp32 writes: a state dict by our names, without the config of the run."""
+    weights = checkpoints.read_model_weights(latest(finished))
+    source = tmp_path / "source"
+    source.mkdir()
+    if layout == "universal":
+        parts = {name: dict.fromkeys(("fp32", "exp_avg", "exp_avg_sq"), value) for name, value in weights.items()}
+        write_universal(source / "universal", parts, step=3)
+        source = source / "universal"
+    else:
+        torch.save(weights, source / "pytorch_model.bin")
+    with pytest.raises((ConfigError, CheckpointError), match="--config"):
+        convert(str(source), str(tmp_path / "out"), "native")
+    options = ImportOptions(tokenizer=str(tiny_corpus / "tokenizer"), config=str(latest(finished) / "config.yaml"))
+    (tmp_path / "work").mkdir()
+    checkpoint = check_use(source, tiny_corpus, tiny_corpus / "tokenizer", tmp_path / "work", options)
+    after = checkpoints.read_model_weights(checkpoint)
+    assert all(torch.equal(after[name], value) for name, value in weights.items())

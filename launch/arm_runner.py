@@ -34,6 +34,7 @@ from megatron_rdt.errors import EXIT_OK, ConfigError, DataError, LaunchError
 from megatron_rdt.files import hold_lock, sha256_of, write_text
 from megatron_rdt.terminal import Printer, format_count, format_duration
 from megatron_rdt.train.resume_checks import describe_changed_settings
+from megatron_rdt.untrusted_files import read_json
 
 CONFIGS, LOG, MEASURE_LOG, CORPORA = "configs", "train.log", "measure.log", "corpora.json"
 
@@ -349,6 +350,6 @@ def _read_object(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return dict(read_json(file))
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{file} is damaged ({error}). Remove it and give the same command again.") from None

@@ -22,6 +22,7 @@ from launch.single_process import refuse_copies
 from megatron_rdt.config.option_texts import check_words
 from megatron_rdt.environment import quiet_libraries
 from megatron_rdt.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE
+from megatron_rdt.files import escape_controls
 from megatron_rdt.terminal import escape_unencodable, flush_output
 
 EXIT_BROKEN_PIPE = 141  # as a shell reports SIGPIPE
@@ -85,7 +86,7 @@ def run_command(words: list[str]) -> int:
         explained = explain(error)
         if explained is None:
             raise
-        print(f"rdt {name}: error: {explained}", file=sys.stderr)
+        print(f"rdt {name}: error: {escape_controls(str(explained))}", file=sys.stderr)
         return explained.exit_status
 
 

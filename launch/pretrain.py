@@ -13,6 +13,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from launch.failures import EXIT_INTERRUPTED, explain, write_failure
 from megatron_rdt.environment import ProcessInfo, error_file, leave_process, quiet_libraries, read_process_info
 from megatron_rdt.errors import EXIT_FAILED, RdtError
+from megatron_rdt.files import escape_controls
 from megatron_rdt.terminal import escape_unencodable, show_line
 from megatron_rdt.train.stop_request import StopRequest
 
@@ -27,7 +28,7 @@ def report_error(error: RdtError, process: ProcessInfo) -> None:
         with contextlib.suppress(OSError):  # a full disk must not hide the error
             write_failure(file, error)
             return
-    show_line(f"{PROGRAM}: error (rank {process.rank}): {error}")
+    show_line(escape_controls(f"{PROGRAM}: error (rank {process.rank}): {error}"))
 
 
 def main(words: list[str]) -> int:

@@ -1,9 +1,10 @@
 """Read and set environment variables, here only; count cores, silence libraries, end the process."""
 
+import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -13,6 +14,8 @@ from megatron_rdt.terminal import flush_output
 
 DEFAULT_MASTER = ("127.0.0.1", "29500")
 ERROR_FILE = "RDT_ERROR_FILE"
+# PyTorch's switches of what `torch.load` may unpickle: the first wins over its callers; both together are an error.
+WEIGHTS_ONLY, NOT_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,18 @@ def _is_error(record: logging.LogRecord) -> bool:
 def keep_deepspeed_on_cpu() -> None:
     """Make DeepSpeed compute on the CPU even if there is a GPU. Call it before deepspeed is imported."""
     os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+@contextlib.contextmanager
+def force_weights_only() -> Iterator[None]:
+    """Make every `torch.load` in this process refuse objects that could run code, also in libraries that ask for them."""
+    before = {name: os.environ.pop(name, None) for name in (WEIGHTS_ONLY, NOT_WEIGHTS_ONLY)}
+    os.environ[WEIGHTS_ONLY] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[WEIGHTS_ONLY]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def error_file() -> Path | None:

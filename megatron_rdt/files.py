@@ -45,6 +45,14 @@ def escape_invalid_utf8(text: str | os.PathLike[str]) -> str:
     return re.sub("[\ud800-\udfff]", escape, os.fspath(text))
 
 
+def escape_controls(text: str) -> str:
+    """Return a message whose control characters, other than line ends, are written as `\\x1b`.
+
+    Names in files of strangers may hold sequences that a terminal obeys.
+    """
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: ascii(found[0])[1:-1], text)
+
+
 def fsync_directory(directory: str | os.PathLike[str]) -> None:
     """Flush renames and new names inside `directory` to the disk."""
     descriptor = os.open(directory, os.O_RDONLY)
@@ -122,7 +130,7 @@ def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes, 
         for number, line in enumerate(file, 1):
             try:
                 value = json.loads(line)
-            except ValueError:  # bytes that are not UTF-8, too
+            except (ValueError, RecursionError):  # bytes that are not UTF-8, too
                 value = DAMAGED
             if line.strip():
                 yield number, line, value

@@ -15,6 +15,7 @@ from megatron_rdt.devices import DEVICES, Device
 from megatron_rdt.errors import EXIT_OK, ConfigError
 from megatron_rdt.files import PathText, write_text
 from megatron_rdt.output_paths import check_output_file
+from megatron_rdt.untrusted_files import read_json
 
 WORKER = Path(__file__).resolve().parent.parent / "plan_worker.py"
 MEASURED_LOOPS = (1, 4, 16)
@@ -94,7 +95,7 @@ def check_plan_file(file: Path) -> None:
     if not file.exists() or not file.stat().st_size:
         return
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = read_json(file)
     except (OSError, ValueError):
         document = None
     # The numbers of a plan, or the rows of --measure.

@@ -1,7 +1,6 @@
 """`rdt submit`: fill in the Slurm script for a run and pass it to sbatch."""
 
 import glob
-import json
 import os
 import shlex
 import sys
@@ -25,6 +24,7 @@ from launch.train_options import RESUME_WORDS, check_paths, parse_worker
 from megatron_rdt.config import RunConfig
 from megatron_rdt.errors import EXIT_OK, ConfigError
 from megatron_rdt.run_directory import CHECKPOINTS, LATEST, ORIGIN, run_directory_of
+from megatron_rdt.untrusted_files import read_json
 
 TRAINING_SCRIPT = Path(__file__).resolve().parent.parent / "pretrain.py"
 # Consecutive restarts without a new checkpoint after which a job does not go back into the queue.
@@ -105,7 +105,7 @@ def check_origin(origin: str, run_directory: Path, option: str) -> None:
 def _is_recorded(file: Path, path: str, option: str) -> bool:
     """Return True if an origin.json says that its run began from a checkpoint or from a checkpoint of a run, by `option`."""
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = read_json(file)
         began_from, is_init = os.fspath(record["checkpoint"]), bool(record.get("weights_only", False))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(

@@ -35,17 +35,19 @@ from megatron_rdt.checkpoint.origin import (
     recall_origin,
 )
 from megatron_rdt.checkpoint.rank_state import read_rank_state
-from megatron_rdt.checkpoint.restore import read_trainer_state, restore_engine
-from megatron_rdt.checkpoint.weights import StoredWeights, open_weights, read_model_weights
+from megatron_rdt.checkpoint.restore import TRAINER_STATE, read_trainer_state, restore_engine
+from megatron_rdt.checkpoint.weights import StoredWeights, check_weights_fit, open_weights, read_model_weights
 from megatron_rdt.checkpoint.write import check_writable, save_checkpoint, software_versions
 
 __all__ = [
     "BUFFERS",
     "EXPORT_WEIGHTS",
     "HEALTH",
+    "TRAINER_STATE",
     "Start",
     "StoredWeights",
     "belongs_to_run",
+    "check_weights_fit",
     "check_writable",
     "describe_origin",
     "find_missing_checkpoint",

@@ -10,6 +10,7 @@ from torch import nn
 
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.files import save_with_torch
+from megatron_rdt.untrusted_files import is_plain_tensor, load_with_torch
 
 BUFFERS = "buffers.pt"
 
@@ -34,7 +35,15 @@ def save_buffers(model: nn.Module, directory: Path) -> None:
 def read_buffers(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Return the saved buffers by name, on the CPU; empty if the model had none."""
     path = checkpoint / BUFFERS
-    return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        buffers = load_with_torch(path)
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}. Use another checkpoint.") from None
+    if not isinstance(buffers, dict) or not all(map(is_plain_tensor, buffers.values())):
+        raise CheckpointError(f"{path} holds something else than tensors by name. Use another checkpoint.")
+    return buffers
 
 
 @torch.no_grad()
@@ -51,4 +60,6 @@ def restore_buffers(model: nn.Module, checkpoint: Path) -> None:
             "Use another checkpoint."
         )
     for name, buffer in buffers.items():
+        if saved[name].shape != buffer.shape:
+            raise CheckpointError(f"{checkpoint} has {name} of another shape than the model. Use another checkpoint.")
         buffer.copy_(saved[name])

@@ -21,7 +21,14 @@ from megatron_rdt.checkpoint.lineage import (
     read_rollback,
     record_rollback,
 )
-from megatron_rdt.checkpoint.manifest import MANIFEST, TAKE_OLDER, read_manifest, verify, verify_files
+from megatron_rdt.checkpoint.manifest import (
+    MANIFEST,
+    TAKE_OLDER,
+    check_files_alone,
+    read_manifest,
+    verify,
+    verify_files,
+)
 from megatron_rdt.checkpoint.missing import find_missing_checkpoint
 from megatron_rdt.checkpoint.origin import EXPORT_WEIGHTS, Start, describe_lost_origin, find_origins, write_origin
 from megatron_rdt.errors import CheckpointError, RdtError
@@ -148,6 +155,7 @@ def _answer_rank_0() -> Start | None:
 
 def _verify_on_all_ranks(checkpoint: Path) -> None:
     """Raise CheckpointError on rank 0 if any rank finds damage in its share; the others are in `_answer_rank_0`."""
+    check_files_alone(checkpoint)
     files = list(read_manifest(checkpoint)["files"].items())
     broadcast_object((VERIFY, (checkpoint, files)))
     for damage in gather_objects(_find_damage_in_share(checkpoint, files)):

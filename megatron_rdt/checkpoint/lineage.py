@@ -18,6 +18,7 @@ from megatron_rdt.checkpoint.manifest import MANIFEST, read_manifest
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.files import write_text
 from megatron_rdt.run_directory import CHECKPOINTS
+from megatron_rdt.untrusted_files import read_json
 
 ROLLBACK = "rollback.json"  # in a run directory
 CHECKPOINT_NAME = re.compile(r"step-\d{8,}")
@@ -164,7 +165,7 @@ def read_rollback(run_directory: Path) -> dict[str, Any]:
         {"checkpoint": name of the one it went back to, "sequence": of that one, "newest": highest sequence then}.
     """
     try:
-        record = json.loads((run_directory / ROLLBACK).read_text(encoding="utf-8"))
+        record = read_json(run_directory / ROLLBACK)
         return {"checkpoint": str(record["checkpoint"]), **{key: int(record[key]) for key in ("sequence", "newest")}}
     except FileNotFoundError:
         pass

@@ -6,12 +6,14 @@ It holds a checksum of itself, so that a flipped bit in it does not change the o
 
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.files import sha256_of, write_text
+from megatron_rdt.untrusted_files import find_foreign_entry, is_inner_path, is_plain_name, is_regular_file, read_json
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "rdt-checkpoint", 1
@@ -21,7 +23,7 @@ TAKE_OLDER = "Use an older checkpoint."
 
 def list_content_files(directory: Path) -> list[Path]:
     """Every file below `directory` except the manifest, sorted."""
-    return sorted(p for p in directory.rglob("*") if p.is_file() and p != directory / MANIFEST)
+    return sorted(p for p in directory.rglob("*") if is_regular_file(p) and p != directory / MANIFEST)
 
 
 def file_record(path: Path) -> dict[str, Any]:
@@ -56,7 +58,7 @@ def _compute_checksum(document: dict[str, Any]) -> str:
 def read_manifest(directory: Path) -> dict[str, Any]:
     """Return the manifest as a dictionary; raise CheckpointError if it is missing, unreadable or damaged."""
     try:
-        document = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        document = read_json(directory / MANIFEST)
     except FileNotFoundError:
         raise CheckpointError(
             f"{directory} is not a complete checkpoint: it has no {MANIFEST}. Name a directory step-NNNNNNNN of a run."
@@ -78,17 +80,92 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     # A manifest that another tool wrote may lack the checksum.
     if document.get(CHECKSUM, _compute_checksum(document)) != _compute_checksum(document):
         raise CheckpointError(f"{directory} is damaged: {MANIFEST} has other content than was written. {TAKE_OLDER}")
+    if (wrong := _find_wrong_entry(document)) is not None:
+        raise CheckpointError(f"{directory / MANIFEST} cannot be used: {wrong}. {TAKE_OLDER}")
     return document
+
+
+def _find_wrong_entry(document: dict[str, Any]) -> str | None:
+    """Describe the first entry of a manifest that is not of the kind that is written there; None if all are."""
+    for key, is_right in ENTRIES.items():
+        if key in document and not is_right(document[key]):
+            return f"{key} is {str(document[key])[:40]!r}"
+    for key in ("files", "step", "sequence"):
+        if key not in document:
+            return f"{key} is missing"
+    for name, record in document["files"].items():
+        if not is_inner_path(name):
+            return f"it names the file {name!r}, which is not one below the checkpoint"
+        if not isinstance(record, dict) or not _is_count(record.get("bytes")) or not _is_text(record.get("sha256")):
+            return f"size or hash of {name} is missing"
+    return None
+
+
+def _is_count(value: Any) -> bool:
+    """Return True for a whole number that counts something."""
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _is_text(value: Any) -> bool:
+    """Return True for a text."""
+    return isinstance(value, str)
+
+
+def _is_table_of(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Return a check for a dict all of whose values are right."""
+    return lambda value: isinstance(value, dict) and all(map(is_right, value.values()))
+
+
+def _is_health(value: Any) -> bool:
+    """Return True for what `health.make_health` returns."""
+    return (
+        isinstance(value, dict)
+        and _is_count(value.get("skipped_steps", 0))
+        and isinstance(value.get("finite_weights", True), bool)
+    )
+
+
+# Checks of the entries that are read, where a manifest has them.
+ENTRIES: dict[str, Callable[[Any], bool]] = {
+    "files": _is_table_of(lambda record: True),
+    "step": _is_count,
+    "sequence": _is_count,
+    "tokens": _is_count,
+    "world_size": _is_count,
+    "parent": lambda value: value is None or is_plain_name(value),
+    "ancestors": _is_table_of(_is_count),
+    "run_id": _is_text,
+    "engine": _is_text,
+    "health": _is_health,
+    "origin": lambda value: value is None or isinstance(value, dict),
+    "milestone": lambda value: isinstance(value, bool),
+}
 
 
 def verify(directory: Path, hashes: bool = True) -> None:
     """Compare every file with the manifest; the first difference raises CheckpointError and names the file.
 
+    A link or pipe anywhere below the directory is one.
+
     Args:
         directory: the checkpoint.
         hashes: read every byte; False compares presence and sizes only.
     """
+    check_files_alone(directory)
     verify_files(directory, read_manifest(directory)["files"].items(), hashes)
+
+
+def check_files_alone(directory: Path) -> None:
+    """Raise CheckpointError if there is anything but files and folders below a checkpoint's directory, such as a link."""
+    try:
+        found = find_foreign_entry(directory)
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be read ({error.strerror}). {TAKE_OLDER}") from None
+    if found is not None:
+        raise CheckpointError(
+            f"{directory} cannot be used: {found}, and a checkpoint holds files of its own only. Put the file itself there "
+            "if you know it, or use another checkpoint."
+        )
 
 
 def verify_files(directory: Path, files: Iterable[tuple[str, dict[str, Any]]], hashes: bool = True) -> None:
@@ -104,8 +181,8 @@ def verify_files(directory: Path, files: Iterable[tuple[str, dict[str, Any]]], h
 
 def _describe_difference(path: Path, record: dict[str, Any], hashes: bool) -> str | None:
     """Describe how a file differs from its manifest entry; None if it does not."""
-    if not path.is_file():
-        return "is missing"
+    if not is_regular_file(path):
+        return "is missing" if not os.path.lexists(path) else "is a link, or no file"
     size = path.stat().st_size
     if size != record["bytes"]:
         return f"has {size} bytes, the manifest says {record['bytes']}"

@@ -15,6 +15,7 @@ from megatron_rdt.checkpoint.manifest import MANIFEST, read_manifest
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.files import sha256_of, write_text
 from megatron_rdt.run_directory import CHECKPOINTS, LATEST, ORIGIN
+from megatron_rdt.untrusted_files import read_json
 
 EXPORT_WEIGHTS = "model.safetensors"  # in a folder that `rdt convert --to hf` wrote
 # The file whose hash tells an origin from all others: of a checkpoint, of an export.
@@ -63,8 +64,10 @@ def read_origin(run_directory: Path) -> dict[str, Any] | None:
     """
     path = run_directory / ORIGIN
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         identity = next((key for key in IDENTITIES if key in record), next(iter(IDENTITIES)))
+        if not isinstance(record["checkpoint"], str):
+            raise TypeError("checkpoint is no path")
         return {"weights_only": False, **record, **{key: record[key] for key in ("checkpoint", "run_id", identity)}}
     except FileNotFoundError:
         return None

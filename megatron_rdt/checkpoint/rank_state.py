@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_rdt.errors import CheckpointError
 from megatron_rdt.files import save_with_torch
+from megatron_rdt.untrusted_files import explain_wrong_content, load_with_torch
 
 RNG_FOLDER, DATA_FOLDER = "rng", "data"
+REMEDY = "Use another checkpoint."
 
 
 def save_rank_state(directory: Path, rank: int, data_state: dict[str, Any] | None) -> None:
@@ -28,14 +31,23 @@ def save_rank_state(directory: Path, rank: int, data_state: dict[str, Any] | Non
 def read_rank_state(checkpoint: Path, rank: int) -> dict[str, Any] | None:
     """The `data_state` that `rank` saved; None where it saved none."""
     path = _rank_file(checkpoint / DATA_FOLDER, rank)
-    return torch.load(path, weights_only=True) if path.is_file() else None
+    return _load(path) if path.is_file() else None
 
 
 def restore_rank_rng(checkpoint: Path, rank: int) -> None:
     """Set this process's generators to those that `rank` saved; they stay as they are if it saved none."""
     path = _rank_file(checkpoint / RNG_FOLDER, rank)
     if path.is_file():
-        restore_rng_state(torch.load(path, weights_only=True))
+        with explain_wrong_content(CheckpointError, path, REMEDY):
+            restore_rng_state(_load(path))
+
+
+def _load(path: Path) -> Any:
+    """Return the content of a rank's file; CheckpointError if it cannot be used."""
+    try:
+        return load_with_torch(path)
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}. {REMEDY}") from None
 
 
 def _rank_file(folder: Path, rank: int) -> Path:

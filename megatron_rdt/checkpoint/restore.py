@@ -1,19 +1,31 @@
 """Restore what `write.py` saved: the trainer's state, the engine's, buffers and random generators."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megatron_rdt.checkpoint.buffers import restore_buffers
 from megatron_rdt.checkpoint.rank_state import restore_rank_rng
+from megatron_rdt.errors import CheckpointError
 from megatron_rdt.parallel import Engine
+from megatron_rdt.untrusted_files import read_json
 
 TRAINER_STATE = "trainer.json"
 
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """Return trainer.json as a dictionary: step, tokens, position in the data, steps skipped in a row."""
-    return json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+    """Return trainer.json as a dictionary: step, tokens, position in the data, steps skipped in a row.
+
+    Raises:
+        CheckpointError: it cannot be read, or lacks the step.
+    """
+    path = checkpoint / TRAINER_STATE
+    try:
+        state = read_json(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}). Use another checkpoint.") from None
+    if not isinstance(state, dict) or type(state.get("step")) is not int or not 0 <= state["step"] < 1 << 62:
+        raise CheckpointError(f"{path} does not say at which step it was saved. Use another checkpoint.")
+    return state
 
 
 def restore_engine(engine: Engine, checkpoint: Path) -> None:

@@ -1,9 +1,6 @@
 """Model weights of a checkpoint of any engine, read by one process without an engine: all of them, or one by one."""
 
-import contextlib
-import io
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +8,13 @@ from typing import Any
 import torch
 
 from megatron_rdt.checkpoint.buffers import read_buffers
+from megatron_rdt.config import ModelConfig
 from megatron_rdt.errors import CheckpointError
+from megatron_rdt.model import RecurrentDepthTransformer
+from megatron_rdt.parallel.torch_checkpoint import TensorReader, load_tensors
+from megatron_rdt.parallel.zero_files import ZERO_FOLDER, read_zero_weights
 from megatron_rdt.parallel.zero_universal import UNIVERSAL, read_universal_weights
+from megatron_rdt.untrusted_files import describe_load_failure
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,14 @@ class StoredWeights:
 
     shapes: dict[str, torch.Size]
     read: Callable[[str], torch.Tensor]
+
+
+def check_weights_fit(source: Path, config: ModelConfig, shapes: Mapping[str, torch.Size]) -> None:
+    """Raise CheckpointError unless weights of these shapes by name, which `source` holds, are those of a model's config."""
+    with torch.device("meta"):
+        wanted = {name: tensor.shape for name, tensor in RecurrentDepthTransformer(config).state_dict().items()}
+    if wrong := sorted(name for name in {*wanted, *shapes} if wanted.get(name) != shapes.get(name)):
+        raise CheckpointError(f"{source} does not fit its own config: {wrong[:3]}. Use another checkpoint.")
 
 
 def open_weights(checkpoint: Path) -> StoredWeights:
@@ -54,13 +64,8 @@ def _read_parameters(checkpoint: Path) -> dict[str, torch.Tensor]:
     if (checkpoint / "model").is_dir():
         folder = _DistributedCheckpoint(checkpoint / "model")
         return folder.read(folder.shapes)
-    if (checkpoint / "zero").is_dir():
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        # It prints progress to both streams.
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint / "zero"))
-        return {name: tensor.detach().float().cpu().clone() for name, tensor in state.items()}
+    if (checkpoint / ZERO_FOLDER).is_dir():
+        return read_zero_weights(checkpoint)
     if (checkpoint / UNIVERSAL).is_dir():
         return read_universal_weights(checkpoint / UNIVERSAL)
     raise CheckpointError(f"{checkpoint} holds no weights that this version can read. Use another checkpoint.")
@@ -74,16 +79,12 @@ class _DistributedCheckpoint:
     """
 
     def __init__(self, directory: Path) -> None:
-        import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-        self._reader = dcp.FileSystemReader(directory)
-        metadata = self._reader.read_metadata()
-        # A load reads it again, which for a large run takes longer than one tensor does.
-        self._reader.read_metadata = lambda *_, **__: metadata  # type: ignore[method-assign]
+        self.directory, self._reader = directory, TensorReader(directory)
         tensors: dict[str, Any] = {
             key.removeprefix("model."): entry
-            for key, entry in metadata.state_dict_metadata.items()
+            for key, entry in self._reader.metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
         self.shapes: dict[str, torch.Size] = {name: entry.size for name, entry in tensors.items()}
@@ -91,10 +92,13 @@ class _DistributedCheckpoint:
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Return some of the tensors by name."""
-        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.api import CheckpointException
 
         state = {name: torch.empty(self.shapes[name], dtype=self._dtypes[name]) for name in names}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.load({"model": state}, storage_reader=self._reader, no_dist=True)
+        try:
+            load_tensors({"model": state}, self._reader, no_dist=True)
+        except CheckpointException as error:
+            inner = next((inner for inner, _ in error.failures.values()), error)
+            reason = describe_load_failure(inner)
+            raise CheckpointError(f"{self.directory} cannot be read: {reason}. Use another checkpoint.") from error
         return state

@@ -17,6 +17,7 @@ from megatron_rdt.evaluate.row_scores import score_rows
 from megatron_rdt.evaluate.tasks import score_tasks
 from megatron_rdt.files import write_text
 from megatron_rdt.inference.load import choose_device, load_verified
+from megatron_rdt.untrusted_files import read_json
 
 MEASUREMENT = "compare-losses.json"
 EXAMPLES = 200  # of each task and difficulty, by default
@@ -40,7 +41,7 @@ def list_loops(run: ComparedRun) -> list[int]:
 def read_measurement(run: ComparedRun, sequences: int, examples: int = EXAMPLES) -> dict[str, Any] | None:
     """Return the measurement in a run directory; None if it is absent, damaged or was made with other settings."""
     try:
-        document = json.loads((run.directory / MEASUREMENT).read_text(encoding="utf-8"))
+        document = read_json(run.directory / MEASUREMENT)
         settings = document["step"], document["loops"], document["sequences"], document.get("examples", EXAMPLES)
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -7,6 +7,8 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from megatron_rdt.config.deepspeed import find_deepspeed_problems
 from megatron_rdt.config.engines import AXES, PROPOSED, engines_with, join_names
@@ -16,9 +18,10 @@ from megatron_rdt.config.parallel_checks import find_parallel_problems
 from megatron_rdt.config.ranges import RANGE_KEY, Range
 from megatron_rdt.config.schema import CorpusConfig, ModelConfig, RunConfig, TrainConfig
 from megatron_rdt.config.step_ranges import parse_step_ranges
-from megatron_rdt.errors import ConfigError
+from megatron_rdt.errors import CheckpointError, ConfigError
 
 SCHEDULE = "train.batch_schedule"
+MOST_LAYERS, LARGEST_SIZE = 10_000, 1 << 40  # of a model that was saved: more is a damaged number
 
 
 def check_config(config: RunConfig, world_size: int | None = None) -> None:
@@ -39,15 +42,36 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
         raise ConfigError("\n  ".join(problems))
 
 
+def check_saved_model(model: ModelConfig, file: Path) -> None:
+    """Raise CheckpointError unless a model whose sizes a checkpoint or export gives can be built, by anyone's machine.
+
+    Args:
+        model: as read.
+        file: that it was read from, for the message.
+    """
+    numbers = {name: value for name, value in vars(model).items() if isinstance(value, int | float)}
+    layers = model.prelude_layers + model.core_layers + model.coda_layers
+    problems = [f"model.{name} is too large." for name, value in numbers.items() if not value < LARGEST_SIZE]
+    if not problems and layers > MOST_LAYERS:
+        problems = [f"it has {layers:,} layers."]
+    problems = problems or [*_find_section_problems("model", model), *_find_model_problems(model)]
+    if problems:
+        raise CheckpointError(f"{file} describes no model that can be built: {problems[0]} Use another checkpoint.")
+
+
 def _find_range_problems(config: RunConfig) -> Iterator[str]:
     """Yield a sentence for every number that is outside the range declared at its field."""
     for section in dataclasses.fields(config):
-        values = getattr(config, section.name)
-        for field in dataclasses.fields(values):
-            limits: Range | None = field.metadata.get(RANGE_KEY)
-            value = getattr(values, field.name)
-            if limits is not None and limits.applies_to(values) and not limits.contains(value):
-                yield f"{section.name}.{field.name} is {value}, it must be {limits.describe()}."
+        yield from _find_section_problems(section.name, getattr(config, section.name))
+
+
+def _find_section_problems(name: str, values: Any) -> Iterator[str]:
+    """Yield a sentence for every number of a section that is outside its range."""
+    for field in dataclasses.fields(values):
+        limits: Range | None = field.metadata.get(RANGE_KEY)
+        value = getattr(values, field.name)
+        if limits is not None and limits.applies_to(values) and not limits.contains(value):
+            yield f"{name}.{field.name} is {value}, it must be {limits.describe()}."
 
 
 def _find_model_problems(model: ModelConfig) -> Iterator[str]:

@@ -13,11 +13,22 @@ from megatron_rdt.errors import ConfigError
 
 SHIPPED = "configs"  # the folder of configs that come with the project
 ENDINGS = (".yaml", ".yml", ".json")
+MOST_ENTRIES = 1_000_000
 SIMILAR = 0.6  # least likeness of two file names, from 0 to 1, to suggest one for the other
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """YAML loader that refuses a mapping with a repeated key, where YAML would keep the last; reads 5e8 as a number."""
+    """YAML loader that refuses a mapping with a repeated key, where YAML would keep the last; reads 5e8 as a number.
+
+    It refuses a text whose aliases (`*name`) repeat lists or mappings so often that they would fill the memory.
+    """
+
+    def compose_document(self) -> yaml.Node | None:
+        """Return the document's tree; raise YAMLError if it is too large with every alias written out, or endless."""
+        node = super().compose_document()
+        if node is not None and (entries := _count_entries(node, {})) > MOST_ENTRIES:
+            raise yaml.YAMLError(f"with its aliases written out it has {entries:,} entries or more")
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """Return the mapping of `node`; raise YAMLError if a key is repeated, or is a list or a mapping."""
@@ -32,6 +43,16 @@ class UniqueKeys(yaml.SafeLoader):
                 raise yaml.YAMLError(f"key {key_node.value} is given twice, again in line {line}")
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _count_entries(node: yaml.Node, known: dict[int, int]) -> int:
+    """Count the nodes of a tree with every alias written out; more than `MOST_ENTRIES` where one holds itself."""
+    if id(node) not in known:
+        known[id(node)] = MOST_ENTRIES + 1  # met again inside of itself
+        inner = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        is_scalar = isinstance(node, yaml.ScalarNode)
+        known[id(node)] = 1 + (0 if is_scalar else sum(_count_entries(part, known) for part in inner))
+    return known[id(node)]
 
 
 # YAML 1.1 takes 5e8 and 1e-5 for text: it wants a dot in every float and a sign in every exponent.
@@ -86,6 +107,8 @@ def read_mapping(path: str, named: str = "config file", option: str = "--config"
     try:
         text = Path(path).read_text(encoding="utf-8")
         content = json.loads(text, object_pairs_hook=_make_unique_object) if is_json else yaml.load(text, UniqueKeys)
+    except RecursionError:
+        raise ConfigError(f"{named} {path} is nested too deeply. Fix it.") from None
     except FileNotFoundError:
         near = _find_similar_file(Path(path))
         hint = f"Did you mean {near}?" if near else "Check the path."

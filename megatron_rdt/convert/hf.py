@@ -13,14 +13,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megatron_rdt.checkpoint import EXPORT_WEIGHTS, StoredWeights, read_model_weights
-from megatron_rdt.config import ModelConfig, load_config
+from megatron_rdt.checkpoint import EXPORT_WEIGHTS, StoredWeights, check_weights_fit, read_model_weights
+from megatron_rdt.config import ModelConfig, load_saved_config, read_saved_model
 from megatron_rdt.convert.hf_source import paste_model_source
 from megatron_rdt.convert.hf_tokenizer import HIDDEN_FOLDER, export_tokenizer, read_special_ids
 from megatron_rdt.data import Tokenizer
 from megatron_rdt.data.tokenizer.sentencepiece_backend import MODEL_FILE as SENTENCEPIECE_FILE
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.files import write_text
+from megatron_rdt.untrusted_files import read_json
 
 MODEL_FILE, CONFIG_FILE, WEIGHTS_FILE = "modeling_rdt.py", "config.json", EXPORT_WEIGHTS
 MODEL_TYPE = "megatron_rdt"
@@ -31,8 +32,9 @@ PREFIX = "model."  # the wrapper's name for the model, in front of every weight'
 
 def export_hf(source: Path, out: Path) -> None:
     """Write weights, configs, code, README and tokenizer into `out`; print why, if AutoTokenizer cannot load it."""
-    config = load_config(source / "config.yaml")
+    config = load_saved_config(source)
     weights = read_model_weights(source)
+    check_weights_fit(source, config.model, {name: tensor.shape for name, tensor in weights.items()})
     save_file({PREFIX + k: v.contiguous() for k, v in weights.items()}, out / WEIGHTS_FILE, {"format": "pt"})
     write_text(out / MODEL_FILE, paste_model_source())
     shutil.copymode(out / MODEL_FILE, out / WEIGHTS_FILE)  # safetensors makes it readable for the owner alone
@@ -78,13 +80,13 @@ def open_hf(folder: Path) -> tuple[ModelConfig, StoredWeights]:
         CheckpointError: the folder is damaged, or holds another kind of model.
     """
     try:
-        settings: Any = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        settings: Any = read_json(folder / CONFIG_FILE)
         if settings["model_type"] != MODEL_TYPE:
             raise CheckpointError(
                 f"{folder} holds a model of type {settings['model_type']}, not one that `rdt convert --to hf` wrote. "
                 "Name an export, a run or a checkpoint."
             )
-        config = ModelConfig(**settings["model"])
+        config = read_saved_model(settings["model"], folder / CONFIG_FILE)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} is not the config of an export ({error}). {AGAIN}") from None
     try:
@@ -103,7 +105,7 @@ def open_hf(folder: Path) -> tuple[ModelConfig, StoredWeights]:
 
 def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     """Refuse an export whose tokenizer is not the one that its model was trained with, with a CheckpointError."""
-    wanted = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get(TOKENIZER)
+    wanted = read_json(folder / CONFIG_FILE).get(TOKENIZER)
     if wanted is not None and tokenizer.fingerprint != wanted:
         raise CheckpointError(f"the tokenizer in {folder} is not the one that the model was trained with. {AGAIN}")
 

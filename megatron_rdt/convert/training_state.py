@@ -11,8 +11,6 @@ One process holds everything in memory: about 12 bytes per parameter.
 
 import dataclasses
 import shutil
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +20,14 @@ import torch
 
 from megatron_rdt.checkpoint import BUFFERS, read_manifest, restore_buffers, software_versions, write_manifest
 from megatron_rdt.checkpoint.rank_state import DATA_FOLDER, RNG_FOLDER
-from megatron_rdt.config import ParallelConfig, RunConfig, load_config
+from megatron_rdt.config import ParallelConfig, RunConfig, load_saved_config
 from megatron_rdt.config.engines import ONE_PROCESS, engines_with, join_names
 from megatron_rdt.errors import CheckpointError, suggest_init
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel import build_engine
 from megatron_rdt.parallel.torch_engine import TorchEngine
+from megatron_rdt.parallel.zero_files import ZERO_FOLDER, convert_to_universal
 from megatron_rdt.parallel.zero_universal import MOMENTS, UNIVERSAL, WEIGHT, read_universal, write_universal
-
-ZERO = "zero"
 
 
 @dataclass
@@ -54,7 +51,7 @@ def convert_training_state(source: Path, out: Path, family: str) -> None:
         out: an empty directory; becomes a complete checkpoint.
         family: "native" (single, ddp, fsdp) or "zero" (zero1, zero2, zero3).
     """
-    config = load_config(source / "config.yaml")
+    config = load_saved_config(source)
     state = read_training_state(source, config, scratch=out)
     if family == "zero":
         write_universal(out / UNIVERSAL, state.tensors, state.step)
@@ -112,10 +109,10 @@ def _read_any_format(checkpoint: Path, config: RunConfig, scratch: Path | None) 
         return _extract_state(engine)
     if (checkpoint / UNIVERSAL).is_dir():
         return TrainingState(*read_universal(checkpoint / UNIVERSAL))
-    if (checkpoint / ZERO).is_dir():
+    if (checkpoint / ZERO_FOLDER).is_dir():
         with tempfile.TemporaryDirectory(prefix=".rdt-universal-", dir=scratch) as temporary:
             folder = Path(temporary) / UNIVERSAL
-            _run_ds_to_universal(next((checkpoint / ZERO).glob("*/")), folder)
+            convert_to_universal(checkpoint, folder)
             return TrainingState(*read_universal(folder))
     raise CheckpointError(f"{checkpoint} holds no training state in a known format. Use another checkpoint.")
 
@@ -146,17 +143,3 @@ def _load_state(engine: TorchEngine, state: TrainingState) -> None:
         parameter.copy_(tensors[WEIGHT])
         moments: dict[str, Any] = {key: tensors[key].clone() for key in MOMENTS}
         engine.optimizers[0].state[parameter] = {"step": torch.tensor(float(state.step)), **moments}
-
-
-def _run_ds_to_universal(saved: Path, folder: Path) -> None:
-    """Convert a ZeRO save to a universal checkpoint in `folder`; CheckpointError if DeepSpeed cannot read it.
-
-    The converter runs in a separate process, since it prints much and starts a pool of workers.
-    """
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
-    command += ["--input_folder", str(saved), "--output_folder", str(folder)]
-    command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise CheckpointError(f"DeepSpeed could not read {saved}: {reason}. Use another checkpoint.")

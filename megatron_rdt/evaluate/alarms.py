@@ -4,7 +4,6 @@ A step's alarms are in its record in metrics.jsonl, those of an evaluation in ev
 records of steps that were rolled back are gone; rollbacks.json keeps the alarms that led to it.
 """
 
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.files import read_json_lines
+from megatron_rdt.untrusted_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def read_rollbacks(run_directory: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = read_json(path)
     except (OSError, ValueError):
         entries = None
     if not isinstance(entries, list) or not all(isinstance(e, dict) and e.keys() >= ALARM_FIELDS for e in entries):

@@ -1,6 +1,5 @@
 """Validation loss at several loop counts: of a model in memory, and of a checkpoint (`rdt eval`)."""
 
-import json
 import math
 import os
 import shlex
@@ -8,21 +7,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
 from megatron_rdt.checkpoint import read_from_checkpoint, read_trainer_state
-from megatron_rdt.config import CorpusConfig, DataConfig, RunConfig, load_config
+from megatron_rdt.config import CorpusConfig, DataConfig, RunConfig, load_saved_config
 from megatron_rdt.data import Batch, TokenCorpus, Tokenizer, load_manifest, open_corpus, read_fixed_windows
 from megatron_rdt.data.shard_files.corpus_manifest import MANIFEST, CorpusManifest
-from megatron_rdt.data.tokenizer.base import BYTES_FILE
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.evaluate.loop_curve import LoopCurve
 from megatron_rdt.evaluate.result_files import check_result_file, choose_result_file, invalid_result, write_result
 from megatron_rdt.evaluate.row_scores import count_forward_passes, score_rows
 from megatron_rdt.inference.load import choose_device, load_verified
 from megatron_rdt.terminal import show_progress
+from megatron_rdt.untrusted_files import read_json
 
 EVALUATION = "eval.json"
 
@@ -124,14 +122,13 @@ def evaluate_checkpoint(
         """Read from a checkpoint all that the evaluation needs of it: its run may delete it before the end."""
         directory = Path(os.path.abspath(found))
         target = choose_result_file(directory, EVALUATION, file)
-        config = load_config(directory / "config.yaml")
+        config = load_saved_config(directory)
         opened = open_validation_corpora(config, data)
-        step, sizes = read_trainer_state(directory)["step"], np.load(directory / "tokenizer" / BYTES_FILE)
-        return directory, target, config, opened, step, sizes, load_verified(directory, device)
+        step = read_trainer_state(directory)["step"]
+        return directory, target, config, opened, step, load_verified(directory, device)
 
-    directory, target, config, (corpora, shares), step, sizes, (model, tokenizer) = read_from_checkpoint(
-        checkpoint, read
-    )
+    directory, target, config, (corpora, shares), step, (model, tokenizer) = read_from_checkpoint(checkpoint, read)
+    sizes = tokenizer.token_bytes()
     for corpus in corpora.values():
         check_same_tokenizer(corpus.manifest, tokenizer, directory)
     windows = _read_windows(corpora, max(1, sequences // len(corpora)))
@@ -232,7 +229,7 @@ def read_evaluation(file: Path) -> Evaluation:
         DataError: the file is something else.
     """
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = read_json(file)
         losses, errors = (
             {int(count): float(value) for count, value in values.items() if value is not None}
             for values in (document["losses"], document.get("standard_errors", {}))

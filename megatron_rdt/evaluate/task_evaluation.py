@@ -1,6 +1,5 @@
 """`rdt eval --tasks`: the accuracy of a checkpoint on the tasks of its validation data, as table, JSON and heat map."""
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rdt.checkpoint import read_from_checkpoint, read_trainer_state
-from megatron_rdt.config import RunConfig, load_config
+from megatron_rdt.config import RunConfig, load_saved_config
 from megatron_rdt.data import load_manifest
 from megatron_rdt.depth import loop_probabilities
 from megatron_rdt.errors import ConfigError
@@ -39,6 +38,7 @@ from megatron_rdt.evaluate.tasks import (
 from megatron_rdt.inference.load import choose_device, load_verified
 from megatron_rdt.run_directory import TENSORBOARD, TENSORBOARD_EVALUATION
 from megatron_rdt.terminal import show_progress
+from megatron_rdt.untrusted_files import read_json
 
 SOLVED = 0.9  # accuracy from which sentences call a difficulty solved
 ROW_FIELDS = ("task", "difficulty", "loops", "accuracy", "low", "high", "count", "trained")
@@ -82,7 +82,7 @@ def evaluate_tasks(
         if target is not None and target.with_suffix(".png").exists() and not target.exists():
             picture = target.with_suffix(".png")
             raise ConfigError(f"{picture} exists and is no picture of {target}. Choose another --out.")
-        config = load_config(directory / "config.yaml")
+        config = load_saved_config(directory)
         check_rules_fit(rules, config.model.halting)
         step = read_trainer_state(directory)["step"]
         return directory, target, config, step, load_verified(directory, device)
@@ -149,7 +149,7 @@ def read_task_scores(file: Path) -> dict[str, Any]:
         DataError: the file is something else.
     """
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = read_json(file)
         int(document["step"])
         for row in document["tasks"]:
             for name in ROW_FIELDS:

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 
-from megatron_rdt.checkpoint import read_from_checkpoint, read_model_weights
-from megatron_rdt.config import ModelConfig, load_config
+from megatron_rdt.checkpoint import check_weights_fit, read_from_checkpoint, read_model_weights
+from megatron_rdt.config import ModelConfig, load_saved_config
 from megatron_rdt.convert.hf import check_tokenizer, is_hf_export, read_hf
 from megatron_rdt.convert.hf_tokenizer import open_exported_tokenizer
 from megatron_rdt.data import Tokenizer
-from megatron_rdt.errors import CheckpointError, ConfigError
+from megatron_rdt.errors import ConfigError
 from megatron_rdt.model import RecurrentDepthTransformer, reset_buffers
 
 
@@ -36,7 +36,7 @@ def load(checkpoint: str | Path, device: str | torch.device = "auto") -> tuple[R
 def load_verified(directory: Path, device: str | torch.device = "auto") -> tuple[RecurrentDepthTransformer, Tokenizer]:
     """Load model and tokenizer from a checkpoint directory that `resolve_checkpoint` has verified."""
     target = choose_device(device)
-    model = build_model(load_config(directory / "config.yaml").model, read_model_weights(directory), directory)
+    model = build_model(load_saved_config(directory).model, read_model_weights(directory), directory)
     return model.to(target), Tokenizer(directory / "tokenizer")
 
 
@@ -46,12 +46,9 @@ def build_model(config: ModelConfig, weights: dict[str, torch.Tensor], source: P
     Raises:
         CheckpointError: names or shapes of the weights do not fit the config; the message names `source`.
     """
+    check_weights_fit(source, config, {name: tensor.shape for name, tensor in weights.items()})
     with torch.device("meta"):
         model = RecurrentDepthTransformer(config)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    wrong = [n for n in {*shapes, *weights} if n not in shapes or n not in weights or weights[n].shape != shapes[n]]
-    if wrong:
-        raise CheckpointError(f"{source} does not fit its own config: {sorted(wrong)[:3]}. Use another checkpoint.")
     reset_buffers(model)  # buffers outside the state dict are still on the meta device
     model.load_state_dict(weights, assign=True)
     return model.eval()

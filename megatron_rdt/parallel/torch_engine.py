@@ -18,9 +18,12 @@ from torch.distributed.tensor import DTensor
 
 from megatron_rdt.errors import CheckpointError, suggest_init
 from megatron_rdt.model import RecurrentDepthTransformer
+from megatron_rdt.object_collectives import raise_on_all_ranks
 from megatron_rdt.parallel import optimizers
 from megatron_rdt.parallel.engine import Engine
 from megatron_rdt.parallel.optimizers import Groups
+from megatron_rdt.parallel.torch_checkpoint import REMEDY, TensorReader, load_tensors
+from megatron_rdt.untrusted_files import describe_load_failure
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -121,20 +124,37 @@ class TorchEngine(Engine):
             raise CheckpointError(
                 f"{directory} holds weights alone, without the state of an optimizer: {suggest_init(directory)}."
             )
+        readers = self._open_folders(directory)
         states = self._collect_states()
         model, optimizer = states["model"], states["optimizer"]
         # The config decides the groups and their options; the run that saved may have had others.
         groups = optimizer.pop("param_groups")
         try:
             for name, state in states.items():
-                with _ignore_single_process_warning():
-                    dcp.load({name: state}, checkpoint_id=directory / name, no_dist=not dist.is_initialized())
+                load_tensors({name: state}, readers[name], no_dist=not dist.is_initialized())
         except CheckpointException as error:  # a BaseException that wraps the error of each rank that failed
-            reason = next((str(inner) for inner, _ in error.failures.values()), "").strip().splitlines() or ["unknown"]
-            raise CheckpointError(f"{directory} could not be loaded: {reason[0]}. Use another checkpoint.") from error
+            inner = next((inner for inner, _ in error.failures.values()), error)
+            reason = str(inner) if isinstance(inner, CheckpointError) else describe_load_failure(inner)
+            reason = reason.removesuffix(f". {REMEDY}")
+            raise CheckpointError(f"{directory} could not be loaded: {reason}. {REMEDY}") from error
         names = optimizers.parameter_names(self.model, self._parameter_groups())
         optimizer["param_groups"] = optimizers.regroup(groups, names)
         dcp_state.set_state_dict(self.model, self.optimizers, model_state_dict=model, optim_state_dict=optimizer)
+
+    @staticmethod
+    def _open_folders(directory: Path) -> dict[str, TensorReader]:
+        """Open `model` and `optimizer` of a checkpoint; every rank must call this, and all raise what one does.
+
+        A rank that failed alone would leave the others waiting in the collectives of the load.
+        """
+        readers: dict[str, TensorReader] = {}
+        failure: CheckpointError | None = None
+        try:
+            readers = {name: TensorReader(directory / name) for name in ("model", "optimizer")}
+        except CheckpointError as error:
+            failure = error
+        raise_on_all_ranks(failure)
+        return readers
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ No other file imports deepspeed for training.
 
 import logging
 import math
+import pickle
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,9 +32,10 @@ from megatron_rdt.model.core import RecurrentCore
 from megatron_rdt.model.layer import Layer
 from megatron_rdt.parallel.engine import Engine, MicroBatch
 from megatron_rdt.parallel.optimizers import adamw_groups, apply_configured_options, make_adamw, set_learning_rate
+from megatron_rdt.parallel.zero_files import TAG, ZERO_FOLDER, restrict_deepspeed
 from megatron_rdt.parallel.zero_universal import UNIVERSAL
+from megatron_rdt.untrusted_files import describe_load_failure
 
-ZERO_FOLDER, TAG = "zero", "state"
 INITIAL_MICRO_STEP = -1  # micro_step_id of DeepSpeed's stages 1 and 2 before a step's first micro-batch
 # DeepSpeed's universal-checkpoint tools require this entry in a checkpoint.
 CLIENT_STATE = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
@@ -240,7 +242,12 @@ class ZeroEngine(Engine):
             )
         self.module._config.load_universal_checkpoint = universal
         try:
-            path, _ = self.module.load_checkpoint(str(root), tag=tag, load_lr_scheduler_states=False)
+            with restrict_deepspeed():  # it reads pickles, in which a stranger may have written code
+                path, _ = self.module.load_checkpoint(str(root), tag=tag, load_lr_scheduler_states=False)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{root / tag} cannot be loaded: {describe_load_failure(error)}. Nothing was run. Use another checkpoint."
+            ) from error
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(

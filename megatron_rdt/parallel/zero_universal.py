@@ -9,13 +9,14 @@
 ZeRO stages 1 and 2 read the step of each parameter, stage 3 the one in optimizer_state.pt.
 """
 
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_rdt.errors import CheckpointError
+from megatron_rdt.parallel.zero_files import REMEDY, restrict_deepspeed
+from megatron_rdt.untrusted_files import explain_wrong_content, is_plain_tensor, load_with_torch
 
 UNIVERSAL = "universal"
 WEIGHT, MOMENTS = "fp32", ("exp_avg", "exp_avg_sq")
@@ -60,12 +61,17 @@ def read_universal(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], in
         parameter.name: {key: _load_tensor(parameter / f"{key}.pt") for key in (WEIGHT, *MOMENTS)}
         for parameter in _parameter_folders(folder)
     }
-    first = folder / "zero" / next(iter(tensors)) / "step.pt"
-    if first.is_file():
-        return tensors, int(_load_file(first))
-    # DeepSpeed pickles its own classes into this file.
-    state = _load_file(folder / "zero" / OPTIMIZER_STATE, trusted=True)["optimizer_state_dict"]["state"]
-    return tensors, int(state[0]["step"])
+    file = folder / "zero" / next(iter(tensors)) / "step.pt"
+    if file.is_file():
+        step = _load_file(file)
+    else:  # of ZeRO stage 3; DeepSpeed writes its own classes into this file
+        file = folder / "zero" / OPTIMIZER_STATE
+        with restrict_deepspeed():
+            content = _load_file(file)
+        with explain_wrong_content(CheckpointError, file, REMEDY):
+            step = content["optimizer_state_dict"]["state"][0]["step"]
+    with explain_wrong_content(CheckpointError, file, REMEDY):
+        return tensors, int(step)
 
 
 def read_universal_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -74,21 +80,27 @@ def read_universal_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _parameter_folders(folder: Path) -> list[Path]:
-    """List the folders of a universal checkpoint's parameters, sorted by name."""
-    return sorted(path for path in (folder / "zero").iterdir() if path.is_dir())
+    """List the folders of a universal checkpoint's parameters, sorted by name; CheckpointError if there are none."""
+    found = sorted(path for path in (folder / "zero").glob("*") if path.is_dir())
+    if not found:
+        raise CheckpointError(f"{folder / 'zero'} holds no parameters. {REMEDY}")
+    return found
 
 
 def _load_tensor(path: Path) -> torch.Tensor:
     """Load one float32 tensor, stored bare or as {"param": tensor}."""
     content = _load_file(path)
-    return (content["param"] if isinstance(content, dict) else content).float()
+    tensor: Any = content.get("param") if isinstance(content, dict) else content
+    if not is_plain_tensor(tensor):
+        raise CheckpointError(f"{path} holds no tensor. {REMEDY}")
+    return tensor.float()
 
 
-def _load_file(path: Path, trusted: bool = False) -> Any:
-    """Load a file to the CPU; unless `trusted`, raise CheckpointError if it holds classes, which could run code."""
+def _load_file(path: Path) -> Any:
+    """Load a file to the CPU; CheckpointError if it is missing or damaged, or holds classes, which could run code."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=not trusted)
-    except pickle.UnpicklingError:
-        raise CheckpointError(
-            f"{path} holds objects other than tensors, which could run code. Use a checkpoint that you trust."
-        ) from None
+        return load_with_torch(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}). {REMEDY}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}. Nothing was run. {REMEDY}") from None

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.checkpoint.buffers import persistent_buffers
-from megatron_rdt.config import ModelConfig, RunConfig, load_config
+from megatron_rdt.config import ModelConfig, RunConfig, load_saved_config
 from megatron_rdt.config.model import TRAINING_FIELDS
 from megatron_rdt.convert.hf import check_tokenizer, open_hf
 from megatron_rdt.convert.hf_tokenizer import open_exported_tokenizer
@@ -107,7 +107,7 @@ def describe_start(source: Path, config: RunConfig) -> list[str]:
     if _is_export(source):
         saved, origin = dataclasses.replace(config, model=open_hf(source)[0]), "an export"
     else:
-        saved = load_config(source / "config.yaml")
+        saved = load_saved_config(source)
         origin = f"step {checkpoints.read_manifest(source)['step']} of {saved.run.name}"
     _check_model(source, saved.model, config.model)
     lines = [f"weights from {source} ({origin}), and nothing else of it: the run begins at step 0"]

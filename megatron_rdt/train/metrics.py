@@ -19,6 +19,7 @@ from megatron_rdt.evaluate.tasks import Row, find_nearest_loops, name_accuracies
 from megatron_rdt.files import TEMPORARY_SUFFIX, describe_damaged_lines, read_json_lines, write_bytes
 from megatron_rdt.run_directory import TENSORBOARD, TENSORBOARD_EVALUATION
 from megatron_rdt.train.displays import Display, ForgivingDisplay, TensorBoard
+from megatron_rdt.untrusted_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,8 @@ def drop_records_after(run_directory: Path, step: int) -> list[str]:
         stale.unlink(missing_ok=True)
     for name in (EVALUATION, TASK_SCORES):
         evaluation = run_directory / name
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            if json.loads(evaluation.read_text(encoding="utf-8"))["step"] > step:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            if read_json(evaluation)["step"] > step:
                 if name == TASK_SCORES:
                     evaluation.with_suffix(".png").unlink(missing_ok=True)
                     shutil.rmtree(run_directory / TENSORBOARD / TENSORBOARD_EVALUATION, ignore_errors=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rdt import checkpoint as checkpoints
-from megatron_rdt.config import ModelConfig, RunConfig, load_config
+from megatron_rdt.config import ModelConfig, RunConfig, load_config, load_saved_config
 from megatron_rdt.config.model import TRAINING_FIELDS
 from megatron_rdt.errors import CheckpointError, ConfigError, suggest_init
 from megatron_rdt.files import hold_lock
@@ -170,7 +170,7 @@ def check_resumable(source: Path, state: dict[str, Any], config: RunConfig) -> N
             f"{source} holds weights alone, converted from elsewhere, and no run can continue from it: "
             f"{suggest_init(source)}."
         )
-    saved = load_config(source / "config.yaml")
+    saved = load_saved_config(source)
     check_same_model(source, saved.model, config.model)
     if saved.optimizer.name != config.optimizer.name:
         raise CheckpointError(

@@ -4,6 +4,7 @@ The life of a resume: `checkpoint/choose.py` has picked a verified checkpoint, `
 the config and the data, loads the engine, and returns the position; the trainer continues from there.
 """
 
+import operator
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,17 +13,20 @@ from typing import Any
 
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.checkpoint import Start
-from megatron_rdt.config import RunConfig, dump_config, load_config
+from megatron_rdt.config import RunConfig, dump_config, load_saved_config
+from megatron_rdt.errors import CheckpointError
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.object_collectives import broadcast_object, rank_and_world_size
 from megatron_rdt.parallel import Engine
 from megatron_rdt.run_directory import CHECKPOINTS, name_checkpoint
 from megatron_rdt.train.alarms.rollbacks import Rollbacks, read_pending_rollbacks
+from megatron_rdt.train.alarms.watch import AlarmWatch
 from megatron_rdt.train.data import TrainingData
 from megatron_rdt.train.initial_weights import InitialWeights
 from megatron_rdt.train.metrics import read_recorded_steps
 from megatron_rdt.train.resume_checks import check_resumable, describe_changed_settings
 from megatron_rdt.train.schedule import describe_jump
+from megatron_rdt.untrusted_files import explain_wrong_content
 
 
 @dataclass(frozen=True)
@@ -117,11 +121,13 @@ class RunCheckpoints:
         """
         state = checkpoints.read_trainer_state(source)
         check_resumable(source, state, self.config)
-        saved, step = load_config(source / "config.yaml"), state["step"]
-        # Checkpoints of earlier versions do not say which batches they had; this leads to the same position.
-        batch = saved.train.global_batch
-        state["data"].setdefault("batches", [[0, state["data"]["consumed_samples"] - step * batch, batch]])
-        changed_data = self.data.resume(source, state["data"])
+        saved, step = load_saved_config(source), state["step"]
+        with explain_wrong_content(CheckpointError, source / checkpoints.TRAINER_STATE, "Use another checkpoint."):
+            # Checkpoints of earlier versions do not say which batches they had; this leads to the same position.
+            batch = saved.train.global_batch
+            state["data"].setdefault("batches", [[0, state["data"]["consumed_samples"] - step * batch, batch]])
+            changed_data = self.data.resume(source, state["data"])
+            position = self._read_position(source, state)
         changed = describe_changed_settings(saved, self.config)
         checkpoints.restore_engine(self.engine, source)
         self.saved_step = None  # after a rollback, this run's later saves are of an abandoned branch
@@ -134,14 +140,18 @@ class RunCheckpoints:
         if changed:
             lines.append(f"changed since it was saved: {', '.join(changed)}")
         lines += describe_jump(saved, self.config, state["step"])
-        position = Position(
+        return position, [*lines, *changed_data, *position.rollbacks.describe()]
+
+    def _read_position(self, source: Path, state: dict[str, Any]) -> Position:
+        """Return the position in a trainer.json; TypeError, KeyError or the like if it holds something else."""
+        AlarmWatch(self.config).restore(state.get("alarms", {}))  # only to see that it can be
+        return Position(
             state["step"],
-            state["skipped_steps"],
-            state.get("steps_without_target", 0),
+            operator.index(state["skipped_steps"]),
+            operator.index(state.get("steps_without_target", 0)),
             state.get("alarms", {}),
             read_pending_rollbacks(self.run_directory, source, state.get("rollbacks", {})),
         )
-        return position, [*lines, *changed_data, *position.rollbacks.describe()]
 
     def record_start(self, start: Start) -> None:
         """Record durably what the run starts from, here and in its checkpoints; on rank 0, before records are dropped."""

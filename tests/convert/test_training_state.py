@@ -134,7 +134,7 @@ def test_the_temporary_copy_lies_beside_the_result(tmp_path: Path, monkeypatch: 
     checkpoint, out = tmp_path / "checkpoint", tmp_path / "results" / "out"
     (checkpoint / "zero" / "state").mkdir(parents=True)
     (checkpoint / "config.yaml").write_text("{}")
-    write_manifest(checkpoint, {})
+    write_manifest(checkpoint, {"step": 1, "sequence": 1})
     places = []
 
     def full(saved: Path, folder: Path) -> None:
@@ -142,7 +142,7 @@ def test_the_temporary_copy_lies_beside_the_result(tmp_path: Path, monkeypatch: 
         places.append(folder)
         raise CheckpointError("the disk is full")
 
-    monkeypatch.setattr(training_state, "_run_ds_to_universal", full)
+    monkeypatch.setattr(training_state, "convert_to_universal", full)
     with pytest.raises(CheckpointError, match="the disk is full"):
         convert(str(checkpoint), str(out), "native")
     assert places[0].relative_to(out.parent).parts[0].startswith(".out.")
@@ -165,9 +165,9 @@ def test_a_universal_checkpoint_runs_no_code(name: str, tmp_path: Path) -> None:
     write_universal(folder, {"weight": {key: torch.ones(2) for key in ("fp32", "exp_avg", "exp_avg_sq")}}, 3)
     assert read_universal(folder)[1] == 3
     torch.save({"param": Code(mark)}, folder / "zero" / "weight" / name)
-    with pytest.raises(CheckpointError, match=f"{name} holds objects other than tensors"):
+    with pytest.raises(CheckpointError, match=f"{name} cannot be used: it holds objects other than tensors"):
         read_universal(folder)
     if name == "fp32.pt":
-        with pytest.raises(CheckpointError, match=f"{name} holds objects other than tensors"):
+        with pytest.raises(CheckpointError, match=f"{name} cannot be used: it holds objects other than tensors"):
             read_universal_weights(folder)
     assert not mark.exists()

@@ -17,6 +17,7 @@ import xxhash
 from megatron_rdt.data.shard_files.positioned_reads import prefix_path
 from megatron_rdt.data.shard_files.side_files import SIDE_FILES
 from megatron_rdt.files import write_text
+from megatron_rdt.untrusted_files import read_json
 
 BLOCK_BYTES = 1 << 20
 BLOCK_HASH = "xxh3_64"
@@ -85,7 +86,7 @@ def read_block_hashes(prefix: str | os.PathLike[str]) -> dict[str, tuple[int, li
     None where there is no readable .sum file: it is only an aid, and the shard may be intact without it.
     """
     try:
-        document = json.loads(prefix_path(prefix, SUM_SUFFIX).read_text(encoding="utf-8"))
+        document = read_json(prefix_path(prefix, SUM_SUFFIX))
         if document["block_bytes"] != BLOCK_BYTES or document["hash"] != BLOCK_HASH:
             return None
         files = {name: (int(file["bytes"]), list(file["blocks"])) for name, file in document["files"].items()}

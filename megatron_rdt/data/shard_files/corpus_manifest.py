@@ -1,7 +1,6 @@
 """CorpusManifest: counts, hashes and tokenizer of a prepared corpus, in manifest.json; it exists if the corpus is complete."""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +16,7 @@ from megatron_rdt.data.tokenizer.base import Tokenizer
 from megatron_rdt.environment import usable_cores
 from megatron_rdt.errors import DataError
 from megatron_rdt.files import sha256_of
+from megatron_rdt.untrusted_files import parse_json
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "rdt-tokens", 1
@@ -213,7 +213,7 @@ def load_manifest(path: str | Path) -> CorpusManifest:
     file = Path(path) / MANIFEST
     try:
         with open(file, encoding="utf-8") as stream:
-            identity, document = identify_file(stream.fileno()), json.load(stream)
+            identity, document = identify_file(stream.fileno()), parse_json(stream.read())
     except FileNotFoundError:
         raise DataError(f"{file} does not exist. Make the shards first: rdt prep --config FILE --out {path}") from None
     except ValueError as error:

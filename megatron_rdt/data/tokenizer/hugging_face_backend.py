@@ -13,6 +13,7 @@ import tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
 from megatron_rdt.errors import DataError
+from megatron_rdt.untrusted_files import read_json
 
 HUGGING_FACE = "hf"  # `Tokenizer.kind`
 JSON_FILE, SETTINGS_FILE, SPECIALS_FILE = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
@@ -181,7 +182,7 @@ def token_spelling(token: Any) -> str | None:
 def read_json_object(file: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object; DataError if it does not."""
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = read_json(file)
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read as JSON ({error}). Put the right file there.") from None
     if not isinstance(document, dict):

@@ -139,7 +139,7 @@ def read_pending_rollbacks(run_directory: Path, source: Path, saved: dict[str, A
 
     A rollback to this very checkpoint counts, though the checkpoint does not know of it.
     """
-    found = Rollbacks(**saved)
+    found = Rollbacks(int(saved.get("count", 0)), float(saved.get("lr_factor", 1.0)))
     entries = _read_on_rank_zero(run_directory)
     if entries:
         identity = _identify(source)

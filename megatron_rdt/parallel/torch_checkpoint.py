@@ -1,0 +1,234 @@
+"""Folders of torch.distributed.checkpoint, read without running what they say: metadata, then tensors and nothing else.
+
+The library unpickles `.metadata`, and every value that is not a tensor, without restriction: reading would run what a
+stranger wrote there. Here the metadata goes through an unpickler that knows the classes of the format by name and makes
+plain records of them. These are checked and turned into the library's own classes.
+"""
+
+import math
+import pickle
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_rdt.errors import CheckpointError
+from megatron_rdt.untrusted_files import is_plain_name, is_regular_file
+
+METADATA_FILE = ".metadata"
+REMEDY = "Use another checkpoint."
+# Classes that PyTorch 2.9 to 2.14 writes into `.metadata`, by module.
+RECORDED = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "MetadataIndex",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    # The path under which it was saved, which nobody needs.
+    "pathlib": {"PosixPath", "WindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath"},
+}
+
+
+class _Record:
+    """An object of `.metadata` as plain values: nothing of its class runs.
+
+    Attributes:
+        state: its attributes, or whatever the pickle gives in their place.
+    """
+
+    state: Any = None
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Unpickler to which a class is a name: each one of `RECORDED` becomes a subclass of `_Record`, others an error."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what stands for a class or function that the pickle names; UnpicklingError for one of another format."""
+        if name in RECORDED.get(module, ()):
+            return type(name, (_Record,), {})
+        if (module, name) == ("torch", "Size"):
+            return tuple
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        raise pickle.UnpicklingError(f"it names {module}.{name}"[:200])
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """Return the metadata of a folder, of whose files every entry names an existing part.
+
+    Raises:
+        CheckpointError: it cannot be read, names a class of another kind, or contradicts itself or the files.
+    """
+    path = folder / METADATA_FILE
+    try:
+        with open(path, "rb") as file:
+            record = _MetadataUnpickler(file).load()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}). {REMEDY}") from None
+    except pickle.UnpicklingError as error:
+        if "it names" not in str(error):
+            raise CheckpointError(f"{path} is damaged ({str(error).strip().splitlines()[0]}). {REMEDY}") from None
+        raise CheckpointError(
+            f"{path} holds objects that no checkpoint needs, which could run code: {error}. Nothing was run. {REMEDY}"
+        ) from None
+    except Exception as error:  # a damaged pickle raises whatever its instructions lead to
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}). {REMEDY}") from None
+    try:
+        return _MetadataBuilder(folder).build(record)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise CheckpointError(f"{path} is not the metadata of a checkpoint ({reason}). {REMEDY}") from None
+
+
+class _MetadataBuilder:
+    """Builds the library's metadata from records; ValueError, KeyError or TypeError where they are not what they should be.
+
+    Args:
+        folder: with the files that the metadata names.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._sizes: dict[str, int] = {}  # of the files that are there
+
+    def build(self, record: Any) -> Metadata:
+        """Return the metadata of a record of class `Metadata`."""
+        content = _take(record, "Metadata")
+        stored = dict(self._build_storage(content["storage_data"]))
+        entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+        for name, entry in content["state_dict_metadata"].items():
+            if not is_plain_name(name):
+                raise ValueError(f"{name!r} is no name of a tensor")
+            if type(entry).__name__ == "BytesStorageMetadata":
+                entries[name] = BytesStorageMetadata()
+            else:
+                entries[name] = self._build_tensor(name, _take(entry, "TensorStorageMetadata"), stored)
+        return Metadata(entries, None, stored, StorageMeta(), content.get("version"))
+
+    def _build_storage(self, records: dict[Any, Any]) -> Iterator[tuple[MetadataIndex, _StorageInfo]]:
+        """Yield the place of each part of a tensor: its file, and the bytes there."""
+        for key, value in records.items():
+            index, info = _take(key, "MetadataIndex"), _take(value, "_StorageInfo")
+            file, offset, length = info["relative_path"], info["offset"], info["length"]
+            if file not in self._sizes:
+                self._sizes[file] = self._measure_file(file)
+            if not (_is_count(offset) and _is_count(length) and offset + length <= self._sizes[file]):
+                raise ValueError(f"bytes {offset} to {offset + length} are not in {file}")
+            if info.get("transform_descriptors"):
+                raise ValueError(f"{file} is compressed or encrypted, which no run of this version is")
+            position = index.get("offset")
+            yield (
+                MetadataIndex(index["fqn"], None if position is None else _make_size(position), index.get("index")),
+                _StorageInfo(file, offset, length),
+            )
+
+    def _measure_file(self, name: Any) -> int:
+        """Return the bytes of a file of the folder; ValueError if it is none, or another folder's."""
+        if not is_plain_name(name) or not is_regular_file(self.folder / name):
+            raise ValueError(f"{name!r} is no file of the folder")
+        return (self.folder / name).stat().st_size
+
+    def _build_tensor(
+        self, name: str, content: dict[str, Any], stored: dict[MetadataIndex, _StorageInfo]
+    ) -> TensorStorageMetadata:
+        """Return the metadata of a tensor; its parts fill it, and each has as many bytes as it says."""
+        properties = content["properties"].state
+        dtype = properties[0] if isinstance(properties, tuple) else properties["dtype"]
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{name} has no type")
+        size, chunks, filled = _make_size(content["size"]), [], 0
+        for record in content["chunks"]:
+            chunk = _take(record, "ChunkStorageMetadata")
+            offsets, sizes = _make_size(chunk["offsets"]), _make_size(chunk["sizes"])
+            if len(offsets) != len(size) or any(o + s > n for o, s, n in zip(offsets, sizes, size, strict=True)):
+                raise ValueError(f"a part of {name} is outside of it")
+            # A scalar is stored without an offset by some versions.
+            info = stored.get(MetadataIndex(name, offsets)) or stored[MetadataIndex(name)]
+            if math.prod(sizes) * dtype.itemsize > info.length:
+                raise ValueError(f"a part of {name} has {info.length} bytes, fewer than its shape needs")
+            chunks.append(ChunkStorageMetadata(offsets, sizes))
+            filled += math.prod(sizes)
+        if filled != math.prod(size):
+            raise ValueError(f"the parts of {name} do not fill it")
+        return TensorStorageMetadata(TensorProperties(dtype=dtype), size, chunks)
+
+
+def _take(record: Any, name: str) -> dict[str, Any]:
+    """Return the attributes of a record of the class called `name`; ValueError for anything else."""
+    if type(record).__name__ != name or not isinstance(record, _Record) or not isinstance(record.state, dict):
+        raise ValueError(f"something else than {name} is there")
+    return record.state
+
+
+def _is_count(value: Any) -> bool:
+    """Return True for a whole number from 0 up to what a file or tensor may have."""
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _make_size(value: Any) -> torch.Size:
+    """Return a shape or position; ValueError if it is none."""
+    if not isinstance(value, tuple) or not all(map(_is_count, value)):
+        raise ValueError("something else than a shape is there")
+    return torch.Size(value)
+
+
+class TensorReader(dcp.FileSystemReader):
+    """Reader of a folder by the metadata of `read_metadata`, which is read once.
+
+    Attributes:
+        metadata: of the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.metadata = read_metadata(folder)
+
+    def read_metadata(self) -> Metadata:
+        """Return the metadata."""
+        return self.metadata
+
+
+class TensorPlanner(dcp.DefaultLoadPlanner):
+    """Planner of a load that takes tensors only."""
+
+    def load_bytes(self, read_item: Any, value: Any) -> None:
+        """Refuse a value that is not a tensor: the library would unpickle it."""
+        raise CheckpointError(f"{read_item.dest_index.fqn} is stored as a pickled object instead of a tensor. {REMEDY}")
+
+
+def load_tensors(state: dict[str, Any], reader: TensorReader, no_dist: bool) -> None:
+    """Read a state dict's tensors in place, whole or sharded; with a process group, every rank must call this.
+
+    Raises:
+        CheckpointException: a rank failed; it wraps the error of each.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is")
+        dcp.load(state, storage_reader=reader, planner=TensorPlanner(), no_dist=no_dist)

@@ -30,6 +30,8 @@ from megatron_rdt.files import write_text
 HIDDEN_FOLDER = "tokenizer"
 # Special tokens of transformers that this project does not use.
 OTHER_NAMES = ("unk_token", "sep_token", "cls_token", "mask_token")
+# Settings that name code or a path, or that transformers would take instead of what tokenizer.json says.
+REFERENCES = ("auto_map", "name_or_path", "init_inputs", "tokenizer_object", "vocab", "merges", "post_processor")
 
 
 def export_tokenizer(source: Path, out: Path) -> str:
@@ -71,15 +73,23 @@ def _export_hugging_face(source: Path, out: Path) -> None:
     for name in (JSON_FILE, *COMPANION_FILES):
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
-    settings, specials = (_read_if_present(out / name) for name in (SETTINGS_FILE, SPECIALS_FILE))
+    settings, specials = (_remove_references(_read_if_present(out / name)) for name in (SETTINGS_FILE, SPECIALS_FILE))
     if settings.get("tokenizer_class") not in (TOKENIZER_CLASS, "TokenizersBackend"):
-        settings.pop("auto_map", None)  # names code that is not here
         settings["tokenizer_class"] = TOKENIZER_CLASS
     named = read_settings(source).named | _find_other_names(settings, specials, Tokenizer(source))
     _set_special_tokens(settings, specials, named)
     for name, document in ((SETTINGS_FILE, settings), (SPECIALS_FILE, specials)):
         if document != _read_if_present(out / name):
             write_text(out / name, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
+
+
+def _remove_references(document: dict[str, Any]) -> dict[str, Any]:
+    """Return settings without those that name code, other files, or a vocabulary beside that of tokenizer.json.
+
+    An export has to be opened with trust_remote_code, for its own model: transformers would then fetch and run the
+    repository that an `auto_map` names.
+    """
+    return {name: value for name, value in document.items() if name not in REFERENCES and not name.endswith("_file")}
 
 
 def _find_other_names(settings: dict[str, Any], specials: dict[str, Any], tokenizer: Tokenizer) -> dict[str, str]:

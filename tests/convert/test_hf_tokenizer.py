@@ -246,6 +246,31 @@ def test_names_that_only_transformers_uses_are_exported_with_their_ids_or_not_at
     assert len(exported) == tokenizer.vocab_size
 
 
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "TokenizersBackend", "Evil", None])
+def test_an_export_names_no_code_and_no_other_file(
+    kind: str | None, tokenizer_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    source, out = Path(shutil.copytree(tokenizer_folders["hf"], tmp_path / "source")), tmp_path / "out"
+    out.mkdir()
+    references = {
+        "auto_map": {"AutoTokenizer": ["stranger/repository--code.Evil", None]},
+        "tokenizer_file": "/etc/passwd",
+        "vocab_file": "../vocab.json",
+        "name_or_path": "stranger/repository",
+        "merges": [],
+    }
+    settings = {"tokenizer_class": kind, "pad_token": "<|pad|>", "padding_side": "left", **references}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    specials = json.loads((source / "special_tokens_map.json").read_text())
+    (source / "special_tokens_map.json").write_text(json.dumps({**specials, **references}))
+    assert export_tokenizer(source, out) == ""
+    exported = json.loads((out / "tokenizer_config.json").read_text())
+    assert exported["tokenizer_class"] in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    assert exported["padding_side"] == "left"
+    names = {*exported, *json.loads((out / "special_tokens_map.json").read_text())}
+    assert not names & set(references)
+
+
 def test_unigram_is_exported(
     configure: Callable[..., RunConfig], checkpoint: Path, tokenizer_folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -3,7 +3,7 @@
 import html
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from megatron_rdt.evaluate.loss import EVALUATION, Evaluation, perplexity, read_
 from megatron_rdt.evaluate.task_plots import draw_accuracy_map, draw_accuracy_over_steps
 from megatron_rdt.evaluate.task_report import MAP_CAPTION, find_final_scores, format_task_section
 from megatron_rdt.files import DAMAGED, describe_damaged_lines, read_json_lines, write_text
+from megatron_rdt.untrusted_files import explain_wrong_content, is_regular_file
 
 logger = logging.getLogger(__name__)
 
@@ -33,16 +34,26 @@ COMPARISON_CAPTION = (
     "Accuracy, difficulty down, loop counts T across, of the arms of a comparison. A looped model chooses T at the call; one "
     "called unlooped runs once with equal weights, one called untied with equal operations in training."
 )
-# Fields of metrics.jsonl and of eval.jsonl that the page uses.
-METRICS = ("step", "tokens", "loss", "grad_norm", "spectral_radius", "loops_max", "tokens_per_second")
-EVALUATIONS = ("step", "losses")
+WHOLE, NUMBER = (int,), (int, float, type(None))
+# Fields of the record files that the page uses, and the types of their values.
+METRICS = {
+    "step": WHOLE,
+    "tokens": WHOLE,
+    "loss": NUMBER,
+    "grad_norm": NUMBER,
+    "spectral_radius": NUMBER,
+    "loops_max": NUMBER,
+    "tokens_per_second": NUMBER,
+}
+EVALUATIONS = {"step": WHOLE, "losses": (dict,)}
+SAMPLES = {"step": WHOLE, "loops": WHOLE, "prompt": (str,), "text": (str,)}
 
 
-def read_records(path: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:
+def read_records(path: Path, fields: Mapping[str, tuple[type, ...]]) -> list[dict[str, Any]]:
     """Read the objects of a JSON-lines file; an absent file has none, and damaged lines are left out with a warning.
 
     Raises:
-        DataError: a line is valid JSON, but not a record with these fields.
+        DataError: a line is valid JSON, but not a record with these fields, of these types.
     """
     if not path.is_file():
         return []
@@ -54,6 +65,11 @@ def read_records(path: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:
         missing = [name for name in fields if not isinstance(record, dict) or name not in record]
         if missing:
             raise DataError(f"{path}:{number} is not a record of a run: it has no {missing[0]}. Remove the line.")
+        wrong = [name for name, kinds in fields.items() if not isinstance(record[name], kinds)]
+        if wrong:
+            raise DataError(
+                f"{path}:{number} is not a record of a run: its {wrong[0]} is {str(record[wrong[0]])[:40]!r}. Remove the line."
+            )
         records.append(record)
     if damaged:
         logger.warning("%s: left out", describe_damaged_lines(path, damaged))
@@ -86,8 +102,9 @@ def write_report(run_directory: str | Path, comparison: str | Path | None = None
     """
     directory = Path(run_directory)
     opening = None if comparison is None else Path(comparison) / ACCURACY_PICTURE
-    if opening is not None and not opening.is_file():
-        raise DataError(f"{opening} does not exist. Name the directory of a finished `rdt compare` on tasks.")
+    if opening is not None and not is_regular_file(opening):  # a link could lead to any file, which the page would show
+        state = "is a link" if opening.is_symlink() else "does not exist"
+        raise DataError(f"{opening} {state}. Name the directory of a finished `rdt compare` on tasks.")
     if not directory.is_dir():
         reason = "is a file" if directory.exists() else "does not exist"
         raise DataError(f"{directory} {reason}. Name the directory of a run that trained, such as runs/quickstart.")
@@ -96,10 +113,11 @@ def write_report(run_directory: str | Path, comparison: str | Path | None = None
         raise DataError(f"{directory} has no metrics.jsonl with steps in it. Name the directory of a run that trained.")
     config = load_config(directory / "config.yaml")
     evaluations = read_records(directory / "eval.jsonl", EVALUATIONS)
-    samples = read_records(directory / "samples.jsonl", ("step", "loops", "prompt", "text"))
-    final = find_final_losses(directory, evaluations)
-    scores = find_final_scores(directory, evaluations, config)
-    alarms = list_alarms(directory)
+    samples = read_records(directory / "samples.jsonl", SAMPLES)
+    with explain_wrong_content(DataError, directory, "Remove the records that are damaged."):
+        final = find_final_losses(directory, evaluations)
+        scores = find_final_scores(directory, evaluations, config)
+        alarms = list_alarms(directory)
     out = directory / "report"
     out.mkdir(exist_ok=True)
     with replace_results(out) as folder:

@@ -41,7 +41,7 @@ def format_task_section(scores: Mapping[str, Any]) -> str:
     for task, rows in group_by_task(scores["tasks"]).items():
         parts.append(f"<h3>{html.escape(task)}: accuracy with 95% interval</h3>{_format_accuracies(rows)}")
         if task in exits:
-            title = f"{html.escape(task)}: exit rules, at most {exits[task][0]['loops']} iterations"
+            title = f"{html.escape(task)}: exit rules, at most {html.escape(str(exits[task][0]['loops']))} iterations"
             note = "accuracy, and mean iterations of the tokens that predict the answer"
             parts.append(f"<h3>{title}</h3><p>{note}</p>{_format_exits(exits[task])}")
     return "".join(parts)

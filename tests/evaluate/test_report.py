@@ -260,3 +260,12 @@ def test_the_state_over_iterations_is_drawn_where_it_was_recorded(run: Path) -> 
     assert image.shape[:2] == (504, 840)
     coloured = image[..., :3].max(-1) - image[..., :3].min(-1) > 0.25
     assert min(coloured[:, :420].sum(), coloured[:, 420:].sum()) > 300, "a curve in each half"
+
+
+@pytest.mark.parametrize("value", ["<script>alert(1)</script>", None, 1.5, [1]])
+@pytest.mark.parametrize("file", ["samples.jsonl", "metrics.jsonl", "eval.jsonl"])
+def test_a_record_with_another_value_than_a_step_is_named(file: str, value: object, run: Path) -> None:
+    lines = (run / file).read_text().splitlines()
+    (run / file).write_text("\n".join([*lines, json.dumps({**json.loads(lines[-1]), "step": value})]) + "\n")
+    with pytest.raises(DataError, match=rf"{file}:{len(lines) + 1} is not a record of a run: its step is"):
+        write_report(run)

@@ -123,8 +123,8 @@ def train_choice(choice: dict[str, object], seed: int, steps: int, data: str) ->
         seconds = time.process_time() - began
         assert status == 0, f"ended with status {status}"
         folder = Path(root) / config.run.name
-        losses = read_records(folder / "eval.jsonl", ())[-1]["losses"]
-        metrics = read_records(folder / "metrics.jsonl", ())[-1]
+        losses = read_records(folder / "eval.jsonl", {})[-1]["losses"]
+        metrics = read_records(folder / "metrics.jsonl", {})[-1]
         return {**metrics, "losses": losses, "seconds": seconds, "parameters": parameters}
 
 

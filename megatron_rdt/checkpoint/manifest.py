@@ -134,7 +134,7 @@ ENTRIES: dict[str, Callable[[Any], bool]] = {
     "world_size": _is_count,
     "parent": lambda value: value is None or is_plain_name(value),
     "ancestors": _is_table_of(_is_count),
-    "run_id": _is_text,
+    "run_id": lambda value: value is None or _is_text(value),  # None: converted from another project's
     "engine": _is_text,
     "health": _is_health,
     "origin": lambda value: value is None or isinstance(value, dict),

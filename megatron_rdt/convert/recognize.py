@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_rdt.checkpoint import StoredWeights
-from megatron_rdt.config import DepthConfig, ModelConfig, RunConfig, check_config, load_config
+from megatron_rdt.config import DepthConfig, ModelConfig, RunConfig, check_config, load_config, read_saved_model
 from megatron_rdt.config.schema import RunSection
 from megatron_rdt.convert.hf import CONFIG_FILE, MODEL_TYPE, PREFIX
 from megatron_rdt.convert.hf_tokenizer import open_exported_tokenizer
@@ -23,7 +23,7 @@ from megatron_rdt.convert.sources.rules import Rule, Rules, check_names
 from megatron_rdt.data import Tokenizer
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError
 from megatron_rdt.model import RecurrentDepthTransformer
-from megatron_rdt.parallel.zero_universal import WEIGHT
+from megatron_rdt.parallel.zero_universal import WEIGHT, load_tensor
 from megatron_rdt.run_directory import CHECKPOINTS
 
 LOOPED = (huginn, parcae, ouro, open_mythos)
@@ -177,8 +177,8 @@ def _find_run_config(folder: Path, options: ImportOptions) -> RunConfig | None:
 def _read_own_model(path: Path, settings: Mapping[str, Any]) -> ModelConfig:
     """Read the model of an export's config.json."""
     try:
-        return ModelConfig(**settings["model"])
-    except (TypeError, KeyError) as error:
+        return read_saved_model(settings["model"], path / CONFIG_FILE)
+    except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path / CONFIG_FILE} is not the config of an export ({error}).") from None
 
 
@@ -187,8 +187,7 @@ def _open_universal(path: Path) -> SourceWeights:
     files = {file.parent.name: file for file in path.glob(f"zero/*/{WEIGHT}.pt")}
 
     def read(name: str) -> Tensor:
-        content = torch.load(files[name], weights_only=True, mmap=True)
-        return content["param"] if isinstance(content, dict) else content
+        return load_tensor(files[name], lazily=True)
 
     return SourceWeights({name: read(name).shape for name in files}, read, {})
 

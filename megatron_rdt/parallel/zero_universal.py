@@ -58,7 +58,7 @@ def read_universal(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], in
     That tool leaves the tensors of ZeRO stage 3 flat.
     """
     tensors = {
-        parameter.name: {key: _load_tensor(parameter / f"{key}.pt") for key in (WEIGHT, *MOMENTS)}
+        parameter.name: {key: load_tensor(parameter / f"{key}.pt").float() for key in (WEIGHT, *MOMENTS)}
         for parameter in _parameter_folders(folder)
     }
     file = folder / "zero" / next(iter(tensors)) / "step.pt"
@@ -76,7 +76,7 @@ def read_universal(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], in
 
 def read_universal_weights(folder: Path) -> dict[str, torch.Tensor]:
     """Return the weights of a universal checkpoint by parameter name, float32, without Adam's moments."""
-    return {parameter.name: _load_tensor(parameter / f"{WEIGHT}.pt") for parameter in _parameter_folders(folder)}
+    return {parameter.name: load_tensor(parameter / f"{WEIGHT}.pt").float() for parameter in _parameter_folders(folder)}
 
 
 def _parameter_folders(folder: Path) -> list[Path]:
@@ -87,19 +87,19 @@ def _parameter_folders(folder: Path) -> list[Path]:
     return found
 
 
-def _load_tensor(path: Path) -> torch.Tensor:
-    """Load one float32 tensor, stored bare or as {"param": tensor}."""
-    content = _load_file(path)
+def load_tensor(path: Path, *, lazily: bool = False) -> torch.Tensor:
+    """Load one tensor, stored bare or as {"param": tensor}; `lazily`, its values stay on disk until they are used."""
+    content = _load_file(path, lazily)
     tensor: Any = content.get("param") if isinstance(content, dict) else content
     if not is_plain_tensor(tensor):
         raise CheckpointError(f"{path} holds no tensor. {REMEDY}")
-    return tensor.float()
+    return tensor
 
 
-def _load_file(path: Path) -> Any:
+def _load_file(path: Path, lazily: bool = False) -> Any:
     """Load a file to the CPU; CheckpointError if it is missing or damaged, or holds classes, which could run code."""
     try:
-        return load_with_torch(path)
+        return load_with_torch(path, lazily=lazily)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}). {REMEDY}") from None
     except ValueError as error:

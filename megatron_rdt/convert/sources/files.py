@@ -4,7 +4,6 @@ Files of PyTorch are pickles; they are opened with weights_only, which runs noth
 read. Names in an index lead to files of the same folder only.
 """
 
-import json
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_rdt.errors import CheckpointError
+from megatron_rdt.untrusted_files import read_json
 
 SAFETENSORS, PYTORCH = (".safetensors",), (".pt", ".pth", ".bin")
 # Entries of a checkpoint that hold its state dict, in the order in which they are looked for.
@@ -96,7 +96,7 @@ def _strip_wrappers(name: str) -> str:
 def _read_object(file: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object; CheckpointError if it does not."""
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = read_json(file)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON ({error}). Put the right file there.") from None
     if not isinstance(document, dict):

@@ -66,12 +66,13 @@ class KnowledgeGraph:
             choices: index of the fact that is followed from each entity.
             split: TRAIN, TEST, or "" for one that the content decides.
         """
-        prompt, reached = [self.name_entity(entity)], []
+        prompt = [self.name_entity(entity)]
+        reached = [*prompt]  # of each position of the prompt
         for choice in choices:
             relation, entity = self.facts[entity][choice]
             prompt.append(self.name_relation(relation))
             reached.append(self.name_entity(entity))
-        symbols = Symbols([symbol, *prompt], mark_answer(reached[-1:]), [NO_LABEL] * 2 + mark_answer(reached))
+        symbols = Symbols([symbol, *prompt], mark_answer(reached[-1:]), [NO_LABEL, *mark_answer(reached)])
         text = f"{' '.join(prompt)} ="
         return Instance(text, reached[-1], f"{self.name}: {text}", symbols, split)
 

@@ -66,7 +66,7 @@ def hops_labels(prompt: list[str]) -> list[str]:
 
 def composition_labels(prompt: list[str]) -> list[str]:
     facts = {(f"e{a:02d}", f"r{r}"): f"e{b:02d}" for a, own in enumerate(make_graph(30, 6, 3).facts) for r, b in own}
-    entity, found = prompt[0], ["_"]
+    entity, found = prompt[0], [prompt[0]]
     for relation in prompt[1:]:
         entity = facts[entity, relation]
         found.append(entity)
@@ -146,7 +146,7 @@ def path_of(one: Example) -> list[tuple[str, str]]:
     """The facts that an example composes, as (entity, relation)."""
     labels = one.symbols.labels
     assert labels is not None
-    entities = [one.symbols.prompt[1], *(label[1:] for label in labels[2:-1])]
+    entities = [label[1:] for label in labels[1:-1]]
     return list(zip(entities, one.symbols.prompt[2:], strict=True))
 
 

@@ -117,7 +117,7 @@ def test_configs_fit_their_data(name: str) -> None:
     assert config.train.steps * config.train.global_batch <= data["count"] * config.data.max_epochs
 
 
-@pytest.mark.parametrize("name", ["addition", "hops", "parity", "words_a5"])
+@pytest.mark.parametrize("name", ["addition", "graph", "hops", "parity", "words_a5"])
 def test_configs_of_experiments_fit_their_data(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`rdt prep tasks` says the vocabulary and the length that training needs; there are examples for all of its steps."""
     from launch.commands.prep_tasks import tasks
@@ -125,7 +125,7 @@ def test_configs_of_experiments_fit_their_data(name: str, tmp_path: Path, capsys
 
     data = CONFIGS / "experiments" / f"{name}_data.yaml"
     config, options = load_config(CONFIGS / "experiments" / f"{name}.yaml"), read_mapping(str(data))
-    assert tasks(["--config", str(data), "--count=40", "--test_count=0", f"--out={tmp_path}"]) == 0
+    assert tasks(["--config", str(data), "--count=600", "--test_count=0", f"--out={tmp_path}"]) == 0
     needs = f"model.vocab_size {config.model.vocab_size}, train.sequence_length {config.train.sequence_length} or more"
     assert needs in capsys.readouterr().out
     assert config.data.path == f"{options['out']}_tokens"

@@ -13,6 +13,10 @@ from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.initialization import initial_parameter
 from megatron_rdt.model.rdt import RecurrentDepthTransformer, make_depth_plan
 
+# A cache is an argument and a field of the output of this name: `past_key_values` before transformers 5.24.
+CACHE = next(
+    field.name for field in dataclasses.fields(CausalLMOutputWithPast) if field.name in ("cache", "past_key_values")
+)
 # Arguments that transformers passes to every model and that this one ignores.
 HARMLESS = ("return_dict", "cache_position", "num_items_in_batch", "logits_to_keep")
 
@@ -110,6 +114,7 @@ class RdtForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
+        cache: Any = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         loops: int | None = None,
@@ -117,23 +122,28 @@ class RdtForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Return logits (batch, sequence, vocab), the extended cache and, given `labels`, the mean next-token loss.
 
-        `position_ids` (batch or 1, sequence) default to counting the tokens that `attention_mask` admits.
+        `position_ids` (batch or 1, sequence) default to counting the tokens that `attention_mask` admits. `cache` and
+        `past_key_values` are the same: the former is its name from transformers 5.24 on.
 
         Raises:
-            ValueError: `loops` is not a whole number of at least 1, or differs from that of the cache.
+            ValueError: `loops` is not a whole number of at least 1, or differs from that of the cache; or there are two
+                caches.
             TypeError: an argument that would have no effect here.
         """
         unknown = sorted(k for k, v in kwargs.items() if v is not None and v is not False and k not in HARMLESS)
         if unknown:
             raise TypeError(f"this model's forward takes no {', '.join(unknown)}; the number of iterations is `loops`")
+        if cache is not None and past_key_values is not None:
+            raise ValueError("both cache and past_key_values are given; they are two names of one argument")
+        cache = past_key_values if cache is None else cache
         batch, sequence = input_ids.shape
         plan = make_depth_plan(batch, loops=self.config.loops if loops is None else loops)
-        if past_key_values is None and use_cache:
-            past_key_values = DynamicCache()
-        cache = None if past_key_values is None else SlotCache(past_key_values)
-        start = 0 if cache is None else cache.length
-        if cache is not None and start == 0:
-            cache.make_room(self.model.cache_slots(plan.loops))  # generate() sized it for the default loops
+        if cache is None and use_cache:
+            cache = DynamicCache()
+        slots = None if cache is None else SlotCache(cache)
+        start = 0 if slots is None else slots.length
+        if slots is not None and start == 0:
+            slots.make_room(self.model.cache_slots(plan.loops))  # generate() sized it for the default loops
         mask = positions = None
         if attention_mask is not None and not bool(attention_mask.all()):
             positions = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, start : start + sequence]
@@ -144,9 +154,9 @@ class RdtForCausalLM(PreTrainedModel, GenerationMixin):
             mask = ((keys <= queries) & admitted) | (keys == queries)
         if position_ids is not None:
             positions = position_ids[..., -sequence:]
-        logits = self.model(input_ids, plan, cache=cache, start=start, positions=positions, mask=mask)
+        logits = self.model(input_ids, plan, cache=slots, start=start, positions=positions, mask=mask)
         loss = None
         if labels is not None:
             shifted = logits[:, :-1].float().flatten(0, 1)
             loss = nn.functional.cross_entropy(shifted, labels[:, 1:].flatten(), ignore_index=-100)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})

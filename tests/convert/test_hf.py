@@ -90,8 +90,14 @@ for mine in (DynamicCache(), DynamicCache(config=model.config)):
                     assert f"filled at T = {{loops}}" in str(error) and f"has T = {{other}}" in str(error), error
                 else:
                     raise AssertionError((loops, other))
-            got = model(tokens[:, 9:], loops=loops, past_key_values=mine).logits
+            got = model(tokens[:, 9:], loops=loops, cache=mine).logits  # its name from transformers 5.24 on
             assert torch.allclose(got, model(tokens, loops=loops).logits[:, 9:], atol=1e-5), loops
+try:
+    model(tokens, cache=mine, past_key_values=mine)
+except ValueError as error:
+    assert "two names" in str(error)
+else:
+    raise AssertionError("two caches")
 assert model.config.pad_token_id == model.generation_config.pad_token_id == tokenizer.pad_token_id == 3
 for text, ids in given["texts"]:
     assert tokenizer(text, add_special_tokens=False).input_ids == ids, text

@@ -5,6 +5,7 @@
 # make test         lint, then all tests but those that need Slurm
 # make test-cluster the same for what needs Slurm
 # make test-parity  against the code of other projects; installs open-mythos and megatron-core (put Parcae and Huginn on PYTHONPATH)
+# make test-exports exports under the newest transformers, 5.0 and 4.57, with PEFT, TRL, accelerate, in environments made in build/
 # make fuzz         2,000 random cases each of prep that is killed and of runs that are resumed (ten minutes)
 # make bench        benchmarks; they print, nothing is asserted
 PYTHON ?= python3
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart lint test-fast test test-cluster test-parity fuzz bench
+.PHONY: install quickstart lint test-fast test test-cluster test-parity test-exports fuzz bench
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -54,6 +55,9 @@ test-cluster: install
 test-parity: install
 	$(BIN)/python -m pip install --quiet --no-deps open-mythos==0.5.0 megatron-core==0.16.1
 	$(BIN)/python -m pytest -rs tests/parity tests/data/shard_files/test_megatron_format.py
+
+test-exports: install
+	$(BIN)/python -m tests.exports.fresh_environments build/exports
 
 fuzz: export RDT_FUZZ_CASES ?= 2000
 fuzz: install

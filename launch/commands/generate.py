@@ -1,6 +1,5 @@
 """`rdt generate`: continue prompts with a checkpoint or an export, and print the texts."""
 
-import math
 import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -110,30 +109,12 @@ def make_exit_rule(options: GenerateOptions) -> "ExitRule | None":
     Raises:
         ConfigError: a threshold is missing, superfluous or out of range.
     """
-    given = {"--exit_threshold": options.exit_threshold, "--exit_entropy": options.exit_entropy}
-    wanted = {"fixed": [], "kl_entropy": list(given)}.get(options.exit, ["--exit_threshold"])
-    for name, value in given.items():
-        if (value is None) == (name in wanted):
-            needs = "needs" if name in wanted else "takes no"
-            raise ConfigError(f"--exit {options.exit} {needs} {name}.")
-    if options.exit == "fixed" and (options.exit_min_loops, options.exit_in_order) != (1, False):
-        raise ConfigError(
-            "--exit_min_loops and --exit_in_order are for rules that stop tokens early. Choose one with --exit."
-        )
-    if options.exit_threshold is None:
-        return None
-    from megatron_rdt.inference import ExitRule
+    from megatron_rdt.inference import read_exit_options
 
-    entropy = math.inf if options.exit_entropy is None else options.exit_entropy
+    names = ("threshold", "entropy", "hits", "min_loops", "in_order")
+    settings = {name: getattr(options, f"exit_{name}") for name in names}
     try:
-        return ExitRule(
-            options.exit,
-            options.exit_threshold,
-            entropy,
-            options.exit_hits,
-            options.exit_min_loops,
-            options.exit_in_order,
-        )
+        return read_exit_options(options.exit, **settings, prefix="--")
     except ValueError as error:
         raise ConfigError(f"{error}.") from None
 

@@ -6,6 +6,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megatron_rdt.checkpoint import EXPORT_WEIGHTS, StoredWeights, check_weights_fit, read_model_weights
-from megatron_rdt.config import ModelConfig, load_saved_config, read_saved_model
+from megatron_rdt.checkpoint import (
+    EXPORT_WEIGHTS,
+    StoredWeights,
+    check_weights_fit,
+    read_model_weights,
+    read_trainer_state,
+)
+from megatron_rdt.config import ModelConfig, RunConfig, load_saved_config, read_saved_model
 from megatron_rdt.convert.hf_source import paste_model_source
 from megatron_rdt.convert.hf_tokenizer import HIDDEN_FOLDER, export_tokenizer, read_special_ids
 from megatron_rdt.data import Tokenizer
@@ -32,29 +39,51 @@ PREFIX = "model."  # the wrapper's name for the model, in front of every weight'
 
 def export_hf(source: Path, out: Path) -> None:
     """Write weights, configs, code, README and tokenizer into `out`; print why, if AutoTokenizer cannot load it."""
-    config = load_saved_config(source)
-    weights = read_model_weights(source)
+    data = read_trainer_state(source).get("data", {})
+    # Checkpoints from before this was recorded say nothing about it; a stream adds no BOS.
+    has_bos = data.get("begins_with_bos", "stream" not in data)
+    config, weights = load_saved_config(source), read_model_weights(source)
     check_weights_fit(source, config.model, {name: tensor.shape for name, tensor in weights.items()})
+    write_export(out, config, weights, source / "tokenizer", has_bos)
+
+
+def write_export(
+    out: Path, config: RunConfig, weights: Mapping[str, torch.Tensor], tokenizer_folder: Path, has_bos: bool
+) -> None:
+    """Do what `export_hf` does, from its parts.
+
+    Args:
+        out: an empty folder.
+        config: of the run.
+        weights: by name.
+        tokenizer_folder: of the checkpoint.
+        has_bos: True if documents began with BOS in training; otherwise none is declared, since tools would put it first.
+    """
     save_file({PREFIX + k: v.contiguous() for k, v in weights.items()}, out / WEIGHTS_FILE, {"format": "pt"})
     write_text(out / MODEL_FILE, paste_model_source())
     shutil.copymode(out / MODEL_FILE, out / WEIGHTS_FILE)  # safetensors makes it readable for the owner alone
     loops = round(config.depth.mean)
-    tokenizer = Tokenizer(source / "tokenizer")
-    specials = read_special_ids(tokenizer)
+    tokenizer = Tokenizer(tokenizer_folder)
+    specials = read_special_ids(tokenizer) | ({} if has_bos else {"bos_token_id": None})
     settings = {
         "architectures": ["RdtForCausalLM"],
         "model_type": MODEL_TYPE,
-        "auto_map": {"AutoConfig": "modeling_rdt.RdtConfig", "AutoModelForCausalLM": "modeling_rdt.RdtForCausalLM"},
+        "auto_map": {
+            "AutoConfig": "modeling_rdt.RdtConfig",
+            "AutoModel": "modeling_rdt.RdtModel",
+            "AutoModelForCausalLM": "modeling_rdt.RdtForCausalLM",
+        },
+        "max_position_embeddings": config.train.sequence_length,
         "loops": loops,
         "dtype": "float32",
         **specials,
-        "tie_word_embeddings": False,  # a tied head reads the embedding itself, so there is nothing to tie
+        "tie_word_embeddings": config.model.tie_embeddings,
         "model": dataclasses.asdict(config.model),
         TOKENIZER: tokenizer.fingerprint,
     }
     write_text(out / CONFIG_FILE, json.dumps(settings, indent=1) + "\n")
     write_text(out / "generation_config.json", json.dumps(specials, indent=1) + "\n")
-    if left_out := export_tokenizer(source / "tokenizer", out):
+    if left_out := export_tokenizer(tokenizer_folder, out, config.train.sequence_length, has_bos):
         print(
             f"the tokenizer is left out, AutoTokenizer will not load this folder: {left_out}. "
             f"Use {HIDDEN_FOLDER}/{SENTENCEPIECE_FILE} in it with sentencepiece; its README.md shows how."

@@ -16,14 +16,14 @@ import megatron_rdt.model
 
 PROJECT = "megatron_rdt"
 HEADER = '"""Recurrent-depth transformer, self-contained. Made by `rdt convert --to hf`; do not edit."""'
-WRAPPER = Path(__file__).resolve().parent / "hf_wrapper.py"
+WRAPPER = ("hf_config", "hf_cache", "hf_inputs", "hf_wrapper")  # files beside this one, in order
 MODULES = (megatron_rdt.config.ranges, megatron_rdt.config.model, megatron_rdt.depth.plan, megatron_rdt.depth.hashing)
 # Files of megatron_rdt/model, each after those whose names it uses while it is imported (base classes, defaults).
 PARTS = (
     "transfer", "attention/masks", "cross_entropy", "token_split", "attention/kernels", "attention/kv_cache",
     "forward_context", "monitor", "halting/active_tokens", "linear", "norm", "attention/rope", "feedforward", "moe",
     "attention/mla", "attention/gqa", "iteration_signals", "layer", "activation_checkpointing", "injection/base",
-    "injection/diagonal", "injection/*", "halting/trained", "halting/exit_rules", "initial_state", "core",
+    "injection/diagonal", "injection/*", "halting/trained", "halting/exit_rules", "forward_arguments", "initial_state", "core",
     "halting/adaptive_loop", "training_losses", "rdt", "initialization",
 )  # fmt: skip
 
@@ -33,7 +33,8 @@ def list_source_files() -> list[Path]:
     folder = Path(inspect.getfile(megatron_rdt.model)).parent
     below = [Path(inspect.getfile(module)) for module in MODULES]
     parts = [file for part in PARTS for file in sorted(folder.glob(f"{part}.py")) if file.name != "__init__.py"]
-    return list(dict.fromkeys((*below, *parts, WRAPPER)))  # a file that a pattern finds again keeps its first position
+    wrapper = [Path(__file__).resolve().parent / f"{name}.py" for name in WRAPPER]
+    return list(dict.fromkeys((*below, *parts, *wrapper)))  # a file that a pattern finds again keeps its first position
 
 
 def paste_model_source() -> str:

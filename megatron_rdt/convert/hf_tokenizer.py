@@ -28,18 +28,24 @@ from megatron_rdt.files import write_text
 
 # Subfolder for a tokenizer.model that AutoTokenizer must not find.
 HIDDEN_FOLDER = "tokenizer"
+# Settings by which transformers puts tokens around a text.
+TEMPLATE_SETTINGS = ("add_bos_token", "add_eos_token", "add_prefix_token", "add_suffix_token")
+# Post-processors of the library tokenizers that add no tokens.
+KEPT_PROCESSORS = ("ByteLevel",)
 # Special tokens of transformers that this project does not use.
 OTHER_NAMES = ("unk_token", "sep_token", "cls_token", "mask_token")
 # Settings that name code or a path, or that transformers would take instead of what tokenizer.json says.
 REFERENCES = ("auto_map", "name_or_path", "init_inputs", "tokenizer_object", "vocab", "merges", "post_processor")
 
 
-def export_tokenizer(source: Path, out: Path) -> str:
+def export_tokenizer(source: Path, out: Path, length: int, has_bos: bool = True) -> str:
     """Write a checkpoint's tokenizer into an export; return "", or why it is hidden from AutoTokenizer.
 
     Args:
         source: the checkpoint's tokenizer folder.
         out: folder of the export.
+        length: of the model's training sequences, in tokens, which tools take for the longest text.
+        has_bos: False leaves BOS without a name in the settings of a SentencePiece model.
 
     Returns:
         "" if AutoTokenizer produces the same ids; otherwise why the tokenizer is left out, and the SentencePiece model
@@ -47,7 +53,7 @@ def export_tokenizer(source: Path, out: Path) -> str:
     """
     tokenizer = Tokenizer(source)
     if tokenizer.kind == HUGGING_FACE:
-        _export_hugging_face(source, out)
+        _export_hugging_face(source, out, length)
         return ""
     difference = f"there is no exact {JSON_FILE} for this kind of SentencePiece model"
     if (source / JSON_FILE).is_file():
@@ -58,24 +64,31 @@ def export_tokenizer(source: Path, out: Path) -> str:
         (out / JSON_FILE).unlink(missing_ok=True)
         folder.mkdir()
     else:
-        write_settings(out, tokenizer)
+        write_settings(out, tokenizer, () if has_bos else ("bos",), model_max_length=length)
     shutil.copyfile(source / MODEL_FILE, folder / MODEL_FILE)
     return difference
 
 
-def _export_hugging_face(source: Path, out: Path) -> None:
+def _export_hugging_face(source: Path, out: Path, length: int) -> None:
     """Copy the tokenizer's files, with a tokenizer_class that loads tokenizer.json unchanged, and the same special tokens.
+
+    The model was trained on texts without the tokens that a template puts around them, so the template stays out.
 
     Args:
         source: the checkpoint's tokenizer folder.
         out: folder of the export.
+        length: becomes `model_max_length`.
     """
     for name in (JSON_FILE, *COMPANION_FILES):
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
+    _remove_template(out / JSON_FILE)
     settings, specials = (_remove_references(_read_if_present(out / name)) for name in (SETTINGS_FILE, SPECIALS_FILE))
     if settings.get("tokenizer_class") not in (TOKENIZER_CLASS, "TokenizersBackend"):
         settings["tokenizer_class"] = TOKENIZER_CLASS
+    for name in TEMPLATE_SETTINGS:
+        settings.pop(name, None)
+    settings["model_max_length"] = length
     named = read_settings(source).named | _find_other_names(settings, specials, Tokenizer(source))
     _set_special_tokens(settings, specials, named)
     for name, document in ((SETTINGS_FILE, settings), (SPECIALS_FILE, specials)):
@@ -90,6 +103,19 @@ def _remove_references(document: dict[str, Any]) -> dict[str, Any]:
     repository that an `auto_map` names.
     """
     return {name: value for name, value in document.items() if name not in REFERENCES and not name.endswith("_file")}
+
+
+def _remove_template(file: Path) -> None:
+    """Remove from a tokenizer.json the post-processors that add tokens to a text; others only count characters."""
+    document = read_json_object(file)
+    processor = document.get("post_processor")
+    if processor is None:
+        return
+    parts = processor["processors"] if processor["type"] == "Sequence" else [processor]
+    kept = [part for part in parts if part["type"] in KEPT_PROCESSORS]
+    if kept != parts:
+        document["post_processor"] = {"type": "Sequence", "processors": kept} if kept else None
+        write_text(file, json.dumps(document, ensure_ascii=False) + "\n")
 
 
 def _find_other_names(settings: dict[str, Any], specials: dict[str, Any], tokenizer: Tokenizer) -> dict[str, str]:

@@ -78,6 +78,11 @@ class TokenCorpus:
         return SampleOrder(self.tokens, self.sequence_length, self.seed, self.split, name)
 
     @property
+    def begins_with_bos(self) -> bool:
+        """True if the first token is BOS: then every document begins with it, or none would."""
+        return self.tokens > 0 and int(self._shards[0].read(0, 1)[0]) == self.manifest.document.get("bos")
+
+    @property
     def samples_per_epoch(self) -> int:
         """Samples after which every window has been visited once."""
         return self.order.samples_per_epoch

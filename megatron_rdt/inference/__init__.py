@@ -4,9 +4,9 @@ from megatron_rdt.inference.generate import GenerationTrace, generate, stream
 from megatron_rdt.inference.load import load
 from megatron_rdt.inference.text import generate_text, generate_texts, stream_text
 from megatron_rdt.model.attention.kv_cache import KVCache
-from megatron_rdt.model.halting.exit_rules import ExitRule, ExitTrace
+from megatron_rdt.model.halting.exit_rules import ExitRule, ExitTrace, read_exit_options
 
 __all__ = [
     "ExitRule", "ExitTrace", "GenerationTrace", "KVCache", "generate", "generate_text", "generate_texts", "load",
-    "stream", "stream_text",
+    "read_exit_options", "stream", "stream_text",
 ]  # fmt: skip

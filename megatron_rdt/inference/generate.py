@@ -84,7 +84,7 @@ def stream(
     Under a sharding engine every rank calls this with the same arguments, since each forward pass is collective.
 
     Args:
-        model: called as model(tokens, T, cache=..., start=...), with `padding`, `exit_rule` and `trace` where needed.
+        model: called as model(tokens, T, cache=..., start=..., logits_to_keep=1) and with `padding`, `exit_rule`, `trace`.
         tokens: prompts, (batch, prompt) ids or a list of lists of ids, at least one id each. Shorter ones are padded
             on the left; padding has no position and is never attended to.
         loops: T.
@@ -182,7 +182,7 @@ class _ActiveRows:
     def next_logits(self, model: nn.Module, loops: int, rule: ExitRule | None, trace: GenerationTrace | None) -> Tensor:
         """Return the logits (rows, vocab_size) of the next token; run what no cache holds, and extend `trace`."""
         start = 0 if self.cache is None else self.computed
-        settings: dict[str, Any] = {"padding": self.padding} if self.is_padded else {}
+        settings: dict[str, Any] = {"logits_to_keep": 1, **({"padding": self.padding} if self.is_padded else {})}
         exits = ExitTrace() if trace is not None else None
         if rule is not None or exits is not None:
             settings |= {"exit_rule": rule, "trace": exits}

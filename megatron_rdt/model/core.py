@@ -88,13 +88,13 @@ class RecurrentCore(nn.Module):
             inputs: of these sequences.
             slot: cache slot of the first layer in this iteration.
         """
-        x, carry = self.injection.inject(state, inputs.precomputed, self.signals.offset(t))
+        x, carry = self.injection("inject", state, inputs.precomputed, self.signals.offset(t))
         modulations = self.signals.modulations(t, inputs.loops)
         for i, layer in enumerate(self.layers):
             x = layer(x, inputs.context.at_slot(slot + i), inputs.token_values[i], modulations[i])
         x = self.signals.adapt(x, t, inputs.context.compute_dtype)
         x = x if self.iteration_norm is None else self.iteration_norm(x)
-        return self.injection.update(carry, x)
+        return self.injection("update", carry, x)
 
     def forward(
         self,
@@ -127,10 +127,12 @@ class RecurrentCore(nn.Module):
         reached = progress or LoopProgress()
         inputs = self.loop_inputs(encoded, plan, context) if reached.inputs is None else reached.inputs
         if not plan.is_uniform:
+            if context.states is not None:
+                raise ValueError("hidden states are for one T; these sequences have several")
             # Largest T first, so that the sequences of every iteration are the first rows: a slice, no gather.
             order = to_device(plan.order, state.device)
             state, inputs = state[order], inputs.rows(order)
-        initial = self.injection.expand(state if self.initial is None else self.initial.expand_as(state))
+        initial = self.injection("expand", state if self.initial is None else self.initial.expand_as(state))
         if runner is not None:
             return runner.run(self, initial, inputs)
         tracker = reached.tracker or make_tracker(self.halting, self.config)
@@ -147,8 +149,10 @@ class RecurrentCore(nn.Module):
                 states = self._run_segment(segment, state, inputs, slots)
                 for iteration, after in zip(segment, states):
                     completed, previous, state = completed + 1, state, after
+                    if context.states is not None:
+                        context.record_state(self.injection("collapse", state))
                     if tracker is not None:
-                        is_last, collapsed = completed == plan.max_loops, self.injection.collapse(state)
+                        is_last, collapsed = completed == plan.max_loops, self.injection("collapse", state)
                         if is_last and progress is not None:
                             # Every token stops in the last iteration, but not if the loop goes on.
                             reached.tracker = copy.copy(tracker)
@@ -159,7 +163,7 @@ class RecurrentCore(nn.Module):
         if monitor is not None:
             self._measure_last(monitor, iteration.indices, previous, state, inputs)
         reached.completed, reached.inputs, reached.state = completed, inputs, state
-        state, extras = (self.injection.collapse(state), {}) if tracker is None else tracker.result()
+        state, extras = (self.injection("collapse", state), {}) if tracker is None else tracker.result()
         if not plan.is_uniform:
             inverse = order.argsort()
             state, extras = state[inverse], {name: value[inverse] for name, value in extras.items()}
@@ -199,7 +203,7 @@ class RecurrentCore(nn.Module):
             encoded = self.input_matrix(encoded)
         loops = to_device(plan.iterations, encoded.device)
         values = [layer.token_values(context) for layer in self.layers]  # type: ignore[operator]
-        return LoopInputs(self.injection.precompute(encoded), context, loops, values)
+        return LoopInputs(self.injection("precompute", encoded), context, loops, values)
 
     def coda_input(self, state: Tensor) -> Tensor:
         """Apply the norm and the matrix at the end of the loop, where the config has them: (..., dim) -> (..., dim)."""
@@ -224,14 +228,14 @@ class RecurrentCore(nn.Module):
     ) -> None:
         """Measure an iteration that went from `previous` to `state`, and later the gradient that arrives at `state`."""
         monitor.watch_gradient(indices, state)
-        monitor.measure_iteration(indices, self.injection.collapse(previous), self.injection.collapse(state))
+        monitor.measure_iteration(indices, self.injection("collapse", previous), self.injection("collapse", state))
 
     @torch.no_grad()
     def _measure_last(
         self, monitor: CoreMonitor, indices: tuple[int, ...], previous: Tensor, state: Tensor, inputs: LoopInputs
     ) -> None:
         """Let the monitor measure the last iteration and, if it asks for them, the input term and the Jacobian."""
-        collapsed = self.injection.collapse(previous), self.injection.collapse(state)
+        collapsed = self.injection("collapse", previous), self.injection("collapse", state)
         monitor.measure_last(indices, *collapsed, self.injection.spectral_radius())
         if monitor.per_iteration:
             monitor.measure_input(self.injection.input_term(inputs.precomputed))

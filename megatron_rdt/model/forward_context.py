@@ -28,6 +28,7 @@ class LayerContext:
         token_split: the tokens that this rank has.
         cache: keys and values of earlier positions, extended in place; None without one.
         slot: cache slot of the layer that gets this context, or of the first of several layers.
+        states: receives the hidden states of this pass, see `RecurrentDepthTransformer.forward`; None where nobody asks.
     """
 
     def __init__(
@@ -42,6 +43,17 @@ class LayerContext:
     ) -> None:
         self.rotary, self.mask, self.compute_dtype, self.tokens = rotary, mask, compute_dtype, tokens
         self.start, self.token_split, self.cache, self.slot = start, token_split, cache, 0
+        self.states: list[Tensor] | None = None
+
+    def record_into(self, states: list[Tensor] | None, first: Tensor) -> None:
+        """Set the list that receives the hidden states, and append the first."""
+        self.states = states
+        self.record_state(first)
+
+    def record_state(self, state: Tensor) -> None:
+        """Append a hidden state (batch, sequence, dim) to `states`, where there is a list."""
+        if self.states is not None:
+            self.states.append(state)
 
     def replace(self, **changes: Any) -> "LayerContext":
         """Return a copy with other values of some attributes."""

@@ -91,7 +91,7 @@ class Layer(nn.Module):
     def token_values(self, context: LayerContext) -> Tensor | None:
         """Look up the attention's value embeddings of this pass's tokens; None where it has none."""
         table = self.attention.token_values
-        return None if table is None else table.look_up(context.tokens)
+        return None if table is None else table(context.tokens)
 
     def _normalize_input(
         self, norm: RMSNorm | None, x: Tensor, context: LayerContext, modulations: Modulations, part: int

@@ -41,12 +41,17 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return _RoundedLinear.apply(x, weight)
 
 
-class Linear(nn.Module):
-    """A linear map without bias: (..., in_features) -> (..., out_features), in the input's dtype."""
+class Linear(nn.Linear):
+    """A linear map without bias: (..., in_features) -> (..., out_features), in the input's dtype.
+
+    An `nn.Linear`, so that tools that look for one find it.
+    """
 
     def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Leave the weight as it is: `megatron_rdt.model.initialize` fills it, keyed by its name."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the map in the dtype of `x`."""

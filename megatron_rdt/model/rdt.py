@@ -1,12 +1,10 @@
 """RecurrentDepthTransformer: the prelude runs once, the recurrent core T times, the coda once."""
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth.plan import DepthPlan
@@ -16,6 +14,13 @@ from megatron_rdt.model.attention.masks import padded_mask
 from megatron_rdt.model.attention.rope import position_tables
 from megatron_rdt.model.core import LoopProgress, RecurrentCore
 from megatron_rdt.model.cross_entropy import apply_softcap
+from megatron_rdt.model.forward_arguments import (
+    LogitsToKeep,
+    check_arguments,
+    kept_iterations,
+    make_depth_plan,
+    select_positions,
+)
 from megatron_rdt.model.forward_context import LayerContext
 from megatron_rdt.model.halting.adaptive_loop import AdaptiveLoop
 from megatron_rdt.model.halting.exit_rules import ExitRule, ExitTrace
@@ -28,72 +33,16 @@ from megatron_rdt.model.token_split import WHOLE_TOKENS, WholeTokens
 from megatron_rdt.model.training_losses import TrainingLosses
 
 
-class Embedding(nn.Module):
+class Embedding(nn.Embedding):
     """A table of token vectors: integers (...) -> (..., dim)."""
 
-    def __init__(self, vocab_size: int, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
+    def reset_parameters(self) -> None:
+        """Leave the table as it is: `megatron_rdt.model.initialize` fills it."""
 
     def forward(self, tokens: Tensor, is_absent: Tensor | None = None) -> Tensor:
         """Look the tokens up; those with `is_absent`, (...), get zeros."""
-        vectors = functional.embedding(tokens, self.weight)
+        vectors = super().forward(tokens)
         return vectors if is_absent is None else vectors.masked_fill(is_absent.unsqueeze(-1), 0.0)
-
-
-def make_depth_plan(
-    sequences: int, depth: DepthPlan | int | None = None, loops: int | Sequence[int] | None = None
-) -> DepthPlan:
-    """Return the plan for a batch of `sequences` that the arguments `depth` or `loops` of a forward pass ask for.
-
-    Of several loop counts it is that of the largest.
-
-    Raises:
-        ValueError: both or neither are given, the plan is for another number of sequences, T is no whole number of at
-            least 1, or several do not rise.
-    """
-    if (depth is None) == (loops is None):
-        given = "neither" if depth is None else "both"
-        raise ValueError(f"{given} of depth and loops given; pass exactly one, such as model(tokens, loops=8)")
-    if isinstance(depth, DepthPlan):
-        if len(depth.iterations) != sequences:
-            raise ValueError(f"the plan is for {len(depth.iterations)} sequences, the batch has {sequences}")
-        return depth
-    if isinstance(loops, Sequence):
-        plans = [make_depth_plan(sequences, loops=each) for each in loops]
-        if not plans or [*loops] != sorted({*loops}):
-            raise ValueError(f"loops are {[*loops]}; give one T, or several that rise")
-        return plans[-1]
-    name, number, others = ("loops", loops, "") if depth is None else ("the depth", depth, ", or a DepthPlan")
-    if not isinstance(number, Integral) or int(number) < 1:
-        raise ValueError(f"{name} is {number!r}; give a whole number of iterations of at least 1{others}")
-    return DepthPlan.constant(int(number), sequences)
-
-
-def kept_iterations(loops: int, budget: int) -> int:
-    """Return how many of T = `loops` iterations have cache slots of their own; a budget of 0 means all."""
-    return min(budget or loops, loops)
-
-
-def _check_arguments(
-    tokens: Tensor,
-    loops: int | Sequence[int] | None,
-    targets: Tensor | None,
-    exit_rule: ExitRule | None,
-    trace: ExitTrace | None,
-    monitor: CoreMonitor | None,
-) -> None:
-    """Raise ValueError for arguments of a forward pass that exclude each other, or tokens of another shape."""
-    if tokens.dim() != 2:
-        raise ValueError(f"tokens have shape {tuple(tokens.shape)}; give (batch, sequence)")
-    if targets is not None and exit_rule is not None and exit_rule.kind != "fixed":
-        raise ValueError("an exit rule is for inference; omit the targets and compare with the logits")
-    measures_only = targets is not None and trace is None and monitor is None and not torch.is_grad_enabled()
-    if isinstance(loops, Sequence) and not measures_only:
-        raise ValueError(
-            "several loop counts are for measuring losses: pass targets, no trace and no monitor, and call the model "
-            "under torch.no_grad()"
-        )
 
 
 class RecurrentDepthTransformer(nn.Module):
@@ -137,6 +86,9 @@ class RecurrentDepthTransformer(nn.Module):
         mask: Tensor | None = None,
         documents: Tensor | None = None,
         padding: Tensor | None = None,
+        embedded: Tensor | None = None,
+        logits_to_keep: LogitsToKeep = 0,
+        states: list[Tensor] | None = None,
         exit_rule: ExitRule | None = None,
         trace: ExitTrace | None = None,
         monitor: CoreMonitor | None = None,
@@ -175,6 +127,9 @@ class RecurrentDepthTransformer(nn.Module):
         mask: Tensor | None = None,
         documents: Tensor | None = None,
         padding: Tensor | None = None,
+        embedded: Tensor | None = None,
+        logits_to_keep: LogitsToKeep = 0,
+        states: list[Tensor] | None = None,
         exit_rule: ExitRule | None = None,
         trace: ExitTrace | None = None,
         monitor: CoreMonitor | None = None,
@@ -196,39 +151,37 @@ class RecurrentDepthTransformer(nn.Module):
                 causal. The sliding window and the documents narrow it.
             documents: (batch, whole sequence) document number of each token; a query sees its own document only.
             padding: (batch,) number of leading positions of each row, from the start of the cache, that hold no token.
-                A row's positions are counted from its first token. Not with `positions` or `mask`.
+                A row's positions are counted from its first token by default. Not with `mask`.
+            embedded: (batch, sequence, dim), used in place of what `embedding` would return.
+            logits_to_keep: positions whose logits are computed, see `select_positions`; None returns the head's input.
+            states: receives embedding, output of each prelude layer, state after each iteration, output of each coda
+                layer and of the final norm, (batch, sequence, dim) each; for one T.
             exit_rule: stops tokens before T, at inference; stopped tokens are not computed further.
             trace: receives the number of iterations that each token ran.
             monitor: receives measurements of the loop; none with an exit rule.
 
         Raises:
-            ValueError: the tokens or documents have another shape, T or the combination of arguments is not possible,
-                or the cache does not hold `start` positions at this T.
+            ValueError: a shape, T or combination of arguments that is not possible; a cache of other length or T.
         """
-        _check_arguments(tokens, loops, targets, exit_rule, trace, monitor)
+        check_arguments(tokens, loops, targets, exit_rule, trace, monitor, states, logits_to_keep)
         plan = make_depth_plan(len(tokens), depth, loops)
         columns = self.token_split.positions(start, tokens.shape[1], tokens.device)  # padding counted
         is_padding = None if padding is None else columns < padding[:, None]
-        runner = None
-        if exit_rule is not None and exit_rule.kind != "fixed":
-            # Running tokens read the keys of stopped ones from the cache, so even a single pass needs one.
-            cache = KVCache() if cache is None else cache
-            runner = AdaptiveLoop(exit_rule, plan.loops, cache, self.predict, is_padding, trace, documents)
-        elif trace is not None:
-            trace.fill(plan.iterations, tokens, is_padding)
+        runner, cache = self._make_runner(exit_rule, plan, cache, tokens, is_padding, documents, trace)
         self._check_cache(cache, start, plan, exit_rule)
-        if padding is not None:
-            positions, mask = (columns - padding[:, None]).clamp_min(0), padded_mask(tokens.shape[1], start, padding)
-        positions = columns if positions is None else positions
-
-        embedded = x = self.embed(tokens)
+        mask = mask if padding is None else padded_mask(tokens.shape[1], start, padding)
+        if positions is None:
+            positions = columns if padding is None else (columns - padding[:, None]).clamp_min(0)
+        embedded = x = self.embed(tokens, embedded)
         dtype = self.compute_dtype or x.dtype
         seen = model_mask(self.config, tokens, start, dtype, cache is not None, documents, mask, self.token_split)
         rotary = position_tables(self.config, positions, dtype)
         context = LayerContext(rotary, seen, dtype, tokens, start, self.token_split, cache)
+        context.record_into(states, x)
         # Cache slots are in the order of use: the prelude's, those of each iteration, the coda's; see `cache_slots`.
         for slot, layer in enumerate(self.prelude):
             x = layer(x, context.at_slot(slot))
+            context.record_state(x)
         slot, kept = len(self.prelude), kept_iterations(plan.max_loops, 0 if cache is None else cache.budget)
         state = self.initial_state(embedded, x, plan, positions)
         if isinstance(loops, Sequence) and targets is not None:
@@ -236,9 +189,28 @@ class RecurrentDepthTransformer(nn.Module):
         x, extras = self.core(state, x, plan, context.at_slot(slot), kept, monitor, runner)
         if targets is not None:
             return self._sum_losses(x, extras, targets, context, loss_mask, per_row)
-        if "logits" in extras:  # the exit rule needed the predictions, so the loop has made them
-            return extras["logits"]
-        return self.predict(x, context.at_slot(slot + kept * self.config.core_layers))
+        if "logits" in extras and logits_to_keep is not None:  # the exit rule needed them, so the loop has made them
+            return select_positions(extras["logits"], logits_to_keep)
+        return self.predict(x, context.at_slot(slot + kept * self.config.core_layers), logits_to_keep)
+
+    def _make_runner(
+        self,
+        rule: ExitRule | None,
+        plan: DepthPlan,
+        cache: DepthCache | None,
+        tokens: Tensor,
+        is_padding: Tensor | None,
+        documents: Tensor | None,
+        trace: ExitTrace | None,
+    ) -> tuple[AdaptiveLoop | None, DepthCache | None]:
+        """Return the loop of an exit rule, and the cache, a new one if there is none; without a rule fill the trace."""
+        if rule is None or rule.kind == "fixed":
+            if trace is not None:
+                trace.fill(plan.iterations, tokens, is_padding)
+            return None, cache
+        # Running tokens read the keys of stopped ones from the cache, so even a single pass needs one.
+        cache = KVCache() if cache is None else cache
+        return AdaptiveLoop(rule, plan.loops, cache, self.predict, is_padding, trace, documents), cache
 
     if TYPE_CHECKING:  # nn.Module declares that a call returns Any
         __call__ = forward
@@ -278,14 +250,18 @@ class RecurrentDepthTransformer(nn.Module):
             return losses.row_sums(state, targets, context, loss_mask)
         return losses.sums(state, extras, targets, context, loss_mask)
 
-    def predict(self, state: Tensor, context: LayerContext) -> Tensor:
-        """Return logits (batch, sequence, vocab_size) from the coda's input and the context of its first layer."""
+    def predict(self, state: Tensor, context: LayerContext, logits_to_keep: LogitsToKeep = 0) -> Tensor:
+        """Return logits (batch, kept positions, vocab_size), or features, from the coda's input and its first context."""
         features = self.read_out(state, context)
-        return apply_softcap(linear(features, self.head_matrix), self.config.logit_softcap)
+        if logits_to_keep is None:
+            return features
+        features = select_positions(features, logits_to_keep)
+        logits = linear(features, self.embedding.weight) if self.head is None else self.head(features)
+        return apply_softcap(logits, self.config.logit_softcap)
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Return the embeddings (batch, sequence, dim) of ids, times sqrt(dim) if `scale_embedding` is set."""
-        embedded = self.embedding(tokens)
+    def embed(self, tokens: Tensor, embedded: Tensor | None = None) -> Tensor:
+        """Return embeddings (batch, sequence, dim), of ids if they are not given, times sqrt(dim) if `scale_embedding`."""
+        embedded = self.embedding(tokens) if embedded is None else embedded
         return embedded * self.config.dim**0.5 if self.config.scale_embedding else embedded
 
     def read_out(self, state: Tensor, context: LayerContext) -> Tensor:
@@ -293,7 +269,10 @@ class RecurrentDepthTransformer(nn.Module):
         x = self._normalize_features(state) if self.config.core_norm == "last_shared" else state
         for offset, layer in enumerate(self.coda):
             x = layer(x, context.at_slot(context.slot + offset))
-        return self._normalize_features(x).to(context.compute_dtype)
+            context.record_state(x)
+        features = self._normalize_features(x).to(context.compute_dtype)
+        context.record_state(features)
+        return features
 
     def _normalize_features(self, x: Tensor) -> Tensor:
         """Apply the final norm, where the model has one: (batch, sequence, dim), in the same dtype."""

@@ -122,7 +122,7 @@ def run(module: Any, config: ModelConfig, x: torch.Tensor, documents: torch.Tens
     length = x.shape[1]
     tables = position_tables(config, torch.arange(length), x.dtype)
     mask = attention_mask(length, 0, config.window, documents, CPU)
-    values = None if module.token_values is None else module.token_values.look_up(TOKENS)
+    values = None if module.token_values is None else module.token_values(TOKENS)
     return module(x, LayerContext(tables, mask, x.dtype, TOKENS), token_values=values)
 
 

@@ -36,13 +36,13 @@ class TokenValues(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.kv_heads * config.head_dim))
         self.gate = Linear(min(VALUE_GATE_CHANNELS, config.dim), config.kv_heads)
 
-    def look_up(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         """Return the tokens' rows of the table, (batch, sequence) -> (batch, sequence, kv_heads * head_dim)."""
         return functional.embedding(tokens, self.weight)
 
-    def forward(self, x: Tensor, values: Tensor) -> Tensor:
+    def gate_values(self, x: Tensor, values: Tensor) -> Tensor:
         """Gate the looked-up values by the layer's input x: (batch, sequence, kv_heads * head_dim)."""
-        gate = 2 * torch.sigmoid(self.gate(x[..., : self.gate.weight.shape[1]]))
+        gate = 2 * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))
         return (gate.unsqueeze(-1) * values.to(x.dtype).unflatten(-1, (-1, self.head_dim))).flatten(-2)
 
 
@@ -76,7 +76,7 @@ class GroupedQueryAttention(nn.Module):
         Args:
             x: normalised input in the compute dtype.
             context: rotary tables, mask, and the cache with the slot of this (iteration, layer).
-            token_values: from `token_values.look_up` for the tokens, where the layer has value embeddings.
+            token_values: from `token_values` for the tokens, where the layer has value embeddings.
         """
         batch, sequence, _ = x.shape
         query = self._rotate_heads(self.query(x), self.query_bias, self.query_norm, context)
@@ -86,7 +86,7 @@ class GroupedQueryAttention(nn.Module):
             value = value + self.value_bias.to(value.dtype)
         if self.token_values is not None:
             assert token_values is not None, "whoever calls the layer looks the token values up"
-            value = value + self.token_values(x, token_values)
+            value = value + self.token_values.gate_values(x, token_values)
         mask, (key, value) = context.visible_keys(self.window, key, self._split_heads(value))
         attended = attend(query, key, value, mask)
         return self.output(attended.transpose(1, 2).reshape(batch, sequence, -1))

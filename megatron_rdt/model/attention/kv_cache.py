@@ -116,6 +116,11 @@ class KVCache:
         return self._length
 
     @property
+    def rows(self) -> int:
+        """Number of sequences held; 0 if the cache is empty."""
+        return next((len(buffers[0]) for buffers in self._buffers.values()), 0)
+
+    @property
     def elements(self) -> int:
         """Number of elements that one position takes, over all slots and the whole batch."""
         return sum(b[..., :1, :].numel() for buffers in self._buffers.values() for b in buffers)

@@ -52,7 +52,7 @@ class LatentAttention(nn.Module):
         # Latent and rotary key are one tensor (batch, 1, sequence, rank + rope): one entry in the cache, one gather.
         keys = torch.cat((latent, apply_positions(key_rope, context.rotary, self.pairing)), dim=-1)
         mask, (keys,) = context.visible_keys(self.window, keys)
-        absorbs = self.is_absorbing_cheaper(x.shape[1], keys.shape[2])
+        absorbs = self.is_absorbing_cheaper(x.shape[1], keys.shape[2]) and self._has_plain_matrix()
         attend_to = self._attend_absorbed if absorbs else self._attend_expanded
         return self.output(attend_to(nope, rope, keys, mask).transpose(1, 2).flatten(-2))
 
@@ -61,6 +61,11 @@ class LatentAttention(nn.Module):
         spared = (keys - queries) * self.rank * (self.nope + self.value)
         added = queries * keys * (2 * self.rank - self.nope - self.value)
         return keys > queries and added <= spared
+
+    def _has_plain_matrix(self) -> bool:
+        """Return True if `latent_up` is its weight alone, which can be absorbed: not adapted, quantised or offloaded."""
+        is_plain = isinstance(self.latent_up, Linear) or type(self.latent_up) is nn.Linear  # in an export
+        return is_plain and not self.latent_up.weight.is_meta
 
     def _attend_expanded(self, nope: Tensor, rope: Tensor, keys: Tensor, mask: Mask) -> Tensor:
         """Attend to every head's own keys and values, computed from `keys`: (batch, heads, sequence, value_dim)."""

@@ -9,6 +9,7 @@ slots of its own per iteration, which are copied in the same way.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ class AdaptiveLoop:
         running = torch.ones_like(tokens, dtype=torch.bool)
         end = start + tokens.shape[1]
         criterion = CRITERIA[self.rule.kind](self.rule, core.halting)
-        mixture, collapse = self._make_mixture(core), core.injection.collapse
+        mixture, collapse = self._make_mixture(core), partial(core.injection, "collapse")
         used, hits = torch.zeros_like(tokens), torch.zeros_like(tokens)
         order = ExitOrder(self.cache, start, self.documents) if self.rule.in_order else None
         # Names in the singular (after, answer, new) are of the active tokens in this iteration; the tensors of all tokens
@@ -82,6 +83,8 @@ class AdaptiveLoop:
             before = active.take(state)
             after = core.iterate(before, torch.full((len(before),), t, device=state.device), part, slot)
             state = active.put(state, after)
+            if inputs.context.states is not None:
+                inputs.context.record_state(collapse(state).clone())  # `put` overwrites the state in place
             reached = answer = collapse(after)
             if mixture is not None:
                 # A model with ACT is trained to predict from the mixture of its states, not from the last one.

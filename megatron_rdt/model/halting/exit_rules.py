@@ -61,6 +61,41 @@ class ExitRule:
         return self.kind in ("kl", "kl_entropy")
 
 
+def read_exit_options(
+    exit: str,
+    threshold: float | None = None,
+    entropy: float | None = None,
+    hits: int = 1,
+    min_loops: int = 1,
+    in_order: bool = False,
+    prefix: str = "",
+) -> ExitRule | None:
+    """Return the exit rule that options describe; None for `fixed`, which runs every token T times.
+
+    Args:
+        exit: the rule's kind.
+        threshold, entropy, hits, min_loops, in_order: the attributes of `ExitRule`; None for one that is not given.
+        prefix: in front of the options' names in a message, such as "--".
+
+    Raises:
+        ValueError: a threshold is missing, superfluous or out of range, or an option has no effect without a rule.
+    """
+    given = {f"{prefix}exit_threshold": threshold, f"{prefix}exit_entropy": entropy}
+    wanted = {"fixed": [], "kl_entropy": list(given)}.get(exit, list(given)[:1])
+    for name, value in given.items():
+        if (value is None) == (name in wanted):
+            needs = "needs" if name in wanted else "takes no"
+            raise ValueError(f"{prefix}exit {exit} {needs} {name}")
+    if exit == "fixed" and (hits, min_loops, in_order) != (1, 1, False):
+        raise ValueError(
+            f"{prefix}exit_hits, {prefix}exit_min_loops and {prefix}exit_in_order are for rules that stop tokens early. "
+            f"Choose one with {prefix}exit"
+        )
+    if threshold is None:
+        return None
+    return ExitRule(exit, threshold, math.inf if entropy is None else entropy, hits, min_loops, in_order)
+
+
 class ExitTrace:
     """Receives the number of iterations that each token ran in a forward pass.
 

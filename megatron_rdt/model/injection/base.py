@@ -10,7 +10,7 @@ iteration belongs in `precompute`, which runs once. `expand` turns the initial s
 turns it back. These three are the identity unless a choice overrides them.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,13 @@ class Injection(nn.Module):
         super().__init_subclass__(**kwargs)
         if name:
             Injection.choices[name] = cls
+
+    def forward(self, method: str, *args: Any) -> Any:
+        """Call a method below by its name, inside this module's call: tools that move weights hook that.
+
+        The loop does so for every method, since each may read the injection's own parameters.
+        """
+        return getattr(self, method)(*args)
 
     def expand(self, state: Tensor) -> Tensor:
         """Return the state of the loop, (batch, sequence, ...), for the initial state (batch, sequence, dim)."""

@@ -106,7 +106,7 @@ def exported(tokenizer_folders: dict[str, Path], tmp_path_factory: pytest.TempPa
     loaded = {}
     for kind, folder in tokenizer_folders.items():
         out = tmp_path_factory.mktemp(kind)
-        assert export_tokenizer(folder, out) == ""
+        assert export_tokenizer(folder, out, 32) == ""
         assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
         loaded[kind] = AutoTokenizer.from_pretrained(out, split_special_tokens=True)
     return loaded

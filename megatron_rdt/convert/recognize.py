@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -126,7 +127,8 @@ def is_foreign(path: Path) -> bool:
     """Return True for what is no run and no checkpoint of one: a file, or a folder with weights but no manifest."""
     if path.is_file():
         return path.suffix in (*SAFETENSORS, *PYTORCH)
-    if not path.is_dir() or (path / "manifest.json").is_file() or (path / CHECKPOINTS).is_dir():
+    own = (path / name for name in ("manifest.json", "trainer.json", CHECKPOINTS))
+    if not path.is_dir() or any(map(os.path.lexists, own)):
         return False
     kinds = (*SAFETENSORS, *PYTORCH)
     has_weights = (path / CONFIG_FILE).is_file() or any(file.suffix in kinds for file in path.iterdir())

@@ -17,13 +17,16 @@ from megatron_rdt.files import write_text
 from megatron_rdt.terminal import format_count
 
 DOCUMENT, PICTURE = "scale.json", "scale.png"
+SAME = 1e-9  # exponent and error of a law of values that do not differ
 LAW_NAMES = {"dim": "width", "loops": "mean T", "tokens": "tokens", "loss": "loss"}
 
 
 def describe_laws(laws: Mapping[str, PowerLaw]) -> list[str]:
-    """Return a line for each power law."""
+    """Return a line for each power law; of a quantity that is the same at every budget, as of a single width, its value."""
     return [
-        f"best {LAW_NAMES[name]} = {law.factor:.3g} x C^{round(law.exponent, 3) + 0.0:.3f}, C in operations "
+        f"best {LAW_NAMES[name]} = {law.factor:.3g} at every budget"
+        if max(abs(law.exponent), law.error) < SAME
+        else f"best {LAW_NAMES[name]} = {law.factor:.3g} x C^{round(law.exponent, 3) + 0.0:.3f}, C in operations "
         f"(errors of the fit {law.error:.1%})"
         for name, law in laws.items()
     ]
@@ -95,17 +98,21 @@ def draw_scaling(
                 left.plot([p.loops for p in chosen], values, f"{'os^vD'[number % 5]}-", color=colour, label=label)
     ticks = sorted({round(point.loops, 1) for point in points})
     left.set_xticks(ticks, [f"{t:g}" for t in ticks])
-    left.minorticks_off()
-    for o in optima:
-        left.plot([o.loops], [o.loss], "*", color="black", markersize=10)
+    left.plot([o.loops for o in optima], [o.loss for o in optima], "k*", markersize=10, label="best of a budget")
     right.plot([o.budget for o in optima], [o.loops for o in optima], "o", color=COLOURS[0], label="optima")
+    budgets = [o.budget for o in optima] + ([prediction["budget"]] if prediction else [])
     if laws:
-        budgets = [o.budget for o in optima] + ([prediction["budget"]] if prediction else [])
         line = np.geomspace(min(budgets), max(budgets), 50)
         right.plot(line, [laws["loops"].predict(c) for c in line], "--", color=COLOURS[0], label="power law")
     if prediction:
         right.plot([prediction["budget"]], [prediction["loops"]], "x", color=COLOURS[1], label="held out")
     right.set_yscale("log")
+    right.set_xticks(budgets, [format_count(c) for c in budgets])
+    right.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    shown = [*ticks, *([prediction["loops"]] if prediction else [])]
+    right.set_ylim(min(shown) / 1.2, max(shown) * 1.2)  # an optimum at the edge is seen as one
+    for axes in (left, right):
+        axes.minorticks_off()
     left.legend(fontsize=7)
     right.legend()
     return save_figure(left, path)

@@ -138,6 +138,8 @@ def test_the_page_says_what_was_predicted_and_measured(tmp_path: Path) -> None:
     assert missing.endswith("that run has no loss.")
     prediction["loss"] = 1.65
     lines = [*describe_laws(laws), describe_prediction(prediction)]
+    assert lines[0] == "best width = 32 at every budget"
+    assert lines[1].startswith("best mean T = 0.00562 x C^0.250, C in operations (errors of the fit ")
     assert lines[-1].endswith("predicted loss 1.6000, measured 1.6500, +0.0500.")
     grid = format_grid(points, losses, optima)
     page = write_scale_page(

@@ -24,8 +24,8 @@ LOWER_RATE = "lower --optimizer.lr or raise --schedule.warmup_steps"
 SENTENCES = {
     "norm_growth": "the state's norm grows by a factor in every iteration: take --model.injection diagonal or "
     f"--model.core_norm iteration, or {LOWER_RATE}",
-    "token_correlation": f"all tokens of a sequence have nearly the same state: {LOWER_RATE}; weights that are in this "
-    "state rarely leave it, so go back to an earlier checkpoint",
+    "token_correlation": f"all tokens of a sequence have nearly the same state: {LOWER_RATE}, and go back to an earlier "
+    "checkpoint. In the first steps it may pass by itself, until the model tells tokens apart: watch whether it falls again",
     "residual": "the change of the state does not shrink over iterations, so more loops drift instead of refining: "
     f"{LOWER_RATE}, or take --model.core_norm iteration",
     "radius": "nothing in the linear part of the recurrence decays: take --model.injection diagonal or --model.core_norm "

@@ -28,6 +28,7 @@ def observe_all(watch: AlarmWatch, records: Sequence[dict[str, Any]], first: int
 @pytest.mark.parametrize("condition", CONDITIONS, ids=lambda condition: condition.name)
 def test_an_alarm_comes_once_per_episode(condition, configure: Configure) -> None:
     watch, wrong = AlarmWatch(configure()), {condition.field: condition.bound}
+    observe_all(watch, [{}])
     if condition.patience > 1:
         assert observe_all(watch, [wrong, {}] * 5) == []
     assert observe_all(watch, [wrong] * 30 + [{}, {condition.field: None}] * (RECOVERY - 1) + [wrong] * 5, 11) == [
@@ -38,12 +39,20 @@ def test_an_alarm_comes_once_per_episode(condition, configure: Configure) -> Non
     ]
 
 
-def test_the_radius_matters_where_it_is_learned_and_nothing_else_bounds_the_state(configure: Configure) -> None:
-    record = [{"spectral_radius": 1.0}]
-    for injection, expected in (("linear", [("radius", 1)]), ("add", []), ("diagonal", [])):
-        assert observe_all(AlarmWatch(configure(f"--model.injection={injection}")), record) == expected
+def test_the_radius_matters_where_nothing_else_bounds_the_state(configure: Configure) -> None:
+    records = [{}, {"spectral_radius": 1.0}]
+    assert observe_all(AlarmWatch(configure("--model.injection=linear")), records) == [("radius", 2)]
     for option in ("--model.core_norm=iteration", "--model.norm_placement=sandwich"):
         assert RADIUS not in list_conditions(configure("--model.injection=linear", option).model)
+
+
+def test_what_holds_from_the_first_step_on_is_no_alarm_until_it_has_passed(configure: Configure) -> None:
+    watch, wrong = AlarmWatch(configure("--model.injection=add")), {"spectral_radius": 1.0, "late_residual": 0.8}
+    assert observe_all(watch, [wrong] * 30) == []
+    resumed = AlarmWatch(configure("--model.injection=add"))
+    resumed.restore(json.loads(json.dumps(watch.state())))
+    passed = [{"spectral_radius": 1.0, "late_residual": 0.2}]
+    assert observe_all(resumed, [wrong, *passed, wrong, wrong], 31) == [("residual", 34)]
 
 
 def test_every_alarm_has_a_sentence_that_says_what_to_do() -> None:

@@ -1,7 +1,9 @@
 """Alarms from the records of steps and evaluations, each once per episode.
 
 An episode begins when a condition holds in `patience` records in a row that have its measurement, and ends when it holds in
-none of RECOVERY such records. benchmarks/RESULTS.md has the measurements that the bounds come from.
+none of RECOVERY such records. A condition that holds from the first record on came with the initial weights, not with
+training: the first episode needs a record in which it does not hold. benchmarks/RESULTS.md has the measurements that the
+bounds come from.
 """
 
 import contextlib
@@ -47,27 +49,30 @@ RADIUS = Condition("radius", "spectral_radius", 1.0, 1)
 
 
 def list_conditions(model: ModelConfig) -> tuple[Condition, ...]:
-    """Return the conditions of a model; that on the radius only where it is learned and nothing else bounds the state."""
-    # The radius of `add` and `none` is 1 in healthy runs too: an alarm at every first step would say nothing about the run.
-    is_watched = model.injection == "linear" and not model.bounds_state
-    return (*CONDITIONS, RADIUS) if is_watched else CONDITIONS
+    """Return the conditions of a model; that on the radius only where nothing else bounds the state."""
+    return CONDITIONS if model.bounds_state else (*CONDITIONS, RADIUS)
 
 
 @dataclass
 class Episode:
-    """Counts of the records in a row in which a condition held, since which step, or did not; and the state of its alarm."""
+    """Counts of the records in a row in which a condition held, since which step, or did not; and the state of its alarm.
+
+    `was_healthy` is True once the condition did not hold.
+    """
 
     held: int = 0
     missed: int = 0
     is_on: bool = False
     since: int = 0
+    was_healthy: bool = False
 
     def update(self, step: int, holds: bool, patience: int) -> bool:
         """Count the record of a step; return True if the alarm goes on with it."""
         if holds and not self.held:
             self.since = step
         self.held, self.missed = (self.held + 1, 0) if holds else (0, self.missed + 1)
-        begins = not self.is_on and self.held >= patience
+        self.was_healthy = self.was_healthy or not holds
+        begins = not self.is_on and self.was_healthy and self.held >= patience
         self.is_on = begins or (self.is_on and self.missed < RECOVERY)
         return begins
 
@@ -103,7 +108,8 @@ class AlarmWatch:
 
     def _update(self, alarm: Alarm, holds: bool, patience: int) -> list[Alarm]:
         """Count one record of a condition; return the alarm if it goes on."""
-        episode = self._episodes.setdefault(alarm.name, Episode())
+        # The losses that give a spike its bound were healthy.
+        episode = self._episodes.setdefault(alarm.name, Episode(was_healthy=alarm.name == SPIKE))
         return [replace(alarm, since=episode.since)] if episode.update(alarm.step, holds, patience) else []
 
     def state(self) -> dict[str, Any]:

@@ -94,7 +94,7 @@ class ImportPlan:
         def read(name: str) -> Tensor:
             rule = self.rules[name]
             try:
-                made = rule.make(*(self.weights.read(source).float() for source in rule.names))
+                made = rule.make(*(_read_floats(self.weights, source) for source in rule.names))
             except (ValueError, RuntimeError) as error:
                 raise CheckpointError(
                     f"{self.source}: {', '.join(rule.names[:2])} cannot be converted: {error}"
@@ -121,6 +121,14 @@ class ImportPlan:
         config = RunConfig(run=RunSection(name=name), model=self.model, depth=DepthConfig(**self.depth))
         check_config(config, 1)
         return config
+
+
+def _read_floats(weights: SourceWeights, name: str) -> Tensor:
+    """Read a weight as float32; ValueError for one of whole numbers, which would be quantised."""
+    weight = weights.read(name)
+    if not weight.is_floating_point():
+        raise ValueError(f"it is stored as {weight.dtype}; convert the model that was not quantised")
+    return weight.float()
 
 
 def is_foreign(path: Path) -> bool:
@@ -232,9 +240,12 @@ def _plan_foreign(
     path: Path, folder: Path, settings: Mapping[str, Any], weights: SourceWeights, options: ImportOptions
 ) -> ImportPlan:
     """Plan the conversion of another project's model; ValueError for what has no equal here."""
+    if settings.get("quantization_config"):
+        raise ValueError("its weights are quantised (quantization_config); convert the model that was not quantised")
     looped = next((kind for kind in LOOPED if kind.recognizes(settings)), None)
     if looped is not None:
         model = dataclasses.replace(looped.read_model_config(settings), vocab_size=_find_vocabulary(weights))
+        _check_model(model, weights, folder / CONFIG_FILE)
         rules = looped.make_rules(model)
         ignored = open_mythos.list_ignored(model) if looped is open_mythos else looped.IGNORED
         _check_names(path, rules, weights, ignored)
@@ -248,6 +259,19 @@ def _plan_foreign(
     known = ", ".join([*(module.NAME for module in LOOPED), *(name for name, _ in dense.KINDS.values()), "own exports"])
     what = f"its model_type is {kind!r}" if kind else f"it has no {CONFIG_FILE} that says what it is (see --config)"
     raise ValueError(f"{what}; known are {known}")
+
+
+def _check_model(model: ModelConfig, weights: SourceWeights, file: Path) -> None:
+    """Raise ValueError or CheckpointError for a config, read from `file`, of another type or size than a model can have."""
+    read_saved_model(dataclasses.asdict(model), file)
+    _check_count(model.prelude_layers + model.core_layers + model.coda_layers, weights)
+    _check_count(model.experts, weights)
+
+
+def _check_count(count: int, weights: SourceWeights) -> None:
+    """Raise ValueError for more layers or experts than there are weights, before as many rules are made."""
+    if count > len(weights.shapes):
+        raise ValueError(f"the config says {count:,} layers or experts, the files have {len(weights.shapes):,} weights")
 
 
 def _find_vocabulary(weights: SourceWeights) -> int:
@@ -269,10 +293,12 @@ def _plan_dense(
     """Plan the cut of a dense model, by --cut or, with auto, by the similarity of its layers."""
     layers, tokenizer = dense.count_layers(settings), _find_tokenizer(folder, options)
     kind = dense.KINDS[settings["model_type"]][0]
+    _check_count(layers, weights)
 
     def plan_cut(cut: dense.Cut, notes: list[str]) -> ImportPlan:
         kept = dense.list_kept_layers(cut, layers)
         model = dataclasses.replace(dense.read_model_config(settings, cut), vocab_size=_find_vocabulary(weights))
+        _check_model(model, weights, folder / CONFIG_FILE)
         rules = dense.make_rules(model, layers)
         _check_names(path, rules, weights, dense.find_dropped_weights(model, layers))
         depth = dense.read_depth()

@@ -194,7 +194,8 @@ class _ActiveRows:
             for row, counts in zip(self.rows, exits.iterations[:, self.computed - start :].tolist()):
                 trace.iterations[row] += [count for count in counts if count]
         self.computed = self.text.shape[1]
-        return logits
+        unused = getattr(getattr(model, "config", None), "unused_ids", 0)  # they spell nothing
+        return logits[:, : logits.shape[1] - unused] if unused else logits
 
     def append(self, chosen: Tensor, continues: Tensor) -> bool:
         """Append the new ids, (rows,), and drop the rows that stop; return True if any row is left."""

@@ -61,6 +61,8 @@ def check_use(source: Path, corpus: Path, tokenizer: Path, out: Path, options: I
     tokens = torch.tensor([carried.encode("def read(self, size):")])
     continued = generate(model, tokens, loops=2, new_tokens=5, temperature=0)
     assert continued.shape == (1, tokens.shape[1] + 5)
+    sampled = generate(model, tokens, loops=1, new_tokens=20, temperature=50.0)
+    assert int(sampled.max()) < carried.vocab_size  # of the padded rows of an embedding, none is drawn
 
     exported = convert(str(source), str(out / "hf"), "hf", options)
     again, _ = load(exported, "cpu")

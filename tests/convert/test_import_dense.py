@@ -152,6 +152,11 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, tokenizer_folders: dict[st
         ({"model_type": "hrm_text"}, "loops two stacks of layers"),
         ({"model_type": "smollm3"}, "without rotary positions"),
         ({"model_type": "gemma"}, "model_type is 'gemma'; known are Huginn"),
+        ({"num_hidden_layers": 10**12}, "says 1,000,000,000,000 layers or experts, the files have"),
+        ({"hidden_size": 10**30}, "model.dim is too large"),
+        ({"rms_norm_eps": -1.0}, "norm_eps is -1"),
+        ({"num_key_value_heads": "two"}, "kv_heads is 'two'"),
+        ({"quantization_config": {"bits": 4}}, "weights are quantised"),
         ({"intermediate_size": 40}, "gives .* the shape .*different models"),
     ]
     for change, message in changes:

@@ -119,6 +119,8 @@ def write_report(run_directory: str | Path, comparison: str | Path | None = None
         scores = find_final_scores(directory, evaluations, config)
         alarms = list_alarms(directory)
     out = directory / "report"
+    if out.is_symlink():  # in a run of someone else it could lead to any folder of this machine
+        raise DataError(f"{out} is a link, and files where it leads would be replaced. Remove it.")
     out.mkdir(exist_ok=True)
     with replace_results(out) as folder:
         figures = _draw_figures(folder, config, metrics, evaluations, final, scores)

@@ -38,6 +38,8 @@ def choose_result_file(checkpoint: Path, name: str, out: Path | None) -> Path | 
         return None
     if not os.access(run, os.W_OK | os.X_OK):
         raise ConfigError(f"{run} is not writable, and {name} belongs there. Name another file with --out.")
+    if (run / name).is_symlink():  # in a run of someone else it could lead to any file of this machine
+        raise ConfigError(f"{run / name} is a link, and what it leads to would be replaced. Name the file with --out.")
     check_output_file(run / name)
     return run / name
 

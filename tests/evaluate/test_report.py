@@ -15,7 +15,7 @@ import pytest
 from megatron_rdt.compare.pictures import draw_accuracy
 from megatron_rdt.config import RunConfig
 from megatron_rdt.depth import loop_probabilities
-from megatron_rdt.errors import DataError
+from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.evaluate import plots
 from megatron_rdt.evaluate.loss import Evaluation, evaluate_checkpoint
 from megatron_rdt.evaluate.report import summarize, write_report
@@ -269,3 +269,16 @@ def test_a_record_with_another_value_than_a_step_is_named(file: str, value: obje
     (run / file).write_text("\n".join([*lines, json.dumps({**json.loads(lines[-1]), "step": value})]) + "\n")
     with pytest.raises(DataError, match=rf"{file}:{len(lines) + 1} is not a record of a run: its step is"):
         write_report(run)
+
+
+def test_a_report_is_not_written_through_a_link(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "index.html").write_text("mine")
+    (run / "report").symlink_to(tmp_path / "site")
+    with pytest.raises(DataError, match="report is a link"):
+        write_report(run)
+    assert (tmp_path / "site" / "index.html").read_text() == "mine"
+    (run / "eval.json").symlink_to(tmp_path / "site" / "index.html")
+    with pytest.raises(ConfigError, match=r"eval.json is a link, .* --out"):
+        evaluate_checkpoint(str(run), [1], 2)
+    assert (tmp_path / "site" / "index.html").read_text() == "mine"

@@ -32,7 +32,7 @@ def make_depth_plan(
         if len(depth.iterations) != sequences:
             raise ValueError(f"the plan is for {len(depth.iterations)} sequences, the batch has {sequences}")
         return depth
-    if isinstance(loops, Sequence):
+    if isinstance(loops, Sequence) and not isinstance(loops, str):  # a string's elements are strings again
         plans = [make_depth_plan(sequences, loops=each) for each in loops]
         if not plans or [*loops] != sorted({*loops}):
             raise ValueError(f"loops are {[*loops]}; give one T, or several that rise")
@@ -81,7 +81,7 @@ def check_arguments(
     if targets is not None and exit_rule is not None and exit_rule.kind != "fixed":
         raise ValueError("an exit rule is for inference; omit the targets and compare with the logits")
     measures_only = targets is not None and trace is None and monitor is None and not torch.is_grad_enabled()
-    if isinstance(loops, Sequence) and not measures_only:
+    if isinstance(loops, Sequence) and not isinstance(loops, str) and not measures_only:
         raise ValueError(
             "several loop counts are for measuring losses: pass targets, no trace and no monitor, and call the model "
             "under torch.no_grad()"

@@ -40,6 +40,8 @@ def fresh(seed):
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(model.config, trust_remote_code=True).state_dict()
 first, same, other = fresh(1), fresh(1), fresh(2)
+if model.config.tie_word_embeddings:
+    assert torch.equal(first.pop("model.head.weight"), first["model.embedding.weight"])
 constants = [name for name in first if any(part in name for part in ("norm", "injection", "bias"))]
 assert len(constants) >= 6
 for name, value in first.items():

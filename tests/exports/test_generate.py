@@ -11,6 +11,7 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow
 VARIANTS = ("plain", "latent", "valued", "gated")
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": -1, "pad_token_id": 3}
 Load = Callable[..., Any]

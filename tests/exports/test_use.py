@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow
 VARIANTS = ("plain", "latent", "valued", "gated")
 Load = Callable[..., Any]
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}

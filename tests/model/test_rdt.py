@@ -29,6 +29,7 @@ def test_loops_is_another_spelling_of_depth(small: Callable[..., RecurrentDepthT
         ({"depth": 3, "loops": 3}, "both of depth and loops given; pass exactly one"),
         ({"loops": 0}, "loops is 0; give a whole number of iterations of at least 1$"),
         ({"loops": 2.0}, r"loops is 2\.0; give a whole number of iterations of at least 1$"),
+        ({"loops": "8"}, "loops is '8'; give a whole number"),
         ({"loops": DepthPlan((3, 3))}, "loops is DepthPlan"),
         ({"depth": 0}, "the depth is 0; give a whole number of iterations of at least 1, or a DepthPlan"),
         ({"depth": DepthPlan((3,))}, "the plan is for 1 sequences, the batch has 2"),

@@ -218,9 +218,9 @@ def draw_loss_against_rate(series: Sequence[Mapping[str, Any]], path: Path) -> P
     image = axes.imshow(losses, aspect="auto", cmap=COLOUR_MAP + "_r", vmax=max(sound, default=None))
     axes.set_xticks(range(len(rates)), [f"{rate:.3g}" for rate in rates], rotation=60)
     axes.set_yticks(range(len(series)), [each["name"] for each in series])
-    axes.set(
-        xlabel="learning rate", title="Loss at the end of training; \u00d7: runs that diverged, !: runs with an alarm"
-    )
+    axes.set(xlabel="learning rate")
+    # Over the whole figure, which is wider than few rates.
+    axes.figure.suptitle("Loss at the end of training; \u00d7: runs that diverged, !: runs with an alarm", fontsize=10)
     axes.figure.colorbar(image, ax=axes, extend="max")
     return save_figure(axes, path)
 

@@ -42,6 +42,16 @@ def test_generation_is_reproducible_and_equal_without_a_cache() -> None:
     assert not torch.equal(first, generate(model, prompt, 4, 20, seed=4, **settings))
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_the_logits_of_a_prompt_are_made_for_its_last_position_alone(use_cache: bool) -> None:
+    model = initialize(RecurrentDepthTransformer(dataclasses.replace(CONFIG, tie_embeddings=False)), 1)
+    positions: list[int] = []
+    assert model.head is not None
+    model.head.register_forward_hook(lambda module, args, logits: positions.append(logits.shape[1]))
+    generate(model, torch.tensor([[5, 6, 7], [1, 2, 3]]), 2, 4, temperature=0, use_cache=use_cache)
+    assert positions == [1] * 4
+
+
 def test_rows_stop_at_the_end_token() -> None:
     model = initialize(RecurrentDepthTransformer(CONFIG), 1)
     prompt = torch.tensor([[5, 6, 7]])

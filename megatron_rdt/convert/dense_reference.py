@@ -44,10 +44,10 @@ def compute_dense_logits(
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     inner = model.model
     inner.rotary_emb = type(inner.rotary_emb)(config=config)  # its frequencies were made on the meta device
-    layers = []
+    parts = [("model.embed_tokens", inner.embed_tokens), ("lm_head", model.lm_head)]
     for index, layer in enumerate(inner.layers):
         if index in kept:
-            layers.append((f"model.layers.{index}", layer))
+            parts.append((f"model.layers.{index}", layer))
         else:
             inner.layers[index] = _SkippedLayer()
 
@@ -55,5 +55,5 @@ def compute_dense_logits(
         tied = name == "lm_head.weight" and bool(settings.get("tie_word_embeddings"))
         return weights.read("model.embed_tokens.weight" if tied else name).float()
 
-    load_during_calls(model, layers, read)
+    load_during_calls(model, parts, read)
     return model.eval()(input_ids=tokens, use_cache=False).logits

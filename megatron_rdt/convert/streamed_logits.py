@@ -1,4 +1,4 @@
-"""Logits of a short prompt with one layer's weights in memory at a time, for models larger than the memory."""
+"""Logits of a short prompt with the weights of one layer, or of one end, in memory at a time."""
 
 from collections.abc import Callable, Iterable
 
@@ -23,20 +23,20 @@ def _set_parameters(module: nn.Module, prefix: str, value: Callable[[str, Tensor
 READ_OUTSIDE = "token_values"
 
 
-def load_during_calls(model: nn.Module, layers: Iterable[tuple[str, nn.Module]], read: Callable[[str], Tensor]) -> None:
-    """Give a model on the meta device its weights: those of `layers` only while a layer runs, the others at once.
+def load_during_calls(model: nn.Module, parts: Iterable[tuple[str, nn.Module]], read: Callable[[str], Tensor]) -> None:
+    """Give a model on the meta device its weights: those of `parts` only while a part runs, the others at once.
 
     Args:
         model: on the meta device.
-        layers: its layers, by their names in it.
+        parts: modules of it, such as its layers, by their names in it.
         read: returns a weight by its name in the model.
     """
 
     def fill(name: str, parameter: Tensor) -> Tensor:
         return read(name).to(parameter.dtype)
 
-    layers = list(layers)
-    inside = tuple(f"{name}." for name, _ in layers)
+    parts = list(parts)
+    inside = tuple(f"{name}." for name, _ in parts)
 
     def is_streamed(name: str) -> bool:
         return name.startswith(inside) and READ_OUTSIDE not in name
@@ -48,9 +48,9 @@ def load_during_calls(model: nn.Module, layers: Iterable[tuple[str, nn.Module]],
         return torch.empty_like(parameter, device="meta") if is_streamed(name) else parameter
 
     _set_parameters(model, "", lambda name, old: old if is_streamed(name) else fill(name, old))
-    for prefix, layer in layers:
-        layer.register_forward_pre_hook(lambda module, _, prefix=prefix: _set_parameters(module, prefix, fill_streamed))
-        layer.register_forward_hook(lambda module, _, output, prefix=prefix: _set_parameters(module, prefix, release))
+    for prefix, part in parts:
+        part.register_forward_pre_hook(lambda module, _, prefix=prefix: _set_parameters(module, prefix, fill_streamed))
+        part.register_forward_hook(lambda module, _, output, prefix=prefix: _set_parameters(module, prefix, release))
 
 
 @torch.no_grad()
@@ -78,7 +78,10 @@ def compute_logits(
             buffer.copy_(stored.read(name))
     groups = {"prelude": model.prelude, "core.layers": model.core.layers, "coda": model.coda}
     layers = [(f"{name}.{i}", layer) for name, group in groups.items() for i, layer in enumerate(group)]
-    load_during_calls(model, layers, stored.read)
+    ends = (
+        [] if model.head is None else [("embedding", model.embedding), ("head", model.head)]
+    )  # a tied one is read twice
+    load_during_calls(model, [*ends, *layers], stored.read)
     if observe is not None:
         for _, layer in layers:
             layer.register_forward_hook(lambda module, inputs, output: observe(inputs[0], output))

@@ -174,6 +174,7 @@ def draw_accuracy_over_steps(results: Mapping[str, Sequence[RunResult]], path: P
         axes.set_title(f"{task}\ndifficulty {difficulty}", fontsize=9)
         axes.set_ylim(-0.03, 1.03)
         label_axes(axes, "optimizer step", "accuracy")
+        axes.locator_params(axis="x", nbins=5)  # the panels are narrow
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=PANELS_IN_A_ROW)
     figure.savefig(path)
     plt.close(figure)

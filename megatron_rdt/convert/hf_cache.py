@@ -45,8 +45,10 @@ class SlotCache:
         channels, end = new[0].shape[-1], start + new[0].shape[-2]
         pair = new
         if len(new) == 1:
-            half = -(-channels // 2)
-            pair = new[0][..., :half], functional.pad(new[0][..., half:], (0, 2 * half - channels))
+            # Quantised caches take groups of so many numbers, whatever the number of positions.
+            group = getattr(self.cache.layers[0], "q_group_size", 1) if self.cache.layers else 1
+            half = -(-channels // (2 * group)) * group
+            pair = functional.pad(new[0], (0, 2 * half - channels)).chunk(2, dim=-1)
         # Static caches before transformers 5.24 write there; others count for themselves and ignore it.
         positions = {"cache_position": torch.arange(start, end, device=new[0].device)}
         held = self.cache.update(*pair, slot, positions)

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_rdt.checkpoint import StoredWeights
 from megatron_rdt.config import DepthConfig, ModelConfig, RunConfig, check_config, load_config, read_saved_model
 from megatron_rdt.config.schema import RunSection
-from megatron_rdt.convert.hf import CONFIG_FILE, MODEL_TYPE, PREFIX
+from megatron_rdt.convert.hf import CONFIG_FILE, MODEL_TYPE, PREFIX, check_tokenizer
 from megatron_rdt.convert.hf_tokenizer import open_exported_tokenizer
 from megatron_rdt.convert.similarity import choose_cut
 from megatron_rdt.convert.sources import dense, huginn, open_mythos, ouro, parcae
@@ -225,6 +225,8 @@ def _plan_own(
             rules[name] = Rule((), lambda size=config.model.experts: torch.zeros(size), "0, since it was not saved")
     _check_names(path, rules, weights, r"lm_head\.weight|model\.lm_head\.weight")
     tokenizer = _find_tokenizer(folder, options, own=True)
+    if kind == OWN_EXPORT and not options.tokenizer:
+        check_tokenizer(folder, Tokenizer(tokenizer))
     return ImportPlan(path, kind, settings or {}, config.model, depth, rules, weights, tokenizer)
 
 

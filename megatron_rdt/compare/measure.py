@@ -13,6 +13,7 @@ from megatron_rdt.compare.intervals import Windows
 from megatron_rdt.data import read_fixed_windows
 from megatron_rdt.data.task_examples import ExampleGroup, read_example_groups
 from megatron_rdt.evaluate.loss import open_validation_corpora
+from megatron_rdt.evaluate.result_files import replace_nonfinite
 from megatron_rdt.evaluate.row_scores import score_rows
 from megatron_rdt.evaluate.tasks import score_tasks
 from megatron_rdt.files import write_text
@@ -87,14 +88,14 @@ def measure_run(run: ComparedRun, checkpoint: Path, sequences: int, examples: in
         "corpora": measured,
         "tasks": score_tasks(model, groups, loops, device=device),
     }
-    # Losses that are not finite are written as NaN and Infinity, which Python reads back.
-    write_text(run.directory / MEASUREMENT, json.dumps(result) + "\n")
+    # On one line: `write_result` would give each window a line of its own.
+    write_text(run.directory / MEASUREMENT, json.dumps(replace_nonfinite(result), allow_nan=False) + "\n")
     return result
 
 
 def windows_at(measurement: Mapping[str, Any], loops: int) -> dict[str, Windows]:
-    """Return the losses of every window at one T, by corpus."""
+    """Return the losses of every window at one T, by corpus; NaN for one that was not finite, which the file has as null."""
     return {
-        name: Windows(np.array(part["sums"][str(loops)]), np.array(part["targets"]), part["share"])
+        name: Windows(np.array(part["sums"][str(loops)], dtype=float), np.array(part["targets"]), part["share"])
         for name, part in measurement["corpora"].items()
     }

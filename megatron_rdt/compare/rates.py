@@ -11,7 +11,7 @@ from statistics import fmean, median
 from typing import Any
 
 from megatron_rdt.compare.arms import Arm
-from megatron_rdt.compare.results import MONITORS, RunResult, average_ends
+from megatron_rdt.compare.results import MONITORS, RunResult, average_ends, find_divergence
 
 RATE = "optimizer.lr"
 MARGIN = 0.5  # nats above the same run at a lower rate that call a run diverged
@@ -43,30 +43,29 @@ def _read_rate(result: RunResult) -> float:
 
 
 def mark_diverged(arms: Sequence[Arm], results: Sequence[RunResult]) -> list[RunResult]:
-    """Return the results, with `diverged` set where a run ended far above the same run at a lower rate.
+    """Return the results, with `diverged` set where a run ended far above the same run at a lower rate, or not finite.
 
     Where that can be seen, `shown` is the first step at which it was.
     """
     marked = {id(result): result for result in results}
     for ladder in list_ladders(arms, results).values():
-        best: RunResult | None = None
+        best: RunResult | None = None  # of a finite end
         for result in ladder:
-            end = average_ends(result.losses)[1]
-            if best is None:
-                best = result
-                continue
-            reference = average_ends(best.losses)[1]
-            is_above = not end <= reference + MARGIN  # also where the end is not finite
-            if is_above and not result.diverged:
-                marked[id(result)] = replace(
-                    result,
-                    diverged=f"the loss ended at {end:.3f}, at a rate of {_read_rate(best):g} at {reference:.3f}",
-                )
-            if marked[id(result)].diverged:
-                marked[id(result)] = replace(marked[id(result)], shown=find_first_excess(result.losses, best.losses))
-            elif end < reference:
+            end, diverged = average_ends(result.losses)[1], result.diverged or find_divergence(result.losses)
+            reference = math.nan if best is None else average_ends(best.losses)[1]
+            if best is not None and not diverged and end > reference + MARGIN:
+                diverged = f"the loss ended at {end:.3f}, at a rate of {_read_rate(best):g} at {reference:.3f}"
+            if diverged:
+                shown = find_first_excess(result.losses, _keep_finite(result.losses) if best is None else best.losses)
+                marked[id(result)] = replace(result, diverged=diverged, shown=shown)
+            if math.isfinite(end) and (best is None or (not diverged and end < reference)):
                 best = result
     return [marked[id(result)] for result in results]
+
+
+def _keep_finite(losses: Sequence[float | None]) -> list[float]:
+    """Return the losses with 0 for those that are not finite, from which a run differs only where it has none."""
+    return [loss if loss is not None and math.isfinite(loss) else 0.0 for loss in losses]
 
 
 def find_first_excess(losses: Sequence[float | None], reference: Sequence[float | None]) -> int | None:
@@ -179,9 +178,10 @@ def describe_rates(rates: dict[str, Any]) -> list[str]:
         wrong = ", ".join(
             f"{c['lr']:g} ({c['diverged']} of {len(c['runs'])})" for c in series["cells"] if c["diverged"]
         )
-        best = min(series["cells"], key=lambda cell: (math.isnan(cell["loss"]), cell["loss"]))
+        finite = [cell for cell in series["cells"] if math.isfinite(cell["loss"])]
+        best = f"best at {min(finite, key=lambda c: c['loss'])['lr']:g}" if finite else "no rate has a finite loss"
         lines.append(
-            f"{series['name']}: best at {best['lr']:g}, "
+            f"{series['name']}: {best}, "
             + (f"diverged at {wrong}." if wrong else f"no run diverged up to {series['cells'][-1]['lr']:g}.")
         )
     found = rates["alarms"]

@@ -74,6 +74,33 @@ def test_a_lower_rate_that_diverged_is_no_reference(compared: Compared) -> None:
     assert reasons == {"the loss ended at 7.000, at a rate of 0.001 at 4.275"}
 
 
+def test_a_lower_rate_whose_end_is_not_finite_is_no_reference_and_diverged(compared: Compared) -> None:
+    arms, results = compared
+    skipped = [*LOSSES[1e-3][:95], None, *LOSSES[1e-3][96:]]  # one step without a finite loss, in the last tenth
+    lowest = [replace(r, losses=skipped) if r.run.config.optimizer.lr == 1e-3 else r for r in results]
+    found = {(r.run.config.model.injection, r.run.config.optimizer.lr): r for r in mark_diverged(arms, lowest)}
+    assert {key for key, r in found.items() if r.diverged} == {
+        ("diagonal", 1e-3),
+        ("add", 1e-3),
+        ("diagonal", 1e-1),
+        ("diagonal", 1.0),
+    }
+    assert found["add", 1e-3].diverged == "1 of the last 10 steps had no finite loss"
+    assert found["add", 1e-3].shown == 92, "the first five steps of which one has no finite loss"
+    assert found["diagonal", 1e-1].diverged == "the loss ended at 7.000, at a rate of 0.01 at 3.275"
+
+
+def test_without_a_finite_loss_no_rate_is_best(compared: Compared, tmp_path: Path) -> None:
+    arms, results = compared
+    table = make_table(arms, [replace(r, losses=[None] * 100) for r in results], {})
+    assert describe_rates(table["rates"])[1] == (
+        "injection=add: no rate has a finite loss, diverged at 0.001 (2 of 2), 0.01 (2 of 2), 0.1 (2 of 2), 1 (2 of 2)."
+    )
+    write_page(tmp_path, {"name": "x", **table, "notes": []}, {arm.name: [] for arm in arms})
+    cells = json.loads((tmp_path / "compare.json").read_text())["rates"]["series"][0]["cells"]
+    assert [cell["loss"] for cell in cells] == [None] * 4
+
+
 def test_one_bad_step_is_not_yet_a_sign() -> None:
     assert find_first_excess([2.0, 3.0, 2.0, 2.0, 2.0, 2.0], [2.0] * 6) is None
     assert find_first_excess([2.0, 9.0, 2.0, 2.0, 2.0, 2.0], [2.0] * 6) == 1

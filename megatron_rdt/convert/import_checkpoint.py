@@ -50,6 +50,11 @@ def import_checkpoint(plan: ImportPlan, out: Path) -> list[str]:
         written = write_weights(out, stored.shapes, plan.buffers, stored.read, advance)
         check_written(out, written, advance)
     notes = [*plan.notes, _check_logits(plan, out, vocabulary)]
+    if plan.length is None:
+        notes.append(
+            f"it does not say how long sequences in its training were; train.sequence_length {config.train.sequence_length} is "
+            "recorded, which exports declare as their longest input"
+        )
     write_text(out / CONTINUE, _format_continue(plan, config))
     write_documents(out, config, describe_origin(plan), written)
     return notes

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from megatron_rdt.checkpoint import StoredWeights
 from megatron_rdt.config import DepthConfig, ModelConfig, RunConfig, check_config, load_config, read_saved_model
-from megatron_rdt.config.schema import RunSection
+from megatron_rdt.config.schema import RunSection, TrainConfig
 from megatron_rdt.convert.hf import CONFIG_FILE, MODEL_TYPE, PREFIX, check_tokenizer
 from megatron_rdt.convert.hf_tokenizer import open_exported_tokenizer
 from megatron_rdt.convert.similarity import choose_cut
 from megatron_rdt.convert.sources import dense, huginn, open_mythos, ouro, parcae
 from megatron_rdt.convert.sources.files import PYTORCH, SAFETENSORS, SourceWeights, open_source_weights, read_settings
-from megatron_rdt.convert.sources.rules import Rule, Rules, check_names
+from megatron_rdt.convert.sources.rules import Rule, Rules, check_names, read_setting
 from megatron_rdt.data import Tokenizer
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError
 from megatron_rdt.model import RecurrentDepthTransformer
@@ -29,6 +29,9 @@ from megatron_rdt.run_directory import CHECKPOINTS
 
 LOOPED = (huginn, parcae, ouro, open_mythos)
 OWN_EXPORT, DEEPSPEED = "export of this project", "DeepSpeed's weights of a run"
+# Settings of other projects that say how many tokens a sequence of the training had.
+LENGTHS = ("max_position_embeddings", "block_size", "max_seq_len")
+LONGEST = 2**31 - 1
 # Models that transformers has, and why they are none of ours; by model_type.
 REFUSED = {
     "hrm_text": "HRM-Text loops two stacks of layers with a state each, one inside the other's loop; here there is one core "
@@ -69,6 +72,7 @@ class ImportPlan:
         rules: of every parameter and persistent buffer.
         weights: of the source.
         tokenizer: its folder.
+        length: tokens per sequence of the training; None where the source does not say.
         layers: of a dense model, those that are used; None for a looped one.
         notes: sentences for people.
     """
@@ -81,6 +85,7 @@ class ImportPlan:
     rules: Rules
     weights: SourceWeights
     tokenizer: Path
+    length: int | None
     layers: list[int] | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -118,7 +123,13 @@ class ImportPlan:
     def run_config(self) -> RunConfig:
         """Return the config of the checkpoint; ConfigError if the model cannot be built."""
         name = re.sub(r"[^\w.-]+", "-", self.source.resolve().name).strip("-.") or "imported"
-        config = RunConfig(run=RunSection(name=name), model=self.model, depth=DepthConfig(**self.depth))
+        train = TrainConfig()
+        if self.length is not None:
+            # One long sequence at a time, so that an evaluation, which takes both from here, has no larger batches.
+            micro_batch = train.micro_batch if self.length <= train.sequence_length else 1
+            train = TrainConfig(sequence_length=self.length, micro_batch=micro_batch)
+        depth = DepthConfig(**self.depth)
+        config = RunConfig(run=RunSection(name=name), model=self.model, depth=depth, train=train)
         check_config(config, 1)
         return config
 
@@ -227,7 +238,21 @@ def _plan_own(
     tokenizer = _find_tokenizer(folder, options, own=True)
     if kind == OWN_EXPORT and not options.tokenizer:
         check_tokenizer(folder, Tokenizer(tokenizer))
-    return ImportPlan(path, kind, settings or {}, config.model, depth, rules, weights, tokenizer)
+    length = _read_length(path, settings) if settings else config.train.sequence_length
+    return ImportPlan(path, kind, settings or {}, config.model, depth, rules, weights, tokenizer, length)
+
+
+def _read_length(path: Path, settings: Mapping[str, Any]) -> int | None:
+    """Return the tokens per sequence of the training of the source; None if it does not say."""
+    if all(settings.get(name) is None for name in LENGTHS):
+        return None
+    try:
+        length = read_setting(settings, int, *LENGTHS)
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be converted: {error}.") from None
+    if not 1 <= length <= LONGEST:
+        raise CheckpointError(f"{path} cannot be converted: the config says that sequences have {length} tokens.")
+    return length
 
 
 def _check_names(path: Path, rules: Rules, weights: SourceWeights, ignored: str) -> None:
@@ -252,7 +277,9 @@ def _plan_foreign(
         ignored = open_mythos.list_ignored(model) if looped is open_mythos else looped.IGNORED
         _check_names(path, rules, weights, ignored)
         depth, tokenizer = looped.read_depth(settings), _find_tokenizer(folder, options)
-        return ImportPlan(path, looped.NAME, settings, model, depth, rules, weights, tokenizer)
+        return ImportPlan(
+            path, looped.NAME, settings, model, depth, rules, weights, tokenizer, _read_length(path, settings)
+        )
     if dense.recognizes(settings):
         return _plan_dense(path, folder, settings, weights, options)
     kind = settings.get("model_type")
@@ -294,7 +321,7 @@ def _plan_dense(
 ) -> ImportPlan:
     """Plan the cut of a dense model, by --cut or, with auto, by the similarity of its layers."""
     layers, tokenizer = dense.count_layers(settings), _find_tokenizer(folder, options)
-    kind = dense.KINDS[settings["model_type"]][0]
+    kind, length = dense.KINDS[settings["model_type"]][0], _read_length(path, settings)
     _check_count(layers, weights)
 
     def plan_cut(cut: dense.Cut, notes: list[str]) -> ImportPlan:
@@ -304,7 +331,7 @@ def _plan_dense(
         rules = dense.make_rules(model, layers)
         _check_names(path, rules, weights, dense.find_dropped_weights(model, layers))
         depth = dense.read_depth()
-        return ImportPlan(path, kind, settings, model, depth, rules, weights, tokenizer, kept, notes)
+        return ImportPlan(path, kind, settings, model, depth, rules, weights, tokenizer, length, kept, notes)
 
     if options.cut != "auto":
         return plan_cut(_parse_cut(options.cut), [])

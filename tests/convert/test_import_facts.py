@@ -1,0 +1,79 @@
+"""What is known of a source's training, beside its weights, goes into the checkpoint and into an export of it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from megatron_rdt import checkpoint as checkpoints
+from megatron_rdt.config import RunConfig, load_config
+from megatron_rdt.convert import convert
+from megatron_rdt.convert.recognize import ImportOptions, plan_import
+from megatron_rdt.errors import CheckpointError
+from megatron_rdt.train.trainer import train
+from tests.convert.test_import_dense import SIZES, write_dense
+
+CUT = ImportOptions("2,3,1")
+TRAINED_LENGTH = 48
+
+
+def read_lengths(exported: Path) -> tuple[int, int]:
+    """Return the lengths that the config and the tokenizer of an export declare."""
+    settings, tokenizer = (
+        json.loads((exported / name).read_text()) for name in ("config.json", "tokenizer_config.json")
+    )
+    return settings["max_position_embeddings"], tokenizer["model_max_length"]
+
+
+@pytest.fixture(scope="module")
+def finished(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 2 steps with sequences of another length than the default."""
+    root = tmp_path_factory.mktemp("finished")
+    words = (f"--run.root={root}", "--run.name=first", "--train.steps=2", "--eval.every=0")
+    assert train(configure(*words, f"--train.sequence_length={TRAINED_LENGTH}")) == 0
+    return root / "first"
+
+
+@pytest.mark.parametrize("length", [64, 131_072])
+def test_an_export_of_a_dense_model_declares_its_length(
+    length: int, tmp_path: Path, tokenizer_folders: dict[str, Path]
+) -> None:
+    config = LlamaConfig(**SIZES | {"max_position_embeddings": length})
+    _, source = write_dense(tmp_path / "saved", config, tokenizer_folders["hf"])
+    assert read_lengths(convert(str(source), str(tmp_path / "hf"), "hf", CUT)) == (length, length)
+    checkpoint = convert(str(source), str(tmp_path / "native"), "native", CUT)
+    assert load_config(checkpoint / "config.yaml").train.sequence_length == length
+    assert read_lengths(convert(str(checkpoint), str(tmp_path / "again"), "hf")) == (length, length)
+
+
+def test_an_export_that_comes_back_keeps_its_length(tmp_path: Path, finished: Path) -> None:
+    exported = convert(str(finished), str(tmp_path / "hf"), "hf")
+    again = convert(str(exported), str(tmp_path / "again"), "hf")
+    assert read_lengths(exported) == read_lengths(again) == (TRAINED_LENGTH, TRAINED_LENGTH)
+
+
+def test_deepspeeds_weights_have_the_length_of_their_run(tmp_path: Path, finished: Path, tiny_corpus: Path) -> None:
+    checkpoint = checkpoints.list_complete_checkpoints(finished)[-1]
+    (tmp_path / "source").mkdir()
+    torch.save(checkpoints.read_model_weights(checkpoint), tmp_path / "source" / "pytorch_model.bin")
+    options = ImportOptions(tokenizer=str(tiny_corpus / "tokenizer"), config=str(checkpoint / "config.yaml"))
+    exported = convert(str(tmp_path / "source"), str(tmp_path / "hf"), "hf", options)
+    assert read_lengths(exported) == (TRAINED_LENGTH, TRAINED_LENGTH)
+
+
+def test_a_length_that_is_none_is_refused_and_a_missing_one_is_said(
+    tmp_path: Path, tokenizer_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, source = write_dense(tmp_path / "saved", LlamaConfig(**SIZES), tokenizer_folders["hf"])
+    settings = json.loads((source / "config.json").read_text())
+    for wrong, message in (("long", "is 'long', not a number"), (0, "have 0 tokens"), (1 << 40, "have 1099511627776")):
+        (source / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": wrong}))
+        with pytest.raises(CheckpointError, match=message):
+            plan_import(source, CUT)
+    del settings["max_position_embeddings"]
+    (source / "config.json").write_text(json.dumps(settings))
+    convert(str(source), str(tmp_path / "out"), "native", CUT)
+    assert "does not say how long sequences in its training were" in capsys.readouterr().out

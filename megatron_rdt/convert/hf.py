@@ -34,14 +34,17 @@ MODEL_FILE, CONFIG_FILE, WEIGHTS_FILE = "modeling_rdt.py", "config.json", EXPORT
 MODEL_TYPE = "megatron_rdt"
 AGAIN = "Export the checkpoint again with `rdt convert CHECKPOINT OUT --to hf`."  # the remedy for a bad export
 TOKENIZER = "tokenizer_fingerprint"  # in config.json
+BEGINS_WITH_BOS = "begins_with_bos"  # in trainer.json
 PREFIX = "model."  # the wrapper's name for the model, in front of every weight's
 
 
 def export_hf(source: Path, out: Path) -> None:
     """Write weights, configs, code, README and tokenizer into `out`; print why, if AutoTokenizer cannot load it."""
-    data = read_trainer_state(source).get("data", {})
-    # Checkpoints from before this was recorded say nothing about it; a stream adds no BOS.
-    has_bos = data.get("begins_with_bos", "stream" not in data)
+    state = read_trainer_state(source)
+    data = state.get("data", {})
+    # A run records it with its position in the data, an imported model beside that. Checkpoints from before it was
+    # recorded say nothing about it; a stream adds no BOS.
+    has_bos = data.get(BEGINS_WITH_BOS, state.get(BEGINS_WITH_BOS, "stream" not in data))
     config, weights = load_saved_config(source), read_model_weights(source)
     check_weights_fit(source, config.model, {name: tensor.shape for name, tensor in weights.items()})
     write_export(out, config, weights, source / "tokenizer", has_bos)

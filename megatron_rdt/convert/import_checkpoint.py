@@ -56,7 +56,7 @@ def import_checkpoint(plan: ImportPlan, out: Path) -> list[str]:
             "recorded, which exports declare as their longest input"
         )
     write_text(out / CONTINUE, _format_continue(plan, config))
-    write_documents(out, config, describe_origin(plan), written)
+    write_documents(out, config, describe_origin(plan), written, plan.begins_with_bos)
     return notes
 
 

@@ -97,10 +97,27 @@ def check_written(out: Path, written: dict[str, WrittenTensor], advance: Callabl
         advance(tensor.nbytes)
 
 
-def write_documents(out: Path, config: RunConfig, origin: dict[str, Any], written: dict[str, WrittenTensor]) -> None:
-    """Write config, trainer state and, last, the manifest with the hashes of all files."""
+def write_documents(
+    out: Path,
+    config: RunConfig,
+    origin: dict[str, Any],
+    written: dict[str, WrittenTensor],
+    begins_with_bos: bool | None,
+) -> None:
+    """Write config, trainer state and, last, the manifest with the hashes of all files.
+
+    Args:
+        out: the checkpoint's folder.
+        config: of the checkpoint.
+        origin: what the weights were made of.
+        written: every weight.
+        begins_with_bos: True if documents began with BOS in training; None if that is not known.
+    """
     write_text(out / "config.yaml", dump_config(config))
-    write_text(out / TRAINER_STATE, json.dumps({"step": 0, "tokens": 0, "skipped_steps": 0}, indent=1) + "\n")
+    state: dict[str, Any] = {"step": 0, "tokens": 0, "skipped_steps": 0}
+    if begins_with_bos is not None:
+        state["begins_with_bos"] = begins_with_bos  # not under "data", the position in it, by which a run resumes
+    write_text(out / TRAINER_STATE, json.dumps(state, indent=1) + "\n")
     facts = {
         **{"step": 0, "tokens": 0, "sequence": 0, "parent": None, "run_id": None},
         **{"engine": "native", "world_size": 1, "versions": software_versions("native")},

@@ -114,6 +114,14 @@ class ImportPlan:
         return StoredWeights(shapes, read)
 
     @property
+    def begins_with_bos(self) -> bool | None:
+        """True if documents began with BOS in training, by the token that the config names; None if it does not say."""
+        if "bos_token_id" in self.settings:
+            return self.settings["bos_token_id"] is not None
+        # An export always says it, and transformers leaves out a null when it saves one again.
+        return False if self.kind == OWN_EXPORT else None
+
+    @property
     def buffers(self) -> set[str]:
         """Names of the persistent buffers."""
         with torch.device("meta"):

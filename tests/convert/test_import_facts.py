@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import RunConfig, load_config
 from megatron_rdt.convert import convert
 from megatron_rdt.convert.recognize import ImportOptions, plan_import
+from megatron_rdt.data import Tokenizer
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.train.trainer import train
 from tests.convert.test_import_dense import SIZES, write_dense
@@ -62,6 +64,47 @@ def test_deepspeeds_weights_have_the_length_of_their_run(tmp_path: Path, finishe
     options = ImportOptions(tokenizer=str(tiny_corpus / "tokenizer"), config=str(checkpoint / "config.yaml"))
     exported = convert(str(tmp_path / "source"), str(tmp_path / "hf"), "hf", options)
     assert read_lengths(exported) == (TRAINED_LENGTH, TRAINED_LENGTH)
+
+
+def read_bos(exported: Path) -> list[Any]:
+    """Return BOS in each file of an export that can declare it: ids, and the token of the tokenizer's settings."""
+    names = ("config.json", "generation_config.json", "tokenizer_config.json")
+    config, generation, tokenizer = (json.loads((exported / name).read_text()) for name in names)
+    return [config["bos_token_id"], generation["bos_token_id"], tokenizer.get("bos_token")]
+
+
+@pytest.mark.parametrize("saved_again", [False, True])
+def test_an_export_without_bos_comes_back_without_it(saved_again: bool, tmp_path: Path, finished: Path) -> None:
+    """Also one that transformers saved again, which leaves out a null."""
+    exported = convert(str(finished), str(tmp_path / "hf"), "hf")
+    assert read_bos(exported) == [None, None, None]
+    if saved_again:
+        settings = json.loads((exported / "config.json").read_text())
+        del settings["bos_token_id"]
+        (exported / "config.json").write_text(json.dumps(settings))
+    checkpoint = convert(str(exported), str(tmp_path / "native"), "native")
+    assert Tokenizer(checkpoint / "tokenizer").bos >= 0  # which would be declared
+    assert read_bos(convert(str(checkpoint), str(tmp_path / "again"), "hf")) == [None, None, None]
+    assert read_bos(convert(str(exported), str(tmp_path / "at-once"), "hf")) == [None, None, None]
+
+
+@pytest.mark.parametrize("bos", [1, None, "missing"])
+def test_bos_of_a_dense_model_is_that_of_its_config(
+    bos: Any, tmp_path: Path, tokenizer_folders: dict[str, Path]
+) -> None:
+    _, source = write_dense(tmp_path / "saved", LlamaConfig(**SIZES), tokenizer_folders["bpe"])
+    settings = json.loads((source / "config.json").read_text())
+    settings = {name: value for name, value in settings.items() if name != "bos_token_id"}
+    settings |= {} if bos == "missing" else {"bos_token_id": bos}
+    (source / "config.json").write_text(json.dumps(settings))
+    checkpoint = convert(str(source), str(tmp_path / "native"), "native", CUT)
+    recorded = {1: True, None: False, "missing": None}[bos]
+    state = checkpoints.read_trainer_state(checkpoint)
+    assert state.get("begins_with_bos") is recorded
+    assert "data" not in state  # by which a run would resume
+    own = Tokenizer(checkpoint / "tokenizer").bos
+    exported = convert(str(checkpoint), str(tmp_path / "hf"), "hf")
+    assert read_bos(exported)[:2] == [None if bos is None else own] * 2
 
 
 def test_a_length_that_is_none_is_refused_and_a_missing_one_is_said(

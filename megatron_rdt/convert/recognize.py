@@ -234,6 +234,7 @@ def _plan_own(
     """Plan the conversion of weights of this project's own model, whose names have `prefix` in front."""
     if config is None:
         raise ConfigError(f"{path} holds weights but not their config. Name the config.yaml of their run in --config.")
+    _check_cut_is_omitted(path, kind, options)
     loops = (settings or {}).get("loops")
     depth = {"mean": loops, "max": max(int(loops), 32)} if isinstance(loops, int) else dataclasses.asdict(config.depth)
     with torch.device("meta"):
@@ -279,6 +280,7 @@ def _plan_foreign(
         raise ValueError("its weights are quantised (quantization_config); convert the model that was not quantised")
     looped = next((kind for kind in LOOPED if kind.recognizes(settings)), None)
     if looped is not None:
+        _check_cut_is_omitted(path, looped.NAME, options)
         model = dataclasses.replace(looped.read_model_config(settings), vocab_size=_find_vocabulary(weights))
         _check_model(model, weights, folder / CONFIG_FILE)
         rules = looped.make_rules(model)
@@ -357,6 +359,12 @@ def _parse_cut(text: str) -> dense.Cut:
         raise ConfigError(f"--cut is {text!r}; give the layers of prelude, core and coda, such as 2,4,2, or auto.")
     prelude, core, coda = map(int, parts)
     return prelude, core, coda
+
+
+def _check_cut_is_omitted(path: Path, kind: str, options: ImportOptions) -> None:
+    """Raise ConfigError if --cut is given for a model that has prelude, core and coda already."""
+    if options.cut != ImportOptions.cut:
+        raise ConfigError(f"--cut is for dense models, and {path} is looped already ({kind}). Omit --cut.")
 
 
 def _find_tokenizer(folder: Path, options: ImportOptions, own: bool = False) -> Path:

@@ -230,6 +230,25 @@ def test_ouro(tmp_path: Path, tokenizer: Path, byte_corpus: Path, vocabulary: in
     assert torch.equal(model.core.halting.bias, gate[1])
 
 
+def test_a_cut_of_a_looped_model_is_refused(tmp_path: Path, tokenizer: Path, finished: Path) -> None:
+    """It would change nothing: huginn, an export and DeepSpeed's weights are looped already."""
+    write_huginn(tmp_path / "huginn", tokenizer)
+    exported = convert(str(finished), str(tmp_path / "hf"), "hf")
+    (tmp_path / "zero").mkdir()
+    torch.save(checkpoints.read_model_weights(latest(finished)), tmp_path / "zero" / "pytorch_model.bin")
+    config = str(latest(finished) / "config.yaml")
+    tokens = str(latest(finished) / "tokenizer")
+    for source, options, kind in (
+        (tmp_path / "huginn", ImportOptions("2,4,2"), "Huginn"),
+        (exported, ImportOptions("2,4,2"), "export of this project"),
+        (tmp_path / "zero", ImportOptions("2,4,2", tokens, config), "DeepSpeed's weights"),
+    ):
+        with pytest.raises(ConfigError, match=f"--cut is for dense models, .*{kind}.* Omit --cut"):
+            convert(str(source), str(tmp_path / "out"), "native", options)
+        plan_import(source, dataclasses.replace(options, cut="auto"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_mapping_is_printed(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_huginn(tmp_path / "huginn", tokenizer)
     assert command([str(tmp_path / "huginn"), str(tmp_path / "out"), "--to", "native", "--dry_run", "true"]) == 0

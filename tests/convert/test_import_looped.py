@@ -318,6 +318,9 @@ def test_a_damaged_or_foreign_source_is_refused(tmp_path: Path, tokenizer: Path)
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
     refused("outside of its folder")
     (source / "model.safetensors.index.json").unlink()
+    twice = {"module.transformer.wte.weight": weights["transformer.wte.weight"] + 1}
+    torch.save(weights | twice, source / "model.pt")  # as many names, and one fewer without the wrapper
+    refused("holds .*transformer.wte.weight and .*transformer.wte.weight, which are the same weight")
     torch.save({"model": weights, "cfg": tmp_path}, source / "model.pt")  # a Path object: code would have to run
     refused("cannot be opened without running code")
 

@@ -56,7 +56,14 @@ def open_source_weights(path: Path) -> SourceWeights:
     if sum(len(part.shapes) for part in opened) > len(owner):
         raise CheckpointError(f"two files of {path} hold the same weight. Keep one kind of weights in the folder.")
     shapes = {name: part.shapes[name] for name, part in owner.items()}
-    short = {_strip_wrappers(name): name for name in shapes}
+    short: dict[str, str] = {}
+    for name in shapes:
+        other = short.setdefault(_strip_wrappers(name), name)
+        if other != name:
+            raise CheckpointError(
+                f"{path} holds {other} and {name}, which are the same weight but for the wrapper in front of their names. Save "
+                "the state dict again with one of them."
+            )
     config = next((part.config for part in opened if part.config), {})
     return SourceWeights(
         {new: shapes[old] for new, old in short.items()}, lambda name: owner[short[name]].read(short[name]), config

@@ -37,7 +37,8 @@ def convert(words: list[str]) -> int:
     options = parse_options("convert", summary_of(convert), ConvertOptions, words)
     from megatron_rdt.convert import convert as convert_source
     from megatron_rdt.convert import plan_foreign
-    from megatron_rdt.convert.recognize import ImportOptions, describe_rules
+    from megatron_rdt.convert.import_plan import describe_rules
+    from megatron_rdt.convert.recognize import ImportOptions
 
     importing = ImportOptions(options.cut, options.tokenizer, options.config)
     if options.dry_run:

@@ -12,7 +12,8 @@ from megatron_rdt.files import TEMPORARY_SUFFIX, explain_write_failure, fsync_di
 from megatron_rdt.output_paths import check_can_be_renamed_to, make_parent, resolve_output_directory
 
 if TYPE_CHECKING:
-    from megatron_rdt.convert.recognize import ImportOptions, ImportPlan
+    from megatron_rdt.convert.import_plan import ImportPlan
+    from megatron_rdt.convert.recognize import ImportOptions
 
 
 def convert(source: str, out: str, to: str, options: "ImportOptions | None" = None) -> Path:

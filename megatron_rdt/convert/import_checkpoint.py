@@ -11,8 +11,8 @@ from megatron_rdt.checkpoint import open_weights
 from megatron_rdt.config import RunConfig
 from megatron_rdt.config.load import dump_config
 from megatron_rdt.convert.dense_reference import compute_dense_logits
+from megatron_rdt.convert.import_plan import DEEPSPEED, OWN_EXPORT, ImportPlan, describe_origin
 from megatron_rdt.convert.native_writer import check_written, write_documents, write_weights
-from megatron_rdt.convert.recognize import DEEPSPEED, OWN_EXPORT, ImportPlan, describe_origin
 from megatron_rdt.convert.streamed_logits import compute_logits
 from megatron_rdt.data import Tokenizer
 from megatron_rdt.data.tokenizer.hugging_face_backend import JSON_FILE

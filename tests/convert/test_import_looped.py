@@ -17,9 +17,10 @@ from launch.commands.convert import convert as command
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import RunConfig
 from megatron_rdt.convert import convert
+from megatron_rdt.convert.import_plan import describe_rules
 from megatron_rdt.convert.native_writer import write_weights
 from megatron_rdt.convert.peers import from_open_mythos
-from megatron_rdt.convert.recognize import ImportOptions, describe_rules, plan_import
+from megatron_rdt.convert.recognize import ImportOptions, plan_import
 from megatron_rdt.data import Tokenizer
 from megatron_rdt.errors import CheckpointError, ConfigError
 from megatron_rdt.inference import load

@@ -1,0 +1,138 @@
+"""The plan of an import: config, rules, tokenizer and what is known of the training, before a weight is read."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rdt.checkpoint import StoredWeights
+from megatron_rdt.config import DepthConfig, ModelConfig, RunConfig, check_config
+from megatron_rdt.config.schema import RunSection, TrainConfig
+from megatron_rdt.convert.sources.files import SourceWeights
+from megatron_rdt.convert.sources.rules import Rules
+from megatron_rdt.errors import CheckpointError
+from megatron_rdt.model import RecurrentDepthTransformer
+
+OWN_EXPORT, DEEPSPEED = "export of this project", "DeepSpeed's weights of a run"
+
+
+@dataclass(frozen=True)
+class ImportPlan:
+    """A conversion before a weight is read.
+
+    Attributes:
+        source: the folder or file.
+        kind: what it holds, for people.
+        settings: of the source's model; those of config.json, for a kind that has one.
+        model: config of the network here.
+        depth: options of `depth` with which such a model is trained.
+        rules: of every parameter and persistent buffer.
+        weights: of the source.
+        tokenizer: its folder.
+        length: tokens per sequence of the training; None where the source does not say.
+        layers: of a dense model, those that are used; None for a looped one.
+        notes: sentences for people.
+    """
+
+    source: Path
+    kind: str
+    settings: Mapping[str, Any]
+    model: ModelConfig
+    depth: dict[str, Any]
+    rules: Rules
+    weights: SourceWeights
+    tokenizer: Path
+    length: int | None
+    layers: list[int] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def stored(self) -> StoredWeights:
+        """The weights as this project's model names them, made when they are read; float32."""
+        with torch.device("meta"):
+            model = RecurrentDepthTransformer(self.model)
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+        def read(name: str) -> Tensor:
+            rule = self.rules[name]
+            try:
+                made = rule.make(*(_read_floats(self.weights, source) for source in rule.names))
+            except (ValueError, RuntimeError) as error:
+                raise CheckpointError(
+                    f"{self.source}: {', '.join(rule.names[:2])} cannot be converted: {error}"
+                ) from None
+            if made.shape != shapes[name]:
+                raise CheckpointError(
+                    f"{self.source}: {', '.join(rule.names[:2])} gives {name} the shape {tuple(made.shape)}, the config "
+                    f"{tuple(shapes[name])}. Weights and config are of different models."
+                )
+            return made.contiguous()
+
+        return StoredWeights(shapes, read)
+
+    @property
+    def begins_with_bos(self) -> bool | None:
+        """True if documents began with BOS in training, by the token that the config names; None if it does not say."""
+        if "bos_token_id" in self.settings:
+            return self.settings["bos_token_id"] is not None
+        # An export always says it, and transformers leaves out a null when it saves one again.
+        return False if self.kind == OWN_EXPORT else None
+
+    @property
+    def buffers(self) -> set[str]:
+        """Names of the persistent buffers."""
+        with torch.device("meta"):
+            model = RecurrentDepthTransformer(self.model)
+        return set(model.state_dict()) - {name for name, _ in model.named_parameters()}
+
+    def run_config(self) -> RunConfig:
+        """Return the config of the checkpoint; ConfigError if the model cannot be built."""
+        name = re.sub(r"[^\w.-]+", "-", self.source.resolve().name).strip("-.") or "imported"
+        train = TrainConfig()
+        if self.length is not None:
+            # One long sequence at a time, so that an evaluation, which takes both from here, has no larger batches.
+            micro_batch = train.micro_batch if self.length <= train.sequence_length else 1
+            train = TrainConfig(sequence_length=self.length, micro_batch=micro_batch)
+        depth = DepthConfig(**self.depth)
+        config = RunConfig(run=RunSection(name=name), model=self.model, depth=depth, train=train)
+        check_config(config, 1)
+        return config
+
+
+def _read_floats(weights: SourceWeights, name: str) -> Tensor:
+    """Read a weight as float32; ValueError for one of whole numbers, which would be quantised."""
+    weight = weights.read(name)
+    if not weight.is_floating_point():
+        raise ValueError(f"it is stored as {weight.dtype}; convert the model that was not quantised")
+    return weight.float()
+
+
+def describe_rules(plan: ImportPlan) -> list[str]:
+    """Return a line per weight: its name and shape here, and what it is made of."""
+    shapes = plan.stored.shapes
+    lines = []
+    for name, rule in plan.rules.items():
+        sources = ", ".join(rule.names[:3]) + (f" and {len(rule.names) - 3} more" if len(rule.names) > 3 else "")
+        note = f" ({rule.note})" if rule.note else ""
+        lines.append(f"{name} {list(shapes[name])} <- {sources or 'a constant'}{note}")
+    return lines
+
+
+def describe_origin(plan: ImportPlan) -> dict[str, Any]:
+    """Return what the manifest records of the source."""
+    return {
+        "kind": plan.kind,
+        "name": plan.source.resolve().name,
+        "layers": plan.layers,
+        "config": _convert_to_json(plan.settings),
+    }
+
+
+def _convert_to_json(settings: Mapping[str, Any]) -> Any:
+    """Return settings as JSON can hold them."""
+    return json.loads(json.dumps(dict(settings), default=str))

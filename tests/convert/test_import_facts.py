@@ -1,4 +1,4 @@
-"""What is known of a source's training, beside its weights, goes into the checkpoint and into an export of it."""
+"""Facts of a source's training, such as its length, go into the checkpoint and into an export of it."""
 
 import json
 from collections.abc import Callable

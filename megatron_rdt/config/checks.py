@@ -78,6 +78,11 @@ def _find_model_problems(model: ModelConfig) -> Iterator[str]:
     """Find clashes between fields of `model`; none while a size is below 1, which is a problem of its range."""
     if min(model.vocab_size, model.dim, model.core_layers, model.heads, model.kv_heads) < 1:
         return  # out of range, and nothing can be divided by it
+    if model.unused_ids >= model.vocab_size:
+        yield (
+            f"model.unused_ids {model.unused_ids} leaves none of the model.vocab_size {model.vocab_size} ids. "
+            "Set --model.unused_ids 0, or a larger vocab_size."
+        )
     if model.attention == "gqa":  # mla has fields of its own for the channels of a head
         yield from _find_head_problems(model)
     yield from _find_option_conflicts(model)

@@ -194,7 +194,8 @@ class _ActiveRows:
             for row, counts in zip(self.rows, exits.iterations[:, self.computed - start :].tolist()):
                 trace.iterations[row] += [count for count in counts if count]
         self.computed = self.text.shape[1]
-        unused = getattr(getattr(model, "config", None), "unused_ids", 0)  # they spell nothing
+        # They spell nothing. An engine's wrapper has the model as `module`, and a config, if any, of its own.
+        unused = getattr(getattr(getattr(model, "module", model), "config", None), "unused_ids", 0)
         return logits[:, : logits.shape[1] - unused] if unused else logits
 
     def append(self, chosen: Tensor, continues: Tensor) -> bool:

@@ -110,6 +110,7 @@ def test_overrides_and_round_trip(repository: Path, tmp_path: Path) -> None:
         ({"run.name": "--x"}, "must be the name of a directory"),
         ({"optimizer.lr": 0}, "optimizer.lr"),
         ({"run.name": "a/b"}, "run.root"),
+        ({"model.unused_ids": 4096}, "model.unused_ids 4096 leaves none of the model.vocab_size 4096 ids"),
     ],
     ids=str,
 )

@@ -1,5 +1,6 @@
 """Mixtures: the corpus of sample k follows from k alone, close to the weights at every k, over phases and periods."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -12,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rdt.config import CorpusConfig, RunConfig, dump_config, load_config
+from megatron_rdt.config import CorpusConfig, ModelConfig, RunConfig, dump_config, load_config
 from megatron_rdt.config.batch_schedule import BatchSchedule
 from megatron_rdt.config.mixture_weights import PERIOD, integer_weights
 from megatron_rdt.data import Batch, BatchLoader, TokenCorpus, load_manifest
 from megatron_rdt.data.mixture import Mixture, MixtureOrder, Phase, interleave, schedule_turns
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.evaluate.loss import evaluate_checkpoint
+from megatron_rdt.train.data.base import check_vocabulary
 from megatron_rdt.train.data.prepared import check_tokenizers, open_prepared_data
 from megatron_rdt.train.trainer import train
 from tests.data.corpora import mixture_option, write_corpus
@@ -234,7 +236,18 @@ def test_corpora_that_do_not_go_together_are_refused(
         open_prepared_data(configure(two), 1)
     pair = [load_manifest(corpora["code"]), load_manifest(other)]
     with pytest.raises(ConfigError, match=rf"{corpora['code']} and {other} were made with different tokenizers"):
-        check_tokenizers(pair, 512)
+        check_tokenizers(pair, ModelConfig(vocab_size=512))
+
+
+def test_the_remedy_for_another_vocabulary_is_one() -> None:
+    """Padding rows count: what the message says to set is accepted."""
+    padded = ModelConfig(vocab_size=512, unused_ids=12)
+    check_vocabulary(padded, 500, "t")
+    with pytest.raises(
+        ConfigError, match=r"of which model\.unused_ids 12 .* has 510 pieces. Set --model\.vocab_size 522"
+    ):
+        check_vocabulary(padded, 510, "t")
+    check_vocabulary(dataclasses.replace(padded, vocab_size=522), 510, "t")
 
 
 def test_a_corpus_that_is_given_twice_is_refused(

@@ -313,3 +313,14 @@ def test_cached_equals_uncached_in_float32() -> None:
         parts = [model(tokens[:, :9], 8, cache=cache, exit_rule=rule)]
         parts += [model(tokens[:, [i]], 8, cache=cache, start=i, exit_rule=rule) for i in range(9, 30)]
         torch.testing.assert_close(torch.cat(parts, 1), model(tokens, 8, exit_rule=rule), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_ids_that_no_tokenizer_has_are_not_drawn() -> None:
+    """Neither from the model nor from one that an engine has wrapped."""
+    config = dataclasses.replace(CONFIG, unused_ids=60)
+    model = initialize(RecurrentDepthTransformer(config), 1)
+    wrapper = torch.nn.Module()
+    wrapper.module, wrapper.forward = model, model.forward
+    for one in (model, wrapper):
+        assert generate(one, [[0]], 2, 6, temperature=1.0, seed=1) == [[0] * 7]

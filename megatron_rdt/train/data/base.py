@@ -6,9 +6,22 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_rdt.config import ModelConfig
 from megatron_rdt.config.batch_schedule import BatchSchedule
 from megatron_rdt.data import Batch, BatchLoader
 from megatron_rdt.data.task_examples import ExampleGroup
+from megatron_rdt.errors import ConfigError
+
+
+def check_vocabulary(model: ModelConfig, pieces: int, owner: str) -> None:
+    """Raise ConfigError unless a tokenizer of `pieces` ids, that of `owner`, fits the model."""
+    if pieces == model.vocab_size - model.unused_ids:
+        return
+    unused = f", of which model.unused_ids {model.unused_ids} are none of a tokenizer" if model.unused_ids else ""
+    raise ConfigError(
+        f"model.vocab_size is {model.vocab_size}{unused}, but the tokenizer {owner} has {pieces} pieces. "
+        f"Set --model.vocab_size {pieces + model.unused_ids}."
+    )
 
 
 class TrainingData(Protocol):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron_rdt.config import RunConfig
+from megatron_rdt.config import ModelConfig, RunConfig
 from megatron_rdt.config.mixture_weights import integer_weights
 from megatron_rdt.data import (
     Batch,
@@ -26,6 +26,7 @@ from megatron_rdt.errors import CheckpointError, ConfigError, DataError, RdtErro
 from megatron_rdt.evaluate.tasks import read_groups
 from megatron_rdt.object_collectives import gather_objects, raise_on_all_ranks
 from megatron_rdt.terminal import align_columns
+from megatron_rdt.train.data.base import check_vocabulary
 from megatron_rdt.train.data.batch_history import continue_batches, write_batches
 from megatron_rdt.train.data.history import (
     CorpusRecord,
@@ -57,7 +58,7 @@ def open_prepared_data(config: RunConfig, data_ranks: int, local_rank: int = 0) 
         for corpus in config.data.corpora()
     }
     _check_same_on_all_ranks(manifests)
-    check_tokenizers(list(manifests.values()), config.model.vocab_size - config.model.unused_ids)
+    check_tokenizers(list(manifests.values()), config.model)
     check_repeated_shards(manifests, bool(config.eval.every))
     if config.data.pack == "bestfit":
         _make_missing_packing_plans(manifests, config.train.sequence_length, local_rank)
@@ -110,7 +111,7 @@ def _make_missing_packing_plans(manifests: Mapping[str, CorpusManifest], length:
     raise_on_all_ranks(failure)
 
 
-def check_tokenizers(manifests: list[CorpusManifest], vocab_size: int) -> None:
+def check_tokenizers(manifests: list[CorpusManifest], model: ModelConfig) -> None:
     """Raise ConfigError if corpora have different tokenizers, or one that does not fit the model."""
     first = manifests[0]
     for other in manifests[1:]:
@@ -120,11 +121,7 @@ def check_tokenizers(manifests: list[CorpusManifest], vocab_size: int) -> None:
                 f"({first.vocab_size:,} and {other.vocab_size:,} pieces). Prepare one with the tokenizer of the other: "
                 f"rdt prep --tokenizer {first.directory / 'tokenizer'}."
             )
-    if first.vocab_size != vocab_size:
-        raise ConfigError(
-            f"model.vocab_size is {vocab_size}, but the tokenizer of {first.directory} has {first.vocab_size} pieces. "
-            f"Set --model.vocab_size {first.vocab_size}."
-        )
+    check_vocabulary(model, first.vocab_size, f"of {first.directory}")
 
 
 def check_repeated_shards(manifests: Mapping[str, CorpusManifest], evaluates: bool) -> None:

@@ -12,6 +12,7 @@ from megatron_rdt.data.hugging_face import PREFIX, list_unread_files
 from megatron_rdt.data.streaming import RowReader, TokenStream, open_dataset, read_held_out_windows
 from megatron_rdt.data.task_examples import ExampleGroup
 from megatron_rdt.errors import CheckpointError, ConfigError, suggest_init
+from megatron_rdt.train.data.base import check_vocabulary
 from megatron_rdt.train.data.batch_history import continue_batches, write_batches
 
 STATE_VERSION = 1
@@ -46,11 +47,7 @@ class StreamedData:
                 f"data.tokenizer {config.data.tokenizer} is not a folder. Name the tokenizer/ of a prepared corpus."
             )
         self.tokenizer = Tokenizer(self.tokenizer_directory)
-        if self.tokenizer.vocab_size != config.model.vocab_size - config.model.unused_ids:
-            raise ConfigError(
-                f"model.vocab_size is {config.model.vocab_size}, but the tokenizer {config.data.tokenizer} has "
-                f"{self.tokenizer.vocab_size} pieces. Set --model.vocab_size {self.tokenizer.vocab_size}."
-            )
+        check_vocabulary(config.model, self.tokenizer.vocab_size, config.data.tokenizer)
         self.name = Path(config.data.path.removeprefix(PREFIX).partition(":")[0]).name
         self.shares = {self.name: 1.0}
         self.validation: dict[str, Batch] = {}

@@ -61,7 +61,7 @@ def test_help_of_train_has_every_field(rdt: Run, repository: Path) -> None:
         "--nproc",
         "--master_port",
     }
-    assert explained["--model.heads"] == "Query heads; must divide `dim`. (default: 4)"
+    assert explained["--model.norm_eps"] == "Epsilon of every RMSNorm. (default: 1e-06)"
     assert explained["--eval.loops"].endswith("(default: 1,4,8)")
     script = [sys.executable, str(repository / "launch" / "pretrain.py"), "--help"]
     shown = subprocess.run(script, capture_output=True, text=True, check=True, timeout=60).stdout
@@ -69,7 +69,7 @@ def test_help_of_train_has_every_field(rdt: Run, repository: Path) -> None:
 
 
 def test_positional_arguments_are_explained(rdt: Run) -> None:
-    for name, arguments in (("eval", ["CHECKPOINT"]), ("convert", ["CHECKPOINT", "OUT"]), ("report", ["RUN"])):
+    for name, arguments in (("eval", ["CHECKPOINT"]), ("convert", ["SOURCE", "OUT"]), ("report", ["RUN"])):
         text = rdt(name, "-h").stdout
         assert text.startswith(f"usage: rdt {name} {' '.join(arguments)} [options]")
         assert all(argument in parse_help(text) for argument in arguments)

@@ -29,7 +29,7 @@ from megatron_rdt.compare.rates import describe_rates
 from megatron_rdt.compare.results import OUTCOME, RunResult, read_result
 from megatron_rdt.compare.table import make_table
 from megatron_rdt.config import RunConfig, check_config, dump_config, load_config
-from megatron_rdt.environment import usable_cores
+from megatron_rdt.environment import count_threads, usable_cores
 from megatron_rdt.errors import EXIT_OK, ConfigError, DataError, LaunchError
 from megatron_rdt.files import hold_lock, sha256_of, write_text
 from megatron_rdt.terminal import Printer, format_count, format_duration
@@ -85,7 +85,7 @@ class ArmRunner:
     def print_plan(self, notes: Sequence[str], at_once: int) -> None:
         """Print arms, weights, operations and time, without training anything."""
         at_once, _ = self._choose_places(at_once)
-        threads = self._count_threads(at_once)
+        threads = count_threads(at_once * self.processes)
         # Replicates of an arm cost the same, so one of each is tried out.
         kinds = [(run.arm, run, self.seeds) for run in self.main_runs()[: len(self.arms)]]
         kinds += [(f"{SWEEP}/{run.name}", run, 1) for run in self.sweep_runs()]
@@ -214,11 +214,7 @@ class ArmRunner:
     def _make_pool(self, at_once: int) -> RunPool:
         """Return the pool of processes."""
         at_once, gpus = self._choose_places(at_once)
-        return RunPool(at_once, self._count_threads(at_once), gpus)
-
-    def _count_threads(self, at_once: int) -> int:
-        """Return the CPU threads of each process with so many runs at once."""
-        return max(usable_cores() // (at_once * self.processes), 1)
+        return RunPool(at_once, count_threads(at_once * self.processes), gpus)
 
     def _train_runs(self, pool: RunPool, runs: Sequence[ComparedRun], retry: bool) -> None:
         """Train the runs that are not finished; note the outcome of those that fail, which does not end the others."""

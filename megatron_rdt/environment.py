@@ -14,6 +14,7 @@ from megatron_rdt.terminal import flush_output
 
 DEFAULT_MASTER = ("127.0.0.1", "29500")
 ERROR_FILE = "RDT_ERROR_FILE"
+THREADS = "OMP_NUM_THREADS"
 # PyTorch's switches of what `torch.load` may unpickle: the first wins over its callers; both together are an error.
 WEIGHTS_ONLY, NOT_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
@@ -99,6 +100,16 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def count_threads(processes: int) -> int:
+    """Return the CPU threads of each of so many processes here: what OMP_NUM_THREADS says, else a share of the cores.
+
+    PyTorch reads the variable as OpenMP does: of a list, which has one number per level of nesting, the first counts.
+    """
+    words = os.environ.get(THREADS, "").split(",")[0].strip()
+    wanted = int(words) if words.isdecimal() else 0
+    return wanted or max(usable_cores() // processes, 1)
+
+
 def leave_process(status: int) -> NoReturn:
     """End this process at once, with its output flushed but without shutting the interpreter down.
 
@@ -116,12 +127,10 @@ def quiet_libraries(local_world_size: int = 0) -> None:
     Call it before torch is imported.
 
     Args:
-        local_world_size: processes of this node, which divide its cores between them; 0 leaves the number of threads as
-            it is.
+        local_world_size: processes of this node, see `count_threads`; 0 leaves the number of threads as it is.
     """
     if local_world_size:
-        threads = max(usable_cores() // local_world_size, 1)
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        os.environ[THREADS] = str(count_threads(local_world_size))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # of the profiler, which reports its start and stop
@@ -178,10 +187,10 @@ def share_environment(threads: int, gpus: Sequence[int] | None = None) -> dict[s
     """Return this environment for a process that shares the machine with others: its CPU threads, and its GPUs.
 
     Args:
-        threads: CPU threads of each process, unless OMP_NUM_THREADS says it.
+        threads: CPU threads of each process, from `count_threads`.
         gpus: numbers of the GPUs among those that this process sees; None leaves all of them visible.
     """
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    environment = {**os.environ, THREADS: str(threads)}
     if gpus is not None:
         visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         names = [visible[number] if visible else str(number) for number in gpus]

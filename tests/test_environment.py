@@ -2,14 +2,27 @@
 
 import pytest
 
-from megatron_rdt.environment import share_environment
+from megatron_rdt import environment
+from megatron_rdt.environment import count_threads, share_environment
 
 
-def test_a_share_of_the_cores_unless_the_user_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("variable", "threads"), [(None, 4), ("3", 3), ("16", 16), ("2,1", 2), ("", 4), ("0", 4), ("many", 4)]
+)
+def test_a_share_of_the_cores_unless_the_user_says_it(
+    monkeypatch: pytest.MonkeyPatch, variable: str | None, threads: int
+) -> None:
+    monkeypatch.setattr(environment, "usable_cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert share_environment(3)["OMP_NUM_THREADS"] == "3"
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert share_environment(3)["OMP_NUM_THREADS"] == "1"
+    if variable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    assert count_threads(2) == threads
+    assert share_environment(count_threads(2))["OMP_NUM_THREADS"] == str(threads)
+
+
+def test_no_process_is_without_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert count_threads(10**6) == 1
 
 
 def test_gpus_are_numbers_among_the_visible_ones(monkeypatch: pytest.MonkeyPatch) -> None:

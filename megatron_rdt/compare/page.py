@@ -254,17 +254,21 @@ def _format_comparison(document: Mapping[str, Any], figures: Sequence[tuple[Path
         cells = [(each["name"], cell) for each in rates["series"] for cell in each["cells"]]
         parts.append("<h2>Learning rates</h2>" + format_paragraphs(describe_rates(rates)))
         parts.append(format_html_table(RATES_HEADER, [_format_rate_cells(name, cell) for name, cell in cells]))
-    reasons = [
-        f"{name}: {reason}"
-        for row in rows
-        for kind in ("failed", "diverged", "alarms")
-        for name, reason in row[kind].items()
-    ]
+    reasons = [reason for row in rows for reason in _list_problems(row)]
     if reasons:
         parts.append(f"<h2>Runs that went wrong</h2>{format_list(reasons)}")
     overrides = [(row["arm"], _format_overrides(row["overrides"])) for row in rows]
     parts.append(f"<h2>Arms</h2>{format_html_table((), overrides)}")
     return format_page(title, parts, PAGE_WIDTH)
+
+
+def _list_problems(row: Mapping[str, Any]) -> list[str]:
+    """Return the runs of an arm that failed, diverged or raised alarms, with the reason, or the first step of each alarm."""
+    alarms = {
+        name: ", ".join(f"{alarm} at step {step}" for alarm, step in sorted(found.items(), key=lambda each: each[1]))
+        for name, found in row["alarms"].items()
+    }
+    return [f"{name}: {reason}" for kind in (row["failed"], row["diverged"], alarms) for name, reason in kind.items()]
 
 
 def _format_rate_cells(name: str, cell: Mapping[str, Any]) -> list[str]:

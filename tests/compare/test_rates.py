@@ -154,5 +154,6 @@ def test_the_page_has_the_rates_and_their_picture(compared: Compared, tmp_path: 
     page = write_page(tmp_path, document, {arm.name: [] for arm in arms}).read_text()
     assert "<h2>Learning rates</h2>" in page
     assert "norm_growth 31 token_correlation 22; norm_growth 31" in page
+    assert "lr=0.1+injection=diagonal-s1234: token_correlation at step 22, norm_growth at step 31<" in page
     assert (tmp_path / "loss_against_rate.png").stat().st_size > 1000
     assert json.loads((tmp_path / "compare.json").read_text())["rates"]["series"][1]["name"] == "injection=add"

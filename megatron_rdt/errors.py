@@ -11,6 +11,8 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_PREEMPTED = 75  # stopped on request after a good save; BSD's EX_TEMPFAIL
 
+USE_ANOTHER = "Use another checkpoint."  # the way out where one is damaged or unfit
+
 
 class RdtError(Exception):
     """Base class of the errors that are the user's to solve."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from megatron_rdt.errors import CheckpointError
+from megatron_rdt.errors import USE_ANOTHER, CheckpointError
 from megatron_rdt.files import save_with_torch
 from megatron_rdt.untrusted_files import is_plain_tensor, load_with_torch
 
@@ -40,9 +40,9 @@ def read_buffers(checkpoint: Path) -> dict[str, torch.Tensor]:
     try:
         buffers = load_with_torch(path)
     except ValueError as error:
-        raise CheckpointError(f"{path} cannot be used: {error}. Use another checkpoint.") from None
+        raise CheckpointError(f"{path} cannot be used: {error}. {USE_ANOTHER}") from None
     if not isinstance(buffers, dict) or not all(map(is_plain_tensor, buffers.values())):
-        raise CheckpointError(f"{path} holds something else than tensors by name. Use another checkpoint.")
+        raise CheckpointError(f"{path} holds something else than tensors by name. {USE_ANOTHER}")
     return buffers
 
 
@@ -56,10 +56,9 @@ def restore_buffers(model: nn.Module, checkpoint: Path) -> None:
     saved, buffers = read_buffers(checkpoint), persistent_buffers(model)
     if set(saved) != set(buffers):
         raise CheckpointError(
-            f"{checkpoint} has other buffers than the model: {sorted(set(saved) ^ set(buffers))[:3]}. "
-            "Use another checkpoint."
+            f"{checkpoint} has other buffers than the model: {sorted(set(saved) ^ set(buffers))[:3]}. {USE_ANOTHER}"
         )
     for name, buffer in buffers.items():
         if saved[name].shape != buffer.shape:
-            raise CheckpointError(f"{checkpoint} has {name} of another shape than the model. Use another checkpoint.")
+            raise CheckpointError(f"{checkpoint} has {name} of another shape than the model. {USE_ANOTHER}")
         buffer.copy_(saved[name])

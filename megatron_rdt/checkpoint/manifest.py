@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_rdt.errors import CheckpointError
+from megatron_rdt.errors import USE_ANOTHER, CheckpointError
 from megatron_rdt.files import sha256_of, write_text
 from megatron_rdt.untrusted_files import find_foreign_entry, is_inner_path, is_plain_name, is_regular_file, read_json
 
@@ -64,9 +64,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             f"{directory} is not a complete checkpoint: it has no {MANIFEST}. Name a directory step-NNNNNNNN of a run."
         ) from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory / MANIFEST} cannot be read: {error}. Use another checkpoint.") from None
+        raise CheckpointError(f"{directory / MANIFEST} cannot be read: {error}. {USE_ANOTHER}") from None
     if not isinstance(document, dict):
-        raise CheckpointError(f"{directory / MANIFEST} is not a manifest. Use another checkpoint.")
+        raise CheckpointError(f"{directory / MANIFEST} is not a manifest. {USE_ANOTHER}")
     if document.get("format") != FORMAT:
         raise CheckpointError(
             f"{directory} is not a checkpoint: the format of its {MANIFEST} is {document.get('format')!r}. Name a run, or a "

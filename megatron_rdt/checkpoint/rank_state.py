@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_rdt.errors import CheckpointError
+from megatron_rdt.errors import USE_ANOTHER, CheckpointError
 from megatron_rdt.files import save_with_torch
 from megatron_rdt.untrusted_files import explain_wrong_content, load_with_torch
 
 RNG_FOLDER, DATA_FOLDER = "rng", "data"
-REMEDY = "Use another checkpoint."
 
 
 def save_rank_state(directory: Path, rank: int, data_state: dict[str, Any] | None) -> None:
@@ -38,7 +37,7 @@ def restore_rank_rng(checkpoint: Path, rank: int) -> None:
     """Set this process's generators to those that `rank` saved; they stay as they are if it saved none."""
     path = _rank_file(checkpoint / RNG_FOLDER, rank)
     if path.is_file():
-        with explain_wrong_content(CheckpointError, path, REMEDY):
+        with explain_wrong_content(CheckpointError, path, USE_ANOTHER):
             restore_rng_state(_load(path))
 
 
@@ -47,7 +46,7 @@ def _load(path: Path) -> Any:
     try:
         return load_with_torch(path)
     except ValueError as error:
-        raise CheckpointError(f"{path} cannot be used: {error}. {REMEDY}") from None
+        raise CheckpointError(f"{path} cannot be used: {error}. {USE_ANOTHER}") from None
 
 
 def _rank_file(folder: Path, rank: int) -> Path:

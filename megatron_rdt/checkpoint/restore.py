@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_rdt.checkpoint.buffers import restore_buffers
 from megatron_rdt.checkpoint.rank_state import restore_rank_rng
-from megatron_rdt.errors import CheckpointError
+from megatron_rdt.errors import USE_ANOTHER, CheckpointError
 from megatron_rdt.parallel import Engine
 from megatron_rdt.untrusted_files import read_json
 
@@ -22,9 +22,9 @@ def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
     try:
         state = read_json(path)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}). Use another checkpoint.") from None
+        raise CheckpointError(f"{path} cannot be read ({error}). {USE_ANOTHER}") from None
     if not isinstance(state, dict) or type(state.get("step")) is not int or not 0 <= state["step"] < 1 << 62:
-        raise CheckpointError(f"{path} does not say at which step it was saved. Use another checkpoint.")
+        raise CheckpointError(f"{path} does not say at which step it was saved. {USE_ANOTHER}")
     return state
 
 

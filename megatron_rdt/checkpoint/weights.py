@@ -9,7 +9,7 @@ import torch
 
 from megatron_rdt.checkpoint.buffers import read_buffers
 from megatron_rdt.config import ModelConfig
-from megatron_rdt.errors import CheckpointError
+from megatron_rdt.errors import USE_ANOTHER, CheckpointError
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel.torch_checkpoint import TensorReader, load_tensors
 from megatron_rdt.parallel.zero_files import ZERO_FOLDER, read_zero_weights
@@ -35,7 +35,7 @@ def check_weights_fit(source: Path, config: ModelConfig, shapes: Mapping[str, to
     with torch.device("meta"):
         wanted = {name: tensor.shape for name, tensor in RecurrentDepthTransformer(config).state_dict().items()}
     if wrong := sorted(name for name in {*wanted, *shapes} if wanted.get(name) != shapes.get(name)):
-        raise CheckpointError(f"{source} does not fit its own config: {wrong[:3]}. Use another checkpoint.")
+        raise CheckpointError(f"{source} does not fit its own config: {wrong[:3]}. {USE_ANOTHER}")
 
 
 def open_weights(checkpoint: Path) -> StoredWeights:
@@ -68,7 +68,7 @@ def _read_parameters(checkpoint: Path) -> dict[str, torch.Tensor]:
         return read_zero_weights(checkpoint)
     if (checkpoint / UNIVERSAL).is_dir():
         return read_universal_weights(checkpoint / UNIVERSAL)
-    raise CheckpointError(f"{checkpoint} holds no weights that this version can read. Use another checkpoint.")
+    raise CheckpointError(f"{checkpoint} holds no weights that this version can read. {USE_ANOTHER}")
 
 
 class _DistributedCheckpoint:
@@ -100,5 +100,5 @@ class _DistributedCheckpoint:
         except CheckpointException as error:
             inner = next((inner for inner, _ in error.failures.values()), error)
             reason = describe_load_failure(inner)
-            raise CheckpointError(f"{self.directory} cannot be read: {reason}. Use another checkpoint.") from error
+            raise CheckpointError(f"{self.directory} cannot be read: {reason}. {USE_ANOTHER}") from error
         return state

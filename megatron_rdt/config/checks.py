@@ -18,7 +18,7 @@ from megatron_rdt.config.parallel_checks import find_parallel_problems
 from megatron_rdt.config.ranges import RANGE_KEY, Range
 from megatron_rdt.config.schema import CorpusConfig, ModelConfig, RunConfig, TrainConfig
 from megatron_rdt.config.step_ranges import parse_step_ranges
-from megatron_rdt.errors import CheckpointError, ConfigError
+from megatron_rdt.errors import USE_ANOTHER, CheckpointError, ConfigError
 
 SCHEDULE = "train.batch_schedule"
 MOST_LAYERS, LARGEST_SIZE = 10_000, 1 << 40  # of a model that was saved: more is a damaged number
@@ -56,7 +56,7 @@ def check_saved_model(model: ModelConfig, file: Path) -> None:
         problems = [f"it has {layers:,} layers."]
     problems = problems or [*_find_section_problems("model", model), *_find_model_problems(model)]
     if problems:
-        raise CheckpointError(f"{file} describes no model that can be built: {problems[0]} Use another checkpoint.")
+        raise CheckpointError(f"{file} describes no model that can be built: {problems[0]} {USE_ANOTHER}")
 
 
 def _find_range_problems(config: RunConfig) -> Iterator[str]:

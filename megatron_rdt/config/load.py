@@ -14,7 +14,7 @@ from megatron_rdt.config.model import ModelConfig
 from megatron_rdt.config.option_types import option_kinds
 from megatron_rdt.config.parser import dump, flatten, make_parser, parse
 from megatron_rdt.config.schema import RunConfig
-from megatron_rdt.errors import CheckpointError, ConfigError
+from megatron_rdt.errors import USE_ANOTHER, CheckpointError, ConfigError
 
 SAVED_CONFIG = "config.yaml"  # in a checkpoint, and in a run directory
 
@@ -49,7 +49,7 @@ def load_saved_config(directory: Path) -> RunConfig:
     try:
         config = load_config(file)
     except ConfigError as error:
-        raise CheckpointError(f"the settings in {file} cannot be used: {error} Use another checkpoint.") from None
+        raise CheckpointError(f"the settings in {file} cannot be used: {error} {USE_ANOTHER}") from None
     check_saved_model(config.model, file)
     return config
 

@@ -22,7 +22,7 @@ from megatron_rdt.checkpoint import BUFFERS, read_manifest, restore_buffers, sof
 from megatron_rdt.checkpoint.rank_state import DATA_FOLDER, RNG_FOLDER
 from megatron_rdt.config import ParallelConfig, RunConfig, load_saved_config
 from megatron_rdt.config.engines import ONE_PROCESS, engines_with, join_names
-from megatron_rdt.errors import CheckpointError, suggest_init
+from megatron_rdt.errors import USE_ANOTHER, CheckpointError, suggest_init
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel import build_engine
 from megatron_rdt.parallel.torch_engine import TorchEngine
@@ -93,8 +93,7 @@ def read_training_state(checkpoint: Path, config: RunConfig, scratch: Path | Non
         shapes = {name: p.shape for name, p in RecurrentDepthTransformer(config.model).named_parameters()}
     if set(shapes) != set(state.tensors):
         raise CheckpointError(
-            f"{checkpoint} has other parameters than its config: {sorted(set(shapes) ^ set(state.tensors))[:3]}. "
-            "Use another checkpoint."
+            f"{checkpoint} has other parameters than its config: {sorted(set(shapes) ^ set(state.tensors))[:3]}. {USE_ANOTHER}"
         )
     for name, parts in state.tensors.items():
         state.tensors[name] = {key: tensor.reshape(shapes[name]) for key, tensor in parts.items()}
@@ -114,7 +113,7 @@ def _read_any_format(checkpoint: Path, config: RunConfig, scratch: Path | None) 
             folder = Path(temporary) / UNIVERSAL
             convert_to_universal(checkpoint, folder)
             return TrainingState(*read_universal(folder))
-    raise CheckpointError(f"{checkpoint} holds no training state in a known format. Use another checkpoint.")
+    raise CheckpointError(f"{checkpoint} holds no training state in a known format. {USE_ANOTHER}")
 
 
 def _make_single_engine(config: RunConfig) -> TorchEngine:

@@ -25,11 +25,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_rdt.errors import CheckpointError
+from megatron_rdt.errors import USE_ANOTHER, CheckpointError
 from megatron_rdt.untrusted_files import is_plain_name, is_regular_file
 
 METADATA_FILE = ".metadata"
-REMEDY = "Use another checkpoint."
 # Classes that PyTorch 2.9 to 2.14 writes into `.metadata`, by module.
 RECORDED = {
     "torch.distributed.checkpoint.metadata": {
@@ -91,20 +90,20 @@ def read_metadata(folder: Path) -> Metadata:
         with open(path, "rb") as file:
             record = _MetadataUnpickler(file).load()
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}). {REMEDY}") from None
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}). {USE_ANOTHER}") from None
     except pickle.UnpicklingError as error:
         if "it names" not in str(error):
-            raise CheckpointError(f"{path} is damaged ({str(error).strip().splitlines()[0]}). {REMEDY}") from None
+            raise CheckpointError(f"{path} is damaged ({str(error).strip().splitlines()[0]}). {USE_ANOTHER}") from None
         raise CheckpointError(
-            f"{path} holds objects that no checkpoint needs, which could run code: {error}. Nothing was run. {REMEDY}"
+            f"{path} holds objects that no checkpoint needs, which could run code: {error}. Nothing was run. {USE_ANOTHER}"
         ) from None
     except Exception as error:  # a damaged pickle raises whatever its instructions lead to
-        raise CheckpointError(f"{path} is damaged ({type(error).__name__}). {REMEDY}") from None
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}). {USE_ANOTHER}") from None
     try:
         return _MetadataBuilder(folder).build(record)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"[:200]
-        raise CheckpointError(f"{path} is not the metadata of a checkpoint ({reason}). {REMEDY}") from None
+        raise CheckpointError(f"{path} is not the metadata of a checkpoint ({reason}). {USE_ANOTHER}") from None
 
 
 class _MetadataBuilder:
@@ -220,7 +219,9 @@ class TensorPlanner(dcp.DefaultLoadPlanner):
 
     def load_bytes(self, read_item: Any, value: Any) -> None:
         """Refuse a value that is not a tensor: the library would unpickle it."""
-        raise CheckpointError(f"{read_item.dest_index.fqn} is stored as a pickled object instead of a tensor. {REMEDY}")
+        raise CheckpointError(
+            f"{read_item.dest_index.fqn} is stored as a pickled object instead of a tensor. {USE_ANOTHER}"
+        )
 
 
 def load_tensors(state: dict[str, Any], reader: TensorReader, no_dist: bool) -> None:

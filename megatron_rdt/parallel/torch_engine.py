@@ -16,13 +16,13 @@ from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from megatron_rdt.errors import CheckpointError, suggest_init
+from megatron_rdt.errors import USE_ANOTHER, CheckpointError, suggest_init
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.object_collectives import raise_on_all_ranks
 from megatron_rdt.parallel import optimizers
 from megatron_rdt.parallel.engine import Engine
 from megatron_rdt.parallel.optimizers import Groups
-from megatron_rdt.parallel.torch_checkpoint import REMEDY, TensorReader, load_tensors
+from megatron_rdt.parallel.torch_checkpoint import TensorReader, load_tensors
 from megatron_rdt.untrusted_files import describe_load_failure
 
 
@@ -135,8 +135,8 @@ class TorchEngine(Engine):
         except CheckpointException as error:  # a BaseException that wraps the error of each rank that failed
             inner = next((inner for inner, _ in error.failures.values()), error)
             reason = str(inner) if isinstance(inner, CheckpointError) else describe_load_failure(inner)
-            reason = reason.removesuffix(f". {REMEDY}")
-            raise CheckpointError(f"{directory} could not be loaded: {reason}. {REMEDY}") from error
+            reason = reason.removesuffix(f". {USE_ANOTHER}")
+            raise CheckpointError(f"{directory} could not be loaded: {reason}. {USE_ANOTHER}") from error
         names = optimizers.parameter_names(self.model, self._parameter_groups())
         optimizer["param_groups"] = optimizers.regroup(groups, names)
         dcp_state.set_state_dict(self.model, self.optimizers, model_state_dict=model, optim_state_dict=optimizer)

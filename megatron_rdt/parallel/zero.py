@@ -19,7 +19,7 @@ import torch
 
 from megatron_rdt.config.deepspeed import deepspeed_config
 from megatron_rdt.environment import keep_deepspeed_on_cpu
-from megatron_rdt.errors import CheckpointError, ConfigError, suggest_init
+from megatron_rdt.errors import USE_ANOTHER, CheckpointError, ConfigError, suggest_init
 from megatron_rdt.model import (
     CoreMonitor,
     InitialValues,
@@ -246,7 +246,7 @@ class ZeroEngine(Engine):
                 path, _ = self.module.load_checkpoint(str(root), tag=tag, load_lr_scheduler_states=False)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
-                f"{root / tag} cannot be loaded: {describe_load_failure(error)}. Nothing was run. Use another checkpoint."
+                f"{root / tag} cannot be loaded: {describe_load_failure(error)}. Nothing was run. {USE_ANOTHER}"
             ) from error
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -259,7 +259,7 @@ class ZeroEngine(Engine):
         finally:
             self.module._config.load_universal_checkpoint = False
         if path is None:
-            raise CheckpointError(f"{root / tag} holds no state that DeepSpeed finds. Use another checkpoint.")
+            raise CheckpointError(f"{root / tag} holds no state that DeepSpeed finds. {USE_ANOTHER}")
         if universal:
             # Stage 3 of DeepSpeed 0.19 loads one step tensor for all parameters, and each parameter would advance it.
             for state in self._zero_optimizer.optimizer.state.values():

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 
 from megatron_rdt.environment import force_weights_only
-from megatron_rdt.errors import CheckpointError
+from megatron_rdt.errors import USE_ANOTHER, CheckpointError
 from megatron_rdt.untrusted_files import is_plain_name, load_with_torch
 
 ZERO_FOLDER, TAG = "zero", "state"
-REMEDY = "Use another checkpoint."
 
 
 @contextlib.contextmanager
@@ -86,7 +85,7 @@ def _run_deepspeed_tool(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"DeepSpeed could not read {folder}: {reason}. {REMEDY}") from error
+        raise CheckpointError(f"DeepSpeed could not read {folder}: {reason}. {USE_ANOTHER}") from error
 
 
 def check_zero_files(checkpoint: Path) -> None:
@@ -96,15 +95,15 @@ def check_zero_files(checkpoint: Path) -> None:
     """
     files = sorted((checkpoint / ZERO_FOLDER / TAG).glob("*.pt"))
     if not files:
-        raise CheckpointError(f"{checkpoint / ZERO_FOLDER / TAG} holds no files of a ZeRO engine. {REMEDY}")
+        raise CheckpointError(f"{checkpoint / ZERO_FOLDER / TAG} holds no files of a ZeRO engine. {USE_ANOTHER}")
     with restrict_deepspeed():
         for file in files:
             try:
                 content = load_with_torch(file, lazily=True)
             except ValueError as error:
-                raise CheckpointError(f"{file} cannot be used: {error}. Nothing was run. {REMEDY}") from None
+                raise CheckpointError(f"{file} cannot be used: {error}. Nothing was run. {USE_ANOTHER}") from None
             if (name := _find_path_like_key(content)) is not None:
-                raise CheckpointError(f"{file} names a parameter {name!r}, which would be a path. {REMEDY}")
+                raise CheckpointError(f"{file} names a parameter {name!r}, which would be a path. {USE_ANOTHER}")
 
 
 def _find_path_like_key(content: Any) -> str | None:

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from megatron_rdt.errors import CheckpointError
-from megatron_rdt.parallel.zero_files import REMEDY, restrict_deepspeed
+from megatron_rdt.errors import USE_ANOTHER, CheckpointError
+from megatron_rdt.parallel.zero_files import restrict_deepspeed
 from megatron_rdt.untrusted_files import explain_wrong_content, is_plain_tensor, load_with_torch
 
 UNIVERSAL = "universal"
@@ -68,9 +68,9 @@ def read_universal(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], in
         file = folder / "zero" / OPTIMIZER_STATE
         with restrict_deepspeed():
             content = _load_file(file)
-        with explain_wrong_content(CheckpointError, file, REMEDY):
+        with explain_wrong_content(CheckpointError, file, USE_ANOTHER):
             step = content["optimizer_state_dict"]["state"][0]["step"]
-    with explain_wrong_content(CheckpointError, file, REMEDY):
+    with explain_wrong_content(CheckpointError, file, USE_ANOTHER):
         return tensors, int(step)
 
 
@@ -83,7 +83,7 @@ def _parameter_folders(folder: Path) -> list[Path]:
     """List the folders of a universal checkpoint's parameters, sorted by name; CheckpointError if there are none."""
     found = sorted(path for path in (folder / "zero").glob("*") if path.is_dir())
     if not found:
-        raise CheckpointError(f"{folder / 'zero'} holds no parameters. {REMEDY}")
+        raise CheckpointError(f"{folder / 'zero'} holds no parameters. {USE_ANOTHER}")
     return found
 
 
@@ -92,7 +92,7 @@ def load_tensor(path: Path, *, lazily: bool = False) -> torch.Tensor:
     content = _load_file(path, lazily)
     tensor: Any = content.get("param") if isinstance(content, dict) else content
     if not is_plain_tensor(tensor):
-        raise CheckpointError(f"{path} holds no tensor. {REMEDY}")
+        raise CheckpointError(f"{path} holds no tensor. {USE_ANOTHER}")
     return tensor
 
 
@@ -101,6 +101,6 @@ def _load_file(path: Path, lazily: bool = False) -> Any:
     try:
         return load_with_torch(path, lazily=lazily)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}). {REMEDY}") from None
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}). {USE_ANOTHER}") from None
     except ValueError as error:
-        raise CheckpointError(f"{path} cannot be used: {error}. Nothing was run. {REMEDY}") from None
+        raise CheckpointError(f"{path} cannot be used: {error}. Nothing was run. {USE_ANOTHER}") from None

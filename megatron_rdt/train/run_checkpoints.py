@@ -14,7 +14,7 @@ from typing import Any
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.checkpoint import Start
 from megatron_rdt.config import RunConfig, dump_config, load_saved_config
-from megatron_rdt.errors import CheckpointError
+from megatron_rdt.errors import USE_ANOTHER, CheckpointError
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.object_collectives import broadcast_object, rank_and_world_size
 from megatron_rdt.parallel import Engine
@@ -122,7 +122,7 @@ class RunCheckpoints:
         state = checkpoints.read_trainer_state(source)
         check_resumable(source, state, self.config)
         saved, step = load_saved_config(source), state["step"]
-        with explain_wrong_content(CheckpointError, source / checkpoints.TRAINER_STATE, "Use another checkpoint."):
+        with explain_wrong_content(CheckpointError, source / checkpoints.TRAINER_STATE, USE_ANOTHER):
             # Checkpoints of earlier versions do not say which batches they had; this leads to the same position.
             batch = saved.train.global_batch
             state["data"].setdefault("batches", [[0, state["data"]["consumed_samples"] - step * batch, batch]])

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rdt.errors import USE_ANOTHER
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("megatron_rdt", "data_prep", "launch", "benchmarks", "tests")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
@@ -58,3 +60,8 @@ def test_private_one_word_functions_are_documented(path: Path) -> None:
         if name.startswith("_") and not name.startswith("__") and "_" not in name.strip("_") and not text
     ]
     assert not bare, "rename to a verb and its object, or add a docstring:\n" + "\n".join(bare)
+
+
+def test_the_way_out_of_a_damaged_checkpoint_is_spelled_out_once() -> None:
+    sources = [path for path in SOURCES if relative_name(path).startswith("megatron_rdt/")]
+    assert [relative_name(path) for path in sources if USE_ANOTHER in path.read_text()] == ["megatron_rdt/errors.py"]

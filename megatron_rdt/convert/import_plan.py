@@ -62,7 +62,7 @@ class ImportPlan:
             rule = self.rules[name]
             try:
                 made = rule.make(*(_read_floats(self.weights, source) for source in rule.names))
-            except (ValueError, RuntimeError) as error:
+            except (ValueError, RuntimeError, IndexError) as error:
                 raise CheckpointError(
                     f"{self.source}: {', '.join(rule.names[:2])} cannot be converted: {error}"
                 ) from None

@@ -23,6 +23,7 @@ from megatron_rdt.errors import CheckpointError, ConfigError, DataError
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel.zero_universal import WEIGHT, load_tensor
 from megatron_rdt.run_directory import CHECKPOINTS
+from megatron_rdt.untrusted_files import WRONG_CONTENT
 
 LOOPED = (huginn, parcae, ouro, open_mythos)
 # Settings of other projects that say how many tokens a sequence of the training had.
@@ -94,8 +95,11 @@ def plan_import(path: Path, options: ImportOptions) -> ImportPlan:
         return _plan_own(path, folder, options, OWN_EXPORT, own, weights, PREFIX, settings)
     try:
         return _plan_foreign(path, folder, settings, weights, options)
-    except (ValueError, TypeError, KeyError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path} cannot be converted: {error}.") from None
+    except WRONG_CONTENT as error:
+        reason = f"its config holds another kind of value than such a model has ({type(error).__name__}: {error})"
+        raise CheckpointError(f"{path} cannot be converted: {reason}.") from error
 
 
 def _find_run_config(folder: Path, options: ImportOptions) -> RunConfig | None:

@@ -156,6 +156,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, tokenizer_folders: dict[st
         ({"hidden_size": 10**30}, "model.dim is too large"),
         ({"rms_norm_eps": -1.0}, "norm_eps is -1"),
         ({"num_key_value_heads": "two"}, "kv_heads is 'two'"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; a layer has at least 1"),
+        ({"layer_types": 3}, "another kind of value .*TypeError"),
+        ({"rope_parameters": {"rope_theta": 10**400}}, "another kind of value .*OverflowError"),
         ({"quantization_config": {"bits": 4}}, "weights are quantised"),
         ({"intermediate_size": 40}, "gives .* the shape .*different models"),
     ]

@@ -302,6 +302,8 @@ def test_a_damaged_or_foreign_source_is_refused(tmp_path: Path, tokenizer: Path)
         ({"n_embd": "48"}, "n_embd is '48', not a number"),
         ({"n_layers_in_coda": 1}, r"do not exist in the config's network: transformer\.coda\.1"),
         ({"intermediate_size": 44}, "Weights and config are of different models"),
+        ({"mean_recurrence": "x"}, "mean_recurrence is 'x', not a number"),
+        ({"mean_backprop_depth": [1]}, r"mean_backprop_depth is \[1\], not a number"),
     ):
         (source / "config.json").write_text(json.dumps(settings | change))
         refused(message)
@@ -318,7 +320,23 @@ def test_a_damaged_or_foreign_source_is_refused(tmp_path: Path, tokenizer: Path)
     (source / "model.safetensors").unlink()
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
     refused("outside of its folder")
+    for wrong in (["model.safetensors"], {"a": ["model.safetensors"]}, {"a": 1}):
+        (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": wrong}))
+        refused("has a weight_map that does not name a file for each weight")
     (source / "model.safetensors.index.json").unlink()
+    torch.save({1: torch.ones(2)}, source / "model.pt")
+    refused("holds no state dict: a dictionary of tensors by name")
+    torch.save(weights | {"transformer.wte.weight": torch.ones(())}, source / "model.pt")
+    refused("another kind of value .*IndexError")
+    (source / "model.pt").unlink()
+    qk_bias = {name: value[:1] if name.endswith("qk_bias") else value for name, value in weights.items()}
+    save_file({name: value.contiguous() for name, value in qk_bias.items()}, source / "model.safetensors")
+    refused("attn.qk_bias cannot be converted: index 1")
+    (source / "model.safetensors").unlink()
+    (source / "config.json").write_text(json.dumps(PARCAE | {"rope_settings": [1]}))
+    torch.save(weights, source / "model.pt")
+    refused("another kind of value .*TypeError")
+    (source / "config.json").write_text(json.dumps(settings))
     twice = {"module.transformer.wte.weight": weights["transformer.wte.weight"] + 1}
     torch.save(weights | twice, source / "model.pt")  # as many names, and one fewer without the wrapper
     refused("holds .*transformer.wte.weight and .*transformer.wte.weight, which are the same weight")

@@ -75,8 +75,11 @@ def list_weight_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     for index in sorted(path.glob("*.index.json")):
-        names = set(_read_object(index).get("weight_map", {}).values())
-        if any(not isinstance(name, str) or Path(name).name != name for name in names):
+        listed = _read_object(index).get("weight_map", {})
+        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+            raise CheckpointError(f"{index} has a weight_map that does not name a file for each weight. Copy it again.")
+        names = set(listed.values())
+        if any(Path(name).name != name for name in names):
             raise CheckpointError(f"{index} names files outside of its folder. It is damaged, or not to be trusted.")
         if missing := sorted(name for name in names if not (path / name).is_file()):
             raise CheckpointError(f"{index} names {missing[0]}, which is not there. Download or copy the whole folder.")
@@ -88,8 +91,8 @@ def list_weight_files(path: Path) -> list[Path]:
         if len(found) == 1 or (found and kinds == SAFETENSORS):
             return found
         if found:
-            listed = ", ".join(file.name for file in found[:3])
-            raise CheckpointError(f"{path} holds several files of weights ({listed}). Name one of them.")
+            few = ", ".join(file.name for file in found[:3])
+            raise CheckpointError(f"{path} holds several files of weights ({few}). Name one of them.")
     raise CheckpointError(f"{path} holds no weights: no *.safetensors, *.bin, *.pt. Name the folder or file that does.")
 
 
@@ -148,6 +151,10 @@ def _open_pytorch(file: Path) -> SourceWeights:
         state = next((content[name] for name in STATE_ENTRIES if isinstance(content.get(name), dict)), content)
         found: Any = next((content[name] for name in CONFIG_ENTRIES if name in content), {})
         config = dict(vars(found)) if isinstance(found, _PlainFields) else found if isinstance(found, dict) else {}
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()) or not state:
-        raise CheckpointError(f"{file} holds no state dict: a dictionary of tensors. Name the file that does.")
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items())
+    ):
+        raise CheckpointError(f"{file} holds no state dict: a dictionary of tensors by name. Name the file that does.")
     return SourceWeights({name: value.shape for name, value in state.items()}, state.__getitem__, config)

@@ -55,8 +55,14 @@ def read_model_config(settings: Mapping[str, Any]) -> ModelConfig:
 
 def read_depth(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of `depth` with which such a model is trained."""
-    mean, kept = settings.get("mean_recurrence", 32), settings.get("mean_backprop_depth", 8)
+    mean, kept = read_loop_counts(settings, 32, 8)
     return {"scheme": "lognormal_poisson", "mean": mean, "max": 8 * mean, "backprop": kept, "per": "micro_batch"}
+
+
+def read_loop_counts(settings: Mapping[str, Any], mean: int, kept: int) -> tuple[int, int]:
+    """Return the mean of T and the iterations with gradients, or these defaults; Parcae kept Huginn's names."""
+    given = {"mean_recurrence": mean, "mean_backprop_depth": kept, **settings}
+    return read_setting(given, int, "mean_recurrence"), read_setting(given, int, "mean_backprop_depth")
 
 
 def make_rules(config: ModelConfig) -> Rules:

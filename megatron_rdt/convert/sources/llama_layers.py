@@ -22,6 +22,8 @@ def read_layer_config(settings: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """
     require_settings(settings, kind, {"hidden_act": "silu", "mlp_bias": False, "attention_bias": False})
     dim, heads = read_setting(settings, int, "hidden_size"), read_setting(settings, int, "num_attention_heads")
+    if heads < 1:
+        raise ValueError(f"the config's num_attention_heads is {heads}; a layer has at least 1")
     width = heads * (settings.get("head_dim") or dim // heads)
     return {
         "vocab_size": read_setting(settings, int, "vocab_size"),

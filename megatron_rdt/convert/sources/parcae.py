@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.convert.sources.decay import DECAY_PARAMETERS, solve_decay_parameters
-from megatron_rdt.convert.sources.huginn import list_layer_names
+from megatron_rdt.convert.sources.huginn import list_layer_names, read_loop_counts
 from megatron_rdt.convert.sources.rules import Rule, Rules, copy_rules, read_setting, require_settings
 
 NAME, IGNORED = "Parcae", r"freqs_cis|lm_head\.weight"
@@ -46,7 +46,7 @@ def read_model_config(settings: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(
             "recurrent_num_attention_heads differs from num_attention_heads; here all layers have one width"
         )
-    rope = settings.get("rope_settings") or {}
+    rope = dict(settings.get("rope_settings") or {})
     return ModelConfig(
         vocab_size=read_setting(settings, int, "padded_vocab_size", "vocab_size"),
         dim=dim,
@@ -73,7 +73,7 @@ def read_model_config(settings: Mapping[str, Any]) -> ModelConfig:
 
 def read_depth(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of `depth` with which such a model is trained."""
-    mean, kept = settings.get("mean_recurrence", 8), settings.get("mean_backprop_depth", 4)
+    mean, kept = read_loop_counts(settings, 8, 4)
     per = "sequence" if settings.get("recurrent_iteration_method") == "per-sequence" else "micro_batch"
     return {"scheme": "poisson", "mean": mean, "max": 4 * mean, "backprop": kept, "per": per}
 

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,6 +59,7 @@ def convert(source: str, out: str, to: str, options: "ImportOptions | None" = No
 
     def write_all() -> None:
         """Fill `temporary` from whatever the source is."""
+        shutil.rmtree(_name_scratch(temporary), ignore_errors=True)  # of an export that was killed
         if plan is None:
             read_from_checkpoint(source, write)
         else:
@@ -99,14 +99,22 @@ def _write_foreign(plan: "ImportPlan", temporary: Path, export: Callable[[Path],
     """
     from megatron_rdt.convert.import_checkpoint import import_checkpoint
 
-    with tempfile.TemporaryDirectory(prefix=".rdt-convert-", dir=temporary.parent) as scratch:
-        folder = temporary if export is None else Path(scratch) / "checkpoint"
+    folder = temporary if export is None else _name_scratch(temporary)
+    try:
         shutil.rmtree(folder, ignore_errors=True)  # also what a conversion that was killed has left
         folder.mkdir()
         for note in import_checkpoint(plan, folder):
             print(f"{plan.kind}: {note}")
         if export is not None:
             export(folder)
+    finally:
+        if export is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _name_scratch(temporary: Path) -> Path:
+    """Return the path of the checkpoint from which an export is made: fixed, so that the next conversion can remove it."""
+    return temporary.with_name(f"{temporary.name}.native")  # no target's `temporary`, since those end with the suffix
 
 
 def _publish(target: Path, temporary: Path, write: Callable[[], None], out: str) -> None:

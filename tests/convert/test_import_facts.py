@@ -1,6 +1,9 @@
 """Facts of a source's training, such as its length, go into the checkpoint and into an export of it."""
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +67,32 @@ def test_deepspeeds_weights_have_the_length_of_their_run(tmp_path: Path, finishe
     options = ImportOptions(tokenizer=str(tiny_corpus / "tokenizer"), config=str(checkpoint / "config.yaml"))
     exported = convert(str(tmp_path / "source"), str(tmp_path / "hf"), "hf", options)
     assert read_lengths(exported) == (TRAINED_LENGTH, TRAINED_LENGTH)
+
+
+KILLED = """
+import os, signal, sys
+import megatron_rdt.convert.hf
+from megatron_rdt.convert import convert
+from megatron_rdt.convert.recognize import ImportOptions
+megatron_rdt.convert.hf.export_hf = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+convert(sys.argv[1], sys.argv[2], "hf", ImportOptions("2,3,1"))
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("to", ["hf", "native"])
+def test_the_next_conversion_removes_what_a_killed_one_left(
+    to: str, tmp_path: Path, tokenizer_folders: dict[str, Path]
+) -> None:
+    """The whole checkpoint from which an export is made lies beside OUT for a time."""
+    _, source = write_dense(tmp_path / "saved", LlamaConfig(**SIZES), tokenizer_folders["hf"])
+    out = tmp_path / "work" / "out"
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(source), str(out)], check=False, timeout=100)
+    assert killed.returncode == -signal.SIGKILL
+    assert (out.parent / ".out.tmp.native" / "manifest.json").is_file()
+    convert(str(source), str(out), to, CUT)
+    assert sorted(file.name for file in out.parent.iterdir()) == ["out"]
 
 
 def read_bos(exported: Path) -> list[Any]:

@@ -34,14 +34,14 @@ def convert(source: str, out: str, to: str, options: "ImportOptions | None" = No
     """
     from megatron_rdt.checkpoint import find_run_or_checkpoint, read_from_checkpoint
 
-    plan = plan_foreign(source, to, options)
-    if plan is None:
-        find_run_or_checkpoint(source)  # a path that leads nowhere leaves no directories
     target = Path(os.path.abspath(resolve_output_directory(out, "OUT")))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists and is not empty. Choose another OUT or remove it.")
-    make_parent(target, "OUT")
     check_can_be_renamed_to(target, "OUT")
+    plan = plan_foreign(source, to, options)  # after the checks of OUT, since to choose a cut the model is run
+    if plan is None:
+        find_run_or_checkpoint(source)
+    make_parent(target, "OUT")  # at last: a source that leads nowhere leaves no directories
     temporary = target.with_name(f".{target.name}{TEMPORARY_SUFFIX}")
 
     def write(checkpoint: Path) -> None:

@@ -18,7 +18,7 @@ from transformers import (
 
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import ModelConfig, load_config
-from megatron_rdt.convert import convert
+from megatron_rdt.convert import convert, recognize
 from megatron_rdt.convert.recognize import ImportOptions, plan_import
 from megatron_rdt.convert.sources import dense
 from megatron_rdt.data import Tokenizer
@@ -134,6 +134,20 @@ def test_the_cut_is_chosen_by_similarity(
     assert "--cut 2,3,1" in capsys.readouterr().out
     model, _ = load(tmp_path / "out", "cpu")
     assert (len(model.prelude), len(model.core.layers), len(model.coda)) == (2, 3, 1)
+
+
+def test_out_is_checked_before_the_model_is_run(
+    tmp_path: Path, tokenizer_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Choosing a cut is a forward pass of the whole model."""
+    _, source = write_dense(tmp_path / "saved", CONFIGS["llama"], tokenizer_folders["hf"])
+    called = []
+    monkeypatch.setattr(recognize, "choose_cut", lambda *_: called.append(True))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(ConfigError, match="exists and is not empty"):
+        convert(str(source), str(tmp_path / "full"), "native")
+    assert not called
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path, tokenizer_folders: dict[str, Path]) -> None:

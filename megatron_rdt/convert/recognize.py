@@ -81,15 +81,19 @@ def plan_import(path: Path, options: ImportOptions) -> ImportPlan:
         ConfigError: options are missing or do not fit.
     """
     folder = path.parent if path.is_file() else path
-    run_config = _find_run_config(folder, options)
+    if options.config and not Path(options.config).is_file():
+        raise ConfigError(f"--config names {options.config}, which is no file. Name the config of the source's model.")
     if _is_universal(path):
-        return _plan_own(path, folder, options, DEEPSPEED, run_config, _open_universal(path), "")
+        found = _find_run_config(folder, options)
+        return _plan_own(path, folder, options, DEEPSPEED, found, _open_universal(path), "")
     weights = open_source_weights(path)
-    settings = (
-        weights.config or read_settings(Path(options.config or folder / CONFIG_FILE)) if run_config is None else {}
-    )
-    if run_config is not None and (not settings):
-        return _plan_own(path, folder, options, DEEPSPEED, run_config, weights, "")
+    # What the user names counts most, then what the file of weights says, then what lies around it.
+    settings = {} if options.config else weights.config
+    if not settings:
+        run_config = _find_run_config(folder, options)
+        if run_config is not None:
+            return _plan_own(path, folder, options, DEEPSPEED, run_config, weights, "")
+        settings = read_settings(Path(options.config or folder / CONFIG_FILE))
     if settings.get("model_type") == MODEL_TYPE:
         own = RunConfig(model=_read_own_model(path, settings))
         return _plan_own(path, folder, options, OWN_EXPORT, own, weights, PREFIX, settings)

@@ -166,6 +166,35 @@ def write_mythos_content(attention: str, vocabulary: int) -> tuple[Weights, dict
     return weights, {"model": weights, "step": 7, "cfg": config, "vocab_size": vocabulary}
 
 
+def save_mythos(content: dict[str, Any], file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save a checkpoint as OpenMythos' script does, with a config object that is pickled as one of its class."""
+    module = types.ModuleType("open_mythos.main")
+    module.MythosConfig = MythosConfig  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "open_mythos", types.ModuleType("open_mythos"))
+        patch.setitem(sys.modules, "open_mythos.main", module)
+        torch.save(content, file)
+
+
+def test_the_config_in_a_file_of_weights_counts_more_than_one_around_it(
+    tmp_path: Path, tokenizer: Path, vocabulary: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A config.yaml of something else may lie beside or above the file; what --config names counts more than both."""
+    _, content = write_mythos_content("gqa", vocabulary)
+    (tmp_path / "inner").mkdir()
+    file, options = tmp_path / "inner" / "mythos.pt", ImportOptions(tokenizer=str(tokenizer))
+    save_mythos(content, file, monkeypatch)
+    for folder in (tmp_path, tmp_path / "inner"):
+        (folder / "config.yaml").write_text("model:\n  dim: 64\n")
+        plan = plan_import(file, options)
+        assert (plan.kind, plan.model.dim, plan.length) == ("OpenMythos", 32, 64)
+    named = tmp_path / "named.json"
+    named.write_text(json.dumps(vars(content["cfg"]) | {"max_seq_len": 128}))
+    assert plan_import(file, dataclasses.replace(options, config=str(named))).length == 128
+    with pytest.raises(ConfigError, match=r"--config names .*nothing\.json, which is no file"):
+        plan_import(file, dataclasses.replace(options, config=str(tmp_path / "nothing.json")))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["mla", "gqa"])
 def test_open_mythos(
@@ -173,12 +202,7 @@ def test_open_mythos(
 ) -> None:
     """Its script's checkpoint holds a pickled config object, of which the fields are read and no code is run."""
     weights, content = write_mythos_content(attention, vocabulary)
-    module = types.ModuleType("open_mythos.main")
-    module.MythosConfig = MythosConfig  # type: ignore[attr-defined]
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "open_mythos", types.ModuleType("open_mythos"))
-        patch.setitem(sys.modules, "open_mythos.main", module)
-        torch.save(content, tmp_path / "mythos.pt")
+    save_mythos(content, tmp_path / "mythos.pt", monkeypatch)
     (tmp_path / "work").mkdir()
     options = ImportOptions(tokenizer=str(tokenizer))
     checkpoint = check_use(tmp_path / "mythos.pt", byte_corpus, tokenizer, tmp_path / "work", options)

@@ -66,7 +66,8 @@ class RdtConfig(PretrainedConfig):
         latent = self.model["kv_rank"] + self.model["rope_dim"]
         is_latent = self.model["attention"] == "mla"
         self.num_key_value_heads = 1 if is_latent else self.model["kv_heads"]
-        self.head_dim = -(-latent // 2) if is_latent else self.model["dim"] // self.model["heads"]
+        width = self.model["attention_dim"] or self.model["dim"]
+        self.head_dim = -(-latent // 2) if is_latent else width // self.model["heads"]
         for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers"):
             kwargs.pop(name, None)  # a saved config repeats them
         kwargs.setdefault("tie_word_embeddings", self.model["tie_embeddings"])

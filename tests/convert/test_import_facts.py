@@ -1,5 +1,6 @@
 """Facts of a source's training, such as its length, go into the checkpoint and into an export of it."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -13,8 +14,9 @@ import torch
 from transformers import LlamaConfig
 
 from megatron_rdt import checkpoint as checkpoints
-from megatron_rdt.config import RunConfig, load_config
+from megatron_rdt.config import ModelConfig, RunConfig, load_config
 from megatron_rdt.convert import convert
+from megatron_rdt.convert.hf_config import RdtConfig
 from megatron_rdt.convert.recognize import ImportOptions, plan_import
 from megatron_rdt.data import Tokenizer
 from megatron_rdt.errors import CheckpointError
@@ -93,6 +95,13 @@ def test_the_next_conversion_removes_what_a_killed_one_left(
     assert (out.parent / ".out.tmp.native" / "manifest.json").is_file()
     convert(str(source), str(out), to, CUT)
     assert sorted(file.name for file in out.parent.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("attention_dim", [0, 64])
+def test_the_head_dim_of_an_export_is_the_models(attention_dim: int) -> None:
+    """Tools size caches by it; heads may be wider than dim / heads, as in Qwen3."""
+    model = ModelConfig(dim=32, heads=4, kv_heads=2, attention_dim=attention_dim)
+    assert RdtConfig(dataclasses.asdict(model)).head_dim == model.head_dim == (attention_dim or 32) // 4
 
 
 def read_bos(exported: Path) -> list[Any]:

@@ -91,10 +91,10 @@ def _check_logits(plan: ImportPlan, out: Path, vocabulary: int) -> str:
     expected = compute_dense_logits(plan.settings, plan.weights, plan.layers, tokens)
     if expected is None:
         return f"{finite}; transformers, to compare with the dense model, is not installed"
-    return _compare(plan, logits[0], expected)
+    return _compare_with_dense(plan, logits[0], expected)
 
 
-def _compare(plan: ImportPlan, found: Tensor, expected: Tensor) -> str:
+def _compare_with_dense(plan: ImportPlan, found: Tensor, expected: Tensor) -> str:
     """Return a sentence on the difference at T = 1; CheckpointError if it is more than rounding."""
     difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
     if difference > TOLERANCE * largest:

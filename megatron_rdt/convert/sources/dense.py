@@ -22,7 +22,7 @@ from megatron_rdt.convert.sources.decay import DECAY_PARAMETERS
 from megatron_rdt.convert.sources.llama_layers import make_layer_rules, read_layer_config
 from megatron_rdt.convert.sources.rules import Rule, Rules, copy_rules, read_setting
 
-NAME, IGNORED = "dense model", r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|lm_head\.weight"
+IGNORED = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|lm_head\.weight"
 PRE = {"attention_norm": "input_layernorm", "feedforward_norm": "post_attention_layernorm"}
 POST = {"attention_outer_norm": "post_attention_layernorm", "feedforward_outer_norm": "post_feedforward_layernorm"}
 # By model_type: the name for people, and the options of `model` by which its layers differ from Llama's.

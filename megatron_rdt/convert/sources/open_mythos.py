@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.convert.sources.decay import DECAY_PARAMETERS, fit_rules, solve_decay_parameters
 from megatron_rdt.convert.sources.parcae import require_zoh
-from megatron_rdt.convert.sources.rules import Rule, Rules, copy_rules, join, read_setting, stack
+from megatron_rdt.convert.sources.rules import Rule, Rules, copy_rules, join_weights, read_setting, stack_weights
 
 NAME = "OpenMythos"
 # Fields of `MythosConfig`, by the name that they have here.
@@ -83,7 +83,7 @@ def make_rules(config: ModelConfig) -> Rules:
         rules[f"core.injection.diagonal.{name}"] = Rule(injection, partial(_make_decay, name=name), "solved for")
     size = partial(torch.ones, config.dim // LOOP_INDEX_SHARE)
     rules["core.signals.sinusoidal.size"] = Rule((), size, "1, since it is fixed there")
-    rules["core.signals.lora.up"] = Rule(("recurrent.lora.B",), transpose, "transposed")
+    rules["core.signals.lora.up"] = Rule(("recurrent.lora.B",), transpose_weight, "transposed")
     rules |= fit_rules("core.signals.lora", "recurrent.lora.scale.weight")
     if config.halting == "act":
         rules["core.halting.weight"] = Rule(("recurrent.act.halt.weight",), torch.flatten, "flattened")
@@ -91,7 +91,7 @@ def make_rules(config: ModelConfig) -> Rules:
     return rules
 
 
-def transpose(weight: Tensor) -> Tensor:
+def transpose_weight(weight: Tensor) -> Tensor:
     """Return the transposed matrix, contiguous."""
     return weight.T.contiguous()
 
@@ -127,9 +127,9 @@ def _make_expert_rules(ours: str, theirs: str, config: ModelConfig) -> Rules:
     rules[f"{ours}.selection_bias"] = Rule((f"{theirs}.router_bias",))
     for part in ("gate", "up", "down"):
         routed = tuple(f"{theirs}.routed_experts.{i}.{part}.weight" for i in range(config.experts))
-        rules[f"{ours}.{part}"] = Rule(routed, stack, "stacked")
+        rules[f"{ours}.{part}"] = Rule(routed, stack_weights, "stacked")
         if config.shared_experts:
             shared = tuple(f"{theirs}.shared_experts.{i}.{part}.weight" for i in range(config.shared_experts))
-            joined = Rule(shared, partial(join, dim=1 if part == "down" else 0), "joined")
+            joined = Rule(shared, partial(join_weights, dim=1 if part == "down" else 0), "joined")
             rules[f"{ours}.shared.{part}.weight"] = joined
     return rules

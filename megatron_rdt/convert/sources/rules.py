@@ -17,7 +17,7 @@ LISTED_NAMES = 3
 Value = TypeVar("Value")
 
 
-def keep(weight: Tensor) -> Tensor:
+def keep_weight(weight: Tensor) -> Tensor:
     """Return the weight as it is."""
     return weight
 
@@ -33,7 +33,7 @@ class Rule:
     """
 
     names: tuple[str, ...]
-    make: Callable[..., Tensor] = keep
+    make: Callable[..., Tensor] = keep_weight
     note: str = ""
 
 
@@ -114,11 +114,11 @@ def read_setting(settings: Mapping[str, object], kind: type[Value], *names: str)
     raise ValueError(f"the config has no {names[0]}")
 
 
-def stack(*weights: Tensor) -> Tensor:
+def stack_weights(*weights: Tensor) -> Tensor:
     """Stack weights along a new first dimension."""
     return torch.stack(weights)
 
 
-def join(*weights: Tensor, dim: int = 0) -> Tensor:
+def join_weights(*weights: Tensor, dim: int = 0) -> Tensor:
     """Concatenate weights along `dim`."""
     return torch.cat(weights, dim=dim)

@@ -16,7 +16,9 @@ class EvalOptions:
     loops: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
     """Loop counts T to evaluate at."""
     sequences: int = 64
-    """Validation sequences to use, spread evenly over the split, of the length that the run was trained with."""
+    """Validation sequences to use, spread evenly over the split."""
+    sequence_length: int = 0
+    """Tokens of a validation sequence; 0: as many as in training, which of an imported model may be more than memory or the split can hold."""
     data: PathText | None = None
     """Directory of a prepared corpus; by default the run's own."""
     out: PathText | None = None
@@ -36,6 +38,10 @@ def evaluate(words: list[str]) -> int:
         raise ConfigError("--loops, --sequences and --examples must be at least 1.")
     if options.exit_rules and not options.tasks:
         raise ConfigError("--exit_rules are scored with --tasks. Add --tasks true, or omit --exit_rules.")
+    if options.sequence_length < 0:
+        raise ConfigError("--sequence_length must be at least 1, or 0 for that of the training.")
+    if options.sequence_length and options.tasks:
+        raise ConfigError("--tasks scores whole examples. Omit --sequence_length.")
     common = (options.checkpoint, options.loops)
     if options.tasks:
         from megatron_rdt.evaluate.task_evaluation import evaluate_tasks
@@ -44,5 +50,5 @@ def evaluate(words: list[str]) -> int:
     else:
         from megatron_rdt.evaluate.loss import evaluate_checkpoint
 
-        evaluate_checkpoint(*common, options.sequences, options.data, options.out)
+        evaluate_checkpoint(*common, options.sequences, options.data, options.out, options.sequence_length)
     return EXIT_OK

@@ -4,6 +4,7 @@ import math
 import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,7 +95,12 @@ def measure_mixture_losses(
 
 
 def evaluate_checkpoint(
-    checkpoint: str, loops: Sequence[int], sequences: int, data: str | None = None, out: str | None = None
+    checkpoint: str,
+    loops: Sequence[int],
+    sequences: int,
+    data: str | None = None,
+    out: str | None = None,
+    sequence_length: int = 0,
 ) -> dict[str, Any]:
     """Print a table of the validation loss against T; write losses, step and counts as JSON, and return them.
 
@@ -104,6 +110,7 @@ def evaluate_checkpoint(
         sequences: validation windows to use; all of them if the split has fewer.
         data: prepared corpus; by default the run's own.
         out: JSON file; by default eval.json in the run directory, and none for a checkpoint outside a run.
+        sequence_length: tokens of a window; 0 means as many as in training.
 
     Returns:
         The object that the JSON file holds.
@@ -123,6 +130,8 @@ def evaluate_checkpoint(
         directory = Path(os.path.abspath(found))
         target = choose_result_file(directory, EVALUATION, file)
         config = load_saved_config(directory)
+        if sequence_length:
+            config = replace(config, train=replace(config.train, sequence_length=sequence_length))
         opened = open_validation_corpora(config, data)
         step = read_trainer_state(directory)["step"]
         return directory, target, config, opened, step, load_verified(directory, device)
@@ -148,6 +157,7 @@ def evaluate_checkpoint(
         "checkpoint": directory.name,
         "step": step,
         "sequences": sum(map(len, windows.values())),
+        **({"sequence_length": sequence_length} if sequence_length else {}),
         "bytes_per_token": float(bytes_per_token),
         "losses": _name_loops(curve.losses),
         "standard_errors": _name_loops(curve.standard_errors),
@@ -271,7 +281,7 @@ def open_validation_corpus(path: str, sequence_length: int, seed: int, options: 
         raise DataError(
             f"the validation split of {path} has {tokens} tokens, an evaluation with sequences of {sequence_length} needs "
             f"at least {2 * sequence_length}. Prepare more text or with a larger --valid_fraction, and name that corpus "
-            "with --data DIR."
+            "with --data DIR; or lower --sequence_length of rdt eval."
         )
     manifest.verify()
     return open_corpus(manifest, "valid", sequence_length, seed, options, pack=False)

@@ -13,6 +13,8 @@ import torch
 
 from data_prep.config import PrepConfig
 from data_prep.pipeline import prepare
+from launch.commands.eval import evaluate
+from megatron_rdt.checkpoint import read_manifest, write_manifest
 from megatron_rdt.config import RunConfig
 from megatron_rdt.data import TokenCorpus, Tokenizer
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError
@@ -123,6 +125,32 @@ def test_a_short_split_gives_fewer_windows(run: Path, tiny_corpus: Path, capsys:
     out = capsys.readouterr().out
     assert f"the validation split has {available} sequences of {LENGTH} tokens; all are used" in out
     assert f"({available:,} sequences, " in out
+
+
+def test_windows_may_be_shorter_than_in_training(run: Path, tmp_path: Path, tiny_corpus: Path) -> None:
+    """As a run would be evaluated that was trained with them; for a model whose own length nothing here holds."""
+    short = LENGTH // 4
+    available = TokenCorpus(tiny_corpus, "valid", short, 0).samples_per_epoch
+    alone = tmp_path / "long"
+    shutil.copytree(run / "checkpoints/step-00000008", alone)
+    config = (alone / "config.yaml").read_text()
+    trained = f"sequence_length: {LENGTH}\n"
+    assert trained in config
+
+    def train_with(length: int) -> None:
+        (alone / "config.yaml").write_text(config.replace(trained, f"sequence_length: {length}\n"))
+        write_manifest(alone, read_manifest(alone))
+
+    train_with(131_072)
+    with pytest.raises(DataError, match="or lower --sequence_length"):
+        evaluate_checkpoint(str(alone), [1], 2)
+    result = evaluate_checkpoint(str(alone), [1], available, sequence_length=short)
+    assert (result["sequences"], result["sequence_length"]) == (available, short)
+    train_with(short)
+    assert evaluate_checkpoint(str(alone), [1], available)["losses"] == result["losses"]
+    for words, message in ((["-1"], "at least 1, or 0"), (["8", "--tasks", "true"], "whole examples")):
+        with pytest.raises(ConfigError, match=message):
+            evaluate([str(alone), "--sequence_length", *words])
 
 
 def test_a_checkpoint_outside_a_run_writes_nothing_unasked(

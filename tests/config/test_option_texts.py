@@ -183,7 +183,7 @@ NO_PATHS = {
     ),
     *("extensions", "text_field", "prompt_field", "hf_split", "filters", "special_tokens", "shard", "task"),
     *("task_field", "difficulty_field", "label_field", "test_task", "difficulty", "test_difficulty"),
-    *("arms", "axis", "lr_sweep", "only", "compare", "budgets", "sizes", "loops", "exit_rules"),
+    *("arms", "axis", "lr_sweep", "only", "compare", "budgets", "sizes", "loops", "exit_rules", "cut"),
     *(
         "time",
         "partition",

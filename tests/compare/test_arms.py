@@ -168,7 +168,7 @@ def test_a_batch_schedule_counts_and_keeps_its_shares_in_a_sweep(configure: Conf
     assert kept.batch_schedule == ["0:1", "2:16", "6:4"]
     record = {name: 1.0 for name in METRICS} | {"loops_max": 3, "loops_mean": 3.0, "loops_with_grad": 3.0}
     looped.directory.mkdir(parents=True)
-    lines = [json.dumps({**record, "step": step}) + "\n" for step in range(1, 101)]
+    lines = [json.dumps({**record, "step": step, "tokens": step}) + "\n" for step in range(1, 101)]
     (looped.directory / "metrics.jsonl").write_text("".join(lines))
     model, forward = scheduled.model, forward_flops(scheduled.model, scheduled.train.sequence_length)
     tokens = 820 * scheduled.train.sequence_length

@@ -1,6 +1,7 @@
 """Tokenizers: no text is lost, special tokens in a text stay text, and AutoTokenizer gives the same ids."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,9 @@ def exported(tokenizer_folders: dict[str, Path], tmp_path_factory: pytest.TempPa
     for kind, folder in tokenizer_folders.items():
         out = tmp_path_factory.mktemp(kind)
         assert export_tokenizer(folder, out, 32) == ""
-        assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+        before, after = (json.loads((at / "tokenizer.json").read_text(encoding="utf-8")) for at in (folder, out))
+        before["post_processor"] = after["post_processor"]  # without the tokens of a template, as in a corpus
+        assert after == before
         loaded[kind] = AutoTokenizer.from_pretrained(out, split_special_tokens=True)
     return loaded
 

@@ -18,7 +18,7 @@ from megatron_rdt.data import Tokenizer
 from megatron_rdt.data.tokenizer.hugging_face_backend import JSON_FILE
 from megatron_rdt.data.tokenizer.sentencepiece_backend import MODEL_FILE
 from megatron_rdt.data.tokenizer.tokenizer_files import copy_tokenizer_files
-from megatron_rdt.errors import CheckpointError, DataError
+from megatron_rdt.errors import CheckpointError
 from megatron_rdt.files import write_text
 from megatron_rdt.terminal import show_progress
 
@@ -61,17 +61,12 @@ def import_checkpoint(plan: ImportPlan, out: Path) -> list[str]:
 
 
 def _copy_tokenizer(plan: ImportPlan, out: Path) -> int:
-    """Carry the tokenizer over; return its number of ids. DataError if it has more than the embedding."""
+    """Carry the tokenizer over; return its number of ids, of which the plan has found that the embedding has rows for."""
     copy_tokenizer_files(plan.tokenizer, out)
     if plan.kind not in (OWN_EXPORT, DEEPSPEED) and (out / JSON_FILE).is_file():
-        # Where both are there, transformers takes tokenizer.json, which may have tokens that were added later.
+        # See `open_source_tokenizer`.
         (out / MODEL_FILE).unlink(missing_ok=True)
     tokenizer = Tokenizer(out)
-    if tokenizer.vocab_size > plan.model.vocab_size:
-        raise DataError(
-            f"the tokenizer in {plan.tokenizer} has {tokenizer.vocab_size:,} ids, the embedding of {plan.source} "
-            f"{plan.model.vocab_size:,} rows. Name the right one in --tokenizer."
-        )
     tokenizer.write_token_bytes(out)
     return tokenizer.vocab_size
 

@@ -15,6 +15,8 @@ from megatron_rdt.config import DepthConfig, ModelConfig, RunConfig, check_confi
 from megatron_rdt.config.schema import RunSection, TrainConfig
 from megatron_rdt.convert.sources.files import SourceWeights
 from megatron_rdt.convert.sources.rules import Rules
+from megatron_rdt.data import Tokenizer
+from megatron_rdt.data.tokenizer.hugging_face_backend import JSON_FILE
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.model import RecurrentDepthTransformer
 
@@ -102,6 +104,15 @@ class ImportPlan:
         config = RunConfig(run=RunSection(name=name), model=self.model, depth=depth, train=train)
         check_config(config, 1)
         return config
+
+
+def open_source_tokenizer(path: Path, own: bool) -> Tokenizer:
+    """Open the tokenizer in the folder or file `path`, as it is carried over.
+
+    Where a foreign model has both kinds of file, that is tokenizer.json, as transformers takes it: it may have tokens that
+    were added later. A model of this project (`own`) was trained with the other.
+    """
+    return Tokenizer(path if own or not (path / JSON_FILE).is_file() else path / JSON_FILE)
 
 
 def _read_floats(weights: SourceWeights, name: str) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_rdt.config import ModelConfig, RunConfig, load_config, read_saved_model
 from megatron_rdt.convert.hf import CONFIG_FILE, MODEL_TYPE, PREFIX, check_tokenizer
 from megatron_rdt.convert.hf_tokenizer import open_exported_tokenizer
-from megatron_rdt.convert.import_plan import DEEPSPEED, OWN_EXPORT, ImportPlan
+from megatron_rdt.convert.import_plan import DEEPSPEED, OWN_EXPORT, ImportPlan, open_source_tokenizer
 from megatron_rdt.convert.similarity import choose_cut
 from megatron_rdt.convert.sources import dense, huginn, open_mythos, ouro, parcae
 from megatron_rdt.convert.sources.files import PYTORCH, SAFETENSORS, SourceWeights, open_source_weights, read_settings
@@ -157,7 +157,7 @@ def _plan_own(
         if name.endswith("selection_bias") and prefix + name not in weights.shapes:  # a buffer, which DeepSpeed drops
             rules[name] = Rule((), lambda size=config.model.experts: torch.zeros(size), "0, since it was not saved")
     _check_names(path, rules, weights, r"lm_head\.weight|model\.lm_head\.weight")
-    tokenizer = _find_tokenizer(folder, options, own=True)
+    tokenizer = _find_tokenizer(path, folder, options, config.model.vocab_size, own=True)
     if kind == OWN_EXPORT and not options.tokenizer:
         check_tokenizer(folder, Tokenizer(tokenizer))
     length = _read_length(path, settings) if settings else config.train.sequence_length
@@ -199,7 +199,7 @@ def _plan_foreign(
         rules = looped.make_rules(model)
         ignored = open_mythos.list_ignored(model) if looped is open_mythos else looped.IGNORED
         _check_names(path, rules, weights, ignored)
-        depth, tokenizer = looped.read_depth(settings), _find_tokenizer(folder, options)
+        depth, tokenizer = looped.read_depth(settings), _find_tokenizer(path, folder, options, model.vocab_size)
         return ImportPlan(
             path, looped.NAME, settings, model, depth, rules, weights, tokenizer, _read_length(path, settings)
         )
@@ -243,13 +243,14 @@ def _plan_dense(
     options: ImportOptions,
 ) -> ImportPlan:
     """Plan the cut of a dense model, by --cut or, with auto, by the similarity of its layers."""
-    layers, tokenizer = dense.count_layers(settings), _find_tokenizer(folder, options)
+    layers, rows = dense.count_layers(settings), _find_vocabulary(weights)
+    tokenizer = _find_tokenizer(path, folder, options, rows)
     kind, length = dense.KINDS[settings["model_type"]][0], _read_length(path, settings)
     _check_count(layers, weights)
 
     def plan_cut(cut: dense.Cut, notes: list[str]) -> ImportPlan:
         kept = dense.list_kept_layers(cut, layers)
-        model = dataclasses.replace(dense.read_model_config(settings, cut), vocab_size=_find_vocabulary(weights))
+        model = dataclasses.replace(dense.read_model_config(settings, cut), vocab_size=rows)
         _check_model(model, weights, folder / CONFIG_FILE)
         rules = dense.make_rules(model, layers)
         _check_names(path, rules, weights, dense.find_dropped_weights(model, layers))
@@ -261,7 +262,7 @@ def _plan_dense(
     if layers < 3:
         raise ValueError(f"a model of {layers} layers cannot be cut by similarity; give --cut")
     whole = plan_cut((1, layers - 2, 1), [])
-    cut, note = choose_cut(whole.model, whole.stored, tokenizer)
+    cut, note = choose_cut(whole.model, whole.stored, open_source_tokenizer(tokenizer, own=False))
     return plan_cut(cut, [note])
 
 
@@ -280,7 +281,19 @@ def _check_cut_is_omitted(path: Path, kind: str, options: ImportOptions) -> None
         raise ConfigError(f"--cut is for dense models, and {path} is looped already ({kind}). Omit --cut.")
 
 
-def _find_tokenizer(folder: Path, options: ImportOptions, own: bool = False) -> Path:
+def _find_tokenizer(path: Path, folder: Path, options: ImportOptions, rows: int, own: bool = False) -> Path:
+    """Return the folder of the tokenizer; see `_search_tokenizer`. DataError for more ids than the embedding has rows."""
+    found = _search_tokenizer(folder, options, own)
+    ids = open_source_tokenizer(found, own).vocab_size
+    if ids > rows:
+        raise DataError(
+            f"the tokenizer in {found} has {ids:,} ids, the embedding of {path} {rows:,} rows. Name the right one in "
+            "--tokenizer."
+        )
+    return found
+
+
+def _search_tokenizer(folder: Path, options: ImportOptions, own: bool) -> Path:
     """Return the folder of the tokenizer, from --tokenizer, the source's or the one above; ConfigError if there is none."""
     if options.tokenizer:
         return Path(options.tokenizer)

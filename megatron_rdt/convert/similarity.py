@@ -6,8 +6,6 @@ core is the one whose output is the most similar to its input, by the angle betw
 prelude, what comes after the coda.
 """
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -25,13 +23,13 @@ def mean(values):
 If seven boxes hold twelve eggs each, then there are eighty-four eggs; half of them are brown."""
 
 
-def choose_cut(model: ModelConfig, stored: StoredWeights, tokenizer: Path) -> tuple[tuple[int, int, int], str]:
+def choose_cut(model: ModelConfig, stored: StoredWeights, tokenizer: Tokenizer) -> tuple[tuple[int, int, int], str]:
     """Return the layers of prelude, core and coda, and a sentence that says why.
 
     Args:
         model: any cut of the dense model, of at least 3 layers, that keeps all of them: at T = 1 the dense model itself.
         stored: its weights.
-        tokenizer: folder of its tokenizer.
+        tokenizer: its tokenizer.
     """
     streams: list[Tensor] = []  # the input of each layer in order, then the output of the last
 
@@ -40,7 +38,7 @@ def choose_cut(model: ModelConfig, stored: StoredWeights, tokenizer: Path) -> tu
         last[0] = after
 
     last = [torch.empty(0)]
-    tokens = torch.tensor([Tokenizer(tokenizer).encode(TEXT)])
+    tokens = torch.tensor([tokenizer.encode(TEXT)])
     compute_logits(model, stored, tokens, [1], observe)
     streams.append(last[0])
     layers = model.prelude_layers + model.core_layers + model.coda_layers

@@ -22,7 +22,7 @@ from megatron_rdt.convert import convert, recognize
 from megatron_rdt.convert.recognize import ImportOptions, plan_import
 from megatron_rdt.convert.sources import dense
 from megatron_rdt.data import Tokenizer
-from megatron_rdt.errors import CheckpointError, ConfigError
+from megatron_rdt.errors import CheckpointError, ConfigError, DataError
 from megatron_rdt.inference import load
 from megatron_rdt.model.injection.diagonal import DiagonalDecay
 from tests.convert.imported import check_use, write_source
@@ -148,6 +148,20 @@ def test_out_is_checked_before_the_model_is_run(
     with pytest.raises(ConfigError, match="exists and is not empty"):
         convert(str(source), str(tmp_path / "full"), "native")
     assert not called
+
+
+@pytest.mark.parametrize("cut", ["auto", "2,3,1"])
+def test_a_tokenizer_with_more_ids_than_rows_is_refused(
+    cut: str, tmp_path: Path, tokenizer_folders: dict[str, Path]
+) -> None:
+    """Before a layer is run to choose the cut, whose prompt may have any of the ids."""
+    ids = Tokenizer(tokenizer_folders["hf"]).vocab_size
+    model = make_dense(CONFIGS["llama"], ids - 12)
+    model.save_pretrained(tmp_path / "saved")
+    settings = json.loads((tmp_path / "saved" / "config.json").read_text())
+    source = write_source(tmp_path / "source", settings, dict(model.state_dict()), tokenizer_folders["hf"])
+    with pytest.raises(DataError, match=rf"has {ids:,} ids, the embedding of .* {ids - 12:,} rows"):
+        convert(str(source), str(tmp_path / "out"), "native", ImportOptions(cut))
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path, tokenizer_folders: dict[str, Path]) -> None:

@@ -116,11 +116,19 @@ def open_source_tokenizer(path: Path, own: bool) -> Tokenizer:
 
 
 def _read_floats(weights: SourceWeights, name: str) -> Tensor:
-    """Read a weight as float32; ValueError for one of whole numbers, which would be quantised."""
+    """Read a weight as float32; ValueError if it is not finite, or of whole numbers, which would be quantised."""
     weight = weights.read(name)
     if not weight.is_floating_point():
         raise ValueError(f"it is stored as {weight.dtype}; convert the model that was not quantised")
-    return weight.float()
+    weight = weight.float()
+    finite = torch.isfinite(weight)
+    if not bool(finite.all()):
+        first = (~finite).nonzero()[0].tolist()
+        raise ValueError(
+            f"{name} holds {int((~finite).sum()):,} numbers that are not finite, the first at {first}. The source is damaged: "
+            "download or copy it again"
+        )
+    return weight
 
 
 def describe_rules(plan: ImportPlan) -> list[str]:

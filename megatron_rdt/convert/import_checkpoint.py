@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_rdt.checkpoint import open_weights
 from megatron_rdt.config import RunConfig
 from megatron_rdt.config.load import dump_config
+from megatron_rdt.config.schema import TrainConfig
 from megatron_rdt.convert.dense_reference import compute_dense_logits
 from megatron_rdt.convert.import_plan import DEEPSPEED, OWN_EXPORT, ImportPlan, describe_origin
 from megatron_rdt.convert.native_writer import check_written, write_documents, write_weights
@@ -27,6 +28,8 @@ PROMPT_TOKENS = 24
 TRIED_LOOPS = [1, 2]
 # Largest difference of logits at T = 1 to those of the dense model, as a share of the largest logit.
 TOLERANCE = 1e-3
+# Steps of a continued training for each step of the curriculum of its depth, so that the curriculum ends.
+STEPS_PER_CURRICULUM_STEP = 4
 CONTINUE = "continue.yaml"
 
 
@@ -103,12 +106,14 @@ def _compare_with_dense(plan: ImportPlan, found: Tensor, expected: Tensor) -> st
 
 
 def _format_continue(plan: ImportPlan, config: RunConfig) -> str:
-    """Return the YAML with which a run continues from the weights: the model and the depth, nothing of data or length."""
+    """Return the YAML with which a run continues from the weights: the model and the depth, nothing of the data."""
     import yaml
 
     sections: dict[str, Any] = yaml.safe_load(dump_config(config))
     kept = {name: sections[name] for name in ("run", "model", "depth")}
     kept["eval"] = {"loops": sorted({1, 2, 4, round(config.depth.mean)})}
+    if config.depth.curriculum != "none":
+        kept["train"] = {"steps": max(STEPS_PER_CURRICULUM_STEP * config.depth.curriculum_steps, TrainConfig.steps)}
     if plan.layers is not None:
         kept["optimizer"] = {"lr": 5.0e-5}
     head = (
@@ -117,5 +122,8 @@ def _format_continue(plan: ImportPlan, config: RunConfig) -> str:
         "# where rdt prep --tokenizer FOLDER/tokenizer has prepared the corpus.\n"
     )
     if plan.layers is not None:
-        head += "# T grows from 1, at which the model is the dense one, to its mean over depth.curriculum_steps.\n"
+        head += (
+            "# E[T] grows from 2, with T = 1, the dense model, in two draws of five, to 5 over depth.curriculum_steps:\n"
+            "# keep these at about a quarter of train.steps.\n"
+        )
     return head + yaml.safe_dump(kept, sort_keys=False)

@@ -1,6 +1,7 @@
 """Dense models of transformers, cut into prelude, core and coda: at T = 1 the logits are the dense model's."""
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -17,11 +18,13 @@ from transformers import (
 )
 
 from megatron_rdt import checkpoint as checkpoints
-from megatron_rdt.config import ModelConfig, load_config
+from megatron_rdt.config import ModelConfig, RunConfig, load_config
 from megatron_rdt.convert import convert, recognize
 from megatron_rdt.convert.recognize import ImportOptions, plan_import
 from megatron_rdt.convert.sources import dense
 from megatron_rdt.data import Tokenizer
+from megatron_rdt.depth.distributions import loop_probabilities
+from megatron_rdt.depth.sampler import DepthSampler
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError
 from megatron_rdt.inference import load
 from megatron_rdt.model.injection.diagonal import DiagonalDecay
@@ -104,6 +107,19 @@ def test_halves_add_up_to_the_encoded_input() -> None:
         assert all(torch.equal(part, torch.full((dim,), 0.5)) for part in decay())
 
 
+def check_depth(config: RunConfig) -> None:
+    """Check what continue.yaml and docs/conversion.md say of T: where it begins and ends, and that the curriculum ends."""
+    assert (config.depth.curriculum, config.train.steps, config.depth.curriculum_steps) == (
+        "one_minus_sqrt",
+        5000,
+        1250,
+    )
+    for step, mean, share in ((0, 2, 0.4), (config.train.steps - 1, 5, 0.06)):
+        now = dataclasses.replace(config.depth, mean=DepthSampler(config.depth, 1).mean_at(step))
+        assert DepthSampler(now, 1).expected_loops == pytest.approx(mean, abs=0.02)
+        assert loop_probabilities(now)[1] == pytest.approx(share, abs=0.02)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "olmo2"])
 def test_a_cut_model_is_used_and_trained(
@@ -114,7 +130,7 @@ def test_a_cut_model_is_used_and_trained(
     options = ImportOptions("2,3,1")
     checkpoint = check_use(source, byte_corpus, tokenizer_folders["hf"], tmp_path / "work", options)
     config = load_config(checkpoint / "continue.yaml")
-    assert (config.depth.curriculum, config.depth.min) == ("one_minus_sqrt", 1)
+    check_depth(config)
     manifest = checkpoints.read_manifest(checkpoint)
     assert manifest["converted_from"]["layers"] == [0, 1, 2, 3, 4, 5]
 
@@ -130,7 +146,8 @@ def test_the_cut_is_chosen_by_similarity(
             weights[name] = value * 1e-3
     settings = json.loads((tmp_path / "saved" / "config.json").read_text())
     source = write_source(tmp_path / "similar", settings, weights, tokenizer_folders["hf"])
-    convert(str(source), str(tmp_path / "out"), "native")
+    checkpoint = convert(str(source), str(tmp_path / "out"), "native")
+    check_depth(load_config(checkpoint / "continue.yaml"))
     assert "--cut 2,3,1" in capsys.readouterr().out
     model, _ = load(tmp_path / "out", "cpu")
     assert (len(model.prelude), len(model.core.layers), len(model.coda)) == (2, 3, 1)

@@ -66,10 +66,10 @@ def read_model_config(settings: Mapping[str, Any], cut: Cut) -> ModelConfig:
 
 
 def read_depth() -> dict[str, Any]:
-    """Return the options of `depth` for continued pretraining: T grows from 1, the dense model, in the first quarter."""
+    """Return the options of `depth` for continued pretraining: the mean of T grows over a quarter of 5000 steps."""
     return {
         **{"scheme": "lognormal_poisson", "mean": 4, "max": 16, "per": "micro_batch"},
-        **{"curriculum": "one_minus_sqrt", "curriculum_steps": 2500},
+        **{"curriculum": "one_minus_sqrt", "curriculum_steps": 1250},
     }
 
 

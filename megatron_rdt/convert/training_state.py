@@ -51,6 +51,7 @@ def convert_training_state(source: Path, out: Path, family: str) -> None:
         out: an empty directory; becomes a complete checkpoint.
         family: "native" (single, ddp, fsdp) or "zero" (zero1, zero2, zero3).
     """
+    _check_optimizer_is_there(source, family)
     config = load_saved_config(source)
     state = read_training_state(source, config, scratch=out)
     if family == "zero":
@@ -68,6 +69,17 @@ def convert_training_state(source: Path, out: Path, family: str) -> None:
             shutil.copytree(source / name, out / name)
     own = {"engine": family, "versions": software_versions(family), "converted_from": source.name}
     write_manifest(out, {**read_manifest(source), **own})
+
+
+def _check_optimizer_is_there(source: Path, family: str) -> None:
+    """Raise CheckpointError for weights alone, which is what another project's model is converted to."""
+    if not (source / "model").is_dir() or (source / "optimizer").is_dir():
+        return
+    if family == "native":
+        problem = "is native already: weights alone, at step 0. There is nothing to convert"
+    else:
+        problem = "holds weights alone, and DeepSpeed resumes with the state of an optimizer"
+    raise CheckpointError(f"{source} {problem}; a run of any engine begins with it: rdt train --init {source}.")
 
 
 def read_training_state(checkpoint: Path, config: RunConfig, scratch: Path | None = None) -> TrainingState:

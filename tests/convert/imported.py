@@ -51,6 +51,9 @@ def check_use(source: Path, corpus: Path, tokenizer: Path, out: Path, options: I
         options: of the conversion.
     """
     checkpoint = convert(str(source), str(out / "native"), "native", options)
+    for family, message in (("native", "is native already.* --init"), ("zero", "holds weights alone.* --init")):
+        with pytest.raises(CheckpointError, match=message):
+            convert(str(checkpoint), str(out / "again"), family)
     assert Tokenizer(checkpoint / "tokenizer").fingerprint == Tokenizer(tokenizer).fingerprint
 
     evaluate_checkpoint(str(checkpoint), [1, 2], 2, str(corpus), str(out / "eval.json"))

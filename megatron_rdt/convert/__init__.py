@@ -32,15 +32,13 @@ def convert(source: str, out: str, to: str, options: "ImportOptions | None" = No
         ConfigError: `out` exists and is not empty, or a directory cannot be renamed to it.
         CheckpointError: the checkpoint is damaged or cannot be converted, or `out` cannot be written.
     """
-    from megatron_rdt.checkpoint import find_run_or_checkpoint, read_from_checkpoint
+    from megatron_rdt.checkpoint import read_from_checkpoint
 
     target = Path(os.path.abspath(resolve_output_directory(out, "OUT")))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists and is not empty. Choose another OUT or remove it.")
     check_can_be_renamed_to(target, "OUT")
     plan = plan_foreign(source, to, options)  # after the checks of OUT, since to choose a cut the model is run
-    if plan is None:
-        find_run_or_checkpoint(source)
     make_parent(target, "OUT")  # at last: a source that leads nowhere leaves no directories
     temporary = target.with_name(f".{target.name}{TEMPORARY_SUFFIX}")
 
@@ -76,11 +74,19 @@ def plan_foreign(source: str, to: str, options: "ImportOptions | None") -> "Impo
 
     Raises:
         ConfigError: options are for the other case, or missing.
-        CheckpointError: it is of no known kind, has no equal here, or is damaged.
+        CheckpointError: it does not exist, is of no known kind, has no equal here, or is damaged.
     """
+    from megatron_rdt.checkpoint import find_run_or_checkpoint
     from megatron_rdt.convert.recognize import ImportOptions, is_foreign, plan_import
 
     if not is_foreign(Path(source)):
+        try:
+            find_run_or_checkpoint(source)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error} A folder with another project's model, or its file of weights (.safetensors, .pt, .pth, .bin), is "
+                "taken too; nothing is downloaded, so name one on this machine."
+            ) from None
         if options not in (None, ImportOptions()):
             raise ConfigError(f"--cut, --tokenizer and --config are for other projects' models; {source} is none.")
         return None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 import types
 import weakref
@@ -370,6 +371,18 @@ def test_a_damaged_or_foreign_source_is_refused(tmp_path: Path, tokenizer: Path)
     refused("holds .*transformer.wte.weight and .*transformer.wte.weight, which are the same weight")
     torch.save({"model": weights, "cfg": tmp_path}, source / "model.pt")  # a Path object: code would have to run
     refused("cannot be opened without running code")
+
+
+def test_a_source_that_does_not_exist_is_named_with_what_is_taken(tmp_path: Path) -> None:
+    """Such as a name on the Hub; with --dry_run too, and for a file that holds no weights by its name."""
+    missing, other, out = tmp_path / "meta-llama" / "Llama-3", tmp_path / "model.gguf", str(tmp_path / "out")
+    other.touch()
+    for source, problem in ((missing, "does not exist"), (other, "is a file")):
+        message = rf"{re.escape(str(source))} {problem}.*another project's model.*nothing is downloaded"
+        with pytest.raises(CheckpointError, match=message):
+            convert(str(source), out, "native", ImportOptions("2,3,1"))
+        with pytest.raises(CheckpointError, match=message):
+            command([str(source), out, "--dry-run"])
 
 
 @pytest.fixture(scope="module")

@@ -139,6 +139,13 @@ def _check_options(options: TaskOptions) -> "dict[str, FileRequest]":
             raise ConfigError(
                 f"{task.name} has no training examples. Name it in --test_task, and composition in --task."
             )
+    graphs = {task.name.partition(":")[2] for task in train_tasks if task.decides_split}
+    for task in test_tasks if options.test_count else ():
+        graph = task.name.partition(":")[2]
+        if task.decides_split and graph not in graphs:
+            raise ConfigError(
+                f"{task.name} asks for facts of a graph that no training task has. Name composition:{graph} in --task."
+            )
     if options.labels and options.format != "symbols":
         raise ConfigError("labels need one token for each element. Set --format symbols, or omit --labels.")
     for task in (*train_tasks, *test_tasks) if options.labels else ():

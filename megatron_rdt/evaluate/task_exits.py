@@ -31,7 +31,11 @@ def parse_exit_rules(texts: Sequence[str]) -> dict[str, ExitRule]:
             unknown = [name for name in values if name not in fields or name in ("kind", "threshold")]
             if unknown:
                 raise ValueError(f"there is no {unknown[0]}")
+            if not threshold:
+                raise ValueError("it has no threshold")
             settings: dict[str, Any] = {name: _parse_value(value, fields[name]) for name, value in values.items()}
+            if kind == "kl_entropy" and "entropy" not in settings:
+                raise ValueError("kl_entropy needs entropy=, in nats")
             rules[text] = ExitRule(kind, float(threshold), **settings)
             if kind == "fixed":
                 raise ValueError("fixed T is scored in any case")

@@ -210,6 +210,11 @@ def test_refused_requests_of_symbols(tmp_path: Path) -> None:
             "writes every answer before the next one. Take product:S3 with --labels",
         ),
         ([], {"task": "systematic", "difficulty": 2}, "systematic has no training examples. Name it in --test_task"),
+        (
+            [],
+            {"task": "composition:20", "test_task": "systematic:30", "difficulty": 2},
+            "systematic:30 asks for facts of a graph that no training task has. Name composition:30 in --task.",
+        ),
         ([], {"weights": "1,2"}, "weights are 1,2, but difficulty has 1 entries"),
         ([], {"test_difficulty": 99}, "hops:5 has difficulties up to 4, not 99. Set --test_difficulty to at most that"),
     ):

@@ -70,7 +70,16 @@ def test_rules_are_read_from_text() -> None:
     assert parse_exit_rules(["kl_entropy:1e-2:entropy=3:hits=2"]) == {
         "kl_entropy:1e-2:entropy=3:hits=2": ExitRule("kl_entropy", 0.01, 3.0, 2)
     }
-    for text in ("change", "change:x", "nothing:1", "change:0.1:speed=2", "change:0.1:hits", "act:2", "fixed:0"):
+    for text in (
+        "change",
+        "change:x",
+        "nothing:1",
+        "change:0.1:speed=2",
+        "change:0.1:hits",
+        "act:2",
+        "fixed:0",
+        "kl_entropy:1",
+    ):
         with pytest.raises(ConfigError, match=rf"--exit_rules: {text} is no exit rule"):
             parse_exit_rules([text])
     with pytest.raises(ConfigError, match=r"act:0.9 is for models trained with model\.halting: act, this one has none"):

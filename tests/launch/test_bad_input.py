@@ -67,7 +67,7 @@ WRONG_WORDS = [
     (["train", *SMOKE, "--train.global_batch=9"], ["train.global_batch 9", "nearest: 8, 12"]),
     (["train", *SMOKE, "--depth.mean=9"], ["mean 9.0, max 8"]),
     (["eval"], ["CHECKPOINT is missing", "rdt eval CHECKPOINT [options]"]),
-    (["convert", "runs/a"], ["OUT is missing", "rdt convert CHECKPOINT OUT [options]"]),
+    (["convert", "runs/a"], ["OUT is missing", "rdt convert SOURCE OUT [options]"]),
     (["convert", "a", "b", "--to", "onnx"], ["--to needs one of hf, native", "not 'onnx'"]),
     (["eval", "runs/a", "--loops", "0"], ["--loops", "at least 1"]),
     (["generate", "runs/a", "--top_p", "0"], ["--top_p is 0.0, it must be above 0 and at most 1."]),

@@ -85,7 +85,7 @@ def compare_memory(
     """Return measured and planned peaks of memory at every T."""
     config = make_config(model, parallel, 4 * number, checkpoint=checkpoint, precision=precision, sequence_length=64)
     rows = []
-    # Each T three times: on a busy machine the buffers of a collective may be freed late, which only ever adds to a peak.
+    # Each T five times: on a busy machine the buffers of a collective may be freed late, which only ever adds to a peak.
     steps = measure_steps(config, torch.device("cpu"), [*LOOPS] * 5)
     for measured in (min(steps[first :: len(LOOPS)], key=lambda step: step.peak) for first in range(len(LOOPS))):
         depth = StepDepth(measured.loops, min(measured.loops, K))

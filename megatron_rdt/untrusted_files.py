@@ -60,6 +60,17 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     return parse_json(content.decode("utf-8"))
 
 
+def read_json_object(file: Path, fault: type[RdtError]) -> dict[str, Any]:
+    """Read a JSON file that holds an object; raise `fault` if it does not."""
+    try:
+        document = read_json(file)
+    except (OSError, ValueError) as error:
+        raise fault(f"{file} cannot be read as JSON ({error}). Put the right file there.") from None
+    if not isinstance(document, dict):
+        raise fault(f"{file} holds no JSON object. Put the right file there.")
+    return document
+
+
 def load_with_torch(path: str | os.PathLike[str], *, lazily: bool = False) -> Any:
     """Return what `torch.save` wrote, on the CPU, if that is tensors and plain values: the counterpart of `save_with_torch`.
 

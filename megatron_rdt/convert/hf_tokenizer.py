@@ -19,12 +19,13 @@ from megatron_rdt.data.tokenizer.hugging_face_backend import (
     NAMED_TOKENS,
     SETTINGS_FILE,
     SPECIALS_FILE,
-    read_json_object,
     read_settings,
     token_spelling,
 )
 from megatron_rdt.data.tokenizer.sentencepiece_backend import MODEL_FILE
+from megatron_rdt.errors import DataError
 from megatron_rdt.files import write_text
+from megatron_rdt.untrusted_files import read_json_object
 
 # Subfolder for a tokenizer.model that AutoTokenizer must not find.
 HIDDEN_FOLDER = "tokenizer"
@@ -107,7 +108,7 @@ def _remove_references(document: dict[str, Any]) -> dict[str, Any]:
 
 def _remove_template(file: Path) -> None:
     """Remove from a tokenizer.json the post-processors that add tokens to a text; others only count characters."""
-    document = read_json_object(file)
+    document = read_json_object(file, DataError)
     processor = document.get("post_processor")
     if processor is None:
         return
@@ -156,7 +157,7 @@ def _set_special_tokens(settings: dict[str, Any], specials: dict[str, Any], name
 
 def _read_if_present(file: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object; an empty one if there is no file."""
-    return read_json_object(file) if file.is_file() else {}
+    return read_json_object(file, DataError) if file.is_file() else {}
 
 
 def open_exported_tokenizer(folder: Path) -> Tokenizer:

@@ -32,10 +32,10 @@ def make_environment(folder: Path, packages: tuple[str, ...], below: Path | None
     python = folder / "bin" / "python"
     if not python.is_file():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        if below is not None:
-            (libraries,) = folder.glob("lib/python*/site-packages")
-            (shared,) = below.glob("lib/python*/site-packages")
-            (libraries / "shared.pth").write_text(f"{shared}\n", encoding="utf-8")
+    if below is not None:  # written at every run: an earlier one may have been killed before it, or the folder moved
+        (libraries,) = folder.glob("lib/python*/site-packages")
+        (shared,) = below.glob("lib/python*/site-packages")
+        (libraries / "shared.pth").write_text(f"{shared}\n", encoding="utf-8")
     subprocess.run([str(python), "-m", "pip", "install", "--quiet", "--upgrade", *packages], check=True)
     return python
 
@@ -54,6 +54,7 @@ def run_tests(python: Path, exports: Path) -> int:
 
 def main(folder: Path, names: list[str]) -> int:
     """Make the environments and run the tests in each; return 1 if any failed, else 0."""
+    folder = folder.resolve()  # the tests run in another directory
     folder.mkdir(parents=True, exist_ok=True)
     make_environment(folder / "base", BASE)
     failed = []

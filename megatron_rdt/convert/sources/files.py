@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_rdt.errors import CheckpointError
-from megatron_rdt.untrusted_files import read_json
+from megatron_rdt.untrusted_files import read_json_object
 
 SAFETENSORS, PYTORCH = (".safetensors",), (".pt", ".pth", ".bin")
 # Entries of a checkpoint that hold its state dict, in the order in which they are looked for.
@@ -75,7 +75,7 @@ def list_weight_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     for index in sorted(path.glob("*.index.json")):
-        listed = _read_object(index).get("weight_map", {})
+        listed = read_json_object(index, CheckpointError).get("weight_map", {})
         if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
             raise CheckpointError(f"{index} has a weight_map that does not name a file for each weight. Copy it again.")
         names = set(listed.values())
@@ -103,20 +103,9 @@ def _strip_wrappers(name: str) -> str:
     return name
 
 
-def _read_object(file: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object; CheckpointError if it does not."""
-    try:
-        document = read_json(file)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON ({error}). Put the right file there.") from None
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{file} holds no JSON object. Put the right file there.")
-    return document
-
-
 def read_settings(file: Path) -> dict[str, Any]:
     """Read the config.json of a model; empty if there is none."""
-    return _read_object(file) if file.is_file() else {}
+    return read_json_object(file, CheckpointError) if file.is_file() else {}
 
 
 def _open_file(file: Path) -> SourceWeights:

@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
 from megatron_rdt.errors import DataError
-from megatron_rdt.untrusted_files import read_json
+from megatron_rdt.untrusted_files import read_json_object
 
 HUGGING_FACE = "hf"  # `Tokenizer.kind`
 JSON_FILE, SETTINGS_FILE, SPECIALS_FILE = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
@@ -38,7 +38,7 @@ class HuggingFaceBackend:
     kind = HUGGING_FACE
 
     def __init__(self, file: Path) -> None:
-        document = read_json_object(file)
+        document = read_json_object(file, DataError)
         if not isinstance(document.get("model"), dict):
             raise DataError(f"{file} describes no model, it is not a tokenizer.json. Name the right file or folder.")
         try:
@@ -139,7 +139,7 @@ def read_settings(folder: Path) -> TokenizerSettings:
     settings = TokenizerSettings({}, [], [])
     files: dict[str, str] = {}
     for file in (folder / SPECIALS_FILE, folder / SETTINGS_FILE):
-        document = read_json_object(file) if file.is_file() else {}
+        document = read_json_object(file, DataError) if file.is_file() else {}
         for name in NAMED_TOKENS:
             content = token_spelling(document.get(name))
             if content is None:
@@ -155,7 +155,9 @@ def read_settings(folder: Path) -> TokenizerSettings:
         settings.added.extend((content, _to_id(index)) for content, index in spelled if content is not None)
     added_file = folder / ADDED_FILE
     if added_file.is_file():
-        settings.added.extend((content, _to_id(index)) for content, index in read_json_object(added_file).items())
+        settings.added.extend(
+            (content, _to_id(index)) for content, index in read_json_object(added_file, DataError).items()
+        )
     return settings
 
 
@@ -177,14 +179,3 @@ def token_spelling(token: Any) -> str | None:
     """Return the spelling of a token given as a text or as an object with the key content, else None."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
-
-
-def read_json_object(file: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object; DataError if it does not."""
-    try:
-        document = read_json(file)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file} cannot be read as JSON ({error}). Put the right file there.") from None
-    if not isinstance(document, dict):
-        raise DataError(f"{file} holds no JSON object. Put the right file there.")
-    return document

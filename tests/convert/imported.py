@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from megatron_rdt.config import check_config, load_config
 from megatron_rdt.convert import convert
 from megatron_rdt.convert.import_checkpoint import CONTINUE
-from megatron_rdt.convert.recognize import ImportOptions
+from megatron_rdt.convert.recognize import ImportOptions, plan_import
 from megatron_rdt.data import Tokenizer
-from megatron_rdt.errors import CheckpointError
+from megatron_rdt.errors import CheckpointError, ConfigError
 from megatron_rdt.evaluate.loss import evaluate_checkpoint
 from megatron_rdt.inference import generate, load
 from megatron_rdt.train.trainer import train
@@ -27,6 +27,12 @@ def write_source(
     """Write a model as a folder for transformers: config.json, one or several safetensors, tokenizer."""
     shutil.copytree(tokenizer, folder)
     (folder / "config.json").write_text(json.dumps(settings))
+    write_shards(folder, weights, shards)
+    return folder
+
+
+def write_shards(folder: Path, weights: dict[str, torch.Tensor], shards: int) -> None:
+    """Write weights into one safetensors file, or into several with their index."""
     names = sorted(weights)
     parts = [{name: weights[name].contiguous().clone() for name in names[i::shards]} for i in range(shards)]
     files = [
@@ -37,7 +43,14 @@ def write_source(
     if shards > 1:
         index = {name: file for file, part in zip(files, parts) for name in part}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    return folder
+
+
+def check_cut_is_refused(source: Path, out: Path, kind: str, tokenizer: str = "", config: str = "") -> None:
+    """Check that --cut is refused for a looped source, which can be planned without it."""
+    with pytest.raises(ConfigError, match=f"--cut is for dense models, .*{kind}.* Omit --cut"):
+        convert(str(source), str(out), "native", ImportOptions("2,4,2", tokenizer, config))
+    assert not out.exists()
+    plan_import(source, ImportOptions("auto", tokenizer, config))
 
 
 def check_use(source: Path, corpus: Path, tokenizer: Path, out: Path, options: ImportOptions | None = None) -> Path:

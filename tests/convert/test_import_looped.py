@@ -6,17 +6,14 @@ import re
 import sys
 import types
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from launch.commands.convert import convert as command
-from megatron_rdt import checkpoint as checkpoints
-from megatron_rdt.config import RunConfig
 from megatron_rdt.convert import convert
 from megatron_rdt.convert.import_plan import describe_rules
 from megatron_rdt.convert.native_writer import write_weights
@@ -26,9 +23,7 @@ from megatron_rdt.data import Tokenizer
 from megatron_rdt.errors import CheckpointError, ConfigError
 from megatron_rdt.inference import load
 from megatron_rdt.model.initial_state import normal_state
-from megatron_rdt.parallel.zero_universal import write_universal
-from megatron_rdt.train.trainer import train
-from tests.convert.imported import check_use, write_source
+from tests.convert.imported import check_cut_is_refused, check_use, write_source
 from tests.convert.ouro_reference import ouro_logits
 from tests.parity import recorded
 from tests.parity import test_parcae_and_huginn as parity
@@ -256,23 +251,10 @@ def test_ouro(tmp_path: Path, tokenizer: Path, byte_corpus: Path, vocabulary: in
     assert torch.equal(model.core.halting.bias, gate[1])
 
 
-def test_a_cut_of_a_looped_model_is_refused(tmp_path: Path, tokenizer: Path, finished: Path) -> None:
-    """It would change nothing: huginn, an export and DeepSpeed's weights are looped already."""
+def test_a_cut_of_a_looped_model_is_refused(tmp_path: Path, tokenizer: Path) -> None:
+    """It would change nothing: the model is looped already."""
     write_huginn(tmp_path / "huginn", tokenizer)
-    exported = convert(str(finished), str(tmp_path / "hf"), "hf")
-    (tmp_path / "zero").mkdir()
-    torch.save(checkpoints.read_model_weights(latest(finished)), tmp_path / "zero" / "pytorch_model.bin")
-    config = str(latest(finished) / "config.yaml")
-    tokens = str(latest(finished) / "tokenizer")
-    for source, options, kind in (
-        (tmp_path / "huginn", ImportOptions("2,4,2"), "Huginn"),
-        (exported, ImportOptions("2,4,2"), "export of this project"),
-        (tmp_path / "zero", ImportOptions("2,4,2", tokens, config), "DeepSpeed's weights"),
-    ):
-        with pytest.raises(ConfigError, match=f"--cut is for dense models, .*{kind}.* Omit --cut"):
-            convert(str(source), str(tmp_path / "out"), "native", options)
-        plan_import(source, dataclasses.replace(options, cut="auto"))
-    assert not (tmp_path / "out").exists()
+    check_cut_is_refused(tmp_path / "huginn", tmp_path / "out", "Huginn")
 
 
 def test_the_mapping_is_printed(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -383,63 +365,3 @@ def test_a_source_that_does_not_exist_is_named_with_what_is_taken(tmp_path: Path
             convert(str(source), out, "native", ImportOptions("2,3,1"))
         with pytest.raises(CheckpointError, match=message):
             command([str(source), out, "--dry-run"])
-
-
-@pytest.fixture(scope="module")
-def finished(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 2 steps."""
-    root = tmp_path_factory.mktemp("finished")
-    assert train(configure(f"--run.root={root}", "--run.name=first", "--train.steps=2", "--eval.every=0")) == 0
-    return root / "first"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shards", [1, 2])
-def test_an_export_comes_back(
-    tmp_path: Path, tokenizer: Path, byte_corpus: Path, finished: Path, tiny_corpus: Path, shards: int
-) -> None:
-    """An export, saved again in bfloat16 and in several files as transformers would, is a checkpoint again."""
-    exported = convert(str(finished), str(tmp_path / "hf"), "hf")
-    weights = load_file(exported / "model.safetensors")
-    if shards > 1:
-        (exported / "model.safetensors").unlink()
-        names = sorted(weights)
-        for i in range(shards):
-            part = {name: weights[name].bfloat16() for name in names[i::shards]}
-            save_file(part, exported / f"model-{i + 1:05d}-of-{shards:05d}.safetensors")
-        index = {
-            name: f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards) for name in names[i::shards]
-        }
-        (exported / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    (tmp_path / "work").mkdir()
-    checkpoint = check_use(exported, tiny_corpus, tiny_corpus / "tokenizer", tmp_path / "work")
-    before, after = checkpoints.read_model_weights(latest(finished)), checkpoints.read_model_weights(checkpoint)
-    assert before.keys() == after.keys()
-    for name, value in before.items():
-        assert torch.equal(after[name], value if shards == 1 else value.bfloat16().float()), name
-
-
-def latest(run: Path) -> Path:
-    return checkpoints.list_complete_checkpoints(run)[-1]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ["universal", "zero_to_fp32"])
-def test_deepspeeds_weights_of_a_run(layout: str, tmp_path: Path, finished: Path, tiny_corpus: Path) -> None:
-    """The universal layout, and what zero_to_fp32 writes: a state dict by our names, without the config of the run."""
-    weights = checkpoints.read_model_weights(latest(finished))
-    source = tmp_path / "source"
-    source.mkdir()
-    if layout == "universal":
-        parts = {name: dict.fromkeys(("fp32", "exp_avg", "exp_avg_sq"), value) for name, value in weights.items()}
-        write_universal(source / "universal", parts, step=3)
-        source = source / "universal"
-    else:
-        torch.save(weights, source / "pytorch_model.bin")
-    with pytest.raises((ConfigError, CheckpointError), match="--config"):
-        convert(str(source), str(tmp_path / "out"), "native")
-    options = ImportOptions(tokenizer=str(tiny_corpus / "tokenizer"), config=str(latest(finished) / "config.yaml"))
-    (tmp_path / "work").mkdir()
-    checkpoint = check_use(source, tiny_corpus, tiny_corpus / "tokenizer", tmp_path / "work", options)
-    after = checkpoints.read_model_weights(checkpoint)
-    assert all(torch.equal(after[name], value) for name, value in weights.items())

@@ -7,7 +7,6 @@ from megatron_rdt.config import RunConfig
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"  # a file: the name of the newest checkpoint
 TENSORBOARD = "tensorboard"
-TENSORBOARD_EVALUATION = "eval"  # below it: event files of `rdt eval`
 ORIGIN = "origin.json"  # the checkpoint of another run that this one began from
 
 

@@ -40,14 +40,18 @@ PREFIX = "model."  # the wrapper's name for the model, in front of every weight'
 
 def export_hf(source: Path, out: Path) -> None:
     """Write weights, configs, code, README and tokenizer into `out`; print why, if AutoTokenizer cannot load it."""
-    state = read_trainer_state(source)
-    data = state.get("data", {})
-    # A run records it with its position in the data, an imported model beside that. Checkpoints from before it was
-    # recorded say nothing about it; a stream adds no BOS.
-    has_bos = data.get(BEGINS_WITH_BOS, state.get(BEGINS_WITH_BOS, "stream" not in data))
+    has_bos = read_begins_with_bos(read_trainer_state(source))
     config, weights = load_saved_config(source), read_model_weights(source)
     check_weights_fit(source, config.model, {name: tensor.shape for name, tensor in weights.items()})
     write_export(out, config, weights, source / "tokenizer", has_bos)
+
+
+def read_begins_with_bos(state: Mapping[str, Any]) -> bool:
+    """Return True if documents began with BOS in training, from a checkpoint's trainer.json."""
+    data = state.get("data", {})
+    # A run records it with its position in the data, an imported model beside that. Checkpoints from before it was
+    # recorded say nothing about it; a stream adds no BOS.
+    return bool(data.get(BEGINS_WITH_BOS, state.get(BEGINS_WITH_BOS, "stream" not in data)))
 
 
 def write_export(

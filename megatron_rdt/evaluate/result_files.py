@@ -1,18 +1,21 @@
-"""JSON files that hold the results of an evaluation: found, checked before anything is computed, written, read."""
+"""Files of an evaluation: JSON, picture and events, checked before anything is computed, then written together."""
 
 import json
 import math
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_rdt.errors import ConfigError, DataError
-from megatron_rdt.files import write_text
+from megatron_rdt.files import TEMPORARY_SUFFIX, write_text
 from megatron_rdt.output_paths import check_output_file
-from megatron_rdt.run_directory import CHECKPOINTS, LATEST
+from megatron_rdt.run_directory import CHECKPOINTS, LATEST, TENSORBOARD
 
-TASK_SCORES = "eval-tasks.json"
+TASK_SCORES, HARNESS_SCORES = "eval-tasks.json", "eval-harness.json"
+# Results that have a picture of the same name, and events in these folders of the run's `TENSORBOARD`.
+EVENT_FOLDERS = {TASK_SCORES: "eval", HARNESS_SCORES: "eval-harness"}
 
 
 def replace_nonfinite(value: Any) -> Any:
@@ -28,9 +31,10 @@ def choose_result_file(checkpoint: Path, name: str, out: Path | None) -> Path | 
     """Return `out`, or the file `name` of a checkpoint's run; None for a checkpoint outside a run if `out` is None.
 
     Raises:
-        ConfigError: that file cannot be written.
+        ConfigError: that file cannot be written, or what is under the name of its picture is somebody else's.
     """
     if out is not None:
+        _check_picture(name, out)
         return out
     run = checkpoint.parent.parent
     is_run = any((run / name).is_file() for name in ("config.yaml", "metrics.jsonl", LATEST))
@@ -41,7 +45,15 @@ def choose_result_file(checkpoint: Path, name: str, out: Path | None) -> Path | 
     if (run / name).is_symlink():  # in a run of someone else it could lead to any file of this machine
         raise ConfigError(f"{run / name} is a link, and what it leads to would be replaced. Name the file with --out.")
     check_output_file(run / name)
+    _check_picture(name, run / name)
     return run / name
+
+
+def _check_picture(name: str, file: Path) -> None:
+    """Refuse to replace a picture that lies where that of a result of kind `name` goes, if there is no such result."""
+    picture = file.with_suffix(".png")
+    if name in EVENT_FOLDERS and picture.exists() and not file.exists():
+        raise ConfigError(f"{picture} exists and is no picture of {file}. Choose another --out.")
 
 
 def check_result_file(out: str | None, read: Callable[[Path], object]) -> Path | None:
@@ -58,6 +70,8 @@ def check_result_file(out: str | None, read: Callable[[Path], object]) -> Path |
         return None
     file = Path(os.path.expanduser(out))
     check_output_file(file)
+    if file.suffix == ".png":
+        raise ConfigError(f"--out {file} is to hold JSON. Choose another ending.")
     if file.exists():
         try:
             read(file)
@@ -70,6 +84,45 @@ def check_result_file(out: str | None, read: Callable[[Path], object]) -> Path |
 def write_result(file: Path, result: dict[str, Any]) -> None:
     """Write a result as indented JSON, with null for numbers that are not finite."""
     write_text(file, json.dumps(replace_nonfinite(result), indent=1, allow_nan=False) + "\n")
+
+
+def write_scores(
+    file: Path,
+    result: dict[str, Any],
+    draw: Callable[[Path], object],
+    image: str,
+    events: Mapping[str, float] | None,
+) -> None:
+    """Write a result that has a picture: JSON, then the picture beside it, then events for TensorBoard.
+
+    Args:
+        file: of the result.
+        result: with "step".
+        draw: draws the picture into a PNG file.
+        image: name of the picture in TensorBoard.
+        events: numbers by their names in TensorBoard, for a result in a run that writes for it; None for one elsewhere.
+    """
+    write_result(file, result)  # first: a picture without it would pass for somebody else's
+    picture = file.with_suffix(".png")
+    temporary = picture.with_name(f".{picture.stem}{TEMPORARY_SUFFIX}.png")
+    try:
+        draw(temporary)
+        os.replace(temporary, picture)
+    finally:
+        temporary.unlink(missing_ok=True)
+    board = file.parent / TENSORBOARD
+    if events is None or not board.is_dir():
+        return
+    from matplotlib.pyplot import imread
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = board / EVENT_FOLDERS[file.name]
+    shutil.rmtree(folder, ignore_errors=True)
+    writer: Any = SummaryWriter(str(folder))
+    for name, value in events.items():
+        writer.add_scalar(name, value, result["step"])
+    writer.add_image(image, imread(picture)[..., :3], result["step"], dataformats="HWC")
+    writer.close()
 
 
 def invalid_result(file: Path, error: Exception) -> DataError:

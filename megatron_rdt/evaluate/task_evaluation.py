@@ -1,8 +1,8 @@
 """`rdt eval --tasks`: the accuracy of a checkpoint on the tasks of its validation data, as table, JSON and heat map."""
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from megatron_rdt.evaluate.result_files import (
     check_result_file,
     choose_result_file,
     invalid_result,
-    write_result,
+    write_scores,
 )
 from megatron_rdt.evaluate.task_exits import (
     check_rules_fit,
@@ -36,7 +36,6 @@ from megatron_rdt.evaluate.tasks import (
     score_tasks,
 )
 from megatron_rdt.inference.load import choose_device, load_verified
-from megatron_rdt.run_directory import TENSORBOARD, TENSORBOARD_EVALUATION
 from megatron_rdt.terminal import show_progress
 from megatron_rdt.untrusted_files import read_json
 
@@ -71,17 +70,12 @@ def evaluate_tasks(
         raise ConfigError(f"loops are {list(loops)} and examples {examples}; give at least one T, and all at least 1.")
     rules = parse_exit_rules(exit_rules)
     file = check_result_file(out, read_task_scores)
-    if file is not None and file.suffix == ".png":
-        raise ConfigError(f"--out {file} is to hold JSON, beside a picture of that name. Choose another ending.")
     device, lengths = choose_device("auto"), sorted(set(loops))
 
     def read(found: Path) -> tuple[Any, ...]:
         """Read from a checkpoint all that the evaluation needs of it: its run may delete it before the end."""
         directory = Path(os.path.abspath(found))
         target = choose_result_file(directory, TASK_SCORES, file)
-        if target is not None and target.with_suffix(".png").exists() and not target.exists():
-            picture = target.with_suffix(".png")
-            raise ConfigError(f"{picture} exists and is no picture of {target}. Choose another --out.")
         config = load_saved_config(directory)
         check_rules_fit(rules, config.model.halting)
         step = read_trainer_state(directory)["step"]
@@ -111,29 +105,14 @@ def evaluate_tasks(
         **({"exits": exits} if exits else {}),
     }
     if target is not None:
-        from megatron_rdt.evaluate.task_plots import write_accuracy_map
+        from megatron_rdt.evaluate.task_plots import draw_accuracy_map
 
-        write_result(target, result)  # first: a picture without it would pass for somebody else's
-        picture = write_accuracy_map(rows, result["trained_loops"], target.with_suffix(".png"))
-        if out is None and (target.parent / TENSORBOARD).is_dir():
-            _show_in_tensorboard(target.parent / TENSORBOARD / TENSORBOARD_EVALUATION, result["step"], rows, picture)
+        draw = partial(draw_accuracy_map, rows, result["trained_loops"])
+        write_scores(target, result, draw, "tasks/accuracy", name_accuracies(rows) if out is None else None)
     print("\n".join([*format_accuracies(rows), *describe_scores(result), *format_exits(exits)]))
     if target is None:
         print(f"{directory} is not in a run directory, so no {TASK_SCORES} was written; --out FILE writes one")
     return result
-
-
-def _show_in_tensorboard(folder: Path, step: int, rows: Sequence[Row], picture: Path) -> None:
-    """Replace a folder of event files by one with the accuracies, named as in training, and the heat map."""
-    from matplotlib.pyplot import imread
-    from torch.utils.tensorboard import SummaryWriter
-
-    shutil.rmtree(folder, ignore_errors=True)
-    writer: Any = SummaryWriter(str(folder))
-    for name, accuracy in name_accuracies(rows).items():
-        writer.add_scalar(name, accuracy, step)
-    writer.add_image("tasks/accuracy", imread(picture)[..., :3], step, dataformats="HWC")
-    writer.close()
 
 
 def find_trained_loops(config: RunConfig) -> list[int]:

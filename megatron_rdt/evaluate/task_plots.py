@@ -1,6 +1,5 @@
 """Pictures of accuracies on tasks: a heat map against difficulty and T, and curves over the steps of a run."""
 
-import os
 import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
@@ -15,7 +14,6 @@ from matplotlib.ticker import MaxNLocator
 
 from megatron_rdt.evaluate.plots import DPI
 from megatron_rdt.evaluate.tasks import Row, find_nearest_loops
-from megatron_rdt.files import TEMPORARY_SUFFIX
 
 WIDTH_INCHES = 7.0
 # Heights in inches: of a row of cells, and of everything around the cells of a panel.
@@ -127,17 +125,6 @@ def _mark_trained(
     if trained_loops[0] == trained_loops[1]:
         text = f"T in training: {trained_loops[0]}"
     axes.annotate(text, (1, 1.01), xycoords="axes fraction", ha="right", va="bottom", **words)  # type: ignore[arg-type]
-
-
-def write_accuracy_map(rows: Sequence[Row], trained_loops: Sequence[int] | None, path: Path) -> Path:
-    """Draw `draw_accuracy_map` into a file that replaces `path` when it is complete; return the path."""
-    temporary = path.with_name(f".{path.stem}{TEMPORARY_SUFFIX}.png")
-    try:
-        draw_accuracy_map(rows, trained_loops, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
 
 
 def draw_accuracy_over_steps(evaluations: Sequence[dict[str, Any]], mean_loops: float, path: Path) -> Path:

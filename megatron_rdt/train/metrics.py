@@ -14,10 +14,10 @@ from megatron_rdt.config.batch_schedule import BatchSchedule
 from megatron_rdt.data import Batch
 from megatron_rdt.errors import TrainingError
 from megatron_rdt.evaluate.loss import EVALUATION, describe_windows
-from megatron_rdt.evaluate.result_files import TASK_SCORES, replace_nonfinite
+from megatron_rdt.evaluate.result_files import EVENT_FOLDERS, replace_nonfinite
 from megatron_rdt.evaluate.tasks import Row, find_nearest_loops, name_accuracies
 from megatron_rdt.files import TEMPORARY_SUFFIX, describe_damaged_lines, read_json_lines, write_bytes
-from megatron_rdt.run_directory import TENSORBOARD, TENSORBOARD_EVALUATION
+from megatron_rdt.run_directory import TENSORBOARD
 from megatron_rdt.train.displays import Display, ForgivingDisplay, TensorBoard
 from megatron_rdt.untrusted_files import read_json
 
@@ -39,13 +39,13 @@ def drop_records_after(run_directory: Path, step: int) -> list[str]:
     said = []
     for stale in run_directory.glob(f"*{TEMPORARY_SUFFIX}"):
         stale.unlink(missing_ok=True)
-    for name in (EVALUATION, TASK_SCORES):
+    for name in (EVALUATION, *EVENT_FOLDERS):
         evaluation = run_directory / name
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             if read_json(evaluation)["step"] > step:
-                if name == TASK_SCORES:
+                if name in EVENT_FOLDERS:
                     evaluation.with_suffix(".png").unlink(missing_ok=True)
-                    shutil.rmtree(run_directory / TENSORBOARD / TENSORBOARD_EVALUATION, ignore_errors=True)
+                    shutil.rmtree(run_directory / TENSORBOARD / EVENT_FOLDERS[name], ignore_errors=True)
                 evaluation.unlink()
     for name in RECORD_FILES:
         path = run_directory / name

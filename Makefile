@@ -6,6 +6,7 @@
 # make test-cluster the same for what needs Slurm
 # make test-parity  against the code of other projects; installs open-mythos and megatron-core (put Parcae and Huginn on PYTHONPATH)
 # make test-exports exports under the newest transformers, 5.0 and 4.57, with PEFT, TRL, accelerate, in environments made in build/
+# make test-vllm    exports served by vLLM for CPUs, in an environment made in build/
 # make fuzz         2,000 random cases each of prep that is killed and of runs that are resumed (ten minutes)
 # make bench        benchmarks; they print, nothing is asserted
 PYTHON ?= python3
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart lint test-fast test test-cluster test-parity test-exports fuzz bench
+.PHONY: install quickstart lint test-fast test test-cluster test-parity test-exports test-vllm fuzz bench
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -58,6 +59,9 @@ test-parity: install
 
 test-exports: install
 	$(BIN)/python -m tests.exports.fresh_environments build/exports
+
+test-vllm: install
+	$(BIN)/python -m tests.vllm_plugin.fresh_environment build/vllm
 
 fuzz: export RDT_FUZZ_CASES ?= 2000
 fuzz: install

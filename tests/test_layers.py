@@ -26,6 +26,7 @@ LAYERS = [
     "megatron_rdt.parallel",
     "megatron_rdt.checkpoint",
     "megatron_rdt.convert",
+    "megatron_rdt.vllm_plugin",
     "megatron_rdt.inference",
     "megatron_rdt.evaluate",
     "megatron_rdt.planner",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rdt.model.attention.kernels import BlockwiseMask, Mask
+from megatron_rdt.model.attention.kernels import BlockwiseMask, Mask, attend
 from megatron_rdt.model.attention.kv_cache import KeyValueCache
 from megatron_rdt.model.attention.masks import drop_keys_before_window
 from megatron_rdt.model.token_split import WHOLE_TOKENS, WholeTokens
@@ -75,6 +75,17 @@ class LayerContext:
         mask = self.mask.rows(rows) if isinstance(self.mask, BlockwiseMask) else self.mask
         mask = _select_rows(mask, rows) if isinstance(mask, Tensor) else mask
         return self.replace(rotary=rotary, mask=mask, tokens=self.tokens[rows])
+
+    def attend(self, window: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Add keys and values to the cache; return the queries' attention over all they see, (batch, heads, queries, channels).
+
+        Args:
+            window: of the attention.
+            query: (batch, heads, queries, channels).
+            key, value: of the same positions, (batch, kv_heads, queries, channels).
+        """
+        mask, (key, value) = self.visible_keys(window, key, value)
+        return attend(query, key, value, mask)
 
     def visible_keys(self, window: int, *new: Tensor) -> tuple[Mask, tuple[Tensor, ...]]:
         """Add new keys and values to the cache, gather other ranks', cut by the window; return mask and tensors.

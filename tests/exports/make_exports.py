@@ -74,7 +74,7 @@ def expect(model: RecurrentDepthTransformer) -> dict[str, Any]:
     }
 
 
-def write_exports(out: Path) -> None:
+def write_exports(out: Path, variants: dict[str, dict[str, Any]] = VARIANTS) -> None:
     """Write a folder per variant, its weights those of `make_model`, with what is expected in `given.pt`."""
     library = Path(sysconfig.get_paths()["stdlib"])
     texts = [path.read_text(encoding="utf-8") for path in sorted((library / "json").glob("*.py"))]
@@ -83,7 +83,7 @@ def write_exports(out: Path) -> None:
         train_tokenizer(texts, PrepConfig(vocab_size=512, tokenizer_sample_bytes=100_000)), tokenizer, texts
     )
     base = RunConfig()
-    for name, parts in VARIANTS.items():
+    for name, parts in variants.items():
         model, folder = make_model(parts), out / name
         folder.mkdir(parents=True)
         config = dataclasses.replace(

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_rdt.config import ModelConfig
-from megatron_rdt.model.attention.kernels import attend
 from megatron_rdt.model.attention.mla import LatentAttention
 from megatron_rdt.model.attention.rope import apply_positions
 from megatron_rdt.model.forward_context import LayerContext
@@ -87,8 +86,7 @@ class GroupedQueryAttention(nn.Module):
         if self.token_values is not None:
             assert token_values is not None, "whoever calls the layer looks the token values up"
             value = value + self.token_values.gate_values(x, token_values)
-        mask, (key, value) = context.visible_keys(self.window, key, self._split_heads(value))
-        attended = attend(query, key, value, mask)
+        attended = context.attend(self.window, query, key, self._split_heads(value))
         return self.output(attended.transpose(1, 2).reshape(batch, sequence, -1))
 
     def _split_heads(self, x: Tensor) -> Tensor:

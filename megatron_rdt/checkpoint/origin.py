@@ -5,6 +5,7 @@ it saves a checkpoint of its own, only `origin.json` in its directory says so. T
 run that is resumed before its first save starts from the origin again, in the same way. Later every manifest has a copy.
 """
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -17,9 +18,10 @@ from megatron_rdt.files import sha256_of, write_text
 from megatron_rdt.run_directory import CHECKPOINTS, LATEST, ORIGIN
 from megatron_rdt.untrusted_files import read_json
 
-EXPORT_WEIGHTS = "model.safetensors"  # in a folder that `rdt convert --to hf` wrote
-# The file whose hash tells an origin from all others: of a checkpoint, of an export.
-IDENTITIES = {"manifest_sha256": MANIFEST, "weights_sha256": EXPORT_WEIGHTS}
+# In a folder that `rdt convert --to hf` wrote: the weights, or the index of the files that hold them.
+EXPORT_WEIGHTS, EXPORT_INDEX = "model.safetensors", "model.safetensors.index.json"
+# The hash that tells an origin from all others: of a checkpoint's manifest, of an export's weights.
+IDENTITIES = ("manifest_sha256", "weights_sha256")
 
 
 class Start(NamedTuple):
@@ -48,11 +50,21 @@ def write_origin(run_directory: Path, start: Start) -> dict[str, Any]:
     return record
 
 
+def has_export_weights(directory: Path) -> bool:
+    """Return True if a folder has the weights of an export, in one file or several, complete or not."""
+    return (directory / EXPORT_WEIGHTS).is_file() or (directory / EXPORT_INDEX).is_file()
+
+
 def _identify(source: Path) -> dict[str, str]:
-    """The entry of `IDENTITIES` that a directory has, with the hash of its file; {} for any other directory."""
-    for key, name in IDENTITIES.items():
-        if (source / name).is_file():
-            return {key: sha256_of(source / name)}
+    """The entry of `IDENTITIES` that a directory has, with its hash; {} for any other directory."""
+    of_checkpoint, of_export = IDENTITIES
+    if (source / MANIFEST).is_file():
+        return {of_checkpoint: sha256_of(source / MANIFEST)}
+    if (source / EXPORT_WEIGHTS).is_file():
+        return {of_export: sha256_of(source / EXPORT_WEIGHTS)}
+    if (source / EXPORT_INDEX).is_file():  # it is the same for all weights of these names: the files tell them apart
+        files = sorted(source.glob("*.safetensors"))
+        return {of_export: hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()}
     return {}
 
 
@@ -65,7 +77,7 @@ def read_origin(run_directory: Path) -> dict[str, Any] | None:
     path = run_directory / ORIGIN
     try:
         record = read_json(path)
-        identity = next((key for key in IDENTITIES if key in record), next(iter(IDENTITIES)))
+        identity = next((key for key in IDENTITIES if key in record), IDENTITIES[0])
         if not isinstance(record["checkpoint"], str):
             raise TypeError("checkpoint is no path")
         return {"weights_only": False, **record, **{key: record[key] for key in ("checkpoint", "run_id", identity)}}

@@ -11,11 +11,14 @@ from megatron_rdt.files import TEMPORARY_SUFFIX, explain_write_failure, fsync_di
 from megatron_rdt.output_paths import check_can_be_renamed_to, make_parent, resolve_output_directory
 
 if TYPE_CHECKING:
+    from megatron_rdt.convert.hf import ExportOptions
     from megatron_rdt.convert.import_plan import ImportPlan
     from megatron_rdt.convert.recognize import ImportOptions
 
 
-def convert(source: str, out: str, to: str, options: "ImportOptions | None" = None) -> Path:
+def convert(
+    source: str, out: str, to: str, options: "ImportOptions | None" = None, export: "ExportOptions | None" = None
+) -> Path:
     """Convert a checkpoint, a run's newest one, or another model; `out` appears only once it is complete and durable.
 
     Args:
@@ -24,6 +27,7 @@ def convert(source: str, out: str, to: str, options: "ImportOptions | None" = No
         to: "hf" (a folder for transformers), "native" (a checkpoint for single, ddp and fsdp) or "zero" (one for
             zero1, zero2 and zero3), the last two with the optimizer's state, where there is one, and for any world size.
         options: for other models and exports.
+        export: for "hf".
 
     Returns:
         The directory that was written.
@@ -34,6 +38,10 @@ def convert(source: str, out: str, to: str, options: "ImportOptions | None" = No
     """
     from megatron_rdt.checkpoint import read_from_checkpoint
 
+    if export is not None:
+        from megatron_rdt.convert.hf_weights import check_shard_size
+
+        check_shard_size(export.shard_size)
     target = Path(os.path.abspath(resolve_output_directory(out, "OUT")))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists and is not empty. Choose another OUT or remove it.")
@@ -47,9 +55,9 @@ def convert(source: str, out: str, to: str, options: "ImportOptions | None" = No
         shutil.rmtree(temporary, ignore_errors=True)  # also what a conversion that was killed has left
         temporary.mkdir()
         if to == "hf":
-            from megatron_rdt.convert.hf import export_hf
+            from megatron_rdt.convert.hf_export import export_hf
 
-            export_hf(checkpoint, temporary)
+            export_hf(checkpoint, temporary, export)
         else:
             from megatron_rdt.convert.training_state import convert_training_state
 

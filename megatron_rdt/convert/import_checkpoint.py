@@ -13,7 +13,7 @@ from megatron_rdt.config.load import dump_config
 from megatron_rdt.config.schema import TrainConfig
 from megatron_rdt.convert.dense_reference import compute_dense_logits
 from megatron_rdt.convert.import_plan import DEEPSPEED, OWN_EXPORT, ImportPlan, describe_origin
-from megatron_rdt.convert.native_writer import check_written, write_documents, write_weights
+from megatron_rdt.convert.native_writer import check_read_back, write_documents, write_weights
 from megatron_rdt.convert.streamed_logits import compute_logits
 from megatron_rdt.data import Tokenizer
 from megatron_rdt.data.tokenizer.hugging_face_backend import JSON_FILE
@@ -51,7 +51,7 @@ def import_checkpoint(plan: ImportPlan, out: Path) -> list[str]:
     total = 2 * FLOAT32 * sum(shape.numel() for shape in stored.shapes.values())
     with show_progress(total, f"convert {plan.source.name}", "B", scaled=True) as advance:
         written = write_weights(out, stored.shapes, plan.buffers, stored.read, advance)
-        check_written(out, written, advance)
+        check_read_back(out, written, open_weights(out).read, advance)
     notes = [*plan.notes, _check_logits(plan, out, vocabulary)]
     if plan.length is None:
         notes.append(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_rdt.checkpoint import BUFFERS, HEALTH, make_health, open_weights, software_versions, write_manifest
+from megatron_rdt.checkpoint import BUFFERS, HEALTH, make_health, software_versions, write_manifest
 from megatron_rdt.checkpoint.restore import TRAINER_STATE
 from megatron_rdt.config import RunConfig
 from megatron_rdt.config.load import dump_config
@@ -40,7 +40,7 @@ class WrittenTensor:
 
 
 def hash_tensor(tensor: Tensor) -> str:
-    """Return the hex SHA-256 of a tensor's elements, float32."""
+    """Return the hex SHA-256 of a tensor's elements."""
     return hashlib.sha256(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
@@ -85,11 +85,17 @@ def write_weights(
     return written
 
 
-def check_written(out: Path, written: dict[str, WrittenTensor], advance: Callable[[int], None]) -> None:
-    """Read every tensor back and compare its hash; CheckpointError at the first that differs."""
-    stored = open_weights(out)
+def check_read_back(out: Path, written: dict[str, WrittenTensor], read: Read, advance: Callable[[int], None]) -> None:
+    """Read every tensor back and compare its hash; CheckpointError at the first that differs.
+
+    Args:
+        out: where they were written, for the message.
+        written: by name.
+        read: returns one of them from the disk, as it is stored.
+        advance: called with the bytes of each.
+    """
     for name, expected in written.items():
-        tensor = stored.read(name)
+        tensor = read(name)
         if hash_tensor(tensor) != expected.sha256:
             raise CheckpointError(
                 f"{name} was read back from {out} with other content than was written. Check the disk."

@@ -29,6 +29,11 @@ LOOPED = (huginn, parcae, ouro, open_mythos)
 # Settings of other projects that say how many tokens a sequence of the training had.
 LENGTHS = ("max_position_embeddings", "block_size", "max_seq_len")
 LONGEST = 2**31 - 1
+# The remedy for the tokenizer of an export that is not as it was written.
+SAVED_AGAIN = (
+    "Where transformers has saved it again, in another form, name the folder of the original in --tokenizer, or this one if "
+    "you know that its ids are the same."
+)
 # Models that transformers has, and why they are none of ours; by model_type.
 REFUSED = {
     "hrm_text": "HRM-Text loops two stacks of layers with a state each, one inside the other's loop; here there is one core "
@@ -159,7 +164,7 @@ def _plan_own(
     _check_names(path, rules, weights, r"lm_head\.weight|model\.lm_head\.weight")
     tokenizer = _find_tokenizer(path, folder, options, config.model.vocab_size, own=True)
     if kind == OWN_EXPORT and not options.tokenizer:
-        check_tokenizer(folder, Tokenizer(tokenizer))
+        check_tokenizer(folder, Tokenizer(tokenizer), SAVED_AGAIN)
     length = _read_length(path, settings) if settings else config.train.sequence_length
     return ImportPlan(path, kind, settings or {}, config.model, depth, rules, weights, tokenizer, length)
 

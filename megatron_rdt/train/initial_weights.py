@@ -104,7 +104,7 @@ def describe_start(source: Path, config: RunConfig) -> list[str]:
     Raises:
         CheckpointError: they are of another model, or the settings with which they were saved cannot be read.
     """
-    if _is_export(source):
+    if checkpoints.has_export_weights(source):
         saved, origin = dataclasses.replace(config, model=open_hf(source)[0]), "an export"
     else:
         saved = load_saved_config(source)
@@ -113,11 +113,6 @@ def describe_start(source: Path, config: RunConfig) -> list[str]:
     lines = [f"weights from {source} ({origin}), and nothing else of it: the run begins at step 0"]
     changed = describe_changed_settings(saved, config)
     return [*lines, f"changed since it was saved: {', '.join(changed)}"] if changed else lines
-
-
-def _is_export(source: Path) -> bool:
-    """Return True if a start is an export, complete or not, and not a checkpoint."""
-    return (source / checkpoints.EXPORT_WEIGHTS).is_file()
 
 
 def _check_model(source: Path, saved: ModelConfig, model: ModelConfig) -> None:
@@ -149,7 +144,7 @@ def _describe_tensor_differences(there: Mapping[str, torch.Size], here: Mapping[
 
 def _open_fitting_weights(source: Path, model: ModelConfig) -> checkpoints.StoredWeights:
     """Open the weights of a checkpoint or export; CheckpointError if names or shapes are not those of `model`."""
-    stored = open_hf(source)[1] if _is_export(source) else checkpoints.open_weights(source)
+    stored = open_hf(source)[1] if checkpoints.has_export_weights(source) else checkpoints.open_weights(source)
     different = _describe_tensor_differences(stored.shapes, _list_shapes(model))
     if different:
         raise CheckpointError(f"{source} does not fit its own config; {different}. Name another in --init.")
@@ -162,7 +157,7 @@ def _check_tokenizers(source: Path, directory: Path) -> list[str]:
     Raises:
         CheckpointError: they are different tokenizers.
     """
-    if _is_export(source):
+    if checkpoints.has_export_weights(source):
         before = open_exported_tokenizer(source)
         check_tokenizer(source, before)
     elif (source / "tokenizer").is_dir():

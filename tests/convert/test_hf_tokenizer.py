@@ -13,10 +13,11 @@ from data_prep.config import PrepConfig
 from data_prep.pipeline import prepare
 from data_prep.stages.tokenizer.write_tokenizer import write_tokenizer
 from megatron_rdt.config import RunConfig
-from megatron_rdt.convert.hf import export_hf
+from megatron_rdt.convert.hf_export import export_hf
 from megatron_rdt.convert.hf_tokenizer import export_tokenizer
 from megatron_rdt.data import Tokenizer
 from megatron_rdt.data.tokenizer.hugging_face_backend import read_settings
+from megatron_rdt.errors import CheckpointError
 from megatron_rdt.evaluate.loss import evaluate_checkpoint
 from megatron_rdt.inference import load
 from megatron_rdt.inference.text import generate_text, to_stop_ids
@@ -272,13 +273,18 @@ def test_an_export_names_no_code_and_no_other_file(
     assert not names & set(references)
 
 
-def test_unigram_is_exported(
-    configure: Callable[..., RunConfig], checkpoint: Path, tokenizer_folders: dict[str, Path], tmp_path: Path
+def test_unigram_is_exported(tokenizer_folders: dict[str, Path], tmp_path: Path) -> None:
+    assert export_tokenizer(tokenizer_folders["unigram"], tmp_path, 32) == ""
+    assert {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"} == {path.name for path in tmp_path.iterdir()}
+    assert Tokenizer(tmp_path).fingerprint == Tokenizer(tmp_path / "tokenizer.model").fingerprint
+
+
+def test_a_tokenizer_of_more_ids_than_the_embedding_is_refused(
+    checkpoint: Path, tokenizer_folders: dict[str, Path], tmp_path: Path
 ) -> None:
     source, out = Path(shutil.copytree(checkpoint, tmp_path / "source")), tmp_path / "out"
     shutil.rmtree(source / "tokenizer")
     shutil.copytree(tokenizer_folders["unigram"], source / "tokenizer")
     out.mkdir()
-    export_hf(source, out)
-    assert {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"} < {path.name for path in out.iterdir()}
-    assert Tokenizer(out).fingerprint == Tokenizer(out / "tokenizer.model").fingerprint
+    with pytest.raises(CheckpointError, match=r"tokenizer has \d+ ids, the embedding 512 rows"):
+        export_hf(source, out)

@@ -73,10 +73,10 @@ def test_deepspeeds_weights_have_the_length_of_their_run(tmp_path: Path, finishe
 
 KILLED = """
 import os, signal, sys
-import megatron_rdt.convert.hf
+import megatron_rdt.convert.hf_export
 from megatron_rdt.convert import convert
 from megatron_rdt.convert.recognize import ImportOptions
-megatron_rdt.convert.hf.export_hf = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+megatron_rdt.convert.hf_export.export_hf = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 convert(sys.argv[1], sys.argv[2], "hf", ImportOptions("2,3,1"))
 """
 

@@ -5,16 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron_rdt import checkpoint as checkpoints
+from megatron_rdt.checkpoint.origin import write_origin
 from megatron_rdt.config import RunConfig
 from megatron_rdt.convert import convert
+from megatron_rdt.convert.hf import ExportOptions
 from megatron_rdt.convert.recognize import ImportOptions
 from megatron_rdt.errors import CheckpointError, ConfigError
 from megatron_rdt.parallel.zero_universal import write_universal
 from megatron_rdt.train.trainer import train
-from tests.convert.imported import check_cut_is_refused, check_use, write_shards
+from tests.convert.imported import check_cut_is_refused, check_use
 
 
 @pytest.fixture(scope="module")
@@ -39,21 +41,81 @@ def test_a_cut_of_own_weights_is_refused(tmp_path: Path, finished: Path) -> None
     check_cut_is_refused(tmp_path / "zero", tmp_path / "out", "DeepSpeed's weights", tokens, config)
 
 
+def save_again(folder: Path, out: Path) -> None:
+    """Save an export as transformers does, in bfloat16 and in several files."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
+    model.save_pretrained(out, max_shard_size="100KB")
+    AutoTokenizer.from_pretrained(folder, trust_remote_code=True).save_pretrained(out)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("shards", [1, 2])
-def test_an_export_comes_back(tmp_path: Path, finished: Path, tiny_corpus: Path, shards: int) -> None:
-    """An export, saved again in bfloat16 and in several files as transformers would, is a checkpoint again."""
-    exported = convert(str(finished), str(tmp_path / "hf"), "hf")
-    weights = load_file(exported / "model.safetensors")
-    if shards > 1:
-        (exported / "model.safetensors").unlink()
-        write_shards(exported, {name: weight.bfloat16() for name, weight in weights.items()}, shards)
+@pytest.mark.parametrize("form", ["whole", "sharded", "bfloat16", "saved again"])
+def test_an_export_comes_back(tmp_path: Path, finished: Path, tiny_corpus: Path, form: str) -> None:
+    """An export in one file or several, rounded, or saved again by transformers, is a checkpoint again."""
+    options = {
+        "sharded": ExportOptions(shard_size="100KB"),
+        "bfloat16": ExportOptions("bfloat16", "50KB"),
+    }.get(form)
+    exported = convert(str(finished), str(tmp_path / "hf"), "hf", export=options)
+    importing = None
+    if form == "saved again":
+        save_again(exported, tmp_path / "again")
+        original, exported = exported, tmp_path / "again"
+        with pytest.raises(CheckpointError, match=r"not the one .* the original in --tokenizer"):
+            convert(str(exported), str(tmp_path / "out"), "native")
+        importing = ImportOptions(tokenizer=str(original))
+    several = len(list(exported.glob("model-*.safetensors"))) > 1
+    assert several == (exported / "model.safetensors.index.json").is_file() == (form != "whole")
     (tmp_path / "work").mkdir()
-    checkpoint = check_use(exported, tiny_corpus, tiny_corpus / "tokenizer", tmp_path / "work")
+    checkpoint = check_use(exported, tiny_corpus, tiny_corpus / "tokenizer", tmp_path / "work", importing)
     before, after = checkpoints.read_model_weights(latest(finished)), checkpoints.read_model_weights(checkpoint)
     assert before.keys() == after.keys()
+    is_rounded = form in ("bfloat16", "saved again")
     for name, value in before.items():
-        assert torch.equal(after[name], value if shards == 1 else value.bfloat16().float()), name
+        assert torch.equal(after[name], value.bfloat16().float() if is_rounded else value), name
+
+
+def test_a_run_begins_with_a_sharded_export(
+    tmp_path: Path, finished: Path, configure: Callable[..., RunConfig]
+) -> None:
+    exported = convert(str(finished), str(tmp_path / "hf"), "hf", export=ExportOptions(shard_size="100KB"))
+    options = (f"--run.root={tmp_path}", "--run.name=next", "--train.steps=2", "--eval.every=0")
+    assert train(configure(*options), init=str(exported)) == 0
+    origin = checkpoints.read_origin(tmp_path / "next")
+    assert origin is not None
+    identity = origin["weights_sha256"]
+    weights = load_file(next(iter(sorted(exported.glob("*.safetensors")))))
+    save_file({name: value + 1 for name, value in weights.items()}, next(iter(sorted(exported.glob("*.safetensors")))))
+    assert write_origin(tmp_path / "next", checkpoints.Start(exported, True))["weights_sha256"] != identity
+
+
+@pytest.mark.parametrize("size", ["", "5", "GB", "5 bytes", "-1GB", "nanGB", "0MB", "infTB"])
+def test_a_shard_size_is_a_number_with_its_unit(size: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--shard_size is .* such as 5GB"):
+        convert(str(tmp_path), str(tmp_path / "out"), "hf", export=ExportOptions(shard_size=size))
+
+
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_rdt.convert import hf_export
+
+    name, value = "prelude.0.feedforward.down.weight", float("nan")
+    opened = checkpoints.open_weights(latest(finished))
+
+    def read(wanted: str) -> torch.Tensor:
+        tensor = opened.read(wanted)
+        if wanted == name:
+            tensor[0, 1] = value
+        return tensor
+
+    monkeypatch.setattr(hf_export, "open_weights", lambda _: checkpoints.StoredWeights(opened.shapes, read))
+    with pytest.raises(CheckpointError, match=rf"{name} holds 1 numbers that are not finite, the first at \[0, 1\]"):
+        convert(str(finished), str(tmp_path / "hf"), "hf")
+    value = 3.4e38  # of float32 alone
+    with pytest.raises(CheckpointError, match="bfloat16 cannot hold them; export float32"):
+        convert(str(finished), str(tmp_path / "hf"), "hf", export=ExportOptions("bfloat16"))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -13,8 +13,10 @@ import torch
 from data_prep.config import PrepConfig
 from data_prep.stages.tokenizer.train_sentencepiece import train_tokenizer
 from data_prep.stages.tokenizer.write_tokenizer import write_tokenizer
+from megatron_rdt.checkpoint import StoredWeights
 from megatron_rdt.config import ModelConfig, RunConfig
-from megatron_rdt.convert.hf import write_export
+from megatron_rdt.convert.hf import ExportOptions, ExportSource
+from megatron_rdt.convert.hf_export import write_export
 from megatron_rdt.inference import ExitRule, generate
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
 
@@ -32,8 +34,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         **{"input_matrix": True, "output_matrix": True, "signals": ["adaln"], "state_init": "learned", "window": 12},
         **{"norm_placement": "sandwich", "core_norm": "iteration", "scale_embedding": True, "logit_softcap": 20.0},
     },
+    "rounded": {},
     "gated": {"injection": "gate", "tie_embeddings": False, "core_norm": "last_shared", "state_init": "embedding"},
 }
+# Dtype and size of the files of a variant's weights; by default one file of float32.
+FILES = {"latent": ("float32", "100KB"), "rounded": ("bfloat16", "100KB")}
 torch.set_num_threads(1)
 LENGTH = 64  # of the training sequences, as the config says
 EXITS = {"change": 0.9, "kl": 0.3}
@@ -86,11 +91,16 @@ def write_exports(out: Path, variants: dict[str, dict[str, Any]] = VARIANTS) -> 
     for name, parts in variants.items():
         model, folder = make_model(parts), out / name
         folder.mkdir(parents=True)
+        if "bfloat16" in FILES.get(name, ()):
+            model.bfloat16().float()  # what the files will hold
         config = dataclasses.replace(
             base,
             model=model.config,
             train=dataclasses.replace(base.train, sequence_length=LENGTH),
             depth=dataclasses.replace(base.depth, mean=4),
         )
-        write_export(folder, config, model.state_dict(), tokenizer, has_bos=False)
+        weights = model.state_dict()
+        stored = StoredWeights({key: value.shape for key, value in weights.items()}, weights.__getitem__)
+        source = ExportSource(folder, config, stored, tokenizer, has_bos=False)
+        write_export(folder, source, ExportOptions(*FILES.get(name, ())))
         torch.save(expect(model), folder / "given.pt")

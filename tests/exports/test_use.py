@@ -4,12 +4,18 @@ These tests import nothing of this project: `make test-exports` runs them in fre
 transformers. What is not installed is skipped.
 """
 
+import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -292,3 +298,63 @@ def test_lengths_and_ids(exports: Path) -> None:
     assert tokenizer(text).input_ids == tokenizer(text, add_special_tokens=False).input_ids
     assert config.bos_token_id is tokenizer.bos_token is None  # the training put none in front of texts
     assert config.eos_token_id == tokenizer.eos_token_id == 2
+
+
+def check_parity(folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", str(folder / "check_parity.py")]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, "rounded"])
+def test_a_user_checks_the_logits(name: str, exports: Path) -> None:
+    found = check_parity(exports / name)
+    assert found.returncode == 0, found.stdout + found.stderr[-2000:]
+    lines = found.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["T = 1", "T = 2", "T = 4", "tokenizer"]
+    assert all("agree" in line for line in lines)
+
+
+def test_a_changed_weight_or_tokenizer_is_found(exports: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(exports / "plain", tmp_path / "copy"))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.core.layers.1.feedforward.down.weight"] *= 1.05
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    found = check_parity(folder)
+    assert found.returncode == 1
+    assert found.stdout.count("DIFFER") == 3
+    assert "is damaged" in found.stdout
+    shutil.copy(exports / "plain" / "model.safetensors", folder)
+    expected = json.loads((folder / "parity.json").read_text())
+    expected["text_tokens"][3] += 1
+    (folder / "parity.json").write_text(json.dumps(expected))
+    found = check_parity(folder)
+    assert found.returncode == 1
+    assert found.stdout.count("DIFFER") == 1
+
+
+def test_files_of_bfloat16(load: Load, given: Load, exports: Path, tmp_path: Path) -> None:
+    folder, expected = exports / "rounded", given("rounded")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    assert index["metadata"]["total_size"] == 2 * sum(p.numel() for p in load("plain").parameters())
+    wide = load("rounded", dtype=torch.float32)
+    narrow = load("rounded", dtype=torch.bfloat16)
+    assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
+    for loops, logits in expected["logits"].items():
+        torch.testing.assert_close(logits_of(wide, loops=loops), logits, **CLOSE)
+        got = logits_of(narrow, loops=loops).float()
+        assert float((got - logits).norm() / logits.norm()) < 0.05
+    settings = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 3, "eos_token_id": -1}
+    assert narrow.generate(TOKENS, **settings).shape == (2, 26)
+    narrow.save_pretrained(tmp_path, max_shard_size="150KB")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True, dtype=torch.bfloat16)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert torch.equal(logits_of(again.eval()), logits_of(narrow))
+
+
+def test_the_model_card_is_valid(exports: Path) -> None:
+    card = huggingface_hub.ModelCard.load(exports / "plain" / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-generation"
+    assert "recurrent-depth" in card.data.tags
+    assert "## Training" in card.text

@@ -44,10 +44,11 @@ def convert(words: list[str]) -> int:
     from megatron_rdt.convert.hf import ExportOptions
     from megatron_rdt.convert.import_plan import describe_rules
     from megatron_rdt.convert.recognize import ImportOptions
+    from megatron_rdt.evaluate.card_results import describe_results
 
     importing = ImportOptions(options.cut, options.tokenizer, options.config)
-    export = ExportOptions(options.dtype, options.shard_size)
-    if options.to != "hf" and export != ExportOptions():
+    export = ExportOptions(options.dtype, options.shard_size, describe_results)
+    if options.to != "hf" and (options.dtype, options.shard_size) != (ConvertOptions.dtype, ConvertOptions.shard_size):
         raise ConfigError(f"--dtype and --shard_size are for --to hf; a checkpoint ({options.to}) keeps float32.")
     if options.dry_run:
         plan = plan_foreign(options.source, options.to, importing)

@@ -5,7 +5,7 @@
 # make test         lint, then all tests but those that need Slurm
 # make test-cluster the same for what needs Slurm
 # make test-parity  against the code of other projects; installs open-mythos and megatron-core (put Parcae and Huginn on PYTHONPATH)
-# make test-exports exports under the newest transformers, 5.0 and 4.57, with PEFT, TRL, accelerate, in environments made in build/
+# make test-exports exports under the newest transformers, 5.0 and 4.57, with PEFT, TRL, accelerate, lm_eval, in environments made in build/
 # make test-vllm    exports served by vLLM for CPUs, in an environment made in build/
 # make fuzz         2,000 random cases each of prep that is killed and of runs that are resumed (ten minutes)
 # make bench        benchmarks; they print, nothing is asserted

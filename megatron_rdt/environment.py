@@ -134,6 +134,7 @@ def quiet_libraries(local_world_size: int = 0) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # of the profiler, which reports its start and stop
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # of lm_eval, which starts processes for a moment's resampling
     # Deprecated names of collectives, of which DeepSpeed warns at every call.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
     # Of DDP, which gives our module as the place.

@@ -38,7 +38,7 @@ def export_hf(source: Path, out: Path, options: ExportOptions | None = None) -> 
         config,
         weights,
         source / "tokenizer",
-        _read_begins_with_bos(state),
+        read_begins_with_bos(state),
         step=state["step"],
         tokens=state.get("tokens", 0),
         origin=manifest.get("converted_from"),
@@ -47,7 +47,7 @@ def export_hf(source: Path, out: Path, options: ExportOptions | None = None) -> 
     write_export(out, found, options or ExportOptions())
 
 
-def _read_begins_with_bos(state: Mapping[str, Any]) -> bool:
+def read_begins_with_bos(state: Mapping[str, Any]) -> bool:
     """Return True if documents began with BOS in training, from a checkpoint's trainer.json."""
     data = state.get("data", {})
     # A run records it with its position in the data, an imported model beside that. Checkpoints from before it was

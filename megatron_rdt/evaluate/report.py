@@ -12,6 +12,13 @@ from megatron_rdt.depth import DepthSampler, loop_probabilities
 from megatron_rdt.errors import DataError
 from megatron_rdt.evaluate import plots
 from megatron_rdt.evaluate.alarms import Alarm, list_alarms
+from megatron_rdt.evaluate.harness_plots import draw_harness_scores
+from megatron_rdt.evaluate.harness_results import (
+    HARNESS_CAPTION,
+    find_drawn_rows,
+    format_harness_section,
+    read_harness_scores,
+)
 from megatron_rdt.evaluate.html_pages import (
     PAGE,
     format_figure,
@@ -22,6 +29,7 @@ from megatron_rdt.evaluate.html_pages import (
     replace_results,
 )
 from megatron_rdt.evaluate.loss import EVALUATION, Evaluation, perplexity, read_evaluation
+from megatron_rdt.evaluate.result_files import HARNESS_SCORES
 from megatron_rdt.evaluate.task_plots import draw_accuracy_map, draw_accuracy_over_steps
 from megatron_rdt.evaluate.task_report import MAP_CAPTION, find_final_scores, format_task_section
 from megatron_rdt.files import DAMAGED, describe_damaged_lines, read_json_lines, write_text
@@ -117,17 +125,19 @@ def write_report(run_directory: str | Path, comparison: str | Path | None = None
     with explain_wrong_content(DataError, directory, "Remove the records that are damaged."):
         final = find_final_losses(directory, evaluations)
         scores = find_final_scores(directory, evaluations, config)
+        file = directory / HARNESS_SCORES
+        harness = read_harness_scores(file) if file.is_file() else None
         alarms = list_alarms(directory)
     out = directory / "report"
     if out.is_symlink():  # in a run of someone else it could lead to any folder of this machine
         raise DataError(f"{out} is a link, and files where it leads would be replaced. Remove it.")
     out.mkdir(exist_ok=True)
     with replace_results(out) as folder:
-        figures = _draw_figures(folder, config, metrics, evaluations, final, scores)
+        figures = _draw_figures(folder, config, metrics, evaluations, final, scores, harness)
         if opening is not None:
             picture = Path(shutil.copy(opening, folder / f"comparison_{ACCURACY_PICTURE}"))
             figures.insert(0, (picture, f"{COMPARISON_CAPTION} {remark}".strip()))
-        write_text(folder / PAGE, _format_report(config, metrics, final, scores, figures, samples, alarms))
+        write_text(folder / PAGE, _format_report(config, metrics, final, scores, harness, figures, samples, alarms))
     return out / PAGE
 
 
@@ -138,6 +148,7 @@ def _draw_figures(
     evaluations: list[dict[str, Any]],
     final: Evaluation | None,
     scores: dict[str, Any] | None,
+    harness: dict[str, Any] | None,
 ) -> list[tuple[Path, str]]:
     """Draw all pictures of a report into a folder; return the paths and captions of those on the page.
 
@@ -147,6 +158,7 @@ def _draw_figures(
         metrics, evaluations: records of the run.
         final: validation losses by T.
         scores: final accuracies on tasks, see `find_final_scores`.
+        harness: scores of lm_eval, see `read_harness_scores`.
     """
     figures: list[tuple[Path, str]] = []
 
@@ -161,6 +173,8 @@ def _draw_figures(
         expected = DepthSampler(config.depth, config.run.seed).expected_loops
         caption = "Accuracy while the model trained, at the evaluated T nearest to the mean of training."
         add(caption, "accuracy_over_steps.png", draw_accuracy_over_steps, evaluations, expected)
+    if harness is not None:
+        add(HARNESS_CAPTION, "harness.png", draw_harness_scores, find_drawn_rows(harness))
     above = len(figures)  # pictures of other sizes than those of the overview
     add("Training and validation loss.", "loss.png", plots.draw_loss_curve, metrics, evaluations)
     if final is not None:
@@ -204,6 +218,7 @@ def _format_report(
     metrics: list[dict[str, Any]],
     final: Evaluation | None,
     scores: dict[str, Any] | None,
+    harness: dict[str, Any] | None,
     figures: list[tuple[Path, str]],
     samples: list[dict[str, Any]],
     alarms: list[Alarm],
@@ -220,6 +235,8 @@ def _format_report(
     parts += [format_figure(picture, caption) for picture, caption in figures]
     if scores is not None:
         parts.append(format_task_section(scores))
+    if harness is not None:
+        parts.append(format_harness_section(harness))
     if samples:
         parts.append("<h2>Samples</h2>")
         for sample in samples:

@@ -16,7 +16,7 @@ import torch
 
 from tests.exports.make_exports import write_exports
 
-TOOLS = ("accelerate", "peft")
+TOOLS = ("accelerate", "peft", "lm_eval")
 ENVIRONMENTS = {
     "newest": ("transformers", *TOOLS, "trl", "datasets", "optimum-quanto"),
     "oldest": ("transformers==5.0.0", *TOOLS),

@@ -17,6 +17,7 @@ from megatron_rdt.checkpoint import StoredWeights
 from megatron_rdt.config import ModelConfig, RunConfig
 from megatron_rdt.convert.hf import ExportOptions, ExportSource
 from megatron_rdt.convert.hf_export import write_export
+from megatron_rdt.data import Tokenizer
 from megatron_rdt.inference import ExitRule, generate
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
 
@@ -42,6 +43,24 @@ FILES = {"latent": ("float32", "100KB"), "rounded": ("bfloat16", "100KB")}
 torch.set_num_threads(1)
 LENGTH = 64  # of the training sequences, as the config says
 EXITS = {"change": 0.9, "kl": 0.3}
+# Requests of lm_eval: contexts with their continuations, texts, and prompts with what ends their continuations. One of each
+# is longer than the training sequences.
+PAIRS = [
+    ("def loads(s, *, cls", "=None):"),
+    ("import", " json"),
+    ("raise Value", "Error"),
+    ("x = 1, " * 40 + "x", " = 2"),
+]
+WHOLE_TEXTS = ["def dump(obj, fp):", "\n".join(f"value_{i} = float({i})" for i in range(20))]
+PROMPTS, STOPS, NEW_TOKENS = ["def ", "    return the", "import re\n", "x = 1, " * 40], ["a", "("], 12
+# Arguments of lm_eval's model, and those of ours.
+HARNESS: dict[str, dict[str, Any]] = {
+    **{f"loops={loops}": {"loops": loops} for loops in (1, 4, 8)},
+    "loops=6,exit=change,exit_threshold=0.9,exit_min_loops=2": {
+        "loops": 6,
+        "exit_rule": ExitRule("change", EXITS["change"], min_loops=2),
+    },
+}
 
 
 def make_model(parts: dict[str, Any]) -> RecurrentDepthTransformer:
@@ -79,6 +98,38 @@ def expect(model: RecurrentDepthTransformer) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def answer_requests(
+    model: RecurrentDepthTransformer, tokenizer: Tokenizer, loops: int, **settings: Any
+) -> dict[str, list[Any]]:
+    """Answers to the requests above, one at a time: log-probabilities, True if greedy decoding agrees, and new ids."""
+
+    def score(ids: list[int], scored: int) -> tuple[float, bool]:
+        ids = ids[-LENGTH - 1 :]
+        logits = model(torch.tensor([ids[:-1]]), loops, **settings)[0, -scored:].double()
+        targets = torch.tensor(ids[-scored:])
+        picked = logits.log_softmax(-1).gather(1, targets[:, None])
+        return float(picked.sum()), bool((logits.argmax(-1) == targets).all())
+
+    def score_text(text: str) -> float:
+        ids = [tokenizer.eos, *tokenizer.encode(text)]
+        ends = [min(first + LENGTH, len(ids)) for first in range(1, len(ids), LENGTH)]
+        begins = [1, *ends[:-1]]
+        return sum(score(ids[:end], end - begin)[0] for begin, end in zip(begins, ends))
+
+    def continue_text(prompt: str) -> list[int]:
+        ids = tokenizer.encode(prompt)[-(LENGTH - NEW_TOKENS) :]
+        (whole,) = generate(model, [ids], loops, NEW_TOKENS, temperature=0, eos=tokenizer.eos, **settings)
+        return whole[len(ids) :]
+
+    pairs = [(tokenizer.encode(context), tokenizer.encode(context + more)) for context, more in PAIRS]
+    return {
+        "scores": [score(whole, len(whole) - len(context)) for context, whole in pairs],
+        "texts": [score_text(text) for text in WHOLE_TEXTS],
+        "continuations": [continue_text(prompt) for prompt in PROMPTS],
+    }
+
+
 def write_exports(out: Path, variants: dict[str, dict[str, Any]] = VARIANTS) -> None:
     """Write a folder per variant, its weights those of `make_model`, with what is expected in `given.pt`."""
     library = Path(sysconfig.get_paths()["stdlib"])
@@ -103,4 +154,6 @@ def write_exports(out: Path, variants: dict[str, dict[str, Any]] = VARIANTS) -> 
         stored = StoredWeights({key: value.shape for key, value in weights.items()}, weights.__getitem__)
         source = ExportSource(folder, config, stored, tokenizer, has_bos=False)
         write_export(folder, source, ExportOptions(*FILES.get(name, ())))
-        torch.save(expect(model), folder / "given.pt")
+        requests = {"pairs": PAIRS, "texts": WHOLE_TEXTS, "prompts": PROMPTS, "stops": STOPS, "new_tokens": NEW_TOKENS}
+        answers = {given: answer_requests(model, Tokenizer(tokenizer), **own) for given, own in HARNESS.items()}
+        torch.save(expect(model) | {"requests": requests, "answers": answers}, folder / "given.pt")

@@ -1,5 +1,6 @@
 """Documents are true: the README's commands run as written, links, anchors and paths exist, recipes match the code."""
 
+import ast
 import os
 import re
 import subprocess
@@ -129,6 +130,46 @@ def test_links_and_paths_exist(page: Path) -> None:
     for target in re.findall(r"`?make ([a-z-]+)", text):
         if re.search(rf"`make {target}|^make {target}", text, re.MULTILINE):
             assert f"\n{target}:" in (ROOT / "Makefile").read_text(encoding="utf-8"), target
+
+
+def find_test_problem(name: str) -> str:
+    """Return why there is no test `FILE.py::FUNCTION`, with [CASE] behind it where it has cases; "" if there is one."""
+    file, function, _, case = re.fullmatch(r"(\S+\.py)::(\w+)(\[(\w+)\])?", name).groups()  # type: ignore[union-attr]
+    found = sorted((ROOT / "tests").rglob(file))
+    if len(found) != 1:
+        return f"{len(found)} files below tests are called {file}"
+    tree = ast.parse(found[0].read_text(encoding="utf-8"))
+    tests = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function]
+    if not tests:
+        return f"{found[0]} has no {function}"
+    literals = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    if case and not (tests[0].decorator_list and case in literals):
+        return f"{function} has no case {case}"
+    return ""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_tests_exist(page: Path) -> None:
+    names = re.findall(r"`(test_[^`\s]*::[^`\s]+)`", page.read_text(encoding="utf-8"))
+    assert not [problem for name in names if (problem := find_test_problem(name))]
+
+
+def test_each_row_of_the_conversions_names_a_test() -> None:
+    """One for what can be done with the result, and one for its logits or the same as the row above."""
+    text = (ROOT / "docs" / "conversion.md").read_text(encoding="utf-8").split("## What is read")[1]
+    rows = [line.strip("|").split("|") for line in text.split("\n## ")[0].splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 12
+    for source, _, use, logits in rows:
+        assert re.fullmatch(r" `test_\w+\.py::\w+(\[\w+\])?` ", use), source
+        assert re.search(r"`tests?[_/]|same|bit for bit", logits), source
+
+
+def test_a_test_that_does_not_exist_is_found() -> None:
+    assert find_test_problem("test_docs.py::test_named_tests_exist") == ""
+    assert find_test_problem("test_docs.py::test_of_nothing").endswith("has no test_of_nothing")
+    assert find_test_problem("test_nothing.py::test_x") == "0 files below tests are called test_nothing.py"
+    assert find_test_problem("test_import_dense.py::test_a_cut_model_is_used_and_trained[mistral]") == ""
+    assert "has no case gpt" in find_test_problem("test_import_dense.py::test_a_cut_model_is_used_and_trained[gpt]")
 
 
 def test_the_tree_in_the_readme_is_the_tree() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from megatron_rdt.convert.sources.files import SourceWeights
 from megatron_rdt.convert.streamed_logits import load_during_calls
+from megatron_rdt.errors import CheckpointError
 
 
 class _SkippedLayer(nn.Module):
@@ -31,6 +32,9 @@ def compute_dense_logits(
         weights: its weights.
         kept: numbers of the layers that are run; the others are skipped.
         tokens: ids.
+
+    Raises:
+        CheckpointError: the config is none of such a model.
     """
     try:
         from transformers import AutoModelForCausalLM
@@ -38,10 +42,16 @@ def compute_dense_logits(
     except ImportError:
         return None
     plain = {name: value for name, value in settings.items() if name not in ("auto_map", "quantization_config")}
-    config = CONFIG_MAPPING[settings["model_type"]].from_dict(plain)
-    config.use_cache = False
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    try:
+        config = CONFIG_MAPPING[settings["model_type"]].from_dict(plain)
+        config.use_cache = False
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    except Exception as error:  # its checks raise nothing narrower that all its versions have
+        raise CheckpointError(
+            f"transformers refuses the config of the dense model, with which the result is to be compared: {error}. Correct "
+            "the config."
+        ) from None
     inner = model.model
     inner.rotary_emb = type(inner.rotary_emb)(config=config)  # its frequencies were made on the meta device
     parts = [("model.embed_tokens", inner.embed_tokens), ("lm_head", model.lm_head)]

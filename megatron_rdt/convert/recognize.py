@@ -265,7 +265,7 @@ def _plan_dense(
     if options.cut != "auto":
         return plan_cut(_parse_cut(options.cut), [])
     if layers < 3:
-        raise ValueError(f"a model of {layers} layers cannot be cut by similarity; give --cut")
+        raise ValueError(f"it takes 3 layers to choose a cut, this model has {layers}; give --cut, such as 0,1,0")
     whole = plan_cut((1, layers - 2, 1), [])
     cut, note = choose_cut(whole.model, whole.stored, open_source_tokenizer(tokenizer, own=False))
     return plan_cut(cut, [note])

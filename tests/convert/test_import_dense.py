@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from megatron_rdt.config import ModelConfig, RunConfig, load_config
 from megatron_rdt.convert import convert, recognize
 from megatron_rdt.convert.recognize import ImportOptions, plan_import
 from megatron_rdt.convert.sources import dense
+from megatron_rdt.convert.sources.llama_layers import MISTRAL_WINDOW
 from megatron_rdt.data import Tokenizer
 from megatron_rdt.depth.distributions import loop_probabilities
 from megatron_rdt.depth.sampler import DepthSampler
@@ -37,7 +39,7 @@ SIZES = {
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SIZES),
-    "llama 3, tied": LlamaConfig(
+    "llama3": LlamaConfig(  # with a tied head
         **SIZES | {"tie_word_embeddings": True}, rope_parameters=LLAMA3 | {"original_max_position_embeddings": 32}
     ),
     "mistral": MistralConfig(**SIZES, sliding_window=5),
@@ -121,7 +123,7 @@ def check_depth(config: RunConfig) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "olmo2"])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_cut_model_is_used_and_trained(
     name: str, tmp_path: Path, tokenizer_folders: dict[str, Path], byte_corpus: Path
 ) -> None:
@@ -181,6 +183,64 @@ def test_a_tokenizer_with_more_ids_than_rows_is_refused(
         convert(str(source), str(tmp_path / "out"), "native", ImportOptions(cut))
 
 
+def test_a_tied_head_that_is_not_the_embedding_is_refused(tmp_path: Path, tokenizer_folders: dict[str, Path]) -> None:
+    """transformers 5 uses such a head in spite of the config, earlier versions the embedding. An equal copy is no problem."""
+    model, source = write_dense(tmp_path / "saved", CONFIGS["llama3"], tokenizer_folders["hf"])
+    settings, weights = json.loads((source / "config.json").read_text()), dict(model.state_dict())
+    copied = write_source(tmp_path / "copied", settings, weights, tokenizer_folders["hf"])
+    convert(str(copied), str(tmp_path / "native"), "native", ImportOptions("2,3,1"))
+    weights["lm_head.weight"] = weights["lm_head.weight"] + 1
+    other = write_source(tmp_path / "other", settings, weights, tokenizer_folders["hf"])
+    for to in ("native", "hf"):
+        with pytest.raises(CheckpointError, match=r"ties .* lm_head\.weight is not model\.embed_tokens\.weight"):
+            convert(str(other), str(tmp_path / "out"), to, ImportOptions("2,3,1"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "window"), [({}, 4096), ({"sliding_window": None}, 0), ({"sliding_window": 7}, 7)]
+)
+def test_a_mistral_without_a_named_window_has_that_of_transformers(
+    settings: dict[str, Any], window: int, tmp_path: Path, tokenizer_folders: dict[str, Path]
+) -> None:
+    _, source = write_dense(tmp_path / "saved", CONFIGS["mistral"], tokenizer_folders["hf"])
+    document = json.loads((source / "config.json").read_text())
+    del document["sliding_window"]
+    assert MistralConfig().sliding_window == MISTRAL_WINDOW
+    (source / "config.json").write_text(json.dumps(document | settings))
+    assert plan_import(source, ImportOptions("2,3,1")).model.window == window
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@torch.no_grad()
+def test_a_model_of_few_layers_is_cut_by_hand(
+    layers: int, tmp_path: Path, tokenizer_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = LlamaConfig(**SIZES | {"num_hidden_layers": layers})
+    dense_model, source = write_dense(tmp_path / "saved", config, tokenizer_folders["hf"])
+    with pytest.raises(CheckpointError, match=f"takes 3 layers to choose a cut, this model has {layers}; give --cut"):
+        convert(str(source), str(tmp_path / "out"), "native")
+    checkpoint = convert(str(source), str(tmp_path / "out"), "native", ImportOptions(f"0,{layers},0"))
+    tokens = torch.arange(20)[None]
+    expected = dense_model(input_ids=tokens, use_cache=False).logits
+    torch.testing.assert_close(load(checkpoint, "cpu")[0](tokens, 1), expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_other_types_become_float32(
+    dtype: torch.dtype, tmp_path: Path, tokenizer_folders: dict[str, Path]
+) -> None:
+    """Each number is kept; of float64 the nearest."""
+    model, _ = write_dense(tmp_path / "saved", CONFIGS["llama"], tokenizer_folders["hf"])
+    weights = {name: value.to(dtype) for name, value in model.state_dict().items() if "inv_freq" not in name}
+    settings = json.loads((tmp_path / "saved" / "config.json").read_text())
+    source = write_source(tmp_path / "typed", settings, weights, tokenizer_folders["hf"], shards=2)
+    checkpoint = convert(str(source), str(tmp_path / "out"), "native", ImportOptions("2,3,1"))
+    found = checkpoints.read_model_weights(checkpoint)
+    assert torch.equal(found["prelude.1.feedforward.up.weight"], weights["model.layers.1.mlp.up_proj.weight"].float())
+    assert torch.equal(found["head.weight"], weights["lm_head.weight"].float())
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path, tokenizer_folders: dict[str, Path]) -> None:
     _, source = write_dense(tmp_path / "saved", CONFIGS["llama"], tokenizer_folders["hf"])
     settings = json.loads((source / "config.json").read_text())
@@ -199,6 +259,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, tokenizer_folders: dict[st
         ({"model_type": "gemma"}, "model_type is 'gemma'; known are Huginn"),
         ({"num_hidden_layers": 10**12}, "says 1,000,000,000,000 layers or experts, the files have"),
         ({"hidden_size": 10**30}, "model.dim is too large"),
+        ({"max_position_embeddings": None}, "transformers refuses the config of the dense model"),
+        ({"rms_norm_eps": None}, "the config has no rms_norm_eps"),
         ({"rms_norm_eps": -1.0}, "norm_eps is -1"),
         ({"num_key_value_heads": "two"}, "kv_heads is 'two'"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0; a layer has at least 1"),

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
 import sys
 import types
 import weakref
@@ -28,6 +30,7 @@ from tests.convert.ouro_reference import ouro_logits
 from tests.parity import recorded
 from tests.parity import test_parcae_and_huginn as parity
 
+ROOT = Path(__file__).resolve().parents[2]
 LOOPS = (1, 2, 4)
 Weights = dict[str, torch.Tensor]
 
@@ -93,6 +96,38 @@ def test_huginn(tmp_path: Path, tokenizer: Path, byte_corpus: Path, shards: int)
     (tmp_path / "work").mkdir()
     checkpoint = check_use(tmp_path / "huginn", byte_corpus, tokenizer, tmp_path / "work")
     compare(checkpoint, parity.huginn, weights, parity.HUGINN.state_std)
+
+
+def run_in(folder: Path, words: list[str], environment: dict[str, str]) -> str:
+    """Run a command in a folder; return what it printed to stdout."""
+    options: dict[str, Any] = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL, "timeout": 280}
+    result = subprocess.run(words, cwd=folder, env=environment, check=False, **options)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_commands_of_the_page_run_as_written(tmp_path: Path, tokenizer: Path, tiny_text: Path) -> None:
+    """A folder of Huginn's kind goes in, trains ten steps, and comes out; it loads in transformers without this package."""
+    section = (ROOT / "docs" / "conversion.md").read_text(encoding="utf-8").split("## In, ten steps, and out")[1]
+    commands, script = re.findall(r"^```(?:bash|python)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)[:2]
+    weights = write_huginn(tmp_path / "huginn", tokenizer, shards=2)
+    (tmp_path / "text").mkdir()
+    for file in sorted(tiny_text.iterdir()):  # in pieces: the few files would leave the validation split empty
+        for number, piece in enumerate(re.findall(r".{1,2000}", file.read_text(encoding="utf-8"), re.DOTALL)):
+            (tmp_path / "text" / f"{file.stem}-{number}.py").write_text(piece, encoding="utf-8")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    output = run_in(tmp_path, ["bash", "-euo", "pipefail", "-c", commands], environment)
+    assert "done: 10 steps" in output
+    # `-P` leaves the working directory out of the path, and PYTHONPATH may name this repository.
+    environment.pop("PYTHONPATH", None)
+    script += "\nassert 'megatron_rdt' not in __import__('sys').modules"
+    assert run_in(tmp_path, [sys.executable, "-P", "-c", script], environment).startswith("def read(")
+    before, (trained, _) = weights["transformer.wte.weight"], load(tmp_path / "exports" / "huginn", "cpu")
+    moved = (trained.embedding.weight - before).abs().max()
+    assert 0 < float(moved) < 0.1
 
 
 PARCAE: dict[str, Any] = {

@@ -11,6 +11,7 @@ PROJECTIONS = {
     **{"feedforward.gate": "mlp.gate_proj", "feedforward.up": "mlp.up_proj", "feedforward.down": "mlp.down_proj"},
 }
 BIASES = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
+MISTRAL_WINDOW = 4096  # where the config names none
 QK_NORMS = {"attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm"}
 
 
@@ -46,7 +47,8 @@ def _read_window(settings: Mapping[str, Any], kind: str) -> int:
         raise ValueError(
             f"layer_types has {', '.join(sorted(kinds))}; here all layers of a model have the same attention"
         )
-    window = settings.get("sliding_window") or 0
+    # transformers leaves settings that have their default out of some files; those of a window differ.
+    window = settings.get("sliding_window", MISTRAL_WINDOW if kind == "Mistral" else 0) or 0
     if kinds:
         return window if kinds == {"sliding_attention"} else 0
     if not settings.get("use_sliding_window", kind == "Mistral") or not window:

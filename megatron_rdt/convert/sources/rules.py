@@ -5,7 +5,7 @@ and run weight by weight, whether the source is a dictionary in memory or files 
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -79,12 +79,15 @@ def check_names(rules: Rules, names: Iterable[str], ignored: str) -> None:
     missing = [name for name in dict.fromkeys(n for rule in rules.values() for n in rule.names) if name not in there]
     if missing:
         raise ValueError(
-            f"the weights have no {', '.join(missing[:LISTED_NAMES])}{' ...' * (len(missing) > LISTED_NAMES)}; "
-            "the config describes another network"
+            f"the weights have no {_list_few(missing)}; the config describes another network, or a file is missing"
         )
     if unused := find_unused(rules, there, ignored):
-        few = ", ".join(unused[:LISTED_NAMES])
-        raise ValueError(f"{len(unused)} weights do not exist in the config's network: {few} ...")
+        raise ValueError(f"{len(unused)} of the weights do not exist in the config's network: {_list_few(unused)}")
+
+
+def _list_few(names: Sequence[str]) -> str:
+    """Return the first names, with "..." where there are more."""
+    return ", ".join(names[:LISTED_NAMES]) + " ..." * (len(names) > LISTED_NAMES)
 
 
 def convert_state(rules: Rules, state: Mapping[str, Tensor], ignored: str) -> dict[str, Tensor]:

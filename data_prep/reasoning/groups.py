@@ -37,6 +37,31 @@ class Group:
         permutations = itertools.permutations(range(self.n))
         return [p for p in permutations if self.kind == "S" or is_even_permutation(p)]
 
+    @cached_property
+    def generators(self) -> list[Element]:
+        """A few elements that generate the group, and their inverses, each once.
+
+        They are 1 of C_n; a transposition and a cycle of S_n; a cycle of three and a longer one of A_n. That of A_n has
+        n elements, or n - 1 where a cycle of n is odd.
+        """
+        if self.kind == "C":
+            chosen: list[Element] = [(1,)]
+        elif self.kind == "S":
+            chosen = [self._make_cycle(0, 2), self._make_cycle(0, self.n)]
+        else:
+            chosen = [self._make_cycle(0, 3), self._make_cycle(1 - self.n % 2, self.n)]
+        return list(dict.fromkeys(letter for one in chosen for letter in (one, self._invert(one))))
+
+    def _make_cycle(self, first: int, end: int) -> Element:
+        """Return the permutation first -> first + 1 -> ... -> end - 1 -> first."""
+        return (*range(first), *range(first + 1, end), first, *range(end, self.n))
+
+    def _invert(self, element: Element) -> Element:
+        """Return the inverse of an element."""
+        if self.kind == "C":
+            return (-element[0] % self.n,)
+        return tuple(element.index(i) for i in range(self.n))
+
     def product(self, left: Element, right: Element) -> Element:
         """The product of two elements: the sum of residues, or the permutation i -> right[left[i]]."""
         if self.kind == "C":

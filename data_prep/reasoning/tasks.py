@@ -5,6 +5,7 @@
 | `hops:N` | a random cycle through N nodes, written as edges in random order; the node d hops after a given one |
 | `product:G` | d + 1 uniform elements of the group G; their product, d multiplications |
 | `prefixes:G` | d + 1 uniform elements of the group G; all their prefix products |
+| `product:G:generators` | d + 1 uniform generators of G, or their inverses; their product; `prefixes` alike |
 | `parity` | d + 1 random bits; their sum modulo 2 |
 | `addition:D` | d + 1 numbers of up to D digits; their sum |
 | `modular:M` | an expression of depth d with +, -, * on residues; its value modulo M |
@@ -21,7 +22,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 from data_prep.reasoning.difficulties import DifficultyMix
-from data_prep.reasoning.groups import Group, pad_number
+from data_prep.reasoning.groups import Element, Group, pad_number
 from data_prep.reasoning.instances import Instance, Symbols, Task, Vocabulary, mark_answer
 from data_prep.reasoning.knowledge_graph import parse_graph_task
 from data_prep.reasoning.random_stream import RandomStream
@@ -31,6 +32,7 @@ from megatron_rdt.errors import ConfigError
 DEEPEST_EXPRESSION = 16  # a deeper one has thousands of numbers
 MOST_SYMBOL_NODES = 40  # an edge is a symbol of its own, so that there are about as many symbols as the square of this
 HOP, PLUS, PARITY = "hop", "+", "parity"
+GENERATORS = "generators"  # after a group: words of a few letters, whose products are all elements
 
 
 def _make_hops_task(name: str, nodes: int) -> Task:
@@ -64,12 +66,32 @@ def _make_hops_task(name: str, nodes: int) -> Task:
     return Task(name, make, lambda hops: math.factorial(nodes), list_symbols, name, nodes - 1, labels_hint="")
 
 
-def _make_product_task(name: str, group: Group, prefixes: bool) -> Task:
-    """Make task `product`, or `prefixes`, which asks for all prefix products: multiply elements of a group."""
+def _parse_product_task(name: str) -> Task:
+    """Return the task called `product:A5`, `prefixes:A5`, `product:A5:generators` and so on."""
+    kind, colon, parameter = name.partition(":")
+    group_name, second_colon, letters = parameter.partition(":")
+    if second_colon and letters != GENERATORS:
+        fixed = f"{kind}:{group_name}"
+        raise ConfigError(
+            f"task {name!r}: what follows the group is {GENERATORS}, or nothing. Set --task {fixed} or {fixed}:{GENERATORS}."
+        )
+    group = Group(group_name if colon else DEFAULT_GROUP)
+    return _make_product_task(name, group, group.generators if letters else group.elements, kind == "prefixes")
+
+
+def _make_product_task(name: str, group: Group, letters: Sequence[Element], prefixes: bool) -> Task:
+    """Make task `product`, or `prefixes`, which asks for all prefix products: multiply elements of a group.
+
+    Args:
+        name: of the task.
+        group: of the elements.
+        letters: elements that are multiplied: all, or those that generate the group.
+        prefixes: True for all prefix products.
+    """
 
     def make(stream: RandomStream, difficulty: int) -> Instance:
-        """Draw `difficulty` + 1 elements; ask for their product, or for all prefix products."""
-        word = [group.elements[stream.draw_below(len(group.elements))] for _ in range(difficulty + 1)]
+        """Draw `difficulty` + 1 letters; ask for their product, or for all prefix products."""
+        word = [letters[stream.draw_below(len(letters))] for _ in range(difficulty + 1)]
         elements = list(map(group.format_element, word))
         products = list(map(group.format_element, itertools.accumulate(word, group.product)))
         text = " * ".join(elements)
@@ -81,15 +103,15 @@ def _make_product_task(name: str, group: Group, prefixes: bool) -> Task:
         return Instance(prompt, " ".join(asked), f"{group.name}: {text}", symbols)
 
     def list_symbols() -> Vocabulary:
-        """Return the elements."""
-        elements = list(map(group.format_element, group.elements))
-        return Vocabulary(elements, elements)
+        """Return the letters, and all elements as answers."""
+        return Vocabulary(*[list(map(group.format_element, some)) for some in (letters, group.elements)])
 
     def count_instances(difficulty: int) -> int:
         """Count the words."""
-        return len(group.elements) ** (difficulty + 1)
+        return len(letters) ** (difficulty + 1)
 
-    leak = f"writes every answer before the next one. Take product:{group.name} with --labels, which hides them"
+    hidden = name.replace("prefixes", "product")
+    leak = f"writes every answer before the next one. Take {hidden} with --labels, which hides them"
     return Task(name, make, count_instances, list_symbols, name, labels_hint=leak if prefixes else "")
 
 
@@ -190,8 +212,7 @@ _NUMBERS: dict[str, tuple[Callable[[str, int], Task], int, int, int, str]] = {
     "addition": (_make_addition_task, 3, 1, 100, "digits"),
     "modular": (_make_modular_task, 7, 2, 1000, "the modulus"),
 }
-# Tasks whose parameter is a group: True if all prefix products are asked for.
-_GROUPS = {"product": False, "prefixes": True}
+_GROUPS = ("product", "prefixes")
 _GRAPHS = ("composition", "systematic")
 DEFAULT_GROUP = "S5"
 
@@ -204,7 +225,7 @@ def parse_task(name: str) -> Task:
     """
     kind, colon, parameter = name.partition(":")
     if kind in _GROUPS:
-        return _make_product_task(name, Group(parameter if colon else DEFAULT_GROUP), _GROUPS[kind])
+        return _parse_product_task(name)
     if kind in _GRAPHS:
         return parse_graph_task(name)
     if name == PARITY:

@@ -20,7 +20,7 @@ class TaskOptions:
     """Options of `rdt prep tasks`."""
 
     task: list[str] = field(default_factory=lambda: ["hops"])
-    """One or several of hops[:NODES], product[:GROUP], prefixes[:GROUP], parity, addition[:DIGITS], modular[:MODULUS], composition[:ENTITIES] and systematic[:ENTITIES], mixed evenly; a group is C2 to C999, S3 to S7 or A3 to A7."""
+    """One or several of hops[:NODES], product[:GROUP], prefixes[:GROUP], parity, addition[:DIGITS], modular[:MODULUS], composition[:ENTITIES] and systematic[:ENTITIES], mixed evenly; a group is C2 to C999, S3 to S7 or A3 to A7, and GROUP:generators multiplies a few elements that generate it."""
     test_task: list[str] = field(default_factory=list)
     """Tasks of test.jsonl; by default those of `task`."""
     difficulty: list[int | str] = field(default_factory=lambda: [1, 8])

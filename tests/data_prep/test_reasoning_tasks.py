@@ -97,6 +97,8 @@ FAMILIES: list[tuple[str, int, int, Check]] = [
     ("hops:101", 101, 100, check_hops),
     ("product", 0, 40, check_product),
     *((f"product:{name}", 0, 40, check_product) for name in ("C2", "C12", "S3", "A4", "A5", "S5", "S7")),
+    *((f"product:{name}:generators", 0, 40, check_product) for name in ("C12", "S3", "A4", "A5")),
+    ("prefixes:S5:generators", 0, 20, lambda one, n: check_product(one, n, prefixes=True)),
     ("prefixes:A5", 0, 20, lambda one, n: check_product(one, n, prefixes=True)),
     ("prefixes:C10", 0, 20, lambda one, n: check_product(one, n, prefixes=True)),
     ("addition", 3, 30, check_addition),
@@ -166,7 +168,36 @@ def test_a5_is_perfect_and_even() -> None:
     assert len(commutators) == 60
 
 
-@pytest.mark.parametrize("name", ["hops", "product:S5", "product:A4", "addition:1", "modular", "prefixes:S3"])
+@pytest.mark.parametrize("kind", ["C2", "C12", "S3", "S5", "A3", "A4", "A5", "A6"])
+def test_generators_generate_the_group_and_have_their_inverses(kind: str) -> None:
+    group = Group(kind)
+    letters, identity = group.generators, group.elements[0]
+    assert len(set(letters)) == len(letters) <= 4
+    assert all(any(group.product(a, b) == identity for b in letters) for a in letters)
+    reached, frontier = {identity}, {identity}
+    while frontier:
+        frontier = {group.product(a, b) for a in frontier for b in letters} - reached
+        reached |= frontier
+    assert reached == set(group.elements)
+
+
+def test_words_of_generators() -> None:
+    task = parse_task("product:A5:generators")
+    letters = Counter(letter for i in range(1000) for letter in parse_word(make_example(task, 3, 0, i))[1])
+    assert set(letters) == {"23145", "31245", "23451", "51234"}
+    assert scipy.stats.chisquare(list(letters.values())).pvalue > 1e-4
+    answers = Counter(make_example(task, 30, 0, i).answer for i in range(3000))
+    assert len(answers) == 60
+    assert scipy.stats.chisquare(list(answers.values())).pvalue > 1e-4, "long words have every product"
+    # A word is the same problem, and in the same split, in the task of all elements.
+    words = {one.prompt: one.key for one in (make_example(parse_task("product:A3"), 1, 0, i) for i in range(200))}
+    some = [make_example(parse_task("product:A3:generators"), 1, 0, i) for i in range(50)]
+    assert all(words[one.prompt] == one.key for one in some)
+
+
+@pytest.mark.parametrize(
+    "name", ["hops", "product:S5", "product:A4", "product:A5:generators", "addition:1", "modular", "prefixes:S3"]
+)
 def test_splits_are_disjoint_for_any_seeds(name: str) -> None:
     task = [parse_task(name)]
     train = [*generate_examples(task, 2, 8, TRAIN, 800, 0), *generate_examples(task, 2, 8, TRAIN, 200, 1)]
@@ -205,7 +236,7 @@ def test_a_product_and_its_prefixes_are_in_the_same_split() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "difficulty"), [("hops:3", 2), ("addition:1", 1), ("addition:1", 2), ("product:C3", 2), ("modular:2", 2)]
+    ("name", "difficulty"), [("hops:3", 2), ("addition:1", 1), ("addition:1", 2), ("product:C3", 2), ("product:S3:generators", 2), ("modular:2", 2)]
 )
 def test_instances_are_counted_and_too_few_are_an_error(name: str, difficulty: int) -> None:
     task = parse_task(name)
@@ -299,6 +330,13 @@ WRONG_NAMES = [
     ("addition:0", "what follows addition: is digits, a whole number from 1 to 100"),
     ("modular:1001", "what follows modular: is the modulus, a whole number from 2 to 1000"),
     ("product:", "there is no group ''. Take C2 to C999, S3 to S7 or A3 to A7, such as product:S5."),
+    (
+        "product:A5:two",
+        "task 'product:A5:two': what follows the group is generators, or nothing. Set --task product:A5 or "
+        "product:A5:generators.",
+    ),
+    ("product:A5:", "what follows the group is generators, or nothing"),
+    ("product:D4:generators", "there is no group 'D4'"),
     *(
         (f"product:{name}", f"there is no group '{name}'")
         for name in ("C1", "S2", "S8", "A8", "D4", "s5", "C1000", "S05")

@@ -76,6 +76,7 @@ def composition_labels(prompt: list[str]) -> list[str]:
 LABELED: list[tuple[str, int, Check]] = [
     ("product:S3", 40, product_labels),
     ("product:A5", 20, product_labels),
+    ("product:A5:generators", 20, product_labels),
     ("product:C12", 20, cyclic_labels),
     ("parity", 40, parity_labels),
     ("addition:2", 30, addition_labels),
@@ -136,6 +137,8 @@ def test_vocabularies_are_shared_and_small() -> None:
     group = list_vocabulary([parse_task("product:S3")])
     assert group[:4] == [BOS, EOS, "<unk>", "product:S3"]
     assert len(group) == 4 + 6 + 6
+    letters = list_vocabulary([parse_task("product:A5:generators")])
+    assert len(letters) == 4 + 4 + 60, "few letters, all elements as answers"
     both = list_vocabulary([parse_task(name) for name in ("parity", "modular:2", "composition", "systematic")])
     assert len(both) == len(set(both)) == 3 + 1 + 2 + 2 + 1 + 5 + 1 + 100 + 10 + 100
     with pytest.raises(ConfigError, match=r"hops:100 has 9,900 edges, and each would be a symbol\. Set --task hops:40"):

@@ -236,7 +236,15 @@ def test_a_product_and_its_prefixes_are_in_the_same_split() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "difficulty"), [("hops:3", 2), ("addition:1", 1), ("addition:1", 2), ("product:C3", 2), ("product:S3:generators", 2), ("modular:2", 2)]
+    ("name", "difficulty"),
+    [
+        ("hops:3", 2),
+        ("addition:1", 1),
+        ("addition:1", 2),
+        ("product:C3", 2),
+        ("product:S3:generators", 2),
+        ("modular:2", 2),
+    ],
 )
 def test_instances_are_counted_and_too_few_are_an_error(name: str, difficulty: int) -> None:
     task = parse_task(name)

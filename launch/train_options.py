@@ -11,6 +11,7 @@ from megatron_rdt.config import RunConfig, check_config
 from megatron_rdt.config.option_words import join_words
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.files import PathText
+from megatron_rdt.output_paths import check_outside_checkpoint
 from megatron_rdt.run_directory import CHECKPOINTS, run_directory_of
 
 RESUME_WORDS = ("none", "auto")
@@ -97,6 +98,7 @@ def check_paths(config: RunConfig) -> None:
                 f"{manifest} does not exist. Make the shards first: rdt prep --config FILE --out {corpus.path}"
             )
     run_directory = run_directory_of(config).absolute()
+    check_outside_checkpoint(run_directory, "run.root")
     for directory in (run_directory, run_directory / CHECKPOINTS):
         # The run creates its directories, so what counts is the closest ancestor that exists.
         while not directory.exists() and not os.path.islink(directory):

@@ -12,6 +12,8 @@ from pathlib import Path
 from megatron_rdt.errors import ConfigError
 
 MOUNTS = "/proc/self/mountinfo"
+# Files that a checkpoint has, and no other folder of this project has both.
+CHECKPOINT_FILES = ("manifest.json", "trainer.json")
 
 
 def resolve_output_directory(out: str | os.PathLike[str], option: str = "--out") -> Path:
@@ -22,11 +24,12 @@ def resolve_output_directory(out: str | os.PathLike[str], option: str = "--out")
         option: that names it, for messages.
 
     Raises:
-        ConfigError: it does not end with a name, or is a link to nothing.
+        ConfigError: it does not end with a name, is a link to nothing, or lies in a checkpoint.
     """
     path = Path(os.path.expanduser(out))
     if path.name in ("", ".."):
         raise ConfigError(f"{option} is {str(out)!r}, it must end with the name of a directory.")
+    check_outside_checkpoint(path, option)
     if not path.is_symlink():
         return path
     target = Path(os.path.realpath(path))
@@ -36,6 +39,13 @@ def resolve_output_directory(out: str | os.PathLike[str], option: str = "--out")
             f"{option}."
         )
     return target
+
+
+def check_outside_checkpoint(path: str | os.PathLike[str], option: str = "--out") -> None:
+    """Raise ConfigError if `path` lies in a checkpoint: its manifest lists its files, and no others may be there."""
+    for folder in Path(os.path.realpath(path)).parents:
+        if all((folder / name).is_file() for name in CHECKPOINT_FILES):
+            raise ConfigError(f"{option} {path} lies in the checkpoint {folder}. Choose a path outside of it.")
 
 
 def make_parent(path: Path, option: str = "--out") -> None:
@@ -91,6 +101,7 @@ def check_output_file(file: Path, option: str = "--out") -> None:
     Raises:
         ConfigError: it cannot.
     """
+    check_outside_checkpoint(file, option)
     # `atomic_open` writes beside the file that a link leads to.
     parent = (Path(os.path.realpath(file)) if file.is_symlink() else file).parent
     reason = ""

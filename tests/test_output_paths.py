@@ -121,3 +121,18 @@ def test_files_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(ConfigError, match="is not writable"):
         check_output_file(tmp_path / "new.json")
+
+
+def test_nothing_is_written_into_a_checkpoint(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "step-00000001"
+    (checkpoint / "model").mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    resolve_output_directory(checkpoint / "hf")  # a corpus has a manifest.json too
+    (checkpoint / "trainer.json").write_text("{}")
+    (tmp_path / "link").symlink_to(checkpoint)
+    for inside in (checkpoint / "hf", checkpoint / "model" / "new" / "hf", tmp_path / "link" / "hf"):
+        with pytest.raises(ConfigError, match=r"OUT .* lies in the checkpoint .*step-00000001\. Choose a path outside"):
+            resolve_output_directory(inside, "OUT")
+    with pytest.raises(ConfigError, match="lies in the checkpoint"):
+        check_output_file(checkpoint / "plan.json")
+    resolve_output_directory(tmp_path / "hf")

@@ -109,14 +109,17 @@ def make_exit_rule(options: GenerateOptions) -> "ExitRule | None":
     Raises:
         ConfigError: a threshold is missing, superfluous or out of range.
     """
-    from megatron_rdt.inference import read_exit_options
+    from megatron_rdt.inference import check_rule_can_act, read_exit_options
 
     names = ("threshold", "entropy", "hits", "min_loops", "in_order")
     settings = {name: getattr(options, f"exit_{name}") for name in names}
     try:
-        return read_exit_options(options.exit, **settings, prefix="--")
+        rule = read_exit_options(options.exit, **settings, prefix="--")
+        if rule is not None:
+            check_rule_can_act(rule, options.loops, prefix="--")
     except ValueError as error:
         raise ConfigError(f"{error}.") from None
+    return rule
 
 
 def print_texts(options: GenerateOptions, prompts: list[str]) -> None:

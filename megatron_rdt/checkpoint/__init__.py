@@ -23,7 +23,7 @@ from megatron_rdt.checkpoint.lineage import (
     list_checkpoint_names,
     list_complete_checkpoints,
 )
-from megatron_rdt.checkpoint.manifest import read_manifest, verify, write_manifest
+from megatron_rdt.checkpoint.manifest import MANIFEST, read_manifest, verify, write_manifest
 from megatron_rdt.checkpoint.missing import find_missing_checkpoint
 from megatron_rdt.checkpoint.origin import (
     EXPORT_INDEX,
@@ -44,6 +44,7 @@ __all__ = [
     "BUFFERS",
     "EXPORT_INDEX",
     "HEALTH",
+    "MANIFEST",
     "TRAINER_STATE",
     "Start",
     "StoredWeights",

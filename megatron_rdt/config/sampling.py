@@ -32,7 +32,7 @@ def check_sampling(
     """
     whole = {"loops": (loops, 1), "new_tokens": (new_tokens, 0), "top_k": (top_k, 0), "cache_budget": (cache_budget, 0)}
     for name, (value, smallest) in whole.items():
-        if not isinstance(value, Integral) or int(value) < smallest:
+        if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < smallest:
             raise ConfigError(f"{spell(name)} is {value!r}, it must be a whole number of at least {smallest}.")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ConfigError(f"{spell('temperature')} is {temperature}, it must be a finite number of at least 0.")

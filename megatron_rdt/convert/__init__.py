@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from megatron_rdt.errors import CheckpointError, ConfigError, RdtError
 from megatron_rdt.files import TEMPORARY_SUFFIX, explain_write_failure, fsync_directory, fsync_file, hold_lock
 from megatron_rdt.output_paths import check_can_be_renamed_to, make_parent, resolve_output_directory
+from megatron_rdt.run_directory import CHECKPOINTS, LATEST
 
 if TYPE_CHECKING:
     from megatron_rdt.convert.hf import ExportOptions
@@ -33,7 +34,7 @@ def convert(
         The directory that was written.
 
     Raises:
-        ConfigError: `out` exists and is not empty, or a directory cannot be renamed to it.
+        ConfigError: `out` exists and is not empty, lies in `source`, or a directory cannot be renamed to it.
         CheckpointError: the checkpoint is damaged or cannot be converted, or `out` cannot be written.
     """
     from megatron_rdt.checkpoint import read_from_checkpoint
@@ -45,6 +46,7 @@ def convert(
     target = Path(os.path.abspath(resolve_output_directory(out, "OUT")))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists and is not empty. Choose another OUT or remove it.")
+    _check_outside_source(target, source)
     check_can_be_renamed_to(target, "OUT")
     plan = plan_foreign(source, to, options)  # after the checks of OUT, since to choose a cut the model is run
     make_parent(target, "OUT")  # at last: a source that leads nowhere leaves no directories
@@ -77,6 +79,15 @@ def convert(
     return target
 
 
+def _check_outside_source(target: Path, source: str) -> None:
+    """Raise ConfigError if `target` lies in the source, or among the checkpoints of a source that is a run."""
+    folder = Path(os.path.realpath(source))
+    if (folder / CHECKPOINTS).is_dir():
+        folder = folder / CHECKPOINTS
+    if folder in Path(os.path.realpath(target)).parents:
+        raise ConfigError(f"OUT {target} lies in {folder}, which is read. Choose a path outside of it.")
+
+
 def plan_foreign(source: str, to: str, options: "ImportOptions | None") -> "ImportPlan | None":
     """Plan the conversion of what is no checkpoint of a run; None for a checkpoint or a run.
 
@@ -84,7 +95,7 @@ def plan_foreign(source: str, to: str, options: "ImportOptions | None") -> "Impo
         ConfigError: options are for the other case, or missing.
         CheckpointError: it does not exist, is of no known kind, has no equal here, or is damaged.
     """
-    from megatron_rdt.checkpoint import find_run_or_checkpoint
+    from megatron_rdt.checkpoint import MANIFEST, TRAINER_STATE, find_run_or_checkpoint
     from megatron_rdt.convert.recognize import ImportOptions, is_foreign, plan_import
 
     if not is_foreign(Path(source)):
@@ -95,6 +106,12 @@ def plan_foreign(source: str, to: str, options: "ImportOptions | None") -> "Impo
                 f"{error} A folder with another project's model, or its file of weights (.safetensors, .pt, .pth, .bin), is "
                 "taken too; nothing is downloaded, so name one on this machine."
             ) from None
+        own = (MANIFEST, TRAINER_STATE, CHECKPOINTS, LATEST)
+        if Path(source).is_dir() and not any(os.path.lexists(Path(source) / name) for name in own):
+            raise CheckpointError(
+                f"{source} holds no run, no checkpoint and no weights of another model (*.safetensors, *.bin, *.pt). Name the "
+                "folder or file that does."
+            )
         if options not in (None, ImportOptions()):
             raise ConfigError(f"--cut, --tokenizer and --config are for other projects' models; {source} is none.")
         return None

@@ -37,6 +37,16 @@ class SlotCache:
             raise ValueError("the cache has no layers; pass DynamicCache(), or one made with config=model.config")
         layers.extend(copy.deepcopy(layers[-1]) for _ in range(slots - len(layers)))
 
+    def check_length(self, positions: int) -> None:
+        """Raise ValueError if a cache of a fixed size is too short for so many positions."""
+        sizes = (getattr(layer, "max_cache_len", None) for layer in self.cache.layers[:1])
+        for size in sizes:
+            if size is not None and positions > int(size):
+                raise ValueError(
+                    f"the cache holds {int(size)} positions, this call needs {positions}; make it with "
+                    f"max_cache_len={positions} or more"
+                )
+
     def update(self, slot: int, start: int, *new: Tensor) -> tuple[Tensor, ...]:
         """Append to a slot and return all that it holds, `start` positions and the new ones.
 

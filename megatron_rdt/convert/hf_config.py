@@ -3,12 +3,13 @@
 import dataclasses
 from collections.abc import Mapping
 from contextvars import ContextVar
+from numbers import Integral, Real
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from megatron_rdt.config import ModelConfig
-from megatron_rdt.model.halting.exit_rules import ExitRule, read_exit_options
+from megatron_rdt.model.halting.exit_rules import ExitRule, check_rule_can_act, read_exit_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,24 @@ class LoopSettings:
         names = ("threshold", "entropy", "hits", "min_loops", "in_order")
         return read_exit_options(self.exit, **{name: getattr(self, f"exit_{name}") for name in names})
 
+    def check(self) -> "LoopSettings":
+        """Return the settings; ValueError if one is no number of its kind, out of range, or would have no effect."""
+        for name, smallest in {"loops": 1, "cache_budget": 0, "exit_hits": 1, "exit_min_loops": 1}.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < smallest:
+                raise ValueError(f"{name} is {value!r}; give a whole number of at least {smallest}")
+        for name in ("exit_threshold", "exit_entropy"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+                raise ValueError(f"{name} is {value!r}; give a number")
+        if not isinstance(self.exit, str):
+            raise ValueError(f"exit is {self.exit!r}; give the name of an exit rule")
+        if not isinstance(self.exit_in_order, bool):
+            raise ValueError(f"exit_in_order is {self.exit_in_order!r}; give True or False")
+        if self.rule is not None:
+            check_rule_can_act(self.rule, int(self.loops))
+        return self
+
     def override(self, options: Mapping[str, Any]) -> "LoopSettings":
         """Return the settings with some replaced; another `exit` drops the options of the one before."""
         given = {name: options[name] for name in LOOP_OPTIONS if options.get(name) is not None}
@@ -60,6 +79,7 @@ class RdtConfig(PretrainedConfig):
         self.model = model or dataclasses.asdict(ModelConfig())
         for name, default in dataclasses.asdict(LoopSettings()).items():
             setattr(self, name, kwargs.pop(name, default))
+        self.loop_settings.check()
         self.hidden_size = self.model["dim"]
         self.num_attention_heads = self.model["heads"]
         # Of a cache's tensors: the latents of mla are stored as two halves.

@@ -147,8 +147,10 @@ class RdtPreTrainedModel(PreTrainedModel):
             cache = LoopCache(settings.cache_budget) if needs_loop_cache(settings) else DynamicCache()
         slots = open_cache(cache, settings)
         start = 0 if slots is None else slots.length
-        if isinstance(slots, SlotCache) and start == 0:
-            slots.make_room(self.model.cache_slots(plan.loops))
+        if isinstance(slots, SlotCache):
+            if start == 0:
+                slots.make_room(self.model.cache_slots(plan.loops))
+            slots.check_length(start + sequence)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         states: list[Tensor] | None = [] if output_hidden_states else None
@@ -180,7 +182,7 @@ class RdtPreTrainedModel(PreTrainedModel):
             raise TypeError(
                 f"this model's forward takes no {', '.join(unknown)}; its own options are {', '.join(LOOP_OPTIONS)}"
             )
-        settings = (GENERATING.get() or self.config.loop_settings).override(given)
+        settings = (GENERATING.get() or self.config.loop_settings).override(given).check()
         if self.model.training and settings.exit != "fixed":
             raise ValueError('exit rules are for inference: model.eval(), or model.config.exit = "fixed" to train')
         return settings
@@ -306,12 +308,14 @@ class RdtForCausalLM(RdtPreTrainedModel, GenerationMixin):
             ValueError: a setting would be ignored, such as a budget without a cache.
         """
         given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        if isinstance(prompt, Tensor) and prompt.numel() == 0 and kwargs.get("inputs_embeds") is None:
+            raise ValueError(f"the prompt has shape {tuple(prompt.shape)}: there are no tokens. Give at least one")
         own = {name: kwargs.pop(name) for name in LOOP_OPTIONS if name in kwargs}
         settings = self.config.loop_settings
         for level in (self.generation_config, given):
             settings = settings.override({} if level is None else vars(level))
-        settings = settings.override(own)
-        make_depth_plan(1, loops=settings.loops)
+        settings = settings.override(own).check()
         configs = [config for config in (given, self.generation_config) if config is not None]
         if needs_loop_cache(settings) and CACHE not in kwargs and "past_key_values" not in kwargs:
             implementation = _first_given("cache_implementation", kwargs, configs)

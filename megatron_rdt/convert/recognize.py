@@ -263,20 +263,26 @@ def _plan_dense(
         return ImportPlan(path, kind, settings, model, depth, rules, weights, tokenizer, length, kept, notes)
 
     if options.cut != "auto":
-        return plan_cut(_parse_cut(options.cut), [])
+        return plan_cut(_parse_cut(options.cut, layers), [])
     if layers < 3:
-        raise ValueError(f"it takes 3 layers to choose a cut, this model has {layers}; give --cut, such as 0,1,0")
+        raise ConfigError(
+            f"{path}: it takes 3 layers to choose a cut, this model has {layers}; give --cut, such as 0,1,0."
+        )
     whole = plan_cut((1, layers - 2, 1), [])
     cut, note = choose_cut(whole.model, whole.stored, open_source_tokenizer(tokenizer, own=False))
     return plan_cut(cut, [note])
 
 
-def _parse_cut(text: str) -> dense.Cut:
-    """Return the three numbers of --cut."""
+def _parse_cut(text: str, layers: int) -> dense.Cut:
+    """Return the three numbers of --cut; ConfigError if they are none, or do not fit a model of so many layers."""
     parts = text.split(",")
     if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
         raise ConfigError(f"--cut is {text!r}; give the layers of prelude, core and coda, such as 2,4,2, or auto.")
     prelude, core, coda = map(int, parts)
+    try:
+        dense.list_kept_layers((prelude, core, coda), layers)
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from None
     return prelude, core, coda
 
 

@@ -77,7 +77,7 @@ def evaluate_tasks(
         directory = Path(os.path.abspath(found))
         target = choose_result_file(directory, TASK_SCORES, file)
         config = load_saved_config(directory)
-        check_rules_fit(rules, config.model.halting)
+        check_rules_fit(rules, config.model.halting, max(loops))
         step = read_trainer_state(directory)["step"]
         return directory, target, config, step, load_verified(directory, device)
 

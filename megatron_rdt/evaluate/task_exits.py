@@ -56,9 +56,13 @@ def _parse_value(text: str, kind: object) -> float | int | bool:
     return int(text) if kind is int else float(text)
 
 
-def check_rules_fit(rules: Mapping[str, ExitRule], halting: str) -> None:
-    """Raise ConfigError for a rule that needs another trained halting than the model's."""
+def check_rules_fit(rules: Mapping[str, ExitRule], halting: str, loops: int) -> None:
+    """Raise ConfigError for a rule that needs another trained halting than the model's, or cannot act within T = `loops`."""
     for text, rule in rules.items():
+        if max(rule.min_loops, rule.hits) > loops:
+            raise ConfigError(
+                f"--exit_rules {text} cannot stop a token within T = {loops}, the largest of --loops. Omit it."
+            )
         if rule.kind in ("act", "gate") and rule.kind != halting:
             raise ConfigError(
                 f"--exit_rules {text} is for models trained with model.halting: {rule.kind}, this one has {halting}. "

@@ -38,7 +38,7 @@ def make_depth_plan(
             raise ValueError(f"loops are {[*loops]}; give one T, or several that rise")
         return plans[-1]
     name, number, others = ("loops", loops, "") if depth is None else ("the depth", depth, ", or a DepthPlan")
-    if not isinstance(number, Integral) or int(number) < 1:
+    if isinstance(number, bool) or not isinstance(number, Integral) or int(number) < 1:
         raise ValueError(f"{name} is {number!r}; give a whole number of iterations of at least 1{others}")
     return DepthPlan.constant(int(number), sequences)
 
@@ -78,6 +78,8 @@ def check_arguments(
     """Raise ValueError for arguments of a forward pass that exclude each other, or tokens of another shape."""
     if tokens.dim() != 2:
         raise ValueError(f"tokens have shape {tuple(tokens.shape)}; give (batch, sequence)")
+    if tokens.numel() == 0:
+        raise ValueError(f"tokens have shape {tuple(tokens.shape)}: there is none. Give at least one")
     if targets is not None and exit_rule is not None and exit_rule.kind != "fixed":
         raise ValueError("an exit rule is for inference; omit the targets and compare with the logits")
     measures_only = targets is not None and trace is None and monitor is None and not torch.is_grad_enabled()

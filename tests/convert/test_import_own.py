@@ -91,6 +91,28 @@ def test_a_run_begins_with_a_sharded_export(
     assert write_origin(tmp_path / "next", checkpoints.Start(exported, True))["weights_sha256"] != identity
 
 
+def test_an_out_inside_of_its_source_is_refused(tmp_path: Path, finished: Path) -> None:
+    """A checkpoint that has other files than its manifest lists is refused from then on."""
+    exported = convert(str(finished), str(tmp_path / "hf"), "hf")
+    before = {source: sorted(source.rglob("*")) for source in (finished, exported)}
+    for source, out in (
+        (latest(finished), latest(finished) / "hf"),
+        (finished, latest(finished) / "new" / "hf"),
+        (finished, finished / "checkpoints" / "hf"),
+        (exported, exported / "native"),
+    ):
+        with pytest.raises(ConfigError, match=r"OUT .* lies in .* Choose a path outside of it"):
+            convert(str(source), str(out), "hf")
+    assert before == {source: sorted(source.rglob("*")) for source in (finished, exported)}
+
+
+def test_a_folder_without_weights_is_no_source(tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "README.md").write_text("nothing")
+    with pytest.raises(CheckpointError, match=r"notes holds no run, no checkpoint and no weights of another model"):
+        convert(str(tmp_path / "notes"), str(tmp_path / "out"), "native")
+
+
 @pytest.mark.parametrize("size", ["", "5", "GB", "5 bytes", "-1GB", "nanGB", "0MB", "infTB"])
 def test_a_shard_size_is_a_number_with_its_unit(size: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--shard_size is .* such as 5GB"):

@@ -83,8 +83,12 @@ def test_rules_are_read_from_text() -> None:
         with pytest.raises(ConfigError, match=rf"--exit_rules: {text} is no exit rule"):
             parse_exit_rules([text])
     with pytest.raises(ConfigError, match=r"act:0.9 is for models trained with model\.halting: act, this one has none"):
-        check_rules_fit(parse_exit_rules(["act:0.9"]), "none")
-    check_rules_fit(parse_exit_rules(["act:0.9"]), "act")
+        check_rules_fit(parse_exit_rules(["act:0.9"]), "none", 4)
+    check_rules_fit(parse_exit_rules(["act:0.9"]), "act", 4)
+    for late in ("change:0.1:min_loops=5", "change:0.1:hits=5"):
+        with pytest.raises(ConfigError, match=f"{late} cannot stop a token within T = 4"):
+            check_rules_fit(parse_exit_rules([late]), "none", 4)
+        check_rules_fit(parse_exit_rules([late]), "none", 5)
 
 
 def test_costs_are_told_in_words() -> None:

@@ -4,7 +4,10 @@ These tests import nothing of this project: `make test-exports` runs them in fre
 transformers.
 """
 
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,6 +85,15 @@ def test_a_cache_budget(load: Load, given: Load) -> None:
         ({"cache_budget": 2, "use_cache": False}, "no meaning without a cache"),
         ({"cache_budget": 2, "cache": "dynamic"}, "needs a LoopCache"),
         ({"loops": 0}, "at least 1"),
+        ({"loops": True}, "loops is True; give a whole number"),
+        ({"loops": "x"}, "loops is 'x'; give a whole number"),
+        ({"cache_budget": -1}, "cache_budget is -1; give a whole number of at least 0"),
+        ({"cache_budget": 1.5}, "cache_budget is 1.5"),
+        ({"exit": "change", "exit_threshold": "low"}, "exit_threshold is 'low'; give a number"),
+        ({"exit": "change", "exit_threshold": 0.1, "exit_hits": "x"}, "exit_hits is 'x'"),
+        ({"exit": "change", "exit_threshold": 0.1, "exit_min_loops": 5}, "exit_min_loops is 5, but T is 4"),
+        ({"exit": "change", "exit_threshold": 0.1, "exit_hits": 3, "loops": 2}, "exit_hits is 3, but T is 2"),
+        ({"exit": "change", "exit_threshold": 0.1, "exit_in_order": 1}, "exit_in_order is 1"),
         ({"loop": 2}, "loop"),
     ],
 )
@@ -93,6 +105,46 @@ def test_an_option_that_would_be_ignored_is_an_error(
         settings["past_key_values"] = transformers.DynamicCache()
     with pytest.raises((ValueError, TypeError), match=message):
         model.generate(given()["tokens"][:1, :9], **settings, **GREEDY)
+
+
+def test_settings_that_cannot_work_are_refused_in_the_config_and_at_a_forward_pass(
+    load: Load, given: Load, exports: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(exports / "plain", tmp_path / "copy"))
+    settings = json.loads((folder / "config.json").read_text())
+    rule = {"exit": "change", "exit_threshold": 0.1}
+    cases = (
+        ({"loops": "x"}, "loops is 'x'"),
+        ({"loops": True}, "loops is True"),
+        ({"cache_budget": -1}, "cache_budget is -1"),
+        ({"exit_threshold": 0.1}, "takes no exit_threshold"),
+        ({**rule, "exit_min_loops": 9}, "exit_min_loops is 9, but T is 4"),
+    )
+    model, tokens = load(), given()["tokens"]
+    for wrong, message in cases:
+        (folder / "config.json").write_text(json.dumps({**settings, **wrong}))
+        with pytest.raises(ValueError, match=message):
+            transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        with pytest.raises(ValueError, match=message):
+            model(tokens, **wrong)
+
+
+def test_no_tokens_and_too_short_a_cache_end_in_a_sentence(load: Load, given: Load) -> None:
+    model, tokens = load(), given()["tokens"]
+    with pytest.raises(ValueError, match=r"shape \(1, 0\): there is none"):
+        model(tokens[:1, :0])
+    with pytest.raises(ValueError, match="there are no tokens"):
+        model.generate(tokens[:1, :0], **GREEDY)
+    with torch.no_grad():
+        short = transformers.StaticCache(config=model.config, max_cache_len=10)
+        with pytest.raises(
+            ValueError, match=r"the cache holds 10 positions, this call needs 20; make it with max_cache_len=20"
+        ):
+            model(tokens, past_key_values=short)
+        short = transformers.StaticCache(config=model.config, max_cache_len=10)
+        model(tokens[:, :10], past_key_values=short)
+        with pytest.raises(ValueError, match="holds 10 positions, this call needs 11"):
+            model(tokens[:, 10:11], past_key_values=short)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -90,6 +90,8 @@ def test_an_exit_rule_reports_its_mean_iterations(run: str, capsys: pytest.Captu
         (["--exit=act", "--exit_threshold=1.5"], "from 0 to 1"),
         (["--exit=change", "--exit_threshold=1", "--exit_hits=0"], "hits 0"),
         (["--exit=change", "--exit_threshold=1", "--exit_min_loops=0"], "min_loops 0"),
+        (["--exit=change", "--exit_threshold=1", "--exit_min_loops=9"], "--exit_min_loops is 9, but T is"),
+        (["--exit=change", "--exit_threshold=1", "--exit_hits=9"], "--exit_hits is 9, but T is"),
         (["--exit_in_order=true"], "for rules that stop tokens early"),
         (["--exit=gate", "--exit_threshold=0.5"], "for models with model.halting: gate"),
         (["--exit=other"], "--exit"),

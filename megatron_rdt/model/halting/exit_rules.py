@@ -96,6 +96,15 @@ def read_exit_options(
     return ExitRule(exit, threshold, math.inf if entropy is None else entropy, hits, min_loops, in_order)
 
 
+def check_rule_can_act(rule: ExitRule, loops: int, prefix: str = "") -> None:
+    """Raise ValueError if no token can stop by a rule within T = `loops`; `prefix` is in front of the options' names."""
+    for name, least in (("exit_min_loops", rule.min_loops), ("exit_hits", rule.hits)):
+        if least > loops:
+            raise ValueError(
+                f"{prefix}{name} is {least}, but T is {loops}: no token could stop early. Lower it, or raise {prefix}loops"
+            )
+
+
 class ExitTrace:
     """Receives the number of iterations that each token ran in a forward pass.
 

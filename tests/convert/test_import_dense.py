@@ -218,7 +218,7 @@ def test_a_model_of_few_layers_is_cut_by_hand(
 ) -> None:
     config = LlamaConfig(**SIZES | {"num_hidden_layers": layers})
     dense_model, source = write_dense(tmp_path / "saved", config, tokenizer_folders["hf"])
-    with pytest.raises(CheckpointError, match=f"takes 3 layers to choose a cut, this model has {layers}; give --cut"):
+    with pytest.raises(ConfigError, match=f"takes 3 layers to choose a cut, this model has {layers}; give --cut"):
         convert(str(source), str(tmp_path / "out"), "native")
     checkpoint = convert(str(source), str(tmp_path / "out"), "native", ImportOptions(f"0,{layers},0"))
     tokens = torch.arange(20)[None]

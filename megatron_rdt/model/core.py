@@ -24,7 +24,7 @@ from megatron_rdt.model.halting.trained import ActTracker, GateTracker, HaltingU
 from megatron_rdt.model.injection import Injection
 from megatron_rdt.model.iteration_signals import Signals
 from megatron_rdt.model.layer import Layer
-from megatron_rdt.model.linear import IdentityLinear
+from megatron_rdt.model.linear import IdentityLinear, Rounded, round_weights, use_rounded
 from megatron_rdt.model.monitor import CoreMonitor, top_singular_values
 from megatron_rdt.model.norm import RMSNorm
 from megatron_rdt.model.transfer import to_device
@@ -61,6 +61,8 @@ class RecurrentCore(nn.Module):
 
     Attributes:
         checkpointing: decides what is kept for the backward pass, and how many iterations make one segment.
+        rounds_once: round the layers' matrices to the compute dtype once per pass, and keep them until its gradients are
+            computed; set where the layers' weights are all there when the pass begins.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -78,6 +80,7 @@ class RecurrentCore(nn.Module):
         self.output_matrix = IdentityLinear(config.dim) if config.output_matrix else None
         self.halting = HaltingUnit(config) if config.halting != "none" else None
         self.checkpointing = Checkpointing()
+        self.rounds_once = False
 
     def iterate(self, state: Tensor, t: Tensor, inputs: LoopInputs, slot: int = 0) -> Tensor:
         """Run one iteration and return the next state.
@@ -133,8 +136,10 @@ class RecurrentCore(nn.Module):
             order = to_device(plan.order, state.device)
             state, inputs = state[order], inputs.rows(order)
         initial = self.injection("expand", state if self.initial is None else self.initial.expand_as(state))
+        rounded = round_weights(self.layers, context.compute_dtype) if self.rounds_once else ()
         if runner is not None:
-            return runner.run(self, initial, inputs)
+            with use_rounded(rounded):
+                return runner.run(self, initial, inputs)
         tracker = reached.tracker or make_tracker(self.halting, self.config)
         # Without progress no sequence has started yet.
         state, completed = initial[:0] if reached.state is None else reached.state, reached.completed
@@ -146,7 +151,7 @@ class RecurrentCore(nn.Module):
                 state = torch.cat((state, initial[len(state) : active])) if active > len(state) else state
                 # A cache comes with one T for all sequences, so the first one's index is everyone's.
                 slots = [context.slot + i.indices[0] % kept * len(self.layers) for i in segment]
-                states = self._run_segment(segment, state, inputs, slots)
+                states = self._run_segment(segment, state, inputs, slots, rounded)
                 for iteration, after in zip(segment, states):
                     completed, previous, state = completed + 1, state, after
                     if context.states is not None:
@@ -173,7 +178,7 @@ class RecurrentCore(nn.Module):
         return state, extras
 
     def _run_segment(
-        self, segment: Sequence[CoreIteration], state: Tensor, inputs: LoopInputs, slots: list[int]
+        self, segment: Sequence[CoreIteration], state: Tensor, inputs: LoopInputs, slots: list[int], rounded: Rounded
     ) -> list[Tensor]:
         """Run a segment's iterations on its sequences, the first rows of `inputs`; return the state after each.
 
@@ -186,9 +191,10 @@ class RecurrentCore(nn.Module):
 
         def iterate_all(state: Tensor, part: LoopInputs) -> list[Tensor]:
             states = []
-            for t, slot in zip(times, slots):
-                state = self.iterate(state, t, part, slot)
-                states.append(state)
+            with use_rounded(rounded):  # here, since activation checkpointing may call this again in the backward pass
+                for t, slot in zip(times, slots):
+                    state = self.iterate(state, t, part, slot)
+                    states.append(state)
             return states
 
         if torch.is_grad_enabled() and inputs.context.cache is None:

@@ -11,8 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# At most about this many logits in a chunk.
-CHUNK_ELEMENTS = 1 << 22
+# At most about this many logits in a chunk. A GPU reads and writes the output matrix and its gradient for each chunk, so
+# chunks of few tokens leave it waiting for memory.
+CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 1 << 22, 1 << 26
+
+
+def count_chunk_tokens(vocabulary: float, gpu: bool) -> int:
+    """Return the number of tokens in a chunk, at least 1, for so many entries of the vocabulary on this rank."""
+    return max(int((GPU_CHUNK_ELEMENTS if gpu else CHUNK_ELEMENTS) // vocabulary), 1)
 
 
 def apply_softcap(logits: Tensor, softcap: float) -> Tensor:
@@ -84,6 +90,16 @@ def _logit_gradient(
     return grad
 
 
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to `total` in place, without a product of its size where the backend can."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda and total.dtype == torch.float32:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total += left @ right
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """The three sums of `cross_entropy`; only the first carries gradient."""
 
@@ -108,7 +124,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weights = torch.empty_like(weights) if wanted[2] and weights is not None else None
         entropy = torch.zeros((), dtype=wide, device=features.device)
         square = torch.zeros((), dtype=wide, device=features.device)
-        size = max(CHUNK_ELEMENTS // matrix.shape[0], 1)
+        size = count_chunk_tokens(matrix.shape[0], matrix.is_cuda)
         for start in range(0, len(features), size):
             rows = slice(start, start + size)
             part, target = features[rows], targets[rows]
@@ -125,10 +141,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad = _logit_gradient(logits, partition, column, is_here, weight, softcap, z_weight).to(features.dtype)
             if grad_features is not None:
                 grad_features[rows] = grad @ rounded
-            if grad_matrix is not None and grad.dtype == grad_matrix.dtype:
-                grad_matrix.addmm_(grad.T, part)  # adds in place, without a product of the matrix's size
-            elif grad_matrix is not None:
-                grad_matrix += grad.T @ part
+            if grad_matrix is not None:
+                _add_product(grad_matrix, grad.T, part)
         ctx.save_for_backward(grad_features, grad_matrix, grad_weights)
         ctx.mark_non_differentiable(entropy, square)
         return entropy + z_weight * square, entropy, square
@@ -184,7 +198,7 @@ def score_targets(
     shape, features, targets = targets.shape, features.flatten(0, -2), targets.flatten()
     wide, rounded = torch.promote_types(features.dtype, torch.float32), matrix.to(features.dtype)
     losses, misses = [], []
-    size = max(CHUNK_ELEMENTS // matrix.shape[0], 1)
+    size = count_chunk_tokens(matrix.shape[0], matrix.is_cuda)
     for start in range(0, len(features), size):
         rows = slice(start, start + size)
         logits = apply_softcap(functional.linear(features[rows], rounded).to(wide), softcap)

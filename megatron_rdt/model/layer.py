@@ -1,6 +1,7 @@
 """One transformer layer: attention and feed-forward around the residual stream, with norms where the config puts them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from megatron_rdt.model.attention.gqa import ATTENTIONS
 from megatron_rdt.model.feedforward import FEEDFORWARDS
 from megatron_rdt.model.forward_context import LayerContext
 from megatron_rdt.model.iteration_signals import Modulations
+from megatron_rdt.model.linear import list_rounded, use_rounded
 from megatron_rdt.model.moe import MixtureOfExperts
 from megatron_rdt.model.norm import RMSNorm
 
@@ -65,8 +67,14 @@ class Layer(nn.Module):
             return self.attend_and_feed(x, context, token_values, modulations)
         function = self.compiled if self.compiled is not None and self.training else self.attend_and_feed
         if self.checkpointed and torch.is_grad_enabled():
+            rounded = list_rounded(self)
+
+            def run(*arguments: Any) -> Tensor:
+                with use_rounded(rounded):  # the backward pass calls this again, outside of the loop
+                    return function(*arguments)
+
             arguments = x, context, token_values, modulations
-            return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
         return function(x, context, token_values, modulations)
 
     def attend_and_feed(

@@ -11,7 +11,7 @@ all experts in one grouped product, elsewhere one after the other.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,32 +37,34 @@ def _is_recomputing() -> bool:
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """y = x W_i^T for the rows x of expert i, with W rounded to the dtype of x, keeping only x and the unrounded W."""
+    """y = x W_i^T for the rows x of expert i, with W rounded to the dtype of x; keeps the same as `linear`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        """Return the products (rows, out) in the dtype of x; save x and the unrounded W."""
-        ctx.save_for_backward(x, weight, ends)
-        return functional.grouped_mm(x, weight.to(x.dtype).mT, offs=ends)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, rounded: Tensor | None, ends: Tensor) -> Tensor:
+        """Return the products (rows, out) in the dtype of x; save x and the matrices."""
+        ctx.save_for_backward(x, weight if rounded is None else rounded, ends)
+        ctx.weight_dtype = weight.dtype
+        return functional.grouped_mm(x, (weight.to(x.dtype) if rounded is None else rounded).mT, offs=ends)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Return the gradients of x and W, the latter in the dtype of W, with W rounded again."""
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x and W, the latter in the dtype of W."""
         grad = grads[0].contiguous()
-        x, weight, ends = ctx.saved_tensors
-        grad_x = functional.grouped_mm(grad, weight.to(grad.dtype), offs=ends)
-        return grad_x, functional.grouped_mm(grad.T, x, offs=ends).to(weight.dtype), None
+        x, matrices, ends = ctx.saved_tensors
+        grad_x = functional.grouped_mm(grad, matrices.to(grad.dtype), offs=ends)
+        return grad_x, functional.grouped_mm(grad.T, x, offs=ends).to(ctx.weight_dtype), None, None
 
 
-def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, rounded: Tensor | None = None) -> Tensor:
     """Multiply rows (rows, in), sorted by expert, each with its expert's matrix of (experts, out, in) transposed.
 
     Args:
         x: the rows; `in` and `out` must be multiples of 16 bytes.
-        weight: rounded to the dtype of `x`.
+        weight: rounded to the dtype of `x`, unless `rounded` is that already.
         ends: (experts,) int32, the index after the last row of each expert.
+        rounded: the matrices in the dtype of `x`, where there are some already.
     """
-    return _GroupedLinear.apply(x.contiguous(), weight, ends)
+    return _GroupedLinear.apply(x.contiguous(), weight, rounded, ends)
 
 
 def scatter_rows(x: Tensor, indices: Tensor) -> Tensor:
@@ -84,8 +86,10 @@ class MixtureOfExperts(nn.Module):
             sent to each expert, and the entropy of the routing distribution in nats. A token counts once per iteration.
             None where nothing was counted.
         exchange: runs the experts where several ranks hold them; None where this one holds all.
+        rounded: within `use_rounded`, the experts' matrices in the compute dtype.
     """
 
+    MULTIPLIED: ClassVar[tuple[str, ...]] = ("gate", "up", "down")
     selection_bias: Tensor
     routing_sums: Tensor | None
 
@@ -101,6 +105,7 @@ class MixtureOfExperts(nn.Module):
         # Not a buffer: it is neither saved nor sharded, and no conversion of the model may round it.
         self.routing_sums = None
         self.exchange: RowExchange | None = None
+        self.rounded: dict[str, Tensor] = {}
 
     def reset_buffers(self) -> None:
         """Set the selection bias to zero and drop the routing counts, as at the start of a run."""
@@ -146,14 +151,21 @@ class MixtureOfExperts(nn.Module):
         outputs = []
         # split and unbind, not slices and indexing: their backward passes put all pieces together once.
         pieces = rows.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
-        for piece, gate, up, down in zip(pieces, self.gate.unbind(), self.up.unbind(), self.down.unbind()):
-            outputs.append(linear(functional.silu(linear(piece, gate)) * linear(piece, up), down))
+        for piece, gate, up, down in zip(pieces, *map(self._list_matrices, self.MULTIPLIED)):
+            outputs.append(linear(functional.silu(linear(piece, *gate)) * linear(piece, *up), *down))
         return torch.cat(outputs)
+
+    def _list_matrices(self, name: str) -> list[tuple[Tensor, Tensor | None]]:
+        """List each expert's matrix of that name, and the rounded one or None."""
+        matrices = getattr(self, name).unbind()
+        return list(zip(matrices, self.rounded[name].unbind() if self.rounded else [None] * len(matrices)))
 
     def _run_experts_grouped(self, rows: Tensor, ends: Tensor) -> Tensor:
         """Return the same as `_run_experts`, from three grouped products over all experts of this rank."""
-        hidden = functional.silu(grouped_linear(rows, self.gate, ends)) * grouped_linear(rows, self.up, ends)
-        return grouped_linear(hidden, self.down, ends)
+        rounded = self.rounded.get
+        gate = grouped_linear(rows, self.gate, ends, rounded("gate"))
+        up = grouped_linear(rows, self.up, ends, rounded("up"))
+        return grouped_linear(functional.silu(gate) * up, self.down, ends, rounded("down"))
 
 
 @torch.no_grad()

@@ -121,6 +121,7 @@ class Engine(ABC):
         model.compute_dtype = COMPUTE_DTYPES[self.config.train.precision]
         set_checkpointing(model, self.config.depth.checkpoint)
         model.z_weight = self.config.train.z_loss
+        model.core.rounds_once = self.config.parallel.core_gather == "once"
         if self.config.train.compile == "layers":
             compile_layers(model)
 

@@ -15,7 +15,7 @@ def join_process_group(config: RunConfig, process: ProcessInfo) -> torch.device:
     """Set up this process's device and return it; join the process group unless the engine runs on one process."""
     device = choose_device(config.train.device, process)
     if device.type == "cuda":
-        _set_up_gpu(device, config.train.deterministic)
+        _set_up_gpu(device, config)
         process = replace(process, local_rank=device.index)  # DeepSpeed takes the GPU whose number is the local rank
     if config.parallel.engine_kind.many_processes:
         export_for_torch(process)
@@ -49,10 +49,19 @@ def choose_device(wanted: str, process: ProcessInfo) -> torch.device:
     return torch.device("cuda", process.local_rank)
 
 
-def _set_up_gpu(device: torch.device, deterministic: bool) -> None:
-    """Make `device` the current one, with deterministic kernels if asked for."""
+def allow_tf32(precision: str) -> None:
+    """Let products of float32 matrices round their factors to TF32 where training is in bfloat16, which rounds them more.
+
+    It concerns what stays float32 there: injections, the matrices around the loop, routers. float32 training is exact.
+    """
+    torch.set_float32_matmul_precision("high" if precision == "bfloat16" else "highest")
+
+
+def _set_up_gpu(device: torch.device, config: RunConfig) -> None:
+    """Make `device` the current one, with the products that the precision allows, and deterministic kernels if asked for."""
     torch.cuda.set_device(device)
-    if deterministic:
+    allow_tf32(config.train.precision)
+    if config.train.deterministic:
         prefer_deterministic_blas()
         torch.use_deterministic_algorithms(True, warn_only=True)
         # Filling every new tensor costs time, and nothing reads memory before it is written.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megatron_rdt.config import ModelConfig, OptimizerConfig, RunConfig
 from megatron_rdt.config.layout import Layout
-from megatron_rdt.model.cross_entropy import CHUNK_ELEMENTS
+from megatron_rdt.model.cross_entropy import count_chunk_tokens
 from megatron_rdt.parallel.optimizers import has_weight_decay
 from megatron_rdt.planner.memory import StepDepth
 from megatron_rdt.planner.parameters import Parameter, core_units, list_parameters, list_units
@@ -167,7 +167,7 @@ def _activation_collectives(
         calls = 2 * backward + number
         yield Collectives("backward", GATHER, "tokens", calls, 2 * backward * part + embedding, "tensor")
         yield Collectives("backward", SCATTER, "tokens", calls, calls * part, "tensor")
-        rows = max(CHUNK_ELEMENTS // (model.vocab_size // layout.tensor), 1)
+        rows = count_chunk_tokens(model.vocab_size // layout.tensor, gpu)
         chunks = number * -(-shape.tokens // rows)
         partitions = number * 2 * FLOAT32 * shape.tokens * layout.tensor
         yield Collectives("forward", GATHER, "the loss's partition", chunks, partitions, "tensor")

@@ -18,6 +18,7 @@ from megatron_rdt.planner.shape import FLOAT32, INT64, Shape
 from megatron_rdt.planner.weights import make_weights
 
 INSIDE, OUTSIDE, LOSS, WORKING = "activations of the loop", "other activations", "loss", "working memory"
+ROUNDED = "rounded core"
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class StepReplay:
         for unit, index in self._iterate_layers("prelude"):
             self._layer_forward(unit, index)
         weights.begin_unit("core")
+        ledger.hold(ROUNDED, self._rounded_bytes)
         ledger.hold(OUTSIDE, activations.before_loop_kept_bytes(shape))
         ledger.hold(INSIDE, shape.state_bytes())  # the prepared encoded input, held while the loop runs
         working = working_memory.forward_working_bytes(shape, core=True)
@@ -140,6 +142,15 @@ class StepReplay:
         ledger.hold(OUTSIDE, self._coda_runs * activations.loss_kept_bytes(shape))
         ledger.hold(LOSS, self._output_matrix_bytes)
         ledger.note_peak("the loss", loss=working_memory.loss_working_bytes(shape, tokens))
+
+    @property
+    def _rounded_bytes(self) -> float:
+        """Bytes of the core's matrices in the compute dtype, made once per pass where the whole core is gathered."""
+        config = self.config
+        if config.train.precision == "float32" or config.parallel.core_gather != "once":
+            return 0.0
+        matrices = (p.local_size(self.shape.layout) for p in self.weights.parameters if p.is_rounded_once)
+        return self.shape.element_bytes * sum(matrices)
 
     @property
     def _output_matrix_bytes(self) -> float:
@@ -219,6 +230,7 @@ class StepReplay:
                             weights.add_gradients(f"{unit}.{part}")
                 ledger.free(INSIDE, activations.injection_kept_bytes(shape))
                 last = False
+        ledger.free(ROUNDED)
         weights.add_gradients("core.")
 
 

@@ -46,6 +46,12 @@ class Parameter:
         return self.name.endswith(EXPERT_NAMES)
 
     @cached_property
+    def is_rounded_once(self) -> bool:
+        """True for a matrix of the core's layers whose products are in the compute dtype."""
+        is_other = self.name.endswith(("token_values.weight", "router"))  # a table; float32 products
+        return self.name.startswith("core.layers.") and len(self.shape) > 1 and not is_other
+
+    @cached_property
     def split_dim(self) -> int | None:
         """Dimension that tensor parallelism splits; None if every process holds it whole."""
         return split_dimension(self.name)

@@ -1,6 +1,6 @@
 """Working memory: estimates of the temporary tensors alive at once within a part of a layer, or in the loss."""
 
-from megatron_rdt.model.cross_entropy import CHUNK_ELEMENTS
+from megatron_rdt.model.cross_entropy import count_chunk_tokens
 from megatron_rdt.planner.shape import FLOAT32, Shape
 
 
@@ -59,8 +59,8 @@ def loss_working_bytes(shape: Shape, tokens: float) -> float:
     """Return the bytes that the chunked cross entropy of `tokens` tokens has alive besides the gradients it keeps."""
     model = shape.model
     rows = model.vocab_size / shape.layout.tensor
-    chunk = min(tokens, max(CHUNK_ELEMENTS // rows, 1)) * rows
-    several = tokens * rows > CHUNK_ELEMENTS
+    largest = count_chunk_tokens(rows, shape.gpu)
+    chunk, several = min(tokens, largest) * rows, tokens > largest
     # Logits and their gradient; with several chunks, the gradient of the last chunk lives until the next one's replaces it.
     copies = 3.0 if several else 2.0
     working = FLOAT32 * chunk * (copies + (2 if model.logit_softcap else 0))

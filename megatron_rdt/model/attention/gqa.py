@@ -97,13 +97,13 @@ class GroupedQueryAttention(nn.Module):
         """Apply bias, norm and rotation to queries or keys; return (batch, heads, sequence, head_dim)."""
         if bias is not None:
             x = x + bias.to(x.dtype)
-        x = x if self.joint_norm else self._split_heads(x)
+        heads = x if self.joint_norm else x.unflatten(-1, (-1, self.head_dim))
         if norm is not None:
-            x = norm(x).to(context.compute_dtype)
-            x = self._split_heads(x) if self.joint_norm else x
+            heads = norm(heads).to(context.compute_dtype)
+            heads = heads.unflatten(-1, (-1, self.head_dim)) if self.joint_norm else heads
         elif self.plain_norm:
-            x = functional.rms_norm(x, (self.head_dim,), eps=PLAIN_NORM_EPS)
-        return apply_positions(x, context.rotary, self.pairing)
+            heads = functional.rms_norm(heads, (self.head_dim,), eps=PLAIN_NORM_EPS)
+        return apply_positions(heads, context.rotary, self.pairing).transpose(1, 2)
 
 
 Attention = GroupedQueryAttention | LatentAttention

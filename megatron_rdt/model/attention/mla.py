@@ -44,13 +44,13 @@ class LatentAttention(nn.Module):
         query = x
         if self.query_down is not None and self.query_norm is not None:
             query = self.query_norm(self.query_down(x)).to(x.dtype)
-        query = self.query_up(query).unflatten(-1, (-1, self.nope + self.rope)).transpose(1, 2)
-        nope, rope = query.split((self.nope, self.rope), dim=-1)  # (batch, heads, sequence, ...)
+        query = self.query_up(query).unflatten(-1, (-1, self.nope + self.rope))
+        nope, rope = query.split((self.nope, self.rope), dim=-1)  # (batch, sequence, heads, ...)
         rope = apply_positions(rope, context.rotary, self.pairing)
-        latent, key_rope = self.latent_down(x).unsqueeze(1).split((self.rank, self.rope), dim=-1)
+        latent, key_rope = self.latent_down(x).unsqueeze(2).split((self.rank, self.rope), dim=-1)
         latent = self.latent_norm(latent).to(x.dtype)
         # Latent and rotary key are one tensor (batch, 1, sequence, rank + rope): one entry in the cache, one gather.
-        keys = torch.cat((latent, apply_positions(key_rope, context.rotary, self.pairing)), dim=-1)
+        keys = torch.cat((latent, apply_positions(key_rope, context.rotary, self.pairing)), dim=-1).transpose(1, 2)
         mask, (keys,) = context.visible_keys(self.window, keys)
         absorbs = self.is_absorbing_cheaper(x.shape[1], keys.shape[2]) and self._has_plain_matrix()
         attend_to = self._attend_absorbed if absorbs else self._attend_expanded
@@ -69,11 +69,12 @@ class LatentAttention(nn.Module):
 
     def _attend_expanded(self, nope: Tensor, rope: Tensor, keys: Tensor, mask: Mask) -> Tensor:
         """Attend to every head's own keys and values, computed from `keys`: (batch, heads, sequence, value_dim)."""
-        latent, key_rope = keys.split((self.rank, self.rope), dim=-1)
-        up = self.latent_up(latent.squeeze(1)).unflatten(-1, (-1, self.nope + self.value)).transpose(1, 2)
+        latent, key_rope = keys.transpose(1, 2).split((self.rank, self.rope), dim=-1)  # (batch, sequence, 1, ...)
+        up = self.latent_up(latent.squeeze(2)).unflatten(-1, (-1, self.nope + self.value))
         key_nope, value = up.split((self.nope, self.value), dim=-1)
-        key = torch.cat((key_nope, key_rope.expand(-1, key_nope.shape[1], -1, -1)), dim=-1)
-        return attend(torch.cat((nope, rope), dim=-1), key, value, mask)
+        key = torch.cat((key_nope, key_rope.expand(-1, -1, key_nope.shape[2], -1)), dim=-1)
+        query = torch.cat((nope, rope), dim=-1)
+        return attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask)
 
     def _attend_absorbed(self, nope: Tensor, rope: Tensor, keys: Tensor, mask: Mask) -> Tensor:
         """Attend to the latents themselves: (batch, heads, sequence, value_dim), equal to `_attend_expanded`.
@@ -83,6 +84,6 @@ class LatentAttention(nn.Module):
         """
         up = self.latent_up.weight.to(nope.dtype).unflatten(0, (-1, self.nope + self.value))
         key_up, value_up = up.split((self.nope, self.value), dim=1)  # (heads, nope or value, rank)
-        query = torch.cat((nope @ key_up, rope), dim=-1)  # (batch, heads, sequence, rank + rope)
+        query = torch.cat((nope.transpose(1, 2) @ key_up, rope.transpose(1, 2)), dim=-1)  # (..., rank + rope)
         scale = (self.nope + self.rope) ** -0.5
         return attend(query, keys, keys[..., : self.rank], mask, scale) @ value_up.transpose(1, 2)

@@ -52,10 +52,14 @@ def scale_slow_frequencies(frequencies: Tensor, config: ModelConfig) -> Tensor:
 
 
 def apply_positions(x: Tensor, tables: tuple[Tensor, ...], pairing: str) -> Tensor:
-    """Return queries or keys (batch, heads, sequence, channels) with their positions, as `position_tables` gave them."""
+    """Return queries or keys (batch, sequence, heads, channels) with their positions, as `position_tables` gave them.
+
+    The heads of a token lie together, as products write them and attention kernels read and write them: with the heads
+    first, rotation and the gradients of the kernels would each be copied once more.
+    """
     if not tables:
         return x
-    cosines, sines = tables
+    cosines, sines = (table.transpose(-3, -2) for table in tables)
     return rotate(x, cosines, sines, pairing)
 
 
@@ -69,7 +73,7 @@ def _supports_complex_product(x: Tensor, table: Tensor) -> bool:
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor, pairing: str = "half") -> Tensor:
-    """Rotate the channel pairs of (batch, heads, sequence, head_dim) by the angles of their positions.
+    """Rotate the channel pairs of (..., head_dim) by the angles of their positions, (..., head_dim / 2) to broadcast.
 
     Channel i pairs with i + head_dim / 2 ("half"), or channel 2i with 2i + 1 ("adjacent").
     """

@@ -39,7 +39,7 @@ LOOKUPS = {"embedding", "index", "gather", "index_select"}
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device attains, as opposed to its peaks.
+    """Rates that a device attains, as opposed to its peaks.
 
     Attributes:
         products, tf32_products, float32_products: FLOP/s of matrix products by type.

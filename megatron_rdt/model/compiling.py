@@ -4,7 +4,8 @@ A layer's code is compiled once with gradient and once without (for the first T 
 sequences: sequences of different T join the batch one after the other, so that number changes. A single sequence has
 code of its own, since a size of 1 broadcasts.
 
-In a layer with experts, the attention is compiled and the rest is not.
+In a layer with experts, the attention is compiled and the rest is not. Of the loss, what follows the product with the output
+matrix is compiled.
 
 Only training runs compiled code. Evaluation, generation and the monitor of the Jacobian, which differentiates through an
 iteration twice, run the layers uncompiled.
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_rdt.model.attention.kernels import BlockwiseMask
+from megatron_rdt.model.cross_entropy import score_chunk
 from megatron_rdt.model.forward_context import LayerContext
 from megatron_rdt.model.iteration_signals import Modulations
 from megatron_rdt.model.layer import Layer
@@ -63,10 +65,10 @@ def _mark_batch_dynamic(tensors: Sequence[Any], dimensions: int) -> None:
 
 
 def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
-    """Make every layer run compiled code in training, from its first pass on; set the process's compiler options.
+    """Make every layer, and the loss, run compiled code in training from the first pass on; set the compiler's options.
 
     Args:
-        model: its layers, before or after they are sharded.
+        model: a `RecurrentDepthTransformer`; its layers, before or after they are sharded.
         backend: of torch.compile.
     """
     import torch._dynamo
@@ -78,3 +80,4 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     for module in list(model.modules()):
         if isinstance(module, Layer):
             module.compiled = CompiledLayer(module, backend)
+    model.compiled_score = torch.compile(score_chunk, backend=backend, fullgraph=True)  # type: ignore[assignment]

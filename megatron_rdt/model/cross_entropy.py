@@ -5,6 +5,7 @@ to one factor. It is computed there, chunk by chunk, while the chunk's logits ex
 arXiv:2410.10989); the backward pass only multiplies by the factor. No logits are kept and none are computed twice.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -90,6 +91,40 @@ def _logit_gradient(
     return grad
 
 
+ScoreChunk = Callable[[Tensor, Tensor, Tensor | None, float, float], tuple[Tensor, Tensor, Tensor]]
+
+
+def score_chunk(
+    product: Tensor, target: Tensor, weight: Tensor | None, softcap: float, z_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return per token the log-partition function and the target's logit, and the gradient of `_logit_gradient`.
+
+    The same as the two functions above for a whole vocabulary, written to be compiled: nothing is indexed, so that the
+    product is read, and the gradient written, in its own dtype, and no logits in float32 are.
+
+    Args:
+        product: features times output matrix, (tokens, vocabulary), in the compute dtype.
+        target: (tokens,) ids.
+        weight, softcap, z_weight: see `cross_entropy`.
+
+    Returns:
+        (tokens,), (tokens,), float32 or wider, and (tokens, vocabulary) in the dtype of the product.
+    """
+    logits = apply_softcap(product.to(torch.promote_types(product.dtype, torch.float32)), softcap)
+    partition = logits.logsumexp(-1)
+    is_target = torch.arange(product.shape[1], device=product.device) == target[:, None]
+    target_logit = torch.where(is_target, logits, 0.0).sum(-1)
+    grad = (logits - partition[:, None]).exp()
+    if z_weight:
+        grad = grad * (1 + 2 * z_weight * partition)[:, None]
+    grad = grad - is_target.to(grad.dtype)
+    if weight is not None:
+        grad = grad * weight[:, None]
+    if softcap:
+        grad = grad * (1 - (logits / softcap).square())
+    return partition, target_logit, grad.to(product.dtype)
+
+
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left @ right to `total` in place, without a product of its size where the backend can."""
     if left.dtype == total.dtype:
@@ -113,6 +148,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         softcap: float,
         z_weight: float,
         shards: VocabularyShards | None,
+        score: ScoreChunk | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the sums objective, cross entropy and squared log-partition function; save the gradients."""
         # Products are in the dtype of the features; logits, sums and the matrix's gradient are float32 or wider.
@@ -129,8 +165,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + size)
             part, target = features[rows], targets[rows]
             weight = None if weights is None else weights[rows]
-            logits = apply_softcap(functional.linear(part, rounded).to(wide), softcap)
-            partition, target_logit, column, is_here = _target_terms(logits, target, shards)
+            product, grad = functional.linear(part, rounded), None
+            if score is not None:
+                partition, target_logit, grad = score(product, target, weight, softcap, z_weight)
+            else:
+                logits = apply_softcap(product.to(wide), softcap)
+                partition, target_logit, column, is_here = _target_terms(logits, target, shards)
             each = partition - target_logit
             entropy += each.sum() if weight is None else (each * weight).sum()
             square += partition.square().sum() if weight is None else (partition.square() * weight).sum()
@@ -138,7 +178,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_weights[rows] = each + z_weight * partition.square()
             if grad_features is None and grad_matrix is None:
                 continue
-            grad = _logit_gradient(logits, partition, column, is_here, weight, softcap, z_weight).to(features.dtype)
+            if grad is None:
+                grad = _logit_gradient(logits, partition, column, is_here, weight, softcap, z_weight).to(features.dtype)
             if grad_features is not None:
                 grad_features[rows] = grad @ rounded
             if grad_matrix is not None:
@@ -152,7 +193,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         """Scale the saved gradients of features, matrix and weights by the objective's; ignore the other two."""
         factor = grads[0]
         scaled = [None if saved is None else saved * factor.to(saved.dtype) for saved in ctx.saved_tensors]
-        return scaled[0], scaled[1], None, scaled[2], None, None, None
+        return scaled[0], scaled[1], None, scaled[2], None, None, None, None
 
 
 def cross_entropy(
@@ -164,6 +205,7 @@ def cross_entropy(
     softcap: float = 0.0,
     z_weight: float = 0.0,
     shards: VocabularyShards | None = None,
+    score: ScoreChunk | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return three sums over tokens: objective (with gradient), cross entropy, squared log-partition function.
 
@@ -176,6 +218,7 @@ def cross_entropy(
         z_weight: weight of the squared log-partition function (PaLM, arXiv:2204.02311).
         shards: the matrix is this rank's part of W. The sums are those of all of W; the gradient of the features is
             only this part's contribution.
+        score: `score_chunk`, compiled, which scores the chunks where gradient is wanted and there are no shards.
 
     Returns:
         Three 0-dimensional sums over tokens, float32 or wider: the objective, entropy + z_weight * square, with
@@ -183,7 +226,9 @@ def cross_entropy(
     """
     features, targets = features.flatten(0, -2), targets.flatten()
     weights = None if weights is None else weights.flatten()
-    return _ChunkedCrossEntropy.apply(features, matrix, targets, weights, softcap, z_weight, shards)
+    is_trained = torch.is_grad_enabled() and (features.requires_grad or matrix.requires_grad)
+    score = score if is_trained and shards is None else None
+    return _ChunkedCrossEntropy.apply(features, matrix, targets, weights, softcap, z_weight, shards, score)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from megatron_rdt.model.attention.kv_cache import DepthCache, KVCache
 from megatron_rdt.model.attention.masks import padded_mask
 from megatron_rdt.model.attention.rope import position_tables
 from megatron_rdt.model.core import LoopProgress, RecurrentCore
-from megatron_rdt.model.cross_entropy import apply_softcap
+from megatron_rdt.model.cross_entropy import ScoreChunk, apply_softcap
 from megatron_rdt.model.forward_arguments import (
     LogitsToKeep,
     check_arguments,
@@ -55,6 +55,7 @@ class RecurrentDepthTransformer(nn.Module):
         compute_dtype: dtype of matrix products; None means the dtype of the weights. The residual stream and the
             recurrent state keep the dtype of the weights (float32).
         z_weight: weight of the squared log-partition function in the loss.
+        compiled_score: the compiled `score_chunk` of the loss in training; None where nothing is compiled.
         token_split: the tokens and the part of the vocabulary that this rank has; tensor and context parallelism set it.
     """
 
@@ -70,6 +71,7 @@ class RecurrentDepthTransformer(nn.Module):
         self.head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
         self.compute_dtype: torch.dtype | None = None
         self.z_weight = 0.0
+        self.compiled_score: ScoreChunk | None = None
         self.token_split: WholeTokens = WHOLE_TOKENS
 
     @overload
@@ -245,7 +247,8 @@ class RecurrentDepthTransformer(nn.Module):
         per_row: bool,
     ) -> dict[str, Tensor]:
         """Return `TrainingLosses.row_sums` if `per_row`, else `TrainingLosses.sums`."""
-        losses = TrainingLosses(self.config, self.read_out, self.head_matrix, self.token_split, self.z_weight)
+        score = self.compiled_score if self.training else None
+        losses = TrainingLosses(self.config, self.read_out, self.head_matrix, self.token_split, self.z_weight, score)
         if per_row:
             return losses.row_sums(state, targets, context, loss_mask)
         return losses.sums(state, extras, targets, context, loss_mask)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_rdt.config import ModelConfig
-from megatron_rdt.model.cross_entropy import cross_entropy, score_targets
+from megatron_rdt.model.cross_entropy import ScoreChunk, cross_entropy, score_targets
 from megatron_rdt.model.forward_context import LayerContext
 from megatron_rdt.model.token_split import WholeTokens
 
@@ -27,6 +27,7 @@ class TrainingLosses:
         head_matrix: (vocab_size, dim).
         token_split: the tokens and the part of the vocabulary that this rank has.
         z_weight: weight of the squared log-partition function.
+        score: see `cross_entropy`; None where it is not compiled.
     """
 
     config: ModelConfig
@@ -34,6 +35,7 @@ class TrainingLosses:
     head_matrix: Tensor
     token_split: WholeTokens
     z_weight: float
+    score: ScoreChunk | None = None
 
     def sums(
         self, state: Tensor, extras: dict[str, Tensor], targets: Tensor, context: LayerContext, loss_mask: Tensor | None
@@ -88,7 +90,7 @@ class TrainingLosses:
         """
         features, weights, shards = self.token_split.gather_for_loss(features, weights)
         options = {"softcap": self.config.logit_softcap, "z_weight": z_weight}
-        return cross_entropy(features, matrix, targets, weights=weights, shards=shards, **options)
+        return cross_entropy(features, matrix, targets, weights=weights, shards=shards, score=self.score, **options)
 
     def _gate_sums(
         self, state: Tensor, extras: dict[str, Tensor], targets: Tensor, context: LayerContext, counted: Tensor | None

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import cross_entropy as loss
-from megatron_rdt.model.cross_entropy import cross_entropy, score_targets
+from megatron_rdt.model.cross_entropy import cross_entropy, score_chunk, score_targets
 
 TOKENS, DIM, VOCABULARY = (3, 7), 10, 29
 
@@ -54,6 +54,23 @@ def test_values_and_gradients_equal_torchs(elements, weighted, softcap, z_weight
     gradients = torch.autograd.grad(sums[0] ** 2 / 7, leaves)
     for ours, theirs in zip(gradients, torch.autograd.grad(expected[0] ** 2 / 7, leaves)):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("weighted", "softcap", "z_weight"), itertools.product((False, True), (0.0, 1.5), (0.0, 0.1)))
+def test_chunks_scored_for_the_compiler_are_the_same(dtype, weighted, softcap, z_weight, monkeypatch) -> None:
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 4 * VOCABULARY)
+    features, matrix, targets, weights = inputs()
+    results = []
+    for score in (None, score_chunk):
+        x, w = (value.detach().clone().requires_grad_() for value in (features.to(dtype), matrix))
+        given = weights.detach().clone().requires_grad_() if weighted else None
+        options = {"weights": given, "softcap": softcap, "z_weight": z_weight, "score": score}
+        sums = cross_entropy(x, w, targets, **options)
+        sums[0].backward()
+        results.append([*sums, x.grad, w.grad, *([given.grad] if given is not None else [])])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("fixed", range(3))

@@ -174,19 +174,24 @@ def _chunk_documents(documents: Iterator[Document], sizes: np.ndarray) -> Iterat
 
 
 def _encode_chunk(chunk: list[Document], tokenizer: Tokenizer, file: IO[Any], rows: ArrayWriter) -> int:
-    """Append ids of prompt, text and EOS per document to `file`, and SPILL_ROWs to `rows`; return the id count."""
+    """Append ids of each document to `file`, and its SPILL_ROW to `rows`; return the id count.
+
+    A document is BOS, if the tokenizer's template puts it there, prompt, text and EOS.
+    """
     texts = tokenizer.encode_batch([document.text for document in chunk])
     # A prompt is encoded by itself, so that the boundary between it and the text is between two tokens.
     prompts = [document.prompt for document in chunk]
     before = tokenizer.encode_batch(prompts) if any(prompts) else [np.empty(0, np.int32)] * len(chunk)
+    bos = np.array([tokenizer.bos] if tokenizer.begins_with_bos else [], np.int32)
     eos = np.array([tokenizer.eos], np.int32)
     # One array for the whole chunk: checked, converted and written at once, which is faster than document by document.
-    flat = np.concatenate([piece for prompt, text in zip(before, texts) for piece in (prompt, text, eos)])
-    lengths = [len(prompt) + len(text) + 1 for prompt, text in zip(before, texts)]
+    flat = np.concatenate([piece for prompt, text in zip(before, texts) for piece in (bos, prompt, text, eos)])
+    lengths = [len(bos) + len(prompt) + len(text) + 1 for prompt, text in zip(before, texts)]
     _check_ids(chunk, lengths, flat, tokenizer)
     file.write(flat.astype(token_dtype(tokenizer.vocab_size)).tobytes())
     for length, prompt in zip(lengths, before):
-        rows.add((length, len(prompt), 0, 0, 0))
+        # BOS before a prompt is as little an answer as the prompt.
+        rows.add((length, len(bos) + len(prompt) if len(prompt) else 0, 0, 0, 0))
     return len(flat)
 
 

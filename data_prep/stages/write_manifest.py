@@ -78,6 +78,7 @@ def write_manifest(work: WorkingDirectory, groups: list[dict[str, Any]], duplica
             "options": result_options(config),
             "code": hash_code(config),
             "append_eos": True,
+            "prepend_bos": tokenizer.begins_with_bos,
         },
         "versions": installed_versions() | {"python": platform.python_version()},
         "inputs": make_input_records(work),

@@ -17,7 +17,7 @@ from megatron_rdt.convert.hf import CONFIG_FILE, MODEL_FILE, MODEL_TYPE, TOKENIZ
 from megatron_rdt.convert.hf_card import format_model_card
 from megatron_rdt.convert.hf_parity import write_parity
 from megatron_rdt.convert.hf_source import paste_model_source
-from megatron_rdt.convert.hf_tokenizer import HIDDEN_FOLDER, export_tokenizer, read_special_ids
+from megatron_rdt.convert.hf_tokenizer import HIDDEN_FOLDER, export_tokenizer, open_exported_tokenizer, read_special_ids
 from megatron_rdt.convert.hf_weights import write_weights
 from megatron_rdt.convert.sources.files import list_weight_files
 from megatron_rdt.data import Tokenizer
@@ -51,7 +51,7 @@ def read_begins_with_bos(state: Mapping[str, Any]) -> bool:
     """Return True if documents began with BOS in training, from a checkpoint's trainer.json."""
     data = state.get("data", {})
     # A run records it with its position in the data, an imported model beside that. Checkpoints from before it was
-    # recorded say nothing about it; a stream adds no BOS.
+    # recorded say nothing about it; a stream added no BOS then.
     return bool(data.get(BEGINS_WITH_BOS, state.get(BEGINS_WITH_BOS, "stream" not in data)))
 
 
@@ -74,6 +74,7 @@ def write_export(out: Path, source: ExportSource, options: ExportOptions) -> Non
     write_weights(out, source.path, source.weights, options.dtype, options.shard_size)
     for file in list_weight_files(out):
         shutil.copymode(out / MODEL_FILE, file)  # safetensors makes it readable for the owner alone
+    left_out = export_tokenizer(source.tokenizer, out, config.train.sequence_length, source.has_bos)
     specials = read_special_ids(tokenizer) | ({} if source.has_bos else {"bos_token_id": None})
     settings = {
         "architectures": ["RdtForCausalLM"],
@@ -89,11 +90,11 @@ def write_export(out: Path, source: ExportSource, options: ExportOptions) -> Non
         **specials,
         "tie_word_embeddings": config.model.tie_embeddings,
         "model": dataclasses.asdict(config.model),
-        TOKENIZER: tokenizer.fingerprint,
+        TOKENIZER: open_exported_tokenizer(out).fingerprint,
     }
     write_text(out / CONFIG_FILE, json.dumps(settings, indent=1) + "\n")
     write_text(out / "generation_config.json", json.dumps(specials, indent=1) + "\n")
-    if left_out := export_tokenizer(source.tokenizer, out, config.train.sequence_length, source.has_bos):
+    if left_out:
         print(
             f"the tokenizer is left out, AutoTokenizer will not load this folder: {left_out}. "
             f"Use {HIDDEN_FOLDER}/{SENTENCEPIECE_FILE} in it with sentencepiece; its README.md shows how."

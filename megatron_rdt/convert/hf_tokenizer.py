@@ -9,6 +9,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from tokenizers.processors import TemplateProcessing
+
 from megatron_rdt.data import Tokenizer
 from megatron_rdt.data.tokenizer.comparison import describe_first_difference
 from megatron_rdt.data.tokenizer.export import TOKENIZER_CLASS, write_settings
@@ -46,7 +48,7 @@ def export_tokenizer(source: Path, out: Path, length: int, has_bos: bool = True)
         source: the checkpoint's tokenizer folder.
         out: folder of the export.
         length: of the model's training sequences, in tokens, which tools take for the longest text.
-        has_bos: False leaves BOS without a name in the settings of a SentencePiece model.
+        has_bos: True if documents began with BOS in training; False leaves it without a name.
 
     Returns:
         "" if AutoTokenizer produces the same ids; otherwise why the tokenizer is left out, and the SentencePiece model
@@ -54,7 +56,7 @@ def export_tokenizer(source: Path, out: Path, length: int, has_bos: bool = True)
     """
     tokenizer = Tokenizer(source)
     if tokenizer.kind == HUGGING_FACE:
-        _export_hugging_face(source, out, length)
+        _export_hugging_face(source, out, length, has_bos)
         return ""
     difference = f"there is no exact {JSON_FILE} for this kind of SentencePiece model"
     if (source / JSON_FILE).is_file():
@@ -70,27 +72,35 @@ def export_tokenizer(source: Path, out: Path, length: int, has_bos: bool = True)
     return difference
 
 
-def _export_hugging_face(source: Path, out: Path, length: int) -> None:
+def _export_hugging_face(source: Path, out: Path, length: int, has_bos: bool) -> None:
     """Copy the tokenizer's files, with a tokenizer_class that loads tokenizer.json unchanged, and the same special tokens.
 
-    The model was trained on texts without the tokens that a template puts around them, so the template stays out.
+    Of the template that puts tokens around a text, BOS stays if the model was trained on it, and nothing else: what else
+    it adds is in no corpus, and EOS is what the model is to write.
 
     Args:
         source: the checkpoint's tokenizer folder.
         out: folder of the export.
         length: becomes `model_max_length`.
+        has_bos: see `export_tokenizer`.
     """
+    tokenizer, named = Tokenizer(source), read_settings(source).named
     for name in (JSON_FILE, *COMPANION_FILES):
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
-    _remove_template(out / JSON_FILE)
+    _reduce_template(
+        out / JSON_FILE, (named["bos_token"], tokenizer.bos) if has_bos and tokenizer.begins_with_bos else None
+    )
     settings, specials = (_remove_references(_read_if_present(out / name)) for name in (SETTINGS_FILE, SPECIALS_FILE))
     if settings.get("tokenizer_class") not in (TOKENIZER_CLASS, "TokenizersBackend"):
         settings["tokenizer_class"] = TOKENIZER_CLASS
     for name in TEMPLATE_SETTINGS:
         settings.pop(name, None)
     settings["model_max_length"] = length
-    named = read_settings(source).named | _find_other_names(settings, specials, Tokenizer(source))
+    if not has_bos:
+        for document in (named, settings, specials):
+            document.pop("bos_token", None)
+    named = named | _find_other_names(settings, specials, tokenizer)
     _set_special_tokens(settings, specials, named)
     for name, document in ((SETTINGS_FILE, settings), (SPECIALS_FILE, specials)):
         if document != _read_if_present(out / name):
@@ -106,17 +116,30 @@ def _remove_references(document: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in document.items() if name not in REFERENCES and not name.endswith("_file")}
 
 
-def _remove_template(file: Path) -> None:
-    """Remove from a tokenizer.json the post-processors that add tokens to a text; others only count characters."""
+def _reduce_template(file: Path, bos: tuple[str, int] | None) -> None:
+    """Remove from a tokenizer.json the post-processors that add tokens to a text; others only count characters.
+
+    Args:
+        file: the tokenizer.json.
+        bos: spelling and id of the token that is to be put in front of a text after all.
+    """
     document = read_json_object(file, DataError)
     processor = document.get("post_processor")
     if processor is None:
         return
     parts = processor["processors"] if processor["type"] == "Sequence" else [processor]
     kept = [part for part in parts if part["type"] in KEPT_PROCESSORS]
+    if bos is not None:
+        kept.append(_make_template(*bos))
     if kept != parts:
         document["post_processor"] = {"type": "Sequence", "processors": kept} if kept else None
         write_text(file, json.dumps(document, ensure_ascii=False) + "\n")
+
+
+def _make_template(bos: str, index: int) -> dict[str, Any]:
+    """Return the post-processor that puts BOS in front of a text, and of the first of two, as tokenizer.json holds it."""
+    processor = TemplateProcessing(single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, index)])
+    return json.loads(processor.__getstate__())
 
 
 def _find_other_names(settings: dict[str, Any], specials: dict[str, Any], tokenizer: Tokenizer) -> dict[str, str]:

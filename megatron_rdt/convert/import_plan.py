@@ -16,7 +16,7 @@ from megatron_rdt.config.schema import RunSection, TrainConfig
 from megatron_rdt.convert.sources.files import SourceWeights
 from megatron_rdt.convert.sources.rules import Rules
 from megatron_rdt.data import Tokenizer
-from megatron_rdt.data.tokenizer.hugging_face_backend import JSON_FILE
+from megatron_rdt.data.tokenizer.hugging_face_backend import HUGGING_FACE, JSON_FILE
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.model import RecurrentDepthTransformer
 
@@ -79,7 +79,14 @@ class ImportPlan:
 
     @property
     def begins_with_bos(self) -> bool | None:
-        """True if documents began with BOS in training, by the token that the config names; None if it does not say."""
+        """True if documents began with BOS in the training of the source; None if nothing says so.
+
+        Of another project's model that has a tokenizer.json, its template says it: whoever used the model put in front of a
+        text what that does. Configs name a BOS that no document began with, such as Qwen's. Otherwise the config says it.
+        """
+        tokenizer = open_source_tokenizer(self.tokenizer, self.kind in (OWN_EXPORT, DEEPSPEED))
+        if self.kind not in (OWN_EXPORT, DEEPSPEED) and tokenizer.kind == HUGGING_FACE:
+            return tokenizer.begins_with_bos
         if "bos_token_id" in self.settings:
             return self.settings["bos_token_id"] is not None
         # An export always says it, and transformers leaves out a null when it saves one again.

@@ -299,8 +299,8 @@ class TokenStream:
         return {"epochs": texts["epoch"], **rows, "held_out_rows": held_out_rows}
 
     def _encode(self, text: str) -> np.ndarray:
-        """Encode a text, int32, with EOS at its end; warn once if one of the first texts decodes otherwise."""
-        ids = self.tokenizer.encode(text)
+        """Encode a text, int32, as a document, with EOS at its end; warn once if one of the first texts decodes otherwise."""
+        ids = self.tokenizer.encode_document(text)
         if self._texts_to_compare:
             self._texts_to_compare -= 1
             if self.tokenizer.decode(ids) != text:

@@ -175,7 +175,7 @@ def evaluate_checkpoint(
 
 def check_same_tokenizer(manifest: CorpusManifest, tokenizer: Tokenizer, checkpoint: Path) -> None:
     """Raise DataError if a corpus was made with another tokenizer than a checkpoint's."""
-    if Tokenizer(manifest.directory / "tokenizer").fingerprint != tokenizer.fingerprint:
+    if not tokenizer.encodes_like(Tokenizer(manifest.directory / "tokenizer")):
         raise DataError(
             f"{manifest.directory} was made with another tokenizer than {checkpoint}. "
             "Prepare the text with the tokenizer of the run, or omit --data."

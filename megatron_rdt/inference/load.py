@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_rdt.checkpoint import check_weights_fit, read_from_checkpoint, read_model_weights
+from megatron_rdt.checkpoint import check_weights_fit, read_from_checkpoint, read_model_weights, read_trainer_state
 from megatron_rdt.config import ModelConfig, load_saved_config
 from megatron_rdt.convert.hf import check_tokenizer, is_hf_export, read_hf
+from megatron_rdt.convert.hf_export import read_begins_with_bos
 from megatron_rdt.convert.hf_tokenizer import open_exported_tokenizer
 from megatron_rdt.data import Tokenizer
 from megatron_rdt.errors import ConfigError
@@ -34,10 +35,14 @@ def load(checkpoint: str | Path, device: str | torch.device = "auto") -> tuple[R
 
 
 def load_verified(directory: Path, device: str | torch.device = "auto") -> tuple[RecurrentDepthTransformer, Tokenizer]:
-    """Load model and tokenizer from a checkpoint directory that `resolve_checkpoint` has verified."""
-    target = choose_device(device)
+    """Load model and tokenizer from a checkpoint directory that `resolve_checkpoint` has verified.
+
+    `begins_with_bos` of the tokenizer is False where documents did not begin with BOS in training.
+    """
+    target, tokenizer = choose_device(device), Tokenizer(directory / "tokenizer")
+    tokenizer.begins_with_bos &= read_begins_with_bos(read_trainer_state(directory))
     model = build_model(load_saved_config(directory).model, read_model_weights(directory), directory)
-    return model.to(target), Tokenizer(directory / "tokenizer")
+    return model.to(target), tokenizer
 
 
 def build_model(config: ModelConfig, weights: dict[str, torch.Tensor], source: Path) -> RecurrentDepthTransformer:

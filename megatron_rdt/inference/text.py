@@ -110,7 +110,7 @@ def _load_and_encode(
             f"the exit rule {rule.kind} is for models with model.halting: {rule.kind}, this one has "
             f"{model.config.halting}. Choose --exit change, second_difference, kl or kl_entropy."
         )
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    ids = [tokenizer.encode_document(prompt) for prompt in prompts]
     for line in describe_extrapolation(Path(checkpoint), loops, max(map(len, ids)) + tokens):
         logger.warning(line)
     return model, tokenizer, ids

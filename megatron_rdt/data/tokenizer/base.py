@@ -63,6 +63,7 @@ class Tokenizer:
         specials: spelling of every special token.
         kind: "spm-bpe", "spm-unigram", "spm-word", "spm-char" or "hf".
         fingerprint: SHA-256 of everything that decides the ids; equal for tokenizers that behave the same.
+        begins_with_bos: True if documents begin with BOS, because the template of a Hugging Face tokenizer puts it there.
 
     Raises:
         DataError: there is no tokenizer, or it is damaged.
@@ -76,6 +77,7 @@ class Tokenizer:
         self.vocab_size, self.kind = self.backend.vocab_size, self.backend.kind
         self.bos, self.eos, self.pad = self.backend.bos, self.backend.eos, self.backend.pad
         self.specials, self.fingerprint = self.backend.specials, self.backend.fingerprint
+        self.begins_with_bos = isinstance(self.backend, HuggingFaceBackend) and self.backend.begins_with_bos
         if Path(path).is_dir():
             _log_contradictions(self)
 
@@ -85,6 +87,18 @@ class Tokenizer:
         if not isinstance(self.backend, SentencePieceBackend):
             raise DataError(f"{self.file} is not a SentencePiece model. Name a folder with a {MODEL_FILE}.")
         return self.backend.processor
+
+    def encodes_like(self, other: "Tokenizer") -> bool:
+        """Return True if both give every text the same ids; one may lack the name of BOS, as exports do that never saw it."""
+        mine, theirs = (
+            each.text_fingerprint if isinstance(each, HuggingFaceBackend) else each.fingerprint
+            for each in (self.backend, other.backend)
+        )
+        return mine == theirs
+
+    def encode_document(self, text: str) -> list[int]:
+        """Encode a text as it begins a document of a corpus: after BOS if `begins_with_bos`."""
+        return self.encode(text, bos=self.begins_with_bos)
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """Encode a text to ids, after BOS if `bos` and there is one; a special token's spelling stays text."""

@@ -33,6 +33,8 @@ class HuggingFaceBackend:
 
     Attributes:
         contradictions: sentences about what the files of the folder say differently, and what is used.
+        begins_with_bos: True if its template puts BOS in front of a text, as those do whose models saw it there.
+        text_fingerprint: the fingerprint that it would have without BOS, which decides no id of a text.
     """
 
     kind = HUGGING_FACE
@@ -71,8 +73,17 @@ class HuggingFaceBackend:
             if index not in (None, self._vocabulary[content])
         ]
         self.bos, self.eos, self.pad = (self._vocabulary[names[name]] if name in names else -1 for name in NAMED_TOKENS)
-        deciding = {name: document.get(name) for name in FINGERPRINTED} | {"ids": [self.bos, self.eos, self.pad]}
-        self.fingerprint = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+        self.fingerprint, self.text_fingerprint = (
+            _hash_parts(document, [bos, self.eos, self.pad]) for bos in (self.bos, -1)
+        )
+        self.begins_with_bos = self.bos >= 0 and self._template_ids()[:1] == [self.bos]
+
+    def _template_ids(self) -> list[int]:
+        """Return the ids that the template puts in front of a text; transformers asks nothing else for them."""
+        text = "a"
+        ids, plain = self._tokenizer.encode(text).ids, self.encode(text).tolist()
+        count = next((i for i in range(len(ids)) if ids[i : i + len(plain)] == plain), 0)
+        return ids[:count]
 
     def encode(self, text: str) -> np.ndarray:
         """Encode a text to ids, int32."""
@@ -117,6 +128,12 @@ class HuggingFaceBackend:
     def _count_decoded_bytes(self, ids: list[int]) -> int:
         """Count the UTF-8 bytes of the decoded text."""
         return len(self.decode(ids).encode("utf-8"))
+
+
+def _hash_parts(document: dict[str, Any], ids: list[int]) -> str:
+    """Return the hex SHA-256 of the parts of a tokenizer.json that decide the ids of a text, and of special ids."""
+    deciding = {name: document.get(name) for name in FINGERPRINTED} | {"ids": ids}
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

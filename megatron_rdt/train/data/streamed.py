@@ -165,6 +165,7 @@ class StreamedData:
             "batches": write_batches(self.batches, consumed),
             "stream": self.resume_key(),
             "held_out_rows": self._held_out_rows,
+            "begins_with_bos": self.tokenizer.begins_with_bos,
         }
 
     def rank_state(self, consumed: int) -> dict[str, Any] | None:

@@ -174,7 +174,10 @@ def _find_depth_problems(config: RunConfig) -> Iterator[str]:
             f"the first one only. Set --depth.backprop all{' and --depth.curriculum_of mean' * grows}."
         )
     if depth.per == "sequence" and halting == "gate":
-        yield "model.halting gate needs one T for all sequences of a forward pass. Set --depth.per step or micro_batch."
+        yield (
+            "model.halting gate needs one T for all sequences of a forward pass. Set --depth.per step, accumulation_step or "
+            "micro_batch."
+        )
     if isinstance(depth.checkpoint, int) and depth.checkpoint < 1:
         yield f"depth.checkpoint is {depth.checkpoint}, a number of iterations must be at least 1."
     if depth.scheme == "fixed" and depth.mean != int(depth.mean):

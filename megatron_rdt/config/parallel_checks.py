@@ -41,10 +41,10 @@ def _find_core_gather_problems(config: RunConfig) -> Iterator[str]:
     meeting = [f"parallel.core_gather {gather}"] if gather != "once" else []
     meeting += [f"parallel.expert {config.parallel.expert}"] if config.parallel.expert > 1 else []
     for name in meeting:
-        if depth.per != "step" and depth.scheme != "fixed":
+        if depth.per not in ("step", "accumulation_step") and depth.scheme != "fixed":
             yield (
                 f"{name} makes processes with different sequences exchange data in every iteration, so all need the same T; "
-                f"depth.per is {depth.per}. Set --depth.per step."
+                f"depth.per is {depth.per}. Set --depth.per step or accumulation_step."
             )
     if gather != "once" and config.model.value_embeddings != "none":
         yield (

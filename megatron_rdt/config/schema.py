@@ -55,8 +55,8 @@ class DepthConfig:
     """Standard deviation of the logarithm of the rate (lognormal_poisson only)."""
     backprop: int | Literal["all"] = "all"
     """k: the last k iterations carry gradient, those before run without; `all`: full backpropagation."""
-    per: Literal["step", "micro_batch", "sequence"] = "step"
-    """Sequences that share one draw of T: all of an optimizer step, those of one forward pass, or each its own."""
+    per: Literal["step", "accumulation_step", "micro_batch", "sequence"] = "step"
+    """Sequences that share one draw of T: all of an optimizer step; those of the n-th forward pass on every rank; those of one forward pass of one rank; or each its own."""
     curriculum: Literal["none", "linear", "one_minus_sqrt"] = "none"
     """Growth of the depth over the first `curriculum_steps`: none; linear; one_minus_sqrt: slow at first, as 1 - sqrt(1 - fraction)."""
     curriculum_steps: int = 1000

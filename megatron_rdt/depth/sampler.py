@@ -103,7 +103,9 @@ class DepthSampler:
         loops = math.floor(config.difficulty_slope * difficulty + config.difficulty_offset + 0.5)
         return min(max(loops, config.min), config.max)
 
-    def draw_loops(self, step: int, batch_rows: Sequence[int], micro_batch: int) -> tuple[int, ...]:
+    def draw_loops(
+        self, step: int, batch_rows: Sequence[int], micro_batch: int, accumulation: int = 1
+    ) -> tuple[int, ...]:
         """Draw T for these rows of the global batch of optimizer step `step`, the same in every call.
 
         Not for the scheme `difficulty`, which draws nothing.
@@ -112,12 +114,18 @@ class DepthSampler:
             step: counted from 0.
             batch_rows: rows of the global batch.
             micro_batch: sequences per forward pass, which share one draw with `depth.per` micro_batch.
+            accumulation: forward passes of each rank in this step; with `depth.per` accumulation_step, the passes of the
+                same number on all ranks share one draw.
         """
         cumulative = self._cumulative_for_mean(self.mean_at(step))
         if self.config.per == "step":
             return (quantile(cumulative, hash_uniform(self.seed, "depth", step)),) * len(batch_rows)
-        # With one draw per micro-batch, its number takes the part of the row, so micro-batches are balanced instead.
-        draws = batch_rows if self.config.per == "sequence" else [row // micro_batch for row in batch_rows]
+        draws = batch_rows
+        if self.config.per != "sequence":
+            # The number of the micro-batch takes the part of the row, so micro-batches are balanced instead.
+            draws = [row // micro_batch for row in batch_rows]
+        if self.config.per == "accumulation_step":  # each rank has `accumulation` consecutive micro-batches
+            draws = [number % accumulation for number in draws]
         noise = hash64(self.seed, "depth", step) >> 64 - BITS
         return tuple(quantile(cumulative, balanced_uniform(int(draw), noise)) for draw in draws)
 
@@ -127,6 +135,7 @@ class DepthSampler:
         samples: Sequence[int],
         batch_rows: Sequence[int] | None = None,
         difficulties: Sequence[int] | None = None,
+        accumulation: int = 1,
     ) -> DepthPlan:
         """Draw T of a micro-batch's sequences; return the plan, with this step's k and initial-state seeds.
 
@@ -136,12 +145,14 @@ class DepthSampler:
             batch_rows: row of each in the step's global batch, of which each rank has consecutive ones; the sample
                 numbers where not given.
             difficulties: of each sequence's example; the scheme `difficulty` needs them.
+            accumulation: see `draw_loops`.
         """
         if self.config.scheme == "difficulty":
             assert difficulties is not None, "the training data checks that it has them"
             iterations = tuple(self.loops_of_difficulty(difficulty) for difficulty in difficulties)
         else:
-            iterations = self.draw_loops(step, samples if batch_rows is None else batch_rows, len(samples))
+            rows = samples if batch_rows is None else batch_rows
+            iterations = self.draw_loops(step, rows, len(samples), accumulation)
         return DepthPlan(
             iterations=iterations,
             backprop=self.backprop_at(step),

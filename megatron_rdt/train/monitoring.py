@@ -74,7 +74,8 @@ def start_loop_count(
     """
     config = engine.config
     if config.depth.scheme != "difficulty":  # a draw can be repeated for the rows of all ranks
-        count = Counter(sampler.draw_loops(step, range(batches.batch_at(step)), config.train.micro_batch))
+        rows = range(batches.batch_at(step))
+        count = Counter(sampler.draw_loops(step, rows, config.train.micro_batch, len(plans)))
         return lambda: count
     counts = torch.zeros(config.depth.max + 1)
     for plan in plans:

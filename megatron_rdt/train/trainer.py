@@ -271,7 +271,8 @@ class Trainer:
         """Forward, backward, clip, step; return the record. The host only queues this work: it reads no tensor."""
         config = self.config
         size = config.train.micro_batch
-        micro_batches = [self._make_micro_batch(batch.rows(i, i + size)) for i in range(0, len(batch), size)]
+        parts = [batch.rows(i, i + size) for i in range(0, len(batch), size)]
+        micro_batches = [self._make_micro_batch(rows, len(parts)) for rows in parts]
         plans = [micro.plan for micro in micro_batches]
         count_loops = start_loop_count(plans, self.sampler, self.step, self.data.batches, self.engine)
         monitor = self.monitoring.make_monitor(self.step + 1)
@@ -309,9 +310,10 @@ class Trainer:
             data=self.data.progress(self.consumed) if self.is_rank_0 else {},
         )
 
-    def _make_micro_batch(self, rows: Batch) -> MicroBatch:
-        """Pair some rows of a batch with their depth plan."""
-        return MicroBatch(rows, self.sampler.plan(self.step, rows.samples, rows.batch_rows, rows.difficulties))
+    def _make_micro_batch(self, rows: Batch, accumulation: int) -> MicroBatch:
+        """Pair one of `accumulation` parts of a batch with its depth plan."""
+        plan = self.sampler.plan(self.step, rows.samples, rows.batch_rows, rows.difficulties, accumulation)
+        return MicroBatch(rows, plan)
 
     def _run_due_actions(self) -> None:
         """Record, save, evaluate and sample, whichever is due after this step."""

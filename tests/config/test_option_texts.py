@@ -182,8 +182,8 @@ NO_PATHS = {
         "sample.prompt",
     ),
     *("extensions", "text_field", "prompt_field", "hf_split", "filters", "special_tokens", "shard", "task"),
-    *("task_field", "difficulty_field", "label_field", "test_task", "difficulty", "test_difficulty"),
-    *("arms", "axis", "lr_sweep", "only", "compare", "budgets", "sizes", "loops", "exit_rules", "cut"),
+    *("task_field", "difficulty_field", "label_field", "test_task", "difficulty", "test_difficulty", "shard_size"),
+    *("arms", "axis", "lr_sweep", "only", "compare", "budgets", "sizes", "loops", "exit_rules", "cut", "harness"),
     *(
         "time",
         "partition",

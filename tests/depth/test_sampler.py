@@ -37,11 +37,11 @@ def test_draws_are_a_function_of_the_seed_and_the_step() -> None:
     assert draw_steps(9) != draw_steps(10)
 
 
-@pytest.mark.parametrize("per", ["sequence", "micro_batch"])
+@pytest.mark.parametrize("per", ["sequence", "micro_batch", "accumulation_step"])
 @pytest.mark.parametrize("row", [0, 5, 30])
 def test_over_steps_every_row_draws_from_the_distribution(per: Any, row: int) -> None:
     sampler = DepthSampler(dataclasses.replace(LOGNORMAL, per=per), seed=4)
-    drawn = np.array([sampler.draw_loops(step, (row,), 4)[0] for step in range(5000)])
+    drawn = np.array([sampler.draw_loops(step, (row,), 4, 4)[0] for step in range(5000)])
     common = sampler.probabilities * len(drawn) >= 5
     counts = np.bincount(drawn, minlength=len(common)).astype(float)
     observed = np.append(counts[common], counts[~common].sum())
@@ -75,6 +75,17 @@ def test_what_one_draw_covers() -> None:
             assert all(len(set(loops)) == 1 for loops in passes)
             assert len({loops[0] for loops in passes}) > 3
             assert [loops[0] for loops in passes] == [loops[0] for loops in plans("micro_batch", step, 1)][: 48 // size]
+
+
+def test_ranks_share_the_draws_of_an_accumulation_step() -> None:
+    sampler = DepthSampler(dataclasses.replace(LOGNORMAL, per="accumulation_step"), seed=6)
+    for step in range(8):
+        ranks = np.array(sampler.draw_loops(step, range(3 * 8 * 2), 2, 8)).reshape(3, 8, 2)  # rank, pass, sequence
+        assert (ranks == ranks[:1, :, :1]).all()
+        assert len(set(ranks[0, :, 0])) > 3
+        # Of each rank's rows alone, as it plans its own passes, and whatever the number of ranks.
+        own = [sampler.plan(step, (0, 1), (row, row + 1), accumulation=8).iterations for row in range(32, 48, 2)]
+        assert own == [tuple(loops) for loops in ranks[2].tolist()]
 
 
 @pytest.mark.parametrize("power", [1, 3, 4, 6])

@@ -37,6 +37,7 @@ from megatron_rdt.train.resume_checks import describe_changed_settings
 from megatron_rdt.untrusted_files import read_json
 
 CONFIGS, LOG, MEASURE_LOG, CORPORA = "configs", "train.log", "measure.log", "corpora.json"
+COMPARISON = "comparison.yaml"  # the config that all arms are made from
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,14 @@ class ArmRunner:
         """Return every run, those of the sweep first."""
         return [*self.sweep_runs(), *self.main_runs()]
 
-    def print_plan(self, notes: Sequence[str], at_once: int) -> None:
-        """Print arms, weights, operations and time, without training anything."""
+    def has_trained(self) -> bool:
+        """Return True if a run that is compared is finished or has failed."""
+        runs = self.main_runs()
+        return any(find_final_checkpoint(run) is not None or (run.directory / OUTCOME).is_file() for run in runs)
+
+    def print_plan(self, notes: Sequence[str], at_once: int, only: Sequence[str] = ()) -> None:
+        """Print arms, weights, operations and time, without training anything; of all arms, or of those in `only`."""
+        runs = [run for run in self.all_runs() if not only or run.arm in only]
         at_once, _ = self._choose_places(at_once)
         threads = count_threads(at_once * self.processes)
         # Replicates of an arm cost the same, so one of each is tried out.
@@ -91,6 +98,8 @@ class ArmRunner:
         kinds += [(f"{SWEEP}/{run.name}", run, 1) for run in self.sweep_runs()]
         rows, seconds = [], []
         for name, run, count in kinds:
+            if only and run.arm not in only:
+                continue
             cost = estimate_cost(run, self.processes, threads)
             seconds += [cost.seconds or 0.0] * count
             time = "unknown" if cost.seconds is None else format_duration(cost.seconds)
@@ -100,9 +109,9 @@ class ArmRunner:
         self.printer.print_line(format_table(("arm", "weights", "mean T", "FLOPs a run", "time a run", "runs"), rows))
         for note in notes:
             self.printer.print_line(note)
-        finished = sum(find_final_checkpoint(run) is not None for run in self.all_runs())
+        finished = sum(find_final_checkpoint(run) is not None for run in runs)
         self.printer.print_line(
-            f"{self.directory}: {len(self.all_runs())} runs, {finished} of them finished; {at_once} at once on this machine, "
+            f"{self.directory}: {len(runs)} runs, {finished} of them finished; {at_once} at once on this machine, "
             f"about {format_duration(max(sum(seconds) / at_once, *seconds))} of training in all, measured on a step of each"
         )
 
@@ -132,6 +141,7 @@ class ArmRunner:
             self._check_run_settings(run)
         (self.directory / CONFIGS).mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps({**before, **hashes}, indent=1) + "\n")
+        write_text(self.directory / COMPARISON, dump_config(self.config))
 
     def _list_corpora(self) -> list[str]:
         """Return the folders of all corpora that some run reads."""
@@ -152,10 +162,19 @@ class ArmRunner:
         if before.data.mixture != run.config.data.mixture:
             changes.append("data.mixture")
         if changes:
+            changes = self._describe_cause(before, run) or changes
             raise ConfigError(
                 f"{run.directory} was begun with other settings: {'; '.join(changes)}. Give them as they were, or choose "
                 "another --run.name for a new comparison."
             )
+
+    def _describe_cause(self, before: RunConfig, run: ComparedRun) -> list[str]:
+        """List the options from which changed settings of a run follow, since many of them are derived; [] if none."""
+        file = self.directory / COMPARISON
+        changes = describe_changed_settings(load_config(file), self.config) if file.is_file() else []
+        if not changes and run.directory.parent != self.directory and before.train.steps != run.config.train.steps:
+            changes = [f"--sweep_steps {before.train.steps} -> {run.config.train.steps}"]
+        return changes
 
     @contextlib.contextmanager
     def lock(self, arms: Sequence[str]) -> Iterator[None]:

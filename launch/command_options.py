@@ -12,6 +12,7 @@ from megatron_rdt.config import RunConfig
 from megatron_rdt.config.option_texts import NAMES_PATH, check_words
 from megatron_rdt.config.option_types import metavar, names_path
 from megatron_rdt.config.parser import field_help, make_parser, parse
+from megatron_rdt.errors import ConfigError
 
 T = TypeVar("T")
 HIDDEN = {"help": argparse.SUPPRESS}
@@ -82,6 +83,18 @@ def parse_run_options(program: str, description: str, extra: type[T], words: Seq
     check_words(words)
     config, raw = parse(make_run_parser(program, description, extra), RunConfig, words)
     return config, extra(**{field.name: getattr(raw, field.name) for field in dataclasses.fields(extra)})  # type: ignore[arg-type]
+
+
+def split_entries(text: str, option: str) -> list[str]:
+    """Return the entries of an option that lists them by commas; none for an empty text.
+
+    Raises:
+        ConfigError: an entry is empty.
+    """
+    entries = [entry.strip() for entry in text.split(",")] if text else []
+    if not all(entries):
+        raise ConfigError(f"--{option} {text} has an empty entry. Remove a comma, or omit --{option}.")
+    return entries
 
 
 def split_repeated(words: list[str], name: str) -> tuple[list[str], list[str]]:

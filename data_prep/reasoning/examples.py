@@ -137,7 +137,11 @@ def _too_few_message(task: Task, request: FileRequest, split: str, found: int) -
     wanted = -(-request.size // len(request.tasks))
     may_repeat = split == TRAIN and not request.duplicates
     fewer = ", ask for fewer, or set --duplicates" if may_repeat else ", or ask for fewer"
-    advice = f"Raise --difficulty{fewer if found else ''}"
+    hardest = max(request.mix.values)
+    # Of a small task, longer chains are no more than shorter ones, or there are none.
+    has_more = hardest != task.hardest and task.count_instances(hardest + 1) > task.count_instances(hardest)
+    larger = f"Take {task.name.partition(':')[0]} with a larger number after the colon"
+    advice = f"{'Raise --difficulty' if has_more else larger}{fewer if found else ''}"
     return (
         f"{task.name} with difficulty {request.mix.describe()} has {total:,} different instances, {share} for {split}: "
         f"{found:,} were found, {wanted:,} are asked for. {advice}."

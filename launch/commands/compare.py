@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from launch.arm_options import ArmOptions
-from launch.command_options import parse_run_options, split_repeated
+from launch.command_options import parse_run_options, split_entries, split_repeated
 from launch.local_processes import count_processes
 from megatron_rdt.config import RunConfig, check_config, dump_config, load_config
 from megatron_rdt.config.yaml_files import UniqueKeys
-from megatron_rdt.errors import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, ConfigError
+from megatron_rdt.errors import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, ConfigError, DataError
 from megatron_rdt.files import write_text
 
 if TYPE_CHECKING:
@@ -97,8 +97,13 @@ def compare(words: list[str]) -> int:
     """Train matched arms, such as looped against untied, and compare them."""
     _, options, runner, only, notes = read_comparison("rdt compare", words)
     if options.dry_run:
-        runner.print_plan(notes, options.at_once)
+        runner.print_plan(notes, options.at_once, only)
         return EXIT_OK
+    if options.table and not runner.has_trained():
+        raise DataError(
+            f"no run of {runner.directory} is finished or has failed, so there is no table. Train first: the same command "
+            "without --table."
+        )
     runner.check_settings()
     chosen = only or [arm.name for arm in runner.arms]
     with runner.lock(chosen):
@@ -122,9 +127,9 @@ def _check_options(options: CompareOptions) -> tuple[list[str], list[str], list[
     for name, least in (("seeds", 1), ("sweep_steps", 0), ("examples", 1)):
         if getattr(options, name) < least:
             raise ConfigError(f"--{name} is {getattr(options, name)}, it must be at least {least}.")
-    named, only = ([part for part in text.split(",") if part] for text in (options.arms, options.only))
+    named, only = split_entries(options.arms, "arms"), split_entries(options.only, "only")
     try:
-        rates = [float(part) for part in options.lr_sweep.split(",") if part]
+        rates = [float(part) for part in split_entries(options.lr_sweep, "lr_sweep")]
     except ValueError:
         raise ConfigError(f"--lr_sweep {options.lr_sweep} must be numbers, such as 1e-3,3e-3.") from None
     if any(not 0 < rate < math.inf for rate in rates):
@@ -134,6 +139,15 @@ def _check_options(options: CompareOptions) -> tuple[list[str], list[str], list[
             raise ConfigError(f"--{name} {getattr(options, name)} names something twice. Remove one.")
     if options.table and only:
         raise ConfigError("--table writes the table of all arms, --only is for some of them. Omit either.")
+    for name in ("retry", "dry_run"):
+        if options.table and getattr(options, name):
+            raise ConfigError(
+                f"--table writes the table of the runs that there are, --{name} is about training. Omit either."
+            )
+    if options.sweep_steps and not rates:
+        raise ConfigError(
+            f"--sweep_steps {options.sweep_steps} is the length of a sweep's runs. Give --lr_sweep, or omit it."
+        )
     return named, only, rates
 
 

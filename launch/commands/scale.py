@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.arm_options import ArmOptions
-from launch.command_options import parse_run_options
+from launch.command_options import parse_run_options, split_entries
 from launch.local_processes import count_processes
 from megatron_rdt.config import check_config
 from megatron_rdt.errors import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, ConfigError, DataError
@@ -39,7 +39,7 @@ class ScaleOptions(ArmOptions):
 def read_numbers(text: str, option: str) -> list[float]:
     """Return the numbers above 0 of an option; ConfigError for anything else."""
     try:
-        numbers = [float(part) for part in text.split(",") if part.strip()]
+        numbers = [float(part) for part in split_entries(text, option)]
     except ValueError:
         numbers = [math.nan]
     if not all(0 < number < math.inf for number in numbers):

@@ -260,7 +260,8 @@ def test_instances_are_counted_and_too_few_are_an_error(name: str, difficulty: i
     assert str(caught.value) == (
         f"{name} with difficulty {difficulty} has {len(known)} different instances, about 9 in 10 of them are for train: "
         f"{len(known) - on_test} were found, {len(known) - on_test + 1} are asked for. "
-        "Raise --difficulty, ask for fewer, or set --duplicates."
+        + ("Take hops with a larger number after the colon" if name == "hops:3" else "Raise --difficulty")
+        + ", ask for fewer, or set --duplicates."
     )
     assert len(list(generate_examples([task], difficulty, difficulty, TRAIN, 1000, 3, duplicates=True))) == 1000
 
@@ -273,6 +274,13 @@ def test_a_split_without_instances() -> None:
         list(generate_examples(task, 1, 1, TEST, 1, 0, duplicates=True))
     with pytest.raises(ConfigError, match=r"0 were found, 1 are asked for\. Raise --difficulty\.$"):
         list(generate_examples(task, 1, 1, TEST, 1, 0))
+
+
+def test_a_small_graph_has_no_more_problems_of_a_higher_difficulty() -> None:
+    for name, advice in (("composition:8", "Take composition with a larger number"), ("composition", "Raise --diff")):
+        task = parse_task(name)
+        with pytest.raises(ConfigError, match=advice):
+            list(generate_examples([task], 1, 2, TRAIN, task.count_instances(1) + task.count_instances(2) + 1, 0))
 
 
 def test_tasks_alternate_and_difficulties_are_uniform() -> None:

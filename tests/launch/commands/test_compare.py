@@ -6,10 +6,11 @@ import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from launch.commands.compare import read_axes
+from launch.commands.compare import CompareOptions, _check_options, read_axes
 from megatron_rdt.compare.arms import ComparedRun
 from megatron_rdt.compare.measure import MEASUREMENT, find_final_checkpoint, measure_run
 from megatron_rdt.config import RunConfig, load_config
@@ -159,3 +160,37 @@ def test_axes_have_the_types_of_their_fields(configure: Callable[..., RunConfig]
 def test_faulty_axes_are_explained(configure: Callable[..., RunConfig], text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_axes(configure(), [text])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"arms": ","}, "--arms , has an empty entry"),
+        ({"arms": "looped,,untied"}, "--arms looped,,untied has an empty entry"),
+        ({"only": ","}, "--only , has an empty entry"),
+        ({"lr_sweep": ","}, "--lr_sweep , has an empty entry"),
+        ({"sweep_steps": 4}, "Give --lr_sweep, or omit it"),
+        ({"table": True, "only": "looped"}, "Omit either"),
+        ({"table": True, "retry": True}, "--retry is about training"),
+        ({"table": True, "dry_run": True}, "--dry_run is about training"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _check_options(CompareOptions(**options))
+    assert _check_options(CompareOptions(arms="looped, untied", lr_sweep="1e-3", sweep_steps=4)) == (
+        ["looped", "untied"],
+        [],
+        [1e-3],
+    )
+
+
+def test_a_table_of_nothing_is_an_error(
+    tiny_options: list[str], forked_rdt: Callable[..., Result], tmp_path: Path
+) -> None:
+    result = forked_rdt(
+        "compare", *tiny_options, f"--run.root={tmp_path}", "--run.name=none", "--arms=looped", "--table"
+    )
+    assert result.returncode == 1
+    assert "Train first: the same command without --table." in result.stderr
+    assert not (tmp_path / "none-compare").exists()

@@ -74,7 +74,8 @@ def render_array(job: SubmitOptions, comparison: Comparison, words: list[str], t
         arms=" ".join(shlex.quote(arm.name) for arm in runner.arms),
         directory=shlex.quote(str(runner.directory)),
         python=shlex.quote(sys.executable),
-        options=shlex.join(words),
+        # The table's job trains nothing.
+        options=shlex.join(word for word in words if is_array or word != "--retry"),
     )
 
 

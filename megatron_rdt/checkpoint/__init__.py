@@ -36,7 +36,12 @@ from megatron_rdt.checkpoint.origin import (
     recall_origin,
 )
 from megatron_rdt.checkpoint.rank_state import read_rank_state
-from megatron_rdt.checkpoint.restore import TRAINER_STATE, read_trainer_state, restore_engine
+from megatron_rdt.checkpoint.restore import (
+    TRAINER_STATE,
+    read_begins_with_bos,
+    read_trainer_state,
+    restore_engine,
+)
 from megatron_rdt.checkpoint.weights import StoredWeights, check_weights_fit, open_weights, read_model_weights
 from megatron_rdt.checkpoint.write import check_writable, save_checkpoint, software_versions
 
@@ -67,6 +72,7 @@ __all__ = [
     "make_health",
     "newest_checkpoint",
     "open_weights",
+    "read_begins_with_bos",
     "read_from_checkpoint",
     "read_manifest",
     "read_model_weights",

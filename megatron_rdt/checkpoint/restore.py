@@ -1,5 +1,6 @@
 """Restore what `write.py` saved: the trainer's state, the engine's, buffers and random generators."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,15 @@ from megatron_rdt.parallel import Engine
 from megatron_rdt.untrusted_files import read_json
 
 TRAINER_STATE = "trainer.json"
+BEGINS_WITH_BOS = "begins_with_bos"  # in it
+
+
+def read_begins_with_bos(state: Mapping[str, Any]) -> bool | None:
+    """Return True if documents began with BOS in training, from what `read_trainer_state` returned; None if it does not say.
+
+    A run records it with its position in the data, an imported model beside that.
+    """
+    return state.get("data", {}).get(BEGINS_WITH_BOS, state.get(BEGINS_WITH_BOS))
 
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:

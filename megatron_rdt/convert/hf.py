@@ -103,6 +103,11 @@ def open_hf(folder: Path) -> tuple[ModelConfig, StoredWeights]:
     return config, StoredWeights({name: weights.shapes[full] for name, full in names.items()}, read)
 
 
+def has_declared_bos(folder: Path) -> bool:
+    """Return True if an export names BOS, as it does where documents began with it in training."""
+    return read_json(folder / CONFIG_FILE).get("bos_token_id") is not None
+
+
 def check_tokenizer(folder: Path, tokenizer: Tokenizer, remedy: str = AGAIN) -> None:
     """Refuse an export whose tokenizer is not the one that its model was trained with, with a CheckpointError."""
     wanted = read_json(folder / CONFIG_FILE).get(TOKENIZER)

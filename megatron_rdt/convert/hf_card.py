@@ -29,6 +29,7 @@ tokenizer = AutoTokenizer.from_pretrained(PATH, trust_remote_code=True)
 inputs = tokenizer("def ", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, loops=8)[0]))
 ```"""
+ENCODE = 'encode("def ")'
 WITHOUT_TOKENIZER = f"""The tokenizer is the SentencePiece model `{HIDDEN_FOLDER}/{SENTENCEPIECE_FILE}`.
 Do not let transformers convert it: the ids may differ.
 
@@ -39,7 +40,7 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained(PATH, trust_remote_code=True)
 tokenizer = SentencePieceProcessor(model_file=f"{{PATH}}/{HIDDEN_FOLDER}/{SENTENCEPIECE_FILE}")
-inputs = torch.tensor([tokenizer.encode("def ")])
+inputs = torch.tensor([tokenizer.{ENCODE}])
 print(tokenizer.decode(model.generate(inputs, max_new_tokens=50, loops=8)[0].tolist()))
 ```"""
 
@@ -63,7 +64,8 @@ def format_model_card(
         refused = (
             f"**There is no tokenizer for transformers here**, and AutoTokenizer does not load this folder: {left_out}."
         )
-        example = f"{refused}\n{WITHOUT_TOKENIZER}"
+        encode = 'encode("def ", add_bos=True)' if source.has_bos else 'encode("def ")'
+        example = f"{refused}\n{WITHOUT_TOKENIZER.replace(ENCODE, encode)}"
     parts = [
         f"# {quote_name(source.config.run.name)}",
         f"A recurrent-depth transformer: its core runs `loops` times, chosen at every call (default here {loops}).",

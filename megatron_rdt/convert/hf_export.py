@@ -7,11 +7,15 @@ by which it can be checked `hf_parity`.
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from megatron_rdt.checkpoint import check_weights_fit, open_weights, read_manifest, read_trainer_state
+from megatron_rdt.checkpoint import (
+    check_weights_fit,
+    open_weights,
+    read_begins_with_bos,
+    read_manifest,
+    read_trainer_state,
+)
 from megatron_rdt.config import load_saved_config
 from megatron_rdt.convert.hf import CONFIG_FILE, MODEL_FILE, MODEL_TYPE, TOKENIZER, ExportOptions, ExportSource
 from megatron_rdt.convert.hf_card import format_model_card
@@ -25,34 +29,27 @@ from megatron_rdt.data.tokenizer.sentencepiece_backend import MODEL_FILE as SENT
 from megatron_rdt.errors import USE_ANOTHER, CheckpointError
 from megatron_rdt.files import write_text
 
-BEGINS_WITH_BOS = "begins_with_bos"  # in trainer.json
-
 
 def export_hf(source: Path, out: Path, options: ExportOptions | None = None) -> None:
     """Write an export of the verified checkpoint `source` into the empty folder `out`, see `write_export`."""
     state, config, weights = read_trainer_state(source), load_saved_config(source), open_weights(source)
     check_weights_fit(source, config.model, weights.shapes)
+    has_bos = read_begins_with_bos(state)
+    if has_bos is None:  # a checkpoint from before it was recorded; a stream added no BOS then
+        has_bos = "stream" not in state.get("data", {})
     manifest = read_manifest(source)
     found = ExportSource(
         source,
         config,
         weights,
         source / "tokenizer",
-        read_begins_with_bos(state),
+        has_bos,
         step=state["step"],
         tokens=state.get("tokens", 0),
         origin=manifest.get("converted_from"),
         began_from=Path(str((manifest.get("origin") or {}).get("checkpoint", ""))).name,
     )
     write_export(out, found, options or ExportOptions())
-
-
-def read_begins_with_bos(state: Mapping[str, Any]) -> bool:
-    """Return True if documents began with BOS in training, from a checkpoint's trainer.json."""
-    data = state.get("data", {})
-    # A run records it with its position in the data, an imported model beside that. Checkpoints from before it was
-    # recorded say nothing about it; a stream added no BOS then.
-    return bool(data.get(BEGINS_WITH_BOS, state.get(BEGINS_WITH_BOS, "stream" not in data)))
 
 
 def write_export(out: Path, source: ExportSource, options: ExportOptions) -> None:

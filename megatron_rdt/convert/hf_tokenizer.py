@@ -68,8 +68,17 @@ def export_tokenizer(source: Path, out: Path, length: int, has_bos: bool = True)
         folder.mkdir()
     else:
         write_settings(out, tokenizer, () if has_bos else ("bos",), model_max_length=length)
+        if has_bos and tokenizer.bos >= 0:
+            _put_bos_first(out / JSON_FILE, tokenizer)
     shutil.copyfile(source / MODEL_FILE, folder / MODEL_FILE)
     return difference
+
+
+def _put_bos_first(file: Path, tokenizer: Tokenizer) -> None:
+    """Give the tokenizer.json of a SentencePiece model the template by which BOS stands before a text."""
+    document = read_json_object(file, DataError)
+    document["post_processor"] = _make_template(tokenizer.processor.id_to_piece(tokenizer.bos), tokenizer.bos)
+    write_text(file, json.dumps(document, ensure_ascii=False) + "\n")
 
 
 def _export_hugging_face(source: Path, out: Path, length: int, has_bos: bool) -> None:

@@ -20,7 +20,6 @@ import torch
 from megatron_rdt.checkpoint import read_from_checkpoint, read_trainer_state
 from megatron_rdt.config import load_saved_config
 from megatron_rdt.convert.hf import CONFIG_FILE, is_hf_export
-from megatron_rdt.convert.hf_export import read_begins_with_bos
 from megatron_rdt.data import Tokenizer
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.evaluate.harness_results import (
@@ -131,7 +130,7 @@ def _open_subject(checkpoint: str, file: Path | None, length: int) -> _Subject:
         state = read_trainer_state(directory)
         own = length or load_saved_config(directory).train.sequence_length
         model, tokenizer = load_verified(directory, device)
-        return _Subject(model, tokenizer, own, read_begins_with_bos(state), directory, state["step"], target)
+        return _Subject(model, tokenizer, own, tokenizer.begins_with_bos, directory, state["step"], target)
 
     if not is_hf_export(folder):
         return read_from_checkpoint(checkpoint, read)

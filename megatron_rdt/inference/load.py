@@ -4,10 +4,15 @@ from pathlib import Path
 
 import torch
 
-from megatron_rdt.checkpoint import check_weights_fit, read_from_checkpoint, read_model_weights, read_trainer_state
+from megatron_rdt.checkpoint import (
+    check_weights_fit,
+    read_begins_with_bos,
+    read_from_checkpoint,
+    read_model_weights,
+    read_trainer_state,
+)
 from megatron_rdt.config import ModelConfig, load_saved_config
-from megatron_rdt.convert.hf import check_tokenizer, is_hf_export, read_hf
-from megatron_rdt.convert.hf_export import read_begins_with_bos
+from megatron_rdt.convert.hf import check_tokenizer, has_declared_bos, is_hf_export, read_hf
 from megatron_rdt.convert.hf_tokenizer import open_exported_tokenizer
 from megatron_rdt.data import Tokenizer
 from megatron_rdt.errors import ConfigError
@@ -30,6 +35,7 @@ def load(checkpoint: str | Path, device: str | torch.device = "auto") -> tuple[R
         config, weights = read_hf(directory)
         tokenizer = open_exported_tokenizer(directory)
         check_tokenizer(directory, tokenizer)
+        tokenizer.begins_with_bos = has_declared_bos(directory)
         return build_model(config, weights, directory).to(target), tokenizer
     return read_from_checkpoint(directory, lambda found: load_verified(found, target))
 
@@ -37,10 +43,12 @@ def load(checkpoint: str | Path, device: str | torch.device = "auto") -> tuple[R
 def load_verified(directory: Path, device: str | torch.device = "auto") -> tuple[RecurrentDepthTransformer, Tokenizer]:
     """Load model and tokenizer from a checkpoint directory that `resolve_checkpoint` has verified.
 
-    `begins_with_bos` of the tokenizer is False where documents did not begin with BOS in training.
+    `begins_with_bos` of the tokenizer is that of the training, where the checkpoint says it.
     """
     target, tokenizer = choose_device(device), Tokenizer(directory / "tokenizer")
-    tokenizer.begins_with_bos &= read_begins_with_bos(read_trainer_state(directory))
+    recorded = read_begins_with_bos(read_trainer_state(directory))
+    if recorded is not None:
+        tokenizer.begins_with_bos = recorded
     model = build_model(load_saved_config(directory).model, read_model_weights(directory), directory)
     return model.to(target), tokenizer
 

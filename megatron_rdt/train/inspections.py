@@ -66,7 +66,7 @@ class Inspections:
         self.config, self.engine, self.data, self.stop = config, engine, data, stop
         self.print_line = print_line
         self.tokenizer = Tokenizer(data.tokenizer_directory)
-        self._prompt = self.tokenizer.encode_document(config.sample.prompt)
+        self._prompt = self.tokenizer.encode(config.sample.prompt, bos=data.begins_with_bos)
         self._expected_loops = DepthSampler(config.depth, config.run.seed).expected_loops
         self._has_warned = False
 

@@ -63,7 +63,8 @@ class Tokenizer:
         specials: spelling of every special token.
         kind: "spm-bpe", "spm-unigram", "spm-word", "spm-char" or "hf".
         fingerprint: SHA-256 of everything that decides the ids; equal for tokenizers that behave the same.
-        begins_with_bos: True if documents begin with BOS, because the template of a Hugging Face tokenizer puts it there.
+        begins_with_bos: True if documents begin with BOS: because the template of a Hugging Face tokenizer puts it there, or,
+            where `megatron_rdt.load` set it, because they did in the training of the model.
 
     Raises:
         DataError: there is no tokenizer, or it is damaged.

@@ -31,6 +31,7 @@ class TrainingData(Protocol):
 
     Attributes:
         tokenizer_directory: of the tokenizer that made the tokens.
+        begins_with_bos: True if documents begin with BOS.
         validation: windows to validate on, by corpus; empty where the run does not evaluate. Their number is a multiple
             of the data-parallel ranks, since forward passes are collective where parameters are sharded.
         batches: the global batch of every step: those of the config or, after `resume`, the steps behind it as they were.
@@ -38,6 +39,7 @@ class TrainingData(Protocol):
     """
 
     tokenizer_directory: Path
+    begins_with_bos: bool
     validation: dict[str, Batch]
     batches: BatchSchedule
     task_groups: list[ExampleGroup]

@@ -185,7 +185,7 @@ class PreparedData:
             name: self._open_split(manifest, "train", self.settings[name].max_tokens)
             for name, manifest in manifests.items()
         }
-        self._begins_with_bos = any(corpus.begins_with_bos for corpus in corpora.values())
+        self.begins_with_bos = any(corpus.begins_with_bos for corpus in corpora.values())
         if config.depth.scheme == "difficulty":
             check_difficulties(manifests)
         # Without masks and packing, where documents begin decides nothing, and an index may be made anew.
@@ -340,7 +340,7 @@ class PreparedData:
             sequence_length=config.train.sequence_length,
             seed=config.run.seed,
             packing=config.data.pack,
-            begins_with_bos=self._begins_with_bos,
+            begins_with_bos=self.begins_with_bos,
             skipped={text: list(samples) for text, samples in self.skipped.passed(consumed).ranges.items()},
         )
 

@@ -47,6 +47,7 @@ class StreamedData:
                 f"data.tokenizer {config.data.tokenizer} is not a folder. Name the tokenizer/ of a prepared corpus."
             )
         self.tokenizer = Tokenizer(self.tokenizer_directory)
+        self.begins_with_bos = self.tokenizer.begins_with_bos
         check_vocabulary(config.model, self.tokenizer.vocab_size, config.data.tokenizer)
         self.name = Path(config.data.path.removeprefix(PREFIX).partition(":")[0]).name
         self.shares = {self.name: 1.0}
@@ -165,7 +166,7 @@ class StreamedData:
             "batches": write_batches(self.batches, consumed),
             "stream": self.resume_key(),
             "held_out_rows": self._held_out_rows,
-            "begins_with_bos": self.tokenizer.begins_with_bos,
+            "begins_with_bos": self.begins_with_bos,
         }
 
     def rank_state(self, consumed: int) -> dict[str, Any] | None:

@@ -93,7 +93,7 @@ def evaluate_harness(
     with _refuse_downloaded_code() as refused:
         loaded = _load_tasks(manager, names, refused)
         _check_tasks(loaded["tasks"], subject.length)
-        rows, cut = score_harness_tasks(subject, loaded, loops, limit, fewshot, batch_size)
+        rows, counts = score_harness_tasks(subject, loaded, loops, limit, fewshot, batch_size)
     result = {
         "checkpoint": subject.directory.name,
         "step": subject.step,
@@ -103,7 +103,7 @@ def evaluate_harness(
         "limit": limit or None,
         "fewshot": fewshot,
         "sequence_length": subject.length,
-        "cut_requests": cut,
+        **counts,
     }
     if subject.target is not None:
         from megatron_rdt.evaluate.harness_plots import draw_harness_scores
@@ -249,8 +249,8 @@ def _check_tasks(tasks: Mapping[str, Any], length: int) -> None:
 
 def score_harness_tasks(
     subject: _Subject, loaded: dict[str, Any], loops: Sequence[int], limit: int, fewshot: int | None, batch_size: int
-) -> tuple[list[Row], int]:
-    """Return a row for each task, metric and T, in this order, and the number of requests whose text was cut.
+) -> tuple[list[Row], dict[str, int]]:
+    """Return a row for each task, metric and T, in this order, and how many requests were cut, or held unknown characters.
 
     Args:
         subject: the model.
@@ -277,8 +277,9 @@ def score_harness_tasks(
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             found = evaluate(model, loaded, limit=limit or None, bootstrap_iters=RESAMPLES, log_samples=False)
         rows += _read_rows(found, model.loops)
+    counts = {"cut_requests": model.cut, "unknown_requests": model.unknown}
     order = {name: number for number, name in enumerate(dict.fromkeys((row["task"], row["metric"]) for row in rows))}
-    return sorted(rows, key=lambda row: (order[row["task"], row["metric"]], row["loops"])), model.cut
+    return sorted(rows, key=lambda row: (order[row["task"], row["metric"]], row["loops"])), counts
 
 
 def _read_rows(found: Mapping[str, Any], loops: int) -> list[Row]:

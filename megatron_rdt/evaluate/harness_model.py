@@ -15,6 +15,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_rdt.data import Batch, Tokenizer
+from megatron_rdt.data.tokenizer.hugging_face_backend import HUGGING_FACE
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.evaluate.row_scores import score_rows
 from megatron_rdt.inference.generate import stream
@@ -45,6 +46,7 @@ class HarnessModel(TemplateLM):
     Attributes:
         loops: T of the next answers, one of the values given.
         cut: number of requests whose text was longer than `length`.
+        unknown: number of scored requests with characters that the tokenizer has no ids for.
     """
 
     def __init__(
@@ -58,7 +60,10 @@ class HarnessModel(TemplateLM):
     ) -> None:
         super().__init__()
         self._model, self._texts, self._all_loops = model, tokenizer, sorted({*loops})
-        self.loops, self.max_length, self.batch_size, self.cut = self._all_loops[0], length, batch_size, 0
+        self.loops, self.max_length, self.batch_size = self._all_loops[0], length, batch_size
+        self.cut = self.unknown = 0
+        # Where a SentencePiece model has no pieces for bytes; of Hugging Face's, tokenizer.json decides.
+        self._unknown_id = -1 if tokenizer.kind == HUGGING_FACE else tokenizer.processor.unk_id()
         self._adds_bos = begins_with_bos and tokenizer.bos >= 0
         self._scores: dict[tuple[str, ...], dict[int, Any]] = {}
         self._stderr = sys.stderr
@@ -158,6 +163,7 @@ class HarnessModel(TemplateLM):
                 f"a continuation has {len(scored)} tokens, the context {self.max_length}. Raise --sequence_length."
             )
         ids = (context or [self.prefix_token_id]) + scored
+        self.unknown += self._unknown_id in ids
         self.cut += len(ids) > self.max_length + 1  # the last one is predicted and never given
         return ids[-self.max_length - 1 :]
 

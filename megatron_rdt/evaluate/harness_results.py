@@ -11,7 +11,7 @@ from megatron_rdt.untrusted_files import read_json
 
 Row = dict[str, Any]
 ROW_FIELDS = ("task", "metric", "loops", "value", "standard_error", "examples", "higher_is_better")
-SETTINGS = ("lm_eval", "limit", "fewshot", "sequence_length", "cut_requests")
+SETTINGS = ("lm_eval", "limit", "fewshot", "sequence_length", "cut_requests", "unknown_requests")
 HARNESS_CAPTION = "Scores of lm-evaluation-harness at each loop count, same weights, with bars of two standard errors."
 
 
@@ -93,7 +93,11 @@ def describe_harness_settings(result: Mapping[str, Any]) -> str:
     examples = "all examples" if result["limit"] is None else f"the first {result['limit']} examples of each task"
     shots = "" if result["fewshot"] is None else f", {result['fewshot']} in each prompt"
     cut = result["cut_requests"]
-    lost = f"; {cut:,} requests were longer and lost their beginning" if cut else ""
+    lost = f"; longer requests, whose beginning was cut off: {cut:,}" if cut else ""
+    unknown = result["unknown_requests"]
+    lost += f"; requests with characters unknown to the tokenizer, whose scores mean little: {unknown:,}" * bool(
+        unknown
+    )
     return (
         f"{result['checkpoint']}: lm_eval {result['lm_eval']}, {examples}{shots}, a context of "
         f"{result['sequence_length']:,} tokens{lost}. +- is one standard error."

@@ -171,6 +171,9 @@ def test_what_cannot_be_scored_is_an_error(run: Path) -> None:
         lm._loglikelihood_tokens([(("a b", ""), [5, 6], [])])
     with pytest.raises(ConfigError, match="a continuation has 33 tokens, the context 32"):
         lm._loglikelihood_tokens([(("a", "b"), [5], [6] * 33)])
+    unknown = tokenizer.processor.unk_id()
+    lm._loglikelihood_tokens([(("a", "b"), [5], [6]), (("a", "b"), [5], [unknown]), (("a", "b"), [unknown], [6])])
+    assert (lm.unknown, lm.cut) == (2, 0)
 
 
 def test_the_files_equal_what_lm_eval_computes_from_plain_answers(
@@ -183,6 +186,7 @@ def test_the_files_equal_what_lm_eval_computes_from_plain_answers(
     assert read_harness_scores(run / "eval-harness.json") == result
     assert (result["checkpoint"], result["step"], result["limit"]) == ("step-00000008", 8, None)
     assert result["cut_requests"] > 0
+    assert result["unknown_requests"] == 0
     rows = [json.loads(line) for line in (tasks / "lines.jsonl").read_text().splitlines()]
     found = {(row["task"], row["metric"], row["loops"]): row for row in result["scores"]}
     plain = Plain(run)

@@ -165,11 +165,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + size)
             part, target = features[rows], targets[rows]
             weight = None if weights is None else weights[rows]
-            product, grad = functional.linear(part, rounded), None
+            grad = None
             if score is not None:
+                product = functional.linear(part, rounded)
                 partition, target_logit, grad = score(product, target, weight, softcap, z_weight)
             else:
-                logits = apply_softcap(product.to(wide), softcap)
+                logits = apply_softcap(functional.linear(part, rounded).to(wide), softcap)
                 partition, target_logit, column, is_here = _target_terms(logits, target, shards)
             each = partition - target_logit
             entropy += each.sum() if weight is None else (each * weight).sum()

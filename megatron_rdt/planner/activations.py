@@ -66,8 +66,8 @@ def _mla_kept_bytes(shape: Shape, index: int) -> float:
 
 
 def _attention_output_bytes(shape: Shape, width: float, heads: float) -> float:
-    """Return the bytes of attention's output and log-denominators and, on the CPU, of a copy in token order."""
-    return shape.activation_bytes(width, 1 if shape.gpu else 2) + FLOAT32 * shape.tokens * heads
+    """Return the bytes of attention's output and log-denominators."""
+    return shape.activation_bytes(width) + FLOAT32 * shape.tokens * heads
 
 
 def feedforward_kept_bytes(shape: Shape, core: bool) -> float:

@@ -51,7 +51,7 @@ def test_every_saving_option_works_and_saves_what_it_says(repository: Path) -> N
     config = preset(repository, "huginn_3_5b", parallel={"engine": "fsdp"}, depth={"per": "step"})
     plan = make_plan(config, 8, DEVICES["h100"], 0.4)
     words = {change.words for change in plan.changes}
-    assert {"--depth.checkpoint per_iteration", "--parallel.core_gather per_layer"} <= words
+    assert {"--depth.checkpoint per_iteration", "--parallel.core_gather per_iteration"} <= words
     for change in plan.changes:
         again = make_plan(change.config, 8, DEVICES["h100"], 0.4, advise=False)
         assert again.memory.peak == change.memory.peak < plan.memory.peak

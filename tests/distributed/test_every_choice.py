@@ -75,7 +75,7 @@ COMBINATIONS: dict[str, dict[str, dict[str, Any]]] = {
             "tie_embeddings": False,
             "positions": "none",
         },
-        "depth": {"scheme": "uniform", "per": "micro_batch", "curriculum": "linear", "curriculum_steps": 30},
+        "depth": {"scheme": "uniform", "per": "accumulation_step", "curriculum": "linear", "curriculum_steps": 30},
     },
     "no injection": {
         "model": {

@@ -121,7 +121,8 @@ class Engine(ABC):
         model.compute_dtype = COMPUTE_DTYPES[self.config.train.precision]
         set_checkpointing(model, self.config.depth.checkpoint)
         model.z_weight = self.config.train.z_loss
-        model.core.rounds_once = self.config.parallel.core_gather == "once"
+        # In float32 nothing is rounded, and looking at ZeRO-3's weights would gather them.
+        model.core.rounds_once = model.compute_dtype is not None and self.config.parallel.core_gather == "once"
         if self.config.train.compile == "layers":
             compile_layers(model)
 

@@ -214,9 +214,14 @@ def test_latest_and_checkpoints_of_a_run_mean_the_run(
 
 
 def test_directories_without_checkpoints_are_refused(forked_rdt: Run, trained: Path, tmp_path: Path) -> None:
-    for command in (["eval"], ["convert"]):
-        words = [*command, tmp_path, *([tmp_path / "out"] if command == ["convert"] else [])]
-        check_refused(forked_rdt(*words), FAILED, f"{tmp_path} holds no complete checkpoint", "step-NNNNNNNN")
+    check_refused(forked_rdt("eval", tmp_path), FAILED, f"{tmp_path} holds no complete checkpoint", "step-NNNNNNNN")
+    out = tmp_path.parent / "converted"
+    check_refused(
+        forked_rdt("convert", tmp_path, out),
+        FAILED,
+        f"{tmp_path} holds no run, no checkpoint",
+        "Name the folder or file",
+    )
     check_refused(
         forked_rdt("report", tmp_path), FAILED, f"{tmp_path} has no metrics.jsonl", "Name the directory of a run"
     )

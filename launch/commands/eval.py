@@ -84,7 +84,8 @@ def _check_options(options: EvalOptions) -> None:
         raise ConfigError("--tasks scores whole examples. Omit --sequence_length.")
     if options.harness and options.data is not None:
         raise ConfigError("--harness has the data of its tasks. Omit --data.")
-    if not options.harness and (options.harness_path or options.limit or options.fewshot is not None):
-        raise ConfigError("--harness_path, --limit and --fewshot are for --harness. Add --harness TASKS, or omit them.")
+    for name in ("harness_path", "limit", "fewshot", "batch_size"):
+        if not options.harness and getattr(options, name) != getattr(EvalOptions, name):
+            raise ConfigError(f"--{name} is for --harness. Add --harness TASKS, or omit --{name}.")
     if min(options.limit, options.fewshot or 0) < 0 or options.batch_size < 1:
         raise ConfigError("--limit and --fewshot must be at least 0, --batch_size at least 1.")

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rdt.checkpoint import BUFFERS, HEALTH, make_health, software_versions, write_manifest
-from megatron_rdt.checkpoint.restore import TRAINER_STATE
+from megatron_rdt.checkpoint.restore import BEGINS_WITH_BOS, TRAINER_STATE
 from megatron_rdt.config import RunConfig
 from megatron_rdt.config.load import dump_config
 from megatron_rdt.errors import CheckpointError
@@ -122,7 +122,7 @@ def write_documents(
     write_text(out / "config.yaml", dump_config(config))
     state: dict[str, Any] = {"step": 0, "tokens": 0, "skipped_steps": 0}
     if begins_with_bos is not None:
-        state["begins_with_bos"] = begins_with_bos  # not under "data", the position in it, by which a run resumes
+        state[BEGINS_WITH_BOS] = begins_with_bos  # not under "data", the position in it, by which a run resumes
     write_text(out / TRAINER_STATE, json.dumps(state, indent=1) + "\n")
     facts = {
         **{"step": 0, "tokens": 0, "sequence": 0, "parent": None, "run_id": None},

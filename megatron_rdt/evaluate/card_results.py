@@ -79,7 +79,8 @@ def _find_scores(run: Path, step: int, records: list[dict[str, Any]]) -> dict[st
 
 def _print_left_out(name: str, found: int, step: int) -> None:
     """Print that the results in a file are of another step, or of none that is finite."""
-    print(f"{name} is of step {found}, the checkpoint of step {step}: the model card leaves it out")
+    reason = f"is of step {found}, the checkpoint of step {step}" if found != step else "has no finite result"
+    print(f"{name} {reason}: the model card leaves it out")
 
 
 def _format_losses(evaluation: Evaluation) -> str:

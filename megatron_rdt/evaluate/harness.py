@@ -43,12 +43,11 @@ INSTALL = "pip install 'megatron-rdt[harness]', or pip install 'lm_eval>=0.4.13'
 
 @dataclass(frozen=True)
 class _Subject:
-    """Model under evaluation, with its tokenizer, the length and the first token of its texts, and its origin."""
+    """Model under evaluation, with its tokenizer, the length of its texts, and its origin."""
 
     model: RecurrentDepthTransformer
     tokenizer: Tokenizer
     length: int
-    begins_with_bos: bool
     directory: Path
     step: int | None
     target: Path | None
@@ -130,14 +129,13 @@ def _open_subject(checkpoint: str, file: Path | None, length: int) -> _Subject:
         state = read_trainer_state(directory)
         own = length or load_saved_config(directory).train.sequence_length
         model, tokenizer = load_verified(directory, device)
-        return _Subject(model, tokenizer, own, tokenizer.begins_with_bos, directory, state["step"], target)
+        return _Subject(model, tokenizer, own, directory, state["step"], target)
 
     if not is_hf_export(folder):
         return read_from_checkpoint(checkpoint, read)
     model, tokenizer = load(folder, device)
-    settings = read_json(folder / CONFIG_FILE)
-    own, has_bos = length or settings["max_position_embeddings"], settings.get("bos_token_id") is not None
-    return _Subject(model, tokenizer, own, has_bos, folder, None, choose_result_file(folder, HARNESS_SCORES, file))
+    own = length or read_json(folder / CONFIG_FILE)["max_position_embeddings"]
+    return _Subject(model, tokenizer, own, folder, None, choose_result_file(folder, HARNESS_SCORES, file))
 
 
 def find_tasks(wanted: Sequence[str], path: str | None = None) -> tuple[Any, list[str]]:
@@ -265,7 +263,7 @@ def score_harness_tasks(
     from megatron_rdt.evaluate.harness_model import HarnessModel
 
     rising = sorted({*loops})
-    model = HarnessModel(subject.model, subject.tokenizer, rising, subject.length, batch_size, subject.begins_with_bos)
+    model = HarnessModel(subject.model, subject.tokenizer, rising, subject.length, batch_size)
     rows = []
     for model.loops in rising:
         for task in loaded["tasks"].values():

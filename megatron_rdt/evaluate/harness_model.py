@@ -37,11 +37,10 @@ class HarnessModel(TemplateLM):
 
     Args:
         model: in evaluation mode.
-        tokenizer: of the model.
+        tokenizer: of the model; with `begins_with_bos` every text has BOS in front, as in training.
         loops: the values of T.
         length: most tokens that the model is given; of a longer text the last ones.
         batch_size: rows per forward pass.
-        begins_with_bos: put BOS in front of every text, as in training.
 
     Attributes:
         loops: T of the next answers, one of the values given.
@@ -56,7 +55,6 @@ class HarnessModel(TemplateLM):
         loops: Sequence[int],
         length: int,
         batch_size: int,
-        begins_with_bos: bool = False,
     ) -> None:
         super().__init__()
         self._model, self._texts, self._all_loops = model, tokenizer, sorted({*loops})
@@ -64,7 +62,7 @@ class HarnessModel(TemplateLM):
         self.cut = self.unknown = 0
         # Where a SentencePiece model has no pieces for bytes; of Hugging Face's, tokenizer.json decides.
         self._unknown_id = -1 if tokenizer.kind == HUGGING_FACE else tokenizer.processor.unk_id()
-        self._adds_bos = begins_with_bos and tokenizer.bos >= 0
+        self._adds_bos = tokenizer.begins_with_bos and tokenizer.bos >= 0
         self._scores: dict[tuple[str, ...], dict[int, Any]] = {}
         self._stderr = sys.stderr
 

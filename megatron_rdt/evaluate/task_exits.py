@@ -12,7 +12,7 @@ from megatron_rdt.data.task_examples import ExampleGroup
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.evaluate.tasks import MICRO_BATCH, Row, describe_accuracy, group_by_task, merge_by_cell
 from megatron_rdt.model import RecurrentDepthTransformer
-from megatron_rdt.model.halting.exit_rules import ExitRule, ExitTrace
+from megatron_rdt.model.halting.exit_rules import ExitRule, ExitTrace, check_rule_can_act
 
 
 def parse_exit_rules(texts: Sequence[str]) -> dict[str, ExitRule]:
@@ -59,10 +59,10 @@ def _parse_value(text: str, kind: object) -> float | int | bool:
 def check_rules_fit(rules: Mapping[str, ExitRule], halting: str, loops: int) -> None:
     """Raise ConfigError for a rule that needs another trained halting than the model's, or cannot act within T = `loops`."""
     for text, rule in rules.items():
-        if max(rule.min_loops, rule.hits) > loops:
-            raise ConfigError(
-                f"--exit_rules {text} cannot stop a token within T = {loops}, the largest of --loops. Omit it."
-            )
+        try:
+            check_rule_can_act(rule, loops)
+        except ValueError as error:
+            raise ConfigError(f"--exit_rules {text}: {error}.") from None
         if rule.kind in ("act", "gate") and rule.kind != halting:
             raise ConfigError(
                 f"--exit_rules {text} is for models trained with model.halting: {rule.kind}, this one has {halting}. "

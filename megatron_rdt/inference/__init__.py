@@ -19,4 +19,4 @@ __all__ = [
     "read_exit_options",
     "stream",
     "stream_text",
-]  # fmt: skip
+]

@@ -1,6 +1,7 @@
 """Refusal, with a sentence, of the models and settings that the plugin does not serve."""
 
-from megatron_rdt.config import ModelConfig
+from megatron_rdt.config import ModelConfig, RunConfig
+from megatron_rdt.config.parallel_checks import inner_widths
 from megatron_rdt.convert.hf_config import LoopSettings
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.model.forward_arguments import make_depth_plan
@@ -43,13 +44,11 @@ def check_supported(
 
 def _check_split(config: ModelConfig, tensor: int) -> None:
     """Refuse tensor parallelism over a number of processes that does not divide heads and channels."""
-    sizes = {"heads": config.heads, "kv_heads": config.kv_heads, "ffn_dim": config.ffn_width}
-    if config.core_ffn == "moe":
-        sizes |= {"expert_dim": config.expert_width, "shared_experts * shared_expert_dim": config.shared_width}
-    for name, size in sizes.items():
+    heads = {"model.heads": config.heads, "model.kv_heads": config.kv_heads}
+    for name, size in (heads | inner_widths(RunConfig(model=config))).items():
         if size % tensor:
             raise ConfigError(
-                f"tensor_parallel_size is {tensor}, it must divide the model's {name}, which is {size}. "
+                f"tensor_parallel_size is {tensor}, it must divide {name}, which is {size}. "
                 "Choose a divisor, or tensor_parallel_size=1."
             )
     if tensor > 1 and config.qk_norm == "joint":

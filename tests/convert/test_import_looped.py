@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from launch.commands.convert import convert as command
 from megatron_rdt.convert import convert
@@ -22,28 +21,17 @@ from megatron_rdt.convert.native_writer import write_weights
 from megatron_rdt.convert.peers import from_open_mythos
 from megatron_rdt.convert.recognize import ImportOptions, plan_import
 from megatron_rdt.data import Tokenizer
-from megatron_rdt.errors import CheckpointError, ConfigError
+from megatron_rdt.errors import ConfigError
 from megatron_rdt.inference import load
 from megatron_rdt.model.initial_state import normal_state
 from tests.convert.imported import check_cut_is_refused, check_use, write_source
+from tests.convert.looped_sources import PARCAE, Weights, small_weights, with_vocabulary, write_huginn
 from tests.convert.ouro_reference import ouro_logits
 from tests.parity import recorded
 from tests.parity import test_parcae_and_huginn as parity
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOPS = (1, 2, 4)
-Weights = dict[str, torch.Tensor]
-
-
-def small_weights(shapes: dict[str, tuple[int, ...]]) -> Weights:
-    """Return float32 weights large enough for every part to matter."""
-    return parity.random_weights(shapes, torch.float32)
-
-
-def with_vocabulary(shapes: dict[str, tuple[int, ...]], vocabulary: int) -> dict[str, tuple[int, ...]]:
-    """Return shapes for another vocabulary than that of the plain references."""
-    old = parity.BASE.vocab_size
-    return {name: tuple(vocabulary if size == old else size for size in shape) for name, shape in shapes.items()}
 
 
 @pytest.fixture
@@ -54,25 +42,6 @@ def tokenizer(tokenizer_folders: dict[str, Path]) -> Path:
 @pytest.fixture
 def vocabulary(tokenizer: Path) -> int:
     return Tokenizer(tokenizer).vocab_size
-
-
-HUGINN: dict[str, Any] = {
-    **{"model_type": "huginn_raven", "block_class_name": "SandwichBlock", "mlp_class_name": "GatedMLP"},
-    **{"nonlin_name": "SiLU", "bias": False, "injection_type": "linear", "state_init": "like-init"},
-    **{"n_embd": parity.BASE.dim, "num_attention_heads": parity.BASE.heads, "intermediate_size": parity.BASE.ffn_dim},
-    **{"n_layers_in_prelude": 2, "n_layers_in_recurrent_block": 2, "n_layers_in_coda": 2, "norm_eps": 1e-6},
-    **{"qk_bias": True, "tie_embeddings": True, "mean_recurrence": 4, "mean_backprop_depth": 2, "rope_base": 50000},
-    # Of code that this folder does not have, and that must not be run:
-    "auto_map": {"AutoModelForCausalLM": "raven_modeling_minimal.RavenForCausalLM"},
-}
-
-
-def write_huginn(folder: Path, tokenizer: Path, shards: int = 1) -> Weights:
-    """Write Huginn's folder as it is published; return the weights."""
-    vocabulary = Tokenizer(tokenizer).vocab_size
-    weights = small_weights(with_vocabulary(parity.huginn_shapes(), vocabulary))
-    write_source(folder, HUGINN | {"vocab_size": vocabulary}, weights, tokenizer, shards)
-    return weights
 
 
 @torch.no_grad()
@@ -128,25 +97,6 @@ def test_the_commands_of_the_page_run_as_written(tmp_path: Path, tokenizer: Path
     before, (trained, _) = weights["transformer.wte.weight"], load(tmp_path / "exports" / "huginn", "cpu")
     moved = (trained.embedding.weight - before).abs().max()
     assert 0 < float(moved) < 0.1
-
-
-PARCAE: dict[str, Any] = {
-    **{"_class_name": "ParcaeConfig", "model_class_name": "Parcae", "block_class_name": "TransformerPreNormBlock"},
-    **{"mlp_class_name": "BaseMLP", "nonlin_name": "ReLU2", "norm_class_name": "RMSNorm", "injection_type": "diagonal"},
-    **{"n_embd": parity.BASE.dim, "num_attention_heads": parity.BASE.heads, "intermediate_size": parity.BASE.ffn_dim},
-    **{"num_key_value_heads": parity.BASE.heads, "recurrent_embedding_dimension": parity.BASE.dim},
-    **{"recurrent_intermediation_embedding_dimension": parity.BASE.ffn_dim, "n_layers_in_prelude": 2},
-    **{
-        "n_layers_in_recurrent_block": 2,
-        "n_layers_in_coda": 2,
-        "norm_eps": 1e-5,
-        "qk_norm": True,
-        "prelude_norm": True,
-    },
-    **{"tie_embeddings": True, "init_strategy": "scaled-zero", "state_init": "like-init", "bias": False},
-    **{"rope_settings": {"use_rope": True, "rope_base": 50000}, "mean_recurrence": 4, "mean_backprop_depth": 2},
-    "recurrent_iteration_method": "per-sequence",
-}
 
 
 @pytest.mark.slow
@@ -325,78 +275,3 @@ def test_the_weights_pass_through_memory_one_by_one(
     assert len(peak) >= len(weights)
     largest = max(weight.nbytes for weight in weights.values())
     assert max(peak) <= 2 * largest < sum(weight.nbytes for weight in weights.values()) / 2
-
-
-def test_a_damaged_or_foreign_source_is_refused(tmp_path: Path, tokenizer: Path) -> None:
-    weights = write_huginn(tmp_path / "huginn", tokenizer)
-    source, out = tmp_path / "huginn", tmp_path / "out"
-    settings = json.loads((source / "config.json").read_text())
-
-    def refused(message: str, error: type[Exception] = CheckpointError, to: str = "native") -> None:
-        with pytest.raises(error, match=message):
-            convert(str(source), str(out), to)
-        assert not out.exists()
-
-    refused("has no optimizer state", ConfigError, "zero")
-    for change, message in (
-        ({"injection_type": "add"}, "injection_type is 'add'; of Huginn only"),
-        ({"n_embd": None}, "the config has no n_embd"),
-        ({"n_embd": "48"}, "n_embd is '48', not a number"),
-        ({"n_layers_in_coda": 1}, r"do not exist in the config's network: transformer\.coda\.1"),
-        ({"intermediate_size": 44}, "Weights and config are of different models"),
-        ({"mean_recurrence": "x"}, "mean_recurrence is 'x', not a number"),
-        ({"mean_backprop_depth": [1]}, r"mean_backprop_depth is \[1\], not a number"),
-    ):
-        (source / "config.json").write_text(json.dumps(settings | change))
-        refused(message)
-    (source / "config.json").write_text("[]")
-    refused("holds no JSON object")
-    (source / "config.json").write_text(json.dumps(settings))
-    save_file({name: value * float("nan") for name, value in weights.items()}, source / "model.safetensors")
-    refused(r"holds [\d,]+ numbers that are not finite, the first at \[0")
-    last = weights["transformer.wte.weight"].clone()
-    last[-1, 3] = float("inf")  # of a row that the prompt, of which logits are computed, does not have
-    save_file(weights | {"transformer.wte.weight": last}, source / "model.safetensors")
-    refused(rf"transformer\.wte\.weight holds 1 numbers that are not finite, the first at \[{len(last) - 1}, 3\]")
-    save_file({name: value.to(torch.int8) for name, value in weights.items()}, source / "model.safetensors")
-    refused(r"stored as torch\.int8")
-    content = (source / "model.safetensors").read_bytes()
-    (source / "model.safetensors").write_bytes(content[: len(content) // 2])
-    refused("is damaged")
-    (source / "model.safetensors").unlink()
-    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
-    refused("outside of its folder")
-    for wrong in (["model.safetensors"], {"a": ["model.safetensors"]}, {"a": 1}):
-        (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": wrong}))
-        refused("has a weight_map that does not name a file for each weight")
-    (source / "model.safetensors.index.json").unlink()
-    torch.save({1: torch.ones(2)}, source / "model.pt")
-    refused("holds no state dict: a dictionary of tensors by name")
-    torch.save(weights | {"transformer.wte.weight": torch.ones(())}, source / "model.pt")
-    refused("another kind of value .*IndexError")
-    (source / "model.pt").unlink()
-    qk_bias = {name: value[:1] if name.endswith("qk_bias") else value for name, value in weights.items()}
-    save_file({name: value.contiguous() for name, value in qk_bias.items()}, source / "model.safetensors")
-    refused("attn.qk_bias cannot be converted: index 1")
-    (source / "model.safetensors").unlink()
-    (source / "config.json").write_text(json.dumps(PARCAE | {"rope_settings": [1]}))
-    torch.save(weights, source / "model.pt")
-    refused("another kind of value .*TypeError")
-    (source / "config.json").write_text(json.dumps(settings))
-    twice = {"module.transformer.wte.weight": weights["transformer.wte.weight"] + 1}
-    torch.save(weights | twice, source / "model.pt")  # as many names, and one fewer without the wrapper
-    refused("holds .*transformer.wte.weight and .*transformer.wte.weight, which are the same weight")
-    torch.save({"model": weights, "cfg": tmp_path}, source / "model.pt")  # a Path object: code would have to run
-    refused("cannot be opened without running code")
-
-
-def test_a_source_that_does_not_exist_is_named_with_what_is_taken(tmp_path: Path) -> None:
-    """Such as a name on the Hub; with --dry_run too, and for a file that holds no weights by its name."""
-    missing, other, out = tmp_path / "meta-llama" / "Llama-3", tmp_path / "model.gguf", str(tmp_path / "out")
-    other.touch()
-    for source, problem in ((missing, "does not exist"), (other, "is a file")):
-        message = rf"{re.escape(str(source))} {problem}.*another project's model.*nothing is downloaded"
-        with pytest.raises(CheckpointError, match=message):
-            convert(str(source), out, "native", ImportOptions("2,3,1"))
-        with pytest.raises(CheckpointError, match=message):
-            command([str(source), out, "--dry-run"])

@@ -112,7 +112,8 @@ def request(*arguments: Any) -> Any:
 @pytest.mark.parametrize("bos", [False, True])
 def test_answers_equal_the_models_logits(run: Path, lines: list[str], bos: bool) -> None:
     plain = Plain(run, bos)
-    model = HarnessModel(plain.model, plain.tokenizer, LOOPS, LENGTH, 4, begins_with_bos=bos)
+    plain.tokenizer.begins_with_bos = bos
+    model = HarnessModel(plain.model, plain.tokenizer, LOOPS, LENGTH, 4)
     pairs = [(line.rpartition(" ")[0].rstrip(), " " + line.split()[-1]) for line in lines]
     pairs.append(pairs[0])
     settings = {"until": ["\n", "e"], "max_gen_toks": 12}

@@ -85,8 +85,11 @@ def test_rules_are_read_from_text() -> None:
     with pytest.raises(ConfigError, match=r"act:0.9 is for models trained with model\.halting: act, this one has none"):
         check_rules_fit(parse_exit_rules(["act:0.9"]), "none", 4)
     check_rules_fit(parse_exit_rules(["act:0.9"]), "act", 4)
-    for late in ("change:0.1:min_loops=5", "change:0.1:hits=5"):
-        with pytest.raises(ConfigError, match=f"{late} cannot stop a token within T = 4"):
+    for name in ("min_loops", "hits"):
+        late = f"change:0.1:{name}=5"
+        with pytest.raises(
+            ConfigError, match=f"--exit_rules {late}: exit_{name} is 5, but T is 4: no token could stop"
+        ):
             check_rules_fit(parse_exit_rules([late]), "none", 4)
         check_rules_fit(parse_exit_rules([late]), "none", 5)
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from megatron_rdt.config import ModelConfig, RunConfig, TrainConfig
 from megatron_rdt.environment import ProcessInfo, export_for_torch, read_process_info
 from megatron_rdt.errors import ConfigError, LaunchError
-from megatron_rdt.parallel.process_group import choose_device
+from megatron_rdt.parallel.process_group import choose_device, join_process_group
 
 SLURM = {"SLURM_PROCID": "3", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
 
@@ -54,6 +55,20 @@ def test_srun_may_show_each_process_its_own_gpu(gpus, monkeypatch: pytest.Monkey
     found = read_process_info()
     assert found == ProcessInfo(3, 4, 1, 2, "slurm")
     assert choose_device("auto", found) == torch.device("cuda", 0)
+
+
+def test_a_gpu_may_use_tf32_in_bfloat16_runs_alone(gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, allowed in (("bfloat16", "high"), ("float32", "highest")):
+            train = TrainConfig(precision=precision, deterministic=False)  # type: ignore[arg-type]
+            device = join_process_group(RunConfig(model=ModelConfig(), train=train), process(0, 1, "none"))
+            assert device == torch.device("cuda", 0)
+            assert torch.get_float32_matmul_precision() == allowed
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_what_torch_reads_is_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,95 @@
+"""Sources that are damaged, are not there, or hold another kind of model are refused with a sentence that says why."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from launch.commands.convert import convert as command
+from megatron_rdt.convert import convert
+from megatron_rdt.convert.recognize import ImportOptions
+from megatron_rdt.errors import CheckpointError, ConfigError
+from tests.convert.looped_sources import PARCAE, write_huginn
+
+
+@pytest.fixture
+def tokenizer(tokenizer_folders: dict[str, Path]) -> Path:
+    return tokenizer_folders["hf"]
+
+
+def test_a_damaged_or_foreign_source_is_refused(tmp_path: Path, tokenizer: Path) -> None:
+    weights = write_huginn(tmp_path / "huginn", tokenizer)
+    source, out = tmp_path / "huginn", tmp_path / "out"
+    settings = json.loads((source / "config.json").read_text())
+
+    def refused(message: str, error: type[Exception] = CheckpointError, to: str = "native") -> None:
+        with pytest.raises(error, match=message):
+            convert(str(source), str(out), to)
+        assert not out.exists()
+
+    refused("has no optimizer state", ConfigError, "zero")
+    for change, message in (
+        ({"injection_type": "add"}, "injection_type is 'add'; of Huginn only"),
+        ({"n_embd": None}, "the config has no n_embd"),
+        ({"n_embd": "48"}, "n_embd is '48', not a number"),
+        ({"n_layers_in_coda": 1}, r"do not exist in the config's network: transformer\.coda\.1"),
+        ({"intermediate_size": 44}, "Weights and config are of different models"),
+        ({"mean_recurrence": "x"}, "mean_recurrence is 'x', not a number"),
+        ({"mean_backprop_depth": [1]}, r"mean_backprop_depth is \[1\], not a number"),
+    ):
+        (source / "config.json").write_text(json.dumps(settings | change))
+        refused(message)
+    (source / "config.json").write_text("[]")
+    refused("holds no JSON object")
+    (source / "config.json").write_text(json.dumps(settings))
+    save_file({name: value * float("nan") for name, value in weights.items()}, source / "model.safetensors")
+    refused(r"holds [\d,]+ numbers that are not finite, the first at \[0")
+    last = weights["transformer.wte.weight"].clone()
+    last[-1, 3] = float("inf")  # of a row that the prompt, of which logits are computed, does not have
+    save_file(weights | {"transformer.wte.weight": last}, source / "model.safetensors")
+    refused(rf"transformer\.wte\.weight holds 1 numbers that are not finite, the first at \[{len(last) - 1}, 3\]")
+    save_file({name: value.to(torch.int8) for name, value in weights.items()}, source / "model.safetensors")
+    refused(r"stored as torch\.int8")
+    content = (source / "model.safetensors").read_bytes()
+    (source / "model.safetensors").write_bytes(content[: len(content) // 2])
+    refused("is damaged")
+    (source / "model.safetensors").unlink()
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
+    refused("outside of its folder")
+    for wrong in (["model.safetensors"], {"a": ["model.safetensors"]}, {"a": 1}):
+        (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": wrong}))
+        refused("has a weight_map that does not name a file for each weight")
+    (source / "model.safetensors.index.json").unlink()
+    torch.save({1: torch.ones(2)}, source / "model.pt")
+    refused("holds no state dict: a dictionary of tensors by name")
+    torch.save(weights | {"transformer.wte.weight": torch.ones(())}, source / "model.pt")
+    refused("another kind of value .*IndexError")
+    (source / "model.pt").unlink()
+    qk_bias = {name: value[:1] if name.endswith("qk_bias") else value for name, value in weights.items()}
+    save_file({name: value.contiguous() for name, value in qk_bias.items()}, source / "model.safetensors")
+    refused("attn.qk_bias cannot be converted: index 1")
+    (source / "model.safetensors").unlink()
+    (source / "config.json").write_text(json.dumps(PARCAE | {"rope_settings": [1]}))
+    torch.save(weights, source / "model.pt")
+    refused("another kind of value .*TypeError")
+    (source / "config.json").write_text(json.dumps(settings))
+    twice = {"module.transformer.wte.weight": weights["transformer.wte.weight"] + 1}
+    torch.save(weights | twice, source / "model.pt")  # as many names, and one fewer without the wrapper
+    refused("holds .*transformer.wte.weight and .*transformer.wte.weight, which are the same weight")
+    torch.save({"model": weights, "cfg": tmp_path}, source / "model.pt")  # a Path object: code would have to run
+    refused("cannot be opened without running code")
+
+
+def test_a_source_that_does_not_exist_is_named_with_what_is_taken(tmp_path: Path) -> None:
+    """Such as a name on the Hub; with --dry_run too, and for a file that holds no weights by its name."""
+    missing, other, out = tmp_path / "meta-llama" / "Llama-3", tmp_path / "model.gguf", str(tmp_path / "out")
+    other.touch()
+    for source, problem in ((missing, "does not exist"), (other, "is a file")):
+        message = rf"{re.escape(str(source))} {problem}.*another project's model.*nothing is downloaded"
+        with pytest.raises(CheckpointError, match=message):
+            convert(str(source), out, "native", ImportOptions("2,3,1"))
+        with pytest.raises(CheckpointError, match=message):
+            command([str(source), out, "--dry-run"])

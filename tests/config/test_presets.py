@@ -22,13 +22,13 @@ ROOT = Path(__file__).resolve().parents[2] / "configs" / "models"
 # Name: parameters here, parameters of the published model.
 TOTALS = {
     "huginn_3_5b": (3_564_976_800, 3_564_976_800),
-    "openmythos_1b": (1_064_030_729, 1_064_028_034),
+    "openmythos_1b": (1_062_998_537, 1_064_028_034),
     "openmythos_3b": (3_041_729_033, 3_041_725_186),
-    "openmythos_10b": (9_981_322_257, 9_981_316_994),
+    "openmythos_10b": (9_983_435_793, 9_981_316_994),
     "openmythos_50b": (50_374_255_393, 50_374_247_426),
-    "openmythos_100b": (99_545_083_457, 99_545_072_130),
+    "openmythos_100b": (99_536_825_921, 99_545_072_130),
     "openmythos_500b": (497_849_153_153, 497_849_137_154),
-    "openmythos_1t": (999_326_371_073, 999_326_352_386),
+    "openmythos_1t": (999_351_733_505, 999_326_352_386),
     "parcae_140m": (144_323_904, 144_323_136),
     "parcae_370m": (388_004_352, 388_003_328),
     "parcae_770m": (776_656_960, 776_655_680),
@@ -44,11 +44,16 @@ def ours_alone(name: str, config: RunConfig) -> dict[str, int]:
     if name.startswith("parcae"):
         return {"gain of the input per channel; there it is the step": model.dim}
     rank, loops = model.signal_rank, int(config.depth.mean)
+    dense = model.prelude_layers + model.coda_layers
     return {
         "step per channel; there one for all": model.dim - 1,
         "size of the loop index per channel; there 1": model.dim // 8,
         "adapter's weights as a function of t": rank * (FEATURES + 1),
         "adapter's table over t": -rank * loops,
+        "dense layers of another width; there dim * 4 // 3": 3
+        * model.dim
+        * (model.ffn_dim - model.dim * 4 // 3)
+        * dense,
     }
 
 
@@ -74,6 +79,14 @@ def test_large_parts_of_a_preset() -> None:
     dim, inner, vocab = 5280, 17920, 65536
     layer = 4 * dim * dim + 2 * dim + 3 * dim * inner + 4 * dim  # attention, biases, feed-forward, norms
     assert vocab * dim + 8 * layer + 2 * dim * dim + dim == TOTALS["huginn_3_5b"][1]
+
+
+@pytest.mark.parametrize("name", TOTALS)
+def test_widths_split_over_tensor_parallel_ranks(name: str) -> None:
+    """Odd widths make slow products, and tensor parallelism needs an equal share for each rank."""
+    model = load_config(ROOT / f"{name}.yaml").model
+    widths = [model.ffn_dim, *([model.expert_dim, model.shared_expert_dim] if model.core_ffn == "moe" else [])]
+    assert [width % 128 for width in widths] == [0] * len(widths)
 
 
 def test_depths_are_the_papers() -> None:

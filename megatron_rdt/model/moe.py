@@ -36,6 +36,14 @@ def _is_recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def _writes_idle_groups(device: torch.device) -> bool:
+    """Return True if a grouped product on `device` writes the zeros of groups without rows.
+
+    Blackwell's leaves their memory as it was, which may be NaN (github.com/pytorch/pytorch/issues/172439).
+    """
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) < (10, 0)
+
+
 class _GroupedLinear(torch.autograd.Function):
     """y = x W_i^T for the rows x of expert i, with W rounded to the dtype of x; keeps the same as `linear`."""
 
@@ -52,7 +60,10 @@ class _GroupedLinear(torch.autograd.Function):
         grad = grads[0].contiguous()
         x, matrices, ends = ctx.saved_tensors
         grad_x = functional.grouped_mm(grad, matrices.to(grad.dtype), offs=ends)
-        return grad_x, functional.grouped_mm(grad.T, x, offs=ends).to(ctx.weight_dtype), None, None
+        grad_weight = functional.grouped_mm(grad.T, x, offs=ends)
+        if not _writes_idle_groups(grad.device):
+            grad_weight.masked_fill_((ends.diff(prepend=ends.new_zeros(1)) == 0)[:, None, None], 0)
+        return grad_x, grad_weight.to(ctx.weight_dtype), None, None
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, rounded: Tensor | None = None) -> Tensor:

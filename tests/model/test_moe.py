@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.depth import DepthPlan
-from megatron_rdt.model import RecurrentDepthTransformer, initialize
+from megatron_rdt.model import RecurrentDepthTransformer, initialize, moe
 from megatron_rdt.model.activation_checkpointing import set_checkpointing
 from megatron_rdt.model.feedforward import SquaredReLU, SwiGLU
 from megatron_rdt.model.linear import linear
@@ -131,6 +132,28 @@ def test_grouped_products_equal_the_pieces(dtype: torch.dtype, tolerance: float)
         results.append((y.detach().float(), rows.grad.float(), matrices.grad))
     for got, expected in zip(*results):
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_idle_experts_have_no_gradient_where_the_product_leaves_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Blackwell the weight gradient of an expert without rows is whatever its memory held."""
+    product = functional.grouped_mm
+
+    def leave_garbage(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+        result = product(a, b, offs=offs)
+        idle = (offs.diff(prepend=offs.new_zeros(1)) == 0).nonzero()[:, 0]
+        return result.index_fill(0, idle, math.nan) if a.dim() == b.dim() else result
+
+    x, weights = random_tensor(24, 16).bfloat16(), random_tensor(6, 24, 16).float()
+    ends = torch.tensor([5, 0, 11, 1, 0, 7]).cumsum(0).int()
+    gradients = []
+    for garbage in (False, True):
+        if garbage:
+            monkeypatch.setattr(functional, "grouped_mm", leave_garbage)
+            monkeypatch.setattr(moe, "_writes_idle_groups", lambda device: False)
+        matrices = weights.clone().requires_grad_()
+        grouped_linear(x, matrices, ends).sum().backward()
+        gradients.append(matrices.grad)
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

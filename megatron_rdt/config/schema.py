@@ -315,6 +315,10 @@ class LoggingConfig:
     """Write TensorBoard event files."""
     wandb: str = ""
     """Project of Weights & Biases to log to as well, under the run's name; empty: none. Needs the package wandb and a login, or WANDB_MODE=offline."""
+    straggler_factor: float = option(1.5, at_least=0)
+    """A rank is a straggler if its own work, which waits for no other rank, takes more than this multiple of the median's; 0: no warning."""
+    straggler_intervals: int = option(3, at_least=1)
+    """Logging intervals in a row in which a rank has to be a straggler for a warning."""
     monitor_every: int = option(0, at_least=0)
     """Steps between records of the state's norm, residual, token correlation and gradient at every iteration; 0: never."""
     jacobian_every: int = option(0, at_least=0)

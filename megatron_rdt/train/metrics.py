@@ -112,14 +112,14 @@ def format_evaluation(
 
 
 def flatten_numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
-    """Yield every number in a nested record with its path below `name`, without nulls; list indices count from 1."""
+    """Yield every number in a nested record with its path below `name`, without nulls and texts; list indices count from 1."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from flatten_numbers(f"{name}/{key}", inner)
     elif isinstance(value, list):
         for number, inner in enumerate(value, 1):
             yield from flatten_numbers(f"{name}/{number}", inner)
-    elif value is not None:
+    elif value is not None and not isinstance(value, str):
         yield name, value
 
 
@@ -257,9 +257,11 @@ class Console:
         loops, most = round(record["loops_mean"], 1), record["loops_max"]
         drawn = f"{most}" if loops == most else f"{loops:.1f} (max {most})"
         mfu = f"  mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
+        slow = record.get("slowest_rank")
+        slowest = f"  slowest rank {slow['rank']} on {slow['host']}, {slow['ratio']:.2f} x median" if slow else ""
         return (
             f"[{'#' * filled}{'.' * (10 - filled)}] step {step}/{self.steps}  loss {loss}"
             f"  loops {drawn}  lr {record['lr']:.2e}  grad norm {record['grad_norm']:.2f}"
             f"  spectral radius {record['spectral_radius']:.3f}  {record['tokens_per_second']:,.0f} tokens/s{mfu}{padding}"
-            f"  {record['memory_gb']:.2f} GB  ETA {int(left) // 60}:{int(left) % 60:02d}"
+            f"  {record['memory_gb']:.2f} GB{slowest}  ETA {int(left) // 60}:{int(left) % 60:02d}"
         )

@@ -6,11 +6,14 @@ interval are read together, while the host has already queued the next step.
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
+from megatron_rdt.depth import DepthPlan
 from megatron_rdt.model import CoreMonitor
 
 
@@ -25,38 +28,64 @@ class StepClock:
 
     Attributes:
         data_wait_s: how long the host waited for its batch, whether or not the device was busy.
+        prepare_s: how long the host took from there to the forward pass, without a wait for another rank.
+        iterations: sum of T over this rank's sequences.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._events: list[torch.cuda.Event] = []
         self._cuda = device.type == "cuda"
-        self._began = self._ended = time.perf_counter()
-        self.data_wait_s = 0.0
-        self._record_event()
+        self._began, self.data_wait_s, self.prepare_s, self.iterations = time.perf_counter(), 0.0, 0.0, 0
+        self._core: list[float | torch.cuda.Event] = []  # begin and end of each forward pass of the core
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._first = self._last = self._take_time()
 
-    def _record_event(self) -> None:
-        """Put a timing event into the GPU's stream; nothing on a CPU."""
-        if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._events.append(event)
+    def _take_time(self) -> float | torch.cuda.Event:
+        """Return the time now or, on a GPU, an event that marks this place in its stream."""
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def mark_data_arrival(self) -> None:
         """Set `data_wait_s` to the time since the clock was made: the host has its batch."""
         self.data_wait_s = time.perf_counter() - self._began
 
+    def start_forward(self, core: nn.Module, plans: Sequence[DepthPlan]) -> None:
+        """Set `prepare_s` and `iterations`, and time the core's forward passes from here until `stop`.
+
+        An engine that shards has gathered the core's weights before the hooks of this clock, which came later, are called.
+        """
+        self.prepare_s = time.perf_counter() - self._began - self.data_wait_s
+        self.iterations = sum(plan.total_loops for plan in plans)
+
+        def mark(*_: Any) -> None:
+            self._core.append(self._take_time())
+
+        self._hooks = [core.register_forward_pre_hook(mark), core.register_forward_hook(mark)]
+
     def stop(self) -> None:
         """Note that the step has ended, or that all of its kernels are in the stream."""
-        self._ended = time.perf_counter()
-        self._record_event()
+        self._last = self._take_time()
+        for hook in self._hooks:
+            hook.remove()
 
     def read_seconds(self) -> float:
         """Duration of the step in seconds; on a GPU this waits for the step's end."""
-        if not self._cuda:
-            return self._ended - self._began
-        first, last = self._events
-        last.synchronize()
-        return first.elapsed_time(last) / 1e3
+        return _measure_seconds(self._first, self._last)
+
+    def read_own_work(self) -> tuple[float, float, float, float]:
+        """Return `data_wait_s`, `prepare_s`, the seconds in the core's forward passes, and `iterations`; waits as well."""
+        core_s = sum(_measure_seconds(first, last) for first, last in zip(self._core[::2], self._core[1::2]))
+        return self.data_wait_s, self.prepare_s, core_s, self.iterations
+
+
+def _measure_seconds(first: float | torch.cuda.Event, last: float | torch.cuda.Event) -> float:
+    """Return the seconds between two times, or two events of a GPU, for the second of which this waits."""
+    if isinstance(first, float) or isinstance(last, float):
+        return last - first  # type: ignore[operator]
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3
 
 
 @dataclass

@@ -11,6 +11,7 @@ from megatron_rdt.train.metrics import Console, Recorder
 from megatron_rdt.train.nonfinite_guard import NonfiniteGuard, TargetGuard
 from megatron_rdt.train.run_checkpoints import Position, RunCheckpoints
 from megatron_rdt.train.step_record import StepRecord
+from megatron_rdt.train.stragglers import StragglerWatch
 
 
 class StepReview:
@@ -24,11 +25,13 @@ class StepReview:
     Attributes:
         guard, target_guard: count the steps that were skipped.
         watch: finds alarms.
+        stragglers: finds the slowest rank.
         rollbacks: of the run so far; they lower the learning rate.
     """
 
     def __init__(self, config: RunConfig, checkpoints: RunCheckpoints, print_line: Callable[[str], None]) -> None:
         self.config, self.checkpoints, self.print_line = config, checkpoints, print_line
+        self.stragglers = StragglerWatch(config.logging, checkpoints.engine, print_line)
         self.restore(Position())
 
     def restore(self, position: Position) -> None:
@@ -50,12 +53,15 @@ class StepReview:
         return self.watch.spikes.bound(loops) if self.config.train.on_spike == "skip" else math.inf
 
     def review(self, records: Sequence[StepRecord], recorder: Recorder | None, console: Console | None) -> list[Alarm]:
-        """Read the records of steps in order, print and write them; return the alarms that begin. This waits for the device.
+        """Read the records of steps in order, print and write them; return the alarms that begin; on every rank.
+
+        This waits for the device.
 
         Raises:
             TrainingError: too many steps in a row were skipped.
         """
         alarms: list[Alarm] = []
+        slowest = self.stragglers.compare(records)
         for record in records:
             metrics, objective = record.read_metrics()
             self._count_skipped(metrics, objective)
@@ -66,6 +72,8 @@ class StepReview:
             if begun:
                 metrics["alarms"] = {alarm.name: {"value": alarm.value, "bound": alarm.bound} for alarm in begun}
                 alarms += begun
+            if slowest is not None and record is records[-1]:
+                metrics["slowest_rank"] = slowest.as_record()
             if recorder is not None and console is not None:
                 recorder.record_step(metrics)
                 if record.step % self.config.logging.every == 0 or record.step == self.config.train.steps:

@@ -276,6 +276,7 @@ class Trainer:
         plans = [micro.plan for micro in micro_batches]
         count_loops = start_loop_count(plans, self.sampler, self.step, self.data.batches, self.engine)
         monitor = self.monitoring.make_monitor(self.step + 1)
+        clock.start_forward(self.engine.model.core, plans)
         losses = self.engine.forward_backward(micro_batches, monitor)
         self.stop.start_agreement(self.engine)  # the answer is read before the next step, when it has long arrived
         grad_norm = self.engine.clip(config.optimizer.grad_clip)

@@ -18,7 +18,7 @@ from megatron_rdt.config.batch_schedule import BatchSchedule
 from megatron_rdt.errors import TrainingError
 from megatron_rdt.train import hardware
 from megatron_rdt.train.hardware import PEAK_BF16_FLOPS, multiplies_bfloat16_faster, peak_flops, peak_memory_gb
-from megatron_rdt.train.metrics import Console, Recorder, drop_records_after
+from megatron_rdt.train.metrics import Console, Recorder, drop_records_after, flatten_numbers
 from megatron_rdt.train.trainer import train
 
 FIELDS = [
@@ -145,6 +145,14 @@ def test_tensorboard_has_the_same_numbers(run: Path) -> None:
     assert written == expected
 
 
+def test_displays_show_the_numbers_of_the_slowest_rank_and_not_its_host() -> None:
+    slowest = {"rank": 3, "host": "node7", "own_s": 0.5}
+    assert dict(flatten_numbers("train/slowest_rank", slowest)) == {
+        "train/slowest_rank/rank": 3,
+        "train/slowest_rank/own_s": 0.5,
+    }
+
+
 def test_non_finite_numbers_become_null(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, tensorboard=False, start_step=0)
     recorder.record_step({"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": 0.1, "mfu": None})
@@ -221,6 +229,10 @@ def test_the_console_line() -> None:
     ), line
     assert "  loops 3.5 (max 4)  lr" in Console(10, 0).format_line({**RECORD, "loops_mean": 3.5})
     assert "  mfu 41.5%  " in Console(10, 0).format_line({**RECORD, "mfu": 0.415})
+    slowest = {"rank": 3, "host": "node7", "ratio": 1.8}
+    assert "  slowest rank 3 on node7, 1.80 x median  ETA" in Console(10, 0).format_line(
+        RECORD | {"slowest_rank": slowest}
+    )
     assert "[##########] step 10/10" in Console(10, 5).format_line({**RECORD, "step": 10})
     assert "loss nan" in Console(10, 0).format_line({**RECORD, "loss": math.nan, "grad_norm": math.nan})
 

@@ -18,6 +18,7 @@ from megatron_rdt.config.parallel_checks import find_parallel_problems
 from megatron_rdt.config.ranges import RANGE_KEY, Range
 from megatron_rdt.config.schema import CorpusConfig, ModelConfig, RunConfig, TrainConfig
 from megatron_rdt.config.step_ranges import parse_step_ranges
+from megatron_rdt.config.trace_schedule import TraceSchedule
 from megatron_rdt.errors import USE_ANOTHER, CheckpointError, ConfigError
 
 SCHEDULE = "train.batch_schedule"
@@ -247,6 +248,10 @@ def _find_training_problems(config: RunConfig) -> Iterator[str]:
             f"checkpoint.milestones {milestones} is not a multiple of checkpoint.every {every}, so these steps would not be "
             "saved. Change either."
         )
+    try:
+        TraceSchedule.parse(config.train.profile, config.train.profile_every)
+    except ValueError as error:
+        yield f"train.profile: {error}. Set --train.profile or --train.profile_every."
     if config.sample.every and not config.sample.prompt:
         yield "sample.prompt is empty. Give it at least one character, or set --sample.every 0."
     name = config.run.name
@@ -338,6 +343,8 @@ def _find_world_size_problems(config: RunConfig, world_size: int) -> Iterator[st
             f"parallel.engine is {engine}, but there are {world_size} processes. "
             f"Set --parallel.engine {join_names(others, 'or')}."
         )
+    if train.profile and (absent := [rank for rank in train.profile_ranks if not 0 <= rank < world_size]):
+        yield f"train.profile_ranks has {absent}, but ranks are 0 to {world_size - 1}. Set --train.profile_ranks."
     if min(micro, *(getattr(config.parallel, name) for name in AXES)) < 1:
         return  # out of range, and nothing can be divided by it
     try:

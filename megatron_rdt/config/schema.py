@@ -108,6 +108,15 @@ class TrainConfig:
     max_rollbacks: int = option(3, at_least=1)
     """Rollbacks of a run; at the next alarm that asks for one it stops with an error."""
 
+    profile: list[int | str] = field(default_factory=list)
+    """Steps to trace with torch.profiler, such as 100-102,5000-5002, into `traces/` of the run; a timeline of each range and rank."""
+    profile_every: int = option(0, at_least=0)
+    """Trace the ranges of `profile` again after every so many steps; 0: once."""
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
+    """Ranks that trace."""
+    profile_memory: bool = False
+    """On a GPU, also write a memory snapshot: every allocation of the traced steps, for pytorch.org/memory_viz."""
+
     @property
     def batches(self) -> BatchSchedule:
         """The global batch of every step; ValueError if `batch_schedule` is wrong, which `check_config` refuses."""

@@ -82,6 +82,27 @@ class StepReview:
                 self.print_line(f"step {alarm.step}: {alarm}")
         return alarms
 
+    def report_end(self, step: int, steps_here: int, tokens: int) -> None:
+        """Print what a run that reached its last step did; raise TrainingError if it skipped the last ones as not finite.
+
+        Args:
+            step: the last one.
+            steps_here: those of this process.
+            tokens: of the whole run.
+        """
+        run_directory = self.checkpoints.run_directory
+        self.print_line(f"done: {step} steps, {tokens:,} tokens, {run_directory}")
+        without_target, skipped = self.target_guard.total, self.guard.skipped
+        if without_target:
+            self.print_line(
+                f"warning: in {without_target} of the last {steps_here} steps no target counted, so they changed nothing"
+            )
+        if skipped:
+            raise TrainingError(
+                f"the last {skipped} steps of {run_directory} were skipped: the loss or gradient was not finite. "
+                f"Lower --optimizer.lr. {self.checkpoints.find_way_back(step - skipped)}"
+            )
+
     def _count_skipped(self, metrics: dict, objective: float) -> None:
         """Count a step that was not finite or had no target, and say so.
 

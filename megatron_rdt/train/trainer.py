@@ -11,7 +11,7 @@ from megatron_rdt.config import RunConfig, check_config, dump_config
 from megatron_rdt.data import Batch, BatchLoader
 from megatron_rdt.depth import DepthSampler
 from megatron_rdt.environment import ProcessInfo, read_process_info
-from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED, TrainingError
+from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED
 from megatron_rdt.files import write_text
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.flops import forward_flops, training_flops
@@ -37,6 +37,7 @@ from megatron_rdt.train.run_checkpoints import RunCheckpoints, choose_start
 from megatron_rdt.train.schedule import learning_rate
 from megatron_rdt.train.step_record import StepClock, StepRecord
 from megatron_rdt.train.step_review import StepReview
+from megatron_rdt.train.step_traces import StepTraces
 from megatron_rdt.train.stop_request import StopAgreed, StopRequest
 
 
@@ -121,6 +122,7 @@ class Trainer:
         self.flops = forward_flops(config.model, config.train.sequence_length)
         self.review = StepReview(config, self.checkpoints, self._print_on_rank_0)
         self.monitoring = MonitorSchedule(config.logging)
+        self.traces = StepTraces(config.train, run_directory, device, self.engine.rank)
         self.step = self.first_step = 0
         self.unread: list[StepRecord] = []
         self.was_interrupted = False  # an evaluation or samples were abandoned for a stop request
@@ -157,7 +159,7 @@ class Trainer:
                 self._print_on_rank_0(f"step {self.step}: rolling back to {start.source}")
                 position, lines = self.checkpoints.restore(start.source)
         if status == EXIT_OK:
-            self._report_end()
+            self.review.report_end(self.step, self.step - self.first_step, self._tokens_after(self.step))
         return status
 
     def _run_from(self, start: Start | None, parameters: int) -> int:
@@ -183,23 +185,6 @@ class Trainer:
                 return self._run_steps(loader, collection, is_same_run)
         finally:
             loader.close()
-
-    def _report_end(self) -> None:
-        """Print what the run did; raise TrainingError if its last steps were skipped for not being finite."""
-        self._print_on_rank_0(
-            f"done: {self.step} steps, {self._tokens_after(self.step):,} tokens, {self.run_directory}"
-        )
-        without_target, skipped = self.review.target_guard.total, self.review.guard.skipped
-        if without_target:
-            self._print_on_rank_0(
-                f"warning: in {without_target} of the last {self.step - self.first_step} steps no target counted, "
-                "so they changed nothing"
-            )
-        if skipped:
-            raise TrainingError(
-                f"the last {skipped} steps of {self.run_directory} were skipped: the loss or gradient was not "
-                f"finite. Lower --optimizer.lr. {self.checkpoints.find_way_back(self.step - skipped)}"
-            )
 
     def _open_run_directory(self, parameters: int, start: Start | None) -> None:
         """On rank 0, write the config, drop the records of steps that will be done again, and open the recorder."""
@@ -241,10 +226,12 @@ class Trainer:
         while self.step < self.config.train.steps:
             if self.stop.is_agreed():
                 return self._stop_early()
+            self.traces.begin_step(self.step + 1)
             clock = StepClock(self.device)  # evaluations and saves after the last step are not part of this one
             batch = next(batches)
             clock.mark_data_arrival()
             self.unread.append(self._train_step(batch, clock))
+            self.traces.end_step()
             self._run_due_actions()
             collection.collect_if_due(self.step)
         is_stopped = self.stop.is_agreed()  # no rank may leave a reduction that it started
@@ -388,7 +375,8 @@ class Trainer:
             self.printer.print_line(text)
 
     def close(self) -> None:
-        """Close the records."""
+        """Close the records, and write the trace under way."""
+        self.traces.write()
         if self.recorder is not None:
             self.recorder.close()
             self.recorder = None

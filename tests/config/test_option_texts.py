@@ -175,6 +175,7 @@ NO_PATHS = {
     *(
         "run.name",
         "train.batch_schedule",
+        "train.profile",
         "optimizer.no_weight_decay",
         "data.text_field",
         "data.hf_split",

@@ -20,7 +20,7 @@ HISTORY_ENTRIES = 1_000_000
 
 
 class StepTraces:
-    """Traces the steps of `train.profile` on one rank; one that cannot be written does not end the run. Results of steps stay the same.
+    """Traces the steps of `train.profile` on one rank; if one cannot be written, the run goes on. It changes no result.
 
     Args:
         config: says which steps, ranks and files.

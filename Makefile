@@ -9,12 +9,13 @@
 # make test-vllm    exports served by vLLM for CPUs, in an environment made in build/
 # make fuzz         2,000 random cases each of prep that is killed and of runs that are resumed (ten minutes)
 # make bench        benchmarks; they print, nothing is asserted
+# make gpu-check    one GPU in eight minutes: correctness of every CUDA path, speed, memory; installs nothing, uses PYTHON
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart lint test-fast test test-cluster test-parity test-exports test-vllm fuzz bench
+.PHONY: install quickstart lint test-fast test test-cluster test-parity test-exports test-vllm fuzz bench gpu-check
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -68,4 +69,7 @@ fuzz: install
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/data/test_fuzz.py tests/data_prep/test_fuzz.py
 
 bench: install
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	for script in $(filter-out benchmarks/gpu_check.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
+
+gpu-check:
+	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu_check.py --out gpu_check.json

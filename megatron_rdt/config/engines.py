@@ -65,7 +65,7 @@ ENGINES: dict[EngineName, EngineKind] = {
     "fsdp": EngineKind(
         "sharded with FSDP2",
         shards_parameters=True,
-        options=(*AXES, "core_gather", "reduce", "reshard_after_forward"),
+        options=(*AXES, "core_gather", "core_ring", "reduce", "reshard_after_forward"),
     ),
     "zero1": _zero(1),
     "zero2": _zero(2),

@@ -21,6 +21,7 @@ class Layout:
         tensor: processes that split heads and channels between them.
         expert: processes that split the experts between them: neighbours within a group, whatever their indices along
             the other axes.
+        ring: stages of the loop ring, each held by shard / ring consecutive ones of the data-parallel ranks of a group.
     """
 
     replicate: int = 1
@@ -28,6 +29,7 @@ class Layout:
     context: int = 1
     tensor: int = 1
     expert: int = 1
+    ring: int = 1
 
     @classmethod
     def of(cls, config: ParallelConfig, world_size: int) -> "Layout":
@@ -48,7 +50,13 @@ class Layout:
                 f"parallel.expert {config.expert} does not divide the {group} processes of a replica ({world_size} "
                 f"processes, {named}). Set it to a divisor of {group}."
             )
-        return cls(config.replicate, world_size // fixed, config.context, config.tensor, config.expert)
+        shard = world_size // fixed
+        if shard % config.core_ring:
+            raise ValueError(
+                f"parallel.core_ring {config.core_ring} does not divide the {shard} data-parallel processes of a replica "
+                f"({world_size} processes, {named}). Set it to a divisor of {shard}."
+            )
+        return cls(config.replicate, shard, config.context, config.tensor, config.expert, config.core_ring)
 
     @property
     def world_size(self) -> int:
@@ -59,6 +67,18 @@ class Layout:
     def data(self) -> int:
         """Number of data-parallel ranks: groups of processes that read samples of their own."""
         return self.replicate * self.shard
+
+    @property
+    def stage_ranks(self) -> int:
+        """Number of processes of a replica that hold the same stage of the loop ring, sharded between them."""
+        return self.shard // self.ring
+
+    def ring_data_ranks(self, data_rank: int) -> list[int]:
+        """Return the data ranks that exchange states with this one in a loop ring, itself included, by stage."""
+        replica, place = divmod(data_rank, self.shard)
+        return [
+            replica * self.shard + stage * self.stage_ranks + place % self.stage_ranks for stage in range(self.ring)
+        ]
 
     def data_rank(self, rank: int) -> int:
         """Return the data rank of a process: the number, from 0, of the share of each batch that it reads."""

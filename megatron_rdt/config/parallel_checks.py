@@ -6,13 +6,30 @@ from megatron_rdt.config.engines import AXES, PROPOSED, engines_with, join_names
 from megatron_rdt.config.schema import ParallelConfig, RunConfig
 
 # Fields that only an engine with axes of sharding takes.
-SHARDING_OPTIONS = (*AXES, "core_gather", "reshard_after_forward")
+SHARDING_OPTIONS = (*AXES, "core_gather", "core_ring", "reshard_after_forward")
+
+# Options that need one value with a loop ring, and why.
+RING_NEEDS = {
+    "parallel.core_gather": ("once", "a stage is gathered once per pass"),
+    "parallel.tensor": (1, "stages are sharded, not split inside"),
+    "parallel.context": (1, "a sequence visits a stage as a whole"),
+    "parallel.expert": (1, "a mixture's experts stay with its stage"),
+    "model.core_ffn": ("dense", "processes with different layers cannot balance experts together"),
+    "model.halting": ("none", "the state of every iteration would have to return to its process"),
+    "model.value_embeddings": ("none", "a stage does not have the tokens of other processes"),
+    "data.document_mask": (False, "a stage does not have the documents of other processes"),
+    "optimizer.name": ("adamw", "muon orthogonalises matrices that all processes share"),
+    "train.compile": ("none", "the backward pass goes through one visit at a time"),
+    "logging.monitor_every": (0, "no process sees every iteration of a sequence"),
+    "logging.jacobian_every": (0, "no process has a whole iteration"),
+    "sample.every": (0, "no process has the whole core; use rdt generate on a checkpoint"),
+}
 
 
 def find_parallel_problems(config: RunConfig) -> list[str]:
     """Return a sentence for each setting of `parallel` that cannot work, however many processes run."""
     parallel = config.parallel
-    if min(getattr(parallel, name) for name in AXES) < 1:
+    if min(getattr(parallel, name) for name in (*AXES, "core_ring")) < 1:
         return []  # out of range, and nothing can be divided by it
     usual, taken = ParallelConfig(), parallel.engine_kind.options
     problems = [
@@ -32,6 +49,7 @@ def find_parallel_problems(config: RunConfig) -> list[str]:
         *_find_context_problems(config),
         *_find_expert_problems(config),
         *_find_uses_of_whole_sequences(config),
+        *_find_ring_problems(config),
     ]
 
 
@@ -132,6 +150,36 @@ def _find_uses_of_whole_sequences(config: RunConfig) -> Iterator[str]:
     if config.train.compile != "none":
         yield (
             f"train.compile {config.train.compile} {clash} yet: layers exchange tokens inside. Set --train.compile none."
+        )
+
+
+def _find_ring_problems(config: RunConfig) -> Iterator[str]:
+    """Find settings that a loop ring does not work with: each needs the whole core, or every iteration, in one process."""
+    ring, layers = config.parallel.core_ring, config.model.core_layers
+    if ring == 1:
+        return
+    if layers % ring:
+        yield (
+            f"parallel.core_ring {ring} does not divide model.core_layers {layers}: every stage of the ring holds equally "
+            "many layers. Change either."
+        )
+    for option, (needed, reason) in RING_NEEDS.items():
+        section, name = option.split(".")
+        value = getattr(getattr(config, section), name)
+        if value != needed:
+            yield (
+                f"{option} {str(value).lower()} does not work with parallel.core_ring {ring}: {reason}. "
+                f"Set --{option} {str(needed).lower()}, or --parallel.core_ring 1."
+            )
+    if config.depth.scheme == "difficulty":
+        yield (
+            f"depth.scheme difficulty does not work with parallel.core_ring {ring}: the schedule is computed before the data "
+            "of other processes is known. Set another scheme, or --parallel.core_ring 1."
+        )
+    if isinstance(config.depth.checkpoint, int) and config.depth.checkpoint > 1:
+        yield (
+            f"depth.checkpoint {config.depth.checkpoint} does not work with parallel.core_ring {ring}: a stage computes one "
+            "iteration of a sequence at a time. Set --depth.checkpoint per_iteration."
         )
 
 

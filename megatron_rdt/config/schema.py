@@ -187,6 +187,8 @@ class ParallelConfig:
     """fsdp: processes that split the experts of each mixture (expert parallelism)."""
     core_gather: Literal["once", "per_iteration", "per_layer"] = "once"
     """fsdp: gather the core's weights once per forward and once per backward pass, for any T; once per iteration; or layer by layer in every iteration, so that one layer is held at a time."""
+    core_ring: int = option(1, at_least=1)
+    """fsdp: stages among which the core's layers are split; the states of sequences travel from stage to stage, one lap per iteration, and no weight of the core is gathered beyond its stage (docs/loop_ring.md). 1: every process runs the whole core."""
     reduce: Literal["per_step", "per_micro_batch"] = "per_step"
     """ddp, fsdp: reduce gradients once per optimizer step, or after every micro-batch (fsdp: then no unsharded gradient is kept between micro-batches)."""
     reshard_after_forward: bool = True

@@ -28,11 +28,14 @@ class DepthPlan:
         iterations: T of each sequence, at least 1.
         backprop: k; the last min(k, T) iterations carry gradient. None means all of them.
         state_seeds: one 64-bit seed per sequence for a random initial state; empty where none is drawn.
+        peers: `iterations` of every process of a loop ring, this one included, in the order of its stages; empty where
+            there is no ring, or all have these.
     """
 
     iterations: tuple[int, ...]
     backprop: int | None = None
     state_seeds: tuple[int, ...] = ()
+    peers: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         """Raise ValueError if there is no sequence, or a T or k is below 1."""

@@ -136,6 +136,7 @@ class DepthSampler:
         batch_rows: Sequence[int] | None = None,
         difficulties: Sequence[int] | None = None,
         accumulation: int = 1,
+        peer_rows: Sequence[Sequence[int]] = (),
     ) -> DepthPlan:
         """Draw T of a micro-batch's sequences; return the plan, with this step's k and initial-state seeds.
 
@@ -146,6 +147,7 @@ class DepthSampler:
                 numbers where not given.
             difficulties: of each sequence's example; the scheme `difficulty` needs them.
             accumulation: see `draw_loops`.
+            peer_rows: `batch_rows` of every process of a loop ring, by stage; not for the scheme `difficulty`.
         """
         if self.config.scheme == "difficulty":
             assert difficulties is not None, "the training data checks that it has them"
@@ -157,6 +159,7 @@ class DepthSampler:
             iterations=iterations,
             backprop=self.backprop_at(step),
             state_seeds=tuple(hash64(self.seed, "state", step, int(sample)) for sample in samples),
+            peers=tuple(self.draw_loops(step, rows, len(samples), accumulation) for rows in peer_rows),
         )
 
     def _compute_cumulative(self, mean: float) -> np.ndarray:

@@ -37,6 +37,23 @@ class LoopRunner(Protocol):
         """Return the same as `RecurrentCore.forward`, from the expanded initial state (batch, sequence, ...)."""
 
 
+class StateRing(Protocol):
+    """Runs the iterations where other processes hold other layers of the core: states travel, weights stay."""
+
+    def run(
+        self, core: "RecurrentCore", state: Tensor, precomputed: Tensor, context: LayerContext, plan: DepthPlan
+    ) -> tuple[Tensor, Tensor]:
+        """Return the expanded states (batch, sequence, ...) after and, without gradient, before each last iteration.
+
+        Args:
+            core: whose layers are called.
+            state: the expanded initial state.
+            precomputed: from `RecurrentCore.precompute`.
+            context: rotary tables, mask, compute dtype; the same for all sequences.
+            plan: T of each sequence, of every process of the ring, and k.
+        """
+
+
 class LoopProgress:
     """The loop after some iterations, from which it goes on to a larger T; without gradient, one T for all sequences.
 
@@ -63,6 +80,7 @@ class RecurrentCore(nn.Module):
         checkpointing: decides what is kept for the backward pass, and how many iterations make one segment.
         rounds_once: round the layers' matrices to the compute dtype once per pass, and keep them until its gradients are
             computed; set where the layers' weights are all there when the pass begins.
+        ring: runs the iterations where this process has some of the layers only; None where it has all.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -81,6 +99,7 @@ class RecurrentCore(nn.Module):
         self.halting = HaltingUnit(config) if config.halting != "none" else None
         self.checkpointing = Checkpointing()
         self.rounds_once = False
+        self.ring: StateRing | None = None
 
     def iterate(self, state: Tensor, t: Tensor, inputs: LoopInputs, slot: int = 0) -> Tensor:
         """Run one iteration and return the next state.
@@ -91,11 +110,19 @@ class RecurrentCore(nn.Module):
             inputs: of these sequences.
             slot: cache slot of the first layer in this iteration.
         """
-        x, carry = self.injection("inject", state, inputs.precomputed, self.signals.offset(t))
+        x, carry = self.begin_iteration(state, t, inputs.precomputed)
         modulations = self.signals.modulations(t, inputs.loops)
         for i, layer in enumerate(self.layers):
             x = layer(x, inputs.context.at_slot(slot + i), inputs.token_values[i], modulations[i])
-        x = self.signals.adapt(x, t, inputs.context.compute_dtype)
+        return self.end_iteration(carry, x, t, inputs.context.compute_dtype)
+
+    def begin_iteration(self, state: Tensor, t: Tensor, precomputed: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the input of the first layer, (batch, sequence, dim), and the carry for `end_iteration`."""
+        return self.injection("inject", state, precomputed, self.signals.offset(t))
+
+    def end_iteration(self, carry: Tensor, x: Tensor, t: Tensor, compute_dtype: torch.dtype) -> Tensor:
+        """Return the next expanded state from the output of the last layer, (batch, sequence, dim)."""
+        x = self.signals.adapt(x, t, compute_dtype)
         x = x if self.iteration_norm is None else self.iteration_norm(x)
         return self.injection("update", carry, x)
 
@@ -127,6 +154,8 @@ class RecurrentCore(nn.Module):
             The state after each sequence's last iteration, (batch, sequence, dim), and a dictionary with the results of
             trained halting, empty without it.
         """
+        if self.ring is not None:
+            return self._run_ring(self.ring, state, encoded, plan, context, monitor), {}
         reached = progress or LoopProgress()
         inputs = self.loop_inputs(encoded, plan, context) if reached.inputs is None else reached.inputs
         if not plan.is_uniform:
@@ -177,6 +206,27 @@ class RecurrentCore(nn.Module):
             extras["states"] = self._connected_coda_input(extras["states"], encoded)
         return state, extras
 
+    def _run_ring(
+        self,
+        ring: StateRing,
+        state: Tensor,
+        encoded: Tensor,
+        plan: DepthPlan,
+        context: LayerContext,
+        monitor: CoreMonitor | None,
+    ) -> Tensor:
+        """Run every iteration in a loop ring; return the coda's input, (batch, sequence, dim)."""
+        initial = self.injection("expand", state if self.initial is None else self.initial.expand_as(state))
+        expanded, before = ring.run(self, initial, self.precompute(encoded), context, plan)
+        state = self.injection("collapse", expanded)
+        if monitor is not None:
+            indices = tuple(plan.iterations[i] - 1 for i in plan.order)
+            order = to_device(plan.order, state.device)
+            with torch.no_grad():
+                previous = self.injection("collapse", before)[order]
+                monitor.measure_last(indices, previous, state[order], self.injection.spectral_radius())
+        return self._connected_coda_input(state, encoded)
+
     def _run_segment(
         self, segment: Sequence[CoreIteration], state: Tensor, inputs: LoopInputs, slots: list[int], rounded: Rounded
     ) -> list[Tensor]:
@@ -203,13 +253,17 @@ class RecurrentCore(nn.Module):
 
     def loop_inputs(self, encoded: Tensor, plan: DepthPlan, context: LayerContext) -> LoopInputs:
         """Compute once what every iteration reads: the injection's part of the encoded input, T, the value embeddings."""
+        loops = to_device(plan.iterations, encoded.device)
+        values = [layer.token_values(context) for layer in self.layers]  # type: ignore[operator]
+        return LoopInputs(self.precompute(encoded), context, loops, values)
+
+    def precompute(self, encoded: Tensor) -> Tensor:
+        """Return the injection's part of the encoded input, (batch, sequence, ..., dim), which every iteration reads."""
         if self.encoded_norm is not None:
             encoded = self.encoded_norm(encoded)
         if self.input_matrix is not None:
             encoded = self.input_matrix(encoded)
-        loops = to_device(plan.iterations, encoded.device)
-        values = [layer.token_values(context) for layer in self.layers]  # type: ignore[operator]
-        return LoopInputs(self.injection("precompute", encoded), context, loops, values)
+        return self.injection("precompute", encoded)
 
     def coda_input(self, state: Tensor) -> Tensor:
         """Apply the norm and the matrix at the end of the loop, where the config has them: (..., dim) -> (..., dim)."""

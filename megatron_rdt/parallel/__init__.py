@@ -23,7 +23,7 @@ CLASSES = {
 
 def make_engine(config: RunConfig, device: torch.device) -> Engine:
     """Create the engine that `parallel.engine` names, without a model; several ranks must be in a process group."""
-    module, name = CLASSES[config.parallel.engine]
+    module, name = ("ring_engine", "RingEngine") if config.parallel.core_ring > 1 else CLASSES[config.parallel.engine]
     engine: type[Engine] = getattr(importlib.import_module(f"megatron_rdt.parallel.{module}"), name)
     return engine(config, device)
 

@@ -13,11 +13,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 
-def make_dtensor(module: nn.Module, name: str, mesh: DeviceMesh, placement: Shard | Replicate) -> None:
-    """Make parameter `name` of `module` (on the meta device) a DTensor on a 1-D mesh."""
+def make_dtensor(module: nn.Module, name: str, mesh: DeviceMesh, *placements: Shard | Replicate) -> None:
+    """Make parameter `name` of `module` (on the meta device) a DTensor on a mesh, with a placement for each of its axes."""
     value = module._parameters[name]
     assert value is not None
-    module.register_parameter(name, nn.Parameter(distribute_tensor(value.data, mesh, [placement], src_data_rank=None)))
+    module.register_parameter(name, nn.Parameter(distribute_tensor(value.data, mesh, placements, src_data_rank=None)))
 
 
 Views = dict[tuple[nn.Module, str, bool], torch.Tensor]

@@ -105,9 +105,10 @@ def parameter_names(model: nn.Module, groups: Groups) -> list[list[str]]:
 
 
 def regroup(groups: Groups, wanted: list[list[str]]) -> Groups:
-    """Return a group for each non-empty list of `wanted`, with the options of its first name in `groups`."""
+    """Return a group for each list of `wanted`, with the options of the first of its names that `groups` has, if any."""
     options = {name: group for group in groups for name in group["params"]}
-    return [{**options[names[0]], "params": names} for names in wanted if names]
+    known = [next((options[name] for name in names if name in options), None) for names in wanted]
+    return [{**group, "params": names} for group, names in zip(known, wanted) if group is not None]
 
 
 def muon_groups(model: nn.Module, config: OptimizerConfig) -> Groups:

@@ -6,7 +6,7 @@ any world size, loads into any other.
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -56,12 +56,16 @@ class TorchEngine(Engine):
         """
         # One operation takes tensors of one mesh only, so norms are made per mesh and then combined.
         groups = optimizers.group_by_mesh(p for p in self.model.parameters() if p.grad is not None)
-        norms = [full_tensor(torch.nn.utils.get_total_norm([p.grad for p in group])) for group in groups]  # type: ignore[misc]
+        norms = [self._total_norm(group) for group in groups]
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         if max_norm > 0:
             for group in groups:
                 torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
         return norm
+
+    def _total_norm(self, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the norm of the gradients of parameters of one mesh, the same on every rank."""
+        return full_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters]))  # type: ignore[misc]
 
     def step(self, lr: float, accepted: torch.Tensor | None = None) -> None:
         """Step every optimizer unless `accepted` is False, which the device decides; then free the gradients."""
@@ -93,18 +97,23 @@ class TorchEngine(Engine):
         """Return {"model": ..., "optimizer": ...}, sharded, with the parameter groups of an unsharded run."""
         model, optimizer = dcp_state.get_state_dict(self.model, self.optimizers)
         # Groups are split by mesh where parameters are sharded on several, so their number depends on the arrangement.
-        wanted = optimizers.parameter_names(self.model, self._configured_groups())
-        optimizer = dict(optimizer) | {"param_groups": optimizers.regroup(optimizer["param_groups"], wanted)}  # type: ignore[arg-type]
+        groups = optimizers.regroup(optimizer["param_groups"], self._configured_names())  # type: ignore[arg-type]
+        optimizer = dict(optimizer) | {"param_groups": groups}
         return {"model": dict(model), "optimizer": optimizer}
 
     def _parameter_groups(self) -> Groups:
         """Return the groups of all optimizers, with the options that they use now."""
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    def _configured_groups(self) -> Groups:
-        """Return the groups of an unsharded run, with the options of the config."""
+    def _configured_names(self) -> list[list[str]]:
+        """Return the parameter names of each group of an unsharded run."""
+        return self._group_names(self.model)
+
+    def _group_names(self, model: RecurrentDepthTransformer) -> list[list[str]]:
+        """Return the parameter names of each group that the config makes of a model's parameters."""
         options = self.config.optimizer
-        return [*optimizers.adamw_groups(self.model, options), *optimizers.muon_groups(self.model, options)]
+        groups = [*optimizers.adamw_groups(model, options), *optimizers.muon_groups(model, options)]
+        return optimizers.parameter_names(model, groups)
 
     def save(self, directory: Path) -> None:
         """Write `model/` and `optimizer/` below `directory`."""

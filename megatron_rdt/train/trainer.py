@@ -259,7 +259,7 @@ class Trainer:
         config = self.config
         size = config.train.micro_batch
         parts = [batch.rows(i, i + size) for i in range(0, len(batch), size)]
-        micro_batches = [self._make_micro_batch(rows, len(parts)) for rows in parts]
+        micro_batches = [self._make_micro_batch(rows, len(batch)) for rows in parts]
         plans = [micro.plan for micro in micro_batches]
         count_loops = start_loop_count(plans, self.sampler, self.step, self.data.batches, self.engine)
         monitor = self.monitoring.make_monitor(self.step + 1)
@@ -298,9 +298,14 @@ class Trainer:
             data=self.data.progress(self.consumed) if self.is_rank_0 else {},
         )
 
-    def _make_micro_batch(self, rows: Batch, accumulation: int) -> MicroBatch:
-        """Pair one of `accumulation` parts of a batch with its depth plan."""
-        plan = self.sampler.plan(self.step, rows.samples, rows.batch_rows, rows.difficulties, accumulation)
+    def _make_micro_batch(self, rows: Batch, share: int) -> MicroBatch:
+        """Pair a part of this rank's `share` rows of the global batch with its depth plan."""
+        peers: list[list[int]] = []
+        if self.engine.layout.ring > 1:  # every rank has as many rows, the ones after those of the rank before it
+            shifts = [(peer - self.data_rank) * share for peer in self.engine.layout.ring_data_ranks(self.data_rank)]
+            peers = [[row + shift for row in rows.batch_rows] for shift in shifts]
+        accumulation = share // len(rows)
+        plan = self.sampler.plan(self.step, rows.samples, rows.batch_rows, rows.difficulties, accumulation, peers)
         return MicroBatch(rows, plan)
 
     def _run_due_actions(self) -> None:

@@ -19,6 +19,7 @@ from megatron_rdt.config import (
 )
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.errors import ConfigError
+from megatron_rdt.planner.run_plan import with_options
 
 MODEL = ModelConfig(vocab_size=64, dim=32, heads=4, kv_heads=4)
 MOE = dataclasses.replace(MODEL, core_ffn="moe", experts=4)
@@ -42,6 +43,11 @@ def test_ranks_count_the_axes_and_data_ranks_leave_out_the_inner_two(sizes: tupl
         ({"replicate": 2, "context": 2, "tensor": 2}, 4, r"4 processes are not a multiple .* = 8. Start 8"),
         ({"expert": 3}, 4, r"parallel.expert 3 does not divide the 4 processes of a replica .* divisor of 4"),
         ({"expert": 4, "replicate": 2}, 4, r"parallel.expert 4 does not divide the 2 processes"),
+        (
+            {"core_ring": 4, "replicate": 2},
+            4,
+            r"core_ring 4 does not divide the 2 data-parallel processes .* divisor of 2",
+        ),
     ],
 )
 def test_processes_that_cannot_be_arranged(parallel: dict[str, int], world: int, message: str) -> None:
@@ -137,6 +143,60 @@ def test_sections_that_do_not_fit_are_refused_with_a_sentence(sections: dict[str
     with pytest.raises(ConfigError, match=message):
         check_config(config(**sections))
     check_config(config())
+
+
+RING = dataclasses.replace(MODEL, core_layers=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parallel.core_ring": 0}, r"parallel.core_ring is 0, it must be at least 1"),
+        ({"parallel.engine": "ddp"}, r"parallel.core_ring is 2, which only engine fsdp knows"),
+        ({"parallel.core_ring": 3}, r"parallel.core_ring 3 does not divide model.core_layers 4"),
+        (
+            {"parallel.core_gather": "per_layer"},
+            r"core_gather per_layer does not work .*Set --parallel.core_gather once",
+        ),
+        ({"parallel.tensor": 2}, r"parallel.tensor 2 does not work with parallel.core_ring 2"),
+        ({"parallel.context": 2}, r"parallel.context 2 does not work with parallel.core_ring 2"),
+        (
+            {"model.core_ffn": "moe", "parallel.expert": 2},
+            r"(?s)parallel.expert 2 does .*model.core_ffn moe does not work",
+        ),
+        ({"model.halting": "act"}, r"model.halting act does not work .*core_ring 1"),
+        ({"model.value_embeddings": "gated"}, r"model.value_embeddings gated does not work"),
+        ({"data.document_mask": True}, r"data.document_mask true does not work .*Set --data.document_mask false"),
+        ({"optimizer.name": "muon"}, r"optimizer.name muon does not work"),
+        ({"train.compile": "layers"}, r"train.compile layers does not work"),
+        ({"logging.monitor_every": 5}, r"logging.monitor_every 5 does not work"),
+        ({"logging.jacobian_every": 5}, r"logging.jacobian_every 5 does not work"),
+        ({"sample.every": 5}, r"sample.every 5 does not work .*rdt generate"),
+        ({"depth.checkpoint": 2}, r"depth.checkpoint 2 does not work .*per_iteration"),
+        (
+            {"depth.scheme": "difficulty", "depth.per": "sequence", "data.pack": "example"},
+            r"depth.scheme difficulty does not work with parallel.core_ring 2",
+        ),
+    ],
+)
+def test_what_a_loop_ring_cannot_do_is_refused_with_a_sentence(changes: dict[str, Any], message: str) -> None:
+    fitting = config(model=RING, parallel=fsdp(core_ring=2), depth=DepthConfig(per="sequence", checkpoint="selective"))
+    check_config(fitting, 4)
+    with pytest.raises(ConfigError, match=message):
+        check_config(with_options(fitting, changes))
+
+
+@pytest.mark.parametrize(("replicate", "shard", "ring"), [(1, 4, 4), (2, 4, 2), (2, 6, 3), (1, 2, 1)])
+def test_a_ring_has_one_data_rank_of_each_stage(replicate: int, shard: int, ring: int) -> None:
+    layout = Layout.of(ParallelConfig("fsdp", replicate=replicate, core_ring=ring), replicate * shard)
+    rings = {tuple(layout.ring_data_ranks(rank)) for rank in range(layout.data)}
+    assert sorted(rank for each in rings for rank in each) == list(range(layout.data))
+    for each in rings:
+        assert len(each) == ring
+        assert [rank % shard // layout.stage_ranks for rank in each] == list(
+            range(ring)
+        )  # stages are consecutive ranks
+        assert len({rank // shard for rank in each}) == 1
 
 
 @pytest.mark.parametrize("axis", ["replicate", "context", "tensor", "expert"])

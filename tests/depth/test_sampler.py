@@ -185,3 +185,12 @@ def test_loops_follow_the_difficulty() -> None:
     assert np.flatnonzero(sampler.probabilities).tolist() == [3, 9]
     assert sampler.expected_loops == pytest.approx(6)
     assert DepthSampler(dataclasses.replace(config, min=6, max=6), 0).expected_loops == 6
+
+
+@pytest.mark.parametrize("per", ["step", "accumulation_step", "micro_batch", "sequence"])
+def test_a_process_of_a_ring_knows_the_loops_of_the_others(per: str) -> None:
+    sampler = DepthSampler(DepthConfig(per=per), 7)  # type: ignore[arg-type]
+    rows = [range(first, first + 2) for first in (4, 12, 20)]  # the second micro-batch of three ranks with 8 rows each
+    plans = [sampler.plan(3, each, each, accumulation=4, peer_rows=rows) for each in rows]
+    assert len({plan.peers for plan in plans}) == 1
+    assert plans[0].peers == tuple(plan.iterations for plan in plans)

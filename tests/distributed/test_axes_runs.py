@@ -8,6 +8,7 @@ import pytest
 
 from tests.distributed.training import train_on
 
+RING = ["--model.core_layers=4", "--model.injection=linear", "--model.norm_placement=sandwich"]
 EXPERTS = ["--model.core_ffn=moe", "--model.experts=4"]
 # Options of the model, arrangement of four processes, and the number of processes and options that resume it.
 RUNS: dict[str, tuple[list[str], list[str], tuple[int, list[str]]]] = {
@@ -25,6 +26,16 @@ RUNS: dict[str, tuple[list[str], list[str], tuple[int, list[str]]]] = {
         ["--model.core_ffn=moe", "--model.experts=2", "--train.global_batch=4"],
         [],
         (2, ["--parallel.expert=2"]),
+    ),
+    "a loop ring": (
+        [*RING, "--depth.per=sequence", "--depth.backprop=2", "--depth.checkpoint=per_iteration"],
+        ["--parallel.core_ring=4"],
+        (2, []),
+    ),
+    "a loop ring on resume": (
+        [*RING, "--depth.per=micro_batch", "--train.global_batch=8", "--train.micro_batch=2"],
+        [],
+        (2, ["--parallel.core_ring=2"]),
     ),
 }
 

@@ -1,0 +1,102 @@
+"""FSDP2 with the core's layers in a loop ring: each layer stays with the processes of one stage, and states travel.
+
+Prelude, coda, embedding, head and whatever the core has besides its layers (injection, signals, norms) are sharded over
+all processes, as without a ring. Checkpoints hold whole parameters by name, so they load with and without a ring.
+See `ring_loop.py` and docs/loop_ring.md.
+"""
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from megatron_rdt.model import InitialValues, RecurrentDepthTransformer
+from megatron_rdt.parallel.fsdp import FullyShardedEngine
+from megatron_rdt.parallel.ring_loop import RingLoop
+from megatron_rdt.parallel.ring_schedule import assign_layers
+from megatron_rdt.parallel.ring_stage import StageWeights
+
+
+class RingEngine(FullyShardedEngine):
+    """FSDP2, except that the core's layers are split among the stages of a ring.
+
+    Attributes:
+        ring: this process's part of the ring.
+        stage_mesh: the processes that hold this process's stage.
+    """
+
+    ring: RingLoop
+    stage_mesh: DeviceMesh
+
+    def setup(self, model: RecurrentDepthTransformer, values: InitialValues | None = None) -> None:
+        """Keep this stage's layers, shard everything, initialize the local shards and create the optimizers."""
+        if values is None:
+            super().setup(model)
+            return
+        # The stages have different parameters, but every rank has to ask for all of them, in one order.
+        left = iter([(name, parameter.shape) for name, parameter in model.named_parameters()])
+
+        def ask_until(wanted: str, shape: torch.Size) -> torch.Tensor:
+            for name, size in left:
+                value = values(name, size)
+                if name == wanted:
+                    return value
+            raise KeyError(wanted)
+
+        super().setup(model, ask_until)
+        for name, size in left:
+            values(name, size)
+
+    def _apply_fsdp(self, model: RecurrentDepthTransformer) -> None:
+        """Split the core's layers among the stages, and make FSDP2's units of everything else, in place."""
+        layout, parallel = self.layout, self.config.parallel
+        shape = (layout.replicate, layout.ring, layout.stage_ranks)
+        mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "ring", "stage"))
+        self.stage_mesh = mesh["replicate", "stage"] if layout.replicate > 1 else mesh["stage"]
+        group = mesh["ring"].get_group()
+        for each in (group, *self.stage_mesh.get_all_groups()):
+            _set_pg_timeout(timedelta(seconds=parallel.timeout_s), each)
+        layers = assign_layers(self.config.model.core_layers, layout.ring)[group.rank()]
+        weights = StageWeights(model, layers, self.stage_mesh, layout.data)
+        model.core.ring = self.ring = RingLoop(group, layers, weights)
+        dist.barrier(group)  # NCCL wants one collective of the whole group before messages between two
+        options = {
+            "mesh": self.meshes.state,
+            "shard_placement_fn": self._shard_placement,
+            "ignored_params": set(weights.shards),
+        }
+        for unit in (*model.prelude, model.core, *model.coda):
+            fully_shard(unit, reshard_after_forward=parallel.reshard_after_forward, **options)  # type: ignore[call-overload]
+        fully_shard(model, **options)  # type: ignore[call-overload]
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Run autograd; FSDP2 reduces the gradients of its units in hooks, those of the stage are reduced at the end."""
+        super().backward(loss, last)
+        if last or self.config.parallel.reduce == "per_micro_batch":
+            self.ring.weights.reduce()
+
+    def _total_norm(self, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the norm of the gradients of parameters of one mesh; those of the stages are combined."""
+        norm = super()._total_norm(parameters)
+        first = parameters[0]
+        if isinstance(first, DTensor) and first.device_mesh == self.stage_mesh:
+            squares = norm.square()
+            dist.all_reduce(squares, group=self.ring.group)
+            return squares.sqrt()
+        return norm
+
+    def full_gradients(self) -> dict[str, torch.Tensor]:
+        """Gather the gradients of all stages by parameter name, unsharded, on the CPU."""
+        every: list[dict[str, torch.Tensor]] = [{} for _ in range(self.layout.ring)]
+        dist.all_gather_object(every, super().full_gradients(), group=self.ring.group)
+        return {name: gradient for each in every for name, gradient in each.items()}
+
+    def _configured_names(self) -> list[list[str]]:
+        """Return the parameter names of each group of an unsharded run, those of other stages too."""
+        with torch.device("meta"):
+            return self._group_names(RecurrentDepthTransformer(self.config.model))

@@ -1,0 +1,80 @@
+"""Weights of one stage of the loop ring: some of the core's layers, sharded over the processes that hold this stage.
+
+They are gathered once per pass and kept until its backward pass is over, however many laps and sequences run through
+them; their gradients add up in place and are reduced once per step.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from megatron_rdt.model import RecurrentDepthTransformer
+from megatron_rdt.parallel.dtensor_views import make_dtensor
+
+
+class AbsentLayer(nn.Module):
+    """A core layer that another stage of the ring holds; it keeps the numbers of the others, and cannot be called."""
+
+
+class StageWeights:
+    """The parameters of a stage: DTensors that the optimizer steps, whole tensors while a pass runs.
+
+    Args:
+        model: on the meta device; its core loses the layers of other stages.
+        layers: numbers of this stage's layers.
+        mesh: the processes that hold this stage: those that shard it, with replicas first if there are any.
+        ranks: number of data-parallel ranks, over which gradients are averaged.
+
+    Attributes:
+        sums: of the gradients of each parameter since the last reduction, unsharded; None before the first.
+    """
+
+    def __init__(self, model: RecurrentDepthTransformer, layers: range, mesh: DeviceMesh, ranks: int) -> None:
+        self.mesh, self.ranks = mesh, ranks
+        for number in range(len(model.core.layers)):
+            if number not in layers:
+                model.core.layers[number] = AbsentLayer()
+        own: Sequence[nn.Module] = [model.core.layers[number] for number in layers]
+        modules = [module for layer in own for module in layer.modules()]
+        self.places = [
+            (module, name) for module in modules for name, value in module._parameters.items() if value is not None
+        ]
+        for module, name in self.places:
+            make_dtensor(module, name, mesh, *[Replicate()] * (mesh.ndim - 1), Shard(0))
+        self.shards: list[nn.Parameter] = [module._parameters[name] for module, name in self.places]  # type: ignore[misc]
+        self.sums: list[torch.Tensor | None] = [None] * len(self.shards)
+        self.whole: list[nn.Parameter] = []
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Put whole parameters in the place of the shards, unless they are there already."""
+        if self.whole:
+            return
+        self.shards = [module._parameters[name] for module, name in self.places]  # type: ignore[misc]
+        for (module, name), shard, total in zip(self.places, self.shards, self.sums):
+            assert isinstance(shard, DTensor)
+            whole = nn.Parameter(shard.to_local() if self.mesh.size() == 1 else shard.full_tensor())
+            whole.grad = total
+            module._parameters[name] = whole
+            self.whole.append(whole)
+
+    def release(self) -> None:
+        """Put the shards back, and keep the gradients that have been summed."""
+        self.sums = [whole.grad for whole in self.whole]
+        for (module, name), shard in zip(self.places, self.shards):
+            module._parameters[name] = shard
+        self.whole = []
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Add the gradients' sums, averaged over data-parallel ranks, to `.grad` of the shards; begin new sums."""
+        for shard, total in zip(self.shards, self.sums):
+            assert isinstance(shard, DTensor)
+            assert total is not None
+            partial = DTensor.from_local(total, self.mesh, [Partial()] * self.mesh.ndim, run_check=False)
+            gradient = partial.redistribute(placements=shard.placements) / self.ranks
+            shard.grad = gradient if shard.grad is None else shard.grad + gradient
+        self.sums = [None] * len(self.shards)

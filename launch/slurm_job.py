@@ -40,6 +40,8 @@ class SubmitOptions:
     """Time limit, as Slurm writes it."""
     signal_before_s: int = 300
     """Seconds before the time limit at which the run is told to save and stop."""
+    restarts: int = 3
+    """Restarts in a row without a newer checkpoint, after failures and stops, before the job stays out of the queue."""
     partition: str = ""
     """Partition; empty takes the cluster's default."""
     account: str = ""
@@ -93,6 +95,8 @@ def check_job(job: SubmitOptions) -> None:
     for name in ("nodes", "processes_per_node", "cpus_per_process", "signal_before_s"):
         if getattr(job, name) < 1:
             raise ConfigError(f"--{name} is {getattr(job, name)}, it must be at least 1.")
+    if job.restarts < 0:
+        raise ConfigError(f"--restarts is {job.restarts}, it must be at least 0.")
     limit = parse_time_limit(job.time)
     if limit is not None and limit < job.signal_before_s + SIGNAL_TOLERANCE_S:
         raise ConfigError(

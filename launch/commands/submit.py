@@ -27,8 +27,6 @@ from megatron_rdt.run_directory import CHECKPOINTS, LATEST, ORIGIN, run_director
 from megatron_rdt.untrusted_files import read_json
 
 TRAINING_SCRIPT = Path(__file__).resolve().parent.parent / "pretrain.py"
-# Consecutive restarts without a new checkpoint after which a job does not go back into the queue.
-IDLE_RESTARTS = 3
 
 
 def read_run_config(job: SubmitOptions) -> tuple[RunConfig, list[str], str | None]:
@@ -146,9 +144,8 @@ def render_script(job: SubmitOptions, config: RunConfig, words: list[str], origi
         root=shlex.quote(str(Path.cwd())),
         python=shlex.quote(sys.executable),
         script=shlex.quote(str(TRAINING_SCRIPT)),
-        latest=shlex.quote(str(run_directory_of(config) / LATEST)),
-        stalled=shlex.quote(str(Path(job.directory).resolve() / config.run.name)),
-        restarts=IDLE_RESTARTS,
+        run=shlex.quote(str(run_directory_of(config))),
+        restarts=job.restarts,
         options=shlex.join(words),
         # The file is written before the first step: from then on the job continues its own run.
         choose=f"if [ -e {began} ]; then resume=auto; else resume={shlex.quote(origin)}; fi" if origin else "",

@@ -120,20 +120,22 @@ def test_time_limit_requeue_and_exact_resume(cluster: "Cluster", folder: Path, t
     assert losses(folder) == losses(folder, "straight")
 
 
-def test_failed_run_is_not_requeued(
+def test_failed_run_is_requeued_as_often_as_allowed(
     cluster: "Cluster", folder: Path, tiny_options: list[str], tiny_corpus: Path
 ) -> None:
     write_config(folder, tiny_options, "--data.path=damaged")
     shutil.copytree(tiny_corpus, folder / "damaged")
     shard = max((folder / "damaged").rglob("*.bin"))
     shard.write_bytes(shard.read_bytes()[:-2])
-    number = submit(cluster, folder, "--nodes", "2", "--processes_per_node", "1", "--time", "10")
+    words = ("--nodes", "2", "--processes_per_node", "1", "--time", "10", "--restarts", "1")
+    number = submit(cluster, folder, *words)
     job = wait_for_state(cluster, folder, number, "FAILED")
-    assert (job["ExitCode"], job["Restarts"]) == ("1:0", "0")
+    assert (job["ExitCode"], job["Restarts"]) == ("1:0", "1")
     text = output(folder, number)
     assert shard.name in text
-    assert "run ended with status 1 (restart 0)" in text
-    assert "requeue" not in text
+    for restart in (0, 1):
+        assert f"run ended with status 1 (restart {restart})" in text
+    assert "failed, and ended 2 times in a row with no new checkpoint" in text
 
 
 def test_cancelled_run_saves_and_stays_cancelled(cluster: "Cluster", folder: Path, tiny_options: list[str]) -> None:

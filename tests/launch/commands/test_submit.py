@@ -78,7 +78,7 @@ def test_dry_run_prints_the_render_job(config: Path, tmp_path: Path) -> None:
     assert bash_accepts(result.stdout)
     assert f"cd '{folder}' || exit 1" in result.stdout
     assert f"--config '{config}' --train.steps 700 --data.path 'my data' --resume auto &" in result.stdout
-    assert '--cpus-per-task="$SLURM_CPUS_PER_TASK"' in result.stdout
+    assert '--cpus-per-task="$SLURM_CPUS_PER_TASK" --cpu-bind=cores' in result.stdout
     assert not list(folder.iterdir())
 
 
@@ -118,6 +118,7 @@ def test_percent_signs_in_the_directory_are_kept(config: Path) -> None:
         ({"gpus_per_node": 0, "overrides": "--train.device=cuda"}, "train.device is cuda, but --gpus_per_node is 0"),
         ({"gpus_per_node": 8, "overrides": "--train.device=cpu"}, "train.device is cpu, but --gpus_per_node is 8"),
         ({"nodes": 0}, "--nodes is 0"),
+        ({"restarts": -1}, "--restarts is -1"),
         ({"time": "6", "signal_before_s": 301}, "--time 6 is 360 s, too short"),
         ({"time": "tomorrow"}, "is not a time limit"),
         ({"overrides": "--run.name 'a"}, "--overrides .*No closing quotation"),
@@ -171,14 +172,14 @@ SLURM_COMMANDS = {
 
 
 def run_render_job(
-    config: Path, tmp_path: Path, overrides: str = "", interrupt: bool = False, **variables: str
+    config: Path, tmp_path: Path, overrides: str = "", interrupt: bool = False, restarts: int = 3, **variables: str
 ) -> tuple[int, str]:
     """Run the rendered script with stand-ins for Slurm's commands; return its exit status and output."""
     for name, body in SLURM_COMMANDS.items():
         path = tmp_path / name
         path.write_text(f"#!/bin/bash\n{body}")
         path.chmod(0o755)
-    script = render_job(config, directory=str(tmp_path), overrides=overrides)
+    script = render_job(config, directory=str(tmp_path), overrides=overrides, restarts=restarts)
     text = script.replace(f"cd {Path.cwd()} ", f"cd {shlex.quote(str(tmp_path))} ")
     (tmp_path / "job.sh").write_text(text)
     environment = {
@@ -216,15 +217,18 @@ def test_signal_reaches_the_run_and_its_status_is_waited_for(config: Path, tmp_p
     ("variables", "status", "requeued"),
     [
         ({"END": "0"}, 0, False),
-        ({"END": "1"}, 1, False),
-        ({"END": "143"}, 143, False),
+        ({"END": "2"}, 2, False),
+        ({"END": "1"}, 0, True),
+        ({"END": "137"}, 0, True),
+        ({"END": "137", "REQUEUE": "1"}, 137, True),
+        ({"END": "143", "STATE": "COMPLETING"}, 143, False),
         ({"END": "75"}, 0, True),
         ({"END": "75", "REQUEUE": "1"}, 75, True),
         ({"END": "75", "STATE": "COMPLETING"}, 75, False),
     ],
     ids=str,
 )
-def test_only_a_saved_run_goes_back_into_the_queue(
+def test_a_run_that_stopped_or_crashed_goes_back_into_the_queue(
     config: Path, tmp_path: Path, variables: dict[str, str], status: int, requeued: bool
 ) -> None:
     ended, text = run_render_job(config, tmp_path, **variables)
@@ -256,7 +260,7 @@ def test_the_first_start_takes_the_origin_and_later_ones_continue(
         status, text = run_render_job(config, tmp_path, overrides, END="75")
         assert (status, read_resume(text)) == (0, str(origin))
     begun = tmp_path / "runs" / "wide run"
-    begun.mkdir()
+    assert [path.name for path in begun.iterdir()] == ["restarts"]
     checkpoint = origin / "checkpoints" / "step-00000002"
     (begun / "origin.json").write_text(json.dumps({"checkpoint": str(checkpoint)}))
     status, text = run_render_job(config, tmp_path, overrides, END="75")
@@ -312,18 +316,32 @@ def test_every_start_gets_the_same_init_and_resumes_by_itself(
     assert "--resume auto &" in render_job(config, overrides=f"--init '{origin}'")
 
 
-def test_a_job_that_saves_nothing_new_leaves_the_queue(config: Path, tmp_path: Path) -> None:
-    def requeued(save: str) -> bool:
-        status, text = run_render_job(config, tmp_path, END="75", SAVE=save)
-        again = "requeued 10007" in text
-        assert status == (0 if again else 75), text
-        assert again or "stopped 4 times in a row with no new checkpoint" in text
+@pytest.mark.parametrize("end", ["75", "1", "139"])
+def test_a_job_that_saves_nothing_new_leaves_the_queue(end: str, config: Path, tmp_path: Path) -> None:
+    counted = tmp_path / "runs" / "wide run" / "restarts"
+
+    def requeued(save: str, job: str = "10007") -> bool:
+        status, text = run_render_job(config, tmp_path, END=end, SAVE=save, SLURM_JOB_ID=job)
+        again = f"requeued {job}" in text
+        assert status == (0 if again else int(end)), text
+        assert again or "ended 4 times in a row with no new checkpoint" in text
         return again
 
     assert [requeued("") for _ in range(3)] == [True] * 3
+    assert counted.read_text() == "10007 3\n"
     assert requeued("step-00000002"), "a new checkpoint counts as progress"
-    assert [requeued("step-00000002") for _ in range(4)] == [True, True, True, False]
-    assert not list(tmp_path.glob("*.stalled"))
+    assert not counted.exists()
+    assert [requeued("step-00000002") for _ in range(3)] == [True] * 3
+    assert requeued("step-00000002", job="10008"), "another job counts anew"
+    assert counted.read_text() == "10008 1\n"
+    counted.write_text("10007 3\n")
+    assert not requeued("step-00000002")
+    assert not counted.exists()
+
+
+def test_the_limit_of_restarts_is_chosen(config: Path, tmp_path: Path) -> None:
+    assert [run_render_job(config, tmp_path, restarts=1, END="1")[0] for _ in range(2)] == [0, 1]
+    assert run_render_job(config, tmp_path, restarts=0, END="75")[0] == 75
 
 
 def test_a_script_that_was_edited_is_not_replaced(

@@ -14,13 +14,17 @@ EXIT_INTERRUPTED = 130  # as a shell reports SIGINT
 NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 # Parts of the errors of libraries when the machine, or the GPU, has no memory left.
 NO_HOST_MEMORY = ("DefaultCPUAllocator: ", "std::bad_alloc", os.strerror(errno.ENOMEM))
+NOT_DETERMINISTIC = "does not have a deterministic implementation"
 NO_GPU_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 LESS_HOST_MEMORY = (
     "Use fewer processes (--nproc of rdt train, --workers of rdt prep), on a CPU also a smaller --train.micro_batch or "
     "--depth.checkpoint per_iteration, or a machine or job with more memory"
 )
 # Parts of the errors that Gloo and NCCL raise on the remaining ranks when one rank is gone.
-LOST_PEER = ("by peer", "Broken pipe", "Timed out waiting", "remote process exited", "communicator was aborted")
+LOST_PEER = (
+    *("by peer", "Broken pipe", "Timed out waiting", "Operation timed out", "remote process exited"),
+    *("communicator was aborted", "timeout caused pair closure"),
+)
 
 
 def explain(error: BaseException) -> RdtError | None:
@@ -51,6 +55,11 @@ def explain(error: BaseException) -> RdtError | None:
         size = re.search(r"allocate (\d+) bytes", text)
         failed = f"an allocation of {int(size[1]) / 1e9:.2f} GB failed" if size else first
         return RdtError(f"this machine, or this job's share of it, is out of memory ({failed}). {LESS_HOST_MEMORY}.")
+    if isinstance(error, RuntimeError) and NOT_DETERMINISTIC in text:
+        return RdtError(
+            f"{first.partition(NOT_DETERMINISTIC)[0]}{NOT_DETERMINISTIC} on this device. Set --train.deterministic false: "
+            "results then differ in the last digits from run to run, and a resumed run is not exactly the uninterrupted one."
+        )
     if name in ("DistNetworkError", "DistStoreError"):
         return LaunchError(
             f"the processes could not connect: {first} Check that all of them were started, MASTER_ADDR and MASTER_PORT."

@@ -1,8 +1,10 @@
 """Read and set environment variables, here only; count cores, silence libraries, end the process."""
 
 import contextlib
+import ipaddress
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,17 @@ ERROR_FILE = "RDT_ERROR_FILE"
 THREADS = "OMP_NUM_THREADS"
 # PyTorch's switches of what `torch.load` may unpickle: the first wins over its callers; both together are an error.
 WEIGHTS_ONLY, NOT_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+# PyTorch's settings for the memory of a GPU; it reads the second one if only that is set.
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+# NCCL sums along rings and trees in an order that the machines' arrangement decides. Switches that sum (NVLS, CollNet) take
+# what comes first, and the choice among algorithms and protocols, which cut data differently, may follow measured speeds.
+DETERMINISTIC_LIBRARIES = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "NCCL_ALGO": "ring;allreduce:tree",
+    "NCCL_PROTO": "simple",
+    "NCCL_NVLS_ENABLE": "0",
+    "NCCL_COLLNET_ENABLE": "0",
+}
 
 
 @dataclass(frozen=True)
@@ -90,9 +103,43 @@ def export_for_torch(process: ProcessInfo) -> None:
     os.environ.setdefault("MASTER_PORT", DEFAULT_MASTER[1])
 
 
-def prefer_deterministic_blas() -> None:
-    """Make cuBLAS compute the same result every time. Call it before cuBLAS is first used, which reads the variable."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+def prefer_deterministic_libraries() -> None:
+    """Make cuBLAS and NCCL compute the same result every time, unless the user's variables say otherwise.
+
+    Call it before either is first used, which reads the variables.
+    """
+    for name, value in DETERMINISTIC_LIBRARIES.items():
+        os.environ.setdefault(name, value)
+
+
+def prefer_expandable_segments() -> None:
+    """Let PyTorch grow its segments of GPU memory instead of keeping pieces of fixed sizes, unless the user configured it.
+
+    The core's weights, gigabytes that are gathered and freed among activations of changing sizes, leave holes otherwise.
+    Call it before torch is imported.
+    """
+    if not any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):
+        os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
+
+
+def find_own_address() -> str | None:
+    """Return the IP address from which this process reaches rank 0, for connections between ranks.
+
+    None leaves the choice to Gloo: where the user has made it (GLOO_SOCKET_IFNAME), where there is no route, and where a name
+    that stands for this machine alone would be given to other machines.
+    """
+    if os.environ.get("GLOO_SOCKET_IFNAME"):
+        return None
+    host, port = (os.environ.get(name, other) for name, other in zip(("MASTER_ADDR", "MASTER_PORT"), DEFAULT_MASTER))
+    try:
+        family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(target)  # of a datagram socket: nothing is sent
+            address = str(probe.getsockname()[0])
+    except OSError:
+        return None
+    is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return address if is_one_machine or not ipaddress.ip_address(address).is_loopback else None
 
 
 def usable_cores() -> int:
@@ -122,13 +169,14 @@ def leave_process(status: int) -> NoReturn:
 
 
 def quiet_libraries(local_world_size: int = 0) -> None:
-    """Silence what libraries tell their own developers, except errors; set the threads of each process of a node.
+    """Silence what libraries tell their own developers, except errors; set the threads of each process, and the allocator.
 
     Call it before torch is imported.
 
     Args:
         local_world_size: processes of this node, see `count_threads`; 0 leaves the number of threads as it is.
     """
+    prefer_expandable_segments()
     if local_world_size:
         os.environ[THREADS] = str(count_threads(local_world_size))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

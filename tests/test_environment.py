@@ -1,9 +1,16 @@
 """Environments of processes that share the machine."""
 
+import os
+
 import pytest
 
 from megatron_rdt import environment
-from megatron_rdt.environment import count_threads, share_environment
+from megatron_rdt.environment import (
+    ALLOCATOR_VARIABLES,
+    count_threads,
+    prefer_expandable_segments,
+    share_environment,
+)
 
 
 @pytest.mark.parametrize(
@@ -31,3 +38,24 @@ def test_gpus_are_numbers_among_the_visible_ones(monkeypatch: pytest.MonkeyPatch
     assert share_environment(1)["CUDA_VISIBLE_DEVICES"] == "4,6,7"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert share_environment(1, [2, 0])["CUDA_VISIBLE_DEVICES"] == "2,0"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}),
+    ],
+    ids=str,
+)
+def test_segments_of_gpu_memory_grow_unless_the_user_configured_them(
+    given: dict[str, str], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ALLOCATOR_VARIABLES:
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    prefer_expandable_segments()
+    assert {name: os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ} == expected

@@ -86,7 +86,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; `auto`: a GPU if there is one."""
     deterministic: bool = True
-    """On a GPU, use kernels whose results are the same every time, some of them slower; exact resume needs it."""
+    """On a GPU, compute the same result every time: deterministic kernels or an error, no cuDNN attention, fixed algorithms of cuBLAS and NCCL; slower. false gives that up: the same command gives other digits, and a resumed run equals the uninterrupted one up to rounding only."""
     compile: Literal["none", "layers"] = "none"
     """layers: compile each layer, not the loop, so that any T runs the same code (single, ddp, fsdp); the first steps take some minutes."""
     gc_every: int = option(50, at_least=0)
@@ -197,8 +197,10 @@ class ParallelConfig:
     """zero1, zero2, zero3: keep the optimizer's float32 weights and moments in CPU memory, and step them there; `parameters` (zero3 only): each process's shard of the parameters too."""
     deepspeed: dict[str, Any] | PathText | None = None
     """zero1, zero2, zero3: further keys of DeepSpeed's config, a mapping or the path of a YAML or JSON file that holds one; the file is read once and its content kept in the run's config."""
+    start_timeout_s: int = option(1800, at_least=1)
+    """Seconds that a collective may take before the run ends with an error, up to the end of the first step: ranks load, compile and connect at different speeds."""
     timeout_s: int = option(600, at_least=1)
-    """Seconds that a collective may take before the run ends with an error."""
+    """The same from the second step on, where ranks keep pace: a shorter one ends a run with a hanging rank sooner."""
 
     @property
     def engine_kind(self) -> EngineKind:

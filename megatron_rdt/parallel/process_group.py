@@ -5,10 +5,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from megatron_rdt.config import RunConfig
-from megatron_rdt.environment import ProcessInfo, export_for_torch, prefer_deterministic_blas
+from megatron_rdt.environment import ProcessInfo, export_for_torch, prefer_deterministic_libraries
 from megatron_rdt.errors import ConfigError
+from megatron_rdt.parallel.numa import bind_near_gpu
 
 
 def join_process_group(config: RunConfig, process: ProcessInfo) -> torch.device:
@@ -20,8 +22,14 @@ def join_process_group(config: RunConfig, process: ProcessInfo) -> torch.device:
     if config.parallel.engine_kind.many_processes:
         export_for_torch(process)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=config.parallel.timeout_s))
+        dist.init_process_group(backend, timeout=timedelta(seconds=config.parallel.start_timeout_s))
     return device
+
+
+def limit_collectives(timeout_s: float) -> None:
+    """Let collectives of all groups of this process fail after `timeout_s` seconds, those that begin from now on."""
+    for group in dist.distributed_c10d._world.pg_map:
+        _set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 def choose_device(wanted: str, process: ProcessInfo) -> torch.device:
@@ -60,9 +68,12 @@ def allow_tf32(precision: str) -> None:
 def _set_up_gpu(device: torch.device, config: RunConfig) -> None:
     """Make `device` the current one, with the products that the precision allows, and deterministic kernels if asked for."""
     torch.cuda.set_device(device)
+    bind_near_gpu(device)
     allow_tf32(config.train.precision)
     if config.train.deterministic:
-        prefer_deterministic_blas()
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        prefer_deterministic_libraries()
+        # Operations without a deterministic kernel raise an error; with warn_only, flash attention would not use its own.
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass has none
         # Filling every new tensor costs time, and nothing reads memory before it is written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -1,11 +1,15 @@
 """Each process gets a device of its own; ranks come from the launcher's variables."""
 
+import os
+
 import pytest
 import torch
 
+from launch.failures import explain
 from megatron_rdt.config import ModelConfig, RunConfig, TrainConfig
-from megatron_rdt.environment import ProcessInfo, export_for_torch, read_process_info
+from megatron_rdt.environment import DETERMINISTIC_LIBRARIES, ProcessInfo, export_for_torch, read_process_info
 from megatron_rdt.errors import ConfigError, LaunchError
+from megatron_rdt.parallel import process_group
 from megatron_rdt.parallel.process_group import choose_device, join_process_group
 
 SLURM = {"SLURM_PROCID": "3", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
@@ -60,6 +64,7 @@ def test_srun_may_show_each_process_its_own_gpu(gpus, monkeypatch: pytest.Monkey
 def test_a_gpu_may_use_tf32_in_bfloat16_runs_alone(gpus, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(process_group, "bind_near_gpu", lambda device: None)
     before = torch.get_float32_matmul_precision()
     try:
         for precision, allowed in (("bfloat16", "high"), ("float32", "highest")):
@@ -107,3 +112,48 @@ def test_a_rank_beyond_the_number_of_processes(
         monkeypatch.setenv(name, value)
     with pytest.raises(LaunchError, match=said):
         read_process_info()
+
+
+@pytest.fixture
+def kept_settings():
+    """Restore the settings of torch that a run on a GPU changes."""
+    fill, precision = torch.utils.deterministic.fill_uninitialized_memory, torch.get_float32_matmul_precision()
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_deterministic_run_excludes_what_is_not(
+    deterministic: bool, gpus, kept_settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(process_group, "bind_near_gpu", lambda device: None)
+    for name in DETERMINISTIC_LIBRARIES:
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NCCL_PROTO", "LL128")
+    config = RunConfig(model=ModelConfig(), train=TrainConfig(deterministic=deterministic))
+    join_process_group(config, process(0, 1, "none"))
+    assert torch.are_deterministic_algorithms_enabled() == deterministic
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled() != deterministic
+    found = {name: os.environ.get(name) for name in DETERMINISTIC_LIBRARIES}
+    expected = DETERMINISTIC_LIBRARIES if deterministic else dict.fromkeys(DETERMINISTIC_LIBRARIES)
+    assert found == {**expected, "NCCL_PROTO": "LL128"}, "what the user has set stays"
+
+
+def test_an_operation_without_a_deterministic_kernel_is_explained() -> None:
+    """The message of torch is that of `alertNotDeterministic`, which every such operation calls."""
+    said = (
+        "cumsum_cuda_kernel does not have a deterministic implementation, but you set "
+        "'torch.use_deterministic_algorithms(True)'. You can turn off determinism just for this operation, or ..."
+    )
+    explained = explain(RuntimeError(said))
+    assert explained is not None
+    assert "cumsum_cuda_kernel does not have a deterministic implementation on this device. Set" in str(explained)
+    assert "--train.deterministic false" in str(explained)

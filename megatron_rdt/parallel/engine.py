@@ -7,9 +7,8 @@ whatever T is.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -25,6 +24,8 @@ from megatron_rdt.model import CoreMonitor, InitialValues, RecurrentDepthTransfo
 from megatron_rdt.model.activation_checkpointing import set_checkpointing
 from megatron_rdt.model.compiling import compile_layers
 from megatron_rdt.object_collectives import rank_and_world_size
+from megatron_rdt.parallel.host_groups import HostGroups
+from megatron_rdt.parallel.process_group import limit_collectives
 
 COMPUTE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
@@ -49,6 +50,7 @@ class Engine(ABC):
         config: the run's config.
         device: where this rank computes.
         rank, world_size: of this process, among all.
+        timeout_s: seconds that a collective may take: longer until `end_start`.
         layout: the arrangement of the ranks; those of one `layout.data_rank` have the same samples.
         model: the bare model; its parameters may be sharded.
         module: the model in its wrapper, if it has one, called for a forward pass; every rank must call it equally often.
@@ -59,13 +61,11 @@ class Engine(ABC):
         self.device = device
         self.rank, self.world_size = rank_and_world_size()
         self.layout = Layout.of(config.parallel, self.world_size)
-        # Sums between hosts go over gloo, so that they do not wait behind the kernels of NCCL; None is the default group.
-        self._host_group: dist.ProcessGroup | None = None
-        # Every rank has to create it: an engine of one process inside a group, as tests compare with, does not.
+        self.timeout_s = config.parallel.start_timeout_s
+        # Every rank has to make them: an engine of one process inside a group, as tests compare with, does not.
+        self._host_groups: HostGroups | None = None
         if self.world_size > 1 and config.parallel.engine_kind.many_processes:
-            # A group of its own: a rank that failed can still be in it while the others are in a collective of training.
-            timeout = timedelta(seconds=config.parallel.timeout_s)
-            self._host_group = dist.new_group(backend="gloo", timeout=timeout)
+            self._host_groups = HostGroups(self.rank, self.world_size, self.timeout_s)
         self.model: RecurrentDepthTransformer
         self.module: nn.Module
 
@@ -127,13 +127,18 @@ class Engine(ABC):
             compile_layers(model)
 
     def forward_backward(
-        self, batch: Sequence[MicroBatch], monitor: CoreMonitor | None = None
+        self,
+        batch: Sequence[MicroBatch],
+        monitor: CoreMonitor | None = None,
+        numbers: Mapping[str, float] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Accumulate this rank's gradients; return all ranks' mean losses by name, and "targets", "padding" if any.
 
         Args:
             batch: this rank's micro-batches, of whole sequences; every rank has the same number of them and of tokens.
             monitor: receives measurements of the last micro-batch.
+            numbers: further numbers of this rank, of the same names on every rank. Their sums over ranks, made in the
+                reduction of the losses, are returned under their names.
 
         Returns:
             The losses of `TrainingLosses.sums` by name, each the mean per counted target over all ranks, 0 if no target
@@ -160,9 +165,11 @@ class Engine(ABC):
             share = sum(paddings) / sum(micro.batch.tokens.numel() for micro in batch)
             means["padding"] = targets.new_full((), share)
         # One reduction for all, so every rank has to stack them in the same order.
-        names = sorted(means)
-        averages = self.sum_over_ranks(torch.stack([means[name] for name in names])) / self.world_size
-        losses = dict(zip(names, averages.unbind()))
+        names, numbers = sorted(means), numbers or {}
+        own = [means[name] for name in names] + [targets.new_full((), number) for number in numbers.values()]
+        sums = self.sum_over_ranks(torch.stack(own))
+        losses = dict(zip(names, (sums[: len(names)] / self.world_size).unbind()))
+        losses |= dict(zip(numbers, sums[len(names) :].unbind()))
         if has_masks:  # the same on every rank already; ranks of one data rank count the same targets
             losses["targets"] = counted * self.layout.data
         return losses
@@ -204,21 +211,30 @@ class Engine(ABC):
         bad = (~torch.stack(is_finite)).sum() if is_finite else torch.zeros((), dtype=torch.int64, device=self.device)
         return not bool(self.sum_over_ranks(bad))
 
-    def start_host_sum(self, value: torch.Tensor) -> Callable[..., torch.Tensor]:
-        """Begin to sum a CPU tensor over ranks, in place; return a function that waits for and returns the sum.
+    def sum_over_hosts(self, value: torch.Tensor, timeout_s: float | None = None) -> torch.Tensor:
+        """Replace a CPU tensor by its sum over ranks and return it: no kernel is started, and no GPU is waited for.
 
-        The sum is made in place and between hosts only: no GPU kernel is started, and the host does not wait for the GPU.
-        The function takes the longest time to wait in seconds, `parallel.timeout_s` by default; it raises a RuntimeError
-        if the sum is not there by then.
+        Args:
+            value: small; it goes up and down a tree of hosts, so nothing that every step does should need it.
+            timeout_s: longest time to wait for the other ranks, by default that of any collective.
+
+        Raises:
+            RuntimeError: not all ranks have come in that time.
         """
-        work = dist.all_reduce(value, group=self._host_group, async_op=True) if self.world_size > 1 else None
-
-        def wait(timeout_s: float = self.config.parallel.timeout_s) -> torch.Tensor:
-            if work is not None:
-                work.wait(timedelta(seconds=timeout_s))
+        if self._host_groups is None:
             return value
+        return self._host_groups.sum(value, self.timeout_s if timeout_s is None else timeout_s)
 
-        return wait
+    def end_start(self) -> None:
+        """Wait until every rank has done its first step; from now on collectives may take `parallel.timeout_s` only."""
+        if self._host_groups is None:
+            return
+        # A rank that is slow to start must not meet the limit of those that are done.
+        self.barrier()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.timeout_s = self.config.parallel.timeout_s
+        limit_collectives(self.timeout_s)
 
     def broadcast(self, value: torch.Tensor) -> torch.Tensor:
         """Return rank 0's value on every rank; the others give a tensor of its shape, which may be overwritten."""

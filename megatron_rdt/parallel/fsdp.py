@@ -33,7 +33,7 @@ class FullyShardedEngine(TorchEngine):
         """Shard the model on the meta device, initialize the local shards only, and create the optimizers."""
         # DTensor warns at each save that gathering a matrix takes two steps where two axes split the same dimension.
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-        self.meshes = make_meshes(self.layout, self.device, self.config.parallel.timeout_s)
+        self.meshes = make_meshes(self.layout, self.device, self.config.parallel.start_timeout_s)
         if self.meshes.expert is not None:
             parallelize_experts(model, self.meshes.expert)
         if self.meshes.tensor is not None:

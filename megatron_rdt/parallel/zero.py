@@ -11,7 +11,7 @@ import logging
 import math
 import pickle
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,12 +147,15 @@ class ZeroEngine(Engine):
         return self.module.optimizer
 
     def forward_backward(
-        self, batch: Sequence[MicroBatch], monitor: CoreMonitor | None = None
+        self,
+        batch: Sequence[MicroBatch],
+        monitor: CoreMonitor | None = None,
+        numbers: Mapping[str, float] | None = None,
     ) -> dict[str, torch.Tensor]:
         """See `Engine.forward_backward`; DeepSpeed's own records count samples, so it is told this step's batch."""
         config = self.config.train
         self.module.set_train_batch_size(len(batch) * config.micro_batch * self.world_size)
-        return super().forward_backward(batch, monitor)
+        return super().forward_backward(batch, monitor, numbers)
 
     def prepare_backward(self, last: bool) -> None:
         """Tell DeepSpeed to reduce gradients after the `last` micro-batch of a step."""

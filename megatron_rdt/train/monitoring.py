@@ -1,7 +1,7 @@
 """Schedule of the loop's monitors: which steps measure every iteration or the Jacobian, and which T they cover."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,13 +57,13 @@ class MonitorSchedule:
         return shares
 
 
-def start_loop_count(
+def count_loops(
     plans: Sequence[DepthPlan], sampler: DepthSampler, step: int, batches: BatchSchedule, engine: Engine
-) -> Callable[[], Counter[int]]:
-    """Begin to count how often each T occurs in a step, over all ranks; return a function that returns the count.
+) -> Counter[int]:
+    """Count how often each T occurs in a step, over all ranks; every rank must call this.
 
-    Every rank must call both. Neither waits for the device. With the scheme `difficulty` the function waits for the hosts
-    of the other ranks, so start before the forward pass and call it after the backward pass.
+    It does not wait for the device. With the scheme `difficulty` it waits for the hosts of the other ranks, so call it once
+    the step's forward and backward passes are queued.
 
     Args:
         plans: of this rank's micro-batches.
@@ -75,12 +75,11 @@ def start_loop_count(
     config = engine.config
     if config.depth.scheme != "difficulty":  # a draw can be repeated for the rows of all ranks
         rows = range(batches.batch_at(step))
-        count = Counter(sampler.draw_loops(step, rows, config.train.micro_batch, len(plans)))
-        return lambda: count
+        return Counter(sampler.draw_loops(step, rows, config.train.micro_batch, len(plans)))
     counts = torch.zeros(config.depth.max + 1)
     for plan in plans:
         for loops in plan.iterations:
             counts[loops] += 1
     copies = engine.world_size // engine.layout.data  # ranks with the same samples count them all
-    wait = engine.start_host_sum(counts)
-    return lambda: Counter({t: round(found / copies) for t, found in enumerate(wait().tolist()) if found})
+    found = engine.sum_over_hosts(counts).tolist()
+    return Counter({t: round(count / copies) for t, count in enumerate(found) if count})

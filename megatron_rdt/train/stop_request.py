@@ -1,13 +1,16 @@
-"""Stop on SIGTERM, SIGUSR1 or SIGHUP: the signal sets a flag, and all ranks agree at every step, without waiting for a GPU.
+"""Stop on SIGTERM, SIGUSR1 or SIGHUP: the signal sets a flag, and all ranks agree at every step.
 
-Between steps, in evaluations and samples, ranks also agree on whether one of them has failed, so that all leave together.
+The flags are summed over ranks in the reduction of a step's losses and read when the next step is queued, so no device runs
+dry. In evaluations and samples the hosts agree among themselves, also on whether one of them has failed, so that all leave
+together.
 
 Torch is imported late, so that a process can listen before it does anything that takes long.
 """
 
 import contextlib
 import signal
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -43,61 +46,70 @@ class StopRequest:
         self.signal_name: str | None = None
         self._is_shared = False  # with other ranks, so that a signal counts once all know of it
         self._was_agreed = False
-        self._wait_for_counts: Callable[..., torch.Tensor] | None = None
+        self._unread_counts: deque[Callable[[], list[float]]] = deque()  # of the last steps
         self._previous_handlers = listen_for_stop(self._handle_signal)
 
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         """Remember the signal; the process continues to the end of its step."""
         self.signal_name = signal.Signals(number).name
 
-    def start_agreement(self, engine: "Engine", has_failed: bool = False) -> None:
-        """Start to count the ranks that were asked to stop: one tiny reduction between hosts, concurrent with the step.
+    def flags(self, engine: "Engine") -> dict[str, float]:
+        """Return this rank's flags, to be summed over ranks with a step's losses: 1 for the signal that asked it to stop.
 
-        Args:
-            engine: makes the reduction.
-            has_failed: this rank has failed, which the others learn from `agree_now`.
+        One flag per signal, so that ranks that no signal has reached learn its name. Empty for a single process.
         """
+        if engine.world_size == 1:
+            return {}
+        self._is_shared = True
+        return {number.name: float(self.signal_name == number.name) for number in STOP_SIGNALS}
+
+    def take_counts(self, losses: dict[str, "torch.Tensor"]) -> None:
+        """Take the sums of `flags` out of a step's losses; `is_agreed` reads them once the next step is queued too."""
         import torch
 
-        if engine.world_size > 1:
-            # One count per signal, so that ranks that no signal has reached learn its name.
-            asked = [float(self.signal_name == number.name) for number in STOP_SIGNALS]
-            self._wait_for_counts = engine.start_host_sum(torch.tensor([*asked, float(has_failed)]))
-            self._is_shared = True
+        from megatron_rdt.train.device_reads import start_read
 
-    def _finish_agreement(self, **limits: float) -> int:
-        """Wait for the counts under way, if any; take over an agreed signal; return how many ranks have failed."""
-        if self._wait_for_counts is None:
-            return 0
-        counts = self._wait_for_counts(**limits).tolist()
-        self._wait_for_counts = None  # each reduction is waited for once
+        names = [number.name for number in STOP_SIGNALS if number.name in losses]
+        if names:
+            self._unread_counts.append(start_read(torch.stack([losses.pop(name) for name in names])))
+
+    def _take_over(self, counts: Sequence[float]) -> None:
+        """Take over an agreed signal, given how many ranks each signal has asked to stop."""
         name = next((number.name for number, count in zip(STOP_SIGNALS, counts) if count), None)
         if name is not None:
             self.signal_name, self._was_agreed = name, True
-        return int(counts[-1])
 
     def is_agreed(self) -> bool:
-        """Return True on every rank if any had been asked to stop when it called `start_agreement`.
+        """Return True on every rank if any had been asked to stop when the last step but one summed the flags.
 
-        `signal_name` is then set on every rank. A single process knows at once.
+        Those of the last step are not read yet: the device would have nothing to do while the host waited for them. So the
+        run ends one step later. `signal_name` is then set on every rank. A single process knows at once.
         """
-        self._finish_agreement()
+        while len(self._unread_counts) > 1:
+            self._take_over(self._unread_counts.popleft()())
         return self._was_agreed if self._is_shared else self.signal_name is not None
 
-    def agree_now(self, engine: "Engine", has_failed: bool = False, **limits: float) -> bool:
+    def agree_now(self, engine: "Engine", has_failed: bool = False, timeout_s: float | None = None) -> bool:
         """Wait until every rank has called this; return True if one of them has failed, and bring `is_agreed` up to date.
 
+        The hosts agree among themselves: a rank that failed may call this while the device of another is in a collective.
+
         Args:
-            engine: makes the reduction.
+            engine: makes the sum.
             has_failed: this rank has failed.
-            limits: `timeout_s`, the longest time to wait.
+            timeout_s: longest time to wait; by default that of the engine.
 
         Raises:
             RuntimeError: not all ranks have come in that time.
         """
-        self._finish_agreement()
-        self.start_agreement(engine, has_failed)
-        return self._finish_agreement(**limits) > 0 or has_failed
+        import torch
+
+        flags = self.flags(engine)
+        if not flags:
+            return has_failed
+        *counts, failed = engine.sum_over_hosts(torch.tensor([*flags.values(), float(has_failed)]), timeout_s).tolist()
+        self._take_over(counts)
+        return failed > 0
 
     def check(self, engine: "Engine") -> None:
         """Raise, in an evaluation or generation that all ranks run in step, if one was asked to stop or has failed.

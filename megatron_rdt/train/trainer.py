@@ -30,7 +30,7 @@ from megatron_rdt.train.garbage_collection import ScheduledGarbageCollection
 from megatron_rdt.train.hardware import peak_flops, peak_memory_gb
 from megatron_rdt.train.inspections import InspectionFailed, Inspections
 from megatron_rdt.train.metrics import Console, Recorder, describe_gaps, drop_records_after, read_recorded_steps
-from megatron_rdt.train.monitoring import MonitorSchedule, start_loop_count
+from megatron_rdt.train.monitoring import MonitorSchedule, count_loops
 from megatron_rdt.train.nonfinite_guard import is_step_accepted
 from megatron_rdt.train.resume_checks import lock_run_directory, set_aside_config
 from megatron_rdt.train.run_checkpoints import RunCheckpoints, choose_start
@@ -154,7 +154,6 @@ class Trainer:
                 status = self._run_from(start, parameters)
                 break
             except Rollback as rollback:
-                self.stop.is_agreed()  # no rank may leave a reduction that it started
                 start = Start(rollback.source)
                 self._print_on_rank_0(f"step {self.step}: rolling back to {start.source}")
                 position, lines = self.checkpoints.restore(start.source)
@@ -220,7 +219,7 @@ class Trainer:
         """
         self.console = Console(self.config.train.steps, self.step, self.data.batches)
         batches = iter(loader)
-        self.stop.start_agreement(self.engine)
+        self.stop.agree_now(self.engine)
         if is_same_run:
             self._make_up_for_inspections()
         while self.step < self.config.train.steps:
@@ -232,10 +231,11 @@ class Trainer:
             clock.mark_data_arrival()
             self.unread.append(self._train_step(batch, clock))
             self.traces.end_step()
+            if self.step == self.first_step + 1:
+                self.engine.end_start()
             self._run_due_actions()
             collection.collect_if_due(self.step)
-        is_stopped = self.stop.is_agreed()  # no rank may leave a reduction that it started
-        return self._stop_early() if is_stopped and self.was_interrupted else EXIT_OK
+        return self._stop_early() if self.was_interrupted else EXIT_OK
 
     def _stop_early(self) -> int:
         """Save unless this step is saved already, say so, and return the exit status of a stop request."""
@@ -261,15 +261,15 @@ class Trainer:
         parts = [batch.rows(i, i + size) for i in range(0, len(batch), size)]
         micro_batches = [self._make_micro_batch(rows, len(batch)) for rows in parts]
         plans = [micro.plan for micro in micro_batches]
-        count_loops = start_loop_count(plans, self.sampler, self.step, self.data.batches, self.engine)
         monitor = self.monitoring.make_monitor(self.step + 1)
         clock.start_forward(self.engine.model.core, plans)
-        losses = self.engine.forward_backward(micro_batches, monitor)
-        self.stop.start_agreement(self.engine)  # the answer is read before the next step, when it has long arrived
+        losses = self.engine.forward_backward(micro_batches, monitor, self.stop.flags(self.engine))
+        self.stop.take_counts(losses)
         grad_norm = self.engine.clip(config.optimizer.grad_clip)
         lr = learning_rate(config.schedule, config.optimizer.lr, self.step, config.train.steps)
         lr *= self.review.rollbacks.lr_factor
-        depth = self.monitoring.describe_loops(count_loops(), self.sampler.backprop_at(self.step))
+        counts = count_loops(plans, self.sampler, self.step, self.data.batches, self.engine)
+        depth = self.monitoring.describe_loops(counts, self.sampler.backprop_at(self.step))
         # A step that is skipped runs through, with a flag on the device by which the optimizer changes nothing.
         accepted = is_step_accepted(losses, grad_norm, self.review.largest_loss(depth["loops_mean"]))
         self.engine.step(lr, accepted)

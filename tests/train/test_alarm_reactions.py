@@ -1,7 +1,7 @@
 """Reactions of a run to alarms: warn, skip, roll back, stop; exactly the same after a resume, and on every rank."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -153,10 +153,13 @@ class Spiking(SingleEngine):
     first = 0
 
     def forward_backward(
-        self, batch: Sequence[MicroBatch], monitor: CoreMonitor | None = None
+        self,
+        batch: Sequence[MicroBatch],
+        monitor: CoreMonitor | None = None,
+        numbers: Mapping[str, float] | None = None,
     ) -> dict[str, torch.Tensor]:
         self.states = [*getattr(self, "states", []), snapshot(self)]
-        losses = super().forward_backward(batch, monitor)
+        losses = super().forward_backward(batch, monitor, numbers)
         if self.first + len(self.states) in self.spikes:
             losses = {name: loss * 10 for name, loss in losses.items()}
         return losses

@@ -19,7 +19,7 @@ from megatron_rdt.inference import load
 from megatron_rdt.model import RecurrentDepthTransformer, initialize
 from megatron_rdt.parallel import make_engine
 from megatron_rdt.train import trainer
-from megatron_rdt.train.monitoring import start_loop_count
+from megatron_rdt.train.monitoring import count_loops
 from tests.data.corpora import write_example_corpus
 from tests.data.test_examples import draw_words
 from tests.distributed.processes import run_on_processes
@@ -181,7 +181,7 @@ def count_on_ranks(config: RunConfig) -> dict[int, int]:
     """Counts of each T where rank r has T = r + 2 and 5."""
     engine = make_engine(config, torch.device("cpu"))
     plans = [DepthPlan((dist.get_rank() + 2,)), DepthPlan((5,))]
-    return dict(start_loop_count(plans, DepthSampler(config.depth, 0), 0, config.train.batches, engine)())
+    return dict(count_loops(plans, DepthSampler(config.depth, 0), 0, config.train.batches, engine))
 
 
 @pytest.mark.distributed

@@ -3,7 +3,7 @@
 import math
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,7 +75,10 @@ class Poisoned(SingleEngine):
         self.states: list[dict[str, torch.Tensor]] = []
 
     def forward_backward(
-        self, batch: Sequence[MicroBatch], monitor: CoreMonitor | None = None
+        self,
+        batch: Sequence[MicroBatch],
+        monitor: CoreMonitor | None = None,
+        numbers: Mapping[str, float] | None = None,
     ) -> dict[str, torch.Tensor]:
         self.states.append(snapshot(self))
         bad = len(self.states) in self.bad
@@ -90,7 +93,7 @@ class Poisoned(SingleEngine):
         elif bad:
             hooks.append(parameter.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), self.value)))
         try:
-            return super().forward_backward(batch, monitor)
+            return super().forward_backward(batch, monitor, numbers)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -192,7 +195,10 @@ class WithoutTargets(Poisoned):
     """The single engine with loss masks, by which no target counts in some steps."""
 
     def forward_backward(
-        self, batch: Sequence[MicroBatch], monitor: CoreMonitor | None = None
+        self,
+        batch: Sequence[MicroBatch],
+        monitor: CoreMonitor | None = None,
+        numbers: Mapping[str, float] | None = None,
     ) -> dict[str, torch.Tensor]:
         counts = len(self.states) + 1 not in self.bad
         masked = [
@@ -200,7 +206,7 @@ class WithoutTargets(Poisoned):
             for micro in batch
         ]
         self.states.append(snapshot(self) | {name: b.clone() for name, b in self.model.named_buffers()})
-        return SingleEngine.forward_backward(self, masked, monitor)
+        return SingleEngine.forward_backward(self, masked, monitor, numbers)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -3,6 +3,7 @@
 import os
 import signal
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def test_a_stop_request_is_remembered(number: signal.Signals, configure: Configu
     engine: Engine = SingleEngine(configure(), torch.device("cpu"))
     stop = StopRequest()
     try:
-        stop.start_agreement(engine)
+        assert not stop.agree_now(engine)
         assert not stop.is_agreed()
         os.kill(os.getpid(), number)
         assert stop.is_agreed()
@@ -32,6 +33,34 @@ def test_a_stop_request_is_remembered(number: signal.Signals, configure: Configu
     finally:
         stop.close()
     assert [signal.getsignal(n) for n in STOP_SIGNALS] == before
+
+
+class OneOfThree:
+    """What a stop request asks of an engine, on one of three ranks."""
+
+    world_size = 3
+
+
+def test_the_flags_of_a_step_are_read_after_the_next() -> None:
+    """The sums of step n count once those of step n + 1 are under way, so that no device waits for the host."""
+    stop, engine = StopRequest(), cast(Engine, OneOfThree())
+    zeros = {number.name: torch.tensor(0.0) for number in STOP_SIGNALS}
+    try:
+        stop.signal_name = "SIGTERM"
+        assert stop.flags(engine) == {"SIGTERM": 1.0, "SIGUSR1": 0.0, "SIGHUP": 0.0}
+        assert not stop.is_agreed(), "the others do not know yet"
+        stop.signal_name = None
+        losses = {"objective": torch.tensor(2.0), **zeros, "SIGUSR1": torch.tensor(2.0)}
+        stop.take_counts(losses)
+        assert list(losses) == ["objective"]
+        assert not stop.is_agreed()
+        stop.take_counts({"objective": torch.tensor(2.0), **zeros})
+        assert stop.is_agreed()
+        assert stop.signal_name == "SIGUSR1"
+        stop.take_counts({"objective": torch.tensor(2.0), **zeros})
+        assert stop.is_agreed(), "it stays set"
+    finally:
+        stop.close()
 
 
 def test_a_closed_terminal_stops_nothing_under_nohup(configure: Configure) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ def bind_near_gpu(device: torch.device) -> None:
 
     Threads that exist already stay where they are. Memory follows: Linux puts a page where it is first touched.
     """
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's type stubs lack some of them
     numbers = properties.pci_domain_id, properties.pci_bus_id, properties.pci_device_id
     near = find_near_cores("{:04x}:{:02x}:{:02x}.0".format(*numbers))
     if hasattr(os, "sched_setaffinity") and (cores := near & os.sched_getaffinity(0)):

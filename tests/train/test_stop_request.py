@@ -36,7 +36,7 @@ def test_a_stop_request_is_remembered(number: signal.Signals, configure: Configu
 
 
 class OneOfThree:
-    """What a stop request asks of an engine, on one of three ranks."""
+    """The part of an engine that a stop request needs, on one of three ranks."""
 
     world_size = 3
 

@@ -40,7 +40,7 @@ def convert(words: list[str]) -> int:
     """Convert a checkpoint for transformers or another engine, or another project's model to a checkpoint."""
     options = parse_options("convert", summary_of(convert), ConvertOptions, words)
     from megatron_rdt.convert import convert as convert_source
-    from megatron_rdt.convert import plan_foreign
+    from megatron_rdt.convert import plan_conversion
     from megatron_rdt.convert.hf import ExportOptions
     from megatron_rdt.convert.import_plan import describe_rules
     from megatron_rdt.convert.recognize import ImportOptions
@@ -51,7 +51,7 @@ def convert(words: list[str]) -> int:
     if options.to != "hf" and (options.dtype, options.shard_size) != (ConvertOptions.dtype, ConvertOptions.shard_size):
         raise ConfigError(f"--dtype and --shard_size are for --to hf; a checkpoint ({options.to}) keeps float32.")
     if options.dry_run:
-        plan = plan_foreign(options.source, options.to, importing)
+        _, plan = plan_conversion(options.source, options.out, options.to, importing, export)
         if plan is None:
             raise ConfigError(
                 f"--dry_run prints the mapping of another model; {options.source} is a run or checkpoint."

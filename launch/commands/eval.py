@@ -78,6 +78,11 @@ def _check_options(options: EvalOptions) -> None:
         raise ConfigError("--sequence_length must be at least 1, or 0 for that of the training.")
     if options.tasks and options.harness:
         raise ConfigError("--tasks and --harness are two evaluations. Give one of them.")
+    if options.exit_rules and options.harness:
+        raise ConfigError(
+            "--harness scores each T without an exit rule. Export the checkpoint (rdt convert CHECKPOINT OUT --to hf) and run "
+            "lm_eval on that with --model_args loops=T,exit=RULE,exit_threshold=E, as docs/export.md shows."
+        )
     if options.exit_rules and not options.tasks:
         raise ConfigError("--exit_rules are scored with --tasks. Add --tasks true, or omit --exit_rules.")
     if options.sequence_length and options.tasks:

@@ -39,16 +39,7 @@ def convert(
     """
     from megatron_rdt.checkpoint import read_from_checkpoint
 
-    if export is not None:
-        from megatron_rdt.convert.hf_weights import check_shard_size
-
-        check_shard_size(export.shard_size)
-    target = Path(os.path.abspath(resolve_output_directory(out, "OUT")))
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target} exists and is not empty. Choose another OUT or remove it.")
-    _check_outside_source(target, source)
-    check_can_be_renamed_to(target, "OUT")
-    plan = plan_foreign(source, to, options)  # after the checks of OUT, since to choose a cut the model is run
+    target, plan = plan_conversion(source, out, to, options, export)
     make_parent(target, "OUT")  # at last: a source that leads nowhere leaves no directories
     temporary = target.with_name(f".{target.name}{TEMPORARY_SUFFIX}")
 
@@ -79,6 +70,24 @@ def convert(
     return target
 
 
+def plan_conversion(
+    source: str, out: str, to: str, options: "ImportOptions | None" = None, export: "ExportOptions | None" = None
+) -> "tuple[Path, ImportPlan | None]":
+    """Check the arguments of `convert`, which are these, and the source; return the path of `out`, and see `_plan_foreign`."""
+    if export is not None:
+        from megatron_rdt.convert.hf_weights import check_shard_size
+
+        check_shard_size(export.shard_size)
+    target = Path(os.path.abspath(resolve_output_directory(out, "OUT")))
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{target} is a file. Choose another OUT.")
+    if target.exists() and any(target.iterdir()):
+        raise ConfigError(f"{target} exists and is not empty. Choose another OUT or remove it.")
+    _check_outside_source(target, source)
+    check_can_be_renamed_to(target, "OUT")
+    return target, _plan_foreign(source, to, options)  # at last, since to choose a cut the model is run
+
+
 def _check_outside_source(target: Path, source: str) -> None:
     """Raise ConfigError if `target` lies in the source, or among the checkpoints of a source that is a run."""
     folder = Path(os.path.realpath(source))
@@ -88,7 +97,7 @@ def _check_outside_source(target: Path, source: str) -> None:
         raise ConfigError(f"OUT {target} lies in {folder}, which is read. Choose a path outside of it.")
 
 
-def plan_foreign(source: str, to: str, options: "ImportOptions | None") -> "ImportPlan | None":
+def _plan_foreign(source: str, to: str, options: "ImportOptions | None") -> "ImportPlan | None":
     """Plan the conversion of what is no checkpoint of a run; None for a checkpoint or a run.
 
     Raises:

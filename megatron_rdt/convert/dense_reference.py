@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from megatron_rdt.convert.sources.files import SourceWeights
 from megatron_rdt.convert.streamed_logits import load_during_calls
-from megatron_rdt.errors import CheckpointError
 
 
 class _SkippedLayer(nn.Module):
@@ -19,22 +18,13 @@ class _SkippedLayer(nn.Module):
         return hidden_states
 
 
-@torch.no_grad()
-def compute_dense_logits(
-    settings: Mapping[str, Any], weights: SourceWeights, kept: list[int], tokens: Tensor
-) -> Tensor | None:
-    """Return the logits of `tokens` (batch, sequence), float32; None where transformers is not installed.
+def build_dense_model(settings: Mapping[str, Any]) -> Any:
+    """Return the model of a config.json by transformers' own class, on the meta device; None without transformers.
 
     The class is one of transformers itself, by the config's model_type: no code of the source is run.
 
-    Args:
-        settings: of its config.json.
-        weights: its weights.
-        kept: numbers of the layers that are run; the others are skipped.
-        tokens: ids.
-
     Raises:
-        CheckpointError: the config is none of such a model.
+        ValueError: transformers refuses the config.
     """
     try:
         from transformers import AutoModelForCausalLM
@@ -47,13 +37,32 @@ def compute_dense_logits(
         config.use_cache = False
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        inner = model.model
+        inner.rotary_emb = type(inner.rotary_emb)(config=config)  # its frequencies were made on the meta device
     except Exception as error:  # its checks raise nothing narrower that all its versions have
-        raise CheckpointError(
-            f"transformers refuses the config of the dense model, with which the result is to be compared: {error}. Correct "
-            "the config."
+        raise ValueError(
+            f"transformers refuses its config ({' '.join(str(error).split())}), and the result is compared with "
+            "transformers' own model. Correct the config"
         ) from None
+    return model
+
+
+@torch.no_grad()
+def compute_dense_logits(
+    settings: Mapping[str, Any], weights: SourceWeights, kept: list[int], tokens: Tensor
+) -> Tensor | None:
+    """Return the logits of `tokens` (batch, sequence), float32; None where transformers is not installed.
+
+    Args:
+        settings: of its config.json, which transformers takes (`build_dense_model`).
+        weights: its weights.
+        kept: numbers of the layers that are run; the others are skipped.
+        tokens: ids.
+    """
+    model = build_dense_model(settings)
+    if model is None:
+        return None
     inner = model.model
-    inner.rotary_emb = type(inner.rotary_emb)(config=config)  # its frequencies were made on the meta device
     parts = [("model.embed_tokens", inner.embed_tokens), ("lm_head", model.lm_head)]
     for index, layer in enumerate(inner.layers):
         if index in kept:

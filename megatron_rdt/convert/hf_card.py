@@ -82,7 +82,9 @@ def format_model_card(
 
 def quote_name(name: str) -> str:
     """Return a name on one line and without characters that Markdown or a table would interpret."""
-    return "".join(character if character.isalnum() or character in " ._-+:" else " " for character in name).strip()
+    return "".join(
+        character if character.isalnum() or character in " ._-+:;,()=" else " " for character in name
+    ).strip()
 
 
 def _format_table(rows: Sequence[tuple[str, str]]) -> str:

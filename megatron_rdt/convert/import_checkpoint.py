@@ -31,8 +31,6 @@ TOLERANCE = 1e-3
 # Steps of a continued training for each step of the curriculum of its depth, so that the curriculum ends.
 STEPS_PER_CURRICULUM_STEP = 4
 CONTINUE = "continue.yaml"
-# Names of the output matrix in the files of all kinds of sources.
-HEADS = ("lm_head.weight", "model.lm_head.weight", "head.weight")
 
 
 def import_checkpoint(plan: ImportPlan, out: Path) -> list[str]:
@@ -50,7 +48,6 @@ def import_checkpoint(plan: ImportPlan, out: Path) -> list[str]:
     plan = replace(plan, model=replace(plan.model, unused_ids=plan.model.vocab_size - vocabulary))
     config = plan.run_config()
     stored = plan.stored
-    _check_tied_head(plan)
     total = 2 * FLOAT32 * sum(shape.numel() for shape in stored.shapes.values())
     with show_progress(total, f"convert {plan.source.name}", "B", scaled=True) as advance:
         written = write_weights(out, stored.shapes, plan.buffers, stored.read, advance)
@@ -64,17 +61,6 @@ def import_checkpoint(plan: ImportPlan, out: Path) -> list[str]:
     write_text(out / CONTINUE, _format_continue(plan, config))
     write_documents(out, config, describe_origin(plan), written, plan.begins_with_bos)
     return notes
-
-
-def _check_tied_head(plan: ImportPlan) -> None:
-    """Raise CheckpointError if a tied model's files hold an output matrix that is not the embedding."""
-    (embedding,) = plan.rules["embedding.weight"].names
-    for name in HEADS if plan.model.tie_embeddings else ():
-        if name in plan.weights.shapes and not torch.equal(plan.weights.read(name), plan.weights.read(embedding)):
-            raise CheckpointError(
-                f"{plan.source}: the config ties the output matrix to the embedding, but {name} is not {embedding}, and some "
-                "programs use it. Set the tie in the config to false to keep both, or remove that weight from the files."
-            )
 
 
 def _copy_tokenizer(plan: ImportPlan, out: Path) -> int:

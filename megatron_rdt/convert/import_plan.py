@@ -17,9 +17,11 @@ from megatron_rdt.convert.sources.files import SourceWeights
 from megatron_rdt.convert.sources.rules import Rules
 from megatron_rdt.data import Tokenizer
 from megatron_rdt.data.tokenizer.hugging_face_backend import HUGGING_FACE, JSON_FILE
-from megatron_rdt.errors import CheckpointError
+from megatron_rdt.errors import CheckpointError, ConfigError
 from megatron_rdt.model import RecurrentDepthTransformer
 
+# Names of the output matrix in the files of all kinds of sources.
+HEADS = ("lm_head.weight", "model.lm_head.weight", "head.weight")
 OWN_EXPORT, DEEPSPEED = "export of this project", "DeepSpeed's weights of a run"
 
 
@@ -66,16 +68,47 @@ class ImportPlan:
                 made = rule.make(*(_read_floats(self.weights, source) for source in rule.names))
             except (ValueError, RuntimeError, IndexError) as error:
                 raise CheckpointError(
-                    f"{self.source}: {', '.join(rule.names[:2])} cannot be converted: {error}"
+                    f"{self.source}: {', '.join(rule.names[:2])} cannot be converted: {error}."
                 ) from None
-            if made.shape != shapes[name]:
-                raise CheckpointError(
-                    f"{self.source}: {', '.join(rule.names[:2])} gives {name} the shape {tuple(made.shape)}, the config "
-                    f"{tuple(shapes[name])}. Weights and config are of different models."
-                )
+            self._check_shape(name, made, shapes[name])
             return made.contiguous()
 
         return StoredWeights(shapes, read)
+
+    def _check_shape(self, name: str, made: Tensor, shape: torch.Size) -> None:
+        """Raise CheckpointError unless what was made for the weight `name` has the shape of the config."""
+        if made.shape != shape:
+            sources = ", ".join(self.rules[name].names[:2])
+            raise CheckpointError(
+                f"{self.source}: {sources} gives {name} the shape {tuple(made.shape)}, the config {tuple(shape)}. Weights and "
+                "config are of different models."
+            )
+
+    def check(self) -> None:
+        """Raise CheckpointError for what can be known to fail before anything is written.
+
+        That is a model or a training that cannot be configured, weights of other shapes than the model's, and a tied model
+        whose files hold another output matrix. Rules are tried without values; one that needs them is given them.
+        """
+        try:
+            self.run_config()
+        except ConfigError as error:
+            raise CheckpointError(f"{self.source} cannot be converted: {error}") from None
+        stored = self.stored
+        for name, rule in self.rules.items():
+            try:
+                made = rule.make(*(torch.empty(self.weights.shapes[each], device="meta") for each in rule.names))
+            except (ValueError, RuntimeError, IndexError):
+                made = stored.read(name)
+            self._check_shape(name, made, stored.shapes[name])
+        (embedding,) = self.rules["embedding.weight"].names
+        for name in HEADS if self.model.tie_embeddings else ():
+            if name in self.weights.shapes and not torch.equal(self.weights.read(name), self.weights.read(embedding)):
+                raise CheckpointError(
+                    f"{self.source}: the config ties the output matrix to the embedding, but {name} is not {embedding}, and "
+                    "some programs use it. Set the tie in the config to false to keep both, or remove that weight from the "
+                    "files."
+                )
 
     @property
     def begins_with_bos(self) -> bool | None:

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 from megatron_rdt.config import ModelConfig, RunConfig, load_config, read_saved_model
+from megatron_rdt.convert.dense_reference import build_dense_model
 from megatron_rdt.convert.hf import CONFIG_FILE, MODEL_TYPE, PREFIX, check_tokenizer
-from megatron_rdt.convert.hf_tokenizer import open_exported_tokenizer
+from megatron_rdt.convert.hf_tokenizer import HIDDEN_FOLDER
 from megatron_rdt.convert.import_plan import DEEPSPEED, OWN_EXPORT, ImportPlan, open_source_tokenizer
 from megatron_rdt.convert.similarity import choose_cut
 from megatron_rdt.convert.sources import dense, huginn, open_mythos, ouro, parcae
 from megatron_rdt.convert.sources.files import PYTORCH, SAFETENSORS, SourceWeights, open_source_weights, read_settings
-from megatron_rdt.convert.sources.rules import Rule, Rules, check_names, read_setting
+from megatron_rdt.convert.sources.rules import Rule, check_names, read_count, read_setting
 from megatron_rdt.data import Tokenizer
+from megatron_rdt.data.tokenizer.hugging_face_backend import JSON_FILE
+from megatron_rdt.data.tokenizer.sentencepiece_backend import MODEL_FILE
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel.zero_universal import WEIGHT, load_tensor
@@ -85,6 +88,19 @@ def plan_import(path: Path, options: ImportOptions) -> ImportPlan:
         CheckpointError: it is of no known kind, has no equal here, or is damaged.
         ConfigError: options are missing or do not fit.
     """
+    try:
+        plan = _recognize(path, options)
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be converted: {error}.") from None
+    except WRONG_CONTENT as error:
+        reason = f"its config holds another kind of value than such a model has ({type(error).__name__}: {error})"
+        raise CheckpointError(f"{path} cannot be converted: {reason}.") from error
+    plan.check()
+    return plan
+
+
+def _recognize(path: Path, options: ImportOptions) -> ImportPlan:
+    """Return the plan of a source; ValueError for what has no equal here."""
     folder = path.parent if path.is_file() else path
     if options.config and not Path(options.config).is_file():
         raise ConfigError(f"--config names {options.config}, which is no file. Name the config of the source's model.")
@@ -102,13 +118,7 @@ def plan_import(path: Path, options: ImportOptions) -> ImportPlan:
     if settings.get("model_type") == MODEL_TYPE:
         own = RunConfig(model=_read_own_model(path, settings))
         return _plan_own(path, folder, options, OWN_EXPORT, own, weights, PREFIX, settings)
-    try:
-        return _plan_foreign(path, folder, settings, weights, options)
-    except ValueError as error:
-        raise CheckpointError(f"{path} cannot be converted: {error}.") from None
-    except WRONG_CONTENT as error:
-        reason = f"its config holds another kind of value than such a model has ({type(error).__name__}: {error})"
-        raise CheckpointError(f"{path} cannot be converted: {reason}.") from error
+    return _plan_foreign(path, folder, settings, weights, options)
 
 
 def _find_run_config(folder: Path, options: ImportOptions) -> RunConfig | None:
@@ -153,41 +163,32 @@ def _plan_own(
     if config is None:
         raise ConfigError(f"{path} holds weights but not their config. Name the config.yaml of their run in --config.")
     _check_cut_is_omitted(path, kind, options)
-    loops = (settings or {}).get("loops")
-    depth = {"mean": loops, "max": max(int(loops), 32)} if isinstance(loops, int) else dataclasses.asdict(config.depth)
+    depth = dataclasses.asdict(config.depth)
+    if settings and "loops" in settings:
+        loops = read_count(settings, "loops")
+        depth = {"mean": loops, "max": max(loops, 32)}
     with torch.device("meta"):
         names = list(RecurrentDepthTransformer(config.model).state_dict())
     rules = {name: Rule((prefix + name,)) for name in names}
     for name in names:
         if name.endswith("selection_bias") and prefix + name not in weights.shapes:  # a buffer, which DeepSpeed drops
             rules[name] = Rule((), lambda size=config.model.experts: torch.zeros(size), "0, since it was not saved")
-    _check_names(path, rules, weights, r"lm_head\.weight|model\.lm_head\.weight")
+    check_names(rules, weights.shapes, r"lm_head\.weight|model\.lm_head\.weight")
     tokenizer = _find_tokenizer(path, folder, options, config.model.vocab_size, own=True)
     if kind == OWN_EXPORT and not options.tokenizer:
         check_tokenizer(folder, Tokenizer(tokenizer), SAVED_AGAIN)
-    length = _read_length(path, settings) if settings else config.train.sequence_length
+    length = _read_length(settings) if settings else config.train.sequence_length
     return ImportPlan(path, kind, settings or {}, config.model, depth, rules, weights, tokenizer, length)
 
 
-def _read_length(path: Path, settings: Mapping[str, Any]) -> int | None:
+def _read_length(settings: Mapping[str, Any]) -> int | None:
     """Return the tokens per sequence of the training of the source; None if it does not say."""
     if all(settings.get(name) is None for name in LENGTHS):
         return None
-    try:
-        length = read_setting(settings, int, *LENGTHS)
-    except ValueError as error:
-        raise CheckpointError(f"{path} cannot be converted: {error}.") from None
+    length = read_setting(settings, int, *LENGTHS)
     if not 1 <= length <= LONGEST:
-        raise CheckpointError(f"{path} cannot be converted: the config says that sequences have {length} tokens.")
+        raise ValueError(f"the config says that sequences have {length} tokens")
     return length
-
-
-def _check_names(path: Path, rules: Rules, weights: SourceWeights, ignored: str) -> None:
-    """Raise CheckpointError unless rules and source have the same weights."""
-    try:
-        check_names(rules, weights.shapes, ignored)
-    except ValueError as error:
-        raise CheckpointError(f"{path} cannot be converted: {error}.") from None
 
 
 def _plan_foreign(
@@ -203,11 +204,9 @@ def _plan_foreign(
         _check_model(model, weights, folder / CONFIG_FILE)
         rules = looped.make_rules(model)
         ignored = open_mythos.list_ignored(model) if looped is open_mythos else looped.IGNORED
-        _check_names(path, rules, weights, ignored)
+        check_names(rules, weights.shapes, ignored)
         depth, tokenizer = looped.read_depth(settings), _find_tokenizer(path, folder, options, model.vocab_size)
-        return ImportPlan(
-            path, looped.NAME, settings, model, depth, rules, weights, tokenizer, _read_length(path, settings)
-        )
+        return ImportPlan(path, looped.NAME, settings, model, depth, rules, weights, tokenizer, _read_length(settings))
     if dense.recognizes(settings):
         return _plan_dense(path, folder, settings, weights, options)
     kind = settings.get("model_type")
@@ -250,15 +249,16 @@ def _plan_dense(
     """Plan the cut of a dense model, by --cut or, with auto, by the similarity of its layers."""
     layers, rows = dense.count_layers(settings), _find_vocabulary(weights)
     tokenizer = _find_tokenizer(path, folder, options, rows)
-    kind, length = dense.KINDS[settings["model_type"]][0], _read_length(path, settings)
+    kind, length = dense.KINDS[settings["model_type"]][0], _read_length(settings)
     _check_count(layers, weights)
+    build_dense_model(settings)  # with which the result is compared: refused here, not when all is written
 
     def plan_cut(cut: dense.Cut, notes: list[str]) -> ImportPlan:
         kept = dense.list_kept_layers(cut, layers)
         model = dataclasses.replace(dense.read_model_config(settings, cut), vocab_size=rows)
         _check_model(model, weights, folder / CONFIG_FILE)
         rules = dense.make_rules(model, layers)
-        _check_names(path, rules, weights, dense.find_dropped_weights(model, layers))
+        check_names(rules, weights.shapes, dense.find_dropped_weights(model, layers))
         depth = dense.read_depth()
         return ImportPlan(path, kind, settings, model, depth, rules, weights, tokenizer, length, kept, notes)
 
@@ -269,6 +269,7 @@ def _plan_dense(
             f"{path}: it takes 3 layers to choose a cut, this model has {layers}; give --cut, such as 0,1,0."
         )
     whole = plan_cut((1, layers - 2, 1), [])
+    whole.check()
     cut, note = choose_cut(whole.model, whole.stored, open_source_tokenizer(tokenizer, own=False))
     return plan_cut(cut, [note])
 
@@ -295,7 +296,10 @@ def _check_cut_is_omitted(path: Path, kind: str, options: ImportOptions) -> None
 def _find_tokenizer(path: Path, folder: Path, options: ImportOptions, rows: int, own: bool = False) -> Path:
     """Return the folder of the tokenizer; see `_search_tokenizer`. DataError for more ids than the embedding has rows."""
     found = _search_tokenizer(folder, options, own)
-    ids = open_source_tokenizer(found, own).vocab_size
+    try:
+        ids = open_source_tokenizer(found, own).vocab_size
+    except DataError as error:
+        raise DataError(f"{error} Another tokenizer can be named in --tokenizer.") from None
     if ids > rows:
         raise DataError(
             f"the tokenizer in {found} has {ids:,} ids, the embedding of {path} {rows:,} rows. Name the right one in "
@@ -308,13 +312,8 @@ def _search_tokenizer(folder: Path, options: ImportOptions, own: bool) -> Path:
     """Return the folder of the tokenizer, from --tokenizer, the source's or the one above; ConfigError if there is none."""
     if options.tokenizer:
         return Path(options.tokenizer)
-    candidates = [folder, folder / "tokenizer", folder.parent / "tokenizer"]
-    if own and (folder / CONFIG_FILE).is_file():
-        candidates.insert(0, open_exported_tokenizer(folder).file.parent)
-    for candidate in candidates:
-        try:
-            Tokenizer(candidate)
-        except DataError:
-            continue
-        return candidate
-    raise ConfigError(f"there is no tokenizer that can be read in {folder}. Name the folder of one in --tokenizer.")
+    hidden = [folder / HIDDEN_FOLDER] if own else []
+    for candidate in (*hidden, folder, folder / "tokenizer", folder.parent / "tokenizer"):
+        if any((candidate / name).exists() for name in (MODEL_FILE, JSON_FILE)):
+            return candidate
+    raise ConfigError(f"there is no tokenizer in {folder}. Name the folder of one in --tokenizer.")

@@ -1,23 +1,32 @@
-"""Results of a run for the model card of its export: losses and accuracies of the exported step, with their pictures."""
+"""Results of a run for the model card of its export: losses and scores of the exported step, with their pictures."""
 
 import math
 import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_rdt.checkpoint import read_trainer_state
 from megatron_rdt.config import load_saved_config
+from megatron_rdt.convert.hf_card import quote_name
+from megatron_rdt.evaluate.harness_plots import draw_harness_scores
+from megatron_rdt.evaluate.harness_results import (
+    describe_harness_settings,
+    find_drawn_rows,
+    list_harness_scores,
+    read_harness_scores,
+)
 from megatron_rdt.evaluate.loss import EVALUATION, Evaluation, perplexity, read_evaluation
 from megatron_rdt.evaluate.plots import draw_loss_against_loops
 from megatron_rdt.evaluate.report import EVALUATIONS, read_records
-from megatron_rdt.evaluate.result_files import TASK_SCORES
+from megatron_rdt.evaluate.result_files import HARNESS_SCORES, TASK_SCORES
 from megatron_rdt.evaluate.task_evaluation import describe_scores, find_trained_loops, read_task_scores
 from megatron_rdt.evaluate.task_plots import draw_accuracy_map
 from megatron_rdt.run_directory import CHECKPOINTS
 from megatron_rdt.untrusted_files import is_regular_file
 
 RECORDS = "eval.jsonl"
-LOSS_PICTURE, ACCURACY_PICTURE = "loss_against_loops.png", "accuracy.png"
+LOSS_PICTURE, ACCURACY_PICTURE, HARNESS_PICTURE = "loss_against_loops.png", "accuracy.png", "harness.png"
 
 
 def describe_results(checkpoint: Path, out: Path) -> list[str]:
@@ -45,6 +54,10 @@ def describe_results(checkpoint: Path, out: Path) -> list[str]:
         draw_accuracy_map(scores["tasks"], trained, out / ACCURACY_PICTURE)
         sentences = " ".join(describe_scores({"trained_loops": trained, **scores}))
         sections.append(f"## Accuracy on tasks\n\n{sentences}\n\n![Accuracy by difficulty and T]({ACCURACY_PICTURE})")
+    harness = _find_result(run / HARNESS_SCORES, read_harness_scores, step)
+    if harness is not None:
+        draw_harness_scores(find_drawn_rows(harness), out / HARNESS_PICTURE)
+        sections.append(_format_harness(harness))
     return sections
 
 
@@ -69,12 +82,21 @@ def _find_losses(run: Path, step: int, records: list[dict[str, Any]]) -> Evaluat
 
 def _find_scores(run: Path, step: int, records: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Return an object as in eval-tasks.json for a step, from that file or the run's own records; None without one."""
-    if is_regular_file(run / TASK_SCORES):
-        found = read_task_scores(run / TASK_SCORES)
-        if found["step"] == step:
-            return found
-        _print_left_out(TASK_SCORES, found["step"], step)
+    found = _find_result(run / TASK_SCORES, read_task_scores, step)
+    if found is not None:
+        return found
     return next(({"step": step, "tasks": record["tasks"]} for record in reversed(records) if record.get("tasks")), None)
+
+
+def _find_result(file: Path, read: Callable[[Path], dict[str, Any]], step: int) -> dict[str, Any] | None:
+    """Return the result in a file if it is of this step; None without one."""
+    if not is_regular_file(file):
+        return None
+    found = read(file)
+    if found["step"] == step:
+        return found
+    _print_left_out(file.name, found["step"], step)
+    return None
 
 
 def _print_left_out(name: str, found: int, step: int) -> None:
@@ -85,11 +107,23 @@ def _print_left_out(name: str, found: int, step: int) -> None:
 
 def _format_losses(evaluation: Evaluation) -> str:
     """Return the section with the loss at each T."""
-    rows = ["| T | loss, nats per token | standard error | perplexity |", "|---:|---:|---:|---:|"]
+    rows = [["T", "loss, nats per token", "standard error", "perplexity"]]
     for t, loss in sorted(evaluation.losses.items()):
         error = evaluation.standard_errors.get(t)
-        cells = (str(t), f"{loss:.4f}", "" if error is None else f"{error:.4f}", f"{perplexity(loss):.2f}")
-        rows.append(f"| {' | '.join(cells)} |")
-    parts = ["## Loss against T", "On the validation split, the same weights at every T.", "\n".join(rows)]
+        rows.append([str(t), f"{loss:.4f}", "" if error is None else f"{error:.4f}", f"{perplexity(loss):.2f}"])
+    parts = ["## Loss against T", "On the validation split, the same weights at every T.", _format_table(rows)]
     parts += [*evaluation.summary, f"![Loss against T]({LOSS_PICTURE})"]
     return "\n\n".join(parts)
+
+
+def _format_harness(result: Mapping[str, Any]) -> str:
+    """Return the section with the scores of lm-evaluation-harness; names in it are of tasks of anyone."""
+    rows = [[quote_name(cell) for cell in line] for line in list_harness_scores(result["scores"])]
+    parts = ["## Tasks of lm-evaluation-harness", _format_table(rows), quote_name(describe_harness_settings(result))]
+    return "\n\n".join([*parts, f"![Scores against T]({HARNESS_PICTURE})"])
+
+
+def _format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table of rows, its header first."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + "---:|" * len(rows[0]), *lines[1:]])

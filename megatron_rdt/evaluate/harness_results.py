@@ -72,7 +72,7 @@ def _format_score(row: Row | None) -> str:
     return ("not finite" if value is None else value) + ("" if error is None else f" +-{error}")
 
 
-def _list_scores(rows: Sequence[Row]) -> list[list[str]]:
+def list_harness_scores(rows: Sequence[Row]) -> list[list[str]]:
     """Return the lines of a table, its header first: task, metric, the score at each T, and the number of examples."""
     loops = sorted({row["loops"] for row in rows})
     lines = [["task", "metric", *(f"T = {t}" for t in loops), "examples"]]
@@ -85,7 +85,7 @@ def _list_scores(rows: Sequence[Row]) -> list[list[str]]:
 
 def format_harness_scores(result: Mapping[str, Any]) -> list[str]:
     """Return the lines of the table, and a sentence on how it was measured."""
-    return [*align_columns(_list_scores(result["scores"])), describe_harness_settings(result)]
+    return [*align_columns(list_harness_scores(result["scores"])), describe_harness_settings(result)]
 
 
 def describe_harness_settings(result: Mapping[str, Any]) -> str:
@@ -106,5 +106,5 @@ def describe_harness_settings(result: Mapping[str, Any]) -> str:
 
 def format_harness_section(result: Mapping[str, Any]) -> str:
     """Return HTML with the table of scores."""
-    header, *lines = _list_scores(result["scores"])
+    header, *lines = list_harness_scores(result["scores"])
     return f"<h2>Harness</h2>{format_paragraphs([describe_harness_settings(result)])}{format_html_table(header, lines)}"

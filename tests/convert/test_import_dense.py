@@ -18,6 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from launch.commands.convert import convert as command
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import ModelConfig, RunConfig, load_config
 from megatron_rdt.convert import convert, recognize
@@ -259,11 +260,15 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, tokenizer_folders: dict[st
         ({"model_type": "gemma"}, "model_type is 'gemma'; known are Huginn"),
         ({"num_hidden_layers": 10**12}, "says 1,000,000,000,000 layers or experts, the files have"),
         ({"hidden_size": 10**30}, "model.dim is too large"),
-        ({"max_position_embeddings": None}, "transformers refuses the config of the dense model"),
+        ({"max_position_embeddings": None}, "transformers refuses its config"),
         ({"rms_norm_eps": None}, "the config has no rms_norm_eps"),
         ({"rms_norm_eps": -1.0}, "norm_eps is -1"),
+        ({"attention_dropout": "q"}, "transformers refuses its config .*attention_dropout"),
+        ({"tie_word_embeddings": "false"}, "tie_embeddings is 'false'"),
+        ({"tie_word_embeddings": True}, "ties the output matrix to the embedding, but lm_head.weight is not"),
+        ({"head_dim": "a"}, "head_dim is 'a', not a number"),
         ({"num_key_value_heads": "two"}, "kv_heads is 'two'"),
-        ({"num_attention_heads": 0}, "num_attention_heads is 0; a layer has at least 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be at least 1"),
         ({"layer_types": 3}, "another kind of value .*TypeError"),
         ({"rope_parameters": {"rope_theta": 10**400}}, "another kind of value .*OverflowError"),
         ({"quantization_config": {"bits": 4}}, "weights are quantised"),
@@ -271,7 +276,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, tokenizer_folders: dict[st
     ]
     for change, message in changes:
         (source / "config.json").write_text(json.dumps(settings | change))
-        with pytest.raises(CheckpointError, match=message):
-            convert(str(source), str(tmp_path / "out"), "native", ImportOptions("2,2,1"))
-        assert not (tmp_path / "out").exists()
+        for words in ([], ["--dry_run"]):  # both before anything is written
+            with pytest.raises(CheckpointError, match=message):
+                command([str(source), str(tmp_path / "made" / "out"), "--to=native", "--cut=2,2,1", *words])
+        assert not (tmp_path / "made").exists()
     assert not list(tmp_path.glob(".*"))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from launch.commands.convert import convert as command
 from megatron_rdt.convert import convert
 from megatron_rdt.convert.recognize import ImportOptions
-from megatron_rdt.errors import CheckpointError, ConfigError
+from megatron_rdt.errors import CheckpointError, ConfigError, DataError
 from tests.convert.looped_sources import PARCAE, write_huginn
 
 
@@ -39,9 +40,14 @@ def test_a_damaged_or_foreign_source_is_refused(tmp_path: Path, tokenizer: Path)
         ({"intermediate_size": 44}, "Weights and config are of different models"),
         ({"mean_recurrence": "x"}, "mean_recurrence is 'x', not a number"),
         ({"mean_backprop_depth": [1]}, r"mean_backprop_depth is \[1\], not a number"),
+        ({"mean_recurrence": 0}, "mean_recurrence is 0; it must be at least 1"),
+        ({"mean_backprop_depth": -2}, "mean_backprop_depth is -2; it must be at least 1"),
+        ({"mean_recurrence": 2**62}, "depth.max"),
     ):
         (source / "config.json").write_text(json.dumps(settings | change))
         refused(message)
+        with pytest.raises(CheckpointError, match=message):
+            command([str(source), str(out), "--dry_run"])
     (source / "config.json").write_text("[]")
     refused("holds no JSON object")
     (source / "config.json").write_text(json.dumps(settings))
@@ -71,6 +77,8 @@ def test_a_damaged_or_foreign_source_is_refused(tmp_path: Path, tokenizer: Path)
     qk_bias = {name: value[:1] if name.endswith("qk_bias") else value for name, value in weights.items()}
     save_file({name: value.contiguous() for name, value in qk_bias.items()}, source / "model.safetensors")
     refused("attn.qk_bias cannot be converted: index 1")
+    with pytest.raises(CheckpointError, match=r"attn\.qk_bias cannot be converted: index 1"):
+        command([str(source), str(out), "--dry_run"])
     (source / "model.safetensors").unlink()
     (source / "config.json").write_text(json.dumps(PARCAE | {"rope_settings": [1]}))
     torch.save(weights, source / "model.pt")
@@ -81,6 +89,47 @@ def test_a_damaged_or_foreign_source_is_refused(tmp_path: Path, tokenizer: Path)
     refused("holds .*transformer.wte.weight and .*transformer.wte.weight, which are the same weight")
     torch.save({"model": weights, "cfg": tmp_path}, source / "model.pt")  # a Path object: code would have to run
     refused("cannot be opened without running code")
+
+
+def test_a_damaged_tokenizer_is_named_with_the_reason(tmp_path: Path, tokenizer: Path) -> None:
+    """Also where another, whole one lies near: nothing is passed over."""
+    write_huginn(tmp_path / "huginn", tokenizer)
+    source, out = tmp_path / "huginn", str(tmp_path / "out")
+    shutil.copytree(tokenizer, source / "tokenizer")
+    file = source / "tokenizer.json"
+    content = file.read_bytes()
+    (source / "tokenizer.model").write_bytes(b"not SentencePiece's")  # as of other libraries; the other file is taken
+    assert command([str(source), out, "--dry_run"]) == 0
+    for damaged, reason in ((content[:300], "cannot be read as JSON"), (b"{}", "describes no model")):
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match=rf"tokenizer\.json {reason}.*--tokenizer"):
+            command([str(source), out])
+    file.unlink()
+    with pytest.raises(DataError, match=r"tokenizer\.model .*--tokenizer"):
+        command([str(source), out])
+    (source / "tokenizer.model").unlink()
+    assert command([str(source), out, "--dry_run"]) == 0  # with the one in tokenizer/
+    shutil.rmtree(source / "tokenizer")
+    with pytest.raises(ConfigError, match=r"there is no tokenizer in .*huginn\. Name the folder of one"):
+        command([str(source), out])
+
+
+def test_a_dry_run_refuses_what_the_conversion_would(tmp_path: Path, tokenizer: Path) -> None:
+    write_huginn(tmp_path / "huginn", tokenizer)
+    source, taken, file = tmp_path / "huginn", tmp_path / "taken", tmp_path / "file"
+    file.touch()
+    taken.mkdir()
+    (taken / "kept").touch()
+    for out, words, message in (
+        (taken, [], "exists and is not empty"),
+        (file, [], "is a file. Choose another OUT"),
+        (source / "out", [], "lies in .*, which is read"),
+        (tmp_path / "out", ["--shard_size=x"], "--shard_size is 'x'"),
+    ):
+        for more in ([], ["--dry_run"]):
+            with pytest.raises(ConfigError, match=message):
+                command([str(source), str(out), *words, *more])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "huginn", "taken"]
 
 
 def test_a_source_that_does_not_exist_is_named_with_what_is_taken(tmp_path: Path) -> None:

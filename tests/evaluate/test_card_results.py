@@ -61,6 +61,36 @@ def test_a_card_has_losses_accuracies_and_facts(run: Path, tmp_path: Path, capsy
     assert "left" not in capsys.readouterr().out
 
 
+def test_a_card_has_the_scores_of_the_harness(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the exported step, with names as anyone may have written them into a run."""
+    settings = {"lm_eval": "0.4", "limit": 50, "fewshot": None, "sequence_length": 64, "cut_requests": 3}
+    rows = [
+        {
+            **{"task": "a|b <img> [x](y)", "metric": "acc", "loops": loops, "value": value, "standard_error": 0.0625},
+            **{"examples": 50, "higher_is_better": True},
+        }
+        for loops, value in ((1, 0.25), (4, 0.5))
+    ]
+    file, checkpoint = run / "eval-harness.json", run / "checkpoints" / "step-00000002"
+    result = {"checkpoint": "step", "step": 2, "scores": rows, "groups": {}, **settings, "unknown_requests": 0}
+    file.write_text(json.dumps(result))
+    try:
+        section = describe_results(checkpoint, tmp_path)[-1]
+        assert section.startswith("## Tasks of lm-evaluation-harness")
+        header, line, row = section.split("\n\n")[1].splitlines()
+        assert header == "| task | metric | T = 1 | T = 4 | examples |"
+        assert line.count("|") == row.count("|") == 6
+        assert row.endswith("| acc | 0.25 +-0.0625 | 0.5 +-0.0625 | 50 |")
+        assert not set("<>[") & set(section.split("![")[0])
+        assert "the first 50 examples of each task, a context of 64 tokens; longer requests" in section
+        assert (tmp_path / "harness.png").read_bytes().startswith(b"\x89PNG")
+        file.write_text(json.dumps({**result, "step": 1}))
+        assert not any("harness" in section for section in describe_results(checkpoint, tmp_path))
+        assert "eval-harness.json is of step 1, the checkpoint of step 2" in capsys.readouterr().out
+    finally:
+        file.unlink()
+
+
 def test_results_of_another_step_are_left_out(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate_checkpoint(str(run), [1, 2], 4)
     result = json.loads((run / "eval.json").read_text())

@@ -307,6 +307,7 @@ def test_what_cannot_be_run_is_refused_before_work(
         (["--harness=lines_end", "--limit=-1"], "at least 0"),
         (["--harness=lines_end", "--harness_path=nowhere"], "is not a folder"),
         (["--limit=3"], "for --harness"),
+        (["--harness=lines_end", "--exit_rules=change:0.1"], "Export the checkpoint .*exit=RULE,exit_threshold=E"),
     ):
         with pytest.raises(ConfigError, match=message):
             evaluate([str(run), *words])

@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.convert.sources.decay import DECAY_PARAMETERS
 from megatron_rdt.convert.sources.llama_layers import make_layer_rules, read_layer_config
-from megatron_rdt.convert.sources.rules import Rule, Rules, copy_rules, read_setting
+from megatron_rdt.convert.sources.rules import Rule, Rules, copy_rules, read_count
 
 IGNORED = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|lm_head\.weight"
 PRE = {"attention_norm": "input_layernorm", "feedforward_norm": "post_attention_layernorm"}
@@ -46,7 +46,7 @@ def recognizes(settings: Mapping[str, Any]) -> bool:
 
 def count_layers(settings: Mapping[str, Any]) -> int:
     """Return the number of layers of the dense model."""
-    return read_setting(settings, int, "num_hidden_layers")
+    return read_count(settings, "num_hidden_layers")
 
 
 def read_model_config(settings: Mapping[str, Any], cut: Cut) -> ModelConfig:

@@ -8,7 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from megatron_rdt.config import ModelConfig
-from megatron_rdt.convert.sources.rules import Rule, Rules, copy_rules, read_setting, require_settings, row_rules
+from megatron_rdt.convert.sources.rules import (
+    Rule,
+    Rules,
+    copy_rules,
+    read_count,
+    read_setting,
+    require_settings,
+    row_rules,
+)
 
 NAME, IGNORED = "Huginn", r"freqs_cis|lm_head\.weight"
 LAYER_NAMES = {
@@ -28,7 +36,7 @@ def read_model_config(settings: Mapping[str, Any]) -> ModelConfig:
     only = {"block_class_name": "SandwichBlock", "mlp_class_name": "GatedMLP", "nonlin_name": "SiLU", "bias": False}
     only |= {"injection_type": "linear", "state_init": "like-init", "norm_class_name": "RMSNorm_llama"}
     require_settings(settings, NAME, only)
-    heads = read_setting(settings, int, "num_attention_heads", "n_heads")
+    heads = read_count(settings, "num_attention_heads", "n_heads")
     return ModelConfig(
         vocab_size=read_setting(settings, int, "padded_vocab_size", "vocab_size"),
         dim=read_setting(settings, int, "n_embd", "hidden_size"),
@@ -62,7 +70,7 @@ def read_depth(settings: Mapping[str, Any]) -> dict[str, Any]:
 def read_loop_counts(settings: Mapping[str, Any], mean: int, kept: int) -> tuple[int, int]:
     """Return the mean of T and the iterations with gradients, or these defaults; Parcae kept Huginn's names."""
     given = {"mean_recurrence": mean, "mean_backprop_depth": kept, **settings}
-    return read_setting(given, int, "mean_recurrence"), read_setting(given, int, "mean_backprop_depth")
+    return read_count(given, "mean_recurrence"), read_count(given, "mean_backprop_depth")
 
 
 def make_rules(config: ModelConfig) -> Rules:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_rdt.convert.sources.rules import Rule, Rules, copy_rules, read_setting, require_settings
+from megatron_rdt.convert.sources.rules import Rule, Rules, copy_rules, read_count, read_setting, require_settings
 
 PROJECTIONS = {
     **{"attention.query": "self_attn.q_proj", "attention.key": "self_attn.k_proj"},
@@ -22,10 +22,8 @@ def read_layer_config(settings: Mapping[str, Any], kind: str) -> dict[str, Any]:
         ValueError: the model has a part that this project's does not have.
     """
     require_settings(settings, kind, {"hidden_act": "silu", "mlp_bias": False, "attention_bias": False})
-    dim, heads = read_setting(settings, int, "hidden_size"), read_setting(settings, int, "num_attention_heads")
-    if heads < 1:
-        raise ValueError(f"the config's num_attention_heads is {heads}; a layer has at least 1")
-    width = heads * (settings.get("head_dim") or dim // heads)
+    dim, heads = read_setting(settings, int, "hidden_size"), read_count(settings, "num_attention_heads")
+    width = heads * (read_count(settings, "head_dim") if settings.get("head_dim") else dim // heads)
     return {
         "vocab_size": read_setting(settings, int, "vocab_size"),
         "dim": dim,
@@ -35,7 +33,7 @@ def read_layer_config(settings: Mapping[str, Any], kind: str) -> dict[str, Any]:
         "window": _read_window(settings, kind),
         "ffn_dim": read_setting(settings, int, "intermediate_size"),
         "norm_eps": read_setting(settings, float, "rms_norm_eps"),
-        "tie_embeddings": bool(settings.get("tie_word_embeddings", False)),
+        "tie_embeddings": settings.get("tie_word_embeddings") or False,
         **_read_rope(settings, kind),
     }
 

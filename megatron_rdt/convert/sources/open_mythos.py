@@ -10,7 +10,15 @@ from torch import Tensor
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.convert.sources.decay import DECAY_PARAMETERS, fit_rules, solve_decay_parameters
 from megatron_rdt.convert.sources.parcae import require_zoh
-from megatron_rdt.convert.sources.rules import Rule, Rules, copy_rules, join_weights, read_setting, stack_weights
+from megatron_rdt.convert.sources.rules import (
+    Rule,
+    Rules,
+    copy_rules,
+    join_weights,
+    read_count,
+    read_setting,
+    stack_weights,
+)
 
 NAME = "OpenMythos"
 # Fields of `MythosConfig`, by the name that they have here.
@@ -59,7 +67,7 @@ def read_model_config(settings: Mapping[str, Any]) -> ModelConfig:
 
 def read_depth(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of `depth` with which such a model is trained."""
-    loops = read_setting(settings, int, "max_loop_iters")
+    loops = read_count(settings, "max_loop_iters")
     return {"scheme": "fixed", "mean": loops, "max": loops}
 
 

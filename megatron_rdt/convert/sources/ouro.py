@@ -7,7 +7,7 @@ import torch
 
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.convert.sources.llama_layers import make_layer_rules, read_layer_config
-from megatron_rdt.convert.sources.rules import Rule, Rules, copy_rules, read_setting
+from megatron_rdt.convert.sources.rules import Rule, Rules, copy_rules, read_count
 
 NAME, IGNORED = "Ouro", r"model\.rotary_emb\.inv_freq|lm_head\.weight"
 NORMS = {
@@ -26,7 +26,7 @@ def read_model_config(settings: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(
         **read_layer_config(settings, NAME),
         prelude_layers=0,
-        core_layers=read_setting(settings, int, "num_hidden_layers"),
+        core_layers=read_count(settings, "num_hidden_layers"),
         coda_layers=0,
         norm_placement="peri",
         core_norm="iteration",
@@ -40,7 +40,7 @@ def read_model_config(settings: Mapping[str, Any]) -> ModelConfig:
 
 def read_depth(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of `depth` with which such a model is trained."""
-    loops = read_setting(settings, int, "total_ut_steps")
+    loops = read_count(settings, "total_ut_steps")
     return {"scheme": "fixed", "mean": loops, "max": loops}
 
 

@@ -117,6 +117,15 @@ def read_setting(settings: Mapping[str, object], kind: type[Value], *names: str)
     raise ValueError(f"the config has no {names[0]}")
 
 
+def read_count(settings: Mapping[str, object], *names: str) -> int:
+    """Return the first of these settings that is there, a number of things of which there is at least one; else ValueError."""
+    count = read_setting(settings, int, *names)
+    if count < 1:
+        name = next(name for name in names if settings.get(name) is not None)
+        raise ValueError(f"the config's {name} is {count}; it must be at least 1")
+    return count
+
+
 def stack_weights(*weights: Tensor) -> Tensor:
     """Stack weights along a new first dimension."""
     return torch.stack(weights)

@@ -13,6 +13,7 @@ from megatron_rdt.checkpoint import (
 )
 from megatron_rdt.config import ModelConfig, RunConfig, read_saved_model
 from megatron_rdt.convert.sources.files import open_source_weights
+from megatron_rdt.convert.sources.rules import read_count
 from megatron_rdt.data import Tokenizer
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.untrusted_files import read_json
@@ -101,6 +102,14 @@ def open_hf(folder: Path) -> tuple[ModelConfig, StoredWeights]:
         return weights.read(names[name]).to(torch.float32, copy=True)
 
     return config, StoredWeights({name: weights.shapes[full] for name, full in names.items()}, read)
+
+
+def read_declared_length(folder: Path) -> int:
+    """Return the tokens of a sequence in the training of an export; CheckpointError if its config does not say."""
+    try:
+        return read_count(read_json(folder / CONFIG_FILE), "max_position_embeddings")
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}. {AGAIN}") from None
 
 
 def has_declared_bos(folder: Path) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_rdt.checkpoint import StoredWeights
 from megatron_rdt.config import DepthConfig, ModelConfig, RunConfig, check_config
 from megatron_rdt.config.schema import RunSection, TrainConfig
+from megatron_rdt.convert.dense_reference import build_dense_model
 from megatron_rdt.convert.sources.files import SourceWeights
 from megatron_rdt.convert.sources.rules import Rules
 from megatron_rdt.data import Tokenizer
@@ -85,10 +86,11 @@ class ImportPlan:
             )
 
     def check(self) -> None:
-        """Raise CheckpointError for what can be known to fail before anything is written.
+        """Raise CheckpointError or ValueError for what can be known to fail before anything is written.
 
-        That is a model or a training that cannot be configured, weights of other shapes than the model's, and a tied model
-        whose files hold another output matrix. Rules are tried without values; one that needs them is given them.
+        That is a model or a training that cannot be configured, weights of other shapes than the model's, a tied model whose
+        files hold another output matrix, and a dense model that transformers refuses, since the result is compared with
+        it. Rules are tried without values; one that needs them is given them.
         """
         try:
             self.run_config()
@@ -109,6 +111,8 @@ class ImportPlan:
                     "some programs use it. Set the tie in the config to false to keep both, or remove that weight from the "
                     "files."
                 )
+        if self.layers is not None:
+            build_dense_model(self.settings)
 
     @property
     def begins_with_bos(self) -> bool | None:

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from megatron_rdt.config import ModelConfig, RunConfig, load_config, read_saved_model
-from megatron_rdt.convert.dense_reference import build_dense_model
 from megatron_rdt.convert.hf import CONFIG_FILE, MODEL_TYPE, PREFIX, check_tokenizer
 from megatron_rdt.convert.hf_tokenizer import HIDDEN_FOLDER
 from megatron_rdt.convert.import_plan import DEEPSPEED, OWN_EXPORT, ImportPlan, open_source_tokenizer
 from megatron_rdt.convert.similarity import choose_cut
 from megatron_rdt.convert.sources import dense, huginn, open_mythos, ouro, parcae
 from megatron_rdt.convert.sources.files import PYTORCH, SAFETENSORS, SourceWeights, open_source_weights, read_settings
-from megatron_rdt.convert.sources.rules import Rule, check_names, read_count, read_setting
+from megatron_rdt.convert.sources.rules import Rule, check_names, read_count
 from megatron_rdt.data import Tokenizer
 from megatron_rdt.data.tokenizer.hugging_face_backend import JSON_FILE
 from megatron_rdt.data.tokenizer.sentencepiece_backend import MODEL_FILE
@@ -31,7 +30,6 @@ from megatron_rdt.untrusted_files import WRONG_CONTENT
 LOOPED = (huginn, parcae, ouro, open_mythos)
 # Settings of other projects that say how many tokens a sequence of the training had.
 LENGTHS = ("max_position_embeddings", "block_size", "max_seq_len")
-LONGEST = 2**31 - 1
 # The remedy for the tokenizer of an export that is not as it was written.
 SAVED_AGAIN = (
     "Where transformers has saved it again, in another form, name the folder of the original in --tokenizer, or this one if "
@@ -90,12 +88,12 @@ def plan_import(path: Path, options: ImportOptions) -> ImportPlan:
     """
     try:
         plan = _recognize(path, options)
+        plan.check()
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be converted: {error}.") from None
     except WRONG_CONTENT as error:
         reason = f"its config holds another kind of value than such a model has ({type(error).__name__}: {error})"
         raise CheckpointError(f"{path} cannot be converted: {reason}.") from error
-    plan.check()
     return plan
 
 
@@ -185,10 +183,7 @@ def _read_length(settings: Mapping[str, Any]) -> int | None:
     """Return the tokens per sequence of the training of the source; None if it does not say."""
     if all(settings.get(name) is None for name in LENGTHS):
         return None
-    length = read_setting(settings, int, *LENGTHS)
-    if not 1 <= length <= LONGEST:
-        raise ValueError(f"the config says that sequences have {length} tokens")
-    return length
+    return read_count(settings, *LENGTHS)
 
 
 def _plan_foreign(
@@ -251,7 +246,6 @@ def _plan_dense(
     tokenizer = _find_tokenizer(path, folder, options, rows)
     kind, length = dense.KINDS[settings["model_type"]][0], _read_length(settings)
     _check_count(layers, weights)
-    build_dense_model(settings)  # with which the result is compared: refused here, not when all is written
 
     def plan_cut(cut: dense.Cut, notes: list[str]) -> ImportPlan:
         kept = dense.list_kept_layers(cut, layers)

@@ -156,7 +156,11 @@ def test_a_length_that_is_none_is_refused_and_a_missing_one_is_said(
 ) -> None:
     _, source = write_dense(tmp_path / "saved", LlamaConfig(**SIZES), tokenizer_folders["hf"])
     settings = json.loads((source / "config.json").read_text())
-    for wrong, message in (("long", "is 'long', not a number"), (0, "have 0 tokens"), (1 << 40, "have 1099511627776")):
+    for wrong, message in (
+        ("long", "is 'long', not a number"),
+        (0, "is 0; it must be from 1"),
+        (1 << 40, "is 1099511627776;"),
+    ):
         (source / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": wrong}))
         with pytest.raises(CheckpointError, match=message):
             plan_import(source, CUT)

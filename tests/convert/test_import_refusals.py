@@ -40,9 +40,9 @@ def test_a_damaged_or_foreign_source_is_refused(tmp_path: Path, tokenizer: Path)
         ({"intermediate_size": 44}, "Weights and config are of different models"),
         ({"mean_recurrence": "x"}, "mean_recurrence is 'x', not a number"),
         ({"mean_backprop_depth": [1]}, r"mean_backprop_depth is \[1\], not a number"),
-        ({"mean_recurrence": 0}, "mean_recurrence is 0; it must be at least 1"),
-        ({"mean_backprop_depth": -2}, "mean_backprop_depth is -2; it must be at least 1"),
-        ({"mean_recurrence": 2**62}, "depth.max"),
+        ({"mean_recurrence": 0}, "mean_recurrence is 0; it must be from 1 to"),
+        ({"mean_backprop_depth": -2}, "mean_backprop_depth is -2; it must be from 1 to"),
+        ({"mean_recurrence": 2**62}, "mean_recurrence is 4611686018427387904; it must be from 1 to"),
     ):
         (source / "config.json").write_text(json.dumps(settings | change))
         refused(message)

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from launch.commands.eval import evaluate
 from megatron_rdt.config import RunConfig
-from megatron_rdt.errors import ConfigError, DataError
+from megatron_rdt.errors import CheckpointError, ConfigError, DataError
 from megatron_rdt.evaluate import harness
 from megatron_rdt.evaluate.harness import evaluate_harness
 from megatron_rdt.evaluate.harness_results import find_drawn_rows, read_harness_scores
@@ -264,6 +264,12 @@ def test_a_folder_that_was_exported(run: Path, tasks: Path, tmp_path: Path) -> N
         for row in ours["scores"]
     ]
     assert out.with_suffix(".png").is_file()
+    file = tmp_path / "export" / "config.json"
+    settings = json.loads(file.read_text())
+    for length in (None, "128", 0):
+        file.write_text(json.dumps(settings | {"max_position_embeddings": length}))
+        with pytest.raises(CheckpointError, match="max_position_embeddings"):
+            evaluate([str(tmp_path / "export"), *given, f"--out={out}"])
 
 
 def test_what_cannot_be_run_is_refused_before_work(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 LISTED_NAMES = 3
+MOST = 2**31 - 1  # of anything that a config counts
 Value = TypeVar("Value")
 
 
@@ -118,11 +119,11 @@ def read_setting(settings: Mapping[str, object], kind: type[Value], *names: str)
 
 
 def read_count(settings: Mapping[str, object], *names: str) -> int:
-    """Return the first of these settings that is there, a number of things of which there is at least one; else ValueError."""
+    """Return the first of these settings that is there, a number of at least 1; ValueError if none is, or it is no such."""
     count = read_setting(settings, int, *names)
-    if count < 1:
+    if not 1 <= count <= MOST:
         name = next(name for name in names if settings.get(name) is not None)
-        raise ValueError(f"the config's {name} is {count}; it must be at least 1")
+        raise ValueError(f"the config's {name} is {count}; it must be from 1 to {MOST:,}")
     return count
 
 

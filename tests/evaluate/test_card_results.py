@@ -62,7 +62,7 @@ def test_a_card_has_losses_accuracies_and_facts(run: Path, tmp_path: Path, capsy
 
 
 def test_a_card_has_the_scores_of_the_harness(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of the exported step, with names as anyone may have written them into a run."""
+    """Scores are those of the exported step, and names may be anything that someone wrote into a run."""
     settings = {"lm_eval": "0.4", "limit": 50, "fewshot": None, "sequence_length": 64, "cut_requests": 3}
     rows = [
         {

@@ -17,6 +17,7 @@ from megatron_rdt.terminal import flush_output
 DEFAULT_MASTER = ("127.0.0.1", "29500")
 ERROR_FILE = "RDT_ERROR_FILE"
 THREADS = "OMP_NUM_THREADS"
+RECORDED_COLLECTIVES = "2000"  # those of some steps; torch keeps them in a ring
 # PyTorch's switches of what `torch.load` may unpickle: the first wins over its callers; both together are an error.
 WEIGHTS_ONLY, NOT_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 # PyTorch's settings for the memory of a GPU; it reads the second one if only that is set.
@@ -140,6 +141,21 @@ def find_own_address() -> str | None:
         return None
     is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
     return address if is_one_machine or not ipaddress.ip_address(address).is_loopback else None
+
+
+def record_collectives(dump_prefix: Path) -> None:
+    """Make torch keep its last collectives and, where NCCL times out, write them to this path and the rank.
+
+    What the user has set stays. Call it before a process group is made.
+    """
+    defaults = {
+        RECORDED_COLLECTIVES: ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"),
+        str(dump_prefix): ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"),
+        "1": ("TORCH_NCCL_DUMP_ON_TIMEOUT",),
+    }
+    for value, names in defaults.items():
+        if not any(name in os.environ for name in names):  # torch reads the first name, and else its older one
+            os.environ.update(dict.fromkeys(names, value))
 
 
 def usable_cores() -> int:

@@ -7,6 +7,7 @@ from megatron_rdt.config import RunConfig
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"  # a file: the name of the newest checkpoint
 TENSORBOARD = "tensorboard"
+HANG = "hang"  # of each rank, before a timeout ended the run
 TRACES = "traces"  # of torch.profiler
 ORIGIN = "origin.json"  # the checkpoint of another run that this one began from
 

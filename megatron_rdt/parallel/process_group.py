@@ -8,9 +8,15 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from megatron_rdt.config import RunConfig
-from megatron_rdt.environment import ProcessInfo, export_for_torch, prefer_deterministic_libraries
+from megatron_rdt.environment import (
+    ProcessInfo,
+    export_for_torch,
+    prefer_deterministic_libraries,
+    record_collectives,
+)
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.parallel.numa import bind_near_gpu
+from megatron_rdt.run_directory import HANG, run_directory_of
 
 
 def join_process_group(config: RunConfig, process: ProcessInfo) -> torch.device:
@@ -21,6 +27,7 @@ def join_process_group(config: RunConfig, process: ProcessInfo) -> torch.device:
         process = replace(process, local_rank=device.index)  # DeepSpeed takes the GPU whose number is the local rank
     if config.parallel.engine_kind.many_processes:
         export_for_torch(process)
+        record_collectives(run_directory_of(config).absolute() / HANG / "nccl-rank-")
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=config.parallel.start_timeout_s))
     return device

@@ -39,6 +39,7 @@ from megatron_rdt.train.step_record import StepClock, StepRecord
 from megatron_rdt.train.step_review import StepReview
 from megatron_rdt.train.step_traces import StepTraces
 from megatron_rdt.train.stop_request import StopAgreed, StopRequest
+from megatron_rdt.train.watchdog import Watchdog
 
 
 def train(
@@ -179,7 +180,8 @@ class Trainer:
             for line in [*batches.describe(self.step, config.train.steps), *self.data.describe(total)]:
                 self._print_on_rank_0(line)
             loader.wait()
-            with ScheduledGarbageCollection(config.train.gc_every) as collection:
+            watchdog = Watchdog(self.run_directory, config.parallel.timeout_s, self._print_on_rank_0)
+            with watchdog, ScheduledGarbageCollection(config.train.gc_every) as collection:
                 is_same_run = start is not None and checkpoints.belongs_to_run(start.source, self.run_directory)
                 return self._run_steps(loader, collection, is_same_run)
         finally:

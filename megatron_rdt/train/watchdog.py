@@ -1,0 +1,154 @@
+"""Watchdog: before a timeout ends a run that hangs, every rank writes where it is, and rank 0 says who keeps whom waiting.
+
+A rank that hangs begins no collective, and those that wait for it begin none either. So each rank watches the counters of
+its own flight recorder (torch's ring buffer of collectives, for NCCL and gloo), and they all notice at about the same
+time, without a message. A rank that cannot even run this thread writes nothing, and is named for that.
+"""
+
+import faulthandler
+import json
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from megatron_rdt.files import write_bytes, write_text
+from megatron_rdt.object_collectives import rank_and_world_size
+from megatron_rdt.run_directory import HANG
+
+# Share of the timeout after which a rank without a new collective writes where it is; shares of the time until then
+# between two looks, and for which rank 0 waits for the files of the others.
+PATIENCE, LOOK, COLLECT = 0.8, 0.02, 0.1
+SHOWN_RANKS, SHOWN_GROUPS = 8, 6
+OWN_CODE = ("megatron_rdt", "launch")
+
+
+def read_flight_recorder(entries: bool) -> dict[str, Any]:
+    """Return torch's record of this process's collectives: counters in `pg_status` and, if asked, those under way."""
+    from torch._C import _distributed_c10d as binding
+
+    return json.loads(binding._dump_fr_trace_json(entries, True))  # type: ignore[attr-defined]
+
+
+class Watchdog:
+    """A context in which a thread of each rank notices that no collective begins or ends any more.
+
+    Args:
+        run_directory: `runs/<name>`; files go into `hang/` in it.
+        timeout_s: seconds that a collective may take before the run ends.
+        print_line: prints a line on rank 0.
+    """
+
+    def __init__(self, run_directory: Path, timeout_s: float, print_line: Callable[[str], None]) -> None:
+        self._folder, self._print_line = run_directory / HANG, print_line
+        self._limit_s, self._timeout_s = PATIENCE * timeout_s, timeout_s
+        self._rank, self._world_size = rank_and_world_size()
+        self._main_thread = threading.get_ident()
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        if self._world_size > 1:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._is_over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _watch(self) -> None:
+        """Look at the counters again and again; when they have not changed for long, report, once until they do."""
+        counters, changed, has_reported = None, time.monotonic(), False
+        while not self._is_over.wait(LOOK * self._limit_s):
+            now = read_flight_recorder(entries=False).get("pg_status")
+            if now != counters:
+                counters, changed, has_reported = now, time.monotonic(), False
+            elif counters and not has_reported and time.monotonic() - changed > self._limit_s:
+                has_reported = True
+                self._report(time.monotonic() - changed)
+
+    def _report(self, quiet_s: float) -> None:
+        """Write this rank's files; on rank 0, wait for those of the others, and print who waits for what."""
+        try:
+            self._write_files(quiet_s)
+            if self._rank == 0:
+                # Ranks notice it as far apart as their last collectives were. Files of an earlier pause are older.
+                since = time.time() - self._limit_s / 2
+                self._is_over.wait(COLLECT * self._limit_s)
+                self._print_line(self._describe(quiet_s, since))
+        except OSError as error:
+            self._print_line(f"warning: {self._folder} cannot be written: {error}")
+
+    def _write_files(self, quiet_s: float) -> None:
+        """Write the stacks of all threads, the flight recorder's content, and a summary for rank 0."""
+        from torch._C import _distributed_c10d as binding
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with open(self._folder / f"stacks-rank-{self._rank}.txt", "w", encoding="utf-8") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        # As torch's own tool (torchfrtrace) wants its files: a prefix and the rank.
+        write_bytes(self._folder / f"collectives-rank-{self._rank}", binding._dump_fr_trace())  # type: ignore[attr-defined]
+        frame, record = sys._current_frames().get(self._main_thread), read_flight_recorder(entries=True)
+        summary = {
+            "time": time.time(),
+            "host": socket.gethostname(),
+            "quiet_s": quiet_s,
+            "begun": sum(int(group["last_enqueued_collective"]) for group in record["pg_status"].values()),
+            "under_way": [_describe_collective(entry) for entry in record["entries"]],
+            "at": "" if frame is None else _describe_place(frame),
+        }
+        write_text(self._folder / f"rank-{self._rank}.json", json.dumps(summary))
+
+    def _describe(self, quiet_s: float, since: float) -> str:
+        """Return the text for the console: ranks grouped by where they are; first those that have begun the fewest collectives.
+
+        The others wait for these: some rank has to begin what they have begun.
+
+        Args:
+            quiet_s: how long this rank has seen no collective.
+            since: ranks whose files are older wrote them for an earlier reason.
+        """
+        places: dict[tuple[int, str], list[str]] = {}
+        for rank in range(self._world_size):
+            file = self._folder / f"rank-{rank}.json"
+            summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"time": 0}
+            if summary["time"] < since:
+                place = (-1, "wrote nothing: it has ended, hangs in a library, or sees another disk")
+                name = str(rank)
+            else:
+                last = f"the last is {summary['under_way'][-1]}" if summary["under_way"] else "none is under way"
+                begun = summary["begun"]
+                place = (begun, f"has begun {begun} collectives, {last}; it is at {summary['at']}")
+                name = f"{rank} on {summary['host']}"
+            places.setdefault(place, []).append(name)
+        lines = [
+            f"warning: no rank has begun or ended a collective for {quiet_s:.0f} s, of the {self._timeout_s:g} s that one may "
+            f"take. Stacks of all threads and the collectives of each rank are in {self._folder}. The first of these ranks "
+            "keep the others waiting:"
+        ]
+        for (_, text), names in sorted(places.items())[:SHOWN_GROUPS]:
+            more = f" and {len(names) - SHOWN_RANKS} more" if len(names) > SHOWN_RANKS else ""
+            lines.append(f"  rank {', '.join(names[:SHOWN_RANKS])}{more} {text}")
+        return "\n".join(lines)
+
+
+def _describe_collective(entry: dict[str, Any]) -> str:
+    """Return the text of a collective under way: its name, shapes, number and group."""
+    shapes = ", ".join("x".join(map(str, shape)) or "()" for shape in entry["input_sizes"])
+    group = entry["process_group"][1] or entry["process_group"][0]
+    return f"{entry['profiling_name']} of {shapes}, number {entry['collective_seq_id']} of {group}"
+
+
+def _describe_place(frame: FrameType) -> str:
+    """Return file, line and function of the innermost call of our own code, or of any code if there is none."""
+    stack = traceback.extract_stack(frame)
+    own = [call for call in stack if set(Path(call.filename).parts) & set(OWN_CODE)] or stack
+    return f"{Path(own[-1].filename).name}:{own[-1].lineno} {own[-1].name}"

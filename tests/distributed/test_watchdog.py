@@ -1,0 +1,62 @@
+"""A rank that hangs: before the timeout, every rank writes its stacks and collectives, and rank 0 says who waits for what."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+
+from megatron_rdt.environment import record_collectives
+from tests.distributed.processes import start_ranks
+from tests.distributed.watchdog_worker import train_with_hang
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(200)]
+OPTIONS = ["--eval.every=0", "--checkpoint.every=0", "--depth.scheme=fixed", "--depth.mean=3"]
+
+
+@pytest.mark.parametrize(("engine", "rank"), [("fsdp", 1), ("ddp", 0)])
+def test_a_hanging_rank_is_named(engine: str, rank: int, tiny_options: list[str], tmp_path: Path) -> None:
+    options = [*tiny_options, *OPTIONS, f"--run.root={tmp_path}", f"--parallel.engine={engine}"]
+    with start_ranks(train_with_hang, 2, [*options, "--parallel.timeout_s=20"], rank, group=False) as ranks:
+        ranks.wait(120)
+        said, report = ranks.read_output(0), ranks.format_report()
+    other, folder = 1 - rank, tmp_path / "run" / "hang"
+    assert ranks.processes[other].exitcode == 1, report
+    lines = said.splitlines()
+    begin = next(i for i, line in enumerate(lines) if "no rank has begun or ended a collective for" in line)
+    first, second = lines[begin + 1 : begin + 3]
+    assert first.startswith(f"  rank {rank} on "), said
+    assert second.startswith(f"  rank {other} on "), said
+    assert "at core.py:" in first
+    assert "the last is gloo:" in second
+    summaries = [json.loads((folder / f"rank-{each}.json").read_text()) for each in range(2)]
+    assert summaries[rank]["begun"] < summaries[other]["begun"]
+    assert str(folder) in lines[begin]
+    assert "in wait" in (folder / f"stacks-rank-{rank}.txt").read_text()
+    for each in range(2):
+        stacks = (folder / f"stacks-rank-{each}.txt").read_text()
+        assert "in _run_steps" in stacks
+        assert stacks.count("hread 0x") > 2, "threads beside the main one"
+        recorded = pickle.loads((folder / f"collectives-rank-{each}").read_bytes())
+        assert any(entry["profiling_name"].startswith("gloo:") for entry in recorded["entries"])
+
+
+def test_the_flight_recorder_keeps_what_the_user_has_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        "TORCH_FR_DUMP_TEMP_FILE": str(tmp_path / "nccl-rank-"),
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(tmp_path / "nccl-rank-"),
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    }
+    environment: dict[str, str] = {}
+    monkeypatch.setattr("os.environ", environment)
+    record_collectives(tmp_path / "nccl-rank-")
+    assert environment == names
+    environment.clear()
+    environment |= {"TORCH_NCCL_TRACE_BUFFER_SIZE": "7", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
+    record_collectives(tmp_path / "nccl-rank-")
+    assert environment["TORCH_NCCL_TRACE_BUFFER_SIZE"] == "7"
+    assert environment["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0"
+    assert "TORCH_FR_BUFFER_SIZE" not in environment, "which would win over the user's older name"
+    assert environment["TORCH_FR_DUMP_TEMP_FILE"] == str(tmp_path / "nccl-rank-")

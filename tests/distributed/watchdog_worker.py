@@ -1,0 +1,26 @@
+"""Training on ranks of which one hangs."""
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from launch.pretrain import main
+from megatron_rdt.model.core import RecurrentCore
+
+CALLS = 8  # of the core's iteration, before the rank hangs
+
+
+def train_with_hang(words: Sequence[str], rank: int) -> NoReturn:
+    """Run the training script; `rank` hangs in an iteration of the core, in the middle of a step."""
+    if int(os.environ["RANK"]) == rank:
+        iterate, calls = RecurrentCore.iterate, [0]
+
+        def wait(self: RecurrentCore, *arguments: Any, **named: Any) -> Any:
+            calls[0] += 1
+            if calls[0] > CALLS:
+                time.sleep(1000)
+            return iterate(self, *arguments, **named)
+
+        RecurrentCore.iterate = wait  # type: ignore[method-assign]
+    raise SystemExit(main(list(words)))

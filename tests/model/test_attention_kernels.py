@@ -9,6 +9,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from megatron_rdt.model.attention.kernels import BlockwiseMask, attend
 from megatron_rdt.model.attention.masks import attention_mask
 from megatron_rdt.model.attention.rope import rotary_tables, rotate
+from megatron_rdt.parallel.context_parallel import assign_positions
 
 CPU = torch.device("cpu")
 
@@ -38,6 +39,36 @@ def test_blocks_are_those_of_the_mask(window: int, length: int, packed: bool) ->
         again = create_block_mask(chosen.block_mask.mask_mod, 2, 1, length, length, device="cpu")
         assert torch.equal(chosen.block_mask.to_dense(), again.to_dense())
         assert mask.rows(slice(3)) is mask
+
+
+@pytest.mark.parametrize("window", [0, 60, 300])
+@pytest.mark.parametrize(("length", "ranks"), [(1024, 2), (1024, 4), (300, 2), (1200, 3)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_blocks_of_a_part_of_the_sequence_hold_all_that_it_sees(
+    window: int, length: int, ranks: int, packed: bool
+) -> None:
+    """Context parallelism: a rank's queries are two pieces of the sequence, which may end within a block."""
+    generator = torch.Generator().manual_seed(0)
+    documents = (torch.rand(2, length, generator=generator) < 0.01).cumsum(-1) if packed else None
+    query, key, value = (torch.randn(2, heads, length, 16, generator=generator) for heads in (4, 2, 2))
+    owned, _ = assign_positions(length, ranks, CPU)
+    for positions in owned:
+        mask = BlockwiseMask(length, window, documents, CPU, positions)
+        exact = attention_mask(length, 0, window, documents, CPU, queries=positions)
+        exact = exact.reshape(-1, len(positions), length)
+        block_mask, batch = mask.block_mask, len(exact)
+        theirs = create_block_mask(block_mask.mask_mod, batch, 1, len(positions), length, device="cpu")
+        assert torch.equal(block_mask.full_kv_num_blocks, theirs.full_kv_num_blocks)
+        assert bool((block_mask.to_dense() >= theirs.to_dense()).all())
+        if length % (2 * ranks * 128) == 0:  # pieces of whole blocks: nothing is computed in vain
+            assert torch.equal(block_mask.to_dense(), theirs.to_dense())
+        b = torch.arange(batch)[:, None, None]
+        seen = block_mask.mask_mod(b, b, torch.arange(len(positions))[:, None], torch.arange(length))
+        assert torch.equal(seen.expand(batch, -1, -1), exact)
+        with torch.no_grad():
+            result = attend(query[:, :, positions], key, value, mask)
+        expected = attend(query[:, :, positions], key, value, exact[:, None])
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
 NO_COMPILER = not any(map(shutil.which, ("g++", "clang++")))

@@ -1,7 +1,8 @@
 """Softmax attention under any mask of the model: SDPA, and FlexAttention (arXiv:2412.05496) where its blocks pay.
 
-A mask of a window or of documents is mostly False. On a GPU FlexAttention skips the blocks that are all False and never
-builds the rest as a (sequence, sequence) tensor; elsewhere SDPA takes the exact boolean mask of `attention_mask`.
+A mask of a window, of documents, or of a part of the sequence is False in many blocks. On a GPU FlexAttention skips the
+blocks that are all False and never builds the rest as a (sequence, sequence) tensor; elsewhere SDPA takes the exact boolean
+mask of `attention_mask`.
 """
 
 import functools
@@ -21,19 +22,28 @@ SMALLEST_HEAD = 16  # channels; FlexAttention's kernels take no fewer
 
 
 class BlockwiseMask:
-    """A causal mask with a window, documents, or both, in the blocks of FlexAttention.
+    """A causal mask in the blocks of FlexAttention, with a window, documents, or some of the queries only.
 
     Args:
-        sequence: number of queries, and of keys.
+        sequence: number of keys.
         window: as in `attention_mask`.
         documents: (batch, sequence) document number of each token, in any order, or None.
         device: of the queries.
+        queries: (queries,) positions of the queries, in any order; all of the sequence if None.
     """
 
-    def __init__(self, sequence: int, window: int, documents: Tensor | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        sequence: int,
+        window: int,
+        documents: Tensor | None,
+        device: torch.device,
+        queries: Tensor | None = None,
+    ) -> None:
         from torch.nn.attention.flex_attention import BlockMask
 
         self.sequence, self.window, self.documents, self.device = sequence, window, documents, device
+        self.queries = queries
         some, full = self._classify_blocks()
         # In blocks that are seen in full the kernel does not evaluate the rule for each element.
         self.block_mask = BlockMask.from_kv_blocks(
@@ -41,19 +51,20 @@ class BlockwiseMask:
             *_list_blocks(full),
             BLOCK_SIZE=BLOCK,
             mask_mod=self._visibility_rule(),
-            seq_lengths=(sequence, sequence),
+            seq_lengths=(sequence if queries is None else len(queries), sequence),
         )
 
     def _visibility_rule(self) -> Callable[..., Tensor]:
-        """Return FlexAttention's `mask_mod`: True if query position q of sequence b sees key position k."""
-        window, documents = self.window, self.documents
+        """Return FlexAttention's `mask_mod`: True if query q of sequence b sees the key at position k."""
+        window, documents, queries = self.window, self.documents, self.queries
 
         def is_visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            seen = k <= q
+            position = q if queries is None else queries[q]
+            seen = k <= position
             if window:
-                seen = seen & (k > q - window)
+                seen = seen & (k > position - window)
             if documents is not None:
-                seen = seen & (documents[b, q] == documents[b, k])
+                seen = seen & (documents[b, position] == documents[b, k])
             return seen
 
         return is_visible
@@ -61,40 +72,47 @@ class BlockwiseMask:
     def _classify_blocks(self) -> tuple[Tensor, Tensor]:
         """Mark blocks with anything visible, and those visible in full: (batch or 1, 1, query blocks, key blocks).
 
-        Computed from the first and last position of each block: (sequence, sequence) never exists. The first result may
-        include a block with nothing visible where documents are out of order: that costs time, not exactness.
+        Computed from the least and largest position of each block: (sequence, sequence) never exists. The first result may
+        include a block with nothing visible where documents or queries are out of order: that costs time, not exactness.
         """
-        first = torch.arange(0, self.sequence, BLOCK, device=self.device)
-        last = (first + BLOCK).clamp_max(self.sequence) - 1
-        # Rows are query blocks, columns key blocks. A short last block does not count as full,
-        # as in PyTorch's create_block_mask.
-        some = first <= last[:, None]
-        full = (last < first[:, None]) & (last[:, None] - first[:, None] == BLOCK - 1)
+        keys = torch.arange(self.sequence, device=self.device)
+        queries = keys if self.queries is None else self.queries
+        first, last = _block_ranges(keys[None])  # (1, key blocks) each
+        lowest, highest = (each.mT for each in _block_ranges(queries[None]))  # (query blocks, 1) each
+        # A short last block does not count as full, as in PyTorch's create_block_mask.
+        is_whole = (torch.arange(len(lowest), device=self.device) + 1)[:, None] * BLOCK <= len(queries)
+        some, full = first <= highest, (last < lowest) & is_whole
         if self.window:
-            some = some & (last > first[:, None] - self.window)
-            full = full & (first > last[:, None] - self.window)
+            some = some & (last > lowest - self.window)
+            full = full & (first > highest - self.window)
         some, full = some[None, None], full[None, None]
         if self.documents is not None:
             # Blocks may share a document where their ranges of numbers overlap, and are one document throughout where
             # both hold a single number, the same.
-            padding = len(first) * BLOCK - self.sequence
-            blocks = functional.pad(self.documents[:, None].double(), (0, padding), mode="replicate")
-            low, high = blocks.unflatten(-1, (-1, BLOCK)).aminmax(dim=-1)  # (batch, 1, blocks) each
-            queries = low.unsqueeze(-1), high.unsqueeze(-1)
-            keys = low.unsqueeze(-2), high.unsqueeze(-2)
-            some = some & (queries[0] <= keys[1]) & (keys[0] <= queries[1])
-            full = full & (queries[0] == keys[1]) & (keys[0] == queries[1])
+            of_queries = self.documents if self.queries is None else self.documents[:, self.queries]
+            low, high = (each[:, None, :, None] for each in _block_ranges(of_queries))
+            key_low, key_high = (each[:, None, None, :] for each in _block_ranges(self.documents))
+            some = some & (low <= key_high) & (key_low <= high)
+            full = full & (low == key_high) & (key_low == high)
         return some, full
 
     def rows(self, rows: Tensor | slice) -> "BlockwiseMask":
         """Return the mask of some of the sequences; the same object where nothing changes."""
         if self.documents is None or (isinstance(rows, slice) and rows == slice(len(self.documents))):
             return self
-        return BlockwiseMask(self.sequence, self.window, self.documents[rows], self.device)
+        return BlockwiseMask(self.sequence, self.window, self.documents[rows], self.device, self.queries)
 
 
 Mask = Tensor | BlockwiseMask | None
 """A boolean tensor, True where a query sees a key, broadcastable to (batch, heads, queries, keys); None is causal."""
+
+
+def _block_ranges(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the least and the largest of each block of (batch, n) numbers: (batch, blocks) each."""
+    padding = -numbers.shape[1] % BLOCK
+    blocks = functional.pad(numbers[:, None].double(), (0, padding), mode="replicate")
+    low, high = blocks[:, 0].unflatten(-1, (-1, BLOCK)).aminmax(dim=-1)
+    return low, high
 
 
 def _list_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,11 +156,12 @@ def model_mask(
             raise ValueError("documents are for whole sequences; there is a cache with earlier positions")
     mla = config.attention == "mla"
     channels = min(config.nope_dim + config.rope_dim, config.value_dim) if mla else config.head_dim
-    has_empty_blocks = config.window or documents is not None
+    # What a rank has of a split sequence ends in two places, so no kernel has that mask built in.
+    has_empty_blocks = config.window or documents is not None or is_split
     has_kernel = tokens.is_cuda and dtype != torch.float64 and channels >= SMALLEST_HEAD
-    if has_empty_blocks and has_kernel and mask is None and not has_cache and not is_split:
-        return BlockwiseMask(length, config.window, documents, tokens.device)
     queries = token_split.positions(start, tokens.shape[1], tokens.device) if is_split else None
+    if has_empty_blocks and has_kernel and mask is None and not has_cache:
+        return BlockwiseMask(length, config.window, documents, tokens.device, queries)
     return attention_mask(length, start, config.window, documents, tokens.device, mask, queries)
 
 

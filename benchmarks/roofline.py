@@ -4,7 +4,8 @@ A preset's step runs on fake CUDA tensors, which have shapes and no memory. Ever
 compiled layers as torch.compile fuses them, and takes the larger of two times, at rates that an H100 attains: 600 TFLOP/s in
 bfloat16 products, 300 in TF32, 50 in float32, 400 in attention, 2.7 TB/s. The sum is the least time of the step; useful FLOPs
 (megatron_rdt/model/flops.py) over it and the peak of 989 TFLOP/s are `mfu_bound`. Exact and the same everywhere; a GPU adds
-launches, gaps, and kernels that miss these rates.
+launches, gaps, and kernels that miss these rates. Beside it stand the figures of the planner's formulas for the same step
+(megatron_rdt/planner/kernels.py), whose coefficients are fitted to these counts.
 
     python benchmarks/roofline.py                                        # a table of the presets of CASES
     python benchmarks/roofline.py --preset huginn_3_5b --json
@@ -28,15 +29,17 @@ from tools.tables import format_header, format_row
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_rdt.config import RunConfig, load_config
+from megatron_rdt.config.layout import Layout
 from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan
+from megatron_rdt.devices import DEVICES
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.compiling import compile_layers
 from megatron_rdt.parallel import MicroBatch, make_engine
 from megatron_rdt.parallel.process_group import allow_tf32
+from megatron_rdt.planner.kernels import LAUNCH_SECONDS, StepKernels
 
 MODELS = Path(__file__).resolve().parents[1] / "configs" / "models"
-LAUNCH_SECONDS = 6e-6  # of a kernel, by the host
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,8 @@ def summarize(preset: str, case: Case, config: RunConfig, log: OperatorLog) -> d
     """Return the figures of a logged step."""
     plan = DepthPlan((case.loops,) * case.sequences, case.backprop, tuple(range(case.sequences)))
     useful = count_training_flops(config.model, plan, case.length)
+    kernels = StepKernels(config, Layout(), DEVICES["h100"])
+    planned = kernels.micro_batch(case.loops, min(case.loops, case.backprop or case.loops)) + kernels.optimizer_step()
     by_kernel, by_place, by_phase = (sum_entries(log, part) for part in (1, 2, 0))
     return {
         "preset": preset,
@@ -124,6 +129,8 @@ def summarize(preset: str, case: Case, config: RunConfig, log: OperatorLog) -> d
         "useful_flops": useful,
         "kernels": log.kernels,
         "launch_seconds": log.kernels * LAUNCH_SECONDS,
+        "planned_seconds": planned.seconds,
+        "planned_kernels": round(planned.kernels),
         "waits": dict(log.waits),
         "by_phase": by_phase,
         "by_kernel": by_kernel,
@@ -209,13 +216,17 @@ def main() -> None:
         "kernels",
         "launches, ms",
         "host waits",
+        "planned: ms",
+        "kernels",
     ]
     print(format_header(columns, left=2))
     for row in found:
         size = f"{row['sequences']} x {row['length']:,}", row["loops"], row["backprop"] or "all"
         times = f"{row['mfu_bound']:.1%}", f"{row['seconds'] * 1e3:.1f}", f"{row['useful_flops'] / 1e12:.1f}"
         host = row["kernels"], f"{row['launch_seconds'] * 1e3:.0f}", sum(row["waits"].values())
-        print(format_row([row["preset"], *size, *times, *host]))
+        pairs = (("planned_seconds", "seconds", 1e3), ("planned_kernels", "kernels", 1))
+        planned = (f"{row[a] * unit:,.0f} ({row[a] / row[b] - 1:+.0%})" for a, b, unit in pairs)
+        print(format_row([row["preset"], *size, *times, *host, *planned]))
     if options.preset:
         print_details(found[0], options.lines)
 

@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from megatron_rdt.devices import DEVICES, Rates, attained_rates
+
 # Operators that make the host wait for the device.
 WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "_unique2", "unique_dim"}
 # Operators that run no kernel, besides those that return views.
@@ -37,26 +39,7 @@ PRODUCTS = {"mm": 0, "bmm": 0, "_grouped_mm": 0, "addmm": 1, "addmm_": 1, "baddb
 LOOKUPS = {"embedding", "index", "gather", "index_select"}
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Rates that a device attains, as opposed to its peaks.
-
-    Attributes:
-        products, tf32_products, float32_products: FLOP/s of matrix products by type.
-        attention: FLOP/s of attention kernels, causal ones counted as half.
-        memory: bytes per second.
-        peak: of dense bfloat16 products by its data sheet, FLOP/s; utilisation is measured against it.
-    """
-
-    products: float
-    tf32_products: float
-    float32_products: float
-    attention: float
-    memory: float
-    peak: float
-
-
-H100 = Rates(600e12, 300e12, 50e12, 400e12, 2.7e12, 989e12)
+H100 = attained_rates(DEVICES["h100"])
 
 
 @dataclass
@@ -86,6 +69,16 @@ def count_operator_bytes(name: str, arguments: Iterable[Tensor], results: Iterab
             + 2 * max(x.numel() for x in arguments[1:]) * arguments[0].element_size()
         )
     return sum(map(tensor_bytes, [*arguments, *results]))
+
+
+def list_written(func: Any, args: tuple[Any, ...]) -> list[Tensor]:
+    """Tensors that an operator without results writes: fused optimizers, which may unscale gradients and do not here."""
+    written = [
+        value
+        for argument, value in zip(func._schema.arguments, args)
+        if argument.alias_info is not None and argument.alias_info.is_write and argument.name != "grads"
+    ]
+    return [x for x in tree_leaves(written) if isinstance(x, Tensor)]
 
 
 def is_causal(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -190,7 +183,7 @@ class OperatorLog(TorchDispatchMode):
         if returns_view or name in IDLE or not (results or func._schema.is_mutable):
             return result
         flops = count_operator_flops(func, args, kwargs, result)
-        moved = count_operator_bytes(name, arguments, results)
+        moved = count_operator_bytes(name, arguments, results or list_written(func, args))
         dtype = multiplied_dtype(name, args)
         kernel = f"{name} {str(dtype).removeprefix('torch.')}" if flops else name
         self.add_kernel(kernel, moved, flops, dtype, find_place())

@@ -38,8 +38,8 @@ class PlanOptions:
     """GB/s of a device's share of the network; 0: the device's own."""
     per_node: int = 0
     """Devices of a node; 0: the device's own."""
-    utilisation: float = 0.4
-    """Share of the peak FLOP rate that is reached while computing."""
+    utilisation: float = 0.0
+    """Share of the peak FLOP rate that is reached while computing, where it was measured; 0: computed from the kernels of the step."""
     tokens: float = 100.0
     """Token budget, in billions."""
     price: float = 0.0
@@ -63,8 +63,8 @@ def plan(words: list[str]) -> int:
         check_plan_file(out)
     config, notes = fit_to_devices(config, 1 if options.measure else options.devices)
     device = _device_of(options)
-    if not 0 < options.utilisation <= 1:
-        raise ConfigError(f"--utilisation is {options.utilisation}, it must be above 0 and at most 1.")
+    if not 0 <= options.utilisation <= 1:
+        raise ConfigError(f"--utilisation is {options.utilisation}, it must be at least 0 and at most 1.")
     if min(options.tokens, options.price, options.nproc) < 0:
         raise ConfigError("--tokens, --price and --nproc must not be negative.")
     if options.tokens > MOST_BILLIONS:

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from megatron_rdt.config import ModelConfig, OptimizerConfig, RunConfig
+from megatron_rdt.config.deepspeed import deepspeed_config
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.model.cross_entropy import count_chunk_tokens
 from megatron_rdt.parallel.optimizers import has_weight_decay
 from megatron_rdt.planner.memory import StepDepth
-from megatron_rdt.planner.parameters import Parameter, core_units, list_parameters, list_units
+from megatron_rdt.planner.parameters import CORE, ROOT, Parameter, core_units, list_parameters, list_units
 from megatron_rdt.planner.recomputation import CheckpointingPolicy
 from megatron_rdt.planner.shape import FLOAT32, INT64, Shape
 from megatron_rdt.planner.weights import ZERO_BUCKET
@@ -36,7 +37,8 @@ class Collectives:
         size: bytes of all calls together.
         axis: processes that take part: "state" (those that share a shard group), "replicate", "context", "tensor",
             "expert", "holders" (those with the same experts) or "world".
-        hidden: True if the device computes meanwhile.
+        hidden: True if the device may compute meanwhile.
+        unit: the unit whose weights or gradients these are, "" if those of all.
     """
 
     phase: str
@@ -46,6 +48,7 @@ class Collectives:
     size: float
     axis: str
     hidden: bool = False
+    unit: str = ""
 
 
 def sum_by_kind(sent: Iterable[Collectives]) -> dict[str, tuple[int, int]]:
@@ -106,10 +109,10 @@ def _fsdp_collectives(config: RunConfig, layout: Layout, depth: StepDepth, numbe
     always = config.parallel.reduce == "per_micro_batch"
     reductions = number if always else 1
     last_layer = f"core.layers.{config.model.core_layers - 1}."
-    for name in ("root", *list_units(config.model)):
-        if name != "core":
+    for name in (ROOT, *list_units(config.model)):
+        if name != CORE:
             size = whole(p for p in parameters if p.unit == name)
-            units.append((name, size, 1, 0 if name == "root" or kept else 1, reductions))
+            units.append((name, size, 1, 0 if name == ROOT or kept else 1, reductions))
             continue
         for inner, group in core_units(config).items():
             forward, backward = (depth.loops, depth.with_grad) if inner else (1, 1)
@@ -120,16 +123,17 @@ def _fsdp_collectives(config: RunConfig, layout: Layout, depth: StepDepth, numbe
             # The gradients of earlier micro-batches are reduced with those of the first iteration that goes backward, the
             # gradients of the other iterations once more at the end.
             early = bool(inner) and number > 1 and depth.with_grad > 1 and not always
-            units.append(("core", whole(group), forward, backward, reductions + early))
+            units.append((inner or CORE, whole(group), forward, backward, reductions + early))
+    outside = {ROOT, *list_units(config.model)} - {CORE}
     for name, size, forward, backward, _ in units if ranks > 1 else []:
-        purpose = "weights of the core" if name == "core" else "other weights"
+        purpose = "other weights" if name in outside else "weights of the core"
         for phase, times in (("forward", number * forward), ("backward", number * backward)):
-            yield Collectives(phase, GATHER, purpose, times, times * size, "state", hidden=True)
-    for _, size, _, _, times in units:
+            yield Collectives(phase, GATHER, purpose, times, times * size, "state", True, name)
+    for name, size, _, _, times in units:
         if ranks > 1:
-            yield Collectives("backward", SCATTER, "gradients", times, times * size, "state", hidden=True)
+            yield Collectives("backward", SCATTER, "gradients", times, times * size, "state", True, name)
         if layout.replicate > 1:
-            yield Collectives("backward", REDUCE, "gradients", times, times * size / ranks, "replicate", hidden=True)
+            yield Collectives("backward", REDUCE, "gradients", times, times * size / ranks, "replicate", True, name)
     if layout.tensor > 1:  # parameters that every process of the axis holds whole
         same = [p for p in parameters if p.split_dim is None and not (layout.expert > 1 and p.is_routed)]
         size = FLOAT32 * sum(p.size for p in same)
@@ -203,10 +207,14 @@ def _zero_collectives(config: RunConfig, layout: Layout, number: int) -> Iterato
     parameters, world, stage = list_parameters(config.model), layout.world_size, config.parallel.engine_kind.zero_stage
     numbers = sum(p.size for p in parameters)
     buckets = -(-numbers // ZERO_BUCKET)
+    # DeepSpeed's own default of `overlap_comm`, and what our engine sets: with no live parameters nothing is fetched early.
+    options = deepspeed_config(config, world)["zero_optimization"]
+    overlaps = bool(options.get("overlap_comm", stage == 3))
+    prefetches = options.get("stage3_max_live_parameters", 1) > 0
     if stage < 3:
         reductions = number if stage == 2 else 1
         size = reductions * FLOAT32 * numbers
-        yield Collectives("backward", REDUCE, "gradients", reductions * buckets, size, "world", hidden=True)
+        yield Collectives("backward", REDUCE, "gradients", reductions * buckets, size, "world", overlaps)
         groups = [
             sum(p.size for p in parameters if _has_weight_decay(p, config.optimizer) is decay)
             for decay in (True, False)
@@ -224,9 +232,9 @@ def _zero_collectives(config: RunConfig, layout: Layout, number: int) -> Iterato
     if model.core_norm == "last_shared":  # the core reads the final norm too
         gathers, size = gathers + 1, size + FLOAT32 * -(-model.dim // world) * world
     for phase in ("forward", "backward"):
-        yield Collectives(phase, GATHER, "weights", number * gathers, number * size, "world", hidden=True)
+        yield Collectives(phase, GATHER, "weights", number * gathers, number * size, "world", prefetches)
     size = number * FLOAT32 * sum(-(-p.size // world) * world for p in parameters)
-    yield Collectives("backward", SCATTER, "gradients", number * buckets, size, "world", hidden=True)
+    yield Collectives("backward", SCATTER, "gradients", number * buckets, size, "world", overlaps)
     yield Collectives("update", REDUCE, "norms and flags", 4, 4 * FLOAT64, "world")
 
 

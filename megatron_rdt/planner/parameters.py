@@ -13,7 +13,7 @@ from megatron_rdt.parallel.mesh import choose_sharded_dimension
 from megatron_rdt.parallel.optimizers import is_stepped_by_muon
 from megatron_rdt.parallel.tensor_parallel import split_dimension
 
-ROOT = "root"
+ROOT, CORE = "root", "core"
 EXPERT_NAMES = ("feedforward.gate", "feedforward.up", "feedforward.down")
 
 

@@ -1,11 +1,14 @@
 """Format a run plan as text for a terminal, and as data for JSON."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_rdt.planner.balance import expert_load
+from megatron_rdt.planner.collective_time import collective_seconds
 from megatron_rdt.planner.run_plan import USABLE_MEMORY, RunPlan
-from megatron_rdt.planner.step_time import DAY, HOUR, collective_seconds
+from megatron_rdt.planner.step_time import DAY, HOUR, StepTime
 from megatron_rdt.terminal import align_columns, format_count, format_duration
 
 GB, TERA = 1e9, 1e12
@@ -17,7 +20,7 @@ def format_plan(plan: RunPlan, utilisation: float, tokens: float, price: float) 
 
     Args:
         plan: the run plan.
-        utilisation: share of the peak rate that it assumed.
+        utilisation: share of the peak rate that it assumed; 0: that of the kernels.
         tokens: budget of the run.
         price: price of one device for an hour; 0 omits the cost.
     """
@@ -87,7 +90,7 @@ def _format_communication(plan: RunPlan) -> str:
         row = merged.setdefault((each.purpose, each.kind, each.axis, each.hidden), [0, 0.0, 0.0])
         row[0] += each.calls
         row[1] += each.size
-        row[2] += collective_seconds(each, plan.layout, plan.device)
+        row[2] += collective_seconds(each, plan.layout, plan.device, expert_load(plan.config, plan.layout))
     rows = [("what", "collective", "among", "calls", "GB", "time", "")]
     for (purpose, kind, axis, hidden), (calls, size, time) in merged.items():
         overlap = "beside computing" if hidden else "waits"
@@ -108,8 +111,9 @@ def _format_time(plan: RunPlan, utilisation: float, tokens: float, price: float)
         f"  at least {format_duration(time.bound)}: {format_duration(time.computing)} computing at the peak rate, "
         f"{format_duration(time.hidden)} of communication beside it, {format_duration(time.exposed)} of communication "
         f"that waits; MFU at most {100 * time.mfu_bound:.1f} %",
-        f"  expected {format_duration(time.expected)} if computing reaches {100 * utilisation:.0f} % of the peak: "
-        f"{plan.tokens / time.expected:,.0f} tokens/s, MFU {100 * time.mfu:.1f} %",
+        f"  expected {format_duration(time.expected)}: {plan.tokens / time.expected:,.0f} tokens/s, "
+        f"MFU {100 * time.mfu:.1f} %; of it",
+        _format_table(_list_time_parts(plan, time, utilisation), "    "),
     ]
     if len(plan.seconds) > 1:
         lines.append("  other global batches of train.batch_schedule, expected:")
@@ -126,6 +130,23 @@ def _format_time(plan: RunPlan, utilisation: float, tokens: float, price: float)
     return "\n".join(lines)
 
 
+def _list_time_parts(plan: RunPlan, time: StepTime, utilisation: float) -> list[tuple[str, str]]:
+    """List the parts of the expected time, with words for each."""
+    what = f"operations at {100 * utilisation:.0f} % of the peak rate" if utilisation else "kernels on the device"
+    parts = [(what, time.kernels)]
+    if time.launches > time.kernels:
+        parts.append(("launches by the host beyond that", time.launches - time.kernels))
+    parts += [
+        ("waits for communication beside computing", time.stalled),
+        ("waits for other communication", time.exposed),
+    ]
+    if plan.config.depth.scheme == "difficulty":
+        parts.append(("waits for the deepest process, which only the data knows", math.nan))
+    elif time.idle:
+        parts.append(("waits for the process with the most iterations", time.idle))
+    return [(words, "not known" if math.isnan(seconds) else format_duration(seconds)) for words, seconds in parts]
+
+
 def _format_micro_batches(plan: RunPlan, batch: int) -> str:
     """Format how many micro-batches a device has in a step of this global batch."""
     return f"{batch // (plan.config.train.micro_batch * plan.layout.data)} micro-batches per device and step"
@@ -137,6 +158,7 @@ def plan_to_dict(plan: RunPlan, tokens: float) -> dict[str, Any]:
     def days(tokens: float) -> float | None:
         return plan.steps_and_seconds(tokens)[1] / DAY if plan.seconds else None
 
+    load = expert_load(plan.config, plan.layout)
     return {
         "device": dataclasses.asdict(plan.device),
         "layout": dataclasses.asdict(plan.layout) | {"devices": plan.layout.world_size},
@@ -145,7 +167,7 @@ def plan_to_dict(plan: RunPlan, tokens: float) -> dict[str, Any]:
         "flops": dataclasses.asdict(plan.work),
         "memory": {**dataclasses.asdict(plan.memory), "at_mean": plan.usual.peak, "fits": plan.fits},
         "communication": [
-            dataclasses.asdict(each) | {"seconds": collective_seconds(each, plan.layout, plan.device)}
+            dataclasses.asdict(each) | {"seconds": collective_seconds(each, plan.layout, plan.device, load)}
             for each in plan.sent
         ],
         "time": None if plan.time is None else dataclasses.asdict(plan.time),

@@ -15,10 +15,10 @@ from megatron_rdt.depth import DepthSampler
 from megatron_rdt.devices import Device
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.parallel.optimizers import check_no_weight_decay
-from megatron_rdt.planner.communication import Collectives, step_communication
+from megatron_rdt.planner.communication import Collectives
 from megatron_rdt.planner.memory import PeakMemory, StepDepth, step_memory
 from megatron_rdt.planner.parameters import active_parameters, part_sizes
-from megatron_rdt.planner.step_time import StepTime, Work, step_time, step_work
+from megatron_rdt.planner.step_time import StepTime, Work, step_time
 
 NEGLIGIBLE_PROBABILITY = 1e-6  # memory is planned for the largest T that is drawn more often than this
 USABLE_MEMORY = 0.92  # share of a device's memory; libraries, communication buffers and fragmentation take the rest
@@ -122,14 +122,16 @@ def make_layout(config: RunConfig, devices: int) -> Layout:
     return Layout.of(config.parallel, devices)
 
 
-def make_plan(config: RunConfig, devices: int, device: Device, utilisation: float, advise: bool = True) -> RunPlan:
+def make_plan(
+    config: RunConfig, devices: int, device: Device, utilisation: float = 0.0, advise: bool = True
+) -> RunPlan:
     """Compute the plan of a run on a number of devices; raise ConfigError if the config does not work on them.
 
     Args:
         config: the run's config.
         devices: number of devices.
         device: kind of device.
-        utilisation: share of the peak rate that is assumed while computing.
+        utilisation: see `step_time`.
         advise: also try options that would save memory.
 
     Raises:
@@ -141,8 +143,7 @@ def make_plan(config: RunConfig, devices: int, device: Device, utilisation: floa
     memory, usual = (largest_step_memory(config, layout, device, depth) for depth in (deepest, mean))
     known, times = config.train.precision == "bfloat16" or not device.is_gpu, {}
     for batch, each in list_step_configs(config).items():  # the last is of train.global_batch
-        work, sent = step_work(each, loops, with_grad), step_communication(each, layout, mean, device.is_gpu)
-        times[batch] = step_time(work, sent, layout, device, utilisation)
+        work, sent, times[batch] = step_time(each, layout, device, (loops, with_grad), utilisation)
     time, seconds = (times[batch], {b: t.expected for b, t in times.items()}) if known else (None, {})
     changes = list(find_saving_options(config, devices, device, memory)) if advise else []
     parts, active = part_sizes(config.model), active_parameters(config.model)

@@ -7,15 +7,15 @@ from typing import Any
 
 from megatron_rdt.config import RunConfig
 from megatron_rdt.config.engines import PROPOSED
+from megatron_rdt.config.layout import Layout
 from megatron_rdt.devices import Device
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.planner import run_plan
-from megatron_rdt.planner.communication import step_communication
-from megatron_rdt.planner.memory import StepDepth
-from megatron_rdt.planner.step_time import step_time, step_work
+from megatron_rdt.planner.step_time import step_time
 
 MICRO_BATCHES = (16, 8, 4, 2, 1)
 TENSOR, CONTEXT, EXPERT, SHARDED = (1, 2, 4, 8), (1, 2, 8), (1, 8, 64), (64, 512)
+SAME = 0.01  # arrangements whose times differ by less than this share are equally fast
 
 
 def list_arrangements(config: RunConfig, devices: int) -> Iterator[dict[str, Any]]:
@@ -37,7 +37,20 @@ def list_arrangements(config: RunConfig, devices: int) -> Iterator[dict[str, Any
             }
 
 
-def find_fastest_plan(config: RunConfig, devices: int, device: Device, utilisation: float) -> run_plan.RunPlan | None:
+def _arrange(config: RunConfig, devices: int) -> tuple[RunConfig, Layout] | None:
+    """Return the config, compiled if it can be, and its layout; None if it does not work on that many devices."""
+    for compiled in ("layers", "none"):
+        other = run_plan.with_options(config, {"train.compile": compiled})
+        try:
+            return other, run_plan.make_layout(other, devices)
+        except ConfigError:
+            continue
+    return None
+
+
+def find_fastest_plan(
+    config: RunConfig, devices: int, device: Device, utilisation: float = 0.0
+) -> run_plan.RunPlan | None:
     """Return the plan with the shortest expected step that fits in memory; None if no arrangement tried does.
 
     Args:
@@ -47,24 +60,24 @@ def find_fastest_plan(config: RunConfig, devices: int, device: Device, utilisati
         utilisation: see `make_plan`.
     """
     loops, with_grad, deepest = run_plan.plan_depths(config.depth)
-    mean = StepDepth(max(round(loops), 1), max(round(with_grad), 1))
-    best, shortest = None, math.inf
+    best, shortest, least = None, math.inf, math.inf
     for options in list_arrangements(config, devices):
         for micro_batch in MICRO_BATCHES:
-            other = run_plan.with_options(config, {**options, "train.micro_batch": micro_batch})
-            try:
-                layout = run_plan.make_layout(other, devices)
-            except ConfigError:
+            found = _arrange(run_plan.with_options(config, {**options, "train.micro_batch": micro_batch}), devices)
+            if found is None:
                 continue
-            sent = step_communication(other, layout, mean, device.is_gpu)
-            time = step_time(step_work(other, loops, with_grad), sent, layout, device, utilisation).expected
-            # Smaller micro-batches take longer still. Of equally fast arrangements the first, the simplest, stays.
-            if time >= 0.999 * shortest:
+            other, layout = found
+            _, _, time = step_time(other, layout, device, (loops, with_grad), utilisation)
+            # Smaller micro-batches take longer still. Of equally fast arrangements the one that communicates least stays,
+            # and of those the first, the simplest: what is hidden today may not be on a busy network.
+            spent = time.hidden + time.exposed
+            faster = time.expected < (1 - SAME) * shortest
+            if not faster and (time.expected > (1 + SAME) * shortest or spent >= (1 - SAME) * least):
                 break
             if (
                 run_plan.largest_step_memory(other, layout, device, deepest).peak
                 <= run_plan.USABLE_MEMORY * device.memory
             ):
-                best, shortest = other, time
+                best, shortest, least = other, min(time.expected, shortest), spent
                 break
     return None if best is None else run_plan.make_plan(best, devices, device, utilisation, advise=False)

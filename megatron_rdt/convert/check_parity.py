@@ -40,9 +40,14 @@ def find_differences(folder: Path) -> tuple[list[str], bool]:
 
 
 def main() -> int:
-    """Print the comparison; return 1 if anything differs, else 0."""
+    """Print the comparison; return 1 if anything differs or cannot be read, else 0."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent
-    lines, holds = find_differences(folder)
+    try:
+        lines, holds = find_differences(folder)
+    except Exception as error:  # of whichever library reads a file of the folder
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        print(f"{folder} cannot be checked ({reason}). A file of it is missing or damaged: copy it again.")
+        return 1
     print("\n".join(lines))
     if not holds:
         print("This folder is damaged, or these versions of torch and transformers compute another model.")

@@ -1,7 +1,7 @@
 """An export for transformers: names in its folder, what one is made of, and how it is read back. `hf_export` writes it."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,16 @@ def read_declared_length(folder: Path) -> int:
         return read_count(read_json(folder / CONFIG_FILE), "max_position_embeddings")
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}. {AGAIN}") from None
+
+
+def describe_call_settings(settings: Mapping[str, Any]) -> str:
+    """Return the exit rule and the cache budget that the config of an export sets for calls; "" if it sets none."""
+    found = [
+        f"{name} {settings[name]!r}"
+        for name, default in (("exit", "fixed"), ("cache_budget", 0))
+        if settings.get(name) not in (None, default)
+    ]
+    return " and ".join(found)
 
 
 def has_declared_bos(folder: Path) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_rdt.config import ModelConfig, RunConfig, load_config, read_saved_model
-from megatron_rdt.convert.hf import CONFIG_FILE, MODEL_TYPE, PREFIX, check_tokenizer
+from megatron_rdt.convert.hf import CONFIG_FILE, MODEL_TYPE, PREFIX, check_tokenizer, describe_call_settings
 from megatron_rdt.convert.hf_tokenizer import HIDDEN_FOLDER
 from megatron_rdt.convert.import_plan import DEEPSPEED, OWN_EXPORT, ImportPlan, open_source_tokenizer
 from megatron_rdt.convert.similarity import choose_cut
@@ -176,7 +176,9 @@ def _plan_own(
     if kind == OWN_EXPORT and not options.tokenizer:
         check_tokenizer(folder, Tokenizer(tokenizer), SAVED_AGAIN)
     length = _read_length(settings) if settings else config.train.sequence_length
-    return ImportPlan(path, kind, settings or {}, config.model, depth, rules, weights, tokenizer, length)
+    calls = describe_call_settings(settings or {})
+    notes = [f"{calls} in its config is a setting of calls, which a checkpoint has none of"] if calls else []
+    return ImportPlan(path, kind, settings or {}, config.model, depth, rules, weights, tokenizer, length, notes=notes)
 
 
 def _read_length(settings: Mapping[str, Any]) -> int | None:

@@ -19,9 +19,9 @@ import torch
 
 from megatron_rdt.checkpoint import read_from_checkpoint, read_trainer_state
 from megatron_rdt.config import load_saved_config
-from megatron_rdt.convert.hf import is_hf_export, read_declared_length
+from megatron_rdt.convert.hf import CONFIG_FILE, describe_call_settings, is_hf_export, read_declared_length
 from megatron_rdt.data import Tokenizer
-from megatron_rdt.errors import ConfigError, DataError
+from megatron_rdt.errors import CheckpointError, ConfigError, DataError
 from megatron_rdt.evaluate.harness_results import (
     Row,
     find_drawn_rows,
@@ -32,6 +32,7 @@ from megatron_rdt.evaluate.harness_results import (
 from megatron_rdt.evaluate.result_files import HARNESS_SCORES, check_result_file, choose_result_file, write_scores
 from megatron_rdt.inference.load import choose_device, load, load_verified
 from megatron_rdt.model import RecurrentDepthTransformer
+from megatron_rdt.untrusted_files import read_json_object
 
 # Resamples of the examples, for the errors of metrics that have no formula for it.
 RESAMPLES = 1000
@@ -132,6 +133,11 @@ def _open_subject(checkpoint: str, file: Path | None, length: int) -> _Subject:
 
     if not is_hf_export(folder):
         return read_from_checkpoint(checkpoint, read)
+    calls = describe_call_settings(read_json_object(folder / CONFIG_FILE, CheckpointError))
+    if calls:
+        raise ConfigError(
+            f"{folder} has {calls} in its config.json, and --harness scores each T without. Run lm_eval on it, or remove that."
+        )
     model, tokenizer = load(folder, device)
     own = length or read_declared_length(folder)
     return _Subject(model, tokenizer, own, folder, None, choose_result_file(folder, HARNESS_SCORES, file))

@@ -1,5 +1,6 @@
 """This project's own weights in others' formats become checkpoints again: exports, DeepSpeed's universal and merged files."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from launch.commands.convert import convert as command
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.checkpoint.origin import write_origin
 from megatron_rdt.config import RunConfig
 from megatron_rdt.convert import convert
 from megatron_rdt.convert.hf import ExportOptions
-from megatron_rdt.convert.recognize import ImportOptions
+from megatron_rdt.convert.recognize import ImportOptions, plan_import
 from megatron_rdt.errors import CheckpointError, ConfigError
 from megatron_rdt.parallel.zero_universal import write_universal
 from megatron_rdt.train.trainer import train
@@ -111,6 +113,22 @@ def test_a_folder_without_weights_is_no_source(tmp_path: Path) -> None:
     (tmp_path / "notes" / "README.md").write_text("nothing")
     with pytest.raises(CheckpointError, match=r"notes holds no run, no checkpoint and no weights of another model"):
         convert(str(tmp_path / "notes"), str(tmp_path / "out"), "native")
+
+
+def test_what_an_exports_config_says_of_calls(
+    tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Loop counts that are none are refused, and an exit rule, which a checkpoint cannot keep, is named."""
+    exported = convert(str(finished), str(tmp_path / "hf"), "hf")
+    settings = json.loads((exported / "config.json").read_text())
+    wrong = (("8", "loops is '8', not a number"), (0, "loops is 0; it must be from 1"), (True, "loops is True"))
+    for loops, message in wrong:
+        (exported / "config.json").write_text(json.dumps(settings | {"loops": loops}))
+        with pytest.raises(CheckpointError, match=message):
+            plan_import(exported, ImportOptions())
+    (exported / "config.json").write_text(json.dumps(settings | {"exit": "change", "exit_threshold": 0.1}))
+    assert command([str(exported), str(tmp_path / "out"), "--dry_run"]) == 0
+    assert "exit 'change' in its config is a setting of calls" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("size", ["", "5", "GB", "5 bytes", "-1GB", "nanGB", "0MB", "infTB"])

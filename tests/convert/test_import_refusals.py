@@ -13,7 +13,7 @@ from launch.commands.convert import convert as command
 from megatron_rdt.convert import convert
 from megatron_rdt.convert.recognize import ImportOptions
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError
-from tests.convert.looped_sources import PARCAE, write_huginn
+from tests.convert.looped_sources import HUGINN, PARCAE, write_huginn
 
 
 @pytest.fixture
@@ -40,6 +40,9 @@ def test_a_damaged_or_foreign_source_is_refused(tmp_path: Path, tokenizer: Path)
         ({"intermediate_size": 44}, "Weights and config are of different models"),
         ({"mean_recurrence": "x"}, "mean_recurrence is 'x', not a number"),
         ({"mean_backprop_depth": [1]}, r"mean_backprop_depth is \[1\], not a number"),
+        ({"norm_eps": True}, "norm_eps is True, not a number"),
+        ({"rope_base": "x"}, "rope_base is 'x', not a number"),
+        ({"num_attention_heads": 2 * HUGINN["num_attention_heads"]}, r"qk_bias cannot be converted: it is of \d heads"),
         ({"mean_recurrence": 0}, "mean_recurrence is 0; it must be from 1 to"),
         ({"mean_backprop_depth": -2}, "mean_backprop_depth is -2; it must be from 1 to"),
         ({"mean_recurrence": 2**62}, "mean_recurrence is 4611686018427387904; it must be from 1 to"),

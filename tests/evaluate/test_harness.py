@@ -270,6 +270,9 @@ def test_a_folder_that_was_exported(run: Path, tasks: Path, tmp_path: Path) -> N
         file.write_text(json.dumps(settings | {"max_position_embeddings": length}))
         with pytest.raises(CheckpointError, match="max_position_embeddings"):
             evaluate([str(tmp_path / "export"), *given, f"--out={out}"])
+    file.write_text(json.dumps(settings | {"exit": "change", "exit_threshold": 0.1}))
+    with pytest.raises(ConfigError, match=r"has exit 'change' in its config\.json.* Run lm_eval on it"):
+        evaluate([str(tmp_path / "export"), *given, f"--out={out}"])
 
 
 def test_what_cannot_be_run_is_refused_before_work(

@@ -330,6 +330,11 @@ def test_a_changed_weight_or_tokenizer_is_found(exports: Path, tmp_path: Path) -
     found = check_parity(folder)
     assert found.returncode == 1
     assert found.stdout.count("DIFFER") == 1
+    (folder / "parity.json").write_text("{}")
+    found = check_parity(folder)
+    assert found.returncode == 1
+    assert "cannot be checked (KeyError: 'prompts')" in found.stdout
+    assert "Traceback" not in found.stderr
 
 
 def test_files_of_bfloat16(load: Load, given: Load, exports: Path, tmp_path: Path) -> None:

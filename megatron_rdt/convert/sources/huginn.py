@@ -46,7 +46,7 @@ def read_model_config(settings: Mapping[str, Any]) -> ModelConfig:
         heads=heads,
         kv_heads=settings.get("num_key_value_heads", heads),
         qk_bias=settings.get("qk_bias", True),
-        rope_base=float(settings.get("rope_base", 50000.0)),
+        rope_base=read_setting({"rope_base": 50000.0, **settings}, float, "rope_base"),
         rope_pairing="adjacent",
         ffn_dim=read_setting(settings, int, "intermediate_size"),
         norm_placement="sandwich",
@@ -85,15 +85,18 @@ def make_rules(config: ModelConfig) -> Rules:
         rules |= row_rules(names, (config.dim, width, width), f"{theirs}.attn.Wqkv.weight")
         if config.qk_bias:
             for index, name in enumerate(("query", "key")):
-                bias = Rule((f"{theirs}.attn.qk_bias",), partial(_take_entry, index=index), f"entry {index}, flattened")
+                take = partial(_take_entry, index=index, heads=config.heads)
+                bias = Rule((f"{theirs}.attn.qk_bias",), take, f"entry {index}, flattened")
                 rules[f"{ours}.attention.{name}_bias"] = bias
         names = [f"{ours}.feedforward.{name}.weight" for name in ("gate", "up")]
         rules |= row_rules(names, (config.ffn_width,) * 2, f"{theirs}.mlp.fc.weight")
     return rules
 
 
-def _take_entry(bias: Tensor, index: int) -> Tensor:
+def _take_entry(bias: Tensor, index: int, heads: int) -> Tensor:
     """Return the bias of queries (0) or keys (1), (heads * channels,), of both (2, 1, heads, channels)."""
+    if bias.shape[-2] != heads:  # no other weight of such a layer shows it
+        raise ValueError(f"it is of {bias.shape[-2]} heads, the config of {heads}")
     return bias[index].flatten().clone()
 
 

@@ -60,10 +60,10 @@ def _read_rope(settings: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """Return the options of rotary positions, from rope_parameters (transformers 5) or rope_theta and rope_scaling."""
     rope = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
     name = rope.get("rope_type", rope.get("type", "default"))
-    base = rope.get("rope_theta", settings.get("rope_theta", 10000.0))
+    base = read_setting({"rope_theta": 10000.0, **settings, **rope}, float, "rope_theta")
     if rope.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError("only a part of each head's channels is rotated (partial_rotary_factor); here all are")
-    options: dict[str, Any] = {"rope_base": float(base)}
+    options: dict[str, Any] = {"rope_base": base}
     if name == "llama3":
         options["rope_scaling"] = "llama3"
         options["rope_factor"] = read_setting(rope, float, "factor")

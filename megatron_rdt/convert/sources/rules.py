@@ -106,15 +106,16 @@ def require_settings(settings: Mapping[str, object], kind: str, wanted: Mapping[
 
 
 def read_setting(settings: Mapping[str, object], kind: type[Value], *names: str) -> Value:
-    """Return the first of these settings that is there, as a number or text of type `kind`; ValueError if none is."""
+    """Return the first of these settings that is there, of type `kind`; ValueError if none is."""
     for name in names:
         value = settings.get(name)
-        if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        if isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
             return value
-        if kind is float and isinstance(value, int):
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
             return kind(value)  # type: ignore[call-arg]
         if value is not None:
-            raise ValueError(f"the config's {name} is {value!r}, not a number or text as it should be")
+            wanted = "true or false" if kind is bool else "a number or text"
+            raise ValueError(f"the config's {name} is {value!r}, not {wanted} as it should be")
     raise ValueError(f"the config has no {names[0]}")
 
 

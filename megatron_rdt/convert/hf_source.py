@@ -24,7 +24,7 @@ PARTS = (
     "forward_context", "monitor", "halting/active_tokens", "linear", "norm", "attention/rope", "feedforward", "moe",
     "attention/mla", "attention/gqa", "iteration_signals", "layer", "activation_checkpointing", "injection/base",
     "injection/diagonal", "injection/*", "halting/trained", "halting/exit_rules", "forward_arguments", "initial_state", "core",
-    "halting/adaptive_loop", "training_losses", "rdt", "initialization",
+    "halting/adaptive_loop", "training_losses", "rdt", "initial_noise", "initialization",
 )  # fmt: skip
 
 

@@ -16,7 +16,8 @@ from megatron_rdt.convert.hf_config import GENERATING, LOOP_OPTIONS, LoopSetting
 from megatron_rdt.convert.hf_inputs import read_positions_and_mask
 from megatron_rdt.model.activation_checkpointing import Checkpointing
 from megatron_rdt.model.forward_arguments import LogitsToKeep, make_depth_plan
-from megatron_rdt.model.initialization import initial_parameter
+from megatron_rdt.model.initial_noise import whole_block
+from megatron_rdt.model.initialization import fill_initial_values
 from megatron_rdt.model.linear import Linear
 from megatron_rdt.model.rdt import Embedding, RecurrentDepthTransformer
 
@@ -90,7 +91,7 @@ class RdtPreTrainedModel(PreTrainedModel):
         for name, parameter in module.named_parameters(recurse=False):
             if not getattr(parameter, "_is_hf_initialized", False):
                 seed = int(torch.randint(1 << 62, (), device="cpu"))
-                parameter.copy_(initial_parameter(self.model, f"{path}.{name}", parameter.shape, seed))
+                fill_initial_values(self.model, f"{path}.{name}", parameter.shape, [whole_block(parameter)], seed)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the token embedding."""

@@ -23,7 +23,7 @@ from megatron_rdt.checkpoint.rank_state import DATA_FOLDER, RNG_FOLDER
 from megatron_rdt.config import ParallelConfig, RunConfig, load_saved_config
 from megatron_rdt.config.engines import ONE_PROCESS, engines_with, join_names
 from megatron_rdt.errors import USE_ANOTHER, CheckpointError, suggest_init
-from megatron_rdt.model import RecurrentDepthTransformer
+from megatron_rdt.model import RecurrentDepthTransformer, leave_unset
 from megatron_rdt.parallel import build_engine
 from megatron_rdt.parallel.torch_engine import TorchEngine
 from megatron_rdt.parallel.zero_files import ZERO_FOLDER, convert_to_universal
@@ -129,9 +129,9 @@ def _read_any_format(checkpoint: Path, config: RunConfig, scratch: Path | None) 
 
 
 def _make_single_engine(config: RunConfig) -> TorchEngine:
-    """Set up an engine of one process on the CPU with the model of `config`."""
+    """Set up an engine of one process on the CPU with the model of `config`, whose weights are to be loaded."""
     alone = dataclasses.replace(config, parallel=ParallelConfig(engine=ONE_PROCESS))
-    engine = build_engine(alone, torch.device("cpu"))
+    engine = build_engine(alone, torch.device("cpu"), leave_unset)
     assert isinstance(engine, TorchEngine)
     return engine
 

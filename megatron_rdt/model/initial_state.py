@@ -15,14 +15,15 @@ from megatron_rdt.model.transfer import to_device
 TRUNCATION = 3.0  # in standard deviations, as in Huginn
 # Odd 64-bit constants of MurmurHash3's finaliser and of the golden ratio, as signed integers.
 _MIX_FIRST, _MIX_SECOND = 0xFF51AFD7ED558CCD - (1 << 64), 0xC4CEB9FE1A85EC53 - (1 << 64)
-_POSITION_STRIDE, _CHANNEL_STRIDE = 0x9E3779B97F4A7C15 - (1 << 64), 0xD1B54A32D192ED03 - (1 << 64)
+_POSITION_STRIDE, CHANNEL_STRIDE = 0x9E3779B97F4A7C15 - (1 << 64), 0xD1B54A32D192ED03 - (1 << 64)
 
 
-def _mix_bits(x: Tensor) -> Tensor:
-    """Apply MurmurHash3's 64-bit finaliser; int64 arithmetic wraps, and the mask makes the shift a logical one."""
+def mix_bits(x: Tensor) -> Tensor:
+    """Apply MurmurHash3's 64-bit finaliser to an int64 tensor in place, and return it."""
+    # int64 arithmetic wraps, and the mask makes the shift a logical one.
     for factor in (_MIX_FIRST, _MIX_SECOND):
-        x = (x ^ ((x >> 33) & 0x7FFFFFFF)) * factor
-    return x ^ ((x >> 33) & 0x7FFFFFFF)
+        x.bitwise_xor_((x >> 33).bitwise_and_(0x7FFFFFFF)).mul_(factor)
+    return x.bitwise_xor_((x >> 33).bitwise_and_(0x7FFFFFFF))
 
 
 def normal_state(seeds: tuple[int, ...], positions: Tensor, dim: int, std: float) -> Tensor:
@@ -40,9 +41,9 @@ def normal_state(seeds: tuple[int, ...], positions: Tensor, dim: int, std: float
     device = positions.device
     signed = [seed - (1 << 64) if seed >= 1 << 63 else seed for seed in seeds]
     seed = to_device(signed, device)[:, None, None]
-    channel = torch.arange(dim, dtype=torch.int64, device=device) * _CHANNEL_STRIDE
+    channel = torch.arange(dim, dtype=torch.int64, device=device) * CHANNEL_STRIDE
     position = torch.atleast_2d(positions)[..., None] * _POSITION_STRIDE
-    bits = _mix_bits(_mix_bits(seed ^ position) + channel)
+    bits = mix_bits(mix_bits(seed ^ position) + channel)
     # 24 bits fill a float32 exactly; the half keeps the uniform value away from 0 and 1.
     uniform = (((bits >> 40) & 0xFFFFFF).float() + 0.5) * 2.0**-24
     # Inverse CDF of the normal distribution between -3 and 3 standard deviations.

@@ -116,11 +116,16 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.rounded.get("weight"))
 
 
+def identity_values(shape: torch.Size, index: Tensor) -> Tensor:
+    """Return the elements of the identity matrix (n, n) at flat indices."""
+    return (index // shape[0] == index % shape[0]).float()
+
+
 class IdentityLinear(Linear):
     """A square matrix that starts as the identity, applied in the dtype of the weight."""
 
     MULTIPLIED = ()
-    INITIAL_VALUES = {"weight": lambda shape: torch.eye(shape[0])}  # noqa: RUF012
+    INITIAL_VALUES = {"weight": identity_values}  # noqa: RUF012
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, dim)

@@ -5,7 +5,7 @@ import importlib
 import torch
 
 from megatron_rdt.config import RunConfig
-from megatron_rdt.model import RecurrentDepthTransformer
+from megatron_rdt.model import InitialValues, RecurrentDepthTransformer
 from megatron_rdt.parallel.engine import Engine, MicroBatch
 
 __all__ = ["Engine", "MicroBatch", "build_engine", "make_engine"]
@@ -28,10 +28,10 @@ def make_engine(config: RunConfig, device: torch.device) -> Engine:
     return engine(config, device)
 
 
-def build_engine(config: RunConfig, device: torch.device) -> Engine:
-    """Create the engine that `parallel.engine` names and set it up with a new model of the config."""
+def build_engine(config: RunConfig, device: torch.device, values: InitialValues | None = None) -> Engine:
+    """Create the engine that `parallel.engine` names and set it up with a new model of the config, as in `Engine.setup`."""
     engine = make_engine(config, device)
     with torch.device("meta"):
         model = RecurrentDepthTransformer(config.model)
-    engine.setup(model)
+    engine.setup(model, values)
     return engine

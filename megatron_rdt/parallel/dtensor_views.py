@@ -5,12 +5,16 @@ points that the parallel modules hook into. A parameter that is replicated on a 
 part of the work, tokens or heads: its gradient is a partial sum there, which FSDP2 adds up before it reduces.
 """
 
+import itertools
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from megatron_rdt.model import Block
 
 
 def make_dtensor(module: nn.Module, name: str, mesh: DeviceMesh, *placements: Shard | Replicate) -> None:
@@ -66,6 +70,36 @@ def _local_property(name: str, mesh: DeviceMesh, views: Views) -> property:
     return property(read)
 
 
-def shard_like(value: torch.Tensor, like: DTensor) -> DTensor:
-    """Shard `value`, which every rank has whole, as `like`; no communication."""
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+def local_blocks(tensor: DTensor) -> list[Block]:
+    """Return the blocks of the whole tensor that this rank holds, as views of its local tensor; no communication."""
+    placements = tuple(tensor.placements)
+    runs = [_local_runs(size, dim, tensor.device_mesh, placements) for dim, size in enumerate(tensor.shape)]
+    blocks = []
+    for combination in itertools.product(*runs):
+        values = tensor.to_local().detach()
+        for dim, (start, _, length) in enumerate(combination):
+            values = values.narrow(dim, start, length)
+        blocks.append(Block(values, tuple(offset for _, offset, _ in combination)))
+    return blocks
+
+
+def _local_runs(
+    size: int, dim: int, mesh: DeviceMesh, placements: tuple[Placement, ...]
+) -> tuple[tuple[int, int, int], ...]:
+    """Return (local start, position in the whole, length) of each run of consecutive indices that this rank has of `dim`."""
+    if not any(isinstance(each, Shard | _StridedShard) and each.dim == dim for each in placements):
+        return ((0, 0, size),)
+    # The indices themselves are sharded as the tensor is: so uneven shards, and those in several pieces, are torch's.
+    own = [_move_to_first(each) if getattr(each, "dim", None) == dim else Replicate() for each in placements]
+    index = distribute_tensor(torch.arange(size), mesh, own, src_data_rank=None).to_local().cpu()
+    if not len(index):
+        return ((0, 0, 0),)
+    starts = [0, *((index.diff() != 1).nonzero().flatten() + 1).tolist(), len(index)]
+    return tuple((start, int(index[start]), stop - start) for start, stop in itertools.pairwise(starts))
+
+
+def _move_to_first(placement: Placement) -> Placement:
+    """Return a sharding of some dimension as the same sharding of the first."""
+    if isinstance(placement, _StridedShard):  # of a dimension that tensor parallelism has split already
+        return _StridedShard(0, split_factor=placement.split_factor)
+    return Shard(0)

@@ -75,8 +75,8 @@ class Engine(ABC):
 
         Args:
             model: on the meta device.
-            values: of the parameters, called on every rank for one after another, in the same order; drawn from the run's
-                seed if None.
+            values: fills this rank's blocks of each parameter; random values from the run's seed if None. With
+                `leave_unset` parameters are whatever the memory held, until `load` reads a checkpoint.
         """
 
     @abstractmethod

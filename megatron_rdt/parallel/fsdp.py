@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from megatron_rdt.model import InitialValues, RecurrentDepthTransformer, draw_initial_values, reset_buffers
 from megatron_rdt.parallel.context_parallel import ContextParallel
-from megatron_rdt.parallel.dtensor_views import shard_like
+from megatron_rdt.parallel.dtensor_views import local_blocks
 from megatron_rdt.parallel.expert_parallel import expert_parameters, parallelize_experts, reduce_experts
 from megatron_rdt.parallel.mesh import Meshes, choose_sharded_dimension, make_meshes
 from megatron_rdt.parallel.tensor_parallel import parallelize_tensors
@@ -77,12 +77,11 @@ class FullyShardedEngine(TorchEngine):
 
     @torch.no_grad()
     def _initialize_shards(self, model: RecurrentDepthTransformer, values: InitialValues) -> None:
-        """Initialize the local shards; every rank gets one whole parameter at a time and keeps its shard."""
+        """Initialize the local shards, in place."""
         for name, parameter in model.named_parameters():
             if not isinstance(parameter, DTensor):
                 raise TypeError(f"{name} is not sharded")
-            value = values(name, parameter.shape)
-            parameter.copy_(shard_like(value.to(device=self.device, dtype=parameter.dtype), parameter))
+            values(name, parameter.shape, local_blocks(parameter))
 
     def prepare_backward(self, last: bool) -> None:
         """Make the coming backward pass reduce gradients if `last`, or if `parallel.reduce` is per_micro_batch.

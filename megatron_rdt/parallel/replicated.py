@@ -11,7 +11,7 @@ class SingleEngine(TorchEngine):
 
     def setup(self, model: RecurrentDepthTransformer, values: InitialValues | None = None) -> None:
         """Initialize the model, move it to the device, configure it and create its optimizers."""
-        initialize(model, self.config.run.seed, values).to(self.device)
+        initialize(model, self.config.run.seed, values, self.device).to(self.device)
         self.configure_model(model)
         self.make_optimizers(model)
         self.module = model

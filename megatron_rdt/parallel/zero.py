@@ -4,7 +4,7 @@ DeepSpeed runs in its float32 mode: our layers round to the compute dtype themse
 float32 at every stage. At stage 3 the core and the layers are leaf modules, which are gathered as one: so the core is
 gathered once per forward and once per backward, whatever T is.
 
-No other file imports deepspeed for training.
+Only this file and `zero_partitions.py` import deepspeed for training.
 """
 
 import logging
@@ -33,6 +33,7 @@ from megatron_rdt.model.layer import Layer
 from megatron_rdt.parallel.engine import Engine, MicroBatch
 from megatron_rdt.parallel.optimizers import adamw_groups, apply_configured_options, make_adamw, set_learning_rate
 from megatron_rdt.parallel.zero_files import TAG, ZERO_FOLDER, restrict_deepspeed
+from megatron_rdt.parallel.zero_partitions import initialize_partitions
 from megatron_rdt.parallel.zero_universal import UNIVERSAL
 from megatron_rdt.untrusted_files import describe_load_failure
 
@@ -104,7 +105,7 @@ class ZeroEngine(Engine):
         return self.config.parallel.engine_kind.zero_stage
 
     def setup(self, model: RecurrentDepthTransformer, values: InitialValues | None = None) -> None:
-        """Initialize the model, shard it and its AdamW with DeepSpeed; at ZeRO stage 3, one module at a time."""
+        """Initialize the model, and shard it and its AdamW with DeepSpeed; at ZeRO stage 3, each rank fills its own shard."""
         if self.device.type == "cpu":
             keep_deepspeed_on_cpu()
         deepspeed = import_deepspeed()
@@ -114,27 +115,14 @@ class ZeroEngine(Engine):
         self.configure_model(model)
         if self.zero_stage == 3:
             deepspeed.utils.set_z3_leaf_modules(model, [RecurrentCore, Layer])
-            self._initialize_shards(model, config, values or draw_initial_values(model, self.config.run.seed))
+            values = values or draw_initial_values(model, self.config.run.seed)
+            initialize_partitions(model, config, values, self.device)
+            reset_buffers(model, self.device)
         else:
-            initialize(model, self.config.run.seed, values).to(self.device)
+            initialize(model, self.config.run.seed, values, self.device).to(self.device)
         optimizer = make_adamw(model, self.config.optimizer)
         self.module, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.model = model
-
-    @torch.no_grad()
-    def _initialize_shards(
-        self, model: RecurrentDepthTransformer, config: dict[str, Any], values: InitialValues
-    ) -> None:
-        """Initialize and shard the modules one after another, so that no rank ever holds more than one unsharded."""
-        deepspeed = import_deepspeed()
-        # zero.Init shards a module's children too, so children come first and are sharded already.
-        for prefix, module in reversed(list(model.named_modules())):
-            for leaf, parameter in module.named_parameters(recurse=False):
-                value = values(f"{prefix}.{leaf}", parameter.shape)
-                setattr(module, leaf, torch.nn.Parameter(value.to(self.device, parameter.dtype)))
-            if any(True for _ in module.parameters(recurse=False)):
-                deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=torch.float32)
-        reset_buffers(model, self.device)
 
     def local_weights(self) -> Iterator[torch.Tensor]:
         """Yield this rank's shards at ZeRO stage 3, whole parameters at the others."""

@@ -1,11 +1,12 @@
 """Weights that a new run takes from a checkpoint or an export (`--init`): the weights, and nothing else of it.
 
-Rank 0 reads one tensor at a time and broadcasts it, so the files are read once, whatever the number of ranks, and every
-engine shards a tensor as it shards a random one. Any engine takes the weights of any other's checkpoint that way.
+Rank 0 reads one tensor at a time and broadcasts it, so the files are read once, whatever the number of ranks; each rank
+keeps its shard. Any engine takes the weights of any other's checkpoint that way.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,12 +20,14 @@ from megatron_rdt.convert.hf import check_tokenizer, open_hf
 from megatron_rdt.convert.hf_tokenizer import open_exported_tokenizer
 from megatron_rdt.data import Tokenizer
 from megatron_rdt.errors import CheckpointError, RdtError
-from megatron_rdt.model import RecurrentDepthTransformer
+from megatron_rdt.model import Block, RecurrentDepthTransformer
+from megatron_rdt.model.initial_noise import whole_block
 from megatron_rdt.object_collectives import broadcast_object
 from megatron_rdt.parallel import Engine
 from megatron_rdt.train.resume_checks import REACH_FIELDS, describe_changed_settings, describe_model_difference
 
 LISTED_TENSORS = 3
+PIECE = 1 << 26  # elements of a tensor that rank 0 sends at a time
 
 
 class InitialWeights:
@@ -64,16 +67,29 @@ class InitialWeights:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return CheckpointError(f"the weights of {self.source} cannot be read: {reason}. Name another in --init.")
 
-    def read(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """Return one tensor, whole, float32 and on the engine's device; every rank must call this, in the same order."""
-        value, failure = torch.empty(shape, dtype=torch.float32, device=self.engine.device), None
+    @torch.no_grad()
+    def fill(self, name: str, shape: torch.Size, blocks: Sequence[Block]) -> None:
+        """Write one tensor into the blocks of it that this rank holds; every rank must call this, in the same order.
+
+        The others get it from rank 0 in runs of rows, so that no device needs memory for a whole one.
+        """
+        stored, failure = None, None
         if self._stored is not None:
             try:
-                value = self._stored.read(name).to(self.engine.device)
+                stored = self._stored.read(name)
             except (Exception, CheckpointException) as error:
                 failure = self._explain(error)
         _raise_rank_0_failure(failure)  # otherwise the others would wait for the tensor for ever
-        return self.engine.broadcast(value)
+        row, rows = shape[1:], shape[0] if shape else 1
+        step = max(1, PIECE // max(1, math.prod(row)))
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            piece = torch.empty(stop - start, *row, dtype=torch.float32, device=self.engine.device)
+            if stored is not None:
+                piece.copy_(stored.view(rows, *row)[start:stop])
+            piece = self.engine.broadcast(piece)
+            for values, offsets in blocks:
+                _copy_overlap(piece, start, values.view(1) if values.dim() == 0 else values, offsets or (0,))
 
     @torch.no_grad()
     def fill_buffers(self) -> None:
@@ -83,12 +99,22 @@ class InitialWeights:
             CheckpointError: on every rank.
         """
         for name, buffer in persistent_buffers(self.engine.model).items():
-            buffer.copy_(self.read(name, buffer.shape))
+            self.fill(name, buffer.shape, [whole_block(buffer)])
         if not self.engine.has_finite_weights():
             raise CheckpointError(
                 f"some weights of {self.source} are not finite. Name a checkpoint in --init that was saved before its run "
                 "diverged."
             )
+
+
+def _copy_overlap(rows: torch.Tensor, start: int, values: torch.Tensor, offsets: tuple[int, ...]) -> None:
+    """Copy what a block holds of the rows of a tensor that begin at row `start`."""
+    first, last = max(start, offsets[0]), min(start + len(rows), offsets[0] + len(values))
+    if first < last:
+        part = rows[first - start : last - start]
+        for dim in range(1, part.dim()):
+            part = part.narrow(dim, offsets[dim], values.shape[dim])
+        values[first - offsets[0] : last - offsets[0]].copy_(part)
 
 
 def _raise_rank_0_failure(failure: RdtError | None) -> None:

@@ -15,7 +15,7 @@ from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.checkpoint import Start
 from megatron_rdt.config import RunConfig, dump_config, load_saved_config
 from megatron_rdt.errors import USE_ANOTHER, CheckpointError
-from megatron_rdt.model import RecurrentDepthTransformer
+from megatron_rdt.model import RecurrentDepthTransformer, leave_unset
 from megatron_rdt.object_collectives import broadcast_object, rank_and_world_size
 from megatron_rdt.parallel import Engine
 from megatron_rdt.run_directory import CHECKPOINTS, name_checkpoint
@@ -103,11 +103,14 @@ class RunCheckpoints:
         Raises:
             CheckpointError: the checkpoint does not fit the config or the data.
         """
-        if start is None or not start.weights_only:
+        if start is None:
             self.engine.setup(model)
-            return (Position(), []) if start is None else self.restore(start.source)
+            return Position(), []
+        if not start.weights_only:
+            self.engine.setup(model, leave_unset)  # every parameter is in the checkpoint, or it does not load
+            return self.restore(start.source)
         weights = InitialWeights(start.source, self.config, self.engine, self.data.tokenizer_directory)
-        self.engine.setup(model, weights.read)
+        self.engine.setup(model, weights.fill)
         weights.fill_buffers()
         return Position(), weights.lines
 

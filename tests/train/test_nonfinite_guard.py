@@ -13,7 +13,7 @@ import torch
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import RunConfig
 from megatron_rdt.errors import TrainingError
-from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer
+from megatron_rdt.model import CoreMonitor, InitialValues, RecurrentDepthTransformer
 from megatron_rdt.parallel import MicroBatch
 from megatron_rdt.parallel.replicated import SingleEngine
 from megatron_rdt.train import trainer
@@ -70,8 +70,8 @@ class Poisoned(SingleEngine):
     value = math.nan
     poisoned_loss = False
 
-    def setup(self, model: RecurrentDepthTransformer) -> None:
-        super().setup(model)
+    def setup(self, model: RecurrentDepthTransformer, values: InitialValues | None = None) -> None:
+        super().setup(model, values)
         self.states: list[dict[str, torch.Tensor]] = []
 
     def forward_backward(

@@ -18,16 +18,15 @@ from torch import Tensor, nn
 from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.injection.base import add_offset
 from megatron_rdt.model.injection.diagonal import DecayingInjection
+from megatron_rdt.model.linear import identity_values
 
 
-def _initial_mix_logits(shape: torch.Size) -> Tensor:
-    """Return initial logits of the lane-mixing matrix P, by which each lane keeps about half of itself."""
-    return torch.eye(shape[0]) * 1.0
+def _initial_write_weights(shape: torch.Size, index: Tensor) -> Tensor:
+    """Return write weights from 0.5 to 1.5, 1 for one lane.
 
-
-def _initial_write_weights(shape: torch.Size) -> Tensor:
-    """Return write weights that differ between lanes: equal lanes would get equal gradients and stay equal for ever."""
-    return 1 + 0.5 * torch.linspace(-1, 1, shape[0]) if shape[0] > 1 else torch.ones(shape)
+    They differ between lanes, since equal lanes would get equal gradients and stay equal for ever.
+    """
+    return 0.5 + index.double() / (shape[0] - 1) if shape[0] > 1 else torch.ones_like(index)
 
 
 def _softmax_in(logits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -42,7 +41,7 @@ class HyperInjection(DecayingInjection, name="hyper"):
     """
 
     INITIAL_VALUES: ClassVar[dict[str, object]] = {
-        "mix": _initial_mix_logits,
+        "mix": identity_values,  # logits of P, by which each lane keeps about half of itself
         "read_weights": 0.0,
         "write_weights": _initial_write_weights,
     }

@@ -6,6 +6,7 @@ part of the work, tokens or heads: its gradient is a partial sum there, which FS
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -72,8 +73,7 @@ def _local_property(name: str, mesh: DeviceMesh, views: Views) -> property:
 
 def local_blocks(tensor: DTensor) -> list[Block]:
     """Return the blocks of the whole tensor that this rank holds, as views of its local tensor; no communication."""
-    placements = tuple(tensor.placements)
-    runs = [_local_runs(size, dim, tensor.device_mesh, placements) for dim, size in enumerate(tensor.shape)]
+    runs = [_local_runs(size, dim, tensor.device_mesh, tensor.placements) for dim, size in enumerate(tensor.shape)]
     blocks = []
     for combination in itertools.product(*runs):
         values = tensor.to_local().detach()
@@ -83,23 +83,29 @@ def local_blocks(tensor: DTensor) -> list[Block]:
     return blocks
 
 
-def _local_runs(
-    size: int, dim: int, mesh: DeviceMesh, placements: tuple[Placement, ...]
-) -> tuple[tuple[int, int, int], ...]:
-    """Return (local start, position in the whole, length) of each run of consecutive indices that this rank has of `dim`."""
-    if not any(isinstance(each, Shard | _StridedShard) and each.dim == dim for each in placements):
-        return ((0, 0, size),)
-    # The indices themselves are sharded as the tensor is: so uneven shards, and those in several pieces, are torch's.
-    own = [_move_to_first(each) if getattr(each, "dim", None) == dim else Replicate() for each in placements]
-    index = distribute_tensor(torch.arange(size), mesh, own, src_data_rank=None).to_local().cpu()
-    if not len(index):
-        return ((0, 0, 0),)
-    starts = [0, *((index.diff() != 1).nonzero().flatten() + 1).tolist(), len(index)]
-    return tuple((start, int(index[start]), stop - start) for start, stop in itertools.pairwise(starts))
+def _local_runs(size: int, dim: int, mesh: DeviceMesh, placements: Sequence[Placement]) -> list[tuple[int, int, int]]:
+    """Return (local start, start in the whole, length) of each run of consecutive indices that this rank has of `dim`.
+
+    Sharding keeps one chunk of the indices per axis of the mesh, as torch.chunk cuts them. A `_StridedShard` is one that
+    FSDP2 made of what tensor parallelism had cut into `split_factor` chunks: it keeps its chunk of each of these.
+    """
+    coordinate, runs = mesh.get_coordinate(), [range(size)]
+    assert coordinate is not None
+    for index, ranks, placement in zip(coordinate, mesh.shape, placements, strict=True):
+        if isinstance(placement, Shard | _StridedShard) and placement.dim == dim:
+            parts = int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
+            runs = [run for part in range(parts) for run in _take_chunk(_take_chunk(runs, parts, part), ranks, index)]
+    lengths = list(map(len, runs))
+    starts = [sum(lengths[:position]) for position in range(len(runs))]
+    return [(start, run.start, len(run)) for start, run in zip(starts, runs)] or [(0, 0, 0)]
 
 
-def _move_to_first(placement: Placement) -> Placement:
-    """Return a sharding of some dimension as the same sharding of the first."""
-    if isinstance(placement, _StridedShard):  # of a dimension that tensor parallelism has split already
-        return _StridedShard(0, split_factor=placement.split_factor)
-    return Shard(0)
+def _take_chunk(runs: list[range], chunks: int, index: int) -> list[range]:
+    """Return the runs of one of the chunks that torch.chunk would cut runs of indices into."""
+    size = -(-sum(map(len, runs)) // chunks)
+    first, last, taken = index * size, (index + 1) * size, []
+    for run in runs:
+        part = run[max(first, 0) : max(last, 0)]
+        taken += [part] if len(part) else []
+        first, last = first - len(run), last - len(run)
+    return taken

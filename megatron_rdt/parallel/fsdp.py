@@ -9,10 +9,13 @@ parameters but the experts over the ranks that share the state; what tensor para
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.distributed.tensor import DTensor, Shard
 
 from megatron_rdt.model import InitialValues, RecurrentDepthTransformer, draw_initial_values, reset_buffers
@@ -22,6 +25,35 @@ from megatron_rdt.parallel.expert_parallel import expert_parameters, parallelize
 from megatron_rdt.parallel.mesh import Meshes, choose_sharded_dimension, make_meshes
 from megatron_rdt.parallel.tensor_parallel import parallelize_tensors
 from megatron_rdt.parallel.torch_engine import TorchEngine
+
+
+class _Chunks:
+    """The chunks of a tensor, one per rank, of which each is made when it is asked for."""
+
+    def __init__(self, tensor: torch.Tensor, num_chunks: int, dim: int) -> None:
+        self.tensor, self.dim = tensor, dim
+        self.size = -(-tensor.shape[dim] // num_chunks)  # as torch.chunk cuts
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """Return the chunk of one rank, of shape (0,) beyond the tensor."""
+        start, whole = index * self.size, self.tensor.shape[self.dim]
+        if start >= whole:
+            return self.tensor.new_empty(0)
+        return self.tensor.narrow(self.dim, start, min(self.size, whole - start))
+
+
+@contextmanager
+def _chunk_on_demand() -> Iterator[None]:
+    """Let FSDP2 make the chunks of a parameter that it reads, its own and the first, in this block.
+
+    It makes those of all ranks: 16,384 tensors per parameter, and minutes at the start of each rank of a large run.
+    """
+    original = _fsdp_param._chunk_with_empty
+    _fsdp_param._chunk_with_empty = _Chunks  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        _fsdp_param._chunk_with_empty = original
 
 
 class FullyShardedEngine(TorchEngine):
@@ -62,9 +94,10 @@ class FullyShardedEngine(TorchEngine):
             "per_iteration": [layers],  # gathered at the first layer, freed after the last
             "per_layer": layers,
         }[parallel.core_gather]
-        for unit in (*model.prelude, *core_units, model.core, *model.coda):
-            fully_shard(unit, reshard_after_forward=parallel.reshard_after_forward, **options)  # type: ignore[call-overload]
-        fully_shard(model, **options)  # type: ignore[call-overload]
+        with _chunk_on_demand():
+            for unit in (*model.prelude, *core_units, model.core, *model.coda):
+                fully_shard(unit, reshard_after_forward=parallel.reshard_after_forward, **options)  # type: ignore[call-overload]
+            fully_shard(model, **options)  # type: ignore[call-overload]
 
     def _shard_placement(self, parameter: nn.Parameter) -> Shard | None:
         """Return the dimension along which FSDP2 shards a parameter; None means rows, always so with Muon."""

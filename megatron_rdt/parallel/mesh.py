@@ -57,8 +57,10 @@ def make_meshes(layout: Layout, device: torch.device, timeout_s: float) -> Meshe
     kind = device.type
     # Ranks that split the tokens of the same sequences shard the state as well, so both axes are one here.
     state_ranks = layout.shard * layout.context
-    shape = (layout.replicate, state_ranks, layout.tensor)
-    whole = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard", "tensor"))
+    # An axis of one rank would cost a group for every rank, which takes seconds on thousands.
+    axes = {"replicate": layout.replicate, "shard": state_ranks, "tensor": layout.tensor}
+    axes = {name: size for name, size in axes.items() if size > 1 or name == "shard"}
+    whole = init_device_mesh(kind, tuple(axes.values()), mesh_dim_names=tuple(axes))
     state = whole["replicate", "shard"] if layout.replicate > 1 else whole["shard"]
     tensor = whole["tensor"] if layout.tensor > 1 else None
     context = expert = replicas = None

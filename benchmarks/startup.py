@@ -1,0 +1,158 @@
+"""Start of one rank among thousands: seconds and memory until the model is built, sharded and has its initial weights.
+
+The rank is this process, in a process group of the fake backend: the other ranks do not exist, and collectives return at
+once. All else is a run's own code, with CPU tensors. "build" makes the model on the meta device, "mesh" the groups of ranks,
+"shard" FSDP2's shards and the optimizers, "fill" the initial weights of the rank's shard; "adds" is the peak of resident
+memory over what it was after the imports. A shard of more than --write-gb is allocated, which takes no memory, and written
+only up to there; the column "written" says so.
+
+    python benchmarks/startup.py                                       # a table of all presets on 16,384 ranks
+    python benchmarks/startup.py --preset openmythos_1t --json
+    python benchmarks/startup.py --preset openmythos_1t --world 4096 --rank 7 --set parallel.expert=64
+"""
+
+import argparse
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from tools.fake_group import join_fake_group
+from tools.options import make_parser
+from tools.processes import run_fresh
+from tools.resident_memory import measure_growth
+from tools.tables import format_header, format_row
+
+from megatron_rdt.config import RunConfig, load_config
+from megatron_rdt.config.layout import Layout
+from megatron_rdt.model import Block, RecurrentDepthTransformer, draw_initial_values
+from megatron_rdt.parallel import fsdp, make_engine
+
+MODELS = Path(__file__).resolve().parents[1] / "configs" / "models"
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "parameters, 10^9": lambda row: f"{row['parameters'] / 1e9:,.2f}",
+    **{
+        f"{stage} s": lambda row, stage=stage: f"{row['seconds'][stage]:.1f}"
+        for stage in ("build", "mesh", "shard", "fill")
+    },
+    "all s": lambda row: f"{sum(row['seconds'].values()):.1f}",
+    "own shard MB": lambda row: f"{row['shard_bytes'] / 1e6:,.1f}",
+    "adds MB": lambda row: f"{row['added_bytes'] / 1e6:,.0f}",
+    "written": lambda row: f"{row['written_bytes'] / row['shard_bytes']:.0%}",
+}
+
+
+def load_preset(preset: str, world: int, settings: Sequence[str]) -> RunConfig:
+    """Load a preset for FSDP2 on the CPU with the keys of --set, and one sequence per data-parallel rank and step."""
+    words = ["parallel.engine=fsdp", "train.device=cpu", "train.micro_batch=1", *settings]
+    data = Layout.of(load_config(MODELS / f"{preset}.yaml", words).parallel, world).data
+    return load_config(MODELS / f"{preset}.yaml", [*words, f"train.global_batch={data}"])
+
+
+class Start:
+    """The start of one rank.
+
+    Args:
+        config: of the run.
+        most_bytes: of the shard that are written.
+
+    Attributes:
+        seconds: by stage.
+        parameters: of the whole model.
+        shard_bytes, written_bytes: of this rank's parameters, and of those that were written.
+    """
+
+    def __init__(self, config: RunConfig, most_bytes: float) -> None:
+        self.config, self.most_bytes = config, most_bytes
+        self.seconds = dict.fromkeys(("build", "mesh", "shard", "fill"), 0.0)
+        self.parameters = self.shard_bytes = self.written_bytes = 0
+
+    @contextmanager
+    def _time(self, stage: str, inside: str = "") -> Iterator[None]:
+        """Add the seconds of the block to a stage, and take them from the one that it is `inside`."""
+        begun = time.perf_counter()
+        yield
+        passed = time.perf_counter() - begun
+        self.seconds[stage] += passed
+        if inside:
+            self.seconds[inside] -= passed
+
+    def run(self) -> None:
+        """Build, shard and fill the model as the trainer does."""
+        make_meshes = fsdp.make_meshes
+
+        def make_timed_meshes(*args: Any) -> Any:
+            with self._time("mesh", inside="shard"):
+                return make_meshes(*args)
+
+        with self._time("mesh"):
+            engine = make_engine(self.config, torch.device("cpu"))
+        with self._time("build"), torch.device("meta"):
+            model = RecurrentDepthTransformer(self.config.model)
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        draw = draw_initial_values(model, self.config.run.seed)
+
+        def fill(name: str, shape: torch.Size, blocks: Sequence[Block]) -> None:
+            size = sum(values.numel() * values.element_size() for values, _ in blocks)
+            self.shard_bytes += size
+            if self.shard_bytes <= self.most_bytes:
+                with self._time("fill", inside="shard"):
+                    draw(name, shape, blocks)
+                self.written_bytes += size
+
+        with self._time("shard"), patch.object(fsdp, "make_meshes", make_timed_meshes):
+            engine.setup(model, fill)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Start one rank in this process; return what it took."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    start = Start(load_preset(options.preset, options.world, options.set), options.write_gb * 1e9)
+    with join_fake_group(options.rank, options.world):
+        added = measure_growth(start.run)
+    return {
+        "preset": options.preset,
+        "world": options.world,
+        "rank": options.rank,
+        "settings": options.set,
+        "parameters": start.parameters,
+        "seconds": start.seconds,
+        "shard_bytes": start.shard_bytes,
+        "written_bytes": start.written_bytes,
+        "added_bytes": added,
+    }
+
+
+def main() -> None:
+    """Print one preset's numbers, or a table of all presets."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--preset", choices=sorted(path.stem for path in MODELS.glob("*.yaml")), help="one preset only")
+    parser.add_argument("--world", type=int, default=16_384, help="ranks")
+    parser.add_argument("--rank", type=int, default=0, help="number of the rank that starts")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further keys of the config")
+    parser.add_argument("--write-gb", type=float, default=6.0, help="write shards up to this size")
+    parser.add_argument("--json", action="store_true", help="print numbers as JSON")
+    options = parser.parse_args()
+    if options.preset and options.json:
+        print(json.dumps(measure(options)))
+        return
+    words = ["--world", str(options.world), "--rank", str(options.rank), "--write-gb", str(options.write_gb), "--json"]
+    presets = [options.preset] if options.preset else sorted(path.stem for path in MODELS.glob("*.yaml"))
+    rows = [run_fresh(__file__, "--preset", name, *words, "--set", *options.set) for name in presets]
+    rows.sort(key=lambda row: row["parameters"])
+    if options.json:
+        print(json.dumps(rows))
+        return
+    print(format_header(["preset", *COLUMNS], left=1))
+    for row in rows:
+        print(format_row([f"`{row['preset']}`", *(column(row) for column in COLUMNS.values())]))
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from megatron_rdt.model import InitialValues, RecurrentDepthTransformer
+from megatron_rdt.model import Block, InitialValues, RecurrentDepthTransformer
 from megatron_rdt.parallel.fsdp import FullyShardedEngine
 from megatron_rdt.parallel.ring_loop import RingLoop
 from megatron_rdt.parallel.ring_schedule import assign_layers
@@ -41,16 +41,16 @@ class RingEngine(FullyShardedEngine):
         # The stages have different parameters, but every rank has to ask for all of them, in one order.
         left = iter([(name, parameter.shape) for name, parameter in model.named_parameters()])
 
-        def ask_until(wanted: str, shape: torch.Size) -> torch.Tensor:
+        def fill_until(wanted: str, shape: torch.Size, blocks: Sequence[Block]) -> None:
             for name, size in left:
-                value = values(name, size)
+                values(name, size, blocks if name == wanted else [])
                 if name == wanted:
-                    return value
+                    return
             raise KeyError(wanted)
 
-        super().setup(model, ask_until)
+        super().setup(model, fill_until)
         for name, size in left:
-            values(name, size)
+            values(name, size, [])
 
     def _apply_fsdp(self, model: RecurrentDepthTransformer) -> None:
         """Split the core's layers among the stages, and make FSDP2's units of everything else, in place."""

@@ -49,7 +49,7 @@ def _compare(parameters: dict[str, Any], whole: dict[str, torch.nn.Parameter]) -
 
 
 def load_over_nan(engines: list[str], root: Path) -> dict[str, bool]:
-    """Whether a loaded engine has all weights of the one that was saved, after parameters began as NaN."""
+    """Return, per engine, True if it has the weights of the one that was saved after its own began as NaN and were loaded."""
 
     def fill_with_nan(name: str, shape: torch.Size, blocks: Any) -> None:
         for values, _ in blocks:

@@ -1,10 +1,12 @@
 """Names inside a run directory, `runs/<name>`; without PyTorch, for commands that must start fast."""
 
 from pathlib import Path
+from typing import Literal
 
 from megatron_rdt.config import RunConfig
 
 CHECKPOINTS = "checkpoints"
+WeightKind = Literal["model", "ema"]  # folders of a checkpoint: the weights, and their average (`optimizer.ema`)
 LATEST = "latest"  # a file: the name of the newest checkpoint
 TENSORBOARD = "tensorboard"
 HANG = "hang"  # of each rank, before a timeout ended the run

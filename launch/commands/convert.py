@@ -8,6 +8,7 @@ from megatron_rdt.config.engines import describe_checkpoint_formats
 from megatron_rdt.config.option_types import HELP
 from megatron_rdt.errors import EXIT_OK, ConfigError
 from megatron_rdt.files import PathText
+from megatron_rdt.run_directory import WeightKind
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class ConvertOptions:
     """hf: dtype of the weights in the files; bfloat16 rounds them to half the size."""
     shard_size: str = "5GB"
     """hf: largest file of weights, such as 5GB or 500MB; what is more goes into several, with an index."""
+    weights: WeightKind = "model"
+    """hf: weights to write: the model's, or their exponential moving average (of a run with optimizer.ema)."""
     cut: str = "auto"
     """Dense models: layers of prelude, core and coda, such as 2,4,2; those between prelude and core are dropped if they are fewer than all. auto: by the similarity of what the layers read and write."""
     tokenizer: PathText = ""
@@ -47,9 +50,12 @@ def convert(words: list[str]) -> int:
     from megatron_rdt.evaluate.card_results import describe_results
 
     importing = ImportOptions(options.cut, options.tokenizer, options.config)
-    export = ExportOptions(options.dtype, options.shard_size, describe_results)
-    if options.to != "hf" and (options.dtype, options.shard_size) != (ConvertOptions.dtype, ConvertOptions.shard_size):
-        raise ConfigError(f"--dtype and --shard_size are for --to hf; a checkpoint ({options.to}) keeps float32.")
+    # What was measured is of the weights, not of their average.
+    describe = describe_results if options.weights == "model" else None
+    export = ExportOptions(options.dtype, options.shard_size, describe, options.weights)
+    for name in ("dtype", "shard_size", "weights"):
+        if options.to != "hf" and getattr(options, name) != getattr(ConvertOptions, name):
+            raise ConfigError(f"--{name} is for --to hf; a checkpoint ({options.to}) keeps the weights, in float32.")
     if options.dry_run:
         _, plan = plan_conversion(options.source, options.out, options.to, importing, export)
         if plan is None:

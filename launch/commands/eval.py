@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from launch.command_options import parse_options, summary_of
 from megatron_rdt.errors import EXIT_OK, ConfigError
 from megatron_rdt.files import PathText
+from megatron_rdt.run_directory import WeightKind
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class EvalOptions:
     """Validation sequences to use, spread evenly over the split."""
     sequence_length: int = 0
     """Tokens of a validation sequence, with --harness most tokens of a context; 0: as many as in training, which of an imported model may be more than memory or the split can hold."""
+    weights: WeightKind = "model"
+    """Weights to measure: the model's, or their exponential moving average (of a run with optimizer.ema), whose results are written with --out only."""
     data: PathText | None = None
     """Directory of a prepared corpus; by default the run's own."""
     out: PathText | None = None
@@ -58,15 +61,20 @@ def evaluate(words: list[str]) -> int:
             batch_size=options.batch_size,
             length=options.sequence_length,
             out=options.out,
+            weights=options.weights,
         )
     elif options.tasks:
         from megatron_rdt.evaluate.task_evaluation import evaluate_tasks
 
-        evaluate_tasks(*common, options.examples, options.data, options.out, options.exit_rules)
+        evaluate_tasks(
+            *common, options.examples, options.data, options.out, options.exit_rules, weights=options.weights
+        )
     else:
         from megatron_rdt.evaluate.loss import evaluate_checkpoint
 
-        evaluate_checkpoint(*common, options.sequences, options.data, options.out, options.sequence_length)
+        evaluate_checkpoint(
+            *common, options.sequences, options.data, options.out, options.sequence_length, options.weights
+        )
     return EXIT_OK
 
 

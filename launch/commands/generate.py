@@ -9,6 +9,7 @@ from megatron_rdt.config.option_texts import MAY_BE_EMPTY
 from megatron_rdt.config.sampling import check_sampling
 from megatron_rdt.errors import EXIT_OK, ConfigError
 from megatron_rdt.files import PathText
+from megatron_rdt.run_directory import WeightKind
 
 if TYPE_CHECKING:
     from megatron_rdt.inference import ExitRule
@@ -27,6 +28,8 @@ class GenerateOptions:
     """Text to continue; may be given several times."""
     prompts: PathText | None = None
     """File of further texts to continue, one per line, UTF-8; empty lines are skipped."""
+    weights: WeightKind = "model"
+    """Weights to use: the model's, or their exponential moving average (of a run with optimizer.ema)."""
     loops: int = 8
     """Loop count T: more loops, more compute per token, the same weights."""
     tokens: int = 100
@@ -138,6 +141,7 @@ def print_texts(options: GenerateOptions, prompts: list[str]) -> None:
         "seed": options.seed,
         "stop": [*options.stop, *options.stop_ids],
         "device": options.device,
+        "weights": options.weights,
         "cache_budget": options.cache_budget,
         "exit_rule": rule,
         "trace": None if rule is None else trace,

@@ -12,8 +12,10 @@ from megatron_rdt.config import ModelConfig
 from megatron_rdt.errors import USE_ANOTHER, CheckpointError
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel.torch_checkpoint import TensorReader, load_tensors
+from megatron_rdt.parallel.weight_average import EMA
 from megatron_rdt.parallel.zero_files import ZERO_FOLDER, read_zero_weights
 from megatron_rdt.parallel.zero_universal import UNIVERSAL, read_universal_weights
+from megatron_rdt.run_directory import WeightKind
 from megatron_rdt.untrusted_files import describe_load_failure
 
 
@@ -38,14 +40,24 @@ def check_weights_fit(source: Path, config: ModelConfig, shapes: Mapping[str, to
         raise CheckpointError(f"{source} does not fit its own config: {wrong[:3]}. {USE_ANOTHER}")
 
 
-def open_weights(checkpoint: Path) -> StoredWeights:
-    """Open a checkpoint's weights; only those of torch.distributed.checkpoint stay on disk until one is read."""
-    if not (checkpoint / "model").is_dir():
+def open_weights(checkpoint: Path, kind: WeightKind = "model") -> StoredWeights:
+    """Open a checkpoint's weights; only those of torch.distributed.checkpoint stay on disk until one is read.
+
+    Args:
+        checkpoint: a checkpoint of any engine.
+        kind: "ema" for the average of the weights (`optimizer.ema`) in place of the weights; buffers are the same.
+
+    Raises:
+        CheckpointError: there are none of this kind.
+    """
+    if kind == EMA:
+        _check_has_average(checkpoint)
+    elif not (checkpoint / "model").is_dir():
         weights = read_model_weights(checkpoint)
         return StoredWeights(
             {name: tensor.shape for name, tensor in weights.items()}, lambda name: weights[name].float()
         )
-    folder, buffers = _DistributedCheckpoint(checkpoint / "model"), read_buffers(checkpoint)
+    folder, buffers = _DistributedCheckpoint(checkpoint / kind), read_buffers(checkpoint)
     shapes = {**folder.shapes, **{name: buffer.shape for name, buffer in buffers.items()}}
 
     def read(name: str) -> torch.Tensor:
@@ -54,9 +66,21 @@ def open_weights(checkpoint: Path) -> StoredWeights:
     return StoredWeights(shapes, read)
 
 
-def read_model_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Return every parameter, float32, and persistent buffer by name: unsharded, on the CPU."""
+def read_model_weights(checkpoint: Path, kind: WeightKind = "model") -> dict[str, torch.Tensor]:
+    """Return every parameter, float32, and persistent buffer by name: unsharded, on the CPU; `kind` as in `open_weights`."""
+    if kind == EMA:
+        stored = open_weights(checkpoint, kind)
+        return {name: stored.read(name) for name in stored.shapes}
     return {**_read_parameters(checkpoint), **read_buffers(checkpoint)}
+
+
+def _check_has_average(checkpoint: Path) -> None:
+    """Raise CheckpointError unless a checkpoint has an average of the weights."""
+    if not (checkpoint / EMA).is_dir():
+        raise CheckpointError(
+            f"{checkpoint} has no average of its weights: the run that saved it had none (optimizer.ema). "
+            "Omit --weights ema, or name a checkpoint of a run with it."
+        )
 
 
 def _read_parameters(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -72,7 +96,7 @@ def _read_parameters(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 class _DistributedCheckpoint:
-    """A folder of torch.distributed.checkpoint; names are without its prefix `model.`.
+    """A folder of torch.distributed.checkpoint; names are without its prefix, which is the folder's name.
 
     Attributes:
         shapes: of every tensor, by name.
@@ -83,7 +107,7 @@ class _DistributedCheckpoint:
 
         self.directory, self._reader = directory, TensorReader(directory)
         tensors: dict[str, Any] = {
-            key.removeprefix("model."): entry
+            key.removeprefix(f"{directory.name}."): entry
             for key, entry in self._reader.metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
@@ -96,7 +120,7 @@ class _DistributedCheckpoint:
 
         state = {name: torch.empty(self.shapes[name], dtype=self._dtypes[name]) for name in names}
         try:
-            load_tensors({"model": state}, self._reader, no_dist=True)
+            load_tensors({self.directory.name: state}, self._reader, no_dist=True)
         except CheckpointException as error:
             inner = next((inner for inner, _ in error.failures.values()), error)
             reason = describe_load_failure(inner)

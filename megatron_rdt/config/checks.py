@@ -232,6 +232,11 @@ def _find_training_problems(config: RunConfig) -> Iterator[str]:
             f"optimizer.name {config.optimizer.name} needs whole matrices, which DeepSpeed ({engine}) flattens. "
             f"Set --parallel.engine {PROPOSED}, or --optimizer.name {optimizers[0]}."
         )
+    if config.optimizer.ema and not config.parallel.engine_kind.averages_weights:
+        yield (
+            f"optimizer.ema averages weights in the shards of parameters, which DeepSpeed ({engine}) flattens. "
+            f"Set --parallel.engine {PROPOSED}, or --optimizer.ema 0."
+        )
     if config.train.compile != "none" and not config.parallel.engine_kind.compiles_layers:
         yield (
             f"train.compile layers does not go with DeepSpeed ({engine}), which exchanges the weights "

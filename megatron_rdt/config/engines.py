@@ -29,6 +29,7 @@ class EngineKind:
         options: fields of `parallel` that the engine takes, besides those that every engine takes.
         optimizers: choices of `optimizer.name` that it can step.
         compiles_layers: takes `train.compile layers`.
+        averages_weights: takes `optimizer.ema`.
     """
 
     summary: str
@@ -39,6 +40,7 @@ class EngineKind:
     options: tuple[str, ...] = ()
     optimizers: tuple[str, ...] = ("adamw", "muon")
     compiles_layers: bool = True
+    averages_weights: bool = True
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -56,6 +58,7 @@ def _zero(stage: int) -> EngineKind:
         options=("offload", "deepspeed"),
         optimizers=("adamw",),  # Muon needs whole matrices, DeepSpeed flattens them
         compiles_layers=False,  # DeepSpeed exchanges weights inside a layer
+        averages_weights=False,  # their shards are DeepSpeed's, flattened
     )
 
 

@@ -16,6 +16,7 @@ from megatron_rdt.convert.sources.files import open_source_weights
 from megatron_rdt.convert.sources.rules import read_count
 from megatron_rdt.data import Tokenizer
 from megatron_rdt.errors import CheckpointError
+from megatron_rdt.run_directory import WeightKind
 from megatron_rdt.untrusted_files import read_json
 
 MODEL_FILE, CONFIG_FILE = "modeling_rdt.py", "config.json"
@@ -34,11 +35,13 @@ class ExportOptions:
         shard_size: the largest size of a file of weights, in transformers' words.
         describe: called with the checkpoint and the export's folder, into which it may write pictures; returns sections
             of Markdown about what the model scored. None adds none.
+        weights: "ema" for the average of the weights.
     """
 
     dtype: str = "float32"
     shard_size: str = "5GB"
     describe: Callable[[Path, Path], list[str]] | None = None
+    weights: WeightKind = "model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +57,7 @@ class ExportSource:
         step, tokens: how far it was trained.
         origin: entry `converted_from` of its manifest; None for a checkpoint that a run wrote.
         began_from: name of the checkpoint or export from whose weights its run began; "" for random ones.
+        is_average: the weights are the average of the run's weights.
     """
 
     path: Path
@@ -65,6 +69,7 @@ class ExportSource:
     tokens: int = 0
     origin: Any = None
     began_from: str = ""
+    is_average: bool = False
 
 
 def is_hf_export(folder: Path) -> bool:

@@ -125,8 +125,10 @@ def _describe_training(source: ExportSource) -> list[tuple[str, str]]:
     weights = [f"{corpus.weight:g}" for corpus in config.data.corpora()]
     mixed = ", ".join(f"{name} (weight {weight})" for name, weight in zip(names, weights))
     began = [("began from the weights of", quote_name(source.began_from))] if source.began_from else []
+    averaged = [("weights", f"their exponential moving average, decay {config.optimizer.ema:g}")] * source.is_average
     return [
         *began,
+        *averaged,
         ("optimizer steps", f"{source.step:,}"),
         ("tokens", f"{source.tokens:,}"),
         ("sequences", f"{config.train.sequence_length:,} tokens, {config.train.global_batch:,} per step at the end"),

@@ -32,7 +32,9 @@ from megatron_rdt.files import write_text
 
 def export_hf(source: Path, out: Path, options: ExportOptions | None = None) -> None:
     """Write an export of the verified checkpoint `source` into the empty folder `out`, see `write_export`."""
-    state, config, weights = read_trainer_state(source), load_saved_config(source), open_weights(source)
+    options = options or ExportOptions()
+    state, config = read_trainer_state(source), load_saved_config(source)
+    weights = open_weights(source, options.weights)
     check_weights_fit(source, config.model, weights.shapes)
     has_bos = read_begins_with_bos(state)
     if has_bos is None:  # a checkpoint from before it was recorded; a stream added no BOS then
@@ -48,8 +50,9 @@ def export_hf(source: Path, out: Path, options: ExportOptions | None = None) -> 
         tokens=state.get("tokens", 0),
         origin=manifest.get("converted_from"),
         began_from=Path(str((manifest.get("origin") or {}).get("checkpoint", ""))).name,
+        is_average=options.weights == "ema",
     )
-    write_export(out, found, options or ExportOptions())
+    write_export(out, found, options)
 
 
 def write_export(out: Path, source: ExportSource, options: ExportOptions) -> None:

@@ -26,6 +26,7 @@ from megatron_rdt.errors import USE_ANOTHER, CheckpointError, suggest_init
 from megatron_rdt.model import RecurrentDepthTransformer, leave_unset
 from megatron_rdt.parallel import build_engine
 from megatron_rdt.parallel.torch_engine import TorchEngine
+from megatron_rdt.parallel.weight_average import EMA
 from megatron_rdt.parallel.zero_files import ZERO_FOLDER, convert_to_universal
 from megatron_rdt.parallel.zero_universal import MOMENTS, UNIVERSAL, WEIGHT, read_universal, write_universal
 
@@ -53,6 +54,11 @@ def convert_training_state(source: Path, out: Path, family: str) -> None:
     """
     _check_optimizer_is_there(source, family)
     config = load_saved_config(source)
+    if (source / EMA).is_dir():
+        print(
+            f"the average of the weights (optimizer.ema) is left out: a run that resumes from {out.name} begins it anew"
+        )
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, ema=0.0))
     state = read_training_state(source, config, scratch=out)
     if family == "zero":
         write_universal(out / UNIVERSAL, state.tensors, state.step)

@@ -29,9 +29,16 @@ from megatron_rdt.evaluate.harness_results import (
     name_harness_scores,
     read_harness_scores,
 )
-from megatron_rdt.evaluate.result_files import HARNESS_SCORES, check_result_file, choose_result_file, write_scores
+from megatron_rdt.evaluate.result_files import (
+    HARNESS_SCORES,
+    check_result_file,
+    choose_result_file,
+    explain_no_file,
+    write_scores,
+)
 from megatron_rdt.inference.load import choose_device, load, load_verified
 from megatron_rdt.model import RecurrentDepthTransformer
+from megatron_rdt.run_directory import WeightKind
 from megatron_rdt.untrusted_files import read_json_object
 
 # Resamples of the examples, for the errors of metrics that have no formula for it.
@@ -64,6 +71,7 @@ def evaluate_harness(
     batch_size: int = 16,
     length: int = 0,
     out: str | None = None,
+    weights: WeightKind = "model",
 ) -> dict[str, Any]:
     """Print the scores of tasks by T; write them as JSON, with a picture of the same name; return the JSON object.
 
@@ -78,6 +86,7 @@ def evaluate_harness(
         length: most tokens that the model is given; 0 takes the length of its training sequences.
         out: JSON file; by default eval-harness.json in the run directory, and none for a checkpoint outside a run. In a run
             that writes for TensorBoard, the scores go there too.
+        weights: "ema" for the average of the weights; it then has no file without `out`.
 
     Raises:
         ConfigError: lm_eval is not installed, an argument is out of range, a task is not known or cannot be run here.
@@ -85,7 +94,7 @@ def evaluate_harness(
     """
     file = check_result_file(out, read_harness_scores)
     manager, names = find_tasks(tasks, path)
-    subject = _open_subject(checkpoint, file, length)
+    subject = _open_subject(checkpoint, file, length, weights)
     random.seed(SEEDS[0])  # before tasks are loaded, some of which shuffle their examples
     np.random.seed(SEEDS[1])
     torch.manual_seed(SEEDS[2])
@@ -95,6 +104,7 @@ def evaluate_harness(
         rows, counts = score_harness_tasks(subject, loaded, loops, limit, fewshot, batch_size)
     result = {
         "checkpoint": subject.directory.name,
+        **({} if weights == "model" else {"weights": weights}),
         "step": subject.step,
         "scores": rows,
         "groups": {name: list(group.child_names) for name, group in loaded["groups"].items()},
@@ -112,23 +122,21 @@ def evaluate_harness(
         write_scores(subject.target, result, partial(draw_harness_scores, shown), "harness/scores", events)
     print("\n".join(format_harness_scores(result)))
     if subject.target is None:
-        print(
-            f"{subject.directory} is not in a run directory, so no {HARNESS_SCORES} was written; --out FILE writes one"
-        )
+        print(explain_no_file(subject.directory, HARNESS_SCORES, weights))
     return result
 
 
-def _open_subject(checkpoint: str, file: Path | None, length: int) -> _Subject:
-    """Load the model of a checkpoint, run or export; `file` and `length` are those of the options, if given."""
+def _open_subject(checkpoint: str, file: Path | None, length: int, weights: WeightKind) -> _Subject:
+    """Load the model of a checkpoint, run or export; the other arguments are those of the options, if given."""
     device, folder = choose_device("auto"), Path(os.path.abspath(checkpoint))
 
     def read(found: Path) -> _Subject:
         """Read from a checkpoint all that the evaluation needs of it: its run may delete it before the end."""
         directory = Path(os.path.abspath(found))
-        target = choose_result_file(directory, HARNESS_SCORES, file)
+        target = choose_result_file(directory, HARNESS_SCORES, file, weights)
         state = read_trainer_state(directory)
         own = length or load_saved_config(directory).train.sequence_length
-        model, tokenizer = load_verified(directory, device)
+        model, tokenizer = load_verified(directory, device, weights)
         return _Subject(model, tokenizer, own, directory, state["step"], target)
 
     if not is_hf_export(folder):
@@ -138,7 +146,7 @@ def _open_subject(checkpoint: str, file: Path | None, length: int) -> _Subject:
         raise ConfigError(
             f"{folder} has {calls} in its config.json, and --harness scores each T without. Run lm_eval on it, or remove that."
         )
-    model, tokenizer = load(folder, device)
+    model, tokenizer = load(folder, device, weights)
     own = length or read_declared_length(folder)
     return _Subject(model, tokenizer, own, folder, None, choose_result_file(folder, HARNESS_SCORES, file))
 

@@ -17,9 +17,16 @@ from megatron_rdt.data import Batch, TokenCorpus, Tokenizer, load_manifest, open
 from megatron_rdt.data.shard_files.corpus_manifest import MANIFEST, CorpusManifest
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.evaluate.loop_curve import LoopCurve
-from megatron_rdt.evaluate.result_files import check_result_file, choose_result_file, invalid_result, write_result
+from megatron_rdt.evaluate.result_files import (
+    check_result_file,
+    choose_result_file,
+    explain_no_file,
+    invalid_result,
+    write_result,
+)
 from megatron_rdt.evaluate.row_scores import count_forward_passes, score_rows
 from megatron_rdt.inference.load import choose_device, load_verified
+from megatron_rdt.run_directory import WeightKind
 from megatron_rdt.terminal import show_progress
 from megatron_rdt.untrusted_files import read_json
 
@@ -101,6 +108,7 @@ def evaluate_checkpoint(
     data: str | None = None,
     out: str | None = None,
     sequence_length: int = 0,
+    weights: WeightKind = "model",
 ) -> dict[str, Any]:
     """Print a table of the validation loss against T; write losses, step and counts as JSON, and return them.
 
@@ -111,6 +119,7 @@ def evaluate_checkpoint(
         data: prepared corpus; by default the run's own.
         out: JSON file; by default eval.json in the run directory, and none for a checkpoint outside a run.
         sequence_length: tokens of a window; 0 means as many as in training.
+        weights: "ema" for the average of the weights; it then has no file without `out`.
 
     Returns:
         The object that the JSON file holds.
@@ -128,13 +137,13 @@ def evaluate_checkpoint(
     def read(found: Path) -> tuple[Any, ...]:
         """Read from a checkpoint all that the evaluation needs of it: its run may delete it before the end."""
         directory = Path(os.path.abspath(found))
-        target = choose_result_file(directory, EVALUATION, file)
+        target = choose_result_file(directory, EVALUATION, file, weights)
         config = load_saved_config(directory)
         if sequence_length:
             config = replace(config, train=replace(config.train, sequence_length=sequence_length))
         opened = open_validation_corpora(config, data)
         step = read_trainer_state(directory)["step"]
-        return directory, target, config, opened, step, load_verified(directory, device)
+        return directory, target, config, opened, step, load_verified(directory, device, weights)
 
     directory, target, config, (corpora, shares), step, (model, tokenizer) = read_from_checkpoint(checkpoint, read)
     sizes = tokenizer.token_bytes()
@@ -155,6 +164,7 @@ def evaluate_checkpoint(
     by_corpus = curve.by_corpus if len(windows) > 1 else {}
     result = {
         "checkpoint": directory.name,
+        **({} if weights == "model" else {"weights": weights}),
         "step": step,
         "sequences": sum(map(len, windows.values())),
         **({"sequence_length": sequence_length} if sequence_length else {}),
@@ -169,7 +179,7 @@ def evaluate_checkpoint(
     note = f"({describe_windows(windows.values())})"
     print("\n".join([_format_table(curve, by_corpus, bytes_per_token, note), *result.get("summary", [])]))
     if target is None:
-        print(f"{directory} is not in a run directory, so no {EVALUATION} was written; --out FILE writes one")
+        print(explain_no_file(directory, EVALUATION, weights))
     return result
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.files import TEMPORARY_SUFFIX, write_text
 from megatron_rdt.output_paths import check_output_file
-from megatron_rdt.run_directory import CHECKPOINTS, LATEST, TENSORBOARD
+from megatron_rdt.run_directory import CHECKPOINTS, LATEST, TENSORBOARD, WeightKind
 
 TASK_SCORES, HARNESS_SCORES = "eval-tasks.json", "eval-harness.json"
 # Results that have a picture of the same name, and events in these folders of the run's `TENSORBOARD`.
@@ -27,8 +27,10 @@ def replace_nonfinite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def choose_result_file(checkpoint: Path, name: str, out: Path | None) -> Path | None:
+def choose_result_file(checkpoint: Path, name: str, out: Path | None, weights: WeightKind = "model") -> Path | None:
     """Return `out`, or the file `name` of a checkpoint's run; None for a checkpoint outside a run if `out` is None.
+
+    None also for the average of the weights: reports take the run's own file as that of the weights.
 
     Raises:
         ConfigError: that file cannot be written, or what is under the name of its picture is somebody else's.
@@ -36,6 +38,8 @@ def choose_result_file(checkpoint: Path, name: str, out: Path | None) -> Path | 
     if out is not None:
         _check_picture(name, out)
         return out
+    if weights != "model":
+        return None
     run = checkpoint.parent.parent
     is_run = any((run / name).is_file() for name in ("config.yaml", "metrics.jsonl", LATEST))
     if checkpoint.parent.name != CHECKPOINTS or not is_run:
@@ -47,6 +51,12 @@ def choose_result_file(checkpoint: Path, name: str, out: Path | None) -> Path | 
     check_output_file(run / name)
     _check_picture(name, run / name)
     return run / name
+
+
+def explain_no_file(checkpoint: Path, name: str, weights: WeightKind) -> str:
+    """Return a sentence for the console: why `choose_result_file` found no file."""
+    reason = f"{checkpoint} is not in a run directory" if weights == "model" else f"{name} is of the run's weights"
+    return f"{reason}, so no {name} was written; --out FILE writes one"
 
 
 def _check_picture(name: str, file: Path) -> None:

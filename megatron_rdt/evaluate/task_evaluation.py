@@ -16,6 +16,7 @@ from megatron_rdt.evaluate.result_files import (
     TASK_SCORES,
     check_result_file,
     choose_result_file,
+    explain_no_file,
     invalid_result,
     write_scores,
 )
@@ -36,6 +37,7 @@ from megatron_rdt.evaluate.tasks import (
     score_tasks,
 )
 from megatron_rdt.inference.load import choose_device, load_verified
+from megatron_rdt.run_directory import WeightKind
 from megatron_rdt.terminal import show_progress
 from megatron_rdt.untrusted_files import read_json
 
@@ -50,6 +52,7 @@ def evaluate_tasks(
     data: str | None = None,
     out: str | None = None,
     exit_rules: Sequence[str] = (),
+    weights: WeightKind = "model",
 ) -> dict[str, Any]:
     """Print accuracies by difficulty and T; write them as JSON, with a heat map of the same name; return the JSON object.
 
@@ -61,6 +64,7 @@ def evaluate_tasks(
         out: JSON file; by default eval-tasks.json in the run directory, and none for a checkpoint outside a run. In a run that
             writes for TensorBoard, the scores go there too.
         exit_rules: texts of exit rules to score as well, see `parse_exit_rules`.
+        weights: "ema" for the average of the weights; it then has no file without `out`.
 
     Raises:
         ConfigError: an argument is out of range, or a file cannot be written.
@@ -75,11 +79,11 @@ def evaluate_tasks(
     def read(found: Path) -> tuple[Any, ...]:
         """Read from a checkpoint all that the evaluation needs of it: its run may delete it before the end."""
         directory = Path(os.path.abspath(found))
-        target = choose_result_file(directory, TASK_SCORES, file)
+        target = choose_result_file(directory, TASK_SCORES, file, weights)
         config = load_saved_config(directory)
         check_rules_fit(rules, config.model.halting, max(loops))
         step = read_trainer_state(directory)["step"]
-        return directory, target, config, step, load_verified(directory, device)
+        return directory, target, config, step, load_verified(directory, device, weights)
 
     directory, target, config, step, (model, tokenizer) = read_from_checkpoint(checkpoint, read)
     paths = [corpus.path for corpus in config.data.corpora()] if data is None else [data]
@@ -98,6 +102,7 @@ def evaluate_tasks(
         exits = score_task_exits(model, groups, lengths[-1], rules, device=device, progress=advance) if rules else []
     result = {
         "checkpoint": directory.name,
+        **({} if weights == "model" else {"weights": weights}),
         "step": step,
         "tasks": rows,
         "trained_loops": find_trained_loops(config),
@@ -111,7 +116,7 @@ def evaluate_tasks(
         write_scores(target, result, draw, "tasks/accuracy", name_accuracies(rows) if out is None else None)
     print("\n".join([*format_accuracies(rows), *describe_scores(result), *format_exits(exits)]))
     if target is None:
-        print(f"{directory} is not in a run directory, so no {TASK_SCORES} was written; --out FILE writes one")
+        print(explain_no_file(directory, TASK_SCORES, weights))
     return result
 
 

@@ -17,39 +17,47 @@ from megatron_rdt.convert.hf_tokenizer import open_exported_tokenizer
 from megatron_rdt.data import Tokenizer
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.model import RecurrentDepthTransformer, reset_buffers
+from megatron_rdt.run_directory import WeightKind
 
 
-def load(checkpoint: str | Path, device: str | torch.device = "auto") -> tuple[RecurrentDepthTransformer, Tokenizer]:
+def load(
+    checkpoint: str | Path, device: str | torch.device = "auto", weights: WeightKind = "model"
+) -> tuple[RecurrentDepthTransformer, Tokenizer]:
     """Load model and tokenizer from a checkpoint, a run (its newest healthy one) or an export, in evaluation mode.
 
     Args:
         checkpoint: a checkpoint directory, a run directory, or a folder that `rdt convert --to hf` wrote.
         device: "auto" takes a GPU if there is one.
+        weights: "ema" for the average of the weights, of a run with `optimizer.ema`.
 
     Raises:
-        ConfigError: the device cannot be used here.
+        ConfigError: the device cannot be used here, or an export is asked for an average.
         CheckpointError: there is no model, or it is damaged.
     """
     target, directory = choose_device(device), Path(checkpoint)
     if is_hf_export(directory):
-        config, weights = read_hf(directory)
+        if weights != "model":
+            raise ConfigError(f"{directory} is an export, with one set of weights. Omit --weights {weights}.")
+        config, own = read_hf(directory)
         tokenizer = open_exported_tokenizer(directory)
         check_tokenizer(directory, tokenizer)
         tokenizer.begins_with_bos = has_declared_bos(directory)
-        return build_model(config, weights, directory).to(target), tokenizer
-    return read_from_checkpoint(directory, lambda found: load_verified(found, target))
+        return build_model(config, own, directory).to(target), tokenizer
+    return read_from_checkpoint(directory, lambda found: load_verified(found, target, weights))
 
 
-def load_verified(directory: Path, device: str | torch.device = "auto") -> tuple[RecurrentDepthTransformer, Tokenizer]:
+def load_verified(
+    directory: Path, device: str | torch.device = "auto", weights: WeightKind = "model"
+) -> tuple[RecurrentDepthTransformer, Tokenizer]:
     """Load model and tokenizer from a checkpoint directory that `resolve_checkpoint` has verified.
 
-    `begins_with_bos` of the tokenizer is that of the training, where the checkpoint says it.
+    `begins_with_bos` of the tokenizer is that of the training, where the checkpoint says it; `weights` as in `load`.
     """
     target, tokenizer = choose_device(device), Tokenizer(directory / "tokenizer")
     recorded = read_begins_with_bos(read_trainer_state(directory))
     if recorded is not None:
         tokenizer.begins_with_bos = recorded
-    model = build_model(load_saved_config(directory).model, read_model_weights(directory), directory)
+    model = build_model(load_saved_config(directory).model, read_model_weights(directory, weights), directory)
     return model.to(target), tokenizer
 
 

@@ -23,6 +23,7 @@ from megatron_rdt.parallel import optimizers
 from megatron_rdt.parallel.engine import Engine
 from megatron_rdt.parallel.optimizers import Groups
 from megatron_rdt.parallel.torch_checkpoint import TensorReader, load_tensors
+from megatron_rdt.parallel.weight_average import EMA, WeightAverage
 from megatron_rdt.untrusted_files import describe_load_failure
 
 
@@ -39,11 +40,19 @@ class TorchEngine(Engine):
     """
 
     optimizers: list[torch.optim.Optimizer]
+    _average: WeightAverage | None = None
 
     def make_optimizers(self, model: RecurrentDepthTransformer) -> None:
         """Set `model`, and `optimizers` over its (possibly sharded) parameters."""
         self.model = model
         self.optimizers = optimizers.make_optimizers(model, self.config.optimizer)
+
+    @property
+    def average(self) -> WeightAverage | None:
+        """The average of the weights; None without `optimizer.ema`. It begins when it is first asked for."""
+        if self._average is None and self.config.optimizer.ema:
+            self._average = WeightAverage(self.model, self.config.optimizer.ema)
+        return self._average
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Run autograd; DDP and FSDP2 reduce gradients in its hooks."""
@@ -70,6 +79,7 @@ class TorchEngine(Engine):
     def step(self, lr: float, accepted: torch.Tensor | None = None) -> None:
         """Step every optimizer unless `accepted` is False, which the device decides; then free the gradients."""
         found_inf = None if accepted is None else (~accepted).float()
+        average = self.average  # which begins with the weights before the first step
         for optimizer in self.optimizers:
             optimizers.set_learning_rate(optimizer.param_groups, lr)
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # what torch's GradScaler sets
@@ -78,6 +88,8 @@ class TorchEngine(Engine):
             finally:
                 # torch's checkpoint code steps an optimizer to create its state, which must not be skipped.
                 del optimizer.found_inf  # type: ignore[attr-defined]
+        if average is not None:
+            average.update(accepted)
         self.discard_gradients()
 
     def discard_gradients(self) -> None:
@@ -94,12 +106,13 @@ class TorchEngine(Engine):
         }
 
     def _collect_states(self) -> dict[str, dict]:
-        """Return {"model": ..., "optimizer": ...}, sharded, with the parameter groups of an unsharded run."""
+        """Return {"model": ..., "optimizer": ..., "ema": ...}, sharded, with the parameter groups of an unsharded run."""
         model, optimizer = dcp_state.get_state_dict(self.model, self.optimizers)
         # Groups are split by mesh where parameters are sharded on several, so their number depends on the arrangement.
         groups = optimizers.regroup(optimizer["param_groups"], self._configured_names())  # type: ignore[arg-type]
         optimizer = dict(optimizer) | {"param_groups": groups}
-        return {"model": dict(model), "optimizer": optimizer}
+        states: dict[str, dict] = {"model": dict(model), "optimizer": optimizer}
+        return states if self.average is None else {**states, EMA: dict(self.average.tensors)}
 
     def _parameter_groups(self) -> Groups:
         """Return the groups of all optimizers, with the options that they use now."""
@@ -116,13 +129,16 @@ class TorchEngine(Engine):
         return optimizers.parameter_names(model, groups)
 
     def save(self, directory: Path) -> None:
-        """Write `model/` and `optimizer/` below `directory`."""
+        """Write `model/`, `optimizer/` and, with an average of the weights, `ema/` below `directory`."""
         for name, state in self._collect_states().items():
             with _ignore_single_process_warning():
                 dcp.save({name: state}, checkpoint_id=directory / name, no_dist=not dist.is_initialized())
 
     def load(self, directory: Path) -> None:
-        """Read `model/` and `optimizer/` into the shards, with the config's options, or raise CheckpointError."""
+        """Read `model/` and `optimizer/` into the shards, with the config's options, or raise CheckpointError.
+
+        The average of the weights is read too, where there is one; otherwise it begins with the weights that were read.
+        """
         if not (directory / "model").is_dir():
             raise CheckpointError(
                 f"{directory} was saved by a ZeRO engine. Convert it: rdt convert {directory} OUT --to native, "
@@ -133,8 +149,10 @@ class TorchEngine(Engine):
             raise CheckpointError(
                 f"{directory} holds weights alone, without the state of an optimizer: {suggest_init(directory)}."
             )
-        readers = self._open_folders(directory)
         states = self._collect_states()
+        if not (directory / EMA).is_dir():
+            states.pop(EMA, None)
+        readers = self._open_folders(directory, list(states))
         model, optimizer = states["model"], states["optimizer"]
         # The config decides the groups and their options; the run that saved may have had others.
         groups = optimizer.pop("param_groups")
@@ -149,17 +167,19 @@ class TorchEngine(Engine):
         names = optimizers.parameter_names(self.model, self._parameter_groups())
         optimizer["param_groups"] = optimizers.regroup(groups, names)
         dcp_state.set_state_dict(self.model, self.optimizers, model_state_dict=model, optim_state_dict=optimizer)
+        if EMA not in states:
+            self._average = None
 
     @staticmethod
-    def _open_folders(directory: Path) -> dict[str, TensorReader]:
-        """Open `model` and `optimizer` of a checkpoint; every rank must call this, and all raise what one does.
+    def _open_folders(directory: Path, names: list[str]) -> dict[str, TensorReader]:
+        """Open folders of a checkpoint by their names; every rank must call this, and all raise what one does.
 
         A rank that failed alone would leave the others waiting in the collectives of the load.
         """
         readers: dict[str, TensorReader] = {}
         failure: CheckpointError | None = None
         try:
-            readers = {name: TensorReader(directory / name) for name in ("model", "optimizer")}
+            readers = {name: TensorReader(directory / name) for name in names}
         except CheckpointError as error:
             failure = error
         raise_on_all_ranks(failure)

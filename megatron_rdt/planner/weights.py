@@ -12,7 +12,7 @@ from megatron_rdt.planner.ledger import Ledger
 from megatron_rdt.planner.parameters import ROOT, Parameter, core_units, list_parameters, list_units, moments_per_weight
 from megatron_rdt.planner.shape import FLOAT32
 
-WEIGHTS, OPTIMIZER, GRADIENTS = "weights", "optimizer", "gradients"
+WEIGHTS, OPTIMIZER, GRADIENTS, AVERAGE = "weights", "optimizer", "gradients", "average of the weights"
 ZERO_BUCKET = 500_000_000  # numbers in DeepSpeed's reduction bucket, its default
 CORE, OTHER, BUFFERS = "gathered core", "other gathered units", "buffers"
 UNREDUCED, SUMS = "unreduced gradients", "gradients being summed"
@@ -41,11 +41,19 @@ class Weights:
     def hold_state(self) -> None:
         """Record in the ledger the bytes held throughout the step: weights, optimizer state, DDP's buckets."""
         every = FLOAT32 * sum(p.local_size(self.layout) for p in self.parameters)
-        state = FLOAT32 * sum(moments_per_weight(p, self.config.optimizer) * p.size for p in self.parameters)
-        self.ledger.hold(WEIGHTS, every)
-        self.ledger.hold(OPTIMIZER, state)
+        self.hold_numbers({p.name: p.size for p in self.parameters})
         if self.config.parallel.engine_kind.many_processes:
             self.ledger.hold(BUFFERS, every)  # DDP's buckets
+
+    def hold_numbers(self, numbers: dict[str, float]) -> None:
+        """Record weights, optimizer state and the weights' average, given the numbers of each parameter on this process."""
+        optimizer = self.config.optimizer
+        every = FLOAT32 * sum(numbers.values())
+        state = FLOAT32 * sum(moments_per_weight(p, optimizer) * numbers[p.name] for p in self.parameters)
+        self.ledger.hold(WEIGHTS, every)
+        self.ledger.hold(OPTIMIZER, state)
+        if optimizer.ema:
+            self.ledger.hold(AVERAGE, every)
 
     def begin_micro_batch(self, first: bool, last: bool, summed: bool) -> None:
         """Set `first`, `last` and `summed` for a micro-batch that begins, and mark every gradient as pending."""
@@ -123,10 +131,7 @@ class ShardedWeights(Weights):
 
     def hold_state(self) -> None:
         """Record this process's shards of weights and optimizer state in the ledger."""
-        shards = {p.name: FLOAT32 * p.padded_shard_size(self.layout, self.ranks) for p in self.parameters}
-        state = sum(moments_per_weight(p, self.config.optimizer) * shards[p.name] for p in self.parameters)
-        self.ledger.hold(WEIGHTS, sum(shards.values()))
-        self.ledger.hold(OPTIMIZER, state)
+        self.hold_numbers({p.name: p.padded_shard_size(self.layout, self.ranks) for p in self.parameters})
 
     def gathered_bytes(self, unit: str) -> float:
         """Return the bytes of a unit gathered at a time; of a core in pieces, the outer and the largest inner."""

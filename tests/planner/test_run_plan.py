@@ -71,6 +71,13 @@ def test_sharding_divides_the_optimizer_state_and_not_the_activations(repository
     assert make_plan(single, 1, DEVICES["h100"], 0.4, advise=False).memory.parts["optimizer"] == whole
 
 
+def test_an_average_of_the_weights_is_planned_as_large_as_they_are(repository: Path) -> None:
+    options = {"parallel": {"engine": "fsdp"}, "optimizer": {"name": "adamw", "ema": 0.999}}
+    config = preset(repository, "parcae_370m", **options)
+    parts = make_plan(config, 8, DEVICES["h100"], 0.4, advise=False).memory.parts
+    assert parts["average of the weights"] == parts["weights"]
+
+
 def test_recomputing_the_loop_adds_one_forward_pass_of_it() -> None:
     config = RunConfig(model=ModelConfig(prelude_layers=0, coda_layers=0, vocab_size=1), depth=DepthConfig(mean=8))
     again = step_work(replace(config, depth=replace(config.depth, checkpoint="per_iteration")), 8, 8)

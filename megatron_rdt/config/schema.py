@@ -257,7 +257,7 @@ class DataConfig:
     max_epochs: float = option(4.0, above=0)
     """Largest number of passes over the training split of a corpus; a longer run is refused before it starts."""
     verify: Literal["size", "full"] = "size"
-    """Check of the shards at the start. size: sizes and headers; full: the SHA-256 of every byte, read by one process per node while the others wait, at most `parallel.timeout_s`."""
+    """Check of the shards at the start. size: sizes and headers; full: the SHA-256 of every byte, read by one process for all that share the files, while the others wait."""
     skip_steps: list[int | str] = field(default_factory=list)
     """Steps whose data is left out, such as those around a spike of the loss: 1200-1250,1300. Every later step takes the data after it. Numbers are of the data's order, `data_step` in metrics.jsonl, and those of steps as long as nothing is left out."""
     pack: Literal["chunk", "bestfit", "example"] = "chunk"

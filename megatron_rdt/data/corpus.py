@@ -200,24 +200,41 @@ class TokenCorpus:
             filled += count
 
 
-def read_fixed_windows(corpus: TokenCorpus, count: int, multiple: int = 1) -> Batch:
+def read_window_share(corpus: TokenCorpus, count: int, rank: int, ranks: int) -> Batch:
+    """Read one rank's equal share of the evenly spread windows that every evaluation uses, one per row.
+
+    Args:
+        corpus: the split.
+        count: number of windows of all ranks; all where the split has fewer. The last ones are dropped so that all shares
+            are equal.
+        rank, ranks: number of the rank, and of ranks.
+    """
+    locations = corpus.locate_evenly(count)
+    share = len(locations) // ranks
+    locations = locations[rank * share : (rank + 1) * share]
+    corpus.prefetch(locations)
+    return corpus.read(locations)
+
+
+def read_fixed_windows(corpus: TokenCorpus, count: int) -> Batch:
     """Read the evenly spread windows that every evaluation uses, one per row; DataError if no target counts.
 
     Args:
         corpus: the split.
         count: number of windows; all where the split has fewer.
-        multiple: drop the last windows so that their number is a multiple of this.
 
     Raises:
         DataError: none of their tokens counts as a target.
     """
-    locations = corpus.locate_evenly(count)
-    corpus.prefetch(locations)
-    windows = corpus.read(locations)
-    windows = windows.rows(0, len(windows) // multiple * multiple)
-    if not len(windows.counted_targets):
-        raise DataError(
-            f"by the masks of {corpus.manifest.directory}, no token of {len(windows)} windows of split {corpus.split} counts "
-            "as a target. Take more windows, or set --data.loss all."
-        )
+    windows = read_window_share(corpus, count, 0, 1)
+    check_targets(len(windows.counted_targets), len(windows), corpus.manifest, corpus.split)
     return windows
+
+
+def check_targets(targets: int, windows: int, manifest: CorpusManifest, split: str) -> None:
+    """Raise DataError if none of the tokens of so many windows of a split counts as a target."""
+    if not targets:
+        raise DataError(
+            f"by the masks of {manifest.directory}, no token of {windows} windows of split {split} counts as a target. Take "
+            "more windows, or set --data.loss all."
+        )

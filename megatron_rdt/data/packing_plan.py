@@ -188,12 +188,22 @@ class PackingPlan:
         self._length, self._tokens = length, shard["tokens"]
         self._remedy = f"Make it again: rdt prep pack {manifest.directory} --sequence_length {length}"
         self._descriptor: int | None = None
-        try:
-            with open(self.path, "rb") as file:
-                self._header, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
-        except FileNotFoundError:
-            raise DataError(f"{self.path} does not exist. {self._remedy}") from None
+        known = manifest.plan_headers.get(str(self.path))
+        if known is not None:  # another rank has read and checked it
+            self._header, size = known
+        else:
+            try:
+                with open(self.path, "rb") as file:
+                    self._header, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
+            except FileNotFoundError:
+                raise DataError(f"{self.path} does not exist. {self._remedy}") from None
         self._check_header(size, shard)
+
+    @property
+    def header(self) -> tuple[bytes, int]:
+        """Return the header and the size of the file."""
+        body = OFFSET.itemsize * (self.counts.rows + 1) + PIECE.itemsize * self.counts.pieces
+        return self._header, HEADER.size + body
 
     def _check_header(self, size: int, shard: dict[str, Any]) -> None:
         """Set the counts and the rows' hash from the header; DataError if it does not fit file, L or shard."""
@@ -318,6 +328,13 @@ def make_plans(manifest: CorpusManifest, split: str, length: int, replace_damage
             f"the packing plans in {folder} could not be made ({error.strerror}). Make them where the corpus can be "
             f"written: rdt prep pack {manifest.directory} --sequence_length {length}; or set --data.pack chunk."
         ) from error
+
+
+def read_plan_headers(manifest: CorpusManifest, split: str, length: int) -> None:
+    """Set `plan_headers` of a manifest to the headers of a split's plans, which exist; DataError if one is damaged."""
+    for shard in manifest.document["splits"][split]["shards"]:
+        plan = PackingPlan(manifest, split, shard, length)
+        manifest.plan_headers[str(plan.path)] = plan.header
 
 
 def _check_and_make_plans(manifest: CorpusManifest, split: str, length: int, replace_damaged: bool) -> PlanCounts:

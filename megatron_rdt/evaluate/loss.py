@@ -195,7 +195,12 @@ def check_same_tokenizer(manifest: CorpusManifest, tokenizer: Tokenizer, checkpo
 def describe_windows(parts: Iterable[Batch]) -> str:
     """Return how many sequences and counted targets an evaluation has: "16 sequences, 1,024 tokens"."""
     parts = list(parts)
-    return f"{sum(map(len, parts)):,} sequences, {sum(len(part.counted_targets) for part in parts):,} tokens"
+    return format_window_counts(sum(map(len, parts)), sum(len(part.counted_targets) for part in parts))
+
+
+def format_window_counts(windows: int, targets: int) -> str:
+    """Return the text of `describe_windows`."""
+    return f"{windows:,} sequences, {targets:,} tokens"
 
 
 def _read_windows(corpora: Mapping[str, TokenCorpus], count: int) -> dict[str, Batch]:

@@ -127,9 +127,8 @@ class Inspections:
 
     def _measure(self) -> tuple[dict[int, float], dict[str, dict[int, float]], list[Row]]:
         """Return on all ranks the losses by T, those by corpus and T, and the rows of `score_tasks`."""
-        config, layout = self.config, self.engine.layout
-        data_rank = layout.data_rank(self.engine.rank)
-        mine = {name: windows.rank_rows(data_rank, layout.data) for name, windows in self.data.validation.items()}
+        config = self.config
+        mine = {name: windows.rows for name, windows in self.data.validation.items()}
 
         def check_for_stop(_: int) -> None:
             self.stop.check(self.engine)

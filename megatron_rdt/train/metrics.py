@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rdt.config.batch_schedule import BatchSchedule
-from megatron_rdt.data import Batch
 from megatron_rdt.errors import TrainingError
-from megatron_rdt.evaluate.loss import EVALUATION, describe_windows
+from megatron_rdt.evaluate.loss import EVALUATION, format_window_counts
 from megatron_rdt.evaluate.result_files import EVENT_FOLDERS, replace_nonfinite
 from megatron_rdt.evaluate.tasks import Row, find_nearest_loops, name_accuracies
 from megatron_rdt.files import TEMPORARY_SUFFIX, describe_damaged_lines, read_json_lines, write_bytes
 from megatron_rdt.run_directory import TENSORBOARD
+from megatron_rdt.train.data import ValidationWindows
 from megatron_rdt.train.displays import Display, ForgivingDisplay, TensorBoard
 from megatron_rdt.untrusted_files import read_json
 
@@ -96,18 +96,19 @@ def make_evaluation_record(
 
 
 def format_evaluation(
-    losses: Mapping[int, float], by_corpus: Mapping[str, Mapping[int, float]], windows: Mapping[str, Batch]
+    losses: Mapping[int, float], by_corpus: Mapping[str, Mapping[int, float]], windows: Mapping[str, ValidationWindows]
 ) -> Iterator[str]:
     """Yield the console lines of an evaluation: one for all data and, for a mixture, one per corpus.
 
     Args:
         losses: by T.
         by_corpus: losses by corpus and T; empty if there is only one corpus.
-        windows: those of all ranks, by corpus; the lines say how many there were.
+        windows: by corpus; the lines say how many there were on all ranks.
     """
     for name, values in {"": losses, **by_corpus}.items():
         text = "  ".join(f"T={loops} {loss:.4f}" for loops, loss in values.items())
-        size = describe_windows([windows[name]] if name else windows.values())
+        parts = [windows[name]] if name else list(windows.values())
+        size = format_window_counts(sum(part.count for part in parts), sum(part.targets for part in parts))
         yield f"validation loss{name and f' of {name}'}  {text}  ({size})"
 
 

@@ -13,6 +13,7 @@ from data_prep.pipeline import prepare
 from megatron_rdt.config import RunConfig
 from megatron_rdt.config.batch_schedule import BatchSchedule
 from megatron_rdt.data import Batch, BatchLoader, IndexedDataset, TokenCorpus, Tokenizer, read_fixed_windows
+from megatron_rdt.data.corpus import read_window_share
 from megatron_rdt.data.shard_files.indexed import CODES, HEADER, MAGIC, VERSION
 from megatron_rdt.evaluate.loss import evaluate_checkpoint, measure_losses
 from megatron_rdt.inference import load
@@ -64,7 +65,8 @@ def test_numbers_are_those_of_the_stream_across_shards(sharded: TokenCorpus) -> 
     third = sharded.locate_evenly(5)[2]
     expected = torch.from_numpy(stream[third:][: LENGTH + 1] - stream[third])
     assert torch.equal(read_fixed_windows(sharded, 5).documents[2], expected)
-    assert torch.equal(read_fixed_windows(sharded, 5, 2).tokens, read_fixed_windows(sharded, 5).tokens[:4])
+    shares = [read_window_share(sharded, 5, rank, 2).tokens for rank in range(2)]
+    assert torch.equal(torch.cat(shares), read_fixed_windows(sharded, 5).tokens[:4])
 
 
 def test_a_document_may_be_several_sequences_and_none(tmp_path: Path) -> None:

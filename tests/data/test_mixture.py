@@ -213,8 +213,8 @@ def test_validation_is_of_the_same_windows_whatever_the_weights(
         for w in (1, 9)
     ]
     for name in ("code", "math"):
-        assert len(windows[0][name]) == 6
-        assert torch.equal(windows[0][name].tokens, windows[1][name].tokens)
+        assert windows[0][name].count == 6
+        assert torch.equal(windows[0][name].rows.tokens, windows[1][name].rows.tokens)
     three = configure(mixture_option(corpora, code=1, math=1, web=1), "--eval.sequences=8")
     said = open_prepared_data(three, 1).describe(9)[-1]
     assert said.startswith(

@@ -42,11 +42,13 @@ class CorpusManifest:
         document: the JSON document.
         identity: of the file that `load_manifest` read; None for a document that is not from a file.
         shard_identities: of each shard's files, by the shard's path prefix, when `verify` or `Shards` opened it first.
+        plan_headers: header and size of packing plans, by their paths, that need not be read again.
     """
 
     def __init__(self, directory: Path, document: dict[str, Any], identity: FileIdentity | None = None) -> None:
         self.directory, self.document, self.identity = directory, document, identity
         self.shard_identities: dict[str, list[FileIdentity]] = {}
+        self.plan_headers: dict[str, tuple[bytes, int]] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -96,6 +98,16 @@ class CorpusManifest:
     def shard_prefixes(self, split: str) -> list[Path]:
         """List the path prefixes of a split's shards, in order."""
         return [self.directory / split / shard["name"] for shard in self.document["splits"][split]["shards"]]
+
+    def is_own_file(self) -> bool:
+        """Return True if this process finds at the same path the very file of which this manifest was made.
+
+        A manifest that another machine has read is that of a shared file system then, and so are the shards beside it.
+        """
+        try:
+            return self.identity is not None and identify_file(self.directory / MANIFEST).is_same_file(self.identity)
+        except OSError:
+            return False
 
     def shard_records(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the split and the manifest's record of every shard, in order."""

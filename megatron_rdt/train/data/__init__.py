@@ -2,11 +2,11 @@
 
 from megatron_rdt.config import RunConfig
 from megatron_rdt.config.layout import Layout
-from megatron_rdt.train.data.base import TrainingData
+from megatron_rdt.train.data.base import TrainingData, ValidationWindows
 from megatron_rdt.train.data.prepared import open_prepared_data
 from megatron_rdt.train.data.streamed import StreamedData
 
-__all__ = ["TrainingData", "open_training_data"]
+__all__ = ["TrainingData", "ValidationWindows", "open_training_data"]
 
 
 def open_training_data(config: RunConfig, layout: Layout, rank: int, local_rank: int) -> TrainingData:
@@ -18,4 +18,4 @@ def open_training_data(config: RunConfig, layout: Layout, rank: int, local_rank:
     """
     if config.data.streamed:
         return StreamedData(config, layout.data, layout.data_rank(rank), rank)
-    return open_prepared_data(config, layout.data, local_rank)
+    return open_prepared_data(config, layout.data, layout.data_rank(rank), local_rank)

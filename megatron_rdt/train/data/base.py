@@ -1,6 +1,7 @@
 """The interface of training data: what the trainer needs, whether corpora are prepared or streamed."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,23 @@ def check_vocabulary(model: ModelConfig, pieces: int, owner: str) -> None:
     )
 
 
+@dataclass(frozen=True)
+class ValidationWindows:
+    """Windows of one corpus to validate on; every data-parallel rank has an equal share.
+
+    Forward passes are collective where parameters are sharded, so that shares of different sizes would wait for each other.
+
+    Attributes:
+        rows: this rank's share.
+        count: number of windows of all ranks together.
+        targets: number of counted targets of all ranks together.
+    """
+
+    rows: Batch
+    count: int
+    targets: int
+
+
 class TrainingData(Protocol):
     """The data of one run, from which every rank reads its own samples.
 
@@ -32,15 +50,14 @@ class TrainingData(Protocol):
     Attributes:
         tokenizer_directory: of the tokenizer that made the tokens.
         begins_with_bos: True if documents begin with BOS.
-        validation: windows to validate on, by corpus; empty where the run does not evaluate. Their number is a multiple
-            of the data-parallel ranks, since forward passes are collective where parameters are sharded.
+        validation: windows to validate on, by corpus; empty where the run does not evaluate.
         batches: the global batch of every step: those of the config or, after `resume`, the steps behind it as they were.
         task_groups: examples to score, the same on every rank; empty without `eval.tasks`.
     """
 
     tokenizer_directory: Path
     begins_with_bos: bool
-    validation: dict[str, Batch]
+    validation: dict[str, ValidationWindows]
     batches: BatchSchedule
     task_groups: list[ExampleGroup]
 

@@ -1,6 +1,8 @@
 """Training data from prepared corpora: a mixture of token shards in a computed order, readable from any position."""
 
+import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,25 +10,21 @@ import torch
 
 from megatron_rdt.config import ModelConfig, RunConfig
 from megatron_rdt.config.mixture_weights import integer_weights
-from megatron_rdt.data import (
-    Batch,
-    BatchLoader,
-    CorpusManifest,
-    PackedCorpus,
-    TokenCorpus,
-    load_manifest,
-    open_corpus,
-    read_fixed_windows,
-)
+from megatron_rdt.data import BatchLoader, CorpusManifest, PackedCorpus, TokenCorpus, open_corpus
+from megatron_rdt.data.corpus import check_targets, read_window_share
 from megatron_rdt.data.mixture import Mixture, MixtureOrder, Phase
-from megatron_rdt.data.packing_plan import make_plans
 from megatron_rdt.data.shard_files.open_shards import open_shards_limit
 from megatron_rdt.data.task_examples import ExampleGroup
-from megatron_rdt.errors import CheckpointError, ConfigError, DataError, RdtError, suggest_init
+from megatron_rdt.errors import CheckpointError, ConfigError, DataError, suggest_init
 from megatron_rdt.evaluate.tasks import read_groups
-from megatron_rdt.object_collectives import gather_objects, raise_on_all_ranks
+from megatron_rdt.object_collectives import (
+    broadcast_object,
+    gather_objects,
+    rank_and_world_size,
+    work_while_others_wait,
+)
 from megatron_rdt.terminal import align_columns
-from megatron_rdt.train.data.base import check_vocabulary
+from megatron_rdt.train.data.base import ValidationWindows, check_vocabulary
 from megatron_rdt.train.data.batch_history import continue_batches, write_batches
 from megatron_rdt.train.data.history import (
     CorpusRecord,
@@ -35,80 +33,52 @@ from megatron_rdt.train.data.history import (
     format_share,
     suggest_same_data,
 )
+from megatron_rdt.train.data.shared_manifests import open_manifests
 from megatron_rdt.train.data.skipped import SkippedSamples, SkippingReader
 
 
-def open_prepared_data(config: RunConfig, data_ranks: int, local_rank: int = 0) -> "PreparedData":
+def open_prepared_data(config: RunConfig, data_ranks: int, data_rank: int = 0, local_rank: int = 0) -> "PreparedData":
     """Verify the corpora of a run, make missing packing plans, and open them; every rank must call this.
-
-    Reading every byte (`data.verify full`) and making plans is the work of local rank 0; the other ranks of the node
-    wait for it. A failure there is raised on all ranks.
 
     Args:
         config: the run's config.
         data_ranks: number of data-parallel ranks.
+        data_rank: number of this rank among them.
         local_rank: number of this process on its node.
 
     Raises:
         ConfigError: the corpora do not fit together, the model or the number of ranks.
         DataError: a corpus is missing, damaged, too small, or not the same on all ranks.
     """
-    manifests = {
-        corpus.name: _load_verified_manifest(corpus.path, config.data.verify, local_rank)
-        for corpus in config.data.corpora()
-    }
-    _check_same_on_all_ranks(manifests)
+    manifests = open_manifests(config, local_rank)
     check_tokenizers(list(manifests.values()), config.model)
     check_repeated_shards(manifests, bool(config.eval.every))
-    if config.data.pack == "bestfit":
-        _make_missing_packing_plans(manifests, config.train.sequence_length, local_rank)
-    return PreparedData(config, data_ranks, manifests)
+    data = PreparedData(config, data_ranks, data_rank, manifests)
+    data.validation = _count_validation_targets(data, data_rank, manifests)
+    if config.eval.every and config.eval.tasks:
+        read = functools.partial(read_groups, manifests.values(), config.eval.examples)
+        found = broadcast_object(work_while_others_wait(read if rank_and_world_size()[0] == 0 else None))
+        assert found is not None, "rank 0 has read them"
+        data.task_groups, data.without_examples = found
+    return data
 
 
-def _load_verified_manifest(path: str, level: str, local_rank: int) -> CorpusManifest:
-    """Return the manifest of a corpus that agrees with its files, or raise DataError; collective if "full"."""
-    failure: DataError | None = None
-    try:
-        manifest = load_manifest(path)
-        manifest.verify(level if local_rank == 0 else "size")
-    except DataError as error:
-        failure = error
-    except OSError as error:
-        failure = DataError(f"{path} cannot be read: {error}. Fix the disk, or name another --data.path.")
-    if level == "full":  # the ranks that read little wait here for those that read everything
-        raise_on_all_ranks(failure)
-    if failure is not None:
-        raise failure
-    return manifest
+def _count_validation_targets(
+    data: "PreparedData", data_rank: int, manifests: Mapping[str, CorpusManifest]
+) -> dict[str, ValidationWindows]:
+    """Return a rank's validation windows with the counted targets of all ranks; a collective.
 
-
-def _check_same_on_all_ranks(manifests: Mapping[str, CorpusManifest]) -> None:
-    """Raise DataError on every rank if some rank reads another corpus than rank 0; a collective.
-
-    Nodes may have copies of their own, and a corpus may have been replaced between the starts of two ranks.
+    Raises:
+        DataError: no target of a corpus counts.
     """
-    of_ranks = gather_objects(
-        {name: (manifest.fingerprint, manifest.index_fingerprint) for name, manifest in manifests.items()}
-    )
-    for rank, fingerprints in enumerate(of_ranks):
-        for name, fingerprint in fingerprints.items():
-            if fingerprint != of_ranks[0][name]:
-                raise DataError(
-                    f"rank {rank} reads another corpus {manifests[name].directory} than rank 0. Give every node the same "
-                    "files, and start again."
-                )
-
-
-def _make_missing_packing_plans(manifests: Mapping[str, CorpusManifest], length: int, local_rank: int) -> None:
-    """Make the packing plans that do not exist yet, on local rank 0; a collective that returns when all exist."""
-    failure: RdtError | None = None
-    if local_rank == 0:
-        try:
-            for manifest in manifests.values():
-                make_plans(manifest, "train", length)
-        except RdtError as error:
-            failure = error
-    raise_on_all_ranks(failure)
+    own = {name: len(windows.rows.counted_targets) for name, windows in data.validation.items()}
+    of_shares = dict(gather_objects((data_rank, own)))  # ranks of one data rank have the same windows
+    counted = {}
+    for name, windows in data.validation.items():
+        targets = sum(share[name] for share in of_shares.values())
+        check_targets(targets, windows.count, manifests[name], "valid")
+        counted[name] = replace(windows, targets=targets)
+    return counted
 
 
 def check_tokenizers(manifests: list[CorpusManifest], model: ModelConfig) -> None:
@@ -163,20 +133,23 @@ def check_difficulties(manifests: Mapping[str, CorpusManifest]) -> None:
 
 
 class PreparedData:
-    """`TrainingData` from prepared corpora; the same object on every rank.
+    """`TrainingData` from prepared corpora; the same on every rank but for the validation windows.
 
     Args:
         config: the run's config.
-        data_ranks: number of data-parallel ranks.
+        data_ranks, data_rank: number of data-parallel ranks, and of this rank among them.
         manifests: verified, by name of the corpus; their packing plans exist.
 
     Attributes:
         mixture: the training splits and the order of their samples.
         skipped: samples of that order that are left out.
+        without_examples: directories of the corpora without examples of tasks, where the run scores them.
     """
 
-    def __init__(self, config: RunConfig, data_ranks: int, manifests: Mapping[str, CorpusManifest]) -> None:
-        self.config, self.data_ranks = config, data_ranks
+    def __init__(
+        self, config: RunConfig, data_ranks: int, data_rank: int, manifests: Mapping[str, CorpusManifest]
+    ) -> None:
+        self.config, self.data_ranks, self.data_rank = config, data_ranks, data_rank
         self.batches = config.train.batches
         self.skipped = SkippedSamples.of_steps(config.data.skip_steps, self.batches)
         self.settings = {corpus.name: corpus for corpus in config.data.corpora()}
@@ -206,9 +179,7 @@ class PreparedData:
             name: self._select_validation(manifest) for name, manifest in manifests.items() if config.eval.every
         }
         self.task_groups: list[ExampleGroup] = []
-        self._without_examples: list[Path] = []
-        if config.eval.every and config.eval.tasks:
-            self.task_groups, self._without_examples = read_groups(manifests.values(), config.eval.examples)
+        self.without_examples: list[Path] = []
 
     def _open_split(self, manifest: CorpusManifest, split: str, max_tokens: int = 0) -> TokenCorpus:
         """Open one split of a corpus, with this corpus's part of the files that may be open at once."""
@@ -235,8 +206,8 @@ class PreparedData:
                 corpora[name].order = corpora[name].order.with_number(number)
         self.mixture = Mixture(order, corpora, self.config.run.seed)
 
-    def _select_validation(self, manifest: CorpusManifest) -> Batch:
-        """Read a corpus's validation windows or examples: an equal part of `eval.sequences`, a multiple of the data ranks.
+    def _select_validation(self, manifest: CorpusManifest) -> ValidationWindows:
+        """Read this rank's validation windows or examples of a corpus, which has an equal part of `eval.sequences`.
 
         Raises:
             ConfigError: the split, or `eval.sequences`, is too small for one window on each data-parallel rank.
@@ -260,9 +231,9 @@ class PreparedData:
                 "Raise it."
             )
         split = self._open_split(manifest, "valid")
-        windows = read_fixed_windows(split, config.eval.sequences // corpora, self.data_ranks)
+        rows = read_window_share(split, config.eval.sequences // corpora, self.data_rank, self.data_ranks)
         split.close()
-        return windows
+        return ValidationWindows(rows, len(rows) * self.data_ranks, len(rows.counted_targets))
 
     @property
     def shares(self) -> dict[str, float]:
@@ -312,8 +283,8 @@ class PreparedData:
         for name, corpus in self.mixture.corpora.items():
             if isinstance(corpus, PackedCorpus):
                 lines.append(f"{name} " * several + corpus.counts.describe(self.config.train.sequence_length))
-        lines += [f"{path} holds no examples of tasks; eval.tasks leaves it out" for path in self._without_examples]
-        asked, taken = self.config.eval.sequences, sum(map(len, self.validation.values()))
+        lines += [f"{path} holds no examples of tasks; eval.tasks leaves it out" for path in self.without_examples]
+        asked, taken = self.config.eval.sequences, sum(windows.count for windows in self.validation.values())
         if self.validation and taken < asked:
             lines.append(
                 f"validation takes {taken:,} windows, fewer than eval.sequences {asked:,}: from each corpus a multiple of the "

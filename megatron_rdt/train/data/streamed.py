@@ -7,12 +7,12 @@ import torch
 
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import RunConfig
-from megatron_rdt.data import Batch, BatchLoader, Tokenizer
+from megatron_rdt.data import BatchLoader, Tokenizer
 from megatron_rdt.data.hugging_face import PREFIX, list_unread_files
 from megatron_rdt.data.streaming import RowReader, TokenStream, open_dataset, read_held_out_windows
 from megatron_rdt.data.task_examples import ExampleGroup
 from megatron_rdt.errors import CheckpointError, ConfigError, suggest_init
-from megatron_rdt.train.data.base import check_vocabulary
+from megatron_rdt.train.data.base import ValidationWindows, check_vocabulary
 from megatron_rdt.train.data.batch_history import continue_batches, write_batches
 
 STATE_VERSION = 1
@@ -51,7 +51,7 @@ class StreamedData:
         check_vocabulary(config.model, self.tokenizer.vocab_size, config.data.tokenizer)
         self.name = Path(config.data.path.removeprefix(PREFIX).partition(":")[0]).name
         self.shares = {self.name: 1.0}
-        self.validation: dict[str, Batch] = {}
+        self.validation: dict[str, ValidationWindows] = {}
         self.task_groups: list[ExampleGroup] = []  # a stream has no examples
         self._held_out: frozenset[int] = frozenset()
         self._held_out_rows = 0
@@ -78,7 +78,9 @@ class StreamedData:
             data.document_mask,
             data.document_positions,
         )
-        self.validation = {self.name: windows}
+        # Every rank reads them all, since training leaves out their texts.
+        rows = windows.rank_rows(self.data_rank, self.data_ranks)
+        self.validation = {self.name: ValidationWindows(rows, len(windows), len(windows.counted_targets))}
 
     def loader(self, consumed: int, total: int, data_rank: int, device: torch.device) -> BatchLoader:
         """Return the running loader of this data-parallel rank, from the position of `resume` if it was called."""
@@ -119,7 +121,7 @@ class StreamedData:
             "changes this run. A run cannot resume with another number of processes. Epochs are counted as they end. "
             "For results that can be reproduced: rdt prep"
         ]
-        asked, taken = self.config.eval.sequences, sum(map(len, self.validation.values()))
+        asked, taken = self.config.eval.sequences, sum(windows.count for windows in self.validation.values())
         if self.validation and taken < asked:
             lines.append(
                 f"validation takes {taken:,} windows, fewer than eval.sequences {asked:,}: a multiple of the "

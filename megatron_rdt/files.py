@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
@@ -112,6 +113,50 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
         file.write(content)
 
 
+class HashedFile:
+    """A binary file that is hashed while it is written, so that nobody has to read it again.
+
+    Attributes:
+        bytes: written so far.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._digest, self.bytes = file, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        """Append bytes, or anything with a buffer of them."""
+        self._digest.update(data)
+        count = self._file.write(data)
+        self.bytes += count
+        return count
+
+    def flush(self) -> None:
+        """Pass what is buffered to the operating system."""
+        self._file.flush()
+
+    def record(self) -> dict[str, Any]:
+        """Return the size in bytes and hex SHA-256, as a manifest has them."""
+        return {"bytes": self.bytes, "sha256": self._digest.hexdigest()}
+
+
+@contextlib.contextmanager
+def open_hashed(path: str | os.PathLike[str]) -> Iterator[HashedFile]:
+    """Open a new file that is hashed while it is written, directly, not atomically; it is on the disk after the block."""
+    with open(path, "wb") as file:
+        yield HashedFile(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def serialize_with_torch(value: Any) -> bytes:
+    """Return what `torch.save` would write to a file."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
 def save_with_torch(value: Any, path: str | os.PathLike[str]) -> None:
     """Write `value` to `path` with `torch.save`, directly, not atomically; a failed write raises its OSError."""
     import torch
@@ -150,6 +195,12 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
         while chunk := file.read(HASH_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def hash_durably(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Flush a file that another library wrote to the disk; return its size and SHA-256, as a manifest has them."""
+    fsync_file(path)
+    return {"bytes": os.stat(path).st_size, "sha256": sha256_of(path)}
 
 
 def _list_causes(error: BaseException) -> list[BaseException]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from megatron_rdt.errors import USE_ANOTHER, CheckpointError
-from megatron_rdt.files import save_with_torch
+from megatron_rdt.files import serialize_with_torch
 from megatron_rdt.untrusted_files import is_plain_tensor, load_with_torch
 
 BUFFERS = "buffers.pt"
@@ -25,11 +25,10 @@ def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def save_buffers(model: nn.Module, directory: Path) -> None:
-    """Write the persistent buffers below `directory`, if there are any; for one rank."""
+def serialize_buffers(model: nn.Module) -> dict[str, bytes]:
+    """Return the file of the persistent buffers by path, if there are any; for one rank."""
     buffers = {name: buffer.detach().cpu().clone() for name, buffer in persistent_buffers(model).items()}
-    if buffers:
-        save_with_torch(buffers, directory / BUFFERS)
+    return {BUFFERS: serialize_with_torch(buffers)} if buffers else {}
 
 
 def read_buffers(checkpoint: Path) -> dict[str, torch.Tensor]:

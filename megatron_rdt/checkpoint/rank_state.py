@@ -14,17 +14,16 @@ import numpy as np
 import torch
 
 from megatron_rdt.errors import USE_ANOTHER, CheckpointError
-from megatron_rdt.files import save_with_torch
+from megatron_rdt.files import serialize_with_torch
 from megatron_rdt.untrusted_files import explain_wrong_content, load_with_torch
 
 RNG_FOLDER, DATA_FOLDER = "rng", "data"
 
 
-def save_rank_state(directory: Path, rank: int, data_state: dict[str, Any] | None) -> None:
-    """Write the generators of this process, and `data_state` unless it is None, below `directory`."""
-    save_with_torch(collect_rng_state(), _rank_file(directory / RNG_FOLDER, rank))
-    if data_state is not None:
-        save_with_torch(data_state, _rank_file(directory / DATA_FOLDER, rank))
+def serialize_rank_state(rank: int, data_state: dict[str, Any] | None) -> dict[str, bytes]:
+    """Return the files of this process by path: its generators, and `data_state` unless it is None."""
+    files = {RNG_FOLDER: collect_rng_state()} | ({} if data_state is None else {DATA_FOLDER: data_state})
+    return {str(_rank_file(Path(folder), rank)): serialize_with_torch(state) for folder, state in files.items()}
 
 
 def read_rank_state(checkpoint: Path, rank: int) -> dict[str, Any] | None:

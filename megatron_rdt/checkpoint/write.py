@@ -1,9 +1,9 @@
 """Save a checkpoint: complete under its name, or not present at all.
 
-Every rank writes below a hidden temporary directory; the files are hashed, the manifest is written, everything is
-fsynced, then the directory is renamed and `latest` names it. Old checkpoints are deleted only after that, and are
-hidden first (`retention.py`). Leftovers of a killed save are hidden too: resuming ignores them, the next save removes them.
-The run directory must be visible to all nodes.
+Every rank writes its files below a hidden temporary directory, hashes them as it writes, fsyncs them, and tells rank 0,
+which writes the manifest, renames the directory and lets `latest` name it. Old checkpoints are deleted only after that,
+and are hidden first (`retention.py`). Leftovers of a killed save are hidden too: resuming ignores them, the next save
+removes them. The run directory must be visible to all nodes.
 """
 
 import json
@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 
 import megatron_rdt
-from megatron_rdt.checkpoint.buffers import save_buffers
+from megatron_rdt.checkpoint.buffers import serialize_buffers
 from megatron_rdt.checkpoint.lineage import find_parent, next_sequence, read_ancestors
-from megatron_rdt.checkpoint.manifest import file_record, list_content_files, write_manifest
-from megatron_rdt.checkpoint.rank_state import DATA_FOLDER, RNG_FOLDER, save_rank_state
+from megatron_rdt.checkpoint.manifest import list_content_files, write_manifest
+from megatron_rdt.checkpoint.rank_state import DATA_FOLDER, RNG_FOLDER, serialize_rank_state
 from megatron_rdt.checkpoint.restore import TRAINER_STATE
 from megatron_rdt.checkpoint.retention import (
     MILESTONE,
@@ -34,12 +33,14 @@ from megatron_rdt.checkpoint.retention import (
 )
 from megatron_rdt.data.tokenizer.tokenizer_files import copy_tokenizer_files
 from megatron_rdt.errors import CheckpointError, RdtError
-from megatron_rdt.files import atomic_open, explain_write_failure, fsync_directory, fsync_file, write_text
-from megatron_rdt.object_collectives import gather_objects, raise_on_all_ranks
-from megatron_rdt.parallel import Engine
+from megatron_rdt.files import atomic_open, explain_write_failure, fsync_directory, hash_durably, open_hashed
+from megatron_rdt.object_collectives import raise_on_all_ranks
+from megatron_rdt.parallel import Engine, WrittenState
 from megatron_rdt.run_directory import CHECKPOINTS, LATEST, name_checkpoint
 
 T = TypeVar("T")
+
+TOKENIZER_FOLDER = "tokenizer"
 
 
 def check_writable(run_directory: Path) -> None:
@@ -114,19 +115,26 @@ def save_checkpoint(
         if rank_state is not None:
             (temporary / DATA_FOLDER).mkdir()
 
-    def write_state() -> None:
-        engine.save(temporary)
+    def write_files() -> WrittenState:
+        own_files = serialize_rank_state(engine.rank, rank_state)
         if engine.rank == 0:
-            save_buffers(engine.model, temporary)
-        save_rank_state(temporary, engine.rank, rank_state)
+            own_files |= serialize_buffers(engine.model)
+            own_files["config.yaml"] = config_yaml.encode()
+            own_files[TRAINER_STATE] = (json.dumps(trainer_state, indent=1) + "\n").encode()
+        written = engine.stage(temporary, copy=False)()
+        for name, content in own_files.items():
+            with open_hashed(temporary / name) as file:
+                file.write(content)
+            written.files[name] = file.record()
+        if engine.rank == 0 and tokenizer_directory is not None:
+            copy_tokenizer_files(tokenizer_directory, temporary / TOKENIZER_FOLDER)
+            for path in list_content_files(temporary / TOKENIZER_FOLDER):
+                written.files[str(path.relative_to(temporary))] = hash_durably(path)
+        return written
 
-    def write_documents() -> None:
-        write_text(temporary / "config.yaml", config_yaml)
-        write_text(temporary / TRAINER_STATE, json.dumps(trainer_state, indent=1) + "\n")
-        if tokenizer_directory is not None:
-            copy_tokenizer_files(tokenizer_directory, temporary / "tokenizer")
-
-    def publish() -> None:
+    def publish(written: list[WrittenState]) -> None:
+        files = {name: record for of_rank in written for name, record in of_rank.files.items()}
+        files |= engine.finish_state(temporary, written)
         parent = find_parent(final, facts.get("parent"))
         own = {
             "parent": parent,
@@ -138,27 +146,25 @@ def save_checkpoint(
             "sequence": next_sequence(run_directory),
             **({MILESTONE: True} if is_milestone(step, milestones) else {}),
         }
-        write_manifest(temporary, {**facts, **own}, records)
-        _publish_directory(temporary, final, run_directory)
+        write_manifest(temporary, {**facts, **own}, files)
+        _publish_directory(temporary, final, run_directory, {temporary / name for name in files})
         delete_expired_checkpoints(run_directory, keep, milestones)
 
     save = _CollectiveSave(engine, temporary, final)
     save.run_on_rank_0(make_folders)
-    save.run_on_all_ranks(write_state)
-    save.run_on_rank_0(write_documents)
-    records = _hash_files(save, temporary)
-    save.run_on_rank_0(publish)
+    save.run_on_all_ranks(write_files, publish)
+    engine.remember_state()
     return final
 
 
 class _CollectiveSave:
     """Runs the actions of one save; when one fails on any rank, all ranks stop after it, with the same reason.
 
-    An action must not use collectives, unless a rank that fails still takes part in them to the end: the others
-    would wait in them for ever.
+    What an action returns or raises goes to rank 0, and its verdict to all. An action must not use collectives, unless a
+    rank that fails still takes part in them to the end: the others would wait in them for ever.
 
     Args:
-        engine: says which rank this is.
+        engine: says which rank this is, and has the messages.
         temporary: the directory that is written; removed when an action fails.
         final: the name it will get, for messages.
     """
@@ -168,26 +174,37 @@ class _CollectiveSave:
 
     def run_on_rank_0(self, action: Callable[[], None]) -> None:
         """Run an action on rank 0 while the others wait; raise its failure on all ranks."""
-        self.run_on_all_ranks(action if self.engine.rank == 0 else lambda: None)
+        reported = self._try_action(action)[1] if self.engine.rank == 0 else None
+        self._end(self.engine.messages.broadcast(reported))
 
-    def run_on_all_ranks(self, action: Callable[[], T]) -> list[T]:
-        """Run an action on every rank; return on each what it returned on all, or raise the first failure on all."""
-        result: Any = None
-        failure: BaseException | None = None
-        reported: RdtError | str | None = None  # what the other ranks learn of the failure; must be picklable
+    def run_on_all_ranks(self, action: Callable[[], T], conclude: Callable[[list[T]], None]) -> None:
+        """Run an action on every rank, then `conclude` on rank 0 with what it returned on each.
+
+        The first failure, in rank order, is raised on all ranks.
+        """
+        outcomes = self.engine.messages.gather(self._try_action(action))
+        reported = None
+        if outcomes is not None:
+            reported = next((reported for _, reported in outcomes if reported is not None), None)
+            if reported is None:
+                reported = self._try_action(lambda: conclude([result for result, _ in outcomes]))[1]
+        self._end(self.engine.messages.broadcast(reported))
+
+    def _try_action(self, action: Callable[[], T]) -> tuple[T | Any, RdtError | str | None]:
+        """Return what an action returned, and what the other ranks learn of its failure, if any: it must be picklable."""
         try:
-            result = action()
+            return action(), None
         except RdtError as error:
-            failure = reported = error
-        except CheckpointException as error:  # a BaseException that wraps the error of each rank that failed
-            rank, failure = next(((rank, inner) for rank, (inner, _) in error.failures.items()), (None, error))
-            reported = self._describe_failure(failure, rank)
+            return None, error
         except Exception as error:  # of any library
-            failure, reported = error, self._describe_failure(error, self.engine.rank)
-        outcomes = gather_objects((result, reported))
-        reason = next((reported for _, reported in outcomes if reported is not None), None)
+            # The temporary directory is still there: the free space that is reported is that of the failure.
+            where = f"rank {self.engine.rank}: " if self.engine.world_size > 1 else ""
+            return None, where + explain_write_failure(error, self.final.parent)
+
+    def _end(self, reason: RdtError | str | None) -> None:
+        """Raise the reason that all ranks were told, if any, and remove on rank 0 what was written."""
         if reason is None:
-            return [result for result, _ in outcomes]
+            return
         if self.engine.rank == 0:
             shutil.rmtree(self.temporary, ignore_errors=True)
         if isinstance(reason, RdtError):
@@ -196,46 +213,14 @@ class _CollectiveSave:
         raise CheckpointError(
             f"could not save {self.final}: {reason}. Earlier checkpoints are untouched. {remedy}, or move the run to "
             "another disk and name that with --run.root, then start again with --resume auto."
-        ) from failure
-
-    def _describe_failure(self, failure: BaseException, rank: int | None) -> str:
-        """One line that says what failed and, in a run of several ranks, on which rank.
-
-        Called before the temporary directory is removed: the free space that it reports is that of the failure.
-        """
-        where = f"rank {rank}: " if self.engine.world_size > 1 and rank is not None else ""
-        return where + explain_write_failure(failure, self.final.parent)
+        )
 
 
-def _hash_files(save: _CollectiveSave, directory: Path) -> dict[str, Any]:
-    """Hash and fsync all files, each on one rank; return their manifest records by relative path, on every rank."""
-
-    def list_files() -> list[str]:
-        return [str(path.relative_to(directory)) for path in list_content_files(directory)]
-
-    def hash_share() -> dict[str, Any]:
-        mine = {}
-        for name in names[save.engine.rank :: save.engine.world_size]:
-            mine[name] = file_record(directory / name)
-            fsync_file(directory / name)
-        return mine
-
-    def check_complete() -> None:
-        if missing := set(names) ^ set(records):
-            raise CheckpointError(f"{directory} was not hashed in full: {sorted(missing)[:3]} are missing. Save again.")
-
-    # A network file system may show a new file late to other nodes, but not to the rank that wrote it: the union of
-    # all ranks' listings is complete.
-    names = sorted(set().union(*save.run_on_all_ranks(list_files)))
-    records = {name: record for part in save.run_on_all_ranks(hash_share) for name, record in part.items()}
-    save.run_on_rank_0(check_complete)
-    return records
-
-
-def _publish_directory(temporary: Path, final: Path, run_directory: Path) -> None:
-    """Give a complete checkpoint its final name, durably, in place of one that has it, and name it in `latest`."""
-    for directory in (temporary, *(p for p in temporary.rglob("*") if p.is_dir())):
-        fsync_directory(directory)
+def _publish_directory(temporary: Path, final: Path, run_directory: Path, files: set[Path]) -> None:
+    """Give a complete checkpoint of these files its final name, durably, in place of one that has it; name it in `latest`."""
+    folders = {folder for path in files for folder in path.parents if folder.is_relative_to(temporary)}
+    for folder in sorted(folders, reverse=True):
+        fsync_directory(folder)
     # The new `latest` is on the disk, under a temporary name, before the directory is renamed: a full disk fails here.
     with atomic_open(run_directory / LATEST, follow_link=False) as file:
         file.write(final.name + "\n")

@@ -6,9 +6,9 @@ import torch
 
 from megatron_rdt.config import RunConfig
 from megatron_rdt.model import InitialValues, RecurrentDepthTransformer
-from megatron_rdt.parallel.engine import Engine, MicroBatch
+from megatron_rdt.parallel.engine import Engine, MicroBatch, WrittenState
 
-__all__ = ["Engine", "MicroBatch", "build_engine", "make_engine"]
+__all__ = ["Engine", "MicroBatch", "WrittenState", "build_engine", "make_engine"]
 
 # Engine -> module of this package and class; imported when it is created, since DeepSpeed takes seconds to import.
 CLASSES = {

@@ -7,8 +7,8 @@ whatever T is.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,9 +23,10 @@ from megatron_rdt.depth.plan import DepthPlan
 from megatron_rdt.model import CoreMonitor, InitialValues, RecurrentDepthTransformer
 from megatron_rdt.model.activation_checkpointing import set_checkpointing
 from megatron_rdt.model.compiling import compile_layers
-from megatron_rdt.object_collectives import rank_and_world_size
+from megatron_rdt.object_collectives import StoreMessages, rank_and_world_size
 from megatron_rdt.parallel.host_groups import HostGroups
 from megatron_rdt.parallel.process_group import limit_collectives
+from megatron_rdt.parallel.shard_files import FileRecords, RowList
 
 COMPUTE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
@@ -43,6 +44,19 @@ class MicroBatch:
     plan: DepthPlan
 
 
+@dataclass(frozen=True)
+class WrittenState:
+    """A rank's report of the state that it has written.
+
+    Attributes:
+        files: those that it wrote.
+        rows: where each of its shards is, by folder; empty for an engine whose files need no common list.
+    """
+
+    files: FileRecords
+    rows: dict[str, RowList] = field(default_factory=dict)
+
+
 class Engine(ABC):
     """Shards a model, runs it forward and backward, clips, steps, saves and loads.
 
@@ -51,6 +65,7 @@ class Engine(ABC):
         device: where this rank computes.
         rank, world_size: of this process, among all.
         timeout_s: seconds that a collective may take: longer until `end_start`.
+        messages: between this rank and rank 0, for saves.
         layout: the arrangement of the ranks; those of one `layout.data_rank` have the same samples.
         model: the bare model; its parameters may be sharded.
         module: the model in its wrapper, if it has one, called for a forward pass; every rank must call it equally often.
@@ -62,6 +77,7 @@ class Engine(ABC):
         self.rank, self.world_size = rank_and_world_size()
         self.layout = Layout.of(config.parallel, self.world_size)
         self.timeout_s = config.parallel.start_timeout_s
+        self.messages = StoreMessages(config.parallel.timeout_s)
         # Every rank has to make them: an engine of one process inside a group, as tests compare with, does not.
         self._host_groups: HostGroups | None = None
         if self.world_size > 1 and config.parallel.engine_kind.many_processes:
@@ -105,8 +121,30 @@ class Engine(ABC):
         """Clear the gradients without a step; parameters and moments stay as they are, bit for bit."""
 
     @abstractmethod
+    def stage(self, directory: Path, copy: bool) -> Callable[[], WrittenState]:
+        """Take parameters and optimizer state as they are now; return a function that writes this rank's files of them.
+
+        Every rank must call this. The function uses no collective, so that a rank on which it fails keeps nobody waiting.
+
+        Args:
+            directory: below which the files are written.
+            copy: into host memory, so that any thread may write while training changes the state. Without it the function
+                has to be called before anything does.
+        """
+
+    def finish_state(self, directory: Path, written: list[WrittenState]) -> FileRecords:
+        """Write, on rank 0, what the files of all ranks have in common; return the files. The base class writes nothing."""
+        return {}
+
+    def remember_state(self) -> None:
+        """Note that all ranks know the state of the last `finish_state` to be saved. The base class does nothing."""
+
     def save(self, directory: Path) -> None:
-        """Write parameters and optimizer state below `directory`; called on every rank."""
+        """Write parameters and optimizer state below `directory`, outside of a run's checkpoints; called on every rank."""
+        written = self.messages.gather(self.stage(directory, copy=False)())
+        if written is not None:
+            self.finish_state(directory, written)
+        self.messages.broadcast(None)
 
     @abstractmethod
     def load(self, directory: Path) -> None:

@@ -32,6 +32,7 @@ class RingEngine(FullyShardedEngine):
 
     ring: RingLoop
     stage_mesh: DeviceMesh
+    distinct_axes = frozenset({"ring"})
 
     def setup(self, model: RecurrentDepthTransformer, values: InitialValues | None = None) -> None:
         """Keep this stage's layers, shard everything, initialize the local shards and create the optimizers."""

@@ -4,24 +4,23 @@ The format is torch.distributed.checkpoint with parameter names as keys, so a ch
 any world size, loads into any other.
 """
 
-import contextlib
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
+from megatron_rdt.config import RunConfig
 from megatron_rdt.errors import USE_ANOTHER, CheckpointError, suggest_init
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.object_collectives import raise_on_all_ranks
 from megatron_rdt.parallel import optimizers
-from megatron_rdt.parallel.engine import Engine
+from megatron_rdt.parallel.engine import Engine, WrittenState
 from megatron_rdt.parallel.optimizers import Groups
+from megatron_rdt.parallel.shard_files import FileRecords, FolderHistory, list_own_shards, write_shards
 from megatron_rdt.parallel.torch_checkpoint import TensorReader, load_tensors
 from megatron_rdt.parallel.weight_average import EMA, WeightAverage
 from megatron_rdt.untrusted_files import describe_load_failure
@@ -36,11 +35,18 @@ class TorchEngine(Engine):
     """An engine whose gradients are in `.grad` and whose parameters torch optimizers step.
 
     Attributes:
+        distinct_axes: of meshes along which ranks have different parameters.
         optimizers: AdamW, then Muon where the run uses it; each parameter is in one of them.
     """
 
     optimizers: list[torch.optim.Optimizer]
     _average: WeightAverage | None = None
+    distinct_axes: frozenset[str] = frozenset()
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        super().__init__(config, device)
+        self._saved: dict[str, FolderHistory] = {}  # of the last complete save
+        self._unconfirmed: dict[str, FolderHistory] = {}  # of the one under way
 
     def make_optimizers(self, model: RecurrentDepthTransformer) -> None:
         """Set `model`, and `optimizers` over its (possibly sharded) parameters."""
@@ -128,11 +134,39 @@ class TorchEngine(Engine):
         groups = [*optimizers.adamw_groups(model, options), *optimizers.muon_groups(model, options)]
         return optimizers.parameter_names(model, groups)
 
-    def save(self, directory: Path) -> None:
-        """Write `model/`, `optimizer/` and, with an average of the weights, `ema/` below `directory`."""
-        for name, state in self._collect_states().items():
-            with _ignore_single_process_warning():
-                dcp.save({name: state}, checkpoint_id=directory / name, no_dist=not dist.is_initialized())
+    def stage(self, directory: Path, copy: bool) -> Callable[[], WrittenState]:
+        """Take the shards of `model/`, `optimizer/` and, if there is one, `ema/` that this rank writes."""
+        own = {
+            name: list_own_shards({name: state}, self.rank, self.world_size, self.distinct_axes)
+            for name, state in self._collect_states().items()
+        }
+        if copy:
+            own = {name: [shard.copy_to_host() for shard in shards] for name, shards in own.items()}
+
+        def write() -> WrittenState:
+            files: FileRecords = {}
+            rows = {}
+            for name, shards in own.items():
+                written, records = write_shards(directory / name, self.rank, shards)
+                files |= records
+                rows[name] = self._saved.setdefault(name, FolderHistory()).pack(written)
+                self._unconfirmed[name] = FolderHistory(rows[name].digest)
+            return WrittenState(files, rows)
+
+        return write
+
+    def finish_state(self, directory: Path, written: list[WrittenState]) -> FileRecords:
+        """Write the metadata of each folder on rank 0; return its files."""
+        files: FileRecords = {}
+        for name, history in self._saved.items():
+            lists = [of_rank.rows[name] for of_rank in written]
+            self._unconfirmed[name], records = history.write_metadata(directory / name, lists)
+            files |= records
+        return files
+
+    def remember_state(self) -> None:
+        """Let the next save leave out what rank 0 knows now."""
+        self._saved = dict(self._unconfirmed)
 
     def load(self, directory: Path) -> None:
         """Read `model/` and `optimizer/` into the shards, with the config's options, or raise CheckpointError.
@@ -184,11 +218,3 @@ class TorchEngine(Engine):
             failure = error
         raise_on_all_ranks(failure)
         return readers
-
-
-@contextlib.contextmanager
-def _ignore_single_process_warning() -> Iterator[None]:
-    """Suppress the warning of torch.distributed.checkpoint that there is no process group."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is")
-        yield

@@ -20,6 +20,7 @@ import torch
 from megatron_rdt.config.deepspeed import deepspeed_config
 from megatron_rdt.environment import keep_deepspeed_on_cpu
 from megatron_rdt.errors import USE_ANOTHER, CheckpointError, ConfigError, suggest_init
+from megatron_rdt.files import hash_durably, open_hashed, serialize_with_torch
 from megatron_rdt.model import (
     CoreMonitor,
     InitialValues,
@@ -30,7 +31,7 @@ from megatron_rdt.model import (
 )
 from megatron_rdt.model.core import RecurrentCore
 from megatron_rdt.model.layer import Layer
-from megatron_rdt.parallel.engine import Engine, MicroBatch
+from megatron_rdt.parallel.engine import Engine, MicroBatch, WrittenState
 from megatron_rdt.parallel.optimizers import adamw_groups, apply_configured_options, make_adamw, set_learning_rate
 from megatron_rdt.parallel.zero_files import TAG, ZERO_FOLDER, restrict_deepspeed
 from megatron_rdt.parallel.zero_partitions import initialize_partitions
@@ -193,19 +194,27 @@ class ZeroEngine(Engine):
 
         return {name: safe_get_full_grad(p).detach().cpu().clone() for name, p in self.model.named_parameters()}
 
-    def save(self, directory: Path) -> None:
-        """Write DeepSpeed's own checkpoint to `directory`/zero, which its zero_to_fp32 tool reads.
+    def stage(self, directory: Path, copy: bool) -> Callable[[], WrittenState]:
+        """Have DeepSpeed make its own checkpoint below `directory`/zero, which its zero_to_fp32 tool reads.
 
-        A failure on this rank is raised after DeepSpeed's last collective.
+        DeepSpeed makes files in the middle of its collectives, so without `copy` they are written here, and with it into
+        memory. A failure on this rank is raised after DeepSpeed's last collective.
         """
         root, failures = directory / ZERO_FOLDER, _FailureCollector()
         engine, writer = self.module, self.module.checkpoint_engine
-        write = writer.save
+        write, staged, files = writer.save, dict[str, bytes](), dict[str, dict[str, Any]]()
+
+        def write_file(path: str, put: Callable[[Any], Any]) -> None:
+            # A file instead of the path, for the reason given in `files.save_with_torch`.
+            with open_hashed(path) as file:
+                put(file)
+            files[str(Path(path).relative_to(directory))] = file.record()
 
         def save_file(state_dict: dict, path: str) -> None:
-            # A file instead of the path, for the reason given in `files.save_with_torch`.
-            with open(path, "wb") as file:
-                write(state_dict, file)
+            if copy:
+                staged[path] = serialize_with_torch(state_dict)
+            else:
+                write_file(path, lambda file: write(state_dict, file))
 
         writer.save = save_file
         guarded = [(writer, "makedirs"), (engine, "_save_checkpoint"), (engine, "_save_zero_checkpoint")]
@@ -218,8 +227,21 @@ class ZeroEngine(Engine):
                 delattr(owner, name)
         if failures.first is not None:
             raise failures.first
-        if self.rank == 0:  # save_latest would put this between two further collectives
-            (root / "latest").write_text(TAG, encoding="utf-8")
+
+        def write_rest() -> WrittenState:
+            for path in list(staged):
+                content = staged.pop(path)
+                write_file(path, lambda file, content=content: file.write(content))  # type: ignore[misc]
+            if self.rank == 0:
+                # save_latest would put this between two further collectives
+                write_file(str(root / "latest"), lambda file: file.write(TAG.encode()))
+                for other in root.iterdir():  # DeepSpeed copies its tool there
+                    name = f"{ZERO_FOLDER}/{other.name}"
+                    if other.is_file() and name not in files:
+                        files[name] = hash_durably(other)
+            return WrittenState(files)
+
+        return write_rest
 
     def load(self, directory: Path) -> None:
         """Read DeepSpeed's checkpoint of this world size and stage or a universal one, or raise CheckpointError."""

@@ -11,8 +11,9 @@ from unittest import mock
 import torch.distributed as dist
 
 from megatron_rdt import checkpoint as checkpoints
-from megatron_rdt.checkpoint import choose, write
+from megatron_rdt.checkpoint import choose
 from megatron_rdt.checkpoint.health import Manifests
+from megatron_rdt.checkpoint.manifest import list_content_files
 from megatron_rdt.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_rdt.errors import RdtError
 from megatron_rdt.parallel import Engine
@@ -87,25 +88,11 @@ def verify_and_list(run: Path) -> str:
     dist.barrier()
     for directory in checkpoints.list_complete_checkpoints(run):
         checkpoints.verify(directory)
+        there = {str(path.relative_to(directory)) for path in list_content_files(directory)}
+        assert there == set(checkpoints.read_manifest(directory)["files"])
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     dist.barrier()
     return " ".join(names)
-
-
-def save_with_late_listing(root: Path, late: int) -> dict[str, str]:
-    """Save while rank `late` does not yet see a file of the other; return what the manifest lacks."""
-    engine, run = make_engine_by_name("fsdp"), root / f"late-{late}"
-    listed, other = write.list_content_files, f"__{1 - late}_0.distcp"
-
-    def listed_late(directory: Path) -> list[Path]:
-        return [path for path in listed(directory) if path.name != other]
-
-    with only_on_rank(late, mock.patch.object(write, "list_content_files", listed_late)):
-        save(engine, run, 1)
-    directory = run / "checkpoints" / "step-00000001"
-    recorded = set(checkpoints.read_manifest(directory)["files"])
-    missing = {str(path.relative_to(directory)) for path in listed(directory)} - recorded
-    return {f"late {late}": f"not in the manifest: {sorted(missing)}"}
 
 
 def find_starts(root: Path) -> dict[str, str]:
@@ -156,7 +143,7 @@ def on_first_rank(action: Callable[[], object]) -> None:
 def save_with_all_failures(root: Path, engines: Sequence[str]) -> dict[str, str]:
     """Return the errors of this rank on every engine."""
     logging.disable(logging.CRITICAL)
-    found = save_with_late_listing(root, 0) | save_with_late_listing(root, 1)
+    found: dict[str, str] = {}
     for name in engines:
         found |= save_with_failures(root, name)
     return found

@@ -29,8 +29,6 @@ def test_a_failed_write_on_one_rank_stops_all_with_its_reason(tmp_path: Path) ->
             assert found[f"{engine} script left"] == "step-00000001"
             assert found[f"{engine} versions"] == "python megatron_rdt torch deepspeed"
         assert found[f"{engine} at last"] == "step-00000001 step-00000002"
-    for rank in RANKS:
-        assert found[f"late {rank}"] == "not in the manifest: []"
 
 
 @pytest.mark.distributed

@@ -38,7 +38,7 @@ class Collectives:
         axis: processes that take part: "state" (those that share a shard group), "replicate", "context", "tensor",
             "expert", "holders" (those with the same experts) or "world".
         hidden: True if the device may compute meanwhile.
-        unit: the unit whose weights or gradients these are, "" if those of all.
+        unit: the unit whose weights or gradients these are; "" if they are of all.
     """
 
     phase: str

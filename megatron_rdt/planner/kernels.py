@@ -46,7 +46,7 @@ class Traffic:
 
 
 # By `train.compile`. A mixture of experts, and what an iteration does besides its layers, is never compiled.
-UNCOMPILED = Traffic(2.4, 3.8, 26, {"gqa": (27, 36), "mla": (42, 65)})
+UNCOMPILED = Traffic(2.6, 4.2, 26, {"gqa": (27, 36), "mla": (42, 65)})
 TRAFFIC = {"none": UNCOMPILED, "layers": Traffic(0.9, 2.0, 4, {"gqa": (5, 11), "mla": (5, 11)})}
 # Kernels, in each pass, of a mixture, and of an iteration: a decay is made anew, signals and halting are small products.
 EXPERT_KERNELS, SIGNAL_KERNELS, PASS_KERNELS, STEP_KERNELS = 31, 15, 110, 20
@@ -130,7 +130,7 @@ class StepKernels:
     def _matrices(self, unit: str) -> list[Parameter]:
         """List the matrices of a unit that multiply each token."""
         skipped = ("token_values.weight", "embedding.weight")
-        return [p for p in self.units[unit] if len(p.shape) > 1 and not p.name.endswith(skipped)]
+        return [p for p in self.units.get(unit, ()) if len(p.shape) > 1 and not p.name.endswith(skipped)]
 
     def layer(self, unit: str, index: int, backward: bool) -> Cost:
         """Return the cost of a pass through a layer: its index among all layers, backward or forward.

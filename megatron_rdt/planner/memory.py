@@ -64,6 +64,7 @@ class StepReplay:
         self.shape = Shape.of(config, layout, gpu)
         self.policy = CheckpointingPolicy(config.depth.checkpoint)
         self.ledger = Ledger()
+        self._segments: dict[int, tuple[float, float]] = {}
         self.weights = make_weights(config, layout, self.ledger, gpu)
         self.micro_batches = config.train.global_batch // (layout.data * config.train.micro_batch)
 
@@ -106,7 +107,7 @@ class StepReplay:
             states = shape.state_bytes(1 + (self.config.model.lanes if self.config.model.injection == "hyper" else 1))
             ledger.note_peak("iterations without gradient", working_memory=states + working)
         for segment in self.policy.segments(self.depth.with_grad):
-            ledger.hold(INSIDE, self.policy.kept_bytes(shape, segment))
+            ledger.hold(INSIDE, self._segment_bytes(segment)[0])
             ledger.note_peak("forward, in the loop", working_memory=working)
         ledger.free(INSIDE, shape.state_bytes())
         weights.end_forward("core")
@@ -206,18 +207,33 @@ class StepReplay:
             ("attention", kept[0], working_memory.attention_backward_bytes(self.shape)),
         ]
 
+    def _segment_bytes(self, iterations: int) -> tuple[float, float]:
+        """Return the bytes of a segment between its passes, and when its backward pass begins."""
+        if iterations not in self._segments:
+            policy, shape = self.policy, self.shape
+            self._segments[iterations] = policy.kept_bytes(shape, iterations), policy.backward_bytes(shape, iterations)
+        return self._segments[iterations]
+
+    def _core_layer_bytes(self, i: int) -> tuple[float, float]:
+        """Return the bytes that layer `i` of the core keeps, (attention, feed-forward part)."""
+        return activations.layer_kept_bytes(self.shape, self.config.model.prelude_layers + i, core=True)
+
     def _loop_backward(self) -> None:
         """Replay the loop's backward pass, the last segment first; gradients of the core are summed over iterations."""
         shape, ledger, weights, model = self.shape, self.ledger, self.weights, self.config.model
         last = True  # the last iteration goes backward first: it creates the gradients that the others add to
+        layers = [
+            (f"core.layers.{i}", self._list_parts(self._core_layer_bytes(i), core=True))
+            for i in reversed(range(model.core_layers))
+        ]
+        injected = activations.injection_kept_bytes(shape)
         for segment in reversed(list(self.policy.segments(self.depth.with_grad))):
-            ledger.free(INSIDE, self.policy.kept_bytes(shape, segment))
-            ledger.hold(INSIDE, self.policy.backward_bytes(shape, segment))
+            kept, computed = self._segment_bytes(segment)
+            ledger.free(INSIDE, kept)
+            ledger.hold(INSIDE, computed)
             for _ in range(segment):
-                for i in reversed(range(model.core_layers)):
-                    unit = f"core.layers.{i}"
-                    kept = activations.layer_kept_bytes(shape, model.prelude_layers + i, core=True)
-                    for part, held, working in self._list_parts(kept, core=True):
+                for unit, parts in layers:
+                    for part, held, working in parts:
                         extra = self.policy.transient_bytes(held)
                         temporary = weights.temporary_gradient_bytes(unit, part, again=not last)
                         # The experts' kept rows are freed by then.
@@ -228,7 +244,7 @@ class StepReplay:
                         ledger.free(INSIDE, held - extra)
                         if last:
                             weights.add_gradients(f"{unit}.{part}")
-                ledger.free(INSIDE, activations.injection_kept_bytes(shape))
+                ledger.free(INSIDE, injected)
                 last = False
         ledger.free(ROUNDED)
         weights.add_gradients("core.")

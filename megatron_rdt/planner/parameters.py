@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Final
 
 import torch
 
@@ -13,7 +14,9 @@ from megatron_rdt.parallel.mesh import choose_sharded_dimension
 from megatron_rdt.parallel.optimizers import is_stepped_by_muon
 from megatron_rdt.parallel.tensor_parallel import split_dimension
 
-ROOT, CORE = "root", "core"
+# Units; the others are named after their layers.
+ROOT: Final = "root"
+CORE: Final = "core"
 EXPERT_NAMES = ("feedforward.gate", "feedforward.up", "feedforward.down")
 
 

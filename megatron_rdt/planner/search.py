@@ -11,7 +11,11 @@ from megatron_rdt.config.layout import Layout
 from megatron_rdt.devices import Device
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.planner import run_plan
+from megatron_rdt.planner.ledger import Ledger
+from megatron_rdt.planner.memory import StepDepth
+from megatron_rdt.planner.parameters import CORE
 from megatron_rdt.planner.step_time import step_time
+from megatron_rdt.planner.weights import make_weights
 
 MICRO_BATCHES = (16, 8, 4, 2, 1)
 TENSOR, CONTEXT, EXPERT, SHARDED = (1, 2, 4, 8), (1, 2, 8), (1, 8, 64), (64, 512)
@@ -48,6 +52,17 @@ def _arrange(config: RunConfig, devices: int) -> tuple[RunConfig, Layout] | None
     return None
 
 
+def _fits(config: RunConfig, layout: Layout, device: Device, depth: StepDepth) -> bool:
+    """Return True if a step at `depth` fits into a device's memory."""
+    limit = run_plan.USABLE_MEMORY * device.memory
+    ledger = Ledger()
+    weights = make_weights(config, layout, ledger, device.is_gpu)
+    weights.hold_state()
+    weights.begin_unit(CORE)
+    # What is held whatever the micro-batch is says no at once to most arrangements of a large model.
+    return ledger.total <= limit and run_plan.largest_step_memory(config, layout, device, depth).peak <= limit
+
+
 def find_fastest_plan(
     config: RunConfig, devices: int, device: Device, utilisation: float = 0.0
 ) -> run_plan.RunPlan | None:
@@ -62,6 +77,9 @@ def find_fastest_plan(
     loops, with_grad, deepest = run_plan.plan_depths(config.depth)
     best, shortest, least = None, math.inf, math.inf
     for options in list_arrangements(config, devices):
+        smallest = _arrange(run_plan.with_options(config, {**options, "train.micro_batch": MICRO_BATCHES[-1]}), devices)
+        if smallest is not None and not _fits(*smallest, device, deepest):
+            continue
         for micro_batch in MICRO_BATCHES:
             found = _arrange(run_plan.with_options(config, {**options, "train.micro_batch": micro_batch}), devices)
             if found is None:
@@ -74,10 +92,7 @@ def find_fastest_plan(
             faster = time.expected < (1 - SAME) * shortest
             if not faster and (time.expected > (1 + SAME) * shortest or spent >= (1 - SAME) * least):
                 break
-            if (
-                run_plan.largest_step_memory(other, layout, device, deepest).peak
-                <= run_plan.USABLE_MEMORY * device.memory
-            ):
+            if _fits(other, layout, device, deepest):
                 best, shortest, least = other, min(time.expected, shortest), spent
                 break
     return None if best is None else run_plan.make_plan(best, devices, device, utilisation, advise=False)

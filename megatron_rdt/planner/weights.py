@@ -33,6 +33,7 @@ class Weights:
         self.copies = 0.0 if gpu else 1.0
         self.first = self.last = self.summed = True
         self.pending: set[str] = set()
+        self._part_sizes: dict[tuple[str, str], tuple[float, float]] = {}
 
     def parameters_in(self, unit: str) -> list[Parameter]:
         """Return the parameters of a unit."""
@@ -89,11 +90,14 @@ class Weights:
             part: "attention" or "feedforward".
             again: an earlier iteration of the same backward pass has left a sum to add to.
         """
-        own = [p for p in self.parameters if p.name.startswith(f"{unit}.{part}")]
-        routed = FLOAT32 * sum(p.local_size(self.layout) for p in own if p.is_routed)
+        if (unit, part) not in self._part_sizes:
+            own = [p for p in self.parameters if p.name.startswith(f"{unit}.{part}")]
+            sizes = [float(p.local_size(self.layout)) for p in own]
+            stacked = FLOAT32 * sum(p.local_size(self.layout) for p in own if p.is_routed)
+            self._part_sizes[unit, part] = stacked, max(sizes, default=0.0)
+        routed, biggest = self._part_sizes[unit, part]
         if routed:  # a gradient per expert until all are computed, and one stack of them
             return routed * 4 / 3
-        biggest = max((p.local_size(self.layout) for p in own), default=0)
         rounding = 1.0 if self.config.train.precision == "bfloat16" else 0.0
         return FLOAT32 * biggest * ((1.0 if again or not self.first else 0.0) + rounding)
 

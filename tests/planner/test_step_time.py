@@ -196,3 +196,12 @@ def test_of_equally_fast_arrangements_the_one_that_sends_least_is_taken(reposito
     _, _, other = step_time(plain, Layout(shard=1024), H100, (best.loops, best.with_grad))
     assert best.time is not None
     assert best.time.hidden + best.time.exposed < other.hidden + other.exposed
+
+
+def test_a_published_throughput_is_near_the_plan_for_its_machine(repository: Path) -> None:
+    # Huginn on one node of eight MI250X dies (arXiv:2502.05171, A.2): 108.75 TFLOP/s per device at 215 GFLOP per token.
+    train = {"global_batch": 8, "micro_batch": 1, "compile": "layers"}
+    depth = {"per": "step", "checkpoint": "per_iteration"}
+    config = preset(repository, "huginn_3_5b", train=train, depth=depth, parallel={"engine": "ddp"})
+    time = step_time(config, Layout(shard=8), DEVICES["mi250x"], (33.0, 8.0))[2]
+    assert 4096 / time.expected == pytest.approx(108.75e12 / 215e9, rel=0.15)

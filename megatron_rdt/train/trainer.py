@@ -180,7 +180,7 @@ class Trainer:
             for line in [*batches.describe(self.step, config.train.steps), *self.data.describe(total)]:
                 self._print_on_rank_0(line)
             loader.wait()
-            watchdog = Watchdog(self.run_directory, config.parallel.timeout_s, self._print_on_rank_0)
+            watchdog = Watchdog(self.run_directory, lambda: self.engine.timeout_s, self._print_on_rank_0)
             with watchdog, ScheduledGarbageCollection(config.train.gc_every) as collection:
                 is_same_run = start is not None and checkpoints.belongs_to_run(start.source, self.run_directory)
                 return self._run_steps(loader, collection, is_same_run)

@@ -24,6 +24,7 @@ from megatron_rdt.run_directory import HANG
 # Share of the timeout after which a rank without a new collective writes where it is; shares of the time until then
 # between two looks, and for which rank 0 waits for the files of the others.
 PATIENCE, LOOK, COLLECT = 0.8, 0.02, 0.1
+LONGEST_PAUSE_S = 1.0  # between two looks
 SHOWN_RANKS, SHOWN_GROUPS = 8, 6
 OWN_CODE = ("megatron_rdt", "launch")
 
@@ -40,13 +41,15 @@ class Watchdog:
 
     Args:
         run_directory: `runs/<name>`; files go into `hang/` in it.
-        timeout_s: seconds that a collective may take before the run ends.
+        read_timeout_s: returns the seconds that a collective may take now before the run ends: more in the first step.
         print_line: prints a line on rank 0.
     """
 
-    def __init__(self, run_directory: Path, timeout_s: float, print_line: Callable[[str], None]) -> None:
+    def __init__(
+        self, run_directory: Path, read_timeout_s: Callable[[], float], print_line: Callable[[str], None]
+    ) -> None:
         self._folder, self._print_line = run_directory / HANG, print_line
-        self._limit_s, self._timeout_s = PATIENCE * timeout_s, timeout_s
+        self._read_timeout_s = read_timeout_s
         self._rank, self._world_size = rank_and_world_size()
         self._main_thread = threading.get_ident()
         self._is_over = threading.Event()
@@ -64,10 +67,15 @@ class Watchdog:
         if self._thread.is_alive():
             self._thread.join()
 
+    @property
+    def _limit_s(self) -> float:
+        """Seconds without a new collective after which to report."""
+        return PATIENCE * self._read_timeout_s()
+
     def _watch(self) -> None:
         """Look at the counters again and again; when they have not changed for long, report, once until they do."""
         counters, changed, has_reported = None, time.monotonic(), False
-        while not self._is_over.wait(LOOK * self._limit_s):
+        while not self._is_over.wait(min(LOOK * self._limit_s, LONGEST_PAUSE_S)):
             now = read_flight_recorder(entries=False).get("pg_status")
             if now != counters:
                 counters, changed, has_reported = now, time.monotonic(), False
@@ -130,9 +138,9 @@ class Watchdog:
                 name = f"{rank} on {summary['host']}"
             places.setdefault(place, []).append(name)
         lines = [
-            f"warning: no rank has begun or ended a collective for {quiet_s:.0f} s, of the {self._timeout_s:g} s that one may "
-            f"take. Stacks of all threads and the collectives of each rank are in {self._folder}. The first of these ranks "
-            "keep the others waiting:"
+            f"warning: no rank has begun or ended a collective for {quiet_s:.0f} s, of the {self._read_timeout_s():g} s that "
+            f"one may take. Stacks of all threads and the collectives of each rank are in {self._folder}. The first of these "
+            "ranks keep the others waiting:"
         ]
         for (_, text), names in sorted(places.items())[:SHOWN_GROUPS]:
             more = f" and {len(names) - SHOWN_RANKS} more" if len(names) > SHOWN_RANKS else ""

@@ -65,7 +65,7 @@ def _describe(node: Any) -> Kernel:
     if origin is None:
         return Kernel("fused", moved, 0.0, None)
     values = tree_map_only(torch.fx.Node, lambda each: each.meta["val"], (origin.args, origin.kwargs))
-    flops = count_operator_flops(origin.target, *values, result=origin.meta["val"])
+    flops = count_operator_flops(origin.target, *values, result=origin.meta.get("val"))
     name = origin.target.name().split("::")[-1].split(".")[0]
     dtype = multiplied_dtype(name, values[0])
     return Kernel(f"{name} {str(dtype).removeprefix('torch.')}" if flops else name, moved, flops, dtype)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -34,7 +35,9 @@ IDLE = {
     "is_same_size",
 }
 # Matrix products, and the position of their first matrix.
-PRODUCTS = {"mm": 0, "bmm": 0, "_grouped_mm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1}
+PRODUCTS = {"mm": 0, "bmm": 0, "_grouped_mm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "add_product_": 1}
+# Operators that read nothing of their arguments.
+CREATORS = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
 # Operators that read only some rows of their first argument.
 LOOKUPS = {"embedding", "index", "gather", "index_select"}
 
@@ -61,6 +64,10 @@ def tensor_bytes(tensor: Tensor) -> int:
 def count_operator_bytes(name: str, arguments: Iterable[Tensor], results: Iterable[Tensor]) -> int:
     """Bytes that an operator reads and writes."""
     arguments, results = list(arguments), list(results)
+    if name in CREATORS:
+        return sum(map(tensor_bytes, results))
+    if name == "index_copy_":
+        return sum(map(tensor_bytes, arguments[1:])) + tensor_bytes(arguments[2])
     if name in LOOKUPS:
         return sum(map(tensor_bytes, arguments[1:])) + 2 * sum(map(tensor_bytes, results))
     if name in ("index_put_", "_index_put_impl_"):
@@ -209,3 +216,9 @@ def find_place() -> str:
             return f"{file}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back  # type: ignore[assignment]
     return "autograd or optimizer"
+
+
+@auto_functionalized_v2.py_impl(OperatorLog)
+def _run_mutable_operator(mode: OperatorLog, *args: Any, **kwargs: Any) -> Any:
+    """Run an operator that changes its inputs, as a graph before its kernels are chosen calls it, unlogged."""
+    return auto_functionalized_v2(*args, **kwargs)

@@ -4,14 +4,16 @@ A layer's code is compiled once with gradient and once without (for the first T 
 sequences: sequences of different T join the batch one after the other, so that number changes. A single sequence has
 code of its own, since a size of 1 broadcasts.
 
-In a layer with experts, the attention is compiled and the rest is not. Of the loss, what follows the product with the output
-matrix is compiled.
+In a layer with experts two graphs are compiled, what comes before the choice of experts and what follows their products; the
+experts themselves are not. Of the loss, what follows the product with the output matrix is compiled; so is the initial state's
+noise.
 
 Only training runs compiled code. Evaluation, generation and the monitor of the Jacobian, which differentiates through an
 iteration twice, run the layers uncompiled.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,14 +21,31 @@ from torch import Tensor, nn
 
 from megatron_rdt.model.attention.kernels import BlockwiseMask
 from megatron_rdt.model.cross_entropy import score_chunk
+from megatron_rdt.model.feedforward import gated_silu
 from megatron_rdt.model.forward_context import LayerContext
+from megatron_rdt.model.initial_state import DrawNoise, draw_normal
 from megatron_rdt.model.iteration_signals import Modulations
 from megatron_rdt.model.layer import Layer
+from megatron_rdt.model.linear import add_product
 from megatron_rdt.model.moe import MixtureOfExperts
 
 # Kinds of layer (prelude, core and coda, with value embeddings and without) times 4 graphs each. Were there more, then
 # something would change from call to call that should not.
 MAX_GRAPHS = 32
+
+# An operator, since a compiler would make a product of its own of the sum, and then add it.
+_LIBRARY = torch.library.Library("megatron_rdt", "DEF")
+_LIBRARY.define("add_product_(Tensor(a!) total, Tensor left, Tensor right) -> ()")
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Do what `add_product` does, unseen by autograd, whose saved tensors the total may be among."""
+    add_product(total.data, left, right)
+
+
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("add_product_", _add_product, _device)
+torch.library.register_fake("megatron_rdt::add_product_", lambda total, left, right: None, lib=_LIBRARY)
 
 
 class CompiledLayer:
@@ -38,11 +57,14 @@ class CompiledLayer:
     """
 
     def __init__(self, layer: Layer, backend: str) -> None:
-        # How many tokens go to each expert is known only while it is computed, so no graph can contain it.
-        self._feed = layer.feed if isinstance(layer.feedforward, MixtureOfExperts) else None
-        function = layer.attend_and_feed if self._feed is None else layer.attend
+        self._experts = layer.feedforward if isinstance(layer.feedforward, MixtureOfExperts) else None
+        function = layer.attend_and_feed if self._experts is None else layer.attend_and_score
         # With `fullgraph`, code that cannot be compiled is an error that says why, instead of silently slow.
-        self._compiled: Callable[..., Tensor] = torch.compile(function, backend=backend, fullgraph=True)
+        compile_code = partial(torch.compile, backend=backend, fullgraph=True)
+        self._compiled: Callable[..., Any] = compile_code(function)
+        if self._experts is not None:
+            self._mix: Callable[..., Tensor] = compile_code(layer.mix_experts)
+            self._experts.activate = compile_code(gated_silu)
 
     def __call__(
         self, x: Tensor, context: LayerContext, token_values: Tensor | None, modulations: Modulations
@@ -53,8 +75,13 @@ class CompiledLayer:
         if isinstance(context.mask, BlockwiseMask):
             _mark_batch_dynamic((context.mask.documents, *context.mask.block_mask.as_tuple()), 2)
         _mark_batch_dynamic([each for pair in modulations or () for each in pair], 1)
-        x = self._compiled(x, context, token_values, modulations)
-        return x if self._feed is None else self._feed(x, context, modulations)
+        if self._experts is None:
+            return self._compiled(x, context, token_values, modulations)
+        # How many tokens go to each expert is known only while it is computed, so no graph contains the experts.
+        x, inner, logits = self._compiled(x, context, token_values, modulations)
+        results = self._experts.run_experts(inner, logits)
+        _mark_batch_dynamic((x, inner, *results), 1)
+        return self._mix(x, inner, results)
 
 
 def _mark_batch_dynamic(tensors: Sequence[Any], dimensions: int) -> None:
@@ -64,8 +91,20 @@ def _mark_batch_dynamic(tensors: Sequence[Any], dimensions: int) -> None:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
+def _compile_noise(backend: str) -> DrawNoise:
+    """Return the compiled `draw_normal`."""
+    compiled = torch.compile(draw_normal, backend=backend, fullgraph=True)
+
+    def draw(seed: Tensor, positions: Tensor, dim: int, std: float) -> Tensor:
+        _mark_batch_dynamic((seed,), 1)
+        _mark_batch_dynamic((positions,), 2)
+        return compiled(seed, positions, dim, std)
+
+    return draw
+
+
 def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
-    """Make every layer, and the loss, run compiled code in training from the first pass on; set the compiler's options.
+    """Make every layer, the loss and the initial state's noise run compiled code in training; set the compiler's options.
 
     Args:
         model: a `RecurrentDepthTransformer`; its layers, before or after they are sharded.
@@ -81,3 +120,4 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
         if isinstance(module, Layer):
             module.compiled = CompiledLayer(module, backend)
     model.compiled_score = torch.compile(score_chunk, backend=backend, fullgraph=True)  # type: ignore[assignment]
+    model.compiled_noise = _compile_noise(backend)  # type: ignore[assignment]

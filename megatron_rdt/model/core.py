@@ -165,7 +165,8 @@ class RecurrentCore(nn.Module):
             order = to_device(plan.order, state.device)
             state, inputs = state[order], inputs.rows(order)
         initial = self.injection("expand", state if self.initial is None else self.initial.expand_as(state))
-        rounded = round_weights(self.layers, context.compute_dtype) if self.rounds_once else ()
+        waits = self.checkpointing.policy == "none"
+        rounded = round_weights(self.layers, context.compute_dtype, waits) if self.rounds_once else ()
         if runner is not None:
             with use_rounded(rounded):
                 return runner.run(self, initial, inputs)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_rdt.model.linear import add_product
+
 # At most about this many logits in a chunk. A GPU reads and writes the output matrix and its gradient for each chunk, so
 # chunks of few tokens leave it waiting for memory.
 CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 1 << 22, 1 << 26
@@ -125,16 +127,6 @@ def score_chunk(
     return partition, target_logit, grad.to(product.dtype)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to `total` in place, without a product of its size where the backend can."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    elif total.is_cuda and total.dtype == torch.float32:
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    else:
-        total += left @ right
-
-
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """The three sums of `cross_entropy`; only the first carries gradient."""
 
@@ -184,7 +176,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if grad_features is not None:
                 grad_features[rows] = grad @ rounded
             if grad_matrix is not None:
-                _add_product(grad_matrix, grad.T, part)
+                add_product(grad_matrix, grad.T, part)
         ctx.save_for_backward(grad_features, grad_matrix, grad_weights)
         ctx.mark_non_differentiable(entropy, square)
         return entropy + z_weight * square, entropy, square

@@ -7,6 +7,11 @@ from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.linear import Linear
 
 
+def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) * up."""
+    return functional.silu(gate) * up
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)): (..., dim) -> (..., dim).
 
@@ -24,7 +29,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return down(silu(gate(x)) * up(x)), (..., dim), in the dtype of `x`."""
-        return self.down(functional.silu(self.gate(x)) * self.up(x))
+        return self.down(gated_silu(self.gate(x), self.up(x)))
 
 
 class SquaredReLU(nn.Module):

@@ -6,6 +6,7 @@ cached decoding step at position p sees the same noise as a full forward pass, a
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,7 +27,24 @@ def mix_bits(x: Tensor) -> Tensor:
     return x.bitwise_xor_((x >> 33).bitwise_and_(0x7FFFFFFF))
 
 
-def normal_state(seeds: tuple[int, ...], positions: Tensor, dim: int, std: float) -> Tensor:
+DrawNoise = Callable[[Tensor, Tensor, int, float], Tensor]
+
+
+def draw_normal(seed: Tensor, positions: Tensor, dim: int, std: float) -> Tensor:
+    """Return `normal_state` of the seeds as signed integers, (batch,); tensor operators alone, so that it can be compiled."""
+    channel = torch.arange(dim, dtype=torch.int64, device=positions.device) * CHANNEL_STRIDE
+    position = torch.atleast_2d(positions)[..., None] * _POSITION_STRIDE
+    bits = mix_bits(mix_bits(seed[:, None, None] ^ position) + channel)
+    # 24 bits fill a float32 exactly; the half keeps the uniform value away from 0 and 1.
+    uniform = (((bits >> 40) & 0xFFFFFF).float() + 0.5) * 2.0**-24
+    # Inverse CDF of the normal distribution between -3 and 3 standard deviations.
+    edge = math.erf(TRUNCATION / math.sqrt(2))
+    return std * math.sqrt(2) * torch.erfinv((2 * uniform - 1) * edge)
+
+
+def normal_state(
+    seeds: tuple[int, ...], positions: Tensor, dim: int, std: float, draw: DrawNoise = draw_normal
+) -> Tensor:
     """Return truncated normal noise (batch, sequence, dim), float32, a function of (seed, position, channel).
 
     Args:
@@ -34,18 +52,10 @@ def normal_state(seeds: tuple[int, ...], positions: Tensor, dim: int, std: float
         positions: (sequence,) or (batch, sequence), int64.
         dim: channels.
         std: standard deviation before truncation at 3 of them.
+        draw: `draw_normal`, compiled or not.
 
     Returns:
         float32 tensor of shape (batch, sequence, dim).
     """
-    device = positions.device
     signed = [seed - (1 << 64) if seed >= 1 << 63 else seed for seed in seeds]
-    seed = to_device(signed, device)[:, None, None]
-    channel = torch.arange(dim, dtype=torch.int64, device=device) * CHANNEL_STRIDE
-    position = torch.atleast_2d(positions)[..., None] * _POSITION_STRIDE
-    bits = mix_bits(mix_bits(seed ^ position) + channel)
-    # 24 bits fill a float32 exactly; the half keeps the uniform value away from 0 and 1.
-    uniform = (((bits >> 40) & 0xFFFFFF).float() + 0.5) * 2.0**-24
-    # Inverse CDF of the normal distribution between -3 and 3 standard deviations.
-    edge = math.erf(TRUNCATION / math.sqrt(2))
-    return std * math.sqrt(2) * torch.erfinv((2 * uniform - 1) * edge)
+    return draw(to_device(signed, positions.device), positions, dim, std)

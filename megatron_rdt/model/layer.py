@@ -96,6 +96,20 @@ class Layer(nn.Module):
         inner = self._normalize_input(self.feedforward_norm, x, context, modulations, 1)
         return self._add_to_stream(x, self.feedforward(inner), self.feedforward_outer_norm)
 
+    def attend_and_score(
+        self, x: Tensor, context: LayerContext, token_values: Tensor | None, modulations: Modulations
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run attention; return the residual stream, the experts' input, and the router's logits."""
+        assert isinstance(self.feedforward, MixtureOfExperts)
+        x = self.attend(x, context, token_values, modulations)
+        inner = self._normalize_input(self.feedforward_norm, x, context, modulations, 1)
+        return x, inner, self.feedforward.score(inner)
+
+    def mix_experts(self, x: Tensor, inner: Tensor, results: tuple[Tensor, ...]) -> Tensor:
+        """Return the residual stream with the output added, from the experts' input and `run_experts`."""
+        assert isinstance(self.feedforward, MixtureOfExperts)
+        return self._add_to_stream(x, self.feedforward.mix(inner, *results), self.feedforward_outer_norm)
+
     def token_values(self, context: LayerContext) -> Tensor | None:
         """Look up the attention's value embeddings of this pass's tokens; None where it has none."""
         table = self.attention.token_values

@@ -1,8 +1,8 @@
 """Matrix products in the compute dtype with float32 weights.
 
 Weights stay in float32 and are rounded to the input's dtype: the core's once for all iterations (`round_weights`), others
-where they are used, and then again in the backward pass instead of being kept. Each use adds its gradient to the
-float32 gradient, so the sum over iterations is float32.
+where they are used, and then again in the backward pass instead of being kept. Gradients of the core's weights are summed
+over the iterations in float32 and in place (`GradientSum`): autograd would write each one, then read it and the sum.
 No autocast is involved, so nothing that was rounded without gradient is ever reused with it.
 """
 
@@ -14,22 +14,78 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Rounded = Sequence[tuple[Any, dict[str, Tensor]]]
+
+class GradientSum:
+    """The gradients of a weight over all iterations of a pass.
+
+    Args:
+        weight: the matrix.
+        waits: gradients may be added up at the end of the backward pass, since no iteration is computed again in it.
+
+    Attributes:
+        total: the sum so far; None after it was handed over. It is there before the backward pass begins, since compiled code
+            takes it as an input.
+    """
+
+    def __init__(self, weight: Tensor, waits: bool) -> None:
+        self.total: Tensor | None = torch.zeros_like(weight, requires_grad=False)
+
+    def hand_over(self) -> Tensor:
+        """Return the sum and forget it; RuntimeError if that has happened before."""
+        total, self.total = self.total, None
+        if total is None:
+            raise RuntimeError("the loop was differentiated twice; run it again before the second backward pass")
+        return total
+
+
+class _HandOver(torch.autograd.Function):
+    """Stands for a weight in autograd's graph: its backward pass runs when no use of the weight is left to add its part."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, total: GradientSum) -> Tensor:
+        """Return the anchor that every use takes, a tensor without elements."""
+        ctx.total = total
+        return weight.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the sum as the gradient of the weight."""
+        # Detached, since autograd copies a gradient that somebody else refers to: the products of the loop refer to this one.
+        return ctx.total.hand_over().detach(), None
+
+
+class RoundedMatrix:
+    """A weight in the compute dtype, and where its gradients are added up.
+
+    Attributes:
+        matrix: the weight, rounded, without gradient.
+        sum: of its gradients; None where none are computed.
+        anchor: the weight's place in autograd's graph, see `_HandOver`; None if `sum` is.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, kind: type[GradientSum], waits: bool) -> None:
+        self.matrix = weight.detach().to(dtype)
+        is_trained = torch.is_grad_enabled() and weight.requires_grad
+        self.sum = kind(weight, waits) if is_trained else None
+        self.anchor: Tensor | None = _HandOver.apply(weight, self.sum) if is_trained else None
+
+
+Rounded = Sequence[tuple[Any, dict[str, RoundedMatrix]]]
 """Modules that multiply in the compute dtype, each with its rounded matrices by name."""
 
 
-@torch.no_grad()
-def round_weights(module: nn.Module, dtype: torch.dtype) -> Rounded:
+def round_weights(module: nn.Module, dtype: torch.dtype, waits: bool = False) -> Rounded:
     """Round the matrices of a module's products to `dtype`, for passes within `use_rounded`; none that have it already.
 
-    A core that runs T times would otherwise read each float32 matrix, and write a rounded one, T times.
+    A core that runs T times would otherwise read each float32 matrix, and write a rounded one, T times. `waits` is that of
+    `GradientSum`.
     """
     found = []
     for owner in module.modules():
-        names = getattr(owner, "MULTIPLIED", ())
-        matrices = {name: getattr(owner, name) for name in names}
+        matrices = {name: getattr(owner, name) for name in getattr(owner, "MULTIPLIED", ())}
         if any(matrix.dtype != dtype for matrix in matrices.values()):
-            found.append((owner, {name: matrix.to(dtype) for name, matrix in matrices.items()}))
+            kind: Any = owner.SUM
+            found.append((owner, {name: RoundedMatrix(each, dtype, kind, waits) for name, each in matrices.items()}))
     return found
 
 
@@ -50,6 +106,16 @@ def list_rounded(module: nn.Module) -> Rounded:
     """List the rounded matrices that a module's parts use now."""
     held: list[tuple[Any, Any]] = [(owner, getattr(owner, "rounded", None)) for owner in module.modules()]
     return [(owner, matrices) for owner, matrices in held if matrices]
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to `total` in place, without a product of its size where the backend can."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda and total.dtype == torch.float32:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total += left @ right
 
 
 def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -80,6 +146,32 @@ class _RoundedLinear(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
+class _SummedLinear(torch.autograd.Function):
+    """y = x W^T with a rounded W, whose gradient is added to a total."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, matrix: Tensor, total: Tensor) -> Tensor:
+        """Return x W^T in the dtype of x; save x and the matrix."""
+        ctx.save_for_backward(x, matrix)
+        ctx.total = total  # not saved by autograd, which would refuse what has been changed since
+        return functional.linear(x, matrix)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of x and, so that compiled code keeps the anchor, one without elements; add that of W."""
+        (grad,) = grads
+        x, matrix = ctx.saved_tensors
+        grad_x = grad @ matrix if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None, None, None
+        left, right = grad.flatten(0, -2).T, x.flatten(0, -2)
+        if torch.compiler.is_compiling():  # the same as an operator, which `megatron_rdt.model.compiling` defines
+            torch.ops.megatron_rdt.add_product_(ctx.total, left, right)
+        else:
+            add_product(ctx.total, left, right)
+        return grad_x, grad.new_empty(0, dtype=ctx.total.dtype), None, None
+
+
 def linear(x: Tensor, weight: Tensor, rounded: Tensor | None = None) -> Tensor:
     """Multiply x (..., in) by weight (out, in) transposed, in the dtype of x -> (..., out).
 
@@ -103,17 +195,21 @@ class Linear(nn.Linear):
     """
 
     MULTIPLIED: ClassVar[tuple[str, ...]] = ("weight",)
+    SUM = GradientSum
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
-        self.rounded: dict[str, Tensor] = {}
+        self.rounded: dict[str, RoundedMatrix] = {}
 
     def reset_parameters(self) -> None:
         """Leave the weight as it is: `megatron_rdt.model.initialize` fills it, keyed by its name."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the map in the dtype of `x`."""
-        return linear(x, self.weight, self.rounded.get("weight"))
+        rounded = self.rounded.get("weight")
+        if rounded is None or rounded.sum is None:
+            return linear(x, self.weight, None if rounded is None else rounded.matrix)
+        return _SummedLinear.apply(x, rounded.anchor, rounded.matrix, rounded.sum.total)
 
 
 def identity_values(shape: torch.Size, index: Tensor) -> Tensor:

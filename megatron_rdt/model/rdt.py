@@ -24,7 +24,7 @@ from megatron_rdt.model.forward_arguments import (
 from megatron_rdt.model.forward_context import LayerContext
 from megatron_rdt.model.halting.adaptive_loop import AdaptiveLoop
 from megatron_rdt.model.halting.exit_rules import ExitRule, ExitTrace
-from megatron_rdt.model.initial_state import normal_state
+from megatron_rdt.model.initial_state import DrawNoise, draw_normal, normal_state
 from megatron_rdt.model.layer import Layer
 from megatron_rdt.model.linear import Linear, linear
 from megatron_rdt.model.monitor import CoreMonitor
@@ -55,7 +55,8 @@ class RecurrentDepthTransformer(nn.Module):
         compute_dtype: dtype of matrix products; None means the dtype of the weights. The residual stream and the
             recurrent state keep the dtype of the weights (float32).
         z_weight: weight of the squared log-partition function in the loss.
-        compiled_score: the compiled `score_chunk` of the loss in training; None where nothing is compiled.
+        compiled_score, compiled_noise: the compiled `score_chunk` of the loss and `draw_normal` of the initial state in
+            training; None where nothing is compiled.
         token_split: the tokens and the part of the vocabulary that this rank has; tensor and context parallelism set it.
     """
 
@@ -72,6 +73,7 @@ class RecurrentDepthTransformer(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.z_weight = 0.0
         self.compiled_score: ScoreChunk | None = None
+        self.compiled_noise: DrawNoise | None = None
         self.token_split: WholeTokens = WHOLE_TOKENS
 
     @overload
@@ -298,7 +300,9 @@ class RecurrentDepthTransformer(nn.Module):
         if self.config.state_init == "encoded":
             return encoded
         seeds = plan.state_seeds or (0,) * embedded.shape[0]
-        noise = normal_state(seeds, self.token_split.residual_part(positions), self.config.dim, self.config.state_std)
+        draw = self.compiled_noise if self.compiled_noise is not None and self.training else draw_normal
+        positions = self.token_split.residual_part(positions)
+        noise = normal_state(seeds, positions, self.config.dim, self.config.state_std, draw)
         return noise.to(embedded.dtype).expand_as(embedded)
 
     def cache_slots(self, loops: int, budget: int = 0, rule: ExitRule | None = None) -> int:

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from megatron_rdt.model import RecurrentDepthTransformer
-from megatron_rdt.model.moe import MixtureOfExperts, RunExperts, scatter_rows
+from megatron_rdt.model.moe import MixtureOfExperts, RunExperts
 from megatron_rdt.parallel.autograd_collectives import all_to_all
 from megatron_rdt.parallel.dtensor_views import make_dtensor, view_locally
 
@@ -56,6 +56,14 @@ def reduce_experts(model: nn.Module, losses: int, replicas: DeviceMesh | None) -
             own /= losses
             if replicas is not None:
                 dist.all_reduce(own, group=replicas.get_group())
+
+
+def scatter_rows(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Return a permutation with row r of `x` at row indices[r].
+
+    Not an indexed read, whose backward pass adds rows up in no fixed order.
+    """
+    return torch.empty_like(x).index_copy_(0, indices, x)
 
 
 class ExpertExchange:

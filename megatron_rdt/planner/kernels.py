@@ -124,6 +124,9 @@ class StepKernels:
             return Cost(first, 1)
         gradient = element if experts else FLOAT32  # a grouped product's is rounded, then widened
         second = max(flops / rate, (ends + gradient * matrix) / self.rates.memory)
+        if experts and self._sums_in_place and self.policy.name == "none":
+            # The rows are moved together, for one product at the end.
+            return Cost(first + second, 2) + self._move(2 * ends, 2)
         widened = self._move(ROUND * matrix, 1) if experts and not wide else Cost()
         return Cost(first + second, 2) + widened
 
@@ -174,8 +177,15 @@ class StepKernels:
         if not backward:
             return self.iteration_forward * times
         core = [p for unit, group in self.units.items() if unit.startswith(CORE) for p in group]
+        if self._sums_in_place:
+            core = [p for p in core if not p.is_rounded_once]
         added = self._move(ADD * sum(p.local_size(self.layout) for p in core), len(core))
         return self.iteration_backward * times + added * max(times - 1, 0.0)
+
+    @property
+    def _sums_in_place(self) -> bool:
+        """True if products add to the sums of the core's weight gradients themselves."""
+        return self.shape.element_bytes < FLOAT32 and self.config.parallel.core_gather == "once"
 
     @property
     def _per_iteration(self) -> list[Parameter]:

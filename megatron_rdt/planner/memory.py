@@ -100,6 +100,11 @@ class StepReplay:
             self._layer_forward(unit, index)
         weights.begin_unit("core")
         ledger.hold(ROUNDED, self._rounded_bytes)
+        if (
+            self._rounded_bytes
+        ):  # their sums of gradients are there before the loop; experts' begin in the backward pass
+            rounded = (p.name for p in weights.parameters if p.is_rounded_once and not p.is_routed)
+            weights.add_gradients(*rounded)
         ledger.hold(OUTSIDE, activations.before_loop_kept_bytes(shape))
         ledger.hold(INSIDE, shape.state_bytes())  # the prepared encoded input, held while the loop runs
         working = working_memory.forward_working_bytes(shape, core=True)

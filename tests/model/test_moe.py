@@ -14,7 +14,7 @@ from megatron_rdt.model import RecurrentDepthTransformer, initialize, moe
 from megatron_rdt.model.activation_checkpointing import set_checkpointing
 from megatron_rdt.model.feedforward import SquaredReLU, SwiGLU
 from megatron_rdt.model.linear import linear
-from megatron_rdt.model.moe import MixtureOfExperts, grouped_linear, rebalance
+from megatron_rdt.model.moe import ExpertGradients, MixtureOfExperts, grouped_linear, rebalance
 
 BASE = ModelConfig(
     vocab_size=37, dim=16, prelude_layers=1, core_layers=2, coda_layers=1, heads=4, kv_heads=2, core_ffn="moe"
@@ -166,7 +166,7 @@ def test_the_grouped_path_equals_the_sorted_pieces(dtype: torch.dtype, monkeypat
         y = moe(inputs)
         y.float().square().sum().backward()
         results.append([y.detach(), inputs.grad, *(p.grad.clone() for p in moe.parameters())])
-        monkeypatch.setattr(moe, "_run_experts", lambda rows, ends: moe._run_experts_grouped(rows, ends.int()))
+        monkeypatch.setattr(moe, "_run_sorted_rows", lambda rows, ends: moe._run_experts_grouped(rows, ends.int()))
     for pieces, grouped in zip(*results):
         scale = float(pieces.abs().max())
         limit = (1e-5 if dtype == torch.float32 else 3e-2) * scale
@@ -256,3 +256,41 @@ def test_the_dense_width_follows_the_config(ffn: str, width: int) -> None:
     layer = RecurrentDepthTransformer(dataclasses.replace(BASE, ffn=ffn)).prelude[0].feedforward
     assert type(layer) is {"swiglu": SwiGLU, "relu2": SquaredReLU}[ffn]
     assert layer.up.weight.shape == (width, 16)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_gradients_of_experts_are_summed_over_passes(waits: bool) -> None:
+    """At once or from the rows of all passes merged, also where experts are idle and passes differ in their rows."""
+    weight = random_tensor(4, 24, 16)
+    total, exact = ExpertGradients(weight.float(), waits), torch.zeros_like(weight)
+    for seed, counts in enumerate([[5, 0, 11, 1], [0, 3, 2, 0], [2, 2, 0, 4]]):
+        ends, rows = torch.tensor(counts).cumsum(0), sum(counts)
+        grad, x = (random_tensor(rows, size, seed=seed).float() for size in (24, 16))
+        total.add(grad, x, ends.int())
+        for expert, (own_grad, own_x) in enumerate(zip(grad.split(counts), x.split(counts))):
+            exact[expert] += own_grad.double().T @ own_x.double()
+        assert len(total.pending) == (seed + 1 if waits else 0)
+    torch.testing.assert_close(total.hand_over().double(), exact, rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        total.hand_over()
+
+
+def test_experts_rounded_once_have_the_gradients_of_experts_rounded_at_each_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the grouped products that a GPU runs; where gradients wait for the end, they are rounded less often."""
+    run_grouped = MixtureOfExperts._run_experts_grouped
+    monkeypatch.setattr(MixtureOfExperts, "_run_sorted_rows", lambda self, x, ends: run_grouped(self, x, ends.int()))
+    model = initialize(RecurrentDepthTransformer(dataclasses.replace(BASE, expert_dim=24, shared_expert_dim=8)), 5)
+    model.compute_dtype = torch.bfloat16
+    tokens, results = torch.arange(24).view(3, 8), []
+    for once, policy in ((False, "none"), (True, "per_iteration"), (True, "none")):
+        model.core.rounds_once = once
+        set_checkpointing(model, policy)
+        model.zero_grad()
+        model(tokens, DepthPlan((4, 2, 3), 3), targets=tokens)["objective"].backward()
+        results.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    plain, recomputed, waiting = results
+    for name, expected in plain.items():
+        assert torch.equal(recomputed[name], expected), name
+        torch.testing.assert_close(waiting[name], expected, rtol=0, atol=1e-2 * float(expected.abs().max()), msg=name)

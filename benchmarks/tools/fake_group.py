@@ -8,7 +8,7 @@ from unittest.mock import patch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_rdt.parallel import mesh
+from megatron_rdt.parallel import engine, mesh
 
 
 @contextmanager
@@ -22,8 +22,12 @@ def join_fake_group(rank: int, world_size: int) -> Iterator[None]:
 
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
-        # A fake group has no timeout to set.
-        with patch.object(dist, "new_group", make_fake_group), patch.object(mesh, "_set_pg_timeout"):
+        # A fake group has no timeout to set, and the hosts of a tree would wait for each other.
+        with (
+            patch.object(dist, "new_group", make_fake_group),
+            patch.object(mesh, "_set_pg_timeout"),
+            patch.object(engine, "HostGroups"),
+        ):
             yield
     finally:
         dist.destroy_process_group()

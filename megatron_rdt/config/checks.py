@@ -232,6 +232,11 @@ def _find_training_problems(config: RunConfig) -> Iterator[str]:
             f"optimizer.name {config.optimizer.name} needs whole matrices, which DeepSpeed ({engine}) flattens. "
             f"Set --parallel.engine {PROPOSED}, or --optimizer.name {optimizers[0]}."
         )
+    if config.optimizer.state_dtype != "float32" and not config.parallel.engine_kind.rounds_state:
+        yield (
+            f"optimizer.state_dtype bfloat16 is not for DeepSpeed ({engine}), whose moments have the dtype of the weights. "
+            f"Set --parallel.engine {PROPOSED}, or --optimizer.state_dtype float32."
+        )
     if config.optimizer.ema and not config.parallel.engine_kind.averages_weights:
         yield (
             f"optimizer.ema averages weights in the shards of parameters, which DeepSpeed ({engine}) flattens. "

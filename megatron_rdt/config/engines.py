@@ -30,6 +30,7 @@ class EngineKind:
         optimizers: choices of `optimizer.name` that it can step.
         compiles_layers: takes `train.compile layers`.
         averages_weights: takes `optimizer.ema`.
+        rounds_state: takes `optimizer.state_dtype bfloat16`.
     """
 
     summary: str
@@ -41,6 +42,7 @@ class EngineKind:
     optimizers: tuple[str, ...] = ("adamw", "muon")
     compiles_layers: bool = True
     averages_weights: bool = True
+    rounds_state: bool = True
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -58,6 +60,7 @@ def _zero(stage: int) -> EngineKind:
         options=("offload", "deepspeed"),
         optimizers=("adamw",),  # Muon needs whole matrices, DeepSpeed flattens them
         compiles_layers=False,  # DeepSpeed exchanges weights inside a layer
+        rounds_state=False,  # DeepSpeed keeps the moments in the dtype of the weights
         averages_weights=False,  # their shards are DeepSpeed's, flattened
     )
 

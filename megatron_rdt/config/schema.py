@@ -141,6 +141,8 @@ class OptimizerConfig:
     """Decoupled weight decay on matrices; norms, gains, biases, the injection and `no_weight_decay` get none."""
     no_weight_decay: list[str] = field(default_factory=list)
     """Patterns of parameter names that get no weight decay either, such as 'embedding.*,coda.*' (wildcards as in a shell)."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the optimizer's moments between steps: bfloat16 halves them (single, ddp, fsdp). Weights and the update itself stay float32."""
     ema: float = option(0.0, at_least=0, below=1)
     """Decay of an exponential moving average of the weights, which checkpoints hold beside them (single, ddp, fsdp); 0: none."""
     grad_clip: float = option(1.0, at_least=0)

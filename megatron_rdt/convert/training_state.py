@@ -143,11 +143,11 @@ def _make_single_engine(config: RunConfig) -> TorchEngine:
 
 
 def _extract_state(engine: TorchEngine) -> TrainingState:
-    """Return weights and AdamW state of a loaded engine: its own tensors, not copies."""
+    """Return weights and AdamW state of a loaded engine: its own tensors where they are float32, not copies."""
     tensors, step = {}, 0
     for name, parameter in engine.model.named_parameters():
         moments = engine.optimizers[0].state[parameter]
-        tensors[name] = {WEIGHT: parameter.detach(), **{key: moments[key] for key in MOMENTS}}
+        tensors[name] = {WEIGHT: parameter.detach(), **{key: moments[key].float() for key in MOMENTS}}
         step = int(moments["step"])
     return TrainingState(tensors, step)
 

@@ -22,6 +22,8 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
+from megatron_rdt.parallel.rounded_adamw import restore_state_dtype
+
 # Coefficients of Jordan's quintic: steepest at 0, where small singular values are.
 QUINTIC = (3.4445, -4.7750, 2.0315)
 UPDATE_RMS = 0.2
@@ -79,6 +81,7 @@ class Muon(torch.optim.Optimizer):
         nesterov: look one step ahead.
         ns_steps: Newton-Schulz steps.
         weight_decay: decoupled.
+        state_dtype: of the momentum between steps; rounded to the nearest, it moves by a twentieth of what it lacks.
     """
 
     def __init__(
@@ -89,9 +92,16 @@ class Muon(torch.optim.Optimizer):
         nesterov: bool = True,
         ns_steps: int = 5,
         weight_decay: float = 0.0,
+        state_dtype: torch.dtype = torch.float32,
     ) -> None:
+        self._state_dtype = state_dtype
         options = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
         super().__init__(params, {**options, "weight_decay": weight_decay})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, with a momentum of either dtype."""
+        super().load_state_dict(state_dict)
+        restore_state_dtype(self, ("momentum",), self._state_dtype)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -115,11 +125,12 @@ class Muon(torch.optim.Optimizer):
         """Advance the momentum and return D, this rank's shard of the matrix to make orthogonal; bfloat16 on a GPU."""
         state = self.state[parameter]
         if not state:
-            state["momentum"] = torch.zeros_like(parameter)
+            state["momentum"] = torch.zeros_like(parameter, dtype=self._state_dtype)
         assert parameter.grad is not None
         gradient, momentum = _local_shard(parameter.grad), _local_shard(state["momentum"])
-        self._write_unless_skipped(momentum, momentum.lerp(gradient, 1 - group["momentum"]))
-        direction = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+        advanced = momentum.to(gradient.dtype).lerp(gradient, 1 - group["momentum"])
+        self._write_unless_skipped(momentum, advanced)
+        direction = gradient.lerp(advanced, group["momentum"]) if group["nesterov"] else advanced
         return direction.bfloat16() if direction.is_cuda else direction
 
     def _apply_update(self, parameter: torch.Tensor, group: dict[str, Any], update: torch.Tensor) -> None:

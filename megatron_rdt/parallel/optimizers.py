@@ -17,6 +17,7 @@ from megatron_rdt.config import OptimizerConfig, RunConfig
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel.muon import Muon
+from megatron_rdt.parallel.rounded_adamw import RoundedAdamW
 
 # Applied in every iteration of the loop, so the effect of one optimizer step is applied T times.
 REUSED = ("core.layers.", "core.injection.", "core.signals.")
@@ -25,6 +26,8 @@ UNDECAYED = ("core.injection.", "core.input_matrix.", "core.output_matrix.")
 # Two-dimensional, but tables of vectors or logits, so Muon does not apply.
 NOT_MAPS = ("embedding.weight", "head.weight", "token_values.weight", "injection.mix")
 EXAMPLE_NAMES = 4  # parameter names in the message about a pattern that matches none
+
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Groups = list[dict[str, Any]]
 
@@ -130,8 +133,10 @@ def muon_groups(model: nn.Module, config: OptimizerConfig) -> Groups:
     ]
 
 
-def make_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Create AdamW, fused, over the groups of `adamw_groups`."""
+def make_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Create AdamW over the groups of `adamw_groups`: torch's fused one, or that with moments in bfloat16."""
+    if config.state_dtype == "bfloat16":
+        return RoundedAdamW(split_groups_by_mesh(adamw_groups(model, config)), lr=config.lr)
     return torch.optim.AdamW(split_groups_by_mesh(adamw_groups(model, config)), lr=config.lr, fused=True)
 
 
@@ -139,7 +144,7 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.opt
     """Create AdamW, and Muon if the config asks for it, over the (possibly sharded) parameters."""
     optimizers: list[torch.optim.Optimizer] = [make_adamw(model, config)]
     if groups := muon_groups(model, config):
-        optimizers.append(Muon(groups, lr=config.lr))
+        optimizers.append(Muon(groups, lr=config.lr, state_dtype=STATE_DTYPES[config.state_dtype]))
     return optimizers
 
 

@@ -10,9 +10,11 @@ from megatron_rdt.config import RunConfig
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.planner.ledger import Ledger
 from megatron_rdt.planner.parameters import ROOT, Parameter, core_units, list_parameters, list_units, moments_per_weight
-from megatron_rdt.planner.shape import FLOAT32
+from megatron_rdt.planner.shape import BFLOAT16, FLOAT32
 
 WEIGHTS, OPTIMIZER, GRADIENTS, AVERAGE = "weights", "optimizer", "gradients", "average of the weights"
+# Copies of the largest matrix in a step of Muon, of the largest parameter in one of AdamW with rounded moments.
+MUON_COPIES, ROUNDING_COPIES = 4, 7
 ZERO_BUCKET = 500_000_000  # numbers in DeepSpeed's reduction bucket, its default
 CORE, OTHER, BUFFERS = "gathered core", "other gathered units", "buffers"
 UNREDUCED, SUMS = "unreduced gradients", "gradients being summed"
@@ -25,12 +27,13 @@ class Weights:
         first, last: the current micro-batch is the first, or the last, of the step.
         summed: the core's gradients are sums over several iterations.
         pending: names of the parameters whose gradients the current backward pass has still to compute.
+        largest_held: bytes of the largest parameter, as far as this process holds it.
         copies: copies of a buffer that the backend makes to send it (gloo: one).
     """
 
     def __init__(self, config: RunConfig, layout: Layout, ledger: Ledger, gpu: bool) -> None:
         self.config, self.layout, self.ledger, self.parameters = config, layout, ledger, list_parameters(config.model)
-        self.copies = 0.0 if gpu else 1.0
+        self.copies, self.largest_held = 0.0 if gpu else 1.0, 0.0
         self.first = self.last = self.summed = True
         self.pending: set[str] = set()
         self._part_sizes: dict[tuple[str, str], tuple[float, float]] = {}
@@ -49,8 +52,9 @@ class Weights:
     def hold_numbers(self, numbers: dict[str, float]) -> None:
         """Record weights, optimizer state and the weights' average, given the numbers of each parameter on this process."""
         optimizer = self.config.optimizer
-        every = FLOAT32 * sum(numbers.values())
-        state = FLOAT32 * sum(moments_per_weight(p, optimizer) * numbers[p.name] for p in self.parameters)
+        every, self.largest_held = FLOAT32 * sum(numbers.values()), FLOAT32 * max(numbers.values())
+        width = FLOAT32 if optimizer.state_dtype == "float32" else BFLOAT16
+        state = width * sum(moments_per_weight(p, optimizer) * numbers[p.name] for p in self.parameters)
         self.ledger.hold(WEIGHTS, every)
         self.ledger.hold(OPTIMIZER, state)
         if optimizer.ema:
@@ -108,10 +112,13 @@ class Weights:
             self.ledger.free(SUMS)
 
     def step_optimizer(self) -> None:
-        """Note the peak of the optimizer step (Muon: four copies of its largest matrix); free the gradients."""
-        biggest = max(FLOAT32 * p.size for p in self.parameters)
-        muon = self.config.optimizer.name == "muon"
-        self.ledger.note_peak("the optimizer", working_memory=4 * biggest if muon else 0.0)
+        """Note the peak of the optimizer step, with its copies of the largest parameter; free the gradients."""
+        optimizer, working = self.config.optimizer, 0.0
+        if optimizer.state_dtype != "float32":
+            working = ROUNDING_COPIES * self.largest_held
+        if optimizer.name == "muon":
+            working = max(working, MUON_COPIES * max(FLOAT32 * p.size for p in self.parameters))
+        self.ledger.note_peak("the optimizer", working_memory=working)
         self.ledger.free(GRADIENTS)
 
 

@@ -71,6 +71,23 @@ def test_sharding_divides_the_optimizer_state_and_not_the_activations(repository
     assert make_plan(single, 1, DEVICES["h100"], 0.4, advise=False).memory.parts["optimizer"] == whole
 
 
+def test_moments_in_bfloat16_are_planned_as_half_as_large(repository: Path) -> None:
+    wide, narrow = (
+        make_plan(
+            preset(
+                repository,
+                "parcae_370m",
+                parallel={"engine": "fsdp"},
+                optimizer={"name": "adamw", "state_dtype": dtype},
+            ),
+            *(8, DEVICES["h100"], 0.4),
+            advise=False,
+        ).memory.parts["optimizer"]
+        for dtype in ("float32", "bfloat16")
+    )
+    assert narrow == wide / 2
+
+
 def test_an_average_of_the_weights_is_planned_as_large_as_they_are(repository: Path) -> None:
     options = {"parallel": {"engine": "fsdp"}, "optimizer": {"name": "adamw", "ema": 0.999}}
     config = preset(repository, "parcae_370m", **options)

@@ -80,7 +80,7 @@ def main() -> None:
         for arm, results in found.items():
             losses = [loss for loss, _ in results]
             apart = [loss - other for loss, (other, _) in zip(losses, found["float32"])]
-            cells = [f"{beta2}", arm, f"{statistics.mean(losses):.4f}", ", ".join(f"{d:+.4f}" for d in apart)]
+            cells = [f"{beta2}", arm, f"{statistics.mean(losses):.4f}", ", ".join(f"{d:+.6f}" for d in apart)]
             print(format_row([*cells, f"{results[0][1]:,}"]), flush=True)
             rows.append({"beta2": beta2, "moments": arm, "losses": losses, "bytes": results[0][1]})
     write_numbers(options, {"rows": rows})

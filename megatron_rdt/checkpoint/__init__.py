@@ -1,9 +1,11 @@
 """Checkpoints: written completely or not at all, verified, retained, found again.
 
-To save: `write.py`; `retention.py` deletes old ones. To resume: `choose.py` picks and verifies a checkpoint in the order
-of `lineage.py`, healthy ones (`health.py`) first; `restore.py` loads it. To use the weights alone: `weights.py`.
+To save: `write.py`, and `background.py` while training goes on; `retention.py` deletes old ones. To resume: `choose.py`
+picks and verifies a checkpoint in the order of `lineage.py`, healthy ones (`health.py`) first; `restore.py` loads it. To use
+the weights alone: `weights.py`.
 """
 
+from megatron_rdt.checkpoint.background import BackgroundSave
 from megatron_rdt.checkpoint.buffers import BUFFERS, restore_buffers
 from megatron_rdt.checkpoint.choose import (
     find_run_or_checkpoint,
@@ -43,7 +45,7 @@ from megatron_rdt.checkpoint.restore import (
     restore_engine,
 )
 from megatron_rdt.checkpoint.weights import StoredWeights, check_weights_fit, open_weights, read_model_weights
-from megatron_rdt.checkpoint.write import check_writable, save_checkpoint, software_versions
+from megatron_rdt.checkpoint.write import check_writable, save_checkpoint, software_versions, stage_checkpoint
 
 __all__ = [
     "BUFFERS",
@@ -51,6 +53,7 @@ __all__ = [
     "HEALTH",
     "MANIFEST",
     "TRAINER_STATE",
+    "BackgroundSave",
     "Start",
     "StoredWeights",
     "belongs_to_run",
@@ -87,6 +90,7 @@ __all__ = [
     "restore_engine",
     "save_checkpoint",
     "software_versions",
+    "stage_checkpoint",
     "verify",
     "write_manifest",
 ]

@@ -36,6 +36,7 @@ from megatron_rdt.errors import CheckpointError, RdtError
 from megatron_rdt.files import atomic_open, explain_write_failure, fsync_directory, hash_durably, open_hashed
 from megatron_rdt.object_collectives import raise_on_all_ranks
 from megatron_rdt.parallel import Engine, WrittenState
+from megatron_rdt.parallel.shard_files import FileRecords
 from megatron_rdt.run_directory import CHECKPOINTS, LATEST, name_checkpoint
 
 T = TypeVar("T")
@@ -91,6 +92,30 @@ def save_checkpoint(
 ) -> Path:
     """Save a checkpoint, name it in `latest`, delete old ones; return its directory; every rank must call this.
 
+    Arguments and errors are those of `stage_checkpoint` and of the function that it returns.
+    """
+    words = engine, run_directory, config_yaml, trainer_state, facts, tokenizer_directory, keep, rank_state, milestones
+    return stage_checkpoint(*words, copy=False)()
+
+
+def stage_checkpoint(
+    engine: Engine,
+    run_directory: Path,
+    config_yaml: str,
+    trainer_state: dict[str, Any],
+    facts: dict[str, Any],
+    tokenizer_directory: Path | None,
+    keep: int,
+    rank_state: dict[str, Any] | None = None,
+    milestones: int = 0,
+    *,
+    copy: bool,
+) -> Callable[[], Path]:
+    """Take all that a checkpoint holds; return a function that saves it. Every rank must call both.
+
+    The function writes, names the checkpoint in `latest`, deletes old ones, and returns its directory. Its messages go
+    through the store, so any thread may call it, one save after the other.
+
     Args:
         engine: writes its own state.
         run_directory: `runs/<name>`.
@@ -101,13 +126,16 @@ def save_checkpoint(
         keep: newest checkpoints to keep, beside the newest healthy one; 0 keeps all.
         rank_state: the data state of this rank, tensors and plain values; on every rank, or on none.
         milestones: checkpoints of steps that are a multiple of it are kept for good; 0: none.
+        copy: the state into host memory, so that training may change it before the function is called.
 
     Raises:
-        CheckpointError: on every rank, when any rank could not write; earlier checkpoints are untouched.
+        CheckpointError: on every rank, when any rank could not write; earlier checkpoints are untouched. Of what fails
+            here on one rank, the returned function tells all.
     """
     step = int(trainer_state["step"])
     parent = run_directory / CHECKPOINTS
     final, temporary = parent / name_checkpoint(step), parent / f".{name_checkpoint(step)}.tmp"
+    own_files: dict[str, bytes] = {}
 
     def make_folders() -> None:
         delete_leftovers(parent)
@@ -115,46 +143,75 @@ def save_checkpoint(
         if rank_state is not None:
             (temporary / DATA_FOLDER).mkdir()
 
-    def write_files() -> WrittenState:
-        own_files = serialize_rank_state(engine.rank, rank_state)
+    def stage() -> Callable[[], WrittenState]:
+        own_files.update(serialize_rank_state(engine.rank, rank_state))
         if engine.rank == 0:
-            own_files |= serialize_buffers(engine.model)
-            own_files["config.yaml"] = config_yaml.encode()
-            own_files[TRAINER_STATE] = (json.dumps(trainer_state, indent=1) + "\n").encode()
-        written = engine.stage(temporary, copy=False)()
-        for name, content in own_files.items():
-            with open_hashed(temporary / name) as file:
-                file.write(content)
-            written.files[name] = file.record()
-        if engine.rank == 0 and tokenizer_directory is not None:
-            copy_tokenizer_files(tokenizer_directory, temporary / TOKENIZER_FOLDER)
-            for path in list_content_files(temporary / TOKENIZER_FOLDER):
-                written.files[str(path.relative_to(temporary))] = hash_durably(path)
+            trainer_json = json.dumps(trainer_state, indent=1) + "\n"
+            own_files.update({"config.yaml": config_yaml.encode(), TRAINER_STATE: trainer_json.encode()})
+            own_files.update(serialize_buffers(engine.model))
+        return engine.stage(temporary, copy)
+
+    def write_files() -> WrittenState:
+        written = staged()
+        written.files.update(_write_files(temporary, own_files, tokenizer_directory if engine.rank == 0 else None))
         return written
 
     def publish(written: list[WrittenState]) -> None:
         files = {name: record for of_rank in written for name, record in of_rank.files.items()}
         files |= engine.finish_state(temporary, written)
-        parent = find_parent(final, facts.get("parent"))
         own = {
-            "parent": parent,
-            "ancestors": read_ancestors(run_directory, parent)
-            if keep
-            else {},  # where none is deleted, parents suffice
+            **_describe_lineage(run_directory, final, facts.get("parent"), keep),
             "versions": software_versions(engine.config.parallel.engine_kind.checkpoint_format),
             "step": step,
-            "sequence": next_sequence(run_directory),
             **({MILESTONE: True} if is_milestone(step, milestones) else {}),
         }
         write_manifest(temporary, {**facts, **own}, files)
         _publish_directory(temporary, final, run_directory, {temporary / name for name in files})
         delete_expired_checkpoints(run_directory, keep, milestones)
 
+    def finish() -> Path:
+        save.run_on_all_ranks(write_files, publish)
+        engine.remember_state()
+        return final
+
     save = _CollectiveSave(engine, temporary, final)
     save.run_on_rank_0(make_folders)
-    save.run_on_all_ranks(write_files, publish)
-    engine.remember_state()
-    return final
+    staged = _keep_failure(stage)
+    return finish
+
+
+def _describe_lineage(run_directory: Path, final: Path, parent: str | None, keep: int) -> dict[str, Any]:
+    """Return a new checkpoint's place among the others of its run, for its manifest; where none is deleted, parents suffice."""
+    parent = find_parent(final, parent)
+    ancestors = read_ancestors(run_directory, parent) if keep else {}
+    return {"parent": parent, "ancestors": ancestors, "sequence": next_sequence(run_directory)}
+
+
+def _write_files(directory: Path, contents: dict[str, bytes], tokenizer: Path | None) -> FileRecords:
+    """Write files below a directory, and copy those of a tokenizer; return their size and hash by path."""
+    files = {}
+    for name, content in contents.items():
+        with open_hashed(directory / name) as file:
+            file.write(content)
+        files[name] = file.record()
+    if tokenizer is not None:
+        copy_tokenizer_files(tokenizer, directory / TOKENIZER_FOLDER)
+        for path in list_content_files(directory / TOKENIZER_FOLDER):
+            files[str(path.relative_to(directory))] = hash_durably(path)
+    return files
+
+
+def _keep_failure(stage: Callable[[], Callable[[], T]]) -> Callable[[], T]:
+    """Return what `stage` returns, or, if it fails, a function that raises the failure: one rank alone must not leave."""
+    try:
+        return stage()
+    except Exception as error:
+        failure = error
+
+        def fail() -> T:
+            raise failure
+
+        return fail
 
 
 class _CollectiveSave:

@@ -222,6 +222,8 @@ class CheckpointConfig:
     """Number of newest checkpoints to keep, beside the newest healthy one; others are deleted once a newer one is complete. 0 keeps all."""
     milestones: int = option(0, at_least=0)
     """Keep the healthy checkpoint of every n-th step for good, beside those of `keep`; a multiple of `every`. 0: none."""
+    asynchronous: bool = False
+    """Copy the state into host memory and train on while it is written; a failed save ends the run within two steps."""
 
 
 @dataclass(frozen=True)

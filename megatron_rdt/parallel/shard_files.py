@@ -69,11 +69,32 @@ class Shard:
         """Bytes of the part; 0 for a value that is no tensor."""
         return self.value.nbytes if isinstance(self.value, torch.Tensor) else 0
 
-    def copy_to_host(self) -> "Shard":
-        """Return a copy of this part in host memory."""
-        if isinstance(self.value, torch.Tensor):
-            return replace(self, value=self.value.detach().to("cpu", copy=True))
-        return replace(self, value=deepcopy(self.value))
+
+class HostCopies:
+    """Host memory for copies of shards, which is kept from one save to the next."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[Any, torch.Tensor] = {}
+
+    def copy(self, shards: list[Shard]) -> list[Shard]:
+        """Return copies of shards in host memory; those of the call before are overwritten."""
+        copies, is_on_gpu = [], False
+        for shard in shards:
+            value = shard.value
+            if not isinstance(value, torch.Tensor):
+                copies.append(replace(shard, value=deepcopy(value)))
+                continue
+            value, key = value.detach(), (shard.path, shard.offsets)
+            buffer = self._buffers.get(key)
+            if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
+                # Into pinned memory a GPU copies several times as fast, and without the host.
+                buffer = self._buffers[key] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            buffer.copy_(value, non_blocking=True)
+            is_on_gpu |= value.is_cuda
+            copies.append(replace(shard, value=buffer))
+        if is_on_gpu:
+            torch.cuda.current_stream().synchronize()
+        return copies
 
 
 def list_own_shards(

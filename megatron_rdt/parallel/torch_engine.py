@@ -20,7 +20,7 @@ from megatron_rdt.object_collectives import raise_on_all_ranks
 from megatron_rdt.parallel import optimizers
 from megatron_rdt.parallel.engine import Engine, WrittenState
 from megatron_rdt.parallel.optimizers import Groups
-from megatron_rdt.parallel.shard_files import FileRecords, FolderHistory, list_own_shards, write_shards
+from megatron_rdt.parallel.shard_files import FileRecords, FolderHistory, HostCopies, list_own_shards, write_shards
 from megatron_rdt.parallel.torch_checkpoint import TensorReader, load_tensors
 from megatron_rdt.parallel.weight_average import EMA, WeightAverage
 from megatron_rdt.untrusted_files import describe_load_failure
@@ -47,6 +47,7 @@ class TorchEngine(Engine):
         super().__init__(config, device)
         self._saved: dict[str, FolderHistory] = {}  # of the last complete save
         self._unconfirmed: dict[str, FolderHistory] = {}  # of the one under way
+        self._host_copies = HostCopies()
 
     def make_optimizers(self, model: RecurrentDepthTransformer) -> None:
         """Set `model`, and `optimizers` over its (possibly sharded) parameters."""
@@ -141,7 +142,7 @@ class TorchEngine(Engine):
             for name, state in self._collect_states().items()
         }
         if copy:
-            own = {name: [shard.copy_to_host() for shard in shards] for name, shards in own.items()}
+            own = {name: self._host_copies.copy(shards) for name, shards in own.items()}
 
         def write() -> WrittenState:
             files: FileRecords = {}

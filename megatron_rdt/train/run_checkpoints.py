@@ -5,14 +5,18 @@ the config and the data, loads the engine, and returns the position; the trainer
 """
 
 import operator
+import time
 import uuid
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_rdt import checkpoint as checkpoints
-from megatron_rdt.checkpoint import Start
+from megatron_rdt.checkpoint import BackgroundSave, Start
 from megatron_rdt.config import RunConfig, dump_config, load_saved_config
 from megatron_rdt.errors import USE_ANOTHER, CheckpointError
 from megatron_rdt.model import RecurrentDepthTransformer, leave_unset
@@ -22,11 +26,15 @@ from megatron_rdt.run_directory import CHECKPOINTS, name_checkpoint
 from megatron_rdt.train.alarms.rollbacks import Rollbacks, read_pending_rollbacks
 from megatron_rdt.train.alarms.watch import AlarmWatch
 from megatron_rdt.train.data import TrainingData
+from megatron_rdt.train.device_reads import start_read
 from megatron_rdt.train.initial_weights import InitialWeights
 from megatron_rdt.train.metrics import read_recorded_steps
 from megatron_rdt.train.resume_checks import check_resumable, describe_changed_settings
 from megatron_rdt.train.schedule import describe_jump
 from megatron_rdt.untrusted_files import explain_wrong_content
+
+SAVE_ENDED = "save_ended"  # among a step's losses
+GRACE_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -80,16 +88,29 @@ class RunCheckpoints:
         run_directory: `runs/<name>`.
         engine: holds the weights and the optimizer state.
         data: knows its position by the number of samples.
+        print_line: prints on rank 0.
 
     Attributes:
         run_id: identity of the run, kept when it resumes from its own checkpoints.
-        saved_step: step of the last checkpoint that this process saved; None before the first, and after a restore.
+        saved_step: step of the last checkpoint that this process saved or saves; None before the first, and after a restore.
     """
 
-    def __init__(self, config: RunConfig, run_directory: Path, engine: Engine, data: TrainingData) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        run_directory: Path,
+        engine: Engine,
+        data: TrainingData,
+        print_line: Callable[[str], None],
+    ) -> None:
         self.config, self.run_directory, self.engine, self.data = config, run_directory, engine, data
+        self.print_line = print_line
         self.saved_step: int | None = None
         self.run_id = uuid.uuid4().hex
+        self._pending: BackgroundSave | None = None
+        self._unread_counts: deque[Callable[[], list[float]]] = (
+            deque()
+        )  # of ranks whose save has ended, at the last steps
         self._parent: str | None = None
         self._origin: dict[str, Any] | None = None
 
@@ -122,6 +143,7 @@ class RunCheckpoints:
         Raises:
             CheckpointError: the checkpoint does not fit the config or the data.
         """
+        assert self._pending is None
         state = checkpoints.read_trainer_state(source)
         check_resumable(source, state, self.config)
         saved, step = load_saved_config(source), state["step"]
@@ -160,8 +182,13 @@ class RunCheckpoints:
         """Record durably what the run starts from, here and in its checkpoints; on rank 0, before records are dropped."""
         self._origin = checkpoints.record_start(self.run_directory, start) or self._origin
 
-    def save(self, position: Position) -> str:
-        """Save a checkpoint at this position, unless a better one would be lost; return a line that says so."""
+    def save(self, position: Position) -> None:
+        """Save a checkpoint at this position, unless a better one would be lost, and say so; call on all ranks.
+
+        With `checkpoint.asynchronous` it is only begun, when the one before has ended.
+        """
+        self.finish_save()
+        began = time.perf_counter()
         samples = self.data.batches.samples_after(position.step)
         tokens = samples * self.config.train.sequence_length
         health = checkpoints.make_health(position.skipped_steps, self.engine.has_finite_weights())
@@ -169,10 +196,11 @@ class RunCheckpoints:
         better = self.run_directory / CHECKPOINTS / name_checkpoint(position.step)
         if problem is not None and self._is_healthy(better):
             self.saved_step = position.step
-            return (
+            self.print_line(
                 f"step {position.step}: not saved, since {problem}, and {better} of the branch that was left is healthy"
             )
-        path = checkpoints.save_checkpoint(
+            return
+        finish = checkpoints.stage_checkpoint(
             self.engine,
             self.run_directory,
             config_yaml=dump_config(self.config),
@@ -198,9 +226,61 @@ class RunCheckpoints:
             keep=self.config.checkpoint.keep,
             milestones=self.config.checkpoint.milestones,
             rank_state=self.data.rank_state(samples),
+            copy=self.config.checkpoint.asynchronous,
         )
-        self._parent, self.saved_step = path.name, position.step
-        return f"step {position.step}: saved {path}"
+        self.saved_step = position.step
+        if self.config.checkpoint.asynchronous:
+            self._pending = BackgroundSave(finish)
+            stall_s = time.perf_counter() - began
+            self.print_line(f"step {position.step}: copied in {stall_s:.2f} s, saving {better} while training goes on")
+            return
+        path = finish()
+        self._parent = path.name
+        self.print_line(f"step {position.step}: saved {path}")
+
+    def flags(self) -> dict[str, float]:
+        """Return this rank's flag, to be summed over ranks with a step's losses: 1 if the save under way has ended here.
+
+        Empty on all ranks while there is none.
+        """
+        if self._pending is None or self.engine.world_size == 1:
+            return {}
+        return {SAVE_ENDED: float(self._pending.has_ended())}
+
+    def take_count(self, losses: dict[str, torch.Tensor]) -> None:
+        """Take the sum of `flags` out of a step's losses; `finish_save_if_ended` reads it once the next step is queued too."""
+        if SAVE_ENDED in losses:
+            self._unread_counts.append(start_read(losses.pop(SAVE_ENDED).reshape(1)))
+
+    def finish_save_if_ended(self) -> None:
+        """Do `finish_save` at the same step on all ranks, once the save under way has ended on each, well or not."""
+        if self._pending is not None and self.engine.world_size == 1:
+            has_ended = self._pending.has_ended()
+        else:
+            has_ended = False
+            while len(self._unread_counts) > 1:
+                has_ended |= round(self._unread_counts.popleft()()[0]) == self.engine.world_size
+        if has_ended:
+            self.finish_save()
+
+    def finish_save(self) -> None:
+        """Wait for the save under way, if any, and say so; call on all ranks.
+
+        Raises:
+            CheckpointError: it failed; the same on all ranks.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        self._unread_counts.clear()
+        path = pending.wait()
+        self._parent = path.name
+        self.print_line(f"step {self.saved_step}: saved {path} in {pending.seconds:.2f} s")
+
+    def leave_save(self) -> None:
+        """Give the save under way some time to end, in a run that ends by an error."""
+        if self._pending is not None:
+            self._pending.has_ended(GRACE_S)
 
     def _is_healthy(self, checkpoint: Path) -> bool:
         """Return True if the run has this healthy checkpoint, by rank 0; every rank must call this."""
@@ -213,6 +293,7 @@ class RunCheckpoints:
         Args:
             last_finite_step: of this run; every step after it was skipped.
         """
+        self.finish_save()
         way_back = self._find_way_back(last_finite_step) if self.engine.rank == 0 else ""
         return broadcast_object(way_back)
 

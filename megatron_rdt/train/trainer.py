@@ -116,7 +116,7 @@ class Trainer:
         self.is_rank_0 = self.engine.rank == 0
         self.data_rank = self.engine.layout.data_rank(self.engine.rank)
         self.data = open_training_data(config, self.engine.layout, self.engine.rank, local_rank)
-        self.checkpoints = RunCheckpoints(config, run_directory, self.engine, self.data)
+        self.checkpoints = RunCheckpoints(config, run_directory, self.engine, self.data, self._print_on_rank_0)
         self.printer = Printer("training")
         self.inspections = Inspections(config, self.engine, self.data, stop, self._print_on_rank_0)
         self.sampler = DepthSampler(config.depth, config.run.seed)
@@ -158,6 +158,7 @@ class Trainer:
                 start = Start(rollback.source)
                 self._print_on_rank_0(f"step {self.step}: rolling back to {start.source}")
                 position, lines = self.checkpoints.restore(start.source)
+        self.checkpoints.finish_save()
         if status == EXIT_OK:
             self.review.report_end(self.step, self.step - self.first_step, self._tokens_after(self.step))
         return status
@@ -225,6 +226,7 @@ class Trainer:
         if is_same_run:
             self._make_up_for_inspections()
         while self.step < self.config.train.steps:
+            self.checkpoints.finish_save_if_ended()
             if self.stop.is_agreed():
                 return self._stop_early()
             self.traces.begin_step(self.step + 1)
@@ -253,6 +255,7 @@ class Trainer:
             return EXIT_PREEMPTED
         if self.checkpoints.saved_step != self.step:
             self._save_checkpoint()
+        self.checkpoints.finish_save()
         self._print_on_rank_0(f"{reason} at step {self.step}, saved; use --resume auto")
         return EXIT_PREEMPTED
 
@@ -265,8 +268,11 @@ class Trainer:
         plans = [micro.plan for micro in micro_batches]
         monitor = self.monitoring.make_monitor(self.step + 1)
         clock.start_forward(self.engine.model.core, plans)
-        losses = self.engine.forward_backward(micro_batches, monitor, self.stop.flags(self.engine))
+        losses = self.engine.forward_backward(
+            micro_batches, monitor, self.stop.flags(self.engine) | self.checkpoints.flags()
+        )
         self.stop.take_counts(losses)
+        self.checkpoints.take_count(losses)
         grad_norm = self.engine.clip(config.optimizer.grad_clip)
         lr = learning_rate(config.schedule, config.optimizer.lr, self.step, config.train.steps)
         lr *= self.review.rollbacks.lr_factor
@@ -344,6 +350,7 @@ class Trainer:
         if cause is not None:
             if self.step not in (self.first_step, self.checkpoints.saved_step):
                 self._save_checkpoint()
+            self.checkpoints.finish_save()
             raise cause
 
     def _make_up_for_inspections(self) -> None:
@@ -370,11 +377,12 @@ class Trainer:
         alarms = self.review.review(records, self.recorder, self.console)
         reaction = find_reaction(self.config.train, alarms)
         if reaction is not None:
+            self.checkpoints.finish_save()  # it may be the one to go back to
             raise react(*reaction, self.review.rollbacks, self.config.train, self.run_directory)
 
     def _save_checkpoint(self) -> None:
         """Save a checkpoint at the current position; all steps must have been recorded."""
-        self._print_on_rank_0(self.checkpoints.save(self.review.position(self.step)))
+        self.checkpoints.save(self.review.position(self.step))
 
     def _print_on_rank_0(self, text: str) -> None:
         """Print a line at once; the other ranks print nothing."""
@@ -382,7 +390,8 @@ class Trainer:
             self.printer.print_line(text)
 
     def close(self) -> None:
-        """Close the records, and write the trace under way."""
+        """Close the records, and write the trace under way; leave a save under way some time to end."""
+        self.checkpoints.leave_save()
         self.traces.write()
         if self.recorder is not None:
             self.recorder.close()

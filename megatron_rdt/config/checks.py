@@ -6,6 +6,7 @@ Each function named `_find_..._problems` yields sentences for the user: fields, 
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,9 @@ def check_saved_model(model: ModelConfig, file: Path) -> None:
         problems = [f"it has {layers:,} layers."]
     problems = problems or [*_find_section_problems("model", model), *_find_model_problems(model)]
     if problems:
-        raise CheckpointError(f"{file} describes no model that can be built: {problems[0]} {USE_ANOTHER}")
+        # Sentences that name options would mend the config of a run; the file is what it is.
+        problem = re.split(r"(?<=\.) (?=[^.]*--)", problems[0])[0]
+        raise CheckpointError(f"{file} describes no model that can be built: {problem} {USE_ANOTHER}")
 
 
 def _find_range_problems(config: RunConfig) -> Iterator[str]:

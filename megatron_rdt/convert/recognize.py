@@ -197,7 +197,7 @@ def _plan_foreign(
     looped = next((kind for kind in LOOPED if kind.recognizes(settings)), None)
     if looped is not None:
         _check_cut_is_omitted(path, looped.NAME, options)
-        model = dataclasses.replace(looped.read_model_config(settings), vocab_size=_find_vocabulary(weights))
+        model = looped.read_model_config(settings)
         _check_model(model, weights, folder / CONFIG_FILE)
         rules = looped.make_rules(model)
         ignored = open_mythos.list_ignored(model) if looped is open_mythos else looped.IGNORED
@@ -219,6 +219,12 @@ def _check_model(model: ModelConfig, weights: SourceWeights, file: Path) -> None
     read_saved_model(dataclasses.asdict(model), file)
     _check_count(model.prelude_layers + model.core_layers + model.coda_layers, weights)
     _check_count(model.experts, weights)
+    rows = _count_embedding_rows(weights)
+    if rows != model.vocab_size:
+        raise ValueError(
+            f"the config's vocabulary has {model.vocab_size:,} ids, the embedding {rows:,} rows; they are of different models, "
+            "or the config was not changed with the embedding"
+        )
 
 
 def _check_count(count: int, weights: SourceWeights) -> None:
@@ -227,8 +233,8 @@ def _check_count(count: int, weights: SourceWeights) -> None:
         raise ValueError(f"the config says {count:,} layers or experts, the files have {len(weights.shapes):,} weights")
 
 
-def _find_vocabulary(weights: SourceWeights) -> int:
-    """Return the number of rows of the embedding, which may be padded beyond the tokenizer's ids."""
+def _count_embedding_rows(weights: SourceWeights) -> int:
+    """Return the number of rows of the embedding, of which there may be more than the tokenizer has ids."""
     names = ("model.embed_tokens.weight", "transformer.wte.weight", "embed.weight")
     found = next((weights.shapes[name] for name in names if name in weights.shapes), None)
     if found is None:
@@ -244,14 +250,14 @@ def _plan_dense(
     options: ImportOptions,
 ) -> ImportPlan:
     """Plan the cut of a dense model, by --cut or, with auto, by the similarity of its layers."""
-    layers, rows = dense.count_layers(settings), _find_vocabulary(weights)
-    tokenizer = _find_tokenizer(path, folder, options, rows)
+    layers = dense.count_layers(settings)
+    tokenizer = _find_tokenizer(path, folder, options, _count_embedding_rows(weights))
     kind, length = dense.KINDS[settings["model_type"]][0], _read_length(settings)
     _check_count(layers, weights)
 
     def plan_cut(cut: dense.Cut, notes: list[str]) -> ImportPlan:
         kept = dense.list_kept_layers(cut, layers)
-        model = dataclasses.replace(dense.read_model_config(settings, cut), vocab_size=rows)
+        model = dense.read_model_config(settings, cut)
         _check_model(model, weights, folder / CONFIG_FILE)
         rules = dense.make_rules(model, layers)
         check_names(rules, weights.shapes, dense.find_dropped_weights(model, layers))

@@ -4,6 +4,7 @@ import difflib
 import importlib.util
 import io
 import logging
+import math
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,9 +32,11 @@ from megatron_rdt.evaluate.harness_results import (
 )
 from megatron_rdt.evaluate.result_files import (
     HARNESS_SCORES,
+    Extent,
     check_result_file,
     choose_result_file,
     explain_no_file,
+    keep_better_result,
     write_scores,
 )
 from megatron_rdt.inference.load import choose_device, load, load_verified
@@ -101,6 +104,12 @@ def evaluate_harness(
     with _refuse_downloaded_code() as refused:
         loaded = _load_tasks(manager, names, refused)
         _check_tasks(loaded["tasks"], subject.length)
+        target = subject.target
+        if out is None:
+            scores = {(name, t) for name in (*loaded["tasks"], *loaded["groups"]) for t in loops}
+            extent = Extent(subject.step or 0, limit or math.inf, frozenset(scores))
+            otherwise = explain_no_file(subject.directory, HARNESS_SCORES, weights)
+            target = keep_better_result(target, extent, _measure_extent, otherwise)
         rows, counts = score_harness_tasks(subject, loaded, loops, limit, fewshot, batch_size)
     result = {
         "checkpoint": subject.directory.name,
@@ -114,16 +123,21 @@ def evaluate_harness(
         "sequence_length": subject.length,
         **counts,
     }
-    if subject.target is not None:
+    if target is not None:
         from megatron_rdt.evaluate.harness_plots import draw_harness_scores
 
         shown = find_drawn_rows(result)
         events = name_harness_scores(rows) if out is None else None
-        write_scores(subject.target, result, partial(draw_harness_scores, shown), "harness/scores", events)
+        write_scores(target, result, partial(draw_harness_scores, shown), "harness/scores", events)
     print("\n".join(format_harness_scores(result)))
-    if subject.target is None:
-        print(explain_no_file(subject.directory, HARNESS_SCORES, weights))
     return result
+
+
+def _measure_extent(file: Path) -> Extent:
+    """Return what the scores in a file cover."""
+    found = read_harness_scores(file)
+    scores = frozenset((row["task"], row["loops"]) for row in found["scores"])
+    return Extent(int(found["step"] or 0), float(found["limit"] or math.inf), scores)
 
 
 def _open_subject(checkpoint: str, file: Path | None, length: int, weights: WeightKind) -> _Subject:

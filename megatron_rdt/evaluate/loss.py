@@ -18,10 +18,12 @@ from megatron_rdt.data.shard_files.corpus_manifest import MANIFEST, CorpusManife
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.evaluate.loop_curve import LoopCurve
 from megatron_rdt.evaluate.result_files import (
+    Extent,
     check_result_file,
     choose_result_file,
     explain_no_file,
     invalid_result,
+    keep_better_result,
     write_result,
 )
 from megatron_rdt.evaluate.row_scores import count_forward_passes, score_rows
@@ -146,6 +148,9 @@ def evaluate_checkpoint(
         return directory, target, config, opened, step, load_verified(directory, device, weights)
 
     directory, target, config, (corpora, shares), step, (model, tokenizer) = read_from_checkpoint(checkpoint, read)
+    if out is None:
+        extent = Extent(step, sequences, frozenset(loops))
+        target = keep_better_result(target, extent, _measure_extent, explain_no_file(directory, EVALUATION, weights))
     sizes = tokenizer.token_bytes()
     for corpus in corpora.values():
         check_same_tokenizer(corpus.manifest, tokenizer, directory)
@@ -178,8 +183,6 @@ def evaluate_checkpoint(
         write_result(target, result)
     note = f"({describe_windows(windows.values())})"
     print("\n".join([_format_table(curve, by_corpus, bytes_per_token, note), *result.get("summary", [])]))
-    if target is None:
-        print(explain_no_file(directory, EVALUATION, weights))
     return result
 
 
@@ -245,6 +248,8 @@ class Evaluation(NamedTuple):
     """By T, the finite ones; empty where they were not measured."""
     summary: list[str]
     """Sentences on what the loops bought."""
+    sequences: int = 0
+    """Windows; 0 where that is not recorded."""
 
 
 def read_evaluation(file: Path) -> Evaluation:
@@ -259,9 +264,16 @@ def read_evaluation(file: Path) -> Evaluation:
             {int(count): float(value) for count, value in values.items() if value is not None}
             for values in (document["losses"], document.get("standard_errors", {}))
         )
-        return Evaluation(int(document["step"]), losses, errors, [str(text) for text in document.get("summary", [])])
+        summary = [str(text) for text in document.get("summary", [])]
+        return Evaluation(int(document["step"]), losses, errors, summary, int(document.get("sequences", 0)))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise invalid_result(file, error) from None
+
+
+def _measure_extent(file: Path) -> Extent:
+    """Return what the losses in a file cover."""
+    found = read_evaluation(file)
+    return Extent(found.step, found.sequences, frozenset(found.losses))
 
 
 def open_validation_corpora(

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,54 @@ def choose_result_file(checkpoint: Path, name: str, out: Path | None, weights: W
 def explain_no_file(checkpoint: Path, name: str, weights: WeightKind) -> str:
     """Return a sentence for the console: why `choose_result_file` found no file."""
     reason = f"{checkpoint} is not in a run directory" if weights == "model" else f"{name} is of the run's weights"
-    return f"{reason}, so no {name} was written; --out FILE writes one"
+    return f"{reason}, so no {name} is written; --out FILE writes one"
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Amount that a result covers.
+
+    Attributes:
+        step: of the checkpoint.
+        examples: largest number of any score; infinite for all that there are.
+        scores: names of what was scored.
+    """
+
+    step: int
+    examples: float
+    scores: frozenset[object]
+
+    def makes_up_for(self, other: "Extent") -> bool:
+        """Return True if a result of this extent may take the place of the other: a later step, or no less of the same."""
+        if self.step != other.step:
+            return self.step > other.step
+        return self.examples >= other.examples and self.scores >= other.scores
+
+
+def keep_better_result(
+    file: Path | None, new: Extent, measure: Callable[[Path], Extent], otherwise: str
+) -> Path | None:
+    """Return the file in a run for a new result; else None, and print why: it is for no file, or there is a better one.
+
+    Args:
+        file: of `choose_result_file`, without an `out`.
+        new: extent of the new result.
+        measure: reads the extent of an earlier one; DataError, TypeError or ValueError for a file that holds none, which is
+            replaced.
+        otherwise: sentence for a `file` that is None.
+    """
+    if file is None:
+        print(otherwise, flush=True)
+        return None
+    try:
+        old = measure(file) if file.exists() else None
+    except (DataError, TypeError, ValueError):
+        return file
+    if old is None or new.makes_up_for(old):
+        return file
+    what = f"step {old.step}" if old.step != new.step else "this step with more examples, tasks or T"
+    print(f"{file} is of {what} and is kept; --out FILE writes the new result", flush=True)
+    return None
 
 
 def _check_picture(name: str, file: Path) -> None:

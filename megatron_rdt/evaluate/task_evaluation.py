@@ -1,6 +1,7 @@
 """`rdt eval --tasks`: the accuracy of a checkpoint on the tasks of its validation data, as table, JSON and heat map."""
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,10 +15,12 @@ from megatron_rdt.errors import ConfigError
 from megatron_rdt.evaluate.loss import check_corpus_exists, check_same_tokenizer
 from megatron_rdt.evaluate.result_files import (
     TASK_SCORES,
+    Extent,
     check_result_file,
     choose_result_file,
     explain_no_file,
     invalid_result,
+    keep_better_result,
     write_scores,
 )
 from megatron_rdt.evaluate.task_exits import (
@@ -96,6 +99,13 @@ def evaluate_tasks(
     groups, without = read_groups(manifests, examples)
     for empty in without:
         print(f"{empty} holds no examples of tasks; it is left out")
+    if out is None:
+        counts: Counter[tuple[str, int]] = Counter()
+        for group in groups:
+            counts[group.task, group.difficulty] += len(group.batch)
+        scores = frozenset({*((group.task, t) for group in groups for t in lengths), *rules, "fixed"})
+        extent = Extent(step, max(counts.values()), scores)
+        target = keep_better_result(target, extent, _measure_extent, explain_no_file(directory, TASK_SCORES, weights))
     passes = count_task_passes(groups) + (len(rules) + 1) * len(groups) * bool(rules)
     with show_progress(passes, "evaluate", "batches") as advance:
         rows = score_tasks(model, groups, lengths, device=device, progress=advance)
@@ -115,8 +125,6 @@ def evaluate_tasks(
         draw = partial(draw_accuracy_map, rows, result["trained_loops"])
         write_scores(target, result, draw, "tasks/accuracy", name_accuracies(rows) if out is None else None)
     print("\n".join([*format_accuracies(rows), *describe_scores(result), *format_exits(exits)]))
-    if target is None:
-        print(explain_no_file(directory, TASK_SCORES, weights))
     return result
 
 
@@ -141,6 +149,14 @@ def read_task_scores(file: Path) -> dict[str, Any]:
         return dict(document)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise invalid_result(file, error) from None
+
+
+def _measure_extent(file: Path) -> Extent:
+    """Return what the scores in a file cover."""
+    found = read_task_scores(file)
+    rows = found["tasks"]
+    scores = {*((row["task"], row["loops"]) for row in rows), *(row["rule"] for row in found.get("exits", ()))}
+    return Extent(int(found["step"]), float(max((row["count"] for row in rows), default=0)), frozenset(scores))
 
 
 def format_accuracies(rows: Sequence[Row]) -> list[str]:

@@ -13,6 +13,7 @@ from launch.commands.convert import convert as command
 from megatron_rdt.convert import convert
 from megatron_rdt.convert.recognize import ImportOptions
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError
+from tests.convert.imported import write_shards
 from tests.convert.looped_sources import HUGINN, PARCAE, write_huginn
 
 
@@ -23,8 +24,8 @@ def tokenizer(tokenizer_folders: dict[str, Path]) -> Path:
 
 def test_a_damaged_or_foreign_source_is_refused(tmp_path: Path, tokenizer: Path) -> None:
     weights = write_huginn(tmp_path / "huginn", tokenizer)
-    source, out = tmp_path / "huginn", tmp_path / "out"
-    settings = json.loads((source / "config.json").read_text())
+    source, out, heads = tmp_path / "huginn", tmp_path / "out", HUGINN["num_attention_heads"]
+    settings, rows = json.loads((source / "config.json").read_text()), len(weights["transformer.wte.weight"])
 
     def refused(message: str, error: type[Exception] = CheckpointError, to: str = "native") -> None:
         with pytest.raises(error, match=message):
@@ -46,6 +47,12 @@ def test_a_damaged_or_foreign_source_is_refused(tmp_path: Path, tokenizer: Path)
         ({"mean_recurrence": 0}, "mean_recurrence is 0; it must be from 1 to"),
         ({"mean_backprop_depth": -2}, "mean_backprop_depth is -2; it must be from 1 to"),
         ({"mean_recurrence": 2**62}, "mean_recurrence is 4611686018427387904; it must be from 1 to"),
+        ({"vocab_size": rows + 1}, rf"the config's vocabulary has {rows + 1:,} ids, the embedding {rows:,} rows"),
+        (
+            {"num_key_value_heads": heads // 2},
+            r"Wqkv\.weight cannot be converted: it has \d+ rows, the config's network",
+        ),
+        ({"num_key_value_heads": heads + 1}, r"is not a multiple of model\.kv_heads \d+\. Use another checkpoint\.$"),
     ):
         (source / "config.json").write_text(json.dumps(settings | change))
         refused(message)
@@ -68,10 +75,19 @@ def test_a_damaged_or_foreign_source_is_refused(tmp_path: Path, tokenizer: Path)
     (source / "model.safetensors").unlink()
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
     refused("outside of its folder")
-    for wrong in (["model.safetensors"], {"a": ["model.safetensors"]}, {"a": 1}):
+    for wrong in (["model.safetensors"], {"a": ["model.safetensors"]}, {"a": 1}, {}, None):
         (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": wrong}))
-        refused("has a weight_map that does not name a file for each weight")
+        refused("has no weight_map that names a file for each weight")
+    (source / "model.safetensors.index.json").write_text("{}")
+    refused("has no weight_map that names a file for each weight")
     (source / "model.safetensors.index.json").unlink()
+    write_shards(source, weights, 2)
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    index["weight_map"]["transformer.wte.weight"] = index["weight_map"]["transformer.ln_f.weight"]
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(r"says that transformer\.wte\.weight is in model-0000\d-of-00002\.safetensors, which does not hold it")
+    for file in source.glob("model*"):
+        file.unlink()
     torch.save({1: torch.ones(2)}, source / "model.pt")
     refused("holds no state dict: a dictionary of tensors by name")
     torch.save(weights | {"transformer.wte.weight": torch.ones(())}, source / "model.pt")

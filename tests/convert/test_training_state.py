@@ -10,6 +10,7 @@ import torch
 from megatron_rdt.checkpoint import read_manifest, read_model_weights, verify, write_manifest
 from megatron_rdt.config import load_config
 from megatron_rdt.convert import convert, training_state
+from megatron_rdt.convert.hf import read_hf
 from megatron_rdt.convert.training_state import read_training_state
 from megatron_rdt.errors import CheckpointError, ConfigError
 from megatron_rdt.parallel.zero_universal import read_universal, read_universal_weights, write_universal
@@ -24,6 +25,13 @@ def run(options: list[str], repository: Path, processes: int = 1) -> None:
 def losses(run_directory: Path) -> dict[int, float]:
     records = [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
     return {record["step"]: record["loss"] for record in records}
+
+
+def check_same_weights(checkpoint: Path, found: dict[str, torch.Tensor]) -> None:
+    """Check that weights are those of a checkpoint, bit for bit."""
+    weights = read_model_weights(checkpoint)
+    assert set(found) == set(weights)
+    assert all(torch.equal(found[name], weight) for name, weight in weights.items())
 
 
 @pytest.mark.distributed
@@ -48,7 +56,10 @@ def test_training_continues_in_the_other_family(tmp_path: Path, repository: Path
         assert sorted(there) == [5, 6, 7, 8]
         assert there == pytest.approx({step: straight[step] for step in there}, rel=1e-5)
 
-        back = convert(str(tmp_path / name / "checkpoints" / "step-00000006"), str(tmp_path / f"back-{name}"), "native")
+        source = str(tmp_path / name / "checkpoints" / "step-00000006")
+        back = convert(source, str(tmp_path / f"back-{name}"), "native")
+        check_same_weights(back, read_hf(convert(source, str(tmp_path / f"hf-{name}"), "hf"))[1])
+        check_same_weights(back, read_model_weights(convert(source, str(tmp_path / f"universal-{name}"), "zero")))
         run([*common, f"--run.name=back-run-{name}", "--parallel.engine=single", f"--resume={back}"], repository)
         again = losses(tmp_path / f"back-run-{name}")
         assert again == pytest.approx({step: straight[step] for step in (7, 8)}, rel=1e-5)
@@ -65,7 +76,8 @@ def run_with_checkpoints(repository: Path, tiny_options: list[str], tmp_path_fac
 def test_converting_there_and_back_loses_nothing(tmp_path: Path, run_with_checkpoints: Path) -> None:
     config = load_config(run_with_checkpoints / "config.yaml")
     first = convert(str(run_with_checkpoints), str(tmp_path / "zero"), "zero")
-    second = convert(str(first), str(tmp_path / "native"), "native")
+    second = convert(str(convert(str(first), str(tmp_path / "again"), "zero")), str(tmp_path / "native"), "native")
+    check_same_weights(second, read_hf(convert(str(first), str(tmp_path / "hf"), "hf"))[1])
     versions = {name: read_manifest(folder)["versions"] for name, folder in (("zero", first), ("native", second))}
     assert {name: "deepspeed" in found for name, found in versions.items()} == {"zero": True, "native": False}
     before = read_training_state(run_with_checkpoints / "checkpoints" / "step-00000008", config)

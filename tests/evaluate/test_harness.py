@@ -248,6 +248,25 @@ def test_examples_and_limit_are_those_of_lm_eval(run: Path, tasks: Path, monkeyp
     assert all(prompt.count("\n\n") == 2 for prompt in prompts[0])
 
 
+def test_a_better_result_of_a_run_is_kept(run: Path, tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    older, file = run / "checkpoints" / "step-00000006", run / "eval-harness.json"
+    for checkpoint, loops, names, limit, reason in (
+        (older, [1], ["lines"], 0, ""),
+        (run, [1], ["lines_end"], 3, ""),
+        (run, [1, 2], ["lines"], 4, ""),
+        (older, [1, 2], ["lines"], 4, "step 8 and is kept"),
+        (run, [1, 2], ["lines"], 3, "this step with more examples, tasks or T"),
+        (run, [1, 2], ["lines_end"], 4, "this step with more examples, tasks or T"),
+        (run, [1], ["lines"], 4, "this step with more examples, tasks or T"),
+        (run, [2, 1], ["lines"], 0, ""),
+    ):
+        before = file.read_bytes() if file.exists() else b""
+        result = evaluate_harness(str(checkpoint), loops, names, path=str(tasks), limit=limit)
+        assert (file.read_bytes() == before) == bool(reason)
+        assert reason or read_harness_scores(file)["step"] == result["step"]
+        assert (f"{file} is of {reason}" in capsys.readouterr().out) == bool(reason)
+
+
 def test_a_folder_that_was_exported(run: Path, tasks: Path, tmp_path: Path) -> None:
     from launch.commands.convert import convert
 

@@ -93,6 +93,7 @@ def test_the_table_equals_the_evaluation_within_the_run(run: Path, tmp_path: Pat
     older = evaluate_checkpoint(str(run / "checkpoints/step-00000004"), [3], 4)
     assert older["step"] == 4
     assert older["losses"]["3"] != result["losses"]["3"]
+    assert json.loads((run / "eval.json").read_text()) == result
 
 
 def test_micro_batches_and_ranks_do_not_matter(run: Path, tiny_corpus: Path) -> None:
@@ -163,7 +164,7 @@ def test_a_checkpoint_outside_a_run_writes_nothing_unasked(
     before = sorted(tmp_path.rglob("*"))
     for directory in (alone, below):
         evaluate_checkpoint(str(directory), [1], 2)
-        assert "no eval.json was written; --out FILE" in capsys.readouterr().out
+        assert "no eval.json is written; --out FILE" in capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
     result = evaluate_checkpoint(str(alone), [1], 2, out=str(tmp_path / "mine.json"))
     assert json.loads((tmp_path / "mine.json").read_text()) == result
@@ -203,6 +204,28 @@ def test_an_unusable_result_file_is_refused_before_evaluating(
     with pytest.raises(ConfigError, match=r"eval\.json is a directory, it must be a file"):
         evaluate_checkpoint(str(run), [1], 2)
     assert (tmp_path / "README.md").read_text() == "kept"
+
+
+def test_a_better_result_of_a_run_is_kept(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a later step, or of the same with more windows or T; it is said before the evaluation."""
+    newest, older = str(run), str(run / "checkpoints/step-00000004")
+    file = run / "eval.json"
+
+    def written(checkpoint: str, loops: list[int], sequences: int) -> bool:
+        before = file.read_bytes() if file.exists() else b""
+        result = evaluate_checkpoint(checkpoint, loops, sequences)
+        kept = file.read_bytes() == before
+        assert kept == (f"{file} is of" in capsys.readouterr().out)
+        assert kept or json.loads(file.read_text()) == result
+        return not kept
+
+    assert written(older, [2], 4)
+    assert written(newest, [1], 2)
+    assert written(newest, [1, 2], 3)
+    for checkpoint, loops, sequences in ((older, [1, 2], 9), (newest, [1, 2], 2), (newest, [2], 3)):
+        assert not written(checkpoint, loops, sequences)
+    file.write_text("damaged")
+    assert written(older, [1], 2)
 
 
 def test_an_earlier_evaluation_is_replaced(run: Path, tmp_path: Path) -> None:

@@ -89,9 +89,15 @@ def test_the_files_equal_single_examples(run: Path, task_corpus: Path, capsys: p
     assert picture.shape[1] == 840
     assert sorted(path.name for path in run.glob("eval-tasks*")) == ["eval-tasks.json", "eval-tasks.png"]
     first = (run / "eval-tasks.png").read_bytes()
-    fewer = evaluate_tasks(str(run), [2], 5)
+    fewer = evaluate_tasks(str(run), [1, 4], 5)
     assert {row["count"] for row in fewer["tasks"]} == {5}
     assert "exits" not in fewer
+    assert f"{run}/eval-tasks.json is of this step with more examples" in capsys.readouterr().out
+    without_exits = evaluate_tasks(str(run), [1, 4], 12)
+    assert json.loads((run / "eval-tasks.json").read_text()) == result != without_exits
+    assert (run / "eval-tasks.png").read_bytes() == first
+    more = evaluate_tasks(str(run), [1, 2, 4], 12, exit_rules=["kl:1e-2", "change:0.3"])
+    assert json.loads((run / "eval-tasks.json").read_text()) == more
     assert (run / "eval-tasks.png").read_bytes() != first
 
 

@@ -50,10 +50,14 @@ CONFIG_CLASSES = [(_PlainFields, "open_mythos.main.MythosConfig"), (_PlainFields
 
 def open_source_weights(path: Path) -> SourceWeights:
     """Open the weights of a folder or file; CheckpointError if there are none, or they are damaged."""
-    files = list_weight_files(path)
-    opened = [_open_file(file) for file in files]
-    owner = {name: part for part in opened for name in part.shapes}
-    if sum(len(part.shapes) for part in opened) > len(owner):
+    opened = {file.name: _open_file(file) for file in list_weight_files(path)}
+    for name, file in _read_index(path).items():
+        if name not in opened[file].shapes:
+            raise CheckpointError(
+                f"the index of {path} says that {name} is in {file}, which does not hold it. Copy both again."
+            )
+    owner = {name: part for part in opened.values() for name in part.shapes}
+    if sum(len(part.shapes) for part in opened.values()) > len(owner):
         raise CheckpointError(f"two files of {path} hold the same weight. Keep one kind of weights in the folder.")
     shapes = {name: part.shapes[name] for name, part in owner.items()}
     short: dict[str, str] = {}
@@ -64,7 +68,7 @@ def open_source_weights(path: Path) -> SourceWeights:
                 f"{path} holds {other} and {name}, which are the same weight but for the wrapper in front of their names. Save "
                 "the state dict again with one of them."
             )
-    config = next((part.config for part in opened if part.config), {})
+    config = next((part.config for part in opened.values() if part.config), {})
     return SourceWeights(
         {new: shapes[old] for new, old in short.items()}, lambda name: owner[short[name]].read(short[name]), config
     )
@@ -74,17 +78,8 @@ def list_weight_files(path: Path) -> list[Path]:
     """List the files that hold a model's weights: those of an index, else the only ones of their kind in the folder."""
     if path.is_file():
         return [path]
-    for index in sorted(path.glob("*.index.json")):
-        listed = read_json_object(index, CheckpointError).get("weight_map", {})
-        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
-            raise CheckpointError(f"{index} has a weight_map that does not name a file for each weight. Copy it again.")
-        names = set(listed.values())
-        if any(Path(name).name != name for name in names):
-            raise CheckpointError(f"{index} names files outside of its folder. It is damaged, or not to be trusted.")
-        if missing := sorted(name for name in names if not (path / name).is_file()):
-            raise CheckpointError(f"{index} names {missing[0]}, which is not there. Download or copy the whole folder.")
-        if names:
-            return [path / name for name in sorted(names)]
+    if listed := _read_index(path):
+        return [path / name for name in sorted(set(listed.values()))]
     for kinds in (SAFETENSORS, PYTORCH):
         found = sorted(file for file in path.iterdir() if file.suffix in kinds and file.is_file())
         found = [file for file in found if "training_args" not in file.name and "optimizer" not in file.name]
@@ -94,6 +89,21 @@ def list_weight_files(path: Path) -> list[Path]:
             few = ", ".join(file.name for file in found[:3])
             raise CheckpointError(f"{path} holds several files of weights ({few}). Name one of them.")
     raise CheckpointError(f"{path} holds no weights: no *.safetensors, *.bin, *.pt. Name the folder or file that does.")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Return the file that each weight is in, by its name, from the first index of a folder; empty where there is none."""
+    index = min(path.glob("*.index.json"), default=None)
+    if index is None:
+        return {}
+    listed = read_json_object(index, CheckpointError).get("weight_map")
+    if not listed or not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise CheckpointError(f"{index} has no weight_map that names a file for each weight. Copy it again.")
+    if any(Path(name).name != name for name in listed.values()):
+        raise CheckpointError(f"{index} names files outside of its folder. It is damaged, or not to be trusted.")
+    if missing := sorted(name for name in listed.values() if not (path / name).is_file()):
+        raise CheckpointError(f"{index} names {missing[0]}, which is not there. Download or copy the whole folder.")
+    return listed
 
 
 def _strip_wrappers(name: str) -> str:

@@ -47,17 +47,22 @@ def copy_rules(names: Mapping[str, str], ours: str = "", theirs: str = "") -> Ru
     return {f"{ours}{new}.weight": Rule((f"{theirs}{old}.weight",)) for new, old in names.items()}
 
 
-def take_rows(weight: Tensor, start: int, end: int) -> Tensor:
-    """Return rows start to end of a weight, as a tensor of their own."""
+def take_rows(weight: Tensor, start: int, end: int, total: int) -> Tensor:
+    """Return rows start to end of a weight, as a tensor of their own; ValueError unless it has `total` rows."""
+    if len(weight) != total:
+        raise ValueError(f"it has {len(weight):,} rows, the config's network {total:,}")
     return weight[start:end].clone()
 
 
 def row_rules(names: Iterable[str], sizes: Iterable[int], theirs: str) -> Rules:
     """Return rules for weights that are stacked row by row in the weight `theirs`, with these numbers of rows."""
-    rules, start = {}, 0
+    sizes = list(sizes)
+    rules, start, total = {}, 0, sum(sizes)
     for name, size in zip(names, sizes, strict=True):
         end = start + size
-        rules[name] = Rule((theirs,), partial(take_rows, start=start, end=end), f"rows {start:,} to {end - 1:,}")
+        rules[name] = Rule(
+            (theirs,), partial(take_rows, start=start, end=end, total=total), f"rows {start:,} to {end - 1:,}"
+        )
         start = end
     return rules
 

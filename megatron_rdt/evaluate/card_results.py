@@ -111,7 +111,8 @@ def _format_losses(evaluation: Evaluation) -> str:
     for t, loss in sorted(evaluation.losses.items()):
         error = evaluation.standard_errors.get(t)
         rows.append([str(t), f"{loss:.4f}", "" if error is None else f"{error:.4f}", f"{perplexity(loss):.2f}"])
-    parts = ["## Loss against T", "On the validation split, the same weights at every T.", _format_table(rows)]
+    corpus = f" of {quote_name(evaluation.data)}" if evaluation.data else ""
+    parts = ["## Loss against T", f"On the validation split{corpus}, the same weights at every T.", _format_table(rows)]
     parts += [*evaluation.summary, f"![Loss against T]({LOSS_PICTURE})"]
     return "\n\n".join(parts)
 

@@ -123,9 +123,6 @@ def evaluate_checkpoint(
         sequence_length: tokens of a window; 0 means as many as in training.
         weights: "ema" for the average of the weights; it then has no file without `out`.
 
-    Returns:
-        The object that the JSON file holds.
-
     Raises:
         ConfigError: a T or the number of windows is below 1, or the JSON file cannot be written.
         DataError: there is no corpus, or it was made with another tokenizer than the model's.
@@ -149,7 +146,7 @@ def evaluate_checkpoint(
 
     directory, target, config, (corpora, shares), step, (model, tokenizer) = read_from_checkpoint(checkpoint, read)
     if out is None:
-        extent = Extent(step, sequences, frozenset(loops))
+        extent = Extent(step, sequences, frozenset((t, name_corpus(data), sequence_length) for t in loops))
         target = keep_better_result(target, extent, _measure_extent, explain_no_file(directory, EVALUATION, weights))
     sizes = tokenizer.token_bytes()
     for corpus in corpora.values():
@@ -173,6 +170,7 @@ def evaluate_checkpoint(
         "step": step,
         "sequences": sum(map(len, windows.values())),
         **({"sequence_length": sequence_length} if sequence_length else {}),
+        **({"data": name_corpus(data)} if data is not None else {}),
         "bytes_per_token": float(bytes_per_token),
         "losses": _name_loops(curve.losses),
         "standard_errors": _name_loops(curve.standard_errors),
@@ -250,6 +248,10 @@ class Evaluation(NamedTuple):
     """Sentences on what the loops bought."""
     sequences: int = 0
     """Windows; 0 where that is not recorded."""
+    sequence_length: int = 0
+    """Tokens of a window; 0 means as many as in training."""
+    data: str = ""
+    """Name of the corpus, where it is not the run's own."""
 
 
 def read_evaluation(file: Path) -> Evaluation:
@@ -265,7 +267,9 @@ def read_evaluation(file: Path) -> Evaluation:
             for values in (document["losses"], document.get("standard_errors", {}))
         )
         summary = [str(text) for text in document.get("summary", [])]
-        return Evaluation(int(document["step"]), losses, errors, summary, int(document.get("sequences", 0)))
+        count, length = (int(document.get(name, 0)) for name in ("sequences", "sequence_length"))
+        data = str(document.get("data", ""))
+        return Evaluation(int(document["step"]), losses, errors, summary, count, length, data)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise invalid_result(file, error) from None
 
@@ -273,7 +277,13 @@ def read_evaluation(file: Path) -> Evaluation:
 def _measure_extent(file: Path) -> Extent:
     """Return what the losses in a file cover."""
     found = read_evaluation(file)
-    return Extent(found.step, found.sequences, frozenset(found.losses))
+    scores = frozenset((t, found.data, found.sequence_length) for t in found.losses)
+    return Extent(found.step, found.sequences, scores)
+
+
+def name_corpus(data: str | None) -> str:
+    """Return the name of a corpus that takes the place of the run's own, as results record it; "" for the run's own."""
+    return "" if data is None else Path(os.path.abspath(data)).name
 
 
 def open_validation_corpora(

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,10 @@ from typing import Any
 from megatron_rdt.checkpoint import read_from_checkpoint, read_trainer_state
 from megatron_rdt.config import RunConfig, load_saved_config
 from megatron_rdt.data import load_manifest
+from megatron_rdt.data.task_examples import ExampleGroup
 from megatron_rdt.depth import loop_probabilities
 from megatron_rdt.errors import ConfigError
-from megatron_rdt.evaluate.loss import check_corpus_exists, check_same_tokenizer
+from megatron_rdt.evaluate.loss import check_corpus_exists, check_same_tokenizer, name_corpus
 from megatron_rdt.evaluate.result_files import (
     TASK_SCORES,
     Extent,
@@ -100,11 +101,7 @@ def evaluate_tasks(
     for empty in without:
         print(f"{empty} holds no examples of tasks; it is left out")
     if out is None:
-        counts: Counter[tuple[str, int]] = Counter()
-        for group in groups:
-            counts[group.task, group.difficulty] += len(group.batch)
-        scores = frozenset({*((group.task, t) for group in groups for t in lengths), *rules, "fixed"})
-        extent = Extent(step, max(counts.values()), scores)
+        extent = _find_extent(step, groups, lengths, rules, name_corpus(data))
         target = keep_better_result(target, extent, _measure_extent, explain_no_file(directory, TASK_SCORES, weights))
     passes = count_task_passes(groups) + (len(rules) + 1) * len(groups) * bool(rules)
     with show_progress(passes, "evaluate", "batches") as advance:
@@ -114,6 +111,7 @@ def evaluate_tasks(
         "checkpoint": directory.name,
         **({} if weights == "model" else {"weights": weights}),
         "step": step,
+        **({"data": name_corpus(data)} if data is not None else {}),
         "tasks": rows,
         "trained_loops": find_trained_loops(config),
         "overthinking": find_overthinking(rows),
@@ -151,11 +149,23 @@ def read_task_scores(file: Path) -> dict[str, Any]:
         raise invalid_result(file, error) from None
 
 
+def _find_extent(
+    step: int, groups: Sequence[ExampleGroup], loops: Sequence[int], rules: Iterable[str], corpus: str
+) -> Extent:
+    """Return what scores of these examples will cover; `corpus` is the name of one that is not the run's own."""
+    counts: Counter[tuple[str, int]] = Counter()
+    for group in groups:
+        counts[group.task, group.difficulty] += len(group.batch)
+    cells = ((group.task, t, corpus) for group in groups for t in loops)
+    return Extent(step, max(counts.values()), frozenset({*cells, *rules, "fixed"}))
+
+
 def _measure_extent(file: Path) -> Extent:
     """Return what the scores in a file cover."""
     found = read_task_scores(file)
     rows = found["tasks"]
-    scores = {*((row["task"], row["loops"]) for row in rows), *(row["rule"] for row in found.get("exits", ()))}
+    cells = ((row["task"], row["loops"], found.get("data", "")) for row in rows)
+    scores = {*cells, *(row["rule"] for row in found.get("exits", ()))}
     return Extent(int(found["step"]), float(max((row["count"] for row in rows), default=0)), frozenset(scores))
 
 

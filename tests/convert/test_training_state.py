@@ -58,11 +58,10 @@ def test_training_continues_in_the_other_family(tmp_path: Path, repository: Path
 
         source = str(tmp_path / name / "checkpoints" / "step-00000006")
         back = convert(source, str(tmp_path / f"back-{name}"), "native")
-        check_same_weights(back, read_hf(convert(source, str(tmp_path / f"hf-{name}"), "hf"))[1])
-        check_same_weights(back, read_model_weights(convert(source, str(tmp_path / f"universal-{name}"), "zero")))
         run([*common, f"--run.name=back-run-{name}", "--parallel.engine=single", f"--resume={back}"], repository)
         again = losses(tmp_path / f"back-run-{name}")
         assert again == pytest.approx({step: straight[step] for step in (7, 8)}, rel=1e-5)
+    check_same_weights(back, read_hf(convert(source, str(tmp_path / "hf"), "hf"))[1])
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +82,7 @@ def test_converting_there_and_back_loses_nothing(tmp_path: Path, run_with_checkp
     before = read_training_state(run_with_checkpoints / "checkpoints" / "step-00000008", config)
     assert before.step == 8
     assert all(float(parts["exp_avg_sq"].abs().max()) > 0 for parts in before.tensors.values())
-    for folder in (first, second):
+    for folder in (first, second, convert(str(second), str(tmp_path / "native-again"), "native")):
         after = read_training_state(folder, config)
         assert after.step == before.step
         assert set(after.tensors) == set(before.tensors)

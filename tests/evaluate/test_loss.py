@@ -7,6 +7,7 @@ import shutil
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -206,14 +207,14 @@ def test_an_unusable_result_file_is_refused_before_evaluating(
     assert (tmp_path / "README.md").read_text() == "kept"
 
 
-def test_a_better_result_of_a_run_is_kept(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of a later step, or of the same with more windows or T; it is said before the evaluation."""
+def test_a_better_result_of_a_run_is_kept(run: Path, tiny_corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One of a later step counts as better, and one of the same step with more windows or T."""
     newest, older = str(run), str(run / "checkpoints/step-00000004")
     file = run / "eval.json"
 
-    def written(checkpoint: str, loops: list[int], sequences: int) -> bool:
+    def written(checkpoint: str, loops: list[int], sequences: int, **settings: Any) -> bool:
         before = file.read_bytes() if file.exists() else b""
-        result = evaluate_checkpoint(checkpoint, loops, sequences)
+        result = evaluate_checkpoint(checkpoint, loops, sequences, **settings)
         kept = file.read_bytes() == before
         assert kept == (f"{file} is of" in capsys.readouterr().out)
         assert kept or json.loads(file.read_text()) == result
@@ -224,8 +225,13 @@ def test_a_better_result_of_a_run_is_kept(run: Path, capsys: pytest.CaptureFixtu
     assert written(newest, [1, 2], 3)
     for checkpoint, loops, sequences in ((older, [1, 2], 9), (newest, [1, 2], 2), (newest, [2], 3)):
         assert not written(checkpoint, loops, sequences)
+    for other in ({"data": str(tiny_corpus)}, {"sequence_length": LENGTH // 2}):  # another loss
+        assert not written(newest, [1, 2], 9, **other)
     file.write_text("damaged")
-    assert written(older, [1], 2)
+    assert written(older, [1], 2, data=str(tiny_corpus))
+    assert json.loads(file.read_text())["data"] == tiny_corpus.name
+    assert not written(older, [1], 2)
+    assert written(newest, [1], 2)
 
 
 def test_an_earlier_evaluation_is_replaced(run: Path, tmp_path: Path) -> None:

@@ -167,3 +167,20 @@ def test_engines_agree(engine: str, more: list[str], run: Path, tiny_options: li
     train_on(2, again)
     resumed = read_model_weights(find_checkpoint(tmp_path / "again", 8), "ema")
     assert all(torch.equal(found[name], resumed[name]) for name in found)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(200)
+def test_the_stages_of_a_loop_ring_average_their_own_layers(tiny_options: list[str], tmp_path: Path) -> None:
+    options = [*tiny_options, *EVERY_STEP, f"--run.root={tmp_path}", "--parallel.engine=fsdp", "--train.steps=4"]
+    options += ["--model.core_layers=2", f"--optimizer.ema={DECAY}", "--optimizer.state_dtype=bfloat16"]
+    half = find_checkpoint(tmp_path / "ring", 2)
+    for name, more in {"ring": [], "again": [f"--resume={half}"], "plain": ["--parallel.core_ring=1"]}.items():
+        train_on(2, [*options, "--parallel.core_ring=2", f"--run.name={name}", *more])
+    ring, again, plain = (
+        read_model_weights(find_checkpoint(tmp_path / name, 4), "ema") for name in ("ring", "again", "plain")
+    )
+    assert ring.keys() == plain.keys()
+    for name, tensor in ring.items():
+        assert torch.equal(tensor, again[name]), name
+        torch.testing.assert_close(tensor, plain[name], rtol=1e-3, atol=2e-4, msg=name)

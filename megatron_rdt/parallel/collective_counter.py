@@ -19,7 +19,7 @@ from megatron_rdt.parallel.engine import Engine, MicroBatch
 
 PHASES = ("forward", "backward", "update")
 # Operators of the same namespaces that send nothing.
-LOCAL_OPERATORS = ("wait_tensor", "_wrap_tensor_autograd", "check_for_nan")
+LOCAL_OPERATORS = ("wait_tensor", "_wrap_tensor_autograd", "check_for_nan", "recv_")
 # Prefix of an operator's name -> its kind. Any other operator is recorded under its own name.
 KINDS = {
     "_allgather": "all-gather",

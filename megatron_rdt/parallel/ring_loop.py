@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.distributed import P2POp, ProcessGroup
 
 from megatron_rdt.depth.plan import DepthPlan
@@ -101,20 +102,27 @@ class _Ring(torch.autograd.Function):
 
 
 class _Graph:
-    """A visit that carries gradient: leaves that stand for what arrived, and what was computed from them."""
+    """A visit that carries gradient: leaves that stand for what arrived, and the graph from them to the results.
+
+    Of the results only their edges in the graph are kept, not the values, which other processes have.
+
+    Attributes:
+        inputs: the leaves.
+        results: what was computed, without gradient; to be taken away by the caller.
+    """
 
     def __init__(self, function: Callable[..., Tensors], inputs: Sequence[Tensor], run: Callable[..., Any]) -> None:
         self.inputs = [tensor.detach().requires_grad_() for tensor in inputs]
         with torch.enable_grad():
-            self.outputs = run(function, *self.inputs)
+            outputs = run(function, *self.inputs)
+        self.results: Tensors = [output.detach() for output in outputs]
+        self._edges = [get_gradient_edge(output) if output.requires_grad else None for output in outputs]
 
     def backward(self, grads: Sequence[Tensor | None], weights: Sequence[Tensor]) -> list[Tensor | None]:
         """Add the gradients of `weights` to their `.grad`; return those of the inputs, None for one that is not read."""
-        reached = [
-            (output, grad) for output, grad in zip(self.outputs, grads) if grad is not None and output.requires_grad
-        ]
-        outputs, given = zip(*reached)
-        torch.autograd.backward(outputs, given, inputs=[*self.inputs, *weights])
+        reached = [(edge, grad) for edge, grad in zip(self._edges, grads) if edge is not None and grad is not None]
+        edges, given = zip(*reached)
+        torch.autograd.backward(edges, given, inputs=[*self.inputs, *weights])
         return [leaf.grad for leaf in self.inputs]
 
 
@@ -164,11 +172,9 @@ class _RingPass:
         if self.core.rounds_once:
             own = torch.nn.ModuleList(self.core.layers[number] for number in ring.layers)
             self.rounded = round_weights(own, self.context.compute_dtype)
-        self.shapes = {
-            "enter": [state[:1], precomputed[:1]],
-            "hop": [state.new_empty(1, *state.shape[1:2], self.core.config.dim)],
-            "leave": [state[:1], state[:1]],
-        }
+        one, stream = (1, *state.shape[1:]), (1, state.shape[1], self.core.config.dim)
+        self.like = state.new_empty(0)
+        self.shapes = {"enter": [one, (1, *precomputed.shape[1:])], "hop": [stream], "leave": [one, one]}
         for row in rows:
             self.mail["enter", self.first_row + row] = [state[row : row + 1], precomputed[row : row + 1]]
         with torch.no_grad():
@@ -186,14 +192,19 @@ class _RingPass:
 
     def _has_grad(self, sequence: int, lap: int) -> bool:
         """Return True if a lap of a sequence carries gradient."""
-        return self.with_grad and lap >= self.loops[sequence] - self.counted[sequence]
+        return self.with_grad and lap >= self._first_with_grad(sequence)
+
+    def _first_with_grad(self, sequence: int) -> int:
+        """Return the first lap of a sequence that carries gradient, where there is any."""
+        return self.loops[sequence] - self.counted[sequence]
 
     def _run(self, key: tuple[int, int], has_grad: bool, function: Callable[..., Tensors], *inputs: Tensor) -> Tensors:
         """Return `function(*inputs)` without its graph, which is kept under `key` if it carries gradient."""
         if not has_grad:
             return function(*inputs)
         self.graphs[key] = graph = _Graph(function, inputs, self.core.checkpointing.run)
-        return [output.detach() for output in graph.outputs]
+        results, graph.results = graph.results, []
+        return results
 
     def _times(self, sequence: int, lap: int) -> tuple[Tensor, Tensor]:
         """Return iteration index and T of a sequence, (1,) each."""
@@ -221,6 +232,8 @@ class _RingPass:
             if lap == self.loops[sequence] - 1:
                 self.states[sequence] = state.detach()
             x, carry = self.core.begin_iteration(state, self._times(sequence, lap)[0], prepared)
+            if not self.core.injection.READS_CARRY:
+                carry = x.new_empty(0)  # a state less to keep
             return [self._run_layers(x, sequence, lap), carry]
 
         def go_on(x: Tensor, carry: Tensor, prepared: Tensor) -> Tensors:
@@ -268,7 +281,8 @@ class _RingPass:
         for tick in reversed(range(schedule.ticks + 2)):
             self._exchange(schedule.messages_before(tick), backwards=True)
             if visit := schedule.visit(ring.stage, tick - 1):
-                self._trace("backward", tick - 1, visit, True, self._go_back)
+                counted = Visit(visit.sequence, visit.lap + self._first_with_grad(visit.sequence))
+                self._trace("backward", tick - 1, counted, True, self._go_back)
             for sequence in schedule.finished_in(tick - 1) if ring.stage == 0 else ():
                 self._go_back_to_last_lap(sequence)
         ring.weights.release()
@@ -295,8 +309,7 @@ class _RingPass:
 
     def _go_back(self, visit: Visit) -> None:
         """Go back through a visit; on stage 0 also add up the gradient of the prepared input."""
-        sequence, laps = visit.sequence, self.counted[visit.sequence]
-        lap = self.loops[sequence] - laps + visit.lap
+        sequence, lap = visit.sequence, visit.lap
         (grad,) = self.mail.pop(("hop", sequence))
         if self.ring.stage > 0:
             (x,) = self._pull_back((sequence, lap), grad)
@@ -312,7 +325,7 @@ class _RingPass:
             prepared += self.prepared[sequence]
         self.prepared[sequence] = prepared
         assert first is not None
-        if visit.lap > 0:
+        if lap > self._first_with_grad(sequence):
             self.mail["hop", sequence] = [first]
             if middle[0] is not None:
                 self.carries[sequence] = middle[0]
@@ -332,7 +345,7 @@ class _RingPass:
             if stage == source:
                 tensors = [tensor.contiguous() for tensor in self.mail.pop(key)]
             else:
-                tensors = arriving[key] = [torch.empty_like(like) for like in self.shapes[message.kind]]
+                tensors = arriving[key] = [self.like.new_empty(shape) for shape in self.shapes[message.kind]]
             function, peer = (dist.isend, target) if stage == source else (dist.irecv, source)
             # Tags tell apart the messages between two stages; NCCL has none and takes them in this order.
             tag = index * len(self.shapes["enter"])

@@ -12,7 +12,8 @@ Every process of the ring computes the same schedule from the T of all sequences
 pass runs the schedule of the laps with gradient in reverse, with every message in the other direction.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -95,10 +96,11 @@ class RingSchedule:
                 found.append(Message("hop", visit.sequence, stage, (stage + 1) % self.stages))
         return found + [Message("leave", i, 0, self.owners[i]) for i in self.finished_in(tick - 1)]
 
-    def all_messages(self) -> Iterator[Message]:
-        """Yield every message of the pass between different stages."""
-        for tick in range(self.ticks + 2):
-            yield from (each for each in self.messages_before(tick) if each.source != each.target)
+    def count_sent(self, stage: int, backwards: bool = False) -> Counter[MessageKind]:
+        """Count the messages that a stage sends to others in a pass, by kind."""
+        ticks = range(self.ticks + 2)
+        others = (each for tick in ticks for each in self.messages_before(tick) if each.source != each.target)
+        return Counter(each.kind for each in others if stage == (each.target if backwards else each.source))
 
     @cached_property
     def _visits(self) -> dict[tuple[int, int], Visit]:

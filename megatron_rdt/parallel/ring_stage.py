@@ -71,10 +71,11 @@ class StageWeights:
     @torch.no_grad()
     def reduce(self) -> None:
         """Add the gradients' sums, averaged over data-parallel ranks, to `.grad` of the shards; begin new sums."""
-        for shard, total in zip(self.shards, self.sums):
+        for index, (shard, total) in enumerate(zip(self.shards, self.sums)):
             assert isinstance(shard, DTensor)
             assert total is not None
+            total /= self.ranks
             partial = DTensor.from_local(total, self.mesh, [Partial()] * self.mesh.ndim, run_check=False)
-            gradient = partial.redistribute(placements=shard.placements) / self.ranks
+            gradient = partial.redistribute(placements=shard.placements)
             shard.grad = gradient if shard.grad is None else shard.grad + gradient
-        self.sums = [None] * len(self.shards)
+            self.sums[index] = None  # one after another, so that only one gradient is held twice

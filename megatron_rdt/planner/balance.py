@@ -26,7 +26,8 @@ def depth_balance(config: RunConfig, layout: Layout, once: float, forward: float
     """Return the mean work of processes over the work that all wait for, from the sampler's own draws.
 
     Processes that gather weights from one another wait for the deepest in every micro-batch, the others at the end of the
-    step. Where T depends on the data, nothing is drawn, and the answer is 1.
+    step. Where T depends on the data, nothing is drawn, and the answer is 1. So it is in a loop ring, whose processes share
+    the work of every sequence; its bubble is in `ring.py`.
 
     Args:
         config: of the run.
@@ -35,7 +36,8 @@ def depth_balance(config: RunConfig, layout: Layout, once: float, forward: float
         forward, backward: time of an iteration's passes.
     """
     depth, train = config.depth, config.train
-    if depth.per in ("step", "accumulation_step") or depth.scheme in ("fixed", "difficulty") or layout.data == 1:
+    same = depth.per in ("step", "accumulation_step") or depth.scheme in ("fixed", "difficulty")
+    if same or layout.data == 1 or layout.ring > 1:
         return 1.0
     k = depth.max if depth.backprop == "all" else int(depth.backprop)
     together = layout.shard if config.parallel.engine_kind.shards_parameters else 1

@@ -4,7 +4,7 @@ from math import ceil, log2
 
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.devices import Device
-from megatron_rdt.planner.communication import EXCHANGE, REDUCE, Collectives
+from megatron_rdt.planner.communication import EXCHANGE, REDUCE, SEND, Collectives
 
 # Seconds that NCCL's model of its own algorithms assumes (protocol LL128, src/graph/tuning.cc): of a call, and of a hop to
 # the next process of the node or to the next node, in a ring and in a tree.
@@ -24,13 +24,15 @@ def group_size(axis: str, layout: Layout, device: Device) -> tuple[int, int]:
         "expert": (layout.expert, 1),
         "holders": (layout.world_size // layout.expert, layout.expert),
         "world": (layout.world_size, 1),
+        "ring": (layout.ring, layout.stage_ranks),
+        "stage": (layout.stage_ranks, 1),
     }[axis]
     return size, max(min(size, device.per_node // stride), 1)
 
 
 def call_latency(kind: str, size: int, together: int) -> float:
     """Return the time of a call without bytes: gathers and scatters pass through a ring, an all-reduce through the faster
-    of a ring, twice, and a tree, up and down; exchanges go straight to their receivers.
+    of a ring, twice, and a tree, up and down; exchanges and messages go straight to their receivers.
 
     Args:
         kind: of the collective.
@@ -39,7 +41,7 @@ def call_latency(kind: str, size: int, together: int) -> float:
     """
     nodes = ceil(size / together)
     ring = (size - nodes) * RING_INSIDE + (nodes - 1) * RING_BETWEEN
-    if kind == EXCHANGE:
+    if kind in (EXCHANGE, SEND):
         return START + (RING_BETWEEN if nodes > 1 else RING_INSIDE)
     if kind == REDUCE:
         tree = (together - 1) * TREE_INSIDE + log2(nodes) * TREE_BETWEEN
@@ -62,6 +64,8 @@ def collective_seconds(sent: Collectives, layout: Layout, device: Device, expert
     if sent.kind == EXCHANGE:
         inside = expert_load * sent.size * (together - 1) / size / device.intra_bandwidth
         between = expert_load * sent.size * (size - together) / size / device.inter_bandwidth
+    elif sent.kind == SEND:
+        inside, between = sent.size / device.intra_bandwidth, sent.size / device.inter_bandwidth if nodes > 1 else 0.0
     else:
         inside = sent.size * (1 - 1 / size) / device.intra_bandwidth if together > 1 else 0.0
         between = sent.size * (1 - 1 / nodes) / (together * device.inter_bandwidth)

@@ -15,10 +15,11 @@ from megatron_rdt.parallel.optimizers import has_weight_decay
 from megatron_rdt.planner.memory import StepDepth
 from megatron_rdt.planner.parameters import CORE, ROOT, Parameter, core_units, list_parameters, list_units
 from megatron_rdt.planner.recomputation import CheckpointingPolicy
+from megatron_rdt.planner.ring import ring_traffic, stage_parameters
 from megatron_rdt.planner.shape import FLOAT32, INT64, Shape
 from megatron_rdt.planner.weights import ZERO_BUCKET
 
-GATHER, SCATTER, REDUCE, EXCHANGE = "all-gather", "reduce-scatter", "all-reduce", "alltoall_base_"
+GATHER, SCATTER, REDUCE, EXCHANGE, SEND = "all-gather", "reduce-scatter", "all-reduce", "alltoall_base_", "send"
 FLOAT64 = 8
 # DistributedDataParallel closes its first bucket once it holds 1 MiB, the others once they hold 25 MiB.
 DDP_FIRST, DDP_BUCKET = 1 << 20, 25 << 20
@@ -31,12 +32,12 @@ class Collectives:
 
     Attributes:
         phase: forward, backward or update, as in `parallel/collective_counter.py`.
-        kind: all-gather, reduce-scatter, all-reduce or alltoall_base_.
+        kind: all-gather, reduce-scatter, all-reduce, alltoall_base_ or send.
         purpose: words for the content of the buffers.
         calls: number of calls.
         size: bytes of all calls together.
         axis: processes that take part: "state" (those that share a shard group), "replicate", "context", "tensor",
-            "expert", "holders" (those with the same experts) or "world".
+            "expert", "holders" (those with the same experts), "ring", "stage" (those with the same stage of it) or "world".
         hidden: True if the device may compute meanwhile.
         unit: the unit whose weights or gradients these are; "" if they are of all.
     """
@@ -71,6 +72,7 @@ def step_communication(config: RunConfig, layout: Layout, depth: StepDepth, gpu:
     elif kind.shards_parameters:
         found = list(_fsdp_collectives(config, layout, depth, number))
         found += _activation_collectives(config, layout, depth, number, gpu)
+        found += _ring_collectives(config, layout, depth, number) if layout.ring > 1 else []
     else:
         found = list(_ddp_collectives(config, number))
     losses = {"act": 3, "gate": 4}.get(config.model.halting, 2)
@@ -98,6 +100,8 @@ def _fsdp_collectives(config: RunConfig, layout: Layout, depth: StepDepth, numbe
     """Yield FSDP2's gathers of weights and all reductions of gradients and norms, in `number` micro-batches."""
     ranks, parameters = layout.shard * layout.context, list_parameters(config.model)
     sharded = [p for p in parameters if not (layout.expert > 1 and p.is_routed)]
+    if layout.ring > 1:
+        sharded = [p for p in parameters if not p.name.startswith("core.layers.")]
     shard = {p.name: FLOAT32 * p.padded_shard_size(layout, ranks) for p in sharded}
 
     def whole(group: Iterable[Parameter]) -> float:
@@ -144,7 +148,29 @@ def _fsdp_collectives(config: RunConfig, layout: Layout, depth: StepDepth, numbe
         yield Collectives("backward", REDUCE, "gradients of experts", len(routed), size, "holders")
     if ranks > 1 or layout.tensor > 1:
         norms = 2 if routed else 1
-        yield Collectives("update", REDUCE, "norms of gradients", norms, FLOAT32 * len(parameters), "world")
+        number_of_norms = len(sharded) if layout.ring > 1 else len(parameters)
+        yield Collectives("update", REDUCE, "norms of gradients", norms, FLOAT32 * number_of_norms, "world")
+
+
+def _ring_collectives(config: RunConfig, layout: Layout, depth: StepDepth, number: int) -> Iterator[Collectives]:
+    """Yield what a process of stage 0 of a loop ring sends, and the collectives of the processes that hold a stage."""
+    for phase, laps in (("forward", depth.loops), ("backward", depth.with_grad)):
+        traffic = ring_traffic(config, layout, laps, phase == "backward")
+        hops, others = number * traffic.hops, number * traffic.others
+        yield Collectives(phase, SEND, "states to the next stage", hops, hops * traffic.hop_bytes, "ring")
+        yield Collectives(phase, SEND, "states in and out", others, number * traffic.other_bytes, "ring")
+    stage, ranks = stage_parameters(config, layout), layout.stage_ranks
+    shards = FLOAT32 * sum(p.padded_shard_size(layout, ranks) for p in stage)
+    reductions = number if config.parallel.reduce == "per_micro_batch" else 1
+    if ranks > 1:
+        calls, size = len(stage), ranks * shards
+        yield Collectives("forward", GATHER, "weights of the core", number * calls, number * size, "stage")
+        yield Collectives("backward", SCATTER, "gradients", reductions * calls, reductions * size, "stage")
+    if layout.replicate > 1:
+        yield Collectives("backward", REDUCE, "gradients", reductions * len(stage), reductions * shards, "replicate")
+    if ranks * layout.replicate > 1:
+        yield Collectives("update", REDUCE, "norms of gradients", 1, FLOAT32 * len(stage), "stage")
+    yield Collectives("update", REDUCE, "norms of gradients", 1, FLOAT32, "ring")
 
 
 def _activation_collectives(

@@ -227,7 +227,7 @@ class StepKernels:
         cost = self._move(shape.state_bytes(3), PASS_KERNELS)
         if shape.element_bytes < FLOAT32:
             rounded = [p for p in list_parameters(model) if p.is_rounded_once]
-            cost += self._move(ROUND * sum(p.local_size(self.layout) for p in rounded), len(rounded))
+            cost += self._move(ROUND * sum(map(self._held_size, rounded)), len(rounded))
         if model.state_init == "normal":
             cost += self._move(NOISE * shape.stream_tokens * model.dim)
         for parameter in self._matrices(CORE):
@@ -280,4 +280,9 @@ class StepKernels:
     def accumulation(self) -> Cost:
         """Return the cost of adding the gradients of a micro-batch after the first to those before."""
         parameters = list_parameters(self.model)
-        return self._move(ADD * sum(p.local_size(self.layout) for p in parameters), len(parameters))
+        return self._move(ADD * sum(map(self._held_size, parameters)), len(parameters))
+
+    def _held_size(self, parameter: Parameter) -> float:
+        """Return the elements of a parameter that a process computes with; in a loop ring, the mean over its stages."""
+        stages = self.layout.ring if parameter.name.startswith("core.layers.") else 1
+        return parameter.local_size(self.layout) / stages

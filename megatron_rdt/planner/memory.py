@@ -6,7 +6,7 @@ gathered before a unit and freed after it, as the engine does it; gradients appe
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron_rdt.config import RunConfig
 from megatron_rdt.config.layout import Layout
@@ -14,6 +14,7 @@ from megatron_rdt.planner import activations, working_memory
 from megatron_rdt.planner.ledger import Ledger
 from megatron_rdt.planner.parameters import ROOT
 from megatron_rdt.planner.recomputation import CheckpointingPolicy
+from megatron_rdt.planner.ring import prepared_copies
 from megatron_rdt.planner.shape import FLOAT32, INT64, Shape
 from megatron_rdt.planner.weights import make_weights
 
@@ -106,6 +107,16 @@ class StepReplay:
             rounded = (p.name for p in weights.parameters if p.is_rounded_once and not p.is_routed)
             weights.add_gradients(*rounded)
         ledger.hold(OUTSIDE, activations.before_loop_kept_bytes(shape))
+        self._loop_forward()
+        weights.end_forward("core")
+        ledger.hold(OUTSIDE, activations.after_loop_kept_bytes(shape))
+        for unit, index in self._iterate_layers("coda"):
+            self._layer_forward(unit, index)
+        self._loss_forward()
+
+    def _loop_forward(self) -> None:
+        """Replay the loop's forward pass: iterations without gradient, then those that keep something."""
+        shape, ledger = self.shape, self.ledger
         ledger.hold(INSIDE, shape.state_bytes())  # the prepared encoded input, held while the loop runs
         working = working_memory.forward_working_bytes(shape, core=True)
         if self.depth.loops > self.depth.with_grad:
@@ -115,11 +126,6 @@ class StepReplay:
             ledger.hold(INSIDE, self._segment_bytes(segment)[0])
             ledger.note_peak("forward, in the loop", working_memory=working)
         ledger.free(INSIDE, shape.state_bytes())
-        weights.end_forward("core")
-        ledger.hold(OUTSIDE, activations.after_loop_kept_bytes(shape))
-        for unit, index in self._iterate_layers("coda"):
-            self._layer_forward(unit, index)
-        self._loss_forward()
 
     @property
     def _coda_runs(self) -> int:
@@ -198,18 +204,19 @@ class StepReplay:
             ledger.free(OUTSIDE, sum(kept))
             kept = activations.layer_kept_bytes(shape, index)
             ledger.hold(OUTSIDE, times * sum(kept))
-        for part, held, working in self._list_parts(kept, core=False):
+        for part, held, working in self._list_parts(shape, kept, core=False):
             working = times * working + weights.temporary_gradient_bytes(unit, part)
             ledger.note_peak(f"backward, {unit}", working_memory=working)
             ledger.free(OUTSIDE, held)
             weights.add_gradients(f"{unit}.{part}")
         weights.end_backward(unit)
 
-    def _list_parts(self, kept: tuple[float, float], core: bool) -> list[tuple[str, float, float]]:
+    @staticmethod
+    def _list_parts(shape: Shape, kept: tuple[float, float], core: bool) -> list[tuple[str, float, float]]:
         """List a layer's parts in the order of the backward pass: name, kept bytes, bytes that computing it takes."""
         return [
-            ("feedforward", kept[1], working_memory.feedforward_backward_bytes(self.shape, core)),
-            ("attention", kept[0], working_memory.attention_backward_bytes(self.shape)),
+            ("feedforward", kept[1], working_memory.feedforward_backward_bytes(shape, core)),
+            ("attention", kept[0], working_memory.attention_backward_bytes(shape)),
         ]
 
     def _segment_bytes(self, iterations: int) -> tuple[float, float]:
@@ -219,42 +226,86 @@ class StepReplay:
             self._segments[iterations] = policy.kept_bytes(shape, iterations), policy.backward_bytes(shape, iterations)
         return self._segments[iterations]
 
-    def _core_layer_bytes(self, i: int) -> tuple[float, float]:
-        """Return the bytes that layer `i` of the core keeps, (attention, feed-forward part)."""
-        return activations.layer_kept_bytes(self.shape, self.config.model.prelude_layers + i, core=True)
+    def _list_core_layers(self, shape: Shape) -> list[tuple[str, list[tuple[str, float, float]]]]:
+        """List the core's layers in the order of the backward pass, each with its parts as in `_list_parts`."""
+        model, layers = shape.model, []
+        for i in reversed(range(model.core_layers)):
+            kept = activations.layer_kept_bytes(shape, model.prelude_layers + i, core=True)
+            layers.append((f"core.layers.{i}", self._list_parts(shape, kept, core=True)))
+        return layers
 
     def _loop_backward(self) -> None:
         """Replay the loop's backward pass, the last segment first; gradients of the core are summed over iterations."""
-        shape, ledger, weights, model = self.shape, self.ledger, self.weights, self.config.model
-        last = True  # the last iteration goes backward first: it creates the gradients that the others add to
-        layers = [
-            (f"core.layers.{i}", self._list_parts(self._core_layer_bytes(i), core=True))
-            for i in reversed(range(model.core_layers))
-        ]
-        injected = activations.injection_kept_bytes(shape)
+        ledger, last = self.ledger, True  # the last iteration goes backward first: it creates the gradients that the others add to
+        layers = self._list_core_layers(self.shape)
         for segment in reversed(list(self.policy.segments(self.depth.with_grad))):
             kept, computed = self._segment_bytes(segment)
             ledger.free(INSIDE, kept)
             ledger.hold(INSIDE, computed)
             for _ in range(segment):
-                for unit, parts in layers:
-                    for part, held, working in parts:
-                        extra = self.policy.transient_bytes(held)
-                        temporary = weights.temporary_gradient_bytes(unit, part, again=not last)
-                        # The experts' kept rows are freed by then.
-                        if part == "feedforward" and model.core_ffn == "moe":
-                            temporary = max(temporary - working_memory.expert_row_bytes(shape), 0.0)
-                        working = shape.state_bytes(2) + working + temporary + extra
-                        ledger.note_peak("backward, in the loop", working_memory=working)
-                        ledger.free(INSIDE, held - extra)
-                        if last:
-                            weights.add_gradients(f"{unit}.{part}")
-                ledger.free(INSIDE, injected)
+                self._iteration_backward(self.shape, layers, last)
                 last = False
         ledger.free(ROUNDED)
-        weights.add_gradients("core.")
+        self.weights.add_gradients("core.")
+
+    def _iteration_backward(
+        self, shape: Shape, layers: list[tuple[str, list[tuple[str, float, float]]]], last: bool
+    ) -> None:
+        """Replay the backward pass through the core's `layers` once; the `last` iteration's is the first."""
+        ledger, weights = self.ledger, self.weights
+        for unit, parts in layers:
+            for part, held, working in parts:
+                extra = self.policy.transient_bytes(held)
+                temporary = weights.temporary_gradient_bytes(unit, part, again=not last)
+                # The experts' kept rows are freed by then.
+                if part == "feedforward" and shape.model.core_ffn == "moe":
+                    temporary = max(temporary - working_memory.expert_row_bytes(shape), 0.0)
+                working = shape.state_bytes(2) + working + temporary + extra
+                ledger.note_peak("backward, in the loop", working_memory=working)
+                ledger.free(INSIDE, held - extra)
+                if last:
+                    weights.add_gradients(f"{unit}.{part}")
+        ledger.free(INSIDE, activations.injection_kept_bytes(shape))
+
+
+class RingReplay(StepReplay):
+    """Replays a step of a loop ring on a process of stage 0, which holds the most.
+
+    The loop is that of one stage: every lap with gradient of each of the ring's sequences is a visit of its own, which
+    keeps what one iteration of this stage's layers keeps. All visits are kept until the backward pass begins.
+    """
+
+    def __init__(self, config: RunConfig, layout: Layout, gpu: bool, depth: StepDepth) -> None:
+        super().__init__(config, layout, gpu, depth)
+        model = replace(config.model, core_layers=config.model.core_layers // layout.ring)
+        self.visit = replace(self.shape, model=model, batch=1)
+        self.sequences = layout.ring * config.train.micro_batch
+
+    def _loop_forward(self) -> None:
+        """Replay the forward pass of stage 0: what is sent to it, and the visits that keep something."""
+        ledger, visit = self.ledger, self.visit
+        lanes, prepared = visit.model.lanes if visit.model.injection == "hyper" else 1, prepared_copies(visit.model)
+        kept = self.policy.kept_bytes(visit, 1)
+        if visit.model.injection in ("residual", "hyper") and self.policy.recomputed_share:  # the carry arrives too
+            kept += visit.state_bytes(lanes)
+        # Of each sequence the prepared input, and after its laps what the last stage sent.
+        ledger.hold(INSIDE, self.sequences * (visit.state_bytes(prepared + 1) + self.depth.with_grad * kept))
+        working = working_memory.forward_working_bytes(visit, core=True)
+        ledger.note_peak("forward, in the loop", working_memory=visit.state_bytes(2 + lanes) + working)
+
+    def _loop_backward(self) -> None:
+        """Replay the backward pass of stage 0 through two visits; those after them find less memory held."""
+        ledger, visit, layers = self.ledger, self.visit, self._list_core_layers(self.visit)
+        for number in range(min(self.sequences * self.depth.with_grad, 2)):
+            ledger.free(INSIDE, self.policy.kept_bytes(visit, 1))
+            ledger.hold(INSIDE, self.policy.backward_bytes(visit, 1))
+            self._iteration_backward(visit, layers, last=number == 0)
+        ledger.free(INSIDE)
+        ledger.free(ROUNDED)
+        self.weights.add_gradients("core.")
 
 
 def step_memory(config: RunConfig, layout: Layout, gpu: bool, depth: StepDepth) -> PeakMemory:
     """Return the peak memory of one process over a step, and its parts."""
-    return StepReplay(config, layout, gpu, depth).run()
+    replay = RingReplay if layout.ring > 1 else StepReplay
+    return replay(config, layout, gpu, depth).run()

@@ -13,6 +13,7 @@ from megatron_rdt.planner.kernels import LAUNCH_SECONDS, StepKernels
 from megatron_rdt.planner.memory import StepDepth
 from megatron_rdt.planner.parameters import list_parameters
 from megatron_rdt.planner.recomputation import CheckpointingPolicy
+from megatron_rdt.planner.ring import ring_bubbles
 from megatron_rdt.planner.timeline import UnitSeconds, elapsed_seconds, list_stages
 
 DAY, HOUR = 86400.0, 3600.0
@@ -44,7 +45,8 @@ class StepTime:
         hidden: time of communication that may pass while the device computes.
         stalled: part of it that the device waits for nevertheless, since it is not computing long enough meanwhile.
         exposed: time of communication that the device always waits for.
-        idle: time in which the mean device waits for the one with the most iterations.
+        idle: time in which the mean device waits for the one with the most iterations, or for the first or last sequences
+            of a loop ring.
         bound: lower bound of the step: the larger of `computing` and `hidden`, plus `exposed`.
         expected: the larger of `kernels` and `launches`, and all that is waited for.
         mfu_bound: useful operations as a share of what the peak rate does in `bound`.
@@ -126,6 +128,8 @@ def step_time(
     shares = (kernels.iteration_forward.seconds, kernels.iteration_backward.seconds)
     balance = depth_balance(config, layout, kernels.outside_loop.seconds, *shares)
     idle = scale * micro.seconds * number * (1 / balance - 1)
+    for times, backward, bubble in zip(depth, (False, True), ring_bubbles(config, layout)):
+        idle += scale * kernels.loop(times, backward).seconds * number * bubble / (1 - bubble)
 
     bound, ideal = max(computing, hidden) + exposed, work.per_step / rate
     expected = scale * whole.seconds + idle + stalled + exposed

@@ -10,6 +10,7 @@ from megatron_rdt.config import RunConfig
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.planner.ledger import Ledger
 from megatron_rdt.planner.parameters import ROOT, Parameter, core_units, list_parameters, list_units, moments_per_weight
+from megatron_rdt.planner.ring import stage_parameters
 from megatron_rdt.planner.shape import BFLOAT16, FLOAT32
 
 WEIGHTS, OPTIMIZER, GRADIENTS, AVERAGE = "weights", "optimizer", "gradients", "average of the weights"
@@ -234,6 +235,57 @@ class ShardedWeights(Weights):
             self.buffer = self.sending = 0.0
 
 
+class RingWeights(ShardedWeights):
+    """Weights of a stage of a loop ring, and FSDP2's of everything else.
+
+    The stage's layers are gathered when the loop begins, unless one process holds them, and freed after its backward
+    pass; their gradients add up unsharded until the step is over.
+    """
+
+    def __init__(self, config: RunConfig, layout: Layout, ledger: Ledger, gpu: bool) -> None:
+        super().__init__(config, layout, ledger, gpu)
+        self.stage = stage_parameters(config, layout)
+        others = (p for p in self.parameters if not p.name.startswith("core.layers."))
+        self.parameters = (*others, *self.stage)
+        self.stage_bytes = FLOAT32 * sum(p.size for p in self.stage)
+        self.is_gathered = False
+
+    def _is_sharded(self, parameter: Parameter) -> bool:
+        """Return True unless the parameter is a stage's, which FSDP2 does not know."""
+        return not parameter.name.startswith("core.layers.")
+
+    def hold_state(self) -> None:
+        """Record this process's shards of weights and optimizer state in the ledger."""
+        for parameter in self.parameters:
+            ranks = self.ranks if self._is_sharded(parameter) else self.layout.stage_ranks
+            shard = FLOAT32 * parameter.padded_shard_size(self.layout, ranks)
+            self.ledger.hold(WEIGHTS, shard)
+            self.ledger.hold(OPTIMIZER, moments_per_weight(parameter, self.config.optimizer) * shard)
+
+    def begin_unit(self, unit: str, backward: bool = False) -> None:
+        """Gather the unit unless it is held; with the core, this stage's layers."""
+        super().begin_unit(unit, backward)
+        if unit == "core" and not self.is_gathered and self.layout.stage_ranks > 1:
+            self.is_gathered = True
+            self.ledger.hold(CORE, self.stage_bytes)
+
+    def hold_gradients(self, size: float, looped: bool) -> None:
+        """Record `size` bytes of gradients until they are reduced; the stage's add up in place, so no sums are held."""
+        super().hold_gradients(size, looped=False)
+
+    def end_backward(self, unit: str) -> None:
+        """Free and reduce the unit's gradients; after the root's, the stage's."""
+        super().end_backward(unit)
+        if unit == "core" and self.is_gathered:
+            self.is_gathered = False
+            self.ledger.free(CORE, self.stage_bytes)
+        if unit == ROOT and (self.last or self._reduces_every_micro_batch):
+            biggest = max(FLOAT32 * p.size for p in self.stage)
+            self.ledger.note_peak("reducing the stage", working_memory=biggest)
+            self.ledger.free(UNREDUCED, self.stage_bytes)
+            self.ledger.hold(GRADIENTS, self.stage_bytes / self.layout.stage_ranks)
+
+
 class ZeroWeights(Weights):
     """Weights under DeepSpeed in float32 mode: the optimizer steps a copy of them, and gradients pass through a bucket."""
 
@@ -291,5 +343,5 @@ class ZeroWeights(Weights):
 def make_weights(config: RunConfig, layout: Layout, ledger: Ledger, gpu: bool) -> Weights:
     """Return `Weights`, or its subclass for FSDP2 or DeepSpeed, by how the run's engine holds its weights."""
     engine = config.parallel.engine_kind
-    kind = ZeroWeights if engine.zero_stage else ShardedWeights if engine.shards_parameters else Weights
-    return kind(config, layout, ledger, gpu)
+    kind: type[Weights] = ZeroWeights if engine.zero_stage else ShardedWeights if engine.shards_parameters else Weights
+    return (RingWeights if layout.ring > 1 else kind)(config, layout, ledger, gpu)

@@ -42,6 +42,8 @@ COLLECTIVE_CASES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("tensor, latent, checkpoints", LATENT, {"tensor": 2}, "per_iteration"),
     ("context", MODEL, {"context": 2}, "per_iteration"),
     ("context, latent", LATENT, {"context": 2}, "none"),
+    ("ring", MODEL, {"core_ring": 2}, "none"),
+    ("ring, lanes, checkpoints", SHARED | {"injection": "hyper", "lanes": 3}, {"core_ring": 2}, "per_iteration"),
     ("zero1", SHARED, {"engine": "zero1"}, "none"),
     ("zero2", MODEL, {"engine": "zero2"}, "none"),
     ("zero3", SHARED, {"engine": "zero3"}, "none"),
@@ -51,6 +53,7 @@ MEMORY_CASES: list[tuple[dict[str, Any], str, str, int, dict[str, Any]]] = [
     ({"dim": 128, "ffn_dim": 256, "vocab_size": 1024}, "float32", "none", 1, {}),
     ({"dim": 256, "ffn_dim": 1024, "vocab_size": 1024}, "bfloat16", "per_iteration", 2, {}),
     ({"dim": 256, "core_ffn": "moe", "vocab_size": 1024}, "float32", "none", 2, {"core_gather": "per_layer"}),
+    ({"dim": 256, "ffn_dim": 1024, "vocab_size": 1024}, "bfloat16", "per_iteration", 2, {"core_ring": 2}),
 ]
 
 

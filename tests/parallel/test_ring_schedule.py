@@ -63,7 +63,12 @@ def test_messages_bring_what_the_next_tick_needs_and_nothing_else(schedule: Ring
         "leave": len(schedule.laps),
         "hop": schedule.stages * sum(schedule.laps),
     }
-    assert len(list(schedule.all_messages())) == kinds["hop"] + 2 * sum(owner > 0 for owner in schedule.owners)
+    for backwards in (False, True):
+        sent = sum((schedule.count_sent(stage, backwards) for stage in range(schedule.stages)), Counter())
+        travelling = sum(owner > 0 for owner in schedule.owners)  # stage 0 keeps its own
+        assert sent == Counter(hop=kinds["hop"], enter=travelling, leave=travelling)
+    assert schedule.count_sent(0).keys() <= {"hop", "leave"}
+    assert schedule.count_sent(0, backwards=True).keys() <= {"hop", "enter"}
 
 
 @pytest.mark.parametrize(("stages", "turns", "loops"), [(2, 1, 1), (4, 1, 16), (8, 1, 16), (8, 3, 5)])

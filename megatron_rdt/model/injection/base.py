@@ -22,11 +22,13 @@ class Injection(nn.Module):
     Attributes:
         choices: all injections by name.
         PRECOMPUTED_SHARE: share of its matrices' weights that `precompute` multiplies with; `inject` uses the rest.
+        READS_CARRY: True if `update` reads the carry.
         READS_ENCODED: False if iterations do not read the encoded input, which is then the initial state only.
     """
 
     choices: ClassVar[dict[str, type["Injection"]]] = {}
     PRECOMPUTED_SHARE: ClassVar[float] = 0.0
+    READS_CARRY: ClassVar[bool] = False
     READS_ENCODED: ClassVar[bool] = True
 
     def __init_subclass__(cls, name: str = "", **kwargs: object) -> None:

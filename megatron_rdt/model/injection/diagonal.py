@@ -107,6 +107,8 @@ class ResidualInjection(DecayingInjection, name="residual"):
     The radius is that of the bypass alone; the monitor's Jacobian measures the whole iteration.
     """
 
+    READS_CARRY = True
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.norm = RMSNorm(config.dim, config.norm_eps)

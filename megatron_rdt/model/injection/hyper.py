@@ -46,6 +46,8 @@ class HyperInjection(DecayingInjection, name="hyper"):
         "write_weights": _initial_write_weights,
     }
 
+    READS_CARRY = True
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.lanes = config.lanes

@@ -24,7 +24,7 @@ from torch.distributed import P2POp, ProcessGroup
 from megatron_rdt.depth.plan import DepthPlan
 from megatron_rdt.model.core import RecurrentCore
 from megatron_rdt.model.forward_context import LayerContext
-from megatron_rdt.model.linear import Rounded, round_weights, use_rounded
+from megatron_rdt.model.linear import Rounded, use_rounded
 from megatron_rdt.model.transfer import to_device
 from megatron_rdt.parallel.ring_schedule import Message, Visit, schedule_ring
 from megatron_rdt.parallel.ring_stage import StageWeights
@@ -168,10 +168,7 @@ class _RingPass:
     def forward(self, state: Tensor, precomputed: Tensor) -> tuple[Tensor, Tensor]:
         """Return the states after and before the last iterations, from initial states and prepared inputs; keep graphs."""
         ring, schedule, rows = self.ring, self.schedule, range(self.rows)
-        ring.weights.gather()
-        if self.core.rounds_once:
-            own = torch.nn.ModuleList(self.core.layers[number] for number in ring.layers)
-            self.rounded = round_weights(own, self.context.compute_dtype)
+        self.rounded = ring.weights.gather(self.context.compute_dtype if self.core.rounds_once else None)
         one, stream = (1, *state.shape[1:]), (1, state.shape[1], self.core.config.dim)
         self.like = state.new_empty(0)
         self.shapes = {"enter": [one, (1, *precomputed.shape[1:])], "hop": [stream], "leave": [one, one]}

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from megatron_rdt.model import RecurrentDepthTransformer
+from megatron_rdt.model.linear import Rounded
 from megatron_rdt.parallel.dtensor_views import make_dtensor
 
 
@@ -29,6 +30,8 @@ class StageWeights:
         ranks: number of data-parallel ranks, over which gradients are averaged.
 
     Attributes:
+        whole: parameters in the place of the shards; empty between passes.
+        rounded: matrices in the compute dtype, by module and name; empty between passes.
         sums: of the gradients of each parameter since the last reduction, unsharded; None before the first.
     """
 
@@ -47,26 +50,52 @@ class StageWeights:
         self.shards: list[nn.Parameter] = [module._parameters[name] for module, name in self.places]  # type: ignore[misc]
         self.sums: list[torch.Tensor | None] = [None] * len(self.shards)
         self.whole: list[nn.Parameter] = []
+        self.rounded: dict[nn.Module, dict[str, torch.Tensor]] = {}
 
     @torch.no_grad()
-    def gather(self) -> None:
-        """Put whole parameters in the place of the shards, unless they are there already."""
+    def gather(self, dtype: torch.dtype | None) -> Rounded:
+        """Put whole parameters in the place of the shards; return the matrices of products rounded to `dtype`, if given.
+
+        Rounded matrices are gathered in that dtype. Their parameters are then only what gradients are added to: they have
+        no values, unless one process holds the stage.
+        """
         if self.whole:
-            return
+            return list(self.rounded.items())
         self.shards = [module._parameters[name] for module, name in self.places]  # type: ignore[misc]
         for (module, name), shard, total in zip(self.places, self.shards, self.sums):
-            assert isinstance(shard, DTensor)
-            whole = nn.Parameter(shard.to_local() if self.mesh.size() == 1 else shard.full_tensor())
+            rounds = dtype is not None and name in getattr(module, "MULTIPLIED", ())
+            value = self._gather_shard(shard, dtype if rounds else None)
+            if rounds:
+                self.rounded.setdefault(module, {})[name] = value
+                value = self._stand_in(shard)
+            whole = nn.Parameter(value)
             whole.grad = total
             module._parameters[name] = whole
             self.whole.append(whole)
+        return list(self.rounded.items())
+
+    def _gather_shard(self, shard: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+        """Return the whole of a sharded parameter, in another dtype if one is given."""
+        assert isinstance(shard, DTensor)
+        value = shard if dtype is None else shard.to(dtype)
+        assert isinstance(value, DTensor)
+        return value.to_local() if self.mesh.size() == 1 else value.full_tensor()
+
+    def _stand_in(self, shard: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of the shape of a sharded parameter: its values where they are here, else without memory."""
+        assert isinstance(shard, DTensor)
+        if self.mesh.size() == 1:
+            return shard.to_local()
+        empty = torch.empty(shard.shape, dtype=shard.dtype, device=shard.device)
+        empty.untyped_storage().resize_(0)
+        return empty
 
     def release(self) -> None:
         """Put the shards back, and keep the gradients that have been summed."""
         self.sums = [whole.grad for whole in self.whole]
         for (module, name), shard in zip(self.places, self.shards):
             module._parameters[name] = shard
-        self.whole = []
+        self.whole, self.rounded = [], {}
 
     @torch.no_grad()
     def reduce(self) -> None:

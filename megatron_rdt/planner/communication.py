@@ -16,7 +16,7 @@ from megatron_rdt.planner.memory import StepDepth
 from megatron_rdt.planner.parameters import CORE, ROOT, Parameter, core_units, list_parameters, list_units
 from megatron_rdt.planner.recomputation import CheckpointingPolicy
 from megatron_rdt.planner.ring import ring_traffic, stage_parameters
-from megatron_rdt.planner.shape import FLOAT32, INT64, Shape
+from megatron_rdt.planner.shape import COMPUTE_BYTES, FLOAT32, INT64, Shape
 from megatron_rdt.planner.weights import ZERO_BUCKET
 
 GATHER, SCATTER, REDUCE, EXCHANGE, SEND = "all-gather", "reduce-scatter", "all-reduce", "alltoall_base_", "send"
@@ -160,12 +160,14 @@ def _ring_collectives(config: RunConfig, layout: Layout, depth: StepDepth, numbe
         yield Collectives(phase, SEND, "states to the next stage", hops, hops * traffic.hop_bytes, "ring")
         yield Collectives(phase, SEND, "states in and out", others, number * traffic.other_bytes, "ring")
     stage, ranks = stage_parameters(config, layout), layout.stage_ranks
+    rounded = COMPUTE_BYTES[config.train.precision]  # matrices of products are gathered in the compute dtype
+    gathered = sum((rounded if p.is_rounded_once else FLOAT32) * p.padded_shard_size(layout, ranks) for p in stage)
     shards = FLOAT32 * sum(p.padded_shard_size(layout, ranks) for p in stage)
     reductions = number if config.parallel.reduce == "per_micro_batch" else 1
     if ranks > 1:
-        calls, size = len(stage), ranks * shards
-        yield Collectives("forward", GATHER, "weights of the core", number * calls, number * size, "stage")
-        yield Collectives("backward", SCATTER, "gradients", reductions * calls, reductions * size, "stage")
+        calls, times = number * len(stage), reductions * len(stage)
+        yield Collectives("forward", GATHER, "weights of the core", calls, number * ranks * gathered, "stage")
+        yield Collectives("backward", SCATTER, "gradients", times, reductions * ranks * shards, "stage")
     if layout.replicate > 1:
         yield Collectives("backward", REDUCE, "gradients", reductions * len(stage), reductions * shards, "replicate")
     if ranks * layout.replicate > 1:

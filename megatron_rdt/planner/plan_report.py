@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_rdt.planner.balance import expert_load
 from megatron_rdt.planner.collective_time import collective_seconds
+from megatron_rdt.planner.ring import ring_bubbles
 from megatron_rdt.planner.run_plan import USABLE_MEMORY, RunPlan
 from megatron_rdt.planner.step_time import DAY, HOUR, StepTime
 from megatron_rdt.terminal import align_columns, format_count, format_duration
@@ -61,6 +62,7 @@ def _format_memory(plan: RunPlan) -> str:
     large = {kind: size for kind, size in memory.parts.items() if size >= 0.005 * GB or size == memory.peak}
     rows = [(kind, f"{size / GB:.2f} GB") for kind, size in (*large.items(), ("peak", memory.peak))]
     axes = [f"{name} {getattr(layout, name)}" for name in ("replicate", "shard", "context", "tensor", "expert")]
+    axes += [f"ring {layout.ring} stages of {layout.stage_ranks}"] * (layout.ring > 1)
     lines = [
         f"Peak memory per device, at T = {plan.deepest.loops}{k}; reached in: {memory.moment}",
         f"  {layout.world_size} x {device.name}, engine {plan.config.parallel.engine}: {', '.join(axes)}",
@@ -142,6 +144,9 @@ def _list_time_parts(plan: RunPlan, time: StepTime, utilisation: float) -> list[
     ]
     if plan.config.depth.scheme == "difficulty":
         parts.append(("waits for the deepest process, which only the data knows", math.nan))
+    elif plan.layout.ring > 1:
+        forward, backward = (f"{100 * bubble:.1f} %" for bubble in ring_bubbles(plan.config, plan.layout))
+        parts.append((f"bubble of the ring, {forward} of its ticks forward and {backward} backward", time.idle))
     elif time.idle:
         parts.append(("waits for the process with the most iterations", time.idle))
     return [(words, "not known" if math.isnan(seconds) else format_duration(seconds)) for words, seconds in parts]

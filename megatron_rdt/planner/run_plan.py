@@ -184,7 +184,7 @@ def _list_candidates(config: RunConfig, devices: int) -> Iterator[dict[str, Any]
         yield {"parallel.reduce": "per_micro_batch"}
         if parallel.replicate > 1:
             yield {"parallel.replicate": 1}
-        for name in ("tensor", "context", "expert"):
+        for name in ("tensor", "context", "expert", "core_ring"):
             now = getattr(parallel, name)
             yield from ({f"parallel.{name}": size} for size in (2, 4, 8, 16, 32, 64) if now < size <= devices)
     if train.micro_batch > 1:

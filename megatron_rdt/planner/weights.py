@@ -239,7 +239,8 @@ class RingWeights(ShardedWeights):
     """Weights of a stage of a loop ring, and FSDP2's of everything else.
 
     The stage's layers are gathered when the loop begins, unless one process holds them, and freed after its backward
-    pass; their gradients add up unsharded until the step is over.
+    pass; matrices of products in the compute dtype, which the replay counts as rounded. Gradients add up unsharded until
+    the step is over.
     """
 
     def __init__(self, config: RunConfig, layout: Layout, ledger: Ledger, gpu: bool) -> None:
@@ -248,6 +249,8 @@ class RingWeights(ShardedWeights):
         others = (p for p in self.parameters if not p.name.startswith("core.layers."))
         self.parameters = (*others, *self.stage)
         self.stage_bytes = FLOAT32 * sum(p.size for p in self.stage)
+        rounds = config.train.precision != "float32"
+        self.kept_bytes = FLOAT32 * sum(p.size for p in self.stage if not (rounds and p.is_rounded_once))
         self.is_gathered = False
 
     def _is_sharded(self, parameter: Parameter) -> bool:
@@ -267,7 +270,7 @@ class RingWeights(ShardedWeights):
         super().begin_unit(unit, backward)
         if unit == "core" and not self.is_gathered and self.layout.stage_ranks > 1:
             self.is_gathered = True
-            self.ledger.hold(CORE, self.stage_bytes)
+            self.ledger.hold(CORE, self.kept_bytes)
 
     def hold_gradients(self, size: float, looped: bool) -> None:
         """Record `size` bytes of gradients until they are reduced; the stage's add up in place, so no sums are held."""
@@ -278,7 +281,7 @@ class RingWeights(ShardedWeights):
         super().end_backward(unit)
         if unit == "core" and self.is_gathered:
             self.is_gathered = False
-            self.ledger.free(CORE, self.stage_bytes)
+            self.ledger.free(CORE, self.kept_bytes)
         if unit == ROOT and (self.last or self._reduces_every_micro_batch):
             biggest = max(FLOAT32 * p.size for p in self.stage)
             self.ledger.note_peak("reducing the stage", working_memory=biggest)

@@ -16,8 +16,6 @@ RING_NEEDS = {
     "parallel.expert": (1, "a mixture's experts stay with its stage"),
     "model.core_ffn": ("dense", "processes with different layers cannot balance experts together"),
     "model.halting": ("none", "the state of every iteration would have to return to its process"),
-    "model.value_embeddings": ("none", "a stage does not have the tokens of other processes"),
-    "data.document_mask": (False, "a stage does not have the documents of other processes"),
     "optimizer.name": ("adamw", "muon orthogonalises matrices that all processes share"),
     "train.compile": ("none", "the backward pass goes through one visit at a time"),
     "logging.monitor_every": (0, "no process sees every iteration of a sequence"),

@@ -49,7 +49,7 @@ class StateRing(Protocol):
             core: whose layers are called.
             state: the expanded initial state.
             precomputed: from `RecurrentCore.precompute`.
-            context: rotary tables, mask, compute dtype; the same for all sequences.
+            context: rotary tables, mask, compute dtype and tokens of this process's sequences.
             plan: T of each sequence, of every process of the ring, and k.
         """
 

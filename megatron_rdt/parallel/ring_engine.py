@@ -61,7 +61,7 @@ class RingEngine(FullyShardedEngine):
         self.stage_mesh = mesh["replicate", "stage"] if layout.replicate > 1 else mesh["stage"]
         group = mesh["ring"].get_group()
         for each in (group, *self.stage_mesh.get_all_groups()):
-            _set_pg_timeout(timedelta(seconds=parallel.timeout_s), each)
+            _set_pg_timeout(timedelta(seconds=parallel.start_timeout_s), each)
         layers = assign_layers(self.config.model.core_layers, layout.ring)[group.rank()]
         weights = StageWeights(model, layers, self.stage_mesh, layout.data)
         model.core.ring = self.ring = RingLoop(group, layers, weights)

@@ -26,6 +26,7 @@ from megatron_rdt.model.core import RecurrentCore
 from megatron_rdt.model.forward_context import LayerContext
 from megatron_rdt.model.linear import Rounded, use_rounded
 from megatron_rdt.model.transfer import to_device
+from megatron_rdt.parallel.ring_context import gather_rows, has_own_rows
 from megatron_rdt.parallel.ring_schedule import Message, Visit, schedule_ring
 from megatron_rdt.parallel.ring_stage import StageWeights
 
@@ -154,8 +155,10 @@ class _RingPass:
         self.owners = [stage for stage in range(ring.stages) for _ in range(self.rows)]
         self.schedule = schedule_ring(ring.stages, self.loops, self.owners)
         self.first_row = ring.stage * self.rows  # number of this process's first sequence
-        # Nothing in the context differs between sequences, so that of one serves all.
-        self.context = context.rows(slice(0, 1))
+        self.context, self.contexts = context, [context.rows(slice(0, 1))] * len(self.loops)
+        if has_own_rows(context, core.config.value_embeddings != "none"):
+            every = gather_rows(context, ring.group)
+            self.contexts = [every.rows(slice(i, i + 1)) for i in range(len(self.loops))]
         names = ("layers.", "encoded_norm.", "input_matrix.", "last_norm.", "output_matrix.", "initial")
         self.shared = [p for name, p in core.named_parameters() if not name.startswith(names)] if with_grad else []
         self.rounded: Rounded = ()
@@ -213,7 +216,7 @@ class _RingPass:
         modulations = self.core.signals.modulations(*self._times(sequence, lap))
         with use_rounded(self.rounded):
             for number in self.ring.layers:
-                x = self.core.layers[number](x, self.context, None, modulations[number])
+                x = self.core.layers[number](x, self.contexts[sequence], None, modulations[number])
         return x
 
     def _end_iteration(self, carry: Tensor, x: Tensor, sequence: int, lap: int) -> Tensor:

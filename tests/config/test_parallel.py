@@ -165,8 +165,6 @@ RING = dataclasses.replace(MODEL, core_layers=4)
             r"(?s)parallel.expert 2 does .*model.core_ffn moe does not work",
         ),
         ({"model.halting": "act"}, r"model.halting act does not work .*core_ring 1"),
-        ({"model.value_embeddings": "gated"}, r"model.value_embeddings gated does not work"),
-        ({"data.document_mask": True}, r"data.document_mask true does not work .*Set --data.document_mask false"),
         ({"optimizer.name": "muon"}, r"optimizer.name muon does not work"),
         ({"train.compile": "layers"}, r"train.compile layers does not work"),
         ({"logging.monitor_every": 5}, r"logging.monitor_every 5 does not work"),

@@ -30,12 +30,15 @@ MODELS = {
     "none": dataclasses.replace(
         PLAIN, injection="none", state_init="encoded", encoded_norm=False, core_norm="iteration"
     ),
+    "values": dataclasses.replace(
+        PLAIN, value_embeddings="gated", window=7, qk_norm="learned", qk_bias=True, norm_placement="peri"
+    ),
     "mla": dataclasses.replace(PLAIN, attention="mla", kv_rank=16, nope_dim=8, rope_dim=4, value_dim=8, core_layers=8),
 }
 SEQUENCES, LENGTH = 8, 12
 VALIDATED = [1, 3]
 MIXED = (3, 1, 2, 5, 1, 1, 2, 4)
-# T of the sequences, k, activation checkpointing, sequences of a micro-batch, True with a loss mask.
+# T of the sequences, k, activation checkpointing, sequences of a micro-batch, True with documents and a loss mask.
 Step = tuple[tuple[int, ...], int | None, str, int, bool]
 STEPS: list[Step] = [
     ((3,) * SEQUENCES, None, "none", 2, False),
@@ -70,14 +73,20 @@ def make(parallel: ParallelConfig, model: ModelConfig, processes: int, precision
 
 def make_micro_batches(engine: Engine, tokens: torch.Tensor, step: Step, size: int) -> list[MicroBatch]:
     """Return this rank's share of the tokens as micro-batches of `size` sequences, with the T of the ring's processes."""
-    loops, k, _, _, masked = step
+    loops, k, _, _, packed = step
     layout, share = engine.layout, SEQUENCES // engine.layout.data
     data_rank, result = layout.data_rank(engine.rank), []
-    mask = (tokens % 3 != 0) & (torch.arange(SEQUENCES) < SEQUENCES - 1)[:, None]
+    columns = torch.arange(LENGTH + 1).expand_as(tokens)
+    starts = tokens % 5 == 0
+    fields = {
+        "documents": starts.cumsum(-1),
+        "positions": columns - torch.where(starts, columns, 0).cummax(-1).values,
+        "loss_mask": (tokens % 3 != 0) & (torch.arange(SEQUENCES) < SEQUENCES - 1)[:, None],
+    }
     for at in range(0, share, size):
         starts = [peer * share + at for peer in layout.ring_data_ranks(data_rank)]
         rows = slice(data_rank * share + at, data_rank * share + at + size)
-        batch = Batch(tokens[rows], loss_mask=mask[rows] if masked else None)
+        batch = Batch(tokens[rows], **({name: each[rows] for name, each in fields.items()} if packed else {}))
         seeds = tuple(hash64(1, "state", sample) for sample in range(rows.start, rows.stop))
         peers = tuple(loops[start : start + size] for start in starts) if layout.ring > 1 else ()
         result.append(MicroBatch(batch, DepthPlan(loops[rows], k, seeds, peers)))

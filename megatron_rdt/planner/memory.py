@@ -236,8 +236,8 @@ class StepReplay:
 
     def _loop_backward(self) -> None:
         """Replay the loop's backward pass, the last segment first; gradients of the core are summed over iterations."""
-        ledger, last = self.ledger, True  # the last iteration goes backward first: it creates the gradients that the others add to
-        layers = self._list_core_layers(self.shape)
+        ledger, layers = self.ledger, self._list_core_layers(self.shape)
+        last = True  # the last iteration goes backward first: it creates the gradients that the others add to
         for segment in reversed(list(self.policy.segments(self.depth.with_grad))):
             kept, computed = self._segment_bytes(segment)
             ledger.free(INSIDE, kept)

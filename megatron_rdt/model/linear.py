@@ -8,6 +8,7 @@ No autocast is involved, so nothing that was rounded without gradient is ever re
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -54,6 +55,7 @@ class _HandOver(torch.autograd.Function):
         return ctx.total.hand_over().detach(), None
 
 
+@dataclass
 class RoundedMatrix:
     """A weight in the compute dtype, and where its gradients are added up.
 
@@ -63,11 +65,18 @@ class RoundedMatrix:
         anchor: the weight's place in autograd's graph, see `_HandOver`; None if `sum` is.
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, kind: type[GradientSum], waits: bool) -> None:
-        self.matrix = weight.detach().to(dtype)
-        is_trained = torch.is_grad_enabled() and weight.requires_grad
-        self.sum = kind(weight, waits) if is_trained else None
-        self.anchor: Tensor | None = _HandOver.apply(weight, self.sum) if is_trained else None
+    matrix: Tensor
+    sum: GradientSum | None = None
+    anchor: Tensor | None = None
+
+
+def _round_matrix(weight: Tensor, dtype: torch.dtype, kind: type[GradientSum], waits: bool) -> RoundedMatrix:
+    """Return a weight rounded to `dtype`, with a sum of `kind` where gradients are computed."""
+    rounded = RoundedMatrix(weight.detach().to(dtype))
+    if torch.is_grad_enabled() and weight.requires_grad:
+        rounded.sum = kind(weight, waits)
+        rounded.anchor = _HandOver.apply(weight, rounded.sum)
+    return rounded
 
 
 Rounded = Sequence[tuple[Any, dict[str, RoundedMatrix]]]
@@ -85,7 +94,7 @@ def round_weights(module: nn.Module, dtype: torch.dtype, waits: bool = False) ->
         matrices = {name: getattr(owner, name) for name in getattr(owner, "MULTIPLIED", ())}
         if any(matrix.dtype != dtype for matrix in matrices.values()):
             kind: Any = owner.SUM
-            found.append((owner, {name: RoundedMatrix(each, dtype, kind, waits) for name, each in matrices.items()}))
+            found.append((owner, {name: _round_matrix(each, dtype, kind, waits) for name, each in matrices.items()}))
     return found
 
 

@@ -171,7 +171,8 @@ class _RingPass:
     def forward(self, state: Tensor, precomputed: Tensor) -> tuple[Tensor, Tensor]:
         """Return the states after and before the last iterations, from initial states and prepared inputs; keep graphs."""
         ring, schedule, rows = self.ring, self.schedule, range(self.rows)
-        self.rounded = ring.weights.gather(self.context.compute_dtype if self.core.rounds_once else None)
+        dtype = self.context.compute_dtype if self.core.rounds_once else None
+        self.rounded = ring.weights.gather(dtype, self.with_grad)
         one, stream = (1, *state.shape[1:]), (1, state.shape[1], self.core.config.dim)
         self.like = state.new_empty(0)
         self.shapes = {"enter": [one, (1, *precomputed.shape[1:])], "hop": [stream], "leave": [one, one]}

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from megatron_rdt.model import RecurrentDepthTransformer
-from megatron_rdt.model.linear import Rounded
+from megatron_rdt.model.linear import GradientSum, Rounded, RoundedMatrix
 from megatron_rdt.parallel.dtensor_views import make_dtensor
 
 
@@ -50,25 +50,31 @@ class StageWeights:
         self.shards: list[nn.Parameter] = [module._parameters[name] for module, name in self.places]  # type: ignore[misc]
         self.sums: list[torch.Tensor | None] = [None] * len(self.shards)
         self.whole: list[nn.Parameter] = []
-        self.rounded: dict[nn.Module, dict[str, torch.Tensor]] = {}
+        self.rounded: dict[nn.Module, dict[str, RoundedMatrix]] = {}
 
     @torch.no_grad()
-    def gather(self, dtype: torch.dtype | None) -> Rounded:
+    def gather(self, dtype: torch.dtype | None, with_grad: bool) -> Rounded:
         """Put whole parameters in the place of the shards; return the matrices of products rounded to `dtype`, if given.
 
-        Rounded matrices are gathered in that dtype. Their parameters are then only what gradients are added to: they have
-        no values, unless one process holds the stage.
+        Rounded matrices are gathered in that dtype. Their parameters are then only where the sums of gradients are kept:
+        they have no values, unless one process holds the stage.
         """
         if self.whole:
             return list(self.rounded.items())
         self.shards = [module._parameters[name] for module, name in self.places]  # type: ignore[misc]
         for (module, name), shard, total in zip(self.places, self.shards, self.sums):
-            rounds = dtype is not None and name in getattr(module, "MULTIPLIED", ())
-            value = self._gather_shard(shard, dtype if rounds else None)
-            if rounds:
-                self.rounded.setdefault(module, {})[name] = value
-                value = self._stand_in(shard)
-            whole = nn.Parameter(value)
+            if dtype is not None and name in getattr(module, "MULTIPLIED", ()):
+                rounded, whole = RoundedMatrix(self._gather_shard(shard, dtype)), nn.Parameter(self._stand_in(shard))
+                if with_grad:
+                    total = whole.new_zeros(whole.shape) if total is None else total
+                    rounded.sum, rounded.anchor = (
+                        GradientSum(total[:0], waits=False),
+                        total.new_empty(0).requires_grad_(),
+                    )
+                    rounded.sum.total = total
+                self.rounded.setdefault(module, {})[name] = rounded
+            else:
+                whole = nn.Parameter(self._gather_shard(shard, None))
             whole.grad = total
             module._parameters[name] = whole
             self.whole.append(whole)

@@ -259,11 +259,9 @@ class RingWeights(ShardedWeights):
 
     def hold_state(self) -> None:
         """Record this process's shards of weights and optimizer state in the ledger."""
-        for parameter in self.parameters:
-            ranks = self.ranks if self._is_sharded(parameter) else self.layout.stage_ranks
-            shard = FLOAT32 * parameter.padded_shard_size(self.layout, ranks)
-            self.ledger.hold(WEIGHTS, shard)
-            self.ledger.hold(OPTIMIZER, moments_per_weight(parameter, self.config.optimizer) * shard)
+        ranks = {True: self.ranks, False: self.layout.stage_ranks}
+        shards = ((p.name, p.padded_shard_size(self.layout, ranks[self._is_sharded(p)])) for p in self.parameters)
+        self.hold_numbers(dict(shards))
 
     def begin_unit(self, unit: str, backward: bool = False) -> None:
         """Gather the unit unless it is held; with the core, this stage's layers."""

@@ -45,9 +45,10 @@ class Traffic:
     layer: dict[str, tuple[int, int]]
 
 
-# By `train.compile`. A mixture of experts, and what an iteration does besides its layers, is never compiled.
+# By `train.compile`. What an iteration does besides its layers is never compiled, and of a mixture of experts only a part is.
 UNCOMPILED = Traffic(2.6, 4.2, 26, {"gqa": (27, 36), "mla": (42, 65)})
 TRAFFIC = {"none": UNCOMPILED, "layers": Traffic(0.9, 2.0, 4, {"gqa": (5, 11), "mla": (5, 11)})}
+MIXTURE = Traffic(1.5, 2.5, 4, TRAFFIC["layers"].layer)
 # Kernels, in each pass, of a mixture, and of an iteration: a decay is made anew, signals and halting are small products.
 EXPERT_KERNELS, SIGNAL_KERNELS, PASS_KERNELS, STEP_KERNELS = 31, 15, 110, 20
 INJECTION_KERNELS = {"diagonal": 30, "residual": 30, "hyper": 30}
@@ -148,7 +149,8 @@ class StepKernels:
         mixture = core and self.model.core_ffn == "moe"
         kernels = self.traffic.layer[self.model.attention][backward] + mixture * EXPERT_KERNELS
         kept = sum(layer_kept_bytes(self.shape, index, core))
-        cost += self._move(_moved(UNCOMPILED if mixture else self.traffic, backward) * kept, kernels)
+        traffic = MIXTURE if mixture and self.traffic is not UNCOMPILED else self.traffic
+        cost += self._move(_moved(traffic, backward) * kept, kernels)
         if not core and self.shape.element_bytes < FLOAT32:
             cost += self._move(ROUND * sum(p.local_size(self.layout) for p in matrices), len(matrices))
         return cost

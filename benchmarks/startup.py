@@ -1,10 +1,10 @@
 """Start of one rank among thousands: seconds and memory until the model is built, sharded and has its initial weights.
 
 The rank is this process, in a process group of the fake backend: the other ranks do not exist, and collectives return at
-once. All else is a run's own code, with CPU tensors. "build" makes the model on the meta device, "mesh" the groups of ranks,
-"shard" FSDP2's shards and the optimizers, "fill" the initial weights of the rank's shard; "adds" is the peak of resident
-memory over what it was after the imports. A shard of more than --write-gb is allocated, which takes no memory, and written
-only up to there; the column "written" says so.
+once. All else is a run's own code, with CPU tensors, but for the hosts' groups (docs/SCALE.md). "build" makes the model on
+the meta device, "mesh" the groups of ranks, "shard" FSDP2's shards and the optimizers, "fill" the initial weights of the
+rank's shard: seconds of CPU time, one thread. "adds" is the peak of resident memory over what it was after the imports. A
+shard of more than --write-gb is allocated, which takes no memory, and written only up to there; "written" says how much.
 
     python benchmarks/startup.py                                       # a table of all presets on 16,384 ranks
     python benchmarks/startup.py --preset openmythos_1t --json
@@ -54,6 +54,13 @@ def load_preset(preset: str, world: int, settings: Sequence[str]) -> RunConfig:
     return load_config(MODELS / f"{preset}.yaml", [*words, f"train.global_batch={data}"])
 
 
+def count_parameters(preset: str) -> int:
+    """Return the number of parameters of a preset."""
+    with torch.device("meta"):
+        model = RecurrentDepthTransformer(load_config(MODELS / f"{preset}.yaml").model)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 class Start:
     """The start of one rank.
 
@@ -62,7 +69,7 @@ class Start:
         most_bytes: of the shard that are written.
 
     Attributes:
-        seconds: by stage.
+        seconds: of CPU time, by stage; nothing waits, so an idle machine takes as long.
         parameters: of the whole model.
         shard_bytes, written_bytes: of this rank's parameters, and of those that were written.
     """
@@ -74,10 +81,10 @@ class Start:
 
     @contextmanager
     def _time(self, stage: str, inside: str = "") -> Iterator[None]:
-        """Add the seconds of the block to a stage, and take them from the one that it is `inside`."""
-        begun = time.perf_counter()
+        """Add the CPU seconds of the block to a stage, and take them from the one that it is `inside`."""
+        begun = time.process_time()
         yield
-        passed = time.perf_counter() - begun
+        passed = time.process_time() - begun
         self.seconds[stage] += passed
         if inside:
             self.seconds[inside] -= passed
@@ -143,15 +150,17 @@ def main() -> None:
         print(json.dumps(measure(options)))
         return
     words = ["--world", str(options.world), "--rank", str(options.rank), "--write-gb", str(options.write_gb), "--json"]
-    presets = [options.preset] if options.preset else sorted(path.stem for path in MODELS.glob("*.yaml"))
-    rows = [run_fresh(__file__, "--preset", name, *words, "--set", *options.set) for name in presets]
-    rows.sort(key=lambda row: row["parameters"])
-    if options.json:
-        print(json.dumps(rows))
-        return
-    print(format_header(["preset", *COLUMNS], left=1))
-    for row in rows:
-        print(format_row([f"`{row['preset']}`", *(column(row) for column in COLUMNS.values())]))
+    presets = (
+        [options.preset]
+        if options.preset
+        else sorted((path.stem for path in MODELS.glob("*.yaml")), key=count_parameters)
+    )
+    if not options.json:
+        print(format_header(["preset", *COLUMNS], left=1), flush=True)
+    for preset in presets:
+        row = run_fresh(__file__, "--preset", preset, *words, "--set", *options.set)
+        line = format_row([f"`{preset}`", *(column(row) for column in COLUMNS.values())])
+        print(json.dumps(row) if options.json else line, flush=True)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def keep_better_result(
         return file
     if old is None or new.makes_up_for(old):
         return file
-    what = f"step {old.step}" if old.step != new.step else "this step with more examples, tasks or T"
+    what = f"step {old.step}" if old.step != new.step else "this step with more examples, tasks or T, or on other data,"
     print(f"{file} is of {what} and is kept; --out FILE writes the new result", flush=True)
     return None
 

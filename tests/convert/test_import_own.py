@@ -149,7 +149,7 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, finished: Path, mo
             tensor[0, 1] = value
         return tensor
 
-    monkeypatch.setattr(hf_export, "open_weights", lambda _: checkpoints.StoredWeights(opened.shapes, read))
+    monkeypatch.setattr(hf_export, "open_weights", lambda *_: checkpoints.StoredWeights(opened.shapes, read))
     with pytest.raises(CheckpointError, match=rf"{name} holds 1 numbers that are not finite, the first at \[0, 1\]"):
         convert(str(finished), str(tmp_path / "hf"), "hf")
     value = 3.4e38  # of float32 alone

@@ -154,7 +154,7 @@ class RecurrentCore(nn.Module):
             The state after each sequence's last iteration, (batch, sequence, dim), and a dictionary with the results of
             trained halting, empty without it.
         """
-        if self.ring is not None:
+        if self.ring is not None and runner is None and context.cache is None and context.states is None:
             return self._run_ring(self.ring, state, encoded, plan, context, monitor), {}
         reached = progress or LoopProgress()
         inputs = self.loop_inputs(encoded, plan, context) if reached.inputs is None else reached.inputs

@@ -12,12 +12,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from megatron_rdt.model import RecurrentDepthTransformer
+from megatron_rdt.model.forward_context import LayerContext
 from megatron_rdt.model.linear import GradientSum, Rounded, RoundedMatrix
 from megatron_rdt.parallel.dtensor_views import make_dtensor
 
 
 class AbsentLayer(nn.Module):
     """A core layer that another stage of the ring holds; it keeps the numbers of the others, and cannot be called."""
+
+    def token_values(self, context: LayerContext) -> None:
+        """Raise RuntimeError: an iteration in this process was asked for."""
+        raise RuntimeError(
+            "this process has some of the core's layers only (parallel.core_ring), so it cannot use exit rules, caches or "
+            "hidden states; load a checkpoint in one process"
+        )
 
 
 class StageWeights:

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -193,3 +194,11 @@ def compare_bfloat16(parallel: dict[str, Any], processes: int) -> dict[str, floa
         )
     )
     return {name: relative_difference(found[name], value) for name, value in expected.items()}
+
+
+def ask_for_hidden_states(parallel: dict[str, Any], processes: int) -> str:
+    """Ask a ring for the states of every iteration; return the error."""
+    engine = make(ParallelConfig(**{"engine": "fsdp", **parallel}), PLAIN, processes)
+    with pytest.raises(RuntimeError) as raised:
+        engine.module(make_tokens()[:2], 2, states=[])
+    return str(raised.value)

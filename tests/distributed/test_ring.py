@@ -6,7 +6,13 @@ from typing import Any
 import pytest
 
 from tests.distributed.processes import run_on_processes
-from tests.distributed.ring_worker import MODELS, compare_all, compare_bfloat16, exchange_checkpoints
+from tests.distributed.ring_worker import (
+    MODELS,
+    ask_for_hidden_states,
+    compare_all,
+    compare_bfloat16,
+    exchange_checkpoints,
+)
 
 CASES: dict[str, tuple[int, list[tuple[dict[str, Any], str]]]] = {
     "two stages": (2, [({"core_ring": 2}, "diagonal"), ({"core_ring": 2, "reduce": "per_micro_batch"}, "linear")]),
@@ -50,3 +56,10 @@ def test_a_ring_in_bfloat16_is_as_close_as_rounding_allows(processes: int) -> No
 def test_checkpoints_load_with_and_without_a_ring(tmp_path: Path) -> None:
     """Weights and moments of every stage are the same bits, and the next step has the same loss."""
     assert run_on_processes(exchange_checkpoints, 4, tmp_path, 4, 4, timeout=90) == [[]] * 4
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(60)
+def test_hidden_states_are_refused_with_a_sentence() -> None:
+    for error in run_on_processes(ask_for_hidden_states, 2, {"core_ring": 2}, 2, timeout=50):
+        assert "some of the core's layers only (parallel.core_ring)" in error

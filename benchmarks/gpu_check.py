@@ -21,6 +21,7 @@ from tools.options import make_parser, write_numbers
 from tools.tables import format_header, format_row
 
 SECTIONS: dict[str, Section] = {
+    "initial_weights": correctness.check_initial_weights,
     "layers": correctness.compare_attention,
     "repetition": correctness.check_repetition,
     "resume": correctness.check_resume,

@@ -25,7 +25,6 @@ from tools.tables import format_header, format_row
 
 from megatron_rdt.config import DepthConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig, load_config
 from megatron_rdt.config.layout import Layout
-from megatron_rdt.devices import DEVICES
 from megatron_rdt.environment import leave_process, quiet_libraries
 
 SEQUENCE, BATCH = 128, 2
@@ -41,7 +40,6 @@ MODES: dict[str, tuple[str, Any, int]] = {
 RESIDENT_LOOPS = 4
 RESIDENT = ("gqa dense float32 all kept", "gqa moe float32 all kept", "mla dense bfloat16 per_iteration")
 DEVICE_COUNTS = (8, 64, 512, 4096, 16384)
-SMALL_STEP, LARGE_STEP = 4 * 2**20, 16 * 2**20
 
 
 def make_cases(processes: int) -> dict[str, RunConfig]:
@@ -143,21 +141,14 @@ PRESET_COLUMNS = (
 PRESET_HEADER = f"| {PRESET_COLUMNS} |\n|---|---:|---:|---|---:|---|---:|---:|---:|"
 
 
-def plan_preset(path: Path) -> str:
+def format_preset(path: Path) -> str:
     """Plan one preset; return a Markdown row per number of devices."""
-    from megatron_rdt.planner.search import find_fastest_plan
+    from tools.preset_plans import plan_preset, step_tokens
 
-    device, sequence = DEVICES["h100"], load_config(path).train.sequence_length
-    lines, name = [], f"{path.stem}, {sequence:,}"
+    lines, name = [], f"{path.stem}, {load_config(path).train.sequence_length:,}"
     for devices in DEVICE_COUNTS:
-        tokens = SMALL_STEP if devices <= 512 else LARGE_STEP
-        options = {"sequence_length": sequence, "global_batch": tokens // sequence, "precision": "bfloat16"}
-        # AdamW for all: Muon is refused with tensor parallelism, which the search tries. Huginn drew one T for the
-        # micro-batches that all ranks ran at a time.
-        fixed = {"train": options, "optimizer.name": "adamw"}
-        config = load_config(path, fixed | ({"depth.per": "accumulation_step"} if "huginn" in path.stem else {}))
-        plan = find_fastest_plan(config, devices, device)
-        begin, name = f"| {name} | {devices:,} | {tokens / 2**20:.0f}M |", ""
+        plan = plan_preset(path, devices)
+        begin, name = f"| {name} | {devices:,} | {step_tokens(devices) / 2**20:.0f}M |", ""
         if plan is None or plan.time is None:
             lines.append(f"{begin} nothing fits | | | | | |")
             continue
@@ -178,7 +169,7 @@ def write_preset_table() -> None:
     text, mark = page.read_text(encoding="utf-8"), "<!-- made by benchmarks/planner.py --presets -->"
     rows = [PRESET_HEADER]
     for path in sorted((ROOT / "configs" / "models").glob("*.yaml")):
-        rows.append(plan_preset(path))
+        rows.append(format_preset(path))
         print(rows[-1], flush=True)
     page.write_text(text[: text.index(mark) + len(mark)] + "\n\n" + "\n".join(rows) + "\n", encoding="utf-8")
 

@@ -19,14 +19,22 @@ def run_check(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_sections_find_nothing_wrong_on_the_cpu(tmp_path: Path) -> None:
-    names = ["resume", "grouped", "generation", "waits", "rates", "fragmentation"]  # the others compile for minutes
+    names = [
+        "initial_weights",
+        "resume",
+        "grouped",
+        "generation",
+        "waits",
+        "rates",
+        "fragmentation",
+    ]  # the others compile for minutes
     ended = run_check(tmp_path / "found.json", "--dry_run", "--only", *names)
     assert ended.returncode == 0, ended.stdout + ended.stderr[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())
     assert list(found["sections"]) == names
     assert found["wrong"] == []
     passed = {name: {each["passed"] for each in found["sections"][name]["findings"]} for name in names}
-    assert passed["resume"] == passed["grouped"] == passed["generation"] == {True}
+    assert passed["initial_weights"] == passed["resume"] == passed["grouped"] == passed["generation"] == {True}
     assert all(f"| {name} |" in ended.stdout for name in names)
 
 

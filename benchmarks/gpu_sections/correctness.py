@@ -9,6 +9,7 @@ import torch
 from gpu_sections.machine import Finding, Machine, compare_gradients, freed_memory
 from megatron_rdt.inference import generate
 from megatron_rdt.model import CoreMonitor
+from megatron_rdt.model.initial_noise import normal_noise
 from megatron_rdt.model.moe import grouped_linear
 from megatron_rdt.parallel import Engine, MicroBatch
 from megatron_rdt.train.nonfinite_guard import is_step_finite
@@ -41,6 +42,14 @@ def take_gradients(engine: Engine, batch: list[MicroBatch]) -> tuple[float, dict
     gradients = engine.full_gradients()
     engine.discard_gradients()
     return loss, gradients
+
+
+def check_initial_weights(machine: Machine) -> Iterator[Finding]:
+    """The noise of initial weights: the same bits as on the CPU."""
+    index = torch.arange(1 << (12 if machine.dry else 24))
+    there = normal_noise(7, index.to(machine.device, copy=True), 0.02).cpu()
+    unequal = int((there != normal_noise(7, index, 0.02)).sum())
+    yield Finding("noise", f"{unequal} of {there.numel():,} numbers differ from the CPU's", unequal == 0)
 
 
 def compare_attention(machine: Machine) -> Iterator[Finding]:

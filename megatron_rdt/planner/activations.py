@@ -90,8 +90,7 @@ def _moe_kept_bytes(shape: Shape) -> float:
     if model.shared_width and (shape.element_bytes < FLOAT32 or (expert_parallel and split > 1)):
         kept += shape.activation_bytes(model.dim)
     kept += tokens * (FLOAT32 * (model.experts + 3 * rows) + (shape.element_bytes + 3 * INT64) * rows)
-    # Rows before and after sorting by expert, and on the way back; expert parallelism adds a copy at each exchange.
-    kept += shape.element_bytes * tokens * rows * model.dim * (6 if expert_parallel else 4)
+    kept += shape.element_bytes * tokens * rows * model.dim * 2  # rows sorted by expert, and the experts' outputs
     kept += shape.activation_bytes(rows * model.expert_width / split, 4)
     return kept + shape.activation_bytes(model.shared_width / split, 4)
 

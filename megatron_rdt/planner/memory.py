@@ -105,7 +105,7 @@ class StepReplay:
             self._rounded_bytes
         ):  # their sums of gradients are there before the loop; experts' begin in the backward pass
             rounded = (p.name for p in weights.parameters if p.is_rounded_once and not p.is_routed)
-            weights.add_gradients(*rounded)
+            weights.add_gradients(*rounded, summed=True)
         ledger.hold(OUTSIDE, activations.before_loop_kept_bytes(shape))
         self._loop_forward()
         weights.end_forward("core")

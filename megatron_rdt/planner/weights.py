@@ -72,12 +72,17 @@ class Weights:
     def end_forward(self, unit: str) -> None:
         """Record that a gathered unit is freed after its forward pass; no effect for whole weights."""
 
-    def add_gradients(self, *prefixes: str) -> None:
-        """Record the gradients just computed: those of pending parameters whose names begin with one of `prefixes`."""
+    def add_gradients(self, *prefixes: str, summed: bool = False) -> None:
+        """Record the gradients just computed: those of pending parameters whose names begin with one of `prefixes`.
+
+        Args:
+            prefixes: of parameters' names.
+            summed: they are sums of their own, also where a single iteration carries gradient.
+        """
         done = {name for name in self.pending if name.startswith(prefixes)}
         self.pending -= done
         size = FLOAT32 * sum(p.local_size(self.layout) for p in self.parameters if p.name in done)
-        self.hold_gradients(size, looped=self.summed and any(name.startswith("core.") for name in done))
+        self.hold_gradients(size, looped=(summed or self.summed) and any(name.startswith("core.") for name in done))
 
     def hold_gradients(self, size: float, looped: bool) -> None:
         """Record `size` bytes of gradients; after the first micro-batch only `looped` ones, as temporary sums."""

@@ -50,7 +50,7 @@ def test_a_rollback_that_was_killed_before_it_saved_counts(
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "save_checkpoint", killed)
+        patch.setattr(checkpoints, "stage_checkpoint", killed)
         with pytest.raises(RuntimeError, match="killed"):
             resume_run(run, configure, "--optimizer.lr=0.003", resume=str(checkpoint_path(run, 2)))
     assert list(read_losses(run)) == [1, 2, 3, 4]

@@ -25,7 +25,7 @@ def stopped(run: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch) ->
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "save_checkpoint", killed)
+        patch.setattr(checkpoints, "stage_checkpoint", killed)
         with pytest.raises(RuntimeError, match="killed"):
             resume_run(branch, configure, resume=str(checkpoint_path(run, 4)))
     assert list(read_losses(branch)) == [5, 6]

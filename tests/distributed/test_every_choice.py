@@ -37,6 +37,7 @@ COMBINATIONS: dict[str, dict[str, dict[str, Any]]] = {
             "scale_embedding": True,
             "state_init": "normal",
         },
+        "optimizer": {"state_dtype": "bfloat16", "ema": 0.9},
         "depth": {"scheme": "poisson", "per": "micro_batch", "backprop": 2, "checkpoint": "per_iteration"},
     },
     "parcae": {

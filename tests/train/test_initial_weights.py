@@ -58,7 +58,7 @@ def stop_before_saving(begin: Begin, monkeypatch: pytest.MonkeyPatch, *arguments
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "save_checkpoint", killed)
+        patch.setattr(checkpoints, "stage_checkpoint", killed)
         with pytest.raises(RuntimeError, match="killed"):
             begin(*arguments, **named)
 

@@ -124,7 +124,7 @@ def test_commands_use_it(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not (run / "eval.json").exists()
     capsys.readouterr()
     assert run_command(["eval", str(run), "--loops", "[2]", "--sequences", "4", "--weights", "ema"]) == 0
-    assert "eval.json is of the run's weights, so no eval.json was written" in capsys.readouterr().out
+    assert "eval.json is of the run's weights, so no eval.json is written" in capsys.readouterr().out
     assert not (run / "eval.json").exists()
     texts = {}
     for source, weights in ((run, "ema"), (export, "model"), (run, "model")):

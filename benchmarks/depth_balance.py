@@ -7,16 +7,14 @@ loss count as 12 iterations. T and k are those of a preset, one sequence per mic
 """
 
 import argparse
-from pathlib import Path
 
 import numpy as np
-from tools.options import make_parser, write_numbers
+from tools.options import MODELS, PRESETS, make_parser, write_numbers
 from tools.tables import format_header, format_row
 
 from megatron_rdt.config import load_config
 from megatron_rdt.depth import DepthSampler
 
-MODELS = Path(__file__).resolve().parents[1] / "configs" / "models"
 CHOICES = ("micro_batch", "sequence", "accumulation_step")
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 OUTSIDE, STEPS = 12, 20
@@ -37,7 +35,7 @@ def measure_balance(preset: str, per: str, ranks: int, micro_batches: int) -> fl
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser(__doc__, out=None)
-    parser.add_argument("--preset", choices=sorted(path.stem for path in MODELS.glob("*.yaml")), default="huginn_3_5b")
+    parser.add_argument("--preset", choices=PRESETS, default="huginn_3_5b")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 512])
     return parser.parse_args()
 

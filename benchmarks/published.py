@@ -8,10 +8,9 @@ names. The engine is the nearest of ours.
 
 import argparse
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from tools.options import make_parser, write_numbers
+from tools.options import MODELS, make_parser, write_numbers
 from tools.tables import format_header, format_row
 
 from megatron_rdt.config import load_config
@@ -19,8 +18,6 @@ from megatron_rdt.config.layout import Layout
 from megatron_rdt.devices import DEVICES
 from megatron_rdt.planner.run_plan import plan_depths
 from megatron_rdt.planner.step_time import step_time
-
-MODELS = Path(__file__).resolve().parents[1] / "configs" / "models"
 
 
 @dataclass(frozen=True)

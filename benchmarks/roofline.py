@@ -16,14 +16,13 @@ import argparse
 import json
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from tools.fake_cuda import install_fake_cuda
 from tools.fused_kernels import make_logging_backend
 from tools.operator_log import H100, Entry, OperatorLog
-from tools.options import make_parser, write_numbers
+from tools.options import MODELS, PRESETS, make_parser, write_numbers
 from tools.rates import count_training_flops
 from tools.tables import format_header, format_row
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -38,8 +37,6 @@ from megatron_rdt.model.compiling import compile_layers
 from megatron_rdt.parallel import MicroBatch, make_engine
 from megatron_rdt.parallel.process_group import allow_tf32
 from megatron_rdt.planner.kernels import LAUNCH_SECONDS, StepKernels
-
-MODELS = Path(__file__).resolve().parents[1] / "configs" / "models"
 
 
 @dataclass(frozen=True)
@@ -169,7 +166,7 @@ def print_details(numbers: dict[str, Any], lines: int) -> None:
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser(__doc__, out=None)
-    parser.add_argument("--preset", choices=sorted(path.stem for path in MODELS.glob("*.yaml")), help="default: CASES")
+    parser.add_argument("--preset", choices=PRESETS, help="default: CASES")
     parser.add_argument("--sequences", type=int, help="sequences of the micro-batch")
     parser.add_argument("--length", type=int, help="tokens per sequence")
     parser.add_argument("--loops", type=int, help="T")

@@ -17,13 +17,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from tools.fake_group import join_fake_group
-from tools.options import make_parser
+from tools.options import MODELS, PRESETS, make_preset_parser
 from tools.processes import run_fresh
 from tools.resident_memory import measure_growth
 from tools.tables import format_header, format_row
@@ -33,7 +32,6 @@ from megatron_rdt.config.layout import Layout
 from megatron_rdt.model import Block, RecurrentDepthTransformer, draw_initial_values
 from megatron_rdt.parallel import fsdp, make_engine
 
-MODELS = Path(__file__).resolve().parents[1] / "configs" / "models"
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "parameters, 10^9": lambda row: f"{row['parameters'] / 1e9:,.2f}",
     **{
@@ -138,23 +136,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Print one preset's numbers, or a table of all presets."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--preset", choices=sorted(path.stem for path in MODELS.glob("*.yaml")), help="one preset only")
-    parser.add_argument("--world", type=int, default=16_384, help="ranks")
+    parser = make_preset_parser(__doc__)
     parser.add_argument("--rank", type=int, default=0, help="number of the rank that starts")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further keys of the config")
     parser.add_argument("--write-gb", type=float, default=6.0, help="write shards up to this size")
-    parser.add_argument("--json", action="store_true", help="print numbers as JSON")
     options = parser.parse_args()
     if options.preset and options.json:
         print(json.dumps(measure(options)))
         return
     words = ["--world", str(options.world), "--rank", str(options.rank), "--write-gb", str(options.write_gb), "--json"]
-    presets = (
-        [options.preset]
-        if options.preset
-        else sorted((path.stem for path in MODELS.glob("*.yaml")), key=count_parameters)
-    )
+    presets = [options.preset] if options.preset else sorted(PRESETS, key=count_parameters)
     if not options.json:
         print(format_header(["preset", *COLUMNS], left=1), flush=True)
     for preset in presets:

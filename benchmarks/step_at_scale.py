@@ -17,14 +17,13 @@ import time
 import warnings
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from tools.fake_group import join_fake_group
 from tools.live_memory import LiveMemory
-from tools.options import make_parser
+from tools.options import MODELS, PRESETS, make_preset_parser
 from tools.preset_plans import plan_preset
 from tools.processes import run_fresh
 from tools.tables import format_header, format_row
@@ -42,7 +41,6 @@ from megatron_rdt.parallel.collective_counter import record_collectives, sum_by_
 from megatron_rdt.planner.memory import StepDepth, step_memory
 from megatron_rdt.planner.run_plan import plan_depths
 
-MODELS = Path(__file__).resolve().parents[1] / "configs" / "models"
 KINDS = ("h100", "h200", "b200")
 COLUMNS = [
     "preset",
@@ -151,15 +149,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Print one preset's numbers, or a table of all presets."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--preset", choices=sorted(path.stem for path in MODELS.glob("*.yaml")), help="one preset only")
-    parser.add_argument("--world", type=int, default=16_384, help="ranks")
-    parser.add_argument("--json", action="store_true", help="print numbers as JSON")
+    parser = make_preset_parser(__doc__)
     options = parser.parse_args()
     if options.preset and options.json:
         print(json.dumps(measure(options)))
         return
-    presets = [options.preset] if options.preset else sorted(path.stem for path in MODELS.glob("*.yaml"))
+    presets = [options.preset] if options.preset else PRESETS
     print(format_header(COLUMNS, left=3))
     rows = []
     for name in presets:

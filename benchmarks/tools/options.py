@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+MODELS = Path(__file__).resolve().parents[2] / "configs" / "models"
+PRESETS = sorted(path.stem for path in MODELS.glob("*.yaml"))
+
 SHARED: dict[str, dict[str, Any]] = {
     "loops": {"type": int, "nargs": "+", "help": "values of T"},
     "dim": {"type": int, "help": "width of the model"},
@@ -22,6 +25,15 @@ def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentPa
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", default=default, **SHARED[name])
+    return parser
+
+
+def make_preset_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser of a benchmark that makes each preset's row in a process of its own: --preset, --world and --json."""
+    parser = make_parser(description)
+    parser.add_argument("--preset", choices=PRESETS, help="one preset only")
+    parser.add_argument("--world", type=int, default=16_384, help="ranks")
+    parser.add_argument("--json", action="store_true", help="print numbers as JSON")
     return parser
 
 

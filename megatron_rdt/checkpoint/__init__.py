@@ -45,7 +45,7 @@ from megatron_rdt.checkpoint.restore import (
     restore_engine,
 )
 from megatron_rdt.checkpoint.weights import StoredWeights, check_weights_fit, open_weights, read_model_weights
-from megatron_rdt.checkpoint.write import check_writable, save_checkpoint, software_versions, stage_checkpoint
+from megatron_rdt.checkpoint.write import check_writable, software_versions, stage_checkpoint
 
 __all__ = [
     "BUFFERS",
@@ -88,7 +88,6 @@ __all__ = [
     "resolve_init",
     "restore_buffers",
     "restore_engine",
-    "save_checkpoint",
     "software_versions",
     "stage_checkpoint",
     "verify",

@@ -79,25 +79,6 @@ def software_versions(checkpoint_format: str) -> dict[str, str]:
     return versions
 
 
-def save_checkpoint(
-    engine: Engine,
-    run_directory: Path,
-    config_yaml: str,
-    trainer_state: dict[str, Any],
-    facts: dict[str, Any],
-    tokenizer_directory: Path | None,
-    keep: int,
-    rank_state: dict[str, Any] | None = None,
-    milestones: int = 0,
-) -> Path:
-    """Save a checkpoint, name it in `latest`, delete old ones; return its directory; every rank must call this.
-
-    Arguments and errors are those of `stage_checkpoint` and of the function that it returns.
-    """
-    words = engine, run_directory, config_yaml, trainer_state, facts, tokenizer_directory, keep, rank_state, milestones
-    return stage_checkpoint(*words, copy=False)()
-
-
 def stage_checkpoint(
     engine: Engine,
     run_directory: Path,
@@ -108,8 +89,7 @@ def stage_checkpoint(
     keep: int,
     rank_state: dict[str, Any] | None = None,
     milestones: int = 0,
-    *,
-    copy: bool,
+    copy: bool = False,
 ) -> Callable[[], Path]:
     """Take all that a checkpoint holds; return a function that saves it. Every rank must call both.
 

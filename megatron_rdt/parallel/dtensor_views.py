@@ -18,6 +18,11 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from megatron_rdt.model import Block
 
 
+def local_shard(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's shard of a tensor, sharing its memory, or the tensor itself if it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def make_dtensor(module: nn.Module, name: str, mesh: DeviceMesh, *placements: Shard | Replicate) -> None:
     """Make parameter `name` of `module` (on the meta device) a DTensor on a mesh, with a placement for each of its axes."""
     value = module._parameters[name]

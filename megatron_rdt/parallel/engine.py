@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from megatron_rdt.config import RunConfig
 from megatron_rdt.config.layout import Layout
@@ -24,6 +23,7 @@ from megatron_rdt.model import CoreMonitor, InitialValues, RecurrentDepthTransfo
 from megatron_rdt.model.activation_checkpointing import set_checkpointing
 from megatron_rdt.model.compiling import compile_layers
 from megatron_rdt.object_collectives import StoreMessages, rank_and_world_size
+from megatron_rdt.parallel.dtensor_views import local_shard
 from megatron_rdt.parallel.host_groups import HostGroups
 from megatron_rdt.parallel.process_group import limit_collectives
 from megatron_rdt.parallel.shard_files import FileRecords, RowList
@@ -238,7 +238,7 @@ class Engine(ABC):
     def local_weights(self) -> Iterator[torch.Tensor]:
         """Yield this rank's shard of each parameter, or all of it if it is not sharded."""
         for parameter in self.model.parameters():
-            yield parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            yield local_shard(parameter)
 
     @torch.no_grad()
     def has_finite_weights(self) -> bool:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from megatron_rdt.model import InitialValues, RecurrentDepthTransformer, draw_initial_values, reset_buffers
 from megatron_rdt.parallel.context_parallel import ContextParallel
-from megatron_rdt.parallel.dtensor_views import local_blocks
+from megatron_rdt.parallel.dtensor_views import local_blocks, local_shard
 from megatron_rdt.parallel.expert_parallel import expert_parameters, parallelize_experts, reduce_experts
 from megatron_rdt.parallel.mesh import Meshes, choose_sharded_dimension, make_meshes
 from megatron_rdt.parallel.tensor_parallel import parallelize_tensors
@@ -104,7 +104,7 @@ class FullyShardedEngine(TorchEngine):
         if self.config.optimizer.name == "muon":  # Muon collects whole matrices from shards of rows
             return None
         # With tensor parallelism, FSDP2 shards the local part.
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        local = local_shard(parameter)
         dim = choose_sharded_dimension(local.shape, self.layout.shard * self.layout.context)
         return Shard(dim) if dim else None
 

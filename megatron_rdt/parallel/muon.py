@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
+from megatron_rdt.parallel.dtensor_views import local_shard
 from megatron_rdt.parallel.rounded_adamw import restore_state_dtype
 
 # Coefficients of Jordan's quintic: steepest at 0, where small singular values are.
@@ -50,11 +51,6 @@ def orthogonalize(matrices: torch.Tensor, steps: int) -> torch.Tensor:
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     x = x.reshape(shape)
     return x.mT if tall else x
-
-
-def _local_shard(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's shard of a tensor, sharing its memory, or the tensor itself if it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _is_split_by_rows(parameter: torch.Tensor) -> bool:
@@ -127,7 +123,7 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(parameter, dtype=self._state_dtype)
         assert parameter.grad is not None
-        gradient, momentum = _local_shard(parameter.grad), _local_shard(state["momentum"])
+        gradient, momentum = local_shard(parameter.grad), local_shard(state["momentum"])
         advanced = momentum.to(gradient.dtype).lerp(gradient, 1 - group["momentum"])
         self._write_unless_skipped(momentum, advanced)
         direction = gradient.lerp(advanced, group["momentum"]) if group["nesterov"] else advanced
@@ -135,7 +131,7 @@ class Muon(torch.optim.Optimizer):
 
     def _apply_update(self, parameter: torch.Tensor, group: dict[str, Any], update: torch.Tensor) -> None:
         """Decay this rank's shard of the weights and subtract `update`, its orthogonal rows, scaled by lr."""
-        shard, lr = _local_shard(parameter), group["lr"]
+        shard, lr = local_shard(parameter), group["lr"]
         decayed = shard * (1 - lr * group["weight_decay"])
         scale = -lr * UPDATE_RMS * math.sqrt(max(parameter.shape[-2:]))
         self._write_unless_skipped(shard, decayed.add_(update, alpha=scale))
@@ -173,7 +169,7 @@ class Muon(torch.optim.Optimizer):
             sent[owner] = (piece, dist.scatter(piece, parts, group=process_group, group_src=owner, async_op=True))
         for (parameter, group), (piece, work) in zip(jobs, sent):
             work.wait()
-            self._apply_update(parameter, group, piece[: len(_local_shard(parameter))])
+            self._apply_update(parameter, group, piece[: len(local_shard(parameter))])
 
 
 def _pad_rows(piece: torch.Tensor, rows: int) -> torch.Tensor:

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
+
+from megatron_rdt.parallel.dtensor_views import local_shard
 
 STATE_DTYPE = torch.bfloat16
 # Constants of the integer hash "lowbias32" by C. Wellons, as signed numbers, since torch multiplies those.
@@ -91,8 +92,8 @@ class RoundedAdamW(torch.optim.Optimizer):
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(parameter, dtype=STATE_DTYPE)
         assert parameter.grad is not None
-        shard, gradient = _local_shard(parameter), _local_shard(parameter.grad)
-        first, second = _local_shard(state["exp_avg"]), _local_shard(state["exp_avg_sq"])
+        shard, gradient = local_shard(parameter), local_shard(parameter.grad)
+        first, second = local_shard(state["exp_avg"]), local_shard(state["exp_avg_sq"])
         (beta1, beta2), lr, step = group["betas"], group["lr"], state["step"] + 1
         new_first = first.float().lerp_(gradient, 1 - beta1)
         new_second = second.float().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
@@ -108,8 +109,3 @@ class RoundedAdamW(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         for old, new in changes:
             old.copy_(new if found_inf is None else torch.where(found_inf == 0, new, old))
-
-
-def _local_shard(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's shard of a tensor, sharing its memory, or the tensor itself if it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

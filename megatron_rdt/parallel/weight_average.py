@@ -5,7 +5,8 @@ a <- decay a + (1 - decay) w        after every step that is taken; a begins wit
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+
+from megatron_rdt.parallel.dtensor_views import local_shard
 
 EMA = "ema"  # folder of a checkpoint, and prefix of the names in it
 
@@ -25,7 +26,9 @@ class WeightAverage:
         self.decay = decay
         parameters = dict(model.named_parameters())
         self.tensors = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        self._pairs = [(_local(self.tensors[name]), _local(parameter)) for name, parameter in parameters.items()]
+        self._pairs = [
+            (local_shard(self.tensors[name]), local_shard(parameter.detach())) for name, parameter in parameters.items()
+        ]
 
     @torch.no_grad()
     def update(self, accepted: torch.Tensor | None) -> None:
@@ -35,8 +38,3 @@ class WeightAverage:
                 average.lerp_(weights, 1 - self.decay)
             else:  # with the weight 0 it stays as it is, bit for bit, and the host does not wait for the answer
                 average.lerp_(weights, (1 - self.decay) * accepted.to(average.dtype))
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's shard of a tensor, sharing its memory."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

@@ -32,7 +32,7 @@ def make_engine_by_name(name: str) -> Engine:
 def save(engine: Engine, run: Path, step: int) -> None:
     """Save a checkpoint of `step` whose parent is the step before."""
     facts = {"parent": f"step-{step - 1:08d}" if step > 1 else None}
-    checkpoints.save_checkpoint(engine, run, "{}", {"step": step}, facts, None, 0)
+    checkpoints.stage_checkpoint(engine, run, "{}", {"step": step}, facts, None, 0)()
 
 
 def describe_outcome(action: Callable[[], object]) -> str:

@@ -58,7 +58,7 @@ def save(engine: Engine, run: Path, step: int, parent: int | None) -> None:
     """Save a checkpoint of `step` that descends from `parent`."""
     facts = {"parent": f"step-{parent:08d}" if parent else None}
     config = dump_config(engine.config)
-    checkpoints.save_checkpoint(engine, run, config, {"step": step}, facts, run.parent / "tokenizer", KEEP)
+    checkpoints.stage_checkpoint(engine, run, config, {"step": step}, facts, run.parent / "tokenizer", KEEP)()
 
 
 def check_after_kill(engine: Engine, run: Path, before: int, step: int) -> str:

@@ -143,7 +143,7 @@ def test_weights_that_are_not_finite_are_unhealthy(configure: Configure, tmp_pat
             assert engine.has_finite_weights()
     for step, finite in ((1, True), (2, False)):
         facts = {"parent": None, "health": checkpoints.make_health(0, finite)}
-        checkpoints.save_checkpoint(engine, tmp_path, "{}", {"step": step}, facts, None, 1)
+        checkpoints.stage_checkpoint(engine, tmp_path, "{}", {"step": step}, facts, None, 1)()
     assert list_steps(tmp_path) == [1, 2], "the newest healthy one is kept beside the newest"
     assert checkpoints.newest_checkpoint(tmp_path) == checkpoint_path(tmp_path, 1)
 

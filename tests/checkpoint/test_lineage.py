@@ -110,7 +110,7 @@ def test_a_step_that_is_saved_again_keeps_its_parent(run: Path, configure: Confi
 
     def save(number: int, parent: int) -> None:
         facts = {"parent": f"step-{parent:08d}"}
-        checkpoints.save_checkpoint(engine, run, "{}", {"step": number}, facts, None, 4)
+        checkpoints.stage_checkpoint(engine, run, "{}", {"step": number}, facts, None, 4)()
 
     save(4, parent=4)  # resumed from 4 and stopped at once
     assert checkpoints.read_manifest(checkpoint_path(run, 4))["parent"] == "step-00000002"

@@ -22,7 +22,7 @@ def test_random_generators_are_restored(run: Path, configure: Configure, tmp_pat
     random.seed(6)
     np.random.seed(7)
     draw()  # an odd number of normal draws leaves a second one waiting in each generator
-    directory = checkpoints.save_checkpoint(engine, tmp_path, "{}", {"step": 1}, {}, None, 0)
+    directory = checkpoints.stage_checkpoint(engine, tmp_path, "{}", {"step": 1}, {}, None, 0)()
     expected = [draw(), draw()]
     restore_rank_rng(directory, 0)
     assert [draw(), draw()] == expected

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rdt.checkpoint import save_checkpoint
+from megatron_rdt.checkpoint import stage_checkpoint
 from megatron_rdt.compare.arms import Arm, ComparedRun, build_arms, build_runs, own_loops
 from megatron_rdt.compare.intervals import mean_loss
 from megatron_rdt.compare.measure import MEASUREMENT, measure_run, read_measurement, windows_at
@@ -35,7 +35,7 @@ def finished(configure: Callable[..., RunConfig], tiny_corpus: Path, tmp_path: P
             torch.nn.init.constant_(next(engine.model.parameters()), math.nan)
         state, facts = {"step": run.config.train.steps}, {"run_id": run.name, "parent": None}
         words = dump_config(run.config), state, facts, tiny_corpus / "tokenizer"
-        measure_run(run, save_checkpoint(engine, run.directory, *words, keep=0), SEQUENCES)
+        measure_run(run, stage_checkpoint(engine, run.directory, *words, keep=0)(), SEQUENCES)
     return arms, runs
 
 

@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,16 +24,36 @@ def tokenizer(tokenizer_folders: dict[str, Path]) -> Path:
     return tokenizer_folders["hf"]
 
 
-def test_a_damaged_or_foreign_source_is_refused(tmp_path: Path, tokenizer: Path) -> None:
-    weights = write_huginn(tmp_path / "huginn", tokenizer)
-    source, out, heads = tmp_path / "huginn", tmp_path / "out", HUGINN["num_attention_heads"]
-    settings, rows = json.loads((source / "config.json").read_text()), len(weights["transformer.wte.weight"])
+@dataclass
+class Huginn:
+    """A Huginn folder to be damaged.
 
-    def refused(message: str, error: type[Exception] = CheckpointError, to: str = "native") -> None:
+    Attributes:
+        source, out: the folder, and where its checkpoint would go.
+        settings, weights: what it holds.
+    """
+
+    source: Path
+    out: Path
+    settings: dict[str, Any]
+    weights: dict[str, torch.Tensor]
+
+    def refused(self, message: str, error: type[Exception] = CheckpointError, to: str = "native") -> None:
         with pytest.raises(error, match=message):
-            convert(str(source), str(out), to)
-        assert not out.exists()
+            convert(str(self.source), str(self.out), to)
+        assert not self.out.exists()
 
+
+@pytest.fixture
+def huginn(tmp_path: Path, tokenizer: Path) -> Huginn:
+    weights = write_huginn(tmp_path / "huginn", tokenizer)
+    settings = json.loads((tmp_path / "huginn" / "config.json").read_text())
+    return Huginn(tmp_path / "huginn", tmp_path / "out", settings, weights)
+
+
+def test_settings_that_do_not_fit_are_refused(huginn: Huginn) -> None:
+    source, out, settings, refused = huginn.source, huginn.out, huginn.settings, huginn.refused
+    heads, rows = HUGINN["num_attention_heads"], len(huginn.weights["transformer.wte.weight"])
     refused("has no optimizer state", ConfigError, "zero")
     for change, message in (
         ({"injection_type": "add"}, "injection_type is 'add'; of Huginn only"),
@@ -60,7 +82,10 @@ def test_a_damaged_or_foreign_source_is_refused(tmp_path: Path, tokenizer: Path)
             command([str(source), str(out), "--dry_run"])
     (source / "config.json").write_text("[]")
     refused("holds no JSON object")
-    (source / "config.json").write_text(json.dumps(settings))
+
+
+def test_damaged_weights_are_refused(huginn: Huginn) -> None:
+    source, weights, refused = huginn.source, huginn.weights, huginn.refused
     save_file({name: value * float("nan") for name, value in weights.items()}, source / "model.safetensors")
     refused(r"holds [\d,]+ numbers that are not finite, the first at \[0")
     last = weights["transformer.wte.weight"].clone()
@@ -72,6 +97,10 @@ def test_a_damaged_or_foreign_source_is_refused(tmp_path: Path, tokenizer: Path)
     content = (source / "model.safetensors").read_bytes()
     (source / "model.safetensors").write_bytes(content[: len(content) // 2])
     refused("is damaged")
+
+
+def test_an_index_that_does_not_fit_is_refused(huginn: Huginn) -> None:
+    source, weights, refused = huginn.source, huginn.weights, huginn.refused
     (source / "model.safetensors").unlink()
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
     refused("outside of its folder")
@@ -86,8 +115,11 @@ def test_a_damaged_or_foreign_source_is_refused(tmp_path: Path, tokenizer: Path)
     index["weight_map"]["transformer.wte.weight"] = index["weight_map"]["transformer.ln_f.weight"]
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(r"says that transformer\.wte\.weight is in model-0000\d-of-00002\.safetensors, which does not hold it")
-    for file in source.glob("model*"):
-        file.unlink()
+
+
+def test_what_is_no_state_dict_of_the_model_is_refused(huginn: Huginn) -> None:
+    source, weights, settings, refused = huginn.source, huginn.weights, huginn.settings, huginn.refused
+    (source / "model.safetensors").unlink()
     torch.save({1: torch.ones(2)}, source / "model.pt")
     refused("holds no state dict: a dictionary of tensors by name")
     torch.save(weights | {"transformer.wte.weight": torch.ones(())}, source / "model.pt")
@@ -97,7 +129,7 @@ def test_a_damaged_or_foreign_source_is_refused(tmp_path: Path, tokenizer: Path)
     save_file({name: value.contiguous() for name, value in qk_bias.items()}, source / "model.safetensors")
     refused("attn.qk_bias cannot be converted: index 1")
     with pytest.raises(CheckpointError, match=r"attn\.qk_bias cannot be converted: index 1"):
-        command([str(source), str(out), "--dry_run"])
+        command([str(source), str(huginn.out), "--dry_run"])
     (source / "model.safetensors").unlink()
     (source / "config.json").write_text(json.dumps(PARCAE | {"rope_settings": [1]}))
     torch.save(weights, source / "model.pt")
@@ -106,7 +138,7 @@ def test_a_damaged_or_foreign_source_is_refused(tmp_path: Path, tokenizer: Path)
     twice = {"module.transformer.wte.weight": weights["transformer.wte.weight"] + 1}
     torch.save(weights | twice, source / "model.pt")  # as many names, and one fewer without the wrapper
     refused("holds .*transformer.wte.weight and .*transformer.wte.weight, which are the same weight")
-    torch.save({"model": weights, "cfg": tmp_path}, source / "model.pt")  # a Path object: code would have to run
+    torch.save({"model": weights, "cfg": source}, source / "model.pt")  # a Path object: code would have to run
     refused("cannot be opened without running code")
 
 

@@ -40,9 +40,9 @@ def save_run(engine_name: str, tokenizer: Path, root: Path) -> Path:
     for buffer in persistent_buffers(engine.model).values():
         buffer.copy_(torch.arange(buffer.numel()).view_as(buffer) / 8)
     facts = {"run_id": engine_name, "parent": None}
-    return checkpoints.save_checkpoint(
+    return checkpoints.stage_checkpoint(
         engine, root / engine_name, dump_config(config), {"step": 5}, facts, tokenizer, keep=0
-    )
+    )()
 
 
 def take_weights(source: Path, engine_name: str, tokenizer: Path) -> tuple[Engine, InitialWeights]:

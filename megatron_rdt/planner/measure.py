@@ -66,17 +66,32 @@ class Allocations:
                     blocks.append((until, address, -size))
             elif event.name in self.peaks:
                 bounds[event.name] = event.start_time_ns, event.end_time_ns
-        # Replay allocations and frees in order of time. A block freed before the watch began has no size here.
-        sizes: dict[int, int] = {}
-        total = 0
-        for when, address, size in sorted(blocks, key=lambda block: block[0]):
-            total -= sizes.pop(address, 0)
-            if size > 0:
-                sizes[address] = size
-                total += size
-            for name, (start, end) in bounds.items():
-                if start <= when <= end:
-                    self.peaks[name] = max(self.peaks[name], total)
+        self.peaks |= _replay(sorted(blocks, key=lambda block: block[0]), bounds)
+
+
+def _replay(blocks: list[tuple[int, int, int]], bounds: dict[str, tuple[int, int]]) -> dict[str, int]:
+    """Return the peak of every window, given (time, address, size) of allocations and frees (size < 0) in order of time.
+
+    A block of a window that is left at its end counts no longer: a collective's thread has freed it, which no event says.
+    A block freed before the watch began has no size here.
+    """
+    older: dict[int, int] = {}  # address -> size, of blocks that are older than the window
+    recent: dict[int, int] = {}
+    peaks = dict.fromkeys(bounds, 0)
+    waiting = sorted((start, end, name) for name, (start, end) in bounds.items())
+    for when, address, size in blocks:
+        while waiting and when > waiting[0][1]:
+            recent.clear()
+            waiting.pop(0)
+        inside = bool(waiting) and when >= waiting[0][0]
+        older.pop(address, None)
+        recent.pop(address, None)
+        if size > 0:
+            (recent if inside else older)[address] = size
+        if inside:
+            name = waiting[0][2]
+            peaks[name] = max(peaks[name], sum(older.values()) + sum(recent.values()))
+    return peaks
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 # make quickstart   the whole main job on two processes, from raw text to a report
 # make lint         formatting, lint, types
 # make test-fast    the tests that start no processes and take no long (under two minutes on 2 cores)
-# make test         lint, then all tests but those that need Slurm
+# make test         lint, then all tests but those that need Slurm or inject faults
 # make test-cluster the same for what needs Slurm
+# make test-faults  kills, cuts, full disks: every row of the fault table of docs/OPERATIONS.md
 # make test-parity  against the code of other projects; installs open-mythos and megatron-core (put Parcae and Huginn on PYTHONPATH)
 # make test-exports exports under the newest transformers, 5.0 and 4.57, with PEFT, TRL, accelerate, lm_eval, in environments made in build/
 # make test-vllm    exports served by vLLM for CPUs, in an environment made in build/
@@ -15,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart lint test-fast test test-cluster test-parity test-exports test-vllm fuzz bench gpu-check
+.PHONY: install quickstart lint test-fast test test-cluster test-faults test-parity test-exports test-vllm fuzz bench gpu-check
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -40,10 +41,14 @@ lint: install
 	$(BIN)/mypy
 
 test-fast: install
-	$(PYTEST) -m "not cluster and not distributed and not slow"
+	$(PYTEST) -m "not cluster and not distributed and not faults and not slow"
 
 test: lint
-	$(PYTEST) -m "not cluster"
+	$(PYTEST) -m "not cluster and not faults"
+
+# One after the other: what a fault costs is measured.
+test-faults: install
+	$(BIN)/python -m pytest --verbose -m faults tests/faults
 
 SLURM := command -v sbatch && command -v slurmctld && command -v slurmd && command -v munged
 test-cluster: export PATH := $(PATH):/usr/sbin:/sbin

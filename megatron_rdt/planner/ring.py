@@ -1,9 +1,9 @@
 """Traffic and bubble of a loop ring, from its schedule."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
-from megatron_rdt.config import ModelConfig, RunConfig
+from megatron_rdt.config import DepthConfig, ModelConfig, RunConfig
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.depth import DepthSampler
 from megatron_rdt.parallel.ring_schedule import schedule_ring
@@ -50,29 +50,41 @@ def stage_parameters(config: RunConfig, layout: Layout) -> list[Parameter]:
     return [p for p in list_parameters(config.model) if p.name.startswith(first)]
 
 
-def list_ring_bubbles(config: RunConfig, layout: Layout) -> Iterator[tuple[int, int, int, int]]:
-    """Yield ticks and visits per stage, forward and backward, of a ring's passes in the first steps of a run.
+@lru_cache(maxsize=64)
+def _sum_ticks(depth: DepthConfig, seed: int, batch: int, own: int, layout: Layout) -> tuple[int, int, int, int]:
+    """Sum ticks and visits per stage, forward and backward, of a ring's passes in the first steps of a run.
 
     They are those of the run's own draws of T: with one T for all sequences, the same in every step but for T.
+
+    Args:
+        depth, seed: of the run.
+        batch: sequences of a step.
+        own: sequences of a micro-batch of one process.
+        layout: of the processes.
     """
-    sampler, own = DepthSampler(config.depth, config.run.seed), config.train.micro_batch
-    share = config.train.global_batch // layout.data
+    sampler, share = DepthSampler(depth, seed), batch // layout.data
     owners = [stage for stage in range(layout.ring) for _ in range(own)]
+    ticks = visits = ticks_back = visits_back = 0
     for step in range(DRAWN_STEPS):
         k = sampler.backprop_at(step)
+        drawn = sampler.draw_loops(step, range(batch), own, share // own)
         for first in range(0, share, own):
-            loops: list[int] = []
-            for rank in layout.ring_data_ranks(0):
-                rows = range(rank * share + first, rank * share + first + own)
-                loops += sampler.draw_loops(step, rows, own, share // own)
+            starts = (rank * share + first for rank in layout.ring_data_ranks(0))
+            loops = [t for start in starts for t in drawn[start : start + own]]
             counted = [t if k is None else min(t, k) for t in loops]
             forward, backward = (schedule_ring(layout.ring, laps, owners) for laps in (loops, counted))
-            yield forward.ticks, sum(loops), backward.ticks, sum(counted)
+            ticks, visits = ticks + forward.ticks, visits + sum(loops)
+            ticks_back, visits_back = ticks_back + backward.ticks, visits_back + sum(counted)
+    return ticks, visits, ticks_back, visits_back
 
 
 def ring_bubbles(config: RunConfig, layout: Layout) -> tuple[float, float]:
     """Return the shares of the forward and the backward passes of the ring in which a stage is idle; 0 without a ring."""
     if layout.ring == 1:
         return 0.0, 0.0
-    ticks, visits, ticks_back, visits_back = map(sum, zip(*list_ring_bubbles(config, layout)))
+    train = config.train
+    # The other axes do not matter, and a search asks about all of them.
+    data = Layout(replicate=layout.replicate, shard=layout.shard, ring=layout.ring)
+    sums = _sum_ticks(config.depth, config.run.seed, train.global_batch, train.micro_batch, data)
+    ticks, visits, ticks_back, visits_back = sums
     return 1 - visits / ticks, 1 - visits_back / ticks_back

@@ -1,9 +1,9 @@
 """Search the arrangement of a run over devices with the shortest expected step among those that fit in memory."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_rdt.config import RunConfig
 from megatron_rdt.config.engines import PROPOSED
@@ -23,7 +23,7 @@ SAME = 0.01  # arrangements whose times differ by less than this share are equal
 
 
 def list_arrangements(config: RunConfig, devices: int) -> Iterator[dict[str, Any]]:
-    """Yield options of `parallel` and `depth` to try, by dotted name; some do not work on that many devices."""
+    """Yield options of `parallel` and `depth` to try, by dotted name, without a ring; some do not work on that many devices."""
     experts = (*EXPERT, config.model.experts) if config.model.core_ffn == "moe" else (1,)
     replicas = [1, *(devices // size for size in SHARDED if devices > size)]
     policies = [name for name in run_plan.checkpoint_policies() if name != "selective"]
@@ -36,9 +36,19 @@ def list_arrangements(config: RunConfig, devices: int) -> Iterator[dict[str, Any
                 "parallel.expert": expert,
                 "parallel.replicate": replicate,
                 "parallel.core_gather": gather,
+                "parallel.core_ring": 1,
                 "parallel.reduce": reduce,
                 "depth.checkpoint": checkpoint,
             }
+
+
+def list_rings(config: RunConfig, devices: int) -> Iterator[dict[str, Any]]:
+    """Yield options as `list_arrangements` does, of loop rings whose stages have equally many of the core's layers."""
+    layers = config.model.core_layers
+    stages = [number for number in range(2, layers + 1) if layers % number == 0 and devices % number == 0]
+    for options in list_arrangements(config, devices):
+        if options["parallel.context"] == options["parallel.expert"] == 1 and options["parallel.core_gather"] == "once":
+            yield from ({**options, "parallel.core_ring": ring} for ring in stages)
 
 
 def _arrange(config: RunConfig, devices: int) -> tuple[RunConfig, Layout] | None:
@@ -63,20 +73,25 @@ def _fits(config: RunConfig, layout: Layout, device: Device, depth: StepDepth) -
     return ledger.total <= limit and run_plan.largest_step_memory(config, layout, device, depth).peak <= limit
 
 
-def find_fastest_plan(
-    config: RunConfig, devices: int, device: Device, utilisation: float = 0.0
-) -> run_plan.RunPlan | None:
-    """Return the plan with the shortest expected step that fits in memory; None if no arrangement tried does.
+class _Fastest(NamedTuple):
+    """The fastest arrangement so far: its config, None before the first, its seconds per step, and those of communication."""
 
-    Args:
-        config: the run's config; its global batch stays as it is.
-        devices: number of devices.
-        device: kind of device.
-        utilisation: see `make_plan`.
-    """
+    config: RunConfig | None
+    expected: float
+    sent: float
+
+
+def _find_faster(
+    config: RunConfig,
+    devices: int,
+    device: Device,
+    utilisation: float,
+    arrangements: Iterable[dict[str, Any]],
+    best: _Fastest,
+) -> _Fastest:
+    """Return the fastest arrangement that fits of those given and `best`."""
     loops, with_grad, deepest = run_plan.plan_depths(config.depth)
-    best, shortest, least = None, math.inf, math.inf
-    for options in list_arrangements(config, devices):
+    for options in arrangements:
         smallest = _arrange(run_plan.with_options(config, {**options, "train.micro_batch": MICRO_BATCHES[-1]}), devices)
         if smallest is not None and not _fits(*smallest, device, deepest):
             continue
@@ -89,10 +104,30 @@ def find_fastest_plan(
             # Smaller micro-batches take longer still. Of equally fast arrangements the one that communicates least stays,
             # and of those the first, the simplest: what is hidden today may not be on a busy network.
             spent = time.hidden + time.exposed
-            faster = time.expected < (1 - SAME) * shortest
-            if not faster and (time.expected > (1 + SAME) * shortest or spent >= (1 - SAME) * least):
+            faster = time.expected < (1 - SAME) * best.expected
+            if not faster and (time.expected > (1 + SAME) * best.expected or spent >= (1 - SAME) * best.sent):
                 break
             if _fits(other, layout, device, deepest):
-                best, shortest, least = other, min(time.expected, shortest), spent
+                best = _Fastest(other, min(time.expected, best.expected), spent)
                 break
-    return None if best is None else run_plan.make_plan(best, devices, device, utilisation, advise=False)
+    return best
+
+
+def find_fastest_plan(
+    config: RunConfig, devices: int, device: Device, utilisation: float = 0.0
+) -> run_plan.RunPlan | None:
+    """Return the plan with the shortest expected step that fits in memory; None if no arrangement tried does.
+
+    Loop rings are tried where the core cannot be gathered once.
+
+    Args:
+        config: the run's config; its global batch stays as it is.
+        devices: number of devices.
+        device: kind of device.
+        utilisation: see `make_plan`.
+    """
+    best = _Fastest(None, math.inf, math.inf)
+    best = _find_faster(config, devices, device, utilisation, list_arrangements(config, devices), best)
+    if best.config is None or best.config.parallel.core_gather != "once":
+        best = _find_faster(config, devices, device, utilisation, list_rings(config, devices), best)
+    return None if best.config is None else run_plan.make_plan(best.config, devices, device, utilisation, advise=False)

@@ -12,6 +12,7 @@ from megatron_rdt.parallel.ring_schedule import schedule_ring
 from megatron_rdt.planner.plan_report import format_plan
 from megatron_rdt.planner.ring import ring_bubbles, ring_traffic
 from megatron_rdt.planner.run_plan import make_plan, with_options
+from megatron_rdt.planner.search import find_fastest_plan, list_arrangements, list_rings
 
 CONFIG = RunConfig(
     model=ModelConfig(dim=64, core_layers=4, heads=4),
@@ -59,3 +60,25 @@ def test_a_core_of_70_billion_fits_on_64_gpus(repository: Path) -> None:
     assert "bubble of the ring" in text
     once = with_options(config, {"parallel.core_ring": 1})
     assert not make_plan(once, 64, DEVICES["h100"], advise=False).fits
+
+
+def test_the_search_finds_the_ring_of_a_core_that_cannot_be_gathered(repository: Path) -> None:
+    config = load_config(repository / "configs" / "cluster" / "loop_ring_70b.yaml", {"parallel.core_ring": 1})
+    found = find_fastest_plan(config, 64, DEVICES["h100"])
+    assert found is not None
+    assert found.fits
+    assert found.layout.ring > 1
+    assert found.time is not None
+    stated = make_plan(with_options(config, {"parallel.core_ring": 32}), 64, DEVICES["h100"], advise=False)
+    assert stated.time is not None
+    assert found.time.expected <= 1.01 * stated.time.expected
+
+
+def test_rings_are_tried_for_layers_that_divide_and_only_where_gathering_once_does_not_fit() -> None:
+    config = replace(CONFIG, model=replace(CONFIG.model, core_layers=6))
+    assert {options["parallel.core_ring"] for options in list_rings(config, 36)} == {2, 3, 6}
+    assert {options["parallel.core_ring"] for options in list_rings(config, 8)} == {2}
+    assert {options["parallel.core_ring"] for options in list_arrangements(config, 36)} == {1}
+    found = find_fastest_plan(config, 8, DEVICES["h100"])
+    assert found is not None
+    assert found.layout.ring == 1

@@ -12,10 +12,13 @@ import math
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_rdt.config.deepspeed import deepspeed_config
 from megatron_rdt.environment import keep_deepspeed_on_cpu
@@ -110,7 +113,10 @@ class ZeroEngine(Engine):
         if self.device.type == "cpu":
             keep_deepspeed_on_cpu()
         deepspeed = import_deepspeed()
-        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+        # DeepSpeed makes groups without a limit, which get torch's: half an hour for gloo, ten minutes for NCCL.
+        limit = timedelta(seconds=self.timeout_s)
+        deepspeed.comm.comm.cdb.new_group = partial(dist.new_group, timeout=limit, group_desc="deepspeed")
         config = deepspeed_config(self.config, self.world_size)
         check_deepspeed_accepts(config, deepspeed)
         self.configure_model(model)

@@ -8,17 +8,15 @@ from typing import Any, NoReturn
 from launch.pretrain import main
 from megatron_rdt.model.core import RecurrentCore
 
-CALLS = 8  # of the core's iteration, before the rank hangs
 
-
-def train_with_hang(words: Sequence[str], rank: int) -> NoReturn:
-    """Run the training script; `rank` hangs in an iteration of the core, in the middle of a step."""
+def train_with_hang(words: Sequence[str], rank: int, calls: int) -> NoReturn:
+    """Run the training script; `rank` hangs after `calls` iterations of the core, in the middle of a step."""
     if int(os.environ["RANK"]) == rank:
-        iterate, calls = RecurrentCore.iterate, [0]
+        iterate, done = RecurrentCore.iterate, [0]
 
         def wait(self: RecurrentCore, *arguments: Any, **named: Any) -> Any:
-            calls[0] += 1
-            if calls[0] > CALLS:
+            done[0] += 1
+            if done[0] > calls:
                 time.sleep(1000)
             return iterate(self, *arguments, **named)
 

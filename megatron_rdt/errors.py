@@ -34,6 +34,19 @@ class CheckpointError(RdtError):
     """A checkpoint is missing, damaged, or belongs to another model."""
 
 
+class SaveError(CheckpointError):
+    """A checkpoint could not be written; the same on all ranks, and earlier ones are untouched.
+
+    Attributes:
+        problem: sentences on what failed and why.
+        remedy: a clause on what to do about it.
+    """
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(f"{problem} {remedy}, then start again with --resume auto.")
+        self.problem, self.remedy = problem, remedy
+
+
 class TrainingError(RdtError):
     """Training cannot continue, for example because gradients stay non-finite."""
 

@@ -6,6 +6,7 @@ A run that goes back to an older checkpoint starts a new branch there; the branc
 its steps may be higher. `rollback.json` records such a return until the run saves again.
 """
 
+import functools
 import json
 import logging
 import os
@@ -79,8 +80,14 @@ def read_manifests(run_directory: Path) -> Manifests:
                 manifests[name] = read_manifest(directory)
             except CheckpointError as error:
                 if directory.exists():  # else a trainer that runs has just deleted it
-                    logger.warning("skipping: %s", error)
+                    warn_once(f"skipping: {error}")
     return manifests
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Warn of a checkpoint, once per process: every save looks at all of them again."""
+    logger.warning("%s", message)
 
 
 def list_complete_checkpoints(run_directory: Path) -> list[Path]:

@@ -85,6 +85,16 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return document
 
 
+def find_foreign_version(directory: Path) -> int | None:
+    """Return the version of a checkpoint's format if it is another than this package writes; None if it has no such."""
+    try:
+        document = read_json(directory / MANIFEST)
+    except (OSError, ValueError):
+        return None
+    version = document.get("version") if isinstance(document, dict) and document.get("format") == FORMAT else None
+    return version if _is_count(version) and version != VERSION else None
+
+
 def _find_wrong_entry(document: dict[str, Any]) -> str | None:
     """Describe the first entry of a manifest that is not of the kind that is written there; None if all are."""
     for key, is_right in ENTRIES.items():

@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 
 from megatron_rdt.checkpoint.health import find_problems, find_proven
-from megatron_rdt.checkpoint.lineage import order_by_lineage, read_manifests, read_rollback
+from megatron_rdt.checkpoint.lineage import Manifests, order_by_lineage, read_manifests, read_rollback, warn_once
+from megatron_rdt.checkpoint.manifest import TAKE_OLDER, find_foreign_version, verify_files
+from megatron_rdt.errors import CheckpointError
 from megatron_rdt.run_directory import CHECKPOINTS
 
 MILESTONE = "milestone"  # in a manifest: saved to be kept for good
@@ -22,7 +24,8 @@ def is_milestone(step: int, milestones: int) -> bool:
 def list_expired_checkpoints(run_directory: Path, keep: int, milestones: int = 0) -> list[Path]:
     """List the checkpoints that are not to be kept, the first to delete first; none where `keep` is 0.
 
-    Whatever `keep` is, no good weights go before there are newer good ones.
+    Whatever `keep` is, no good weights go before there are newer good ones. So a checkpoint with a file that is missing or
+    cut short is none of the `keep`; it is not listed either, but left to whoever looks into the damage.
 
     Args:
         run_directory: `runs/<name>`.
@@ -33,6 +36,28 @@ def list_expired_checkpoints(run_directory: Path, keep: int, milestones: int = 0
     if keep <= 0:
         return []
     manifests = read_manifests(run_directory)
+    sound: set[str] = set()
+    while True:  # only the ones that are to stay are looked at: those before them mostly go
+        names, kept = _choose_kept(run_directory, manifests, keep, milestones)
+        damaged = {name for name in kept - sound if not _has_all_files(run_directory / CHECKPOINTS / name, manifests)}
+        if not damaged:
+            return [run_directory / CHECKPOINTS / name for name in names if name not in kept]
+        sound |= kept - damaged
+        manifests = {name: manifest for name, manifest in manifests.items() if name not in damaged}
+
+
+def _has_all_files(directory: Path, manifests: Manifests) -> bool:
+    """Return True if every file of a checkpoint is there with its size; the bytes are not read. Else warn."""
+    try:
+        verify_files(directory, manifests[directory.name]["files"].items(), hashes=False)
+    except CheckpointError as error:
+        warn_once(f"{str(error).removesuffix(TAKE_OLDER)}An older one is kept in its place.")
+        return False
+    return True
+
+
+def _choose_kept(run_directory: Path, manifests: Manifests, keep: int, milestones: int) -> tuple[list[str], set[str]]:
+    """Return the names of checkpoints in the order of their lineage, and those that are to be kept."""
     names = order_by_lineage(manifests, read_rollback(run_directory))
     problems, proven = find_problems(manifests), find_proven(manifests)
     healthy = [name for name in names if name not in problems]
@@ -47,7 +72,33 @@ def list_expired_checkpoints(run_directory: Path, keep: int, milestones: int = 0
     for name in healthy:
         if manifests[name].get(MILESTONE) or is_milestone(int(manifests[name]["step"]), milestones):
             kept.add(name)
-    return [run_directory / CHECKPOINTS / name for name in names if name not in kept]
+    return names, kept
+
+
+def make_room(directory: Path) -> Path | None:
+    """Rename a checkpoint whose name a new one is to get: that of the same step of an abandoned branch.
+
+    One that another version of this package wrote gets a name that is never deleted.
+
+    Returns:
+        The hidden directory, to be deleted when the new one is in its place; None if there is nothing to delete.
+    """
+    if not os.path.lexists(directory):
+        return None
+    version = find_foreign_version(directory)
+    if version is None:
+        return hide_checkpoint(directory)
+    aside = directory.with_name(f"{directory.name}-version-{version}")
+    if os.path.lexists(aside):
+        return hide_checkpoint(directory)
+    directory.rename(aside)
+    logger.warning(
+        "%s has version %d of the format, which this version cannot read; it is kept as %s",
+        directory,
+        version,
+        aside.name,
+    )
+    return None
 
 
 def hide_checkpoint(directory: Path) -> Path:

@@ -28,16 +28,17 @@ from megatron_rdt.checkpoint.retention import (
     delete_expired_checkpoints,
     delete_hidden,
     delete_leftovers,
-    hide_checkpoint,
     is_milestone,
+    make_room,
 )
 from megatron_rdt.data.tokenizer.tokenizer_files import copy_tokenizer_files
-from megatron_rdt.errors import CheckpointError, RdtError
+from megatron_rdt.errors import CheckpointError, RdtError, SaveError
 from megatron_rdt.files import atomic_open, explain_write_failure, fsync_directory, hash_durably, open_hashed
 from megatron_rdt.object_collectives import raise_on_all_ranks
 from megatron_rdt.parallel import Engine, WrittenState
 from megatron_rdt.parallel.shard_files import FileRecords
 from megatron_rdt.run_directory import CHECKPOINTS, LATEST, name_checkpoint
+from megatron_rdt.terminal import format_count
 
 T = TypeVar("T")
 
@@ -90,6 +91,7 @@ def stage_checkpoint(
     rank_state: dict[str, Any] | None = None,
     milestones: int = 0,
     copy: bool = False,
+    expected_bytes: int = 0,
 ) -> Callable[[], Path]:
     """Take all that a checkpoint holds; return a function that saves it. Every rank must call both.
 
@@ -107,10 +109,10 @@ def stage_checkpoint(
         rank_state: the data state of this rank, tensors and plain values; on every rank, or on none.
         milestones: checkpoints of steps that are a multiple of it are kept for good; 0: none.
         copy: the state into host memory, so that training may change it before the function is called.
+        expected_bytes: that the checkpoint takes, for messages; 0: not known.
 
     Raises:
-        CheckpointError: on every rank, when any rank could not write; earlier checkpoints are untouched. Of what fails
-            here on one rank, the returned function tells all.
+        SaveError: on every rank, when any could not write. Of what fails here on one, the returned function tells all.
     """
     step = int(trainer_state["step"])
     parent = run_directory / CHECKPOINTS
@@ -154,7 +156,7 @@ def stage_checkpoint(
         engine.remember_state()
         return final
 
-    save = _CollectiveSave(engine, temporary, final)
+    save = _CollectiveSave(engine, temporary, final, expected_bytes)
     save.run_on_rank_0(make_folders)
     staged = _keep_failure(stage)
     return finish
@@ -204,10 +206,11 @@ class _CollectiveSave:
         engine: says which rank this is, and has the messages.
         temporary: the directory that is written; removed when an action fails.
         final: the name it will get, for messages.
+        expected_bytes: that it takes, for messages; 0: not known.
     """
 
-    def __init__(self, engine: Engine, temporary: Path, final: Path) -> None:
-        self.engine, self.temporary, self.final = engine, temporary, final
+    def __init__(self, engine: Engine, temporary: Path, final: Path, expected_bytes: int) -> None:
+        self.engine, self.temporary, self.final, self.expected_bytes = engine, temporary, final, expected_bytes
 
     def run_on_rank_0(self, action: Callable[[], None]) -> None:
         """Run an action on rank 0 while the others wait; raise its failure on all ranks."""
@@ -246,10 +249,11 @@ class _CollectiveSave:
             shutil.rmtree(self.temporary, ignore_errors=True)
         if isinstance(reason, RdtError):
             raise reason
-        remedy = "Free space" if "the disk is" in reason else f"Make {self.final.parent} writable"
-        raise CheckpointError(
-            f"could not save {self.final}: {reason}. Earlier checkpoints are untouched. {remedy}, or move the run to "
-            "another disk and name that with --run.root, then start again with --resume auto."
+        room = f" (a checkpoint takes about {format_count(self.expected_bytes)}B)" if self.expected_bytes else ""
+        remedy = f"Free space{room}" if "the disk is" in reason else f"Make {self.final.parent} writable"
+        raise SaveError(
+            f"could not save {self.final}: {reason}. Earlier checkpoints are untouched.",
+            f"{remedy}, or move the run to another disk and name that with --run.root",
         )
 
 
@@ -263,7 +267,7 @@ def _publish_directory(temporary: Path, final: Path, run_directory: Path, files:
         file.write(final.name + "\n")
         file.flush()
         os.fsync(file.fileno())
-        replaced = hide_checkpoint(final) if os.path.lexists(final) else None  # the same step of an abandoned branch
+        replaced = make_room(final)
         try:
             temporary.rename(final)
         except OSError:

@@ -156,6 +156,11 @@ class OptimizerConfig:
     core_lr_scale: float = option(0.5, above=0)
     """muon: learning rate of the matrices that every iteration reuses, as a multiple of `lr`."""
 
+    @property
+    def state_bytes(self) -> int:
+        """Largest number of bytes that a checkpoint holds per parameter: float32 weight, two moments, average."""
+        return 4 + 2 * (2 if self.state_dtype == "bfloat16" else 4) + (4 if self.ema else 0)
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -223,7 +228,9 @@ class CheckpointConfig:
     milestones: int = option(0, at_least=0)
     """Keep the healthy checkpoint of every n-th step for good, beside those of `keep`; a multiple of `every`. 0: none."""
     asynchronous: bool = False
-    """Copy the state into host memory and train on while it is written; a failed save ends the run within two steps."""
+    """Copy the state into host memory and train on while it is written; a failed save is noticed within two steps."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """Reaction to a checkpoint that cannot be written, because the disk is full, for example. stop: end the run; continue: warn, train on, and try again when the next one is due. The checkpoint of the last step, or of a run that is asked to stop, has to be written in either case."""
 
 
 @dataclass(frozen=True)

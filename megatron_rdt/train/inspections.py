@@ -5,6 +5,7 @@ samples are collective where parameters are sharded, so ranks agree after every 
 the others wait for it.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import TypeVar
@@ -119,7 +120,9 @@ class Inspections:
         for line in lines:
             self.print_line(f"step {step}: {line}")
         record = make_evaluation_record(step, tokens, losses, by_corpus, scores)
-        earlier = (recorder.run_directory / "eval.jsonl").read_text(encoding="utf-8").splitlines()
+        earlier: list[str] = []
+        with contextlib.suppress(OSError):  # moved away, or on a disk that fails: then an alarm may begin anew
+            earlier = (recorder.run_directory / "eval.jsonl").read_text(errors="replace").splitlines()
         for alarm in find_evaluation_alarms(step, losses, self._expected_loops, earlier):
             record["alarms"] = {alarm.name: {"value": alarm.value, "bound": alarm.bound}}
             self.print_line(f"step {step}: {alarm}")

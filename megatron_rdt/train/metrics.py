@@ -1,9 +1,6 @@
 """Records of a run: metrics.jsonl (one object per step), eval.jsonl, samples.jsonl, TensorBoard, the console line."""
 
 import contextlib
-import json
-import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,17 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rdt.config.batch_schedule import BatchSchedule
-from megatron_rdt.errors import TrainingError
 from megatron_rdt.evaluate.loss import EVALUATION, format_window_counts
-from megatron_rdt.evaluate.result_files import EVENT_FOLDERS, replace_nonfinite
+from megatron_rdt.evaluate.result_files import EVENT_FOLDERS
 from megatron_rdt.evaluate.tasks import Row, find_nearest_loops, name_accuracies
 from megatron_rdt.files import TEMPORARY_SUFFIX, describe_damaged_lines, read_json_lines, write_bytes
 from megatron_rdt.run_directory import TENSORBOARD
 from megatron_rdt.train.data import ValidationWindows
 from megatron_rdt.train.displays import Display, ForgivingDisplay, TensorBoard
+from megatron_rdt.train.record_file import RecordFile
 from megatron_rdt.untrusted_files import read_json
-
-logger = logging.getLogger(__name__)
 
 RECORD_FILES = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
 # Fields of a step's record about its data that TensorBoard shows below `data` instead of `train`.
@@ -134,7 +129,7 @@ def format_task_scores(scores: Sequence[Row], mean_loops: float) -> Iterator[str
 
 
 class Recorder:
-    """Appends to the record files and to the displays; every record is flushed. Made on rank 0 only.
+    """Appends to the record files and to the displays; no failure of either ends the run. Made on rank 0 only.
 
     Args:
         run_directory: directory of the files.
@@ -151,43 +146,12 @@ class Recorder:
         others: Mapping[str, Callable[[], Display]] | None = None,
     ) -> None:
         self.run_directory = run_directory
-        self._files = {name: open(run_directory / name, "a", encoding="utf-8") for name in RECORD_FILES}  # noqa: SIM115
+        self._files = {name: RecordFile(run_directory / name) for name in RECORD_FILES}
         self._displays: list[ForgivingDisplay] = []
         if tensorboard:
             directory = run_directory / TENSORBOARD
             self._displays.append(ForgivingDisplay("TensorBoard", lambda: TensorBoard(directory, start_step)))
         self._displays += [ForgivingDisplay(name, open_display) for name, open_display in (others or {}).items()]
-
-    def _append_line(self, name: str, record: dict[str, Any]) -> None:
-        """Append a record to one of the files, as a line of JSON.
-
-        Raises:
-            TrainingError: it could not be written.
-        """
-        try:
-            self._reopen_if_gone(name)
-            self._files[name].write(json.dumps(replace_nonfinite(record), allow_nan=False) + "\n")
-            self._files[name].flush()
-        except OSError as error:
-            raise TrainingError(
-                f"could not write {self.run_directory / name}: {error.strerror}. Free space or fix the disk, then "
-                "start again with --resume auto; it continues from the newest checkpoint."
-            ) from error
-
-    def _reopen_if_gone(self, name: str) -> None:
-        """Open a record file anew, with a warning, if its name leads elsewhere: writing on would lose the records."""
-        path = self.run_directory / name
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(self._files[name].fileno()), os.stat(path)):
-                return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        with contextlib.suppress(OSError):
-            self._files[name].close()
-        self._files[name] = file
-        logger.warning(
-            "%s was moved, deleted or replaced while the run writes it; records go into it from here on", path
-        )
 
     def _show_numbers(self, step: int, numbers: dict[str, float]) -> None:
         """Show numbers of one step, by name, in every display."""
@@ -196,7 +160,7 @@ class Recorder:
 
     def record_step(self, record: dict[str, Any]) -> None:
         """Append a step's record to metrics.jsonl; show its numbers in every display."""
-        self._append_line("metrics.jsonl", record)
+        self._files["metrics.jsonl"].append(record)
         fields = {field: value for field, value in record.items() if field != "step"}
         numbers = {
             name: number
@@ -207,7 +171,7 @@ class Recorder:
 
     def record_evaluation(self, record: dict[str, Any]) -> None:
         """Append losses and accuracies, as from `make_evaluation_record`, to eval.jsonl; show them in every display."""
-        self._append_line("eval.jsonl", record)
+        self._files["eval.jsonl"].append(record)
         by_source = {"": record["losses"], **record.get("sources", {})}
         numbers = {
             f"valid/{source and f'{source}/'}loss_T{loops}": loss
@@ -218,16 +182,14 @@ class Recorder:
 
     def record_sample(self, record: dict[str, Any]) -> None:
         """Append {"step", "loops", "prompt", "text"} to samples.jsonl; show prompt and text in every display."""
-        self._append_line("samples.jsonl", record)
+        self._files["samples.jsonl"].append(record)
         for display in self._displays:
             display.show_text(record["step"], f"sample/T{record['loops']}", record["prompt"] + record["text"])
 
     def close(self) -> None:
-        """Close every file and display; an OSError is ignored, since every record was flushed."""
+        """Close every file and display."""
         for file in self._files.values():
-            # Every record was flushed; closing only retries what could not be written then, and fails again.
-            with contextlib.suppress(OSError):
-                file.close()
+            file.close()
         for display in self._displays:
             display.close()
 

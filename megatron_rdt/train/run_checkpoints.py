@@ -18,7 +18,7 @@ import torch
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.checkpoint import BackgroundSave, Start
 from megatron_rdt.config import RunConfig, dump_config, load_saved_config
-from megatron_rdt.errors import USE_ANOTHER, CheckpointError
+from megatron_rdt.errors import USE_ANOTHER, CheckpointError, SaveError
 from megatron_rdt.model import RecurrentDepthTransformer, leave_unset
 from megatron_rdt.object_collectives import broadcast_object, rank_and_world_size
 from megatron_rdt.parallel import Engine
@@ -112,6 +112,7 @@ class RunCheckpoints:
             deque()
         )  # of ranks whose save has ended, at the last steps
         self._parent: str | None = None
+        self._expected_bytes = 0  # of a checkpoint
         self._origin: dict[str, Any] | None = None
 
     def set_up(self, model: RecurrentDepthTransformer, start: Start | None) -> tuple[Position, list[str]]:
@@ -124,6 +125,7 @@ class RunCheckpoints:
         Raises:
             CheckpointError: the checkpoint does not fit the config or the data.
         """
+        self._expected_bytes = self.config.optimizer.state_bytes * sum(p.numel() for p in model.parameters())
         if start is None:
             self.engine.setup(model)
             return Position(), []
@@ -182,12 +184,36 @@ class RunCheckpoints:
         """Record durably what the run starts from, here and in its checkpoints; on rank 0, before records are dropped."""
         self._origin = checkpoints.record_start(self.run_directory, start) or self._origin
 
-    def save(self, position: Position) -> None:
+    def save(self, position: Position, required: bool = False) -> None:
         """Save a checkpoint at this position, unless a better one would be lost, and say so; call on all ranks.
 
         With `checkpoint.asynchronous` it is only begun, when the one before has ended.
+
+        Args:
+            position: of the run.
+            required: the run may not go on without it, whatever `checkpoint.on_failure` says.
+
+        Raises:
+            SaveError: it could not be written, and the run is not to go on without; the same on all ranks.
         """
         self.finish_save()
+        try:
+            self._save(position)
+        except SaveError as error:
+            self._pass_over(error, position.step, required)
+
+    def _pass_over(self, error: SaveError, step: int, required: bool) -> None:
+        """Say that the checkpoint of a step could not be written and that training goes on; raise `error` if it must not."""
+        self.saved_step = None
+        if required or self.config.checkpoint.on_failure == "stop":
+            raise error
+        newest = "none was saved before" if self._parent is None else f"the newest is {self._parent}"
+        self.print_line(
+            f"step {step}: warning: {error.problem} {error.remedy}. Training goes on, as checkpoint.on_failure says; {newest}"
+        )
+
+    def _save(self, position: Position) -> None:
+        """Save or begin to save a checkpoint; SaveError on all ranks if any could not write."""
         began = time.perf_counter()
         samples = self.data.batches.samples_after(position.step)
         tokens = samples * self.config.train.sequence_length
@@ -227,6 +253,7 @@ class RunCheckpoints:
             milestones=self.config.checkpoint.milestones,
             rank_state=self.data.rank_state(samples),
             copy=self.config.checkpoint.asynchronous,
+            expected_bytes=self._expected_bytes,
         )
         self.saved_step = position.step
         if self.config.checkpoint.asynchronous:
@@ -263,17 +290,24 @@ class RunCheckpoints:
         if has_ended:
             self.finish_save()
 
-    def finish_save(self) -> None:
+    def finish_save(self, required: bool = False) -> None:
         """Wait for the save under way, if any, and say so; call on all ranks.
 
+        Args:
+            required: as in `save`.
+
         Raises:
-            CheckpointError: it failed; the same on all ranks.
+            SaveError: it failed, and the run is not to go on without; the same on all ranks.
         """
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
         self._unread_counts.clear()
-        path = pending.wait()
+        try:
+            path = pending.wait()
+        except SaveError as error:
+            self._pass_over(error, self.saved_step or 0, required)
+            return
         self._parent = path.name
         self.print_line(f"step {self.saved_step}: saved {path} in {pending.seconds:.2f} s")
 

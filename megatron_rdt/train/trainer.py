@@ -158,7 +158,7 @@ class Trainer:
                 start = Start(rollback.source)
                 self._print_on_rank_0(f"step {self.step}: rolling back to {start.source}")
                 position, lines = self.checkpoints.restore(start.source)
-        self.checkpoints.finish_save()
+        self.checkpoints.finish_save(required=True)
         if status == EXIT_OK:
             self.review.report_end(self.step, self.step - self.first_step, self._tokens_after(self.step))
         return status
@@ -253,9 +253,10 @@ class Trainer:
         except Rollback as rollback:
             self._print_on_rank_0(f"{reason} at step {self.step}; --resume auto rolls back to {rollback.source}")
             return EXIT_PREEMPTED
-        if self.checkpoints.saved_step != self.step:
-            self._save_checkpoint()
         self.checkpoints.finish_save()
+        if self.checkpoints.saved_step != self.step:
+            self._save_checkpoint(required=True)
+            self.checkpoints.finish_save(required=True)
         self._print_on_rank_0(f"{reason} at step {self.step}, saved; use --resume auto")
         return EXIT_PREEMPTED
 
@@ -325,7 +326,7 @@ class Trainer:
         if evaluate or sample or save or self._is_due(config.logging.every):
             self._record_unread_steps()
         if save:  # first: nothing that is only to look at may cost a checkpoint
-            self._save_checkpoint()
+            self._save_checkpoint(required=self.step == config.train.steps)
         self._inspect(evaluate, sample)
 
     def _inspect(self, evaluate: bool, sample: bool) -> None:
@@ -380,9 +381,9 @@ class Trainer:
             self.checkpoints.finish_save()  # it may be the one to go back to
             raise react(*reaction, self.review.rollbacks, self.config.train, self.run_directory)
 
-    def _save_checkpoint(self) -> None:
-        """Save a checkpoint at the current position; all steps must have been recorded."""
-        self.checkpoints.save(self.review.position(self.step))
+    def _save_checkpoint(self, required: bool = False) -> None:
+        """Save a checkpoint at the current position; all steps must have been recorded; see `RunCheckpoints.save`."""
+        self.checkpoints.save(self.review.position(self.step), required)
 
     def _print_on_rank_0(self, text: str) -> None:
         """Print a line at once; the other ranks print nothing."""

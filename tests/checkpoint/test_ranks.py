@@ -19,9 +19,7 @@ def test_a_failed_write_on_one_rank_stops_all_with_its_reason(tmp_path: Path) ->
     for engine in engines:
         for rank in RANKS:
             message = found[f"{engine} {rank}"]
-            assert message.startswith(
-                f"CheckpointError: could not save {tmp_path / engine}/checkpoints/step-00000002: "
-            )
+            assert message.startswith(f"SaveError: could not save {tmp_path / engine}/checkpoints/step-00000002: ")
             assert f"rank {rank}: [Errno 27] File too large" in message
             assert found[f"{engine} {rank} left"] == "step-00000001"
         if engine != "fsdp":

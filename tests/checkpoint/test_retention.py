@@ -41,6 +41,20 @@ def test_a_checkpoint_that_is_hidden_under_a_name_that_is_taken(run: Path) -> No
     assert list_all_names(run) == [".step-00000002.old", "step-00000004", "step-00000006", "step-00000008"]
 
 
+def test_a_damaged_checkpoint_is_none_of_those_to_keep(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """While a run goes on, files that are missing or cut short are noticed; flipped bits, when they are read again."""
+    (checkpoint_path(run, 6) / "trainer.json").unlink()
+    shard = next((checkpoint_path(run, 8) / "model").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    for _ in range(2):
+        with caplog.at_level(logging.WARNING):
+            retention.delete_expired_checkpoints(run, 1)
+        assert list_steps(run) == [2, 4, 6, 8], "2 is the newest that a later one proves good"
+    retention.delete_expired_checkpoints(run, 1)
+    assert caplog.text.count("step-00000006 is damaged: trainer.json is missing. An older one is kept") == 1
+    assert caplog.text.count("step-00000008 is damaged: ") == 1
+
+
 @pytest.mark.parametrize("what", ["a file", "a link into nothing", "a system's directory"])
 def test_checkpoints_that_cannot_be_written_are_found_at_the_start(
     what: str, configure: Configure, tmp_path: Path

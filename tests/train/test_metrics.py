@@ -15,8 +15,7 @@ import torch
 
 from megatron_rdt.config import RunConfig
 from megatron_rdt.config.batch_schedule import BatchSchedule
-from megatron_rdt.errors import TrainingError
-from megatron_rdt.train import hardware
+from megatron_rdt.train import hardware, record_file
 from megatron_rdt.train.hardware import PEAK_BF16_FLOPS, multiplies_bfloat16_faster, peak_flops, peak_memory_gb
 from megatron_rdt.train.metrics import Console, Recorder, drop_records_after, flatten_numbers
 from megatron_rdt.train.trainer import train
@@ -200,8 +199,8 @@ def test_resuming_drops_later_records_and_half_lines(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
-def test_a_failed_write_is_an_error_with_advice(tmp_path: Path) -> None:
-    """A limit on the size of a file cuts a line in its middle, as a full disk does."""
+def test_records_wait_for_a_disk_that_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A limit on the size of a file cuts a line in its middle, as a full disk does; later it is written to its end."""
     recorder, step = Recorder(tmp_path, tensorboard=False, start_step=0), 0
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
@@ -209,14 +208,32 @@ def test_a_failed_write_is_an_error_with_advice(tmp_path: Path) -> None:
         while (tmp_path / "metrics.jsonl").stat().st_size < 950:
             recorder.record_step({"step": step, "loss": 1.0})
             step += 1
-        with pytest.raises(TrainingError, match=r"metrics\.jsonl: File too large.*--resume auto"):
+        for _ in range(3):
             recorder.record_step({"step": step, "loss": 1.0, "text": "x" * 100})
-        recorder.close()
+            step += 1
+        assert (tmp_path / "metrics.jsonl").stat().st_size == 1000
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert (tmp_path / "metrics.jsonl").stat().st_size == 1000
-    drop_records_after(tmp_path, 1000)
-    assert [record["step"] for record in read_strict_json(tmp_path / "metrics.jsonl")] == list(range(step))
+    assert caplog.text.count("metrics.jsonl cannot be written (File too large); training goes on") == 1
+    recorder.record_step({"step": step, "loss": 1.0})
+    assert "metrics.jsonl is written again, and no record is lost" in caplog.text
+    recorder.close()
+    assert [record["step"] for record in read_strict_json(tmp_path / "metrics.jsonl")] == list(range(step + 1))
+
+
+def test_records_that_were_never_written_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    monkeypatch.setattr(record_file, "MOST_WAITING", 3)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    recorder = Recorder(tmp_path, tensorboard=False, start_step=0)
+    for step in range(5):
+        recorder.record_step({**RECORD, "step": step})
+    recorder.close()
+    assert caplog.text.count("metrics.jsonl cannot be written (No space left on device)") == 1
+    assert "metrics.jsonl lacks 5 records" in caplog.text
 
 
 def test_the_console_line() -> None:
@@ -295,16 +312,6 @@ def test_memory_is_this_process_peak() -> None:
     with open("/proc/self/statm", encoding="ascii") as file:
         resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
     assert resident <= before * 1.01
-
-
-def test_writing_after_an_error_is_reported_once(tmp_path: Path) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("needs /dev/full")
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    recorder = Recorder(tmp_path, tensorboard=False, start_step=0)
-    with pytest.raises(TrainingError, match="No space left on device"):
-        recorder.record_step(RECORD)
-    recorder.close()
 
 
 @pytest.mark.parametrize(("float32", "bfloat16", "faster"), [(3.0, 1.0, True), (3.0, 2.5, False), (1.0, 9.0, False)])

@@ -1,0 +1,90 @@
+"""A file of JSON lines that training appends to, and that may fail for a while without costing a record or the run."""
+
+import contextlib
+import json
+import logging
+import os
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from megatron_rdt.evaluate.result_files import replace_nonfinite
+
+MOST_WAITING = 100_000  # lines, about 100 MB
+
+logger = logging.getLogger(__name__)
+
+
+class RecordFile:
+    """Appends records to a file; those that cannot be written wait in memory and are written with a later one.
+
+    Args:
+        path: of the file; made if it is not there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        self._waiting: deque[bytes] = deque()
+        self._is_failing = False
+        self._lost = 0
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Append a record as a line; if that fails, warn, once until it works again."""
+        line = json.dumps(replace_nonfinite(record), allow_nan=False) + "\n"
+        self._waiting.append(line.encode())
+        if len(self._waiting) > MOST_WAITING:
+            del self._waiting[1]  # the first may be written in part
+            self._lost += 1
+        self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        """Write the lines that wait, as far as that is possible."""
+        try:
+            self._reopen_if_gone()
+            while self._waiting:
+                written = self._file.write(self._waiting[0])
+                self._waiting[0] = self._waiting[0][written:]
+                if not self._waiting[0]:
+                    self._waiting.popleft()
+        except OSError as error:
+            if not self._is_failing:
+                logger.warning(
+                    "%s cannot be written (%s); training goes on, and its records wait in memory until it can be. Free "
+                    "space, or make it writable",
+                    self.path,
+                    error.strerror,
+                )
+            self._is_failing = True
+            return
+        if self._is_failing:
+            logger.warning("%s is written again, %s", self.path, self._describe_lost())
+            self._is_failing, self._lost = False, 0
+
+    def _describe_lost(self) -> str:
+        """Return a clause on how many records were lost."""
+        return f"without {self._lost} records that were too many to keep" if self._lost else "and no record is lost"
+
+    def _reopen_if_gone(self) -> None:
+        """Open the file anew, with a warning, if its name leads elsewhere: writing on would lose the records."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path)):
+                return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._file = file
+        logger.warning(
+            "%s was moved, deleted or replaced while the run writes it; records go into it from here on", self.path
+        )
+
+    def close(self) -> None:
+        """Write what waits, warn of what cannot be written, and close the file."""
+        if self._waiting:
+            self._write_waiting()
+        lost = self._lost + len(self._waiting)
+        if lost:
+            logger.warning("%s lacks %d records that could not be written", self.path, lost)
+        with contextlib.suppress(OSError):
+            self._file.close()

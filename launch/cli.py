@@ -15,6 +15,7 @@ from launch.commands.prep import prep
 from launch.commands.quickstart import quickstart
 from launch.commands.report import report
 from launch.commands.scale import scale
+from launch.commands.status import status
 from launch.commands.submit import submit
 from launch.commands.train import train
 from launch.failures import EXIT_INTERRUPTED, explain
@@ -35,6 +36,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "convert": convert,
     "plan": plan,
     "submit": submit,
+    "status": status,
     "compare": compare,
     "scale": scale,
     "report": report,
@@ -93,10 +95,10 @@ def run_command(words: list[str]) -> int:
 def main() -> int:
     """Run `rdt` on this process's words; return the exit status, 141 if the reader of its output has gone."""
     escape_unencodable()
-    status, exited = EXIT_OK, None
+    result, exited = EXIT_OK, None
     failure: OSError | None = None
     try:
-        status = run_command(sys.argv[1:])
+        result = run_command(sys.argv[1:])
     except SystemExit as done:  # after --help and --print_config
         exited = done
     except BrokenPipeError as error:
@@ -110,7 +112,7 @@ def main() -> int:
         return EXIT_FAILED
     if exited is not None:
         raise exited
-    return status
+    return result
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from megatron_rdt.errors import ConfigError
 LAUNCHERS = {"torch": "torchrun or deepspeed", "slurm": "srun"}
 VARIABLES = {"torch": "RANK and WORLD_SIZE", "slurm": "SLURM_PROCID"}
 # Commands that write no files.
-READ_ONLY = {("generate",), ("plan",), ("prep", "show"), ("prep", "verify")}
+READ_ONLY = {("generate",), ("plan",), ("status",), ("prep", "show"), ("prep", "verify")}
 ANSWERS = {"--help", "-h", "--print_config", "--print-config"}
 
 

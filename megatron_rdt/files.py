@@ -30,6 +30,7 @@ HASH_CHUNK_BYTES = 1 << 22
 LOCK_POLL_S = 0.2
 LOW_DISK_BYTES = 64 << 20
 DAMAGED = object()  # in place of a line's value
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of a file system without locks
 NO_SPACE = os.strerror(errno.ENOSPC)  # the words in errors of libraries that have no errno
 
 
@@ -278,6 +279,26 @@ def hold_lock(path: str | os.PathLike[str], message: str, patience_s: float = 0.
         os.close(descriptor)
 
 
+def is_locked(path: str | os.PathLike[str]) -> bool | None:
+    """Return True if a living process holds the lock file `path`; None where the disk has no locks, so that nobody knows."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        # Shared and for a moment: one that takes the lock meanwhile tries again.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return None
+        raise
+    finally:
+        os.close(descriptor)
+
+
 def _try_lock(path: str | os.PathLike[str]) -> int | None:
     """Return a descriptor with the lock, or without one where the disk has no locks; None to try again."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -289,7 +310,7 @@ def _try_lock(path: str | os.PathLike[str]) -> int | None:
     except (BlockingIOError, FileNotFoundError):
         pass
     except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
+        if error.errno in NO_LOCKS:
             return descriptor
         os.close(descriptor)
         raise

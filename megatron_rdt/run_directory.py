@@ -11,6 +11,9 @@ LATEST = "latest"  # a file: the name of the newest checkpoint
 TENSORBOARD = "tensorboard"
 HANG = "hang"  # of each rank, before a timeout ended the run
 TRACES = "traces"  # of torch.profiler
+LOCK = ".lock"  # held by rank 0 while it lives
+FAILURE = "failure.json"  # when and why the last start ended, if with an error
+JOBS = "jobs.jsonl"  # Slurm jobs that were submitted for the run
 ORIGIN = "origin.json"  # the checkpoint of another run that this one began from
 
 

@@ -9,6 +9,7 @@ from string import Template
 
 from launch.command_options import parse_options, summary_of
 from launch.compare_job import submit_comparison
+from launch.run_status import record_job
 from launch.slurm_job import (
     TEMPLATES,
     SubmitOptions,
@@ -169,5 +170,7 @@ def submit(words: list[str]) -> int:
     directory = Path(job.directory)
     script = directory / f"{config.run.name}.sbatch"
     number = call_sbatch(script, text)
-    print(f"submitted job {number}: script {script}, output {directory / f'{config.run.name}-{number}.out'}")
+    output = directory / f"{config.run.name}-{number}.out"
+    record_job(run_directory_of(config), number, str(script), str(output))
+    print(f"submitted job {number}: script {script}, output {output}")
     return EXIT_OK

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import json
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,10 +13,10 @@ from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import ModelConfig, RunConfig, load_config, load_saved_config
 from megatron_rdt.config.model import TRAINING_FIELDS
 from megatron_rdt.errors import CheckpointError, ConfigError, suggest_init
-from megatron_rdt.files import hold_lock
+from megatron_rdt.files import hold_lock, write_text
 from megatron_rdt.parallel.optimizers import list_decayed_parameters
 from megatron_rdt.parallel.zero import ZERO_FOLDER
-from megatron_rdt.run_directory import CHECKPOINTS
+from megatron_rdt.run_directory import CHECKPOINTS, FAILURE, LOCK
 from megatron_rdt.train.metrics import read_recorded_steps
 
 CONFIG = "config.yaml"
@@ -31,12 +33,26 @@ def lock_run_directory(run_directory: Path, resume: str, init: str) -> Iterator[
     run_directory.mkdir(parents=True, exist_ok=True)
     message = f"another process is writing {run_directory}. Wait for it, end it, or choose another --run.name."
     try:
-        with hold_lock(run_directory / ".lock", message, LOCK_PATIENCE_S):
+        with hold_lock(run_directory / LOCK, message, LOCK_PATIENCE_S):
             refuse_to_overwrite(run_directory, resume, init)
-            yield
+            (run_directory / FAILURE).unlink(missing_ok=True)
+            try:
+                yield
+            except BaseException as error:
+                record_failure(run_directory, error)
+                raise
     finally:
         with suppress(OSError):  # a run that was refused leaves no empty directory
             run_directory.rmdir()
+
+
+def record_failure(run_directory: Path, error: BaseException) -> None:
+    """Write into a run that has begun when and why it ended, for `rdt status`; a full disk is not another failure."""
+    with suppress(OSError):
+        if any(path.name != LOCK for path in run_directory.iterdir()):
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            record = {"time": time.time(), "error": type(error).__name__, "message": lines[0] if lines else ""}
+            write_text(run_directory / FAILURE, json.dumps(record) + "\n")
 
 
 def refuse_to_overwrite(run_directory: Path, resume: str, init: str = "none") -> None:

@@ -11,10 +11,7 @@ SHARDING_OPTIONS = (*AXES, "core_gather", "core_ring", "reshard_after_forward")
 # Options that need one value with a loop ring, and why.
 RING_NEEDS = {
     "parallel.core_gather": ("once", "a stage is gathered once per pass"),
-    "parallel.tensor": (1, "stages are sharded, not split inside"),
-    "parallel.context": (1, "a sequence visits a stage as a whole"),
-    "parallel.expert": (1, "a mixture's experts stay with its stage"),
-    "model.core_ffn": ("dense", "processes with different layers cannot balance experts together"),
+    "parallel.expert": (1, "a mixture's experts stay with its stage, on every process of it"),
     "model.halting": ("none", "the state of every iteration would have to return to its process"),
     "optimizer.name": ("adamw", "muon orthogonalises matrices that all processes share"),
     "train.compile": ("none", "the backward pass goes through one visit at a time"),

@@ -9,7 +9,7 @@ parameters but the experts over the ranks that share the state; what tensor para
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -81,22 +81,37 @@ class FullyShardedEngine(TorchEngine):
 
     def _apply_fsdp(self, model: RecurrentDepthTransformer) -> None:
         """Make FSDP2's units, in place: layers of prelude and coda, the core or parts of it, and the rest."""
-        parallel = self.config.parallel
-        options = {
-            "mesh": self.meshes.state,
-            "shard_placement_fn": self._shard_placement,
-            "ignored_params": set(expert_parameters(model)) if self.meshes.expert is not None else None,
-        }
         layers = list(model.core.layers)
         # Units inside the core. With none, the core's weights stay gathered over all iterations of the loop.
         core_units: list[nn.Module | list[nn.Module]] = {  # type: ignore[assignment]
             "once": [],
             "per_iteration": [layers],  # gathered at the first layer, freed after the last
             "per_layer": layers,
-        }[parallel.core_gather]
+        }[self.config.parallel.core_gather]
+        self._shard_units(model, core_units, set(expert_parameters(model)) if self.meshes.expert is not None else None)
+
+    def _shard_units(
+        self,
+        model: RecurrentDepthTransformer,
+        core_units: Sequence[nn.Module | list[nn.Module]],
+        ignored: set[nn.Parameter] | None,
+    ) -> None:
+        """Make units of the layers of prelude and coda, of `core_units`, and of the rest of the core and of the model.
+
+        Args:
+            model: changed in place.
+            core_units: modules in the core.
+            ignored: parameters that FSDP2 leaves alone.
+        """
+        reshards = self.config.parallel.reshard_after_forward
+        options = {
+            "mesh": self.meshes.state,
+            "shard_placement_fn": self._shard_placement,
+            "ignored_params": ignored,
+        }
         with _chunk_on_demand():
             for unit in (*model.prelude, *core_units, model.core, *model.coda):
-                fully_shard(unit, reshard_after_forward=parallel.reshard_after_forward, **options)  # type: ignore[call-overload]
+                fully_shard(unit, reshard_after_forward=reshards, **options)  # type: ignore[call-overload]
             fully_shard(model, **options)  # type: ignore[call-overload]
 
     def _shard_placement(self, parameter: nn.Parameter) -> Shard | None:

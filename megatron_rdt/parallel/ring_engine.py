@@ -10,9 +10,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from megatron_rdt.model import Block, InitialValues, RecurrentDepthTransformer
@@ -24,6 +23,9 @@ from megatron_rdt.parallel.ring_stage import StageWeights
 
 class RingEngine(FullyShardedEngine):
     """FSDP2, except that the core's layers are split among the stages of a ring.
+
+    Tensor and context parallelism work in a stage as everywhere: the ranks of a ring have the same place along these axes,
+    and the states that they exchange are those of their own tokens.
 
     Attributes:
         ring: this process's part of the ring.
@@ -56,24 +58,22 @@ class RingEngine(FullyShardedEngine):
     def _apply_fsdp(self, model: RecurrentDepthTransformer) -> None:
         """Split the core's layers among the stages, and make FSDP2's units of everything else, in place."""
         layout, parallel = self.layout, self.config.parallel
-        shape = (layout.replicate, layout.ring, layout.stage_ranks)
-        mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "ring", "stage"))
-        self.stage_mesh = mesh["replicate", "stage"] if layout.replicate > 1 else mesh["stage"]
+        inside = layout.stage_ranks * layout.context
+        ranks = torch.arange(layout.world_size).view(layout.replicate, layout.ring, inside, layout.tensor)
+        # Tensor parallelism splits a parameter first, so its axis comes before that of the ranks that shard each part.
+        axes = ("replicate", "ring", "tensor", "stage")
+        mesh = DeviceMesh(self.device.type, ranks.transpose(2, 3), mesh_dim_names=axes)
+        self.stage_mesh = mesh[
+            tuple(name for name in axes if name == "stage" or (name != "ring" and mesh[name].size() > 1))
+        ]
         group = mesh["ring"].get_group()
         for each in (group, *self.stage_mesh.get_all_groups()):
             _set_pg_timeout(timedelta(seconds=parallel.start_timeout_s), each)
         layers = assign_layers(self.config.model.core_layers, layout.ring)[group.rank()]
-        weights = StageWeights(model, layers, self.stage_mesh, layout.data)
+        weights = StageWeights(model, layers, self.stage_mesh, layout.data * layout.context)
         model.core.ring = self.ring = RingLoop(group, layers, weights)
         dist.barrier(group)  # NCCL wants one collective of the whole group before messages between two
-        options = {
-            "mesh": self.meshes.state,
-            "shard_placement_fn": self._shard_placement,
-            "ignored_params": set(weights.shards),
-        }
-        for unit in (*model.prelude, model.core, *model.coda):
-            fully_shard(unit, reshard_after_forward=parallel.reshard_after_forward, **options)  # type: ignore[call-overload]
-        fully_shard(model, **options)  # type: ignore[call-overload]
+        self._shard_units(model, (), set(weights.shards))
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Run autograd; FSDP2 reduces the gradients of its units in hooks, those of the stage are reduced at the end."""

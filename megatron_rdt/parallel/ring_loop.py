@@ -11,13 +11,14 @@ the whole loop is one autograd function.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.distributed import P2POp, ProcessGroup
 
@@ -81,7 +82,7 @@ class RingLoop:
         ring_pass = _RingPass(self, core, context, plan, with_grad)
         if not with_grad:
             return ring_pass.forward(state, precomputed)
-        return _Ring.apply(ring_pass, state, precomputed, *ring_pass.shared)
+        return _Ring.apply(ring_pass, state, precomputed, *ring_pass.shared.values())
 
 
 class _Ring(torch.autograd.Function):
@@ -132,7 +133,8 @@ class _RingPass:
 
     Attributes:
         loops, counted: T and the number of laps with gradient of every sequence of the ring.
-        shared: weights that every process has, of which stage 0 (adaln: every stage) computes gradients.
+        shared: weights that every process has, of which stage 0 (adaln: every stage) computes gradients, by module and name.
+        leaves: what stands in their place while the ring runs, so that gradients of visits add up there.
         graphs: by sequence and lap; lap T is the end of the last one, on stage 0.
         carries, prepared, states: on stage 0, by sequence: the injection's carry (backward: its gradient), the prepared
             input (backward: its gradient so far), and the state before the last lap.
@@ -160,7 +162,12 @@ class _RingPass:
             every = gather_rows(context, ring.group)
             self.contexts = [every.rows(slice(i, i + 1)) for i in range(len(self.loops))]
         names = ("layers.", "encoded_norm.", "input_matrix.", "last_norm.", "output_matrix.", "initial")
-        self.shared = [p for name, p in core.named_parameters() if not name.startswith(names)] if with_grad else []
+        self.shared: dict[tuple[nn.Module, str], Tensor] = {}
+        for path, module in core.named_modules() if with_grad else ():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and not f"{path}.{name}".lstrip(".").startswith(names):
+                    self.shared[module, name] = getattr(module, name)  # under tensor parallelism, the local part
+        self.leaves = [nn.Parameter(value.detach()) for value in self.shared.values()]
         self.rounded: Rounded = ()
         self.graphs: dict[tuple[int, int], _Graph] = {}
         self.carries: dict[int, Tensor] = {}
@@ -178,7 +185,7 @@ class _RingPass:
         self.shapes = {"enter": [one, (1, *precomputed.shape[1:])], "hop": [stream], "leave": [one, one]}
         for row in rows:
             self.mail["enter", self.first_row + row] = [state[row : row + 1], precomputed[row : row + 1]]
-        with torch.no_grad():
+        with torch.no_grad(), self._use_leaves():
             for tick in range(schedule.ticks + 2):
                 self._exchange(schedule.messages_before(tick))
                 for sequence in schedule.finished_in(tick) if ring.stage == 0 else ():
@@ -272,30 +279,37 @@ class _RingPass:
         """Return the gradients of initial states, prepared inputs and shared weights, from those of the final states."""
         ring, rows = self.ring, range(self.rows)
         schedule = schedule_ring(ring.stages, self.counted, self.owners)
-        # Gradients of shared weights go back to autograd: the inner passes add them up in `.grad`, from nothing.
-        before = [weight.grad for weight in self.shared]
-        for weight in self.shared:
-            weight.grad = None
         self.shapes["leave"] = self.shapes["leave"][:1]
         for row in rows:
             self.mail["leave", self.first_row + row] = [grad[row : row + 1]]
-        for tick in reversed(range(schedule.ticks + 2)):
-            self._exchange(schedule.messages_before(tick), backwards=True)
-            if visit := schedule.visit(ring.stage, tick - 1):
-                counted = Visit(visit.sequence, visit.lap + self._first_with_grad(visit.sequence))
-                self._trace("backward", tick - 1, counted, True, self._go_back)
-            for sequence in schedule.finished_in(tick - 1) if ring.stage == 0 else ():
-                self._go_back_to_last_lap(sequence)
+        with self._use_leaves():
+            for tick in reversed(range(schedule.ticks + 2)):
+                self._exchange(schedule.messages_before(tick), backwards=True)
+                if visit := schedule.visit(ring.stage, tick - 1):
+                    counted = Visit(visit.sequence, visit.lap + self._first_with_grad(visit.sequence))
+                    self._trace("backward", tick - 1, counted, True, self._go_back)
+                for sequence in schedule.finished_in(tick - 1) if ring.stage == 0 else ():
+                    self._go_back_to_last_lap(sequence)
         ring.weights.release()
-        shared = [weight.new_zeros(weight.shape) if weight.grad is None else weight.grad for weight in self.shared]
-        for weight, previous in zip(self.shared, before):
-            weight.grad = previous
+        shared = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.leaves]
         entered = [self.mail.pop(("enter", self.first_row + row)) for row in rows]
         return [torch.cat(grads) for grads in zip(*entered)] + shared
 
+    @contextmanager
+    def _use_leaves(self) -> Iterator[None]:
+        """Put the leaves in the place of the shared weights within."""
+        before = {(module, name): module._parameters[name] for module, name in self.shared}
+        try:
+            for (module, name), leaf in zip(self.shared, self.leaves):
+                module._parameters[name] = leaf
+            yield
+        finally:
+            for (module, name), parameter in before.items():
+                module._parameters[name] = parameter
+
     def _pull_back(self, key: tuple[int, int], *grads: Tensor | None) -> list[Tensor | None]:
         """Go back through a graph, which is freed; return the gradients of its inputs."""
-        found = self.graphs.pop(key).backward(grads, [*self.ring.weights.whole, *self.shared])
+        found = self.graphs.pop(key).backward(grads, [*self.ring.weights.whole, *self.leaves])
         self.states.clear()  # a visit that was computed again has left its state once more
         return found
 

@@ -24,8 +24,8 @@ def group_size(axis: str, layout: Layout, device: Device) -> tuple[int, int]:
         "expert": (layout.expert, 1),
         "holders": (layout.world_size // layout.expert, layout.expert),
         "world": (layout.world_size, 1),
-        "ring": (layout.ring, layout.stage_ranks),
-        "stage": (layout.stage_ranks, 1),
+        "ring": (layout.ring, layout.stage_ranks * inner),
+        "stage": (layout.stage_ranks * layout.context, layout.tensor),
     }[axis]
     return size, max(min(size, device.per_node // stride), 1)
 

@@ -139,17 +139,17 @@ def _fsdp_collectives(config: RunConfig, layout: Layout, depth: StepDepth, numbe
         if layout.replicate > 1:
             yield Collectives("backward", REDUCE, "gradients", times, times * size / ranks, "replicate", True, name)
     if layout.tensor > 1:  # parameters that every process of the axis holds whole
-        same = [p for p in parameters if p.split_dim is None and not (layout.expert > 1 and p.is_routed)]
+        same = [p for p in sharded if p.split_dim is None]
         size = FLOAT32 * sum(p.size for p in same)
         yield Collectives("backward", REDUCE, "gradients of norms", reductions * len(same), reductions * size, "tensor")
     routed = [p for p in parameters if p.is_routed and layout.expert > 1]
     if routed and layout.world_size > layout.expert:
         size = FLOAT32 * sum(p.local_size(layout) for p in routed)
         yield Collectives("backward", REDUCE, "gradients of experts", len(routed), size, "holders")
-    if ranks > 1 or layout.tensor > 1:
-        norms = 2 if routed else 1
-        number_of_norms = len(sharded) if layout.ring > 1 else len(parameters)
-        yield Collectives("update", REDUCE, "norms of gradients", norms, FLOAT32 * number_of_norms, "world")
+    axes = (ranks > 1) + (layout.tensor > 1)
+    if axes:  # along one axis after the other
+        size = FLOAT32 * (axes * len(sharded) + len(routed))
+        yield Collectives("update", REDUCE, "norms of gradients", axes + bool(routed), size, "world")
 
 
 def _ring_collectives(config: RunConfig, layout: Layout, depth: StepDepth, number: int) -> Iterator[Collectives]:
@@ -159,7 +159,7 @@ def _ring_collectives(config: RunConfig, layout: Layout, depth: StepDepth, numbe
         hops, others = number * traffic.hops, number * traffic.others
         yield Collectives(phase, SEND, "states to the next stage", hops, hops * traffic.hop_bytes, "ring")
         yield Collectives(phase, SEND, "states in and out", others, number * traffic.other_bytes, "ring")
-    stage, ranks = stage_parameters(config, layout), layout.stage_ranks
+    stage, ranks = stage_parameters(config, layout), layout.stage_ranks * layout.context
     rounded = COMPUTE_BYTES[config.train.precision]  # matrices of products are gathered in the compute dtype
     gathered = sum((rounded if p.is_rounded_once else FLOAT32) * p.padded_shard_size(layout, ranks) for p in stage)
     shards = FLOAT32 * sum(p.padded_shard_size(layout, ranks) for p in stage)
@@ -170,8 +170,14 @@ def _ring_collectives(config: RunConfig, layout: Layout, depth: StepDepth, numbe
         yield Collectives("backward", SCATTER, "gradients", times, reductions * ranks * shards, "stage")
     if layout.replicate > 1:
         yield Collectives("backward", REDUCE, "gradients", reductions * len(stage), reductions * shards, "replicate")
-    if ranks * layout.replicate > 1:
-        yield Collectives("update", REDUCE, "norms of gradients", 1, FLOAT32 * len(stage), "stage")
+    if layout.tensor > 1:
+        same = [p for p in stage if p.split_dim is None]
+        size = FLOAT32 * sum(p.size for p in same)
+        calls = reductions * len(same)
+        yield Collectives("backward", REDUCE, "gradients of norms", calls, reductions * size, "tensor")
+    for axis, number_of_ranks in (("stage", ranks), ("tensor", layout.tensor)):
+        if number_of_ranks > 1:
+            yield Collectives("update", REDUCE, "norms of gradients", 1, FLOAT32 * len(stage), axis)
     yield Collectives("update", REDUCE, "norms of gradients", 1, FLOAT32, "ring")
 
 
@@ -182,33 +188,38 @@ def _activation_collectives(
     model, shape = config.model, Shape.of(config, layout, gpu)
     outside = model.prelude_layers + model.coda_layers
     policy = CheckpointingPolicy(config.depth.checkpoint)
-    forward = number * (outside + depth.loops * model.core_layers)
-    backward = number * (outside + depth.with_grad * model.core_layers)
-    again = number * depth.with_grad * model.core_layers if policy.recomputed_share else 0
-    again += number * outside if policy.every_layer else 0
+    forward, forward_calls = _count_layer_passes(config, layout, number, outside, depth.loops)
+    backward, backward_calls = _count_layer_passes(config, layout, number, outside, depth.with_grad)
+    repeats = depth.with_grad if policy.recomputed_share else 0
+    again, again_calls = _count_layer_passes(config, layout, number, outside if policy.every_layer else 0, repeats)
     if layout.tensor > 1:
         # A layer gathers the tokens before each of its two parts and reduce-scatters the sums after it; the backward pass
         # does the same in reverse. One more of each is for embedding and head; the embedding's is in float32 (`wide`).
         part, wide = shape.activation_bytes(model.dim), FLOAT32 * shape.tokens * model.dim
-        calls, embedding = 2 * forward + number, number * wide
-        yield Collectives("forward", GATHER, "tokens", calls, calls * part, "tensor")
+        calls, embedding = 2 * forward_calls + number, number * wide
+        yield Collectives("forward", GATHER, "tokens", calls, (2 * forward + number) * part, "tensor")
         yield Collectives("forward", SCATTER, "tokens", calls, 2 * forward * part + embedding, "tensor")
-        sums = 2 * again - (number * policy.count_spared_reductions(model, depth.with_grad))
-        yield Collectives("backward", GATHER, "tokens", 2 * again, 2 * again * part, "tensor")
-        yield Collectives("backward", SCATTER, "tokens", sums, sums * part, "tensor")
-        calls = 2 * backward + number
+        spared, spared_calls = policy.count_spared_reductions(config, layout, depth.with_grad)
+        sums, calls = 2 * again - number * spared, 2 * again_calls - number * spared_calls
+        yield Collectives("backward", GATHER, "tokens", 2 * again_calls, 2 * again * part, "tensor")
+        yield Collectives("backward", SCATTER, "tokens", calls, sums * part, "tensor")
+        calls = 2 * backward_calls + number
         yield Collectives("backward", GATHER, "tokens", calls, 2 * backward * part + embedding, "tensor")
-        yield Collectives("backward", SCATTER, "tokens", calls, calls * part, "tensor")
+        yield Collectives("backward", SCATTER, "tokens", calls, (2 * backward + number) * part, "tensor")
         rows = count_chunk_tokens(model.vocab_size // layout.tensor, gpu)
         chunks = number * -(-shape.tokens // rows)
         partitions = number * 2 * FLOAT32 * shape.tokens * layout.tensor
         yield Collectives("forward", GATHER, "the loss's partition", chunks, partitions, "tensor")
     if layout.context > 1:
-        calls, width = _gathers_per_layer(model, layout)
-        size = shape.element_bytes * shape.batch * shape.sequence * width
-        passes = (("forward", GATHER, forward), ("backward", GATHER, again), ("backward", SCATTER, backward))
-        for phase, kind, layers in passes:
-            yield Collectives(phase, kind, "keys and values", calls * layers, calls * layers * size, "context")
+        gathers, width = _gathers_per_layer(model, layout)
+        size = gathers * shape.element_bytes * shape.batch * shape.sequence * width
+        passes = (
+            ("forward", GATHER, forward, forward_calls),
+            ("backward", GATHER, again, again_calls),
+            ("backward", SCATTER, backward, backward_calls),
+        )
+        for phase, kind, layers, calls in passes:
+            yield Collectives(phase, kind, "keys and values", gathers * calls, layers * size, "context")
     if layout.expert > 1:
         rows_size = shape.activation_bytes(model.experts_per_token * model.dim) / layout.tensor
         inside = number * model.core_layers
@@ -221,6 +232,25 @@ def _activation_collectives(
         ):
             sent = times * (2 * rows_size + (counts if messages == 3 else 0))
             yield Collectives(phase, EXCHANGE, "tokens to experts and back", messages * times, sent, "expert")
+
+
+def _count_layer_passes(
+    config: RunConfig, layout: Layout, number: int, outside: int, iterations: int
+) -> tuple[int, int]:
+    """Return how often a process runs a layer with a whole micro-batch, and how many calls that takes.
+
+    In a loop ring a process runs its stage's share of the layers, each with one sequence at a time, of all processes.
+
+    Args:
+        config: of the run.
+        layout: of its processes.
+        number: micro-batches.
+        outside: layers outside the core.
+        iterations: of the core.
+    """
+    inside = iterations * config.model.core_layers
+    sequences = config.train.micro_batch if layout.ring > 1 else 1
+    return number * (outside + inside), number * (outside + sequences * inside)
 
 
 def _gathers_per_layer(model: ModelConfig, layout: Layout) -> tuple[int, float]:

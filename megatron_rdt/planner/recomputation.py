@@ -1,6 +1,7 @@
 """Activation checkpointing policies: bytes that each keeps of the loop, and the share that it recomputes."""
 
-from megatron_rdt.config import ModelConfig
+from megatron_rdt.config import RunConfig
+from megatron_rdt.config.layout import Layout
 from megatron_rdt.planner.activations import injection_kept_bytes, layer_kept_bytes
 from megatron_rdt.planner.shape import FLOAT32, Shape
 from megatron_rdt.planner.working_memory import attention_widths
@@ -28,14 +29,24 @@ class CheckpointingPolicy:
         whole, rest = divmod(iterations, size)
         return [size] * whole + [rest] * bool(rest)
 
-    def count_spared_reductions(self, model: ModelConfig, iterations: int) -> int:
-        """Count the tensor-parallel reductions that recomputation omits because nothing reads their results."""
+    def count_spared_reductions(self, config: RunConfig, layout: Layout, iterations: int) -> tuple[float, int]:
+        """Count the tensor-parallel reductions of a micro-batch that recomputation omits: nothing reads their results.
+
+        Returns:
+            Their number, in whole micro-batches, and the calls.
+        """
+        model = config.model
         if not self.recomputed_share or model.norm_placement != "pre":
-            return 0
-        if self.every_layer:
-            return iterations * model.core_layers + model.prelude_layers + model.coda_layers
+            return 0, 0
+        inside, outside = 0, 0
         reads = model.core_norm == "iteration" or "lora" in model.signals or model.injection == "hyper"
-        return 0 if reads else len(self.segments(iterations))
+        if self.every_layer:
+            inside, outside = iterations * model.core_layers, model.prelude_layers + model.coda_layers
+        elif layout.ring > 1:  # what a visit computes is read by the next one
+            inside = iterations * layout.ring
+        elif not reads:
+            inside = len(self.segments(iterations))
+        return inside + outside, inside * (config.train.micro_batch if layout.ring > 1 else 1) + outside
 
     def kept_bytes(self, shape: Shape, iterations: int) -> float:
         """Return the bytes that a segment keeps between its forward and backward pass."""

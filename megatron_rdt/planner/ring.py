@@ -31,7 +31,7 @@ class RingTraffic:
 def ring_traffic(config: RunConfig, layout: Layout, laps: int, backwards: bool) -> RingTraffic:
     """Count what stage 0 sends in a pass of one micro-batch of every process, with so many laps of each sequence."""
     model, own = config.model, config.train.micro_batch
-    stream = FLOAT32 * config.train.sequence_length * model.dim
+    stream = FLOAT32 * config.train.sequence_length * model.dim / (layout.context * layout.tensor)
     state, prepared = stream * (model.lanes if model.injection == "hyper" else 1), stream * prepared_copies(model)
     # Forward, the states after and before the last lap; backward, gradients of initial states and prepared inputs.
     sizes = (state, prepared) if backwards else (state, state)

@@ -253,9 +253,11 @@ class RingWeights(ShardedWeights):
         self.stage = stage_parameters(config, layout)
         others = (p for p in self.parameters if not p.name.startswith("core.layers."))
         self.parameters = (*others, *self.stage)
-        self.stage_bytes = FLOAT32 * sum(p.size for p in self.stage)
+        self.stage_ranks = layout.stage_ranks * layout.context
+        self.stage_bytes = FLOAT32 * sum(p.local_size(layout) for p in self.stage)
         rounds = config.train.precision != "float32"
-        self.kept_bytes = FLOAT32 * sum(p.size for p in self.stage if not (rounds and p.is_rounded_once))
+        kept = (p for p in self.stage if not (rounds and p.is_rounded_once))
+        self.kept_bytes = FLOAT32 * sum(p.local_size(layout) for p in kept)
         self.is_gathered = False
 
     def _is_sharded(self, parameter: Parameter) -> bool:
@@ -264,14 +266,14 @@ class RingWeights(ShardedWeights):
 
     def hold_state(self) -> None:
         """Record this process's shards of weights and optimizer state in the ledger."""
-        ranks = {True: self.ranks, False: self.layout.stage_ranks}
+        ranks = {True: self.ranks, False: self.stage_ranks}
         shards = ((p.name, p.padded_shard_size(self.layout, ranks[self._is_sharded(p)])) for p in self.parameters)
         self.hold_numbers(dict(shards))
 
     def begin_unit(self, unit: str, backward: bool = False) -> None:
         """Gather the unit unless it is held; with the core, this stage's layers."""
         super().begin_unit(unit, backward)
-        if unit == "core" and not self.is_gathered and self.layout.stage_ranks > 1:
+        if unit == "core" and not self.is_gathered and self.stage_ranks > 1:
             self.is_gathered = True
             self.ledger.hold(CORE, self.kept_bytes)
 
@@ -286,10 +288,10 @@ class RingWeights(ShardedWeights):
             self.is_gathered = False
             self.ledger.free(CORE, self.kept_bytes)
         if unit == ROOT and (self.last or self._reduces_every_micro_batch):
-            biggest = max(FLOAT32 * p.size for p in self.stage)
+            biggest = max(FLOAT32 * p.local_size(self.layout) for p in self.stage)
             self.ledger.note_peak("reducing the stage", working_memory=biggest)
             self.ledger.free(UNREDUCED, self.stage_bytes)
-            self.ledger.hold(GRADIENTS, self.stage_bytes / self.layout.stage_ranks)
+            self.ledger.hold(GRADIENTS, self.stage_bytes / self.stage_ranks)
 
 
 class ZeroWeights(Weights):

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.distributed.planner_worker import EVEN, compare_collectives
 from tests.distributed.processes import run_on_processes
 from tests.distributed.ring_worker import (
     MODELS,
@@ -20,9 +21,16 @@ CASES: dict[str, tuple[int, list[tuple[dict[str, Any], str]]]] = {
     "sharded stages": (
         4,
         [
-            ({"core_ring": 2}, "add"),
+            ({"core_ring": 2}, "experts"),
             ({"core_ring": 2, "reshard_after_forward": False}, "hyper"),
             ({"core_ring": 2, "replicate": 2}, "residual"),
+        ],
+    ),
+    "split stages": (
+        4,
+        [
+            ({"core_ring": 2, "tensor": 2}, "hyper"),
+            ({"core_ring": 2, "context": 2, "reduce": "per_micro_batch"}, "values"),
         ],
     ),
 }
@@ -43,12 +51,25 @@ def test_a_ring_equals_one_process(group: str) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(100)
-@pytest.mark.parametrize("processes", [2, 4])
-def test_a_ring_in_bfloat16_is_as_close_as_rounding_allows(processes: int) -> None:
-    """On four processes stages are sharded, and gathered in bfloat16."""
-    differences, *_ = run_on_processes(compare_bfloat16, processes, {"core_ring": 2}, processes, timeout=90)
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_ring_in_bfloat16_is_as_close_as_rounding_allows(tensor: int) -> None:
+    """Stages are sharded, and gathered in bfloat16, or split."""
+    parallel = {"core_ring": 2, "tensor": tensor}
+    differences, *_ = run_on_processes(compare_bfloat16, 4, parallel, 4, timeout=90)
     assert differences["loss objective"] < 1e-3
     assert not {name: value for name, value in differences.items() if not value < 0.1}
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(100)
+def test_split_stages_send_what_is_planned() -> None:
+    """Calls and bytes of every kind; `test_planner.py` has the other rings, on two processes."""
+    found, *_ = run_on_processes(
+        compare_collectives, 4, EVEN, {"core_ring": 2, "tensor": 2}, "per_iteration", timeout=90
+    )
+    for each in found.values():
+        assert each["planned"] == each["counted"]
+        assert each["counted"]["forward send"][0] > 0
 
 
 @pytest.mark.distributed

@@ -1,6 +1,5 @@
 """Run a script on N processes of this machine: forward signals, report the first cause, leave no process behind."""
 
-import ctypes
 import errno
 import signal
 import socket
@@ -15,8 +14,9 @@ from types import FrameType
 from launch.failures import LESS_HOST_MEMORY, read_failure
 from megatron_rdt.config import RunConfig
 from megatron_rdt.environment import launcher_environment
-from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED, ConfigError, LaunchError
-from megatron_rdt.train.stop_request import listen_for_stop
+from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED, EXIT_SIGNAL, ConfigError, LaunchError
+from megatron_rdt.train.launcher_watch import set_signal_at_parents_death
+from megatron_rdt.train.stop_request import SignalCount, listen_for_stop
 
 SCRIPT = Path(__file__).resolve().parent / "pretrain.py"
 LOOPBACK = "127.0.0.1"
@@ -24,7 +24,6 @@ LAST_PORT = 65535
 POLL_S = 0.1
 PROCESSES_ON_CPU = 2
 GRACE_S = 5.0
-PR_SET_PDEATHSIG = 1
 
 
 def find_free_port(wanted: int = 0) -> int:
@@ -56,7 +55,7 @@ def run_processes(words: Sequence[str], processes: int, port: int = 0, script: P
 
     Raises:
         LaunchError: a rank failed. The error names the rank and the cause, once for all ranks, and has its exit status.
-        KeyboardInterrupt: interrupted by Ctrl-C.
+        KeyboardInterrupt: interrupted by Ctrl-C, before there was anything to save or for the second time.
     """
     port = find_free_port(port)
     with tempfile.TemporaryDirectory(prefix="rdt-train-") as folder:
@@ -75,13 +74,14 @@ class _WorkerGroup:
         self.files = [folder / f"rank-{rank}.json" for rank in range(count)]
         self.processes: list[subprocess.Popen] = []
         self.failed: list[int] = []  # ranks in the order in which their failures were seen
-        self.interrupted = False
+        self.interrupted = False  # by Ctrl-C
+        self.last_signal: int | None = None  # the second one, on which the workers are killed
+        self._count = SignalCount()
         self.forwarded: set[int] = set()  # signals that were sent on to the workers
 
     def run(self, words: Sequence[str], port: int) -> int:
         """Run Python with `words` in each worker; return the exit status, or raise a failure's likeliest cause."""
         before = listen_for_stop(self._forward_signal)
-        before[signal.SIGINT] = signal.signal(signal.SIGINT, self._forward_signal)
         try:
             for rank, file in enumerate(self.files):
                 self.processes.append(
@@ -97,37 +97,54 @@ class _WorkerGroup:
             self._kill_remaining()
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if self.interrupted:
+        if self.interrupted and (self.last_signal or self.failed):
             raise KeyboardInterrupt
-        if self.failed:
+        if self.last_signal is not None:
+            name = signal.Signals(self.last_signal).name
+            error = LaunchError(f"ended at once by a second signal ({name}). Continue with --resume auto.")
+            error.exit_status = EXIT_SIGNAL + self.last_signal
+            raise error
+        if self.failed and not self._have_others_left(statuses):
             raise self._most_likely_cause()
         return EXIT_PREEMPTED if EXIT_PREEMPTED in statuses else EXIT_OK
 
     def _forward_signal(self, number: int, frame: FrameType | None) -> None:
-        """Send a stop signal on to the workers; an interrupt only ends the wait, and the workers are killed then."""
+        """Send a stop signal on to the workers, Ctrl-C as SIGTERM; a second one ends the wait, and the workers are killed."""
+        if self._count.is_second(number):
+            self.last_signal = number
         if number == signal.SIGINT:
-            self.interrupted = True
-            return
+            self.interrupted, number = True, signal.SIGTERM
         self.forwarded.add(number)
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(number)
 
+    def _have_others_left(self, statuses: Sequence[int | None]) -> bool:
+        """Return True if ranks failed only since others were gone that had stopped on request before their first step."""
+        failures = [read_failure(self.files[rank]) for rank in self.failed]
+        return EXIT_PREEMPTED in statuses and all(failure and failure.consequence for failure in failures)
+
     def _wait_for_all(self) -> None:
-        """Wait for the end of all, `GRACE_S` after a failure, or an interrupt; note failed ranks in `failed`."""
-        deadline = None
-        while not self.interrupted:
+        """Wait for the end of all, `GRACE_S` after a failure, or a second signal; note failed ranks in `failed`."""
+        failed_at = left_at = None  # when the first did
+        while self.last_signal is None:
             statuses = [process.poll() for process in self.processes]
             for rank, status in enumerate(statuses):
                 if status not in (None, EXIT_OK, EXIT_PREEMPTED) and rank not in self.failed:
                     self.failed.append(rank)
             if None not in statuses:
                 return
-            if self.failed and deadline is None:
-                # The others fail in a moment too (a shared reason), or wait in a collective for ever.
-                deadline = time.monotonic() + GRACE_S
-            if deadline is not None and time.monotonic() > deadline:
+            now = time.monotonic()
+            if self.failed:
+                failed_at = failed_at or now
+            # The others fail in a moment too (a shared reason), or wait in a collective for ever.
+            if failed_at is not None and now > failed_at + GRACE_S:
                 return
+            if EXIT_PREEMPTED in statuses and left_at is None:
+                left_at = now
+            if left_at is not None and now > left_at + GRACE_S and not self.forwarded:
+                # Only that rank was asked to stop, before its first step. The others may wait for it for ever.
+                self._forward_signal(signal.SIGUSR1, None)
             time.sleep(POLL_S)
 
     def _kill_remaining(self) -> None:
@@ -145,7 +162,7 @@ class _WorkerGroup:
         everywhere = len(causes) == len(self.files) and set(causes.values()) == {causes[rank]}
         error = LaunchError(message if everywhere or message.startswith("rank ") else f"rank {rank}: {message}")
         status = self.processes[rank].returncode
-        error.exit_status = 128 - status if status < 0 else status
+        error.exit_status = EXIT_SIGNAL - status if status < 0 else status
         return error
 
     def _explain_rank(self, rank: int) -> tuple[int, str]:
@@ -167,7 +184,9 @@ class _WorkerGroup:
 
 
 def prepare_worker() -> None:
-    """Run in a worker before its program: ignore Ctrl-C, which the launcher handles, and on Linux die with the launcher."""
+    """Run in a worker before its program: ignore Ctrl-C, which the launcher handles, and on Linux die with the launcher.
+
+    A rank of a run watches the launcher itself as soon as it can, and saves when that has ended.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    set_signal_at_parents_death(signal.SIGKILL)

@@ -10,12 +10,12 @@ from pathlib import Path
 # For a script, Python puts its directory first on the path; the repository's root replaces it, so that launch is a package.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launch.failures import EXIT_INTERRUPTED, explain, write_failure
+from launch.failures import explain, write_failure
 from megatron_rdt.environment import ProcessInfo, error_file, leave_process, quiet_libraries, read_process_info
-from megatron_rdt.errors import EXIT_FAILED, RdtError
+from megatron_rdt.errors import EXIT_FAILED, LaunchError, RdtError
 from megatron_rdt.files import escape_controls
 from megatron_rdt.terminal import escape_unencodable, show_line
-from megatron_rdt.train.stop_request import StopRequest
+from megatron_rdt.train.stop_request import StopBeforeTraining, StopRequest
 
 PROGRAM = "pretrain.py"
 SPEAKER_HEAD_START_S = 3.0
@@ -37,7 +37,9 @@ def main(words: list[str]) -> int:
     escape_unencodable()
     process, started = ProcessInfo(), False
     try:
+        stop.begin_start()
         process = read_process_info()
+        stop.is_rank_0 = process.rank == 0
         quiet_libraries(process.local_world_size)
         if process.rank:  # all ranks warn about the same; rank 0 is enough
             logging.getLogger("megatron_rdt").setLevel(logging.ERROR)
@@ -49,10 +51,12 @@ def main(words: list[str]) -> int:
         from megatron_rdt.train.trainer import train
 
         return train(config, options.resume, process, stop, options.init)
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+    except StopBeforeTraining:
+        return stop.end_early()
     except Exception as error:
         explained = explain(error)
+        if isinstance(explained, LaunchError) and stop.explains_lost_peer():
+            return stop.end_early()
         if explained is None:
             show_line(traceback.format_exc().rstrip())
             return EXIT_FAILED

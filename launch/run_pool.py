@@ -1,5 +1,6 @@
 """Several commands of `rdt` at once on this machine: as many as there is room for, none left behind when this one ends."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from types import FrameType
 from launch.local_processes import POLL_S, prepare_worker
 from megatron_rdt.environment import share_environment
 from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED
-from megatron_rdt.train.stop_request import listen_for_stop
+from megatron_rdt.train.stop_request import SignalCount, listen_for_stop
 
 LOG_TAIL_BYTES = 4000
 
@@ -38,7 +39,7 @@ class Job:
 class RunPool:
     """Runs jobs, several at a time.
 
-    A stop signal is passed on to the jobs, which save and end; Ctrl-C and SIGKILL end them at once.
+    A stop signal is passed on to the jobs, which save and end, Ctrl-C as SIGTERM; a second one ends them at once.
 
     Args:
         at_once: jobs that run at the same time.
@@ -53,8 +54,9 @@ class RunPool:
     threads: int
     gpus: Sequence[Sequence[int]] = ()
     was_stopped: bool = False
-    was_interrupted: bool = False
+    _must_end: bool = False  # on a second signal
     _signal: int | None = None
+    _count: SignalCount = field(default_factory=SignalCount)
     _running: dict[int, tuple[Job, subprocess.Popen]] = field(default_factory=dict)
     _signalled: set[int] = field(default_factory=set)
 
@@ -62,14 +64,13 @@ class RunPool:
         """Run the jobs in order; `on_end` gets the exit status of each that ended, those that were stopped included.
 
         Raises:
-            KeyboardInterrupt: interrupted by Ctrl-C; the jobs were ended.
+            KeyboardInterrupt: a second signal came; the jobs were ended.
         """
         before = listen_for_stop(self._handle_signal)
-        before[signal.SIGINT] = signal.signal(signal.SIGINT, self._handle_signal)
         waiting = list(jobs)
         try:
             while (waiting and not self.was_stopped) or self._running:
-                if self.was_interrupted:
+                if self._must_end:
                     raise KeyboardInterrupt
                 for slot in range(self.at_once):
                     if slot not in self._running and waiting and not self.was_stopped:
@@ -99,14 +100,13 @@ class RunPool:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 preexec_fn=prepare_worker,  # noqa: PLW1509
+                process_group=0,  # a job with its own workers, so that they can be ended together
             )
 
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         """Remember the signal; the loop acts on it, which knows every process that was started."""
-        if number == signal.SIGINT:
-            self.was_interrupted = True
-        else:
-            self.was_stopped, self._signal = True, number
+        self._must_end = self._must_end or self._count.is_second(number)
+        self.was_stopped, self._signal = True, signal.SIGTERM if number == signal.SIGINT else number
 
     def _pass_signal_on(self) -> None:
         """Send a stop signal that has arrived to every job once."""
@@ -116,10 +116,10 @@ class RunPool:
                 process.send_signal(self._signal)
 
     def _end_all(self) -> None:
-        """Kill the jobs that still run; their own workers die with them."""
+        """Kill the jobs that still run, with their own workers."""
         for _, process in self._running.values():
             if process.poll() is None:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
         for _, process in self._running.values():
             process.wait()
         self._running.clear()

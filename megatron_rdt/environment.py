@@ -131,16 +131,37 @@ def find_own_address() -> str | None:
     """
     if os.environ.get("GLOO_SOCKET_IFNAME"):
         return None
+    address = _find_address_towards_rank_0()
+    is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return address if address is None or is_one_machine or not ipaddress.ip_address(address).is_loopback else None
+
+
+def _find_address_towards_rank_0() -> str | None:
+    """Return the IP address of the interface through which MASTER_ADDR is reached; None if there is no route."""
     host, port = (os.environ.get(name, other) for name, other in zip(("MASTER_ADDR", "MASTER_PORT"), DEFAULT_MASTER))
     try:
         family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.connect(target)  # of a datagram socket: nothing is sent
-            address = str(probe.getsockname()[0])
+            return str(probe.getsockname()[0])
     except OSError:
         return None
-    is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-    return address if is_one_machine or not ipaddress.ip_address(address).is_loopback else None
+
+
+def name_own_host() -> str:
+    """Return a name or address of this host for the other ranks, for connections to this process.
+
+    That is the address from which it reaches MASTER_ADDR; where this is a loopback address, MASTER_ADDR is this host.
+    """
+    address = _find_address_towards_rank_0()
+    if address is None or ipaddress.ip_address(address).is_loopback:
+        return os.environ.get("MASTER_ADDR", DEFAULT_MASTER[0])
+    return address
+
+
+def is_store_in_launcher() -> bool:
+    """Return True if the store by which the ranks meet is in a process of torchrun, and not in rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def record_collectives(dump_prefix: Path) -> None:
@@ -246,6 +267,11 @@ def launcher_environment(rank: int, world_size: int, address: str, port: int, er
         "MASTER_PORT": str(port),
         ERROR_FILE: str(errors),
     }
+
+
+def has_watched_launcher() -> bool:
+    """Return True if this process's parent is torchrun or `rdt train`."""
+    return ERROR_FILE in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def share_environment(threads: int, gpus: Sequence[int] | None = None) -> dict[str, str]:

@@ -10,6 +10,7 @@ EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_PREEMPTED = 75  # stopped on request after a good save; BSD's EX_TEMPFAIL
+EXIT_SIGNAL = 128  # plus the number of the signal that ended it, as a shell reports it
 
 USE_ANOTHER = "Use another checkpoint."  # the way out where one is damaged or unfit
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,12 +12,16 @@ from megatron_rdt.config import RunConfig
 from megatron_rdt.environment import (
     ProcessInfo,
     export_for_torch,
+    is_store_in_launcher,
+    name_own_host,
     prefer_deterministic_libraries,
     record_collectives,
 )
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.parallel.numa import bind_near_gpu
 from megatron_rdt.run_directory import HANG, run_directory_of
+
+STORE_KEY = "megatron_rdt/address of rank 0's store"
 
 
 def join_process_group(config: RunConfig, process: ProcessInfo) -> torch.device:
@@ -29,8 +34,26 @@ def join_process_group(config: RunConfig, process: ProcessInfo) -> torch.device:
         export_for_torch(process)
         record_collectives(run_directory_of(config).absolute() / HANG / "nccl-rank-")
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=config.parallel.start_timeout_s))
+        timeout = timedelta(seconds=config.parallel.start_timeout_s)
+        store = _move_store_to_rank_0(timeout) if is_store_in_launcher() else {}
+        dist.init_process_group(backend, timeout=timeout, **store)
     return device
+
+
+def _move_store_to_rank_0(timeout: timedelta) -> dict[str, Any]:
+    """Return the arguments of `init_process_group` for a store that rank 0 holds.
+
+    The ranks still agree and save through it when a launcher that held the first one has ended.
+    """
+    launchers, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    if rank == 0:
+        host = name_own_host()
+        own = dist.TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
+        launchers.set(STORE_KEY, f"{host} {own.port}")
+    else:
+        host, port = launchers.get(STORE_KEY).decode().split()
+        own = dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
+    return {"store": own, "rank": rank, "world_size": world_size}
 
 
 def limit_collectives(timeout_s: float) -> None:

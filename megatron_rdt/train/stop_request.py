@@ -1,34 +1,76 @@
-"""Stop on SIGTERM, SIGUSR1 or SIGHUP: the signal sets a flag, and all ranks agree at every step.
+"""Stop on a signal or on the launcher's end: it sets a flag, and all ranks agree at every step.
 
 The flags are summed over ranks in the reduction of a step's losses and read when the next step is queued, so no device runs
 dry. In evaluations and samples the hosts agree among themselves, also on whether one of them has failed, so that all leave
-together.
+together. Until the first step is done there is nothing to save, and each rank leaves by itself, whatever it waits for.
+
+A second signal ends the process at once, even in a collective or in a save, which then leaves no trace. What counts as the
+second is decided by `SignalCount`.
 
 Torch is imported late, so that a process can listen before it does anything that takes long.
 """
 
 import contextlib
 import signal
+import socket
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from megatron_rdt.errors import LostPeerError
+from megatron_rdt.environment import leave_process
+from megatron_rdt.errors import EXIT_PREEMPTED, EXIT_SIGNAL, LostPeerError
+from megatron_rdt.terminal import show_line
+from megatron_rdt.train.launcher_watch import LauncherWatch
 
 if TYPE_CHECKING:
     import torch
 
     from megatron_rdt.parallel import Engine
 
-# SIGHUP: the terminal was closed, or the connection to it was lost.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+# SIGHUP: the terminal was closed, or the connection to it was lost. SIGINT: Ctrl-C.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+LAUNCHER_END = "the end of its launcher"
+REASONS = (*(number.name for number in STOP_SIGNALS), LAUNCHER_END)  # to stop, the same on all ranks
+REPEAT_S = 1.0
+LOOK_S = 1.0  # between two looks at the launcher
+LEAVE_S = 5.0  # for a process that is to leave by itself before its first step
 
 
 def listen_for_stop(handler: Callable[[int, FrameType | None], Any]) -> dict[int, Any]:
-    """Call `handler` for the stop signals from now on, except for SIGHUP under nohup; return the previous handlers."""
-    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+    """Call `handler` for the stop signals from now on, and return the previous handlers.
+
+    SIGHUP stays ignored under nohup, and SIGINT where the launcher handles Ctrl-C for its workers.
+    """
+    ignored = {n for n in (signal.SIGHUP, signal.SIGINT) if signal.getsignal(n) == signal.SIG_IGN}
     return {number: signal.signal(number, handler) for number in STOP_SIGNALS if number not in ignored}
+
+
+class SignalCount:
+    """Decides whether a signal is the second one, which ends a process at once.
+
+    One request to stop may arrive several times: Ctrl-C reaches the launcher and its workers, the launcher passes it on, and a
+    scheduler signals a whole process group. So what comes within REPEAT_S after the first is the same request. SIGUSR1 is an
+    announcement by a scheduler, which sends SIGTERM later and then leaves time again: it never counts.
+    """
+
+    def __init__(self) -> None:
+        self._first: float | None = None  # when the first came
+
+    def is_second(self, number: int) -> bool:
+        """Count a signal that has just come; return True if it is the second."""
+        if number == signal.SIGUSR1:
+            return False
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+        return now - self._first > REPEAT_S
+
+
+class StopBeforeTraining(BaseException):
+    """Ends a rank that is asked to stop before its first step is done, when there is nothing new to save."""
 
 
 class StopAgreed(Exception):
@@ -36,58 +78,124 @@ class StopAgreed(Exception):
 
 
 class StopRequest:
-    """Remembers a stop signal from its construction until `close`, which restores the previous handlers.
+    """Remembers a request to stop from its construction until `close`, which restores the previous handlers.
 
     Attributes:
-        signal_name: name of the signal that asked to stop; None while there was none.
+        reason: what asked to stop, one of REASONS; None while nothing did.
+        is_rank_0: this process tells the user why it ends at once.
     """
 
     def __init__(self) -> None:
-        self.signal_name: str | None = None
+        self.reason: str | None = None
+        self.is_rank_0 = True
+        self._launcher = LauncherWatch()
+        self._is_starting = False
+        self._steps = 0  # whose flags were asked for
         self._is_shared = False  # with other ranks, so that a signal counts once all know of it
         self._was_agreed = False
         self._unread_counts: deque[Callable[[], list[float]]] = deque()  # of the last steps
         self._previous_handlers = listen_for_stop(self._handle_signal)
+        # Python's handlers wait for the main thread, which may be in a collective. The numbers of signals come here at once.
+        self._receiver, self._sender = socket.socketpair()
+        self._receiver.settimeout(LOOK_S)
+        self._sender.setblocking(False)
+        self._previous_descriptor = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
+        self._is_closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="stop request", daemon=True)
+        self._thread.start()
 
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:
-        """Remember the signal; the process continues to the end of its step."""
-        self.signal_name = signal.Signals(number).name
+        """Remember the signal; the process continues to the end of its step, unless it has not begun to train.
+
+        Raises:
+            StopBeforeTraining: the first step is not done yet.
+        """
+        is_first, self.reason = self.reason is None, signal.Signals(number).name
+        if self._is_starting and is_first:
+            raise StopBeforeTraining
+
+    def _watch(self) -> None:
+        """In a thread: end the process at once on a second signal, and notice the end of the launcher."""
+        count, asked = SignalCount(), None
+        while not self._is_closed.is_set():
+            with contextlib.suppress(TimeoutError):
+                for number in self._receiver.recv(256):
+                    if number in STOP_SIGNALS and count.is_second(number):
+                        name = signal.Signals(number).name
+                        self._tell(f"second signal ({name}): ended at once. The last checkpoint stays")
+                        leave_process(EXIT_SIGNAL + number)
+            if self.reason is None and self._launcher.has_ended():
+                self.reason = LAUNCHER_END
+            if self.reason is not None and self._is_starting:
+                asked = asked or time.monotonic()
+                # The main thread may be in a library that does not return, waiting for ranks that have left.
+                if self.reason == LAUNCHER_END or time.monotonic() - asked > LEAVE_S:
+                    leave_process(self.end_early())
+
+    def begin_start(self) -> None:
+        """Let a request end this process by itself until the losses of the first step are known.
+
+        Raises:
+            StopBeforeTraining: one has come already, or comes in this time.
+        """
+        self._is_starting = True
+        if self.reason is not None:
+            raise StopBeforeTraining
+
+    def end_early(self) -> int:
+        """Tell the user that the run stops with nothing trained; return the exit status."""
+        self._tell(f"stopped on {self.reason} before the first step, with nothing new to save")
+        return EXIT_PREEMPTED
+
+    def _tell(self, text: str) -> None:
+        """Print a line on rank 0."""
+        if self.is_rank_0:
+            show_line(f"{text}; use --resume auto")
+
+    def explains_lost_peer(self) -> bool:
+        """Return True if a rank that is gone may have left by itself, asked to stop before its first step, as this one was."""
+        return self.reason is not None and self._steps <= 2
 
     def flags(self, engine: "Engine") -> dict[str, float]:
-        """Return this rank's flags, to be summed over ranks with a step's losses: 1 for the signal that asked it to stop.
+        """Return this rank's flags, to be summed over ranks with a step's losses: 1 for the reason to stop, if there is one.
 
-        One flag per signal, so that ranks that no signal has reached learn its name. Empty for a single process.
+        One flag per reason, so that ranks that no signal has reached learn its name. Empty for a single process.
         """
+        self._steps += 1
         if engine.world_size == 1:
             return {}
         self._is_shared = True
-        return {number.name: float(self.signal_name == number.name) for number in STOP_SIGNALS}
+        return {reason: float(self.reason == reason) for reason in REASONS}
 
     def take_counts(self, losses: dict[str, "torch.Tensor"]) -> None:
-        """Take the sums of `flags` out of a step's losses; `is_agreed` reads them once the next step is queued too."""
+        """Take the sums of `flags` out of a step's losses; `is_agreed` reads them once the next step is queued too.
+
+        From now on there is something to save, and all ranks stop together.
+        """
+        self._is_starting = False
         import torch
 
         from megatron_rdt.train.device_reads import start_read
 
-        names = [number.name for number in STOP_SIGNALS if number.name in losses]
+        names = [reason for reason in REASONS if reason in losses]
         if names:
             self._unread_counts.append(start_read(torch.stack([losses.pop(name) for name in names])))
 
     def _take_over(self, counts: Sequence[float]) -> None:
-        """Take over an agreed signal, given how many ranks each signal has asked to stop."""
-        name = next((number.name for number, count in zip(STOP_SIGNALS, counts) if count), None)
-        if name is not None:
-            self.signal_name, self._was_agreed = name, True
+        """Take over an agreed reason, given how many ranks each has asked to stop."""
+        reason = next((reason for reason, count in zip(REASONS, counts) if count), None)
+        if reason is not None:
+            self.reason, self._was_agreed = reason, True
 
     def is_agreed(self) -> bool:
         """Return True on every rank if any had been asked to stop when the last step but one summed the flags.
 
         Those of the last step are not read yet: the device would have nothing to do while the host waited for them. So the
-        run ends one step later. `signal_name` is then set on every rank. A single process knows at once.
+        run ends one step later. `reason` is then set on every rank. A single process knows at once.
         """
         while len(self._unread_counts) > 1:
             self._take_over(self._unread_counts.popleft()())
-        return self._was_agreed if self._is_shared else self.signal_name is not None
+        return self._was_agreed if self._is_shared else self.reason is not None
 
     def agree_now(self, engine: "Engine", has_failed: bool = False, timeout_s: float | None = None) -> bool:
         """Wait until every rank has called this; return True if one of them has failed, and bring `is_agreed` up to date.
@@ -124,7 +232,13 @@ class StopRequest:
             raise StopAgreed
 
     def close(self) -> None:
-        """Restore the previous handlers."""
+        """Stop listening and restore the previous handlers."""
+        self._is_closed.set()
+        signal.set_wakeup_fd(self._previous_descriptor)
+        self._sender.send(b"\0")
+        self._thread.join()
+        self._sender.close()
+        self._receiver.close()
         for number, handler in self._previous_handlers.items():
             with contextlib.suppress(TypeError, ValueError):
                 signal.signal(number, handler)

@@ -38,7 +38,7 @@ from megatron_rdt.train.schedule import learning_rate
 from megatron_rdt.train.step_record import StepClock, StepRecord
 from megatron_rdt.train.step_review import StepReview
 from megatron_rdt.train.step_traces import StepTraces
-from megatron_rdt.train.stop_request import StopAgreed, StopRequest
+from megatron_rdt.train.stop_request import StopAgreed, StopBeforeTraining, StopRequest
 from megatron_rdt.train.watchdog import Watchdog
 
 
@@ -63,7 +63,7 @@ def train(
         init: the checkpoint, run or export from which a new run takes its weights, or "none" for random ones.
 
     Returns:
-        0 when all steps are done, 75 when stopped by a signal after a good save, or before the first step.
+        0 when all steps are done, 75 when stopped after a good save, or before the first step.
     """
     process = process or read_process_info()
     check_config(config, process.world_size)
@@ -75,6 +75,7 @@ def train(
     run_directory = run_directory_of(config)
     try:
         with lock_run_directory(run_directory, resume, init) if process.rank == 0 else nullcontext():
+            listener.begin_start()
             device = join_process_group(config, process)
             trainer = Trainer(config, run_directory, device, listener, process.local_rank)
             try:
@@ -84,6 +85,8 @@ def train(
                 trainer.close()
             _FINISHED_ENGINES.append(trainer.engine)
             return status
+    except StopBeforeTraining:
+        return listener.end_early()
     finally:
         if stop is None:
             listener.close()
@@ -243,21 +246,20 @@ class Trainer:
 
     def _stop_early(self) -> int:
         """Save unless this step is saved already, say so, and return the exit status of a stop request."""
-        reason = f"stopped on {self.stop.signal_name}"
+        reason = f"stopped on {self.stop.reason} at step {self.step}"
         if self.step == self.first_step:
-            where = f"before step {self.step + 1}" if self.step < self.config.train.steps else "after the last step"
-            self._print_on_rank_0(f"{reason} {where}, with nothing new to save; use --resume auto")
+            self._print_on_rank_0(f"{reason}, with nothing new to save; use --resume auto")
             return EXIT_PREEMPTED
         try:
             self._record_unread_steps()
         except Rollback as rollback:
-            self._print_on_rank_0(f"{reason} at step {self.step}; --resume auto rolls back to {rollback.source}")
+            self._print_on_rank_0(f"{reason}; --resume auto rolls back to {rollback.source}")
             return EXIT_PREEMPTED
         self.checkpoints.finish_save()
         if self.checkpoints.saved_step != self.step:
             self._save_checkpoint(required=True)
             self.checkpoints.finish_save(required=True)
-        self._print_on_rank_0(f"{reason} at step {self.step}, saved; use --resume auto")
+        self._print_on_rank_0(f"{reason}, saved; use --resume auto")
         return EXIT_PREEMPTED
 
     def _train_step(self, batch: Batch, clock: StepClock) -> StepRecord:
@@ -320,8 +322,7 @@ class Trainer:
     def _run_due_actions(self) -> None:
         """Record, save, evaluate and sample, whichever is due after this step."""
         config = self.config
-        sections = config.eval, config.sample, config.checkpoint
-        evaluate, sample, save = (self._is_due(section.every) for section in sections)
+        evaluate, sample, save = (self._is_due(each.every) for each in (config.eval, config.sample, config.checkpoint))
         save = save or self.step == config.train.steps
         if evaluate or sample or save or self._is_due(config.logging.every):
             self._record_unread_steps()

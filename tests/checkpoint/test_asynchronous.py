@@ -111,7 +111,7 @@ def test_a_stop_request_waits_for_the_save(
 
     def stop_at_3(trainer: Trainer, *rest: Any) -> Any:
         if trainer.step == 2:
-            stop.signal_name = "SIGTERM"
+            stop.reason = "SIGTERM"
         return take_step(trainer, *rest)
 
     monkeypatch.setattr(Trainer, "_train_step", stop_at_3)

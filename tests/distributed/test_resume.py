@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_rdt.convert import convert
@@ -39,14 +40,16 @@ def finish_run(options: list[str], processes: int, repository: Path | None) -> s
 
 
 def kill_after(step: int, run: Path, options: list[str], processes: int, repository: Path | None) -> None:
-    """Start the run and kill it once it has recorded a step: every rank, or the real command, with which they die."""
+    """Start the run and kill it once it has recorded a step: every rank, with those of the real command."""
     if repository is None:
         with start_training(options, processes) as ranks:
             wait_for_step(run, step, ranks.has_ended)
         return
     process = start_command([*options, f"--nproc={processes}"], repository)
     wait_for_step(run, step, lambda: process.poll() is not None)
-    process.send_signal(signal.SIGKILL)
+    workers = psutil.Process(process.pid).children()  # they would save if only the launcher were killed
+    for each in (*workers, process):
+        each.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
 
 

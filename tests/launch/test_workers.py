@@ -16,6 +16,7 @@ import pytest
 
 from launch.failures import LostPeerError, explain
 from launch.local_processes import find_free_port
+from megatron_rdt.train.stop_request import REPEAT_S
 
 pytestmark = pytest.mark.slow
 
@@ -102,25 +103,37 @@ def test_a_killed_rank_ends_the_run(rank: int, running: Callable[[], subprocess.
 @pytest.mark.distributed
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["launcher", "terminal"])
-def test_ctrl_c_leaves_nothing(send: Callable[[int, int], None], running: Callable[[], subprocess.Popen[str]]) -> None:
+def test_ctrl_c_saves_and_twice_ends_at_once(
+    send: Callable[[int, int], None], running: Callable[[], subprocess.Popen[str]], tmp_path: Path
+) -> None:
     process = running()
     workers = psutil.Process(process.pid).children()
+    if send == os.killpg:
+        workers[0].suspend()  # so that the others wait for it when they save
+        send(process.pid, signal.SIGINT)
+        time.sleep(REPEAT_S + 0.5)
     send(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (130, "rdt train: interrupted\n")
+    output, errors = process.communicate(timeout=60)
+    if send == os.killpg:
+        assert (process.returncode, errors) == (130, "rdt train: interrupted\n")
+    else:
+        assert process.returncode == 75, errors
+        assert "stopped on SIGTERM at step" in output
+        assert (tmp_path / "run" / "latest").exists()
     assert len(workers) == 2
     assert not any(worker.is_running() for worker in workers)
 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(200)
-def test_workers_die_with_a_killed_launcher(running: Callable[[], subprocess.Popen[str]]) -> None:
+def test_workers_end_with_a_killed_launcher(running: Callable[[], subprocess.Popen[str]]) -> None:
     process = running()
     workers = psutil.Process(process.pid).children()
     process.kill()
-    process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=60)
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert (len(workers), alive) == (2, [])
+    assert "stopped on the end of its launcher at step" in output
 
 
 def test_a_port_in_use_is_refused_before_any_worker(rdt: Run, tiny_options: list[str], tmp_path: Path) -> None:

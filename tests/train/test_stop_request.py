@@ -13,7 +13,7 @@ from megatron_rdt.model import InitialValues, RecurrentDepthTransformer, initial
 from megatron_rdt.parallel import Engine
 from megatron_rdt.parallel.replicated import SingleEngine
 from megatron_rdt.train import trainer
-from megatron_rdt.train.stop_request import STOP_SIGNALS, StopRequest
+from megatron_rdt.train.stop_request import REASONS, STOP_SIGNALS, SignalCount, StopRequest
 from tests.train.runs import Configure, read_records
 
 pytestmark = pytest.mark.slow
@@ -30,7 +30,7 @@ def test_a_stop_request_is_remembered(number: signal.Signals, configure: Configu
         os.kill(os.getpid(), number)
         assert stop.is_agreed()
         assert stop.is_agreed(), "it stays set"
-        assert stop.signal_name == number.name
+        assert stop.reason == number.name
     finally:
         stop.close()
     assert [signal.getsignal(n) for n in STOP_SIGNALS] == before
@@ -45,19 +45,19 @@ class OneOfThree:
 def test_the_flags_of_a_step_are_read_after_the_next() -> None:
     """The sums of step n count once those of step n + 1 are under way, so that no device waits for the host."""
     stop, engine = StopRequest(), cast(Engine, OneOfThree())
-    zeros = {number.name: torch.tensor(0.0) for number in STOP_SIGNALS}
+    zeros = {reason: torch.tensor(0.0) for reason in REASONS}
     try:
-        stop.signal_name = "SIGTERM"
-        assert stop.flags(engine) == {"SIGTERM": 1.0, "SIGUSR1": 0.0, "SIGHUP": 0.0}
+        stop.reason = "SIGTERM"
+        assert stop.flags(engine) == {reason: float(reason == "SIGTERM") for reason in REASONS}
         assert not stop.is_agreed(), "the others do not know yet"
-        stop.signal_name = None
+        stop.reason = None
         losses = {"objective": torch.tensor(2.0), **zeros, "SIGUSR1": torch.tensor(2.0)}
         stop.take_counts(losses)
         assert list(losses) == ["objective"]
         assert not stop.is_agreed()
         stop.take_counts({"objective": torch.tensor(2.0), **zeros})
         assert stop.is_agreed()
-        assert stop.signal_name == "SIGUSR1"
+        assert stop.reason == "SIGUSR1"
         stop.take_counts({"objective": torch.tensor(2.0), **zeros})
         assert stop.is_agreed(), "it stays set"
     finally:
@@ -69,11 +69,24 @@ def test_a_closed_terminal_stops_nothing_under_nohup(configure: Configure) -> No
     try:
         stop = StopRequest()
         os.kill(os.getpid(), signal.SIGHUP)
-        assert stop.signal_name is None
+        assert stop.reason is None
         stop.close()
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_repeated_signals_are_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a second of the first, any signal is the launcher's repetition; an announcement (SIGUSR1) never counts."""
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    count = SignalCount()
+    came = [("SIGUSR1", 0), ("SIGTERM", 5), ("SIGINT", 5.9), ("SIGUSR1", 50), ("SIGTERM", 50), ("SIGINT", 51)]
+    verdicts = []
+    for name, at in came:
+        now[0] = 100.0 + at
+        verdicts.append(count.is_second(signal.Signals[name]))
+    assert verdicts == [False, False, False, False, True, True]
 
 
 class Stopped(SingleEngine):
@@ -145,7 +158,7 @@ def test_a_stop_before_the_first_step(
         patch.setattr(trainer, "make_engine", Asked)
         patch.setattr(Asked, "at", 0)
         assert trainer.train(config) == 75
-    assert "stopped on SIGUSR1 before step 1, with nothing new to save" in capsys.readouterr().out
+    assert "stopped on SIGUSR1 before the first step, with nothing new to save" in capsys.readouterr().err
     assert checkpoints.list_complete_checkpoints(tmp_path / "run") == []
     assert trainer.train(config, "auto") == 0
 

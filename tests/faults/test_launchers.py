@@ -1,0 +1,76 @@
+"""Launchers that are killed or asked to stop: their workers save together and end with 75, none trains on."""
+
+import ctypes
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.checkpoint.runs import read_losses
+from tests.distributed.launchers import ENDLESS, make_command, start_launcher
+from tests.distributed.training import wait_for_step
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(200)]
+PR_SET_CHILD_SUBREAPER = 36
+
+
+@pytest.fixture
+def _adopts_orphans() -> Iterator[None]:
+    """Processes whose parent has ended become children of this one, which can read their exit status."""
+    if sys.platform != "linux":
+        pytest.skip("only Linux gives orphans to a process of one's choice")
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    yield
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0)
+
+
+def wait_for_orphan(process: psutil.Process, timeout: float) -> int:
+    """Wait for the end of a process that this one has adopted and return its exit status."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        found, status = os.waitpid(process.pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    raise TimeoutError(f"{process} still runs after {timeout} s")
+
+
+@pytest.mark.usefixtures("_adopts_orphans")
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [
+        ("rdt train", signal.SIGKILL),
+        ("torchrun", signal.SIGKILL),
+        ("deepspeed", signal.SIGKILL),
+        ("deepspeed", signal.SIGTERM),
+    ],
+)
+def test_workers_save_when_their_launcher_ends(
+    launcher: str, number: signal.Signals, tmp_path: Path, tiny_options: list[str]
+) -> None:
+    options = [*tiny_options, *ENDLESS, f"--run.root={tmp_path}", "--parallel.engine=zero2"]
+    with start_launcher(make_command(launcher, options), tmp_path / "output") as launched:
+        wait_for_step(tmp_path / "run", 3, launched.has_ended)
+        workers = launched.list_workers()
+        assert len(workers) == 2, launched.read_output()
+        # DeepSpeed starts workers by a second program, which ends with the status of the first worker that failed.
+        orphans = psutil.Process(launched.process.pid).children()
+        launched.process.send_signal(number)
+        launched.process.wait(10)
+        began = time.monotonic()
+        statuses = [wait_for_orphan(orphan, 60) for orphan in orphans]
+        seconds = time.monotonic() - began
+        text = launched.read_output()
+        assert set(statuses) == {75}, text
+        assert not any(worker.is_running() for worker in workers)
+    found = re.search(r"stopped on the end of its launcher at step (\d+), saved", text)
+    assert found, text
+    assert int(found[1]) == max(read_losses(tmp_path / "run"))
+    assert (tmp_path / "run" / "latest").read_text().strip() == f"step-{int(found[1]):08d}"
+    print(f"{launcher} {number.name}: all workers ended {seconds:.1f} s later")

@@ -4,12 +4,15 @@ A preset's step runs on fake CUDA tensors, which have shapes and no memory. Ever
 compiled layers as torch.compile fuses them, and takes the larger of two times, at rates that an H100 attains: 600 TFLOP/s in
 bfloat16 products, 300 in TF32, 50 in float32, 400 in attention, 2.7 TB/s. The sum is the least time of the step; useful FLOPs
 (megatron_rdt/model/flops.py) over it and the peak of 989 TFLOP/s are `mfu_bound`. Exact and the same everywhere; a GPU adds
-launches, gaps, and kernels that miss these rates. Beside it stand the figures of the planner's formulas for the same step
-(megatron_rdt/planner/kernels.py), whose coefficients are fitted to these counts.
+launches, gaps, and kernels that miss these rates. With tensor or context parallelism the step is that of one rank, in a process
+group whose other ranks do not exist, and a collective takes the time to read and write its tensors in memory. Beside it stand
+the figures of the planner's formulas for the same step (megatron_rdt/planner/kernels.py), whose coefficients are fitted to the
+counts on one GPU.
 
     python benchmarks/roofline.py                                        # a table of the presets of CASES
     python benchmarks/roofline.py --preset huginn_3_5b --json
     python benchmarks/roofline.py --preset parcae_1_3b --sequences 8 --loops 4 --backprop 4 --set train.compile=none
+    python benchmarks/roofline.py --preset parcae_1_3b --set parallel.engine=fsdp parallel.tensor=2
 """
 
 import argparse
@@ -20,14 +23,15 @@ from typing import Any
 
 import torch
 from tools.fake_cuda import install_fake_cuda
+from tools.fake_group import join_fake_group
 from tools.fused_kernels import make_logging_backend
 from tools.operator_log import H100, Entry, OperatorLog
 from tools.options import MODELS, PRESETS, make_parser, write_numbers
 from tools.rates import count_training_flops
 from tools.tables import format_header, format_row
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from megatron_rdt.config import RunConfig, load_config
+from megatron_rdt.config import ParallelConfig, RunConfig, load_config
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan
@@ -35,7 +39,10 @@ from megatron_rdt.devices import DEVICES
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.compiling import compile_layers
 from megatron_rdt.parallel import MicroBatch, make_engine
+from megatron_rdt.parallel.context_parallel import ContextParallel
+from megatron_rdt.parallel.mesh import make_meshes
 from megatron_rdt.parallel.process_group import allow_tf32
+from megatron_rdt.parallel.tensor_parallel import parallelize_tensors
 from megatron_rdt.planner.kernels import LAUNCH_SECONDS, StepKernels
 
 
@@ -68,20 +75,26 @@ def log_step(config: RunConfig, case: Case) -> OperatorLog:
     """Run a step on fake tensors; return its log, in the phases forward, backward, clip, optimizer."""
     log = OperatorLog(H100)
     allow_tf32(config.train.precision)
-    plain = replace(config, train=replace(config.train, compile="none"))  # compiled below, with a backend that logs
+    # Compiled below, with a backend that logs; nothing is sharded over samples.
+    plain = replace(config, parallel=ParallelConfig(), train=replace(config.train, compile="none"))
     engine = make_engine(plain, torch.device("cuda", 0))
     plan = DepthPlan((case.loops,) * case.sequences, case.backprop, tuple(range(1, case.sequences + 1)))
     # Compiled code keeps sizes: those of one case do not vary, and fake kernels need numbers.
     torch._dynamo.maybe_mark_dynamic = lambda tensor, index: None
     torch._dynamo.config.automatic_dynamic_shapes = False
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    layout = layout_of_one_sample(config)
+    with join_fake_group(0, layout.world_size), FakeTensorMode(allow_non_fake_inputs=True):
+        with unset_fake_temporarily():
+            meshes = make_meshes(layout, engine.device, config.parallel.timeout_s)
         with torch.device("cuda"):
             model = RecurrentDepthTransformer(config.model)
+        if meshes.tensor is not None:
+            parallelize_tensors(model, meshes.tensor)
         engine.configure_model(model)
         if config.train.compile == "layers":
             compile_layers(model, backend=make_logging_backend(log))
         engine.make_optimizers(model)  # type: ignore[attr-defined]
-        engine.module = model
+        engine.module = model if meshes.context is None else ContextParallel(model, meshes.context.get_group())
         ids = torch.empty(case.sequences, case.length + 1, dtype=torch.int64, device="cuda")
         backward = engine.backward
 
@@ -102,6 +115,11 @@ def log_step(config: RunConfig, case: Case) -> OperatorLog:
     return log
 
 
+def layout_of_one_sample(config: RunConfig) -> Layout:
+    """Return the layout of the ranks that share a sequence: tensor and context parallelism alone."""
+    return Layout(tensor=config.parallel.tensor, context=config.parallel.context)
+
+
 def create_moments(optimizers: list[torch.optim.Optimizer]) -> None:
     """Take a step with gradients of zero, so that the step that is logged creates no moments."""
     for optimizer in optimizers:
@@ -115,7 +133,9 @@ def summarize(preset: str, case: Case, config: RunConfig, log: OperatorLog) -> d
     """Return the figures of a logged step."""
     plan = DepthPlan((case.loops,) * case.sequences, case.backprop, tuple(range(case.sequences)))
     useful = count_training_flops(config.model, plan, case.length)
-    kernels = StepKernels(config, Layout(), DEVICES["h100"])
+    layout = layout_of_one_sample(config)
+    useful /= layout.world_size
+    kernels = StepKernels(config, layout, DEVICES["h100"])
     planned = kernels.micro_batch(case.loops, min(case.loops, case.backprop or case.loops)) + kernels.optimizer_step()
     by_kernel, by_place, by_phase = (sum_entries(log, part) for part in (1, 2, 0))
     return {

@@ -102,8 +102,11 @@ def _replace_kernels() -> None:
     functional.rms_norm = rms_norm  # type: ignore[assignment]
     functional.silu = silu  # type: ignore[assignment]
     functional.scaled_dot_product_attention = _attend
+    from torch.nn.attention import flex_attention
+
     from megatron_rdt.model.attention import kernels
 
+    flex_attention.flex_attention = _flex_attend
     kernels._compiled_flex_attention = lambda: _flex_attend
 
 

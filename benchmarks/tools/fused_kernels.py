@@ -45,11 +45,11 @@ def list_kernels(module: GraphModule, inputs: Sequence[Any], is_inference: bool)
 
 
 def _is_idle(node: Any) -> bool:
-    """True for a node of the scheduler that runs no kernel, such as one of several results of a kernel."""
+    """True for a node of the scheduler that runs no kernel, such as a result of several, or the wait for a collective."""
     from torch._inductor import ir
     from torch._inductor.scheduler import NopKernelSchedulerNode
 
-    return isinstance(node, NopKernelSchedulerNode) or isinstance(node.node, ir.MultiOutput)
+    return isinstance(node, NopKernelSchedulerNode) or isinstance(node.node, ir.MultiOutput | ir._WaitKernel)
 
 
 def _find_operator(kernel: Any) -> torch.fx.Node | None:

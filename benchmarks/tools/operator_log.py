@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from megatron_rdt.devices import DEVICES, Rates, attained_rates
+from megatron_rdt.parallel.dtensor_views import local_shard
 
 # Operators that make the host wait for the device.
 WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "_unique2", "unique_dim"}
@@ -56,7 +57,8 @@ class Entry:
 
 
 def tensor_bytes(tensor: Tensor) -> int:
-    """Bytes that a tensor occupies; a dimension that repeats the same numbers counts once."""
+    """Bytes that a tensor occupies on this rank; a dimension that repeats the same numbers counts once."""
+    tensor = local_shard(tensor)
     sizes = (size for size, stride in zip(tensor.shape, tensor.stride()) if stride != 0 or size == 0)
     return math.prod(sizes) * tensor.element_size()
 

@@ -130,7 +130,7 @@ def _find_expert_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _find_uses_of_whole_sequences(config: RunConfig) -> Iterator[str]:
-    """Find samples, Jacobian monitor or compilation in use while tensor or context ranks split sequences."""
+    """Find samples or the Jacobian monitor in use while tensor or context ranks split sequences."""
     axes = [f"parallel.{name} {size}" for name in ("tensor", "context") if (size := getattr(config.parallel, name)) > 1]
     if not axes:
         return
@@ -142,10 +142,6 @@ def _find_uses_of_whole_sequences(config: RunConfig) -> Iterator[str]:
         )
     if config.logging.jacobian_every:
         yield f"logging.jacobian_every {clash}: no process has whole sequences. Set it to 0."
-    if config.train.compile != "none":
-        yield (
-            f"train.compile {config.train.compile} {clash} yet: layers exchange tokens inside. Set --train.compile none."
-        )
 
 
 def _find_ring_problems(config: RunConfig) -> Iterator[str]:

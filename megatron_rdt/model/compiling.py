@@ -81,7 +81,7 @@ class CompiledLayer:
         x, inner, logits = self._compiled(x, context, token_values, modulations)
         results = self._experts.run_experts(inner, logits)
         _mark_batch_dynamic((x, inner, *results), 1)
-        return self._mix(x, inner, results)
+        return self._mix(x, inner, results, context)
 
 
 def _mark_batch_dynamic(tensors: Sequence[Any], dimensions: int) -> None:

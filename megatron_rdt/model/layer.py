@@ -88,13 +88,14 @@ class Layer(nn.Module):
         if token_values is None:
             token_values = self.token_values(context)
         inner = self._normalize_input(self.attention_norm, x, context, modulations, 0)
-        output = self.attention(inner, context, token_values)
-        return self._add_to_stream(x, output, self.attention_outer_norm)
+        split = context.token_split
+        output = self.attention(split.gather_tokens(inner), context, token_values)
+        return self._add_to_stream(x, split.scatter_sums(output), self.attention_outer_norm)
 
     def feed(self, x: Tensor, context: LayerContext, modulations: Modulations) -> Tensor:
         """Run norm and feed-forward, or experts; return the residual stream with its output added."""
-        inner = self._normalize_input(self.feedforward_norm, x, context, modulations, 1)
-        return self._add_to_stream(x, self.feedforward(inner), self.feedforward_outer_norm)
+        output = self.feedforward(self._feedforward_input(x, context, modulations))
+        return self._add_feedforward(x, output, context)
 
     def attend_and_score(
         self, x: Tensor, context: LayerContext, token_values: Tensor | None, modulations: Modulations
@@ -102,18 +103,32 @@ class Layer(nn.Module):
         """Run attention; return the residual stream, the experts' input, and the router's logits."""
         assert isinstance(self.feedforward, MixtureOfExperts)
         x = self.attend(x, context, token_values, modulations)
-        inner = self._normalize_input(self.feedforward_norm, x, context, modulations, 1)
+        inner = self._feedforward_input(x, context, modulations)
         return x, inner, self.feedforward.score(inner)
 
-    def mix_experts(self, x: Tensor, inner: Tensor, results: tuple[Tensor, ...]) -> Tensor:
+    def mix_experts(self, x: Tensor, inner: Tensor, results: tuple[Tensor, ...], context: LayerContext) -> Tensor:
         """Return the residual stream with the output added, from the experts' input and `run_experts`."""
         assert isinstance(self.feedforward, MixtureOfExperts)
-        return self._add_to_stream(x, self.feedforward.mix(inner, *results), self.feedforward_outer_norm)
+        return self._add_feedforward(x, self.feedforward.mix(inner, *results), context)
 
     def token_values(self, context: LayerContext) -> Tensor | None:
         """Look up the attention's value embeddings of this pass's tokens; None where it has none."""
         table = self.attention.token_values
         return None if table is None else table(context.tokens)
+
+    def _feedforward_input(self, x: Tensor, context: LayerContext, modulations: Modulations) -> Tensor:
+        """Return the normalised input of the feed-forward, of all tokens where ranks split its channels."""
+        inner = self._normalize_input(self.feedforward_norm, x, context, modulations, 1)
+        return inner if self._has_experts_elsewhere() else context.token_split.gather_tokens(inner)
+
+    def _add_feedforward(self, x: Tensor, output: Tensor, context: LayerContext) -> Tensor:
+        """Return the residual stream plus the feed-forward's output, summed where ranks split its channels."""
+        output = output if self._has_experts_elsewhere() else context.token_split.scatter_sums(output)
+        return self._add_to_stream(x, output, self.feedforward_outer_norm)
+
+    def _has_experts_elsewhere(self) -> bool:
+        """Return True if ranks hold whole experts, to which each sends its own tokens."""
+        return isinstance(self.feedforward, MixtureOfExperts) and self.feedforward.exchange is not None
 
     def _normalize_input(
         self, norm: RMSNorm | None, x: Tensor, context: LayerContext, modulations: Modulations, part: int

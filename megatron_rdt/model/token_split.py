@@ -1,6 +1,6 @@
 """Interface for splitting a sequence over ranks: the tokens and the part of the vocabulary that this rank computes.
 
-The model asks its attribute `token_split` at the five points where a rank with only a part has to talk to others. Here
+The model asks its attribute `token_split` at the seven points where a rank with only a part has to talk to others. Here
 is the implementation for a rank that has everything; `megatron_rdt.parallel` replaces it under tensor parallelism
 (parts of the tokens between the layers, parts of the vocabulary) and context parallelism (parts of every sequence).
 """
@@ -29,6 +29,14 @@ class WholeTokens:
     def gather_keys(self, *keys: Tensor) -> tuple[Tensor, ...]:
         """Return keys and values (batch, heads, sequence, channels) of the whole sequence, given those of local tokens."""
         return keys
+
+    def gather_tokens(self, x: Tensor) -> Tensor:
+        """Return all local tokens (batch, tokens, dim) for attention or feed-forward, given those of the residual stream."""
+        return x
+
+    def scatter_sums(self, x: Tensor) -> Tensor:
+        """Return the tokens of the residual stream, given this rank's summand of all local tokens (batch, tokens, dim)."""
+        return x
 
     def residual_part(self, values: Tensor) -> Tensor:
         """Select from (..., local tokens) the tokens whose residual stream is on this rank."""

@@ -23,20 +23,23 @@ KEYS = 2  # the dimension of (batch, heads, sequence, channels) that is gathered
 
 
 @functools.lru_cache(maxsize=8)
-def assign_positions(length: int, ranks: int, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Deal a sequence's positions to ranks: return each rank's, and the order that restores the sequence from all.
+def assign_positions(length: int, ranks: int, device: torch.device) -> list[torch.Tensor]:
+    """Deal a sequence's positions to ranks; return each rank's.
 
     Args:
         length: tokens of the whole sequence, a multiple of twice the number of ranks.
         ranks: number of ranks.
         device: of the results.
-
-    Returns:
-        The positions of each rank, and the indices that put all ranks' tokens, one rank after the other, in order.
     """
     pieces = torch.arange(length, device=device).chunk(2 * ranks)
-    owned = [torch.cat((pieces[i], pieces[-1 - i])) for i in range(ranks)]
-    return owned, torch.cat(owned).argsort()
+    return [torch.cat((pieces[i], pieces[-1 - i])) for i in range(ranks)]
+
+
+def restore_order(x: torch.Tensor, dim: int, ranks: int) -> torch.Tensor:
+    """Put all ranks' tokens, one rank after the other along `dim`, in the order of the sequence."""
+    pieces = x.unflatten(dim, (ranks, 2, -1))
+    front, back = pieces.select(dim + 1, 0), pieces.select(dim + 1, 1)
+    return torch.cat((front, back.flip(dim)), dim).flatten(dim, dim + 1)
 
 
 class ContextSplitTokens(WholeTokens):
@@ -53,14 +56,20 @@ class ContextSplitTokens(WholeTokens):
 
     def positions(self, start: int, tokens: int, device: torch.device) -> torch.Tensor:
         """Return this rank's positions (tokens,) in the whole sequence; `start`, always 0, is ignored."""
-        owned, _ = assign_positions(tokens * self.group.size(), self.group.size(), device)
-        return owned[self.group.rank()]
+        return assign_positions(tokens * self.group.size(), self.group.size(), device)[self.group.rank()]
 
     def gather_keys(self, *keys: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Gather from all ranks, in order, the sequence's keys and values (batch, heads, sequence, channels)."""
-        ranks, tokens, device = self.group.size(), keys[0].shape[KEYS], keys[0].device
-        _, order = assign_positions(tokens * ranks, ranks, device)
-        return tuple(gather_for_split_work(each, KEYS, self.group).index_select(KEYS, order) for each in keys)
+        gathered = (gather_for_split_work(each, KEYS, self.group) for each in keys)
+        return tuple(restore_order(each, KEYS, self.group.size()) for each in gathered)
+
+    def gather_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """Gather the tokens of this rank's pieces, as `within` does."""
+        return self.within.gather_tokens(x)
+
+    def scatter_sums(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum and scatter the tokens of this rank's pieces, as `within` does."""
+        return self.within.scatter_sums(x)
 
     def residual_part(self, values: torch.Tensor) -> torch.Tensor:
         """Select from (..., this rank's tokens) those whose residual stream is here, as `within` splits them."""

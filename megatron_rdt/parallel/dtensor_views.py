@@ -30,10 +30,6 @@ def make_dtensor(module: nn.Module, name: str, mesh: DeviceMesh, *placements: Sh
     module.register_parameter(name, nn.Parameter(distribute_tensor(value.data, mesh, placements, src_data_rank=None)))
 
 
-Views = dict[tuple[nn.Module, str, bool], torch.Tensor]
-"""Local tensors by module, parameter name, and whether gradient was enabled when they were made."""
-
-
 def view_locally(model: nn.Module, mesh: DeviceMesh, names: dict[nn.Module, list[str]]) -> None:
     """Make attributes `names` return local tensors while a DTensor is on `mesh`, by changing modules' classes.
 
@@ -46,34 +42,52 @@ def view_locally(model: nn.Module, mesh: DeviceMesh, names: dict[nn.Module, list
         names: the parameters of each module.
     """
     # A view is kept for one forward pass and its backward pass: autograd then adds up plain gradients over all
-    # iterations, and makes one DTensor of the sum instead of one per iteration.
-    views: Views = {}
+    # iterations, and makes one DTensor of the sum instead of one per iteration. There are two, with gradient and without.
+    viewed: list[Any] = list(names)
+    for module in viewed:
+        module.local_views = {True: {}, False: {}}
+    # Compiled code is for one class, so modules of the same kind share theirs.
+    subclasses: dict[tuple[Any, ...], type] = {}
     for module, own in names.items():
-        original = type(module)
-        properties = {name: _local_property(name, mesh, views) for name in own}
-        module.__class__ = type(original.__name__, (original,), properties)
+        key = type(module), *own
+        if key not in subclasses:
+            properties = {name: _local_property(name, mesh) for name in own}
+            subclasses[key] = type(type(module).__name__, (type(module),), properties)
+        module.__class__ = subclasses[key]
 
     def forget_views(*_: Any) -> None:
-        views.clear()
+        for module in viewed:
+            for views in module.local_views.values():
+                views.clear()
 
     model.register_forward_pre_hook(forget_views)
 
 
-def _local_property(name: str, mesh: DeviceMesh, views: Views) -> property:
-    """Return a property that reads parameter `name` as a local tensor kept in `views`; as is, if not on `mesh`."""
+def _local_property(name: str, mesh: DeviceMesh) -> property:
+    """Return a property that reads parameter `name` as a local tensor kept in `local_views`; as is, if not on `mesh`."""
 
-    def read(module: nn.Module) -> Any:
-        parameter = module._parameters[name]
-        if not isinstance(parameter, DTensor) or parameter.device_mesh != mesh:
-            return parameter
-        key = module, name, torch.is_grad_enabled()
-        if key not in views:
-            # A parameter that is whole on every rank gets a part of its gradient on each.
-            placements = [Partial() if each.is_replicate() else each for each in parameter.placements]
-            views[key] = parameter.to_local(grad_placements=placements)
-        return views[key]
+    def read(module: Any) -> Any:
+        views = module.local_views[torch.is_grad_enabled()]
+        # Compiled code takes local tensors as inputs; those of a layer are made before it runs (`make_views`).
+        if not torch.compiler.is_compiling():
+            parameter = module._parameters[name]
+            if not isinstance(parameter, DTensor) or parameter.device_mesh != mesh:
+                return parameter
+            if name not in views:
+                # A parameter that is whole on every rank gets a part of its gradient on each.
+                placements = [Partial() if each.is_replicate() else each for each in parameter.placements]
+                views[name] = parameter.to_local(grad_placements=placements)
+        return views[name]
 
     return property(read)
+
+
+def make_views(module: nn.Module, *_: Any) -> None:
+    """Make the local tensors of all parameters in a module that have them, as its forward pre-hook."""
+    for part in module.modules():
+        if hasattr(part, "local_views"):
+            for name in part._parameters:
+                getattr(part, name)
 
 
 def local_blocks(tensor: DTensor) -> list[Block]:

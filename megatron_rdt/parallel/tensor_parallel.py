@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megatron_rdt.model import RecurrentDepthTransformer
+from megatron_rdt.model.feedforward import SwiGLU
 from megatron_rdt.model.rdt import Embedding
 from megatron_rdt.model.token_split import WholeTokens
 from megatron_rdt.parallel.autograd_collectives import (
@@ -28,7 +29,8 @@ from megatron_rdt.parallel.autograd_collectives import (
     reduce_scatter_with_grad,
     sum_with_own_grad,
 )
-from megatron_rdt.parallel.dtensor_views import make_dtensor, view_locally
+from megatron_rdt.parallel.dtensor_views import make_dtensor, make_views, view_locally
+from megatron_rdt.parallel.expert_parallel import find_mixtures
 
 TOKENS = 1  # the dimension of activations (batch, sequence, channels) that is split between the layers' parts
 
@@ -74,28 +76,29 @@ def parallelize_tensors(model: RecurrentDepthTransformer, mesh: DeviceMesh) -> N
     view_locally(model, mesh, names)
     group = mesh.get_group()
     for layer in (*model.prelude, *model.core.layers, *model.coda):
-        _exchange_tokens_around(layer.attention, TOKENS, group)
-        if getattr(layer.feedforward, "exchange", None) is None:
-            _exchange_tokens_around(layer.feedforward, TOKENS, group)
-        elif layer.feedforward.shared is not None:  # it gets the mixture's flattened tokens, (tokens, channels)
-            _exchange_tokens_around(layer.feedforward.shared, 0, group)
+        layer.register_forward_pre_hook(make_views)
+    whole_experts = [each for each in find_mixtures(model) if each.exchange is not None]
+    _exchange_tokens_around([each.shared for each in whole_experts if each.shared is not None], group)
     _split_embedding(model.embedding, group)
     model.token_split = TensorSplitTokens(group)
 
 
-def _exchange_tokens_around(part: nn.Module, dim: int, group: ProcessGroup) -> None:
-    """Hook a layer's part so that it gathers its input tokens and reduce-scatters its partial sums, along `dim`."""
+def _exchange_tokens_around(shared: list[SwiGLU], group: ProcessGroup) -> None:
+    """Hook shared experts, split by channels beside experts that are whole, as `token_split` does for other parts.
+
+    They get the mixture's flattened tokens, (tokens, channels). All have the same hooks, since compiled code is for one
+    set of them.
+    """
 
     def gather_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (gather_for_split_work(args[0], dim, group), *args[1:])
+        return (gather_for_split_work(args[0], 0, group),)
 
-    part.register_forward_pre_hook(gather_input)
-    _scatter_output(part, dim, group)
+    def scatter_output(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        return reduce_scatter_with_grad(output, 0, group)
 
-
-def _scatter_output(part: nn.Module, dim: int, group: ProcessGroup) -> None:
-    """Hook a module so that it returns this rank's share along `dim` of the sum of all ranks' outputs."""
-    part.register_forward_hook(lambda module, args, output: reduce_scatter_with_grad(output, dim, group))
+    for each in shared:
+        each.register_forward_pre_hook(gather_input)
+        each.register_forward_hook(scatter_output)
 
 
 def _split_embedding(embedding: Embedding, group: ProcessGroup) -> None:
@@ -110,7 +113,7 @@ def _split_embedding(embedding: Embedding, group: ProcessGroup) -> None:
         return own.clamp(0, rows - 1), (own < 0) | (own >= rows)
 
     embedding.register_forward_pre_hook(localize_ids)
-    _scatter_output(embedding, TOKENS, group)
+    embedding.register_forward_hook(lambda module, args, output: reduce_scatter_with_grad(output, TOKENS, group))
 
 
 class GroupVocabulary:
@@ -130,6 +133,14 @@ class TensorSplitTokens(WholeTokens):
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
+
+    def gather_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """Gather all local tokens (batch, tokens, dim), for some of the heads or channels."""
+        return gather_for_split_work(x, TOKENS, self.group)
+
+    def scatter_sums(self, x: torch.Tensor) -> torch.Tensor:
+        """Reduce-scatter the ranks' partial sums (batch, tokens, dim) over the tokens."""
+        return reduce_scatter_with_grad(x, TOKENS, self.group)
 
     def residual_part(self, values: torch.Tensor) -> torch.Tensor:
         """Select this rank's run of the tokens from (..., local tokens)."""

@@ -128,13 +128,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"parallel": fsdp(context=2, tensor=2), "sample": SampleConfig(every=5)},
         r"sample.every .*tensor 2 and .*context 2",
     ),
-    (
-        {
-            "parallel": fsdp(context=2),
-            "train": TrainConfig(1000, global_batch=8, micro_batch=1, sequence_length=16, compile="layers"),
-        },
-        r"train.compile layers does not work with parallel.context 2",
-    ),
 ]
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from megatron_rdt.config import RunConfig
+from megatron_rdt.config.layout import Layout
 from megatron_rdt.parallel import Engine, build_engine
 
 REFERENCE = "single"
@@ -12,7 +13,7 @@ def build_on_cpu(config: RunConfig) -> Engine:
     """Build the config's engine; `single` sees the whole batch also inside a process group."""
     engine = build_engine(config, torch.device("cpu"))
     if config.parallel.engine == REFERENCE:
-        engine.rank, engine.world_size = 0, 1
+        engine.rank, engine.world_size, engine.layout = 0, 1, Layout()
     return engine
 
 

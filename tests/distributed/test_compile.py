@@ -1,4 +1,4 @@
-"""Compiled layers under DDP and FSDP2 give one process's loss and gradients, from a few graphs."""
+"""Compiled layers under DDP, FSDP2, tensor and context parallelism give one process's loss and gradients, from a few graphs."""
 
 import pytest
 

@@ -51,8 +51,7 @@ def test_blocks_of_a_part_of_the_sequence_hold_all_that_it_sees(
     generator = torch.Generator().manual_seed(0)
     documents = (torch.rand(2, length, generator=generator) < 0.01).cumsum(-1) if packed else None
     query, key, value = (torch.randn(2, heads, length, 16, generator=generator) for heads in (4, 2, 2))
-    owned, _ = assign_positions(length, ranks, CPU)
-    for positions in owned:
+    for positions in assign_positions(length, ranks, CPU):
         mask = BlockwiseMask(length, window, documents, CPU, positions)
         exact = attention_mask(length, 0, window, documents, CPU, queries=positions)
         exact = exact.reshape(-1, len(positions), length)

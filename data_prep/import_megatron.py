@@ -31,7 +31,8 @@ from megatron_rdt.data.shard_files.side_files import (
 from megatron_rdt.data.tokenizer.base import Tokenizer
 from megatron_rdt.data.tokenizer.tokenizer_files import copy_tokenizer_files
 from megatron_rdt.errors import ConfigError, DataError
-from megatron_rdt.files import fsync_directory, fsync_file, hold_lock, write_text
+from megatron_rdt.files import fsync_directory, fsync_file, write_text
+from megatron_rdt.locks import hold_lock
 from megatron_rdt.output_paths import check_can_be_renamed_to, make_parent, resolve_output_directory
 from megatron_rdt.terminal import show_progress
 

@@ -48,7 +48,8 @@ from data_prep.stages.write_shards import (
 from megatron_rdt.data.shard_files.indexed import token_dtype
 from megatron_rdt.data.tokenizer.base import Tokenizer
 from megatron_rdt.errors import ConfigError, DataError, RdtError
-from megatron_rdt.files import hold_lock, write_text
+from megatron_rdt.files import write_text
+from megatron_rdt.locks import hold_lock
 from megatron_rdt.output_paths import resolve_output_directory
 
 ARRAY_SIZE = "tasks"  # file with the number of array tasks, as the latest one was started with

@@ -31,7 +31,8 @@ from megatron_rdt.compare.table import make_table
 from megatron_rdt.config import RunConfig, check_config, dump_config, load_config
 from megatron_rdt.environment import count_threads, usable_cores
 from megatron_rdt.errors import EXIT_OK, ConfigError, DataError, LaunchError
-from megatron_rdt.files import hold_lock, sha256_of, write_text
+from megatron_rdt.files import sha256_of, write_text
+from megatron_rdt.locks import hold_lock
 from megatron_rdt.terminal import Printer, format_count, format_duration
 from megatron_rdt.train.resume_checks import describe_changed_settings
 from megatron_rdt.untrusted_files import read_json

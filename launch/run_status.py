@@ -22,7 +22,7 @@ from launch.slurm_queue import QueuedJob
 from megatron_rdt.config.batch_schedule import BatchSchedule
 from megatron_rdt.config.yaml_files import UniqueKeys
 from megatron_rdt.errors import CheckpointError
-from megatron_rdt.files import is_locked
+from megatron_rdt.locks import is_locked
 from megatron_rdt.run_directory import CHECKPOINTS, FAILURE, HANG, JOBS, LATEST, LOCK
 from megatron_rdt.untrusted_files import parse_json
 

@@ -1,4 +1,4 @@
-"""Atomic file writes, hashes, locks, and messages about failed writes.
+"""Atomic file writes, hashes, and messages about failed writes.
 
 To write a file: write it under a temporary name in the same directory, flush, fsync, rename, fsync the directory. A
 reader sees the old content or the new, never a part. A crash at any point leaves the old file, and at most a `*.tmp`,
@@ -7,19 +7,15 @@ which a resumed run removes.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import io
 import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Annotated, Any
-
-from megatron_rdt.errors import LaunchError
 
 IS_PATH = "path"
 PathText = Annotated[str, IS_PATH]
@@ -27,10 +23,8 @@ PathText = Annotated[str, IS_PATH]
 
 TEMPORARY_SUFFIX = ".tmp"
 HASH_CHUNK_BYTES = 1 << 22
-LOCK_POLL_S = 0.2
 LOW_DISK_BYTES = 64 << 20
 DAMAGED = object()  # in place of a line's value
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of a file system without locks
 NO_SPACE = os.strerror(errno.ENOSPC)  # the words in errors of libraries that have no errno
 
 
@@ -254,65 +248,3 @@ def _find_existing_folder(path: Path) -> Path:
     while not path.is_dir() and path != path.parent:
         path = path.parent
     return path
-
-
-@contextlib.contextmanager
-def hold_lock(path: str | os.PathLike[str], message: str, patience_s: float = 0.0) -> Iterator[None]:
-    """Lock the file `path`, made here and removed after the block; LaunchError if another process keeps the lock.
-
-    The kernel releases the lock when the process ends in any way; a file that then stays behind does no harm.
-
-    Args:
-        path: the lock file.
-        message: text of the LaunchError if another process holds the lock.
-        patience_s: seconds to wait for that process to end.
-    """
-    deadline = time.monotonic() + patience_s
-    while (descriptor := _try_lock(path)) is None:
-        if time.monotonic() >= deadline:
-            raise LaunchError(message)
-        time.sleep(LOCK_POLL_S)
-    try:
-        yield
-    finally:
-        Path(path).unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def is_locked(path: str | os.PathLike[str]) -> bool | None:
-    """Return True if a living process holds the lock file `path`; None where the disk has no locks, so that nobody knows."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        # Shared and for a moment: one that takes the lock meanwhile tries again.
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    except OSError as error:
-        if error.errno in NO_LOCKS:
-            return None
-        raise
-    finally:
-        os.close(descriptor)
-
-
-def _try_lock(path: str | os.PathLike[str]) -> int | None:
-    """Return a descriptor with the lock, or without one where the disk has no locks; None to try again."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The holder before may have removed the file after it was opened here: then the lock is on a nameless file.
-        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-            return descriptor
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except OSError as error:
-        if error.errno in NO_LOCKS:
-            return descriptor
-        os.close(descriptor)
-        raise
-    os.close(descriptor)
-    return None

@@ -7,18 +7,14 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from megatron_rdt.errors import LaunchError
 from megatron_rdt.files import (
     atomic_open,
     explain_write_failure,
-    hold_lock,
     is_disk_full,
     sha256_of,
     write_bytes,
@@ -201,44 +197,3 @@ def test_a_failure_without_a_reason_names_a_disk_that_is_almost_full(
     said = explain_write_failure(RuntimeError("iostream error"), tmp_path / "absent")
     assert said.startswith("iostream error (the disk is almost full: ")
     assert "full" not in explain_write_failure(PermissionError(errno.EACCES, "Permission denied"), tmp_path)
-
-
-def test_a_lock_is_held_by_one_process(tmp_path: Path) -> None:
-    lock = tmp_path / ".lock"
-    code = (
-        "import sys; from megatron_rdt.files import hold_lock\n"
-        "with hold_lock(sys.argv[1], 'x'): print('held', flush=True); sys.stdin.read()"
-    )
-    other = subprocess.Popen(
-        [sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert other.stdin is not None
-    assert other.stdout is not None
-    assert other.stdout.readline() == "held\n"
-    with pytest.raises(LaunchError, match="another one writes"), hold_lock(lock, "another one writes"):
-        pass
-    other.kill()
-    other.wait()
-    with hold_lock(lock, "free at once when the process is dead"):
-        pass
-    with hold_lock(lock, "free when the block ended"):
-        pass
-
-
-def test_a_lock_waits_for_a_holder_that_is_about_to_end(tmp_path: Path) -> None:
-    lock, order = tmp_path / ".lock", []
-    held = threading.Event()
-
-    def hold() -> None:
-        with hold_lock(lock, "x"):
-            held.set()
-            time.sleep(0.3)
-            order.append("first")
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    held.wait()
-    with hold_lock(lock, "x", patience_s=30):
-        order.append("second")
-    thread.join()
-    assert order == ["first", "second"]

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     "megatron_rdt.errors",
     "megatron_rdt.files",
+    "megatron_rdt.locks",
     "megatron_rdt.untrusted_files",
     "megatron_rdt.terminal",
     "megatron_rdt.output_paths",
@@ -39,6 +40,7 @@ PREP_MAY_IMPORT = (
     "megatron_rdt.data",
     "megatron_rdt.errors",
     "megatron_rdt.files",
+    "megatron_rdt.locks",
     "megatron_rdt.output_paths",
     "megatron_rdt.environment",
     "megatron_rdt.terminal",

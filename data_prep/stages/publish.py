@@ -29,7 +29,8 @@ from megatron_rdt.data.shard_files.indexed import token_dtype
 from megatron_rdt.data.tokenizer.base import Tokenizer
 from megatron_rdt.data.tokenizer.tokenizer_files import TOKENIZER_FILES
 from megatron_rdt.errors import ConfigError, DataError, RdtError
-from megatron_rdt.files import describe_full_disk, fsync_directory, hold_lock, is_disk_full, sha256_of
+from megatron_rdt.files import describe_full_disk, fsync_directory, is_disk_full, sha256_of
+from megatron_rdt.locks import hold_lock
 from megatron_rdt.output_paths import check_can_be_renamed_to, is_mount_point, make_parent
 
 # Files in a corpus that --restart may delete; those in `packing` are written by `rdt prep pack` and by runs.

@@ -23,7 +23,8 @@ import numpy as np
 from megatron_rdt.data.shard_files.corpus_manifest import CorpusManifest
 from megatron_rdt.data.shard_files.indexed import RESTORE, IndexedDataset
 from megatron_rdt.errors import DataError
-from megatron_rdt.files import TEMPORARY_SUFFIX, atomic_open, hold_lock, sha256_of
+from megatron_rdt.files import TEMPORARY_SUFFIX, atomic_open, sha256_of
+from megatron_rdt.locks import hold_lock
 
 FOLDER, SUFFIX = "packing", ".pack"
 MAGIC, VERSION = b"RDTPACK\x00", 1

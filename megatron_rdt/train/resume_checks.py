@@ -13,7 +13,8 @@ from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import ModelConfig, RunConfig, load_config, load_saved_config
 from megatron_rdt.config.model import TRAINING_FIELDS
 from megatron_rdt.errors import CheckpointError, ConfigError, suggest_init
-from megatron_rdt.files import hold_lock, write_text
+from megatron_rdt.files import write_text
+from megatron_rdt.locks import hold_lock
 from megatron_rdt.parallel.optimizers import list_decayed_parameters
 from megatron_rdt.parallel.zero import ZERO_FOLDER
 from megatron_rdt.run_directory import CHECKPOINTS, FAILURE, LOCK

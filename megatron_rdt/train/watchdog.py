@@ -5,6 +5,7 @@ its own flight recorder (torch's ring buffer of collectives, for NCCL and gloo),
 time, without a message. A rank that cannot even run this thread writes nothing, and is named for that.
 """
 
+import contextlib
 import faulthandler
 import json
 import socket
@@ -53,6 +54,7 @@ class Watchdog:
         self._rank, self._world_size = rank_and_world_size()
         self._main_thread = threading.get_ident()
         self._is_over = threading.Event()
+        self._read: dict[int, str] = {}  # on rank 0: the summaries of an earlier pause, by rank
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
@@ -75,6 +77,8 @@ class Watchdog:
     def _watch(self) -> None:
         """Look at the counters again and again; when they have not changed for long, report, once until they do."""
         counters, changed, has_reported = None, time.monotonic(), False
+        with contextlib.suppress(OSError):  # of an earlier start
+            self._summary_file(self._rank).unlink(missing_ok=True)
         while not self._is_over.wait(min(LOOK * self._limit_s, LONGEST_PAUSE_S)):
             now = read_flight_recorder(entries=False).get("pg_status")
             if now != counters:
@@ -88,10 +92,9 @@ class Watchdog:
         try:
             self._write_files(quiet_s)
             if self._rank == 0:
-                # Ranks notice it as far apart as their last collectives were. Files of an earlier pause are older.
-                since = time.time() - self._limit_s / 2
+                # Ranks notice it as far apart as their last collectives were.
                 self._is_over.wait(COLLECT * self._limit_s)
-                self._print_line(self._describe(quiet_s, since))
+                self._print_line(self._describe(quiet_s))
         except OSError as error:
             self._print_line(f"warning: {self._folder} cannot be written: {error}")
 
@@ -106,29 +109,36 @@ class Watchdog:
         write_bytes(self._folder / f"collectives-rank-{self._rank}", binding._dump_fr_trace())  # type: ignore[attr-defined]
         frame, record = sys._current_frames().get(self._main_thread), read_flight_recorder(entries=True)
         summary = {
-            "time": time.time(),
             "host": socket.gethostname(),
             "quiet_s": quiet_s,
             "begun": sum(int(group["last_enqueued_collective"]) for group in record["pg_status"].values()),
             "under_way": [_describe_collective(entry) for entry in record["entries"]],
             "at": "" if frame is None else _describe_place(frame),
         }
-        write_text(self._folder / f"rank-{self._rank}.json", json.dumps(summary))
+        write_text(self._summary_file(self._rank), json.dumps(summary))
 
-    def _describe(self, quiet_s: float, since: float) -> str:
+    def _summary_file(self, rank: int) -> Path:
+        """Path of the file in which a rank says where it is."""
+        return self._folder / f"rank-{rank}.json"
+
+    def _describe(self, quiet_s: float) -> str:
         """Return the text for the console: ranks grouped by where they are; first those that have begun the fewest collectives.
 
         The others wait for these: some rank has to begin what they have begun.
 
         Args:
             quiet_s: how long this rank has seen no collective.
-            since: ranks whose files are older wrote them for an earlier reason.
         """
         places: dict[tuple[int, str], list[str]] = {}
         for rank in range(self._world_size):
-            file = self._folder / f"rank-{rank}.json"
-            summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"time": 0}
-            if summary["time"] < since:
+            file = self._summary_file(rank)
+            text = file.read_text(encoding="utf-8") if file.is_file() else ""
+            is_new, self._read[rank] = (
+                text != self._read.get(rank, ""),
+                text,
+            )  # no clock tells: those of hosts may differ
+            summary: dict[str, Any] = json.loads(text) if is_new else {}
+            if not is_new:
                 place = (-1, "wrote nothing: it has ended, hangs in a library, or sees another disk")
                 name = str(rank)
             else:

@@ -20,7 +20,7 @@ from data_prep.pipeline import prepare
 from data_prep.sources.records import BAD_LISTED
 from megatron_rdt.data import load_manifest
 from megatron_rdt.errors import ConfigError, DataError, LaunchError
-from megatron_rdt.files import hold_lock
+from megatron_rdt.locks import hold_lock
 from tests.data_prep.small_corpora import RECORDS, make_config, read_files, read_texts, write_lines
 
 

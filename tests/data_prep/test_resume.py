@@ -23,7 +23,7 @@ from data_prep.stages import publish
 from data_prep.stages.tokenizer import make_tokenizer
 from megatron_rdt.data import load_manifest
 from megatron_rdt.errors import ConfigError, DataError, LaunchError
-from megatron_rdt.files import hold_lock
+from megatron_rdt.locks import hold_lock
 from tests.data_prep.small_corpora import read_files, write_lines
 
 STAGES = ["plan.json", "scan/part-00003.json", "duplicates.json", "tokenizer.json", "encode/part-00000-00.json"]

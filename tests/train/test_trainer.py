@@ -8,7 +8,7 @@ import torch
 from megatron_rdt.config import load_config
 from megatron_rdt.data import IndexedDataset
 from megatron_rdt.errors import ConfigError, DataError, LaunchError
-from megatron_rdt.files import hold_lock
+from megatron_rdt.locks import hold_lock
 from megatron_rdt.parallel.replicated import SingleEngine
 from megatron_rdt.train import resume_checks, trainer
 from tests.train.runs import Configure, read_all_files, read_records

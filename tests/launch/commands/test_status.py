@@ -13,7 +13,7 @@ from launch.cli import run_command
 from launch.run_status import record_job
 from megatron_rdt.config import RunConfig
 from megatron_rdt.errors import TrainingError
-from megatron_rdt.files import hold_lock
+from megatron_rdt.locks import hold_lock
 from megatron_rdt.train import trainer
 
 pytestmark = pytest.mark.slow

@@ -1,0 +1,199 @@
+"""Locks between processes of one machine, or of several that share a file system.
+
+The kernel releases its lock (flock) when a process ends in any way. But some file systems have none, or keep it to one
+machine. So the holder also renews the modification time of the lock file, and a process of another machine watches it: a
+file that is renewed has a live holder, one that is not for STALE_S is left from a process that died. A time is only
+compared with an earlier one of the same file, so no clock has to be right.
+"""
+
+import contextlib
+import errno
+import fcntl
+import getpass
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_rdt.errors import LaunchError
+
+BEAT_S = 2.0
+STALE_S = 15.0
+POLL_S = 0.2
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of a file system without locks
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@contextlib.contextmanager
+def hold_lock(path: str | os.PathLike[str], message: str, patience_s: float = 0.0) -> Iterator[None]:
+    """Lock the file `path`, made here and removed after the block; LaunchError if another process keeps the lock.
+
+    A file that stays behind after a kill does no harm: on its machine it is taken at once, on others after STALE_S.
+
+    Args:
+        path: the lock file.
+        message: text of the LaunchError if another process holds the lock; who it is follows.
+        patience_s: seconds to wait for that process to end.
+    """
+    deadline, watch = time.monotonic() + patience_s, _Watch(Path(path))
+    while (descriptor := _try_lock(path, watch)) is None:
+        if time.monotonic() >= deadline and not watch.is_undecided():
+            raise LaunchError(f"{message}{_describe_holder(_read_record(path))}")
+        time.sleep(POLL_S)
+    is_over = threading.Event()
+    thread = threading.Thread(target=_renew, args=(descriptor, is_over), name="lock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+        Path(path).unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _renew(descriptor: int, is_over: threading.Event) -> None:
+    """Set the modification time of a lock file again and again."""
+    while not is_over.wait(BEAT_S):
+        with contextlib.suppress(OSError):  # a disk that is full or away for a moment
+            os.utime(descriptor)
+
+
+def is_locked(path: str | os.PathLike[str]) -> bool | None:
+    """Return True if a living process holds the lock file `path`; None where the disk has no locks, so that nobody knows."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        # Shared and for a moment: one that takes the lock meanwhile tries again.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return None
+        raise
+    finally:
+        os.close(descriptor)
+
+
+class _Watch:
+    """Tells a lock file whose holder lives from one that was left behind, by watching it.
+
+    Args:
+        path: of the lock file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._signature: tuple[int, int] | None = None
+        self._unchanged_since = 0.0
+        self._is_alive = False
+
+    def is_left_behind(self) -> bool:
+        """Look at the file; return True if it has not changed for STALE_S."""
+        status = os.stat(self.path)
+        signature = status.st_ino, status.st_mtime_ns
+        if signature != self._signature:
+            self._is_alive = self._signature is not None
+            self._signature, self._unchanged_since = signature, time.monotonic()
+        return time.monotonic() - self._unchanged_since > STALE_S
+
+    def is_undecided(self) -> bool:
+        """Return True while nothing shows yet whether the holder lives."""
+        return self._signature is not None and not self._is_alive and not self.is_left_behind()
+
+
+def _try_lock(path: str | os.PathLike[str], watch: _Watch) -> int | None:
+    """Return a descriptor with the lock, or without one where the disk has no locks; None to try again."""
+    is_new, descriptor = True, -1
+    try:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            is_new, descriptor = False, os.open(path, os.O_RDWR)
+        has_locks = _lock_in_kernel(descriptor)
+        # The holder before may have removed the file after it was opened here: then the lock is on a nameless file.
+        if os.path.samestat(os.fstat(descriptor), os.stat(path)) and (is_new or _is_free(path, has_locks, watch)):
+            own = _make_record()
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(own).encode(), 0)
+            if has_locks or is_new or _is_still(path, own):
+                taken, descriptor = descriptor, -1
+                return taken
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+    return None
+
+
+def _lock_in_kernel(descriptor: int) -> bool:
+    """Take the kernel's lock; return False where the disk has none; BlockingIOError if another process has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def _is_free(path: str | os.PathLike[str], has_locks: bool, watch: _Watch) -> bool:
+    """Return True if nobody holds a lock file that was there already, and whose lock the kernel gave us if it has any."""
+    holder = _read_record(path)
+    if has_locks and (not holder or holder.get("machine") == _identify_machine()):
+        return True  # the kernel knows all processes of this machine
+    return watch.is_left_behind()
+
+
+def _is_still(path: str | os.PathLike[str], own: dict[str, Any]) -> bool:
+    """Return True if a file without lock that was left behind has our record still, a moment after it was written."""
+    time.sleep(5 * POLL_S)
+    return _read_record(path) == own
+
+
+def _identify_machine() -> str:
+    """A text that no other machine has, nor this one after it was started again."""
+    boot = BOOT_ID.read_text().strip() if BOOT_ID.exists() else ""
+    return f"{socket.gethostname()} {boot}"
+
+
+def _make_record() -> dict[str, Any]:
+    """The content of a lock file: its holder, for messages; only `machine` decides."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container without an entry for it
+        user = str(os.getuid())
+    return {
+        "machine": _identify_machine(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "user": user,
+        "since": time.time(),
+    }
+
+
+def _read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The record in a lock file; empty if it has none."""
+    try:
+        record = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _describe_holder(record: dict[str, Any]) -> str:
+    """Return a sentence on who holds a lock and for how long; empty if its file does not say."""
+    try:
+        minutes = max(time.time() - record["since"], 0) / 60
+        return f" It is process {record['pid']} of {record['user']} on {record['host']}, which has held {minutes:.0f} minutes."
+    except (KeyError, TypeError):
+        return ""

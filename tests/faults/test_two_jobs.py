@@ -1,0 +1,94 @@
+"""Two jobs on one run folder, from two hosts: the second is refused while the first lives, and takes over after its death."""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from megatron_rdt import locks
+from megatron_rdt.train import resume_checks
+from tests.checkpoint.runs import read_losses
+from tests.distributed.processes import Ranks, start_ranks
+from tests.distributed.training import run_pretrain, train_on, wait_for_step
+from tests.faults.conftest import RecordCost
+
+CLONE_NEWUTS = 0x04000000
+NOT_ALLOWED = 77
+BEAT_S, STALE_S, PATIENCE_S = 0.3, 3.0, 1.0
+
+
+def run_on_host(words: Sequence[str], host: str, has_locks: bool) -> NoReturn:
+    """Train on this rank as on a host of that name, on a file system with locks or without."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWUTS):
+        raise SystemExit(NOT_ALLOWED)
+    socket.sethostname(host)
+    locks.BEAT_S, locks.STALE_S, resume_checks.LOCK_PATIENCE_S = BEAT_S, STALE_S, PATIENCE_S
+
+    def refuse(descriptor: int, operation: int) -> NoReturn:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    if not has_locks:
+        fcntl.flock = refuse
+    run_pretrain(words)
+
+
+@contextlib.contextmanager
+def start_on_host(options: list[str], host: str, has_locks: bool) -> Iterator[Ranks]:
+    """Start two ranks on a host for the length of a block."""
+    with start_ranks(run_on_host, 2, options, host, has_locks, group=False) as ranks:
+        yield ranks
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_the_second_job_is_refused(
+    has_locks: bool, tmp_path: Path, faulty_options: list[str], record_cost: RecordCost
+) -> None:
+    options = [*faulty_options, f"--run.root={tmp_path}", "--run.name=r", "--resume=auto", "--checkpoint.every=5"]
+    options += ["--train.steps=100000", "--data.max_epochs=1000000", "--schedule.name=constant"]
+    run = tmp_path / "r"
+    with start_on_host(options, "node-a", has_locks) as first:
+        wait_for_step(run, 6, first.has_ended)
+        if NOT_ALLOWED in [process.exitcode for process in first.processes]:
+            pytest.skip("a host name of its own (unshare --uts) is not allowed here")
+        before = len(read_losses(run))
+        with start_on_host(options, "node-b", has_locks) as second:
+            assert second.wait(60)[0] == 1, second.format_report()
+            refused = second.read_output(0)
+        assert f"another process is writing {run}. Wait for it, end it, or choose another --run.name." in refused
+        assert f" It is process {first.processes[0].pid} of " in refused
+        assert "on node-a, which has held 0 minutes" in refused
+        wait_for_step(run, before + 6, first.has_ended)
+        assert not first.has_ended(), first.format_report()
+        # Killed, it leaves its lock file.
+        first.kill(0)
+        first.kill(1)
+    assert (run / ".lock").exists()
+    reached, began = max(read_losses(run)), time.monotonic()
+    options += [f"--train.steps={reached + 2}"]
+    with start_on_host(options, "node-b", has_locks) as third:
+        wait_for_taking(run, third)
+        waited = time.monotonic() - began
+        assert third.wait(60) == [0, 0], third.format_report()
+    assert waited > STALE_S
+    train_on(2, [*options, "--run.name=straight"])
+    assert read_losses(run) == read_losses(tmp_path / "straight")
+    kind = "with" if has_locks else "without"
+    record_cost(f"a second job from another host, file system {kind} locks", None, 0)
+
+
+def wait_for_taking(run: Path, ranks: Ranks) -> None:
+    """Return when rank 0 of these ranks has the lock."""
+    while f'"pid": {ranks.processes[0].pid},' not in (run / ".lock").read_text():
+        assert not ranks.has_ended(), ranks.format_report()
+        time.sleep(0.02)

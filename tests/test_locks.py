@@ -1,0 +1,137 @@
+"""Locks: one holder at a time, on one machine and on several, with the kernel's locks and without."""
+
+import errno
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from megatron_rdt import locks
+from megatron_rdt.errors import LaunchError
+from megatron_rdt.locks import hold_lock
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Renew often, and give up soon."""
+    monkeypatch.setattr(locks, "BEAT_S", 0.1)
+    monkeypatch.setattr(locks, "STALE_S", 1.0)
+
+
+def make_foreign(lock: Path) -> None:
+    """Make a lock file one of another machine."""
+    lock.write_text(json.dumps({**json.loads(lock.read_text()), "machine": "other", "host": "other"}))
+
+
+def refuse_locks(descriptor: int, operation: int) -> NoReturn:
+    """The kernel's lock on a file system that has none."""
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+def test_a_lock_is_held_by_one_process(tmp_path: Path) -> None:
+    lock = tmp_path / ".lock"
+    code = (
+        "import sys; from megatron_rdt.locks import hold_lock\n"
+        "with hold_lock(sys.argv[1], 'x'): print('held', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdin is not None
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    holder = rf"another one writes\. It is process {other.pid} of \S+ on {os.uname().nodename}, which has held"
+    with pytest.raises(LaunchError, match=holder), hold_lock(lock, "another one writes."):
+        pass
+    other.kill()
+    other.wait()
+    began = time.monotonic()
+    with hold_lock(lock, "free at once when the process is dead"):
+        pass
+    with hold_lock(lock, "free when the block ended"):
+        pass
+    assert time.monotonic() - began < locks.STALE_S / 2
+    assert not lock.exists()
+
+
+def test_a_lock_waits_for_a_holder_that_is_about_to_end(tmp_path: Path) -> None:
+    lock, order = tmp_path / ".lock", []
+    held = threading.Event()
+
+    def hold() -> None:
+        with hold_lock(lock, "x"):
+            held.set()
+            time.sleep(0.3)
+            order.append("first")
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    with hold_lock(lock, "x", patience_s=30):
+        order.append("second")
+    thread.join()
+    assert order == ["first", "second"]
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_a_holder_on_another_machine_is_watched(
+    has_locks: bool, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file tells, if the kernel's lock does not reach the other machine: it is renewed, or was left behind."""
+    lock = tmp_path / ".lock"
+    if not has_locks:
+        monkeypatch.setattr(fcntl, "flock", refuse_locks)
+    with hold_lock(lock, "x"):
+        if (
+            has_locks
+        ):  # no other machine is here: a copy of the file without the kernel's lock, renewed as the holder does
+            (tmp_path / "copy").write_text(lock.read_text())
+            lock.unlink()
+            (tmp_path / "copy").rename(lock)
+        make_foreign(lock)
+        is_over = threading.Event()
+        descriptor = os.open(lock, os.O_RDWR)
+        thread = threading.Thread(target=locks._renew, args=(descriptor, is_over))
+        thread.start()
+        try:
+            with pytest.raises(LaunchError, match=r"y It is process .* on other, which"), hold_lock(lock, "y"):
+                pass
+        finally:
+            is_over.set()
+            thread.join()
+            os.close(descriptor)
+        left = lock.read_text()
+    lock.write_text(left)  # its process was killed
+    began = time.monotonic()
+    with hold_lock(lock, "z"):
+        assert time.monotonic() - began > locks.STALE_S
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+    assert not lock.exists()
+
+
+def test_no_clock_decides(quick: None, tmp_path: Path) -> None:
+    """A file of another machine whose clock is hours ahead, or behind, is left behind as any other."""
+    lock = tmp_path / ".lock"
+    for jump in (-7200.0, 7200.0):
+        with hold_lock(lock, "x"):
+            left = lock.read_text()
+        lock.write_text(left)
+        make_foreign(lock)
+        os.utime(lock, (time.time() + jump,) * 2)
+        with hold_lock(lock, "y"):
+            pass
+
+
+def test_a_lock_file_that_is_damaged_or_empty_is_taken(tmp_path: Path) -> None:
+    lock = tmp_path / ".lock"
+    for content in (b"", b"\xff{", b"[1]"):
+        lock.write_bytes(content)
+        with hold_lock(lock, "x"):
+            assert json.loads(lock.read_text())["pid"] == os.getpid()

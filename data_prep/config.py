@@ -1,7 +1,7 @@
 """The options of `rdt prep`, as its YAML file and its flags name them, and the checks of their values."""
 
+import importlib.util
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -87,9 +87,11 @@ class PrepConfig:
     max_bad: float = 0.001
     """Share of bad records, or of bytes in files that cannot be read to their end, above which the job stops even with `on_bad: skip`; up to 20 records never stop it."""
     workers: int = 0
-    """Worker processes; 0 takes one per core. The result does not depend on it."""
-    shard: str = ""
-    """i/N: run as array task i of N (0 <= i < N), which share the work and the file system; `rdt prep merge` then finishes. The result does not depend on it."""
+    """Worker processes; 0 takes one per core, or does small work without any; 1 starts none. The result does not depend on it."""
+    scheduler: PathText = ""
+    """Address of a running Dask scheduler (tcp://host:8786), or the file that `dask scheduler --scheduler-file` writes: its workers, on any number of machines, do the work. The result does not depend on them."""
+    dashboard: int = 0
+    """Port of 127.0.0.1 on which Dask shows what the workers of this machine do; 0 shows nothing. Needs bokeh."""
     restart: bool = False
     """Replace a corpus in `out`, or an unfinished prep of it, that was made with other options."""
 
@@ -103,6 +105,7 @@ def _check_sizes(config: PrepConfig) -> None:
         "tokenizer_sample_bytes": (SMALLEST_SAMPLE_BYTES, None),
         "max_documents": (0, None),
         "workers": (0, MOST_WORKERS),
+        "dashboard": (0, 65535),
         # A tokenizer that is trained has a piece for every byte and special token.
         "vocab_size": (1 if config.tokenizer else FIXED_PIECES + len(config.special_tokens), MOST_IDS),
     }
@@ -182,7 +185,7 @@ def check_prep(config: PrepConfig) -> None:
         raise ConfigError(f"prompt_field and text_field are both {config.text_field!r}. Name two fields.")
     _check_example_fields(config)
     _check_extensions(config)
-    parse_array_task(config)
+    _check_workers(config)
     check_cleaning(config)
 
 
@@ -220,11 +223,12 @@ def _check_extensions(config: PrepConfig) -> None:
             )
 
 
-def parse_array_task(config: PrepConfig) -> tuple[int, int] | None:
-    """Return (i, N) of the option `shard`, or None without it; ConfigError unless it is i/N with 0 <= i < N."""
-    if not config.shard:
-        return None
-    match = re.fullmatch(r"(\d+)/(\d+)", config.shard)
-    if match is None or int(match[1]) >= int(match[2]):
-        raise ConfigError(f"shard is {config.shard!r}, it must be i/N with 0 <= i < N, such as 0/4. Set --shard.")
-    return int(match[1]), int(match[2])
+def _check_workers(config: PrepConfig) -> None:
+    """Raise ConfigError if options about workers contradict each other, or if the dashboard cannot be shown."""
+    if config.scheduler and (config.workers or config.dashboard):
+        name = "workers" if config.workers else "dashboard"
+        raise ConfigError(
+            f"{name} is {getattr(config, name)}, but the workers are those of --scheduler {config.scheduler}. Omit --{name}."
+        )
+    if config.dashboard and importlib.util.find_spec("bokeh") is None:
+        raise ConfigError("dashboard is set, but the package bokeh is not installed. Install it, or omit --dashboard.")

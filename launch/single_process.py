@@ -15,14 +15,12 @@ ANSWERS = {"--help", "-h", "--print_config", "--print-config"}
 def refuse_copies(words: Sequence[str]) -> None:
     """Raise ConfigError if a launcher started several processes of a command of `rdt` that writes files.
 
-    Commands that write nothing are accepted, and so are the array tasks of `rdt prep --shard i/N`, which share their
-    work.
+    Commands that write nothing are accepted.
 
     Raises:
         ConfigError: the command would write the same files in every process.
     """
-    is_array_task = words[0] == "prep" and any(word.partition("=")[0] == "--shard" for word in words)
-    if is_array_task or ANSWERS & set(words) or {tuple(words[:1]), tuple(words[:2])} & READ_ONLY:
+    if ANSWERS & set(words) or {tuple(words[:1]), tuple(words[:2])} & READ_ONLY:
         return
     process = read_process_info()
     if process.world_size == 1:
@@ -30,7 +28,7 @@ def refuse_copies(words: Sequence[str]) -> None:
     if words[0] == "train":
         remedy = "Start launch/pretrain.py in its place, or rdt train once with --nproc."
     elif words[0] == "prep":
-        remedy = "Start it once, or give each process its part with --shard i/N."
+        remedy = "Start it once; more machines take part as workers of --scheduler."
     else:
         remedy = "Start it once."
     raise ConfigError(

@@ -85,6 +85,15 @@ def test_imports_go_down(path: Path) -> None:
             assert imported.startswith(PREP_MAY_IMPORT), f"{name} may not import {imported}"
 
 
+def test_dask_is_imported_in_one_place() -> None:
+    for path in SOURCES:
+        nodes = [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+        found = {name.split(".")[0] for name in names} & {"dask", "distributed"}
+        assert not found or module_name(path) == "data_prep.jobs.dask_cluster", path
+
+
 def test_no_cycles() -> None:
     known = {module_name(p): p for p in SOURCES}
     graph: dict[str, set[str]] = {}

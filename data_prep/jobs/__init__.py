@@ -1,1 +1,1 @@
-"""The machinery of a prep job: its working directory, step runner, worker processes, leases and progress lines."""
+"""The machinery of a prep job: its working directory, its steps, the cluster that runs them, and progress lines."""

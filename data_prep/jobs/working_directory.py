@@ -28,7 +28,7 @@ from megatron_rdt.files import TEMPORARY_SUFFIX, sha256_of, write_text
 TOKENIZER_RECORD = "tokenizer.json"
 VERSIONED = ("megatron-rdt", "sentencepiece", "datasets")
 # Options that do not change the result.
-NOT_IN_RESULT = ("out", "workers", "shard", "restart")
+NOT_IN_RESULT = ("out", "workers", "scheduler", "dashboard", "restart")
 # Options that may change while a prep is unfinished, for the steps that are not done yet.
 CHANGEABLE = ("on_bad", "max_bad")
 # Options that only the tokenizer and later steps depend on.
@@ -153,14 +153,13 @@ def hash_code(config: PrepConfig) -> dict[str, str]:
 
 
 def resume_working_directory(
-    config: PrepConfig, root: Path, check_unused: Callable[[], None], check_inputs: Callable[[list[Input]], None]
+    config: PrepConfig, root: Path, check_inputs: Callable[[list[Input]], None]
 ) -> tuple[WorkingDirectory | None, str]:
     """Return an earlier run's working directory and "", or None and why it is unusable; may update `plan.json`.
 
     Args:
         config: checked options.
         root: the working directory.
-        check_unused: raises if another array task is using the directory; called before its description is changed.
         check_inputs: raises if the job cannot be done with these files; called before anything is changed.
 
     Returns:
@@ -189,7 +188,6 @@ def resume_working_directory(
         return None, changed
     check_inputs(listing.files)
     if before["options"] != result_options(config) or before["code"] != code:
-        check_unused()
         write_text(root / DESCRIPTION, json.dumps(before | {"options": result_options(config), "code": code}))
     # Parts refer to their files by number. Shards of datasets are numbered after the files.
     files = listing.files + [Input(*values) for values in before["hub"]]
@@ -201,13 +199,13 @@ def resume_working_directory(
 
 
 def open_working_directory(
-    config: PrepConfig, root: Path, check_unused: Callable[[], None], check_inputs: Callable[[list[Input]], None]
+    config: PrepConfig, root: Path, check_inputs: Callable[[list[Input]], None]
 ) -> WorkingDirectory:
     """Continue as `resume_working_directory` does, or delete what is there, print why, and make a new directory.
 
     What an earlier run did is removed only when all has been read and checked that the new job begins with.
     """
-    work, reason = resume_working_directory(config, root, check_unused, check_inputs)
+    work, reason = resume_working_directory(config, root, check_inputs)
     if work is not None:
         return work
     listing = list_sources(config)
@@ -217,7 +215,6 @@ def open_working_directory(
     if reason:
         print(f"{reason}: beginning again")
     if root.exists():
-        check_unused()
         shutil.rmtree(root)
     root.mkdir(parents=True)
     try:
@@ -288,8 +285,8 @@ def _has_other_size_or_time(file: Input, recorded: Input) -> bool:
 def install_directory(directory: Path, final: Path) -> None:
     """Rename a finished directory to `final`, replacing other content; delete it if the same files are there.
 
-    Several array tasks may make the same directory at the same time; the first to finish gives it its name. A later one
-    must leave it alone, since other tasks may be reading it. Other content is damaged, or was left by a prep that
+    A worker that was given up for lost may make the same directory at the same time; the first to finish gives it its name.
+    A later one must leave it alone, since other steps may be reading it. Other content is damaged, or was left by a prep that
     ended before it wrote the record and was continued with other options: it is replaced.
     """
     try:

@@ -10,7 +10,7 @@ from typing import IO, Any
 import numpy as np
 
 from data_prep.cleaning import Cleaner
-from data_prep.jobs.workers import report_progress
+from data_prep.jobs.progress import report_progress
 from data_prep.jobs.working_directory import Job
 from data_prep.sources.inputs import Part
 from data_prep.sources.records import Document, PartReader

@@ -39,33 +39,15 @@ WRITTEN = re.compile(
     rf"{re.escape(MANIFEST)}|tokenizer/({_TOKENIZER})|(train|valid)/shard-[0-9-]+\.(bin|idx|mask|labels|examples|sum)|packing/.*"
 )
 COMPRESSION = 3  # estimated size of the text in a compressed file, in sizes of the file
-LOCK_PATIENCE_S = 60.0
 GIGA = 1e9
 MOST_FILES = 200_000  # parts, or shards, that a job may have; a part alone takes about ten milliseconds
 
 
-def lock_output(out: Path, patience_s: float = 0.0) -> AbstractContextManager[None]:
+def lock_output(out: Path) -> AbstractContextManager[None]:
     """Make the parent of `out`, and hold its lock for the block; LaunchError if another process has it."""
     make_parent(out)
     message = f"another `rdt prep` is writing {out}. Wait for it, or choose another --out."
-    return hold_lock(out.with_name(f".{out.name}.lock"), message, patience_s)
-
-
-def array_task_lock_path(root: Path, index: int) -> Path:
-    """Return the path of the lock that array task `index` holds while it runs, and make its folder."""
-    directory = root / "locks"
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory / str(index)
-
-
-def check_no_array_task(out: Path, except_index: int = -1) -> None:
-    """Raise LaunchError if an array task is running on `out`, other than the one excepted."""
-    directory = working_directory_path(out) / "locks"
-    for path in sorted(directory.glob("*")):
-        if path.name != str(except_index):
-            message = f"array task {path.name} of `rdt prep --shard` is running on {out}. Wait for it, or stop it."
-            with hold_lock(path, message):
-                pass
+    return hold_lock(out.with_name(f".{out.name}.lock"), message)
 
 
 def recover_interrupted_publish(out: Path) -> None:
@@ -266,7 +248,7 @@ def _estimate_text_bytes(inputs: list[Input]) -> int:
 
 
 def _directory_bytes(directory: Path) -> int:
-    """Size of all files below a directory, while other tasks may add and remove some."""
+    """Size of all files below a directory, while somebody may add and remove some."""
     size = 0
     for folder, _, names in os.walk(directory):
         for name in names:
@@ -281,12 +263,8 @@ def _is_compressed(file: Input) -> bool:
 
 
 @contextmanager
-def explain_failure(out: Path, alone: bool) -> Iterator[None]:
+def explain_failure(out: Path) -> Iterator[None]:
     """Add to the block's errors what is kept, make a full disk a DataError, and remove a useless working directory.
-
-    Args:
-        out: directory of the corpus.
-        alone: no array task may be running on it, so the working directory may be removed.
 
     Raises:
         DataError: the disk was full.
@@ -314,7 +292,7 @@ def explain_failure(out: Path, alone: bool) -> Iterator[None]:
         raise
     finally:
         # A prep that failed before the first scan was complete, on a wrong option for instance, leaves no trace.
-        if alone and root.exists() and (is_useless or not _has_finished_scan(root)):
+        if root.exists() and (is_useless or not _has_finished_scan(root)):
             shutil.rmtree(root, ignore_errors=True)
 
 

@@ -11,7 +11,7 @@ import xxhash
 
 from data_prep.cleaning import Cleaner
 from data_prep.config import PrepConfig
-from data_prep.jobs.workers import report_progress
+from data_prep.jobs.progress import report_progress
 from data_prep.jobs.working_directory import Job
 from data_prep.sources.example_fields import ExampleFields
 from data_prep.sources.folder_walk import name_unreadable

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.jobs.workers import report_progress
+from data_prep.jobs.progress import report_progress
 from data_prep.jobs.working_directory import Job
 from data_prep.sources.inputs import Part
 from data_prep.stages.encode import SPILL_ROW, TARGETS, count_slices, no_target, read_kept_rows, spill_path

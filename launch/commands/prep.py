@@ -5,7 +5,6 @@ from collections.abc import Callable
 from data_prep.config import PrepConfig
 from launch.command_options import parse_options, summary_of
 from launch.commands.prep_import import import_files
-from launch.commands.prep_merge import format_command, merge
 from launch.commands.prep_pack import pack
 from launch.commands.prep_show import show
 from launch.commands.prep_tasks import tasks
@@ -14,7 +13,6 @@ from megatron_rdt.errors import EXIT_OK
 
 DESCRIPTION = "Turn text into a tokenizer and token shards."
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "merge": merge,
     "verify": verify,
     "show": show,
     "import": import_files,
@@ -24,7 +22,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 def prep(words: list[str]) -> int:
-    """Turn text into a tokenizer and token shards; look at them, check them, join them."""
+    """Turn text into a tokenizer and token shards; look at them, check them."""
     if words and words[0] in COMMANDS:
         return COMMANDS[words[0]](words[1:])
     lines = [f"  {name:<8} {summary_of(command)}" for name, command in COMMANDS.items()]
@@ -32,7 +30,5 @@ def prep(words: list[str]) -> int:
     config = parse_options("prep", DESCRIPTION, PrepConfig, words, config_file=True, positional=False, usage=usage)
     from data_prep.pipeline import prepare
 
-    out = prepare(config, format_command(words))
-    if not config.shard:
-        print(f"prepared: {out}")
+    print(f"prepared: {prepare(config)}")
     return EXIT_OK

@@ -10,7 +10,6 @@ from launch.command_options import parse_options, summary_of
 from launch.commands.compare import compare
 from launch.commands.eval import evaluate
 from launch.commands.prep import prep
-from launch.commands.prep_merge import merge
 from launch.commands.prep_show import show
 from launch.commands.prep_tasks import tasks
 from launch.commands.prep_verify import verify
@@ -93,11 +92,9 @@ def _pretrain_on_text(print_title: Callable[[str], None]) -> int:
     run_directory = run_directory_of(config)
     print_title("preparing text: duplicates and noise removed, tokenizer, token shards")
     prep(["--config", DATA_CONFIG])
-    print_title("preparing problems with answers, as two machines would")
+    print_title("preparing problems with answers")
     tasks(["--task", TASKS, "--difficulty", "1,4", "--out", TASKS_TEXT, "--restart"])
-    for task in ("0/2", "1/2"):
-        prep(["--config", TASKS_CONFIG, "--shard", task])
-    merge(["--config", TASKS_CONFIG])
+    prep(["--config", TASKS_CONFIG])
     print_title("reading every byte of both once more, and a look at what a model will see")
     for corpus in config.data.corpora():
         verify([corpus.path])

@@ -1,4 +1,4 @@
-"""`rdt submit` on a Slurm cluster of two nodes: the time limit, requeueing, resuming, failing, cancelling."""
+"""`rdt submit` on a Slurm cluster: the time limit, requeueing, resuming, failing, cancelling."""
 
 import json
 import re

@@ -131,7 +131,7 @@ def test_an_entry_with_brackets_needs_quotes(value: str) -> None:
 
 
 def test_what_means_none_may_be_empty() -> None:
-    assert parse_words(PrepConfig, "--tokenizer=", "--prompt_field=", "--shard=") == parse_words(PrepConfig)
+    assert parse_words(PrepConfig, "--tokenizer=", "--prompt_field=", "--scheduler=") == parse_words(PrepConfig)
     mixture = "--data.mixture=[{path: a, weight: 1, name: ''}]"
     assert parse_words(RunConfig, mixture) == parse_words(RunConfig, "--data.mixture=[{path: a, weight: 1}]")
     assert parse_words(PrepConfig, "--special_tokens=[]") != parse_words(PrepConfig)

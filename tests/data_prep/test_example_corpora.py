@@ -9,14 +9,13 @@ import pytest
 import yaml
 
 from data_prep.config import PrepConfig, check_prep
-from data_prep.pipeline import merge, prepare
+from data_prep.pipeline import prepare
 from data_prep.show_corpus import Style, format_documents
 from launch.commands.prep_tasks import tasks
 from megatron_rdt.config import DataConfig
 from megatron_rdt.data import IndexedDataset, Tokenizer, load_manifest, open_corpus, read_example_groups
 from megatron_rdt.data.shard_files.verify import verify_corpus
 from megatron_rdt.errors import ConfigError, DataError
-from tests.data_prep.small_corpora import read_files
 
 WORDS = {"task": "product:S3,hops:5,modular", "difficulty": "1-3", "count": 300, "test_count": 30, "format": "symbols"}
 
@@ -119,18 +118,14 @@ def test_scores_read_what_the_files_say(labelled: tuple[PrepConfig, Path]) -> No
             assert tokenizer.decode([target]) == answers[prompt]
 
 
-def test_array_tasks_make_the_same_corpus(labelled: tuple[PrepConfig, Path], tmp_path: Path) -> None:
-    """In small parts, over two tasks, the shards hold the same documents, and the same names of tasks."""
-    config = dataclasses.replace(labelled[0], out=str(tmp_path / "merged"), part_bytes=4000, shard_bytes=2000)
-    for task in range(2):
-        prepare(dataclasses.replace(config, shard=f"{task}/2"))
-    merged = merge(config)
-    alone = prepare(dataclasses.replace(config, out=str(tmp_path / "alone")))
-    assert read_files(merged / "train") == read_files(alone / "train")
-    assert len(load_manifest(merged).shard_prefixes("train")) > 2
-    assert load_manifest(merged).tasks == load_manifest(labelled[1]).tasks
-    assert read_documents(merged, "train") == read_documents(labelled[1], "train")
-    corpus = open_corpus(load_manifest(merged), "train", 12, 0, DataConfig(pack="example"))
+def test_small_parts_make_the_same_corpus(labelled: tuple[PrepConfig, Path], tmp_path: Path) -> None:
+    """In small parts and several shards, there are the same documents, and the same names of tasks."""
+    config = dataclasses.replace(labelled[0], out=str(tmp_path / "parts"), part_bytes=4000, shard_bytes=2000)
+    parts = prepare(config)
+    assert len(load_manifest(parts).shard_prefixes("train")) > 2
+    assert load_manifest(parts).tasks == load_manifest(labelled[1]).tasks
+    assert read_documents(parts, "train") == read_documents(labelled[1], "train")
+    corpus = open_corpus(load_manifest(parts), "train", 12, 0, DataConfig(pack="example"))
     batch = corpus.read_samples(range(300))
     assert batch.difficulties is not None
     assert sorted(batch.difficulties) == sorted(line["difficulty"] for line in read_lines(config, "train"))

@@ -1,7 +1,7 @@
-"""Prep with random corpora, options, numbers of machines and kills always writes the bytes of an undisturbed run.
+"""Prep with random corpora, options and kills, alone or on a cluster, always writes the bytes of an undisturbed run.
 
-A case prepares the same text twice: once in this process, and once by array tasks in processes that are killed at random
-points of their writing (SIGKILL, before or after a file is renamed), as often as the case says, and started again.
+A case prepares the same text twice: once in this process, and once by processes that are killed at random points of their
+writing (SIGKILL, before or after a file is renamed): the main process, which is started again, and workers of a cluster.
 RDT_FUZZ_CASES sets the number of cases.
 """
 
@@ -14,7 +14,7 @@ import random
 import signal
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +23,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.config import PrepConfig
-from data_prep.jobs import leases, step_runner
-from data_prep.pipeline import merge, prepare
+from data_prep.pipeline import prepare
 from megatron_rdt.data.shard_files.corpus_manifest import load_manifest
+from tests.data_prep.cluster_workers import open_cluster, write_kills
 
 pytestmark = pytest.mark.slow
 
@@ -60,9 +60,9 @@ class Case:
         compressed: whether each file is a .jsonl.zst.
         repeats: share of documents that repeat an earlier one.
         options: of prep.
-        machines: number of array tasks that share the job; 0 is a run without --shard.
-        together: whether the array tasks run at the same time.
-        kills: for each process in turn, the rename at which it dies and whether before it; further processes run to the end.
+        machines: whether the workers of a cluster do the steps.
+        kills: for each main process in turn, the rename at which it dies and whether before it; the next runs to the end.
+        worker_kills: the renames, counted over all workers from the death before, at which a worker dies.
     """
 
     seed: int
@@ -70,9 +70,9 @@ class Case:
     compressed: tuple[bool, ...]
     repeats: float
     options: dict[str, object]
-    machines: int
-    together: bool
+    machines: bool
     kills: tuple[tuple[int, bool], ...]
+    worker_kills: tuple[tuple[int, bool], ...]
 
 
 OPTIONS = st.fixed_dictionaries(
@@ -95,9 +95,9 @@ CASES_OF_PREP = st.builds(
     compressed=st.lists(st.booleans(), min_size=4, max_size=4).map(tuple),
     repeats=st.sampled_from([0.0, 0.2, 0.7]),
     options=OPTIONS,
-    machines=st.integers(0, 4),
-    together=st.booleans(),
-    kills=st.lists(st.tuples(st.integers(1, 60), st.booleans()), max_size=4).map(tuple),
+    machines=st.booleans(),
+    kills=st.lists(st.tuples(st.integers(1, 60), st.booleans()), max_size=3).map(tuple),
+    worker_kills=st.lists(st.tuples(st.integers(1, 60), st.booleans()), max_size=1).map(tuple),
 )
 
 
@@ -146,22 +146,21 @@ def start_process(job: Callable[[], object], kill: tuple[int, bool] | None) -> i
     os._exit(status)
 
 
-def run_until_done(jobs: list[Callable[[], object]], kills: list[tuple[int, bool]]) -> None:
-    """Run all jobs at the same time, and again those that were killed, until all have succeeded."""
-    while jobs:
-        children = [(start_process(job, kills.pop() if kills else None), job) for job in jobs]
-        states = [(os.waitpid(child, 0)[1], job) for child, job in children]
-        assert all(os.WIFSIGNALED(status) or status == 0 for status, _ in states), "prep should have gone on"
-        jobs = [job for status, job in states if os.WIFSIGNALED(status)]
+def run_until_done(job: Callable[[], object], kills: list[tuple[int, bool]]) -> None:
+    """Run a job, and again if it was killed, until it has succeeded."""
+    while True:
+        status = os.waitpid(start_process(job, kills.pop() if kills else None), 0)[1]
+        if not os.WIFSIGNALED(status):
+            assert status == 0, "prep should have gone on"
+            return
 
 
-@pytest.fixture
-def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Array tasks look at each other often, and soon take over the leases of a dead one."""
-    monkeypatch.setattr(leases, "EXPIRE_S", 0.5)
-    monkeypatch.setattr(leases, "RENEW_EVERY_S", 0.1)
-    monkeypatch.setattr(step_runner, "LOOK_AT_OTHERS_EVERY_S", 0.02)
-    monkeypatch.setattr(step_runner, "POLL_S", 0.02)
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """The scheduler file of two workers, and the file that orders their deaths."""
+    folder = tmp_path_factory.mktemp("cluster")
+    with open_cluster(folder, 2) as (scheduler, _):
+        yield scheduler, folder / "kills"
 
 
 def hash_files(directory: Path) -> dict[str, str]:
@@ -189,11 +188,10 @@ def error_name(job: Callable[[], object]) -> str:
 
 
 @pytest.mark.distributed
-@pytest.mark.timeout(10 * CASES + 60)
-@pytest.mark.usefixtures("short_waits")
+@pytest.mark.timeout(10 * CASES + 120)
 @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=CASES < 100)
 @given(case=CASES_OF_PREP)
-def test_kills_and_machines_change_nothing(case: Case, tiny_corpus: Path) -> None:
+def test_kills_and_machines_change_nothing(case: Case, tiny_corpus: Path, cluster: tuple[str, Path]) -> None:
     with tempfile.TemporaryDirectory(dir=MEMORY if os.path.isdir(MEMORY) else None) as name:
         folder = Path(name)
         text = folder / "text"
@@ -201,15 +199,14 @@ def test_kills_and_machines_change_nothing(case: Case, tiny_corpus: Path) -> Non
         write_source(text, case)
         base = PrepConfig(sources=[str(text)], tokenizer=str(tiny_corpus / "tokenizer"), workers=1, **case.options)  # type: ignore[arg-type]
         plain = dataclasses.replace(base, out=str(folder / "plain"))
-        split = dataclasses.replace(base, out=str(folder / "split"))
+        other = dataclasses.replace(base, out=str(folder / "other"))
+        if case.machines:
+            other = dataclasses.replace(other, workers=0, scheduler=cluster[0])
         refused = error_name(lambda: prepare(plain))
         if refused:
             return
-        tasks = [dataclasses.replace(split, shard=f"{i}/{case.machines}") for i in range(case.machines)]
-        shares: list[Callable[[], object]] = [functools.partial(prepare, task) for task in tasks]
-        kills = list(case.kills)
-        for jobs in [shares] if case.together else [[share] for share in shares]:
-            run_until_done(jobs, kills)
-        run_until_done([functools.partial(merge if case.machines else prepare, split)], kills)
-        assert hash_files(folder / "split") == hash_files(folder / "plain")
-        load_manifest(folder / "split").verify("full")
+        write_kills(cluster[1], [*case.worker_kills])
+        run_until_done(functools.partial(prepare, other), [*case.kills])
+        write_kills(cluster[1], [])
+        assert hash_files(folder / "other") == hash_files(folder / "plain")
+        load_manifest(folder / "other").verify("full")

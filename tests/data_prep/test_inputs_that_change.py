@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from data_prep.jobs.workers import WorkerPool
 from data_prep.pipeline import prepare
 from data_prep.sources.records import BAD_LISTED
 from megatron_rdt.data import load_manifest
@@ -101,21 +100,6 @@ def test_restart_deletes_no_foreign_file(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"notes\.txt, which `rdt prep` did not write"):
         prepare(make_config(folder, out, seed=8, restart=True))
     assert (out / "notes.txt").read_text() == "mine"
-
-
-def test_a_killed_worker_is_an_error(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    submit = WorkerPool.submit
-
-    def submit_and_kill(pool: WorkerPool, *arguments: object) -> object:
-        future = submit(pool, *arguments)  # type: ignore[arg-type]
-        for process in list(pool._executor._processes.values()):  # type: ignore[attr-defined]
-            process.kill()
-        return future
-
-    monkeypatch.setattr(WorkerPool, "submit", submit_and_kill)
-    with pytest.raises(DataError, match="a worker process was killed"):
-        prepare(make_config(folder, tmp_path / "out", workers=2))
-    assert not (tmp_path / "out").exists()
 
 
 def test_workers_that_cannot_start_are_not_called_killed(tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
-"""Prep that is killed and started again with the same or other options and files, and array tasks that share the work."""
+"""Prep that is killed, or loses workers, and is started again with the same or other options and files."""
 
 import dataclasses
+import functools
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -16,14 +16,16 @@ import pytest
 
 from data_prep import pipeline
 from data_prep.config import PrepConfig
+from data_prep.jobs import dask_cluster
 from data_prep.jobs.working_directory import Job, installed_versions, working_directory_path
-from data_prep.pipeline import merge, prepare
+from data_prep.pipeline import prepare
 from data_prep.sources.inputs import Part
 from data_prep.stages import publish
+from data_prep.stages.scan import scan_part
 from data_prep.stages.tokenizer import make_tokenizer
 from megatron_rdt.data import load_manifest
 from megatron_rdt.errors import ConfigError, DataError, LaunchError
-from megatron_rdt.locks import hold_lock
+from tests.data_prep.cluster_workers import open_cluster, write_kills
 from tests.data_prep.small_corpora import read_files, write_lines
 
 STAGES = ["plan.json", "scan/part-00003.json", "duplicates.json", "tokenizer.json", "encode/part-00000-00.json"]
@@ -62,7 +64,7 @@ def start_prep(options: PrepConfig, repository: Path) -> subprocess.Popen:
 def kill_when(options: PrepConfig, file: str, repository: Path) -> bool:
     """Start a prep and kill it when a file of its working directory appears; return True if that was before its end.
 
-    Its workers must end with it.
+    The workers that it started must end with it.
     """
     path = working_directory_path(Path(options.out)) / file
     with start_prep(options, repository) as process:
@@ -298,79 +300,95 @@ def raise_disk_full(*arguments: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-def run_array_tasks(source: Path, out: Path, count: int) -> None:
-    for i in range(count):
-        prepare(config(source, out, shard=f"{i}/{count}"))
+def kill_process_then_scan(marker: str, times: int, *arguments: object) -> None:
+    """Scan a part, but before that kill this process if that has not been done so many times."""
+    with open(marker, "a+b") as file:
+        file.write(b"x")
+        file.flush()
+        if os.fstat(file.fileno()).st_size <= times:
+            os.kill(os.getpid(), signal.SIGKILL)
+    scan_part(*arguments)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 12])
-def test_array_tasks_one_after_another(count: int, source: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """Twelve is more than the number of groups."""
-    run_array_tasks(source, tmp_path / "out", count)
-    merge(config(source, tmp_path / "out"))
-    assert read_files(tmp_path / "out") == read_files(undisturbed)
-    assert os.listdir(tmp_path) == ["out"]
-    prepare(config(source, tmp_path / "out", shard=f"0/{count}"))
-    merge(config(source, tmp_path / "out"))
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("times", [1, 1000])
+def test_killed_workers(
+    times: int, source: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step of a killed worker is repeated; one that kills every worker that begins it is named."""
+    patched = functools.partial(kill_process_then_scan, str(tmp_path / "marker"), times)
+    monkeypatch.setattr(pipeline, "scan_part", patched)
+    options = config(source, tmp_path / "out", workers=2)
+    if times == 1:
+        assert read_files(prepare(options)) == read_files(undisturbed)
+        return
+    with pytest.raises(DataError, match=r"scan-part-0000\d was begun 3 times, and each time its worker process died"):
+        prepare(options)
+    assert os.listdir(tmp_path) == ["marker"]
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminated"])
+def test_a_signal_ends_all_processes(
+    sent: signal.Signals, source: Path, undisturbed: Path, tmp_path: Path, repository: Path
+) -> None:
+    """Without a word of Dask's, and what is done is kept."""
+    options = config(source, tmp_path / "out", workers=2)
+    changed = {"sources": str(source), "out": options.out, "vocab_size": 330, "valid_fraction": 0.1, "workers": 2}
+    changed |= {"part_bytes": 9000, "shard_bytes": 5000}
+    words = ["prep", *(f"--{name}={value}" for name, value in changed.items())]
+    record = working_directory_path(tmp_path / "out") / "scan" / "part-00001.json"
+    command = [sys.executable, "-m", "launch.cli", *words]
+    with subprocess.Popen(command, cwd=repository, stderr=subprocess.PIPE, text=True) as process:
+        while not record.exists():
+            assert process.poll() is None, process.communicate()
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(sent)
+        said = process.communicate(timeout=60)[1]
+    assert not psutil.wait_procs(workers, timeout=30)[1]
+    assert process.returncode == 128 + sent
+    lines = [line for line in said.splitlines() if not line.startswith(("scan: ", "duplicates: ", "tokenizer: "))]
+    assert lines == (["rdt prep: interrupted"] if sent == signal.SIGINT else [])
+    prepare(dataclasses.replace(options, workers=1))
     assert read_files(tmp_path / "out") == read_files(undisturbed)
 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(120)
-def test_array_tasks_at_the_same_time(source: Path, undisturbed: Path, tmp_path: Path, repository: Path) -> None:
-    """One of the three is killed, and started again while the others are running or have ended."""
-    options = [config(source, tmp_path / "out", shard=f"{i}/3") for i in range(3)]
-    others = [start_prep(options[0], repository), start_prep(options[1], repository)]
-    kill_when(options[2], "scan/part-00002.json", repository)
-    assert start_prep(options[2], repository).wait() == 0
-    assert [process.wait() for process in others] == [0, 0]
-    merge(config(source, tmp_path / "out"))
-    assert read_files(tmp_path / "out") == read_files(undisturbed)
+def test_the_error_of_a_worker_is_said_as_it_is(tmp_path: Path, repository: Path) -> None:
+    bad = write_lines(tmp_path / "bad.jsonl", ['{"text": "good"}', "{"])
+    words = ["prep", "--sources", str(bad), "--out", str(tmp_path / "out"), "--workers", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli", *words], cwd=repository, capture_output=True, text=True, check=False
+    )
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("scan: ")]
+    assert (done.returncode, len(lines)) == (1, 1), done.stderr
+    assert lines[0].startswith("rdt prep: error: ")
+    assert "bad.jsonl:2 (byte 17): not valid JSON" in lines[0]
+    assert os.listdir(tmp_path) == ["bad.jsonl"]
 
 
-def test_merge_names_what_is_missing(
-    source: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.distributed
+@pytest.mark.timeout(180)
+def test_machines(
+    source: Path, undisturbed: Path, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = config(source, tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"no unfinished prep of .*Run the array tasks first: rdt prep --shard i/N"):
-        merge(options)
-    prepare(config(source, tmp_path / "out", shard="1/3"), "rdt prep --config x.yaml")
-    said = r"array task 1/3 is done; \d+ of \d+ groups of documents are still to be written by .*: rdt prep merge --config x"
-    assert re.search(said, capsys.readouterr().out)
-    with pytest.raises(DataError) as caught:
-        merge(options, "rdt prep --config x.yaml")
-    text = str(caught.value)
-    assert "group-00000, group-00002, group-00003" in text
-    assert "  rdt prep --config x.yaml --shard 0/3\n" in text
-    assert "--shard 1/3" not in text
-    with pytest.raises(ConfigError, match="begun with seed=7, now 8"):
-        merge(dataclasses.replace(options, seed=8))
-    prepare(options)  # a plain prep makes the rest
-    assert read_files(tmp_path / "out") == read_files(undisturbed)
-
-
-def test_the_last_array_task_says_how_to_finish(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    prepare(config(source, tmp_path / "out", shard="0/1"), "rdt prep --seed 7")
-    said = "array task 0/1 is done, and all groups of documents are written. Finish the corpus with: rdt prep merge --seed 7"
-    assert capsys.readouterr().out.endswith(f"{said}\n")
-
-
-def test_one_process_per_array_task(source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    prepare(config(source, out, shard="0/2"))
-    with hold_lock(publish.array_task_lock_path(working_directory_path(out), 1), "held"):
-        with pytest.raises(LaunchError, match=r"array task 1/2 is running on .* already"):
-            prepare(config(source, out, shard="1/2"))
-        for act in (prepare, merge):
-            with pytest.raises(LaunchError, match="array task 1 of `rdt prep --shard` is running"):
-                act(config(source, out))
-        with pytest.raises(LaunchError, match="array task 1 of `rdt prep --shard` is running"):
-            prepare(config(source, out, shard="0/2", seed=8, restart=True))
-
-
-@pytest.mark.parametrize("shard", ["2/2", "1", "a/b", "-1/2", "0/0"])
-def test_an_array_task_that_does_not_exist(shard: str, source: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="must be i/N with 0 <= i < N"):
-        prepare(config(source, tmp_path / "out", shard=shard))
+    """A scheduler has two workers. The main process is killed; then a worker, and the scheduler loses a machine for good."""
+    (tmp_path / "cluster").mkdir()
+    with open_cluster(tmp_path / "cluster", 2) as (scheduler, machines):
+        options = config(source, tmp_path / "out", workers=0, scheduler=scheduler)
+        assert kill_when(options, "scan/part-00002.json", repository)
+        write_kills(tmp_path / "cluster" / "kills", [(3, True), (5, False)])
+        with start_prep(options, repository) as process:
+            while not (working_directory_path(tmp_path / "out") / "encode").exists():
+                assert process.poll() is None
+            for worker in psutil.Process(machines[0].pid).children(recursive=True):
+                worker.kill()
+            machines[0].kill()
+            assert process.wait() == 0
+        assert read_files(tmp_path / "out") == read_files(undisturbed)
+    monkeypatch.setattr(dask_cluster, "CONNECT_S", 0.5)
+    with pytest.raises(LaunchError, match=r"scheduler\.json does not exist. Start a scheduler with `dask scheduler"):
+        prepare(dataclasses.replace(options, out=str(tmp_path / "other")))

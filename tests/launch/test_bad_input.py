@@ -42,7 +42,7 @@ WRONG_WORDS = [
     (["plan", "--config", "configs/parcae_140m.yaml"], ["Did you mean configs/models/parcae_140m.yaml?"]),
     (["submit", "--config", "configs/quickstat.yaml"], ["Did you mean configs/quickstart.yaml?"]),
     (["prep", "--config", "config/smoke_data.yml"], ["Did you mean configs/smoke_data.yaml?"]),
-    (["prep", "merge", "--config", "quickstart_task.yaml"], ["Did you mean configs/quickstart_tasks.yaml?"]),
+    (["prep", "--config", "quickstart_task.yaml"], ["Did you mean configs/quickstart_tasks.yaml?"]),
     (["prep", "tasks", "--config", "configs/quickstart"], ["Did you mean configs/quickstart.yaml?"]),
     (["train", "--parallel.deepspeed", "configs/smok.json"], ["Did you mean configs/smoke.yaml?"]),
     (["train", "configs/smoke.yaml"], ["configs/smoke.yaml", "Did you mean --config configs/smoke.yaml?"]),

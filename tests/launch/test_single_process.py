@@ -58,13 +58,11 @@ HARMLESS = [
     "status a",
     "prep show c",
     "prep verify c",
-    "prep --shard 0/2",
-    "prep --config c --shard=1/2",
 ]
 
 
 @pytest.mark.parametrize("words", HARMLESS)
-def test_what_writes_nothing_and_array_tasks_run_in_every_process(words: str, launched: Launched) -> None:
+def test_what_writes_nothing_runs_in_every_process(words: str, launched: Launched) -> None:
     launched(TORCHRUN)
     refuse_copies(words.split())
 

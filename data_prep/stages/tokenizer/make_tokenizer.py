@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.jobs.workers import report_progress
+from data_prep.jobs.progress import report_progress
 from data_prep.jobs.working_directory import TOKENIZER_RECORD, Job, install_directory
 from data_prep.sources.inputs import Part
 from data_prep.stages.tokenizer.sample_texts import sample_texts

@@ -10,7 +10,7 @@ import pytest
 
 from data_prep import pipeline
 from data_prep.jobs.working_directory import working_directory_path
-from data_prep.pipeline import merge, prepare
+from data_prep.pipeline import prepare
 from data_prep.stages import publish
 from launch.cli import run_command
 from megatron_rdt.data import load_manifest
@@ -34,11 +34,9 @@ def test_a_mount_point_is_refused_before_the_work(
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "disk")
     with monkeypatch.context() as patch:
         refuse_to_scan(patch)
-        for options in ({}, {"shard": "0/2"}, {"restart": True}):
+        for options in ({}, {"restart": True}):
             with pytest.raises(ConfigError, match=r"disk is a mount point.* Name a directory below it"):
                 prepare(make_config(source, tmp_path / "disk", **options))
-        with pytest.raises(ConfigError, match="disk is a mount point"):
-            merge(make_config(source, tmp_path / "disk"))
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "disk"]
     below = prepare(make_config(source, tmp_path / "disk" / "corpus"))
     # A complete corpus that is mounted where it is wanted is no fault: there is nothing to do.
@@ -55,9 +53,6 @@ def test_a_link_stays_and_the_corpus_is_where_it_leads(source: Path, tmp_path: P
         assert os.readlink(tmp_path / "link") == "disk/corpus"
         assert load_manifest(disk / "corpus").document["prep"]["options"]["seed"] == seed
         assert os.listdir(disk) == ["corpus"]
-    for shard in ("0/2", "1/2"):
-        prepare(make_config(source, tmp_path / "link", seed=8, shard=shard))
-    merge(make_config(source, tmp_path / "link", seed=8))
     (tmp_path / "unmounted").symlink_to("absent/corpus")
     with pytest.raises(ConfigError, match=r"unmounted is a link to .*absent/corpus, which does not exist"):
         prepare(make_config(source, tmp_path / "unmounted"))
@@ -269,9 +264,8 @@ KEPT = r" What is done is kept in .*\.out\.prep: the same command continues ther
 def test_a_refusal_says_what_is_kept(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the command that the refusal asks for continues from there."""
     too_large = make_config(source, tmp_path / "out", vocab_size=30000)
-    for shard in ("", "0/1"):
-        with pytest.raises(DataError, match=rf"vocab_size 30000 is too large .*add text\.{KEPT}$"):
-            prepare(dataclasses.replace(too_large, shard=shard))
+    with pytest.raises(DataError, match=rf"vocab_size 30000 is too large .*add text\.{KEPT}$"):
+        prepare(too_large)
     refuse_to_scan(monkeypatch)
     prepare(make_config(source, tmp_path / "out", vocab_size=310))
 
@@ -282,14 +276,6 @@ def test_a_refusal_that_keeps_nothing_does_not_say_so(source: Path, tmp_path: Pa
         prepare(make_config(source, tmp_path / "out"))
     assert not re.search(KEPT, str(caught.value))
     assert os.listdir(tmp_path) == ["a.jsonl"]
-
-
-def test_the_merge_of_missing_groups_names_commands_alone(source: Path, tmp_path: Path) -> None:
-    config = make_config(source, tmp_path / "out", part_bytes=1000, shard_bytes=400)
-    prepare(dataclasses.replace(config, shard="0/2"))
-    with pytest.raises(DataError) as caught:
-        merge(config)
-    assert str(caught.value).endswith("or all on this machine: rdt prep")
 
 
 def test_home_is_expanded(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,327 @@
+"""Dask, which runs steps on worker processes of this machine, or on those of a scheduler that is running elsewhere.
+
+This is the only module that imports it. Dask distributes the steps, repeats those of a worker that was lost, and limits
+memory. Results are files: nothing but names, options and counts goes through it.
+"""
+
+import contextlib
+import logging
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NoReturn
+
+import dask.config
+from distributed import Client, Future, LocalCluster, Worker, get_worker
+from distributed.client import FutureCancelledError
+from distributed.scheduler import KilledWorker
+
+from data_prep.config import PrepConfig
+from data_prep.jobs.progress import Progress, count_step
+from data_prep.jobs.steps import RunSteps, Step
+from data_prep.jobs.working_directory import Job, hash_code
+from megatron_rdt.environment import usable_cores
+from megatron_rdt.errors import ConfigError, DataError, LaunchError
+from megatron_rdt.files import TEMPORARY_SUFFIX
+
+SUBMITTED = 512  # steps that Dask knows at a time, so that its memory does not depend on their number
+SHOW_EVERY_S = 1.0
+CONNECT_S = 60.0  # for a scheduler that is just being started
+SHARED_S = 120.0  # longest time until a file of another machine is seen here: network file systems cache
+LOOPBACK = "127.0.0.1"
+LOCAL_SETTINGS: dict[str, Any] = {
+    # Workers hold no data of Dask's, so there is nothing to spill, and waiting frees no memory: one that exceeds its share
+    # is ended and its step repeated.
+    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.pause": False,
+    # A step that ends its worker, as one does that needs too much memory, is not tried for ever.
+    "distributed.scheduler.allowed-failures": 2,
+    # A worker that dies is noticed by its closed connection; one that computes long without an answer is alive.
+    "distributed.scheduler.worker-ttl": None,
+    # Looking into workers for statistics costs time, and so does a malloc that returns every free page at once.
+    "distributed.worker.profile.enabled": False,
+    "distributed.worker.memory.monitor-interval": "250ms",
+    "distributed.admin.tick.interval": "1s",
+    "distributed.admin.system-monitor.interval": "5s",
+    "distributed.scheduler.active-memory-manager.start": False,
+    "distributed.diagnostics.nvml": False,
+    "distributed.nanny.pre-spawn-environ": {},
+    "distributed.worker.http.routes": [],
+    "distributed.worker.use-file-locking": False,
+}
+
+
+class StoppedError(Exception):
+    """Raised in a step that the scheduler does not wait for any more."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The folder and the code of the main process, which a worker must have too.
+
+    Attributes:
+        folder: the working directory of the process, for relative paths.
+        code: versions and hashes that the result depends on.
+    """
+
+    folder: str
+    code: dict[str, str]
+
+
+# Of this worker: the preps that it was checked for, and the working directory of the step of each thread.
+_entered: set[str] = set()
+_busy: dict[int, str] = {}
+
+
+def _enter_place(job: Job, place: _Place) -> None:
+    """Change to the folder of the main process; raise RdtError where a worker sees other files or has other code."""
+    host = os.uname().nodename
+    if not job.root.is_dir() or not os.path.isdir(place.folder):
+        raise ConfigError(
+            f"{job.root if os.path.isdir(place.folder) else place.folder} does not exist on the worker {host}. Workers need "
+            "the same paths: put --out on a file system that all machines share."
+        )
+    os.chdir(place.folder)
+    key = f"{job.root} {job.identity}"
+    if key in _entered:
+        return
+    here = hash_code(job.config)
+    for name in sorted(here.keys() | place.code.keys()):
+        if here.get(name) != place.code.get(name):
+            raise ConfigError(
+                f"the worker {host} has another {name} ({here.get(name)}) than `rdt prep` ({place.code.get(name)}). Start "
+                "workers in the same environment."
+            )
+    _entered.add(key)
+
+
+def _do_step(step: Step, job: Job, place: _Place, topic: str, needs: list[object]) -> tuple[int, int]:
+    """Do a step in a worker unless it is done; return the bytes and documents that it reported.
+
+    Args:
+        step: the step.
+        job: options and paths.
+        place: see there.
+        topic: Dask's topic of progress.
+        needs: what the steps before it returned; Dask waits for them.
+    """
+    worker = get_worker()
+    key = worker.get_current_task()
+
+    def tell(size: int, documents: int) -> None:
+        """Send progress to the main process; stop if it has gone, failed, or has the step done elsewhere."""
+        task = worker.state.tasks.get(key)
+        if task is None or task.state != "executing":
+            raise StoppedError
+        worker.log_event(topic, [step.name, size, documents])
+
+    _busy[threading.get_ident()] = str(job.root)
+    try:
+        _enter_place(job, place)
+        # Dask repeats a step whose worker was lost, also one that was done by then.
+        if job.is_done(step.record):
+            return step.size, 0
+        return count_step(step.function, (job, *step.arguments), tell)
+    finally:
+        del _busy[threading.get_ident()]
+
+
+def _run_steps(client: Client, job: Job, steps: list[Step], progress: Progress) -> None:
+    """Have the workers of a client do steps, the first ones first; raise what a step raised."""
+    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    topic = f"prep-{client.id}"
+    client.subscribe_topic(topic, events.put)
+    place = _Place(os.getcwd(), hash_code(job.config))
+    running: dict[str, Future] = {}
+    named: dict[str, Step] = {}
+    left = iter(enumerate(steps))
+    try:
+        while True:
+            for index, step in islice(left, SUBMITTED - len(running)):
+                # Those that are not running are done: they come earlier among the steps.
+                needs = [running[name] for name in step.needs if name in running]
+                key = f"{step.name}-{client.id}"
+                running[step.name] = client.submit(
+                    _do_step, step, job, place, topic, needs, key=key, priority=-index, pure=False
+                )
+                named[key] = step
+                running[step.name].add_done_callback(events.put)
+            if not running:
+                break
+            with contextlib.suppress(queue.Empty):
+                event = events.get(timeout=SHOW_EVERY_S)
+                if isinstance(event, Future):
+                    step = named.pop(str(event.key))
+                    progress.count(step.name, *_take_result(event, step))
+                    del running[step.name]
+                elif event[1][0] in running:
+                    progress.count(*event[1])
+            progress.show()
+        # What a step needed is removed when that step is done.
+        needed = frozenset().union(*(step.needs for step in steps))
+        for step in steps:
+            if step.name not in needed:
+                _await_record(job, step)
+    finally:
+        client.unsubscribe_topic(topic)
+        client.cancel([*running.values()])
+
+
+def _take_result(future: Future, step: Step) -> tuple[int, int]:
+    """Return what a finished step returned; raise what it raised, or an error that tells how its workers were lost."""
+    try:
+        return future.result()
+    except KilledWorker as error:
+        raise DataError(
+            f"{step.name} was begun {error.allowed_failures + 1} times, and each time its worker process died: it was killed, "
+            "probably because memory ran out, or it crashed. Lower --workers, or free memory; if that does not help, halve "
+            "--sources until the file is found, and report it."
+        ) from None
+    except FutureCancelledError:
+        raise LaunchError(
+            f"the connection to the scheduler was lost while {step.name} was to be done. Start the scheduler and its workers "
+            "again, and then the same command: it continues."
+        ) from None
+
+
+def _await_record(job: Job, step: Step) -> None:
+    """Wait until the record of a step that a worker has done is seen here; DataError if it never is."""
+    deadline = time.monotonic() + SHARED_S
+    while not job.is_done(step.record):
+        if time.monotonic() >= deadline:
+            raise DataError(
+                f"a worker has done {step.name}, but {step.record} is not complete here. Put --out on a file system that all "
+                "machines share."
+            )
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def open_cluster(config: PrepConfig, root: Path) -> Iterator[RunSteps]:
+    """Yield a function that runs steps on the workers of `config.scheduler`, or on new ones of this machine.
+
+    Args:
+        config: the options.
+        root: the working directory, in which workers of this machine keep their temporary files.
+
+    Raises:
+        LaunchError: no scheduler answers.
+        DataError: workers cannot be started.
+    """
+    for name in ("distributed", "tornado", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what the user needs to know is raised as an error
+    start = _connect if config.scheduler else _start_workers
+    with start(config, root) as client:
+        yield lambda job, steps, progress: _run_steps(client, job, steps, progress)
+
+
+@contextlib.contextmanager
+def _start_workers(config: PrepConfig, root: Path) -> Iterator[Client]:
+    """Yield a client of new worker processes that only this machine reaches, and end them at once after the block."""
+    address = f"{LOOPBACK}:{config.dashboard}"
+    settings = dict(LOCAL_SETTINGS)
+    if not config.dashboard:
+        settings["distributed.scheduler.http.routes"] = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(dask.config.set(settings))
+        stack.enter_context(_handle_signal(signal.SIGTERM, _exit_by_signal))
+        try:
+            # Ctrl-C reaches all processes of the terminal. Workers inherit that it is ignored; this process ends them.
+            with _handle_signal(signal.SIGINT, signal.SIG_IGN):
+                cluster = stack.enter_context(
+                    LocalCluster(
+                        n_workers=config.workers or usable_cores(),
+                        threads_per_worker=1,
+                        host=LOOPBACK,
+                        local_directory=str(root / f"workers{TEMPORARY_SUFFIX}"),
+                        silence_logs=logging.CRITICAL,
+                        dashboard_address=address if config.dashboard else None,
+                        scheduler_kwargs={"dashboard": bool(config.dashboard), "dashboard_address": address},
+                    )
+                )
+            stack.callback(_kill_workers, cluster)
+            client = stack.enter_context(Client(cluster, set_as_default=False))
+        except (OSError, RuntimeError) as error:
+            raise _explain_failed_start(error) from error
+        if config.dashboard:
+            print(f"dashboard: {cluster.dashboard_link}", flush=True)
+        yield client
+
+
+@contextlib.contextmanager
+def _handle_signal(number: signal.Signals, handler: Any) -> Iterator[None]:
+    """Handle a signal during the block; no other thread than the main one may handle signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def _exit_by_signal(number: int, frame: object) -> NoReturn:
+    """Unwind this process, which ends its workers in order, with the status that a shell reports for the signal."""
+    raise SystemExit(128 + number)
+
+
+def _kill_workers(cluster: LocalCluster) -> None:
+    """Kill the workers of a cluster: what they have done is in files, and what they are doing is not wanted."""
+    for nanny in cluster.workers.values():
+        nanny.close_gracefully()  # it is not to start another one
+        if nanny.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(nanny.pid, signal.SIGKILL)
+
+
+def _explain_failed_start(error: BaseException) -> DataError:
+    """Return an error that says why workers could not be started."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, OSError) and cause.strerror:
+        return DataError(
+            f"a worker process could not be started: {cause.strerror}. Lower --workers, or raise the limits of open files "
+            "and processes (ulimit -n, ulimit -u)."
+        )
+    return DataError(
+        "a worker process could not start; its messages above say why. A script that calls `prepare` must do so below "
+        '`if __name__ == "__main__":`, because workers import it.'
+    )
+
+
+@contextlib.contextmanager
+def _connect(config: PrepConfig, root: Path) -> Iterator[Client]:
+    """Yield a client of the scheduler that `config.scheduler` names, when no worker is at work on `root` any more."""
+    address, deadline = config.scheduler, time.monotonic() + CONNECT_S
+    is_file = "://" not in address
+    while is_file and not os.path.exists(address):
+        if time.monotonic() >= deadline:
+            raise LaunchError(
+                f"{address} does not exist. Start a scheduler with `dask scheduler --scheduler-file {address}`, or give its "
+                "address, as in --scheduler tcp://host:8786."
+            )
+        time.sleep(0.1)
+    try:
+        named = {"scheduler_file": address} if is_file else {"address": address}
+        client = Client(**named, timeout=CONNECT_S, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise LaunchError(f"no scheduler answers at {address} ({error}). Start one with `dask scheduler`.") from None
+    with client:
+        # A `rdt prep` that was killed may have left a step that somebody is still doing. It stops soon.
+        while any(client.run(_is_busy, str(root)).values()):
+            time.sleep(0.2)
+        yield client
+
+
+def _is_busy(root: str, dask_worker: Worker) -> bool:
+    """Return True if a worker is doing a step in the working directory `root`."""
+    return root in _busy.values()

@@ -1,4 +1,4 @@
-# make install      .venv with pinned dependencies (idempotent)
+# make install      .venv with pinned dependencies (idempotent); LOCK=requirements.lock: only files with the hashes in it
 # make quickstart   the whole main job on two processes, from raw text to a report
 # make lint         formatting, lint, types
 # make test-fast    the tests that start no processes and take no long (under two minutes on 2 cores)
@@ -21,11 +21,19 @@ STAMP := $(VENV)/.installed
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+# Name requirements.lock here to install nothing but the files whose hashes it has.
+LOCK ?=
+
+$(STAMP): pyproject.toml constraints.txt $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed, $(PYTHON) is `$(PYTHON) -V`. Use: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
+ifeq ($(LOCK),)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+else
+	$(BIN)/python -m pip install --require-hashes --requirement $(LOCK)
+	$(BIN)/python -m pip install --no-deps --no-build-isolation --editable .
+endif
 	touch $(STAMP)
 
 quickstart: install

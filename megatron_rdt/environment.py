@@ -132,8 +132,12 @@ def find_own_address() -> str | None:
     if os.environ.get("GLOO_SOCKET_IFNAME"):
         return None
     address = _find_address_towards_rank_0()
-    is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-    return address if address is None or is_one_machine or not ipaddress.ip_address(address).is_loopback else None
+    return address if address is None or is_one_machine() or not ipaddress.ip_address(address).is_loopback else None
+
+
+def is_one_machine() -> bool:
+    """Return True if all ranks are on this machine."""
+    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
 
 
 def _find_address_towards_rank_0() -> str | None:

@@ -18,6 +18,7 @@ from megatron_rdt.config.mixture_weights import integer_weights
 from megatron_rdt.config.parallel_checks import find_parallel_problems
 from megatron_rdt.config.ranges import RANGE_KEY, Range
 from megatron_rdt.config.schema import CorpusConfig, ModelConfig, RunConfig, TrainConfig
+from megatron_rdt.config.secrets import find_secrets
 from megatron_rdt.config.step_ranges import parse_step_ranges
 from megatron_rdt.config.trace_schedule import TraceSchedule
 from megatron_rdt.errors import USE_ANOTHER, CheckpointError, ConfigError
@@ -33,6 +34,8 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
         config: the run's config.
         world_size: processes of the run; None if not known yet, which leaves out the checks that need it.
     """
+    for problem in find_secrets(config):
+        raise ConfigError(problem)  # alone: others may show the value
     problems = [*_find_range_problems(config), *_find_model_problems(config.model), *_find_depth_problems(config)]
     problems += [*_find_training_problems(config), *_find_data_problems(config)]
     problems += [*find_parallel_problems(config), *find_deepspeed_problems(config, world_size)]
@@ -286,6 +289,8 @@ def _find_data_problems(config: RunConfig) -> Iterator[str]:
         yield f"data.skip_steps: {error}. Set --data.skip_steps."
     if data.streamed and data.skip_steps:
         yield f"data.skip_steps needs shards, data.path {data.path} has none. Omit it, or prepare the data with rdt prep."
+    if data.streamed and config.train.rollback_skip:
+        yield f"train.rollback_skip needs shards, data.path {data.path} has none. Omit it, or prepare the data with rdt prep."
     for number, corpus in enumerate(data.mixture, 1):
         if corpus.path.startswith("hf:"):
             yield (

@@ -94,17 +94,21 @@ class TrainConfig:
     z_loss: float = option(0.0, at_least=0)
     """Weight of the squared log-partition function in the loss (PaLM's z-loss); 0 means none."""
     max_nonfinite_steps: int = option(10, at_least=1)
-    """Consecutive steps with a non-finite gradient, all of which are skipped, that stop the run with an error; they are counted every `logging.every` steps."""
+    """Consecutive steps with a non-finite gradient, all of which are skipped, that stop the run with an error (see `on_nonfinite`); they are counted every `logging.every` steps."""
     max_steps_without_target: int = option(10, at_least=1)
     """Consecutive steps in which, by the data's loss masks, no target counts, all of which are skipped, that stop the run with an error; counted likewise."""
     on_alarm: Literal["warn", "rollback", "stop"] = "warn"
     """Reaction to an alarm of the loop's monitors (docs/monitors.md): print and record it; also go back to the newest healthy checkpoint and continue at a lower rate; or also stop with an error."""
     on_spike: Literal["warn", "skip", "rollback", "stop"] = "warn"
     """Reaction to a loss spike: as for `on_alarm`; skip: leave weights and moments as they are in every step whose loss is above the bound."""
+    on_nonfinite: Literal["stop", "rollback"] = "stop"
+    """Reaction to `max_nonfinite_steps` in a row: stop with an error, or rollback, as for `on_alarm`."""
     spike_deviations: float = option(8.0, at_least=0)
     """A loss spike is a loss above the median of comparable recent steps by this many standard deviations, as estimated from the median absolute deviation; 0: there are no spikes."""
     rollback_lr: float = option(0.5, above=0, at_most=1)
     """Factor of the learning rate after a rollback, from then on; further rollbacks multiply it again."""
+    rollback_skip: bool = False
+    """Leave out, after a rollback, the data of the steps that led to it, as `data.skip_steps` would."""
     max_rollbacks: int = option(3, at_least=1)
     """Rollbacks of a run; at the next alarm that asks for one it stops with an error."""
 

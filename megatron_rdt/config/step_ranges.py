@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def parse_step_ranges(steps: Iterable[int | str]) -> dict[str, tuple[int, int]]:
@@ -26,6 +26,28 @@ def parse_step_ranges(steps: Iterable[int | str]) -> dict[str, tuple[int, int]]:
         if after[0] <= before[1]:
             raise ValueError(f"{_format_range(*before)} and {_format_range(*after)} overlap")
     return {_format_range(first, last): (first, last) for first, last in ranges}
+
+
+def format_step_ranges(steps: Sequence[int]) -> list[str]:
+    """Return the ranges that steps in ascending order make up, as texts."""
+    ranges: list[tuple[int, int]] = []
+    for step in steps:
+        if ranges and step == ranges[-1][1] + 1:
+            ranges[-1] = ranges[-1][0], step
+        else:
+            ranges.append((step, step))
+    return [_format_range(first, last) for first, last in ranges]
+
+
+def add_step_ranges(steps: Sequence[int | str], more: Sequence[str]) -> list[int | str]:
+    """Return ranges of steps with those of `more` that overlap none of them."""
+    own = parse_step_ranges(steps).values()
+    apart = [
+        text
+        for text, (first, last) in parse_step_ranges(more).items()
+        if all(last < begin or end < first for begin, end in own)
+    ]
+    return [*steps, *apart]
 
 
 def _format_range(first: int, last: int) -> str:

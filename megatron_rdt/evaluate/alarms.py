@@ -32,6 +32,7 @@ SENTENCES = {
     "iteration",
     "loop_ignored": "the validation loss at one loop is that at the mean number of loops: the loop is ignored so far; if that "
     "stays, compare --model.injection add and other rates, or ask whether the task needs depth",
+    "nonfinite_steps": f"so many steps in a row had a loss or gradient that is not finite: {LOWER_RATE}",
     "loss_spike": f"the loss is far above that of the steps before: {LOWER_RATE}, omit the data with --data.skip_steps, or "
     "set --train.on_spike",
 }

@@ -1,5 +1,9 @@
 """Join the process group of a run: choose this process's device, then meet the other ranks."""
 
+import contextlib
+import ipaddress
+import os
+import socket
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -12,6 +16,7 @@ from megatron_rdt.config import RunConfig
 from megatron_rdt.environment import (
     ProcessInfo,
     export_for_torch,
+    is_one_machine,
     is_store_in_launcher,
     name_own_host,
     prefer_deterministic_libraries,
@@ -35,9 +40,47 @@ def join_process_group(config: RunConfig, process: ProcessInfo) -> torch.device:
         record_collectives(run_directory_of(config).absolute() / HANG / "nccl-rank-")
         backend = "nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=config.parallel.start_timeout_s)
-        store = _move_store_to_rank_0(timeout) if is_store_in_launcher() else {}
+        store = _move_store_to_rank_0(timeout) if is_store_in_launcher() else _meet(process, timeout)
         dist.init_process_group(backend, timeout=timeout, **store)
     return device
+
+
+def _meet(process: ProcessInfo, timeout: timedelta) -> dict[str, Any]:
+    """Return the arguments of `init_process_group` for a store at MASTER_ADDR and MASTER_PORT, which rank 0 holds."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    settings: dict[str, Any] = {"world_size": process.world_size, "timeout": timeout}
+    if process.rank == 0:
+        store = _serve_store(host, port, **settings)
+    else:
+        store = dist.TCPStore(host, port, is_master=False, **settings)
+    return {"store": store, "rank": process.rank, "world_size": process.world_size}
+
+
+def _serve_store(host: str, port: int, **settings: Any) -> dist.TCPStore:
+    """Return a store that this process holds and that listens at this address alone, if all ranks reach it there.
+
+    PyTorch would listen on every interface. That remains where several machines may understand a name differently, and
+    where the address is not one of this machine.
+
+    Args:
+        host: name or address by which the other ranks find this process.
+        port: number; 0 for any that is free.
+        settings: of the store.
+    """
+    try:
+        is_loopback = ipaddress.ip_address(host).is_loopback
+        is_clear = is_one_machine() or not is_loopback
+    except ValueError:  # a name
+        is_clear = is_one_machine()
+    if is_clear:
+        with contextlib.suppress(OSError):
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind, protocol) as listener:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(address)
+                port = listener.getsockname()[1]
+                settings["master_listen_fd"] = listener.detach()
+    return dist.TCPStore(host, port, is_master=True, **settings)
 
 
 def _move_store_to_rank_0(timeout: timedelta) -> dict[str, Any]:
@@ -48,7 +91,7 @@ def _move_store_to_rank_0(timeout: timedelta) -> dict[str, Any]:
     launchers, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     if rank == 0:
         host = name_own_host()
-        own = dist.TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
+        own = _serve_store(host, 0, timeout=timeout, wait_for_workers=False)
         launchers.set(STORE_KEY, f"{host} {own.port}")
     else:
         host, port = launchers.get(STORE_KEY).decode().split()

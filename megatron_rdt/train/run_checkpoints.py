@@ -153,8 +153,8 @@ class RunCheckpoints:
             # Checkpoints of earlier versions do not say which batches they had; this leads to the same position.
             batch = saved.train.global_batch
             state["data"].setdefault("batches", [[0, state["data"]["consumed_samples"] - step * batch, batch]])
-            changed_data = self.data.resume(source, state["data"])
             position = self._read_position(source, state)
+            changed_data = self.data.resume(source, state["data"], position.rollbacks.skip_steps)
         changed = describe_changed_settings(saved, self.config)
         checkpoints.restore_engine(self.engine, source)
         self.saved_step = None  # after a rollback, this run's later saves are of an abandoned branch

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from megatron_rdt.config import RunConfig
 from megatron_rdt.errors import TrainingError
 from megatron_rdt.evaluate.alarms import Alarm
-from megatron_rdt.train.alarms import AlarmWatch
+from megatron_rdt.train.alarms import AlarmWatch, Rollback
+from megatron_rdt.train.alarms.rollbacks import react
+from megatron_rdt.train.alarms.watch import NONFINITE
 from megatron_rdt.train.metrics import Console, Recorder
 from megatron_rdt.train.nonfinite_guard import NonfiniteGuard, TargetGuard
 from megatron_rdt.train.run_checkpoints import Position, RunCheckpoints
@@ -64,11 +66,11 @@ class StepReview:
         slowest = self.stragglers.compare(records)
         for record in records:
             metrics, objective = record.read_metrics()
-            self._count_skipped(metrics, objective)
+            begun = self._count_skipped(metrics, objective)
             if metrics["loss"] > self.largest_loss(metrics["loops_mean"]):
                 metrics["skipped"] = True
                 self.print_line(f"step {record.step}: loss {metrics['loss']:.4f} is a spike, step skipped")
-            begun = self.watch.observe(metrics)
+            begun += self.watch.observe(metrics)
             if begun:
                 metrics["alarms"] = {alarm.name: {"value": alarm.value, "bound": alarm.bound} for alarm in begun}
                 alarms += begun
@@ -81,6 +83,12 @@ class StepReview:
             for alarm in begun:
                 self.print_line(f"step {alarm.step}: {alarm}")
         return alarms
+
+    def react(self, action: str, alarm: Alarm) -> Rollback:
+        """Prepare the rollback that an alarm asks for, or stop the run, see `rollbacks.react`; on every rank."""
+        train, saved = self.config.train, self.checkpoints
+        skipped = saved.data.list_order_steps(alarm.since, alarm.step) if train.rollback_skip else []
+        return react(action, alarm, self.rollbacks, train, saved.run_directory, skipped)
 
     def report_end(self, step: int, steps_here: int, tokens: int) -> None:
         """Print what a run that reached its last step did; raise TrainingError if it skipped the last ones as not finite.
@@ -103,8 +111,8 @@ class StepReview:
                 f"Lower --optimizer.lr. {self.checkpoints.find_way_back(step - skipped)}"
             )
 
-    def _count_skipped(self, metrics: dict, objective: float) -> None:
-        """Count a step that was not finite or had no target, and say so.
+    def _count_skipped(self, metrics: dict, objective: float) -> list[Alarm]:
+        """Count a step that was not finite or had no target, and say so; return the alarm that it raises, if any.
 
         Raises:
             TrainingError: too many of them in a row; it names the checkpoint to go back to.
@@ -112,10 +120,14 @@ class StepReview:
         step, loss, norm = metrics["step"], metrics["loss"], metrics["grad_norm"]
         if not self.target_guard.accept(step, metrics.get("targets")):
             self.print_line(f"step {step}: no target counts, step skipped")
-            return
+            return []
         try:
             is_accepted = self.guard.accept(step, objective, norm)
         except TrainingError as error:
+            skipped, limit = self.guard.skipped, self.guard.limit
+            if self.config.train.on_nonfinite == "rollback":
+                return [Alarm(NONFINITE, step, skipped, limit, since=step - skipped + 1)] if skipped == limit else []
             raise TrainingError(f"{error} {self.checkpoints.find_way_back(step - self.guard.skipped)}") from None
         if not is_accepted:
             self.print_line(f"step {step}: loss {loss} or gradient norm {norm} not finite, step skipped")
+        return []

@@ -23,7 +23,7 @@ from megatron_rdt.parallel.process_group import join_process_group
 from megatron_rdt.run_directory import run_directory_of
 from megatron_rdt.terminal import Printer
 from megatron_rdt.train.alarms import Rollback
-from megatron_rdt.train.alarms.rollbacks import find_reaction, react
+from megatron_rdt.train.alarms.rollbacks import find_reaction
 from megatron_rdt.train.data import open_training_data
 from megatron_rdt.train.displays import check_displays, find_displays
 from megatron_rdt.train.garbage_collection import ScheduledGarbageCollection
@@ -380,7 +380,7 @@ class Trainer:
         reaction = find_reaction(self.config.train, alarms)
         if reaction is not None:
             self.checkpoints.finish_save()  # it may be the one to go back to
-            raise react(*reaction, self.review.rollbacks, self.config.train, self.run_directory)
+            raise self.review.react(*reaction)
 
     def _save_checkpoint(self, required: bool = False) -> None:
         """Save a checkpoint at the current position; all steps must have been recorded; see `RunCheckpoints.save`."""

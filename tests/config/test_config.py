@@ -7,8 +7,9 @@ import yaml
 
 from data_prep.config import PrepConfig
 from launch.commands.quickstart import DATA_CONFIG, TASKS_CONFIG
-from megatron_rdt.config import RunConfig, check_config, dump_config, load_config
+from megatron_rdt.config import DataConfig, ParallelConfig, RunConfig, check_config, dump_config, load_config
 from megatron_rdt.config.parser import make_parser, parse
+from megatron_rdt.config.secrets import find_secrets
 from megatron_rdt.config.yaml_files import UniqueKeys
 from megatron_rdt.errors import ConfigError
 
@@ -172,3 +173,21 @@ def test_a_list_or_mapping_as_a_key_is_refused(text: str, tmp_path: Path) -> Non
 
 def test_anchors_may_be_merged() -> None:
     assert yaml.load("a: &a {x: 1}\nb:\n  <<: *a\n  y: 2\n", UniqueKeys)["b"] == {"x": 1, "y": 2}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["https://me:s3cret@host/corpus", "hf_" + "Abc123" * 6, "ghp_" + "x" * 36, "AKIA" + "A1" * 8],
+)
+def test_secrets_are_refused_and_not_shown(text: str) -> None:
+    zero = ParallelConfig(engine="zero2", deepspeed={"a": [{"b": text}]})
+    for config, name in (
+        (RunConfig(data=DataConfig(path=text)), r"data\.path"),
+        (RunConfig(parallel=zero), r"parallel\.deepspeed\.a\.b"),
+    ):
+        with pytest.raises(ConfigError, match=rf"{name} holds a .*, which would be saved in config\.yaml") as caught:
+            check_config(config)
+        assert text not in str(caught.value)
+        assert "s3cret" not in str(caught.value)
+    for harmless in ("hf:openai/gsm8k:main", "https://host:8080/corpus", "s3://bucket/hf_corpus", "~/me@home"):
+        assert not list(find_secrets(DataConfig(path=harmless)))

@@ -56,7 +56,7 @@ def test_what_holds_from_the_first_step_on_is_no_alarm_until_it_has_passed(confi
 
 
 def test_every_alarm_has_a_sentence_that_says_what_to_do() -> None:
-    names = {condition.name for condition in (*CONDITIONS, RADIUS)} | {"loop_ignored", "loss_spike"}
+    names = {condition.name for condition in (*CONDITIONS, RADIUS)} | {"loop_ignored", "loss_spike", "nonfinite_steps"}
     assert names == set(SENTENCES)
     assert "(bound 0.99)" in str(Alarm("token_correlation", 3, 0.995, 0.99))
     assert "not finite" in str(Alarm("norm_growth", 3, None, 1.1))

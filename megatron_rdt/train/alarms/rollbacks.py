@@ -19,7 +19,10 @@ from megatron_rdt.evaluate.alarms import ALARM_FIELDS, ROLLBACKS, Alarm, read_ro
 from megatron_rdt.evaluate.result_files import replace_nonfinite
 from megatron_rdt.files import sha256_of, write_text
 from megatron_rdt.object_collectives import broadcast_object, raise_on_all_ranks, rank_and_world_size
-from megatron_rdt.train.alarms.watch import SPIKE
+from megatron_rdt.train.alarms.watch import NONFINITE, SPIKE
+
+# Fields of `train` that say what follows an alarm; `on_alarm` for all others.
+REACTIONS = {SPIKE: "on_spike", NONFINITE: "on_nonfinite"}
 
 
 class Rollback(Exception):
@@ -41,10 +44,12 @@ class Rollbacks:
     Attributes:
         count: how many.
         lr_factor: product of their factors of the learning rate.
+        skip_steps: ranges of steps of the data's order that are left out since.
     """
 
     count: int = 0
     lr_factor: float = 1.0
+    skip_steps: tuple[str, ...] = ()
 
     def describe(self) -> list[str]:
         """A line for a run that continues; none if it never rolled back."""
@@ -61,15 +66,24 @@ def find_reaction(train: TrainConfig, alarms: Sequence[Alarm]) -> tuple[str, Ala
 
     Where no alarm may call for anything, ranks exchange nothing.
     """
-    if not {"rollback", "stop"} & {train.on_alarm, train.on_spike}:
+    if not any(getattr(train, option) in ("rollback", "stop") for option in ("on_alarm", "on_spike")) and (
+        train.on_nonfinite == "stop"  # without an alarm
+    ):
         return None
-    wanted = [(train.on_spike if alarm.name == SPIKE else train.on_alarm, alarm) for alarm in alarms]
+    wanted = [(getattr(train, REACTIONS.get(alarm.name, "on_alarm")), alarm) for alarm in alarms]
     return broadcast_object(
         next(((action, alarm) for choice in ("stop", "rollback") for action, alarm in wanted if action == choice), None)
     )
 
 
-def react(action: str, alarm: Alarm, before: Rollbacks, train: TrainConfig, run_directory: Path) -> Rollback:
+def react(
+    action: str,
+    alarm: Alarm,
+    before: Rollbacks,
+    train: TrainConfig,
+    run_directory: Path,
+    skip_steps: Sequence[str] = (),
+) -> Rollback:
     """Prepare a rollback durably and return it, or stop the run; every rank must call this with the same arguments.
 
     Args:
@@ -78,19 +92,21 @@ def react(action: str, alarm: Alarm, before: Rollbacks, train: TrainConfig, run_
         before: the rollbacks so far.
         train: with their number and factor.
         run_directory: `runs/<name>`.
+        skip_steps: ranges of steps of the data's order to leave out from now on.
 
     Raises:
         TrainingError: the action is "stop", or there may be no further rollback, or there is nothing to go back to.
     """
     reason = f"step {alarm.step}: {alarm}."
-    option = f"train.on_{'spike' if alarm.name == SPIKE else 'alarm'}"
+    option = f"train.{REACTIONS.get(alarm.name, 'on_alarm')}"
+    go_past = "" if alarm.name == NONFINITE else f"; with --{option} warn it continues past alarms"
     source = _find_source(run_directory, alarm)
     if source is None:
         raise TrainingError(
-            f"{reason} No checkpoint is from before it, so there is no way back. Start anew with another --run.name; or "
-            f"--resume auto with --{option} warn continues past alarms."
+            f"{reason} No checkpoint is from before it, so there is no way back. Start anew with another --run.name"
+            f"{go_past.replace('it continues', '--resume auto continues')}."
         )
-    way_back = f"--resume auto continues from {source}; with --{option} warn it continues past alarms."
+    way_back = f"--resume auto continues from {source}{go_past}."
     if action == "stop" or before.count >= train.max_rollbacks:
         if rank_and_world_size()[0] == 0:
             checkpoints.record_start(run_directory, Start(source))
@@ -100,7 +116,9 @@ def react(action: str, alarm: Alarm, before: Rollbacks, train: TrainConfig, run_
             f"{reason} The run has rolled back {before.count} times already, to {before.lr_factor:g} times the schedule's "
             f"learning rate. Lower --optimizer.lr, or raise --train.max_rollbacks. {way_back}"
         )
-    after = Rollbacks(before.count + 1, before.lr_factor * train.rollback_lr)
+    after = Rollbacks(
+        before.count + 1, before.lr_factor * train.rollback_lr, tuple(dict.fromkeys((*before.skip_steps, *skip_steps)))
+    )
     earlier = _read_on_rank_zero(run_directory)
     if rank_and_world_size()[0] == 0:
         entry = {
@@ -139,14 +157,20 @@ def read_pending_rollbacks(run_directory: Path, source: Path, saved: dict[str, A
 
     A rollback to this very checkpoint counts, though the checkpoint does not know of it.
     """
-    found = Rollbacks(int(saved.get("count", 0)), float(saved.get("lr_factor", 1.0)))
+    found = _parse_rollbacks(saved)
     entries = _read_on_rank_zero(run_directory)
     if entries:
         identity = _identify(source)
         for entry in entries:
             if all(entry.get(key) == value for key, value in identity.items()) and entry["count"] > found.count:
-                found = Rollbacks(entry["count"], entry["lr_factor"])
+                found = _parse_rollbacks(entry)
     return broadcast_object(found)
+
+
+def _parse_rollbacks(record: dict[str, Any]) -> Rollbacks:
+    """Return the rollbacks in a trainer.json or in an entry of rollbacks.json; none in an empty one."""
+    skipped = tuple(map(str, record.get("skip_steps", ())))
+    return Rollbacks(int(record.get("count", 0)), float(record.get("lr_factor", 1.0)), skipped)
 
 
 def _read_on_rank_zero(run_directory: Path) -> list[dict[str, Any]]:

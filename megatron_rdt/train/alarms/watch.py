@@ -20,7 +20,7 @@ from megatron_rdt.train.alarms.loss_spikes import SpikeDetector
 RECOVERY = 20
 # Evaluations in a row in which T = 1 is as good as the mean T, and how much better in nats is still as good.
 IGNORED_EVALUATIONS, IGNORED_GAIN = 3, 1e-3
-SPIKE = "loss_spike"
+SPIKE, NONFINITE = "loss_spike", "nonfinite_steps"
 
 
 @dataclass(frozen=True)

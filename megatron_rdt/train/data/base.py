@@ -1,6 +1,6 @@
 """The interface of training data: what the trainer needs, whether corpora are prepared or streamed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -90,12 +90,16 @@ class TrainingData(Protocol):
     def rank_state(self, consumed: int) -> dict[str, Any] | None:
         """State of this rank alone after `consumed` samples, tensors and plain values; None if there is none."""
 
-    def resume(self, source: Path, state: dict[str, Any]) -> list[str]:
+    def list_order_steps(self, first: int, last: int) -> list[str]:
+        """Return the ranges of steps of the data's order that steps `first` to `last` of the run took, to leave them out."""
+
+    def resume(self, source: Path, state: dict[str, Any], skip_steps: Sequence[str] = ()) -> list[str]:
         """Continue from the position of a checkpoint; return lines that describe what changed in the data since.
 
         Args:
             source: the checkpoint.
             state: what `state` returned when it was saved.
+            skip_steps: ranges of steps of the data's order to leave out beside those of the config.
 
         Raises:
             CheckpointError: it was trained on other data, in another order, or with another `train.batch_schedule`.

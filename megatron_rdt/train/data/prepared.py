@@ -1,7 +1,7 @@
 """Training data from prepared corpora: a mixture of token shards in a computed order, readable from any position."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 
 from megatron_rdt.config import ModelConfig, RunConfig
 from megatron_rdt.config.mixture_weights import integer_weights
+from megatron_rdt.config.step_ranges import add_step_ranges
 from megatron_rdt.data import BatchLoader, CorpusManifest, PackedCorpus, TokenCorpus, open_corpus
 from megatron_rdt.data.corpus import check_targets, read_window_share
 from megatron_rdt.data.mixture import Mixture, MixtureOrder, Phase
@@ -319,7 +320,12 @@ class PreparedData:
         """None: the order is computed, so that no rank has a state of its own."""
         return None
 
-    def resume(self, source: Path, state: dict[str, Any]) -> list[str]:
+    def list_order_steps(self, first: int, last: int) -> list[str]:
+        """Return the ranges of steps of the data's order that steps `first` to `last` of the run took."""
+        count = self.batches.samples_after
+        return self.skipped.list_order_steps(count(first - 1), count(last), self.batches)
+
+    def resume(self, source: Path, state: dict[str, Any], skip_steps: Sequence[str] = ()) -> list[str]:
         """Take over a checkpoint's data order; return lines on changes; CheckpointError if it had other data."""
         config, consumed = self.config, state["consumed_samples"]
         if "stream" in state:
@@ -340,7 +346,7 @@ class PreparedData:
         paths = {name: settings.path for name, settings in self.settings.items()}
         passed = SkippedSamples({text: (first, end) for text, (first, end) in state.get("skipped", {}).items()})
         self.batches = continue_batches(source, state, config.train)
-        wanted = SkippedSamples.of_steps(config.data.skip_steps, self.batches)
+        wanted = SkippedSamples.of_steps(add_step_ranges(config.data.skip_steps, skip_steps), self.batches)
         self.skipped = passed.continue_with(source, wanted, consumed)
         before, may_add = DataHistory.from_state(state), bool(config.data.mixture)
         used = passed.count_used(consumed)

@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 
 from megatron_rdt.config.batch_schedule import BatchSchedule
-from megatron_rdt.config.step_ranges import parse_step_ranges
+from megatron_rdt.config.step_ranges import format_step_ranges, parse_step_ranges
 from megatron_rdt.data import Batch
 from megatron_rdt.data.mixture import Mixture
 from megatron_rdt.errors import CheckpointError, suggest_init
@@ -46,6 +46,12 @@ class SkippedSamples:
     def count_used(self, consumed: int) -> int:
         """Return how many samples of the order are used up, trained on or left out, after `consumed` trained ones."""
         return self.locate(consumed - 1) + 1 if consumed else 0
+
+    def list_order_steps(self, first: int, end: int, batches: BatchSchedule) -> list[str]:
+        """Return the ranges of steps of the order whose samples are trained samples `first` to `end` - 1, and none before."""
+        used = self.count_used(first)
+        steps = sorted({batches.steps_for(int(place) + 1) for place in self.locate(np.arange(first, end))})
+        return format_step_ranges([step for step in steps if batches.samples_after(step - 1) >= used])
 
     def passed(self, consumed: int) -> "SkippedSamples":
         """Return the ranges that have been left out before the last of `consumed` trained samples."""

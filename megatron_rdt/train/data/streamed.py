@@ -1,5 +1,6 @@
 """Training data streamed from a Hugging Face dataset, `data.path hf:NAME`; each data-parallel rank reads its own rows."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,11 @@ class StreamedData:
         assert self._stream is not None, "batches were taken before a checkpoint is saved"
         return {"place": self.data_rank, **self._stream.state(consumed)}
 
-    def resume(self, source: Path, state: dict[str, Any]) -> list[str]:
+    def list_order_steps(self, first: int, last: int) -> list[str]:
+        """None: a stream cannot leave anything out, and the config may not ask for it."""
+        return []
+
+    def resume(self, source: Path, state: dict[str, Any], skip_steps: Sequence[str] = ()) -> list[str]:
         """Take over a checkpoint's position, or raise CheckpointError; return a line if held-out rows differ."""
         if "stream" not in state:
             raise CheckpointError(

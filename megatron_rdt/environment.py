@@ -135,6 +135,12 @@ def find_own_address() -> str | None:
     return address if address is None or is_one_machine() or not ipaddress.ip_address(address).is_loopback else None
 
 
+def read_meeting_point() -> tuple[str, int]:
+    """Return host and port at which rank 0 holds the store by which the ranks meet."""
+    host, port = (os.environ.get(name, other) for name, other in zip(("MASTER_ADDR", "MASTER_PORT"), DEFAULT_MASTER))
+    return host, int(port)
+
+
 def is_one_machine() -> bool:
     """Return True if all ranks are on this machine."""
     return os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
@@ -142,7 +148,7 @@ def is_one_machine() -> bool:
 
 def _find_address_towards_rank_0() -> str | None:
     """Return the IP address of the interface through which MASTER_ADDR is reached; None if there is no route."""
-    host, port = (os.environ.get(name, other) for name, other in zip(("MASTER_ADDR", "MASTER_PORT"), DEFAULT_MASTER))
+    host, port = read_meeting_point()
     try:
         family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:

@@ -2,7 +2,6 @@
 
 import contextlib
 import ipaddress
-import os
 import socket
 from dataclasses import replace
 from datetime import timedelta
@@ -20,6 +19,7 @@ from megatron_rdt.environment import (
     is_store_in_launcher,
     name_own_host,
     prefer_deterministic_libraries,
+    read_meeting_point,
     record_collectives,
 )
 from megatron_rdt.errors import ConfigError
@@ -47,7 +47,7 @@ def join_process_group(config: RunConfig, process: ProcessInfo) -> torch.device:
 
 def _meet(process: ProcessInfo, timeout: timedelta) -> dict[str, Any]:
     """Return the arguments of `init_process_group` for a store at MASTER_ADDR and MASTER_PORT, which rank 0 holds."""
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host, port = read_meeting_point()
     settings: dict[str, Any] = {"world_size": process.world_size, "timeout": timeout}
     if process.rank == 0:
         store = _serve_store(host, port, **settings)

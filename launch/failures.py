@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_rdt.errors import LaunchError, LostPeerError, RdtError
+from megatron_rdt.errors import TIMED_OUT, HangError, LaunchError, LostPeerError, RdtError
 from megatron_rdt.files import escape_invalid_utf8, is_disk_full, write_text
 
 EXIT_INTERRUPTED = 130  # as a shell reports SIGINT
@@ -21,10 +21,7 @@ LESS_HOST_MEMORY = (
     "--depth.checkpoint per_iteration, or a machine or job with more memory"
 )
 # Parts of the errors that Gloo and NCCL raise on the remaining ranks when one rank is gone.
-LOST_PEER = (
-    *("by peer", "Broken pipe", "Timed out waiting", "Operation timed out", "remote process exited"),
-    *("communicator was aborted", "timeout caused pair closure"),
-)
+LOST_PEER = (*("by peer", "Broken pipe", "remote process exited", "communicator was aborted"),)
 
 
 def explain(error: BaseException) -> RdtError | None:
@@ -63,6 +60,11 @@ def explain(error: BaseException) -> RdtError | None:
     if name in ("DistNetworkError", "DistStoreError"):
         return LaunchError(
             f"the processes could not connect: {first} Check that all of them were started, MASTER_ADDR and MASTER_PORT."
+        )
+    if isinstance(error, RuntimeError) and any(sign in text for sign in TIMED_OUT):
+        return HangError(
+            f"another rank did not come to a collective within parallel.start_timeout_s or timeout_s ({first}). It hangs, is "
+            "too slow, or is cut off. Continue with --resume auto."
         )
     if isinstance(error, RuntimeError) and any(sign in text for sign in LOST_PEER):
         return LostPeerError(f"lost contact with another rank ({first}). The cause is in that rank's messages.")

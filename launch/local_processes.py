@@ -14,7 +14,7 @@ from types import FrameType
 from launch.failures import LESS_HOST_MEMORY, read_failure
 from megatron_rdt.config import RunConfig
 from megatron_rdt.environment import launcher_environment
-from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED, EXIT_SIGNAL, ConfigError, LaunchError
+from megatron_rdt.errors import EXIT_HANG, EXIT_OK, EXIT_PREEMPTED, EXIT_SIGNAL, ConfigError, LaunchError
 from megatron_rdt.train.launcher_watch import set_signal_at_parents_death
 from megatron_rdt.train.stop_request import SignalCount, listen_for_stop
 
@@ -174,7 +174,9 @@ class _WorkerGroup:
                 f"If memory ran out, as dmesg would say: {LESS_HOST_MEMORY[0].lower()}{LESS_HOST_MEMORY[1:]}."
             )
         if failure is not None:
-            return (3 if failure.consequence else 1), failure.message
+            # The cause, a rank that names one which hangs, or one that only noticed that others were gone.
+            priority = 1 if not failure.consequence else 3 if status == EXIT_HANG else 4
+            return priority, failure.message
         if status < 0:
             name = signal.Signals(-status).name
             if -status in self.forwarded:

@@ -123,13 +123,18 @@ def prefer_expandable_segments() -> None:
         os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
+def list_gloo_interfaces() -> list[str]:
+    """Return the network interfaces that the user has chosen for Gloo."""
+    return [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+
+
 def find_own_address() -> str | None:
     """Return the IP address from which this process reaches rank 0, for connections between ranks.
 
     None leaves the choice to Gloo: where the user has made it (GLOO_SOCKET_IFNAME), where there is no route, and where a name
     that stands for this machine alone would be given to other machines.
     """
-    if os.environ.get("GLOO_SOCKET_IFNAME"):
+    if list_gloo_interfaces():
         return None
     address = _find_address_towards_rank_0()
     return address if address is None or is_one_machine() or not ipaddress.ip_address(address).is_loopback else None

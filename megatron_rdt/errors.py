@@ -10,8 +10,11 @@ EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_PREEMPTED = 75  # stopped on request after a good save; BSD's EX_TEMPFAIL
+EXIT_HANG = 76  # a collective took longer than its limit
 EXIT_SIGNAL = 128  # plus the number of the signal that ended it, as a shell reports it
 
+# Parts of the errors of Gloo and NCCL when another rank did not come in time.
+TIMED_OUT = ("Timed out waiting", "Operation timed out", "timeout caused pair closure", "Watchdog caught collective")
 USE_ANOTHER = "Use another checkpoint."  # the way out where one is damaged or unfit
 
 
@@ -63,3 +66,9 @@ def suggest_init(checkpoint: str | os.PathLike[str]) -> str:
 
 class LostPeerError(LaunchError):
     """Another rank is gone, hangs or has failed: on most ranks a consequence of the failure, not its cause."""
+
+
+class HangError(LostPeerError):
+    """A collective, or a message of another rank, took longer than its limit: some rank hangs or is too slow."""
+
+    exit_status = EXIT_HANG

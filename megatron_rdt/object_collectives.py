@@ -9,13 +9,13 @@ goes through the store by which the ranks met instead: from all ranks to rank 0 
 import itertools
 import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron_rdt.errors import LostPeerError, RdtError
+from megatron_rdt.errors import HangError, RdtError
 
 T = TypeVar("T")
 # Work on files may take hours. The launcher ends the ranks that wait for one that died.
@@ -25,6 +25,7 @@ _CALLS = itertools.count()
 
 KEYS_PER_REQUEST = 256
 LONGEST_POLL_S = 0.5
+SHOWN_RANKS = 8
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -109,7 +110,7 @@ class StoreMessages:
         """Return the values of all ranks, in rank order, on rank 0; None on the others, which do not wait.
 
         Raises:
-            LostPeerError: on rank 0, when one did not come in time.
+            HangError: on rank 0, when one did not come in time.
         """
         if self.world_size == 1:
             return [value]
@@ -121,7 +122,7 @@ class StoreMessages:
         for first in range(1, self.world_size, KEYS_PER_REQUEST):
             ranks = range(first, min(first + KEYS_PER_REQUEST, self.world_size))
             keys = [self._key(rank) for rank in ranks]
-            self._wait_for(keys, f"a message of ranks {ranks[0]} to {ranks[-1]}")
+            self._wait_for(dict(zip(ranks, keys, strict=True)))
             values += map(pickle.loads, self._store.multi_get(keys))
             self._read_by_all += keys
         for key in self._read_by_all:
@@ -133,7 +134,7 @@ class StoreMessages:
         """Return rank 0's value on every rank; the argument of the others is ignored.
 
         Raises:
-            LostPeerError: it did not come in time.
+            HangError: it did not come in time.
         """
         if self.world_size == 1:
             return value
@@ -143,23 +144,25 @@ class StoreMessages:
             self._store.set(key, pickle.dumps(value))  # type: ignore[arg-type]
             self._read_by_all.append(key)
             return value
-        self._wait_for([key], "rank 0's answer")
+        self._wait_for({0: key})
         return pickle.loads(self._store.get(key))
 
     def _key(self, rank: int) -> str:
         """The key of a rank's message in this round."""
         return f"{self._round}/{rank}"
 
-    def _wait_for(self, keys: Sequence[str], what: str) -> None:
-        """Return once the store has all keys; LostPeerError, which says that `what` is missing, after the timeout."""
+    def _wait_for(self, keys: Mapping[int, str]) -> None:
+        """Return once the store has the keys of all these ranks; HangError, which names those that are missing, otherwise."""
         deadline, pause_s = time.monotonic() + self._timeout_s, 0.001
         # The store's own wait would keep other threads of this process from it, and Python from handling signals.
         while time.monotonic() < deadline:
-            if self._store.check(list(keys)):
+            if self._store.check(list(keys.values())):
                 return
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_POLL_S)
-        raise LostPeerError(
-            f"{what} did not come within {self._timeout_s:g} s. A rank is gone or hangs, or its disk is slower than "
-            "parallel.timeout_s allows."
+        missing = [str(rank) for rank, key in keys.items() if not self._store.check([key])]
+        more = f" and {len(missing) - SHOWN_RANKS} more" if len(missing) > SHOWN_RANKS else ""
+        raise HangError(
+            f"rank {', '.join(missing[:SHOWN_RANKS])}{more} sent no message to rank {self.rank} within {self._timeout_s:g} s. "
+            "It is gone or hangs, or its disk is slower than parallel.timeout_s allows. Continue with --resume auto."
         )

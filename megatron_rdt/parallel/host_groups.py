@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_rdt.environment import find_own_address
+from megatron_rdt.environment import find_own_address, list_gloo_interfaces
 
 FANOUT = 8
 SHORTEST_WAIT_S = 0.001  # Gloo takes 0 for no limit
@@ -77,12 +77,11 @@ def _make_options(timeout_s: float) -> Any:
     """Return a group's options: the timeout, and the network device through which this process reaches rank 0."""
     options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timedelta(seconds=timeout_s)
-    address = find_own_address()
-    options._devices = [
-        dist.ProcessGroupGloo.create_device(hostname=address)
-        if address
-        else dist.ProcessGroupGloo.create_default_device()
-    ]
+    make, address, interfaces = dist.ProcessGroupGloo.create_device, find_own_address(), list_gloo_interfaces()
+    if interfaces:
+        options._devices = [make(interface=name) for name in interfaces]
+    else:
+        options._devices = [make(hostname=address) if address else dist.ProcessGroupGloo.create_default_device()]
     return options
 
 

@@ -18,15 +18,24 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+import torch.distributed as dist
+
+from megatron_rdt.environment import leave_process
+from megatron_rdt.errors import EXIT_HANG, TIMED_OUT, HangError
 from megatron_rdt.files import write_bytes, write_text
 from megatron_rdt.object_collectives import rank_and_world_size
 from megatron_rdt.run_directory import HANG
+from megatron_rdt.terminal import show_line
 
 # Share of the timeout after which a rank without a new collective writes where it is; shares of the time until then
 # between two looks, and for which rank 0 waits for the files of the others.
 PATIENCE, LOOK, COLLECT = 0.8, 0.02, 0.1
 LONGEST_PAUSE_S = 1.0  # between two looks
 SHOWN_RANKS, SHOWN_GROUPS = 8, 6
+# Seconds after the limit when a rank ends that is still in a collective: Gloo's end by themselves before.
+EXTRA_S = {"gloo": 10.0, "nccl": 0.0}
+VERDICT = "verdict.txt"  # rank 0's, of a pause that lasts
+WAITS_FOR_MESSAGE = "object_collectives.py"
 OWN_CODE = ("megatron_rdt", "launch")
 
 
@@ -52,6 +61,7 @@ class Watchdog:
         self._folder, self._print_line = run_directory / HANG, print_line
         self._read_timeout_s = read_timeout_s
         self._rank, self._world_size = rank_and_world_size()
+        self._has_reported = False  # and nothing has changed since
         self._main_thread = threading.get_ident()
         self._is_over = threading.Event()
         self._read: dict[int, str] = {}  # on rank 0: the summaries of an earlier pause, by rank
@@ -68,6 +78,8 @@ class Watchdog:
         self._is_over.set()
         if self._thread.is_alive():
             self._thread.join()
+        if isinstance(error, Exception) and is_timeout(error) and self._has_reported:
+            raise HangError(self._explain_hang()) from error
 
     @property
     def _limit_s(self) -> float:
@@ -76,16 +88,36 @@ class Watchdog:
 
     def _watch(self) -> None:
         """Look at the counters again and again; when they have not changed for long, report, once until they do."""
-        counters, changed, has_reported = None, time.monotonic(), False
+        counters, changed = None, time.monotonic()
+        extra_s = EXTRA_S.get(dist.get_backend(), max(EXTRA_S.values()))
         with contextlib.suppress(OSError):  # of an earlier start
             self._summary_file(self._rank).unlink(missing_ok=True)
+            self._drop_verdict()
         while not self._is_over.wait(min(LOOK * self._limit_s, LONGEST_PAUSE_S)):
             now = read_flight_recorder(entries=False).get("pg_status")
             if now != counters:
-                counters, changed, has_reported = now, time.monotonic(), False
-            elif counters and not has_reported and time.monotonic() - changed > self._limit_s:
-                has_reported = True
-                self._report(time.monotonic() - changed)
+                if self._has_reported:
+                    self._drop_verdict()
+                counters, changed, self._has_reported = now, time.monotonic(), False
+                continue
+            quiet_s = time.monotonic() - changed
+            if counters and not self._has_reported and quiet_s > self._limit_s:
+                self._has_reported = True
+                self._report(quiet_s)
+            elif self._has_reported and quiet_s > self._read_timeout_s() + extra_s and self._is_in_collective():
+                # NCCL would end the process with a signal, from a thread of its own.
+                show_line(f"error (rank {self._rank}): {self._explain_hang()}")
+                leave_process(EXIT_HANG)
+
+    def _is_in_collective(self) -> bool:
+        """Return True if a collective is under way on this rank."""
+        return bool(read_flight_recorder(entries=True)["entries"])
+
+    def _drop_verdict(self) -> None:
+        """Delete on rank 0 its text about an earlier pause, which has ended."""
+        if self._rank == 0:
+            with contextlib.suppress(OSError):
+                (self._folder / VERDICT).unlink(missing_ok=True)
 
     def _report(self, quiet_s: float) -> None:
         """Write this rank's files; on rank 0, wait for those of the others, and print who waits for what."""
@@ -94,7 +126,9 @@ class Watchdog:
             if self._rank == 0:
                 # Ranks notice it as far apart as their last collectives were.
                 self._is_over.wait(COLLECT * self._limit_s)
-                self._print_line(self._describe(quiet_s))
+                places = self._find_places()
+                self._print_line(self._describe(quiet_s, places))
+                write_text(self._folder / VERDICT, self._judge(places))
         except OSError as error:
             self._print_line(f"warning: {self._folder} cannot be written: {error}")
 
@@ -121,13 +155,11 @@ class Watchdog:
         """Path of the file in which a rank says where it is."""
         return self._folder / f"rank-{rank}.json"
 
-    def _describe(self, quiet_s: float) -> str:
-        """Return the text for the console: ranks grouped by where they are; first those that have begun the fewest collectives.
+    def _find_places(self) -> list[tuple[str, str]]:
+        """Return names of ranks, and a text of where they are, for each place that some are at.
 
-        The others wait for these: some rank has to begin what they have begun.
-
-        Args:
-            quiet_s: how long this rank has seen no collective.
+        First come those that have begun the fewest collectives. The others wait for these: some rank has to begin what they
+        have begun.
         """
         places: dict[tuple[int, str], list[str]] = {}
         for rank in range(self._world_size):
@@ -147,15 +179,49 @@ class Watchdog:
                 place = (begun, f"has begun {begun} collectives, {last}; it is at {summary['at']}")
                 name = f"{rank} on {summary['host']}"
             places.setdefault(place, []).append(name)
+        # In a save nobody begins a collective: ranks wait for the messages of one that hangs.
+        in_order = sorted(
+            places.items(), key=lambda place: (place[0][0], WAITS_FOR_MESSAGE in place[0][1], place[0][1])
+        )
+        return [(_name_ranks(names), text) for (_, text), names in in_order]
+
+    def _describe(self, quiet_s: float, places: list[tuple[str, str]]) -> str:
+        """Return the text for the console, given how long there was no collective, and who is where."""
         lines = [
             f"warning: no rank has begun or ended a collective for {quiet_s:.0f} s, of the {self._read_timeout_s():g} s that "
             f"one may take. Stacks of all threads and the collectives of each rank are in {self._folder}. The first of these "
             "ranks keep the others waiting:"
         ]
-        for (_, text), names in sorted(places.items())[:SHOWN_GROUPS]:
-            more = f" and {len(names) - SHOWN_RANKS} more" if len(names) > SHOWN_RANKS else ""
-            lines.append(f"  rank {', '.join(names[:SHOWN_RANKS])}{more} {text}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  {names} {text}" for names, text in places[:SHOWN_GROUPS])])
+
+    def _judge(self, places: list[tuple[str, str]]) -> str:
+        """Return a sentence on who hangs, and where the others wait for it."""
+        (names, text), (others, wait) = places[0], places[-1]
+        waiting = f" {others} {wait}." if len(places) > 1 else ""
+        return (
+            f"{names} kept the others waiting for more than the {self._read_timeout_s():g} s that a collective may take: it "
+            f"{text}.{waiting}"
+        )
+
+    def _explain_hang(self) -> str:
+        """Return the text of the error that ends the run, the same on all ranks."""
+        try:
+            verdict = (self._folder / VERDICT).read_text(encoding="utf-8")
+        except OSError:  # or it sees another disk
+            verdict = self._judge([("rank 0", "did not say who hangs: it is gone or hangs itself")])
+        return f"{verdict} More is in {self._folder}. Continue with --resume auto; leave out a node that hangs again."
+
+
+def is_timeout(error: BaseException) -> bool:
+    """Return True for an error of Gloo, NCCL or our own messages that says that another rank did not come in time."""
+    is_library_error = isinstance(error, RuntimeError) and any(sign in str(error) for sign in TIMED_OUT)
+    return is_library_error or isinstance(error, HangError)
+
+
+def _name_ranks(names: list[str]) -> str:
+    """Return the text that names some ranks, such as `rank 1 on node3, 2 on node3 and 30 more`."""
+    more = f" and {len(names) - SHOWN_RANKS} more" if len(names) > SHOWN_RANKS else ""
+    return f"rank {', '.join(names[:SHOWN_RANKS])}{more}"
 
 
 def _describe_collective(entry: dict[str, Any]) -> str:

@@ -16,11 +16,15 @@ from tests.distributed.processes import REPOSITORY
 
 BIN = Path(sys.executable).parent
 SCRIPT = REPOSITORY / "launch" / "pretrain.py"
+FAULTY_SCRIPT = REPOSITORY / "tests" / "faults" / "faulty_rank.py"
+SCRIPTS = {str(SCRIPT), str(FAULTY_SCRIPT)}
 # More steps than any test waits for, none saved unless asked for.
 ENDLESS = ["--train.steps=1000000", "--data.max_epochs=1e9", "--eval.every=0", "--checkpoint.every=0"]
 
 
-def make_command(launcher: str, options: Sequence[str], launcher_options: Sequence[str] = ()) -> list[str]:
+def make_command(
+    launcher: str, options: Sequence[str], launcher_options: Sequence[str] = (), script: Path = SCRIPT
+) -> list[str]:
     """Return the command that starts two processes on this machine, or what `launcher_options` of torchrun or deepspeed say."""
     if launcher == "rdt train":
         return [sys.executable, "-m", "launch.cli", "train", *options, "--nproc=2"]
@@ -29,7 +33,7 @@ def make_command(launcher: str, options: Sequence[str], launcher_options: Sequen
         "torchrun": ["--nproc-per-node=2", f"--master-port={port}"],
         "deepspeed": ["--num_gpus=2", "--master_addr=127.0.0.1", f"--master_port={port}"],
     }[launcher]
-    return [str(BIN / launcher), *(launcher_options or own), str(SCRIPT), *options]
+    return [str(BIN / launcher), *(launcher_options or own), str(script), *options]
 
 
 class Launched:
@@ -56,7 +60,7 @@ class Launched:
         found = {}
         for process in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                if "LOCAL_RANK" in process.environ() and str(SCRIPT) in process.cmdline()[:4]:
+                if "LOCAL_RANK" in process.environ() and SCRIPTS & set(process.cmdline()[:4]):
                     found[int(process.environ()["RANK"])] = process
         return [found[rank] for rank in sorted(found)]
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from megatron_rdt.config import ParallelConfig
-from megatron_rdt.errors import LostPeerError
+from megatron_rdt.errors import HangError
 from megatron_rdt.object_collectives import StoreMessages
 from megatron_rdt.parallel.torch_engine import TorchEngine, full_tensor
 from tests.distributed.axes_worker import MODELS, make
@@ -81,7 +81,7 @@ def exchange_messages() -> list[Any]:
         begin = time.monotonic()
         try:
             impatient.gather("here")
-        except LostPeerError as error:
+        except HangError as error:
             found.append((str(error)[:40], time.monotonic() - begin < 10))
     dist.barrier()
     return found

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rdt.environment import record_collectives
+from megatron_rdt.errors import EXIT_HANG
 from tests.distributed.processes import start_ranks
 from tests.distributed.watchdog_worker import train_with_hang
 
@@ -33,8 +34,9 @@ def test_a_hanging_rank_is_named(
     with start_ranks(train_with_hang, 2, options, rank, calls, group=False) as ranks:
         ranks.wait(120)
         said, report = ranks.read_output(0), ranks.format_report()
+        error = ranks.read_output(1 - rank).strip().splitlines()[-1]
     other, folder = 1 - rank, tmp_path / "run" / "hang"
-    assert ranks.processes[other].exitcode == 1, report
+    assert ranks.processes[other].exitcode == EXIT_HANG, report
     lines = said.splitlines()
     begin = next(i for i, line in enumerate(lines) if "no rank has begun or ended a collective for" in line)
     first, second = lines[begin + 1 : begin + 3]
@@ -42,6 +44,8 @@ def test_a_hanging_rank_is_named(
     assert second.startswith(f"  rank {other} on "), said
     assert "at core.py:" in first
     assert "the last is gloo:" in second
+    assert f"rank {rank} on " in error.partition("kept the others waiting for more than the ")[0], error
+    assert "gloo:" in error
     summaries = [json.loads((folder / f"rank-{each}.json").read_text()) for each in range(2)]
     assert summaries[rank]["begun"] < summaries[other]["begun"]
     assert str(folder) in lines[begin]

@@ -18,14 +18,14 @@ from typing import Any, NoReturn
 from launch.pretrain import main
 from megatron_rdt.environment import leave_process
 
-LONG_S, SLOW_S = 1000.0, 0.3
+LONG_S, SLOW_S = 1000.0, 0.02
 # Function that is called at the moment, and the number of the call.
 MOMENTS = {
     "data": ("megatron_rdt.train.trainer", "open_training_data", 1),  # before the first step
     "load": ("megatron_rdt.checkpoint.restore", "restore_engine", 1),
     "save": ("megatron_rdt.checkpoint.write", "_write_files", 2),  # files of the engine are written, nothing is named
     "evaluate": ("megatron_rdt.train.inspections", "score_tasks", 1),
-    "step": ("megatron_rdt.model.core", "RecurrentCore.iterate", 8),
+    "step": ("megatron_rdt.model.core", "RecurrentCore.iterate", 30),
 }
 FAULTS: dict[str, Callable[[], object]] = {
     "die": lambda: os.kill(os.getpid(), signal.SIGKILL),

@@ -1,5 +1,6 @@
-"""Launchers that are killed or asked to stop: their workers save together and end with 75, none trains on."""
+"""Launchers: two nodes train as one process group does; when one is killed, its workers save together and end with 75."""
 
+import contextlib
 import ctypes
 import os
 import re
@@ -12,9 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launch.local_processes import find_free_port
 from tests.checkpoint.runs import read_losses
 from tests.distributed.launchers import ENDLESS, make_command, start_launcher
-from tests.distributed.training import wait_for_step
+from tests.distributed.training import train_on, wait_for_step
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(200)]
 PR_SET_CHILD_SUBREAPER = 36
@@ -74,3 +76,26 @@ def test_workers_save_when_their_launcher_ends(
     assert int(found[1]) == max(read_losses(tmp_path / "run"))
     assert (tmp_path / "run" / "latest").read_text().strip() == f"step-{int(found[1]):08d}"
     print(f"{launcher} {number.name}: all workers ended {seconds:.1f} s later")
+
+
+def list_node_commands(launcher: str, options: list[str], folder: Path) -> list[list[str]]:
+    """Return the command of each of two nodes with one process each; both nodes are this machine."""
+    port = find_free_port()
+    if launcher == "torchrun":
+        meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=r"]
+        return [make_command(launcher, options, ["--nnodes=2", "--nproc-per-node=1", *meeting])] * 2
+    hosts = folder / "hosts"
+    hosts.write_text("one slots=1\ntwo slots=1\n")
+    meeting = [f"--hostfile={hosts}", "--no_ssh", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    return [make_command(launcher, options, [*meeting, f"--node_rank={rank}"]) for rank in range(2)]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_two_nodes_give_the_losses_of_one(launcher: str, tmp_path: Path, tiny_options: list[str]) -> None:
+    options = [*tiny_options, f"--run.root={tmp_path}", "--parallel.engine=zero3"]
+    train_on(2, [*options, "--run.name=plain"])
+    commands = list_node_commands(launcher, [*options, "--run.name=nodes"], tmp_path)
+    with contextlib.ExitStack() as stack:
+        nodes = [stack.enter_context(start_launcher(command, tmp_path / "output")) for command in commands]
+        assert [node.wait(150) for node in nodes] == [0, 0], nodes[0].read_output()
+    assert read_losses(tmp_path / "nodes") == read_losses(tmp_path / "plain")

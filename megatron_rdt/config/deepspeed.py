@@ -65,6 +65,7 @@ class GeneratedKey:
     written: bool = True
 
 
+BUCKET = 50_000_000  # numbers reduced at a time, unless a parameter has more: smaller ones are sent earlier
 FLOAT32 = "train.precision keeps weights, gradients and their reduction float32"
 ZERO = "zero_optimization"
 # DeepSpeed's defaults that our engine relies on: key, value, reason, remedy.
@@ -102,7 +103,7 @@ def generated_keys(config: RunConfig, world_size: int | None = None) -> list[Gen
     if stage == 3:
         # At 0 DeepSpeed frees gathered weights at once rather than by its estimate of when they are used again.
         once = f"parallel.engine is {engine}, which gathers the core once per pass"
-        found += [GeneratedKey(f"{ZERO}.{STAGE_3}max_{n}", 0, once, "") for n in ("reuse_distance", "live_parameters")]
+        found.append(GeneratedKey(f"{ZERO}.{STAGE_3}max_reuse_distance", 0, once, ""))
     where = f"parallel.offload is {offload}"
     for block, on in (("optimizer", offload != "none"), ("param", offload == "parameters")):
         key, device = f"{ZERO}.offload_{block}.device", "cpu" if on else "none"
@@ -112,17 +113,61 @@ def generated_keys(config: RunConfig, world_size: int | None = None) -> list[Gen
     return found + [GeneratedKey(*implied, written=False) for implied in IMPLIED]
 
 
-def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ModelSizes:
+    """Numbers of elements that decide what DeepSpeed fetches ahead and reduces at once.
+
+    Attributes:
+        largest: of the largest parameter.
+        core: of the core.
+        outside: of the embedding and the output matrix, as far as the model keeps them gathered.
+        unit: of the largest other unit, a layer or a matrix.
+    """
+
+    largest: int
+    core: int
+    outside: int
+    unit: int
+
+    @classmethod
+    def of(cls, sizes: Mapping[str, int]) -> "ModelSizes":
+        """Return them for a model, given the size of each parameter by name."""
+        units: dict[str, int] = {}
+        for name, size in sizes.items():
+            first, second, *_ = name.split(".")
+            unit = f"{first}.{second}" if first in ("prelude", "coda") else first
+            units[unit] = units.get(unit, 0) + size
+        core, outside = units.pop("core"), units.get("head") or units["embedding"]
+        return cls(max(sizes.values()), core, outside, max(units.values()))
+
+
+def deepspeed_config(config: RunConfig, world_size: int, sizes: ModelSizes) -> dict[str, Any]:
     """Return DeepSpeed's config: our defaults, overridden by the user's keys, overridden by the generated keys.
 
     Args:
         config: a config that `find_deepspeed_problems` finds nothing wrong with.
         world_size: processes of the run.
+        sizes: of its model.
     """
     merged: dict[str, Any] = {"steps_per_print": None, ZERO: {}}
-    if config.parallel.engine_kind.zero_stage == 3:
-        merged[ZERO][f"{STAGE_3}param_persistence_threshold"] = 0  # shard small parameters too
+    is_stage_3 = config.parallel.engine_kind.zero_stage == 3
+    if is_stage_3:
+        # Shard small parameters too. While a unit computes, fetch what comes next: the core while the prelude does, and no
+        # more than one other unit while the core, whose gradients and activations are the peak, does.
+        live = sizes.core + sizes.outside + sizes.unit
+        merged[ZERO] = {
+            f"{STAGE_3}param_persistence_threshold": 0,
+            f"{STAGE_3}max_live_parameters": live,
+            f"{STAGE_3}prefetch_bucket_size": live,
+        }
+    merged[ZERO]["reduce_bucket_size"] = max(BUCKET, sizes.largest)
     _merge_into(merged, _read_user_keys(config))
+    if not is_stage_3:
+        # DeepSpeed copies a gradient into the bucket unless it is larger. Then it frees it with the reduction under way, so
+        # a GPU may give its memory to the backward pass too early.
+        bucket = merged[ZERO]["reduce_bucket_size"]
+        fits = isinstance(bucket, int | float) and bucket >= sizes.largest
+        merged[ZERO].setdefault("overlap_comm", fits and merged[ZERO].get("contiguous_gradients", True))
     for key in generated_keys(config, world_size):
         *sections, name = key.key.split(".")
         block = merged
@@ -205,7 +250,7 @@ def _read_user_keys(config: RunConfig) -> dict[str, Any]:
 
 
 # Keys of `zero_optimization` that DeepSpeed also takes without the prefix stage3_.
-WITHOUT_PREFIX = ("max_reuse_distance", "max_live_parameters", "param_persistence_threshold")
+WITHOUT_PREFIX = ("max_reuse_distance", "max_live_parameters", "param_persistence_threshold", "prefetch_bucket_size")
 
 
 def _drop_blocks_that_are_off(keys: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """DeepSpeed ZeRO stages 1, 2 and 3 behind the engine interface.
 
 DeepSpeed runs in its float32 mode: our layers round to the compute dtype themselves, so master weights and reductions are
-float32 at every stage. At stage 3 the core and the layers are leaf modules, which are gathered as one: so the core is
-gathered once per forward and once per backward, whatever T is.
+float32 at every stage. At stage 3 the core and the layers are leaf modules, which are gathered as one: so DeepSpeed sees the
+same modules in the same order whatever T is, gathers the core at most once per forward and once per backward pass, and can
+fetch the weights that come next.
 
 Only this file and `zero_partitions.py` import deepspeed for training.
 """
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_rdt.config.deepspeed import deepspeed_config
+from megatron_rdt.config.deepspeed import ModelSizes, deepspeed_config
 from megatron_rdt.environment import keep_deepspeed_on_cpu
 from megatron_rdt.errors import USE_ANOTHER, CheckpointError, ConfigError, suggest_init
 from megatron_rdt.files import hash_durably, open_hashed, serialize_with_torch
@@ -98,10 +99,45 @@ class _FailureCollector:
         return guarded
 
 
+class _GradientOrder:
+    """Hands gradients to the buckets of DeepSpeed's stages 1 and 2 in one order on all ranks.
+
+    DeepSpeed takes them in the order in which autograd completes them. With an exit gate that depends on T, which may differ
+    between ranks; then buckets would sum gradients of different parameters.
+
+    Args:
+        optimizer: DeepSpeed's.
+        parameters: in the order in which they are handed on.
+    """
+
+    def __init__(self, optimizer: Any, parameters: Sequence[torch.Tensor]) -> None:
+        self._parameters, self._hand_on = parameters, optimizer.process_gradients
+        optimizer.process_gradients = self._take
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a backward pass."""
+        self._next, self._groups = 0, dict[torch.Tensor, int]()
+
+    def _take(self, parameter: torch.Tensor, group: int) -> None:
+        """Take a parameter whose gradient is complete, and hand on all whose turn has come."""
+        self._groups[parameter] = group
+        while self._next < len(self._parameters) and (turn := self._parameters[self._next]) in self._groups:
+            self._next += 1
+            self._hand_on(turn, self._groups[turn])
+
+    def check_end(self) -> None:
+        """Raise RuntimeError if a parameter got no gradient: those after it have not been handed on."""
+        if self._next < len(self._parameters):
+            shape = tuple(self._parameters[self._next].shape)
+            raise RuntimeError(f"a parameter of shape {shape} got no gradient. ZeRO stages 1 and 2 need one of each")
+
+
 class ZeroEngine(Engine):
     """An engine of DeepSpeed: shards optimizer state (ZeRO stage 1), gradients too (2), parameters too (3)."""
 
     module: Any
+    _order: _GradientOrder | None = None  # at stages 1 and 2
 
     @property
     def zero_stage(self) -> int:
@@ -117,7 +153,8 @@ class ZeroEngine(Engine):
         # DeepSpeed makes groups without a limit, which get torch's: half an hour for gloo, ten minutes for NCCL.
         limit = timedelta(seconds=self.timeout_s)
         deepspeed.comm.comm.cdb.new_group = partial(dist.new_group, timeout=limit, group_desc="deepspeed")
-        config = deepspeed_config(self.config, self.world_size)
+        sizes = ModelSizes.of({name: parameter.numel() for name, parameter in model.named_parameters()})
+        config = deepspeed_config(self.config, self.world_size, sizes)
         check_deepspeed_accepts(config, deepspeed)
         self.configure_model(model)
         if self.zero_stage == 3:
@@ -129,6 +166,10 @@ class ZeroEngine(Engine):
             initialize(model, self.config.run.seed, values, self.device).to(self.device)
         optimizer = make_adamw(model, self.config.optimizer)
         self.module, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        if self.zero_stage == 3:
+            model.register_forward_hook(self._free_after_evaluation)
+        else:  # the last parameters get their gradients first, or as soon as others do
+            self._order = _GradientOrder(self._zero_optimizer, [*model.parameters()][::-1])
         self.model = model
 
     def local_weights(self) -> Iterator[torch.Tensor]:
@@ -152,6 +193,11 @@ class ZeroEngine(Engine):
         self.module.set_train_batch_size(len(batch) * config.micro_batch * self.world_size)
         return super().forward_backward(batch, monitor, numbers)
 
+    def _free_after_evaluation(self, *_: Any) -> None:
+        """Free what a forward pass without a backward pass leaves: DeepSpeed has fetched and kept weights for that one."""
+        if not torch.is_grad_enabled():
+            self._zero_optimizer.parameter_offload.partition_all_parameters()
+
     def prepare_backward(self, last: bool) -> None:
         """Tell DeepSpeed to reduce gradients after the `last` micro-batch of a step."""
         self.module.set_gradient_accumulation_boundary(last)
@@ -159,7 +205,11 @@ class ZeroEngine(Engine):
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Run DeepSpeed's backward pass, without its division by the number of micro-batches."""
         # The loss is already divided by the targets of the whole step.
+        if self._order is not None:
+            self._order.begin()
         self.module.backward(loss, scale_wrt_gas=False)
+        if self._order is not None:
+            self._order.check_end()
 
     def clip(self, max_norm: float) -> torch.Tensor:
         """Return the norm of the sharded gradients, which the host waits for; DeepSpeed clips them in the step."""

@@ -6,9 +6,9 @@ gather, the input of a reduction. Tests compare with what the engines really sen
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 
 from megatron_rdt.config import ModelConfig, OptimizerConfig, RunConfig
-from megatron_rdt.config.deepspeed import deepspeed_config
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.model.cross_entropy import count_chunk_tokens
 from megatron_rdt.parallel.optimizers import has_weight_decay
@@ -17,12 +17,13 @@ from megatron_rdt.planner.parameters import CORE, ROOT, Parameter, core_units, l
 from megatron_rdt.planner.recomputation import CheckpointingPolicy
 from megatron_rdt.planner.ring import ring_traffic, stage_parameters
 from megatron_rdt.planner.shape import COMPUTE_BYTES, FLOAT32, INT64, Shape
-from megatron_rdt.planner.weights import ZERO_BUCKET
+from megatron_rdt.planner.zero_gathers import BACKWARD, FORWARD, list_zero_gathers, zero_options
 
 GATHER, SCATTER, REDUCE, EXCHANGE, SEND = "all-gather", "reduce-scatter", "all-reduce", "alltoall_base_", "send"
 FLOAT64 = 8
 # DistributedDataParallel closes its first bucket once it holds 1 MiB, the others once they hold 25 MiB.
 DDP_FIRST, DDP_BUCKET = 1 << 20, 25 << 20
+ZERO_GATHER = 500_000_000  # numbers of updated weights that DeepSpeed gathers at a time, its default
 ZERO_ALIGNMENT = 2  # DeepSpeed pads groups of parameters to multiples of this many numbers per process
 
 
@@ -261,38 +262,45 @@ def _gathers_per_layer(model: ModelConfig, layout: Layout) -> tuple[int, float]:
 
 
 def _zero_collectives(config: RunConfig, layout: Layout, number: int) -> Iterator[Collectives]:
-    """Yield DeepSpeed's collectives; their number is an estimate above 500 million parameters, one bucket."""
+    """Yield DeepSpeed's collectives; the number of reductions is an estimate where they fill more than one bucket."""
     parameters, world, stage = list_parameters(config.model), layout.world_size, config.parallel.engine_kind.zero_stage
-    numbers = sum(p.size for p in parameters)
-    buckets = -(-numbers // ZERO_BUCKET)
-    # DeepSpeed's own default of `overlap_comm`, and what our engine sets: with no live parameters nothing is fetched early.
-    options = deepspeed_config(config, world)["zero_optimization"]
-    overlaps = bool(options.get("overlap_comm", stage == 3))
-    prefetches = options.get("stage3_max_live_parameters", 1) > 0
+    options = zero_options(config, layout)
+    bucket = int(float(options["reduce_bucket_size"]))
+    overlaps = bool(options.get("overlap_comm", True))  # DeepSpeed's own default at stage 3
     if stage < 3:
         reductions = number if stage == 2 else 1
-        size = reductions * FLOAT32 * numbers
-        yield Collectives("backward", REDUCE, "gradients", reductions * buckets, size, "world", overlaps)
+        numbers = sum(p.size for p in parameters)
+        buckets = -(-numbers // bucket)
+        # A bucket is reduced while the next is filled, and computing waits for it when that one is full. Gradients of the
+        # core come all at once, after its last iteration: all its buckets but one are waited for.
+        waited = max(sum(p.size for p in parameters if p.unit == CORE) // bucket - 1, 0) if overlaps else 0
+        for calls, size, hidden in (
+            (waited, waited * bucket, False),
+            (buckets - waited, numbers - waited * bucket, overlaps),
+        ):
+            size *= reductions * FLOAT32
+            yield Collectives("backward", REDUCE, "gradients", reductions * calls, size, "world", hidden)
         groups = [
             sum(p.size for p in parameters if _has_weight_decay(p, config.optimizer) is decay)
             for decay in (True, False)
         ]
         multiple = ZERO_ALIGNMENT * world
         padded = [-(-group // multiple) * multiple for group in groups if group]
-        calls = sum(-(-group // ZERO_BUCKET) for group in padded)
+        calls = sum(-(-group // ZERO_GATHER) for group in padded)
         yield Collectives("update", GATHER, "updated weights", calls, FLOAT32 * sum(padded), "world")
         yield Collectives("update", REDUCE, "norms and flags", 4, 4 * FLOAT32, "world")
         return
-    # Stage 3 gathers the root before and after the rest, each layer, and the core as one unit.
-    model = config.model
-    gathers = 1 + model.prelude_layers + 1 + model.coda_layers + model.final_norm + (not model.tie_embeddings)
-    size = FLOAT32 * sum(-(-p.size // world) * world for p in parameters)
-    if model.core_norm == "last_shared":  # the core reads the final norm too
-        gathers, size = gathers + 1, size + FLOAT32 * -(-model.dim // world) * world
-    for phase in ("forward", "backward"):
-        yield Collectives(phase, GATHER, "weights", number * gathers, number * size, "world", prefetches)
-    size = number * FLOAT32 * sum(-(-p.size // world) * world for p in parameters)
-    yield Collectives("backward", SCATTER, "gradients", number * buckets, size, "world", overlaps)
+
+    def whole(group: Iterable[Parameter]) -> float:
+        return FLOAT32 * sum(-(-p.size // world) * world for p in group)
+
+    gathers = list_zero_gathers(config, layout)
+    for phase, early in product((FORWARD, BACKWARD), (False, True)):
+        sent = [whole(each.parameters) for each in gathers if (each.phase, each.early) == (phase, early)]
+        purpose = "weights, fetched ahead" if early else "weights"
+        yield Collectives(phase, GATHER, purpose, number * len(sent), number * sum(sent), "world", early)
+    calls = number * -(-sum(p.size for p in parameters) // bucket)
+    yield Collectives("backward", SCATTER, "gradients", calls, number * whole(parameters), "world", overlaps)
     yield Collectives("update", REDUCE, "norms and flags", 4, 4 * FLOAT64, "world")
 
 

@@ -122,7 +122,7 @@ def step_time(
     units = _unit_seconds(config, sent, seconds, number)
     last, earlier = (
         elapsed_seconds(list_stages(kernels, config, depth, units, scale, each)) - scale * micro.seconds
-        for each in (True, config.parallel.reduce == "per_micro_batch")
+        for each in (True, _reduces_every_micro_batch(config))
     )
     stalled = max(last + (number - 1) * earlier, 0.0)
     shares = (kernels.iteration_forward.seconds, kernels.iteration_backward.seconds)
@@ -142,6 +142,11 @@ def count_micro_batches(config: RunConfig, layout: Layout) -> int:
     return config.train.global_batch // (layout.data * config.train.micro_batch)
 
 
+def _reduces_every_micro_batch(config: RunConfig) -> bool:
+    """Return True if gradients are reduced in each micro-batch, as ZeRO does from stage 2 on."""
+    return config.parallel.reduce == "per_micro_batch" or config.parallel.engine_kind.zero_stage >= 2
+
+
 def _unit_seconds(config: RunConfig, sent: list[Collectives], seconds: list[float], number: int) -> UnitSeconds:
     """Share out the seconds of hidden collectives by unit: of all gathers, and of one micro-batch's reductions.
 
@@ -151,7 +156,7 @@ def _unit_seconds(config: RunConfig, sent: list[Collectives], seconds: list[floa
     sizes: dict[str, float] = {}
     for parameter in list_parameters(config.model):
         sizes[parameter.unit] = sizes.get(parameter.unit, 0.0) + parameter.size
-    reductions = number if config.parallel.reduce == "per_micro_batch" else 1
+    reductions = number if _reduces_every_micro_batch(config) else 1
     for each, time in zip(sent, seconds):
         if not each.hidden:
             continue

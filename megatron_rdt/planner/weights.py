@@ -12,11 +12,11 @@ from megatron_rdt.planner.ledger import Ledger
 from megatron_rdt.planner.parameters import ROOT, Parameter, core_units, list_parameters, list_units, moments_per_weight
 from megatron_rdt.planner.ring import stage_parameters
 from megatron_rdt.planner.shape import BFLOAT16, FLOAT32
+from megatron_rdt.planner.zero_gathers import BACKWARD, list_zero_gathers, zero_options
 
 WEIGHTS, OPTIMIZER, GRADIENTS, AVERAGE = "weights", "optimizer", "gradients", "average of the weights"
 # Copies of the largest matrix in a step of Muon, of the largest parameter in one of AdamW with rounded moments.
 MUON_COPIES, ROUNDING_COPIES = 4, 7
-ZERO_BUCKET = 500_000_000  # numbers in DeepSpeed's reduction bucket, its default
 CORE, OTHER, BUFFERS = "gathered core", "other gathered units", "buffers"
 UNREDUCED, SUMS = "unreduced gradients", "gradients being summed"
 
@@ -300,20 +300,33 @@ class ZeroWeights(Weights):
     def __init__(self, config: RunConfig, layout: Layout, ledger: Ledger, gpu: bool) -> None:
         super().__init__(config, layout, ledger, gpu)
         self.stage, self.share = config.parallel.engine_kind.zero_stage, 1 / layout.world_size
+        options = zero_options(config, layout)
+        self.bucket_bytes = FLOAT32 * float(options["reduce_bucket_size"])
+        self.buckets = 2 if self.stage < 3 and options["overlap_comm"] else 1
+        self.ahead: dict[tuple[str, bool], float] = {}  # of later units, while a unit computes, forward or backward
+        self.held_ahead = 0.0
+        if self.stage == 3:
+            for each in list_zero_gathers(config, layout):
+                ahead = FLOAT32 * each.live - self.whole_bytes(each.unit) - self.whole_bytes(ROOT) * (each.unit != ROOT)
+                key = each.unit, each.phase == BACKWARD
+                self.ahead[key] = max(self.ahead.get(key, 0.0), ahead)
 
     def hold_state(self) -> None:
         """Record weights (whole below stage 3), optimizer shards, the bucket and, at stage 3, gradient shards."""
         every = FLOAT32 * sum(p.size for p in self.parameters)
         self.ledger.hold(WEIGHTS, every * (self.share if self.stage == 3 else 1))
         self.ledger.hold(OPTIMIZER, 3 * every * self.share)  # two moments and the copy of the weights
-        self.ledger.hold(BUFFERS, FLOAT32 * ZERO_BUCKET)
+        self.ledger.hold(BUFFERS, self.buckets * self.bucket_bytes)
         if self.stage == 3:
             self.ledger.hold(GRADIENTS, every * self.share)
 
     def begin_unit(self, unit: str, backward: bool = False) -> None:
-        """Record at stage 3 that the unit is gathered; below it, do nothing."""
+        """Record at stage 3 that the unit is gathered, and what is fetched ahead; below it, do nothing."""
         if self.stage == 3:
             self.ledger.hold(CORE if unit == "core" else OTHER, self.whole_bytes(unit))
+            self.ledger.free(OTHER, self.held_ahead)
+            self.held_ahead = self.ahead.get((unit, backward), 0.0)
+            self.ledger.hold(OTHER, self.held_ahead)
             self.ledger.note_peak(f"gathering {unit}")
 
     def whole_bytes(self, unit: str) -> float:
@@ -341,7 +354,7 @@ class ZeroWeights(Weights):
             return
         self.ledger.free(UNREDUCED)
         if unit == ROOT:
-            bucket = min(FLOAT32 * ZERO_BUCKET, FLOAT32 * sum(p.size for p in self.parameters))
+            bucket = min(self.bucket_bytes, FLOAT32 * sum(p.size for p in self.parameters))
             self.ledger.note_peak("reducing", buffers=bucket * (1 + self.copies if self.stage == 3 else self.copies))
             self.end_forward(ROOT)
             if self.stage == 2 and self.first:

@@ -7,8 +7,17 @@ from typing import Any, ClassVar
 import pytest
 
 from megatron_rdt.config import ParallelConfig, RunConfig, check_config, dump_config, load_config
-from megatron_rdt.config.deepspeed import ACCEPTED, DECIDED_BY_OPTION, UNUSED, deepspeed_config, generated_keys
+from megatron_rdt.config.deepspeed import (
+    ACCEPTED,
+    DECIDED_BY_OPTION,
+    UNUSED,
+    ModelSizes,
+    deepspeed_config,
+    generated_keys,
+)
 from megatron_rdt.errors import ConfigError
+
+SIZES = ModelSizes(largest=900, core=3000, outside=1200, unit=800)
 
 
 def run(engine: str, keys: dict[str, Any] | str | None = None, offload: Any = "none") -> RunConfig:
@@ -25,13 +34,14 @@ def test_keys_of_the_user_are_merged_section_by_section() -> None:
         "zero_optimization": {
             "param_persistence_threshold": 9,
             "max_reuse_distance": 0,
+            "prefetch_bucket_size": 1234,
             "reduce_bucket_size": 1000,
             "offload_optimizer": {"pin_memory": False},
         },
     }
     config = run("zero3", keys, "parameters")
     check_config(config, 2)
-    assert deepspeed_config(config, 2) == {
+    assert deepspeed_config(config, 2, SIZES) == {
         "train_batch_size": 32,
         "train_micro_batch_size_per_gpu": 8,
         "gradient_accumulation_steps": 2,
@@ -42,7 +52,8 @@ def test_keys_of_the_user_are_merged_section_by_section() -> None:
         "zero_optimization": {
             "stage": 3,
             "stage3_max_reuse_distance": 0,
-            "stage3_max_live_parameters": 0,
+            "stage3_max_live_parameters": 5000,
+            "stage3_prefetch_bucket_size": 1234,
             "stage3_param_persistence_threshold": 9,
             "reduce_bucket_size": 1000,
             "offload_optimizer": {"device": "cpu", "pin_memory": False},
@@ -81,7 +92,7 @@ def test_keys_of_the_user_are_merged_section_by_section() -> None:
         ("zero2", {"zero_optimization": {"offload_param": {"pin_memory": False}}}, "parallel.offload is none"),
         ("zero2", {"zero_optimization": {"cpu_offload": True}}, "cpu_offload True, parallel.offload is none"),
         ("zero2", {"zero_optimization": {"round_robin_gradients": True}}, "need their shards in order"),
-        ("zero3", {"zero_optimization": {"max_live_parameters": 9}}, "live_parameters 9, parallel.engine is zero3"),
+        ("zero3", {"zero_optimization": {"max_reuse_distance": 9}}, "reuse_distance 9, parallel.engine is zero3"),
         (
             "fsdp",
             {"wall_clock_breakdown": True},
@@ -123,7 +134,7 @@ def test_a_file_is_read_at_the_start(repository: Path, tmp_path: Path) -> None:
         assert load_config(tmp_path / "again.yaml") == config
         assert load_config(tmp_path / "again.yaml", ["--parallel.deepspeed=null"]).parallel.deepspeed is None
     assert load_config(base, {"parallel.deepspeed": expected}).parallel.deepspeed == expected
-    assert deepspeed_config(run("zero2", str(tmp_path / "ds.json")), 2)["dump_state"] is True
+    assert deepspeed_config(run("zero2", str(tmp_path / "ds.json")), 2, SIZES)["dump_state"] is True
 
 
 @pytest.mark.parametrize(
@@ -173,7 +184,7 @@ class Asked(dict):
 def test_every_key_that_deepspeed_reads_is_known_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     runtime = pytest.importorskip("deepspeed.runtime.config")
-    runtime.DeepSpeedConfig(Asked(deepspeed_config(run("zero2"), 1)))
+    runtime.DeepSpeedConfig(Asked(deepspeed_config(run("zero2"), 1, SIZES)))
     generated = {key.key.partition(".")[0] for key in generated_keys(run("zero2"), 1)}
     known = {*ACCEPTED, *UNUSED, *generated, *(name for name in DECIDED_BY_OPTION if "." not in name)}
     assert Asked.names - known == set()
@@ -196,6 +207,34 @@ def test_a_config_that_deepspeed_refuses_is_a_config_error() -> None:
         ({"reduce_bucket_sise": 5}, "reduce_bucket_sise: Extra inputs are not permitted"),
         ({"reduce_bucket_size": "many"}, "reduce_bucket_size: Input should be a valid integer"),
     ):
-        config = deepspeed_config(run("zero2", {"zero_optimization": keys}), 1)
+        config = deepspeed_config(run("zero2", {"zero_optimization": keys}), 1, SIZES)
         with pytest.raises(ConfigError, match=message):
             check_deepspeed_accepts(config, deepspeed)
+
+
+def test_gradients_are_reduced_while_computing_where_no_parameter_is_larger_than_the_bucket() -> None:
+    large = ModelSizes(largest=80_000_000, core=0, outside=80_000_000, unit=0)
+    for keys, sizes, bucket, overlaps in (
+        ({}, SIZES, 50_000_000, True),
+        ({}, large, 80_000_000, True),
+        ({"reduce_bucket_size": 5e7}, large, 5e7, False),
+        ({"reduce_bucket_size": 900}, SIZES, 900, True),
+        ({"contiguous_gradients": False}, SIZES, 50_000_000, False),
+        ({"overlap_comm": False}, SIZES, 50_000_000, False),
+    ):
+        for engine in ("zero1", "zero2"):
+            zero = deepspeed_config(run(engine, {"zero_optimization": keys}), 2, sizes)["zero_optimization"]
+            assert (zero["reduce_bucket_size"], zero["overlap_comm"]) == (bucket, overlaps), (engine, keys)
+
+
+def test_sizes_of_a_model() -> None:
+    names = {
+        "embedding.weight": 50,
+        "prelude.0.a": 5,
+        "prelude.0.b": 6,
+        "prelude.1.a": 7,
+        "core.layers.0.a": 90,
+        "core.b": 3,
+    }
+    assert ModelSizes.of({**names, "final_norm.weight": 2}) == ModelSizes(largest=90, core=93, outside=50, unit=50)
+    assert ModelSizes.of({**names, "head.weight": 60}) == ModelSizes(largest=90, core=93, outside=60, unit=60)

@@ -27,6 +27,7 @@ EVEN: dict[str, Any] = MODEL | {"vocab_size": 132}
 LATENT: dict[str, Any] = EVEN | {"attention": "mla", "kv_rank": 12, "nope_dim": 8, "rope_dim": 4, "value_dim": 8}
 EXPERTS: dict[str, Any] = MODEL | {"core_ffn": "moe", "experts": 4}
 SHARED: dict[str, Any] = MODEL | {"norm_placement": "sandwich", "core_norm": "last_shared", "tie_embeddings": False}
+AHEAD = {"max_live_parameters": 60_000, "prefetch_bucket_size": 3000}  # of the 49,000 numbers of MODEL
 # Name, model, options of `parallel`, checkpointing.
 COLLECTIVE_CASES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("ddp", MODEL | {"vocab_size": 20000}, {"engine": "ddp"}, "none"),
@@ -47,6 +48,7 @@ COLLECTIVE_CASES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("zero1", SHARED, {"engine": "zero1"}, "none"),
     ("zero2", MODEL, {"engine": "zero2"}, "none"),
     ("zero3", SHARED, {"engine": "zero3"}, "none"),
+    ("zero3, small bucket", MODEL, {"engine": "zero3", "deepspeed": {"zero_optimization": AHEAD}}, "per_iteration"),
 ]
 # Model, precision, checkpointing, micro-batches; the last is a core too large for its device.
 MEMORY_CASES: list[tuple[dict[str, Any], str, str, int, dict[str, Any]]] = [

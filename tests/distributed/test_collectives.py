@@ -92,9 +92,11 @@ def test_zero_1_and_2_gather_the_updated_weights_once_per_step(zero: dict[str, A
         assert "forward all-gather" not in sent
 
 
-def test_zero_3_gathers_the_core_once_per_pass(zero: dict[str, Any]) -> None:
+def test_zero_3_gathers_a_weight_once_or_twice_per_micro_batch(zero: dict[str, Any]) -> None:
+    """Weights are fetched ahead in gathers of several units, and those whose next use comes soon are kept until then."""
     sent = check_constant("zero3", zero)
-    assert count_core("zero3", zero) == {"forward all-gather": ACCUMULATION, "backward all-gather": ACCUMULATION}
+    gathered = sum(size for key, (_, size) in sent.items() if key.endswith("all-gather"))
+    assert zero["model_bytes"] <= gathered / ACCUMULATION < 2 * zero["model_bytes"]
     # Stage 3 keeps no unreduced gradient: one reduction of all parameters per micro-batch, whatever T is.
     assert sent["backward reduce-scatter"] == (ACCUMULATION, ACCUMULATION * zero["model_bytes"])
 

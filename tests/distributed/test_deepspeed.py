@@ -21,7 +21,9 @@ def test_offload_and_own_keys_equal_one_process(tmp_path: Path) -> None:
         assert found["weights"] < 1e-3, name
         assert found["norm is finite"] is False, name
         assert found["weights kept"], name
+        assert found["evaluated"] < 1e-5, name
         assert found["resumed exactly"], name
+        assert found["rolled back exactly"], name
         assert found["optimizer"] == "torch.optim.adamw", name
     for name in OFFLOADED:
         assert verdict[name]["resumed without offload"] < 1e-5, name

@@ -96,11 +96,13 @@ def test_the_core_must_have_arrived_before_its_first_iteration(repository: Path)
 
 def test_deepspeed_hides_only_what_its_settings_say(repository: Path) -> None:
     for stage, keys, hidden in (
-        (1, None, set()),
-        (2, None, set()),
-        (2, {"zero_optimization": {"overlap_comm": True}}, {"gradients"}),
-        (3, None, {"gradients"}),
-        (3, {"zero_optimization": {"overlap_comm": False}}, set()),
+        (1, None, {"gradients"}),
+        (2, None, {"gradients"}),
+        (2, {"zero_optimization": {"overlap_comm": False}}, set()),
+        (2, {"zero_optimization": {"reduce_bucket_size": 1000}}, set()),
+        (3, None, {"gradients", "weights, fetched ahead"}),
+        (3, {"zero_optimization": {"overlap_comm": False}}, {"weights, fetched ahead"}),
+        (3, {"zero_optimization": {"max_live_parameters": 0}}, {"gradients"}),
     ):
         config = preset(repository, "parcae_140m", parallel={"engine": f"zero{stage}", "deepspeed": keys})
         sent = step_communication(config, Layout(shard=8), StepDepth(8, 4))

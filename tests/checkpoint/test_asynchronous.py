@@ -1,5 +1,6 @@
 """Checkpoints that are written while training goes on: equal to those that training waits for, and as safe."""
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 
 from megatron_rdt import checkpoint as checkpoints
-from megatron_rdt.errors import CheckpointError
+from megatron_rdt.errors import CheckpointError, TrainingError
+from megatron_rdt.evaluate.alarms import list_alarms
 from megatron_rdt.parallel import shard_files, torch_engine
 from megatron_rdt.train.stop_request import StopRequest
 from megatron_rdt.train.trainer import Trainer, train
@@ -21,6 +23,7 @@ from tests.checkpoint.asynchronous_worker import (
 from tests.checkpoint.runs import Configure, checkpoint_path, list_all_names, list_steps, read_losses
 from tests.distributed.processes import start_ranks
 from tests.distributed.training import train_on
+from tests.train.test_alarm_reactions import diverging
 
 ASYNCHRONOUS = "--checkpoint.asynchronous=true"
 # Of another run or moment: its identity, its time, and its path.
@@ -162,6 +165,60 @@ def test_a_failure_ends_the_run_within_two_steps_with_the_sentence_of_a_failed_s
     assert messages[0].split("free)")[1] == messages[1].split("free)")[1]
     assert last[1] == 4
     assert 4 <= last[0] < 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("every", "source"), [(2, 2), (3, 3)])
+def test_a_rollback_waits_for_the_save_under_way(
+    every: int,
+    source: int,
+    configure: Configure,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """The alarm of step 5 is read while the save of step 4, which it doubts, or of step 3, the source, is not written yet."""
+    words = ["--train.on_alarm=rollback", "--train.rollback_lr=0.0009765625"]
+    words += ["--checkpoint.keep=0", f"--checkpoint.every={every}"]
+    assert train(diverging(configure, tmp_path, *words, "--run.name=waits")) == 0
+    capsys.readouterr()
+    pace = Pace(1000, monkeypatch)  # no save ends before something waits for it
+    assert train(diverging(configure, tmp_path, *words, "--run.name=goes-on", ASYNCHRONOUS)) == 0
+    said = capsys.readouterr().out
+    waits, goes_on = tmp_path / "waits", tmp_path / "goes-on"
+    pending, back = (
+        said.index(text)
+        for text in (f"step {every * (5 // every)}: saved ", f"back to {checkpoint_path(goes_on, source)}")
+    )
+    assert pending < back
+    assert ("saved", every * (5 // every)) in pace.events
+    assert read_losses(goes_on) == read_losses(waits)
+    assert list_all_names(goes_on) == list_all_names(waits)
+    assert [alarm.rolled_back for alarm in list_alarms(goes_on)] == [alarm.rolled_back for alarm in list_alarms(waits)]
+    for step in list_steps(waits):
+        checkpoints.verify(checkpoint_path(goes_on, step))
+        mine, other = (checkpoints.read_trainer_state(checkpoint_path(run, step)) for run in (goes_on, waits))
+        assert mine == other
+
+
+@pytest.mark.slow
+def test_a_run_that_ends_by_bad_steps_names_the_save_that_was_under_way(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_step = Trainer._train_step
+
+    def poison(trainer: Trainer, *rest: Any) -> Any:
+        if trainer.step == 4:
+            next(trainer.engine.model.parameters()).data.fill_(math.nan)
+        return take_step(trainer, *rest)
+
+    monkeypatch.setattr(Trainer, "_train_step", poison)
+    Pace(1000, monkeypatch)
+    words = [f"--run.root={tmp_path}", "--run.name=r", "--eval.every=0", "--checkpoint.every=3", ASYNCHRONOUS]
+    newest = checkpoint_path(tmp_path / "r", 3)
+    with pytest.raises(TrainingError, match=f"--resume auto continues from {newest}"):
+        train(configure(*words, "--train.max_nonfinite_steps=2", "--logging.every=1"))
+    checkpoints.verify(newest)
 
 
 @pytest.mark.distributed

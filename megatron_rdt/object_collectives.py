@@ -50,6 +50,17 @@ def broadcast_object(value: T) -> T:
     return values[0]
 
 
+def scatter_objects(values: Sequence[T] | None) -> T:
+    """Return the value that rank 0 has for this rank, of one for each; the argument of the others is ignored."""
+    rank, world_size = rank_and_world_size()
+    if world_size == 1:
+        assert values is not None, "rank 0 has them"
+        return values[0]
+    received: list[Any] = [None]
+    dist.scatter_object_list(received, list(values or []) if rank == 0 else None, src=0)
+    return received[0]
+
+
 def raise_on_all_ranks(failure: RdtError | None) -> None:
     """Raise the failure of the lowest rank that has one, on every rank; every rank must call this."""
     for found in gather_objects(failure):

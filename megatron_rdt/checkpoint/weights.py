@@ -120,7 +120,7 @@ class _DistributedCheckpoint:
 
         state = {name: torch.empty(self.shapes[name], dtype=self._dtypes[name]) for name in names}
         try:
-            load_tensors({self.directory.name: state}, self._reader, no_dist=True)
+            load_tensors({self.directory.name: state}, self._reader)
         except CheckpointException as error:
             inner = next((inner for inner, _ in error.failures.values()), error)
             reason = describe_load_failure(inner)

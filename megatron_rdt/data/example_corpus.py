@@ -9,6 +9,8 @@ import torch
 from megatron_rdt.data.batch import Batch
 from megatron_rdt.data.corpus import TokenCorpus
 from megatron_rdt.data.sample_order import SampleOrder
+from megatron_rdt.data.shard_files.corpus_manifest import CorpusManifest, LongestDocument
+from megatron_rdt.data.shard_files.open_shards import Shards
 from megatron_rdt.data.shard_files.side_files import EXAMPLES
 from megatron_rdt.errors import ConfigError, DataError
 
@@ -17,7 +19,8 @@ class ExampleCorpus(TokenCorpus):
     """Reads documents of one split, one per row, and pads them to `sequence_length` + 1 tokens; padding never counts.
 
     Every epoch visits each document once, in an order keyed by (seed, epoch). A location is the number of a document in
-    the split. Where documents start is kept in memory, 8 bytes each. Arguments as of `TokenCorpus`, without `max_tokens`.
+    the split. Where the documents of a shard start is read when its first one is, and kept in memory, 8 bytes each.
+    Arguments as of `TokenCorpus`, without `max_tokens`.
 
     Args:
         longer_rows: where a document is longer than a row, lengthen all rows to the next multiple of `sequence_length`,
@@ -32,10 +35,11 @@ class ExampleCorpus(TokenCorpus):
         super().__init__(*arguments, **named)
         self.has_loss_mask = True  # of padding
         self._reads_examples = self._shards.has(EXAMPLES)
-        self._bounds = [self._shards.document_bounds(shard) for shard in range(len(self._shards))]
-        self._first_documents = np.cumsum([0, *(len(bounds) - 1 for bounds in self._bounds)])
+        records = self.manifest.document["splits"][self.split]["shards"]
+        self._bounds: dict[int, np.ndarray] = {}
+        self._first_documents = np.cumsum([0, *(record["documents"] for record in records)])
         self._padding_id = self.manifest.padding_id
-        needed = self._find_longest() - 1
+        needed = find_longest_document(self.manifest, self.split, self._shards).tokens - 1
         if needed > self.sequence_length and longer_rows:
             self.sequence_length *= -(-needed // self.sequence_length)
         if needed > self.sequence_length:
@@ -49,28 +53,13 @@ class ExampleCorpus(TokenCorpus):
         documents = sum(record["documents"] for split, record in self.manifest.shard_records() if split == self.split)
         return SampleOrder(documents + 1, 1, self.seed, f"documents of {self.split}", name)
 
-    def _find_longest(self) -> int:
-        """Return the tokens of the longest document; DataError if one has fewer than two, so that it has no target."""
-        longest = 0
-        for shard, bounds in enumerate(self._bounds):
-            lengths = np.diff(bounds)
-            if len(lengths) and lengths.min() < 2:
-                name = self.manifest.shard_prefixes(self.split)[shard].name
-                raise DataError(
-                    f"document {int(lengths.argmin()):,} of {self.split}/{name} in {self.manifest.directory} has "
-                    f"{lengths.min()} tokens, so no target. Remove it from the text, or set --data.pack chunk."
-                )
-            longest = max(longest, int(lengths.max(initial=0)))
-        return longest
-
     def _describe_longest(self) -> str:
         """Describe the longest document, with its difficulty where that is known, for a message."""
-        shard = int(np.argmax([np.diff(bounds).max(initial=0) for bounds in self._bounds]))
-        document = int(np.diff(self._bounds[shard]).argmax())
-        text = f"document {int(self._first_documents[shard]) + document:,} of split {self.split}"
+        longest = self.manifest.longest_documents[self.split]
+        text = f"document {int(self._first_documents[longest.shard]) + longest.document:,} of split {self.split}"
         if not self._reads_examples:
             return text
-        example = self._shards[shard].read_examples(document, 1)[0]
+        example = self._shards[longest.shard].read_examples(longest.document, 1)[0]
         return f"{text}, of task {self.manifest.tasks[example['task']]} with difficulty {example['difficulty']},"
 
     def locate_evenly(self, count: int) -> np.ndarray:
@@ -130,5 +119,35 @@ class ExampleCorpus(TokenCorpus):
         """Return a document's shard, its number there, its first token there, and its length in tokens."""
         shard = int(np.searchsorted(self._first_documents, number, side="right")) - 1
         document = number - int(self._first_documents[shard])
+        if shard not in self._bounds:
+            self._bounds[shard] = self._shards.document_bounds(shard)
         start, end = self._bounds[shard][document : document + 2].tolist()
         return shard, document, start, end - start
+
+
+def find_longest_document(manifest: CorpusManifest, split: str, shards: Shards | None = None) -> LongestDocument:
+    """Return the longest document of a split, and note it in the manifest, which answers from then on.
+
+    Args:
+        manifest: of the corpus.
+        split: "train" or "valid".
+        shards: the split's, if they are open already.
+
+    Raises:
+        DataError: a document has fewer than two tokens, so that it has no target; or a shard is damaged.
+    """
+    if split not in manifest.longest_documents:
+        shards = shards or Shards(manifest, split)
+        longest = LongestDocument(0, 0, 0)
+        for shard in range(len(shards)):
+            lengths = np.diff(shards.document_bounds(shard))
+            if len(lengths) and lengths.min() < 2:
+                name = manifest.shard_prefixes(split)[shard].name
+                raise DataError(
+                    f"document {int(lengths.argmin()):,} of {split}/{name} in {manifest.directory} has "
+                    f"{lengths.min()} tokens, so no target. Remove it from the text, or set --data.pack chunk."
+                )
+            if len(lengths) and lengths.max() > longest.tokens:
+                longest = LongestDocument(int(lengths.max()), shard, int(lengths.argmax()))
+        manifest.longest_documents[split] = longest
+    return manifest.longest_documents[split]

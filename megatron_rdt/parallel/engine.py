@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,8 @@ from megatron_rdt.parallel.process_group import limit_collectives
 from megatron_rdt.parallel.shard_files import FileRecords, RowList
 
 COMPUTE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
+Q = TypeVar("Q")
+A = TypeVar("A")
 
 
 @dataclass(frozen=True)
@@ -262,6 +265,17 @@ class Engine(ABC):
         if self._host_groups is None:
             return value
         return self._host_groups.sum(value, self.timeout_s if timeout_s is None else timeout_s)
+
+    def ask_leader(self, question: Q, answer: Callable[[list[Q]], list[A]]) -> A:
+        """Return the answer to this rank's question, which one of every few neighbours gives for all of them.
+
+        Args:
+            question: small, and pickled.
+            answer: called on the rank that answers, with the questions of all; must not raise.
+        """
+        if self._host_groups is None:
+            return answer([question])[0]
+        return self._host_groups.ask_leader(question, answer, self.timeout_s)
 
     def end_start(self) -> None:
         """Wait until every rank has done its first step; from now on collectives may take `parallel.timeout_s` only."""

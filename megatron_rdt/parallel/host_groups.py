@@ -1,4 +1,4 @@
-"""Sums of small CPU tensors between the hosts of all ranks, over a tree of small Gloo groups.
+"""Sums of small CPU tensors between the hosts of all ranks, and questions to a neighbour, over a tree of small Gloo groups.
 
 Gloo connects every rank of a group with every other one: a group of all ranks would take as many sockets per process as
 there are ranks, more than a process may open from about a thousand on. In the tree every rank is in a group of FANOUT
@@ -7,15 +7,19 @@ and so on up to rank 0.
 """
 
 import itertools
+import pickle
 import time
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megatron_rdt.environment import find_own_address, list_gloo_interfaces
 
+Q = TypeVar("Q")
+A = TypeVar("A")
 FANOUT = 8
 SHORTEST_WAIT_S = 0.001  # Gloo takes 0 for no limit
 # Numbers of the trees of this process, equal on all ranks, which make them together.
@@ -46,6 +50,8 @@ class HostGroups:
     """
 
     def __init__(self, rank: int, world_size: int, timeout_s: float) -> None:
+        first = rank // FANOUT * FANOUT
+        self._neighbours = min(FANOUT, world_size - first) - 1  # other ranks of its group of the lowest level
         store = dist.PrefixStore(f"host groups {next(_TREES)}", dist.distributed_c10d._get_default_store())
         # Made directly: `new_group` is either called by all ranks for every group, or names a group by how many its caller
         # has, which differs between the ranks of a tree.
@@ -71,6 +77,45 @@ class HostGroups:
         for group in reversed(self._groups):
             group.broadcast(value, 0).wait(_time_until(end))
         return value
+
+    def ask_leader(self, question: Q, answer: Callable[[list[Q]], list[A]], timeout_s: float) -> A:
+        """Return the answer to this rank's question, given by the first rank of its group of FANOUT ranks.
+
+        Args:
+            question: small, and pickled.
+            answer: called on the first rank, with the questions of all in order; must not raise.
+            timeout_s: longest time to wait for the others, or for the answer.
+
+        Raises:
+            RuntimeError: a rank has not come in that time.
+        """
+        if not self._neighbours:
+            return answer([question])[0]
+        group, end = self._groups[0], time.monotonic() + timeout_s
+        if group.rank():
+            _send(group, 0, question, end)
+            return _receive(group, 0, end)
+        others = range(1, group.size())
+        own, *answers = answer([question, *(_receive(group, other, end) for other in others)])
+        for other, found in zip(others, answers, strict=True):
+            _send(group, other, found, time.monotonic() + timeout_s)
+        return own
+
+
+def _send(group: Any, rank: int, value: Any, end: float) -> None:
+    """Send a pickled value to a rank of the group: how long it is, then its bytes."""
+    content = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    for tensor in (torch.tensor([len(content)]), content):
+        group.send([tensor], rank, 0).wait(_time_until(end))
+
+
+def _receive(group: Any, rank: int, end: float) -> Any:
+    """Return the value that a rank of the group sends."""
+    length = torch.zeros(1, dtype=torch.int64)
+    group.recv([length], rank, 0).wait(_time_until(end))
+    content = torch.empty(int(length), dtype=torch.uint8)
+    group.recv([content], rank, 0).wait(_time_until(end))
+    return pickle.loads(content.numpy().tobytes())
 
 
 def _make_options(timeout_s: float) -> Any:

@@ -80,10 +80,10 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """Return the metadata of a folder, of whose files every entry names an existing part.
+    """Return the metadata of a folder; no file that it names has been looked at, see `check_files`.
 
     Raises:
-        CheckpointError: it cannot be read, names a class of another kind, or contradicts itself or the files.
+        CheckpointError: it cannot be read, names a class of another kind, or contradicts itself.
     """
     path = folder / METADATA_FILE
     try:
@@ -100,83 +100,126 @@ def read_metadata(folder: Path) -> Metadata:
     except Exception as error:  # a damaged pickle raises whatever its instructions lead to
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}). {USE_ANOTHER}") from None
     try:
-        return _MetadataBuilder(folder).build(record)
+        return build_metadata(record)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"[:200]
         raise CheckpointError(f"{path} is not the metadata of a checkpoint ({reason}). {USE_ANOTHER}") from None
 
 
-class _MetadataBuilder:
-    """Builds the library's metadata from records; ValueError, KeyError or TypeError where they are not what they should be.
+def build_metadata(record: Any) -> Metadata:
+    """Return the library's metadata of a record of class `Metadata`.
 
-    Args:
-        folder: with the files that the metadata names.
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, IndexError: the record is not what it should be.
     """
+    content = _take(record, "Metadata")
+    stored = dict(_build_storage(content["storage_data"]))
+    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    for name, entry in content["state_dict_metadata"].items():
+        if not is_plain_name(name):
+            raise ValueError(f"{name!r} is no name of a tensor")
+        if type(entry).__name__ == "BytesStorageMetadata":
+            entries[name] = BytesStorageMetadata()
+        else:
+            entries[name] = _build_tensor(name, _take(entry, "TensorStorageMetadata"), stored)
+    return Metadata(entries, None, stored, StorageMeta(), content.get("version"))
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._sizes: dict[str, int] = {}  # of the files that are there
 
-    def build(self, record: Any) -> Metadata:
-        """Return the metadata of a record of class `Metadata`."""
-        content = _take(record, "Metadata")
-        stored = dict(self._build_storage(content["storage_data"]))
-        entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-        for name, entry in content["state_dict_metadata"].items():
-            if not is_plain_name(name):
-                raise ValueError(f"{name!r} is no name of a tensor")
-            if type(entry).__name__ == "BytesStorageMetadata":
-                entries[name] = BytesStorageMetadata()
-            else:
-                entries[name] = self._build_tensor(name, _take(entry, "TensorStorageMetadata"), stored)
-        return Metadata(entries, None, stored, StorageMeta(), content.get("version"))
+def _build_storage(records: dict[Any, Any]) -> Iterator[tuple[MetadataIndex, _StorageInfo]]:
+    """Yield the place of each part of a tensor: its file, and the bytes there."""
+    for key, value in records.items():
+        index, info = _take(key, "MetadataIndex"), _take(value, "_StorageInfo")
+        file, offset, length = info["relative_path"], info["offset"], info["length"]
+        if not (is_plain_name(file) and _is_count(offset) and _is_count(length)):
+            raise ValueError(f"bytes {offset} to {length} later of {file!r} are no part of a file of the folder")
+        if info.get("transform_descriptors"):
+            raise ValueError(f"{file} is compressed or encrypted, which no run of this version is")
+        position = index.get("offset")
+        yield (
+            MetadataIndex(index["fqn"], None if position is None else _make_size(position), index.get("index")),
+            _StorageInfo(file, offset, length),
+        )
 
-    def _build_storage(self, records: dict[Any, Any]) -> Iterator[tuple[MetadataIndex, _StorageInfo]]:
-        """Yield the place of each part of a tensor: its file, and the bytes there."""
-        for key, value in records.items():
-            index, info = _take(key, "MetadataIndex"), _take(value, "_StorageInfo")
-            file, offset, length = info["relative_path"], info["offset"], info["length"]
-            if file not in self._sizes:
-                self._sizes[file] = self._measure_file(file)
-            if not (_is_count(offset) and _is_count(length) and offset + length <= self._sizes[file]):
-                raise ValueError(f"bytes {offset} to {offset + length} are not in {file}")
-            if info.get("transform_descriptors"):
-                raise ValueError(f"{file} is compressed or encrypted, which no run of this version is")
-            position = index.get("offset")
-            yield (
-                MetadataIndex(index["fqn"], None if position is None else _make_size(position), index.get("index")),
-                _StorageInfo(file, offset, length),
-            )
 
-    def _measure_file(self, name: Any) -> int:
-        """Return the bytes of a file of the folder; ValueError if it is none, or another folder's."""
-        if not is_plain_name(name) or not is_regular_file(self.folder / name):
-            raise ValueError(f"{name!r} is no file of the folder")
-        return (self.folder / name).stat().st_size
+def _build_tensor(
+    name: str, content: dict[str, Any], stored: dict[MetadataIndex, _StorageInfo]
+) -> TensorStorageMetadata:
+    """Return the metadata of a tensor; its parts fill it, and each has as many bytes as it says."""
+    properties = content["properties"].state
+    dtype = properties[0] if isinstance(properties, tuple) else properties["dtype"]
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name} has no type")
+    size, chunks, filled = _make_size(content["size"]), [], 0
+    for record in content["chunks"]:
+        chunk = _take(record, "ChunkStorageMetadata")
+        offsets, sizes = _make_size(chunk["offsets"]), _make_size(chunk["sizes"])
+        if len(offsets) != len(size) or any(o + s > n for o, s, n in zip(offsets, sizes, size, strict=True)):
+            raise ValueError(f"a part of {name} is outside of it")
+        info = stored[_find_place(stored, name, offsets)]
+        if math.prod(sizes) * dtype.itemsize > info.length:
+            raise ValueError(f"a part of {name} has {info.length} bytes, fewer than its shape needs")
+        chunks.append(ChunkStorageMetadata(offsets, sizes))
+        filled += math.prod(sizes)
+    if filled != math.prod(size):
+        raise ValueError(f"the parts of {name} do not fill it")
+    return TensorStorageMetadata(TensorProperties(dtype=dtype), size, chunks)
 
-    def _build_tensor(
-        self, name: str, content: dict[str, Any], stored: dict[MetadataIndex, _StorageInfo]
-    ) -> TensorStorageMetadata:
-        """Return the metadata of a tensor; its parts fill it, and each has as many bytes as it says."""
-        properties = content["properties"].state
-        dtype = properties[0] if isinstance(properties, tuple) else properties["dtype"]
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{name} has no type")
-        size, chunks, filled = _make_size(content["size"]), [], 0
-        for record in content["chunks"]:
-            chunk = _take(record, "ChunkStorageMetadata")
-            offsets, sizes = _make_size(chunk["offsets"]), _make_size(chunk["sizes"])
-            if len(offsets) != len(size) or any(o + s > n for o, s, n in zip(offsets, sizes, size, strict=True)):
-                raise ValueError(f"a part of {name} is outside of it")
-            # A scalar is stored without an offset by some versions.
-            info = stored.get(MetadataIndex(name, offsets)) or stored[MetadataIndex(name)]
-            if math.prod(sizes) * dtype.itemsize > info.length:
-                raise ValueError(f"a part of {name} has {info.length} bytes, fewer than its shape needs")
-            chunks.append(ChunkStorageMetadata(offsets, sizes))
-            filled += math.prod(sizes)
-        if filled != math.prod(size):
-            raise ValueError(f"the parts of {name} do not fill it")
-        return TensorStorageMetadata(TensorProperties(dtype=dtype), size, chunks)
+
+def _find_place(stored: dict[MetadataIndex, _StorageInfo], name: str, offsets: torch.Size) -> MetadataIndex:
+    """Return the key of a part's place; a scalar is stored without an offset by some versions."""
+    key = MetadataIndex(name, offsets)
+    return key if key in stored else MetadataIndex(name)
+
+
+def check_files(folder: Path, metadata: Metadata) -> None:
+    """Raise CheckpointError unless all that the metadata names is there: plain files of the folder, with enough bytes."""
+    sizes: dict[str, int] = {}
+    for info in metadata.storage_data.values():
+        file, end = info.relative_path, info.offset + info.length
+        if file not in sizes:
+            if not is_regular_file(folder / file):
+                raise CheckpointError(f"{folder} lacks the file {file!r}, which its metadata names. {USE_ANOTHER}")
+            sizes[file] = (folder / file).stat().st_size
+        if end > sizes[file]:
+            raise CheckpointError(f"{folder / file} ends before byte {end}, which its metadata names. {USE_ANOTHER}")
+
+
+Parts = dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]]
+"""Offsets and sizes of parts of tensors, by the tensors' names."""
+
+
+def list_parts(state: dict[str, Any]) -> Parts:
+    """List what a nested state dict of this rank holds of each tensor, by the names in the metadata; no parts of others."""
+    planner = dcp.DefaultSavePlanner()
+    planner.set_up_planner(state, is_coordinator=False)
+    found: Parts = {name: [] for name in planner.state_dict}
+    for item in planner.create_local_plan().items:
+        if item.tensor_data is not None:
+            chunk = item.tensor_data.chunk
+            found[item.index.fqn].append((tuple(chunk.offsets), tuple(chunk.sizes)))
+    return found
+
+
+def select_parts(metadata: Metadata, parts: Parts) -> Metadata:
+    """Return the metadata of the stored parts that overlap with some parts of tensors; as much as their reader needs."""
+    entries, stored = {}, {}
+    for name, wanted in parts.items():
+        entry = metadata.state_dict_metadata.get(name)
+        if isinstance(entry, TensorStorageMetadata):
+            chunks = [chunk for chunk in entry.chunks if any(_overlaps(chunk, *part) for part in wanted)]
+            entry = TensorStorageMetadata(entry.properties, entry.size, chunks)
+            for chunk in chunks:
+                key = _find_place(metadata.storage_data, name, chunk.offsets)
+                stored[key] = metadata.storage_data[key]
+        if entry is not None:
+            entries[name] = entry
+    return Metadata(entries, None, stored, StorageMeta(), metadata.version)
+
+
+def _overlaps(chunk: ChunkStorageMetadata, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> bool:
+    """Return True if a stored part and another one of the same tensor have elements in common."""
+    edges = zip(chunk.offsets, chunk.sizes, offsets, sizes, strict=True)
+    return all(max(a, b) < min(a + m, b + n) for a, m, b, n in edges)
 
 
 def _take(record: Any, name: str) -> dict[str, Any]:
@@ -199,15 +242,20 @@ def _make_size(value: Any) -> torch.Size:
 
 
 class TensorReader(dcp.FileSystemReader):
-    """Reader of a folder by the metadata of `read_metadata`, which is read once.
+    """Reader of a folder by its metadata, whose files are checked.
 
-    Attributes:
-        metadata: of the folder.
+    Args:
+        folder: of the files.
+        metadata: of what is to be read, by default what `read_metadata` returns.
+
+    Raises:
+        CheckpointError: the metadata is damaged, or names files that are not there.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, metadata: Metadata | None = None) -> None:
         super().__init__(folder)
-        self.metadata = read_metadata(folder)
+        self.metadata = read_metadata(folder) if metadata is None else metadata
+        check_files(folder, self.metadata)
 
     def read_metadata(self) -> Metadata:
         """Return the metadata."""
@@ -224,12 +272,12 @@ class TensorPlanner(dcp.DefaultLoadPlanner):
         )
 
 
-def load_tensors(state: dict[str, Any], reader: TensorReader, no_dist: bool) -> None:
-    """Read a state dict's tensors in place, whole or sharded; with a process group, every rank must call this.
+def load_tensors(state: dict[str, Any], reader: TensorReader) -> None:
+    """Read this rank's part of a state dict's tensors in place; no other rank is asked.
 
     Raises:
-        CheckpointException: a rank failed; it wraps the error of each.
+        CheckpointException: it failed; it wraps the error.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is")
-        dcp.load(state, storage_reader=reader, planner=TensorPlanner(), no_dist=no_dist)
+        dcp.load(state, storage_reader=reader, planner=TensorPlanner(), no_dist=True)

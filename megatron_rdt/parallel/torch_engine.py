@@ -6,11 +6,12 @@ any world size, loads into any other.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor
 
 from megatron_rdt.config import RunConfig
@@ -21,7 +22,14 @@ from megatron_rdt.parallel import optimizers
 from megatron_rdt.parallel.engine import Engine, WrittenState
 from megatron_rdt.parallel.optimizers import Groups
 from megatron_rdt.parallel.shard_files import FileRecords, FolderHistory, HostCopies, list_own_shards, write_shards
-from megatron_rdt.parallel.torch_checkpoint import TensorReader, load_tensors
+from megatron_rdt.parallel.torch_checkpoint import (
+    Parts,
+    TensorReader,
+    list_parts,
+    load_tensors,
+    read_metadata,
+    select_parts,
+)
 from megatron_rdt.parallel.weight_average import EMA, WeightAverage
 from megatron_rdt.untrusted_files import describe_load_failure
 
@@ -187,35 +195,56 @@ class TorchEngine(Engine):
         states = self._collect_states()
         if not (directory / EMA).is_dir():
             states.pop(EMA, None)
-        readers = self._open_folders(directory, list(states))
+        readers = self._open_folders(directory, states)
         model, optimizer = states["model"], states["optimizer"]
         # The config decides the groups and their options; the run that saved may have had others.
-        groups = optimizer.pop("param_groups")
+        groups, failure = optimizer.pop("param_groups"), None
         try:
             for name, state in states.items():
-                load_tensors({name: state}, readers[name], no_dist=not dist.is_initialized())
-        except CheckpointException as error:  # a BaseException that wraps the error of each rank that failed
+                load_tensors({name: state}, readers[name])
+        except CheckpointException as error:  # a BaseException that wraps the error
             inner = next((inner for inner, _ in error.failures.values()), error)
             reason = str(inner) if isinstance(inner, CheckpointError) else describe_load_failure(inner)
             reason = reason.removesuffix(f". {USE_ANOTHER}")
-            raise CheckpointError(f"{directory} could not be loaded: {reason}. {USE_ANOTHER}") from error
+            failure = CheckpointError(f"{directory} could not be loaded: {reason}. {USE_ANOTHER}")
+        raise_on_all_ranks(failure)
         names = optimizers.parameter_names(self.model, self._parameter_groups())
         optimizer["param_groups"] = optimizers.regroup(groups, names)
         dcp_state.set_state_dict(self.model, self.optimizers, model_state_dict=model, optim_state_dict=optimizer)
         if EMA not in states:
             self._average = None
 
-    @staticmethod
-    def _open_folders(directory: Path, names: list[str]) -> dict[str, TensorReader]:
+    def _open_folders(self, directory: Path, states: dict[str, Any]) -> dict[str, TensorReader]:
         """Open folders of a checkpoint by their names; every rank must call this, and all raise what one does.
 
-        A rank that failed alone would leave the others waiting in the collectives of the load.
+        The metadata has the places of all ranks' shards: a few ranks read it, and tell the others about theirs.
+
+        Args:
+            directory: the checkpoint.
+            states: what this rank holds of each folder.
         """
+
+        def answer(questions: list[dict[str, Parts]]) -> list[dict[str, Metadata] | CheckpointError]:
+            answers: list[dict[str, Metadata]] = [{} for _ in questions]
+            try:
+                for name in states:
+                    metadata = read_metadata(directory / name)
+                    for wanted, found in zip(questions, answers, strict=True):
+                        found[name] = select_parts(metadata, wanted[name])
+            except CheckpointError as error:
+                return [error for _ in questions]
+            return list(answers)
+
+        question = {name: list_parts({name: state}) for name, state in states.items()}
+        found = self.ask_leader(question, answer)
         readers: dict[str, TensorReader] = {}
-        failure: CheckpointError | None = None
+        failure = None
         try:
-            readers = {name: TensorReader(directory / name) for name in names}
+            if isinstance(found, CheckpointError):
+                raise found
+            readers = {name: TensorReader(directory / name, part) for name, part in found.items()}
         except CheckpointError as error:
             failure = error
+        # A rank that failed alone would leave the others waiting in the collectives that follow.
         raise_on_all_ranks(failure)
         return readers

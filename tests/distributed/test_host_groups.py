@@ -39,12 +39,13 @@ def count_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def sum_on_ranks() -> tuple[list[float], int, str]:
+def sum_on_ranks() -> tuple[list[float], int, str, tuple[int, list[str]]]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     before = count_descriptors()
     groups = HostGroups(rank, world_size, timeout_s=30)
     total = groups.sum(torch.tensor([1.0, float(rank)]), 30).tolist()
     opened, message = count_descriptors() - before, ""
+    answer = groups.ask_leader(f"of {rank}", lambda questions: [(rank, questions)] * len(questions), 30)
     HostGroups(rank, world_size, timeout_s=30)
     if rank != LATE:
         begun = time.monotonic()
@@ -54,17 +55,19 @@ def sum_on_ranks() -> tuple[list[float], int, str]:
             message = str(error)
         assert time.monotonic() - begun < 10
     dist.barrier()
-    return total, opened, message
+    return total, opened, message, answer
 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(120)
 def test_the_sum_is_of_all_ranks_and_a_late_one_is_noticed() -> None:
     results = run_on_processes(sum_on_ranks, 12, timeout=100)
-    assert all(total == [12.0, 66.0] for total, _, _ in results)
-    for rank, (_, opened, message) in enumerate(results):
+    assert all(total == [12.0, 66.0] for total, *_ in results)
+    for rank, (_, opened, message, answer) in enumerate(results):
         groups = list_host_groups(rank, 12)
         assert opened == sum(len(group) + OWN_DESCRIPTORS for group in groups)
+        first = rank // FANOUT * FANOUT
+        assert answer == (first, [f"of {other}" for other in range(first, min(first + FANOUT, 12))])
         # The late one's leader waits for it, and everyone for what the leaders send down.
         assert bool(message) == (rank != LATE)
 

@@ -81,7 +81,7 @@ def test_a_folder_is_what_the_library_would_write(
     assert loaded["part"]["groups"] == state["part"]["groups"]
     again = make_state(2)
     del again["part"]["groups"]  # values that are no tensors are never read back here
-    load_tensors(again, TensorReader(ours), no_dist=True)
+    load_tensors(again, TensorReader(ours))
     assert all(torch.equal(value, expected[name]) for name, value in flatten(again).items())
 
 

@@ -16,7 +16,15 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron_rdt.environment import force_weights_only
 from megatron_rdt.errors import CheckpointError
-from megatron_rdt.parallel.torch_checkpoint import TensorReader, load_tensors, read_metadata
+from megatron_rdt.parallel.shard_files import FolderHistory, Shard, list_own_shards, write_shards
+from megatron_rdt.parallel.torch_checkpoint import (
+    TensorReader,
+    check_files,
+    list_parts,
+    load_tensors,
+    read_metadata,
+    select_parts,
+)
 from megatron_rdt.parallel.zero_files import check_zero_files, restrict_deepspeed
 from tests.checkpoint.hostile import Payload, save_payload
 
@@ -47,7 +55,7 @@ def test_metadata_and_tensors_are_those_of_the_library(folder: Path) -> None:
     assert ours.storage_data == theirs.storage_data
     assert ours.version == theirs.version
     state = {name: torch.empty_like(tensor) for name, tensor in WEIGHTS.items()}
-    load_tensors({"model": state}, TensorReader(folder), no_dist=True)
+    load_tensors({"model": state}, TensorReader(folder))
     assert all(torch.equal(state[name], tensor) for name, tensor in WEIGHTS.items())
 
 
@@ -55,6 +63,35 @@ def test_no_class_of_the_library_is_made_by_the_pickle(folder: Path, monkeypatch
     for kind in (Metadata, MetadataIndex, dcp.TensorStorageMetadata):
         monkeypatch.setattr(kind, "__setstate__", lambda *_: pytest.fail("unpickled"), raising=False)
     read_metadata(folder)
+
+
+def test_a_part_needs_the_metadata_of_what_overlaps_with_it(tmp_path: Path) -> None:
+    whole = {"rows": torch.arange(24.0).view(6, 4), "other": torch.ones(3), "step": torch.tensor(7.0)}
+    written: list[Any] = []
+    for rank in range(3):  # as three ranks with two rows each
+        rows, _ = write_shards(
+            tmp_path / "part",
+            rank,
+            [Shard(("part", "rows"), whole["rows"][2 * rank :][:2], (6, 4), (2 * rank, 0), (2, 4))],
+        )
+        written.append(rows)
+    rest, _ = write_shards(
+        tmp_path / "part", 3, list_own_shards({"part": {"other": whole["other"], "step": whole["step"]}}, 0, 1)
+    )
+    history = FolderHistory()
+    history.write_metadata(tmp_path / "part", [history.pack(rows) for rows in [*written, rest]])
+    metadata = read_metadata(tmp_path / "part")
+    assert len(metadata.storage_data) == 5
+    found = select_parts(metadata, {"part.rows": [((3, 0), (2, 4))], "part.step": [((), ())], "part.absent": []})
+    assert set(found.state_dict_metadata) == {"part.rows", "part.step"}
+    assert sorted(key.offset[0] for key in found.storage_data if key.fqn == "part.rows") == [2, 4]
+    assert len(found.storage_data) == 3
+    (tmp_path / "part" / "__0_0.distcp").unlink()  # of which nothing is needed
+    check_files(tmp_path / "part", found)
+    with pytest.raises(CheckpointError, match="lacks the file"):
+        check_files(tmp_path / "part", metadata)
+    state = {"part": {"rows": torch.empty(6, 4), "step": torch.tensor(0.0)}}
+    assert list_parts(state) == {"part.rows": [((0, 0), (6, 4))], "part.step": [((), ())]}
 
 
 def change_tensor(metadata: Metadata, **values: Any) -> None:
@@ -89,20 +126,23 @@ LIES: dict[str, Callable[[Metadata], object]] = {
 }
 
 
+REFUSALS = r"(is not the metadata of a checkpoint |, which its metadata names).*Use another checkpoint\."
+
+
 @pytest.mark.parametrize("lie", LIES)
 def test_metadata_that_contradicts_itself_or_the_files_is_refused(lie: str, folder: Path) -> None:
     metadata = read_freely(folder)
     LIES[lie](metadata)
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(CheckpointError, match=r"is not the metadata of a checkpoint .*Use another checkpoint\."):
+    with pytest.raises(CheckpointError, match=REFUSALS):
         TensorReader(folder)
 
 
 def test_a_file_that_is_a_link_is_refused(folder: Path) -> None:
     (folder / "__0_0.distcp").rename(folder.parent / "elsewhere")
     (folder / "__0_0.distcp").symlink_to(folder.parent / "elsewhere")
-    with pytest.raises(CheckpointError, match="is no file of the folder"):
-        read_metadata(folder)
+    with pytest.raises(CheckpointError, match=r"lacks the file '__0_0\.distcp', which its metadata names"):
+        TensorReader(folder)
 
 
 def name_global(module: str, name: str) -> bytes:
@@ -148,7 +188,7 @@ def test_a_value_that_is_no_tensor_is_not_unpickled(folder: Path) -> None:
     metadata.storage_data[MetadataIndex("model.b")] = place
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointException) as caught:
-        load_tensors({"model": {"b": torch.empty(5)}}, TensorReader(folder), no_dist=True)
+        load_tensors({"model": {"b": torch.empty(5)}}, TensorReader(folder))
     assert "stored as a pickled object" in str(caught.value)
     assert not payload.exists()
     dcp.load({"model": {"b": torch.empty(5)}}, checkpoint_id=folder, no_dist=True)

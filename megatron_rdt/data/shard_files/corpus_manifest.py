@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,6 +34,14 @@ SHARD_FIELDS: dict[str, type] = {
 }
 
 
+class LongestDocument(NamedTuple):
+    """The longest document of a split: its tokens, its shard and its number there."""
+
+    tokens: int
+    shard: int
+    document: int
+
+
 class CorpusManifest:
     """Manifest of a corpus that `rdt prep` wrote.
 
@@ -43,12 +51,14 @@ class CorpusManifest:
         identity: of the file that `load_manifest` read; None for a document that is not from a file.
         shard_identities: of each shard's files, by the shard's path prefix, when `verify` or `Shards` opened it first.
         plan_headers: header and size of packing plans, by their paths, that need not be read again.
+        longest_documents: of splits that are read document by document, where all their lengths have been seen.
     """
 
     def __init__(self, directory: Path, document: dict[str, Any], identity: FileIdentity | None = None) -> None:
         self.directory, self.document, self.identity = directory, document, identity
         self.shard_identities: dict[str, list[FileIdentity]] = {}
         self.plan_headers: dict[str, tuple[bytes, int]] = {}
+        self.longest_documents: dict[str, LongestDocument] = {}
 
     @property
     def vocab_size(self) -> int:

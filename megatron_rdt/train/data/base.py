@@ -45,7 +45,7 @@ class ValidationWindows:
 class TrainingData(Protocol):
     """The data of one run, from which every rank reads its own samples.
 
-    Constructing one opens files and checks them on this rank alone; `open_training_data` also does what takes all ranks.
+    `open_training_data` constructs it on all ranks together: one of them asks the file system for all where it can.
 
     Attributes:
         tokenizer_directory: of the tokenizer that made the tokens.

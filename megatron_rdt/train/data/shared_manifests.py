@@ -8,6 +8,7 @@ import functools
 
 from megatron_rdt.config import RunConfig
 from megatron_rdt.data import CorpusManifest, load_manifest
+from megatron_rdt.data.example_corpus import find_longest_document
 from megatron_rdt.data.packing_plan import make_plans, read_plan_headers
 from megatron_rdt.errors import DataError
 from megatron_rdt.object_collectives import (
@@ -44,7 +45,7 @@ def open_manifests(config: RunConfig, local_rank: int) -> dict[str, CorpusManife
 
 
 def _check_corpora(config: RunConfig, level: str, make: bool) -> dict[str, CorpusManifest]:
-    """Return the manifests of the corpora, by name, after comparing them with their files.
+    """Return the manifests of the corpora, by name, checked against their files, with what readers ask of all shards.
 
     Args:
         config: the run's config.
@@ -63,6 +64,9 @@ def _check_corpora(config: RunConfig, level: str, make: bool) -> dict[str, Corpu
                 if make:
                     make_plans(manifest, "train", length)
                 read_plan_headers(manifest, "train", length)
+            if config.data.pack == "example":
+                for split in ("train", "valid") if config.eval.every else ("train",):
+                    find_longest_document(manifest, split)
         except OSError as error:
             raise DataError(
                 f"{corpus.path} cannot be read: {error}. Fix the disk, or name another --data.path."

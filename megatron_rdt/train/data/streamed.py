@@ -2,17 +2,23 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.config import RunConfig
-from megatron_rdt.data import BatchLoader, Tokenizer
+from megatron_rdt.data import Batch, BatchLoader, Tokenizer
 from megatron_rdt.data.hugging_face import PREFIX, list_unread_files
 from megatron_rdt.data.streaming import RowReader, TokenStream, open_dataset, read_held_out_windows
 from megatron_rdt.data.task_examples import ExampleGroup
 from megatron_rdt.errors import CheckpointError, ConfigError, suggest_init
+from megatron_rdt.object_collectives import (
+    gather_objects,
+    rank_and_world_size,
+    scatter_objects,
+    work_while_others_wait,
+)
 from megatron_rdt.train.data.base import ValidationWindows, check_vocabulary
 from megatron_rdt.train.data.batch_history import continue_batches, write_batches
 
@@ -22,8 +28,17 @@ LISTED_FILES = 5  # files that are not read and are named
 DATA_RANKS_KEY = "processes with samples of their own"
 
 
+class _HeldOut(NamedTuple):
+    """What a rank is told of the rows for validation: its share of the windows, the targets, texts and rows of all."""
+
+    rows: Batch
+    targets: int
+    held_out: frozenset[int]
+    held_out_rows: int
+
+
 class StreamedData:
-    """`TrainingData` streamed from a Hugging Face dataset.
+    """`TrainingData` streamed from a Hugging Face dataset; every rank must construct it.
 
     Args:
         config: the run's config.
@@ -68,20 +83,35 @@ class StreamedData:
             raise ConfigError(
                 f"eval.sequences is {config.eval.sequences}, fewer than {self.data_ranks} data-parallel ranks. Raise it."
             )
-        data = config.data
-        windows, self._held_out, self._held_out_rows = read_held_out_windows(
-            data.path,
-            data.hf_split,
-            data.text_field,
-            self.tokenizer,
-            config.train.sequence_length,
-            count,
-            data.document_mask,
-            data.document_positions,
-        )
-        # Every rank reads them all, since training leaves out their texts.
-        rows = windows.rank_rows(self.data_rank, self.data_ranks)
-        self.validation = {self.name: ValidationWindows(rows, len(windows), len(windows.counted_targets))}
+        share = self._receive_validation(count)
+        self._held_out, self._held_out_rows = share.held_out, share.held_out_rows
+        self.validation = {self.name: ValidationWindows(share.rows, count, share.targets)}
+
+    def _receive_validation(self, count: int) -> "_HeldOut":
+        """Read `count` windows on rank 0, which tells every rank its own, and the texts that training leaves out.
+
+        Raises:
+            DataError: the dataset cannot be read, or is too small; on every rank.
+        """
+        config, data = self.config, self.config.data
+
+        def read() -> list[_HeldOut]:
+            windows, held_out, rows = read_held_out_windows(
+                data.path,
+                data.hf_split,
+                data.text_field,
+                self.tokenizer,
+                config.train.sequence_length,
+                count,
+                data.document_mask,
+                data.document_positions,
+            )
+            targets = len(windows.counted_targets)
+            shares = [windows.rank_rows(place, self.data_ranks) for place in range(self.data_ranks)]
+            return [_HeldOut(shares[place], targets, held_out, rows) for place in places]
+
+        places = gather_objects(self.data_rank)
+        return scatter_objects(work_while_others_wait(read if rank_and_world_size()[0] == 0 else None))
 
     def loader(self, consumed: int, total: int, data_rank: int, device: torch.device) -> BatchLoader:
         """Return the running loader of this data-parallel rank, from the position of `resume` if it was called."""

@@ -29,7 +29,7 @@ DATA_RANKS_KEY = "processes with samples of their own"
 
 
 class _HeldOut(NamedTuple):
-    """What a rank is told of the rows for validation: its share of the windows, the targets, texts and rows of all."""
+    """Rows for validation, as a rank is told of them: its share of the windows, and of all the targets, texts and rows."""
 
     rows: Batch
     targets: int

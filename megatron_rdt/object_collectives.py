@@ -9,7 +9,7 @@ goes through the store by which the ranks met instead: from all ranks to rank 0 
 import itertools
 import pickle
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 

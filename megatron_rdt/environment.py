@@ -181,6 +181,17 @@ def is_store_in_launcher() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
+def master_address() -> tuple[str, int]:
+    """Return host and port at which the processes of a launcher meet."""
+    host, port = (os.environ.get(name, other) for name, other in zip(("MASTER_ADDR", "MASTER_PORT"), DEFAULT_MASTER))
+    return host, int(port)
+
+
+def node_name() -> str:
+    """Return the name that Slurm gives this node or, without it, its host name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def record_collectives(dump_prefix: Path) -> None:
     """Make torch keep its last collectives and, where NCCL times out, write them to this path and the rank.
 

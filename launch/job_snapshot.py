@@ -27,7 +27,7 @@ HASH_DIGITS = 12
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a job will run.
+    """Code and config that a job will run.
 
     Attributes:
         directory: where it is, or will be once it is written.

@@ -61,7 +61,7 @@ class SubmitOptions:
     container: str = ""
     """Image of a container in which the processes run; empty for none."""
     container_runtime: Literal["pyxis", "apptainer"] = "pyxis"
-    """How to start it: pyxis, the plugin of srun with --container-image, or apptainer exec."""
+    """Program that starts it: pyxis, the plugin of srun with --container-image, or apptainer exec."""
     container_mounts: list[str] = field(default_factory=list)
     """Directories that the container sees besides the working directory, each HOST:INSIDE, such as /scratch:/scratch."""
     python: str = ""
@@ -73,7 +73,7 @@ class SubmitOptions:
     preflight: str = ""
     """Options of rdt preflight, which checks the nodes before each start, in one string: "--free_disk 500"; or off for no check."""
     cluster: PathText = ""
-    """What these options are on a cluster: a YAML file of them, or NAME for configs/cluster/NAME.yaml. Options win over it."""
+    """YAML file of these options for a cluster, or NAME for configs/cluster/NAME.yaml. Options win over it."""
     sbatch: str = ""
     """More options of sbatch, in one string: "--qos=high --mem=0"."""
     overrides: str = ""

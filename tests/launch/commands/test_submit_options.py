@@ -67,6 +67,15 @@ def test_a_cluster_file_gives_options_and_the_command_line_wins(
     assert add_cluster_words(["--cluster=mine"])[0] == "--partition=gpu"
 
 
+def test_the_example_of_a_cluster_works(folder: Path, repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "run.yaml").write_text("train: {global_batch: 64}\nparallel: {engine: fsdp}\n")
+    (folder / "configs").symlink_to(repository / "configs")
+    assert run_command(["submit", "--config", "run.yaml", "--cluster", "gpu_nodes", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "#SBATCH --gpus-per-node=8\n" in text
+    assert "--devices 8 --bandwidth 5 --free_disk 500 &" in text
+
+
 def test_wrong_cluster_files_are_explained(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for text, message in (
         ("partitoin: gpu", "key partitoin is no option of a cluster. Did you mean partition"),

@@ -1,8 +1,8 @@
 """A training step of one rank among thousands: what it sends, and its peak memory against the plan.
 
 The rank is this process, in a process group of the fake backend, with fake tensors: FSDP2, tensor, context and expert
-parallelism run a run's own code for the preset's fastest plan on the smallest GPUs of KINDS where one fits, and nothing is
-computed or sent.
+parallelism run a run's own code for the preset's fastest plan on the smallest GPUs of DEVICES_TRIED where one fits, and
+nothing is computed or sent.
 "Sent" is the larger buffer of each collective of a whole optimizer step, summed; "peak" all tensors that exist at a time,
 and "planned" what the planner says for the kernels of a CPU, which run here; "s" how long this takes here. Every expert gets
 an equal share of the tokens.
@@ -33,6 +33,7 @@ from megatron_rdt.config import RunConfig
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan
+from megatron_rdt.devices import DEVICES
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.moe import MixtureOfExperts, RunExperts
 from megatron_rdt.parallel import MicroBatch, expert_parallel, fsdp, make_engine
@@ -41,7 +42,9 @@ from megatron_rdt.parallel.collective_counter import record_collectives, sum_by_
 from megatron_rdt.planner.memory import StepDepth, step_memory
 from megatron_rdt.planner.run_plan import plan_depths
 
-KINDS = ("h100", "h200", "b200")
+# The last one does not exist: with so much memory, every preset fits.
+ROOMY = replace(DEVICES["b200"], name="B200, 288 GB", memory=288e9)
+DEVICES_TRIED = (DEVICES["h100"], DEVICES["h200"], DEVICES["b200"], ROOMY)
 COLUMNS = [
     "preset",
     "planned for",
@@ -124,10 +127,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     path = MODELS / f"{options.preset}.yaml"
-    found_plans = ((kind, plan) for kind in KINDS if (plan := plan_preset(path, options.world, kind)) is not None)
-    kind, plan = next(found_plans, (None, None))
+    plans = (plan_preset(path, options.world, device) for device in DEVICES_TRIED)
+    plan = next((plan for plan in plans if plan is not None), None)
     if plan is None:
-        raise SystemExit(f"{options.preset} fits on no arrangement of {options.world} of {', '.join(KINDS)}")
+        names = ", ".join(device.name for device in DEVICES_TRIED)
+        raise SystemExit(f"{options.preset} fits on no arrangement of {options.world} of {names}")
     train = replace(plan.config.train, compile="none", device="cpu")
     config = replace(plan.config, train=train)
     loops, with_grad, _ = plan_depths(config.depth)
@@ -137,7 +141,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "preset": options.preset,
         "world": options.world,
-        "kind": kind,
+        "kind": plan.device.name,
         "axes": f"{layout.replicate} x {layout.shard} x {layout.context} x {layout.tensor}, {layout.expert}",
         "loops": depth.loops,
         "with_grad": depth.with_grad,

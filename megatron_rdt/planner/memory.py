@@ -242,6 +242,11 @@ class StepReplay:
             kept, computed = self._segment_bytes(segment)
             ledger.free(INSIDE, kept)
             ledger.hold(INSIDE, computed)
+            again = [sum(held for _, held, _ in parts) if computed > kept else 0.0 for _, parts in reversed(layers)]
+            ledger.free(INSIDE, sum(again))
+            for number, size in enumerate(again):
+                self.weights.gather_again(number)
+                ledger.hold(INSIDE, size)
             for _ in range(segment):
                 self._iteration_backward(self.shape, layers, last)
                 last = False
@@ -253,7 +258,7 @@ class StepReplay:
     ) -> None:
         """Replay the backward pass through the core's `layers` once; the `last` iteration's is the first."""
         ledger, weights = self.ledger, self.weights
-        for unit, parts in layers:
+        for number, (unit, parts) in zip(reversed(range(len(layers))), layers):
             for part, held, working in parts:
                 extra = self.policy.transient_bytes(held)
                 temporary = weights.temporary_gradient_bytes(unit, part, again=not last)
@@ -265,6 +270,7 @@ class StepReplay:
                 ledger.free(INSIDE, held - extra)
                 if last:
                     weights.add_gradients(f"{unit}.{part}")
+            weights.free_layer(number)
         ledger.free(INSIDE, activations.injection_kept_bytes(shape))
 
 

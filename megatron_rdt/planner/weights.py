@@ -10,6 +10,7 @@ from megatron_rdt.config import RunConfig
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.planner.ledger import Ledger
 from megatron_rdt.planner.parameters import ROOT, Parameter, core_units, list_parameters, list_units, moments_per_weight
+from megatron_rdt.planner.recomputation import CheckpointingPolicy
 from megatron_rdt.planner.ring import stage_parameters
 from megatron_rdt.planner.shape import BFLOAT16, FLOAT32
 from megatron_rdt.planner.zero_gathers import BACKWARD, list_zero_gathers, zero_options
@@ -72,6 +73,12 @@ class Weights:
     def end_forward(self, unit: str) -> None:
         """Record that a gathered unit is freed after its forward pass; no effect for whole weights."""
 
+    def gather_again(self, layer: int) -> None:
+        """Record what the loop's backward pass gathers before a core layer computes again; no effect for whole weights."""
+
+    def free_layer(self, layer: int) -> None:
+        """Record that `gather_again` of a core layer is undone after its backward pass."""
+
     def add_gradients(self, *prefixes: str, summed: bool = False) -> None:
         """Record the gradients just computed: those of pending parameters whose names begin with one of `prefixes`.
 
@@ -133,6 +140,8 @@ class ShardedWeights(Weights):
 
     Attributes:
         ranks: processes that share a shard group.
+        pieces: gathered bytes of each piece of a core that is gathered in pieces.
+        recomputes: the backward pass computes whole iterations again.
         gathered: units whose gathered weights are held.
         buffer, fetched: bytes that the last gather received, which FSDP2 holds until the next gather, and its unit.
         sending: bytes that the last reduction sent, held until the next reduction.
@@ -145,6 +154,10 @@ class ShardedWeights(Weights):
         self._gathered_bytes: dict[str, float] = {}
         self.buffer, self.fetched = 0.0, ""
         self.sending = 0.0
+        _, *pieces = core_units(config).values()
+        self.pieces = [self.ranks * self.shard_bytes(group) for group in pieces]
+        policy = CheckpointingPolicy(config.depth.checkpoint)
+        self.recomputes = policy.recomputed_share > 0 and not policy.every_layer
 
     def hold_state(self) -> None:
         """Record this process's shards of weights and optimizer state in the ledger."""
@@ -182,15 +195,48 @@ class ShardedWeights(Weights):
         if backward and unit == self.fetched:  # its buffer has become the gathered weights
             self._hold_gather_buffer("")
         # FSDP2 prefetches in the backward pass: the next unit's buffer is held while this unit computes.
-        if backward and self.next_in_backward(unit) not in self.gathered:
+        if backward and unit == "core" and self.pieces:
+            # Then the next piece's, unless there is one only, or all are gathered because an iteration is computed again.
+            self._set_gather_buffer(max(self.pieces) if self._fetches_pieces else 0.0, "")
+        elif backward and self.next_in_backward(unit) not in self.gathered:
             self._hold_gather_buffer(self.next_in_backward(unit))
+
+    @property
+    def _fetches_pieces(self) -> bool:
+        """True if the next piece of the core is fetched while one computes in the backward pass."""
+        return len(self.pieces) > 1 and not self.recomputes
+
+    def gather_again(self, layer: int) -> None:
+        """Gather the piece of the core that begins with a layer, copying it out of the buffer that it arrives in.
+
+        Where an iteration is computed again, its pieces stay until their own backward passes. Otherwise each replaces the one
+        before, which `gathered_bytes` counts, and has been fetched early if there are several.
+        """
+        if layer >= len(self.pieces):
+            return
+        piece = self.pieces[layer]
+        if self.recomputes:
+            self.ledger.hold(CORE, piece if layer else 0.0)
+        self.ledger.note_peak("gathering the core again", buffers=piece * (not self._fetches_pieces))
+
+    def free_layer(self, layer: int) -> None:
+        """Free the piece that `gather_again` has added, the largest one stays counted; and what the last reduction sent."""
+        if self.pieces:
+            self.ledger.free(BUFFERS, self.sending)
+            self.sending = 0.0
+        if self.recomputes and 0 < layer < len(self.pieces):
+            self.ledger.free(CORE, self.pieces[layer])
 
     def _hold_gather_buffer(self, unit: str) -> None:
         """Replace the recorded gather buffer by that of `unit`, "" for none, and note the peak."""
-        self.ledger.free(BUFFERS, self.buffer)
-        self.buffer, self.fetched = self.gathered_bytes(unit), unit
-        self.ledger.hold(BUFFERS, self.buffer)
+        self._set_gather_buffer(self.gathered_bytes(unit), unit)
         self.ledger.note_peak(f"gathering {unit}", buffers=self.copies * self.buffer)
+
+    def _set_gather_buffer(self, size: float, unit: str) -> None:
+        """Replace the recorded gather buffer by one of `size` bytes for `unit`."""
+        self.ledger.free(BUFFERS, self.buffer)
+        self.buffer, self.fetched = size, unit
+        self.ledger.hold(BUFFERS, size)
 
     def next_in_backward(self, unit: str) -> str:
         """Return the unit whose backward pass comes next; after the first layer, that is the root."""
@@ -221,6 +267,9 @@ class ShardedWeights(Weights):
 
     def end_backward(self, unit: str) -> None:
         """Free the gathered weights; reduce gradients to a shard in the last micro-batch, or in each if so set."""
+        if unit == "core" and self.pieces:  # the last piece to go backward has fetched the next unit
+            following = self.next_in_backward(unit)
+            self._set_gather_buffer(self.gathered_bytes(following), following)
         sent, shard = self.gathered_bytes(unit), self.shard_bytes(self.parameters_in(unit))
         self.ledger.note_peak(f"backward, {unit}")
         self.ledger.free(SUMS)

@@ -54,7 +54,7 @@ COLLECTIVE_CASES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
 MEMORY_CASES: list[tuple[dict[str, Any], str, str, int, dict[str, Any]]] = [
     ({"dim": 128, "ffn_dim": 256, "vocab_size": 1024}, "float32", "none", 1, {}),
     ({"dim": 256, "ffn_dim": 1024, "vocab_size": 1024}, "bfloat16", "per_iteration", 2, {}),
-    ({"dim": 256, "core_ffn": "moe", "vocab_size": 1024}, "float32", "none", 2, {"core_gather": "per_layer"}),
+    ({"dim": 256, "core_ffn": "moe", "vocab_size": 1024}, "float32", "per_iteration", 2, {"core_gather": "per_layer"}),
     ({"dim": 256, "ffn_dim": 1024, "vocab_size": 1024}, "bfloat16", "per_iteration", 2, {"core_ring": 2}),
 ]
 

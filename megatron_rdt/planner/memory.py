@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 from megatron_rdt.config import RunConfig
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.planner import activations, working_memory
+from megatron_rdt.planner.engine_weights import make_weights
 from megatron_rdt.planner.ledger import Ledger
 from megatron_rdt.planner.parameters import ROOT
 from megatron_rdt.planner.recomputation import CheckpointingPolicy
 from megatron_rdt.planner.ring import prepared_copies
 from megatron_rdt.planner.shape import FLOAT32, INT64, Shape
-from megatron_rdt.planner.weights import make_weights
 
 INSIDE, OUTSIDE, LOSS, WORKING = "activations of the loop", "other activations", "loss", "working memory"
 ROUNDED = "rounded core"

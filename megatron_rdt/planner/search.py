@@ -11,11 +11,11 @@ from megatron_rdt.config.layout import Layout
 from megatron_rdt.devices import Device
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.planner import run_plan
+from megatron_rdt.planner.engine_weights import make_weights
 from megatron_rdt.planner.ledger import Ledger
 from megatron_rdt.planner.memory import StepDepth
 from megatron_rdt.planner.parameters import CORE
 from megatron_rdt.planner.step_time import step_time
-from megatron_rdt.planner.weights import make_weights
 
 MICRO_BATCHES = (16, 8, 4, 2, 1)
 TENSOR, CONTEXT, EXPERT, SHARDED = (1, 2, 4, 8), (1, 2, 8), (1, 8, 64), (64, 512)

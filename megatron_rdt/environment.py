@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_rdt.errors import ConfigError, LaunchError
+from megatron_rdt.errors import LaunchError
 from megatron_rdt.terminal import flush_output
 
 DEFAULT_MASTER = ("127.0.0.1", "29500")
@@ -141,10 +141,8 @@ def find_own_address() -> str | None:
 
 
 def read_meeting_point() -> tuple[str, int]:
-    """Return host and port at which rank 0 holds the store by which the ranks meet; ConfigError if the port is no number."""
+    """Return host and port at which rank 0 holds the store by which the ranks meet."""
     host, port = (os.environ.get(name, other) for name, other in zip(("MASTER_ADDR", "MASTER_PORT"), DEFAULT_MASTER))
-    if not port.isdecimal():
-        raise ConfigError(f"MASTER_PORT is {port!r}, it must be a number.")
     return host, int(port)
 
 
@@ -181,17 +179,6 @@ def is_store_in_launcher() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def master_address() -> tuple[str, int]:
-    """Return host and port at which the processes of a launcher meet."""
-    host, port = (os.environ.get(name, other) for name, other in zip(("MASTER_ADDR", "MASTER_PORT"), DEFAULT_MASTER))
-    return host, int(port)
-
-
-def node_name() -> str:
-    """Return the name that Slurm gives this node or, without it, its host name."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
 def record_collectives(dump_prefix: Path) -> None:
     """Make torch keep its last collectives and, where NCCL times out, write them to this path and the rank.
 
@@ -210,6 +197,15 @@ def record_collectives(dump_prefix: Path) -> None:
 def usable_cores() -> int:
     """Return the number of cores that this process may run on; a container or a job has fewer than the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def read_job_memory() -> int | None:
+    """Return the bytes of memory that Slurm gave this job on this node; None outside a job, or where it set no limit."""
+    megabytes = os.environ.get("SLURM_MEM_PER_NODE", "")
+    per_core, cores = os.environ.get("SLURM_MEM_PER_CPU", ""), os.environ.get("SLURM_CPUS_ON_NODE", "")
+    if per_core.isdecimal() and cores.isdecimal():
+        megabytes = str(int(per_core) * int(cores))
+    return int(megabytes) << 20 if megabytes.isdecimal() and int(megabytes) else None
 
 
 def count_threads(processes: int) -> int:

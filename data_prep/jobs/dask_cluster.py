@@ -21,12 +21,13 @@ import dask.config
 from distributed import Client, Future, LocalCluster, Worker, get_worker
 from distributed.client import FutureCancelledError
 from distributed.scheduler import KilledWorker
+from distributed.system import MEMORY_LIMIT
 
 from data_prep.config import PrepConfig
 from data_prep.jobs.progress import Progress, count_step
 from data_prep.jobs.steps import RunSteps, Step
 from data_prep.jobs.working_directory import Job, hash_code
-from megatron_rdt.environment import usable_cores
+from megatron_rdt.environment import read_job_memory, usable_cores
 from megatron_rdt.errors import ConfigError, DataError, LaunchError
 from megatron_rdt.files import TEMPORARY_SUFFIX
 
@@ -181,8 +182,8 @@ def _take_result(future: Future, step: Step) -> tuple[int, int]:
     except KilledWorker as error:
         raise DataError(
             f"{step.name} was begun {error.allowed_failures + 1} times, and each time its worker process died: it was killed, "
-            "probably because memory ran out, or it crashed. Lower --workers, or free memory; if that does not help, halve "
-            "--sources until the file is found, and report it."
+            "probably because it took more than its share of the memory, or it crashed. Lower --workers, or free memory; if "
+            "that does not help, halve --sources until the file is found, and report it."
         ) from None
     except FutureCancelledError:
         raise LaunchError(
@@ -226,6 +227,7 @@ def open_cluster(config: PrepConfig, root: Path) -> Iterator[RunSteps]:
 def _start_workers(config: PrepConfig, root: Path) -> Iterator[Client]:
     """Yield a client of new worker processes that only this machine reaches, and end them at once after the block."""
     address = f"{LOOPBACK}:{config.dashboard}"
+    workers = config.workers or usable_cores()
     settings = dict(LOCAL_SETTINGS)
     if not config.dashboard:
         settings["distributed.scheduler.http.routes"] = []
@@ -237,8 +239,9 @@ def _start_workers(config: PrepConfig, root: Path) -> Iterator[Client]:
             with _handle_signal(signal.SIGINT, signal.SIG_IGN):
                 cluster = stack.enter_context(
                     LocalCluster(
-                        n_workers=config.workers or usable_cores(),
+                        n_workers=workers,
                         threads_per_worker=1,
+                        memory_limit=min(MEMORY_LIMIT, read_job_memory() or MEMORY_LIMIT) // workers,
                         host=LOOPBACK,
                         local_directory=str(root / f"workers{TEMPORARY_SUFFIX}"),
                         silence_logs=logging.CRITICAL,

@@ -10,7 +10,7 @@ from data_prep.jobs.progress import Progress, count_step
 from data_prep.jobs.steps import RunSteps, Step
 from data_prep.jobs.working_directory import Job
 
-SMALL_BYTES = 4_000_000  # work that takes no longer than workers take to start
+SMALL_BYTES = 16_000_000  # work for which two workers take as long as this process alone, their start included
 
 
 def run_in_this_process(job: Job, steps: list[Step], progress: Progress) -> None:

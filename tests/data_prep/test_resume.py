@@ -1,5 +1,6 @@
 """Prep that is killed, or loses workers, and is started again with the same or other options and files."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -8,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -300,32 +302,41 @@ def raise_disk_full(*arguments: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-def kill_process_then_scan(marker: str, times: int, *arguments: object) -> None:
-    """Scan a part, but before that kill this process if that has not been done so many times."""
-    with open(marker, "a+b") as file:
-        file.write(b"x")
-        file.flush()
-        if os.fstat(file.fileno()).st_size <= times:
-            os.kill(os.getpid(), signal.SIGKILL)
+def kill_process_once(marker: str, *arguments: object) -> None:
+    """Scan a part, but before that kill this process if that has not been done yet."""
+    with contextlib.suppress(FileExistsError), open(marker, "x"):
+        os.kill(os.getpid(), signal.SIGKILL)
     scan_part(*arguments)  # type: ignore[arg-type]
+
+
+def take_too_much_memory(*arguments: object) -> None:
+    held = bytearray(b"x" * 700_000_000)
+    time.sleep(20)
+    raise AssertionError(f"{len(held)} bytes were allowed")
 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("times", [1, 1000])
-def test_killed_workers(
-    times: int, source: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_step_of_a_killed_worker_is_repeated(
+    source: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The step of a killed worker is repeated; one that kills every worker that begins it is named."""
-    patched = functools.partial(kill_process_then_scan, str(tmp_path / "marker"), times)
-    monkeypatch.setattr(pipeline, "scan_part", patched)
-    options = config(source, tmp_path / "out", workers=2)
-    if times == 1:
-        assert read_files(prepare(options)) == read_files(undisturbed)
-        return
-    with pytest.raises(DataError, match=r"scan-part-0000\d was begun 3 times, and each time its worker process died"):
-        prepare(options)
-    assert os.listdir(tmp_path) == ["marker"]
+    monkeypatch.setattr(pipeline, "scan_part", functools.partial(kill_process_once, str(tmp_path / "marker")))
+    prepare(config(source, tmp_path / "out", workers=2))
+    assert read_files(tmp_path / "out") == read_files(undisturbed)
+    assert sorted(os.listdir(tmp_path)) == ["marker", "out"]
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+def test_a_step_that_needs_too_much_memory_is_named(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a job of Slurm that has 1,200 MiB: its kernel may kill anything, so workers stay below their shares."""
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "1200")
+    monkeypatch.setattr(pipeline, "scan_part", take_too_much_memory)
+    with pytest.raises(DataError, match=r"scan-part-0000\d was begun 3 times, .* more than its share of the memory"):
+        prepare(config(source, tmp_path / "out", workers=2))
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.distributed

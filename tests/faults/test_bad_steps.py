@@ -14,7 +14,7 @@ from tests.distributed.training import train_on
 from tests.faults.conftest import RecordCost
 from tests.faults.poisoned_rank import train_poisoned
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(280)]
 
 ENGINES = {
     "ddp": ["--parallel.engine=ddp"],
@@ -26,7 +26,7 @@ ENGINES = {
 
 def finish(ranks: Ranks) -> str:
     """Wait until a run has ended well; return the output of rank 0."""
-    assert ranks.wait(100) == [0, 0], ranks.format_report()
+    assert ranks.wait(120) == [0, 0], ranks.format_report()
     return ranks.read_output(0)
 
 
@@ -126,7 +126,7 @@ def test_a_loss_spike_on_one_rank(
     options += [f"--train.on_spike={reaction}", "--depth.scheme=fixed", "--checkpoint.every=1", "--checkpoint.keep=0"]
     options += ["--train.steps=23"]
     with start_ranks(train_poisoned, 2, options, 1, "loss", "large", (21,), group=False) as ranks:
-        assert ranks.wait(100) == [int(reaction == "stop")] * 2, ranks.format_report()
+        assert ranks.wait(120) == [int(reaction == "stop")] * 2, ranks.format_report()
         texts = [ranks.read_output(rank) for rank in range(2)]
     if reaction == "skip":
         assert "is a spike, step skipped" in texts[0]

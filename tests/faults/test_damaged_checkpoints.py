@@ -55,7 +55,7 @@ def renew(checkpoint: Path) -> str:
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(280)
 @pytest.mark.parametrize("damage", [cut, flip, remove, renew])
 def test_the_newest_is_damaged(
     damage: Callable[[Path], str], finished: tuple[Path, list[str]], tmp_path: Path, record_cost: RecordCost
@@ -81,7 +81,7 @@ def test_the_newest_is_damaged(
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(280)
 def test_all_but_one_are_damaged(finished: tuple[Path, list[str]], tmp_path: Path, record_cost: RecordCost) -> None:
     """The intact one stays, though it is the oldest and only one is to be kept, until there are newer ones."""
     run, options = Path(shutil.copytree(finished[0], tmp_path / "r")), finished[1]

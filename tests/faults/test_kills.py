@@ -143,7 +143,7 @@ class KilledRun:
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_killed_again_and_again(tmp_path: Path, faulty_options: list[str], record_cost: RecordCost) -> None:
     options = [*faulty_options, f"--run.root={tmp_path}", f"--train.steps={STEPS}", f"--checkpoint.every={EVERY}"]
     train_on(2, [*options, "--run.name=straight"])

@@ -49,7 +49,7 @@ def start_on_host(options: list[str], host: str, has_locks: bool) -> Iterator[Ra
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(280)
 @pytest.mark.parametrize("has_locks", [True, False])
 def test_the_second_job_is_refused(
     has_locks: bool, tmp_path: Path, faulty_options: list[str], record_cost: RecordCost
@@ -63,7 +63,7 @@ def test_the_second_job_is_refused(
             pytest.skip("a host name of its own (unshare --uts) is not allowed here")
         before = len(read_losses(run))
         with start_on_host(options, "node-b", has_locks) as second:
-            assert second.wait(60)[0] == 1, second.format_report()
+            assert second.wait(120)[0] == 1, second.format_report()
             refused = second.read_output(0)
         assert f"another process is writing {run}. Wait for it, end it, or choose another --run.name." in refused
         assert f" It is process {first.processes[0].pid} of " in refused
@@ -79,7 +79,7 @@ def test_the_second_job_is_refused(
     with start_on_host(options, "node-b", has_locks) as third:
         wait_for_taking(run, third)
         waited = time.monotonic() - began
-        assert third.wait(60) == [0, 0], third.format_report()
+        assert third.wait(120) == [0, 0], third.format_report()
     assert waited > STALE_S
     train_on(2, [*options, "--run.name=straight"])
     assert read_losses(run) == read_losses(tmp_path / "straight")

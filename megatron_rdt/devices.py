@@ -29,6 +29,11 @@ class Device:
     memory_bandwidth: float = 3.35e12
 
     @property
+    def has_float8(self) -> bool:
+        """True if it multiplies float8 numbers."""
+        return self.name in FLOAT8_DEVICES
+
+    @property
     def is_gpu(self) -> bool:
         """True if its kernels are those of a GPU."""
         return self.name != "CPU"
@@ -40,6 +45,7 @@ class Rates:
 
     Attributes:
         products, tf32_products, float32_products: FLOP/s of matrix products by type.
+        float8_products: those of float8, where the device has them.
         attention: FLOP/s of attention kernels, causal ones counted as half.
         memory: bytes per second.
         peak: of dense bfloat16 products by its data sheet, FLOP/s; utilisation is measured against it.
@@ -48,6 +54,7 @@ class Rates:
     products: float
     tf32_products: float
     float32_products: float
+    float8_products: float
     attention: float
     memory: float
     peak: float
@@ -56,11 +63,13 @@ class Rates:
 def attained_rates(device: Device) -> Rates:
     """Return the rates that a device is taken to attain: the shares of its peaks that an H100 does.
 
-    Those are 600 TFLOP/s in bfloat16 products, 300 in TF32, 50 in float32, 400 in attention, and 2.7 TB/s.
+    Those are 600 TFLOP/s in bfloat16 products, 300 in TF32, 50 in float32, 1,000 in float8 (half of its peak, where bfloat16
+    has 61 %), 400 in attention, and 2.7 TB/s.
     """
     share = device.peak_flops / 989e12
     memory = 2.7 / 3.35 * device.memory_bandwidth
-    return Rates(600e12 * share, 300e12 * share, 50e12 * share, 400e12 * share, memory, device.peak_flops)
+    products = 600e12 * share, 300e12 * share, 50e12 * share, 1000e12 * share
+    return Rates(*products, 400e12 * share, memory, device.peak_flops)
 
 
 # Dense bfloat16 peak of one device in FLOP/s, from data sheets (without sparsity); of an MI250X, one of its two dies, which
@@ -77,6 +86,8 @@ PEAK_BF16_FLOPS = {
     "B200": 2250e12,
     "MI250X": 191.5e12,
 }
+
+FLOAT8_DEVICES = {"H100", "H200", "B200", "L40S"}
 
 GIB = 2**30
 NVLINK3, NVLINK4, NVLINK5, PCIE4 = 300e9, 450e9, 900e9, 32e9

@@ -12,6 +12,7 @@ from megatron_rdt.model import CoreMonitor
 from megatron_rdt.model.initial_noise import normal_noise
 from megatron_rdt.model.moe import grouped_linear
 from megatron_rdt.parallel import Engine, MicroBatch
+from megatron_rdt.parallel.process_group import has_float8
 from megatron_rdt.train.nonfinite_guard import is_step_finite
 
 WIDE = ["model.dim=512", "model.ffn_dim=1024", "model.vocab_size=4096", "depth.backprop=2"]
@@ -29,10 +30,18 @@ CASES: dict[str, tuple[list[str], bool]] = {
     "linear injection": (["model.injection=linear", "model.heads=4", "model.kv_heads=2"], False),
     "ACT": (["model.halting=act", "model.heads=4", "model.kv_heads=2"], False),
 }
+# Precision, compile, float8 of each comparison; float8 in the first of these cases only, and where the device has it.
+KINDS = (
+    ("float32", "none", "none"),
+    ("bfloat16", "none", "none"),
+    ("bfloat16", "layers", "none"),
+    ("bfloat16", "layers", "matrix_products"),
+)
+IN_FLOAT8 = ("heads of 128", "latent attention")
 LOOPS = (4, 2)
 # Largest error of a gradient: on the CPU 1e-6 in float32 and .014 in bfloat16; a wrong mask, scale or sum is off by its own
 # size.
-FLOAT32_ERROR, BFLOAT16_ERROR = 1e-4, 0.05
+FLOAT32_ERROR, BFLOAT16_ERROR, FLOAT8_ERROR = 1e-4, 0.05, 0.3
 LOSS_ERROR = 0.01
 
 
@@ -53,12 +62,14 @@ def check_initial_weights(machine: Machine) -> Iterator[Finding]:
 
 
 def compare_attention(machine: Machine) -> Iterator[Finding]:
-    """Loss and gradients of each kind of layer: float32 against float64 on the CPU; bfloat16 and compiled against float32."""
+    """Loss and gradients of each kind of layer: float32 against float64 on the CPU; bfloat16, compiled and float8 too."""
     for name, (words, documents) in CASES.items():
         loops = LOOPS if "depth.per=sequence" in words else (LOOPS[0],) * 2
         reference: tuple[float, dict[str, torch.Tensor]] | None = None
-        for precision, compiled in (("float32", "none"), ("bfloat16", "none"), ("bfloat16", "layers")):
-            settings = [f"train.precision={precision}", f"train.compile={compiled}"]
+        for precision, compiled, float8 in KINDS:
+            if float8 != "none" and (machine.dry or name not in IN_FLOAT8 or not has_float8(machine.device)):
+                continue
+            settings = [f"train.precision={precision}", f"train.compile={compiled}", f"train.float8={float8}"]
             with freed_memory(machine):
                 config = machine.load_config([*WIDE, *words, *settings])
                 engine = machine.build_engine(config)
@@ -68,8 +79,10 @@ def compare_attention(machine: Machine) -> Iterator[Finding]:
                     reference = take_reference(machine, words, engine, loops, documents)
             error, worst = compare_gradients(gradients, reference[1])
             gap, limit = abs(loss - reference[0]), FLOAT32_ERROR if precision == "float32" else BFLOAT16_ERROR
+            limit = limit if float8 == "none" else FLOAT8_ERROR
+            label = precision if float8 == "none" else "float8"
             yield Finding(
-                f"{name}, {precision}{', compiled' if compiled == 'layers' else ''}",
+                f"{name}, {label}{', compiled' if compiled == 'layers' else ''}",
                 f"loss off by {gap:.1e}, gradients by at most {error:.1e} ({worst})",
                 error < limit and gap < LOSS_ERROR,
                 {"loss_error": gap, "gradient_error": error},

@@ -60,7 +60,11 @@ def _find_operator(kernel: Any) -> torch.fx.Node | None:
 
 def _describe(node: Any) -> Kernel:
     """Return what a node of the scheduler moves and computes."""
+    from torch._inductor import ir
+
     moved = float(node.get_read_write_buffers_sizes())
+    if isinstance(node.node, ir._CollectiveKernel):
+        return Kernel("collective", moved, 0.0, None)
     origin = _find_operator(node.node) if node.is_extern() else None
     if origin is None:
         return Kernel("fused", moved, 0.0, None)

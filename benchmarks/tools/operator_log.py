@@ -36,7 +36,16 @@ IDLE = {
     "is_same_size",
 }
 # Matrix products, and the position of their first matrix.
-PRODUCTS = {"mm": 0, "bmm": 0, "_grouped_mm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "add_product_": 1}
+PRODUCTS = {
+    "_scaled_mm": 0,
+    "mm": 0,
+    "bmm": 0,
+    "_grouped_mm": 0,
+    "addmm": 1,
+    "addmm_": 1,
+    "baddbmm": 1,
+    "add_product_": 1,
+}
 # Operators that read nothing of their arguments.
 CREATORS = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
 # Operators that read only some rows of their first argument.
@@ -166,6 +175,8 @@ class OperatorLog(TorchDispatchMode):
 
     def _product_rate(self, dtype: torch.dtype | None) -> float:
         """FLOP/s of products of tensors of this type."""
+        if dtype == torch.float8_e4m3fn:
+            return self.rates.float8_products
         if dtype not in (torch.float32, torch.float64):
             return self.rates.products
         tf32 = torch.get_float32_matmul_precision() != "highest" or torch.backends.cuda.matmul.allow_tf32

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_rdt.config.deepspeed import find_deepspeed_problems
 from megatron_rdt.config.engines import AXES, PROPOSED, engines_with, join_names
+from megatron_rdt.config.float8_checks import find_float8_problems
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.config.mixture_weights import integer_weights
 from megatron_rdt.config.parallel_checks import find_parallel_problems
@@ -258,6 +259,7 @@ def _find_training_problems(config: RunConfig) -> Iterator[str]:
             "depth.checkpoint selective cannot look into compiled layers, which by themselves keep the results of matrix "
             "products and recompute what is cheap. Set --depth.checkpoint none, per_layer or per_iteration."
         )
+    yield from find_float8_problems(config)
     every, milestones = config.checkpoint.every, config.checkpoint.milestones
     if milestones and (not every or milestones % every):
         yield (

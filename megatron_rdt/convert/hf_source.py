@@ -21,8 +21,8 @@ MODULES = (megatron_rdt.config.ranges, megatron_rdt.config.model, megatron_rdt.d
 # Files of megatron_rdt/model, each after those whose names it uses while it is imported (base classes, defaults).
 PARTS = (
     "transfer", "attention/masks", "cross_entropy", "token_split", "attention/kernels", "attention/kv_cache",
-    "forward_context", "monitor", "halting/active_tokens", "linear", "norm", "attention/rope", "feedforward", "moe",
-    "attention/mla", "attention/gqa", "iteration_signals", "layer", "activation_checkpointing", "injection/base",
+    "forward_context", "monitor", "halting/active_tokens", "float8", "linear", "norm", "attention/rope", "feedforward",
+    "moe", "attention/mla", "attention/gqa", "iteration_signals", "layer", "activation_checkpointing", "injection/base",
     "injection/diagonal", "injection/*", "halting/trained", "halting/exit_rules", "forward_arguments", "initial_state", "core",
     "halting/adaptive_loop", "training_losses", "rdt", "initial_noise", "initialization",
 )  # fmt: skip

@@ -6,7 +6,7 @@ code of its own, since a size of 1 broadcasts.
 
 In a layer with experts two graphs are compiled, what comes before the choice of experts and what follows their products; the
 experts themselves are not. Of the loss, what follows the product with the output matrix is compiled; so is the initial state's
-noise.
+noise, and the rounding of the core's matrices to float8.
 
 Only training runs compiled code. Evaluation, generation and the monitor of the Jacobian, which differentiates through an
 iteration twice, run the layers uncompiled.
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from megatron_rdt.model.attention.kernels import BlockwiseMask
 from megatron_rdt.model.cross_entropy import score_chunk
 from megatron_rdt.model.feedforward import gated_silu
+from megatron_rdt.model.float8 import round_matrix
 from megatron_rdt.model.forward_context import LayerContext
 from megatron_rdt.model.initial_state import DrawNoise, draw_normal
 from megatron_rdt.model.iteration_signals import Modulations
 from megatron_rdt.model.layer import Layer
-from megatron_rdt.model.linear import add_product
+from megatron_rdt.model.linear import Linear, add_product
 from megatron_rdt.model.moe import MixtureOfExperts
 
 # Kinds of layer (prelude, core and coda, with value embeddings and without) times 4 graphs each. Were there more, then
@@ -116,8 +117,11 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     # gradients are complete only after the backward pass of its first iteration, so that would gain nothing.
     torch._dynamo.config.optimize_ddp = False
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
+    round_float8 = torch.compile(round_matrix, backend=backend, fullgraph=True, dynamic=False)  # a graph for each shape
     for module in list(model.modules()):
         if isinstance(module, Layer):
             module.compiled = CompiledLayer(module, backend)
+        elif isinstance(module, Linear) and module.round_float8 is not None:
+            module.round_float8 = round_float8
     model.compiled_score = torch.compile(score_chunk, backend=backend, fullgraph=True)  # type: ignore[assignment]
     model.compiled_noise = _compile_noise(backend)  # type: ignore[assignment]

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_rdt.config import ModelConfig
-from megatron_rdt.model.attention.gqa import ATTENTIONS
+from megatron_rdt.model.attention.gqa import ATTENTIONS, TokenValues
 from megatron_rdt.model.feedforward import FEEDFORWARDS
+from megatron_rdt.model.float8 import round_matrix
 from megatron_rdt.model.forward_context import LayerContext
 from megatron_rdt.model.iteration_signals import Modulations
-from megatron_rdt.model.linear import list_rounded, use_rounded
+from megatron_rdt.model.linear import Linear, list_rounded, use_rounded
 from megatron_rdt.model.moe import MixtureOfExperts
 from megatron_rdt.model.norm import RMSNorm
 
@@ -147,3 +148,16 @@ class Layer(nn.Module):
         if self.norm_placement == "sandwich":
             return outer(x + output)
         return x + outer(output.to(x.dtype))
+
+
+def multiply_in_float8(model: nn.Module) -> None:
+    """Let the matrices of attention and dense feed-forward parts of all layers multiply in float8 in training.
+
+    The gates of value embeddings read 32 channels, too few to gain anything.
+    """
+    for layer in model.modules():
+        if isinstance(layer, Layer):
+            gates = {part.gate for part in layer.modules() if isinstance(part, TokenValues)}
+            for part in layer.modules():
+                if isinstance(part, Linear) and part not in gates:
+                    part.round_float8 = round_matrix

@@ -6,7 +6,7 @@ over the iterations in float32 and in place (`GradientSum`): autograd would writ
 No autocast is involved, so nothing that was rounded without gradient is ever reused with it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from megatron_rdt.model.float8 import Float8Matrix, Float8Rows, multiply_rows, round_matrix, round_rows
 
 
 class GradientSum:
@@ -63,16 +65,28 @@ class RoundedMatrix:
         matrix: the weight, rounded, without gradient.
         sum: of its gradients; None where none are computed.
         anchor: the weight's place in autograd's graph, see `_HandOver`; None if `sum` is.
+        float8: the weight in float8, of which `matrix` is a part then; None where products are in the compute dtype.
     """
 
     matrix: Tensor
     sum: GradientSum | None = None
     anchor: Tensor | None = None
+    float8: Float8Matrix | None = None
 
 
-def _round_matrix(weight: Tensor, dtype: torch.dtype, kind: type[GradientSum], waits: bool) -> RoundedMatrix:
-    """Return a weight rounded to `dtype`, with a sum of `kind` where gradients are computed."""
-    rounded = RoundedMatrix(weight.detach().to(dtype))
+RoundFloat8 = Callable[[Tensor], Float8Matrix]
+"""`round_matrix`, compiled or not."""
+
+
+def _round_matrix(
+    weight: Tensor, dtype: torch.dtype, kind: type[GradientSum], waits: bool, round_float8: RoundFloat8 | None
+) -> RoundedMatrix:
+    """Return a weight rounded to `dtype` or to float8, with a sum of `kind` where gradients are computed."""
+    if round_float8 is not None:
+        float8 = round_float8(weight.detach())
+        rounded = RoundedMatrix(float8.rows.values, float8=float8)
+    else:
+        rounded = RoundedMatrix(weight.detach().to(dtype))
     if torch.is_grad_enabled() and weight.requires_grad:
         rounded.sum = kind(weight, waits)
         rounded.anchor = _HandOver.apply(weight, rounded.sum)
@@ -93,8 +107,9 @@ def round_weights(module: nn.Module, dtype: torch.dtype, waits: bool = False) ->
     for owner in module.modules():
         matrices = {name: getattr(owner, name) for name in getattr(owner, "MULTIPLIED", ())}
         if any(matrix.dtype != dtype for matrix in matrices.values()):
-            kind: Any = owner.SUM
-            found.append((owner, {name: _round_matrix(each, dtype, kind, waits) for name, each in matrices.items()}))
+            in_float8 = getattr(owner, "multiplies_float8", False)
+            options: Any = owner.SUM, waits, owner.round_float8 if in_float8 else None
+            found.append((owner, {name: _round_matrix(each, dtype, *options) for name, each in matrices.items()}))
     return found
 
 
@@ -171,14 +186,51 @@ class _SummedLinear(torch.autograd.Function):
         (grad,) = grads
         x, matrix = ctx.saved_tensors
         grad_x = grad @ matrix if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return grad_x, None, None, None
-        left, right = grad.flatten(0, -2).T, x.flatten(0, -2)
-        if torch.compiler.is_compiling():  # the same as an operator, which `megatron_rdt.model.compiling` defines
-            torch.ops.megatron_rdt.add_product_(ctx.total, left, right)
-        else:
-            add_product(ctx.total, left, right)
-        return grad_x, grad.new_empty(0, dtype=ctx.total.dtype), None, None
+        return grad_x, _add_weight_gradient(ctx.total, grad, x) if ctx.needs_input_grad[1] else None, None, None
+
+
+def _add_weight_gradient(total: Tensor, grad: Tensor, x: Tensor) -> Tensor:
+    """Add grad^T x over all rows to `total`; return the gradient of the anchor, without elements."""
+    left, right = grad.flatten(0, -2).T, x.flatten(0, -2)
+    if torch.compiler.is_compiling():  # the same as an operator, which `megatron_rdt.model.compiling` defines
+        torch.ops.megatron_rdt.add_product_(total, left, right)
+    else:
+        add_product(total, left, right)
+    return grad.new_empty(0, dtype=total.dtype)
+
+
+class _Float8Linear(torch.autograd.Function):
+    """y = x W^T and the gradient of x in float8; that of W is a product in the dtype of x, added to a total if there is one.
+
+    In float8 the gradient of W would need both factors rounded once more, along their columns, and could not be added in
+    place: at the widths of the presets that takes about the time which the product saves.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, rows: Tensor, row_scales: Tensor, columns: Tensor, column_scales: Tensor,
+        total: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """Return x W^T in the dtype of x; save x and the columns of W. `weight` is the anchor where there is a total."""
+        ctx.save_for_backward(x, columns, column_scales)
+        ctx.total, ctx.weight_dtype = total, weight.dtype  # the total is not saved, as in `_SummedLinear`
+        left = round_rows(x.flatten(0, -2))
+        return multiply_rows(left, Float8Rows(rows, row_scales), x.dtype).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x and W, or of the anchor."""
+        (grad,) = grads
+        x, columns, scales = ctx.saved_tensors
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            left = round_rows(grad.flatten(0, -2))
+            grad_x = multiply_rows(left, Float8Rows(columns, scales), grad.dtype).unflatten(0, grad.shape[:-1])
+        if ctx.needs_input_grad[1] and ctx.total is not None:
+            grad_weight = _add_weight_gradient(ctx.total, grad, x)
+        elif ctx.needs_input_grad[1]:
+            grad_weight = weight_gradient(grad, x, ctx.weight_dtype)
+        return grad_x, grad_weight, *[None] * 5
 
 
 def linear(x: Tensor, weight: Tensor, rounded: Tensor | None = None) -> Tensor:
@@ -201,6 +253,7 @@ class Linear(nn.Linear):
 
     Attributes:
         rounded: within `use_rounded`, the weight in the compute dtype.
+        round_float8: rounds the weight for products in float8 in training; None multiplies in the dtype of the input.
     """
 
     MULTIPLIED: ClassVar[tuple[str, ...]] = ("weight",)
@@ -209,6 +262,12 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
         self.rounded: dict[str, RoundedMatrix] = {}
+        self.round_float8: RoundFloat8 | None = None
+
+    @property
+    def multiplies_float8(self) -> bool:
+        """True if the next product is in float8: in training only, so that a validation loss is that of the exported model."""
+        return self.round_float8 is not None and self.training
 
     def reset_parameters(self) -> None:
         """Leave the weight as it is: `megatron_rdt.model.initialize` fills it, keyed by its name."""
@@ -216,6 +275,15 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the map in the dtype of `x`."""
         rounded = self.rounded.get("weight")
+        if self.multiplies_float8 and x.dtype != self.weight.dtype:  # the Jacobian's products are wider
+            matrix = None if rounded is None else rounded.float8
+            (rows, columns), sums = (
+                matrix or round_matrix(self.weight.detach()),
+                None if rounded is None else rounded.sum,
+            )
+            if rounded is None or sums is None:
+                return _Float8Linear.apply(x, self.weight, *rows, *columns, None)
+            return _Float8Linear.apply(x, rounded.anchor, *rows, *columns, sums.total)
         if rounded is None or rounded.sum is None:
             return linear(x, self.weight, None if rounded is None else rounded.matrix)
         return _SummedLinear.apply(x, rounded.anchor, rounded.matrix, rounded.sum.total)

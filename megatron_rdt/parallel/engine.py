@@ -23,6 +23,7 @@ from megatron_rdt.depth.plan import DepthPlan
 from megatron_rdt.model import CoreMonitor, InitialValues, RecurrentDepthTransformer
 from megatron_rdt.model.activation_checkpointing import set_checkpointing
 from megatron_rdt.model.compiling import compile_layers
+from megatron_rdt.model.layer import multiply_in_float8
 from megatron_rdt.object_collectives import StoreMessages, rank_and_world_size
 from megatron_rdt.parallel.dtensor_views import local_shard
 from megatron_rdt.parallel.host_groups import HostGroups
@@ -164,6 +165,8 @@ class Engine(ABC):
         model.z_weight = self.config.train.z_loss
         # In float32 nothing is rounded, and looking at ZeRO-3's weights would gather them.
         model.core.rounds_once = model.compute_dtype is not None and self.config.parallel.core_gather == "once"
+        if self.config.train.float8 == "matrix_products":
+            multiply_in_float8(model)
         if self.config.train.compile == "layers":
             compile_layers(model)
 

@@ -28,11 +28,14 @@ from megatron_rdt.run_directory import HANG, run_directory_of
 
 NCCL_EXTRA_S = 30.0
 STORE_KEY = "megatron_rdt/address of rank 0's store"
+FLOAT8_CAPABILITY = (8, 9)  # of the first GPUs with products of float8 numbers: Ada, then Hopper
 
 
 def join_process_group(config: RunConfig, process: ProcessInfo) -> torch.device:
     """Set up this process's device and return it; join the process group unless the engine runs on one process."""
     device = choose_device(config.train.device, process)
+    if config.train.float8 != "none":
+        require_float8(device)
     if device.type == "cuda":
         _set_up_gpu(device, config)
         process = replace(process, local_rank=device.index)  # DeepSpeed takes the GPU whose number is the local rank
@@ -134,6 +137,25 @@ def choose_device(wanted: str, process: ProcessInfo) -> torch.device:
             "GPU, or use --train.device cpu."
         )
     return torch.device("cuda", process.local_rank)
+
+
+def has_float8(device: torch.device) -> bool:
+    """Return True if the device multiplies float8 numbers."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
+
+
+def require_float8(device: torch.device) -> None:
+    """Raise ConfigError unless the device multiplies float8 numbers."""
+    if has_float8(device):
+        return
+    found = "a CPU"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        found = f"{torch.cuda.get_device_name(device)}, of compute capability {major}.{minor}"
+    raise ConfigError(
+        "train.float8 matrix_products needs a GPU that multiplies float8 numbers, of compute capability 8.9 or more (L40S, "
+        f"H100, H200, B200); this is {found}. Set --train.float8 none."
+    )
 
 
 def allow_tf32(precision: str) -> None:

@@ -26,6 +26,8 @@ ATTENTION_BACKWARD = 2.5  # five products where the forward pass has two: flash 
 # Bytes per number: rounding to bfloat16 (read 4, write 2), adding to a sum (read 8, write 4), the norm and scaling of a
 # gradient (read 4; read and write 4), a moment or weight that an optimizer updates (read and write 4).
 ROUND, ADD, CLIP, UPDATE = 6, 12, 12, 8
+# What rounding to float8 adds per number of a product's left factor; kernels per product, some of which share a factor. Fitted.
+FLOAT8_ROUND, FLOAT8_KERNELS = 3, 0.7
 NOISE = 308  # bytes moved per number of a drawn initial state: about 27 operators of hashing and of the normal quantile
 
 
@@ -108,6 +110,15 @@ class StepKernels:
         outside = parameter.unit == CORE and not parameter.name.startswith("core.layers.")
         return outside or parameter.name.endswith("router") or self.shape.element_bytes == FLOAT32
 
+    def _is_float8(self, parameter: Parameter) -> bool:
+        """Return True for a matrix that multiplies inputs and their gradients in float8."""
+        if self.config.train.float8 == "none" or self._is_wide(parameter) or len(parameter.shape) != 2:
+            return False
+        return (
+            any(part in parameter.name for part in (".attention.", ".feedforward."))
+            and "token_values" not in parameter.name
+        )
+
     def _products(self, parameter: Parameter, backward: bool) -> Cost:
         """Return the cost of one use of a matrix, or of one expert's matrices: x W^T, or the gradients of x and W."""
         *experts, outputs, inputs = parameter.local_shape(self.layout)
@@ -121,15 +132,21 @@ class StepKernels:
         flops, matrix = 2 * rows * inputs * outputs, float(inputs * outputs * (experts[0] if experts else 1))
         ends = element * rows * (inputs + outputs)
         first = max(flops / rate, (ends + element * matrix) / self.rates.memory)
+        kernels = 1.0
+        if self._is_float8(parameter):
+            kernels += FLOAT8_KERNELS
+            left = rows * (outputs if backward else inputs)
+            first = max(flops / self.rates.float8_products, (ends + matrix) / self.rates.memory)
+            first += FLOAT8_ROUND * left / self.rates.memory
         if not backward:
-            return Cost(first, 1)
+            return Cost(first, kernels)
         gradient = element if experts else FLOAT32  # a grouped product's is rounded, then widened
         second = max(flops / rate, (ends + gradient * matrix) / self.rates.memory)
         if experts and self._sums_in_place and self.policy.name == "none":
             # The rows are moved together, for one product at the end.
             return Cost(first + second, 2) + self._move(2 * ends, 2)
         widened = self._move(ROUND * matrix, 1) if experts and not wide else Cost()
-        return Cost(first + second, 2) + widened
+        return Cost(first + second, 1 + kernels) + widened
 
     def _matrices(self, unit: str) -> list[Parameter]:
         """List the matrices of a unit that multiply each token."""

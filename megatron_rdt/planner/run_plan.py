@@ -12,7 +12,7 @@ from megatron_rdt.config import DepthConfig, RunConfig, check_config
 from megatron_rdt.config.engines import PROPOSED
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.depth import DepthSampler
-from megatron_rdt.devices import Device
+from megatron_rdt.devices import DEVICES, Device
 from megatron_rdt.errors import ConfigError
 from megatron_rdt.parallel.optimizers import check_no_weight_decay
 from megatron_rdt.planner.communication import Collectives
@@ -122,6 +122,16 @@ def make_layout(config: RunConfig, devices: int) -> Layout:
     return Layout.of(config.parallel, devices)
 
 
+def check_device(config: RunConfig, device: Device) -> None:
+    """Raise ConfigError if the config needs products that the device does not have."""
+    if config.train.float8 != "none" and not device.has_float8:
+        names = ", ".join(sorted(name for name, each in DEVICES.items() if each.has_float8))
+        raise ConfigError(
+            f"train.float8 {config.train.float8} needs a device that multiplies float8 numbers, which {device.name} does not. "
+            f"Set --device to one of {names}, or --train.float8 none."
+        )
+
+
 def make_plan(
     config: RunConfig, devices: int, device: Device, utilisation: float = 0.0, advise: bool = True
 ) -> RunPlan:
@@ -137,6 +147,7 @@ def make_plan(
     Raises:
         ConfigError: the config does not work on that many devices.
     """
+    check_device(config, device)
     layout = make_layout(config, devices)
     loops, with_grad, deepest = plan_depths(config.depth)
     mean = StepDepth(max(round(loops), 1), max(round(with_grad), 1))

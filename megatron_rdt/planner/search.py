@@ -126,6 +126,7 @@ def find_fastest_plan(
         device: kind of device.
         utilisation: see `make_plan`.
     """
+    run_plan.check_device(config, device)
     best = _Fastest(None, math.inf, math.inf)
     best = _find_faster(config, devices, device, utilisation, list_arrangements(config, devices), best)
     if best.config is None or best.config.parallel.core_gather != "once":

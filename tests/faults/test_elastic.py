@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.local_processes import find_free_port
-from tests.checkpoint.runs import read_losses
+from tests.checkpoint.runs import list_steps, read_losses
 from tests.distributed.launchers import ENDLESS, FAULTY_SCRIPT, Launched, make_command, start_launcher
 from tests.distributed.training import train_on
 from tests.faults.conftest import RecordCost
@@ -45,9 +45,9 @@ def test_a_node_goes_and_another_comes(tmp_path: Path, faulty_options: list[str]
     options = [*faulty_options, *ENDLESS, f"--run.root={tmp_path}", "--resume=auto", "--schedule.name=constant"]
     options += [f"--checkpoint.every={EVERY}"]
     words = ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=5", "--rdzv-backend=c10d", "--rdzv-id=r"]
-    words += [f"--rdzv-endpoint=127.0.0.1:{find_free_port()}", f"--rdzv-conf={RENDEZVOUS}"]
+    words += ["--local-addr=127.0.0.1", f"--rdzv-endpoint=127.0.0.1:{find_free_port()}", f"--rdzv-conf={RENDEZVOUS}"]
     command = make_command("torchrun", [*options, "--run.name=elastic"], words, FAULTY_SCRIPT)
-    slow = {"RDT_TEST_FAULT": "slow step all"}
+    slow = {"RDT_TEST_FAULT": "slow step all", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     run, output = tmp_path / "elastic", tmp_path / "output"
     with contextlib.ExitStack() as stack:
         nodes = [stack.enter_context(start_launcher(command, output, slow))]
@@ -70,7 +70,9 @@ def test_a_node_goes_and_another_comes(tmp_path: Path, faulty_options: list[str]
         for node in (nodes[0], nodes[2]):
             node.wait(60)
     assert again % EVERY, "torchrun asks its workers to stop when a node comes, and they save"
+    assert "saved; use --resume auto" in output.read_text().rpartition("2 x cpu")[2]
     losses = read_losses(run)
+    assert list_steps(run)[-1] == len(losses)
     assert list(losses) == list(range(1, len(losses) + 1))
     train_on(2, [*options, "--run.name=plain", f"--train.steps={len(losses)}"])
     plain = read_losses(tmp_path / "plain")

@@ -11,6 +11,7 @@ from launch.commands.convert import convert
 from launch.commands.eval import evaluate
 from launch.commands.generate import generate
 from launch.commands.plan import plan
+from launch.commands.preflight import preflight
 from launch.commands.prep import prep
 from launch.commands.quickstart import quickstart
 from launch.commands.report import report
@@ -37,6 +38,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": plan,
     "submit": submit,
     "status": status,
+    "preflight": preflight,
     "compare": compare,
     "scale": scale,
     "report": report,

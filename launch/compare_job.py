@@ -1,10 +1,10 @@
 """A comparison as a Slurm job array: a task for each arm, and a job after them that writes the table."""
 
 import shlex
-import sys
 from pathlib import Path
 from string import Template
 
+from launch.cluster_options import choose_python, format_setup
 from launch.commands.compare import Comparison, read_comparison
 from launch.slurm_job import (
     TEMPLATES,
@@ -30,6 +30,7 @@ TABLE_SCRIPT = """#!/bin/bash
 #SBATCH --output=$output
 $extra
 cd $root || exit 1
+$setup
 exec $python -m launch.cli compare $options --table
 """
 
@@ -43,6 +44,8 @@ def read_job(job: SubmitOptions) -> tuple[Comparison, list[str]]:
     check_job(job)
     if job.nodes != 1:
         raise ConfigError(f"--nodes is {job.nodes}, but each arm of a comparison has one node. Omit it.")
+    if job.container:
+        raise ConfigError("--container is for runs that srun starts, which the arms of a comparison are not. Omit it.")
     words = [
         "--config",
         job.config,
@@ -73,7 +76,8 @@ def render_array(job: SubmitOptions, comparison: Comparison, words: list[str], t
         root=shlex.quote(str(Path.cwd())),
         arms=" ".join(shlex.quote(arm.name) for arm in runner.arms),
         directory=shlex.quote(str(runner.directory)),
-        python=shlex.quote(sys.executable),
+        setup=format_setup(job),
+        python=choose_python(job),
         # The table's job trains nothing.
         options=shlex.join(word for word in words if is_array or word != "--retry"),
     )

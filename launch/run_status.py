@@ -22,7 +22,6 @@ from launch.slurm_queue import QueuedJob
 from megatron_rdt.config.batch_schedule import BatchSchedule
 from megatron_rdt.config.yaml_files import UniqueKeys
 from megatron_rdt.errors import CheckpointError
-from megatron_rdt.locks import is_locked
 from megatron_rdt.run_directory import CHECKPOINTS, FAILURE, HANG, JOBS, LATEST, LOCK
 from megatron_rdt.untrusted_files import parse_json
 
@@ -199,16 +198,13 @@ def _describe_failure(run: Path) -> str | None:
     return "rank 0 was killed, or its node went down: its lock was left behind" if (run / LOCK).exists() else None
 
 
-def _decide_state(status: RunStatus, run: Path) -> tuple[str, str]:
+def _decide_state(status: RunStatus, run: Path, is_held: bool) -> tuple[str, str]:
     """Return the state of a run whose other facts are filled in, and a clause on it."""
-    locked = is_locked(run / LOCK)
-    if locked:
+    if is_held:
         quiet_s = _find_hang(run)
         if quiet_s is None:
             return "running", ""
         return "hung", f"no rank has begun or ended a collective for {quiet_s:.0f} s; see {run / HANG}"
-    if locked is None:
-        return "unknown", f"the file system of {run} has no locks, so that nobody knows whether a process holds it"
     failure = _describe_failure(run)
     waiting = [job for job in status.jobs if job.state in WAITING]
     if waiting:
@@ -228,24 +224,27 @@ def _decide_state(status: RunStatus, run: Path) -> tuple[str, str]:
     return "stopped", "--resume auto continues it" if saved is not None else "it has no checkpoint"
 
 
-def read_status(run: Path, name: str, queued: Mapping[str, QueuedJob]) -> RunStatus:
+def read_status(run: Path, name: str, queued: Mapping[str, QueuedJob], is_held: bool) -> RunStatus:
     """Return the status of a run; one that cannot be read is "damaged", with the reason.
 
     Args:
         run: its directory.
         name: to call it by.
         queued: jobs in Slurm's queue by their numbers.
+        is_held: a living process holds its lock.
     """
     status = RunStatus(name)
     try:
         os.listdir(run)  # tells a folder that cannot be read from an empty one
+        if (run / LOCK).exists() and not os.access(run / LOCK, os.R_OK):
+            raise PermissionError(f"{run / LOCK} cannot be read, so nobody knows whether a process holds the run")
         status.checkpoint = _find_checkpoint(run, status.notes)
         _read_progress(status, run)  # afterwards, so that no record is older than the checkpoint
         status.jobs = [queued[job] for job in list_submitted_jobs(run) if job in queued]
         if (run / RESTARTS).is_file():
             words = (run / RESTARTS).read_text(encoding="utf-8").split()
             status.restarts = int(words[1]) if len(words) == 2 and words[1].isdecimal() else 0
-        status.state, status.reason = _decide_state(status, run)
+        status.state, status.reason = _decide_state(status, run, is_held)
     except (OSError, ValueError, KeyError, TypeError) as error:
         status.state, status.reason = "damaged", " ".join(str(error).split())
     if status.state != "running":

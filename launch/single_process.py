@@ -7,8 +7,8 @@ from megatron_rdt.errors import ConfigError
 
 LAUNCHERS = {"torch": "torchrun or deepspeed", "slurm": "srun"}
 VARIABLES = {"torch": "RANK and WORLD_SIZE", "slurm": "SLURM_PROCID"}
-# Commands that write no files.
-READ_ONLY = {("generate",), ("plan",), ("status",), ("prep", "show"), ("prep", "verify")}
+# Commands that write no files, and the one that runs on every node.
+READ_ONLY = {("generate",), ("plan",), ("status",), ("preflight",), ("prep", "show"), ("prep", "verify")}
 ANSWERS = {"--help", "-h", "--print_config", "--print-config"}
 
 

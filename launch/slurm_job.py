@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from megatron_rdt.config import RunConfig
 from megatron_rdt.config.option_texts import MAY_BE_EMPTY
@@ -18,6 +19,7 @@ from megatron_rdt.files import PathText, write_text
 SIGNAL_TOLERANCE_S = 60
 # The last line of a script that was submitted, before its hash: a script that was edited since is not replaced.
 MARK = "# written by rdt submit; sha256 of the lines above: "
+MAIL_TYPES = "BEGIN,END,FAIL,REQUEUE"
 NO_LIMIT = ("0", "-1", "unlimited", "infinite")
 TEMPLATES = Path(__file__).resolve().parent / "slurm"
 
@@ -46,6 +48,32 @@ class SubmitOptions:
     """Partition; empty takes the cluster's default."""
     account: str = ""
     """Account; empty takes the user's default."""
+    qos: str = ""
+    """Quality of service; empty takes the default."""
+    mail: str = ""
+    """Address that Slurm writes to when the job begins, ends, fails or is requeued; empty for none."""
+    after: str = ""
+    """Begin after another job: its number (when it has ended with 0), or as Slurm writes it: afterany:41, afterok:41:42."""
+    modules: list[str] = field(default_factory=list)
+    """Modules that the job loads first, such as cuda/12.4."""
+    variables: list[str] = field(default_factory=list)
+    """Environment variables of the job, each NAME=VALUE, besides those of the shell that submits. They can be read in the script, so no secrets."""
+    container: str = ""
+    """Image of a container in which the processes run; empty for none."""
+    container_runtime: Literal["pyxis", "apptainer"] = "pyxis"
+    """Program that starts it: pyxis, the plugin of srun with --container-image, or apptainer exec."""
+    container_mounts: list[str] = field(default_factory=list)
+    """Directories that the container sees besides the working directory, each HOST:INSIDE, such as /scratch:/scratch."""
+    python: str = ""
+    """Python of the job; default: the one that runs rdt, or python3 in a container."""
+    sweep: PathText = ""
+    """Submit several runs as a job array: a file with the overrides of one run in each line, among them its own --run.name. They come after --overrides."""
+    at_once: int = 0
+    """Runs of a sweep that may be under way at the same time; 0: as many as there is room for."""
+    preflight: str = ""
+    """Options of rdt preflight, which checks the nodes before each start, in one string: "--free_disk 500"; or off for no check."""
+    cluster: PathText = ""
+    """YAML file of these options for a cluster, or NAME for configs/cluster/NAME.yaml. Options win over it."""
     sbatch: str = ""
     """More options of sbatch, in one string: "--qos=high --mem=0"."""
     overrides: str = ""
@@ -95,8 +123,11 @@ def check_job(job: SubmitOptions) -> None:
     for name in ("nodes", "processes_per_node", "cpus_per_process", "signal_before_s"):
         if getattr(job, name) < 1:
             raise ConfigError(f"--{name} is {getattr(job, name)}, it must be at least 1.")
-    if job.restarts < 0:
-        raise ConfigError(f"--restarts is {job.restarts}, it must be at least 0.")
+    for name in ("restarts", "at_once"):
+        if getattr(job, name) < 0:
+            raise ConfigError(f"--{name} is {getattr(job, name)}, it must be at least 0.")
+    if job.compare is not None and job.sweep:
+        raise ConfigError("--sweep and --compare are both arrays of several runs. Omit one.")
     limit = parse_time_limit(job.time)
     if limit is not None and limit < job.signal_before_s + SIGNAL_TOLERANCE_S:
         raise ConfigError(
@@ -113,11 +144,27 @@ def quote_directive(option: str, value: str | int) -> str:
 
 
 def format_extra_directives(job: SubmitOptions, gpus: int) -> str:
-    """Return the #SBATCH lines of partition, account, `gpus` per node and --sbatch, those that are given."""
-    named = (("partition", job.partition), ("account", job.account), ("gpus-per-node", gpus))
+    """Return the #SBATCH lines of those options that are given, from the partition to --sbatch, and of `gpus` per node."""
+    named = (
+        *(("partition", job.partition), ("account", job.account), ("qos", job.qos), ("gpus-per-node", gpus)),
+        *(
+            ("mail-user", job.mail),
+            ("mail-type", MAIL_TYPES * bool(job.mail)),
+            ("dependency", format_dependency(job.after)),
+        ),
+    )
     extra = [f"#SBATCH --{option}={quote_directive('--' + option, value)}" for option, value in named if value]
     extra += [f"#SBATCH {quote_directive('--sbatch', word)}" for word in split_words(job.sbatch, "sbatch")]
     return "\n".join(extra)
+
+
+def format_dependency(after: str) -> str:
+    """Return the value of sbatch's --dependency for --after; empty for none."""
+    if after and not re.fullmatch(
+        r"\d+(_\d+)?|after(ok|any|notok|corr)?(:\d+(_\d+)?)+([,?]after\w*(:\d+(_\d+)?)+)*", after
+    ):
+        raise ConfigError(f"--after {after} is no job. Give its number, or a condition and numbers: afterany:41:42.")
+    return f"afterok:{after}" if after[:1].isdigit() else after
 
 
 def format_output_directive(job: SubmitOptions, name: str) -> str:
@@ -143,6 +190,15 @@ def _refuse_edited(script: Path) -> None:
         )
 
 
+def check_sbatch(script: Path) -> None:
+    """Raise ConfigError if the script is there and was edited, or is another's; LaunchError if there is no sbatch here."""
+    _refuse_edited(script)
+    if shutil.which("sbatch") is None:
+        raise LaunchError(
+            "sbatch is not on this machine. Run on a Slurm login node, or look at the script with --dry_run."
+        )
+
+
 def call_sbatch(script: Path, text: str, *options: str) -> str:
     """Write a batch script, submit it and return the job's number.
 
@@ -150,11 +206,7 @@ def call_sbatch(script: Path, text: str, *options: str) -> str:
         ConfigError: the script is there and was edited, or is another's.
         LaunchError: there is no sbatch here, or it refused the script.
     """
-    _refuse_edited(script)
-    if shutil.which("sbatch") is None:
-        raise LaunchError(
-            "sbatch is not on this machine. Run on a Slurm login node, or look at the script with --dry_run."
-        )
+    check_sbatch(script)
     script.parent.mkdir(parents=True, exist_ok=True)
     write_text(script, f"{text}{MARK}{_hash(text)}\n")
     command = ["sbatch", "--parsable", *options, str(script)]

@@ -95,7 +95,8 @@ def check_paths(config: RunConfig) -> None:
         manifest = Path(corpus.path) / "manifest.json"
         if not manifest.is_file():
             raise DataError(
-                f"{manifest} does not exist. Make the shards first: rdt prep --config FILE --out {corpus.path}"
+                f"{manifest} does not exist. If the shards are elsewhere, set their path (--data.path, or data.mixture); else "
+                f"make them: rdt prep --config FILE --out {corpus.path}"
             )
     run_directory = run_directory_of(config).absolute()
     check_outside_checkpoint(run_directory, "run.root")

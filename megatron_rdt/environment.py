@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_rdt.errors import LaunchError
+from megatron_rdt.errors import ConfigError, LaunchError
 from megatron_rdt.terminal import flush_output
 
 DEFAULT_MASTER = ("127.0.0.1", "29500")
@@ -141,8 +141,10 @@ def find_own_address() -> str | None:
 
 
 def read_meeting_point() -> tuple[str, int]:
-    """Return host and port at which rank 0 holds the store by which the ranks meet."""
+    """Return host and port at which rank 0 holds the store by which the ranks meet; ConfigError if the port is no number."""
     host, port = (os.environ.get(name, other) for name, other in zip(("MASTER_ADDR", "MASTER_PORT"), DEFAULT_MASTER))
+    if not port.isdecimal():
+        raise ConfigError(f"MASTER_PORT is {port!r}, it must be a number.")
     return host, int(port)
 
 
@@ -177,6 +179,17 @@ def name_own_host() -> str:
 def is_store_in_launcher() -> bool:
     """Return True if the store by which the ranks meet is in a process of torchrun, and not in rank 0."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def master_address() -> tuple[str, int]:
+    """Return host and port at which the processes of a launcher meet."""
+    host, port = (os.environ.get(name, other) for name, other in zip(("MASTER_ADDR", "MASTER_PORT"), DEFAULT_MASTER))
+    return host, int(port)
+
+
+def node_name() -> str:
+    """Return the name that Slurm gives this node or, without it, its host name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def record_collectives(dump_prefix: Path) -> None:

@@ -15,7 +15,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +63,31 @@ def _renew(descriptor: int, is_over: threading.Event) -> None:
             os.utime(descriptor)
 
 
-def is_locked(path: str | os.PathLike[str]) -> bool | None:
-    """Return True if a living process holds the lock file `path`; None where the disk has no locks, so that nobody knows."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
+def find_held(paths: Iterable[Path]) -> set[Path]:
+    """Return those lock files that a living process holds; one that cannot be read is left out.
+
+    Where the kernel does not know, those that another machine may hold are watched together for two renewals and a little.
+    """
+    held, watched = set(), {}
+    for path in paths:
+        with contextlib.suppress(OSError):
+            in_kernel = _is_locked_in_kernel(path)
+            if in_kernel:
+                held.add(path)
+            elif in_kernel is None or _read_record(path).get("machine", _identify_machine()) != _identify_machine():
+                watched[path] = os.stat(path).st_mtime_ns
+    if watched:
+        time.sleep(2 * BEAT_S + 1)
+    for path, before in watched.items():
+        with contextlib.suppress(OSError):
+            if os.stat(path).st_mtime_ns != before:
+                held.add(path)
+    return held
+
+
+def _is_locked_in_kernel(path: Path) -> bool | None:
+    """Return True if the kernel knows a holder of a lock file; None where the disk has no locks."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         # Shared and for a moment: one that takes the lock meanwhile tries again.
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_rdt import locks
 from megatron_rdt.errors import LaunchError
-from megatron_rdt.locks import hold_lock
+from megatron_rdt.locks import find_held, hold_lock
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def refuse_locks(descriptor: int, operation: int) -> NoReturn:
 def test_a_lock_is_held_by_one_process(tmp_path: Path) -> None:
     lock = tmp_path / ".lock"
     code = (
-        "import sys; from megatron_rdt.locks import hold_lock\n"
+        "import sys; from megatron_rdt.locks import find_held, hold_lock\n"
         "with hold_lock(sys.argv[1], 'x'): print('held', flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen(
@@ -101,6 +101,7 @@ def test_a_holder_on_another_machine_is_watched(
         thread = threading.Thread(target=locks._renew, args=(descriptor, is_over))
         thread.start()
         try:
+            assert find_held([lock, tmp_path / "none"]) == {lock}
             with pytest.raises(LaunchError, match=r"y It is process .* on other, which"), hold_lock(lock, "y"):
                 pass
         finally:
@@ -109,6 +110,7 @@ def test_a_holder_on_another_machine_is_watched(
             os.close(descriptor)
         left = lock.read_text()
     lock.write_text(left)  # its process was killed
+    assert find_held([lock]) == set()
     began = time.monotonic()
     with hold_lock(lock, "z"):
         assert time.monotonic() - began > locks.STALE_S

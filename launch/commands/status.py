@@ -12,6 +12,8 @@ from launch.run_status import RunStatus, list_runs, list_submitted_jobs, read_st
 from launch.slurm_queue import read_queue
 from megatron_rdt.errors import EXIT_OK, ConfigError
 from megatron_rdt.files import PathText, escape_controls, escape_invalid_utf8
+from megatron_rdt.locks import find_held
+from megatron_rdt.run_directory import LOCK
 from megatron_rdt.terminal import format_count, format_duration
 
 HEADINGS = ("run", "state", "step", "tokens/s", "time left", "checkpoint", "jobs")
@@ -93,7 +95,8 @@ def status(words: list[str]) -> int:
         with contextlib.suppress(OSError):  # its line says so
             jobs += list_submitted_jobs(path)
     queued, problem = read_queue(jobs)
-    statuses = [read_status(path, name, queued) for name, path in runs.items()]
+    held = find_held(path / LOCK for path in runs.values())
+    statuses = [read_status(path, name, queued, path / LOCK in held) for name, path in runs.items()]
     if options.json:
         print(json.dumps([dataclasses.asdict(each) for each in statuses], indent=1))
     else:

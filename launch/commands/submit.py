@@ -3,18 +3,23 @@
 import glob
 import os
 import shlex
-import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
+from launch.cluster_options import add_cluster_words, choose_python, format_container, format_setup
 from launch.command_options import parse_options, summary_of
+from launch.commands.preflight import PreflightOptions
 from launch.compare_job import submit_comparison
+from launch.job_snapshot import SUBMITTED, Snapshot, make_snapshot, read_code
 from launch.run_status import record_job
 from launch.slurm_job import (
     TEMPLATES,
     SubmitOptions,
     call_sbatch,
     check_job,
+    check_sbatch,
     choose_gpus_per_node,
     format_extra_directives,
     format_output_directive,
@@ -27,40 +32,88 @@ from megatron_rdt.errors import EXIT_OK, ConfigError
 from megatron_rdt.run_directory import CHECKPOINTS, LATEST, ORIGIN, run_directory_of
 from megatron_rdt.untrusted_files import read_json
 
-TRAINING_SCRIPT = Path(__file__).resolve().parent.parent / "pretrain.py"
+
+@dataclass(frozen=True)
+class JobRun:
+    """A run that a job, or a task of an array, will do.
+
+    Attributes:
+        config: resolved and checked.
+        origin: path of --resume for its first start; None where every start continues the run or begins it.
+        init: value of --init, "none" for random weights.
+    """
+
+    config: RunConfig
+    origin: str | None
+    init: str
+
+    @property
+    def directory(self) -> Path:
+        """The run's directory."""
+        return run_directory_of(self.config)
 
 
-def read_run_config(job: SubmitOptions) -> tuple[RunConfig, list[str], str | None]:
-    """Read and check the run's config and the job's options; return config, script options and path of --resume.
+def read_run(job: SubmitOptions, overrides: str = "") -> JobRun:
+    """Read and check a run's config and the job's options.
 
-    Returns:
-        The config, the training script's options without --resume PATH, and that path: the run's origin.
+    Args:
+        job: the options.
+        overrides: more options of the run, after those of the job.
 
     Raises:
         ConfigError: the run's config is wrong, or the job's options do not fit it or each other.
     """
     check_job(job)
-    words = ["--config", job.config, *split_words(job.overrides, "overrides")]
+    words = ["--config", job.config, *split_words(job.overrides, "overrides"), *split_words(overrides, "sweep")]
     config, options = parse_worker("rdt submit", words, job.nodes * job.processes_per_node)
     origin = None
     if options.resume not in RESUME_WORDS:
-        origin, words = options.resume, _without_option(words, "--resume")
+        origin = options.resume
         check_origin(origin, run_directory_of(config), "--resume")
     elif options.init != "none":
         check_origin(options.init, run_directory_of(config), "--init")
     _check_gpus(job, config)
-    return config, words, origin
+    return JobRun(config, origin, options.init)
 
 
-def _without_option(words: list[str], option: str) -> list[str]:
-    """Return the words without an option and its value, wherever it is given."""
-    kept, rest = [], iter(words)
-    for word in rest:
-        if word == option:
-            next(rest)
-        elif not word.startswith(f"{option}="):
-            kept.append(word)
-    return kept
+def read_runs(job: SubmitOptions) -> list[JobRun]:
+    """Return the run of a job, or those of a sweep in the order of their lines.
+
+    Raises:
+        ConfigError: see `read_run`; the message names the line of a sweep's file.
+    """
+    if not job.sweep:
+        return [read_run(job)]
+    try:
+        text = Path(job.sweep).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--sweep {job.sweep} cannot be read: {error}. Name a file with the options of a run per line."
+        ) from None
+    runs: dict[str, JobRun] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        try:
+            run = read_run(job, line)
+        except ConfigError as error:
+            raise ConfigError(f"{job.sweep}, line {number}: {error}") from None
+        if run.origin is not None:
+            raise ConfigError(
+                f"{job.sweep}, line {number}: a sweep has no --resume PATH. Use --init, or submit the run alone."
+            )
+        if run.config.run.name in runs:
+            raise ConfigError(
+                f"{job.sweep}, line {number}: a run before is called {run.config.run.name} too. Give each line a --run.name."
+            )
+        runs[run.config.run.name] = run
+    if not runs:
+        raise ConfigError(f"--sweep {job.sweep} has no line with the options of a run. Write one per run.")
+    if len({run.init for run in runs.values()}) > 1:
+        raise ConfigError(
+            f"--sweep {job.sweep}: the runs differ in --init, which is the same for all. Put it into --overrides."
+        )
+    return list(runs.values())
 
 
 def check_origin(origin: str, run_directory: Path, option: str) -> None:
@@ -130,47 +183,99 @@ def _check_gpus(job: SubmitOptions, config: RunConfig) -> None:
         )
 
 
-def render_script(job: SubmitOptions, config: RunConfig, words: list[str], origin: str | None) -> str:
-    """Return the batch script of a job whose config and options have been checked."""
-    began = shlex.quote(str(run_directory_of(config) / ORIGIN))
+PREFLIGHT = """\
+# A process on each node first looks at its devices, disk, clock and network; a node that is unfit is named.
+PYTHONPATH="$submitted/code" srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --wait=60 \\
+    --cpus-per-task="$SLURM_CPUS_PER_TASK"{srun_options} {python} -P -m launch.cli preflight --folder "$run" \\
+    --nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)"{options} &
+wait_for_step
+if [ "$status" -ne 0 ]; then
+    echo "preflight ended with status $status (restart $restart)"
+    requeue_or_exit "$status"
+fi
+"""
+
+
+def format_preflight(job: SubmitOptions, srun_options: str, python: str) -> str:
+    """Return the lines of a script that check the nodes; none with --preflight off."""
+    if job.preflight == "off":
+        return ""
+    words = split_words(job.preflight, "preflight")
+    parse_options("preflight", "", PreflightOptions, words)
+    options = f" {shlex.join(words)}" if words else ""
+    return PREFLIGHT.format(srun_options=srun_options, python=python, options=options)
+
+
+def render_script(job: SubmitOptions, name: str, runs: Sequence[JobRun], snapshots: Sequence[Snapshot]) -> str:
+    """Return the batch script of a job called `name` whose runs have been checked: several are the tasks of an array."""
+    first = runs[0]
+    is_array = bool(job.sweep)
+    began = '"$run"/' + ORIGIN
+    directories = [shlex.quote(str(run.directory)) for run in runs]
+    names = [shlex.quote(snapshot.directory.name) for snapshot in snapshots]
+    if is_array:
+        task = "$SLURM_ARRAY_TASK_ID"
+        choose = f"runs=({' '.join(directories)})\nsubmissions=({' '.join(names)})\nrun=${{runs[{task}]}}\n"
+        choose += f'submitted="$run/{SUBMITTED}/${{submissions[{task}]}}"'
+    else:
+        choose = f'run={directories[0]}\nsubmitted="$run/{SUBMITTED}/{names[0]}"'
+    origin = shlex.quote(first.origin or "")
+    srun_options, before_python = format_container(job, Path.cwd())
+    srun_options, python = f" {srun_options}" * bool(srun_options), f"{before_python} {choose_python(job)}".strip()
+    array = f"#SBATCH --array=0-{len(runs) - 1}{f'%{job.at_once}' * bool(job.at_once)}\n" * is_array
     return Template((TEMPLATES / "pretrain.sbatch").read_text(encoding="utf-8")).substitute(
-        name=quote_directive("run.name", config.run.name),
+        name=quote_directive("run.name", name),
         nodes=job.nodes,
         processes=job.processes_per_node,
         cpus=job.cpus_per_process,
         time=job.time,
         signal=job.signal_before_s,
-        output=format_output_directive(job, "%x-%j.out"),
-        extra=format_extra_directives(job, choose_gpus_per_node(job, config)),
+        output=format_output_directive(job, "%x-%A_%a.out" if is_array else "%x-%j.out"),
+        extra=array + format_extra_directives(job, choose_gpus_per_node(job, first.config)),
         root=shlex.quote(str(Path.cwd())),
-        python=shlex.quote(sys.executable),
-        script=shlex.quote(str(TRAINING_SCRIPT)),
-        run=shlex.quote(str(run_directory_of(config))),
+        setup=format_setup(job),
+        choose_run=choose,
+        preflight=format_preflight(job, srun_options, python),
+        srun_options=srun_options,
+        python=python,
         restarts=job.restarts,
-        options=shlex.join(words),
+        options=f" --init {shlex.quote(first.init)}" * (first.init != "none"),
         # The file is written before the first step: from then on the job continues its own run.
-        choose=f"if [ -e {began} ]; then resume=auto; else resume={shlex.quote(origin)}; fi" if origin else "",
-        resume='"$resume"' if origin else "auto",
+        choose_resume=f"if [ -e {began} ]; then resume=auto; else resume={origin}; fi" if first.origin else "",
+        resume='"$resume"' if first.origin else "auto",
     )
 
 
 def submit(words: list[str]) -> int:
-    """Submit a run to Slurm."""
+    """Submit a run to Slurm, or several as an array; a comparison, too."""
     # Here --config is an option like the others, the run's YAML, and it is required.
+    words = add_cluster_words(words)
     job = parse_options("submit", summary_of(submit), SubmitOptions, words, positional=False)
     if job.compare is not None:
         return submit_comparison(job)
-    config, run_words, origin = read_run_config(job)
-    text = render_script(job, config, run_words, origin)
+    runs, code = read_runs(job), read_code()
+    snapshots = [make_snapshot(run.config, code) for run in runs]
+    name = f"{Path(job.sweep).stem}-sweep" if job.sweep else runs[0].config.run.name
+    text = render_script(job, name, runs, snapshots)
     if job.dry_run:
         print(text, end="")
         return EXIT_OK
     # The job would find out too, but only after its time in the queue.
-    check_paths(config)
+    for run in runs:
+        check_paths(run.config)
     directory = Path(job.directory)
-    script = directory / f"{config.run.name}.sbatch"
+    script = directory / f"{name}.sbatch"
+    check_sbatch(script)
+    for snapshot in snapshots:
+        snapshot.write()
     number = call_sbatch(script, text)
-    output = directory / f"{config.run.name}-{number}.out"
-    record_job(run_directory_of(config), number, str(script), str(output))
-    print(f"submitted job {number}: script {script}, output {output}")
+    for task, run in enumerate(runs):
+        output = directory / (f"{name}-{number}_{task}.out" if job.sweep else f"{name}-{number}.out")
+        record_job(run.directory, f"{number}_{task}" if job.sweep else number, str(script), str(output))
+    if job.sweep:
+        print(
+            f"submitted array {number} of {len(runs)} runs: script {script}, output {directory / f'{name}-{number}_*.out'}"
+        )
+    else:
+        print(f"submitted job {number}: script {script}, output {output}")
     return EXIT_OK

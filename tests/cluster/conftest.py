@@ -1,4 +1,4 @@
-"""A Slurm cluster of three nodes on this machine: its own munged, slurmctld and two slurmd, stopped at the end."""
+"""A Slurm cluster of three nodes on this machine: its own munged, slurmctld and slurmds, stopped at the end."""
 
 import contextlib
 import os
@@ -83,14 +83,14 @@ class Cluster:
             **ours,
             "PATH": SEARCH,
             "SLURM_CONF": str(directory / "slurm.conf"),
-            # Both nodes are this machine: they meet on the loopback interface.
+            # All nodes are this machine: they meet on the loopback interface.
             "GLOO_SOCKET_IFNAME": "lo",
             "OMP_NUM_THREADS": "1",
         }
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
-        """Start the daemons; returns when both nodes are idle."""
+        """Start the daemons; returns when all nodes are idle."""
         for name in ("munge", "state"):
             (self.directory / name).mkdir()
         host, ports = socket.gethostname().split(".")[0], free_ports(1 + len(NODES))
@@ -111,8 +111,30 @@ class Cluster:
         self._start_munge()
         self._start("slurmctld", "-D", "-c")
         for name in NODES:
-            self._start("slurmd", "-D", "-N", name, log=f"slurmd-{name}")
+            self.start_node(name)
         self.wait(lambda: self.run("sinfo", "-h", "-o", "%D %t") == f"{len(NODES)} idle", START_TIMEOUT_S, "idle nodes")
+
+    def start_node(self, name: str) -> None:
+        """Start the daemon of a node."""
+        self._start("slurmd", "-D", "-N", name, log=f"slurmd-{name}")
+
+    def kill_node(self, name: str) -> None:
+        """Kill everything that runs on a node at once, as a loss of power does: its daemon, and its parts of jobs."""
+        slurmd = self._daemons.pop(f"slurmd-{name}")
+        slurmd.kill()
+        slurmd.wait()
+        on_node = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                environment = process.environ()
+                if environment.get("SLURM_CONF") == self.environment["SLURM_CONF"] and (
+                    environment.get("SLURMD_NODENAME") == name
+                ):
+                    keepers = [parent for parent in process.parents() if parent.name().startswith("slurmstepd")]
+                    on_node += [*keepers, process]
+        for process in on_node:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
 
     def _start_munge(self) -> None:
         """Start a separate munged with its own key and socket; the machine may run another one."""
@@ -189,7 +211,7 @@ class Cluster:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Two idle nodes for the whole test session."""
+    """Three idle nodes for the whole test session."""
     missing = [name for name in PROGRAMS if shutil.which(name, path=SEARCH) is None]
     if missing:
         pytest.fail(

@@ -1,4 +1,4 @@
-"""`rdt submit` on a Slurm cluster: the time limit, requeueing, resuming, failing, cancelling."""
+"""`rdt submit` on a Slurm cluster of three nodes: the time limit, requeueing, resuming, failures, lost nodes, arrays."""
 
 import json
 import re
@@ -96,8 +96,11 @@ def test_time_limit_requeue_and_exact_resume(cluster: "Cluster", folder: Path, t
     assert wait_for_state(cluster, folder, number, "PENDING")["Restarts"] == "1"
     stopped_at = saved_step(folder)
     steps = stopped_at + 20
-    # The second start shall finish: it reads the config again, which now has few steps.
-    write_config(folder, tiny_options, f"--train.steps={steps}")
+    # The job runs what was submitted, whatever the file says now. The second start shall finish, so the snapshot is changed.
+    config.write_text("run: {name: another}\n")
+    (snapshot,) = (folder / "runs" / "two nodes" / "submitted").iterdir()
+    submitted = (snapshot / "config.yaml").read_text()
+    (snapshot / "config.yaml").write_text(submitted.replace(f"steps: {ENDLESS}", f"steps: {steps}"))
     job = wait_for_state(cluster, folder, number, "COMPLETED")
     assert (job["ExitCode"], job["Restarts"], job["NodeList"]) == ("0:0", "1", "n[1-2]")
 
@@ -115,6 +118,7 @@ def test_time_limit_requeue_and_exact_resume(cluster: "Cluster", folder: Path, t
     assert "run ended with status 0 (restart 1)" in second
 
     assert [step for step, _ in losses(folder)] == list(range(1, steps + 1))
+    write_config(folder, tiny_options, f"--train.steps={steps}")
     straight = rdt(cluster, folder, "train", "--config", config.name, "--run.name=straight", "--nproc=2")
     assert straight.returncode == 0, straight.stdout[-2000:] + straight.stderr[-2000:]
     assert losses(folder) == losses(folder, "straight")
@@ -163,3 +167,69 @@ def test_wrong_config_is_refused_before_sbatch(cluster: "Cluster", folder: Path,
         assert message in result.stderr
     assert cluster.run("squeue", "--noheader", "--states=all") == before
     assert not (folder / "jobs").exists()
+
+
+def test_lost_nodes_are_replaced_by_others(cluster: "Cluster", folder: Path, tiny_options: list[str]) -> None:
+    """A node is drained and the job requeued, then another loses its power: the run goes on elsewhere, to the same losses."""
+    config = write_config(
+        folder, tiny_options, f"--train.steps={ENDLESS}", "--checkpoint.every=10", "--logging.every=10"
+    )
+    number = submit(cluster, folder, "--nodes", "2", "--processes_per_node", "1", "--time", "20")
+
+    def wait_for_progress() -> str:
+        """Wait for a checkpoint that this start has saved; return its nodes."""
+        before = saved_step(folder) if (folder / "runs" / "two nodes" / "latest").exists() else 0
+        has_saved = lambda: (folder / "runs" / "two nodes" / "latest").exists() and saved_step(folder) > before  # noqa: E731
+        cluster.wait(has_saved, 150, "a checkpoint of this start")
+        return cluster.job(number)["NodeList"]
+
+    assert wait_for_progress() == "n[1-2]"
+    cluster.run("scontrol", "update", "nodename=n2", "state=drain", "reason=test")
+    cluster.run("scontrol", "requeue", number)
+    wait_for_state(cluster, folder, number, "PENDING", 60)
+    assert wait_for_progress() == "n[1,3]"
+    cluster.run("scontrol", "update", "nodename=n2", "state=resume")
+    cluster.kill_node("n3")
+    cluster.run("scontrol", "update", "nodename=n3", "state=down", "reason=power")
+    try:
+        wait_for_state(cluster, folder, number, "PENDING", 60)
+        steps = saved_step(folder) + 30
+        (snapshot,) = (folder / "runs" / "two nodes" / "submitted").iterdir()
+        submitted = (snapshot / "config.yaml").read_text()
+        (snapshot / "config.yaml").write_text(submitted.replace(f"steps: {ENDLESS}", f"steps: {steps}"))
+        job = wait_for_state(cluster, folder, number, "COMPLETED")
+        assert (job["NodeList"], job["Restarts"]) == ("n[1-2]", "2")
+    finally:
+        cluster.start_node("n3")
+        cluster.run("scontrol", "update", "nodename=n3", "state=resume")
+    assert [step for step, _ in losses(folder)] == list(range(1, steps + 1))
+    write_config(folder, tiny_options, f"--train.steps={steps}")
+    straight = rdt(cluster, folder, "train", "--config", config.name, "--run.name=straight", "--nproc=2")
+    assert straight.returncode == 0, straight.stdout[-2000:] + straight.stderr[-2000:]
+    assert losses(folder) == losses(folder, "straight")
+
+
+def test_a_sweep_and_a_job_that_waits_for_it(cluster: "Cluster", folder: Path, tiny_options: list[str]) -> None:
+    write_config(folder, tiny_options, "--train.steps=8")
+    (folder / "rates.txt").write_text("--run.name low --optimizer.lr 1e-4\n--run.name high --optimizer.lr 1e-2\n")
+    words = ("submit", "--config", "run.yaml", "--cpus_per_process", "1", "--directory", JOBS, "--time", "10")
+    words += ("--processes_per_node", "1", "--nodes", "1", "--overrides=--parallel.engine=single")
+    first = rdt(cluster, folder, *words, "--sweep", "rates.txt")
+    assert first.returncode == 0, first.stderr
+    number = re.search(r"submitted array (\d+) of 2 runs", first.stdout)[1]
+    second = rdt(cluster, folder, *words, "--after", number)
+    assert second.returncode == 0, second.stderr
+    after = re.search(r"submitted job (\d+)", second.stdout)[1]
+    status = json.loads(rdt(cluster, folder, "status", "--json").stdout)
+    states = {each["run"]: (each["state"], each["reason"]) for each in status}
+    assert states["two nodes"] == ("waiting", "Slurm: Dependency")
+    job = wait_for_state(cluster, folder, after, "COMPLETED")
+    for task, name in enumerate(("low", "high")):
+        fields = cluster.job(f"{number}_{task}")
+        assert (fields["JobState"], len(losses(folder, name))) == ("COMPLETED", 8)
+        assert fields["EndTime"] <= job["StartTime"]
+        assert "run ended with status 0" in (folder / JOBS / f"rates-sweep-{number}_{task}.out").read_text()
+    assert losses(folder, "low")[0] == losses(folder, "high")[0]
+    assert losses(folder, "low")[-1] != losses(folder, "high")[-1]
+    status = json.loads(rdt(cluster, folder, "status", "--json").stdout)
+    assert {each["run"]: each["state"] for each in status} == dict.fromkeys(("low", "high", "two nodes"), "finished")

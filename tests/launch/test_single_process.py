@@ -17,7 +17,7 @@ from tests.train.runs import read_all_files
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2"}
 SRUN = {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
-WRITES = [[name] for name in COMMANDS if name not in ("generate", "plan", "status")]
+WRITES = [[name] for name in COMMANDS if name not in ("generate", "plan", "status", "preflight")]
 WRITES += [["prep", name] for name in PREP_COMMANDS if name not in ("show", "verify")]
 Launched = Callable[[dict[str, str]], None]
 
@@ -56,6 +56,7 @@ HARMLESS = [
     "generate runs/a",
     "plan",
     "status a",
+    "preflight",
     "prep show c",
     "prep verify c",
 ]

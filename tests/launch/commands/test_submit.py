@@ -14,7 +14,8 @@ import pytest
 
 from launch.cli import run_command
 from launch.commands import submit
-from launch.commands.submit import read_run_config, render_script
+from launch.commands.submit import read_runs, render_script
+from launch.job_snapshot import Snapshot
 from launch.slurm_job import SubmitOptions, parse_time_limit
 from megatron_rdt.errors import ConfigError
 
@@ -24,7 +25,9 @@ pytestmark = pytest.mark.slow
 def render_job(config: Path, **options: object) -> str:
     """Return the rendered script of a job."""
     job = SubmitOptions(config=str(config), **{"directory": "jobs", **options})  # type: ignore[arg-type]
-    return render_script(job, *read_run_config(job))
+    runs = read_runs(job)
+    snapshots = [Snapshot(run.directory / "submitted" / f"hash{number}", "", {}) for number, run in enumerate(runs)]
+    return render_script(job, "wide run", runs, snapshots)
 
 
 def directives(text: str) -> list[str]:
@@ -77,7 +80,8 @@ def test_dry_run_prints_the_render_job(config: Path, tmp_path: Path) -> None:
     ]
     assert bash_accepts(result.stdout)
     assert f"cd '{folder}' || exit 1" in result.stdout
-    assert f"--config '{config}' --train.steps 700 --data.path 'my data' --resume auto &" in result.stdout
+    assert "\nrun='runs/wide run'\nsubmitted=\"$run/submitted/" in result.stdout
+    assert '"$submitted/code/launch/pretrain.py" --config "$submitted/config.yaml" --resume auto &' in result.stdout
     assert '--cpus-per-task="$SLURM_CPUS_PER_TASK" --cpu-bind=cores' in result.stdout
     assert not list(folder.iterdir())
 
@@ -154,10 +158,12 @@ def test_time_limits_as_slurm_writes_them(text: str, seconds: int | None) -> Non
     assert parse_time_limit(text) == seconds
 
 
+# The check of the nodes, before the run.
+PREFLIGHT = 'case "$*" in *preflight*) echo "check $*"; exit "${PREFLIGHT:-0}";; esac\n'
 SLURM_COMMANDS = {
     # The run: saves SAVE if set; then exits with END if set, else with 75 shortly after USR1.
     "srun": (
-        'test -n "$SAVE" && mkdir -p "runs/wide run" && echo "$SAVE" > "runs/wide run/latest"\n'
+        PREFLIGHT + 'test -n "$SAVE" && mkdir -p "runs/wide run" && echo "$SAVE" > "runs/wide run/latest"\n'
         'test -n "$END" && exit "$END"\n'
         "trap 'echo \"the run got USR1\"; sleep 0.5; exit 75' USR1\n"
         "echo up; for i in $(seq 300); do sleep 0.1; done; exit 99\n"
@@ -235,6 +241,21 @@ def test_a_run_that_stopped_or_crashed_goes_back_into_the_queue(
     assert (ended, "requeued 10007" in text) == (status, requeued), text
 
 
+def test_nodes_are_checked_before_the_run(config: Path, tmp_path: Path) -> None:
+    status, text = run_render_job(config, tmp_path, END="0")
+    assert status == 0
+    assert re.search(r"check .* -P -m launch.cli preflight --folder runs/wide run --nodes n1,n2\n", text)
+    status, text = run_render_job(config, tmp_path, PREFLIGHT="1", SAVE="step-00000001")
+    assert (status, "requeued 10007" in text) == (0, True)
+    assert "preflight ended with status 1 (restart 0)" in text
+    assert "run ended" not in text
+    assert "preflight" not in render_job(config, preflight="off")
+    assert '--nodes "$(' in render_job(config, preflight="--free_disk 5")
+    assert '| paste -sd,)" --free_disk 5 &' in render_job(config, preflight="--free_disk 5")
+    with pytest.raises(ConfigError, match="option --disk does not exist"):
+        render_job(config, preflight="--disk 5")
+
+
 @pytest.fixture
 def origin(tmp_path: Path) -> Path:
     """A directory that looks like a run with a checkpoint; its path has a space."""
@@ -253,7 +274,7 @@ def test_the_first_start_takes_the_origin_and_later_ones_continue(
     config: Path, origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     show = 'while [ $# -gt 0 ]; do test "$1" = --resume && echo "--resume <$2>"; shift; done\n'
-    monkeypatch.setitem(SLURM_COMMANDS, "srun", show + SLURM_COMMANDS["srun"])
+    monkeypatch.setitem(SLURM_COMMANDS, "srun", PREFLIGHT + show + SLURM_COMMANDS["srun"])
     monkeypatch.chdir(tmp_path)
     overrides = f"--train.steps 900 --resume '{origin}'"
     for _ in range(2):  # the second: killed before it had begun
@@ -352,6 +373,7 @@ def test_a_script_that_was_edited_is_not_replaced(
     (tmp_path / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(submit, "check_paths", lambda config: None)
+    monkeypatch.chdir(tmp_path)
     words = ["submit", "--config", str(config), f"--directory={tmp_path / 'jobs'}", "--gpus_per_node=0"]
     script = tmp_path / "jobs" / "wide run.sbatch"
     for hours in (1, 2):

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.distributed import P2POp, ProcessGroup
+from torch.distributed import ProcessGroup
 
 from megatron_rdt.depth.plan import DepthPlan
 from megatron_rdt.model.core import RecurrentCore
@@ -28,10 +27,9 @@ from megatron_rdt.model.forward_context import LayerContext
 from megatron_rdt.model.linear import Rounded, use_rounded
 from megatron_rdt.model.transfer import to_device
 from megatron_rdt.parallel.ring_context import gather_rows, has_own_rows
-from megatron_rdt.parallel.ring_schedule import Message, Visit, schedule_ring
+from megatron_rdt.parallel.ring_mail import RingMail, Tensors
+from megatron_rdt.parallel.ring_schedule import Visit, schedule_ring
 from megatron_rdt.parallel.ring_stage import StageWeights
-
-Tensors = list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ class _RingPass:
         graphs: by sequence and lap; lap T is the end of the last one, on stage 0.
         carries, prepared, states: on stage 0, by sequence: the injection's carry (backward: its gradient), the prepared
             input (backward: its gradient so far), and the state before the last lap.
-        mail: tensors to send or just received, by kind of message and sequence.
+        mail: tensors to send or just received.
     """
 
     def __init__(
@@ -173,7 +171,7 @@ class _RingPass:
         self.carries: dict[int, Tensor] = {}
         self.prepared: dict[int, Tensor] = {}
         self.states: dict[int, Tensor] = {}
-        self.mail: dict[tuple[str, int], Tensors] = {}
+        self.mail = RingMail(ring.group)
 
     def forward(self, state: Tensor, precomputed: Tensor) -> tuple[Tensor, Tensor]:
         """Return the states after and before the last iterations, from initial states and prepared inputs; keep graphs."""
@@ -181,21 +179,22 @@ class _RingPass:
         dtype = self.context.compute_dtype if self.core.rounds_once else None
         self.rounded = ring.weights.gather(dtype, self.with_grad)
         one, stream = (1, *state.shape[1:]), (1, state.shape[1], self.core.config.dim)
-        self.like = state.new_empty(0)
-        self.shapes = {"enter": [one, (1, *precomputed.shape[1:])], "hop": [stream], "leave": [one, one]}
+        shapes = {"enter": [one, (1, *precomputed.shape[1:])], "hop": [stream], "leave": [one, one]}
         for row in rows:
-            self.mail["enter", self.first_row + row] = [state[row : row + 1], precomputed[row : row + 1]]
+            self.mail.held["enter", self.first_row + row] = [state[row : row + 1], precomputed[row : row + 1]]
+        self.mail.begin(schedule, shapes, state.new_empty(0))
         with torch.no_grad(), self._use_leaves():
             for tick in range(schedule.ticks + 2):
-                self._exchange(schedule.messages_before(tick))
+                self.mail.exchange(tick)
                 for sequence in schedule.finished_in(tick) if ring.stage == 0 else ():
-                    self.mail["leave", sequence] = [self._finish(sequence), self.states.pop(sequence)]
+                    self.mail.held["leave", sequence] = [self._finish(sequence), self.states.pop(sequence)]
                 if visit := schedule.visit(ring.stage, tick):
                     has_grad = self._has_grad(visit.sequence, visit.lap)
                     self._trace("forward", tick, visit, has_grad, self._compute)
+        self.mail.end()
         if not self.with_grad:
             ring.weights.release()
-        last, before = zip(*(self.mail.pop(("leave", self.first_row + row)) for row in rows))
+        last, before = zip(*(self.mail.held.pop(("leave", self.first_row + row)) for row in rows))
         return torch.cat(last), torch.cat(before)
 
     def _has_grad(self, sequence: int, lap: int) -> bool:
@@ -248,13 +247,13 @@ class _RingPass:
             return begin(self._end_iteration(carry, x, sequence, lap - 1), prepared)
 
         if self.ring.stage > 0:
-            (x,) = self.mail.pop(("hop", sequence))
+            (x,) = self.mail.held.pop(("hop", sequence))
             x = self._run((sequence, lap), has_grad, lambda x: [self._run_layers(x, sequence, lap)], x)[0]
         elif lap == 0:
-            state, self.prepared[sequence] = self.mail.pop(("enter", sequence))
+            state, self.prepared[sequence] = self.mail.held.pop(("enter", sequence))
             x, self.carries[sequence] = self._run((sequence, lap), has_grad, begin, state, self.prepared[sequence])
         else:
-            (x,), carry = self.mail.pop(("hop", sequence)), self.carries[sequence]
+            (x,), carry = self.mail.held.pop(("hop", sequence)), self.carries[sequence]
             inputs = (x, carry, self.prepared[sequence])
             if has_grad and not self._has_grad(sequence, lap - 1):
                 # Truncation: the state before the first lap with gradient is a constant.
@@ -262,12 +261,12 @@ class _RingPass:
                 x, self.carries[sequence] = self._run((sequence, lap), True, begin, state, self.prepared[sequence])
             else:
                 x, self.carries[sequence] = self._run((sequence, lap), has_grad, go_on, *inputs)
-        self.mail["hop", sequence] = [x]
+        self.mail.held["hop", sequence] = [x]
 
     def _finish(self, sequence: int) -> Tensor:
         """Return the state after the last lap, on stage 0."""
         laps = self.loops[sequence]
-        (x,), carry = self.mail.pop(("hop", sequence)), self.carries.pop(sequence)
+        (x,), carry = self.mail.held.pop(("hop", sequence)), self.carries.pop(sequence)
         self.prepared.pop(sequence)
 
         def end(x: Tensor, carry: Tensor) -> Tensors:
@@ -279,20 +278,22 @@ class _RingPass:
         """Return the gradients of initial states, prepared inputs and shared weights, from those of the final states."""
         ring, rows = self.ring, range(self.rows)
         schedule = schedule_ring(ring.stages, self.counted, self.owners)
-        self.shapes["leave"] = self.shapes["leave"][:1]
+        shapes = self.mail.shapes | {"leave": self.mail.shapes["leave"][:1]}
         for row in rows:
-            self.mail["leave", self.first_row + row] = [grad[row : row + 1]]
+            self.mail.held["leave", self.first_row + row] = [grad[row : row + 1]]
+        self.mail.begin(schedule, shapes, grad.new_empty(0), backwards=True)
         with self._use_leaves():
             for tick in reversed(range(schedule.ticks + 2)):
-                self._exchange(schedule.messages_before(tick), backwards=True)
+                self.mail.exchange(tick)
                 if visit := schedule.visit(ring.stage, tick - 1):
                     counted = Visit(visit.sequence, visit.lap + self._first_with_grad(visit.sequence))
                     self._trace("backward", tick - 1, counted, True, self._go_back)
                 for sequence in schedule.finished_in(tick - 1) if ring.stage == 0 else ():
                     self._go_back_to_last_lap(sequence)
+        self.mail.end()
         ring.weights.release()
         shared = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.leaves]
-        entered = [self.mail.pop(("enter", self.first_row + row)) for row in rows]
+        entered = [self.mail.held.pop(("enter", self.first_row + row)) for row in rows]
         return [torch.cat(grads) for grads in zip(*entered)] + shared
 
     @contextmanager
@@ -315,21 +316,21 @@ class _RingPass:
 
     def _go_back_to_last_lap(self, sequence: int) -> None:
         """Go back, on stage 0, from the state after a sequence's last lap to the output of the last layers."""
-        (grad,) = self.mail.pop(("leave", sequence))
+        (grad,) = self.mail.held.pop(("leave", sequence))
         x, carry = self._pull_back((sequence, self.loops[sequence]), grad)
         assert x is not None
-        self.mail["hop", sequence] = [x]
+        self.mail.held["hop", sequence] = [x]
         if carry is not None:
             self.carries[sequence] = carry
 
     def _go_back(self, visit: Visit) -> None:
         """Go back through a visit; on stage 0 also add up the gradient of the prepared input."""
         sequence, lap = visit.sequence, visit.lap
-        (grad,) = self.mail.pop(("hop", sequence))
+        (grad,) = self.mail.held.pop(("hop", sequence))
         if self.ring.stage > 0:
             (x,) = self._pull_back((sequence, lap), grad)
             assert x is not None
-            self.mail["hop", sequence] = [x]
+            self.mail.held["hop", sequence] = [x]
             return
         graph = self.graphs[sequence, lap]
         *_, leaf = graph.inputs
@@ -341,36 +342,12 @@ class _RingPass:
         self.prepared[sequence] = prepared
         assert first is not None
         if lap > self._first_with_grad(sequence):
-            self.mail["hop", sequence] = [first]
+            self.mail.held["hop", sequence] = [first]
             if middle[0] is not None:
                 self.carries[sequence] = middle[0]
             return
         initial = first if lap == 0 else torch.zeros_like(first)  # a truncated loop does not reach its initial state
-        self.mail["enter", sequence] = [initial, self.prepared.pop(sequence)]
-
-    def _exchange(self, messages: Sequence[Message], backwards: bool = False) -> None:
-        """Send and receive this stage's messages; each stands in `mail` under its kind and sequence at either end."""
-        stage, work = self.ring.stage, []
-        arriving: dict[tuple[str, int], Tensors] = {}
-        for index, message in enumerate(messages):
-            source, target = (message.target, message.source) if backwards else (message.source, message.target)
-            key = message.kind, message.sequence
-            if stage not in (source, target) or source == target:
-                continue
-            if stage == source:
-                tensors = [tensor.contiguous() for tensor in self.mail.pop(key)]
-            else:
-                tensors = arriving[key] = [self.like.new_empty(shape) for shape in self.shapes[message.kind]]
-            function, peer = (dist.isend, target) if stage == source else (dist.irecv, source)
-            # Tags tell apart the messages between two stages; NCCL has none and takes them in this order.
-            tag = index * len(self.shapes["enter"])
-            work += [
-                P2POp(function, tensor, group=self.ring.group, tag=tag + n, group_peer=peer)
-                for n, tensor in enumerate(tensors)
-            ]
-        for handle in dist.batch_isend_irecv(work) if work else ():
-            handle.wait()
-        self.mail |= arriving
+        self.mail.held["enter", sequence] = [initial, self.prepared.pop(sequence)]
 
     def _trace(self, phase: str, tick: int, visit: Visit, has_grad: bool, compute: Callable[[Visit], None]) -> None:
         """Call `compute` with the visit, and record when it ran if a trace is wanted."""

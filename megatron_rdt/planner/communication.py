@@ -159,7 +159,8 @@ def _ring_collectives(config: RunConfig, layout: Layout, depth: StepDepth, numbe
         traffic = ring_traffic(config, layout, laps, phase == "backward")
         hops, others = number * traffic.hops, number * traffic.others
         yield Collectives(phase, SEND, "states to the next stage", hops, hops * traffic.hop_bytes, "ring")
-        yield Collectives(phase, SEND, "states in and out", others, number * traffic.other_bytes, "ring")
+        size = number * traffic.other_bytes
+        yield Collectives(phase, SEND, "states in and out", others, size, "ring", hidden=True)
     stage, ranks = stage_parameters(config, layout), layout.stage_ranks * layout.context
     rounded = COMPUTE_BYTES[config.train.precision]  # matrices of products are gathered in the compute dtype
     gathered = sum((rounded if p.is_rounded_once else FLOAT32) * p.padded_shard_size(layout, ranks) for p in stage)

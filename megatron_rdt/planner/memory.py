@@ -297,7 +297,9 @@ class RingReplay(StepReplay):
         # Of each sequence the prepared input, and after its laps what the last stage sent.
         ledger.hold(INSIDE, self.sequences * (visit.state_bytes(prepared + 1) + self.depth.with_grad * kept))
         working = working_memory.forward_working_bytes(visit, core=True)
-        ledger.note_peak("forward, in the loop", working_memory=visit.state_bytes(2 + lanes) + working)
+        # What the next sequence enters with arrives a tick early.
+        early = visit.state_bytes(lanes + prepared) if self.sequences > 1 else 0.0
+        ledger.note_peak("forward, in the loop", working_memory=visit.state_bytes(2 + lanes) + working + early)
 
     def _loop_backward(self) -> None:
         """Replay the backward pass of stage 0 through two visits; those after them find less memory held."""

@@ -8,7 +8,7 @@ from megatron_rdt.devices import Device
 from megatron_rdt.model.flops import ForwardFlops, forward_flops, training_flops
 from megatron_rdt.planner.balance import depth_balance, expert_load
 from megatron_rdt.planner.collective_time import collective_seconds
-from megatron_rdt.planner.communication import GATHER, Collectives, step_communication
+from megatron_rdt.planner.communication import GATHER, SEND, Collectives, step_communication
 from megatron_rdt.planner.kernels import LAUNCH_SECONDS, StepKernels
 from megatron_rdt.planner.memory import StepDepth
 from megatron_rdt.planner.parameters import list_parameters
@@ -158,7 +158,7 @@ def _unit_seconds(config: RunConfig, sent: list[Collectives], seconds: list[floa
         sizes[parameter.unit] = sizes.get(parameter.unit, 0.0) + parameter.size
     reductions = number if _reduces_every_micro_batch(config) else 1
     for each, time in zip(sent, seconds):
-        if not each.hidden:
+        if not each.hidden or each.kind == SEND:  # states that enter and leave a ring have a tick each
             continue
         shares = {each.unit: 1.0} if each.unit else {unit: size / sum(sizes.values()) for unit, size in sizes.items()}
         gathers = each.kind == GATHER

@@ -20,7 +20,7 @@ Key = tuple[str, int]
 
 
 class RingMail:
-    """What this process sends and receives in a pass of the ring.
+    """Sends and receives the messages of this process in a pass of the ring.
 
     Every process posts its messages in one order, that of the schedule, since NCCL has no tags.
 

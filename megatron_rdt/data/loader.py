@@ -48,6 +48,7 @@ class BatchLoader:
         consumed_samples: samples of the run that earlier steps took.
         total_samples: samples of the whole run; None never ends.
         device: where the batches are moved before they are asked for.
+        closed: is set by `close`, for a reader that waits.
 
     Raises:
         ConfigError: the ranks do not divide the first batch.
@@ -62,6 +63,7 @@ class BatchLoader:
         consumed_samples: int = 0,
         total_samples: int | None = None,
         device: torch.device | None = None,
+        closed: threading.Event | None = None,
     ) -> None:
         # Refuses a batch that the ranks do not divide here, rather than in the thread.
         samples_of_rank(consumed_samples, batches.batch_from(consumed_samples), data_rank, data_ranks, reader.seed)
@@ -69,7 +71,7 @@ class BatchLoader:
         self._first, self._end = consumed_samples, total_samples
         self._device = device or torch.device("cpu")
         self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(PREFETCHED_BATCHES)
-        self._closed, self._ready = threading.Event(), threading.Event()
+        self._closed, self._ready = closed or threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._fill_queue, name="batch-loader", daemon=True)
         self._thread.start()
 

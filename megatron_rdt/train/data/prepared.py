@@ -1,6 +1,7 @@
 """Training data from prepared corpora: a mixture of token shards in a computed order, readable from any position."""
 
 import functools
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from megatron_rdt.data.corpus import check_targets, read_window_share
 from megatron_rdt.data.mixture import Mixture, MixtureOrder, Phase
 from megatron_rdt.data.shard_files.open_shards import open_shards_limit
 from megatron_rdt.data.task_examples import ExampleGroup
+from megatron_rdt.data.unreadable import PatientReader
 from megatron_rdt.errors import CheckpointError, ConfigError, DataError, suggest_init
 from megatron_rdt.evaluate.tasks import read_groups
 from megatron_rdt.object_collectives import (
@@ -244,8 +246,11 @@ class PreparedData:
     def loader(self, consumed: int, total: int, data_rank: int, device: torch.device) -> BatchLoader:
         """Return the running loader of a data-parallel rank; ConfigError if the run exceeds `max_epochs`."""
         self._check_epochs(total)
-        reader = SkippingReader(self.mixture, self.skipped) if self.skipped.ranges else self.mixture
-        return BatchLoader(reader, self.batches, data_rank, self.data_ranks, consumed, total, device)
+        options, closed = self.config.data, threading.Event()
+        patience_s = min(options.retry_s, self.config.parallel.timeout_s / 2)  # the others wait in a collective
+        patient = PatientReader(self.mixture, patience_s, options.on_unreadable == "skip", closed)
+        reader = SkippingReader(patient, self.skipped) if self.skipped.ranges else patient
+        return BatchLoader(reader, self.batches, data_rank, self.data_ranks, consumed, total, device, closed)
 
     def epochs(self, samples: int) -> dict[str, float]:
         """Epochs of each corpus, by name, that the first `samples` samples of the run take; those left out count too."""

@@ -15,7 +15,7 @@ import numpy as np
 from megatron_rdt.config.batch_schedule import BatchSchedule
 from megatron_rdt.config.step_ranges import format_step_ranges, parse_step_ranges
 from megatron_rdt.data import Batch
-from megatron_rdt.data.mixture import Mixture
+from megatron_rdt.data.unreadable import PatientReader
 from megatron_rdt.errors import CheckpointError, suggest_init
 
 Samples = TypeVar("Samples", int, np.ndarray)
@@ -97,7 +97,7 @@ class SkippedSamples:
 class SkippingReader:
     """A `SampleReader` of a mixture without the samples that are left out."""
 
-    def __init__(self, mixture: Mixture, skipped: SkippedSamples) -> None:
+    def __init__(self, mixture: PatientReader, skipped: SkippedSamples) -> None:
         self.seed, self._mixture, self._skipped = mixture.seed, mixture, skipped
 
     def locate(self, samples: np.ndarray) -> np.ndarray:

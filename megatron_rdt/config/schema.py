@@ -278,7 +278,7 @@ class DataConfig:
     retry_s: float = option(60.0, at_least=0)
     """Seconds for which a shard that a disk or network refuses to read is tried again, at most half of `parallel.timeout_s`, while the other processes wait."""
     on_unreadable: Literal["stop", "skip"] = "stop"
-    """What follows when a shard cannot be read, then or because it was replaced. stop: end the run, which resumes when the shard is back; skip: train on without the targets of what cannot be read."""
+    """Reaction to a shard that cannot be read after that, or was replaced. stop: end the run, which resumes when the shard is back; skip: train on without the targets of what cannot be read."""
     skip_steps: list[int | str] = field(default_factory=list)
     """Steps whose data is left out, such as those around a spike of the loss: 1200-1250,1300. Every later step takes the data after it. Numbers are of the data's order, `data_step` in metrics.jsonl, and those of steps as long as nothing is left out."""
     pack: Literal["chunk", "bestfit", "example"] = "chunk"

@@ -45,9 +45,14 @@ def round_rows(x: Tensor) -> Float8Rows:
     return Float8Rows((wide / scales).to(FLOAT8), scales)
 
 
+def round_columns(weight: Tensor) -> Float8Rows:
+    """Round the rows of the transpose of a matrix."""
+    return round_rows(weight.T.contiguous())
+
+
 def round_matrix(weight: Tensor) -> Float8Matrix:
     """Round a weight (out, in) to float8 for its two products."""
-    return Float8Matrix(round_rows(weight), round_rows(weight.T.contiguous()))
+    return Float8Matrix(round_rows(weight), round_columns(weight))
 
 
 def multiply_rows(left: Float8Rows, right: Float8Rows, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megatron_rdt.model.float8 import Float8Matrix, Float8Rows, multiply_rows, round_matrix, round_rows
+from megatron_rdt.model.float8 import Float8Matrix, Float8Rows, multiply_rows, round_columns, round_rows
 
 
 class GradientSum:
@@ -208,11 +208,14 @@ class _Float8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, rows: Tensor, row_scales: Tensor, columns: Tensor, column_scales: Tensor,
-        total: Tensor | None,
+        ctx: Any, x: Tensor, weight: Tensor, rows: Tensor, row_scales: Tensor, columns: Tensor | None,
+        column_scales: Tensor | None, total: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """Return x W^T in the dtype of x; save x and the columns of W. `weight` is the anchor where there is a total."""
-        ctx.save_for_backward(x, columns, column_scales)
+        """Return x W^T in the dtype of x; save x and the columns of W or, where they were not rounded before, W.
+
+        `weight` is the anchor where there is a total.
+        """
+        ctx.save_for_backward(x, *((weight,) if columns is None else (columns, column_scales)))
         ctx.total, ctx.weight_dtype = total, weight.dtype  # the total is not saved, as in `_SummedLinear`
         left = round_rows(x.flatten(0, -2))
         return multiply_rows(left, Float8Rows(rows, row_scales), x.dtype).unflatten(0, x.shape[:-1])
@@ -221,11 +224,11 @@ class _Float8Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x and W, or of the anchor."""
         (grad,) = grads
-        x, columns, scales = ctx.saved_tensors
+        x, *matrix = ctx.saved_tensors
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            left = round_rows(grad.flatten(0, -2))
-            grad_x = multiply_rows(left, Float8Rows(columns, scales), grad.dtype).unflatten(0, grad.shape[:-1])
+            columns = Float8Rows(*matrix) if len(matrix) > 1 else round_columns(*matrix)
+            grad_x = multiply_rows(round_rows(grad.flatten(0, -2)), columns, grad.dtype).unflatten(0, grad.shape[:-1])
         if ctx.needs_input_grad[1] and ctx.total is not None:
             grad_weight = _add_weight_gradient(ctx.total, grad, x)
         elif ctx.needs_input_grad[1]:
@@ -276,14 +279,12 @@ class Linear(nn.Linear):
         """Apply the map in the dtype of `x`."""
         rounded = self.rounded.get("weight")
         if self.multiplies_float8 and x.dtype != self.weight.dtype:  # the Jacobian's products are wider
-            matrix = None if rounded is None else rounded.float8
-            (rows, columns), sums = (
-                matrix or round_matrix(self.weight.detach()),
-                None if rounded is None else rounded.sum,
-            )
-            if rounded is None or sums is None:
+            if rounded is None or rounded.float8 is None:
+                return _Float8Linear.apply(x, self.weight, *round_rows(self.weight.detach()), None, None, None)
+            rows, columns = rounded.float8
+            if rounded.sum is None:
                 return _Float8Linear.apply(x, self.weight, *rows, *columns, None)
-            return _Float8Linear.apply(x, rounded.anchor, *rows, *columns, sums.total)
+            return _Float8Linear.apply(x, rounded.anchor, *rows, *columns, rounded.sum.total)
         if rounded is None or rounded.sum is None:
             return linear(x, self.weight, None if rounded is None else rounded.matrix)
         return _SummedLinear.apply(x, rounded.anchor, rounded.matrix, rounded.sum.total)

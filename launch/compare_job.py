@@ -6,11 +6,13 @@ from string import Template
 
 from launch.cluster_options import choose_python, format_setup
 from launch.commands.compare import Comparison, read_comparison
+from launch.job_snapshot import SUBMITTED, make_snapshot, read_code
 from launch.slurm_job import (
     TEMPLATES,
     SubmitOptions,
     call_sbatch,
     check_job,
+    check_sbatch,
     choose_gpus_per_node,
     format_extra_directives,
     format_output_directive,
@@ -31,12 +33,14 @@ TABLE_SCRIPT = """#!/bin/bash
 $extra
 cd $root || exit 1
 $setup
-exec $python -m launch.cli compare $options --table
+submitted=$submitted
+export PYTHONPATH="$$submitted/code"
+exec $python -P -m launch.cli compare --config "$$submitted/config.yaml"$options --table
 """
 
 
 def read_job(job: SubmitOptions) -> tuple[Comparison, list[str]]:
-    """Check the options of a comparison's jobs; return the comparison and the words of `rdt compare`.
+    """Check the options of a comparison's jobs; return the comparison and the words of --compare.
 
     Raises:
         ConfigError: an option cannot work.
@@ -46,13 +50,9 @@ def read_job(job: SubmitOptions) -> tuple[Comparison, list[str]]:
         raise ConfigError(f"--nodes is {job.nodes}, but each arm of a comparison has one node. Omit it.")
     if job.container:
         raise ConfigError("--container is for runs that srun starts, which the arms of a comparison are not. Omit it.")
-    words = [
-        "--config",
-        job.config,
-        *split_words(job.overrides, "overrides"),
-        *split_words(job.compare or "", "compare"),
-    ]
-    comparison = read_comparison("rdt submit", words)
+    words = split_words(job.compare or "", "compare")
+    of_run = ["--config", job.config, *split_words(job.overrides, "overrides")]
+    comparison = read_comparison("rdt submit", [*of_run, *words])
     for name in ("only", "table", "dry_run"):
         if getattr(comparison.options, name):
             raise ConfigError(
@@ -61,8 +61,10 @@ def read_job(job: SubmitOptions) -> tuple[Comparison, list[str]]:
     return comparison, words
 
 
-def render_array(job: SubmitOptions, comparison: Comparison, words: list[str], template: str) -> str:
-    """Return the script of the array, or of the table's job, from its template."""
+def render_array(
+    job: SubmitOptions, comparison: Comparison, words: list[str], template: str, submitted: Path = Path(SUBMITTED)
+) -> str:
+    """Return the script of the array, or of the table's job, from its template; `submitted` is the snapshot's directory."""
     config, runner = comparison.config, comparison.runner
     is_array = "--array" in template
     return Template(template).substitute(
@@ -78,20 +80,25 @@ def render_array(job: SubmitOptions, comparison: Comparison, words: list[str], t
         directory=shlex.quote(str(runner.directory)),
         setup=format_setup(job),
         python=choose_python(job),
+        submitted=shlex.quote(str(submitted)),
         # The table's job trains nothing.
-        options=shlex.join(word for word in words if is_array or word != "--retry"),
+        options="".join(f" {shlex.quote(word)}" for word in words if is_array or word != "--retry"),
     )
 
 
 def submit_comparison(job: SubmitOptions) -> int:
     """Submit a comparison's array and the job that writes its table; with --dry_run, print both scripts."""
     comparison, words = read_job(job)
-    array, table = (render_array(job, comparison, words, text) for text in (TEMPLATE.read_text("utf-8"), TABLE_SCRIPT))
+    snapshot = make_snapshot(comparison.config, read_code(), comparison.runner.directory)
+    templates = TEMPLATE.read_text("utf-8"), TABLE_SCRIPT
+    array, table = (render_array(job, comparison, words, text, snapshot.directory) for text in templates)
     if job.dry_run:
         print(f"{array}\n# After the array:\n{table}", end="")
         return EXIT_OK
     comparison.runner.check_settings()
     name, directory = f"{comparison.config.run.name}-compare", Path(job.directory)
+    check_sbatch(directory / f"{name}.sbatch")
+    snapshot.write()
     number = call_sbatch(directory / f"{name}.sbatch", array)
     after = call_sbatch(directory / f"{name}-table.sbatch", table, f"--dependency=afterany:{number}")
     print(

@@ -64,12 +64,12 @@ def read_code() -> dict[str, bytes]:
     }
 
 
-def make_snapshot(config: RunConfig, code: dict[str, bytes]) -> Snapshot:
-    """Return the snapshot of a run's submission; nothing is written yet."""
+def make_snapshot(config: RunConfig, code: dict[str, bytes], directory: Path | None = None) -> Snapshot:
+    """Return the snapshot of a submission, in the run's directory or in another one; nothing is written yet."""
     text, digest = dump_config(config), hashlib.sha256()
     for name, content in [(SAVED_CONFIG, text.encode()), *code.items()]:
         digest.update(f"{name}\0{len(content)}\0".encode() + content)
-    return Snapshot(run_directory_of(config) / SUBMITTED / digest.hexdigest()[:HASH_DIGITS], text, code)
+    return Snapshot((directory or run_directory_of(config)) / SUBMITTED / digest.hexdigest()[:HASH_DIGITS], text, code)
 
 
 def describe_source() -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from launch.job_snapshot import SUBMITTED
 from launch.slurm_queue import QueuedJob
 from megatron_rdt.config.batch_schedule import BatchSchedule
 from megatron_rdt.config.yaml_files import UniqueKeys
@@ -69,7 +70,7 @@ class RunStatus:
 def list_runs(root: Path, levels: int = MOST_LEVELS) -> Iterator[Path]:
     """Yield the run directories below `root` in the order of their names, those of comparisons included."""
     for path in sorted(root.iterdir()):
-        if not path.is_dir() or path.name.startswith("."):
+        if not path.is_dir() or path.name.startswith(".") or path.name == SUBMITTED:
             continue
         if not os.access(path, os.R_OK | os.X_OK) or any(os.path.lexists(path / name) for name in RUN_FILES):
             yield path

@@ -11,7 +11,7 @@ from launch.node_checks import Meeting, NodeFacts, look_at_node
 from launch.node_verdict import Limits, judge_nodes
 from megatron_rdt.environment import leave_process, read_process_info
 from megatron_rdt.errors import EXIT_FAILED, EXIT_OK, ConfigError
-from megatron_rdt.files import PathText
+from megatron_rdt.files import PathText, write_text
 from megatron_rdt.terminal import align_columns
 
 LEAST_BANDWIDTH = {False: 0.02, True: 1.0}  # GB/s, without and with GPUs
@@ -37,6 +37,8 @@ class PreflightOptions:
     """Least GB/s of an all-reduce between nodes; -1: 1 with GPUs, 0.02 without."""
     timeout: float = 120.0
     """Seconds for a node to answer, and for a collective."""
+    unfit: PathText = ""
+    """File for the names of unfit nodes, separated by commas, unless all are unfit; empty for none."""
 
 
 def format_nodes(nodes: Sequence[NodeFacts]) -> list[str]:
@@ -78,6 +80,8 @@ def preflight(words: list[str]) -> int:
         limits = Limits(options.devices, options.free_memory, options.free_disk, options.clock_difference, bandwidth)
         print("\n".join(format_nodes(nodes)))
         reasons = judge_nodes(nodes, absent, limits)
+        if options.unfit and 0 < len(reasons) < process.world_size:
+            write_text(options.unfit, ",".join(reasons) + "\n")
         if reasons:
             print(f"rdt preflight: error: {describe_verdict(reasons, process.world_size)}", file=sys.stderr)
             status = EXIT_FAILED

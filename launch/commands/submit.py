@@ -184,10 +184,12 @@ def _check_gpus(job: SubmitOptions, config: RunConfig) -> None:
 
 
 PREFLIGHT = """\
-# A process on each node first looks at its devices, disk, clock and network; a node that is unfit is named.
-PYTHONPATH="$submitted/code" srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --wait=60 \\
+# A process on each node first looks at its devices, disk, clock and network; a node that is unfit is named, and the next start
+# is without it.
+rm -f "$run/unfit"
+PYTHONPATH="$submitted/code" srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \\
     --cpus-per-task="$SLURM_CPUS_PER_TASK"{srun_options} {python} -P -m launch.cli preflight --folder "$run" \\
-    --nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)"{options} &
+    --nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)" --unfit "$run/unfit"{options} &
 wait_for_step
 if [ "$status" -ne 0 ]; then
     echo "preflight ended with status $status (restart $restart)"

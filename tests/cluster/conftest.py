@@ -1,4 +1,4 @@
-"""A Slurm cluster of three nodes on this machine: its own munged, slurmctld and slurmds, stopped at the end."""
+"""A Slurm cluster of four nodes on this machine: its own munged, slurmctld and slurmds, stopped at the end."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ import pytest
 # Debian installs the daemons outside the PATH of ordinary users.
 SEARCH = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
-NODES = ("n1", "n2", "n3")
+NODES = ("n1", "n2", "n3", "n4")
 COMMAND_TIMEOUT_S = 60
 START_TIMEOUT_S = 90
 STOP_TIMEOUT_S = 60
@@ -211,7 +211,7 @@ class Cluster:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Three idle nodes for the whole test session."""
+    """Four idle nodes for the whole test session."""
     missing = [name for name in PROGRAMS if shutil.which(name, path=SEARCH) is None]
     if missing:
         pytest.fail(

@@ -43,7 +43,9 @@ def test_the_array_has_a_task_for_each_arm_and_a_job_for_the_table(config: Path)
     assert {"--array=0-1", "--cpus-per-task=16", "--partition=cpu", "--signal=B:USR1@300"} <= set(directives(text))
     assert not [line for line in directives(text) if "gpu" in line]
     assert "arms=(injection=diagonal injection=add)" in text
-    words = f"-m launch.cli compare --config '{config}' --seeds 2 --axis 'model.injection=diagonal, add'"
+    words = (
+        "-P -m launch.cli compare --config \"$submitted/config.yaml\" --seeds 2 --axis 'model.injection=diagonal, add'"
+    )
     assert f'{sys.executable} {words} --only "$arm" &' in text
     assert f"exec {sys.executable} {words} --table" in render(job, TABLE_SCRIPT)
     for script in (text, render(job, TABLE_SCRIPT)):
@@ -91,6 +93,26 @@ def test_both_jobs_are_submitted_and_the_table_waits(
     assert array == f"--parsable {tmp_path}/jobs/wide-compare.sbatch"
     assert table == f"--parsable --dependency=afterany:77 {tmp_path}/jobs/wide-compare-table.sbatch"
     assert "a task for each of 3 arms" in capsys.readouterr().out
+    (snapshot,) = (tmp_path / "wide-compare" / "submitted").iterdir()
+    assert f"submitted={snapshot}\n" in (tmp_path / "jobs" / "wide-compare-table.sbatch").read_text()
+    # The array's command, from the snapshot, with the settings that were submitted.
+    config.write_text("model.dim: 8\n")
+    words = [
+        sys.executable,
+        "-P",
+        "-m",
+        "launch.cli",
+        "compare",
+        "--config",
+        str(snapshot / "config.yaml"),
+        "--dry-run",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(snapshot / "code"), "PATH": "/usr/bin:/bin"}
+    shown = subprocess.run(
+        words, env=environment, capture_output=True, text=True, timeout=100, check=False, cwd=tmp_path
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "untied" in shown.stdout
 
 
 @pytest.mark.parametrize(
@@ -117,7 +139,7 @@ def test_an_arm_that_saved_goes_back_into_the_queue(
     for name, text in commands.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    script = render(job).replace(f"{sys.executable} -m", f"{tmp_path}/command -m")
+    script = render(job).replace(f"{sys.executable} -P", f"{tmp_path}/command -P")
     variables = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_ID": "10008", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     ended = subprocess.run(
         ["bash"], input=script, env={**os.environ, **variables}, capture_output=True, text=True, timeout=60, check=False

@@ -54,11 +54,16 @@ def test_fit_nodes_pass(run_nodes: Run, tmp_path: Path) -> None:
     ],
     ids=["late", "apart", "rank 0 apart", "clock of rank 0", "slow"],
 )
-def test_the_unfit_node_is_named(run_nodes: Run, faults: dict[int, str], words: list[str], message: str) -> None:
-    status, said = run_nodes(faults, *words)
+def test_the_unfit_node_is_named(
+    run_nodes: Run, faults: dict[int, str], words: list[str], message: str, tmp_path: Path
+) -> None:
+    status, said = run_nodes(faults, "--unfit", str(tmp_path / "unfit"), *words)
     assert status == 1, said
     assert re.search(message, said), said
     assert "--sbatch=--exclude=" in said
+    unfit = re.search(r"unfit: (\w+)", said)
+    assert unfit is not None
+    assert (tmp_path / "unfit").read_text() == f"{unfit[1]}\n"
 
 
 def test_one_node_is_checked_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

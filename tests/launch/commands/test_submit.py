@@ -159,7 +159,10 @@ def test_time_limits_as_slurm_writes_them(text: str, seconds: int | None) -> Non
 
 
 # The check of the nodes, before the run.
-PREFLIGHT = 'case "$*" in *preflight*) echo "check $*"; exit "${PREFLIGHT:-0}";; esac\n'
+PREFLIGHT = (
+    'case "$*" in *preflight*) echo "check $*"; test -n "$UNFIT" && echo "$UNFIT" > "runs/wide run/unfit"\n'
+    'exit "${PREFLIGHT:-0}";; esac\n'
+)
 SLURM_COMMANDS = {
     # The run: saves SAVE if set; then exits with END if set, else with 75 shortly after USR1.
     "srun": (
@@ -172,7 +175,9 @@ SLURM_COMMANDS = {
     "scontrol": (
         'case "$1 $2" in\n"show hostnames") echo n1; echo n2;;\n'
         '"show node") echo "NodeName=$3 Arch=x NodeAddr=10.0.0.7 NodeHostName=h";;\n'
-        'requeue*) echo "requeued $2"; exit "$REQUEUE";;\nesac\n'
+        'requeue*) echo "requeued $2"; exit "$REQUEUE";;\n'
+        '"show job") echo "JobId=$3 ReqNodeList=(null) ExcNodeList=$EXCLUDED NumNodes=2";;\n'
+        'update*) echo "updated $2 $3";;\nesac\n'
     ),
 }
 
@@ -192,7 +197,7 @@ def run_render_job(
         **os.environ,
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         **{"SLURM_JOB_ID": "10007", "SLURM_CPUS_PER_TASK": "8", "SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "n[1-2]"},
-        **{"END": "", "SAVE": "", "STATE": "RUNNING", "REQUEUE": "0", **variables},
+        **{"UNFIT": "", "EXCLUDED": "(null)", "END": "", "SAVE": "", "STATE": "RUNNING", "REQUEUE": "0", **variables},
     }
     output = tmp_path / "out"
     with open(output, "w") as file:
@@ -244,14 +249,22 @@ def test_a_run_that_stopped_or_crashed_goes_back_into_the_queue(
 def test_nodes_are_checked_before_the_run(config: Path, tmp_path: Path) -> None:
     status, text = run_render_job(config, tmp_path, END="0")
     assert status == 0
-    assert re.search(r"check .* -P -m launch.cli preflight --folder runs/wide run --nodes n1,n2\n", text)
+    assert re.search(
+        r"check .* -P -m launch.cli preflight --folder runs/wide run --nodes n1,n2 --unfit runs/wide run/unfit\n", text
+    )
     status, text = run_render_job(config, tmp_path, PREFLIGHT="1", SAVE="step-00000001")
     assert (status, "requeued 10007" in text) == (0, True)
     assert "preflight ended with status 1 (restart 0)" in text
+    for excluded, unfit in (("(null)", "n2"), ("n7", "n7,n2")):
+        _, text = run_render_job(
+            config, tmp_path, PREFLIGHT="1", UNFIT="n2", EXCLUDED=excluded, SLURM_JOB_ID=str(len(unfit))
+        )
+        assert f"updated jobid={len(unfit)} excnodelist={unfit}\n" in text
+        assert f"the next start is without {unfit}" in text
     assert "run ended" not in text
     assert "preflight" not in render_job(config, preflight="off")
     assert '--nodes "$(' in render_job(config, preflight="--free_disk 5")
-    assert '| paste -sd,)" --free_disk 5 &' in render_job(config, preflight="--free_disk 5")
+    assert '/unfit" --free_disk 5 &' in render_job(config, preflight="--free_disk 5")
     with pytest.raises(ConfigError, match="option --disk does not exist"):
         render_job(config, preflight="--disk 5")
 

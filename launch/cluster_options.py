@@ -17,7 +17,7 @@ FOLDER = Path(SHIPPED) / "cluster"
 # Of one run or one submission, so not of a cluster.
 OF_A_RUN = {"config", "overrides", "compare", "sweep", "after", "cluster", "dry_run", "nodes"}
 KEYS = [option.name for option in fields(SubmitOptions) if option.name not in OF_A_RUN]
-NAME_OF_SECRET = re.compile(r"token|secret|password|passwd|credential|api_?key|private", re.IGNORECASE)
+NAME_OF_SECRET = re.compile(r"token(?!iz)|secret|password|passwd|credential|api_?key|private", re.IGNORECASE)
 
 
 def find_cluster_file(cluster: str) -> Path:

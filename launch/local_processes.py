@@ -77,7 +77,8 @@ class _WorkerGroup:
         self.interrupted = False  # by Ctrl-C
         self.last_signal: int | None = None  # the second one, on which the workers are killed
         self._count = SignalCount()
-        self.forwarded: set[int] = set()  # signals that were sent on to the workers
+        self.forwarded: set[int] = set()  # signals that are sent on to the workers
+        self._sent: set[tuple[int, int]] = set()  # pairs of a worker's process id and a signal that it was sent
 
     def run(self, words: Sequence[str], port: int) -> int:
         """Run Python with `words` in each worker; return the exit status, or raise a failure's likeliest cause."""
@@ -91,6 +92,7 @@ class _WorkerGroup:
                         preexec_fn=prepare_worker,  # noqa: PLW1509
                     )
                 )
+                self._send_forwarded()  # a signal that came while it was being started
             self._wait_for_all()
             statuses = [process.poll() for process in self.processes]
         finally:
@@ -115,9 +117,15 @@ class _WorkerGroup:
         if number == signal.SIGINT:
             self.interrupted, number = True, signal.SIGTERM
         self.forwarded.add(number)
+        self._send_forwarded()
+
+    def _send_forwarded(self) -> None:
+        """Send every worker the signals that it has not got yet."""
         for process in self.processes:
-            if process.poll() is None:
-                process.send_signal(number)
+            for number in tuple(self.forwarded):  # another may come
+                if (process.pid, number) not in self._sent and process.poll() is None:
+                    self._sent.add((process.pid, number))
+                    process.send_signal(number)
 
     def _have_others_left(self, statuses: Sequence[int | None]) -> bool:
         """Return True if ranks failed only since others were gone that had stopped on request before their first step."""

@@ -9,13 +9,13 @@ import math
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_rdt.environment import master_address, node_name
+from megatron_rdt.environment import node_name, read_meeting_point
 from megatron_rdt.errors import LaunchError
 
 if TYPE_CHECKING:
@@ -89,21 +89,27 @@ class Meeting:
     def __init__(self, rank: int, size: int, folder: Path, timeout_s: float) -> None:
         from torch.distributed import TCPStore
 
+        from megatron_rdt.parallel.process_group import serve_store
+
         self.rank, self.size, self.folder, self.timeout_s = rank, size, folder / PROBES, timeout_s
-        host, port = master_address()
+        host, port = read_meeting_point()
         limit = timedelta(seconds=timeout_s)
         try:
-            self.store: Store = TCPStore(host, port, size, rank == 0, limit, wait_for_workers=False)
+            self.store: Store = (
+                TCPStore(host, port, size, is_master=False, timeout=limit)
+                if rank
+                else serve_store(host, port, world_size=size, timeout=limit, wait_for_workers=False)
+            )
         except (RuntimeError, ValueError) as error:  # torch's errors of the connection are RuntimeErrors
             raise LaunchError(
                 f"{node_name()}, rank {rank}, does not reach rank 0 at {host}:{port} within {timeout_s:g} s "
                 f"({str(error).splitlines()[0]}). Check the network between them, and that rank 0 was started."
             ) from None
 
-    def _wait_for(self, stage: str) -> list[int]:
-        """Return on rank 0 the ranks that have not set their key of a stage when the time is over."""
+    def _wait_for(self, stage: str, ranks: Iterable[int]) -> list[int]:
+        """Return on rank 0 those of these ranks that have not set their key of a stage when the time is over."""
         missing, deadline = [], time.monotonic() + self.timeout_s
-        for rank in range(self.size):
+        for rank in ranks:
             left = max(deadline - time.monotonic(), POLL_S)
             try:
                 self.store.wait([f"{stage}/{rank}"], timedelta(seconds=left))
@@ -115,6 +121,8 @@ class Meeting:
         """Set on rank 0 the value of a stage, and return on every rank what it was set to."""
         if self.rank == 0:
             self.store.set(stage, value)
+        else:  # rank 0 may wait for others as long as `timeout_s` before it tells
+            self.store.wait([stage], timedelta(seconds=2 * self.timeout_s))
         return self.store.get(stage).decode()
 
     def gather(self, facts: NodeFacts, limit_gb: float) -> tuple[list[NodeFacts], list[int]]:
@@ -127,7 +135,7 @@ class Meeting:
         token = self._tell("token", uuid.uuid4().hex)
         self._write_probe(facts, token)
         self.store.set(f"here/{self.rank}", "")
-        missing = self._wait_for("here") if self.rank == 0 else []
+        missing = self._wait_for("here", range(self.size)) if self.rank == 0 else []
         if self._tell("go", "no" if missing else "yes") == "yes":
             self._compare_clocks(facts)
             self._look_for_probes(facts, token)
@@ -139,12 +147,12 @@ class Meeting:
         if self.rank:
             self._wait_until_read()
             return [facts], []
-        missing = sorted({*missing, *self._wait_for("facts")})
+        missing += self._wait_for("facts", [rank for rank in range(self.size) if rank not in missing])
         known = [json.loads(self.store.get(f"facts/{rank}")) for rank in range(self.size) if rank not in missing]
         self._remove_probes()
         self.store.set("end", "")
         time.sleep(POLL_S)  # the others read it before the store ends with this process
-        return [NodeFacts(**each) for each in known], missing
+        return [NodeFacts(**each) for each in known], sorted(missing)
 
     def _wait_until_read(self) -> None:
         """Wait until rank 0 has read the facts, or is gone."""
@@ -195,7 +203,7 @@ class Meeting:
         for number in range(CLOCK_ROUNDS):
             self.store.set(f"ready{number}/{self.rank}", "")
             if self.rank == 0:
-                self._wait_for(f"ready{number}")
+                self._wait_for(f"ready{number}", range(self.size))
             sent = self._tell(f"now{number}", repr(time.time()))
             differences.append(time.time() - float(sent))
         facts.clock_s = min(differences, key=abs)

@@ -181,10 +181,9 @@ def is_store_in_launcher() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def master_address() -> tuple[str, int]:
-    """Return host and port at which the processes of a launcher meet."""
-    host, port = (os.environ.get(name, other) for name, other in zip(("MASTER_ADDR", "MASTER_PORT"), DEFAULT_MASTER))
-    return host, int(port)
+def read_restart_count() -> int:
+    """Return how often torchrun has started the ranks again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def node_name() -> str:

@@ -320,7 +320,7 @@ def _connect(config: PrepConfig, root: Path) -> Iterator[Client]:
         raise LaunchError(f"no scheduler answers at {address} ({error}). Start one with `dask scheduler`.") from None
     with client:
         # A `rdt prep` that was killed may have left a step that somebody is still doing. It stops soon.
-        while any(client.run(_is_busy, str(root)).values()):
+        while any(client.run(_is_busy, str(root), on_error="ignore").values()):  # a worker that dies is not busy
             time.sleep(0.2)
         yield client
 

@@ -20,6 +20,7 @@ from megatron_rdt.environment import (
     name_own_host,
     prefer_deterministic_libraries,
     read_meeting_point,
+    read_restart_count,
     record_collectives,
 )
 from megatron_rdt.errors import ConfigError
@@ -54,13 +55,13 @@ def _meet(process: ProcessInfo, timeout: timedelta) -> dict[str, Any]:
     host, port = read_meeting_point()
     settings: dict[str, Any] = {"world_size": process.world_size, "timeout": timeout}
     if process.rank == 0:
-        store = _serve_store(host, port, **settings)
+        store = serve_store(host, port, **settings)
     else:
         store = dist.TCPStore(host, port, is_master=False, **settings)
     return {"store": store, "rank": process.rank, "world_size": process.world_size}
 
 
-def _serve_store(host: str, port: int, **settings: Any) -> dist.TCPStore:
+def serve_store(host: str, port: int, **settings: Any) -> dist.TCPStore:
     """Return a store that this process holds and that listens at this address alone, if all ranks reach it there.
 
     PyTorch would listen on every interface. That remains where several machines may understand a name differently, and
@@ -93,12 +94,14 @@ def _move_store_to_rank_0(timeout: timedelta) -> dict[str, Any]:
     The ranks still agree and save through it when a launcher that held the first one has ended.
     """
     launchers, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    # torchrun keeps its store when it starts the ranks again: the address of an earlier start is still in it.
+    key = f"{STORE_KEY}, start {read_restart_count()}"
     if rank == 0:
         host = name_own_host()
-        own = _serve_store(host, 0, timeout=timeout, wait_for_workers=False)
-        launchers.set(STORE_KEY, f"{host} {own.port}")
+        own = serve_store(host, 0, timeout=timeout, wait_for_workers=False)
+        launchers.set(key, f"{host} {own.port}")
     else:
-        host, port = launchers.get(STORE_KEY).decode().split()
+        host, port = launchers.get(key).decode().split()
         own = dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
     return {"store": own, "rank": rank, "world_size": world_size}
 

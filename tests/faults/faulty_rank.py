@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from launch.pretrain import main
-from megatron_rdt.environment import leave_process
+from megatron_rdt.environment import leave_process, read_restart_count
 
 LONG_S, SLOW_S = 1000.0, 0.02
 # Function that is called at the moment, and the number of the call.
@@ -61,7 +61,7 @@ def inject(fault: str, moment: str) -> None:
 def train_with_fault(words: list[str]) -> NoReturn:
     """Run the training script with the fault that RDT_TEST_FAULT describes, on the rank that it names, or on "all"."""
     fault, moment, rank = os.environ["RDT_TEST_FAULT"].split()
-    if rank in ("all", os.environ["RANK"]):
+    if rank in ("all", os.environ["RANK"]) and not (fault == "die" and read_restart_count()):  # or it always would
         import megatron_rdt.train.trainer  # noqa: F401
 
         inject(fault, moment)

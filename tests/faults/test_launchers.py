@@ -15,7 +15,7 @@ import pytest
 
 from launch.local_processes import find_free_port
 from tests.checkpoint.runs import read_losses
-from tests.distributed.launchers import ENDLESS, make_command, start_launcher
+from tests.distributed.launchers import ENDLESS, FAULTY_SCRIPT, make_command, start_launcher
 from tests.distributed.training import train_on, wait_for_step
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(200)]
@@ -99,3 +99,15 @@ def test_two_nodes_give_the_losses_of_one(launcher: str, tmp_path: Path, tiny_op
         nodes = [stack.enter_context(start_launcher(command, tmp_path / "output")) for command in commands]
         assert [node.wait(150) for node in nodes] == [0, 0], nodes[0].read_output()
     assert read_losses(tmp_path / "nodes") == read_losses(tmp_path / "plain")
+
+
+def test_torchrun_starts_the_ranks_again(tmp_path: Path, faulty_options: list[str]) -> None:
+    """Rank 0, which holds the store by which they meet, is killed in a save; both start again and meet at the new one's."""
+    options = [*faulty_options, f"--run.root={tmp_path}", "--resume=auto"]
+    words = ["--nproc-per-node=2", f"--master-port={find_free_port()}", "--max-restarts=1"]
+    command = make_command("torchrun", [*options, "--run.name=again"], words, FAULTY_SCRIPT)
+    with start_launcher(command, tmp_path / "output", {"RDT_TEST_FAULT": "die save 0"}) as launched:
+        assert launched.wait(150) == 0, launched.read_output()
+        assert "resumed from" in launched.read_output()
+    train_on(2, [*options, "--run.name=plain"])
+    assert read_losses(tmp_path / "again") == read_losses(tmp_path / "plain")

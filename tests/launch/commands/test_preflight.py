@@ -42,9 +42,9 @@ def test_fit_nodes_pass(run_nodes: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("faults", "words", "message"),
     [
-        ({1: "late"}, ["--timeout", "8", "--nodes", "a,b,c"], "1 of 3 nodes are unfit: b did not answer in time"),
-        ({2: "apart"}, ["--timeout", "6"], "1 of 3 nodes are unfit: n2 does not share the run's folder with n0"),
-        ({0: "apart"}, ["--timeout", "6"], "1 of 3 nodes are unfit: n0 does not share the run's folder with n1, n2"),
+        ({1: "late"}, ["--timeout", "15", "--nodes", "a,b,c"], "1 of 3 nodes are unfit: b did not answer in time"),
+        ({2: "apart"}, ["--timeout", "30"], "1 of 3 nodes are unfit: n2 does not share the run's folder with n0"),
+        ({0: "apart"}, ["--timeout", "30"], "1 of 3 nodes are unfit: n0 does not share the run's folder with n1, n2"),
         ({0: "clock"}, [], r"1 of 3 nodes are unfit: n0 has a clock that is \+60.* s from the others'"),
         (
             {2: "slow"},

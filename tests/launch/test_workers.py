@@ -111,7 +111,7 @@ def test_ctrl_c_saves_and_twice_ends_at_once(
     if send == os.killpg:
         workers[0].suspend()  # so that the others wait for it when they save
         send(process.pid, signal.SIGINT)
-        time.sleep(REPEAT_S + 0.5)
+        time.sleep(REPEAT_S + 2)
     send(process.pid, signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     if send == os.killpg:

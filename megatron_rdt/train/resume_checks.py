@@ -19,6 +19,7 @@ from megatron_rdt.parallel.optimizers import list_decayed_parameters
 from megatron_rdt.parallel.zero import ZERO_FOLDER
 from megatron_rdt.run_directory import CHECKPOINTS, FAILURE, LOCK
 from megatron_rdt.train.metrics import read_recorded_steps
+from megatron_rdt.train.stop_request import StopBeforeTraining
 
 CONFIG = "config.yaml"
 BEGINNING = "the beginning of a run"
@@ -39,6 +40,8 @@ def lock_run_directory(run_directory: Path, resume: str, init: str) -> Iterator[
             (run_directory / FAILURE).unlink(missing_ok=True)
             try:
                 yield
+            except StopBeforeTraining:  # which is no failure
+                raise
             except BaseException as error:
                 record_failure(run_directory, error)
                 raise

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.train.stop_request import REPEAT_S
+from tests.distributed.launchers import FAULTY_SCRIPT, start_launcher
 from tests.distributed.processes import start_ranks
 from tests.distributed.training import train_on, wait_for_step
 from tests.faults.faulty_rank import train_with_fault
@@ -81,3 +83,18 @@ def test_a_signal_while_data_is_prepared(tmp_path: Path, faulty_options: list[st
             os.kill(process.pid or 0, signal.SIGTERM)
         assert ranks.wait(30) == [75, 75], ranks.format_report()
         assert "stopped on SIGTERM before the first step, with nothing new to save" in ranks.read_output(0)
+
+
+START = "import sys, pathlib; from launch.local_processes import run_processes as run; "
+START += "sys.exit(run(sys.argv[2:], 2, script=pathlib.Path(sys.argv[1])))"
+
+
+def test_one_rank_is_asked_before_the_first_step(tmp_path: Path, faulty_options: list[str]) -> None:
+    """The others have nobody to agree with, and `rdt train` ends with 75 all the same."""
+    command = [sys.executable, "-c", START, str(FAULTY_SCRIPT), *faulty_options, f"--run.root={tmp_path}"]
+    environment = {"RDT_TEST_FAULT": "hang data 0", "RDT_TEST_FOLDER": str(tmp_path)}
+    with start_launcher(command, tmp_path / "output", environment) as launched:
+        wait_for(lambda: (tmp_path / "reached").exists() or launched.has_ended())
+        launched.list_workers()[0].send_signal(signal.SIGTERM)
+        assert launched.wait(60) == 75, launched.read_output()
+        assert "stopped on SIGTERM before the first step" in launched.read_output()

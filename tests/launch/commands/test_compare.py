@@ -27,7 +27,7 @@ Result = subprocess.CompletedProcess[str]
 @pytest.fixture
 def words(tiny_options: list[str], tmp_path: Path) -> list[str]:
     """Two arms of 40 steps, of which the second cannot be trained at its learning rate."""
-    options = [f"--run.root={tmp_path}", "--run.name=rates", "--train.steps=40", "--eval.every=0", "--sequences=4"]
+    options = [f"--run.root={tmp_path}", "--run.name=rates", "--train.steps=120", "--eval.every=0", "--sequences=4"]
     return ["compare", *tiny_options, *options, "--axis", "optimizer.lr=1e-3,1e30"]
 
 
@@ -51,7 +51,7 @@ def test_a_comparison_that_is_killed_goes_on_and_a_failed_arm_is_in_the_table(
     os.kill(process.pid, signal.SIGKILL)
     process.wait(20)
     wait_until(lambda: not find_processes(tmp_path), 20)
-    assert len(read_records(run / "metrics.jsonl")) < 40
+    assert len(read_records(run / "metrics.jsonl")) < 120
 
     process = start([*words, "--at_once=1"])
     wait_until(lambda: "resumed from" in (run / "train.log").read_text())
@@ -68,7 +68,7 @@ def test_a_comparison_that_is_killed_goes_on_and_a_failed_arm_is_in_the_table(
     config = load_config(run / "config.yaml")
     forward, length = forward_flops(config.model, 32), 4 * 32
     records = read_records(run / "metrics.jsonl")
-    assert len(records) == 40
+    assert len(records) == 120
     assert good["flops"] == pytest.approx(
         sum(length * training_flops(config.model, forward, r["loops_mean"], r["loops_with_grad"]) for r in records)
     )

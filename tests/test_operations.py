@@ -1,5 +1,7 @@
 """docs/OPERATIONS.md shows no command that no test runs."""
 
+import re
+
 import pytest
 
 from tests.operations_page import DEFAULT, PAGE, PLACES, ROOT, Block, make_script, read_blocks
@@ -53,3 +55,15 @@ def test_blocks_are_found_with_their_headings() -> None:
 def test_a_command_outside_of_the_blocks_is_found(added: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_blocks(EXAMPLE + added)
+
+
+def test_every_row_of_the_fault_table_names_a_test() -> None:
+    rows = [
+        line for line in PAGE.read_text(encoding="utf-8").partition("\n## Faults\n")[2].splitlines() if line[:2] == "| "
+    ]
+    assert len(rows) > 10
+    for row in rows[1:]:
+        names = re.findall(r"`((?:tests/)?[\w/]*test_\w+\.py)`", row.rstrip("| ").rpartition("|")[2])
+        assert names, row
+        for name in names:
+            assert (ROOT / name).is_file() or (ROOT / "tests" / "faults" / name).is_file(), name

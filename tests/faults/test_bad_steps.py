@@ -79,8 +79,7 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(
     record_cost(f"{factor} in the {what} of one rank, {engine}", None, 0)
 
 
-@pytest.mark.parametrize("fault", ["nan", "spike"])
-@pytest.mark.parametrize("engine", ["fsdp", "zero2"])
+@pytest.mark.parametrize(("fault", "engine"), [("nan", "fsdp"), ("spike", "zero2")])
 def test_a_rollback_leaves_out_the_data_that_led_to_it(
     fault: str, engine: str, tmp_path: Path, tiny_options: list[str], record_cost: RecordCost
 ) -> None:

@@ -16,7 +16,7 @@ from tests.distributed.processes import Ranks
 from tests.distributed.training import start_training, train_on
 from tests.faults.conftest import RecordCost
 
-KILLS = int(os.environ.get("RDT_KILLS", "20"))  # `make fuzz` has 50
+KILLS = int(os.environ.get("RDT_KILLS", "12"))  # `make fuzz` has 50
 SEED = int(os.environ.get("RDT_KILLS_SEED", "17"))
 EVERY = 3  # steps between checkpoints
 STEPS = 2 * KILLS + 20

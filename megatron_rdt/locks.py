@@ -52,7 +52,8 @@ def hold_lock(path: str | os.PathLike[str], message: str, patience_s: float = 0.
     finally:
         is_over.set()
         thread.join()
-        Path(path).unlink(missing_ok=True)
+        if _is_own(_read_record(path)):  # or this process seemed dead to another one, which has taken it
+            Path(path).unlink(missing_ok=True)
         os.close(descriptor)
 
 
@@ -198,6 +199,11 @@ def _make_record() -> dict[str, Any]:
         "user": user,
         "since": time.time(),
     }
+
+
+def _is_own(record: dict[str, Any]) -> bool:
+    """Return True if a lock file's record is one of this process."""
+    return (record.get("machine"), record.get("pid")) == (_identify_machine(), os.getpid())
 
 
 def _read_record(path: str | os.PathLike[str]) -> dict[str, Any]:

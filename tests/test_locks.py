@@ -38,7 +38,7 @@ def refuse_locks(descriptor: int, operation: int) -> NoReturn:
 def test_a_lock_is_held_by_one_process(tmp_path: Path) -> None:
     lock = tmp_path / ".lock"
     code = (
-        "import sys; from megatron_rdt.locks import find_held, hold_lock\n"
+        "import sys; from megatron_rdt.locks import hold_lock\n"
         "with hold_lock(sys.argv[1], 'x'): print('held', flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen(
@@ -89,9 +89,8 @@ def test_a_holder_on_another_machine_is_watched(
     if not has_locks:
         monkeypatch.setattr(fcntl, "flock", refuse_locks)
     with hold_lock(lock, "x"):
-        if (
-            has_locks
-        ):  # no other machine is here: a copy of the file without the kernel's lock, renewed as the holder does
+        if has_locks:
+            # No other machine is here: a copy of the file without the kernel's lock, renewed as the holder does.
             (tmp_path / "copy").write_text(lock.read_text())
             lock.unlink()
             (tmp_path / "copy").rename(lock)

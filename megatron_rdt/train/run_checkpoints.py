@@ -108,9 +108,8 @@ class RunCheckpoints:
         self.saved_step: int | None = None
         self.run_id = uuid.uuid4().hex
         self._pending: BackgroundSave | None = None
-        self._unread_counts: deque[Callable[[], list[float]]] = (
-            deque()
-        )  # of ranks whose save has ended, at the last steps
+        # Of ranks whose save has ended, at the last steps.
+        self._unread_counts: deque[Callable[[], list[float]]] = deque()
         self._parent: str | None = None
         self._expected_bytes = 0  # of a checkpoint
         self._origin: dict[str, Any] | None = None

@@ -165,10 +165,8 @@ class Watchdog:
         for rank in range(self._world_size):
             file = self._summary_file(rank)
             text = file.read_text(encoding="utf-8") if file.is_file() else ""
-            is_new, self._read[rank] = (
-                text != self._read.get(rank, ""),
-                text,
-            )  # no clock tells: those of hosts may differ
+            is_new = text != self._read.get(rank, "")  # no clock tells: those of hosts may differ
+            self._read[rank] = text
             summary: dict[str, Any] = json.loads(text) if is_new else {}
             if not is_new:
                 place = (-1, "wrote nothing: it has ended, hangs in a library, or sees another disk")

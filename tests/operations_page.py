@@ -2,7 +2,7 @@
 
 A block of bash is run by the tests of its place: where a heading above it has one of the words of PLACES, by that file, else by
 DEFAULT. In a block, `# exits with 75` at the end of a command names the status that it has to have, if not 0. In the text,
-a command in backticks has to be the beginning of one of a block.
+a command in backticks has to be the beginning of one of a block; `rdt prep` alone is a name.
 """
 
 import os
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from data_prep.config import PrepConfig
 from data_prep.pipeline import prepare
+from launch.cli import COMMANDS
 from megatron_rdt.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,7 +69,8 @@ def read_blocks(text: str) -> list[Block]:
         re.sub(r"```.*?```", lambda m: "\n" * m[0].count("\n"), text, flags=re.S).splitlines(), 1
     ):
         for command in re.findall(rf"`((?:{PROGRAMS}) [^`]+)`", line):
-            if not any(each.startswith(command) for each in shown):
+            is_name = command.removeprefix("rdt ") in COMMANDS
+            if not is_name and not any(each.startswith(command) for each in shown):
                 raise ValueError(f"line {number}: no block has `{command}`: put it into one, which a test runs")
     return blocks
 

@@ -41,6 +41,7 @@ def test_blocks_are_found_with_their_headings() -> None:
     script = make_script([first])
     assert "if wait $!\nthen status=0; else status=$?; fi" in script
     assert '[ "$status" -eq 75 ]' in script
+    assert len(read_blocks(EXAMPLE + "As after `rdt prep`, a name.\n")) == 2
     assert "rdt train --config a.yaml \\\n    --nproc 2\n" in script
 
 

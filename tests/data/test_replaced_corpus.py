@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -236,8 +237,8 @@ def test_a_run_stops_and_resumes_on_the_former_corpus(
     assert train("whole") == 0
     save = Trainer._save_checkpoint
 
-    def save_and_replace(trainer: Trainer) -> None:
-        save(trainer)
+    def save_and_replace(trainer: Trainer, **options: Any) -> None:
+        save(trainer, **options)
         if trainer.step == 4:
             publish(other, live)
 

@@ -1,6 +1,7 @@
 """CorpusManifest: counts, hashes and tokenizer of a prepared corpus, in manifest.json; it exists if the corpus is complete."""
 
 import hashlib
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -288,7 +289,7 @@ def _describe_problem(document: dict[str, Any]) -> str:
             if not _is_file_name(record["name"]):
                 return f"calls shard {number} of the split {split} {record['name']!r}, which is not a file name"
         names = [record["name"] for record in content["shards"]]
-        if names != sorted(set(names)):  # their order decides which tokens are sample k
+        if names != sorted(set(names), key=_count_in_name):  # their order decides which tokens are sample k
             return f"lists the shards of the split {split} in another order than their names have"
         for side in SIDE_FILES:
             if len({side.hash_key in record for record in content["shards"]}) > 1:
@@ -298,6 +299,11 @@ def _describe_problem(document: dict[str, Any]) -> str:
         return "has no list of names under tasks"
     has_examples = any(EXAMPLES.hash_key in record for content in splits.values() for record in content["shards"])
     return "lists no tasks, but has shards with examples" if has_examples and not tasks else ""
+
+
+def _count_in_name(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts names by the numbers in them: the shards of one group are ...-99, ...-100."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]
 
 
 def _is_file_name(name: str) -> bool:

@@ -141,6 +141,18 @@ def test_a_manifest_that_cannot_be_used(corpus: Path, change: Callable[[dict], o
         load_manifest(corpus)
 
 
+def test_a_group_of_documents_may_have_more_than_a_hundred_shards(corpus: Path) -> None:
+    """Their names, as `rdt prep` gives them, are in the order of their numbers."""
+
+    def extend(document: dict) -> None:
+        first = document["splits"]["train"]["shards"][0]
+        names = ["shard-00000", *(f"shard-00000-{number:02d}" for number in range(1, 120)), "shard-00001"]
+        document["splits"]["train"]["shards"] = [{**first, "name": name} for name in names]
+
+    edit_manifest(corpus, extend)
+    assert len(load_manifest(corpus).document["splits"]["train"]["shards"]) == 121
+
+
 def test_block_hashes(tmp_path: Path) -> None:
     content = np.random.default_rng(1).bytes(BLOCK_BYTES + 5)
     (tmp_path / "a").write_bytes(content)

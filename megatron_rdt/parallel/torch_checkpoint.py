@@ -218,6 +218,8 @@ def select_parts(metadata: Metadata, parts: Parts) -> Metadata:
 
 def _overlaps(chunk: ChunkStorageMetadata, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> bool:
     """Return True if a stored part and another one of the same tensor have elements in common."""
+    if len(chunk.offsets) != len(offsets):
+        return False  # of another tensor, which the load refuses by its shape
     edges = zip(chunk.offsets, chunk.sizes, offsets, sizes, strict=True)
     return all(max(a, b) < min(a + m, b + n) for a, m, b, n in edges)
 

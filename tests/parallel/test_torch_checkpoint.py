@@ -86,6 +86,12 @@ def test_a_part_needs_the_metadata_of_what_overlaps_with_it(tmp_path: Path) -> N
     assert set(found.state_dict_metadata) == {"part.rows", "part.step"}
     assert sorted(key.offset[0] for key in found.storage_data if key.fqn == "part.rows") == [2, 4]
     assert len(found.storage_data) == 3
+    other = select_parts(metadata, {"part.rows": [((0,), (24,))]})
+    assert not other.storage_data, (
+        "a tensor of another shape is refused by each rank, not by the one that reads for others"
+    )
+    with pytest.raises(CheckpointException, match="rows"):
+        load_tensors({"part": {"rows": torch.empty(24)}}, TensorReader(tmp_path / "part", other))
     (tmp_path / "part" / "__0_0.distcp").unlink()  # of which nothing is needed
     check_files(tmp_path / "part", found)
     with pytest.raises(CheckpointError, match="lacks the file"):

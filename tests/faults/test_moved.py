@@ -11,7 +11,7 @@ from tests.distributed.training import start_training, train_on, wait_for_step
 from tests.faults.conftest import RecordCost
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(280)]
-STEPS = 24
+STEPS = 60  # so that many are left when the folder is moved
 
 
 def test_copied_and_moved_while_it_trains(tmp_path: Path, faulty_options: list[str], record_cost: RecordCost) -> None:

@@ -97,6 +97,14 @@ class RingEngine(FullyShardedEngine):
         dist.all_gather_object(every, super().full_gradients(), group=self.ring.group)
         return {name: gradient for each in every for name, gradient in each.items()}
 
+    def _collect_states_to_save(self) -> dict[str, dict]:
+        """Leave out the buffers of other stages' layers: the ranks of each stage share out what is in its own."""
+        states = super()._collect_states_to_save()
+        layers = range(self.config.model.core_layers)
+        absent = tuple(f"core.layers.{number}." for number in layers if number not in self.ring.layers)
+        model = {name: value for name, value in states["model"].items() if not name.startswith(absent)}
+        return states | {"model": model}
+
     def _configured_names(self) -> list[list[str]]:
         """Return the parameter names of each group of an unsharded run, those of other stages too."""
         with torch.device("meta"):

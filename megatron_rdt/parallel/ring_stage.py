@@ -25,7 +25,8 @@ from megatron_rdt.parallel.mesh import choose_sharded_dimension
 class AbsentLayer(nn.Module):
     """A core layer that another stage of the ring holds; it keeps the numbers of the others, and cannot be called.
 
-    Of a mixture of experts an empty one remains, which counts nothing: all ranks sum the loads of all mixtures together.
+    Of a mixture of experts an empty one remains, which counts nothing: all ranks sum the loads of all mixtures together, and
+    keep all selection biases.
     """
 
     def __init__(self, layer: Layer) -> None:
@@ -34,7 +35,6 @@ class AbsentLayer(nn.Module):
             self.feedforward = layer.feedforward
             self.feedforward._parameters.clear()
             self.feedforward.shared = None
-            self.feedforward._non_persistent_buffers_set.add("selection_bias")  # saved and read by its own stage
 
     def token_values(self, context: LayerContext) -> None:
         """Raise RuntimeError: an iteration in this process was asked for."""

@@ -129,6 +129,10 @@ class TorchEngine(Engine):
         states: dict[str, dict] = {"model": dict(model), "optimizer": optimizer}
         return states if self.average is None else {**states, EMA: dict(self.average.tensors)}
 
+    def _collect_states_to_save(self) -> dict[str, dict]:
+        """Return those of `_collect_states` of which this rank may write a part."""
+        return self._collect_states()
+
     def _parameter_groups(self) -> Groups:
         """Return the groups of all optimizers, with the options that they use now."""
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
@@ -147,7 +151,7 @@ class TorchEngine(Engine):
         """Take the shards of `model/`, `optimizer/` and, if there is one, `ema/` that this rank writes."""
         own = {
             name: list_own_shards({name: state}, self.rank, self.world_size, self.distinct_axes)
-            for name, state in self._collect_states().items()
+            for name, state in self._collect_states_to_save().items()
         }
         if copy:
             own = {name: self._host_copies.copy(shards) for name, shards in own.items()}

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_rdt.checkpoint.buffers import persistent_buffers
 from megatron_rdt.config import DepthConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig, check_config
 from megatron_rdt.data import Batch
 from megatron_rdt.depth import DepthPlan
@@ -163,6 +164,7 @@ def collect_state(engine: Engine) -> dict[str, torch.Tensor]:
     for name, parameter in engine.model.named_parameters():
         for key, value in {"": parameter, **states[parameter]}.items():
             found[f"{name} {key}"] = full_tensor(value).detach().clone()
+    found |= {name: buffer.clone() for name, buffer in persistent_buffers(engine.model).items()}
     every: list[dict[str, torch.Tensor]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(every, found)
     return {name: value for each in every for name, value in each.items()}
@@ -178,7 +180,9 @@ def exchange_checkpoints(folder: Path, stages: int, processes: int) -> list[str]
         {"core_ring": 2, "replicate": processes // 2},
     ]
     for number, parallel in enumerate(rings):
-        engine = make(ParallelConfig(**{"engine": "fsdp", **parallel}), MODELS["residual"], processes)
+        model = dataclasses.replace(MODELS["residual"], core_ffn="moe", experts=4)
+        engine = make(ParallelConfig(**{"engine": "fsdp", **parallel}), model, processes)
+        assert len(persistent_buffers(engine.model)) == model.core_layers, "rank 0 saves those of all stages"
         if number == 0:
             for step in STEPS[:2]:
                 train_step(engine, tokens, step, 1)

@@ -58,6 +58,7 @@ test: lint
 test-faults: install
 	$(BIN)/python -m pytest --verbose -m faults tests/faults
 
+# Two at a time, each with a cluster of its own: these tests wait more than they compute.
 SLURM := command -v sbatch && command -v slurmctld && command -v slurmd && command -v munged
 test-cluster: export PATH := $(PATH):/usr/sbin:/sbin
 test-cluster: install
@@ -65,7 +66,7 @@ test-cluster: install
 		{ [ "$$(id -u)" -eq 0 ] && command -v apt-get >/dev/null && apt-get update --quiet && \
 		DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes slurm-wlm munge && { $(SLURM); } >/dev/null; } || \
 		{ echo "Slurm and munge are needed. As root: apt-get install slurm-wlm munge"; exit 2; }
-	$(BIN)/python -m pytest --verbose -m cluster tests/cluster
+	$(BIN)/python -m pytest --verbose --numprocesses 2 --dist load -m cluster tests/cluster
 
 test-parity: install
 	$(BIN)/python -m pip install --quiet --no-deps open-mythos==0.5.0 megatron-core==0.16.1

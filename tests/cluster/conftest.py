@@ -27,6 +27,7 @@ CONFIGURATION = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
+FirstJobId={first_job}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
@@ -101,6 +102,8 @@ class Cluster:
         text = CONFIGURATION.format(
             host=host,
             controller_port=ports[0],
+            # A run's port follows from its job's number: no two clusters of this machine may give the same.
+            first_job=1 + ports[0] % 9000,
             user=psutil.Process().username(),
             directory=self.directory,
             requeue_delay_s=self.requeue_delay_s,

@@ -11,7 +11,7 @@ import re
 import statistics
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,12 +180,15 @@ def _read_progress(status: RunStatus, run: Path) -> None:
 
 def _find_hang(run: Path) -> float | None:
     """Return for how many seconds ranks have waited, if they wrote so after the last record; None otherwise."""
-    reports = list((run / HANG).glob("rank-*.json"))
     last_record = (run / METRICS).stat().st_mtime if (run / METRICS).exists() else 0.0
-    newest = max(reports, key=lambda path: path.stat().st_mtime, default=None)
-    if newest is None or newest.stat().st_mtime <= last_record:
+    reports = []
+    for path in (run / HANG).glob("rank-*.json"):
+        with suppress(FileNotFoundError):  # the next start deletes those of the one before
+            reports.append((path.stat().st_mtime, path.read_text(encoding="utf-8")))
+    written, text = max(reports, default=(0.0, ""))
+    if written <= last_record:
         return None
-    return time.time() - newest.stat().st_mtime + float(parse_json(newest.read_text())["quiet_s"])
+    return time.time() - written + float(parse_json(text)["quiet_s"])
 
 
 def _describe_failure(run: Path) -> str | None:

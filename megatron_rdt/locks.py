@@ -22,7 +22,7 @@ from typing import Any
 from megatron_rdt.errors import LaunchError
 
 BEAT_S = 2.0
-STALE_S = 15.0
+STALE_S = 60.0  # longer than a network is away without harm
 POLL_S = 0.2
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of a file system without locks
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 LAUNCHER_END = "the end of its launcher"
 REASONS = (*(number.name for number in STOP_SIGNALS), LAUNCHER_END)  # to stop, the same on all ranks
-REPEAT_S = 1.0
+REPEAT_S = 3.0
 LOOK_S = 0.2  # between two looks at the launcher
 LEAVE_S = 5.0  # for a process that is to leave by itself before its first step
 

@@ -87,10 +87,10 @@ def test_a_rollback_leaves_out_the_data_that_led_to_it(
     options = [*tiny_options, *ENGINES[engine], f"--run.root={tmp_path}", "--eval.every=0", "--checkpoint.every=2"]
     options += ["--logging.every=1", "--schedule.name=constant", "--train.rollback_lr=1", "--train.rollback_skip=true"]
     if fault == "nan":
-        poisoned, at, last = ("gradient", "nan", (7, 8)), 4, 12
+        poisoned, at, last = ("gradient", "nan", (7, 8)), 4, 40
         options += ["--train.on_nonfinite=rollback", "--train.max_nonfinite_steps=2"]
     else:
-        poisoned, at, last = ("loss", "large", (21,)), 18, 24
+        poisoned, at, last = ("loss", "large", (21,)), 18, 50
         options += ["--train.on_spike=rollback", "--depth.scheme=fixed"]
     bad = f"{poisoned[2][0]}-{poisoned[2][-1]}" if len(poisoned[2]) > 1 else f"{poisoned[2][0]}"
     options += [f"--train.steps={last}"]

@@ -57,7 +57,7 @@ def test_a_hanging_rank_ends_the_run(
     record_cost: RecordCost,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    limit_s = 8
+    limit_s = 15
     options = [*faulty_options, f"--run.root={tmp_path}", "--run.name=r", "--checkpoint.every=2", "--resume=auto"]
     options += [f"--parallel.timeout_s={limit_s}"]
     error, seconds = end_by_fault(f"hang {moment} 1", options, tmp_path, monkeypatch)

@@ -17,7 +17,7 @@ from tests.distributed.training import train_on, wait_for_step
 from tests.faults.faulty_rank import train_with_fault
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(150)]
-END_S = 5.0  # for what is to happen at once, on a busy machine
+END_S = 15.0  # for what is to happen at once, on a busy machine
 
 
 def wait_for(condition: Callable[[], object], timeout: float = 60.0) -> None:
@@ -41,7 +41,7 @@ def test_a_second_signal_in_a_save(first: str, second: str, tmp_path: Path, faul
         for name in (*first.split(), first.rsplit(maxsplit=1)[-1]):  # a repetition, as launchers send it
             for pid in pids:
                 os.kill(pid, signal.Signals[name])
-        time.sleep(REPEAT_S + 0.5)
+        time.sleep(REPEAT_S + 1.5)
         assert not ranks.has_ended(), ranks.format_report()
         for pid in pids:
             os.kill(pid, signal.Signals[second])
@@ -65,7 +65,7 @@ def test_a_second_signal_in_a_collective(tmp_path: Path, faulty_options: list[st
         wait_for_step(tmp_path / "r", 3, ranks.has_ended)
         os.kill(ranks.processes[1].pid or 0, signal.SIGSTOP)
         for _ in range(2):
-            time.sleep(REPEAT_S + 0.5)
+            time.sleep(REPEAT_S + 1.5)
             assert not ranks.has_ended(), ranks.format_report()
             os.kill(ranks.processes[0].pid or 0, signal.SIGTERM)
         ranks.processes[0].join(END_S)

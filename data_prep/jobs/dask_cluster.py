@@ -216,8 +216,9 @@ def open_cluster(config: PrepConfig, root: Path) -> Iterator[RunSteps]:
         LaunchError: no scheduler answers.
         DataError: workers cannot be started.
     """
-    for name in ("distributed", "tornado", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what the user needs to know is raised as an error
+    # What the user needs to know is raised as an error. Dask gives some of its loggers levels of their own.
+    for name in ("distributed", "distributed.client", "distributed.gc", "tornado", "tornado.application", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     start = _connect if config.scheduler else _start_workers
     with start(config, root) as client:
         yield lambda job, steps, progress: _run_steps(client, job, steps, progress)
@@ -319,6 +320,8 @@ def _connect(config: PrepConfig, root: Path) -> Iterator[Client]:
     except (OSError, ValueError) as error:
         raise LaunchError(f"no scheduler answers at {address} ({error}). Start one with `dask scheduler`.") from None
     with client:
+        if not client.nthreads():
+            print(f"no worker is connected to {config.scheduler} yet: waiting for the first", flush=True)
         # A `rdt prep` that was killed may have left a step that somebody is still doing. It stops soon.
         while any(client.run(_is_busy, str(root), on_error="ignore").values()):  # a worker that dies is not busy
             time.sleep(0.2)

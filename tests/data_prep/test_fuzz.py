@@ -22,6 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import data_prep.jobs.dask_cluster  # noqa: F401, so that not every process that is forked imports Dask
 from data_prep.config import PrepConfig
 from data_prep.pipeline import prepare
 from megatron_rdt.data.shard_files.corpus_manifest import load_manifest

@@ -21,6 +21,7 @@ import dask.config
 from distributed import Client, Future, LocalCluster, Worker, get_worker
 from distributed.client import FutureCancelledError
 from distributed.scheduler import KilledWorker
+from distributed.security import Security
 from distributed.system import MEMORY_LIMIT
 
 from data_prep.config import PrepConfig
@@ -226,7 +227,7 @@ def open_cluster(config: PrepConfig, root: Path) -> Iterator[RunSteps]:
 
 @contextlib.contextmanager
 def _start_workers(config: PrepConfig, root: Path) -> Iterator[Client]:
-    """Yield a client of new worker processes that only this machine reaches, and end them at once after the block."""
+    """Yield a client of new worker processes that only this process reaches, and end them at once after the block."""
     address = f"{LOOPBACK}:{config.dashboard}"
     workers = config.workers or usable_cores()
     settings = dict(LOCAL_SETTINGS)
@@ -244,6 +245,9 @@ def _start_workers(config: PrepConfig, root: Path) -> Iterator[Client]:
                         threads_per_worker=1,
                         memory_limit=min(MEMORY_LIMIT, read_job_memory() or MEMORY_LIMIT) // workers,
                         host=LOOPBACK,
+                        # Whoever can talk to Dask can run code here: only the holders of a key of this prep can.
+                        protocol="tls",
+                        security=Security.temporary(),
                         local_directory=str(root / f"workers{TEMPORARY_SUFFIX}"),
                         silence_logs=logging.CRITICAL,
                         dashboard_address=address if config.dashboard else None,

@@ -17,6 +17,7 @@ FOLDER = Path(SHIPPED) / "cluster"
 # Of one run or one submission, so not of a cluster.
 OF_A_RUN = {"config", "overrides", "compare", "sweep", "after", "cluster", "dry_run", "nodes"}
 KEYS = [option.name for option in fields(SubmitOptions) if option.name not in OF_A_RUN]
+LISTS = ("modules", "variables", "container_mounts")
 NAME_OF_SECRET = re.compile(r"token(?!iz)|secret|password|passwd|credential|api_?key|private", re.IGNORECASE)
 
 
@@ -42,6 +43,12 @@ def read_cluster_words(cluster: str) -> list[str]:
             near = difflib.get_close_matches(str(key), KEYS, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"It may have: {', '.join(KEYS)}."
             raise ConfigError(f"{file}: key {key} is no option of a cluster. {hint}")
+        is_list = isinstance(value, list) and all(isinstance(part, str) for part in value)
+        if not (is_list if key in LISTS else isinstance(value, str | int | float)):
+            kind = "a list of texts" if key in LISTS else "a text or a number"
+            raise ConfigError(
+                f"{file}: {key} is {json.dumps(value, default=str)}, which is not {kind}. Fix it, or omit it."
+            )
         words.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
     return words
 
@@ -85,6 +92,11 @@ def format_container(job: SubmitOptions, root: Path) -> tuple[str, str]:
         if job.container_mounts:
             raise ConfigError("--container_mounts is given, but no --container. Give both or none.")
         return "", ""
+    for mount in job.container_mounts:
+        if not re.fullmatch(r"[^:]+:[^:]+(:[^:]+)?", mount):
+            raise ConfigError(
+                f"--container_mounts: {mount} is not HOST:INSIDE, such as /scratch:/scratch. Write each so."
+            )
     mounts = [f"{root}:{root}", *job.container_mounts]
     if job.container_runtime == "pyxis":
         options = ("image", job.container), ("mounts", ",".join(mounts)), ("workdir", root)

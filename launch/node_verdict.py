@@ -58,7 +58,7 @@ def judge_nodes(nodes: Sequence[NodeFacts], missing: Sequence[str], limits: Limi
         if node.free_share < limits.free_share:
             add(node, f"has a GPU with {node.free_share:.0%} of its memory free: another process holds it")
         if node.free_gib < limits.free_gib:
-            add(node, f"has {node.free_gib:.1f} GiB free on the run's disk, less than {limits.free_gib:g}")
+            add(node, f"has {node.free_gib:.1f} GiB free on the run's disk, less than {limits.free_gib:,.1f} GiB")
         if abs(node.clock_s - middle) > limits.clock_s:
             add(node, f"has a clock that is {node.clock_s - middle:+.1f} s from the others'")
     _judge_files(nodes, add)

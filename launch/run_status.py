@@ -67,12 +67,17 @@ class RunStatus:
     notes: list[str] = field(default_factory=list)
 
 
+def is_run(path: Path) -> bool:
+    """Return True if a directory holds files of a run."""
+    return any(os.path.lexists(path / name) for name in RUN_FILES)
+
+
 def list_runs(root: Path, levels: int = MOST_LEVELS) -> Iterator[Path]:
     """Yield the run directories below `root` in the order of their names, those of comparisons included."""
     for path in sorted(root.iterdir()):
         if not path.is_dir() or path.name.startswith(".") or path.name == SUBMITTED:
             continue
-        if not os.access(path, os.R_OK | os.X_OK) or any(os.path.lexists(path / name) for name in RUN_FILES):
+        if not os.access(path, os.R_OK | os.X_OK) or is_run(path):
             yield path
         elif levels > 1:
             yield from list_runs(path, levels - 1)

@@ -52,7 +52,7 @@ class SubmitOptions:
     """Quality of service; empty takes the default."""
     mail: str = ""
     """Address that Slurm writes to when the job begins, ends, fails or is requeued; empty for none."""
-    after: str = ""
+    after: str | None = None
     """Begin after another job: its number (when it has ended with 0), or as Slurm writes it: afterany:41, afterok:41:42."""
     modules: list[str] = field(default_factory=list)
     """Modules that the job loads first, such as cuda/12.4."""
@@ -158,11 +158,11 @@ def format_extra_directives(job: SubmitOptions, gpus: int) -> str:
     return "\n".join(extra)
 
 
-def format_dependency(after: str) -> str:
+def format_dependency(after: str | None) -> str:
     """Return the value of sbatch's --dependency for --after; empty for none."""
-    if after and not re.fullmatch(
-        r"\d+(_\d+)?|after(ok|any|notok|corr)?(:\d+(_\d+)?)+([,?]after\w*(:\d+(_\d+)?)+)*", after
-    ):
+    if after is None:
+        return ""
+    if not re.fullmatch(r"\d+(_\d+)?|after(ok|any|notok|corr)?(:\d+(_\d+)?)+([,?]after\w*(:\d+(_\d+)?)+)*", after):
         raise ConfigError(f"--after {after} is no job. Give its number, or a condition and numbers: afterany:41:42.")
     return f"afterok:{after}" if after[:1].isdigit() else after
 

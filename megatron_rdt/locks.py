@@ -218,7 +218,8 @@ def _read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _describe_holder(record: dict[str, Any]) -> str:
     """Return a sentence on who holds a lock and for how long; empty if its file does not say."""
     try:
-        minutes = max(time.time() - record["since"], 0) / 60
-        return f" It is process {record['pid']} of {record['user']} on {record['host']}, which has held {minutes:.0f} minutes."
+        age_s = max(time.time() - record["since"], 0)
+        age = f"{age_s:.0f} seconds" if age_s < 100 else f"{age_s / 60:.0f} minutes"
+        return f" It is process {record['pid']} of {record['user']} on {record['host']}, for {age} now."
     except (KeyError, TypeError):
         return ""

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import shutil
+import signal
 import sysconfig
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -50,6 +51,9 @@ LONGEST = (
 """Test files that take the longest, longest first: a file that starts last should be short."""
 
 torch.set_num_threads(1)
+
+# A shell ignores Ctrl-C in what it starts in the background, and every process of the tests would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CLUSTER_TESTS = pytest.StashKey[list[str]]()
 

@@ -47,7 +47,7 @@ def test_a_lock_is_held_by_one_process(tmp_path: Path) -> None:
     assert other.stdin is not None
     assert other.stdout is not None
     assert other.stdout.readline() == "held\n"
-    holder = rf"another one writes\. It is process {other.pid} of \S+ on {os.uname().nodename}, which has held"
+    holder = rf"another one writes\. It is process {other.pid} of \S+ on {os.uname().nodename}, for \d+ seconds now"
     with pytest.raises(LaunchError, match=holder), hold_lock(lock, "another one writes."):
         pass
     other.kill()

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,10 +32,12 @@ from data_prep.jobs.working_directory import Job, hash_code
 from megatron_rdt.environment import read_job_memory, usable_cores
 from megatron_rdt.errors import ConfigError, DataError, LaunchError
 from megatron_rdt.files import TEMPORARY_SUFFIX
+from megatron_rdt.untrusted_files import read_json
 
 SUBMITTED = 512  # steps that Dask knows at a time, so that its memory does not depend on their number
 SHOW_EVERY_S = 1.0
 CONNECT_S = 60.0  # for a scheduler that is just being started
+WRITTEN_TRIES = 20  # to read the file of a scheduler
 SHARED_S = 120.0  # longest time until a file of another machine is seen here: network file systems cache
 LOOPBACK = "127.0.0.1"
 LOCAL_SETTINGS: dict[str, Any] = {
@@ -237,8 +240,7 @@ def _start_workers(config: PrepConfig, root: Path) -> Iterator[Client]:
         stack.enter_context(dask.config.set(settings))
         stack.enter_context(_handle_signal(signal.SIGTERM, _exit_by_signal))
         try:
-            # Ctrl-C reaches all processes of the terminal. Workers inherit that it is ignored; this process ends them.
-            with _handle_signal(signal.SIGINT, signal.SIG_IGN):
+            with _block_interrupt():
                 cluster = stack.enter_context(
                     LocalCluster(
                         n_workers=workers,
@@ -254,7 +256,7 @@ def _start_workers(config: PrepConfig, root: Path) -> Iterator[Client]:
                         scheduler_kwargs={"dashboard": bool(config.dashboard), "dashboard_address": address},
                     )
                 )
-            stack.callback(_kill_workers, cluster)
+                stack.callback(_kill_workers, cluster)
             client = stack.enter_context(Client(cluster, set_as_default=False))
         except (OSError, RuntimeError) as error:
             raise _explain_failed_start(error) from error
@@ -274,6 +276,17 @@ def _handle_signal(number: signal.Signals, handler: Any) -> Iterator[None]:
         yield
     finally:
         signal.signal(number, before)
+
+
+@contextlib.contextmanager
+def _block_interrupt() -> Iterator[None]:
+    """Keep Ctrl-C, which a terminal sends to all, from processes that the block starts; here it waits for the end."""
+    resource_tracker.ensure_running()  # its start would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _exit_by_signal(number: int, frame: object) -> NoReturn:
@@ -311,6 +324,8 @@ def _connect(config: PrepConfig, root: Path) -> Iterator[Client]:
     """Yield a client of the scheduler that `config.scheduler` names, when no worker is at work on `root` any more."""
     address, deadline = config.scheduler, time.monotonic() + CONNECT_S
     is_file = "://" not in address
+    if is_file and not os.path.exists(address):
+        print(f"waiting up to {CONNECT_S:.0f} s for {address}, the file of a scheduler", flush=True)
     while is_file and not os.path.exists(address):
         if time.monotonic() >= deadline:
             raise LaunchError(
@@ -318,6 +333,9 @@ def _connect(config: PrepConfig, root: Path) -> Iterator[Client]:
                 "address, as in --scheduler tcp://host:8786."
             )
         time.sleep(0.1)
+    if is_file:
+        _check_scheduler_file(address)
+    print(f"connecting to the scheduler {address}, for up to {CONNECT_S:.0f} s", flush=True)
     try:
         named = {"scheduler_file": address} if is_file else {"address": address}
         client = Client(**named, timeout=CONNECT_S, set_as_default=False)
@@ -330,6 +348,18 @@ def _connect(config: PrepConfig, root: Path) -> Iterator[Client]:
         while any(client.run(_is_busy, str(root), on_error="ignore").values()):  # a worker that dies is not busy
             time.sleep(0.2)
         yield client
+
+
+def _check_scheduler_file(path: str) -> None:
+    """Raise ConfigError unless a file is one that `dask scheduler --scheduler-file` wrote."""
+    for _ in range(WRITTEN_TRIES):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            if isinstance(read_json(path)["address"], str):
+                return
+        time.sleep(0.1)  # it may be just being written
+    raise ConfigError(
+        f"--scheduler {path} is not the file of a scheduler. Name the one of `dask scheduler --scheduler-file`."
+    )
 
 
 def _is_busy(root: str, dask_worker: Worker) -> bool:

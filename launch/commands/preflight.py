@@ -56,10 +56,8 @@ def format_nodes(nodes: Sequence[NodeFacts]) -> list[str]:
 def describe_verdict(reasons: dict[str, list[str]], count: int) -> str:
     """Return the sentences on the nodes that are unfit."""
     each = "; ".join(f"{name} {', and '.join(texts)}" for name, texts in reasons.items())
-    return (
-        f"{len(reasons)} of {count} nodes are unfit: {each}. Repair them, or submit without them: "
-        f"--sbatch=--exclude={','.join(reasons)}"
-    )
+    number = f"{len(reasons)} of {count} nodes are" if count > 1 else "the node is"
+    return f"{number} unfit: {each}. Repair them, or submit without them: --sbatch=--exclude={','.join(reasons)}"
 
 
 def preflight(words: list[str]) -> int:

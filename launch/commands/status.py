@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.command_options import parse_options, summary_of
-from launch.run_status import RunStatus, list_runs, list_submitted_jobs, read_status
+from launch.run_status import RunStatus, is_run, list_runs, list_submitted_jobs, read_status
 from launch.slurm_queue import read_queue
 from megatron_rdt.errors import EXIT_OK, ConfigError
 from megatron_rdt.files import PathText, escape_controls, escape_invalid_utf8
@@ -42,12 +42,16 @@ def find_runs(names: Sequence[str], root: Path) -> dict[str, Path]:
     if not names:
         if not root.is_dir():
             raise ConfigError(f"--root {root} is not a directory. Name the one that holds the runs.")
+        if is_run(root):
+            raise ConfigError(
+                f"--root {root} is a run. Write rdt status {root}, or name the directory that holds the runs."
+            )
         return {str(path.relative_to(root)): path for path in list_runs(root)}
     found = {}
     for name in names:
-        path = next((path for path in (root / name, Path(name)) if path.is_dir()), None)
+        path = next((path for path in (root / name, Path(name)) if name and path.is_dir()), None)
         if path is None:
-            raise ConfigError(f"there is no run {name} in {root}. rdt status lists those that are there.")
+            raise ConfigError(f"there is no run {name!r} in {root}. rdt status lists those that are there.")
         found[name] = path
     return found
 

@@ -87,8 +87,9 @@ def read_runs(job: SubmitOptions) -> list[JobRun]:
     try:
         text = Path(job.sweep).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(
-            f"--sweep {job.sweep} cannot be read: {error}. Name a file with the options of a run per line."
+            f"--sweep {job.sweep} cannot be read: {reason}. Name a file with the options of a run per line."
         ) from None
     runs: dict[str, JobRun] = {}
     for number, line in enumerate(text.splitlines(), 1):

@@ -344,15 +344,14 @@ class Trainer:
                 self.inspections.generate_samples(self.step, self.recorder)
         except StopAgreed:
             self.was_interrupted = True
-            self._print_on_rank_0(
-                f"step {self.step}: evaluation or samples not finished; --resume auto makes up for them"
-            )
+            self._print_on_rank_0(f"step {self.step}: evaluation or samples cut off; --resume auto makes up for them")
         except InspectionFailed as failure:
             cause = failure.cause
         if cause is not None:
             if self.step not in (self.first_step, self.checkpoints.saved_step):
                 self._save_checkpoint()
             self.checkpoints.finish_save()
+            self.engine.close()  # rank 0 has the store in which the others look for the end of the save
             raise cause
 
     def _make_up_for_inspections(self) -> None:

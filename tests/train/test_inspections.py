@@ -167,7 +167,7 @@ def test_a_stop_request_abandons_what_a_resumed_run_makes_up_for(
         capsys.readouterr()
         assert trainer.train(config) == 75
     said = capsys.readouterr().out
-    assert f"step {step}: evaluation or samples not finished" in said
+    assert f"step {step}: evaluation or samples cut off" in said
     assert f"stopped on SIGTERM at step {step}, saved; use --resume auto" in said
     stopped, straight = tmp_path / "stopped", tmp_path / "straight"
     assert step not in [record["step"] for record in read_records(stopped / file)]

@@ -101,7 +101,7 @@ def test_a_holder_on_another_machine_is_watched(
         thread.start()
         try:
             assert find_held([lock, tmp_path / "none"]) == {lock}
-            with pytest.raises(LaunchError, match=r"y It is process .* on other, which"), hold_lock(lock, "y"):
+            with pytest.raises(LaunchError, match=r"y It is process .* on other, for "), hold_lock(lock, "y"):
                 pass
         finally:
             is_over.set()

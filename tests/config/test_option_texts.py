@@ -46,11 +46,16 @@ def required_options(schema: type) -> set[str]:
     return {f.name for f in dataclasses.fields(schema) if f.default is f.default_factory is dataclasses.MISSING}
 
 
+def takes_config_file(schema: type) -> bool:
+    """Return True unless --config is an option like the others, as that of `rdt submit` is."""
+    return "config" not in {f.name for f in dataclasses.fields(schema)}
+
+
 def parse_words(schema: type, *words: str) -> object:
     """Parse options of a schema, all of its fields being options."""
     given = {word.partition("=")[0].removeprefix("--") for word in words}
     filled = [f"--{name}=x" for name in sorted(required_options(schema) - given)]
-    return parse(make_parser(schema, "rdt x", ""), schema, [*filled, *words])[0]
+    return parse(make_parser(schema, "rdt x", "", config_file=takes_config_file(schema)), schema, [*filled, *words])[0]
 
 
 def valid_entry(kind: object) -> str:
@@ -76,7 +81,7 @@ def test_an_empty_entry_of_a_list_is_refused(schema: type, name: str, kind: obje
     with pytest.raises(ConfigError, match=rf"option --{name}\+?(: entry \d+)? (is empty|needs )"):
         parse_words(schema, f"--{name}+", "")
     assert parse_words(schema, f"--{name}={good}") == parse_words(schema, f"--{name}=[{good}]")
-    if name in required_options(schema):
+    if name in required_options(schema) or not takes_config_file(schema):
         return  # a file cannot hold it
     file = tmp_path / "options.yaml"
     content: object = [good, ""]
@@ -182,13 +187,23 @@ NO_PATHS = {
         "data.skip_steps",
         "sample.prompt",
     ),
-    *("extensions", "text_field", "prompt_field", "hf_split", "filters", "special_tokens", "shard", "task"),
+    *("extensions", "text_field", "prompt_field", "hf_split", "filters", "special_tokens", "task"),
     *("task_field", "difficulty_field", "label_field", "test_task", "difficulty", "test_difficulty", "shard_size"),
     *("arms", "axis", "lr_sweep", "only", "compare", "budgets", "sizes", "loops", "exit_rules", "cut", "harness"),
     *(
         "time",
         "partition",
         "account",
+        "qos",
+        "mail",
+        "after",
+        "modules",
+        "variables",
+        "container",
+        "container_mounts",
+        "python",
+        "preflight",
+        "nodes",
         "sbatch",
         "overrides",
         "device",

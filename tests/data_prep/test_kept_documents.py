@@ -14,7 +14,7 @@ from data_prep.stages.scan import is_in_validation_split
 from megatron_rdt.data import IndexedDataset, Tokenizer, load_manifest
 from megatron_rdt.data.shard_files.verify import verify_corpus
 from megatron_rdt.errors import ConfigError, DataError
-from tests.data_prep.small_corpora import RECORDS, make_config, read_files, read_split_texts, read_texts, write_lines
+from tests.data_prep.small_corpora import RECORDS, make_config, read_split_texts, read_texts, write_lines
 
 
 def expected_validation_texts(texts: list[str], options: PrepConfig) -> set[str]:
@@ -56,10 +56,6 @@ def test_the_first_documents(count: int, tiny_corpus: Path, tmp_path: Path) -> N
     out = prepare(make_config(source, tmp_path / "out", part_bytes=1000, shard_bytes=2000, **options))
     assert sorted(read_split_texts(out, "train")) == sorted(json.loads(line)["text"] for line in RECORDS[:count])
     assert load_manifest(out).document["dropped"]["empty"] == min(count, 60)
-    merged = tmp_path / "tasks"
-    prepare(make_config(source, merged, part_bytes=1000, shard_bytes=2000, shard="0/1", **options))
-    prepare(make_config(source, merged, part_bytes=1000, shard_bytes=2000, **options))
-    assert read_files(merged) == read_files(out)
 
 
 def test_prompts_do_not_count(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_one_node_is_checked_by_hand(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert run_command(["preflight", "--folder", str(tmp_path / "run"), "--free_disk", "0.001"]) == 0
     assert " is fit" in capsys.readouterr().out
     assert run_command(["preflight", "--folder", str(tmp_path / "run"), "--free_disk", "1e9"]) == 1
-    assert re.search(r"has [\d.]+ GiB free on the run's disk, less than 1e\+09", capsys.readouterr().err)
+    assert re.search(r"has [\d.]+ GiB free on the run's disk, less than 1,000,000,000\.0 GiB", capsys.readouterr().err)
     (tmp_path / "file").write_text("")
     assert run_command(["preflight", "--folder", str(tmp_path / "file"), "--free_disk", "0"]) == 1
     assert "cannot be used" in capsys.readouterr().err

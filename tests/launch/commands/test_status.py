@@ -186,5 +186,5 @@ def test_runs_are_found_below_comparisons_and_by_name(
     assert run_command(["status", str(run), "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 1
     assert run_command(["status", "nobody", "--root", str(run.parent)]) == 2
-    assert "there is no run nobody" in capsys.readouterr().err
+    assert "there is no run 'nobody'" in capsys.readouterr().err
     assert run_command(["status", "--root", str(tmp_path / "nowhere")]) == 2

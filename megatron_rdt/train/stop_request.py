@@ -148,9 +148,9 @@ class StopRequest:
         return EXIT_PREEMPTED
 
     def _tell(self, text: str) -> None:
-        """Print a line on rank 0."""
+        """Print a line on rank 0, with how to go on: what a start begins from is not recorded before it has loaded that."""
         if self.is_rank_0:
-            show_line(f"{text}; use --resume auto")
+            show_line(f"{text}; {'start again with the same options' if self._is_starting else 'use --resume auto'}")
 
     def explains_lost_peer(self) -> bool:
         """Return True if a rank that is gone may have left by itself, asked to stop before its first step, as this one was."""

@@ -51,7 +51,7 @@ def test_a_run_begins_again_at_its_origin(
     assert list(read_losses(stopped)) == [5, 6, 7, 8, 9]
 
 
-def test_a_run_that_is_stopped_before_its_first_step_continues_with_resume_auto(
+def test_a_run_that_is_stopped_before_its_first_step_starts_again_with_the_same_options(
     run: Path, finished: Path, configure: Configure, capsys: pytest.CaptureFixture[str]
 ) -> None:
     branch = run.parent / "branch"
@@ -62,8 +62,8 @@ def test_a_run_that_is_stopped_before_its_first_step_continues_with_resume_auto(
         assert train(config, str(run), stop=stop) == 75
     finally:
         stop.close()
-    assert "with nothing new to save; use --resume auto" in capsys.readouterr().out
-    assert train(config, "auto") == 0
+    assert "with nothing new to save; start again with the same options" in capsys.readouterr().err
+    assert train(config, str(run)) == 0
     assert "steps 8 to 10" in capsys.readouterr().out
     assert list(read_losses(branch)) == [9, 10]
 

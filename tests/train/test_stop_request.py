@@ -158,7 +158,7 @@ def test_a_stop_before_the_first_step(
         patch.setattr(trainer, "make_engine", Asked)
         patch.setattr(Asked, "at", 0)
         assert trainer.train(config) == 75
-    assert "stopped on SIGUSR1 before the first step, with nothing new to save" in capsys.readouterr().err
+    assert "stopped on SIGUSR1 before the first step, with nothing new to save; start again" in capsys.readouterr().err
     assert checkpoints.list_complete_checkpoints(tmp_path / "run") == []
     assert not (tmp_path / "run" / "failure.json").exists()
     assert trainer.train(config, "auto") == 0

@@ -17,12 +17,13 @@ from megatron_rdt.files import write_text
 from megatron_rdt.locks import hold_lock
 from megatron_rdt.parallel.optimizers import list_decayed_parameters
 from megatron_rdt.parallel.zero import ZERO_FOLDER
-from megatron_rdt.run_directory import CHECKPOINTS, FAILURE, LOCK
+from megatron_rdt.run_directory import CHECKPOINTS, FAILURE, JOBS, LATEST, LOCK, ORIGIN
 from megatron_rdt.train.metrics import read_recorded_steps
 from megatron_rdt.train.stop_request import StopBeforeTraining
 
 CONFIG = "config.yaml"
 BEGINNING = "the beginning of a run"
+RUN_FILES = (CONFIG, ORIGIN, LATEST, JOBS)  # one of which is in the directory of every run that began or was submitted
 # Fields of the model that say how far attention reaches: a run that takes weights alone may have others.
 REACH_FIELDS = ("rope_base", "window")
 # How long to wait for a process of the same run that was killed and has not quite ended.
@@ -51,9 +52,12 @@ def lock_run_directory(run_directory: Path, resume: str, init: str) -> Iterator[
 
 
 def record_failure(run_directory: Path, error: BaseException) -> None:
-    """Write into a run that has begun when and why it ended, for `rdt status`; a full disk is not another failure."""
+    """Write into a run's directory when and why a start of it ended, for `rdt status`; a full disk is not another failure.
+
+    Nothing is written into a directory that holds no run: a start that is refused there leaves it as it was.
+    """
     with suppress(OSError):
-        if any(path.name != LOCK for path in run_directory.iterdir()):
+        if any((run_directory / name).is_file() for name in RUN_FILES):
             lines = [line for line in str(error).splitlines() if line.strip()]
             record = {"time": time.time(), "error": type(error).__name__, "message": lines[0] if lines else ""}
             write_text(run_directory / FAILURE, json.dumps(record) + "\n")

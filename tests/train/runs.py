@@ -16,5 +16,6 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def read_all_files(run: Path) -> dict[str, bytes]:
-    """Content of every file of a run except the lock, by path."""
-    return {str(p): p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file() and p.name != ".lock"}
+    """Content of every file of a run by path, except the lock and the record of the last start's failure."""
+    apart = (".lock", "failure.json")
+    return {str(p): p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file() and p.name not in apart}

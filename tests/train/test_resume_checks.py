@@ -1,6 +1,7 @@
 """Checks before a run starts: other runs' checkpoints stay, settings that must match do."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -46,5 +47,5 @@ def test_fewer_steps_than_done_are_refused(configure: Configure, finished: Path)
     config = configure(f"--run.root={finished.parent}", "--run.name=first", "--train.steps=3", "--eval.every=0")
     with pytest.raises(CheckpointError, match=r"is at step 4, but train.steps is 3"):
         trainer.train(config, "auto")
-    (finished / "failure.json").unlink()  # which is for `rdt status`
     assert read_all_files(finished) == before
+    assert json.loads((finished / "failure.json").read_text())["error"] == "CheckpointError", "for `rdt status`"

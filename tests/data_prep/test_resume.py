@@ -74,9 +74,10 @@ def kill_when(options: PrepConfig, file: str, repository: Path) -> bool:
             pass
         workers = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         if workers:
-            found = [each.net_connections("inet") for each in (psutil.Process(process.pid), *workers)]
-            listening = {one.laddr.ip for each in found for one in each if one.status == psutil.CONN_LISTEN}
-            assert listening == {"127.0.0.1"}
+            with contextlib.suppress(psutil.NoSuchProcess):  # prep is done, and one of them has ended meanwhile
+                found = [each.net_connections("inet") for each in (psutil.Process(process.pid), *workers)]
+                listening = {one.laddr.ip for each in found for one in each if one.status == psutil.CONN_LISTEN}
+                assert listening == {"127.0.0.1"}
         process.send_signal(signal.SIGKILL)
     assert not psutil.wait_procs(workers, timeout=30)[1]
     return process.returncode == -signal.SIGKILL

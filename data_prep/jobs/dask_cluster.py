@@ -5,6 +5,7 @@ memory. Results are files: nothing but names, options and counts goes through it
 """
 
 import contextlib
+import json
 import logging
 import os
 import queue
@@ -32,7 +33,6 @@ from data_prep.jobs.working_directory import Job, hash_code
 from megatron_rdt.environment import read_job_memory, usable_cores
 from megatron_rdt.errors import ConfigError, DataError, LaunchError
 from megatron_rdt.files import TEMPORARY_SUFFIX
-from megatron_rdt.untrusted_files import read_json
 
 SUBMITTED = 512  # steps that Dask knows at a time, so that its memory does not depend on their number
 SHOW_EVERY_S = 1.0
@@ -354,7 +354,7 @@ def _check_scheduler_file(path: str) -> None:
     """Raise ConfigError unless a file is one that `dask scheduler --scheduler-file` wrote."""
     for _ in range(WRITTEN_TRIES):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            if isinstance(read_json(path)["address"], str):
+            if isinstance(json.loads(Path(path).read_bytes())["address"], str):
                 return
         time.sleep(0.1)  # it may be just being written
     raise ConfigError(

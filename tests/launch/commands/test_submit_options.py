@@ -106,11 +106,11 @@ def test_containers_start_by_pyxis_or_apptainer() -> None:
 
 @pytest.mark.parametrize(
     ("after", "value"),
-    [("41", "afterok:41"), ("41_2", "afterok:41_2"), ("afterany:41:42", "afterany:41:42"), ("", "")],
+    [("41", "afterok:41"), ("41_2", "afterok:41_2"), ("afterany:41:42", "afterany:41:42"), (None, "")],
 )
-def test_dependencies(after: str, value: str) -> None:
+def test_dependencies(after: str | None, value: str) -> None:
     assert format_dependency(after) == value
-    for wrong in ("soon", "after ok:3", "afterok:", "afterok:x", "41;rm"):
+    for wrong in ("", "soon", "after ok:3", "afterok:", "afterok:x", "41;rm"):
         with pytest.raises(ConfigError, match="is no job"):
             format_dependency(wrong)
 

@@ -21,13 +21,14 @@ import yaml
 from launch.job_snapshot import SUBMITTED
 from launch.slurm_queue import QueuedJob
 from megatron_rdt.config.batch_schedule import BatchSchedule
+from megatron_rdt.config.load import SAVED_CONFIG
 from megatron_rdt.config.yaml_files import UniqueKeys
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.run_directory import CHECKPOINTS, FAILURE, HANG, JOBS, LATEST, LOCK
 from megatron_rdt.untrusted_files import parse_json
 
-CONFIG, METRICS, RESTARTS = "config.yaml", "metrics.jsonl", "restarts"
-RUN_FILES = (CONFIG, METRICS, LATEST, CHECKPOINTS, LOCK, JOBS, FAILURE)
+METRICS, RESTARTS = "metrics.jsonl", "restarts"
+RUN_FILES = (SAVED_CONFIG, METRICS, LATEST, CHECKPOINTS, LOCK, JOBS, FAILURE)
 MOST_LEVELS = 3  # of folders between the root and a run: those of a comparison are two below it
 TAIL_BYTES = 1 << 16
 RECENT_STEPS = 20  # whose median is the throughput
@@ -156,11 +157,11 @@ def _read_progress(status: RunStatus, run: Path) -> None:
     """Fill in steps, throughput and the time left from the config and the end of the records."""
     train: dict[str, Any] = {}
     try:
-        if os.path.lexists(run / CONFIG):
-            train = read_section(run / CONFIG, "train")
+        if os.path.lexists(run / SAVED_CONFIG):
+            train = read_section(run / SAVED_CONFIG, "train")
             status.steps = int(train["steps"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        status.notes.append(f"{run / CONFIG} does not say the number of steps: {error}")
+        status.notes.append(f"{run / SAVED_CONFIG} does not say the number of steps: {error}")
     if not (run / METRICS).is_file():
         return
     records = [record for record in read_tail(run / METRICS) if type(record.get("step")) is int]
@@ -180,7 +181,7 @@ def _read_progress(status: RunStatus, run: Path) -> None:
         samples = batches.samples_after(status.steps) - batches.samples_after(status.step)
         status.eta_s = max(samples, 0) * train["sequence_length"] / statistics.median(known)
     except (ValueError, TypeError, KeyError) as error:
-        status.notes.append(f"{run / CONFIG} does not say the tokens of a step: {error!r}")
+        status.notes.append(f"{run / SAVED_CONFIG} does not say the tokens of a step: {error!r}")
 
 
 def _find_hang(run: Path) -> float | None:
@@ -226,6 +227,8 @@ def _decide_state(status: RunStatus, run: Path, is_held: bool) -> tuple[str, str
         return "failed", failure
     if saved is not None and status.steps is not None and saved >= status.steps:
         return "finished", ""
+    if saved is None and status.notes:
+        return "damaged", "it has no good checkpoint, and files of it cannot be read"
     if saved is None and status.step is None:
         return "new", "no step has been recorded"
     if saved is not None and status.steps is None:

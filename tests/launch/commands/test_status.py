@@ -136,6 +136,22 @@ def test_damage_is_a_line_with_a_reason(run: Path, show: Show, capsys: pytest.Ca
     assert [line.split()[0] for line in table.splitlines() if not line.startswith(" ")] == ["run", "broken", "first"]
 
 
+def test_a_run_without_a_good_checkpoint_is_damaged_and_not_new(run: Path, show: Show) -> None:
+    for manifest in (run / "checkpoints").glob("*/manifest.json"):
+        manifest.write_text("{")
+    assert show()["state"] == "damaged"
+    assert any("every checkpoint in" in note for note in show()["notes"])
+    for name, text, state in (
+        ("config.yaml", "train: [\n", "damaged"),
+        ("metrics.jsonl", "\0" * 100, "damaged"),
+        ("metrics.jsonl", "", "new"),
+    ):
+        other = run.parent / f"other {state} {name}"
+        other.mkdir()
+        (other / name).write_text(text)
+        assert show(other.name)["state"] == state, name
+
+
 def test_long_records_are_read_at_their_end(run: Path, show: Show) -> None:
     """Reading all of a terabyte of zeros would take an hour."""
     records = (run / "metrics.jsonl").read_bytes()

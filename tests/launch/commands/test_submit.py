@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli import run_command
-from launch.commands import submit
 from launch.commands.submit import read_runs, render_script
 from launch.job_snapshot import Snapshot
 from launch.slurm_job import SubmitOptions, parse_time_limit
@@ -376,32 +374,3 @@ def test_a_job_that_saves_nothing_new_leaves_the_queue(end: str, config: Path, t
 def test_the_limit_of_restarts_is_chosen(config: Path, tmp_path: Path) -> None:
     assert [run_render_job(config, tmp_path, restarts=1, END="1")[0] for _ in range(2)] == [0, 1]
     assert run_render_job(config, tmp_path, restarts=0, END="75")[0] == 75
-
-
-def test_a_script_that_was_edited_is_not_replaced(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The job's script is the natural place for a module load; the next submission must not lose it."""
-    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 42\n")
-    (tmp_path / "sbatch").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(submit, "check_paths", lambda config: None)
-    monkeypatch.chdir(tmp_path)
-    words = ["submit", "--config", str(config), f"--directory={tmp_path / 'jobs'}", "--gpus_per_node=0"]
-    script = tmp_path / "jobs" / "wide run.sbatch"
-    for hours in (1, 2):
-        assert run_command([*words, f"--time={hours}:00:00"]) == 0
-        assert f"#SBATCH --time={hours}:00:00" in script.read_text()
-    for edited in (
-        script.read_text().replace("\ncd ", "\nmodule load gcc\ncd "),
-        f"{script.read_text()}# mine\n",
-        "mine",
-    ):
-        script.write_text(edited)
-        capsys.readouterr()
-        assert run_command(words) == 2
-        said = capsys.readouterr().err
-        assert f"{script} was edited, or is not by rdt submit" in said
-        assert f"sbatch '{script}'" in said
-        assert script.read_text() == edited
-    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""`rdt submit`: options of a cluster, sweeps, dependencies, and the snapshot of code and config."""
+"""`rdt submit`: options of a cluster, sweeps, dependencies, the snapshot of code and config, and scripts that were edited."""
 
 import json
 import os
@@ -191,3 +191,25 @@ def test_the_script_of_a_snapshot_imports_its_own_code(folder: Path) -> None:
     code = f"import runpy, sys; sys.path.insert(0, ''); runpy.run_path({str(snapshot / 'code/launch/pretrain.py')!r}); {named}"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert all(str(snapshot / "code") in path for path in result.stdout.split())
+
+
+def test_a_script_that_was_edited_is_not_replaced(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The job's script is the natural place for a module load; the next submission must not lose it."""
+    script = folder / "my jobs" / "base.sbatch"
+    words = [f"--directory={script.parent}"]
+    for hours in (1, 2):
+        assert run_submit(*words, f"--time={hours}:00:00") == 0
+        assert f"#SBATCH --time={hours}:00:00" in script.read_text()
+    for edited in (
+        script.read_text().replace("\ncd ", "\nmodule load gcc\ncd "),
+        f"{script.read_text()}# mine\n",
+        "mine",
+    ):
+        script.write_text(edited)
+        capsys.readouterr()
+        assert run_submit(*words) == 2
+        said = capsys.readouterr().err
+        assert f"{script} was edited, or is not by rdt submit" in said
+        assert f"sbatch '{script}'" in said
+        assert script.read_text() == edited
+    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0

@@ -21,7 +21,7 @@ LESS_HOST_MEMORY = (
     "--depth.checkpoint per_iteration, or a machine or job with more memory"
 )
 # Parts of the errors that Gloo and NCCL raise on the remaining ranks when one rank is gone.
-LOST_PEER = (*("by peer", "Broken pipe", "remote process exited", "communicator was aborted"),)
+LOST_PEER = ("by peer", "Broken pipe", "remote process exited", "communicator was aborted")
 
 
 def explain(error: BaseException) -> RdtError | None:

@@ -22,7 +22,7 @@ class PreflightOptions:
     """Options of `rdt preflight`."""
 
     folder: PathText = "runs"
-    """The run's folder, which every node has to see."""
+    """The run's folder, which every node has to see; made if it is missing, as the run would."""
     nodes: str = ""
     """Names of the nodes in the order of their ranks, separated by commas, to name one that does not answer."""
     devices: int = -1

@@ -78,7 +78,7 @@ def look_at_node(rank: int, folder: Path) -> NodeFacts:
 
 
 class Meeting:
-    """The exchange of facts between the processes, one per node.
+    """The exchange of facts between the processes, one per node; unlike `StoreMessages` it goes on without those that are late.
 
     Args:
         rank, size: of this process, and their number.
@@ -87,20 +87,14 @@ class Meeting:
     """
 
     def __init__(self, rank: int, size: int, folder: Path, timeout_s: float) -> None:
-        from torch.distributed import TCPStore
-
-        from megatron_rdt.parallel.process_group import serve_store
+        from megatron_rdt.parallel.process_group import open_store
 
         self.rank, self.size, self.folder, self.timeout_s = rank, size, folder / PROBES, timeout_s
-        host, port = read_meeting_point()
         limit = timedelta(seconds=timeout_s)
         try:
-            self.store: Store = (
-                TCPStore(host, port, size, is_master=False, timeout=limit)
-                if rank
-                else serve_store(host, port, world_size=size, timeout=limit, wait_for_workers=False)
-            )
+            self.store: Store = open_store(rank, world_size=size, timeout=limit, wait_for_workers=False)
         except (RuntimeError, ValueError) as error:  # torch's errors of the connection are RuntimeErrors
+            host, port = read_meeting_point()
             raise LaunchError(
                 f"{node_name()}, rank {rank}, does not reach rank 0 at {host}:{port} within {timeout_s:g} s "
                 f"({str(error).splitlines()[0]}). Check the network between them, and that rank 0 was started."

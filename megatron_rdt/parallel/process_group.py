@@ -52,13 +52,16 @@ def join_process_group(config: RunConfig, process: ProcessInfo) -> torch.device:
 
 def _meet(process: ProcessInfo, timeout: timedelta) -> dict[str, Any]:
     """Return the arguments of `init_process_group` for a store at MASTER_ADDR and MASTER_PORT, which rank 0 holds."""
-    host, port = read_meeting_point()
-    settings: dict[str, Any] = {"world_size": process.world_size, "timeout": timeout}
-    if process.rank == 0:
-        store = serve_store(host, port, **settings)
-    else:
-        store = dist.TCPStore(host, port, is_master=False, **settings)
+    store = open_store(process.rank, world_size=process.world_size, timeout=timeout)
     return {"store": store, "rank": process.rank, "world_size": process.world_size}
+
+
+def open_store(rank: int, **settings: Any) -> dist.TCPStore:
+    """Return the store at MASTER_ADDR and MASTER_PORT, which rank 0 holds; `settings` are those of the store."""
+    host, port = read_meeting_point()
+    if rank == 0:
+        return serve_store(host, port, **settings)
+    return dist.TCPStore(host, port, is_master=False, **settings)
 
 
 def serve_store(host: str, port: int, **settings: Any) -> dist.TCPStore:

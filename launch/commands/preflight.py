@@ -9,7 +9,7 @@ from pathlib import Path
 from launch.command_options import parse_options, summary_of
 from launch.node_checks import Meeting, NodeFacts, look_at_node
 from launch.node_verdict import Limits, judge_nodes
-from megatron_rdt.environment import leave_process, read_process_info
+from megatron_rdt.environment import export_for_torch, leave_process, read_process_info
 from megatron_rdt.errors import EXIT_FAILED, EXIT_OK, ConfigError
 from megatron_rdt.files import PathText, write_text
 from megatron_rdt.terminal import align_columns
@@ -70,6 +70,7 @@ def preflight(words: list[str]) -> int:
     bandwidth = options.bandwidth if options.bandwidth >= 0 else LEAST_BANDWIDTH[bool(facts.devices)]
     nodes, missing = [facts], list[int]()
     if process.world_size > 1:
+        export_for_torch(process)  # srun's variables have other names, and rank 0 must know that it is not alone
         nodes, missing = Meeting(process.rank, process.world_size, folder, options.timeout).gather(facts, bandwidth)
     status = EXIT_OK
     if process.rank == 0:

@@ -6,10 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch.distributed as dist
 
 from launch import node_checks
 from launch.cli import run_command
+from megatron_rdt.parallel import process_group
+from tests.distributed.processes import forget_launcher
+
+SERVE_STORE = process_group.serve_store
 
 
 def delay(send: Callable[..., Any]) -> Callable[..., Any]:
@@ -22,8 +27,16 @@ def delay(send: Callable[..., Any]) -> Callable[..., Any]:
     return send_slowly
 
 
+def serve_and_tell(*words: Any, **options: Any) -> dist.TCPStore:
+    """Serve the store by which the processes meet, and print where this one listens."""
+    store = SERVE_STORE(*words, **options)
+    found = psutil.Process().net_connections("inet")
+    print("listens at", *(each.laddr.ip for each in found if each.status == psutil.CONN_LISTEN))
+    return store
+
+
 def preflight(size: int, faults: dict[int, str], port: int, folder: Path, words: list[str]) -> int:
-    """Run the command as node `n<rank>`; return its status, and write what it says to files.
+    """Run the command as node `n<rank>`, started as srun does; return its status, and write what it says to files.
 
     Args:
         size: number of processes.
@@ -33,8 +46,11 @@ def preflight(size: int, faults: dict[int, str], port: int, folder: Path, words:
         words: more options.
     """
     rank = int(os.environ["RANK"])
-    os.environ.update(SLURMD_NODENAME=f"n{rank}", RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK="0")
-    os.environ.update(LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    forget_launcher()
+    os.environ.update(SLURM_STEP_ID="0", SLURM_PROCID=str(rank), SLURM_NTASKS=str(size), SLURM_LOCALID="0")
+    os.environ.update(SLURM_STEP_TASKS_PER_NODE=f"1(x{size})", SLURMD_NODENAME=f"n{rank}")
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    process_group.serve_store = serve_and_tell
     node_checks.SEEN_WITHIN_S = 2.0
     fault, run = faults.get(rank, ""), folder / "run"
     if fault == "late":

@@ -34,6 +34,9 @@ def test_fit_nodes_pass(run_nodes: Run, tmp_path: Path) -> None:
     status, said = run_nodes({})
     assert status == 0, said
     assert "3 nodes are fit" in said
+    assert re.search(r"^listens at (0\.0\.0\.0|::)$", said, re.MULTILINE), (
+        "other nodes may take the name for another address"
+    )
     assert [line.split()[0] for line in said.splitlines()[-4:-1]] == ["n0", "n1", "n2"]
     assert len(re.findall(r"[\d.]+ GB/s$", said, re.MULTILINE)) == 3
     assert list((tmp_path / "run").iterdir()) == [], "the files of the check are removed"

@@ -66,9 +66,7 @@ def find_reaction(train: TrainConfig, alarms: Sequence[Alarm]) -> tuple[str, Ala
 
     Where no alarm may call for anything, ranks exchange nothing.
     """
-    if not any(getattr(train, option) in ("rollback", "stop") for option in ("on_alarm", "on_spike")) and (
-        train.on_nonfinite == "stop"  # without an alarm
-    ):
+    if not {"rollback", "stop"} & {train.on_alarm, train.on_spike} and train.on_nonfinite == "stop":  # without an alarm
         return None
     wanted = [(getattr(train, REACTIONS.get(alarm.name, "on_alarm")), alarm) for alarm in alarms]
     return broadcast_object(

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from megatron_rdt.config.layout import Layout
+from megatron_rdt.parallel.process_group import limit_collectives
 
 # Largest ratio of padded rows to rows; above it, FSDP2 shards another dimension.
 MOST_PADDING = 1.125
@@ -73,7 +72,5 @@ def make_meshes(layout: Layout, device: torch.device, timeout_s: float) -> Meshe
         expert = mesh["expert"]
         replicas = mesh["expert_replicas"] if holders > 1 else None
     # The groups of a mesh have torch's default timeout, half an hour on CPUs, and no argument sets another.
-    for made in (state, tensor, context, expert, replicas):
-        for group in made.get_all_groups() if made is not None else []:
-            _set_pg_timeout(timedelta(seconds=timeout_s), group)
+    limit_collectives(timeout_s)
     return Meshes(state, tensor, context, expert, replicas)

@@ -44,7 +44,7 @@ def join_process_group(config: RunConfig, process: ProcessInfo) -> torch.device:
         export_for_torch(process)
         record_collectives(run_directory_of(config).absolute() / HANG / "nccl-rank-")
         backend = "nccl" if device.type == "cuda" else "gloo"
-        timeout = _make_timeout(config.parallel.start_timeout_s, backend)
+        timeout = make_timeout(config.parallel.start_timeout_s, backend)
         store = _move_store_to_rank_0(timeout) if is_store_in_launcher() else _meet(process, timeout)
         dist.init_process_group(backend, timeout=timeout, **store)
     return device
@@ -112,10 +112,10 @@ def _move_store_to_rank_0(timeout: timedelta) -> dict[str, Any]:
 def limit_collectives(timeout_s: float) -> None:
     """Let collectives of all groups of this process fail after `timeout_s` seconds, those that begin from now on."""
     for group in dist.distributed_c10d._world.pg_map:
-        _set_pg_timeout(_make_timeout(timeout_s, dist.get_backend(group)), group)
+        _set_pg_timeout(make_timeout(timeout_s, dist.get_backend(group)), group)
 
 
-def _make_timeout(seconds: float, backend: str) -> timedelta:
+def make_timeout(seconds: float, backend: str) -> timedelta:
     """Return the timeout of a group. NCCL's ends the process with a signal, so that of `train/watchdog.py` comes before."""
     return timedelta(seconds=seconds + (NCCL_EXTRA_S if backend == "nccl" else 0))
 

@@ -6,16 +6,15 @@ See `ring_loop.py` and docs/loop_ring.md.
 """
 
 from collections.abc import Sequence
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor
 
 from megatron_rdt.model import Block, InitialValues, RecurrentDepthTransformer
 from megatron_rdt.parallel.fsdp import FullyShardedEngine
+from megatron_rdt.parallel.process_group import limit_collectives
 from megatron_rdt.parallel.ring_loop import RingLoop
 from megatron_rdt.parallel.ring_schedule import assign_layers
 from megatron_rdt.parallel.ring_stage import StageWeights
@@ -57,7 +56,7 @@ class RingEngine(FullyShardedEngine):
 
     def _apply_fsdp(self, model: RecurrentDepthTransformer) -> None:
         """Split the core's layers among the stages, and make FSDP2's units of everything else, in place."""
-        layout, parallel = self.layout, self.config.parallel
+        layout = self.layout
         inside = layout.stage_ranks * layout.context
         ranks = torch.arange(layout.world_size).view(layout.replicate, layout.ring, inside, layout.tensor)
         # Tensor parallelism splits a parameter first, so its axis comes before that of the ranks that shard each part.
@@ -67,8 +66,7 @@ class RingEngine(FullyShardedEngine):
             tuple(name for name in axes if name == "stage" or (name != "ring" and mesh[name].size() > 1))
         ]
         group = mesh["ring"].get_group()
-        for each in (group, *self.stage_mesh.get_all_groups()):
-            _set_pg_timeout(timedelta(seconds=parallel.start_timeout_s), each)
+        limit_collectives(self.timeout_s)
         layers = assign_layers(self.config.model.core_layers, layout.ring)[group.rank()]
         weights = StageWeights(model, layers, self.stage_mesh, layout.data * layout.context)
         model.core.ring = self.ring = RingLoop(group, layers, weights)

@@ -13,7 +13,6 @@ import math
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from megatron_rdt.model.core import RecurrentCore
 from megatron_rdt.model.layer import Layer
 from megatron_rdt.parallel.engine import Engine, MicroBatch, WrittenState
 from megatron_rdt.parallel.optimizers import adamw_groups, apply_configured_options, make_adamw, set_learning_rate
+from megatron_rdt.parallel.process_group import make_timeout
 from megatron_rdt.parallel.zero_files import TAG, ZERO_FOLDER, restrict_deepspeed
 from megatron_rdt.parallel.zero_partitions import initialize_partitions
 from megatron_rdt.parallel.zero_universal import UNIVERSAL
@@ -151,7 +151,7 @@ class ZeroEngine(Engine):
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         # DeepSpeed makes groups without a limit, which get torch's: half an hour for gloo, ten minutes for NCCL.
-        limit = timedelta(seconds=self.timeout_s)
+        limit = make_timeout(self.timeout_s, dist.get_backend())
         deepspeed.comm.comm.cdb.new_group = partial(dist.new_group, timeout=limit, group_desc="deepspeed")
         sizes = ModelSizes.of({name: parameter.numel() for name, parameter in model.named_parameters()})
         config = deepspeed_config(self.config, self.world_size, sizes)

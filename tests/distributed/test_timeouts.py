@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ import torch.distributed as dist
 
 from launch.failures import explain
 from megatron_rdt.config import ParallelConfig, RunConfig, TrainConfig
+from megatron_rdt.config.layout import Layout
 from megatron_rdt.environment import ProcessInfo
-from megatron_rdt.parallel import make_engine, process_group
+from megatron_rdt.parallel import make_engine, mesh, process_group
 from megatron_rdt.parallel.mesh import make_meshes
+from megatron_rdt.train.watchdog import EXTRA_S, LONGEST_PAUSE_S
 from tests.distributed.processes import start_ranks
 
 LATE_S = 3.0
@@ -58,3 +61,17 @@ def test_the_group_starts_with_the_limit_of_the_start(monkeypatch: pytest.Monkey
     assert process_group.join_process_group(config, ProcessInfo(0, 2, 0, 2, "torch")).type == "cpu"
     limit = timedelta(seconds=77)
     assert given == {"timeout": limit, "rank": 0, "world_size": 2, "store": {"timeout": limit, "world_size": 2}}
+
+
+def test_nccl_leaves_the_end_of_a_hang_to_the_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the groups of meshes too: NCCL's own limit ends a process with a signal and no message of ours."""
+    given: dict[str, float] = {}
+    monkeypatch.setattr(dist.distributed_c10d, "_world", SimpleNamespace(pg_map=["gloo", "nccl"]))
+    monkeypatch.setattr(dist, "get_backend", lambda group: group)
+    monkeypatch.setattr(
+        process_group, "_set_pg_timeout", lambda limit, group: given.update({group: limit.total_seconds()})
+    )
+    monkeypatch.setattr(mesh, "init_device_mesh", lambda *words, **named: {"shard": None})
+    make_meshes(Layout(shard=2), torch.device("cpu"), 20)
+    assert given["gloo"] == 20
+    assert given["nccl"] > 20 + EXTRA_S["nccl"] + LONGEST_PAUSE_S

@@ -7,8 +7,6 @@ a command in backticks has to be the beginning of one of a block; `rdt prep` alo
 
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from data_prep.config import PrepConfig
 from data_prep.pipeline import prepare
 from launch.cli import COMMANDS
 from megatron_rdt.config import load_config
+from tests.distributed.launchers import BIN, start_command
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "OPERATIONS.md"
@@ -123,42 +122,9 @@ def run_blocks(place: str, folder: Path, text: Path, variables: Mapping[str, str
     blocks = [block for block in read_blocks(PAGE.read_text(encoding="utf-8")) if block.place == place]
     assert blocks, f"{PAGE} has no command for {place}"
     environment = {**os.environ, **variables}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    # The session, so that nothing that a block leaves behind survives the test.
-    with open(folder / "output.txt", "w+", encoding="utf-8") as output:
-        shell = subprocess.Popen(
-            ["bash", "-c", make_script(blocks)],
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            status: int | None = shell.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            status = None
-        finally:
-            end_session(shell)
-        output.seek(0)
-        said = output.read()
+    environment["PATH"] = f"{BIN}:{environment['PATH']}"
+    with start_command(["bash", "-c", make_script(blocks)], folder / "output.txt", environment, folder) as shell:
+        status = shell.wait(timeout_s)
+        said = shell.read_output()
     assert status == 0, f"status {status}\n{said[-4000:]}"
     return said
-
-
-def end_session(shell: subprocess.Popen) -> None:
-    """Kill what a shell that was started with a session of its own, and all that it started, has left running."""
-    if shell.poll() is None:
-        shell.kill()
-        shell.wait()
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[3]) == shell.pid:
-            try:
-                os.kill(int(path.parent.name), 9)
-            except OSError:
-                continue

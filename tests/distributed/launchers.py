@@ -72,11 +72,10 @@ class Launched:
             raise AssertionError(f"still running after {timeout} s:\n{self.read_output()[-6000:]}") from None
 
 
-@contextlib.contextmanager
 def start_launcher(
     command: Sequence[str], output: Path, environment: Mapping[str, str] | None = None, prefix: Sequence[str] = ()
-) -> Iterator[Launched]:
-    """Start a command for the length of a block; what it has started and still runs at its end is killed.
+) -> contextlib.AbstractContextManager[Launched]:
+    """Start a launcher for the length of a block, as `start_command` does, with the variables that the tests need.
 
     Args:
         command: from `make_command`.
@@ -86,13 +85,27 @@ def start_launcher(
     """
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
     variables |= {"PATH": f"{BIN}:{os.environ['PATH']}", "GLOO_SOCKET_IFNAME": "lo", **(environment or {})}
+    return start_command([*prefix, *command], output, variables, REPOSITORY)
+
+
+@contextlib.contextmanager
+def start_command(
+    command: Sequence[str], output: Path, variables: Mapping[str, str], folder: Path
+) -> Iterator[Launched]:
+    """Start a command for the length of a block; what it has started and still runs at its end is killed.
+
+    Args:
+        command: its words.
+        output: file for the output of all.
+        variables: of its environment, all of them.
+        folder: where to run it.
+    """
     mark = f"RDT_TEST_LAUNCH_{time.monotonic_ns()}"  # by which workers are found whose launcher has ended
-    variables[mark] = "1"
     with open(output, "ab") as file:
         process = subprocess.Popen(
-            [*prefix, *command],
-            cwd=REPOSITORY,
-            env=variables,
+            command,
+            cwd=folder,
+            env={**variables, mark: "1"},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,

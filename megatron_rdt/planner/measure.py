@@ -75,22 +75,27 @@ def _replay(blocks: list[tuple[int, int, int]], bounds: dict[str, tuple[int, int
     A block of a window that is left at its end counts no longer: a collective's thread has freed it, which no event says.
     A block freed before the watch began has no size here.
     """
-    older: dict[int, int] = {}  # address -> size, of blocks that are older than the window
-    recent: dict[int, int] = {}
+    sizes: dict[int, int] = {}  # by address
+    recent: set[int] = set()  # addresses of blocks of the window
+    total = 0
     peaks = dict.fromkeys(bounds, 0)
     waiting = sorted((start, end, name) for name, (start, end) in bounds.items())
     for when, address, size in blocks:
         while waiting and when > waiting[0][1]:
+            total -= sum(sizes.pop(left) for left in recent)
             recent.clear()
             waiting.pop(0)
+        total -= sizes.pop(address, 0)
+        recent.discard(address)
         inside = bool(waiting) and when >= waiting[0][0]
-        older.pop(address, None)
-        recent.pop(address, None)
         if size > 0:
-            (recent if inside else older)[address] = size
+            sizes[address] = size
+            total += size
+            if inside:
+                recent.add(address)
         if inside:
             name = waiting[0][2]
-            peaks[name] = max(peaks[name], sum(older.values()) + sum(recent.values()))
+            peaks[name] = max(peaks[name], total)
     return peaks
 
 

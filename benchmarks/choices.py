@@ -8,26 +8,18 @@ thousand tokens. It shows that a choice works and its cost, not which choice is 
 About 30 seconds per choice. If data/stdlib is missing, it is prepared first, as for the quickstart.
 """
 
-import contextlib
-import io
-import tempfile
 import time
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-from tools.options import make_parser
+from tools.short_run import make_run_parser, prepare_data, read_last_losses, train_briefly
 from tools.tables import format_header, format_row
 
-from launch.cli import run_command
 from megatron_rdt.config import load_config
 from megatron_rdt.evaluate.report import read_records
 from megatron_rdt.model import RecurrentDepthTransformer
-from megatron_rdt.train.trainer import train
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-SMOKE, SMOKE_DATA, DATA = CONFIGS / "smoke.yaml", CONFIGS / "smoke_data.yaml", "data/stdlib"
 LOOPS = (1, 4, 8, 16)
 MLA = {"model.attention": "mla", "model.kv_rank": 32, "model.nope_dim": 16, "model.rope_dim": 8, "model.value_dim": 16}
 MOE = {"model.core_ffn": "moe", "model.experts": 8, "model.experts_per_token": 2, "model.expert_dim": 96}
@@ -107,38 +99,25 @@ AXES: dict[str, dict[str, dict[str, object]]] = {
 
 def train_choice(choice: dict[str, object], seed: int, steps: int, data: str) -> dict[str, Any]:
     """Train once; return the last metrics, "losses" by T, CPU "seconds" and the number of "parameters"."""
-    with tempfile.TemporaryDirectory() as root:
-        sections = {
-            "run": {"root": root, "seed": seed},
-            "train": {"steps": steps, "device": "cpu"},
-            "eval": {"every": steps, "loops": list(LOOPS), "sequences": 128},
-        }
-        fields = {"data.path": data, "schedule.warmup_steps": 15, "checkpoint.every": 0, "sample.every": 0}
-        config = load_config(SMOKE, {**sections, **fields, "logging.tensorboard": False, **choice})
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in RecurrentDepthTransformer(config.model).parameters())
-        began = time.process_time()
-        with contextlib.redirect_stdout(io.StringIO()):
-            status = train(config)
+    common = {"eval.loops": list(LOOPS), "eval.sequences": 128, "schedule.warmup_steps": 15}
+    began = time.process_time()
+    with train_briefly(seed, steps, data, {**common, **choice}) as run:
         seconds = time.process_time() - began
-        assert status == 0, f"ended with status {status}"
-        folder = Path(root) / config.run.name
-        losses = read_records(folder / "eval.jsonl", {})[-1]["losses"]
-        metrics = read_records(folder / "metrics.jsonl", {})[-1]
-        return {**metrics, "losses": losses, "seconds": seconds, "parameters": parameters}
+        with torch.device("meta"):
+            model = RecurrentDepthTransformer(load_config(run / "config.yaml").model)
+        parameters = sum(p.numel() for p in model.parameters())
+        metrics = read_records(run / "metrics.jsonl", {})[-1]
+        return {**metrics, "losses": read_last_losses(run), "seconds": seconds, "parameters": parameters}
 
 
 def main() -> None:
     """Prepare the text if it is missing, train every choice and print one Markdown table per axis."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--data", default=DATA, help="prepared text")
+    parser = make_run_parser(__doc__, steps=400)
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="axes of the model")
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of every run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run per seed; their mean is shown")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.data == DATA and not Path(DATA).exists():
-        assert run_command(["prep", "--config", str(SMOKE_DATA)]) == 0
+    prepare_data(options.data)
     for axis in options.axes:
         columns = [*(f"T = {t}" for t in LOOPS), "radius", "CPU s", "parameters"]
         print(f"\n{format_header([axis, *columns], left=1)}", flush=True)

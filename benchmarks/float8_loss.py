@@ -7,24 +7,17 @@ losses say what float8 costs in quality. `train.float8` itself is refused on a C
     python benchmarks/float8_loss.py [--steps 200] [--seeds 2] [--data data/stdlib] [--out FILE.json]
 """
 
-import contextlib
-import io
-import json
 import statistics
-import tempfile
-from pathlib import Path
 from unittest.mock import patch
 
-from tools.options import make_parser, write_numbers
+from tools.options import write_numbers
+from tools.short_run import make_run_parser, prepare_data, read_last_losses, train_briefly
 from tools.tables import format_header, format_row
 
-from megatron_rdt.config import load_config
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.layer import multiply_in_float8
 from megatron_rdt.parallel import Engine
-from megatron_rdt.train.trainer import train
 
-SMOKE = Path(__file__).resolve().parent.parent / "configs" / "smoke.yaml"
 LOOPS = ("1", "4")
 ARMS = {"float32": "float32", "bfloat16": "bfloat16", "float8": "bfloat16"}
 CONFIGURE = Engine.configure_model
@@ -38,40 +31,22 @@ def configure_in_float8(engine: Engine, model: RecurrentDepthTransformer) -> Non
 
 def run_arm(arm: str, seed: int, steps: int, data: str) -> list[float]:
     """Train, and return the validation loss at each of LOOPS after the last step, computed in the precision of `ARMS`."""
-    with tempfile.TemporaryDirectory() as root:
-        options = {
-            "run.root": root,
-            "run.seed": seed,
-            "train.steps": steps,
-            "train.precision": ARMS[arm],
-            "data.path": data,
-            "checkpoint.every": 0,
-            "eval.every": steps,
-            "eval.sequences": 256,
-            "sample.every": 0,
-            "logging.every": steps,
-            "logging.tensorboard": "false",
-        }
-        configure = configure_in_float8 if arm == "float8" else CONFIGURE
-        with contextlib.redirect_stdout(io.StringIO()), patch.object(Engine, "configure_model", configure):
-            train(load_config(SMOKE, [f"--{name}={value}" for name, value in options.items()]))
-        record = json.loads((Path(root) / "smoke" / "eval.jsonl").read_text().splitlines()[-1])
-        return [record["losses"][loops] for loops in LOOPS]
+    choice = {"train.precision": ARMS[arm], "eval.sequences": 256}
+    configure = configure_in_float8 if arm == "float8" else CONFIGURE
+    with patch.object(Engine, "configure_model", configure), train_briefly(seed, steps, data, choice) as run:
+        losses = read_last_losses(run)
+    return [losses[loops] for loops in LOOPS]
 
 
 def main() -> None:
     """Run every arm with every seed, and print the table."""
-    parser = make_parser(__doc__, out=None)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--data", default="data/stdlib")
+    parser = make_run_parser(__doc__, steps=200, out=None)
+    parser.add_argument("--seeds", type=int, default=2, help="number of runs of every arm")
     options = parser.parse_args()
+    prepare_data(options.data)
     rows, first = [], []
-    print(
-        format_header(
-            ["products", *(f"loss at T = {loops}" for loops in LOOPS), "minus float32 at the last T, by seed"]
-        )
-    )
+    losses_at = [f"loss at T = {loops}" for loops in LOOPS]
+    print(format_header(["products", *losses_at, "minus float32 at the last T, by seed"]))
     for arm in ARMS:
         found = [run_arm(arm, seed, options.steps, options.data) for seed in range(options.seeds)]
         first = first or found

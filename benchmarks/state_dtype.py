@@ -7,22 +7,16 @@ optimizer's state in the checkpoint.
     python benchmarks/state_dtype.py [--steps 200] [--seeds 3] [--data data/stdlib] [--out FILE.json]
 """
 
-import contextlib
-import io
-import json
 import statistics
-import tempfile
-from pathlib import Path
+from unittest.mock import patch
 
 import torch
-from tools.options import make_parser, write_numbers
+from tools.options import write_numbers
+from tools.short_run import make_run_parser, prepare_data, read_last_losses, train_briefly
 from tools.tables import format_header, format_row
 
-from megatron_rdt.config import load_config
 from megatron_rdt.parallel import rounded_adamw
-from megatron_rdt.train.trainer import train
 
-SMOKE = Path(__file__).resolve().parent.parent / "configs" / "smoke.yaml"
 ROUND_AT_RANDOM = rounded_adamw.round_at_random
 
 
@@ -40,36 +34,22 @@ ARMS = {
 
 def run_arm(arm: str, beta2: float, seed: int, steps: int, data: str) -> tuple[float, int]:
     """Train, and return the validation loss at T = 4 after the last step, and the bytes of the optimizer's state."""
-    dtype, rounded_adamw.round_at_random = ARMS[arm]  # type: ignore[assignment]
-    with tempfile.TemporaryDirectory() as root:
-        options = {
-            "run.root": root,
-            "run.seed": seed,
-            "train.steps": steps,
-            "data.path": data,
-            "optimizer.state_dtype": dtype,
-            "optimizer.beta2": beta2,
-            "checkpoint.every": 0,
-            "eval.every": steps,
-            "eval.sequences": 256,
-            "sample.every": 0,
-            "logging.every": steps,
-            "logging.tensorboard": "false",
-        }
-        with contextlib.redirect_stdout(io.StringIO()):
-            train(load_config(SMOKE, [f"--{name}={value}" for name, value in options.items()]))
-        record = json.loads((Path(root) / "smoke" / "eval.jsonl").read_text().splitlines()[-1])
-        files = (Path(root) / "smoke" / "checkpoints").rglob("optimizer/*.distcp")
-        return record["losses"]["4"], sum(file.stat().st_size for file in files)
+    dtype, rounding = ARMS[arm]
+    choice = {"optimizer.state_dtype": dtype, "optimizer.beta2": beta2, "eval.sequences": 256}
+    with (
+        patch.object(rounded_adamw, "round_at_random", rounding),
+        train_briefly(seed, steps, data, choice) as run,
+    ):
+        files = (run / "checkpoints").rglob("optimizer/*.distcp")
+        return read_last_losses(run)["4"], sum(file.stat().st_size for file in files)
 
 
 def main() -> None:
     """Run every arm with every seed, and print the table."""
-    parser = make_parser(__doc__, out=None)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--data", default="data/stdlib")
+    parser = make_run_parser(__doc__, steps=200, out=None)
+    parser.add_argument("--seeds", type=int, default=3, help="number of runs of every arm")
     options = parser.parse_args()
+    prepare_data(options.data)
     rows = []
     print(format_header(["beta2", "moments", "loss", "minus float32, by seed", "state, bytes"]))
     for beta2 in (0.95, 0.999):

@@ -36,3 +36,10 @@ def wait_for_step(run: Path, step: int, has_ended: Callable[[], object]) -> None
     metrics = run / "metrics.jsonl"
     while not has_ended() and not (metrics.exists() and metrics.read_text().count("\n") >= step):
         time.sleep(0.02)
+
+
+def wait_for_lines(ranks: Ranks, text: str, count: int = 1) -> None:
+    """Return when rank 0 has printed a text so often; fail if a rank ends before."""
+    while ranks.read_output(0).count(text) < count:
+        assert not ranks.has_ended(), ranks.format_report()
+        time.sleep(0.01)

@@ -23,7 +23,7 @@ def record_cost(request: pytest.FixtureRequest) -> RecordCost:
     return record
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def faulty_options(tiny_options: list[str]) -> list[str]:
     """Options of a quick run whose every step is recorded at once, without evaluations; two processes."""
     return [*tiny_options, "--parallel.engine=fsdp", "--eval.every=0", "--logging.every=1"]

@@ -10,7 +10,7 @@ from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.evaluate.alarms import list_alarms
 from tests.checkpoint.runs import checkpoint_path, read_losses
 from tests.distributed.processes import Ranks, start_ranks
-from tests.distributed.training import train_on
+from tests.distributed.training import train_on, wait_for_lines
 from tests.faults.conftest import RecordCost
 from tests.faults.poisoned_rank import train_poisoned
 
@@ -106,8 +106,7 @@ def test_a_rollback_leaves_out_the_data_that_led_to_it(
         ("nonfinite_steps" if fault == "nan" else "loss_spike", poisoned[2][-1])
     ]
     with start_ranks(train_poisoned, 2, [*options, "--run.name=killed"], 1, *poisoned, group=False) as ranks:
-        while "rolling back to" not in ranks.read_output(0):
-            assert not ranks.has_ended(), ranks.format_report()
+        wait_for_lines(ranks, "rolling back to")
         ranks.kill(0)
         ranks.kill(1)
     resumed = [*options, "--run.name=killed", "--resume=auto"]
@@ -163,8 +162,7 @@ def test_a_recurrence_that_diverges(tmp_path: Path, faulty_options: list[str], r
     expected = read_losses(tmp_path / "hand")
     assert {step: loss for step, loss in read_losses(tmp_path / "r").items() if step > 2} == expected
     with start_ranks(train_poisoned, 2, [*options, "--run.name=killed"], 1, "loss", "nan", (), group=False) as ranks:
-        while "rolling back to" not in ranks.read_output(0):
-            assert not ranks.has_ended(), ranks.format_report()
+        wait_for_lines(ranks, "rolling back to")
         ranks.kill(1)
     train_on(2, [*options, "--run.name=killed", "--resume=auto"])
     assert {step: loss for step, loss in read_losses(tmp_path / "killed").items() if step > 2} == expected

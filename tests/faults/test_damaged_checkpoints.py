@@ -14,10 +14,10 @@ from tests.faults.conftest import RecordCost
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny_options: list[str]) -> tuple[Path, list[str]]:
+def finished(tmp_path_factory: pytest.TempPathFactory, faulty_options: list[str]) -> tuple[Path, list[str]]:
     """A run of 8 steps on two ranks with checkpoints at 2, 4, 6 and 8, and its options."""
     root = tmp_path_factory.mktemp("finished")
-    options = [*tiny_options, "--parallel.engine=fsdp", "--eval.every=0", "--logging.every=1", "--run.name=r"]
+    options = [*faulty_options, "--run.name=r"]
     train_on(2, [*options, f"--run.root={root}", "--checkpoint.keep=0"])
     return root / "r", options
 

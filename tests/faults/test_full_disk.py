@@ -10,8 +10,7 @@ import pytest
 
 from megatron_rdt import checkpoint as checkpoints
 from tests.checkpoint.runs import checkpoint_path, list_all_names, list_steps, read_losses
-from tests.distributed.processes import Ranks
-from tests.distributed.training import start_training, train_on
+from tests.distributed.training import start_training, train_on, wait_for_lines
 from tests.faults.conftest import RecordCost
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(280)]
@@ -67,13 +66,6 @@ def straight(tmp_path_factory: pytest.TempPathFactory, tiny_options: list[str]) 
 def measure_pages(folder: Path) -> int:
     """Bytes that the files of a folder take on a disk in memory."""
     return sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file())
-
-
-def wait_for_lines(ranks: Ranks, text: str, count: int) -> None:
-    """Return when rank 0 has printed a text so often."""
-    while ranks.read_output(0).count(text) < count:
-        assert not ranks.has_ended(), ranks.format_report()
-        time.sleep(POLL_S)
 
 
 def check_saved(run: Path, steps: list[int]) -> None:

@@ -68,10 +68,7 @@ def test_a_clock_that_jumps(straight: tuple[Path, list[str]], tmp_path: Path, re
     text = train_with(faulty_output.jump_clock, [*options, "--train.steps=6"])
     assert "warning" not in text, text
     assert list_steps(tmp_path / "r") == [4, 6]
-    with start_ranks(
-        faulty_output.train_with_fault, 2, [*options, "--resume=auto"], faulty_output.jump_clock, group=False
-    ) as ranks:
-        assert ranks.wait(120) == [0, 0], ranks.format_report()
+    train_with(faulty_output.jump_clock, [*options, "--resume=auto"])
     assert list_steps(tmp_path / "r") == [6, 8]
     assert read_losses(tmp_path / "r") == read_losses(whole)
     record_cost("clocks of the ranks jump by a day, time zones change", None, 0)

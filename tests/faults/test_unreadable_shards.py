@@ -21,9 +21,9 @@ REFUSED = r"/train/[\w-]+\.bin cannot be read from byte [\d,]+ on: Input/output 
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory, tiny_options: list[str]) -> tuple[Path, list[str]]:
+def straight(tmp_path_factory: pytest.TempPathFactory, faulty_options: list[str]) -> tuple[Path, list[str]]:
     """A run that was left alone, and options of the same one."""
-    options = [*tiny_options, "--parallel.engine=fsdp", "--eval.every=0", "--logging.every=1", "--run.name=r"]
+    options = [*faulty_options, "--run.name=r"]
     options += ["--train.steps=16", "--checkpoint.every=2", "--data.retry_s=10"]
     root = tmp_path_factory.mktemp("straight")
     train_on(2, [*options, f"--run.root={root}"])

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import getpass
 import json
+import logging
 import os
 import socket
 import threading
@@ -27,12 +28,15 @@ POLL_S = 0.2
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of a file system without locks
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
+logger = logging.getLogger(__name__)
+
 
 @contextlib.contextmanager
 def hold_lock(path: str | os.PathLike[str], message: str, patience_s: float = 0.0) -> Iterator[None]:
     """Lock the file `path`, made here and removed after the block; LaunchError if another process keeps the lock.
 
-    A file that stays behind after a kill does no harm: on its machine it is taken at once, on others after STALE_S.
+    A file that stays behind after a kill does no harm: on its machine it is taken at once, on others after STALE_S. A holder
+    that only seemed dead warns when it finds its lock taken; the block goes on.
 
     Args:
         path: the lock file.
@@ -44,22 +48,32 @@ def hold_lock(path: str | os.PathLike[str], message: str, patience_s: float = 0.
         if time.monotonic() >= deadline and not watch.is_undecided():
             raise LaunchError(f"{message}{_describe_holder(_read_record(path))}")
         time.sleep(POLL_S)
-    is_over = threading.Event()
-    thread = threading.Thread(target=_renew, args=(descriptor, is_over), name="lock", daemon=True)
+    own, is_over = _read_record(path), threading.Event()
+    thread = threading.Thread(target=_renew, args=(path, descriptor, own, is_over), name="lock", daemon=True)
     thread.start()
     try:
         yield
     finally:
         is_over.set()
         thread.join()
-        if _is_own(_read_record(path)):  # or this process seemed dead to another one, which has taken it
+        if _read_record(path) == own:  # or this process seemed dead to another one, which has taken it
             Path(path).unlink(missing_ok=True)
         os.close(descriptor)
 
 
-def _renew(descriptor: int, is_over: threading.Event) -> None:
-    """Set the modification time of a lock file again and again."""
+def _renew(path: str | os.PathLike[str], descriptor: int, own: dict[str, Any], is_over: threading.Event) -> None:
+    """Set the modification time of a lock file again and again; end with a warning when another process has taken it."""
     while not is_over.wait(BEAT_S):
+        holder = _read_record(path)
+        if holder and holder != own:  # this one was stopped, or cut off from the disk, for longer than STALE_S
+            logger.warning(
+                "another process took the lock %s, because this one had not renewed it for %.0f s: both may be writing now. "
+                "End one of them.%s",
+                path,
+                STALE_S,
+                _describe_holder(holder),
+            )
+            return  # a renewal would keep the lock of the other one alive
         with contextlib.suppress(OSError):  # a disk that is full or away for a moment
             os.utime(descriptor)
 
@@ -199,11 +213,6 @@ def _make_record() -> dict[str, Any]:
         "user": user,
         "since": time.time(),
     }
-
-
-def _is_own(record: dict[str, Any]) -> bool:
-    """Return True if a lock file's record is one of this process."""
-    return (record.get("machine"), record.get("pid")) == (_identify_machine(), os.getpid())
 
 
 def _read_record(path: str | os.PathLike[str]) -> dict[str, Any]:

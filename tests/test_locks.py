@@ -97,7 +97,7 @@ def test_a_holder_on_another_machine_is_watched(
         make_foreign(lock)
         is_over = threading.Event()
         descriptor = os.open(lock, os.O_RDWR)
-        thread = threading.Thread(target=locks._renew, args=(descriptor, is_over))
+        thread = threading.Thread(target=locks._renew, args=(lock, descriptor, json.loads(lock.read_text()), is_over))
         thread.start()
         try:
             assert find_held([lock, tmp_path / "none"]) == {lock}
@@ -115,6 +115,26 @@ def test_a_holder_on_another_machine_is_watched(
         assert time.monotonic() - began > locks.STALE_S
         assert json.loads(lock.read_text())["pid"] == os.getpid()
     assert not lock.exists()
+
+
+def test_a_holder_that_seemed_dead_finds_its_lock_taken(
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It warns, leaves the lock to the new holder, and does not renew it any more."""
+    lock, taken = tmp_path / ".lock", threading.Event()
+    monkeypatch.setattr(fcntl, "flock", refuse_locks)
+    monkeypatch.setattr(locks.logger, "warning", lambda *words: (said.append(words[0] % words[1:]), taken.set()))
+    said: list[str] = []
+    with hold_lock(lock, "x"):
+        make_foreign(lock)
+        assert taken.wait(30)
+        after = lock.stat().st_mtime_ns
+        time.sleep(5 * locks.BEAT_S)
+        assert lock.stat().st_mtime_ns == after
+    assert len(said) == 1
+    assert f"another process took the lock {lock}" in said[0]
+    assert f"It is process {os.getpid()} of " in said[0]
+    assert json.loads(lock.read_text())["machine"] == "other"
 
 
 def test_no_clock_decides(quick: None, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import dask.config
+from dask.task_spec import List, Task, TaskRef
 from distributed import Client, Future, LocalCluster, Worker, get_worker
 from distributed.client import FutureCancelledError
 from distributed.scheduler import KilledWorker
@@ -46,6 +47,8 @@ LOCAL_SETTINGS: dict[str, Any] = {
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
+    # A worker has the step that it is doing and no other, so if it dies, that step is the one that counts as failed.
+    "distributed.scheduler.worker-saturation": 1.0,
     # A step that ends its worker, as one does that needs too much memory, is not tried for ever.
     "distributed.scheduler.allowed-failures": 2,
     # A worker that dies is noticed by its closed connection; one that computes long without an answer is alive.
@@ -151,11 +154,12 @@ def _run_steps(client: Client, job: Job, steps: list[Step], progress: Progress) 
         while True:
             for index, step in islice(left, SUBMITTED - len(running)):
                 # Those that are not running are done: they come earlier among the steps.
-                needs = [running[name] for name in step.needs if name in running]
+                needs = List(*(TaskRef(running[name].key) for name in step.needs if name in running))
                 key = f"{step.name}-{client.id}"
-                running[step.name] = client.submit(
-                    _do_step, step, job, place, topic, needs, key=key, priority=-index, pure=False
-                )
+                # A producer of data waits at the scheduler until a worker is free, which steps with results of a few bytes
+                # may as well; `Client.submit` would queue some behind the step that a worker is doing.
+                task = Task(key, _do_step, step, job, place, topic, needs, _data_producer=True)
+                running[step.name] = client.get({key: task}, key, sync=False, priority=-index)
                 named[key] = step
                 running[step.name].add_done_callback(events.put)
             if not running:
@@ -185,7 +189,7 @@ def _take_result(future: Future, step: Step) -> tuple[int, int]:
         return future.result()
     except KilledWorker as error:
         raise DataError(
-            f"{step.name} was begun {error.allowed_failures + 1} times, and each time its worker process died: it was killed, "
+            f"{step.name} was given to {error.allowed_failures + 1} worker processes, and each one died: it was killed, "
             "probably because it took more than its share of the memory, or it crashed. Lower --workers, or free memory; if "
             "that does not help, halve --sources until the file is found, and report it."
         ) from None

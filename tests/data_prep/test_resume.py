@@ -1,86 +1,26 @@
-"""Prep that is killed, or loses workers, and is started again with the same or other options and files."""
+"""Prep that is killed or interrupted, and is started again with the same or other options and files."""
 
-import contextlib
-import dataclasses
-import functools
 import json
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 
-import psutil
 import pytest
 
 from data_prep import pipeline
 from data_prep.config import PrepConfig
-from data_prep.jobs import dask_cluster
 from data_prep.jobs.working_directory import Job, installed_versions, working_directory_path
 from data_prep.pipeline import prepare
 from data_prep.sources.inputs import Part
 from data_prep.stages import publish
-from data_prep.stages.scan import scan_part
 from data_prep.stages.tokenizer import make_tokenizer
 from megatron_rdt.data import load_manifest
-from megatron_rdt.errors import ConfigError, DataError, LaunchError
-from tests.data_prep.cluster_workers import open_cluster, write_kills
-from tests.data_prep.small_corpora import read_files, write_lines
+from megatron_rdt.errors import ConfigError, DataError
+from tests.data_prep.killed_preps import config, kill_when
+from tests.data_prep.small_corpora import read_files
 
 STAGES = ["plan.json", "scan/part-00003.json", "duplicates.json", "tokenizer.json", "encode/part-00000-00.json"]
 STAGES += ["groups/group-00000.json", "groups/group-00002.json"]
-RUN = "import json,sys;from data_prep.pipeline import *;prepare(PrepConfig(**json.loads(sys.argv[1])))"
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A .jsonl of 300 documents, 20 of them twice."""
-    draw = random.Random(3)
-    words = ["loop", "depth", "token", "model", "train", "shard", "window", "corpus", "tensor", "prefix"]
-    texts = [" ".join(draw.choices(words, k=draw.randrange(5, 60))) + f" {i}" for i in range(300)]
-    path = tmp_path_factory.mktemp("resume") / "a.jsonl"
-    return write_lines(path, [json.dumps({"text": text}) for text in [*texts, *texts[:20]]])
-
-
-def config(source: Path, out: Path, **changes: object) -> PrepConfig:
-    """Options for eight parts and several groups."""
-    options = {"vocab_size": 330, "valid_fraction": 0.1, "workers": 1, "part_bytes": 9000, "shard_bytes": 5000}
-    return PrepConfig(sources=[str(source)], out=str(out), **{**options, **changes})  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The corpus that an undisturbed prep makes."""
-    return prepare(config(source, tmp_path_factory.mktemp("straight") / "out"))
-
-
-def start_prep(options: PrepConfig, repository: Path) -> subprocess.Popen:
-    words = [sys.executable, "-c", RUN, json.dumps(dataclasses.asdict(options))]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(words, cwd=repository, **quiet)  # type: ignore[call-overload]
-
-
-def kill_when(options: PrepConfig, file: str, repository: Path) -> bool:
-    """Start a prep and kill it when a file of its working directory appears; return True if that was before its end.
-
-    The workers that it started must end with it.
-    """
-    path = working_directory_path(Path(options.out)) / file
-    with start_prep(options, repository) as process:
-        while process.poll() is None and not path.exists():
-            pass
-        workers = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        if workers:
-            with contextlib.suppress(psutil.NoSuchProcess):  # prep is done, and one of them has ended meanwhile
-                found = [each.net_connections("inet") for each in (psutil.Process(process.pid), *workers)]
-                listening = {one.laddr.ip for each in found for one in each if one.status == psutil.CONN_LISTEN}
-                assert listening == {"127.0.0.1"}
-        process.send_signal(signal.SIGKILL)
-    assert not psutil.wait_procs(workers, timeout=30)[1]
-    return process.returncode == -signal.SIGKILL
 
 
 def test_the_corpus_is_in_several_groups(undisturbed: Path) -> None:
@@ -106,16 +46,6 @@ def test_killed_at_every_stage(source: Path, undisturbed: Path, tmp_path: Path, 
     prepare(options)
     assert read_files(tmp_path / "out") == read_files(undisturbed)
     assert os.listdir(tmp_path) == ["out"]
-
-
-@pytest.mark.distributed
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("stage", ["scan/part-00001.json", "encode/part-00002-00.json"])
-def test_killed_with_workers(stage: str, source: Path, undisturbed: Path, tmp_path: Path, repository: Path) -> None:
-    """Workers end with the process that started them; the next prep has another number of workers."""
-    kill_when(config(source, tmp_path / "out", workers=2), stage, repository)
-    prepare(config(source, tmp_path / "out", workers=1))
-    assert read_files(tmp_path / "out") == read_files(undisturbed)
 
 
 def interrupt_before(monkeypatch: pytest.MonkeyPatch, module: object, name: str, calls: int = 0) -> None:
@@ -305,107 +235,3 @@ def test_a_disk_too_full_for_links(source: Path, tmp_path: Path, monkeypatch: py
 
 def raise_disk_full(*arguments: object) -> None:
     raise OSError(28, "No space left on device")
-
-
-def kill_process_once(marker: str, *arguments: object) -> None:
-    """Scan a part, but before that kill this process if that has not been done yet."""
-    with contextlib.suppress(FileExistsError), open(marker, "x"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    scan_part(*arguments)  # type: ignore[arg-type]
-
-
-def take_too_much_memory(*arguments: object) -> None:
-    held = bytearray(b"x" * 700_000_000)
-    time.sleep(50)
-    raise AssertionError(f"{len(held)} bytes were allowed")
-
-
-@pytest.mark.distributed
-@pytest.mark.timeout(120)
-def test_the_step_of_a_killed_worker_is_repeated(
-    source: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pipeline, "scan_part", functools.partial(kill_process_once, str(tmp_path / "marker")))
-    prepare(config(source, tmp_path / "out", workers=2))
-    assert read_files(tmp_path / "out") == read_files(undisturbed)
-    assert sorted(os.listdir(tmp_path)) == ["marker", "out"]
-
-
-@pytest.mark.distributed
-@pytest.mark.timeout(200)
-def test_a_step_that_needs_too_much_memory_is_named(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As in a job of Slurm that has 1,200 MiB: its kernel may kill anything, so workers stay below their shares."""
-    monkeypatch.setenv("SLURM_MEM_PER_NODE", "1200")
-    monkeypatch.setattr(pipeline, "scan_part", take_too_much_memory)
-    # Dask may blame a step that the same worker was to do next.
-    with pytest.raises(DataError, match=r"\S+ was begun 3 times, .* more than its share of the memory"):
-        prepare(config(source, tmp_path / "out", workers=2))
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.distributed
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminated"])
-def test_a_signal_ends_all_processes(
-    sent: signal.Signals, source: Path, undisturbed: Path, tmp_path: Path, repository: Path
-) -> None:
-    """Without a word of Dask's, and what is done is kept."""
-    options = config(source, tmp_path / "out", workers=2)
-    changed = {"sources": str(source), "out": options.out, "vocab_size": 330, "valid_fraction": 0.1, "workers": 2}
-    changed |= {"part_bytes": 9000, "shard_bytes": 5000}
-    words = ["prep", *(f"--{name}={value}" for name, value in changed.items())]
-    record = working_directory_path(tmp_path / "out") / "scan" / "part-00001.json"
-    command = [sys.executable, "-m", "launch.cli", *words]
-    with subprocess.Popen(command, cwd=repository, stderr=subprocess.PIPE, text=True) as process:
-        while not record.exists():
-            assert process.poll() is None, process.communicate()
-        workers = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(sent)
-        said = process.communicate(timeout=60)[1]
-    assert not psutil.wait_procs(workers, timeout=30)[1]
-    assert process.returncode == 128 + sent
-    lines = [line for line in said.splitlines() if not line.startswith(("scan: ", "duplicates: ", "tokenizer: "))]
-    assert lines == (["rdt prep: interrupted"] if sent == signal.SIGINT else [])
-    prepare(dataclasses.replace(options, workers=1))
-    assert read_files(tmp_path / "out") == read_files(undisturbed)
-
-
-@pytest.mark.distributed
-@pytest.mark.timeout(120)
-def test_the_error_of_a_worker_is_said_as_it_is(tmp_path: Path, repository: Path) -> None:
-    bad = write_lines(tmp_path / "bad.jsonl", ['{"text": "good"}', "{"])
-    words = ["prep", "--sources", str(bad), "--out", str(tmp_path / "out"), "--workers", "2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.cli", *words], cwd=repository, capture_output=True, text=True, check=False
-    )
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("scan: ")]
-    assert (done.returncode, len(lines)) == (1, 1), done.stderr
-    assert lines[0].startswith("rdt prep: error: ")
-    assert "bad.jsonl:2 (byte 17): not valid JSON" in lines[0]
-    assert os.listdir(tmp_path) == ["bad.jsonl"]
-
-
-@pytest.mark.distributed
-@pytest.mark.timeout(180)
-def test_machines(
-    source: Path, undisturbed: Path, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A scheduler has two workers. The main process is killed; then a worker, and the scheduler loses a machine for good."""
-    (tmp_path / "cluster").mkdir()
-    with open_cluster(tmp_path / "cluster", 2) as (scheduler, machines):
-        options = config(source, tmp_path / "out", workers=0, scheduler=scheduler)
-        assert kill_when(options, "scan/part-00002.json", repository)
-        write_kills(tmp_path / "cluster" / "kills", [(3, True), (5, False)])
-        with start_prep(options, repository) as process:
-            while not (working_directory_path(tmp_path / "out") / "encode").exists():
-                assert process.poll() is None
-            for worker in psutil.Process(machines[0].pid).children(recursive=True):
-                worker.kill()
-            machines[0].kill()
-            assert process.wait() == 0
-        assert read_files(tmp_path / "out") == read_files(undisturbed)
-    monkeypatch.setattr(dask_cluster, "CONNECT_S", 0.5)
-    with pytest.raises(LaunchError, match=r"scheduler\.json does not exist. Start a scheduler with `dask scheduler"):
-        prepare(dataclasses.replace(options, out=str(tmp_path / "other")))

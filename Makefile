@@ -8,7 +8,7 @@
 # make test-parity  against the code of other projects; installs open-mythos and megatron-core (put Parcae and Huginn on PYTHONPATH)
 # make test-exports exports under the newest transformers, 5.0 and 4.57, with PEFT, TRL, accelerate, lm_eval, in environments made in build/
 # make test-vllm    exports served by vLLM for CPUs, in an environment made in build/
-# make fuzz         2,000 random cases each of prep that is killed and of runs that are resumed; 50 kills of one run (an hour or more: preps on a cluster take seconds)
+# make fuzz         2,000 random cases each of prep that is killed and of runs that are resumed; 50 kills of one run (long: a case of prep takes about 3 s)
 # make bench        benchmarks; they print, nothing is asserted
 # make gpu-check    one GPU in eight minutes: correctness of every CUDA path, speed, memory; installs nothing, uses PYTHON
 PYTHON ?= python3

@@ -5,6 +5,7 @@ memory. Results are files: nothing but names, options and counts goes through it
 """
 
 import contextlib
+import inspect
 import json
 import logging
 import os
@@ -41,6 +42,11 @@ CONNECT_S = 60.0  # for a scheduler that is just being started
 WRITTEN_TRIES = 20  # to read the file of a scheduler
 SHARED_S = 120.0  # longest time until a file of another machine is seen here: network file systems cache
 LOOPBACK = "127.0.0.1"
+# A producer of data waits at the scheduler until a worker is free; other tasks may be queued behind the one that a worker is
+# doing. The argument is private to Dask: in a version without it, a step that waited there may be named for one that died.
+WAIT_FOR_FREE_WORKER: dict[str, Any] = (
+    {"_data_producer": True} if "_data_producer" in inspect.signature(Task).parameters else {}
+)
 LOCAL_SETTINGS: dict[str, Any] = {
     # Workers hold no data of Dask's, so there is nothing to spill, and waiting frees no memory: one that exceeds its share
     # is ended and its step repeated.
@@ -156,9 +162,7 @@ def _run_steps(client: Client, job: Job, steps: list[Step], progress: Progress) 
                 # Those that are not running are done: they come earlier among the steps.
                 needs = List(*(TaskRef(running[name].key) for name in step.needs if name in running))
                 key = f"{step.name}-{client.id}"
-                # A producer of data waits at the scheduler until a worker is free, which steps with results of a few bytes
-                # may as well; `Client.submit` would queue some behind the step that a worker is doing.
-                task = Task(key, _do_step, step, job, place, topic, needs, _data_producer=True)
+                task = Task(key, _do_step, step, job, place, topic, needs, **WAIT_FOR_FREE_WORKER)
                 running[step.name] = client.get({key: task}, key, sync=False, priority=-index)
                 named[key] = step
                 running[step.name].add_done_callback(events.put)

@@ -81,7 +81,8 @@ def format_table(statuses: Sequence[RunStatus]) -> list[str]:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     shown = [lines[0]]
     for line, status in zip(lines[1:], statuses):
-        restarts = f"restarted {status.restarts} times in a row without a newer checkpoint" * bool(status.restarts)
+        times = "once" if status.restarts == 1 else f"{status.restarts} times in a row"
+        restarts = f"restarted {times} without a newer checkpoint" * bool(status.restarts)
         unhealthy = "" if status.checkpoint is None else status.checkpoint["health"]
         health = f"{unhealthy} (its newest checkpoint)" if unhealthy not in ("", "healthy") else ""
         shown += [line, *(f"    {note}" for note in (status.reason, restarts, health, *status.notes) if note)]

@@ -29,7 +29,7 @@ def wait_for_the_slow_one() -> list[str]:
                 dist.all_reduce(torch.zeros(1), group=group)
             except RuntimeError as error:
                 messages.append(str(error))
-        limit_collectives(60)  # all groups had the short timeout; on a busy machine the ranks meet again later than that
+        limit_collectives(60)  # all groups had the short one; on a busy machine the ranks meet again later
     return messages  # the slow one waits for the others from here on
 
 

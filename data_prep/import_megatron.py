@@ -32,7 +32,7 @@ from megatron_rdt.data.tokenizer.base import Tokenizer
 from megatron_rdt.data.tokenizer.tokenizer_files import copy_tokenizer_files
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.files import fsync_directory, fsync_file, write_text
-from megatron_rdt.locks import hold_lock
+from megatron_rdt.locks import check_locks, has_lost_lock, hold_lock
 from megatron_rdt.output_paths import check_can_be_renamed_to, make_parent, resolve_output_directory
 from megatron_rdt.terminal import show_progress
 
@@ -94,10 +94,12 @@ def import_corpus(prefixes: Sequence[str], tokenizer: str, out: str, valid_prefi
             for folder in (*work.iterdir(), work):
                 if folder.is_dir():
                     fsync_directory(folder)
+            check_locks()
             work.rename(target)
             fsync_directory(target.parent)
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            if not has_lost_lock():  # then it is the new holder's, which builds here too
+                shutil.rmtree(work, ignore_errors=True)
     return target
 
 
@@ -157,6 +159,7 @@ def _build_corpus(work: Path, splits: dict[str, Sequence[str]], tokenizer_path: 
             (work / split).mkdir()
             imported[split] = []
             for number, prefix in enumerate(names):
+                check_locks()
                 shard = work / split / f"shard-{number:05d}"
                 for path in _existing_files(prefix):
                     _link_or_copy(path, prefix_path(shard, path.suffix))

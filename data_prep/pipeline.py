@@ -45,6 +45,7 @@ from data_prep.stages.write_shards import (
 from megatron_rdt.data.shard_files.indexed import token_dtype
 from megatron_rdt.data.tokenizer.base import Tokenizer
 from megatron_rdt.errors import DataError
+from megatron_rdt.locks import check_locks
 from megatron_rdt.output_paths import resolve_output_directory
 
 MEGA = 1e6
@@ -197,7 +198,9 @@ def _write_manifest_and_publish(work: WorkingDirectory, out: Path, groups: list[
         )
     records = [record for group in groups if (record := job.read_record(group_record_path(job, group))) is not None]
     duplicates = (job.read_record(job.path("duplicates.json")) or {"counts": {}})["counts"]
+    check_locks()
     document = write_manifest(work, records, duplicates)
+    check_locks()
     publish.publish_corpus(out)
     print_summary(document)
     return document

@@ -13,6 +13,7 @@ from types import FrameType
 from launch.local_processes import POLL_S, prepare_worker
 from megatron_rdt.environment import share_environment
 from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED
+from megatron_rdt.locks import check_locks
 from megatron_rdt.train.stop_request import SignalCount, listen_for_stop
 
 LOG_TAIL_BYTES = 4000
@@ -65,6 +66,7 @@ class RunPool:
 
         Raises:
             KeyboardInterrupt: a second signal came; the jobs were ended.
+            LockLostError: another process does this work now; the jobs were ended.
         """
         before = listen_for_stop(self._handle_signal)
         waiting = list(jobs)
@@ -72,6 +74,7 @@ class RunPool:
             while (waiting and not self.was_stopped) or self._running:
                 if self._must_end:
                     raise KeyboardInterrupt
+                check_locks()
                 for slot in range(self.at_once):
                     if slot not in self._running and waiting and not self.was_stopped:
                         job = waiting.pop(0)

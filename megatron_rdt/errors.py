@@ -64,6 +64,10 @@ def suggest_init(checkpoint: str | os.PathLike[str]) -> str:
     return f"start a new --run.name from its weights: --init {os.fspath(checkpoint)}"
 
 
+class LockLostError(RdtError):
+    """Another process has taken over a lock of this one, which seemed dead: this one must not write any more."""
+
+
 class LostPeerError(LaunchError):
     """Another rank is gone, hangs or has failed: on most ranks a consequence of the failure, not its cause."""
 

@@ -4,6 +4,9 @@ The kernel releases its lock (flock) when a process ends in any way. But some fi
 machine. So the holder also renews the modification time of the lock file, and a process of another machine watches it: a
 file that is renewed has a live holder, one that is not for STALE_S is left from a process that died. A time is only
 compared with an earlier one of the same file, so no clock has to be right.
+
+A holder that was stopped, or whose disk was away, for longer than that looks dead and is none: when it goes on, its lock may
+be another's. So whoever holds a lock calls `check_locks` before it writes.
 """
 
 import contextlib
@@ -11,7 +14,6 @@ import errno
 import fcntl
 import getpass
 import json
-import logging
 import os
 import socket
 import threading
@@ -20,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_rdt.errors import LaunchError
+from megatron_rdt.errors import LaunchError, LockLostError
 
 BEAT_S = 2.0
 STALE_S = 60.0  # longer than a network is away without harm
@@ -28,20 +30,24 @@ POLL_S = 0.2
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of a file system without locks
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
-logger = logging.getLogger(__name__)
+_held: list["_HeldLock"] = []  # by this process
 
 
 @contextlib.contextmanager
 def hold_lock(path: str | os.PathLike[str], message: str, patience_s: float = 0.0) -> Iterator[None]:
     """Lock the file `path`, made here and removed after the block; LaunchError if another process keeps the lock.
 
-    A file that stays behind after a kill does no harm: on its machine it is taken at once, on others after STALE_S. A holder
-    that only seemed dead warns when it finds its lock taken; the block goes on.
+    A file that stays behind after a kill does no harm: on its machine it is taken at once, on others after STALE_S.
 
     Args:
         path: the lock file.
         message: text of the LaunchError if another process holds the lock; who it is follows.
         patience_s: seconds to wait for that process to end.
+
+    Raises:
+        LaunchError: another process holds the lock.
+        LockLostError: another process took it during the block, see `check_locks`; also in place of an Exception of the
+            block, which may be a consequence.
     """
     deadline, watch = time.monotonic() + patience_s, _Watch(Path(path))
     while (descriptor := _try_lock(path, watch)) is None:
@@ -49,33 +55,102 @@ def hold_lock(path: str | os.PathLike[str], message: str, patience_s: float = 0.
             raise LaunchError(f"{message}{_describe_holder(_read_record(path))}")
         time.sleep(POLL_S)
     own, is_over = _read_record(path), threading.Event()
-    thread = threading.Thread(target=_renew, args=(path, descriptor, own, is_over), name="lock", daemon=True)
+    lock = _HeldLock(Path(path), descriptor, own)
+    thread = threading.Thread(target=lock.renew, args=(is_over,), name="lock", daemon=True)
     thread.start()
+    _held.append(lock)
     try:
         yield
+        lock.check()
+    except Exception as error:
+        if lock.is_lost() and not isinstance(error, LockLostError):
+            raise lock.describe_loss() from error
+        raise
     finally:
+        _held.remove(lock)
         is_over.set()
         thread.join()
-        if _read_record(path) == own:  # or this process seemed dead to another one, which has taken it
+        if _read_record(path) == own:  # or it is another's now
             Path(path).unlink(missing_ok=True)
         os.close(descriptor)
 
 
-def _renew(path: str | os.PathLike[str], descriptor: int, own: dict[str, Any], is_over: threading.Event) -> None:
-    """Set the modification time of a lock file again and again; end with a warning when another process has taken it."""
-    while not is_over.wait(BEAT_S):
-        holder = _read_record(path)
-        if holder and holder != own:  # this one was stopped, or cut off from the disk, for longer than STALE_S
-            logger.warning(
-                "another process took the lock %s, because this one had not renewed it for %.0f s: both may be writing now. "
-                "End one of them.%s",
-                path,
-                STALE_S,
-                _describe_holder(holder),
-            )
-            return  # a renewal would keep the lock of the other one alive
+def check_locks() -> None:
+    """Raise LockLostError if another process has taken a lock that this one held: it is to write nothing any more.
+
+    Call it in every step of the work, and before something is renamed, deleted or published. It costs nothing as long as the
+    lock is renewed in time.
+    """
+    for lock in [*_held]:
+        lock.check()
+
+
+def has_lost_lock() -> bool:
+    """Return True where `check_locks` raises: for the ends of commands, which leave things then as the new holder has them."""
+    return any(lock.is_lost() for lock in [*_held])
+
+
+def _read_clock() -> float:
+    """Seconds since the machine was started; they pass while it, or this process, is suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class _HeldLock:
+    """A lock of this process, until another one turns out to have it.
+
+    Args:
+        path: of the lock file.
+        descriptor: of the lock file.
+        own: the record of this process in it.
+    """
+
+    def __init__(self, path: Path, descriptor: int, own: dict[str, Any]) -> None:
+        self.path, self._descriptor, self._own = path, descriptor, own
+        self._renewed = _read_clock()  # when it was last this process's for certain
+        self._holder: dict[str, Any] | None = None  # once it is another's; empty if the file says no more whose
+
+    def renew(self, is_over: threading.Event) -> None:
+        """Renew the lock again and again, until `is_over`; not that of another process, which would keep it alive."""
+        while not is_over.wait(BEAT_S) and not self._look():
+            pass
+
+    def is_lost(self) -> bool:
+        """Return True if another process has taken the lock; the file is read if it was not renewed for some time."""
+        # The thread that renews it may not have come to look again, where this process has just been continued.
+        return self._holder is not None or (_read_clock() - self._renewed > STALE_S / 2 and self._look())
+
+    def check(self) -> None:
+        """Raise LockLostError if another process has taken the lock."""
+        if self.is_lost():
+            raise self.describe_loss()
+
+    def describe_loss(self) -> LockLostError:
+        """Return the error that says who has taken the lock."""
+        who = _describe_holder(self._holder or {}) or " The file does not say whose it is now: that one has ended too."
+        return LockLostError(
+            f"another process has taken over the lock {self.path}, since this one had not renewed it for {STALE_S:.0f} s: it "
+            f"was stopped, or cut off from the disk.{who} This one ends and leaves everything to it. To go on here, end that "
+            "one first, then start again."
+        )
+
+    def _look(self) -> bool:
+        """Renew the lock if it is still this process's; return True if it is another's."""
+        began = _read_clock()
+        try:
+            holder = _parse_record(self.path.read_bytes())
+        except FileNotFoundError:
+            holder = {}
+        except OSError:  # the disk is away: nobody can tell
+            return False
+        # Without a record the file was removed by hand, moved with its folder, or is just being taken. Only where this
+        # process may have seemed dead, another one may have had the lock and ended since.
+        if holder != self._own and (holder or began - self._renewed > STALE_S):
+            self._holder = holder
+            return True
         with contextlib.suppress(OSError):  # a disk that is full or away for a moment
-            os.utime(descriptor)
+            os.utime(self._descriptor)
+            self._renewed = began
+        return False
 
 
 def find_held(paths: Iterable[Path]) -> set[Path]:
@@ -218,8 +293,16 @@ def _make_record() -> dict[str, Any]:
 def _read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The record in a lock file; empty if it has none."""
     try:
-        record = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError):
+        return _parse_record(Path(path).read_bytes())
+    except OSError:
+        return {}
+
+
+def _parse_record(content: bytes) -> dict[str, Any]:
+    """The record that is the content of a lock file; empty if it is none."""
+    try:
+        record = json.loads(content)
+    except ValueError:
         return {}
     return record if isinstance(record, dict) else {}
 

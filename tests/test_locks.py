@@ -1,5 +1,6 @@
 """Locks: one holder at a time, on one machine and on several, with the kernel's locks and without."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -8,14 +9,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
 from megatron_rdt import locks
-from megatron_rdt.errors import LaunchError
-from megatron_rdt.locks import find_held, hold_lock
+from megatron_rdt.errors import DataError, LaunchError, LockLostError
+from megatron_rdt.locks import check_locks, find_held, has_lost_lock, hold_lock
 
 
 @pytest.fixture
@@ -28,6 +30,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_foreign(lock: Path) -> None:
     """Make a lock file one of another machine."""
     lock.write_text(json.dumps({**json.loads(lock.read_text()), "machine": "other", "host": "other"}))
+
+
+@contextlib.contextmanager
+def hold_and_lose(lock: Path, match: str = "on other, for ") -> Iterator[pytest.ExceptionInfo[LockLostError]]:
+    """Hold a lock that is lost in the block, which must then end in an error."""
+    with pytest.raises(LockLostError, match=match) as raised, hold_lock(lock, "x"):
+        yield raised
 
 
 def refuse_locks(descriptor: int, operation: int) -> NoReturn:
@@ -88,7 +97,7 @@ def test_a_holder_on_another_machine_is_watched(
     lock = tmp_path / ".lock"
     if not has_locks:
         monkeypatch.setattr(fcntl, "flock", refuse_locks)
-    with hold_lock(lock, "x"):
+    with hold_and_lose(lock):
         if has_locks:
             # No other machine is here: a copy of the file without the kernel's lock, renewed as the holder does.
             (tmp_path / "copy").write_text(lock.read_text())
@@ -97,7 +106,8 @@ def test_a_holder_on_another_machine_is_watched(
         make_foreign(lock)
         is_over = threading.Event()
         descriptor = os.open(lock, os.O_RDWR)
-        thread = threading.Thread(target=locks._renew, args=(lock, descriptor, json.loads(lock.read_text()), is_over))
+        holder = locks._HeldLock(lock, descriptor, json.loads(lock.read_text()))
+        thread = threading.Thread(target=holder.renew, args=(is_over,))
         thread.start()
         try:
             assert find_held([lock, tmp_path / "none"]) == {lock}
@@ -120,21 +130,57 @@ def test_a_holder_on_another_machine_is_watched(
 def test_a_holder_that_seemed_dead_finds_its_lock_taken(
     quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It warns, leaves the lock to the new holder, and does not renew it any more."""
-    lock, taken = tmp_path / ".lock", threading.Event()
+    """It learns who has it, leaves it to the new holder, and does not renew it any more."""
+    lock = tmp_path / ".lock"
     monkeypatch.setattr(fcntl, "flock", refuse_locks)
-    monkeypatch.setattr(locks.logger, "warning", lambda *words: (said.append(words[0] % words[1:]), taken.set()))
-    said: list[str] = []
-    with hold_lock(lock, "x"):
+    taken = rf"has taken over the lock {lock}, .* It is process {os.getpid()} of \S+ on other, for \d+ seconds now"
+    with hold_and_lose(lock, taken):
+        check_locks()
         make_foreign(lock)
-        assert taken.wait(30)
+        while not has_lost_lock():
+            time.sleep(0.01)
+        with pytest.raises(LockLostError, match=taken):
+            check_locks()
         after = lock.stat().st_mtime_ns
         time.sleep(5 * locks.BEAT_S)
         assert lock.stat().st_mtime_ns == after
-    assert len(said) == 1
-    assert f"another process took the lock {lock}" in said[0]
-    assert f"It is process {os.getpid()} of " in said[0]
     assert json.loads(lock.read_text())["machine"] == "other"
+    check_locks()  # a lock that this process has no more is no reason to end
+
+
+def test_a_holder_that_was_away_looks_before_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first check knows, though the thread that renews the lock has not looked again."""
+    lock = tmp_path / ".lock"
+    monkeypatch.setattr(locks, "BEAT_S", 3600)
+    with hold_and_lose(lock):
+        make_foreign(lock)
+        monkeypatch.setattr(locks, "_read_clock", lambda: time.clock_gettime(time.CLOCK_BOOTTIME) + locks.STALE_S)
+        with pytest.raises(LockLostError, match="on other"):
+            check_locks()
+
+
+@pytest.mark.parametrize("away_s", [0.0, 100.0])
+def test_a_lock_file_that_is_gone_was_taken_only_from_a_holder_that_was_away(
+    away_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new holder may have ended. Removed by hand, or moved with its folder, it is still this process's."""
+    lock = tmp_path / ".lock"
+    monkeypatch.setattr(locks, "BEAT_S", 3600)
+    with hold_and_lose(lock, "that one has ended too") if away_s else hold_lock(lock, "x"):
+        lock.unlink()
+        monkeypatch.setattr(locks, "_read_clock", lambda: time.clock_gettime(time.CLOCK_BOOTTIME) + away_s)
+        assert has_lost_lock() == bool(away_s)
+    assert not lock.exists()
+
+
+def test_an_error_that_follows_from_a_lost_lock_is_not_the_cause(quick: None, tmp_path: Path) -> None:
+    lock = tmp_path / ".lock"
+    with hold_and_lose(lock) as raised:
+        make_foreign(lock)
+        while not has_lost_lock():
+            time.sleep(0.01)
+        raise DataError("a file is gone")
+    assert isinstance(raised.value.__cause__, DataError)
 
 
 def test_no_clock_decides(quick: None, tmp_path: Path) -> None:

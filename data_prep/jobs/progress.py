@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from megatron_rdt.locks import check_locks
 from megatron_rdt.terminal import LINE_EVERY_S, is_terminal, make_bar, show_line
 
 MEGA = 1e6
@@ -94,7 +95,12 @@ class Progress:
         self.show()
 
     def show(self) -> None:
-        """Bring the bar up to date, or print a line if one is due."""
+        """Bring the bar up to date, or print a line if one is due.
+
+        Raises:
+            LockLostError: the corpus is another process's now, and the work is to end.
+        """
+        check_locks()
         if self._bar is not None:
             self._bar.set_postfix_str(f"{self.documents / max(self.seconds, 0.1):,.0f} documents/s", refresh=False)
             self._bar.update(self.done - self._bar.n)

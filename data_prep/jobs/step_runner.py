@@ -9,6 +9,7 @@ from data_prep.config import PrepConfig
 from data_prep.jobs.progress import Progress, count_step
 from data_prep.jobs.steps import RunSteps, Step
 from data_prep.jobs.working_directory import Job
+from megatron_rdt.locks import check_locks
 
 SMALL_BYTES = 16_000_000  # work for which two workers take as long as this process alone, their start included
 
@@ -47,8 +48,10 @@ class StepRunner:
         """Run the steps that are not done yet; they are started in the order given.
 
         Raises:
+            LockLostError: the corpus is another process's now.
             Exception: whatever a step raised.
         """
+        check_locks()
         pending = [step for step in steps if not job.is_done(step.record)]
         if not pending:
             return

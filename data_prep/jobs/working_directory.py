@@ -24,6 +24,7 @@ from data_prep.stages.minhash import ALGORITHM
 from megatron_rdt.data.tokenizer.tokenizer_files import list_tokenizer_files
 from megatron_rdt.errors import ConfigError, DataError
 from megatron_rdt.files import TEMPORARY_SUFFIX, sha256_of, write_text
+from megatron_rdt.locks import check_locks
 
 TOKENIZER_RECORD = "tokenizer.json"
 VERSIONED = ("megatron-rdt", "sentencepiece", "datasets")
@@ -212,6 +213,7 @@ def open_working_directory(
     parts = cut_parts(config, listing.files)
     document = _make_description(config, listing.files, parts)
     check_inputs(listing.files)
+    check_locks()
     if reason:
         print(f"{reason}: beginning again")
     if root.exists():

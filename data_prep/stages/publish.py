@@ -28,9 +28,9 @@ from megatron_rdt.data.shard_files.corpus_manifest import MANIFEST, load_manifes
 from megatron_rdt.data.shard_files.indexed import token_dtype
 from megatron_rdt.data.tokenizer.base import Tokenizer
 from megatron_rdt.data.tokenizer.tokenizer_files import TOKENIZER_FILES
-from megatron_rdt.errors import ConfigError, DataError, RdtError
+from megatron_rdt.errors import ConfigError, DataError, LockLostError, RdtError
 from megatron_rdt.files import describe_full_disk, fsync_directory, is_disk_full, sha256_of
-from megatron_rdt.locks import hold_lock
+from megatron_rdt.locks import has_lost_lock, hold_lock
 from megatron_rdt.output_paths import check_can_be_renamed_to, is_mount_point, make_parent
 
 # Files in a corpus that --restart may delete; those in `packing` are written by `rdt prep pack` and by runs.
@@ -280,6 +280,8 @@ def explain_failure(out: Path) -> Iterator[None]:
             f"{describe_full_disk(out.parent)} while writing {out}. Free space, and `rdt prep` continues where it stopped; "
             f"what is done is in {root}. Or set --out to another disk, and remove that directory."
         ) from error
+    except LockLostError:
+        raise
     except (EmptySplitError, SameTextError):
         is_useless = True
         raise
@@ -292,7 +294,7 @@ def explain_failure(out: Path) -> Iterator[None]:
         raise
     finally:
         # A prep that failed before the first scan was complete, on a wrong option for instance, leaves no trace.
-        if root.exists() and (is_useless or not _has_finished_scan(root)):
+        if root.exists() and not has_lost_lock() and (is_useless or not _has_finished_scan(root)):
             shutil.rmtree(root, ignore_errors=True)
 
 

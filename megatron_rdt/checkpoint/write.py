@@ -34,6 +34,7 @@ from megatron_rdt.checkpoint.retention import (
 from megatron_rdt.data.tokenizer.tokenizer_files import copy_tokenizer_files
 from megatron_rdt.errors import CheckpointError, RdtError, SaveError
 from megatron_rdt.files import atomic_open, explain_write_failure, fsync_directory, hash_durably, open_hashed
+from megatron_rdt.locks import check_locks, has_lost_lock
 from megatron_rdt.object_collectives import raise_on_all_ranks
 from megatron_rdt.parallel import Engine, WrittenState
 from megatron_rdt.parallel.shard_files import FileRecords
@@ -120,6 +121,7 @@ def stage_checkpoint(
     own_files: dict[str, bytes] = {}
 
     def make_folders() -> None:
+        check_locks()
         delete_leftovers(parent)
         (temporary / RNG_FOLDER).mkdir(parents=True)
         if rank_state is not None:
@@ -139,6 +141,7 @@ def stage_checkpoint(
         return written
 
     def publish(written: list[WrittenState]) -> None:
+        check_locks()
         files = {name: record for of_rank in written for name, record in of_rank.files.items()}
         files |= engine.finish_state(temporary, written)
         own = {
@@ -245,7 +248,7 @@ class _CollectiveSave:
         """Raise the reason that all ranks were told, if any, and remove on rank 0 what was written."""
         if reason is None:
             return
-        if self.engine.rank == 0:
+        if self.engine.rank == 0 and not has_lost_lock():  # otherwise it may be the new holder's, of the same step
             shutil.rmtree(self.temporary, ignore_errors=True)
         if isinstance(reason, RdtError):
             raise reason

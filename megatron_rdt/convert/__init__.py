@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_rdt.errors import CheckpointError, ConfigError, RdtError
 from megatron_rdt.files import TEMPORARY_SUFFIX, explain_write_failure, fsync_directory, fsync_file
-from megatron_rdt.locks import hold_lock
+from megatron_rdt.locks import check_locks, has_lost_lock, hold_lock
 from megatron_rdt.output_paths import check_can_be_renamed_to, make_parent, resolve_output_directory
 from megatron_rdt.run_directory import CHECKPOINTS, LATEST
 
@@ -166,6 +166,7 @@ def _publish(target: Path, temporary: Path, write: Callable[[], None], out: str)
     try:
         write()
         _make_durable(temporary)
+        check_locks()
         if target.exists():
             target.rmdir()
         temporary.rename(target)
@@ -179,7 +180,8 @@ def _publish(target: Path, temporary: Path, write: Callable[[], None], out: str)
         remedy = "nothing was left behind. Free space or choose another OUT."
         raise CheckpointError(f"could not write {out}: {reason}; {remedy}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not has_lost_lock():  # then it is the new holder's
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _make_durable(directory: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rdt.evaluate.result_files import replace_nonfinite
+from megatron_rdt.locks import check_locks, has_lost_lock
 
 MOST_WAITING = 100_000  # lines, about 100 MB
 
@@ -30,7 +31,12 @@ class RecordFile:
         self._lost = 0
 
     def append(self, record: dict[str, Any]) -> None:
-        """Append a record as a line; if that fails, warn, once until it works again."""
+        """Append a record as a line; if that fails, warn, once until it works again.
+
+        Raises:
+            LockLostError: the file is another process's now.
+        """
+        check_locks()
         line = json.dumps(replace_nonfinite(record), allow_nan=False) + "\n"
         self._waiting.append(line.encode())
         if len(self._waiting) > MOST_WAITING:
@@ -81,7 +87,7 @@ class RecordFile:
 
     def close(self) -> None:
         """Write what waits, warn of what cannot be written, and close the file."""
-        if self._waiting:
+        if self._waiting and not has_lost_lock():
             self._write_waiting()
         lost = self._lost + len(self._waiting)
         if lost:

@@ -14,7 +14,7 @@ from megatron_rdt.config import ModelConfig, RunConfig, load_config, load_saved_
 from megatron_rdt.config.model import TRAINING_FIELDS
 from megatron_rdt.errors import CheckpointError, ConfigError, suggest_init
 from megatron_rdt.files import write_text
-from megatron_rdt.locks import hold_lock
+from megatron_rdt.locks import check_locks, hold_lock
 from megatron_rdt.parallel.optimizers import list_decayed_parameters
 from megatron_rdt.parallel.zero import ZERO_FOLDER
 from megatron_rdt.run_directory import CHECKPOINTS, FAILURE, JOBS, LATEST, LOCK, ORIGIN
@@ -44,6 +44,7 @@ def lock_run_directory(run_directory: Path, resume: str, init: str) -> Iterator[
             except StopBeforeTraining:  # which is no failure
                 raise
             except BaseException as error:
+                check_locks()  # the directory may be another process's now, and this error a consequence
                 record_failure(run_directory, error)
                 raise
     finally:
@@ -166,6 +167,7 @@ def set_aside_config(run_directory: Path, text: str) -> list[str]:
 
     Somebody may have edited it, and expect it to be read. It may also be of a start that saved nothing.
     """
+    check_locks()  # a start may have loaded for long
     path = run_directory / CONFIG
     own = [run_directory / CHECKPOINTS / name / CONFIG for name in checkpoints.list_checkpoint_names(run_directory)]
     known = {text.encode(), *(file.read_bytes() for file in own if file.is_file())}

@@ -19,6 +19,7 @@ from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.checkpoint import BackgroundSave, Start
 from megatron_rdt.config import RunConfig, dump_config, load_saved_config
 from megatron_rdt.errors import USE_ANOTHER, CheckpointError, SaveError
+from megatron_rdt.locks import check_locks
 from megatron_rdt.model import RecurrentDepthTransformer, leave_unset
 from megatron_rdt.object_collectives import broadcast_object, rank_and_world_size
 from megatron_rdt.parallel import Engine
@@ -181,6 +182,7 @@ class RunCheckpoints:
 
     def record_start(self, start: Start) -> None:
         """Record durably what the run starts from, here and in its checkpoints; on rank 0, before records are dropped."""
+        check_locks()
         self._origin = checkpoints.record_start(self.run_directory, start) or self._origin
 
     def save(self, position: Position, required: bool = False) -> None:

@@ -13,6 +13,7 @@ from megatron_rdt.depth import DepthSampler
 from megatron_rdt.environment import ProcessInfo, read_process_info
 from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED
 from megatron_rdt.files import write_text
+from megatron_rdt.locks import check_locks
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.flops import forward_flops, training_flops
 from megatron_rdt.model.moe import rebalance
@@ -240,6 +241,7 @@ class Trainer:
             self.traces.end_step()
             if self.step == self.first_step + 1:
                 self.engine.end_start()
+            check_locks()
             self._run_due_actions()
             collection.collect_if_due(self.step)
         return self._stop_early() if self.was_interrupted else EXIT_OK
@@ -266,8 +268,9 @@ class Trainer:
         """Forward, backward, clip, step; return the record. The host only queues this work: it reads no tensor."""
         config = self.config
         size = config.train.micro_batch
-        parts = [batch.rows(i, i + size) for i in range(0, len(batch), size)]
-        micro_batches = [self._make_micro_batch(rows, len(batch)) for rows in parts]
+        micro_batches = [
+            self._make_micro_batch(batch.rows(i, i + size), len(batch)) for i in range(0, len(batch), size)
+        ]
         plans = [micro.plan for micro in micro_batches]
         monitor = self.monitoring.make_monitor(self.step + 1)
         clock.start_forward(self.engine.model.core, plans)

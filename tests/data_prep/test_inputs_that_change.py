@@ -9,16 +9,20 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import zstandard
 
+from data_prep import pipeline
 from data_prep.pipeline import prepare
 from data_prep.sources.records import BAD_LISTED
+from data_prep.stages.write_shards import group_parts
+from megatron_rdt import locks
 from megatron_rdt.data import load_manifest
-from megatron_rdt.errors import ConfigError, DataError, LaunchError
+from megatron_rdt.errors import ConfigError, DataError, LaunchError, LockLostError
 from megatron_rdt.locks import hold_lock
 from tests.data_prep.small_corpora import RECORDS, make_config, read_files, read_texts, write_lines
 
@@ -82,6 +86,33 @@ def test_one_prep_at_a_time(folder: Path, tmp_path: Path) -> None:
         prepare(make_config(folder, tmp_path / "out"))
     prepare(make_config(folder, tmp_path / "out"))
     assert not (tmp_path / ".out.lock").exists()
+
+
+@pytest.mark.parametrize("error", [None, FileNotFoundError("what the other one has removed")])
+def test_a_prep_whose_lock_was_taken_over_ends(
+    error: Exception | None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one does that was stopped for so long that it seemed dead: it leaves everything to the other one."""
+    lock, other = tmp_path / ".out.lock", {"pid": 1, "user": "me", "host": "other", "since": time.time()}
+    left: list[str] = []
+
+    def lose_lock(*arguments: object) -> object:
+        lock.write_text(json.dumps(other))
+        away_s = locks.STALE_S
+        monkeypatch.setattr(locks, "_read_clock", lambda: time.clock_gettime(time.CLOCK_BOOTTIME) + away_s)
+        left.extend(sorted(map(str, tmp_path.rglob("*"))))
+        if error is not None:
+            raise error
+        return group_parts(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pipeline, "group_parts", lose_lock)
+    with pytest.raises(
+        LockLostError, match=r"taken over the lock .*\.out\.lock, .* process 1 of me on other, for \d+ sec"
+    ):
+        prepare(make_config(folder, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    assert sorted(map(str, tmp_path.rglob("*"))) == left
+    assert json.loads(lock.read_text()) == other
 
 
 def test_killed_while_replacing(folder: Path, tmp_path: Path) -> None:

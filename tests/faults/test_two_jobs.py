@@ -1,10 +1,14 @@
-"""Two jobs on one run folder, from two hosts: the second is refused while the first lives, and takes over after its death."""
+"""Two jobs on one run folder, from two hosts: the second is refused while the first lives, and takes over after its death.
+
+Where the first was only stopped, it ends as soon as it goes on.
+"""
 
 import contextlib
 import ctypes
 import errno
 import fcntl
 import os
+import signal
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +19,8 @@ import pytest
 
 from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt import locks
+from megatron_rdt.errors import EXIT_PREEMPTED
+from megatron_rdt.files import read_json_lines
 from megatron_rdt.train import resume_checks
 from tests.checkpoint.runs import checkpoint_path, read_losses
 from tests.distributed.processes import Ranks, start_ranks
@@ -87,6 +93,47 @@ def test_the_second_job_is_refused(
     checkpoints.verify(checkpoint_path(run, reached + 2))
     kind = "with" if has_locks else "without"
     record_cost(f"a second job from another host, file system {kind} locks", None, 0)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(280)
+def test_a_job_that_was_stopped_ends_where_another_has_taken_over(
+    tmp_path: Path, faulty_options: list[str], record_cost: RecordCost
+) -> None:
+    """Both its ranks, before it writes anything; what the other writes is that of a run alone."""
+    options = [*faulty_options, f"--run.root={tmp_path}", "--run.name=r", "--resume=auto", "--checkpoint.every=1"]
+    options += ["--train.steps=100000", "--data.max_epochs=1000000", "--schedule.name=constant"]
+    run = tmp_path / "r"
+    with start_on_host(options, "node-a", False) as first:
+        wait_for_step(run, 6, first.has_ended)
+        if NOT_ALLOWED in [process.exitcode for process in first.processes]:
+            pytest.skip("a host name of its own (unshare --uts) is not allowed here")
+        for process in first.processes:
+            os.kill(process.pid or 0, signal.SIGSTOP)
+        with start_on_host(options, "node-b", False) as second:
+            wait_for_taking(run, second)
+            before = max(read_losses(run))
+            wait_for_step(run, before + 3, second.has_ended)
+            for process in first.processes:
+                os.kill(process.pid or 0, signal.SIGCONT)
+            assert first.wait(120) == [1, 1], first.format_report()
+            said = first.read_output(0)
+            assert f"error (rank 0): another process has taken over the lock {run / '.lock'}" in said
+            assert f" It is process {second.processes[0].pid} of " in said
+            assert "on node-b, for " in said
+            reached = max(read_losses(run))
+            wait_for_step(run, reached + 3, second.has_ended)
+            assert not second.has_ended(), second.format_report()
+            assert f'"pid": {second.processes[0].pid},' in (run / ".lock").read_text()
+            assert not (run / "failure.json").exists()
+            assert "was moved, deleted or replaced" not in second.read_output(0)
+            for process in second.processes:
+                os.kill(process.pid or 0, signal.SIGTERM)
+            assert second.wait(120) == [EXIT_PREEMPTED] * 2, second.format_report()
+    steps = [record["step"] for _, _, record in read_json_lines(run / "metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1))
+    checkpoints.verify(checkpoint_path(run, len(steps)))
+    record_cost("a job that is stopped while another host's takes its run over", None, 0)
 
 
 def wait_for_taking(run: Path, ranks: Ranks) -> None:

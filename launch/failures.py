@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rdt.errors import TIMED_OUT, HangError, LaunchError, LostPeerError, RdtError
-from megatron_rdt.files import escape_invalid_utf8, is_disk_full, write_text
+from megatron_rdt.files import escape_invalid_utf8, explain_write_failure, find_write_error, write_text
 
 EXIT_INTERRUPTED = 130  # as a shell reports SIGINT
-NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 # Parts of the errors of libraries when the machine, or the GPU, has no memory left.
 NO_HOST_MEMORY = ("DefaultCPUAllocator: ", "std::bad_alloc", os.strerror(errno.ENOMEM))
 NOT_DETERMINISTIC = "does not have a deterministic implementation"
@@ -30,8 +30,9 @@ def explain(error: BaseException) -> RdtError | None:
         return error
     name, text = type(error).__name__, str(error).strip()
     first = text.splitlines()[0] if text else name
-    if is_disk_full(error):
-        return RdtError(f"the disk is full ({first}). Free space and start again.")
+    if find_write_error(error) not in (None, errno.EROFS):
+        reason, remedy, _ = explain_write_failure(error, os.path.dirname(str(getattr(error, "filename", None) or "")))
+        return RdtError(f"{reason if first in reason else f'{reason}: {first}'}. {remedy}, and start again.")
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         return RdtError(
             f"too many open files ({first}). Raise the limit (ulimit -n), or use fewer processes: --workers of rdt prep, "
@@ -39,6 +40,9 @@ def explain(error: BaseException) -> RdtError | None:
         )
     if isinstance(error, OSError) and error.filename and (error.errno in NO_ACCESS or _is_kernel_path(error.filename)):
         return RdtError(f"{error.filename}: {error.strerror}. Choose a path that you can read and write.")
+    if isinstance(error, OSError) and error.errno in (errno.EIO, errno.ESTALE, errno.ENAMETOOLONG):
+        _, remedy, _ = explain_write_failure(error, error.filename or os.getcwd())
+        return RdtError(f"{first}. {remedy}, and start again.")
     if isinstance(error, UnicodeEncodeError) and escape_invalid_utf8(error.object) != error.object:
         return RdtError(
             f"{escape_invalid_utf8(error.object)} is not valid UTF-8. Rename the file or folder that has such a name."

@@ -15,7 +15,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Annotated, Any, NamedTuple
 
 IS_PATH = "path"
 PathText = Annotated[str, IS_PATH]
@@ -25,7 +25,23 @@ TEMPORARY_SUFFIX = ".tmp"
 HASH_CHUNK_BYTES = 1 << 22
 LOW_DISK_BYTES = 64 << 20
 DAMAGED = object()  # in place of a line's value
-NO_SPACE = os.strerror(errno.ENOSPC)  # the words in errors of libraries that have no errno
+# Failures that only writing has, with what they mean. Libraries without errno have the kernel's words in their errors.
+WRITE_ERRORS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota on the disk is used up",
+    errno.EFBIG: "a file would be larger than this process, or the file system, allows",
+    errno.EROFS: "the file system is read-only",
+}
+REMEDIES = {
+    errno.ENOSPC: "Free space",
+    errno.EDQUOT: "Delete files that count against the quota, or have it raised",
+    errno.EFBIG: "Raise the limit on the size of files (ulimit -f; some file systems have one of their own)",
+    errno.EROFS: "Make {folder} writable again (the kernel makes a disk with errors read-only: see dmesg)",
+    errno.ENAMETOOLONG: "Choose a shorter path",
+    errno.EIO: "Check the disk, or the connection to it (see dmesg)",
+    errno.ESTALE: "Mount the file system of {folder} again",
+}
+"""What to do about a failed write, by errno."""
 
 
 def escape_invalid_utf8(text: str | os.PathLike[str]) -> str:
@@ -208,25 +224,49 @@ def _list_causes(error: BaseException) -> list[BaseException]:
     return chain
 
 
-def is_disk_full(error: BaseException) -> bool:
-    """Return True if `error`, or one in its chain of causes, says that the disk or the quota is full."""
-    return any(isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT) for seen in _list_causes(error))
+class WriteFailure(NamedTuple):
+    """Why something could not be written.
+
+    Attributes:
+        reason: a clause.
+        remedy: a clause on what to do, with a capital letter.
+        needs_room: what lacks is space.
+    """
+
+    reason: str
+    remedy: str
+    needs_room: bool = False
 
 
-def explain_write_failure(error: BaseException, directory: str | os.PathLike[str]) -> str:
-    """Return one line on why a write below `directory` failed. Call it before cleaning up, which frees space."""
-    free = _free_bytes(Path(directory))
-    if is_disk_full(error) or NO_SPACE in str(error):
-        return f"{describe_full_disk(directory)} ({free / 2**20:.1f} MiB free)"
+def find_write_error(error: BaseException) -> int | None:
+    """Return the errno of `error`, or of one in its chain of causes, if only writing has it, see WRITE_ERRORS."""
+    numbers = [seen.errno for seen in _list_causes(error) if isinstance(seen, OSError)]
+    return next((number for number in reversed(numbers) if number in WRITE_ERRORS), None)
+
+
+def explain_write_failure(error: BaseException, directory: str | os.PathLike[str]) -> WriteFailure:
+    """Return why a write below `directory` failed, in one line. Call it before cleaning up, which frees space."""
+    number = find_write_error(error)
+    if number is None:
+        number = next((known for known in WRITE_ERRORS if os.strerror(known) in str(error)), None)
+    if number == errno.ENOSPC:
+        free = f"{_free_bytes(Path(directory)) / 2**20:.1f} MiB free"
+        return WriteFailure(f"{describe_full_disk(directory)} ({free})", REMEDIES[number], True)
     # After a failed write, torch.save still writes the end of its file and fails again: the first OSError has the reason.
     first = next((seen for seen in _list_causes(error) if isinstance(seen, OSError)), error)
     lines = str(first).strip().splitlines()
     reason = lines[0] if lines else type(first).__name__
     # Libraries that write in C++ do not say why a write failed; a disk that is almost full is the likely reason.
     is_unexplained = not isinstance(first, OSError) or first.errno is None
-    if is_unexplained and free < LOW_DISK_BYTES:
-        return f"{reason} (the disk is almost full: {free / 2**20:.1f} MiB free)"
-    return reason
+    if number is None and is_unexplained and (free_bytes := _free_bytes(Path(directory))) < LOW_DISK_BYTES:
+        almost = f"{reason} (the disk is almost full: {free_bytes / 2**20:.1f} MiB free)"
+        return WriteFailure(almost, REMEDIES[errno.ENOSPC], True)
+    if number in WRITE_ERRORS:
+        reason = f"{WRITE_ERRORS[number]} ({reason})"
+    elif isinstance(first, OSError):
+        number = first.errno
+    remedy = REMEDIES.get(number or 0, "Make {folder} writable").format(folder=directory)
+    return WriteFailure(reason, remedy, number == errno.EDQUOT)
 
 
 def describe_full_disk(directory: str | os.PathLike[str]) -> str:
@@ -234,7 +274,7 @@ def describe_full_disk(directory: str | os.PathLike[str]) -> str:
     status = os.statvfs(_find_existing_folder(Path(directory)))
     if status.f_files and not status.f_favail:  # some file systems have no limit, and report 0
         return "the disk can hold no more files (df -i: no free inodes)"
-    return "the disk is full"
+    return WRITE_ERRORS[errno.ENOSPC]
 
 
 def _free_bytes(path: Path) -> int:

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -13,9 +14,10 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_rdt.files import (
+    WRITE_ERRORS,
     atomic_open,
     explain_write_failure,
-    is_disk_full,
+    find_write_error,
     sha256_of,
     write_bytes,
     write_text,
@@ -140,25 +142,61 @@ def chained(inner: BaseException, *, cause: bool) -> BaseException:
         return outer
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_recognised(number: int) -> None:
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
+def test_a_failed_write_is_recognised(number: int) -> None:
     full = OSError(number, os.strerror(number))
-    assert is_disk_full(full)
-    assert is_disk_full(chained(full, cause=True))
-    assert is_disk_full(chained(chained(full, cause=False), cause=True))
+    assert find_write_error(full) == number
+    assert find_write_error(chained(full, cause=True)) == number
+    assert find_write_error(chained(chained(full, cause=False), cause=True)) == number
 
 
-def test_other_errors_are_not_a_full_disk() -> None:
+def test_other_errors_are_no_failed_write() -> None:
     for error in (OSError(errno.EIO, "x"), PermissionError(errno.EACCES, "x"), ValueError("No space left on device")):
-        assert not is_disk_full(error)
-        assert not is_disk_full(chained(error, cause=True))
+        assert find_write_error(error) is None
+        assert find_write_error(chained(error, cause=True)) is None
+
+
+@pytest.mark.parametrize(
+    ("number", "reason", "remedy"),
+    [
+        (errno.ENOSPC, r"the disk is full \([\d.]+ MiB free\)", "Free space"),
+        (errno.EDQUOT, r"the quota on the disk is used up \(.*\)", "Delete files that count against the quota"),
+        (
+            errno.EFBIG,
+            r"a file would be larger than this process, or the file system, allows \(.*File too large\)",
+            "ulimit",
+        ),
+        (errno.EROFS, r"the file system is read-only \(.*Read-only file system\)", "writable again"),
+        (errno.EACCES, r".*Permission denied", r"Make \S+ writable$"),
+        (errno.ENAMETOOLONG, r".*File name too long", "Choose a shorter path"),
+        (errno.EIO, r".*Input/output error", "Check the disk"),
+    ],
+)
+def test_each_failed_write_has_its_remedy(number: int, reason: str, remedy: str, tmp_path: Path) -> None:
+    failure = explain_write_failure(OSError(number, os.strerror(number)), tmp_path)
+    assert re.fullmatch(reason, failure.reason)
+    assert re.search(remedy, failure.remedy)
+    assert failure.needs_room == (number in (errno.ENOSPC, errno.EDQUOT))
+    if number in WRITE_ERRORS:  # in the words of a library
+        assert explain_write_failure(RuntimeError(f"write: {os.strerror(number)}"), tmp_path).remedy == failure.remedy
+
+
+def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            write_bytes(tmp_path / "a", bytes(2000))
+        assert "ulimit -f" in explain_write_failure(caught.value, tmp_path).remedy
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_an_error_that_is_its_own_cause_is_not_followed_for_ever() -> None:
     error = chained(ValueError("a"), cause=False)
     assert error.__context__ is not None
     error.__context__.__cause__ = error
-    assert not is_disk_full(error)
+    assert find_write_error(error) is None
 
 
 def test_a_really_full_device() -> None:
@@ -166,14 +204,16 @@ def test_a_really_full_device() -> None:
         pytest.skip("needs /dev/full")
     with pytest.raises(OSError, match="No space") as caught, open("/dev/full", "wb", buffering=0) as file:
         file.write(b"x")
-    assert is_disk_full(caught.value)
+    assert find_write_error(caught.value) == errno.ENOSPC
 
 
 def test_a_failed_write_is_not_blamed_on_a_disk_with_room(tmp_path: Path) -> None:
     denied = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "a" / "b"))
     for directory in (tmp_path, tmp_path / "a" / "b"):
-        assert explain_write_failure(denied, directory) == f"[Errno 13] Permission denied: '{tmp_path / 'a' / 'b'}'"
-    assert explain_write_failure(RuntimeError("iostream error\nat line 3"), tmp_path / "a") == "iostream error"
+        assert (
+            explain_write_failure(denied, directory).reason == f"[Errno 13] Permission denied: '{tmp_path / 'a' / 'b'}'"
+        )
+    assert explain_write_failure(RuntimeError("iostream error\nat line 3"), tmp_path / "a").reason == "iostream error"
 
 
 def test_a_disk_without_inodes_is_not_called_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +227,7 @@ def test_a_disk_without_inodes_is_not_called_full(tmp_path: Path, monkeypatch: p
         fake = SimpleNamespace(**{name: getattr(status, name) for name in dir(status) if name.startswith("f_")})
         fake.f_files, fake.f_favail = files, free
         monkeypatch.setattr(os, "statvfs", lambda path, fake=fake: fake)
-        assert explain_write_failure(full, tmp_path / "a" / "b").startswith(said)
+        assert explain_write_failure(full, tmp_path / "a" / "b").reason.startswith(said)
 
 
 def test_a_failure_without_a_reason_names_a_disk_that_is_almost_full(
@@ -195,5 +235,6 @@ def test_a_failure_without_a_reason_names_a_disk_that_is_almost_full(
 ) -> None:
     monkeypatch.setattr("megatron_rdt.files.LOW_DISK_BYTES", 1 << 60)
     said = explain_write_failure(RuntimeError("iostream error"), tmp_path / "absent")
-    assert said.startswith("iostream error (the disk is almost full: ")
-    assert "full" not in explain_write_failure(PermissionError(errno.EACCES, "Permission denied"), tmp_path)
+    assert said.reason.startswith("iostream error (the disk is almost full: ")
+    assert said.needs_room
+    assert "full" not in explain_write_failure(PermissionError(errno.EACCES, "Permission denied"), tmp_path).reason

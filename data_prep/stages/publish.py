@@ -29,7 +29,7 @@ from megatron_rdt.data.shard_files.indexed import token_dtype
 from megatron_rdt.data.tokenizer.base import Tokenizer
 from megatron_rdt.data.tokenizer.tokenizer_files import TOKENIZER_FILES
 from megatron_rdt.errors import ConfigError, DataError, LockLostError, RdtError
-from megatron_rdt.files import describe_full_disk, fsync_directory, is_disk_full, sha256_of
+from megatron_rdt.files import explain_write_failure, find_write_error, fsync_directory, sha256_of
 from megatron_rdt.locks import has_lost_lock, hold_lock
 from megatron_rdt.output_paths import check_can_be_renamed_to, is_mount_point, make_parent
 
@@ -264,21 +264,22 @@ def _is_compressed(file: Input) -> bool:
 
 @contextmanager
 def explain_failure(out: Path) -> Iterator[None]:
-    """Add to the block's errors what is kept, make a full disk a DataError, and remove a useless working directory.
+    """Add to the block's errors what is kept, explain a failed write, and remove a useless working directory.
 
     Raises:
-        DataError: the disk was full.
+        DataError: the disk was full, for example.
     """
     root = working_directory_path(out)
     is_useless = False
     try:
         yield
     except OSError as error:
-        if not is_disk_full(error):
+        if find_write_error(error) is None:
             raise
+        reason, remedy, _ = explain_write_failure(error, out.parent)
         raise DataError(
-            f"{describe_full_disk(out.parent)} while writing {out}. Free space, and `rdt prep` continues where it stopped; "
-            f"what is done is in {root}. Or set --out to another disk, and remove that directory."
+            f"{reason} while writing {out}. {remedy}, and `rdt prep` continues where it stopped; what is done is in {root}. "
+            "Or set --out to another disk, and remove that directory."
         ) from error
     except LockLostError:
         raise

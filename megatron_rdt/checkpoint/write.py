@@ -33,7 +33,15 @@ from megatron_rdt.checkpoint.retention import (
 )
 from megatron_rdt.data.tokenizer.tokenizer_files import copy_tokenizer_files
 from megatron_rdt.errors import CheckpointError, RdtError, SaveError
-from megatron_rdt.files import atomic_open, explain_write_failure, fsync_directory, hash_durably, open_hashed
+from megatron_rdt.files import (
+    WriteFailure,
+    atomic_open,
+    explain_write_failure,
+    find_write_error,
+    fsync_directory,
+    hash_durably,
+    open_hashed,
+)
 from megatron_rdt.locks import check_locks, has_lost_lock
 from megatron_rdt.object_collectives import raise_on_all_ranks
 from megatron_rdt.parallel import Engine, WrittenState
@@ -60,9 +68,11 @@ def check_writable(run_directory: Path) -> None:
         # Permission bits do not tell: the file system may be read-only, or a link may lead nowhere.
         os.rmdir(tempfile.mkdtemp(prefix=".writable-", dir=folder))
     except OSError as error:
+        why, remedy, _ = explain_write_failure(error, folder)
+        if find_write_error(error) is None:
+            why, remedy = error.strerror or why, "Make it a directory that can be written"
         failure = CheckpointError(
-            f"checkpoints cannot be saved in {folder}: {error.strerror}. Make it a directory that can be written, or "
-            "choose another --run.root."
+            f"checkpoints cannot be saved in {folder}: {why}. {remedy}, or choose another --run.root."
         )
     raise_on_all_ranks(failure)
 
@@ -233,7 +243,7 @@ class _CollectiveSave:
                 reported = self._try_action(lambda: conclude([result for result, _ in outcomes]))[1]
         self._end(self.engine.messages.broadcast(reported))
 
-    def _try_action(self, action: Callable[[], T]) -> tuple[T | Any, RdtError | str | None]:
+    def _try_action(self, action: Callable[[], T]) -> tuple[T | Any, RdtError | WriteFailure | None]:
         """Return what an action returned, and what the other ranks learn of its failure, if any: it must be picklable."""
         try:
             return action(), None
@@ -242,9 +252,10 @@ class _CollectiveSave:
         except Exception as error:  # of any library
             # The temporary directory is still there: the free space that is reported is that of the failure.
             where = f"rank {self.engine.rank}: " if self.engine.world_size > 1 else ""
-            return None, where + explain_write_failure(error, self.final.parent)
+            failure = explain_write_failure(error, self.final.parent)
+            return None, failure._replace(reason=where + failure.reason)
 
-    def _end(self, reason: RdtError | str | None) -> None:
+    def _end(self, reason: RdtError | WriteFailure | None) -> None:
         """Raise the reason that all ranks were told, if any, and remove on rank 0 what was written."""
         if reason is None:
             return
@@ -252,11 +263,11 @@ class _CollectiveSave:
             shutil.rmtree(self.temporary, ignore_errors=True)
         if isinstance(reason, RdtError):
             raise reason
-        room = f" (a checkpoint takes about {format_count(self.expected_bytes)}B)" if self.expected_bytes else ""
-        remedy = f"Free space{room}" if "the disk is" in reason else f"Make {self.final.parent} writable"
+        is_known = reason.needs_room and self.expected_bytes
+        room = f" (a checkpoint takes about {format_count(self.expected_bytes)}B)" if is_known else ""
         raise SaveError(
-            f"could not save {self.final}: {reason}. Earlier checkpoints are untouched.",
-            f"{remedy}, or move the run to another disk and name that with --run.root",
+            f"could not save {self.final}: {reason.reason}. Earlier checkpoints are untouched.",
+            f"{reason.remedy}{room}, or move the run to another disk and name that with --run.root",
         )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_rdt.errors import CheckpointError, ConfigError, RdtError
-from megatron_rdt.files import TEMPORARY_SUFFIX, explain_write_failure, fsync_directory, fsync_file
+from megatron_rdt.files import TEMPORARY_SUFFIX, explain_write_failure, find_write_error, fsync_directory, fsync_file
 from megatron_rdt.locks import check_locks, has_lost_lock, hold_lock
 from megatron_rdt.output_paths import check_can_be_renamed_to, make_parent, resolve_output_directory
 from megatron_rdt.run_directory import CHECKPOINTS, LATEST
@@ -174,11 +174,11 @@ def _publish(target: Path, temporary: Path, write: Callable[[], None], out: str)
     except RdtError:
         raise
     except Exception as error:  # every library that writes raises errors of its own
-        reason = explain_write_failure(error, target.parent)
-        if "the disk is" not in reason:
+        reason, remedy, needs_room = explain_write_failure(error, target.parent)
+        if find_write_error(error) is None and not needs_room:
             raise
-        remedy = "nothing was left behind. Free space or choose another OUT."
-        raise CheckpointError(f"could not write {out}: {reason}; {remedy}") from error
+        what = f"could not write {out}: {reason}; nothing was left behind"
+        raise CheckpointError(f"{what}. {remedy} or choose another OUT.") from error
     finally:
         if not has_lost_lock():  # then it is the new holder's
             shutil.rmtree(temporary, ignore_errors=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rdt.evaluate.result_files import replace_nonfinite
+from megatron_rdt.files import explain_write_failure
 from megatron_rdt.locks import check_locks, has_lost_lock
 
 MOST_WAITING = 100_000  # lines, about 100 MB
@@ -56,10 +57,10 @@ class RecordFile:
         except OSError as error:
             if not self._is_failing:
                 logger.warning(
-                    "%s cannot be written (%s); training goes on, and its records wait in memory until it can be. Free "
-                    "space, or make it writable",
+                    "%s cannot be written (%s); training goes on, and its records wait in memory until it can be. %s",
                     self.path,
                     error.strerror,
+                    explain_write_failure(error, self.path.parent).remedy,
                 )
             self._is_failing = True
             return

@@ -96,7 +96,9 @@ class StepTraces:
                 _write_atomically(self._folder / f"{name}-memory.pickle", torch.cuda.memory._dump_snapshot)
         except (OSError, RuntimeError) as error:
             # An error, which other ranks than the first log too.
-            logger.error("the trace %s is lost: %s", self._folder / name, explain_write_failure(error, self._folder))
+            logger.error(
+                "the trace %s is lost: %s", self._folder / name, explain_write_failure(error, self._folder).reason
+            )
         finally:
             if self._has_memory:
                 torch.cuda.memory._record_memory_history(enabled=None)

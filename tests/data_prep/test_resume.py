@@ -219,7 +219,7 @@ def test_a_full_disk_keeps_what_is_done(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "write_group", raise_disk_full)
-        with pytest.raises(DataError, match=r"disk is full while writing .* continues where it stopped"):
+        with pytest.raises(DataError, match=r"disk is full \(.* free\) while writing .* continues where it stopped"):
             prepare(config(source, tmp_path / "out"))
     assert read_files(prepare(config(source, tmp_path / "out"))) == read_files(undisturbed)
 
@@ -228,7 +228,7 @@ def test_a_disk_too_full_for_links(source: Path, tmp_path: Path, monkeypatch: py
     expected = read_files(prepare(config(source, tmp_path / "straight", dedup="near")))
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", raise_disk_full)
-        with pytest.raises(DataError, match=r"disk is full while writing .* continues where it stopped"):
+        with pytest.raises(DataError, match=r"disk is full \(.* free\) while writing .* continues where it stopped"):
             prepare(config(source, tmp_path / "out", dedup="near"))
     assert read_files(prepare(config(source, tmp_path / "out", dedup="near"))) == expected
 

@@ -1,6 +1,8 @@
 """Workers that fail, die or are interrupted: one message, the right exit status, and no process is left."""
 
+import errno
 import os
+import re
 import resource
 import signal
 import socket
@@ -191,7 +193,19 @@ def test_errors_of_libraries_are_explained() -> None:
     lost = explain(RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"))
     assert isinstance(lost, LostPeerError)
     full = explain(OSError(28, "No space left on device", "/runs/a"))
-    assert "the disk is full" in str(full)
+    assert re.fullmatch(
+        r"the disk is full \([\d.]+ MiB free\): .*No space left on device: '/runs/a'\. Free space, and start again\.",
+        str(full),
+    )
+    for number, remedy in (
+        (errno.EFBIG, "ulimit -f"),
+        (errno.EDQUOT, "Delete files that count against the quota"),
+        (errno.EIO, "Check the disk"),
+        (errno.ENAMETOOLONG, "Choose a shorter path"),
+    ):
+        explained = explain(OSError(number, os.strerror(number), "/runs/a"))
+        assert os.strerror(number) in str(explained)
+        assert remedy in str(explained)
     for without_memory in (
         MemoryError(),
         np._core._exceptions._ArrayMemoryError((10**13,), np.dtype(np.int64)),

@@ -1,6 +1,7 @@
 """Records of a run: metrics.jsonl (one object per step), eval.jsonl, samples.jsonl, TensorBoard, the console line."""
 
 import contextlib
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,10 +53,21 @@ def drop_records_after(run_directory: Path, step: int) -> list[str]:
                 damaged.append(number)  # also a line that this program did not write
             elif record["step"] <= step:
                 kept.append(line.rstrip(b"\n") + b"\n")
-        write_bytes(path, b"".join(kept))
+        _keep_lines(path, kept)
         if damaged:
             said.append(f"{describe_damaged_lines(path, damaged)}: dropped")
     return said
+
+
+def _keep_lines(path: Path, kept: Sequence[bytes]) -> None:
+    """Rewrite a file to hold these of its lines; one of which only the end goes is cut off, for which a full disk has room."""
+    content = b"".join(kept)
+    with open(path, "r+b") as file:
+        if file.read(len(content)) == content:
+            file.truncate(len(content))
+            os.fsync(file.fileno())
+            return
+    write_bytes(path, content)
 
 
 def read_recorded_steps(run_directory: Path, name: str = RECORD_FILES[0]) -> list[int]:

@@ -162,11 +162,22 @@ def _describe_contents(run_directory: Path) -> str | None:
     return BEGINNING if checkpoints.read_origin(run_directory) is not None else None
 
 
-def set_aside_config(run_directory: Path, text: str) -> list[str]:
-    """Rename a run's config.yaml if it is neither `text`, which replaces it, nor a checkpoint's; return a sentence then.
+def replace_config(run_directory: Path, text: str) -> list[str]:
+    """Write a run's config.yaml; rename one that is neither the same nor a checkpoint's, and return a sentence then.
 
     Somebody may have edited it, and expect it to be read. It may also be of a start that saved nothing.
     """
+    said = _set_aside_config(run_directory, text)
+    path = run_directory / CONFIG
+    if (
+        not path.is_file() or path.read_bytes() != text.encode()
+    ):  # after a rollback it is the same, and the disk may be full
+        write_text(path, text)
+    return said
+
+
+def _set_aside_config(run_directory: Path, text: str) -> list[str]:
+    """Do the renaming of `replace_config`."""
     check_locks()  # a start may have loaded for long
     path = run_directory / CONFIG
     own = [run_directory / CHECKPOINTS / name / CONFIG for name in checkpoints.list_checkpoint_names(run_directory)]

@@ -24,7 +24,7 @@ from megatron_rdt.model import RecurrentDepthTransformer, leave_unset
 from megatron_rdt.object_collectives import broadcast_object, rank_and_world_size
 from megatron_rdt.parallel import Engine
 from megatron_rdt.run_directory import CHECKPOINTS, name_checkpoint
-from megatron_rdt.train.alarms.rollbacks import Rollbacks, read_pending_rollbacks
+from megatron_rdt.train.alarms.rollbacks import Rollbacks, read_pending_rollbacks, record_way_back
 from megatron_rdt.train.alarms.watch import AlarmWatch
 from megatron_rdt.train.data import TrainingData
 from megatron_rdt.train.device_reads import start_read
@@ -137,10 +137,14 @@ class RunCheckpoints:
         weights.fill_buffers()
         return Position(), weights.lines
 
-    def restore(self, source: Path) -> tuple[Position, list[str]]:
+    def restore(self, source: Path, rollbacks: Rollbacks | None = None) -> tuple[Position, list[str]]:
         """Restore engine and data from a verified checkpoint; return its position, and lines to print.
 
         Everything is compared before anything is loaded.
+
+        Args:
+            source: the checkpoint.
+            rollbacks: of the run; None at its start, where the files say it.
 
         Raises:
             CheckpointError: the checkpoint does not fit the config or the data.
@@ -153,7 +157,7 @@ class RunCheckpoints:
             # Checkpoints of earlier versions do not say which batches they had; this leads to the same position.
             batch = saved.train.global_batch
             state["data"].setdefault("batches", [[0, state["data"]["consumed_samples"] - step * batch, batch]])
-            position = self._read_position(source, state)
+            position = self._read_position(source, state, rollbacks)
             changed_data = self.data.resume(source, state["data"], position.rollbacks.skip_steps)
         changed = describe_changed_settings(saved, self.config)
         checkpoints.restore_engine(self.engine, source)
@@ -169,7 +173,7 @@ class RunCheckpoints:
         lines += describe_jump(saved, self.config, state["step"])
         return position, [*lines, *changed_data, *position.rollbacks.describe()]
 
-    def _read_position(self, source: Path, state: dict[str, Any]) -> Position:
+    def _read_position(self, source: Path, state: dict[str, Any], rollbacks: Rollbacks | None) -> Position:
         """Return the position in a trainer.json; TypeError, KeyError or the like if it holds something else."""
         AlarmWatch(self.config).restore(state.get("alarms", {}))  # only to see that it can be
         return Position(
@@ -177,7 +181,7 @@ class RunCheckpoints:
             operator.index(state["skipped_steps"]),
             operator.index(state.get("steps_without_target", 0)),
             state.get("alarms", {}),
-            read_pending_rollbacks(self.run_directory, source, state.get("rollbacks", {})),
+            rollbacks or read_pending_rollbacks(self.run_directory, source, state.get("rollbacks", {})),
         )
 
     def record_start(self, start: Start) -> None:
@@ -340,9 +344,8 @@ class RunCheckpoints:
         if is_doubted:
             healthy.pop()
         if healthy:
-            if is_doubted:
-                checkpoints.record_start(self.run_directory, Start(healthy[-1]))
-            return f"Then --resume auto continues from {healthy[-1]}, the newest healthy checkpoint."
+            option = record_way_back(self.run_directory, healthy[-1]) if is_doubted else "--resume auto"
+            return f"Then {option} continues from {healthy[-1]}, the newest healthy checkpoint."
         origin = checkpoints.read_origin(self.run_directory)
         if origin is not None and not checkpoints.has_checkpoints(self.run_directory):
             return f"Then --resume auto starts again from {origin['checkpoint']}, its origin."

@@ -88,7 +88,8 @@ class StepReview:
         """Prepare the rollback that an alarm asks for, or stop the run, see `rollbacks.react`; on every rank."""
         train, saved = self.config.train, self.checkpoints
         skipped = saved.data.list_order_steps(alarm.since, alarm.step) if train.rollback_skip else []
-        return react(action, alarm, self.rollbacks, train, saved.run_directory, skipped)
+        on_failure = self.config.checkpoint.on_failure
+        return react(action, alarm, self.rollbacks, train, saved.run_directory, skipped, on_failure)
 
     def report_end(self, step: int, steps_here: int, tokens: int) -> None:
         """Print what a run that reached its last step did; raise TrainingError if it skipped the last ones as not finite.

@@ -12,7 +12,6 @@ from megatron_rdt.data import Batch, BatchLoader
 from megatron_rdt.depth import DepthSampler
 from megatron_rdt.environment import ProcessInfo, read_process_info
 from megatron_rdt.errors import EXIT_OK, EXIT_PREEMPTED
-from megatron_rdt.files import write_text
 from megatron_rdt.locks import check_locks
 from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.model.flops import forward_flops, training_flops
@@ -33,7 +32,7 @@ from megatron_rdt.train.inspections import InspectionFailed, Inspections
 from megatron_rdt.train.metrics import Console, Recorder, describe_gaps, drop_records_after, read_recorded_steps
 from megatron_rdt.train.monitoring import MonitorSchedule, count_loops
 from megatron_rdt.train.nonfinite_guard import is_step_accepted
-from megatron_rdt.train.resume_checks import lock_run_directory, set_aside_config
+from megatron_rdt.train.resume_checks import lock_run_directory, replace_config
 from megatron_rdt.train.run_checkpoints import RunCheckpoints, choose_start
 from megatron_rdt.train.schedule import learning_rate
 from megatron_rdt.train.step_record import StepClock, StepRecord
@@ -161,7 +160,7 @@ class Trainer:
             except Rollback as rollback:
                 start = Start(rollback.source)
                 self._print_on_rank_0(f"step {self.step}: rolling back to {start.source}")
-                position, lines = self.checkpoints.restore(start.source)
+                position, lines = self.checkpoints.restore(start.source, rollback.rollbacks)
         self.checkpoints.finish_save(required=True)
         if status == EXIT_OK:
             self.review.report_end(self.step, self.step - self.first_step, self._tokens_after(self.step))
@@ -201,8 +200,7 @@ class Trainer:
         if start is not None:
             # Before records are dropped, or a kill between the two would leave the abandoned branch the newest.
             self.checkpoints.record_start(start)
-        said = set_aside_config(self.run_directory, dump_config(self.config))
-        write_text(self.run_directory / "config.yaml", dump_config(self.config))
+        said = replace_config(self.run_directory, dump_config(self.config))
         said += drop_records_after(self.run_directory, self.step)
         if start is not None and checkpoints.belongs_to_run(start.source, self.run_directory):
             said += describe_gaps(self.run_directory, self.step)

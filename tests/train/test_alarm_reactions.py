@@ -1,5 +1,7 @@
 """Reactions of a run to alarms: warn, skip, roll back, stop; exactly the same after a resume, and on every rank."""
 
+import errno
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_rdt import checkpoint as checkpoints
+from megatron_rdt import files
 from megatron_rdt.config import RunConfig
 from megatron_rdt.config.schema import TrainConfig
-from megatron_rdt.errors import CheckpointError, TrainingError
+from megatron_rdt.errors import CheckpointError, SaveError, TrainingError
 from megatron_rdt.evaluate.alarms import Alarm, list_alarms
 from megatron_rdt.evaluate.report import write_report
 from megatron_rdt.model import CoreMonitor
@@ -116,6 +119,75 @@ def test_a_killed_rollback_continues_at_the_lower_rate(
     assert trainer.train(config, "auto") == 0
     again = read_records(tmp_path / "run" / "metrics.jsonl")
     assert [(r["step"], r["loss"], r["lr"]) for r in again] == [(r["step"], r["loss"], r["lr"]) for r in whole]
+
+
+def fill_disk(patch: pytest.MonkeyPatch) -> None:
+    """Let no file be written anew, except checkpoints and the first one of its name."""
+    write = files.atomic_open
+
+    def refuse(path: Path, *arguments: str, **options: bool) -> object:
+        if Path(path).name in ("rollbacks.json", "rollback.json") or Path(path).is_file():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write(path, *arguments, **options)
+
+    patch.setattr(files, "atomic_open", refuse)
+
+
+def test_a_full_disk_stops_before_a_rollback(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing has changed then: when there is room, the run resumes, meets the alarm and rolls back."""
+    options = ("--train.on_alarm=rollback", "--train.rollback_lr=0.0009765625")
+    assert trainer.train(diverging(configure, tmp_path, *options, "--run.name=whole")) == 0
+    config = diverging(configure, tmp_path, *options)
+    with monkeypatch.context() as patch:
+        fill_disk(patch)
+        said = r"the rollback to \S+step-00000002 could not be recorded in \S+: the disk is full .*Free space.*--resume auto"
+        with pytest.raises(SaveError, match=said):
+            trainer.train(config)
+    assert not (tmp_path / "run" / "rollbacks.json").exists()
+    assert trainer.train(config, "auto") == 0
+    whole, again = (read_records(tmp_path / name / "metrics.jsonl") for name in ("whole", "run"))
+    assert [(r["step"], r["loss"], r["lr"]) for r in again] == [(r["step"], r["loss"], r["lr"]) for r in whole]
+
+
+def test_a_run_rolls_back_on_a_full_disk(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its next checkpoint holds the rollback, so that a resume continues as the run itself would."""
+    options = ("--train.on_alarm=rollback", "--train.rollback_lr=0.0009765625", "--checkpoint.on_failure=continue")
+    assert trainer.train(diverging(configure, tmp_path, *options, "--run.name=whole")) == 0
+    with monkeypatch.context() as patch:
+        fill_disk(patch)
+        assert trainer.train(diverging(configure, tmp_path, *options)) == 0
+    assert len(re.findall(r"could not be recorded in .* The run rolls back without it", caplog.text)) == 1
+    records = []
+    for name in ("whole", "run"):
+        assert (
+            trainer.train(diverging(configure, tmp_path, *options, f"--run.name={name}", "--train.steps=12"), "auto")
+            == 0
+        )
+        records.append(read_records(tmp_path / name / "metrics.jsonl"))
+        saved = checkpoints.read_trainer_state(tmp_path / name / "checkpoints" / "step-00000012")
+        assert saved["rollbacks"] == {"count": 1, "lr_factor": 0.0009765625, "skip_steps": []}
+    assert [(r["step"], r["loss"], r["lr"]) for r in records[1]] == [
+        (r["step"], r["loss"], r["lr"]) for r in records[0]
+    ]
+    assert [r["step"] for r in records[1]] == list(range(1, 13)), "those of the steps that were done twice are dropped"
+
+
+def test_a_way_back_that_cannot_be_recorded_is_named(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        fill_disk(patch)
+        with pytest.raises(
+            TrainingError, match=r"Stopped, as .* --resume (\S+step-00000002) continues from \1"
+        ) as stopped:
+            trainer.train(diverging(configure, tmp_path, "--train.on_alarm=stop"))
+    found = re.search(r"--resume (\S+)", str(stopped.value))
+    assert found is not None
+    assert trainer.train(diverging(configure, tmp_path), found[1]) == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b'[{"step": 3}]', b"\x00" * 40])

@@ -5,6 +5,7 @@ rollbacks.json in the run directory says so, with the alarms that were the reaso
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,27 +15,17 @@ from megatron_rdt import checkpoint as checkpoints
 from megatron_rdt.checkpoint import Start
 from megatron_rdt.checkpoint.manifest import MANIFEST
 from megatron_rdt.config.schema import TrainConfig
-from megatron_rdt.errors import CheckpointError, TrainingError
+from megatron_rdt.errors import CheckpointError, SaveError, TrainingError
 from megatron_rdt.evaluate.alarms import ALARM_FIELDS, ROLLBACKS, Alarm, read_rollbacks
 from megatron_rdt.evaluate.result_files import replace_nonfinite
-from megatron_rdt.files import sha256_of, write_text
+from megatron_rdt.files import explain_write_failure, sha256_of, write_text
 from megatron_rdt.object_collectives import broadcast_object, raise_on_all_ranks, rank_and_world_size
 from megatron_rdt.train.alarms.watch import NONFINITE, SPIKE
 
 # Fields of `train` that say what follows an alarm; `on_alarm` for all others.
 REACTIONS = {SPIKE: "on_spike", NONFINITE: "on_nonfinite"}
 
-
-class Rollback(Exception):
-    """Leaves the loop over steps, on all ranks, so that the run continues from an earlier checkpoint.
-
-    Attributes:
-        source: the checkpoint, verified.
-    """
-
-    def __init__(self, source: Path) -> None:
-        super().__init__(f"continue from {source}")
-        self.source = source
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,6 +52,19 @@ class Rollbacks:
         ]
 
 
+class Rollback(Exception):
+    """Leaves the loop over steps, on all ranks, so that the run continues from an earlier checkpoint.
+
+    Attributes:
+        source: the checkpoint, verified.
+        rollbacks: of the run, with this one.
+    """
+
+    def __init__(self, source: Path, rollbacks: Rollbacks) -> None:
+        super().__init__(f"continue from {source}")
+        self.source, self.rollbacks = source, rollbacks
+
+
 def find_reaction(train: TrainConfig, alarms: Sequence[Alarm]) -> tuple[str, Alarm] | None:
     """Return on all ranks what rank 0's new alarms call for, "rollback" or "stop", and the alarm; None for nothing.
 
@@ -81,8 +85,13 @@ def react(
     train: TrainConfig,
     run_directory: Path,
     skip_steps: Sequence[str] = (),
+    on_failure: str = "stop",
 ) -> Rollback:
     """Prepare a rollback durably and return it, or stop the run; every rank must call this with the same arguments.
+
+    What cannot be recorded, because the disk is full, is treated as `checkpoint.on_failure` says. With "continue" the run
+    has the rollback in memory until its next checkpoint holds it; where it is killed before, --resume auto goes on before
+    the alarm with the old learning rate, and the alarm comes again: steps are lost then, and nothing else.
 
     Args:
         action: "rollback" or "stop".
@@ -91,25 +100,26 @@ def react(
         train: with their number and factor.
         run_directory: `runs/<name>`.
         skip_steps: ranges of steps of the data's order to leave out from now on.
+        on_failure: "stop" or "continue" where the rollback cannot be recorded.
 
     Raises:
+        SaveError: it cannot be recorded, and the run is not to go on without.
         TrainingError: the action is "stop", or there may be no further rollback, or there is nothing to go back to.
     """
     reason = f"step {alarm.step}: {alarm}."
-    option = f"train.{REACTIONS.get(alarm.name, 'on_alarm')}"
-    go_past = "" if alarm.name == NONFINITE else f"; with --{option} warn it continues past alarms"
+    setting = f"train.{REACTIONS.get(alarm.name, 'on_alarm')}"
+    go_past = "" if alarm.name == NONFINITE else f"; with --{setting} warn it continues past alarms"
     source = _find_source(run_directory, alarm)
     if source is None:
         raise TrainingError(
             f"{reason} No checkpoint is from before it, so there is no way back. Start anew with another --run.name"
             f"{go_past.replace('it continues', '--resume auto continues')}."
         )
-    way_back = f"--resume auto continues from {source}{go_past}."
     if action == "stop" or before.count >= train.max_rollbacks:
-        if rank_and_world_size()[0] == 0:
-            checkpoints.record_start(run_directory, Start(source))
+        option = record_way_back(run_directory, source) if rank_and_world_size()[0] == 0 else ""
+        way_back = f"{broadcast_object(option)} continues from {source}{go_past}."
         if action == "stop":
-            raise TrainingError(f"{reason} Stopped, as {option} says. {way_back}")
+            raise TrainingError(f"{reason} Stopped, as {setting} says. {way_back}")
         raise TrainingError(
             f"{reason} The run has rolled back {before.count} times already, to {before.lr_factor:g} times the schedule's "
             f"learning rate. Lower --optimizer.lr, or raise --train.max_rollbacks. {way_back}"
@@ -117,7 +127,7 @@ def react(
     after = Rollbacks(
         before.count + 1, before.lr_factor * train.rollback_lr, tuple(dict.fromkeys((*before.skip_steps, *skip_steps)))
     )
-    earlier = _read_on_rank_zero(run_directory)
+    earlier, failure = _read_on_rank_zero(run_directory), None
     if rank_and_world_size()[0] == 0:
         entry = {
             **{field: getattr(alarm, field) for field in sorted(ALARM_FIELDS)},
@@ -125,9 +135,38 @@ def react(
             **vars(after),
         }
         history = [*earlier, replace_nonfinite(entry)]
-        write_text(run_directory / ROLLBACKS, json.dumps(history, indent=1) + "\n")
+        try:
+            write_text(run_directory / ROLLBACKS, json.dumps(history, indent=1) + "\n")
+            checkpoints.record_start(run_directory, Start(source))
+        except OSError as error:
+            failure = _explain_unrecorded(run_directory, source, error)
+    if on_failure == "stop":
+        raise_on_all_ranks(failure)
+    elif failure is not None:
+        logger.warning(
+            "step %d: %s %s. The run rolls back without it, as checkpoint.on_failure says: until the next checkpoint is saved, "
+            "--resume auto would not know of it",
+            alarm.step,
+            failure.problem,
+            failure.remedy,
+        )
+    return Rollback(source, after)
+
+
+def _explain_unrecorded(run_directory: Path, source: Path, error: OSError) -> SaveError:
+    """Return the error of a run that could not record a rollback to `source`."""
+    why, remedy, _ = explain_write_failure(error, run_directory)
+    return SaveError(f"the rollback to {source} could not be recorded in {run_directory}: {why}.", remedy)
+
+
+def record_way_back(run_directory: Path, source: Path) -> str:
+    """Let a run that ends continue from a checkpoint; return the option that does it, "--resume auto" if that is recorded."""
+    try:
         checkpoints.record_start(run_directory, Start(source))
-    return Rollback(source)
+    except OSError as error:  # the run ends for another reason, which is to be the last line
+        logger.warning("%s", _explain_unrecorded(run_directory, source, error).problem)
+        return f"--resume {source}"
+    return "--resume auto"
 
 
 def _find_source(run_directory: Path, alarm: Alarm) -> Path | None:

@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 class RecordFile:
     """Appends records to a file; those that cannot be written wait in memory and are written with a later one.
 
+    A record is one whole line, or begins anew: where the file was replaced or cut while a line was written in part, the rest of
+    that line would be no record.
+
     Args:
         path: of the file; made if it is not there.
     """
@@ -27,7 +30,9 @@ class RecordFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        self._is_at_line_start = False  # for certain
         self._waiting: deque[bytes] = deque()
+        self._written = self._size = 0  # bytes of the first line that waits, and of the file after them
         self._is_failing = False
         self._lost = 0
 
@@ -49,11 +54,17 @@ class RecordFile:
         """Write the lines that wait, as far as that is possible."""
         try:
             self._reopen_if_gone()
+            if self._written and os.fstat(self._file.fileno()).st_size != self._size:
+                self._is_at_line_start = False
             while self._waiting:
-                written = self._file.write(self._waiting[0])
-                self._waiting[0] = self._waiting[0][written:]
-                if not self._waiting[0]:
+                if not self._is_at_line_start:
+                    self._end_last_line()
+                line = self._waiting[0]
+                self._written += self._file.write(line[self._written :])
+                self._size = os.fstat(self._file.fileno()).st_size
+                if self._written == len(line):
                     self._waiting.popleft()
+                    self._written = 0
         except OSError as error:
             if not self._is_failing:
                 logger.warning(
@@ -68,6 +79,15 @@ class RecordFile:
             logger.warning("%s is written again, %s", self.path, self._describe_lost())
             self._is_failing, self._lost = False, 0
 
+    def _end_last_line(self) -> None:
+        """End a last line that was cut short, by a kill or by whoever replaced the file, and begin the next one after it."""
+        with open(self.path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(size - 1, 0))
+            if size and file.read(1) != b"\n":
+                self._file.write(b"\n")
+        self._written, self._is_at_line_start = 0, True
+
     def _describe_lost(self) -> str:
         """Return a clause on how many records were lost."""
         return f"without {self._lost} records that were too many to keep" if self._lost else "and no record is lost"
@@ -81,7 +101,7 @@ class RecordFile:
         file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         with contextlib.suppress(OSError):
             self._file.close()
-        self._file = file
+        self._file, self._is_at_line_start = file, False
         logger.warning(
             "%s was moved, deleted or replaced while the run writes it; records go into it from here on", self.path
         )

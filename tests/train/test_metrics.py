@@ -1,5 +1,7 @@
 """Records of a run: files, TensorBoard, console line, and their errors."""
 
+import errno
+import io
 import json
 import logging
 import math
@@ -9,15 +11,18 @@ import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_rdt.config import RunConfig
 from megatron_rdt.config.batch_schedule import BatchSchedule
+from megatron_rdt.files import DAMAGED, read_json_lines
 from megatron_rdt.train import hardware, record_file
 from megatron_rdt.train.hardware import PEAK_BF16_FLOPS, multiplies_bfloat16_faster, peak_flops, peak_memory_gb
 from megatron_rdt.train.metrics import Console, Recorder, drop_records_after, flatten_numbers
+from megatron_rdt.train.record_file import RecordFile
 from megatron_rdt.train.trainer import train
 
 FIELDS = [
@@ -347,3 +352,67 @@ def test_records_are_not_written_into_a_file_that_is_gone(
     assert caplog.text.count("metrics.jsonl was moved, deleted or replaced while the run writes it") == 1
     expected = [1, 2, 3] if what == "replaced" else [2, 3]
     assert [record["step"] for record in read_strict_json(run / "metrics.jsonl")] == expected
+
+
+class SmallFile(io.FileIO):
+    """A file on a disk with room for a few bytes."""
+
+    room = 25
+
+    def write(self, content: Any) -> int:
+        """Write as much as there is room for."""
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        count = super().write(content[: self.room])
+        self.room -= count
+        return count
+
+
+@pytest.mark.parametrize(
+    ("what", "kept"),
+    [
+        ("nothing", [1, 2, 3]),
+        ("deleted", [2, 3]),
+        ("copied", [1, DAMAGED, 2, 3]),
+        ("emptied", [2, 3]),
+        ("cut", [1, 2, 3]),
+    ],
+)
+def test_a_line_that_was_written_in_part_begins_anew_in_another_file(
+    what: str, kept: list[object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The rest alone would be no record, and the record would be lost."""
+    path = tmp_path / "metrics.jsonl"
+    records = RecordFile(path)
+    records.append({"step": 1})
+    records._file.close()
+    records._file = SmallFile(path, "ab")
+    records.append({"step": 2, "loss": 3.25, "sources": {"a": 1}})
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2, "loss": 3.25,'
+    if what == "deleted":
+        path.unlink()
+    elif what == "copied":
+        (tmp_path / "new").write_bytes(path.read_bytes())
+        (tmp_path / "new").rename(path)
+    elif what in ("emptied", "cut"):
+        os.truncate(path, 0 if what == "emptied" else len(b'{"step": 1}\n'))
+    if isinstance(records._file, SmallFile):
+        records._file.room = 1 << 20
+    records.append({"step": 3})
+    records.close()
+    values = [value for _, _, value in read_json_lines(path)]
+    assert [value if value is DAMAGED else value["step"] for value in values] == kept
+    assert values[-2] == {"step": 2, "loss": 3.25, "sources": {"a": 1}}
+    assert "is written again, and no record is lost" in caplog.text
+    said = drop_records_after(tmp_path, 3)
+    assert [value["step"] for _, _, value in read_json_lines(path)] == [step for step in kept if step is not DAMAGED]
+    assert bool(said) == (what == "copied")
+
+
+def test_a_record_is_not_appended_to_a_line_that_was_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    records = RecordFile(path)
+    records.append({"step": 3})
+    records.close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n'

@@ -28,6 +28,8 @@ class Batch:
         padding: number of padding tokens in each row; None for rows that are not packed.
         sources: number of each row's corpus in the run; None where there is one corpus.
         difficulties: difficulty of each row's example; None unless every row holds one document, of a corpus of examples.
+        unreadable: True for each row in whose place nothing could be read, so that none of its targets counts; None where
+            that ends the run.
         samples: number of each row's sample in the run's order.
         batch_rows: row of each sample in the step's global batch.
     """
@@ -40,6 +42,7 @@ class Batch:
     padding: tuple[int, ...] | None = None
     sources: tuple[int, ...] | None = None
     difficulties: tuple[int, ...] | None = None
+    unreadable: tuple[bool, ...] | None = None
     samples: tuple[int, ...] = ()
     batch_rows: tuple[int, ...] = ()
 

@@ -69,7 +69,7 @@ class PatientReader:
                 logger.error("%s: every shard of the batch can be read again", self._who)
             self._has_given_up = False
         if self._leave_out:
-            batch = _with_mask(batch)
+            batch = dataclasses.replace(_with_mask(batch), unreadable=batch.unreadable or (False,) * len(batch))
         self._example = batch.rows(0, 1)
         return batch
 
@@ -101,22 +101,22 @@ class PatientReader:
         """Read row by row, with an example without targets in place of what cannot be read; say how many these are."""
         assert self._example is not None
         empty = dataclasses.replace(self._example, loss_mask=torch.zeros_like(self._example.tokens, dtype=torch.bool))
-        rows, missing = [], 0
+        rows, missing = [], [False] * len(locations)
         for number in range(len(locations)):
             try:
                 rows.append(_with_mask(self._mixture.read(locations[number : number + 1])))
             except (DataError, OSError):
                 self._mixture.close()
                 rows.append(empty)
-                missing += 1
-        before, self.left_out = self.left_out, self.left_out + missing
+                missing[number] = True
+        before, self.left_out = self.left_out, self.left_out + sum(missing)
         if not self._has_given_up or before.bit_length() < self.left_out.bit_length():  # not in every batch
             text = "%s: %s As data.on_unreadable says, training goes on without what cannot be read: %d samples so far"
             logger.error(text, self._who, _describe(error), self.left_out)
         self._has_given_up = True
         merged = interleave(dict(enumerate(rows)), np.arange(len(rows)))
         sources = None if rows[0].sources is None else tuple(row.sources[0] for row in rows if row.sources)
-        return dataclasses.replace(merged, sources=sources)
+        return dataclasses.replace(merged, sources=sources, unreadable=tuple(missing))
 
 
 def _with_mask(batch: Batch) -> Batch:

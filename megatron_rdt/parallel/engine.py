@@ -176,7 +176,7 @@ class Engine(ABC):
         monitor: CoreMonitor | None = None,
         numbers: Mapping[str, float] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Accumulate this rank's gradients; return all ranks' mean losses by name, and "targets", "padding" if any.
+        """Accumulate this rank's gradients; return all ranks' mean losses by name, and counts of the data if any.
 
         Args:
             batch: this rank's micro-batches, of whole sequences; every rank has the same number of them and of tokens.
@@ -187,7 +187,8 @@ class Engine(ABC):
         Returns:
             The losses of `TrainingLosses.sums` by name, each the mean per counted target over all ranks, 0 if no target
             counts; with loss masks also "targets", the number of counted targets in the whole step; where sequences are
-            packed also "padding", the share of padding among all tokens. Tensors are 0-dimensional, float64 and on the
+            packed also "padding", the share of padding among all tokens; where samples that cannot be read are left out also
+            "unreadable_samples", the number of these in the step. Tensors are 0-dimensional, float64 and on the
             device: reading one waits for the device.
         """
         counted, has_masks = self._count_targets(batch)
@@ -208,6 +209,9 @@ class Engine(ABC):
         if paddings:
             share = sum(paddings) / sum(micro.batch.tokens.numel() for micro in batch)
             means["padding"] = targets.new_full((), share)
+        unreadable = [sum(micro.batch.unreadable) for micro in batch if micro.batch.unreadable is not None]
+        if unreadable:  # ranks of one data rank read the same samples
+            means["unreadable_samples"] = targets.new_full((), sum(unreadable) * self.layout.data)
         # One reduction for all, so every rank has to stack them in the same order.
         names, numbers = sorted(means), numbers or {}
         own = [means[name] for name in names] + [targets.new_full((), number) for number in numbers.values()]

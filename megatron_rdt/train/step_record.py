@@ -127,9 +127,8 @@ class StepRecord:
     def read_metrics(self) -> tuple[dict[str, Any], float]:
         """Wait for the device; return the object for metrics.jsonl, and the objective."""
         losses = {name: float(value) for name, value in self.losses.items()}
-        about_data: dict[str, Any] = {name: losses.pop(name) for name in ("padding", "targets") if name in losses}
-        if "targets" in about_data:
-            about_data["targets"] = round(about_data["targets"])
+        about_data: dict[str, Any] = {"padding": losses.pop("padding")} if "padding" in losses else {}
+        about_data |= {name: round(losses.pop(name)) for name in ("targets", "unreadable_samples") if name in losses}
         loss, objective, step_s = losses.pop("cross_entropy"), losses["objective"], self.clock.read_seconds()
         # Where nothing is added to the cross entropy, the objective would only repeat the loss.
         extra = {} if objective == loss else losses

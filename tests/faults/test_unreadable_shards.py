@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rdt.files import read_json_lines
 from tests.checkpoint.runs import read_losses
 from tests.distributed.processes import start_ranks
 from tests.distributed.training import start_training, train_on, wait_for_step
@@ -15,7 +16,7 @@ from tests.faults.conftest import RecordCost
 from tests.faults.unreadable_rank import train_with_bad_disk
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(100)]
-READS = 10
+READS, ROWS_PER_RANK = 10, 2
 WHO = f"rank 1 on {re.escape(socket.gethostname())}"
 REFUSED = r"/train/[\w-]+\.bin cannot be read from byte [\d,]+ on: Input/output error"
 
@@ -75,6 +76,10 @@ def test_a_run_goes_on_without_what_cannot_be_read(
     )
     losses, expected = read_losses(tmp_path / "r"), read_losses(whole)
     assert list(losses) == list(expected)
+    counts = [record["unreadable_samples"] for _, _, record in read_json_lines(tmp_path / "r" / "metrics.jsonl")]
+    assert counts[0] == 0
+    assert counts[-1] == ROWS_PER_RANK
+    assert sorted(counts) == counts
     assert losses[1] == pytest.approx(expected[1], rel=1e-6), "before the fault"
     assert losses[16] == pytest.approx(expected[16], rel=0.2)
     assert losses[16] != pytest.approx(expected[16], rel=1e-6), "the data of one rank is missing"

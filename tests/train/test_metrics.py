@@ -2,12 +2,14 @@
 
 import errno
 import io
+import itertools
 import json
 import logging
 import math
 import os
 import re
 import resource
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -416,3 +418,27 @@ def test_a_record_is_not_appended_to_a_line_that_was_cut_short(tmp_path: Path) -
     records.append({"step": 3})
     records.close()
     assert path.read_text() == '{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n'
+
+
+def test_samples_that_cannot_be_read_are_counted_in_their_step(
+    configure: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for TensorBoard, which shows every number of a record."""
+    read, reads = os.pread, itertools.count()
+
+    def fail(descriptor: int, *arguments: int) -> bytes:
+        is_shard = os.readlink(f"/proc/self/fd/{descriptor}").endswith(".bin")
+        if is_shard and threading.current_thread().name == "batch-loader" and next(reads) >= 4:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(descriptor, *arguments)
+
+    options = [f"--run.root={tmp_path}", "--eval.every=0", "--train.steps=4"]
+    monkeypatch.setattr(os, "pread", fail)
+    assert train(configure(*options, "--data.on_unreadable=skip", "--data.retry_s=0")) == 0
+    records = read_strict_json(tmp_path / "run" / "metrics.jsonl")
+    assert [record["unreadable_samples"] for record in records][1:] == [4, 4, 4]
+    assert records[0]["unreadable_samples"] == 0
+    assert ("train/unreadable_samples", 4) in flatten_numbers("train", records[3])
+    monkeypatch.setattr(os, "pread", read)
+    assert train(configure(*options, "--run.name=whole")) == 0
+    assert all("unreadable_samples" not in record for record in read_strict_json(tmp_path / "whole" / "metrics.jsonl"))

@@ -33,6 +33,7 @@ from megatron_rdt.environment import count_threads, usable_cores
 from megatron_rdt.errors import EXIT_OK, ConfigError, DataError, LaunchError
 from megatron_rdt.files import sha256_of, write_text
 from megatron_rdt.locks import hold_lock
+from megatron_rdt.run_directory import JOBS
 from megatron_rdt.terminal import Printer, format_count, format_duration
 from megatron_rdt.train.resume_checks import describe_changed_settings
 from megatron_rdt.untrusted_files import read_json
@@ -156,7 +157,8 @@ class ArmRunner:
     def _check_run_settings(self, run: ComparedRun) -> None:
         """Raise ConfigError if a run has begun with another config."""
         file = self._config_file(run)
-        if not file.is_file() or not run.directory.exists():
+        begun = {path.name for path in run.directory.iterdir()} if run.directory.is_dir() else set()
+        if not file.is_file() or not begun - {JOBS}:
             return
         before = load_config(file)
         changes = describe_changed_settings(before, run.config)

@@ -7,6 +7,7 @@ from string import Template
 from launch.cluster_options import choose_python, format_setup
 from launch.commands.compare import Comparison, read_comparison
 from launch.job_snapshot import SUBMITTED, make_snapshot, read_code
+from launch.run_status import record_job
 from launch.slurm_job import (
     TEMPLATES,
     SubmitOptions,
@@ -19,6 +20,7 @@ from launch.slurm_job import (
     quote_directive,
     split_words,
 )
+from megatron_rdt.compare.measure import find_final_checkpoint
 from megatron_rdt.errors import EXIT_OK, ConfigError
 
 TEMPLATE = TEMPLATES / "compare_array.sbatch"
@@ -99,7 +101,13 @@ def submit_comparison(job: SubmitOptions) -> int:
     name, directory = f"{comparison.config.run.name}-compare", Path(job.directory)
     check_sbatch(directory / f"{name}.sbatch")
     snapshot.write()
-    number = call_sbatch(directory / f"{name}.sbatch", array)
+    script = directory / f"{name}.sbatch"
+    number = call_sbatch(script, array)
+    tasks = {arm.name: task for task, arm in enumerate(comparison.runner.arms)}
+    for run in comparison.runner.all_runs():
+        if find_final_checkpoint(run) is None:
+            task = f"{number}_{tasks[run.arm]}"
+            record_job(run.directory, task, str(script), str(directory / f"{name}-{task}.out"))
     after = call_sbatch(directory / f"{name}-table.sbatch", table, f"--dependency=afterany:{number}")
     print(
         f"submitted array {number}, a task for each of {len(comparison.runner.arms)} arms, and job {after} for the table"

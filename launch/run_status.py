@@ -10,7 +10,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -236,12 +236,15 @@ def _decide_state(status: RunStatus, run: Path, is_held: bool) -> tuple[str, str
     return "stopped", "--resume auto continues it" if saved is not None else "it has no checkpoint"
 
 
-def read_status(run: Path, name: str, queued: Mapping[str, QueuedJob], is_held: bool) -> RunStatus:
+def read_status(
+    run: Path, name: str, submitted: Sequence[str] | OSError, queued: Mapping[str, QueuedJob], is_held: bool
+) -> RunStatus:
     """Return the status of a run; one that cannot be read is "damaged", with the reason.
 
     Args:
         run: its directory.
         name: to call it by.
+        submitted: its jobs from `list_submitted_jobs`, or why they cannot be read.
         queued: jobs in Slurm's queue by their numbers.
         is_held: a living process holds its lock.
     """
@@ -252,7 +255,9 @@ def read_status(run: Path, name: str, queued: Mapping[str, QueuedJob], is_held: 
             raise PermissionError(f"{run / LOCK} cannot be read, so nobody knows whether a process holds the run")
         status.checkpoint = _find_checkpoint(run, status.notes)
         _read_progress(status, run)  # afterwards, so that no record is older than the checkpoint
-        status.jobs = [queued[job] for job in list_submitted_jobs(run) if job in queued]
+        if isinstance(submitted, OSError):
+            raise submitted
+        status.jobs = [queued[job] for job in submitted if job in queued]
         if (run / RESTARTS).is_file():
             words = (run / RESTARTS).read_text(encoding="utf-8").split()
             status.restarts = int(words[1]) if len(words) == 2 and words[1].isdecimal() else 0

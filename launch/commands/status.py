@@ -1,6 +1,5 @@
 """`rdt status`: runs with their state, step, throughput, time left, checkpoint and jobs."""
 
-import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -95,13 +94,15 @@ def status(words: list[str]) -> int:
     usage = "rdt status [RUN ...] [options]"
     options = parse_options("status", summary_of(status), StatusOptions, words[count:], usage=usage)
     runs = find_runs(words[:count], Path(options.root))
-    jobs: list[str] = []
-    for path in runs.values():
-        with contextlib.suppress(OSError):  # its line says so
-            jobs += list_submitted_jobs(path)
-    queued, problem = read_queue(jobs)
+    submitted: dict[str, list[str] | OSError] = {}
+    for name, path in runs.items():
+        try:
+            submitted[name] = list_submitted_jobs(path)
+        except OSError as error:  # its line says so
+            submitted[name] = error
+    queued, problem = read_queue([job for jobs in submitted.values() if isinstance(jobs, list) for job in jobs])
     held = find_held(path / LOCK for path in runs.values())
-    statuses = [read_status(path, name, queued, path / LOCK in held) for name, path in runs.items()]
+    statuses = [read_status(path, name, submitted[name], queued, path / LOCK in held) for name, path in runs.items()]
     if options.json:
         print(json.dumps([dataclasses.asdict(each) for each in statuses], indent=1))
     else:

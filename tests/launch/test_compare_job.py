@@ -1,5 +1,6 @@
 """`rdt submit --compare` without Slurm: the rendered array, refused options, and its reaction to an arm's status."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -93,6 +94,10 @@ def test_both_jobs_are_submitted_and_the_table_waits(
     assert array == f"--parsable {tmp_path}/jobs/wide-compare.sbatch"
     assert table == f"--parsable --dependency=afterany:77 {tmp_path}/jobs/wide-compare-table.sbatch"
     assert "a task for each of 3 arms" in capsys.readouterr().out
+    for task, arm in enumerate(("looped", "unlooped", "untied")):
+        (job,) = map(json.loads, (tmp_path / "wide-compare" / f"{arm}-s1234" / "jobs.jsonl").read_text().splitlines())
+        assert job["job"] == f"77_{task}"
+        assert job["output"] == f"{tmp_path}/jobs/wide-compare-77_{task}.out"
     (snapshot,) = (tmp_path / "wide-compare" / "submitted").iterdir()
     assert f"submitted={snapshot}\n" in (tmp_path / "jobs" / "wide-compare-table.sbatch").read_text()
     # The array's command, from the snapshot, with the settings that were submitted.

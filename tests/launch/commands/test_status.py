@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from launch import run_status
 from launch.cli import run_command
 from launch.run_status import record_job
 from megatron_rdt.config import RunConfig
@@ -190,6 +191,16 @@ def test_runs_that_wait_in_the_queue(
     said = capsys.readouterr().out
     assert "squeue is not on this machine" in said
     assert "new" not in said
+
+
+def test_files_of_jobs_are_read_once(run: Path, show: Show, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are asked about together, and may be many on a slow disk."""
+    record_job(run, "5", "script", "output")
+    read: list[Path] = []
+    read_tail = run_status.read_tail
+    monkeypatch.setattr(run_status, "read_tail", lambda path: (read.append(path), read_tail(path))[1])
+    assert show()["state"] == "finished"
+    assert read.count(run / "jobs.jsonl") == 1
 
 
 def test_runs_are_found_below_comparisons_and_by_name(

@@ -49,7 +49,7 @@ def test_the_bubble_of_one_t_is_the_formula_and_grows_where_t_is_drawn() -> None
 
 def test_a_core_of_70_billion_fits_on_64_gpus(repository: Path) -> None:
     """As its comment says: gathered it fits nowhere, and the bubble is in the time."""
-    config = load_config(repository / "configs" / "cluster" / "loop_ring_70b.yaml")
+    config = load_config(repository / "configs" / "loop_ring_70b.yaml")
     plan = make_plan(config, 64, DEVICES["h100"], advise=False)
     assert plan.parts["core"] > 7e10
     assert plan.fits
@@ -63,7 +63,7 @@ def test_a_core_of_70_billion_fits_on_64_gpus(repository: Path) -> None:
 
 
 def test_the_search_finds_the_ring_of_a_core_that_cannot_be_gathered(repository: Path) -> None:
-    config = load_config(repository / "configs" / "cluster" / "loop_ring_70b.yaml", {"parallel.core_ring": 1})
+    config = load_config(repository / "configs" / "loop_ring_70b.yaml", {"parallel.core_ring": 1})
     found = find_fastest_plan(config, 64, DEVICES["h100"])
     assert found is not None
     assert found.fits

@@ -10,7 +10,7 @@ import pytest
 
 from launch import job_snapshot
 from launch.cli import run_command
-from launch.cluster_options import add_cluster_words, format_container, format_setup
+from launch.cluster_options import add_cluster_words, format_container, format_setup, read_cluster_words
 from launch.commands import submit
 from launch.commands.submit import read_runs
 from launch.slurm_job import SubmitOptions, format_dependency
@@ -74,6 +74,11 @@ def test_the_example_of_a_cluster_works(folder: Path, repository: Path, capsys: 
     text = capsys.readouterr().out
     assert "#SBATCH --gpus-per-node=8\n" in text
     assert "--devices 8 --bandwidth 5 --free_disk 500 &" in text
+
+
+def test_every_file_in_the_folder_of_clusters_is_one(repository: Path) -> None:
+    for file in (repository / "configs" / "cluster").iterdir():
+        assert read_cluster_words(str(file)), file
 
 
 def test_wrong_cluster_files_are_explained(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

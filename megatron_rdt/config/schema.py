@@ -236,7 +236,7 @@ class CheckpointConfig:
     asynchronous: bool = False
     """Copy the state into host memory and train on while it is written; a failed save is noticed within two steps."""
     on_failure: Literal["stop", "continue"] = "stop"
-    """Reaction to a checkpoint that cannot be written, because the disk is full, for example. stop: end the run; continue: warn, train on, and try again when the next one is due. The checkpoint of the last step, or of a run that is asked to stop, has to be written in either case."""
+    """Reaction to a checkpoint, or to the record of a rollback, that cannot be written, because the disk is full, for example. stop: end the run; continue: warn, train on, and try again when the next one is due. The checkpoint of the last step, or of a run that is asked to stop, has to be written in either case."""
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,6 @@ def stage_checkpoint(
     own_files: dict[str, bytes] = {}
 
     def make_folders() -> None:
-        check_locks()
         delete_leftovers(parent)
         (temporary / RNG_FOLDER).mkdir(parents=True)
         if rank_state is not None:
@@ -151,7 +150,6 @@ def stage_checkpoint(
         return written
 
     def publish(written: list[WrittenState]) -> None:
-        check_locks()
         files = {name: record for of_rank in written for name, record in of_rank.files.items()}
         files |= engine.finish_state(temporary, written)
         own = {
@@ -246,6 +244,7 @@ class _CollectiveSave:
     def _try_action(self, action: Callable[[], T]) -> tuple[T | Any, RdtError | WriteFailure | None]:
         """Return what an action returned, and what the other ranks learn of its failure, if any: it must be picklable."""
         try:
+            check_locks()
             return action(), None
         except RdtError as error:
             return None, error

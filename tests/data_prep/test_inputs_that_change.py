@@ -94,13 +94,13 @@ def test_a_prep_whose_lock_was_taken_over_ends(
 ) -> None:
     """As one does that was stopped for so long that it seemed dead: it leaves everything to the other one."""
     lock, other = tmp_path / ".out.lock", {"pid": 1, "user": "me", "host": "other", "since": time.time()}
-    left: list[str] = []
+    left: dict[str, bytes] = {}
 
     def lose_lock(*arguments: object) -> object:
         lock.write_text(json.dumps(other))
         away_s = locks.STALE_S
         monkeypatch.setattr(locks, "_read_clock", lambda: time.clock_gettime(time.CLOCK_BOOTTIME) + away_s)
-        left.extend(sorted(map(str, tmp_path.rglob("*"))))
+        left.update(read_files(tmp_path))
         if error is not None:
             raise error
         return group_parts(*arguments)  # type: ignore[arg-type]
@@ -111,7 +111,7 @@ def test_a_prep_whose_lock_was_taken_over_ends(
     ):
         prepare(make_config(folder, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
-    assert sorted(map(str, tmp_path.rglob("*"))) == left
+    assert read_files(tmp_path) == left
     assert json.loads(lock.read_text()) == other
 
 

@@ -157,8 +157,8 @@ class ArmRunner:
     def _check_run_settings(self, run: ComparedRun) -> None:
         """Raise ConfigError if a run has begun with another config."""
         file = self._config_file(run)
-        begun = {path.name for path in run.directory.iterdir()} if run.directory.is_dir() else set()
-        if not file.is_file() or not begun - {JOBS}:
+        has_begun = run.directory.exists() and [path.name for path in run.directory.iterdir()] != [JOBS]
+        if not file.is_file() or not has_begun:
             return
         before = load_config(file)
         changes = describe_changed_settings(before, run.config)

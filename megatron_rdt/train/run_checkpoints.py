@@ -114,6 +114,7 @@ class RunCheckpoints:
         self._parent: str | None = None
         self._expected_bytes = 0  # of a checkpoint
         self._origin: dict[str, Any] | None = None
+        self._is_rolling_back = False
 
     def set_up(self, model: RecurrentDepthTransformer, start: Start | None) -> tuple[Position, list[str]]:
         """Set up the engine with a model from the meta device; return the run's position, and lines to print.
@@ -159,6 +160,7 @@ class RunCheckpoints:
             state["data"].setdefault("batches", [[0, state["data"]["consumed_samples"] - step * batch, batch]])
             position = self._read_position(source, state, rollbacks)
             changed_data = self.data.resume(source, state["data"], position.rollbacks.skip_steps)
+        self._is_rolling_back = rollbacks is not None
         changed = describe_changed_settings(saved, self.config)
         checkpoints.restore_engine(self.engine, source)
         self.saved_step = None  # after a rollback, this run's later saves are of an abandoned branch
@@ -187,7 +189,8 @@ class RunCheckpoints:
     def record_start(self, start: Start) -> None:
         """Record durably what the run starts from, here and in its checkpoints; on rank 0, before records are dropped."""
         check_locks()
-        self._origin = checkpoints.record_start(self.run_directory, start) or self._origin
+        if not self._is_rolling_back:  # which has recorded it, or could not
+            self._origin = checkpoints.record_start(self.run_directory, start) or self._origin
 
     def save(self, position: Position, required: bool = False) -> None:
         """Save a checkpoint at this position, unless a better one would be lost, and say so; call on all ranks.

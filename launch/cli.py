@@ -1,7 +1,14 @@
 """The `rdt` command: finds the command that was typed, runs it, and turns failures into messages and exit statuses."""
 
-import difflib
 import sys
+from pathlib import Path
+
+from launch.interruption import Interrupted, describe_end, leave_at_once, raise_interrupts
+
+if __name__ == "__main__" or Path(sys.argv[0]).name == "rdt":  # the imports below take a second
+    leave_at_once(" ".join(["rdt", *filter(str.isalpha, sys.argv[1:2])]), sys.argv[1:2] == ["train"])
+
+import difflib
 from collections.abc import Callable
 
 import megatron_rdt
@@ -12,6 +19,7 @@ from launch.commands.eval import evaluate
 from launch.commands.generate import generate
 from launch.commands.plan import plan
 from launch.commands.preflight import preflight
+from launch.commands.prep import COMMANDS as PREP_COMMANDS
 from launch.commands.prep import prep
 from launch.commands.quickstart import quickstart
 from launch.commands.report import report
@@ -44,6 +52,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "report": report,
     "quickstart": quickstart,
 }
+# Commands that keep what they have done when they are interrupted.
+GOING_ON = ("prep", "compare", "scale", "quickstart")
 
 
 def format_usage() -> str:
@@ -80,7 +90,13 @@ def run_command(words: list[str]) -> int:
     try:
         check_words(words)
         refuse_copies(words)
-        return COMMANDS[name](rest)
+        with raise_interrupts(name == "train"):
+            return COMMANDS[name](rest)
+    except Interrupted as interrupt:
+        line, status = describe_end(f"rdt {name}", interrupt.number, name == "train")
+        goes_on = name in GOING_ON and not {*rest[:1]} & {*PREP_COMMANDS}
+        print(f"{line}{'; what is done is kept, the same command goes on' * goes_on}", file=sys.stderr)
+        return status
     except KeyboardInterrupt:
         print(f"rdt {name}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

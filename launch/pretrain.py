@@ -1,14 +1,21 @@
 """Training script of one process, started by torchrun, deepspeed, srun or `rdt train`, with the options of `rdt train`."""
 
-import contextlib
-import logging
 import sys
-import time
-import traceback
 from pathlib import Path
 
 # For a script, Python puts its directory first on the path; the repository's root replaces it, so that launch is a package.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from launch.interruption import leave_at_once
+
+PROGRAM = "pretrain.py"
+if __name__ == "__main__":
+    leave_at_once(PROGRAM, is_run=True)
+
+import contextlib
+import logging
+import time
+import traceback
 
 from launch.failures import explain, write_failure
 from megatron_rdt.environment import ProcessInfo, error_file, leave_process, quiet_libraries, read_process_info
@@ -17,7 +24,6 @@ from megatron_rdt.files import escape_controls
 from megatron_rdt.terminal import escape_unencodable, show_line
 from megatron_rdt.train.stop_request import StopBeforeTraining, StopRequest
 
-PROGRAM = "pretrain.py"
 SPEAKER_HEAD_START_S = 3.0
 
 

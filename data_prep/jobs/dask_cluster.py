@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import dask.config
 from dask.task_spec import List, Task, TaskRef
@@ -246,7 +246,6 @@ def _start_workers(config: PrepConfig, root: Path) -> Iterator[Client]:
         settings["distributed.scheduler.http.routes"] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(dask.config.set(settings))
-        stack.enter_context(_handle_signal(signal.SIGTERM, _exit_by_signal))
         try:
             with _block_interrupt():
                 cluster = stack.enter_context(
@@ -274,19 +273,6 @@ def _start_workers(config: PrepConfig, root: Path) -> Iterator[Client]:
 
 
 @contextlib.contextmanager
-def _handle_signal(number: signal.Signals, handler: Any) -> Iterator[None]:
-    """Handle a signal during the block; no other thread than the main one may handle signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        signal.signal(number, before)
-
-
-@contextlib.contextmanager
 def _block_interrupt() -> Iterator[None]:
     """Keep Ctrl-C, which a terminal sends to all, from processes that the block starts; here it waits for the end."""
     resource_tracker.ensure_running()  # its start would unblock the signal
@@ -295,11 +281,6 @@ def _block_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _exit_by_signal(number: int, frame: object) -> NoReturn:
-    """Unwind this process, which ends its workers in order, with the status that a shell reports for the signal."""
-    raise SystemExit(128 + number)
 
 
 def _kill_workers(cluster: LocalCluster) -> None:

@@ -1,9 +1,10 @@
 """`rdt train`: check the run, then train in this process or in workers that run launch/pretrain.py."""
 
 from launch.local_processes import PROCESSES_ON_CPU, run_processes
-from launch.train_options import check_paths, parse_launch, select_worker_words
+from launch.train_options import LaunchOptions, check_paths, parse_launch, select_worker_words
 from megatron_rdt.config import RunConfig, check_config
 from megatron_rdt.errors import ConfigError
+from megatron_rdt.train.stop_request import StopBeforeTraining, StopRequest
 
 
 def train(words: list[str]) -> int:
@@ -18,10 +19,22 @@ def train(words: list[str]) -> int:
     check_config(config, processes)
     _check_parameter_names(config)
     if not config.parallel.engine_kind.many_processes:
-        from megatron_rdt.train.trainer import train as train_here
-
-        return train_here(config, options.resume, init=options.init)
+        return _train_here(config, options)
     return run_processes(select_worker_words(words), processes, options.master_port)
+
+
+def _train_here(config: RunConfig, options: LaunchOptions) -> int:
+    """Train in this process and return its exit status."""
+    stop = StopRequest()  # first, so that a signal during the slow imports counts
+    try:
+        stop.begin_start()
+        from megatron_rdt.train.trainer import train as train_in_process
+
+        return train_in_process(config, options.resume, stop=stop, init=options.init)
+    except StopBeforeTraining:
+        return stop.end_early()
+    finally:
+        stop.close()
 
 
 def _check_parameter_names(config: RunConfig) -> None:

@@ -1,0 +1,92 @@
+"""A signal at any moment before a command's work, or in it: one line, the right exit status, no traceback."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+# In the place of a module: its import never ends.
+ENDLESS_IMPORT = """\
+import os, pathlib, time
+pathlib.Path(os.environ["RDT_TEST_MARK"]).touch()
+while True:
+    time.sleep(0.1)
+"""
+NOT_BEGUN = "before the first step, with nothing new to save; start again with the same options"
+RDT, SCRIPT = ["-m", "launch.cli"], ["launch/pretrain.py"]
+
+
+def run_until_import(
+    module: str, words: list[str], number: signal.Signals, tmp_path: Path, repository: Path
+) -> tuple[int, str, str]:
+    """Run Python with `words`, send it a signal when it imports `module`; return its exit status and both outputs."""
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / f"{module}.py").write_text(ENDLESS_IMPORT)
+    mark = tmp_path / "mark"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'path'}:{repository}", "RDT_TEST_MARK": str(mark)}
+    with subprocess.Popen(
+        [sys.executable, *words],
+        cwd=repository,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while not mark.exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=120)
+    return process.returncode, output, errors
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    ("module", "words", "number", "status", "line"),
+    [
+        ("difflib", [*RDT, "train"], signal.SIGTERM, 75, f"rdt train: stopped on SIGTERM {NOT_BEGUN}"),
+        ("difflib", [*RDT, "train"], signal.SIGINT, 75, f"rdt train: stopped on SIGINT {NOT_BEGUN}"),
+        ("difflib", [*RDT, "train"], signal.SIGUSR1, 75, f"rdt train: stopped on SIGUSR1 {NOT_BEGUN}"),
+        ("difflib", [*RDT, "eval", "a run"], signal.SIGINT, 130, "rdt eval: interrupted by SIGINT"),
+        ("difflib", [*RDT, "--help"], signal.SIGTERM, 143, "rdt: interrupted by SIGTERM"),
+        ("traceback", SCRIPT, signal.SIGTERM, 75, f"pretrain.py: stopped on SIGTERM {NOT_BEGUN}"),
+        ("traceback", SCRIPT, signal.SIGINT, 75, f"pretrain.py: stopped on SIGINT {NOT_BEGUN}"),
+    ],
+    ids=lambda value: value.name if isinstance(value, signal.Signals) else None,
+)
+def test_a_signal_during_the_first_imports(
+    module: str,
+    words: list[str],
+    number: signal.Signals,
+    status: int,
+    line: str,
+    tmp_path: Path,
+    repository: Path,
+) -> None:
+    assert run_until_import(module, words, number, tmp_path, repository) == (status, "", f"{line}\n")
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_a_run_imports(
+    number: signal.Signals, tmp_path: Path, repository: Path, tiny_options: list[str]
+) -> None:
+    words = [*RDT, "train", *tiny_options, f"--run.root={tmp_path / 'runs'}", "--parallel.engine=single"]
+    found = run_until_import("torch", words, number, tmp_path, repository)
+    assert found == (75, "", f"stopped on {number.name} {NOT_BEGUN}\n")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_a_command(number: signal.Signals, tmp_path: Path, repository: Path) -> None:
+    words = [*RDT, "prep", "--sources", "README.md", "--out", str(tmp_path / "out")]
+    status, output, errors = run_until_import("sentencepiece", words, number, tmp_path, repository)
+    line = f"rdt prep: interrupted by {number.name}; what is done is kept, the same command goes on\n"
+    assert (status, output, errors) == (128 + number, "", line)

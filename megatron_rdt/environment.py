@@ -220,6 +220,11 @@ def read_job_memory() -> int | None:
     return int(megabytes) << 20 if megabytes.isdecimal() and int(megabytes) else None
 
 
+def read_slurm_job() -> tuple[str, str]:
+    """Return the number of the Slurm job that this process is in, and its end as Slurm gives it; "" for what is not set."""
+    return os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_JOB_END_TIME", "")
+
+
 def count_threads(processes: int) -> int:
     """Return the CPU threads of each of so many processes here: what OMP_NUM_THREADS says, else a share of the cores.
 

@@ -237,6 +237,8 @@ class CheckpointConfig:
     """Copy the state into host memory and train on while it is written; a failed save is noticed within two steps."""
     on_failure: Literal["stop", "continue"] = "stop"
     """Reaction to a checkpoint, or to the record of a rollback, that cannot be written, because the disk is full, for example. stop: end the run; continue: warn, train on, and try again when the next one is due. The checkpoint of the last step, or of a run that is asked to stop, has to be written in either case."""
+    before_job_end_s: float = option(120.0, at_least=0)
+    """Seconds before the end of its Slurm job at which a run saves and stops, as on a signal, but at most a quarter of the time that the job has left when the run starts. Longer than two steps and a save. 0: only signals stop it."""
 
 
 @dataclass(frozen=True)

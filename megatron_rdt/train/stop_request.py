@@ -1,4 +1,4 @@
-"""Stop on a signal or on the launcher's end: it sets a flag, and all ranks agree at every step.
+"""Stop on a signal, on the launcher's end or before the Slurm job's: it sets a flag, and all ranks agree at every step.
 
 The flags are summed over ranks in the reduction of a step's losses and read when the next step is queued, so no device runs
 dry. In evaluations and samples the hosts agree among themselves, also on whether one of them has failed, so that all leave
@@ -11,6 +11,7 @@ Torch is imported late, so that a process can listen before it does anything tha
 """
 
 import contextlib
+import os
 import signal
 import socket
 import threading
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_rdt.environment import leave_process
 from megatron_rdt.errors import EXIT_PREEMPTED, EXIT_SIGNAL, LostPeerError
 from megatron_rdt.terminal import show_line
+from megatron_rdt.train.job_end import wait_for_job_end
 from megatron_rdt.train.launcher_watch import LauncherWatch
 
 if TYPE_CHECKING:
@@ -33,7 +35,8 @@ if TYPE_CHECKING:
 # SIGHUP: the terminal was closed, or the connection to it was lost. SIGINT: Ctrl-C.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 LAUNCHER_END = "the end of its launcher"
-REASONS = (*(number.name for number in STOP_SIGNALS), LAUNCHER_END)  # to stop, the same on all ranks
+JOB_END = "the coming end of its Slurm job"
+REASONS = (*(number.name for number in STOP_SIGNALS), LAUNCHER_END, JOB_END)  # to stop, the same on all ranks
 REPEAT_S = 3.0
 LOOK_S = 0.2  # between two looks at the launcher
 LEAVE_S = 5.0  # for a process that is to leave by itself before its first step
@@ -90,6 +93,7 @@ class StopRequest:
         self.is_rank_0 = True
         self._launcher = LauncherWatch()
         self._is_starting = False
+        self._is_job_ending = False
         self._steps = 0  # whose flags were asked for
         self._is_shared = False  # with other ranks, so that a signal counts once all know of it
         self._was_agreed = False
@@ -101,6 +105,7 @@ class StopRequest:
         self._sender.setblocking(False)
         self._previous_descriptor = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
         self._is_closed = threading.Event()
+        self._closing = threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="stop request", daemon=True)
         self._thread.start()
 
@@ -110,7 +115,8 @@ class StopRequest:
         Raises:
             StopBeforeTraining: the first step is not done yet.
         """
-        is_first, self.reason = self.reason is None, signal.Signals(number).name
+        is_first = self.reason is None
+        self.reason = JOB_END if self._is_job_ending and number == signal.SIGUSR1 else signal.Signals(number).name
         if self._is_starting and is_first:
             raise StopBeforeTraining
 
@@ -132,8 +138,20 @@ class StopRequest:
                 if self.reason == LAUNCHER_END or time.monotonic() - asked > LEAVE_S:
                     leave_process(self.end_early())
 
-    def begin_start(self) -> None:
+    def _watch_job(self, before_s: float) -> None:
+        """In a thread: send this process the signal with which Slurm announces an end, before that of its job."""
+        if wait_for_job_end(before_s, self._is_closed.wait):
+            with self._closing:
+                if self.reason is None and not self._is_closed.is_set():
+                    self._is_job_ending = True
+                    os.kill(os.getpid(), signal.SIGUSR1)
+
+    def begin_start(self, before_job_end_s: float = 0.0) -> None:
         """Let a request end this process by itself until the losses of the first step are known.
+
+        Args:
+            before_job_end_s: make a request so many seconds before the end of its Slurm job, if it is in one; 0: never.
+                One rank is enough.
 
         Raises:
             StopBeforeTraining: one has come already, or comes in this time.
@@ -141,6 +159,8 @@ class StopRequest:
         self._is_starting = True
         if self.reason is not None:
             raise StopBeforeTraining
+        if before_job_end_s:
+            threading.Thread(target=self._watch_job, args=(before_job_end_s,), name="job end", daemon=True).start()
 
     def end_early(self) -> int:
         """Tell the user that the run stops with nothing trained; return the exit status."""
@@ -233,7 +253,8 @@ class StopRequest:
 
     def close(self) -> None:
         """Stop listening and restore the previous handlers."""
-        self._is_closed.set()
+        with self._closing:
+            self._is_closed.set()
         signal.set_wakeup_fd(self._previous_descriptor)
         self._sender.send(b"\0")
         self._thread.join()

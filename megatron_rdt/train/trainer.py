@@ -75,7 +75,7 @@ def train(
     run_directory = run_directory_of(config)
     try:
         with lock_run_directory(run_directory, resume, init) if process.rank == 0 else nullcontext():
-            listener.begin_start()
+            listener.begin_start(0.0 if process.rank else config.checkpoint.before_job_end_s)
             device = join_process_group(config, process)
             trainer = Trainer(config, run_directory, device, listener, process.local_rank)
             try:

@@ -249,3 +249,59 @@ def test_a_sweep_and_a_job_that_waits_for_it(cluster: "Cluster", folder: Path, t
     assert losses(folder, "low")[-1] != losses(folder, "high")[-1]
     status = json.loads(rdt(cluster, folder, "status", "--json").stdout)
     assert {each["run"]: each["state"] for each in status} == dict.fromkeys(("low", "high", "two nodes"), "finished")
+
+
+OWN_SCRIPT = """\
+#!/bin/bash
+#SBATCH --job-name=own --nodes=1 --ntasks=1 --cpus-per-task=2 --time=2 --requeue --open-mode=append --output=own-%j.out
+{python} -m launch.cli train --config run.yaml --nproc 2 --resume auto
+status=$?
+echo "ended with $status"
+if [ "$status" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$status"
+"""
+
+
+def submit_own(cluster: "Cluster", folder: Path, script: str) -> str:
+    """Submit a script that the user wrote, and return the number of the job."""
+    (folder / "own.sbatch").write_text(script.format(python=sys.executable))
+    command, environment = ["sbatch", "--parsable", "own.sbatch"], cluster.environment
+    result = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    return result.stdout.strip()
+
+
+def test_a_job_that_asks_for_no_signal(cluster: "Cluster", folder: Path, tiny_options: list[str]) -> None:
+    """The run stops before the limit of two minutes by itself, and the job's own script puts it into the queue again."""
+    write_config(folder, tiny_options, f"--train.steps={ENDLESS}", f"--run.root={folder / 'runs'}")
+    number = submit_own(cluster, folder, OWN_SCRIPT)
+    log = folder / f"own-{number}.out"
+    cluster.wait(lambda: cluster.job(number).get("Restarts") == "1", 200, f"job {number} to put itself back")
+    first = log.read_text()
+    stopped_at, steps = saved_step(folder), saved_step(folder) + 20
+    assert first.count("this Slurm job ends in") == 1
+    assert f"stopped on the coming end of its Slurm job at step {stopped_at}, saved" in first
+    assert "ended with 75" in first
+    write_config(folder, tiny_options, f"--train.steps={steps}", f"--run.root={folder / 'runs'}")
+    cluster.wait(lambda: cluster.job(number)["JobState"] == "COMPLETED", 200, f"job {number} to end")
+    second = log.read_text().removeprefix(first)
+    assert f"(step {stopped_at})" in second
+    assert "ended with 0" in second
+    straight = rdt(cluster, folder, "train", "--config", "run.yaml", "--run.name=straight", "--nproc=2")
+    assert straight.returncode == 0, straight.stdout[-2000:] + straight.stderr[-2000:]
+    assert losses(folder) == losses(folder, "straight")
+
+
+def test_an_extended_job_goes_on(cluster: "Cluster", folder: Path, tiny_options: list[str]) -> None:
+    """Its limit of a minute becomes two when it has begun; the run learns that when it would have stopped."""
+    write_config(folder, tiny_options, f"--train.steps={ENDLESS}", f"--run.root={folder / 'runs'}")
+    script = OWN_SCRIPT.replace("--time=2", "--time=1").replace("--requeue", "--no-requeue")
+    number = submit_own(cluster, folder, script)
+    log = folder / f"own-{number}.out"
+    cluster.wait(lambda: log.exists() and "this Slurm job ends in" in log.read_text(), 60, "the run to begin")
+    cluster.run("scontrol", "update", f"JobId={number}", "TimeLimit=2")
+    cluster.wait(lambda: "ended with" in log.read_text(), 200, f"job {number} to stop")
+    text = log.read_text()
+    assert "this Slurm job was extended by 60 s; the run goes on" in text
+    assert f"stopped on the coming end of its Slurm job at step {saved_step(folder)}, saved" in text

@@ -17,11 +17,11 @@ from tests.distributed.engine_worker import MODEL
 from tests.distributed.reference import relative_difference
 
 SEQUENCES, MICRO_BATCH = 12, 3  # two micro-batches on each of two ranks
-LOOPS = (1, 4, 16, 64)
+LOOPS = (1, 4, 16)
 # (T, k, checkpointing)
 CASES = [
     *((loops, None, "none") for loops in LOOPS),
-    *((loops, 2, "per_iteration") for loops in LOOPS),
+    *((loops, 2, "per_iteration") for loops in (1, 64)),
     (16, 2, "none"),
     (16, None, "per_iteration"),
 ]

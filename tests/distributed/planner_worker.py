@@ -18,7 +18,7 @@ from megatron_rdt.planner.communication import step_communication, sum_by_kind
 from megatron_rdt.planner.measure import measure_steps, take_step
 from megatron_rdt.planner.memory import StepDepth, step_memory
 
-LOOPS, K = (1, 16), 2
+LOOPS, K = (1, 8), 2
 MODEL: dict[str, Any] = {
     **{"vocab_size": 131, "dim": 36, "prelude_layers": 2, "core_layers": 2, "coda_layers": 1},
     **{"heads": 6, "kv_heads": 2, "ffn_dim": 50},
@@ -90,8 +90,8 @@ def compare_memory(
     """Return measured and planned peaks of memory at every T."""
     config = make_config(model, parallel, 4 * number, checkpoint=checkpoint, precision=precision, sequence_length=64)
     rows = []
-    # Each T five times: on a busy machine the buffers of a collective may be freed late, which only ever adds to a peak.
-    steps = measure_steps(config, torch.device("cpu"), [*LOOPS] * 5)
+    # Each T three times: on a busy machine the buffers of a collective may be freed late, which only ever adds to a peak.
+    steps = measure_steps(config, torch.device("cpu"), [*LOOPS] * 3)
     for measured in (min(steps[first :: len(LOOPS)], key=lambda step: step.peak) for first in range(len(LOOPS))):
         depth = StepDepth(measured.loops, min(measured.loops, K))
         layout = Layout.of(config.parallel, dist.get_world_size())

@@ -16,7 +16,7 @@ from megatron_rdt.config import DepthConfig, ModelConfig, OptimizerConfig
 from tests.distributed.every_choice_worker import check_all
 from tests.distributed.processes import run_on_processes
 
-STEPS = 50
+STEPS, HALF = 27, 18
 MLA = {"attention": "mla", "kv_rank": 16, "nope_dim": 8, "rope_dim": 4, "value_dim": 8}
 MOE = {"core_ffn": "moe", "experts": 4, "experts_per_token": 2, "expert_dim": 24, "shared_expert_dim": 40}
 # What needs a corpus of examples is trained in tests/train/test_example_run.py.
@@ -76,7 +76,7 @@ COMBINATIONS: dict[str, dict[str, dict[str, Any]]] = {
             "tie_embeddings": False,
             "positions": "none",
         },
-        "depth": {"scheme": "uniform", "per": "accumulation_step", "curriculum": "linear", "curriculum_steps": 30},
+        "depth": {"scheme": "uniform", "per": "accumulation_step", "curriculum": "linear", "curriculum_steps": 15},
     },
     "no injection": {
         "model": {
@@ -112,7 +112,7 @@ COMBINATIONS: dict[str, dict[str, dict[str, Any]]] = {
             "per": "sequence",
             "backprop": 2,
             "curriculum": "one_minus_sqrt",
-            "curriculum_steps": 30,
+            "curriculum_steps": 15,
             "curriculum_of": "both",
             "checkpoint": "per_iteration",
         },
@@ -120,7 +120,7 @@ COMBINATIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "gate": {
         "model": {"injection": "gate", "core_norm": "last", "logit_softcap": 15.0},
-        "depth": {"curriculum": "linear", "curriculum_steps": 30, "curriculum_of": "backprop", "backprop": 3},
+        "depth": {"curriculum": "linear", "curriculum_steps": 15, "curriculum_of": "backprop", "backprop": 3},
         "train": {"z_loss": 1e-4, "precision": "bfloat16"},
     },
 }
@@ -144,10 +144,10 @@ def make_settings(parts: dict[str, dict[str, Any]], root: Path, corpus: Path) ->
         "optimizer": {"lr": 5e-3, **parts.get("optimizer", {})},
         "schedule": {"warmup_steps": 5},
         "parallel": {"engine": "fsdp"},
-        "checkpoint": {"every": STEPS // 2, "keep": 0},
+        "checkpoint": {"every": HALF, "keep": 0},
         "data": {"path": str(corpus), "max_epochs": 100, **parts.get("data", {})},
         "eval": {"every": 0},
-        "logging": {"tensorboard": False, "every": STEPS, "monitor_every": 7, "jacobian_every": 20},
+        "logging": {"tensorboard": False, "every": STEPS, "monitor_every": 7, "jacobian_every": 16},
     }
 
 
@@ -185,4 +185,4 @@ def test_every_choice_trains_resumes_and_generates(tiny_corpus: Path, tmp_path: 
         assert verdict["same_text_without_cache"], name
         assert verdict["same_text_with_exits"], name
         assert verdict["stopped_early"], name
-        assert verdict["monitored"] == [7, 14, 20, 21, 28, 35, 40, 42, 49], name
+        assert verdict["monitored"] == [7, 14, 16, 21], name

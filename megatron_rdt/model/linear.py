@@ -1,8 +1,9 @@
 """Matrix products in the compute dtype with float32 weights.
 
-Weights stay in float32 and are rounded to the input's dtype: the core's once for all iterations (`round_weights`), others
-where they are used, and then again in the backward pass instead of being kept. Gradients of the core's weights are summed
-over the iterations in float32 and in place (`GradientSum`): autograd would write each one, then read it and the sum.
+Weights stay in float32 and are rounded to the input's dtype: the core's once for all iterations (`round_weights`), those of a
+core that is gathered in pieces before the gather, others where they are used, and then again in the backward pass instead
+of being kept. Gradients of the core's weights are summed over the iterations in float32, in place where they were rounded
+once (`GradientSum`): autograd would write each one, then read it and the sum.
 No autocast is involved, so nothing that was rounded without gradient is ever reused with it.
 """
 
@@ -65,13 +66,20 @@ class RoundedMatrix:
         matrix: the weight, rounded, without gradient.
         sum: of its gradients; None where none are computed.
         anchor: the weight's place in autograd's graph, see `_HandOver`; None if `sum` is.
+        stand_in: its place there where gradients are not added up in `sum`, and the module's own parameter is the rounded
+            matrix: a tensor of the weight's shape and dtype without values. None where the parameter is the weight.
         float8: the weight in float8, of which `matrix` is a part then; None where products are in the compute dtype.
     """
 
     matrix: Tensor
     sum: GradientSum | None = None
     anchor: Tensor | None = None
+    stand_in: Tensor | None = None
     float8: Float8Matrix | None = None
+
+    def place(self, weight: Tensor) -> Tensor:
+        """Return the tensor whose gradient is that of the weight, given the module's parameter."""
+        return weight if self.stand_in is None else self.stand_in
 
 
 RoundFloat8 = Callable[[Tensor], Float8Matrix]
@@ -285,9 +293,34 @@ class Linear(nn.Linear):
             if rounded.sum is None:
                 return _Float8Linear.apply(x, self.weight, *rows, *columns, None)
             return _Float8Linear.apply(x, rounded.anchor, *rows, *columns, rounded.sum.total)
-        if rounded is None or rounded.sum is None:
-            return linear(x, self.weight, None if rounded is None else rounded.matrix)
+        if rounded is None:
+            return linear(x, self.weight)
+        if rounded.sum is None:
+            return linear(x, rounded.place(self.weight), rounded.matrix)
         return _SummedLinear.apply(x, rounded.anchor, rounded.matrix, rounded.sum.total)
+
+
+class _Rounding(torch.autograd.Function):
+    """A rounded matrix as a function of its stand-in."""
+
+    @staticmethod
+    def forward(ctx: Any, stand_in: Tensor, matrix: Tensor) -> Tensor:
+        """Return the rounded matrix."""
+        ctx.dtype = stand_in.dtype
+        return matrix.view_as(matrix)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of the stand-in."""
+        return grads[0].to(ctx.dtype), None
+
+
+def read_rounded(module: nn.Linear, dtype: torch.dtype) -> Tensor:
+    """Return a linear map's matrix rounded to `dtype`, for products other than the map's own, with gradient."""
+    rounded = module.rounded.get("weight") if isinstance(module, Linear) else None
+    if rounded is None or rounded.stand_in is None:
+        return module.weight.to(dtype)
+    return _Rounding.apply(rounded.stand_in, rounded.matrix)
 
 
 def identity_values(shape: torch.Size, index: Tensor) -> Tensor:

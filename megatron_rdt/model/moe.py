@@ -164,8 +164,8 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, rounded: RoundedMatr
         ends: (experts,) int32, the index after the last row of each expert.
         rounded: the matrices in the dtype of `x`, where there are some already.
     """
-    if rounded is not None and rounded.anchor is not None:
-        weight = rounded.anchor
+    if rounded is not None:
+        weight = rounded.place(weight) if rounded.anchor is None else rounded.anchor
     return _GroupedLinear.apply(x.contiguous(), weight, rounded, ends)
 
 
@@ -307,8 +307,10 @@ class MixtureOfExperts(nn.Module):
 
     def _list_matrices(self, name: str) -> list[tuple[Tensor, Tensor | None]]:
         """List each expert's matrix of that name, and the rounded one or None."""
-        matrices = getattr(self, name).unbind()
-        return list(zip(matrices, self.rounded[name].matrix.unbind() if self.rounded else [None] * len(matrices)))
+        weights, rounded = getattr(self, name), self.rounded.get(name)
+        if rounded is None:
+            return [(weight, None) for weight in weights.unbind()]
+        return list(zip(rounded.place(weights).unbind(), rounded.matrix.unbind()))
 
     def _run_experts_grouped(self, rows: Tensor, ends: Tensor) -> Tensor:
         """Return the same as `_run_sorted_rows`, from three grouped products over all experts of this rank."""

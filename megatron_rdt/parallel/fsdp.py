@@ -2,7 +2,8 @@
 
 The module that runs the whole loop is one unit, so its weights are gathered once per forward and once per backward,
 whatever T is, and ranks may run different T. Each prelude and coda layer is a unit of its own; the embedding, the
-final norm and the head belong to the root. `parallel.core_gather` makes smaller units of a core that is too large.
+final norm and the head belong to the root. `parallel.core_gather` makes smaller units of the matrices of a core that is too
+large; in a run in bfloat16 these are rounded before they are gathered.
 
 The order is fixed. Tensor and expert parallelism first turn their parameters into DTensors. FSDP2 then shards all
 parameters but the experts over the ranks that share the state; what tensor parallelism has split, it splits once more.
@@ -11,18 +12,21 @@ parameters but the experts over the ranks that share the state; what tensor para
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.distributed.tensor import DTensor, Shard
 
 from megatron_rdt.model import InitialValues, RecurrentDepthTransformer, draw_initial_values, reset_buffers
 from megatron_rdt.parallel.context_parallel import ContextParallel
 from megatron_rdt.parallel.dtensor_views import local_blocks, local_shard
+from megatron_rdt.parallel.engine import COMPUTE_DTYPES
 from megatron_rdt.parallel.expert_parallel import expert_parameters, parallelize_experts, reduce_experts
 from megatron_rdt.parallel.mesh import Meshes, choose_sharded_dimension, make_meshes
+from megatron_rdt.parallel.rounded_gather import list_matrices, multiply_by_gathered
 from megatron_rdt.parallel.tensor_parallel import parallelize_tensors
 from megatron_rdt.parallel.torch_engine import TorchEngine
 
@@ -88,31 +92,47 @@ class FullyShardedEngine(TorchEngine):
             "per_iteration": [layers],  # gathered at the first layer, freed after the last
             "per_layer": layers,
         }[self.config.parallel.core_gather]
-        self._shard_units(model, core_units, set(expert_parameters(model)) if self.meshes.expert is not None else None)
+        self._shard_units(model, core_units, set(expert_parameters(model)) if self.meshes.expert is not None else set())
 
     def _shard_units(
         self,
         model: RecurrentDepthTransformer,
         core_units: Sequence[nn.Module | list[nn.Module]],
-        ignored: set[nn.Parameter] | None,
+        ignored: set[nn.Parameter],
     ) -> None:
         """Make units of the layers of prelude and coda, of `core_units`, and of the rest of the core and of the model.
 
         Args:
             model: changed in place.
-            core_units: modules in the core.
+            core_units: modules in the core, of which only the matrices are gathered.
             ignored: parameters that FSDP2 leaves alone.
         """
-        reshards = self.config.parallel.reshard_after_forward
-        options = {
-            "mesh": self.meshes.state,
-            "shard_placement_fn": self._shard_placement,
-            "ignored_params": ignored,
-        }
+        options: dict[str, Any] = {"mesh": self.meshes.state, "shard_placement_fn": self._shard_placement}
+        reshards: dict[str, Any] = {"reshard_after_forward": self.config.parallel.reshard_after_forward}
+        matrices = {matrix for _, _, matrix in list_matrices(model.core.layers)} if core_units else set()
+        narrow, weights = self._gather_dtype, next(model.parameters()).dtype
+        policy = MixedPrecisionPolicy(narrow, weights if narrow else None, cast_forward_inputs=False)
         with _chunk_on_demand():
-            for unit in (*model.prelude, *core_units, model.core, *model.coda):
-                fully_shard(unit, reshard_after_forward=reshards, **options)  # type: ignore[call-overload]
-            fully_shard(model, **options)  # type: ignore[call-overload]
+            for layer in (*model.prelude, *model.coda):
+                fully_shard(layer, **options, **reshards)
+            # Before its parts, in whose modules it has norms, biases and routers: few numbers, used in float32. A unit has one
+            # dtype, and FSDP2 looks for parameters outside of other units only.
+            fully_shard(model.core, **options, **reshards, ignored_params=ignored | matrices or None)
+            left = ignored | {p for p in model.core.parameters() if p not in matrices}
+            for unit in core_units:
+                fully_shard(unit, **options, **reshards, ignored_params=left, mp_policy=policy)
+            fully_shard(model, **options, ignored_params=ignored or None)
+        if core_units and narrow is not None:
+            multiply_by_gathered(model, model.core.layers, weights)
+
+    @property
+    def _gather_dtype(self) -> torch.dtype | None:
+        """The dtype in which matrices of a core in pieces are gathered; None for that of the weights.
+
+        Products in float8 round the weights themselves.
+        """
+        train = self.config.train
+        return COMPUTE_DTYPES[train.precision] if train.float8 == "none" else None
 
     def _shard_placement(self, parameter: nn.Parameter) -> Shard | None:
         """Return the dimension along which FSDP2 shards a parameter; None means rows, always so with Muon."""

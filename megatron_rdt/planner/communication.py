@@ -13,7 +13,15 @@ from megatron_rdt.config.layout import Layout
 from megatron_rdt.model.cross_entropy import count_chunk_tokens
 from megatron_rdt.parallel.optimizers import has_weight_decay
 from megatron_rdt.planner.memory import StepDepth
-from megatron_rdt.planner.parameters import CORE, ROOT, Parameter, core_units, list_parameters, list_units
+from megatron_rdt.planner.parameters import (
+    CORE,
+    ROOT,
+    Parameter,
+    core_units,
+    list_parameters,
+    list_units,
+    piece_width,
+)
 from megatron_rdt.planner.recomputation import CheckpointingPolicy
 from megatron_rdt.planner.ring import ring_traffic, stage_parameters
 from megatron_rdt.planner.shape import COMPUTE_BYTES, FLOAT32, INT64, Shape
@@ -108,11 +116,14 @@ def _fsdp_collectives(config: RunConfig, layout: Layout, depth: StepDepth, numbe
     def whole(group: Iterable[Parameter]) -> float:
         return ranks * sum(shard.get(p.name, 0) for p in group)
 
-    # Unit, bytes, gathers in a forward pass and in a backward pass, reductions in a step.
+    # Unit, bytes in float32, gathers in a forward pass and in a backward pass, reductions in a step.
     units: list[tuple[str, float, int, int, int]] = []
     kept = not config.parallel.reshard_after_forward
     always = config.parallel.reduce == "per_micro_batch"
     reductions = number if always else 1
+    # Of a core in pieces, the gradients of earlier micro-batches are reduced with those of the first iteration that goes
+    # backward, the gradients of the other iterations once more at the end.
+    early = config.parallel.core_gather != "once" and number > 1 and depth.with_grad > 1 and not always
     last_layer = f"core.layers.{config.model.core_layers - 1}."
     for name in (ROOT, *list_units(config.model)):
         if name != CORE:
@@ -125,13 +136,11 @@ def _fsdp_collectives(config: RunConfig, layout: Layout, depth: StepDepth, numbe
                 forward, backward = 1, backward - 1
             # FSDP2 prefetches the unit it expects next, the last layer of the last iteration without gradient too, in vain.
             backward += inner == last_layer and len(core_units(config)) > 2 and depth.loops > depth.with_grad > 0
-            # The gradients of earlier micro-batches are reduced with those of the first iteration that goes backward, the
-            # gradients of the other iterations once more at the end.
-            early = bool(inner) and number > 1 and depth.with_grad > 1 and not always
-            units.append((inner or CORE, whole(group), forward, backward, reductions + early))
+            units.append((inner or CORE, whole(group), forward, backward, reductions + (early if inner else 0)))
     outside = {ROOT, *list_units(config.model)} - {CORE}
     for name, size, forward, backward, _ in units if ranks > 1 else []:
         purpose = "other weights" if name in outside else "weights of the core"
+        size *= 1.0 if name in outside | {CORE} else piece_width(config) / FLOAT32
         for phase, times in (("forward", number * forward), ("backward", number * backward)):
             yield Collectives(phase, GATHER, purpose, times, times * size, "state", True, name)
     for name, size, _, _, times in units:
@@ -141,8 +150,10 @@ def _fsdp_collectives(config: RunConfig, layout: Layout, depth: StepDepth, numbe
             yield Collectives("backward", REDUCE, "gradients", times, times * size / ranks, "replicate", True, name)
     if layout.tensor > 1:  # parameters that every process of the axis holds whole
         same = [p for p in sharded if p.split_dim is None]
+        same *= reductions
+        same += [p for p in same if early and p.is_rounded_once]
         size = FLOAT32 * sum(p.size for p in same)
-        yield Collectives("backward", REDUCE, "gradients of norms", reductions * len(same), reductions * size, "tensor")
+        yield Collectives("backward", REDUCE, "gradients of norms", len(same), size, "tensor")
     routed = [p for p in parameters if p.is_routed and layout.expert > 1]
     if routed and layout.world_size > layout.expert:
         size = FLOAT32 * sum(p.local_size(layout) for p in routed)

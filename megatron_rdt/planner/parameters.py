@@ -13,6 +13,7 @@ from megatron_rdt.model import RecurrentDepthTransformer
 from megatron_rdt.parallel.mesh import choose_sharded_dimension
 from megatron_rdt.parallel.optimizers import is_stepped_by_muon
 from megatron_rdt.parallel.tensor_parallel import split_dimension
+from megatron_rdt.planner.shape import COMPUTE_BYTES, FLOAT32
 
 # Units; the others are named after their layers.
 ROOT: Final = "root"
@@ -101,16 +102,21 @@ def list_units(config: ModelConfig) -> list[str]:
 
 
 def core_units(config: RunConfig) -> dict[str, tuple[Parameter, ...]]:
-    """Group the core's parameters by gather: "" once per pass, "layers" or "core.layers.0." ... per iteration."""
+    """Group the core's parameters by gather: "" once per pass; matrices in "layers" or "core.layers.0." ... per iteration."""
     core = tuple(p for p in list_parameters(config.model) if p.unit == "core")
     if config.parallel.core_gather == "once":
         return {"": core}
-    inner = tuple(p for p in core if p.name.startswith("core.layers."))
-    units = {"": tuple(p for p in core if p not in inner)}
+    inner = tuple(p for p in core if p.is_rounded_once)
+    units = {"": tuple(p for p in core if not p.is_rounded_once)}
     if config.parallel.core_gather == "per_iteration":
         return units | {"layers": inner}
     names = [f"core.layers.{i}." for i in range(config.model.core_layers)]
     return units | {name: tuple(p for p in inner if p.name.startswith(name)) for name in names}
+
+
+def piece_width(config: RunConfig) -> int:
+    """Return the bytes of a number in a gather of a core in pieces: of the compute dtype, unless products are in float8."""
+    return COMPUTE_BYTES[config.train.precision] if config.train.float8 == "none" else FLOAT32
 
 
 def part_sizes(config: ModelConfig) -> dict[str, int]:

@@ -9,7 +9,15 @@ from collections.abc import Iterable
 from megatron_rdt.config import RunConfig
 from megatron_rdt.config.layout import Layout
 from megatron_rdt.planner.ledger import Ledger
-from megatron_rdt.planner.parameters import ROOT, Parameter, core_units, list_parameters, list_units, moments_per_weight
+from megatron_rdt.planner.parameters import (
+    ROOT,
+    Parameter,
+    core_units,
+    list_parameters,
+    list_units,
+    moments_per_weight,
+    piece_width,
+)
 from megatron_rdt.planner.recomputation import CheckpointingPolicy
 from megatron_rdt.planner.shape import BFLOAT16, FLOAT32
 
@@ -138,6 +146,7 @@ class ShardedWeights(Weights):
 
     Attributes:
         ranks: processes that share a shard group.
+        narrowing: bytes that a piece is gathered in over those of its gradients.
         pieces: gathered bytes of each piece of a core that is gathered in pieces.
         recomputes: the backward pass computes whole iterations again.
         gathered: units whose gathered weights are held.
@@ -153,7 +162,8 @@ class ShardedWeights(Weights):
         self.buffer, self.fetched = 0.0, ""
         self.sending = 0.0
         _, *pieces = core_units(config).values()
-        self.pieces = [self.ranks * self.shard_bytes(group) for group in pieces]
+        self.narrowing = piece_width(config) / FLOAT32
+        self.pieces = [self.narrowing * self.ranks * self.shard_bytes(group) for group in pieces]
         policy = CheckpointingPolicy(config.depth.checkpoint)
         self.recomputes = policy.recomputed_share > 0 and not policy.every_layer
 
@@ -164,10 +174,15 @@ class ShardedWeights(Weights):
     def gathered_bytes(self, unit: str) -> float:
         """Return the bytes of a unit gathered at a time; of a core in pieces, the outer and the largest inner."""
         if unit not in self._gathered_bytes:
-            groups = core_units(self.config).values() if unit == "core" else [self.parameters_in(unit)]
-            outer, *inner = (self.ranks * self.shard_bytes(group) for group in groups)
-            self._gathered_bytes[unit] = outer + max(inner, default=0.0)
+            outer, inner = self._unit_bytes(unit)
+            self._gathered_bytes[unit] = outer + self.narrowing * inner
         return self._gathered_bytes[unit]
+
+    def _unit_bytes(self, unit: str) -> tuple[float, float]:
+        """Return the bytes in float32 of a unit and, for a core in pieces, of the largest of them; padded for gathers."""
+        groups = core_units(self.config).values() if unit == "core" else [self.parameters_in(unit)]
+        outer, *inner = (self.ranks * self.shard_bytes(group) for group in groups)
+        return outer, max(inner, default=0.0)
 
     def gradient_bytes(self, unit: str) -> float:
         """Return the bytes of a unit's gradients before they are reduced."""
@@ -268,7 +283,7 @@ class ShardedWeights(Weights):
         if unit == "core" and self.pieces:  # the last piece to go backward has fetched the next unit
             following = self.next_in_backward(unit)
             self._set_gather_buffer(self.gathered_bytes(following), following)
-        sent, shard = self.gathered_bytes(unit), self.shard_bytes(self.parameters_in(unit))
+        sent, shard = sum(self._unit_bytes(unit)), self.shard_bytes(self.parameters_in(unit))
         self.ledger.note_peak(f"backward, {unit}")
         self.ledger.free(SUMS)
         self._free_gathered(unit)

@@ -28,7 +28,7 @@ LATENT: dict[str, Any] = EVEN | {"attention": "mla", "kv_rank": 12, "nope_dim": 
 EXPERTS: dict[str, Any] = MODEL | {"core_ffn": "moe", "experts": 4}
 SHARED: dict[str, Any] = MODEL | {"norm_placement": "sandwich", "core_norm": "last_shared", "tie_embeddings": False}
 AHEAD = {"max_live_parameters": 60_000, "prefetch_bucket_size": 3000}  # of the 49,000 numbers of MODEL
-# Name, model, options of `parallel`, checkpointing.
+# Name, model, options of `parallel`, checkpointing; in bfloat16 if the name says so.
 COLLECTIVE_CASES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("ddp", MODEL | {"vocab_size": 20000}, {"engine": "ddp"}, "none"),
     ("ddp, per micro-batch", MODEL, {"engine": "ddp", "reduce": "per_micro_batch"}, "none"),
@@ -38,9 +38,17 @@ COLLECTIVE_CASES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("fsdp, per_layer", MODEL, {"core_gather": "per_layer"}, "none"),
     ("fsdp, per_layer, kept", MODEL, {"core_gather": "per_layer", "reshard_after_forward": False}, "none"),
     ("fsdp, per_iteration", MODEL, {"core_gather": "per_iteration"}, "per_iteration"),
+    ("fsdp, per_layer, bfloat16", EXPERTS, {"core_gather": "per_layer"}, "per_iteration"),
+    (
+        "fsdp, per_iteration, bfloat16, kept",
+        MODEL,
+        {"core_gather": "per_iteration", "reshard_after_forward": False},
+        "none",
+    ),
     ("replicate", MODEL, {"replicate": 2}, "none"),
     ("tensor", EVEN, {"tensor": 2}, "none"),
     ("tensor, latent, checkpoints", LATENT, {"tensor": 2}, "per_iteration"),
+    ("tensor, per_layer, bfloat16", LATENT, {"tensor": 2, "core_gather": "per_layer"}, "none"),
     ("context", MODEL, {"context": 2}, "per_iteration"),
     ("context, latent", LATENT, {"context": 2}, "none"),
     ("ring", MODEL, {"core_ring": 2}, "none"),
@@ -50,11 +58,12 @@ COLLECTIVE_CASES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("zero3", SHARED, {"engine": "zero3"}, "none"),
     ("zero3, small bucket", MODEL, {"engine": "zero3", "deepspeed": {"zero_optimization": AHEAD}}, "per_iteration"),
 ]
-# Model, precision, checkpointing, micro-batches; the last is a core too large for its device.
+# Model, precision, checkpointing, micro-batches; the last ones have a core too large for its device.
 MEMORY_CASES: list[tuple[dict[str, Any], str, str, int, dict[str, Any]]] = [
     ({"dim": 128, "ffn_dim": 256, "vocab_size": 1024}, "float32", "none", 1, {}),
     ({"dim": 256, "ffn_dim": 1024, "vocab_size": 1024}, "bfloat16", "per_iteration", 2, {}),
     ({"dim": 256, "core_ffn": "moe", "vocab_size": 1024}, "float32", "per_iteration", 2, {"core_gather": "per_layer"}),
+    ({"dim": 256, "ffn_dim": 1024, "vocab_size": 1024}, "bfloat16", "none", 2, {"core_gather": "per_layer"}),
     ({"dim": 256, "ffn_dim": 1024, "vocab_size": 1024}, "bfloat16", "per_iteration", 2, {"core_ring": 2}),
 ]
 
@@ -69,10 +78,12 @@ def make_config(model: dict[str, Any], parallel: dict[str, Any], batch: int, **o
     )
 
 
-def compare_collectives(model: dict[str, Any], parallel: dict[str, Any], checkpoint: str) -> dict[str, Any]:
+def compare_collectives(
+    model: dict[str, Any], parallel: dict[str, Any], checkpoint: str, precision: str
+) -> dict[str, Any]:
     """Return counted and planned collectives at every T, with two micro-batches per process."""
     alone = parallel.get("tensor", 1) * parallel.get("context", 1)
-    config = make_config(model, parallel, 8 // alone, checkpoint=checkpoint, sequence_length=16)
+    config = make_config(model, parallel, 8 // alone, checkpoint=checkpoint, sequence_length=16, precision=precision)
     engine = build_engine(config, torch.device("cpu"))
     for _ in range(2):
         take_step(engine, 1)
@@ -110,7 +121,7 @@ def main() -> None:
     verdict = {
         "memory": [compare_memory(*case) for case in MEMORY_CASES],  # before DeepSpeed is imported
         "sent": {
-            name: compare_collectives(model, parallel, checkpoint)
+            name: compare_collectives(model, parallel, checkpoint, "bfloat16" if "bfloat16" in name else "float32")
             for name, model, parallel, checkpoint in COLLECTIVE_CASES
         },
     }

@@ -29,6 +29,7 @@ CASES: dict[str, list[Case]] = {
         case("act", tensor=2),
         case("gate", tensor=4),
         case("parts", "bfloat16", tensor=2),
+        case("mla", "bfloat16", tensor=2, core_gather="per_layer"),
     ],
     "context": [
         case("parts", context=4),

@@ -22,7 +22,7 @@ def verdict(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict[
 
 
 def test_planned_collectives_are_the_counted_ones(verdict: dict[str, Any]) -> None:
-    assert len(verdict["sent"]) == 19
+    assert len(verdict["sent"]) == 22
     wrong = {
         f"{name}, T = {loops}": {
             key: (each["counted"].get(key), each["planned"].get(key))

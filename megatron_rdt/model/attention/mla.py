@@ -17,7 +17,7 @@ from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.attention.kernels import Mask, attend
 from megatron_rdt.model.attention.rope import apply_positions
 from megatron_rdt.model.forward_context import LayerContext
-from megatron_rdt.model.linear import Linear
+from megatron_rdt.model.linear import Linear, read_rounded
 from megatron_rdt.model.norm import RMSNorm
 
 
@@ -82,7 +82,7 @@ class LatentAttention(nn.Module):
         q . (W_uk latent) = (W_uk^T q) . latent, and the sum of W_uv latent is W_uv times the sum: the same products in
         another order.
         """
-        up = self.latent_up.weight.to(nope.dtype).unflatten(0, (-1, self.nope + self.value))
+        up = read_rounded(self.latent_up, nope.dtype).unflatten(0, (-1, self.nope + self.value))
         key_up, value_up = up.split((self.nope, self.value), dim=1)  # (heads, nope or value, rank)
         query = torch.cat((nope.transpose(1, 2) @ key_up, rope.transpose(1, 2)), dim=-1)  # (..., rank + rope)
         scale = (self.nope + self.rope) ** -0.5

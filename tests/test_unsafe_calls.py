@@ -11,13 +11,14 @@ COPIED = ROOT / "megatron_rdt" / "convert" / "check_parity.py"
 PACKAGES = ("megatron_rdt", "data_prep", "launch")
 SOURCES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py") if p != COPIED)
 # Messages between the processes of one run, as torch.distributed sends its own objects; they read no file. Through the groups
-# of hosts, ranks ask for the metadata of checkpoints, which are PyTorch's objects.
+# of hosts, ranks ask for the metadata of checkpoints, which are PyTorch's objects. The flight recorder is in this process.
 MESSAGES = {
     "megatron_rdt/object_collectives.py": [
         "map(pickle.loads, self._store.multi_get(keys))",
         "pickle.loads(self._store.get(key))",
     ],
     "megatron_rdt/parallel/host_groups.py": ["pickle.loads(content.numpy().tobytes())"],
+    "megatron_rdt/train/watchdog.py": ["pickle.loads(binding._dump_fr_trace())"],
 }
 FORBIDDEN = {
     *("pickle.load", "pickle.loads", "pickle.Unpickler", "dill.load", "joblib.load", "shelve.open", "marshal.loads"),

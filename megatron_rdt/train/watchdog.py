@@ -8,6 +8,7 @@ time, without a message. A rank that cannot even run this thread writes nothing,
 import contextlib
 import faulthandler
 import json
+import pickle
 import socket
 import sys
 import threading
@@ -19,6 +20,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from megatron_rdt.environment import leave_process
 from megatron_rdt.errors import EXIT_HANG, TIMED_OUT, HangError
@@ -44,6 +46,24 @@ def read_flight_recorder(entries: bool) -> dict[str, Any]:
     from torch._C import _distributed_c10d as binding
 
     return json.loads(binding._dump_fr_trace_json(entries, True))  # type: ignore[attr-defined]
+
+
+def dump_flight_recorder() -> bytes:
+    """Return torch's record of this process's last collectives, pickled as torchfrtrace reads it.
+
+    Gloo's lacks the groups, without which that program knows no collective (KeyError); they are added. It tells groups by their
+    names, so collectives of the groups of hosts, which have none, are left out.
+    """
+    from torch._C import _distributed_c10d as binding
+
+    record = pickle.loads(binding._dump_fr_trace())  # type: ignore[attr-defined]
+    groups = {}
+    for group in distributed_c10d._world.pg_config_info:
+        ranks = group["ranks"] or list(range(dist.get_world_size()))
+        groups[group["pg_name"]] = {"name": group["pg_name"], "desc": group["pg_desc"], "ranks": str(ranks)}
+    groups |= {name: group for name, group in record["pg_config"].items() if name}
+    entries = [entry for entry in record["entries"] if entry["process_group"][0] in groups]
+    return pickle.dumps({**record, "pg_config": groups, "entries": entries}, protocol=2)
 
 
 class Watchdog:
@@ -134,13 +154,11 @@ class Watchdog:
 
     def _write_files(self, quiet_s: float) -> None:
         """Write the stacks of all threads, the flight recorder's content, and a summary for rank 0."""
-        from torch._C import _distributed_c10d as binding
-
         self._folder.mkdir(parents=True, exist_ok=True)
         with open(self._folder / f"stacks-rank-{self._rank}.txt", "w", encoding="utf-8") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         # As torch's own tool (torchfrtrace) wants its files: a prefix and the rank.
-        write_bytes(self._folder / f"collectives-rank-{self._rank}", binding._dump_fr_trace())  # type: ignore[attr-defined]
+        write_bytes(self._folder / f"collectives-rank-{self._rank}", dump_flight_recorder())
         frame, record = sys._current_frames().get(self._main_thread), read_flight_recorder(entries=True)
         summary = {
             "host": socket.gethostname(),

@@ -5,6 +5,8 @@ DeepSpeed reduces in a group of its own, which has to have the limit of the star
 
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,14 @@ def test_a_hanging_rank_is_named(
         assert stacks.count("hread 0x") > 2, "threads beside the main one"
         recorded = pickle.loads((folder / f"collectives-rank-{each}").read_bytes())
         assert any(entry["profiling_name"].startswith("gloo:") for entry in recorded["entries"])
+    program = [sys.executable, "-m", "torch.distributed.flight_recorder.fr_trace", "--prefix", "collectives-rank-"]
+    compared = subprocess.run([*program, str(folder)], capture_output=True, text=True, timeout=100, check=False)
+    assert compared.returncode == 0, compared.stderr
+    (folder / f"collectives-rank-{rank}").unlink()  # as of a rank that could write nothing
+    refused = subprocess.run([*program, str(folder)], capture_output=True, text=True, timeout=100, check=False)
+    assert f"Missing dump files from ranks {{{rank}}}" in refused.stderr
+    printed = subprocess.run([*program, "-j", str(folder)], capture_output=True, text=True, timeout=100, check=False)
+    assert printed.returncode == 0, printed.stderr
 
 
 def test_the_flight_recorder_keeps_what_the_user_has_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,6 @@ from launch.slurm_job import (
     quote_directive,
     split_words,
 )
-from megatron_rdt.compare.measure import find_final_checkpoint
 from megatron_rdt.errors import EXIT_OK, ConfigError
 
 TEMPLATE = TEMPLATES / "compare_array.sbatch"
@@ -104,6 +103,8 @@ def submit_comparison(job: SubmitOptions) -> int:
     script = directory / f"{name}.sbatch"
     number = call_sbatch(script, array)
     tasks = {arm.name: task for task, arm in enumerate(comparison.runner.arms)}
+    from megatron_rdt.compare.measure import find_final_checkpoint  # late, since it imports torch
+
     for run in comparison.runner.all_runs():
         if find_final_checkpoint(run) is None:
             task = f"{number}_{tasks[run.arm]}"

@@ -80,7 +80,7 @@ def run_command(words: list[str]) -> int:
     if words[0] in ("-V", "--version"):
         print(f"rdt {megatron_rdt.__version__}")
         return EXIT_OK
-    name, rest = words[0], words[1:]
+    name, rest, arrived = words[0], words[1:], list[int]()
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]}?" if near else "rdt --help lists the commands."
@@ -90,24 +90,32 @@ def run_command(words: list[str]) -> int:
     try:
         check_words(words)
         refuse_copies(words)
-        with raise_interrupts(name == "train"):
+        with raise_interrupts(name == "train", arrived):
             return COMMANDS[name](rest)
     except Interrupted as interrupt:
-        line, status = describe_end(f"rdt {name}", interrupt.number, name == "train")
-        goes_on = name in GOING_ON and not {*rest[:1]} & {*PREP_COMMANDS}
-        print(f"{line}{'; what is done is kept, the same command goes on' * goes_on}", file=sys.stderr)
-        return status
+        return _end_interrupted(words, interrupt.number)
     except KeyboardInterrupt:
         print(f"rdt {name}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         raise
     except Exception as error:
+        if arrived:
+            return _end_interrupted(words, arrived[0])
         explained = explain(error)
         if explained is None:
             raise
         print(f"rdt {name}: error: {escape_controls(str(explained))}", file=sys.stderr)
         return explained.exit_status
+
+
+def _end_interrupted(words: list[str], number: int) -> int:
+    """Say that a signal has ended the command that `words` name, and how to go on; return the exit status."""
+    name, *rest = words
+    line, status = describe_end(f"rdt {name}", number, name == "train")
+    goes_on = name in GOING_ON and not {*rest[:1]} & {*PREP_COMMANDS}
+    print(f"{line}{'; what is done is kept, the same command goes on' * goes_on}", file=sys.stderr)
+    return status
 
 
 def main() -> int:

@@ -72,11 +72,12 @@ def leave_at_once(program: str, is_run: bool) -> None:
 
 
 @contextlib.contextmanager
-def raise_interrupts(is_run: bool) -> Iterator[None]:
+def raise_interrupts(is_run: bool, arrived: list[int]) -> Iterator[None]:
     """Let signals raise `Interrupted` in the block, which then cleans up; afterwards they do what they do by default.
 
     Args:
         is_run: it trains.
+        arrived: gets the number of each. A library may swallow the exception while it is imported, and fail for that.
     """
     owner = os.getpid()
 
@@ -84,6 +85,7 @@ def raise_interrupts(is_run: bool) -> Iterator[None]:
         if os.getpid() != owner:  # a process that a library forked
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+        arrived.append(number)
         raise Interrupted(number)
 
     numbers = _listen(interrupt, is_run)

@@ -61,7 +61,7 @@ def main(words: list[str]) -> int:
         return stop.end_early()
     except Exception as error:
         explained = explain(error)
-        if isinstance(explained, LaunchError) and stop.explains_lost_peer():
+        if stop.explains_failure() or (isinstance(explained, LaunchError) and stop.explains_lost_peer()):
             return stop.end_early()
         if explained is None:
             show_line(traceback.format_exc().rstrip())

@@ -33,6 +33,10 @@ def _train_here(config: RunConfig, options: LaunchOptions) -> int:
         return train_in_process(config, options.resume, stop=stop, init=options.init)
     except StopBeforeTraining:
         return stop.end_early()
+    except Exception:
+        if stop.explains_failure():
+            return stop.end_early()
+        raise
     finally:
         stop.close()
 

@@ -176,6 +176,10 @@ class StopRequest:
         """Return True if a rank that is gone may have left by itself, asked to stop before its first step, as this one was."""
         return self.reason is not None and self._steps <= 2
 
+    def explains_failure(self) -> bool:
+        """Return True if this process was asked to stop before its first step, which may have broken an import, for example."""
+        return self.reason is not None and self._is_starting
+
     def flags(self, engine: "Engine") -> dict[str, float]:
         """Return this rank's flags, to be summed over ranks with a step's losses: 1 for the reason to stop, if there is one.
 

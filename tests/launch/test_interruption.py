@@ -15,10 +15,16 @@ pytestmark = pytest.mark.slow
 ENDLESS_IMPORT = """\
 import os, pathlib, time
 pathlib.Path(os.environ["RDT_TEST_MARK"]).touch()
-while True:
-    time.sleep(0.1)
+try:
+    while True:
+        time.sleep(0.1)
+except BaseException:
+    if "RDT_TEST_SWALLOW" not in os.environ:
+        raise
+raise ImportError("cannot load module more than once per process")
 """
 NOT_BEGUN = "before the first step, with nothing new to save; start again with the same options"
+KEPT = "what is done is kept, the same command goes on"
 RDT, SCRIPT = ["-m", "launch.cli"], ["launch/pretrain.py"]
 
 
@@ -87,6 +93,31 @@ def test_a_signal_while_a_run_imports(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_in_a_command(number: signal.Signals, tmp_path: Path, repository: Path) -> None:
     words = [*RDT, "prep", "--sources", "README.md", "--out", str(tmp_path / "out")]
-    status, output, errors = run_until_import("sentencepiece", words, number, tmp_path, repository)
-    line = f"rdt prep: interrupted by {number.name}; what is done is kept, the same command goes on\n"
-    assert (status, output, errors) == (128 + number, "", line)
+    line = f"rdt prep: interrupted by {number.name}; {KEPT}\n"
+    assert run_until_import("sentencepiece", words, number, tmp_path, repository) == (128 + number, "", line)
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    ("module", "words", "status", "line"),
+    [
+        ("torch", [*RDT, "train", "--parallel.engine=single"], 75, f"stopped on SIGTERM {NOT_BEGUN}"),
+        ("torch", [*SCRIPT, "--parallel.engine=single"], 75, f"stopped on SIGTERM {NOT_BEGUN}"),
+        ("sentencepiece", [*RDT, "prep", "--sources=README.md"], 143, f"rdt prep: interrupted by SIGTERM; {KEPT}"),
+    ],
+)
+def test_an_import_that_swallows_the_exception(
+    module: str,
+    words: list[str],
+    status: int,
+    line: str,
+    tmp_path: Path,
+    repository: Path,
+    tiny_options: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As NumPy's does: what fails next fails for that."""
+    monkeypatch.setenv("RDT_TEST_SWALLOW", "1")
+    place = [f"--out={tmp_path / 'out'}"] if "prep" in words else [*tiny_options, f"--run.root={tmp_path / 'runs'}"]
+    found = run_until_import(module, [*words, *place], signal.SIGTERM, tmp_path, repository)
+    assert found == (status, "", f"{line}\n")

@@ -5,60 +5,57 @@ from pathlib import Path
 
 from launch.interruption import Interrupted, describe_end, leave_at_once, raise_interrupts
 
-if __name__ == "__main__" or Path(sys.argv[0]).name == "rdt":  # the imports below take a second
+# The imports below take a while. A worker of `rdt prep` imports this module too, as a part of `__mp_main__`.
+if __name__ == "__main__" or (Path(sys.argv[0]).name == "rdt" and "__mp_main__" not in sys.modules):
     leave_at_once(" ".join(["rdt", *filter(str.isalpha, sys.argv[1:2])]), sys.argv[1:2] == ["train"])
 
 import difflib
+import importlib
 from collections.abc import Callable
 
 import megatron_rdt
-from launch.command_options import summary_of
-from launch.commands.compare import compare
-from launch.commands.convert import convert
-from launch.commands.eval import evaluate
-from launch.commands.generate import generate
-from launch.commands.plan import plan
-from launch.commands.preflight import preflight
-from launch.commands.prep import COMMANDS as PREP_COMMANDS
-from launch.commands.prep import prep
-from launch.commands.quickstart import quickstart
-from launch.commands.report import report
-from launch.commands.scale import scale
-from launch.commands.status import status
-from launch.commands.submit import submit
-from launch.commands.train import train
 from launch.failures import EXIT_INTERRUPTED, explain
 from launch.single_process import refuse_copies
-from megatron_rdt.config.option_texts import check_words
 from megatron_rdt.environment import quiet_libraries
 from megatron_rdt.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE
 from megatron_rdt.files import escape_controls
 from megatron_rdt.terminal import escape_unencodable, flush_output
 
 EXIT_BROKEN_PIPE = 141  # as a shell reports SIGPIPE
-# In the order of `rdt --help`. Each takes the words after its name and returns the exit status.
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "prep": prep,
-    "train": train,
-    "eval": evaluate,
-    "generate": generate,
-    "convert": convert,
-    "plan": plan,
-    "submit": submit,
-    "status": status,
-    "preflight": preflight,
-    "compare": compare,
-    "scale": scale,
-    "report": report,
-    "quickstart": quickstart,
+# In the order of `rdt --help`: the function of `launch.commands.NAME`.
+COMMANDS = {
+    "prep": "prep",
+    "train": "train",
+    "eval": "evaluate",
+    "generate": "generate",
+    "convert": "convert",
+    "plan": "plan",
+    "submit": "submit",
+    "status": "status",
+    "preflight": "preflight",
+    "compare": "compare",
+    "scale": "scale",
+    "report": "report",
+    "quickstart": "quickstart",
 }
 # Commands that keep what they have done when they are interrupted.
 GOING_ON = ("prep", "compare", "scale", "quickstart")
 
 
+def load_command(name: str) -> Callable[[list[str]], int]:
+    """Import a command: a function that takes the words after its name and returns the exit status.
+
+    Only when it is used, because the worker processes of `rdt prep` import this module too.
+    """
+    command: Callable[[list[str]], int] = getattr(importlib.import_module(f"launch.commands.{name}"), COMMANDS[name])
+    return command
+
+
 def format_usage() -> str:
     """Return the text of `rdt --help`: every command with its summary."""
-    lines = [f"  {name:<11} {summary_of(command)}" for name, command in COMMANDS.items()]
+    from launch.command_options import summary_of
+
+    lines = [f"  {name:<11} {summary_of(load_command(name))}" for name in COMMANDS]
     return "\n".join(
         (
             "usage: rdt COMMAND [options]",
@@ -87,11 +84,14 @@ def run_command(words: list[str]) -> int:
         print(f"rdt: error: there is no command {name}. {hint}", file=sys.stderr)
         return EXIT_USAGE
     quiet_libraries()
+    from megatron_rdt.config.option_texts import check_words
+
     try:
         check_words(words)
         refuse_copies(words)
+        command = load_command(name)
         with raise_interrupts(name == "train", arrived):
-            return COMMANDS[name](rest)
+            return command(rest)
     except Interrupted as interrupt:
         return _end_interrupted(words, interrupt.number)
     except KeyboardInterrupt:
@@ -113,7 +113,11 @@ def _end_interrupted(words: list[str], number: int) -> int:
     """Say that a signal has ended the command that `words` name, and how to go on; return the exit status."""
     name, *rest = words
     line, status = describe_end(f"rdt {name}", number, name == "train")
-    goes_on = name in GOING_ON and not {*rest[:1]} & {*PREP_COMMANDS}
+    goes_on = name in GOING_ON
+    if name == "prep":
+        from launch.commands.prep import COMMANDS as PREP_COMMANDS
+
+        goes_on = not {*rest[:1]} & {*PREP_COMMANDS}
     print(f"{line}{'; what is done is kept, the same command goes on' * goes_on}", file=sys.stderr)
     return status
 

@@ -17,6 +17,7 @@ from megatron_rdt.terminal import flush_output
 DEFAULT_MASTER = ("127.0.0.1", "29500")
 ERROR_FILE = "RDT_ERROR_FILE"
 THREADS = "OMP_NUM_THREADS"
+SAFE_PATH = "PYTHONSAFEPATH"
 RECORDED_COLLECTIVES = "2000"  # those of some steps; torch keeps them in a ring
 # PyTorch's switches of what `torch.load` may unpickle: the first wins over its callers; both together are an error.
 WEIGHTS_ONLY, NOT_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
@@ -289,6 +290,23 @@ def force_weights_only() -> Iterator[None]:
     finally:
         del os.environ[WEIGHTS_ONLY]
         os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+@contextlib.contextmanager
+def use_safe_path() -> Iterator[None]:
+    """Keep Python processes that are started in the block from importing modules of the current folder."""
+    before = os.environ.get(SAFE_PATH)
+    os.environ[SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SAFE_PATH]
+
+
+def copy_environment() -> dict[str, str]:
+    """Return this process's environment, for one that another process starts."""
+    return {**os.environ}
 
 
 def error_file() -> Path | None:

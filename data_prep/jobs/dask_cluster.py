@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,11 @@ from distributed.security import Security
 from distributed.system import MEMORY_LIMIT
 
 from data_prep.config import PrepConfig
+from data_prep.jobs.fork_server import block_interrupt, explain_failed_start
 from data_prep.jobs.progress import Progress, count_step
 from data_prep.jobs.steps import RunSteps, Step
 from data_prep.jobs.working_directory import Job, hash_code
-from megatron_rdt.environment import read_job_memory, usable_cores
+from megatron_rdt.environment import copy_environment, read_job_memory, usable_cores
 from megatron_rdt.errors import ConfigError, DataError, LaunchError
 from megatron_rdt.files import TEMPORARY_SUFFIX
 
@@ -48,6 +48,8 @@ WAIT_FOR_FREE_WORKER: dict[str, Any] = (
     {"_data_producer": True} if "_data_producer" in inspect.signature(Task).parameters else {}
 )
 LOCAL_SETTINGS: dict[str, Any] = {
+    # That of this process, which forks them: Dask's own choices import its modules anew in each worker, or pandas here.
+    "distributed.worker.multiprocessing-method": None,
     # Workers hold no data of Dask's, so there is nothing to spill, and waiting frees no memory: one that exceeds its share
     # is ended and its step repeated.
     "distributed.worker.memory.target": False,
@@ -247,7 +249,7 @@ def _start_workers(config: PrepConfig, root: Path) -> Iterator[Client]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(dask.config.set(settings))
         try:
-            with _block_interrupt():
+            with block_interrupt():
                 cluster = stack.enter_context(
                     LocalCluster(
                         n_workers=workers,
@@ -259,6 +261,7 @@ def _start_workers(config: PrepConfig, root: Path) -> Iterator[Client]:
                         security=Security.temporary(),
                         local_directory=str(root / f"workers{TEMPORARY_SUFFIX}"),
                         silence_logs=logging.CRITICAL,
+                        env=copy_environment(),  # that of the process they are forked from may be older
                         dashboard_address=address if config.dashboard else None,
                         scheduler_kwargs={"dashboard": bool(config.dashboard), "dashboard_address": address},
                     )
@@ -270,17 +273,6 @@ def _start_workers(config: PrepConfig, root: Path) -> Iterator[Client]:
         if config.dashboard:
             print(f"dashboard: {cluster.dashboard_link}", flush=True)
         yield client
-
-
-@contextlib.contextmanager
-def _block_interrupt() -> Iterator[None]:
-    """Keep Ctrl-C, which a terminal sends to all, from processes that the block starts; here it waits for the end."""
-    resource_tracker.ensure_running()  # its start would unblock the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _kill_workers(cluster: LocalCluster) -> None:
@@ -298,10 +290,7 @@ def _explain_failed_start(error: BaseException) -> DataError:
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
     if isinstance(cause, OSError) and cause.strerror:
-        return DataError(
-            f"a worker process could not be started: {cause.strerror}. Lower --workers, or raise the limits of open files "
-            "and processes (ulimit -n, ulimit -u)."
-        )
+        return explain_failed_start(cause)
     return DataError(
         "a worker process could not start; its messages above say why. A script that calls `prepare` must do so below "
         '`if __name__ == "__main__":`, because workers import it.'

@@ -6,11 +6,13 @@ from functools import partial
 from pathlib import Path
 
 from data_prep.config import PrepConfig
+from data_prep.jobs.fork_server import fork_processes
 from data_prep.jobs.progress import Progress, count_step
 from data_prep.jobs.steps import RunSteps, Step
 from data_prep.jobs.working_directory import Job
 from megatron_rdt.locks import check_locks
 
+WORKER_MODULES = ["data_prep.jobs.dask_cluster", "data_prep.pipeline"]
 SMALL_BYTES = 16_000_000  # work for which two workers take as long as this process alone, their start included
 
 
@@ -36,6 +38,10 @@ class StepRunner:
 
     def _open_cluster(self) -> RunSteps:
         """Start workers, or connect to a scheduler that has them."""
+        if not self.config.scheduler:
+            self._stack.enter_context(
+                fork_processes(WORKER_MODULES)
+            )  # they are imported there while Dask is imported here
         from data_prep.jobs.dask_cluster import open_cluster
 
         return self._stack.enter_context(open_cluster(self.config, self.root))

@@ -146,11 +146,16 @@ def test_workers_that_cannot_start_are_not_called_killed(tmp_path: Path) -> None
     assert "DataError: a worker process could not start; its messages above say why. A script that calls" in last
 
 
-def test_too_few_open_files_for_the_workers(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("refused", ["ensure_running", "connect_to_new_process"], ids=["server", "worker"])
+def test_too_few_open_files_for_the_workers(
+    refused: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither for the process that forks them, nor for the first of them."""
+
     def refuse(*arguments: object) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr("multiprocessing.util.spawnv_passfds", refuse)
+    monkeypatch.setattr(f"multiprocessing.forkserver.{refused}", refuse)
     with pytest.raises(DataError, match=r"could not be started: Too many open files\. Lower --workers, .*ulimit -n"):
         prepare(make_config(folder, tmp_path / "out", workers=2))
     assert not [*tmp_path.glob(".out*")]

@@ -38,10 +38,10 @@ def test_killed_with_workers(stage: str, source: Path, undisturbed: Path, tmp_pa
     assert read_files(tmp_path / "out") == read_files(undisturbed)
 
 
-def kill_process_once(marker: str, *arguments: object) -> None:
-    """Scan a part, but before that kill this process if that has not been done yet."""
+def kill_process_once(marker: str, parent: bool, *arguments: object) -> None:
+    """Scan a part, but before that kill this process, or the one it was forked from, if that has not been done yet."""
     with contextlib.suppress(FileExistsError), open(marker, "x"):
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getppid() if parent else os.getpid(), signal.SIGKILL)
     scan_part(*arguments)  # type: ignore[arg-type]
 
 
@@ -56,13 +56,35 @@ def take_too_much_memory(begun: str, job: Job, part: Part) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(120)
+@pytest.mark.parametrize("parent", [False, True], ids=["worker", "server"])
 def test_the_step_of_a_killed_worker_is_repeated(
-    source: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parent: bool, source: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "scan_part", functools.partial(kill_process_once, str(tmp_path / "marker")))
+    """Without the process that forks them, all workers count as lost, and another one forks new ones."""
+    kill_once = functools.partial(kill_process_once, str(tmp_path / "marker"), parent)
+    monkeypatch.setattr(pipeline, "scan_part", kill_once)
     prepare(config(source, tmp_path / "out", workers=2))
     assert read_files(tmp_path / "out") == read_files(undisturbed)
     assert sorted(os.listdir(tmp_path)) == ["marker", "out"]
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+def test_modules_in_the_current_folder_are_not_imported(
+    source: Path, undisturbed: Path, tmp_path: Path, repository: Path
+) -> None:
+    """They may be the text, such as a checkout of a library that workers use."""
+    (tmp_path / "text").mkdir()
+    for name in ("dask", "distributed", "numpy"):
+        write_lines(tmp_path / "text" / f"{name}.py", ["open('imported', 'w')"])
+    script = "from data_prep.pipeline import prepare\nfrom tests.data_prep.killed_preps import *\n"
+    script += f"options = config(Path({str(source)!r}), Path({str(tmp_path / 'out')!r}), workers=2)\n"
+    script += "if __name__ == '__main__':\n    prepare(options)\n"
+    (tmp_path / "script.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    subprocess.run([sys.executable, str(tmp_path / "script.py")], cwd=tmp_path / "text", env=environment, check=True)
+    assert not (tmp_path / "text" / "imported").exists()
+    assert read_files(tmp_path / "out") == read_files(undisturbed)
 
 
 @pytest.mark.distributed

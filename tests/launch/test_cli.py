@@ -22,7 +22,7 @@ from megatron_rdt.errors import ConfigError
 pytestmark = pytest.mark.slow
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-HEAVY = {"torch", "deepspeed", "transformers", "datasets", "matplotlib"}
+HEAVY = {"torch", "deepspeed", "transformers", "datasets", "matplotlib", "dask", "distributed"}
 # Python terms that a user should not see.
 INTERNALS = ("<class", "typing", "Literal", "Union", "Namespace", "jsonargparse", "null", "[ITEM", "local_rank")
 
@@ -156,6 +156,7 @@ def test_overrides_may_be_nested() -> None:
     "words",
     [
         ["--help"],
+        ["prep", "--help"],
         ["train", "--help"],
         ["train", "--depth.meen", "3"],
         ["train", "--model.heads", "3"],

@@ -1,0 +1,56 @@
+"""The process that workers of this machine are forked from, after it has imported what they need: once, not once for each."""
+
+import contextlib
+import multiprocessing
+import signal
+from collections.abc import Iterator
+from multiprocessing import forkserver, resource_tracker
+
+from megatron_rdt.environment import use_safe_path
+from megatron_rdt.errors import DataError
+
+
+@contextlib.contextmanager
+def block_interrupt() -> Iterator[None]:
+    """Keep Ctrl-C, which a terminal sends to all, from processes that the block starts; here it waits for the end."""
+    resource_tracker.ensure_running()  # its start would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def fork_processes(modules: list[str]) -> Iterator[None]:
+    """Have processes that are started in the block forked from one that imports `modules`, which it begins now.
+
+    Raises:
+        DataError: that process cannot be started.
+    """
+    method = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        _start_server(modules)
+        yield
+    finally:
+        multiprocessing.set_start_method(method, force=True)
+
+
+def _start_server(modules: list[str]) -> None:
+    """Start the process that forks, unless it runs; DataError if that cannot be done."""
+    multiprocessing.set_forkserver_preload(modules)
+    try:
+        # The current folder may be the text, and have modules of the same names.
+        with block_interrupt(), use_safe_path():
+            forkserver.ensure_running()
+    except OSError as error:
+        raise explain_failed_start(error) from error
+
+
+def explain_failed_start(error: OSError) -> DataError:
+    """Return an error that says why the system did not start a process."""
+    return DataError(
+        f"a worker process could not be started: {error.strerror}. Lower --workers, or raise the limits of open files "
+        "and processes (ulimit -n, ulimit -u)."
+    )

@@ -261,10 +261,9 @@ class StepReplay:
         for number, (unit, parts) in zip(reversed(range(len(layers))), layers):
             for part, held, working in parts:
                 extra = self.policy.transient_bytes(held)
-                temporary = weights.temporary_gradient_bytes(unit, part, again=not last)
-                # The experts' kept rows are freed by then.
-                if part == "feedforward" and shape.model.core_ffn == "moe":
-                    temporary = max(temporary - working_memory.expert_row_bytes(shape), 0.0)
+                mixture = part == "feedforward" and shape.model.core_ffn == "moe"
+                freed = working_memory.expert_row_bytes(shape) if mixture else 0.0
+                temporary = weights.temporary_gradient_bytes(unit, part, again=not last, freed=freed)
                 working = shape.state_bytes(2) + working + temporary + extra
                 ledger.note_peak("backward, in the loop", working_memory=working)
                 ledger.free(INSIDE, held - extra)

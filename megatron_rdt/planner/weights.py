@@ -36,12 +36,13 @@ class Weights:
         summed: the core's gradients are sums over several iterations.
         pending: names of the parameters whose gradients the current backward pass has still to compute.
         largest_held: bytes of the largest parameter, as far as this process holds it.
+        gpu: kernels are those of a GPU.
         copies: copies of a buffer that the backend makes to send it (gloo: one).
     """
 
     def __init__(self, config: RunConfig, layout: Layout, ledger: Ledger, gpu: bool) -> None:
         self.config, self.layout, self.ledger, self.parameters = config, layout, ledger, list_parameters(config.model)
-        self.copies, self.largest_held = 0.0 if gpu else 1.0, 0.0
+        self.gpu, self.copies, self.largest_held = gpu, 0.0 if gpu else 1.0, 0.0
         self.first = self.last = self.summed = True
         self.pending: set[str] = set()
         self._part_sizes: dict[tuple[str, str], tuple[float, float]] = {}
@@ -105,24 +106,33 @@ class Weights:
         elif looped:
             self.ledger.hold(SUMS, size)
 
-    def temporary_gradient_bytes(self, unit: str, part: str, again: bool = False) -> float:
+    def temporary_gradient_bytes(self, unit: str, part: str, again: bool = False, freed: float = 0.0) -> float:
         """Return the bytes of a layer part's new weight gradients until they are added to the sums.
 
         Args:
             unit: a layer.
             part: "attention" or "feedforward".
             again: an earlier iteration of the same backward pass has left a sum to add to.
+            freed: bytes that are free before the gradients of routed experts are computed, but not those of shared ones.
         """
         if (unit, part) not in self._part_sizes:
             own = [p for p in self.parameters if p.name.startswith(f"{unit}.{part}")]
-            sizes = [float(p.local_size(self.layout)) for p in own]
+            sizes = [float(p.local_size(self.layout)) for p in own if not p.is_routed]
             stacked = FLOAT32 * sum(p.local_size(self.layout) for p in own if p.is_routed)
             self._part_sizes[unit, part] = stacked, max(sizes, default=0.0)
         routed, biggest = self._part_sizes[unit, part]
         if routed:  # a gradient per expert until all are computed, and one stack of them
-            return routed * 4 / 3
+            return max(routed * 4 / 3 - freed, FLOAT32 * biggest * self._count_new_gradients(again))
         rounding = 1.0 if self.config.train.precision == "bfloat16" else 0.0
         return FLOAT32 * biggest * ((1.0 if again or not self.first else 0.0) + rounding)
+
+    def _count_new_gradients(self, again: bool) -> float:
+        """Return how many float32 copies of the gradient of a shared expert's matrix exist beside the sum over iterations."""
+        if self.config.train.precision == "float32":
+            return 1.0 if again else 0.0
+        product = 0.0 if self.gpu else BFLOAT16 / FLOAT32  # a GPU's product is in float32 at once
+        in_place = self.config.parallel.core_gather == "once"  # the product adds to the sum itself
+        return product + (1.0 if again and not in_place else 0.0)
 
     def end_backward(self, unit: str) -> None:
         """Note the peak after the core's backward pass and free the loop's sums; no effect for other units."""

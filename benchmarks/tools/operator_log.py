@@ -45,6 +45,7 @@ PRODUCTS = {
     "addmm_": 1,
     "baddbmm": 1,
     "add_product_": 1,
+    "add_weight_gradient_": 1,
 }
 # Operators that read nothing of their arguments.
 CREATORS = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
@@ -89,12 +90,13 @@ def count_operator_bytes(name: str, arguments: Iterable[Tensor], results: Iterab
     return sum(map(tensor_bytes, [*arguments, *results]))
 
 
-def list_written(func: Any, args: tuple[Any, ...]) -> list[Tensor]:
-    """Tensors that an operator without results writes: fused optimizers, which may unscale gradients and do not here."""
+def list_written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Tensors that an operator without results writes: fused optimizers, which write gradients only where they scale them."""
     written = [
         value
         for argument, value in zip(func._schema.arguments, args)
-        if argument.alias_info is not None and argument.alias_info.is_write and argument.name != "grads"
+        if argument.alias_info is not None and argument.alias_info.is_write
+        if argument.name != "grads" or kwargs.get("grad_scale") is not None
     ]
     return [x for x in tree_leaves(written) if isinstance(x, Tensor)]
 
@@ -203,7 +205,7 @@ class OperatorLog(TorchDispatchMode):
         if returns_view or name in IDLE or not (results or func._schema.is_mutable):
             return result
         flops = count_operator_flops(func, args, kwargs, result)
-        moved = count_operator_bytes(name, arguments, results or list_written(func, args))
+        moved = count_operator_bytes(name, arguments, results or list_written(func, args, kwargs))
         dtype = multiplied_dtype(name, args)
         kernel = f"{name} {str(dtype).removeprefix('torch.')}" if flops else name
         self.add_kernel(kernel, moved, flops, dtype, find_place())

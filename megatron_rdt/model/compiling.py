@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from megatron_rdt.model.attention.kernels import BlockwiseMask
+from megatron_rdt.model.core import RecurrentCore
 from megatron_rdt.model.cross_entropy import score_chunk
 from megatron_rdt.model.feedforward import gated_silu
 from megatron_rdt.model.float8 import round_matrix
-from megatron_rdt.model.forward_context import LayerContext
+from megatron_rdt.model.forward_context import LayerContext, LoopInputs
 from megatron_rdt.model.initial_state import DrawNoise, draw_normal
 from megatron_rdt.model.iteration_signals import Modulations
 from megatron_rdt.model.layer import Layer
@@ -34,19 +35,28 @@ from megatron_rdt.model.moe import MixtureOfExperts
 # something would change from call to call that should not.
 MAX_GRAPHS = 32
 
-# An operator, since a compiler would make a product of its own of the sum, and then add it.
-_LIBRARY = torch.library.Library("megatron_rdt", "DEF")
-_LIBRARY.define("add_product_(Tensor(a!) total, Tensor left, Tensor right) -> ()")
-
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Do what `add_product` does, unseen by autograd, whose saved tensors the total may be among."""
     add_product(total.data, left, right)
 
 
-for _device in ("CPU", "CUDA"):
-    _LIBRARY.impl("add_product_", _add_product, _device)
-torch.library.register_fake("megatron_rdt::add_product_", lambda total, left, right: None, lib=_LIBRARY)
+def _add_weight_gradient(total: Tensor, grad: Tensor, x: Tensor) -> None:
+    """Add grad^T x over all rows, (..., out) and (..., in), to the total (out, in), unseen by autograd."""
+    _add_product(total, grad.flatten(0, -2).T, x.flatten(0, -2))
+
+
+# Operators, since a compiler would make a product of its own of the sum, and then add it. They take any strides: for operators
+# that do not say so, it copies each input that it could make in another kernel.
+_LIBRARY = torch.library.Library("megatron_rdt", "DEF")
+for _name, _arguments, _function in (
+    ("add_product_", "Tensor left, Tensor right", _add_product),
+    ("add_weight_gradient_", "Tensor grad, Tensor x", _add_weight_gradient),
+):
+    _LIBRARY.define(f"{_name}(Tensor(a!) total, {_arguments}) -> ()", tags=torch.Tag.flexible_layout)
+    for _device in ("CPU", "CUDA"):
+        _LIBRARY.impl(_name, _function, _device)
+    torch.library.register_fake(f"megatron_rdt::{_name}", lambda total, left, right: None, lib=_LIBRARY)
 
 
 class CompiledLayer:
@@ -71,10 +81,8 @@ class CompiledLayer:
         self, x: Tensor, context: LayerContext, token_values: Tensor | None, modulations: Modulations
     ) -> Tensor:
         """Run the layer compiled, but for experts; return the same as `Layer.attend_and_feed` without a cache."""
-        _mark_batch_dynamic((x, token_values, context.tokens), 1)
-        _mark_batch_dynamic((*context.rotary, context.mask), 4)  # with fewer dimensions they serve all sequences
-        if isinstance(context.mask, BlockwiseMask):
-            _mark_batch_dynamic((context.mask.documents, *context.mask.block_mask.as_tuple()), 2)
+        _mark_batch_dynamic((x, token_values), 1)
+        _mark_context_dynamic(context)
         _mark_batch_dynamic([each for pair in modulations or () for each in pair], 1)
         if self._experts is None:
             return self._compiled(x, context, token_values, modulations)
@@ -83,6 +91,35 @@ class CompiledLayer:
         results = self._experts.run_experts(inner, logits)
         _mark_batch_dynamic((x, inner, *results), 1)
         return self._mix(x, inner, results, context)
+
+
+class CompiledIteration:
+    """The compiled replacement of `RecurrentCore.run_iteration`: kernels are fused across the borders of layers as well.
+
+    Args:
+        core: its parameters are looked up at every call, so it may be sharded afterwards.
+        backend: of torch.compile.
+    """
+
+    def __init__(self, core: RecurrentCore, backend: str) -> None:
+        self._compiled = torch.compile(core.run_iteration, backend=backend, fullgraph=True)
+
+    def __call__(self, state: Tensor, t: Tensor, inputs: LoopInputs) -> Tensor:
+        """Run an iteration compiled; return the next state, (batch, sequence, ...)."""
+        if torch.is_grad_enabled() and not state.requires_grad:
+            # Otherwise the first iteration with gradient would have code of its own.
+            state = state.detach().requires_grad_()
+        _mark_batch_dynamic((state, t, inputs.precomputed, inputs.loops, *inputs.token_values), 1)
+        _mark_context_dynamic(inputs.context)
+        return self._compiled(state, t, inputs)
+
+
+def _mark_context_dynamic(context: LayerContext) -> None:
+    """Tell the compiler that the number of sequences varies in the tensors of a context."""
+    _mark_batch_dynamic((context.tokens,), 1)
+    _mark_batch_dynamic((*context.rotary, context.mask), 4)  # with fewer dimensions they serve all sequences
+    if isinstance(context.mask, BlockwiseMask):
+        _mark_batch_dynamic((context.mask.documents, *context.mask.block_mask.as_tuple()), 2)
 
 
 def _mark_batch_dynamic(tensors: Sequence[Any], dimensions: int) -> None:
@@ -121,6 +158,8 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     for module in list(model.modules()):
         if isinstance(module, Layer):
             module.compiled = CompiledLayer(module, backend)
+        elif isinstance(module, RecurrentCore):
+            module.compiled = CompiledIteration(module, backend)
         elif isinstance(module, Linear) and module.round_float8 is not None:
             module.round_float8 = round_float8
     model.compiled_score = torch.compile(score_chunk, backend=backend, fullgraph=True)  # type: ignore[assignment]

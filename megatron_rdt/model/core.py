@@ -9,7 +9,7 @@ weights once, whatever T is.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Protocol
 
@@ -81,6 +81,8 @@ class RecurrentCore(nn.Module):
         rounds_once: round the layers' matrices to the compute dtype once per pass, and keep them until its gradients are
             computed; set where the layers' weights are all there when the pass begins.
         ring: runs the iterations where this process has some of the layers only; None where it has all.
+        compiled: runs instead of `run_iteration` in training without a cache, where the layers are nothing but parts of the
+            core; None where nothing is compiled.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -100,9 +102,10 @@ class RecurrentCore(nn.Module):
         self.checkpointing = Checkpointing()
         self.rounds_once = False
         self.ring: StateRing | None = None
+        self.compiled: Callable[[Tensor, Tensor, LoopInputs], Tensor] | None = None
 
     def iterate(self, state: Tensor, t: Tensor, inputs: LoopInputs, slot: int = 0) -> Tensor:
-        """Run one iteration and return the next state.
+        """Run one iteration, compiled as set, and return the next state.
 
         Args:
             state: expanded state, (batch, sequence, ...).
@@ -110,6 +113,17 @@ class RecurrentCore(nn.Module):
             inputs: of these sequences.
             slot: cache slot of the first layer in this iteration.
         """
+        if self.compiled is not None and self.training and inputs.context.cache is None and self._is_one_unit():
+            return self.compiled(state, t, inputs)
+        return self.run_iteration(state, t, inputs, slot)
+
+    def _is_one_unit(self) -> bool:
+        """Return True if nothing hooks into the layers: checkpoints, exchanges of experts, or what gathers weights."""
+        has_experts = self.config.core_ffn == "moe"
+        return not has_experts and not any(layer.checkpointed or layer._forward_pre_hooks for layer in self.layers)
+
+    def run_iteration(self, state: Tensor, t: Tensor, inputs: LoopInputs, slot: int = 0) -> Tensor:
+        """Do what `iterate` does, layer by layer."""
         x, carry = self.begin_iteration(state, t, inputs.precomputed)
         modulations = self.signals.modulations(t, inputs.loops)
         for i, layer in enumerate(self.layers):

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_rdt.config import ModelConfig
-from megatron_rdt.model.linear import Linear
+from megatron_rdt.model.linear import Linear, multiply_together
 
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
@@ -29,7 +29,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return down(silu(gate(x)) * up(x)), (..., dim), in the dtype of `x`."""
-        return self.down(gated_silu(self.gate(x), self.up(x)))
+        gate, up = multiply_together(x, (self.gate, self.up))
+        return self.down(gated_silu(gate, up))
 
 
 class SquaredReLU(nn.Module):

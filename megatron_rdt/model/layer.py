@@ -66,7 +66,10 @@ class Layer(nn.Module):
         """
         if context.cache is not None:
             return self.attend_and_feed(x, context, token_values, modulations)
-        function = self.compiled if self.compiled is not None and self.training else self.attend_and_feed
+        # In code that is being compiled, such as an iteration of the core, a layer is a part like any other.
+        function: Callable[..., Tensor] = self.attend_and_feed
+        if self.compiled is not None and self.training and not torch.compiler.is_compiling():
+            function = self.compiled
         if self.checkpointed and torch.is_grad_enabled():
             rounded = list_rounded(self)
 

@@ -10,7 +10,7 @@ No autocast is involved, so nothing that was rounded without gradient is ever re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -158,52 +158,70 @@ def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return (left @ right).to(dtype)
 
 
+def _sum_input_gradients(grads: Sequence[Tensor], matrices: Sequence[Tensor]) -> Tensor:
+    """Return the sum of grad W over pairs of (..., out) and (out, in): (..., in); products add to that of the first."""
+    total = grads[0].flatten(0, -2) @ matrices[0].to(grads[0].dtype)
+    for grad, matrix in zip(grads[1:], matrices[1:]):
+        left, right = grad.flatten(0, -2), matrix.to(grad.dtype)
+        if torch.compiler.is_compiling():
+            torch.ops.megatron_rdt.add_product_(total, left, right)
+        else:
+            add_product(total, left, right)
+    return total.unflatten(0, grads[0].shape[:-1])
+
+
 class _RoundedLinear(torch.autograd.Function):
-    """y = x W^T with W rounded to the dtype of x, keeping x and, where W was not rounded before, the unrounded W."""
+    """x W^T for each W, rounded to the dtype of x, keeping x and, where a W was not rounded before, the unrounded W."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, rounded: Tensor | None) -> Tensor:
-        """Return x W^T in the dtype of x; save x and the matrix."""
-        ctx.save_for_backward(x, weight if rounded is None else rounded)
-        ctx.weight_dtype = weight.dtype
-        return functional.linear(x, weight.to(x.dtype) if rounded is None else rounded)
+    def forward(ctx: Any, x: Tensor, *matrices: Tensor | None) -> tuple[Tensor, ...]:
+        """Return the products in the dtype of x; `matrices` are all W, then for each the rounded one or None."""
+        count = len(matrices) // 2
+        weights = cast(Sequence[Tensor], matrices[:count])
+        used = [weight if rounded is None else rounded for weight, rounded in zip(weights, matrices[count:])]
+        ctx.save_for_backward(x, *used)
+        ctx.weight_dtype = weights[0].dtype
+        return tuple(functional.linear(x, matrix.to(x.dtype)) for matrix in used)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x and W, each in its own dtype; None if not needed, and for the rounded W."""
-        (grad,) = grads
-        x, matrix = ctx.saved_tensors
-        grad_x = grad @ matrix.to(grad.dtype) if ctx.needs_input_grad[0] else None
-        grad_weight = weight_gradient(grad, x, ctx.weight_dtype) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight, None
+        """Return the gradients of x and every W, each in its own dtype; None if not needed, and for rounded ones."""
+        x, *matrices = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1 : 1 + len(grads)]
+        of_weights = [weight_gradient(g, x, ctx.weight_dtype) if need else None for g, need in zip(grads, needed)]
+        grad_x = _sum_input_gradients(grads, matrices) if ctx.needs_input_grad[0] else None
+        return grad_x, *of_weights, *[None] * len(grads)
 
 
 class _SummedLinear(torch.autograd.Function):
-    """y = x W^T with a rounded W, whose gradient is added to a total."""
+    """x W^T for each rounded W, whose gradient is added to a total."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, matrix: Tensor, total: Tensor) -> Tensor:
-        """Return x W^T in the dtype of x; save x and the matrix."""
-        ctx.save_for_backward(x, matrix)
-        ctx.total = total  # not saved by autograd, which would refuse what has been changed since
-        return functional.linear(x, matrix)
+    def forward(ctx: Any, x: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Return the products in the dtype of x; `parts` are the anchors of all W, then the matrices, then the totals."""
+        count = len(parts) // 3
+        matrices = parts[count : 2 * count]
+        ctx.save_for_backward(x, *matrices)
+        ctx.totals = parts[2 * count :]  # not saved by autograd, which would refuse what has been changed since
+        return tuple(functional.linear(x, matrix) for matrix in matrices)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient of x and, so that compiled code keeps the anchor, one without elements; add that of W."""
-        (grad,) = grads
-        x, matrix = ctx.saved_tensors
-        grad_x = grad @ matrix if ctx.needs_input_grad[0] else None
-        return grad_x, _add_weight_gradient(ctx.total, grad, x) if ctx.needs_input_grad[1] else None, None, None
+        """Return the gradient of x and, so that compiled code keeps the anchors, one without elements; add those of W."""
+        x, *matrices = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1 : 1 + len(grads)]
+        # Before the gradient of x: a compiler then keeps the shape of `grad`, and fuses what made it.
+        anchors = [_add_weight_gradient(t, g, x) if need else None for t, g, need in zip(ctx.totals, grads, needed)]
+        grad_x = _sum_input_gradients(grads, matrices) if ctx.needs_input_grad[0] else None
+        return grad_x, *anchors, *[None] * (2 * len(grads))
 
 
 def _add_weight_gradient(total: Tensor, grad: Tensor, x: Tensor) -> Tensor:
     """Add grad^T x over all rows to `total`; return the gradient of the anchor, without elements."""
-    left, right = grad.flatten(0, -2).T, x.flatten(0, -2)
     if torch.compiler.is_compiling():  # the same as an operator, which `megatron_rdt.model.compiling` defines
-        torch.ops.megatron_rdt.add_product_(total, left, right)
+        torch.ops.megatron_rdt.add_weight_gradient_(total, grad, x)
     else:
-        add_product(total, left, right)
+        add_product(total, grad.flatten(0, -2).T, x.flatten(0, -2))
     return grad.new_empty(0, dtype=total.dtype)
 
 
@@ -254,7 +272,7 @@ def linear(x: Tensor, weight: Tensor, rounded: Tensor | None = None) -> Tensor:
     """
     if x.dtype == weight.dtype:
         return functional.linear(x, weight)
-    return _RoundedLinear.apply(x, weight, rounded)
+    return _RoundedLinear.apply(x, weight, rounded)[0]
 
 
 class Linear(nn.Linear):
@@ -297,7 +315,32 @@ class Linear(nn.Linear):
             return linear(x, self.weight)
         if rounded.sum is None:
             return linear(x, rounded.place(self.weight), rounded.matrix)
-        return _SummedLinear.apply(x, rounded.anchor, rounded.matrix, rounded.sum.total)
+        return _SummedLinear.apply(x, rounded.anchor, rounded.matrix, rounded.sum.total)[0]
+
+
+def multiply_together(x: Tensor, maps: Sequence[nn.Module]) -> list[Tensor]:
+    """Apply several maps to one input, (..., in) -> (..., out) each; the products add up the gradients of the input.
+
+    Autograd would write a gradient of x for each map, then read all of them. It does so for maps in float8, in the dtype of
+    the weights, and for any that took the place of a `Linear`.
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad and all(map(_multiplies_in_input_dtype, maps))):
+        return [each(x) for each in maps]
+    linears = cast(Sequence[Linear], maps)
+    rounded = [each.rounded.get("weight") for each in linears]
+    weights = [each.weight if held is None else held.place(each.weight) for each, held in zip(linears, rounded)]
+    if any(x.dtype == weight.dtype for weight in weights):
+        return [each(x) for each in maps]
+    summed = [held for held in rounded if held is not None and held.sum is not None]
+    if len(summed) < len(linears):
+        return list(_RoundedLinear.apply(x, *weights, *(None if held is None else held.matrix for held in rounded)))
+    anchors, totals = [held.anchor for held in summed], [held.sum.total for held in summed if held.sum is not None]
+    return list(_SummedLinear.apply(x, *anchors, *(held.matrix for held in summed), *totals))
+
+
+def _multiplies_in_input_dtype(module: nn.Module) -> bool:
+    """Return True for a `Linear` that multiplies in the dtype of its input."""
+    return isinstance(module, Linear) and not module.multiplies_float8
 
 
 class _Rounding(torch.autograd.Function):

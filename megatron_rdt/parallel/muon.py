@@ -23,7 +23,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from megatron_rdt.parallel.dtensor_views import local_shard
-from megatron_rdt.parallel.rounded_adamw import restore_state_dtype
+from megatron_rdt.parallel.rounded_adamw import restore_state_dtype, scaled_gradient
 
 # Coefficients of Jordan's quintic: steepest at 0, where small singular values are.
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -67,8 +67,8 @@ def _shard_group(parameter: DTensor) -> ProcessGroup:
 class Muon(torch.optim.Optimizer):
     """Muon for matrices and batches of matrices, whole or split along their first dimension by FSDP2.
 
-    As in torch's own optimizers, a step changes nothing if the attribute `found_inf`, 0-dimensional on the device, is set
-    and not 0.
+    As in torch's own optimizers, a step divides gradients by the attribute `grad_scale`, and changes nothing if `found_inf` is
+    not 0, where these are set; both are 0-dimensional and on the device.
 
     Args:
         params: parameters or groups; a group's options override the ones here.
@@ -122,8 +122,7 @@ class Muon(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter, dtype=self._state_dtype)
-        assert parameter.grad is not None
-        gradient, momentum = local_shard(parameter.grad), local_shard(state["momentum"])
+        gradient, momentum = scaled_gradient(self, parameter), local_shard(state["momentum"])
         advanced = momentum.to(gradient.dtype).lerp(gradient, 1 - group["momentum"])
         self._write_unless_skipped(momentum, advanced)
         direction = gradient.lerp(advanced, group["momentum"]) if group["nesterov"] else advanced

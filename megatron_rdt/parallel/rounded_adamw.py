@@ -47,11 +47,21 @@ def restore_state_dtype(optimizer: torch.optim.Optimizer, names: Iterable[str], 
                 state[name] = state[name].to(dtype)
 
 
+def scaled_gradient(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> torch.Tensor:
+    """Return this rank's shard of a gradient, divided in place by the optimizer's attribute `grad_scale`, if it is set.
+
+    Torch's fused optimizers do the same.
+    """
+    assert parameter.grad is not None
+    gradient, scale = local_shard(parameter.grad), getattr(optimizer, "grad_scale", None)
+    return gradient if scale is None else gradient.div_(scale)
+
+
 class RoundedAdamW(torch.optim.Optimizer):
     """AdamW as torch's, with the same names of state and options; both moments in bfloat16.
 
-    The update uses the moments before they are rounded. A step changes nothing if the attribute `found_inf`, 0-dimensional
-    on the device, is set and not 0.
+    The update uses the moments before they are rounded. A step divides gradients by the attribute `grad_scale`, and changes
+    nothing if `found_inf` is not 0, where these are set; both are 0-dimensional and on the device.
 
     Args:
         params: parameters or groups, float32; a group's options override the ones here.
@@ -91,8 +101,7 @@ class RoundedAdamW(torch.optim.Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(parameter, dtype=STATE_DTYPE)
-        assert parameter.grad is not None
-        shard, gradient = local_shard(parameter), local_shard(parameter.grad)
+        shard, gradient = local_shard(parameter), scaled_gradient(self, parameter)
         first, second = local_shard(state["exp_avg"]), local_shard(state["exp_avg_sq"])
         (beta1, beta2), lr, step = group["betas"], group["lr"], state["step"] + 1
         new_first = first.float().lerp_(gradient, 1 - beta1)

@@ -33,6 +33,8 @@ from megatron_rdt.parallel.torch_checkpoint import (
 from megatron_rdt.parallel.weight_average import EMA, WeightAverage
 from megatron_rdt.untrusted_files import describe_load_failure
 
+CLIP_EPS = 1e-6  # added to the norm, as torch does
+
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return the whole tensor, gathered if it is sharded; every rank must call this."""
@@ -49,6 +51,7 @@ class TorchEngine(Engine):
 
     optimizers: list[torch.optim.Optimizer]
     _average: WeightAverage | None = None
+    _grad_scale: torch.Tensor | None = None  # what the next step divides gradients by
     distinct_axes: frozenset[str] = frozenset()
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
@@ -74,17 +77,17 @@ class TorchEngine(Engine):
         loss.backward()
 
     def clip(self, max_norm: float) -> torch.Tensor:
-        """Scale every `.grad` in place if the global norm exceeds `max_norm` > 0; return the norm before scaling.
+        """Let the next step scale gradients down to the global norm `max_norm`, if > 0; return the norm.
 
-        If the norm is not finite, neither are the gradients afterwards.
+        Optimizers scale in the pass over the gradients that they make anyway. If the norm is not finite, neither are the
+        gradients then.
         """
         # One operation takes tensors of one mesh only, so norms are made per mesh and then combined.
         groups = optimizers.group_by_mesh(p for p in self.model.parameters() if p.grad is not None)
         norms = [self._total_norm(group) for group in groups]
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-        if max_norm > 0:
-            for group in groups:
-                torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+        # As torch.nn.utils.clip_grad_norm_; fused AdamW reads it as float32, whatever the gradients are.
+        self._grad_scale = ((norm + CLIP_EPS) / max_norm).clamp_min(1.0).float() if max_norm > 0 else None
         return norm
 
     def _total_norm(self, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -97,18 +100,20 @@ class TorchEngine(Engine):
         average = self.average  # which begins with the weights before the first step
         for optimizer in self.optimizers:
             optimizers.set_learning_rate(optimizer.param_groups, lr)
-            optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # what torch's GradScaler sets
+            # What torch's GradScaler sets.
+            optimizer.found_inf, optimizer.grad_scale = found_inf, self._grad_scale  # type: ignore[attr-defined]
             try:
                 optimizer.step()
             finally:
                 # torch's checkpoint code steps an optimizer to create its state, which must not be skipped.
-                del optimizer.found_inf  # type: ignore[attr-defined]
+                del optimizer.found_inf, optimizer.grad_scale  # type: ignore[attr-defined]
         if average is not None:
             average.update(accepted)
         self.discard_gradients()
 
     def discard_gradients(self) -> None:
-        """Free the gradients."""
+        """Free the gradients, and forget how they were to be clipped."""
+        self._grad_scale = None
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 

@@ -23,9 +23,9 @@ from megatron_rdt.planner.shape import FLOAT32, Shape
 
 LAUNCH_SECONDS = 6e-6  # of a kernel, by the host
 ATTENTION_BACKWARD = 2.5  # five products where the forward pass has two: flash attention computes scores again
-# Bytes per number: rounding to bfloat16 (read 4, write 2), adding to a sum (read 8, write 4), the norm and scaling of a
-# gradient (read 4; read and write 4), a moment or weight that an optimizer updates (read and write 4).
-ROUND, ADD, CLIP, UPDATE = 6, 12, 12, 8
+# Bytes per number: rounding to bfloat16 (read 4, write 2), adding to a sum (read 8, write 4), a moment or weight that an
+# optimizer updates, or a gradient that is scaled (read and write 4).
+ROUND, ADD, UPDATE = 6, 12, 8
 # What rounding to float8 adds per number of a product's left factor; kernels per product, some of which share a factor. Fitted.
 FLOAT8_ROUND, FLOAT8_KERNELS = 3, 0.7
 NOISE = 308  # bytes moved per number of a drawn initial state: about 27 operators of hashing and of the normal quantile
@@ -47,7 +47,7 @@ class Traffic:
     layer: dict[str, tuple[int, int]]
 
 
-# By `train.compile`. What an iteration does besides its layers is never compiled, and of a mixture of experts only a part is.
+# By `train.compile`. Of a mixture of experts only a part is compiled, and then not what an iteration does besides its layers.
 UNCOMPILED = Traffic(2.6, 4.2, 26, {"gqa": (27, 36), "mla": (42, 65)})
 TRAFFIC = {"none": UNCOMPILED, "layers": Traffic(0.9, 2.0, 4, {"gqa": (5, 11), "mla": (5, 11)})}
 MIXTURE = Traffic(1.5, 2.5, 4, TRAFFIC["layers"].layer)
@@ -56,6 +56,7 @@ EXPERT_KERNELS, SIGNAL_KERNELS, PASS_KERNELS, STEP_KERNELS = 31, 15, 110, 20
 INJECTION_KERNELS = {"diagonal": 30, "residual": 30, "hyper": 30}
 OTHER_INJECTION_KERNELS = 3
 HALTING_KERNELS = {"act": 23, "gate": 23}
+FUSED_ITERATION_KERNELS = 3  # of an iteration that is one graph, besides those of its layers
 
 
 @dataclass(frozen=True)
@@ -182,13 +183,13 @@ class StepKernels:
     def iteration_forward(self) -> Cost:
         """Cost of an iteration's forward pass."""
         cost = self._core_layers(False) + sum((self._products(p, False) for p in self._per_iteration), Cost())
-        return cost + self._move(UNCOMPILED.forward * self._iteration_bytes, self._iteration_kernels)
+        return cost + self._move(self._iteration_traffic.forward * self._iteration_bytes, self._iteration_kernels)
 
     @cached_property
     def iteration_backward(self) -> Cost:
         """Cost of an iteration's backward pass, with what is recomputed, without the sums over iterations."""
         cost = self._core_layers(True) + sum((self._products(p, True) for p in self._per_iteration), Cost())
-        cost += self._move(UNCOMPILED.backward * self._iteration_bytes, self._iteration_kernels)
+        cost += self._move(self._iteration_traffic.backward * self._iteration_bytes, self._iteration_kernels)
         return cost + self.iteration_forward * self.policy.recomputed_share
 
     def loop(self, times: float, backward: bool) -> Cost:
@@ -218,9 +219,18 @@ class StepKernels:
         return injection_kept_bytes(self.shape) + self.shape.state_bytes()
 
     @property
+    def _iteration_traffic(self) -> Traffic:
+        """Traffic of an iteration besides its layers: compiled with them where nothing hooks into the layers."""
+        parallel = self.config.parallel
+        hooked = self.layout.tensor > 1 or parallel.core_gather != "once" or self.policy.every_layer
+        return UNCOMPILED if hooked or self.model.core_ffn == "moe" else self.traffic
+
+    @property
     def _iteration_kernels(self) -> int:
         """Number of kernels of an iteration besides its layers and products, in each pass."""
         model = self.model
+        if self._iteration_traffic is not UNCOMPILED:
+            return FUSED_ITERATION_KERNELS
         kernels = INJECTION_KERNELS.get(model.injection, OTHER_INJECTION_KERNELS)
         return kernels + SIGNAL_KERNELS * len(model.signals) + HALTING_KERNELS.get(model.halting, 0)
 
@@ -287,8 +297,10 @@ class StepKernels:
         for parameter in list_parameters(self.model):
             size = parameter.padded_shard_size(self.layout, ranks) * share
             moments = moments_per_weight(parameter, options)
-            clip = CLIP if options.grad_clip else 0
-            cost += self._move(size * (clip + FLOAT32 + UPDATE * (1 + moments)), 2 if clip else 0)
+            # The norm reads a gradient. Fused AdamW scales it in passing, and writes it then.
+            is_fused = moments == 2 and options.state_dtype == "float32" and not engine.zero_stage
+            clip = FLOAT32 + (FLOAT32 if is_fused else UPDATE) if options.grad_clip else 0
+            cost += self._move(size * (clip + FLOAT32 + UPDATE * (1 + moments)), (1 if is_fused else 2) if clip else 0)
             if moments == 1:  # Muon: Newton-Schulz steps with two products by the smaller Gram matrix and its square
                 *experts, a, b = parameter.local_shape(self.layout)
                 small, large = min(a, b), max(a, b)

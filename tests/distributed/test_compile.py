@@ -13,5 +13,7 @@ def test_compiled_layers_equal_one_process() -> None:
     assert set(verdict) == set(ENGINES)
     for name, found in verdict.items():
         assert found["worst"] < 3e-5, name
-        assert found["graphs"] <= 6, "four for a layer; a layer that is a unit of FSDP2 has another class"
+        assert found["graphs"] <= 10, (
+            "four each for an iteration and for a layer that is alone or a unit of FSDP2; the loss"
+        )
         assert found["breaks"] == 0

@@ -21,6 +21,7 @@ from megatron_rdt.model.attention.kernels import BlockwiseMask
 from megatron_rdt.model.attention.masks import attention_mask
 from megatron_rdt.model.attention.rope import rotary_tables
 from megatron_rdt.model.compiling import compile_layers
+from megatron_rdt.model.core import RecurrentCore
 from megatron_rdt.model.cross_entropy import score_chunk
 from megatron_rdt.model.forward_context import LayerContext
 from megatron_rdt.model.initial_state import draw_normal
@@ -91,23 +92,24 @@ def draw_plans() -> list[DepthPlan]:
     return plans + mixed
 
 
-def test_24_depths_run_four_graphs(uncompiled: list[str]) -> None:
-    plain, model = build(), build()
+def test_24_depths_run_six_graphs(uncompiled: list[str]) -> None:
+    plain, model = build().double(), build().double()
     compile_layers(model, backend="aot_eager")
     used: set[int] = set()
     for number, plan in enumerate(draw_plans()):
         used |= set(plan.iterations)
         found = gradients(model, plan, number)
         assert not uncompiled, "also the iterations without gradient are compiled"
-        assert_same(found, gradients(plain, plan, number), 1e-6)
+        assert_same(found, gradients(plain, plan, number), 1e-12)
         uncompiled.clear()
     assert used == set(range(1, 25))
-    assert len(_debug_get_cache_entry_list(Layer.attend_and_feed.__code__)) == 4
+    assert len(_debug_get_cache_entry_list(Layer.attend_and_feed.__code__)) == 2, "of prelude and coda, with gradient"
+    assert len(_debug_get_cache_entry_list(RecurrentCore.run_iteration.__code__)) == 4
     of_loss = len(_debug_get_cache_entry_list(score_chunk.__code__))
     assert of_loss <= 3, "for one number of tokens, then for any"
     of_noise = len(_debug_get_cache_entry_list(draw_normal.__code__))
     assert of_noise <= 2, "for one sequence, then for any number"
-    assert counters["stats"]["unique_graphs"] == 4 + of_loss + of_noise, "prelude and coda run the core's"
+    assert counters["stats"]["unique_graphs"] == 6 + of_loss + of_noise
     assert not counters["graph_break"]
 
 
@@ -119,6 +121,13 @@ CASES: dict[str, tuple[dict[str, Any], torch.dtype | None, str | int]] = {
         None,
         3,
     ),
+    "sandwich, every 2": (
+        {"injection": "linear", "norm_placement": "sandwich", "core_norm": "iteration", "signals": ["sinusoidal", "lora"]},
+        None,
+        2,
+    ),
+    "residual, learned state, none": ({"injection": "residual", "state_init": "learned"}, None, "none"),
+    "gate, per iteration": ({"injection": "gate", "halting": "act"}, None, "per_iteration"),
     "experts, bfloat16, none": (EXPERTS, torch.bfloat16, "none"),
     "value embeddings, none": ({"value_embeddings": "gated", "ffn": "relu2", "halting": "act"}, torch.bfloat16, "none"),
 }
@@ -128,6 +137,8 @@ CASES: dict[str, tuple[dict[str, Any], torch.dtype | None, str | int]] = {
 def test_parts_and_policies(case: str, uncompiled: list[str]) -> None:
     options, dtype, policy = CASES[case]
     plain, model = build(dtype, **options), build(dtype, **options)
+    if dtype is None:
+        plain, model = plain.double(), model.double()
     compile_layers(model, backend="aot_eager")
     for each in (plain, model):
         set_checkpointing(each, policy)
@@ -135,7 +146,7 @@ def test_parts_and_policies(case: str, uncompiled: list[str]) -> None:
     for plan in (DepthPlan((6, 6, 6), None), DepthPlan((7, 2, 2, 5, 3), None if "halting" in options else 3)):
         found = gradients(model, plan)
         assert not uncompiled
-        assert_same(found, gradients(plain, plan), 1e-6)
+        assert_same(found, gradients(plain, plan), 1e-12 if dtype is None else 1e-6)
         uncompiled.clear()
     code = (Layer.attend_and_score if "experts" in options else Layer.attend_and_feed).__code__
     assert len(_debug_get_cache_entry_list(code)) <= 9  # layers with value embeddings and without are two kinds
@@ -192,7 +203,7 @@ def test_a_run_with_the_real_backend(
         assert bool(uncompiled) == (kind == "none")
     assert losses["layers"] == pytest.approx(losses["none"], rel=1e-5)
     assert losses["layers"] != losses["none"], "compiled code rounds differently"
-    assert counters["stats"]["unique_graphs"] == 2, "of the layers and of the loss"
+    assert counters["stats"]["unique_graphs"] == 3, "of the layers, of the iteration and of the loss"
 
 
 def test_options_that_exclude_compilation_are_refused(configure: Callable[..., RunConfig]) -> None:

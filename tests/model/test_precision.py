@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.inference import ExitRule, generate
 from megatron_rdt.model.activation_checkpointing import set_checkpointing
-from megatron_rdt.model.linear import Linear, list_rounded
+from megatron_rdt.model.linear import Linear, list_rounded, multiply_together, round_weights, use_rounded
 from tests.model.test_mixed_depth import MODELS, build
 
 PARTS: dict[str, dict[str, Any]] = {**MODELS, "exit gate": {"halting": "gate"}}
@@ -88,3 +88,37 @@ def test_matrices_of_the_core_rounded_once_change_nothing(name: str, policy: Any
         assert all(map(torch.equal, *results))
         assert conversions[1] < conversions[0] / 2
         assert not list_rounded(model)  # nothing is left behind
+
+
+@pytest.mark.parametrize("summed", [True, False])
+def test_maps_of_one_input_add_up_its_gradient(summed: bool) -> None:
+    """The same products as each map alone; the gradient of the input, a sum over maps, is at least as near to float64."""
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.nn.ModuleList(Linear(24, width) for width in (16, 8, 40))
+    weights = [each.weight for each in maps]
+    for weight in weights:
+        weight.data = torch.randn(weight.shape, generator=generator)
+    start = torch.randn(3, 5, 24, generator=generator).bfloat16()
+    directions = [torch.randn(3, 5, len(weight), generator=generator).bfloat16() for weight in weights]
+
+    def compute(together: bool, uses: int = 2) -> tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor]]:
+        x = start.clone().requires_grad_()
+        with use_rounded(round_weights(maps, torch.bfloat16) if summed else ()):
+            every = [multiply_together(x, maps) if together else [each(x) for each in maps] for _ in range(uses)]
+        torch.autograd.backward([y for each in every for y in each], directions * uses)
+        gradients = [weight.grad for weight in weights]
+        for weight in weights:
+            weight.grad = None
+        return every[0], x.grad, gradients  # type: ignore[return-value]
+
+    found, expected = compute(True), compute(False)
+    assert all(map(torch.equal, found[0], expected[0]))
+    assert all(map(torch.equal, found[2], expected[2])), "gradients of weights are those of each map alone"
+    exact = sum(d.double() @ w.detach().bfloat16().double() for d, w in zip(directions, weights))
+    _, found_x, _ = compute(True, 1)
+    _, expected_x, _ = compute(False, 1)
+    errors = [float((each.double() - exact).norm() / exact.norm()) for each in (found_x, expected_x)]  # type: ignore[union-attr]
+    assert errors[0] < 4e-3
+    assert errors[0] < 1.1 * errors[1]
+    with torch.no_grad():
+        assert all(map(torch.equal, multiply_together(start, maps), expected[0]))

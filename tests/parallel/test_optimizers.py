@@ -202,7 +202,7 @@ def test_adamw_is_torch_adamw() -> None:
     tokens = torch.randint(0, 61, (4, 17), generator=torch.Generator().manual_seed(3))
     for _ in range(3):
         engine.forward_backward([MicroBatch(Batch(tokens), DepthPlan.constant(2, 4))])
-        engine.clip(1.0)
+        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
         for optimizer in expected:
             optimizer.step()
             optimizer.zero_grad()

@@ -13,7 +13,7 @@ from megatron_rdt.config import ModelConfig
 from megatron_rdt.model.attention.mla import LatentAttention
 from megatron_rdt.model.attention.rope import apply_positions
 from megatron_rdt.model.forward_context import LayerContext
-from megatron_rdt.model.linear import Linear
+from megatron_rdt.model.linear import Linear, multiply_together
 from megatron_rdt.model.norm import RMSNorm
 
 VALUE_GATE_CHANNELS = 32
@@ -78,9 +78,9 @@ class GroupedQueryAttention(nn.Module):
             token_values: from `token_values` for the tokens, where the layer has value embeddings.
         """
         batch, sequence, _ = x.shape
-        query = self._rotate_heads(self.query(x), self.query_bias, self.query_norm, context)
-        key = self._rotate_heads(self.key(x), self.key_bias, self.key_norm, context)
-        value = self.value(x)
+        query, key, value = multiply_together(x, (self.query, self.key, self.value))
+        query = self._rotate_heads(query, self.query_bias, self.query_norm, context)
+        key = self._rotate_heads(key, self.key_bias, self.key_norm, context)
         if self.value_bias is not None:
             value = value + self.value_bias.to(value.dtype)
         if self.token_values is not None:

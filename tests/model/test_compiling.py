@@ -122,7 +122,12 @@ CASES: dict[str, tuple[dict[str, Any], torch.dtype | None, str | int]] = {
         3,
     ),
     "sandwich, every 2": (
-        {"injection": "linear", "norm_placement": "sandwich", "core_norm": "iteration", "signals": ["sinusoidal", "lora"]},
+        {
+            "injection": "linear",
+            "norm_placement": "sandwich",
+            "core_norm": "iteration",
+            "signals": ["sinusoidal", "lora"],
+        },
         None,
         2,
     ),

@@ -10,6 +10,7 @@ if __name__ == "__main__" or (Path(sys.argv[0]).name == "rdt" and "__mp_main__" 
     leave_at_once(" ".join(["rdt", *filter(str.isalpha, sys.argv[1:2])]), sys.argv[1:2] == ["train"])
 
 import difflib
+import functools
 import importlib
 from collections.abc import Callable
 
@@ -77,7 +78,7 @@ def run_command(words: list[str]) -> int:
     if words[0] in ("-V", "--version"):
         print(f"rdt {megatron_rdt.__version__}")
         return EXIT_OK
-    name, rest, arrived = words[0], words[1:], list[int]()
+    name, rest = words[0], words[1:]
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]}?" if near else "rdt --help lists the commands."
@@ -90,18 +91,18 @@ def run_command(words: list[str]) -> int:
         check_words(words)
         refuse_copies(words)
         command = load_command(name)
-        with raise_interrupts(name == "train", arrived):
+        with raise_interrupts(functools.partial(_describe_end, words), name == "train"):
             return command(rest)
     except Interrupted as interrupt:
-        return _end_interrupted(words, interrupt.number)
+        line, status = _describe_end(words, interrupt.number)
+        print(line, file=sys.stderr)
+        return status
     except KeyboardInterrupt:
         print(f"rdt {name}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         raise
     except Exception as error:
-        if arrived:
-            return _end_interrupted(words, arrived[0])
         explained = explain(error)
         if explained is None:
             raise
@@ -109,17 +110,16 @@ def run_command(words: list[str]) -> int:
         return explained.exit_status
 
 
-def _end_interrupted(words: list[str], number: int) -> int:
-    """Say that a signal has ended the command that `words` name, and how to go on; return the exit status."""
+def _describe_end(words: list[str], number: int) -> tuple[str, int]:
+    """Return the line and the exit status of the command that `words` name, ended by a signal."""
     name, *rest = words
-    line, status = describe_end(f"rdt {name}", number, name == "train")
+    line, status = describe_end(f"rdt {name}", name == "train", number)
     goes_on = name in GOING_ON
     if name == "prep":
         from launch.commands.prep import COMMANDS as PREP_COMMANDS
 
         goes_on = not {*rest[:1]} & {*PREP_COMMANDS}
-    print(f"{line}{'; what is done is kept, the same command goes on' * goes_on}", file=sys.stderr)
-    return status
+    return f"{line}{'; what is done is kept, the same command goes on' * goes_on}", status
 
 
 def main() -> int:

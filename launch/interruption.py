@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_rdt.errors import EXIT_PREEMPTED, EXIT_SIGNAL
 
@@ -45,7 +45,7 @@ def _listen(handler: Callable[[int, FrameType | None], Any], is_run: bool) -> li
     return numbers
 
 
-def describe_end(program: str, number: int, is_run: bool) -> tuple[str, int]:
+def describe_end(program: str, is_run: bool, number: int) -> tuple[str, int]:
     """Return the line and the exit status of a command that a signal ended, or of a run that has not trained yet."""
     name = signal.Signals(number).name
     if is_run:
@@ -54,30 +54,37 @@ def describe_end(program: str, number: int, is_run: bool) -> tuple[str, int]:
     return f"{program}: interrupted by {name}", EXIT_SIGNAL + number
 
 
+def _leave(line: str, status: int) -> NoReturn:
+    """Write a line and end this process at once."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{line}\n".encode())
+    os._exit(status)
+
+
 def leave_at_once(program: str, is_run: bool) -> None:
-    """Let signals end this process at once: for its imports, where nothing has begun, and which might swallow an exception.
+    """Let signals end this process at once: for its own imports, when nothing has begun.
 
     Args:
         program: the command, for the line.
         is_run: it trains, and is asked to stop rather than interrupted.
     """
+    _listen(lambda number, frame: _leave(*describe_end(program, is_run, number)), is_run)
 
-    def leave(number: int, frame: FrameType | None) -> None:
-        line, status = describe_end(program, number, is_run)
-        with contextlib.suppress(OSError):
-            os.write(2, f"{line}\n".encode())
-        os._exit(status)
 
-    _listen(leave, is_run)
+def _is_importing(frame: FrameType | None) -> bool:
+    """Return True if a module is being imported: code in C may clear an exception there, or abort the process."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextlib.contextmanager
-def raise_interrupts(is_run: bool, arrived: list[int]) -> Iterator[None]:
+def raise_interrupts(describe: Callable[[int], tuple[str, int]], is_run: bool) -> Iterator[None]:
     """Let signals raise `Interrupted` in the block, which then cleans up; afterwards they do what they do by default.
 
     Args:
+        describe: returns the line and the status for a signal that comes during an import, and ends the process at once.
         is_run: it trains.
-        arrived: gets the number of each. A library may swallow the exception while it is imported, and fail for that.
     """
     owner = os.getpid()
 
@@ -85,7 +92,8 @@ def raise_interrupts(is_run: bool, arrived: list[int]) -> Iterator[None]:
         if os.getpid() != owner:  # a process that a library forked
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        arrived.append(number)
+        if _is_importing(frame):
+            _leave(*describe(number))
         raise Interrupted(number)
 
     numbers = _listen(interrupt, is_run)

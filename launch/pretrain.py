@@ -43,7 +43,7 @@ def main(words: list[str]) -> int:
     escape_unencodable()
     process, started = ProcessInfo(), False
     try:
-        stop.begin_start()
+        stop.begin_imports()
         process = read_process_info()
         stop.is_rank_0 = process.rank == 0
         quiet_libraries(process.local_world_size)

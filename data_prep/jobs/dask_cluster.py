@@ -28,7 +28,7 @@ from distributed.security import Security
 from distributed.system import MEMORY_LIMIT
 
 from data_prep.config import PrepConfig
-from data_prep.jobs.fork_server import block_interrupt, explain_failed_start
+from data_prep.jobs.fork_server import explain_failed_start, hold_back_signals
 from data_prep.jobs.progress import Progress, count_step
 from data_prep.jobs.steps import RunSteps, Step
 from data_prep.jobs.working_directory import Job, hash_code
@@ -249,7 +249,7 @@ def _start_workers(config: PrepConfig, root: Path) -> Iterator[Client]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(dask.config.set(settings))
         try:
-            with block_interrupt():
+            with hold_back_signals():
                 cluster = stack.enter_context(
                     LocalCluster(
                         n_workers=workers,

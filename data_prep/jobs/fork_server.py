@@ -2,7 +2,9 @@
 
 import contextlib
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from multiprocessing import forkserver, resource_tracker
 
@@ -11,14 +13,26 @@ from megatron_rdt.errors import DataError
 
 
 @contextlib.contextmanager
-def block_interrupt() -> Iterator[None]:
-    """Keep Ctrl-C, which a terminal sends to all, from processes that the block starts; here it waits for the end."""
+def hold_back_signals() -> Iterator[None]:
+    """Let signals that would raise an exception in the block wait for its end: half a cluster cannot be closed.
+
+    Ctrl-C, which a terminal sends to all, does not reach the processes that the block starts either.
+    """
     resource_tracker.ensure_running()  # its start would unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    came: list[int] = []
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():  # no other thread handles signals
+        raising = [number for number in (signal.SIGTERM, signal.SIGHUP) if callable(signal.getsignal(number))]
+        handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in raising}
     try:
         yield
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for held_back in came:
+            os.kill(os.getpid(), held_back)
 
 
 @contextlib.contextmanager
@@ -42,7 +56,7 @@ def _start_server(modules: list[str]) -> None:
     multiprocessing.set_forkserver_preload(modules)
     try:
         # The current folder may be the text, and have modules of the same names.
-        with block_interrupt(), use_safe_path():
+        with hold_back_signals(), use_safe_path():
             forkserver.ensure_running()
     except OSError as error:
         raise explain_failed_start(error) from error

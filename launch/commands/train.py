@@ -27,7 +27,7 @@ def _train_here(config: RunConfig, options: LaunchOptions) -> int:
     """Train in this process and return its exit status."""
     stop = StopRequest()  # first, so that a signal during the slow imports counts
     try:
-        stop.begin_start()
+        stop.begin_imports()
         from megatron_rdt.train.trainer import train as train_in_process
 
         return train_in_process(config, options.resume, stop=stop, init=options.init)

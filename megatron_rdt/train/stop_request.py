@@ -92,7 +92,7 @@ class StopRequest:
         self.reason: str | None = None
         self.is_rank_0 = True
         self._launcher = LauncherWatch()
-        self._is_starting = False
+        self._is_starting = self._is_importing = False
         self._is_job_ending = False
         self._steps = 0  # whose flags were asked for
         self._is_shared = False  # with other ranks, so that a signal counts once all know of it
@@ -118,6 +118,8 @@ class StopRequest:
         is_first = self.reason is None
         self.reason = JOB_END if self._is_job_ending and number == signal.SIGUSR1 else signal.Signals(number).name
         if self._is_starting and is_first:
+            if self._is_importing:
+                leave_process(self.end_early())
             raise StopBeforeTraining
 
     def _watch(self) -> None:
@@ -146,6 +148,14 @@ class StopRequest:
                     self._is_job_ending = True
                     os.kill(os.getpid(), signal.SIGUSR1)
 
+    def begin_imports(self) -> None:
+        """Let a request end this process at once, until `begin_start`, or raise StopBeforeTraining if one has come already.
+
+        Nothing has begun, and an exception in the midst of an import may be cleared by code in C, or abort the process.
+        """
+        self.begin_start()
+        self._is_importing = True
+
     def begin_start(self, before_job_end_s: float = 0.0) -> None:
         """Let a request end this process by itself until the losses of the first step are known.
 
@@ -156,7 +166,7 @@ class StopRequest:
         Raises:
             StopBeforeTraining: one has come already, or comes in this time.
         """
-        self._is_starting = True
+        self._is_starting, self._is_importing = True, False
         if self.reason is not None:
             raise StopBeforeTraining
         if before_job_end_s:

@@ -16,6 +16,7 @@ from distributed import Client
 
 from data_prep import pipeline
 from data_prep.jobs import dask_cluster
+from data_prep.jobs.fork_server import hold_back_signals
 from data_prep.jobs.progress import Progress
 from data_prep.jobs.steps import Step
 from data_prep.jobs.working_directory import Job, working_directory_path
@@ -153,6 +154,30 @@ def test_a_signal_ends_all_processes(
     assert lines == [f"rdt prep: interrupted by {sent.name}; what is done is kept, the same command goes on"]
     prepare(dataclasses.replace(options, workers=1))
     assert read_files(tmp_path / "out") == read_files(undisturbed)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_waits_while_workers_start(sent: signal.Signals) -> None:
+    """Half a cluster cannot be closed."""
+    reached: list[str] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    def be_interrupted() -> None:
+        with hold_back_signals():
+            os.kill(os.getpid(), sent)
+            time.sleep(0.1)
+            reached.append("the end of the start")
+
+    before = signal.signal(sent, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt, match=str(int(sent))):
+            be_interrupted()
+        assert reached == ["the end of the start"]
+        assert signal.getsignal(sent) is interrupt
+    finally:
+        signal.signal(sent, before)
 
 
 @pytest.mark.distributed

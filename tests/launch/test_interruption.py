@@ -103,10 +103,11 @@ def test_a_signal_in_a_command(number: signal.Signals, tmp_path: Path, repositor
     [
         ("torch", [*RDT, "train", "--parallel.engine=single"], 75, f"stopped on SIGTERM {NOT_BEGUN}"),
         ("torch", [*SCRIPT, "--parallel.engine=single"], 75, f"stopped on SIGTERM {NOT_BEGUN}"),
+        ("deepspeed", [*SCRIPT, "--parallel.engine=zero1"], 75, f"stopped on SIGTERM {NOT_BEGUN}"),
         ("sentencepiece", [*RDT, "prep", "--sources=README.md"], 143, f"rdt prep: interrupted by SIGTERM; {KEPT}"),
     ],
 )
-def test_an_import_that_swallows_the_exception(
+def test_an_import_that_swallows_exceptions(
     module: str,
     words: list[str],
     status: int,
@@ -116,7 +117,7 @@ def test_an_import_that_swallows_the_exception(
     tiny_options: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As NumPy's does: what fails next fails for that."""
+    """As NumPy's does: what fails next fails for that. PyTorch's may abort the process instead."""
     monkeypatch.setenv("RDT_TEST_SWALLOW", "1")
     place = [f"--out={tmp_path / 'out'}"] if "prep" in words else [*tiny_options, f"--run.root={tmp_path / 'runs'}"]
     found = run_until_import(module, [*words, *place], signal.SIGTERM, tmp_path, repository)

@@ -322,14 +322,15 @@ def multiply_together(x: Tensor, maps: Sequence[nn.Module]) -> list[Tensor]:
     """Apply several maps to one input, (..., in) -> (..., out) each; the products add up the gradients of the input.
 
     Autograd would write a gradient of x for each map, then read all of them. It does so for maps in float8, in the dtype of
-    the weights, and for any that took the place of a `Linear`.
+    the weights, and for any that took the place of a `Linear`; and for those with a stand-in, matrices of a core so large that
+    the new gradients of two would be too much at a time.
     """
     if not (torch.is_grad_enabled() and x.requires_grad and all(map(_multiplies_in_input_dtype, maps))):
         return [each(x) for each in maps]
     linears = cast(Sequence[Linear], maps)
     rounded = [each.rounded.get("weight") for each in linears]
     weights = [each.weight if held is None else held.place(each.weight) for each, held in zip(linears, rounded)]
-    if any(x.dtype == weight.dtype for weight in weights):
+    if any(x.dtype == weight.dtype or weight is not each.weight for weight, each in zip(weights, linears)):
         return [each(x) for each in maps]
     summed = [held for held in rounded if held is not None and held.sum is not None]
     if len(summed) < len(linears):

@@ -15,6 +15,7 @@ from megatron_rdt.convert.native_writer import WrittenTensor, check_read_back, h
 from megatron_rdt.convert.sources.files import open_source_weights
 from megatron_rdt.errors import USE_ANOTHER, CheckpointError, ConfigError
 from megatron_rdt.files import write_text
+from megatron_rdt.locks import check_locks
 from megatron_rdt.terminal import show_progress
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -53,6 +54,7 @@ def write_weights(out: Path, source: Path, stored: StoredWeights, dtype: str, sh
         for file, names in split.filename_to_tensors.items():
             shard = {name: _read_finite(source, stored, name.removeprefix(PREFIX), kept) for name in names}
             written |= {name: WrittenTensor(hash_tensor(tensor), True) for name, tensor in shard.items()}
+            check_locks()
             save_file(shard, out / file, {"format": "pt"})
             advance(sum(tensor.nbytes for tensor in shard.values()))
             del shard  # before the next one is read

@@ -22,6 +22,7 @@ from megatron_rdt.config import RunConfig
 from megatron_rdt.config.load import dump_config
 from megatron_rdt.errors import CheckpointError
 from megatron_rdt.files import save_with_torch, write_text
+from megatron_rdt.locks import check_locks
 
 Read = Callable[[str], Tensor]
 
@@ -62,6 +63,7 @@ def write_weights(
 
     def resolve(name: str) -> Tensor:
         tensor = read(name)
+        check_locks()
         written[name] = WrittenTensor(hash_tensor(tensor), bool(torch.isfinite(tensor).all()))
         advance(tensor.nbytes)
         return tensor

@@ -23,6 +23,7 @@ from megatron_rdt.checkpoint.rank_state import DATA_FOLDER, RNG_FOLDER
 from megatron_rdt.config import ParallelConfig, RunConfig, load_saved_config
 from megatron_rdt.config.engines import ONE_PROCESS, engines_with, join_names
 from megatron_rdt.errors import USE_ANOTHER, CheckpointError, suggest_init
+from megatron_rdt.locks import check_locks
 from megatron_rdt.model import RecurrentDepthTransformer, leave_unset
 from megatron_rdt.parallel import build_engine
 from megatron_rdt.parallel.torch_engine import TorchEngine
@@ -60,6 +61,7 @@ def convert_training_state(source: Path, out: Path, family: str) -> None:
         )
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, ema=0.0))
     state = read_training_state(source, config, scratch=out)
+    check_locks()
     if family == "zero":
         write_universal(out / UNIVERSAL, state.tensors, state.step)
     else:

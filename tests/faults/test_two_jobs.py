@@ -116,7 +116,9 @@ def test_a_job_that_was_stopped_ends_where_another_has_taken_over(
             wait_for_step(run, before + 3, second.has_ended)
             for process in first.processes:
                 os.kill(process.pid or 0, signal.SIGCONT)
-            assert first.wait(120) == [1, 1], first.format_report()
+            for process in first.processes:
+                process.join(120)
+            assert [process.exitcode for process in first.processes] == [1, 1], first.format_report()
             said = first.read_output(0)
             assert f"error (rank 0): another process has taken over the lock {run / '.lock'}" in said
             assert f" It is process {second.processes[0].pid} of " in said

@@ -174,8 +174,12 @@ class _RoundedLinear(torch.autograd.Function):
     """x W^T for each W, rounded to the dtype of x, keeping x and, where a W was not rounded before, the unrounded W."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *matrices: Tensor | None) -> tuple[Tensor, ...]:
-        """Return the products in the dtype of x; `matrices` are all W, then for each the rounded one or None."""
+    def forward(ctx: Any, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """Return the products in the dtype of x; `tensors` are x, all W, then for each the rounded one or None."""
+        # No further names in the signature: where as many arguments are given as it has names, ctx among them, torch.compile
+        # takes it for one without ctx.
+        x, *matrices = tensors
+        assert x is not None
         count = len(matrices) // 2
         weights = cast(Sequence[Tensor], matrices[:count])
         used = [weight if rounded is None else rounded for weight, rounded in zip(weights, matrices[count:])]

@@ -158,6 +158,16 @@ def test_parts_and_policies(case: str, uncompiled: list[str]) -> None:
     assert not counters["graph_break"]
 
 
+def test_matrices_that_are_rounded_at_every_use(uncompiled: list[str]) -> None:
+    """As in a core that is gathered in pieces, also in iterations without gradient."""
+    plain, model = build(torch.bfloat16), build(torch.bfloat16)
+    compile_layers(model, backend="aot_eager")
+    plan = DepthPlan((4, 4), 2)
+    found = gradients(model, plan)
+    assert not uncompiled
+    assert_same(found, gradients(plain, plan), 1e-6)
+
+
 def test_blockwise_masks_run_one_graph(uncompiled: list[str]) -> None:
     """The masks that a GPU uses for documents; here without gradient, which FlexAttention has on a GPU only."""
     model, length = build(dim=64), 160

@@ -16,7 +16,7 @@ QUADS: list[Case] = [
     ("plain", {"core_gather": "per_layer", "tensor": 2}),
     ("mla", {"core_gather": "per_iteration", "tensor": 2, "context": 2}),
     ("mla", {"core_gather": "per_layer", "context": 2}),
-    ("experts", {"core_gather": "per_layer", "tensor": 2, "replicate": 2}),
+    ("experts", {"core_gather": "per_layer", "replicate": 2}),
     ("experts", {"core_gather": "per_layer", "expert": 2, "context": 2}),
     ("experts", {"core_gather": "per_layer", "expert": 2, "tensor": 2}),
 ]

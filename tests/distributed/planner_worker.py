@@ -79,7 +79,7 @@ def make_config(model: dict[str, Any], parallel: dict[str, Any], batch: int, **o
 
 
 def compare_collectives(
-    model: dict[str, Any], parallel: dict[str, Any], checkpoint: str, precision: str
+    model: dict[str, Any], parallel: dict[str, Any], checkpoint: str, precision: str = "float32"
 ) -> dict[str, Any]:
     """Return counted and planned collectives at every T, with two micro-batches per process."""
     alone = parallel.get("tensor", 1) * parallel.get("context", 1)

@@ -40,6 +40,8 @@ REMEDIES = {
     errno.ENAMETOOLONG: "Choose a shorter path",
     errno.EIO: "Check the disk, or the connection to it (see dmesg)",
     errno.ESTALE: "Mount the file system of {folder} again",
+    errno.EMFILE: "Raise the limit on open files (ulimit -n)",
+    errno.ENOENT: "Leave {folder} and what is in it where it is",
 }
 """What to do about a failed write, by errno."""
 

@@ -50,11 +50,11 @@ def hold_lock(path: str | os.PathLike[str], message: str, patience_s: float = 0.
             block, which may be a consequence.
     """
     deadline, watch = time.monotonic() + patience_s, _Watch(Path(path))
-    while (descriptor := _try_lock(path, watch)) is None:
+    while (taken := _try_lock(path, watch)) is None:
         if time.monotonic() >= deadline and not watch.is_undecided():
             raise LaunchError(f"{message}{_describe_holder(_read_record(path))}")
         time.sleep(POLL_S)
-    own, is_over = _read_record(path), threading.Event()
+    (descriptor, own), is_over = taken, threading.Event()
     lock = _HeldLock(Path(path), descriptor, own)
     thread = threading.Thread(target=lock.renew, args=(is_over,), name="lock", daemon=True)
     thread.start()
@@ -219,8 +219,8 @@ class _Watch:
         return self._signature is not None and not self._is_alive and not self.is_left_behind()
 
 
-def _try_lock(path: str | os.PathLike[str], watch: _Watch) -> int | None:
-    """Return a descriptor with the lock, or without one where the disk has no locks; None to try again."""
+def _try_lock(path: str | os.PathLike[str], watch: _Watch) -> tuple[int, dict[str, Any]] | None:
+    """Return the file's descriptor, with the kernel's lock where the disk has locks, and its new record; None to try again."""
     is_new, descriptor = True, -1
     try:
         try:
@@ -235,7 +235,7 @@ def _try_lock(path: str | os.PathLike[str], watch: _Watch) -> int | None:
             os.pwrite(descriptor, json.dumps(own).encode(), 0)
             if has_locks or is_new or _is_still(path, own):
                 taken, descriptor = descriptor, -1
-                return taken
+                return taken, own
     except (BlockingIOError, FileNotFoundError):
         pass
     finally:

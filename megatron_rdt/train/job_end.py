@@ -91,6 +91,7 @@ def ask_job_end(job: str) -> float | None:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=SQUEUE_TIMEOUT_S,
             check=False,
         )

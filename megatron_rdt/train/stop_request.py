@@ -140,6 +140,14 @@ class StopRequest:
                 if self.reason == LAUNCHER_END or time.monotonic() - asked > LEAVE_S:
                     leave_process(self.end_early())
 
+    def watch_job(self, before_s: float) -> None:
+        """Make a request `before_s` seconds before the end of the Slurm job that this process is in; 0: never.
+
+        One rank is enough.
+        """
+        if before_s:
+            threading.Thread(target=self._watch_job, args=(before_s,), name="job end", daemon=True).start()
+
     def _watch_job(self, before_s: float) -> None:
         """In a thread: send this process the signal with which Slurm announces an end, before that of its job."""
         if wait_for_job_end(before_s, self._is_closed.wait):
@@ -156,12 +164,8 @@ class StopRequest:
         self.begin_start()
         self._is_importing = True
 
-    def begin_start(self, before_job_end_s: float = 0.0) -> None:
+    def begin_start(self) -> None:
         """Let a request end this process by itself until the losses of the first step are known.
-
-        Args:
-            before_job_end_s: make a request so many seconds before the end of its Slurm job, if it is in one; 0: never.
-                One rank is enough.
 
         Raises:
             StopBeforeTraining: one has come already, or comes in this time.
@@ -169,8 +173,6 @@ class StopRequest:
         self._is_starting, self._is_importing = True, False
         if self.reason is not None:
             raise StopBeforeTraining
-        if before_job_end_s:
-            threading.Thread(target=self._watch_job, args=(before_job_end_s,), name="job end", daemon=True).start()
 
     def end_early(self) -> int:
         """Tell the user that the run stops with nothing trained; return the exit status."""

@@ -71,11 +71,11 @@ def train(
     check_no_weight_decay(config)
     if not config.parallel.engine_kind.many_processes:
         process = ProcessInfo()  # whatever the variables of a launcher say: this process locks, verifies and writes
-    listener = stop or StopRequest()
-    run_directory = run_directory_of(config)
+    listener, run_directory = stop or StopRequest(), run_directory_of(config)
     try:
+        listener.begin_start()
         with lock_run_directory(run_directory, resume, init) if process.rank == 0 else nullcontext():
-            listener.begin_start(0.0 if process.rank else config.checkpoint.before_job_end_s)
+            listener.watch_job(0.0 if process.rank else config.checkpoint.before_job_end_s)
             device = join_process_group(config, process)
             trainer = Trainer(config, run_directory, device, listener, process.local_rank)
             try:

@@ -173,7 +173,8 @@ def test_a_run_that_ends_before(clocks: Clocks, monkeypatch: pytest.MonkeyPatch)
 
 def wait_in_start(stop: StopRequest) -> None:
     """Begin a start whose job ends at once, and wait for a minute in vain."""
-    stop.begin_start(1000)
+    stop.begin_start()
+    stop.watch_job(1000)
     for _ in range(6000):
         time.sleep(0.01)
 

@@ -91,7 +91,8 @@ def react(
 
     What cannot be recorded, because the disk is full, is treated as `checkpoint.on_failure` says. With "continue" the run
     has the rollback in memory until its next checkpoint holds it; where it is killed before, --resume auto goes on before
-    the alarm with the old learning rate, and the alarm comes again: steps are lost then, and nothing else.
+    the alarm with the old learning rate, or after it, from a checkpoint whose steps are no longer in the records. What is
+    lost then are steps and their records.
 
     Args:
         action: "rollback" or "stop".

@@ -189,7 +189,7 @@ class ArmRunner:
             yield
 
     def train(self, arms: Sequence[str], at_once: int, retry: bool) -> bool:
-        """Train what is left of these arms, a sweep first; return False if a stop signal arrived.
+        """Train what is left of these arms, a sweep first; return False if a stop was asked for.
 
         Args:
             arms: names.

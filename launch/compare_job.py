@@ -21,6 +21,7 @@ from launch.slurm_job import (
     split_words,
 )
 from megatron_rdt.errors import EXIT_OK, ConfigError
+from megatron_rdt.terminal import show_line
 
 TEMPLATE = TEMPLATES / "compare_array.sbatch"
 TABLE_SCRIPT = """#!/bin/bash
@@ -97,20 +98,28 @@ def submit_comparison(job: SubmitOptions) -> int:
         print(f"{array}\n# After the array:\n{table}", end="")
         return EXIT_OK
     comparison.runner.check_settings()
+    # Before the first sbatch, since importing torch takes long: an array whose table is not submitted yet is not left alone.
+    from megatron_rdt.compare.measure import find_final_checkpoint
+
+    unfinished = [run for run in comparison.runner.all_runs() if find_final_checkpoint(run) is None]
     name, directory = f"{comparison.config.run.name}-compare", Path(job.directory)
     check_sbatch(directory / f"{name}.sbatch")
     snapshot.write()
     script = directory / f"{name}.sbatch"
     number = call_sbatch(script, array)
-    tasks = {arm.name: task for task, arm in enumerate(comparison.runner.arms)}
-    from megatron_rdt.compare.measure import find_final_checkpoint  # late, since it imports torch
-
-    for run in comparison.runner.all_runs():
-        if find_final_checkpoint(run) is None:
-            task = f"{number}_{tasks[run.arm]}"
-            record_job(run.directory, task, str(script), str(directory / f"{name}-{task}.out"))
-    after = call_sbatch(directory / f"{name}-table.sbatch", table, f"--dependency=afterany:{number}")
+    try:
+        after = call_sbatch(directory / f"{name}-table.sbatch", table, f"--dependency=afterany:{number}")
+    except BaseException:
+        show_line(f"array {number} is submitted, the job for the table is not; rdt compare --table writes the table")
+        raise
     print(
         f"submitted array {number}, a task for each of {len(comparison.runner.arms)} arms, and job {after} for the table"
     )
+    tasks = {arm.name: task for task, arm in enumerate(comparison.runner.arms)}
+    for run in unfinished:
+        task = f"{number}_{tasks[run.arm]}"
+        try:
+            record_job(run.directory, task, str(script), str(directory / f"{name}-{task}.out"))
+        except OSError as error:
+            show_line(f"rdt submit: warning: rdt status will not show job {task} of {run.directory}: {error.strerror}")
     return EXIT_OK

@@ -48,7 +48,7 @@ class RunPool:
         gpus: numbers of the GPUs that each of the `at_once` places has; empty on CPU.
 
     Attributes:
-        was_stopped: a stop signal has arrived.
+        was_stopped: a stop signal has arrived, or a job has stopped on request, before the end of its Slurm job for example.
     """
 
     at_once: int
@@ -84,6 +84,7 @@ class RunPool:
                 for slot, (job, process) in list(self._running.items()):
                     if (status := process.poll()) is not None:
                         del self._running[slot]
+                        self.was_stopped = self.was_stopped or status == EXIT_PREEMPTED
                         on_end(job, status)
                 time.sleep(POLL_S)
         finally:

@@ -120,6 +120,28 @@ def test_both_jobs_are_submitted_and_the_table_waits(
     assert "untied" in shown.stdout
 
 
+def test_what_was_submitted_is_said_whatever_fails_then(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--config", str(config), "--compare", "", "--directory", str(tmp_path / "jobs")]
+    words += [f"--overrides=--run.root={shlex.quote(str(tmp_path))}"]
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text('#!/bin/sh\ncase "$*" in *--dependency*) exit 1;; esac\necho 77\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(LaunchError, match="sbatch refused"):
+        submit(words)
+    assert capsys.readouterr().err.startswith("array 77 is submitted, the job for the table is not")
+    sbatch.write_text("#!/bin/sh\necho 78\n")
+    # A directory in the place of one run's record.
+    (tmp_path / "wide-compare" / "untied-s1234" / "jobs.jsonl").mkdir(parents=True)
+    assert submit(words) == 0
+    shown = capsys.readouterr()
+    assert "submitted array 78" in shown.out
+    assert "warning: rdt status will not show job 78_2" in shown.err
+    assert (tmp_path / "wide-compare" / "looped-s1234" / "jobs.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("body", "state", "status", "requeued"),
     [

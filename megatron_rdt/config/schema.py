@@ -88,7 +88,7 @@ class TrainConfig:
     deterministic: bool = True
     """On a GPU, compute the same result every time: deterministic kernels or an error, no cuDNN attention, fixed algorithms of cuBLAS and NCCL; slower. false gives that up: the same command gives other digits, and a resumed run equals the uninterrupted one up to rounding only."""
     compile: Literal["none", "layers"] = "none"
-    """layers: compile each layer, not the loop, so that any T runs the same code (single, ddp, fsdp); the first steps take some minutes."""
+    """layers: compile the layers and an iteration of the core as a whole, not the loop, so that any T runs the same code (single, ddp, fsdp); the first steps take some minutes."""
     float8: Literal["none", "matrix_products"] = "none"
     """matrix_products: in training, multiply the layers' inputs and gradients by their matrices in float8, on GPUs that can; needs compiled layers."""
     gc_every: int = option(50, at_least=0)

@@ -1,8 +1,11 @@
-"""Compiling the layers, not the loop, so that any T runs the same code.
+"""Compiling the layers and an iteration of the core, not the loop, so that any T runs the same code.
 
-A layer's code is compiled once with gradient and once without (for the first T - k iterations), each for any number of
-sequences: sequences of different T join the batch one after the other, so that number changes. A single sequence has
-code of its own, since a size of 1 broadcasts.
+An iteration is one graph with its injection, signals and layers, unless experts, tensor parallelism, units of FSDP2 or
+checkpoints come between the layers: then these are compiled one by one, as those of prelude and coda are.
+
+Their code is compiled once with gradient and once without (for the first T - k iterations), each for any number of
+sequences: sequences of different T join the batch one after the other, so that number changes. A single sequence has code
+of its own, since a size of 1 broadcasts.
 
 In a layer with experts two graphs are compiled, what comes before the choice of experts and what follows their products; the
 experts themselves are not. Of the loss, what follows the product with the output matrix is compiled; so is the initial state's
@@ -19,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_rdt.model import linear
 from megatron_rdt.model.attention.kernels import BlockwiseMask
 from megatron_rdt.model.core import RecurrentCore
 from megatron_rdt.model.cross_entropy import score_chunk
@@ -31,8 +35,8 @@ from megatron_rdt.model.layer import Layer
 from megatron_rdt.model.linear import Linear, add_product
 from megatron_rdt.model.moe import MixtureOfExperts
 
-# Kinds of layer (prelude, core and coda, with value embeddings and without) times 4 graphs each. Were there more, then
-# something would change from call to call that should not.
+# Kinds of layer (prelude, core and coda, with value embeddings and without) times 4 graphs each; an iteration has 4. Were there
+# more, then something would change from call to call that should not.
 MAX_GRAPHS = 32
 
 
@@ -57,6 +61,7 @@ for _name, _arguments, _function in (
     for _device in ("CPU", "CUDA"):
         _LIBRARY.impl(_name, _function, _device)
     torch.library.register_fake(f"megatron_rdt::{_name}", lambda total, left, right: None, lib=_LIBRARY)
+linear.HAS_OPERATORS = True
 
 
 class CompiledLayer:
@@ -106,6 +111,7 @@ class CompiledIteration:
 
     def __call__(self, state: Tensor, t: Tensor, inputs: LoopInputs) -> Tensor:
         """Run an iteration compiled; return the next state, (batch, sequence, ...)."""
+        state = state.contiguous()  # with lanes it may begin and go on in two orders, which would be code of their own
         if torch.is_grad_enabled() and not state.requires_grad:
             # Otherwise the first iteration with gradient would have code of its own.
             state = state.detach().requires_grad_()
@@ -142,7 +148,7 @@ def _compile_noise(backend: str) -> DrawNoise:
 
 
 def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
-    """Make every layer, the loss and the initial state's noise run compiled code in training; set the compiler's options.
+    """Make layers, iterations, the loss and the first state's noise run compiled code in training; set the compiler's options.
 
     Args:
         model: a `RecurrentDepthTransformer`; its layers, before or after they are sharded.

@@ -18,6 +18,9 @@ from torch.nn import functional
 
 from megatron_rdt.model.float8 import Float8Matrix, Float8Rows, multiply_rows, round_columns, round_rows
 
+HAS_OPERATORS = False
+"""True once `megatron_rdt.model.compiling` has defined the operators that stand for products in the code that it compiles."""
+
 
 class GradientSum:
     """The gradients of a weight over all iterations of a pass.
@@ -163,7 +166,7 @@ def _sum_input_gradients(grads: Sequence[Tensor], matrices: Sequence[Tensor]) ->
     total = grads[0].flatten(0, -2) @ matrices[0].to(grads[0].dtype)
     for grad, matrix in zip(grads[1:], matrices[1:]):
         left, right = grad.flatten(0, -2), matrix.to(grad.dtype)
-        if torch.compiler.is_compiling():
+        if HAS_OPERATORS and torch.compiler.is_compiling():
             torch.ops.megatron_rdt.add_product_(total, left, right)
         else:
             add_product(total, left, right)
@@ -222,7 +225,7 @@ class _SummedLinear(torch.autograd.Function):
 
 def _add_weight_gradient(total: Tensor, grad: Tensor, x: Tensor) -> Tensor:
     """Add grad^T x over all rows to `total`; return the gradient of the anchor, without elements."""
-    if torch.compiler.is_compiling():  # the same as an operator, which `megatron_rdt.model.compiling` defines
+    if HAS_OPERATORS and torch.compiler.is_compiling():  # the same as an operator
         torch.ops.megatron_rdt.add_weight_gradient_(total, grad, x)
     else:
         add_product(total, grad.flatten(0, -2).T, x.flatten(0, -2))
@@ -333,8 +336,8 @@ def multiply_together(x: Tensor, maps: Sequence[nn.Module]) -> list[Tensor]:
         return [each(x) for each in maps]
     linears = cast(Sequence[Linear], maps)
     rounded = [each.rounded.get("weight") for each in linears]
-    weights = [each.weight if held is None else held.place(each.weight) for each, held in zip(linears, rounded)]
-    if any(x.dtype == weight.dtype or weight is not each.weight for weight, each in zip(weights, linears)):
+    weights = [each.weight for each in linears]
+    if any(x.dtype == weight.dtype for weight in weights):  # a matrix with a stand-in is rounded already
         return [each(x) for each in maps]
     summed = [held for held in rounded if held is not None and held.sum is not None]
     if len(summed) < len(linears):

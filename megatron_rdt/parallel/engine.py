@@ -199,11 +199,11 @@ class Engine(ABC):
             inputs, named = micro.batch.to(self.device).inputs()
             self.prepare_backward(last)
             losses = self.module(inputs, micro.plan, **named, monitor=monitor if last else None)
-            for name, value in losses.items():
-                totals[name] = totals.get(name, 0) + value.detach().double()
+            totals = {name: totals.get(name, 0) + losses[name].detach().double() for name in losses}
             # The reduction averages over ranks. So each rank divides by the mean number of targets of a rank, not by its
             # own: then the average is the sum over all targets divided by their number.
             self.backward(losses["objective"] / targets.to(losses["objective"].dtype), last)
+            del losses  # and their graph, which may hold a state, before the next micro-batch is at its peak
         means = {name: total / targets for name, total in totals.items()}
         paddings = [sum(micro.batch.padding) for micro in batch if micro.batch.padding is not None]
         if paddings:

@@ -79,8 +79,8 @@ class TorchEngine(Engine):
     def clip(self, max_norm: float) -> torch.Tensor:
         """Let the next step scale gradients down to the global norm `max_norm`, if > 0; return the norm.
 
-        Optimizers scale in the pass over the gradients that they make anyway. If the norm is not finite, neither are the
-        gradients then.
+        PyTorch's AdamW scales in its own pass over the gradients, the other optimizers in one before it. A step with a norm
+        that is not finite is to be refused (`accepted` of `step`).
         """
         # One operation takes tensors of one mesh only, so norms are made per mesh and then combined.
         groups = optimizers.group_by_mesh(p for p in self.model.parameters() if p.grad is not None)

@@ -229,10 +229,14 @@ class StepKernels:
     def _iteration_kernels(self) -> int:
         """Number of kernels of an iteration besides its layers and products, in each pass."""
         model = self.model
+        halting = HALTING_KERNELS.get(model.halting, 0)  # never compiled
         if self._iteration_traffic is not UNCOMPILED:
-            return FUSED_ITERATION_KERNELS
-        kernels = INJECTION_KERNELS.get(model.injection, OTHER_INJECTION_KERNELS)
-        return kernels + SIGNAL_KERNELS * len(model.signals) + HALTING_KERNELS.get(model.halting, 0)
+            return FUSED_ITERATION_KERNELS + halting
+        return (
+            INJECTION_KERNELS.get(model.injection, OTHER_INJECTION_KERNELS)
+            + SIGNAL_KERNELS * len(model.signals)
+            + halting
+        )
 
     def outside_layers(self, backward: bool) -> dict[str, Cost]:
         """Return the cost of a pass through each layer of prelude and coda by unit, with what is recomputed."""

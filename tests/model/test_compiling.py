@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from megatron_rdt.config import ModelConfig, RunConfig
 from megatron_rdt.depth import DepthPlan
 from megatron_rdt.errors import ConfigError
-from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer, initialize
+from megatron_rdt.model import CoreMonitor, RecurrentDepthTransformer, initialize, linear
 from megatron_rdt.model.activation_checkpointing import set_checkpointing
 from megatron_rdt.model.attention.kernels import BlockwiseMask
 from megatron_rdt.model.attention.masks import attention_mask
@@ -23,6 +23,7 @@ from megatron_rdt.model.attention.rope import rotary_tables
 from megatron_rdt.model.compiling import compile_layers
 from megatron_rdt.model.core import RecurrentCore
 from megatron_rdt.model.cross_entropy import score_chunk
+from megatron_rdt.model.feedforward import SwiGLU
 from megatron_rdt.model.forward_context import LayerContext
 from megatron_rdt.model.initial_state import draw_normal
 from megatron_rdt.model.layer import Layer
@@ -155,7 +156,23 @@ def test_parts_and_policies(case: str, uncompiled: list[str]) -> None:
         uncompiled.clear()
     code = (Layer.attend_and_score if "experts" in options else Layer.attend_and_feed).__code__
     assert len(_debug_get_cache_entry_list(code)) <= 9  # layers with value embeddings and without are two kinds
+    is_whole = "experts" not in options and policy != "per_layer"
+    assert 4 * is_whole >= len(_debug_get_cache_entry_list(RecurrentCore.run_iteration.__code__)) >= is_whole
     assert not counters["graph_break"]
+
+
+def test_code_that_another_compiles_needs_no_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export has the modules, but not this package's operators."""
+    monkeypatch.setattr(linear, "HAS_OPERATORS", False)
+    part = SwiGLU(BASE)
+    for parameter in part.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(2, 5, BASE.dim).bfloat16().requires_grad_()
+    torch.compile(part, backend="aot_eager", fullgraph=True)(x).sum().backward()
+    assert x.grad is not None
+    found, x.grad = x.grad, None
+    part(x).sum().backward()
+    assert torch.allclose(found.float(), x.grad.float(), rtol=0.05, atol=0.05)
 
 
 def test_matrices_that_are_rounded_at_every_use(uncompiled: list[str]) -> None:

@@ -302,6 +302,8 @@ def use_safe_path() -> Iterator[None]:
     finally:
         if before is None:
             del os.environ[SAFE_PATH]
+        else:
+            os.environ[SAFE_PATH] = before
 
 
 def copy_environment() -> dict[str, str]:

@@ -10,6 +10,7 @@ from megatron_rdt.environment import (
     count_threads,
     prefer_expandable_segments,
     share_environment,
+    use_safe_path,
 )
 
 
@@ -30,6 +31,16 @@ def test_a_share_of_the_cores_unless_the_user_says_it(
 def test_no_process_is_without_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert count_threads(10**6) == 1
+
+
+@pytest.mark.parametrize("before", [None, "", "1"])
+def test_a_safe_path_is_one_for_the_block(monkeypatch: pytest.MonkeyPatch, before: str | None) -> None:
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    if before is not None:
+        monkeypatch.setenv("PYTHONSAFEPATH", before)
+    with use_safe_path():
+        assert os.environ["PYTHONSAFEPATH"] == "1"
+    assert os.environ.get("PYTHONSAFEPATH") == before
 
 
 def test_gpus_are_numbers_among_the_visible_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,8 +42,18 @@ def test_killed_with_workers(stage: str, source: Path, undisturbed: Path, tmp_pa
 def kill_process_once(marker: str, parent: bool, *arguments: object) -> None:
     """Scan a part, but before that kill this process, or the one it was forked from, if that has not been done yet."""
     with contextlib.suppress(FileExistsError), open(marker, "x"):
-        os.kill(os.getppid() if parent else os.getpid(), signal.SIGKILL)
+        process = psutil.Process(os.getppid() if parent else os.getpid())
+        assert "forkserver" in " ".join(process.cmdline()), "it would be the prep or the tests"
+        process.kill()
     scan_part(*arguments)  # type: ignore[arg-type]
+
+
+def write_modules(folder: Path) -> Path:
+    """Make a folder of modules that have the names of libraries, and write a file `imported` where they are imported."""
+    folder.mkdir()
+    for name in ("dask", "distributed", "numpy"):
+        write_lines(folder / f"{name}.py", ["open('imported', 'w')"])
+    return folder
 
 
 def take_too_much_memory(begun: str, job: Job, part: Part) -> None:
@@ -59,14 +69,25 @@ def take_too_much_memory(begun: str, job: Job, part: Part) -> None:
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("parent", [False, True], ids=["worker", "server"])
 def test_the_step_of_a_killed_worker_is_repeated(
-    parent: bool, source: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parent: bool,
+    source: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    repository: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Without the process that forks them, all workers count as lost, and another one forks new ones."""
+    """Without the process that forks them, all workers count as lost, and another one forks new ones.
+
+    It imports no modules of the current folder either.
+    """
+    monkeypatch.setenv("PYTHONPATH", str(repository))
+    monkeypatch.chdir(write_modules(tmp_path / "text"))
     kill_once = functools.partial(kill_process_once, str(tmp_path / "marker"), parent)
     monkeypatch.setattr(pipeline, "scan_part", kill_once)
     prepare(config(source, tmp_path / "out", workers=2))
     assert read_files(tmp_path / "out") == read_files(undisturbed)
-    assert sorted(os.listdir(tmp_path)) == ["marker", "out"]
+    assert sorted(os.listdir(tmp_path)) == ["marker", "out", "text"]
+    assert not (tmp_path / "text" / "imported").exists()
 
 
 @pytest.mark.distributed
@@ -75,9 +96,7 @@ def test_modules_in_the_current_folder_are_not_imported(
     source: Path, undisturbed: Path, tmp_path: Path, repository: Path
 ) -> None:
     """They may be the text, such as a checkout of a library that workers use."""
-    (tmp_path / "text").mkdir()
-    for name in ("dask", "distributed", "numpy"):
-        write_lines(tmp_path / "text" / f"{name}.py", ["open('imported', 'w')"])
+    write_modules(tmp_path / "text")
     script = "from data_prep.pipeline import prepare\nfrom tests.data_prep.killed_preps import *\n"
     script += f"options = config(Path({str(source)!r}), Path({str(tmp_path / 'out')!r}), workers=2)\n"
     script += "if __name__ == '__main__':\n    prepare(options)\n"
@@ -86,6 +105,20 @@ def test_modules_in_the_current_folder_are_not_imported(
     subprocess.run([sys.executable, str(tmp_path / "script.py")], cwd=tmp_path / "text", env=environment, check=True)
     assert not (tmp_path / "text" / "imported").exists()
     assert read_files(tmp_path / "out") == read_files(undisturbed)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+def test_workers_start_where_no_socket_can_be_made(
+    source: Path, undisturbed: Path, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as in a folder for temporary files whose path is longer than that of a socket may be."""
+    (tmp_path / ("x" * 100)).mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("x" * 100)))
+    with start_prep(config(source, tmp_path / "out", workers=2), repository) as process:
+        assert process.wait() == 0
+    assert read_files(tmp_path / "out") == read_files(undisturbed)
+    assert not [*(tmp_path / ("x" * 100)).glob("pymp-*")]
 
 
 @pytest.mark.distributed

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from data_prep.config import PrepConfig
-from data_prep.jobs.fork_server import fork_processes
+from data_prep.jobs.fork_server import fork_processes, hold_back_signals
 from data_prep.jobs.progress import Progress, count_step
 from data_prep.jobs.steps import RunSteps, Step
 from data_prep.jobs.working_directory import Job
@@ -39,10 +39,10 @@ class StepRunner:
     def _open_cluster(self) -> RunSteps:
         """Start workers, or connect to a scheduler that has them."""
         if not self.config.scheduler:
-            self._stack.enter_context(
-                fork_processes(WORKER_MODULES)
-            )  # they are imported there while Dask is imported here
-        from data_prep.jobs.dask_cluster import open_cluster
+            # They are imported there while Dask is imported here.
+            self._stack.enter_context(fork_processes(WORKER_MODULES))
+        with hold_back_signals():  # a signal during an import ends this process at once, and would leave files
+            from data_prep.jobs.dask_cluster import open_cluster
 
         return self._stack.enter_context(open_cluster(self.config, self.root))
 

@@ -74,13 +74,18 @@ WRONG_WORDS = [
     (["submit", "--nodes", "2"], ["--config is missing"]),
     (["submit", "--nodez", "2"], ["--nodez does not exist", "Did you mean nodes?"]),
     (["submit", "--config", "c.yaml", "--dry-run=maybe"], ["--dry_run needs true or false, not 'maybe'"]),
-    (["prep", "--sources", "nowhere"], ["source nowhere does not exist", "--sources"]),
 ]
 
 
 @pytest.mark.parametrize(("words", "parts"), WRONG_WORDS, ids=[" ".join(words) for words, _ in WRONG_WORDS])
 def test_wrong_words(words: list[str], parts: list[str], forked_rdt: Run) -> None:
     check_refused(forked_rdt(*words), USAGE, *parts)
+
+
+def test_a_source_that_does_not_exist(forked_rdt: Run, tmp_path: Path) -> None:
+    result = forked_rdt("prep", "--sources", "nowhere", "--out", tmp_path / "corpus")
+    check_refused(result, USAGE, "source nowhere does not exist", "--sources")
+    assert not [*tmp_path.iterdir()]
 
 
 WRONG_FILES = [

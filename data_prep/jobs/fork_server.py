@@ -28,7 +28,9 @@ def hold_back_signals() -> Iterator[None]:
     came: list[int] = []
     handlers = {}
     if threading.current_thread() is threading.main_thread():  # no other thread handles signals
-        raising = [number for number in (signal.SIGTERM, signal.SIGHUP) if callable(signal.getsignal(number))]
+        # Ctrl-C too: where another thread does not block it, the handler runs in this one all the same.
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        raising = [number for number in numbers if callable(signal.getsignal(number))]
         handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in raising}
     try:
         yield

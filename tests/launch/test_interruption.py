@@ -23,6 +23,19 @@ except BaseException:
         raise
 raise ImportError("cannot load module more than once per process")
 """
+# `rdt`, which gets a signal when it imports Dask; the process that it forks workers from gets none.
+SIGNAL_AT_DASK = """\
+import os, sys
+
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == "distributed":
+            os.kill(os.getpid(), int(os.environ["RDT_TEST_SIGNAL"]))
+
+sys.meta_path.insert(0, Finder())
+from launch.cli import main
+sys.exit(main())
+"""
 NOT_BEGUN = "before the first step, with nothing new to save; start again with the same options"
 KEPT = "what is done is kept, the same command goes on"
 RDT, SCRIPT = ["-m", "launch.cli"], ["launch/pretrain.py"]
@@ -95,6 +108,20 @@ def test_a_signal_in_a_command(number: signal.Signals, tmp_path: Path, repositor
     words = [*RDT, "prep", "--sources", "README.md", "--out", str(tmp_path / "out")]
     line = f"rdt prep: interrupted by {number.name}; {KEPT}\n"
     assert run_until_import("sentencepiece", words, number, tmp_path, repository) == (128 + number, "", line)
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_prep_imports_dask(number: signal.Signals, tmp_path: Path, repository: Path) -> None:
+    """The output is locked by then, in a thread that gets signals too, and there are files of the process that forks."""
+    (tmp_path / "t").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "t"), "RDT_TEST_SIGNAL": str(int(number))}
+    words = ["prep", "--sources=README.md", f"--out={tmp_path / 'out'}", "--workers=2"]
+    command = [sys.executable, "-c", SIGNAL_AT_DASK, *words]
+    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + number, done.stderr
+    assert done.stderr == f"rdt prep: interrupted by {number.name}; {KEPT}\n"
+    assert not [*(tmp_path / "t").glob("pymp-*"), *tmp_path.glob(".out.lock")]
 
 
 @pytest.mark.timeout(200)

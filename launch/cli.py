@@ -3,11 +3,14 @@
 import sys
 from pathlib import Path
 
-from launch.interruption import Interrupted, describe_end, leave_at_once, raise_interrupts
+from launch.interruption import BEFORE_TRAINING, KEPT, Interrupted, describe_end, leave_at_once, raise_interrupts
+
+# Commands that train are asked to stop by a signal, and not interrupted: how each goes on.
+WHEN_ASKED = {"train": BEFORE_TRAINING, "compare": KEPT, "scale": KEPT}
 
 # The imports below take a while. A worker of `rdt prep` imports this module too, as a part of `__mp_main__`.
 if __name__ == "__main__" or (Path(sys.argv[0]).name == "rdt" and "__mp_main__" not in sys.modules):
-    leave_at_once(" ".join(["rdt", *filter(str.isalpha, sys.argv[1:2])]), sys.argv[1:2] == ["train"])
+    leave_at_once(" ".join(["rdt", *filter(str.isalpha, sys.argv[1:2])]), WHEN_ASKED.get("".join(sys.argv[1:2]), ""))
 
 import difflib
 import functools
@@ -40,7 +43,7 @@ COMMANDS = {
     "quickstart": "quickstart",
 }
 # Commands that keep what they have done when they are interrupted.
-GOING_ON = ("prep", "compare", "scale", "quickstart")
+GOING_ON = ("prep", "quickstart")
 
 
 def load_command(name: str) -> Callable[[list[str]], int]:
@@ -91,7 +94,7 @@ def run_command(words: list[str]) -> int:
         check_words(words)
         refuse_copies(words)
         command = load_command(name)
-        with raise_interrupts(functools.partial(_describe_end, words), name == "train"):
+        with raise_interrupts(functools.partial(_describe_end, words), name in WHEN_ASKED):
             return command(rest)
     except Interrupted as interrupt:
         line, status = _describe_end(words, interrupt.number)
@@ -113,13 +116,13 @@ def run_command(words: list[str]) -> int:
 def _describe_end(words: list[str], number: int) -> tuple[str, int]:
     """Return the line and the exit status of the command that `words` name, ended by a signal."""
     name, *rest = words
-    line, status = describe_end(f"rdt {name}", name == "train", number)
+    line, status = describe_end(f"rdt {name}", WHEN_ASKED.get(name, ""), number)
     goes_on = name in GOING_ON
     if name == "prep":
         from launch.commands.prep import COMMANDS as PREP_COMMANDS
 
         goes_on = not {*rest[:1]} & {*PREP_COMMANDS}
-    return f"{line}{'; what is done is kept, the same command goes on' * goes_on}", status
+    return f"{line}{KEPT * goes_on}", status
 
 
 def main() -> int:

@@ -12,9 +12,11 @@ from pathlib import Path
 from types import FrameType
 
 from launch.failures import LESS_HOST_MEMORY, read_failure
+from launch.interruption import BEFORE_TRAINING
 from megatron_rdt.config import RunConfig
 from megatron_rdt.environment import launcher_environment
 from megatron_rdt.errors import EXIT_HANG, EXIT_OK, EXIT_PREEMPTED, EXIT_SIGNAL, ConfigError, LaunchError
+from megatron_rdt.terminal import show_line
 from megatron_rdt.train.launcher_watch import set_signal_at_parents_death
 from megatron_rdt.train.stop_request import SignalCount, listen_for_stop
 
@@ -47,19 +49,28 @@ def count_processes(config: RunConfig) -> int:
     return PROCESSES_ON_CPU if config.parallel.engine_kind.many_processes else 1
 
 
-def run_processes(words: Sequence[str], processes: int, port: int = 0, script: Path = SCRIPT) -> int:
+def run_processes(
+    words: Sequence[str], processes: int, port: int = 0, script: Path = SCRIPT, is_run: bool = True
+) -> int:
     """Run `script` with `words` as ranks 0 to `processes` - 1; return 0, or 75 after a stop on request.
 
+    Args:
+        words: options of the script.
+        processes: their number.
+        port: of the loopback interface, at which they meet; 0 for any free one.
+        script: file to run.
+        is_run: the workers train, so that they are asked to stop by a signal, and not interrupted.
+
     Returns:
-        0 if all succeeded, 75 if they stopped on request after a good save.
+        0 if all succeeded, 75 if they stopped on request, after a good save or before the first step.
 
     Raises:
         LaunchError: a rank failed. The error names the rank and the cause, once for all ranks, and has its exit status.
-        KeyboardInterrupt: interrupted by Ctrl-C, before there was anything to save or for the second time.
+        KeyboardInterrupt: interrupted by Ctrl-C, for the second time or because that is no run.
     """
     port = find_free_port(port)
     with tempfile.TemporaryDirectory(prefix="rdt-train-") as folder:
-        return _WorkerGroup(processes, Path(folder)).run([str(script), *words], port)
+        return _WorkerGroup(processes, Path(folder), is_run).run([str(script), *words], port)
 
 
 class _WorkerGroup:
@@ -68,9 +79,11 @@ class _WorkerGroup:
     Args:
         count: number of workers.
         folder: directory of their error files, one per rank.
+        is_run: they are asked to stop by signals.
     """
 
-    def __init__(self, count: int, folder: Path) -> None:
+    def __init__(self, count: int, folder: Path, is_run: bool = True) -> None:
+        self.is_run = is_run
         self.files = [folder / f"rank-{rank}.json" for rank in range(count)]
         self.processes: list[subprocess.Popen] = []
         self.failed: list[int] = []  # ranks in the order in which their failures were seen
@@ -94,7 +107,7 @@ class _WorkerGroup:
                 )
                 self._send_forwarded()  # a signal that came while it was being started
             self._wait_for_all()
-            statuses = [process.poll() for process in self.processes]
+            statuses = self._read_statuses()
         finally:
             self._kill_remaining()
             for number, handler in before.items():
@@ -108,7 +121,21 @@ class _WorkerGroup:
             raise error
         if self.failed and not self._have_others_left(statuses):
             raise self._most_likely_cause()
-        return EXIT_PREEMPTED if EXIT_PREEMPTED in statuses else EXIT_OK
+        if EXIT_PREEMPTED not in statuses:
+            return EXIT_OK
+        if self.processes[0].returncode < 0:  # it could not say so itself
+            name = signal.Signals(-self.processes[0].returncode).name
+            show_line(f"stopped on {name}{BEFORE_TRAINING}")
+        return EXIT_PREEMPTED
+
+    def _read_statuses(self) -> list[int | None]:
+        """Return every worker's exit status, None while it runs; 75 for one that was asked to stop before it could listen."""
+        statuses: list[int | None] = []
+        for process, file in zip(self.processes, self.files):
+            status = process.poll()
+            is_asked = self.is_run and status is not None and -status in self.forwarded and not file.exists()
+            statuses.append(EXIT_PREEMPTED if is_asked else status)
+        return statuses
 
     def _forward_signal(self, number: int, frame: FrameType | None) -> None:
         """Send a stop signal on to the workers, Ctrl-C as SIGTERM; a second one ends the wait, and the workers are killed."""
@@ -136,7 +163,7 @@ class _WorkerGroup:
         """Wait for the end of all, `GRACE_S` after a failure, or a second signal; note failed ranks in `failed`."""
         failed_at = left_at = None  # when the first did
         while self.last_signal is None:
-            statuses = [process.poll() for process in self.processes]
+            statuses = self._read_statuses()
             for rank, status in enumerate(statuses):
                 if status not in (None, EXIT_OK, EXIT_PREEMPTED) and rank not in self.failed:
                     self.failed.append(rank)
@@ -188,7 +215,7 @@ class _WorkerGroup:
         if status < 0:
             name = signal.Signals(-status).name
             if -status in self.forwarded:
-                return 2, f"stopped by {name} before training began, so there was nothing to save. Start again."
+                return 2, f"interrupted by {name}."
             return 2, f"rank {rank} was killed by {name}. Its last messages are above."
         return 2, f"rank {rank} failed with exit status {status}. Its message is above."
 

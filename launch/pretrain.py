@@ -6,11 +6,16 @@ from pathlib import Path
 # For a script, Python puts its directory first on the path; the repository's root replaces it, so that launch is a package.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launch.interruption import leave_at_once
+from launch.interruption import BEFORE_TRAINING, leave_at_once
 
 PROGRAM = "pretrain.py"
 if __name__ == "__main__":
-    leave_at_once(PROGRAM, is_run=True)
+    leave_at_once(PROGRAM, BEFORE_TRAINING)
+
+from megatron_rdt.environment import is_first_rank
+
+if __name__ == "__main__":  # all ranks are signalled, and one line is enough
+    leave_at_once(PROGRAM, BEFORE_TRAINING, is_silent=not is_first_rank())
 
 import contextlib
 import logging

@@ -72,6 +72,11 @@ def read_process_info() -> ProcessInfo:
     return ProcessInfo()
 
 
+def is_first_rank() -> bool:
+    """Return True unless a launcher's variables say that this is another rank than 0; nothing is checked."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
 def _read_number(name: str) -> int:
     """Read a variable that must be a number; raise LaunchError if it is not."""
     value = os.environ.get(name, "")

@@ -175,7 +175,9 @@ def compare_with_measurement(config: RunConfig, processes: int) -> tuple[str, li
         yaml, out = Path(folder) / "config.yaml", Path(folder) / "measured.json"
         write_text(yaml, dump_config(config))
         loops = [*map(str, MEASURED_LOOPS)]
-        run_processes(["--config", str(yaml), "--out", str(out), "--loops", *loops], processes, script=WORKER)
+        run_processes(
+            ["--config", str(yaml), "--out", str(out), "--loops", *loops], processes, script=WORKER, is_run=False
+        )
         rows = json.loads(out.read_text(encoding="utf-8"))
     layout = Layout.of(config.parallel, processes)
     k = None if config.depth.backprop == "all" else int(config.depth.backprop)

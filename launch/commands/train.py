@@ -1,5 +1,6 @@
 """`rdt train`: check the run, then train in this process or in workers that run launch/pretrain.py."""
 
+from launch.interruption import keep_status
 from launch.local_processes import PROCESSES_ON_CPU, run_processes
 from launch.train_options import LaunchOptions, check_paths, parse_launch, select_worker_words
 from megatron_rdt.config import RunConfig, check_config
@@ -20,7 +21,7 @@ def train(words: list[str]) -> int:
     _check_parameter_names(config)
     if not config.parallel.engine_kind.many_processes:
         return _train_here(config, options)
-    return run_processes(select_worker_words(words), processes, options.master_port)
+    return keep_status(run_processes(select_worker_words(words), processes, options.master_port))
 
 
 def _train_here(config: RunConfig, options: LaunchOptions) -> int:
@@ -30,12 +31,12 @@ def _train_here(config: RunConfig, options: LaunchOptions) -> int:
         stop.begin_imports()
         from megatron_rdt.train.trainer import train as train_in_process
 
-        return train_in_process(config, options.resume, stop=stop, init=options.init)
+        return keep_status(train_in_process(config, options.resume, stop=stop, init=options.init))
     except StopBeforeTraining:
-        return stop.end_early()
+        return keep_status(stop.end_early())
     except Exception:
         if stop.explains_failure():
-            return stop.end_early()
+            return keep_status(stop.end_early())
         raise
     finally:
         stop.close()

@@ -110,6 +110,91 @@ def test_a_signal_in_a_command(number: signal.Signals, tmp_path: Path, repositor
     assert run_until_import("sentencepiece", words, number, tmp_path, repository) == (128 + number, "", line)
 
 
+def test_a_rank_above_0_says_nothing(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert run_until_import("json", SCRIPT, signal.SIGTERM, tmp_path, repository) == (75, "", "")
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("name", ["compare", "scale"])
+@pytest.mark.parametrize("module", ["difflib", "torch"])
+def test_a_comparison_is_asked_to_stop(
+    module: str, name: str, tmp_path: Path, repository: Path, tiny_options: list[str]
+) -> None:
+    """In its first imports, and in its own."""
+    words = [*tiny_options, f"--run.root={tmp_path / 'runs'}", *["--budgets=6e9,8e9,1e10"] * (name == "scale")]
+    found = run_until_import(module, [*RDT, name, *words], signal.SIGUSR1, tmp_path, repository)
+    assert found == (75, "", f"rdt {name}: stopped on SIGUSR1; {KEPT}\n")
+
+
+# A command that is signalled again while it cleans up, prints its last line and ends.
+SIGNALLED_AGAIN = """\
+import os, signal, sys, time
+from launch import cli
+from megatron_rdt.train import stop_request
+
+def send():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0)
+
+def command(words):
+    print("begun")
+    try:
+        send()
+        while True:
+            time.sleep(0.1)
+    finally:
+        if "twice" in sys.argv:
+            stop_request.REPEAT_S = -1.0  # whatever comes next is a second request
+        send()
+        print("cleaned up")
+
+cli.load_command = lambda name: command
+status = cli.run_command(sys.argv[1:2])
+send()
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "line"),
+    [
+        (["prep"], 143, f"rdt prep: interrupted by SIGTERM; {KEPT}\n"),
+        (["compare"], 75, f"rdt compare: stopped on SIGTERM; {KEPT}\n"),
+        (["eval", "twice"], 143, "rdt eval: interrupted by SIGTERM\n"),
+    ],
+    ids=["prep", "compare", "twice"],
+)
+def test_copies_of_a_signal_are_ignored_and_a_second_one_ends_at_once(
+    words: list[str], status: int, line: str, repository: Path
+) -> None:
+    """What was printed is written in either case."""
+    command = [sys.executable, "-c", SIGNALLED_AGAIN, *words]
+    result = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=100, check=False)
+    output = "begun\n" if "twice" in words else "begun\ncleaned up\n"
+    assert (result.returncode, result.stdout, result.stderr) == (status, output, line)
+
+
+FINISHED = """\
+import os, signal, sys
+from launch import cli, interruption
+
+def command(words):
+    status = interruption.keep_status(3)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return status
+
+cli.load_command = lambda name: command
+sys.exit(cli.run_command(["train"]))
+"""
+
+
+def test_a_signal_does_not_change_the_status_of_a_finished_run(repository: Path) -> None:
+    command = [sys.executable, "-c", FINISHED]
+    result = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=100, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (3, "", "")
+
+
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_prep_imports_dask(number: signal.Signals, tmp_path: Path, repository: Path) -> None:

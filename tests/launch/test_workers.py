@@ -126,6 +126,30 @@ def test_ctrl_c_saves_and_twice_ends_at_once(
     assert not any(worker.is_running() for worker in workers)
 
 
+# Of a worker that does not listen yet; what ends it is the signal.
+DEAF = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1], os.environ['RANK']).touch(); time.sleep(1000)"
+START = "import sys, pathlib; from launch.local_processes import run_processes; "
+START += "sys.exit(run_processes(sys.argv[2:], 2, script=pathlib.Path(sys.argv[1])))"
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_workers_that_are_asked_to_stop_before_they_listen(
+    number: signal.Signals, repository: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "deaf.py").write_text(DEAF)
+    command = [sys.executable, "-c", START, str(tmp_path / "deaf.py"), str(tmp_path)]
+    with subprocess.Popen(command, cwd=repository, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not all((tmp_path / rank).exists() for rank in "01"):
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    name = "SIGTERM" if number == signal.SIGINT else number.name
+    line = f"stopped on {name} before the first step, with nothing new to save; start again with the same options\n"
+    assert (process.returncode, errors) == (75, line)
+
+
 @pytest.mark.distributed
 @pytest.mark.timeout(200)
 def test_workers_end_with_a_killed_launcher(running: Callable[[], subprocess.Popen[str]]) -> None:

@@ -168,7 +168,7 @@ sys.exit(status)
 def test_copies_of_a_signal_are_ignored_and_a_second_one_ends_at_once(
     words: list[str], status: int, line: str, repository: Path
 ) -> None:
-    """What was printed is written in either case."""
+    """Output is not lost in either case."""
     command = [sys.executable, "-c", SIGNALLED_AGAIN, *words]
     result = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=100, check=False)
     output = "begun\n" if "twice" in words else "begun\ncleaned up\n"

@@ -22,8 +22,6 @@ def hold_back_signals() -> Iterator[None]:
 
     Ctrl-C, which a terminal sends to all, does not reach the processes that the block starts either.
     """
-    with use_safe_path():
-        resource_tracker.ensure_running()  # its start would unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     came: list[int] = []
     handlers = {}
@@ -71,6 +69,7 @@ def _start_server(modules: list[str]) -> None:
     """
     multiprocessing.set_forkserver_preload(modules)
     try:
+        resource_tracker.ensure_running()  # its start in the block would unblock Ctrl-C
         with hold_back_signals():
             forkserver.ensure_running()
     except OSError as error:

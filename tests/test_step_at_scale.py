@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "step_at_scale.py"
 
 
-@pytest.mark.parametrize("preset", ["parcae_140m", "openmythos_10b"])
+@pytest.mark.parametrize("preset", ["parcae_770m", "openmythos_10b"])
 def test_a_step_of_16384_ranks_keeps_to_its_plan(preset: str) -> None:
     command = [sys.executable, "-W", "ignore", str(SCRIPT), "--preset", preset, "--json"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)

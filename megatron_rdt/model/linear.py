@@ -146,7 +146,7 @@ def list_rounded(module: nn.Module) -> Rounded:
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left @ right to `total` in place, without a product of its size where the backend can."""
     if left.dtype == total.dtype:
-        total.addmm_(left, right)
+        torch.addmm(total, left, right, out=total)  # as addmm_, which PyTorch's counter of operations does not know
     elif total.is_cuda and total.dtype == torch.float32:
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     else:

@@ -28,10 +28,9 @@ Step = tuple[int, int | None, str]
 """T, which is that of all ranks, k, checkpointing."""
 STEPS: tuple[Step, ...] = (
     (3, None, "none"),
-    (5, 2, "per_iteration"),
+    (4, 2, "per_iteration"),
     (1, None, "per_layer"),
-    (4, 3, "2"),
-    (6, 2, "selective"),
+    (4, 2, "selective"),
 )
 SEQUENCES, LENGTH = 8, 16
 Case = tuple[str, dict[str, Any]]

@@ -15,7 +15,6 @@ PAIRS: list[Case] = [
 QUADS: list[Case] = [
     ("plain", {"core_gather": "per_layer", "tensor": 2}),
     ("mla", {"core_gather": "per_iteration", "tensor": 2, "context": 2}),
-    ("mla", {"core_gather": "per_layer", "context": 2}),
     ("experts", {"core_gather": "per_layer", "replicate": 2}),
     ("experts", {"core_gather": "per_layer", "expert": 2, "context": 2}),
     ("experts", {"core_gather": "per_layer", "expert": 2, "tensor": 2}),
@@ -26,14 +25,14 @@ QUADS: list[Case] = [
 @pytest.mark.timeout(290)
 @pytest.mark.parametrize(("processes", "cases"), [(2, PAIRS), (4, QUADS)])
 def test_rounding_before_the_gather_changes_nothing_but_its_bytes(processes: int, cases: list[Case]) -> None:
-    """Losses, gradients and weights of five steps of different T, k and checkpointing are the same bit for bit."""
+    """Losses, gradients and weights of four steps of different T, k and checkpointing are the same bit for bit."""
     for found in run_on_processes(compare_gathers, processes, cases, timeout=280):
         for case, each in zip(cases, found, strict=True):
             assert each["compared"] > 100, case
             assert each["differing"] == 0, case
             assert each["first loss"] == each["first loss, gathered once"], case
-            # Of five steps with two micro-batches, in the forward pass alone 38 iterations.
-            assert each["narrower"] >= (2 if case[1].get("reshard_after_forward") is False else 38), case
+            # Of four steps with two micro-batches, in the forward pass alone 24 iterations.
+            assert each["narrower"] >= (2 if case[1].get("reshard_after_forward") is False else 24), case
             assert each["kinds"] == ["all-gather"], case
             assert each["ratios"] == [2.0], case
 

@@ -1,7 +1,7 @@
 # make install      .venv with pinned dependencies (idempotent); LOCK=requirements.lock: only files with the hashes in it
 # make quickstart   the whole main job on two processes, from raw text to a report
 # make lint         formatting, lint, types
-# make test-fast    the tests that start no processes and take no long (under two minutes on 2 cores)
+# make test-fast    the tests that start no processes and take no long (three to four minutes on 2 cores)
 # make test         lint, then all tests but those that need Slurm or inject faults; what fails is repeated alone
 # make test-cluster the same for what needs Slurm
 # make test-faults  kills, cuts, full disks: every row of the fault table of docs/OPERATIONS.md

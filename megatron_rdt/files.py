@@ -253,7 +253,7 @@ def explain_write_failure(error: BaseException, directory: str | os.PathLike[str
         number = next((known for known in WRITE_ERRORS if os.strerror(known) in str(error)), None)
     if number == errno.ENOSPC:
         free = f"{_free_bytes(Path(directory)) / 2**20:.1f} MiB free"
-        return WriteFailure(f"{describe_full_disk(directory)} ({free})", REMEDIES[number], True)
+        return WriteFailure(f"{_describe_full_disk(directory)} ({free})", REMEDIES[number], True)
     # After a failed write, torch.save still writes the end of its file and fails again: the first OSError has the reason.
     first = next((seen for seen in _list_causes(error) if isinstance(seen, OSError)), error)
     lines = str(first).strip().splitlines()
@@ -271,7 +271,7 @@ def explain_write_failure(error: BaseException, directory: str | os.PathLike[str
     return WriteFailure(reason, remedy, number == errno.EDQUOT)
 
 
-def describe_full_disk(directory: str | os.PathLike[str]) -> str:
+def _describe_full_disk(directory: str | os.PathLike[str]) -> str:
     """Say what a disk on which a write below `directory` failed has run out of: space, or room for more files."""
     status = os.statvfs(_find_existing_folder(Path(directory)))
     if status.f_files and not status.f_favail:  # some file systems have no limit, and report 0

@@ -30,6 +30,13 @@ from tests.faults.conftest import RecordCost
 CLONE_NEWUTS = 0x04000000
 NOT_ALLOWED = 77
 BEAT_S, STALE_S, PATIENCE_S = 0.3, 3.0, 1.0
+ENDLESS = [
+    "--run.name=r",
+    "--resume=auto",
+    "--train.steps=100000",
+    "--data.max_epochs=1000000",
+    "--schedule.name=constant",
+]
 
 
 def run_on_host(words: Sequence[str], host: str, has_locks: bool) -> NoReturn:
@@ -48,6 +55,13 @@ def run_on_host(words: Sequence[str], host: str, has_locks: bool) -> NoReturn:
     run_pretrain(words)
 
 
+def wait_for_six_steps(run: Path, first: Ranks) -> None:
+    """Wait until the first job has done six steps; skip the test where it may not have a host name of its own."""
+    wait_for_step(run, 6, first.has_ended)
+    if NOT_ALLOWED in [process.exitcode for process in first.processes]:
+        pytest.skip("a host name of its own (unshare --uts) is not allowed here")
+
+
 @contextlib.contextmanager
 def start_on_host(options: list[str], host: str, has_locks: bool) -> Iterator[Ranks]:
     """Start two ranks on a host for the length of a block."""
@@ -61,13 +75,9 @@ def start_on_host(options: list[str], host: str, has_locks: bool) -> Iterator[Ra
 def test_the_second_job_is_refused(
     has_locks: bool, tmp_path: Path, faulty_options: list[str], record_cost: RecordCost
 ) -> None:
-    options = [*faulty_options, f"--run.root={tmp_path}", "--run.name=r", "--resume=auto", "--checkpoint.every=5"]
-    options += ["--train.steps=100000", "--data.max_epochs=1000000", "--schedule.name=constant"]
-    run = tmp_path / "r"
+    options, run = [*faulty_options, *ENDLESS, f"--run.root={tmp_path}", "--checkpoint.every=5"], tmp_path / "r"
     with start_on_host(options, "node-a", has_locks) as first:
-        wait_for_step(run, 6, first.has_ended)
-        if NOT_ALLOWED in [process.exitcode for process in first.processes]:
-            pytest.skip("a host name of its own (unshare --uts) is not allowed here")
+        wait_for_six_steps(run, first)
         before = len(read_losses(run))
         with start_on_host(options, "node-b", has_locks) as second:
             second.processes[0].join(120)
@@ -101,13 +111,9 @@ def test_a_job_that_was_stopped_ends_where_another_has_taken_over(
     tmp_path: Path, faulty_options: list[str], record_cost: RecordCost
 ) -> None:
     """Both its ranks, before it writes anything; what the other writes is that of a run alone."""
-    options = [*faulty_options, f"--run.root={tmp_path}", "--run.name=r", "--resume=auto", "--checkpoint.every=1"]
-    options += ["--train.steps=100000", "--data.max_epochs=1000000", "--schedule.name=constant"]
-    run = tmp_path / "r"
+    options, run = [*faulty_options, *ENDLESS, f"--run.root={tmp_path}", "--checkpoint.every=1"], tmp_path / "r"
     with start_on_host(options, "node-a", False) as first:
-        wait_for_step(run, 6, first.has_ended)
-        if NOT_ALLOWED in [process.exitcode for process in first.processes]:
-            pytest.skip("a host name of its own (unshare --uts) is not allowed here")
+        wait_for_six_steps(run, first)
         for process in first.processes:
             os.kill(process.pid or 0, signal.SIGSTOP)
         with start_on_host(options, "node-b", False) as second:

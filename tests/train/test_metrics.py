@@ -1,10 +1,8 @@
-"""Records of a run: files, TensorBoard, console line, and their errors."""
+"""Records of a run: their fields, TensorBoard, the console line, and what a resume drops."""
 
 import errno
-import io
 import itertools
 import json
-import logging
 import math
 import os
 import re
@@ -13,18 +11,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from megatron_rdt.config import RunConfig
 from megatron_rdt.config.batch_schedule import BatchSchedule
-from megatron_rdt.files import DAMAGED, read_json_lines
-from megatron_rdt.train import hardware, record_file
+from megatron_rdt.train import hardware
 from megatron_rdt.train.hardware import PEAK_BF16_FLOPS, multiplies_bfloat16_faster, peak_flops, peak_memory_gb
 from megatron_rdt.train.metrics import Console, Recorder, drop_records_after, flatten_numbers
-from megatron_rdt.train.record_file import RecordFile
 from megatron_rdt.train.trainer import train
 
 FIELDS = [
@@ -206,43 +201,6 @@ def test_resuming_drops_later_records_and_half_lines(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
-def test_records_wait_for_a_disk_that_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A limit on the size of a file cuts a line in its middle, as a full disk does; later it is written to its end."""
-    recorder, step = Recorder(tmp_path, tensorboard=False, start_step=0), 0
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    try:
-        while (tmp_path / "metrics.jsonl").stat().st_size < 950:
-            recorder.record_step({"step": step, "loss": 1.0})
-            step += 1
-        for _ in range(3):
-            recorder.record_step({"step": step, "loss": 1.0, "text": "x" * 100})
-            step += 1
-        assert (tmp_path / "metrics.jsonl").stat().st_size == 1000
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert caplog.text.count("metrics.jsonl cannot be written (File too large); training goes on") == 1
-    recorder.record_step({"step": step, "loss": 1.0})
-    assert "metrics.jsonl is written again, and no record is lost" in caplog.text
-    recorder.close()
-    assert [record["step"] for record in read_strict_json(tmp_path / "metrics.jsonl")] == list(range(step + 1))
-
-
-def test_records_that_were_never_written_are_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("needs /dev/full")
-    monkeypatch.setattr(record_file, "MOST_WAITING", 3)
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    recorder = Recorder(tmp_path, tensorboard=False, start_step=0)
-    for step in range(5):
-        recorder.record_step({**RECORD, "step": step})
-    recorder.close()
-    assert caplog.text.count("metrics.jsonl cannot be written (No space left on device)") == 1
-    assert "metrics.jsonl lacks 5 records" in caplog.text
-
-
 def test_the_console_line() -> None:
     line = Console(steps=10, first_step=0).format_line(RECORD)
     assert re.fullmatch(
@@ -330,94 +288,6 @@ def test_bfloat16_is_chosen_where_its_products_are_faster(
     assert multiplies_bfloat16_faster(torch.device("cpu")) is faster
     monkeypatch.undo()
     assert all(hardware._time_matrix_product(dtype) > 0 for dtype in seconds)
-
-
-@pytest.mark.parametrize("what", ["deleted", "moved", "replaced"])
-def test_records_are_not_written_into_a_file_that_is_gone(
-    what: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    recorder = Recorder(run, tensorboard=False, start_step=0)
-    recorder.record_step({**RECORD, "step": 1})
-    if what == "deleted":
-        (run / "metrics.jsonl").unlink()
-    elif what == "moved":
-        run.rename(tmp_path / "elsewhere")
-    else:  # as an editor saves
-        (run / "new").write_text((run / "metrics.jsonl").read_text())
-        (run / "new").rename(run / "metrics.jsonl")
-    with caplog.at_level(logging.WARNING):
-        for step in (2, 3):
-            recorder.record_step({**RECORD, "step": step})
-    recorder.close()
-    assert caplog.text.count("metrics.jsonl was moved, deleted or replaced while the run writes it") == 1
-    expected = [1, 2, 3] if what == "replaced" else [2, 3]
-    assert [record["step"] for record in read_strict_json(run / "metrics.jsonl")] == expected
-
-
-class SmallFile(io.FileIO):
-    """A file on a disk with room for a few bytes."""
-
-    room = 25
-
-    def write(self, content: Any) -> int:
-        """Write as much as there is room for."""
-        if not self.room:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        count = super().write(content[: self.room])
-        self.room -= count
-        return count
-
-
-@pytest.mark.parametrize(
-    ("what", "kept"),
-    [
-        ("nothing", [1, 2, 3]),
-        ("deleted", [2, 3]),
-        ("copied", [1, DAMAGED, 2, 3]),
-        ("emptied", [2, 3]),
-        ("cut", [1, 2, 3]),
-    ],
-)
-def test_a_line_that_was_written_in_part_begins_anew_in_another_file(
-    what: str, kept: list[object], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The rest alone would be no record, and the record would be lost."""
-    path = tmp_path / "metrics.jsonl"
-    records = RecordFile(path)
-    records.append({"step": 1})
-    records._file.close()
-    records._file = SmallFile(path, "ab")
-    records.append({"step": 2, "loss": 3.25, "sources": {"a": 1}})
-    assert path.read_bytes() == b'{"step": 1}\n{"step": 2, "loss": 3.25,'
-    if what == "deleted":
-        path.unlink()
-    elif what == "copied":
-        (tmp_path / "new").write_bytes(path.read_bytes())
-        (tmp_path / "new").rename(path)
-    elif what in ("emptied", "cut"):
-        os.truncate(path, 0 if what == "emptied" else len(b'{"step": 1}\n'))
-    if isinstance(records._file, SmallFile):
-        records._file.room = 1 << 20
-    records.append({"step": 3})
-    records.close()
-    values = [value for _, _, value in read_json_lines(path)]
-    assert [value if value is DAMAGED else value["step"] for value in values] == kept
-    assert values[-2] == {"step": 2, "loss": 3.25, "sources": {"a": 1}}
-    assert "is written again, and no record is lost" in caplog.text
-    said = drop_records_after(tmp_path, 3)
-    assert [value["step"] for _, _, value in read_json_lines(path)] == [step for step in kept if step is not DAMAGED]
-    assert bool(said) == (what == "copied")
-
-
-def test_a_record_is_not_appended_to_a_line_that_was_cut_short(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2, "lo')
-    records = RecordFile(path)
-    records.append({"step": 3})
-    records.close()
-    assert path.read_text() == '{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n'
 
 
 def test_samples_that_cannot_be_read_are_counted_in_their_step(

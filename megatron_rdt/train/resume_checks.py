@@ -169,9 +169,8 @@ def replace_config(run_directory: Path, text: str) -> list[str]:
     """
     said = _set_aside_config(run_directory, text)
     path = run_directory / CONFIG
-    if (
-        not path.is_file() or path.read_bytes() != text.encode()
-    ):  # after a rollback it is the same, and the disk may be full
+    # After a rollback it is the same, and the disk may be full.
+    if not path.is_file() or path.read_bytes() != text.encode():
         write_text(path, text)
     return said
 
